@@ -1,0 +1,51 @@
+"""What every test may rely on: one thread, no network, short folders for Unix sockets, free ports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy or torch: tests share few cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the Hub is marked `network` and undoes this itself
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need the Hub run only when asked for: `pytest -m network`."""
+    if "network" in (config.option.markexpr or ""):
+        return
+    skip = pytest.mark.skip(reason="needs the Hugging Face Hub; run with -m network")
+    for item in items:
+        if "network" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """A private folder whose path is short enough for Unix sockets on every system; removed afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="tm-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that are the same in every run."""
+    return np.random.default_rng(0)

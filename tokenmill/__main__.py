@@ -1,0 +1,8 @@
+"""`python -m tokenmill`: the same as the `tokenmill` command."""
+
+import sys
+
+from tokenmill.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Who runs programs, one folder each. The only place of kernels."""

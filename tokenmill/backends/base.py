@@ -1,0 +1,105 @@
+"""What a step is, as arrays, and what a backend is. No torch here.
+
+A backend keeps everything that lasts by *slot* (a row of its per-sequence state): the tokens known so far, the block
+table, the sampling parameters. The host sends only differences, so a decode step in which nobody joined and nobody
+crossed a block border carries three short arrays, and a token sampled in step N feeds step N + 1 without the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.wire.messages import Request, TokenDetails
+
+Tail = Literal["greedy", "plain", "full"]
+"""How rows that sample get their token. greedy: the likeliest; plain: temperature only; full: everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step, and how much a backend must keep. Known before weights are read."""
+
+    max_batch_tokens: int  # tokens of a step
+    max_batch_size: int  # slots
+    max_total_tokens: int  # of one sequence, prompt included
+    block_size: int = 16  # tokens of a cache block
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A slot begins anew: what was kept of it is forgotten.
+
+    `token_ids`: prompt and, after a preemption, what was generated before. Randomness is a function of the position in
+    the sequence, so a resumed sequence goes on as if nothing had happened.
+    """
+
+    slot: int
+    request: Request
+    token_ids: NDArray[np.int32]
+
+
+_NO_BLOCKS = np.zeros((0, 3), np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step. Arrays are the step's own: nobody writes to them after the launch.
+
+    Rows are sequences, in the scheduler's order; S rows, R of them sample.
+    """
+
+    slots: NDArray[np.int32]  # (S,)
+    starts: NDArray[np.int32]  # (S,) first position to compute
+    counts: NDArray[np.int32]  # (S,) how many tokens, >= 1; position p's token is the slot's p-th
+    samples: NDArray[np.int32]  # (R,) rows whose next token is sampled, ascending; it becomes the slot's token at start + count
+    admitted: tuple[Admitted, ...] = ()  # applied first
+    blocks: NDArray[np.int32] = field(default_factory=lambda: _NO_BLOCKS)  # (n, 3) slot, index in its table, block: applied second
+    tail: Tail = "greedy"
+    logprobs: int = -1  # the most that any sampling row wants: -1 none, n >= 0
+    prompt_logprobs: int = -1  # the same over all rows that compute prompt tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a step, on the host."""
+
+    token_ids: list[int]  # one a sampling row, in the order of `samples`; -1: the row's logits were not finite
+    details: list[TokenDetails | None] | None = None  # one a sampling row; None if nobody asked
+    prompt_details: dict[int, tuple[TokenDetails, ...]] | None = None  # row -> of the tokens at positions start + 1 … (prompt only)
+
+
+class Step(Protocol):
+    """A launched step."""
+
+    def result(self) -> StepResult:
+        """Wait for it. Called once, on every rank; the same token ids on all of them."""
+
+
+class Backend(Protocol):
+    """Runs a recorded program. Built from (program, checkpoint, reader, limits, group): see `backends/torch/backend.py`."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Cache blocks that `allocate` made; 0 before."""
+
+    def block_bytes(self) -> int:
+        """Bytes of one cache block over all layers of this rank."""
+
+    def step_bytes(self) -> int:
+        """Bytes that the largest step needs besides weights and cache."""
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache, once, before the first step."""
+
+    def warm_up(self) -> None:
+        """Run what a first step would otherwise pay for; leaves no trace in slots or cache."""
+
+    def run(self, inputs: StepInputs) -> Step:
+        """Launch a step behind those before it and return at once."""
+
+    def close(self) -> None:
+        """Free what outlives the process's own memory. Idempotent."""

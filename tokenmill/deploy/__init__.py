@@ -1,0 +1,1 @@
+"""Clusters: adapters to Ray and others."""

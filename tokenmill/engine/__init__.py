@@ -1,0 +1,1 @@
+"""Who runs when: the scheduler, its blocks, the loop. No torch, no text, no HTTP."""

@@ -1,0 +1,1 @@
+"""What an operator asks: what is installed, what will fit, what differs."""

@@ -1,0 +1,1 @@
+"""Ranks: what they say to each other, and who holds what."""

@@ -1,0 +1,1 @@
+"""Runs steps on a backend. No text, no HTTP, no kernels."""
