@@ -55,9 +55,10 @@ class StepInputs:
     slots: NDArray[np.int32]  # (S,)
     starts: NDArray[np.int32]  # (S,) first position to compute
     counts: NDArray[np.int32]  # (S,) how many tokens, >= 1; position p's token is the slot's p-th
-    samples: NDArray[np.int32]  # (R,) rows whose next token is sampled, ascending; it becomes the slot's token at start + count
+    samples: NDArray[np.int32]  # (R,) rows whose next token is sampled, ascending; it is the slot's at start + count
     admitted: tuple[Admitted, ...] = ()  # applied first
-    blocks: NDArray[np.int32] = field(default_factory=lambda: _NO_BLOCKS)  # (n, 3) slot, index in its table, block: applied second
+    # applied second: (n, 3) slot, index in its table, block
+    blocks: NDArray[np.int32] = field(default_factory=lambda: _NO_BLOCKS)
     tail: Tail = "greedy"
     logprobs: int = -1  # the most that any sampling row wants: -1 none, n >= 0
     prompt_logprobs: int = -1  # the same over all rows that compute prompt tokens
@@ -69,7 +70,8 @@ class StepResult:
 
     token_ids: list[int]  # one a sampling row, in the order of `samples`; -1: the row's logits were not finite
     details: list[TokenDetails | None] | None = None  # one a sampling row; None if nobody asked
-    prompt_details: dict[int, tuple[TokenDetails, ...]] | None = None  # row -> of the tokens at positions start + 1 … (prompt only)
+    # row -> of the tokens at positions start + 1 … (prompt only)
+    prompt_details: dict[int, tuple[TokenDetails, ...]] | None = None
 
 
 class Step(Protocol):
@@ -80,7 +82,7 @@ class Step(Protocol):
 
 
 class Backend(Protocol):
-    """Runs a recorded program. Built from (program, checkpoint, reader, limits, group): see `backends/torch/backend.py`."""
+    """Runs a recorded program. Built from (program, checkpoint, reader, limits, group): see `backends/torch`."""
 
     @property
     def num_blocks(self) -> int:

@@ -77,8 +77,8 @@ class TokenDetails(msgspec.Struct, frozen=True, array_like=True):
 class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one step did for one request.
 
-    The first one has no tokens and says that the request was admitted (`num_cached` of its prompt's tokens were found in
-    the prefix cache); the last one has a `finish_reason`. Nothing comes after an `Abort`.
+    The first one has no tokens and says that the request was admitted (`num_cached` of its prompt's tokens were found
+    in the prefix cache); the last one has a `finish_reason`. Nothing comes after an `Abort`.
     """
 
     request_id: int
