@@ -1,0 +1,58 @@
+"""How a child process begins: `python -m tokenmill.child MODULE:FUNCTION READ_FD WRITE_FD`.
+
+The function gets a `ChildControl` and works until it returns. A `StartError` reaches the supervisor as `Failed` with the
+words meant for the user; anything else as a traceback in the log. A child never outlives its supervisor: on Linux the
+kernel kills it, everywhere the end of its control pipe tells it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import signal
+import sys
+
+from tokenmill import logs
+from tokenmill.errors import StartError
+from tokenmill.wire.control import ChildControl, ParentGoneError
+from tokenmill.wire.messages import Failed
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the thread that started it ends. Elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(argv: list[str]) -> int:
+    """Run the function named by `argv` and return the exit code: 0, or 1 after `Failed` was sent."""
+    target, read_fd, write_fd = argv
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's; it tells its children what to do
+    try:
+        control = ChildControl(int(read_fd), int(write_fd))
+    except ParentGoneError:
+        return 1
+    module_name, _, function = target.partition(":")
+    settings = control.configure.settings
+    name = f"{module_name.split('.')[-2]} {control.configure.index}"  # "server 0", "runtime 1"
+    logs.set_up(settings.get("log_level", "info"), json=bool(settings.get("json_output")), process=name)
+    try:
+        getattr(importlib.import_module(module_name), function)(control)
+    except ParentGoneError:
+        return 1
+    except StartError as error:
+        control.send(Failed(error.variant, str(error), fatal=True))
+        return 1
+    except Exception as error:  # noqa: BLE001  the top of a process
+        logging.getLogger(__name__).exception("%s ends after an error that nobody expected", name)
+        control.send(Failed("ShardFailed", f"{type(error).__name__}: {error}", fatal=False))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
