@@ -1,0 +1,107 @@
+"""Throughput and latency over HTTP at 1, 4, 16 and 32 streams: `python bench/http.py [--url URL] [--streams 1,4,16,32]`.
+
+Without `--url` the embedded model is served for the time of the run. Each number of streams is measured in `--passes`
+rounds, interleaved, after one unmeasured round; the table shows the round of median throughput.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from tokenmill.bench.client import Ask
+from tokenmill.bench.load import Report, make_prompt, run_round, table
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def served(*arguments: str, timeout_s: float = 120.0) -> Iterator[str]:
+    """A server started with `arguments` and stopped again; yields its base URL once it is ready."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tokenmill", "serve", "--hostname", "127.0.0.1", "--port", str(port), *arguments],
+        stdout=subprocess.DEVNULL,
+    )
+    base = f"http://127.0.0.1:{port}"
+    try:
+        start = time.perf_counter()
+        while time.perf_counter() - start < timeout_s:
+            with contextlib.suppress(OSError), urllib.request.urlopen(base + "/health", timeout=1) as answer:
+                if answer.status == 200:
+                    break
+            if server.poll() is not None:
+                raise SystemExit(f"the server ended with exit code {server.returncode}")
+            time.sleep(0.05)
+        else:
+            raise SystemExit(f"the server is not ready after {timeout_s:.0f} s")
+        print(f"ready in {time.perf_counter() - start:.1f} s: tokenmill serve {' '.join(arguments)}", file=sys.stderr)
+        yield base
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def median_report(reports: list[Report]) -> Report:
+    """The report whose throughput is the median."""
+    return sorted(reports, key=lambda r: r.tokens_per_s)[len(reports) // 2]
+
+
+def measure(base: str, streams: list[int], words: int, new_tokens: int, passes: int) -> list[Report]:
+    """One report a number of streams."""
+    rounds: dict[int, list[Report]] = {n: [] for n in streams}
+    seed = 0
+    for done in range(passes + 1):
+        for n in streams:
+            asks = [Ask(make_prompt(seed + i, words), new_tokens if done else 8) for i in range(n)]
+            seed += n
+            found = asyncio.run(run_round(base, asks))
+            if done:
+                rounds[n].append(found)
+    return [median_report(reports) for reports in rounds.values()]
+
+
+def main() -> None:
+    """Measure, print the table, write the figures as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", help="a running server; else the embedded model is served")
+    parser.add_argument("--streams", default="1,4,16,32")
+    parser.add_argument("--words", type=int, default=120, help="about this many prompt tokens")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--serve", default="", help="more options of the server, in one string")
+    options = parser.parse_args()
+    streams = [int(n) for n in options.streams.split(",")]
+    with contextlib.ExitStack() as stack:
+        base = options.url or stack.enter_context(served(*options.serve.split()))
+        reports = measure(base, streams, options.words, options.new_tokens, options.passes)
+    print(f"{options.words} prompt tokens, {options.new_tokens} new, greedy, {options.passes} passes, {os.cpu_count()} CPUs, {platform.machine()}")
+    print(table(reports))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""An independent reference for the embedded model: its GGUF read by the `gguf` package, run by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+NAMES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo GGUF's order of a head's rows (pairs side by side) for transformers' (first halves, then second halves)."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def reference_model(path: Path) -> Any:
+    """transformers' Llama in float32 over the dequantized tensors of the GGUF file at `path`."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    reader = GGUFReader(str(path))
+    value = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
+    heads, kv_heads = value["attention.head_count"], value["attention.head_count_kv"]
+    state: dict[str, torch.Tensor] = {}
+    for tensor in reader.tensors:
+        weight = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        stem, _, rest = tensor.name.removesuffix(".weight").removeprefix("blk.").partition(".")
+        if "attn_q" in tensor.name or "attn_k" in tensor.name:
+            weight = halves(weight, heads if "attn_q" in tensor.name else kv_heads)
+        state[(f"model.layers.{stem}.{NAMES[rest]}" if rest else TOP[stem]) + ".weight"] = torch.from_numpy(np.ascontiguousarray(weight))
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    config = LlamaConfig(
+        hidden_size=value["embedding_length"], intermediate_size=value["feed_forward_length"], num_hidden_layers=value["block_count"],
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=state["model.embed_tokens.weight"].shape[0],
+        rms_norm_eps=value["attention.layer_norm_rms_epsilon"], rope_theta=value["rope.freq_base"],
+        max_position_embeddings=value["context_length"], tie_word_embeddings="output.weight" not in {t.name for t in reader.tensors},
+        attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(state, assign=True, strict=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no weights
+    return model.eval()
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt_ids: list[int], count: int, stop_ids: tuple[int, ...] = ()) -> tuple[list[int], list[float]]:
+    """The likeliest tokens one after another, and each one's lead over the second in logits."""
+    out: list[int] = []
+    leads: list[float] = []
+    step = model(torch.tensor([prompt_ids]), use_cache=True)
+    while True:
+        top = step.logits[0, -1].topk(2)
+        out.append(int(top.indices[0]))
+        leads.append(float(top.values[0] - top.values[1]))
+        if len(out) == count or out[-1] in stop_ids:
+            return out, leads
+        step = model(torch.tensor([[out[-1]]]), past_key_values=step.past_key_values, use_cache=True)
