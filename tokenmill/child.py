@@ -1,8 +1,8 @@
 """How a child process begins: `python -m tokenmill.child MODULE:FUNCTION READ_FD WRITE_FD`.
 
-The function gets a `ChildControl` and works until it returns. A `StartError` reaches the supervisor as `Failed` with the
-words meant for the user; anything else as a traceback in the log. A child never outlives its supervisor: on Linux the
-kernel kills it, everywhere the end of its control pipe tells it.
+The function gets a `ChildControl` and works until it returns. A `StartError` reaches the supervisor as `Failed` with
+the words meant for the user; anything else as a traceback in the log. A child never outlives its supervisor: on Linux
+the kernel kills it, everywhere the end of its control pipe tells it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     except StartError as error:
         control.send(Failed(error.variant, str(error), fatal=True))
         return 1
-    except Exception as error:  # noqa: BLE001  the top of a process
+    except Exception as error:
         logging.getLogger(__name__).exception("%s ends after an error that nobody expected", name)
         control.send(Failed("ShardFailed", f"{type(error).__name__}: {error}", fatal=False))
         return 1

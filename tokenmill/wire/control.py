@@ -1,7 +1,7 @@
 """The control pipes between the supervisor and a child: frames of a 4-byte little-endian length and msgpack.
 
-Two pipes a child, so that each side sees at once, as end of file, that the other is gone. The supervisor never blocks on
-a child that does not read; a child may block on its supervisor.
+Two pipes a child, so that each side sees at once, as end of file, that the other is gone. The supervisor never blocks
+on a child that does not read; a child may block on its supervisor.
 """
 
 from __future__ import annotations

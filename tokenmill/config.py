@@ -1,0 +1,268 @@
+"""Every option once: its field, its default, its environment variable, its help. The only file that reads os.environ.
+
+Names and defaults are TGI's launcher's; what is ours comes after them, with variables that begin with TOKENMILL_.
+An option whose machinery a later release brings is parsed and refused with a sentence, never ignored.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from tokenmill import options
+from tokenmill.errors import ArgumentError
+from tokenmill.options import Option
+
+_QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
+                  "bitsandbytes-fp4", "fp8")  # fmt: skip
+_CHUNKED = "prefill is always chunked and mixed with decoding, so nothing waits for it."
+_LOCAL = "ranks meet in a private folder of this machine, not at an address."
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """All options of a server. None and "" mean "not given": what they become is decided at start, once."""
+
+    # The model
+    model_id: Annotated[str, Option("A Hub id, a folder, or a .gguf file. Without it: the embedded default.")] = ""
+    revision: Annotated[str, Option("Branch, tag, refs/pr/N or commit of a model on the Hub.")] = ""
+    dtype: Annotated[str, Option("Number format of the computation.", choices=("float32", "bfloat16", "float16"))] = ""
+    quantize: Annotated[str, Option("Quantize weights while loading.", choices=_QUANTIZATIONS, later=(
+        "quantizing at load is not in this release. Serve a quantized GGUF file, or leave the option out."))] = ""
+    kv_cache_dtype: Annotated[str, Option("Number format of the KV cache.", choices=("fp8_e4m3fn", "fp8_e5m2"), later=(
+        "an 8-bit KV cache is not in this release; the cache has the computation's dtype."))] = ""
+    trust_remote_code: Annotated[bool, Option("Allow a model repository's own Python code.", no_effect=(
+        "no code of a model repository is ever run; a model that needs it is refused by its model_type."))] = False
+    tokenizer_config_path: Annotated[str, Option("A tokenizer_config.json in place of the model's.")] = ""
+    rope_scaling: Annotated[str, Option("Override the model's RoPE scaling.", choices=("linear", "dynamic"), later=(
+        "overriding RoPE is not in this release; the scaling in config.json is used."))] = ""
+    rope_factor: Annotated[float | None, Option("Factor of --rope-scaling.", later=(
+        "overriding RoPE is not in this release; the scaling in config.json is used."))] = None
+    lora_adapters: Annotated[tuple[str, ...], Option("LoRA adapters, separated by commas.", later=(
+        "adapters are not in this release; merge the adapter into the model first."))] = ()
+    speculate: Annotated[int | None, Option("Tokens to speculate.", at_least=0, later=(
+        "speculation is not in this release; leave the option out."))] = None
+    huggingface_hub_cache: Annotated[str, Option(
+        "Folder of the Hub's cache.", env="HUGGINGFACE_HUB_CACHE,HF_HUB_CACHE")] = ""
+    weights_cache_override: Annotated[str, Option("Folder that holds the weights, used in place of the Hub.")] = ""
+
+    # Devices
+    sharded: Annotated[bool | None, Option("Split the model over the devices.")] = None
+    num_shard: Annotated[int | None, Option("Ranks that share the model.", at_least=1)] = None
+    cuda_graphs: Annotated[str, Option("Batch sizes to capture as CUDA graphs; 0: none.", no_effect=(
+        "this release captures no graphs."))] = ""
+    cuda_memory_fraction: Annotated[float, Option("Share of the device's memory that may be used.",
+                                                  at_least=0.01, at_most=1)] = 1.0
+    disable_custom_kernels: Annotated[bool, Option("TGI: old kernels off.", no_effect="there are none.")] = False
+    shard_uds_path: Annotated[str, Option("TGI: prefix of its sockets.", no_effect=_LOCAL)] = (
+        "/tmp/text-generation-server")
+    master_addr: Annotated[str, Option("TGI: where ranks meet.", no_effect=_LOCAL)] = "localhost"
+    master_port: Annotated[int, Option("TGI: where ranks meet.", no_effect=_LOCAL)] = 29500
+
+    # Limits
+    max_concurrent_requests: Annotated[int, Option("Requests at once; more are refused with 429.", at_least=1)] = 128
+    max_best_of: Annotated[int, Option("The most a request may ask for with best_of or n.", at_least=1)] = 2
+    max_stop_sequences: Annotated[int, Option("The most stop strings of a request.", at_least=0)] = 4
+    max_top_n_tokens: Annotated[int, Option("The most alternatives of a token.", at_least=0)] = 5
+    max_input_tokens: Annotated[int | None, Option("The longest prompt. Default: --max-total-tokens − 1.",
+                                                   at_least=1)] = None
+    max_input_length: Annotated[int | None, Option("Old name of --max-input-tokens.", at_least=1)] = None
+    max_total_tokens: Annotated[int | None, Option(
+        "Prompt and answer together. Default: what model and KV cache allow.", at_least=2)] = None
+    max_batch_prefill_tokens: Annotated[int | None, Option(
+        "Tokens that one step computes at most. Default: 512 on a CPU, 4096 on a GPU.", at_least=1)] = None
+    max_batch_total_tokens: Annotated[int | None, Option("TGI: tokens of all running requests.", at_least=1, no_effect=(
+        "the KV cache's capacity is measured; see --memory-limit."))] = None
+    max_batch_size: Annotated[int | None, Option("Requests that run at once. Default: 128.", at_least=1)] = None
+    max_waiting_tokens: Annotated[int, Option("TGI: steps before waiting requests join.", no_effect=_CHUNKED)] = 20
+    waiting_served_ratio: Annotated[float, Option("TGI: when waiting requests join.", no_effect=_CHUNKED)] = 0.3
+    max_client_batch_size: Annotated[int, Option("Prompts of one /v1/completions request.", at_least=1)] = 4
+    payload_limit: Annotated[int, Option("Bytes of a request's body.", at_least=1)] = 2_000_000
+    max_image_fetch_size: Annotated[int, Option("Bytes of an image.", later="images are not in this release.",
+                                                env_only=True)] = 1_073_741_824
+    validation_workers: Annotated[int, Option("Threads that tokenize, per HTTP worker.")] = 2
+
+    # HTTP
+    hostname: Annotated[str, Option("Address to listen on.")] = "0.0.0.0"
+    port: Annotated[int, Option("Port to listen on; 0: any free one.", at_least=0, at_most=65535, short="-p")] = 3000
+    prometheus_port: Annotated[int, Option("TGI: unused.", at_most=65535, no_effect=(
+        "metrics are at /metrics of the main port, as in TGI."))] = 9000
+    api_key: Annotated[str, Option("Bearer key that every request needs. Better given as API_KEY.", secret=True)] = ""
+    cors_allow_origin: Annotated[tuple[str, ...], Option("Origin that browsers may call from; repeatable.")] = ()
+    disable_grammar_support: Annotated[bool, Option("Refuse requests with a grammar.")] = False
+    enable_prefill_logprobs: Annotated[bool, Option("Allow log-probabilities of prompts.", no_effect=(
+        "they are computed for every request that asks for them."))] = False
+    watermark_gamma: Annotated[float | None, Option("Share of the vocabulary in the green list.",
+                                                    later="watermarking is not in this release.")] = None
+    watermark_delta: Annotated[float | None, Option("Bias of the green list.",
+                                                    later="watermarking is not in this release.")] = None
+    ngrok: Annotated[bool, Option("TGI: tunnel.", later="tunnels are not supported; run ngrok beside it.")] = False
+    ngrok_authtoken: Annotated[str, Option("TGI: tunnel.", secret=True, later=(
+        "tunnels are not supported; run ngrok beside it."))] = ""
+    ngrok_edge: Annotated[str, Option("TGI: tunnel.", later="tunnels are not supported; run ngrok beside it.")] = ""
+
+    # Running
+    json_output: Annotated[bool, Option("Log lines as JSON.")] = False
+    log_level: Annotated[str, Option("debug, info, warn or error.", env="LOG_LEVEL")] = "info"
+    otlp_endpoint: Annotated[str, Option("OpenTelemetry collector.", later="tracing is not in this release.")] = ""
+    otlp_service_name: Annotated[str, Option("Name in traces.", no_effect="tracing is not in this release.")] = (
+        "text-generation-inference.router")
+    usage_stats: Annotated[str, Option("TGI's telemetry.", choices=("on", "off", "no-stack"), no_effect=(
+        "nothing is ever sent to anybody."))] = "off"
+    env: Annotated[bool, Option("Print the runtime environment at start.", env="", short="-e")] = False
+    graceful_termination_timeout: Annotated[int, Option("Seconds that running requests get after SIGTERM.",
+                                                        at_least=0, short="-g")] = 90
+    attention: Annotated[str, Option("TGI: attention kernel.", env_only=True, no_effect=(
+        "each backend has its own attention."))] = ""
+    prefix_caching: Annotated[bool, Option("TGI: prefix cache.", env_only=True)] = True
+    prefill_chunking: Annotated[bool, Option("TGI: chunked prefill.", env_only=True)] = True
+    compute_type: Annotated[str, Option("Value of the x-compute-type header.", env="COMPUTE_TYPE")] = ""
+    hf_token: Annotated[str, Option("Token of the Hub.", secret=True, env_only=True,
+                                    env="HF_TOKEN,HUGGING_FACE_HUB_TOKEN,HF_API_TOKEN")] = ""
+    offline: Annotated[bool, Option("Use the cache only, never the network.", env="HF_HUB_OFFLINE")] = False
+
+    # Ours
+    device: Annotated[str, Option("Where to compute.", choices=("auto", "cpu", "cuda"),
+                                  env="TOKENMILL_DEVICE")] = "auto"
+    backend: Annotated[str, Option("Who computes.", choices=("auto", "torch"), env="TOKENMILL_BACKEND")] = "auto"
+    http_workers: Annotated[int, Option("HTTP processes.", at_least=1, at_most=64, env="TOKENMILL_HTTP_WORKERS")] = 1
+    cpu_threads: Annotated[int | None, Option("Threads that compute, per rank. Default: the CPUs that this process may "
+                                              "use.", at_least=1, env="TOKENMILL_CPU_THREADS,OMP_NUM_THREADS")] = None
+    memory_limit: Annotated[str, Option("Memory for weights and KV cache, as 8GiB or 500MB. Default: most of what is "
+                                        "free.", env="TOKENMILL_MEMORY_LIMIT")] = ""
+    block_size: Annotated[int, Option("Tokens of a KV cache block.", at_least=1, at_most=1024,
+                                      env="TOKENMILL_BLOCK_SIZE")] = 16
+    cache_dir: Annotated[str, Option("Folder for the embedded default model.", env="TOKENMILL_CACHE")] = ""
+    protect_metrics: Annotated[bool, Option("Ask for the API key at /metrics too.",
+                                            env="TOKENMILL_PROTECT_METRICS")] = False
+    strict_model_name: Annotated[bool, Option("Refuse unknown model names with 404.",
+                                              env="TOKENMILL_STRICT_MODEL_NAME")] = False
+    max_engine_restarts: Annotated[int, Option("Restarts of the engine in ten minutes before giving up.", at_least=0,
+                                               env="TOKENMILL_MAX_ENGINE_RESTARTS")] = 5
+    debug_plans: Annotated[bool, Option("Compare the ranks' plans at each step.", env="TOKENMILL_DEBUG_PLANS")] = False
+    mock: Annotated[bool, Option("No model: scripted answers through the real server, for tests.",
+                                 env="TOKENMILL_MOCK")] = False
+    mock_text: Annotated[str, Option("What the mock engine answers, over and over.", env="TOKENMILL_MOCK_TEXT")] = (
+        "The quick brown fox jumps over the lazy dog. ")
+    mock_step_ms: Annotated[float, Option("Milliseconds of a step of the mock engine.", at_least=0,
+                                          env="TOKENMILL_MOCK_STEP_MS")] = 10.0
+    mock_fault: Annotated[str, Option("A fault of the mock engine: raise@N, exit@N, hang@N or nan@N at its N-th step.",
+                                      env="TOKENMILL_MOCK_FAULT")] = ""
+    warnings: Annotated[tuple[str, ...], Option("What to tell the user.", env="", env_only=True)] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a `Configure` frame, secrets included: it crosses inherited pipes only."""
+        return {name: getattr(self, name) for name in self.__struct_fields__}
+
+    @property
+    def max_batch_tokens(self) -> int | None:
+        """The token budget of a step, if given: TGI's --max-batch-prefill-tokens."""
+        return self.max_batch_prefill_tokens
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings that `to_dict` wrote."""
+        return msgspec.convert(dict(values), cls)
+
+    @classmethod
+    def from_args(cls, argv: Sequence[str], environ: Mapping[str, str] | None = None,
+                  prog: str = "text-generation-launcher") -> Settings:  # fmt: skip
+        """Settings from a command line, then the environment, then the defaults; checked against each other.
+
+        Usage errors exit with 2. Raises ArgumentError for values that contradict each other.
+        """
+        about = "Serve a large language model over HTTP."
+        parser = options.Parser(prog=prog, usage=f"{prog} [OPTIONS]", description=about)
+        options.add_options(parser, cls)
+        return cls.from_namespace(parser.parse_args(list(argv)), environ)
+
+    @classmethod
+    def from_namespace(cls, namespace: Any, environ: Mapping[str, str] | None = None) -> Settings:
+        """As `from_args`, of options parsed already: an absent attribute is an option that was not given."""
+        values, warnings = options.collect(cls, namespace, os.environ if environ is None else environ)
+        return _checked(cls(**{**values, "warnings": tuple(warnings)}))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **values: Any) -> Settings:
+        """Settings from the environment, `values` (by field name) beating it. Raises ArgumentError."""
+        return cls.from_namespace(type("Given", (), values)(), environ)
+
+    def shown(self) -> str:
+        """The options that differ from their defaults, for the log; secrets are hidden."""
+        given = []
+        for field in options.fields_of(type(self)):
+            value = getattr(self, field.name)
+            if value != field.default and field.name != "warnings":
+                given.append(f"{field.name}={'***' if field.option.secret else value}")
+        return ", ".join(given) or "all defaults"
+
+
+def _checked(settings: Settings) -> Settings:
+    """`settings` with what follows from one option for another filled in. Raises ArgumentError."""
+    warnings = list(settings.warnings)
+    max_input = settings.max_input_tokens
+    if settings.max_input_length is not None:
+        if max_input is not None:
+            raise ArgumentError(
+                f"Both `max_input_tokens` ({max_input}) and `max_input_length` ({settings.max_input_length}) are set. "
+                "Please define only `max_input_tokens`: `max_input_length` is its old name."
+            )
+        max_input = settings.max_input_length
+    total = settings.max_total_tokens
+    if max_input is not None and total is not None and max_input >= total:
+        raise ArgumentError(f"`max_input_tokens` ({max_input}) must be < `max_total_tokens` ({total}).")
+    if settings.validation_workers < 1:
+        raise ArgumentError(f"`validation_workers` must be > 0; {settings.validation_workers} was given.")
+    if not settings.prefix_caching:
+        warnings.append("`PREFIX_CACHING=0` has no effect: the prefix cache costs nothing and changes no answer.")
+    if not settings.prefill_chunking:
+        warnings.append("`PREFILL_CHUNKING=0` has no effect: prefill is always chunked.")
+    hostname = settings.hostname
+    try:
+        ipaddress.ip_address(hostname)
+    except ValueError:
+        warnings.append(f"Hostname {hostname!r} is not an IP address: listening on 0.0.0.0.")
+        hostname = "0.0.0.0"
+    memory_bytes(settings.memory_limit)
+    return msgspec.structs.replace(
+        settings, max_input_tokens=max_input, max_input_length=None, num_shard=_num_shard(settings), hostname=hostname,
+        warnings=tuple(warnings), cache_dir=settings.cache_dir or default_cache_dir(),
+    )  # fmt: skip
+
+
+def _num_shard(settings: Settings) -> int:
+    given = settings.num_shard
+    if settings.sharded and (given is None or given < 2):
+        found = "no number was given" if given is None else f"`num_shard` is {given}"
+        raise ArgumentError(f"`sharded` is true, but {found}. Give `--num-shard` of at least 2, or no `--sharded`.")
+    return given or 1
+
+
+def memory_bytes(text: str) -> int | None:
+    """Bytes that "8GiB", "500MB" or "1073741824" mean; None for "". Raises ArgumentError."""
+    if not text:
+        return None
+    number = text.rstrip("BbIiKkMmGgTt ")
+    unit = text[len(number) :].strip().lower().removesuffix("b")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    try:
+        value = int(float(number) * scale[unit])
+    except (KeyError, ValueError):
+        value = 0
+    if value <= 0:
+        raise ArgumentError(f"`memory_limit` {text!r} is not an amount of memory; write for example 8GiB or 500MB.")
+    return value
+
+
+def default_cache_dir() -> str:
+    """Where the embedded default model is kept: XDG_CACHE_HOME/tokenmill or ~/.cache/tokenmill."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenmill")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """A copy of this process's environment for a child, with `changes`."""
+    return {**os.environ, **changes}

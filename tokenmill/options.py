@@ -1,0 +1,191 @@
+"""From a struct's fields to a command line: each field is an option and an environment variable.
+
+A field says everything about its option: `port: Annotated[int, Option("Port to listen on.", at_most=65535)] = 3000` is
+`--port` and `PORT`. The command line beats the environment, which beats the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import msgspec
+
+from tokenmill.errors import ArgumentError
+
+_TRUE, _FALSE = ("true", "1", "yes", "y", "on", "t"), ("false", "0", "no", "n", "off", "f")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What a field's type and default do not say."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    at_most: float | None = None
+    env: str | None = None  # None: the field's name in capitals; "": no variable; aliases after commas, best first
+    short: str = ""
+    secret: bool = False
+    later: str = ""  # parsed, and refused with this sentence if it is given
+    no_effect: str = ""  # parsed, and this reason logged if it is given
+    env_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One option, ready to be parsed: its name, its plain type (bool, int, float, str or tuple) and its default."""
+
+    name: str
+    kind: type
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """As typed on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Environment variables that set it, best first."""
+        names = self.name.upper() if self.option.env is None else self.option.env
+        return tuple(name for name in names.split(",") if name)
+
+
+def fields_of(struct: type[msgspec.Struct]) -> Iterator[Field]:
+    """The options that a struct's annotated fields are, in their order."""
+    hints = typing.get_type_hints(struct, include_extras=True)
+    for field in msgspec.structs.fields(struct):
+        annotated = hints[field.name]
+        plain, option = typing.get_args(annotated)[:2]
+        if isinstance(plain, types.UnionType):  # X | None: None means "not given"
+            plain = next(part for part in typing.get_args(plain) if part is not type(None))
+        yield Field(field.name, typing.get_origin(plain) or plain, field.default, option)
+
+
+def boolean(text: str) -> bool:
+    """True or false as TGI's environment variables spell them. Raises ValueError."""
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def value_of(field: Field, text: str) -> Any:
+    """A field's value from its text. Raises ValueError that says what is allowed."""
+    option, kind = field.option, field.kind
+    if kind is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind is bool:
+        return boolean(text)
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+    if option.choices and value not in option.choices:
+        raise ValueError(f"{text!r} is not one of: {', '.join(option.choices)}")
+    if option.at_least is not None and value < option.at_least:
+        raise ValueError(f"{text} is too small: at least {option.at_least:g}")
+    if option.at_most is not None and value > option.at_most:
+        raise ValueError(f"{text} is too large: at most {option.at_most:g}")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that knows no abbreviations and guesses what a misspelt option was meant to be."""
+
+    def __init__(self, **keywords: Any) -> None:
+        keywords.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage in one line and the message, exit with 2."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+            near = difflib.get_close_matches(wrong, known, 1)
+            message = f"unknown option {wrong}" + (f"; did you mean {near[0]}?" if near else "")
+        self.exit(2, f"error: {message}\nTry '{self.prog} --help'.\n")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=118)
+
+
+def add_options(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) -> None:
+    """Give `parser` every option of `struct`; absent ones leave no attribute, so that the environment can speak."""
+    for field in fields_of(struct):
+        if field.option.env_only:
+            continue
+        names = [field.flag] + ([field.option.short] if field.option.short else [])
+        keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
+        if field.kind is bool:
+            keywords |= {"nargs": "?", "const": True, "type": _typed(field), "metavar": "BOOL"}
+        elif field.kind is tuple:
+            keywords |= {"action": "extend", "type": _typed(field), "metavar": "VALUE"}
+        else:
+            keywords |= {"type": _typed(field), "metavar": field.kind.__name__.upper()}
+        parser.add_argument(*names, **keywords)
+
+
+def _typed(field: Field) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            return value_of(field, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def _help(field: Field) -> str:
+    option = field.option
+    notes = [f"one of {', '.join(option.choices)}"] if option.choices else []
+    notes += [f"default {_text(field.default)}"] if field.default not in (None, "", (), False) else []
+    notes += [f"env {field.variables[0]}"] if field.variables else []
+    notes += ["not in this release"] if option.later else []
+    text = option.help + (f" [{'; '.join(notes)}]" if notes else "")
+    return text.replace("%", "%%")
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def collect(
+    struct: type[msgspec.Struct], namespace: argparse.Namespace, environ: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Values given by command line or environment, and warnings about those that have no effect.
+
+    Raises ArgumentError for a wrong value in the environment and for an option that a later release brings.
+    """
+    values: dict[str, Any] = {}
+    warnings: list[str] = []
+    for field in fields_of(struct):
+        if hasattr(namespace, field.name):
+            value, source = getattr(namespace, field.name), field.flag
+            value = tuple(value) if field.kind is tuple else value
+        else:
+            variable = next((name for name in field.variables if environ.get(name, "") != ""), None)
+            if variable is None:
+                continue
+            try:
+                value, source = value_of(field, environ[variable]), variable
+            except ValueError as error:
+                raise ArgumentError(f"Environment variable {variable}: {error}.") from None
+        values[field.name] = value
+        if value in (field.default, False):
+            continue
+        if field.option.later:
+            raise ArgumentError(f"`{source}` cannot be used yet: {field.option.later}")
+        if field.option.no_effect:
+            warnings.append(f"`{source}` has no effect: {field.option.no_effect}")
+    return values, warnings
