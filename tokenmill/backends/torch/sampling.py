@@ -123,7 +123,7 @@ class _Some:
 
     def column(self, name: str) -> Tensor:
         """(S, 1) float32 or int32, on the device."""
-        return torch.from_numpy(np.ascontiguousarray(self.p[name])).to(self.index.device)[:, None]
+        return torch.from_numpy(self.p[name].copy()).to(self.index.device)[:, None]
 
 
 class _Rows:

@@ -1,0 +1,322 @@
+"""Sampling against a plain numpy reference, written row by row from the rules in backends/sampling.py."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tokenmill.backends import sampling as rules
+from tokenmill.backends.base import Admitted, StepInputs, StepLimits
+from tokenmill.backends.torch import sampling
+from tokenmill.backends.torch.slots import Slots
+from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
+
+torch.set_num_threads(1)
+VOCAB, SLOTS, MAX_TOTAL = 61, 12, 64
+MASK = 2**32 - 1
+
+
+# The reference: one row, float64, Python integers.
+
+
+def reference_noise(seed: int, position: int, token_id: int) -> float:
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+        return x ^ (x >> 16)
+
+    seed %= 2**64
+    key = mix((seed & MASK) ^ mix((seed >> 32) ^ mix(position)))
+    bits = mix((token_id * 0x9E3779B9 + key) & MASK) & 0x7FFFFFFF
+    u = min((bits + 0.5) / 2**31, 1 - 2**-24)
+    return -math.log(-math.log1p(-u))
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def reference_scores(logits, prompt, output, params: SamplingParams, stopping: StoppingParams):
+    """What is sampled from (before noise), in float64."""
+    x = np.array(logits, np.float64)
+    for token_id, value in params.logit_bias:
+        x[token_id] += value
+    for token_id in set(prompt) | set(output):
+        r = params.repetition_penalty
+        x[token_id] = x[token_id] * r if x[token_id] < 0 else x[token_id] / r
+    for token_id in set(output):
+        x[token_id] -= params.frequency_penalty * output.count(token_id) + params.presence_penalty
+    if len(output) < stopping.min_new_tokens:
+        for token_id in stopping.stop_ids:
+            x[token_id] = -np.inf
+    if params.temperature == 0:
+        return x
+    x = x / params.temperature
+    if params.min_p > 0:
+        p = softmax(x)
+        x[p < params.min_p * p.max()] = -np.inf
+    if 0 < params.top_k < len(x):
+        x[x < sorted(x)[-params.top_k]] = -np.inf
+    if params.top_p < 1:
+        p = softmax(x)
+        x[[p[p > p[i]].sum() >= params.top_p for i in range(len(p))]] = -np.inf
+    if params.typical_p < 1:
+        p = softmax(x)
+        logp = np.log(np.where(p > 0, p, 1))
+        distance = np.where(p > 0, np.abs(-logp - -(p * logp).sum()), np.inf)
+        x[[p[distance < d].sum() >= params.typical_p for d in distance]] = -np.inf
+    return x
+
+
+def reference_choice(scores, params: SamplingParams, position: int) -> int:
+    if params.temperature == 0:
+        return int(np.argmax(scores))
+    return int(np.argmax([s + reference_noise(params.seed, position, i) for i, s in enumerate(scores)]))
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+# Bringing rows before the code under test.
+
+
+def a_request(prompt=(1, 2, 3), stopping=None, **params) -> Request:
+    return Request(1, tuple(prompt), SamplingParams(**params), stopping or StoppingParams(10))
+
+
+def tail_of(requests) -> str:
+    if any(rules.needs_full(r.sampling, r.stopping.min_new_tokens) for r in requests):
+        return "full"
+    return "greedy" if all(r.sampling.greedy for r in requests) else "plain"
+
+
+def make_step(requests, outputs=None, slots=None, vocab=VOCAB, tail=None):
+    """Slots that hold prompt and output of each request, and the step that samples each one's next token."""
+    outputs = outputs or [[] for _ in requests]
+    number = np.array(slots if slots is not None else range(len(requests)), np.int32)
+    state = Slots(StepLimits(64, max(SLOTS, len(requests)), MAX_TOTAL, 4), vocab)
+    ids = [np.array([*r.prompt_ids, *o], np.int32) for r, o in zip(requests, outputs, strict=True)]
+    ends = np.array([len(i) for i in ids], np.int32)
+    inputs = StepInputs(
+        number,
+        ends - 1,
+        np.ones(len(ids), np.int32),
+        np.arange(len(ids), dtype=np.int32),
+        tuple(Admitted(int(s), r, i) for s, r, i in zip(number, requests, ids, strict=True)),
+        tail=tail or tail_of(requests),
+        logprobs=max(r.sampling.logprobs for r in requests),
+        prompt_logprobs=max(r.sampling.prompt_logprobs for r in requests),
+    )
+    state.apply(inputs)
+    return state, inputs
+
+
+def run(logits, requests, outputs=None, **how):
+    state, inputs = make_step(requests, outputs, vocab=logits.shape[1], **how)
+    return sampling.sample(torch.tensor(logits), state, inputs)
+
+
+def random_request(rng) -> Request:
+    def maybe(value, off, p=0.35):
+        return value if rng.random() < p else off
+
+    prompt = tuple(int(i) for i in rng.integers(0, VOCAB, rng.integers(1, 20)))
+    params = SamplingParams(
+        temperature=float(rng.choice([0.0, 0.5, 1.0, 1.7])),
+        top_k=maybe(int(rng.integers(1, VOCAB + 20)), 0),
+        top_p=maybe(float(rng.uniform(0.05, 0.99)), 1.0),
+        typical_p=maybe(float(rng.uniform(0.05, 0.99)), 1.0),
+        min_p=maybe(float(rng.uniform(0.01, 0.9)), 0.0),
+        repetition_penalty=maybe(float(rng.uniform(0.5, 2.0)), 1.0),
+        frequency_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
+        presence_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
+        seed=int(rng.integers(0, 2**63)),
+        logit_bias=tuple((int(i), float(rng.normal())) for i in rng.integers(0, VOCAB, maybe(4, 0))),
+        logprobs=maybe(int(rng.integers(0, 5)), -1),
+        raw_logprobs=bool(rng.random() < 0.5),
+    )
+    stop_ids = tuple(int(i) for i in rng.choice(VOCAB, 3, replace=False))
+    return Request(
+        1, prompt, params, StoppingParams(50, int(rng.integers(0, 6)) if rng.random() < 0.3 else 0, stop_ids)
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(seed):
+    rng = np.random.default_rng(seed)
+    requests = [random_request(rng) for _ in range(rng.integers(1, SLOTS))]
+    outputs = [[int(i) for i in rng.integers(0, VOCAB, rng.integers(0, 20))] for _ in requests]
+    slots = rng.permutation(SLOTS)[: len(requests)]
+    logits = (rng.normal(size=(len(requests), VOCAB)) * 4).astype(np.float32)
+    sampled = run(logits, requests, outputs, slots=slots)
+    details = sampled.logprobs.details() if sampled.logprobs else [None] * len(requests)
+    for i, request in enumerate(requests):
+        params = request.sampling
+        prompt, output = list(request.prompt_ids), outputs[i]
+        scores = reference_scores(logits[i], prompt, output, params, request.stopping)
+        expected = reference_choice(scores, params, len(prompt) + len(output))
+        assert int(sampled.token_ids[i]) == expected
+        if params.logprobs < 0:
+            assert details[i] is None
+            continue
+        reference = log_softmax(logits[i] if params.raw_logprobs else scores)
+        best = [int(j) for j in np.argsort(-reference, kind="stable")[: params.logprobs] if reference[j] > -np.inf]
+        assert details[i].logprob == pytest.approx(reference[expected], abs=1e-4)
+        assert list(details[i].top_ids) == best
+        assert details[i].top_logprobs == pytest.approx(reference[best], abs=1e-4)
+
+
+def test_the_noise_is_the_published_function_of_seed_position_and_id():
+    seeds = [0, 1, 2**63 - 1, 2**64 - 1, 123456789012345]
+    positions = np.array([0, 1, 77, 2**20, 5])
+    low = np.array([s & MASK for s in seeds], np.uint32)
+    high = np.array([s >> 32 for s in seeds], np.uint32)
+    keys = rules.noise_keys(low, high, positions)
+    expected = [[reference_noise(s, int(p), t) for t in range(300)] for s, p in zip(seeds, positions, strict=True)]
+    assert sampling.gumbel(keys, 300, torch.device("cpu")).numpy() == pytest.approx(np.array(expected), abs=2e-5)
+    assert rules.noise(keys[:, None], np.arange(300)) == pytest.approx(np.array(expected), abs=2e-5)
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company_and_any_slot():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(8, VOCAB)).astype(np.float32)
+    requests = [a_request(temperature=1.0, seed=i, top_p=(1.0, 0.9)[i % 2]) for i in range(8)]
+    together = run(logits, requests, slots=rng.permutation(8)).token_ids.tolist()
+    alone = [run(logits[i : i + 1], [requests[i]], slots=[3]).token_ids.tolist()[0] for i in range(8)]
+    assert together == alone
+
+
+def chi_square(counts, probabilities) -> float:
+    """The statistic over its degrees of freedom, of bins that expect at least 5."""
+    expected = probabilities * counts.sum()
+    big = expected >= 5
+    bins = [*counts[big], counts[~big].sum()], [*expected[big], expected[~big].sum()]
+    kept = [(c, e) for c, e in zip(*bins, strict=True) if e > 0]
+    return sum((c - e) ** 2 / e for c, e in kept) / max(len(kept) - 1, 1)
+
+
+@pytest.mark.parametrize("varies", ["seed", "position"])
+def test_sampled_ids_follow_the_softmax_whether_seeds_or_positions_vary(varies):
+    rng = np.random.default_rng(1)
+    logits, draws = (rng.normal(size=VOCAB) * 2).astype(np.float32), 20_000
+    numbers = np.arange(draws)
+    zeros = np.zeros(draws, np.uint32)
+    keys = rules.noise_keys(numbers.astype(np.uint32), zeros, zeros) if varies == "seed" else rules.noise_keys(
+        zeros + np.uint32(42), zeros, numbers
+    )  # fmt: skip
+    chosen = (sampling.gumbel(keys, VOCAB, torch.device("cpu")) + torch.tensor(logits)).argmax(-1).numpy()
+    counts = np.bincount(chosen, minlength=VOCAB)
+    assert chi_square(counts, softmax(logits.astype(np.float64))) < 1.8  # 60 degrees: beyond 1.8 once in 10,000
+    pairs = np.bincount((chosen[:-1] % 4) * 4 + chosen[1:] % 4, minlength=16)
+    marginal = np.bincount(chosen % 4, minlength=4) / draws
+    assert chi_square(pairs, np.outer(marginal, marginal).ravel()) < 3  # neighbours are independent
+
+
+def test_filters_leave_the_distribution_of_what_they_keep():
+    rng = np.random.default_rng(2)
+    logits, rows = (rng.normal(size=VOCAB) * 2).astype(np.float32), 4000
+    params = SamplingParams(temperature=0.8, top_k=20, top_p=0.9)
+    request = [Request(1, (1, 2), SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=i), StoppingParams(5))
+               for i in range(rows)]  # fmt: skip
+    chosen = run(np.tile(logits, (rows, 1)), request).token_ids.numpy()
+    probabilities = softmax(reference_scores(logits, [1, 2], [], params, StoppingParams(5)))
+    assert set(chosen) <= set(np.flatnonzero(probabilities))
+    assert chi_square(np.bincount(chosen, minlength=VOCAB), probabilities) < 2.5
+
+
+@pytest.mark.parametrize("tail", ["greedy", "plain", "full"])
+def test_a_greedy_row_takes_the_likeliest_under_every_tail(tail):
+    logits = np.random.default_rng(3).normal(size=(5, VOCAB)).astype(np.float32)
+    sampled = run(logits, [a_request(top_k=3, top_p=0.5) for _ in range(5)], tail=tail)
+    assert sampled.token_ids.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "typical_p": 0.5}])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_gives_minus_one_and_harms_no_other(params, poison):
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(3, VOCAB)).astype(np.float32)
+    requests = [a_request(seed=i, logprobs=2, **params) for i in range(3)]
+    clean = run(logits, requests).token_ids.tolist()
+    logits[1, 17] = poison
+    state, inputs = make_step(requests)
+    sampled = sampling.sample(torch.tensor(logits), state, inputs)
+    assert sampled.token_ids.tolist() == [clean[0], -1, clean[2]]
+    assert [d is None for d in sampled.logprobs.details()] == [False, True, False]
+    state.record(inputs, sampled.token_ids)
+    assert state.tokens[:3, 3].tolist() == [clean[0], 0, clean[2]]  # a valid id, for a step that is launched already
+
+
+def test_top_k_keeps_ties_and_may_exceed_the_vocabulary():
+    logits = np.array([[3.0, 3.0, 3.0, 1.0, 0.0]], np.float32)
+    for top_k in (1, 2, 3):
+        seen = {run(logits, [a_request(temperature=1.0, top_k=top_k, seed=s)]).token_ids.item() for s in range(60)}
+        assert seen == {0, 1, 2}
+    seen = {run(logits, [a_request(temperature=2.0, top_k=10**6, seed=s)]).token_ids.item() for s in range(200)}
+    assert seen == {0, 1, 2, 3, 4}
+
+
+def test_top_p_of_a_flat_distribution_wider_than_the_first_look_is_exact():
+    vocab = 4 * sampling._LIKELY
+    logits = (np.random.default_rng(5).normal(size=(1, vocab)) * 0.05).astype(np.float32)
+    state, inputs = make_step([a_request(temperature=1.0, top_p=0.8, logprobs=vocab)], vocab=vocab)
+    kept = sampling.sample(torch.tensor(logits), state, inputs).logprobs.details()[0].top_ids
+    expected = reference_scores(logits[0], [1], [], SamplingParams(temperature=1.0, top_p=0.8), StoppingParams(1))
+    assert abs(len(kept) - np.isfinite(expected).sum()) <= 1  # float32 against float64 on the last one
+    assert len(set(kept) ^ set(np.flatnonzero(np.isfinite(expected)))) <= 1
+
+
+def test_stop_ids_are_banned_until_enough_tokens_were_generated():
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, 7] = 50.0
+    request = a_request(stopping=StoppingParams(10, 3, (7,)))
+    chosen = [run(logits, [request], [[1] * n]).token_ids.item() for n in range(5)]
+    assert [c == 7 for c in chosen] == [False, False, False, True, True]
+
+
+def test_a_slot_taken_over_by_another_request_keeps_nothing_of_the_one_before():
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, 9] = 1.0
+    state, inputs = make_step([a_request(logit_bias=((3, 50.0), (4, 60.0)), repetition_penalty=2.0)])
+    assert sampling.sample(torch.tensor(logits), state, inputs).token_ids.item() == 4
+    fresh = Admitted(0, a_request(prompt=(9, 9)), np.array([9, 9], np.int32))
+    inputs = StepInputs(*(np.array(a, np.int32) for a in ([0], [1], [1], [0])), admitted=(fresh,), tail="full")
+    state.apply(inputs)
+    assert sampling.sample(torch.tensor(logits), state, inputs).token_ids.item() == 9
+
+
+def test_prompt_logprobs_are_the_models_own_of_the_prompts_next_tokens_in_every_chunk():
+    rng = np.random.default_rng(6)
+    prompt = tuple(int(i) for i in rng.integers(0, VOCAB, 11))
+    wants, silent = a_request(prompt, prompt_logprobs=3), a_request((5, 6, 7))
+    logits = rng.normal(size=(11, VOCAB)).astype(np.float32)
+    state = Slots(StepLimits(64, SLOTS, MAX_TOTAL, 4), VOCAB)
+    found, admitted = [], (Admitted(2, silent, np.array([5, 6, 7])), Admitted(4, wants, np.array(prompt)))
+    for start, count in ((0, 4), (4, 5), (9, 2)):
+        rows = (np.array(a, np.int32) for a in ([2, 4], [0, start], [3, count], [0, 1]))
+        inputs = StepInputs(*rows, admitted=admitted, prompt_logprobs=3)
+        state.apply(inputs)
+        positions = state.prompt_positions(inputs)
+        assert positions.where.tolist() == [3 + i for i in range(count) if start + i + 1 < len(prompt)]
+        chunk = torch.tensor(logits[[start + int(w) - 3 for w in positions.where]])
+        details = sampling.prompt_details(chunk, positions, state, inputs)
+        assert set(details) == {1}
+        found += details[1]
+        admitted = ()
+    reference = [log_softmax(row) for row in logits]
+    assert [d.logprob for d in found] == pytest.approx([reference[i][prompt[i + 1]] for i in range(10)], abs=1e-5)
+    assert [list(d.top_ids) for d in found] == [np.argsort(-reference[i])[:3].tolist() for i in range(10)]
+    assert all(len(d.top_logprobs) == 3 for d in found)
+
+
+def test_block_tables_and_tokens_follow_the_differences():
+    state, inputs = make_step([a_request()])
+    blocks = np.array([[0, 0, 5], [0, 1, 9], [3, 2, 7]], np.int32)
+    state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=blocks))
+    assert state.tables[0, :2].tolist() == [5, 9]
+    assert state.tables[3, 2].item() == 7
+    assert state.tokens[0, :3].tolist() == [1, 2, 3]
