@@ -1,1 +1,1 @@
-"""Who runs when: the scheduler, its blocks, the loop. No torch, no text, no HTTP."""
+"""Who runs when: the scheduler, the block pool, the loop and the sockets around it. Token ids only, no tensors."""

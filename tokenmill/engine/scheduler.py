@@ -1,0 +1,376 @@
+"""Who runs in the next step. Shared by every model and feature: features go elsewhere, none is named here.
+
+Pure: its state changes only by `add`, `abort`, `schedule` and `update`. Every tensor-parallel rank runs its own copy
+on the same messages and tokens and must reach the same plan, so nothing here reads a clock, an option, a random
+number or the device.
+
+There are no prefill and decode phases. A sequence has tokens of which some are computed; each step gives it as many
+as the budget allows. Chunked prefill, decode, a prefix-cache hit and the resumption after a preemption are the same
+case. (The idea is vLLM v1's.) What a step needs of every running sequence stands in arrays by slot, so that a step
+whose plan is the last one's costs a few array operations, not a walk over the sequences.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.sequence import Batch, Int32, Sequence, StepResult
+from tokenmill.wire.messages import Output, Request, Stats, TokenDetails
+
+_NO_ENTRIES = np.zeros((0, 3), np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What a step and a sequence may be at most. `block_size` is the pool's."""
+
+    max_batch_tokens: int  # of a step
+    max_batch_size: int  # sequences that run at once: slots
+    max_total_tokens: int  # of a sequence, prompt and output
+    block_size: int = 16  # tokens of a cache block
+    min_chunk: int = 1  # a prompt is not cut into pieces smaller than this; what is left over waits for the next step
+
+
+class Scheduler:
+    """Sequences that wait, in order; sequences that run, in order of admission; and how far each is."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self.running: dict[int, Sequence] = {}  # the last is preempted first
+        self.num_steps = self.num_preemptions = 0
+        self.num_prefill_tokens = self.num_decode_tokens = self.num_cached_tokens = 0
+        size = limits.max_batch_size
+        self._free_slots = list(range(size - 1, -1, -1))
+        self._tokens = np.zeros(size, np.int32)  # by slot: tokens known here or on the device
+        self._computed = np.zeros(size, np.int32)  # by slot: tokens whose cache entries a launched step has written
+        self._last = np.zeros(size, np.int32)  # by slot: tokens ever to compute; the last one is only sampled
+        self._held = np.zeros(size, np.int32)  # by slot: blocks
+        self._rows: list[
+            Sequence
+        ] = []  # `running` as a list and its slots; made anew when it changed, never written to
+        self._slots: Int32 = np.zeros(0, np.int32)
+        self._changed = False
+        self._min_chunk = min(limits.min_chunk, limits.max_batch_tokens)
+        self._entries: list[tuple[int, int, int]] = []  # of block tables, new in the step being planned
+        self._notices: list[Output] = []
+
+    @property
+    def has_work(self) -> bool:
+        """False if `schedule` has nothing to plan until the next `add`."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. One that can never run is refused: its end is among the next notices."""
+        if refusal := self._refusal(request):
+            self._notices.append(Output(request.id, finish_reason="error", message=refusal))
+        else:
+            self.waiting[request.id] = Sequence(request)
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request and free its blocks at once; nothing comes of it any more. Unknown ids are ignored."""
+        seq = self.running.get(request_id) or self.waiting.get(request_id)
+        if seq is not None:
+            self._finish(seq, "abort")
+
+    def notices(self) -> list[Output]:
+        """Admissions and refusals since the last call. They precede what `update` says of the same requests."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def schedule(self) -> Batch | None:
+        """Plan the next step and count it as done; None when nothing can run."""
+        self._entries = []
+        rows, slots, starts, counts, preempted = self._go_on()
+        admitted: list[Sequence] = []
+        if self.waiting and not preempted:
+            admitted, fresh_counts = self._admit(self.limits.max_batch_tokens - int(counts.sum()))
+            if admitted:
+                fresh = np.array([seq.slot for seq in admitted], np.int32)
+                rows, slots = rows + admitted, np.concatenate((slots, fresh))
+                starts = np.concatenate((starts, self._computed[fresh]))
+                counts = np.concatenate((counts, np.array(fresh_counts, np.int32)))
+        if not rows:
+            return None
+        return self._commit(rows, slots, starts, counts, admitted)
+
+    def update(self, batch: Batch, result: StepResult) -> list[Output]:
+        """Record what a step gave and say what came of it. Batches come back in the order they were planned."""
+        outputs: list[Output] = []
+        sequences = batch.sequences
+        details, prompts = result.details, self._prompt_details(batch, result)
+        for index, (row, token_id) in enumerate(zip(batch.samples.tolist(), result.token_ids, strict=True)):
+            seq = sequences[row]
+            if seq.finish_reason:  # finished or aborted while the step was on the device
+                continue
+            if token_id < 0:
+                self._fail(seq, outputs)
+                continue
+            token_ids = seq.token_ids
+            token_ids.append(token_id)
+            if len(token_ids) >= seq.publish_at:
+                self._publish(seq)
+            reason = ""
+            if token_id in seq.stop_ids:
+                reason = "stop"
+            elif len(token_ids) == seq.max_tokens:
+                reason = "length"
+            if reason:
+                self._finish(seq, reason)
+            if reason or details is not None or prompts:
+                outputs.append(_output(seq, token_id, details[index] if details else None, prompts.pop(row, ())))
+            else:
+                outputs.append(Output(seq.id, (token_id,)))
+        for row, found in prompts.items():  # of rows that did not sample
+            if not sequences[row].finish_reason:
+                outputs.append(Output(sequences[row].id, prompt_details=found))
+        return outputs
+
+    def stats(self, batch: Batch | None = None, step_s: float = 0.0) -> Stats:
+        """The books as they stand; `batch` and `step_s` are the step they are told after."""
+        return Stats(
+            waiting=len(self.waiting),
+            running=len(self.running),
+            blocks_used=self.pool.num_blocks - self.pool.num_free,
+            blocks_total=self.pool.num_blocks,
+            steps=self.num_steps,
+            prefill_tokens=self.num_prefill_tokens,
+            decode_tokens=self.num_decode_tokens,
+            cached_tokens=self.num_cached_tokens,
+            preemptions=self.num_preemptions,
+            batch_size=len(batch.sequences) if batch else 0,
+            batch_tokens=batch.num_tokens if batch else 0,
+            step_s=step_s,
+            prefill_rows=batch.num_prefill_rows if batch else 0,
+            admitted=len(batch.admitted) if batch else 0,
+        )
+
+    # ---- planning
+
+    def _go_on(self) -> tuple[list[Sequence], Int32, Int32, Int32, bool]:
+        """The running sequences' part of the step: rows, slots, starts, counts; and whether one was preempted."""
+        if self._changed:
+            self._rows = list(self.running.values())
+            self._slots = np.array([seq.slot for seq in self._rows], np.int32)
+            self._changed = False
+        rows, slots = self._rows, self._slots
+        starts = self._computed[slots]
+        counts = np.minimum(self._tokens[slots], self._last[slots]) - starts
+        counts = self._within_budget(counts)
+        need = -(-(starts + counts) // self.pool.block_size) - self._held[slots]
+        for row in np.flatnonzero(need > 0).tolist():
+            if rows[row].slot >= 0 and not self._grow(rows[row], int(need[row])):
+                break  # it was the youngest
+        if not self._changed and counts.all():
+            return rows, slots, starts, counts, False
+        keep = np.array([row for row, count in enumerate(counts.tolist()) if count and rows[row].slot >= 0], np.intp)
+        return [rows[row] for row in keep.tolist()], slots[keep], starts[keep], counts[keep], self._changed
+
+    def _within_budget(self, wanted: Int32) -> Int32:
+        """How many of the wanted tokens each row gets: the older first, and no sliver of a prompt."""
+        before = np.cumsum(wanted, dtype=np.int32) - wanted
+        if not len(wanted) or before[-1] + wanted[-1] <= self.limits.max_batch_tokens:
+            return wanted
+        given = np.clip(self.limits.max_batch_tokens - before, 0, wanted)
+        given[(given < wanted) & (given < self._min_chunk)] = 0
+        return given.astype(np.int32, copy=False)
+
+    def _admit(self, budget: int) -> tuple[list[Sequence], list[int]]:
+        """Let waiting sequences run, in order, while there are slots, blocks and budget; who, and their counts."""
+        admitted: list[Sequence] = []
+        counts: list[int] = []
+        while self.waiting and self._free_slots and budget > 0:
+            seq = next(iter(self.waiting.values()))
+            count = self._try_to_admit(seq, budget)
+            if not count:
+                break
+            admitted.append(seq)
+            counts.append(count)
+            budget -= count
+        return admitted, counts
+
+    def _try_to_admit(self, seq: Sequence, budget: int) -> int:
+        """Give the head of the queue a slot, its cached prefix and blocks for all its tokens; how many it may compute
+        now.
+
+        0, and nothing done, if it must wait. A few blocks are left over for those that run already, lest they preempt
+        it in the next steps.
+        """
+        known = len(seq.token_ids)
+        if known < seq.num_tokens:  # preempted with a token on the device, which may be its last
+            return 0
+        pool, size = self.pool, self.pool.block_size
+        seq.extend_hashes(size)
+        # at least one token must run, or there is nothing to sample from
+        cached = [] if seq.request.computes_whole_prompt else pool.match(seq.hashes[: (known - 1) // size])
+        left = known - len(cached) * size
+        count = min(left, budget)
+        if count < min(left, self._min_chunk):
+            return 0
+        need = -(-known // size) - len(cached)
+        reserve = min(len(self.running), pool.num_blocks // 8)
+        if need + reserve > pool.num_free - pool.unused(cached):
+            return 0
+        pool.share(cached)
+        fresh = pool.allocate(need)
+        assert fresh is not None
+        self._start(seq, cached, fresh)
+        return count
+
+    def _start(self, seq: Sequence, cached: list[int], fresh: list[int]) -> None:
+        """Move `seq` from `waiting` to `running`."""
+        slot = self._free_slots.pop()
+        del self.waiting[seq.id]
+        self.running[seq.id] = seq
+        self._changed = True
+        num_cached = len(cached) * self.pool.block_size
+        seq.slot, seq.blocks = slot, cached + fresh
+        seq.num_published = len(cached)
+        seq.publish_at = num_cached + self.pool.block_size
+        self._tokens[slot] = seq.num_tokens
+        self._computed[slot] = num_cached
+        self._last[slot] = seq.max_tokens - 1
+        self._held[slot] = len(seq.blocks)
+        self._entries += [(slot, index, block) for index, block in enumerate(seq.blocks)]
+        if not seq.was_admitted:
+            seq.was_admitted = True
+            self.num_cached_tokens += num_cached
+            self._notices.append(Output(seq.id, num_cached=num_cached))
+
+    def _grow(self, seq: Sequence, need: int) -> bool:
+        """Give `seq` that many more blocks, preempting the youngest for them; False if that was itself."""
+        while (fresh := self.pool.allocate(need)) is None:
+            victim = next(reversed(self.running.values()))
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        held = len(seq.blocks)
+        self._entries += [(seq.slot, held + index, block) for index, block in enumerate(fresh)]
+        seq.blocks += fresh
+        self._held[seq.slot] = held + need
+        return True
+
+    def _commit(
+        self, rows: list[Sequence], slots: Int32, starts: Int32, counts: Int32, admitted: list[Sequence]
+    ) -> Batch:
+        """Count the step as done."""
+        computed = starts + counts
+        self._computed[slots] = computed
+        sampling = computed == self._tokens[slots]
+        self._tokens[slots] += sampling
+        long = counts > 1
+        num_tokens = int(counts.sum())
+        num_prefill_rows = int(np.count_nonzero(long | ~sampling))
+        num_decode = len(rows) - num_prefill_rows
+        self.num_steps += 1
+        self.num_decode_tokens += num_decode
+        self.num_prefill_tokens += num_tokens - num_decode
+        if num_prefill_rows:
+            for row in np.flatnonzero(long).tolist():
+                self._publish(
+                    rows[row]
+                )  # steps run in order: whoever finds these blocks reads them after they are written
+        entries = np.array(self._entries, np.int32) if self._entries else _NO_ENTRIES
+        samples = np.flatnonzero(sampling).astype(np.int32)
+        return Batch(slots, starts, counts, samples, rows, admitted, entries, num_tokens, num_prefill_rows)
+
+    # ---- one sequence
+
+    def _refusal(self, request: Request) -> str:
+        """Why this request can never run; "" if it can."""
+        prompt, wanted = len(request.prompt_ids), request.stopping.max_new_tokens
+        if prompt < 1 or wanted < 1:
+            return f"a request needs at least one prompt token and one new token; it has {prompt} and wants {wanted}"
+        if request.id in self.running or request.id in self.waiting:
+            return f"a request with the id {request.id} is being served"
+        if prompt + wanted > self.limits.max_total_tokens:
+            return (
+                f"the request needs {prompt + wanted} tokens ({prompt} of the prompt, {wanted} new ones); "
+                f"a sequence may have {self.limits.max_total_tokens}"
+            )
+        capacity = self.pool.num_blocks * self.pool.block_size
+        if prompt + wanted - 1 > capacity:
+            return (
+                f"the request needs room for {prompt + wanted - 1} tokens in the cache, which holds {capacity}; "
+                "ask for fewer tokens, or give the server more memory"
+            )
+        return ""
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the head of the queue as if new. Its blocks stay cached while nobody needs them."""
+        seq.num_tokens = int(self._tokens[seq.slot])
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self._release(seq)
+        self.waiting[seq.id] = seq
+        self.waiting.move_to_end(seq.id, last=False)
+
+    def _release(self, seq: Sequence) -> None:
+        # A launched step may still write to these blocks and this slot. They can be handed on all the same: steps run in
+        # order, so that write lands before any later step's.
+        del self.running[seq.id]
+        self._changed = True
+        self._free_slots.append(seq.slot)
+        self.pool.release(seq.blocks)
+        seq.slot, seq.blocks = -1, []
+
+    def _publish(self, seq: Sequence) -> None:
+        """Offer the blocks whose tokens are all known and computed."""
+        if seq.slot < 0:
+            return
+        size = self.pool.block_size
+        seq.extend_hashes(size)
+        full = min(len(seq.hashes), int(self._computed[seq.slot]) // size)
+        for index in range(seq.num_published, full):
+            self.pool.publish(seq.blocks[index], seq.hashes[index])
+        seq.num_published = max(full, seq.num_published)
+        seq.publish_at = (seq.num_published + 1) * size
+
+    def _fail(self, seq: Sequence, outputs: list[Output]) -> None:
+        """End a sequence whose numbers are worthless, and let nobody find what it computed."""
+        self.pool.unpublish(seq.blocks)
+        self._finish(seq, "error")
+        outputs.append(
+            Output(
+                seq.id,
+                finish_reason="error",
+                num_preemptions=seq.num_preemptions,
+                message="the model's output is not a finite number",
+            )
+        )
+
+    def _finish(self, seq: Sequence, reason: str) -> None:
+        seq.finish_reason = reason
+        if seq.slot >= 0:
+            self._release(seq)
+        else:
+            del self.waiting[seq.id]
+
+    def _prompt_details(self, batch: Batch, result: StepResult) -> dict[int, tuple[TokenDetails, ...]]:
+        """By row: what was not handed out before (a preempted sequence computes its prompt twice)."""
+        fresh: dict[int, tuple[TokenDetails, ...]] = {}
+        for row, found in (result.prompt_details or {}).items():
+            seq = batch.sequences[row]
+            known = max(0, seq.num_prompt_details - int(batch.starts[row]))
+            if found[known:]:
+                fresh[row] = found[known:]
+                seq.num_prompt_details += len(found) - known
+        return fresh
+
+
+def _output(
+    seq: Sequence, token_id: int, details: TokenDetails | None, prompt_details: tuple[TokenDetails, ...]
+) -> Output:
+    return Output(
+        seq.id,
+        (token_id,),
+        seq.finish_reason,
+        () if details is None else (details,),
+        prompt_details,
+        num_preemptions=seq.num_preemptions if seq.finish_reason else 0,
+    )

@@ -1,0 +1,89 @@
+"""A request while it runs, and the plan of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.engine.block_pool import chain_hash, chain_root
+from tokenmill.wire.messages import Request, TokenDetails
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request's state. Only the scheduler changes it; how far it is on the device stands in the scheduler's arrays.
+
+    A token sampled on the device and not read back yet is not in `token_ids`: its value is not needed to plan the step
+    that consumes it.
+    """
+
+    request: Request
+    id: int = field(init=False)  # the request's
+    token_ids: list[int] = field(init=False)  # prompt and tokens read back
+    max_tokens: int = field(init=False)  # prompt and wanted tokens
+    stop_ids: frozenset[int] = field(init=False)
+    num_tokens: int = field(init=False)  # while it waits: len(token_ids) + tokens still on the device
+    slot: int = -1  # row of the device's per-sequence state; -1 while it waits
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `token_ids`
+    num_published: int = 0  # leading blocks offered to the prefix cache
+    publish_at: int = 0  # len(token_ids) at which there is another block to offer
+    num_prompt_details: int = 0  # how many positions' details were handed out
+    num_preemptions: int = 0
+    was_admitted: bool = False
+    finish_reason: str = ""  # "" while it lives; "stop", "length", "error", "abort"
+
+    def __post_init__(self) -> None:
+        self.id = self.request.id
+        self.token_ids = list(self.request.prompt_ids)
+        self.num_tokens = len(self.token_ids)
+        self.max_tokens = self.num_tokens + self.request.stopping.max_new_tokens
+        self.stop_ids = frozenset(self.request.stopping.stop_ids)
+
+    def extend_hashes(self, block_size: int) -> None:
+        """Hash the blocks that have become full."""
+        while (len(self.hashes) + 1) * block_size <= len(self.token_ids):
+            start = len(self.hashes) * block_size
+            parent = self.hashes[-1] if self.hashes else chain_root(self.request.salt)
+            self.hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One step's plan, as arrays and differences. Nobody writes to it.
+
+    Rows are sequences in order of admission; S rows, R of them sample. While nobody joins or leaves, `slots` and
+    `sequences` are the same objects as in the step before. `sequences[i].slot` may already be another: `slots[i]`
+    counts.
+    """
+
+    slots: Int32  # (S,)
+    starts: Int32  # (S,) first position to compute
+    counts: Int32  # (S,) how many, >= 1
+    samples: Int32  # (R,) rows whose next token is sampled, ascending
+    sequences: list[Sequence]  # by row
+    admitted: list[Sequence]  # given a slot in this step; all of them are rows, the last ones
+    blocks: Int32  # (n, 3) slot, index in its table, block: entries new since the last step
+    num_tokens: int  # sum of `counts`
+    num_prefill_rows: int  # rows that compute more than one token or do not sample
+
+
+class StepResult(Protocol):
+    """What came of a step, on the host. `backends.base.StepResult` is one."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """One a sampling row, in the order of `Batch.samples`; -1: the row's logits were not finite."""
+
+    @property
+    def details(self) -> list[TokenDetails | None] | None:
+        """One a sampling row, None where nobody asked."""
+
+    @property
+    def prompt_details(self) -> dict[int, tuple[TokenDetails, ...]] | None:
+        """By row: of the tokens at positions start + 1 and on, as far as they belong to the prompt."""
