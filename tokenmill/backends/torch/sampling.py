@@ -218,15 +218,22 @@ def _keep_top_k(scores: Tensor, some: _Some) -> Tensor:
 
 
 def _keep_top_p(scores: Tensor, some: _Some) -> Tensor:
-    total, p = scores.logsumexp(-1, keepdim=True), some.column("top_p")
-    for width in (min(_LIKELY, scores.shape[1]), scores.shape[1]):
-        best = scores.topk(width).values if width < scores.shape[1] else scores.sort(-1, descending=True).values
-        share = (best - total).exp()
-        if width == scores.shape[1] or bool((share.sum(-1, keepdim=True) >= p).all()):
-            break
+    least = _least_of_top_p(scores, scores.logsumexp(-1, keepdim=True), some.column("top_p"), _LIKELY)
+    return scores.masked_fill_(scores < least, -torch.inf)
+
+
+def _least_of_top_p(scores: Tensor, total: Tensor, p: Tensor, width: int) -> Tensor:
+    """(S, 1) the smallest score that top-p keeps; rows whose `width` likeliest ids do not make up p look further."""
+    whole = width >= scores.shape[1]
+    best = scores.sort(-1, descending=True).values if whole else scores.topk(width).values
+    share = (best - total).exp()
     last = ((share.cumsum(-1) - share) < p).sum(-1, keepdim=True) - 1  # sums only grow: the kept stand first
     least = best.gather(1, last.clamp(min=0))
-    return scores.masked_fill_(scores < least, -torch.inf)
+    if not whole:
+        rest = (share.sum(-1) < p[:, 0]).nonzero()[:, 0]
+        if len(rest):
+            least[rest] = _least_of_top_p(scores[rest], total[rest], p[rest], width * 16)
+    return least
 
 
 def _keep_typical(scores: Tensor, some: _Some) -> Tensor:
