@@ -56,6 +56,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     stopping: StoppingParams
     salt: bytes = b""  # where the prefix cache's hash chain begins: requests of other salts never share blocks
 
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """True if something is wanted of every prompt token, so that none may be skipped by a hit of the prefix cache."""
+        return self.sampling.prompt_logprobs >= 0
+
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """The client is gone, or a stop string was found: forget the request. Unknown ids are ignored."""
@@ -117,7 +122,7 @@ class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     stats: Stats
 
 
-class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
+class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag="info"):
     """What an engine is, known once it has loaded."""
 
     model_id: str
