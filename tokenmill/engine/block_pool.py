@@ -68,7 +68,7 @@ class BlockPool:
             self.refs[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
-        """Take `count` blocks, forgetting what the oldest free ones cached; None and nothing taken if too few are free."""
+        """Take `count` blocks, forgetting what the oldest free ones cached; None, nothing taken, if too few are."""
         if count > len(self._free):
             return None
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]

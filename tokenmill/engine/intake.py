@@ -238,7 +238,7 @@ class Intake:
             self._selector.modify(worker.socket, wanted, worker)
 
     def _drop(self, worker: _Worker, why: str) -> None:
-        """Close a worker's connection; its requests are aborted by the next `receive`. `why`: what it did wrong, if so."""
+        """Close a worker's connection; its requests are aborted by the next `receive`. `why`: what it did wrong."""
         if worker not in self._workers:
             return
         if why:

@@ -51,9 +51,8 @@ class Scheduler:
         self._computed = np.zeros(size, np.int32)  # by slot: tokens whose cache entries a launched step has written
         self._last = np.zeros(size, np.int32)  # by slot: tokens ever to compute; the last one is only sampled
         self._held = np.zeros(size, np.int32)  # by slot: blocks
-        self._rows: list[
-            Sequence
-        ] = []  # `running` as a list and its slots; made anew when it changed, never written to
+        # `running` as a list and its slots: made anew when it changed, never written to, for batches hold them
+        self._rows: list[Sequence] = []
         self._slots: Int32 = np.zeros(0, np.int32)
         self._changed = False
         self._min_chunk = min(limits.min_chunk, limits.max_batch_tokens)
@@ -176,9 +175,9 @@ class Scheduler:
         before = np.cumsum(wanted, dtype=np.int32) - wanted
         if not len(wanted) or before[-1] + wanted[-1] <= self.limits.max_batch_tokens:
             return wanted
-        given = np.clip(self.limits.max_batch_tokens - before, 0, wanted)
+        given: Int32 = np.clip(self.limits.max_batch_tokens - before, 0, wanted).astype(np.int32)
         given[(given < wanted) & (given < self._min_chunk)] = 0
-        return given.astype(np.int32, copy=False)
+        return given
 
     def _admit(self, budget: int) -> tuple[list[Sequence], list[int]]:
         """Let waiting sequences run, in order, while there are slots, blocks and budget; who, and their counts."""
@@ -272,9 +271,8 @@ class Scheduler:
         self.num_prefill_tokens += num_tokens - num_decode
         if num_prefill_rows:
             for row in np.flatnonzero(long).tolist():
-                self._publish(
-                    rows[row]
-                )  # steps run in order: whoever finds these blocks reads them after they are written
+                # before it has run, for steps run in order: who finds these blocks reads them after the write
+                self._publish(rows[row])
         entries = np.array(self._entries, np.int32) if self._entries else _NO_ENTRIES
         samples = np.flatnonzero(sampling).astype(np.int32)
         return Batch(slots, starts, counts, samples, rows, admitted, entries, num_tokens, num_prefill_rows)
@@ -311,8 +309,8 @@ class Scheduler:
         self.waiting.move_to_end(seq.id, last=False)
 
     def _release(self, seq: Sequence) -> None:
-        # A launched step may still write to these blocks and this slot. They can be handed on all the same: steps run in
-        # order, so that write lands before any later step's.
+        # A launched step may still write to these blocks and this slot. They can be handed on all the same: steps
+        # run in order, so that write lands before any later step's.
         del self.running[seq.id]
         self._changed = True
         self._free_slots.append(seq.slot)

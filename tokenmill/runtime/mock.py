@@ -49,8 +49,8 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
         kind, _, step = part.partition("@")
         if kind not in FAULTS or not step.isdecimal() or int(step) < 1:
             raise ArgumentError(
-                f"The mock fault {part!r} is not understood. Allowed: one of {', '.join(FAULTS)}, then @ and the number "
-                "of a step from 1, as in nan@5; several with commas between."
+                f"The mock fault {part!r} is not understood. Allowed: one of {', '.join(FAULTS)}, then @ and the "
+                "number of a step from 1, as in nan@5; several with commas between."
             )
         faults.append(Fault(kind, int(step)))
     return tuple(faults)
@@ -129,10 +129,9 @@ class MockExecutor:
         """The token is the likeliest; the next ids of the vocabulary follow."""
         if count < 0:
             return None
-        top = tuple((token_id + index) % self._vocab_size for index in range(min(count, self._vocab_size)))
-        return TokenDetails(
-            _LOGPROB, top, (_LOGPROB, *(_NEXT_LOGPROB - index for index in range(count - 1)))[: len(top)]
-        )
+        top_ids = tuple((token_id + index) % self._vocab_size for index in range(min(count, self._vocab_size)))
+        logprobs = (_LOGPROB, *(_NEXT_LOGPROB - index for index in range(count - 1)))
+        return TokenDetails(_LOGPROB, top_ids, logprobs[: len(top_ids)])
 
     def _prompt_details(self, batch: Batch) -> dict[int, tuple[TokenDetails, ...]]:
         if not batch.num_prefill_rows and not batch.admitted:

@@ -9,8 +9,6 @@ never an object of a kind that was not asked for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -138,10 +136,9 @@ class Listener:
         self.address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(address)
+            Path(address).unlink(missing_ok=True)
             self._socket.bind(address)
-            os.chmod(address, 0o600)
+            Path(address).chmod(0o600)
             self._socket.listen(backlog)
         except BaseException:
             self._socket.close()
@@ -246,7 +243,7 @@ class AsyncChannel(asyncio.Protocol, Generic[T]):
         try:
             for message in self._reader.feed(data):
                 self._on_message(message)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - reported by on_close; the loop must go on
             self._error = error
             if self._transport is not None:
                 self._transport.abort()
