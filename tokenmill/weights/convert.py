@@ -1,0 +1,73 @@
+"""Pickled weights to safetensors: `python -m tokenmill.weights.convert FOLDER`. The only place that unpickles.
+
+It runs in a process of its own, reads with `weights_only=True` (tensors, no code), and writes one .safetensors file
+beside each pytorch_model*.bin, and the index if there are several.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_METADATA = {"format": "pt"}
+
+
+def convert_folder(folder: Path) -> list[Path]:
+    """Convert every pytorch_model*.bin of `folder`; returns what was written. Names are unique over all files.
+
+    A tensor that shares its memory with one written before (tied weights) is left out: readers know it as tied. A file
+    appears whole or not at all.
+    """
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no pytorch_model*.bin")
+    several = len(files) > 1
+    places: dict[str, str] = {}
+    written = []
+    for number, file in enumerate(files, 1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors" if several else "model.safetensors"
+        tensors = _read(file)
+        _write(tensors, folder / name)
+        places |= dict.fromkeys(tensors, name)
+        written.append(folder / name)
+    if several:
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return written
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import torch
+
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict):
+        raise TypeError(f"{file.name} holds a {type(state).__name__}, not named tensors")
+    state = state.get("state_dict", state)
+    kept: dict[str, Any] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} in {file.name} is a {type(tensor).__name__}, not a tensor")
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        kept[name] = tensor.contiguous()
+    return kept
+
+
+def _write(tensors: dict[str, Any], target: Path) -> None:
+    from safetensors.torch import save_file
+
+    partial = target.with_suffix(".partial")
+    save_file(tensors, partial, metadata=_METADATA)
+    partial.replace(target)
+
+
+if __name__ == "__main__":
+    try:
+        convert_folder(Path(sys.argv[1]))
+    except Exception as error:  # noqa: BLE001  the top of a process: one line for the parent
+        sys.exit(f"{type(error).__name__}: {error}".replace("\n", " "))
