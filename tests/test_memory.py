@@ -1,0 +1,107 @@
+"""How many blocks fit."""
+
+import pytest
+
+from tokenmill.errors import NotEnoughMemory
+from tokenmill.runtime.memory import CACHE_BYTES, Demand, available_bytes, count_blocks, size
+
+GIB = 1 << 30
+
+
+def demand(**changes) -> Demand:
+    values = {
+        "block_bytes": 1 << 20,
+        "step_bytes": 0,
+        "block_size": 16,
+        "max_batch_size": 128,
+        "max_total_tokens": 8192,
+    }
+    return Demand(**{**values, **changes})
+
+
+def test_a_cache_takes_a_share_of_what_is_free_after_the_largest_step():
+    assert count_blocks(demand(), GIB) == 512
+    assert count_blocks(demand(step_bytes=GIB // 2), GIB) == 256
+
+
+def test_without_a_limit_a_large_machine_is_not_filled():
+    assert count_blocks(demand(), 100 * GIB) == CACHE_BYTES >> 20
+
+
+def test_one_sequence_of_full_length_may_exceed_the_cap():
+    assert count_blocks(demand(max_total_tokens=131072), 100 * GIB) == 8192
+
+
+def test_a_limit_covers_weights_step_and_cache():
+    assert count_blocks(demand(step_bytes=GIB), 100 * GIB, weight_bytes=3 * GIB, limit=10 * GIB) == 6 * 1024
+
+
+def test_a_limit_above_what_is_free_does_not_help():
+    assert count_blocks(demand(), GIB, limit=10 * GIB) == 1024
+
+
+def test_no_more_blocks_are_taken_than_all_slots_can_use():
+    assert count_blocks(demand(max_batch_size=2, max_total_tokens=100), 100 * GIB) == 14
+
+
+def test_a_wanted_length_is_worth_more_than_the_share():
+    assert count_blocks(demand(wanted_tokens=600 * 16), GIB) == 600
+
+
+def test_a_wanted_length_that_does_not_fit_is_refused_with_both_numbers_and_the_cure():
+    with pytest.raises(NotEnoughMemory) as refused:
+        count_blocks(demand(wanted_tokens=8192), GIB // 4)
+    assert "8192 tokens needs 512.0 MiB, but 128.0 MiB are free" in str(refused.value)
+    assert "--max-total-tokens" in str(refused.value)
+
+
+def test_weights_over_the_limit_leave_nothing_and_say_so():
+    with pytest.raises(NotEnoughMemory, match=r"0 B are left of the memory limit of 2\.0 GiB \(weights 3\.0 GiB"):
+        count_blocks(demand(), 100 * GIB, weight_bytes=3 * GIB, limit=2 * GIB)
+
+
+def test_a_machine_with_less_than_a_step_is_refused():
+    with pytest.raises(NotEnoughMemory):
+        count_blocks(demand(step_bytes=2 * GIB), GIB)
+
+
+def tree(tmp_path, files):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(tmp_path)
+
+
+def test_the_tightest_enclosing_cgroup_counts_and_its_droppable_file_pages_do_not(tmp_path):
+    root = tree(tmp_path, {
+        "proc/self/cgroup": "0::/pod/box\n",
+        "sys/fs/cgroup/pod/memory.max": "3000",
+        "sys/fs/cgroup/pod/memory.current": "2500",
+        "sys/fs/cgroup/pod/memory.stat": "anon 1\ninactive_file 700\n",
+        "sys/fs/cgroup/pod/box/memory.max": "max\n",
+        "sys/fs/cgroup/pod/box/memory.current": "9",
+        "sys/fs/cgroup/pod/box/memory.stat": "inactive_file 0\n",
+    })  # fmt: skip
+    assert available_bytes(root) == 3000 - (2500 - 700)
+
+
+def test_cgroups_of_the_first_version_are_understood_and_their_no_limit_is_none(tmp_path):
+    limits = {
+        "proc/self/cgroup": "4:memory:/box\n0::/\n",
+        "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "5000",
+        "sys/fs/cgroup/memory/box/memory.usage_in_bytes": "1000",
+        "sys/fs/cgroup/memory/box/memory.stat": "total_inactive_file 10\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096),
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000",
+        "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 10\n",
+    }
+    assert available_bytes(tree(tmp_path, limits)) == 5000 - 990
+
+
+def test_without_cgroups_the_machine_counts(tmp_path):
+    assert available_bytes(str(tmp_path)) > 1 << 20
+
+
+def test_sizes_read_well():
+    assert [size(n) for n in (0, 1023, 1536, 5 << 20, 3 << 29)] == ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "1.5 GiB"]

@@ -1,0 +1,72 @@
+"""A step's plan to what a backend runs: the same arrays, and which tail of the program its rows need."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.backends.base import Admitted, StepInputs, Tail
+from tokenmill.backends.sampling import needs_full
+from tokenmill.engine.sequence import Batch
+
+_NEEDS = np.dtype(
+    [
+        ("full", np.bool_),
+        ("random", np.bool_),
+        ("logprobs", np.int32),
+        ("prompt_logprobs", np.int32),
+        ("num_prompt", np.int32),
+    ]
+)
+
+
+class StepBuilder:
+    """Builds every step's inputs, in the order of the launches; remembers what each slot's request needs."""
+
+    def __init__(self, max_batch_size: int) -> None:
+        self._needs = np.zeros(max_batch_size, _NEEDS)
+
+    def build(self, batch: Batch) -> StepInputs:
+        """The inputs of `batch`; costs a few array operations when nobody was admitted."""
+        slots = batch.slots
+        admitted = tuple(self._admit(batch)) if batch.admitted else ()
+        needs = self._needs[slots]
+        sampling = needs[batch.samples]
+        prompts = needs["prompt_logprobs"][batch.starts < needs["num_prompt"] - 1]
+        return StepInputs(
+            slots,
+            batch.starts,
+            batch.counts,
+            batch.samples,
+            admitted,
+            batch.blocks,
+            _tail(sampling["full"], sampling["random"]),
+            _most(sampling["logprobs"]),
+            _most(prompts),
+        )
+
+    def _admit(self, batch: Batch) -> list[Admitted]:
+        """Remember the needs of the rows that begin; they are the last of the batch."""
+        admitted = []
+        slots = batch.slots[len(batch.slots) - len(batch.admitted) :].tolist()
+        for slot, seq in zip(slots, batch.admitted, strict=True):
+            request, p = seq.request, seq.request.sampling
+            self._needs[slot] = (
+                needs_full(p, request.stopping.min_new_tokens),
+                not p.greedy,
+                p.logprobs,
+                p.prompt_logprobs,
+                len(request.prompt_ids),
+            )
+            admitted.append(Admitted(slot, request, np.array(seq.token_ids, np.int32)))
+        return admitted
+
+
+def _tail(full: NDArray[np.bool_], random: NDArray[np.bool_]) -> Tail:
+    if full.any():
+        return "full"
+    return "plain" if random.any() else "greedy"
+
+
+def _most(wanted: NDArray[np.int32]) -> int:
+    return int(wanted.max(initial=-1))

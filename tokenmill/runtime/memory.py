@@ -1,0 +1,118 @@
+"""How many cache blocks fit: a pure rule over a few numbers, and the look at this machine that gives one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tokenmill.errors import NotEnoughMemory
+
+SHARE = 0.5  # of free memory that a cache takes when nobody set a limit: a host's memory is not ours alone
+CACHE_BYTES = 4 << 30  # and no more than this, unless one sequence of full length needs more
+_NO_LIMIT = 1 << 60  # what cgroup v1 says for none is near 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What decides the number of blocks, besides the memory there is. Of one rank."""
+
+    block_bytes: int  # of one block over all layers
+    step_bytes: int  # of the largest step, besides weights and cache
+    block_size: int  # tokens
+    max_batch_size: int  # sequences at once
+    max_total_tokens: int  # of the longest sequence
+    wanted_tokens: int = 2  # a sequence of this length must fit: what the user asked for, else the least that is of use
+
+    def blocks_of(self, tokens: int) -> int:
+        """Blocks that so many tokens of one sequence fill."""
+        return -(-tokens // self.block_size)
+
+
+def count_blocks(demand: Demand, available: int, weight_bytes: int = 0, limit: int | None = None) -> int:
+    """The number of cache blocks to allocate.
+
+    `available`: bytes that are free now, after the weights were read. `limit`: what the user allows weights, step and
+    cache together; without one, a share of what is free. More than every slot at full length can use is not taken.
+    Raises NotEnoughMemory, with both numbers, if a sequence of `wanted_tokens` does not fit.
+    """
+    free = available - demand.step_bytes
+    if limit is not None:
+        budget = min(limit - weight_bytes - demand.step_bytes, free)
+    else:
+        least = demand.blocks_of(demand.max_total_tokens) * demand.block_bytes
+        budget = min(int(free * SHARE), max(CACHE_BYTES, least))
+    needed = demand.blocks_of(demand.wanted_tokens)
+    if limit is None and budget < needed * demand.block_bytes <= free * 0.9:
+        budget = needed * demand.block_bytes  # what was asked for is worth more than the share
+    blocks = max(budget, 0) // demand.block_bytes
+    if blocks < needed:
+        raise NotEnoughMemory(_refusal(demand, needed, budget, weight_bytes, limit))
+    return min(blocks, demand.blocks_of(demand.max_total_tokens) * demand.max_batch_size)
+
+
+def _refusal(demand: Demand, needed: int, budget: int, weight_bytes: int, limit: int | None) -> str:
+    where = "are free after the weights were loaded"
+    if limit is not None:
+        taken = f"weights {size(weight_bytes)}, a step {size(demand.step_bytes)}"
+        where = f"are left of the memory limit of {size(limit)} ({taken})"
+    return (
+        f"The KV cache of one sequence of {demand.wanted_tokens} tokens needs {size(needed * demand.block_bytes)}, but "
+        f"{size(max(budget, 0))} {where}. Lower --max-total-tokens, raise --memory-limit, or serve a smaller model."
+    )
+
+
+def size(num_bytes: int) -> str:
+    """As a reader likes it: "1.5 GiB"."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def available_bytes(root: str = "/") -> int:
+    """Bytes that this process may still take: of the machine's memory and of every cgroup that it is in.
+
+    `root`: where /proc and /sys are, for tests.
+    """
+    return min([int(psutil.virtual_memory().available), *_cgroup_rooms(Path(root))])
+
+
+def _cgroup_rooms(root: Path) -> Iterator[int]:
+    """What each enclosing cgroup leaves, v2 or v1. File pages that can be dropped are not counted as used."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers == "":
+            base, names = mount, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = mount / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / own.lstrip("/")
+        for group in (folder, *folder.parents):
+            if (room := _room(group, *names)) is not None:
+                yield room
+            if group == base:
+                break
+
+
+def _room(group: Path, limit_name: str, usage_name: str, droppable: str) -> int | None:
+    """Bytes left in one cgroup; None if it has no limit (or, in a container, is not to be seen)."""
+    try:
+        limit = int((group / limit_name).read_text())
+        usage = int((group / usage_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = usage - int(stat.get(droppable, 0))
+    except (OSError, ValueError):  # "max" is no number
+        return None
+    return limit - used if limit < _NO_LIMIT else None
