@@ -1,0 +1,48 @@
+"""Rotary positions and attention over the paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenmill.program import ops
+from tokenmill.program.rope import RopeTable
+from tokenmill.program.value import Value
+
+
+class Rope:
+    """Rotate each head of x by the row's position. `scaling`: config.json's dictionary."""
+
+    def __init__(
+        self, head_dim: int, theta: float, max_position: int, scaling: dict[str, Any] | None = None, rotary_dim: int = 0
+    ) -> None:
+        self.head_dim = head_dim
+        self.table = RopeTable.of(rotary_dim or head_dim, theta, max_position, scaling)
+
+    def __call__(self, x: Value) -> Value:
+        """(tokens, heads · head_dim), the same shape."""
+        return x.record(ops.Rope, x=x, rope=self.table, head_dim=self.head_dim)
+
+
+def attend(
+    q: Value,
+    k: Value,
+    v: Value,
+    *,
+    layer: int,
+    head_dim: int,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Value:
+    """Causal attention; query heads share key-value heads in groups. The widths say how many of each."""
+    return q.record(
+        ops.Attention,
+        q=q,
+        k=k,
+        v=v,
+        layer=layer,
+        head_dim=head_dim,
+        scale=scale or head_dim**-0.5,
+        window=window,
+        softcap=softcap,
+    )

@@ -1,0 +1,19 @@
+"""Rows of a table by id or position."""
+
+from __future__ import annotations
+
+from tokenmill.layers.scope import Scope
+from tokenmill.program import ops
+from tokenmill.program.ops import Part, Shard, Weight
+from tokenmill.program.value import Value
+
+
+class Embedding:
+    """ids (tokens, 1) -> (tokens, width)."""
+
+    def __init__(self, scope: Scope, rows: int, width: int, *, shard: Shard = "vocab", scale: float = 1.0) -> None:
+        self.weight, self.scale = Weight((Part(scope / "weight", rows),), width, shard, table=True), scale
+
+    def __call__(self, ids: Value) -> Value:
+        """Look up."""
+        return ids.record(ops.Embed, self.weight.columns, ids=ids, table=self.weight, scale=self.scale)

@@ -1,0 +1,68 @@
+"""Linear layers: several named matrices as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tokenmill.layers.scope import Scope
+from tokenmill.program import ops
+from tokenmill.program.ops import Part, Shard, Weight
+from tokenmill.program.value import Value
+
+
+class Linears:
+    """x (rows, width) -> the outputs of the named matrices, one value for each.
+
+    `outputs`: name -> its size, or several sizes of a matrix that is stored fused. `unit`: outputs that a rank may not
+    split.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        width: int,
+        *,
+        shard: Shard = "none",
+        unit: int = 1,
+        bias: bool = False,
+        transposed: bool = False,
+        outputs: Mapping[str, int | tuple[int, ...]],
+    ) -> None:
+        sizes = {name: (n,) if isinstance(n, int) else n for name, n in outputs.items()}
+        self.widths = [n for parts in sizes.values() for n in parts]
+
+        def parts(suffix: str) -> tuple[Part, ...]:
+            return tuple(
+                Part(scope / name / suffix, n, sum(ns[:i])) for name, ns in sizes.items() for i, n in enumerate(ns)
+            )
+
+        self.weight = Weight(parts("weight"), width, shard, unit, transposed)
+        self.bias = Weight(parts("bias"), 0, shard, unit) if bias else None
+
+    def product(self, x: Value) -> Value:
+        """The outputs side by side."""
+        return x.record(ops.Linear, sum(self.widths), x=x, weight=self.weight, bias=self.bias)
+
+    def __call__(self, x: Value) -> list[Value]:
+        """One value for each matrix, or each size of one."""
+        return self.product(x).split(*self.widths)
+
+
+class Linear:
+    """x (rows, width) -> (rows, outputs) by the matrix `name`."""
+
+    def __init__(
+        self, scope: Scope, width: int, name: str, outputs: int, *, shard: Shard = "none", bias: bool = False
+    ) -> None:
+        self.many = Linears(scope, width, shard=shard, bias=bias, outputs={name: outputs})
+
+    def __call__(self, x: Value) -> Value:
+        """The product."""
+        return self.many.product(x)
+
+
+def head(scope: Scope, width: int, vocabulary: int, tied: Weight | None = None) -> Linear:
+    """The output matrix: its own, or the embedding's of a tied model."""
+    layer = Linear(scope, width, "lm_head", vocabulary, shard="vocab")
+    layer.many.weight = tied or layer.many.weight
+    return layer

@@ -1,0 +1,37 @@
+"""Feed-forward layers, and the small operations around them."""
+
+from __future__ import annotations
+
+from tokenmill.layers.linear import Linear, Linears
+from tokenmill.layers.scope import Scope
+from tokenmill.program import ops
+from tokenmill.program.value import Value
+
+
+def act(x: Value, name: str) -> Value:
+    """name(x), an activation by transformers' name."""
+    return x.record(ops.Act, x=x, act=name)
+
+
+def soft_cap(x: Value, cap: float) -> Value:
+    """cap · tanh(x / cap)"""
+    return x.record(ops.SoftCap, x=x, cap=cap)
+
+
+def take_rows(x: Value) -> Value:
+    """The rows that sample: only they need logits."""
+    return x.record(ops.TakeRows, rows="samples", x=x)
+
+
+class GatedMlp:
+    """down(act(gate(x)) · up(x))"""
+
+    def __init__(self, scope: Scope, width: int, inner: int, act: str, *, bias: bool = False) -> None:
+        self.gate_up = Linears(scope, width, shard="column", bias=bias, outputs={"gate_proj": inner, "up_proj": inner})
+        self.down = Linear(scope, inner, "down_proj", width, shard="row", bias=bias)
+        self.act = act
+
+    def __call__(self, x: Value) -> Value:
+        """(rows, width), the same shape."""
+        gate, up = self.gate_up(x)
+        return self.down(gate.record(ops.GatedAct, gate=gate, up=up, act=self.act))

@@ -1,0 +1,106 @@
+"""Bytes and FLOPs of a step, from the program alone: no weights, no device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tokenmill.program import ops
+from tokenmill.program.ops import Op, Weight
+from tokenmill.program.value import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much a step has to do."""
+
+    tokens: int
+    samples: int
+    context: int  # cache entries read, summed over sequences, this step's included
+    pairs: int  # (query, key) pairs
+
+    @staticmethod
+    def decode(rows: int, context: int) -> Load:
+        """One token for each of `rows` sequences that then have `context`."""
+        return Load(rows, rows, rows * context, rows * context)
+
+    @staticmethod
+    def prefill(tokens: int) -> Load:
+        """A whole prompt."""
+        return Load(tokens, 1, tokens, tokens * (tokens + 1) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Bytes moved and floating point operations."""
+
+    weights: float = 0.0
+    cache: float = 0.0
+    activations: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.weights + other.weights,
+            self.cache + other.cache,
+            self.activations + other.activations,
+            self.flops + other.flops,
+        )
+
+
+Bits = Callable[[Weight], float]
+"""Of one element of a weight as stored, its scales included."""
+
+
+def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes: int = 2) -> Cost:
+    """One operation's. A window is counted as if full."""
+    rows = {"tokens": load.tokens, "samples": load.samples}
+    values = (*op.reads().values(), *op.results().values())
+    moved = sum(v.width * rows[v.spec.rows] for v in values) * activation_bytes
+    n = rows[op.out.spec.rows]
+
+    def size(w: Weight) -> float:
+        return w.size * bits(w) / 8
+
+    if isinstance(op, ops.Embed):
+        return Cost(n * op.table.columns * bits(op.table) / 8, 0, moved)
+    if isinstance(op, ops.Linear):
+        return Cost(size(op.weight) + (size(op.bias) if op.bias else 0), 0, moved, 2 * n * op.weight.size)
+    if isinstance(op, ops.Attention):
+        one = 2 * op.k.width * cache_bytes  # a token's key and value
+        return Cost(0, one * (load.context + load.tokens), moved, 4 * op.q.width * load.pairs)
+    if isinstance(op, ops.Experts):
+        each, k, e = op.gate_up[0].size + op.down[0].size, op.top_k, len(op.down)
+        touched = e * (1 - (1 - k / e) ** n)  # if rows choose alike and by chance
+        return Cost(touched * (size(op.gate_up[0]) + size(op.down[0])), 0, moved, 2 * n * k * each)
+    return Cost(sum(size(w) for ws in op.weights().values() for w in ws), 0, moved, n * op.out.width)
+
+
+def total(
+    program: Program, load: Load, bits: Bits = lambda w: 16, *, cache_bytes: int = 2, activation_bytes: int = 2
+) -> Cost:
+    """A whole step's."""
+    return sum((cost(op, load, bits, cache_bytes, activation_bytes) for op in program.ops), Cost())
+
+
+class LayerCache(NamedTuple):
+    """What a layer keeps of each token: a key and a value of `heads` × `head_dim`. `window` 0: of all tokens."""
+
+    heads: int
+    head_dim: int
+    window: int
+
+
+def cache_layout(program: Program) -> dict[int, LayerCache]:
+    """By layer: what to allocate, read off the program."""
+    return {
+        op.layer: LayerCache(op.k.width // op.head_dim, op.head_dim, op.window)
+        for op in program.ops
+        if isinstance(op, ops.Attention)
+    }
+
+
+def weights_of(program: Program) -> list[Weight]:
+    """Every weight that the program names, once, in the order of use."""
+    return list(dict.fromkeys(w for op in program.ops for ws in op.weights().values() for w in ws))

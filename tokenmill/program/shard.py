@@ -1,0 +1,98 @@
+"""Tensor parallelism as a pass: from the program at full size to what one of several ranks runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tokenmill.errors import ArgumentError
+from tokenmill.program import ops
+from tokenmill.program.ops import Op, Weight
+from tokenmill.program.value import Inputs, Program, Tape, Value
+
+
+def shard(program: Program, size: int) -> Program:
+    """What one of `size` ranks runs; which one shows only when weights are read.
+
+    After a column-parallel product everything is narrower, until a row-parallel one sums the ranks. ArgumentError if
+    heads or inner sizes cannot be divided. A vocabulary that cannot be divided stays whole on every rank.
+    """
+    return program if size == 1 else _Sharder(program, size).run()
+
+
+class _Sharder:
+    def __init__(self, program: Program, size: int) -> None:
+        self.program, self.size, self.tape = program, size, Tape()
+        # old buffer -> {(old start, old width): new value}: the whole, and the parts of a product
+        self.made: dict[int, dict[tuple[int, int], Value]] = {}
+
+    def run(self) -> Program:
+        inputs = self.program.inputs
+        for v in (inputs.ids, inputs.positions):
+            self.made[v.buffer] = {(0, 1): self.tape.new("tokens", 1, "ids")}
+        for op in self.program.ops:
+            self.rewrite(op)
+        sharded = Inputs(self.at(inputs.ids), self.at(inputs.positions))
+        return Program(tuple(self.tape.ops), sharded, self.at(self.program.output))
+
+    def at(self, v: Value) -> Value:
+        parts = self.made[v.buffer]
+        if (v.start, v.width) in parts:
+            return parts[v.start, v.width]
+        whole = parts[0, v.spec.width]
+        assert whole.width == v.spec.width, "a view across the parts of a sharded product"
+        return replace(whole, start=v.start, width=v.width)
+
+    def cut(self, w: Weight) -> Weight:
+        if w.shard == "none":
+            return w
+        if w.shard == "vocab" and any(part.rows % self.size for part in w.parts):
+            return replace(w, shard="none")
+        check_divisible(w, self.size)
+        return replace(w, ranks=self.size)
+
+    def rewrite(self, op: Op) -> None:
+        reads = {name: self.at(v) for name, v in op.reads().items()}
+        weights: dict[str, Any] = {name: tuple(map(self.cut, ws)) for name, ws in op.weights().items()}
+        for name in weights:
+            if isinstance(getattr(op, name), Weight):
+                (weights[name],) = weights[name]
+        first, old = next(iter(op.reads().items()))
+        is_linear = isinstance(op, ops.Linear)
+        width = weights["weight"].rows if is_linear else op.out.width * reads[first].width // old.width
+        out = self.tape.new(op.out.spec.rows, width)
+        new = replace(op, out=out, **reads, **weights)
+        self.tape.ops.append(new)
+        kind = new.main.shard if new.main else "none"
+        if kind == "row" or (kind == "vocab" and isinstance(op, ops.Embed)):
+            out = out.record(ops.AllReduce, x=out)
+        if kind == "vocab" and is_linear:
+            out = out.record(ops.Gather, op.out.width, x=out)
+        self.made[op.out.buffer] = {(0, op.out.width): out}
+        if kind == "column" and isinstance(op, ops.Linear):
+            self.remember_parts(op, weights["weight"], out)
+
+    def remember_parts(self, op: ops.Linear, weight: Weight, out: Value) -> None:
+        old = new = 0
+        for part in op.weight.parts:
+            n = weight.local(part)
+            self.made[op.out.buffer][old, part.rows] = replace(out, start=new, width=n)
+            old, new = old + part.rows, new + n
+
+
+def check_divisible(w: Weight, size: int) -> None:
+    """ArgumentError if `size` ranks cannot share `w`. Heads fewer than ranks are repeated, if evenly."""
+    if w.shard == "row":
+        if w.columns and w.columns % size:
+            raise _indivisible(w, w.columns, 1, size)
+        return
+    for part in w.parts:
+        groups = part.rows // w.unit
+        if groups % size and (w.unit == 1 or size % groups):
+            raise _indivisible(w, groups, w.unit, size)
+
+
+def _indivisible(w: Weight, n: int, unit: int, size: int) -> ArgumentError:
+    what = f"{n} heads" if unit > 1 else f"{n} columns"
+    fits = ", ".join(str(k) for k in range(1, 17) if n % k == 0)
+    return ArgumentError(f"num-shard {size} does not divide the {what} of {w.name}. Counts that do: {fits}.")

@@ -1,0 +1,206 @@
+"""A matrix as stored, and how a `Weight` becomes one. A method is a file with `read(source, piece) -> Matrix`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill import plugins
+from tokenmill.errors import ModelError, Unsupported
+from tokenmill.program.ops import Part, Weight
+from tokenmill.weights.checkpoint import Checkpoint
+
+_CHUNK = 1 << 17  # elements converted at a time: what a core's cache holds
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """One number an element: float32, float16, float64, or uint16 holding bfloat16."""
+
+    array: NDArray[Any]  # (rows, columns) or a vector
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns), or (elements,)"""
+        return self.array.shape
+
+    def fill(self, out: NDArray[np.float32]) -> None:
+        """Write the numbers as float32 into `out`, of the same shape."""
+        if self.array.dtype == np.uint16:
+            np.left_shift(self.array, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+        else:
+            np.copyto(out, self.array, casting="same_kind")
+
+    def floats(self) -> NDArray[np.float32]:
+        """A new float32 array of the numbers."""
+        return _filled(self)
+
+    def take(self, rows: slice, columns: slice) -> Dense:
+        """A part of it; a vector has no columns."""
+        return Dense(self.array[rows, columns] if self.array.ndim == 2 else self.array[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Columns in blocks that share a scale: scale · code + low.
+
+    4 bits: blocks of 32, code k in byte k % 16, low nibble first, codes 0…15. 8 bits: one int8 a code, blocks of 32 or
+    16. Scales are float16 as stored, or float32 where the format's own scale is a product.
+    """
+
+    bits: int  # 4 or 8
+    codes: NDArray[Any]  # uint8 (rows, blocks, 16) or int8 (rows, blocks, block)
+    scale: NDArray[Any]  # (rows, blocks)
+    low: NDArray[Any] | None = None  # (rows, blocks)
+
+    @property
+    def block(self) -> int:
+        """Columns of a block."""
+        return int(self.codes.shape[2]) * (2 if self.bits == 4 else 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns)"""
+        return self.codes.shape[0], self.codes.shape[1] * self.block
+
+    def fill(self, out: NDArray[np.float32]) -> None:
+        """Write the numbers as float32 into `out`, of the same shape."""
+        rows, columns = self.shape
+        step = max(1, _CHUNK // max(1, columns))
+        for start in range(0, rows, step):
+            some = slice(start, start + step)
+            self._fill(out[some].reshape(-1, self.codes.shape[1], self.block), some)
+
+    def _fill(self, out: NDArray[np.float32], rows: slice) -> None:
+        codes, scale = self.codes[rows], self.scale[rows].astype(np.float32)[..., None]
+        if self.bits == 4:
+            out[..., :16], out[..., 16:] = codes & 15, codes >> 4
+            out *= scale
+        else:
+            np.multiply(codes, scale, out=out)
+        if self.low is not None:
+            out += self.low[rows].astype(np.float32)[..., None]
+
+    def floats(self) -> NDArray[np.float32]:
+        """A new float32 array of the numbers."""
+        return _filled(self)
+
+    def take(self, rows: slice, columns: slice) -> Matrix:
+        """A part of it; Dense if the columns cut a block."""
+        start, stop, _ = columns.indices(self.shape[1])
+        if start % self.block or stop % self.block:
+            some = Blocks(self.bits, self.codes[rows], self.scale[rows], None if self.low is None else self.low[rows])
+            return Dense(some.floats()[:, columns])
+        of = rows, slice(start // self.block, stop // self.block)
+        return Blocks(self.bits, self.codes[of], self.scale[of], None if self.low is None else self.low[of])
+
+
+Matrix = Dense | Blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one rank wants of one tensor."""
+
+    name: str
+    rows: slice
+    columns: slice
+    weight: Weight
+
+
+Reader = Callable[[Checkpoint, Piece], Matrix]
+
+
+def reader_of(source: Checkpoint, quantize: str = "") -> Reader:
+    """The method that a checkpoint's weights were stored by. Unsupported if there is no file for it.
+
+    `quantize`: a method to apply at load, as a user named it; "" for as stored.
+    """
+    stored = source.config.get("quantization_config")
+    method = "gguf" if source.format == "gguf" else "none"
+    if stored is not None:
+        method = str(stored.get("quant_method") if isinstance(stored, dict) else stored)
+    if quantize and method in ("none", quantize):
+        method = quantize
+    elif quantize:
+        raise Unsupported("quantization", quantize, (method,), f"The checkpoint is already stored as {method!r}.")
+    read: Reader = plugins.find("quant", method).read
+    return read
+
+
+def load(weight: Weight, source: Checkpoint, read: Reader, rank: int = 0) -> Matrix:
+    """This rank's part of `weight`, its parts stacked."""
+    loaded = [read(source, piece_of(weight, part, rank)) for part in weight.parts]
+    if weight.columns:
+        return stack(loaded)
+    vector = np.concatenate([m.floats().reshape(-1) for m in loaded]) + np.float32(weight.add)
+    if weight.shard == "row" and rank:  # the ranks add up: a bias behind a row-parallel product is rank 0's
+        vector[:] = 0
+    return Dense(vector)
+
+
+def piece_of(weight: Weight, part: Part, rank: int) -> Piece:
+    """What `rank` holds of a part."""
+    n, start, columns = weight.local(part), part.start, slice(None)
+    if weight.shard in ("column", "vocab"):
+        start += rank * part.rows // weight.ranks // n * n  # heads fewer than ranks are repeated
+    if weight.shard == "row" and weight.columns:
+        width = weight.columns // weight.ranks
+        columns = slice(rank * width, (rank + 1) * width)
+    return Piece(part.name, slice(start, start + n), columns, weight)
+
+
+def stack(parts: list[Matrix]) -> Matrix:
+    """One above the other, as stored if all are stored alike."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Blocks):
+        alike = [p for p in parts if isinstance(p, Blocks) and _layout(p) == _layout(first)]
+        if len(alike) == len(parts):
+            lows = [p.low for p in alike if p.low is not None]
+            return Blocks(
+                first.bits,
+                np.concatenate([p.codes for p in alike]),
+                np.concatenate([p.scale for p in alike]),
+                np.concatenate(lows) if lows else None,
+            )
+    dense = [p.array for p in parts if isinstance(p, Dense)]
+    if len(dense) == len(parts) and all(a.dtype == dense[0].dtype for a in dense):
+        return Dense(np.concatenate(dense))
+    return Dense(np.concatenate([p.floats() for p in parts]))
+
+
+def check(weights: Iterable[Weight], source: Checkpoint) -> None:
+    """Compare the sizes that a program names with the checkpoint's headers; ModelError names the first that differs."""
+    wanted: dict[str, int] = {}
+    for weight in weights:
+        for part in weight.parts:
+            wanted[part.name] = max(wanted.get(part.name, 0), part.start + part.rows)
+    for weight in weights:
+        for part in weight.parts:
+            _check(weight, part.name, wanted[part.name], source.shape(part.name))
+
+
+def _check(weight: Weight, name: str, rows: int, found: tuple[int, ...] | None) -> None:
+    expected = (rows, weight.columns) if weight.columns else (rows,)
+    if weight.transposed:
+        expected = expected[::-1]
+    if found is None:
+        raise ModelError(f"The weights have no tensor {name!r}, which config.json's model needs with shape {expected}.")
+    if tuple(found) != expected:
+        raise ModelError(f"The tensor {name!r} has shape {tuple(found)}; config.json says {expected}.")
+
+
+def _layout(m: Blocks) -> tuple[Any, ...]:
+    return m.bits, m.block, m.scale.dtype, m.low is None
+
+
+def _filled(matrix: Matrix) -> NDArray[np.float32]:
+    out = np.empty(matrix.shape, np.float32)
+    matrix.fill(out)
+    return out

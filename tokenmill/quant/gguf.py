@@ -1,0 +1,116 @@
+"""GGUF's types, as they are: nothing is quantized again.
+
+Types of one scale per 32 columns stay `Blocks` whose scales are views of the file; the K types (defined by llama.cpp's
+ggml-quants.c) have superblocks of 256 whose scales are products, so theirs become float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.quant import none
+from tokenmill.quant.base import Blocks, Matrix, Piece
+from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.weights.gguf import BLOCKS
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+def read(source: Checkpoint, piece: Piece) -> Matrix:
+    """The piece: `Dense` of float types, else `Blocks`."""
+    stored = source[piece.name]
+    unpack = _UNPACK.get(stored.kind)
+    if unpack is None or not piece.weight.columns:
+        return none.dense(stored, piece)
+    raw = stored.data[piece.rows]
+    return unpack(raw.reshape(len(raw), -1, BLOCKS[stored.kind][1])).take(slice(None), piece.columns)
+
+
+def _half(raw: Bytes) -> NDArray[np.float16]:
+    """(…, 2) bytes -> (…)"""
+    return np.ascontiguousarray(raw).view(np.float16)[..., 0]
+
+
+def _q4_0(raw: Bytes) -> Blocks:
+    scale = _half(raw[..., :2])
+    return Blocks(4, raw[..., 2:], scale, scale.astype(np.float32) * np.float32(-8))
+
+
+def _q4_1(raw: Bytes) -> Blocks:
+    return Blocks(4, raw[..., 4:], _half(raw[..., :2]), _half(raw[..., 2:4]))
+
+
+def _q8_0(raw: Bytes) -> Blocks:
+    return Blocks(8, raw[..., 2:].view(np.int8), _half(raw[..., :2]))
+
+
+def _five_bits(high: Bytes, low: Bytes) -> NDArray[np.int8]:
+    """(…, 4) fifth bits and (…, 16) nibbles -> (…, 32) codes 0…31"""
+    bits = np.unpackbits(np.ascontiguousarray(high), axis=-1, bitorder="little")
+    codes = np.concatenate([low & 15, low >> 4], -1) | bits << np.uint8(4)
+    return np.asarray(codes).view(np.int8)
+
+
+def _q5_0(raw: Bytes) -> Blocks:
+    return Blocks(8, _five_bits(raw[..., 2:6], raw[..., 6:]) - np.int8(16), _half(raw[..., :2]))
+
+
+def _q5_1(raw: Bytes) -> Blocks:
+    return Blocks(8, _five_bits(raw[..., 4:8], raw[..., 8:]), _half(raw[..., :2]), _half(raw[..., 2:4]))
+
+
+def _scales(raw: Bytes) -> tuple[Floats, Floats]:
+    """(rows, superblocks, 16: scale, least, 12 packed bytes) -> scale and low of each 32: (rows, 8 superblocks)
+
+    Six bits each: bytes 0…3 the first four scales, 4…7 the first four minima, with the high bits of the last four above
+    them, whose low nibbles are in bytes 8…11.
+    """
+    packed = raw[..., 4:16]
+    a, b, c = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scale = np.concatenate([a & 63, c & 15 | (a >> 2) & 48], -1)
+    least = np.concatenate([b & 63, c >> 4 | (b >> 2) & 48], -1)
+    of_scale, of_least = (_half(raw[..., i : i + 2]).astype(np.float32)[..., None] for i in (0, 2))
+    return (scale * of_scale).reshape(len(raw), -1), (least * -of_least).reshape(len(raw), -1)
+
+
+def _q4_k(raw: Bytes) -> Blocks:
+    scale, low = _scales(raw)
+    q = raw[..., 16:].reshape(*raw.shape[:2], 4, 32)  # low nibbles: 32 columns, high nibbles: the next 32
+    first, second = (n[..., :16] | n[..., 16:] << np.uint8(4) for n in (q & 15, q >> 4))
+    codes = np.stack([first, second], -2)  # (rows, superblocks, 4, 2, 16)
+    return Blocks(4, codes.reshape(len(raw), -1, 16), scale, low)
+
+
+def _q5_k(raw: Bytes) -> Blocks:
+    scale, low = _scales(raw)
+    fifth, q = raw[..., 16:48], raw[..., 48:].reshape(*raw.shape[:2], 4, 32)
+    nibbles = np.stack([q & 15, q >> 4], -2).reshape(*raw.shape[:2], 8, 32)
+    bit = np.arange(8, dtype=np.uint8)[:, None]  # bit i of byte j: column j of the i-th 32
+    codes = nibbles | ((fifth[..., None, :] >> bit) & 1) << np.uint8(4)
+    return Blocks(8, codes.view(np.int8).reshape(len(raw), -1, 32), scale, low)
+
+
+def _q6_k(raw: Bytes) -> Blocks:
+    low = raw[..., :128].reshape(*raw.shape[:2], 2, 1, 64)
+    high = raw[..., 128:192].reshape(*raw.shape[:2], 2, 1, 32)
+    nibbles = np.concatenate([low & 15, low >> 4], -2).reshape(*raw.shape[:2], 2, 4, 32)
+    pairs = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3  # two bits a column, four groups of 32 a byte
+    codes = (nibbles | pairs << np.uint8(4)).view(np.int8) - np.int8(32)
+    scale = raw[..., 192:208].view(np.int8) * _half(raw[..., 208:]).astype(np.float32)[..., None]
+    return Blocks(8, codes.reshape(len(raw), -1, 16), scale.reshape(len(raw), -1))
+
+
+_UNPACK: dict[str, Callable[[Bytes], Blocks]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}

@@ -1,0 +1,26 @@
+"""Not quantized: float32, float16 or bfloat16, as stored."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenmill.errors import Unsupported
+from tokenmill.quant.base import Dense, Matrix, Piece
+from tokenmill.weights.checkpoint import Checkpoint, Stored
+
+_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
+
+
+def read(source: Checkpoint, piece: Piece) -> Matrix:
+    """The piece, a view of the file."""
+    return dense(source[piece.name], piece)
+
+
+def dense(stored: Stored, piece: Piece) -> Dense:
+    """A tensor of floats. Unsupported for another kind."""
+    if stored.kind not in _TYPES:
+        raise Unsupported("type of weights", stored.kind, _TYPES, f"It is what {stored.name!r} is stored in.")
+    rows = np.ascontiguousarray(stored.data).view(_TYPES[stored.kind])
+    if not piece.weight.columns:
+        return Dense(rows.reshape(-1)[piece.rows])
+    return Dense(rows.T if piece.weight.transposed else rows).take(piece.rows, piece.columns)

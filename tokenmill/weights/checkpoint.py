@@ -1,0 +1,226 @@
+"""A checkpoint: named tensors as raw rows over the mapped file, without a copy and without torch.
+
+`Safetensors` is a folder of .safetensors files with config.json; `gguf.Gguf` is the other kind. Files are hostile until
+their header was checked: sizes, offsets and names are compared with the file before anything is believed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.errors import ModelError
+from tokenmill.weights.source import ModelSource
+
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_MAX_HEADER = 100 << 20  # the format's own limit
+_MAX_DIMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as the file holds it.
+
+    `data` is (rows, bytes of a row), read-only and over the mapped file where possible; a vector has one element a row.
+    """
+
+    name: str
+    kind: str  # "F32", "BF16", "Q4_K", …
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+
+class Checkpoint(Protocol):
+    """Tensors by transformers' names, and the model's config.json (or what stands for it)."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json's content."""
+
+    @property
+    def format(self) -> str:
+        """As in `ModelSource`."""
+
+    def names(self) -> Iterator[str]:
+        """All tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """What the header says of a tensor; None if there is none of this name."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file."""
+
+    def __getitem__(self, name: str) -> Stored:
+        """The tensor; ModelError if there is none of this name."""
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Open either format and check its headers; reads no tensor. ModelError if a file is not what it says."""
+    if source.format == "gguf":
+        from tokenmill.weights.gguf import Gguf  # imports this file
+
+        return Gguf(source.path, strings=False)
+    return Safetensors(source.path)
+
+
+def model_config(source: ModelSource) -> dict[str, Any]:
+    """config.json, or the same made of a GGUF file's metadata."""
+    if source.format == "gguf":
+        return open_checkpoint(source).config
+    return read_json(Path(source.path) / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder; ModelError if it is missing or something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing.") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{path} cannot be read: {e}") from e
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object.")
+    return content
+
+
+def map_file(path: Path) -> NDArray[np.uint8]:
+    """The file's bytes, mapped read-only."""
+    try:
+        return np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as e:  # ValueError: an empty file
+        raise ModelError(f"{path} cannot be read: {e}") from e
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    kind: str
+    shape: tuple[int, ...]
+    mapped: NDArray[np.uint8]
+    start: int
+    stop: int
+
+
+class Safetensors:
+    """A folder of .safetensors files, one or sharded with an index."""
+
+    format = "safetensors"
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json")
+        self._entries: dict[str, _Entry] = {}
+        for path in _files_of(self.folder):
+            for name, entry in read_header(path).items():
+                if name in self._entries:
+                    raise ModelError(f"{path}: the tensor {name!r} is in another file of {self.folder} too.")
+                self._entries[name] = entry
+
+    def names(self) -> Iterator[str]:
+        """All tensors."""
+        return iter(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """What the header says of a tensor; None if there is none of this name."""
+        entry = self._entries.get(name)
+        return None if entry is None else entry.shape
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file."""
+        entry = self._entries[name]
+        return entry.stop - entry.start
+
+    def __getitem__(self, name: str) -> Stored:
+        """The tensor; ModelError if there is none of this name."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ModelError(f"{self.folder} has no tensor {name!r}.")
+        rows = entry.shape[0] if entry.shape else 1
+        data = entry.mapped[entry.start : entry.stop].reshape(rows, -1) if rows else entry.mapped[:0].reshape(0, 0)
+        return Stored(name, entry.kind, entry.shape, data)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{folder} has no .safetensors files.")
+        return [p for p in files if p.name.startswith("model")] or files  # some repositories keep the maker's file too
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ModelError(f'{index} has no "weight_map" of file names.')
+    files = [folder / name for name in sorted(set(listed.values()))]
+    for path in files:
+        if path.parent != folder or path.name in ("", ".", ".."):
+            raise ModelError(f"{index} names a file outside the model's folder: {path.name!r}.")
+        if not path.is_file():
+            raise ModelError(f"{path} is missing, though {index.name} names it. Download the model again.")
+    return files
+
+
+def read_header(path: Path) -> dict[str, _Entry]:
+    """A .safetensors file's tensors by name, all of them checked to lie within the file and beside each other."""
+    mapped = map_file(path)
+    if len(mapped) < 8:
+        raise ModelError(f"{path} is too short to be a safetensors file ({len(mapped)} bytes).")
+    length, room = int.from_bytes(mapped[:8].tobytes(), "little"), len(mapped) - 8
+    if length > min(room, _MAX_HEADER):
+        raise ModelError(f"{path} is cut off or no safetensors file: a header of {length} bytes, {room} are there.")
+    try:
+        header = json.loads(mapped[8 : 8 + length].tobytes())
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"{path} has an unreadable header: {e}") from e
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} has an unreadable header: not a JSON object.")
+    entries = {
+        name: _entry(path, name, info, mapped, 8 + length) for name, info in header.items() if name != "__metadata__"
+    }
+    _refuse_overlaps(path, entries)
+    return entries
+
+
+def _entry(path: Path, name: str, info: Any, mapped: NDArray[np.uint8], base: int) -> _Entry:
+    def bad(why: str) -> ModelError:
+        return ModelError(f"{path}: the header's entry of {name!r} is wrong: {why}.")
+
+    if not isinstance(info, dict):
+        raise bad("not an object")
+    kind, shape, offsets = info.get("dtype"), _sizes(info.get("shape")), _sizes(info.get("data_offsets"))
+    if not isinstance(kind, str) or kind not in ITEM_BYTES:
+        raise bad(f"dtype {kind!r} is unknown")
+    if shape is None or len(shape) > _MAX_DIMS:
+        raise bad(f"shape {info.get('shape')!r}")
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise bad(f"data_offsets {info.get('data_offsets')!r}")
+    start, stop = offsets[0] + base, offsets[1] + base
+    if stop > len(mapped):
+        raise bad(f"it ends at byte {stop}, the file at {len(mapped)}; the file is cut off, download it again")
+    if prod(shape) * ITEM_BYTES[kind] != stop - start:
+        raise bad(f"{stop - start} bytes do not hold {shape} of {kind}")
+    return _Entry(kind, tuple(shape), mapped, start, stop)
+
+
+def _sizes(value: Any) -> list[int] | None:
+    """`value` if it is a list of sizes."""
+    if isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        return value
+    return None
+
+
+def _refuse_overlaps(path: Path, entries: dict[str, _Entry]) -> None:
+    end, before = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start < end and entry.stop > entry.start:
+            raise ModelError(f"{path}: the tensors {before!r} and {name!r} overlap.")
+        if entry.stop > end:
+            end, before = entry.stop, name

@@ -1,0 +1,253 @@
+"""GGUF files: metadata, and tensors under transformers' names as raw rows over the mapped file.
+
+The header is parsed by hand and bounds-checked: no count, length or offset is believed before it was compared with the
+file's size. (Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.errors import ModelError
+from tokenmill.weights import gguf_config
+from tokenmill.weights.checkpoint import Stored, map_file
+
+KINDS = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
+    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
+    30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
+BLOCKS = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "F64": (1, 8), "I8": (1, 1), "I16": (1, 2), "I32": (1, 4),
+    "I64": (1, 8), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
+"""kind -> (elements of a block, its bytes). Of other kinds only the names are known: they are refused when read."""
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4
+_NAMES = {
+    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
+    "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+    "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
+}  # fmt: skip
+_STEMS = {ours: theirs for theirs, ours in _NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    kind: str
+    shape: tuple[int, ...]  # rows first
+    start: int
+    nbytes: int
+
+
+class _Header:
+    """A reading position in the mapped file that refuses to leave it."""
+
+    def __init__(self, path: Path, mapped: NDArray[np.uint8], strings: bool) -> None:
+        self.path, self.view, self.at, self.strings = path, mapped.data, 0, strings
+
+    def bad(self, why: str) -> ModelError:
+        return ModelError(f"{self.path} is no readable GGUF file: {why} (at byte {self.at}).")
+
+    def room(self, nbytes: int) -> None:
+        if nbytes > len(self.view) - self.at:
+            raise self.bad(f"{nbytes} bytes wanted where {len(self.view) - self.at} are left; the file may be cut off")
+
+    def take(self, form: str) -> tuple[Any, ...]:
+        size = struct.calcsize("<" + form)
+        self.room(size)
+        self.at += size
+        return struct.unpack_from("<" + form, self.view, self.at - size)
+
+    def text(self) -> str:
+        (n,) = self.take("Q")
+        self.room(n)
+        self.at += n
+        return str(self.view[self.at - n : self.at], "utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            return self.array(*self.take("IQ"))
+        if kind not in _SCALARS:
+            raise self.bad(f"value of unknown type {kind}")
+        return self.take(_SCALARS[kind])[0]
+
+    def array(self, kind: int, n: int) -> list[Any] | None:
+        """None for a list of strings that is not wanted: passed over, for it is most of a header's time."""
+        if kind == _STRING:
+            self.room(8 * n)
+            if self.strings:
+                return [self.text() for _ in range(n)]
+            for _ in range(n):
+                self.room(8)
+                length = int.from_bytes(self.view[self.at : self.at + 8], "little")
+                self.at += 8
+                self.room(length)
+                self.at += length
+            return None
+        if kind not in _SCALARS:  # lists of lists are in nobody's files
+            raise self.bad(f"a list of type {kind}")
+        self.room(n * struct.calcsize("<" + _SCALARS[kind]))
+        return list(self.take(f"{n}{_SCALARS[kind]}"))
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        self.room(count * 12)  # an entry's least
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            name = self.text()
+            if name in found:
+                raise self.bad(f"the key {name!r} is there twice")
+            found[name] = self.value(*self.take("I"))
+        return found
+
+    def tensors(self, count: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """name -> kind, shape with rows first, offset"""
+        self.room(count * 24)
+        found: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        for _ in range(count):
+            name, (n,) = self.text(), self.take("I")
+            if n > _MAX_DIMS or name in found:
+                raise self.bad(f"the tensor {name!r} has {n} dimensions or is there twice")
+            shape = self.take(f"{n}Q")[::-1]
+            kind, offset = self.take("IQ")
+            found[name] = KINDS.get(kind, f"type {kind}"), shape, offset
+        return found
+
+
+class Gguf:
+    """One GGUF file of an architecture that `gguf_config` knows.
+
+    `metadata`: every key of the header as plain Python; lists of strings (the vocabulary) are None if `strings` is
+    False. `config` stands for config.json. Tensors have transformers' names and, for `q_proj` and `k_proj` of Llama,
+    transformers' order of rows.
+    """
+
+    format = "gguf"
+
+    def __init__(self, path: str | Path, *, strings: bool = True) -> None:
+        self.path = Path(path)
+        self._mapped = map_file(self.path)
+        header = _Header(self.path, self._mapped, strings)
+        self.metadata: dict[str, Any] = {}
+        listed = self._read(header)
+        self._entries = self._place(header, listed)
+        self._config: dict[str, Any] | None = None
+
+    def _read(self, header: _Header) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        magic, version = header.take("4sI")
+        if magic != b"GGUF":
+            raise header.bad("it does not begin with GGUF")
+        if version not in (2, 3):
+            raise header.bad(f"version {version}; 2 and 3 are known")
+        tensors, keys = header.take("QQ")
+        self.metadata = header.metadata(keys)
+        if self.metadata.get("split.count", 0) not in (0, 1):
+            count = self.metadata["split.count"]
+            raise ModelError(f"{self.path} is one of {count} parts. Join them: llama-gguf-split --merge.")
+        return header.tensors(tensors)
+
+    def _place(self, header: _Header, listed: dict[str, tuple[str, tuple[int, ...], int]]) -> dict[str, _Entry]:
+        align = self.metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1 or align > 1 << 20 or align & align - 1:
+            raise header.bad(f"alignment {align!r}")
+        base, entries, end, before = -(-header.at // align) * align, {}, 0, ""
+        for name, (kind, shape, offset) in sorted(listed.items(), key=lambda item: item[1][2]):
+            elements, size = BLOCKS.get(kind, (1, 0))  # an unknown kind has no size to check
+            if shape and shape[-1] % elements:
+                raise header.bad(f"{name!r} has rows of {shape[-1]}, no multiple of {kind}'s {elements}")
+            entry = _Entry(kind, shape, base + offset, prod(shape) // elements * size)
+            if entry.start + entry.nbytes > len(self._mapped):
+                raise header.bad(f"{name!r} ends at byte {entry.start + entry.nbytes}, the file at {len(self._mapped)}")
+            if entry.start < end and entry.nbytes:
+                raise header.bad(f"the tensors {before!r} and {name!r} overlap")
+            end, before, entries[name] = entry.start + entry.nbytes, name, entry
+        return entries
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json would say. Unsupported for an architecture that is not known."""
+        if self._config is None:
+            shapes = {name: entry.shape for name, entry in self._entries.items()}
+            factors = self._entries.get("rope_freqs.weight")
+            rope = None if factors is None else self._bytes(factors).view(np.float32).ravel().tolist()
+            self._config = gguf_config.config_of(self.metadata, shapes, rope, str(self.path))
+        return self._config
+
+    def names(self) -> Iterator[str]:
+        """All tensors that have a name in transformers."""
+        return (name for stored in self._entries if (name := _their_name(stored)))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """What the header says of a tensor; None if there is none of this name."""
+        entry = self._entries.get(_our_name(name))
+        return None if entry is None else entry.shape
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file."""
+        return self._entries[_our_name(name)].nbytes
+
+    def __getitem__(self, name: str) -> Stored:
+        """The tensor; ModelError if there is none of this name, or if its kind cannot be read."""
+        entry = self._entries.get(_our_name(name))
+        if entry is None:
+            raise ModelError(f"{self.path} has no tensor {_our_name(name)!r} ({name}).")
+        if entry.kind not in BLOCKS:
+            known = ", ".join(k for k in BLOCKS if k[0] in "FBQ")
+            raise ModelError(f"{self.path}: {_our_name(name)!r} is stored as {entry.kind}. Readable: {known}.")
+        data = self._bytes(entry)
+        which = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if which and self.metadata.get("general.architecture") == "llama":
+            data = _halves(data, int(self.config[which]), name)
+        return Stored(name, entry.kind, entry.shape, data)
+
+    def _bytes(self, entry: _Entry) -> NDArray[np.uint8]:
+        raw = self._mapped[entry.start : entry.start + entry.nbytes]
+        return raw.reshape(entry.shape[0] if entry.shape else 1, -1) if entry.nbytes else raw.reshape(0, 0)
+
+
+def _halves(data: NDArray[np.uint8], heads: int, name: str) -> NDArray[np.uint8]:
+    """Rows of each head from pairs side by side (how llama.cpp rotates) back to two halves."""
+    rows, width = data.shape
+    if rows % (heads * 2):
+        raise ModelError(f"{name} has {rows} rows, which {heads} heads do not divide.")
+    return data.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def _our_name(name: str) -> str:
+    """Transformers' name -> the file's: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
+    parts = name.split(".")
+    layer = re.search(r"layers\.(\d+)\.", name)
+    if len(parts) < 2 or parts[-2] not in _NAMES:
+        return name
+    return (f"blk.{layer[1]}." if layer else "") + _NAMES[parts[-2]] + "." + parts[-1]
+
+
+def _their_name(name: str) -> str | None:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if not match or match[2] not in _STEMS:
+        return None
+    layer, stem = match[1], _STEMS[match[2]]
+    if layer is None:
+        return f"{stem}.{match[3]}" if stem == "lm_head" else f"model.{stem}.{match[3]}"
+    part = "self_attn."
+    if stem in ("gate_proj", "up_proj", "down_proj"):
+        part = "mlp."
+    elif stem.endswith("layernorm"):
+        part = ""
+    return f"model.layers.{layer}.{part}{stem}.{match[3]}"
