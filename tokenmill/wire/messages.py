@@ -2,7 +2,7 @@
 
 HTTP worker -> engine:  `Request`, `Abort`
 engine -> HTTP worker:  `EngineInfo` (first on every connection), then one `StepOutputs` a step
-child -> supervisor:    `Progress`, `Ready`, `Failed`
+child -> supervisor:    `Progress`, `Ready`, `Failed`; `ModelReady` from the one that fetches it
 supervisor -> child:    `Configure` (first), `ModelReady`, `Phase`, `Drain`
 
 Every field is final: `text/prepare.py` filled defaults in, so no None means "default". Token ids only: the engine knows
@@ -173,9 +173,6 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     fatal: bool = True
 
 
-FromChild = Progress | Ready | Failed
-
-
 class Configure(msgspec.Struct, frozen=True, tag="configure"):
     """The first frame a child reads: all settings (as plain data), who it is, and where the engine listens."""
 
@@ -206,4 +203,5 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     timeout_s: float
 
 
+FromChild = Progress | Ready | Failed | ModelReady
 ToChild = Configure | ModelReady | Phase | Drain
