@@ -1,0 +1,242 @@
+"""An executor whose cache entries are hashes of everything before them.
+
+Any mistake in scheduling, paging, prefix sharing, preemption or overlap shows as a wrong token, on a CPU in
+milliseconds. It keeps its state by slot and learns of it only by a batch's differences, as a backend does, and it runs a
+step late, from what it was given at the launch: who writes to a launched batch is found out.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+
+from tokenmill.backends.base import StepResult
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.engine import Engine, digest
+from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
+from tokenmill.engine.sequence import Batch
+from tokenmill.wire.messages import (
+    Abort,
+    Output,
+    Request,
+    SamplingParams,
+    Stats,
+    StoppingParams,
+    ToEngine,
+    TokenDetails,
+)
+
+EOS, VOCAB, POISON = 0, 50, -1
+
+
+def number(*items: object) -> int:
+    return int.from_bytes(blake2b(repr(items).encode(), digest_size=8).digest(), "little")
+
+
+def cache_entry(token_id: int, earlier: list[int], salt: bytes) -> int:
+    """What the model keeps of a token: like a key and value, it depends on the whole context (and on the adapter)."""
+    return POISON if POISON in earlier else number(token_id, earlier, salt)
+
+
+def next_token(entries: list[int]) -> int:
+    return -1 if POISON in entries else number(entries) % VOCAB
+
+
+def reference(request: Request) -> list[int]:
+    """What a request must give: one sequence, no paging."""
+    entries: list[int] = []
+    for token_id in request.prompt_ids:
+        entries.append(cache_entry(token_id, entries, request.salt))
+    out: list[int] = []
+    stopping = request.stopping
+    while len(out) < stopping.max_new_tokens and (not out or out[-1] not in stopping.stop_ids):
+        out.append(next_token(entries))
+        entries.append(cache_entry(out[-1], entries, request.salt))
+    return out
+
+
+@dataclass
+class OracleStep:
+    batch: Batch
+    admitted: list[tuple[int, Request, list[int]]]  # as a launch sees them: copies
+    requests: list[Request]
+    result: StepResult | None = None
+
+
+class PagedOracle:
+    """Reads and writes its cache through block tables, as attention would. `poison_rate`: how often a step's row breaks."""
+
+    def __init__(self, num_blocks: int, limits: SchedulerLimits, poison_rate: float = 0.0, seed: int = 0) -> None:
+        size, slots = limits.block_size, limits.max_batch_size
+        self.size = size
+        self.cache: list[int | None] = [None] * (num_blocks * size)
+        self.tokens: list[list[int | None]] = [[None] * (limits.max_total_tokens + 1) for _ in range(slots)]
+        self.tables: list[dict[int, int]] = [{} for _ in range(slots)]
+        self.queue: list[OracleStep] = []
+        self.plans: list[bytes] = []
+        self.batches: list[Batch] = []
+        self.poison_rate, self.rng, self.num_poisoned = poison_rate, random.Random(seed), 0
+
+    def launch(self, batch: Batch) -> OracleStep:
+        admitted = [(seq.slot, seq.request, list(seq.token_ids)) for seq in batch.admitted]
+        step = OracleStep(batch, admitted, [seq.request for seq in batch.sequences])
+        self.plans.append(digest(batch))
+        self.batches.append(batch)
+        self.queue.append(step)
+        return step
+
+    def collect(self, step: OracleStep) -> StepResult:
+        assert self.queue.pop(0) is step, "steps are collected in the order of their launches"
+        return self.run(step)
+
+    def run(self, step: OracleStep) -> StepResult:
+        batch = step.batch
+        for slot, _, token_ids in step.admitted:
+            self.tokens[slot][:] = token_ids + [None] * (len(self.tokens[slot]) - len(token_ids))
+            self.tables[slot] = {}
+        for slot, index, block in batch.blocks.tolist():
+            assert index == len(self.tables[slot]), "a table's entries come in order, once"
+            self.tables[slot][index] = block
+        found: dict[int, int] = {}
+        details: list[TokenDetails | None] = []
+        prompt_details: dict[int, tuple[TokenDetails, ...]] = {}
+        samples = set(batch.samples.tolist())
+        for row, (slot, start, count) in enumerate(zip(*map(np.ndarray.tolist, (batch.slots, batch.starts, batch.counts)), strict=True)):  # fmt: skip
+            request, end = step.requests[row], start + count
+            entries = self.compute(slot, start, end, request.salt)
+            if row in samples:
+                found[row] = self.tokens[slot][end] = next_token(entries)
+                details.append(TokenDetails(float(end)) if request.sampling.logprobs >= 0 else None)
+            positions = range(start + 1, min(end + 1, len(request.prompt_ids)))
+            if request.sampling.prompt_logprobs >= 0 and positions:
+                prompt_details[row] = tuple(TokenDetails(float(position)) for position in positions)
+        wanted = details if any(detail is not None for detail in details) else None
+        return StepResult([found[row] for row in batch.samples.tolist()], wanted, prompt_details or None)
+
+    def compute(self, slot: int, start: int, end: int, salt: bytes) -> list[int]:
+        """The cache entries [0, end), of which those from `start` on are written now."""
+        assert end > start
+        tokens, table = self.tokens[slot], self.tables[slot]
+        where = [table[i // self.size] * self.size + i % self.size for i in range(end)]
+        entries = [self.cache[w] for w in where[:start]]
+        for i in range(start, end):
+            assert tokens[i] is not None, "computed before it was sampled"
+            entries.append(cache_entry(tokens[i], entries, salt))
+            self.cache[where[i]] = entries[-1]
+        if self.rng.random() < self.poison_rate:
+            self.num_poisoned += 1
+            self.cache[where[end - 1]] = entries[-1] = POISON
+        return entries
+
+
+class ListLink:
+    """Messages from a script, one list a turn; outputs into lists by request."""
+
+    def __init__(self, script: list[list[ToEngine]]) -> None:
+        self.script = [list(messages) for messages in script]
+        self.outputs: dict[int, list[Output]] = {}
+        self.stats = Stats()
+        self.idle_turns = 0
+
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
+        self.idle_turns += block
+        return self.script.pop(0) if self.script else []
+
+    def send(self, outputs: list[Output], stats: Stats) -> None:
+        self.stats = stats
+        for output in outputs:
+            self.outputs.setdefault(output.request_id, []).append(output)
+
+    def tokens(self, request_id: int) -> list[int]:
+        return [token_id for output in self.outputs.get(request_id, ()) for token_id in output.token_ids]
+
+
+@dataclass
+class Case:
+    """A random history: who asks what, who is aborted when, and the limits."""
+
+    requests: list[Request]
+    aborted: set[int]
+    script: list[list[ToEngine]]
+    num_blocks: int
+    limits: SchedulerLimits
+    hopeless: set[int] = field(default_factory=set)  # too long for the limits
+
+
+def request(
+    request_id: int,
+    prompt: list[int] | tuple[int, ...] | range,
+    max_new_tokens: int = 1,
+    *,
+    stop_ids: tuple[int, ...] = (),
+    salt: bytes = b"",
+    sampling: SamplingParams | None = None,
+) -> Request:
+    stopping = StoppingParams(max_new_tokens, stop_ids=stop_ids)
+    return Request(request_id, tuple(prompt), sampling or SamplingParams(), stopping, salt)
+
+
+def random_case(seed: int, aborts: bool = True) -> Case:
+    """Few blocks, long outputs, prompts sharing heads and repeating inside: preemption and hits are common."""
+    rng = random.Random(seed)
+    size, longest = rng.choice([1, 2, 4, 16]), rng.randint(2, 60)
+    alphabet, salts = rng.choice([2, VOCAB]), rng.choice([[b""], [b"", b"a", b"b"]])
+    head = [rng.randrange(1, alphabet) for _ in range(longest)]
+    requests: list[Request] = []
+    hopeless: set[int] = set()
+    for i in range(rng.randint(1, 25)):
+        n = rng.randint(1, max(1, longest // 2))
+        prompt = head[: rng.randint(0, n)]
+        prompt += [rng.randrange(1, alphabet) for _ in range(n - len(prompt))]
+        new = rng.randint(1, longest - n)
+        if rng.random() < 0.03:
+            new += longest
+            hopeless.add(i)
+        sampling = SamplingParams(logprobs=rng.choice([-1, -1, 0]), prompt_logprobs=rng.choice([-1, -1, -1, 0]))
+        stop_ids = (EOS,) if rng.random() < 0.5 else ()
+        requests.append(request(i, prompt, new, stop_ids=stop_ids, salt=rng.choice(salts), sampling=sampling))
+    aborted = {r.id for r in requests if aborts and rng.random() < 0.15}
+    script: list[list[ToEngine]] = []
+    queue = list(requests)
+    while queue:
+        k = rng.randint(0, 5)
+        script.append(list(queue[:k]))
+        queue = queue[k:]
+    for i in sorted(aborted):
+        born = next(turn for turn, messages in enumerate(script) if any(m.id == i for m in messages))
+        turn = born + rng.randint(0, 40)
+        script += [[] for _ in range(turn + 1 - len(script))]
+        script[turn].append(Abort(i))
+    max_batch_tokens = rng.randint(1, 40)
+    limits = SchedulerLimits(max_batch_tokens, rng.randint(1, 8), longest, size, min_chunk=rng.choice([1, 1, 8]))
+    return Case(requests, aborted, script, -(-longest // size) + rng.randint(0, 3), limits, hopeless)
+
+
+def build(
+    script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, poison_rate: float = 0.0
+) -> tuple[Engine[OracleStep], PagedOracle, ListLink]:
+    oracle, link = PagedOracle(num_blocks, limits, poison_rate), ListLink(script)
+    return Engine(Scheduler(BlockPool(num_blocks, limits.block_size), limits), oracle, link), oracle, link
+
+
+def run(engine: Engine[OracleStep], link: ListLink, max_steps: int = 20_000) -> None:
+    """Step until everything is answered; the books are looked at after every step."""
+    for _ in range(max_steps):
+        engine.step()
+        check_books(engine.scheduler)
+        if not link.script and engine.idle:
+            return
+    raise AssertionError("the engine does not come to rest")
+
+
+def check_books(scheduler: Scheduler) -> None:
+    pool = scheduler.pool
+    pool.check()
+    used = [block for seq in scheduler.running.values() for block in seq.blocks]
+    assert sum(pool.refs) == len(used), "a block is leaked or used after its release"
+    slots = [seq.slot for seq in scheduler.running.values()]
+    assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
+    assert all(seq.slot == -1 and not seq.blocks for seq in scheduler.waiting.values())
