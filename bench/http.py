@@ -1,4 +1,4 @@
-"""Throughput and latency over HTTP at 1, 4, 16 and 32 streams: `python bench/http.py [--url URL] [--streams 1,4,16,32]`.
+"""Throughput and latency over HTTP at 1, 4, 16, 32 streams: `python bench/http.py [--url URL] [--streams 1,4,16,32]`.
 
 Without `--url` the embedded model is served for the time of the run. Each number of streams is measured in `--passes`
 rounds, interleaved, after one unmeasured round; the table shows the round of median throughput.
@@ -97,7 +97,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         base = options.url or stack.enter_context(served(*options.serve.split()))
         reports = measure(base, streams, options.words, options.new_tokens, options.passes)
-    print(f"{options.words} prompt tokens, {options.new_tokens} new, greedy, {options.passes} passes, {os.cpu_count()} CPUs, {platform.machine()}")
+    how = f"{options.words} prompt tokens, {options.new_tokens} new, greedy, {options.passes} passes"
+    print(f"{how}, {os.cpu_count()} CPUs, {platform.machine()}")
     print(table(reports))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")

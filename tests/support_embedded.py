@@ -9,10 +9,16 @@ import numpy as np
 import torch
 
 NAMES = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -37,15 +43,23 @@ def reference_model(path: Path) -> Any:
         stem, _, rest = tensor.name.removesuffix(".weight").removeprefix("blk.").partition(".")
         if "attn_q" in tensor.name or "attn_k" in tensor.name:
             weight = halves(weight, heads if "attn_q" in tensor.name else kv_heads)
-        state[(f"model.layers.{stem}.{NAMES[rest]}" if rest else TOP[stem]) + ".weight"] = torch.from_numpy(np.ascontiguousarray(weight))
+        state[(f"model.layers.{stem}.{NAMES[rest]}" if rest else TOP[stem]) + ".weight"] = torch.from_numpy(
+            np.ascontiguousarray(weight)
+        )
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     config = LlamaConfig(
-        hidden_size=value["embedding_length"], intermediate_size=value["feed_forward_length"], num_hidden_layers=value["block_count"],
-        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=state["model.embed_tokens.weight"].shape[0],
-        rms_norm_eps=value["attention.layer_norm_rms_epsilon"], rope_theta=value["rope.freq_base"],
-        max_position_embeddings=value["context_length"], tie_word_embeddings="output.weight" not in {t.name for t in reader.tensors},
+        hidden_size=value["embedding_length"],
+        intermediate_size=value["feed_forward_length"],
+        num_hidden_layers=value["block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=state["model.embed_tokens.weight"].shape[0],
+        rms_norm_eps=value["attention.layer_norm_rms_epsilon"],
+        rope_theta=value["rope.freq_base"],
+        max_position_embeddings=value["context_length"],
+        tie_word_embeddings="output.weight" not in {t.name for t in reader.tensors},
         attn_implementation="eager",
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True, strict=True)
@@ -54,7 +68,9 @@ def reference_model(path: Path) -> Any:
 
 
 @torch.inference_mode()
-def greedy(model: Any, prompt_ids: list[int], count: int, stop_ids: tuple[int, ...] = ()) -> tuple[list[int], list[float]]:
+def greedy(
+    model: Any, prompt_ids: list[int], count: int, stop_ids: tuple[int, ...] = ()
+) -> tuple[list[int], list[float]]:
     """The likeliest tokens one after another, and each one's lead over the second in logits."""
     out: list[int] = []
     leads: list[float] = []

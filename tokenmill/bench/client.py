@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. `prompt` is text or token ids; the answer is exactly `new_tokens` long where `ignore_eos` is known."""
+    """One request. `prompt` is text or token ids; `new_tokens` are generated where `ignore_eos` is known."""
 
     prompt: str | list[int]
     new_tokens: int
@@ -87,15 +87,15 @@ async def _stream(base_url: str, ask: Ask, api_key: str, answer: Answer) -> None
     reader, writer = await asyncio.open_connection(url.hostname, url.port or 80, limit=1 << 22)
     key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     head = (
-        f"POST {url.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
-        f"{key}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {url.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\n"
+        f"Content-Type: application/json\r\n{key}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     try:
         answer.sent = time.perf_counter()
         writer.write(head.encode() + body)
         status = await reader.readline()
         if b" 200" not in status:
-            answer.error = status.decode(errors="replace").strip() + ": " + (await reader.read(2000)).decode(errors="replace")
+            answer.error = (status + await reader.read(2000)).decode(errors="replace").strip()
             return
         while line := await reader.readline():
             if line.startswith(b"data:") and not _event(line[5:].strip(), answer):

@@ -84,10 +84,10 @@ async def run_round(base_url: str, asks: list[Ask], *, api_key: str = "") -> Rep
 
 def table(rows: list[Report]) -> str:
     """Reports as a markdown table."""
-    head = "| streams | tok/s | decode tok/s | TTFT p50 ms | p99 | ITL p50 ms | p99 | errors |\n|---|---|---|---|---|---|---|---|"
+    head = "| streams | tok/s | decode tok/s | TTFT p50 ms | p99 | ITL p50 ms | p99 | errors |\n" + "|---" * 8 + "|"
     body = [
-        f"| {r.streams} | {r.tokens_per_s:.0f} | {r.decode_tokens_per_s:.0f} | {r.ttft_p50_s * 1e3:.0f} | {r.ttft_p99_s * 1e3:.0f} "
-        f"| {r.itl_p50_s * 1e3:.1f} | {r.itl_p99_s * 1e3:.1f} | {r.errors} |"
+        f"| {r.streams} | {r.tokens_per_s:.0f} | {r.decode_tokens_per_s:.0f} | {r.ttft_p50_s * 1e3:.0f} "
+        f"| {r.ttft_p99_s * 1e3:.0f} | {r.itl_p50_s * 1e3:.1f} | {r.itl_p99_s * 1e3:.1f} | {r.errors} |"
         for r in rows
     ]
     return "\n".join([head, *body])
