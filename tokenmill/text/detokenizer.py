@@ -1,0 +1,202 @@
+"""Text of one sequence, token by token: whole characters only, and held back while it may become a stop string.
+
+The joined pieces are what one decoding of all tokens gives, wherever the tokens are cut. Bytes that can become no
+character any more turn into U+FFFD, as in any decoding; bytes that still can wait for the next token.
+"""
+
+from __future__ import annotations
+
+from codecs import utf_8_decode
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from tokenmill.text.pieces import Pieces
+from tokenmill.text.tokenizer import Tokenizer
+
+_WINDOW = 6  # tokens before the new ones that a decoder without a table is shown
+_LONGEST_CHARACTER = 4  # tokens that one character may take; more are bytes that will never be one
+
+
+class Piece(msgspec.Struct, gc=False):
+    """What one token added.
+
+    `text` is for the answer: special tokens left out, stop strings respected. `token_text` is the token's own: nothing
+    left out or held back; "" while its characters are not whole, the token that completes them carries them.
+    """
+
+    text: str
+    token_text: str
+    special: bool
+    stopped: str | None = None  # the stop string that ends the answer with this token
+
+
+class Detokenizer:
+    """Decodes what follows a prompt. `push` ids in order, then `finish` once.
+
+    `stop`: strings that end the answer, wherever they are in the text; the text before one is emitted, and the string
+    itself if `include_stop`. Of several, the one that is complete first. Text of special tokens takes part in the
+    comparison though it is not emitted. After a stop nothing more is emitted.
+    """
+
+    __slots__ = ("_decoder", "_hidden", "_include", "_matcher", "_parts", "_special")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        prompt_ids: Sequence[int] = (),
+    ) -> None:
+        pieces = tokenizer.pieces
+        self._decoder: _Decoder = _WindowDecoder(tokenizer, prompt_ids) if pieces is None else _PieceDecoder(pieces)
+        self._special = tokenizer.special_ids
+        self._hidden: frozenset[int] = self._special if skip_special_tokens else frozenset()
+        self._matcher = StopMatcher(stop) if stop else None
+        self._include = include_stop
+        self._parts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """Everything emitted so far."""
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0] if self._parts else ""
+
+    def push(self, token_id: int) -> Piece:
+        """Take the next token. Costs about a microsecond without stop strings."""
+        token_text = self._decoder.push(token_id)
+        special = token_id in self._special
+        shown = token_id not in self._hidden
+        if self._matcher is None:
+            text, stopped = token_text if shown else "", None
+        else:
+            text, stopped = self._matcher.push(token_text, shown, self._include)
+        if text:
+            self._parts.append(text)
+        return Piece(text, token_text, special, stopped)
+
+    def finish(self) -> str:
+        """The end of the answer: emit what was held back. A character whose bytes never came is left out."""
+        text = self._matcher.finish() if self._matcher is not None else ""
+        if text:
+            self._parts.append(text)
+        return text
+
+
+class StopMatcher:
+    """Looks for stop strings in a text that comes in parts, and lets through what can be part of none.
+
+    The answer does not depend on where the parts are cut: the string whose last character comes first wins, of two that
+    end together the longer one.
+    """
+
+    __slots__ = ("_done", "_first", "_held", "_longest", "_parts", "_stops")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)  # none of them empty
+        self._first = frozenset(stop[0] for stop in self._stops)
+        self._longest = max(len(stop) for stop in self._stops)
+        self._held = ""  # a beginning of some stop string
+        self._parts: list[tuple[str, bool]] = []  # the same, and whether each part is shown
+        self._done = False
+
+    def push(self, text: str, shown: bool, include: bool) -> tuple[str, str | None]:
+        """What may be emitted now, and the stop string that was found. `shown` False: `text` is compared only."""
+        if self._done or not text:
+            return "", None
+        if not self._held and not any(character in text for character in self._first):
+            return text if shown else "", None
+        held = self._held + text
+        self._parts.append((text, shown))
+        found = self._find(held)
+        if found is None:
+            kept = self._undecided(held)
+            self._held = held[kept:]
+            return self._take(kept), None
+        start, end, stop = found
+        emitted = self._take(end if include else start)
+        self._held, self._parts, self._done = "", [], True
+        return emitted, stop
+
+    def finish(self) -> str:
+        """The text ends here: what was held back."""
+        text = self._take(len(self._held))
+        self._held, self._done = "", True
+        return text
+
+    def _find(self, held: str) -> tuple[int, int, str] | None:
+        found = [(held.find(stop), stop) for stop in self._stops if stop in held]
+        if not found:
+            return None
+        end, start, stop = min((start + len(stop), start, stop) for start, stop in found)
+        return start, end, stop
+
+    def _undecided(self, held: str) -> int:
+        """Where the longest ending begins that is a beginning of a stop string."""
+        for start in range(max(0, len(held) - self._longest + 1), len(held)):
+            if held[start] in self._first and any(stop.startswith(held[start:]) for stop in self._stops):
+                return start
+        return len(held)
+
+    def _take(self, count: int) -> str:
+        """Remove that many characters from the front of what is held; those that are shown."""
+        out: list[str] = []
+        while count and self._parts:
+            text, shown = self._parts[0]
+            if shown:
+                out.append(text[:count])
+            if count < len(text):
+                self._parts[0] = (text[count:], shown)
+                break
+            count -= len(text)
+            del self._parts[0]
+        return "".join(out)
+
+
+class _Decoder(Protocol):
+    def push(self, token_id: int) -> str: ...
+
+
+class _PieceDecoder:
+    """By the table of pieces: most tokens are whole characters and cost one look-up."""
+
+    __slots__ = ("_bytes_of", "_texts", "_waiting")
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._bytes_of, self._texts = pieces.bytes_of, pieces.texts
+        self._waiting = b""  # the beginning of a character
+
+    def push(self, token_id: int) -> str:
+        whole = self._texts[token_id]
+        if not self._waiting and whole is not None:
+            return whole
+        raw = self._waiting + self._bytes_of(token_id)
+        text, used = utf_8_decode(raw, "replace", False)
+        self._waiting = raw[used:]
+        return text
+
+
+class _WindowDecoder:
+    """For decoders that look at several tokens: what decoding a few tokens more adds to the text of the last ones."""
+
+    __slots__ = ("_decode", "_ids", "_read")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._decode = tokenizer.decode
+        self._ids = list(prompt_ids[-_WINDOW:])
+        self._read = len(self._ids)  # how many of them are in the text
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        before = self._decode(self._ids[: self._read], False)
+        after = self._decode(self._ids, False)
+        unfinished = after.endswith("\ufffd") and len(self._ids) - self._read < _LONGEST_CHARACTER
+        if unfinished or len(after) <= len(before):
+            return ""
+        self._ids = self._ids[-_WINDOW:] if self._read < _WINDOW else self._ids[self._read :]
+        self._read = len(self._ids)
+        return after[len(before) :]

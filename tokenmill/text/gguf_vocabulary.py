@@ -1,0 +1,206 @@
+"""The tokenizer that a GGUF file carries in its metadata, as a tokenizer of the `tokenizers` library.
+
+"gpt2": byte-level BPE with merges; `tokenizer.ggml.pre` names how text is cut into words before. "llama": SentencePiece
+with scores. What the files leave unsaid follows llama.cpp, whose format this is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from tokenmill.errors import ModelError, Unsupported
+from tokenmill.text import folder, sentencepiece
+from tokenmill.text.chat_template import ChatTemplate
+from tokenmill.text.sentencepiece import Kind
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.weights.gguf import Gguf
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3, _QWEN2 = _CL100K % "{1,3}", _CL100K % ""
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CJK = "[一-龥ࠀ-一가-퟿]+"
+_DIGITS_APART = (r"\p{N}", _GPT2)
+_PRE: Mapping[str, tuple[str, ...]] = {
+    "gpt-2": (_GPT2,),
+    "phi-2": (_GPT2,),
+    "mpt": (_GPT2,),
+    "olmo": (_GPT2,),
+    "jais": (_GPT2,),
+    "smollm": _DIGITS_APART,
+    "starcoder": _DIGITS_APART,
+    "refact": _DIGITS_APART,
+    "command-r": _DIGITS_APART,
+    "codeshell": _DIGITS_APART,
+    "exaone": _DIGITS_APART,
+    "minerva-7b": _DIGITS_APART,
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "llama-v3": (_LLAMA3,),
+    "smaug-bpe": (_LLAMA3,),
+    "dbrx": (_LLAMA3,),
+    "chatglm-bpe": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "stablelm2": (_QWEN2,),
+    "megrez": (_QWEN2,),
+    "tekken": (_TEKKEN,),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
+    "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+"""tokenizer.ggml.pre -> expressions; each one cuts what those before it left."""
+
+_WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
+"""A word that is a token stays one, whatever the merges say. These begin with BOS unless the file says otherwise."""
+
+_ENDS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "<｜end▁of▁sentence｜>",
+)
+"""Control tokens that end an answer even where a file does not name them, as llama.cpp has it."""
+
+
+def load(path: Path, config_path: str = "") -> Tokenizer:
+    """Read the vocabulary of a GGUF file. `config_path`: a tokenizer_config.json whose template is preferred, or ""."""
+    data = _Metadata(Gguf(path).metadata, path)
+    kind = data.take("model", str)
+    if kind == "gpt2":
+        inner = _byte_level(data)
+    elif kind == "llama":
+        inner = sentencepiece.build(_sentencepiece(data))
+    else:
+        raise Unsupported("GGUF tokenizer", kind, ("gpt2", "llama"))
+    bos, eos = data.token("bos_token_id"), data.token("eos_token_id")
+    begins = data.take("add_bos_token", bool, kind == "llama" or data.pre in _WHOLE_WORDS_FIRST)
+    ends = data.take("add_eos_token", bool, False)
+    if (begins and bos) or (ends and eos):
+        folder.set_post_processor(inner, bos if begins else None, eos if ends else None)
+    named = {name: data.token(f"{name}_id") for name in ("bos_token", "eos_token")}
+    named |= {"unk_token": data.token("unknown_token_id"), "pad_token": data.token("padding_token_id")}
+    special = {name: text for name, text in named.items() if text is not None}
+    own = folder.tokenizer_config(path.parent, config_path).get("chat_template") if config_path else None
+    templates = {"default": own} if isinstance(own, str) else data.templates()
+    return Tokenizer(
+        inner,
+        bos_token=bos,
+        eos_token=eos,
+        eos_ids=_eos_ids(data),
+        chat_template=ChatTemplate(templates, bos, eos, special) if templates else None,
+    )
+
+
+class _Metadata:
+    """The keys below tokenizer.ggml, checked."""
+
+    def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
+        self._all, self._path = metadata, path
+        self.tokens: list[str] = self._list("tokens", str)
+        self.kinds: list[int] = self._list("token_type", int, len(self.tokens)) or [Kind.NORMAL] * len(self.tokens)
+        self.pre: str = self.take("pre", str, "default")
+        if not self.tokens:
+            raise ModelError(f"{path} has no vocabulary: the key 'tokenizer.ggml.tokens' is missing.")
+
+    def take(self, key: str, kind: type, default: Any = None) -> Any:
+        """One value; the default if there is none. ModelError if it is of another type."""
+        value = self._all.get(f"tokenizer.ggml.{key}", default)
+        if value is None:
+            raise ModelError(f"{self._path} lacks the key 'tokenizer.ggml.{key}'.")
+        if not isinstance(value, kind):
+            raise ModelError(f"{self._path}: 'tokenizer.ggml.{key}' is {value!r}, not of type {kind.__name__}.")
+        return value
+
+    def _list(self, key: str, kind: type, count: int | None = None) -> list[Any]:
+        value = self._all.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+            raise ModelError(f"{self._path}: 'tokenizer.ggml.{key}' is not a list of {kind.__name__}.")
+        if count is not None and len(value) != count:
+            raise ModelError(f"{self._path}: 'tokenizer.ggml.{key}' has {len(value)} entries for {count} tokens.")
+        return value
+
+    def scores(self) -> list[float]:
+        """One a token; zeros if the file has none."""
+        return self._list("scores", float, len(self.tokens)) or [0.0] * len(self.tokens)
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens, the first merged first."""
+        pairs: list[tuple[str, str]] = []
+        for line in self._list("merges", str):
+            left, space, right = line.partition(" ")
+            if not space:
+                raise ModelError(f"{self._path}: the merge {line!r} is not two tokens with a space between.")
+            pairs.append((left, right))
+        return pairs
+
+    def id(self, key: str) -> int | None:
+        """A token's id, or None if the file does not name one."""
+        value = self._all.get(f"tokenizer.ggml.{key}")
+        return value if isinstance(value, int) and 0 <= value < len(self.tokens) else None
+
+    def token(self, key: str) -> str | None:
+        """The text of the token whose id the key names."""
+        token_id = self.id(key)
+        return None if token_id is None else self.tokens[token_id]
+
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name."""
+        names = self._all.get("tokenizer.chat_templates") or []
+        keys = {str(name): f"tokenizer.chat_template.{name}" for name in names}
+        found = {name: self._all.get(key) for name, key in {**keys, "default": "tokenizer.chat_template"}.items()}
+        return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _byte_level(data: _Metadata) -> tokenizers.Tokenizer:
+    if data.pre not in _PRE:
+        raise Unsupported("GGUF pre-tokenizer", data.pre, _PRE)
+    ids = {token: i for i, token in enumerate(data.tokens)}
+    try:
+        model = models.BPE(ids, data.merges(), ignore_merges=data.pre in _WHOLE_WORDS_FIRST)
+    except Exception as e:  # noqa: BLE001 - the library raises nothing more special
+        raise ModelError(f"{data._path}: vocabulary and merges do not fit each other: {e}.") from None
+    inner = tokenizers.Tokenizer(model)
+    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _PRE[data.pre]]
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    inner.decoder = decoders.ByteLevel()
+    sentencepiece.add_tokens(inner, data.tokens, data.kinds)
+    return inner
+
+
+def _sentencepiece(data: _Metadata) -> sentencepiece.Vocabulary:
+    return sentencepiece.Vocabulary(
+        data.tokens,
+        data.scores(),
+        data.kinds,
+        byte_fallback=any(kind == Kind.BYTE for kind in data.kinds),
+        add_dummy_prefix=data.take("add_space_prefix", bool, True),
+    )
+
+
+def _eos_ids(data: _Metadata) -> tuple[int, ...]:
+    named = [data.id(key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+    control = {token: i for i, token in enumerate(data.tokens) if data.kinds[i] == Kind.CONTROL}
+    return tuple(dict.fromkeys(i for i in [*named, *(control.get(text) for text in _ENDS)] if i is not None))

@@ -1,0 +1,100 @@
+"""What each token of a vocabulary stands for, in bytes: the ground on which text is streamed without decoding twice.
+
+Two families cover nearly all models. Byte-level BPE spells each byte as one printable character. SentencePiece writes a
+space as "▁" and a byte that is no character of its vocabulary as <0x0A>. In both, the bytes of a text are the bytes of
+its tokens one after another, so a token needs to be looked up once. Any other decoder has no such table and is served
+by the slower way of `detokenizer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_HARMLESS = {"Fuse", "ByteFallback"}  # decoders of SentencePiece's family that need no look at their fields
+
+
+def byte_characters() -> dict[str, int]:
+    """The character that GPT-2's byte-level BPE writes for each byte -> the byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def spelling(decoder: Any) -> Callable[[str], bytes] | None:
+    """How a decoder of the `tokenizers` library spells a token, as a function; None if the token alone does not say."""
+    if decoder is None:
+        return None
+    found = json.loads(decoder.__getstate__())
+    steps = found.get("decoders", []) if found["type"] == "Sequence" else [found]
+    if [step["type"] for step in steps] == ["ByteLevel"]:
+        return _byte_level()
+    if steps and all(_of_sentencepiece(step) for step in steps):
+        with_bytes = any(step["type"] == "ByteFallback" for step in steps)
+        return _sentencepiece_with_bytes if with_bytes else _sentencepiece
+    return None
+
+
+class Pieces:
+    """Bytes and text of tokens, each looked up once. Safe to share between threads.
+
+    `texts[id]` is the token's text, or None if its bytes are not whole characters by themselves; `texts.get` must not
+    be used, for entries come by being asked for.
+    """
+
+    def __init__(self, token_of: Callable[[int], str | None], spell: Callable[[str], bytes]) -> None:
+        self._token_of, self._spell = token_of, spell
+        self.texts = _Texts(self)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The token's bytes; none for an id that the vocabulary lacks (a padded row of the embedding)."""
+        token = self._token_of(token_id)
+        return b"" if token is None else self._spell(token)
+
+
+class _Texts(dict[int, str | None]):
+    def __init__(self, pieces: Pieces) -> None:
+        super().__init__()
+        self._pieces = pieces
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text: str | None = self._pieces.bytes_of(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
+
+
+def _byte_level() -> Callable[[str], bytes]:
+    table = byte_characters()
+
+    def spell(token: str) -> bytes:
+        try:
+            return bytes([table[character] for character in token])
+        except KeyError:  # an added token, written as it is
+            return token.encode()
+
+    return spell
+
+
+def _of_sentencepiece(step: dict[str, Any]) -> bool:
+    kind = step["type"]
+    if kind == "Replace":
+        return bool(step["pattern"] == {"String": "▁"} and step["content"] == " ")
+    if kind == "Strip":  # the space that was put before the first word: none of a continuation's business
+        return bool(step["content"] == " " and not step["stop"])
+    return kind in _HARMLESS or (kind == "Metaspace" and step["replacement"] == "▁")
+
+
+def _sentencepiece(token: str) -> bytes:
+    return token.replace("▁", " ").encode()
+
+
+def _sentencepiece_with_bytes(token: str) -> bytes:
+    found = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(found[1], 16)]) if found else _sentencepiece(token)

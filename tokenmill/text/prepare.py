@@ -1,0 +1,226 @@
+"""From what a client asked for to what the engine gets: every rule a request can break, in TGI's order and words.
+
+`Options` speaks no dialect: both APIs fill it in, None where the client said nothing. After `prepare` every field is
+final. Messages for TGI's native routes are TGI's own, without its prefix "Input validation error: "; those for OpenAI's
+routes name the field as that API calls it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from tokenmill.errors import ContextLengthError, ValidationError
+from tokenmill.text import rules
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.wire.messages import SamplingParams, StoppingParams
+
+Dialect = Literal["native", "openai"]
+
+MAX_SEED = 2**64 - 1
+_CHECKED_NEW_TOKENS = 1024  # TGI checks that so many fit and lets longer wishes run until the context is full
+_COLDEST = 1e-5  # a temperature below it divides logits out of float32's range
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request wishes of its generation; None: not said. Not checked yet."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None  # of the chosen token and of so many of the likeliest
+    raw_logprobs: bool | None = None  # of the model's own distribution; OpenAI's routes do, TGI's do not
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    truncate: int | None = None  # keep only so many of the prompt's last tokens
+    best_of: int | None = None
+    watermark: bool = False
+    adapter_id: str | None = None
+    grammar: Any = None
+
+
+class RequestLimits(msgspec.Struct, frozen=True):
+    """What the server allows one request. `vocab_size`: ids that the model knows, from 0."""
+
+    max_input_tokens: int
+    max_total_tokens: int
+    max_stop_sequences: int
+    max_best_of: int
+    max_top_n_tokens: int
+    vocab_size: int
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A request that breaks no rule. `seed` None: greedy, no randomness. `stop`: strings, for the detokenizer."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stopping: StoppingParams
+    stop: tuple[str, ...]
+    seed: int | None
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt, after truncation."""
+        return len(self.prompt_ids)
+
+
+def check_before_queue(options: Options, limits: RequestLimits, *, stream: bool, dialect: Dialect = "native") -> None:
+    """The rules that TGI checks before a request may take a place in the queue. ValidationError."""
+    best_of = 1 if options.best_of is None else options.best_of
+    if stream:
+        if best_of != 1:
+            native = "`best_of` != 1 is not supported when streaming tokens"
+            raise rules.refuse(dialect, "best_of", native, "1 in a stream", best_of)
+        if options.prompt_logprobs is not None and dialect == "native":
+            raise ValidationError(
+                "`decoder_input_details` == true is not supported when streaming tokens", "decoder_input_details"
+            )
+    elif best_of > 1 and limits.max_best_of == 1:
+        raise rules.refuse(dialect, "best_of", "`best_of` != 1 is not allowed for this endpoint", "1", best_of)
+    elif best_of > limits.max_best_of or best_of < 0:
+        most = limits.max_best_of
+        native = f"`best_of` must be > 0 and <= {most}. Given: {best_of}"
+        raise rules.refuse(dialect, "best_of", native, f"between 1 and {most}", best_of)
+
+
+def prepare(
+    prompt: str | Sequence[int],
+    options: Options,
+    limits: RequestLimits,
+    tokenizer: Tokenizer,
+    *,
+    add_special_tokens: bool = True,
+    dialect: Dialect = "native",
+    stream: bool = False,
+) -> Prepared:
+    """Check a request and fill in every default. Encodes: call it outside of an event loop's thread.
+
+    ValidationError for the first rule broken, ContextLengthError if prompt and wished tokens do not fit. A seed is
+    drawn if none is given and tokens are sampled.
+    """
+    check_before_queue(options, limits, stream=stream, dialect=dialect)
+    rules.check_options(options, limits, dialect)
+    prompt_ids = _prompt_ids(prompt, options, limits, tokenizer, add_special_tokens, dialect)
+    max_new_tokens = _max_new_tokens(len(prompt_ids), options, limits, dialect)
+    min_new_tokens = options.min_new_tokens or 0
+    if min_new_tokens > max_new_tokens:
+        native = f"`min_new_tokens` must be <= `max_new_tokens`. Given: {min_new_tokens} and {max_new_tokens}"
+        allowed = f"at most the number of tokens to generate, {max_new_tokens}"
+        raise rules.refuse(dialect, "min_new_tokens", native, allowed, min_new_tokens)
+    stop_ids = () if options.ignore_eos else tuple(i for i in tokenizer.eos_ids if i < limits.vocab_size)
+    sampling, seed = _sampling(options, limits, dialect)
+    stopping = StoppingParams(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
+    return Prepared(prompt_ids, sampling, stopping, options.stop, seed)
+
+
+def _prompt_ids(
+    prompt: str | Sequence[int],
+    options: Options,
+    limits: RequestLimits,
+    tokenizer: Tokenizer,
+    add_special_tokens: bool,
+    dialect: Dialect,
+) -> tuple[int, ...]:
+    if not prompt:
+        raise rules.refuse(dialect, "inputs", "`inputs` cannot be empty", "not empty")
+    rules.check_truncate(options, limits, dialect)
+    ids = tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise rules.refuse(dialect, "inputs", "`inputs` cannot be empty", "text that has tokens")
+    if options.truncate is not None:
+        ids = ids[-options.truncate :]
+    if min(ids) < 0 or max(ids) >= limits.vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < limits.vocab_size)
+        last = limits.vocab_size - 1
+        native = f"`inputs` has token id {wrong}; ids are 0 to {last}"
+        raise rules.refuse(dialect, "inputs", native, f"token ids from 0 to {last}", wrong)
+    return tuple(ids)
+
+
+def _max_new_tokens(num_prompt: int, options: Options, limits: RequestLimits, dialect: Dialect) -> int:
+    """How many tokens may come. What is wished beyond the context is cut off, not refused, as long as 1,024 fit."""
+    room = limits.max_total_tokens - num_prompt
+    wished = max(room, 0) if options.max_new_tokens is None else options.max_new_tokens
+    checked = min(wished, _CHECKED_NEW_TOKENS)
+    if num_prompt + checked > limits.max_total_tokens:
+        if dialect == "openai":
+            raise _too_long_for_openai(num_prompt, options.max_new_tokens and checked, limits)
+        raise ContextLengthError(
+            f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}. "
+            f"Given: {num_prompt} `inputs` tokens and {checked} `max_new_tokens`"
+        )
+    if num_prompt > limits.max_input_tokens or room < 1:
+        if dialect == "openai":
+            raise _too_long_for_openai(num_prompt, None, limits)
+        raise ContextLengthError(f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {num_prompt}")
+    return min(wished, room)
+
+
+def _too_long_for_openai(num_prompt: int, new_tokens: int | None, limits: RequestLimits) -> ContextLengthError:
+    if new_tokens:
+        parts = f"{num_prompt} in the prompt, {new_tokens} in the completion"
+        asked = f"you requested {num_prompt + new_tokens} tokens ({parts})"
+        limit = f"This model's maximum context length is {limits.max_total_tokens} tokens"
+    else:
+        asked = f"your prompt has {num_prompt} tokens"
+        limit = f"This model takes prompts of at most {limits.max_input_tokens} tokens"
+    return ContextLengthError(f"{limit}. However, {asked}. Please reduce the length of the prompt or completion.")
+
+
+def _sampling(options: Options, limits: RequestLimits, dialect: Dialect) -> tuple[SamplingParams, int | None]:
+    """The parameters with every default filled in, and the seed if there is randomness."""
+    temperature, seed = _temperature(options, dialect), None
+    if temperature:
+        seed = secrets.randbits(64) if options.seed is None else options.seed & MAX_SEED
+    raw = dialect == "openai" if options.raw_logprobs is None else options.raw_logprobs
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=_top_k(options, limits),
+        top_p=_or(options.top_p, 1.0),
+        typical_p=_or(options.typical_p, 1.0),
+        min_p=_or(options.min_p, 0.0),
+        repetition_penalty=_or(options.repetition_penalty, 1.0),
+        frequency_penalty=_or(options.frequency_penalty, 0.0),
+        presence_penalty=_or(options.presence_penalty, 0.0),
+        seed=seed or 0,
+        logit_bias=tuple(sorted((options.logit_bias or {}).items())),
+        logprobs=-1 if options.logprobs is None else options.logprobs,
+        raw_logprobs=raw,
+        prompt_logprobs=-1 if options.prompt_logprobs is None else options.prompt_logprobs,
+    )
+    return params, seed
+
+
+def _temperature(options: Options, dialect: Dialect) -> float:
+    """0 if the likeliest token is to be taken."""
+    temperature = _or(options.temperature, 1.0)
+    if temperature == 0.0:
+        return 0.0
+    sampled = dialect == "openai" if options.do_sample is None else options.do_sample
+    if not sampled and not rules.warps(options):
+        return 0.0
+    return max(temperature, _COLDEST)
+
+
+def _top_k(options: Options, limits: RequestLimits) -> int:
+    wished = options.top_k or 0
+    return wished if 0 < wished < limits.vocab_size else 0
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,198 @@
+"""Jinja as `transformers` sets it up, inside a sandbox that ends what runs or grows without end.
+
+The sandbox keeps templates from Python's inside. The budget, new for each rendering, is charged by every turn of a
+loop, every macro and every call, so a template ends within seconds however it was written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from time import thread_time
+from typing import Any, cast
+
+from jinja2 import TemplateError, TemplateRuntimeError, nodes
+from jinja2.environment import Template
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MAX_SECONDS = 5.0  # of the thread's own work, so that a busy machine fails nobody
+MAX_CHARACTERS = 16 << 20  # of output, or of any one string on the way
+_BUDGET = "_tokenmill_budget"  # read from what rendering was given, so a template that sets it changes nothing
+_CHECK_EVERY = 16  # charges between two looks at the clock, which is a system call
+_MAX_POWER = 64
+_PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+_WIDE = re.compile(r"\d{5}|\*|:[^}]*\{")  # a width of five digits, or one that an argument gives
+
+
+class Budget:
+    """What one rendering may still use."""
+
+    __slots__ = ("_charges", "_ends")
+
+    def __init__(self) -> None:
+        self._charges = 0
+        self._ends = thread_time() + MAX_SECONDS
+
+    def charge(self) -> None:
+        """Count one step; TemplateRuntimeError once the time is over."""
+        self._charges += 1
+        if self._charges % _CHECK_EVERY == 0 and thread_time() > self._ends:
+            raise TemplateRuntimeError(f"the chat template takes longer than {MAX_SECONDS:g} s for these messages")
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """An environment that renders what `transformers` renders. One for each set of templates."""
+    made = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Charger, _Generation, loopcontrols])
+    made.filters["tojson"] = _tojson
+    made.filters["center"] = _center
+    made.globals["raise_exception"] = _raise_exception
+    made.globals["strftime_now"] = _strftime_now
+    return made
+
+
+def run(template: Template, variables: Mapping[str, Any]) -> str:
+    """Render within a new budget. Jinja's errors, or what the template's Python objects raise."""
+    out: list[str] = []
+    size = 0
+    for part in template.generate({**variables, _BUDGET: Budget()}):
+        size += len(part)
+        _check_size(size)
+        out.append(part)
+    return "".join(out)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Charges for turns of loops and macros, and refuses to build what would fill the memory."""
+
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        bodies = [(node.body, node.lineno) for node in tree.find_all(nodes.For)]
+        bodies += [(node.body, node.lineno) for node in tree.find_all(nodes.Macro)]
+        bodies += [(node.body, node.lineno) for node in tree.find_all(nodes.CallBlock)]
+        for body, lineno in bodies:
+            body.insert(0, nodes.ExprStmt(_call("charge", [nodes.ContextReference()]), lineno=lineno))
+        rewritten = _Joins().visit(tree)
+        rewritten.set_environment(self)
+        return cast(nodes.Template, rewritten)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Arithmetic, once its result is known to be small."""
+        if operator == "*":
+            _check_size(_length(left) * _whole(right) + _length(right) * _whole(left))
+        elif operator == "+":
+            _check_size(_length(left) + _length(right))
+        elif operator == "**" and _whole(right) > _MAX_POWER:
+            raise TemplateRuntimeError(f"the power of {right} is too large for a chat template")
+        elif operator == "%" and isinstance(left, str):
+            _check_widths(left)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """A call, unless time is over or it pads a string beyond all measure."""
+        _charge(__context)
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, str) and name in _PADDING:
+            _check_size(max(map(_whole, args), default=0))
+        elif isinstance(owner, str) and name in ("format", "format_map"):
+            _check_widths(owner)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+class _Joins(NodeTransformer):
+    """Puts a call of ours in the place of `~`, which Jinja would not let us look at."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        """Its parts may hold further ones."""
+        self.generic_visit(node)
+        return _call("join", node.nodes, node.lineno)
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}` marks an answer for training; when rendering it is nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """The statements between the tags, in a scope of their own as transformers has them."""
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(lineno)
+
+    def _inside(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Charger(Extension):
+    """Holds the functions that rewritten templates call: a template cannot rename an extension's methods."""
+
+    def charge(self, context: Context) -> str:
+        """One step of the budget."""
+        _charge(context)
+        return ""
+
+    def join(self, *parts: Any) -> str:
+        """Jinja's `~`, within limits."""
+        texts = [str(part) for part in parts]
+        _check_size(sum(map(len, texts)))
+        return "".join(texts)
+
+
+def _call(name: str, arguments: list[nodes.Expr], lineno: int = 0) -> nodes.Call:
+    method = nodes.ExtensionAttribute(_Charger.identifier, name)
+    return nodes.Call(method, arguments, [], None, None, lineno=lineno)
+
+
+def _charge(context: Context) -> None:
+    budget = context.parent.get(_BUDGET)
+    if isinstance(budget, Budget):
+        budget.charge()
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+
+def _whole(value: Any) -> int:
+    return abs(value) if isinstance(value, int) else 0
+
+
+def _check_size(count: int) -> None:
+    if count > MAX_CHARACTERS:
+        raise TemplateRuntimeError(f"the chat template writes more than {MAX_CHARACTERS} characters for these messages")
+
+
+def _check_widths(pattern: str) -> None:
+    if _WIDE.search(pattern):
+        raise TemplateRuntimeError("a chat template may not format to such a width")
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _center(value: str, width: int = 80) -> str:
+    _check_size(width)
+    return str(value).center(width)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
