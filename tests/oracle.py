@@ -1,8 +1,8 @@
 """An executor whose cache entries are hashes of everything before them.
 
 Any mistake in scheduling, paging, prefix sharing, preemption or overlap shows as a wrong token, on a CPU in
-milliseconds. It keeps its state by slot and learns of it only by a batch's differences, as a backend does, and it runs a
-step late, from what it was given at the launch: who writes to a launched batch is found out.
+milliseconds. It keeps its state by slot and learns of it only by a batch's differences, as a backend does, and it
+runs a step late, from what it was given at the launch: who writes to a launched batch is found out.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from hashlib import blake2b
-
-import numpy as np
 
 from tokenmill.backends.base import StepResult
 from tokenmill.engine.block_pool import BlockPool
@@ -67,7 +65,7 @@ class OracleStep:
 
 
 class PagedOracle:
-    """Reads and writes its cache through block tables, as attention would. `poison_rate`: how often a step's row breaks."""
+    """Reads and writes its cache through block tables, as attention would. `poison_rate`: how often a row breaks."""
 
     def __init__(self, num_blocks: int, limits: SchedulerLimits, poison_rate: float = 0.0, seed: int = 0) -> None:
         size, slots = limits.block_size, limits.max_batch_size
@@ -104,7 +102,8 @@ class PagedOracle:
         details: list[TokenDetails | None] = []
         prompt_details: dict[int, tuple[TokenDetails, ...]] = {}
         samples = set(batch.samples.tolist())
-        for row, (slot, start, count) in enumerate(zip(*map(np.ndarray.tolist, (batch.slots, batch.starts, batch.counts)), strict=True)):  # fmt: skip
+        rows = zip(batch.slots.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True)
+        for row, (slot, start, count) in enumerate(rows):
             request, end = step.requests[row], start + count
             entries = self.compute(slot, start, end, request.salt)
             if row in samples:
@@ -238,5 +237,6 @@ def check_books(scheduler: Scheduler) -> None:
     used = [block for seq in scheduler.running.values() for block in seq.blocks]
     assert sum(pool.refs) == len(used), "a block is leaked or used after its release"
     slots = [seq.slot for seq in scheduler.running.values()]
-    assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
+    assert len(set(slots)) == len(slots)
+    assert min(slots, default=0) >= 0
     assert all(seq.slot == -1 and not seq.blocks for seq in scheduler.waiting.values())

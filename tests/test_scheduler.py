@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 
 import numpy as np
 import pytest
@@ -89,6 +90,10 @@ def test_the_random_histories_meet_what_they_are_for() -> None:
     assert refused > 20
 
 
+def short(case: Case) -> list[Request]:
+    return [r for r in case.requests if r.id not in case.hopeless]
+
+
 @pytest.mark.parametrize("part", range(5))
 def test_a_broken_row_ends_alone_and_what_it_computed_is_never_found(part: int) -> None:
     for seed in range(20 * part, 20 * part + 20):
@@ -106,11 +111,32 @@ def test_a_broken_row_ends_alone_and_what_it_computed_is_never_found(part: int) 
                 check_request(r, case, link)
 
         oracle.poison_rate = 0.0
-        again = [request(100 + r.id, r.prompt_ids, 1, salt=r.salt) for r in case.requests]
+        again = [request(100 + r.id, (*r.prompt_ids, *reference(r)[:-1]), 1, salt=r.salt) for r in short(case)]
         link.script = [again]
         run(engine, link)
         for r in again:
             assert link.tokens(r.id) == reference(r)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_the_tokens_do_not_depend_on_how_many_steps_are_on_the_device(depth: int) -> None:
+    for seed in range(40):
+        case = random_case(seed)
+        engine, oracle, link = build(case.script, case.num_blocks, case.limits)
+        scheduler, flying = engine.scheduler, deque()
+        while link.script or scheduler.has_work or flying:
+            for message in link.receive(False):
+                scheduler.add(message) if isinstance(message, Request) else scheduler.abort(message.id)
+            if batch := scheduler.schedule():
+                flying.append((batch, oracle.launch(batch)))
+            outputs = scheduler.notices()
+            if flying and (len(flying) == depth or not batch):
+                done, step = flying.popleft()
+                outputs += scheduler.update(done, oracle.collect(step))
+            link.send(outputs, scheduler.stats())
+            check_books(scheduler)
+        for r in case.requests:
+            check_request(r, case, link)
 
 
 def test_replicas_agree_on_every_batch_and_a_digest_tells_plans_apart() -> None:
@@ -143,7 +169,7 @@ def test_a_second_request_reuses_the_first_ones_prefix() -> None:
 
 def test_a_prompt_is_shared_while_it_is_being_computed() -> None:
     prompt = range(1, 33)
-    engine, oracle, link = build([[request(0, prompt)], [request(1, prompt)]], 32, LIMITS)
+    engine, oracle, _ = build([[request(0, prompt)], [request(1, prompt)]], 32, LIMITS)
     engine.step()
     engine.step()
     assert first_step_of(oracle, 1) == (28, 4)
@@ -197,7 +223,8 @@ def test_the_tail_of_a_sequence_is_evicted_before_its_head() -> None:
 def test_a_block_without_content_is_reused_before_a_cached_one() -> None:
     pool = BlockPool(num_blocks=3, block_size=1)
     first, second = pool.allocate(1), pool.allocate(1)
-    assert first and second
+    assert first is not None
+    assert second is not None
     pool.publish(first[0], b"x")
     pool.release(first)
     pool.release(second)
@@ -282,6 +309,16 @@ def test_the_youngest_is_preempted_and_the_oldest_never() -> None:
     preemptions = [link.outputs[i][-1].num_preemptions for i in range(4)]
     assert preemptions[0] == 0
     assert preemptions[3] > 0
+
+
+def test_a_preempted_sequence_goes_before_those_that_have_not_run() -> None:
+    requests = [request(i, range(10 * i + 1, 10 * i + 9), 40) for i in range(4)]
+    engine, oracle, link = build([requests, [request(9, [5], 1)]], 14, SchedulerLimits(100, 4, 200, block_size=4))
+    run(engine, link)
+    assert link.outputs[3][-1].num_preemptions
+    steps = [{seq.id for seq in batch.sequences} for batch in oracle.batches]
+    first = next(turn for turn, ids in enumerate(steps) if 9 in ids)
+    assert set.union(*steps[first:]) <= steps[first], "those that were preempted run again by then, or have ended"
 
 
 def test_nobody_is_admitted_into_blocks_that_the_running_ones_need_next() -> None:

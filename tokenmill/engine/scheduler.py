@@ -171,12 +171,15 @@ class Scheduler:
         return [rows[row] for row in keep.tolist()], slots[keep], starts[keep], counts[keep], self._changed
 
     def _within_budget(self, wanted: Int32) -> Int32:
-        """How many of the wanted tokens each row gets: the older first, and no sliver of a prompt."""
+        """How many of the wanted tokens each row gets: the older first.
+
+        Only the youngest can be in the middle of its prompt, and those before it take a token each, as they did when it
+        was admitted: what is left for it does not shrink, so `min_chunk` needs no look here.
+        """
         before = np.cumsum(wanted, dtype=np.int32) - wanted
         if not len(wanted) or before[-1] + wanted[-1] <= self.limits.max_batch_tokens:
             return wanted
         given: Int32 = np.clip(self.limits.max_batch_tokens - before, 0, wanted).astype(np.int32)
-        given[(given < wanted) & (given < self._min_chunk)] = 0
         return given
 
     def _admit(self, budget: int) -> tuple[list[Sequence], list[int]]:
