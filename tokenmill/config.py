@@ -55,8 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     num_shard: Annotated[int | None, Option("Ranks that share the model.", at_least=1)] = None
     cuda_graphs: Annotated[str, Option("Batch sizes to capture as CUDA graphs; 0: none.", no_effect=(
         "this release captures no graphs."))] = ""
-    cuda_memory_fraction: Annotated[float, Option("Share of the device's memory that may be used.",
-                                                  at_least=0.01, at_most=1)] = 1.0
+    cuda_memory_fraction: Annotated[float, Option(
+        "Share of the device's memory that may be used.", at_least=0.01, at_most=1,
+        no_effect="say how much memory may be used with --memory-limit.")] = 1.0
     disable_custom_kernels: Annotated[bool, Option("TGI: old kernels off.", no_effect="there are none.")] = False
     shard_uds_path: Annotated[str, Option("TGI: prefix of its sockets.", no_effect=_LOCAL)] = (
         "/tmp/text-generation-server")
@@ -263,6 +264,18 @@ def default_cache_dir() -> str:
     return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenmill")
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """A copy of this process's environment for a child, with `changes`."""
-    return {**os.environ, **changes}
+def environment(threads: int) -> dict[str, str]:
+    """The environment for a child that computes with `threads` threads: libraries read that when they are imported."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: those it is bound to, cut by the control group's quota. At least 1."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no control group, or "max"
+    return max(1, count)

@@ -42,20 +42,22 @@ class HubAccess:
     offline: bool = False
 
 
-def resolve(model_id: str, *, revision: str, cache_dir: str, token: str, offline: bool, report: Report) -> ModelSource:
+def resolve(
+    model_id: str, *, revision: str, cache_dir: str, token: str, offline: bool, report: Report, convert: bool = True
+) -> ModelSource:
     """The model on disk. `model_id`: a folder, a file, or a Hub id; what is missing is downloaded unless `offline`.
 
-    Blocks as long as that takes and reports bytes. DownloadError or ModelError with the cure.
+    Weights that are only there pickled are converted if `convert`. Blocks as long as that takes and reports bytes. DownloadError or ModelError with the cure.
     """
     if Path(model_id).exists():
-        return _converted(Path(model_id), model_id, report)
+        return _opened(Path(model_id), model_id, report, convert)
     if not _ID.fullmatch(model_id):
         raise DownloadError(
             f"Model {model_id!r} is neither a folder or file that exists here nor an id on the Hub (owner/name)."
         )
     access = HubAccess(cache_dir, token, offline)
     folder, sha = _cached(model_id, revision, access) if offline else _fetched(model_id, revision, access, report)
-    return msgspec.structs.replace(_converted(folder, model_id, report), revision=sha)
+    return msgspec.structs.replace(_opened(folder, model_id, report, convert), revision=sha)
 
 
 def wanted_files(names: Sequence[str]) -> list[str]:
@@ -204,15 +206,15 @@ def _insistently(model_id: str, revision: str, call: Callable[[], Any]) -> Any:
     return None
 
 
-def _converted(path: Path, model_id: str, report: Report) -> ModelSource:
+def _opened(path: Path, model_id: str, report: Report, convert: bool) -> ModelSource:
     """As `local_source`, after pickled weights, if there is nothing else, were converted beside themselves."""
     pickled = path.is_dir() and any(path.glob("pytorch_model*.bin"))
-    if pickled and not any(path.glob("*.safetensors")) and not any(path.glob("*.gguf")):
-        convert(path, report)
+    if convert and pickled and not any(path.glob("*.safetensors")) and not any(path.glob("*.gguf")):
+        convert_in_child(path, report)
     return local_source(path, model_id)
 
 
-def convert(folder: Path, report: Report) -> None:
+def convert_in_child(folder: Path, report: Report) -> None:
     """Write the folder's pickled weights as .safetensors beside them, in a child process. ModelError if that fails."""
     report(Progress("convert", detail=str(folder)))
     _log.warning("%s has pickled weights only: converting them to .safetensors", folder)

@@ -53,7 +53,7 @@ class _Pipes(Generic[_Incoming, _Outgoing]):
                     del self._unsent[: os.write(self._write_fd, self._unsent)]
             except BlockingIOError:
                 return  # the rest goes with the next frame
-            except BrokenPipeError:
+            except OSError:  # the other end is gone, or this one was closed
                 self._unsent.clear()
 
     def _read(self) -> tuple[list[_Incoming], bool]:
@@ -145,3 +145,8 @@ class ParentControl(_Pipes[FromChild, ToChild]):
         messages, alive = self._read()
         self.closed = not alive
         return messages
+
+    def close(self) -> None:
+        """Close both pipes; nothing is heard any more. Idempotent."""
+        self.closed = True
+        super().close()

@@ -1,0 +1,191 @@
+"""The commands. Each parses its arguments and calls; nothing here does the work or imports what is heavy.
+
+Exit codes: 0 done or asked to stop, 1 an error that was explained on stderr, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenmill
+from tokenmill import options
+from tokenmill.config import Settings
+from tokenmill.errors import StartError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A word after `tokenmill`, what runs, and a line of help."""
+
+    run: Callable[[list[str]], int]
+    help: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`tokenmill COMMAND …`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = _commands()
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview(commands))
+        return 0
+    if words[0] in ("-V", "--version", "version"):
+        print(f"tokenmill {tokenmill.__version__}")
+        return 0
+    command = commands.get(words[0])
+    if command is None:
+        near = difflib.get_close_matches(words[0], commands, 1)
+        guess = f"; did you mean `tokenmill {near[0]}`?" if near else ""
+        print(f"error: unknown command {words[0]!r}{guess}\n\n{_overview(commands)}", file=sys.stderr)
+        return 2
+    return _explained(command.run, words[1:])
+
+
+def text_generation_launcher(argv: Sequence[str] | None = None) -> int:
+    """`text-generation-launcher`: TGI's name for `tokenmill serve`, with the same options."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["-V"], ["--version"]):
+        print(f"text-generation-launcher {tokenmill.__version__} (tokenmill)")
+        return 0
+    return _explained(lambda rest: serve(rest, prog="text-generation-launcher"), words)
+
+
+def text_generation_server(argv: Sequence[str] | None = None) -> int:
+    """`text-generation-server serve|download-weights|quantize MODEL_ID …`, TGI's Python command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"serve": _serve_positional, "download-weights": download_weights, "quantize": _quantize}
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: text-generation-server {serve,download-weights,quantize} MODEL_ID [OPTIONS]")
+        return 0
+    if words[0] not in commands:
+        print(f"error: unknown command {words[0]!r}; known: {', '.join(commands)}", file=sys.stderr)
+        return 2
+    return _explained(commands[words[0]], words[1:])
+
+
+def _commands() -> dict[str, Command]:
+    return {
+        "serve": Command(serve, "serve a model over HTTP"),
+        "chat": Command(lambda rest: _load("tokenmill.chat:main")(rest), "talk to a running server, or to one's own"),
+        "generate": Command(generate, "answer one prompt in this process, without a server"),
+        "download-weights": Command(download_weights, "get a model onto this machine"),
+        "env": Command(env, "say what is installed and found here"),
+        "schema": Command(schema, "print the OpenAPI document of the server"),
+    }
+
+
+def _overview(commands: dict[str, Command]) -> str:
+    width = max(map(len, commands))
+    rows = [f"  {name.ljust(width)}  {command.help}" for name, command in commands.items()]
+    return "\n".join([
+        f"tokenmill {tokenmill.__version__}: a server for large language models", "",
+        "usage: tokenmill COMMAND [OPTIONS]", "", *rows, "", "`tokenmill COMMAND --help` lists a command's options.",
+    ])  # fmt: skip
+
+
+def _explained(run: Callable[[list[str]], int], words: list[str]) -> int:
+    try:
+        return run(words)
+    except StartError as error:
+        print(f"Error: {error.variant}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except BrokenPipeError:
+        return 1  # whoever read the output has gone
+    except KeyboardInterrupt:
+        return 130
+
+
+def _load(target: str) -> Any:
+    """What MODULE:NAME is, imported now: commands that need more than this file pay for it themselves."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def serve(words: list[str], prog: str = "tokenmill serve") -> int:
+    """Serve until a signal."""
+    settings = Settings.from_args(words, prog=prog)
+    if settings.env:
+        print(_load("tokenmill.operate.env:report")(), flush=True)
+    return int(_load("tokenmill.launcher:serve")(settings))
+
+
+def _serve_positional(words: list[str]) -> int:
+    """TGI's shard server took the model as its first argument; here the whole server is started."""
+    shard_only = options.Parser(prog="text-generation-server serve", add_help=False)
+    shard_only.add_argument("--uds-path")
+    shard_only.add_argument("--logger-level")
+    known, rest = shard_only.parse_known_args(words)
+    level = ["--log-level", known.logger_level.lower()] if known.logger_level else []
+    model = ["--model-id", rest.pop(0)] if rest and not rest[0].startswith("-") else []
+    return serve([*model, *rest, *level], prog="text-generation-server serve")
+
+
+def _quantize(words: list[str]) -> int:
+    del words
+    raise StartError("Quantizing a model is not in this release. Serve a quantized GGUF file instead.")
+
+
+def download_weights(words: list[str]) -> int:
+    """Get a model onto this machine; print where it is."""
+    about = "Get a model (a Hub id; without one: the embedded default) onto this machine and print its path."
+    parser = options.Parser(prog="tokenmill download-weights", description=about)
+    parser.add_argument("model_id", nargs="?", default="", metavar="MODEL_ID")
+    parser.add_argument("--revision", help="branch, tag or commit")
+    parser.add_argument("--huggingface-hub-cache", help="folder of the Hub's cache", metavar="FOLDER")
+    parser.add_argument("--cache-dir", help="folder for the embedded default model", metavar="FOLDER")
+    parser.add_argument("--extension", help="TGI: kind of weights; the best one there is, is taken", metavar="EXT")
+    parser.add_argument("--auto-convert", action=argparse.BooleanOptionalAction, default=True,
+                        help="convert pickled weights if there are no others")  # fmt: skip
+    parser.add_argument("--trust-remote-code", action="store_true", help="no effect: no such code is run")
+    parser.add_argument("--logger-level", default="info", metavar="LEVEL")
+    parser.add_argument("--json-output", action="store_true", help="progress as JSON log lines")
+    given = parser.parse_args(words)
+    wanted = ("revision", "huggingface_hub_cache", "cache_dir")
+    named = {name: getattr(given, name) for name in wanted if getattr(given, name)}
+    settings = Settings.from_env(model_id=given.model_id, json_output=given.json_output, **named)
+    _load("tokenmill.logs:set_up")(given.logger_level, json=given.json_output)
+    screen = _load("tokenmill.progress:display")(json=given.json_output)
+    try:
+        source = _load("tokenmill.fetch:fetch")(settings, screen.progress, convert=given.auto_convert)
+    finally:
+        screen.close()
+    print(source.path)
+    return 0
+
+
+def generate(words: list[str]) -> int:
+    """Answer one prompt in this process and print the text as it comes."""
+    about = "Answer PROMPT in this process, without a server. The text is printed as it comes."
+    parser = options.Parser(prog="tokenmill generate", description=about)
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from stdin")
+    parser.add_argument("--model-id", default="", help="a Hub id, a folder or a .gguf file")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    parser.add_argument("--temperature", type=float, help="0: greedy, the default", metavar="T", default=0.0)
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+    parser.add_argument("--raw", action="store_true", help="continue PROMPT as it is, without the chat template")
+    given = parser.parse_args(words)
+    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+    return int(_load("tokenmill.generate:run")(given.model_id, prompt, given))
+
+
+def env(words: list[str]) -> int:
+    """Print the runtime environment."""
+    options.Parser(prog="tokenmill env", description="What is installed and found here.").parse_args(words)
+    print(_load("tokenmill.operate.env:report")())
+    return 0
+
+
+def schema(words: list[str]) -> int:
+    """Print the OpenAPI document."""
+    about = "The OpenAPI document of the server, as JSON."
+    options.Parser(prog="tokenmill schema", description=about).parse_args(words)
+    print(_load("tokenmill.server.openapi:document_json")())
+    return 0

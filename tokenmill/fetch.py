@@ -1,0 +1,61 @@
+"""Settings to a model on disk, in this process or as a child that the supervisor can stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from tokenmill.config import Settings
+from tokenmill.errors import ArgumentError
+from tokenmill.weights import embedded, hub
+from tokenmill.weights.source import ModelSource, local_source
+from tokenmill.wire.control import ChildControl
+from tokenmill.wire.messages import ModelReady, Progress
+
+
+def on_disk(settings: Settings) -> ModelSource | None:
+    """The model if it is plainly here: a folder, a file, or the default model fetched before; else None.
+
+    Reads names only. Raises ModelError if what is here cannot be served, ArgumentError for wrong paths.
+    """
+    if settings.weights_cache_override:
+        return _named(settings, local_source(settings.weights_cache_override, settings.model_id or None))
+    if not settings.model_id:
+        found = embedded.find(settings.cache_dir)
+        return _named(settings, ModelSource(embedded.MODEL_ID, str(found), "gguf")) if found else None
+    path = Path(settings.model_id)
+    if path.is_file() or (path.is_dir() and not any(path.glob("pytorch_model*.bin"))):
+        return _named(settings, local_source(path, settings.model_id))
+    return None
+
+
+def fetch(settings: Settings, report: Callable[[Progress], None], *, convert: bool = True) -> ModelSource:
+    """The model on disk, downloaded if need be, and converted if `convert` and it is pickled; blocks.
+
+    Raises DownloadError or ModelError with the cure.
+    """
+    found = on_disk(settings)
+    if found is not None:
+        return found
+    if not settings.model_id:
+        return _named(settings, embedded.resolve(settings.cache_dir, settings.offline, report))
+    source = hub.resolve(
+        settings.model_id, revision=settings.revision, cache_dir=settings.huggingface_hub_cache,
+        token=settings.hf_token, offline=settings.offline, report=report, convert=convert,
+    )  # fmt: skip
+    return _named(settings, source)
+
+
+def _named(settings: Settings, source: ModelSource) -> ModelSource:
+    override = settings.tokenizer_config_path
+    if override and not Path(override).is_file():
+        raise ArgumentError(f"`tokenizer_config_path` {override!r} is not a file.")
+    return msgspec.structs.replace(source, tokenizer_config_path=override)
+
+
+def main(control: ChildControl) -> None:
+    """Fetch as a child: reports progress and ends with `ModelReady`."""
+    source = fetch(Settings.from_dict(control.configure.settings), control.send)
+    control.send(ModelReady(msgspec.to_builtins(source)))

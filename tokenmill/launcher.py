@@ -1,0 +1,366 @@
+"""The supervisor: binds the port, starts the processes, watches them, restarts what dies, stops them in order.
+
+    supervisor ─┬─ HTTP worker 0 … W-1   server/worker.py    the port answers at once; /health tells the phase
+                ├─ fetching child        fetch.py            only if the model is not on disk
+                └─ engine rank 0 … N-1   runtime/worker.py   waits for the model, loads it
+
+It imports neither torch nor an HTTP server, holds no request, and does nothing but wait for one of: a child's message,
+a child's end, a signal, a moment for which something is planned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from tokenmill import config, fetch, logs
+from tokenmill.config import Settings
+from tokenmill.errors import AddressInUse, StartError
+from tokenmill.process import Child
+from tokenmill.progress import Display, display
+from tokenmill.wire.messages import Configure, Drain, EngineInfo, ModelReady, Phase, Progress, Ready, ToChild
+
+SERVER, ENGINE, FETCH = "tokenmill.server.worker:main", "tokenmill.runtime.worker:main", "tokenmill.fetch:main"
+RESTART_WINDOW_S = 600.0
+"""Restarts are counted over this time; a process that ran this long starts with a clean slate."""
+STOP_S = 5.0
+"""How long a child may take to end after SIGTERM, or beyond the time that it had to drain."""
+
+_log = logging.getLogger(__name__)
+
+
+class ServerFailed(StartError):
+    """A process of the server keeps dying, or died for a reason that another start would meet again."""
+
+    def __init__(self, variant: str, message: str) -> None:
+        super().__init__(message)
+        self.variant = variant
+
+
+@dataclass
+class Restarts:
+    """How often something died lately, and how long to wait before it is started again: 1, 2, 4 … 60 seconds."""
+
+    allowed: int
+    times: list[float] = field(default_factory=list)
+
+    def delay(self, now: float) -> float | None:
+        """Seconds to wait after a death at `now`; None if it died too often."""
+        self.times = [time for time in self.times if now - time < RESTART_WINDOW_S] + [now]
+        return None if len(self.times) > self.allowed else min(60.0, 2.0 ** (len(self.times) - 1))
+
+
+def listen(hostname: str, port: int) -> socket.socket:
+    """A listening socket. Raises AddressInUse with the cure."""
+    family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((hostname, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(
+                f"Port {port} of {hostname} is in use by another process. Give another with --port (or PORT), or stop "
+                f"the one that listens there."
+            ) from None
+        denied = error.errno == errno.EACCES
+        cure = "ports below 1024 need root" if denied else "give another with --hostname and --port"
+        raise AddressInUse(f"Cannot listen on {hostname}:{port}: {error.strerror}; {cure}.") from None
+    return listener
+
+
+class Supervisor:
+    """One server, from its start to its end. `run` blocks; use it once, from the main thread."""
+
+    def __init__(self, settings: Settings, listener: socket.socket, run_dir: str, screen: Display) -> None:
+        port = listener.getsockname()[1]
+        self.settings = msgspec.structs.replace(settings, port=port)
+        self.listener, self.run_dir, self.screen = listener, run_dir, screen
+        self.workers: dict[int, Child] = {}
+        self.ranks: dict[int, Child] = {}
+        self.fetcher: Child | None = None
+        self.model: ModelReady | None = None
+        self.info: EngineInfo | None = None
+        self.phase = Phase("starting")
+        self.generation = 0  # of the engine
+        self.planned: list[tuple[float, str, int]] = []  # when (monotonic), what to start ("worker", "engine"), which
+        self.restarts: dict[str, Restarts] = {}
+        self.began = time.monotonic()
+        self.signals = 0
+        self.stop_by = float("inf")  # draining: when what still runs is killed
+
+    # Starting
+
+    def run(self) -> int:
+        """Serve until a signal. Returns the exit code 0; raises StartError if the server cannot go on."""
+        with _wakeup() as wakeup:
+            try:
+                self._start()
+                while not self._stopped():
+                    self._wait(wakeup)
+                    self._step()
+            finally:
+                self.screen.close()
+                self._kill_all()
+        return 0
+
+    def _start(self) -> None:
+        for index in range(self.settings.http_workers):
+            self._start_worker(index)
+        self._start_engine()
+        source = fetch.on_disk(self.settings)
+        if source is not None:
+            self._model_is_here(ModelReady(msgspec.to_builtins(source)))
+        else:
+            self._set_phase(Phase("download"))
+            self.fetcher = Child("fetch", FETCH, self._configure(0), config.environment(1))
+
+    def _configure(self, index: int) -> Configure:
+        return Configure(
+            settings=self.settings.to_dict(), index=index, engine_address=str(Path(self.run_dir) / "engine.sock"),
+            run_dir=self.run_dir, generation=self.generation, listen_fd=self.listener.fileno(),
+        )  # fmt: skip
+
+    def _start_worker(self, index: int) -> None:
+        fd = self.listener.fileno()
+        child = Child(f"HTTP worker {index}", SERVER, self._configure(index), config.environment(1), [fd])
+        self.workers[index] = child
+        for message in (self.phase, self.model):
+            if message is not None:
+                child.control.send(message)
+
+    def _start_engine(self) -> None:
+        size = self.settings.num_shard or 1
+        environment = config.environment(self.settings.cpu_threads or max(1, config.usable_cpus() // size))
+        for rank in range(size):
+            self.ranks[rank] = Child(f"engine rank {rank}", ENGINE, self._configure(rank), environment)
+            if self.model is not None:
+                self.ranks[rank].control.send(self.model)
+
+    def _model_is_here(self, message: ModelReady) -> None:
+        self.model = message
+        source = message.source
+        revision = f" at {source['revision'][:12]}" if source.get("revision") else ""
+        self.screen.line(f"Model {source['model_id']}{revision}: {source['path']} ({source['format']})")
+        self._tell([*self.workers.values(), *self.ranks.values()], message)
+        self._set_phase(Phase("load"))
+
+    # Watching
+
+    def _children(self) -> list[Child]:
+        return [*self.workers.values(), *self.ranks.values(), *([self.fetcher] if self.fetcher else [])]
+
+    def _wait(self, wakeup: socket.socket) -> None:
+        """Block until a child or a signal has something, a planned moment comes, or a second has passed."""
+        now = time.monotonic()
+        until = min([now + 1.0, self.stop_by, *(moment for moment, _, _ in self.planned)])
+        with selectors.DefaultSelector() as selector:
+            selector.register(wakeup, selectors.EVENT_READ)
+            for child in self._children():
+                if not child.control.closed:
+                    selector.register(child.control.fileno(), selectors.EVENT_READ)
+            selector.select(max(0.0, until - now))
+        with contextlib.suppress(BlockingIOError):
+            self.signals += sum(number in (signal.SIGINT, signal.SIGTERM) for number in wakeup.recv(64))
+
+    def _step(self) -> None:
+        for child in self._children():
+            dead = child.dead  # before the last messages are read
+            for message in child.poll():
+                self._hear(child, message)
+            if dead or child.control.closed:
+                self._bury(child)
+        self._start_planned()
+        if self.signals and not self.draining:
+            self._drain()
+
+    def _hear(self, child: Child, message: object) -> None:
+        if isinstance(message, Progress):
+            if child is self.fetcher or child is self.ranks.get(0):
+                self._show(message)
+        elif isinstance(message, ModelReady):
+            self._model_is_here(message)
+        elif isinstance(message, Ready):
+            child.ready = True
+            self.info = message.info or self.info
+            if child.name.startswith("engine") and all(rank.ready for rank in self.ranks.values()):
+                self._engine_is_ready()
+
+    def _show(self, progress: Progress) -> None:
+        if self.generation == 0:
+            self.screen.progress(progress)
+        percent = 100 * progress.done // progress.total if progress.total else -1
+        if (progress.phase, percent) != (self.phase.name, self.phase.percent):
+            self._set_phase(Phase(progress.phase, percent))
+
+    def _engine_is_ready(self) -> None:
+        self._set_phase(Phase("ready"))
+        self.screen.close()
+        if self.generation:
+            self.screen.line(f"The engine is ready again after {self.generation} restart(s).")
+        elif self.info is not None:
+            for line in readiness(self.info, self.settings, time.monotonic() - self.began):
+                self.screen.line(line)
+
+    def _set_phase(self, phase: Phase) -> None:
+        self.phase = phase
+        self._tell(list(self.workers.values()), phase)
+
+    def _tell(self, children: list[Child], message: ToChild) -> None:
+        for child in children:
+            child.control.send(message)
+
+    # Deaths
+
+    def _bury(self, child: Child) -> None:
+        """Take note that a child has ended, and plan its successor if it is to have one."""
+        if child not in self._children():
+            return  # a rank that was ended with another
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may still be ending; how it ends is worth a moment
+            child.process.wait(1.0)
+        child.kill()
+        if child is self.fetcher:
+            self.fetcher = None
+            if self.model is None and not self.draining:
+                raise _failure(child, "DownloadError")
+        elif child in self.workers.values():
+            index = next(index for index, worker in self.workers.items() if worker is child)
+            del self.workers[index]
+            self._succeed(child, "worker", index, "WebserverFailed")
+        elif child in self.ranks.values():
+            for rank in self.ranks.values():
+                rank.kill()  # the others wait in a collective for one that will not come
+            self.ranks.clear()
+            self._succeed(child, "engine", 0, "ShardFailed")
+
+    def _succeed(self, child: Child, what: str, index: int, variant: str) -> None:
+        if self.draining:
+            return
+        if child.failure is not None and child.failure.fatal and self.info is None:
+            raise _failure(child, variant)
+        now = time.monotonic()
+        key = f"{what} {index}"
+        delay = self.restarts.setdefault(key, Restarts(self.settings.max_engine_restarts)).delay(now)
+        if delay is None:
+            raise _failure(child, variant)
+        _log.error("The %s has died (%s); it is started again in %g s", child.name, child.how_it_ended(), delay)
+        self.planned.append((now + delay, what, index))
+        if what == "engine":
+            self._set_phase(Phase("restarting"))
+
+    def _start_planned(self) -> None:
+        now = time.monotonic()
+        due = [(what, index) for moment, what, index in self.planned if moment <= now]
+        self.planned = [plan for plan in self.planned if plan[0] > now]
+        for what, index in due:
+            if what == "worker":
+                self._start_worker(index)
+            else:
+                self.generation += 1
+                self._start_engine()
+
+    # Stopping
+
+    @property
+    def draining(self) -> bool:
+        """True once a signal has asked the server to stop."""
+        return self.stop_by != float("inf")
+
+    def _drain(self) -> None:
+        """Let requests finish if there can be any; otherwise stop at once."""
+        self.planned.clear()
+        self.screen.close()
+        timeout = float(self.settings.graceful_termination_timeout) if self.info is not None and self.ranks else 0.0
+        self.stop_by = time.monotonic() + timeout + (STOP_S if timeout else 0.0)
+        if timeout:
+            self.screen.line(f"Stopping: running requests have {timeout:g} s to finish; a second signal ends them.")
+            self._tell(list(self.workers.values()), Drain(timeout))
+        else:
+            self.screen.line("Stopping.")
+
+    def _stopped(self) -> bool:
+        return self.draining and (not self.workers or self.signals > 1 or time.monotonic() >= self.stop_by)
+
+    def _kill_all(self) -> None:
+        """End every process: SIGTERM, a moment, SIGKILL; at once after a second signal."""
+        children = self._children()
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + (STOP_S if self.signals < 2 else 0.2)
+        while time.monotonic() < deadline and not all(child.dead for child in children):
+            time.sleep(0.02)
+        for child in children:
+            child.kill()
+
+
+def _failure(child: Child, variant: str) -> ServerFailed:
+    if child.failure is not None:
+        return ServerFailed(child.failure.variant or variant, child.failure.message)
+    return ServerFailed(variant, f"The {child.name} has died: {child.how_it_ended()}. Its log is above.")
+
+
+@contextlib.contextmanager
+def _wakeup() -> Iterator[socket.socket]:
+    """A socket on which the numbers of signals arrive as bytes, for the time of the block."""
+    ours, signals = socket.socketpair()
+    ours.setblocking(False)
+    signals.setblocking(False)
+    old_fd = signal.set_wakeup_fd(signals.fileno())
+    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield ours
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(old_fd)
+        ours.close()
+        signals.close()
+
+
+def readiness(info: EngineInfo, settings: Settings, took_s: float) -> list[str]:
+    """The line that says what is served and where, and a command to paste."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.hostname, settings.hostname)
+    url = f"http://{host}:{settings.port}"
+    ranks = f", {info.num_shard} ranks" if info.num_shard > 1 else ""
+    full = info.capacity // max(info.max_total_tokens, 1)
+    key = ' -H "Authorization: Bearer $API_KEY"' if settings.api_key else ""
+    return [
+        f"Ready in {took_s:.1f} s: {info.model_id} ({info.dtype}, {info.backend} on {info.device}{ranks}) at {url}; "
+        f"the KV cache holds {info.capacity:,} tokens, {full} request{'s' if full != 1 else ''} of the full "
+        f"{info.max_total_tokens:,} tokens.",
+        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+        """    -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 60}'""",
+    ]
+
+
+def serve(settings: Settings) -> int:
+    """Run a server with these settings until it is told to stop; 0 then, 1 after printing `Error: …` on stderr."""
+    logs.set_up(settings.log_level, json=settings.json_output)
+    for warning in settings.warnings:
+        _log.warning("%s", warning)
+    _log.info("Options: %s", settings.shown())
+    run_dir = tempfile.mkdtemp(prefix="tokenmill-")  # mode 0700
+    try:
+        with listen(settings.hostname, settings.port) as listener:
+            return Supervisor(settings, listener, run_dir, display(json=settings.json_output)).run()
+    except StartError as error:
+        print(f"Error: {error.variant}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)

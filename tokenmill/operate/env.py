@@ -1,0 +1,65 @@
+"""What runs here: versions, processors, memory, accelerators. For bug reports; holds no secrets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+import tokenmill
+
+_PACKAGES = ("torch", "numpy", "msgspec", "tokenizers", "safetensors", "huggingface_hub", "starlette", "uvicorn",
+             "transformers")  # fmt: skip
+
+
+def report() -> str:
+    """The runtime environment, one `name: value` a line. Imports none of the packages it names."""
+    rows = {
+        "tokenmill": tokenmill.__version__,
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "System": platform.platform(),
+        "CPU": _cpu(),
+        "CPUs": f"{psutil.cpu_count()} logical, {psutil.cpu_count(logical=False)} cores",
+        "Memory": _memory(),
+        "GPUs": _gpus(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+    return "\n".join(f"{name}: {value}" for name, value in rows.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory() -> str:
+    memory = psutil.virtual_memory()
+    return f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
+
+
+def _gpus() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "none found (no nvidia-smi)"
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi does not answer: {error}"
+    return "; ".join(done.stdout.strip().splitlines()) or done.stderr.strip() or "none found"

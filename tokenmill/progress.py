@@ -1,0 +1,148 @@
+"""What a user sees while something takes long: bars on a terminal, plain lines elsewhere, log lines for JSON."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from tokenmill.wire.messages import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+_VERBS = {"download": "Downloading", "convert": "Converting", "load": "Loading", "warmup": "Warming up"}
+_log = logging.getLogger("tokenmill.start")
+
+
+class Display(Protocol):
+    """Where phases and lines go."""
+
+    def line(self, text: str) -> None:
+        """Say something once."""
+
+    def progress(self, progress: Progress) -> None:
+        """Show how far a phase is. A new phase ends the one before."""
+
+    def close(self) -> None:
+        """Nothing is shown any more; what was shown stays. Idempotent."""
+
+
+def display(*, json: bool = False) -> Display:
+    """The display for this process's stdout."""
+    if json:
+        return LogDisplay()
+    return Bars() if sys.stdout.isatty() else Lines()
+
+
+def amount(count: float, unit: str) -> str:
+    """A number of bytes or items, short: `96.3 MB`, `12 items`."""
+    if unit != "bytes":
+        return f"{count:.0f} {unit}"
+    for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {name}"
+    return f"{count:.0f} B"
+
+
+def title(progress: Progress) -> str:
+    """What is done, and to what: `Downloading owner/model`."""
+    verb = _VERBS.get(progress.phase, progress.phase.capitalize())
+    return f"{verb} {progress.detail}".rstrip()
+
+
+class Lines:
+    """Plain lines: when a phase begins, every few seconds, and when it ends."""
+
+    every_s = 5.0
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._began = self._said = 0.0
+        self._complete = False
+
+    def line(self, text: str) -> None:
+        """Print it at once."""
+        print(text, flush=True)
+
+    def progress(self, progress: Progress) -> None:
+        """Print a line if the phase is new, complete, or was last heard of a while ago."""
+        now = time.monotonic()
+        complete = 0 < progress.total <= progress.done
+        if progress.phase != self._phase:
+            self._phase, self._began, self._said, self._complete = progress.phase, now, now, complete
+            if not complete:
+                self.line(f"{title(progress)} …")
+                return
+        elif self._complete or (not complete and now - self._said < self.every_s):
+            return
+        self._said, self._complete = now, complete
+        self.line(f"{title(progress)}: {self._how_far(progress, now)}")
+
+    def _how_far(self, progress: Progress, now: float) -> str:
+        done = amount(progress.done, progress.unit)
+        if progress.total <= 0:
+            return done
+        rate = progress.done / max(now - self._began, 1e-3)
+        if progress.done >= progress.total:
+            return f"{done} in {now - self._began:.1f} s"
+        left = (progress.total - progress.done) / max(rate, 1e-9)
+        share, total = 100 * progress.done // progress.total, amount(progress.total, progress.unit)
+        return f"{share} % of {total}, {amount(rate, progress.unit)}/s, {left:.0f} s left"
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+class LogDisplay(Lines):
+    """The same lines as log records, for `--json-output`."""
+
+    def line(self, text: str) -> None:
+        """Log it."""
+        _log.info("%s", text)
+
+
+class Bars:
+    """A bar a phase, with rate and time left, above whatever else is printed."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bars = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TimeRemainingColumn(), console=self._console,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+
+    def line(self, text: str) -> None:
+        """Print it above the bars."""
+        self._console.print(text, markup=False)
+
+    def progress(self, progress: Progress) -> None:
+        """Move the phase's bar."""
+        if progress.unit != "bytes" or not progress.total:
+            if progress.phase not in self._tasks:
+                self.line(f"{title(progress)} …")
+                self._tasks[progress.phase] = self._bars.add_task("", visible=False)
+            return
+        if progress.phase not in self._tasks:
+            self._tasks[progress.phase] = self._bars.add_task(title(progress), total=progress.total)
+            self._bars.start()
+        self._bars.update(self._tasks[progress.phase], completed=progress.done, total=progress.total)
+        if self._bars.finished:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        if self._bars.live.is_started:
+            self._bars.stop()
