@@ -3,7 +3,7 @@
 import pytest
 
 from tokenmill.errors import NotEnoughMemory
-from tokenmill.runtime.memory import CACHE_BYTES, Demand, available_bytes, count_blocks, size
+from tokenmill.runtime.memory import CACHE_BYTES, Demand, available_bytes, check_weights, count_blocks, size
 
 GIB = 1 << 30
 
@@ -105,3 +105,11 @@ def test_without_cgroups_the_machine_counts(tmp_path):
 
 def test_sizes_read_well():
     assert [size(n) for n in (0, 1023, 1536, 5 << 20, 3 << 29)] == ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "1.5 GiB"]
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read():
+    check_weights(GIB, GIB)
+    with pytest.raises(NotEnoughMemory, match=r"need 2\.0 GiB, but 1\.0 GiB are free"):
+        check_weights(2 * GIB, GIB)
+    with pytest.raises(NotEnoughMemory, match=r"need 2\.0 GiB, but 1\.0 GiB are allowed"):
+        check_weights(2 * GIB, 4 * GIB, limit=GIB)

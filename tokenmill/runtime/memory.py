@@ -31,6 +31,17 @@ class Demand:
         return -(-tokens // self.block_size)
 
 
+def check_weights(weight_bytes: int, available: int, limit: int | None = None) -> None:
+    """Raise NotEnoughMemory, before anything is read, if the weights of all ranks of this machine cannot fit."""
+    room = available if limit is None else min(limit, available)
+    if weight_bytes > room:
+        what = "are free" if limit is None or limit > available else "are allowed by the memory limit"
+        raise NotEnoughMemory(
+            f"The model's weights need {size(weight_bytes)}, but {size(room)} {what}. Serve a smaller model, or halve "
+            "the weights with --dtype bfloat16."
+        )
+
+
 def count_blocks(demand: Demand, available: int, weight_bytes: int = 0, limit: int | None = None) -> int:
     """The number of cache blocks to allocate.
 

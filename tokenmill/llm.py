@@ -1,0 +1,305 @@
+"""`LLM`: a model in this process, from text to text, on the same engine as the server's.
+
+    with LLM("path/to/model") as llm:
+        for completion in llm.generate(["Once upon a time", "The capital of France is"], max_new_tokens=20):
+            print(completion.text)
+
+Options of the model are the server's (`tokenmill serve --help`), with underscores; those of a generation are
+`text.prepare.Options`, by the names of TGI's API.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from tokenmill.config import Settings, memory_bytes
+from tokenmill.errors import ArgumentError, TemplateError, ValidationError
+from tokenmill.parallel.group import Group
+from tokenmill.runtime.assembly import Wants, assemble
+from tokenmill.runtime.offline import OfflineEngine
+from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.prepare import Options, Prepared, RequestLimits, prepare
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.weights import embedded, hub
+from tokenmill.weights.source import ModelSource
+from tokenmill.wire.messages import EngineInfo, Output, Progress, Stats, TokenDetails
+
+Prompt = str | Sequence[int]
+"""Text, or token ids that go to the model as they are."""
+
+Message = Mapping[str, Any]
+"""{"role": …, "content": …}, as the chat template expects it."""
+
+_SERVER_ONLY = ("num_shard", "sharded", "mock")
+_MOST = 1 << 20  # stop strings, alternatives of a token: the caller's own process needs no protection
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """One prompt's answer.
+
+    `finish_reason`: "stop" (an end-of-sequence token), "stop_sequence" (then `stop` is the string) or "length".
+    `token_ids` holds every token that was generated, the last one included even where `text` leaves it out.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    stop: str | None = None
+    seed: int | None = None  # with which it can be repeated; None if it was greedy
+    num_cached: int = 0  # prompt tokens that were not computed again
+    logprobs: tuple[TokenDetails, ...] = ()  # one a token, if `logprobs` was asked for
+    prompt_logprobs: tuple[TokenDetails, ...] = ()  # of the prompt's tokens from the second on, if asked for
+
+
+class LLM:
+    """A model in this process. One thread at a time.
+
+    `model`: a folder, a .gguf file or a Hub id; None: the embedded default model. `options`: the server's, such as
+    `dtype`, `max_total_tokens`, `max_batch_size`, `memory_limit`, `cpu_threads`; environment variables count as there.
+    Blocks until the model is loaded. Raises a StartError that says what to do.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        settings = _settings(model, options)
+        source = _source(settings)
+        self.tokenizer = Tokenizer.load(source)
+        self._engine = OfflineEngine(assemble(source, _wants(settings, self.tokenizer), Group(), _say_nothing))
+        info = self._engine.info
+        self._limits = RequestLimits(
+            max_input_tokens=info.max_input_tokens,
+            max_total_tokens=info.max_total_tokens,
+            max_stop_sequences=_MOST,
+            max_best_of=1,
+            max_top_n_tokens=min(_MOST, info.vocab_size),
+            vocab_size=info.vocab_size,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded, and its limits."""
+        return self._engine.info
+
+    @property
+    def stats(self) -> Stats:
+        """The engine's books after its last step."""
+        return self._engine.stats
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], options: Options | None = None, **params: Any
+    ) -> list[Completion]:
+        """Answer one prompt or many, all in one batch; the answers come in the order of the prompts.
+
+        `params` are fields of `Options` and beat those of `options`. Greedy, and until the model ends, if nothing is
+        said. Raises ValidationError, before anything runs, for a prompt or an option that cannot be served.
+        """
+        chosen = _chosen(options, params)
+        prepared = [self._prepare(prompt, chosen, True) for prompt in _as_list(prompts)]
+        return self._answers(prepared)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        options: Options | None = None,
+        *,
+        template: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> list[Completion]:
+        """Answer one conversation or many. `template`: variables for the chat template.
+
+        Raises TemplateError if the model has no chat template or it refuses the messages.
+        """
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        chosen = _chosen(options, params)
+        prompts = [self.render(conversation, template) for conversation in many]  # type: ignore[arg-type]
+        return self._answers([self._prepare(prompt, chosen, False) for prompt in prompts])
+
+    def stream(self, prompt: Prompt, options: Options | None = None, **params: Any) -> Iterator[str]:
+        """The answer's text, piece by piece as it is generated. Closing the iterator ends the generation."""
+        prepared = self._prepare(prompt, _chosen(options, params), True)
+        return self._stream(prepared)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        options: Options | None = None,
+        *,
+        template: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> Iterator[str]:
+        """`stream`, for a conversation."""
+        return self._stream(self._prepare(self.render(messages, template), _chosen(options, params), False))
+
+    def render(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> str:
+        """The prompt that the model's chat template makes of a conversation. Raises TemplateError."""
+        if self.tokenizer.chat_template is None:
+            raise TemplateError(f"The model {self.info.model_id} has no chat template: use `generate` with a prompt.")
+        return self.tokenizer.chat_template.render([dict(m) for m in messages], kwargs=dict(template or {}))
+
+    def close(self) -> None:
+        """Free the model. Idempotent."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(self, prompt: Prompt, options: Options, add_special_tokens: bool) -> Prepared:
+        return prepare(prompt, options, self._limits, self.tokenizer, add_special_tokens=add_special_tokens)
+
+    def _answers(self, prepared: list[Prepared]) -> list[Completion]:
+        answers = [_Answer(self._engine, self.tokenizer, one) for one in prepared]
+        try:
+            for answer in answers:
+                for _ in answer.pieces():
+                    pass
+            return [answer.completion() for answer in answers]
+        finally:
+            for answer in answers:
+                answer.abort()
+
+    def _stream(self, prepared: Prepared) -> Iterator[str]:
+        answer = _Answer(self._engine, self.tokenizer, prepared)
+        with contextlib.closing(answer.pieces()) as pieces:
+            yield from pieces
+
+
+class _Answer:
+    """One request on its way from tokens to text. Submitted when made."""
+
+    def __init__(self, engine: OfflineEngine, tokenizer: Tokenizer, prepared: Prepared) -> None:
+        self._engine, self._prepared = engine, prepared
+        self._detokenizer = Detokenizer(tokenizer, prepared.stop, prompt_ids=prepared.prompt_ids)
+        self._id = engine.submit(prepared.prompt_ids, prepared.sampling, prepared.stopping)
+        self._token_ids: list[int] = []
+        self._details: list[TokenDetails] = []
+        self._prompt_details: list[TokenDetails] = []
+        self._num_cached = 0
+        self._finish_reason = ""
+        self._stop: str | None = None
+
+    def pieces(self) -> Generator[str]:
+        """The text as it comes, never empty; the engine steps meanwhile."""
+        with contextlib.closing(self._engine.outputs(self._id)) as outputs:
+            for output in outputs:
+                if text := self._take(output):
+                    yield text
+                if self._finish_reason:
+                    break
+        if rest := self._detokenizer.finish():
+            yield rest
+
+    def completion(self) -> Completion:
+        """What came of it, after `pieces` has ended."""
+        return Completion(
+            self._prepared.prompt_ids,
+            tuple(self._token_ids),
+            self._detokenizer.text,
+            self._finish_reason,
+            self._stop,
+            self._prepared.seed,
+            self._num_cached,
+            tuple(self._details),
+            tuple(self._prompt_details),
+        )
+
+    def abort(self) -> None:
+        """Stop generating, if it still is."""
+        self._engine.abort(self._id)
+
+    def _take(self, output: Output) -> str:
+        """Keep what an output says; the text it adds."""
+        self._num_cached += output.num_cached
+        self._prompt_details += output.prompt_details
+        text = ""
+        for token_id, details in zip(output.token_ids, output.details or (None,) * len(output.token_ids), strict=True):
+            self._token_ids.append(token_id)
+            if details is not None:
+                self._details.append(details)
+            piece = self._detokenizer.push(token_id)
+            text += piece.text
+            if piece.stopped is not None:
+                self._finish_reason, self._stop = "stop_sequence", piece.stopped
+                return text
+        self._finish_reason = output.finish_reason
+        return text
+
+
+def _settings(model: str | None, options: dict[str, Any]) -> Settings:
+    """The server's settings that `options` give. Raises ArgumentError for those that nothing here reads."""
+    for name in options:
+        if name not in Settings.__struct_fields__ or name == "model_id":
+            raise ArgumentError(f"LLM has no option {name!r}. Its options are those of `tokenmill serve --help`.")
+        if name in _SERVER_ONLY:
+            raise ArgumentError(f"{name!r} needs several processes: run `tokenmill serve`.")
+    given = {} if model is None else {"model_id": str(model)}
+    settings = Settings.from_env(None, **options, **given)
+    try:
+        return Settings.from_dict(settings.to_dict())  # checks the types
+    except msgspec.ValidationError as error:
+        raise ArgumentError(f"An option of LLM has a wrong type: {error}.") from None
+
+
+def _source(settings: Settings) -> ModelSource:
+    if not settings.model_id:
+        return embedded.resolve(settings.cache_dir, settings.offline, _say_nothing)
+    source = hub.resolve(
+        settings.model_id,
+        revision=settings.revision,
+        cache_dir=settings.huggingface_hub_cache,
+        token=settings.hf_token,
+        offline=settings.offline,
+        report=_say_nothing,
+    )
+    return msgspec.structs.replace(source, tokenizer_config_path=settings.tokenizer_config_path)
+
+
+def _wants(settings: Settings, tokenizer: Tokenizer) -> Wants:
+    return Wants(
+        dtype=settings.dtype,
+        device=settings.device,
+        quantize=settings.quantize,
+        block_size=settings.block_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_size=settings.max_batch_size,
+        max_input_tokens=settings.max_input_tokens,
+        max_total_tokens=settings.max_total_tokens,
+        longest=tokenizer.max_length,
+        cpu_threads=settings.cpu_threads,
+        memory_limit=memory_bytes(settings.memory_limit),
+    )
+
+
+def _chosen(options: Options | None, params: dict[str, Any]) -> Options:
+    unknown = set(params) - set(Options.__struct_fields__)
+    if unknown:
+        name = min(unknown)
+        raise ValidationError(f"There is no option {name!r} of a generation; see text.prepare.Options.", name)
+    if isinstance(stop := params.get("stop"), str):
+        params = {**params, "stop": (stop,)}
+    merged = {**msgspec.structs.asdict(options or Options()), **params}
+    try:
+        return msgspec.convert(merged, Options)
+    except msgspec.ValidationError as error:
+        raise ValidationError(f"An option of the generation has a wrong type: {error}.") from None
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many as many: a string, or a sequence of numbers, is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many: list[Any] = list(prompts)
+    return [many] if many and not isinstance(many[0], str | Sequence) else many
+
+
+def _say_nothing(progress: Progress) -> None:
+    """Progress is the server's to show."""

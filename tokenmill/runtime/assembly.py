@@ -1,0 +1,197 @@
+"""From a model on disk to a scheduler and an executor that fit each other: what worker and offline engine share.
+
+Every number that was left open is settled here, once, and told in `EngineInfo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenmill.backends.base import Backend, StepLimits
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.engine import Executor as AnyExecutor
+from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
+from tokenmill.errors import ArgumentError, ModelError, Unsupported
+from tokenmill.parallel.group import Group
+from tokenmill.program.cost import weights_of
+from tokenmill.program.value import Program
+from tokenmill.runtime.executor import Executor
+from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks
+from tokenmill.weights.checkpoint import model_config, open_checkpoint
+from tokenmill.weights.source import ModelSource
+from tokenmill.wire.messages import EngineInfo, Progress
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MAX_BATCH_TOKENS = 512  # of a step on a CPU: a longer one only makes the running sequences wait
+_MAX_BATCH_SIZE = 128
+_MOCK_CAPACITY = 1 << 20  # tokens
+_MOCK_LENGTH = 8192
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wants:
+    """What a user may say of an engine; None and "": not said."""
+
+    dtype: str = ""
+    device: str = "auto"
+    quantize: str = ""
+    block_size: int = 16
+    max_batch_tokens: int | None = None
+    max_batch_size: int | None = None
+    max_input_tokens: int | None = None
+    max_total_tokens: int | None = None
+    longest: int | None = None  # sequence that makes sense for the tokenizer; counts if max_total_tokens is not said
+    cpu_threads: int | None = None  # that compute; None: the library's own choice
+    memory_limit: int | None = None  # bytes of weights, step and cache together, over all ranks of this machine
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """Parts of an engine that is ready to step. `close` frees the backend; idempotent."""
+
+    scheduler: Scheduler
+    executor: AnyExecutor[Any]
+    info: EngineInfo
+    _resources: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        """End the backend's threads and free its memory."""
+        self._resources.close()
+
+
+def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) -> Assembled:
+    """Read a model's weights into a backend, make the cache as large as memory allows, and warm up.
+
+    Blocks for as long as that takes. Raises a StartError that says what to do.
+    """
+    from tokenmill.models.base import program_of
+    from tokenmill.quant.base import reader_of
+
+    device, dtype = _device(wants.device), wants.dtype or "float32"
+    checkpoint = open_checkpoint(source)
+    program = program_of(checkpoint.config)
+    weight_bytes = _weight_bytes(program, dtype)
+    check_weights(weight_bytes, available_bytes(), wants.memory_limit)
+    longest = wants.max_total_tokens or _longest(checkpoint.config, wants)
+    batch_size = wants.max_batch_size or _MAX_BATCH_SIZE
+    limits = StepLimits(wants.max_batch_tokens or _MAX_BATCH_TOKENS, batch_size, longest, wants.block_size)
+
+    from tokenmill.backends.torch.backend import TorchBackend  # imports torch
+    from tokenmill.backends.torch.threads import set_threads
+
+    if wants.cpu_threads is not None:
+        set_threads(wants.cpu_threads)
+    backend = TorchBackend(
+        program,
+        checkpoint,
+        reader_of(checkpoint, wants.quantize),
+        limits,
+        group,
+        dtype=dtype,
+        device=device,
+        report=report,
+    )
+    with ExitStack() as resources:
+        resources.callback(backend.close)
+        num_blocks = _allocate(backend, limits, wants, group, weight_bytes // group.size)
+        report(Progress("warmup", unit="items"))
+        backend.warm_up()
+        total = min(longest, num_blocks * wants.block_size)
+        info = EngineInfo(
+            model_id=source.model_id,
+            dtype=dtype,
+            device=device,
+            backend="torch",
+            num_blocks=num_blocks,
+            block_size=wants.block_size,
+            vocab_size=program.output.width,
+            max_input_tokens=_max_input_tokens(wants.max_input_tokens, total),
+            max_total_tokens=total,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_batch_size=batch_size,
+            num_shard=group.size,
+            revision=source.revision,
+            quantize=wants.quantize,
+        )
+        return Assembled(_scheduler(info), Executor(backend, batch_size), info, resources.pop_all())
+
+
+def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:
+    """The same around an executor without a model. Reads at most the model's configuration."""
+    total = wants.max_total_tokens or min(_longest(_config_if_any(source), wants), _MOCK_LENGTH)
+    info = EngineInfo(
+        model_id=source.model_id,
+        dtype=wants.dtype or "float32",
+        device="mock",
+        backend="mock",
+        num_blocks=max(_MOCK_CAPACITY, total) // wants.block_size + 1,
+        block_size=wants.block_size,
+        vocab_size=vocab_size,
+        max_input_tokens=_max_input_tokens(wants.max_input_tokens, total),
+        max_total_tokens=total,
+        max_batch_tokens=wants.max_batch_tokens or _MAX_BATCH_TOKENS,
+        max_batch_size=wants.max_batch_size or _MAX_BATCH_SIZE,
+        revision=source.revision,
+    )
+    return Assembled(_scheduler(info), executor, info)
+
+
+def _allocate(backend: Backend, limits: StepLimits, wants: Wants, group: Group, weight_bytes: int) -> int:
+    """Make the cache of the size that the tightest rank has room for."""
+    demand = Demand(
+        backend.block_bytes(),
+        backend.step_bytes(),
+        limits.block_size,
+        limits.max_batch_size,
+        limits.max_total_tokens,
+        wants.max_total_tokens or 2,
+    )
+    group.minimum(0)  # nobody looks at what is free before all have read their weights
+    limit = None if wants.memory_limit is None else wants.memory_limit // group.size
+    num_blocks = group.minimum(count_blocks(demand, available_bytes() // group.size, weight_bytes, limit))
+    backend.allocate(num_blocks)
+    return num_blocks
+
+
+def _scheduler(info: EngineInfo) -> Scheduler:
+    limits = SchedulerLimits(info.max_batch_tokens, info.max_batch_size, info.max_total_tokens, info.block_size)
+    return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
+
+
+def _device(wanted: str) -> str:
+    if wanted not in ("auto", "cpu"):
+        raise Unsupported("device", wanted, ("cpu",), "Leave --device out.")
+    return "cpu"
+
+
+def _longest(config: dict[str, Any], wants: Wants) -> int:
+    """Tokens that model and tokenizer were made for. A config.json that does not say counts as the mock's."""
+    given = config.get("max_position_embeddings", _MOCK_LENGTH)
+    if not isinstance(given, int) or given < 2:
+        raise ModelError(f"config.json: max_position_embeddings is {given!r}; expected a number of at least 2.")
+    return min(given, wants.longest or given)
+
+
+def _config_if_any(source: ModelSource) -> dict[str, Any]:
+    try:
+        return model_config(source)
+    except ModelError:  # a folder with a tokenizer and nothing else is enough for a mock
+        return {}
+
+
+def _max_input_tokens(wanted: int | None, total: int) -> int:
+    if wanted is not None and wanted >= total:
+        raise ArgumentError(
+            f"`max_input_tokens` ({wanted}) must be < `max_total_tokens`, which model and KV cache limit to {total}."
+        )
+    return wanted or total - 1
+
+
+def _weight_bytes(program: Program, dtype: str) -> int:
+    """Of all ranks together, as a backend keeps them."""
+    return sum(weight.size for weight in weights_of(program)) * _ITEM_BYTES[dtype]

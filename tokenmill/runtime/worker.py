@@ -1,0 +1,116 @@
+"""An engine rank: from the supervisor's settings to a loop of steps. The composition root of this process."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from tokenmill.config import Settings, memory_bytes
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.intake import Follower, Intake, RankServer
+from tokenmill.parallel.group import Group
+from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
+from tokenmill.weights.source import ModelSource
+from tokenmill.wire.control import ChildControl
+from tokenmill.wire.messages import Configure, Ready
+
+_log = logging.getLogger(__name__)
+
+
+def main(control: ChildControl) -> None:
+    """Serve as the rank that `control.configure` names, until the supervisor ends it or is gone.
+
+    Raises a StartError if this rank can never serve, anything else if it failed.
+    """
+    signal.signal(signal.SIGTERM, _leave)
+    configure = control.configure
+    settings = Settings.from_dict(configure.settings)
+    source = msgspec.convert(control.wait_model(), ModelSource)
+    with ExitStack() as resources:
+        group, ranks, follower = _meet(configure, settings, resources)
+        parts = _mock(source, settings) if settings.mock else assemble(source, _wants(settings), group, control.send)
+        resources.callback(parts.close)
+        link: Intake | Follower | None = follower
+        if link is None:
+            if ranks is not None:
+                ranks.wait()
+            link = Intake(configure.engine_address, parts.info, ranks=ranks, watch=control.fileno())
+            resources.callback(link.close)
+        control.send(Ready(parts.info if configure.index == 0 else None))
+        engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)
+        _work(engine, control)
+
+
+def _work(engine: Engine[Any], control: ChildControl) -> None:
+    """Step until the supervisor is gone. A follower whose rank 0 is gone ends too, in order."""
+    gc.collect()
+    gc.freeze()  # what the start made stays: later collections need not look at it
+    try:
+        while control.poll() is not None:
+            engine.step()
+    except ConnectionError as error:
+        _log.warning("This rank ends: %s.", error)
+
+
+def _meet(
+    configure: Configure, settings: Settings, resources: ExitStack
+) -> tuple[Group, RankServer | None, Follower | None]:
+    """Join the other ranks: for tensors, if there are any, and for the messages that each step begins with."""
+    rank, folder, size = configure.index, Path(configure.run_dir), settings.num_shard or 1
+    if size == 1:
+        return Group(), None, None
+    address = str(folder / "ranks.sock")
+    ranks = follower = None
+    if rank == 0:
+        ranks = RankServer(address, size)
+        resources.callback(ranks.close)
+    group = Group()
+    if not settings.mock:
+        group = Group.connect(rank, size, (folder / f"rendezvous-{configure.generation}").as_uri())
+        resources.callback(group.close)
+    if rank > 0:
+        follower = Follower(address, rank)
+        resources.callback(follower.close)
+    return group, ranks, follower
+
+
+def _mock(source: ModelSource, settings: Settings) -> Assembled:
+    """The same engine around scripted answers; imports no torch."""
+    from tokenmill.runtime.mock import MockExecutor, parse_faults
+    from tokenmill.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(source)
+    executor = MockExecutor(
+        tuple(tokenizer.encode(settings.mock_text, add_special_tokens=False)),
+        step_s=settings.mock_step_ms / 1000,
+        vocab_size=tokenizer.vocab_size,
+        faults=parse_faults(settings.mock_fault),
+    )
+    return assemble_mock(source, _wants(settings), executor, tokenizer.vocab_size)
+
+
+def _wants(settings: Settings) -> Wants:
+    return Wants(
+        dtype=settings.dtype,
+        device=settings.device,
+        quantize=settings.quantize,
+        block_size=settings.block_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_size=settings.max_batch_size,
+        max_input_tokens=settings.max_input_tokens,
+        max_total_tokens=settings.max_total_tokens,
+        cpu_threads=settings.cpu_threads,
+        memory_limit=memory_bytes(settings.memory_limit),
+    )
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    sys.exit(0)
