@@ -1,0 +1,284 @@
+"""From submitted sequences to an answer, as a stream of events or as their fold.
+
+A handler gives the prepared sequences and an `Answer`, which knows the shape. Tokens come from the engine's frame
+straight into `token`: a stream encodes and sends them there, a plain answer keeps them and folds them at the end. So
+both see the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from tokenmill.errors import RequestError
+from tokenmill.server import failures, sse
+from tokenmill.server.call import Call, ClientGone
+from tokenmill.server.generation import GeneratedToken, Generation, Timings
+from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.prepare import Prepared
+from tokenmill.wire.messages import Request
+
+log = logging.getLogger(__name__)
+
+_MAX_SEED = 2**64 - 1
+
+
+class Answer(Protocol):
+    """The shape of an answer."""
+
+    def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
+        """The JSON text of the event that one token makes."""
+
+    def closing(self, generations: Sequence[Generation]) -> bytes:
+        """Whole events that come after the last token of all sequences."""
+
+    def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
+        """The plain answer that all chunks together make. `tokens[i]` are the tokens of `generations[i]`."""
+
+
+class Sequences(msgspec.Struct, frozen=True):
+    """What to generate: prompts in order, each `copies` times (`n`, `best_of`).
+
+    `keep_stop`: stop strings are part of the text.
+    """
+
+    prompts: tuple[Prepared, ...]
+    copies: int = 1
+    keep_stop: bool = False
+    num_characters: int = 0  # of all prompts, as text
+
+
+class _Listener(ABC):
+    """What streams and folds have in common: the sequences that run, and how they end."""
+
+    def __init__(self, call: Call, answer: Answer) -> None:
+        self.call, self.answer = call, answer
+        self.generations: list[Generation] = []
+        self.num_open = 0
+        self.error: RequestError | None = None
+
+    def submit(self, sequences: Sequences) -> None:
+        """Send every sequence to the engine. Raises NotReady."""
+        service = self.call.service
+        model, _, _ = service.ready()
+        for prompt_index, prepared in enumerate(sequences.prompts):
+            service.count_prepared(prepared)
+            for copy in range(sequences.copies):
+                one = prepared if copy == 0 else _reseeded(prepared, copy)
+                text = Detokenizer(
+                    model.tokenizer, one.stop, include_stop=sequences.keep_stop, prompt_ids=one.prompt_ids
+                )
+                generation = Generation(
+                    service.client.new_id(), one, text, self, Timings(self.call.arrived, time.monotonic()),
+                    service.observe_gap, index=len(self.generations), prompt_index=prompt_index,
+                )  # fmt: skip
+                self.generations.append(generation)
+                self.num_open += 1
+        for generation in self.generations:
+            p = generation.prepared
+            service.client.submit(Request(generation.id, p.prompt_ids, p.sampling, p.stopping), generation)
+
+    @abstractmethod
+    def token(self, generation: Generation, token: GeneratedToken) -> None:
+        """See `generation.Listener`."""
+
+    @abstractmethod
+    def failed(self, generation: Generation, error: RequestError) -> None:
+        """See `generation.Listener`."""
+
+    def finished(self, generation: Generation) -> bool:
+        """A sequence is complete; True if it was the last one."""
+        self.call.service.count_success(generation)
+        self.num_open -= 1
+        return self.num_open == 0
+
+    def give_up(self) -> None:
+        """Abort what still runs."""
+        for generation in self.generations:
+            if not generation.finish:
+                self.call.service.client.abort(generation.id)
+        self.num_open = 0
+
+
+class _Folded(_Listener):
+    """Keeps tokens until all sequences are complete."""
+
+    def __init__(self, call: Call, answer: Answer) -> None:
+        super().__init__(call, answer)
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.tokens: list[list[GeneratedToken]] = []
+
+    def token(self, generation: Generation, token: GeneratedToken) -> None:
+        """See `generation.Listener`."""
+        self.tokens[generation.index].append(token)
+        if token.finish and self.finished(generation) and not self.done.done():
+            self.done.set_result(None)
+
+    def failed(self, generation: Generation, error: RequestError) -> None:
+        """See `generation.Listener`."""
+        self.error = self.error or error
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+class _Streamed(_Listener):
+    """Sends each token as it comes."""
+
+    def __init__(self, call: Call, answer: Answer, headers: sse.Headers) -> None:
+        super().__init__(call, answer)
+        self.events = sse.EventStream(call.raw_send, headers)
+
+    def token(self, generation: Generation, token: GeneratedToken) -> None:
+        """See `generation.Listener`."""
+        data = sse.event(self.answer.chunk(generation, token))
+        if token.finish and self.finished(generation):
+            self.events.end(data + self.answer.closing(self.generations))
+        else:
+            self.events.write(data)
+
+    def failed(self, generation: Generation, error: RequestError) -> None:
+        """See `generation.Listener`. Before the first event there is still time for an ordinary error answer."""
+        if self.error is not None:
+            return
+        self.error = error
+        if not self.events.started:
+            self.events.close()
+            return
+        dialect = self.call.dialect
+        self.events.end(sse.event(failures.body(error, dialect)) + (sse.DONE if dialect == "openai" else b""))
+
+
+async def stream(call: Call, sequences: Sequences, answer: Answer) -> None:
+    """Generate and send events. Raises the error if there was one before the first event."""
+    headers = [
+        (b"x-compute-type", compute_type(call)),
+        (b"x-compute-characters", b"%d" % sequences.num_characters),
+        (b"x-accel-buffering", b"no"),
+    ]
+    listener = _Streamed(call, answer, headers)
+    events = listener.events
+    try:
+        listener.submit(sequences)
+        complete = await call.wait(events.done)
+        if events.started:
+            call.status = 200
+        if events.overflowed:
+            log.warning("A client read too slowly; its stream was cut off")
+        if not complete or events.overflowed:
+            raise ClientGone
+    finally:
+        listener.give_up()
+        events.close()
+    if listener.error is not None:
+        if not events.started:
+            raise listener.error
+        call.service.count_failure(listener.error)
+        return
+    log_success(call, listener.generations)
+
+
+async def fold(call: Call, sequences: Sequences, answer: Answer) -> None:
+    """Generate everything, then answer. Raises the first error of any sequence."""
+    listener = _Folded(call, answer)
+    listener.tokens = [[] for _ in range(len(sequences.prompts) * sequences.copies)]
+    try:
+        listener.submit(sequences)
+        if not await call.wait(listener.done):
+            raise ClientGone
+    finally:
+        listener.give_up()
+    if listener.error is not None:
+        raise listener.error
+    body = answer.fold(listener.generations, listener.tokens)
+    await call.answer(body, plain_headers(call, sequences, listener.generations))
+    log_success(call, listener.generations)
+
+
+def _reseeded(prepared: Prepared, copy: int) -> Prepared:
+    """The `copy`-th sibling of a sampled sequence: the same but for its randomness. Greedy ones are all alike."""
+    if prepared.seed is None:
+        return prepared
+    seed = (prepared.seed + copy) & _MAX_SEED
+    sampling = msgspec.structs.replace(prepared.sampling, seed=seed)
+    return msgspec.structs.replace(prepared, sampling=sampling, seed=seed)
+
+
+def compute_type(call: Call) -> bytes:
+    """The `x-compute-type` header: as configured, else number and kind of the devices."""
+    configured = call.service.options.compute_type
+    if configured:
+        return configured.encode("latin-1", "replace")
+    info = call.service.client.info
+    return f"{info.num_shard}-{info.device}".encode() if info else b"unknown"
+
+
+def plain_headers(call: Call, sequences: Sequences, generations: Sequence[Generation]) -> sse.Headers:
+    """TGI's headers of a plain answer. Times of several prompts add up; of several copies the first counts."""
+    first = [g for g in generations if g.index % sequences.copies == 0]
+    total = sum(g.timings.last - g.timings.arrived for g in first)
+    inference = sum(g.timings.last - g.timings.admitted for g in first)
+    generated = sum(g.num_generated for g in first)
+    values = (
+        (b"x-total-time", total),
+        (b"x-validation-time", sum(g.timings.submitted - g.timings.arrived for g in first)),
+        (b"x-queue-time", sum(g.timings.admitted - g.timings.submitted for g in first)),
+        (b"x-inference-time", inference),
+        (b"x-time-per-token", inference / generated if generated else 0.0),
+    )
+    headers = [(b"x-compute-type", compute_type(call))]
+    if len(sequences.prompts) == 1:
+        headers.append((b"x-compute-time", f"{total:.6f}".encode()))
+    headers.append((b"x-compute-characters", b"%d" % sequences.num_characters))
+    headers.extend((name, b"%d" % int(seconds * 1000)) for name, seconds in values)
+    headers.append((b"x-prompt-tokens", b"%d" % sum(g.prepared.num_prompt for g in first)))
+    headers.append((b"x-generated-tokens", b"%d" % generated))
+    return headers
+
+
+def log_success(call: Call, generations: Sequence[Generation]) -> None:
+    """TGI's "Success" line, which people parse as an access log. Never texts."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    first = generations[0]
+    times, prepared = first.timings, first.prepared
+    inference = times.last - times.admitted
+    log.info(
+        "Success",
+        extra={
+            "fields": {
+                "name": call.scope["path"],
+                "parameters": _parameters(prepared),
+                "total_time": duration(times.last - times.arrived),
+                "validation_time": duration(times.submitted - times.arrived),
+                "queue_time": duration(times.admitted - times.submitted),
+                "inference_time": duration(inference),
+                "time_per_token": duration(inference / max(first.num_generated, 1)),
+                "seed": "None" if prepared.seed is None else f"Some({prepared.seed})",
+            }
+        },
+    )
+
+
+def _parameters(prepared: Prepared) -> str:
+    """What was asked of the generation, without texts: stop strings are counted, biases too."""
+    sampling, stopping = prepared.sampling, prepared.stopping
+    return (
+        f"GenerateParameters {{ temperature: {sampling.temperature}, top_k: {sampling.top_k}, top_p: {sampling.top_p}, "
+        f"typical_p: {sampling.typical_p}, repetition_penalty: {sampling.repetition_penalty}, "
+        f"frequency_penalty: {sampling.frequency_penalty}, max_new_tokens: {stopping.max_new_tokens}, "
+        f"stop: {len(prepared.stop)} }}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as Rust prints them: 1.25s, 45.6ms, 12.3µs."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.9g}{unit}"
+    return f"{max(seconds, 0.0) * 1e9:.0f}ns"

@@ -1,0 +1,191 @@
+"""Every path of the server, and the ASGI application that finds them.
+
+The table is the whole of the routing. Around it: request ids, the API key, CORS, and errors as answers.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenmill.errors import GenerationError, RequestError
+from tokenmill.server import failures
+from tokenmill.server.call import Call, ClientGone
+from tokenmill.server.routes import about, chat, completions, native, openai
+from tokenmill.server.service import Service
+from tokenmill.server.sse import Headers
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+class Route(msgspec.Struct, frozen=True):
+    """One method of one path. A path that ends in "/*" takes whatever follows. `generates`: TGI counts it."""
+
+    method: str
+    path: str
+    handler: Handler
+    dialect: failures.Dialect = "native"
+    protected: bool = True
+    generates: bool = False
+
+
+ROUTES = (
+    Route("POST", "/", native.compat_generate, generates=True),
+    Route("POST", "/generate", native.generate, generates=True),
+    Route("POST", "/generate_stream", native.generate_stream, generates=True),
+    Route("POST", "/v1/chat/completions", chat.chat_completions, "openai", generates=True),
+    Route("POST", "/v1/completions", completions.completions, "openai", generates=True),
+    Route("GET", "/v1/models", openai.list_models, "openai"),
+    Route("GET", "/v1/models/*", openai.retrieve_model, "openai"),
+    Route("POST", "/tokenize", about.tokenize),
+    Route("GET", "/info", about.info),
+    Route("GET", "/health", about.health, protected=False),
+    Route("GET", "/ping", about.health, protected=False),
+    Route("GET", "/", about.health, protected=False),
+    Route("GET", "/metrics", about.metrics, protected=False),
+)
+
+
+def create_app(service: Service) -> ASGIApp:
+    """The application for one worker."""
+    origins = list(service.options.cors_allow_origin) or ["*"]
+    return CORSMiddleware(
+        App(service, ROUTES),
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["content-type", "authorization", "x-request-id"],
+        expose_headers=["x-request-id"],
+    )
+
+
+class App:
+    """Finds the route, checks the key, runs the handler, answers errors."""
+
+    def __init__(self, service: Service, routes: tuple[Route, ...]) -> None:
+        self._service = service
+        self._exact: dict[str, dict[str, Route]] = {}
+        self._prefixes: list[tuple[str, dict[str, Route]]] = []
+        for route in routes:
+            if route.path.endswith("/*"):
+                self._prefixes.append((route.path[:-1], {route.method: route}))
+            else:
+                self._exact.setdefault(route.path, {})[route.method] = route
+        self._key = f"bearer {service.options.api_key}".lower().encode() if service.options.api_key else b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        methods, rest = self._find(scope["path"])
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        route = methods.get(method)
+        request_id = _request_id(scope)
+        call = Call(
+            self._service, scope, receive, _with_id(send, request_id), route.dialect if route else "native", rest
+        )
+        name = route.path.removesuffix("/*") if route else "other"
+        try:
+            if _has_two_hosts(scope):
+                await call.reply(400, b"", [(b"connection", b"close")])
+            elif route is None:
+                allow: Headers = [(b"allow", ",".join(methods).encode())] if methods else []
+                await call.reply(405 if methods else 404, b"", allow)
+            else:
+                await self._run(route, call)
+        except ClientGone:
+            call.status = 499
+            if route and route.generates:
+                self._service.count_dropped()
+        finally:
+            call.close()
+            self._count(name, call.status)
+
+    async def _run(self, route: Route, call: Call) -> None:
+        if not self._allowed(route, call):
+            await self._refuse(route, call)
+            return
+        try:
+            if route.generates:
+                call.counts_failures = True
+                self._service.metrics.add("tgi_request_count")
+            await route.handler(call)
+        except RequestError as error:
+            log.log(logging.ERROR if isinstance(error, GenerationError) else logging.DEBUG, "%s", error)
+            await call.fail(error)
+        except ClientGone:
+            raise
+        except Exception as error:
+            log.exception("%s %s failed", route.method, route.path)
+            await call.fail(InternalError(f"Server error: {type(error).__name__}"))
+
+    def _find(self, path: str) -> tuple[dict[str, Route], str]:
+        found = self._exact.get(path)
+        if found is not None:
+            return found, ""
+        for prefix, methods in self._prefixes:
+            if path.startswith(prefix) and len(path) > len(prefix):
+                return methods, path[len(prefix) :]
+        return {}, ""
+
+    def _allowed(self, route: Route, call: Call) -> bool:
+        protected = route.protected or (route.path == "/metrics" and self._service.options.protect_metrics)
+        if not self._key or not protected:
+            return True
+        return hmac.compare_digest(call.header(b"authorization").lower(), self._key)
+
+    async def _refuse(self, route: Route, call: Call) -> None:
+        error = failures.Unauthorized("The API key is missing or wrong: send `Authorization: Bearer <key>`")
+        if route.dialect == "openai":
+            await call.fail(error)
+        else:  # TGI's 401 has no body
+            await call.reply(401, b"", failures.headers(error))
+
+    def _count(self, route: str, status: int) -> None:
+        try:
+            self._service.metrics.add("tokenmill_http_responses_total", route, str(status))
+        except KeyError:  # an answer cut off before it began
+            log.debug("%s ended with status %s", route, status)
+
+
+class InternalError(RequestError):
+    """A bug of ours in one request."""
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message: Message = await receive()
+        await send({"type": message["type"] + ".complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+def _request_id(scope: Scope) -> bytes:
+    """The client's own id if it is a plain short word, else a new one."""
+    for key, value in scope["headers"]:
+        if key == b"x-request-id" and 0 < len(value) <= 128 and value.replace(b"-", b"").replace(b"_", b"").isalnum():
+            return bytes(value)
+    return secrets.token_hex(16).encode()
+
+
+def _with_id(send: Send, request_id: bytes) -> Send:
+    def send_with_id(message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+        return send(message)
+
+    return send_with_id
+
+
+def _has_two_hosts(scope: Scope) -> bool:
+    return [key for key, _ in scope["headers"]].count(b"host") > 1

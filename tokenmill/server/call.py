@@ -1,0 +1,142 @@
+"""Call: one HTTP request and its answer, between ASGI and a handler.
+
+A handler reads like what happens: decode, prepare, submit, answer. Errors are raised; `app.py` turns them into answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TypeVar
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from tokenmill.errors import RequestError
+from tokenmill.server import failures
+from tokenmill.server.service import Service
+from tokenmill.server.sse import Headers
+
+T = TypeVar("T")
+
+JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+class Call:
+    """One request. `dialect` decides what its errors look like; `path_rest` is what follows the route's prefix."""
+
+    def __init__(
+        self, service: Service, scope: Scope, receive: Receive, send: Send, dialect: failures.Dialect, path_rest: str
+    ) -> None:
+        self.arrived = time.monotonic()
+        self.service, self.scope, self.dialect, self.path_rest = service, scope, dialect, path_rest
+        self._receive, self._send = receive, send
+        self._permits = 0
+        self.status = 0  # of the answer; 0: none yet
+        self.counts_failures = False
+
+    def header(self, name: bytes) -> bytes:
+        """A request header's value, or b""."""
+        for key, value in self.scope["headers"]:
+            if key == name:
+                return bytes(value)
+        return b""
+
+    async def send(self, message: Message) -> None:
+        """The ASGI `send`, which also notes the status."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+    @property
+    def raw_send(self) -> Send:
+        """The server's own `send`, for what is sent often."""
+        return self._send
+
+    async def decode(self, kind: type[T]) -> T:
+        """The body as a `kind`. Raises BodyError: 415, 413, 400 for bad JSON, 422 for the wrong shape."""
+        media_type = self.header(b"content-type").split(b";")[0].strip().lower()
+        is_json = media_type == b"application/json" or (
+            media_type.startswith(b"application/") and media_type.endswith(b"+json")
+        )
+        if not is_json:
+            raise failures.BodyError(415, "Expected request with `Content-Type: application/json`")
+        body = await self._body()
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError as error:
+            raise failures.BodyError(
+                422, f"Failed to deserialize the JSON body into the target type: {error}"
+            ) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise failures.BodyError(400, f"Failed to parse the request body as JSON: {error}") from None
+
+    async def _body(self) -> bytes:
+        limit = self.service.options.payload_limit
+        length = self.header(b"content-length")
+        if length.isdigit() and int(length) > limit:
+            raise self._too_long(limit)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise self._too_long(limit)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    def _too_long(self, limit: int) -> failures.BodyError:
+        return failures.BodyError(413, f"The request body is longer than the limit of {limit} bytes (--payload-limit)")
+
+    def take(self, count: int) -> None:
+        """Take permits for `count` sequences; they are given back when the call ends. Raises Overloaded."""
+        self.service.take(count)
+        self._permits += count
+
+    async def wait(self, done: asyncio.Future[None]) -> bool:
+        """Wait for `done`; False if the client left before. The body must have been read."""
+        watcher = asyncio.ensure_future(self._disconnected())
+        try:
+            await asyncio.wait((watcher, done), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watcher.cancel()
+        return done.done()
+
+    async def _disconnected(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def answer(self, body: bytes, headers: Headers = [], status: int = 200) -> None:  # noqa: B006 never written
+        """Send a whole JSON answer."""
+        await self.reply(status, body, [JSON, *headers])
+
+    async def reply(self, status: int, body: bytes, headers: Headers) -> None:
+        """Send a whole answer of any type."""
+        length = (b"content-length", b"%d" % len(body))
+        await self.send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def fail(self, error: RequestError) -> None:
+        """Answer with an error, if no answer has begun."""
+        if self.counts_failures:
+            self.service.count_failure(error)
+        if not self.status:
+            headers = failures.headers(error)
+            status = failures.status(error, self.dialect)
+            if status == 413:  # the rest of the body is not read
+                headers.append((b"connection", b"close"))
+            await self.answer(failures.body(error, self.dialect), headers, status)
+
+    def close(self) -> None:
+        """Give back what the call holds."""
+        self.service.release(self._permits)
+        self._permits = 0

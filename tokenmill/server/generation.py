@@ -1,0 +1,146 @@
+"""Generation: one sequence on its way from the engine to a client, as text.
+
+It turns token ids into text, finds stop strings, keeps the times that headers, logs and metrics need, and hands each
+token to the answer that it is part of. Everything happens in the callback that read the engine's frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import msgspec
+
+from tokenmill.errors import GenerationError, RequestError
+from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.prepare import Prepared
+from tokenmill.wire.messages import Output, TokenDetails
+
+Finish = Literal["", "eos", "stop", "length"]
+
+
+class GeneratedToken(msgspec.Struct, gc=False):
+    """One token of the answer. `text` is what it adds to the answer, `token_text` what it is by itself.
+
+    The last token's `text` ends with everything that was held back. `finish`: "eos" an end-of-sequence id, "stop" a
+    stop string, "length"; "" unless it is the last.
+    """
+
+    index: int  # from 1
+    id: int
+    text: str
+    token_text: str
+    special: bool
+    finish: Finish
+    details: TokenDetails | None
+
+
+class Timings(msgspec.Struct):
+    """When what happened, in monotonic seconds; 0.0: not yet."""
+
+    arrived: float
+    submitted: float = 0.0
+    admitted: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+
+
+class Listener(Protocol):
+    """The answer that a generation is part of."""
+
+    def token(self, generation: Generation, token: GeneratedToken) -> None:
+        """The next token, in order."""
+
+    def failed(self, generation: Generation, error: RequestError) -> None:
+        """There will be no more tokens, and no result."""
+
+
+class Generation:
+    """A `client.Sink`. `index`: the choice of the answer that it is, `observe_gap` takes seconds between two tokens."""
+
+    __slots__ = (
+        "_listener", "_observe_gap", "_text", "detokenizer", "finish", "id", "index", "num_cached", "num_generated",
+        "prepared", "prompt_details", "prompt_index", "sum_logprobs", "timings",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: int,
+        prepared: Prepared,
+        detokenizer: Detokenizer,
+        listener: Listener,
+        timings: Timings,
+        observe_gap: Callable[[float], None],
+        *,
+        index: int = 0,
+        prompt_index: int = 0,
+    ) -> None:
+        self.id, self.prepared, self.detokenizer = request_id, prepared, detokenizer
+        self._listener, self.timings, self._observe_gap = listener, timings, observe_gap
+        self.index, self.prompt_index = index, prompt_index
+        self.finish: Finish = ""
+        self.num_generated = 0
+        self.num_cached = 0
+        self.sum_logprobs = 0.0
+        self.prompt_details: list[TokenDetails] = []
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return self.detokenizer.text
+
+    @property
+    def mean_logprob(self) -> float:
+        """By which the best of several is chosen."""
+        return self.sum_logprobs / self.num_generated if self.num_generated else float("-inf")
+
+    def push(self, output: Output, now: float) -> bool:
+        """Take one output; True if the sequence is over."""
+        times = self.timings
+        if output.prompt_details:
+            self.prompt_details.extend(output.prompt_details)
+        if not times.admitted:
+            times.admitted = now
+            self.num_cached = output.num_cached
+        if output.finish_reason == "error":
+            self.fail(GenerationError(f"Server error: {output.message or 'the engine gave up on the request'}"))
+            return True
+        if output.token_ids:
+            if times.last:
+                self._observe_gap(now - times.last)
+            else:
+                times.first = now
+            times.last = now
+            for position, token_id in enumerate(output.token_ids):
+                if self._take(token_id, output, position):
+                    return True
+        if output.finish_reason:  # without a token: nothing was left to generate
+            self.fail(GenerationError("Server error: the sequence ended without a last token"))
+            return True
+        return False
+
+    def fail(self, error: RequestError) -> None:
+        """The request is over without a result."""
+        self._listener.failed(self, error)
+
+    def _take(self, token_id: int, output: Output, position: int) -> bool:
+        """Hand on the `position`-th token of `output`; True if it is the last."""
+        piece = self.detokenizer.push(token_id)
+        details = output.details[position] if output.details else None
+        if details is not None:
+            self.sum_logprobs += details.logprob
+        self.num_generated += 1
+        finish: Finish = ""
+        text = piece.text
+        if output.finish_reason == "stop" and position == len(output.token_ids) - 1:
+            finish = "eos"
+        elif piece.stopped is not None:
+            finish = "stop"
+        elif output.finish_reason and position == len(output.token_ids) - 1:
+            finish = "length"
+        if finish:
+            self.finish = finish
+            text += self.detokenizer.finish()
+        token = GeneratedToken(self.num_generated, token_id, text, piece.token_text, piece.special, finish, details)
+        self._listener.token(self, token)
+        return bool(finish)

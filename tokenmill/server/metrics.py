@@ -1,0 +1,244 @@
+"""Every Prometheus metric: name, help, labels, buckets. Nowhere else.
+
+Names, labels and buckets of `tgi_*` are TGI's to the letter (no `_total` suffix); `tokenmill_*` are ours. Values lie in
+one memory-mapped file per HTTP worker in the server's private folder, so any worker can answer a scrape for all of
+them, and a restarted worker goes on counting where its predecessor stopped.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+Kind = Literal["counter", "gauge", "histogram", "summary"]
+Scope = Literal["workers", "engine"]
+
+_DURATIONS = tuple(0.0001 * 1.5**i for i in range(1, 36))
+_LATENCIES = tuple(base * 10.0**e for e in range(-3, 2) for base in (1.0, 2.0, 3.0, 5.0, 7.5))
+_BATCH_SIZES = tuple(float(i) for i in range(1, 1025))
+_QUANTILES = ("0", "0.5", "0.9", "0.95", "0.99", "0.999", "1")
+_METHOD = (("method", ("prefill", "decode")),)
+
+ROUTES = ("/", "/generate", "/generate_stream", "/tokenize", "/info", "/health", "/ping", "/metrics", "/v1/models",
+          "/v1/chat/completions", "/v1/completions", "other")  # fmt: skip
+STATUSES = ("200", "204", "400", "401", "404", "405", "413", "415", "422", "424", "429", "499", "500", "503")
+
+
+class Metric(msgspec.Struct, frozen=True, kw_only=True):
+    """One metric.
+
+    `labels`: name and every possible value, for cells are laid out beforehand. `buckets`: bounds, or "input"/"total": a
+    hundred equal steps up to the server's limit. `scope` "workers": the workers' values add up; "engine": every worker
+    sees the same engine, so the one that heard from it last is right.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    buckets: tuple[float, ...] | Literal["input", "total"] = ()
+    scope: Scope = "workers"
+
+    @property
+    def num_bounds(self) -> int:
+        """Upper bounds without +Inf."""
+        return 100 if isinstance(self.buckets, str) else len(self.buckets)
+
+    @property
+    def width(self) -> int:
+        """Cells of one combination of labels: a value; counts per bucket and +Inf, and the sum; count and sum."""
+        return {"counter": 1, "gauge": 1, "summary": 2, "histogram": self.num_bounds + 2}[self.kind]
+
+    def combinations(self) -> Iterator[tuple[str, ...]]:
+        """Label values, in the order of their cells."""
+        return product(*(values for _, values in self.labels))
+
+
+def _metric(name: str, kind: Kind, text: str, **more: object) -> Metric:
+    return msgspec.convert({"name": name, "kind": kind, "help": text, **more}, Metric)
+
+
+def _duration(name: str, text: str, **more: object) -> Metric:
+    return _metric(name, "histogram", text, buckets=_DURATIONS, **more)
+
+
+_ERRORS = ("validation", "overloaded", "incomplete", "template", "dropped", "generation")
+
+CATALOG: tuple[Metric, ...] = (
+    _metric("tgi_request_count", "counter", "Requests that asked for a generation"),
+    _metric("tgi_request_success", "counter", "Generations that ended well, one a prompt"),
+    _metric("tgi_request_failure", "counter", "Requests that failed", labels=(("err", _ERRORS),)),
+    _duration("tgi_request_duration", "Seconds from arrival to the last token"),
+    _duration("tgi_request_validation_duration", "Seconds from arrival to the engine's queue"),
+    _duration("tgi_request_queue_duration", "Seconds in the queue until the request joins the batch"),
+    _duration("tgi_request_inference_duration", "Seconds from joining the batch to the last token"),
+    _duration("tgi_request_mean_time_per_token_duration", "Seconds of inference per generated token"),
+    _metric("tgi_request_generated_tokens", "histogram", "Generated tokens of a request", buckets="total"),
+    _metric("tgi_request_input_length", "histogram", "Prompt tokens of a request", buckets="input"),
+    _metric("tgi_request_max_new_tokens", "histogram", "Tokens that a request may generate", buckets="total"),
+    _metric("tgi_request_skipped_tokens", "summary", "Accepted speculated tokens of a step of a request"),
+    _metric("tgi_batch_inference_count", "counter", "Steps started", labels=_METHOD, scope="engine"),
+    _metric("tgi_batch_inference_success", "counter", "Steps that returned", labels=_METHOD, scope="engine"),
+    _metric("tgi_batch_inference_failure", "counter", "Steps that failed", labels=_METHOD, scope="engine"),
+    _duration("tgi_batch_inference_duration", "Seconds of a step", labels=_METHOD, scope="engine"),
+    _duration("tgi_batch_forward_duration", "Seconds of a step on the device", labels=_METHOD, scope="engine"),
+    _duration("tgi_batch_decode_duration", "Seconds to turn a step's tokens into text and send it", labels=_METHOD),
+    _duration("tgi_batch_filter_duration", "Seconds to drop finished requests (part of a step here)", labels=_METHOD),
+    _duration("tgi_batch_concat_duration", "Seconds to merge batches (there is nothing to merge here)",
+              labels=(("method", ("decode",)),)),
+    _metric("tgi_batch_concat", "counter", "Steps in which requests joined running ones",
+            labels=(("reason", ("chunking", "backpressure", "wait_exceeded")),), scope="engine"),
+    _metric("tgi_batch_next_size", "histogram", "Requests that join in a step", buckets=_BATCH_SIZES, scope="engine"),
+    _metric("tgi_batch_current_size", "gauge", "Requests of the running batch", scope="engine"),
+    _metric("tgi_batch_current_max_tokens", "gauge", "Cache tokens held by the running batch", scope="engine"),
+    _metric("tgi_batch_max_total_tokens", "gauge", "Tokens that the cache holds", scope="engine"),
+    _metric("tgi_queue_size", "gauge", "Requests waiting for the batch", scope="engine"),
+    _metric("tokenmill_time_to_first_token_seconds", "histogram", "Seconds from arrival to the first token",
+            buckets=_LATENCIES),
+    _metric("tokenmill_inter_token_latency_seconds", "histogram", "Seconds between two tokens of a request",
+            buckets=_LATENCIES),
+    _metric("tokenmill_prompt_tokens_total", "counter", "Prompt tokens of admitted requests"),
+    _metric("tokenmill_cached_prompt_tokens_total", "counter", "Prompt tokens that the prefix cache saved"),
+    _metric("tokenmill_generated_tokens_total", "counter", "Tokens sent to clients"),
+    _metric("tokenmill_requests_in_flight", "gauge", "Sequences between admission and their last token"),
+    _metric("tokenmill_http_responses_total", "counter", "Answers; status 499: the client left before",
+            labels=(("route", ROUTES), ("status", STATUSES))),
+    _metric("tokenmill_prefill_tokens_total", "counter", "Prompt tokens computed", scope="engine"),
+    _metric("tokenmill_decode_tokens_total", "counter", "Tokens computed one at a time", scope="engine"),
+    _metric("tokenmill_preemptions_total", "counter", "Sequences set back for lack of cache blocks", scope="engine"),
+    _metric("tokenmill_kv_blocks_used", "gauge", "Cache blocks held by running requests", scope="engine"),
+    _metric("tokenmill_kv_blocks", "gauge", "Cache blocks", scope="engine"),
+    _metric("tokenmill_kv_usage_ratio", "gauge", "Part of the cache held by running requests", scope="engine"),
+    _metric("tokenmill_engine_up", "gauge", "1 while the engine answers", scope="engine"),
+)  # fmt: skip
+
+_HEADER_CELLS = 4  # [0] layout size, [1] when the engine was last heard, [2] max_input_tokens, [3] max_total_tokens
+
+
+class Metrics:
+    """The metrics of one HTTP worker, and the text of all workers in the same folder.
+
+    Values are float64 cells of a mapped file. One thread writes; readers may see a histogram between two of its
+    additions, which the next scrape mends.
+    """
+
+    def __init__(self, folder: str, index: int) -> None:
+        """Open or go on with worker `index`'s file in `folder`."""
+        self._folder = Path(folder)
+        self._metrics = {metric.name: metric for metric in CATALOG}
+        self._offsets: dict[tuple[str, tuple[str, ...]], int] = {}
+        size = _HEADER_CELLS
+        for metric in CATALOG:
+            for values in metric.combinations():
+                self._offsets[metric.name, values] = size
+                size += metric.width
+        self._size = size
+        path = self._folder / f"metrics-{index}.bin"
+        path.touch(mode=0o600, exist_ok=True)
+        with path.open("r+b") as file:
+            file.truncate(size * 8)
+            self._map = mmap.mmap(file.fileno(), size * 8)
+        self._cells = memoryview(self._map).cast("d")
+        self._cells[0] = float(size)
+        self._bounds = {m.name: list(m.buckets) for m in CATALOG if not isinstance(m.buckets, str)}
+        self.set("tokenmill_requests_in_flight", 0.0)
+        self.set_limits(int(self._cells[2]) or 100, int(self._cells[3]) or 100)
+
+    def set_limits(self, max_input_tokens: int, max_total_tokens: int) -> None:
+        """The limits that some buckets are steps of; known once the engine is."""
+        self._cells[2], self._cells[3] = float(max_input_tokens), float(max_total_tokens)
+        for metric in CATALOG:
+            if isinstance(metric.buckets, str):
+                top = max_input_tokens if metric.buckets == "input" else max_total_tokens
+                self._bounds[metric.name] = [k * top / 100 for k in range(1, 101)]
+
+    def offset(self, name: str, *values: str) -> int:
+        """Where a metric's cells begin. KeyError if there is no such metric or label."""
+        return self._offsets[name, values]
+
+    def add(self, name: str, *values: str, amount: float = 1.0) -> None:
+        """Add to a counter or gauge."""
+        self._cells[self._offsets[name, values]] += amount
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge without labels."""
+        self._cells[self._offsets[name, ()]] = value
+
+    def observe(self, name: str, value: float, *values: str) -> None:
+        """Add one value to a histogram."""
+        bounds = self._bounds[name]
+        offset = self._offsets[name, values]
+        cells = self._cells
+        cells[offset + bisect_left(bounds, value)] += 1.0
+        cells[offset + len(bounds) + 1] += value
+
+    def add_summary(self, name: str, count: int, total: float) -> None:
+        """Add `count` values that sum up to `total` to a summary."""
+        offset = self._offsets[name, ()]
+        self._cells[offset] += count
+        self._cells[offset + 1] += total
+
+    def heard(self, now: float) -> None:
+        """The engine was heard at `now` (monotonic seconds, the same clock in every worker)."""
+        self._cells[1] = now
+
+    def text(self) -> str:
+        """All workers' metrics in Prometheus' text format."""
+        files = list(self._read_files())
+        latest = max(files, key=lambda cells: cells[1])
+        lines: list[str] = []
+        for metric in CATALOG:
+            lines.append(f"# HELP {metric.name} {metric.help}")
+            lines.append(f"# TYPE {metric.name} {metric.kind}")
+            for values in metric.combinations():
+                start = self._offsets[metric.name, values]
+                stop = start + metric.width
+                if metric.scope == "engine":
+                    cells: list[float] = list(latest[start:stop])
+                else:
+                    cells = [float(sum(column)) for column in zip(*(file[start:stop] for file in files), strict=True)]
+                lines.extend(self._lines(metric, values, cells))
+        return "\n".join(lines) + "\n"
+
+    def _read_files(self) -> Iterator[memoryview[float]]:
+        for path in sorted(self._folder.glob("metrics-*.bin")):
+            data = path.read_bytes()
+            if len(data) == self._size * 8:
+                cells: memoryview[float] = memoryview(data).cast("d")
+                yield cells
+
+    def _lines(self, metric: Metric, values: tuple[str, ...], cells: list[float]) -> Iterator[str]:
+        pairs = [f'{name}="{value}"' for (name, _), value in zip(metric.labels, values, strict=True)]
+        labels = "{" + ",".join(pairs) + "}" if pairs else ""
+        if metric.kind in ("counter", "gauge"):
+            if len(metric.labels) < 2 or cells[0]:  # a grid of labels is mostly empty
+                yield f"{metric.name}{labels} {_number(cells[0])}"
+        elif metric.kind == "summary":
+            for quantile in _QUANTILES if cells[0] else ():
+                yield f'{metric.name}{{quantile="{quantile}"}} 0'
+            yield f"{metric.name}_sum{labels} {_number(cells[1])}"
+            yield f"{metric.name}_count{labels} {_number(cells[0])}"
+        else:
+            count = 0.0
+            for bound, cell in zip([*self._bounds[metric.name], None], cells, strict=False):
+                count += cell
+                le = "+Inf" if bound is None else _number(bound)
+                bucket = ",".join([*pairs, f'le="{le}"'])
+                yield f"{metric.name}_bucket{{{bucket}}} {_number(count)}"
+            yield f"{metric.name}_sum{labels} {_number(cells[-1])}"
+            yield f"{metric.name}_count{labels} {_number(count)}"
+
+    def close(self) -> None:
+        """Unmap the file. Nothing may be counted afterwards."""
+        self._cells.release()
+        self._map.close()
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)

@@ -1,0 +1,60 @@
+"""What the server says of itself: `/info`, `/health`, `/ping`, GET `/`, `/metrics`; and `/tokenize`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tokenmill.errors import ValidationError
+from tokenmill.server.call import Call
+from tokenmill.server.schema.native import GenerateRequest, Info, SimpleToken
+
+_encode = msgspec.json.Encoder().encode
+
+
+async def health(call: Call) -> None:
+    """200 without a body, or 503 with the phase."""
+    call.service.check_health()
+    await call.reply(200, b"", [])
+
+
+async def info(call: Call) -> None:
+    """TGI's `/info`."""
+    model, limits, engine = call.service.ready()
+    options = call.service.options
+    body = Info(
+        model_id=model.id,
+        model_sha=model.revision or None,
+        model_pipeline_tag=None,
+        max_concurrent_requests=options.configured_concurrent_requests,
+        max_best_of=limits.max_best_of,
+        max_stop_sequences=limits.max_stop_sequences,
+        max_input_tokens=limits.max_input_tokens,
+        max_total_tokens=limits.max_total_tokens,
+        validation_workers=options.validation_workers,
+        max_client_batch_size=options.max_client_batch_size,
+        router="text-generation-router",
+        version=options.version,
+        sha=None,
+        docker_label=None,
+        model_dtype=engine.dtype,
+        model_device_type=engine.device,
+        max_batch_total_tokens=engine.capacity,
+        max_input_length=limits.max_input_tokens,
+    )
+    await call.answer(_encode(body))
+
+
+async def metrics(call: Call) -> None:
+    """All workers' metrics in Prometheus' text format."""
+    text = call.service.metrics.text()
+    await call.reply(200, text.encode(), [(b"content-type", b"text/plain; charset=utf-8")])
+
+
+async def tokenize(call: Call) -> None:
+    """Tokens of `inputs` with the bytes that each stands for; special tokens have none."""
+    body = await call.decode(GenerateRequest)
+    model, _, _ = call.service.ready()
+    if not body.inputs:
+        raise ValidationError("`inputs` cannot be empty", "inputs")
+    tokens = await call.service.in_thread(lambda: model.tokenizer.encode_with_offsets(body.inputs))
+    await call.answer(_encode([SimpleToken(*token) for token in tokens]))

@@ -1,0 +1,163 @@
+"""The bodies of TGI's own routes: `/generate`, `/generate_stream`, `/`, `/tokenize`, `/info`.
+
+Unknown fields are ignored at every level, as TGI does; null stands for the default everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+Uint = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
+    """How to generate. None: not given. The last group is ours, TGI does not know it."""
+
+    best_of: Uint | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    do_sample: bool | None = None
+    max_new_tokens: Uint | None = None
+    return_full_text: bool | None = None
+    stop: str | list[str] | None = None
+    truncate: Uint | None = None
+    watermark: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    seed: Uint | None = None
+    top_n_tokens: Uint | None = None
+    grammar: dict[str, Any] | None = None
+    adapter_id: str | None = None
+
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    min_new_tokens: Uint | None = None
+    ignore_eos: bool | None = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True):
+    """Body of `/generate`, `/generate_stream` and `/tokenize`."""
+
+    inputs: str
+    parameters: GenerateParameters | None = None
+
+
+class CompatRequest(msgspec.Struct, frozen=True):
+    """Body of POST `/`: the same, and whether to stream."""
+
+    inputs: str
+    parameters: GenerateParameters | None = None
+    stream: bool | None = None
+
+
+class Token(msgspec.Struct, frozen=True):
+    """A generated token, and what its alternatives look like in `top_tokens`."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class PrefillToken(msgspec.Struct, frozen=True):
+    """A token of the prompt. The first has nothing before it, so no log-probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class BestOfSequence(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the sequences that `best_of` did not choose. `top_tokens` is absent unless asked for."""
+
+    generated_text: str
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Details(msgspec.Struct, frozen=True, kw_only=True):
+    """What `details: true` adds to a plain answer. The last two are absent unless asked for."""
+
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[Token]
+    best_of_sequences: list[BestOfSequence] | msgspec.UnsetType = msgspec.UNSET
+    top_tokens: list[list[Token]] | msgspec.UnsetType = msgspec.UNSET
+
+
+class GenerateResponse(msgspec.Struct, frozen=True):
+    """A plain answer. `details` is absent, not null, unless asked for."""
+
+    generated_text: str
+    details: Details | msgspec.UnsetType = msgspec.UNSET
+
+
+class StreamDetails(msgspec.Struct, frozen=True):
+    """What `details: true` adds to the last event of a stream."""
+
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+class StreamResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of a stream: one token. The last one carries the whole text."""
+
+    index: int
+    token: Token
+    top_tokens: list[Token] | msgspec.UnsetType = msgspec.UNSET
+    generated_text: str | None = None
+    details: StreamDetails | None = None
+
+
+class SimpleToken(msgspec.Struct, frozen=True):
+    """A token of `/tokenize`: the slice [start, stop) of the input's UTF-8 bytes."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class ErrorResponse(msgspec.Struct, frozen=True):
+    """Any error of a native route."""
+
+    error: str
+    error_type: str
+
+
+class Info(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `/info`. The last group is ours or of older TGI versions, which some clients still look for."""
+
+    model_id: str
+    model_sha: str | None
+    model_pipeline_tag: str | None
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_tokens: int
+    max_total_tokens: int
+    validation_workers: int
+    max_client_batch_size: int
+    router: str
+    version: str
+    sha: str | None
+    docker_label: str | None
+
+    model_dtype: str
+    model_device_type: str
+    max_batch_total_tokens: int
+    max_input_length: int

@@ -1,0 +1,158 @@
+"""Server-sent events without a task switch per event.
+
+The engine's reader pushes text into a stream from a callback. `send` of an ASGI server is a coroutine, but it waits
+only when the client reads too slowly; so it is driven by hand and finishes at once. When it does wait, what is left of
+it becomes a task and further events are kept, up to `MAX_BUFFERED_BYTES`; a client slower than that is cut off, for
+the memory of the server is not its buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Generator
+from typing import Any
+
+from starlette.types import Send
+
+Headers = list[tuple[bytes, bytes]]
+
+KEEP_ALIVE_S = 15.0
+MAX_BUFFERED_BYTES = 256 * 1024
+
+DONE = b"data: [DONE]\n\n"
+_COMMENT = b":\n\n"
+_HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+
+
+def event(payload: bytes) -> bytes:
+    """One event with this JSON text as its data."""
+    return b"data: " + payload + b"\n\n"
+
+
+class _Rest:
+    """Awaitable: the rest of a coroutine that was started by hand and waits for `waited_for`."""
+
+    __slots__ = ("_coroutine", "_waited_for")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waited_for: Any) -> None:
+        self._coroutine, self._waited_for = coroutine, waited_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waited_for = self._waited_for
+        while True:
+            try:
+                try:
+                    value = yield waited_for
+                except asyncio.CancelledError as error:  # the coroutine must see it where it waits
+                    waited_for = self._coroutine.throw(error)
+                else:
+                    waited_for = self._coroutine.send(value)
+            except StopIteration:
+                return
+
+
+class EventStream:
+    """One open event stream over an ASGI `send`.
+
+    `write` and `end` never wait. The response starts with the first of them, or with the first keep-alive comment, so
+    an error before that can still be an ordinary answer (`started`). `done` is set when everything has been handed
+    over, or the client was cut off for reading too slowly (`overflowed`).
+    """
+
+    def __init__(self, send: Send, headers: Headers, keep_alive_s: float = KEEP_ALIVE_S) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._send = send
+        self._headers = headers
+        self._keep_alive_s = keep_alive_s
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._flusher: asyncio.Task[None] | None = None
+        self._ended = False  # nothing more is accepted
+        self._completed = False  # the end of the response was handed over
+        self._last_write = self._loop.time()
+        self._timer = self._loop.call_later(keep_alive_s, self._keep_alive)
+        self.started = False
+        self.overflowed = False
+        self.done: asyncio.Future[None] = self._loop.create_future()
+
+    def write(self, data: bytes) -> None:
+        """Send whole events now, or keep them while the client does not read. Dropped after `end` or an overflow."""
+        if self._ended:
+            return
+        self._last_write = self._loop.time()
+        if self._flusher is None:
+            self._drive(self._deliver(data, True))
+            return
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        if self._pending_bytes > MAX_BUFFERED_BYTES:
+            self.overflowed = True
+            self.close()
+
+    def end(self, data: bytes = b"") -> None:
+        """Send the last events and finish the response."""
+        if self._ended:
+            return
+        self._ended = True
+        self._timer.cancel()
+        if self._flusher is not None:
+            self._pending.append(data)
+            return
+        self._completed = True
+        self._drive(self._deliver(data, False))
+        if self._flusher is None:
+            self._finish()
+
+    def close(self) -> None:
+        """Send nothing more: the client is gone or cut off. Idempotent."""
+        self._ended = True
+        self._timer.cancel()
+        self._pending.clear()
+        if self._flusher is not None:
+            self._flusher.cancel()
+        self._finish()
+
+    async def _deliver(self, data: bytes, more: bool) -> None:
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS + self._headers})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    def _drive(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        try:
+            waited_for = coroutine.send(None)
+        except StopIteration:
+            return
+        except OSError:
+            self.close()
+            return
+        self._flusher = self._loop.create_task(self._flush(_Rest(coroutine, waited_for)))
+
+    async def _flush(self, rest: _Rest) -> None:
+        """Finish an interrupted send, then what gathered meanwhile, then go back to writing directly."""
+        try:
+            await rest
+            while self._pending:
+                data = b"".join(self._pending)
+                self._pending.clear()
+                self._pending_bytes = 0
+                await self._deliver(data, True)
+        except OSError:
+            self.close()
+            return
+        self._flusher = None
+        if self._ended:
+            if not self._completed:
+                await self._deliver(b"", False)
+            self._finish()
+
+    def _keep_alive(self) -> None:
+        silent = self._loop.time() - self._last_write
+        if silent >= self._keep_alive_s * 0.999 and self._flusher is None:
+            self.write(_COMMENT)
+            silent = 0.0
+        self._timer = self._loop.call_later(max(self._keep_alive_s - silent, 0.01), self._keep_alive)
+
+    def _finish(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
