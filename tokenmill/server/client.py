@@ -17,7 +17,7 @@ from tokenmill.errors import GenerationError, NotReady, RequestError
 from tokenmill.wire.channel import AsyncChannel
 from tokenmill.wire.messages import Abort, EngineInfo, FromEngine, Output, Request, Stats, StepOutputs, ToEngine
 
-_RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+_RETRY_S = (0.02, 0.05, 0.1)  # trying costs next to nothing
 _SILENCE_S = 60.0  # a heartbeat comes every second; a step that takes longer than this is a hung engine
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,8 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
 
     `labels`: name and every possible value, for cells are laid out beforehand. `buckets`: bounds, or "input"/"total": a
     hundred equal steps up to the server's limit. `scope` "workers": the workers' values add up; "engine": every worker
-    sees the same engine, so the one that heard from it last is right.
+    sees the same engine, so for a gauge the one that heard from it last is right, for counts the one that counted most
+    (which never goes back, whatever worker is restarted).
     """
 
     name: str
@@ -199,10 +200,13 @@ class Metrics:
             for values in metric.combinations():
                 start = self._offsets[metric.name, values]
                 stop = start + metric.width
-                if metric.scope == "engine":
-                    cells: list[float] = list(latest[start:stop])
+                columns = zip(*(file[start:stop] for file in files), strict=True)
+                if metric.scope == "workers":
+                    cells = [float(sum(column)) for column in columns]
+                elif metric.kind == "gauge":
+                    cells = list(latest[start:stop])
                 else:
-                    cells = [float(sum(column)) for column in zip(*(file[start:stop] for file in files), strict=True)]
+                    cells = [max(column) for column in columns]
                 lines.extend(self._lines(metric, values, cells))
         return "\n".join(lines) + "\n"
 

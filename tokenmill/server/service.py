@@ -69,7 +69,7 @@ class Service:
         self.limits: RequestLimits | None = None
         self.phase = "starting"
         self.draining = False
-        self.stats = NO_STATS
+        self.stats: Stats | None = None  # the engine's last
         self.in_flight = 0
         self.became_ready = asyncio.Event()
         self._threads = ThreadPoolExecutor(options.validation_workers, thread_name_prefix="encode")
@@ -87,7 +87,7 @@ class Service:
             max_top_n_tokens=options.max_top_n_tokens,
             vocab_size=info.vocab_size,
         )
-        self.stats = NO_STATS
+        self.stats = None
         self.metrics.set_limits(info.max_input_tokens, info.max_total_tokens)
         self.metrics.set("tgi_batch_max_total_tokens", info.capacity)
         self.metrics.set("tokenmill_kv_blocks", info.num_blocks)
@@ -107,6 +107,8 @@ class Service:
     def stepped(self, stats: Stats, num_outputs: int, handling_s: float) -> None:
         """See `client.Watcher`."""
         before, self.stats = self.stats, stats
+        if before is None:  # an engine that has been working counted its past steps with a worker before us
+            before = NO_STATS if stats.steps <= 1 else stats
         metrics = self.metrics
         metrics.heard(asyncio.get_running_loop().time())
         block_size = self.client.info.block_size if self.client.info else 0

@@ -1,0 +1,165 @@
+"""An HTTP worker: from the supervisor's settings to a serving socket. The composition root of this process.
+
+The port answers from the first moment; the tokenizer is loaded when the model is on disk, and the engine is connected
+when it listens. The supervisor ends the worker: by `Drain` in order, by SIGTERM at once, by its own death too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import msgspec
+import uvicorn
+import uvloop
+
+from tokenmill import __version__
+from tokenmill.config import Settings
+from tokenmill.server.app import create_app
+from tokenmill.server.service import Model, Service, ServiceOptions
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.weights.source import ModelSource
+from tokenmill.wire.control import ChildControl
+from tokenmill.wire.messages import Drain, ModelReady, Phase, Ready
+
+_KEEP_ALIVE_S = 75  # longer than the 60 s after which load balancers drop idle connections themselves
+
+log = logging.getLogger(__name__)
+
+
+def main(control: ChildControl) -> None:
+    """Serve until the supervisor ends it. Raises StartError if the model's tokenizer cannot be read."""
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    settings = Settings.from_dict(control.configure.settings)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(Worker(control, settings).run())
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without signal handlers: the supervisor speaks through the control pipe."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals as they are."""
+        yield
+
+
+class Worker:
+    """One HTTP worker. Used once: `run`."""
+
+    def __init__(self, control: ChildControl, settings: Settings) -> None:
+        self._control, self._settings = control, settings
+        self._tasks: list[asyncio.Task[None]] = []
+        self._error: BaseException | None = None
+
+    async def run(self) -> None:
+        """Serve until told to stop."""
+        configure, settings = self._control.configure, self._settings
+        self._service = Service(
+            options_of(settings), address=configure.engine_address, run_dir=configure.run_dir, index=configure.index
+        )
+        config = uvicorn.Config(
+            create_app(self._service),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            backlog=1024,
+        )
+        self._config, self._server = config, _HttpServer(config)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop_now)
+        loop.add_reader(self._control.fileno(), self._hear)
+        self._hear()
+        try:
+            await self._server.serve([socket.socket(fileno=configure.listen_fd)])
+        finally:
+            loop.remove_reader(self._control.fileno())
+            for task in self._tasks:
+                task.cancel()
+            self._service.close()
+        if self._error is not None:
+            raise self._error
+
+    def _hear(self) -> None:
+        messages = self._control.poll()
+        if messages is None:  # the supervisor has died, and with it whoever would restart or stop us
+            os._exit(1)
+        for message in messages:
+            if isinstance(message, ModelReady):
+                self._begin(self._serve_model(msgspec.convert(message.source, ModelSource)))
+            elif isinstance(message, Phase):
+                self._set_phase(message)
+            elif isinstance(message, Drain):
+                self._drain(message.timeout_s)
+
+    def _set_phase(self, phase: Phase) -> None:
+        if self._service.client.info is None and phase.name != "ready":
+            self._service.phase = phase.name if phase.percent < 0 else f"{phase.name} {phase.percent} %"
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = error
+            self._stop_now()
+
+    async def _serve_model(self, source: ModelSource) -> None:
+        """Load the tokenizer, then stay connected to the engine. Raises ModelError."""
+        service = self._service
+        tokenizer = await service.in_thread(lambda: Tokenizer.load(source))
+        service.model = Model(
+            id=source.model_id, revision=source.revision, tokenizer=tokenizer, created=int(time.time())
+        )
+        gc.collect()
+        gc.freeze()  # tables of the tokenizer and modules: nothing that collections need to look at
+        self._begin(self._tell_ready())
+        await service.client.run()
+
+    async def _tell_ready(self) -> None:
+        await self._service.became_ready.wait()
+        self._control.send(Ready())
+
+    def _drain(self, timeout_s: float) -> None:
+        log.info("Finishing %d running requests, for at most %g s", self._service.in_flight, timeout_s)
+        self._service.draining = True
+        self._config.timeout_graceful_shutdown = timeout_s  # type: ignore[assignment]  # seconds, whole or not
+        self._server.should_exit = True
+
+    def _stop_now(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+
+
+def options_of(settings: Settings) -> ServiceOptions:
+    """What an HTTP worker needs of the settings. Permits are shared out among the workers."""
+    return ServiceOptions(
+        version=__version__,
+        max_concurrent_requests=-(-settings.max_concurrent_requests // settings.http_workers),
+        configured_concurrent_requests=settings.max_concurrent_requests,
+        max_best_of=settings.max_best_of,
+        max_stop_sequences=settings.max_stop_sequences,
+        max_top_n_tokens=settings.max_top_n_tokens,
+        max_client_batch_size=settings.max_client_batch_size,
+        payload_limit=settings.payload_limit,
+        validation_workers=settings.validation_workers,
+        api_key=settings.api_key,
+        cors_allow_origin=settings.cors_allow_origin,
+        compute_type=settings.compute_type,
+        protect_metrics=settings.protect_metrics,
+        strict_model_name=settings.strict_model_name,
+    )
