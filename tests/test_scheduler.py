@@ -118,6 +118,18 @@ def test_a_broken_row_ends_alone_and_what_it_computed_is_never_found(part: int) 
             assert link.tokens(r.id) == reference(r)
 
 
+def test_blocks_of_a_broken_prompt_are_not_found() -> None:
+    prompt = range(1, 13)
+    engine, oracle, link = build([[request(0, prompt)]], 16, LIMITS, poison_rate=1.0)
+    run(engine, link)
+    assert link.outputs[0][-1].finish_reason == "error"
+    oracle.poison_rate = 0.0
+    again = request(1, [*prompt, 7], 3)
+    link.script = [[again]]
+    run(engine, link)
+    assert link.tokens(1) == reference(again)
+
+
 @pytest.mark.parametrize("depth", [1, 3, 4])
 def test_the_tokens_do_not_depend_on_how_many_steps_are_on_the_device(depth: int) -> None:
     for seed in range(40):
