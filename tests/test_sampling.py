@@ -1,10 +1,9 @@
 """Sampling against a plain numpy reference, written row by row from the rules in backends/sampling.py."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from support_sampling import MASK, log_softmax, reference_choice, reference_noise, reference_scores, softmax
 
 from tokenmill.backends import sampling as rules
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
@@ -14,71 +13,6 @@ from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
 
 torch.set_num_threads(1)
 VOCAB, SLOTS, MAX_TOTAL = 61, 12, 64
-MASK = 2**32 - 1
-
-
-# The reference: one row, float64, Python integers.
-
-
-def reference_noise(seed: int, position: int, token_id: int) -> float:
-    def mix(x: int) -> int:
-        x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
-        x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
-        return x ^ (x >> 16)
-
-    seed %= 2**64
-    key = mix((seed & MASK) ^ mix((seed >> 32) ^ mix(position)))
-    bits = mix((token_id * 0x9E3779B9 + key) & MASK) & 0x7FFFFFFF
-    u = min((bits + 0.5) / 2**31, 1 - 2**-24)
-    return -math.log(-math.log1p(-u))
-
-
-def softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
-
-
-def reference_scores(logits, prompt, output, params: SamplingParams, stopping: StoppingParams):
-    """What is sampled from (before noise), in float64."""
-    x = np.array(logits, np.float64)
-    for token_id, value in params.logit_bias:
-        x[token_id] += value
-    for token_id in set(prompt) | set(output):
-        r = params.repetition_penalty
-        x[token_id] = x[token_id] * r if x[token_id] < 0 else x[token_id] / r
-    for token_id in set(output):
-        x[token_id] -= params.frequency_penalty * output.count(token_id) + params.presence_penalty
-    if len(output) < stopping.min_new_tokens:
-        for token_id in stopping.stop_ids:
-            x[token_id] = -np.inf
-    if params.temperature == 0:
-        return x
-    x = x / params.temperature
-    if params.min_p > 0:
-        p = softmax(x)
-        x[p < params.min_p * p.max()] = -np.inf
-    if 0 < params.top_k < len(x):
-        x[x < sorted(x)[-params.top_k]] = -np.inf
-    if params.top_p < 1:
-        p = softmax(x)
-        x[[p[p > p[i]].sum() >= params.top_p for i in range(len(p))]] = -np.inf
-    if params.typical_p < 1:
-        p = softmax(x)
-        logp = np.log(np.where(p > 0, p, 1))
-        distance = np.where(p > 0, np.abs(-logp - -(p * logp).sum()), np.inf)
-        x[[p[distance < d].sum() >= params.typical_p for d in distance]] = -np.inf
-    return x
-
-
-def reference_choice(scores, params: SamplingParams, position: int) -> int:
-    if params.temperature == 0:
-        return int(np.argmax(scores))
-    return int(np.argmax([s + reference_noise(params.seed, position, i) for i, s in enumerate(scores)]))
-
-
-def log_softmax(x):
-    x = np.asarray(x, np.float64)
-    return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
 # Bringing rows before the code under test.

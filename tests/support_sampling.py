@@ -1,0 +1,72 @@
+"""The rules of sampling, written a second time: one row, float64, Python integers. An oracle for tests."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tokenmill.wire.messages import SamplingParams, StoppingParams
+
+MASK = 2**32 - 1
+
+
+def reference_noise(seed: int, position: int, token_id: int) -> float:
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+        return x ^ (x >> 16)
+
+    seed %= 2**64
+    key = mix((seed & MASK) ^ mix((seed >> 32) ^ mix(position)))
+    bits = mix((token_id * 0x9E3779B9 + key) & MASK) & 0x7FFFFFFF
+    u = min((bits + 0.5) / 2**31, 1 - 2**-24)
+    return -math.log(-math.log1p(-u))
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def reference_scores(logits, prompt, output, params: SamplingParams, stopping: StoppingParams):
+    """What is sampled from (before noise), in float64."""
+    x = np.array(logits, np.float64)
+    for token_id, value in params.logit_bias:
+        x[token_id] += value
+    for token_id in set(prompt) | set(output):
+        r = params.repetition_penalty
+        x[token_id] = x[token_id] * r if x[token_id] < 0 else x[token_id] / r
+    for token_id in set(output):
+        x[token_id] -= params.frequency_penalty * output.count(token_id) + params.presence_penalty
+    if len(output) < stopping.min_new_tokens:
+        for token_id in stopping.stop_ids:
+            x[token_id] = -np.inf
+    if params.temperature == 0:
+        return x
+    x = x / params.temperature
+    if params.min_p > 0:
+        p = softmax(x)
+        x[p < params.min_p * p.max()] = -np.inf
+    if 0 < params.top_k < len(x):
+        x[x < sorted(x)[-params.top_k]] = -np.inf
+    if params.top_p < 1:
+        p = softmax(x)
+        x[[p[p > p[i]].sum() >= params.top_p for i in range(len(p))]] = -np.inf
+    if params.typical_p < 1:
+        p = softmax(x)
+        logp = np.log(np.where(p > 0, p, 1))
+        distance = np.where(p > 0, np.abs(-logp - -(p * logp).sum()), np.inf)
+        x[[p[distance < d].sum() >= params.typical_p for d in distance]] = -np.inf
+    return x
+
+
+def reference_choice(scores, params: SamplingParams, position: int) -> int:
+    if params.temperature == 0:
+        return int(np.argmax(scores))
+    return int(np.argmax([s + reference_noise(params.seed, position, i) for i, s in enumerate(scores)]))
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
