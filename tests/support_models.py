@@ -1,0 +1,161 @@
+"""Tiny random checkpoints of every family, and a driver that feeds a backend steps by hand."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenmill.backends.base import Admitted, StepInputs, StepLimits
+from tokenmill.backends.torch.backend import TorchBackend
+from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
+from tokenmill.program.value import Program
+from tokenmill.quant.base import reader_of
+from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
+from tokenmill.weights.source import local_source
+from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied_with_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama_linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.5}}),
+    "llama_dynamic": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama3": ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
+    "llama_yarn": ("llama", {"rope_scaling": YARN}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
+    "mistral_window": ("mistral", {"sliding_window": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 32, "num_attention_heads": 8}),
+    "qwen3_yarn_tied": ("qwen3", {"head_dim": 16, "rope_scaling": YARN, "tie_word_embeddings": True}),
+}
+"""Name -> (model_type, what differs from SIZES)."""
+
+
+def make_checkpoint(
+    folder: str | Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "5GB",
+    **changes: Any,
+) -> Any:
+    """Write a tiny random model to `folder`; transformers' model of the same weights, in float32, ready to be called.
+
+    Norms and biases are random too, so that a missing one shows. `changes`: to the configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model_type, own = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **(SIZES | own | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for p in model.parameters():
+        p.data = (torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)).to(dtype).float()
+    deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard_size)  # `to` rounds rope's buffers, too
+    return model
+
+
+class Driver(TorchBackend):
+    """A backend whose `logits` of the last step can be looked at, and that is fed ids by slot.
+
+    Blocks are scattered over the cache. `rows`: (slot, new ids to compute); each row's last token samples.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        source: Checkpoint,
+        *,
+        dtype: str = "float32",
+        num_blocks: int = 64,
+        limits: StepLimits | None = None,
+        group: Group | None = None,
+    ) -> None:
+        limits = limits or StepLimits(256, 4, 256, 16)
+        super().__init__(program, source, reader_of(source), limits, group or Group(), dtype=dtype)
+        self.allocate(num_blocks)
+        self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
+        self.known: dict[int, list[int]] = {}  # by slot: ids that are computed
+        self.tables: dict[int, list[int]] = {}
+        self.logits: np.ndarray = np.zeros((0, 0))
+
+    @classmethod
+    def of(cls, folder: str | Path, **options: Any) -> Driver:
+        """Of a model on disk."""
+        source = open_checkpoint(local_source(folder))
+        return cls(program_of(source.config), source, **options)
+
+    def inputs(self, rows: list[tuple[int, list[int]]], prompt_logprobs: int = -1) -> StepInputs:
+        """The step that computes these ids; slots not seen before are admitted."""
+        admitted, blocks, starts = [], [], []
+        for slot, ids in rows:
+            known = self.known.setdefault(slot, [])
+            starts.append(len(known))
+            known += ids
+            sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
+            request = Request(slot, tuple(known), sampling, StoppingParams(1 << 20))
+            admitted.append(Admitted(slot, request, np.array(known, np.int32)))
+            table = self.tables.setdefault(slot, [])
+            while len(table) * self.limits.block_size < len(known):
+                blocks.append((slot, len(table), self.free.pop()))
+                table.append(blocks[-1][2])
+        counts = [len(ids) for _, ids in rows]
+        return StepInputs(
+            np.array([slot for slot, _ in rows], np.int32), np.array(starts, np.int32), np.array(counts, np.int32),
+            np.arange(len(rows), dtype=np.int32), tuple(admitted), np.array(blocks, np.int32).reshape(-1, 3),
+            prompt_logprobs=prompt_logprobs,
+        )  # fmt: skip
+
+    def feed(self, rows: list[tuple[int, list[int]]]) -> np.ndarray:
+        """Run a step; logits of each row's last token (rows, vocabulary)."""
+        self.run(self.inputs(rows)).result()
+        return self.logits
+
+    def _sample(self, inputs: StepInputs, state: Any, env: Any) -> Any:
+        self.logits = self._interpreter.tail(state, env).float().numpy().copy()
+        return super()._sample(inputs, state, env)
+
+
+def prompts(vocab_size: int = 128) -> list[list[int]]:
+    """Three prompts of different lengths."""
+    return [np.random.default_rng(i).integers(0, vocab_size, n).tolist() for i, n in enumerate((5, 37, 20))]
+
+
+def steps() -> list[list[tuple[int, list[int]]]]:
+    """Prefill of one and a chunk of another; the rest of the chunk beside a decode and a third; decodes, one of two rows."""
+    a, b, c = prompts()
+    return [
+        [(0, a), (1, b[:16])],
+        [(0, [7]), (1, b[16:]), (2, c)],
+        [(2, [9]), (0, [8, 3]), (1, [1])],
+        [(1, [2])],
+        [(2, [5]), (1, [4]), (0, [6])],
+    ]
+
+
+def reference(model: Any, rows_of_steps: list[list[tuple[int, list[int]]]]) -> list[np.ndarray]:
+    """What transformers' model says after each row of each step, every time from the beginning."""
+    seen: dict[int, list[int]] = {}
+    made = []
+    for rows in rows_of_steps:
+        logits = []
+        for slot, ids in rows:
+            seen[slot] = seen.get(slot, []) + ids
+            with torch.no_grad():
+                logits.append(model(torch.tensor([seen[slot]]), use_cache=False).logits[0, -1].float().numpy())
+        made.append(np.stack(logits))
+    return made

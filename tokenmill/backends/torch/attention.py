@@ -1,0 +1,185 @@
+"""Attention over the paged cache, vectorized: what a step needs for it is planned once and used by every layer.
+
+Sequences are cut into runs of at most `RUN` queries, runs of like size and context share a bucket, and a bucket is one
+gather of keys and values and one attention call. So a layer costs a few calls, whatever the number of sequences.
+
+T tokens of the step, B runs of a bucket, Q queries of its longest run, L keys of its longest context, H heads,
+G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  # as everybody calls it
+from torch import Tensor
+
+from tokenmill.backends.base import StepInputs
+from tokenmill.program import ops
+
+RUN = 128  # queries of a run: long prompts do not look at keys that are still to come
+KEYS = 1 << 16  # keys of a bucket: bounds what is gathered
+MASK = 1 << 22  # elements of a bucket's mask
+KEPT = 1 << 24  # elements of masks that are kept from layer to layer; beyond it they are made again
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Queries of one sequence that stand together: `first` is the first one's place among the step's tokens."""
+
+    row: int
+    first: int
+    start: int  # its position
+    count: int
+
+    @property
+    def context(self) -> int:
+        """Keys that its last query sees."""
+        return self.start + self.count
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Runs of like size. Padding repeats a run's last query and its last key: nothing foreign is ever touched."""
+
+    queries: Tensor  # (B, Q) places among the T tokens
+    positions: Tensor  # (B, Q) of the queries
+    keys: Tensor  # (B · L,) places in the cache
+    contexts: Tensor  # (B,)
+    real: Tensor | None  # which of the B · Q queries are no padding, None: all
+    tokens: Tensor  # their places among the T tokens
+    kept: dict[int, Tensor | None] | None  # window -> mask; None: too large to keep
+    widest: int = 0  # L
+    uneven: bool = True  # a mask is needed even without a window
+
+    def mask(self, window: int, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, Q, L): 0 where a query sees a key, else minus infinity. None if all see all."""
+        if self.kept is not None and window in self.kept:
+            return self.kept[window]
+        made = self._mask(window, dtype)
+        if self.kept is not None:
+            self.kept[window] = made
+        return made
+
+    def _mask(self, window: int, dtype: torch.dtype) -> Tensor | None:
+        if not self.uneven and not 0 < window < self.widest:
+            return None
+        keys = torch.arange(self.widest, device=self.positions.device)
+        behind = self.positions[..., None] - keys  # (B, Q, L)
+        hidden = (behind < 0) | (behind >= window) if window else behind < 0
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, -torch.inf)[:, None]
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """What all layers share. `places` (T,): where each token's key and value go in the cache."""
+
+    places: Tensor
+    buckets: list[Bucket] = field(default_factory=list)
+
+
+def plan(inputs: StepInputs, tables: Tensor, block_size: int, positions: Tensor, rows: Tensor) -> AttentionPlan:
+    """`tables` (S, blocks): of the step's rows. `positions` (T,), `rows` (T,): of its tokens."""
+    blocks = tables[rows, positions // block_size].long()
+    made = AttentionPlan(blocks * block_size + positions % block_size)
+    groups = bucketed(runs_of(inputs))
+    elements = sum(len(g) * max(r.count for r in g) * max(r.context for r in g) for g in groups)
+    made.buckets = [_bucket(group, tables, block_size, elements <= KEPT) for group in groups]
+    return made
+
+
+def runs_of(inputs: StepInputs) -> list[Run]:
+    """The step's rows, cut."""
+    runs: list[Run] = []
+    first = 0
+    for row, (start, count) in enumerate(zip(inputs.starts.tolist(), inputs.counts.tolist(), strict=True)):
+        longest = max(1, min(RUN, MASK // (start + count)))
+        for done in range(0, count, longest):
+            runs.append(Run(row, first + done, start + done, min(longest, count - done)))
+        first += count
+    return runs
+
+
+def bucketed(runs: list[Run]) -> list[list[Run]]:
+    """Runs of like size and context together: at most half of a bucket's keys are padding, short contexts aside."""
+    buckets: list[list[Run]] = []
+    for run in sorted(runs, key=lambda r: (_size_class(r.count), r.context), reverse=True):
+        if buckets:
+            top = buckets[-1][0]  # the longest context
+            n = len(buckets[-1]) + 1
+            queries = max(r.count for r in buckets[-1])
+            alike = _size_class(run.count) == _size_class(top.count) and run.context * 2 >= min(top.context, 256)
+            if alike and n * top.context <= KEYS and n * queries * top.context <= MASK:
+                buckets[-1].append(run)
+                continue
+        buckets.append([run])
+    return buckets
+
+
+def _size_class(count: int) -> int:
+    return (count - 1).bit_length()  # 1 | 2 | 3, 4 | 5 … 8 | …
+
+
+def _bucket(runs: list[Run], tables: Tensor, block_size: int, keep: bool) -> Bucket:
+    device = tables.device
+    first, start, count, row = (
+        np.array([getattr(r, name) for r in runs], np.int64)[:, None] for name in ("first", "start", "count", "row")
+    )
+    contexts = start + count
+    widest, deepest = int(contexts.max()), int(count.max())
+    within = np.minimum(np.arange(deepest), count - 1)  # (B, Q)
+    padded = np.arange(deepest) >= count
+    keys = torch.from_numpy(np.minimum(np.arange(widest), contexts - 1)).to(device)  # (B, L) positions
+    rows = torch.from_numpy(row).to(device)
+    places = tables[rows, keys // block_size].long() * block_size + keys % block_size
+    real = torch.from_numpy(np.flatnonzero(~padded)).to(device) if padded.any() else None
+    return Bucket(
+        queries=torch.from_numpy(first + within).to(device),
+        positions=torch.from_numpy(start + within).to(device),
+        keys=places.reshape(-1),
+        contexts=torch.from_numpy(contexts[:, 0]).to(device),
+        real=real,
+        tokens=torch.from_numpy((first + within)[~padded]).to(device),
+        kept={} if keep else None,
+        widest=widest,
+        uneven=deepest > 1 or bool((contexts != widest).any()),
+    )
+
+
+def attend(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """Write k and v (T, G · D) to `cache` (2, places, G · D), then attend: (T, H · D)."""
+    cache[0].index_copy_(0, plan.places, k)
+    cache[1].index_copy_(0, plan.places, v)
+    out = torch.empty_like(q)
+    for bucket in plan.buckets:
+        b, n = bucket.queries.shape
+        heads = F.embedding(bucket.queries, q).view(b, n, -1, op.head_dim).transpose(1, 2)  # (B, H, Q, D)
+        keys, values = (
+            kept.index_select(0, bucket.keys).view(b, bucket.widest, -1, op.head_dim).transpose(1, 2) for kept in cache
+        )  # (B, G, L, D)
+        y = _scaled(op, heads, keys, values, bucket.mask(op.window, q.dtype))
+        y = y.transpose(1, 2).reshape(b * n, -1)
+        out[bucket.tokens] = y if bucket.real is None else y[bucket.real]
+    return out
+
+
+def _scaled(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if not op.softcap:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=op.scale, enable_gqa=True)
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * op.scale
+    scores = op.softcap * torch.tanh(scores / op.softcap)
+    if mask is not None:
+        scores = scores + mask
+    return scores.float().softmax(-1).to(q.dtype) @ v.repeat_interleave(group, 1)
+
+
+def scratch_bytes(max_total_tokens: int, max_batch_tokens: int, widest_kv: int, item_bytes: int) -> int:
+    """The most that a step's buckets need at a time: keys and values gathered, and the masks."""
+    keys = max(KEYS, max_total_tokens) * widest_kv * 2
+    mask = max(MASK, max_total_tokens)
+    kept = min(KEPT, max_batch_tokens * max_total_tokens)
+    return (keys + mask + kept) * item_bytes

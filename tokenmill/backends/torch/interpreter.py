@@ -1,0 +1,83 @@
+"""Walks a program with torch: the plain loop. Values are dropped after their last reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmill.backends.torch import kinds
+from tokenmill.backends.torch.kinds import StepState
+from tokenmill.errors import Unsupported
+from tokenmill.program import ops
+from tokenmill.program.buffers import last_uses
+from tokenmill.program.ops import Op
+from tokenmill.program.value import Program, Value
+
+Env = dict[int, Tensor]
+"""Buffer -> its value."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One operation, ready: what it runs, reads, writes, and whose last use it was."""
+
+    op: Op
+    kernel: Callable[..., Any]
+    reads: tuple[Value, ...]
+    writes: tuple[Value, ...]
+    done: tuple[int, ...]
+
+
+class Interpreter:
+    """Runs one program, in two parts: up to where rows are taken, and behind that.
+
+    The second part may be run several times over other rows of the same step. Unsupported for an operation that has
+    no kernel here.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
+        last = last_uses(program)
+        known = kinds.kernels()
+        lines: list[_Line] = []
+        for i, op in enumerate(program.ops):
+            if type(op) not in known:
+                raise Unsupported("operation", type(op).__name__, [kind.__name__ for kind in known])
+            reads, writes = tuple(op.reads().values()), tuple(op.results().values())
+            gone = tuple({v.buffer for v in (*reads, *writes) if last[v.buffer] == i})
+            lines.append(_Line(op, known[type(op)], reads, writes, gone))
+        self._body, self._tail = lines[:first], lines[first:]
+
+    @torch.inference_mode()
+    def body(self, step: StepState, ids: Tensor) -> Env:
+        """Run all tokens `ids` (T,); what the second part needs."""
+        inputs = self.program.inputs
+        env = {inputs.ids.buffer: ids[:, None], inputs.positions.buffer: step.positions[:, None]}
+        _run(self._body, step, env)
+        return env
+
+    @torch.inference_mode()
+    def tail(self, step: StepState, env: Env) -> Tensor:
+        """Logits (R, vocabulary) of the rows `step.samples`; `env` stays as it is."""
+        env = dict(env)
+        _run(self._tail, step, env)
+        return _view(env, self.program.output)
+
+
+def _run(lines: list[_Line], step: StepState, env: Env) -> None:
+    for line in lines:
+        made = line.kernel(line.op, step, *[_view(env, v) for v in line.reads])
+        results = made if isinstance(made, tuple) else (made,)
+        for v, y in zip(line.writes, results, strict=True):
+            env[v.buffer] = kinds.rounded(y) if v.spec.dtype == "int8" else y
+        for buffer in line.done:
+            del env[buffer]
+
+
+def _view(env: Env, v: Value) -> Tensor:
+    return env[v.buffer] if v.width == v.spec.width else env[v.buffer][:, v.start : v.start + v.width]

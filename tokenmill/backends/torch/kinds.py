@@ -1,0 +1,223 @@
+"""Every kind of operation in a few lines of torch: the reference that other backends are compared with.
+
+A function a kind, named after it: `(operation, step, the values it reads in the order of its fields)`. Fused kinds are
+their parts in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from tokenmill.backends.torch.attention import AttentionPlan, attend
+from tokenmill.parallel.group import Group
+from tokenmill.program import ops
+from tokenmill.program.ops import Weight
+from tokenmill.program.rope import RopeTable
+
+Act = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class StepState:
+    """What the operations of one step share besides values."""
+
+    weights: dict[Weight, Tensor]
+    cache: dict[int, Tensor]  # by layer: (2, places, key-value heads · head size)
+    group: Group
+    positions: Tensor  # (T,)
+    attention: AttentionPlan
+    samples: Tensor  # (R,) places among the T tokens
+    turns: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def optional(self, weight: Weight | None) -> Tensor | None:
+        """The weight, if there is one."""
+        return None if weight is None else self.weights[weight]
+
+    def cos_sin(self, table: RopeTable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Each (T, 1, rotary_dim / 2), made once a step."""
+        if table not in self.turns:
+            if table.moves:
+                inverse = torch.from_numpy(table.frequencies_at(self.positions.cpu().numpy()))
+            else:
+                inverse = torch.from_numpy(table.inverse_frequencies())[None]
+            angle = self.positions[:, None].float() * inverse.to(self.positions.device)
+            cos, sin = (t[:, None] * table.magnitude() for t in (angle.cos(), angle.sin()))
+            self.turns[table] = cos.to(dtype), sin.to(dtype)
+        return self.turns[table]
+
+
+def activation(name: str) -> Act:
+    """By transformers' name."""
+    acts: dict[str, Act] = {
+        "silu": F.silu,
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }
+    return acts[name]
+
+
+def embed(op: ops.Embed, step: StepState, ids: Tensor) -> Tensor:
+    """Rows of a table; with several ranks each looks up its own rows, and a sum follows."""
+    table = step.weights[op.table]
+    if op.table.ranks == 1:
+        y = F.embedding(ids[:, 0], table)
+    else:
+        local = ids[:, 0] - step.group.rank * len(table)
+        mine = (local >= 0) & (local < len(table))
+        y = F.embedding(local * mine, table) * mine[:, None]
+    return y if op.scale == 1.0 else y * op.scale
+
+
+def linear(op: ops.Linear, step: StepState, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """act(x · weightᵀ + bias), gated, plus residual."""
+    y = F.linear(x, step.weights[op.weight], step.optional(op.bias))
+    if op.act and op.gated:
+        gate, up = y.chunk(2, -1)
+        y = activation(op.act)(gate) * up
+    elif op.act:
+        y = activation(op.act)(y)
+    return y if residual is None else residual + y
+
+
+def norm(op: ops.Norm, step: StepState, x: Tensor) -> Tensor:
+    """RMS norm or LayerNorm, of the row or of each head."""
+    return normed(x, step.weights[op.weight], step.optional(op.bias), op.eps, op.center, op.head_dim)
+
+
+def add_norm(op: ops.AddNorm, step: StepState, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of the sum, and the sum."""
+    total = x + y
+    return norm(op, step, total), total
+
+
+def rope(op: ops.Rope, step: StepState, x: Tensor) -> Tensor:
+    """Heads rotated by position."""
+    return rotated(x, op.rope, op.head_dim, step)
+
+
+def attention(op: ops.Attention, step: StepState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Cache, then attend."""
+    if op.q_norm and op.k_norm:
+        q, k = (
+            normed(x, step.weights[w], None, op.eps, False, op.head_dim) for x, w in ((q, op.q_norm), (k, op.k_norm))
+        )
+    if op.rope:
+        q, k = (rotated(x, op.rope, op.head_dim, step) for x in (q, k))
+    return attend(op, q, k, v, step.cache[op.layer], step.attention)
+
+
+def gated_act(op: ops.GatedAct, step: StepState, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) · up"""
+    return activation(op.act)(gate) * up
+
+
+def act(op: ops.Act, step: StepState, x: Tensor) -> Tensor:
+    """act(x)"""
+    return activation(op.act)(x)
+
+
+def add(op: ops.Add, step: StepState, x: Tensor, y: Tensor) -> Tensor:
+    """x + y"""
+    return x + y
+
+
+def soft_cap(op: ops.SoftCap, step: StepState, x: Tensor) -> Tensor:
+    """cap · tanh(x / cap)"""
+    return op.cap * torch.tanh(x / op.cap)
+
+
+def take_rows(op: ops.TakeRows, step: StepState, x: Tensor) -> Tensor:
+    """The rows that sample."""
+    return x[step.samples]
+
+
+def experts(op: ops.Experts, step: StepState, x: Tensor, scores: Tensor) -> Tensor:
+    """Each row through its experts; only experts that somebody chose are run."""
+    weight, chosen = scores.float().softmax(-1).topk(op.top_k, -1)
+    if op.renormalize:
+        weight = weight / weight.sum(-1, keepdim=True)
+    out = torch.zeros_like(x)
+    for e in sorted(set(chosen.flatten().tolist())):
+        row, place = (chosen == e).nonzero(as_tuple=True)
+        gate, up = F.linear(x[row], step.weights[op.gate_up[e]]).chunk(2, -1)
+        y = F.linear(activation(op.act)(gate) * up, step.weights[op.down[e]])
+        out.index_add_(0, row, y * weight[row, place, None].to(x.dtype))
+    return out
+
+
+def quantize(op: ops.Quantize, step: StepState, x: Tensor) -> Tensor:
+    """Nothing: whatever goes into an int8 buffer is rounded there."""
+    return x
+
+
+def all_reduce(op: ops.AllReduce, step: StepState, x: Tensor) -> Tensor:
+    """The sum over the ranks."""
+    return step.group.all_reduce(x)
+
+
+def gather(op: ops.Gather, step: StepState, x: Tensor) -> Tensor:
+    """The ranks' columns side by side."""
+    return step.group.gather(x)
+
+
+def arg_max(op: ops.ArgMax, step: StepState, x: Tensor) -> Tensor:
+    """The id of the largest."""
+    return x.argmax(-1, keepdim=True)
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool, head_dim: int) -> Tensor:
+    """In float32, whatever x is in."""
+    y = x.float()
+    if head_dim:
+        y = y.reshape(len(x), -1, head_dim)
+    if center:
+        y = y - y.mean(-1, keepdim=True)
+    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    y = y if bias is None else y + bias
+    return y.flatten(1) if head_dim else y
+
+
+def rotated(x: Tensor, table: RopeTable, head_dim: int, step: StepState) -> Tensor:
+    """(T, heads · head_dim), the first rotary_dim of each head rotated, halves split."""
+    cos, sin = step.cos_sin(table, x.dtype)
+    half = table.rotary_dim // 2
+    heads = x.reshape(len(x), -1, head_dim)
+    a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).flatten(1)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What is left of x in an int8 buffer: codes with a scale per 32 columns."""
+    blocks = x.reshape(len(x), -1, 32)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return ((blocks / scale.clamp(min=1e-30)).round() * scale).flatten(1)
+
+
+def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
+    """The function of every kind."""
+    return {
+        ops.Embed: embed,
+        ops.Linear: linear,
+        ops.Norm: norm,
+        ops.AddNorm: add_norm,
+        ops.Rope: rope,
+        ops.Attention: attention,
+        ops.GatedAct: gated_act,
+        ops.Act: act,
+        ops.Add: add,
+        ops.SoftCap: soft_cap,
+        ops.TakeRows: take_rows,
+        ops.Experts: experts,
+        ops.Quantize: quantize,
+        ops.AllReduce: all_reduce,
+        ops.Gather: gather,
+        ops.ArgMax: arg_max,
+    }

@@ -1,0 +1,58 @@
+"""Weights from a checkpoint to tensors of the backend: this rank's share only, in parallel, with progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenmill.parallel.group import Group
+from tokenmill.program.cost import weights_of
+from tokenmill.program.ops import Weight
+from tokenmill.program.value import Program
+from tokenmill.quant.base import Dense, Matrix, Reader, check, load
+from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.wire.messages import Progress
+
+Report = Callable[[Progress], None]
+
+
+def pack(
+    program: Program,
+    source: Checkpoint,
+    read: Reader,
+    group: Group,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Report | None = None,
+) -> dict[Weight, Tensor]:
+    """Every weight of a (sharded) program. ModelError if a tensor is missing or of another shape than expected.
+
+    `report` is called from this thread, with bytes of the checkpoint.
+    """
+    wanted = weights_of(program)
+    check(wanted, source)
+    sizes = [sum(source.nbytes(part.name) // w.ranks for part in w.parts) for w in wanted]
+    done, packed = 0, {}
+
+    def one(weight: Weight) -> Tensor:
+        return to_tensor(load(weight, source, read, group.rank), dtype).to(device)
+
+    with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads()))) as pool:  # numpy lets go of the interpreter
+        for weight, size, tensor in zip(wanted, sizes, pool.map(one, wanted), strict=True):
+            packed[weight], done = tensor, done + size
+            if report is not None:
+                report(Progress("load", done, sum(sizes)))
+    return packed
+
+
+def to_tensor(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own memory."""
+    if isinstance(matrix, Dense) and matrix.array.dtype == np.uint16 and dtype == torch.bfloat16:
+        return torch.from_numpy(matrix.array.view(np.int16).copy()).view(torch.bfloat16)
+    out = torch.empty(matrix.shape, dtype=torch.float32)
+    matrix.fill(out.numpy())
+    return out.to(dtype)
