@@ -72,7 +72,7 @@ def _commands() -> dict[str, Command]:
     return {
         "serve": Command(serve, "serve a model over HTTP"),
         "chat": Command(lambda rest: _load("tokenmill.chat:main")(rest), "talk to a running server, or to one's own"),
-        "generate": Command(generate, "answer one prompt in this process, without a server"),
+        "generate": Command(lambda rest: _load("tokenmill.generate:main")(rest), "answer a prompt without a server"),
         "download-weights": Command(download_weights, "get a model onto this machine"),
         "env": Command(env, "say what is installed and found here"),
         "schema": Command(schema, "print the OpenAPI document of the server"),
@@ -156,24 +156,6 @@ def download_weights(words: list[str]) -> int:
         screen.close()
     print(source.path)
     return 0
-
-
-def generate(words: list[str]) -> int:
-    """Answer one prompt in this process and print the text as it comes."""
-    about = "Answer PROMPT in this process, without a server. The text is printed as it comes."
-    parser = options.Parser(prog="tokenmill generate", description=about)
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from stdin")
-    parser.add_argument("--model-id", default="", help="a Hub id, a folder or a .gguf file")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    parser.add_argument("--temperature", type=float, help="0: greedy, the default", metavar="T", default=0.0)
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
-    parser.add_argument("--raw", action="store_true", help="continue PROMPT as it is, without the chat template")
-    given = parser.parse_args(words)
-    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
-    return int(_load("tokenmill.generate:run")(given.model_id, prompt, given))
 
 
 def env(words: list[str]) -> int:

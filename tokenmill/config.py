@@ -151,7 +151,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "The quick brown fox jumps over the lazy dog. ")
     mock_step_ms: Annotated[float, Option("Milliseconds of a step of the mock engine.", at_least=0,
                                           env="TOKENMILL_MOCK_STEP_MS")] = 10.0
-    mock_fault: Annotated[str, Option("A fault of the mock engine: raise@N, exit@N, hang@N or nan@N at its N-th step.",
+    mock_fault: Annotated[str, Option("Faults of the mock engine at its N-th step: nan@N, raise@N, hang@N, exit@N.",
                                       env="TOKENMILL_MOCK_FAULT")] = ""
     warnings: Annotated[tuple[str, ...], Option("What to tell the user.", env="", env_only=True)] = ()
 
@@ -188,7 +188,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return _checked(cls(**{**values, "warnings": tuple(warnings)}))
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, **values: Any) -> Settings:
+    def from_env(cls, environ: Mapping[str, str] | None = None, /, **values: Any) -> Settings:
         """Settings from the environment, `values` (by field name) beating it. Raises ArgumentError."""
         return cls.from_namespace(type("Given", (), values)(), environ)
 

@@ -47,7 +47,8 @@ def resolve(
 ) -> ModelSource:
     """The model on disk. `model_id`: a folder, a file, or a Hub id; what is missing is downloaded unless `offline`.
 
-    Weights that are only there pickled are converted if `convert`. Blocks as long as that takes and reports bytes. DownloadError or ModelError with the cure.
+    Weights that are only there pickled are converted if `convert`. Blocks as long as all that takes and reports bytes.
+    DownloadError or ModelError with the cure.
     """
     if Path(model_id).exists():
         return _opened(Path(model_id), model_id, report, convert)

@@ -1,0 +1,59 @@
+# The commands of this project. `make serve` and `make test` need nothing but git, make and Python 3.11 or newer.
+#   make serve ARGS="--model-id … --port …"     make test ARGS="tests/test_scheduler.py -x"
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export VENV
+
+.PHONY: help serve chat test lint types imports check bench-cpu bench-scheduler bench-frontend wheel clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-16s%s\n", $$1, $$2}'
+
+serve: $(VENV)/.installed  ## serve the default model, or ARGS="--model-id …"
+	@exec $(BIN)/tokenmill serve $(ARGS)
+
+chat: $(VENV)/.installed  ## talk to the server that runs, or to one's own
+	@exec $(BIN)/tokenmill chat $(ARGS)
+
+test: $(VENV)/.installed-test  ## all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev  ## mypy --strict
+	$(BIN)/mypy
+
+imports: $(VENV)/.installed-dev  ## who may import whom
+	$(BIN)/lint-imports
+
+check: lint types imports test  ## everything that a change must pass
+
+bench-cpu: $(VENV)/.installed-test  ## tokens/s and latencies of the default model over HTTP
+	$(BIN)/python bench/http.py $(ARGS)
+
+bench-scheduler: $(VENV)/.installed-test  ## time of a scheduler step
+	$(BIN)/python bench/scheduler.py $(ARGS)
+
+bench-frontend: $(VENV)/.installed-test  ## events a second of the HTTP front end
+	$(BIN)/python bench/frontend.py $(ARGS)
+
+wheel: $(VENV)/.installed  ## dist/tokenmill-….whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove what was made, the environment too
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml scripts/install.sh
+	@scripts/install.sh -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@scripts/install.sh -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	@scripts/install.sh -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,52 @@
+#!/bin/sh
+# Make a virtual environment and install into it: scripts/install.sh WHAT…   (what pip shall install, as `-e .`)
+#
+#   VENV    the environment's folder   (.venv)
+#   PYTHON  the interpreter            (the newest of python3.13, python3.12, python3.11, python3 that is at least 3.11)
+#   TORCH   what to install as torch   (torch==2.13.0)
+#
+# On Linux without an NVIDIA GPU torch is a CPU build: gigabytes of CUDA help nobody there.
+set -eu
+venv=${VENV:-.venv}
+torch=${TORCH:-torch==2.13.0}
+
+python=
+for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "Python 3.11 or newer is needed (found: $(python3 --version 2>&1 || echo none)). Install it, or name it: make PYTHON=/path/to/python3" >&2
+    exit 1
+fi
+
+if ! [ -x "$venv/bin/python" ]; then
+    echo "Making $venv with $("$python" --version)"
+    "$python" -m venv "$venv" || {
+        rm -rf "$venv"
+        echo "The virtual environment could not be made. On Debian and Ubuntu: apt install python3-venv" >&2
+        exit 1
+    }
+fi
+# --no-compile: modules are compiled when they are first imported, which most of torch's never are.
+pip() { "$venv/bin/python" -m pip "$@" --disable-pip-version-check --no-input; }
+
+if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+    index=
+    if [ "$(uname -s)" = Linux ] && ! [ -e /dev/nvidiactl ] && ! command -v nvidia-smi >/dev/null; then
+        # Which build would the configured index give? One that needs NVIDIA's packages is not wanted here.
+        if pip install --quiet --dry-run --no-deps --report - "$torch" 2>/dev/null | "$venv/bin/python" -c '
+import json, sys
+requires = json.load(sys.stdin)["install"][0]["metadata"].get("requires_dist", [])
+sys.exit(not any(name.startswith(("nvidia-", "cuda-")) for name in requires))' 2>/dev/null; then
+            index="--index-url https://download.pytorch.org/whl/cpu"
+        fi
+    fi
+    echo "Installing $torch${index:+ (CPU build)}"
+    # shellcheck disable=SC2086  # the option and its value are two words
+    pip install --quiet --no-compile $index "$torch"
+fi
+echo "Installing tokenmill"
+pip install --quiet --no-compile "$@"
