@@ -113,8 +113,17 @@ def _fetched(model_id: str, revision: str, access: HubAccess, report: Report) ->
         return _cached(model_id, revision, access)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     names = wanted_files(list(sizes))
-    job = _Job(model_id, info.sha, access, {name: sizes[name] for name in names})
-    return _download(job, report), info.sha
+    folder = _download(_Job(model_id, info.sha, access, {name: sizes[name] for name in names}), report)
+    _remember(folder, revision or "main", info.sha)
+    return folder, info.sha
+
+
+def _remember(folder: Path, revision: str, sha: str) -> None:
+    """Write in the cache, as the Hub's library does, which commit a revision is: offline that is all there is."""
+    if revision != sha:
+        reference = folder.parents[1] / "refs" / revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(sha)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,190 @@
+"""Options: TGI's names and defaults, the order of sources, checks, refusals."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tokenmill import options
+from tokenmill.config import Settings, memory_bytes
+from tokenmill.errors import ArgumentError
+
+# TGI 3.3's launcher: option, environment variable, default (its documentation); "" and None: none.
+TGI = """
+--model-id MODEL_ID
+--revision REVISION
+--validation-workers VALIDATION_WORKERS 2
+--sharded SHARDED
+--num-shard NUM_SHARD
+--quantize QUANTIZE
+--speculate SPECULATE
+--dtype DTYPE
+--kv-cache-dtype KV_CACHE_DTYPE
+--trust-remote-code TRUST_REMOTE_CODE false
+--max-concurrent-requests MAX_CONCURRENT_REQUESTS 128
+--max-best-of MAX_BEST_OF 2
+--max-stop-sequences MAX_STOP_SEQUENCES 4
+--max-top-n-tokens MAX_TOP_N_TOKENS 5
+--max-input-tokens MAX_INPUT_TOKENS
+--max-input-length MAX_INPUT_LENGTH
+--max-total-tokens MAX_TOTAL_TOKENS
+--waiting-served-ratio WAITING_SERVED_RATIO 0.3
+--max-batch-prefill-tokens MAX_BATCH_PREFILL_TOKENS
+--max-batch-total-tokens MAX_BATCH_TOTAL_TOKENS
+--max-waiting-tokens MAX_WAITING_TOKENS 20
+--max-batch-size MAX_BATCH_SIZE
+--cuda-graphs CUDA_GRAPHS
+--hostname HOSTNAME 0.0.0.0
+--port PORT 3000
+--prometheus-port PROMETHEUS_PORT 9000
+--shard-uds-path SHARD_UDS_PATH /tmp/text-generation-server
+--master-addr MASTER_ADDR localhost
+--master-port MASTER_PORT 29500
+--huggingface-hub-cache HUGGINGFACE_HUB_CACHE
+--weights-cache-override WEIGHTS_CACHE_OVERRIDE
+--disable-custom-kernels DISABLE_CUSTOM_KERNELS false
+--cuda-memory-fraction CUDA_MEMORY_FRACTION 1.0
+--rope-scaling ROPE_SCALING
+--rope-factor ROPE_FACTOR
+--json-output JSON_OUTPUT false
+--otlp-endpoint OTLP_ENDPOINT
+--otlp-service-name OTLP_SERVICE_NAME text-generation-inference.router
+--cors-allow-origin CORS_ALLOW_ORIGIN
+--api-key API_KEY
+--watermark-gamma WATERMARK_GAMMA
+--watermark-delta WATERMARK_DELTA
+--ngrok NGROK false
+--ngrok-authtoken NGROK_AUTHTOKEN
+--ngrok-edge NGROK_EDGE
+--tokenizer-config-path TOKENIZER_CONFIG_PATH
+--disable-grammar-support DISABLE_GRAMMAR_SUPPORT false
+--env - false
+--max-client-batch-size MAX_CLIENT_BATCH_SIZE 4
+--lora-adapters LORA_ADAPTERS
+--payload-limit PAYLOAD_LIMIT 2000000
+--enable-prefill-logprobs ENABLE_PREFILL_LOGPROBS false
+--graceful-termination-timeout GRACEFUL_TERMINATION_TIMEOUT 90
+""".strip().splitlines()
+
+FIELDS = {field.flag: field for field in options.fields_of(Settings)}
+
+
+@pytest.mark.parametrize("line", TGI)
+def test_each_option_of_tgi_is_there_with_its_variable_and_default(line: str) -> None:
+    flag, variable, default = (*line.split(), "")[:3]
+    field = FIELDS[flag]
+    assert (field.variables[:1] or ("-",)) == (variable,)
+    if default:
+        assert options.value_of(field, default) == field.default
+    else:
+        assert field.default in (None, "", ())
+    assert not field.option.env_only
+
+
+def test_the_command_line_beats_the_environment_which_beats_the_default() -> None:
+    environ = {"PORT": "8000", "MAX_BEST_OF": "7"}
+    settings = Settings.from_args(["--port", "9000"], environ)
+    assert (settings.port, settings.max_best_of, settings.max_top_n_tokens) == (9000, 7, 5)
+
+
+def test_an_empty_variable_is_one_that_is_not_set() -> None:
+    assert Settings.from_args([], {"PORT": "", "MODEL_ID": ""}).port == 3000
+
+
+@pytest.mark.parametrize("text", ["true", "1", "yes", "TRUE", "on"])
+def test_a_boolean_is_a_flag_or_a_word_and_a_variable_takes_the_word(text: str) -> None:
+    assert Settings.from_args(["--json-output"], {}).json_output
+    assert Settings.from_args(["--json-output", text], {}).json_output
+    assert Settings.from_args([], {"JSON_OUTPUT": text}).json_output
+    assert not Settings.from_args(["--json-output=false"], {"JSON_OUTPUT": text}).json_output
+
+
+def test_settings_survive_the_way_to_a_child() -> None:
+    settings = Settings.from_args(["--api-key", "k", "--cors-allow-origin", "a", "--cors-allow-origin", "b"], {})
+    assert settings.cors_allow_origin == ("a", "b")
+    assert Settings.from_dict(settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--prot", "1"], "unknown option --prot; did you mean --port?"),
+    (["--port", "x"], "'x' is not a whole number"),
+    (["--port", "70000"], "70000 is too large: at most 65535"),
+    (["--max-concurrent-requests", "0"], "0 is too small: at least 1"),
+    (["--dtype", "int3"], "'int3' is not one of: float32, bfloat16, float16"),
+    (["--json-output", "perhaps"], "'perhaps' is neither true nor false"),
+    (["--por", "1"], "unknown option --por"),
+])  # fmt: skip
+def test_wrong_usage_exits_with_2_and_says_what_is_allowed(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        Settings.from_args(argv, {})
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, environ, words", [
+    (["--max-input-tokens", "5", "--max-input-length", "6"], {}, r"_tokens` \(5\) and `max_input_length` \(6\)"),
+    (["--max-input-tokens", "5", "--max-total-tokens", "5"], {}, r"`max_input_tokens` \(5\) must be < .*\(5\)"),
+    (["--validation-workers", "0"], {}, "`validation_workers` must be > 0"),
+    (["--sharded", "true"], {}, "`sharded` is true, but no number was given"),
+    (["--sharded", "true", "--num-shard", "1"], {}, "`num_shard` is 1"),
+    (["--memory-limit", "lots"], {}, "'lots' is not an amount of memory"),
+    ([], {"PORT": "http"}, "Environment variable PORT: 'http' is not a whole number"),
+    ([], {"QUANTIZE": "gptqq"}, "QUANTIZE: 'gptqq' is not one of"),
+])  # fmt: skip
+def test_values_that_contradict_each_other_are_explained(argv: list[str], environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        Settings.from_args(argv, environ)
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS.values() if field.option.later], ids=lambda f: f.name)
+def test_an_option_whose_machinery_comes_later_is_refused_by_name(field: options.Field) -> None:
+    text = field.option.choices[0] if field.option.choices else "2" if field.kind in (int, float) else "true"
+    variable = field.variables[0]
+    with pytest.raises(ArgumentError, match=f"`{variable}` cannot be used yet: {re.escape(field.option.later)}"):
+        Settings.from_args([], {variable: text})
+    if not field.option.env_only:
+        with pytest.raises(ArgumentError, match=f"`{field.flag}` cannot be used yet"):
+            Settings.from_args([field.flag, text], {})
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS.values() if field.option.no_effect], ids=lambda f: f.name)
+def test_an_option_without_effect_is_named_in_a_warning(field: options.Field) -> None:
+    text = field.option.choices[0] if field.option.choices else "0.5" if field.kind is float else "7"
+    text = "true" if field.kind is bool else text
+    (warning,) = Settings.from_args([], {field.variables[0]: text}).warnings
+    assert field.variables[0] in warning
+
+
+def test_a_hostname_that_is_no_address_becomes_all_interfaces_with_a_warning() -> None:
+    settings = Settings.from_args([], {"HOSTNAME": "my-container"})
+    assert settings.hostname == "0.0.0.0"
+    assert "my-container" in settings.warnings[0]
+
+
+def test_what_is_logged_hides_secrets() -> None:
+    settings = Settings.from_args(["--api-key", "hunter2"], {"HF_TOKEN": "hf_x"})
+    assert "hunter2" not in settings.shown()
+    assert "hf_x" not in settings.shown()
+    assert "api_key=***" in settings.shown()
+
+
+def test_older_names_of_the_hub_token_are_read() -> None:
+    assert Settings.from_args([], {"HUGGING_FACE_HUB_TOKEN": "old"}).hf_token == "old"
+    assert Settings.from_args([], {"HUGGING_FACE_HUB_TOKEN": "old", "HF_TOKEN": "new"}).hf_token == "new"
+
+
+@pytest.mark.parametrize("text, expected", [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1024", 1024), ("", None),
+                                            ("1.5g", 1_500_000_000), ("2 KiB", 2048)])  # fmt: skip
+def test_amounts_of_memory(text: str, expected: int | None) -> None:
+    assert memory_bytes(text) == expected
+
+
+def test_every_option_has_help_and_a_variable_of_its_own() -> None:
+    seen: set[str] = set()
+    for field in FIELDS.values():
+        assert field.option.help.endswith("."), field.name
+        assert not seen & set(field.variables), field.name
+        seen |= set(field.variables)
