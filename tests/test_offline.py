@@ -1,0 +1,258 @@
+"""Tiny models through the whole engine: the same greedy text as transformers', and `LLM` from text to text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from support_models import make_checkpoint
+from tokenizers import decoders, models, pre_tokenizers
+
+import tokenmill
+from tokenmill import LLM
+from tokenmill.backends.base import StepLimits
+from tokenmill.backends.torch.backend import TorchBackend
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
+from tokenmill.errors import (
+    ArgumentError,
+    ContextLengthError,
+    ModelError,
+    NotEnoughMemory,
+    TemplateError,
+    Unsupported,
+    ValidationError,
+)
+from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
+from tokenmill.quant.base import reader_of
+from tokenmill.runtime.assembly import Assembled, Wants, assemble
+from tokenmill.runtime.executor import Executor
+from tokenmill.runtime.offline import OfflineEngine
+from tokenmill.text.prepare import Options
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import local_source
+from tokenmill.wire.messages import EngineInfo, SamplingParams, StoppingParams
+
+torch.set_num_threads(1)
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits) -> OfflineEngine:
+    """An engine whose cache is far too small for its slots."""
+    source = open_checkpoint(local_source(folder))
+    program = program_of(source.config)
+    backend = TorchBackend(program, source, reader_of(source), limits, Group(), dtype="float32")
+    backend.allocate(num_blocks)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, limits.block_size),
+        SchedulerLimits(limits.max_batch_tokens, limits.max_batch_size, limits.max_total_tokens, limits.block_size),
+    )
+    info = EngineInfo("tiny", "float32", "cpu", "torch", num_blocks, limits.block_size, 128, 63, 64, 1, 1)
+    parts = Assembled(scheduler, Executor(backend, limits.max_batch_size), info)
+    parts._resources.callback(backend.close)
+    return OfflineEngine(parts)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3_yarn_tied"])
+def test_chunked_shared_and_preempted_sequences_get_transformers_greedy_text(family, tmp_path):
+    model = make_checkpoint(tmp_path, family)
+    rng = np.random.default_rng(1)
+    head = rng.integers(0, 128, 21).tolist()
+    prompts = [head[: rng.integers(0, 22)] + rng.integers(0, 128, rng.integers(1, 9)).tolist() for _ in range(10)]
+    counts = [int(n) for n in rng.integers(5, 30, 10)]
+    with crowded_engine(tmp_path, 22, StepLimits(11, 5, 64, 4)) as engine:
+        ids = [engine.submit(p, None, StoppingParams(n)) for p, n in zip(prompts, counts, strict=True)]
+        found = [[t for o in engine.outputs(i) for t in o.token_ids] for i in ids]
+        assert engine.stats.preemptions > 0
+        assert engine.stats.cached_tokens > 0
+    for prompt, count, tokens in zip(prompts, counts, found, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        assert tokens == expected
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_a_crowd_that_is_preempted(tmp_path):
+    make_checkpoint(tmp_path, "llama")
+    params = [SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=s) for s in range(8)]
+    with crowded_engine(tmp_path, 64, StepLimits(64, 8, 64, 4)) as engine:
+        alone = [engine.generate([[5, 6, s]], p, StoppingParams(20))[0] for s, p in enumerate(params)]
+    with crowded_engine(tmp_path, 18, StepLimits(7, 8, 64, 4)) as engine:
+        ids = [engine.submit([5, 6, s], p, StoppingParams(20)) for s, p in enumerate(params)]
+        assert [[t for o in engine.outputs(i) for t in o.token_ids] for i in ids] == alone
+        assert engine.stats.preemptions > 0
+
+
+# From here on: text.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny Llama with a tokenizer of bytes; id 256 ends an answer."""
+    path: Path = tmp_path_factory.mktemp("tiny")
+    make_checkpoint(path, "llama", vocab_size=260, eos_token_id=256, bos_token_id=257)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>", "<begin>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"eos_token": "<end>", "bos_token": "<begin>", "model_max_length": 200, "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with LLM(str(folder), cpu_threads=1, block_size=4) as model:
+        yield model
+
+
+def test_generate_answers_strings_and_token_ids_in_the_order_of_the_prompts(llm):
+    texts = ["Hello", "World wide", "a"]
+    answers = llm.generate(texts, max_new_tokens=8, ignore_eos=True)
+    ids = [llm.tokenizer.encode(text) for text in texts]
+    again = llm.generate(ids, max_new_tokens=8, ignore_eos=True)
+    assert [a.token_ids for a in answers] == [a.token_ids for a in again]
+    assert [list(a.prompt_ids) for a in answers] == ids
+    assert [a.text for a in answers] == [llm.tokenizer.decode(a.token_ids) for a in answers]
+    assert {a.finish_reason for a in answers} == {"length"}
+    [single] = llm.generate(texts[1], max_new_tokens=8, ignore_eos=True)
+    assert single.token_ids == answers[1].token_ids
+    [of_ids] = llm.generate(ids[1], max_new_tokens=8, ignore_eos=True)
+    assert of_ids.token_ids == answers[1].token_ids
+
+
+def test_streamed_pieces_join_to_the_text(llm):
+    options = Options(max_new_tokens=20, temperature=0.9, seed=3, ignore_eos=True)
+    pieces = list(llm.stream("Once", options))
+    assert len(pieces) > 3
+    assert "".join(pieces) == llm.generate("Once", options)[0].text
+
+
+def test_closing_a_stream_frees_what_it_held(llm):
+    stream = llm.stream("Once", max_new_tokens=50, temperature=1.0, seed=1, ignore_eos=True)
+    next(stream)
+    stream.close()
+    llm.generate("x", max_new_tokens=1)
+    while llm._engine.step():
+        pass
+    assert llm.stats.blocks_used == llm.stats.running == 0
+
+
+def test_a_stop_string_ends_the_answer_before_it(llm):
+    [whole] = llm.generate("Tell", max_new_tokens=40, temperature=1.0, seed=5, ignore_eos=True)
+    stop = whole.text[10:13]
+    [cut] = llm.generate("Tell", max_new_tokens=40, temperature=1.0, seed=5, ignore_eos=True, stop=stop)
+    assert cut.finish_reason == "stop_sequence"
+    assert cut.stop == stop
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+
+
+def test_an_end_of_sequence_token_ends_the_answer_and_is_not_in_its_text(llm):
+    [answer] = llm.generate("x", max_new_tokens=9, logit_bias={256: 100.0})
+    assert (answer.token_ids, answer.text, answer.finish_reason) == ((256,), "", "stop")
+    [later] = llm.generate("x", max_new_tokens=9, min_new_tokens=4, logit_bias={256: 100.0})
+    assert len(later.token_ids) == 5
+    assert later.finish_reason == "stop"
+
+
+def test_chat_renders_the_models_template(llm):
+    messages = [{"role": "user", "content": "Hi"}]
+    assert llm.render(messages) == "user: Hi\na:"
+    [answer] = llm.chat(messages, max_new_tokens=6)
+    assert list(answer.prompt_ids) == llm.tokenizer.encode("user: Hi\na:", add_special_tokens=False)
+    assert "".join(llm.stream_chat(messages, max_new_tokens=6)) == answer.text
+    both = llm.chat([messages, [{"role": "user", "content": "Ho"}]], max_new_tokens=6)
+    assert both[0].text == answer.text
+
+
+def test_without_a_chat_template_chat_says_what_to_use(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with LLM(str(tmp_path), cpu_threads=1) as model, pytest.raises(TemplateError, match="no chat template"):
+        model.chat([{"role": "user", "content": "Hi"}])
+
+
+def test_logprobs_of_answer_and_prompt_come_as_asked(llm):
+    [answer] = llm.generate("Hello", max_new_tokens=3, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    assert [len(d.top_ids) for d in answer.logprobs] == [2, 2, 2]
+    assert all(d.logprob == d.top_logprobs[0] for d in answer.logprobs)  # greedy: the likeliest
+    assert len(answer.prompt_logprobs) == len(answer.prompt_ids) - 1
+    [plain] = llm.generate("Hello", max_new_tokens=3, ignore_eos=True)
+    assert plain.logprobs == plain.prompt_logprobs == ()
+
+
+def test_a_second_prompt_finds_its_beginning_in_the_cache(llm):
+    text = "The same long beginning of two prompts, "
+    llm.generate(text + "one", max_new_tokens=1)
+    [second] = llm.generate(text + "two", max_new_tokens=1)
+    assert second.num_cached >= len(text) // 4 * 4
+
+
+def test_the_drawn_seed_repeats_the_answer(llm):
+    [drawn] = llm.generate("Hi", max_new_tokens=12, temperature=1.5, ignore_eos=True)
+    [again] = llm.generate("Hi", max_new_tokens=12, temperature=1.5, ignore_eos=True, seed=drawn.seed)
+    assert again.token_ids == drawn.token_ids
+
+
+def test_the_tokenizers_own_limit_bounds_a_sequence(llm):
+    assert llm.info.max_total_tokens == 200  # config.json says 256
+    with pytest.raises(ContextLengthError):
+        llm.generate("x" * 300)
+
+
+@pytest.mark.parametrize("params", [{"temprature": 1.0}, {"temperature": "hot"}, {"top_p": 2.0}, {"max_new_tokens": 0}])
+def test_an_option_of_a_generation_that_cannot_be_is_refused(llm, params):
+    with pytest.raises(ValidationError):
+        llm.generate("x", **params)
+
+
+@pytest.mark.parametrize(
+    "options,error,text",
+    [
+        ({"max_totl_tokens": 9}, ArgumentError, "max_totl_tokens"),
+        ({"num_shard": 2}, ArgumentError, "tokenmill serve"),
+        ({"max_total_tokens": "many"}, ArgumentError, "max_total_tokens"),
+        ({"max_total_tokens": 100, "max_input_tokens": 100}, ArgumentError, "max_input_tokens"),
+        ({"memory_limit": "1kB"}, NotEnoughMemory, r"weights need 563.8 KiB, but 1000 B"),
+        ({"memory_limit": "3MB", "max_total_tokens": 200_000}, NotEnoughMemory, "sequence of 200000 tokens"),
+        ({"device": "cuda"}, Unsupported, "cuda"),
+    ],
+)  # fmt: skip
+def test_an_option_of_the_model_that_cannot_be_is_refused_with_its_name(folder, options, error, text):
+    with pytest.raises(error, match=text):
+        LLM(str(folder), **options)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(ModelError):
+        LLM(str(tmp_path))
+
+
+def test_half_precision_runs(folder):
+    with LLM(str(folder), dtype="bfloat16", cpu_threads=1) as model:
+        assert model.info.dtype == "bfloat16"
+        assert len(model.generate("Hello", max_new_tokens=4, ignore_eos=True)[0].token_ids) == 4
+
+
+def test_the_cache_takes_no_more_than_memory_allows(folder):
+    source = local_source(folder)
+    parts = assemble(source, Wants(block_size=8, max_batch_size=2, max_total_tokens=100), Group(), lambda _: None)
+    with OfflineEngine(parts) as engine:
+        assert engine.info.num_blocks == 2 * 13  # all that two sequences of full length can use
+        assert engine.info.max_input_tokens == 99
+
+
+def test_the_package_offers_llm():
+    assert tokenmill.LLM is LLM
