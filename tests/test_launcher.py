@@ -1,0 +1,319 @@
+"""The supervisor and real processes (mock engine): start, deaths, drain, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tokenmill.config import Settings
+from tokenmill.launcher import Restarts, listen, readiness
+from tokenmill.wire.control import ChildControl, ParentControl, ParentGoneError
+from tokenmill.wire.messages import Configure, Drain, EngineInfo, Failed, ModelReady, Phase, Progress
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte tokenizer and weights that the mock engine never reads."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: number for number, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 4096}))
+    save_file({"a": np.zeros(1, np.float32)}, str(folder / "model.safetensors"))
+    return folder
+
+
+class Server:
+    """`tokenmill serve` on a free port, with its output."""
+
+    def __init__(self, model: Path, *argv: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        command = [sys.executable, "-m", "tokenmill", "serve", "--mock", "--model-id", str(model), "--port",
+                   str(self.port), "--hostname", "127.0.0.1", *argv]  # fmt: skip
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(iter(self.process.stdout.readline, ""))
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        except (OSError, http.client.HTTPException):
+            return 0, b""
+        finally:
+            connection.close()
+
+    def stream(self, tokens: int) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        body = {"inputs": "hello", "parameters": {"max_new_tokens": tokens}}
+        connection.request("POST", "/generate_stream", json.dumps(body), {"Content-Type": "application/json"})
+        return connection.getresponse()
+
+    def wait_ready(self) -> None:
+        until(lambda: self.process.poll() is not None or self.get("/health")[0] == 200)
+        assert self.process.poll() is None, self.output
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def child(self, what: str) -> psutil.Process:
+        return next(child for child in self.children() if what in " ".join(child.cmdline()))
+
+    def wait(self, seconds: float = 20) -> int:
+        code = self.process.wait(seconds)
+        self._reader.join(5)
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            children = self.children()
+            self.process.kill()
+            self.process.wait()
+            psutil.wait_procs(children, 5)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def serve(model: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(*argv: str) -> Server:
+        servers.append(Server(model, *argv))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def run_dirs() -> set[Path]:
+    return set(Path("/tmp").glob("tokenmill-*"))
+
+
+def test_a_server_from_its_start_to_its_end(serve: Callable[..., Server], model: Path) -> None:
+    server = serve("--http-workers", "2")
+    statuses: list[int] = []
+    until(lambda: (statuses.append(server.get("/health")[0]), statuses[-1] == 200)[1])  # type: ignore[func-returns-value]
+    assert set(statuses) <= {0, 503, 200}
+    assert 503 in statuses  # the port answered before the engine was there
+    until(lambda: "Ready in" in server.output)
+    assert f"Model {model}" in server.output
+    assert f"at http://127.0.0.1:{server.port}; the KV cache holds" in server.output
+    assert f"curl http://127.0.0.1:{server.port}/v1/chat/completions" in server.output
+    children = server.children()
+    assert len(children) == 3
+    server.process.terminate()
+    assert server.wait() == 0
+    assert not psutil.wait_procs(children, 3)[1]
+
+
+def test_killing_the_supervisor_leaves_no_process_behind(serve: Callable[..., Server]) -> None:
+    server = serve()
+    server.wait_ready()
+    children = server.children()
+    assert len(children) == 2
+    server.process.kill()
+    assert not psutil.wait_procs(children, 3)[1]
+
+
+def test_a_dead_engine_is_restarted_and_its_streams_end_with_an_error(serve: Callable[..., Server]) -> None:
+    server = serve("--mock-step-ms", "50", "--mock-text", "hello " * 100)
+    server.wait_ready()
+    stream = server.stream(500)
+    assert stream.readline().startswith(b"data:")
+    server.child("runtime.worker").kill()
+    rest = stream.read()
+    assert b'"error_type"' in rest  # the stream ended in order
+    until(lambda: server.get("/health")[0] == 200)
+    assert b"generated_text" in server.stream(2).read()
+    assert "killed by SIGKILL" in server.output
+    until(lambda: "The engine is ready again after 1 restart" in server.output)
+
+
+def test_a_dead_http_worker_is_restarted_on_the_same_port(serve: Callable[..., Server]) -> None:
+    server = serve()
+    server.wait_ready()
+    worker = server.child("server.worker")
+    worker.kill()
+    until(lambda: server.get("/health")[0] == 200)
+    assert server.child("server.worker").pid != worker.pid
+    assert "The HTTP worker 0 has died" in server.output
+
+
+def test_an_engine_that_dies_too_often_ends_the_server(serve: Callable[..., Server]) -> None:
+    server = serve("--max-engine-restarts", "0")
+    server.wait_ready()
+    server.child("runtime.worker").kill()
+    assert server.wait() == 1
+    assert "Error: ShardFailed: The engine rank 0 has died" in server.output
+
+
+def test_sigterm_lets_running_streams_finish(serve: Callable[..., Server]) -> None:
+    server = serve("--mock-step-ms", "30")
+    server.wait_ready()
+    stream = server.stream(40)
+    assert stream.readline().startswith(b"data:")
+    server.process.terminate()
+    rest = stream.read()
+    assert b"generated_text" in rest.splitlines()[-2] + rest.splitlines()[-1]
+    assert b"error" not in rest
+    assert server.wait() == 0
+
+
+def test_a_second_signal_stops_at_once(serve: Callable[..., Server]) -> None:
+    server = serve("--mock-step-ms", "500", "--mock-text", "hello " * 100)
+    server.wait_ready()
+    stream = server.stream(100)
+    assert stream.readline().startswith(b"data:")
+    server.process.send_signal(signal.SIGINT)
+    until(lambda: "Stopping" in server.output)
+    time.sleep(0.2)
+    assert server.process.poll() is None
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait() == 0
+    assert time.monotonic() - began < 3
+    assert not run_dirs() & {Path(line) for line in server.lines}
+
+
+def test_a_signal_during_the_start_stops_at_once(serve: Callable[..., Server]) -> None:
+    before = run_dirs()
+    server = serve()
+    until(lambda: len(server.children()) == 2)
+    server.process.terminate()
+    assert server.wait() == 0
+    assert run_dirs() <= before
+
+
+def test_a_taken_port_is_found_before_anything_else(model: Path) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "tokenmill", "serve", "--model-id", str(model), "--mock", "--port", str(port),
+                   "--hostname", "127.0.0.1"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: WebserverCannotStart: Port {port} of 127.0.0.1 is in use")
+    assert "--port" in done.stderr
+
+
+def test_what_a_rank_cannot_do_reaches_the_user_in_its_words(serve: Callable[..., Server]) -> None:
+    server = serve("--mock-fault", "explode@now")
+    assert server.wait() == 1
+    assert "Error: ArgumentValidation: The mock fault 'explode@now' is not understood" in server.output
+    assert "Traceback" not in server.output
+
+
+def test_a_model_that_cannot_be_served_ends_the_start(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    assert server.wait() == 1
+    assert "has no weights to serve" in server.output
+    assert "Traceback" not in server.output
+
+
+def test_restarts_wait_longer_and_longer_and_are_forgotten_after_ten_minutes() -> None:
+    restarts = Restarts(8)
+    assert [restarts.delay(float(now)) for now in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert restarts.delay(8.0) is None
+    assert restarts.delay(700.0) == 1
+
+
+def test_the_readiness_line_counts_requests_of_full_length() -> None:
+    info = EngineInfo("m", "float32", "cpu", "torch", num_blocks=100, block_size=16, vocab_size=9, max_input_tokens=499,
+                      max_total_tokens=500, max_batch_tokens=512, max_batch_size=128, num_shard=2)  # fmt: skip
+    line, curl = readiness(info, Settings.from_args(["--api-key", "secret"], {}), 1.25)
+    assert "m (float32, torch on cpu, 2 ranks) at http://127.0.0.1:3000" in line
+    assert "holds 1,600 tokens, 3 requests of the full 500 tokens" in line
+    assert "secret" not in curl
+    assert "$API_KEY" in curl
+
+
+# The control pipes
+
+
+def pipes() -> tuple[ParentControl, Callable[[], ChildControl]]:
+    child_reads, we_write = os.pipe()
+    we_read, child_writes = os.pipe()
+    return ParentControl(we_read, we_write), lambda: ChildControl(child_reads, child_writes)
+
+
+CONFIGURE = Configure(settings={"port": 1}, index=0, engine_address="a", run_dir="b")
+
+
+def test_a_child_waits_for_the_model_and_keeps_what_came_before() -> None:
+    parent, connect = pipes()
+    for message in (CONFIGURE, Phase("download"), ModelReady({"path": "p"}), Drain(3.0)):
+        parent.send(message)
+    child = connect()
+    assert child.configure == CONFIGURE
+    assert child.wait_model() == {"path": "p"}
+    assert child.poll() == [Phase("download"), Drain(3.0)]
+    assert child.poll() == []
+    child.send(Progress("load", 1, 2))
+    child.send(Failed("x", "y"))
+    assert parent.poll() == [Progress("load", 1, 2), Failed("x", "y")]
+    assert not parent.closed
+    child.close()
+    assert parent.poll() == []
+    assert parent.closed
+    parent.send(Phase("nobody hears this"))
+
+
+def test_a_child_learns_that_its_supervisor_has_died() -> None:
+    parent, connect = pipes()
+    parent.send(CONFIGURE)
+    child = connect()
+    parent.close()
+    assert child.poll() is None
+    with pytest.raises(ParentGoneError):
+        child.wait_model()
+
+
+def test_a_child_that_does_not_read_never_blocks_its_supervisor() -> None:
+    parent, connect = pipes()
+    parent.send(CONFIGURE)
+    phases = [Phase("x" * 1000, number) for number in range(300)]  # more than a pipe holds
+    for phase in phases:
+        parent.send(phase)
+    child = connect()
+    got = []
+    while len(got) < len(phases):
+        got += child.poll() or []
+        parent.send(Phase("more"))
+    assert got[: len(phases)] == phases
