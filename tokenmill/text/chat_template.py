@@ -109,7 +109,8 @@ class ChatTemplate:
                 raise TemplateError(f"the model has no chat template {name!r}, only {', '.join(sorted(self.sources))}")
             try:
                 tree = self._environment.parse(self.sources[name])
-                found = self._environment.from_string(self.sources[name]), wants_of(tree)
+                wants = wants_of(tree)
+                found = self._environment.from_string(tree), wants
             except jinja2.TemplateSyntaxError as e:
                 raise TemplateError(f"the model's chat template is wrong in line {e.lineno}: {e.message}") from None
             self._compiled[name] = found

@@ -62,13 +62,14 @@ class Tokenizer:
     @classmethod
     def load(cls, source: ModelSource) -> Tokenizer:
         """Read the tokenizer of a model on disk. ModelError says what is missing or unreadable."""
-        from tokenmill.text import folder, gguf_vocabulary
+        from tokenmill.text.folder import load as load_folder
+        from tokenmill.text.gguf_vocabulary import load as load_gguf
 
         path = Path(source.path)
         if path.is_dir():
-            return folder.load(path, source.tokenizer_config_path)
+            return load_folder(path, source.tokenizer_config_path)
         if source.format == "gguf":
-            return gguf_vocabulary.load(path, source.tokenizer_config_path)
+            return load_gguf(path, source.tokenizer_config_path)
         raise ModelError(f"{path} has no tokenizer: expected a folder with tokenizer.json, or a GGUF file.")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
