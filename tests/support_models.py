@@ -136,7 +136,7 @@ def prompts(vocab_size: int = 128) -> list[list[int]]:
 
 
 def steps() -> list[list[tuple[int, list[int]]]]:
-    """Prefill of one and a chunk of another; the rest of the chunk beside a decode and a third; decodes, one of two rows."""
+    """Prefill of one, a chunk of another; its rest beside a decode and a third; decodes, one of two tokens."""
     a, b, c = prompts()
     return [
         [(0, a), (1, b[:16])],

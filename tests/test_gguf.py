@@ -1,0 +1,260 @@
+"""GGUF: tensors of every type equal the `gguf` package's, models equal transformers', hostile headers are refused."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support_models import SIZES, Driver, make_checkpoint, reference, steps
+
+from tokenmill.errors import ModelError, Unsupported
+from tokenmill.program.ops import Part, Weight
+from tokenmill.program.rope import RopeTable
+from tokenmill.quant.base import load, reader_of
+from tokenmill.weights.checkpoint import model_config, open_checkpoint
+from tokenmill.weights.gguf import Gguf
+from tokenmill.weights.source import local_source
+
+torch.set_num_threads(1)
+TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+
+
+def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
+    """Random bytes whose scales are sane: every code, scale and minimum of the format appears."""
+    rng = np.random.default_rng(0)
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (rows, columns // elements, size), dtype=np.uint8)
+    halves = {"Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
+    for at in halves.get(kind.name, (208,)):
+        scale = rng.normal(size=raw.shape[:2]).astype(np.float16)
+        raw[..., at : at + 2] = scale[..., None].view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+def stored(kind: gguf.GGMLQuantizationType, values: np.ndarray) -> np.ndarray:
+    if kind.name in ("F32", "F16", "BF16"):
+        return gguf.quants.quantize(values, kind)
+    return random_blocks(kind, *values.shape)
+
+
+def metadata(writer: gguf.GGUFWriter, architecture: str = "llama", heads: int = 4, kv: int = 2, **rope: Any) -> None:
+    writer.add_block_count(3)
+    writer.add_context_length(256)
+    writer.add_embedding_length(SIZES["hidden_size"])
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
+    writer.add_uint32("tokenizer.ggml.eot_token_id", 5)
+    writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
+    writer.add_token_list(["<unk>", "a", "é", "\n"])
+    writer.add_bool("tokenizer.ggml.add_bos_token", False)
+    writer.add_array("tokenizer.ggml.token_type", [3, 1, 1, 1])
+
+
+def write(
+    path: Path, architecture: str, tensors: dict[str, tuple[np.ndarray, Any]], extra: Any = None, **how: Any
+) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    metadata(writer, architecture, **how)
+    if extra:
+        extra(writer)
+    for name, (array, kind) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_equals_the_gguf_packages_dequantization(tmp_path: Path, name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    values = np.random.default_rng(1).normal(size=(24, 512)).astype(np.float32)
+    raw = stored(kind, values)
+    write(tmp_path / "m.gguf", "llama", {"token_embd.weight": (raw, kind)})
+    source = open_checkpoint(local_source(tmp_path))
+    want = gguf.quants.dequantize(raw, kind)
+    read = reader_of(source)
+
+    def got(**how: Any) -> np.ndarray:
+        return load(Weight((Part("model.embed_tokens.weight", 24),), 512, **how), source, read, rank=1).floats()
+
+    np.testing.assert_array_equal(got(), want)
+    np.testing.assert_array_equal(got(shard="vocab", ranks=2), want[12:])
+    np.testing.assert_array_equal(got(shard="row", ranks=4), want[:, 128:256])
+    np.testing.assert_array_equal(got(shard="row", ranks=64), want[:, 8:16])  # cuts blocks
+
+
+def of_transformers(model: Any, heads: int, kv: int, permuted: bool) -> dict[str, tuple[np.ndarray, Any]]:
+    """The model's tensors under GGUF's names; llama.cpp's converter reorders queries and keys of Llama."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    qwen = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3)
+    made: dict[str, tuple[np.ndarray, Any]] = {}
+    for name, p in model.state_dict().items():
+        stem, suffix = name.rsplit(".", 1)
+        array = p.numpy()
+        if permuted and "q_proj" in name:
+            array = interleaved(array, heads)
+        if permuted and "k_proj" in name:
+            array = interleaved(array, kv)
+        theirs = names.get_name(stem) or qwen.get_name(stem)
+        assert theirs
+        made[f"{theirs}.{suffix}"] = np.ascontiguousarray(array), None
+    return made
+
+
+def interleaved(a: np.ndarray, heads: int) -> np.ndarray:
+    return a.reshape(heads, 2, a.shape[0] // heads // 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
+
+
+@pytest.mark.parametrize(
+    "family, architecture", [("llama_tied_with_biases", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
+)
+def test_a_model_of_each_architecture_equals_transformers(tmp_path: Path, family: str, architecture: str) -> None:
+    changes = {"num_attention_heads": 4, "mlp_bias": False}
+    model = make_checkpoint(tmp_path / "hf", family, **changes)
+    tensors = of_transformers(model, 4, 2, architecture == "llama")
+    if model.config.tie_word_embeddings:
+        del tensors["output.weight"]
+    head_dim = model.config.to_dict().get("head_dim") or 16
+    write(tmp_path / "m.gguf", architecture, tensors, lambda w: w.add_key_length(head_dim))
+    backend = Driver.of(tmp_path / "m.gguf")
+    for rows, want in zip(steps(), reference(model, steps()), strict=True):
+        np.testing.assert_allclose(backend.feed(rows), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_config_and_the_metadata_are_what_the_file_says(tmp_path: Path) -> None:
+    embed = np.zeros((7, 64), np.float32)
+    write(tmp_path / "m.gguf", "llama", {"token_embd.weight": (embed, None)})
+    source = local_source(tmp_path, "mine")
+    assert (source.model_id, source.format) == ("mine", "gguf")
+    config = model_config(source)
+    assert config["eos_token_id"] == [2, 5]
+    assert (config["vocab_size"], config["tie_word_embeddings"], config["bos_token_id"]) == (7, True, 1)
+    assert (config["head_dim"], config["num_key_value_heads"], config["rope_scaling"]) == (16, 2, None)
+    file = Gguf(source.path)
+    assert file.metadata["tokenizer.ggml.tokens"] == ["<unk>", "a", "é", "\n"]
+    assert file.metadata["tokenizer.ggml.token_type"] == [3, 1, 1, 1]
+    assert file.metadata["tokenizer.ggml.add_bos_token"] is False
+    assert list(file.names()) == ["model.embed_tokens.weight"]
+
+
+def test_rope_scaling_is_read_from_keys_and_from_the_tensor_of_factors(tmp_path: Path) -> None:
+    embed = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
+
+    def yarn(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(64)
+
+    write(tmp_path / "yarn.gguf", "qwen2", embed, yarn)
+    config = model_config(local_source(tmp_path / "yarn.gguf"))
+    assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    factors = np.array([1, 1, 2, 4, 8, 8, 8, 8], np.float32)
+    write(tmp_path / "llama3.gguf", "llama", {**embed, "rope_freqs.weight": (factors, None)})
+    scaling = model_config(local_source(tmp_path / "llama3.gguf"))["rope_scaling"]
+    plain, scaled = RopeTable.of(16, 1e4, 256, None), RopeTable.of(16, 1e4, 256, scaling)
+    np.testing.assert_allclose(scaled.inverse_frequencies() * factors, plain.inverse_frequencies(), rtol=1e-6)
+
+
+def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
+    embed = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
+    write(tmp_path / "a.gguf", "mamba", embed)
+    with pytest.raises(Unsupported, match="'mamba' is not supported. Supported: llama, qwen2, qwen3"):
+        model_config(local_source(tmp_path / "a.gguf"))
+    write(tmp_path / "b.gguf", "llama", embed, lambda w: w.add_expert_count(8))
+    with pytest.raises(Unsupported, match="llama with experts"):
+        model_config(local_source(tmp_path / "b.gguf"))
+    raw = np.zeros((7, 84), np.uint8)
+    write(tmp_path / "c.gguf", "llama", {"token_embd.weight": (raw, gguf.GGMLQuantizationType.Q2_K)})
+    with pytest.raises(ModelError, match="stored as Q2_K. Readable: F32"):
+        Gguf(tmp_path / "c.gguf")["model.embed_tokens.weight"]
+    with pytest.raises(ModelError, match="no tensor 'output_norm.weight'"):
+        Gguf(tmp_path / "c.gguf")["model.norm.weight"]
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def header(tensors: int, keys: int, version: int = 3, magic: bytes = b"GGUF") -> bytes:
+    return magic + struct.pack("<IQQ", version, tensors, keys)
+
+
+HUGE = 1 << 62
+HOSTILE = {
+    "empty": b"",
+    "four bytes": b"GGUF",
+    "other magic": header(0, 0, magic=b"GGML") + bytes(64),
+    "version 1": header(0, 0, version=1) + bytes(64),
+    "big endian": header(0, 0, version=3 << 24) + bytes(64),
+    "endless keys": header(0, HUGE) + bytes(64),
+    "endless tensors": header(HUGE, 0) + bytes(64),
+    "endless key": header(0, 1) + struct.pack("<Q", HUGE) + bytes(64),
+    "negative length": header(0, 1) + struct.pack("<q", -1) + bytes(64),
+    "unknown type": header(0, 1) + text("k") + struct.pack("<I", 99) + bytes(64),
+    "endless string": header(0, 1) + text("k") + struct.pack("<IQ", 8, HUGE) + bytes(64),
+    "endless list": header(0, 1) + text("k") + struct.pack("<IIQ", 9, 4, HUGE) + bytes(64),
+    "endless list of strings": header(0, 1) + text("k") + struct.pack("<IIQ", 9, 8, HUGE) + bytes(64),
+    "list of lists": header(0, 1) + text("k") + struct.pack("<IIQ", 9, 9, 3) + bytes(64),
+    "a key twice": header(0, 2) + (text("k") + struct.pack("<II", 4, 1)) * 2 + bytes(64),
+    "alignment 0": header(0, 1) + text("general.alignment") + struct.pack("<II", 4, 0) + bytes(64),
+    "alignment 3": header(0, 1) + text("general.alignment") + struct.pack("<II", 4, 3) + bytes(64),
+    "too many dimensions": header(1, 0) + tensor("t", (1,) * 5, 0, 0) + bytes(64),
+    "beyond the end": header(1, 0) + tensor("t", (64, 64), 0, 0) + bytes(64),
+    "offset beyond the end": header(1, 0) + tensor("t", (4,), 0, HUGE) + bytes(64),
+    "overflowing size": header(1, 0) + tensor("t", (1 << 63, 2, 2), 0, 0) + bytes(64),
+    "half a block": header(1, 0) + tensor("t", (33,), 8, 0) + bytes(64),
+    "overlapping": header(2, 0) + tensor("a", (8,), 0, 0) + tensor("b", (8,), 0, 16) + bytes(256),
+    "a tensor twice": header(2, 0) + tensor("a", (8,), 0, 0) + tensor("a", (8,), 0, 32) + bytes(256),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("strings", [True, False])
+def test_a_hostile_header_is_refused(tmp_path: Path, name: str, strings: bool) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(ModelError, match=r"m\.gguf"):
+        Gguf(path, strings=strings)
+
+
+def test_every_cut_of_a_file_is_refused_and_no_flipped_byte_does_worse(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", "llama", {"token_embd.weight": (np.zeros((7, 64), np.float32), None)})
+    whole = (tmp_path / "m.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for n in range(0, len(whole) - 32, 7):
+        cut.write_bytes(whole[:n])
+        with pytest.raises(ModelError):
+            Gguf(cut)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        flipped = bytearray(whole)
+        for _ in range(3):
+            flipped[rng.integers(0, 900)] = rng.integers(0, 256)
+        cut.write_bytes(bytes(flipped))
+        try:
+            source = Gguf(cut)
+            assert source.config["model_type"]
+            source["model.embed_tokens.weight"]
+        except (ModelError, Unsupported):
+            pass
+
+
+def test_one_of_several_parts_is_refused_with_the_cure(tmp_path: Path) -> None:
+    embed = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
+    write(tmp_path / "m.gguf", "llama", embed, lambda w: w.add_uint16("split.count", 3))
+    with pytest.raises(ModelError, match="one of 3 parts"):
+        Gguf(tmp_path / "m.gguf")

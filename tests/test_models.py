@@ -1,0 +1,193 @@
+"""Every family against transformers, on tiny random checkpoints: paged, chunked and mixed equals one dense forward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support_models import FAMILIES, LLAMA3, SIZES, YARN, Driver, make_checkpoint, prompts, reference, steps
+
+from tokenmill.errors import ModelError, Unsupported
+from tokenmill.models.base import program_of
+from tokenmill.program.cost import cache_layout
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import local_source
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, make_checkpoint(folder, request.param)
+
+
+def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case: tuple[Path, Any]) -> None:
+    folder, model = case
+    backend = Driver.of(folder)
+    for rows, want in zip(steps(), reference(model, steps()), strict=True):
+        np.testing.assert_allclose(backend.feed(rows), want, rtol=1e-4, atol=1e-4 * np.abs(want).max() / 10)
+    backend.close()
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 32])
+def test_the_size_of_a_block_changes_nothing(tmp_path: Path, block_size: int) -> None:
+    from tokenmill.backends.base import StepLimits
+
+    model = make_checkpoint(tmp_path, "mistral_window")
+    backend = Driver.of(tmp_path, limits=StepLimits(256, 4, 256, block_size), num_blocks=200)
+    for rows, want in zip(steps(), reference(model, steps()), strict=True):
+        np.testing.assert_allclose(backend.feed(rows), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_longer_than_a_run_equals_one_forward(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "llama", max_position_embeddings=1024)
+    from tokenmill.backends.base import StepLimits
+
+    ids = np.random.default_rng(5).integers(0, 128, 700).tolist()
+    backend = Driver.of(tmp_path, limits=StepLimits(1024, 4, 1024, 16), num_blocks=100)
+    rows = [[(0, ids[:3]), (1, ids[:450])], [(1, ids[450:]), (0, [5])]]
+    for some, want in zip(rows, reference(model, rows), strict=True):
+        np.testing.assert_allclose(backend.feed(some), want, rtol=1e-4, atol=1e-4)
+
+
+def test_many_sequences_of_all_lengths_share_a_step_as_if_alone(tmp_path: Path) -> None:
+    from tokenmill.backends.base import StepLimits
+
+    make_checkpoint(tmp_path, "qwen2_window")
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, 128, n).tolist() for n in rng.integers(1, 120, 24)]
+    limits = StepLimits(4096, 24, 256, 16)
+    together = Driver.of(tmp_path, limits=limits, num_blocks=400)
+    first = together.feed([(i, ids) for i, ids in enumerate(sequences)])
+    second = together.feed([(i, [i]) for i in range(len(sequences))])
+    for i in (0, 5, 11, 23):
+        alone = Driver.of(tmp_path, limits=limits, num_blocks=400)
+        np.testing.assert_allclose(alone.feed([(i, sequences[i])])[0], first[i], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(alone.feed([(i, [i])])[0], second[i], rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_rope_beyond_the_models_length_equals_transformers_token_by_token(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "llama_dynamic", max_position_embeddings=32)
+    (_, ids, _), cache, want = prompts(), None, []
+    with torch.no_grad():
+        for chunk in (ids[:30], *[[i] for i in ids[30:]], [3], [4], [5]):
+            out = model(torch.tensor([chunk]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            want.append(out.logits[0, -1].numpy())
+    backend = Driver.of(tmp_path)
+    got = [backend.feed([(0, chunk)])[0] for chunk in (ids[:30], ids[30:], [3], [4], [5])]
+    for g, w in zip(got, [want[0], *want[-4:]], strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sharded_files_of_half_precision_are_read_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_checkpoint(tmp_path, "llama", dtype=dtype, shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    backend = Driver.of(tmp_path)
+    for rows, want in zip(steps(), reference(model, steps()), strict=True):
+        np.testing.assert_allclose(backend.feed(rows), want, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16)
+    backend = Driver.of(tmp_path, dtype="bfloat16")
+    for rows, want in zip(steps(), reference(model, steps()), strict=True):
+        assert np.corrcoef(backend.feed(rows).ravel(), want.ravel())[0, 1] > 0.999
+
+
+def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    cold, warm = Driver.of(tmp_path), Driver.of(tmp_path)
+    warm.warm_up()
+    assert not any(cache.any() for cache in warm._cache.values())
+    for rows in steps():
+        np.testing.assert_array_equal(cold.feed(rows), warm.feed(rows))
+
+
+def test_prompt_logprobs_are_those_of_one_forward(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "llama")
+    backend = Driver.of(tmp_path)
+    (_, ids, _) = prompts()
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    backend.known, backend.tables = {}, {}
+    inputs = backend.inputs([(1, ids)], prompt_logprobs=2)
+    details = backend.run(inputs).result().prompt_details
+    assert details is not None
+    assert [d.logprob for d in details[0]] == pytest.approx(
+        [float(want[i, t]) for i, t in enumerate(ids[1:])], abs=1e-4
+    )
+    assert [d.top_ids for d in details[0]] == [tuple(row.topk(2).indices.tolist()) for row in want[:-1]]
+
+
+def test_a_sequence_of_nan_does_not_reach_those_that_use_its_blocks_later(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    clean, dirty = Driver.of(tmp_path), Driver.of(tmp_path)
+    for cache in dirty._cache.values():
+        cache.fill_(float("nan"))
+    for rows in steps():
+        np.testing.assert_array_equal(clean.feed(rows), dirty.feed(rows))
+
+
+@pytest.mark.parametrize(
+    "scaling", [LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 2}]
+)
+def test_old_and_new_ways_to_write_rope_scaling_give_the_same_program(scaling: dict[str, Any]) -> None:
+    old = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": scaling, **SIZES}
+    kind = {k: v for k, v in scaling.items() if k != "type"} | {
+        "rope_type": scaling.get("type", scaling.get("rope_type"))
+    }
+    new = {"model_type": "llama", "rope_parameters": {**kind, "rope_theta": 5e5}, **SIZES}
+    assert str(program_of(old)) == str(program_of(new))
+
+
+def test_a_window_shows_in_the_cache_layout() -> None:
+    config = {"model_type": "qwen2", **SIZES, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    assert [layer.window for layer in cache_layout(program_of(config)).values()] == [0, 8, 8]
+    assert [layer.window for layer in cache_layout(program_of(config | {"use_sliding_window": False})).values()] == [
+        0
+    ] * 3
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"model_type": "mamba"}, Unsupported, "'mamba' is not supported. Supported:"),
+        ({"model_type": None}, ModelError, "no model_type"),
+        ({"hidden_size": "wide"}, ModelError, "hidden_size"),
+        ({"num_hidden_layers": 1 << 40}, ModelError, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, ModelError, "3 key-value heads for 4 heads"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, ModelError, "5 heads do not divide hidden_size 64"),
+        ({"hidden_act": "swish7"}, ModelError, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, Unsupported, "longrope"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, ModelError, "rope_scaling"),
+        ({"rope_scaling": 7}, ModelError, "rope_scaling"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused_with_its_field(
+    change: dict[str, Any], error: type, words: str
+) -> None:
+    with pytest.raises(error) as found:
+        program_of({"model_type": "llama", **SIZES, **change})
+    assert words in str(found.value)
+
+
+def test_a_tensor_of_another_size_is_refused_by_name(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ModelError, match=r"'model.layers.0.mlp.gate_proj.weight' has shape \(128, 64\).*\(96, 64\)"):
+        Driver.of(tmp_path)
+
+
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    source = open_checkpoint(local_source(tmp_path))
+    with pytest.raises(ModelError, match=r"no tensor 'model.layers.3.input_layernorm.weight'"):
+        Driver(program_of(source.config | {"num_hidden_layers": 4}), source)
