@@ -32,7 +32,7 @@ imports: $(VENV)/.installed-dev  ## who may import whom
 check: lint types imports test  ## everything that a change must pass
 
 bench-cpu: $(VENV)/.installed-test  ## tokens/s and latencies of the default model over HTTP
-	$(BIN)/python bench/http.py $(ARGS)
+	$(BIN)/python bench/serving.py $(ARGS)
 
 bench-scheduler: $(VENV)/.installed-test  ## time of a scheduler step
 	$(BIN)/python bench/scheduler.py $(ARGS)
