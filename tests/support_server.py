@@ -1,0 +1,128 @@
+"""A real server in processes of its own, with the mock engine and a tokenizer of bytes, for tests of the HTTP side."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich."
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_model(folder: Path) -> Path:
+    """A model folder with a tokenizer of bytes (`</s>` is 0, `<s>` is 1, byte b is somewhere above) and no weights."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"</s>": 0, "<s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([tokenizers.AddedToken("</s>", special=True), tokenizers.AddedToken("<s>", special=True)])
+    inner.save(str(folder / "tokenizer.json"))
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 0, "bos_token_id": 1}))
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return folder
+
+
+class Server:
+    """A running server. `url` is ready when the constructor returns, unless `wait` is false."""
+
+    def __init__(self, model: Path | str, port: int, *options: str, mock: bool = True, wait: bool = True) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.port = port
+        command = [sys.executable, "-m", "tokenmill", "serve", "--model-id", str(model), "--hostname", "127.0.0.1"]
+        command += ["--port", str(port), *(["--mock"] if mock else []), *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended: {self.log()}")
+            try:
+                if httpx.get(self.url + "/health", timeout=5).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.05)
+        raise TimeoutError("the server did not become ready")
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=30, **more)
+
+    def events(self, path: str, body: Any) -> list[Any]:
+        """The events of a stream, decoded; "[DONE]" stays a string."""
+        with httpx.stream("POST", self.url + path, json=body, timeout=30) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"] == "text/event-stream"
+            text = "".join(response.iter_text())
+        blocks = [block for block in text.split("\n\n") if block]
+        assert all(block.startswith("data: ") for block in blocks)
+        return [b if (b := block.removeprefix("data: ")) == "[DONE]" else json.loads(b) for block in blocks]
+
+    def metric(self, name: str) -> float:
+        """One line's value in /metrics; `name` with its labels."""
+        for line in httpx.get(self.url + "/metrics", timeout=5).text.splitlines():
+            if line.startswith(name + " "):
+                return float(line.rsplit(" ", 1)[1])
+        raise KeyError(name)
+
+    def children(self) -> dict[str, int]:
+        """Process ids of the supervisor's children by what they run: "server" and "runtime"."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                command = (folder / "cmdline").read_text()
+            except OSError:
+                continue
+            if int(parent) == self.process.pid and "tokenmill.child" in command:
+                found["runtime" if "runtime" in command else "server"] = int(folder.name)
+        return found
+
+    def log(self) -> str:
+        return self.process.communicate(timeout=30)[0]
+
+    def stop(self) -> str:
+        """End the server now; its log."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.log()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.log()
+
+
+def eventually(condition: Any, timeout_s: float = 10.0) -> None:
+    """Wait until `condition()` is true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)

@@ -1,0 +1,287 @@
+"""The `/v1` routes, against the real server with the mock engine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from support_server import TEXT, Server, byte_model
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = byte_model(tmp_path_factory.mktemp("model"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = Server(model, port, "--mock-text", TEXT, "--mock-step-ms", "1", "--max-total-tokens", "500")
+    yield running
+    running.stop()
+
+
+USER = [{"role": "user", "content": "hi"}]
+NUM_TOKENS = len(TEXT.encode()) + 1
+
+
+def chat(server: Server, **fields: Any) -> Any:
+    response = server.post("/v1/chat/completions", {"messages": USER, **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def complete(server: Server, **fields: Any) -> Any:
+    response = server.post("/v1/completions", {"prompt": "ab", **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refusal(server: Server, path: str, **fields: Any) -> Any:
+    base = {"messages": USER} if "chat" in path else {"prompt": "ab"}
+    response = server.post(path, {**base, **fields})
+    assert response.status_code == 400, (response.status_code, response.text)
+    body = response.json()
+    assert set(body) == {"error", "error_type"}
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    return body["error"]
+
+
+def test_a_chat_answer_has_openais_shape(server: Server) -> None:
+    body = chat(server)
+    assert list(body) == ["object", "id", "created", "model", "system_fingerprint", "choices", "usage"]
+    assert body["id"].startswith("chatcmpl-")
+    assert body["choices"] == [
+        {"index": 0, "message": {"role": "assistant", "content": TEXT}, "logprobs": None, "finish_reason": "stop"}
+    ]
+    prompt = len("<|user|>hi") + 1 + len("<|assistant|>")  # `</s>` is one token, the rest are bytes
+    assert body["usage"] == {
+        "prompt_tokens": prompt, "completion_tokens": NUM_TOKENS, "total_tokens": prompt + NUM_TOKENS,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
+
+
+def test_ids_differ_and_the_model_is_echoed(server: Server) -> None:
+    first, second = chat(server, max_tokens=1), chat(server, max_tokens=1, model="http://x/y")
+    assert first["id"] != second["id"]
+    assert second["model"] == "http://x/y"
+    assert chat(server, max_tokens=1, model="tgi")["model"] == first["model"]
+
+
+def test_a_stream_is_the_plain_answer_in_pieces(server: Server) -> None:
+    body = {"messages": USER, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, usage, done = server.events("/v1/chat/completions", body)
+    assert done == "[DONE]"
+    plain = chat(server)
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
+    assert len(chunks) == NUM_TOKENS
+    assert (
+        "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+        == plain["choices"][0]["message"]["content"]
+    )
+    assert {chunk["choices"][0]["delta"]["role"] for chunk in chunks} == {"assistant"}
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (NUM_TOKENS - 1) + ["stop"]
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in [*chunks, usage]}) == 1
+
+
+def test_a_stream_without_options_has_no_usage_chunk(server: Server) -> None:
+    body = {"messages": USER, "stream": True, "stream_options": None, "max_tokens": 2}
+    events = server.events("/v1/chat/completions", body)
+    assert [e if e == "[DONE]" else len(e["choices"]) for e in events] == [1, 1, "[DONE]"]
+
+
+@pytest.mark.parametrize("stop", ["ämp", ["quer", "ämp"]])
+def test_a_stop_string_is_not_part_of_the_text_not_even_in_a_stream(server: Server, stop: Any) -> None:
+    choice = chat(server, stop=stop)["choices"][0]
+    assert choice["message"]["content"] == "Zwölf Boxk"
+    assert choice["finish_reason"] == "stop"
+    *chunks, _ = server.events("/v1/chat/completions", {"messages": USER, "stop": stop, "stream": True})
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "Zwölf Boxk"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_text_held_back_for_a_stop_string_comes_at_the_end(server: Server) -> None:
+    choice = chat(server, stop="Boxer", max_tokens=len("Zwölf Box".encode()))["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Zwölf Box", "length")
+
+
+def test_max_completion_tokens_beats_max_tokens(server: Server) -> None:
+    assert chat(server, max_tokens=9, max_completion_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_n_choices_share_the_prompt(server: Server) -> None:
+    one, body = chat(server, max_tokens=3), chat(server, n=3, max_tokens=3)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert body["usage"]["completion_tokens"] == 9
+    assert body["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+    *chunks, _ = server.events("/v1/chat/completions", {"messages": USER, "n": 2, "max_tokens": 3, "stream": True})
+    assert sorted(chunk["choices"][0]["index"] for chunk in chunks) == [0, 0, 0, 1, 1, 1]
+
+
+def test_log_probabilities_come_with_bytes_and_alternatives(server: Server) -> None:
+    body = chat(server, logprobs=True, top_logprobs=2, max_tokens=3)
+    content = body["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in content] == [[90], [119], [0xC3]]
+    assert content[0]["token"] == "Z"
+    assert content[0]["logprob"] == -0.25
+    assert [len(entry["top_logprobs"]) for entry in content] == [2, 2, 2]
+    *chunks, _ = server.events(
+        "/v1/chat/completions", {"messages": USER, "logprobs": True, "top_logprobs": 2, "max_tokens": 3, "stream": True}
+    )
+    assert [chunk["choices"][0]["logprobs"]["content"] for chunk in chunks] == [[entry] for entry in content]
+
+
+def test_the_last_message_of_the_assistant_is_continued(server: Server) -> None:
+    messages = [*USER, {"role": "assistant", "content": "Zw"}]
+    tokens = server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1}).json()["usage"][
+        "prompt_tokens"
+    ]
+    assert tokens == len("<|user|>hi") + 1 + len("<|assistant|>Zw")
+    body = {"messages": messages, "max_tokens": 1, "continue_final_message": False, "add_generation_prompt": True}
+    more = server.post("/v1/chat/completions", body).json()["usage"]["prompt_tokens"]
+    assert more == tokens + 1 + len("<|assistant|>")
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+         "messages[0].content"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": [""]}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_by_the_fields_name(server: Server, fields: dict[str, Any], param: str) -> None:
+    error = refusal(server, "/v1/chat/completions", **fields)
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+def test_fields_that_change_nothing_are_taken(server: Server) -> None:
+    chat(server, max_tokens=1, user="u", metadata={"a": "b"}, parallel_tool_calls=True, tools=[], tool_choice="none",
+         response_format={"type": "text"}, modalities=["text"], top_p=1, temperature=0, logit_bias={}, seed=-3, stop=None,
+         presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.1, min_p=0.1, top_k=5, n=1,
+         store=False, service_tier="auto", logprobs=False)  # fmt: skip
+
+
+def test_a_prompt_beyond_the_context_is_named_as_openai_does(server: Server) -> None:
+    error = refusal(server, "/v1/chat/completions", messages=[{"role": "user", "content": "x" * 600}])
+    assert error["code"] == "context_length_exceeded"
+    assert "499" in error["message"]
+
+
+def test_a_body_of_the_wrong_shape_is_400(server: Server) -> None:
+    assert refusal(server, "/v1/chat/completions", messages="x")["type"] == "invalid_request_error"
+    assert refusal(server, "/v1/chat/completions", max_tokens="x")["type"] == "invalid_request_error"
+    assert refusal(server, "/v1/completions", prompt=3)["type"] == "invalid_request_error"
+
+
+def test_a_template_that_cannot_render_is_a_template_error(server: Server) -> None:
+    body = {"messages": USER, "chat_template_kwargs": {"messages": []}}
+    response = server.post("/v1/chat/completions", body)
+    assert (response.status_code, response.json()["error_type"]) == (400, "template_error")
+
+
+def test_a_completion_has_openais_shape(server: Server) -> None:
+    body = complete(server, max_tokens=3)
+    assert list(body) == ["object", "id", "created", "model", "system_fingerprint", "choices", "usage"]
+    assert body["choices"] == [{"index": 0, "text": "Zw", "logprobs": None, "finish_reason": "length"}]
+    assert body["usage"]["prompt_tokens"] == 2
+
+
+def test_several_prompts_and_token_ids_are_answered_in_order(server: Server) -> None:
+    body = complete(server, prompt=["a", "bcd"], max_tokens=2, echo=True)
+    assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "aZw"), (1, "bcdZw")]
+    assert body["usage"]["prompt_tokens"] == 4
+    ids = [token["id"] for token in server.post("/tokenize", {"inputs": "hey"}).json()]
+    assert complete(server, prompt=ids, max_tokens=2, echo=True)["choices"][0]["text"] == "heyZw"
+    assert [c["text"] for c in complete(server, prompt=[ids, ids[:1]], max_tokens=1, echo=True)["choices"]] == [
+        "heyZ",
+        "hZ",
+    ]
+
+
+def test_a_completion_stream_interleaves_its_prompts(server: Server) -> None:
+    body = {
+        "prompt": ["a", "b"],
+        "max_tokens": 3,
+        "stream": True,
+        "echo": True,
+        "stream_options": {"include_usage": True},
+    }
+    *chunks, usage, done = server.events("/v1/completions", body)
+    assert done == "[DONE]"
+    assert usage["usage"]["completion_tokens"] == 6
+    for index, text in ((0, "aZw"), (1, "bZw")):
+        its = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert "".join(choice["text"] for choice in its) == text
+        assert [choice["finish_reason"] for choice in its] == [None, None, "length"]
+
+
+def test_completion_log_probabilities_are_parallel_lists(server: Server) -> None:
+    logprobs = complete(server, max_tokens=2, logprobs=1, echo=True)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", "Z", "w"]
+    assert logprobs["token_logprobs"] == [None, -0.25, -0.25, -0.25]
+    assert logprobs["text_offset"] == [0, 1, 2, 3]
+    assert logprobs["top_logprobs"] == [None, {"b": -0.25}, {"Z": -0.25}, {"w": -0.25}]
+
+
+def test_the_prompt_alone_can_be_scored(server: Server) -> None:
+    choice = complete(server, max_tokens=0, logprobs=1, echo=True)["choices"][0]
+    assert choice["text"] == "ab"
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.25]
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 3]}, "prompt"),
+        ({"prompt": list("abcde")}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 9}, "best_of"),
+    ],
+)
+def test_completions_refuse_by_the_fields_name(server: Server, fields: dict[str, Any], param: str) -> None:
+    assert refusal(server, "/v1/completions", **fields)["param"] == param
+
+
+def test_best_of_returns_the_n_best(server: Server) -> None:
+    body = complete(server, best_of=2, n=1, max_tokens=2, temperature=1.0)
+    assert len(body["choices"]) == 1
+    assert body["usage"]["completion_tokens"] == 4
+
+
+def test_the_model_is_listed_and_found_by_its_name(server: Server) -> None:
+    (model,) = httpx.get(server.url + "/v1/models").json()["data"]
+    assert list(model) == ["id", "object", "created", "owned_by"]
+    assert httpx.get(f"{server.url}/v1/models/{model['id']}").json() == model
+    missing = httpx.get(server.url + "/v1/models/other")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
