@@ -14,11 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from support_server import byte_model
 
 from tokenmill.config import Settings
 from tokenmill.launcher import Restarts, listen, readiness
@@ -28,17 +26,7 @@ from tokenmill.wire.messages import Configure, Drain, EngineInfo, Failed, ModelR
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a byte tokenizer and weights that the mock engine never reads."""
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: number for number, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 4096}))
-    save_file({"a": np.zeros(1, np.float32)}, str(folder / "model.safetensors"))
-    return folder
+    return byte_model(tmp_path_factory.mktemp("model"))
 
 
 class Server:

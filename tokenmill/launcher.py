@@ -204,7 +204,8 @@ class Supervisor:
 
     def _show(self, progress: Progress) -> None:
         if self.generation == 0:
-            self.screen.progress(progress)
+            name = self.model.source["model_id"] if self.model else ""
+            self.screen.progress(msgspec.structs.replace(progress, detail=progress.detail or name))
         percent = 100 * progress.done // progress.total if progress.total else -1
         if (progress.phase, percent) != (self.phase.name, self.phase.percent):
             self._set_phase(Phase(progress.phase, percent))

@@ -1,0 +1,97 @@
+"""The house rules that a machine can check: imports, lengths, no hidden state, no pickle, light processes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "tokenmill").rglob("*.py"))
+HOT = ("engine/scheduler.py", "engine/engine.py", "runtime/executor.py")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def nodes(kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> Iterator[tuple[str, ast.AST]]:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, kind):
+                yield name_of(path), node
+
+
+def test_a_file_is_one_idea_of_at_most_400_lines() -> None:
+    long = {name_of(path): lines for path in FILES if (lines := path.read_text().count("\n")) > 400}
+    assert not long
+
+
+def test_a_function_fits_a_screen() -> None:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = [(file, node.name, length) for file, node in nodes(functions)
+            if (length := node.end_lineno - node.lineno + 1) > 60]  # type: ignore[attr-defined]  # fmt: skip
+    assert not long
+
+
+def test_no_state_is_hidden_in_modules() -> None:
+    assert not [(file, node.lineno) for file, node in nodes(ast.Global)]  # type: ignore[attr-defined]
+    mutable = []
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            name = getattr(target, "id", "")
+            if isinstance(value, ast.Dict | ast.List | ast.Set) and not name.isupper() and name != "__all__":
+                mutable.append((name_of(path), name))
+    assert not mutable
+
+
+def test_only_config_reads_the_environment() -> None:
+    readers = {
+        file for file, node in nodes(ast.Attribute)
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb")
+        and isinstance(node.value, ast.Name) and node.value.id == "os"
+    }  # fmt: skip
+    assert readers <= {"tokenmill/config.py"}
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    found = []
+    for file, node in nodes((ast.Import, ast.ImportFrom, ast.Call)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [(file, name) for name in names if name.split(".")[0] in ("pickle", "dill", "marshal", "shelve")]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("eval", "exec") or (called == "torch.load" and "weights_only=True" not in ast.unparse(node)):
+                found.append((file, called))
+    assert not found
+
+
+def test_shared_files_say_that_features_go_elsewhere() -> None:
+    for name in HOT:
+        assert "elsewhere" in (ROOT / "tokenmill" / name).read_text()[:400], name
+
+
+@pytest.mark.parametrize("modules, never", [
+    ("tokenmill.cli tokenmill.launcher", "torch numpy starlette uvicorn tokenizers huggingface_hub rich.progress"),
+    ("tokenmill.server.worker", "torch transformers"),
+    ("tokenmill.engine.engine tokenmill.engine.intake", "torch starlette tokenizers"),
+    ("tokenmill.runtime.worker", "torch starlette uvicorn"),
+])  # fmt: skip
+def test_a_process_imports_only_what_it_needs(modules: str, never: str) -> None:
+    code = f"import sys, {', '.join(modules.split())}; print(*sorted(set({never.split()!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""
+
+
+def test_imports_point_downwards() -> None:
+    pytest.importorskip("importlinter")
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout
