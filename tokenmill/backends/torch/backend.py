@@ -6,6 +6,7 @@ meanwhile (torch lets go of the interpreter while it computes). Everything by sl
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -104,8 +105,8 @@ class TorchBackend:
         try:
             for layer, kept in self._layout.items():
                 shape = 2, places, kept.heads * kept.head_dim
-                self._cache[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        except RuntimeError as e:  # torch has no narrower one on every device
+                self._cache[layer] = _zeros(shape, self.dtype, self.device)
+        except (RuntimeError, MemoryError) as e:  # torch has no narrower one on every device
             wanted = num_blocks * self.block_bytes()
             raise NotEnoughMemory(f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}") from e
         self.num_blocks = num_blocks
@@ -194,3 +195,10 @@ class TorchBackend:
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As `torch.zeros`, but on a CPU the pages are made when they are first written to: a large cache costs no start."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
