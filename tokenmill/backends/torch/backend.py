@@ -198,7 +198,7 @@ class TorchBackend:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As `torch.zeros`, but on a CPU the pages are made when they are first written to: a large cache costs no start."""
+    """As `torch.zeros`, but a CPU makes the pages when they are first written to: a large cache costs no start."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
