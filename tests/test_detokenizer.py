@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support_text import byte_level, sentencepiece_model
+from tokenizers import decoders
+
+from tokenmill.text import sentencepiece
+from tokenmill.text.detokenizer import Detokenizer, StopMatcher
+from tokenmill.text.tokenizer import Tokenizer
+
+BYTES = Tokenizer(byte_level())
+PIECES = Tokenizer(sentencepiece.build(sentencepiece.parse(sentencepiece_model("bpe_identity"))))
+WORDS = "the licensed work 🙂 日本語 naïve — of others\n\n\tא  ½<|im_end|>".split(" ")
+
+byte_ids = st.lists(st.integers(0, BYTES.vocab_size + 3), max_size=60)  # a few ids that the vocabulary lacks
+texts = st.lists(st.sampled_from([*WORDS, " "]), max_size=20).map(" ".join)
+
+
+def run(
+    tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = (), **more: bool
+) -> tuple[str, str, str | None]:
+    """The answer, the tokens' own texts, and the stop string."""
+    decoder, out, own = Detokenizer(tokenizer, stop, **more), "", ""
+    for token_id in ids:
+        piece = decoder.push(token_id)
+        out += piece.text
+        own += piece.token_text
+        assert decoder.text == out
+        if piece.stopped is not None:
+            return out, own, piece.stopped
+    out += decoder.finish()
+    assert decoder.text == out
+    return out, own, None
+
+
+@settings(max_examples=400, deadline=None)
+@given(byte_ids)
+def test_the_pieces_of_random_tokens_join_to_one_decoding(ids: list[int]) -> None:
+    raw = b"".join(BYTES.token_bytes(i) for i in ids)
+    everything = BYTES.decode([i for i in ids if i < BYTES.vocab_size], skip_special_tokens=False)
+    _, own, _ = run(BYTES, ids)
+    assert everything == raw.decode(errors="replace")
+    assert everything.startswith(own)
+    assert set(everything[len(own) :]) <= {"\ufffd"}  # the beginning of a character at the end
+    shown, _, _ = run(BYTES, ids, skip_special_tokens=False)
+    assert shown == own
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, st.sampled_from([BYTES, PIECES]))
+def test_a_text_comes_back_as_it_was_and_every_piece_is_whole(text: str, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    decoder = Detokenizer(tokenizer, skip_special_tokens=False)
+    pieces = [decoder.push(i).text for i in ids]
+    assert "\ufffd" not in "".join(pieces)
+    joined = "".join(pieces) + decoder.finish()
+    assert joined == (text if tokenizer is BYTES or not text else " " + text)  # a continuation keeps its first space
+
+
+@settings(max_examples=100, deadline=None)
+@given(byte_ids.map(lambda ids: [i for i in ids if i < BYTES.vocab_size]), st.integers(0, 60))
+def test_what_follows_a_prompt_is_the_rest_of_decoding_both(ids: list[int], cut: int) -> None:
+    prompt, rest = ids[:cut], ids[cut:]
+    raw = b"".join(BYTES.token_bytes(i) for i in prompt)
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return  # the border is inside a character: the two decodings are of different texts
+    _, own, _ = run(BYTES, rest)
+    before = BYTES.decode(prompt, skip_special_tokens=False)
+    assert BYTES.decode(ids, skip_special_tokens=False)[len(before) :].startswith(own)
+
+
+def first_stop(text: str, stops: Sequence[str]) -> tuple[str, str, str | None]:
+    """Character by character: what comes before the stop string, and with it."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            stop = max(found, key=len)
+            return text[: end - len(stop)], text[:end], stop
+    return text, text, None
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.text("ab🙂", max_size=30),
+    st.lists(st.integers(1, 7), max_size=30),
+    st.lists(st.text("ab🙂", min_size=1, max_size=6), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_a_stop_string_is_found_wherever_the_text_is_cut(
+    text: str, cuts: list[int], stops: list[str], include: bool
+) -> None:
+    matcher, at, out, stopped = StopMatcher(stops), 0, "", None
+    for cut in [*cuts, len(text)]:
+        emitted, stopped = matcher.push(text[at : at + cut], True, include)
+        out += emitted
+        at += cut
+        if stopped is not None:
+            break
+    out += matcher.finish()
+    before, with_it, stop = first_stop(text, stops)
+    assert (out, stopped) == (with_it if include else before, stop)
+
+
+def test_nothing_is_held_back_that_can_be_part_of_no_stop_string() -> None:
+    matcher = StopMatcher(["STOP", "\n\n"])
+    assert matcher.push("hello\n", True, False) == ("hello", None)
+    assert matcher.push("world S", True, False) == ("\nworld ", None)
+    assert matcher.push("TO", True, False) == ("", None)
+    assert matcher.push("RY", True, False) == ("STORY", None)
+    assert matcher.push("\n", True, False) == ("", None)
+    assert matcher.finish() == "\n"
+
+
+def test_special_tokens_are_left_out_but_can_stop() -> None:
+    ids = [*BYTES.encode("one "), 2, *BYTES.encode("two")]
+    assert run(BYTES, ids) == ("one two", "one <|im_end|>two", None)
+    assert run(BYTES, ids, skip_special_tokens=False)[0] == "one <|im_end|>two"
+    assert run(BYTES, ids, ["<|im_end|>"]) == ("one ", "one <|im_end|>", "<|im_end|>")
+    assert run(BYTES, ids, ["im_en"], include_stop=True)[0] == "one "
+    assert run(BYTES, ids, [">two"], include_stop=True)[0] == "one two"
+    assert Detokenizer(BYTES).push(2).special
+
+
+def test_after_a_stop_nothing_more_comes() -> None:
+    decoder = Detokenizer(BYTES, ["b"])
+    (a, b, c) = [BYTES.encode(letter)[0] for letter in "abc"]
+    assert [decoder.push(i).text for i in (a, b, c)] == ["a", "", ""]
+    assert (decoder.finish(), decoder.text) == ("", "a")
+
+
+def test_a_character_that_never_ends_is_left_out_and_a_broken_one_is_shown() -> None:
+    first = BYTES.token_id("ð")  # the byte that begins a character of four
+    assert first is not None
+    face = BYTES.encode("🙂")
+    assert run(BYTES, [*BYTES.encode("ok"), *face[:-1]]) == ("ok", "ok", None)
+    assert run(BYTES, [first, *BYTES.encode("a")])[0] == "\ufffda"
+    decoder = Detokenizer(BYTES)
+    assert [decoder.push(i).token_text for i in face] == [""] * (len(face) - 1) + ["🙂"]
+
+
+@pytest.mark.parametrize("prompt", ["", "the work"])
+def test_a_decoder_without_a_table_gives_the_same_text(prompt: str) -> None:
+    inner = byte_level()
+    inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\x00", "")])
+    slow = Tokenizer(inner)
+    assert slow.pieces is None
+    for text in ("the licensed work 🙂 日本語 naïve", "½<|im_end|>א" * 9, "🙂" * 20):
+        ids, prompt_ids = BYTES.encode(text), BYTES.encode(prompt)
+        decoder = Detokenizer(slow, skip_special_tokens=False, prompt_ids=prompt_ids)
+        assert "".join(decoder.push(i).text for i in ids) + decoder.finish() == text
+
+
+def test_words_without_marks_get_their_spaces_from_the_words_before() -> None:
+    vocabulary = {"hello": 0, "wor": 1, "##ld": 2, "again": 3}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary))
+    inner.decoder = decoders.WordPiece()
+    decoder = Detokenizer(Tokenizer(inner), prompt_ids=[0])
+    assert [decoder.push(i).text for i in (1, 2, 3)] == [" wor", "ld", " again"]
