@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +17,8 @@ import pytest
 import tokenmill
 from tokenmill import chat, cli
 from tokenmill.progress import Lines, amount
+from tokenmill.server.app import ROUTES
+from tokenmill.server.openapi import BODIES
 from tokenmill.wire.messages import Progress
 
 
@@ -83,6 +88,18 @@ def test_download_weights_prints_the_path_of_what_is_here(tmp_path: Path, capsys
     assert capsys.readouterr().out == f"{tmp_path}\n"
 
 
+def test_schema_prints_an_openapi_document_of_every_route() -> None:
+    done = run("schema")
+    document = json.loads(done.stdout)
+    listed = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert listed == {(route.method, route.path.replace("/*", "/{id}")) for route in ROUTES}
+    references = set(re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', done.stdout))
+    assert references <= set(document["components"]["schemas"])
+    assert "max_new_tokens" in document["components"]["schemas"]["GenerateParameters"]["properties"]
+    taken = {key for key, (request, _, _) in BODIES.items() if request is not None}
+    assert taken == {(route.method, route.path) for route in ROUTES if route.method == "POST"}
+
+
 # chat
 
 
@@ -105,9 +122,10 @@ class _Api(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
-        for piece in ("mess", f"ages: {body.count(b'role')}"):
-            self.wfile.write(b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % piece.encode())
-        self.wfile.write(b": a comment\n\ndata: [DONE]\n\n")
+        with contextlib.suppress(OSError):  # the client may hang up
+            for piece in ("mess", f"ages: {body.count(b'role')}"):
+                self.wfile.write(b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % piece.encode())
+            self.wfile.write(b": a comment\n\ndata: [DONE]\n\n")
 
     def log_message(self, *words: object) -> None:
         pass
