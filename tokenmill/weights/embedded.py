@@ -50,7 +50,7 @@ def resolve(cache_dir: str, offline: bool, report: Callable[[Progress], None]) -
 
 
 def find(cache_dir: str) -> Path | None:
-    """The weights if the package is installed or was unpacked before."""
+    """The weights if the package is installed or was unpacked into `cache_dir` before."""
     candidates = [Path(cache_dir) / FILE]
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # looks, does not import
     if spec is not None:
