@@ -149,21 +149,38 @@ def _bucket(runs: list[Run], tables: Tensor, block_size: int, keep: bool) -> Buc
     )
 
 
-def attend(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
+class Scratch:
+    """Where keys and values are gathered, bucket after bucket: fresh memory each time would cost more than the rest."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def room(self, rows: int, like: Tensor) -> Tensor:
+        """(2, rows, width) as wide as `like`, valid until the next call."""
+        size = 2 * rows * like.shape[-1]
+        if self._held is None or self._held.numel() < size:
+            self._held = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._held[:size].view(2, rows, like.shape[-1])
+
+
+def attend(
+    op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan, scratch: Scratch
+) -> Tensor:
     """Write k and v (T, G · D) to `cache` (2, places, G · D), then attend: (T, H · D)."""
     cache[0].index_copy_(0, plan.places, k)
     cache[1].index_copy_(0, plan.places, v)
-    out = torch.empty_like(q)
+    made = torch.empty_like(q)
     for bucket in plan.buckets:
         b, n = bucket.queries.shape
         heads = F.embedding(bucket.queries, q).view(b, n, -1, op.head_dim).transpose(1, 2)  # (B, H, Q, D)
         keys, values = (
-            kept.index_select(0, bucket.keys).view(b, bucket.widest, -1, op.head_dim).transpose(1, 2) for kept in cache
+            torch.index_select(kept, 0, bucket.keys, out=out).view(b, bucket.widest, -1, op.head_dim).transpose(1, 2)
+            for kept, out in zip(cache, scratch.room(len(bucket.keys), cache), strict=True)
         )  # (B, G, L, D)
         y = _scaled(op, heads, keys, values, bucket.mask(op.window, q.dtype))
         y = y.transpose(1, 2).reshape(b * n, -1)
-        out[bucket.tokens] = y if bucket.real is None else y[bucket.real]
-    return out
+        made[bucket.tokens] = y if bucket.real is None else y[bucket.real]
+    return made
 
 
 def _scaled(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

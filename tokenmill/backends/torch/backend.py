@@ -77,6 +77,7 @@ class TorchBackend:
         self._layout = cache_layout(self.program)
         self._weights = pack(self.program, source, read, group, self.dtype, self.device, report)
         self._cache: dict[int, Tensor] = {}
+        self._scratch = attention.Scratch()
         self._slots = Slots(limits, self.vocab_size, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
 
@@ -144,7 +145,7 @@ class TorchBackend:
         tables = self._slots.tables[slots]
         plan = attention.plan(inputs, tables, self.limits.block_size, positions, row)
         samples = self._to_device((ends - 1)[inputs.samples])
-        state = StepState(self._weights, self._cache, self.group, positions, plan, samples)
+        state = StepState(self._weights, self._cache, self.group, positions, plan, samples, self._scratch)
         return state, self._slots.tokens[slots[row], positions].long()
 
     def _sample(self, inputs: StepInputs, state: StepState, env: Env) -> tuple[list[int], Sampled | None]:

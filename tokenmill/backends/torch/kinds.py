@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from tokenmill.backends.torch.attention import AttentionPlan, attend
+from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.ops import Weight
@@ -33,6 +33,7 @@ class StepState:
     positions: Tensor  # (T,)
     attention: AttentionPlan
     samples: Tensor  # (R,) places among the T tokens
+    scratch: Scratch
     turns: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def optional(self, weight: Weight | None) -> Tensor | None:
@@ -111,7 +112,7 @@ def attention(op: ops.Attention, step: StepState, q: Tensor, k: Tensor, v: Tenso
         )
     if op.rope:
         q, k = (rotated(x, op.rope, op.head_dim, step) for x in (q, k))
-    return attend(op, q, k, v, step.cache[op.layer], step.attention)
+    return attend(op, q, k, v, step.cache[op.layer], step.attention, step.scratch)
 
 
 def gated_act(op: ops.GatedAct, step: StepState, gate: Tensor, up: Tensor) -> Tensor:
