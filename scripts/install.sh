@@ -50,3 +50,9 @@ sys.exit(not any(name.startswith(("nvidia-", "cuda-")) for name in requires))' 2
 fi
 echo "Installing tokenmill"
 pip install --quiet --no-compile "$@"
+# Compile what a server imports, so that the second start is a fast one even where Python may not write bytecode.
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c '
+import tokenmill.backends.torch.backend, tokenmill.launcher, tokenmill.llm, tokenmill.server.worker' || {
+    echo "The installed package cannot be imported; see above. Remove $venv and try again." >&2
+    exit 1
+}
