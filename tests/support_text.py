@@ -37,7 +37,9 @@ def sentencepiece_model(name: str) -> bytes:
     return zlib.decompress(base64.b64decode(recorded("sentencepiece.json")["models"][name]["file"]))
 
 
-def write_gguf(path: Path, *, pre: str = "gpt-2", template: str | None = None, **metadata: Any) -> Path:
+def write_gguf(
+    path: Path, *, pre: str = "gpt-2", template: str | None = None, merges: list[str] | None = None, **metadata: Any
+) -> Path:
     """A GGUF file with a vocabulary and hardly anything else."""
     data = recorded("llamacpp.json")
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -45,7 +47,7 @@ def write_gguf(path: Path, *, pre: str = "gpt-2", template: str | None = None, *
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(data["tokens"])
     writer.add_token_types([3] * 3 + [1] * (len(data["tokens"]) - 3))
-    writer.add_token_merges(data["merges"])
+    writer.add_token_merges(data["merges"] if merges is None else merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     if template is not None:

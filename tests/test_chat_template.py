@@ -44,6 +44,15 @@ TOOLS = """{%- macro kind(p) -%}{{ p.type }}{% if p.enum is defined %} of {{ p.e
 {%- endif %}{{ none_such }}{{ message.get('name', '') }}{{ '%02d' % 3 }}{{ 'x' * 2 }}
 {%- endfor %}{% if documents %}{% for d in documents %}{{ d.title.title() }}{% endfor %}{% endif %}{{ extra | default('no extra') }}
 """  # fmt: skip
+ODDS = """{{ pad_token }}{{ messages | tojson }}{{ sep_token }}
+{% for m in messages recursive %}{{ m.role if m is mapping else m }}{% if m is mapping %}{{ loop(m.values()) }}{% endif %}{% else %}none{% endfor %}
+{% set block %}{{ messages | length ~ 'n' ~ none ~ true ~ 1.5 }}{% endset %}{{ block }}
+{% macro quote(text, mark='"') %}{{ mark ~ text ~ mark }}{{ caller() if caller }}{% endmacro %}{{ quote('a', mark="'") }}
+{% call quote('b') %}inside {{ 'c' ~ 'd' }}{% endcall %}{% filter upper %}loud {{ 1 + 2 * 3 ** 2 }}{% endfilter %}
+{{ messages[::-1] | map(attribute='role') | join('+') }}{{ 'a%sb%d' % ('x', 3) }}{{ '{:>5}|{}'.format('r', 2) }}{{ [1] + [2] }}{{ [0] * 3 }}
+{% for a in 'xyz' if a != 'y' %}{{ loop.index }}{{ a }}{{ loop.cycle('-', '+') }}{% continue %}{% endfor %}{{ 'abc'.center(9) }}{{ 'q' | center(5) }}
+{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ '<&>' }}{{ '<&>' | e }}{{ {'b': 1, 'a': '<é>'} | tojson(sort_keys=true) }}
+"""
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"type": "string", "enum": ["Zürich", "<b>"]}, "at": {"type": "integer"}},
@@ -89,7 +98,7 @@ def ours(template: str, chat: list[dict[str, Any]], **more: Any) -> str:
     return ChatTemplate(template, "<s>", "</s>", {"pad_token": "<pad>"}).render(chat, **more)
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, TOOLS, "{{ pad_token }}{{ messages | tojson }}{{ sep_token }}"])
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, TOOLS, ODDS])
 @pytest.mark.parametrize("chat", sorted(CHATS))
 @pytest.mark.parametrize("begins", [True, False])
 def test_conversations_are_rendered_as_transformers_renders_them(template: str, chat: str, begins: bool) -> None:

@@ -232,6 +232,13 @@ def test_what_is_accepted_fits_and_what_tgi_accepts_is_accepted(num_prompt: int,
         assert found.stopping.max_new_tokens == (room if wished is None else min(wished, room))
 
 
+def test_limits_themselves_are_allowed() -> None:
+    assert made([5] * 15, max_new_tokens=5).num_prompt == 15
+    assert made([5] * 15, truncate=15).stopping.max_new_tokens == 5
+    assert made(stop=("a" * 1024,) * 4, frequency_penalty=-2.0, logit_bias={599: -100.0, 0: 100.0}, logprobs=5).stop
+    assert made(best_of=2, do_sample=True).seed is not None
+
+
 def test_a_context_without_room_for_a_single_token_is_refused() -> None:
     tight = RequestLimits(20, 20, 4, 2, 5, 600)
     with pytest.raises(ContextLengthError):

@@ -110,6 +110,21 @@ def test_bos_is_added_where_the_file_says_so(tmp_path: Path) -> None:
     assert off.encode("a b") == both.encode("a b", add_special_tokens=False) == ids
 
 
+def test_llama_3_keeps_a_word_whole_that_its_merges_would_cut(tmp_path: Path) -> None:
+    token = next(token for token in reversed(LLAMACPP["tokens"]) if token.isascii() and len(token) > 3)
+    merges = [merge for merge in LLAMACPP["merges"] if merge.replace(" ", "") != token]
+    cut = Tokenizer.load(local_source(write_gguf(tmp_path / "a.gguf", merges=merges)))
+    whole = Tokenizer.load(local_source(write_gguf(tmp_path / "b.gguf", pre="llama-bpe", merges=merges)))
+    assert len(cut.encode(token, add_special_tokens=False)) > 1
+    assert whole.encode(token, add_special_tokens=False) == [LLAMACPP["tokens"].index(token)]
+
+
+def test_merges_that_do_not_fit_the_vocabulary_are_a_model_error(tmp_path: Path) -> None:
+    for merges in (["nonesuch x"], ["nospace"]):
+        with pytest.raises(ModelError, match="merge"):
+            Tokenizer.load(local_source(write_gguf(tmp_path / "v.gguf", merges=merges)))
+
+
 def test_a_pre_tokenizer_that_nobody_knows_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"'klingon'.*llama-bpe"):
         Tokenizer.load(local_source(write_gguf(tmp_path / "v.gguf", pre="klingon")))
