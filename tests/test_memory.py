@@ -28,6 +28,10 @@ def test_without_a_limit_a_large_machine_is_not_filled():
     assert count_blocks(demand(), 100 * GIB) == CACHE_BYTES >> 20
 
 
+def test_ranks_of_one_machine_share_the_cap():
+    assert count_blocks(demand(max_total_tokens=128), 100 * GIB, ranks=4) == CACHE_BYTES >> 22
+
+
 def test_one_sequence_of_full_length_may_exceed_the_cap():
     assert count_blocks(demand(max_total_tokens=131072), 100 * GIB) == 8192
 

@@ -8,6 +8,7 @@ from support_sampling import MASK, log_softmax, reference_choice, reference_nois
 from tokenmill.backends import sampling as rules
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
 from tokenmill.backends.torch import sampling
+from tokenmill.backends.torch import slots as slots_module
 from tokenmill.backends.torch.slots import Slots
 from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
 
@@ -254,3 +255,16 @@ def test_block_tables_and_tokens_follow_the_differences():
     assert state.tables[0, :2].tolist() == [5, 9]
     assert state.tables[3, 2].item() == 7
     assert state.tokens[0, :3].tolist() == [1, 2, 3]
+
+
+def test_of_entries_for_the_same_place_in_a_table_the_last_one_counts():
+    """A plan may give a slot to one sequence, preempt it, and give the slot to another."""
+    rng = np.random.default_rng(7)
+    blocks = rng.integers(0, 5, (200, 3)).astype(np.int32)
+    state, inputs = make_step([a_request()])
+    state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=blocks))
+    expected = {(s, i): b for s, i, b in blocks.tolist()}
+    assert {place: int(state.tables[place]) for place in expected} == expected
+    kept = slots_module._last_of_each(blocks)
+    assert {(s, i): b for s, i, b in kept.tolist()} == expected
+    assert len(kept) == len(expected)

@@ -69,7 +69,7 @@ class LLM:
         settings = _settings(model, options)
         source = _source(settings)
         self.tokenizer = Tokenizer.load(source)
-        self._engine = OfflineEngine(assemble(source, _wants(settings, self.tokenizer), Group(), _say_nothing))
+        self._engine = OfflineEngine(assemble(source, _wants(settings), Group(), _say_nothing))
         info = self._engine.info
         self._limits = RequestLimits(
             max_input_tokens=info.max_input_tokens,
@@ -263,7 +263,7 @@ def _source(settings: Settings) -> ModelSource:
     return msgspec.structs.replace(source, tokenizer_config_path=settings.tokenizer_config_path)
 
 
-def _wants(settings: Settings, tokenizer: Tokenizer) -> Wants:
+def _wants(settings: Settings) -> Wants:
     return Wants(
         dtype=settings.dtype,
         device=settings.device,
@@ -273,7 +273,6 @@ def _wants(settings: Settings, tokenizer: Tokenizer) -> Wants:
         max_batch_size=settings.max_batch_size,
         max_input_tokens=settings.max_input_tokens,
         max_total_tokens=settings.max_total_tokens,
-        longest=tokenizer.max_length,
         cpu_threads=settings.cpu_threads,
         memory_limit=memory_bytes(settings.memory_limit),
     )

@@ -5,9 +5,11 @@ Every number that was left open is settled here, once, and told in `EngineInfo`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tokenmill.backends.base import Backend, StepLimits
@@ -20,7 +22,7 @@ from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks
-from tokenmill.weights.checkpoint import model_config, open_checkpoint
+from tokenmill.weights.checkpoint import model_config, open_checkpoint, read_json
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
@@ -29,8 +31,11 @@ _MAX_BATCH_TOKENS = 512  # of a step on a CPU: a longer one only makes the runni
 _MAX_BATCH_SIZE = 128
 _MOCK_CAPACITY = 1 << 20  # tokens
 _MOCK_LENGTH = 8192
+_NO_LENGTH = 10**9  # transformers writes 10^30 for "none"
 
 Report = Callable[[Progress], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,6 @@ class Wants:
     max_batch_size: int | None = None
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
-    longest: int | None = None  # sequence that makes sense for the tokenizer; counts if max_total_tokens is not said
     cpu_threads: int | None = None  # that compute; None: the library's own choice
     memory_limit: int | None = None  # bytes of weights, step and cache together, over all ranks of this machine
 
@@ -77,7 +81,8 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     program = program_of(checkpoint.config)
     weight_bytes = _weight_bytes(program, dtype)
     check_weights(weight_bytes, available_bytes(), wants.memory_limit)
-    longest = wants.max_total_tokens or _longest(checkpoint.config, wants)
+    longest = _longest(source, checkpoint.config, wants)
+    _max_input_tokens(wants.max_input_tokens, longest)  # before minutes of reading
     batch_size = wants.max_batch_size or _MAX_BATCH_SIZE
     limits = StepLimits(wants.max_batch_tokens or _MAX_BATCH_TOKENS, batch_size, longest, wants.block_size)
 
@@ -123,7 +128,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:
     """The same around an executor without a model. Reads at most the model's configuration."""
-    total = wants.max_total_tokens or min(_longest(_config_if_any(source), wants), _MOCK_LENGTH)
+    total = wants.max_total_tokens or min(_longest(source, _config_if_any(source), wants), _MOCK_LENGTH)
     info = EngineInfo(
         model_id=source.model_id,
         dtype=wants.dtype or "float32",
@@ -153,7 +158,7 @@ def _allocate(backend: Backend, limits: StepLimits, wants: Wants, group: Group, 
     )
     group.minimum(0)  # nobody looks at what is free before all have read their weights
     limit = None if wants.memory_limit is None else wants.memory_limit // group.size
-    num_blocks = group.minimum(count_blocks(demand, available_bytes() // group.size, weight_bytes, limit))
+    num_blocks = group.minimum(count_blocks(demand, available_bytes() // group.size, weight_bytes, limit, group.size))
     backend.allocate(num_blocks)
     return num_blocks
 
@@ -169,12 +174,27 @@ def _device(wanted: str) -> str:
     return "cpu"
 
 
-def _longest(config: dict[str, Any], wants: Wants) -> int:
-    """Tokens that model and tokenizer were made for. A config.json that does not say counts as the mock's."""
+def _longest(source: ModelSource, config: dict[str, Any], wants: Wants) -> int:
+    """Tokens of the longest sequence: as wanted, else what model and tokenizer were made for.
+
+    A config.json that does not say counts as the mock's.
+    """
     given = config.get("max_position_embeddings", _MOCK_LENGTH)
     if not isinstance(given, int) or given < 2:
         raise ModelError(f"config.json: max_position_embeddings is {given!r}; expected a number of at least 2.")
-    return min(given, wants.longest or given)
+    wanted = wants.max_total_tokens
+    if wanted is None:
+        return min(given, _tokenizer_length(source) or given)
+    if wanted > given:
+        _log.warning("max_total_tokens is %d, but the model was made for %d tokens: answers may suffer.", wanted, given)
+    return wanted
+
+
+def _tokenizer_length(source: ModelSource) -> int | None:
+    """What tokenizer_config.json says of a sequence's length, if anything sensible."""
+    path = Path(source.path) / "tokenizer_config.json"
+    length = read_json(path).get("model_max_length") if path.is_file() else None
+    return int(length) if isinstance(length, int | float) and 2 <= length < _NO_LENGTH else None
 
 
 def _config_if_any(source: ModelSource) -> dict[str, Any]:

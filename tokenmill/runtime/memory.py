@@ -11,7 +11,7 @@ import psutil
 from tokenmill.errors import NotEnoughMemory
 
 SHARE = 0.5  # of free memory that a cache takes when nobody set a limit: a host's memory is not ours alone
-CACHE_BYTES = 4 << 30  # and no more than this, unless one sequence of full length needs more
+CACHE_BYTES = 4 << 30  # and no more than this, over all ranks, unless one sequence of full length needs more
 _NO_LIMIT = 1 << 60  # what cgroup v1 says for none is near 2**63
 
 
@@ -42,11 +42,14 @@ def check_weights(weight_bytes: int, available: int, limit: int | None = None) -
         )
 
 
-def count_blocks(demand: Demand, available: int, weight_bytes: int = 0, limit: int | None = None) -> int:
+def count_blocks(
+    demand: Demand, available: int, weight_bytes: int = 0, limit: int | None = None, ranks: int = 1
+) -> int:
     """The number of cache blocks to allocate.
 
     `available`: bytes that are free now, after the weights were read. `limit`: what the user allows weights, step and
-    cache together; without one, a share of what is free. More than every slot at full length can use is not taken.
+    cache together; without one, a share of what is free, and no more than a machine's cap over the ranks it runs. More
+    than every slot at full length can use is not taken.
     Raises NotEnoughMemory, with both numbers, if a sequence of `wanted_tokens` does not fit.
     """
     free = available - demand.step_bytes
@@ -54,7 +57,7 @@ def count_blocks(demand: Demand, available: int, weight_bytes: int = 0, limit: i
         budget = min(limit - weight_bytes - demand.step_bytes, free)
     else:
         least = demand.blocks_of(demand.max_total_tokens) * demand.block_bytes
-        budget = min(int(free * SHARE), max(CACHE_BYTES, least))
+        budget = min(int(free * SHARE), max(CACHE_BYTES // ranks, least))
     needed = demand.blocks_of(demand.wanted_tokens)
     if limit is None and budget < needed * demand.block_bytes <= free * 0.9:
         budget = needed * demand.block_bytes  # what was asked for is worth more than the share
