@@ -230,8 +230,8 @@ def test_info_has_tgis_fields_and_health_is_empty(server: Server) -> None:
     info = httpx.get(server.url + "/info").json()
     assert list(info)[:14] == [
         "model_id", "model_sha", "model_pipeline_tag", "max_concurrent_requests", "max_best_of", "max_stop_sequences",
-        "max_input_tokens", "max_total_tokens", "validation_workers", "max_client_batch_size", "router", "version", "sha",
-        "docker_label",
+        "max_input_tokens", "max_total_tokens", "validation_workers", "max_client_batch_size", "router", "version",
+        "sha", "docker_label",
     ]  # fmt: skip
     assert (info["max_input_tokens"], info["max_total_tokens"], info["router"]) == (499, 500, "text-generation-router")
     for path in ("/health", "/ping", "/"):

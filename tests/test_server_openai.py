@@ -181,7 +181,8 @@ def test_what_cannot_be_done_is_refused_by_the_fields_name(server: Server, field
 
 def test_fields_that_change_nothing_are_taken(server: Server) -> None:
     chat(server, max_tokens=1, user="u", metadata={"a": "b"}, parallel_tool_calls=True, tools=[], tool_choice="none",
-         response_format={"type": "text"}, modalities=["text"], top_p=1, temperature=0, logit_bias={}, seed=-3, stop=None,
+         response_format={"type": "text"}, modalities=["text"], top_p=1, temperature=0, logit_bias={}, seed=-3,
+         stop=None,
          presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.1, min_p=0.1, top_k=5, n=1,
          store=False, service_tier="auto", logprobs=False)  # fmt: skip
 

@@ -1,0 +1,159 @@
+"""The clients that people use, against the real server with the mock engine."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import huggingface_hub
+import openai
+import pytest
+import text_generation
+from support_server import TEXT, Server, byte_model
+from text_generation.errors import ValidationError
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = byte_model(tmp_path_factory.mktemp("model"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = Server(model, port, "--mock-text", TEXT, "--mock-step-ms", "1", "--max-total-tokens", "500")
+    yield running
+    running.stop()
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="-", max_retries=0)
+
+
+def test_openai_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tgi", messages=MESSAGES)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == TEXT
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(TEXT.encode()) + 1
+
+
+def test_openai_chat_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tgi", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, logprobs=True  # type: ignore[arg-type]
+    )  # fmt: skip
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == TEXT
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage is not None
+
+
+def test_openai_chat_stream_helper(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(model="tgi", messages=MESSAGES) as stream:  # type: ignore[arg-type]
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == TEXT
+
+
+def test_openai_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tgi", prompt=["a", "b"], max_tokens=5, logprobs=1)
+    assert [choice.text for choice in answer.choices] == ["Zwöl", "Zwöl"]
+    assert answer.choices[0].logprobs is not None
+    stream = client.completions.create(model="tgi", prompt="a", max_tokens=5, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "Zwöl"
+
+
+def test_openai_errors_have_its_classes(client: openai.OpenAI, server: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="tgi", messages=MESSAGES, temperature=-1)  # type: ignore[arg-type]
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nothing")
+
+
+def test_openai_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert client.models.retrieve(model.id) == model
+
+
+def test_openai_async_streams_at_once(server: Server) -> None:
+    async def one(client: openai.AsyncOpenAI) -> str:
+        stream = await client.chat.completions.create(model="tgi", messages=MESSAGES, stream=True)  # type: ignore[arg-type]
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="-") as client:
+            return await asyncio.gather(*(one(client) for _ in range(32)))
+
+    assert asyncio.run(main()) == [TEXT] * 32
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Other tests keep huggingface_hub from using any network, even this machine's own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    huggingface_hub.utils._http.reset_sessions()
+    yield
+    huggingface_hub.utils._http.reset_sessions()
+
+
+@pytest.mark.usefixtures("online")
+def test_huggingface_text_generation(server: Server) -> None:
+    client = huggingface_hub.InferenceClient(server.url)
+    assert client.text_generation("x", max_new_tokens=5) == "xZwöl"  # POST / of TGI, and here, puts the prompt first
+    assert client.text_generation("x", max_new_tokens=5, return_full_text=False) == "Zwöl"
+    answer = client.text_generation(
+        "x", max_new_tokens=5, details=True, decoder_input_details=True, do_sample=True, seed=3, return_full_text=False
+    )
+    assert (answer.generated_text, answer.details.seed, answer.details.generated_tokens) == ("Zwöl", 3, 5)
+    assert answer.details.prefill[0].text == "x"
+    events = list(client.text_generation("x", max_new_tokens=5, stream=True, details=True))
+    assert "".join(event.token.text for event in events) == "Zwöl"
+    assert events[-1].details is not None
+    assert events[-1].details.finish_reason == "length"
+    assert list(client.text_generation("x", max_new_tokens=3, stream=True)) == ["Z", "w", ""]
+
+
+@pytest.mark.usefixtures("online")
+def test_huggingface_chat(server: Server) -> None:
+    client = huggingface_hub.InferenceClient(base_url=server.url)
+    assert client.chat_completion(MESSAGES).choices[0].message.content == TEXT
+    chunks = client.chat_completion(MESSAGES, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
+
+
+def test_text_generation_client(server: Server) -> None:
+    client = text_generation.Client(server.url)
+    answer = client.generate("x", max_new_tokens=5, decoder_input_details=True, best_of=1)
+    assert answer.generated_text == "Zwöl"
+    assert answer.details.finish_reason == "length"
+    assert [token.text for token in answer.details.prefill] == ["x"]
+    assert client.generate("x", stop_sequences=["Box"]).generated_text == "Zwölf Box"
+    events = list(client.generate_stream("x", max_new_tokens=5))
+    assert "".join(event.token.text for event in events) == "Zwöl"
+    assert events[-1].generated_text == "Zwöl"
+
+
+def test_text_generation_client_knows_the_errors(server: Server) -> None:
+    client = text_generation.Client(server.url)
+    with pytest.raises(ValidationError, match="must be <= 500"):
+        client.generate("x" * 450, max_new_tokens=100)
+
+
+def test_text_generation_chat(server: Server) -> None:
+    client = text_generation.Client(server.url)
+    answer = client.chat(messages=[text_generation.types.Message(role="user", content="hi")])
+    assert answer.choices[0].message.content == TEXT
+    # its streaming chat cannot read `[DONE]`, whatever server sends it
+
+
+def test_text_generation_async_client(server: Server) -> None:
+    async def main() -> list[str]:
+        client = text_generation.AsyncClient(server.url)
+        answer = await client.generate("x", max_new_tokens=5)
+        texts = [event.token.text async for event in client.generate_stream("x", max_new_tokens=5)]
+        return [answer.generated_text, "".join(texts)]
+
+    assert asyncio.run(main()) == ["Zwöl", "Zwöl"]
