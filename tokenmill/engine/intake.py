@@ -90,6 +90,7 @@ class Intake:
         self._encoder = msgspec.msgpack.Encoder()
         self._workers: set[_Worker] = set()
         self._owner_of: dict[int, _Worker] = {}
+        self._watched = False  # `watch` was readable at the last look
         self._orphans: list[ToEngine] = []  # aborts of the requests of workers that are gone
         self._listener = Listener(address)
         self._listener.set_blocking(False)
@@ -265,13 +266,15 @@ class RankServer:
         """Wait until every other rank has connected. Raises TimeoutError naming those that have not."""
         deadline = time.monotonic() + timeout_s
         while missing := sorted(set(range(1, self._size)) - set(self._followers)):
-            self._listener.set_timeout(max(0.001, deadline - time.monotonic()))
+            left = max(0.001, deadline - time.monotonic())
+            self._listener.set_timeout(left)
             try:
-                sock = self._listener.accept()
+                channel: Channel[Hello] = Channel(self._listener.accept(), Hello)
+                channel.set_timeout(left)
+                hello = channel.receive()
             except TimeoutError:
                 raise TimeoutError(f"ranks {missing} did not connect to rank 0 within {timeout_s:.0f} s") from None
-            channel: Channel[Hello] = Channel(sock, Hello)
-            hello = channel.receive()
+            channel.set_timeout(None)
             if hello is not None:
                 self._followers[hello.rank] = channel
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -50,23 +51,24 @@ class FrameReader(Generic[T]):
         self._max_bytes = max_bytes
         self._buffer = bytearray()
 
-    def feed(self, data: bytes | bytearray | memoryview) -> list[T]:
-        """The messages that `data` completes, in order. Raises ChannelError; what came after the bad frame is lost."""
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[T]:
+        """Yields the messages that `data` completes, in order; exhaust it. Raises ChannelError at the first bad one."""
         buffer = self._buffer
         buffer += data
-        messages: list[T] = []
         start = 0
-        while len(buffer) - start >= _HEADER_BYTES:
-            size = int.from_bytes(buffer[start : start + _HEADER_BYTES], "little")
-            if size > self._max_bytes:
-                raise ChannelError(f"a frame of {size} bytes; at most {self._max_bytes} are read")
-            end = start + _HEADER_BYTES + size
-            if end > len(buffer):
-                break
-            messages.append(self._decode(buffer[start + _HEADER_BYTES : end]))
-            start = end
-        del buffer[:start]
-        return messages
+        try:
+            while len(buffer) - start >= _HEADER_BYTES:
+                size = int.from_bytes(buffer[start : start + _HEADER_BYTES], "little")
+                if size > self._max_bytes:
+                    raise ChannelError(f"a frame of {size} bytes; at most {self._max_bytes} are read")
+                end = start + _HEADER_BYTES + size
+                if end > len(buffer):
+                    break
+                message = self._decode(buffer[start + _HEADER_BYTES : end])
+                start = end
+                yield message
+        finally:
+            del buffer[:start]
 
     @property
     def pending(self) -> int:
@@ -90,7 +92,8 @@ class Channel(Generic[T]):
         self._socket = sock
         self._reader: FrameReader[T] = FrameReader(kind, max_bytes)
         self._encoder = msgspec.msgpack.Encoder()
-        self._ready: list[T] = []
+        self._ready: deque[T] = deque()
+        self._error: ChannelError | None = None  # raised after what came before it was received
 
     @classmethod
     def connect(cls, address: str, kind: Any, *, timeout_s: float = 0.0) -> Channel[T]:
@@ -108,13 +111,19 @@ class Channel(Generic[T]):
     def receive(self) -> T | None:
         """The next message; blocks. None: the peer closed between frames; inside a frame it is a ChannelError."""
         while not self._ready:
+            if self._error is not None:
+                raise self._error
             data = self._socket.recv(_READ_BYTES)
             if not data:
                 if self._reader.pending:
                     raise ChannelError("the connection ended in the middle of a frame")
                 return None
-            self._ready = self._reader.feed(data)
-        return self._ready.pop(0)
+            try:
+                for message in self._reader.feed(data):
+                    self._ready.append(message)
+            except ChannelError as error:
+                self._error = error
+        return self._ready.popleft()
 
     def set_timeout(self, seconds: float | None) -> None:
         """How long `send` and `receive` wait before they raise TimeoutError; None: for ever."""
