@@ -22,7 +22,7 @@ from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks
-from tokenmill.weights.checkpoint import model_config, open_checkpoint, read_json
+from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint, read_json
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
@@ -74,34 +74,19 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     Blocks for as long as that takes. Raises a StartError that says what to do.
     """
     from tokenmill.models.base import program_of
-    from tokenmill.quant.base import reader_of
 
     device, dtype = _device(wants.device), wants.dtype or "float32"
     checkpoint = open_checkpoint(source)
     program = program_of(checkpoint.config)
-    weight_bytes = _weight_bytes(program, dtype)
-    check_weights(weight_bytes, available_bytes(), wants.memory_limit)
     longest = _longest(source, checkpoint.config, wants)
     _max_input_tokens(wants.max_input_tokens, longest)  # before minutes of reading
-    batch_size = wants.max_batch_size or _MAX_BATCH_SIZE
-    limits = StepLimits(wants.max_batch_tokens or _MAX_BATCH_TOKENS, batch_size, longest, wants.block_size)
-
-    from tokenmill.backends.torch.backend import TorchBackend  # imports torch
-    from tokenmill.backends.torch.threads import set_threads
-
-    if wants.cpu_threads is not None:
-        set_threads(wants.cpu_threads)
-    backend = TorchBackend(
-        program,
-        checkpoint,
-        reader_of(checkpoint, wants.quantize),
-        limits,
-        group,
-        dtype=dtype,
-        device=device,
-        report=report,
+    weight_bytes = _weight_bytes(program, dtype)
+    check_weights(weight_bytes, available_bytes(), wants.memory_limit)
+    limits = StepLimits(
+        wants.max_batch_tokens or _MAX_BATCH_TOKENS, wants.max_batch_size or _MAX_BATCH_SIZE, longest, wants.block_size
     )
     with ExitStack() as resources:
+        backend = _backend(program, checkpoint, limits, wants, group, report)
         resources.callback(backend.close)
         num_blocks = _allocate(backend, limits, wants, group, weight_bytes // group.size)
         report(Progress("warmup", unit="items"))
@@ -118,12 +103,27 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             max_input_tokens=_max_input_tokens(wants.max_input_tokens, total),
             max_total_tokens=total,
             max_batch_tokens=limits.max_batch_tokens,
-            max_batch_size=batch_size,
+            max_batch_size=limits.max_batch_size,
             num_shard=group.size,
             revision=source.revision,
             quantize=wants.quantize,
         )
-        return Assembled(_scheduler(info), Executor(backend, batch_size), info, resources.pop_all())
+        return Assembled(_scheduler(info), Executor(backend, limits.max_batch_size), info, resources.pop_all())
+
+
+def _backend(
+    program: Program, checkpoint: Checkpoint, limits: StepLimits, wants: Wants, group: Group, report: Report
+) -> Backend:
+    """The backend, its weights read. Imports torch."""
+    from tokenmill.backends.torch.backend import TorchBackend
+    from tokenmill.backends.torch.threads import set_threads
+    from tokenmill.quant.base import reader_of
+
+    if wants.cpu_threads is not None:
+        set_threads(wants.cpu_threads)
+    read = reader_of(checkpoint, wants.quantize)
+    dtype, device = wants.dtype or "float32", _device(wants.device)
+    return TorchBackend(program, checkpoint, read, limits, group, dtype=dtype, device=device, report=report)
 
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:
