@@ -37,7 +37,7 @@ if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 
     index=
     if [ "$(uname -s)" = Linux ] && ! [ -e /dev/nvidiactl ] && ! command -v nvidia-smi >/dev/null; then
         # Which build would the configured index give? One that needs NVIDIA's packages is not wanted here.
-        if pip install --quiet --dry-run --no-deps --report - "$torch" 2>/dev/null | "$venv/bin/python" -c '
+        if pip install --quiet --dry-run --no-deps --report - "$torch" 2>/dev/null | "$venv/bin/python" -P -c '
 import json, sys
 requires = json.load(sys.stdin)["install"][0]["metadata"].get("requires_dist", [])
 sys.exit(not any(name.startswith(("nvidia-", "cuda-")) for name in requires))' 2>/dev/null; then
@@ -51,7 +51,7 @@ fi
 echo "Installing tokenmill"
 pip install --quiet --no-compile "$@"
 # Compile what a server imports, so that the second start is a fast one even where Python may not write bytecode.
-env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c '
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -P -c '
 import tokenmill.backends.torch.backend, tokenmill.launcher, tokenmill.llm, tokenmill.server.worker' || {
     echo "The installed package cannot be imported; see above. Remove $venv and try again." >&2
     exit 1

@@ -58,7 +58,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag="request"):
 
     @property
     def computes_whole_prompt(self) -> bool:
-        """True if something is wanted of every prompt token, so that none may be skipped by a hit of the prefix cache."""
+        """True if something is wanted of every prompt token, so that no hit of the prefix cache may skip one."""
         return self.sampling.prompt_logprobs >= 0
 
 
