@@ -2,7 +2,7 @@
 
     python bench/scheduler.py [--sequences 256] [--steps 2000]
 
-Three loads: steady (nobody joins, leaves or needs a block), decode (block borders are crossed as they come, by one row in
+Three loads: steady (nobody joins, leaves or needs a block), decode (borders of blocks are crossed, by one row in
 sixteen a step) and churn (in each step one sequence in a hundred ends, and another takes its place).
 """
 
