@@ -18,6 +18,7 @@ from tokenizers import AddedToken, processors
 from tokenmill.errors import ModelError
 from tokenmill.text import sentencepiece
 from tokenmill.text.chat_template import ChatTemplate
+from tokenmill.text.library import reading
 from tokenmill.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -105,10 +106,8 @@ def _read_text(path: Path) -> str:
 def _inner(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
-        try:
+        with reading(path):
             return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # noqa: BLE001 - the library raises nothing more special
-            raise ModelError(f"{path} cannot be read: {e}. Download the file again.") from None
     if (folder / "tokenizer.model").is_file():
         return sentencepiece.load(folder / "tokenizer.model", legacy=config.get("legacy", True) is not False)
     others = [name for name in ("tekken.json", "vocab.json", "vocab.txt", "spiece.model") if (folder / name).is_file()]

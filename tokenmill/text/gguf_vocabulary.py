@@ -16,6 +16,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenmill.errors import ModelError, Unsupported
 from tokenmill.text import folder, sentencepiece
 from tokenmill.text.chat_template import ChatTemplate
+from tokenmill.text.library import reading
 from tokenmill.text.sentencepiece import Kind
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.gguf import Gguf
@@ -100,12 +101,10 @@ def load(path: Path, config_path: str = "") -> Tokenizer:
     """Read the vocabulary of a GGUF file. `config_path`: a tokenizer_config.json whose template is preferred, or ""."""
     data = _Metadata(Gguf(path).metadata, path)
     kind = data.take("model", str)
-    if kind == "gpt2":
-        inner = _byte_level(data)
-    elif kind == "llama":
-        inner = sentencepiece.build(_sentencepiece(data))
-    else:
+    if kind not in ("gpt2", "llama"):
         raise Unsupported("GGUF tokenizer", kind, ("gpt2", "llama"))
+    with reading(path):
+        inner = _byte_level(data) if kind == "gpt2" else sentencepiece.build(_sentencepiece(data))
     bos, eos = data.token("bos_token_id"), data.token("eos_token_id")
     begins = data.take("add_bos_token", bool, kind == "llama" or data.pre in _WHOLE_WORDS_FIRST)
     ends = data.take("add_eos_token", bool, False)
@@ -191,10 +190,7 @@ def _byte_level(data: _Metadata) -> tokenizers.Tokenizer:
     if data.pre not in _PRE:
         raise Unsupported("GGUF pre-tokenizer", data.pre, _PRE)
     ids = {token: i for i, token in enumerate(data.tokens)}
-    try:
-        model = models.BPE(ids, data.merges(), ignore_merges=data.pre in _WHOLE_WORDS_FIRST)
-    except Exception as e:  # noqa: BLE001 - the library raises nothing more special
-        raise ModelError(f"{data._path}: vocabulary and merges do not fit each other: {e}.") from None
+    model = models.BPE(ids, data.merges(), ignore_merges=data.pre in _WHOLE_WORDS_FIRST)
     inner = tokenizers.Tokenizer(model)
     cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _PRE[data.pre]]
     inner.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])

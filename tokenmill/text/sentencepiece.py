@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from tokenmill.errors import ModelError
+from tokenmill.text.library import reading
 
 _UNIGRAM, _BPE = 1, 2
 _LONGEST_PIECE = 512  # characters; a piece's merges take the square of it
@@ -52,11 +53,12 @@ def load(path: Path, *, legacy: bool = True) -> tokenizers.Tokenizer:
         vocabulary = parse(raw)
     except OSError as e:
         raise ModelError(f"{path} cannot be read: {e}.") from None
-    except (ValueError, struct.error) as e:
+    except ValueError as e:
         raise ModelError(f"{path} is no SentencePiece model: {e}. Download the file again.") from None
     if not vocabulary.pieces:
         raise ModelError(f"{path} is no SentencePiece model: it has no pieces. Download the file again.")
-    return build(vocabulary, legacy=legacy)
+    with reading(path):
+        return build(vocabulary, legacy=legacy)
 
 
 def build(vocabulary: Vocabulary, *, legacy: bool = True) -> tokenizers.Tokenizer:
@@ -119,7 +121,7 @@ def _piece(raw: bytes) -> tuple[str, float, int]:
         if field == 1:
             text = _bytes(value).decode()
         elif field == 2:
-            score = struct.unpack("<f", _bytes(value))[0]
+            score = _float(_bytes(value))
         elif field == 3:
             kind = _number(value)
     return text, score, kind
@@ -187,6 +189,12 @@ def _bytes(value: bytes | int) -> bytes:
     if isinstance(value, int):
         raise ValueError("a number where text belongs")
     return value
+
+
+def _float(value: bytes) -> float:
+    if len(value) != 4:
+        raise ValueError(f"{len(value)} bytes where a number of 4 belongs")
+    return float(struct.unpack("<f", value)[0])
 
 
 def _number(value: bytes | int) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tokenizers
 
 from tokenmill.errors import ModelError, ValidationError
+from tokenmill.text.library import is_library_error
 from tokenmill.text.pieces import Pieces, spelling
 
 if TYPE_CHECKING:
@@ -130,6 +131,10 @@ class Tokenizer:
             return encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except (TypeError, UnicodeEncodeError):  # lone surrogates, which JSON can carry
             raise ValidationError("tokenizer error: the text has characters that cannot be written in UTF-8") from None
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            raise ValidationError(f"tokenizer error {error}") from None
 
 
 def _byte_positions(text: str) -> list[int] | None:
