@@ -57,7 +57,7 @@ def _work(engine: Engine[Any], control: ChildControl) -> None:
         while control.poll() is not None:
             engine.step()
     except ConnectionError as error:
-        _log.warning("This rank ends: %s.", error)
+        _log.info("This rank ends: %s.", error)  # if that is news, rank 0 has said why
 
 
 def _meet(
