@@ -116,11 +116,14 @@ class Bars:
             TransferSpeedColumn,
         )
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         self._console = Console(highlight=False, soft_wrap=True)
+        whole = Column(no_wrap=True)
         self._bars = RichProgress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            TimeRemainingColumn(), console=self._console,
+            TextColumn("{task.description}", table_column=whole), BarColumn(bar_width=None),
+            DownloadColumn(table_column=whole), TransferSpeedColumn(table_column=whole),
+            TimeRemainingColumn(compact=True), console=self._console, expand=True,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
 
@@ -136,7 +139,8 @@ class Bars:
                 self._tasks[progress.phase] = self._bars.add_task("", visible=False)
             return
         if progress.phase not in self._tasks:
-            self._tasks[progress.phase] = self._bars.add_task(title(progress), total=progress.total)
+            name = title(progress).replace(progress.detail, progress.detail.rpartition("/")[2])
+            self._tasks[progress.phase] = self._bars.add_task(name, total=progress.total)
             self._bars.start()
         self._bars.update(self._tasks[progress.phase], completed=progress.done, total=progress.total)
         if self._bars.finished:
