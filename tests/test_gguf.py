@@ -173,6 +173,9 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "b.gguf", "llama", embed, lambda w: w.add_expert_count(8))
     with pytest.raises(Unsupported, match="llama with experts"):
         model_config(local_source(tmp_path / "b.gguf"))
+    write(tmp_path / "d.gguf", "llama", {**embed, "rope_freqs.weight": (np.ones(8, np.float16), None)})
+    with pytest.raises(ModelError, match=r"'rope_freqs.weight' is stored as F16"):
+        model_config(local_source(tmp_path / "d.gguf"))
     raw = np.zeros((7, 84), np.uint8)
     write(tmp_path / "c.gguf", "llama", {"token_embd.weight": (raw, gguf.GGMLQuantizationType.Q2_K)})
     with pytest.raises(ModelError, match=r"stored as Q2_K\. Readable: F32"):

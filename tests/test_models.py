@@ -11,11 +11,16 @@ import pytest
 import torch
 from support_models import FAMILIES, LLAMA3, SIZES, YARN, Driver, make_checkpoint, prompts, reference, steps
 
-from tokenmill.errors import ModelError, Unsupported
+from tokenmill.backends.base import StepLimits
+from tokenmill.backends.torch.backend import TorchBackend
+from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory, Unsupported
 from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
 from tokenmill.program.cost import cache_layout
+from tokenmill.quant.base import reader_of
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
+from tokenmill.wire.messages import Progress
 
 torch.set_num_threads(1)
 
@@ -36,8 +41,6 @@ def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case
 
 @pytest.mark.parametrize("block_size", [1, 7, 32])
 def test_the_size_of_a_block_changes_nothing(tmp_path: Path, block_size: int) -> None:
-    from tokenmill.backends.base import StepLimits
-
     model = make_checkpoint(tmp_path, "mistral_window")
     backend = Driver.of(tmp_path, limits=StepLimits(256, 4, 256, block_size), num_blocks=200)
     for rows, want in zip(steps(), reference(model, steps()), strict=True):
@@ -46,8 +49,6 @@ def test_the_size_of_a_block_changes_nothing(tmp_path: Path, block_size: int) ->
 
 def test_a_prompt_longer_than_a_run_equals_one_forward(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, "llama", max_position_embeddings=1024)
-    from tokenmill.backends.base import StepLimits
-
     ids = np.random.default_rng(5).integers(0, 128, 700).tolist()
     backend = Driver.of(tmp_path, limits=StepLimits(1024, 4, 1024, 16), num_blocks=100)
     rows = [[(0, ids[:3]), (1, ids[:450])], [(1, ids[450:]), (0, [5])]]
@@ -56,8 +57,6 @@ def test_a_prompt_longer_than_a_run_equals_one_forward(tmp_path: Path) -> None:
 
 
 def test_many_sequences_of_all_lengths_share_a_step_as_if_alone(tmp_path: Path) -> None:
-    from tokenmill.backends.base import StepLimits
-
     make_checkpoint(tmp_path, "qwen2_window")
     rng = np.random.default_rng(1)
     sequences = [rng.integers(0, 128, n).tolist() for n in rng.integers(1, 120, 24)]
@@ -99,6 +98,37 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     backend = Driver.of(tmp_path, dtype="bfloat16")
     for rows, want in zip(steps(), reference(model, steps()), strict=True):
         assert np.corrcoef(backend.feed(rows).ravel(), want.ravel())[0, 1] > 0.999
+
+
+def test_the_bytes_of_a_block_and_of_a_step_are_known_before_they_are_needed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "qwen3", vocab_size=50_000)
+    backend = Driver.of(tmp_path, num_blocks=8)
+    assert backend.block_bytes() * 8 == sum(cache.nbytes for cache in backend._cache.values())
+    assert backend.block_bytes() == 3 * 2 * 2 * 32 * 4 * 16  # layers, key and value, heads, head size, bytes, tokens
+    assert backend.step_bytes() > 4 * 128 * 50_000 * 4  # four copies of the logits of 128 rows
+
+
+def test_a_cache_that_cannot_be_had_is_said_with_its_size(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    with pytest.raises(NotEnoughMemory, match=r"1125899906842624 blocks needs \d{19,} bytes"):
+        Driver.of(tmp_path, num_blocks=8).allocate(1 << 50)
+
+
+def test_an_unknown_dtype_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    with pytest.raises(ArgumentError, match=r"'int3' is not known\. Allowed: float32, bfloat16, float16"):
+        Driver.of(tmp_path, dtype="int3")
+
+
+def test_loading_reports_every_byte_of_the_file(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    source, seen = open_checkpoint(local_source(tmp_path)), list[Progress]()
+    limits = StepLimits(64, 4, 64, 16)
+    program = program_of(source.config)
+    TorchBackend(program, source, reader_of(source), limits, Group(), dtype="float32", report=seen.append).close()
+    assert {p.total for p in seen} == {sum(source.nbytes(name) for name in source.names())}
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert seen[-1].done == seen[-1].total
 
 
 def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:

@@ -185,6 +185,8 @@ class Gguf:
         if self._config is None:
             shapes = {name: entry.shape for name, entry in self._entries.items()}
             factors = self._entries.get("rope_freqs.weight")
+            if factors is not None and factors.kind != "F32":
+                raise ModelError(f"{self.path}: 'rope_freqs.weight' is stored as {factors.kind}, not as F32.")
             rope = None if factors is None else self._bytes(factors).view(np.float32).ravel().tolist()
             self._config = gguf_config.config_of(self.metadata, shapes, rope, str(self.path))
         return self._config

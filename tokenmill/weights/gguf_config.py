@@ -17,7 +17,7 @@ def config_of(
 ) -> dict[str, Any]:
     """`shapes`: of all tensors by the file's names. `rope_factors`: the tensor rope_freqs.weight, if there."""
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise Unsupported("GGUF architecture", str(architecture), ARCHITECTURES)
     read = _Reader(metadata, architecture, path)
     if read("expert_count", 0):
@@ -75,6 +75,8 @@ def _rope_scaling(read: _Reader, factors: list[float] | None) -> dict[str, Any] 
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise Unsupported("rope scaling", str(kind), ("none", "linear", "yarn"))
+    if not isinstance(factor, float) or not factor > 0:
+        raise ModelError(f"{read.path}: rope.scaling.factor is {factor!r}, not a number above 0.")
     context = read("context_length")
     scaling = {
         "rope_type": "yarn",

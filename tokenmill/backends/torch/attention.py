@@ -47,7 +47,6 @@ class Bucket:
     queries: Tensor  # (B, Q) places among the T tokens
     positions: Tensor  # (B, Q) of the queries
     keys: Tensor  # (B · L,) places in the cache
-    contexts: Tensor  # (B,)
     real: Tensor | None  # which of the B · Q queries are no padding, None: all
     tokens: Tensor  # their places among the T tokens
     kept: dict[int, Tensor | None] | None  # window -> mask; None: too large to keep
@@ -140,7 +139,6 @@ def _bucket(runs: list[Run], tables: Tensor, block_size: int, keep: bool) -> Buc
         queries=torch.from_numpy(first + within).to(device),
         positions=torch.from_numpy(start + within).to(device),
         keys=places.reshape(-1),
-        contexts=torch.from_numpy(contexts[:, 0]).to(device),
         real=real,
         tokens=torch.from_numpy((first + within)[~padded]).to(device),
         kept={} if keep else None,
