@@ -143,6 +143,26 @@ def test_a_request_that_two_parsers_could_read_differently_is_refused(server: Se
     assert answer.count(b"HTTP/1.1") == 1
 
 
+@pytest.mark.parametrize("endless", [b"GET /health?", b"GET /health HTTP/1.1\r\nhost: x\r\nx-a: "])
+def test_headers_without_an_end_are_refused(server: Server, endless: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        sock.sendall(endless)
+        try:
+            for _ in range(1000):
+                sock.sendall(b"x" * 10_000)
+                time.sleep(0.001)
+        except OSError:
+            return  # the server has closed
+    pytest.fail("ten megabytes of headers were taken")
+
+
+def test_long_bodies_and_many_requests_on_a_connection_are_no_long_headers(server: Server) -> None:
+    with httpx.Client(base_url=server.url, headers=KEY) as client:
+        for _ in range(5):
+            assert client.post("/tokenize", json={"inputs": "x" * 100_000}).status_code == 200
+            assert client.get("/health", headers={"x-long": "y" * 20_000}).status_code == 200
+
+
 def test_an_engine_that_dies_ends_its_streams_with_an_error_and_another_takes_over(model: Path) -> None:
     server = Server(model, port_of_a_moment_ago(), "--mock-text", TEXT, "--mock-step-ms", "5")
     try:

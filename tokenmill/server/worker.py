@@ -24,6 +24,7 @@ import uvloop
 from tokenmill import __version__
 from tokenmill.config import Settings
 from tokenmill.server.app import create_app
+from tokenmill.server.protocol import BoundedProtocol
 from tokenmill.server.service import Model, Service, ServiceOptions
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
@@ -68,7 +69,7 @@ class Worker:
         )
         config = uvicorn.Config(
             create_app(self._service),
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

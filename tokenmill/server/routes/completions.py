@@ -170,11 +170,20 @@ class CompletionAnswer:
             text = text_of(token_id)
             logprobs.tokens.append(text)
             logprobs.token_logprobs.append(logprob)
-            top = {t: lp for _, t, lp in reversed(self._envelope.top_texts(details))} if details else None
-            logprobs.top_logprobs.append(top)
+            logprobs.top_logprobs.append(self._top(text, details))
             logprobs.text_offset.append(offset)
             offset += len(text)
         return logprobs
+
+    def _top(self, text: str, details: TokenDetails | None) -> dict[str, float] | None:
+        """The likeliest tokens by their texts, best first, and the chosen one, as OpenAI has it."""
+        if details is None:
+            return None
+        top: dict[str, float] = {}
+        for _, other, logprob in self._envelope.top_texts(details):
+            top.setdefault(other, logprob)  # of two ids with one text the likelier counts
+        top.setdefault(text, details.logprob)
+        return top
 
     def _object(self, choices: list[CompletionChoice], usage: Any) -> Completion:
         e = self._envelope
