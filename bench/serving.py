@@ -1,4 +1,4 @@
-"""Throughput and latency over HTTP at 1, 4, 16, 32 streams: `python bench/serving.py [--url URL] [--streams 1,4,16,32]`.
+"""Throughput and latency over HTTP at 1, 4, 16, 32 streams: `python bench/serving.py [--url URL] [--streams 1,4]`.
 
 Without `--url` the embedded model is served for the time of the run. Each number of streams is measured in `--passes`
 rounds, interleaved, after one unmeasured round; the table shows the round of median throughput.

@@ -46,10 +46,10 @@ sys.exit(not any(name.startswith(("nvidia-", "cuda-")) for name in requires))' 2
     fi
     echo "Installing $torch${index:+ (CPU build)}"
     # shellcheck disable=SC2086  # the option and its value are two words
-    pip install --quiet --no-compile $index "$torch"
+    pip install --quiet --quiet --no-compile $index "$torch"
 fi
 echo "Installing tokenmill"
-pip install --quiet --no-compile "$@"
+pip install --quiet --quiet --no-compile "$@"
 # Compile what a server imports, so that the second start is a fast one even where Python may not write bytecode.
 env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -P -c '
 import tokenmill.backends.torch.backend, tokenmill.launcher, tokenmill.llm, tokenmill.server.worker' || {
