@@ -84,7 +84,7 @@ def test_a_client_that_leaves_is_forgotten_by_the_engine(server: Server, path: s
     sock = raw_stream(server, path, body)
     eventually(lambda: running(server) > 0)
     sock.close()
-    eventually(lambda: running(server) == 0)
+    eventually(lambda: running(server) == 0, timeout_s=3)  # by itself it would run for eight
     eventually(lambda: server.metric('tgi_request_failure{err="dropped"}') == dropped + 1)
     eventually(lambda: server.metric("tokenmill_requests_in_flight") == 0)
 
