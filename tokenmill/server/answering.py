@@ -179,6 +179,7 @@ async def stream(call: Call, sequences: Sequences, answer: Answer) -> None:
         if not events.started:
             raise listener.error
         call.service.count_failure(listener.error)
+        log.error("%s failed in the middle of a stream: %s", call.scope["path"], listener.error)
         return
     log_success(call, listener.generations)
 

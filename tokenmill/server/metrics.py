@@ -159,10 +159,6 @@ class Metrics:
                 top = max_input_tokens if metric.buckets == "input" else max_total_tokens
                 self._bounds[metric.name] = [k * top / 100 for k in range(1, 101)]
 
-    def offset(self, name: str, *values: str) -> int:
-        """Where a metric's cells begin. KeyError if there is no such metric or label."""
-        return self._offsets[name, values]
-
     def add(self, name: str, *values: str, amount: float = 1.0) -> None:
         """Add to a counter or gauge."""
         self._cells[self._offsets[name, values]] += amount
