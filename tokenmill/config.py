@@ -27,6 +27,7 @@ _LOCAL = "ranks meet in a private folder of this machine, not at an address."
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All options of a server. None and "" mean "not given": what they become is decided at start, once."""
 
+    # fmt: off
     # The model
     model_id: Annotated[str, Option("A Hub id, a folder, or a .gguf file. Without it: the embedded default.")] = ""
     revision: Annotated[str, Option("Branch, tag, refs/pr/N or commit of a model on the Hub.")] = ""
@@ -154,6 +155,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     mock_fault: Annotated[str, Option("Faults of the mock engine at its N-th step: nan@N, raise@N, hang@N, exit@N.",
                                       env="TOKENMILL_MOCK_FAULT")] = ""
     warnings: Annotated[tuple[str, ...], Option("What to tell the user.", env="", env_only=True)] = ()
+    # fmt: on
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a `Configure` frame, secrets included: it crosses inherited pipes only."""
