@@ -14,12 +14,10 @@ import contextlib
 import errno
 import logging
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from tokenmill.config import Settings
 from tokenmill.errors import AddressInUse, StartError
 from tokenmill.process import Child
 from tokenmill.progress import Display, display
+from tokenmill.rundir import run_dir
 from tokenmill.wire.messages import Configure, Drain, EngineInfo, ModelReady, Phase, Progress, Ready, ToChild
 
 SERVER, ENGINE, FETCH = "tokenmill.server.worker:main", "tokenmill.runtime.worker:main", "tokenmill.fetch:main"
@@ -356,12 +355,9 @@ def serve(settings: Settings) -> int:
     for warning in settings.warnings:
         _log.warning("%s", warning)
     _log.info("Options: %s", settings.shown())
-    run_dir = tempfile.mkdtemp(prefix="tokenmill-")  # mode 0700
     try:
-        with listen(settings.hostname, settings.port) as listener:
-            return Supervisor(settings, listener, run_dir, display(json=settings.json_output)).run()
+        with run_dir() as folder, listen(settings.hostname, settings.port) as listener:
+            return Supervisor(settings, listener, folder, display(json=settings.json_output)).run()
     except StartError as error:
         print(f"Error: {error.variant}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
