@@ -101,6 +101,7 @@ def main() -> None:
     print(f"{how}, {os.cpu_count()} CPUs, {platform.machine()}")
     print(table(reports))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
 
 

@@ -231,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--message", default="", metavar="TEXT", help="send this, print the answer, end")
     parser.add_argument("--max-tokens", type=int, metavar="N", default=1024)
-    parser.add_argument("--temperature", type=float, metavar="T")
+    about_t = "0: greedy; 0.3 by default, for small models ramble at 1"
+    parser.add_argument("--temperature", type=float, metavar="T", default=0.3, help=about_t)
     parser.add_argument("--seed", type=int, metavar="N")
     return parser

@@ -67,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Limits
     max_concurrent_requests: Annotated[int, Option("Requests at once; more are refused with 429.", at_least=1)] = 128
-    max_best_of: Annotated[int, Option("The most a request may ask for with best_of or n.", at_least=1)] = 2
+    max_best_of: Annotated[int, Option("The most a request may ask for with best_of.", at_least=1)] = 2
     max_stop_sequences: Annotated[int, Option("The most stop strings of a request.", at_least=0)] = 4
     max_top_n_tokens: Annotated[int, Option("The most alternatives of a token.", at_least=0)] = 5
     max_input_tokens: Annotated[int | None, Option("The longest prompt. Default: --max-total-tokens − 1.",

@@ -345,7 +345,7 @@ def readiness(info: EngineInfo, settings: Settings, took_s: float) -> list[str]:
         f"the KV cache holds {info.capacity:,} tokens, {full} request{'s' if full != 1 else ''} of the full "
         f"{info.max_total_tokens:,} tokens.",
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
-        """    -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 60}'""",
+        """    -d '{"temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]}'""",
     ]
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.config import Settings, memory_bytes
+from tokenmill.config import Settings
 from tokenmill.errors import ArgumentError, TemplateError, ValidationError
 from tokenmill.parallel.group import Group
-from tokenmill.runtime.assembly import Wants, assemble
+from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
+from tokenmill.runtime.worker import wants
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Options, Prepared, RequestLimits, prepare
 from tokenmill.text.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ class LLM:
         settings = _settings(model, options)
         source = _source(settings)
         self.tokenizer = Tokenizer.load(source)
-        self._engine = OfflineEngine(assemble(source, _wants(settings), Group(), _say_nothing))
+        self._engine = OfflineEngine(assemble(source, wants(settings), Group(), _say_nothing))
         info = self._engine.info
         self._limits = RequestLimits(
             max_input_tokens=info.max_input_tokens,
@@ -261,21 +262,6 @@ def _source(settings: Settings) -> ModelSource:
         report=_say_nothing,
     )
     return msgspec.structs.replace(source, tokenizer_config_path=settings.tokenizer_config_path)
-
-
-def _wants(settings: Settings) -> Wants:
-    return Wants(
-        dtype=settings.dtype,
-        device=settings.device,
-        quantize=settings.quantize,
-        block_size=settings.block_size,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_batch_size=settings.max_batch_size,
-        max_input_tokens=settings.max_input_tokens,
-        max_total_tokens=settings.max_total_tokens,
-        cpu_threads=settings.cpu_threads,
-        memory_limit=memory_bytes(settings.memory_limit),
-    )
 
 
 def _chosen(options: Options | None, params: dict[str, Any]) -> Options:

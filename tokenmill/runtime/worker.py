@@ -36,7 +36,7 @@ def main(control: ChildControl) -> None:
     source = msgspec.convert(control.wait_model(), ModelSource)
     with ExitStack() as resources:
         group, ranks, follower = _meet(configure, settings, resources)
-        parts = _mock(source, settings) if settings.mock else assemble(source, _wants(settings), group, control.send)
+        parts = _mock(source, settings) if settings.mock else assemble(source, wants(settings), group, control.send)
         resources.callback(parts.close)
         link: Intake | Follower | None = follower
         if link is None:
@@ -94,10 +94,11 @@ def _mock(source: ModelSource, settings: Settings) -> Assembled:
         vocab_size=tokenizer.vocab_size,
         faults=parse_faults(settings.mock_fault),
     )
-    return assemble_mock(source, _wants(settings), executor, tokenizer.vocab_size)
+    return assemble_mock(source, wants(settings), executor, tokenizer.vocab_size)
 
 
-def _wants(settings: Settings) -> Wants:
+def wants(settings: Settings) -> Wants:
+    """What the user said of an engine."""
     return Wants(
         dtype=settings.dtype,
         device=settings.device,
