@@ -1,0 +1,1 @@
+"""The CPU backend: kernels compiled by numba from LLVM vector code, and a step as a table of them. No torch."""

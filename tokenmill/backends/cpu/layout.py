@@ -1,0 +1,84 @@
+"""What kernels and lowering agree on: the columns of a table's row and the words of a step's context.
+
+A step is a table of int64 words, a row an operation. Every thread walks it (`step.py`) and calls the kernel whose address
+is the row's first word:
+
+    kernel(tid, row, context, counter) -> int64
+
+with addresses as int64. `counter` is the row's own int64 in a cache line of its own, zero at the step's beginning: threads
+take items from it with an atomic add. A kernel returns 0 if a barrier must follow, 1 if every thread did all of the work
+for itself (or there was none) and nothing must wait.
+
+Values are matrices, float32 or int8, rows at multiples of a stride in bytes, 64-byte aligned. float32 rows are padded to
+whole vectors of 16. int8 rows have scales: two float32 (s, s · sum of codes) for each 32 columns, so a row of scales is
+`width / 4` bytes, in the same order. Float fields travel as the bits of a float32 in a word's low half (`float_bits`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# ---- columns of a row: those of every kind ----
+KERNEL = 0  # the kernel's address
+ROWS = 1  # how many rows: 0 the step's tokens, 1 its rows that sample
+X = 2  # input
+X_STRIDE = 3  # bytes from row to row
+X_SCALES = 4  # 0: x is float32
+OUT = 5  # output
+OUT_STRIDE = 6
+OUT_SCALES = 7  # 0: out is float32
+WIDTH = 8  # columns of x, unless the kernel says otherwise
+PRIVATE_X = 9  # 1: with at most FEW rows, each thread has a copy of x of its own (see `own`)
+PRIVATE_OUT = 10  # 1: with at most FEW rows, each thread writes a copy of its own, all rows of it
+# from here on a kernel uses the columns as it says
+A, B, C, D, E, F, G, H, I, J, K, L, M, N, O, P, Q, R, S, T = range(11, 31)
+COLUMNS = 32
+ROW_BYTES = COLUMNS * 8
+
+# ---- words of the context ----
+THREADS = 0  # threads that walk the table
+TOKENS = 1  # rows of values of tokens
+SAMPLES = 2  # rows of values of rows that sample
+ITEMS = 3  # of attention: runs of consecutive rows of one sequence
+APART = 4  # 1: no row sees another's key of this step (every sequence has one row)
+BARRIER = 5  # address of the barrier's int64
+COUNTERS = 6  # address of the rows' counters, 64 bytes each
+TABLES = 7  # block tables: int32, a row a slot
+TABLE_STRIDE = 8  # bytes
+TILE = 9  # scratch of each thread: TILE + tid * TILE_SIZE
+TILE_SIZE = 10
+SCORES = 11  # attention's scores: SCORES + (tid * SCORE_ROWS + row) * SCORES_SIZE
+SCORES_SIZE = 12  # bytes of one row of scores
+ROW = 13  # scratch of each thread for one row: ROW + tid * ROW_SIZE
+ROW_SIZE = 14
+ZEROS = 15  # 4,096 bytes of zeros
+IDS = 16  # int64 a token
+POSITIONS = 17  # int64 a token: position in its sequence
+SEQUENCES = 18  # int64 a token: its slot, which is the row of TABLES
+SAMPLED = 19  # int64 a sampling row: its place among the tokens
+FIRST = 20  # int64 an item of attention: its first row
+COUNT = 21  # int64 an item: its rows
+RESULT = 22  # int64 a sampling row: the id that was chosen
+SAMPLED_SLOTS = 23  # int64 a sampling row: its slot
+SAMPLED_POSITIONS = 24  # int64 a sampling row: position of the token that is being sampled
+FULL = 25  # words from here on belong to sampling (sampling.py)
+CONTEXT = 64
+
+FEW = 4  # up to so many rows every thread computes norms for itself: cheaper than a barrier
+SCORE_ROWS = 6  # (query row, head) pairs that attention handles at once, at most
+BLOCK = 16  # tokens of a cache page: one vector
+NO_ACT, SILU, GELU_TANH, GELU_ERF, RELU = range(5)  # activations
+ACTS: dict[str | None, int] = {
+    None: NO_ACT,
+    "silu": SILU,
+    "gelu": GELU_ERF,
+    "gelu_new": GELU_TANH,
+    "gelu_pytorch_tanh": GELU_TANH,
+    "relu": RELU,
+}
+"""Numbers of activations by transformers' names."""
+
+
+def float_bits(x: float) -> int:
+    """How a float travels in a word."""
+    return int(np.float32(x).view(np.uint32))
