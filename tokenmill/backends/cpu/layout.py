@@ -1,17 +1,18 @@
 """What kernels and lowering agree on: the columns of a table's row and the words of a step's context.
 
-A step is a table of int64 words, a row an operation. Every thread walks it (`step.py`) and calls the kernel whose address
-is the row's first word:
+A step is a table of int64 words, a row an operation. Every thread walks it (`step.py`) and calls the kernel whose
+address is the row's first word:
 
     kernel(tid, row, context, counter) -> int64
 
-with addresses as int64. `counter` is the row's own int64 in a cache line of its own, zero at the step's beginning: threads
-take items from it with an atomic add. A kernel returns 0 if a barrier must follow, 1 if every thread did all of the work
-for itself (or there was none) and nothing must wait.
+with addresses as int64. `counter` is the row's own int64 in a cache line of its own, zero at the step's beginning:
+threads take items from it with an atomic add. A kernel returns 0 if a barrier must follow, 1 if every thread did all
+of the work for itself (or there was none) and nothing must wait.
 
-Values are matrices, float32 or int8, rows at multiples of a stride in bytes, 64-byte aligned. float32 rows are padded to
-whole vectors of 16. int8 rows have scales: two float32 (s, s · sum of codes) for each 32 columns, so a row of scales is
-`width / 4` bytes, in the same order. Float fields travel as the bits of a float32 in a word's low half (`float_bits`).
+Values are matrices, float32 or int8, rows at multiples of a stride in bytes, 64-byte aligned. float32 rows are padded
+to whole vectors of 16. int8 rows have scales: two float32 (s, s times the sum of codes) for each 32 columns, so a row
+of scales is `stride of x / 4` bytes, in the same order. Float fields travel as the bits of a float32 in a word's low
+half (`float_bits`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,49 @@ OUT_SCALES = 7  # 0: out is float32
 WIDTH = 8  # columns of x, unless the kernel says otherwise
 PRIVATE_X = 9  # 1: with at most FEW rows, each thread has a copy of x of its own (see `own`)
 PRIVATE_OUT = 10  # 1: with at most FEW rows, each thread writes a copy of its own, all rows of it
-# from here on a kernel uses the columns as it says
-A, B, C, D, E, F, G, H, I, J, K, L, M, N, O, P, Q, R, S, T = range(11, 31)
+# from here on each kind has its own
+# Linear, plain and gated (gated: out is half as wide; panels come as 2 of gate, 2 of up)
+WEIGHT = 11  # address of the panels
+PANEL_BYTES = 12
+PANELS = 13  # of 16 outputs
+RESIDUAL = 14  # 0: none; added to the product
+RESIDUAL_STRIDE = 15
+BIAS = 16  # 0: none; float32, padded
+ACT = 17  # one of the numbers below
+# Embed
+TABLE = 11  # address of the panels
+TABLE_PANEL_BYTES = 12
+TABLE_SCALE = 13  # bits of a float; 0: none
+BY_POSITION = 14  # 1: rows are looked up by position instead of id
+# Norm (WIDTH: columns of a row, or of a head with HEADS of them)
+NORM_WEIGHT = 11
+NORM_BIAS = 12  # 0: none
+NORM_EPS = 13
+CENTER = 14  # 1: LayerNorm
+HEADS = 15  # 0: of the whole row; else of each of so many heads
+Y = 16  # AddNorm, Add: the other term
+Y_STRIDE = 17
+TOTAL = 18  # AddNorm: the sum
+TOTAL_STRIDE = 19
+# Attention (X: queries; WIDTH: kv heads; strides of keys and values as X's)
+HEAD_DIM = 11
+GROUP = 12  # query heads of a kv head
+CACHE = 13  # of the layer
+KEYS = 14
+VALUES = 15
+ROPE = 16  # 0: none; cos then sin of half the rotary columns for each position, float32
+ROPE_HALF = 17  # half of the rotary columns
+ROPE_STRIDE = 18  # bytes from position to position
+ATTENTION_SCALE = 19
+ATTENTION_CAP = 20  # 0: none
+WINDOW = 21  # 0: none
+HEAD_EPS = 22
+Q_NORM = 23  # 0: none
+K_NORM = 24
+AT_ONCE = 25  # query rows of an item, at most
+# Rope by itself (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, HEAD_DIM as of attention; HEADS
+# Act, GatedAct (X gate, Y up): ACT
+CAP = 11  # SoftCap
 COLUMNS = 32
 ROW_BYTES = COLUMNS * 8
 
