@@ -74,6 +74,7 @@ AT_ONCE = 25  # query rows of an item, at most
 # Rope by itself (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, HEAD_DIM as of attention; HEADS
 # Act, GatedAct (X gate, Y up): ACT
 CAP = 11  # SoftCap
+# Sample (X: logits, which it owns; WIDTH: the vocabulary, without padding; ROWS 1): no columns of its own
 COLUMNS = 32
 ROW_BYTES = COLUMNS * 8
 
@@ -103,7 +104,7 @@ COUNT = 21  # int64 an item: its rows
 RESULT = 22  # int64 a sampling row: the id that was chosen
 SAMPLED_SLOTS = 23  # int64 a sampling row: its slot
 SAMPLED_POSITIONS = 24  # int64 a sampling row: position of the token that is being sampled
-FULL = 25  # words from here on belong to sampling (sampling.py)
+SAMPLING = 25  # address of the sampler's own words (sampling.py: Sampler.address); set once
 CONTEXT = 64
 
 FEW = 4  # up to so many rows every thread computes norms for itself: cheaper than a barrier
