@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import shutil
 import socket
@@ -19,6 +21,32 @@ import pytest
 
 from tokenmill.config import default_cache_dir
 from tokenmill.weights import embedded
+
+FOLDER = Path(__file__).parent
+NEEDS_TORCH = ("torch", "tokenmill.backends.torch")
+
+
+def needs_torch(path: Path) -> bool:
+    """Whether a file of this folder imports torch at its top, itself or through another file of this folder."""
+    imported: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    if any(f"{name}.".startswith(f"{torch}.") for name in imported for torch in NEEDS_TORCH):
+        return True
+    return any(needs_torch(FOLDER / f"{name}.py") for name in imported if (FOLDER / f"{name}.py").is_file())
+
+
+collect_ignore = (
+    [] if importlib.util.find_spec("torch") else [path.name for path in FOLDER.glob("test_*.py") if needs_torch(path)]
+)
+
+
+def pytest_report_header() -> str:
+    """Which tests an environment without torch leaves out."""
+    return f"torch is not installed; left out: {', '.join(sorted(collect_ignore))}" if collect_ignore else "with torch"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

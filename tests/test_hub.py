@@ -14,10 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.numpy import load_file
 
-from tokenmill.errors import DownloadError, ModelError
+from tokenmill.errors import DownloadError, MissingPackage, ModelError
 from tokenmill.weights import embedded, hub
 from tokenmill.wire.messages import Progress
 
@@ -134,14 +133,12 @@ def test_the_files_to_fetch_are_those_that_serving_needs() -> None:
         hub.wanted_files(["a.gguf", "b.gguf"])
 
 
-def pickled_model(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    (folder / "config.json").write_text("{}")
-    torch.save(tensors, folder / "pytorch_model.bin")
-
-
 def test_pickled_weights_are_converted_beside_themselves(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
     embedding = torch.randn(5, 3)
-    pickled_model(tmp_path, {"a": torch.arange(6.0).reshape(2, 3).T, "embed": embedding, "head": embedding})
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "embed": embedding, "head": embedding}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
     phases: list[Progress] = []
     source = hub.resolve(str(tmp_path), revision="", cache_dir="", token="", offline=True, report=phases.append)
     found = load_file(tmp_path / "model.safetensors")
@@ -157,6 +154,7 @@ class Evil:
 
 
 def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
@@ -164,6 +162,16 @@ def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         hub.resolve(str(tmp_path), revision="", cache_dir="", token="", offline=True, report=lambda _: None)
     assert not (tmp_path / "was-here").exists()
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_without_torch_pickled_weights_are_refused_with_the_command_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(MissingPackage, match=r"needs torch, which is not installed.*pip install .*torch"):
+        hub.resolve(str(tmp_path), revision="", cache_dir="", token="", offline=True, report=lambda _: None)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_a_transposed_matrix_and_parts_of_a_fused_one_come_out_as_rows(tmp_path:
 
 
 def test_each_float_type_is_read_exactly(tmp_path: Path) -> None:
-    import torch
+    torch = pytest.importorskip("torch")
     from safetensors.torch import save_file as save_torch
 
     values = torch.randn(5, 7)

@@ -6,6 +6,7 @@ TokenmillError
 │   ├── DownloadError          weights could not be fetched
 │   ├── ModelError             weights, tokenizer or config.json are missing, unreadable or do not fit each other
 │   ├── Unsupported            nothing of that name exists: a model type, a quantization, an operation
+│   ├── MissingPackage         what was asked for needs a package that is not installed
 │   ├── NotEnoughMemory        the model or its cache does not fit
 │   └── AddressInUse           the port is taken
 └── RequestError               one request cannot be served; the others go on
@@ -70,6 +71,12 @@ class Unsupported(StartError):
         self.kind, self.name, self.known = kind, name, sorted(known)
         allowed = f" Supported: {', '.join(self.known)}." if self.known else ""
         super().__init__(f"The {kind} {name!r} is not supported.{allowed}{' ' + cure if cure else ''}")
+
+
+class MissingPackage(StartError):
+    """Something needs a package that the base installation leaves out."""
+
+    variant = "ShardCannotStart"
 
 
 class NotEnoughMemory(StartError):

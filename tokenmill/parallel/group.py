@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from tokenmill.extras import need_torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,8 +27,12 @@ class Group:
 
     @classmethod
     def connect(cls, rank: int, size: int, init_method: str) -> Group:
-        """Meet the other ranks; blocks until all are there. `init_method`: as torch.distributed's, e.g. "file:///…"."""
+        """Meet the other ranks; blocks until all are there. `init_method`: as torch.distributed's, e.g. "file:///…".
+
+        Raises MissingPackage if there are others, but no torch.
+        """
         if size > 1:
+            need_torch(f"Sharing a model between {size} ranks (--num-shard)")
             import torch.distributed as dist
 
             dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=_TIMEOUT)

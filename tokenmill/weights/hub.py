@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from tokenmill.errors import DownloadError, ModelError
+from tokenmill.extras import need_torch
 from tokenmill.weights.source import ModelSource, local_source
 from tokenmill.wire.messages import Progress
 
@@ -225,7 +226,8 @@ def _opened(path: Path, model_id: str, report: Report, convert: bool) -> ModelSo
 
 
 def convert_in_child(folder: Path, report: Report) -> None:
-    """Write the folder's pickled weights as .safetensors beside them, in a child process. ModelError if that fails."""
+    """Write the folder's pickled weights as .safetensors beside them, in a child process. StartError if that fails."""
+    need_torch(f"{folder} has pickled weights only; converting them")
     report(Progress("convert", detail=str(folder)))
     _log.warning("%s has pickled weights only: converting them to .safetensors", folder)
     command = [sys.executable, "-m", "tokenmill.weights.convert", str(folder)]
