@@ -61,9 +61,9 @@ GROUP = 12  # query heads of a kv head
 CACHE = 13  # of the layer
 KEYS = 14
 VALUES = 15
-ROPE = 16  # 0: none; cos then sin of half the rotary columns for each position, float32
+ROPE = 16  # 0: none; the step's turns: a row each token, cosines, then sines, each padded to whole vectors, float32
 ROPE_HALF = 17  # half of the rotary columns
-ROPE_STRIDE = 18  # bytes from position to position
+ROPE_STRIDE = 18  # bytes from row to row (`rope.turns_stride`)
 ATTENTION_SCALE = 19
 ATTENTION_CAP = 20  # 0: none
 WINDOW = 21  # 0: none
@@ -71,6 +71,11 @@ HEAD_EPS = 22
 Q_NORM = 23  # 0: none
 K_NORM = 24
 AT_ONCE = 25  # query rows of an item, at most
+# Turns: a step's cosines and sines, one row of the table before Embed for each RopeTable (OUT, OUT_STRIDE: the turns)
+FREQUENCIES = 11  # float32, padded to whole vectors: `rope.frequencies`
+FREQUENCY_STRIDE = 12  # bytes from position to position; 0: the same at all (all scalings but dynamic)
+MAGNITUDE = 13  # bits of a float
+# ROPE_HALF as of attention
 # Rope by itself (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, HEAD_DIM as of attention; HEADS
 # Act, GatedAct (X gate, Y up): ACT
 CAP = 11  # SoftCap
@@ -108,7 +113,7 @@ SAMPLING = 25  # address of the sampler's own words (sampling.py: Sampler.addres
 CONTEXT = 64
 
 FEW = 4  # up to so many rows every thread computes norms for itself: cheaper than a barrier
-SCORE_ROWS = 6  # (query row, head) pairs that attention handles at once, at most
+SCORE_ROWS = 8  # (query row, head) pairs that attention handles at once, at most
 BLOCK = 16  # tokens of a cache page: one vector
 NO_ACT, SILU, GELU_TANH, GELU_ERF, RELU = range(5)  # activations
 ACTS: dict[str | None, int] = {
