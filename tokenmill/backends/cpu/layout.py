@@ -110,6 +110,13 @@ RESULT = 22  # int64 a sampling row: the id that was chosen
 SAMPLED_SLOTS = 23  # int64 a sampling row: its slot
 SAMPLED_POSITIONS = 24  # int64 a sampling row: position of the token that is being sampled
 SAMPLING = 25  # address of the sampler's own words (sampling.py: Sampler.address); set once
+FIRST_ROW = 26  # address of the first row of the table to walk
+LAST_ROW = 27  # and the one behind the last
+BARRIER_BASE = 28  # what the barrier's int64 was when the step began: it is never set back
+GENERATION = 29  # steps begun so far; workers look at it
+STOP = 30  # 1: workers leave
+WAIT = 31  # address of a function (semaphore, unused) that sleeps until the semaphore is posted
+YIELD = 32  # address of a function () that offers the core to others
 CONTEXT = 64
 
 FEW = 4  # up to so many rows every thread computes norms for itself: cheaper than a barrier
