@@ -1,0 +1,292 @@
+"""Writing LLVM vector code from Python: what every kernel of this backend is made with.
+
+Three layers. `G` wraps llvmlite's builder with loads, stores, loops and vector arithmetic on addresses that are int64.
+`emit` makes of a function that writes code with a `G` an operation that compiled Python can call. `compiled` and
+`kernel` compile Python (numba) around those operations; a `kernel` can stand in a step's table and is kept in numba's
+cache on disk.
+
+About that cache, both learned the hard way: its key sees neither what an intrinsic emits nor the globals of a function
+(the folder must be keyed by a hash of the sources: `cache.py`), and two cached kernels that hold inner functions of the
+same name can get each other's code (so every compiled function here has a name of its own).
+"""
+
+from __future__ import annotations
+
+import types as python
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+Val = Any
+"""A value of LLVM's (llvmlite has no types)."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+f16, f32, void = ir.HalfType(), ir.FloatType(), ir.VoidType()
+V = ir.VectorType
+vf, vi, vh = V(f32, 16), V(i32, 16), V(f16, 16)  # the vector of this backend: 16 lanes, whatever the registers are
+
+
+class G:
+    """An llvmlite builder (`b`) with the operations that kernels need. Addresses and offsets are int64 in bytes."""
+
+    def __init__(self, builder: Val) -> None:
+        self.b = builder
+
+    # ---- constants and addresses ----
+
+    def c(self, v: int) -> Val:
+        """An int64 constant."""
+        return ir.Constant(i64, v)
+
+    def f(self, v: float) -> Val:
+        """A float32 constant."""
+        return ir.Constant(f32, float(v))
+
+    def k(self, ty: Val, v: float) -> Val:
+        """A constant of a scalar or vector type, the same in all lanes."""
+        return ir.Constant(ty, [v] * ty.count) if isinstance(ty, V) else ir.Constant(ty, v)
+
+    def at(self, base: Val, offset: Val | int = 0) -> Val:
+        """base + offset"""
+        return self.b.add(base, self.c(offset) if isinstance(offset, int) else offset)
+
+    def ptr(self, ty: Val, address: Val) -> Val:
+        """A pointer to `ty`."""
+        return self.b.inttoptr(address, ty.as_pointer())
+
+    def ld(self, ty: Val, address: Val, offset: Val | int = 0) -> Val:
+        """Load, of any alignment."""
+        loaded = self.b.load(self.ptr(ty, self.at(address, offset)))
+        loaded.align = 1
+        return loaded
+
+    def st(self, v: Val, address: Val, offset: Val | int = 0) -> None:
+        """Store, of any alignment."""
+        self.b.store(v, self.ptr(v.type, self.at(address, offset))).align = 1
+
+    def vec(self, x: Val, i: Val, offset: int = 0) -> Val:
+        """Vector i (16 float32) of the row at x."""
+        return self.ld(vf, self.at(x, self.b.mul(i, self.c(64))), offset)
+
+    def put(self, v: Val, x: Val, i: Val) -> None:
+        """Store as vector i of the row at x."""
+        self.st(v, self.at(x, self.b.mul(i, self.c(64))))
+
+    def half(self, address: Val, offset: int = 0, lanes: int = 16) -> Val:
+        """float16 in memory as float32."""
+        return self.b.fpext(self.ld(V(f16, lanes), address, offset), V(f32, lanes))
+
+    def prefetch(self, address: Val, offset: Val | int = 0) -> None:
+        """Ask for a cache line that will be read. May point anywhere."""
+        pointer = i8.as_pointer()
+        f = self._function("llvm.prefetch.p0", void, [pointer, i32, i32, i32])
+        read, near, data = (ir.Constant(i32, v) for v in (0, 3, 1))
+        self.b.call(f, [self.b.inttoptr(self.at(address, offset), pointer), read, near, data])
+
+    # ---- calls ----
+
+    def _function(self, name: str, result: Val, arguments: Sequence[Val]) -> Val:
+        insert: Any = cgutils.get_or_insert_function
+        return insert(self.b.module, ir.FunctionType(result, arguments), name)
+
+    def call(self, name: str, result: Val, arguments: Sequence[Val], fast: bool = False) -> Val:
+        """Call a function of LLVM's or of libc by name."""
+        f = self._function(name, result, [a.type for a in arguments])
+        return self.b.call(f, list(arguments), fastmath=("fast",)) if fast else self.b.call(f, list(arguments))
+
+    def each_lane(self, name: str, *args: Val) -> Val:
+        """LLVM's `name` for the type of its arguments, which is its result's too: sqrt, fabs, maxnum …"""
+        ty = args[0].type
+        kind = f"v{ty.count}f32" if isinstance(ty, V) else "f32"
+        return self.call(f"llvm.{name}.{kind}", ty, args)
+
+    # ---- lanes ----
+
+    def splat(self, v: Val, lanes: int = 16) -> Val:
+        """The scalar in every lane."""
+        nothing = ir.Constant(V(v.type, lanes), ir.Undefined)
+        one = self.b.insert_element(nothing, v, ir.Constant(i32, 0))
+        return self.b.shuffle_vector(one, nothing, ir.Constant(V(i32, lanes), [0] * lanes))
+
+    def first(self, v: Val) -> Val:
+        """Lane 0."""
+        return self.b.extract_element(v, ir.Constant(i32, 0))
+
+    def lanes(self, ty: Val = vi) -> Val:
+        """0, 1, 2 …"""
+        return ir.Constant(ty, list(range(ty.count)))
+
+    def fma(self, a: Val, b: Val, c: Val) -> Val:
+        """a · b + c, rounded once."""
+        return self.each_lane("fma", a, b, c)
+
+    def vmax(self, a: Val, b: Val) -> Val:
+        """The larger; of a number and a NaN, the number."""
+        return self.each_lane("maxnum", a, b)
+
+    def vmin(self, a: Val, b: Val) -> Val:
+        """The smaller; of a number and a NaN, the number."""
+        return self.each_lane("minnum", a, b)
+
+    def rsum(self, v: Val) -> Val:
+        """The sum of the lanes of floats, always in the same order."""
+        return self.call(f"llvm.vector.reduce.fadd.v{v.type.count}f32", f32, [self.f(0.0), v], fast=True)
+
+    def rmax(self, v: Val) -> Val:
+        """The largest lane of floats."""
+        return self.call(f"llvm.vector.reduce.fmax.v{v.type.count}f32", f32, [v], fast=True)
+
+    def rsum_int(self, v: Val) -> Val:
+        """The sum of the lanes of int32."""
+        return self.call(f"llvm.vector.reduce.add.v{v.type.count}i32", i32, [v])
+
+    def bits(self, word: Val) -> Val:
+        """The float32 that travels in the low half of an int64."""
+        return self.b.bitcast(self.b.trunc(word, i32), f32)
+
+    # ---- functions ----
+
+    def exp(self, x: Val) -> Val:
+        """e to the x of a vector, to some 2 units in the last place; x is held to ±87."""
+        b, ty = self.b, x.type
+        ints = V(i32, ty.count)
+        x = self.vmin(self.vmax(x, self.k(ty, -87.0)), self.k(ty, 87.0))
+        n = self.each_lane("nearbyint", b.fmul(x, self.k(ty, 1.44269504)))
+        r = self.fma(n, self.k(ty, -0.693145752), x)
+        r = self.fma(n, self.k(ty, -1.42860677e-6), r)
+        p = self.k(ty, 1.0 / 720)
+        for term in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+            p = self.fma(p, r, self.k(ty, term))
+        exponent = b.shl(b.add(b.fptosi(n, ints), self.k(ints, 127)), self.k(ints, 23))
+        return b.fmul(p, b.bitcast(exponent, ty))
+
+    def tanh(self, x: Val) -> Val:
+        """1 − 2 / (e^2x + 1): absolute error some 1e-7."""
+        b, one, two = self.b, self.k(x.type, 1.0), self.k(x.type, 2.0)
+        return b.fsub(one, b.fdiv(two, b.fadd(self.exp(b.fmul(x, two)), one)))
+
+    # ---- control ----
+
+    def loop(self, n: Val, carried: Sequence[Val], body: Callable[[Val, list[Val]], Sequence[Val] | None]) -> list[Val]:
+        """for i in range(n): carried = body(i, carried). Returns the last."""
+        b = self.b
+        before = b.block
+        head, inside, after = (b.append_basic_block(name) for name in ("head", "inside", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(i64)
+        i.add_incoming(self.c(0), before)
+        values = []
+        for v in carried:
+            phi = b.phi(v.type)
+            phi.add_incoming(v, before)
+            values.append(phi)
+        b.cbranch(b.icmp_signed("<", i, n), inside, after)
+        b.position_at_end(inside)
+        new = body(i, list(values)) or ()
+        following, end = b.add(i, self.c(1)), b.block
+        i.add_incoming(following, end)
+        for phi, v in zip(values, new, strict=True):
+            phi.add_incoming(v, end)
+        b.branch(head)
+        b.position_at_end(after)
+        return values
+
+
+def emit(arguments: int, generate: Callable[..., Any], result: Any = types.void) -> Callable[..., Any]:
+    """An operation on int64 arguments for compiled Python: `generate(G, *args)` writes its code."""
+
+    def signature() -> tuple[Any, Callable[..., Any]]:
+        def codegen(context: Any, builder: Val, _: Any, args: Sequence[Val]) -> Val:
+            value = generate(G(builder), *args)
+            return context.get_dummy_value() if result == types.void else value
+
+        return result(*([types.int64] * arguments)), codegen
+
+    # numba looks at the number of parameters, so the function has to be written out
+    names = ", ".join(f"a{i}" for i in range(arguments))
+    scope: dict[str, Any] = {"signature": signature}
+    exec(f"def operation(typing_context{', ' if names else ''}{names}):\n    return signature()\n", scope)
+    return cast("Callable[..., Any]", intrinsic(scope["operation"]))
+
+
+def each(arguments: int, body: Callable[..., None]) -> Callable[..., Any]:
+    """f(n, *args): body(g, i, *args) for each of the n vectors of a row."""
+
+    def rows(g: G, n: Val, *args: Val) -> None:
+        def one(i: Val, _: list[Val]) -> None:
+            body(g, i, *args)
+
+        g.loop(n, (), one)
+
+    return emit(arguments + 1, rows)
+
+
+def compiled(name: str, function: F) -> F:
+    """A Python function for compiled code to call. `name` must be its own in the whole program."""
+    function.__name__ = function.__qualname__ = name
+    return cast("F", njit(nogil=True, error_model="numpy")(function))
+
+
+def inline(function: F) -> F:
+    """Decorator: a function at the top of a module for compiled code to call, named after both."""
+    return compiled(f"{function.__module__}.{function.__name__}".replace(".", "_"), function)
+
+
+def _template(tid: int, row: Any, context: Any, counter: int) -> int:
+    return int(body(tid, row, context, counter))  # type: ignore[name-defined]  # noqa: F821
+
+
+def kernel(name: str, body: Callable[..., int]) -> Callable[..., int]:
+    """A function that `step.compiled` can compile and keep on disk; `body` comes from `compiled`.
+
+    numba caches functions of a file by their name and calls others by their global name: so this is one function of
+    this file under many names, each with globals of its own. `name` must be its own among all kernels, and end with
+    the instruction set's if its code depends on it.
+    """
+    function = python.FunctionType(_template.__code__, {"body": body, "int": int, "__name__": __name__}, name)
+    function.__qualname__, function.__module__ = name, __name__
+    return function
+
+
+# ---- memory, atomics ----
+
+
+def _add(g: G, address: Val, v: Val) -> Val:
+    return g.b.atomic_rmw("add", g.ptr(i64, address), v, "seq_cst")
+
+
+def _acquire(g: G, address: Val) -> Val:
+    return g.b.load_atomic(g.ptr(i64, address), "acquire", 8)
+
+
+def _peek32(g: G, address: Val) -> Val:
+    return g.b.sext(g.ld(i32, address), i64)
+
+
+def _pause(g: G) -> None:
+    if "aarch64" in g.b.module.triple or "arm64" in g.b.module.triple:
+        g.call("llvm.aarch64.hint", void, [ir.Constant(i32, 1)])
+    else:
+        g.call("llvm.x86.sse2.pause", void, [])
+
+
+atomic_add = emit(2, _add, types.int64)
+"""(address of an int64, value) -> what stood there before"""
+acquire = emit(1, _acquire, types.int64)
+"""(address) -> its int64; nothing after it is read before it"""
+pause = emit(0, _pause)
+"""Spinning politely."""
+peek = emit(1, lambda g, address: g.ld(i64, address), types.int64)
+"""(address) -> its int64"""
+peek32 = emit(1, _peek32, types.int64)
+"""(address) -> its int32"""
+poke = emit(2, lambda g, address, v: g.st(v, address))
+"""(address, int64)"""
+copy = each(2, lambda g, i, x, out: g.put(g.vec(x, i), out, i))
+"""(vectors, from, to)"""
