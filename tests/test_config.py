@@ -141,7 +141,8 @@ def test_values_that_contradict_each_other_are_explained(argv: list[str], enviro
 
 @pytest.mark.parametrize("field", [field for field in FIELDS.values() if field.option.later], ids=lambda f: f.name)
 def test_an_option_whose_machinery_comes_later_is_refused_by_name(field: options.Field) -> None:
-    text = field.option.choices[0] if field.option.choices else "2" if field.kind in (int, float) else "true"
+    choices = field.option.later_choices or field.option.choices
+    text = choices[0] if choices else "2" if field.kind in (int, float) else "true"
     variable = field.variables[0]
     with pytest.raises(ArgumentError, match=f"`{variable}` cannot be used yet: {re.escape(field.option.later)}"):
         Settings.from_args([], {variable: text})
@@ -188,3 +189,27 @@ def test_every_option_has_help_and_a_variable_of_its_own() -> None:
         assert field.option.help.endswith("."), field.name
         assert not seen & set(field.variables), field.name
         seen |= set(field.variables)
+
+
+def test_more_threads_than_cpus_are_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.config.usable_cpus", lambda: 2)
+    for words, environ in ((["--cpu-threads", "3"], {}), ([], {"TOKENMILL_CPU_THREADS": "3"})):
+        with pytest.raises(ArgumentError, match=r"`cpu_threads` is 3, but .* may use 2 CPUs.* Give at most 2"):
+            Settings.from_args(words, environ)
+    assert Settings.from_args(["--cpu-threads", "2"], {}).cpu_threads == 2
+
+
+def test_more_threads_than_cpus_for_every_program_are_cut_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.config.usable_cpus", lambda: 2)
+    settings = Settings.from_args([], {"OMP_NUM_THREADS": "64"})
+    assert settings.cpu_threads == 2
+    assert any("OMP_NUM_THREADS is 64" in warning for warning in settings.warnings)
+    assert Settings.from_args(["--cpu-threads", "1"], {"OMP_NUM_THREADS": "64"}).warnings == ()
+
+
+def test_of_an_option_with_some_values_for_later_the_others_are_taken() -> None:
+    settings = Settings.from_args(["--quantize", "int4", "--kv-cache-dtype", "int8", "--backend", "cpu"], {})
+    assert (settings.quantize, settings.kv_cache_dtype, settings.backend) == ("int4", "int8", "cpu")
+    assert Settings.from_args([], {"TOKENMILL_ISA": "avx2"}).cpu_isa == "avx2"
+    with pytest.raises(ArgumentError, match=r"`--quantize` cannot be used yet: this release quantizes to int8"):
+        Settings.from_args(["--quantize", "gptq"], {})

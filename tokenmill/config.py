@@ -20,6 +20,7 @@ from tokenmill.options import Option
 
 _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
                   "bitsandbytes-fp4", "fp8")  # fmt: skip
+_KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
 _CHUNKED = "prefill is always chunked and mixed with decoding, so nothing waits for it."
 _LOCAL = "ranks meet in a private folder of this machine, not at an address."
 
@@ -32,10 +33,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model_id: Annotated[str, Option("A Hub id, a folder, or a .gguf file. Without it: the embedded default.")] = ""
     revision: Annotated[str, Option("Branch, tag, refs/pr/N or commit of a model on the Hub.")] = ""
     dtype: Annotated[str, Option("Number format of the computation.", choices=("float32", "bfloat16", "float16"))] = ""
-    quantize: Annotated[str, Option("Quantize weights while loading.", choices=_QUANTIZATIONS, later=(
-        "quantizing at load is not in this release. Serve a quantized GGUF file, or leave the option out."))] = ""
-    kv_cache_dtype: Annotated[str, Option("Number format of the KV cache.", choices=("fp8_e4m3fn", "fp8_e5m2"), later=(
-        "an 8-bit KV cache is not in this release; the cache has the computation's dtype."))] = ""
+    quantize: Annotated[str, Option(
+        "Quantize weights while loading.", choices=("int8", "int4", *_QUANTIZATIONS), later_choices=_QUANTIZATIONS,
+        later="this release quantizes to int8 and int4 only. Use one of these, or serve a quantized GGUF file.")] = ""
+    kv_cache_dtype: Annotated[str, Option(
+        "Number format of the KV cache.", choices=("int8", *_KV_DTYPES), later_choices=_KV_DTYPES,
+        later="this release has no FP8 cache. Use int8, or leave the option out.")] = ""
     trust_remote_code: Annotated[bool, Option("Allow a model repository's own Python code.", no_effect=(
         "no code of a model repository is ever run; a model that needs it is refused by its model_type."))] = False
     tokenizer_config_path: Annotated[str, Option("A tokenizer_config.json in place of the model's.")] = ""
@@ -130,7 +133,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Ours
     device: Annotated[str, Option("Where to compute.", choices=("auto", "cpu", "cuda"),
                                   env="TOKENMILL_DEVICE")] = "auto"
-    backend: Annotated[str, Option("Who computes.", choices=("auto", "torch"), env="TOKENMILL_BACKEND")] = "auto"
+    backend: Annotated[str, Option("Who computes.", choices=("auto", "cpu", "torch"), env="TOKENMILL_BACKEND")] = "auto"
+    cpu_isa: Annotated[str, Option("Instruction set of the CPU backend, one that this machine has. Default: the best.",
+                                   env="TOKENMILL_ISA")] = ""
     http_workers: Annotated[int, Option("HTTP processes.", at_least=1, at_most=64, env="TOKENMILL_HTTP_WORKERS")] = 1
     cpu_threads: Annotated[int | None, Option("Threads that compute, per rank. Default: the CPUs that this process may "
                                               "use.", at_least=1, env="TOKENMILL_CPU_THREADS,OMP_NUM_THREADS")] = None
@@ -186,7 +191,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_namespace(cls, namespace: Any, environ: Mapping[str, str] | None = None) -> Settings:
         """As `from_args`, of options parsed already: an absent attribute is an option that was not given."""
-        values, warnings = options.collect(cls, namespace, os.environ if environ is None else environ)
+        environ = os.environ if environ is None else environ
+        values, warnings = options.collect(cls, namespace, environ)
+        if "cpu_threads" in values:
+            said = hasattr(namespace, "cpu_threads") or bool(environ.get("TOKENMILL_CPU_THREADS"))
+            values["cpu_threads"] = _cpu_threads(values["cpu_threads"], said, warnings)
         return _checked(cls(**{**values, "warnings": tuple(warnings)}))
 
     @classmethod
@@ -235,6 +244,20 @@ def _checked(settings: Settings) -> Settings:
         settings, max_input_tokens=max_input, max_input_length=None, num_shard=_num_shard(settings), hostname=hostname,
         warnings=tuple(warnings), cache_dir=settings.cache_dir or default_cache_dir(),
     )  # fmt: skip
+
+
+def _cpu_threads(wanted: int, said: bool, warnings: list[str]) -> int:
+    """`wanted` threads if there are so many CPUs. `said`: by the user to us, not to every program of this machine."""
+    most = usable_cpus()
+    if wanted <= most:
+        return wanted
+    if said:
+        raise ArgumentError(
+            f"`cpu_threads` is {wanted}, but this process may use {most} CPUs (its affinity and its control group's "
+            f"quota): more threads would wait for each other. Give at most {most}, or leave the option out."
+        )
+    warnings.append(f"OMP_NUM_THREADS is {wanted}, but this process may use {most} CPUs: {most} threads compute.")
+    return most
 
 
 def _num_shard(settings: Settings) -> int:

@@ -33,6 +33,7 @@ class Option:
     short: str = ""
     secret: bool = False
     later: str = ""  # parsed, and refused with this sentence if it is given
+    later_choices: tuple[str, ...] = ()  # the choices that `later` is about; (): all
     no_effect: str = ""  # parsed, and this reason logged if it is given
     env_only: bool = False
 
@@ -151,9 +152,14 @@ def _help(field: Field) -> str:
     notes = [f"one of {', '.join(option.choices)}"] if option.choices else []
     notes += [f"default {_text(field.default)}"] if field.default not in (None, "", (), False) else []
     notes += [f"env {field.variables[0]}"] if field.variables else []
-    notes += ["not in this release"] if option.later else []
+    some = f": {', '.join(option.later_choices)}" if option.later_choices else ""
+    notes += [f"not in this release{some}"] if option.later else []
     text = option.help + (f" [{'; '.join(notes)}]" if notes else "")
     return text.replace("%", "%%")
+
+
+def _is_later(option: Option, value: Any) -> bool:
+    return bool(option.later) and (not option.later_choices or value in option.later_choices)
 
 
 def _text(value: Any) -> str:
@@ -184,7 +190,7 @@ def collect(
         values[field.name] = value
         if value in (field.default, False):
             continue
-        if field.option.later:
+        if _is_later(field.option, value):
             raise ArgumentError(f"`{source}` cannot be used yet: {field.option.later}")
         if field.option.no_effect:
             warnings.append(f"`{source}` has no effect: {field.option.no_effect}")
