@@ -1,0 +1,62 @@
+"""Vector code that several kernels share: activations, and quantizing 32 columns."""
+
+from __future__ import annotations
+
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.ir import G, V, Val, f32, i8, vi
+
+
+def silu(g: G, x: Val) -> Val:
+    """x / (1 + e^−x)"""
+    return g.b.fdiv(x, g.b.fadd(g.k(x.type, 1.0), g.exp(g.b.fneg(x))))
+
+
+def gelu_tanh(g: G, x: Val) -> Val:
+    """GELU by its usual approximation with tanh."""
+    b, k = g.b, lambda v: g.k(x.type, v)
+    inner = b.fmul(b.fmul(x, k(0.7978845608)), g.fma(b.fmul(x, x), k(0.044715), k(1.0)))
+    return b.fmul(b.fmul(x, k(0.5)), b.fadd(g.tanh(inner), k(1.0)))
+
+
+def erf(g: G, x: Val) -> Val:
+    """The error function, to some 2e-7 (Abramowitz and Stegun 7.1.26)."""
+    b, k = g.b, lambda v: g.k(x.type, v)
+    size = g.each_lane("fabs", x)
+    u = b.fdiv(k(1.0), g.fma(size, k(0.3275911), k(1.0)))
+    p = k(1.061405429)
+    for term in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        p = g.fma(p, u, k(term))
+    y = b.fsub(k(1.0), b.fmul(b.fmul(p, u), g.exp(b.fneg(b.fmul(size, size)))))
+    return g.each_lane("copysign", y, x)
+
+
+def gelu_erf(g: G, x: Val) -> Val:
+    """x · Φ(x)"""
+    b = g.b
+    return b.fmul(b.fmul(x, g.k(x.type, 0.5)), b.fadd(erf(g, b.fmul(x, g.k(x.type, 0.70710678))), g.k(x.type, 1.0)))
+
+
+def relu(g: G, x: Val) -> Val:
+    """max(x, 0), NaN where x is"""
+    zero = g.k(x.type, 0.0)
+    return g.b.select(g.b.fcmp_ordered("<", x, zero), zero, x)
+
+
+ACTS = {t.SILU: silu, t.GELU_TANH: gelu_tanh, t.GELU_ERF: gelu_erf, t.RELU: relu}
+"""What `layout.ACTS` numbers, as code for a vector."""
+
+
+def quantize_block(g: G, x0: Val, x1: Val, codes: Val, scales: Val) -> None:
+    """Two vectors to 32 int8 at `codes`; their scale s and s · sum of codes, float32, at `scales`."""
+    b, bytes16 = g.b, V(i8, 16)
+    top = g.rmax(g.vmax(g.each_lane("fabs", x0), g.each_lane("fabs", x1)))
+    some = b.fcmp_ordered(">", top, g.f(0.0))
+    inverse = g.splat(b.select(some, b.fdiv(g.f(127.0), top), g.f(0.0)))
+    scale = b.fmul(top, g.f(1 / 127.0))
+    q0, q1 = (b.fptosi(g.each_lane("nearbyint", b.fmul(x, inverse)), vi) for x in (x0, x1))
+    g.st(b.trunc(q0, bytes16), codes)
+    g.st(b.trunc(q1, bytes16), codes, 16)
+    g.st(scale, scales)
+    g.st(b.fmul(scale, b.sitofp(g.rsum_int(b.add(q0, q1)), f32)), scales, 4)
+
+
