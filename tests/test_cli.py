@@ -57,7 +57,8 @@ def test_env_names_what_runs_here_and_no_secret() -> None:
     done = run("env", API_KEY="hunter2", HF_TOKEN="hf_secret")
     assert done.returncode == 0
     assert f"tokenmill: {tokenmill.__version__}" in done.stdout
-    assert "torch: 2" in done.stdout
+    assert re.search(r"^torch: (2|not installed)", done.stdout, re.MULTILINE)
+    assert re.search(r"^numba: \d", done.stdout, re.MULTILINE)
     assert "hunter2" not in done.stdout
     assert "hf_secret" not in done.stdout
 

@@ -12,19 +12,21 @@ from pathlib import Path
 import psutil
 
 import tokenmill
+from tokenmill.config import usable_cpus
 
-_PACKAGES = ("torch", "numpy", "msgspec", "tokenizers", "safetensors", "huggingface_hub", "starlette", "uvicorn",
-             "transformers")  # fmt: skip
+_PACKAGES = ("numba", "llvmlite", "numpy", "torch", "msgspec", "tokenizers", "safetensors", "huggingface_hub",
+             "starlette", "uvicorn", "transformers")  # fmt: skip
 
 
 def report() -> str:
-    """The runtime environment, one `name: value` a line. Imports none of the packages it names."""
+    """The runtime environment, one `name: value` a line. Of the packages it names it imports llvmlite alone."""
     rows = {
         "tokenmill": tokenmill.__version__,
         "Python": f"{platform.python_version()} ({sys.executable})",
         "System": platform.platform(),
-        "CPU": _cpu(),
-        "CPUs": f"{psutil.cpu_count()} logical, {psutil.cpu_count(logical=False)} cores",
+        "CPU": cpu_name(),
+        "Instruction sets": _instruction_sets(),
+        "CPUs": f"{usable_cpus()} usable, {psutil.cpu_count()} logical, {psutil.cpu_count(logical=False)} cores",
         "Memory": _memory(),
         "GPUs": _gpus(),
         **{name: _version(name) for name in _PACKAGES},
@@ -39,13 +41,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor as it calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _instruction_sets() -> str:
+    """Those that the CPU backend has kernels for, best first."""
+    try:
+        from tokenmill.backends.cpu.isa import available
+    except ImportError as error:
+        return f"unknown ({error})"
+    return ", ".join(isa.name for isa in available()) or "none that the CPU backend has kernels for"
 
 
 def _memory() -> str:
