@@ -1,0 +1,146 @@
+"""Kernels on disk: object files in a folder of the user's, and how they get into this process.
+
+A file belongs to exact sources, library versions, CPU and instruction set: all are part of the folder's name, so
+nothing stale is ever loaded, and machines that share a home folder do not disturb each other. What is missing is
+compiled (`compiler.py`, some seconds for a model) before the server is ready, in several processes if there are cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import logging
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from llvmlite import binding
+
+from tokenmill.backends.cpu.isa import Isa
+
+_log = logging.getLogger(__name__)
+_LIBRARIES = ("numba", "llvmlite")
+_HOST = ("backend.py", "cache.py", "lower.py", "rope.py", "scratch.py", "slots.py", "threads.py")  # emit no code
+_NEVER_CALLED = (
+    "numba_gil_ensure", "numba_gil_release", "numba_do_raise", "numba_unpickle", "numba_runtime_build_excinfo_struct",
+    "NRT_Free", "NRT_MemInfo_call_dtor",
+)  # fmt: skip
+"""numba's ways to raise an exception. Kernels raise none, but the code for it is there."""
+
+Report = Callable[[int, int], None]
+"""Kernels compiled so far, and in all."""
+
+
+def user_folder() -> Path:
+    """Where kernels are kept if nobody says otherwise."""
+    return Path.home() / ".cache" / "tokenmill" / "kernels"
+
+
+class KernelCache:
+    """Compiled kernels of one instruction set.
+
+    `folder`: under which they are kept. One that cannot be written to is said in the log; everything is then compiled
+    anew at every start.
+    """
+
+    def __init__(self, folder: Path, isa: Isa) -> None:
+        self.isa, self.folder = isa, folder / f"{isa.name}-{_key(isa)}"
+
+    def load(self, names: Iterable[str], report: Report | None = None) -> Code:
+        """The kernels as callable addresses; those that are missing are compiled first."""
+        wanted = list(dict.fromkeys(names))
+        objects: dict[str, bytes] = {}
+        for name in wanted:
+            try:
+                objects[name] = (self.folder / f"{name}.o").read_bytes()
+            except OSError:
+                continue
+        if missing := [name for name in wanted if name not in objects]:
+            objects |= self._compile(missing, report)
+        return Code([(name, objects[name]) for name in wanted])
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Which of them would have to be compiled."""
+        return [name for name in dict.fromkeys(names) if not (self.folder / f"{name}.o").is_file()]
+
+    def _compile(self, names: list[str], report: Report | None) -> dict[str, bytes]:
+        from tokenmill.backends.cpu.compiler import compile_kernels
+
+        made: dict[str, bytes] = {}
+        writable = self._make_folder()
+
+        def done(name: str, data: bytes) -> None:
+            made[name] = data
+            if writable:
+                self._write(name, data)
+            if report is not None:
+                report(len(made), len(names))
+
+        compile_kernels(names, self.isa, done)
+        return made
+
+    def _make_folder(self) -> bool:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                return True
+        except OSError as e:
+            _log.warning(
+                "The kernel cache %s cannot be written to (%s): kernels are compiled at every start. "
+                "Set TOKENMILL_KERNEL_CACHE to a folder that can.", self.folder, e.strerror or e,
+            )  # fmt: skip
+            return False
+
+    def _write(self, name: str, data: bytes) -> None:
+        """In one go, for others may be reading."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+            file.write(data)
+        Path(file.name).replace(self.folder / f"{name}.o")
+
+
+class Code:
+    """Machine code in this process, and where it begins. Keep it as long as an address is in use."""
+
+    def __init__(self, objects: list[tuple[str, bytes]]) -> None:
+        self._engine = _engine()
+        for _, data in objects:
+            self._engine.add_object_file(binding.ObjectFileRef.from_data(data))
+        self._engine.finalize_object()
+        self.addresses: dict[str, int] = {
+            name: self._engine.get_function_address(f"tokenmill_kernel_{name}") for name, _ in objects
+        }
+
+    def __getitem__(self, name: str) -> int:
+        """A kernel's address."""
+        return self.addresses[name]
+
+    def function(self, name: str) -> Callable[[int, int, int, int], int]:
+        """A kernel to call from Python, which lets go of the interpreter meanwhile."""
+        return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(self.addresses[name])
+
+
+def _engine() -> Any:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    stub = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
+    for symbol in _NEVER_CALLED:
+        if binding.address_of_symbol(symbol) is None:
+            binding.add_symbol(symbol, stub)
+    target = binding.Target.from_triple(binding.get_process_triple())
+    machine = target.create_target_machine(codemodel="jitdefault", jit=True)
+    return binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+
+
+def _key(isa: Isa) -> str:
+    """Of everything that a kernel's code depends on."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name in _HOST:
+            continue
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for library in _LIBRARIES:
+        digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
+    digest.update(f"{isa.name} {binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}".encode())
+    return digest.hexdigest()[:16]

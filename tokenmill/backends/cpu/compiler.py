@@ -1,0 +1,88 @@
+"""From a kernel's name to machine code. Needs numba; a start whose kernels are all in the cache never comes here.
+
+A module of kernels has `KERNELS: dict[str, Kernel]` for those whose code is the same for every instruction set, and
+`kernels(isa) -> dict[str, Callable[[], Kernel]]` for the others: names to makers, of which only those that a program
+names are called. All take (thread, address of the row, address of the context, address of the counter), all int64.
+
+What is compiled leaves numba as LLVM's text and becomes an object file of ours with one
+symbol, `tokenmill_kernel_<name>`, everything else private to it: so nothing that two kernels share by name can meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from llvmlite import binding
+from numba import types
+from numba.core import ccallback, compiler_lock, config
+
+from tokenmill.backends.cpu.isa import Isa, target_features
+
+Kernel = Callable[..., int]
+Makers = dict[str, Callable[[], Kernel]]
+MODULES = ("step", "products", "rows", "attention", "sampling")
+PREFIX = "tokenmill_kernel_"
+
+SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)
+"""(thread, address of the row, address of the context, address of the counter)"""
+
+
+def makers(isa: Isa) -> Makers:
+    """Every kernel there is for an instruction set."""
+    found: Makers = {}
+    for name in MODULES:
+        module = import_module(f"tokenmill.backends.cpu.{name}")
+        for kernel_name, kernel in getattr(module, "KERNELS", {}).items():
+            found[kernel_name] = partial(_itself, kernel)
+        if hasattr(module, "kernels"):
+            found |= module.kernels(isa)
+    return found
+
+
+def _itself(kernel: Kernel) -> Kernel:
+    return kernel
+
+
+def compile_kernels(names: Iterable[str], isa: Isa, done: Callable[[str, bytes], None]) -> None:
+    """Compile each; `done` gets its name and object file. Takes some tenths of a second a kernel."""
+    if (features := target_features(isa)) is not None:
+        vars(config)["CPU_FEATURES"] = features  # before numba's first compilation in this process
+    found, target = makers(isa), _target(isa)
+    for name in names:
+        done(name, object_file(name, found[name](), target))
+
+
+def object_file(name: str, kernel: Kernel, target: Any) -> bytes:
+    """The kernel's machine code, as an object file."""
+    module = binding.parse_assembly(_llvm(kernel))
+    for function in module.functions:
+        if not function.is_declaration:
+            entry = function.name.startswith("cfunc.")
+            function.linkage = "external" if entry else "internal"
+            if entry:
+                function.name = PREFIX + name
+    for variable in module.global_variables:
+        if not variable.is_declaration:
+            variable.linkage = "internal"
+    return bytes(target.emit_object(module))
+
+
+def _llvm(kernel: Kernel) -> str:
+    """LLVM's text of a kernel and all that it calls, optimized but not yet turned into machine code."""
+    options = {"error_model": "numpy", "nogil": True}
+    made: Any = ccallback.CFunc(kernel, (SIGNATURE.args, SIGNATURE.return_type), locals={}, options=options)
+    with compiler_lock.global_compiler_lock:
+        library = made._compile_uncached().library
+        library.finalize()  # links what the kernel calls, and optimizes it all together
+    return str(library.get_llvm_str())
+
+
+def _target(isa: Isa) -> Any:
+    features = target_features(isa) or binding.get_host_cpu_features().flatten()
+    target = binding.Target.from_triple(binding.get_process_triple())
+    return target.create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=features, opt=3, reloc="static", codemodel="jitdefault", jit=True
+    )

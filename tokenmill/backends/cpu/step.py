@@ -1,0 +1,94 @@
+"""A step as one table: every thread walks it and meets the others at barriers; nothing of it is Python.
+
+`walk` runs a step on one thread. `serve` is a worker's whole life: it sleeps until a step begins, walks it, sleeps
+again. Both are compiled (`compiler.py`) and called by address, so that Python's lock is not held and not needed: a
+worker that had to wait for it would begin its step milliseconds late whenever the engine plans the next one.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.ir import G, Val, acquire, atomic_add, emit, i32, i64, inline, kernel, pause, peek
+
+_SPINS = 500  # looks at a barrier, some 20 µs, before the core is offered to others
+_IDLE_SPINS = 200  # looks for the next step before a worker sleeps
+_ROW_BYTES = t.ROW_BYTES
+
+
+def _call_kernel(g: G, address: Val, tid: Val, row: Val, context: Val, counter: Val) -> Val:
+    kind = ir.FunctionType(i64, [i64] * 4).as_pointer()
+    return g.b.call(g.b.inttoptr(address, kind), [tid, row, context, counter])
+
+
+def _call_wait(g: G, address: Val, semaphore: Val) -> None:
+    kind = ir.FunctionType(i32, [i64, i64]).as_pointer()
+    g.b.call(g.b.inttoptr(address, kind), [semaphore, g.c(-1)])
+
+
+def _call_yield(g: G, address: Val) -> None:
+    g.b.call(g.b.inttoptr(address, ir.FunctionType(i32, []).as_pointer()), [])
+
+
+call_kernel = emit(5, _call_kernel, types.int64)
+call_wait = emit(2, _call_wait)
+call_yield = emit(1, _call_yield)
+address_of = emit(1, lambda g, pointer: pointer, types.int64)
+
+
+@inline
+def barrier(address: int, target: int, offer: int) -> None:
+    """Wait until all threads have come. A pure spin would make a step 200 times slower once a core is shared."""
+    atomic_add(address, 1)
+    looks = 0
+    while acquire(address) < target:
+        pause()
+        looks += 1
+        if looks > _SPINS:
+            call_yield(offer)
+
+
+@inline
+def walk_rows(tid: int, context: int) -> int:
+    """All rows of the step's part of the table; what the barrier stands at when it is over."""
+    threads, target = peek(context + 8 * t.THREADS), peek(context + 8 * t.BARRIER_BASE)
+    row, last = peek(context + 8 * t.FIRST_ROW), peek(context + 8 * t.LAST_ROW)
+    counter, meet = peek(context + 8 * t.COUNTERS), peek(context + 8 * t.BARRIER)
+    offer = peek(context + 8 * t.YIELD)
+    while row < last:
+        if call_kernel(peek(row), tid, row, context, counter) == 0:
+            target += threads
+            barrier(meet, target, offer)
+        row += _ROW_BYTES
+        counter += 64
+    target += threads
+    barrier(meet, target, offer)
+    return int(target)
+
+
+@inline
+def _walk(tid: int, row: int, context: int, counter: int) -> int:
+    return walk_rows(tid, context)
+
+
+@inline
+def _serve(tid: int, row: int, context: int, semaphore: int) -> int:
+    seen = 0
+    while True:
+        looks = 0
+        while acquire(context + 8 * t.GENERATION) == seen:
+            pause()
+            looks += 1
+            if looks > _IDLE_SPINS:
+                call_wait(peek(context + 8 * t.WAIT), semaphore)
+        seen = acquire(context + 8 * t.GENERATION)
+        if peek(context + 8 * t.STOP) != 0:
+            return 0
+        walk_rows(tid, context)
+
+
+KERNELS = {"walk": kernel("walk", _walk), "serve": kernel("serve", _serve)}
+"""walk (tid, 0, context, 0): a step as thread `tid`, as all threads must. Returns the next step's BARRIER_BASE.
+serve (tid, 0, context, semaphore): every step from now on until STOP. The semaphore is posted once for each."""
