@@ -1,0 +1,286 @@
+"""Kernels that look at one row at a time: norms, activations, sums, quantization, and picking rows.
+
+Each is cut among the threads by rows, so none depends on how many rows a step has or who computes which. Operations
+(`quantize`, `rms_norm` …) are what other kernels call; kernels stand in a step's table, their columns are in
+`layout.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.ir import G, Val, atomic_add, compiled, copy, each, emit, f32, inline, kernel, peek, vf
+from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.vectors import ACTS, quantize_block
+
+# ---- activations ----
+
+
+def _activating(act: int) -> Callable[[G, Val, Val, Val], None]:
+    return lambda g, i, x, out: g.put(ACTS[act](g, g.vec(x, i)), out, i)
+
+
+def _gating(act: int) -> Callable[[G, Val, Val, Val, Val], None]:
+    return lambda g, i, x, y, out: g.put(g.b.fmul(ACTS[act](g, g.vec(x, i)), g.vec(y, i)), out, i)
+
+
+_silu, _gelu_tanh, _gelu_erf, _relu = (each(2, _activating(act)) for act in ACTS)
+_silu_gate, _gelu_tanh_gate, _gelu_erf_gate, _relu_gate = (each(3, _gating(act)) for act in ACTS)
+SILU, GELU_TANH, GELU_ERF, RELU = ACTS  # numba reads globals of this module
+
+
+@inline
+def activate(act: int, n: int, x: int, out: int) -> None:
+    """act(x) of n vectors; `out` may be `x`. NO_ACT does nothing."""
+    if act == SILU:
+        _silu(n, x, out)
+    elif act == GELU_TANH:
+        _gelu_tanh(n, x, out)
+    elif act == GELU_ERF:
+        _gelu_erf(n, x, out)
+    elif act == RELU:
+        _relu(n, x, out)
+
+
+@inline
+def gate(act: int, n: int, x: int, y: int, out: int) -> None:
+    """act(x) · y of n vectors; `out` may be either."""
+    if act == SILU:
+        _silu_gate(n, x, y, out)
+    elif act == GELU_TANH:
+        _gelu_tanh_gate(n, x, y, out)
+    elif act == GELU_ERF:
+        _gelu_erf_gate(n, x, y, out)
+    elif act == RELU:
+        _relu_gate(n, x, y, out)
+
+
+# ---- quantization ----
+
+
+def _quantize(g: G, n: Val, x: Val, codes: Val, scales: Val) -> None:
+    def block(i: Val, _: list[Val]) -> None:
+        at = g.at(x, g.b.mul(i, g.c(128)))
+        low, high = g.ld(vf, at), g.ld(vf, at, 64)
+        quantize_block(g, low, high, g.at(codes, g.b.mul(i, g.c(32))), g.at(scales, g.b.mul(i, g.c(8))))
+
+    g.loop(n, (), block)
+
+
+quantize = emit(4, _quantize)
+"""(blocks of 32, x, codes, scales)"""
+
+# ---- norms: two passes over the row (three if centered), then one that writes ----
+
+
+def _statistics(g: G, n: Val, x: Val, eps: Val, center: bool) -> tuple[Val, Val]:
+    """(mean, 1 / deviation) in all lanes, of n vectors."""
+    b = g.b
+    width = b.sitofp(b.mul(n, g.c(16)), f32)
+    mean = g.k(vf, 0.0)
+    if center:
+        total = g.loop(n, [g.k(vf, 0.0)], lambda i, p: [b.fadd(p[0], g.vec(x, i))])
+        mean = g.splat(b.fdiv(g.rsum(total[0]), width))
+
+    def square(i: Val, p: list[Val]) -> list[Val]:
+        v = b.fsub(g.vec(x, i), mean) if center else g.vec(x, i)
+        return [g.fma(v, v, p[0])]
+
+    squares = g.rsum(g.loop(n, [g.k(vf, 0.0)], square)[0])
+    return mean, g.splat(b.fdiv(g.f(1.0), g.each_lane("sqrt", b.fadd(b.fdiv(squares, width), g.bits(eps)))))
+
+
+Normed = Callable[[Val, int], Val]
+
+
+def _normed(g: G, n: Val, x: Val, weight: Val, bias: Val | None, eps: Val) -> Normed:
+    """What gives vector i + k of the normed row; LayerNorm if there is a bias, else RMS."""
+    b = g.b
+    mean, factor = _statistics(g, n, x, eps, bias is not None)
+
+    def at(i: Val, k: int = 0) -> Val:
+        v, w = g.vec(x, i, 64 * k), g.vec(weight, i, 64 * k)
+        if bias is None:
+            return b.fmul(b.fmul(v, factor), w)
+        return b.fadd(b.fmul(b.fmul(b.fsub(v, mean), factor), w), g.vec(bias, i, 64 * k))
+
+    return at
+
+
+def _to_floats(g: G, n: Val, x: Val, weight: Val, bias: Val | None, out: Val, eps: Val) -> None:
+    at = _normed(g, n, x, weight, bias, eps)
+    g.loop(n, (), lambda i, _: g.put(at(i, 0), out, i))
+
+
+def _to_codes(g: G, n: Val, x: Val, weight: Val, bias: Val | None, codes: Val, scales: Val, eps: Val) -> None:
+    b, at = g.b, _normed(g, n, x, weight, bias, eps)
+
+    def block(i: Val, _: list[Val]) -> None:
+        two = b.shl(i, g.c(1))
+        quantize_block(g, at(two, 0), at(two, 1), g.at(codes, b.mul(i, g.c(32))), g.at(scales, b.mul(i, g.c(8))))
+
+    g.loop(b.lshr(n, g.c(1)), (), block)
+
+
+rms_norm = emit(5, lambda g, n, x, w, out, eps: _to_floats(g, n, x, w, None, out, eps))
+"""(vectors, x, weight, out, bits of eps); `out` may be `x`"""
+layer_norm = emit(6, lambda g, n, x, w, bias, out, eps: _to_floats(g, n, x, w, bias, out, eps))
+_rms_codes = emit(6, lambda g, n, x, w, codes, scales, eps: _to_codes(g, n, x, w, None, codes, scales, eps))
+_layer_codes = emit(7, lambda g, n, x, w, bias, c, s, eps: _to_codes(g, n, x, w, bias, c, s, eps))
+
+add = each(3, lambda g, i, x, y, out: g.put(g.b.fadd(g.vec(x, i), g.vec(y, i)), out, i))
+"""(vectors, x, y, out)"""
+multiply = each(3, lambda g, i, x, y, out: g.put(g.b.fmul(g.vec(x, i), g.vec(y, i)), out, i))
+"""(vectors, x, y, out)"""
+scale = each(3, lambda g, i, x, s, out: g.put(g.b.fmul(g.vec(x, i), g.splat(g.bits(s))), out, i))
+"""(vectors, x, bits of a float, out)"""
+
+
+def capped(g: G, x: Val, cap: Val) -> Val:
+    """cap · tanh(x / cap), vectors."""
+    return g.b.fmul(g.tanh(g.b.fdiv(x, cap)), cap)
+
+
+_cap = each(3, lambda g, i, x, cap, out: g.put(capped(g, g.vec(x, i), g.splat(g.bits(cap))), out, i))
+
+# ---- kernels ----
+
+# what compiled Python reads of the layout, as globals of this module
+(_ROWS, _X, _X_STRIDE, _OUT, _OUT_STRIDE, _OUT_SCALES, _WIDTH, _PRIVATE_OUT) = (
+    8 * c for c in (t.ROWS, t.X, t.X_STRIDE, t.OUT, t.OUT_STRIDE, t.OUT_SCALES, t.WIDTH, t.PRIVATE_OUT)
+)
+(_WEIGHT, _BIAS, _EPS, _CENTER, _HEADS, _Y, _Y_STRIDE, _TOTAL, _TOTAL_STRIDE, _ACT, _CAP) = (
+    8 * c
+    for c in (
+        *(t.NORM_WEIGHT, t.NORM_BIAS, t.NORM_EPS, t.CENTER, t.HEADS),
+        *(t.Y, t.Y_STRIDE, t.TOTAL, t.TOTAL_STRIDE, t.ACT, t.CAP),
+    )
+)
+_THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = 8 * t.THREADS, 8 * t.TOKENS, 8 * t.SAMPLES, 8 * t.SAMPLED, t.FEW
+
+
+@inline
+def rows_of(row: int, context: int) -> int:
+    """How many rows the operation goes over in this step."""
+    return int(peek(context + _SAMPLES) if peek(row + _ROWS) else peek(context + _TOKENS))
+
+
+@inline
+def _norm_row(row: int, x: int, out: int, scales: int) -> None:
+    """One row; x is where it stands."""
+    n, weight, eps = peek(row + _WIDTH) // 16, peek(row + _WEIGHT), peek(row + _EPS)
+    bias, center = peek(row + _BIAS), peek(row + _CENTER)
+    if peek(row + _OUT_SCALES):
+        if center:
+            _layer_codes(n, x, weight, bias, out, scales, eps)
+        else:
+            _rms_codes(n, x, weight, out, scales, eps)
+        return
+    for h in range(max(1, peek(row + _HEADS))):
+        if center:
+            layer_norm(n, x + h * n * 64, weight, bias, out + h * n * 64, eps)
+        else:
+            rms_norm(n, x + h * n * 64, weight, out + h * n * 64, eps)
+
+
+def _norm(tid: int, row: int, context: int, counter: int) -> int:
+    """Norm, to float32 or int8; a row's own heads only to float32."""
+    rows, stride, width = rows_of(row, context), peek(row + _OUT_STRIDE), peek(row + _WIDTH)
+    alone = peek(row + _PRIVATE_OUT) != 0 and rows <= _FEW
+    out, scales = peek(row + _OUT), peek(row + _OUT_SCALES)
+    first, by = tid, peek(context + _THREADS)
+    if alone:
+        out, scales = out + tid * _FEW * stride, scales + tid * _FEW * (width // 4)
+        first, by = 0, 1
+    for r in range(first, rows, by):
+        x = peek(row + _X) + r * peek(row + _X_STRIDE)
+        _norm_row(row, x, out + r * stride, scales + r * (width // 4))
+    return 1 if alone else 0
+
+
+def _add_norm(tid: int, row: int, context: int, counter: int) -> int:
+    """total = x + y, then its norm. `total` may be x or y; the norm is never private."""
+    stride, width = peek(row + _OUT_STRIDE), peek(row + _WIDTH)
+    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+        x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
+        total = peek(row + _TOTAL) + r * peek(row + _TOTAL_STRIDE)
+        add(width // 16, x, y, total)
+        _norm_row(row, total, peek(row + _OUT) + r * stride, peek(row + _OUT_SCALES) + r * (width // 4))
+    return 0
+
+
+def _add(tid: int, row: int, context: int, counter: int) -> int:
+    """x + y"""
+    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+        x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
+        add((peek(row + _WIDTH) + 15) // 16, x, y, peek(row + _OUT) + r * peek(row + _OUT_STRIDE))
+    return 0
+
+
+def _act(tid: int, row: int, context: int, counter: int) -> int:
+    """act(x)"""
+    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+        x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
+        activate(peek(row + _ACT), (peek(row + _WIDTH) + 15) // 16, x, out)
+    return 0
+
+
+def _gated_act(tid: int, row: int, context: int, counter: int) -> int:
+    """act(x) · y"""
+    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+        x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
+        out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
+        gate(peek(row + _ACT), (peek(row + _WIDTH) + 15) // 16, x, y, out)
+    return 0
+
+
+def _soft_cap(tid: int, row: int, context: int, counter: int) -> int:
+    """cap · tanh(x / cap); rows are long (logits), so items are of 64 vectors."""
+    rows, n = rows_of(row, context), (peek(row + _WIDTH) + 15) // 16
+    pieces = (n + 63) // 64
+    while True:
+        i = atomic_add(counter, 1)
+        if i >= rows * pieces:
+            return 0
+        r, p = i // pieces, i % pieces * 64
+        x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
+        _cap(min(64, n - p), x + p * 64, peek(row + _CAP), out + p * 64)
+
+
+def _take_rows(tid: int, row: int, context: int, counter: int) -> int:
+    """The rows that sample."""
+    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+        x = peek(row + _X) + peek(peek(context + _SAMPLED) + r * 8) * peek(row + _X_STRIDE)
+        copy((peek(row + _WIDTH) + 15) // 16, x, peek(row + _OUT) + r * peek(row + _OUT_STRIDE))
+    return 0
+
+
+def _quantize_rows(tid: int, row: int, context: int, counter: int) -> int:
+    """float32 to int8."""
+    width = peek(row + _WIDTH)
+    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+        x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
+        quantize(width // 32, x, out, peek(row + _OUT_SCALES) + r * (width // 4))
+    return 0
+
+
+_BODIES: dict[str, Callable[..., int]] = {
+    "norm": _norm,
+    "add_norm": _add_norm,
+    "add": _add,
+    "act": _act,
+    "gated_act": _gated_act,
+    "soft_cap": _soft_cap,
+    "take_rows": _take_rows,
+    "quantize_rows": _quantize_rows,
+}
+
+
+def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
+    """Names to makers. These are written alike for every instruction set."""
+
+    def maker(name: str, body: Callable[..., int]) -> Callable[[], Callable[..., int]]:
+        return lambda: kernel(name, compiled(f"rows_{name}", body))
+
+    return {name: maker(name, body) for name, body in _BODIES.items()}
