@@ -24,7 +24,8 @@ def zeros(shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
             mapped.madvise(mmap.MADV_HUGEPAGE)
         array, align = np.frombuffer(mapped, np.uint8), _HUGE
     start = -array.ctypes.data % align
-    return array[start : start + size].view(dtype).reshape(shape)
+    view: NDArray[Any] = array[start : start + size].view(dtype).reshape(shape)
+    return view
 
 
 def touch(array: NDArray[Any]) -> None:
