@@ -136,6 +136,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     backend: Annotated[str, Option("Who computes.", choices=("auto", "cpu", "torch"), env="TOKENMILL_BACKEND")] = "auto"
     cpu_isa: Annotated[str, Option("Instruction set of the CPU backend, one that this machine has. Default: the best.",
                                    env="TOKENMILL_ISA")] = ""
+    kernel_cache: Annotated[str, Option("Folder for compiled kernels. Default: in the user's cache.",
+                                        env="TOKENMILL_KERNEL_CACHE")] = ""
     http_workers: Annotated[int, Option("HTTP processes.", at_least=1, at_most=64, env="TOKENMILL_HTTP_WORKERS")] = 1
     cpu_threads: Annotated[int | None, Option("Threads that compute, per rank. Default: the CPUs that this process may "
                                               "use.", at_least=1, env="TOKENMILL_CPU_THREADS,OMP_NUM_THREADS")] = None
@@ -243,6 +245,7 @@ def _checked(settings: Settings) -> Settings:
     return msgspec.structs.replace(
         settings, max_input_tokens=max_input, max_input_length=None, num_shard=_num_shard(settings), hostname=hostname,
         warnings=tuple(warnings), cache_dir=settings.cache_dir or default_cache_dir(),
+        kernel_cache=settings.kernel_cache or str(Path(default_cache_dir()) / "kernels"),
     )  # fmt: skip
 
 
