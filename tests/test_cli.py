@@ -31,7 +31,7 @@ def run(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
-    for command in ("serve", "chat", "generate", "download-weights", "env", "schema"):
+    for command in ("serve", "chat", "generate", "download-weights", "env", "doctor", "schema"):
         assert f"\n  {command} " in shown
 
 
@@ -40,7 +40,7 @@ def test_a_misspelt_command_is_a_usage_error_with_a_guess(capsys: pytest.Capture
     assert "did you mean `tokenmill serve`?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "generate", "download-weights", "env", "schema"])
+@pytest.mark.parametrize("command", ["serve", "chat", "generate", "download-weights", "env", "doctor", "schema"])
 def test_every_command_has_help(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0

@@ -75,6 +75,7 @@ def _commands() -> dict[str, Command]:
         "generate": Command(lambda rest: _load("tokenmill.generate:main")(rest), "answer a prompt without a server"),
         "download-weights": Command(download_weights, "get a model onto this machine"),
         "env": Command(env, "say what is installed and found here"),
+        "doctor": Command(doctor, "say what would be served here, by which kernels, and what is in the way"),
         "schema": Command(schema, "print the OpenAPI document of the server"),
     }
 
@@ -163,6 +164,11 @@ def env(words: list[str]) -> int:
     options.Parser(prog="tokenmill env", description="What is installed and found here.").parse_args(words)
     print(_load("tokenmill.operate.env:report")())
     return 0
+
+
+def doctor(words: list[str]) -> int:
+    """Look at everything that a start depends on."""
+    return int(_load("tokenmill.operate.doctor:main")(words))
 
 
 def schema(words: list[str]) -> int:
