@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.ir import G, V, Val, f32, i8, vi
 
@@ -13,14 +15,14 @@ def silu(g: G, x: Val) -> Val:
 
 def gelu_tanh(g: G, x: Val) -> Val:
     """GELU by its usual approximation with tanh."""
-    b, k = g.b, lambda v: g.k(x.type, v)
+    b, k = g.b, partial(g.k, x.type)
     inner = b.fmul(b.fmul(x, k(0.7978845608)), g.fma(b.fmul(x, x), k(0.044715), k(1.0)))
     return b.fmul(b.fmul(x, k(0.5)), b.fadd(g.tanh(inner), k(1.0)))
 
 
 def erf(g: G, x: Val) -> Val:
     """The error function, to some 2e-7 (Abramowitz and Stegun 7.1.26)."""
-    b, k = g.b, lambda v: g.k(x.type, v)
+    b, k = g.b, partial(g.k, x.type)
     size = g.each_lane("fabs", x)
     u = b.fdiv(k(1.0), g.fma(size, k(0.3275911), k(1.0)))
     p = k(1.061405429)

@@ -1,0 +1,237 @@
+"""Kernels of products: plain, gated, and rows of a table looked up; for every form of weights.
+
+Threads take panels from the row's counter, a few at a time. A form's tiles have 1, 2, 4 and (with long registers) 8
+rows; which of them compute a row changes nothing in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.forms import NAMES, DenseForm, Form, form_named
+from tokenmill.backends.cpu.ir import G, Val, atomic_add, compiled, each, emit, inline, kernel, peek
+from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.tiles import look_up, tile
+from tokenmill.backends.cpu.vectors import ACTS, quantize_block
+
+Function = Callable[..., Any]
+
+_FAR = 1 << 18  # bytes of x that stay near a core while several panels are multiplied with them
+_SILU, _GELU_TANH, _GELU_ERF, _RELU = t.SILU, t.GELU_TANH, t.GELU_ERF, t.RELU
+_FEW, _ROW = t.FEW, 8
+_TOKENS, _SAMPLES, _THREADS, _ZEROS = (8 * w for w in (t.TOKENS, t.SAMPLES, t.THREADS, t.ZEROS))
+
+
+def _activation(act: int) -> Callable[..., None]:
+    def write(g: G, i: Val, x: Val) -> None:
+        g.put(ACTS[act](g, g.vec(x, i)), x, i)
+
+    return each(1, write)
+
+
+def _gate(act: int) -> Callable[..., None]:
+    """gate, up, out"""
+
+    def write(g: G, i: Val, gate: Val, up: Val, out: Val) -> None:
+        g.put(g.b.fmul(ACTS[act](g, g.vec(gate, i)), g.vec(up, i)), out, i)
+
+    return each(3, write)
+
+
+def _quantize(g: G, x: Val, codes: Val, scales: Val) -> None:
+    quantize_block(g, g.vec(x, g.c(0)), g.vec(x, g.c(1)), codes, scales)
+
+
+_silu, _gelu_tanh, _gelu_erf, _relu = (_activation(act) for act in ACTS)
+_gate_silu, _gate_gelu_tanh, _gate_gelu_erf, _gate_relu = (_gate(act) for act in ACTS)
+_add = each(3, lambda g, i, x, y, out: g.put(g.b.fadd(g.vec(x, i), g.vec(y, i)), out, i))
+_scale = each(2, lambda g, i, x, s: g.put(g.b.fmul(g.vec(x, i), g.splat(g.bits(s))), x, i))
+_quantize32 = emit(3, _quantize)
+
+
+@inline
+def field(address: int, word: int) -> int:
+    """A word of a row or of the context."""
+    return int(peek(address + 8 * word))
+
+
+@inline
+def count_rows(row: int, context: int) -> int:
+    """How many rows this row of the table goes over."""
+    return int(peek(context + _SAMPLES) if field(row, t.ROWS) else peek(context + _TOKENS))
+
+
+@inline
+def own(row: int, tid: int, rows: int, column: int, base: int, size: int) -> int:
+    """Address of a thread's own copy, if there is one."""
+    return base + tid * _FEW * size if field(row, column) and rows <= _FEW else base
+
+
+@inline
+def _activate(act: int, n: int, x: int) -> None:
+    if act == _SILU:
+        _silu(n, x)
+    elif act == _GELU_TANH:
+        _gelu_tanh(n, x)
+    elif act == _GELU_ERF:
+        _gelu_erf(n, x)
+    elif act == _RELU:
+        _relu(n, x)
+
+
+@inline
+def _gate_panels(act: int, tile_address: int, out: int) -> None:
+    """32 of gate and 32 of up to 32 outputs."""
+    if act == _SILU:
+        _gate_silu(2, tile_address, tile_address + 128, out)
+    elif act == _GELU_TANH:
+        _gate_gelu_tanh(2, tile_address, tile_address + 128, out)
+    elif act == _GELU_ERF:
+        _gate_gelu_erf(2, tile_address, tile_address + 128, out)
+    else:
+        _gate_relu(2, tile_address, tile_address + 128, out)
+
+
+def product(isa: Isa, form: Form | DenseForm) -> Function:
+    """Compiled: (rows, columns, weight, bytes of a panel, panels, x, stride, scales, base, stride, step, out, stride).
+
+    out = base + x · weightᵀ for panels of 16 outputs. `step`: bytes from a panel's base to the next one's, 0 or 64.
+    """
+    t1, t2, t4, t8 = (emit(10, tile(isa, form, min(rows, isa.rows))) for rows in (1, 2, 4, 8))
+    most = isa.rows
+
+    def some(rows, columns, w, x, xs, s, ss, base, bs, out, os) -> None:  # type: ignore[no-untyped-def]
+        r = 0
+        while rows - r >= most:
+            t8(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
+            r += most
+        if rows - r >= 4:
+            t4(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
+            r += 4
+        if rows - r >= 2:
+            t2(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
+            r += 2
+        if rows - r >= 1:
+            t1(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
+
+    panel: Function = compiled(f"panel_{form.name}_{isa.name}", some)
+
+    def panels(rows, columns, w, size, count, x, xs, s, base, bs, step, out, os):  # type: ignore[no-untyped-def]
+        at_once = rows if rows * xs <= _FAR else max(_ROW, _FAR // xs // _ROW * _ROW)
+        for r in range(0, rows, at_once):
+            n, ss = min(at_once, rows - r), xs // 4
+            for p in range(count):
+                b, o = base + r * bs + p * step, out + r * os + p * 64
+                panel(n, columns, w + p * size, x + r * xs, xs, s + r * ss, ss, b, bs, o, os)
+
+    return compiled(f"product_{form.name}_{isa.name}", panels)
+
+
+def _linear(isa: Isa, form: Form | DenseForm) -> Function:
+    multiply: Function = product(isa, form)
+
+    def linear(tid, row, context, counter):  # type: ignore[no-untyped-def]
+        rows, columns, panels = count_rows(row, context), field(row, t.WIDTH), field(row, t.PANELS)
+        xs, out, os = field(row, t.X_STRIDE), field(row, t.OUT), field(row, t.OUT_STRIDE)
+        quantized = field(row, t.OUT_SCALES)
+        x = own(row, tid, rows, t.PRIVATE_X, field(row, t.X), xs)
+        scales = own(row, tid, rows, t.PRIVATE_X, field(row, t.X_SCALES), xs // 4)
+        weight, size, act = field(row, t.WEIGHT), field(row, t.PANEL_BYTES), field(row, t.ACT)
+        residual, rs, bias = field(row, t.RESIDUAL), field(row, t.RESIDUAL_STRIDE), field(row, t.BIAS)
+        zeros, scratch = peek(context + _ZEROS), field(context, t.TILE) + tid * field(context, t.TILE_SIZE)
+        grain = _grain(rows, panels, quantized)
+        while True:
+            p = atomic_add(counter, 1) * grain
+            if p >= panels:
+                return 0
+            n = min(grain, panels - p)
+            o, s = (scratch, 64 * grain) if quantized else (out + p * 64, os)
+            base, bs, step = zeros, 0, 0
+            if residual:
+                base, bs, step = residual + p * 64, rs, 64
+            elif bias:
+                base, bs, step = bias + p * 64, 0, 64
+            multiply(rows, columns, weight + p * size, size, n, x, xs, scales, base, bs, step, o, s)
+            if act or quantized or (bias and residual):
+                for r in range(rows):
+                    a = o + r * s
+                    if bias and residual:
+                        _add(n, a, bias + p * 64, a)
+                    _activate(act, n, a)
+                    for q in range(0, n if quantized else 0, 2):
+                        at = r * os + (p + q) * 16
+                        _quantize32(a + q * 64, out + at, quantized + at // 4)
+
+    return compiled(f"linear_{form.name}_{isa.name}_body", linear)
+
+
+@inline
+def _grain(rows: int, panels: int, quantized: int) -> int:
+    """Panels that a thread takes at once: even, if outputs are quantized; few enough that none waits long."""
+    if quantized:
+        return 4 if rows > 64 and panels >= 64 else 2
+    if panels > 1000:
+        return 16
+    if rows > 64 and panels >= 64:
+        return 4
+    return 3 if rows <= 8 and panels > 40 else 1
+
+
+def _gated(isa: Isa, form: Form | DenseForm) -> Function:
+    multiply: Function = product(isa, form)
+
+    def gated(tid, row, context, counter):  # type: ignore[no-untyped-def]
+        rows, columns, panels = count_rows(row, context), field(row, t.WIDTH), field(row, t.PANELS)
+        xs, out, os = field(row, t.X_STRIDE), field(row, t.OUT), field(row, t.OUT_STRIDE)
+        quantized = field(row, t.OUT_SCALES)
+        x = own(row, tid, rows, t.PRIVATE_X, field(row, t.X), xs)
+        scales = own(row, tid, rows, t.PRIVATE_X, field(row, t.X_SCALES), xs // 4)
+        weight, size, act, bias = field(row, t.WEIGHT), field(row, t.PANEL_BYTES), field(row, t.ACT), field(row, t.BIAS)
+        scratch = field(context, t.TILE) + tid * field(context, t.TILE_SIZE)
+        while True:
+            i = atomic_add(counter, 1)
+            if i * 4 >= panels:
+                return 0
+            base, step = (bias + i * 256, 64) if bias else (peek(context + _ZEROS), 0)
+            multiply(rows, columns, weight + i * 4 * size, size, 4, x, xs, scales, base, 0, step, scratch, 256)
+            for r in range(rows):
+                a = scratch + r * 256
+                if quantized:
+                    _gate_panels(act, a, a)
+                    _quantize32(a, out + r * os + i * 32, quantized + r * (os // 4) + i * 8)
+                else:
+                    _gate_panels(act, a, out + r * os + i * 128)
+
+    return compiled(f"gated_{form.name}_{isa.name}_body", gated)
+
+
+def _embed(isa: Isa, form: Form | DenseForm) -> Function:
+    take = emit(4, look_up(form))
+
+    def embed(tid, row, context, counter):  # type: ignore[no-untyped-def]
+        rows, columns = count_rows(row, context), field(row, t.WIDTH)
+        table, factor = field(row, t.TABLE), field(row, t.TABLE_SCALE)
+        ids = field(context, t.POSITIONS if field(row, t.BY_POSITION) else t.IDS)
+        for r in range(tid, rows, peek(context + _THREADS)):
+            out = field(row, t.OUT) + r * field(row, t.OUT_STRIDE)
+            take(peek(ids + 8 * r), columns, table, out)
+            if factor:
+                _scale((columns + 15) // 16, out, factor)
+        return 0
+
+    return compiled(f"embed_{form.name}_{isa.name}_body", embed)
+
+
+_KINDS = {"linear": _linear, "gated": _gated, "embed": _embed}
+
+
+def _make(kind: str, name: str, isa: Isa) -> Function:
+    return kernel(f"{kind}_{name}_{isa.name}", _KINDS[kind](isa, form_named(name)))
+
+
+def kernels(isa: Isa) -> dict[str, Callable[[], Function]]:
+    """linear_<form>, gated_<form> and embed_<form> for every form of `forms.py`."""
+    return {f"{kind}_{name}": partial(_make, kind, name, isa) for kind in _KINDS for name in NAMES}

@@ -1,0 +1,347 @@
+"""The innermost loops of products, as LLVM code: some rows of x times one panel of 16 outputs.
+
+A tile sums over columns in one order, whatever its number of rows: so a row's numbers do not depend on its company.
+Block forms: activations int8, weights unsigned codes, both multiplied in integers within a block of 32 columns,
+scaled and added in float32. Which instruction multiplies is all that an instruction set changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from llvmlite import ir
+
+from tokenmill.backends.cpu.forms import BLOCK, DenseForm, Form
+from tokenmill.backends.cpu.ir import G, V, Val, f16, f32, i1, i8, i16, i32
+from tokenmill.backends.cpu.isa import Isa
+
+Act = Callable[[int, int], Val]
+"""(row, j) -> four int8 activations, columns 4 · j …, in every int32 lane"""
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Addresses and strides in bytes of a tile's operands; `scales` stays unread with float activations."""
+
+    columns: Val
+    weight: Val
+    x: Val
+    x_stride: Val
+    scales: Val
+    scales_stride: Val
+    base: Val  # what is added to the product: float32, 16 a row
+    base_stride: Val
+    out: Val
+    out_stride: Val
+
+
+
+
+def load_codes(g: G, form: Form, address: Val, offset: int, size: int) -> list[Val]:
+    """The eight vectors of unsigned codes of a block: `size` bytes of each, from byte `offset` on."""
+    b, ty, wide = g.b, V(i8, size), V(i16, size // 2)
+    if form.bits == 8:
+        return [g.ld(ty, address, 64 * j + offset) for j in range(8)]
+
+    def shifted(v: Val, left: int) -> Val:
+        """Each byte shifted; what comes over from its neighbour is masked away by the caller."""
+        if left == 0:
+            return v
+        v, by = b.bitcast(v, wide), g.k(wide, abs(left))
+        return b.bitcast(b.shl(v, by) if left > 0 else b.lshr(v, by), ty)
+
+    raw = [g.ld(ty, address, 64 * j + offset) for j in range(4)]
+    low = [b.and_(v, g.k(ty, 15)) for v in raw]
+    codes = low + [b.and_(shifted(v, -4), g.k(ty, 15)) for v in raw]
+    extra = form.bits - 4  # bits of each vector in a plane of the upper bits
+    if extra:
+        planes = [g.ld(ty, address, 256 + 64 * n + offset) for n in range(extra)]
+        mask, per_plane = g.k(ty, (1 << form.bits) - 16), 8 // extra
+        for j in range(8):
+            upper = shifted(planes[j // per_plane], 4 - extra * (j % per_plane))
+            codes[j] = b.or_(codes[j], b.and_(upper, mask))
+    return codes
+
+
+class Dots:
+    """Integer products of a block's codes with the activations of several rows, by instruction set."""
+
+    def __init__(self, g: G, isa: Isa, form: Form) -> None:
+        self.g, self.isa, self.bits = g, isa, form.bits
+        self.ints, self.bytes = V(i32, isa.lanes), V(i8, 4 * isa.lanes)
+        self.signed = form.bits == 8 and isa.name in ("avx2", "neon")
+        """Whether codes of 8 bits are made signed, so that no offset is left to subtract."""
+
+    def ready(self, codes: list[Val]) -> list[Val]:
+        """Codes as `sums` wants them."""
+        return [self.g.b.xor(v, self.g.k(self.bytes, -128)) for v in codes] if self.signed else codes
+
+    def sums(self, codes: Sequence[Val], columns: range, act: Act, rows: int) -> list[Val]:
+        """For each row the int32 sums over vectors `columns`, of every output."""
+        if self.isa.name == "avx2":
+            return self._signed(codes, columns, act, rows) if self.signed else self._in_pairs(codes, columns, act, rows)
+        out = [self.g.k(self.ints, 0) for _ in range(rows)]
+        for j in columns:
+            for r in range(rows):
+                out[r] = self._dot(out[r], codes[j], act(r, j))
+        return out
+
+    def _dot(self, total: Val, codes: Val, four: Val) -> Val:
+        g, b = self.g, self.g.b
+        if self.isa.name == "neon":
+            return g.call(
+                "llvm.aarch64.neon.sdot.v4i32.v16i8", self.ints, [total, codes, b.bitcast(four, self.bytes)]
+            )
+        bits = 32 * self.isa.lanes  # VNNI, of AVX-512 or AVX
+        return g.call(f"llvm.x86.avx512.vpdpbusd.{bits}", self.ints, [total, b.bitcast(codes, self.ints), four])
+
+    def _pairs(self, codes: Val, four: Val) -> Val:
+        """Sums of two products, int16."""
+        return self.g.call(
+            "llvm.x86.avx2.pmadd.ub.sw", V(i16, 16), [codes, self.g.b.bitcast(four, self.bytes)]
+        )
+
+    def _widen(self, pairs: Val) -> Val:
+        return self.g.call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.g.k(V(i16, 16), 1)])
+
+    def _in_pairs(self, codes: Sequence[Val], columns: range, act: Act, rows: int) -> list[Val]:
+        """As many sums of pairs are added in int16 as cannot overflow: 2 · 127 · (2^bits − 1) each."""
+        b, safe = self.g.b, {4: 8, 5: 4, 6: 2}[self.bits]
+        out: list[Val] = [None] * rows
+        for start in range(columns.start, columns.stop, safe):
+            pairs: list[Val] = [None] * rows
+            for j in range(start, min(columns.stop, start + safe)):
+                for r in range(rows):
+                    new = self._pairs(codes[j], act(r, j))
+                    pairs[r] = new if pairs[r] is None else b.add(pairs[r], new)
+            for r in range(rows):
+                new = self._widen(pairs[r])
+                out[r] = new if out[r] is None else b.add(out[r], new)
+        return out
+
+    def _signed(self, codes: Sequence[Val], columns: range, act: Act, rows: int) -> list[Val]:
+        """|code| · (activation with the code's sign): 2 · 128 · 127 fits int16."""
+        g, b = self.g, self.g.b
+        out: list[Val] = [g.k(self.ints, 0)] * rows
+        for j in columns:
+            size = g.call("llvm.abs.v32i8", self.bytes, [codes[j], ir.Constant(i1, 0)])
+            for r in range(rows):
+                flipped = g.call("llvm.x86.avx2.psign.b", self.bytes, [b.bitcast(act(r, j), self.bytes), codes[j]])
+                out[r] = b.add(out[r], self._widen(self._pairs(size, flipped)))
+        return out
+
+
+class BlockTile:
+    """Code of a tile with a block form: `rows` rows of int8 by one panel."""
+
+    def __init__(self, g: G, isa: Isa, form: Form, rows: int, o: Operands) -> None:
+        self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
+        self.floats, self.dots = V(f32, isa.lanes), Dots(g, isa, form)
+        self.blocks = g.b.lshr(o.columns, g.c(5))
+
+    def write(self) -> None:
+        """The whole tile. A set with short registers goes over the panel once for some of its outputs."""
+        g, o, lanes = self.g, self.o, self.isa.lanes
+        for parts in panel_parts(lanes, self.rows):
+            zero = g.k(self.floats, 0.0)
+            sums = g.loop(self.blocks, [zero] * (len(parts) * self.rows), partial(self._block, parts))
+            for n, part in enumerate(parts):
+                store(g, o, sums[n * self.rows : (n + 1) * self.rows], 4 * lanes * part)
+
+    def _block(self, parts: Sequence[int], i: Val, acc: list[Val]) -> list[Val]:
+        g, b, o = self.g, self.g.b, self.o
+        sizes = (o.weight, self.form.size), (o.x, 32), (o.scales, 8)
+        weight, column, scale = (g.at(start, b.mul(i, g.c(size))) for start, size in sizes)
+        if parts[0] == 0:
+            self._prefetch(weight)
+        xs = [g.at(column, b.mul(o.x_stride, g.c(r))) for r in range(self.rows)]
+        at = [g.at(scale, b.mul(o.scales_stride, g.c(r))) for r in range(self.rows)]
+        scales = [(g.ld(f32, a), g.ld(f32, a, 4)) for a in at]
+
+        def act(r: int, j: int) -> Val:
+            return g.splat(g.ld(i32, xs[r], 4 * j), self.isa.lanes)
+
+        out: list[Val] = []
+        for n, part in enumerate(parts):
+            old = acc[n * self.rows : (n + 1) * self.rows]
+            codes = self.dots.ready(load_codes(g, self.form, weight, 4 * self.isa.lanes * part, 4 * self.isa.lanes))
+            add = self._halves if self.form.halves == 2 else self._whole
+            out += add(weight, part, codes, act, scales, old)
+        return out
+
+    def _prefetch(self, weight: Val) -> None:
+        """With few rows further on in the panel, else the same place of the next: what was fastest."""
+        g = self.g
+        ahead = g.c(2048) if self.rows <= 2 else g.b.mul(self.blocks, g.c(self.form.size))
+        for line in range(0, self.form.size, 64):
+            g.prefetch(weight, g.at(ahead, line))
+
+    def _numbers(self, weight: Val, offset: int, item: int, part: int) -> Val:
+        """A float of each output, as float32."""
+        g, lanes = self.g, self.isa.lanes
+        loaded = g.ld(V(f16 if item == 2 else f32, lanes), weight, offset + item * lanes * part)
+        return g.b.fpext(loaded, self.floats) if item == 2 else loaded
+
+    def _whole(
+        self, weight: Val, part: int, codes: list[Val], act: Act, scales: list[tuple[Val, Val]], acc: list[Val]
+    ) -> list[Val]:
+        """One scale for the block."""
+        g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
+        sums = self.dots.sums(codes, range(8), act, self.rows)
+        d = self._numbers(weight, form.codes, form.scale, part)
+        low = self._numbers(weight, form.codes + form.scales, form.low, part) if form.low else None
+        offset = 0 if self.dots.signed else form.offset
+        out = []
+        for total, (s, s_sum), old in zip(sums, scales, acc, strict=True):
+            exact = b.sitofp(total, self.floats)
+            if offset:
+                mine = g.splat(b.fmul(s_sum, g.f(-offset)), lanes)
+                new = g.fma(g.fma(exact, g.splat(s, lanes), mine), d, old)
+            else:
+                new = g.fma(exact, b.fmul(d, g.splat(s, lanes)), old)
+            out.append(new if low is None else g.fma(low, g.splat(s_sum, lanes), new))
+        return out
+
+    def _halves(
+        self, weight: Val, part: int, codes: list[Val], act: Act, scales: list[tuple[Val, Val]], acc: list[Val]
+    ) -> list[Val]:
+        """A scale for each 16 columns: the offset needs the sum of the first 16 activations."""
+        g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
+        ones = [g.k(self.dots.bytes, 1)] * 4
+        first = self.dots.sums(codes, range(4), act, self.rows)
+        head = self.dots.sums(ones, range(4), act, self.rows)
+        second = self.dots.sums(codes, range(4, 8), act, self.rows)
+        d0, d1 = (self._numbers(weight, form.codes + 64 * n, form.scale, part) for n in range(2))
+        out = []
+        for r, (s, s_sum) in enumerate(scales):
+            mine = b.fmul(b.sitofp(head[r], self.floats), g.splat(b.fmul(s, g.f(form.offset)), lanes))
+            rest = b.fsub(g.splat(b.fmul(s_sum, g.f(form.offset)), lanes), mine)
+            t0, t1 = (
+                g.fma(b.sitofp(total, self.floats), g.splat(s, lanes), b.fneg(less))
+                for total, less in ((first[r], mine), (second[r], rest))
+            )
+            out.append(g.fma(t1, d1, g.fma(t0, d0, acc[r])))
+        return out
+
+
+def panel_parts(lanes: int, rows: int) -> list[list[int]]:
+    """Which registers of a panel's 16 outputs are summed in one go over the columns."""
+    parts = list(range(16 // lanes))
+    if rows == 1 or lanes == 16:
+        return [parts]
+    at_once = 2 if lanes == 4 else 1
+    return [parts[i : i + at_once] for i in range(0, len(parts), at_once)]
+
+
+def store(g: G, o: Operands, sums: list[Val], offset: int) -> None:
+    """Each row's sums, plus its base, to out."""
+    b = g.b
+    for r, total in enumerate(sums):
+        base = g.ld(total.type, g.at(o.base, b.mul(o.base_stride, g.c(r))), offset)
+        g.st(b.fadd(total, base), g.at(o.out, b.mul(o.out_stride, g.c(r))), offset)
+
+
+class DenseTile:
+    """Code of a tile with a form of floats: `rows` rows of float32 by one panel. Two sums a row, by column's parity."""
+
+    def __init__(self, g: G, isa: Isa, form: DenseForm, rows: int, o: Operands) -> None:
+        self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
+        self.floats = V(f32, isa.lanes)
+        self.xs = [g.at(o.x, g.b.mul(o.x_stride, g.c(r))) for r in range(rows)]
+
+    def write(self) -> None:
+        """The whole tile: four columns at a time, then those that are left."""
+        g, b, o, lanes, rows = self.g, self.g.b, self.o, self.isa.lanes, self.rows
+        fours = b.lshr(o.columns, g.c(2))
+        done = b.shl(fours, g.c(2))
+        for parts in panel_parts(lanes, rows):
+            acc = [g.k(self.floats, 0.0)] * (2 * rows * len(parts))
+            acc = g.loop(fours, acc, partial(self._columns, parts, g.c(0), 4))
+            acc = g.loop(b.sub(o.columns, done), acc, partial(self._columns, parts, done, 1))
+            for n, part in enumerate(parts):
+                mine = acc[2 * rows * n : 2 * rows * (n + 1)]
+                store(g, o, [b.fadd(mine[2 * r], mine[2 * r + 1]) for r in range(rows)], 4 * lanes * part)
+
+    def _columns(self, parts: Sequence[int], start: Val, count: int, i: Val, acc: list[Val]) -> list[Val]:
+        """Add the i-th `count` columns behind `start`."""
+        g, b, rows = self.g, self.g.b, self.rows
+        new, column = list(acc), b.add(start, b.mul(i, g.c(count)))
+        weight = g.at(self.o.weight, b.mul(column, g.c(self.form.size)))
+        offset = b.shl(column, g.c(2))
+        for u in range(count):
+            if parts[0] == 0:
+                g.prefetch(weight, 2048 + self.form.size * u)
+            for n, part in enumerate(parts):
+                place = self.form.size * u + self.form.item * self.isa.lanes * part
+                w = load_floats(g, self.form, weight, place, self.isa.lanes)
+                for r in range(rows):
+                    x = g.splat(g.ld(f32, g.at(self.xs[r], offset), 4 * u), self.isa.lanes)
+                    at = 2 * rows * n + 2 * r + u % 2
+                    new[at] = g.fma(w, x, new[at])
+        return new
+
+
+def load_floats(g: G, form: DenseForm, address: Val, offset: int, lanes: int) -> Val:
+    """`lanes` numbers of a dense form as float32."""
+    b, floats = g.b, V(f32, lanes)
+    if form.name == "f32":
+        return g.ld(floats, address, offset)
+    if form.name == "f16":
+        return g.half(address, offset, lanes)
+    ints = V(i32, lanes)
+    return b.bitcast(b.shl(b.zext(g.ld(V(i16, lanes), address, offset), ints), g.k(ints, 16)), floats)
+
+
+def tile(isa: Isa, form: Form | DenseForm, rows: int) -> Callable[..., None]:
+    """What `ir.emit` takes: (columns, weight, x, its stride, scales, stride, base, stride, out, stride)."""
+
+    def write(g: G, *args: Val) -> None:
+        o = Operands(*args)
+        if isinstance(form, Form):
+            BlockTile(g, isa, form, rows, o).write()
+        else:
+            DenseTile(g, isa, form, rows, o).write()
+
+    return write
+
+
+def look_up(form: Form | DenseForm) -> Callable[..., None]:
+    """What `ir.emit` takes: (row of the matrix, columns, weight, out): that row as float32 to out."""
+
+    def write(g: G, row: Val, columns: Val, weight: Val, out: Val) -> None:
+        b = g.b
+        size = BLOCK if isinstance(form, Form) else 1
+        panel = b.mul(b.udiv(columns, g.c(size)), g.c(form.size))
+        lane = b.and_(row, g.c(15))
+        base = g.at(weight, b.mul(b.lshr(row, g.c(4)), panel))
+        if isinstance(form, Form):
+            g.loop(b.lshr(columns, g.c(5)), (), lambda i, _: _look_up_block(g, form, base, lane, i, out))
+        else:
+            g.loop(columns, (), lambda i, _: _look_up_number(g, form, base, lane, i, out))
+
+    return write
+
+
+def _look_up_number(g: G, form: DenseForm, base: Val, lane: Val, i: Val, out: Val) -> None:
+    b = g.b
+    address = g.at(g.at(base, b.mul(i, g.c(form.size))), b.mul(lane, g.c(form.item)))
+    g.st(g.first(load_floats(g, form, address, 0, 1)), g.at(out, b.mul(i, g.c(4))))
+
+
+def _look_up_block(g: G, form: Form, base: Val, lane: Val, i: Val, out: Val) -> None:
+    b, four = g.b, V(f32, 4)
+    block, to = g.at(base, b.mul(i, g.c(form.size))), g.at(out, b.mul(i, g.c(128)))
+
+    def number(offset: int, item: int) -> Val:
+        value = g.ld(f16 if item == 2 else f32, g.at(block, b.mul(lane, g.c(item))), offset)
+        return b.fpext(value, f32) if item == 2 else value
+
+    scales = [number(form.codes + 16 * form.scale * n, form.scale) for n in range(form.halves)]
+    low = number(form.codes + form.scales, form.low) if form.low else None
+    for j, codes in enumerate(load_codes(g, form, g.at(block, b.mul(lane, g.c(4))), 0, 4)):
+        exact = b.sitofp(b.sub(b.zext(codes, V(i32, 4)), g.k(V(i32, 4), form.offset)), four)
+        scale = g.splat(scales[j * form.halves // 8], 4)
+        value = b.fmul(exact, scale) if low is None else g.fma(exact, scale, g.splat(low, 4))
+        g.st(value, to, 16 * j)
