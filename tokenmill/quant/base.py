@@ -46,16 +46,18 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Columns in blocks that share a scale: scale · code + low.
+    """Columns in blocks that share a scale: scale · (code − offset) + low.
 
-    4 bits: blocks of 32, code k in byte k % 16, low nibble first, codes 0…15. 8 bits: one int8 a code, blocks of 32 or
-    16. Scales are float16 as stored, or float32 where the format's own scale is a product.
+    4 bits: blocks of 32, code k in byte k % 16, low nibble first, codes 0…15. 5, 6 and 8 bits: one int8 a code, blocks
+    of 32 or 16; of 5 bits 0…31 if there is a low, else −16…15; of 6 bits −32…31. Scales are float16 as stored, or
+    float32 where the format's own scale is a product.
     """
 
-    bits: int  # 4 or 8
+    bits: int  # 4, 5, 6 or 8
     codes: NDArray[Any]  # uint8 (rows, blocks, 16) or int8 (rows, blocks, block)
     scale: NDArray[Any]  # (rows, blocks)
     low: NDArray[Any] | None = None  # (rows, blocks)
+    offset: int = 0
 
     @property
     def block(self) -> int:
@@ -79,9 +81,11 @@ class Blocks:
         codes, scale = self.codes[rows], self.scale[rows].astype(np.float32)[..., None]
         if self.bits == 4:
             out[..., :16], out[..., 16:] = codes & 15, codes >> 4
+            if self.offset:
+                out -= np.float32(self.offset)
             out *= scale
         else:
-            np.multiply(codes, scale, out=out)
+            np.multiply(codes if not self.offset else codes - np.int16(self.offset), scale, out=out)
         if self.low is not None:
             out += self.low[rows].astype(np.float32)[..., None]
 
@@ -93,10 +97,12 @@ class Blocks:
         """A part of it; Dense if the columns cut a block."""
         start, stop, _ = columns.indices(self.shape[1])
         if start % self.block or stop % self.block:
-            some = Blocks(self.bits, self.codes[rows], self.scale[rows], None if self.low is None else self.low[rows])
-            return Dense(some.floats()[:, columns])
-        of = rows, slice(start // self.block, stop // self.block)
-        return Blocks(self.bits, self.codes[of], self.scale[of], None if self.low is None else self.low[of])
+            return Dense(self._part(rows).floats()[:, columns])
+        return self._part((rows, slice(start // self.block, stop // self.block)))
+
+    def _part(self, of: Any) -> Blocks:
+        low = None if self.low is None else self.low[of]
+        return Blocks(self.bits, self.codes[of], self.scale[of], low, self.offset)
 
 
 Matrix = Dense | Blocks
@@ -168,6 +174,7 @@ def stack(parts: list[Matrix]) -> Matrix:
                 np.concatenate([p.codes for p in alike]),
                 np.concatenate([p.scale for p in alike]),
                 np.concatenate(lows) if lows else None,
+                first.offset,
             )
     dense = [p.array for p in parts if isinstance(p, Dense)]
     if len(dense) == len(parts) and all(a.dtype == dense[0].dtype for a in dense):
@@ -197,7 +204,7 @@ def _check(weight: Weight, name: str, rows: int, found: tuple[int, ...] | None) 
 
 
 def _layout(m: Blocks) -> tuple[Any, ...]:
-    return m.bits, m.block, m.scale.dtype, m.low is None
+    return m.bits, m.block, m.scale.dtype, m.low is None, m.offset
 
 
 def _filled(matrix: Matrix) -> NDArray[np.float32]:

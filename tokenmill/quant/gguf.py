@@ -36,8 +36,7 @@ def _half(raw: Bytes) -> NDArray[np.float16]:
 
 
 def _q4_0(raw: Bytes) -> Blocks:
-    scale = _half(raw[..., :2])
-    return Blocks(4, raw[..., 2:], scale, scale.astype(np.float32) * np.float32(-8))
+    return Blocks(4, raw[..., 2:], _half(raw[..., :2]), offset=8)
 
 
 def _q4_1(raw: Bytes) -> Blocks:
@@ -56,11 +55,11 @@ def _five_bits(high: Bytes, low: Bytes) -> NDArray[np.int8]:
 
 
 def _q5_0(raw: Bytes) -> Blocks:
-    return Blocks(8, _five_bits(raw[..., 2:6], raw[..., 6:]) - np.int8(16), _half(raw[..., :2]))
+    return Blocks(5, _five_bits(raw[..., 2:6], raw[..., 6:]) - np.int8(16), _half(raw[..., :2]))
 
 
 def _q5_1(raw: Bytes) -> Blocks:
-    return Blocks(8, _five_bits(raw[..., 4:8], raw[..., 8:]), _half(raw[..., :2]), _half(raw[..., 2:4]))
+    return Blocks(5, _five_bits(raw[..., 4:8], raw[..., 8:]), _half(raw[..., :2]), _half(raw[..., 2:4]))
 
 
 def _scales(raw: Bytes) -> tuple[Floats, Floats]:
@@ -91,7 +90,7 @@ def _q5_k(raw: Bytes) -> Blocks:
     nibbles = np.stack([q & 15, q >> 4], -2).reshape(*raw.shape[:2], 8, 32)
     bit = np.arange(8, dtype=np.uint8)[:, None]  # bit i of byte j: column j of the i-th 32
     codes = nibbles | ((fifth[..., None, :] >> bit) & 1) << np.uint8(4)
-    return Blocks(8, codes.view(np.int8).reshape(len(raw), -1, 32), scale, low)
+    return Blocks(5, codes.view(np.int8).reshape(len(raw), -1, 32), scale, low)
 
 
 def _q6_k(raw: Bytes) -> Blocks:
@@ -101,7 +100,7 @@ def _q6_k(raw: Bytes) -> Blocks:
     pairs = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3  # two bits a column, four groups of 32 a byte
     codes = (nibbles | pairs << np.uint8(4)).view(np.int8) - np.int8(32)
     scale = raw[..., 192:208].view(np.int8) * _half(raw[..., 208:]).astype(np.float32)[..., None]
-    return Blocks(8, codes.reshape(len(raw), -1, 16), scale.reshape(len(raw), -1))
+    return Blocks(6, codes.reshape(len(raw), -1, 16), scale.reshape(len(raw), -1))
 
 
 _UNPACK: dict[str, Callable[[Bytes], Blocks]] = {

@@ -1,0 +1,213 @@
+"""Matrices to the panels of `forms.py`. Exact: a packed weight is the number that was stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.backends.cpu.forms import BLOCK, BLOCK_FORMS, PANEL, Form, form_named, panel_bytes
+from tokenmill.backends.cpu.scratch import padded, zeros
+from tokenmill.errors import Unsupported
+from tokenmill.program.ops import Part, Weight
+from tokenmill.quant.base import Blocks, Dense, Matrix, Reader, load
+from tokenmill.weights.checkpoint import Checkpoint
+
+Array = NDArray[Any]
+GATE = 32  # gate and up alternate by so many outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Panels of a matrix, or of some of its rows; the memory is its own."""
+
+    form: str  # a name of `forms.py`
+    panels: NDArray[np.uint8]  # flat, 64-byte aligned
+    rows: int
+    columns: int
+    start: int = 0  # output that the first row makes; a multiple of 16
+
+    @property
+    def address(self) -> int:
+        """Of the first panel."""
+        return int(self.panels.ctypes.data)
+
+    @property
+    def count(self) -> int:
+        """Panels; the last one's missing outputs are zero."""
+        return -(-self.rows // PANEL)
+
+    @property
+    def panel_bytes(self) -> int:
+        """Bytes from panel to panel."""
+        return panel_bytes(form_named(self.form), self.columns)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its products want int8 activations."""
+        return self.form in BLOCK_FORMS
+
+
+def gates(rows: int) -> bool:
+    """Whether a matrix of gate above up, `rows` together, can be packed gated: halves of whole blocks."""
+    return rows % (2 * GATE) == 0
+
+
+def pack_weight(
+    weight: Weight, source: Checkpoint, read: Reader, rank: int = 0, *, gated: bool = False
+) -> tuple[Packed, ...]:
+    """This rank's part of a weight. More than one if its parts are stored differently: one below the other.
+
+    Unsupported if it is `gated` and its halves are no whole blocks.
+    """
+    groups = [weight] if gated or len(weight.parts) == 1 else _alike(weight, source)
+    out, start = [], 0
+    for group in groups:
+        out.append(pack(load(group, source, read, rank), gated=gated, start=start))
+        start += out[-1].rows
+    if any(p.start % PANEL for p in out):
+        return (pack(load(weight, source, read, rank), gated=gated),)
+    return tuple(out)
+
+
+def _alike(weight: Weight, source: Checkpoint) -> list[Weight]:
+    """The weight as runs of parts that are stored in one kind."""
+    runs: list[list[Part]] = []
+    for part in weight.parts:
+        if runs and source[runs[-1][0].name].kind == source[part.name].kind:
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return [replace(weight, parts=tuple(run)) for run in runs]
+
+
+def pack(matrix: Matrix, *, gated: bool = False, start: int = 0) -> Packed:
+    """Panels of a matrix. `gated`: rows are gate, then up; packed as 32 of gate, 32 of up and so on."""
+    rows, columns = matrix.shape
+    if gated and not gates(rows):
+        raise Unsupported("size of a gated product", str(rows // 2), (), f"It must be a multiple of {GATE}.")
+    blocks = _as_blocks(matrix)
+    if blocks is None:
+        return _pack_dense(matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start)
+    form = _form_of(blocks)
+    out = zeros((-(-rows // PANEL), columns // BLOCK, form.size))
+    out[..., : form.codes] = _planes(form, _panels(_codes(form, blocks), gated))
+    scale, low = _numbers(form, blocks)
+    _put(out, form.codes, scale, form.halves, gated)
+    if low is not None:
+        _put(out, form.codes + form.scales, low, 1, gated)
+    return Packed(form.name, out.reshape(-1), rows, columns, start)
+
+
+def pack_vector(vector: NDArray[np.float32], *, gated: bool = False) -> NDArray[np.float32]:
+    """A bias in the order of the outputs of a product, padded with zeros to whole vectors."""
+    return padded(np.ascontiguousarray(_interleaved(vector) if gated else vector))
+
+
+def _interleaved(a: Array) -> Array:
+    return a.reshape(2, -1, GATE, *a.shape[1:]).swapaxes(0, 1).reshape(a.shape)
+
+
+def _panels(a: Array, gated: bool) -> Array:
+    """(rows, …) -> (panels, 16, …)"""
+    if gated:
+        a = _interleaved(a)
+    if short := -len(a) % PANEL:
+        a = np.concatenate([a, np.zeros((short, *a.shape[1:]), a.dtype)])
+    return a.reshape(-1, PANEL, *a.shape[1:])
+
+
+def _pack_dense(matrix: Dense, gated: bool, start: int) -> Packed:
+    array = matrix.array
+    names = {np.dtype(np.uint16): "bf16", np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
+    if array.dtype not in names:
+        array = array.astype(np.float32)
+    panels = _panels(array, gated)
+    out = zeros((len(panels), array.shape[1], PANEL), array.dtype)
+    out[:] = panels.swapaxes(1, 2)
+    rows, columns = matrix.array.shape
+    return Packed(names[array.dtype], out.reshape(-1).view(np.uint8), rows, columns, start)
+
+
+# ---- blocks ----
+
+
+def _as_blocks(matrix: Matrix) -> Blocks | None:
+    """What a block form can hold: blocks of 32, or pairs of 16 with codes of 6 bits."""
+    if not isinstance(matrix, Blocks) or matrix.shape[1] % BLOCK:
+        return None
+    if matrix.block == BLOCK:
+        return matrix
+    return matrix if matrix.block == 16 and matrix.bits == 6 and matrix.low is None else None
+
+
+def _form_of(m: Blocks) -> Form:
+    if m.bits == 6 and m.block == 16:
+        return BLOCK_FORMS["int6half"]
+    name = f"int{8 if m.bits == 6 else m.bits}"
+    half = m.scale.dtype == np.float16
+    if m.low is not None:
+        narrow = half and m.low.dtype == np.float16 and m.bits < 8
+        return BLOCK_FORMS[name if narrow and m.offset == 0 else f"{name}wide"]
+    if m.bits == 4:
+        return BLOCK_FORMS["int4even" if half and m.offset == 8 else "int4wide"]
+    if m.bits == 5:
+        return BLOCK_FORMS["int5even" if half and m.offset == 0 else "int5wide"]
+    return BLOCK_FORMS["int8" if half and m.offset == 0 else "int8wide"]
+
+
+def _shift(form: Form, m: Blocks) -> int:
+    """What is added to the codes to make them unsigned, as they lie in a panel."""
+    if form.offset:
+        return form.offset if m.bits != 4 else 0
+    return 16 if m.bits == 5 and m.low is None else 0
+
+
+def _codes(form: Form, m: Blocks) -> Array:
+    """(rows, blocks of 32, 16) nibbles as stored, or (rows, blocks of 32, 32) unsigned codes."""
+    if m.bits == 4:
+        return m.codes
+    codes = m.codes.reshape(len(m.codes), -1, BLOCK)
+    return np.asarray(codes.view(np.uint8) + np.uint8(_shift(form, m)))
+
+
+def _numbers(form: Form, m: Blocks) -> tuple[Array, Array | None]:
+    """Scales, and what is added: (rows, blocks of the matrix), in the form's types."""
+    kinds = {2: np.float16, 4: np.float32}
+    scale = m.scale.astype(kinds[form.scale], copy=False)
+    if not form.low:
+        return scale, None
+    # scale · (code − offset) + low = scale · (stored − form.offset) + what is to be added
+    stored_above = m.offset + (_shift(form, m) if m.bits != 4 else 0) - form.offset
+    low = np.zeros_like(scale) if m.low is None else m.low.astype(kinds[form.low], copy=False)
+    if stored_above:
+        low = low - scale * scale.dtype.type(stored_above)
+    return scale, low
+
+
+def _planes(form: Form, codes: Array) -> Array:
+    """(panels, 16, blocks, 16 nibbles or 32 codes) -> (panels, blocks, bytes of the planes)"""
+    panels, _, blocks, _ = codes.shape
+    four = np.ascontiguousarray(codes) if codes.strides[-1] != 1 else codes
+    quads = four.view(np.uint32).transpose(0, 2, 3, 1)  # (panels, blocks, vector, output) of 4 columns each
+    if form.bits in (4, 8):
+        return np.ascontiguousarray(quads).view(np.uint8).reshape(panels, blocks, -1)
+    vectors = np.ascontiguousarray(quads).view(np.uint8).reshape(panels, blocks, 8, 64)
+    low, high = vectors & 15, vectors >> 4
+    out = np.zeros((panels, blocks, form.bits, 64), np.uint8)
+    out[:, :, :4] = low[:, :, :4] | low[:, :, 4:] << 4
+    each = form.bits - 4
+    for j in range(8):
+        plane, place = divmod(j, 8 // each)
+        out[:, :, 4 + plane] |= high[:, :, j] << np.uint8(each * place)
+    return out.reshape(panels, blocks, -1)
+
+
+def _put(out: Array, at: int, numbers: Array, halves: int, gated: bool) -> None:
+    """Write numbers (rows, blocks of 32 · halves) at byte `at` of each block."""
+    panels = _panels(numbers.reshape(len(numbers), -1, halves), gated)  # (panels, 16, blocks, halves)
+    ordered = np.ascontiguousarray(panels.transpose(0, 2, 3, 1))
+    raw = ordered.view(np.uint8).reshape(*ordered.shape[:2], -1)
+    out[..., at : at + raw.shape[-1]] = raw
