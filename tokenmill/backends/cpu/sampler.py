@@ -1,0 +1,104 @@
+"""Sampling as the host sees it: what the kernel `sample` (`sampling.py`) is told before a step, and what it leaves.
+
+The kernel does all that `backends/sampling.py` says, row by row on all threads, and writes each token behind its
+sequence, so that the next step finds it. Needs no numba.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.backends.base import StepInputs
+from tokenmill.backends.cpu import sampling_layout as w
+from tokenmill.backends.cpu.scratch import zeros
+from tokenmill.backends.sampling import Parameters
+from tokenmill.wire.messages import TokenDetails
+
+
+class Sampler:
+    """What the kernel needs beside a step's context: `address` is for the context's word `layout.SAMPLING`.
+
+    `tokens` (slots, positions) int32, by slot; the kernel reads what came before and writes what it chooses.
+    Before a step whose last operation is the kernel: `begin`, or `begin_prompt` to learn only how likely given tokens
+    are; after it, `details`.
+    """
+
+    def __init__(self, tokens: NDArray[np.int32], parameters: Parameters, vocab_size: int, threads: int) -> None:
+        self._tokens, self._parameters = tokens, parameters
+        self._words = zeros((w.WORDS,), np.int64)
+        self._scratch = _scratch(vocab_size, tokens.shape[1], threads)
+        self._held: list[NDArray[np.generic]] = []  # what the words point to, for this step
+        self._listed = np.zeros(0, np.int32)
+        self._words[w.PARAMETER_ROWS] = parameters.rows.ctypes.data
+        self._words[w.TOKENS], self._words[w.TOKENS_STRIDE] = tokens.ctypes.data, tokens.strides[0]
+        self._words[w.SCRATCH], self._words[w.SCRATCH_SIZE] = self._scratch.ctypes.data, self._scratch.strides[0]
+
+    @property
+    def address(self) -> int:
+        """Of the kernel's words; never changes."""
+        return int(self._words.ctypes.data)
+
+    @property
+    def nbytes(self) -> int:
+        """Of scratch, if all of it is touched."""
+        return self._scratch.nbytes
+
+    def begin(self, inputs: StepInputs) -> None:
+        """The step chooses tokens for the rows `inputs.samples`, after the slots took in what is new."""
+        p = self._parameters
+        self._words[w.MODE] = w.SAMPLE
+        self._words[[w.BIAS_IDS, w.BIAS_VALUES, w.BIAS_UNTIL]] = [
+            a.ctypes.data for a in (p.bias_ids, p.bias_values, p.bias_until)
+        ]
+        self._words[w.BIAS_STRIDE] = p.bias_ids.strides[0]
+        self._list(len(inputs.samples), inputs.logprobs)
+
+    def begin_prompt(self, targets: NDArray[np.int64], wanted: NDArray[np.integer]) -> None:
+        """The step's rows (P,) say how likely `targets` are, and list the `wanted` likeliest ids; -1: nothing."""
+        targets, counts = np.ascontiguousarray(targets, np.int64), wanted.astype(np.int64)
+        self._words[w.MODE] = w.SCORE
+        self._words[w.TARGETS], self._words[w.WANTED] = targets.ctypes.data, counts.ctypes.data
+        self._list(len(targets), max(int(counts.max(initial=0)), 0))
+        self._held = [targets, counts]
+
+    def details(self) -> list[TokenDetails | None] | None:
+        """Of the step's rows, in their order; None if nobody asked."""
+        if self._words[w.MOST] < 0:
+            return None
+        made: list[TokenDetails | None] = []
+        rows = zip(self._listed.tolist(), self._chosen.tolist(), self._ids.tolist(), self._logprobs.tolist(), strict=True)
+        for listed, chosen, ids, logprobs in rows:
+            made.append(None if listed < 0 else TokenDetails(chosen, tuple(ids[:listed]), tuple(logprobs[:listed])))
+        return made
+
+    def _list(self, rows: int, most: int) -> None:
+        """Room for what `rows` rows list."""
+        self._words[w.MOST] = most
+        if most < 0:
+            return
+        self._listed = np.full(rows, -1, np.int32)
+        self._chosen = np.zeros(rows, np.float32)
+        self._ids = np.zeros((rows, most), np.int32)
+        self._logprobs = np.zeros((rows, most), np.float32)
+        for at, array in zip(
+            (w.LISTED, w.CHOSEN, w.TOP_IDS, w.TOP_LOGPROBS),
+            (self._listed, self._chosen, self._ids, self._logprobs),
+            strict=True,
+        ):
+            self._words[at] = array.ctypes.data
+
+
+def _scratch(vocab_size: int, max_tokens: int, threads: int) -> NDArray[np.uint8]:
+    """(threads, bytes): each thread's begins with the addresses of its parts."""
+    row = -(-vocab_size // 64) * 256  # bytes of a number for each id
+    sizes = dict.fromkeys(range(0, 8 * w.PARTS, 8), row)
+    sizes |= {w.TOUCHED: -(-min(max_tokens, vocab_size) // 16) * 64, w.HISTOGRAM: 8 * w.BUCKETS, w.MASSES: 64}
+    sizes[w.MAXIMA] = -(-row // 4096) * 64
+    scratch: NDArray[np.uint8] = zeros((threads, 128 + sum(sizes.values())))
+    for own in scratch:
+        at = own.ctypes.data + 128
+        for part, size in sizes.items():
+            own[part : part + 8].view(np.int64)[0] = at
+            at += size
+    return scratch

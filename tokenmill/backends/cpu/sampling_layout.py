@@ -1,0 +1,60 @@
+"""What the sampler on the host and its kernels agree on: words and scratch."""
+
+from __future__ import annotations
+
+from tokenmill.backends.sampling import PARAMETERS
+
+# ---- the sampler's words, 8 bytes each (`layout.SAMPLING` of the context is their address) ----
+MODE = 0  # SAMPLE or SCORE
+PARAMETER_ROWS = 1  # address of `Parameters.rows`
+TOKENS = 2  # address of the slots' tokens, int32
+TOKENS_STRIDE = 3  # bytes
+BIAS_IDS = 4  # addresses of `Parameters.bias_ids` …
+BIAS_VALUES = 5
+BIAS_UNTIL = 6
+BIAS_STRIDE = 7  # bytes from slot to slot, of each of the three
+SCRATCH = 8  # of each thread: SCRATCH + tid * SCRATCH_SIZE
+SCRATCH_SIZE = 9
+MOST = 10  # the most of the likeliest ids that a row lists; -1: no log-probabilities in this step
+LISTED = 11  # int32 a row: how many it lists; -1: no log-probabilities
+CHOSEN = 12  # float32 a row: log-probability of its token
+TOP_IDS = 13  # int32, MOST a row, best first
+TOP_LOGPROBS = 14  # float32, MOST a row
+TARGETS = 15  # SCORE: int64 a row, the token whose log-probability is wanted
+WANTED = 16  # SCORE: int64 a row, how many it lists at most; -1: nothing
+WORDS = 24
+
+SAMPLE, SCORE = range(2)
+"""Modes: choose a row's next token; or only say how likely a given one is (prompts)."""
+
+# ---- scratch of a thread: offsets of the words that say where its parts are; float32 or int32 an id of the vocabulary
+WORK = 0  # a copy of the row
+COUNTS = 8  # zeros: how often an id was seen
+TOUCHED = 16  # ids that were seen
+MAXIMA = 24  # of blocks of the row
+SCORES = 32  # of the ids that were collected
+IDS = 40  # these ids
+WEIGHTS = 48  # e^(score - best)
+KEYS = 56  # what they are sorted by, if not by score
+MEMBERS = 64  # keys of a bucket
+MEMBER_WEIGHTS = 72
+HISTOGRAM = 80  # BUCKETS float64
+MASSES = 88  # 16 float32
+PARTS = 12
+BUCKETS = 256
+
+# ---- a slot's parameters: offsets in a row of `Parameters.rows` ----
+
+
+def _offset(name: str) -> int:
+    fields = PARAMETERS.fields or {}
+    return int(fields[name][1])
+
+
+ROW_BYTES = PARAMETERS.itemsize
+TEMPERATURE, TOP_K, TOP_P = _offset("temperature"), _offset("top_k"), _offset("top_p")
+TYPICAL_P, MIN_P = _offset("typical_p"), _offset("min_p")
+REPETITION, FREQUENCY, PRESENCE = _offset("repetition"), _offset("frequency"), _offset("presence")
+SEED_LOW, SEED_HIGH = _offset("seed_low"), _offset("seed_high")
+NUM_PROMPT, NUM_BIASES = _offset("num_prompt"), _offset("num_biases")
+LOGPROBS, RAW_LOGPROBS = _offset("logprobs"), _offset("raw_logprobs")

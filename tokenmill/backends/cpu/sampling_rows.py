@@ -1,0 +1,290 @@
+"""Choosing from one row of scores: biases, penalties, filters, noise. What is computed: `backends/sampling.py`.
+
+No vocabulary is sorted. The maximum of each block of 64 logits is taken first; the k-th largest of them bounds what the
+k likeliest can be, and the mass within some distances of the best bounds what top-p can keep. Only ids beyond such a
+bound are collected (some hundred, mostly), and the filters work on that list.
+
+All functions are compiled; arguments are int64, addresses among them, and float32. `s` is a thread's scratch: its first
+words are the addresses of its parts, see `sampling_layout.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenmill.backends.cpu.ir import inline, peek, peek32
+from tokenmill.backends.cpu.sampling_cut import find_cut
+from tokenmill.backends.cpu.sampling_layout import (
+    COUNTS,
+    IDS,
+    KEYS,
+    MASSES,
+    MAXIMA,
+    MIN_P,
+    SCORES,
+    TOP_K,
+    TOP_P,
+    TOUCHED,
+    TYPICAL_P,
+    WEIGHTS,
+)
+from tokenmill.backends.cpu.sampling_vectors import (
+    BLOCK_VECTORS,
+    LOWEST,
+    STEPS,
+    block_maximum,
+    contenders,
+    double_of,
+    exponential,
+    lowest_bit,
+    masses,
+    peek_float,
+    poke32,
+    poke_float,
+    reaching,
+    uniform,
+    weigh,
+    word,
+)
+
+_SHY = 0.999  # what rounding may take from a weight
+_MARGIN = 1.0001  # the same of a mass
+_HIDDEN = np.float32(-26.0)  # with noise in [-2.82, 22.2], nothing so far below the best is chosen
+
+
+@inline
+def _area(x: float) -> float:
+    """atanh(x) of |x| < 0.172, to 14 digits."""
+    y = x * x
+    tail = 1 / 7 + y * (1 / 9 + y * (1 / 11 + y * (1 / 13 + y * (1 / 15 + y / 17))))
+    return x * (1.0 + y * (1 / 3 + y * (1 / 5 + y * tail)))
+
+
+@inline
+def logarithm(x: float) -> float:
+    """The natural logarithm of a positive float64, NaN of a NaN; written out, so that kernels need no library."""
+    if not 0.0 < x < np.inf:
+        return x - x if x != 0.0 else -np.inf
+    bits = word(x)
+    exponent = (bits >> 52) - 1023
+    fraction = double_of((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000)
+    if fraction > 1.4142135623730951:
+        fraction *= 0.5
+        exponent += 1
+    return 2.0 * _area((fraction - 1.0) / (fraction + 1.0)) + exponent * 0.6931471805599453
+
+
+@inline
+def penalize(s: int, x: int, vocab: int, tokens: int, end: int, num_prompt: int, p: int) -> None:
+    """The three penalties of ids among the `end` tokens, once each, in place. `p`: repetition, frequency, presence."""
+    repetition, frequency, presence = peek_float(p), peek_float(p + 4), peek_float(p + 8)
+    counts, touched, n = peek(s + COUNTS), peek(s + TOUCHED), 0
+    for i in range(end):
+        token = peek32(tokens + 4 * i)
+        if 0 <= token < vocab:
+            count = peek32(counts + 4 * token)
+            if count == 0:
+                poke32(touched + 4 * n, token)
+                n += 1
+                count = 1
+            poke32(counts + 4 * token, count + 1 if i >= num_prompt else count)
+    for i in range(n):
+        token = peek32(touched + 4 * i)
+        output = peek32(counts + 4 * token) - 1
+        poke32(counts + 4 * token, 0)
+        score = peek_float(x + 4 * token)
+        score = score * repetition if score < 0 else score / repetition
+        if output > 0:
+            score = np.float32(score - frequency * np.float32(output)) - presence
+        poke_float(x + 4 * token, word(score))
+
+
+@inline
+def add_biases(x: int, vocab: int, n: int, ids: int, values: int, until: int, position: int) -> None:
+    """Those that still hold at `position`, in place."""
+    for i in range(n):
+        token = peek32(ids + 4 * i)
+        if position < peek32(until + 4 * i) and 0 <= token < vocab:
+            poke_float(x + 4 * token, word(peek_float(x + 4 * token) + peek_float(values + 4 * i)))
+
+
+@inline
+def find_maxima(s: int, x: int, vectors: int) -> np.float32:
+    """The maximum of each block, and returned, of all: LOWEST if a logit is NaN, or all are minus infinity."""
+    maxima, broken, best = peek(s + MAXIMA), 0, LOWEST
+    for first in range(0, vectors, BLOCK_VECTORS):
+        out = maxima + first // BLOCK_VECTORS * 4
+        broken |= block_maximum(min(BLOCK_VECTORS, vectors - first), x + first * 64, out)
+        best = max(best, peek_float(out))
+    return best if broken == 0 and best < np.inf else LOWEST
+
+
+@inline
+def find_first(s: int, x: int, vectors: int, best: np.float32) -> int:
+    """The lowest id whose logit is `best`, which is the maximum."""
+    block, maxima = 0, peek(s + MAXIMA)
+    while peek_float(maxima + 4 * block) < best:
+        block += 1
+    token = block * BLOCK_VECTORS * 16
+    while peek_float(x + 4 * token) < best:
+        token += 1
+    return token
+
+
+@inline
+def kth_bound(s: int, blocks: int, k: int) -> np.float32:
+    """The k largest logits are at least this: the k-th largest maximum of a block."""
+    return LOWEST if k >= blocks else find_cut(s, peek(s + MAXIMA), 0, blocks, float(k))
+
+
+@inline
+def collect(s: int, x: int, vectors: int, t: np.float32, least: np.float32) -> int:
+    """How many scores are at least `least`; they and their ids are in SCORES and IDS, by id."""
+    maxima, scores, ids, n = peek(s + MAXIMA), peek(s + SCORES), peek(s + IDS), 0
+    for first in range(0, vectors, BLOCK_VECTORS):
+        if peek_float(maxima + first // BLOCK_VECTORS * 4) / t < least:
+            continue
+        for v in range(first, min(first + BLOCK_VECTORS, vectors)):
+            mask = reaching(x + 64 * v, word(t), word(least))
+            while mask != 0:
+                token = v * 16 + lowest_bit(mask)
+                mask &= mask - 1
+                poke_float(scores + 4 * n, word(peek_float(x + 4 * token) / t))
+                poke32(ids + 4 * n, token)
+                n += 1
+    return n
+
+
+@inline
+def _keep(s: int, keys: int, n: int, least: np.float32) -> int:
+    """Of the n collected, those whose key is at least `least` move to the front. How many they are."""
+    scores, ids, weights, kept = peek(s + SCORES), peek(s + IDS), peek(s + WEIGHTS), 0
+    for i in range(n):
+        if peek_float(keys + 4 * i) >= least:
+            poke_float(scores + 4 * kept, word(peek_float(scores + 4 * i)))
+            poke_float(weights + 4 * kept, word(peek_float(weights + 4 * i)))
+            poke32(ids + 4 * kept, peek32(ids + 4 * i))
+            kept += 1
+    return kept
+
+
+@inline
+def mass(s: int, n: int) -> float:
+    """The sum of the weights of the n collected."""
+    weights, found = peek(s + WEIGHTS), 0.0
+    for i in range(n):
+        found += np.float64(peek_float(weights + 4 * i))
+    return found
+
+
+@inline
+def _reach_of_top_p(s: int, best: np.float32, least: np.float32, target: float) -> np.float32:
+    """Scores below this are beyond top-p; from MASSES."""
+    found = peek(s + MASSES)
+    for i in range(len(STEPS)):
+        if np.float64(peek_float(found + 4 + 4 * i)) >= target * _MARGIN:
+            return max(least, best - np.float32(STEPS[i]))
+    return least
+
+
+@inline
+def filter_row(s: int, x: int, vocab: int, t: np.float32, best: np.float32, p: int) -> int:
+    """How many ids the filters of parameters `p` leave; they are collected, with their weights.
+
+    `best`: the largest score. At least one id is left.
+    """
+    k, top_p, typical_p, min_p = peek32(p + TOP_K), peek_float(p + TOP_P), peek_float(p + TYPICAL_P), peek_float(p + MIN_P)
+    vectors = (vocab + 15) // 16
+    least = start = best + np.float32(logarithm(np.float64(min_p))) if min_p > 0 else LOWEST
+    counted, whole = 0 < k < vocab, 0.0
+    if counted:
+        bound = kth_bound(s, (vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS, k)
+        start = max(least, bound / t)
+    elif top_p < 1:
+        masses(vectors, x, word(t), word(best), word(least), peek(s + MASSES))
+        whole = np.float64(peek_float(peek(s + MASSES)))
+        start = _reach_of_top_p(s, best, least, np.float64(top_p) * whole)
+    n = collect(s, x, vectors, t, start)
+    scores, weights = peek(s + SCORES), peek(s + WEIGHTS)
+    weigh((n + 15) // 16, scores, word(best), weights)
+    if counted and n > k:
+        n = _keep(s, scores, n, find_cut(s, scores, 0, n, float(k)))
+    if top_p < 1:
+        n = _keep(s, scores, n, find_cut(s, scores, weights, n, np.float64(top_p) * (mass(s, n) if counted else whole)))
+    if typical_p < 1:
+        n = _keep_typical(s, n, best, np.float64(typical_p))
+    return n
+
+
+@inline
+def _keep_typical(s: int, n: int, best: np.float32, p: float) -> int:
+    """Of the n collected, those whose log-probability is nearest to minus the entropy."""
+    scores, weights, keys, whole = peek(s + SCORES), peek(s + WEIGHTS), peek(s + KEYS), mass(s, n)
+    normal, mean = np.float64(best) + logarithm(whole), 0.0
+    for i in range(n):
+        mean += np.float64(peek_float(weights + 4 * i)) / whole * (np.float64(peek_float(scores + 4 * i)) - normal)
+    for i in range(n):
+        distance = abs(np.float64(peek_float(scores + 4 * i)) - normal - mean)
+        poke_float(keys + 4 * i, word(np.float32(-distance)))
+    return _keep(s, keys, n, find_cut(s, keys, weights, n, p * whole))
+
+
+@inline
+def waiting(key: int, token: int) -> float:
+    """e^(−noise): −log1p(−u), exponentially distributed."""
+    u = np.float64(uniform(key, token))
+    return 2.0 * _area(u / (2.0 - u)) if u < 0.25 else -logarithm(1.0 - u)
+
+
+@inline
+def choose_collected(s: int, n: int, key: int) -> int:
+    """Of the n collected, the one with the largest sum of score and noise."""
+    scores, ids, weights = peek(s + SCORES), peek(s + IDS), peek(s + WEIGHTS)
+    chosen, most, bound = 0, -np.inf, 0.0
+    for i in range(n):
+        token, weight = peek32(ids + 4 * i), np.float64(peek_float(weights + 4 * i))
+        if weight >= bound * np.float64(uniform(key, token)):
+            e = waiting(key, token)
+            value = np.float64(peek_float(scores + 4 * i)) - logarithm(e)
+            if value > most:
+                chosen, most, bound = token, value, weight / e * _SHY
+    return chosen
+
+
+@inline
+def choose_any(s: int, x: int, vectors: int, t: np.float32, best: np.float32, key: int) -> int:
+    """Of all ids, the one with the largest sum of score and noise."""
+    maxima, chosen, most, bound = peek(s + MAXIMA), 0, -np.inf, np.float32(0.0)
+    for first in range(0, vectors, BLOCK_VECTORS):
+        if peek_float(maxima + first // BLOCK_VECTORS * 4) / t - best < _HIDDEN:
+            continue
+        for v in range(first, min(first + BLOCK_VECTORS, vectors)):
+            mask = contenders(x + 64 * v, v * 16, word(t), word(best), key, word(bound))
+            while mask != 0:
+                token = v * 16 + lowest_bit(mask)
+                mask &= mask - 1
+                score, e = peek_float(x + 4 * token) / t, waiting(key, token)
+                value = np.float64(score) - logarithm(e)
+                if value > most:
+                    chosen, most = token, value
+                    bound = np.float32(np.float64(exponential(word(score - best))) / e * _SHY)
+    return chosen
+
+
+@inline
+def list_likeliest(s: int, n: int, most: int, shift: float, ids_out: int, logprobs_out: int) -> int:
+    """Of the n collected, the `most` likeliest, best first, a tie by id: their ids, and score - shift."""
+    scores, ids, listed = peek(s + SCORES), peek(s + IDS), 0
+    for i in range(n):
+        value = np.float32(np.float64(peek_float(scores + 4 * i)) - shift)
+        if listed == most and (most == 0 or value <= peek_float(logprobs_out + 4 * (most - 1))):
+            continue
+        at = listed if listed < most else most - 1
+        while at > 0 and peek_float(logprobs_out + 4 * (at - 1)) < value:
+            poke_float(logprobs_out + 4 * at, word(peek_float(logprobs_out + 4 * (at - 1))))
+            poke32(ids_out + 4 * at, peek32(ids_out + 4 * (at - 1)))
+            at -= 1
+        poke_float(logprobs_out + 4 * at, word(value))
+        poke32(ids_out + 4 * at, peek32(ids + 4 * i))
+        listed = min(listed + 1, most)
+    return listed
