@@ -1,0 +1,202 @@
+"""Kernels of attention: writing keys and values to the paged cache, and attending, with norm and rotation before both.
+
+An item is one key-value head and up to AT_ONCE consecutive rows of one sequence. Its (row, query head) pairs go in
+tiles (`attention_tiles.py`). How rows are cut into items, and which thread takes which, changes no bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.attention_tiles import BEGIN, END, OUTPUT, PAIR_BYTES, QUERY, SCORES, Heads, Tile
+from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32, poke
+from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.rope import rotate
+from tokenmill.backends.cpu.rows import quantize, rms_norm
+
+__all__ = ["Heads", "attend", "named", "write_cache"]
+
+Body = Callable[..., int]
+
+(_X, _X_STRIDE, _OUT, _OUT_STRIDE, _OUT_SCALES, _HEADS, _CACHE, _KEYS, _VALUES) = (
+    8 * c for c in (t.X, t.X_STRIDE, t.OUT, t.OUT_STRIDE, t.OUT_SCALES, t.WIDTH, t.CACHE, t.KEYS, t.VALUES)
+)
+(_ROPE, _ROPE_HALF, _ROPE_STRIDE, _SCALE, _CAP, _WINDOW, _EPS, _Q_NORM, _K_NORM) = (
+    8 * c
+    for c in (
+        *(t.ROPE, t.ROPE_HALF, t.ROPE_STRIDE, t.ATTENTION_SCALE, t.ATTENTION_CAP),
+        *(t.WINDOW, t.HEAD_EPS, t.Q_NORM, t.K_NORM),
+    )
+)
+(_THREADS, _TOKENS, _ITEMS, _APART, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
+    8 * c for c in (t.THREADS, t.TOKENS, t.ITEMS, t.APART, t.TABLES, t.TABLE_STRIDE, t.TILE, t.TILE_SIZE)
+)
+(_SCORE_AT, _SCORE_SIZE, _ROW, _ROW_SIZE, _POSITIONS, _SEQUENCES, _FIRST, _COUNT) = (
+    8 * c for c in (t.SCORES, t.SCORES_SIZE, t.ROW, t.ROW_SIZE, t.POSITIONS, t.SEQUENCES, t.FIRST, t.COUNT)
+)
+_SCORE_ROWS = t.SCORE_ROWS
+
+
+@inline
+def prepare_head(row: int, r: int, x: int, vectors: int, weight: int) -> None:
+    """Norm and rotation of one head of row r, in place."""
+    if weight:
+        rms_norm(vectors, x, weight, x, peek(row + _EPS))
+    if peek(row + _ROPE):
+        rotate(x, peek(row + _ROPE) + r * peek(row + _ROPE_STRIDE), peek(row + _ROPE_HALF))
+
+
+@inline
+def blocks_of(context: int, r: int) -> int:
+    """The block table of row r's sequence."""
+    return int(peek(context + _TABLES) + peek(peek(context + _SEQUENCES) + r * 8) * peek(context + _TABLE_STRIDE))
+
+
+def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
+    """(row, context, r, h, position): key and value of head h of row r to the cache."""
+    pages, vectors, dim, size = heads.pages, heads.dim // 16, heads.dim, heads.pages.size
+    store = emit(4, pages.store)
+
+    def write(row: int, context: int, r: int, h: int, position: int) -> None:
+        at = r * peek(row + _X_STRIDE) + h * dim * 4
+        prepare_head(row, r, peek(row + _KEYS) + at, vectors, peek(row + _K_NORM))
+        block = peek32(blocks_of(context, r) + (position >> 4) * 4)
+        page = peek(row + _CACHE) + (block * peek(row + _HEADS) + h) * size
+        store(peek(row + _KEYS) + at, peek(row + _VALUES) + at, page, position & 15)
+
+    return compiled(f"write_token_{heads.name}_{isa.name}", write)
+
+
+def write_cache(isa: Isa, heads: Heads) -> Body:
+    """Kernel: keys and values of all rows to the cache, before attention, if a row may see another's; else nothing.
+
+    Neighbours share a page, so an item is up to 16 rows that follow each other.
+    """
+    write, dim, group, vectors = _token_writer(isa, heads), heads.dim, heads.group, heads.dim // 16
+
+    def body(tid: int, row: int, context: int, counter: int) -> int:
+        if peek(context + _APART):
+            return 1
+        rows, kv_heads = peek(context + _TOKENS), peek(row + _HEADS)
+        many = min(16, max(1, rows // (2 * peek(context + _THREADS))))
+        while True:
+            first = atomic_add(counter, 1) * many
+            if first >= rows:
+                return 0
+            for r in range(first, min(first + many, rows)):
+                position = peek(peek(context + _POSITIONS) + r * 8)
+                query = peek(row + _X) + r * peek(row + _X_STRIDE)
+                for h in range(kv_heads * group):
+                    prepare_head(row, r, query + h * dim * 4, vectors, peek(row + _Q_NORM))
+                for h in range(kv_heads):
+                    write(row, context, r, h, position)
+
+    name = heads.kernels[0]
+    return kernel(name, compiled(f"{name}_{isa.name}", body))
+
+
+def _tile(isa: Isa, heads: Heads, pairs: int) -> Callable[..., None]:
+    """(p0, n, table, kv, stride, pair, scores, bytes of a row of them, factor, cap) for `pairs` pairs."""
+    code = Tile(isa, heads, pairs)
+    scores, softmax, values = emit(8, code.scores), emit(6, code.softmax), emit(6, code.values)
+
+    def attend(
+        p0: int, n: int, table: int, kv: int, stride: int, pair: int, at: int, size: int, factor: int, cap: int
+    ) -> None:
+        for r in range(pairs):
+            poke(pair + r * PAIR_BYTES + SCORES, at + r * size)
+        scores(p0, n, table, kv, stride, pair, factor, cap)
+        softmax(p0, n, table, kv, stride, pair)
+        values(p0, n, table, kv, stride, pair)
+
+    return compiled(f"attend{pairs}_{heads.name}_{isa.name}", attend)
+
+
+def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
+    """(row, context, r0, n, h, pairs, tile): the words of an item's pairs."""
+    group, dim, vectors = heads.group, heads.dim, heads.dim // 16
+
+    def write(row: int, context: int, r0: int, n: int, h: int, pairs: int, tile: int) -> None:
+        position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
+        for j in range(n * group):
+            r, head, pair = r0 + j // group, h * group + j % group, pairs + j * PAIR_BYTES
+            query, p = peek(row + _X) + r * peek(row + _X_STRIDE) + head * dim * 4, position + j // group
+            if peek(context + _APART):
+                prepare_head(row, r, query, vectors, peek(row + _Q_NORM))
+            out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE) + head * dim * 4
+            poke(pair + QUERY, query)
+            poke(pair + OUTPUT, tile + j * dim * 4 if peek(row + _OUT_SCALES) else out)
+            poke(pair + END, p + 1)
+            poke(pair + BEGIN, max(0, p - window + 1) if window else 0)
+
+    return compiled(f"write_pairs_{heads.name}_{isa.name}", write)
+
+
+def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
+    """(row, context, tid, r0, n, h): attention of head h for rows r0 … r0 + n."""
+    group, dim, page = heads.group, heads.dim, heads.pages.size
+    big, small = heads.tiles(isa)
+    many, few, write_pairs = _tile(isa, heads, big), _tile(isa, heads, small), _pair_writer(isa, heads)
+
+    def item(row: int, context: int, tid: int, r0: int, n: int, h: int) -> None:
+        pairs = peek(context + _ROW) + tid * peek(context + _ROW_SIZE)
+        tile = peek(context + _TILE) + tid * peek(context + _TILE_SIZE)
+        write_pairs(row, context, r0, n, h, pairs, tile)
+        p0, last = peek(pairs + BEGIN) >> 4, peek(pairs + (n * group - 1) * PAIR_BYTES + END)
+        stride = peek(row + _HEADS) * page
+        table, kv, count = blocks_of(context, r0), peek(row + _CACHE) + h * page, ((last + 15) >> 4) - p0
+        size, factor, cap = peek(context + _SCORE_SIZE), peek(row + _SCALE), peek(row + _CAP)
+        scores = peek(context + _SCORE_AT) + tid * _SCORE_ROWS * size
+        j = 0
+        while j < n * group:
+            # the last tile overlaps the one before it: the same numbers twice cost less than a tile of every size
+            if n * group >= big:
+                j = min(j, n * group - big)
+                many(p0, count, table, kv, stride, pairs + j * PAIR_BYTES, scores, size, factor, cap)
+                j += big
+            else:
+                j = min(j, n * group - small)
+                few(p0, count, table, kv, stride, pairs + j * PAIR_BYTES, scores, size, factor, cap)
+                j += small
+        if peek(row + _OUT_SCALES):
+            at, scales = h * group * dim, peek(row + _OUT_SCALES)
+            for m in range(n):
+                out, by = (r0 + m) * peek(row + _OUT_STRIDE) + at, (r0 + m) * (peek(row + _OUT_STRIDE) // 4) + at // 4
+                quantize(group * dim // 32, tile + m * group * dim * 4, peek(row + _OUT) + out, scales + by)
+
+    return compiled(f"attend_item_{heads.name}_{isa.name}", item)
+
+
+def attend(isa: Isa, heads: Heads) -> Body:
+    """Kernel: attention of all items; where every sequence has one row, it writes their keys and values first."""
+    item, write = _item(isa, heads), _token_writer(isa, heads)
+
+    def body(tid: int, row: int, context: int, counter: int) -> int:
+        kv_heads = peek(row + _HEADS)
+        items = peek(context + _ITEMS) * kv_heads
+        while True:
+            i = atomic_add(counter, 1)
+            if i >= items:
+                return 0
+            h, at = i % kv_heads, i // kv_heads * 8
+            r0, n = peek(peek(context + _FIRST) + at), peek(peek(context + _COUNT) + at)
+            if peek(context + _APART):
+                write(row, context, r0, h, peek(peek(context + _POSITIONS) + r0 * 8))
+            item(row, context, tid, r0, n, h)
+
+    name = heads.kernels[1]
+    return kernel(name, compiled(f"{name}_{isa.name}", body))
+
+
+_NAME = re.compile(r"(write_cache|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?")
+
+
+def named(name: str, isa: Isa) -> Body:
+    """The kernel of that name. KeyError if there is none."""
+    told = _NAME.fullmatch(name)
+    if told is None:
+        raise KeyError(name)
+    heads = Heads("f16" if told[2] == "f16" else "int8", int(told[3]), int(told[4]), bool(told[5]))
+    return write_cache(isa, heads) if told[1] == "write_cache" else attend(isa, heads)

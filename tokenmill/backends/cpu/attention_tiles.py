@@ -1,0 +1,223 @@
+"""The code of attention's inner loops: several (query row, head) pairs at once against the pages of a sequence.
+
+Two passes, scores to scratch, then softmax, then probabilities times values: nothing is rescaled. All pairs of a tile
+share every load of a key or a value, and the next page is asked for while one is read. A pair's numbers never depend
+on what else is in its tile, on the size of the tile or on pages that it does not see: those add exact zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.ir import G, V, Val, f32, i32, i64, vf
+from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.pages import KvForm, Pages
+from tokenmill.backends.cpu.rows import capped
+
+PAIR_BYTES = 64
+QUERY, OUTPUT, SCORES, END, BEGIN, TOP, INVERSE = range(0, 56, 8)
+"""A pair's words: addresses of query, output and scores; keys that it sees, behind the last and first; two float32."""
+_HIDDEN = -1e30  # score of a key that is not seen
+_NOTHING = -80.0  # e to less than this is zero
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What attention kernels are compiled for."""
+
+    form: KvForm
+    dim: int  # a multiple of 16
+    group: int  # query heads of a key-value head
+    capped: bool = False
+
+    @property
+    def name(self) -> str:
+        """Part of the kernels' names."""
+        return f"{self.form}_{self.dim}x{self.group}{'_capped' if self.capped else ''}"
+
+    @property
+    def kernels(self) -> tuple[str, str]:
+        """Names of those to run, in this order."""
+        return f"write_cache_{self.name}", f"attend_{self.name}"
+
+    @property
+    def pages(self) -> Pages:
+        """The cache's."""
+        return Pages(self.form, self.dim)
+
+    def at_once(self, isa: Isa) -> int:
+        """Rows of an item: their heads fill the registers. For AT_ONCE."""
+        return max(1, _most(isa) // self.group)
+
+    def tiles(self, isa: Isa) -> tuple[int, int]:
+        """Pairs of the tile for full items, and of the one for fewer rows."""
+        pieces = -(-self.group // _most(isa))
+        few = -(-self.group // pieces)
+        return (few, few) if pieces > 1 else (self.group * self.at_once(isa), few)
+
+    def scratch(self, isa: Isa) -> tuple[int, int]:
+        """Bytes that ROW_SIZE and TILE_SIZE must have at least."""
+        pairs = self.group * self.at_once(isa)
+        return pairs * PAIR_BYTES, pairs * self.dim * 4
+
+
+def _most(isa: Isa) -> int:
+    """Pairs whose sums fit the registers."""
+    return t.SCORE_ROWS if isa.name != "avx2" and isa.name != "avxvnni" else 6
+
+
+class Tile:
+    """Writes the code for `pairs` pairs at once. Methods take (p0, n, table, kv, stride, pair, …): pages p0 … p0 + n.
+
+    `table`: the sequence's blocks; `kv`: the head's page of block 0; `stride`: bytes of a block; `pair`: the words.
+    """
+
+    def __init__(self, isa: Isa, heads: Heads, pairs: int) -> None:
+        self.heads, self.pages, self.pairs, self.lanes = heads, heads.pages, pairs, isa.lanes
+        self.parts = 16 // isa.lanes
+        registers = 31 if isa.lanes != 8 else 15
+        widest = max(1, (registers - 1) // (pairs + 1))
+        self.wide = min(1 << (widest.bit_length() - 1), heads.dim // isa.lanes)  # vectors of a pass over the values
+
+    def _page(self, g: G, p0: Val, table: Val, kv: Val, stride: Val) -> Callable[[Val], Val]:
+        """Address of page p0 + i."""
+
+        def at(i: Val) -> Val:
+            block = g.ld(i32, g.at(table, g.b.shl(g.at(p0, i), g.c(2))))
+            return g.at(kv, g.b.mul(g.b.sext(block, i64), stride))
+
+        return at
+
+    def _following(self, g: G, i: Val, n: Val, page: Callable[[Val], Val], last: Val) -> Val:
+        """Page i + 1, or `last` behind the last: what will be read next."""
+        b, more = g.b, g.b.icmp_signed("<", g.at(i, 1), n)
+        return b.select(more, page(b.select(more, g.at(i, 1), i)), last)
+
+    def _words(self, g: G, pair: Val, word: int, ty: Val = i64) -> list[Val]:
+        return [g.ld(ty, pair, PAIR_BYTES * r + word) for r in range(self.pairs)]
+
+    def scores(
+        self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val, factor: Val, cap: Val
+    ) -> None:
+        """Scores of all pairs and their largest; `factor`, `cap`: bits of floats."""
+        page = self._page(g, p0, table, kv, stride)
+        queries, scores = self._words(g, pair, QUERY), self._words(g, pair, SCORES)
+        ends, begins = self._words(g, pair, END), self._words(g, pair, BEGIN)
+        ints = V(i32, self.lanes)
+        scale = g.splat(g.bits(factor), self.lanes)
+        values = g.at(page(g.c(0)), self.pages.values)
+        hidden = g.k(V(f32, self.lanes), _HIDDEN)
+
+        def one(i: Val, best: list[Val]) -> list[Val]:
+            b, here, found = g.b, page(i), []
+            following = self._following(g, i, n, page, values)
+            position = b.trunc(b.shl(g.at(p0, i), g.c(4)), i32)
+            for part in range(self.parts):
+                sums = self._products(g, here, queries, part, following)
+                lane = ir.Constant(ints, list(range(part * self.lanes, (part + 1) * self.lanes)))
+                places = b.add(g.splat(position, self.lanes), lane)
+                by = scale
+                if self.heads.form == "int8":
+                    stored = g.ld(V(f32, self.lanes), here, self.pages.key_scales + 4 * part * self.lanes)
+                    by = b.fmul(scale, stored)
+                for r in range(self.pairs):
+                    end, begin = (g.splat(b.trunc(w[r], i32), self.lanes) for w in (ends, begins))
+                    seen = b.and_(b.icmp_signed("<", places, end), b.icmp_signed(">=", places, begin))
+                    s = b.fmul(sums[r], by)
+                    if self.heads.capped:
+                        s = capped(g, s, g.splat(g.bits(cap), self.lanes))
+                    s = b.select(seen, s, hidden)
+                    g.st(s, g.at(scores[r], b.shl(i, g.c(6))), 4 * part * self.lanes)
+                    found.append(g.vmax(best[part * self.pairs + r], s))
+            return found
+
+        best = g.loop(n, [hidden] * (self.pairs * self.parts), one)
+        for r in range(self.pairs):
+            top = best[r]
+            for part in range(1, self.parts):
+                top = g.vmax(top, best[part * self.pairs + r])
+            g.st(g.rmax(top), pair, PAIR_BYTES * r + TOP)
+
+    def _products(self, g: G, page: Val, queries: list[Val], part: int, following: Val) -> list[Val]:
+        """Queries times one part of a page's keys. Two sums a pair, or the loop waits for additions."""
+        b, item, lanes = g.b, self.pages.item, self.lanes
+
+        def four(j: Val, sums: list[Val]) -> list[Val]:
+            sums, column = list(sums), b.mul(j, g.c(4 * 16 * item))
+            if part == 0:
+                for line in range(item):
+                    g.prefetch(g.at(following, column), 64 * line)
+            for u in range(4):
+                key = self.pages.load(g, g.at(page, column), (16 * u + part * lanes) * item, lanes)
+                for r in range(self.pairs):
+                    q = g.splat(g.ld(f32, g.at(queries[r], b.shl(j, g.c(4))), 4 * u), lanes)
+                    sums[2 * r + u % 2] = g.fma(key, q, sums[2 * r + u % 2])
+            return sums
+
+        zero = g.k(V(f32, lanes), 0.0)
+        sums = g.loop(g.c(self.heads.dim // 4), [zero] * (2 * self.pairs), four)
+        return [b.fadd(sums[2 * r], sums[2 * r + 1]) for r in range(self.pairs)]
+
+    def softmax(self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
+        """Scores to e^(score − largest), times the values' scales if they have any; and one over their sum."""
+        page = self._page(g, p0, table, kv, stride)
+        scores = self._words(g, pair, SCORES)
+        tops = [g.splat(top) for top in self._words(g, pair, TOP, f32)]
+
+        def one(i: Val, totals: list[Val]) -> list[Val]:
+            b, out = g.b, []
+            scale = g.ld(vf, page(i), self.pages.value_scales) if self.heads.form == "int8" else None
+            for r in range(self.pairs):
+                x = b.fsub(g.vec(scores[r], i), tops[r])
+                e = b.select(b.fcmp_ordered(">", x, g.k(vf, _NOTHING)), g.exp(x), g.k(vf, 0.0))
+                g.put(e if scale is None else b.fmul(e, scale), scores[r], i)
+                out.append(b.fadd(totals[r], e))
+            return out
+
+        for r, total in enumerate(g.loop(n, [g.k(vf, 0.0)] * self.pairs, one)):
+            g.st(g.b.fdiv(g.f(1.0), g.rsum(total)), pair, PAIR_BYTES * r + INVERSE)
+
+    def values(self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
+        """Probabilities times values, to the outputs."""
+        page = self._page(g, p0, table, kv, stride)
+        vectors = self.heads.dim // self.lanes
+
+        def chunk(i: Val, _: list[Val]) -> None:
+            self._columns(g, n, page, pair, g.b.mul(i, g.c(self.wide * self.lanes)), self.wide)
+
+        g.loop(g.c(vectors // self.wide), (), chunk)
+        if rest := vectors % self.wide:
+            self._columns(g, n, page, pair, g.c((vectors - rest) * self.lanes), rest)
+
+    def _columns(self, g: G, n: Val, page: Callable[[Val], Val], pair: Val, column: Val, wide: int) -> None:
+        """`wide` vectors of the outputs from `column` on."""
+        b, item, lanes = g.b, self.pages.item, self.lanes
+        scores, offset = self._words(g, pair, SCORES), g.at(b.mul(column, g.c(item)), self.pages.values)
+
+        def one(i: Val, sums: list[Val]) -> list[Val]:
+            here = page(i)
+            following = self._following(g, i, n, page, here)
+
+            def token(k: Val, sums: list[Val]) -> list[Val]:
+                sums, at = list(sums), g.at(b.mul(k, g.c(self.heads.dim * item)), offset)
+                for line in range(-(-wide * lanes * item // 64)):
+                    g.prefetch(g.at(following, at), 64 * line)
+                loaded = [self.pages.load(g, g.at(here, at), u * lanes * item, lanes) for u in range(wide)]
+                for r in range(self.pairs):
+                    p = g.splat(g.ld(f32, g.at(scores[r], g.at(b.shl(i, g.c(6)), b.shl(k, g.c(2))))), lanes)
+                    for u in range(wide):
+                        sums[wide * r + u] = g.fma(loaded[u], p, sums[wide * r + u])
+                return sums
+
+            return g.loop(g.c(16), sums, token)
+
+        sums = g.loop(n, [g.k(V(f32, lanes), 0.0)] * (wide * self.pairs), one)
+        for r in range(self.pairs):
+            inverse = g.splat(g.ld(f32, pair, PAIR_BYTES * r + INVERSE), lanes)
+            out = g.at(g.ld(i64, pair, PAIR_BYTES * r + OUTPUT), b.shl(column, g.c(2)))
+            for u in range(wide):
+                g.st(b.fmul(sums[wide * r + u], inverse), out, 4 * lanes * u)

@@ -1,0 +1,107 @@
+"""The paged cache of keys and values: how a page lies in memory, and reading and writing it.
+
+A page holds 16 tokens of one key-value head of one layer: keys transposed, [head size][16], so 16 scores come from one
+vector without horizontal sums, then values, [16][head size]. Pages of a block's heads follow each other; blocks follow
+each other. Two forms:
+
+* f16: float16.
+* int8: codes with a float32 scale for each token's key and one for each value: 16 of the keys' and 16 of the values'
+  stand behind the codes. A little over half the bytes of f16.
+
+What is written is held to ±65504 and NaN becomes a number, so that no page ever holds anything whose product with a
+probability of zero is not zero: pages are reused without being cleared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenmill.backends.cpu.ir import G, V, Val, f32, i8, i32, vf, vh, vi
+from tokenmill.backends.cpu.layout import BLOCK
+
+KvForm = Literal["f16", "int8"]
+_LARGEST = 65504.0  # of float16
+_SCALES = 2 * BLOCK * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Pages of heads of `dim` columns, a multiple of 16."""
+
+    form: KvForm
+    dim: int
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element."""
+        return 2 if self.form == "f16" else 1
+
+    @property
+    def values(self) -> int:
+        """Where values begin, which is also the bytes of the keys."""
+        return BLOCK * self.dim * self.item
+
+    @property
+    def key_scales(self) -> int:
+        """Where they begin, in an int8 page."""
+        return 2 * self.values
+
+    @property
+    def value_scales(self) -> int:
+        """Where they begin, in an int8 page."""
+        return 2 * self.values + BLOCK * 4
+
+    @property
+    def size(self) -> int:
+        """Bytes of a page, a multiple of 64."""
+        return 2 * self.values + (0 if self.form == "f16" else _SCALES)
+
+    def load(self, g: G, address: Val, offset: int, lanes: int) -> Val:
+        """Elements as float32, int8 ones not yet scaled; `offset` in bytes."""
+        if self.form == "f16":
+            return g.half(address, offset, lanes)
+        return g.b.sitofp(g.ld(V(i8, lanes), address, offset), V(f32, lanes))
+
+    def store(self, g: G, key: Val, value: Val, page: Val, token: Val) -> None:
+        """One token's key and value (float32 rows) into a page, as its `token`th."""
+        b = g.b
+        columns = g.at(page, b.mul(token, g.c(self.item)))
+        row = g.at(page, g.at(b.mul(token, g.c(self.dim * self.item)), self.values))
+        turn_key, turn_value = self._encoder(g, key), self._encoder(g, value)
+        if self.form == "int8":
+            g.st(turn_key[1], g.at(page, b.shl(token, g.c(2))), self.key_scales)
+            g.st(turn_value[1], g.at(page, b.shl(token, g.c(2))), self.value_scales)
+
+        def sixteen(i: Val, _: list[Val]) -> None:
+            k, v = (self._encode(g, g.vec(x, i), turn) for x, turn in ((key, turn_key), (value, turn_value)))
+            down = g.at(columns, b.mul(i, g.c(16 * BLOCK * self.item)))
+            for lane in range(16):
+                g.st(b.extract_element(k, i32(lane)), down, lane * BLOCK * self.item)
+            g.st(v, g.at(row, b.mul(i, g.c(16 * self.item))))
+
+        g.loop(g.c(self.dim // 16), (), sixteen)
+
+    def _encoder(self, g: G, x: Val) -> tuple[Val, Val]:
+        """(what to multiply with, the scale) of a row; unused in f16."""
+        if self.form == "f16":
+            return None, None
+
+        def larger(i: Val, best: list[Val]) -> list[Val]:
+            return [g.vmax(best[0], g.each_lane("fabs", _held(g, g.vec(x, i))))]
+
+        top = g.rmax(g.loop(g.c(self.dim // 16), [g.k(vf, 0.0)], larger)[0])
+        some = g.b.fcmp_ordered(">", top, g.f(0.0))
+        inverse = g.b.select(some, g.b.fdiv(g.f(127.0), top), g.f(0.0))
+        return g.splat(inverse), g.b.fmul(top, g.f(1 / 127.0))
+
+    def _encode(self, g: G, x: Val, encoder: tuple[Val, Val]) -> Val:
+        """A vector as it is stored."""
+        if self.form == "f16":
+            return g.b.fptrunc(_held(g, x), vh)
+        code = g.each_lane("nearbyint", g.b.fmul(_held(g, x), encoder[0]))
+        return g.b.trunc(g.b.fptosi(code, vi), V(i8, 16))
+
+
+def _held(g: G, x: Val) -> Val:
+    return g.vmin(g.vmax(x, g.k(vf, -_LARGEST)), g.k(vf, _LARGEST))
