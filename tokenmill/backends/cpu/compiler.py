@@ -2,7 +2,8 @@
 
 A module of kernels has `KERNELS: dict[str, Kernel]` for those whose code is the same for every instruction set, and
 `kernels(isa) -> dict[str, Callable[[], Kernel]]` for the others: names to makers, of which only those that a program
-names are called. All take (thread, address of the row, address of the context, address of the counter), all int64.
+names are called. Attention's kernels are for exact sizes, which their names tell (`attention.named`). All take (thread,
+address of the row, address of the context, address of the counter), all int64.
 
 What is compiled leaves numba as LLVM's text and becomes an object file of ours with one
 symbol, `tokenmill_kernel_<name>`, everything else private to it: so nothing that two kernels share by name can meet.
@@ -23,7 +24,7 @@ from tokenmill.backends.cpu.isa import Isa, target_features
 
 Kernel = Callable[..., int]
 Makers = dict[str, Callable[[], Kernel]]
-MODULES = ("step", "products", "rows", "attention", "sampling")
+MODULES = ("step", "products", "rows", "rope", "sampling")
 PREFIX = "tokenmill_kernel_"
 
 SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)
@@ -50,9 +51,10 @@ def compile_kernels(names: Iterable[str], isa: Isa, done: Callable[[str, bytes],
     """Compile each; `done` gets its name and object file. Takes some tenths of a second a kernel."""
     if (features := target_features(isa)) is not None:
         vars(config)["CPU_FEATURES"] = features  # before numba's first compilation in this process
+    attention = import_module("tokenmill.backends.cpu.attention")
     found, target = makers(isa), _target(isa)
     for name in names:
-        done(name, object_file(name, found[name](), target))
+        done(name, object_file(name, found[name]() if name in found else attention.named(name, isa), target))
 
 
 def object_file(name: str, kernel: Kernel, target: Any) -> bytes:
