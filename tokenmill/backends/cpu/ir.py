@@ -227,10 +227,14 @@ def each(arguments: int, body: Callable[..., None]) -> Callable[..., Any]:
     return emit(arguments + 1, rows)
 
 
-def compiled(name: str, function: F) -> F:
-    """A Python function for compiled code to call. `name` must be its own in the whole program."""
+def compiled(name: str, function: F, *, inside: bool = False) -> F:
+    """A Python function for compiled code to call. `name` must be its own in the whole program.
+
+    `inside`: it becomes part of its callers instead of being compiled, and optimized, by itself first.
+    """
     function.__name__ = function.__qualname__ = name
-    return cast("F", njit(nogil=True, error_model="numpy")(function))
+    options: dict[str, Any] = {"inline": "always"} if inside else {}
+    return cast("F", njit(nogil=True, error_model="numpy", **options)(function))
 
 
 def inline(function: F) -> F:

@@ -117,7 +117,7 @@ def product(isa: Isa, form: Form | DenseForm) -> Function:
         if rows - r >= 1:
             t1(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
 
-    panel: Function = compiled(f"panel_{form.name}_{isa.name}", some)
+    panel: Function = compiled(f"panel_{form.name}_{isa.name}", some, inside=True)
 
     def panels(rows, columns, w, size, count, x, xs, s, base, bs, step, out, os):  # type: ignore[no-untyped-def]
         at_once = rows if rows * xs <= _FAR else max(_ROW, _FAR // xs // _ROW * _ROW)
@@ -127,7 +127,7 @@ def product(isa: Isa, form: Form | DenseForm) -> Function:
                 b, o = base + r * bs + p * step, out + r * os + p * 64
                 panel(n, columns, w + p * size, x + r * xs, xs, s + r * ss, ss, b, bs, o, os)
 
-    return compiled(f"product_{form.name}_{isa.name}", panels)
+    return compiled(f"product_{form.name}_{isa.name}", panels, inside=True)
 
 
 def _linear(isa: Isa, form: Form | DenseForm) -> Function:

@@ -1,0 +1,224 @@
+"""Products of the CPU backend against integers in numpy, for every form of weights and instruction set of this machine."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from numba import cfunc, types
+
+from tokenmill.backends.cpu import isa, products
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.forms import BLOCK_FORMS, DENSE_FORMS, form_named
+from tokenmill.backends.cpu.pack import gates, pack, pack_vector
+from tokenmill.errors import ArgumentError, Unsupported
+from tokenmill.quant.base import Blocks, Dense
+
+HERE = isa.available()
+BEST = HERE[:1]
+FORMS = (*BLOCK_FORMS, *DENSE_FORMS)
+
+
+def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
+    """A matrix that is packed in that form."""
+    if form in DENSE_FORMS:
+        array = rng.standard_normal((rows, columns)).astype(np.float32)
+        kinds = {"f32": array, "f16": array.astype(np.float16), "bf16": (array.view(np.uint32) >> 16).astype(np.uint16)}
+        return Dense(kinds[form])
+    kind = BLOCK_FORMS[form]
+    blocks = columns // (16 if kind.halves == 2 else 32)
+    scale = rng.uniform(0.001, 0.1, (rows, blocks)).astype({2: np.float16, 4: np.float32}[kind.scale])
+    low = None
+    if kind.low:
+        low = rng.uniform(-1, 1, (rows, blocks)).astype({2: np.float16, 4: np.float32}[kind.low])
+    if kind.bits == 4:
+        codes = rng.integers(0, 256, (rows, blocks, 16), dtype=np.uint8)
+        return Blocks(4, codes, scale, low, offset=kind.offset)
+    first, last = {5: (0, 31) if kind.low else (-16, 15), 6: (-32, 31), 8: (-128, 127)}[kind.bits]
+    codes = rng.integers(first, last + 1, (rows, blocks, columns // blocks)).astype(np.int8)
+    codes[0], codes[1] = first, last  # the ends, where sums of pairs might overflow
+    return Blocks(kind.bits, codes, scale, low)
+
+
+def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 of blocks of 32, and (s, s · sum) of each."""
+    blocks = x.reshape(len(x), -1, 32)
+    s = np.abs(blocks).max(-1) / np.float32(127)
+    q = np.rint(blocks / np.where(s, s, 1)[..., None]).astype(np.int8)
+    scales = np.stack([s, s * q.sum(-1)], -1).astype(np.float32)
+    return q.reshape(x.shape), scales
+
+
+def activations(form: str, rows: int, columns: int, rng: np.random.Generator):
+    """x as a kernel reads it, its scales, and the numbers that it stands for, float64."""
+    x = rng.standard_normal((rows, columns)).astype(np.float32)
+    if form in DENSE_FORMS:
+        return x, np.zeros((1, 2), np.float32), x.astype(np.float64)
+    x[0] = np.where(rng.integers(0, 2, columns), 3, -3)  # codes of ±127 only
+    codes, scales = quantized(x)
+    exact = codes.reshape(rows, -1, 32).astype(np.float64) * scales[..., :1]
+    return codes, scales, exact.reshape(rows, columns)
+
+
+@functools.cache
+def product(set_name: str, form: str):
+    return products.product(isa.detect(set_name), form_named(form))
+
+
+def multiply(set_name: str, packed, x, scales, base=None) -> np.ndarray:
+    rows, stride = len(x), x.strides[0]
+    out = np.full((rows, packed.count * 16), np.nan, np.float32)
+    base = np.zeros_like(out) if base is None else base
+    product(set_name, packed.form)(
+        rows, packed.columns, packed.address, packed.panel_bytes, packed.count, x.ctypes.data, stride,
+        scales.ctypes.data, base.ctypes.data, base.strides[0], 64, out.ctypes.data, out.strides[0],
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("set_name", [i.name for i in HERE])
+def test_products_are_exact_and_a_row_does_not_depend_on_its_company(set_name, form):
+    rng = np.random.default_rng(1)
+    rows, columns, outputs = 19, 160 if form in BLOCK_FORMS else 99, 40
+    matrix = random_matrix(form, outputs, columns, rng)
+    packed = pack(matrix)
+    assert packed.form == form
+    x, scales, exact = activations(form, rows, columns, rng)
+    base = rng.standard_normal((rows, packed.count * 16)).astype(np.float32)
+    got = multiply(set_name, packed, x, scales, base)
+    wanted = exact @ matrix.floats().astype(np.float64).T
+    error = np.abs(got[:, :outputs] - base[:, :outputs] - wanted).max() / np.abs(wanted).max()
+    assert error < 1e-6
+    assert np.array_equal(got[:, outputs:], base[:, outputs:])
+    for company in (1, 2, 3, 5, 7, 8, 16):
+        for first in range(0, rows - company + 1, company):
+            some = slice(first, first + company)
+            s = scales[some] if form in BLOCK_FORMS else scales
+            alone = multiply(set_name, packed, x[some].copy(), s.copy(), base[some].copy())
+            assert np.array_equal(alone.view(np.int32), got[some].view(np.int32))
+
+
+@functools.cache
+def kernel(set_name: str, name: str):
+    word = types.int64
+    made = products.kernels(isa.detect(set_name))[name]()
+    return cfunc(word(word, word, word, word), error_model="numpy")(made)
+
+
+
+
+def run(name: str, rows: int, words: dict[int, int], set_name: str = "", threads: int = 1, context_words=None) -> None:
+    row, context, counter = np.zeros(t.COLUMNS, np.int64), np.zeros(t.CONTEXT, np.int64), np.zeros(8, np.int64)
+    scratch, zeros = np.full(threads * rows * 256, np.nan, np.float32), np.zeros(1024, np.float32)
+    for at, word in words.items():
+        row[at] = word
+    size = rows * 1024
+    told = {t.TOKENS: rows, t.THREADS: threads, t.TILE: scratch.ctypes.data, t.TILE_SIZE: size, t.ZEROS: zeros.ctypes.data}
+    for at, word in (told | (context_words or {})).items():
+        context[at] = word
+    compiled = kernel(set_name or BEST[0].name, name)
+    for tid in range(threads):
+        compiled.ctypes(tid, row.ctypes.data, context.ctypes.data, counter.ctypes.data)
+
+
+def linear_words(packed, x, scales, out) -> dict[int, int]:
+    return {
+        t.X: x.ctypes.data, t.X_STRIDE: x.strides[0], t.X_SCALES: scales.ctypes.data, t.OUT: out.ctypes.data,
+        t.OUT_STRIDE: out.strides[0], t.WIDTH: packed.columns, t.WEIGHT: packed.address,
+        t.PANEL_BYTES: packed.panel_bytes, t.PANELS: packed.count,
+    }  # fmt: skip
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_a_linear_adds_bias_and_residual_and_writes_in_place(rows):
+    rng = np.random.default_rng(2)
+    matrix = random_matrix("int4", 64 * 18, 96, rng)
+    packed = pack(matrix)
+    x, scales, exact = activations("int4", rows, 96, rng)
+    bias = pack_vector(rng.standard_normal(packed.rows).astype(np.float32))
+    residual = rng.standard_normal((rows, packed.rows)).astype(np.float32)
+    wanted = exact @ matrix.floats().T.astype(np.float64)
+    for with_bias, with_residual in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        out = residual.copy()
+        words = linear_words(packed, x, scales, out)
+        words |= {t.BIAS: bias.ctypes.data} if with_bias else {}
+        words |= {t.RESIDUAL: out.ctypes.data, t.RESIDUAL_STRIDE: out.strides[0]} if with_residual else {}
+        run("linear_int4", rows, words, threads=2)
+        np.testing.assert_allclose(out, wanted + with_bias * bias + with_residual * residual, rtol=1e-5, atol=2e-4)
+
+
+def test_a_linear_with_an_activation_quantizes_what_it_writes():
+    rng = np.random.default_rng(3)
+    rows, outputs = 6, 96
+    matrix = random_matrix("int4", outputs, 64, rng)
+    packed = pack(matrix)
+    x, scales, exact = activations("int4", rows, 64, rng)
+    out, out_scales = np.zeros((rows, outputs), np.int8), np.zeros((rows, outputs // 32, 2), np.float32)
+    words = linear_words(packed, x, scales, out) | {t.OUT_SCALES: out_scales.ctypes.data, t.ACT: t.SILU}
+    run("linear_int4", rows, words)
+    wanted = silu(exact @ matrix.floats().T.astype(np.float64))
+    codes, their = quantized(wanted.astype(np.float32))
+    assert np.abs(out.astype(int) - codes).max() <= 1
+    np.testing.assert_allclose(out_scales[..., 0], their[..., 0], rtol=1e-5)
+    sums = out.reshape(rows, -1, 32).sum(-1)
+    np.testing.assert_allclose(out_scales[..., 1], out_scales[..., 0] * sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize("to_int8", [False, True])
+def test_a_gated_product_multiplies_gate_and_up_with_their_bias(to_int8):
+    rng = np.random.default_rng(4)
+    rows, half = 7, 96
+    matrix = random_matrix("int4", 2 * half, 64, rng)
+    packed = pack(matrix, gated=True)
+    x, scales, exact = activations("int4", rows, 64, rng)
+    bias = rng.standard_normal(2 * half).astype(np.float32)
+    put = pack_vector(bias, gated=True)
+    both = exact @ matrix.floats().T.astype(np.float64) + bias
+    wanted = silu(both[:, :half]) * both[:, half:]
+    out = np.zeros((rows, half), np.int8 if to_int8 else np.float32)
+    out_scales = np.zeros((rows, half // 32, 2), np.float32)
+    words = linear_words(packed, x, scales, out) | {t.ACT: t.SILU, t.BIAS: put.ctypes.data}
+    words |= {t.OUT_SCALES: out_scales.ctypes.data} if to_int8 else {}
+    run("gated_int4", rows, words, threads=2)
+    got = out.astype(np.float32)
+    if to_int8:
+        got = (got.reshape(rows, -1, 32) * out_scales[..., :1]).reshape(rows, half)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=np.abs(wanted).max() / (200 if to_int8 else 1e5))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_table_is_looked_up_from_the_same_panels(form):
+    rng = np.random.default_rng(5)
+    columns = 96 if form in BLOCK_FORMS else 48
+    matrix = random_matrix(form, 50, columns, rng)
+    packed = pack(matrix)
+    ids, out = np.array([49, 0, 17, 17, 31], np.int64), np.full((5, columns), np.nan, np.float32)
+    words = {t.OUT: out.ctypes.data, t.OUT_STRIDE: out.strides[0], t.WIDTH: columns, t.TABLE: packed.address,
+             t.TABLE_SCALE: t.float_bits(0.5), t.TABLE_PANEL_BYTES: packed.panel_bytes}  # fmt: skip
+    run(f"embed_{form}", 5, words, context_words={t.IDS: ids.ctypes.data}, threads=2)
+    np.testing.assert_allclose(out, matrix.floats()[ids] * np.float32(0.5), rtol=1e-6, atol=1e-7)
+
+
+def test_halves_of_a_gated_product_are_whole_blocks():
+    assert gates(128)
+    with pytest.raises(Unsupported):
+        pack(Dense(np.zeros((96, 32), np.float32)), gated=True)
+
+
+def test_an_instruction_set_is_forced_by_name():
+    assert isa.detect() == HERE[0]
+    assert isa.detect(HERE[-1].name) == HERE[-1]
+    with pytest.raises(ArgumentError, match="sse9.*Known"):
+        isa.detect("sse9")
+    lacking = next(i for i in isa.ALL if i not in HERE)
+    with pytest.raises(ArgumentError, match="lacks"):
+        isa.detect(lacking.name)
