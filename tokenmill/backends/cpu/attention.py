@@ -190,7 +190,7 @@ def attend(isa: Isa, heads: Heads) -> Body:
     return kernel(name, compiled(f"{name}_{isa.name}", body))
 
 
-_NAME = re.compile(r"(write_cache|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?")
+_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?")
 
 
 def named(name: str, isa: Isa) -> Body:
@@ -199,4 +199,4 @@ def named(name: str, isa: Isa) -> Body:
     if told is None:
         raise KeyError(name)
     heads = Heads("f16" if told[2] == "f16" else "int8", int(told[3]), int(told[4]), bool(told[5]))
-    return write_cache(isa, heads) if told[1] == "write_cache" else attend(isa, heads)
+    return write_cache(isa, heads) if told[1] == "write" else attend(isa, heads)

@@ -42,32 +42,26 @@ class Heads:
     @property
     def kernels(self) -> tuple[str, str]:
         """Names of those to run, in this order."""
-        return f"write_cache_{self.name}", f"attend_{self.name}"
+        return f"write_{self.name}", f"attend_{self.name}"
 
     @property
     def pages(self) -> Pages:
         """The cache's."""
         return Pages(self.form, self.dim)
 
-    def at_once(self, isa: Isa) -> int:
+    @property
+    def at_once(self) -> int:
         """Rows of an item: their heads fill the registers. For AT_ONCE."""
-        return max(1, _most(isa) // self.group)
+        return max(1, t.SCORE_ROWS // self.group)
 
     def tiles(self, isa: Isa) -> tuple[int, int]:
         """Pairs of the tile for full items, and of the one for fewer rows."""
-        pieces = -(-self.group // _most(isa))
-        few = -(-self.group // pieces)
-        return (few, few) if pieces > 1 else (self.group * self.at_once(isa), few)
+        most = t.SCORE_ROWS if isa.lanes != 8 else 6  # whose sums fit the registers
 
-    def scratch(self, isa: Isa) -> tuple[int, int]:
-        """Bytes that ROW_SIZE and TILE_SIZE must have at least."""
-        pairs = self.group * self.at_once(isa)
-        return pairs * PAIR_BYTES, pairs * self.dim * 4
+        def even(pairs: int) -> int:
+            return -(-pairs // -(-pairs // most))
 
-
-def _most(isa: Isa) -> int:
-    """Pairs whose sums fit the registers."""
-    return t.SCORE_ROWS if isa.name != "avx2" and isa.name != "avxvnni" else 6
+        return even(self.group * self.at_once), even(self.group)
 
 
 class Tile:
