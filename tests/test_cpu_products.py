@@ -1,4 +1,4 @@
-"""Products of the CPU backend against integers in numpy, for every form of weights and instruction set of this machine."""
+"""Products of the CPU backend against integers in numpy, for every form of weights and instruction set there is."""
 
 from __future__ import annotations
 
@@ -117,8 +117,10 @@ def run(name: str, rows: int, words: dict[int, int], set_name: str = "", threads
     scratch, zeros = np.full(threads * rows * 256, np.nan, np.float32), np.zeros(1024, np.float32)
     for at, word in words.items():
         row[at] = word
-    size = rows * 1024
-    told = {t.TOKENS: rows, t.THREADS: threads, t.TILE: scratch.ctypes.data, t.TILE_SIZE: size, t.ZEROS: zeros.ctypes.data}
+    told = {
+        t.TOKENS: rows, t.THREADS: threads, t.TILE: scratch.ctypes.data, t.TILE_SIZE: rows * 1024,
+        t.ZEROS: zeros.ctypes.data,
+    }  # fmt: skip
     for at, word in (told | (context_words or {})).items():
         context[at] = word
     compiled = kernel(set_name or BEST[0].name, name)
@@ -217,7 +219,7 @@ def test_halves_of_a_gated_product_are_whole_blocks():
 def test_an_instruction_set_is_forced_by_name():
     assert isa.detect() == HERE[0]
     assert isa.detect(HERE[-1].name) == HERE[-1]
-    with pytest.raises(ArgumentError, match="sse9.*Known"):
+    with pytest.raises(ArgumentError, match=r"sse9.*Known"):
         isa.detect("sse9")
     lacking = next(i for i in isa.ALL if i not in HERE)
     with pytest.raises(ArgumentError, match="lacks"):

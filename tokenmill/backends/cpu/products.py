@@ -12,44 +12,16 @@ from typing import Any
 
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.forms import NAMES, DenseForm, Form, form_named
-from tokenmill.backends.cpu.ir import G, Val, atomic_add, compiled, each, emit, inline, kernel, peek
+from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek
 from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.rows import activate, add, gate, quantize, scale
 from tokenmill.backends.cpu.tiles import look_up, tile
-from tokenmill.backends.cpu.vectors import ACTS, quantize_block
 
 Function = Callable[..., Any]
 
 _FAR = 1 << 18  # bytes of x that stay near a core while several panels are multiplied with them
-_SILU, _GELU_TANH, _GELU_ERF, _RELU = t.SILU, t.GELU_TANH, t.GELU_ERF, t.RELU
 _FEW, _ROW = t.FEW, 8
 _TOKENS, _SAMPLES, _THREADS, _ZEROS = (8 * w for w in (t.TOKENS, t.SAMPLES, t.THREADS, t.ZEROS))
-
-
-def _activation(act: int) -> Callable[..., None]:
-    def write(g: G, i: Val, x: Val) -> None:
-        g.put(ACTS[act](g, g.vec(x, i)), x, i)
-
-    return each(1, write)
-
-
-def _gate(act: int) -> Callable[..., None]:
-    """gate, up, out"""
-
-    def write(g: G, i: Val, gate: Val, up: Val, out: Val) -> None:
-        g.put(g.b.fmul(ACTS[act](g, g.vec(gate, i)), g.vec(up, i)), out, i)
-
-    return each(3, write)
-
-
-def _quantize(g: G, x: Val, codes: Val, scales: Val) -> None:
-    quantize_block(g, g.vec(x, g.c(0)), g.vec(x, g.c(1)), codes, scales)
-
-
-_silu, _gelu_tanh, _gelu_erf, _relu = (_activation(act) for act in ACTS)
-_gate_silu, _gate_gelu_tanh, _gate_gelu_erf, _gate_relu = (_gate(act) for act in ACTS)
-_add = each(3, lambda g, i, x, y, out: g.put(g.b.fadd(g.vec(x, i), g.vec(y, i)), out, i))
-_scale = each(2, lambda g, i, x, s: g.put(g.b.fmul(g.vec(x, i), g.splat(g.bits(s))), x, i))
-_quantize32 = emit(3, _quantize)
 
 
 @inline
@@ -68,31 +40,6 @@ def count_rows(row: int, context: int) -> int:
 def own(row: int, tid: int, rows: int, column: int, base: int, size: int) -> int:
     """Address of a thread's own copy, if there is one."""
     return base + tid * _FEW * size if field(row, column) and rows <= _FEW else base
-
-
-@inline
-def _activate(act: int, n: int, x: int) -> None:
-    if act == _SILU:
-        _silu(n, x)
-    elif act == _GELU_TANH:
-        _gelu_tanh(n, x)
-    elif act == _GELU_ERF:
-        _gelu_erf(n, x)
-    elif act == _RELU:
-        _relu(n, x)
-
-
-@inline
-def _gate_panels(act: int, tile_address: int, out: int) -> None:
-    """32 of gate and 32 of up to 32 outputs."""
-    if act == _SILU:
-        _gate_silu(2, tile_address, tile_address + 128, out)
-    elif act == _GELU_TANH:
-        _gate_gelu_tanh(2, tile_address, tile_address + 128, out)
-    elif act == _GELU_ERF:
-        _gate_gelu_erf(2, tile_address, tile_address + 128, out)
-    else:
-        _gate_relu(2, tile_address, tile_address + 128, out)
 
 
 def product(isa: Isa, form: Form | DenseForm) -> Function:
@@ -159,11 +106,11 @@ def _linear(isa: Isa, form: Form | DenseForm) -> Function:
                 for r in range(rows):
                     a = o + r * s
                     if bias and residual:
-                        _add(n, a, bias + p * 64, a)
-                    _activate(act, n, a)
+                        add(n, a, bias + p * 64, a)
+                    activate(act, n, a, a)
                     for q in range(0, n if quantized else 0, 2):
                         at = r * os + (p + q) * 16
-                        _quantize32(a + q * 64, out + at, quantized + at // 4)
+                        quantize(1, a + q * 64, out + at, quantized + at // 4)
 
     return compiled(f"linear_{form.name}_{isa.name}_body", linear)
 
@@ -200,10 +147,10 @@ def _gated(isa: Isa, form: Form | DenseForm) -> Function:
             for r in range(rows):
                 a = scratch + r * 256
                 if quantized:
-                    _gate_panels(act, a, a)
-                    _quantize32(a, out + r * os + i * 32, quantized + r * (os // 4) + i * 8)
+                    gate(act, 2, a, a + 128, a)
+                    quantize(1, a, out + r * os + i * 32, quantized + r * (os // 4) + i * 8)
                 else:
-                    _gate_panels(act, a, out + r * os + i * 128)
+                    gate(act, 2, a, a + 128, out + r * os + i * 128)
 
     return compiled(f"gated_{form.name}_{isa.name}_body", gated)
 
@@ -219,7 +166,7 @@ def _embed(isa: Isa, form: Form | DenseForm) -> Function:
             out = field(row, t.OUT) + r * field(row, t.OUT_STRIDE)
             take(peek(ids + 8 * r), columns, table, out)
             if factor:
-                _scale((columns + 15) // 16, out, factor)
+                scale((columns + 15) // 16, out, factor, out)
         return 0
 
     return compiled(f"embed_{form.name}_{isa.name}_body", embed)
