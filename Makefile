@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export VENV
 
-.PHONY: help serve chat test lint types imports check bench-cpu bench-scheduler bench-frontend wheel clean
+.PHONY: help serve chat test lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-16s%s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ check: lint types imports test  ## everything that a change must pass
 
 bench-cpu: $(VENV)/.installed-test  ## tokens/s and latencies of the default model over HTTP
 	$(BIN)/python bench/serving.py $(ARGS)
+
+bench-cpu-peers: $(VENV)/.installed-test  ## the same beside llama.cpp and OpenVINO, interleaved (ARGS="--help")
+	$(BIN)/python -m bench.peers $(ARGS)
 
 bench-scheduler: $(VENV)/.installed-test  ## time of a scheduler step
 	$(BIN)/python bench/scheduler.py $(ARGS)

@@ -1,6 +1,8 @@
-"""One streaming completion over HTTP, timed event by event. Standard library only, so that the client costs little.
+"""One streaming completion over HTTP, timed event by event. Standard library only.
 
-Speaks to any server with OpenAI's `/v1/completions`: the same client measures this server and its peers.
+Speaks to any server with OpenAI's `/v1/completions`: the same client measures this server and its peers. Client and
+server often share the cores, so while a stream runs its bytes are only stored with their time; they are read when it
+has ended.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -21,6 +25,7 @@ class Ask:
     temperature: float = 0.0
     top_p: float = 1.0
     frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     model: str = "tgi"
 
@@ -39,6 +44,8 @@ class Ask:
             fields["top_p"] = self.top_p
         if self.frequency_penalty:
             fields["frequency_penalty"] = self.frequency_penalty
+        if self.presence_penalty:
+            fields["presence_penalty"] = self.presence_penalty
         if self.seed is not None:
             fields["seed"] = self.seed
         return json.dumps(fields).encode()
@@ -71,20 +78,71 @@ class Answer:
         return self.completion_tokens or len(self.events)
 
 
-async def complete(base_url: str, ask: Ask, *, api_key: str = "", timeout_s: float = 600.0) -> Answer:
-    """Send `ask` to `base_url` and read its stream to the end. Failures are told in `Answer.error`, never raised."""
-    answer = Answer(sent=time.perf_counter())
+async def complete(
+    base_url: str,
+    ask: Ask,
+    *,
+    api_key: str = "",
+    timeout_s: float = 600.0,
+    started: Callable[[], None] | None = None,
+    cut: asyncio.Event | None = None,
+) -> Answer:
+    """Send `ask` to `base_url` and read its stream to the end. Failures are told in `Answer.error`, never raised.
+
+    `started` is called once: at the first token, or at the end of a stream that had none. Setting `cut` ends the
+    stream from here; what came until then is its answer.
+    """
+    answer, receiver = Answer(sent=time.perf_counter()), _Receiver(started)
     try:
         async with asyncio.timeout(timeout_s):
-            await _stream(base_url, ask, api_key, answer)
-    except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError) as error:
+            await _exchange(base_url, ask, api_key, answer, receiver, cut)
+        _read(receiver.pieces, answer, cut is not None and cut.is_set())
+    except (OSError, TimeoutError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"
+    finally:
+        receiver.tell()
     return answer
 
 
-async def _stream(base_url: str, ask: Ask, api_key: str, answer: Answer) -> None:
+class _Receiver(asyncio.Protocol):
+    """Keeps what arrives, and when."""
+
+    def __init__(self, started: Callable[[], None] | None) -> None:
+        self.pieces: list[tuple[float, bytes]] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._started = started
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+        if self._started is not None and b"data:" in data:
+            self.tell()
+        if b"data: [DONE]" in data:
+            self._end(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc)
+
+    def tell(self) -> None:
+        """Call `started` unless it was called."""
+        if self._started is not None:
+            self._started()
+            self._started = None
+
+    def _end(self, error: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+
+async def _exchange(
+    base_url: str, ask: Ask, api_key: str, answer: Answer, receiver: _Receiver, cut: asyncio.Event | None
+) -> None:
     url, body = urlsplit(base_url), ask.body()
-    reader, writer = await asyncio.open_connection(url.hostname, url.port or 80, limit=1 << 22)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_connection(lambda: receiver, url.hostname or "", url.port or 80)
     key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     head = (
         f"POST {url.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\n"
@@ -92,21 +150,47 @@ async def _stream(base_url: str, ask: Ask, api_key: str, answer: Answer) -> None
     )
     try:
         answer.sent = time.perf_counter()
-        writer.write(head.encode() + body)
-        status = await reader.readline()
-        if b" 200" not in status:
-            answer.error = (status + await reader.read(2000)).decode(errors="replace").strip()
-            return
-        while line := await reader.readline():
-            if line.startswith(b"data:") and not _event(line[5:].strip(), answer):
-                return
+        transport.write(head.encode() + body)
+        await _first(receiver.ended, cut)
     finally:
-        writer.close()
+        transport.close()
 
 
-def _event(data: bytes, answer: Answer) -> bool:
+async def _first(ended: asyncio.Future[None], cut: asyncio.Event | None) -> None:
+    """Wait for the end of the stream, or for `cut`."""
+    if cut is None:
+        return await ended
+    waiting = asyncio.ensure_future(cut.wait())
+    try:
+        await asyncio.wait((ended, waiting), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    if ended.done():
+        ended.result()
+
+
+def _read(pieces: list[tuple[float, bytes]], answer: Answer, cut: bool) -> None:
+    """Take the answer from a response's bytes, whole or cut. An event came when the piece with its line's end did."""
+    everything = b"".join(data for _, data in pieces)
+    ends: list[int] = []
+    for _, data in pieces:
+        ends.append((ends[-1] if ends else 0) + len(data))
+    status, _, _ = everything.partition(b"\r\n")
+    if b" 200" not in status:
+        answer.error = everything[:2000].decode(errors="replace").strip() or "no answer"
+        return
+    position = 0
+    for line in everything.splitlines(keepends=True):
+        position += len(line)
+        if line.startswith(b"data:") and line.endswith(b"\n"):
+            came = pieces[bisect_left(ends, position)][0]
+            if not _event(line[5:].strip(), came, answer):
+                return
+    answer.error = "" if cut else "the stream ended before [DONE]"
+
+
+def _event(data: bytes, came: float, answer: Answer) -> bool:
     """Take one event's payload; False when it was the last."""
-    now = time.perf_counter()
     if data == b"[DONE]":
         return False
     chunk = json.loads(data)
@@ -116,6 +200,6 @@ def _event(data: bytes, answer: Answer) -> bool:
     if usage := chunk.get("usage"):
         answer.prompt_tokens, answer.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
     if chunk.get("choices"):
-        answer.events.append(now)
+        answer.events.append(came)
         answer.text += chunk["choices"][0].get("text") or ""
     return True

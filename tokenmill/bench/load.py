@@ -82,6 +82,67 @@ async def run_round(base_url: str, asks: list[Ask], *, api_key: str = "") -> Rep
     return report(list(answers), time.perf_counter() - start)
 
 
+@dataclass(frozen=True, slots=True)
+class Disturbed:
+    """Streams that decode while prompts arrive one after another. Seconds; quiet: before the first arrival.
+
+    `gaps_*`: inter-token latencies of the streams, of those gaps that overlap the time of the arrivals.
+    """
+
+    streams: int
+    arrivals: int
+    arrival_prompt_tokens: int
+    arrival_ttft_p50_s: float
+    quiet_p50_s: float
+    quiet_p99_s: float
+    gaps_p50_s: float
+    gaps_p99_s: float
+    errors: int  # streams and arrivals that failed, and streams that ended before the last arrival had its token
+
+
+async def run_disturbed(base_url: str, streams: list[Ask], arrivals: list[Ask], quiet_s: float = 0.5) -> Disturbed:
+    """Start `streams`; `quiet_s` after all of them have a token send `arrivals`, each when the one before has ended.
+
+    The streams are cut after the last arrival, so they may be asked for more tokens than any server gives meanwhile.
+    """
+    begun, cut = [asyncio.Event() for _ in streams], asyncio.Event()
+    tasks = [
+        asyncio.create_task(complete(base_url, ask, started=event.set, cut=cut))
+        for ask, event in zip(streams, begun, strict=True)
+    ]
+    for event in begun:
+        await event.wait()
+    await asyncio.sleep(quiet_s)
+    later = [await complete(base_url, ask) for ask in arrivals]
+    cut.set()
+    return disturbed(list(await asyncio.gather(*tasks)), later)
+
+
+def disturbed(streams: list[Answer], arrivals: list[Answer]) -> Disturbed:
+    """Fold the answers of `run_disturbed`."""
+    good, later = [a for a in streams if not a.error], [a for a in arrivals if not a.error and a.events]
+    quiet, busy = [], []
+    if good and later:
+        all_started = max(a.events[0] for a in good)
+        first, last = min(a.sent for a in later), max(a.events[-1] for a in later)
+        pairs = [pair for a in good for pair in zip(a.events, a.events[1:], strict=False)]
+        quiet = [b - a for a, b in pairs if a >= all_started and b <= first]
+        busy = [b - a for a, b in pairs if b > first and a < last]
+        good = [a for a in good if a.events[-1] >= last - 1.0]
+    ttft = [a.ttft_s for a in later]
+    return Disturbed(
+        streams=len(streams),
+        arrivals=len(arrivals),
+        arrival_prompt_tokens=max((a.prompt_tokens for a in later), default=0),
+        arrival_ttft_p50_s=statistics.median(ttft) if ttft else float("nan"),
+        quiet_p50_s=percentile(quiet, 0.5),
+        quiet_p99_s=percentile(quiet, 0.99),
+        gaps_p50_s=percentile(busy, 0.5),
+        gaps_p99_s=percentile(busy, 0.99),
+        errors=len(streams) - len(good) + len(arrivals) - len(later),
+    )
+
+
 def table(rows: list[Report]) -> str:
     """Reports as a markdown table."""
     head = "| streams | tok/s | decode tok/s | TTFT p50 ms | p99 | ITL p50 ms | p99 | errors |\n" + "|---" * 8 + "|"

@@ -1,0 +1,137 @@
+"""`python -m bench.peers`: measure, print the tables, write the figures as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.peers import environments, rows, tables
+from bench.peers.servers import LlamaCpp, OpenVino, Server, Tokenmill
+from tokenmill.config import default_cache_dir, usable_cpus
+from tokenmill.weights import embedded
+from tokenmill.weights.source import ModelSource
+
+ROWS = ("streams", "standard", "mixed", "long", "sampling", "http")
+
+
+def main() -> None:
+    options = _options()
+    source = embedded.resolve(options.cache_dir, False, lambda _: None)
+    servers, wanted = _servers(options, Path(source.path)), _rows(options)
+    taken: list[dict[str, Any]] = []
+    for done in range(options.passes):
+        for index, row in enumerate(wanted):
+            turn = (done + index) % len(servers)  # nobody is always the first
+            for server in servers[turn:] + servers[:turn]:
+                if isinstance(server, Tokenmill) or not row.ours_only:
+                    taken.append(_measure(row, server, done, seed=1 + done * 100 + index))
+        if "http" in options.rows:
+            for server in servers:
+                if isinstance(server, Tokenmill):
+                    figures = rows.http_cost(server, source, 50 + done * 100)
+                    taken.append(_entry("HTTP cost", server.name, done, figures))
+    record = {**_conditions(options, source), "rows": taken}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(tables.document(record))
+
+
+def _measure(row: rows.Row, server: Server, done: int, seed: int) -> dict[str, Any]:
+    with server.start(row.needs) as running:
+        figures = row.measure(running, seed)
+        figures |= {"start_s": running.start_s, "rss_mb": running.rss_mb()}
+    return _entry(row.name, server.name, done, figures)
+
+
+def _entry(row: str, server: str, done: int, figures: rows.Figures) -> dict[str, Any]:
+    load = psutil.getloadavg()[0]
+    plain = {name: round(value, 5) for name, value in figures.items() if math.isfinite(value)}
+    print(f"pass {done + 1}: {row}: {server}: {tables.short(plain)}", file=sys.stderr, flush=True)
+    return {"row": row, "server": server, "pass": done + 1, "load": load, "figures": plain}
+
+
+def _servers(options: argparse.Namespace, gguf: Path) -> list[Server]:
+    servers: list[Server] = []
+    for given in options.server or ["tokenmill=tokenmill serve"]:
+        name, _, command = given.partition("=")
+        servers.append(Tokenmill(name, command))
+    if "llamacpp" in options.peers:
+        environments.interpreter("llamacpp")
+        servers += [LlamaCpp(gguf, flash == "on", options.threads) for flash in options.flash]
+    if "openvino" in options.peers:
+        environments.openvino_model(gguf)
+        servers.append(OpenVino(gguf, options.threads))
+    return servers
+
+
+def _rows(options: argparse.Namespace) -> list[rows.Row]:
+    wanted: list[rows.Row] = []
+    if "streams" in options.rows:
+        wanted += rows.stream_rows([int(n) for n in options.streams.split(",")])
+    if "standard" in options.rows:
+        wanted += rows.standard_rows()
+    if "mixed" in options.rows:
+        wanted.append(rows.mixed_row())
+    if "long" in options.rows:
+        wanted += rows.long_rows()
+    if "sampling" in options.rows:
+        wanted.append(rows.sampling_row())
+    return wanted
+
+
+def _conditions(options: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
+    """What must be known to judge the figures."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m bench.peers " + " ".join(sys.argv[1:]),
+        "cpu": _cpu(),
+        "cpus": usable_cpus(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "python": platform.python_version(),
+        "model": Path(source.path).name,
+        "tokenmill": version("tokenmill"),
+        "peers": {name: environments.REQUIREMENTS[name][0] for name in options.peers},
+        "servers": options.server or ["tokenmill=tokenmill serve"],
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    known = [f for f in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8") if f in flags]
+    return f"{name or platform.machine()} ({', '.join(known)})"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser.add_argument(
+        "--server", action="append", metavar="NAME=COMMAND",
+        help="one of ours, several may be given: 'avx2=TOKENMILL_ISA=avx2 tokenmill serve --backend cpu'",
+    )  # fmt: skip
+    parser.add_argument("--peers", nargs="*", default=["llamacpp", "openvino"], choices=["llamacpp", "openvino"])
+    parser.add_argument("--flash", nargs="+", default=["off", "on"], choices=["off", "on"], help="llama.cpp's setting")
+    parser.add_argument("--rows", nargs="+", default=["streams", "standard"], choices=ROWS)
+    parser.add_argument("--streams", default="1,4,16,32")
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="of the peers")
+    parser.add_argument("--cache-dir", default=default_cache_dir())
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
