@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from tokenmill.program import ops
@@ -22,13 +22,17 @@ class Plan:
 
 
 def plan_buffers(
-    program: Program, bytes_of: Callable[[Buffer], int], late: Callable[[Op], bool] = lambda op: False
+    program: Program,
+    bytes_of: Callable[[Buffer], int],
+    late: Callable[[Op], bool] = lambda op: False,
+    lasting: Collection[int] = (),
 ) -> Plan:
     """One arena: first fit over lifetimes; a sum is written over the term that dies in it.
 
-    `late`: no barrier follows this operation, so what it reads must live through the next one too.
+    `late`: no barrier follows this operation, so what it reads must live through the next one too. `lasting`: buffers
+    that live to the end, for a part of the program that is run more than once.
     """
-    last = last_uses(program, late)
+    last = last_uses(program, late) | dict.fromkeys(lasting, len(program.ops) + 1)
     live: dict[int, tuple[int, int]] = {}  # buffer -> (start, end)
     offsets: dict[int, int] = {}
     naive = high = 0

@@ -1,0 +1,269 @@
+"""The CPU backend: lowers a program to a table of compiled kernels and walks it, a step at a time. No torch, and no
+numba either unless a kernel has to be compiled.
+
+A thread of its own stands for a device's queue: `run` hands a step over and returns, and the engine plans the next one
+meanwhile. Everything by slot belongs to that thread. A row's numbers never depend on what else is in its step: tokens
+are the same alone, in a batch, in chunks, behind a cached prefix and after a preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.backends.base import StepInputs, StepLimits, StepResult
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.cache import KernelCache
+from tokenmill.backends.cpu.isa import detect
+from tokenmill.backends.cpu.lower import Line, Lowering
+from tokenmill.backends.cpu.memory import Heads, Memory, Sizes
+from tokenmill.backends.cpu.prepare import prepare, refusal
+from tokenmill.backends.cpu.sampler import Sampler
+from tokenmill.backends.cpu.scratch import zeros
+from tokenmill.backends.cpu.slots import Places, PromptPositions, Slots
+from tokenmill.backends.cpu.threads import Walkers
+from tokenmill.errors import NotEnoughMemory, Unsupported
+from tokenmill.parallel.group import Group
+from tokenmill.program import ops
+from tokenmill.program.value import Program
+from tokenmill.quant.base import Reader, load
+from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.wire.messages import Progress, TokenDetails
+
+Report = Callable[[Progress], None]
+KV_DTYPES = {"": "f16", "float16": "f16", "int8": "int8"}
+_PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
+_WARM_TOKENS = 32
+
+
+class CpuStep:
+    """A launched step."""
+
+    def __init__(self, future: Future[StepResult]) -> None:
+        self._future = future
+
+    def result(self) -> StepResult:
+        """Wait for it; raises what the step raised."""
+        return self._future.result()
+
+
+class CpuBackend:
+    """Implements `backends.base.Backend` for one rank.
+
+    The constructor reads and packs the weights, compiles what is not in the kernel cache, and calls `report` meanwhile.
+    `isa` "": the best of this machine. `threads`: that compute, the backend's own among them. `kv_dtype`: a key of
+    KV_DTYPES. Unsupported, with the reason, for a program that has to be run by another backend.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        source: Checkpoint,
+        read: Reader,
+        limits: StepLimits,
+        group: Group,
+        *,
+        kernel_cache: Path,
+        threads: int = 1,
+        isa: str = "",
+        kv_dtype: str = "",
+        report: Report | None = None,
+    ) -> None:
+        why = refusal(program, limits.block_size) if group.size == 1 else "it does not share a model over ranks"
+        if why:
+            raise Unsupported("CPU backend", "cpu", (), f"Of this model, {why}. Use --backend torch.")
+        self.limits, self.isa, self.threads = limits, detect(isa), threads
+        self.num_blocks = 0
+        prepared = prepare(program, source, read, threads, report)
+        self.program = prepared.program
+        self.vocab_size = self.program.output.width
+        sizes = Sizes(
+            limits.max_batch_tokens, max(limits.max_batch_size, _PROMPT_ROWS), limits.max_total_tokens, threads,
+            KV_DTYPES[kv_dtype],
+        )  # fmt: skip
+        self._memory = Memory(
+            self.program, sizes, prepared.panels, lambda w: load(w, source, read).floats(), prepared.private
+        )
+        self._slots = Slots(limits)
+        self._sampler = Sampler(self._slots.tokens, self._slots.parameters, self.vocab_size, threads)
+        self._lines = [*Lowering(self.program, self._memory).lines(), self._sample_line()]
+        self._code = KernelCache(kernel_cache, self.isa).load(
+            ["walk", "serve", *(line.kernel for line in self._lines)],
+            None if report is None else lambda done, total: report(Progress("compile", done, total, "items")),
+        )
+        self._scratch = Scratch(self._memory, self._slots, self._sampler, len(self._lines))
+        self._table = np.zeros((0, t.COLUMNS), np.int64)
+        self._body = _body(self._lines)
+        self._walkers = Walkers(self._code, self._scratch.context, threads)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cpu-backend")
+
+    def _sample_line(self) -> Line:
+        at = self._memory.place(self.program.output)
+        row = np.zeros(t.COLUMNS, np.int64)
+        row[[t.ROWS, t.X, t.X_STRIDE, t.WIDTH]] = 1, at.address, at.stride, self.vocab_size
+        return Line(None, "sample", row)
+
+    # ---- what Backend promises ----
+
+    def block_bytes(self) -> int:
+        """Bytes of one cache block over all layers."""
+        return self._memory.block_bytes(self.limits.block_size)
+
+    def step_bytes(self) -> int:
+        """Bytes that the largest step needs besides weights and cache."""
+        return self._memory.plan.size + self._scratch.nbytes
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
+        try:
+            self._memory.allocate(num_blocks * (self.limits.block_size // t.BLOCK))
+        except (MemoryError, OSError, ValueError, OverflowError) as e:
+            wanted = num_blocks * self.block_bytes()
+            raise NotEnoughMemory(f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}") from e
+        self.num_blocks = num_blocks
+        rows = [line.row for line in self._lines]
+        for line in self._lines:
+            line.row[t.KERNEL] = self._code[line.kernel]
+            if isinstance(line.op, ops.Attention):
+                line.row[t.CACHE] = self._memory.cache(line.op.layer)
+        self._table = zeros((len(rows), t.COLUMNS), np.int64)
+        self._table[:] = rows
+
+    def warm_up(self) -> None:
+        """Run a small prompt and a decode step on the first blocks, which are empty again afterwards."""
+        self._thread.submit(self._warm_up).result()
+
+    def run(self, inputs: StepInputs) -> CpuStep:
+        """Launch a step behind those before it and return at once."""
+        return CpuStep(self._thread.submit(self._step, inputs))
+
+    def close(self) -> None:
+        """End the threads after the step that they run. Idempotent."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._walkers.close()
+
+    # ---- a step, on the backend's thread ----
+
+    def _step(self, inputs: StepInputs) -> StepResult:
+        self._slots.apply(inputs)
+        places = self._slots.places(inputs)
+        token_ids = self._compute(inputs, places)
+        details = self._sampler.details() if token_ids else None
+        prompt = self._prompt_details(inputs) if inputs.prompt_logprobs >= 0 else None
+        return StepResult(token_ids, details, prompt)
+
+    def _compute(self, inputs: StepInputs, places: Places) -> list[int]:
+        """All rows of the table, or those before rows are taken if nobody samples. The sampled ids."""
+        chosen = self._scratch.begin(places)
+        if not len(places.samples):
+            self._walk(0, self._body)
+            return []
+        self._sampler.begin(inputs)
+        self._walk(0, len(self._table))
+        ids: list[int] = chosen.tolist()
+        return ids
+
+    def _prompt_details(self, inputs: StepInputs) -> dict[int, tuple[TokenDetails, ...]] | None:
+        """How likely the prompt's tokens were: the table's end over their positions, some at a time."""
+        wanted = self._slots.prompt_positions(inputs)
+        most = self._slots.parameters.rows["prompt_logprobs"][inputs.slots[wanted.rows]]
+        found: dict[int, tuple[TokenDetails, ...]] = {}
+        for start in range(0, len(wanted.rows), _PROMPT_ROWS):
+            some = slice(start, start + _PROMPT_ROWS)
+            part = PromptPositions(wanted.rows[some], wanted.where[some], wanted.targets[some])
+            self._scratch.sample(part.where)
+            self._sampler.begin_prompt(part.targets, most[some])
+            self._walk(self._body, len(self._table))
+            for row, detail in zip(part.rows.tolist(), self._sampler.details() or (), strict=True):
+                if detail is not None:
+                    found[row] = (*found.get(row, ()), detail)
+        return found or None
+
+    def _walk(self, first: int, last: int) -> None:
+        base = self._table.ctypes.data
+        self._scratch.counters[:] = 0
+        self._walkers.run(base + first * t.ROW_BYTES, base + last * t.ROW_BYTES)
+
+    def _warm_up(self) -> None:
+        room = self.num_blocks * self.limits.block_size
+        size = min(self.limits.max_batch_tokens, self.limits.max_total_tokens, room, _WARM_TOKENS)
+        slots, pages = np.zeros(1, np.int32), -(-size // t.BLOCK)
+        self._slots.tables[0, :pages] = np.arange(pages)
+        for start, count in ((0, size), (size - 1, 1)):
+            if count > 0:
+                inputs = StepInputs(slots, np.array([start], np.int32), np.array([count], np.int32), slots)
+                self._compute(inputs, self._slots.places(inputs))
+        self._slots.tables[0, :pages], self._slots.tokens[0, : size + 1] = 0, 0
+        self._memory.clear_pages(slice(0, pages))
+
+
+class Scratch:
+    """A step's context and what its words point to."""
+
+    def __init__(self, memory: Memory, slots: Slots, sampler: Sampler, rows: int) -> None:
+        sizes, n = memory.sizes, memory.sizes.threads
+        heads = [Heads.of(op, sizes.kv_dtype) for op in memory.program.ops if isinstance(op, ops.Attention)]
+        self._at_once = min((h.at_once for h in heads), default=1)
+        widest = max(v.width for op in memory.program.ops for v in op.results().values() if v.spec.rows == "tokens")
+        tile = max(max(sizes.tokens, sizes.samples) * 256, *(h.pairs * h.dim * 4 for h in heads))
+        row = max(widest * 4, *((h.pairs + 2) * 128 for h in heads))
+        scores = (sizes.context + 32) // t.BLOCK * 64
+        self.counters = zeros((rows, 8), np.int64)
+        self.context = zeros((t.CONTEXT,), np.int64)
+        self._arrays = {
+            t.COUNTERS: self.counters,
+            t.TILE: zeros((n, -(-tile // 64) * 64)),
+            t.SCORES: zeros((n, t.SCORE_ROWS * scores)),
+            t.ROW: zeros((n, -(-row // 64) * 64)),
+            t.ZEROS: zeros((4096,)),
+            t.TABLES: slots.tables,
+        }
+        for word, array in self._arrays.items():
+            self.context[word] = array.ctypes.data
+        self.context[[t.TABLE_STRIDE, t.SAMPLING]] = slots.tables.strides[0], sampler.address
+        self.context[[t.TILE_SIZE, t.SCORES_SIZE, t.ROW_SIZE]] = (
+            self._arrays[t.TILE].strides[0], scores, self._arrays[t.ROW].strides[0],
+        )  # fmt: skip
+        self.nbytes = sum(array.nbytes for array in self._arrays.values()) + sampler.nbytes
+        self._held: list[NDArray[np.int64]] = []
+
+    def begin(self, places: Places) -> NDArray[np.int64]:
+        """Write a step's words; the array that the chosen ids come to."""
+        first, count = self._items(places)
+        chosen = np.zeros(len(places.samples), np.int64)
+        context = self.context
+        context[[t.TOKENS, t.SAMPLES, t.ITEMS, t.APART]] = (
+            len(places.ids), len(places.samples), len(first), places.apart,
+        )  # fmt: skip
+        self._held = [
+            places.ids, places.positions, places.slots, places.samples, first, count, chosen, places.sampled_slots,
+            places.sampled_positions,
+        ]  # fmt: skip
+        context[t.IDS : t.SAMPLED_POSITIONS + 1] = [array.ctypes.data for array in self._held]
+        return chosen
+
+    def sample(self, where: NDArray[np.int64]) -> None:
+        """Other rows of the step that runs now sample."""
+        self._held.append(np.ascontiguousarray(where))
+        self.context[t.SAMPLES], self.context[t.SAMPLED] = len(where), self._held[-1].ctypes.data
+
+    def _items(self, places: Places) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Attention's items: runs of at most so many rows of one sequence, (first row, rows)."""
+        if places.apart:
+            return places.firsts, np.ones(len(places.firsts), np.int64)
+        n = self._at_once
+        stops = np.append(places.firsts[1:], len(places.ids))
+        pieces = -(-(stops - places.firsts) // n)
+        item = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        first = np.repeat(places.firsts, pieces) + item * n
+        return first, np.minimum(n, np.repeat(stops, pieces) - first)
+
+
+def _body(lines: list[Line]) -> int:
+    """How many rows of the table stand before rows are taken."""
+    takes = (i for i, line in enumerate(lines) if isinstance(line.op, ops.TakeRows))
+    return next(takes, len(lines) - 1)

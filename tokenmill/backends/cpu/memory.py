@@ -1,0 +1,220 @@
+"""Where everything lies that a table's rows point to: values, panels of weights, vectors, rotations, caches, scratch.
+
+All of it is allocated once; addresses never change, so the table is written once, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.pack import Packed, pack_vector
+from tokenmill.backends.cpu.scratch import zeros
+from tokenmill.program import ops
+from tokenmill.program.buffers import Plan, plan_buffers
+from tokenmill.program.cost import cache_layout
+from tokenmill.program.ops import Weight
+from tokenmill.program.rope import RopeTable
+from tokenmill.program.value import Buffer, Program, Value
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+
+
+class Place(NamedTuple):
+    """A value: its first row, bytes from row to row, and its scales if it is int8."""
+
+    address: int
+    stride: int
+    scales: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What decides how much memory a step needs."""
+
+    tokens: int  # of a step, at most
+    samples: int  # rows that sample, at most
+    context: int  # tokens of the longest sequence
+    threads: int
+    kv_dtype: str  # "f16" or "int8"
+
+    def rows(self, buffer: Buffer) -> int:
+        """Rows of a buffer: with few of them, each thread has some of its own."""
+        rows = self.tokens if buffer.rows == "tokens" else self.samples
+        return max(rows, t.FEW * self.threads)
+
+    def bytes_of(self, buffer: Buffer) -> int:
+        """Of a buffer with all its rows."""
+        if buffer.dtype == "int8":
+            return self.rows(buffer) * (buffer.width + buffer.width // 4)
+        return self.rows(buffer) * _stride(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Of one rotation: a row of cosines, then sines, for each token of a step, both in whole vectors.
+
+    `frequencies`: (1, n), or a row for each position if they depend on it.
+    """
+
+    table: RopeTable
+    rows: Floats
+    frequencies: Floats
+
+    @staticmethod
+    def of(table: RopeTable, sizes: Sizes) -> Turns:
+        """Room for the largest step."""
+        found = table.frequencies_at(np.arange(sizes.context)) if table.moves else table.inverse_frequencies()[None]
+        width = -(-found.shape[1] // 16) * 16
+        frequencies: Floats = zeros((len(found), width), np.float32)
+        frequencies[:, : found.shape[1]] = found
+        return Turns(table, zeros((sizes.tokens, 2 * width), np.float32), frequencies)
+
+    @property
+    def columns(self) -> dict[int, int]:
+        """Of a row that reads them."""
+        half = self.table.rotary_dim // 2
+        return {t.ROPE: self.rows.ctypes.data, t.ROPE_HALF: half, t.ROPE_STRIDE: self.rows.strides[0]}
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What attention of one shape is compiled for (`attention.py` has the same, with numba)."""
+
+    kv_dtype: str
+    dim: int
+    count: int  # key-value heads
+    group: int  # query heads of each
+    capped: bool
+
+    @staticmethod
+    def of(op: ops.Attention, kv_dtype: str) -> Heads:
+        """Of one operation."""
+        return Heads(kv_dtype, op.head_dim, op.k.width // op.head_dim, op.q.width // op.k.width, bool(op.softcap))
+
+    @property
+    def name(self) -> str:
+        """Part of the kernels' names."""
+        return f"{self.kv_dtype}_{self.dim}x{self.group}{'_capped' if self.capped else ''}"
+
+    @property
+    def at_once(self) -> int:
+        """Query rows of an item: with their heads they fill the registers."""
+        return max(1, t.SCORE_ROWS // self.group)
+
+    @property
+    def pairs(self) -> int:
+        """(query row, head) pairs of an item."""
+        return self.at_once * self.group
+
+
+def page_bytes(head_dim: int, kv_dtype: str) -> int:
+    """Of 16 tokens of one key-value head (`pages.py`)."""
+    return 2 * t.BLOCK * head_dim * 2 if kv_dtype == "f16" else 2 * t.BLOCK * (head_dim + 4)
+
+
+def plan_of(program: Program, sizes: Sizes, private: frozenset[int]) -> Plan:
+    """Places of the values within an arena. The values that rows are taken from live to the end of the step."""
+    taken = frozenset(op.x.buffer for op in program.ops if isinstance(op, ops.TakeRows))
+    return plan_buffers(program, sizes.bytes_of, lambda op: op.out.buffer in private, taken)
+
+
+class Memory:
+    """Of one program on this machine.
+
+    `panels`: weights, packed. `vector`: reads one that is a vector. `private`: buffers of which each thread has a copy
+    of its own while rows are few. The cache comes later (`allocate`): its rows of the table are written then.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        sizes: Sizes,
+        panels: dict[Weight, tuple[Packed, ...]],
+        vector: Callable[[Weight], Floats],
+        private: frozenset[int],
+    ) -> None:
+        self.program, self.sizes, self.private = program, sizes, private
+        self.plan = plan_of(program, sizes, private)
+        self.layout = cache_layout(program)
+        self.arena = zeros((self.plan.size,))
+        self._panels, self._read = panels, vector
+        self._vectors: dict[tuple[Weight, bool], Floats] = {}
+        self._turns: dict[RopeTable, Turns] = {}
+        self._caches: dict[int, Array] = {}
+        self.num_pages = 0
+
+    # ---- values ----
+
+    def place(self, v: Value) -> Place:
+        """Where a value is."""
+        base = self.arena.ctypes.data + self.plan.offsets[v.buffer]
+        if v.spec.dtype == "int8":
+            return Place(base, v.spec.width, base + self.sizes.rows(v.spec) * v.spec.width)
+        return Place(base + v.start * 4, _stride(v.spec), 0)
+
+    def view(self, v: Value, rows: int) -> Floats:
+        """A float value's first rows, (rows, width)."""
+        at, stride = self.plan.offsets[v.buffer], _stride(v.spec)
+        whole = self.arena[at : at + rows * stride].view(np.float32).reshape(rows, -1)
+        return whole[:, v.start : v.start + v.width]
+
+    # ---- weights ----
+
+    def panels(self, weight: Weight) -> tuple[Packed, ...]:
+        """A matrix; in several parts, one below the other, if they are stored differently."""
+        return self._panels[weight]
+
+    def vector(self, weight: Weight | None, gated: bool = False) -> int:
+        """Address of a vector, in whole vectors of 16; 0 for none. `gated`: 32 of gate, 32 of up, and so on."""
+        if weight is None:
+            return 0
+        if (weight, gated) not in self._vectors:
+            self._vectors[weight, gated] = pack_vector(self._read(weight), gated=gated)
+        return self._vectors[weight, gated].ctypes.data
+
+    def turns(self, table: RopeTable) -> Turns:
+        """Where a step's cosines and sines go, and what they are made of."""
+        if table not in self._turns:
+            self._turns[table] = Turns.of(table, self.sizes)
+        return self._turns[table]
+
+    def all_turns(self) -> list[Turns]:
+        """Those that rows of the table use."""
+        return list(self._turns.values())
+
+    # ---- cache ----
+
+    def block_bytes(self, block_size: int) -> int:
+        """Of one block over all layers."""
+        form = self.sizes.kv_dtype
+        pages = block_size // t.BLOCK
+        return pages * sum(layer.heads * page_bytes(layer.head_dim, form) for layer in self.layout.values())
+
+    def allocate(self, num_pages: int) -> None:
+        """Make the caches. MemoryError if there is no room."""
+        form = self.sizes.kv_dtype
+        self._caches = {
+            index: zeros((num_pages, layer.heads, page_bytes(layer.head_dim, form)))
+            for index, layer in self.layout.items()
+        }
+        self.num_pages = num_pages
+
+    def cache(self, layer: int) -> int:
+        """Address of a layer's cache; 0 before it is allocated."""
+        return self._caches[layer].ctypes.data if layer in self._caches else 0
+
+    def clear_pages(self, pages: slice) -> None:
+        """Zeros, as at first."""
+        for cache in self._caches.values():
+            cache[pages] = 0
+
+
+def _stride(buffer: Buffer) -> int:
+    return -(-buffer.width // 16) * 64

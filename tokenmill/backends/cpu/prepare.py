@@ -1,0 +1,147 @@
+"""From a recorded program to the one that this backend lowers: rows taken early, fused, weights packed, int8 inputs.
+
+Also what can be said before any weight is read: whether a program can run here at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tokenmill.backends.cpu.layout import ACTS, BLOCK
+from tokenmill.backends.cpu.lower import KINDS
+from tokenmill.backends.cpu.pack import Packed, gates, pack_weight
+from tokenmill.errors import Unsupported
+from tokenmill.program import ops, passes
+from tokenmill.program.ops import Op, Weight
+from tokenmill.program.value import Program
+from tokenmill.quant.base import Reader, check
+from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.wire.messages import Progress
+
+Report = Callable[[Progress], None]
+_VECTOR = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is lowered, its matrices, and the buffers of which each thread has a copy of its own while rows are few."""
+
+    program: Program
+    panels: dict[Weight, tuple[Packed, ...]]
+    private: frozenset[int]
+
+
+def fused(program: Program) -> Program:
+    """The program with what this backend's kernels do at once. Needs no weights."""
+    return passes.fuse(
+        passes.take_rows_early(program),
+        passes.residual_into_linear,
+        _act_into_linear,
+        passes.heads_into_attention,
+    )
+
+
+def _act_into_linear(op: Op, made: dict[int, Op], readers: dict[int, list[Op]]) -> tuple[Op, list[Op]] | None:
+    """Unless a gated product's halves are no whole blocks."""
+    if isinstance(op, ops.GatedAct) and not gates(2 * op.gate.width):
+        return None
+    return passes.act_into_linear(op, made, readers)
+
+
+def refusal(program: Program, block_size: int) -> str:
+    """Why this backend cannot run a recorded program; "" if it can."""
+    if block_size % BLOCK:
+        return f"its cache blocks are of {BLOCK} tokens or a multiple, not {block_size}"
+    for op in fused(program).ops:
+        if type(op) not in KINDS:
+            return f"it has no kernel for {type(op).__name__}"
+        if why := _refused(op):
+            return why
+    return ""
+
+
+def _refused(op: Op) -> str:
+    if isinstance(op, ops.Attention):
+        if op.head_dim % _VECTOR:
+            return f"its attention is for heads of a multiple of {_VECTOR} columns, not {op.head_dim}"
+        if op.q.width % op.k.width:
+            return "query heads must be a multiple of key-value heads"
+    if isinstance(op, ops.Linear | ops.Act | ops.GatedAct) and op.act not in ACTS:
+        return f"it has no kernel for the activation {op.act}"
+    if isinstance(op, ops.Norm) and (op.head_dim or op.x.width) % _VECTOR:
+        return f"its norms are for multiples of {_VECTOR} columns, not {op.head_dim or op.x.width}"
+    if isinstance(op, ops.Norm) and op.center and op.bias is None:
+        return "it has no kernel for a LayerNorm without a bias"
+    return ""
+
+
+def prepare(program: Program, source: Checkpoint, read: Reader, threads: int, report: Report | None) -> Prepared:
+    """Read and pack all matrices. ModelError if a tensor is missing or of another shape than expected."""
+    program = fused(program)
+    check(_weights(program), source)
+    panels = pack_all(program, source, read, threads, report)
+    program = passes.quantize_inputs(program, lambda op: panels[op.weight][0].quantized, _writes_int8)
+    return Prepared(program, panels, private_outputs(program))
+
+
+def _weights(program: Program) -> list[Weight]:
+    return list(dict.fromkeys(w for op in program.ops for ws in op.weights().values() for w in ws))
+
+
+def pack_all(
+    program: Program, source: Checkpoint, read: Reader, threads: int, report: Report | None
+) -> dict[Weight, tuple[Packed, ...]]:
+    """Every matrix, on several threads; `report` is called from this one, with bytes of the checkpoint."""
+    gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
+    wanted = [w for w in _weights(program) if w.columns]
+    sizes = [sum(source.nbytes(part.name) for part in w.parts) for w in wanted]
+    packed, done = {}, 0
+
+    def one(weight: Weight) -> tuple[Packed, ...]:
+        return pack_weight(weight, source, read, gated=weight in gated)
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:  # numpy lets go of the interpreter
+        for weight, size, panels in zip(wanted, sizes, pool.map(one, wanted), strict=True):
+            packed[weight], done = panels, done + size
+            if report is not None:
+                report(Progress("load", done, sum(sizes)))
+    _one_form(program, packed)
+    return packed
+
+
+def _one_form(program: Program, packed: dict[Weight, tuple[Packed, ...]]) -> None:
+    """Parts of a matrix are all for int8 activations, or all for floats."""
+    for op in program.ops:
+        if isinstance(op, ops.Linear) and len({part.quantized for part in packed[op.weight]}) > 1:
+            raise Unsupported("mixture of weights", op.weight.name, (), "Use --backend torch.")
+
+
+def _writes_int8(op: Op) -> bool:
+    """Whether our kernel for this operation can quantize what it writes."""
+    if isinstance(op, ops.Attention):
+        return op.q.width // (op.k.width // op.head_dim) % 32 == 0  # the heads of one item are whole blocks of 32
+    if isinstance(op, ops.Linear):
+        return op.act is not None and op.out.width % 32 == 0
+    return isinstance(op, ops.Norm) and not isinstance(op, ops.AddNorm) and not op.head_dim and op.x.width % 32 == 0
+
+
+def private_outputs(program: Program) -> frozenset[int]:
+    """Norms that only products read: with few rows each thread computes its own copy."""
+    readers = passes.readers_of(program.ops)
+    return frozenset(
+        op.out.buffer
+        for op in program.ops
+        if type(op) is ops.Norm and not op.head_dim and _all_products(op.out.buffer, readers.get(op.out.buffer, []))
+    )
+
+
+def _all_products(buffer: int, readers: Iterable[Op]) -> bool:
+    return all(isinstance(r, ops.Linear) and r.x.buffer == buffer and _no_residual(r, buffer) for r in readers)
+
+
+def _no_residual(op: ops.Linear, buffer: int) -> bool:
+    return op.residual is None or op.residual.buffer != buffer
+
+

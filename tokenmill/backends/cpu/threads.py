@@ -1,0 +1,102 @@
+"""The threads that walk a step beside the caller: asleep between steps, and never in need of Python's lock.
+
+Each is a Python thread that spends its life in the compiled `serve` (`step.py`), asleep on a semaphore of libc's. The
+system places them: the process's affinity holds for them, and nothing here binds a thread to a core, for a neighbour's
+work on that core would then stop every step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+
+import numpy as np
+
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.cache import Code
+from tokenmill.backends.cpu.scratch import zeros
+
+_SEMAPHORE_BYTES = 64  # more than any system's sem_t
+_MANY = 4  # with more CPUs than this, one is left to HTTP and the rest of the engine
+
+
+def default_threads(cpus: int) -> int:
+    """How many compute, of `cpus` that this process may use."""
+    return cpus - 1 if cpus > _MANY else cpus
+
+
+class Semaphores:
+    """One for each worker. Linux's and other systems' POSIX ones; Apple's own kind there."""
+
+    def __init__(self, count: int) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._apple = sys.platform == "darwin"
+        names = ("dispatch_semaphore_wait", "dispatch_semaphore_signal") if self._apple else ("sem_wait", "sem_post")
+        wait, self._post = (getattr(self._libc, name) for name in names)
+        self.wait = _address(wait)
+        self.offer = _address(self._libc.sched_yield)
+        self._post.argtypes = [ctypes.c_void_p]
+        self._memory = zeros((count, _SEMAPHORE_BYTES))
+        self.addresses = [self._make(row.ctypes.data) for row in self._memory]
+
+    def _make(self, place: int) -> int:
+        if self._apple:
+            create = self._libc.dispatch_semaphore_create
+            create.restype, create.argtypes = ctypes.c_void_p, [ctypes.c_long]
+            return int(create(0))
+        self._libc.sem_init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
+        self._libc.sem_init(place, 0, 0)
+        return place
+
+    def post(self, i: int) -> None:
+        """Let worker i go on."""
+        self._post(self.addresses[i])
+
+
+class Walkers:
+    """All threads of a backend: the caller's, which is thread 0, and `threads - 1` of their own.
+
+    `context`: the words (`layout.py`), whose THREADS, BARRIER and the like are written here. One caller at a time.
+    """
+
+    def __init__(self, code: Code, context: np.ndarray[tuple[int], np.dtype[np.int64]], threads: int) -> None:
+        self._walk, serve = code.function("walk"), code.function("serve")
+        self._context, self._code = context, code
+        self._barrier = zeros((16,), np.int64)
+        self._semaphores = Semaphores(threads - 1)
+        context[[t.THREADS, t.BARRIER, t.GENERATION, t.STOP]] = threads, self._barrier.ctypes.data, 0, 0
+        context[[t.WAIT, t.YIELD]] = self._semaphores.wait, self._semaphores.offer
+        self._threads = [
+            threading.Thread(target=serve, args=(i + 1, 0, context.ctypes.data, at), name=f"cpu-{i + 1}", daemon=True)
+            for i, at in enumerate(self._semaphores.addresses)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, first: int, last: int) -> None:
+        """Walk the rows of the table at addresses [first, last), with all threads; returns when all are done."""
+        context = self._context
+        context[t.FIRST_ROW], context[t.LAST_ROW] = first, last
+        self._wake()
+        context[t.BARRIER_BASE] = self._walk(0, 0, context.ctypes.data, 0)
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        if not self._context[t.STOP]:
+            self._context[t.STOP] = 1
+            self._wake()
+            for thread in self._threads:
+                thread.join()
+
+    def _wake(self) -> None:
+        self._context[t.GENERATION] += 1
+        for i in range(len(self._threads)):
+            self._semaphores.post(i)
+
+
+def _address(function: object) -> int:
+    found = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    if found is None:
+        raise RuntimeError("a function of the C library has no address")
+    return found
