@@ -1,0 +1,83 @@
+"""int8 and int4 made while loading: how far numbers move, and what is left alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tokenmill.program.ops import Part, Weight
+from tokenmill.quant import int4, int8
+from tokenmill.quant.base import Blocks, Dense, load, reader_of
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import local_source
+
+
+def folder_of(tmp_path: Path, tensors: dict[str, np.ndarray]):
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    return open_checkpoint(local_source(tmp_path))
+
+
+def relative_error(made: Blocks, x: np.ndarray) -> float:
+    away = made.floats().reshape(x.shape) - x
+    return float(np.sqrt(np.square(away).mean() / np.square(x).mean()))
+
+
+def test_the_error_on_normally_distributed_weights_is_what_the_documentation_says() -> None:
+    x = np.random.default_rng(1).standard_normal((64, 32, 32)).astype(np.float32) * 0.02
+    assert 0.004 < relative_error(int8.blocks(x), x) < 0.006
+    assert 0.06 < relative_error(int4.blocks(x), x) < 0.077
+
+
+def test_no_number_of_int8_moves_by_more_than_half_a_step() -> None:
+    x = np.random.default_rng(2).standard_normal((16, 8, 32)).astype(np.float32)
+    made = int8.blocks(x)
+    step = made.scale.astype(np.float32)[..., None]
+    assert (np.abs(made.floats().reshape(x.shape) - x) <= step * 0.5 + np.abs(x).max() * 2e-3).all()
+
+
+@pytest.mark.parametrize("method", [int4, int8])
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e-9, 6e4])
+def test_blocks_of_one_number_keep_it(method, value) -> None:
+    x = np.full((2, 3, 32), value, np.float32)
+    np.testing.assert_allclose(method.blocks(x).floats().reshape(x.shape), x, rtol=4e-3, atol=1e-7)
+
+
+def test_a_scale_that_float16_does_not_hold_leaves_numbers_finite() -> None:
+    x = np.random.default_rng(3).standard_normal((2, 2, 32)).astype(np.float32) * np.float32(1e9)
+    assert np.isfinite(int8.blocks(x).floats()).all()
+    assert np.isfinite(int4.blocks(x).floats()).all()
+
+
+def test_vectors_and_odd_sizes_stay_and_tables_get_8_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    tensors = {n: rng.standard_normal(s).astype(np.float32) for n, s in (("a", (6, 64)), ("b", (6, 40)), ("c", (6,)))}
+    source = folder_of(tmp_path, tensors)
+    read = reader_of(source, "int4")
+    a = load(Weight((Part("a", 6),), 64), source, read)
+    assert isinstance(a, Blocks)
+    assert (a.bits, a.shape) == (4, (6, 64))
+    np.testing.assert_array_equal(a.floats(), int4.blocks(tensors["a"].reshape(6, 2, 32)).floats())
+    table = load(Weight((Part("a", 6),), 64, table=True), source, read)
+    assert isinstance(table, Blocks)
+    assert table.bits == 8
+    for name, columns in (("b", 40), ("c", 0)):
+        kept = load(Weight((Part(name, 6),), columns), source, read)
+        assert isinstance(kept, Dense)
+        np.testing.assert_array_equal(kept.floats(), tensors[name])
+
+
+def test_a_rank_quantizes_its_own_rows_and_columns(tmp_path: Path) -> None:
+    a = np.random.default_rng(5).standard_normal((8, 128)).astype(np.float32)
+    source = folder_of(tmp_path, {"a": a})
+    whole = int8.blocks(a.reshape(8, 4, 32)).floats()
+    read = reader_of(source, "int8")
+    for rank in range(2):
+        row = load(Weight((Part("a", 8),), 128, "row", ranks=2), source, read, rank).floats()
+        np.testing.assert_array_equal(row, whole[:, 64 * rank : 64 * rank + 64])
+        column = load(Weight((Part("a", 8),), 128, "column", ranks=2), source, read, rank).floats()
+        np.testing.assert_array_equal(column, whole[4 * rank : 4 * rank + 4])
