@@ -1,0 +1,99 @@
+"""The CPU backend, fed steps by hand. No torch."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.backends.base import Admitted, StepInputs, StepLimits, StepResult
+from tokenmill.backends.cpu.backend import CpuBackend
+from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
+from tokenmill.quant.base import Reader, reader_of
+from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
+from tokenmill.weights.source import local_source
+from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
+
+Rows = list[tuple[int, list[int]]]
+"""(slot, new ids to compute)"""
+
+
+@cache
+def kernel_folder() -> Path:
+    """Where tests keep compiled kernels: one folder a user, for compiling takes seconds."""
+    return Path(tempfile.gettempdir()) / f"tokenmill-test-kernels-{Path.home().name}"
+
+
+class CpuDriver(CpuBackend):
+    """A backend whose logits of the last step can be looked at. Blocks are scattered over the cache.
+
+    Each row's last token samples.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        *,
+        read: Reader | None = None,
+        num_blocks: int = 64,
+        limits: StepLimits | None = None,
+        **options: Any,
+    ) -> None:
+        options = {"threads": 2, "kernel_cache": kernel_folder()} | options
+        limits = limits or StepLimits(256, 4, 256, 16)
+        super().__init__(program_of(source.config), source, read or reader_of(source), limits, Group(), **options)
+        self.allocate(num_blocks)
+        self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
+        self.known: dict[int, list[int]] = {}  # by slot: ids that are computed
+        self.blocks: dict[int, list[int]] = {}
+
+    @classmethod
+    def of(cls, path: str | Path, **options: Any) -> CpuDriver:
+        """Of a model on disk."""
+        return cls(open_checkpoint(local_source(path)), **options)
+
+    def forget(self, slot: int, keep: int = 0) -> None:
+        """Give a slot up, but for its first `keep` tokens, which stay cached."""
+        self.known[slot] = self.known.get(slot, [])[:keep]
+        used = -(-keep // self.limits.block_size)
+        self.free += self.blocks.get(slot, [])[used:]
+        self.blocks[slot] = self.blocks.get(slot, [])[:used]
+
+    def inputs(self, rows: Rows, sampling: SamplingParams | None = None, **options: Any) -> StepInputs:
+        """The step that computes these ids; every slot is admitted anew with what it knows."""
+        admitted, blocks, starts = [], [], []
+        for slot, ids in rows:
+            known = self.known.setdefault(slot, [])
+            starts.append(len(known))
+            known += ids
+            request = Request(slot, tuple(known), sampling or SamplingParams(), StoppingParams(1 << 20))
+            admitted.append(Admitted(slot, request, np.array(known, np.int32)))
+            table = self.blocks.setdefault(slot, [])
+            while len(table) * self.limits.block_size < len(known):
+                table.append(self.free.pop())
+            blocks += [(slot, i, block) for i, block in enumerate(table)]
+        slots, counts = [slot for slot, _ in rows], [len(ids) for _, ids in rows]
+        return StepInputs(
+            *(np.array(a, np.int32) for a in (slots, starts, counts, range(len(rows)))),
+            tuple(admitted),
+            np.array(blocks, np.int32).reshape(-1, 3),
+            **options,
+        )
+
+    def feed(self, rows: Rows, sampling: SamplingParams | None = None, **options: Any) -> NDArray[np.float32]:
+        """Run a step; logits of each row's last token (rows, vocabulary)."""
+        self.step(rows, sampling, **options)
+        return self.logits(len(rows))
+
+    def step(self, rows: Rows, sampling: SamplingParams | None = None, **options: Any) -> StepResult:
+        """Run a step."""
+        return self.run(self.inputs(rows, sampling, **options)).result()
+
+    def logits(self, rows: int) -> NDArray[np.float32]:
+        """Of the last step."""
+        return self._memory.view(self.program.output, rows).copy()
