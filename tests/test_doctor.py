@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenmill import cli
+from tokenmill import cli, extras
 from tokenmill.backends.cpu import isa
 from tokenmill.config import Settings
 from tokenmill.operate import doctor
@@ -66,3 +66,37 @@ def test_a_bad_finding_is_exit_code_1_and_hides_no_other(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("bad   processor")
     assert any(line.startswith("ok    memory") for line in lines)
+
+
+def test_the_embedded_model_is_run_by_the_cpu_backend_and_each_operation_has_its_kernels(embedded_model: Path) -> None:
+    found = findings("--cpu-threads", "1")["backend"]
+    assert found.verdict == "ok"
+    assert found.text.startswith("cpu, 1 thread of ")
+    kernels = dict(line.split(maxsplit=1) for line in found.details)
+    assert kernels["Embed"] == "embed_int8"
+    assert kernels["Linear"] == "linear_int4 × 90, gated_int4 × 30, linear_int8"  # 30 layers of qkv, o and down; head
+    assert {"Norm", "Attention", "Sample"} <= set(kernels)
+
+
+def test_what_the_cpu_backend_lacks_is_named_with_the_backend_that_is_taken(
+    embedded_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "need_torch", lambda what: None)
+    found = findings("--block-size", "7")["backend"]
+    assert (found.verdict, found.text[:7]) == ("note", "torch: ")
+    assert "not 7" in found.text
+    assert findings("--block-size", "7", "--backend", "cpu")["backend"].verdict == "bad"
+    assert findings("--backend", "torch")["backend"].verdict == "ok"
+
+
+def test_what_needs_torch_is_bad_where_torch_is_absent(embedded_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "has_torch", lambda: False)
+    found = findings("--num-shard", "2")["backend"]
+    assert found.verdict == "bad"
+    assert "needs torch, which is not installed" in found.text
+
+
+def test_a_model_that_is_not_here_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = findings("--model-id", "nobody/nothing")
+    assert found["model"].verdict == "note"
+    assert found["backend"].verdict == "note"

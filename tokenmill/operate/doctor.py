@@ -9,18 +9,26 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import psutil
 
 import tokenmill
-from tokenmill.config import Settings, memory_bytes
-from tokenmill.errors import StartError
-from tokenmill.extras import has_torch
+from tokenmill import fetch
+from tokenmill.config import Settings, memory_bytes, usable_cpus
+from tokenmill.errors import DownloadError, StartError
+from tokenmill.extras import has_torch, need_torch
+from tokenmill.models.base import program_of
 from tokenmill.operate.env import cpu_name
+from tokenmill.program.value import Program
+from tokenmill.quant.base import reader_of
+from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint
+from tokenmill.weights.source import ModelSource
 
 Verdict = Literal["ok", "note", "bad"]
 
@@ -90,6 +98,75 @@ def _kernel_cache(settings: Settings) -> Finding:
         )  # fmt: skip
 
 
+def _model(settings: Settings) -> Finding:
+    source = _source(settings)
+    if source is None:
+        wanted = settings.model_id or "the embedded default"
+        return Finding("model", "note", f"{wanted} is not on this machine: `serve` fetches it at its first start")
+    config = model_config(source)
+    return Finding("model", "ok", f"{source.model_id}: {source.path} ({source.format}, {config.get('model_type')})")
+
+
+def _source(settings: Settings) -> ModelSource | None:
+    """The model, if it is on this machine."""
+    try:
+        return fetch.fetch(msgspec.structs.replace(settings, offline=True), lambda progress: None, convert=False)
+    except DownloadError:
+        return None
+
+
+def _backend(settings: Settings) -> Finding:
+    source = _source(settings)
+    if source is None:
+        return Finding("backend", "note", "is chosen when the model is here")
+    checkpoint = open_checkpoint(source)
+    program = program_of(checkpoint.config)
+    why = _why_torch(settings, program)
+    if why and settings.backend != "cpu":
+        need_torch(f"{why}. Everything else")
+        return Finding("backend", "ok" if settings.backend == "torch" else "note", f"torch: {why}")
+    if why:
+        return Finding("backend", "bad", f"--backend cpu cannot run this model: {why}")
+    return _cpu_backend(settings, program, checkpoint)
+
+
+def _why_torch(settings: Settings, program: Program) -> str:
+    """What keeps the CPU backend from serving; "" if nothing does."""
+    from tokenmill.backends.cpu.isa import available
+    from tokenmill.backends.cpu.prepare import refusal
+
+    if settings.backend == "torch":
+        return "asked for with --backend"
+    if (settings.num_shard or 1) > 1:
+        return "the CPU backend does not share a model over ranks"
+    if not available():
+        return "the CPU backend has no kernels for this processor"
+    return refusal(program, settings.block_size)
+
+
+def _cpu_backend(settings: Settings, program: Program, checkpoint: Checkpoint) -> Finding:
+    from tokenmill.backends.cpu.backend import KV_DTYPES
+    from tokenmill.backends.cpu.cache import KernelCache
+    from tokenmill.backends.cpu.explain import kernels_of
+    from tokenmill.backends.cpu.isa import detect
+    from tokenmill.backends.cpu.threads import default_threads
+
+    read = reader_of(checkpoint, settings.quantize)
+    kinds = kernels_of(program, checkpoint, read, KV_DTYPES[settings.kv_cache_dtype])
+    names = ["walk", "serve", *(name for kernels in kinds.values() for name in kernels)]
+    missing = KernelCache(Path(settings.kernel_cache), detect(settings.cpu_isa)).missing(names)
+    cached = f"{len(missing)} of {len(names)} kernels are still to be compiled" if missing else "kernels are compiled"
+    threads = settings.cpu_threads or default_threads(usable_cpus())
+    width = max(map(len, kinds))
+    details = [f"{kind.ljust(width)}  {_times(kernels)}" for kind, kernels in kinds.items()]
+    said = f"cpu, {threads} thread{'s' if threads > 1 else ''} of {usable_cpus()} usable CPUs; {cached}"
+    return Finding("backend", "ok", said, tuple(details))
+
+
+def _times(kernels: Counter[str]) -> str:
+    return ", ".join(f"{name} × {count}" if count > 1 else name for name, count in kernels.items())
+
+
 def _torch(settings: Settings) -> Finding:
     if has_torch():
         return Finding("torch", "ok", f"{importlib.metadata.version('torch')}")
@@ -110,6 +187,8 @@ _LOOKS: dict[str, Callable[[Settings], Finding]] = {
     "processor": _processor,
     "memory": _memory,
     "kernel cache": _kernel_cache,
+    "model": _model,
+    "backend": _backend,
     "torch": _torch,
     "port": _port,
 }

@@ -1,0 +1,37 @@
+"""Which kernels a model is run by, told without reading its weights: for `tokenmill doctor`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from tokenmill.backends.cpu.lower import Lowering
+from tokenmill.backends.cpu.memory import Memory, Sizes
+from tokenmill.backends.cpu.prepare import prepare
+from tokenmill.program.value import Program
+from tokenmill.quant.base import Matrix, Piece, Reader, load
+from tokenmill.weights.checkpoint import Checkpoint
+
+_ROWS = 64  # of each tensor: enough to tell how it is packed, and whole blocks of gate and of up
+
+
+def kernels_of(program: Program, source: Checkpoint, read: Reader, kv_dtype: str) -> dict[str, Counter[str]]:
+    """Kind of operation -> how often each of its kernels stands in the table, in the order of the program.
+
+    `program`: as recorded, one that the backend does not refuse. `kv_dtype`: "f16" or "int8". Compiles nothing.
+    """
+
+    def some(source: Checkpoint, piece: Piece) -> Matrix:
+        first, stop = piece.rows.start, piece.rows.stop
+        return read(source, replace(piece, rows=slice(first, min(stop, first + _ROWS))))
+
+    prepared = prepare(program, source, some, 1, None)
+    memory = Memory(
+        prepared.program, Sizes(1, 1, 1, 1, kv_dtype), prepared.panels, lambda w: load(w, source, some).floats(),
+        prepared.private,
+    )  # fmt: skip
+    found: dict[str, Counter[str]] = {}
+    for line in Lowering(prepared.program, memory).lines():
+        kind = type(line.op).__name__ if line.op is not None else "Rope"  # a step's angles, for all layers
+        found.setdefault(kind, Counter())[line.kernel] += 1
+    return found | {"Sample": Counter(["sample"])}
