@@ -27,7 +27,7 @@ class Packed:
     panels: NDArray[np.uint8]  # flat, 64-byte aligned
     rows: int
     columns: int
-    start: int = 0  # output that the first row makes; a multiple of 16
+    start: int = 0  # output that the first row makes; a multiple of 32
 
     @property
     def address(self) -> int:
@@ -60,14 +60,15 @@ def pack_weight(
 ) -> tuple[Packed, ...]:
     """This rank's part of a weight. More than one if its parts are stored differently: one below the other.
 
-    Unsupported if it is `gated` and its halves are no whole blocks.
+    All of them want the same activations and begin at whole blocks of outputs. Unsupported if it is `gated` and its
+    halves are no whole blocks.
     """
     groups = [weight] if gated or len(weight.parts) == 1 else _alike(weight, source)
     out, start = [], 0
     for group in groups:
         out.append(pack(load(group, source, read, rank), gated=gated, start=start))
         start += out[-1].rows
-    if any(p.start % PANEL for p in out):
+    if any(p.start % BLOCK for p in out) or len({p.quantized for p in out}) > 1:
         return (pack(load(weight, source, read, rank), gated=gated),)
     return tuple(out)
 
@@ -93,7 +94,7 @@ def pack(matrix: Matrix, *, gated: bool = False, start: int = 0) -> Packed:
         return _pack_dense(matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start)
     form = _form_of(blocks)
     out = zeros((-(-rows // PANEL), columns // BLOCK, form.size))
-    out[..., : form.codes] = _planes(form, _panels(_codes(form, blocks), gated))
+    _write_codes(form, _panels(_codes(form, blocks), gated), out[..., : form.codes])
     scale, low = _numbers(form, blocks)
     _put(out, form.codes, scale, form.halves, gated)
     if low is not None:
@@ -187,22 +188,21 @@ def _numbers(form: Form, m: Blocks) -> tuple[Array, Array | None]:
     return scale, low
 
 
-def _planes(form: Form, codes: Array) -> Array:
-    """(panels, 16, blocks, 16 nibbles or 32 codes) -> (panels, blocks, bytes of the planes)"""
+def _write_codes(form: Form, codes: Array, out: Array) -> None:
+    """(panels, 16, blocks, 16 nibbles or 32 codes) to the planes (panels, blocks, bytes)."""
     panels, _, blocks, _ = codes.shape
-    four = np.ascontiguousarray(codes) if codes.strides[-1] != 1 else codes
-    quads = four.view(np.uint32).transpose(0, 2, 3, 1)  # (panels, blocks, vector, output) of 4 columns each
+    fours = np.ascontiguousarray(codes) if codes.strides[-1] != 1 else codes
+    quads = fours.view(np.uint32).transpose(0, 2, 3, 1)  # (panels, blocks, vector, output) of 4 columns each
     if form.bits in (4, 8):
-        return np.ascontiguousarray(quads).view(np.uint8).reshape(panels, blocks, -1)
+        out.view(np.uint32).reshape(quads.shape)[:] = quads
+        return
     vectors = np.ascontiguousarray(quads).view(np.uint8).reshape(panels, blocks, 8, 64)
-    low, high = vectors & 15, vectors >> 4
-    out = np.zeros((panels, blocks, form.bits, 64), np.uint8)
-    out[:, :, :4] = low[:, :, :4] | low[:, :, 4:] << 4
-    each = form.bits - 4
+    planes = out.reshape(panels, blocks, form.bits, 64)
+    low, high, each = vectors & 15, vectors >> 4, form.bits - 4
+    planes[:, :, :4] = low[:, :, :4] | low[:, :, 4:] << 4
     for j in range(8):
         plane, place = divmod(j, 8 // each)
-        out[:, :, 4 + plane] |= high[:, :, j] << np.uint8(each * place)
-    return out.reshape(panels, blocks, -1)
+        planes[:, :, 4 + plane] |= high[:, :, j] << np.uint8(each * place)
 
 
 def _put(out: Array, at: int, numbers: Array, halves: int, gated: bool) -> None:
