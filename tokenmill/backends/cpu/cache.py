@@ -22,7 +22,10 @@ from tokenmill.backends.cpu.isa import Isa
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("numba", "llvmlite")
-_HOST = ("backend.py", "cache.py", "lower.py", "memory.py", "scratch.py", "slots.py", "threads.py")  # emit no code
+_HOST = (  # emit no code
+    "backend.py", "cache.py", "explain.py", "lower.py", "memory.py", "prepare.py", "sampler.py", "scratch.py",
+    "slots.py", "threads.py",
+)  # fmt: skip
 _NEVER_CALLED = (
     "numba_gil_ensure", "numba_gil_release", "numba_do_raise", "numba_unpickle", "numba_runtime_build_excinfo_struct",
     "NRT_Free", "NRT_MemInfo_call_dtor",
