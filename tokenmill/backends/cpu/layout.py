@@ -51,10 +51,10 @@ NORM_BIAS = 12  # 0: none
 NORM_EPS = 13
 CENTER = 14  # 1: LayerNorm
 HEADS = 15  # 0: of the whole row; else of each of so many heads
-Y = 16  # AddNorm, Add: the other term
-Y_STRIDE = 17
-TOTAL = 18  # AddNorm: the sum
-TOTAL_STRIDE = 19
+Y = 18  # AddNorm, Add: the other term
+Y_STRIDE = 19
+TOTAL = 20  # AddNorm: the sum
+TOTAL_STRIDE = 21
 # Attention (X: queries; WIDTH: kv heads; strides of keys and values as X's)
 HEAD_DIM = 11
 GROUP = 12  # query heads of a kv head
