@@ -85,18 +85,20 @@ def _peak_mb(pid: int) -> float:
     return 0.0
 
 
-class _Http(_Process):
+class Http(_Process):
     """A server behind OpenAI's `/v1/completions`."""
 
     def __init__(self, child: subprocess.Popen[str], started: float, base: str) -> None:
         super().__init__(child, started)
-        self._base = base
+        self.base_url = base
 
     def round(self, asks: list[Ask]) -> Report:
-        return _run(run_round(self._base, asks))
+        """All at once."""
+        return _run(run_round(self.base_url, asks))
 
     def disturbed(self, streams: list[Ask], arrivals: list[Ask]) -> Disturbed:
-        return _run(run_disturbed(self._base, streams, arrivals))
+        """Streams, and arrivals one after another."""
+        return _run(run_disturbed(self.base_url, streams, arrivals))
 
 
 def _run(waited: Awaitable[Any]) -> Any:
@@ -121,16 +123,23 @@ class Lines(_Process):
         return json.loads(line)
 
 
-class _OpenVino(Lines):
+class OpenVinoRunning(Lines):
     """OpenVINO's pipeline in its own process, timed there."""
 
     def round(self, asks: list[Ask]) -> Report:
+        """All at once."""
         answers, _ = self._play(asks, [])
         wall = max(a.events[-1] for a in answers) - min(a.sent for a in answers)
         return report(answers, wall)
 
     def disturbed(self, streams: list[Ask], arrivals: list[Ask]) -> Disturbed:
+        """Streams, and arrivals one after another."""
         return disturbed(*self._play(streams, arrivals))
+
+    def token_ids(self, ask: Ask) -> list[int]:
+        """The tokens of one answer."""
+        found = self.ask({"streams": [asdict(ask)], "arrivals": [], "quiet_s": 0})
+        return list(found["streams"][0]["token_ids"])
 
     def _play(self, streams: list[Ask], arrivals: list[Ask]) -> tuple[list[Answer], list[Answer]]:
         found = self.ask(
@@ -215,7 +224,7 @@ class Tokenmill:
             base = f"http://127.0.0.1:{port}"
             _drain(child)
             _wait_for_health(child, said, base)
-            yield _Http(child, started, base)
+            yield Http(child, started, base)
 
     @contextlib.contextmanager
     def in_process(self) -> Iterator[Lines]:
@@ -259,7 +268,7 @@ class LlamaCpp:
         return f"llama.cpp, flash attention {'on' if self.flash else 'off'}"
 
     @contextlib.contextmanager
-    def start(self, needs: Needs) -> Iterator[Running]:
+    def start(self, needs: Needs) -> Iterator[Http]:
         """Serve with a slot for each request and no cache between requests."""
         python, port = environments.interpreter("llamacpp"), free_port()
         asked = {"gguf": str(self.gguf), "slots": needs.slots, "context": needs.context, "threads": self.threads,
@@ -268,7 +277,7 @@ class LlamaCpp:
         with _child([str(python), str(_HERE / "llamacpp_server.py"), json.dumps(asked)]) as (child, said):
             _wait_for_line(child, said)
             _drain(child)
-            yield _Http(child, started, f"http://127.0.0.1:{port}")
+            yield Http(child, started, f"http://127.0.0.1:{port}")
 
 
 @dataclass(frozen=True)
@@ -280,7 +289,7 @@ class OpenVino:
     name: str = "OpenVINO"
 
     @contextlib.contextmanager
-    def start(self, needs: Needs) -> Iterator[Running]:
+    def start(self, needs: Needs) -> Iterator[OpenVinoRunning]:
         """Load the converted model; its KV cache holds what the row needs."""
         python, model = environments.interpreter("openvino"), environments.openvino_model(self.gguf)
         gigabytes = max(1, -(-needs.slots * needs.context * 24 // 1_000_000))
@@ -288,4 +297,4 @@ class OpenVino:
         started = time.perf_counter()
         with _child([str(python), str(_HERE / "openvino_worker.py"), json.dumps(asked)]) as (child, said):
             _wait_for_line(child, said)
-            yield _OpenVino(child, started)
+            yield OpenVinoRunning(child, started)
