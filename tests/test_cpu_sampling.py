@@ -138,3 +138,159 @@ def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(ke
             assert details[i].logprob == pytest.approx(expected[ids[i]], abs=1e-4)
             assert list(details[i].top_ids) == best
             assert details[i].top_logprobs == pytest.approx(expected[best], abs=1e-4)
+
+
+def test_bits_of_the_noise_are_the_published_function_of_seed_position_and_id(kernel):
+    """Two ids as likely as each other: noise decides."""
+    logits = np.zeros((200, 2), np.float32)
+    seeds = [0, 1, 2**63 - 1, 2**62 + 12345, *range(1000, 1196)]
+    requests = [a_request(prompt=[1] * (1 + i % 30), temperature=1.0, seed=s) for i, s in enumerate(seeds)]
+    places = [(r.sampling.seed, len(r.prompt_ids)) for r in requests]
+    expected = [int(reference_noise(*place, 1) > reference_noise(*place, 0)) for place in places]
+    assert run(kernel, logits, requests)[0] == expected
+    filtered = [a_request(r.prompt_ids, temperature=1.0, seed=r.sampling.seed, min_p=0.1) for r in requests]
+    assert run(kernel, logits, filtered)[0] == expected
+    assert 60 < sum(expected) < 140
+
+
+def test_a_seed_gives_the_same_tokens_and_log_probabilities_in_any_company_and_any_slot(kernel):
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(33, 500)) * 3).astype(np.float32)
+    kinds = ({}, {"top_p": 0.9}, {"top_k": 7}, {"typical_p": 0.8}, {"repetition_penalty": 1.3, "min_p": 0.01})
+    requests = [a_request(temperature=1.0, seed=i, logprobs=3, **kinds[i % 5]) for i in range(33)]
+    alone = [run(kernel, logits[i : i + 1], [requests[i]], slots=[3]) for i in range(33)]
+    for batch in (2, 5, 16, 33):
+        ids, details = run(kernel, logits[:batch], requests[:batch], slots=rng.permutation(max(batch, SLOTS))[:batch])
+        assert ids == [a[0][0] for a in alone[:batch]]
+        assert details == [a[1][0] for a in alone[:batch]]  # to the bit
+
+
+def chi_square(counts, probabilities) -> float:
+    """The statistic over its degrees of freedom, of bins that expect at least 5."""
+    expected = probabilities * counts.sum()
+    big = expected >= 5
+    bins = [*counts[big], counts[~big].sum()], [*expected[big], expected[~big].sum()]
+    kept = [(c, e) for c, e in zip(*bins, strict=True) if e > 0]
+    return sum((c - e) ** 2 / e for c, e in kept) / max(len(kept) - 1, 1)
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02}, {"typical_p": 0.8}, {"top_k": 30, "top_p": 0.8}]
+)
+def test_sampled_ids_follow_the_softmax_of_what_the_filters_keep(kernel, params):
+    rng = np.random.default_rng(2)
+    logits, rows = (rng.normal(size=VOCAB) * 2).astype(np.float32), 4000
+    requests = [a_request(prompt=(1, 2), temperature=0.8, seed=i, **params) for i in range(rows)]
+    chosen = np.array(run(kernel, np.tile(logits, (rows, 1)), requests)[0])
+    scores = reference_scores(logits, [1, 2], [], SamplingParams(temperature=0.8, **params), StoppingParams(5))
+    probabilities = softmax(scores)
+    assert set(chosen) <= set(np.flatnonzero(probabilities))
+    assert chi_square(np.bincount(chosen, minlength=VOCAB), probabilities) < 2.5
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 1.0, 6.0])
+@pytest.mark.parametrize(
+    "params", [{"top_p": 0.8}, {"top_p": 0.999}, {"top_k": 3000}, {"top_k": 40}, {"min_p": 0.3}, {"typical_p": 0.7}]
+)
+def test_filters_of_flat_and_steep_distributions_over_many_ids_keep_what_a_sort_says(kernel, spread, params):
+    vocab = 9001
+    logits = (np.random.default_rng(5).normal(size=(1, vocab)) * spread).astype(np.float32)
+    logits[0, 77] = -np.inf  # masked already
+    request = a_request(temperature=0.7, logprobs=vocab, **params)
+    listed = set(run(kernel, logits, [request])[1][0].top_ids)
+    expected = set(np.flatnonzero(np.isfinite(sorted_scores(logits[0], **params))))
+    assert len(listed ^ expected) <= 2  # float32 against float64 on the last one
+
+
+def sorted_scores(logits, temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
+    """As `reference_scores`, but in n log n; one filter."""
+    x = logits.astype(np.float64) / temperature
+    p = softmax(x)
+    if min_p:
+        return np.where(p < min_p * p.max(), -np.inf, x)
+    if top_k:
+        return np.where(x < np.sort(x)[-top_k], -np.inf, x)
+    mean = -(p[p > 0] * np.log(p[p > 0])).sum()
+    key = -p if top_p < 1 else np.where(p > 0, np.abs(-np.log(np.where(p > 0, p, 1)) - mean), np.inf)
+    order = np.argsort(key, kind="stable")
+    before = np.cumsum(p[order]) - p[order]
+    least = key[order][(before < (top_p if top_p < 1 else typical_p)).sum() - 1]
+    return np.where(key <= least + 1e-12, x, -np.inf)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "typical_p": 0.5}])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_row_that_is_not_finite_gives_minus_one_and_harms_no_other(kernel, params, poison, raw):
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(3, VOCAB)).astype(np.float32)
+    requests = [a_request(seed=i, logprobs=2, raw_logprobs=raw, **params) for i in range(3)]
+    clean = run(kernel, logits, requests)[0]
+    logits[1, 17] = poison
+    bench, inputs = Bench(kernel), make_step(requests)
+    ids, details = bench.sample(logits, inputs)
+    assert ids == [clean[0], -1, clean[2]]
+    assert [d is None for d in details] == [False, True, False]
+    assert bench.slots.tokens[:3, 3].tolist() == [clean[0], 0, clean[2]]  # a valid id, for a step launched already
+    logits[:] = -np.inf
+    assert bench.sample(logits, inputs)[0] == [-1, -1, -1]
+
+
+def test_top_k_keeps_ties_and_may_exceed_the_vocabulary(kernel):
+    logits = np.array([[3.0, 3.0, 3.0, 1.0, 0.0]], np.float32)
+    for top_k in (1, 2, 3):
+        requests = [a_request(temperature=1.0, top_k=top_k, seed=s) for s in range(60)]
+        assert set(run(kernel, np.tile(logits, (60, 1)), requests)[0]) == {0, 1, 2}
+    requests = [a_request(temperature=2.0, top_k=10**6, seed=s) for s in range(200)]
+    assert set(run(kernel, np.tile(logits, (200, 1)), requests)[0]) == {0, 1, 2, 3, 4}
+
+
+def test_of_the_likeliest_that_tie_the_first_is_taken(kernel):
+    logits = np.zeros((4, 300), np.float32)
+    logits[1, [299, 70]], logits[2, [64, 63]], logits[3, 299] = 5, 5, 1
+    assert run(kernel, logits, [a_request() for _ in range(4)])[0] == [0, 70, 63, 299]
+
+
+def test_stop_ids_are_banned_until_enough_tokens_were_generated(kernel):
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, 7] = 50.0
+    request = a_request(stopping=StoppingParams(10, 3, (7,)))
+    chosen = [run(kernel, logits, [request], [[1] * n])[0][0] for n in range(5)]
+    assert [c == 7 for c in chosen] == [False, False, False, True, True]
+
+
+def test_a_slot_taken_over_by_another_request_keeps_nothing_of_the_one_before(kernel):
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, 9] = 1.0
+    bench = Bench(kernel)
+    biased = a_request(logit_bias=((3, 50.0), (4, 60.0)), repetition_penalty=2.0)
+    assert bench.sample(logits, make_step([biased]))[0] == [4]
+    assert bench.sample(logits, make_step([a_request(prompt=(9, 9))]))[0] == [9]
+
+
+def test_a_chosen_token_is_seen_by_the_penalties_of_the_next_step(kernel):
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, [5, 6, 7]] = 9.0, 8.0, 7.0
+    bench = Bench(kernel)
+    inputs = make_step([a_request(presence_penalty=5.0)])
+    chosen = []
+    for _ in range(4):
+        chosen += bench.sample(logits, inputs)[0]
+        inputs = StepInputs(inputs.slots, inputs.starts + 1, inputs.counts, inputs.samples, tail="full")
+    assert chosen == [5, 6, 7, 5]
+
+
+def test_prompt_log_probabilities_are_the_models_own(kernel):
+    rng = np.random.default_rng(6)
+    logits = (rng.normal(size=(20, 1000)) * 3).astype(np.float32)
+    targets, wanted = rng.integers(0, 1000, 20), rng.integers(-1, 6, 20)
+    found = Bench(kernel, 1000).score(logits, targets, wanted)
+    for row, target, most, detail in zip(logits, targets, wanted, found, strict=True):
+        if most < 0:
+            assert detail is None
+            continue
+        expected = log_softmax(row)
+        best = np.argsort(-expected)[:most]
+        assert detail.logprob == pytest.approx(expected[target], abs=1e-5)
+        assert list(detail.top_ids) == best.tolist()
+        assert detail.top_logprobs == pytest.approx(expected[best], abs=1e-5)

@@ -67,8 +67,8 @@ class Sampler:
         if self._words[w.MOST] < 0:
             return None
         made: list[TokenDetails | None] = []
-        rows = zip(self._listed.tolist(), self._chosen.tolist(), self._ids.tolist(), self._logprobs.tolist(), strict=True)
-        for listed, chosen, ids, logprobs in rows:
+        columns = (a.tolist() for a in (self._listed, self._chosen, self._ids, self._logprobs))
+        for listed, chosen, ids, logprobs in zip(*columns, strict=True):
             made.append(None if listed < 0 else TokenDetails(chosen, tuple(ids[:listed]), tuple(logprobs[:listed])))
         return made
 

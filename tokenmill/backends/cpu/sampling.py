@@ -24,6 +24,7 @@ from tokenmill.backends.cpu.sampling_rows import (
 from tokenmill.backends.cpu.sampling_vectors import (
     BLOCK_VECTORS,
     LOWEST,
+    Real,
     noise_key,
     peek_byte,
     peek_float,
@@ -125,7 +126,7 @@ def _process(words: int, s: int, y: int, vocab: int, p: int, slot: int, position
 
 
 @inline
-def _draw(s: int, y: int, vocab: int, t: float, best: float, p: int, position: int) -> tuple[int, int]:
+def _draw(s: int, y: int, vocab: int, t: Real, best: Real, p: int, position: int) -> tuple[int, int]:
     """An id, and how many the filters left (they are collected); -1: there is no filter."""
     key = noise_key(peek32(p + w.SEED_LOW), peek32(p + w.SEED_HIGH), position)
     k = peek32(p + w.TOP_K)
@@ -140,7 +141,7 @@ def _draw(s: int, y: int, vocab: int, t: float, best: float, p: int, position: i
 
 
 @inline
-def _list_row(words: int, s: int, x: int, vocab: int, r: int, wanted: int, t: float, best: float) -> float:
+def _list_row(words: int, s: int, x: int, vocab: int, r: int, wanted: int, t: Real, best: Real) -> float:
     """Lists the likeliest of all ids; returns what to take from a score to get its log-probability.
 
     `best`: the largest logit, whose block maxima are in the scratch.
@@ -156,7 +157,7 @@ def _list_row(words: int, s: int, x: int, vocab: int, r: int, wanted: int, t: fl
 
 
 @inline
-def _list_collected(words: int, s: int, n: int, r: int, wanted: int, best: float) -> float:
+def _list_collected(words: int, s: int, n: int, r: int, wanted: int, best: Real) -> float:
     """The same of the n collected, which are all that is left."""
     normal = np.float64(best) + logarithm(mass(s, n))
     _list(words, s, n, r, wanted, normal)
@@ -177,7 +178,7 @@ def _set_nothing(words: int, r: int) -> None:
 
 
 @inline
-def _set_chosen(words: int, r: int, score: float, normal: float) -> None:
+def _set_chosen(words: int, r: int, score: Real, normal: float) -> None:
     poke_float(peek(words + 8 * w.CHOSEN) + 4 * r, word(np.float32(np.float64(score) - normal)))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokenmill.backends.cpu.ir import inline, peek, poke
 from tokenmill.backends.cpu.sampling_layout import BUCKETS, HISTOGRAM, MEMBER_WEIGHTS, MEMBERS
-from tokenmill.backends.cpu.sampling_vectors import peek_double, peek_float, poke_float, word
+from tokenmill.backends.cpu.sampling_vectors import Real, peek_double, peek_float, poke_float, word
 
 _FEW = 24  # of so many a threshold is found by looking at each
 
@@ -21,7 +21,7 @@ def weight_of(weights: int, i: int) -> float:
 
 
 @inline
-def find_cut(s: int, keys: int, weights: int, n: int, target: float) -> np.float32:
+def find_cut(s: int, keys: int, weights: int, n: int, target: float) -> Real:
     """The smallest key that is kept, where a key is kept if all that are larger weigh less than `target` together.
 
     `weights` 0: each weighs 1, and with a target of k that is the k-th largest key. The largest is always kept. Keys
@@ -68,7 +68,7 @@ def _bucket_of_cut(
 
 
 @inline
-def _cut_of_few(keys: int, weights: int, n: int, target: float) -> np.float32:
+def _cut_of_few(keys: int, weights: int, n: int, target: float) -> Real:
     """As `find_cut`, key by key from the largest."""
     last, before = np.float32(np.inf), 0.0
     while True:

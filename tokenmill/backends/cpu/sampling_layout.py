@@ -47,8 +47,7 @@ BUCKETS = 256
 
 
 def _offset(name: str) -> int:
-    fields = PARAMETERS.fields or {}
-    return int(fields[name][1])
+    return next(int(field[1]) for known, field in (PARAMETERS.fields or {}).items() if known == name)
 
 
 ROW_BYTES = PARAMETERS.itemsize

@@ -32,6 +32,7 @@ from tokenmill.backends.cpu.sampling_vectors import (
     BLOCK_VECTORS,
     LOWEST,
     STEPS,
+    Real,
     block_maximum,
     contenders,
     double_of,
@@ -109,18 +110,18 @@ def add_biases(x: int, vocab: int, n: int, ids: int, values: int, until: int, po
 
 
 @inline
-def find_maxima(s: int, x: int, vectors: int) -> np.float32:
-    """The maximum of each block, and returned, of all: LOWEST if a logit is NaN, or all are minus infinity."""
+def find_maxima(s: int, x: int, vectors: int) -> Real:
+    """The maximum of each block, and returned, of all; LOWEST if one is NaN or infinite, or all are minus infinity."""
     maxima, broken, best = peek(s + MAXIMA), 0, LOWEST
     for first in range(0, vectors, BLOCK_VECTORS):
         out = maxima + first // BLOCK_VECTORS * 4
         broken |= block_maximum(min(BLOCK_VECTORS, vectors - first), x + first * 64, out)
         best = max(best, peek_float(out))
-    return best if broken == 0 and best < np.inf else LOWEST
+    return best if broken == 0 else LOWEST
 
 
 @inline
-def find_first(s: int, x: int, vectors: int, best: np.float32) -> int:
+def find_first(s: int, x: int, vectors: int, best: Real) -> int:
     """The lowest id whose logit is `best`, which is the maximum."""
     block, maxima = 0, peek(s + MAXIMA)
     while peek_float(maxima + 4 * block) < best:
@@ -132,13 +133,13 @@ def find_first(s: int, x: int, vectors: int, best: np.float32) -> int:
 
 
 @inline
-def kth_bound(s: int, blocks: int, k: int) -> np.float32:
+def kth_bound(s: int, blocks: int, k: int) -> Real:
     """The k largest logits are at least this: the k-th largest maximum of a block."""
     return LOWEST if k >= blocks else find_cut(s, peek(s + MAXIMA), 0, blocks, float(k))
 
 
 @inline
-def collect(s: int, x: int, vectors: int, t: np.float32, least: np.float32) -> int:
+def collect(s: int, x: int, vectors: int, t: Real, least: Real) -> int:
     """How many scores are at least `least`; they and their ids are in SCORES and IDS, by id."""
     maxima, scores, ids, n = peek(s + MAXIMA), peek(s + SCORES), peek(s + IDS), 0
     for first in range(0, vectors, BLOCK_VECTORS):
@@ -156,7 +157,7 @@ def collect(s: int, x: int, vectors: int, t: np.float32, least: np.float32) -> i
 
 
 @inline
-def _keep(s: int, keys: int, n: int, least: np.float32) -> int:
+def _keep(s: int, keys: int, n: int, least: Real) -> int:
     """Of the n collected, those whose key is at least `least` move to the front. How many they are."""
     scores, ids, weights, kept = peek(s + SCORES), peek(s + IDS), peek(s + WEIGHTS), 0
     for i in range(n):
@@ -178,7 +179,7 @@ def mass(s: int, n: int) -> float:
 
 
 @inline
-def _reach_of_top_p(s: int, best: np.float32, least: np.float32, target: float) -> np.float32:
+def _reach_of_top_p(s: int, best: Real, least: Real, target: float) -> Real:
     """Scores below this are beyond top-p; from MASSES."""
     found = peek(s + MASSES)
     for i in range(len(STEPS)):
@@ -188,12 +189,12 @@ def _reach_of_top_p(s: int, best: np.float32, least: np.float32, target: float) 
 
 
 @inline
-def filter_row(s: int, x: int, vocab: int, t: np.float32, best: np.float32, p: int) -> int:
+def filter_row(s: int, x: int, vocab: int, t: Real, best: Real, p: int) -> int:
     """How many ids the filters of parameters `p` leave; they are collected, with their weights.
 
     `best`: the largest score. At least one id is left.
     """
-    k, top_p, typical_p, min_p = peek32(p + TOP_K), peek_float(p + TOP_P), peek_float(p + TYPICAL_P), peek_float(p + MIN_P)
+    k, top_p, min_p = peek32(p + TOP_K), peek_float(p + TOP_P), peek_float(p + MIN_P)
     vectors = (vocab + 15) // 16
     least = start = best + np.float32(logarithm(np.float64(min_p))) if min_p > 0 else LOWEST
     counted, whole = 0 < k < vocab, 0.0
@@ -211,13 +212,13 @@ def filter_row(s: int, x: int, vocab: int, t: np.float32, best: np.float32, p: i
         n = _keep(s, scores, n, find_cut(s, scores, 0, n, float(k)))
     if top_p < 1:
         n = _keep(s, scores, n, find_cut(s, scores, weights, n, np.float64(top_p) * (mass(s, n) if counted else whole)))
-    if typical_p < 1:
-        n = _keep_typical(s, n, best, np.float64(typical_p))
+    if peek_float(p + TYPICAL_P) < 1:
+        n = _keep_typical(s, n, best, np.float64(peek_float(p + TYPICAL_P)))
     return n
 
 
 @inline
-def _keep_typical(s: int, n: int, best: np.float32, p: float) -> int:
+def _keep_typical(s: int, n: int, best: Real, p: float) -> int:
     """Of the n collected, those whose log-probability is nearest to minus the entropy."""
     scores, weights, keys, whole = peek(s + SCORES), peek(s + WEIGHTS), peek(s + KEYS), mass(s, n)
     normal, mean = np.float64(best) + logarithm(whole), 0.0
@@ -252,7 +253,7 @@ def choose_collected(s: int, n: int, key: int) -> int:
 
 
 @inline
-def choose_any(s: int, x: int, vectors: int, t: np.float32, best: np.float32, key: int) -> int:
+def choose_any(s: int, x: int, vectors: int, t: Real, best: Real, key: int) -> int:
     """Of all ids, the one with the largest sum of score and noise."""
     maxima, chosen, most, bound = peek(s + MAXIMA), 0, -np.inf, np.float32(0.0)
     for first in range(0, vectors, BLOCK_VECTORS):

@@ -1,13 +1,14 @@
-"""Operations over a row of logits, 16 at a time: what sampling does to a whole vocabulary. `sampling_kernels.py` uses them.
+"""Operations over a row of logits, 16 at a time: what sampling does to a whole vocabulary (see `sampling_rows.py`).
 
-Score: a logit over a temperature, `s = x / t`. A row is `x`, an address, and has whole vectors; beyond the vocabulary it
-holds minus infinity. Floats travel as words (`word`), results come as float32. Nothing here depends on the instruction
-set: LLVM halves the vectors where registers are narrower.
+Score: a logit over a temperature, `s = x / t`. A row is `x`, an address, and has whole vectors; beyond the vocabulary
+it holds minus infinity. Floats travel as words (`word`), results come as float32. Nothing here depends on the
+instruction set: LLVM halves the vectors where registers are narrower.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
@@ -17,6 +18,8 @@ from numba.extending import intrinsic
 from tokenmill.backends.cpu.ir import G, V, Val, emit, f32, i1, i8, i16, i32, i64, vf
 
 f64 = ir.DoubleType()
+Real = Any
+"""A float32 of compiled code, which type checkers do not tell from Python's float; `float` is a float64 there."""
 LOWEST = np.float32(np.finfo(np.float32).min)
 """Stands for minus infinity where there must be something to subtract from."""
 BLOCK_VECTORS = 4
@@ -25,9 +28,7 @@ STEPS = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 11.0, 14.0)
 """How far below the best score the mass is measured (`masses`)."""
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def word(typing_context: Any, x: Any) -> Any:
-    """float32 or float64 -> its bits in an int64"""
+def _word(typing_context: Any, x: Any) -> Any:
 
     def codegen(context: Any, builder: Val, signature: Any, args: Any) -> Val:
         if x == types.float64:
@@ -35,6 +36,10 @@ def word(typing_context: Any, x: Any) -> Any:
         return builder.zext(builder.bitcast(args[0], i32), i64)
 
     return types.int64(x), codegen
+
+
+word: Callable[[Any], int] = cast("Callable[[Any], int]", intrinsic(_word))
+"""(float32 or float64) -> its bits in an int64"""
 
 
 def _lanes(g: G, bits: Val) -> Val:
@@ -73,15 +78,15 @@ def _block_maximum(g: G, vectors: Val, x: Val, out: Val) -> Val:
     def one(i: Val, carried: list[Val]) -> list[Val]:
         v = g.vec(x, i)
         best = b.select(b.fcmp_ordered(">", v, carried[0]), v, carried[0])
-        return [best, b.or_(carried[1], b.fcmp_unordered("uno", v, v))]
+        return [best, b.or_(carried[1], b.fcmp_unordered("uge", v, g.k(vf, float("inf"))))]
 
     best, broken = g.loop(vectors, [g.k(vf, float(LOWEST)), zero], one)
-    g.st(g.rmax(best), out)
+    g.st(g.rmax(g.vmin(best, g.k(vf, -float(LOWEST)))), out)  # which may assume that there is no infinity
     return _mask(g, broken)
 
 
 block_maximum = emit(3, _block_maximum, types.int64)
-"""(vectors, x, out): stores the maximum, at least LOWEST; not 0 if there is a NaN."""
+"""(vectors, x, out): stores the maximum, at least LOWEST; not 0 if there is a NaN or an infinity above."""
 
 
 def _masses(g: G, vectors: Val, x: Val, t: Val, best: Val, least: Val, out: Val) -> None:
@@ -186,5 +191,5 @@ def _contenders(g: G, x: Val, first: Val, t: Val, best: Val, key: Val, bound: Va
 contenders = emit(6, _contenders, types.int64)
 """(x, id of its first, t, best, key, bound): which of one vector's ids may have e^(score + noise − best) >= bound.
 
-−log1p(−u) is at least u, so the two logarithms are only needed where e^(s − best) >= bound · u: for few ids of a row."""
+−log1p(−u) is at least u, so logarithms are only needed where e^(s − best) >= bound · u: for few ids of a row."""
 
