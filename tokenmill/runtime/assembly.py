@@ -18,15 +18,13 @@ from tokenmill.engine.engine import Executor as AnyExecutor
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
 from tokenmill.errors import ArgumentError, ModelError, Unsupported
 from tokenmill.parallel.group import Group
-from tokenmill.program.cost import weights_of
-from tokenmill.program.value import Program
+from tokenmill.runtime.choice import Computing, choose, make_backend, weight_bytes
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks
-from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint, read_json
+from tokenmill.weights.checkpoint import model_config, open_checkpoint, read_json
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MAX_BATCH_TOKENS = 512  # of a step on a CPU: a longer one only makes the running sequences wait
 _MAX_BATCH_SIZE = 128
 _MOCK_CAPACITY = 1 << 20  # tokens
@@ -42,15 +40,13 @@ _log = logging.getLogger(__name__)
 class Wants:
     """What a user may say of an engine; None and "": not said."""
 
-    dtype: str = ""
+    computing: Computing = field(default_factory=Computing)
     device: str = "auto"
-    quantize: str = ""
     block_size: int = 16
     max_batch_tokens: int | None = None
     max_batch_size: int | None = None
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
-    cpu_threads: int | None = None  # that compute; None: the library's own choice
     memory_limit: int | None = None  # bytes of weights, step and cache together, over all ranks of this machine
 
 
@@ -75,28 +71,29 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     """
     from tokenmill.models.base import program_of
 
-    device, dtype = _device(wants.device), wants.dtype or "float32"
+    computing, device = wants.computing, _device(wants.device)
     checkpoint = open_checkpoint(source)
     program = program_of(checkpoint.config)
+    choice = choose(program, computing, wants.block_size, group.size)
     longest = _longest(source, checkpoint.config, wants)
     _max_input_tokens(wants.max_input_tokens, longest)  # before minutes of reading
-    weight_bytes = _weight_bytes(program, dtype)
-    check_weights(weight_bytes, available_bytes(), wants.memory_limit)
+    needed = weight_bytes(choice, program, checkpoint, computing.dtype)
+    check_weights(needed, available_bytes(), wants.memory_limit)
     limits = StepLimits(
         wants.max_batch_tokens or _MAX_BATCH_TOKENS, wants.max_batch_size or _MAX_BATCH_SIZE, longest, wants.block_size
     )
     with ExitStack() as resources:
-        backend = _backend(program, checkpoint, limits, wants, group, report)
+        backend = make_backend(choice, program, checkpoint, limits, computing, group, report)
         resources.callback(backend.close)
-        num_blocks = _allocate(backend, limits, wants, group, weight_bytes // group.size)
+        num_blocks = _allocate(backend, limits, wants, group, needed // group.size)
         report(Progress("warmup", unit="items"))
         backend.warm_up()
         total = min(longest, num_blocks * wants.block_size)
         info = EngineInfo(
             model_id=source.model_id,
-            dtype=dtype,
+            dtype=computing.dtype or "float32",
             device=device,
-            backend="torch",
+            backend=choice.name,
             num_blocks=num_blocks,
             block_size=wants.block_size,
             vocab_size=program.output.width,
@@ -106,24 +103,9 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             max_batch_size=limits.max_batch_size,
             num_shard=group.size,
             revision=source.revision,
-            quantize=wants.quantize,
+            quantize=computing.quantize,
         )
         return Assembled(_scheduler(info), Executor(backend, limits.max_batch_size), info, resources.pop_all())
-
-
-def _backend(
-    program: Program, checkpoint: Checkpoint, limits: StepLimits, wants: Wants, group: Group, report: Report
-) -> Backend:
-    """The backend, its weights read. Imports torch."""
-    from tokenmill.backends.torch.backend import TorchBackend
-    from tokenmill.backends.torch.threads import set_threads
-    from tokenmill.quant.base import reader_of
-
-    if wants.cpu_threads is not None:
-        set_threads(wants.cpu_threads)
-    read = reader_of(checkpoint, wants.quantize)
-    dtype, device = wants.dtype or "float32", _device(wants.device)
-    return TorchBackend(program, checkpoint, read, limits, group, dtype=dtype, device=device, report=report)
 
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:
@@ -131,7 +113,7 @@ def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any],
     total = wants.max_total_tokens or min(_longest(source, _config_if_any(source), wants), _MOCK_LENGTH)
     info = EngineInfo(
         model_id=source.model_id,
-        dtype=wants.dtype or "float32",
+        dtype=wants.computing.dtype or "float32",
         device="mock",
         backend="mock",
         num_blocks=max(_MOCK_CAPACITY, total) // wants.block_size + 1,
@@ -211,7 +193,3 @@ def _max_input_tokens(wanted: int | None, total: int) -> int:
         )
     return wanted or total - 1
 
-
-def _weight_bytes(program: Program, dtype: str) -> int:
-    """Of all ranks together, as a backend keeps them."""
-    return sum(weight.size for weight in weights_of(program)) * _ITEM_BYTES[dtype]

@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.config import Settings, memory_bytes
+from tokenmill.config import Settings, memory_bytes, usable_cpus
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.intake import Follower, Intake, RankServer
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
+from tokenmill.runtime.choice import Computing
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
 from tokenmill.wire.messages import Configure, Ready
@@ -99,16 +100,24 @@ def _mock(source: ModelSource, settings: Settings) -> Assembled:
 
 def wants(settings: Settings) -> Wants:
     """What the user said of an engine."""
-    return Wants(
+    computing = Computing(
+        backend=settings.backend,
         dtype=settings.dtype,
-        device=settings.device,
         quantize=settings.quantize,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        cpu_isa=settings.cpu_isa,
+        cpu_threads=settings.cpu_threads,
+        cpus=usable_cpus(),
+        kernel_cache=settings.kernel_cache,
+    )
+    return Wants(
+        computing=computing,
+        device=settings.device,
         block_size=settings.block_size,
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_size=settings.max_batch_size,
         max_input_tokens=settings.max_input_tokens,
         max_total_tokens=settings.max_total_tokens,
-        cpu_threads=settings.cpu_threads,
         memory_limit=memory_bytes(settings.memory_limit),
     )
 
