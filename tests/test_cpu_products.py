@@ -188,9 +188,9 @@ def test_a_gated_product_multiplies_gate_and_up_with_their_bias(to_int8):
     wanted = silu(both[:, :half]) * both[:, half:]
     out = np.zeros((rows, half), np.int8 if to_int8 else np.float32)
     out_scales = np.zeros((rows, half // 32, 2), np.float32)
-    words = linear_words(packed, x, scales, out) | {t.ACT: t.SILU, t.BIAS: put.ctypes.data}
+    words = linear_words(packed, x, scales, out) | {t.ACT: t.SILU, t.GATED: 1, t.BIAS: put.ctypes.data}
     words |= {t.OUT_SCALES: out_scales.ctypes.data} if to_int8 else {}
-    run("gated_int4", rows, words, threads=2)
+    run("linear_int4", rows, words, threads=2)
     got = out.astype(np.float32)
     if to_int8:
         got = (got.reshape(rows, -1, 32) * out_scales[..., :1]).reshape(rows, half)

@@ -74,7 +74,7 @@ def test_the_embedded_model_is_run_by_the_cpu_backend_and_each_operation_has_its
     assert found.text.startswith("cpu, 1 thread of ")
     kernels = dict(line.split(maxsplit=1) for line in found.details)
     assert kernels["Embed"] == "embed_int8"
-    assert kernels["Linear"] == "linear_int4 × 90, gated_int4 × 30, linear_int8"  # 30 layers of qkv, o and down; head
+    assert kernels["Linear"] == "linear_int4 × 120, linear_int8"  # 30 layers of qkv, o, gate and up, down; head
     assert {"Norm", "Attention", "Sample"} <= set(kernels)
 
 

@@ -40,6 +40,7 @@ RESIDUAL = 14  # 0: none; added to the product
 RESIDUAL_STRIDE = 15
 BIAS = 16  # 0: none; float32, padded
 ACT = 17  # one of the numbers below
+GATED = 18  # 1: act(gate) · up
 # Embed
 TABLE = 11  # address of the panels
 TABLE_PANEL_BYTES = 12

@@ -109,7 +109,6 @@ def _embed(lower: Lowering, op: ops.Embed) -> Lowered:
 
 def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
     """A row for each part of the weight that is stored in a way of its own; they write side by side."""
-    kind = "gated" if op.gated else "linear"
     out = lower.memory.place(op.out)
     residual = lower.memory.place(op.residual) if op.residual else None
     bias = lower.memory.vector(op.bias, gated=op.gated)
@@ -123,10 +122,11 @@ def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
             t.PANELS: part.count,
             t.BIAS: bias and bias + part.start * 4,
             t.ACT: ACTS[op.act],
+            t.GATED: int(op.gated),
         }
         if residual is not None:
             fields |= {t.RESIDUAL: residual.address + part.start * 4, t.RESIDUAL_STRIDE: residual.stride}
-        lowered.append((f"{kind}_{part.form}", fields))
+        lowered.append((f"linear_{part.form}", fields))
     return lowered
 
 

@@ -83,34 +83,29 @@ def _linear(isa: Isa, form: Form | DenseForm) -> Function:
     def linear(tid, row, context, counter):  # type: ignore[no-untyped-def]
         rows, columns, panels = count_rows(row, context), field(row, t.WIDTH), field(row, t.PANELS)
         xs, out, os = field(row, t.X_STRIDE), field(row, t.OUT), field(row, t.OUT_STRIDE)
-        quantized = field(row, t.OUT_SCALES)
+        quantized, gated = field(row, t.OUT_SCALES), field(row, t.GATED)
         x = own(row, tid, rows, t.PRIVATE_X, field(row, t.X), xs)
         scales = own(row, tid, rows, t.PRIVATE_X, field(row, t.X_SCALES), xs // 4)
         weight, size, act = field(row, t.WEIGHT), field(row, t.PANEL_BYTES), field(row, t.ACT)
         residual, rs, bias = field(row, t.RESIDUAL), field(row, t.RESIDUAL_STRIDE), field(row, t.BIAS)
         zeros, scratch = peek(context + _ZEROS), field(context, t.TILE) + tid * field(context, t.TILE_SIZE)
-        grain = _grain(rows, panels, quantized)
+        grain = 4 if gated else _grain(rows, panels, quantized)
         while True:
             p = atomic_add(counter, 1) * grain
             if p >= panels:
                 return 0
             n = min(grain, panels - p)
-            o, s = (scratch, 64 * grain) if quantized else (out + p * 64, os)
+            o, s = (scratch, 64 * grain) if quantized or gated else (out + p * 64, os)
             base, bs, step = zeros, 0, 0
             if residual:
                 base, bs, step = residual + p * 64, rs, 64
             elif bias:
                 base, bs, step = bias + p * 64, 0, 64
             multiply(rows, columns, weight + p * size, size, n, x, xs, scales, base, bs, step, o, s)
-            if act or quantized or (bias and residual):
-                for r in range(rows):
-                    a = o + r * s
-                    if bias and residual:
-                        add(n, a, bias + p * 64, a)
-                    activate(act, n, a, a)
-                    for q in range(0, n if quantized else 0, 2):
-                        at = r * os + (p + q) * 16
-                        quantize(1, a + q * 64, out + at, quantized + at // 4)
+            if gated:
+                _gate(rows, p, o, act, out, os, quantized)
+            elif act or quantized or (bias and residual):
+                _finish(rows, p, n, o, s, act, bias if residual else 0, out, os, quantized)
 
     return compiled(f"linear_{form.name}_{isa.name}_body", linear)
 
@@ -127,32 +122,29 @@ def _grain(rows: int, panels: int, quantized: int) -> int:
     return 3 if rows <= 8 and panels > 40 else 1
 
 
-def _gated(isa: Isa, form: Form | DenseForm) -> Function:
-    multiply: Function = product(isa, form)
+@inline
+def _finish(rows: int, p: int, n: int, o: int, s: int, act: int, bias: int, out: int, os: int, quantized: int) -> None:
+    """Bias, activation and quantization of n panels from p on, which are at o, rows s apart."""
+    for r in range(rows):
+        a = o + r * s
+        if bias:
+            add(n, a, bias + p * 64, a)
+        activate(act, n, a, a)
+        for q in range(0, n if quantized else 0, 2):
+            at = r * os + (p + q) * 16
+            quantize(1, a + q * 64, out + at, quantized + at // 4)
 
-    def gated(tid, row, context, counter):  # type: ignore[no-untyped-def]
-        rows, columns, panels = count_rows(row, context), field(row, t.WIDTH), field(row, t.PANELS)
-        xs, out, os = field(row, t.X_STRIDE), field(row, t.OUT), field(row, t.OUT_STRIDE)
-        quantized = field(row, t.OUT_SCALES)
-        x = own(row, tid, rows, t.PRIVATE_X, field(row, t.X), xs)
-        scales = own(row, tid, rows, t.PRIVATE_X, field(row, t.X_SCALES), xs // 4)
-        weight, size, act, bias = field(row, t.WEIGHT), field(row, t.PANEL_BYTES), field(row, t.ACT), field(row, t.BIAS)
-        scratch = field(context, t.TILE) + tid * field(context, t.TILE_SIZE)
-        while True:
-            i = atomic_add(counter, 1)
-            if i * 4 >= panels:
-                return 0
-            base, step = (bias + i * 256, 64) if bias else (peek(context + _ZEROS), 0)
-            multiply(rows, columns, weight + i * 4 * size, size, 4, x, xs, scales, base, 0, step, scratch, 256)
-            for r in range(rows):
-                a = scratch + r * 256
-                if quantized:
-                    gate(act, 2, a, a + 128, a)
-                    quantize(1, a, out + r * os + i * 32, quantized + r * (os // 4) + i * 8)
-                else:
-                    gate(act, 2, a, a + 128, out + r * os + i * 128)
 
-    return compiled(f"gated_{form.name}_{isa.name}_body", gated)
+@inline
+def _gate(rows: int, p: int, o: int, act: int, out: int, os: int, quantized: int) -> None:
+    """32 outputs of four panels from p on: two of gate, two of up, which are at o, rows 256 bytes apart."""
+    for r in range(rows):
+        a, at = o + r * 256, r * os + p * 8
+        if quantized:
+            gate(act, 2, a, a + 128, a)
+            quantize(1, a, out + at, quantized + at // 4)
+        else:
+            gate(act, 2, a, a + 128, out + r * os + p * 32)
 
 
 def _embed(isa: Isa, form: Form | DenseForm) -> Function:
@@ -172,7 +164,7 @@ def _embed(isa: Isa, form: Form | DenseForm) -> Function:
     return compiled(f"embed_{form.name}_{isa.name}_body", embed)
 
 
-_KINDS = {"linear": _linear, "gated": _gated, "embed": _embed}
+_KINDS = {"linear": _linear, "embed": _embed}
 
 
 def _make(kind: str, name: str, isa: Isa) -> Function:
@@ -180,5 +172,5 @@ def _make(kind: str, name: str, isa: Isa) -> Function:
 
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Function]]:
-    """linear_<form>, gated_<form> and embed_<form> for every form of `forms.py`."""
+    """linear_<form> (plain and gated) and embed_<form> for every form of `forms.py`."""
     return {f"{kind}_{name}": partial(_make, kind, name, isa) for kind in _KINDS for name in NAMES}
