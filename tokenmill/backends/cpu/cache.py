@@ -7,18 +7,23 @@ compiled (`compiler.py`, some seconds for a model) before the server is ready, i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
 import logging
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from llvmlite import binding
 
-from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.isa import Isa, detect
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("numba", "llvmlite")
@@ -31,6 +36,9 @@ _NEVER_CALLED = (
     "NRT_Free", "NRT_MemInfo_call_dtor",
 )  # fmt: skip
 """numba's ways to raise an exception. Kernels raise none, but the code for it is there."""
+
+_SECONDS = {"sample": 4.0, "attend": 1.5, "linear": 1.0, "norm": 0.6}
+_MOST_JOBS = 4
 
 Report = Callable[[int, int], None]
 """Kernels compiled so far, and in all."""
@@ -45,44 +53,58 @@ class KernelCache:
     """Compiled kernels of one instruction set.
 
     `folder`: under which they are kept. One that cannot be written to is said in the log; everything is then compiled
-    anew at every start.
+    anew at every start. `jobs`: processes that compile, at most.
     """
 
-    def __init__(self, folder: Path, isa: Isa) -> None:
-        self.isa, self.folder = isa, folder / f"{isa.name}-{_key(isa)}"
+    def __init__(self, folder: Path, isa: Isa, jobs: int = 1) -> None:
+        self.isa, self.folder, self._jobs = isa, folder / f"{isa.name}-{_key(isa)}", jobs
 
     def load(self, names: Iterable[str], report: Report | None = None) -> Code:
         """The kernels as callable addresses; those that are missing are compiled first."""
         wanted = list(dict.fromkeys(names))
-        objects: dict[str, bytes] = {}
-        for name in wanted:
-            try:
-                objects[name] = (self.folder / f"{name}.o").read_bytes()
-            except OSError:
-                continue
+        objects = {name: data for name in wanted if (data := self._read(name)) is not None}
         if missing := [name for name in wanted if name not in objects]:
             objects |= self._compile(missing, report)
         return Code([(name, objects[name]) for name in wanted])
 
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Which of them would have to be compiled."""
-        return [name for name in dict.fromkeys(names) if not (self.folder / f"{name}.o").is_file()]
-
     def _compile(self, names: list[str], report: Report | None) -> dict[str, bytes]:
+        """Here and in other processes, which leave theirs in the folder."""
         from tokenmill.backends.cpu.compiler import compile_kernels
 
         made: dict[str, bytes] = {}
         writable = self._make_folder()
+        own, *others = _shared(names, self._jobs if writable else 1)
+
+        def helped() -> int:
+            return sum((self.folder / f"{name}.o").is_file() for other in others for name in other)
+
+        def said() -> None:
+            if report is not None:
+                report(len(made) + helped(), len(names))
 
         def done(name: str, data: bytes) -> None:
             made[name] = data
             if writable:
-                self._write(name, data)
-            if report is not None:
-                report(len(made), len(names))
+                self.write(name, data)
+            said()
 
-        compile_kernels(names, self.isa, done)
+        with contextlib.ExitStack() as helpers:
+            started = [helpers.enter_context(_helper(self.folder, self.isa, some)) for some in others]
+            compile_kernels(own, self.isa, done)
+            while helped() < len(names) - len(own) and any(helper.poll() is None for helper in started):
+                time.sleep(0.05)
+                said()
+        for name in names:
+            if name not in made and (data := self._read(name)) is not None:
+                made[name] = data
+        compile_kernels([name for name in names if name not in made], self.isa, done)  # a helper failed
         return made
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return (self.folder / f"{name}.o").read_bytes()
+        except OSError:
+            return None
 
     def _make_folder(self) -> bool:
         try:
@@ -96,8 +118,8 @@ class KernelCache:
             )  # fmt: skip
             return False
 
-    def _write(self, name: str, data: bytes) -> None:
-        """In one go, for others may be reading."""
+    def write(self, name: str, data: bytes) -> None:
+        """Keep a kernel; in one go, for others may be reading."""
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
             file.write(data)
         Path(file.name).replace(self.folder / f"{name}.o")
@@ -124,6 +146,28 @@ class Code:
         return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(self.addresses[name])
 
 
+def _shared(names: list[str], jobs: int) -> list[list[str]]:
+    """The kernels for each of some processes, so that all take about as long."""
+    shares: list[list[str]] = [[] for _ in range(max(1, min(jobs, _MOST_JOBS, len(names))))]
+    spent = [0.0] * len(shares)
+    for name in sorted(names, key=_cost, reverse=True):
+        least = spent.index(min(spent))
+        shares[least].append(name)
+        spent[least] += _cost(name)
+    return shares
+
+
+def _cost(name: str) -> float:
+    """Seconds that a kernel takes to compile, roughly."""
+    return next((seconds for kind, seconds in _SECONDS.items() if name.startswith(kind)), 0.3)
+
+
+def _helper(folder: Path, isa: Isa, names: list[str]) -> subprocess.Popen[bytes]:
+    """A process that compiles some kernels into the folder."""
+    words = [sys.executable, "-m", "tokenmill.backends.cpu.cache", str(folder.parent), isa.name, *names]
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def _engine() -> Any:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
@@ -147,3 +191,17 @@ def _key(isa: Isa) -> str:
         digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
     digest.update(f"{isa.name} {binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}".encode())
     return digest.hexdigest()[:16]
+
+
+def main(words: list[str]) -> None:
+    """A helper: compile kernels of an instruction set into a folder."""
+    from tokenmill.backends.cpu.compiler import compile_kernels
+
+    folder, isa, *names = words
+    cache = KernelCache(Path(folder), detect(isa))
+    compile_kernels(names, cache.isa, cache.write)
+    os._exit(0)  # somebody waits for it
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
