@@ -51,6 +51,7 @@ def compile_kernels(names: Iterable[str], isa: Isa, done: Callable[[str, bytes],
     """Compile each; `done` gets its name and object file. Takes some tenths of a second a kernel."""
     if (features := target_features(isa)) is not None:
         vars(config)["CPU_FEATURES"] = features  # before numba's first compilation in this process
+    vars(config)["OPT"] = type(config.OPT)(0)  # else each function is optimized again in all that call it
     attention = import_module("tokenmill.backends.cpu.attention")
     found, target = makers(isa), _target(isa)
     for name in names:
@@ -69,16 +70,20 @@ def object_file(name: str, kernel: Kernel, target: Any) -> bytes:
     for variable in module.global_variables:
         if not variable.is_declaration:
             variable.linkage = "internal"
+    options = binding.PipelineTuningOptions(speed_level=3)
+    options.loop_vectorization = True
+    passes = binding.create_pass_builder(target, options)
+    passes.getModulePassManager().run(module, passes)
     return bytes(target.emit_object(module))
 
 
 def _llvm(kernel: Kernel) -> str:
-    """LLVM's text of a kernel and all that it calls, optimized but not yet turned into machine code."""
+    """LLVM's text of a kernel and all that it calls, not optimized yet."""
     options = {"error_model": "numpy", "nogil": True}
     made: Any = ccallback.CFunc(kernel, (SIGNATURE.args, SIGNATURE.return_type), locals={}, options=options)
     with compiler_lock.global_compiler_lock:
         library = made._compile_uncached().library
-        library.finalize()  # links what the kernel calls, and optimizes it all together
+        library.finalize()  # links what the kernel calls
     return str(library.get_llvm_str())
 
 

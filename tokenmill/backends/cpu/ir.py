@@ -233,7 +233,9 @@ def compiled(name: str, function: F, *, inside: bool = False) -> F:
     `inside`: it becomes part of its callers instead of being compiled, and optimized, by itself first.
     """
     function.__name__ = function.__qualname__ = name
-    options: dict[str, Any] = {"inline": "always"} if inside else {}
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # never called from Python
+    if inside:
+        options["inline"] = "always"
     return cast("F", njit(nogil=True, error_model="numpy", **options)(function))
 
 
