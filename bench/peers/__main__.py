@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import platform
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -21,10 +22,12 @@ from tokenmill.weights import embedded
 from tokenmill.weights.source import ModelSource
 
 ROWS = ("streams", "standard", "mixed", "long", "sampling", "http")
+_IDLE_PERCENT = 15.0
 
 
 def main() -> None:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server of the moment is ended too
     source = embedded.resolve(options.cache_dir, False, lambda _: None)
     servers, wanted = _servers(options, Path(source.path)), _rows(options)
     taken: list[dict[str, Any]] = []
@@ -33,7 +36,8 @@ def main() -> None:
             turn = (done + index) % len(servers)  # nobody is always the first
             for server in servers[turn:] + servers[:turn]:
                 if isinstance(server, Tokenmill) or not row.ours_only:
-                    taken.append(_measure(row, server, done, seed=1 + done * 100 + index))
+                    seed = 1 + done * 100 + index
+                    taken.append(_measure(row, server, done, seed, options.wait_idle))
         if "http" in options.rows:
             for server in servers:
                 if isinstance(server, Tokenmill):
@@ -46,11 +50,19 @@ def main() -> None:
     print(tables.document(record))
 
 
-def _measure(row: rows.Row, server: Server, done: int, seed: int) -> dict[str, Any]:
+def _measure(row: rows.Row, server: Server, done: int, seed: int, wait_s: float) -> dict[str, Any]:
+    _wait_until_idle(wait_s)
     with server.start(row.needs) as running:
         figures = row.measure(running, seed)
         figures |= {"start_s": running.start_s, "rss_mb": running.rss_mb()}
     return _entry(row.name, server.name, done, figures)
+
+
+def _wait_until_idle(wait_s: float) -> None:
+    """Wait for others to leave the CPUs alone, so long at most."""
+    until = time.monotonic() + wait_s
+    while time.monotonic() < until and psutil.cpu_percent(0.5) > _IDLE_PERCENT:
+        time.sleep(0.5)
 
 
 def _entry(row: str, server: str, done: int, figures: rows.Figures) -> dict[str, Any]:
@@ -127,6 +139,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=["streams", "standard"], choices=ROWS)
     parser.add_argument("--streams", default="1,4,16,32")
     parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--wait-idle", type=float, default=20, metavar="S", help="before each measurement, at most")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="of the peers")
     parser.add_argument("--cache-dir", default=default_cache_dir())
     parser.add_argument("--json", type=Path, help="write the figures here")
