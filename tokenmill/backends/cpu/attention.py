@@ -169,22 +169,46 @@ def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
     return compiled(f"attend_item_{heads.name}_{isa.name}", item)
 
 
+def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
+    """(row, context, r0, n, h): ask for what an item reads first."""
+    begin, page = emit(5, Tile(isa, heads, 1).begin), heads.pages.size
+
+    def ask(row: int, context: int, r0: int, n: int, h: int) -> None:
+        position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
+        p0 = max(0, position - window + 1) >> 4 if window else 0
+        stride = peek(row + _HEADS) * page
+        begin(p0, ((position + n + 15) >> 4) - p0, blocks_of(context, r0), peek(row + _CACHE) + h * page, stride)
+
+    return compiled(f"attend_begin_{heads.name}_{isa.name}", ask)
+
+
 def attend(isa: Isa, heads: Heads) -> Body:
-    """Kernel: attention of all items; where every sequence has one row, it writes their keys and values first."""
-    item, write = _item(isa, heads), _token_writer(isa, heads)
+    """Kernel: attention of all items; where every sequence has one row, it writes their keys and values first.
+
+    While there are many, a thread takes an item when it still has one, to ask for its first pages early.
+    """
+    item, write, ask = _item(isa, heads), _token_writer(isa, heads), _beginning(isa, heads)
 
     def body(tid: int, row: int, context: int, counter: int) -> int:
-        kv_heads = peek(row + _HEADS)
+        kv_heads, first, count = peek(row + _HEADS), peek(context + _FIRST), peek(context + _COUNT)
         items = peek(context + _ITEMS) * kv_heads
-        while True:
-            i = atomic_add(counter, 1)
-            if i >= items:
-                return 0
-            h, at = i % kv_heads, i // kv_heads * 8
-            r0, n = peek(peek(context + _FIRST) + at), peek(peek(context + _COUNT) + at)
+        few = items - 2 * peek(context + _THREADS)
+        i, asked = atomic_add(counter, 1), False
+        while i < items:
+            h, r0, n = i % kv_heads, peek(first + i // kv_heads * 8), peek(count + i // kv_heads * 8)
+            if not asked:
+                ask(row, context, r0, n, h)
+            following, asked = -1, i < few
+            if asked:
+                following = atomic_add(counter, 1)
+                at = following // kv_heads * 8
+                if following < items:
+                    ask(row, context, peek(first + at), peek(count + at), following % kv_heads)
             if peek(context + _APART):
                 write(row, context, r0, h, peek(peek(context + _POSITIONS) + r0 * 8))
             item(row, context, tid, r0, n, h)
+            i = following if asked else atomic_add(counter, 1)
+        return 0
 
     name = heads.kernels[1]
     return kernel(name, compiled(f"{name}_{isa.name}", body))

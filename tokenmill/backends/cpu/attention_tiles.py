@@ -1,7 +1,7 @@
 """The code of attention's inner loops: several (query row, head) pairs at once against the pages of a sequence.
 
 Two passes, scores to scratch, then softmax, then probabilities times values: nothing is rescaled. All pairs of a tile
-share every load of a key or a value, and the next page is asked for while one is read. A pair's numbers never depend
+share every load of a key or a value, and pages are asked for well before they are read. A pair's numbers never depend
 on what else is in its tile, on the size of the tile or on pages that it does not see: those add exact zeros.
 """
 
@@ -18,6 +18,7 @@ from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.pages import KvForm, Pages
 from tokenmill.backends.cpu.rows import capped
 
+AHEAD = 4  # pages that are asked for before they are read: what a core's share of the memory's speed needs
 PAIR_BYTES = 64
 QUERY, OUTPUT, SCORES, END, BEGIN, TOP, INVERSE = range(0, 56, 8)
 """A pair's words: addresses of query, output and scores; keys that it sees, behind the last and first; two float32."""
@@ -86,10 +87,30 @@ class Tile:
 
         return at
 
-    def _following(self, g: G, i: Val, n: Val, page: Callable[[Val], Val], last: Val) -> Val:
-        """Page i + 1, or `last` behind the last: what will be read next."""
-        b, more = g.b, g.b.icmp_signed("<", g.at(i, 1), n)
-        return b.select(more, page(b.select(more, g.at(i, 1), i)), last)
+    def _ahead(self, g: G, i: Val, n: Val, page: Callable[[Val], Val], then: int = 0) -> Val:
+        """What will be read AHEAD pages after page i: a page, or behind the last one `then` bytes into an early one."""
+        b, j = g.b, g.at(i, AHEAD)
+        more, last = b.icmp_signed("<", j, n), g.at(n, -1)
+        behind = b.sub(j, n) if then else last
+        behind = b.select(b.icmp_signed("<", behind, n), behind, last)
+        return g.at(page(b.select(more, j, behind)), b.select(more, g.c(0), g.c(then)))
+
+    def begin(self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val) -> None:
+        """Ask for the first keys."""
+        page, more = self._page(g, p0, table, kv, stride), g.b.icmp_signed("<", n, g.c(AHEAD))
+
+        def one(i: Val, _: list[Val]) -> None:
+            here = page(i)
+            g.loop(g.c(self.pages.values // 64), (), lambda j, _: g.prefetch(here, g.b.shl(j, g.c(6))))
+            self._scales(g, here)
+
+        g.loop(g.b.select(more, n, g.c(AHEAD)), (), one)
+
+    def _scales(self, g: G, page: Val) -> None:
+        """Ask for a page's scales."""
+        if self.heads.form == "int8":
+            g.prefetch(page, self.pages.key_scales)
+            g.prefetch(page, self.pages.value_scales)
 
     def _words(self, g: G, pair: Val, word: int, ty: Val = i64) -> list[Val]:
         return [g.ld(ty, pair, PAIR_BYTES * r + word) for r in range(self.pairs)]
@@ -103,12 +124,12 @@ class Tile:
         ends, begins = self._words(g, pair, END), self._words(g, pair, BEGIN)
         ints = V(i32, self.lanes)
         scale = g.splat(g.bits(factor), self.lanes)
-        values = g.at(page(g.c(0)), self.pages.values)
         hidden = g.k(V(f32, self.lanes), _HIDDEN)
 
         def one(i: Val, best: list[Val]) -> list[Val]:
             b, here, found = g.b, page(i), []
-            following = self._following(g, i, n, page, values)
+            following = self._ahead(g, i, n, page, self.pages.values)
+            self._scales(g, page(b.select(b.icmp_signed("<", g.at(i, AHEAD), n), g.at(i, AHEAD), i)))
             position = b.trunc(b.shl(g.at(p0, i), g.c(4)), i32)
             for part in range(self.parts):
                 sums = self._products(g, here, queries, part, following)
@@ -194,7 +215,7 @@ class Tile:
 
         def one(i: Val, sums: list[Val]) -> list[Val]:
             here = page(i)
-            following = self._following(g, i, n, page, here)
+            following = self._ahead(g, i, n, page)
 
             def token(k: Val, sums: list[Val]) -> list[Val]:
                 sums, at = list(sums), g.at(b.mul(k, g.c(self.heads.dim * item)), offset)
