@@ -74,6 +74,7 @@ def _commands() -> dict[str, Command]:
         "chat": Command(lambda rest: _load("tokenmill.chat:main")(rest), "talk to a running server, or to one's own"),
         "generate": Command(lambda rest: _load("tokenmill.generate:main")(rest), "answer a prompt without a server"),
         "download-weights": Command(download_weights, "get a model onto this machine"),
+        "warmup": Command(warmup, "compile now what a first start would compile"),
         "env": Command(env, "say what is installed and found here"),
         "doctor": Command(doctor, "say what would be served here, by which kernels, and what is in the way"),
         "schema": Command(schema, "print the OpenAPI document of the server"),
@@ -157,6 +158,11 @@ def download_weights(words: list[str]) -> int:
         screen.close()
     print(source.path)
     return 0
+
+
+def warmup(words: list[str]) -> int:
+    """Fetch a model and compile its kernels."""
+    return int(_load("tokenmill.warmup:main")(words))
 
 
 def env(words: list[str]) -> int:

@@ -12,7 +12,8 @@ from tokenmill.wire.messages import Progress
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-_VERBS = {"download": "Downloading", "convert": "Converting", "load": "Loading", "warmup": "Warming up"}
+_VERBS = {"download": "Downloading", "convert": "Converting", "load": "Loading", "warmup": "Warming up",
+          "compile": "Compiling kernels for this machine"}  # fmt: skip
 _log = logging.getLogger("tokenmill.start")
 
 

@@ -98,9 +98,9 @@ def _mock(source: ModelSource, settings: Settings) -> Assembled:
     return assemble_mock(source, wants(settings), executor, tokenizer.vocab_size)
 
 
-def wants(settings: Settings) -> Wants:
-    """What the user said of an engine."""
-    computing = Computing(
+def computing(settings: Settings) -> Computing:
+    """What the user said of who computes."""
+    return Computing(
         backend=settings.backend,
         dtype=settings.dtype,
         quantize=settings.quantize,
@@ -110,8 +110,12 @@ def wants(settings: Settings) -> Wants:
         cpus=usable_cpus(),
         kernel_cache=settings.kernel_cache,
     )
+
+
+def wants(settings: Settings) -> Wants:
+    """What the user said of an engine."""
     return Wants(
-        computing=computing,
+        computing=computing(settings),
         device=settings.device,
         block_size=settings.block_size,
         max_batch_tokens=settings.max_batch_tokens,

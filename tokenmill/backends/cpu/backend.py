@@ -93,7 +93,7 @@ class CpuBackend:
         self._lines = [*Lowering(self.program, self._memory).lines(), self._sample_line()]
         self._code = KernelCache(kernel_cache, self.isa, jobs=threads).load(
             ["walk", "serve", *(line.kernel for line in self._lines)],
-            None if report is None else lambda done, total: report(Progress("compile", done, total, "items")),
+            None if report is None else lambda done, total: report(Progress("compile", done, total, "kernels")),
         )
         self._scratch = Scratch(self._memory, self._slots, self._sampler, len(self._lines))
         self._table = np.zeros((0, t.COLUMNS), np.int64)

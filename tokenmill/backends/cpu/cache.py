@@ -24,6 +24,7 @@ from typing import Any
 from llvmlite import binding
 
 from tokenmill.backends.cpu.isa import Isa, detect
+from tokenmill.errors import StartError
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("numba", "llvmlite")
@@ -39,6 +40,7 @@ _NEVER_CALLED = (
 
 _SECONDS = {"sample": 4.0, "attend": 1.5, "linear": 1.0, "norm": 0.6}
 _MOST_JOBS = 4
+_CURE = "Name another folder with --kernel-cache."
 
 Report = Callable[[int, int], None]
 """Kernels compiled so far, and in all."""
@@ -67,16 +69,37 @@ class KernelCache:
             objects |= self._compile(missing, report)
         return Code([(name, objects[name]) for name in wanted])
 
+    def fill(self, names: Iterable[str], report: Report | None = None) -> int:
+        """Compile what is missing; how many that were. StartError if it cannot be kept."""
+        missing = self.missing(names)
+        if missing and (why := self._make_folder()):
+            raise StartError(f"The kernel cache {self.folder} cannot be written to: {why}. {_CURE}")
+        if missing:
+            self._compile(missing, report)
+        return len(missing)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Which of them would have to be compiled."""
+        return [name for name in dict.fromkeys(names) if not (self.folder / f"{name}.o").is_file()]
+
     def _compile(self, names: list[str], report: Report | None) -> dict[str, bytes]:
         """Here and in other processes, which leave theirs in the folder."""
         from tokenmill.backends.cpu.compiler import compile_kernels
 
         made: dict[str, bytes] = {}
-        writable = self._make_folder()
+        why = self._make_folder()
+        writable = not why
+        if why:
+            _log.warning(
+                "The kernel cache %s cannot be written to (%s): kernels are compiled at every start. %s",
+                self.folder, why, _CURE,
+            )  # fmt: skip
         own, *others = _shared(names, self._jobs if writable else 1)
 
+        elsewhere = [name for other in others for name in other]
+
         def helped() -> int:
-            return sum((self.folder / f"{name}.o").is_file() for other in others for name in other)
+            return len(elsewhere) - len(self.missing(elsewhere))
 
         def said() -> None:
             if report is not None:
@@ -88,10 +111,11 @@ class KernelCache:
                 self.write(name, data)
             said()
 
+        said()
         with contextlib.ExitStack() as helpers:
             started = [helpers.enter_context(_helper(self.folder, self.isa, some)) for some in others]
             compile_kernels(own, self.isa, done)
-            while helped() < len(names) - len(own) and any(helper.poll() is None for helper in started):
+            while helped() < len(elsewhere) and any(helper.poll() is None for helper in started):
                 time.sleep(0.05)
                 said()
         for name in names:
@@ -106,17 +130,14 @@ class KernelCache:
         except OSError:
             return None
 
-    def _make_folder(self) -> bool:
+    def _make_folder(self) -> str:
+        """Why it cannot be written to; "" if it can."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
-                return True
+                return ""
         except OSError as e:
-            _log.warning(
-                "The kernel cache %s cannot be written to (%s): kernels are compiled at every start. "
-                "Set TOKENMILL_KERNEL_CACHE to a folder that can.", self.folder, e.strerror or e,
-            )  # fmt: skip
-            return False
+            return e.strerror or str(e)
 
     def write(self, name: str, data: bytes) -> None:
         """Keep a kernel; in one go, for others may be reading."""
