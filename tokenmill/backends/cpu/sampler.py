@@ -29,10 +29,16 @@ class Sampler:
         self._words = zeros((w.WORDS,), np.int64)
         self._scratch = _scratch(vocab_size, tokens.shape[1], threads)
         self._held: list[NDArray[np.generic]] = []  # what the words point to, for this step
-        self._listed = np.zeros(0, np.int32)
-        self._words[w.PARAMETER_ROWS] = parameters.rows.ctypes.data
-        self._words[w.TOKENS], self._words[w.TOKENS_STRIDE] = tokens.ctypes.data, tokens.strides[0]
-        self._words[w.SCRATCH], self._words[w.SCRATCH_SIZE] = self._scratch.ctypes.data, self._scratch.strides[0]
+        self._most = -1
+        self._write(
+            {
+                w.PARAMETER_ROWS: parameters.rows.ctypes.data,
+                w.TOKENS: tokens.ctypes.data,
+                w.TOKENS_STRIDE: tokens.strides[0],
+                w.SCRATCH: self._scratch.ctypes.data,
+                w.SCRATCH_SIZE: self._scratch.strides[0],
+            }
+        )
 
     @property
     def address(self) -> int:
@@ -47,24 +53,27 @@ class Sampler:
     def begin(self, inputs: StepInputs) -> None:
         """The step chooses tokens for the rows `inputs.samples`, after the slots took in what is new."""
         p = self._parameters
-        self._words[w.MODE] = w.SAMPLE
-        self._words[[w.BIAS_IDS, w.BIAS_VALUES, w.BIAS_UNTIL]] = [
-            a.ctypes.data for a in (p.bias_ids, p.bias_values, p.bias_until)
-        ]
-        self._words[w.BIAS_STRIDE] = p.bias_ids.strides[0]
+        self._write(
+            {
+                w.MODE: w.SAMPLE,
+                w.BIAS_IDS: p.bias_ids.ctypes.data,
+                w.BIAS_VALUES: p.bias_values.ctypes.data,
+                w.BIAS_UNTIL: p.bias_until.ctypes.data,
+                w.BIAS_STRIDE: p.bias_ids.strides[0],
+            }
+        )
         self._list(len(inputs.samples), inputs.logprobs)
 
     def begin_prompt(self, targets: NDArray[np.int64], wanted: NDArray[np.integer]) -> None:
         """The step's rows (P,) say how likely `targets` are, and list the `wanted` likeliest ids; -1: nothing."""
         targets, counts = np.ascontiguousarray(targets, np.int64), wanted.astype(np.int64)
-        self._words[w.MODE] = w.SCORE
-        self._words[w.TARGETS], self._words[w.WANTED] = targets.ctypes.data, counts.ctypes.data
+        self._write({w.MODE: w.SCORE, w.TARGETS: targets.ctypes.data, w.WANTED: counts.ctypes.data})
         self._list(len(targets), max(int(counts.max(initial=0)), 0))
         self._held = [targets, counts]
 
     def details(self) -> list[TokenDetails | None] | None:
         """Of the step's rows, in their order; None if nobody asked."""
-        if self._words[w.MOST] < 0:
+        if self._most < 0:
             return None
         made: list[TokenDetails | None] = []
         columns = (a.tolist() for a in (self._listed, self._chosen, self._ids, self._logprobs))
@@ -74,19 +83,26 @@ class Sampler:
 
     def _list(self, rows: int, most: int) -> None:
         """Room for what `rows` rows list."""
-        self._words[w.MOST] = most
+        self._most = most
+        self._write({w.MOST: most})
         if most < 0:
             return
         self._listed = np.full(rows, -1, np.int32)
         self._chosen = np.zeros(rows, np.float32)
         self._ids = np.zeros((rows, most), np.int32)
         self._logprobs = np.zeros((rows, most), np.float32)
-        for at, array in zip(
-            (w.LISTED, w.CHOSEN, w.TOP_IDS, w.TOP_LOGPROBS),
-            (self._listed, self._chosen, self._ids, self._logprobs),
-            strict=True,
-        ):
-            self._words[at] = array.ctypes.data
+        self._write(
+            {
+                w.LISTED: self._listed.ctypes.data,
+                w.CHOSEN: self._chosen.ctypes.data,
+                w.TOP_IDS: self._ids.ctypes.data,
+                w.TOP_LOGPROBS: self._logprobs.ctypes.data,
+            }
+        )
+
+    def _write(self, words: dict[int, int]) -> None:
+        for offset, value in words.items():
+            self._words[offset // 8] = value
 
 
 def _scratch(vocab_size: int, max_tokens: int, threads: int) -> NDArray[np.uint8]:

@@ -5,8 +5,43 @@ from __future__ import annotations
 import numpy as np
 
 from tokenmill.backends.cpu import layout
-from tokenmill.backends.cpu import sampling_layout as w
 from tokenmill.backends.cpu.ir import atomic_add, copy, inline, kernel, peek, peek32, poke
+from tokenmill.backends.cpu.sampling_layout import (
+    BIAS_IDS,
+    BIAS_STRIDE,
+    BIAS_UNTIL,
+    BIAS_VALUES,
+    CHOSEN,
+    FREQUENCY,
+    LISTED,
+    LOGPROBS,
+    MIN_P,
+    MODE,
+    MOST,
+    NUM_BIASES,
+    NUM_PROMPT,
+    PARAMETER_ROWS,
+    PRESENCE,
+    RAW_LOGPROBS,
+    REPETITION,
+    ROW_BYTES,
+    SCORE,
+    SCRATCH,
+    SCRATCH_SIZE,
+    SEED_HIGH,
+    SEED_LOW,
+    TARGETS,
+    TEMPERATURE,
+    TOKENS,
+    TOKENS_STRIDE,
+    TOP_IDS,
+    TOP_K,
+    TOP_LOGPROBS,
+    TOP_P,
+    TYPICAL_P,
+    WANTED,
+    WORK,
+)
 from tokenmill.backends.cpu.sampling_rows import (
     add_biases,
     choose_any,
@@ -34,6 +69,14 @@ from tokenmill.backends.cpu.sampling_vectors import (
     word,
 )
 
+_RESULT = 8 * layout.RESULT
+_SAMPLED_POSITIONS = 8 * layout.SAMPLED_POSITIONS
+_SAMPLED_SLOTS = 8 * layout.SAMPLED_SLOTS
+_SAMPLES = 8 * layout.SAMPLES
+_SAMPLING = 8 * layout.SAMPLING
+_WIDTH = 8 * layout.WIDTH
+_X = 8 * layout.X
+_X_STRIDE = 8 * layout.X_STRIDE
 _ONE = np.float32(1.0)
 _COLDEST = np.float32(1e-6)
 _NOTHING = np.float32(-np.inf)
@@ -41,9 +84,9 @@ _NOTHING = np.float32(-np.inf)
 
 @inline
 def _sample(tid: int, row: int, context: int, counter: int) -> int:
-    rows, words = peek(context + 8 * layout.SAMPLES), peek(context + 8 * layout.SAMPLING)
-    s = peek(words + 8 * w.SCRATCH) + tid * peek(words + 8 * w.SCRATCH_SIZE)
-    logits, stride, vocab = peek(row + 8 * layout.X), peek(row + 8 * layout.X_STRIDE), peek(row + 8 * layout.WIDTH)
+    rows, words = peek(context + _SAMPLES), peek(context + _SAMPLING)
+    s = peek(words + SCRATCH) + tid * peek(words + SCRATCH_SIZE)
+    logits, stride, vocab = peek(row + _X), peek(row + _X_STRIDE), peek(row + _WIDTH)
     while True:
         r = atomic_add(counter, 1)
         if r >= rows:
@@ -51,42 +94,42 @@ def _sample(tid: int, row: int, context: int, counter: int) -> int:
         x = logits + r * stride
         for i in range(vocab, (vocab + 15) // 16 * 16):
             poke_float(x + 4 * i, word(_NOTHING))
-        if peek(words + 8 * w.MODE) == w.SCORE:
+        if peek(words + MODE) == SCORE:
             _score_row(words, s, x, vocab, r)
         else:
-            slot = peek(peek(context + 8 * layout.SAMPLED_SLOTS) + 8 * r)
-            position = peek(peek(context + 8 * layout.SAMPLED_POSITIONS) + 8 * r)
+            slot = peek(peek(context + _SAMPLED_SLOTS) + 8 * r)
+            position = peek(peek(context + _SAMPLED_POSITIONS) + 8 * r)
             token = _sample_row(words, s, x, vocab, r, slot, position)
-            poke(peek(context + 8 * layout.RESULT) + 8 * r, token)
-            tokens = peek(words + 8 * w.TOKENS) + slot * peek(words + 8 * w.TOKENS_STRIDE)
+            poke(peek(context + _RESULT) + 8 * r, token)
+            tokens = peek(words + TOKENS) + slot * peek(words + TOKENS_STRIDE)
             poke32(tokens + 4 * position, max(token, 0))
 
 
 @inline
 def _score_row(words: int, s: int, x: int, vocab: int, r: int) -> None:
     """SCORE: the log-probabilities of the row's target and of the likeliest."""
-    wanted = peek(peek(words + 8 * w.WANTED) + 8 * r)
+    wanted = peek(peek(words + WANTED) + 8 * r)
     if wanted < 0:
         _set_nothing(words, r)
         return
     best = find_maxima(s, x, (vocab + 15) // 16)
     normal = _list_row(words, s, x, vocab, r, wanted, _ONE, best)
-    target = peek(peek(words + 8 * w.TARGETS) + 8 * r)
+    target = peek(peek(words + TARGETS) + 8 * r)
     _set_chosen(words, r, peek_float(x + 4 * target), normal)
 
 
 @inline
 def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, position: int) -> int:
     """The row's next token, -1 if its logits are not finite."""
-    p = peek(words + 8 * w.PARAMETER_ROWS) + slot * w.ROW_BYTES
-    most = peek(words + 8 * w.MOST)
-    wanted = min(peek32(p + w.LOGPROBS), most) if most >= 0 else -1
-    raw = wanted >= 0 and peek_byte(p + w.RAW_LOGPROBS) != 0
+    p = peek(words + PARAMETER_ROWS) + slot * ROW_BYTES
+    most = peek(words + MOST)
+    wanted = min(peek32(p + LOGPROBS), most) if most >= 0 else -1
+    raw = wanted >= 0 and peek_byte(p + RAW_LOGPROBS) != 0
     y, normal = x, 0.0
     if raw:
         best = find_maxima(s, x, (vocab + 15) // 16)
         normal = _list_row(words, s, x, vocab, r, wanted, _ONE, best)
-        y = peek(s + w.WORK)
+        y = peek(s + WORK)
         copy((vocab + 15) // 16, x, y)
     _process(words, s, y, vocab, p, slot, position)
     best = find_maxima(s, y, (vocab + 15) // 16)
@@ -94,7 +137,7 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
         _set_nothing(words, r)
     if best <= LOWEST:
         return -1
-    t, n = peek_float(p + w.TEMPERATURE), -1
+    t, n = peek_float(p + TEMPERATURE), -1
     if t > 0:
         t = max(t, _COLDEST)
         token, n = _draw(s, y, vocab, t, best / t, p, position)
@@ -115,23 +158,23 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
 @inline
 def _process(words: int, s: int, y: int, vocab: int, p: int, slot: int, position: int) -> None:
     """Biases, penalties and bans, in place."""
-    if peek32(p + w.NUM_BIASES) > 0:
-        offset = slot * peek(words + 8 * w.BIAS_STRIDE)
-        ids, values = peek(words + 8 * w.BIAS_IDS) + offset, peek(words + 8 * w.BIAS_VALUES) + offset
-        until = peek(words + 8 * w.BIAS_UNTIL) + offset
-        add_biases(y, vocab, peek32(p + w.NUM_BIASES), ids, values, until, position)
-    if peek_float(p + w.REPETITION) != 1 or peek_float(p + w.FREQUENCY) != 0 or peek_float(p + w.PRESENCE) != 0:
-        tokens = peek(words + 8 * w.TOKENS) + slot * peek(words + 8 * w.TOKENS_STRIDE)
-        penalize(s, y, vocab, tokens, position, peek32(p + w.NUM_PROMPT), p + w.REPETITION)
+    if peek32(p + NUM_BIASES) > 0:
+        offset = slot * peek(words + BIAS_STRIDE)
+        ids, values = peek(words + BIAS_IDS) + offset, peek(words + BIAS_VALUES) + offset
+        until = peek(words + BIAS_UNTIL) + offset
+        add_biases(y, vocab, peek32(p + NUM_BIASES), ids, values, until, position)
+    if peek_float(p + REPETITION) != 1 or peek_float(p + FREQUENCY) != 0 or peek_float(p + PRESENCE) != 0:
+        tokens = peek(words + TOKENS) + slot * peek(words + TOKENS_STRIDE)
+        penalize(s, y, vocab, tokens, position, peek32(p + NUM_PROMPT), p + REPETITION)
 
 
 @inline
 def _draw(s: int, y: int, vocab: int, t: Real, best: Real, p: int, position: int) -> tuple[int, int]:
     """An id, and how many the filters left (they are collected); -1: there is no filter."""
-    key = noise_key(peek32(p + w.SEED_LOW), peek32(p + w.SEED_HIGH), position)
-    k = peek32(p + w.TOP_K)
-    filtered = 0 < k < vocab or peek_float(p + w.TOP_P) < 1 or peek_float(p + w.TYPICAL_P) < 1
-    if not filtered and not peek_float(p + w.MIN_P) > 0:
+    key = noise_key(peek32(p + SEED_LOW), peek32(p + SEED_HIGH), position)
+    k = peek32(p + TOP_K)
+    filtered = 0 < k < vocab or peek_float(p + TOP_P) < 1 or peek_float(p + TYPICAL_P) < 1
+    if not filtered and not peek_float(p + MIN_P) > 0:
         return choose_any(s, y, (vocab + 15) // 16, t, best, key), -1
     n = filter_row(s, y, vocab, t, best, p)
     return choose_collected(s, n, key), n
@@ -166,20 +209,20 @@ def _list_collected(words: int, s: int, n: int, r: int, wanted: int, best: Real)
 
 @inline
 def _list(words: int, s: int, n: int, r: int, wanted: int, normal: float) -> None:
-    at = 4 * r * peek(words + 8 * w.MOST)
-    ids, logprobs = peek(words + 8 * w.TOP_IDS) + at, peek(words + 8 * w.TOP_LOGPROBS) + at
-    poke32(peek(words + 8 * w.LISTED) + 4 * r, list_likeliest(s, n, wanted, normal, ids, logprobs))
+    at = 4 * r * peek(words + MOST)
+    ids, logprobs = peek(words + TOP_IDS) + at, peek(words + TOP_LOGPROBS) + at
+    poke32(peek(words + LISTED) + 4 * r, list_likeliest(s, n, wanted, normal, ids, logprobs))
 
 
 @inline
 def _set_nothing(words: int, r: int) -> None:
-    if peek(words + 8 * w.MOST) >= 0:
-        poke32(peek(words + 8 * w.LISTED) + 4 * r, -1)
+    if peek(words + MOST) >= 0:
+        poke32(peek(words + LISTED) + 4 * r, -1)
 
 
 @inline
 def _set_chosen(words: int, r: int, score: Real, normal: float) -> None:
-    poke_float(peek(words + 8 * w.CHOSEN) + 4 * r, word(np.float32(np.float64(score) - normal)))
+    poke_float(peek(words + CHOSEN) + 4 * r, word(np.float32(np.float64(score) - normal)))
 
 
 KERNELS = {"sample": kernel("sample", _sample)}

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from tokenmill.backends.sampling import PARAMETERS
 
-# ---- the sampler's words, 8 bytes each (`layout.SAMPLING` of the context is their address) ----
+# ---- the sampler's words: offsets from their address, which is `layout.SAMPLING` of the context ----
 MODE = 0  # SAMPLE or SCORE
-PARAMETER_ROWS = 1  # address of `Parameters.rows`
-TOKENS = 2  # address of the slots' tokens, int32
-TOKENS_STRIDE = 3  # bytes
-BIAS_IDS = 4  # addresses of `Parameters.bias_ids` …
-BIAS_VALUES = 5
-BIAS_UNTIL = 6
-BIAS_STRIDE = 7  # bytes from slot to slot, of each of the three
-SCRATCH = 8  # of each thread: SCRATCH + tid * SCRATCH_SIZE
-SCRATCH_SIZE = 9
-MOST = 10  # the most of the likeliest ids that a row lists; -1: no log-probabilities in this step
-LISTED = 11  # int32 a row: how many it lists; -1: no log-probabilities
-CHOSEN = 12  # float32 a row: log-probability of its token
-TOP_IDS = 13  # int32, MOST a row, best first
-TOP_LOGPROBS = 14  # float32, MOST a row
-TARGETS = 15  # SCORE: int64 a row, the token whose log-probability is wanted
-WANTED = 16  # SCORE: int64 a row, how many it lists at most; -1: nothing
-WORDS = 24
+PARAMETER_ROWS = 8  # address of `Parameters.rows`
+TOKENS = 16  # address of the slots' tokens, int32
+TOKENS_STRIDE = 24  # bytes
+BIAS_IDS = 32  # addresses of `Parameters.bias_ids` …
+BIAS_VALUES = 40
+BIAS_UNTIL = 48
+BIAS_STRIDE = 56  # bytes from slot to slot, of each of the three
+SCRATCH = 64  # of each thread: SCRATCH + tid * SCRATCH_SIZE
+SCRATCH_SIZE = 72
+MOST = 80  # the most of the likeliest ids that a row lists; -1: no log-probabilities in this step
+LISTED = 88  # int32 a row: how many it lists; -1: no log-probabilities
+CHOSEN = 96  # float32 a row: log-probability of its token
+TOP_IDS = 104  # int32, MOST a row, best first
+TOP_LOGPROBS = 112  # float32, MOST a row
+TARGETS = 120  # SCORE: int64 a row, the token whose log-probability is wanted
+WANTED = 128  # SCORE: int64 a row, how many it lists at most; -1: nothing
+WORDS = 24  # of 8 bytes
 
 SAMPLE, SCORE = range(2)
 """Modes: choose a row's next token; or only say how likely a given one is (prompts)."""
