@@ -9,13 +9,14 @@ import pytest
 
 pytest.importorskip("numba")
 
-from numba import cfunc, types
+from numba import cfunc, njit, types
 
 from tokenmill.backends.cpu import isa, products
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.forms import BLOCK_FORMS, DENSE_FORMS, form_named
 from tokenmill.backends.cpu.pack import gates, pack, pack_vector
 from tokenmill.errors import ArgumentError, Unsupported
+from tokenmill.quant import gguf
 from tokenmill.quant.base import Blocks, Dense
 
 HERE = isa.available()
@@ -30,6 +31,8 @@ def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
         kinds = {"f32": array, "f16": array.astype(np.float16), "bf16": (array.view(np.uint32) >> 16).astype(np.uint16)}
         return Dense(kinds[form])
     kind = BLOCK_FORMS[form]
+    if kind.group > 1:
+        return random_k_matrix({"int4k": "Q4_K", "int5k": "Q5_K", "int6k": "Q6_K"}[form], rows, columns, rng)
     blocks = columns // (16 if kind.halves == 2 else 32)
     scale = rng.uniform(0.001, 0.1, (rows, blocks)).astype({2: np.float16, 4: np.float32}[kind.scale])
     low = None
@@ -38,10 +41,21 @@ def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
     if kind.bits == 4:
         codes = rng.integers(0, 256, (rows, blocks, 16), dtype=np.uint8)
         return Blocks(4, codes, scale, low, offset=kind.offset)
-    first, last = {5: (0, 31) if kind.low else (-16, 15), 6: (-32, 31), 8: (-128, 127)}[kind.bits]
+    first, last = {5: (0, 31) if kind.low else (-16, 15), 8: (-128, 127)}[kind.bits]
     codes = rng.integers(first, last + 1, (rows, blocks, columns // blocks)).astype(np.int8)
     codes[0], codes[1] = first, last  # the ends, where sums of pairs might overflow
     return Blocks(kind.bits, codes, scale, low)
+
+
+def random_k_matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Blocks:
+    """Any bytes but for the factors are a matrix of GGUF's K types."""
+    size, factors = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}[kind]
+    raw = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
+    raw[0, :, 16:] = 255  # the ends, where sums of pairs might overflow
+    for at in factors:
+        numbers = rng.uniform(0.001, 0.01, raw.shape[:2]).astype(np.float16)
+        raw[..., at : at + 2] = numbers[..., None].view(np.uint8)
+    return gguf.UNPACK[kind](raw)
 
 
 def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,9 +78,22 @@ def activations(form: str, rows: int, columns: int, rng: np.random.Generator):
     return codes, scales, exact.reshape(rows, columns)
 
 
+def columns_of(form: str) -> int:
+    """Several blocks or groups; of floats not a whole vector."""
+    if form in DENSE_FORMS:
+        return 99
+    return 512 if BLOCK_FORMS[form].group > 1 else 160
+
+
 @functools.cache
 def product(set_name: str, form: str):
-    return products.product(isa.detect(set_name), form_named(form))
+    made = products.product(isa.detect(set_name), form_named(form))
+
+    @njit  # what is compiled for kernels cannot be called from Python
+    def call(rows, columns, w, size, count, x, xs, s, base, bs, step, out, os):
+        made(rows, columns, w, size, count, x, xs, s, base, bs, step, out, os)
+
+    return call
 
 
 def multiply(set_name: str, packed, x, scales, base=None) -> np.ndarray:
@@ -84,7 +111,7 @@ def multiply(set_name: str, packed, x, scales, base=None) -> np.ndarray:
 @pytest.mark.parametrize("set_name", [i.name for i in HERE])
 def test_products_are_exact_and_a_row_does_not_depend_on_its_company(set_name, form):
     rng = np.random.default_rng(1)
-    rows, columns, outputs = 19, 160 if form in BLOCK_FORMS else 99, 40
+    rows, columns, outputs = 19, columns_of(form), 40
     matrix = random_matrix(form, outputs, columns, rng)
     packed = pack(matrix)
     assert packed.form == form
@@ -200,7 +227,7 @@ def test_a_gated_product_multiplies_gate_and_up_with_their_bias(to_int8):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_table_is_looked_up_from_the_same_panels(form):
     rng = np.random.default_rng(5)
-    columns = 96 if form in BLOCK_FORMS else 48
+    columns = columns_of(form) // 16 * 16
     matrix = random_matrix(form, 50, columns, rng)
     packed = pack(matrix)
     ids, out = np.array([49, 0, 17, 17, 31], np.int64), np.full((5, columns), np.nan, np.float32)

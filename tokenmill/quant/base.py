@@ -45,12 +45,37 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class Levels:
+    """Scales and lows as the K types of GGUF hold them: int8 codes, times a float16 for each 256 columns."""
+
+    scale: NDArray[np.int8]  # (rows, blocks)
+    scale_factor: NDArray[np.float16]  # (rows, columns // 256)
+    low: NDArray[np.int8] | None = None
+    low_factor: NDArray[np.float16] | None = None
+
+    @property
+    def per(self) -> int:
+        """Blocks that share a factor."""
+        return int(self.scale.shape[1] // self.scale_factor.shape[1])
+
+    def take(self, rows: slice, blocks: slice) -> Levels | None:
+        """A part of it; None if the blocks cut what shares a factor."""
+        start, stop, _ = blocks.indices(self.scale.shape[1])
+        if start % self.per or stop % self.per:
+            return None
+        at, of = (rows, blocks), (rows, slice(start // self.per, stop // self.per))
+        low = None if self.low is None else self.low[at]
+        low_factor = None if self.low_factor is None else self.low_factor[of]
+        return Levels(self.scale[at], self.scale_factor[of], low, low_factor)
+
+
+@dataclass(frozen=True, slots=True)
 class Blocks:
     """Columns in blocks that share a scale: scale · (code − offset) + low.
 
     4 bits: blocks of 32, code k in byte k % 16, low nibble first, codes 0…15. 5, 6 and 8 bits: one int8 a code, blocks
     of 32 or 16; of 5 bits 0…31 if there is a low, else −16…15; of 6 bits −32…31. Scales are float16 as stored, or
-    float32 where the format's own scale is a product.
+    float32 where the format's own scale is a product; of what is then told by `levels`.
     """
 
     bits: int  # 4, 5, 6 or 8
@@ -58,6 +83,7 @@ class Blocks:
     scale: NDArray[Any]  # (rows, blocks)
     low: NDArray[Any] | None = None  # (rows, blocks)
     offset: int = 0
+    levels: Levels | None = None
 
     @property
     def block(self) -> int:
@@ -97,12 +123,14 @@ class Blocks:
         """A part of it; Dense if the columns cut a block."""
         start, stop, _ = columns.indices(self.shape[1])
         if start % self.block or stop % self.block:
-            return Dense(self._part(rows).floats()[:, columns])
-        return self._part((rows, slice(start // self.block, stop // self.block)))
+            return Dense(self._part(rows, slice(None)).floats()[:, columns])
+        return self._part(rows, slice(start // self.block, stop // self.block))
 
-    def _part(self, of: Any) -> Blocks:
-        low = None if self.low is None else self.low[of]
-        return Blocks(self.bits, self.codes[of], self.scale[of], low, self.offset)
+    def _part(self, rows: slice, blocks: slice) -> Blocks:
+        at = rows, blocks
+        low = None if self.low is None else self.low[at]
+        levels = None if self.levels is None else self.levels.take(rows, blocks)
+        return Blocks(self.bits, self.codes[at], self.scale[at], low, self.offset, levels)
 
 
 Matrix = Dense | Blocks
@@ -168,18 +196,35 @@ def stack(parts: list[Matrix]) -> Matrix:
     if isinstance(first, Blocks):
         alike = [p for p in parts if isinstance(p, Blocks) and _layout(p) == _layout(first)]
         if len(alike) == len(parts):
-            lows = [p.low for p in alike if p.low is not None]
             return Blocks(
                 first.bits,
                 np.concatenate([p.codes for p in alike]),
                 np.concatenate([p.scale for p in alike]),
-                np.concatenate(lows) if lows else None,
+                _joined([p.low for p in alike]),
                 first.offset,
+                _stack_levels([p.levels for p in alike]),
             )
     dense = [p.array for p in parts if isinstance(p, Dense)]
     if len(dense) == len(parts) and all(a.dtype == dense[0].dtype for a in dense):
         return Dense(np.concatenate(dense))
     return Dense(np.concatenate([p.floats() for p in parts]))
+
+
+def _joined(parts: list[NDArray[Any] | None]) -> NDArray[Any] | None:
+    found = [p for p in parts if p is not None]
+    return np.concatenate(found) if len(found) == len(parts) else None
+
+
+def _stack_levels(parts: list[Levels | None]) -> Levels | None:
+    found = [p for p in parts if p is not None]
+    if len(found) != len(parts):
+        return None
+    return Levels(
+        np.concatenate([p.scale for p in found]),
+        np.concatenate([p.scale_factor for p in found]),
+        _joined([p.low for p in found]),
+        _joined([p.low_factor for p in found]),
+    )
 
 
 def check(weights: Iterable[Weight], source: Checkpoint) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.quant import none
-from tokenmill.quant.base import Blocks, Matrix, Piece
+from tokenmill.quant.base import Blocks, Levels, Matrix, Piece
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.weights.gguf import BLOCKS
 
@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 def read(source: Checkpoint, piece: Piece) -> Matrix:
     """The piece: `Dense` of float types, else `Blocks`."""
     stored = source[piece.name]
-    unpack = _UNPACK.get(stored.kind)
+    unpack = UNPACK.get(stored.kind)
     if unpack is None or not piece.weight.columns:
         return none.dense(stored, piece)
     raw = stored.data[piece.rows]
@@ -62,7 +62,7 @@ def _q5_1(raw: Bytes) -> Blocks:
     return Blocks(5, _five_bits(raw[..., 4:8], raw[..., 8:]), _half(raw[..., :2]), _half(raw[..., 2:4]))
 
 
-def _scales(raw: Bytes) -> tuple[Floats, Floats]:
+def _scales(raw: Bytes) -> tuple[Floats, Floats, Levels]:
     """(rows, superblocks, 16: scale, least, 12 packed bytes) -> scale and low of each 32: (rows, 8 superblocks)
 
     Six bits each: bytes 0…3 the first four scales, 4…7 the first four minima, with the high bits of the last four above
@@ -70,27 +70,33 @@ def _scales(raw: Bytes) -> tuple[Floats, Floats]:
     """
     packed = raw[..., 4:16]
     a, b, c = packed[..., :4], packed[..., 4:8], packed[..., 8:]
-    scale = np.concatenate([a & 63, c & 15 | (a >> 2) & 48], -1)
-    least = np.concatenate([b & 63, c >> 4 | (b >> 2) & 48], -1)
-    of_scale, of_least = (_half(raw[..., i : i + 2]).astype(np.float32)[..., None] for i in (0, 2))
-    return (scale * of_scale).reshape(len(raw), -1), (least * -of_least).reshape(len(raw), -1)
+    scale = np.concatenate([a & 63, c & 15 | (a >> 2) & 48], -1).view(np.int8)
+    least = np.concatenate([b & 63, c >> 4 | (b >> 2) & 48], -1).view(np.int8)
+    of_scale, of_low = _half(raw[..., :2]), -_half(raw[..., 2:4])
+    rows = len(raw)
+    levels = Levels(scale.reshape(rows, -1), of_scale, least.reshape(rows, -1), of_low)
+    scales, lows = (
+        (codes * factor.astype(np.float32)[..., None]).reshape(rows, -1)
+        for codes, factor in ((scale, of_scale), (least, of_low))
+    )
+    return scales, lows, levels
 
 
 def _q4_k(raw: Bytes) -> Blocks:
-    scale, low = _scales(raw)
+    scale, low, levels = _scales(raw)
     q = raw[..., 16:].reshape(*raw.shape[:2], 4, 32)  # low nibbles: 32 columns, high nibbles: the next 32
     first, second = (n[..., :16] | n[..., 16:] << np.uint8(4) for n in (q & 15, q >> 4))
     codes = np.stack([first, second], -2)  # (rows, superblocks, 4, 2, 16)
-    return Blocks(4, codes.reshape(len(raw), -1, 16), scale, low)
+    return Blocks(4, codes.reshape(len(raw), -1, 16), scale, low, levels=levels)
 
 
 def _q5_k(raw: Bytes) -> Blocks:
-    scale, low = _scales(raw)
+    scale, low, levels = _scales(raw)
     fifth, q = raw[..., 16:48], raw[..., 48:].reshape(*raw.shape[:2], 4, 32)
     nibbles = np.stack([q & 15, q >> 4], -2).reshape(*raw.shape[:2], 8, 32)
     bit = np.arange(8, dtype=np.uint8)[:, None]  # bit i of byte j: column j of the i-th 32
     codes = nibbles | ((fifth[..., None, :] >> bit) & 1) << np.uint8(4)
-    return Blocks(5, codes.view(np.int8).reshape(len(raw), -1, 32), scale, low)
+    return Blocks(5, codes.view(np.int8).reshape(len(raw), -1, 32), scale, low, levels=levels)
 
 
 def _q6_k(raw: Bytes) -> Blocks:
@@ -99,11 +105,14 @@ def _q6_k(raw: Bytes) -> Blocks:
     nibbles = np.concatenate([low & 15, low >> 4], -2).reshape(*raw.shape[:2], 2, 4, 32)
     pairs = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3  # two bits a column, four groups of 32 a byte
     codes = (nibbles | pairs << np.uint8(4)).view(np.int8) - np.int8(32)
-    scale = raw[..., 192:208].view(np.int8) * _half(raw[..., 208:]).astype(np.float32)[..., None]
-    return Blocks(6, codes.reshape(len(raw), -1, 16), scale.reshape(len(raw), -1))
+    of_scale, factor = raw[..., 192:208].view(np.int8), _half(raw[..., 208:])
+    scale = of_scale * factor.astype(np.float32)[..., None]
+    rows = len(raw)
+    levels = Levels(of_scale.reshape(rows, -1), factor)
+    return Blocks(6, codes.reshape(rows, -1, 16), scale.reshape(rows, -1), levels=levels)
 
 
-_UNPACK: dict[str, Callable[[Bytes], Blocks]] = {
+UNPACK: dict[str, Callable[[Bytes], Blocks]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
@@ -113,3 +122,4 @@ _UNPACK: dict[str, Callable[[Bytes], Blocks]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
+"""How (rows, blocks or superblocks, their bytes) of each type become Blocks."""

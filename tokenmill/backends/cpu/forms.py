@@ -10,7 +10,10 @@ A block form holds, for each 32 columns of a panel, in this order:
 * a scale for each output, twice if scales belong to 16 columns;
 * what is added for each output (`low`), if the form has it. Else `offset` is subtracted from every code.
 
-A weight is scale · (code − offset) + low. Dense forms hold, for each column, one number for each of the 16 outputs.
+A weight is scale · (code − offset) + low. In forms of two levels (GGUF's K types) scales and lows are int8, and in
+front of every eight blocks stand float16 factors of each output: of the scales, then of the lows.
+
+Dense forms hold, for each column, one number for each of the 16 outputs.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ class Form:
 
     name: str
     bits: int  # of a code: 4, 5, 6 or 8
-    scale: int  # bytes of a scale: 2 or 4 (float16, float32)
-    low: int = 0  # bytes of what is added: 0 (nothing), 2 or 4
+    scale: int  # bytes of a scale: 1, 2 or 4 (int8, float16, float32)
+    low: int = 0  # bytes of what is added: 0 (nothing), 1, 2 or 4
     offset: int = 0
     halves: int = 1  # 2: scales of 16 columns
 
@@ -44,8 +47,23 @@ class Form:
 
     @property
     def size(self) -> int:
-        """Bytes of 32 columns of a panel."""
+        """Bytes of 32 columns of a panel, factors apart."""
         return self.codes + self.scales + PANEL * self.low
+
+    @property
+    def group(self) -> int:
+        """Blocks that share factors."""
+        return 8 if self.scale == 1 else 1
+
+    @property
+    def factors(self) -> int:
+        """Bytes in front of each group."""
+        return 2 * PANEL * (1 + (self.low > 0)) if self.group > 1 else 0
+
+    @property
+    def group_size(self) -> int:
+        """Bytes of a group of blocks."""
+        return self.factors + self.group * self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +84,13 @@ BLOCK_FORMS = {
     for form in (
         Form("int4", 4, scale=2, low=2),  # Q4_1
         Form("int4even", 4, scale=2, offset=8),  # Q4_0, int4 made at load
-        Form("int4wide", 4, scale=4, low=4),  # Q4_K, and any scale or zero that float16 does not hold
+        Form("int4wide", 4, scale=4, low=4),  # scales or zeros that float16 does not hold
+        Form("int4k", 4, scale=1, low=1),  # Q4_K
         Form("int5", 5, scale=2, low=2),  # Q5_1
         Form("int5even", 5, scale=2, offset=16),  # Q5_0
-        Form("int5wide", 5, scale=4, low=4),  # Q5_K
-        Form("int6half", 6, scale=4, offset=32, halves=2),  # Q6_K
+        Form("int5wide", 5, scale=4, low=4),
+        Form("int5k", 5, scale=1, low=1),  # Q5_K
+        Form("int6k", 6, scale=1, offset=32, halves=2),  # Q6_K
         Form("int8", 8, scale=2, offset=128),  # Q8_0, int8 made at load
         Form("int8wide", 8, scale=4, low=4, offset=128),  # anything else
     )
@@ -86,4 +106,6 @@ def form_named(name: str) -> Form | DenseForm:
 
 def panel_bytes(form: Form | DenseForm, columns: int) -> int:
     """Bytes of a panel."""
-    return columns * form.size // (BLOCK if isinstance(form, Form) else 1)
+    if isinstance(form, Form):
+        return columns // (BLOCK * form.group) * form.group_size
+    return columns * form.size

@@ -93,12 +93,14 @@ def pack(matrix: Matrix, *, gated: bool = False, start: int = 0) -> Packed:
     if blocks is None:
         return _pack_dense(matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start)
     form = _form_of(blocks)
-    out = zeros((-(-rows // PANEL), columns // BLOCK, form.size))
-    _write_codes(form, _panels(_codes(form, blocks), gated), out[..., : form.codes])
-    scale, low = _numbers(form, blocks)
-    _put(out, form.codes, scale, form.halves, gated)
-    if low is not None:
-        _put(out, form.codes + form.scales, low, 1, gated)
+    out = zeros((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
+    body = out[..., form.factors :].reshape(*out.shape[:2], form.group, form.size)
+    _write_codes(form, _panels(_codes(form, blocks), gated), body[..., : form.codes])
+    scale, low, *factors = _numbers(form, blocks)
+    _put(body[..., form.codes :], scale, gated)
+    _put(body[..., form.codes + form.scales :], low, gated)
+    for n, factor in enumerate(factors):
+        _put(out[:, :, None, 2 * PANEL * n :], factor, gated)
     return Packed(form.name, out.reshape(-1), rows, columns, start)
 
 
@@ -136,17 +138,15 @@ def _pack_dense(matrix: Dense, gated: bool, start: int) -> Packed:
 
 
 def _as_blocks(matrix: Matrix) -> Blocks | None:
-    """What a block form can hold: blocks of 32, or pairs of 16 with codes of 6 bits."""
+    """What a block form can hold: blocks of 32, or of 16 as Q6_K has them."""
     if not isinstance(matrix, Blocks) or matrix.shape[1] % BLOCK:
         return None
-    if matrix.block == BLOCK:
-        return matrix
-    return matrix if matrix.block == 16 and matrix.bits == 6 and matrix.low is None else None
+    return matrix if matrix.block == BLOCK or (matrix.bits == 6 and matrix.levels is not None) else None
 
 
 def _form_of(m: Blocks) -> Form:
-    if m.bits == 6 and m.block == 16:
-        return BLOCK_FORMS["int6half"]
+    if m.levels is not None:
+        return BLOCK_FORMS[f"int{m.bits}k"]
     name = f"int{8 if m.bits == 6 else m.bits}"
     half = m.scale.dtype == np.float16
     if m.low is not None:
@@ -174,8 +174,10 @@ def _codes(form: Form, m: Blocks) -> Array:
     return np.asarray(codes.view(np.uint8) + np.uint8(_shift(form, m)))
 
 
-def _numbers(form: Form, m: Blocks) -> tuple[Array, Array | None]:
-    """Scales, and what is added: (rows, blocks of the matrix), in the form's types."""
+def _numbers(form: Form, m: Blocks) -> tuple[Array | None, ...]:
+    """Scales, what is added, and the factors of both: (rows, so many for a row), in the form's types."""
+    if m.levels is not None:
+        return m.levels.scale, m.levels.low, m.levels.scale_factor, m.levels.low_factor
     kinds = {2: np.float16, 4: np.float32}
     scale = m.scale.astype(kinds[form.scale], copy=False)
     if not form.low:
@@ -189,25 +191,28 @@ def _numbers(form: Form, m: Blocks) -> tuple[Array, Array | None]:
 
 
 def _write_codes(form: Form, codes: Array, out: Array) -> None:
-    """(panels, 16, blocks, 16 nibbles or 32 codes) to the planes (panels, blocks, bytes)."""
-    panels, _, blocks, _ = codes.shape
+    """(panels, 16, blocks, 16 nibbles or 32 codes) to the planes (panels, groups, blocks, bytes)."""
+    shape = out.shape[:3]
     fours = np.ascontiguousarray(codes) if codes.strides[-1] != 1 else codes
     quads = fours.view(np.uint32).transpose(0, 2, 3, 1)  # (panels, blocks, vector, output) of 4 columns each
     if form.bits in (4, 8):
+        quads = quads.reshape(*shape, -1, PANEL)
         out.view(np.uint32).reshape(quads.shape)[:] = quads
         return
-    vectors = np.ascontiguousarray(quads).view(np.uint8).reshape(panels, blocks, 8, 64)
-    planes = out.reshape(panels, blocks, form.bits, 64)
+    vectors = np.ascontiguousarray(quads).view(np.uint8).reshape(*shape, 8, 64)
+    planes = out.reshape(*shape, form.bits, 64)
     low, high, each = vectors & 15, vectors >> 4, form.bits - 4
-    planes[:, :, :4] = low[:, :, :4] | low[:, :, 4:] << 4
+    planes[..., :4, :] = low[..., :4, :] | low[..., 4:, :] << 4
     for j in range(8):
         plane, place = divmod(j, 8 // each)
-        planes[:, :, 4 + plane] |= high[:, :, j] << np.uint8(each * place)
+        planes[..., 4 + plane, :] |= high[..., j, :] << np.uint8(each * place)
 
 
-def _put(out: Array, at: int, numbers: Array, halves: int, gated: bool) -> None:
-    """Write numbers (rows, blocks of 32 · halves) at byte `at` of each block."""
-    panels = _panels(numbers.reshape(len(numbers), -1, halves), gated)  # (panels, 16, blocks, halves)
-    ordered = np.ascontiguousarray(panels.transpose(0, 2, 3, 1))
-    raw = ordered.view(np.uint8).reshape(*ordered.shape[:2], -1)
-    out[..., at : at + raw.shape[-1]] = raw
+def _put(out: Array, numbers: Array | None, gated: bool) -> None:
+    """Write numbers (rows, so many for a row) to the beginnings of out (panels, groups, blocks, bytes)."""
+    if numbers is None:
+        return
+    panels = _panels(numbers, gated).reshape(out.shape[0], PANEL, *out.shape[1:3], -1)
+    ordered = np.ascontiguousarray(panels.transpose(0, 2, 3, 4, 1))
+    raw = ordered.view(np.uint8).reshape(*out.shape[:3], -1)
+    out[..., : raw.shape[-1]] = raw

@@ -148,15 +148,15 @@ def _gate(rows: int, p: int, o: int, act: int, out: int, os: int, quantized: int
 
 
 def _embed(isa: Isa, form: Form | DenseForm) -> Function:
-    take = emit(4, look_up(form))
+    take = emit(5, look_up(form))
 
     def embed(tid, row, context, counter):  # type: ignore[no-untyped-def]
         rows, columns = count_rows(row, context), field(row, t.WIDTH)
-        table, factor = field(row, t.TABLE), field(row, t.TABLE_SCALE)
+        table, size, factor = field(row, t.TABLE), field(row, t.TABLE_PANEL_BYTES), field(row, t.TABLE_SCALE)
         ids = field(context, t.POSITIONS if field(row, t.BY_POSITION) else t.IDS)
         for r in range(tid, rows, peek(context + _THREADS)):
             out = field(row, t.OUT) + r * field(row, t.OUT_STRIDE)
-            take(peek(ids + 8 * r), columns, table, out)
+            take(peek(ids + 8 * r), columns, size, table, out)
             if factor:
                 scale((columns + 15) // 16, out, factor, out)
         return 0

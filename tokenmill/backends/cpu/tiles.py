@@ -13,12 +13,16 @@ from functools import partial
 
 from llvmlite import ir
 
-from tokenmill.backends.cpu.forms import BLOCK, DenseForm, Form
+from tokenmill.backends.cpu.forms import PANEL, DenseForm, Form
 from tokenmill.backends.cpu.ir import G, V, Val, f16, f32, i1, i8, i16, i32
 from tokenmill.backends.cpu.isa import Isa
 
 Act = Callable[[int, int], Val]
 """(row, j) -> four int8 activations, columns 4 · j …, in every int32 lane"""
+
+
+Factors = dict[tuple[int, int], Val]
+"""(byte of a block at which int8 numbers stand, register of the panel) -> what they are multiplied with"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,20 +144,41 @@ class BlockTile:
         self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
         self.floats, self.dots = V(f32, isa.lanes), Dots(g, isa, form)
         self.blocks = g.b.lshr(o.columns, g.c(5))
+        self.factors: Factors = {}
 
     def write(self) -> None:
         """The whole tile. A set with short registers goes over the panel once for some of its outputs."""
         g, o, lanes = self.g, self.o, self.isa.lanes
         for parts in panel_parts(lanes, self.rows):
-            zero = g.k(self.floats, 0.0)
-            sums = g.loop(self.blocks, [zero] * (len(parts) * self.rows), partial(self._block, parts))
+            zero = [g.k(self.floats, 0.0)] * (len(parts) * self.rows)
+            if self.form.group == 1:
+                sums = g.loop(self.blocks, zero, partial(self._block, parts, o.weight, g.c(0), {}))
+            else:
+                sums = g.loop(g.b.lshr(self.blocks, g.c(3)), zero, partial(self._group, parts))
             for n, part in enumerate(parts):
                 store(g, o, sums[n * self.rows : (n + 1) * self.rows], 4 * lanes * part)
 
-    def _block(self, parts: Sequence[int], i: Val, acc: list[Val]) -> list[Val]:
+    def _group(self, parts: Sequence[int], i: Val, acc: list[Val]) -> list[Val]:
+        """Eight blocks that share factors."""
+        g, form = self.g, self.form
+        start = g.at(self.o.weight, g.b.mul(i, g.c(form.group_size)))
+        factors = {}
+        for part in parts:
+            offset = 2 * self.isa.lanes * part
+            factors[form.codes, part] = factors[form.codes + PANEL, part] = g.half(start, offset, self.isa.lanes)
+            if form.low:
+                factors[form.codes + form.scales, part] = g.half(start, 2 * PANEL + offset, self.isa.lanes)
+        first = g.b.shl(i, g.c(3))
+        return g.loop(g.c(8), acc, partial(self._block, parts, g.at(start, form.factors), first, factors))
+
+    def _block(
+        self, parts: Sequence[int], start: Val, first: Val, factors: Factors, i: Val, acc: list[Val]
+    ) -> list[Val]:
+        """The i-th block of those at `start`, the first of which is the panel's block number `first`."""
         g, b, o = self.g, self.g.b, self.o
-        sizes = (o.weight, self.form.size), (o.x, 32), (o.scales, 8)
-        weight, column, scale = (g.at(start, b.mul(i, g.c(size))) for start, size in sizes)
+        weight, n = g.at(start, b.mul(i, g.c(self.form.size))), b.add(first, i)
+        column, scale = (g.at(address, b.mul(n, g.c(size))) for address, size in ((o.x, 32), (o.scales, 8)))
+        self.factors = factors
         if parts[0] == 0:
             self._prefetch(weight)
         xs = [g.at(column, b.mul(o.x_stride, g.c(r))) for r in range(self.rows)]
@@ -174,15 +199,19 @@ class BlockTile:
     def _prefetch(self, weight: Val) -> None:
         """With few rows further on in the panel, else the same place of the next: what was fastest."""
         g = self.g
-        ahead = g.c(2048) if self.rows <= 2 else g.b.mul(self.blocks, g.c(self.form.size))
+        groups = g.b.lshr(self.blocks, g.c(self.form.group.bit_length() - 1))
+        ahead = g.c(2048) if self.rows <= 2 else g.b.mul(groups, g.c(self.form.group_size))
         for line in range(0, self.form.size, 64):
             g.prefetch(weight, g.at(ahead, line))
 
     def _numbers(self, weight: Val, offset: int, item: int, part: int) -> Val:
-        """A float of each output, as float32."""
+        """A number of each output, as float32: from byte `offset` of the block on."""
         g, lanes = self.g, self.isa.lanes
-        loaded = g.ld(V(f16 if item == 2 else f32, lanes), weight, offset + item * lanes * part)
-        return g.b.fpext(loaded, self.floats) if item == 2 else loaded
+        at = offset + item * lanes * part
+        if item == 1:
+            codes = g.b.sext(g.ld(V(i8, lanes), weight, at), V(i32, lanes))
+            return g.b.fmul(g.b.sitofp(codes, self.floats), self.factors[offset, part])
+        return g.half(weight, at, lanes) if item == 2 else g.ld(self.floats, weight, at)
 
     def _whole(
         self, weight: Val, part: int, codes: list[Val], act: Act, scales: list[tuple[Val, Val]], acc: list[Val]
@@ -213,7 +242,7 @@ class BlockTile:
         first = self.dots.sums(codes, range(4), act, self.rows)
         head = self.dots.sums(ones, range(4), act, self.rows)
         second = self.dots.sums(codes, range(4, 8), act, self.rows)
-        d0, d1 = (self._numbers(weight, form.codes + 64 * n, form.scale, part) for n in range(2))
+        d0, d1 = (self._numbers(weight, form.codes + PANEL * form.scale * n, form.scale, part) for n in range(2))
         out = []
         for r, (s, s_sum) in enumerate(scales):
             mine = b.fmul(b.sitofp(head[r], self.floats), g.splat(b.fmul(s, g.f(form.offset)), lanes))
@@ -308,14 +337,11 @@ def tile(isa: Isa, form: Form | DenseForm, rows: int) -> Callable[..., None]:
 
 
 def look_up(form: Form | DenseForm) -> Callable[..., None]:
-    """What `ir.emit` takes: (row of the matrix, columns, weight, out): that row as float32 to out."""
+    """What `ir.emit` takes: (row of the matrix, columns, bytes of a panel, weight, out): that row as float32 to out."""
 
-    def write(g: G, row: Val, columns: Val, weight: Val, out: Val) -> None:
+    def write(g: G, row: Val, columns: Val, panel: Val, weight: Val, out: Val) -> None:
         b = g.b
-        size = BLOCK if isinstance(form, Form) else 1
-        panel = b.mul(b.udiv(columns, g.c(size)), g.c(form.size))
-        lane = b.and_(row, g.c(15))
-        base = g.at(weight, b.mul(b.lshr(row, g.c(4)), panel))
+        lane, base = b.and_(row, g.c(15)), g.at(weight, b.mul(b.lshr(row, g.c(4)), panel))
         if isinstance(form, Form):
             g.loop(b.lshr(columns, g.c(5)), (), lambda i, _: _look_up_block(g, form, base, lane, i, out))
         else:
@@ -332,16 +358,21 @@ def _look_up_number(g: G, form: DenseForm, base: Val, lane: Val, i: Val, out: Va
 
 def _look_up_block(g: G, form: Form, base: Val, lane: Val, i: Val, out: Val) -> None:
     b, four = g.b, V(f32, 4)
-    block, to = g.at(base, b.mul(i, g.c(form.size))), g.at(out, b.mul(i, g.c(128)))
+    group = g.at(base, b.mul(b.udiv(i, g.c(form.group)), g.c(form.group_size)))
+    block = g.at(g.at(group, form.factors), b.mul(b.urem(i, g.c(form.group)), g.c(form.size)))
 
-    def number(offset: int, item: int) -> Val:
-        value = g.ld(f16 if item == 2 else f32, g.at(block, b.mul(lane, g.c(item))), offset)
+    def number(offset: int, item: int, factor: int) -> Val:
+        at = b.mul(lane, g.c(item))
+        if item == 1:
+            code = b.sitofp(g.ld(i8, g.at(block, at), offset), f32)
+            return b.fmul(code, b.fpext(g.ld(f16, g.at(group, b.mul(lane, g.c(2))), factor), f32))
+        value = g.ld(f16 if item == 2 else f32, g.at(block, at), offset)
         return b.fpext(value, f32) if item == 2 else value
 
-    scales = [number(form.codes + 16 * form.scale * n, form.scale) for n in range(form.halves)]
-    low = number(form.codes + form.scales, form.low) if form.low else None
+    scales = [number(form.codes + PANEL * form.scale * n, form.scale, 0) for n in range(form.halves)]
+    low = number(form.codes + form.scales, form.low, 2 * PANEL) if form.low else None
     for j, codes in enumerate(load_codes(g, form, g.at(block, b.mul(lane, g.c(4))), 0, 4)):
         exact = b.sitofp(b.sub(b.zext(codes, V(i32, 4)), g.k(V(i32, 4), form.offset)), four)
         scale = g.splat(scales[j * form.halves // 8], 4)
         value = b.fmul(exact, scale) if low is None else g.fma(exact, scale, g.splat(low, 4))
-        g.st(value, to, 16 * j)
+        g.st(value, g.at(out, b.mul(i, g.c(128))), 16 * j)
