@@ -55,7 +55,7 @@ def product(isa: Isa, form: Form | DenseForm) -> Function:
         while rows - r >= most:
             t8(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
             r += most
-        if rows - r >= 4:
+        if most > 4 and rows - r >= 4:
             t4(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
             r += 4
         if rows - r >= 2:
