@@ -179,13 +179,13 @@ def mass(s: int, n: int) -> float:
 
 
 @inline
-def _reach_of_top_p(s: int, best: Real, least: Real, target: float) -> Real:
-    """Scores below this are beyond top-p; from MASSES."""
-    found = peek(s + MASSES)
+def _reach(s: int, target: float) -> Real:
+    """Within how much of the best score there is a mass of `target`: one of STEPS, -1 if beyond; from MASSES."""
+    found = peek(s + MASSES) + 8
     for i in range(len(STEPS)):
-        if np.float64(peek_float(found + 4 + 4 * i)) >= target * _MARGIN:
-            return max(least, best - np.float32(STEPS[i]))
-    return least
+        if np.float64(peek_float(found + 4 * i)) >= target * _MARGIN:
+            return np.float32(STEPS[i])
+    return np.float32(-1.0)
 
 
 @inline
@@ -194,40 +194,53 @@ def filter_row(s: int, x: int, vocab: int, t: Real, best: Real, p: int) -> int:
 
     `best`: the largest score. At least one id is left.
     """
-    k, top_p, min_p = peek32(p + TOP_K), peek_float(p + TOP_P), peek_float(p + MIN_P)
-    vectors = (vocab + 15) // 16
+    k, min_p, vectors = peek32(p + TOP_K), peek_float(p + MIN_P), (vocab + 15) // 16
+    top_p, typical_p = np.float64(peek_float(p + TOP_P)), np.float64(peek_float(p + TYPICAL_P))
     least = start = best + np.float32(logarithm(np.float64(min_p))) if min_p > 0 else LOWEST
-    counted, whole = 0 < k < vocab, 0.0
+    counted, whole, mean = 0 < k < vocab, 0.0, 0.0
     if counted:
         bound = kth_bound(s, (vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS, k)
         start = max(least, bound / t)
-    elif top_p < 1:
+    elif top_p < 1 or typical_p < 1:
         masses(vectors, x, word(t), word(best), word(least), peek(s + MASSES))
         whole = np.float64(peek_float(peek(s + MASSES)))
-        start = _reach_of_top_p(s, best, least, np.float64(top_p) * whole)
+        mean = np.float64(peek_float(peek(s + MASSES) + 4)) / whole
+        reach = _reach(s, (top_p if top_p < 1 else typical_p) * whole)
+        if top_p >= 1 and reach > 0:  # as far on the other side of the mean, and a little for rounding
+            reach = np.float32(max(mean, abs(reach - mean)) + mean) * np.float32(1.00001)
+        start = max(least, best - reach) if reach > 0 else least
     n = collect(s, x, vectors, t, start)
     scores, weights = peek(s + SCORES), peek(s + WEIGHTS)
     weigh((n + 15) // 16, scores, word(best), weights)
     if counted and n > k:
         n = _keep(s, scores, n, find_cut(s, scores, 0, n, float(k)))
     if top_p < 1:
-        n = _keep(s, scores, n, find_cut(s, scores, weights, n, np.float64(top_p) * (mass(s, n) if counted else whole)))
-    if peek_float(p + TYPICAL_P) < 1:
-        n = _keep_typical(s, n, best, np.float64(peek_float(p + TYPICAL_P)))
+        n = _keep(s, scores, n, find_cut(s, scores, weights, n, top_p * (mass(s, n) if counted else whole)))
+    if typical_p < 1:
+        if counted or top_p < 1:
+            whole = mass(s, n)
+            mean = _mean_below(s, n, best) / whole
+        n = _keep_typical(s, n, best, mean, typical_p * whole)
     return n
 
 
 @inline
-def _keep_typical(s: int, n: int, best: Real, p: float) -> int:
-    """Of the n collected, those whose log-probability is nearest to minus the entropy."""
-    scores, weights, keys, whole = peek(s + SCORES), peek(s + WEIGHTS), peek(s + KEYS), mass(s, n)
-    normal, mean = np.float64(best) + logarithm(whole), 0.0
+def _mean_below(s: int, n: int, best: Real) -> float:
+    """How far the n collected lie below the best, by weight: the entropy less the best one's surprisal; times mass."""
+    scores, weights, found = peek(s + SCORES), peek(s + WEIGHTS), 0.0
     for i in range(n):
-        mean += np.float64(peek_float(weights + 4 * i)) / whole * (np.float64(peek_float(scores + 4 * i)) - normal)
+        found += np.float64(peek_float(weights + 4 * i)) * np.float64(best - peek_float(scores + 4 * i))
+    return found
+
+
+@inline
+def _keep_typical(s: int, n: int, best: Real, mean: float, target: float) -> int:
+    """Of the n collected, those whose log-probability is nearest to minus the entropy, up to a mass."""
+    scores, weights, keys = peek(s + SCORES), peek(s + WEIGHTS), peek(s + KEYS)
     for i in range(n):
-        distance = abs(np.float64(peek_float(scores + 4 * i)) - normal - mean)
+        distance = abs(np.float64(best) - np.float64(peek_float(scores + 4 * i)) - mean)
         poke_float(keys + 4 * i, word(np.float32(-distance)))
-    return _keep(s, keys, n, find_cut(s, keys, weights, n, p * whole))
+    return _keep(s, keys, n, find_cut(s, keys, weights, n, target))
 
 
 @inline

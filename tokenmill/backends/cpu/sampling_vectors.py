@@ -95,17 +95,20 @@ def _masses(g: G, vectors: Val, x: Val, t: Val, best: Val, least: Val, out: Val)
 
     def one(i: Val, sums: list[Val]) -> list[Val]:
         below = b.fsub(best_, s := b.fdiv(g.vec(x, i), t_))
-        e = b.select(b.fcmp_ordered(">=", s, least_), g.exp(b.fneg(below)), g.k(vf, 0.0))
-        within = [b.select(b.fcmp_ordered("<=", below, g.k(vf, d)), e, g.k(vf, 0.0)) for d in STEPS]
-        return [b.fadd(total, v) for total, v in zip(sums, [e, *within], strict=True)]
+        counts, zero = b.fcmp_ordered(">=", s, least_), g.k(vf, 0.0)
+        e = b.select(counts, g.exp(b.fneg(below)), zero)
+        moment = b.select(counts, b.fmul(e, below), zero)  # 0 times infinity is no number
+        within = [b.select(b.fcmp_ordered("<=", below, g.k(vf, d)), e, zero) for d in STEPS]
+        return [b.fadd(total, v) for total, v in zip(sums, [e, moment, *within], strict=True)]
 
-    sums = g.loop(vectors, [g.k(vf, 0.0)] * (1 + len(STEPS)), one)
+    sums = g.loop(vectors, [g.k(vf, 0.0)] * (2 + len(STEPS)), one)
     for i, total in enumerate(sums):
         g.st(g.rsum(total), out, 4 * i)
 
 
 masses = emit(6, _masses)
-"""(vectors, x, t, best, least, out): sums of e^(s − best) over s >= least: all, then those within each of STEPS."""
+"""(vectors, x, t, best, least, out): stores sums over s >= least: of e^(s − best), of that times best − s, and of
+e^(s − best) over what lies within each of STEPS of the best."""
 
 
 def _total(g: G, vectors: Val, x: Val, t: Val, best: Val) -> Val:
