@@ -294,3 +294,28 @@ def test_prompt_log_probabilities_are_the_models_own(kernel):
         assert detail.logprob == pytest.approx(expected[target], abs=1e-5)
         assert list(detail.top_ids) == best.tolist()
         assert detail.top_logprobs == pytest.approx(expected[best], abs=1e-5)
+
+
+def test_over_a_real_vocabulary_tokens_and_log_probabilities_are_the_torch_backends(kernel):
+    torch = pytest.importorskip("torch")
+    from tokenmill.backends.torch import sampling
+    from tokenmill.backends.torch.slots import Slots as TorchSlots
+
+    rng, vocab = np.random.default_rng(8), 49_152
+    for _ in range(2):
+        requests = [random_request(rng, vocab) for _ in range(SLOTS)]
+        outputs = [[int(i) for i in rng.integers(0, vocab, rng.integers(0, 20))] for _ in requests]
+        spread = rng.uniform(0.5, 4, (SLOTS, 1))
+        logits = (rng.normal(size=(SLOTS, vocab)) * spread).astype(np.float32)
+        inputs = make_step(requests, outputs)
+        state = TorchSlots(StepLimits(64, SLOTS, MAX_TOTAL, 4), vocab)
+        state.apply(inputs)
+        expected = sampling.sample(torch.tensor(logits), state, inputs)
+        ids, details = Bench(kernel, vocab).sample(logits, inputs)
+        assert ids == expected.token_ids.tolist()
+        for found, wanted in zip(details, expected.logprobs.details(), strict=True):
+            assert (found is None) == (wanted is None)
+            if found:
+                assert found.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+                assert found.top_ids == wanted.top_ids
+                assert found.top_logprobs == pytest.approx(wanted.top_logprobs, abs=1e-4)
