@@ -210,7 +210,8 @@ def random_case(seed: int, aborts: bool = True) -> Case:
         script += [[] for _ in range(turn + 1 - len(script))]
         script[turn].append(Abort(i))
     max_batch_tokens = rng.randint(1, 40)
-    limits = SchedulerLimits(max_batch_tokens, rng.randint(1, 8), longest, size, min_chunk=rng.choice([1, 1, 8]))
+    size_limits = (max_batch_tokens, rng.randint(1, 8), longest, size)
+    limits = SchedulerLimits(*size_limits, min_chunk=rng.choice([1, 1, 8]), prefill_beside=rng.choice([0, 8, 11]))
     return Case(requests, aborted, script, -(-longest // size) + rng.randint(0, 3), limits, hopeless)
 
 

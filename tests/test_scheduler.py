@@ -368,6 +368,16 @@ def test_a_prompt_is_not_cut_into_slivers() -> None:
     assert oracle.batches[1].counts.tolist() == [1, 12]
 
 
+def test_a_long_prompt_comes_in_small_pieces_beside_others_that_decode() -> None:
+    limits = SchedulerLimits(64, 8, 400, block_size=4, prefill_beside=8)
+    script = [[request(0, range(1, 30), 40), request(1, range(50, 62), 40)], [], [request(2, range(100, 150), 2)]]
+    engine, oracle, link = build(script, 200, limits)
+    run(engine, link)
+    assert oracle.batches[0].counts.tolist() == [29, 12], "nobody decodes yet"
+    pieces = [batch.counts.tolist() for batch in oracle.batches if len(batch.counts) == 3]
+    assert pieces[:5] == [[1, 1, 10]] * 5, "8, and one more for each of the two"
+
+
 def test_stats_tell_the_step_they_come_after() -> None:
     engine, _, link = build([[request(0, range(1, 9), 3), request(1, range(21, 29), 3)]], 16, LIMITS)
     engine.step()

@@ -33,6 +33,8 @@ class SchedulerLimits:
     max_total_tokens: int  # of a sequence, prompt and output
     block_size: int = 16  # tokens of a cache block
     min_chunk: int = 1  # a prompt is not cut into pieces smaller than this; what is left over waits for the next step
+    prefill_beside: int = 0  # prompt tokens of a step in which others decode: so many and one more for each of them, so
+    # that a long prompt holds them up little; at least `min_chunk`. 0: as many as the step holds
 
 
 class Scheduler:
@@ -88,7 +90,7 @@ class Scheduler:
         rows, slots, starts, counts, preempted = self._go_on()
         admitted: list[Sequence] = []
         if self.waiting and not preempted:
-            admitted, fresh_counts = self._admit(self.limits.max_batch_tokens - int(counts.sum()))
+            admitted, fresh_counts = self._admit(self._budget(counts) - int(counts.sum()))
             if admitted:
                 fresh = np.array([seq.slot for seq in admitted], np.int32)
                 rows, slots = rows + admitted, np.concatenate((slots, fresh))
@@ -177,10 +179,17 @@ class Scheduler:
         was admitted: what is left for it does not shrink, so `min_chunk` needs no look here.
         """
         before = np.cumsum(wanted, dtype=np.int32) - wanted
-        if not len(wanted) or before[-1] + wanted[-1] <= self.limits.max_batch_tokens:
+        budget = self._budget(wanted)
+        if not len(wanted) or before[-1] + wanted[-1] <= budget:
             return wanted
-        given: Int32 = np.clip(self.limits.max_batch_tokens - before, 0, wanted).astype(np.int32)
+        given: Int32 = np.clip(budget - before, 0, wanted).astype(np.int32)
         return given
+
+    def _budget(self, counts: Int32) -> int:
+        """Tokens of a step in which these are computed already."""
+        most, beside = self.limits.max_batch_tokens, self.limits.prefill_beside
+        decoding = int(np.count_nonzero(counts == 1)) if beside else 0
+        return min(most, beside + 2 * decoding) if decoding else most
 
     def _admit(self, budget: int) -> tuple[list[Sequence], list[int]]:
         """Let waiting sequences run, in order, while there are slots, blocks and budget; who, and their counts."""

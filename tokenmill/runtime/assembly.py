@@ -26,6 +26,7 @@ from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
 _MAX_BATCH_TOKENS = 512  # of a step on a CPU: a longer one only makes the running sequences wait
+_PREFILL_BESIDE = 32  # prompt tokens: on a CPU each lengthens the step that the others wait for
 _MAX_BATCH_SIZE = 128
 _MOCK_CAPACITY = 1 << 20  # tokens
 _MOCK_LENGTH = 8192
@@ -146,7 +147,10 @@ def _allocate(backend: Backend, limits: StepLimits, wants: Wants, group: Group, 
 
 
 def _scheduler(info: EngineInfo) -> Scheduler:
-    limits = SchedulerLimits(info.max_batch_tokens, info.max_batch_size, info.max_total_tokens, info.block_size)
+    beside = _PREFILL_BESIDE if info.device == "cpu" else 0
+    limits = SchedulerLimits(
+        info.max_batch_tokens, info.max_batch_size, info.max_total_tokens, info.block_size, prefill_beside=beside
+    )
     return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
 
 
