@@ -12,6 +12,7 @@ same name can get each other's code (so every compiled function here has a name 
 
 from __future__ import annotations
 
+import inspect
 import types as python
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -208,11 +209,13 @@ def emit(arguments: int, generate: Callable[..., Any], result: Any = types.void)
 
         return result(*([types.int64] * arguments)), codegen
 
-    # numba looks at the number of parameters, so the function has to be written out
-    names = ", ".join(f"a{i}" for i in range(arguments))
-    scope: dict[str, Any] = {"signature": signature}
-    exec(f"def operation(typing_context{', ' if names else ''}{names}):\n    return signature()\n", scope)
-    return cast("Callable[..., Any]", intrinsic(scope["operation"]))
+    def operation(typing_context: Any, *_: Any) -> tuple[Any, Callable[..., Any]]:
+        return signature()
+
+    names = ["typing_context", *(f"a{i}" for i in range(arguments))]  # numba looks at the number of parameters
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    operation.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    return cast("Callable[..., Any]", intrinsic(operation))
 
 
 def each(arguments: int, body: Callable[..., None]) -> Callable[..., Any]:
