@@ -141,3 +141,17 @@ def test_a_model_in_blocks_gives_the_logits_of_its_numbers(kinds: dict[str, str]
         # activations have 8 bits where weights are in blocks: about a hundredth of what a row's logits spread over
         assert np.abs(got - want).max() < (0.05 if "Q" in default or "int" in default else 1e-5) * np.abs(want).max()
         assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q6_K", "F16"])
+def test_one_number_that_is_none_shows_in_the_logits(kind: str) -> None:
+    made = Made({}, kind)
+
+    def read(source: Any, piece: Piece) -> Matrix:
+        numbers = made.read(source, piece)
+        if "post_attention" in piece.name and isinstance(numbers, Dense):
+            numbers.array[3] = np.nan
+        return numbers
+
+    for got in logits(made, read):
+        assert np.isnan(got).all()

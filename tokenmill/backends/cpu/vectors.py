@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.ir import G, V, Val, f32, i8, vi
+from tokenmill.backends.cpu.ir import G, V, Val, f32, i8, i32, vi
 
 
 def silu(g: G, x: Val) -> Val:
@@ -49,9 +49,14 @@ ACTS = {t.SILU: silu, t.GELU_TANH: gelu_tanh, t.GELU_ERF: gelu_erf, t.RELU: relu
 
 
 def quantize_block(g: G, x0: Val, x1: Val, codes: Val, scales: Val) -> None:
-    """Two vectors to 32 int8 at `codes`; their scale s and s · sum of codes, float32, at `scales`."""
+    """Two vectors to 32 int8 at `codes`; their scale s and s · sum of codes, float32, at `scales`.
+
+    One NaN makes s a NaN, and so whatever is computed with it.
+    """
     b, bytes16 = g.b, V(i8, 16)
-    top = g.rmax(g.vmax(g.each_lane("fabs", x0), g.each_lane("fabs", x1)))
+    size0, size1 = (b.and_(b.bitcast(x, vi), g.k(vi, 0x7FFFFFFF)) for x in (x0, x1))  # as integers a NaN is largest
+    top_bits = g.call("llvm.vector.reduce.smax.v16i32", i32, [g.call("llvm.smax.v16i32", vi, [size0, size1])])
+    top = b.bitcast(top_bits, f32)
     some = b.fcmp_ordered(">", top, g.f(0.0))
     inverse = g.splat(b.select(some, b.fdiv(g.f(127.0), top), g.f(0.0)))
     scale = b.fmul(top, g.f(1 / 127.0))
