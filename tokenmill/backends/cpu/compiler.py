@@ -51,7 +51,7 @@ def compile_kernels(names: Iterable[str], isa: Isa, done: Callable[[str, bytes],
     """Compile each; `done` gets its name and object file. Takes some tenths of a second a kernel."""
     if (features := target_features(isa)) is not None:
         vars(config)["CPU_FEATURES"] = features  # before numba's first compilation in this process
-    vars(config)["OPT"] = type(config.OPT)(0)  # else each function is optimized again in all that call it
+    vars(config)["OPT"] = type(vars(config)["OPT"])(0)  # else each function is optimized again in all that call it
     attention = import_module("tokenmill.backends.cpu.attention")
     found, target = makers(isa), _target(isa)
     for name in names:
