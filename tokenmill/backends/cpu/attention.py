@@ -170,10 +170,12 @@ def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
 
 
 def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
-    """(row, context, r0, n, h): ask for what an item reads first."""
+    """(row, context, r0, n, h): ask for what an item reads first, unless it is of a prompt, whose pages are near."""
     begin, page = emit(5, Tile(isa, heads, 1).begin), heads.pages.size
 
     def ask(row: int, context: int, r0: int, n: int, h: int) -> None:
+        if n > 1:
+            return
         position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
         p0 = max(0, position - window + 1) >> 4 if window else 0
         stride = peek(row + _HEADS) * page

@@ -76,6 +76,7 @@ class Tile:
         self.parts = 16 // isa.lanes
         registers = 31 if isa.lanes != 8 else 15
         widest = max(1, (registers - 1) // (pairs + 1))
+        self.two = 4 * pairs + 3 <= registers  # pages at once: a query's number is then read once for both
         self.wide = min(1 << (widest.bit_length() - 1), heads.dim // isa.lanes)  # vectors of a pass over the values
 
     def _page(self, g: G, p0: Val, table: Val, kv: Val, stride: Val) -> Callable[[Val], Val]:
@@ -120,62 +121,77 @@ class Tile:
     ) -> None:
         """Scores of all pairs and their largest; `factor`, `cap`: bits of floats."""
         page = self._page(g, p0, table, kv, stride)
-        queries, scores = self._words(g, pair, QUERY), self._words(g, pair, SCORES)
-        ends, begins = self._words(g, pair, END), self._words(g, pair, BEGIN)
-        ints = V(i32, self.lanes)
-        scale = g.splat(g.bits(factor), self.lanes)
-        hidden = g.k(V(f32, self.lanes), _HIDDEN)
+        ends, begins = ([g.b.trunc(w, i32) for w in self._words(g, pair, word)] for word in (END, BEGIN))
+        floats, ints = V(f32, self.lanes), V(i32, self.lanes)
+        scores, scale = self._words(g, pair, SCORES), g.splat(g.bits(factor), self.lanes)
+        hidden = g.k(floats, _HIDDEN)
 
-        def one(i: Val, best: list[Val]) -> list[Val]:
-            b, here, found = g.b, page(i), []
-            following = self._ahead(g, i, n, page, self.pages.values)
-            self._scales(g, page(b.select(b.icmp_signed("<", g.at(i, AHEAD), n), g.at(i, AHEAD), i)))
+        def finish(i: Val, here: Val, part: int, sums: list[Val]) -> list[Val]:
+            """One part of a page: scaled, hidden where not seen, stored."""
+            b, out = g.b, []
             position = b.trunc(b.shl(g.at(p0, i), g.c(4)), i32)
-            for part in range(self.parts):
-                sums = self._products(g, here, queries, part, following)
-                lane = ir.Constant(ints, list(range(part * self.lanes, (part + 1) * self.lanes)))
-                places = b.add(g.splat(position, self.lanes), lane)
-                by = scale
-                if self.heads.form == "int8":
-                    stored = g.ld(V(f32, self.lanes), here, self.pages.key_scales + 4 * part * self.lanes)
-                    by = b.fmul(scale, stored)
-                for r in range(self.pairs):
-                    end, begin = (g.splat(b.trunc(w[r], i32), self.lanes) for w in (ends, begins))
-                    seen = b.and_(b.icmp_signed("<", places, end), b.icmp_signed(">=", places, begin))
-                    s = b.fmul(sums[r], by)
-                    if self.heads.capped:
-                        s = capped(g, s, g.splat(g.bits(cap), self.lanes))
-                    s = b.select(seen, s, hidden)
-                    g.st(s, g.at(scores[r], b.shl(i, g.c(6))), 4 * part * self.lanes)
-                    found.append(g.vmax(best[part * self.pairs + r], s))
-            return found
+            lane = ir.Constant(ints, list(range(part * self.lanes, (part + 1) * self.lanes)))
+            places, by = b.add(g.splat(position, self.lanes), lane), scale
+            if self.heads.form == "int8":
+                by = b.fmul(by, g.ld(floats, here, self.pages.key_scales + 4 * part * self.lanes))
+            for r in range(self.pairs):
+                end, begin = (g.splat(w[r], self.lanes) for w in (ends, begins))
+                seen = b.and_(b.icmp_signed("<", places, end), b.icmp_signed(">=", places, begin))
+                s = b.fmul(sums[r], by)
+                s = capped(g, s, g.splat(g.bits(cap), self.lanes)) if self.heads.capped else s
+                out.append(b.select(seen, s, hidden))
+                g.st(out[-1], g.at(scores[r], b.shl(i, g.c(6))), 4 * part * self.lanes)
+            return out
 
-        best = g.loop(n, [hidden] * (self.pairs * self.parts), one)
+        def some(first: Val, count: int, best: list[Val]) -> list[Val]:
+            """`count` pages from the first on; the largest scores so far, by part and pair."""
+            places = [g.at(first, k) for k in range(count)]
+            here = [page(i) for i in places]
+            ahead = [self._ahead(g, i, n, page, self.pages.values) for i in places]
+            for i in places:
+                self._scales(g, page(g.b.select(g.b.icmp_signed("<", g.at(i, AHEAD), n), g.at(i, AHEAD), i)))
+            best = list(best)
+            for part in range(self.parts):
+                sums = self._products(g, here, self._words(g, pair, QUERY), part, ahead)
+                for k in range(count):
+                    for r, s in enumerate(finish(places[k], here[k], part, sums[k])):
+                        best[part * self.pairs + r] = g.vmax(best[part * self.pairs + r], s)
+            return best
+
+        best = [hidden] * (self.pairs * self.parts)
+        if self.two:
+            best = g.loop(g.b.lshr(n, g.c(1)), best, lambda i, best: some(g.b.shl(i, g.c(1)), 2, best))
+        rest = g.b.and_(n, g.c(1)) if self.two else n
+        best = g.loop(rest, best, lambda i, best: some(g.at(i, g.b.sub(n, rest)), 1, best))
         for r in range(self.pairs):
             top = best[r]
             for part in range(1, self.parts):
                 top = g.vmax(top, best[part * self.pairs + r])
             g.st(g.rmax(top), pair, PAIR_BYTES * r + TOP)
 
-    def _products(self, g: G, page: Val, queries: list[Val], part: int, following: Val) -> list[Val]:
-        """Queries times one part of a page's keys. Two sums a pair, or the loop waits for additions."""
-        b, item, lanes = g.b, self.pages.item, self.lanes
+    def _products(self, g: G, pages: list[Val], queries: list[Val], part: int, ahead: list[Val]) -> list[list[Val]]:
+        """Queries times one part of some pages' keys. Two sums a pair, or the loop waits for additions."""
+        b, item, lanes, count = g.b, self.pages.item, self.lanes, len(pages)
 
         def four(j: Val, sums: list[Val]) -> list[Val]:
             sums, column = list(sums), b.mul(j, g.c(4 * 16 * item))
-            if part == 0:
+            for following in ahead if part == 0 else ():
                 for line in range(item):
                     g.prefetch(g.at(following, column), 64 * line)
             for u in range(4):
-                key = self.pages.load(g, g.at(page, column), (16 * u + part * lanes) * item, lanes)
+                offset = (16 * u + part * lanes) * item
+                keys = [self.pages.load(g, g.at(here, column), offset, lanes) for here in pages]
                 for r in range(self.pairs):
                     q = g.splat(g.ld(f32, g.at(queries[r], b.shl(j, g.c(4))), 4 * u), lanes)
-                    sums[2 * r + u % 2] = g.fma(key, q, sums[2 * r + u % 2])
+                    for k, key in enumerate(keys):
+                        at = 2 * (self.pairs * k + r) + u % 2
+                        sums[at] = g.fma(key, q, sums[at])
             return sums
 
         zero = g.k(V(f32, lanes), 0.0)
-        sums = g.loop(g.c(self.heads.dim // 4), [zero] * (2 * self.pairs), four)
-        return [b.fadd(sums[2 * r], sums[2 * r + 1]) for r in range(self.pairs)]
+        sums = g.loop(g.c(self.heads.dim // 4), [zero] * (2 * self.pairs * count), four)
+        totals = [b.fadd(sums[i], sums[i + 1]) for i in range(0, len(sums), 2)]
+        return [totals[k * self.pairs : (k + 1) * self.pairs] for k in range(count)]
 
     def softmax(self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
         """Scores to e^(score − largest), times the values' scales if they have any; and one over their sum."""
