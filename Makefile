@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 ARGS ?=
 export VENV
 
-.PHONY: help serve chat test lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend wheel clean
+.PHONY: help serve chat torch test test-without-torch lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend wheel clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-16s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
 
 serve: $(VENV)/.installed  ## serve the default model, or ARGS="--model-id …"
 	@exec $(BIN)/tokenmill serve $(ARGS)
@@ -17,7 +17,12 @@ serve: $(VENV)/.installed  ## serve the default model, or ARGS="--model-id …"
 chat: $(VENV)/.installed  ## talk to the server that runs, or to one's own
 	@exec $(BIN)/tokenmill chat $(ARGS)
 
-test: $(VENV)/.installed-test  ## all tests
+torch: $(VENV)/.installed-torch  ## install torch, for models that the CPU engine has no kernels for
+
+test: $(VENV)/.installed-test  ## all tests (installs torch, the reference of many)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-without-torch: $(VENV)/.installed-test-without-torch  ## the tests that need no torch; PYTHON=… VENV=… for another Python
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff
@@ -53,10 +58,18 @@ $(VENV)/.installed: pyproject.toml scripts/install.sh
 	@scripts/install.sh -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-torch: $(VENV)/.installed
+	@scripts/install.sh -e '.[torch]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-torch
+	@scripts/install.sh -e '.[test,torch]'
+	@touch $@
+
+$(VENV)/.installed-test-without-torch: $(VENV)/.installed
 	@scripts/install.sh -e '.[test]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	@scripts/install.sh -e '.[test,dev]'
+	@scripts/install.sh -e '.[test,torch,dev]'
 	@touch $@

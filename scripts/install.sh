@@ -3,12 +3,17 @@
 #
 #   VENV    the environment's folder   (.venv)
 #   PYTHON  the interpreter            (the newest of python3.13, python3.12, python3.11, python3 that is at least 3.11)
-#   TORCH   what to install as torch   (torch==2.13.0)
+#   TORCH   what to install as torch   (torch==2.13.0, where torch is wanted)
 #
-# On Linux without an NVIDIA GPU torch is a CPU build: gigabytes of CUDA help nobody there.
+# torch is installed where TORCH is given, where WHAT names the extra `torch`, and where there is an NVIDIA GPU: a CPU is
+# served without it. On Linux without an NVIDIA GPU it is a CPU build: gigabytes of CUDA help nobody there.
 set -eu
 venv=${VENV:-.venv}
-torch=${TORCH:-torch==2.13.0}
+torch=${TORCH:-}
+gpu=
+if [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; then gpu=yes; fi
+case "$*" in *[[,]torch[],]*) torch=${torch:-torch==2.13.0} ;; esac
+if [ -n "$gpu" ]; then torch=${torch:-torch==2.13.0}; fi
 
 python=
 for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
@@ -30,12 +35,13 @@ if ! [ -x "$venv/bin/python" ]; then
         exit 1
     }
 fi
-# --no-compile: modules are compiled when they are first imported, which most of torch's never are.
+# --no-compile: modules are compiled when they are first imported, which most never are.
 pip() { "$venv/bin/python" -m pip "$@" --disable-pip-version-check --no-input; }
+has() { "$venv/bin/python" -P -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
 
-if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+if [ -n "$torch" ] && ! has torch; then
     index=
-    if [ "$(uname -s)" = Linux ] && ! [ -e /dev/nvidiactl ] && ! command -v nvidia-smi >/dev/null; then
+    if [ "$(uname -s)" = Linux ] && [ -z "$gpu" ]; then
         # Which build would the configured index give? One that needs NVIDIA's packages is not wanted here.
         if pip install --quiet --dry-run --no-deps --report - "$torch" 2>/dev/null | "$venv/bin/python" -P -c '
 import json, sys
@@ -51,8 +57,9 @@ fi
 echo "Installing tokenmill"
 pip install --quiet --quiet --no-compile "$@"
 # Compile what a server imports, so that the second start is a fast one even where Python may not write bytecode.
-env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -P -c '
-import tokenmill.backends.torch.backend, tokenmill.launcher, tokenmill.llm, tokenmill.server.worker' || {
+modules="tokenmill.backends.cpu.backend, tokenmill.launcher, tokenmill.llm, tokenmill.server.worker"
+if has torch; then modules="$modules, tokenmill.backends.torch.backend"; fi
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -P -c "import $modules" || {
     echo "The installed package cannot be imported; see above. Remove $venv and try again." >&2
     exit 1
 }

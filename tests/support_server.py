@@ -47,12 +47,14 @@ def byte_model(folder: Path) -> Path:
 class Server:
     """A running server. `url` is ready when the constructor returns, unless `wait` is false."""
 
-    def __init__(self, model: Path | str, port: int, *options: str, mock: bool = True, wait: bool = True) -> None:
+    def __init__(
+        self, model: Path | str, port: int, *options: str, mock: bool = True, wait: bool = True, python_path: str = ""
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
         command = [sys.executable, "-m", "tokenmill", "serve", "--model-id", str(model), "--hostname", "127.0.0.1"]
         command += ["--port", str(port), *(["--mock"] if mock else []), *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [python_path, str(ROOT)]))}
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -81,10 +82,10 @@ def test_the_embedded_model_is_run_by_the_cpu_backend_and_each_operation_has_its
 def test_what_the_cpu_backend_lacks_is_named_with_the_backend_that_is_taken(
     embedded_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "need_torch", lambda what: None)
+    monkeypatch.setattr(extras, "has_torch", lambda: True)
     found = findings("--block-size", "7")["backend"]
-    assert (found.verdict, found.text[:7]) == ("note", "torch: ")
-    assert "not 7" in found.text
+    assert found.verdict == "note"
+    assert re.match(r"torch, weights .* because the CPU backend cannot serve this: .* not 7$", found.text)
     assert findings("--block-size", "7", "--backend", "cpu")["backend"].verdict == "bad"
     assert findings("--backend", "torch")["backend"].verdict == "ok"
 
@@ -96,7 +97,13 @@ def test_what_needs_torch_is_bad_where_torch_is_absent(embedded_model: Path, mon
     assert "needs torch, which is not installed" in found.text
 
 
-def test_a_model_that_is_not_here_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_bad_with_both_numbers(embedded_model: Path) -> None:
+    found = findings("--memory-limit", "20MB")["backend"]
+    assert found.verdict == "bad"
+    assert "weights need 92.1 MiB, but 19.1 MiB" in found.text
+
+
+def test_a_model_that_is_not_here_is_noted() -> None:
     found = findings("--model-id", "nobody/nothing")
     assert found["model"].verdict == "note"
     assert found["backend"].verdict == "note"

@@ -20,13 +20,16 @@ import psutil
 
 import tokenmill
 from tokenmill import fetch
-from tokenmill.config import Settings, memory_bytes, usable_cpus
+from tokenmill.config import Settings, memory_bytes
 from tokenmill.errors import DownloadError, StartError
-from tokenmill.extras import has_torch, need_torch
+from tokenmill.extras import has_torch
 from tokenmill.models.base import program_of
 from tokenmill.operate.env import cpu_name
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
+from tokenmill.runtime.choice import Computing, choose, weight_bytes
+from tokenmill.runtime.memory import available_bytes, check_weights, size
+from tokenmill.runtime.worker import computing as computing_of
 from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint
 from tokenmill.weights.source import ModelSource
 
@@ -77,8 +80,6 @@ def _processor(settings: Settings) -> Finding:
 
 
 def _memory(settings: Settings) -> Finding:
-    from tokenmill.runtime.memory import available_bytes, size
-
     limit = memory_bytes(settings.memory_limit)
     allowed = f"; at most {size(limit)} are used" if limit is not None else ""
     return Finding("memory", "ok", f"{size(available_bytes())} free of {size(psutil.virtual_memory().total)}{allowed}")
@@ -120,47 +121,33 @@ def _backend(settings: Settings) -> Finding:
     if source is None:
         return Finding("backend", "note", "is chosen when the model is here")
     checkpoint = open_checkpoint(source)
-    program = program_of(checkpoint.config)
-    why = _why_torch(settings, program)
-    if why and settings.backend != "cpu":
-        need_torch(f"{why}. Everything else")
-        return Finding("backend", "ok" if settings.backend == "torch" else "note", f"torch: {why}")
-    if why:
-        return Finding("backend", "bad", f"--backend cpu cannot run this model: {why}")
-    return _cpu_backend(settings, program, checkpoint)
+    program, computing = program_of(checkpoint.config), computing_of(settings)
+    choice = choose(program, computing, settings.block_size, settings.num_shard or 1)
+    needed, free = weight_bytes(choice, program, checkpoint, computing.dtype), available_bytes()
+    check_weights(needed, free, memory_bytes(settings.memory_limit))
+    if choice.name != "cpu":
+        why = f", because the CPU backend cannot serve this: {choice.reason}" if choice.reason else ""
+        return Finding("backend", "note" if why else "ok", f"{choice.name}, weights {size(needed)}{why}")
+    return _cpu_backend(program, checkpoint, computing, f"weights {size(needed)}")
 
 
-def _why_torch(settings: Settings, program: Program) -> str:
-    """What keeps the CPU backend from serving; "" if nothing does."""
-    from tokenmill.backends.cpu.isa import available
-    from tokenmill.backends.cpu.prepare import refusal
-
-    if settings.backend == "torch":
-        return "asked for with --backend"
-    if (settings.num_shard or 1) > 1:
-        return "the CPU backend does not share a model over ranks"
-    if not available():
-        return "the CPU backend has no kernels for this processor"
-    return refusal(program, settings.block_size)
-
-
-def _cpu_backend(settings: Settings, program: Program, checkpoint: Checkpoint) -> Finding:
+def _cpu_backend(program: Program, checkpoint: Checkpoint, computing: Computing, weights: str) -> Finding:
     from tokenmill.backends.cpu.backend import KV_DTYPES
     from tokenmill.backends.cpu.cache import KernelCache
     from tokenmill.backends.cpu.explain import kernels_of
     from tokenmill.backends.cpu.isa import detect
     from tokenmill.backends.cpu.threads import default_threads
 
-    read = reader_of(checkpoint, settings.quantize)
-    kinds = kernels_of(program, checkpoint, read, KV_DTYPES[settings.kv_cache_dtype])
+    read, kv_dtype = reader_of(checkpoint, computing.quantize), KV_DTYPES[computing.kv_cache_dtype]
+    kinds = kernels_of(program, checkpoint, read, kv_dtype)
     names = ["walk", "serve", *(name for kernels in kinds.values() for name in kernels)]
-    missing = KernelCache(Path(settings.kernel_cache), detect(settings.cpu_isa)).missing(names)
+    missing = KernelCache(Path(computing.kernel_cache), detect(computing.cpu_isa)).missing(names)
     cached = f"{len(missing)} of {len(names)} kernels are still to be compiled" if missing else "kernels are compiled"
-    threads = settings.cpu_threads or default_threads(usable_cpus())
+    threads = computing.cpu_threads or default_threads(computing.cpus)
     width = max(map(len, kinds))
     details = [f"{kind.ljust(width)}  {_times(kernels)}" for kind, kernels in kinds.items()]
-    said = f"cpu, {threads} thread{'s' if threads > 1 else ''} of {usable_cpus()} usable CPUs; {cached}"
-    return Finding("backend", "ok", said, tuple(details))
+    on = f"{threads} thread{'s' if threads > 1 else ''} of {computing.cpus} usable CPUs"
+    return Finding("backend", "ok", f"cpu, {on}, {weights}; {cached}", tuple(details))
 
 
 def _times(kernels: Counter[str]) -> str:

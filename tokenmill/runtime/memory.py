@@ -37,8 +37,8 @@ def check_weights(weight_bytes: int, available: int, limit: int | None = None) -
     if weight_bytes > room:
         what = "are free" if limit is None or limit > available else "are allowed by the memory limit"
         raise NotEnoughMemory(
-            f"The model's weights need {size(weight_bytes)}, but {size(room)} {what}. Serve a smaller model, or halve "
-            "the weights with --dtype bfloat16."
+            f"The model's weights need {size(weight_bytes)}, but {size(room)} {what}. Serve a smaller or a "
+            "quantized model."
         )
 
 
