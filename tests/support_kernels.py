@@ -58,5 +58,6 @@ def quantized(x):
     top = np.abs(blocks).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
     codes = np.rint(blocks * inverse)
-    scale = top * np.float32(1 / 127)
+    norm = (codes * codes).sum(-1, keepdims=True)
+    scale = np.divide((codes * blocks).sum(-1, keepdims=True), norm, out=np.zeros_like(top), where=norm > 0)
     return codes.reshape(x.shape).astype(np.int8), np.concatenate([scale, scale * codes.sum(-1, keepdims=True)], -1)

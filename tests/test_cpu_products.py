@@ -63,6 +63,7 @@ def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     blocks = x.reshape(len(x), -1, 32)
     s = np.abs(blocks).max(-1) / np.float32(127)
     q = np.rint(blocks / np.where(s, s, 1)[..., None]).astype(np.int8)
+    s = (q * blocks).sum(-1) / np.maximum((q.astype(np.float32) ** 2).sum(-1), 1)
     scales = np.stack([s, s * q.sum(-1)], -1).astype(np.float32)
     return q.reshape(x.shape), scales
 

@@ -48,6 +48,9 @@ ACTS = {t.SILU: silu, t.GELU_TANH: gelu_tanh, t.GELU_ERF: gelu_erf, t.RELU: relu
 """What `layout.ACTS` numbers, as code for a vector."""
 
 
+_NOTHING = 1e-30  # a block whose largest is not above this is zero
+
+
 def quantize_block(g: G, x0: Val, x1: Val, codes: Val, scales: Val) -> None:
     """Two vectors to 32 int8 at `codes`; their scale s and s · sum of codes, float32, at `scales`.
 
@@ -57,10 +60,12 @@ def quantize_block(g: G, x0: Val, x1: Val, codes: Val, scales: Val) -> None:
     size0, size1 = (b.and_(b.bitcast(x, vi), g.k(vi, 0x7FFFFFFF)) for x in (x0, x1))  # as integers a NaN is largest
     top_bits = g.call("llvm.vector.reduce.smax.v16i32", i32, [g.call("llvm.smax.v16i32", vi, [size0, size1])])
     top = b.bitcast(top_bits, f32)
-    some = b.fcmp_ordered(">", top, g.f(0.0))
+    some = b.fcmp_unordered(">", top, g.f(_NOTHING))
     inverse = g.splat(b.select(some, b.fdiv(g.f(127.0), top), g.f(0.0)))
-    scale = b.fmul(top, g.f(1 / 127.0))
-    q0, q1 = (b.fptosi(g.each_lane("nearbyint", b.fmul(x, inverse)), vi) for x in (x0, x1))
+    r0, r1 = (g.each_lane("nearbyint", b.fmul(x, inverse)) for x in (x0, x1))
+    q0, q1 = (b.fptosi(r, vi) for r in (r0, r1))
+    fit, norm = (g.rsum(g.fma(r0, u0, b.fmul(r1, u1))) for u0, u1 in ((x0, x1), (r0, r1)))
+    scale = b.select(some, b.fdiv(fit, norm), g.f(0.0))
     g.st(b.trunc(q0, bytes16), codes)
     g.st(b.trunc(q1, bytes16), codes, 16)
     g.st(scale, scales)
