@@ -99,6 +99,7 @@ RECORD = {
 
 def test_ratios_are_of_one_pass_and_tables_show_the_best():
     assert tables.ratio(RECORD, "streams 1", "ours", "peer") == [2.5, 1.5]
+    assert tables.summary(RECORD).endswith("| streams 1 | 300 | 200 |")
     text = tables.document(RECORD)
     assert "| ours | 300 |" in text
     assert "| peer | 200 |" in text

@@ -32,9 +32,9 @@ class Row:
     ours_only: bool = False
 
 
-def asks(number: int, seed: int, words: int = _SHORT, new_tokens: int = _NEW, **more: Any) -> list[Ask]:
-    """Requests without a common prefix; `seed` apart by 100 or more never repeats one."""
-    return [Ask(make_prompt(seed * 1000 + i, words), new_tokens, **more) for i in range(number)]
+def asks(number: int, group: int, words: int = _SHORT, new_tokens: int = _NEW, **more: Any) -> list[Ask]:
+    """Requests without a common prefix; another `group` has other ones."""
+    return [Ask(make_prompt(group * 1000 + i, words), new_tokens, **more) for i in range(number)]
 
 
 def _figures(found: Report | Disturbed) -> Figures:

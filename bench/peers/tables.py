@@ -40,11 +40,24 @@ _LOWER_IS_BETTER = ("arrival_ttft_p50_s",)
 
 
 def document(record: Record) -> str:
-    """Every row's table, then the ratios of each of our servers to the peers."""
+    """The summary, every row's table, then the ratios of each of our servers to the peers."""
     names = list(dict.fromkeys(entry["row"] for entry in record["rows"]))
-    parts = [_row(record, name) for name in names]
+    parts = [summary(record), *(_row(record, name) for name in names)]
     parts += [table for ours in _ours(record) if (table := _ratios(record, ours, names))]
     return "\n\n".join(parts)
+
+
+def summary(record: Record) -> str:
+    """One line a row: each server's leading figure, in its best pass."""
+    columns = servers(record)
+    lines = []
+    for name in dict.fromkeys(entry["row"] for entry in record["rows"]):
+        found = [best(record, name, server) for server in columns]
+        if key := next((leading(figures) for figures in found if figures), ""):
+            title = "" if name.startswith("streams") else f", {_SHOWN[key][0]}"
+            cells = [_cell(figures, key) if figures else "" for figures in found]
+            lines.append(f"| {name}{title} | " + " | ".join(cells) + " |")
+    return "\n".join(["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|", *lines])
 
 
 def short(figures: dict[str, float]) -> str:
