@@ -15,7 +15,7 @@ import openai
 import pytest
 import torch
 from huggingface_hub import InferenceClient, configure_http_backend
-from support_embedded import greedy, reference_model
+from support_embedded import behind, reference_model
 from support_server import Server, eventually
 from text_generation import Client
 
@@ -25,6 +25,7 @@ from tokenmill.weights import embedded
 torch.set_num_threads(2)
 QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "List three prime numbers.")
 CLEAR = 1e-3  # a lead in logits that the order of a sum does not turn round
+NEAR = 0.6  # a lead that rounding activations to 8 bits may turn round
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +58,23 @@ def prompt_of(question: str) -> str:
     return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_three_greedy_answers_equal_transformers_over_the_dequantized_weights(server: Server, path: Path) -> None:
-    model = reference_model(path)
+def test_greedy_answers_are_transformers_choices_over_the_dequantized_weights(server: Server, path: Path) -> None:
+    model, gaps = reference_model(path), []
     for question in QUESTIONS:
-        tokens = server.post("/tokenize", {"inputs": prompt_of(question)}).json()
-        want, leads = greedy(model, [token["id"] for token in tokens], 40, (2,))
-        assert min(leads) > CLEAR, "a prompt whose answer hangs on rounding proves nothing"
-        assert ids_of(generate(server, prompt_of(question), max_new_tokens=40)) == want
+        prompt = [token["id"] for token in server.post("/tokenize", {"inputs": prompt_of(question)}).json()]
+        answer = generate(server, prompt_of(question), max_new_tokens=40)
+        gaps += behind(model, prompt, ids_of(answer))
         chat = server.post(
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": question}], "max_tokens": 40, "temperature": 0},
         ).json()
-        plain = generate(server, prompt_of(question), max_new_tokens=40)["generated_text"]
-        assert chat["choices"][0]["message"]["content"] == plain
+        assert chat["choices"][0]["message"]["content"] == answer["generated_text"]
+    assert max(gaps) < NEAR
+    assert sum(gap == 0 for gap in gaps) >= 0.93 * len(gaps)
+
+
+def test_the_first_question_of_the_documentation_is_answered(server: Server) -> None:
+    assert "Paris" in generate(server, prompt_of(QUESTIONS[0]), max_new_tokens=40)["generated_text"]
 
 
 def test_32_streams_at_once_give_what_each_gives_alone(server: Server) -> None:
