@@ -109,12 +109,16 @@ def _scratch(vocab_size: int, max_tokens: int, threads: int) -> NDArray[np.uint8
     """(threads, bytes): each thread's begins with the addresses of its parts."""
     row = -(-vocab_size // 64) * 256  # bytes of a number for each id
     sizes = dict.fromkeys(range(0, 8 * w.PARTS, 8), row)
-    sizes |= {w.TOUCHED: -(-min(max_tokens, vocab_size) // 16) * 64, w.HISTOGRAM: 8 * w.BUCKETS, w.MASSES: 64}
+    sizes |= {w.TOUCHED: -(-min(max_tokens, vocab_size) // 16) * 64, w.HISTOGRAM: 8 * w.BUCKETS}
+    sizes |= dict.fromkeys((w.MASSES, w.DEPTHS, w.FIRST_DEPTHS, w.KEPT), 64)
     sizes[w.MAXIMA] = -(-row // 4096) * 64
     scratch: NDArray[np.uint8] = zeros((threads, 128 + sum(sizes.values())))
     for own in scratch:
         at = own.ctypes.data + 128
         for part, size in sizes.items():
             own[part : part + 8].view(np.int64)[0] = at
+            if part == w.FIRST_DEPTHS:
+                depths = at - own.ctypes.data
+                own[depths : depths + 32].view(np.float32)[:] = w.FIRST_DEPTHS_OF_ALL
             at += size
     return scratch

@@ -13,6 +13,7 @@ from tokenmill.backends.cpu.sampling_layout import (
     BIAS_VALUES,
     CHOSEN,
     FREQUENCY,
+    KEPT,
     LISTED,
     LOGPROBS,
     MIN_P,
@@ -62,6 +63,7 @@ from tokenmill.backends.cpu.sampling_vectors import (
     Real,
     noise_key,
     peek_byte,
+    peek_double,
     peek_float,
     poke32,
     poke_float,
@@ -113,7 +115,7 @@ def _score_row(words: int, s: int, x: int, vocab: int, r: int) -> None:
         _set_nothing(words, r)
         return
     best = find_maxima(s, x, (vocab + 15) // 16)
-    normal = _list_row(words, s, x, vocab, r, wanted, _ONE, best)
+    normal = _list_row(words, s, x, vocab, r, wanted, _ONE, best, LOWEST)
     target = peek(peek(words + TARGETS) + 8 * r)
     _set_chosen(words, r, peek_float(x + 4 * target), normal)
 
@@ -128,7 +130,7 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
     y, normal = x, 0.0
     if raw:
         best = find_maxima(s, x, (vocab + 15) // 16)
-        normal = _list_row(words, s, x, vocab, r, wanted, _ONE, best)
+        normal = _list_row(words, s, x, vocab, r, wanted, _ONE, best, LOWEST)
         y = peek(s + WORK)
         copy((vocab + 15) // 16, x, y)
     _process(words, s, y, vocab, p, slot, position)
@@ -138,6 +140,7 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
     if best <= LOWEST:
         return -1
     t, n = peek_float(p + TEMPERATURE), -1
+    poke_float(peek(s + KEPT) + 8, word(LOWEST))
     if t > 0:
         t = max(t, _COLDEST)
         token, n = _draw(s, y, vocab, t, best / t, p, position)
@@ -148,7 +151,7 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
         _set_chosen(words, r, peek_float(x + 4 * token), normal)
     elif wanted >= 0:
         if n < 0:
-            normal = _list_row(words, s, y, vocab, r, wanted, t, best)
+            normal = _list_row(words, s, y, vocab, r, wanted, t, best, peek_float(peek(s + KEPT) + 8))
         else:
             normal = _list_collected(words, s, n, r, wanted, best / t)
         _set_chosen(words, r, peek_float(y + 4 * token) / t, normal)
@@ -170,13 +173,13 @@ def _process(words: int, s: int, y: int, vocab: int, p: int, slot: int, position
 
 @inline
 def _draw(s: int, y: int, vocab: int, t: Real, best: Real, p: int, position: int) -> tuple[int, int]:
-    """An id, and how many the filters left (they are collected); -1: there is no filter."""
+    """An id, and how many the filters left (they are collected); -1: those whose score reaches the one in KEPT."""
     key = noise_key(peek32(p + SEED_LOW), peek32(p + SEED_HIGH), position)
-    k = peek32(p + TOP_K)
-    filtered = 0 < k < vocab or peek_float(p + TOP_P) < 1 or peek_float(p + TYPICAL_P) < 1
-    if not filtered and not peek_float(p + MIN_P) > 0:
-        return choose_any(s, y, (vocab + 15) // 16, t, best, key), -1
-    n = filter_row(s, y, vocab, t, best, p)
+    k, n = peek32(p + TOP_K), -1
+    if 0 < k < vocab or peek_float(p + TOP_P) < 1 or peek_float(p + TYPICAL_P) < 1 or peek_float(p + MIN_P) > 0:
+        n = filter_row(s, y, vocab, t, best, p)
+    if n < 0:
+        return choose_any(s, y, (vocab + 15) // 16, t, best, peek_float(peek(s + KEPT) + 8), key), n
     return choose_collected(s, n, key), n
 
 
@@ -184,17 +187,21 @@ def _draw(s: int, y: int, vocab: int, t: Real, best: Real, p: int, position: int
 
 
 @inline
-def _list_row(words: int, s: int, x: int, vocab: int, r: int, wanted: int, t: Real, best: Real) -> float:
-    """Lists the likeliest of all ids; returns what to take from a score to get its log-probability.
+def _list_row(words: int, s: int, x: int, vocab: int, r: int, wanted: int, t: Real, best: Real, least: Real) -> float:
+    """Lists the likeliest of all ids with scores of at least `least`; more than LOWEST: what KEPT says.
 
-    `best`: the largest logit, whose block maxima are in the scratch.
+    Returns what to take from a score to get its log-probability. `best`: the largest logit, whose block maxima are in
+    the scratch.
     """
-    vectors = (vocab + 15) // 16
-    top = np.float64(best / t)
-    normal = top + logarithm(np.float64(total(vectors, x, word(t), word(best / t))))
-    n = 0
+    vectors, n = (vocab + 15) // 16, 0
+    if least > LOWEST:
+        whole = peek_double(peek(s + KEPT))
+    else:
+        whole = np.float64(total(vectors, x, word(t), word(best / t)))
+    normal = np.float64(best / t) + logarithm(whole)
     if wanted > 0:
-        n = collect(s, x, vectors, t, kth_bound(s, (vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS, wanted) / t)
+        bound = kth_bound(s, (vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS, wanted) / t
+        n = collect(s, x, vectors, t, max(least, bound), vocab)
     _list(words, s, n, r, wanted, normal)
     return normal
 

@@ -40,7 +40,12 @@ MEMBERS = 64  # keys of a bucket
 MEMBER_WEIGHTS = 72
 HISTOGRAM = 80  # BUCKETS float64
 MASSES = 88  # 16 float32
-PARTS = 12
+DEPTHS = 96  # 8 float32
+FIRST_DEPTHS = 104  # the same, as below
+KEPT = 112  # when the ids that are left are not collected: float64, their mass; float32, their least score
+PARTS = 15
+FIRST_DEPTHS_OF_ALL = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 11.0, 14.0)
+"""How far below the best score the mass is measured first."""
 BUCKETS = 256
 
 # ---- a slot's parameters: offsets in a row of `Parameters.rows` ----

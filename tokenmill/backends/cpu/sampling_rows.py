@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokenmill.backends.cpu.ir import inline, peek, peek32
+from tokenmill.backends.cpu.ir import inline, peek, peek32, poke
 from tokenmill.backends.cpu.sampling_cut import find_cut
 from tokenmill.backends.cpu.sampling_layout import (
     COUNTS,
+    DEPTHS,
+    FIRST_DEPTHS,
     IDS,
+    KEPT,
     KEYS,
     MASSES,
     MAXIMA,
@@ -33,6 +36,7 @@ from tokenmill.backends.cpu.sampling_vectors import (
     LOWEST,
     STEPS,
     Real,
+    between,
     block_maximum,
     contenders,
     double_of,
@@ -50,6 +54,8 @@ from tokenmill.backends.cpu.sampling_vectors import (
 
 _SHY = 0.999  # what rounding may take from a weight
 _MARGIN = 1.0001  # the same of a mass
+_MANY = 2000  # ids that are collected; of more, only those that are in doubt
+_BOTTOM = np.float32(88.0)  # so far below the best nothing has a mass
 _HIDDEN = np.float32(-26.0)  # with noise in [-2.82, 22.2], nothing so far below the best is chosen
 
 
@@ -139,20 +145,29 @@ def kth_bound(s: int, blocks: int, k: int) -> Real:
 
 
 @inline
-def collect(s: int, x: int, vectors: int, t: Real, least: Real) -> int:
-    """How many scores are at least `least`; they and their ids are in SCORES and IDS, by id."""
-    maxima, scores, ids, n = peek(s + MAXIMA), peek(s + SCORES), peek(s + IDS), 0
+def collect(s: int, x: int, vectors: int, t: Real, least: Real, most: int) -> int:
+    """How many scores are at least `least`, -1 if more than `most`; they and their ids are in SCORES and IDS, by id."""
+    maxima, n = peek(s + MAXIMA), 0
     for first in range(0, vectors, BLOCK_VECTORS):
         if peek_float(maxima + first // BLOCK_VECTORS * 4) / t < least:
             continue
         for v in range(first, min(first + BLOCK_VECTORS, vectors)):
-            mask = reaching(x + 64 * v, word(t), word(least))
-            while mask != 0:
-                token = v * 16 + lowest_bit(mask)
-                mask &= mask - 1
-                poke_float(scores + 4 * n, word(peek_float(x + 4 * token) / t))
-                poke32(ids + 4 * n, token)
-                n += 1
+            n = _collect_some(s, x, n, v, t, reaching(x + 64 * v, word(t), word(least)))
+        if n > most:
+            return -1
+    return n
+
+
+@inline
+def _collect_some(s: int, x: int, n: int, v: int, t: Real, mask: int) -> int:
+    """Those of vector v that the mask names come behind the n collected. How many they are now."""
+    scores, ids = peek(s + SCORES), peek(s + IDS)
+    while mask != 0:
+        token = v * 16 + lowest_bit(mask)
+        mask &= mask - 1
+        poke_float(scores + 4 * n, word(peek_float(x + 4 * token) / t))
+        poke32(ids + 4 * n, token)
+        n += 1
     return n
 
 
@@ -179,49 +194,99 @@ def mass(s: int, n: int) -> float:
 
 
 @inline
-def _reach(s: int, target: float) -> Real:
-    """Within how much of the best score there is a mass of `target`: one of STEPS, -1 if beyond; from MASSES."""
+def _step_of(s: int, target: float) -> int:
+    """The first depth within which there is a mass of `target`, STEPS if there is none; from MASSES."""
     found = peek(s + MASSES) + 8
-    for i in range(len(STEPS)):
-        if np.float64(peek_float(found + 4 * i)) >= target * _MARGIN:
-            return np.float32(STEPS[i])
-    return np.float32(-1.0)
+    for i in range(STEPS):
+        if np.float64(peek_float(found + 4 * i)) >= target:
+            return i
+    return STEPS
+
+
+@inline
+def _measure(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top_p: float, typical_p: float) -> Real:
+    """Scores below what is returned are beyond top-p, or without one, typical-p; MASSES as of FIRST_DEPTHS."""
+    depths, found = peek(s + FIRST_DEPTHS), peek(s + MASSES)
+    masses(vectors, x, word(t), word(best), word(least), depths, found)
+    whole = np.float64(peek_float(found))
+    step = _step_of(s, (top_p if top_p < 1 else typical_p) * whole * _MARGIN)
+    if step == STEPS:
+        return least
+    reach = np.float64(peek_float(depths + 4 * step))
+    if top_p >= 1:  # as far on the other side of the mean, and a little for rounding
+        mean = np.float64(peek_float(found + 4)) / whole
+        reach = (max(mean, abs(reach - mean)) + mean) * 1.00001
+    return max(least, best - np.float32(reach))
 
 
 @inline
 def filter_row(s: int, x: int, vocab: int, t: Real, best: Real, p: int) -> int:
     """How many ids the filters of parameters `p` leave; they are collected, with their weights.
 
-    `best`: the largest score. At least one id is left.
+    -1: too many to collect; those are left whose score reaches the least one in KEPT. `best`: the largest score.
     """
     k, min_p, vectors = peek32(p + TOP_K), peek_float(p + MIN_P), (vocab + 15) // 16
     top_p, typical_p = np.float64(peek_float(p + TOP_P)), np.float64(peek_float(p + TYPICAL_P))
     least = start = best + np.float32(logarithm(np.float64(min_p))) if min_p > 0 else LOWEST
-    counted, whole, mean = 0 < k < vocab, 0.0, 0.0
+    counted, most = 0 < k < vocab, _MANY if typical_p >= 1 else vocab
     if counted:
-        bound = kth_bound(s, (vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS, k)
-        start = max(least, bound / t)
+        start, most = max(least, kth_bound(s, (vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS, k) / t), vocab
     elif top_p < 1 or typical_p < 1:
-        masses(vectors, x, word(t), word(best), word(least), peek(s + MASSES))
-        whole = np.float64(peek_float(peek(s + MASSES)))
-        mean = np.float64(peek_float(peek(s + MASSES) + 4)) / whole
-        reach = _reach(s, (top_p if top_p < 1 else typical_p) * whole)
-        if top_p >= 1 and reach > 0:  # as far on the other side of the mean, and a little for rounding
-            reach = np.float32(max(mean, abs(reach - mean)) + mean) * np.float32(1.00001)
-        start = max(least, best - reach) if reach > 0 else least
-    n = collect(s, x, vectors, t, start)
-    scores, weights = peek(s + SCORES), peek(s + WEIGHTS)
+        start = _measure(s, x, vectors, t, best, least, top_p, typical_p)
+    n = collect(s, x, vectors, t, start, most)
+    if n < 0:
+        _narrow(s, x, vectors, t, best, least, top_p)
+        return -1
+    scores, weights, found = peek(s + SCORES), peek(s + WEIGHTS), peek(s + MASSES)
     weigh((n + 15) // 16, scores, word(best), weights)
     if counted and n > k:
         n = _keep(s, scores, n, find_cut(s, scores, 0, n, float(k)))
     if top_p < 1:
-        n = _keep(s, scores, n, find_cut(s, scores, weights, n, top_p * (mass(s, n) if counted else whole)))
+        whole = mass(s, n) if counted else np.float64(peek_float(found))
+        n = _keep(s, scores, n, find_cut(s, scores, weights, n, top_p * whole))
     if typical_p < 1:
         if counted or top_p < 1:
-            whole = mass(s, n)
-            mean = _mean_below(s, n, best) / whole
-        n = _keep_typical(s, n, best, mean, typical_p * whole)
+            poke_float(found, word(np.float32(mass(s, n))))
+            poke_float(found + 4, word(np.float32(_mean_below(s, n, best))))
+        n = _keep_typical(s, n, best, typical_p)
     return n
+
+
+@inline
+def _narrow(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top_p: float) -> None:
+    """The least score that is left by top-p and `least`, and the mass that is left, into KEPT.
+
+    MASSES say between which depths it lies, if there is a top-p; measuring between them again, and again, leaves few
+    ids to be looked at one by one.
+    """
+    kept, depths, found = peek(s + KEPT), peek(s + FIRST_DEPTHS), peek(s + MASSES)
+    if top_p >= 1:
+        masses(vectors, x, word(t), word(best), word(least), depths, found)
+    whole, low, high, above = np.float64(peek_float(found)), np.float32(-1.0), _BOTTOM, 0.0
+    poke(kept, word(whole))
+    poke_float(kept + 8, word(least))
+    if top_p >= 1:
+        return
+    for look in range(3):
+        if look > 0:
+            depths = peek(s + DEPTHS)
+            for i in range(STEPS):
+                poke_float(depths + 4 * i, word(low + (high - low) * np.float32(i + 1) / np.float32(STEPS + 1)))
+            masses(vectors, x, word(t), word(best), word(least), depths, found)
+        step = _step_of(s, top_p * whole)
+        if step > 0:
+            low, above = peek_float(depths + 4 * step - 4), np.float64(peek_float(found + 4 + 4 * step))
+        if step < STEPS:
+            high = peek_float(depths + 4 * step)
+    n = 0
+    for v in range(vectors):
+        n = _collect_some(s, x, n, v, t, between(x + 64 * v, word(t), word(best), word(low), word(high)))
+    if n > 0:
+        scores, weights = peek(s + SCORES), peek(s + WEIGHTS)
+        weigh((n + 15) // 16, scores, word(best), weights)
+        cut = find_cut(s, scores, weights, n, top_p * whole - above)
+        poke_float(kept + 8, word(max(least, cut)))
+        poke(kept, word(above + mass(s, _keep(s, scores, n, cut))))
 
 
 @inline
@@ -234,13 +299,15 @@ def _mean_below(s: int, n: int, best: Real) -> float:
 
 
 @inline
-def _keep_typical(s: int, n: int, best: Real, mean: float, target: float) -> int:
-    """Of the n collected, those whose log-probability is nearest to minus the entropy, up to a mass."""
+def _keep_typical(s: int, n: int, best: Real, p: float) -> int:
+    """Of the n collected, those whose log-probability is nearest to minus the entropy. MASSES: of all."""
     scores, weights, keys = peek(s + SCORES), peek(s + WEIGHTS), peek(s + KEYS)
+    whole = np.float64(peek_float(peek(s + MASSES)))
+    mean = np.float64(peek_float(peek(s + MASSES) + 4)) / whole
     for i in range(n):
         distance = abs(np.float64(best) - np.float64(peek_float(scores + 4 * i)) - mean)
         poke_float(keys + 4 * i, word(np.float32(-distance)))
-    return _keep(s, keys, n, find_cut(s, keys, weights, n, target))
+    return _keep(s, keys, n, find_cut(s, keys, weights, n, p * whole))
 
 
 @inline
@@ -266,14 +333,15 @@ def choose_collected(s: int, n: int, key: int) -> int:
 
 
 @inline
-def choose_any(s: int, x: int, vectors: int, t: Real, best: Real, key: int) -> int:
-    """Of all ids, the one with the largest sum of score and noise."""
+def choose_any(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, key: int) -> int:
+    """Of all ids with a score of at least `least`, the one with the largest sum of score and noise."""
     maxima, chosen, most, bound = peek(s + MAXIMA), 0, -np.inf, np.float32(0.0)
     for first in range(0, vectors, BLOCK_VECTORS):
-        if peek_float(maxima + first // BLOCK_VECTORS * 4) / t - best < _HIDDEN:
+        highest = peek_float(maxima + first // BLOCK_VECTORS * 4) / t
+        if highest < least or highest - best < _HIDDEN:
             continue
         for v in range(first, min(first + BLOCK_VECTORS, vectors)):
-            mask = contenders(x + 64 * v, v * 16, word(t), word(best), key, word(bound))
+            mask = contenders(x + 64 * v, v * 16, word(t), word(best), word(least), key, word(bound))
             while mask != 0:
                 token = v * 16 + lowest_bit(mask)
                 mask &= mask - 1

@@ -24,8 +24,8 @@ LOWEST = np.float32(np.finfo(np.float32).min)
 """Stands for minus infinity where there must be something to subtract from."""
 BLOCK_VECTORS = 4
 """Vectors of a block: the maximum of each is kept, so that most of a vocabulary is looked at once."""
-STEPS = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 11.0, 14.0)
-"""How far below the best score the mass is measured (`masses`)."""
+STEPS = 8
+"""Depths below the best score at which `masses` measures."""
 
 
 def _word(typing_context: Any, x: Any) -> Any:
@@ -89,8 +89,9 @@ block_maximum = emit(3, _block_maximum, types.int64)
 """(vectors, x, out): stores the maximum, at least LOWEST; not 0 if there is a NaN or an infinity above."""
 
 
-def _masses(g: G, vectors: Val, x: Val, t: Val, best: Val, least: Val, out: Val) -> None:
+def _masses(g: G, vectors: Val, x: Val, t: Val, best: Val, least: Val, depths: Val, out: Val) -> None:
     b = g.b
+    limits = [g.splat(g.ld(f32, depths, 4 * i)) for i in range(STEPS)]
     t_, best_, least_ = _lanes(g, t), _lanes(g, best), _lanes(g, least)
 
     def one(i: Val, sums: list[Val]) -> list[Val]:
@@ -98,17 +99,17 @@ def _masses(g: G, vectors: Val, x: Val, t: Val, best: Val, least: Val, out: Val)
         counts, zero = b.fcmp_ordered(">=", s, least_), g.k(vf, 0.0)
         e = b.select(counts, g.exp(b.fneg(below)), zero)
         moment = b.select(counts, b.fmul(e, below), zero)  # 0 times infinity is no number
-        within = [b.select(b.fcmp_ordered("<=", below, g.k(vf, d)), e, zero) for d in STEPS]
+        within = [b.select(b.fcmp_ordered("<=", below, limit), e, zero) for limit in limits]
         return [b.fadd(total, v) for total, v in zip(sums, [e, moment, *within], strict=True)]
 
-    sums = g.loop(vectors, [g.k(vf, 0.0)] * (2 + len(STEPS)), one)
+    sums = g.loop(vectors, [g.k(vf, 0.0)] * (2 + STEPS), one)
     for i, total in enumerate(sums):
         g.st(g.rsum(total), out, 4 * i)
 
 
-masses = emit(6, _masses)
-"""(vectors, x, t, best, least, out): stores sums over s >= least: of e^(s − best), of that times best − s, and of
-e^(s − best) over what lies within each of STEPS of the best."""
+masses = emit(7, _masses)
+"""(vectors, x, t, best, least, depths, out): stores sums over s >= least: of e^(s − best), of that times best − s, and
+of e^(s − best) where best − s is at most each of the STEPS depths."""
 
 
 def _total(g: G, vectors: Val, x: Val, t: Val, best: Val) -> Val:
@@ -131,6 +132,16 @@ def _reaching(g: G, x: Val, t: Val, least: Val) -> Val:
 
 reaching = emit(3, _reaching, types.int64)
 """(x, t, least): which of one vector's scores are at least that; never a minus infinity"""
+
+
+def _between(g: G, x: Val, t: Val, best: Val, low: Val, high: Val) -> Val:
+    below = g.b.fsub(_lanes(g, best), g.b.fdiv(g.ld(vf, x), _lanes(g, t)))
+    beyond, within = (g.b.fcmp_ordered(*how) for how in ((">", below, _lanes(g, low)), ("<=", below, _lanes(g, high))))
+    return _mask(g, g.b.and_(beyond, within))
+
+
+between = emit(5, _between, types.int64)
+"""(x, t, best, low, high): of which of one vector's scores low < best − s <= high"""
 
 
 def _weigh(g: G, vectors: Val, scores: Val, best: Val, out: Val) -> None:
@@ -183,16 +194,19 @@ uniform = emit(2, _uniform, types.float32)
 """(key, id): in (0, 1); the noise is −log(−log1p(−u))"""
 
 
-def _contenders(g: G, x: Val, first: Val, t: Val, best: Val, key: Val, bound: Val) -> Val:
+def _contenders(g: G, x: Val, first: Val, t: Val, best: Val, least: Val, key: Val, bound: Val) -> Val:
     b = g.b
-    e = g.exp(b.fsub(b.fdiv(g.ld(vf, x), _lanes(g, t)), _lanes(g, best)))
+    s = b.fdiv(g.ld(vf, x), _lanes(g, t))
+    e = g.exp(b.fsub(s, _lanes(g, best)))
     ids = b.add(g.splat(b.trunc(first, i32)), g.lanes())
     u = _uniform_of(g, ids, g.splat(b.trunc(key, i32)), vf)
-    return _mask(g, b.fcmp_ordered(">=", e, b.fmul(_lanes(g, bound), u)))
+    may = b.fcmp_ordered(">=", e, b.fmul(_lanes(g, bound), u))
+    return _mask(g, b.and_(may, b.fcmp_ordered(">=", s, _lanes(g, least))))
 
 
-contenders = emit(6, _contenders, types.int64)
-"""(x, id of its first, t, best, key, bound): which of one vector's ids may have e^(score + noise − best) >= bound.
+contenders = emit(7, _contenders, types.int64)
+"""(x, id of its first, t, best, least, key, bound): which of one vector's ids have a score of at least `least`, and may
+have e^(score + noise − best) >= bound.
 
 −log1p(−u) is at least u, so logarithms are only needed where e^(s − best) >= bound · u: for few ids of a row."""
 
