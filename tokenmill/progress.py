@@ -90,6 +90,8 @@ class Lines:
             return f"{done} in {now - self._began:.1f} s"
         left = (progress.total - progress.done) / max(rate, 1e-9)
         share, total = 100 * progress.done // progress.total, amount(progress.total, progress.unit)
+        if not progress.done:
+            return f"{share} % of {total}"
         return f"{share} % of {total}, {amount(rate, progress.unit)}/s, {left:.0f} s left"
 
     def close(self) -> None:

@@ -91,6 +91,7 @@ class CpuBackend:
         self._slots = Slots(limits)
         self._sampler = Sampler(self._slots.tokens, self._slots.parameters, self.vocab_size, threads)
         self._lines = [*Lowering(self.program, self._memory).lines(), self._sample_line()]
+        self._memory.close_source()
         self._code = KernelCache(kernel_cache, self.isa, jobs=threads).load(
             ["walk", "serve", *(line.kernel for line in self._lines)],
             None if report is None else lambda done, total: report(Progress("compile", done, total, "kernels")),

@@ -83,9 +83,7 @@ class KernelCache:
         return [name for name in dict.fromkeys(names) if not (self.folder / f"{name}.o").is_file()]
 
     def _compile(self, names: list[str], report: Report | None) -> dict[str, bytes]:
-        """Here and in other processes, which leave theirs in the folder."""
-        from tokenmill.backends.cpu.compiler import compile_kernels
-
+        """In helpers, which leave them in the folder, so that numba's memory goes with them; else here."""
         made: dict[str, bytes] = {}
         why = self._make_folder()
         writable = not why
@@ -94,34 +92,27 @@ class KernelCache:
                 "The kernel cache %s cannot be written to (%s): kernels are compiled at every start. %s",
                 self.folder, why, _CURE,
             )  # fmt: skip
-        own, *others = _shared(names, self._jobs if writable else 1)
-
-        elsewhere = [name for other in others for name in other]
-
-        def helped() -> int:
-            return len(elsewhere) - len(self.missing(elsewhere))
+        shares = _shared(names, self._jobs) if writable else []
 
         def said() -> None:
             if report is not None:
-                report(len(made) + helped(), len(names))
+                report(len(names) - len(self.missing(names)) if writable else len(made), len(names))
 
         def done(name: str, data: bytes) -> None:
             made[name] = data
-            if writable:
-                self.write(name, data)
             said()
 
         said()
         with contextlib.ExitStack() as helpers:
-            started = [helpers.enter_context(_helper(self.folder, self.isa, some)) for some in others]
-            compile_kernels(own, self.isa, done)
-            while helped() < len(elsewhere) and any(helper.poll() is None for helper in started):
+            started = [helpers.enter_context(_helper(self.folder, self.isa, share)) for share in shares]
+            while self.missing(names) and any(helper.poll() is None for helper in started):
                 time.sleep(0.05)
                 said()
-        for name in names:
-            if name not in made and (data := self._read(name)) is not None:
-                made[name] = data
-        compile_kernels([name for name in names if name not in made], self.isa, done)  # a helper failed
+        made |= {name: data for name in names if (data := self._read(name)) is not None}
+        if left := [name for name in names if name not in made]:
+            from tokenmill.backends.cpu.compiler import compile_kernels
+
+            compile_kernels(left, self.isa, done)
         return made
 
     def _read(self, name: str) -> bytes | None:

@@ -150,6 +150,10 @@ class Memory:
         self._caches: dict[int, Array] = {}
         self.num_pages = 0
 
+    def close_source(self) -> None:
+        """Forget the checkpoint, so that its file need not stay mapped: everything was read."""
+        self._read = _closed
+
     # ---- values ----
 
     def place(self, v: Value) -> Place:
@@ -214,6 +218,10 @@ class Memory:
         """Zeros, as at first."""
         for cache in self._caches.values():
             cache[pages] = 0
+
+
+def _closed(weight: Weight) -> Floats:
+    raise RuntimeError(f"{weight.name} was to be read after the table was written")
 
 
 def _stride(buffer: Buffer) -> int:
