@@ -99,15 +99,16 @@ def write_cache(isa: Isa, heads: Heads) -> Body:
 
 def _tile(isa: Isa, heads: Heads, pairs: int) -> Callable[..., None]:
     """(p0, n, table, kv, stride, pair, scores, bytes of a row of them, factor, cap) for `pairs` pairs."""
-    code = Tile(isa, heads, pairs)
-    scores, softmax, values = emit(8, code.scores), emit(6, code.softmax), emit(6, code.values)
+    code, few = Tile(isa, heads, pairs), heads.scored(isa, pairs)
+    scores, softmax, values = emit(8, Tile(isa, heads, few).scores), emit(6, code.softmax), emit(6, code.values)
 
     def attend(
         p0: int, n: int, table: int, kv: int, stride: int, pair: int, at: int, size: int, factor: int, cap: int
     ) -> None:
         for r in range(pairs):
             poke(pair + r * PAIR_BYTES + SCORES, at + r * size)
-        scores(p0, n, table, kv, stride, pair, factor, cap)
+        for r in range(0, pairs, few):
+            scores(p0, n, table, kv, stride, pair + min(r, pairs - few) * PAIR_BYTES, factor, cap)
         softmax(p0, n, table, kv, stride, pair)
         values(p0, n, table, kv, stride, pair)
 

@@ -59,10 +59,21 @@ class Heads:
         """Pairs of the tile for full items, and of the one for fewer rows."""
         most = t.SCORE_ROWS if isa.lanes != 8 else 6  # whose sums fit the registers
 
-        def even(pairs: int) -> int:
-            return -(-pairs // -(-pairs // most))
+        return _even(self.group * self.at_once, most), _even(self.group, most)
 
-        return even(self.group * self.at_once), even(self.group)
+    def scored(self, isa: Isa, pairs: int) -> int:
+        """Pairs of a tile whose scores are computed together: few registers are better spent on two pages."""
+        return _even(pairs, 3 if isa.lanes == 8 else pairs)
+
+
+def _even(pairs: int, most: int) -> int:
+    """Pairs of each piece if they are cut into the fewest pieces of at most `most`."""
+    return -(-pairs // -(-pairs // most))
+
+
+def _larger(g: G, a: Val, b: Val) -> Val:
+    """The larger, b if a is no number: one instruction where maxnum takes three."""
+    return g.b.select(g.b.fcmp_ordered(">", a, b), a, b)
 
 
 class Tile:
@@ -155,7 +166,7 @@ class Tile:
                 sums = self._products(g, here, self._words(g, pair, QUERY), part, ahead)
                 for k in range(count):
                     for r, s in enumerate(finish(places[k], here[k], part, sums[k])):
-                        best[part * self.pairs + r] = g.vmax(best[part * self.pairs + r], s)
+                        best[part * self.pairs + r] = _larger(g, s, best[part * self.pairs + r])
             return best
 
         best = [hidden] * (self.pairs * self.parts)
@@ -166,7 +177,7 @@ class Tile:
         for r in range(self.pairs):
             top = best[r]
             for part in range(1, self.parts):
-                top = g.vmax(top, best[part * self.pairs + r])
+                top = _larger(g, top, best[part * self.pairs + r])
             g.st(g.rmax(top), pair, PAIR_BYTES * r + TOP)
 
     def _products(self, g: G, pages: list[Val], queries: list[Val], part: int, ahead: list[Val]) -> list[list[Val]]:
