@@ -72,3 +72,20 @@ def behind(model: Any, prompt_ids: list[int], ids: list[int]) -> list[float]:
     """How far in logits each of `ids`, which follow the prompt, is behind the likeliest token; 0: it is that one."""
     logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
     return [float(row.max() - row[token]) for row, token in zip(logits, ids, strict=True)]
+
+
+@torch.inference_mode()
+def greedy(
+    model: Any, prompt_ids: list[int], count: int, stop_ids: tuple[int, ...] = ()
+) -> tuple[list[int], list[float]]:
+    """The likeliest tokens one after another, and each one's lead over the second in logits."""
+    out: list[int] = []
+    leads: list[float] = []
+    step = model(torch.tensor([prompt_ids]), use_cache=True)
+    while True:
+        top = step.logits[0, -1].topk(2)
+        out.append(int(top.indices[0]))
+        leads.append(float(top.values[0] - top.values[1]))
+        if len(out) == count or out[-1] in stop_ids:
+            return out, leads
+        step = model(torch.tensor([[out[-1]]]), past_key_values=step.past_key_values, use_cache=True)
