@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _VERBS = {"download": "Downloading", "convert": "Converting", "load": "Loading", "warmup": "Warming up",
-          "compile": "Compiling kernels for this machine"}  # fmt: skip
+          "compile": "Compiling this machine's kernels for"}  # fmt: skip
 _log = logging.getLogger("tokenmill.start")
 
 
