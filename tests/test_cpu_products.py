@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("numba")
 
-from numba import cfunc, njit, types
+from support_cpu import kernel_folder
 
-from tokenmill.backends.cpu import isa, products
+from tokenmill.backends.cpu import isa
 from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.forms import BLOCK_FORMS, DENSE_FORMS, form_named
+from tokenmill.backends.cpu.cache import KernelCache
+from tokenmill.backends.cpu.forms import BLOCK_FORMS, DENSE_FORMS
 from tokenmill.backends.cpu.pack import gates, pack, pack_vector
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.quant import gguf
@@ -87,24 +88,44 @@ def columns_of(form: str) -> int:
 
 
 @functools.cache
-def product(set_name: str, form: str):
-    made = products.product(isa.detect(set_name), form_named(form))
-
-    @njit  # what is compiled for kernels cannot be called from Python
-    def call(rows, columns, w, size, count, x, xs, s, base, bs, step, out, os):
-        made(rows, columns, w, size, count, x, xs, s, base, bs, step, out, os)
-
-    return call
+def code(set_name: str):
+    """Every kernel of products; kept in a folder that other tests of this backend use too."""
+    names = [f"linear_{form}" for form in FORMS]
+    if set_name == BEST[0].name:
+        names += [f"embed_{form}" for form in FORMS]
+    return KernelCache(kernel_folder(), isa.detect(set_name), jobs=2).load(names)
 
 
-def multiply(set_name: str, packed, x, scales, base=None) -> np.ndarray:
-    rows, stride = len(x), x.strides[0]
-    out = np.full((rows, packed.count * 16), np.nan, np.float32)
-    base = np.zeros_like(out) if base is None else base
-    product(set_name, packed.form)(
-        rows, packed.columns, packed.address, packed.panel_bytes, packed.count, x.ctypes.data, stride,
-        scales.ctypes.data, base.ctypes.data, base.strides[0], 64, out.ctypes.data, out.strides[0],
-    )  # fmt: skip
+def run(name: str, rows: int, words: dict[int, int], set_name: str = "", threads: int = 1, context_words=None) -> None:
+    row, context, counter = np.zeros(t.COLUMNS, np.int64), np.zeros(t.CONTEXT, np.int64), np.zeros(8, np.int64)
+    scratch, zeros = np.full(threads * rows * 256, np.nan, np.float32), np.zeros(1024, np.float32)
+    for at, word in words.items():
+        row[at] = word
+    told = {
+        t.TOKENS: rows, t.THREADS: threads, t.TILE: scratch.ctypes.data, t.TILE_SIZE: rows * 1024,
+        t.ZEROS: zeros.ctypes.data,
+    }  # fmt: skip
+    for at, word in (told | (context_words or {})).items():
+        context[at] = word
+    kernel = code(set_name or BEST[0].name).function(name)
+    for tid in range(threads):
+        kernel(tid, row.ctypes.data, context.ctypes.data, counter.ctypes.data)
+
+
+def linear_words(packed, x, scales, out) -> dict[int, int]:
+    return {
+        t.X: x.ctypes.data, t.X_STRIDE: x.strides[0], t.X_SCALES: scales.ctypes.data, t.OUT: out.ctypes.data,
+        t.OUT_STRIDE: out.strides[0], t.WIDTH: packed.columns, t.WEIGHT: packed.address,
+        t.PANEL_BYTES: packed.panel_bytes, t.PANELS: packed.count,
+    }  # fmt: skip
+
+
+def multiply(set_name: str, packed, x, scales, base) -> np.ndarray:
+    """x · weightᵀ + base, by the kernel."""
+    out = np.full((len(x), packed.count * 16), np.nan, np.float32)
+    words = linear_words(packed, x, scales, out)
+    words |= {t.RESIDUAL: base.ctypes.data, t.RESIDUAL_STRIDE: base.strides[0]}
+    run(f"linear_{packed.form}", len(x), words, set_name)
     return out
 
 
@@ -129,39 +150,6 @@ def test_products_are_exact_and_a_row_does_not_depend_on_its_company(set_name, f
             s = scales[some] if form in BLOCK_FORMS else scales
             alone = multiply(set_name, packed, x[some].copy(), s.copy(), base[some].copy())
             assert np.array_equal(alone.view(np.int32), got[some].view(np.int32))
-
-
-@functools.cache
-def kernel(set_name: str, name: str):
-    word = types.int64
-    made = products.kernels(isa.detect(set_name))[name]()
-    return cfunc(word(word, word, word, word), error_model="numpy")(made)
-
-
-
-
-def run(name: str, rows: int, words: dict[int, int], set_name: str = "", threads: int = 1, context_words=None) -> None:
-    row, context, counter = np.zeros(t.COLUMNS, np.int64), np.zeros(t.CONTEXT, np.int64), np.zeros(8, np.int64)
-    scratch, zeros = np.full(threads * rows * 256, np.nan, np.float32), np.zeros(1024, np.float32)
-    for at, word in words.items():
-        row[at] = word
-    told = {
-        t.TOKENS: rows, t.THREADS: threads, t.TILE: scratch.ctypes.data, t.TILE_SIZE: rows * 1024,
-        t.ZEROS: zeros.ctypes.data,
-    }  # fmt: skip
-    for at, word in (told | (context_words or {})).items():
-        context[at] = word
-    compiled = kernel(set_name or BEST[0].name, name)
-    for tid in range(threads):
-        compiled.ctypes(tid, row.ctypes.data, context.ctypes.data, counter.ctypes.data)
-
-
-def linear_words(packed, x, scales, out) -> dict[int, int]:
-    return {
-        t.X: x.ctypes.data, t.X_STRIDE: x.strides[0], t.X_SCALES: scales.ctypes.data, t.OUT: out.ctypes.data,
-        t.OUT_STRIDE: out.strides[0], t.WIDTH: packed.columns, t.WEIGHT: packed.address,
-        t.PANEL_BYTES: packed.panel_bytes, t.PANELS: packed.count,
-    }  # fmt: skip
 
 
 def silu(x):
