@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from support_cpu import kernel_folder
 from support_sampling import log_softmax, reference_choice, reference_noise, reference_scores, softmax
 
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
@@ -17,8 +18,8 @@ VOCAB, SLOTS, MAX_TOTAL, THREADS = 61, 12, 64, 2
 
 
 @pytest.fixture(scope="module", params=[i.name for i in isa.available()])
-def kernel(request, tmp_path_factory):
-    code = KernelCache(tmp_path_factory.mktemp("kernels"), isa.detect(request.param)).load(["sample"])
+def kernel(request):
+    code = KernelCache(kernel_folder(), isa.detect(request.param)).load(["sample"])
     yield code.function("sample")  # the code must outlive its callers
     del code
 
@@ -197,9 +198,11 @@ def test_filters_of_flat_and_steep_distributions_over_many_ids_keep_what_a_sort_
     logits = (np.random.default_rng(5).normal(size=(1, vocab)) * spread).astype(np.float32)
     logits[0, 77] = -np.inf  # masked already
     request = a_request(temperature=0.7, logprobs=vocab, **params)
-    listed = set(run(kernel, logits, [request])[1][0].top_ids)
+    detail = run(kernel, logits, [request])[1][0]
     expected = set(np.flatnonzero(np.isfinite(sorted_scores(logits[0], **params))))
-    assert len(listed ^ expected) <= 2  # float32 against float64 on the last one
+    assert len(set(detail.top_ids) ^ expected) <= 2  # float32 against float64 on the last one
+    assert np.exp(detail.top_logprobs).sum() == pytest.approx(1, abs=1e-4)
+    assert detail.logprob in detail.top_logprobs
 
 
 def sorted_scores(logits, temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
