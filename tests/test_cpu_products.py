@@ -213,17 +213,36 @@ def test_a_gated_product_multiplies_gate_and_up_with_their_bias(to_int8):
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=np.abs(wanted).max() / (200 if to_int8 else 1e5))
 
 
+def look_up(packed, ids: np.ndarray, factor: float = 1.0) -> np.ndarray:
+    out = np.full((len(ids), packed.columns), np.nan, np.float32)
+    words = {
+        t.OUT: out.ctypes.data, t.OUT_STRIDE: out.strides[0], t.WIDTH: packed.columns, t.TABLE: packed.address,
+        t.TABLE_SCALE: t.float_bits(factor), t.TABLE_PANEL_BYTES: packed.panel_bytes,
+    }  # fmt: skip
+    run(f"embed_{packed.form}", len(ids), words, context_words={t.IDS: ids.ctypes.data}, threads=2)
+    return out
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_table_is_looked_up_from_the_same_panels(form):
-    rng = np.random.default_rng(5)
-    columns = columns_of(form) // 16 * 16
-    matrix = random_matrix(form, 50, columns, rng)
-    packed = pack(matrix)
-    ids, out = np.array([49, 0, 17, 17, 31], np.int64), np.full((5, columns), np.nan, np.float32)
-    words = {t.OUT: out.ctypes.data, t.OUT_STRIDE: out.strides[0], t.WIDTH: columns, t.TABLE: packed.address,
-             t.TABLE_SCALE: t.float_bits(0.5), t.TABLE_PANEL_BYTES: packed.panel_bytes}  # fmt: skip
-    run(f"embed_{form}", 5, words, context_words={t.IDS: ids.ctypes.data}, threads=2)
-    np.testing.assert_allclose(out, matrix.floats()[ids] * np.float32(0.5), rtol=1e-6, atol=1e-7)
+    matrix = random_matrix(form, 50, columns_of(form) // 16 * 16, np.random.default_rng(5))
+    ids = np.array([49, 0, 17, 17, 31], np.int64)
+    wanted = matrix.floats()[ids] * np.float32(0.5)
+    np.testing.assert_allclose(look_up(pack(matrix), ids, 0.5), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+@pytest.mark.parametrize("offset", [0, 3, 8])
+@pytest.mark.parametrize("with_low", [False, True])
+def test_blocks_of_any_scale_offset_and_low_are_packed_without_loss(bits, kind, offset, with_low):
+    rng = np.random.default_rng(6)
+    first, last = {5: (0, 32) if with_low else (-16, 16), 6: (-32, 32), 8: (-128, 128)}.get(bits, (0, 256))
+    codes = rng.integers(first, last, (33, 2, 16 if bits == 4 else 32)).astype(np.uint8 if bits == 4 else np.int8)
+    scale, low = (rng.uniform(0.01, 0.02, (33, 2)).astype(kind) for _ in range(2))
+    matrix = Blocks(bits, codes, scale, low if with_low else None, offset=offset)
+    ids = np.arange(33)
+    np.testing.assert_allclose(look_up(pack(matrix), ids), matrix.floats(), rtol=1e-5, atol=1e-6)
 
 
 def test_halves_of_a_gated_product_are_whole_blocks():

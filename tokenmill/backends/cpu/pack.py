@@ -150,7 +150,7 @@ def _form_of(m: Blocks) -> Form:
     name = f"int{8 if m.bits == 6 else m.bits}"
     half = m.scale.dtype == np.float16
     if m.low is not None:
-        narrow = half and m.low.dtype == np.float16 and m.bits < 8
+        narrow = half and m.low.dtype == np.float16 and m.bits in (4, 5)
         return BLOCK_FORMS[name if narrow and m.offset == 0 else f"{name}wide"]
     if m.bits == 4:
         return BLOCK_FORMS["int4even" if half and m.offset == 8 else "int4wide"]
