@@ -132,27 +132,8 @@ class Tile:
     ) -> None:
         """Scores of all pairs and their largest; `factor`, `cap`: bits of floats."""
         page = self._page(g, p0, table, kv, stride)
-        ends, begins = ([g.b.trunc(w, i32) for w in self._words(g, pair, word)] for word in (END, BEGIN))
-        floats, ints = V(f32, self.lanes), V(i32, self.lanes)
-        scores, scale = self._words(g, pair, SCORES), g.splat(g.bits(factor), self.lanes)
-        hidden = g.k(floats, _HIDDEN)
-
-        def finish(i: Val, here: Val, part: int, sums: list[Val]) -> list[Val]:
-            """One part of a page: scaled, hidden where not seen, stored."""
-            b, out = g.b, []
-            position = b.trunc(b.shl(g.at(p0, i), g.c(4)), i32)
-            lane = ir.Constant(ints, list(range(part * self.lanes, (part + 1) * self.lanes)))
-            places, by = b.add(g.splat(position, self.lanes), lane), scale
-            if self.heads.form == "int8":
-                by = b.fmul(by, g.ld(floats, here, self.pages.key_scales + 4 * part * self.lanes))
-            for r in range(self.pairs):
-                end, begin = (g.splat(w[r], self.lanes) for w in (ends, begins))
-                seen = b.and_(b.icmp_signed("<", places, end), b.icmp_signed(">=", places, begin))
-                s = b.fmul(sums[r], by)
-                s = capped(g, s, g.splat(g.bits(cap), self.lanes)) if self.heads.capped else s
-                out.append(b.select(seen, s, hidden))
-                g.st(out[-1], g.at(scores[r], b.shl(i, g.c(6))), 4 * part * self.lanes)
-            return out
+        hidden = g.k(V(f32, self.lanes), _HIDDEN)
+        finish = self._finisher(g, p0, pair, factor, cap)
 
         def some(first: Val, count: int, best: list[Val]) -> list[Val]:
             """`count` pages from the first on; the largest scores so far, by part and pair."""
@@ -179,6 +160,30 @@ class Tile:
             for part in range(1, self.parts):
                 top = _larger(g, top, best[part * self.pairs + r])
             g.st(g.rmax(top), pair, PAIR_BYTES * r + TOP)
+
+    def _finisher(self, g: G, p0: Val, pair: Val, factor: Val, cap: Val) -> Callable[..., list[Val]]:
+        """(page's number, address, part, sums) -> a part's scores: scaled, hidden where not seen, and stored."""
+        ends, begins = ([g.b.trunc(w, i32) for w in self._words(g, pair, word)] for word in (END, BEGIN))
+        scores, scale = self._words(g, pair, SCORES), g.splat(g.bits(factor), self.lanes)
+        floats, ints = V(f32, self.lanes), V(i32, self.lanes)
+
+        def finish(i: Val, here: Val, part: int, sums: list[Val]) -> list[Val]:
+            b, out = g.b, []
+            position = b.trunc(b.shl(g.at(p0, i), g.c(4)), i32)
+            lane = ir.Constant(ints, list(range(part * self.lanes, (part + 1) * self.lanes)))
+            places, by = b.add(g.splat(position, self.lanes), lane), scale
+            if self.heads.form == "int8":
+                by = b.fmul(by, g.ld(floats, here, self.pages.key_scales + 4 * part * self.lanes))
+            for r in range(self.pairs):
+                end, begin = (g.splat(w[r], self.lanes) for w in (ends, begins))
+                seen = b.and_(b.icmp_signed("<", places, end), b.icmp_signed(">=", places, begin))
+                s = b.fmul(sums[r], by)
+                s = capped(g, s, g.splat(g.bits(cap), self.lanes)) if self.heads.capped else s
+                out.append(b.select(seen, s, g.k(floats, _HIDDEN)))
+                g.st(out[-1], g.at(scores[r], b.shl(i, g.c(6))), 4 * part * self.lanes)
+            return out
+
+        return finish
 
     def _products(self, g: G, pages: list[Val], queries: list[Val], part: int, ahead: list[Val]) -> list[list[Val]]:
         """Queries times one part of some pages' keys. Two sums a pair, or the loop waits for additions."""
