@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from support_cpu import CpuDriver
 
 from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cpu.isa import available
 
 SLOTS = 34
 LIMITS = StepLimits(512, SLOTS, 256, 16)
@@ -104,4 +105,16 @@ def test_another_number_of_threads_changes_no_bit(
     other = CpuDriver.of(embedded_model, limits=LIMITS, num_blocks=64, threads=threads)
     other.feed([(i, prompt(i)) for i in range(5)])
     np.testing.assert_array_equal(other.feed([(i, [7 + i]) for i in range(5)]), alone)
+    other.close()
+
+
+def test_another_instruction_set_changes_nothing_but_the_last_bits_of_logits(
+    embedded_model: Path, alone: NDArray[np.float32]
+) -> None:
+    if "avx2" not in [isa.name for isa in available()]:
+        pytest.skip("this machine has no AVX2")
+    other = CpuDriver.of(embedded_model, limits=LIMITS, num_blocks=64, isa="avx2")
+    other.feed([(0, prompt(0))])
+    got = other.feed([(0, [7])])[0]
+    assert np.abs(got - alone[0]).max() < 1e-4 * np.abs(alone[0]).max()
     other.close()

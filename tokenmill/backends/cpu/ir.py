@@ -135,8 +135,17 @@ class G:
         return self.each_lane("minnum", a, b)
 
     def rsum(self, v: Val) -> Val:
-        """The sum of the lanes of floats, always in the same order."""
-        return self.call(f"llvm.vector.reduce.fadd.v{v.type.count}f32", f32, [self.f(0.0), v], fast=True)
+        """The sum of the lanes of floats: halves added to each other, in one order on every machine."""
+        b, count = self.b, v.type.count
+        while count > 2:
+            count //= 2
+            low, high = (
+                b.shuffle_vector(v, v, ir.Constant(V(i32, count), list(range(start, start + count))))
+                for start in (0, count)
+            )
+            v = b.fadd(low, high)
+        first, second = (b.extract_element(v, ir.Constant(i32, i)) for i in range(2))
+        return b.fadd(first, second)
 
     def rmax(self, v: Val) -> Val:
         """The largest lane of floats."""
