@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
+from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.peers import environments
@@ -32,7 +33,7 @@ from tokenmill.config import default_cache_dir, usable_cpus
 from tokenmill.llm import LLM
 from tokenmill.weights import embedded
 
-TEXTS = sorted((Path(__file__).parent / "texts").glob("*.txt"))
+TEXTS = [*sorted((Path(__file__).parent / "texts").glob("*.txt")), Path(__file__).parent.parent / "LICENSE"]
 QUESTIONS = (
     "Tell me about the history of Rome", "Write a short poem about the sea", "What is the capital of France",
     "Explain how a computer works", "How do plants make food", "Give me a recipe for bread",
@@ -54,6 +55,7 @@ _LAYER = {
 }  # fmt: skip
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
+Floats = NDArray[np.float64]
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
@@ -116,21 +118,27 @@ def agreement(model: LlamaForCausalLM, prompts: list[list[int]], answers: list[l
     }
 
 
-def perplexity(model: LlamaForCausalLM, llm: LLM, path: Path) -> dict[str, Any]:
-    """Of one text, by both; `difference` relative to the reference's."""
+def logprobs(model: LlamaForCausalLM, llm: LLM, path: Path) -> tuple[Floats, Floats]:
+    """Of a text's tokens from the second on, by this engine and by the reference."""
     ids = list(llm.tokenizer.encode(path.read_text(), add_special_tokens=False))
     (found,) = llm.generate([ids], max_new_tokens=1, prompt_logprobs=0, ignore_eos=True)
     mine = np.array([details.logprob for details in found.prompt_logprobs])
     with torch.no_grad():
         scores = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].double(), -1)
     right = scores.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    return mine, right
+
+
+def compared(text: str, mine: Floats, right: Floats) -> dict[str, Any]:
+    """The figures of one text's log-probabilities. `error`: what chance alone leaves of `difference`, one sigma."""
     ours, exact = math.exp(-mine.mean()), math.exp(-right.mean())
     return {
-        "text": path.stem,
-        "tokens": len(ids),
+        "text": text,
+        "tokens": len(mine),
         "perplexity": ours,
         "reference": exact,
         "difference": ours / exact - 1,
+        "error": float((mine - right).std() / math.sqrt(len(mine))),
         "logprob_rms": float(np.sqrt(np.mean((mine - right) ** 2))),
     }
 
@@ -190,7 +198,10 @@ def main() -> None:
             {"engine": name, **agreement(model, prompts, generate(prompts, options.new_tokens))}
             for name, generate in engines.items()
         ]
-        texts = [perplexity(model, llm, path) for path in TEXTS]
+        found = {path.stem: logprobs(model, llm, path) for path in TEXTS}
+    texts = [compared(name, *pair) for name, pair in found.items()]
+    mine, right = (np.concatenate(side) for side in zip(*found.values(), strict=True))
+    texts.append(compared("all", mine, right))
     _show(rows, texts)
     if options.json:
         record = {"date": time.strftime("%Y-%m-%d"), "model": gguf.name, "agreement": rows, "perplexity": texts}
@@ -214,7 +225,7 @@ def _show(rows: list[dict[str, Any]], texts: list[dict[str, Any]]) -> None:
     head = ["text", "tokens", "perplexity", "float32", "difference", "RMS of log-probabilities' difference"]
     _table(head, [
         [t["text"], f"{t['tokens']:,}", f"{t['perplexity']:.4f}", f"{t['reference']:.4f}",
-         f"{t['difference'] * 100:+.3f} %", f"{t['logprob_rms']:.4f}"]
+         f"{t['difference'] * 100:+.2f} % ± {t['error'] * 100:.2f}", f"{t['logprob_rms']:.4f}"]
         for t in texts
     ])  # fmt: skip
 

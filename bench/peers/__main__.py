@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,24 +31,27 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server of the moment is ended too
     source = embedded.resolve(options.cache_dir, False, lambda _: None)
     servers, wanted = _servers(options, Path(source.path)), _rows(options)
-    taken: list[dict[str, Any]] = []
+    record: dict[str, Any] = {**_conditions(options, source), "rows": []}
     for done in range(options.passes):
-        for index, row in enumerate(wanted):
-            turn = (done + index) % len(servers)  # nobody is always the first
-            for server in servers[turn:] + servers[:turn]:
-                if isinstance(server, Tokenmill) or not row.ours_only:
-                    seed = 1 + done * 100 + index
-                    taken.append(_measure(row, server, done, seed, options.wait_idle))
-        if "http" in options.rows:
-            for server in servers:
-                if isinstance(server, Tokenmill):
-                    figures = rows.http_cost(server, source, 50 + done * 100)
-                    taken.append(_entry("HTTP cost", server.name, done, figures))
-    record = {**_conditions(options, source), "rows": taken}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        for taken in _one_pass(options, source, servers, wanted, done):
+            record["rows"].append(taken)
+            if options.json:  # after each, so that a run that is ended early leaves what it has
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(record, indent=1) + "\n")
     print(tables.document(record))
+
+
+def _one_pass(
+    options: argparse.Namespace, source: ModelSource, servers: list[Server], wanted: list[rows.Row], done: int
+) -> Iterator[dict[str, Any]]:
+    for index, row in enumerate(wanted):
+        turn = (done + index) % len(servers)  # nobody is always the first
+        for server in servers[turn:] + servers[:turn]:
+            if isinstance(server, Tokenmill) or not row.ours_only:
+                yield _measure(row, server, done, 1 + done * 100 + index, options.wait_idle)
+    for server in servers if "http" in options.rows else ():
+        if isinstance(server, Tokenmill):
+            yield _entry("HTTP cost", server.name, done, rows.http_cost(server, source, 50 + done * 100))
 
 
 def _measure(row: rows.Row, server: Server, done: int, seed: int, wait_s: float) -> dict[str, Any]:
