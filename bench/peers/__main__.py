@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -109,7 +110,7 @@ def _conditions(options: argparse.Namespace, source: ModelSource) -> dict[str, A
     """What must be known to judge the figures."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m bench.peers " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "bench.peers", *sys.argv[1:]]),
         "cpu": _cpu(),
         "cpus": usable_cpus(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 from bench.peers import tables
 
 _COLOURS = ("#d9480f", "#f08c4a", "#1971c2", "#868e96", "#ced4da", "#9775fa")
-_WIDTH, _HEIGHT, _LEFT, _TOP, _FLOOR = 860, 400, 20, 70, 340
+_WIDTH, _HEIGHT, _LEFT, _TOP, _FLOOR = 1100, 400, 20, 70, 340
 _TITLE = "Tokens a second over all streams, decoding; prefill: prompt tokens a second"
 
 
