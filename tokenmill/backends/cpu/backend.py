@@ -9,13 +9,13 @@ are the same alone, in a batch, in chunks, behind a cached prefix and after a pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.base import StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.isa import detect
@@ -38,17 +38,6 @@ Report = Callable[[Progress], None]
 KV_DTYPES = {"": "f16", "float16": "f16", "int8": "int8"}
 _PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
 _WARM_TOKENS = 32
-
-
-class CpuStep:
-    """A launched step."""
-
-    def __init__(self, future: Future[StepResult]) -> None:
-        self._future = future
-
-    def result(self) -> StepResult:
-        """Wait for it; raises what the step raised."""
-        return self._future.result()
 
 
 class CpuBackend:
@@ -138,9 +127,9 @@ class CpuBackend:
         """Run a small prompt and a decode step on the first blocks, which are empty again afterwards."""
         self._thread.submit(self._warm_up).result()
 
-    def run(self, inputs: StepInputs) -> CpuStep:
+    def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once."""
-        return CpuStep(self._thread.submit(self._step, inputs))
+        return self._thread.submit(self._step, inputs)  # a future is a Step
 
     def close(self) -> None:
         """End the threads after the step that they run. Idempotent."""

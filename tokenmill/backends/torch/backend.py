@@ -7,14 +7,14 @@ meanwhile (torch lets go of the interpreter while it computes). Everything by sl
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmill.backends.base import StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
 from tokenmill.backends.torch import attention
 from tokenmill.backends.torch.interpreter import Env, Interpreter
 from tokenmill.backends.torch.kinds import StepState
@@ -34,17 +34,6 @@ from tokenmill.wire.messages import TokenDetails
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
-
-
-class TorchStep:
-    """A launched step."""
-
-    def __init__(self, future: Future[StepResult]) -> None:
-        self._future = future
-
-    def result(self) -> StepResult:
-        """Wait for it; raises what the step raised."""
-        return self._future.result()
 
 
 class TorchBackend:
@@ -116,9 +105,9 @@ class TorchBackend:
         """Run a small prompt and a decode step on the first blocks, which are empty again afterwards."""
         self._thread.submit(self._warm_up).result()
 
-    def run(self, inputs: StepInputs) -> TorchStep:
+    def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once."""
-        return TorchStep(self._thread.submit(self._step, inputs))
+        return self._thread.submit(self._step, inputs)  # a future is a Step
 
     def close(self) -> None:
         """End the thread after the step that it runs. Idempotent."""
