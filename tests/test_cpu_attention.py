@@ -78,6 +78,7 @@ class Bench:
         row = {
             t.X: address(x), t.X_STRIDE: x.strides[0], t.WIDTH: KV_HEADS,
             t.OUT: address(out), t.OUT_STRIDE: out.strides[0], t.CACHE: address(self.cache),
+            t.PAGE_STRIDE: self.cache.strides[0],
             t.OUT_SCALES: address(out_scales) if quantize else 0,
             t.KEYS: address(x) + self.kept * 4,
             t.VALUES: address(x) + (self.kept + KV_HEADS * heads.dim) * 4,

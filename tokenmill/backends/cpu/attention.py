@@ -23,11 +23,11 @@ Body = Callable[..., int]
 (_X, _X_STRIDE, _OUT, _OUT_STRIDE, _OUT_SCALES, _HEADS, _CACHE, _KEYS, _VALUES) = (
     8 * c for c in (t.X, t.X_STRIDE, t.OUT, t.OUT_STRIDE, t.OUT_SCALES, t.WIDTH, t.CACHE, t.KEYS, t.VALUES)
 )
-(_ROPE, _ROPE_HALF, _ROPE_STRIDE, _SCALE, _CAP, _WINDOW, _EPS, _Q_NORM, _K_NORM) = (
+(_ROPE, _ROPE_HALF, _ROPE_STRIDE, _SCALE, _CAP, _WINDOW, _EPS, _Q_NORM, _K_NORM, _PAGE_STRIDE) = (
     8 * c
     for c in (
         *(t.ROPE, t.ROPE_HALF, t.ROPE_STRIDE, t.ATTENTION_SCALE, t.ATTENTION_CAP),
-        *(t.WINDOW, t.HEAD_EPS, t.Q_NORM, t.K_NORM),
+        *(t.WINDOW, t.HEAD_EPS, t.Q_NORM, t.K_NORM, t.PAGE_STRIDE),
     )
 )
 (_THREADS, _TOKENS, _ITEMS, _APART, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
@@ -63,7 +63,7 @@ def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
         at = r * peek(row + _X_STRIDE) + h * dim * 4
         prepare_head(row, r, peek(row + _KEYS) + at, vectors, peek(row + _K_NORM))
         block = peek32(blocks_of(context, r) + (position >> 4) * 4)
-        page = peek(row + _CACHE) + (block * peek(row + _HEADS) + h) * size
+        page = peek(row + _CACHE) + block * peek(row + _PAGE_STRIDE) + h * size
         store(peek(row + _KEYS) + at, peek(row + _VALUES) + at, page, position & 15)
 
     return compiled(f"write_token_{heads.name}_{isa.name}", write)
@@ -146,7 +146,7 @@ def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
         tile = peek(context + _TILE) + tid * peek(context + _TILE_SIZE)
         write_pairs(row, context, r0, n, h, pairs, tile)
         p0, last = peek(pairs + BEGIN) >> 4, peek(pairs + (n * group - 1) * PAIR_BYTES + END)
-        stride = peek(row + _HEADS) * page
+        stride = peek(row + _PAGE_STRIDE)
         table, kv, count = blocks_of(context, r0), peek(row + _CACHE) + h * page, ((last + 15) >> 4) - p0
         size, factor, cap = peek(context + _SCORE_SIZE), peek(row + _SCALE), peek(row + _CAP)
         scores = peek(context + _SCORE_AT) + tid * _SCORE_ROWS * size
@@ -179,7 +179,7 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
             return
         position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
         p0 = max(0, position - window + 1) >> 4 if window else 0
-        stride = peek(row + _HEADS) * page
+        stride = peek(row + _PAGE_STRIDE)
         begin(p0, ((position + n + 15) >> 4) - p0, blocks_of(context, r0), peek(row + _CACHE) + h * page, stride)
 
     return compiled(f"attend_begin_{heads.name}_{isa.name}", ask)

@@ -119,7 +119,8 @@ class CpuBackend:
         for line in self._lines:
             line.row[t.KERNEL] = self._code[line.kernel]
             if isinstance(line.op, ops.Attention):
-                line.row[t.CACHE] = self._memory.cache(line.op.layer)
+                columns = self._memory.cache(line.op.layer)
+                line.row[list(columns)] = list(columns.values())
         self._table = zeros((len(rows), t.COLUMNS), np.int64)
         self._table[:] = rows
 

@@ -59,7 +59,7 @@ TOTAL_STRIDE = 21
 # Attention (X: queries; WIDTH: kv heads; strides of keys and values as X's)
 HEAD_DIM = 11
 GROUP = 12  # query heads of a kv head
-CACHE = 13  # of the layer
+CACHE = 13  # the layer's part of block 0
 KEYS = 14
 VALUES = 15
 ROPE = 16  # 0: none; the step's turns: a row each token, cosines, then sines, each padded to whole vectors, float32
@@ -72,6 +72,7 @@ HEAD_EPS = 22
 Q_NORM = 23  # 0: none
 K_NORM = 24
 AT_ONCE = 25  # query rows of an item, at most
+PAGE_STRIDE = 26  # bytes from a head's page of a block to the one of the next block
 # Turns: a step's cosines and sines, one row of the table before Embed for each RopeTable (OUT, OUT_STRIDE: the turns)
 FREQUENCIES = 11  # float32, padded to whole vectors: `rope.frequencies`
 FREQUENCY_STRIDE = 12  # bytes from position to position; 0: the same at all (all scalings but dynamic)

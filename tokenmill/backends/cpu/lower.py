@@ -159,7 +159,6 @@ def _attention(lower: Lowering, op: ops.Attention) -> Lowered:
         t.WIDTH: heads.count,
         t.HEAD_DIM: op.head_dim,
         t.GROUP: heads.group,
-        t.CACHE: lower.memory.cache(op.layer),
         t.KEYS: lower.memory.place(op.k).address,
         t.VALUES: lower.memory.place(op.v).address,
         t.ATTENTION_SCALE: float_bits(op.scale),
@@ -170,6 +169,7 @@ def _attention(lower: Lowering, op: ops.Attention) -> Lowered:
         t.K_NORM: lower.memory.vector(op.k_norm),
         t.AT_ONCE: heads.at_once,
     }
+    fields |= lower.memory.cache(op.layer)
     if op.rope:
         fields |= lower.memory.turns(op.rope).columns
     return [(f"write_{heads.name}", fields), (f"attend_{heads.name}", fields)]

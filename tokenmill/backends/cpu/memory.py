@@ -147,7 +147,7 @@ class Memory:
         self._panels, self._read = panels, vector
         self._vectors: dict[tuple[Weight, bool], Floats] = {}
         self._turns: dict[RopeTable, Turns] = {}
-        self._caches: dict[int, Array] = {}
+        self._cache: Array = zeros((0,))
         self.num_pages = 0
 
     def close_source(self) -> None:
@@ -197,27 +197,31 @@ class Memory:
 
     def block_bytes(self, block_size: int) -> int:
         """Of one block over all layers."""
+        return block_size // t.BLOCK * sum(self._layer_bytes().values())
+
+    def _layer_bytes(self) -> dict[int, int]:
+        """Of 16 tokens in each layer."""
         form = self.sizes.kv_dtype
-        pages = block_size // t.BLOCK
-        return pages * sum(layer.heads * page_bytes(layer.head_dim, form) for layer in self.layout.values())
+        return {index: layer.heads * page_bytes(layer.head_dim, form) for index, layer in self.layout.items()}
 
     def allocate(self, num_pages: int) -> None:
-        """Make the caches. MemoryError if there is no room."""
-        form = self.sizes.kv_dtype
-        self._caches = {
-            index: zeros((num_pages, layer.heads, page_bytes(layer.head_dim, form)))
-            for index, layer in self.layout.items()
-        }
+        """Make the cache, all layers of a block together: memory is taken as blocks are first used.
+
+        MemoryError if there is no room.
+        """
+        self._cache = zeros((num_pages, sum(self._layer_bytes().values())))
         self.num_pages = num_pages
 
-    def cache(self, layer: int) -> int:
-        """Address of a layer's cache; 0 before it is allocated."""
-        return self._caches[layer].ctypes.data if layer in self._caches else 0
+    def cache(self, layer: int) -> dict[int, int]:
+        """Columns of a row that reads a layer's cache; nothing in them before it is allocated."""
+        if not len(self._cache):
+            return {t.CACHE: 0, t.PAGE_STRIDE: 0}
+        before = sum(size for index, size in self._layer_bytes().items() if index < layer)
+        return {t.CACHE: self._cache.ctypes.data + before, t.PAGE_STRIDE: self._cache.strides[0]}
 
     def clear_pages(self, pages: slice) -> None:
         """Zeros, as at first."""
-        for cache in self._caches.values():
-            cache[pages] = 0
+        self._cache[pages] = 0
 
 
 def _closed(weight: Weight) -> Floats:

@@ -19,7 +19,8 @@ def zeros(shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
     if size < _MAPPED:
         array, align = np.zeros(size + 64, np.uint8), 64
     else:
-        mapped = mmap.mmap(-1, size + _HUGE)
+        # private: what is shared, as is mmap's default, gets no huge pages from most systems
+        mapped = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapped.madvise(mmap.MADV_HUGEPAGE)
         array, align = np.frombuffer(mapped, np.uint8), _HUGE
