@@ -17,7 +17,7 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
-    """How the next token is chosen. The order of the steps is `runtime/sampling.py`'s."""
+    """How the next token is chosen. The order of the steps is `backends/sampling.py`'s."""
 
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: off
@@ -32,6 +32,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     logprobs: int = -1  # -1: none; n >= 0: of the chosen token and of the n likeliest
     raw_logprobs: bool = False  # of the model's own distribution, before penalties, temperature and filters
     prompt_logprobs: int = -1  # -1: none; n >= 0: of every prompt token and of the n likeliest in its place
+    watermark_gamma: float = 0.0  # share of the vocabulary that is favoured, anew after each token; 0: no watermark
+    watermark_delta: float = 0.0  # added to the logits of that share
 
     @property
     def greedy(self) -> bool:
@@ -55,6 +57,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     sampling: SamplingParams
     stopping: StoppingParams
     salt: bytes = b""  # where the prefix cache's hash chain begins: requests of other salts never share blocks
+    wants_facts: bool = False  # every output with tokens carries `Facts`
 
     @property
     def computes_whole_prompt(self) -> bool:
@@ -79,6 +82,18 @@ class TokenDetails(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...] = ()
 
 
+class Facts(msgspec.Struct, frozen=True, array_like=True):
+    """What the engine measured of one request, up to the output that carries it. A wait after a preemption counts as
+    part of what it interrupted."""
+
+    queue_s: float = 0.0  # from its arrival at the engine until its first step began
+    prefill_s: float = 0.0  # from then until its first token
+    decode_s: float = 0.0  # from the first token to the newest
+    num_cached: int = 0  # tokens of its prompt that the prefix cache had
+    num_preemptions: int = 0
+    largest_batch: int = 0  # the most sequences of any step while it ran
+
+
 class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one step did for one request.
 
@@ -94,6 +109,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     num_cached: int = 0
     num_preemptions: int = 0  # on the last one
     message: str = ""  # why, if the reason is "error"
+    facts: Facts | None = None  # so far, with every token: a stop string may end the request at any; if it asked
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True):
