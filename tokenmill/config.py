@@ -112,10 +112,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Running
     json_output: Annotated[bool, Option("Log lines as JSON.")] = False
-    log_level: Annotated[str, Option("debug, info, warn or error.", env="LOG_LEVEL")] = "info"
-    otlp_endpoint: Annotated[str, Option("OpenTelemetry collector.", later="tracing is not in this release.")] = ""
-    otlp_service_name: Annotated[str, Option("Name in traces.", no_effect="tracing is not in this release.")] = (
-        "text-generation-inference.router")
+    log_level: Annotated[str, Option("What is logged: trace, debug, info, warn, error or off; or levels by target, as "
+                                     "info,tokenmill.engine=debug.")] = "info"
+    log_colorize: Annotated[bool | None, Option("Colours in text logs. Default: on a terminal.", env_only=True)] = None
+    otlp_endpoint: Annotated[str, Option("OpenTelemetry collector that gets a trace of each request, by OTLP over gRPC, "
+                                         "as http://localhost:4317; needs the extra `tokenmill[otel]`.")] = ""
+    otlp_service_name: Annotated[str, Option("Name of this service in traces.")] = "text-generation-inference.router"
+    otel_traces_sampler: Annotated[str, Option("OpenTelemetry's: which requests are traced. Default: all.",
+                                               env_only=True)] = ""
     usage_stats: Annotated[str, Option("TGI's telemetry.", choices=("on", "off", "no-stack"), no_effect=(
         "nothing is ever sent to anybody."))] = "off"
     env: Annotated[bool, Option("Print the runtime environment at start.", env="", short="-e")] = False

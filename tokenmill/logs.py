@@ -1,6 +1,7 @@
-"""Logging, set up once at the top of a process: text or JSON lines on stdout, with the process's name.
+"""Logging, set up once at the top of a process: text or JSON lines on stdout, in the shapes of TGI's.
 
-A caller may add fields that tools read: `logger.info("Success", extra={"fields": {"total_time": "1.2s"}})`.
+A caller may add fields that tools read, and say which span a line is of:
+`logger.info("Success", extra={"span": {"name": "generate", "total_time": "1.2s"}})`.
 """
 
 from __future__ import annotations
@@ -11,45 +12,94 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+OFF = logging.CRITICAL + 10
 LEVELS = {"trace": logging.DEBUG, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
-          "warning": logging.WARNING, "error": logging.ERROR, "off": logging.CRITICAL}  # fmt: skip
+          "warning": logging.WARNING, "error": logging.ERROR, "off": OFF}  # fmt: skip
 """Names of TGI's LOG_LEVEL, and Python's levels."""
+_OURS = ("tokenmill", "text_generation_launcher", "text_generation_router", "text_generation_server")
+_NAMES = {logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}
+_COLORS = {logging.DEBUG: "34", logging.INFO: "32", logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
+
+
+def parse_levels(text: str) -> tuple[dict[str, int], list[str]]:
+    """Levels by logger that LOG_LEVEL asks for, "" for the root, and the parts of it that are not understood.
+
+    A level alone is for our own lines, as in TGI: libraries stay at info. A part `target=level` is for that target;
+    TGI's own crates mean us.
+    """
+    levels = {"": logging.INFO, "tokenmill": logging.INFO}
+    wrong: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        target, equals, word = part.rpartition("=")
+        level = LEVELS.get(word.strip().lower())
+        if level is None or (equals and not target):
+            wrong.append(part)
+        elif not equals:
+            levels |= {"": max(level, logging.INFO), "tokenmill": level}
+        else:
+            levels[_logger_of(target.partition("[")[0])] = level
+    return levels, wrong
 
 
 def level_of(text: str) -> int:
-    """The level that LOG_LEVEL names. Of a filter like "info,tokio=warn" the part without a target counts."""
-    plain = [part for part in text.lower().split(",") if "=" not in part]
-    return LEVELS.get(plain[0].strip() if plain else "", logging.INFO)
+    """The level of our own lines that LOG_LEVEL names."""
+    return parse_levels(text)[0]["tokenmill"]
+
+
+def _logger_of(target: str) -> str:
+    first, _, rest = target.strip().replace("::", ".").partition(".")
+    return "tokenmill" if first in _OURS and (first != "tokenmill" or not rest) else target.strip().replace("::", ".")
 
 
 class TextFormatter(logging.Formatter):
-    """`2025-01-31T12:00:00.000000Z  INFO tokenmill.server.app: message key=value`."""
+    """`2025-01-31T12:00:00.000000Z  INFO tokenmill.launcher: message key=value`.
 
-    def __init__(self, process: str) -> None:
+    Lines of a span, as "Success": `…  INFO generate{total_time="1.2s"}: tokenmill.server.access: …: message`, where the
+    second place is the file and line.
+    """
+
+    def __init__(self, process: str, *, colors: bool = False) -> None:
         super().__init__()
         self._process = f" [{process}]" if process else ""
+        self._colors = colors
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, or more if there is a traceback."""
         fields = "".join(f" {key}={_plain(value)}" for key, value in fields_of(record).items())
-        line = f"{_time(record)} {record.levelname:>5}{self._process} {record.name}: {record.getMessage()}{fields}"
+        span = span_of(record)
+        context = f" {_span_text(span)}:" if span else ""
+        where = f"{record.name}: {_file_of(record)}:{record.lineno}" if span else record.name
+        head, level = _time(record), f"{_level(record):>5}"
+        if self._colors:
+            head, where = f"\033[2m{head}\033[0m", f"\033[2m{where}:\033[0m"
+            level = f"\033[{_COLORS.get(record.levelno, '0')}m{level}\033[0m"
+        else:
+            where += ":"
+        line = f"{head} {level}{self._process}{context} {where} {record.getMessage()}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, in the shape of TGI's `--json-output`."""
+    """One JSON object a line, in the shape of TGI's `--json-output`.
 
-    def __init__(self, process: str) -> None:
+    `flat`: as TGI's router writes, message and fields beside the time; else as its launcher does, under `fields`.
+    """
+
+    def __init__(self, process: str, *, flat: bool = False) -> None:
         super().__init__()
-        self._process = process
+        self._process, self._flat = process, flat
 
     def format(self, record: logging.LogRecord) -> str:
-        """`{"timestamp", "level", "fields": {"message", …}, "target"}`."""
+        """`{"timestamp", "level", "message", …, "target", "filename", "line_number", "span", "spans"}`."""
         fields: dict[str, Any] = {"message": record.getMessage(), **fields_of(record)}
         if record.exc_info:
             fields["error"] = self.formatException(record.exc_info)
-        line: dict[str, Any] = {"timestamp": _time(record), "level": record.levelname, "fields": fields,
-                                "target": record.name}  # fmt: skip
+        line: dict[str, Any] = {"timestamp": _time(record), "level": _level(record)}
+        line |= fields if self._flat else {"fields": fields}
+        line |= {"target": record.name, "filename": _file_of(record), "line_number": record.lineno}
+        span = span_of(record)
+        if span:
+            line |= {"span": span, "spans": [span]}
         if self._process:
             line["process"] = self._process
         return jsonlib.dumps(line, ensure_ascii=False, default=str)
@@ -61,22 +111,52 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def set_up(level: str = "info", *, json: bool = False, process: str = "") -> None:
-    """Send this process's log to stdout. Calling it again replaces what an earlier call set up."""
+def span_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What the caller passed as `extra={"span": …}`: fields of the span, and its `name`."""
+    span = getattr(record, "span", None)
+    return span if isinstance(span, dict) else {}
+
+
+def set_up(level: str = "info", *, json: bool = False, process: str = "", flat: bool = False,
+           colors: bool | None = None) -> None:  # fmt: skip
+    """Send this process's log to stdout. Calling it again replaces what an earlier call set up.
+
+    `colors` None: where stdout is a terminal. `flat`: see `JsonFormatter`.
+    """
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter(process) if json else TextFormatter(process))
+    colors = sys.stdout.isatty() if colors is None else colors
+    handler.setFormatter(JsonFormatter(process, flat=flat) if json else TextFormatter(process, colors=colors))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(max(level_of(level), logging.INFO))  # TGI's rule: debug is for our own lines, not for libraries'
-    logging.getLogger("tokenmill").setLevel(level_of(level))
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name, wanted in parse_levels(level)[0].items():
+        logging.getLogger(name).setLevel(wanted)
 
 
 def _time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _level(record: logging.LogRecord) -> str:
+    return _NAMES.get(record.levelno, record.levelname)
+
+
+def _file_of(record: logging.LogRecord) -> str:
+    """The source file, from the package's folder on: no path of this machine."""
+    folder = record.name.rpartition(".")[0].replace(".", "/")
+    return f"{folder}/{record.filename}" if folder.startswith("tokenmill") else record.filename
+
+
+def _span_text(span: dict[str, Any]) -> str:
+    """`generate{parameters=… total_time="1.2s"}`, as TGI's: what is a debug form is not quoted."""
+    words = []
+    for key, value in span.items():
+        if key != "name":
+            words.append(f"{key}={value if key == 'parameters' else _plain(value)}")
+    return f"{span.get('name', '')}{{{' '.join(words)}}}"
 
 
 def _plain(value: Any) -> str:

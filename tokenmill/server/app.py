@@ -95,6 +95,7 @@ class App:
             self._service, scope, receive, _with_id(send, request_id), route.dialect if route else "native", rest
         )
         name = route.path.removesuffix("/*") if route else "other"
+        call.request_id, call.route = request_id.decode(), name
         try:
             if _has_two_hosts(scope):
                 await call.reply(400, b"", [(b"connection", b"close")])
@@ -110,6 +111,8 @@ class App:
         finally:
             call.close()
             self._count(name, call.status)
+            if self._service.tracer is not None:
+                self._service.tracer.record(call)
 
     async def _run(self, route: Route, call: Call) -> None:
         if not self._allowed(route, call):

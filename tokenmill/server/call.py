@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -14,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tokenmill.errors import RequestError
 from tokenmill.server import failures
+from tokenmill.server.generation import Generation
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
 
@@ -36,6 +38,9 @@ class Call:
         self.service, self.scope, self.dialect, self.path_rest = service, scope, dialect, path_rest
         self._receive, self._send = receive, send
         self._permits = 0
+        self.request_id = ""
+        self.route = ""  # the path as the route table has it
+        self.generations: Sequence[Generation] = ()  # what was submitted for it, for log and traces
         self.status = 0  # of the answer; 0: none yet
         self.counts_failures = False
 
