@@ -14,7 +14,7 @@ import msgspec
 from tokenmill.errors import GenerationError, RequestError
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Prepared
-from tokenmill.wire.messages import Output, TokenDetails
+from tokenmill.wire.messages import Facts, Output, TokenDetails
 
 Finish = Literal["", "eos", "stop", "length"]
 
@@ -59,7 +59,7 @@ class Generation:
     """A `client.Sink`. `index`: the choice of the answer that it is, `observe_gap` takes seconds between two tokens."""
 
     __slots__ = (
-        "_listener", "_observe_gap", "_text", "detokenizer", "finish", "id", "index", "num_cached", "num_generated",
+        "_listener", "_observe_gap", "detokenizer", "facts", "finish", "id", "index", "num_cached", "num_generated",
         "prepared", "prompt_details", "prompt_index", "sum_logprobs", "timings",
     )  # fmt: skip
 
@@ -83,6 +83,7 @@ class Generation:
         self.num_cached = 0
         self.sum_logprobs = 0.0
         self.prompt_details: list[TokenDetails] = []
+        self.facts: Facts | None = None  # what the engine measured, if asked
 
     @property
     def text(self) -> str:
@@ -144,3 +145,14 @@ class Generation:
         token = GeneratedToken(self.num_generated, token_id, text, piece.token_text, piece.special, finish, details)
         self._listener.token(self, token)
         return bool(finish)
+
+
+class MeasuredGeneration(Generation):
+    """A generation whose request asked for facts; it keeps the newest. One of its own so that others pay nothing."""
+
+    __slots__ = ()
+
+    def push(self, output: Output, now: float) -> bool:
+        """See `Generation.push`."""
+        self.facts = output.facts or self.facts
+        return super().push(output, now)

@@ -7,11 +7,12 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.errors import TemplateError, ValidationError
-from tokenmill.server import answering
+from tokenmill.errors import TemplateError
+from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
-from tokenmill.server.routes.openai import FINISH, Envelope, check_common, closing_events, options_of, refuse
+from tokenmill.server.routes.chat_checks import check_fields, check_messages, num_logprobs, template_fields
+from tokenmill.server.routes.openai import FINISH, Envelope, check_common, options_of, token_name
 from tokenmill.server.schema.openai import (
     ChatChoice,
     ChatChunk,
@@ -24,96 +25,75 @@ from tokenmill.server.schema.openai import (
     TopLogprob,
 )
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHORT_CHAT = 2000  # characters of all messages; longer ones are rendered in a thread
 _encode = msgspec.json.Encoder().encode
 
 
 async def chat_completions(call: Call) -> None:
     """Decode, render, prepare, answer."""
-    body = await call.decode(ChatRequest)
-    copies = check_common(call, body, most_copies=call.service.options.max_concurrent_requests)
-    _refuse_later_fields(body)
-    _check_messages(body.messages)
-    call.take(copies)
-    prompt = await _render(call, body)
-    stream = bool(body.stream)
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    options = options_of(body, max_tokens=max_tokens, logprobs=_num_logprobs(body))
-    prepared = await call.service.prepare(prompt, options, "openai", stream=stream, add_special_tokens=False)
+    await answer_chat(call, await call.decode(ChatRequest))
+
+
+async def answer_chat(call: Call, body: ChatRequest) -> None:
+    """Answer a chat that came by whatever route. The call's dialect should be "openai"."""
+    sequences = await prepare_chat(call, body)
     answer = ChatAnswer(Envelope(call, body, "chatcmpl-"), with_logprobs=bool(body.logprobs))
-    sequences = answering.Sequences((prepared,), copies, num_characters=len(prompt))
-    await (answering.stream if stream else answering.fold)(call, sequences, answer)
+    await (answering.stream if body.stream else answering.fold)(call, sequences, answer)
 
 
-async def _render(call: Call, body: ChatRequest) -> str:
+async def prepare_chat(call: Call, body: ChatRequest) -> answering.Sequences:
+    """Check a chat, take its permits, and make its prompt: what is to be generated for it. RequestError."""
+    copies = check_common(call, body)
+    check_fields(body)
+    check_messages(body.messages)
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    options = options_of(body, max_tokens=max_tokens, logprobs=num_logprobs(body))
+    call.take(copies)
+    prompt = await render(call, body)
+    prepared = await call.service.prepare(prompt, options, "openai", stream=bool(body.stream), add_special_tokens=False)
+    return answering.Sequences(
+        (prepared,),
+        copies,
+        keep_stop=bool(body.include_stop_str_in_output),
+        num_characters=len(prompt),
+        receipt=receipt.wanted(call, body.receipt),
+    )
+
+
+async def render(call: Call, body: ChatRequest) -> str:
     """The prompt that the model's chat template makes of the messages. TemplateError."""
     model, _, _ = call.service.ready()
     template = model.tokenizer.chat_template
     if template is None:
         raise TemplateError("template not found")
+    source = template.source
+    kwargs = {**template_fields(body, source), **(body.chat_template_kwargs or {})}
+    messages = _named_for(source, body.messages)
 
-    def render() -> str:
+    def work() -> str:
         return template.render(
-            body.messages,
+            messages,
+            documents=body.documents,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
-            kwargs=body.chat_template_kwargs or {},
+            kwargs=kwargs,
         )
 
-    size = sum(len(content) for m in body.messages if isinstance(content := m.get("content"), str))
-    small = size <= _SHORT_CHAT and len(body.messages) <= 16
-    return render() if small else await call.service.in_thread(render)
+    small = len(messages) <= 16 and not body.documents and sum(map(_size, messages)) <= _SHORT_CHAT
+    return work() if small else await call.service.in_thread(work)
 
 
-def _refuse_later_fields(body: ChatRequest) -> None:
-    choice = body.tool_choice
-    if body.tools and choice != "none":
-        raise refuse("tools", 'tool calls are not in this release; leave them out or send `tool_choice: "none"`')
-    if choice not in (None, "none", "auto"):
-        raise refuse("tool_choice", "tool calls are not in this release")
-    if body.modalities not in (None, [], ["text"]):
-        raise refuse("modalities", "only text is generated")
-    for name in ("functions", "function_call", "audio", "prediction", "web_search_options"):
-        if getattr(body, name) not in (None, [], "none"):
-            raise refuse(name, "it is not in this release")
-    for name in ("reasoning_effort", "verbosity"):
-        if getattr(body, name) is not None:
-            raise refuse(name, "set what the model's chat template knows through `chat_template_kwargs`")
+def _named_for(source: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages; OpenAI's newer name of the system's role becomes the older where the template knows only that."""
+    if all(message.get("role") != "developer" for message in messages) or "developer" in source:
+        return messages
+    return [{**message, "role": "system"} if message.get("role") == "developer" else message for message in messages]
 
 
-def _check_messages(messages: list[dict[str, Any]]) -> None:
-    """Roles and contents that can be rendered. ValidationError that names the message."""
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            raise ValidationError(f"Invalid '{where}.role': it must be one of {', '.join(_ROLES)}", f"{where}.role")
-        if content is None and not message.get("tool_calls") and not message.get("function_call"):
-            raise ValidationError(
-                f"Invalid '{where}.content': it must be a text or a list of parts", f"{where}.content"
-            )
-        if content is not None and not isinstance(content, str | list):
-            raise ValidationError(
-                f"Invalid '{where}.content': it must be a text or a list of parts", f"{where}.content"
-            )
-        for part in content if isinstance(content, list) else ():
-            _check_part(part, f"{where}.content")
-
-
-def _check_part(part: object, where: str) -> None:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part, dict) and isinstance(part.get("text"), str):
-        return
-    if kind in ("image_url", "input_audio", "file"):
-        raise ValidationError(f"`{kind}` parts are not supported: the model reads text only", where)
-    raise ValidationError(f"Invalid '{where}': its parts must be of type 'text' with a `text`", where)
-
-
-def _num_logprobs(body: ChatRequest) -> int | None:
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ValidationError("Invalid 'top_logprobs': it needs `logprobs: true`", "top_logprobs")
-    return (body.top_logprobs or 0) if body.logprobs else None
+def _size(message: dict[str, Any]) -> int:
+    """Characters of a message, about; lists and calls count as long."""
+    content = message.get("content")
+    return len(content) if isinstance(content, str) and "tool_calls" not in message else 200
 
 
 class ChatAnswer:
@@ -129,11 +109,9 @@ class ChatAnswer:
         return _encode(self._chunk([choice], None))
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """See `answering.Answer`."""
-        if not self._envelope.include_usage:
-            return closing_events(None)
-        usage = self._envelope.usage(generations)
-        return closing_events(_encode(self._chunk([], usage)))
+        """See `answering.Answer`: the usage, if asked for."""
+        e = self._envelope
+        return _encode(self._chunk([], e.usage(generations))) if e.include_usage else b""
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
         """See `answering.Answer`."""
@@ -144,19 +122,26 @@ class ChatAnswer:
             logprobs = ChatLogprobs([self._logprob(t) for t in its_tokens]) if self._with_logprobs else None
             message = ChatMessage("assistant", "".join(t.text for t in its_tokens))
             choices.append(ChatChoice(generation.index, message, logprobs, FINISH[generation.finish] or "stop"))
+        usage = e.usage(generations)
         return _encode(
-            ChatCompletion("chat.completion", e.id, e.created, e.model, e.fingerprint, choices, e.usage(generations))
+            ChatCompletion(
+                "chat.completion", e.id, e.created, e.model, e.fingerprint, choices, usage, service_tier=e.service_tier
+            )
         )
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Any) -> ChatChunk:
         e = self._envelope
-        return ChatChunk("chat.completion.chunk", e.id, e.created, e.model, e.fingerprint, choices, usage)
+        return ChatChunk(
+            "chat.completion.chunk", e.id, e.created, e.model, e.fingerprint, choices, usage, e.service_tier
+        )
 
     def _logprob(self, token: GeneratedToken) -> TokenLogprob:
-        bytes_of = self._envelope.tokenizer.token_bytes
-        details = token.details
+        tokenizer, details = self._envelope.tokenizer, token.details
+        raw = list(tokenizer.token_bytes(token.id))
         if details is None:
-            return TokenLogprob(token.token_text, 0.0, list(bytes_of(token.id)), [])
-        top = [TopLogprob(text, lp, list(bytes_of(i))) for i, text, lp in self._envelope.top_texts(details)]
-        text = self._envelope.tokenizer.token_text(token.id)
-        return TokenLogprob(text, details.logprob, list(bytes_of(token.id)), top)
+            return TokenLogprob(token_name(tokenizer, token.id), 0.0, raw, [])
+        top = [
+            TopLogprob(token_name(tokenizer, i), logprob, list(tokenizer.token_bytes(i)))
+            for i, logprob in zip(details.top_ids, details.top_logprobs, strict=True)
+        ]
+        return TokenLogprob(token_name(tokenizer, token.id), details.logprob, raw, top)

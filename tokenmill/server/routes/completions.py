@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from tokenmill.errors import ValidationError
-from tokenmill.server import answering
+from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
-from tokenmill.server.routes.openai import FINISH, Envelope, check_common, closing_events, logprob_of, options_of
-from tokenmill.server.schema.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from tokenmill.server.routes.openai import FINISH, Envelope, check_common, options_of, token_name
+from tokenmill.server.schema.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Options, Prepared
 from tokenmill.wire.messages import TokenDetails
 
+MAX_LOGPROBS = 5  # OpenAI's
+MAX_BEST_OF = 20  # OpenAI's; sampled ones are bounded by --max-best-of too
 _encode = msgspec.json.Encoder().encode
 
 
@@ -33,18 +36,27 @@ class BatchSizeError(ValidationError):
 
 async def completions(call: Call) -> None:
     """Decode, prepare each prompt, answer."""
-    body = await call.decode(CompletionRequest)
-    stream = bool(body.stream)
-    n = check_common(call, body, most_copies=call.service.options.max_concurrent_requests)
+    await answer_completion(call, await call.decode(CompletionRequest))
+
+
+async def answer_completion(call: Call, body: CompletionRequest) -> None:
+    """Answer a completion that came by whatever route. The call's dialect should be "openai"."""
     prompts = _prompts(call, body)
+    n = check_common(call, body, num_prompts=len(prompts))
     copies = _copies(body, n)
     call.take(len(prompts) * copies)
-    options = _options(body, copies if copies > n else None)
-    prepared = [await call.service.prepare(prompt, options, "openai", stream=stream) for prompt in prompts]
-    answer = CompletionAnswer(Envelope(call, body, "cmpl-"), body, prompts, prepared, n, copies)
-    num_characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-    sequences = answering.Sequences(tuple(prepared), copies, num_characters=num_characters)
-    await (answering.stream if stream else answering.fold)(call, sequences, answer)
+    most = max(MAX_LOGPROBS, call.service.options.max_top_n_tokens)
+    options = _options(body, most, copies if copies > n else None)
+    prepared = [await call.service.prepare(p, options, "openai", stream=bool(body.stream)) for p in prompts]
+    answer = CompletionAnswer(Envelope(call, body, "cmpl-"), body, prompts, prepared, Counts(n, copies))
+    sequences = answering.Sequences(
+        tuple(prepared),
+        copies,
+        keep_stop=bool(body.include_stop_str_in_output),
+        num_characters=sum(len(prompt) for prompt in prompts if isinstance(prompt, str)),
+        receipt=receipt.wanted(call, body.receipt),
+    )
+    await (answering.stream if body.stream else answering.fold)(call, sequences, answer)
 
 
 def _prompts(call: Call, body: CompletionRequest) -> list[str | list[int]]:
@@ -79,21 +91,36 @@ def _copies(body: CompletionRequest, n: int) -> int:
         raise ValidationError(f"Invalid 'best_of': it must be at least `n`. Given: {best_of}", "best_of")
     if body.stream and best_of > n:
         raise ValidationError("Invalid 'best_of': a stream cannot choose among more than `n`", "best_of")
-    return best_of
+    return n if body.temperature == 0.0 and best_of <= MAX_BEST_OF else best_of  # greedy ones are all alike
 
 
-def _options(body: CompletionRequest, best_of: int | None) -> Options:
-    max_tokens = body.max_tokens
-    if max_tokens == 0 and body.echo and not body.stream:
-        max_tokens = 1  # only the prompt is wanted; the token that every step makes is left out of the answer
-    logprobs = 0 if body.logprobs is None and best_of else body.logprobs
-    options = options_of(body, max_tokens=max_tokens, logprobs=logprobs)
-    wants_prompt = body.echo and body.logprobs is not None
-    return msgspec.structs.replace(options, best_of=best_of, prompt_logprobs=body.logprobs if wants_prompt else None)
+def _options(body: CompletionRequest, most_logprobs: int, best_of: int | None) -> Options:
+    logprobs = body.logprobs
+    if logprobs is not None and not 0 <= logprobs <= most_logprobs:
+        allowed = f"between 0 and {most_logprobs}. Given: {logprobs}"
+        raise ValidationError(f"Invalid 'logprobs': it must be {allowed}", "logprobs")
+    max_tokens = 1 if body.max_tokens == 0 else body.max_tokens  # every step makes a token, which is hidden
+    options = options_of(body, max_tokens=max_tokens, logprobs=0 if logprobs is None and best_of else logprobs)
+    return msgspec.structs.replace(options, best_of=best_of, prompt_logprobs=logprobs if body.echo else None)
+
+
+class Counts(NamedTuple):
+    """Choices of each prompt in the answer, and sequences generated for them."""
+
+    n: int
+    copies: int
+
+
+class Row(NamedTuple):
+    """A token in the lists of log-probabilities, and the character of the text at which it begins."""
+
+    id: int
+    offset: int
+    details: TokenDetails | None
 
 
 class CompletionAnswer:
-    """OpenAI's completion shapes."""
+    """OpenAI's completion shapes. With `max_tokens: 0` nothing but an echo is shown."""
 
     def __init__(
         self,
@@ -101,38 +128,35 @@ class CompletionAnswer:
         body: CompletionRequest,
         prompts: Sequence[str | list[int]],
         prepared: Sequence[Prepared],
-        n: int,
-        copies: int,
+        counts: Counts,
     ) -> None:
-        self._envelope, self._n, self._copies = envelope, n, copies
-        self._with_logprobs = body.logprobs is not None
-        self._echo = bool(body.echo)
-        self._only_echo = self._echo and body.max_tokens == 0
+        self._envelope, (self._n, self._copies) = envelope, counts
+        self._with_logprobs, self._echo = body.logprobs is not None, bool(body.echo)
+        self._hides = body.max_tokens == 0
         decode = envelope.tokenizer.decode
         self._echoes = [
-            (p if isinstance(p, str) else decode(list(one.prompt_ids))) if self._echo else ""
+            (p if isinstance(p, str) and not one.num_truncated else decode(one.prompt_ids)) if self._echo else ""
             for p, one in zip(prompts, prepared, strict=True)
         ]
-        self._offsets: dict[int, int] = {}  # of a choice: characters of the text that its chunks carried
+        self._offsets: dict[int, int] = {}  # of a choice: characters of the tokens that its chunks carried
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
         """See `answering.Answer`. An echo of the prompt comes with the first token."""
-        begins = token.index == 1
-        offset = self._offsets.get(generation.index, 0)
-        text = (self._echoes[generation.prompt_index] if begins else "") + token.text
-        self._offsets[generation.index] = offset + len(text)
+        text = "" if self._hides else token.text
+        shown = () if self._hides else (token,)
         logprobs = None
-        if self._with_logprobs:
-            rows = self._prompt_rows(generation) if begins and self._echo else []
-            logprobs = self._logprobs([*rows, (token.id, logprob_of(token), token.details)], offset)
+        if token.index == 1:
+            text = self._echoes[generation.prompt_index] + text
+            if self._with_logprobs:
+                logprobs = self._logprobs(self._rows(generation, shown))
+        elif self._with_logprobs:
+            logprobs = self._logprobs(self._token_rows(generation, shown))
         choice = CompletionChoice(generation.index, text, logprobs, FINISH[token.finish])
         return _encode(self._object([choice], None))
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """See `answering.Answer`."""
-        if not self._envelope.include_usage:
-            return closing_events(None)
-        return closing_events(_encode(self._object([], self._envelope.usage(generations))))
+        """See `answering.Answer`: the usage, if asked for."""
+        return _encode(self._object([], self._usage(generations))) if self._envelope.include_usage else b""
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
         """See `answering.Answer`. Choices are in the order of the prompts; of `best_of` copies the best `n`."""
@@ -143,47 +167,64 @@ class CompletionAnswer:
                 group.sort(key=lambda g: -g.mean_logprob)
             for generation in group[: self._n]:
                 choices.append(self._choice(len(choices), generation, tokens[generation.index]))
-        return _encode(self._object(choices, self._envelope.usage(generations)))
+        return _encode(self._object(choices, self._usage(generations)))
 
-    def _choice(self, index: int, generation: Generation, tokens: list[GeneratedToken]) -> CompletionChoice:
-        shown = [] if self._only_echo else tokens
+    def _choice(self, index: int, generation: Generation, tokens: Sequence[GeneratedToken]) -> CompletionChoice:
+        shown = () if self._hides else tokens
         text = self._echoes[generation.prompt_index] + "".join(t.text for t in shown)
-        logprobs = None
-        if self._with_logprobs:
-            rows = self._prompt_rows(generation) if self._echo else []
-            logprobs = self._logprobs([*rows, *((t.id, logprob_of(t), t.details) for t in shown)], 0)
+        logprobs = self._logprobs(self._rows(generation, shown)) if self._with_logprobs else None
         return CompletionChoice(index, text, logprobs, FINISH[generation.finish] or "stop")
 
-    def _prompt_rows(self, generation: Generation) -> list[tuple[int, float | None, TokenDetails | None]]:
-        rows: list[tuple[int, float | None, TokenDetails | None]] = []
-        details = [None, *generation.prompt_details]
-        for token_id, one in zip(generation.prepared.prompt_ids, details, strict=False):
-            rows.append((token_id, one.logprob if one else None, one))
+    def _usage(self, generations: Sequence[Generation]) -> Usage:
+        usage = self._envelope.usage(generations)
+        if not self._hides:
+            return usage
+        return msgspec.structs.replace(usage, completion_tokens=0, total_tokens=usage.prompt_tokens)
+
+    def _rows(self, generation: Generation, tokens: Sequence[GeneratedToken]) -> list[Row]:
+        """All tokens of an answer from its beginning: of the prompt if it is echoed, and `tokens`."""
+        rows: list[Row] = []
+        if self._echo:
+            ids = generation.prepared.prompt_ids
+            text = Detokenizer(self._envelope.tokenizer)
+            offset, most = 0, len(self._echoes[generation.prompt_index])
+            for token_id, details in zip(ids, [None, *generation.prompt_details], strict=False):
+                rows.append(Row(token_id, min(offset, most), details))
+                offset += len(text.push(token_id).text)
+            self._offsets[generation.index] = most
+        return rows + self._token_rows(generation, tokens)
+
+    def _token_rows(self, generation: Generation, tokens: Sequence[GeneratedToken]) -> list[Row]:
+        rows: list[Row] = []
+        offset = self._offsets.get(generation.index, 0)
+        for token in tokens:
+            rows.append(Row(token.id, offset, token.details))
+            offset += 0 if token.special else len(token.token_text)
+        self._offsets[generation.index] = offset
         return rows
 
-    def _logprobs(
-        self, rows: Sequence[tuple[int, float | None, TokenDetails | None]], offset: int
-    ) -> CompletionLogprobs:
-        text_of = self._envelope.tokenizer.token_text
+    def _logprobs(self, rows: Sequence[Row]) -> CompletionLogprobs:
         logprobs = CompletionLogprobs([], [], [], [])
-        for token_id, logprob, details in rows:
-            text = text_of(token_id)
-            logprobs.tokens.append(text)
-            logprobs.token_logprobs.append(logprob)
-            logprobs.top_logprobs.append(self._top(text, details))
+        for token_id, offset, details in rows:
+            name = self._name(token_id)
+            logprobs.tokens.append(name)
+            logprobs.token_logprobs.append(details.logprob if details else None)
+            logprobs.top_logprobs.append(self._top(name, details))
             logprobs.text_offset.append(offset)
-            offset += len(text)
         return logprobs
 
-    def _top(self, text: str, details: TokenDetails | None) -> dict[str, float] | None:
+    def _top(self, chosen: str, details: TokenDetails | None) -> dict[str, float] | None:
         """The likeliest tokens by their texts, best first, and the chosen one, as OpenAI has it."""
         if details is None:
             return None
         top: dict[str, float] = {}
-        for _, other, logprob in self._envelope.top_texts(details):
-            top.setdefault(other, logprob)  # of two ids with one text the likelier counts
-        top.setdefault(text, details.logprob)
+        for token_id, logprob in zip(details.top_ids, details.top_logprobs, strict=True):
+            top.setdefault(self._name(token_id), logprob)  # of two ids with one text the likelier counts
+        top.setdefault(chosen, details.logprob)
         return top
+
+    def _name(self, token_id: int) -> str:
+        return token_name(self._envelope.tokenizer, token_id, "bytes:")
 
     def _object(self, choices: list[CompletionChoice], usage: Any) -> Completion:
         e = self._envelope

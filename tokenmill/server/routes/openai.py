@@ -1,24 +1,32 @@
-"""What chat and completions share: options, refusals by name, ids, usage, log-probabilities, the list of models."""
+"""What chat and completions share: options, refusals by name, ids, usage, names of tokens, the list of models."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from tokenmill.errors import ValidationError
-from tokenmill.server import failures, sse
+from tokenmill.server import failures
 from tokenmill.server.call import Call
-from tokenmill.server.generation import GeneratedToken, Generation
-from tokenmill.server.schema.openai import Model, ModelList, SamplingFields, StreamOptions, Usage
+from tokenmill.server.generation import Generation
+from tokenmill.server.schema.openai import (
+    ChatRequest,
+    Model,
+    ModelList,
+    SamplingFields,
+    StreamOptions,
+    Usage,
+)
 from tokenmill.text.prepare import Options
 from tokenmill.text.tokenizer import Tokenizer
-from tokenmill.wire.messages import TokenDetails
 
 FINISH = {"": None, "eos": "stop", "stop": "stop", "length": "length"}
-_MAX_N = 128  # OpenAI's
+_MAX_N = 128  # OpenAI's, as are the next
+_MAX_LABELS, _MAX_LABEL_KEY, _MAX_LABEL_VALUE = 16, 64, 512
 _encode = msgspec.json.Encoder().encode
 
 
@@ -45,13 +53,17 @@ def refuse(param: str, reason: str) -> ValidationError:
     return ValidationError(f"`{param}` is not supported: {reason}", param)
 
 
-def check_common(call: Call, body: SamplingFields, *, most_copies: int) -> int:
-    """Refuse what is not served yet, by name; the number of choices a prompt. ValidationError, NotFound."""
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise refuse("response_format", f"{kind!r} constrains the answer by a grammar, which is not in this release")
+def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> int:
+    """Refuse what is not served, by name; the number of choices a prompt. ValidationError, NotFound."""
+    if body.response_format is not None:
+        kind = body.response_format.get("type")
+        if not isinstance(kind, str):
+            raise ValidationError("Invalid 'response_format': it must have a `type`", "response_format")
+        if kind != "text":
+            reason = f"{kind[:32]!r} constrains the answer by a grammar, which is not in this release"
+            raise refuse("response_format", reason)
     n = 1 if body.n is None else body.n
-    most = min(_MAX_N, most_copies)
+    most = max(min(_MAX_N, call.service.options.max_concurrent_requests // num_prompts), 1)
     if not 1 <= n <= most:
         raise ValidationError(f"Invalid 'n': it must be between 1 and {most}. Given: {n}", "n")
     if body.stream_options is not None and not body.stream:
@@ -61,6 +73,19 @@ def check_common(call: Call, body: SamplingFields, *, most_copies: int) -> int:
         if body.model not in (None, "", "tgi", served):
             raise failures.NotFound(f"The model {body.model!r} does not exist; {served!r} is served")
     return n
+
+
+def check_labels(metadata: dict[str, Any] | None) -> None:
+    """OpenAI's bounds of `metadata`; it changes nothing. ValidationError."""
+    if metadata is None:
+        return
+    if len(metadata) > _MAX_LABELS:
+        allowed = f"at most {_MAX_LABELS} pairs. Given: {len(metadata)}"
+        raise ValidationError(f"Invalid 'metadata': it must be {allowed}", "metadata")
+    for key, value in metadata.items():
+        if not isinstance(value, str) or len(key) > _MAX_LABEL_KEY or len(value) > _MAX_LABEL_VALUE:
+            allowed = f"keys of at most {_MAX_LABEL_KEY} characters and texts of at most {_MAX_LABEL_VALUE}"
+            raise ValidationError(f"Invalid 'metadata': it must have {allowed}. Given: {key[:64]!r}", "metadata")
 
 
 def options_of(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> Options:
@@ -83,6 +108,7 @@ def options_of(body: SamplingFields, *, max_tokens: int | None, logprobs: int | 
         logit_bias=_logit_bias(body.logit_bias),
         logprobs=logprobs,
         raw_logprobs=True,
+        truncate=body.truncate,
     )
 
 
@@ -110,29 +136,31 @@ class Envelope:
         self.id = prefix + secrets.token_hex(12)
         self.created = int(time.time())
         self.model = body.model if body.model and body.model != "tgi" else model.id
-        self.fingerprint = f"{call.service.options.version}-native"
+        self.fingerprint = call.service.fingerprint
+        named_tier = isinstance(body, ChatRequest) and body.service_tier is not None
+        self.service_tier: str | msgspec.UnsetType = "default" if named_tier else msgspec.UNSET
         stream_options = body.stream_options or StreamOptions()
         self.include_usage = bool(stream_options.include_usage)
+        self._truncates = body.truncate is not None
 
     def usage(self, generations: Sequence[Generation]) -> Usage:
         """Tokens of the whole call; a prompt counts once however many choices it has."""
         prompts = {g.prompt_index: g for g in generations}.values()
         prompt = sum(g.prepared.num_prompt for g in prompts)
         completion = sum(g.num_generated for g in generations)
-        cached = sum(g.num_cached for g in prompts)
-        return Usage(prompt, completion, prompt + completion, {"cached_tokens": cached})
-
-    def top_texts(self, details: TokenDetails) -> list[tuple[int, str, float]]:
-        """The likeliest tokens: id, text, log-probability; best first."""
-        text_of = self.tokenizer.token_text
-        return [(i, text_of(i), lp) for i, lp in zip(details.top_ids, details.top_logprobs, strict=True)]
+        details = {"cached_tokens": sum(g.num_cached for g in prompts)}
+        if self._truncates:
+            details["truncated_tokens"] = sum(g.prepared.num_truncated for g in prompts)
+        return Usage(prompt, completion, prompt + completion, details)
 
 
-def closing_events(usage: bytes | None) -> bytes:
-    """The end of every OpenAI stream: the usage chunk if asked for, then `[DONE]`."""
-    return (sse.event(usage) if usage is not None else b"") + sse.DONE
-
-
-def logprob_of(token: GeneratedToken) -> float:
-    """The token's own log-probability; 0.0 if the engine gave none."""
-    return token.details.logprob if token.details else 0.0
+def token_name(tokenizer: Tokenizer, token_id: int, prefix: str = "") -> str:
+    """A token in a list of log-probabilities: its text, or its bytes written as OpenAI writes what is no text."""
+    text = tokenizer.token_text(token_id)
+    if "\ufffd" not in text:
+        return text
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -6,7 +6,7 @@ Unknown fields are ignored. None: not given, or null.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -46,6 +46,9 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: Uint | None = None
     ignore_eos: bool | None = None
     response_format: Json | None = None
+    truncate: Uint | None = None  # keep only so many of the prompt's last tokens; the usage says how many were cut
+    include_stop_str_in_output: bool | None = None
+    receipt: bool | None = None  # what the answer took and how it was made, in the answer or its last chunk
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
@@ -59,11 +62,20 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     tool_choice: str | Json | None = None
     tool_prompt: str | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Any = None
+    metadata: Json | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None  # there is one tier
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None  # equal beginnings are found without it
+    prompt_cache_retention: str | None = None
 
     chat_template_kwargs: Json | None = None
+    documents: list[Json] | None = None  # for templates that show documents
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+    reasoning_effort: str | None = None  # given to templates that know it
+    verbosity: str | None = None  # the same
 
     # documented by OpenAI, refused by name
     functions: Any = None
@@ -72,8 +84,6 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
-    reasoning_effort: str | None = None
-    verbosity: str | None = None
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
@@ -153,6 +163,7 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET  # only if the request named one
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -174,6 +185,7 @@ class ChatChunk(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET  # only if the request named one
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):

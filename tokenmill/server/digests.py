@@ -1,0 +1,77 @@
+"""Digests that tell two models, and two ways of computing them, apart.
+
+Short hexadecimal texts for receipts and `system_fingerprint`: equal for equal things on every machine, and changed by
+whatever may change an answer.
+"""
+
+from __future__ import annotations
+
+import platform
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+from tokenmill.weights.source import ModelSource
+from tokenmill.wire.messages import EngineInfo
+
+_WHOLE = 8 << 20  # bytes; of a longer file parts are read
+_PART = 64 << 10
+_NUM_PARTS = 16
+_READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".tiktoken")
+_PACKAGES = {"torch": ("torch", "transformers")}  # by backend: what computes besides our own code
+_CAPACITY = frozenset({"model_id", "revision", "num_blocks", "max_input_tokens", "max_total_tokens"})
+"""Fields of `EngineInfo` that say which model and how much of it at once, not how it computes."""
+
+
+def model_digest(source: ModelSource) -> str:
+    """Of the contents of a model's weights, configuration and tokenizer.
+
+    Files of up to 8 MiB are read whole; of longer ones the size, the beginning, the end and 14 parts between, so that
+    it takes no noticeable time. Blocks.
+    """
+    path = Path(source.path)
+    files = sorted(p for p in path.iterdir() if p.suffix in _READ) if path.is_dir() else [path]
+    if source.tokenizer_config_path:
+        files.append(Path(source.tokenizer_config_path))
+    total = sha256()
+    for file in files:
+        if file.is_file():
+            name = "model.gguf" if file == path else file.name
+            total.update(f"{name}\0{_file_digest(file)}\0".encode())
+    return total.hexdigest()[:16]
+
+
+def _file_digest(file: Path) -> str:
+    size = file.stat().st_size
+    hashed = sha256(str(size).encode())
+    with file.open("rb") as opened:
+        if size <= _WHOLE:
+            while part := opened.read(_PART):
+                hashed.update(part)
+        else:
+            for i in range(_NUM_PARTS):
+                opened.seek(i * (size - _PART) // (_NUM_PARTS - 1))
+                hashed.update(opened.read(_PART))
+    return hashed.hexdigest()
+
+
+def engine_digest(info: EngineInfo, version: str, settings: str = "") -> str:
+    """Of everything but the model that may change the numbers: our version, the backend and its packages, formats,
+    sizes of steps, number of ranks, the kind of machine, and `settings`."""
+    parts = [version, platform.machine(), settings]
+    for name, value in sorted(msgspec.structs.asdict(info).items()):
+        if name not in _CAPACITY:
+            parts.append(f"{name}={value}")
+    for package in _PACKAGES.get(info.backend, ()):
+        try:
+            parts.append(f"{package}={metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            parts.append(f"{package}=")
+    return sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def fingerprint(version: str, model: str, engine: str) -> str:
+    """`system_fingerprint`: TGI's form, a version and a label, with both digests behind a plus sign."""
+    return f"{version}+{sha256(f'{model} {engine}'.encode()).hexdigest()[:10]}-native"

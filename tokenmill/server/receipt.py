@@ -1,0 +1,148 @@
+"""Receipts: what an answer took, and what made it. For requests that ask; nothing of it costs the others.
+
+A client asks by `"receipt": true` in the body or by the header `x-receipt: 1`. A route passes `wanted(...)` to
+`answering.Sequences`; the rest happens in `answering.py`, for every shape of answer: the receipt becomes the last key
+of a plain answer, or of the last event of a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tokenmill.server.call import Call
+from tokenmill.server.generation import Generation
+from tokenmill.wire.messages import Facts
+
+_OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+_encode = msgspec.json.Encoder().encode
+
+
+class SequenceReceipt(msgspec.Struct, frozen=True):
+    """One of several sequences of an answer; see `Receipt`. `index`: its place among those that were generated."""
+
+    index: int
+    prompt: int
+    seed: int | None
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    preemptions: int
+    largest_batch: int
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What an answer took and what made it.
+
+    Times in milliseconds: in the queue, until the first token, from the first to the last token; the longest of
+    all sequences, which run side by side. `total_ms` from the request's arrival to its last token. Tokens of a prompt
+    count once however many choices it has. `largest_batch`: the most sequences that shared a step with this answer.
+    `parameters`: as they held, after defaults and limits.
+    """
+
+    request_id: str
+    model: str
+    model_revision: str | None
+    model_digest: str  # of what the files of the model hold
+    engine: str
+    engine_digest: str  # changes when the same model may compute other numbers
+    version: str
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
+    prompt_tokens: int
+    truncated_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+    largest_batch: int
+    parameters: dict[str, Any]
+    sequences: list[SequenceReceipt] | msgspec.UnsetType = msgspec.UNSET  # if there are several
+
+
+def wanted(call: Call, field: bool | None = None) -> bool:
+    """Whether the client asks for a receipt: by `field` of its body, or if that is silent by the header."""
+    return call.header(b"x-receipt").lower() in (b"1", b"true") if field is None else field
+
+
+def attach(answer: bytes, call: Call, generations: Sequence[Generation]) -> bytes:
+    """`answer`, the JSON text of an object or of a list of one, with the receipt as the object's last key."""
+    end = b"}]" if answer.endswith(b"]") else b"}"
+    comma = b"" if answer[-len(end) - 1 :] == b"{" + end else b","
+    return answer[: -len(end)] + comma + b'"receipt":' + _encode(receipt_of(call, generations)) + end
+
+
+def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
+    """The receipt of a call whose sequences, at least one, have ended."""
+    service, model = call.service, call.service.model
+    assert model is not None  # it generated
+    prompts = {g.prompt_index: g for g in generations}.values()
+    sequences = [_sequence(g) for g in generations]
+    times = [g.timings for g in generations]
+    return Receipt(
+        request_id=call.request_id,
+        model=model.id,
+        model_revision=model.revision or None,
+        model_digest=model.digest,
+        engine=service.engine_name,
+        engine_digest=service.engine_digest,
+        version=service.options.version,
+        queue_ms=max(s.queue_ms for s in sequences),
+        prefill_ms=max(s.prefill_ms for s in sequences),
+        decode_ms=max(s.decode_ms for s in sequences),
+        total_ms=_milliseconds(max(t.last for t in times) - times[0].arrived),
+        prompt_tokens=sum(g.prepared.num_prompt for g in prompts),
+        truncated_tokens=sum(g.prepared.num_truncated for g in prompts),
+        cached_tokens=sum(g.num_cached for g in prompts),
+        generated_tokens=sum(g.num_generated for g in generations),
+        preemptions=sum(s.preemptions for s in sequences),
+        largest_batch=max(s.largest_batch for s in sequences),
+        parameters=_parameters(generations[0], call.dialect == "openai"),
+        sequences=sequences if len(sequences) > 1 else msgspec.UNSET,
+    )
+
+
+def _sequence(generation: Generation) -> SequenceReceipt:
+    facts = generation.facts or Facts()
+    return SequenceReceipt(
+        index=generation.index,
+        prompt=generation.prompt_index,
+        seed=generation.prepared.seed,
+        finish_reason=generation.finish,
+        prompt_tokens=generation.prepared.num_prompt,
+        cached_tokens=generation.num_cached,
+        generated_tokens=generation.num_generated,
+        queue_ms=_milliseconds(facts.queue_s),
+        prefill_ms=_milliseconds(facts.prefill_s),
+        decode_ms=_milliseconds(facts.decode_s),
+        preemptions=facts.num_preemptions,
+        largest_batch=facts.largest_batch,
+    )
+
+
+def _parameters(generation: Generation, openai: bool) -> dict[str, Any]:
+    """Everything that decided what was generated, by the names of the API that was called."""
+    prepared = generation.prepared
+    sampling: dict[str, Any] = {name: getattr(prepared.sampling, name) for name in prepared.sampling.__struct_fields__}
+    sampling["logit_bias"] = {str(token_id): bias for token_id, bias in prepared.sampling.logit_bias}
+    for name in ("logprobs", "prompt_logprobs"):
+        sampling[name] = None if sampling[name] < 0 else sampling[name]
+    stopping = {
+        "max_new_tokens": prepared.stopping.max_new_tokens,
+        "min_new_tokens": prepared.stopping.min_new_tokens,
+    }
+    if openai:
+        stopping = {_OPENAI_NAMES[name]: value for name, value in stopping.items()}
+    chosen = {"do_sample": not prepared.sampling.greedy, **sampling, "seed": prepared.seed}
+    return {**stopping, **chosen, "stop": prepared.stop, "ignore_eos": not prepared.stopping.stop_ids}
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
