@@ -17,9 +17,9 @@ from typing import Protocol
 import msgspec
 
 from tokenmill.errors import RequestError
-from tokenmill.server import failures, sse
+from tokenmill.server import access, failures, receipt, sse
 from tokenmill.server.call import Call, ClientGone
-from tokenmill.server.generation import GeneratedToken, Generation, Timings
+from tokenmill.server.generation import GeneratedToken, Generation, MeasuredGeneration, Timings
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Prepared
 from tokenmill.wire.messages import Request
@@ -36,7 +36,7 @@ class Answer(Protocol):
         """The JSON text of the event that one token makes."""
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """Whole events that come after the last token of all sequences."""
+        """The JSON text of one more event after the last token of all sequences; b"" if there is none."""
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
         """The plain answer that all chunks together make. `tokens[i]` are the tokens of `generations[i]`."""
@@ -45,13 +45,14 @@ class Answer(Protocol):
 class Sequences(msgspec.Struct, frozen=True):
     """What to generate: prompts in order, each `copies` times (`n`, `best_of`).
 
-    `keep_stop`: stop strings are part of the text.
+    `keep_stop`: stop strings are part of the text. `receipt`: see `receipt.py`.
     """
 
     prompts: tuple[Prepared, ...]
     copies: int = 1
     keep_stop: bool = False
     num_characters: int = 0  # of all prompts, as text
+    receipt: bool = False
 
 
 class _Listener(ABC):
@@ -60,6 +61,7 @@ class _Listener(ABC):
     def __init__(self, call: Call, answer: Answer) -> None:
         self.call, self.answer = call, answer
         self.generations: list[Generation] = []
+        call.generations = self.generations
         self.num_open = 0
         self.error: RequestError | None = None
 
@@ -67,6 +69,7 @@ class _Listener(ABC):
         """Send every sequence to the engine. Raises NotReady."""
         service = self.call.service
         model, _, _ = service.ready()
+        kind = MeasuredGeneration if sequences.receipt else Generation
         for prompt_index, prepared in enumerate(sequences.prompts):
             service.count_prepared(prepared)
             for copy in range(sequences.copies):
@@ -74,7 +77,7 @@ class _Listener(ABC):
                 text = Detokenizer(
                     model.tokenizer, one.stop, include_stop=sequences.keep_stop, prompt_ids=one.prompt_ids
                 )
-                generation = Generation(
+                generation = kind(
                     service.client.new_id(), one, text, self, Timings(self.call.arrived, time.monotonic()),
                     service.observe_gap, index=len(self.generations), prompt_index=prompt_index,
                 )  # fmt: skip
@@ -82,7 +85,8 @@ class _Listener(ABC):
                 self.num_open += 1
         for generation in self.generations:
             p = generation.prepared
-            service.client.submit(Request(generation.id, p.prompt_ids, p.sampling, p.stopping), generation)
+            request = Request(generation.id, p.prompt_ids, p.sampling, p.stopping, wants_facts=sequences.receipt)
+            service.client.submit(request, generation)
 
     @abstractmethod
     def token(self, generation: Generation, token: GeneratedToken) -> None:
@@ -130,17 +134,26 @@ class _Folded(_Listener):
 class _Streamed(_Listener):
     """Sends each token as it comes."""
 
-    def __init__(self, call: Call, answer: Answer, headers: sse.Headers) -> None:
+    def __init__(self, call: Call, answer: Answer, headers: sse.Headers, *, receipt: bool) -> None:
         super().__init__(call, answer)
         self.events = sse.EventStream(call.raw_send, headers)
+        self._receipt = receipt
+        self._end = sse.DONE if call.dialect == "openai" else b""
 
     def token(self, generation: Generation, token: GeneratedToken) -> None:
         """See `generation.Listener`."""
-        data = sse.event(self.answer.chunk(generation, token))
+        chunk = self.answer.chunk(generation, token)
         if token.finish and self.finished(generation):
-            self.events.end(data + self.answer.closing(self.generations))
+            self.events.end(self._last(chunk))
         else:
-            self.events.write(data)
+            self.events.write(sse.event(chunk))
+
+    def _last(self, chunk: bytes) -> bytes:
+        """The end of the stream, from the last token's chunk on."""
+        payloads = [payload for payload in (chunk, self.answer.closing(self.generations)) if payload]
+        if self._receipt:
+            payloads[-1] = receipt.attach(payloads[-1], self.call, self.generations)
+        return b"".join(map(sse.event, payloads)) + self._end
 
     def failed(self, generation: Generation, error: RequestError) -> None:
         """See `generation.Listener`. Before the first event there is still time for an ordinary error answer."""
@@ -150,8 +163,7 @@ class _Streamed(_Listener):
         if not self.events.started:
             self.events.close()
             return
-        dialect = self.call.dialect
-        self.events.end(sse.event(failures.body(error, dialect)) + (sse.DONE if dialect == "openai" else b""))
+        self.events.end(sse.event(failures.body(error, self.call.dialect)) + self._end)
 
 
 async def stream(call: Call, sequences: Sequences, answer: Answer) -> None:
@@ -161,7 +173,7 @@ async def stream(call: Call, sequences: Sequences, answer: Answer) -> None:
         (b"x-compute-characters", b"%d" % sequences.num_characters),
         (b"x-accel-buffering", b"no"),
     ]
-    listener = _Streamed(call, answer, headers)
+    listener = _Streamed(call, answer, headers, receipt=sequences.receipt)
     events = listener.events
     try:
         listener.submit(sequences)
@@ -181,7 +193,7 @@ async def stream(call: Call, sequences: Sequences, answer: Answer) -> None:
         call.service.count_failure(listener.error)
         log.error("%s failed in the middle of a stream: %s", call.scope["path"], listener.error)
         return
-    log_success(call, listener.generations)
+    access.succeeded(call, listener.generations, sequences.copies)
 
 
 async def fold(call: Call, sequences: Sequences, answer: Answer) -> None:
@@ -197,8 +209,10 @@ async def fold(call: Call, sequences: Sequences, answer: Answer) -> None:
     if listener.error is not None:
         raise listener.error
     body = answer.fold(listener.generations, listener.tokens)
+    if sequences.receipt:
+        body = receipt.attach(body, call, listener.generations)
     await call.answer(body, plain_headers(call, sequences, listener.generations))
-    log_success(call, listener.generations)
+    access.succeeded(call, listener.generations, sequences.copies)
 
 
 def _reseeded(prepared: Prepared, copy: int) -> Prepared:
@@ -240,46 +254,3 @@ def plain_headers(call: Call, sequences: Sequences, generations: Sequence[Genera
     headers.append((b"x-prompt-tokens", b"%d" % sum(g.prepared.num_prompt for g in first)))
     headers.append((b"x-generated-tokens", b"%d" % generated))
     return headers
-
-
-def log_success(call: Call, generations: Sequence[Generation]) -> None:
-    """TGI's "Success" line, which people parse as an access log. Never texts."""
-    if not log.isEnabledFor(logging.INFO):
-        return
-    first = generations[0]
-    times, prepared = first.timings, first.prepared
-    inference = times.last - times.admitted
-    log.info(
-        "Success",
-        extra={
-            "fields": {
-                "name": call.scope["path"],
-                "parameters": _parameters(prepared),
-                "total_time": duration(times.last - times.arrived),
-                "validation_time": duration(times.submitted - times.arrived),
-                "queue_time": duration(times.admitted - times.submitted),
-                "inference_time": duration(inference),
-                "time_per_token": duration(inference / max(first.num_generated, 1)),
-                "seed": "None" if prepared.seed is None else f"Some({prepared.seed})",
-            }
-        },
-    )
-
-
-def _parameters(prepared: Prepared) -> str:
-    """What was asked of the generation, without texts: stop strings are counted, biases too."""
-    sampling, stopping = prepared.sampling, prepared.stopping
-    return (
-        f"GenerateParameters {{ temperature: {sampling.temperature}, top_k: {sampling.top_k}, top_p: {sampling.top_p}, "
-        f"typical_p: {sampling.typical_p}, repetition_penalty: {sampling.repetition_penalty}, "
-        f"frequency_penalty: {sampling.frequency_penalty}, max_new_tokens: {stopping.max_new_tokens}, "
-        f"stop: {len(prepared.stop)} }}"
-    )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as Rust prints them: 1.25s, 45.6ms, 12.3µs."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.9g}{unit}"
-    return f"{max(seconds, 0.0) * 1e9:.0f}ns"

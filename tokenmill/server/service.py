@@ -14,10 +14,11 @@ from typing import TypeVar
 import msgspec
 
 from tokenmill.errors import NotReady, Overloaded, RequestError
-from tokenmill.server import failures
+from tokenmill.server import digests, failures
 from tokenmill.server.client import EngineClient
 from tokenmill.server.generation import Generation
 from tokenmill.server.metrics import Metrics
+from tokenmill.server.tracing import Tracer
 from tokenmill.text.prepare import Options, Prepared, RequestLimits, prepare
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.wire.messages import EngineInfo, Stats
@@ -26,6 +27,8 @@ _SHORT_PROMPT = 2000
 """Characters up to which encoding takes less than handing it to a thread and back would."""
 
 NO_STATS = Stats()
+OPENAI_TOP_LOGPROBS = 20
+"""Alternatives of a token that OpenAI's API documents; `--max-top-n-tokens` bounds TGI's, and can only widen these."""
 
 T = TypeVar("T")
 
@@ -47,6 +50,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True):
     protect_metrics: bool = False
     strict_model_name: bool = False
     configured_concurrent_requests: int = 128  # of all workers, as `/info` shows it
+    numerics: str = ""  # settings that may change what is computed
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +60,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     revision: str
     tokenizer: Tokenizer
     created: int  # Unix seconds
+    digest: str = ""  # see `digests.model_digest`
 
 
 class Service:
@@ -64,9 +69,11 @@ class Service:
     def __init__(self, options: ServiceOptions, *, address: str, run_dir: str, index: int = 0) -> None:
         self.options = options
         self.metrics = Metrics(run_dir, index)
+        self.tracer: Tracer | None = None  # only if spans are to be sent
         self.client = EngineClient(address, self)
         self.model: Model | None = None
         self.limits: RequestLimits | None = None
+        self.fingerprint = self.engine_digest = self.engine_name = ""  # of the engine last connected
         self.phase = "starting"
         self.draining = False
         self.stats: Stats | None = None  # the engine's last
@@ -87,6 +94,13 @@ class Service:
             max_top_n_tokens=options.max_top_n_tokens,
             vocab_size=info.vocab_size,
         )
+        self._openai_limits = msgspec.structs.replace(
+            self.limits, max_top_n_tokens=max(options.max_top_n_tokens, OPENAI_TOP_LOGPROBS)
+        )
+        model = self.model.digest if self.model else ""
+        self.engine_name = " ".join(filter(None, (info.backend, info.device, info.dtype, info.quantize)))
+        self.engine_digest = digests.engine_digest(info, options.version, options.numerics)
+        self.fingerprint = digests.fingerprint(options.version, model, self.engine_digest)
         self.stats = None
         self.metrics.set_limits(info.max_input_tokens, info.max_total_tokens)
         self.metrics.set("tgi_batch_max_total_tokens", info.capacity)
@@ -175,6 +189,8 @@ class Service:
     ) -> Prepared:
         """Check options and encode the prompt, a long one in a thread. Raises ValidationError, NotReady."""
         model, limits, _ = self.ready()
+        if dialect == "openai":
+            limits = self._openai_limits
 
         def work() -> Prepared:
             return prepare(

@@ -24,8 +24,10 @@ import uvloop
 from tokenmill import __version__
 from tokenmill.config import Settings
 from tokenmill.server.app import create_app
+from tokenmill.server.digests import model_digest
 from tokenmill.server.protocol import BoundedProtocol
 from tokenmill.server.service import Model, Service, ServiceOptions
+from tokenmill.server.tracing import Tracer
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
@@ -67,6 +69,10 @@ class Worker:
         self._service = Service(
             options_of(settings), address=configure.engine_address, run_dir=configure.run_dir, index=configure.index
         )
+        if settings.otlp_endpoint:
+            self._service.tracer = Tracer.to(
+                settings.otlp_endpoint, settings.otlp_service_name, sample_all=not settings.otel_traces_sampler
+            )
         config = uvicorn.Config(
             create_app(self._service),
             http=BoundedProtocol,
@@ -91,6 +97,8 @@ class Worker:
             for task in self._tasks:
                 task.cancel()
             self._service.close()
+            if self._service.tracer is not None:
+                await asyncio.to_thread(self._service.tracer.close)
         if self._error is not None:
             raise self._error
 
@@ -124,8 +132,9 @@ class Worker:
         """Load the tokenizer, then stay connected to the engine. Raises ModelError."""
         service = self._service
         tokenizer = await service.in_thread(lambda: Tokenizer.load(source))
+        digest = await service.in_thread(lambda: model_digest(source))
         service.model = Model(
-            id=source.model_id, revision=source.revision, tokenizer=tokenizer, created=int(time.time())
+            id=source.model_id, revision=source.revision, tokenizer=tokenizer, created=int(time.time()), digest=digest
         )
         gc.collect()
         gc.freeze()  # tables of the tokenizer and modules: nothing that collections need to look at
@@ -163,4 +172,5 @@ def options_of(settings: Settings) -> ServiceOptions:
         compute_type=settings.compute_type,
         protect_metrics=settings.protect_metrics,
         strict_model_name=settings.strict_model_name,
+        numerics=f"{settings.kv_cache_dtype} {settings.cpu_isa} {settings.cpu_threads}",
     )
