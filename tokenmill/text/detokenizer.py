@@ -15,15 +15,16 @@ import msgspec
 from tokenmill.text.pieces import Pieces
 from tokenmill.text.tokenizer import Tokenizer
 
-_WINDOW = 6  # tokens before the new ones that a decoder without a table is shown
-_LONGEST_CHARACTER = 4  # tokens that one character may take; more are bytes that will never be one
+_WINDOW = 8  # tokens that a decoder without a table is shown besides the new ones
+_MOST_WAITING = 3  # bytes of a character that is not whole yet; such a decoder may write U+FFFD for each
 
 
 class Piece(msgspec.Struct, gc=False):
     """What one token added.
 
     `text` is for the answer: special tokens left out, stop strings respected. `token_text` is the token's own: nothing
-    left out or held back; "" while its characters are not whole, the token that completes them carries them.
+    left out or held back; "" while its characters are not whole, the token that completes them carries them. A token
+    that is left out of the answer is not part of its text: it may stand between the bytes of one character.
     """
 
     text: str
@@ -40,7 +41,7 @@ class Detokenizer:
     comparison though it is not emitted. After a stop nothing more is emitted.
     """
 
-    __slots__ = ("_decoder", "_hidden", "_include", "_matcher", "_parts", "_special")
+    __slots__ = ("_decoder", "_hidden", "_include", "_matcher", "_parts", "_special", "_text_of")
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Detokenizer:
     ) -> None:
         pieces = tokenizer.pieces
         self._decoder: _Decoder = _WindowDecoder(tokenizer, prompt_ids) if pieces is None else _PieceDecoder(pieces)
+        self._text_of = tokenizer.token_text
         self._special = tokenizer.special_ids
         self._hidden: frozenset[int] = self._special if skip_special_tokens else frozenset()
         self._matcher = StopMatcher(stop) if stop else None
@@ -68,9 +70,9 @@ class Detokenizer:
 
     def push(self, token_id: int) -> Piece:
         """Take the next token. Costs about a microsecond without stop strings."""
-        token_text = self._decoder.push(token_id)
-        special = token_id in self._special
         shown = token_id not in self._hidden
+        token_text = self._decoder.push(token_id) if shown else self._text_of(token_id)
+        special = token_id in self._special
         if self._matcher is None:
             text, stopped = token_text if shown else "", None
         else:
@@ -181,22 +183,30 @@ class _PieceDecoder:
 
 
 class _WindowDecoder:
-    """For decoders that look at several tokens: what decoding a few tokens more adds to the text of the last ones."""
+    """For decoders that look at several tokens: what one token more adds to the decoding of the last ones."""
 
     __slots__ = ("_decode", "_ids", "_read")
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._decode = tokenizer.decode
         self._ids = list(prompt_ids[-_WINDOW:])
-        self._read = len(self._ids)  # how many of them are in the text
+        self._read = len(self._decode(self._ids, False))  # characters of their text that are out already
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
-        before = self._decode(self._ids[: self._read], False)
-        after = self._decode(self._ids, False)
-        unfinished = after.endswith("\ufffd") and len(self._ids) - self._read < _LONGEST_CHARACTER
-        if unfinished or len(after) <= len(before):
-            return ""
-        self._ids = self._ids[-_WINDOW:] if self._read < _WINDOW else self._ids[self._read :]
-        self._read = len(self._ids)
-        return after[len(before) :]
+        text = self._decode(self._ids, False)
+        sure = _without_waiting(text)
+        new = text[self._read : sure]
+        self._read = max(self._read, sure)
+        if len(self._ids) > 2 * _WINDOW:  # far fewer than are kept can be in the middle of a character
+            del self._ids[:-_WINDOW]
+            self._read = _without_waiting(self._decode(self._ids, False))
+        return new
+
+
+def _without_waiting(text: str) -> int:
+    """Length of a text without the end that further tokens may change."""
+    end = len(text)
+    while end and len(text) - end < _MOST_WAITING and text[end - 1] == "\ufffd":
+        end -= 1
+    return end
