@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from types import TracebackType
 
 from tokenmill.engine.engine import Engine
+from tokenmill.engine.facts import FactsLink
 from tokenmill.errors import GenerationError
 from tokenmill.runtime.assembly import Assembled
 from tokenmill.wire.messages import (
@@ -51,7 +52,7 @@ class OfflineEngine:
     def __init__(self, parts: Assembled) -> None:
         self._parts = parts
         self._link = _LocalLink()
-        self._engine = Engine(parts.scheduler, parts.executor, self._link)
+        self._engine = Engine(parts.scheduler, parts.executor, FactsLink(self._link, parts.scheduler))
         self._last_id = 0
 
     @property
@@ -70,12 +71,14 @@ class OfflineEngine:
         sampling: SamplingParams | None = None,
         stopping: StoppingParams | None = None,
         salt: bytes = b"",
+        *,
+        wants_facts: bool = False,
     ) -> int:
         """Queue a request and return its id, for `outputs` or `abort`. Greedy, 16 tokens, if nothing else is said."""
         self._last_id += 1
         request_id = self._last_id
         sampling, stopping = sampling or SamplingParams(), stopping or StoppingParams(16)
-        self._link.messages.append(Request(request_id, tuple(prompt_ids), sampling, stopping, salt))
+        self._link.messages.append(Request(request_id, tuple(prompt_ids), sampling, stopping, salt, wants_facts))
         self._link.queues[request_id] = deque()
         return request_id
 

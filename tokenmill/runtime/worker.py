@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from tokenmill.config import Settings, memory_bytes, usable_cpus
-from tokenmill.engine.engine import Engine
+from tokenmill.engine.engine import Engine, Link
+from tokenmill.engine.facts import FactsLink
 from tokenmill.engine.intake import Follower, Intake, RankServer
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
@@ -39,12 +40,13 @@ def main(control: ChildControl) -> None:
         group, ranks, follower = _meet(configure, settings, resources)
         parts = _mock(source, settings) if settings.mock else assemble(source, wants(settings), group, control.send)
         resources.callback(parts.close)
-        link: Intake | Follower | None = follower
+        link: Link | None = follower
         if link is None:
             if ranks is not None:
                 ranks.wait()
-            link = Intake(configure.engine_address, parts.info, ranks=ranks, watch=control.fileno())
-            resources.callback(link.close)
+            intake = Intake(configure.engine_address, parts.info, ranks=ranks, watch=control.fileno())
+            resources.callback(intake.close)
+            link = FactsLink(intake, parts.scheduler)
         control.send(Ready(parts.info if configure.index == 0 else None))
         engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)
         _work(engine, control)
