@@ -68,7 +68,6 @@ NATIVE = [
     ({"logit_bias": {1: 100.5}}, "`logit_bias` must be >= -100 and <= 100. Given: 100.5"),
     ({"watermark": True}, "`watermark` is not supported"),
     ({"adapter_id": "x"}, "`adapter_id` 'x' is unknown: no adapters are loaded"),
-    ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
     ({"prompt": ""}, "`inputs` cannot be empty"),
     ({"prompt": []}, "`inputs` cannot be empty"),
     ({"truncate": 0}, "`truncate` must be strictly positive and less than 15. Given: 0"),
@@ -79,6 +78,9 @@ NATIVE = [
     ({"prompt": [5] * 21}, "`inputs` tokens + `max_new_tokens` must be <= 20. Given: 21 `inputs` tokens and 0 `max_new_tokens`"),
     ({"prompt": [5] * 16}, "`inputs` must have less than 15 tokens. Given: 16"),
     ({"min_new_tokens": 5, "max_new_tokens": 4}, "`min_new_tokens` must be <= `max_new_tokens`. Given: 5 and 4"),
+    ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
+    ({"grammar": {"type": "x", "value": "a"}}, "grammar is not valid: `type` must be one of json, json_object, regex, json_schema. Given: x"),
+    ({"grammar": {"type": "json"}}, "grammar is not valid: `value` is missing"),
 ]  # fmt: skip
 """In the order in which they are checked."""
 
@@ -218,10 +220,11 @@ def test_special_tokens_are_added_only_if_asked() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 4100), st.none() | st.integers(1, 5000))
-def test_what_is_accepted_fits_and_what_tgi_accepts_is_accepted(num_prompt: int, wished: int | None) -> None:
+def test_what_is_accepted_fits_and_what_each_api_accepts_is_accepted(num_prompt: int, wished: int | None) -> None:
     total = WIDE.max_total_tokens
-    accepted = num_prompt <= WIDE.max_input_tokens and (wished is None or num_prompt + min(wished, 1024) <= total)
-    for dialect in ("native", "openai"):
+    for dialect, most in (("native", 1024), ("openai", 5000)):
+        checked = min(wished or 0, most)
+        accepted = num_prompt <= WIDE.max_input_tokens and num_prompt + checked <= total
         try:
             found = made([5] * num_prompt, WIDE, dialect, max_new_tokens=wished)
         except ContextLengthError:

@@ -15,6 +15,7 @@ import msgspec
 
 from tokenmill.errors import ContextLengthError, ValidationError
 from tokenmill.text import rules
+from tokenmill.text.limits import BEST_OF, refuse
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
@@ -65,13 +66,15 @@ class RequestLimits(msgspec.Struct, frozen=True):
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A request that breaks no rule. `seed` None: greedy, no randomness. `stop`: strings, for the detokenizer."""
+    """A request that breaks no rule. `seed` None: greedy, no randomness. `stop`: strings, for the detokenizer.
+    `num_truncated`: tokens of the prompt that `truncate` cut off."""
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     stopping: StoppingParams
     stop: tuple[str, ...]
     seed: int | None
+    num_truncated: int = 0
 
     @property
     def num_prompt(self) -> int:
@@ -85,17 +88,15 @@ def check_before_queue(options: Options, limits: RequestLimits, *, stream: bool,
     if stream:
         if best_of != 1:
             native = "`best_of` != 1 is not supported when streaming tokens"
-            raise rules.refuse(dialect, "best_of", native, "1 in a stream", best_of)
+            raise refuse(dialect, "best_of", native, "1 in a stream", best_of)
         if options.prompt_logprobs is not None and dialect == "native":
             raise ValidationError(
                 "`decoder_input_details` == true is not supported when streaming tokens", "decoder_input_details"
             )
     elif best_of > 1 and limits.max_best_of == 1:
-        raise rules.refuse(dialect, "best_of", "`best_of` != 1 is not allowed for this endpoint", "1", best_of)
-    elif best_of > limits.max_best_of or best_of < 0:
-        most = limits.max_best_of
-        native = f"`best_of` must be > 0 and <= {most}. Given: {best_of}"
-        raise rules.refuse(dialect, "best_of", native, f"between 1 and {most}", best_of)
+        raise refuse(dialect, "best_of", "`best_of` != 1 is not allowed for this endpoint", "1", best_of)
+    else:
+        BEST_OF.check(options.best_of, limits, dialect)
 
 
 def prepare(
@@ -115,17 +116,19 @@ def prepare(
     """
     check_before_queue(options, limits, stream=stream, dialect=dialect)
     rules.check_options(options, limits, dialect)
-    prompt_ids = _prompt_ids(prompt, options, limits, tokenizer, add_special_tokens, dialect)
+    whole_ids = _prompt_ids(prompt, options, limits, tokenizer, add_special_tokens, dialect)
+    prompt_ids = whole_ids if options.truncate is None else whole_ids[-options.truncate :]
     max_new_tokens = _max_new_tokens(len(prompt_ids), options, limits, dialect)
     min_new_tokens = options.min_new_tokens or 0
     if min_new_tokens > max_new_tokens:
         native = f"`min_new_tokens` must be <= `max_new_tokens`. Given: {min_new_tokens} and {max_new_tokens}"
         allowed = f"at most the number of tokens to generate, {max_new_tokens}"
-        raise rules.refuse(dialect, "min_new_tokens", native, allowed, min_new_tokens)
+        raise refuse(dialect, "min_new_tokens", native, allowed, min_new_tokens)
+    rules.check_grammar(options, dialect)
     stop_ids = () if options.ignore_eos else tuple(i for i in tokenizer.eos_ids if i < limits.vocab_size)
     sampling, seed = _sampling(options, limits, dialect)
     stopping = StoppingParams(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
-    return Prepared(prompt_ids, sampling, stopping, options.stop, seed)
+    return Prepared(prompt_ids, sampling, stopping, options.stop, seed, len(whole_ids) - len(prompt_ids))
 
 
 def _prompt_ids(
@@ -137,29 +140,28 @@ def _prompt_ids(
     dialect: Dialect,
 ) -> tuple[int, ...]:
     if not prompt:
-        raise rules.refuse(dialect, "inputs", "`inputs` cannot be empty", "not empty")
+        raise refuse(dialect, "inputs", "`inputs` cannot be empty", "not empty")
     rules.check_truncate(options, limits, dialect)
     ids = tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
     if not ids:
-        raise rules.refuse(dialect, "inputs", "`inputs` cannot be empty", "text that has tokens")
-    if options.truncate is not None:
-        ids = ids[-options.truncate :]
+        raise refuse(dialect, "inputs", "`inputs` cannot be empty", "text that has tokens")
     if min(ids) < 0 or max(ids) >= limits.vocab_size:
         wrong = next(i for i in ids if not 0 <= i < limits.vocab_size)
         last = limits.vocab_size - 1
         native = f"`inputs` has token id {wrong}; ids are 0 to {last}"
-        raise rules.refuse(dialect, "inputs", native, f"token ids from 0 to {last}", wrong)
+        raise refuse(dialect, "inputs", native, f"token ids from 0 to {last}", wrong)
     return tuple(ids)
 
 
 def _max_new_tokens(num_prompt: int, options: Options, limits: RequestLimits, dialect: Dialect) -> int:
-    """How many tokens may come. What is wished beyond the context is cut off, not refused, as long as 1,024 fit."""
+    """How many tokens may come. Native routes cut off what is wished beyond the context, as long as 1,024 fit; OpenAI's
+    refuse it."""
     room = limits.max_total_tokens - num_prompt
     wished = max(room, 0) if options.max_new_tokens is None else options.max_new_tokens
-    checked = min(wished, _CHECKED_NEW_TOKENS)
+    checked = wished if dialect == "openai" else min(wished, _CHECKED_NEW_TOKENS)
     if num_prompt + checked > limits.max_total_tokens:
         if dialect == "openai":
-            raise _too_long_for_openai(num_prompt, options.max_new_tokens and checked, limits)
+            raise _too_long_for_openai(num_prompt, options.max_new_tokens, limits)
         raise ContextLengthError(
             f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}. "
             f"Given: {num_prompt} `inputs` tokens and {checked} `max_new_tokens`"

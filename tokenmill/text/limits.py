@@ -1,0 +1,160 @@
+"""Every bound on a field of a request, in one table for both APIs: field, bounds, message.
+
+Native messages that TGI has are TGI's, word for word; what only we bound, and OpenAI's routes, say field, value and
+limit. The order is TGI's, for clients look at the first message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tokenmill.errors import ValidationError
+
+if TYPE_CHECKING:
+    from tokenmill.text.prepare import Dialect, Options, RequestLimits
+
+MAX_STOP_CHARACTERS = 1024  # of one stop string; comparing costs their product with the text
+MAX_LOGIT_BIAS = 1024  # entries
+MAX_NAME_CHARACTERS = 1024
+MAX_SHOWN = 64  # characters of a value that a message repeats
+
+OPENAI_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "top_n_tokens": "top_logprobs",
+    "inputs": "prompt",
+    "grammar": "response_format",
+    "adapter_id": "model",
+}
+"""Fields that OpenAI's API calls otherwise."""
+
+
+def shown(value: object) -> str:
+    """A value as a message may repeat it: short, however long it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = str(value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
+def refuse(dialect: Dialect, name: str, native: str, allowed: str, given: object = None) -> ValidationError:
+    """The error in the words of the API that was called. `native`: TGI's text, `allowed` follows "it must be"."""
+    if dialect == "native":
+        return ValidationError(native, name)
+    field = OPENAI_NAMES.get(name, name)
+    got = "" if given is None else f" Given: {shown(given)}."
+    return ValidationError(f"Invalid '{field}': it must be {allowed}.{got}", field)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _longest(texts: tuple[str, ...]) -> int:
+    return max(map(len, texts), default=0)
+
+
+def _shortest(texts: tuple[str, ...]) -> int:
+    return min(map(len, texts), default=1)
+
+
+class Limit(NamedTuple):
+    """One bound. `most` may name a field of `RequestLimits`; `above`: `least` itself is not allowed.
+
+    `attribute`: where `Options` has the value, if not under its native name. `measure`: what of the value is bounded,
+    in `unit`s. `native`: TGI's message, with {most} and {given}; "" for a bound that is only ours. `openai_least`: where
+    OpenAI's routes allow more.
+    """
+
+    name: str
+    least: float = -inf
+    most: float | str = inf
+    above: bool = False
+    native: str = ""
+    attribute: str = ""
+    measure: Callable[[Any], Any] = _itself
+    unit: str = ""
+    openai_least: float | None = None
+
+    def bounds(self, limits: RequestLimits, dialect: Dialect) -> tuple[float, float]:
+        """The smallest value and the largest."""
+        most = getattr(limits, self.most) if isinstance(self.most, str) else self.most
+        least = self.openai_least if dialect == "openai" and self.openai_least is not None else self.least
+        return least, most
+
+    def check(self, value: Any, limits: RequestLimits, dialect: Dialect) -> None:
+        """ValidationError that names the field if `value` is out of bounds. None, not given, is always allowed."""
+        if value is None:
+            return
+        size = self.measure(value)
+        least, most = self.bounds(limits, dialect)
+        if (least < size if self.above else least <= size) and size <= most and -inf < size < inf:  # nor NaN
+            return
+        allowed = self._range(least, most)
+        if self.native:
+            native = self.native.format(most=most, given=shown(size))
+        else:
+            native = f"`{self.name}` must be {allowed}. Given: {shown(size)}"
+        raise refuse(dialect, self.name, native, allowed, size)
+
+    def _range(self, least: float, most: float) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        if least == -inf:
+            return f"at most {_number(most)}{unit}"
+        if self.above:
+            return f"more than {_number(least)}" + (f" and at most {_number(most)}" if most < inf else "") + unit
+        if least == 0 and self.unit and most < inf:
+            return f"at most {_number(most)}{unit}"
+        return (f"between {_number(least)} and {_number(most)}" if most < inf else f"{_number(least)} or more") + unit
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_WARMEST = 1e6
+"""Beyond any use, and far from where a float32 ends."""
+
+TABLE = (
+    Limit("temperature", 0, native="`temperature` must be strictly positive"),
+    Limit("temperature", 0, _WARMEST),
+    Limit("repetition_penalty", 0, above=True, native="`repetition_penalty` must be strictly positive"),
+    Limit("repetition_penalty", 1 / _WARMEST, _WARMEST),
+    Limit("frequency_penalty", -2, 2, native="`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    Limit("presence_penalty", -2, 2, native="`presence_penalty` must be >= -2.0 and <= 2.0"),
+    Limit("top_p", 0, 1, above=True, native="`top_p` must be > 0.0 and < 1.0"),
+    Limit("typical_p", 0, 1, above=True, native="`typical_p` must be > 0.0 and < 1.0"),
+    Limit("min_p", 0, 1, native="`min_p` must be >= 0.0 and <= 1.0"),
+    Limit("top_k", 1, native="`top_k` must be strictly positive", openai_least=-1),  # others say 0 or -1 for "off"
+    Limit("top_k", 1, 2**31 - 1, openai_least=-1),
+    Limit("max_new_tokens", 1, native="`max_new_tokens` must be strictly positive"),
+    Limit("max_new_tokens", 1, 2**32 - 1),
+    Limit("min_new_tokens", 0, native="`min_new_tokens` must be >= 0. Given: {given}"),
+    Limit("stop", 0, "max_stop_sequences", measure=len, unit="strings",
+          native="`stop` supports up to {most} stop sequences. Given: {given}"),
+    Limit("stop", 1, measure=_shortest, unit="characters", native="`stop` must not contain an empty string"),
+    Limit("stop", 0, MAX_STOP_CHARACTERS, measure=_longest, unit="characters in each string",
+          native="`stop` supports strings of up to {most} characters. Given: {given}"),
+    Limit("seed", 0, 2**64 - 1, native="`seed` must be >= 0 and < 2^64. Given: {given}", openai_least=-(2**63)),
+    Limit("top_n_tokens", 0, "max_top_n_tokens", attribute="logprobs",
+          native="`top_n_tokens` must be >= 0 and <= {most}. Given: {given}"),
+    Limit("prompt_logprobs", 0, "max_top_n_tokens",
+          native="`prompt_logprobs` must be >= 0 and <= {most}. Given: {given}"),
+    Limit("logit_bias", 0, MAX_LOGIT_BIAS, measure=len, unit="tokens",
+          native="`logit_bias` supports up to {most} tokens. Given: {given}"),
+    Limit("adapter_id", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
+)  # fmt: skip
+"""What can be said without the prompt, in TGI's order. `rules.py` has what needs more than a number."""
+
+TRUNCATE = Limit("truncate", 1, "max_input_tokens",
+                 native="`truncate` must be strictly positive and less than {most}. Given: {given}")  # fmt: skip
+BEST_OF = Limit("best_of", 0, "max_best_of", native="`best_of` must be > 0 and <= {most}. Given: {given}",
+                openai_least=1)  # fmt: skip
+
+
+def given_values(options: Options) -> Iterator[tuple[Limit, Any]]:
+    """Each bound with what `options` has for it, in order."""
+    for limit in TABLE:
+        yield limit, getattr(options, limit.attribute or limit.name)
