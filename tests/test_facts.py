@@ -1,4 +1,4 @@
-"""What a request learns of its own run: durations in turns of the engine, counts against the batches that really ran."""
+"""What a request learns of its own run: durations in turns of the engine, counts against the batches that ran."""
 
 from __future__ import annotations
 
