@@ -48,11 +48,18 @@ class Server:
     """A running server. `url` is ready when the constructor returns, unless `wait` is false."""
 
     def __init__(
-        self, model: Path | str, port: int, *options: str, mock: bool = True, wait: bool = True, python_path: str = ""
+        self,
+        model: Path | str,
+        port: int,
+        *options: str,
+        mock: bool = True,
+        wait: bool = True,
+        python: str = sys.executable,
+        python_path: str = "",
     ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
-        command = [sys.executable, "-m", "tokenmill", "serve", "--model-id", str(model), "--hostname", "127.0.0.1"]
+        command = [python, "-m", "tokenmill", "serve", "--model-id", str(model), "--hostname", "127.0.0.1"]
         command += ["--port", str(port), *(["--mock"] if mock else []), *options]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [python_path, str(ROOT)]))}
         self.process = subprocess.Popen(

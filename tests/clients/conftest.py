@@ -1,0 +1,68 @@
+"""One server with the embedded model, which all clients ask.
+
+These tests need nothing of tokenmill in their own environment: TOKENMILL_PYTHON names the interpreter that runs the
+server (this one, if it is not set), so that clients whose requirements fight with others' have an environment of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # no list of prices is fetched
+os.environ["LANGSMITH_TRACING"] = "false"
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the parent folder's conftest is not read
+
+from support_server import Server
+
+SERVER_PYTHON = os.environ.get("TOKENMILL_PYTHON", sys.executable)
+
+
+def start(*options: str) -> Server:
+    """A server with the embedded model on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = Server("", port, *options, mock=False, wait=False, python=SERVER_PYTHON)
+    try:
+        running.wait_until_ready(300)  # the first start may fetch the model
+    except BaseException:
+        running.process.kill()
+        raise
+    return running
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    running = start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def url(server: Server) -> str:
+    """Where the server answers: TGI's routes."""
+    return server.url
+
+
+@pytest.fixture
+def v1(server: Server) -> str:
+    """Where OpenAI's routes begin."""
+    return server.url + "/v1"
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests keep huggingface_hub from using any network, even this machine's own."""
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    huggingface_hub.utils._http.reset_sessions()
