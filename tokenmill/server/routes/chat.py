@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.errors import TemplateError
+from tokenmill.errors import TemplateError, ValidationError
 from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
@@ -44,13 +44,17 @@ async def answer_chat(call: Call, body: ChatRequest) -> None:
 async def prepare_chat(call: Call, body: ChatRequest) -> answering.Sequences:
     """Check a chat, take its permits, and make its prompt: what is to be generated for it. RequestError."""
     copies = check_common(call, body)
-    check_fields(body)
-    check_messages(body.messages)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     options = options_of(body, max_tokens=max_tokens, logprobs=num_logprobs(body))
     call.take(copies)
     prompt = await render(call, body)
-    prepared = await call.service.prepare(prompt, options, "openai", stream=bool(body.stream), add_special_tokens=False)
+    try:
+        prepared = await call.service.prepare(
+            prompt, options, "openai", stream=bool(body.stream), add_special_tokens=False
+        )
+    except ValidationError as error:
+        error.param = _param(error, body)
+        raise
     return answering.Sequences(
         (prepared,),
         copies,
@@ -61,7 +65,9 @@ async def prepare_chat(call: Call, body: ChatRequest) -> answering.Sequences:
 
 
 async def render(call: Call, body: ChatRequest) -> str:
-    """The prompt that the model's chat template makes of the messages. TemplateError."""
+    """The prompt that the model's chat template makes of a chat. ValidationError, TemplateError."""
+    check_fields(body)
+    check_messages(body.messages)
     model, _, _ = call.service.ready()
     template = model.tokenizer.chat_template
     if template is None:
@@ -81,6 +87,15 @@ async def render(call: Call, body: ChatRequest) -> str:
 
     small = len(messages) <= 16 and not body.documents and sum(map(_size, messages)) <= _SHORT_CHAT
     return work() if small else await call.service.in_thread(work)
+
+
+def _param(error: ValidationError, body: ChatRequest) -> str | None:
+    """The field of a chat that a rule about prompts and tokens is about."""
+    if error.param in (None, "prompt"):
+        return "messages"
+    if error.param == "max_tokens" and body.max_completion_tokens is not None:
+        return "max_completion_tokens"
+    return error.param
 
 
 def _named_for(source: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from tokenmill.server.schema.openai import (
     StreamOptions,
     Usage,
 )
+from tokenmill.text.limits import MAX_NAME_CHARACTERS
 from tokenmill.text.prepare import Options
 from tokenmill.text.tokenizer import Tokenizer
 
@@ -62,6 +63,8 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
         if kind != "text":
             reason = f"{kind[:32]!r} constrains the answer by a grammar, which is not in this release"
             raise refuse("response_format", reason)
+    for name in ("model", "user", "safety_identifier", "prompt_cache_key"):
+        _check_name(name, getattr(body, name, None))
     n = 1 if body.n is None else body.n
     most = max(min(_MAX_N, call.service.options.max_concurrent_requests // num_prompts), 1)
     if not 1 <= n <= most:
@@ -73,6 +76,12 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
         if body.model not in (None, "", "tgi", served):
             raise failures.NotFound(f"The model {body.model!r} does not exist; {served!r} is served")
     return n
+
+
+def _check_name(field: str, value: str | None) -> None:
+    if value is not None and len(value) > MAX_NAME_CHARACTERS:
+        allowed = f"at most {MAX_NAME_CHARACTERS} characters. Given: {len(value)}"
+        raise ValidationError(f"Invalid '{field}': it must be {allowed}", field)
 
 
 def check_labels(metadata: dict[str, Any] | None) -> None:
