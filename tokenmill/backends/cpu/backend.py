@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,8 +130,11 @@ class CpuBackend:
         self._thread.submit(self._warm_up).result()
 
     def run(self, inputs: StepInputs) -> Step:
-        """Launch a step behind those before it and return at once."""
-        return self._thread.submit(self._step, inputs)  # a future is a Step
+        """Launch a step behind those before it and return at once.
+
+        What needs nothing of the steps before is done here, while they run.
+        """
+        return self._thread.submit(self._step, inputs, self._scratch.plan(self._slots.places(inputs)))
 
     def close(self) -> None:
         """End the threads after the step that they run. Idempotent."""
@@ -139,23 +143,22 @@ class CpuBackend:
 
     # ---- a step, on the backend's thread ----
 
-    def _step(self, inputs: StepInputs) -> StepResult:
+    def _step(self, inputs: StepInputs, plan: StepPlan) -> StepResult:
         self._slots.apply(inputs)
-        places = self._slots.places(inputs)
-        token_ids = self._compute(inputs, places)
+        token_ids = self._compute(inputs, plan)
         details = self._sampler.details() if token_ids else None
         prompt = self._prompt_details(inputs) if inputs.prompt_logprobs >= 0 else None
         return StepResult(token_ids, details, prompt)
 
-    def _compute(self, inputs: StepInputs, places: Places) -> list[int]:
+    def _compute(self, inputs: StepInputs, plan: StepPlan) -> list[int]:
         """All rows of the table, or those before rows are taken if nobody samples. The sampled ids."""
-        chosen = self._scratch.begin(places)
-        if not len(places.samples):
+        self._scratch.begin(plan)
+        if not len(plan.chosen):
             self._walk(0, self._body)
             return []
         self._sampler.begin(inputs)
         self._walk(0, len(self._table))
-        ids: list[int] = chosen.tolist()
+        ids: list[int] = plan.chosen.tolist()
         return ids
 
     def _prompt_details(self, inputs: StepInputs) -> dict[int, tuple[TokenDetails, ...]] | None:
@@ -187,9 +190,17 @@ class CpuBackend:
         for start, count in ((0, size), (size - 1, 1)):
             if count > 0:
                 inputs = StepInputs(slots, np.array([start], np.int32), np.array([count], np.int32), slots)
-                self._compute(inputs, self._slots.places(inputs))
+                self._compute(inputs, self._scratch.plan(self._slots.places(inputs)))
         self._slots.tables[0, :pages], self._slots.tokens[0, : size + 1] = 0, 0
         self._memory.clear_pages(slice(0, pages))
+
+
+class StepPlan(NamedTuple):
+    """A step's words, the arrays that they point to, and the one of them that the chosen ids come to."""
+
+    words: NDArray[np.int64]
+    held: tuple[NDArray[np.int64], ...]
+    chosen: NDArray[np.int64]
 
 
 class Scratch:
@@ -212,34 +223,36 @@ class Scratch:
             t.ROW: zeros((n, -(-row // 64) * 64)),
             t.ZEROS: zeros((4096,)),
             t.TABLES: slots.tables,
+            t.KNOWN: slots.tokens,
         }
         for word, array in self._arrays.items():
             self.context[word] = array.ctypes.data
-        self.context[[t.TABLE_STRIDE, t.SAMPLING]] = slots.tables.strides[0], sampler.address
+        self.context[[t.TABLE_STRIDE, t.KNOWN_STRIDE]] = slots.tables.strides[0], slots.tokens.strides[0]
+        self.context[t.SAMPLING] = sampler.address
         self.context[[t.TILE_SIZE, t.SCORES_SIZE, t.ROW_SIZE]] = (
             self._arrays[t.TILE].strides[0], scores, self._arrays[t.ROW].strides[0],
         )  # fmt: skip
         self.nbytes = sum(array.nbytes for array in self._arrays.values()) + sampler.nbytes
-        self._held: list[NDArray[np.int64]] = []
+        self._held: tuple[NDArray[np.int64], ...] = ()  # what the words of the step that runs point to
 
-    def begin(self, places: Places) -> NDArray[np.int64]:
-        """Write a step's words; the array that the chosen ids come to."""
+    def plan(self, places: Places) -> StepPlan:
+        """A step's words. Touches nothing that steps use: any thread may ask, at any time."""
         first, count = self._items(places)
         chosen = np.zeros(len(places.samples), np.int64)
-        context = self.context
-        context[[t.TOKENS, t.SAMPLES, t.ITEMS, t.APART]] = (
-            len(places.ids), len(places.samples), len(first), places.apart,
-        )  # fmt: skip
-        self._held = [
-            places.ids, places.positions, places.slots, places.samples, first, count, chosen, places.sampled_slots,
+        held = (
+            places.positions, places.slots, places.samples, first, count, chosen, places.sampled_slots,
             places.sampled_positions,
-        ]  # fmt: skip
-        context[t.IDS : t.SAMPLED_POSITIONS + 1] = [array.ctypes.data for array in self._held]
-        return chosen
+        )  # fmt: skip
+        numbers = len(places.positions), len(places.samples), len(first), int(places.apart)
+        return StepPlan(np.array([*numbers, *(array.ctypes.data for array in held)], np.int64), held, chosen)
+
+    def begin(self, plan: StepPlan) -> None:
+        """The step that runs from now on."""
+        self.context[t.STEP_WORDS], self._held = plan.words, plan.held
 
     def sample(self, where: NDArray[np.int64]) -> None:
         """Other rows of the step that runs now sample."""
-        self._held.append(np.ascontiguousarray(where))
+        self._held = (*self._held, np.ascontiguousarray(where))
         self.context[t.SAMPLES], self.context[t.SAMPLED] = len(where), self._held[-1].ctypes.data
 
     def _items(self, places: Places) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -247,7 +260,7 @@ class Scratch:
         if places.apart:
             return places.firsts, np.ones(len(places.firsts), np.int64)
         n = self._at_once
-        stops = np.append(places.firsts[1:], len(places.ids))
+        stops = np.append(places.firsts[1:], len(places.positions))
         pieces = -(-(stops - places.firsts) // n)
         item = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         first = np.repeat(places.firsts, pieces) + item * n

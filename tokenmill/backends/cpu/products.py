@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.forms import NAMES, DenseForm, Form, form_named
-from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek
+from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.rows import activate, add, gate, quantize, scale
 from tokenmill.backends.cpu.tiles import look_up, tile
@@ -153,10 +153,13 @@ def _embed(isa: Isa, form: Form | DenseForm) -> Function:
     def embed(tid, row, context, counter):  # type: ignore[no-untyped-def]
         rows, columns = count_rows(row, context), field(row, t.WIDTH)
         table, size, factor = field(row, t.TABLE), field(row, t.TABLE_PANEL_BYTES), field(row, t.TABLE_SCALE)
-        ids = field(context, t.POSITIONS if field(row, t.BY_POSITION) else t.IDS)
+        positions, slots = field(context, t.POSITIONS), field(context, t.SEQUENCES)
+        known, stride = field(context, t.KNOWN), field(context, t.KNOWN_STRIDE)
         for r in range(tid, rows, peek(context + _THREADS)):
-            out = field(row, t.OUT) + r * field(row, t.OUT_STRIDE)
-            take(peek(ids + 8 * r), columns, size, table, out)
+            out, index = field(row, t.OUT) + r * field(row, t.OUT_STRIDE), peek(positions + 8 * r)
+            if not field(row, t.BY_POSITION):
+                index = peek32(known + peek(slots + 8 * r) * stride + index * 4)
+            take(index, columns, size, table, out)
             if factor:
                 scale((columns + 15) // 16, out, factor, out)
         return 0

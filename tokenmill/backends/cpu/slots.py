@@ -36,7 +36,6 @@ class PromptPositions:
 class Places:
     """A step's T tokens, row after row, and its R rows that sample."""
 
-    ids: Ints  # (T,)
     positions: Ints  # (T,)
     slots: Ints  # (T,)
     firsts: Ints  # (S,) place of each row's first token
@@ -73,7 +72,7 @@ class Slots:
                 self.tables[slots, indices * self._pages + page] = blocks * self._pages + page
 
     def places(self, inputs: StepInputs) -> Places:
-        """Where the step's tokens stand; their ids as known now."""
+        """Where the step's tokens stand. Reads nothing that steps write: any thread may ask, at any time."""
         slots, starts, samples = (a.astype(np.int64) for a in (inputs.slots, inputs.starts, inputs.samples))
         counts = inputs.counts.astype(np.int64)
         ends = starts + counts
@@ -86,8 +85,7 @@ class Slots:
             rows = np.repeat(np.arange(len(counts)), counts)
             token_slots, positions = slots[rows], np.arange(len(rows)) + (starts - firsts)[rows]
             last = (stops - 1)[samples]
-        ids = self.tokens[token_slots, positions].astype(np.int64)
-        return Places(ids, positions, token_slots, firsts, last, slots[samples], ends[samples], apart)
+        return Places(positions, token_slots, firsts, last, slots[samples], ends[samples], apart)
 
     def record(self, places: Places, token_ids: Ints) -> None:
         """Write the sampled ids (R,) behind their sequences. A -1 (not finite) becomes 0: its sequence is ending."""

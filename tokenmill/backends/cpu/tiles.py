@@ -21,6 +21,9 @@ Act = Callable[[int, int], Val]
 """(row, j) -> four int8 activations, columns 4 · j …, in every int32 lane"""
 
 
+Codes = Sequence[Val]
+"""A block's eight vectors of codes, of one register's outputs"""
+
 Factors = dict[tuple[int, int], Val]
 """(byte of a block at which int8 numbers stand, register of the panel) -> what they are multiplied with"""
 
@@ -82,14 +85,20 @@ class Dots:
         """Codes as `sums` wants them."""
         return [self.g.b.xor(v, self.g.k(self.bytes, -128)) for v in codes] if self.signed else codes
 
-    def sums(self, codes: Sequence[Val], columns: range, act: Act, rows: int) -> list[Val]:
-        """For each row the int32 sums over vectors `columns`, of every output."""
+    def sums(self, parts: Sequence[Codes], columns: range, act: Act, rows: int) -> list[list[Val]]:
+        """Of each part of the panel, for each row, the int32 sums over vectors `columns`.
+
+        An activation is loaded once for all parts: without long registers that is what a tile waits for.
+        """
         if self.isa.name == "avx2":
-            return self._signed(codes, columns, act, rows) if self.signed else self._in_pairs(codes, columns, act, rows)
-        out = [self.g.k(self.ints, 0) for _ in range(rows)]
+            kind = self._signed if self.signed else self._in_pairs
+            return kind(parts, columns, act, rows)
+        out = [[self.g.k(self.ints, 0) for _ in range(rows)] for _ in parts]
         for j in columns:
             for r in range(rows):
-                out[r] = self._dot(out[r], codes[j], act(r, j))
+                four = act(r, j)
+                for sums, codes in zip(out, parts, strict=True):
+                    sums[r] = self._dot(sums[r], codes[j], four)
         return out
 
     def _dot(self, total: Val, codes: Val, four: Val) -> Val:
@@ -110,30 +119,35 @@ class Dots:
     def _widen(self, pairs: Val) -> Val:
         return self.g.call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.g.k(V(i16, 16), 1)])
 
-    def _in_pairs(self, codes: Sequence[Val], columns: range, act: Act, rows: int) -> list[Val]:
+    def _in_pairs(self, parts: Sequence[Codes], columns: range, act: Act, rows: int) -> list[list[Val]]:
         """As many sums of pairs are added in int16 as cannot overflow: 2 · 127 · (2^bits − 1) each."""
         b, safe = self.g.b, {4: 8, 5: 4, 6: 2}[self.bits]
-        out: list[Val] = [None] * rows
+        out: list[list[Val]] = [[None] * rows for _ in parts]
         for start in range(columns.start, columns.stop, safe):
-            pairs: list[Val] = [None] * rows
+            pairs: list[list[Val]] = [[None] * rows for _ in parts]
             for j in range(start, min(columns.stop, start + safe)):
                 for r in range(rows):
-                    new = self._pairs(codes[j], act(r, j))
-                    pairs[r] = new if pairs[r] is None else b.add(pairs[r], new)
-            for r in range(rows):
-                new = self._widen(pairs[r])
-                out[r] = new if out[r] is None else b.add(out[r], new)
+                    four = act(r, j)
+                    for sums, codes in zip(pairs, parts, strict=True):
+                        new = self._pairs(codes[j], four)
+                        sums[r] = new if sums[r] is None else b.add(sums[r], new)
+            for totals, sums in zip(out, pairs, strict=True):
+                for r in range(rows):
+                    new = self._widen(sums[r])
+                    totals[r] = new if totals[r] is None else b.add(totals[r], new)
         return out
 
-    def _signed(self, codes: Sequence[Val], columns: range, act: Act, rows: int) -> list[Val]:
+    def _signed(self, parts: Sequence[Codes], columns: range, act: Act, rows: int) -> list[list[Val]]:
         """|code| · (activation with the code's sign): 2 · 128 · 127 fits int16."""
         g, b = self.g, self.g.b
-        out: list[Val] = [g.k(self.ints, 0)] * rows
+        out: list[list[Val]] = [[g.k(self.ints, 0)] * rows for _ in parts]
         for j in columns:
-            size = g.call("llvm.abs.v32i8", self.bytes, [codes[j], ir.Constant(i1, 0)])
+            sizes = [g.call("llvm.abs.v32i8", self.bytes, [codes[j], ir.Constant(i1, 0)]) for codes in parts]
             for r in range(rows):
-                flipped = g.call("llvm.x86.avx2.psign.b", self.bytes, [b.bitcast(act(r, j), self.bytes), codes[j]])
-                out[r] = b.add(out[r], self._widen(self._pairs(size, flipped)))
+                four = b.bitcast(act(r, j), self.bytes)
+                for n, codes in enumerate(parts):
+                    flipped = g.call("llvm.x86.avx2.psign.b", self.bytes, [four, codes[j]])
+                    out[n][r] = b.add(out[n][r], self._widen(self._pairs(sizes[n], flipped)))
         return out
 
 
@@ -149,7 +163,7 @@ class BlockTile:
     def write(self) -> None:
         """The whole tile. A set with short registers goes over the panel once for some of its outputs."""
         g, o, lanes = self.g, self.o, self.isa.lanes
-        for parts in panel_parts(lanes, self.rows):
+        for parts in panel_parts(lanes, self.rows, 2 if self.rows > 2 or lanes == 4 else 1):
             zero = [g.k(self.floats, 0.0)] * (len(parts) * self.rows)
             if self.form.group == 1:
                 sums = g.loop(self.blocks, zero, partial(self._block, parts, o.weight, g.c(0), {}))
@@ -188,12 +202,19 @@ class BlockTile:
         def act(r: int, j: int) -> Val:
             return g.splat(g.ld(i32, xs[r], 4 * j), self.isa.lanes)
 
+        size = 4 * self.isa.lanes
+        codes = [self.dots.ready(load_codes(g, self.form, weight, size * part, size)) for part in parts]
+        sums = [self.dots.sums(codes, columns, act, self.rows) for columns in halves_of(self.form)]
+        if self.form.halves == 2:
+            ones = [g.k(self.dots.bytes, 1)] * 4
+            heads = self.dots.sums([ones], range(4), act, self.rows)[0]
         out: list[Val] = []
         for n, part in enumerate(parts):
             old = acc[n * self.rows : (n + 1) * self.rows]
-            codes = self.dots.ready(load_codes(g, self.form, weight, 4 * self.isa.lanes * part, 4 * self.isa.lanes))
-            add = self._halves if self.form.halves == 2 else self._whole
-            out += add(weight, part, codes, act, scales, old)
+            if self.form.halves == 2:
+                out += self._halves(weight, part, sums[0][n], sums[1][n], heads, scales, old)
+            else:
+                out += self._whole(weight, part, sums[0][n], scales, old)
         return out
 
     def _prefetch(self, weight: Val) -> None:
@@ -214,11 +235,10 @@ class BlockTile:
         return g.half(weight, at, lanes) if item == 2 else g.ld(self.floats, weight, at)
 
     def _whole(
-        self, weight: Val, part: int, codes: list[Val], act: Act, scales: list[tuple[Val, Val]], acc: list[Val]
+        self, weight: Val, part: int, sums: list[Val], scales: list[tuple[Val, Val]], acc: list[Val]
     ) -> list[Val]:
         """One scale for the block."""
         g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
-        sums = self.dots.sums(codes, range(8), act, self.rows)
         d = self._numbers(weight, form.codes, form.scale, part)
         low = self._numbers(weight, form.codes + form.scales, form.low, part) if form.low else None
         offset = 0 if self.dots.signed else form.offset
@@ -234,14 +254,17 @@ class BlockTile:
         return out
 
     def _halves(
-        self, weight: Val, part: int, codes: list[Val], act: Act, scales: list[tuple[Val, Val]], acc: list[Val]
+        self,
+        weight: Val,
+        part: int,
+        first: list[Val],
+        second: list[Val],
+        head: list[Val],
+        scales: list[tuple[Val, Val]],
+        acc: list[Val],
     ) -> list[Val]:
-        """A scale for each 16 columns: the offset needs the sum of the first 16 activations."""
+        """A scale for each 16 columns: the offset needs the sum of the first 16 activations, `head`."""
         g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
-        ones = [g.k(self.dots.bytes, 1)] * 4
-        first = self.dots.sums(codes, range(4), act, self.rows)
-        head = self.dots.sums(ones, range(4), act, self.rows)
-        second = self.dots.sums(codes, range(4, 8), act, self.rows)
         d0, d1 = (self._numbers(weight, form.codes + PANEL * form.scale * n, form.scale, part) for n in range(2))
         out = []
         for r, (s, s_sum) in enumerate(scales):
@@ -255,12 +278,16 @@ class BlockTile:
         return out
 
 
-def panel_parts(lanes: int, rows: int) -> list[list[int]]:
-    """Which registers of a panel's 16 outputs are summed in one go over the columns."""
+def halves_of(form: Form) -> list[range]:
+    """Vectors of columns that have a scale of their own."""
+    return [range(4), range(4, 8)] if form.halves == 2 else [range(8)]
+
+
+def panel_parts(lanes: int, rows: int, at_once: int) -> list[list[int]]:
+    """Which registers of a panel's 16 outputs are summed in one go over the columns; `at_once`: how many, with rows."""
     parts = list(range(16 // lanes))
     if rows == 1 or lanes == 16:
         return [parts]
-    at_once = 2 if lanes == 4 else 1
     return [parts[i : i + at_once] for i in range(0, len(parts), at_once)]
 
 
@@ -285,7 +312,7 @@ class DenseTile:
         g, b, o, lanes, rows = self.g, self.g.b, self.o, self.isa.lanes, self.rows
         fours = b.lshr(o.columns, g.c(2))
         done = b.shl(fours, g.c(2))
-        for parts in panel_parts(lanes, rows):
+        for parts in panel_parts(lanes, rows, 2 if lanes == 4 else 1):
             acc = [g.k(self.floats, 0.0)] * (2 * rows * len(parts))
             acc = g.loop(fours, acc, partial(self._columns, parts, g.c(0), 4))
             acc = g.loop(b.sub(o.columns, done), acc, partial(self._columns, parts, done, 1))
