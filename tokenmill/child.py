@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     module_name, _, function = target.partition(":")
     settings = control.configure.settings
     name = f"{module_name.split('.')[-2]} {control.configure.index}"  # "server 0", "runtime 1"
-    serves = module_name.startswith("tokenmill.server")  # its lines look as those of TGI's router, which was one process
+    serves = module_name.startswith("tokenmill.server")  # its lines look as those of TGI's router
     logs.set_up(
         settings.get("log_level", "info"), json=bool(settings.get("json_output")), flat=serves,
         process="" if serves and settings.get("http_workers", 1) == 1 else name, colors=settings.get("log_colorize"),

@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import tokenmill
@@ -77,7 +78,7 @@ def _commands() -> dict[str, Command]:
         "warmup": Command(warmup, "compile now what a first start would compile"),
         "env": Command(env, "say what is installed and found here"),
         "doctor": Command(doctor, "say what would be served here, by which kernels, and what is in the way"),
-        "schema": Command(schema, "print the OpenAPI document of the server"),
+        "schema": Command(schema, "print the OpenAPI document of the server, or a page of the reference"),
     }
 
 
@@ -110,7 +111,10 @@ def _load(target: str) -> Any:
 
 def serve(words: list[str], prog: str = "tokenmill serve") -> int:
     """Serve until a signal."""
-    settings = Settings.from_args(words, prog=prog)
+    return _serve(Settings.from_args(words, prog=prog))
+
+
+def _serve(settings: Settings) -> int:
     if settings.env:
         print(_load("tokenmill.operate.env:report")(), flush=True)
     return int(_load("tokenmill.launcher:serve")(settings))
@@ -118,13 +122,17 @@ def serve(words: list[str], prog: str = "tokenmill serve") -> int:
 
 def _serve_positional(words: list[str]) -> int:
     """TGI's shard server took the model as its first argument; here the whole server is started."""
-    shard_only = options.Parser(prog="text-generation-server serve", add_help=False)
-    shard_only.add_argument("--uds-path")
-    shard_only.add_argument("--logger-level")
-    known, rest = shard_only.parse_known_args(words)
-    level = ["--log-level", known.logger_level.lower()] if known.logger_level else []
-    model = ["--model-id", rest.pop(0)] if rest and not rest[0].startswith("-") else []
-    return serve([*model, *rest, *level], prog="text-generation-server serve")
+    prog = "text-generation-server serve"
+    parser = options.Parser(prog=prog, usage=f"{prog} MODEL_ID [OPTIONS]", description="Serve a model over HTTP.")
+    parser.add_argument("model", nargs="?", metavar="MODEL_ID", help="a Hub id, a folder, or a .gguf file")
+    parser.add_argument("--uds-path", help="TGI: where the shard listened; no effect", metavar="PATH")
+    parser.add_argument("--logger-level", help="TGI: --log-level", metavar="LEVEL")
+    options.add_options(parser, Settings, flags=True)
+    given = parser.parse_args(words)
+    for name, value in (("model_id", given.model), ("log_level", given.logger_level)):
+        if value is not None:
+            setattr(given, name, value)
+    return _serve(Settings.from_namespace(given))
 
 
 def _quantize(words: list[str]) -> int:
@@ -143,9 +151,13 @@ def download_weights(words: list[str]) -> int:
     parser.add_argument("--extension", help="TGI: kind of weights; the best one there is, is taken", metavar="EXT")
     parser.add_argument("--auto-convert", action=argparse.BooleanOptionalAction, default=True,
                         help="convert pickled weights if there are no others")  # fmt: skip
-    parser.add_argument("--trust-remote-code", action="store_true", help="no effect: no such code is run")
+    parser.add_argument("--merge-lora", action=argparse.BooleanOptionalAction, default=False,
+                        help="TGI: merge an adapter into its base; adapters are refused by name")  # fmt: skip
+    parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction, default=False,
+                        help="no effect: no such code is run")  # fmt: skip
     parser.add_argument("--logger-level", default="info", metavar="LEVEL")
-    parser.add_argument("--json-output", action="store_true", help="progress as JSON log lines")
+    parser.add_argument("--json-output", action=argparse.BooleanOptionalAction, default=False,
+                        help="progress as JSON log lines")  # fmt: skip
     given = parser.parse_args(words)
     wanted = ("revision", "huggingface_hub_cache", "cache_dir")
     named = {name: getattr(given, name) for name in wanted if getattr(given, name)}
@@ -156,6 +168,11 @@ def download_weights(words: list[str]) -> int:
         source = _load("tokenmill.fetch:fetch")(settings, screen.progress, convert=given.auto_convert)
     finally:
         screen.close()
+    if given.merge_lora and (Path(source.path) / "adapter_config.json").exists():
+        raise StartError(
+            f"{source.path} is a LoRA adapter: `--merge-lora` cannot be used yet. Merge it with peft first "
+            "(`merge_and_unload`, `save_pretrained`), and give the folder."
+        )
     print(source.path)
     return 0
 
@@ -178,8 +195,14 @@ def doctor(words: list[str]) -> int:
 
 
 def schema(words: list[str]) -> int:
-    """Print the OpenAPI document."""
-    about = "The OpenAPI document of the server, as JSON."
-    options.Parser(prog="tokenmill schema", description=about).parse_args(words)
-    print(_load("tokenmill.server.openapi:document_json")())
+    """Print the OpenAPI document, or a page of the reference."""
+    about = "The OpenAPI document of the server, as JSON; or a page of the reference, in Markdown."
+    parser = options.Parser(prog="tokenmill schema", description=about)
+    parser.add_argument("what", nargs="?", default="openapi", choices=("openapi", "http-api", "cli"),
+                        help="the document (openapi), docs/reference/http-api.md, docs/reference/cli.md")  # fmt: skip
+    what = parser.parse_args(words).what
+    if what == "openapi":
+        print(_load("tokenmill.server.openapi:document_json")())
+    else:
+        print(_load(f"tokenmill.operate.reference:{what.replace('-', '_')}")(), end="")
     return 0

@@ -22,6 +22,17 @@ _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin",
                   "bitsandbytes-fp4", "fp8")  # fmt: skip
 _KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
 _CHUNKED = "prefill is always chunked and mixed with decoding, so nothing waits for it."
+_WITHOUT_EFFECT = {
+    "TGI_WIGGLE_ROOM": "say how much memory may be used with --memory-limit.",
+    "XPU_MEMORY_FRACTION": "say how much memory may be used with --memory-limit.",
+    "USE_PREFIX_CACHING": "the prefix cache is always on: it costs nothing and changes no answer.",
+    "USE_FLASH_ATTENTION": "each backend has its own attention.",
+    "REQUEST_LOGPROBS": "log-probabilities of prompts are computed for every request that asks for them.",
+    **dict.fromkeys(
+        ("USE_CUTLASS_W8A8", "EXLLAMA_VERSION", "DISABLE_EXLLAMA", "ROCM_USE_FLASH_ATTN_V2_TRITON",
+         "ROCM_USE_CUSTOM_PAGED_ATTN", "ROCM_USE_SKINNY_GEMM"), "there are no such kernels."),
+}  # fmt: skip
+"""Variables of TGI that are no options, and why each does nothing here."""
 _LOCAL = "ranks meet in a private folder of this machine, not at an address."
 
 
@@ -30,8 +41,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # fmt: off
     # The model
-    model_id: Annotated[str, Option("A Hub id, a folder, or a .gguf file. Without it: the embedded default.")] = ""
-    revision: Annotated[str, Option("Branch, tag, refs/pr/N or commit of a model on the Hub.")] = ""
+    model_id: Annotated[str, Option("A Hub id, a folder, or a .gguf file. Without it: the embedded default.",
+                                     env="MODEL_ID,HF_MODEL_ID")] = ""
+    revision: Annotated[str, Option("Branch, tag, refs/pr/N or commit of a model on the Hub.",
+                                    env="REVISION,HF_MODEL_REVISION")] = ""
     dtype: Annotated[str, Option("Number format of the computation.", choices=("float32", "bfloat16", "float16"))] = ""
     quantize: Annotated[str, Option(
         "Quantize weights while loading.", choices=("int8", "int4", *_QUANTIZATIONS), later_choices=_QUANTIZATIONS,
@@ -87,8 +100,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     waiting_served_ratio: Annotated[float, Option("TGI: when waiting requests join.", no_effect=_CHUNKED)] = 0.3
     max_client_batch_size: Annotated[int, Option("Prompts of one /v1/completions request.", at_least=1)] = 4
     payload_limit: Annotated[int, Option("Bytes of a request's body.", at_least=1)] = 2_000_000
-    max_image_fetch_size: Annotated[int, Option("Bytes of an image.", later="images are not in this release.",
-                                                env_only=True)] = 1_073_741_824
+    max_image_fetch_size: Annotated[int, Option("TGI: bytes of an image.", env_only=True, no_effect=(
+        "this release serves no images; requests with one are refused."))] = 1_073_741_824
     validation_workers: Annotated[int, Option("Threads that tokenize, per HTTP worker.")] = 2
 
     # HTTP
@@ -101,10 +114,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     disable_grammar_support: Annotated[bool, Option("Refuse requests with a grammar.")] = False
     enable_prefill_logprobs: Annotated[bool, Option("Allow log-probabilities of prompts.", no_effect=(
         "they are computed for every request that asks for them."))] = False
-    watermark_gamma: Annotated[float | None, Option("Share of the vocabulary in the green list.",
-                                                    later="watermarking is not in this release.")] = None
-    watermark_delta: Annotated[float | None, Option("Bias of the green list.",
-                                                    later="watermarking is not in this release.")] = None
+    watermark_gamma: Annotated[float | None, Option("Share of the vocabulary that a watermark favours. Default: 0.5.",
+                                                    at_least=0, at_most=1)] = None
+    watermark_delta: Annotated[float | None, Option("What a watermark adds to the logits of that share. Default: 2.",
+                                                    )] = None
     ngrok: Annotated[bool, Option("TGI: tunnel.", later="tunnels are not supported; run ngrok beside it.")] = False
     ngrok_authtoken: Annotated[str, Option("TGI: tunnel.", secret=True, later=(
         "tunnels are not supported; run ngrok beside it."))] = ""
@@ -114,8 +127,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     json_output: Annotated[bool, Option("Log lines as JSON.")] = False
     log_level: Annotated[str, Option("What is logged: trace, debug, info, warn, error or off; or levels by target, as "
                                      "info,tokenmill.engine=debug.")] = "info"
+    log_format: Annotated[str, Option("`json`: as --json-output.", env_only=True)] = ""
     log_colorize: Annotated[bool | None, Option("Colours in text logs. Default: on a terminal.", env_only=True)] = None
-    otlp_endpoint: Annotated[str, Option("OpenTelemetry collector that gets a trace of each request, by OTLP over gRPC, "
+    otlp_endpoint: Annotated[str, Option("OpenTelemetry collector that gets each request's trace, by OTLP over gRPC, "
                                          "as http://localhost:4317; needs the extra `tokenmill[otel]`.")] = ""
     otlp_service_name: Annotated[str, Option("Name of this service in traces.")] = "text-generation-inference.router"
     otel_traces_sampler: Annotated[str, Option("OpenTelemetry's: which requests are traced. Default: all.",
@@ -130,6 +144,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: Annotated[bool, Option("TGI: prefix cache.", env_only=True)] = True
     prefill_chunking: Annotated[bool, Option("TGI: chunked prefill.", env_only=True)] = True
     compute_type: Annotated[str, Option("Value of the x-compute-type header.", env="COMPUTE_TYPE")] = ""
+    docker_label: Annotated[str, Option("What /info shows as docker_label.", env_only=True)] = ""
+    aip_http_port: Annotated[str, Option("Vertex AI: the port, in place of --port.", env_only=True)] = ""
+    aip_predict_route: Annotated[str, Option("Vertex AI: one more path of /vertex.", env_only=True)] = ""
+    aip_health_route: Annotated[str, Option("Vertex AI: one more path of /health.", env_only=True)] = ""
     hf_token: Annotated[str, Option("Token of the Hub.", secret=True, env_only=True,
                                     env="HF_TOKEN,HUGGING_FACE_HUB_TOKEN,HF_API_TOKEN")] = ""
     offline: Annotated[bool, Option("Use the cache only, never the network.", env="HF_HUB_OFFLINE")] = False
@@ -199,6 +217,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """As `from_args`, of options parsed already: an absent attribute is an option that was not given."""
         environ = os.environ if environ is None else environ
         values, warnings = options.collect(cls, namespace, environ)
+        warnings += [f"`{name}` has no effect: {why}" for name, why in _WITHOUT_EFFECT.items() if environ.get(name)]
+        if getattr(namespace, "hostname", "") == "localhost":  # said to us, unlike a container's HOSTNAME
+            values["hostname"] = "127.0.0.1"
+        if values.get("sharded") and "num_shard" not in values:
+            values["num_shard"] = _visible_devices(environ)
         if "cpu_threads" in values:
             said = hasattr(namespace, "cpu_threads") or bool(environ.get("TOKENMILL_CPU_THREADS"))
             values["cpu_threads"] = _cpu_threads(values["cpu_threads"], said, warnings)
@@ -233,12 +256,8 @@ def _checked(settings: Settings) -> Settings:
     total = settings.max_total_tokens
     if max_input is not None and total is not None and max_input >= total:
         raise ArgumentError(f"`max_input_tokens` ({max_input}) must be < `max_total_tokens` ({total}).")
-    if settings.validation_workers < 1:
-        raise ArgumentError(f"`validation_workers` must be > 0; {settings.validation_workers} was given.")
-    if not settings.prefix_caching:
-        warnings.append("`PREFIX_CACHING=0` has no effect: the prefix cache costs nothing and changes no answer.")
-    if not settings.prefill_chunking:
-        warnings.append("`PREFILL_CHUNKING=0` has no effect: prefill is always chunked.")
+    _check_limits(settings)
+    warnings += _odd(settings)
     hostname = settings.hostname
     try:
         ipaddress.ip_address(hostname)
@@ -248,9 +267,44 @@ def _checked(settings: Settings) -> Settings:
     memory_bytes(settings.memory_limit)
     return msgspec.structs.replace(
         settings, max_input_tokens=max_input, max_input_length=None, num_shard=_num_shard(settings), hostname=hostname,
-        warnings=tuple(warnings), cache_dir=settings.cache_dir or default_cache_dir(),
+        port=int(settings.aip_http_port) if settings.aip_http_port.isdecimal() else settings.port,
+        json_output=settings.json_output or settings.log_format == "json", warnings=tuple(warnings),
+        cache_dir=settings.cache_dir or default_cache_dir(),
         kernel_cache=settings.kernel_cache or str(Path(default_cache_dir()) / "kernels"),
     )  # fmt: skip
+
+
+def _check_limits(settings: Settings) -> None:
+    """The launcher's own checks of TGI. Raises ArgumentError."""
+    most = settings.max_batch_total_tokens
+    for name in ("max_total_tokens", "max_batch_prefill_tokens"):
+        value = getattr(settings, name)
+        if most is not None and value is not None and value > most:
+            raise ArgumentError(f"`{name}` ({value}) must be <= `max_batch_total_tokens` ({most}).")
+    if settings.validation_workers < 1:
+        raise ArgumentError(f"`validation_workers` must be > 0; {settings.validation_workers} was given.")
+
+
+def _odd(settings: Settings) -> list[str]:
+    """What was asked for by variables of TGI and does nothing."""
+    warnings = []
+    if not settings.prefix_caching:
+        warnings.append("`PREFIX_CACHING=0` has no effect: the prefix cache costs nothing and changes no answer.")
+    if not settings.prefill_chunking:
+        warnings.append("`PREFILL_CHUNKING=0` has no effect: prefill is always chunked.")
+    if settings.log_format not in ("", "json", "text"):
+        warnings.append(f"`LOG_FORMAT={settings.log_format}` has no effect: logs are `text` or `json`.")
+    if settings.aip_http_port and not settings.aip_http_port.isdecimal():
+        warnings.append(f"`AIP_HTTP_PORT={settings.aip_http_port}` has no effect: it is not a number.")
+    return warnings
+
+
+def _visible_devices(environ: Mapping[str, str]) -> int | None:
+    """How many devices the first of TGI's variables names; None if none does."""
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        if environ.get(name, "") not in ("", "all", "void"):
+            return environ[name].count(",") + 1
+    return None
 
 
 def _cpu_threads(wanted: int, said: bool, warnings: list[str]) -> int:

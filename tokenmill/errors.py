@@ -3,6 +3,7 @@
 TokenmillError
 ├── StartError                 the server or a command cannot start; exit code 1, "Error: <variant>: <message>"
 │   ├── ArgumentError          an option's value is wrong, or two options contradict each other
+│   │   └── UsageError         an environment variable cannot be read as its option; exit code 2
 │   ├── DownloadError          weights could not be fetched
 │   ├── ModelError             weights, tokenizer or config.json are missing, unreadable or do not fit each other
 │   ├── Unsupported            nothing of that name exists: a model type, a quantization, an operation
@@ -45,6 +46,12 @@ class ArgumentError(StartError):
     """An option's value is not allowed, or contradicts another's."""
 
     variant = "ArgumentValidation"
+
+
+class UsageError(ArgumentError):
+    """An option's text is not of its kind: what a command line is refused for, in an environment variable."""
+
+    exit_code = 2
 
 
 class DownloadError(StartError):

@@ -19,3 +19,14 @@ def need_torch(what: str) -> None:
             f"{what} needs torch, which is not installed. Install it with `pip install 'tokenmill[torch]'`, or in a "
             "checkout with `make torch`."
         )
+
+
+def need_opentelemetry() -> None:
+    """Raise MissingPackage with the cure unless the packages that send traces are installed; looks, does not import."""
+    for name in ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.exporter.otlp",
+                 "opentelemetry.exporter.otlp.proto", "opentelemetry.exporter.otlp.proto.grpc"):  # fmt: skip
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackage(
+                "`--otlp-endpoint` needs OpenTelemetry's packages, which are not installed. Install them with "
+                "`pip install 'tokenmill[otel]'`, or leave the option out."
+            )

@@ -28,6 +28,7 @@ import msgspec
 from tokenmill import config, fetch, logs
 from tokenmill.config import Settings
 from tokenmill.errors import AddressInUse, StartError
+from tokenmill.extras import need_opentelemetry
 from tokenmill.process import Child
 from tokenmill.progress import Display, display
 from tokenmill.rundir import run_dir
@@ -215,6 +216,7 @@ class Supervisor:
         if self.generation:
             self.screen.line(f"The engine is ready again after {self.generation} restart(s).")
         elif self.info is not None:
+            announce(self.info, self.settings)
             for line in readiness(self.info, self.settings, time.monotonic() - self.began):
                 self.screen.line(line)
 
@@ -349,13 +351,28 @@ def readiness(info: EngineInfo, settings: Settings, took_s: float) -> list[str]:
     ]
 
 
+def announce(info: EngineInfo, settings: Settings) -> None:
+    """Log what scripts wait for in TGI's log."""
+    if info.revision:
+        _log.info("Serving revision %s of model %s", info.revision, info.model_id)
+    _log.info("Setting max batch total tokens to %d", info.capacity)
+    if settings.max_total_tokens is None:
+        _log.info("Maximum total tokens defaulted to %d", info.max_total_tokens)
+    if settings.max_input_tokens is None:
+        _log.info("Maximum input tokens defaulted to %d", info.max_input_tokens)
+    _log.info("Connected")
+
+
 def serve(settings: Settings) -> int:
     """Run a server with these settings until it is told to stop; 0 then, 1 after printing `Error: …` on stderr."""
-    logs.set_up(settings.log_level, json=settings.json_output)
-    for warning in settings.warnings:
+    logs.set_up(settings.log_level, json=settings.json_output, colors=settings.log_colorize)
+    not_understood = [f"`LOG_LEVEL`: {part!r} is not understood" for part in logs.parse_levels(settings.log_level)[1]]
+    for warning in (*settings.warnings, *not_understood):
         _log.warning("%s", warning)
     _log.info("Options: %s", settings.shown())
     try:
+        if settings.otlp_endpoint:
+            need_opentelemetry()
         with run_dir() as folder, listen(settings.hostname, settings.port) as listener:
             return Supervisor(settings, listener, folder, display(json=settings.json_output)).run()
     except StartError as error:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from tokenmill.errors import ArgumentError
+from tokenmill.errors import ArgumentError, UsageError
 
 _TRUE, _FALSE = ("true", "1", "yes", "y", "on", "t"), ("false", "0", "no", "n", "off", "f")
 
@@ -121,14 +121,19 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=118)
 
 
-def add_options(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) -> None:
-    """Give `parser` every option of `struct`; absent ones leave no attribute, so that the environment can speak."""
+def add_options(parser: argparse.ArgumentParser, struct: type[msgspec.Struct], *, flags: bool = False) -> None:
+    """Give `parser` every option of `struct`; absent ones leave no attribute, so that the environment can speak.
+
+    `flags`: booleans take no word but have a `--no-…`; for a command whose positional argument may follow them.
+    """
     for field in fields_of(struct):
         if field.option.env_only:
             continue
         names = [field.flag] + ([field.option.short] if field.option.short else [])
         keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
-        if field.kind is bool:
+        if field.kind is bool and flags:
+            keywords |= {"action": argparse.BooleanOptionalAction}
+        elif field.kind is bool:
             keywords |= {"nargs": "?", "const": True, "type": _typed(field), "metavar": "BOOL"}
         elif field.kind is tuple:
             keywords |= {"action": "extend", "type": _typed(field), "metavar": "VALUE"}
@@ -171,7 +176,7 @@ def collect(
 ) -> tuple[dict[str, Any], list[str]]:
     """Values given by command line or environment, and warnings about those that have no effect.
 
-    Raises ArgumentError for a wrong value in the environment and for an option that a later release brings.
+    Raises UsageError for a wrong value in the environment, ArgumentError for an option that a later release brings.
     """
     values: dict[str, Any] = {}
     warnings: list[str] = []
@@ -186,7 +191,7 @@ def collect(
             try:
                 value, source = value_of(field, environ[variable]), variable
             except ValueError as error:
-                raise ArgumentError(f"Environment variable {variable}: {error}.") from None
+                raise UsageError(f"Environment variable {variable}: {error}.") from None
         values[field.name] = value
         if value in (field.default, False):
             continue

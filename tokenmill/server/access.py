@@ -1,6 +1,6 @@
 """What is said of a request that ended well: TGI's "Success" line, which people parse as an access log. Never texts.
 
-The line's fields are those of TGI's request span, by their names and in their form; `tracing.py` puts the same on spans.
+The line's fields are those of TGI's request span, by name and in form; `tracing.py` puts the same on its spans.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def handler_name(method: str, route: str) -> str:
 
 
 def succeeded(call: Call, generations: Sequence[Generation], copies: int) -> None:
-    """Log a line for each prompt of the request; of `copies` for the first."""
+    """Count and log each prompt of the request; of `copies` the first."""
+    for generation in generations[::copies]:
+        call.service.count_success(generation)
     if not log.isEnabledFor(logging.INFO):
         return
     name = handler_name(call.scope["method"], call.route)

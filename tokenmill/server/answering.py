@@ -98,7 +98,7 @@ class _Listener(ABC):
 
     def finished(self, generation: Generation) -> bool:
         """A sequence is complete; True if it was the last one."""
-        self.call.service.count_success(generation)
+        self.call.service.count_sequence(generation)
         self.num_open -= 1
         return self.num_open == 0
 

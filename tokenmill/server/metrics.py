@@ -8,9 +8,10 @@ them, and a restarted worker goes on counting where its predecessor stopped.
 from __future__ import annotations
 
 import mmap
+import operator
 from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +20,17 @@ import msgspec
 Kind = Literal["counter", "gauge", "histogram", "summary"]
 Scope = Literal["workers", "engine"]
 
-_DURATIONS = tuple(0.0001 * 1.5**i for i in range(1, 36))
+_DURATIONS = tuple(accumulate([0.0001, *([1.5] * 35)], operator.mul))[1:]  # multiplied on, as TGI does: the same digits
 _LATENCIES = tuple(base * 10.0**e for e in range(-3, 2) for base in (1.0, 2.0, 3.0, 5.0, 7.5))
 _BATCH_SIZES = tuple(float(i) for i in range(1, 1025))
 _QUANTILES = ("0", "0.5", "0.9", "0.95", "0.99", "0.999", "1")
 _METHOD = (("method", ("prefill", "decode")),)
 
-ROUTES = ("/", "/generate", "/generate_stream", "/tokenize", "/info", "/health", "/ping", "/metrics", "/v1/models",
-          "/v1/chat/completions", "/v1/completions", "other")  # fmt: skip
-STATUSES = ("200", "204", "400", "401", "404", "405", "413", "415", "422", "424", "429", "499", "500", "503")
+ROUTES = ("/", "/generate", "/generate_stream", "/tokenize", "/chat_tokenize", "/info", "/health", "/ping", "/metrics",
+          "/v1/models", "/v1/chat/completions", "/v1/completions", "/invocations", "/vertex", "/docs",
+          "/api-doc/openapi.json", "/v2", "other")  # fmt: skip
+STATUSES = ("200", "204", "303", "307", "308", "400", "401", "404", "405", "408", "413", "415", "422", "424", "429",
+            "431", "499", "500", "503", "other")  # fmt: skip
 
 
 class Metric(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,9 +93,10 @@ CATALOG: tuple[Metric, ...] = (
     _duration("tgi_batch_inference_duration", "Seconds of a step", labels=_METHOD, scope="engine"),
     _duration("tgi_batch_forward_duration", "Seconds of a step on the device", labels=_METHOD, scope="engine"),
     _duration("tgi_batch_decode_duration", "Seconds to turn a step's tokens into text and send it", labels=_METHOD),
-    _duration("tgi_batch_filter_duration", "Seconds to drop finished requests (part of a step here)", labels=_METHOD),
-    _duration("tgi_batch_concat_duration", "Seconds to merge batches (there is nothing to merge here)",
-              labels=(("method", ("decode",)),)),
+    _duration("tgi_batch_filter_duration", "Seconds to drop finished requests (part of a step here: always 0)",
+              labels=_METHOD, scope="engine"),
+    _duration("tgi_batch_concat_duration", "Seconds to merge batches (there is nothing to merge here: always 0)",
+              labels=(("method", ("decode",)),), scope="engine"),
     _metric("tgi_batch_concat", "counter", "Steps in which requests joined running ones",
             labels=(("reason", ("chunking", "backpressure", "wait_exceeded")),), scope="engine"),
     _metric("tgi_batch_next_size", "histogram", "Requests that join in a step", buckets=_BATCH_SIZES, scope="engine"),
@@ -147,6 +151,7 @@ class Metrics:
             self._map = mmap.mmap(file.fileno(), size * 8)
         self._cells = memoryview(self._map).cast("d")
         self._cells[0] = float(size)
+        self._info: Mapping[str, str] = {}
         self._bounds = {m.name: list(m.buckets) for m in CATALOG if not isinstance(m.buckets, str)}
         self.set("tokenmill_requests_in_flight", 0.0)
         self.set_limits(int(self._cells[2]) or 100, int(self._cells[3]) or 100)
@@ -157,7 +162,16 @@ class Metrics:
         for metric in CATALOG:
             if isinstance(metric.buckets, str):
                 top = max_input_tokens if metric.buckets == "input" else max_total_tokens
-                self._bounds[metric.name] = [k * top / 100 for k in range(1, 101)]
+                self._bounds[metric.name] = [top / 100 * k for k in range(1, 101)]
+
+    def set_info(self, **labels: str) -> None:
+        """What `tokenmill_model_info` says of the server: a gauge of 1 whose labels hold the words."""
+        self._info = labels
+
+    def count_response(self, route: str, status: int) -> None:
+        """An answer was given; what has no cell of its own counts as "other"."""
+        known, text = route if route in ROUTES else _family(route), str(status)
+        self.add("tokenmill_http_responses_total", known, text if text in STATUSES else "other")
 
     def add(self, name: str, *values: str, amount: float = 1.0) -> None:
         """Add to a counter or gauge."""
@@ -204,6 +218,9 @@ class Metrics:
                 else:
                     cells = [max(column) for column in columns]
                 lines.extend(self._lines(metric, values, cells))
+        if self._info:
+            lines += ["# HELP tokenmill_model_info What is served", "# TYPE tokenmill_model_info gauge"]
+            lines.append(f"tokenmill_model_info{{{_pairs(self._info)}}} 1")
         return "\n".join(lines) + "\n"
 
     def _read_files(self) -> Iterator[memoryview[float]]:
@@ -238,6 +255,20 @@ class Metrics:
         """Unmap the file. Nothing may be counted afterwards."""
         self._cells.release()
         self._map.close()
+
+
+def _family(route: str) -> str:
+    """The route that a longer one is counted with: `/v2/models/*` with `/v2`."""
+    first = "/" + route.strip("/").partition("/")[0]
+    return first if first in ROUTES and first != "/" else "other"
+
+
+def _pairs(labels: Mapping[str, str]) -> str:
+    return ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def _number(value: float) -> str:

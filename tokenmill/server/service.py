@@ -50,6 +50,11 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True):
     protect_metrics: bool = False
     strict_model_name: bool = False
     configured_concurrent_requests: int = 128  # of all workers, as `/info` shows it
+    docker_label: str = ""
+    aip_predict_route: str = ""  # Vertex AI: one more path of /vertex
+    aip_health_route: str = ""  # and of /health
+    watermark_gamma: float = 0.5
+    watermark_delta: float = 2.0
     numerics: str = ""  # settings that may change what is computed
 
 
@@ -106,11 +111,17 @@ class Service:
         self.metrics.set("tgi_batch_max_total_tokens", info.capacity)
         self.metrics.set("tokenmill_kv_blocks", info.num_blocks)
         self.metrics.set("tokenmill_engine_up", 1.0)
+        self.metrics.set_info(
+            version=options.version, model=info.model_id, revision=info.revision, dtype=info.dtype,
+            quantize=info.quantize, backend=info.backend, device=info.device, shards=str(info.num_shard),
+        )  # fmt: skip
         self.phase = "ready"
         self.became_ready.set()
 
     def lost(self) -> None:
         """See `client.Watcher`."""
+        if self.in_flight and self.stats is not None:
+            self.metrics.add("tgi_batch_inference_failure", "prefill" if self.stats.prefill_rows else "decode")
         self.metrics.set("tokenmill_engine_up", 0.0)
         for name in ("tgi_batch_current_size", "tgi_queue_size", "tgi_batch_current_max_tokens",
                      "tokenmill_kv_blocks_used", "tokenmill_kv_usage_ratio"):  # fmt: skip
@@ -139,12 +150,14 @@ class Service:
         metrics.add("tgi_batch_inference_success", method, amount=num_steps)
         metrics.observe("tgi_batch_inference_duration", stats.step_s, method)
         metrics.observe("tgi_batch_forward_duration", stats.step_s, method)
+        metrics.observe("tgi_batch_filter_duration", 0.0, method)
         if num_outputs:
             metrics.observe("tgi_batch_decode_duration", handling_s, method)
         if stats.admitted:
             metrics.observe("tgi_batch_next_size", stats.admitted)
             if stats.batch_size > stats.admitted:
                 metrics.add("tgi_batch_concat", "chunking")
+                metrics.observe("tgi_batch_concat_duration", 0.0, "decode")
         metrics.add("tokenmill_prefill_tokens_total", amount=stats.prefill_tokens - before.prefill_tokens)
         metrics.add("tokenmill_decode_tokens_total", amount=stats.decode_tokens - before.decode_tokens)
         metrics.add("tokenmill_preemptions_total", amount=stats.preemptions - before.preemptions)
@@ -217,8 +230,16 @@ class Service:
         """Seconds between two tokens of a sequence."""
         self.metrics.observe("tokenmill_inter_token_latency_seconds", seconds)
 
-    def count_success(self, generation: Generation) -> None:
+    def count_sequence(self, generation: Generation) -> None:
         """A sequence is complete."""
+        metrics, times = self.metrics, generation.timings
+        metrics.observe("tokenmill_time_to_first_token_seconds", times.first - times.arrived)
+        metrics.add("tokenmill_prompt_tokens_total", amount=generation.prepared.num_prompt)
+        metrics.add("tokenmill_cached_prompt_tokens_total", amount=generation.num_cached)
+        metrics.add("tokenmill_generated_tokens_total", amount=generation.num_generated)
+
+    def count_success(self, generation: Generation) -> None:
+        """A prompt has its answer; of several copies of it (`best_of`, `n`) the first is counted, as TGI does."""
         metrics, times, count = self.metrics, generation.timings, generation.num_generated
         metrics.add("tgi_request_success")
         metrics.observe("tgi_request_duration", times.last - times.arrived)
@@ -228,10 +249,6 @@ class Service:
         metrics.observe("tgi_request_mean_time_per_token_duration", (times.last - times.admitted) / max(count, 1))
         metrics.observe("tgi_request_generated_tokens", count)
         metrics.add_summary("tgi_request_skipped_tokens", count, 0.0)
-        metrics.observe("tokenmill_time_to_first_token_seconds", times.first - times.arrived)
-        metrics.add("tokenmill_prompt_tokens_total", amount=generation.prepared.num_prompt)
-        metrics.add("tokenmill_cached_prompt_tokens_total", amount=generation.num_cached)
-        metrics.add("tokenmill_generated_tokens_total", amount=count)
 
     def count_failure(self, error: RequestError) -> None:
         """A request failed."""
