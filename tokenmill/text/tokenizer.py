@@ -81,9 +81,9 @@ class Tokenizer:
         ids: list[int] = self._encodings(self._inner.encode_batch_fast, text, add_special_tokens).ids
         return ids
 
-    def encode_with_offsets(self, text: str) -> list[Offset]:
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[Offset]:
         """Tokens of `text` and where they are in its UTF-8 bytes, special tokens included."""
-        found = self._encodings(self._inner.encode_batch, text, True)
+        found = self._encodings(self._inner.encode_batch, text, add_special_tokens)
         byte_at = _byte_positions(text)
         raw = text.encode()
         out: list[Offset] = []
