@@ -159,7 +159,26 @@ def test_the_last_message_of_the_assistant_is_continued(server: Server) -> None:
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"top_logprobs": 1}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+         "messages[0].content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 3}]}, "messages[0].tool_call_id"),
+        ({"store": True}, "store"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+        ({"metadata": {"x": 1}}, "metadata"),
+        ({"metadata": {"x": "y" * 513}}, "metadata"),
+        ({"model": "m" * 1025}, "model"),
+        ({"response_format": {}}, "response_format"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"truncate": 0}, "truncate"),
         ({"n": 0}, "n"),
         ({"n": 1000}, "n"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -180,17 +199,71 @@ def test_what_cannot_be_done_is_refused_by_the_fields_name(server: Server, field
 
 
 def test_fields_that_change_nothing_are_taken(server: Server) -> None:
-    chat(server, max_tokens=1, user="u", metadata={"a": "b"}, parallel_tool_calls=True, tools=[], tool_choice="none",
+    chat(server, max_tokens=1, user="u" * 1024, metadata={str(i): "b" * 512 for i in range(16)},
+         parallel_tool_calls=True, tools=[], tool_choice="none",
          response_format={"type": "text"}, modalities=["text"], top_p=1, temperature=0, logit_bias={}, seed=-3,
          stop=None,
          presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.1, min_p=0.1, top_k=5, n=1,
-         store=False, service_tier="auto", logprobs=False)  # fmt: skip
+         store=False, service_tier="auto", logprobs=False, safety_identifier="s", prompt_cache_key="k",
+         prompt_cache_retention="in_memory", functions=[], function_call="none", model="m" * 1024)  # fmt: skip
+
+
+def test_the_tier_is_told_to_those_who_name_one(server: Server) -> None:
+    assert "service_tier" not in chat(server, max_tokens=1)
+    assert chat(server, max_tokens=1, service_tier="flex")["service_tier"] == "default"
+    *chunks, _ = server.events(
+        "/v1/chat/completions", {"messages": USER, "max_tokens": 2, "stream": True, "service_tier": "auto"}
+    )
+    assert [chunk["service_tier"] for chunk in chunks] == ["default", "default"]
+
+
+def test_a_developer_speaks_as_the_system_where_the_template_knows_no_other(server: Server) -> None:
+    def prompt_tokens(role: str) -> int:
+        messages = [{"role": role, "content": "x"}, *USER]
+        return int(chat(server, max_tokens=1, messages=messages)["usage"]["prompt_tokens"])
+
+    assert prompt_tokens("developer") == prompt_tokens("system") == prompt_tokens("tool") + 2
+
+
+def test_twenty_alternatives_are_told(server: Server) -> None:
+    body = chat(server, logprobs=True, top_logprobs=20, max_tokens=2)
+    for entry in body["choices"][0]["logprobs"]["content"]:
+        assert len(entry["top_logprobs"]) == 20
+        assert entry["top_logprobs"][0]["token"] == entry["token"]
+
+
+def test_bytes_that_are_no_text_are_written_as_openai_writes_them(server: Server) -> None:
+    content = chat(server, logprobs=True, max_tokens=4)["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == ["Z", "w", "\\xc3", "\\xb6"]
+    logprobs = complete(server, logprobs=0, max_tokens=5)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["Z", "w", "bytes:\\xc3", "bytes:\\xb6", "l"]
+    assert logprobs["text_offset"] == [0, 1, 2, 2, 3]
+
+
+def test_a_stop_string_is_kept_if_asked(server: Server) -> None:
+    choice = chat(server, stop="ämp", include_stop_str_in_output=True)["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Zwölf Boxkämp", "stop")
+
+
+def test_a_truncated_prompt_is_told(server: Server) -> None:
+    body = complete(server, prompt="abcdef", truncate=4, echo=True, max_tokens=1)
+    assert body["choices"][0]["text"] == "cdefZ"
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "truncated_tokens": 2}
+    assert complete(server, truncate=4, max_tokens=1)["usage"]["prompt_tokens_details"]["truncated_tokens"] == 0
 
 
 def test_a_prompt_beyond_the_context_is_named_as_openai_does(server: Server) -> None:
     error = refusal(server, "/v1/chat/completions", messages=[{"role": "user", "content": "x" * 600}])
-    assert error["code"] == "context_length_exceeded"
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "499" in error["message"]
+
+
+def test_more_tokens_than_fit_are_refused_with_both_numbers(server: Server) -> None:
+    error = refusal(server, "/v1/completions", max_tokens=499)
+    assert error["code"] == "context_length_exceeded"
+    assert "500 tokens" in error["message"]
+    assert "501 tokens (2 in the prompt, 499 in the completion)" in error["message"]
+    assert complete(server, max_tokens=498, stop=" ")["usage"]["prompt_tokens"] == 2
 
 
 def test_a_body_of_the_wrong_shape_is_400(server: Server) -> None:
@@ -250,9 +323,32 @@ def test_completion_log_probabilities_are_parallel_lists(server: Server) -> None
 
 
 def test_the_prompt_alone_can_be_scored(server: Server) -> None:
-    choice = complete(server, max_tokens=0, logprobs=1, echo=True)["choices"][0]
-    assert choice["text"] == "ab"
+    body = complete(server, max_tokens=0, logprobs=1, echo=True)
+    choice = body["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("ab", "length")
     assert choice["logprobs"]["token_logprobs"] == [None, -0.25]
+    assert body["usage"] | {"prompt_tokens_details": 0} == {
+        "prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2, "prompt_tokens_details": 0
+    }  # fmt: skip
+    assert complete(server, max_tokens=0)["choices"][0]["text"] == ""
+    asked = {"prompt": "ab", "max_tokens": 0, "logprobs": 1, "echo": True, "stream": True}
+    (chunk, _) = server.events("/v1/completions", asked)
+    assert chunk["choices"] == body["choices"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"stop": "ämp"}, {"echo": True, "n": 2}, {"prompt": ["a", "ü", "c"]}])
+def test_a_completion_stream_is_the_plain_answer_in_pieces(server: Server, fields: dict[str, Any]) -> None:
+    asked = {"prompt": "ab", "logprobs": 2, "max_tokens": 30, "seed": 1, **fields}
+    plain = server.post("/v1/completions", asked).json()["choices"]
+    *chunks, _ = server.events("/v1/completions", {**asked, "stream": True})
+    folded = [{"index": c["index"], "text": "", "logprobs": dict.fromkeys(c["logprobs"], ())} for c in plain]
+    for (choice,) in (chunk["choices"] for chunk in chunks):
+        into = folded[choice["index"]]
+        into["text"] += choice["text"]
+        into["finish_reason"] = choice["finish_reason"]
+        for name, values in choice["logprobs"].items():
+            into["logprobs"][name] = [*into["logprobs"][name], *values]
+    assert folded == plain
 
 
 @pytest.mark.parametrize(
@@ -268,6 +364,11 @@ def test_the_prompt_alone_can_be_scored(server: Server) -> None:
         ({"best_of": 2, "n": 3}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"best_of": 9}, "best_of"),
+        ({"best_of": 21, "temperature": 0}, "best_of"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"n": 43, "prompt": ["a", "b", "c"]}, "n"),
+        ({"suffix": "x", "prompt": []}, "suffix"),
     ],
 )
 def test_completions_refuse_by_the_fields_name(server: Server, fields: dict[str, Any], param: str) -> None:
@@ -278,6 +379,11 @@ def test_best_of_returns_the_n_best(server: Server) -> None:
     body = complete(server, best_of=2, n=1, max_tokens=2, temperature=1.0)
     assert len(body["choices"]) == 1
     assert body["usage"]["completion_tokens"] == 4
+
+
+def test_the_best_of_equal_answers_needs_no_copies(server: Server) -> None:
+    body = complete(server, best_of=20, max_tokens=2, temperature=0)
+    assert (len(body["choices"]), body["usage"]["completion_tokens"]) == (1, 2)
 
 
 def test_the_model_is_listed_and_found_by_its_name(server: Server) -> None:
