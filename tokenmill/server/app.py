@@ -8,16 +8,16 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenmill.errors import GenerationError, RequestError
 from tokenmill.server import failures
 from tokenmill.server.call import Call, ClientGone
-from tokenmill.server.routes import about, chat, completions, native, openai
+from tokenmill.server.cors import Cors
+from tokenmill.server.routes import about, chat, completions, documentation, kserve, native, openai, sagemaker, vertex
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
 
@@ -45,25 +45,42 @@ ROUTES = (
     Route("POST", "/v1/completions", completions.completions, "openai", generates=True),
     Route("GET", "/v1/models", openai.list_models, "openai"),
     Route("GET", "/v1/models/*", openai.retrieve_model, "openai"),
+    Route("POST", "/invocations", sagemaker.sagemaker_compatibility, generates=True),
+    Route("POST", "/vertex", vertex.vertex_compatibility, generates=True),
     Route("POST", "/tokenize", about.tokenize),
+    Route("POST", "/chat_tokenize", about.get_chat_tokenize, generates=True),
     Route("GET", "/info", about.info),
     Route("GET", "/health", about.health, protected=False),
     Route("GET", "/ping", about.health, protected=False),
     Route("GET", "/", about.health, protected=False),
     Route("GET", "/metrics", about.metrics, protected=False),
+    Route("GET", "/docs", documentation.to_docs, protected=False),
+    Route("GET", "/docs/", documentation.docs, protected=False),
+    Route("GET", "/docs/*", documentation.docs, protected=False),
+    Route("GET", "/api-doc/openapi.json", documentation.document, protected=False),
+    Route("GET", "/v2", kserve.server),
+    Route("GET", "/v2/health/live", kserve.live),
+    Route("GET", "/v2/health/ready", kserve.ready),
+    Route("GET", "/v2/models/*", kserve.model),
+    Route("POST", "/v2/models/*", kserve.infer, generates=True),
 )
 
 
 def create_app(service: Service) -> ASGIApp:
     """The application for one worker."""
-    origins = list(service.options.cors_allow_origin) or ["*"]
-    return CORSMiddleware(
-        App(service, ROUTES),
-        allow_origins=origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization", "x-request-id"],
-        expose_headers=["x-request-id"],
-    )
+    return App(service, ROUTES + _vertex_routes(service))
+
+
+def _vertex_routes(service: Service) -> tuple[Route, ...]:
+    """The paths that Vertex AI's variables name, beside our own."""
+    options = service.options
+    routes = []
+    if options.aip_predict_route:
+        routes.append(Route("POST", options.aip_predict_route, vertex.vertex_compatibility, generates=True))
+    if options.aip_health_route:
+        routes.append(Route("GET", options.aip_health_route, about.health, protected=False))
+    known = {(route.method, route.path) for route in ROUTES}
+    return tuple(route for route in routes if (route.method, route.path) not in known)
 
 
 class App:
@@ -72,12 +89,14 @@ class App:
     def __init__(self, service: Service, routes: tuple[Route, ...]) -> None:
         self._service = service
         self._exact: dict[str, dict[str, Route]] = {}
-        self._prefixes: list[tuple[str, dict[str, Route]]] = []
+        prefixes: dict[str, dict[str, Route]] = {}
         for route in routes:
             if route.path.endswith("/*"):
-                self._prefixes.append((route.path[:-1], {route.method: route}))
+                prefixes.setdefault(route.path[:-1], {})[route.method] = route
             else:
                 self._exact.setdefault(route.path, {})[route.method] = route
+        self._prefixes = tuple(prefixes.items())
+        self._cors = Cors(service.options.cors_allow_origin)
         self._key = f"bearer {service.options.api_key}".lower().encode() if service.options.api_key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,17 +110,18 @@ class App:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         route = methods.get(method)
         request_id = _request_id(scope)
-        call = Call(
-            self._service, scope, receive, _with_id(send, request_id), route.dialect if route else "native", rest
-        )
+        common: Headers = [*self._cors.headers(scope), (b"x-request-id", request_id)]
+        dialect = route.dialect if route else "native"
+        call = Call(self._service, scope, receive, _with_headers(send, common), dialect, rest)
         name = route.path.removesuffix("/*") if route else "other"
         call.request_id, call.route = request_id.decode(), name
         try:
             if _has_two_hosts(scope):
                 await call.reply(400, b"", [(b"connection", b"close")])
+            elif method == "OPTIONS":
+                await call.reply(200, b"", self._cors.preflight(scope))
             elif route is None:
-                allow: Headers = [(b"allow", ",".join(methods).encode())] if methods else []
-                await call.reply(405 if methods else 404, b"", allow)
+                await call.reply(405 if methods else 404, b"", _allow(methods))
             else:
                 await self._run(route, call)
         except ClientGone:
@@ -110,7 +130,7 @@ class App:
                 self._service.count_dropped()
         finally:
             call.close()
-            self._count(name, call.status)
+            self._service.metrics.count_response(name, call.status)
             if self._service.tracer is not None:
                 self._service.tracer.record(call)
 
@@ -154,11 +174,10 @@ class App:
         else:  # TGI's 401 has no body
             await call.reply(401, b"", failures.headers(error))
 
-    def _count(self, route: str, status: int) -> None:
-        try:
-            self._service.metrics.add("tokenmill_http_responses_total", route, str(status))
-        except KeyError:  # an answer cut off before it began
-            log.debug("%s ended with status %s", route, status)
+
+def _allow(methods: Iterable[str]) -> Headers:
+    names = [name for method in methods for name in ((method, "HEAD") if method == "GET" else (method,))]
+    return [(b"allow", ",".join(names).encode())] if names else []
 
 
 class InternalError(RequestError):
@@ -181,13 +200,13 @@ def _request_id(scope: Scope) -> bytes:
     return secrets.token_hex(16).encode()
 
 
-def _with_id(send: Send, request_id: bytes) -> Send:
-    def send_with_id(message: Message) -> Awaitable[None]:
+def _with_headers(send: Send, common: Headers) -> Send:
+    def send_with_headers(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            message["headers"] = [*message["headers"], *common]
         return send(message)
 
-    return send_with_id
+    return send_with_headers
 
 
 def _has_two_hosts(scope: Scope) -> bool:

@@ -6,9 +6,11 @@ A handler reads like what happens: decode, prepare, submit, answer. Errors are r
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -18,8 +20,13 @@ from tokenmill.server import failures
 from tokenmill.server.generation import Generation
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
+from tokenmill.text import limits
 
 T = TypeVar("T")
+
+_PATH = re.compile(r" - at `\$([^`]*)`$")
+_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
+_MISSING = re.compile(r"^Object missing required field `([^`]+)`")
 
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 
@@ -38,6 +45,7 @@ class Call:
         self.service, self.scope, self.dialect, self.path_rest = service, scope, dialect, path_rest
         self._receive, self._send = receive, send
         self._permits = 0
+        self._body: bytes | None = None
         self.request_id = ""
         self.route = ""  # the path as the route table has it
         self.generations: Sequence[Generation] = ()  # what was submitted for it, for log and traces
@@ -63,27 +71,21 @@ class Call:
         return self._send
 
     async def decode(self, kind: type[T]) -> T:
-        """The body as a `kind`. Raises BodyError: 415, 413, 400 for bad JSON, 422 for the wrong shape."""
+        """The body as a `kind`. Raises BodyError: 415, 413, 408, 400 for bad JSON, 422 for the wrong shape."""
         media_type = self.header(b"content-type").split(b";")[0].strip().lower()
         is_json = media_type == b"application/json" or (
             media_type.startswith(b"application/") and media_type.endswith(b"+json")
         )
         if not is_json:
             raise failures.BodyError(415, "Expected request with `Content-Type: application/json`")
-        body = await self._body()
-        try:
-            return msgspec.json.decode(body, type=kind)
-        except msgspec.ValidationError as error:
-            raise failures.BodyError(
-                422, f"Failed to deserialize the JSON body into the target type: {error}"
-            ) from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise failures.BodyError(400, f"Failed to parse the request body as JSON: {error}") from None
+        if self._body is None:
+            self._body = await self._read_body()
+        return parse(self._body, kind)
 
-    async def _body(self) -> bytes:
+    async def _read_body(self) -> bytes:
         limit = self.service.options.payload_limit
         length = self.header(b"content-length")
-        if length.isdigit() and int(length) > limit:
+        if length.isdigit() and int(length[:20]) > limit:
             raise self._too_long(limit)
         parts: list[bytes] = []
         size = 0
@@ -137,7 +139,7 @@ class Call:
         if not self.status:
             headers = failures.headers(error)
             status = failures.status(error, self.dialect)
-            if status == 413:  # the rest of the body is not read
+            if status in (408, 413):  # the rest of the body is not read
                 headers.append((b"connection", b"close"))
             await self.answer(failures.body(error, self.dialect), headers, status)
 
@@ -145,3 +147,34 @@ class Call:
         """Give back what the call holds."""
         self.service.release(self._permits)
         self._permits = 0
+
+
+def parse(body: bytes, kind: type[T]) -> T:
+    """JSON text as a `kind`. Raises BodyError: 400 for bad JSON, 422 for the wrong shape."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        param, given = _culprit(body, str(error))
+        message = f"Failed to deserialize the JSON body into the target type: {error}{given}"
+        raise failures.BodyError(422, message, param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise failures.BodyError(400, f"Failed to parse the request body as JSON: {error}") from None
+
+
+def _culprit(body: bytes, message: str) -> tuple[str | None, str]:
+    """The field that msgspec complains about, and what it held."""
+    found, missing = _PATH.search(message), _MISSING.search(message)
+    names = [name or index for name, index in _STEP.findall(found[1] if found else "")]
+    if missing:
+        return ".".join([*names, missing[1]]), ""
+    if not names:
+        return None, ""
+    try:
+        value: Any = msgspec.json.decode(body)
+        for name in names:
+            value = value[int(name)] if isinstance(value, list) else value[name]
+        if isinstance(value, list | dict):
+            return ".".join(names), ""
+        return ".".join(names), ". Given: " + limits.shown(value if isinstance(value, str) else json.dumps(value))
+    except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):  # the rest is no JSON either
+        return ".".join(names), ""

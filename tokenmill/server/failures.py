@@ -18,8 +18,8 @@ Dialect = Literal["native", "openai"]
 class BodyError(errors.ValidationError):
     """The body cannot be read: its form, not its values. `status` is TGI's; OpenAI routes answer 422 as 400."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
         self.status = status
 
 

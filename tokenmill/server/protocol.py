@@ -1,40 +1,138 @@
-"""uvicorn's HTTP protocol with a bound on what comes before a body.
+"""uvicorn's HTTP protocol with bounds on how long a request may be and may take to arrive.
 
 The parser keeps a request line and headers until they are complete, however long they are; so this counts what has
-arrived while they are not.
+arrived while they are not. A client that sends a few bytes now and then would hold its connection for ever; so a head
+has a deadline, and a body has one that grows with what has come. Requests that arrive in one piece cost nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from asyncio import TimerHandle
+from http import HTTPStatus
+from typing import Literal
+
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from tokenmill.server import failures
 
 MAX_HEAD_BYTES = 64 * 1024
 """Request line and headers together."""
 
+HEAD_TIMEOUT_S = 10.0
+"""From a request's first byte to the end of its headers."""
+
+BODY_TIMEOUT_S = 30.0
+"""From then to the end of its body, if it is small."""
+
+MIN_BODY_RATE = 10_000
+"""Bytes of a body that buy another second."""
+
+IDLE_TIMEOUT_S = 75.0
+"""How long a new connection may say nothing."""
+
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Answers 400 and closes when a request's head is longer than `MAX_HEAD_BYTES`."""
+    """Answers 400 and closes when a request's head is too long, 408 when a request takes too long to arrive."""
 
     _head_bytes = 0
     _reads_head = True
     _completed = False  # a request ended in the data at hand: what of it belongs to the next one is not known
+    _deadline: TimerHandle | None = None  # of what is being read
+    _reads: Literal["", "head", "body"] = ""  # what `_deadline` is for
+    _begun = 0.0
+    _body_bytes = 0
+    _data = b""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by asyncio."""
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(IDLE_TIMEOUT_S, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio."""
+        self._stop_waiting()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
+        self._data = data
         super().data_received(data)
         if self._completed:
             self._completed, self._head_bytes = False, 0
+            self._stop_waiting()
+        elif self.transport.is_closing():
+            self._stop_waiting()
         elif self._reads_head:
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self._head_bytes > MAX_HEAD_BYTES:
                 self.send_400_response("The request's headers are too long.")
+            elif self._reads != "head":
+                self._wait_for("head", HEAD_TIMEOUT_S)
+        elif self._reads != "body":
+            self._wait_for("body", BODY_TIMEOUT_S)
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
-        self._reads_head = False
+        self._reads_head, self._body_bytes = False, 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
         self._reads_head = self._completed = True
         super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where a request cannot be parsed."""
+        self._refuse(400, msg)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Called where a client offers to speak another protocol (Java's asks for HTTP/2): no is a lawful answer.
+
+        The parser stops there; so another one reads what follows.
+        """
+        offset = sys.exc_info()[1].args[0]  # type: ignore[union-attr]  # of the parser's exception
+        rest = self._data[offset:]
+        self.parser = httptools.HttpRequestParser(self)
+        if rest:
+            super().data_received(rest)
+
+    def _wait_for(self, part: Literal["head", "body"], seconds: float) -> None:
+        self._stop_waiting()
+        self._reads, self._begun = part, self.loop.time()
+        self._deadline = self.loop.call_later(seconds, self._too_slow)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline, self._reads = None, ""
+
+    def _too_slow(self) -> None:
+        if self._reads == "body":
+            allowed = BODY_TIMEOUT_S + self._body_bytes / MIN_BODY_RATE
+            left = self._begun + allowed - self.loop.time()
+            if left > 0:
+                self._deadline = self.loop.call_later(left + 0.1, self._too_slow)
+                return
+        if not self.transport.is_closing():
+            self._refuse(408, f"The request's {self._reads} took too long to arrive.")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Say why, if no answer has begun, and close."""
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if not (busy and (self.cycle.response_started or self._reads_head)):
+            url = getattr(self, "url", b"")  # unset until a request has begun
+            dialect: failures.Dialect = "openai" if url.startswith(b"/v1/") else "native"
+            body = failures.body(failures.BodyError(status, message), dialect)
+            self.transport.write(
+                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
+                % (status, HTTPStatus(status).phrase.encode(), len(body), body)
+            )
+        self.transport.close()

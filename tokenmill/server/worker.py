@@ -172,5 +172,10 @@ def options_of(settings: Settings) -> ServiceOptions:
         compute_type=settings.compute_type,
         protect_metrics=settings.protect_metrics,
         strict_model_name=settings.strict_model_name,
+        docker_label=settings.docker_label,
+        aip_predict_route=settings.aip_predict_route,
+        aip_health_route=settings.aip_health_route,
+        watermark_gamma=0.5 if settings.watermark_gamma is None else settings.watermark_gamma,
+        watermark_delta=2.0 if settings.watermark_delta is None else settings.watermark_delta,
         numerics=f"{settings.kv_cache_dtype} {settings.cpu_isa} {settings.cpu_threads}",
     )

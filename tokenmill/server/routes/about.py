@@ -1,4 +1,4 @@
-"""What the server says of itself: `/info`, `/health`, `/ping`, GET `/`, `/metrics`; and `/tokenize`."""
+"""What the server says of itself: `/info`, `/health`, `/ping`, GET `/`, `/metrics`; `/tokenize`, `/chat_tokenize`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import msgspec
 
 from tokenmill.errors import ValidationError
 from tokenmill.server.call import Call
-from tokenmill.server.schema.native import GenerateRequest, Info, SimpleToken
+from tokenmill.server.routes.chat import render
+from tokenmill.server.routes.chat_checks import check_fields, check_messages
+from tokenmill.server.schema.native import ChatTokenizeResponse, GenerateRequest, Info, SimpleToken
+from tokenmill.server.schema.openai import ChatRequest
 
 _encode = msgspec.json.Encoder().encode
 
@@ -35,7 +38,7 @@ async def info(call: Call) -> None:
         router="text-generation-router",
         version=options.version,
         sha=None,
-        docker_label=None,
+        docker_label=options.docker_label or None,
         model_dtype=engine.dtype,
         model_device_type=engine.device,
         max_batch_total_tokens=engine.capacity,
@@ -58,3 +61,16 @@ async def tokenize(call: Call) -> None:
         raise ValidationError("`inputs` cannot be empty", "inputs")
     tokens = await call.service.in_thread(lambda: model.tokenizer.encode_with_offsets(body.inputs))
     await call.answer(_encode([SimpleToken(*token) for token in tokens]))
+
+
+async def get_chat_tokenize(call: Call) -> None:
+    """The prompt that a chat makes, and its tokens: what `/v1/chat/completions` would generate from."""
+    body = await call.decode(ChatRequest)
+    model, _, _ = call.service.ready()
+    check_fields(body)
+    check_messages(body.messages)
+    text = await render(call, body)
+    tokens = await call.service.in_thread(
+        lambda: model.tokenizer.encode_with_offsets(text, add_special_tokens=False) if text else []
+    )
+    await call.answer(_encode(ChatTokenizeResponse([SimpleToken(*token) for token in tokens], text)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tokenmill.server import answering
+from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
 from tokenmill.server.schema.native import (
@@ -32,41 +32,55 @@ _encode = msgspec.json.Encoder().encode
 async def generate(call: Call) -> None:
     """POST /generate: one JSON object."""
     body = await call.decode(GenerateRequest)
-    await _generate(call, body.inputs, body.parameters, stream=False)
+    await _generate(call, body, stream=False)
 
 
 async def generate_stream(call: Call) -> None:
     """POST /generate_stream: an event a token."""
     body = await call.decode(GenerateRequest)
-    await _generate(call, body.inputs, body.parameters, stream=True)
+    await _generate(call, body, stream=True)
 
 
 async def compat_generate(call: Call) -> None:
     """POST /: `stream` chooses. A plain answer is a list of one; the prompt is part of the text unless refused."""
-    body = await call.decode(CompatRequest)
-    await _generate(call, body.inputs, body.parameters, stream=bool(body.stream), compat=True)
+    await answer_compat(call, await call.decode(CompatRequest))
 
 
-async def _generate(
-    call: Call, inputs: str, parameters: GenerateParameters | None, *, stream: bool, compat: bool = False
-) -> None:
+async def answer_compat(call: Call, body: CompatRequest) -> None:
+    """Answer such a body that came by whatever route."""
+    await _generate(call, body, stream=bool(body.stream), compat=True)
+
+
+async def _generate(call: Call, body: GenerateRequest, *, stream: bool, compat: bool = False) -> None:
     model, limits, _ = call.service.ready()
-    given = parameters if parameters is not None else GenerateParameters(do_sample=True)
+    given = parameters_of(body.parameters)
     copies = max(given.best_of or 1, 1)
-    options = _options(given, stream, copies)
+    options = options_of(given, stream=stream)
     check_before_queue(options, limits, stream=stream)
     call.take(copies)
-    prepared = await call.service.prepare(inputs, options, "native", stream=stream)
+    prepared = await call.service.prepare(body.inputs, options, "native", stream=stream)
     full_text = compat if given.return_full_text is None else given.return_full_text
-    answer = NativeAnswer(given, model.tokenizer, inputs if full_text else "", as_list=compat)
-    sequences = answering.Sequences((prepared,), copies, keep_stop=True, num_characters=len(inputs))
+    answer = NativeAnswer(given, model.tokenizer, body.inputs if full_text else "", as_list=compat)
+    sequences = answering.Sequences(
+        (prepared,),
+        copies,
+        keep_stop=True,
+        num_characters=len(body.inputs),
+        receipt=receipt.wanted(call, body.receipt),
+    )
     await (answering.stream if stream else answering.fold)(call, sequences, answer)
 
 
-def _options(given: GenerateParameters, stream: bool, copies: int) -> Options:
+def parameters_of(given: GenerateParameters | None) -> GenerateParameters:
+    """What was asked for; TGI samples where no parameters are given at all."""
+    return GenerateParameters(do_sample=True) if given is None else given
+
+
+def options_of(given: GenerateParameters, *, stream: bool = False) -> Options:
+    """The parameters as options of a generation. In a stream every event has a log-probability."""
+    copies = max(given.best_of or 1, 1)
     top_n = given.top_n_tokens or 0
-    details = stream or given.details or given.decoder_input_details
-    needs_logprobs = details or copies > 1
+    needs_logprobs = stream or given.details or given.decoder_input_details or copies > 1
     return Options(
         max_new_tokens=given.max_new_tokens,
         min_new_tokens=given.min_new_tokens,

@@ -1,4 +1,4 @@
-"""The bodies of TGI's own routes: `/generate`, `/generate_stream`, `/`, `/tokenize`, `/info`.
+"""The bodies of TGI's own routes: `/generate`, `/generate_stream`, `/`, `/tokenize`, `/chat_tokenize`, `/info`.
 
 Unknown fields are ignored at every level, as TGI does; null stands for the default everywhere.
 """
@@ -42,17 +42,16 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
-    """Body of `/generate`, `/generate_stream` and `/tokenize`."""
+    """Body of `/generate`, `/generate_stream` and `/tokenize`. `receipt`: ours, whether the answer carries one."""
 
     inputs: str
     parameters: GenerateParameters | None = None
+    receipt: bool | None = None
 
 
-class CompatRequest(msgspec.Struct, frozen=True):
+class CompatRequest(GenerateRequest, frozen=True):
     """Body of POST `/`: the same, and whether to stream."""
 
-    inputs: str
-    parameters: GenerateParameters | None = None
     stream: bool | None = None
 
 
@@ -130,6 +129,13 @@ class SimpleToken(msgspec.Struct, frozen=True):
     text: str
     start: int
     stop: int
+
+
+class ChatTokenizeResponse(msgspec.Struct, frozen=True):
+    """Answer of `/chat_tokenize`: the prompt that the chat template makes, and its tokens."""
+
+    tokenize_response: list[SimpleToken]
+    templated_text: str
 
 
 class ErrorResponse(msgspec.Struct, frozen=True):

@@ -1,0 +1,118 @@
+"""KServe's Open Inference Protocol, version 2: `/v2/…`.
+
+Prompts are inputs of type BYTES, answers are outputs of it. Every model's and version's name stands for the one model
+that is served. Readiness is that of `/health`.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from tokenmill.errors import NotReady, ValidationError
+from tokenmill.server.call import Call
+from tokenmill.server.routes import texts
+from tokenmill.server.routes.native import parameters_of
+from tokenmill.server.schema.platforms import (
+    KserveInput,
+    KserveLive,
+    KserveOutput,
+    KserveRequest,
+    KserveResponse,
+    KserveServer,
+)
+
+_MODEL = re.compile(r"(?P<name>(?:(?!/versions/).)+?)(/versions/(?P<version>[^/]+))?(?P<action>/infer|/ready|)")
+_encode = msgspec.json.Encoder().encode
+
+
+class LengthError(ValidationError):
+    """Inputs and outputs do not pair up; TGI has a type of its own for it."""
+
+    error_type = "length mismatch"
+
+
+class Utf8Error(ValidationError):
+    """An input's bytes are no text; TGI has a type of its own for it."""
+
+    error_type = "utf8"
+
+
+async def live(call: Call) -> None:
+    """GET /v2/health/live: this process answers."""
+    await call.answer(_encode(KserveLive(True)))
+
+
+async def ready(call: Call) -> None:
+    """GET /v2/health/ready: 503 until requests are served."""
+    try:
+        call.service.check_health()
+    except NotReady:
+        await call.answer(_encode(KserveLive(False)), status=503)
+        return
+    await live(call)
+
+
+async def server(call: Call) -> None:
+    """GET /v2: what this is."""
+    body = KserveServer("text-generation-inference", call.service.options.version, ["health", "models", "metrics"])
+    await call.answer(_encode(body))
+
+
+async def model(call: Call) -> None:
+    """GET /v2/models/{name}[/versions/{version}][/ready]: what the model can do, or whether it is ready."""
+    found = _MODEL.fullmatch(call.path_rest)
+    if found is None:
+        await call.reply(404, b"", [])
+    elif found["action"] == "/infer":
+        await call.reply(405, b"", [(b"allow", b"POST")])
+    elif found["action"] == "/ready":
+        await ready(call)
+    else:
+        version = found["version"] or "1"
+        await call.answer(_encode(KserveServer(found["name"], version, ["infer", "ready"])))
+
+
+async def infer(call: Call) -> None:
+    """POST /v2/models/{name}[/versions/{version}]/infer: generate for each input."""
+    found = _MODEL.fullmatch(call.path_rest)
+    if found is None or found["action"] != "/infer":
+        await call.reply(404 if found is None else 405, b"", [] if found is None else [(b"allow", b"GET")])
+        return
+    body = await call.decode(KserveRequest)
+    if len(body.inputs) != len(body.outputs):
+        counts = f"{len(body.inputs)} `inputs` and {len(body.outputs)} `outputs`"
+        raise LengthError(f"Inputs and outputs length mismatch. Given: {counts}", "outputs")
+    if not body.inputs:
+        raise ValidationError("`inputs` cannot be empty", "inputs")
+    texts.check_count(call, "inputs", len(body.inputs))
+    given = parameters_of(body.parameters)
+    prompts = [_text(one, f"inputs[{i}]") for i, one in enumerate(body.inputs)]
+    call.take(len(prompts))
+    prepared = [await texts.prepare_text(call, prompt, given, "parameters") for prompt in prompts]
+
+    def encode(answers: list[str]) -> bytes:
+        outputs = [_output(wanted.name, text) for wanted, text in zip(body.outputs, answers, strict=True)]
+        return _encode(KserveResponse(body.id, outputs))
+
+    prefixes = [prompt if given.return_full_text else "" for prompt in prompts]
+    await texts.answer(call, prepared, sum(map(len, prompts)), texts.Texts(prefixes, encode))
+
+
+def _text(one: KserveInput, where: str) -> str:
+    """The prompt of an input. Utf8Error, ValidationError."""
+    data = one.data
+    if len(data) == 1 and isinstance(data[0], str):
+        return data[0]
+    try:
+        return bytes(data).decode()  # type: ignore[arg-type]  # a string among numbers is a TypeError
+    except UnicodeDecodeError as error:
+        raise Utf8Error(f"`{where}.data` is no UTF-8 text: {error.reason} at byte {error.start}", where) from None
+    except (TypeError, ValueError):
+        raise ValidationError(f"`{where}.data` must be bytes, numbers from 0 to 255, or one string", where) from None
+
+
+def _output(name: str, text: str) -> KserveOutput:
+    data = list(text.encode())
+    return KserveOutput(name, [1, len(data)], "BYTES", data)

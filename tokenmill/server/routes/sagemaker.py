@@ -1,0 +1,32 @@
+"""POST /invocations: the one route of Amazon SageMaker. The body's shape says which API is meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenmill.server import failures
+from tokenmill.server.call import Call
+from tokenmill.server.routes.chat import answer_chat
+from tokenmill.server.routes.completions import answer_completion
+from tokenmill.server.routes.native import answer_compat
+from tokenmill.server.schema.native import CompatRequest
+from tokenmill.server.schema.openai import ChatRequest, CompletionRequest
+
+
+async def sagemaker_compatibility(call: Call) -> None:
+    """`inputs`: as POST `/`; `messages`: a chat; `prompt`: a completion. The first that is there decides."""
+    body = await call.decode(dict[str, Any])
+    if "inputs" in body:
+        await answer_compat(call, await call.decode(CompatRequest))
+    elif "messages" in body:
+        call.dialect = "openai"
+        await answer_chat(call, await call.decode(ChatRequest))
+    elif "prompt" in body:
+        call.dialect = "openai"
+        await answer_completion(call, await call.decode(CompletionRequest))
+    else:
+        raise failures.BodyError(
+            422,
+            "Failed to deserialize the JSON body into the target type: data did not match any variant: "
+            "expected `inputs` (generate), `messages` (chat) or `prompt` (completion)",
+        )

@@ -1,0 +1,58 @@
+"""Several prompts, one plain list of texts: what Vertex AI's and KServe's routes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tokenmill.errors import ValidationError
+from tokenmill.server import answering
+from tokenmill.server.call import Call
+from tokenmill.server.generation import GeneratedToken, Generation
+from tokenmill.server.routes.native import options_of
+from tokenmill.server.schema.native import GenerateParameters
+from tokenmill.text.prepare import Prepared
+
+_SHAPING = ("details", "decoder_input_details", "top_n_tokens")
+
+
+class Texts:
+    """An `answering.Answer` that is never streamed. `prefixes` are put before the texts; `encode` makes the body."""
+
+    def __init__(self, prefixes: Sequence[str], encode: Callable[[list[str]], bytes]) -> None:
+        self._prefixes, self._encode = prefixes, encode
+
+    def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
+        """See `answering.Answer`."""
+        raise NotImplementedError("these answers are not streamed")
+
+    def closing(self, generations: Sequence[Generation]) -> bytes:
+        """See `answering.Answer`."""
+        return b""
+
+    def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
+        """See `answering.Answer`."""
+        pairs = zip(self._prefixes, generations, strict=True)
+        return self._encode([prefix + generation.text for prefix, generation in pairs])
+
+
+def check_count(call: Call, field: str, count: int) -> None:
+    """ValidationError if one call has no prompts, or more than could ever run."""
+    most = call.service.options.max_concurrent_requests
+    if count > most:
+        raise ValidationError(f"`{field}` supports up to {most} prompts. Given: {count}", field)
+
+
+async def prepare_text(call: Call, inputs: str, given: GenerateParameters, where: str) -> Prepared:
+    """One prompt, of which nothing but the text is wanted. ValidationError, also for what asks for more than that."""
+    for name in _SHAPING:
+        if getattr(given, name):
+            raise ValidationError(f"`{name}` is not supported here: the answer is a text. Given in {where}", name)
+    if (given.best_of or 1) > 1:
+        raise ValidationError(f"`best_of` != 1 is not allowed for this endpoint. Given in {where}", "best_of")
+    return await call.service.prepare(inputs, options_of(given), "native", stream=False)
+
+
+async def answer(call: Call, prompts: Sequence[Prepared], num_characters: int, texts: Texts) -> None:
+    """Generate for every prompt and answer. Permits must have been taken."""
+    sequences = answering.Sequences(tuple(prompts), keep_stop=True, num_characters=num_characters)
+    await answering.fold(call, sequences, texts)
