@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tokenmill.server.metrics import CATALOG, Metrics
+from tokenmill.server import app
+from tokenmill.server.metrics import CATALOG, ROUTES, Metrics
 
 TGI = """tgi_request_count tgi_request_success tgi_request_failure tgi_request_duration tgi_request_validation_duration
 tgi_request_queue_duration tgi_request_inference_duration tgi_request_mean_time_per_token_duration
@@ -56,6 +57,45 @@ def test_buckets_are_tgis(tmp_path: Path) -> None:
     assert found["tgi_request_generated_tokens_bucket|le=20"] == 0
     assert found["tgi_request_generated_tokens_bucket|le=40"] == 1
     assert len([key for key in found if key.startswith("tgi_batch_next_size_bucket")]) == 1025
+
+
+def test_bounds_have_the_digits_of_tgis(tmp_path: Path) -> None:
+    # TGI multiplies on from 0.0001 by 1.5, and multiplies a hundredth of the limit by 1 … 100.
+    metrics = Metrics(str(tmp_path), 0)
+    metrics.set_limits(1023, 2048)
+    found = samples(metrics.text())
+    bound, i = 0.0001, 0
+    for i in range(35):
+        bound *= 1.5
+        assert f"tgi_request_queue_duration_bucket|le={bound!r}" in found
+    assert i == 34
+    assert f"tgi_request_input_length_bucket|le={1023 / 100 * 7!r}" in found
+    assert "tgi_request_max_new_tokens_bucket|le=2048" in found
+
+
+def test_each_route_is_counted_under_a_name_of_its_own_or_its_familys(tmp_path: Path) -> None:
+    metrics = Metrics(str(tmp_path), 0)
+    for route in app.ROUTES:
+        metrics.count_response(route.path.removesuffix("/*"), 200)
+    metrics.count_response("/a/path/of/vertex", 200)
+    metrics.count_response("/generate", 599)
+    found = samples(metrics.text())
+    name = "tokenmill_http_responses_total|route="
+    assert found[f"{name}other|status=200"] == 1
+    assert found[f"{name}/generate|status=other"] == 1
+    families = {route.path for route in app.ROUTES if f"{name}{route.path}|status=200" in found}
+    assert families == set(ROUTES) - {"other"} & {route.path for route in app.ROUTES}
+    assert found[f"{name}/v2|status=200"] == sum(route.path.startswith("/v2") for route in app.ROUTES)
+
+
+def test_what_is_served_is_a_metric_with_escaped_words(tmp_path: Path) -> None:
+    metrics = Metrics(str(tmp_path), 0)
+    assert "tokenmill_model_info" not in metrics.text()
+    metrics.set_info(model='a "b"\\c', device="cpu")
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text())}
+    (sample,) = families["tokenmill_model_info"].samples
+    assert sample.labels == {"model": 'a "b"\\c', "device": "cpu"}
+    assert sample.value == 1
 
 
 def test_a_histogram_counts_up_and_adds_its_values(tmp_path: Path, rng) -> None:  # type: ignore[no-untyped-def]

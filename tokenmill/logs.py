@@ -102,7 +102,7 @@ class JsonFormatter(logging.Formatter):
             line |= {"span": span, "spans": [span]}
         if self._process:
             line["process"] = self._process
-        return jsonlib.dumps(line, ensure_ascii=False, default=str)
+        return jsonlib.dumps(line, ensure_ascii=False, default=str, separators=(",", ":"))
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
