@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 
@@ -24,6 +25,19 @@ def reference_noise(seed: int, position: int, token_id: int) -> float:
     return -math.log(-math.log1p(-u))
 
 
+def reference_green(previous_id: int, gamma: float, vocab_size: int) -> list[int]:
+    """The watermark's green ids, by Python's own Mersenne twister."""
+    state = [15485863 * previous_id & MASK]
+    for i in range(1, 624):
+        state.append(1812433253 * (state[-1] ^ state[-1] >> 30) + i & MASK)
+    twister, ids = random.Random(), list(range(vocab_size))
+    twister.setstate((3, (*state, 624), None))
+    for i in range(vocab_size - 1):
+        other = i + twister.getrandbits(32) % (vocab_size - i)
+        ids[i], ids[other] = ids[other], ids[i]
+    return ids[: int(vocab_size * gamma)]
+
+
 def softmax(x):
     e = np.exp(x - x.max())
     return e / e.sum()
@@ -32,6 +46,8 @@ def softmax(x):
 def reference_scores(logits, prompt, output, params: SamplingParams, stopping: StoppingParams):
     """What is sampled from (before noise), in float64."""
     x = np.array(logits, np.float64)
+    if params.watermark_gamma > 0:
+        x[reference_green([*prompt, *output][-1], params.watermark_gamma, len(x))] += params.watermark_delta
     for token_id, value in params.logit_bias:
         x[token_id] += value
     for token_id in set(prompt) | set(output):

@@ -109,6 +109,8 @@ def random_request(rng, vocab=VOCAB) -> Request:
         logit_bias=tuple((int(i), float(rng.normal())) for i in rng.integers(0, vocab, maybe(4, 0))),
         logprobs=maybe(int(rng.integers(0, 5)), -1),
         raw_logprobs=bool(rng.random() < 0.5),
+        watermark_gamma=maybe(float(rng.choice([0.25, 0.5, 0.9, 1.0])), 0.0, 0.25),
+        watermark_delta=float(rng.choice([-1.5, 2.0, 4.0])),
     )
     stop_ids = tuple(int(i) for i in rng.choice(vocab, 3, replace=False))
     return Request(

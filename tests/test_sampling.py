@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from support_sampling import MASK, log_softmax, reference_choice, reference_noise, reference_scores, softmax
+from support_sampling import (
+    MASK,
+    log_softmax,
+    reference_choice,
+    reference_green,
+    reference_noise,
+    reference_scores,
+    softmax,
+)
 
 from tokenmill.backends import sampling as rules
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
@@ -73,6 +81,8 @@ def random_request(rng) -> Request:
         logit_bias=tuple((int(i), float(rng.normal())) for i in rng.integers(0, VOCAB, maybe(4, 0))),
         logprobs=maybe(int(rng.integers(0, 5)), -1),
         raw_logprobs=bool(rng.random() < 0.5),
+        watermark_gamma=maybe(float(rng.choice([0.25, 0.5, 0.9, 1.0])), 0.0, 0.25),
+        watermark_delta=float(rng.choice([-1.5, 2.0, 4.0])),
     )
     stop_ids = tuple(int(i) for i in rng.choice(VOCAB, 3, replace=False))
     return Request(
@@ -114,6 +124,38 @@ def test_the_noise_is_the_published_function_of_seed_position_and_id():
     expected = [[reference_noise(s, int(p), t) for t in range(300)] for s, p in zip(seeds, positions, strict=True)]
     assert sampling.gumbel(keys, 300, torch.device("cpu")).numpy() == pytest.approx(np.array(expected), abs=2e-5)
     assert rules.noise(keys[:, None], np.arange(300)) == pytest.approx(np.array(expected), abs=2e-5)
+
+
+@pytest.mark.parametrize(("vocab", "gamma"), [(61, 0.5), (61, 1.0), (1000, 0.25), (1000, 0.001), (49_152, 0.5)])
+def test_green_ids_are_the_head_of_the_permutation_that_torch_seeds_with_the_token_before(vocab, gamma):
+    for previous_id in (0, 1, 17, 278, 49_151, 151_935):  # seeds beyond 32 bits too
+        generator = torch.Generator().manual_seed(15_485_863 * previous_id)
+        expected = torch.randperm(vocab, generator=generator)[: int(gamma * vocab)].tolist()
+        assert rules.green_ids(previous_id, gamma, vocab).tolist() == expected
+        assert reference_green(previous_id, gamma, vocab) == expected
+        assert sampling._green_ids(previous_id, gamma, vocab).tolist() == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_detector_finds_the_watermark_and_raw_log_probabilities_do_not_show_it(temperature):
+    rng, rows, gamma = np.random.default_rng(9), 200, 0.25
+    logits = rng.normal(size=(rows, VOCAB)).astype(np.float32)
+    prompts = [(1, int(i)) for i in rng.integers(0, VOCAB, rows)]
+    greens = [set(reference_green(prompt[-1], gamma, VOCAB)) for prompt in prompts]
+
+    def z_score(**params) -> float:
+        requests = [a_request(p, temperature=temperature, seed=i, **params) for i, p in enumerate(prompts)]
+        ids = run(logits, requests).token_ids.tolist()
+        hits = sum(token_id in green for token_id, green in zip(ids, greens, strict=True))
+        return (hits - gamma * rows) / (rows * gamma * (1 - gamma)) ** 0.5
+
+    assert abs(z_score()) < 3
+    assert z_score(watermark_gamma=gamma, watermark_delta=2.0) > 8
+    marked = a_request(prompts[0], watermark_gamma=gamma, watermark_delta=50.0, logprobs=0, raw_logprobs=True)
+    sampled = run(logits[:1], [marked])
+    chosen = int(sampled.token_ids[0])
+    assert chosen in greens[0]
+    assert sampled.logprobs.details()[0].logprob == pytest.approx(log_softmax(logits[0])[chosen], abs=1e-4)
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company_and_any_slot():

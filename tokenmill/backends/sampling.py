@@ -2,6 +2,7 @@
 
 The order, for one row of logits:
 
+0. with a watermark, `watermark_delta` is added to the green ids (`green_ids`), a share `watermark_gamma` of all;
 1. `logit_bias` is added;
 2. repetition penalty r, CTRL's rule, once for each id in prompt or output: a negative logit times r, others over r;
 3. frequency penalty times the id's count in the output, presence penalty once if it is there at all: subtracted;
@@ -23,6 +24,9 @@ seed gives the same tokens in any batch, on any rank, and after a preemption:
     noise = -log(-log1p(-u))
 
 `mix` is Chris Wellons' lowbias32 (https://github.com/skeeto/hash-prospector, public domain).
+
+The watermark is that of Kirchenbauer et al., "A Watermark for Large Language Models" (arXiv:2301.10226), with their
+seeding `simple_1` and hash key: their detector, on a CPU, finds it.
 """
 
 from __future__ import annotations
@@ -49,9 +53,14 @@ PARAMETERS = np.dtype(
         ("logprobs", np.int32),
         ("raw_logprobs", np.bool_),
         ("prompt_logprobs", np.int32),
+        ("watermark_gamma", np.float64),
+        ("watermark_delta", np.float32),
     ]
 )
 """One row a slot. `num_biases`: entries in use of the slot's row of `Biases`."""
+
+WATERMARK_KEY = 15_485_863
+"""Times the id of the token before: the seed of the green ids."""
 
 FOREVER = np.iinfo(np.int32).max
 _GOLDEN = np.uint32(0x9E3779B9)
@@ -93,6 +102,8 @@ class Parameters:
             p.logprobs,
             p.raw_logprobs,
             p.prompt_logprobs,
+            p.watermark_gamma,
+            p.watermark_delta,
         )
         self._widen(len(biases))
         self.bias_ids[slot], self.bias_values[slot], self.bias_until[slot] = 0, 0, 0
@@ -123,7 +134,22 @@ def needs_full(sampling: SamplingParams, min_new_tokens: int) -> bool:
         sampling.top_k > 0 or sampling.top_p < 1 or sampling.typical_p < 1 or sampling.min_p > 0
     )
     penalized = sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
-    return filtered or penalized or bool(sampling.logit_bias) or min_new_tokens > 0
+    biased = bool(sampling.logit_bias) or sampling.watermark_gamma > 0
+    return filtered or penalized or biased or min_new_tokens > 0
+
+
+def green_ids(previous_id: int, gamma: float, vocab_size: int) -> NDArray[np.int64]:
+    """The ids that a watermark favours behind a token: the first of a random permutation of all.
+
+    That is torch's `randperm` on a CPU: Mersenne twister, then Fisher and Yates. The definition: a backend's own is
+    equal, and faster.
+    """
+    draw = np.random.RandomState(WATERMARK_KEY * previous_id % 2**32)
+    count, ids = int(vocab_size * gamma), np.arange(vocab_size)
+    bits = draw.randint(0, 2**32, min(count, vocab_size - 1), np.uint32)
+    for i, other in enumerate((i + bits % (vocab_size - i) for i, bits in enumerate(bits.tolist()))):
+        ids[i], ids[other] = ids[other], ids[i]
+    return ids[:count]
 
 
 def mix(x: _Bits) -> _Bits:

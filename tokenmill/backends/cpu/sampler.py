@@ -111,6 +111,7 @@ def _scratch(vocab_size: int, max_tokens: int, threads: int) -> NDArray[np.uint8
     sizes = dict.fromkeys(range(0, 8 * w.PARTS, 8), row)
     sizes |= {w.TOUCHED: -(-min(max_tokens, vocab_size) // 16) * 64, w.HISTOGRAM: 8 * w.BUCKETS}
     sizes |= dict.fromkeys((w.MASSES, w.DEPTHS, w.FIRST_DEPTHS, w.KEPT), 64)
+    sizes[w.TWISTER] = w.TWISTER_BYTES
     sizes[w.MAXIMA] = -(-row // 4096) * 64
     scratch: NDArray[np.uint8] = zeros((threads, 128 + sum(sizes.values())))
     for own in scratch:

@@ -41,6 +41,8 @@ from tokenmill.backends.cpu.sampling_layout import (
     TOP_P,
     TYPICAL_P,
     WANTED,
+    WATERMARK_DELTA,
+    WATERMARK_GAMMA,
     WORK,
 )
 from tokenmill.backends.cpu.sampling_rows import (
@@ -70,6 +72,7 @@ from tokenmill.backends.cpu.sampling_vectors import (
     total,
     word,
 )
+from tokenmill.backends.cpu.sampling_watermark import favour_green
 
 _RESULT = 8 * layout.RESULT
 _SAMPLED_POSITIONS = 8 * layout.SAMPLED_POSITIONS
@@ -160,14 +163,16 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
 
 @inline
 def _process(words: int, s: int, y: int, vocab: int, p: int, slot: int, position: int) -> None:
-    """Biases, penalties and bans, in place."""
+    """Watermark, biases, penalties and bans, in place."""
+    gamma, tokens = peek_double(p + WATERMARK_GAMMA), peek(words + TOKENS) + slot * peek(words + TOKENS_STRIDE)
+    if gamma > 0:
+        favour_green(s, y, vocab, peek32(tokens + 4 * (position - 1)), gamma, peek_float(p + WATERMARK_DELTA))
     if peek32(p + NUM_BIASES) > 0:
         offset = slot * peek(words + BIAS_STRIDE)
         ids, values = peek(words + BIAS_IDS) + offset, peek(words + BIAS_VALUES) + offset
         until = peek(words + BIAS_UNTIL) + offset
         add_biases(y, vocab, peek32(p + NUM_BIASES), ids, values, until, position)
     if peek_float(p + REPETITION) != 1 or peek_float(p + FREQUENCY) != 0 or peek_float(p + PRESENCE) != 0:
-        tokens = peek(words + TOKENS) + slot * peek(words + TOKENS_STRIDE)
         penalize(s, y, vocab, tokens, position, peek32(p + NUM_PROMPT), p + REPETITION)
 
 

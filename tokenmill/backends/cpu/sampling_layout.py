@@ -43,7 +43,9 @@ MASSES = 88  # 16 float32
 DEPTHS = 96  # 8 float32
 FIRST_DEPTHS = 104  # the same, as below
 KEPT = 112  # when the ids that are left are not collected: float64, their mass; float32, their least score
-PARTS = 15
+TWISTER = 120  # the state of a random generator (sampling_watermark.py)
+PARTS = 16
+TWISTER_BYTES = 2560
 FIRST_DEPTHS_OF_ALL = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 11.0, 14.0)
 """How far below the best score the mass is measured first."""
 BUCKETS = 256
@@ -62,3 +64,4 @@ REPETITION, FREQUENCY, PRESENCE = _offset("repetition"), _offset("frequency"), _
 SEED_LOW, SEED_HIGH = _offset("seed_low"), _offset("seed_high")
 NUM_PROMPT, NUM_BIASES = _offset("num_prompt"), _offset("num_biases")
 LOGPROBS, RAW_LOGPROBS = _offset("logprobs"), _offset("raw_logprobs")
+WATERMARK_GAMMA, WATERMARK_DELTA = _offset("watermark_gamma"), _offset("watermark_delta")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.base import StepInputs
-from tokenmill.backends.sampling import noise_keys
+from tokenmill.backends.sampling import WATERMARK_KEY, noise_keys
 from tokenmill.backends.torch.slots import PromptPositions, Slots
 from tokenmill.wire.messages import TokenDetails
 
@@ -146,8 +146,12 @@ class _Rows:
 
 
 def _penalize(logits: Tensor, rows: _Rows) -> Tensor:
-    """Biases, penalties, bans: a new (R, V)."""
+    """Watermarks, biases, penalties, bans: a new (R, V)."""
     p, scores = rows.all, logits.clone()
+    for row in np.flatnonzero(p["watermark_gamma"] > 0).tolist():
+        previous_id = int(rows.state.tokens[int(rows.slots[row]), int(rows.positions[row]) - 1])
+        green = _green_ids(previous_id, float(p["watermark_gamma"][row]), scores.shape[1])
+        scores[row, green.to(scores.device)] += float(p["watermark_delta"][row])
     biased = p["num_biases"] > 0
     if biased.any():
         held, some = rows.state.parameters, rows.slots[biased]
@@ -162,6 +166,12 @@ def _penalize(logits: Tensor, rows: _Rows) -> Tensor:
         some_rows = rows.where(mask)
         scores[some_rows.index] = _repetition(scores[some_rows.index], some_rows, rows, mask)
     return scores
+
+
+def _green_ids(previous_id: int, gamma: float, vocab_size: int) -> Tensor:
+    """`backends.sampling.green_ids`: what that writes out is what torch does on a CPU."""
+    generator = torch.Generator().manual_seed(WATERMARK_KEY * previous_id)
+    return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * gamma)]
 
 
 def _repetition(scores: Tensor, some: _Some, rows: _Rows, mask: NDArray[np.bool_]) -> Tensor:
