@@ -24,7 +24,7 @@ def client(url: str) -> InferenceClient:
 
 def test_text_generation(client: InferenceClient) -> None:
     whole = client.text_generation(PROMPT, max_new_tokens=6)
-    assert whole.startswith(PROMPT + " Paris"), "POST / of TGI puts the prompt first where no pipeline tag says otherwise"
+    assert whole.startswith(PROMPT + " Paris"), "as POST / of TGI where no pipeline tag is known"
     assert client.text_generation(PROMPT, max_new_tokens=6, return_full_text=False) == whole.removeprefix(PROMPT)
 
 
