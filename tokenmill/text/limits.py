@@ -64,8 +64,8 @@ class Limit(NamedTuple):
     """One bound. `most` may name a field of `RequestLimits`; `above`: `least` itself is not allowed.
 
     `attribute`: where `Options` has the value, if not under its native name. `measure`: what of the value is bounded,
-    in `unit`s. `native`: TGI's message, with {most} and {given}; "" for a bound that is only ours. `openai_least`: where
-    OpenAI's routes allow more.
+    in `unit`s. `native`: TGI's message, with {most} and {given}; "" for a bound that is only ours. `openai_least`:
+    where OpenAI's routes allow more.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a request's options may be beyond plain bounds (`limits.py`): rules about two fields, and what is refused by name.
+"""What a request's options may be beyond plain bounds (`limits.py`): rules about several fields, refusals by name.
 
 The order is TGI's, for clients look at the first message. Backquoted names are part of TGI's texts.
 """
