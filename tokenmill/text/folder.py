@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: tokenizer.json (or tokenizer.model) and the files around it.
+"""The tokenizer of a model folder: tokenizer.json, or the files of older kinds, and what stands beside them.
 
 tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json and config.json are all
 optional; what they say is applied as `transformers` applies it.
@@ -6,7 +6,6 @@ optional; what they say is applied as `transformers` applies it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +15,16 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from tokenmill.errors import ModelError
-from tokenmill.text import sentencepiece
+from tokenmill.text import bytelevel, sentencepiece, wordpiece
 from tokenmill.text.chat_template import ChatTemplate
+from tokenmill.text.files import added_token, content_of, read_json, read_text
 from tokenmill.text.library import reading
 from tokenmill.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_TEKKEN = "tekken.json"
+_SENTENCEPIECE = ("tokenizer.model", "tiktoken.model", "spiece.model", "sentencepiece.bpe.model")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _NO_LIMIT = 10**9  # transformers writes 10^30 for "none"
 _WRITTEN_HERE = {
@@ -42,7 +44,7 @@ def load(folder: Path, config_path: str = "") -> Tokenizer:
     special = _special_tokens(folder, config)
     _add_tokens(inner, folder, config, special)
     bos, eos = special.get("bos_token"), special.get("eos_token")
-    _write_post_processor(inner, config, bos, eos)
+    _write_post_processor(folder, inner, config, bos, eos)
     templates = chat_templates(folder, config, bool(config_path))
     longest = config.get("model_max_length")
     return Tokenizer(
@@ -62,7 +64,7 @@ def tokenizer_config(folder: Path, config_path: str) -> dict[str, Any]:
     path = Path(config_path)
     if not path.is_file():
         raise ModelError(f"--tokenizer-config-path: {path} does not exist.")
-    return {"chat_template": _read_text(path)} if path.suffix == ".jinja" else read_json(path)
+    return {"chat_template": read_text(path)} if path.suffix == ".jinja" else read_json(path)
 
 
 def chat_templates(folder: Path, config: Mapping[str, Any], preferred: bool) -> dict[str, str]:
@@ -83,36 +85,26 @@ def chat_templates(folder: Path, config: Mapping[str, Any], preferred: bool) -> 
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; {} if there is no such file. ModelError if it is anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except ValueError as e:
-        raise ModelError(f"{path} is not valid JSON: {e}. Download the file again.") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ModelError(f"{path} cannot be read: {e}.") from None
-
-
 def _inner(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
         with reading(path):
             return tokenizers.Tokenizer.from_file(str(path))
-    if (folder / "tokenizer.model").is_file():
-        return sentencepiece.load(folder / "tokenizer.model", legacy=config.get("legacy", True) is not False)
-    others = [name for name in ("tekken.json", "vocab.json", "vocab.txt", "spiece.model") if (folder / name).is_file()]
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if (folder / _TEKKEN).is_file():
+        return bytelevel.load_tekken(folder / _TEKKEN)
+    for path in [folder / file for file in _SENTENCEPIECE] + sorted(folder.glob("*.tiktoken")):
+        if path.is_file() and bytelevel.is_tiktoken(path):
+            return bytelevel.load_tiktoken(path, config, name)
+        if path.is_file() and path.suffix == ".model":
+            return sentencepiece.load(path, legacy=config.get("legacy", True) is not False)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return bytelevel.load_merges(folder / "vocab.json", folder / "merges.txt", config, name)
+    if (folder / "vocab.txt").is_file():
+        return wordpiece.load(folder / "vocab.txt", config)
+    others = [file for file in ("vocab.json", "merges.txt") if (folder / file).is_file()]
     others += sorted(path.name for path in folder.glob("*.tiktoken"))
-    what = f"Its {others[0]} is of a kind that is not read here" if others else "It has no tokenizer.model either"
+    what = f"Its {others[0]} is not enough" if others else "It has no other vocabulary that is known here either"
     raise ModelError(
         f"{folder} has no tokenizer.json. {what}: convert it with "
         "`transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`, or download the file."
@@ -122,14 +114,10 @@ def _inner(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """bos_token and so on, as the configuration or special_tokens_map.json says; those that are set."""
     both = {**read_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
-    texts = ((name, _content(both.get(name))) for name in _SPECIAL)
+    if (folder / _TEKKEN).is_file() and not (folder / "tokenizer.json").is_file():
+        both = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **both}
+    texts = ((name, content_of(both.get(name))) for name in _SPECIAL)
     return {name: text for name, text in texts if text is not None}
-
-
-def _content(token: Any) -> str | None:
-    """Tokens are written as text, or as an object with their properties."""
-    text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else None
 
 
 def _add_tokens(
@@ -141,8 +129,8 @@ def _add_tokens(
     listed |= {
         token_id: text for text, token_id in read_json(folder / "added_tokens.json").items() if token_id not in listed
     }
-    wanted = [_added_token(token) for _, token in sorted(listed.items())]
-    more = [_content(token) for token in config.get("additional_special_tokens") or ()]
+    wanted = [added_token(token) for _, token in sorted(listed.items())]
+    more = [content_of(token) for token in config.get("additional_special_tokens") or ()]
     wanted += [AddedToken(text, special=True, normalized=False) for text in [*special.values(), *more] if text]
     for token in wanted:
         before = known.get(token.content)
@@ -150,31 +138,24 @@ def _add_tokens(
             (inner.add_special_tokens if token.special else inner.add_tokens)([token])
             known[token.content] = token
     for token_id, token in listed.items():
-        got = inner.token_to_id(_content(token))
+        got = inner.token_to_id(content_of(token))
         if got != token_id:
-            log.warning("The token %r should have the id %d but has %s.", _content(token), token_id, got)
-
-
-def _added_token(token: Any) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token, special=False, normalized=False)
-    flags = {
-        name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
-    }
-    return AddedToken(_content(token) or "", **flags)
+            log.warning("The token %r should have the id %d but has %s.", content_of(token), token_id, got)
 
 
 def _write_post_processor(
-    inner: tokenizers.Tokenizer, config: Mapping[str, Any], bos: str | None, eos: str | None
+    folder: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], bos: str | None, eos: str | None
 ) -> None:
-    """For the classes that disregard what tokenizer.json says of BOS and EOS."""
+    """BOS and EOS where tokenizer.json does not say: there is none, or the class disregards what it says."""
     name = str(config.get("tokenizer_class", "")).removesuffix("Fast").removesuffix("Tokenizer")
-    if name not in _WRITTEN_HERE:
+    found = _WRITTEN_HERE.get(name)
+    if found is None and (folder / "tokenizer.json").is_file():
         return
-    begins, ends = _WRITTEN_HERE[name]
+    begins, ends = found or ((folder / _TEKKEN).is_file(), False)
     begin = bos if config.get("add_bos_token", begins) else None
     end = eos if config.get("add_eos_token", ends) else None
-    set_post_processor(inner, begin, end)
+    if found or begin or end:
+        set_post_processor(inner, begin, end)
 
 
 def set_post_processor(inner: tokenizers.Tokenizer, begin: str | None, end: str | None) -> None:
@@ -207,7 +188,7 @@ def _template_files(folder: Path) -> dict[str, Any]:
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
-    return {name: _read_text(path) for name, path in files.items()}
+    return {name: read_text(path) for name, path in files.items()}
 
 
 def _templates_in(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,77 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import decoders, models
 
 from tokenmill.errors import ModelError, Unsupported
-from tokenmill.text import folder, sentencepiece
+from tokenmill.text import cuts, folder, sentencepiece
 from tokenmill.text.chat_template import ChatTemplate
 from tokenmill.text.library import reading
 from tokenmill.text.sentencepiece import Kind
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.gguf import Gguf
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3, _QWEN2 = _CL100K % "{1,3}", _CL100K % ""
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CJK = "[一-龥ࠀ-一가-퟿]+"
-_BICAMERAL = (  # letters of the scripts that have two cases, as DeepSeek's first models list them
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ\u1f5f-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌ\u1fd0-\u1fd3\u1fd6-\u1fdbῠ-Ῥῲ-ῴῶ-ῼ"
-    "ℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
-)
-_DEEPSEEK = (
-    r"[\r\n]",
-    rf"\s?[{_BICAMERAL}]+",
-    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-    r"\s+$",
-    _CJK,
-    r"\p{N}+",
-)
-_DIGITS_APART = (r"\p{N}", _GPT2)
-_PRE: Mapping[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    "phi-2": (_GPT2,),
-    "mpt": (_GPT2,),
-    "olmo": (_GPT2,),
-    "jais": (_GPT2,),
-    "smollm": _DIGITS_APART,
-    "starcoder": _DIGITS_APART,
-    "refact": _DIGITS_APART,
-    "command-r": _DIGITS_APART,
-    "codeshell": _DIGITS_APART,
-    "exaone": _DIGITS_APART,
-    "minerva-7b": _DIGITS_APART,
-    "llama-bpe": (_LLAMA3,),
-    "llama3": (_LLAMA3,),
-    "llama-v3": (_LLAMA3,),
-    "smaug-bpe": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "chatglm-bpe": (_LLAMA3,),
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-    "stablelm2": (_QWEN2,),
-    "megrez": (_QWEN2,),
-    "tekken": (_TEKKEN,),
-    "deepseek-llm": _DEEPSEEK,
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
-    "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-}
-"""tokenizer.ggml.pre -> expressions; each one cuts what those before it left."""
-
-_WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
+_WHOLE_WORDS_FIRST = frozenset("llama-bpe llama3 llama-v3 tekken falcon3 falcon-h1 pixtral midm-2.0 lfm2".split())
 """A word that is a token stays one, whatever the merges say. These begin with BOS unless the file says otherwise."""
 
 _ENDS = (
@@ -187,13 +127,12 @@ class _Metadata:
 
 
 def _byte_level(data: _Metadata) -> tokenizers.Tokenizer:
-    if data.pre not in _PRE:
-        raise Unsupported("GGUF pre-tokenizer", data.pre, _PRE)
+    if data.pre not in cuts.BY_NAME:
+        raise Unsupported("GGUF pre-tokenizer", data.pre, cuts.BY_NAME)
     ids = {token: i for i, token in enumerate(data.tokens)}
     model = models.BPE(ids, data.merges(), ignore_merges=data.pre in _WHOLE_WORDS_FIRST)
     inner = tokenizers.Tokenizer(model)
-    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _PRE[data.pre]]
-    inner.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    inner.pre_tokenizer = cuts.splitter(cuts.BY_NAME[data.pre])
     inner.decoder = decoders.ByteLevel()
     sentencepiece.add_tokens(inner, data.tokens, data.kinds)
     return inner

@@ -1,0 +1,49 @@
+"""Reading the small files beside a model, and the ways in which they write tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from tokenmill.errors import ModelError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; {} if there is no such file. ModelError if it is anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(read_text(path))
+    except ValueError as e:
+        raise ModelError(f"{path} is not valid JSON: {e}. Download the file again.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """A file's content. ModelError if it cannot be read or is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ModelError(f"{path} cannot be read: {e}.") from None
+
+
+def content_of(token: Any) -> str | None:
+    """Tokens are written as text, or as an object with their properties."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def added_token(token: Any) -> AddedToken:
+    """A token as `tokenizers` takes it; written as text alone, it is not special."""
+    if isinstance(token, str):
+        return AddedToken(token, special=False, normalized=False)
+    flags = {
+        name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+    }
+    return AddedToken(content_of(token) or "", **flags)
