@@ -16,6 +16,7 @@ import pytest
 
 import tokenmill
 from tokenmill import chat, cli
+from tokenmill.config import Settings
 from tokenmill.progress import Lines, amount
 from tokenmill.server.app import ROUTES
 from tokenmill.server.openapi import BODIES
@@ -74,6 +75,36 @@ def test_an_option_that_a_later_release_brings_is_refused_with_exit_code_1() -> 
     done = run("serve", "--quantize", "awq")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: ArgumentValidation: `--quantize` cannot be used yet:")
+
+
+def test_a_wrong_variable_and_a_wrong_option_are_usage_errors() -> None:
+    done = run("serve", PORT="http")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: ArgumentValidation: Environment variable PORT: 'http' is not a whole number")
+    assert run("serve", "--port", "http").returncode == 2
+
+
+@pytest.mark.parametrize("words", [
+    ["MODEL", "--json-output", "--port", "3"], ["--json-output", "MODEL", "--port", "3"],
+    ["--port", "3", "--json-output", "MODEL", "--uds-path", "/tmp/x", "--logger-level", "DEBUG"],
+])  # fmt: skip
+def test_the_shards_command_takes_its_model_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Settings] = []
+    monkeypatch.setattr("tokenmill.launcher.serve", lambda settings: served.append(settings) or 0)
+    assert cli.text_generation_server(["serve", *words]) == 0
+    (settings,) = served
+    assert (settings.model_id, settings.port, settings.json_output) == ("MODEL", 3, True)
+    assert settings.log_level == ("DEBUG" if "DEBUG" in words else "info")
+
+
+def test_an_adapter_is_downloaded_and_its_merging_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    words = ["download-weights", str(tmp_path), "--no-auto-convert", "--logger-level", "INFO", "--json-output"]
+    assert cli.text_generation_server(words) == 0
+    assert cli.text_generation_server([*words, "--merge-lora"]) == 1
+    assert "is a LoRA adapter: `--merge-lora` cannot be used yet. Merge it" in capsys.readouterr().err
 
 
 def test_text_generation_server_refuses_to_quantize(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tokenmill import options
 from tokenmill.config import Settings, memory_bytes
-from tokenmill.errors import ArgumentError
+from tokenmill.errors import ArgumentError, UsageError
 
 # TGI 3.3's launcher: option, environment variable, default (its documentation); "" and None: none.
 TGI = """
@@ -213,3 +213,75 @@ def test_of_an_option_with_some_values_for_later_the_others_are_taken() -> None:
     assert Settings.from_args([], {"TOKENMILL_ISA": "avx2"}).cpu_isa == "avx2"
     with pytest.raises(ArgumentError, match=r"`--quantize` cannot be used yet: this release quantizes to int8"):
         Settings.from_args(["--quantize", "gptq"], {})
+
+
+def test_a_variable_that_cannot_be_read_is_a_usage_error_with_exit_code_2() -> None:
+    with pytest.raises(UsageError, match="PORT: 'http' is not a whole number") as caught:
+        Settings.from_args([], {"PORT": "http"})
+    assert (caught.value.exit_code, ArgumentError.exit_code) == (2, 1)
+
+
+@pytest.mark.parametrize("name", [
+    "TGI_WIGGLE_ROOM", "XPU_MEMORY_FRACTION", "USE_PREFIX_CACHING", "USE_FLASH_ATTENTION", "EXLLAMA_VERSION",
+    "ROCM_USE_SKINNY_GEMM", "REQUEST_LOGPROBS", "MAX_IMAGE_FETCH_SIZE",
+])  # fmt: skip
+def test_a_variable_of_tgi_that_does_nothing_here_is_named(name: str) -> None:
+    (warning,) = Settings.from_args([], {name: "1"}).warnings
+    assert warning.startswith(f"`{name}` has no effect: ")
+
+
+@pytest.mark.parametrize("argv, environ", [(["--hostname", "localhost"], {}), (["--hostname", "127.0.0.1"], {})])
+def test_localhost_said_to_us_is_not_the_whole_world(argv: list[str], environ: dict[str, str]) -> None:
+    settings = Settings.from_args(argv, environ)
+    assert (settings.hostname, settings.warnings) == ("127.0.0.1", ())
+    assert Settings.from_args([], {"HOSTNAME": "localhost"}).hostname == "0.0.0.0"  # a machine's name
+
+
+@pytest.mark.parametrize("environ, num_shard", [
+    ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, 3), ({"NVIDIA_VISIBLE_DEVICES": "GPU-1,GPU-2"}, 2),
+    ({"NVIDIA_VISIBLE_DEVICES": "all", "ZE_AFFINITY_MASK": "0,1"}, 2),
+])  # fmt: skip
+def test_sharded_without_a_number_means_the_visible_devices(environ: dict[str, str], num_shard: int) -> None:
+    assert Settings.from_args(["--sharded", "true"], environ).num_shard == num_shard
+    assert Settings.from_args(["--sharded", "false"], environ).num_shard == 1
+    assert Settings.from_args([], environ).num_shard == 1
+    assert Settings.from_args(["--sharded", "true", "--num-shard", "4"], environ).num_shard == 4
+
+
+@pytest.mark.parametrize("option", ["--max-total-tokens", "--max-batch-prefill-tokens"])
+def test_limits_above_the_batchs_are_refused(option: str) -> None:
+    name = option[2:].replace("-", "_")
+    with pytest.raises(ArgumentError, match=rf"`{name}` \(101\) must be <= `max_batch_total_tokens` \(100\)"):
+        Settings.from_args([option, "101", "--max-batch-total-tokens", "100"], {})
+    Settings.from_args([option, "100", "--max-batch-total-tokens", "100"], {})
+
+
+def test_vertex_ai_names_the_port_and_two_paths() -> None:
+    environ = {"AIP_HTTP_PORT": "8080", "AIP_PREDICT_ROUTE": "/predict", "AIP_HEALTH_ROUTE": "/well"}
+    settings = Settings.from_args(["--port", "80"], environ)
+    assert (settings.port, settings.aip_predict_route, settings.aip_health_route) == (8080, "/predict", "/well")
+    settings = Settings.from_args(["--port", "80"], {"AIP_HTTP_PORT": "http"})
+    assert settings.port == 80
+    assert "`AIP_HTTP_PORT=http` has no effect" in settings.warnings[0]
+
+
+def test_sagemakers_names_of_the_model_are_read() -> None:
+    environ = {"HF_MODEL_ID": "owner/model", "HF_MODEL_REVISION": "v1"}
+    settings = Settings.from_args([], environ)
+    assert (settings.model_id, settings.revision) == ("owner/model", "v1")
+    assert Settings.from_args([], environ | {"MODEL_ID": "mine"}).model_id == "mine"
+
+
+def test_the_format_of_logs_may_come_from_a_variable() -> None:
+    assert Settings.from_args([], {"LOG_FORMAT": "json"}).json_output
+    assert not Settings.from_args([], {"LOG_FORMAT": "text"}).json_output
+    assert "`LOG_FORMAT=logfmt` has no effect" in Settings.from_args([], {"LOG_FORMAT": "logfmt"}).warnings[0]
+    assert Settings.from_args([], {"LOG_COLORIZE": "0"}).log_colorize is False
+    assert Settings.from_args([], {}).log_colorize is None
+
+
+def test_traces_and_watermarks_are_there() -> None:
+    words = ["--otlp-endpoint", "http://localhost:4317", "--otlp-service-name", "x", "--watermark-gamma", "0.25"]
+    settings = Settings.from_args([*words, "--watermark-delta", "1.5"], {})
+    assert (settings.otlp_endpoint, settings.otlp_service_name) == ("http://localhost:4317", "x")
+    assert (settings.watermark_gamma, settings.watermark_delta, settings.warnings) == (0.25, 1.5, ())

@@ -127,6 +127,8 @@ def test_a_server_from_its_start_to_its_end(serve: Callable[..., Server], model:
     assert f"Model {model}" in server.output
     assert f"at http://127.0.0.1:{server.port}; the KV cache holds" in server.output
     assert f"curl http://127.0.0.1:{server.port}/v1/chat/completions" in server.output
+    waited_for = ("Setting max batch total tokens to ", "Maximum total tokens defaulted to ", "Connected\n")  # TGI's words
+    assert all(words in server.output for words in waited_for)
     children = server.children()
     assert len(children) == 3
     server.process.terminate()
@@ -234,6 +236,15 @@ def test_a_model_that_cannot_be_served_ends_the_start(serve: Callable[..., Serve
     assert server.wait() == 1
     assert "has no weights to serve" in server.output
     assert "Traceback" not in server.output
+
+
+def test_what_is_odd_about_the_options_is_said_at_the_start(serve: Callable[..., Server]) -> None:
+    server = serve("--log-level", "info,loud", "--cuda-graphs", "1,2", "--port", "99999999")
+    assert server.wait() == 2
+    server = serve("--log-level", "info,loud", "--cuda-graphs", "1,2", "--mock-fault", "nonsense")
+    assert server.wait() == 1
+    assert "WARN tokenmill.launcher: `--cuda-graphs` has no effect" in server.output
+    assert "WARN tokenmill.launcher: `LOG_LEVEL`: 'loud' is not understood" in server.output
 
 
 def test_restarts_wait_longer_and_longer_and_are_forgotten_after_ten_minutes() -> None:
