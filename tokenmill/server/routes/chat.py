@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
 from tokenmill.server.routes.chat_checks import check_fields, check_messages, num_logprobs, template_fields
-from tokenmill.server.routes.openai import FINISH, Envelope, check_common, options_of, token_name
+from tokenmill.server.routes.openai import FINISH, Envelope, check_common, frame_of, options_of, token_name
 from tokenmill.server.schema.openai import (
     ChatChoice,
     ChatChunk,
@@ -37,7 +38,7 @@ async def chat_completions(call: Call) -> None:
 async def answer_chat(call: Call, body: ChatRequest) -> None:
     """Answer a chat that came by whatever route. The call's dialect should be "openai"."""
     sequences = await prepare_chat(call, body)
-    answer = ChatAnswer(Envelope(call, body, "chatcmpl-"), with_logprobs=bool(body.logprobs))
+    answer = ChatAnswer(Envelope(call, body, "chatcmpl-"), num_logprobs(body))
     await (answering.stream if body.stream else answering.fold)(call, sequences, answer)
 
 
@@ -114,14 +115,16 @@ def _size(message: dict[str, Any]) -> int:
 class ChatAnswer:
     """OpenAI's chat shapes, TGI's way: the role in every delta, the finish reason on the last token's chunk."""
 
-    def __init__(self, envelope: Envelope, *, with_logprobs: bool) -> None:
-        self._envelope, self._with_logprobs = envelope, with_logprobs
+    def __init__(self, envelope: Envelope, num_top: int | None) -> None:
+        """`num_top`: how many of the likeliest tokens to tell of each position; None: no log-probabilities."""
+        self._envelope, self._num_top, self._with_logprobs = envelope, num_top, num_top is not None
+        self._head, self._tail = frame_of(_encode(self._chunk([], None)))
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
         """See `answering.Answer`."""
         logprobs = ChatLogprobs([self._logprob(token)]) if self._with_logprobs else None
         choice = ChatChunkChoice(generation.index, ChatMessage("assistant", token.text), logprobs, FINISH[token.finish])
-        return _encode(self._chunk([choice], None))
+        return self._head + _encode(choice) + self._tail
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
         """See `answering.Answer`: the usage, if asked for."""
@@ -157,6 +160,6 @@ class ChatAnswer:
             return TokenLogprob(token_name(tokenizer, token.id), 0.0, raw, [])
         top = [
             TopLogprob(token_name(tokenizer, i), logprob, list(tokenizer.token_bytes(i)))
-            for i, logprob in zip(details.top_ids, details.top_logprobs, strict=True)
+            for i, logprob in islice(zip(details.top_ids, details.top_logprobs, strict=True), self._num_top)
         ]
         return TokenLogprob(token_name(tokenizer, token.id), details.logprob, raw, top)

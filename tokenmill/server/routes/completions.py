@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -11,7 +12,7 @@ from tokenmill.errors import ValidationError
 from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
-from tokenmill.server.routes.openai import FINISH, Envelope, check_common, options_of, token_name
+from tokenmill.server.routes.openai import FINISH, Envelope, check_common, frame_of, options_of, token_name
 from tokenmill.server.schema.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Options, Prepared
@@ -131,13 +132,15 @@ class CompletionAnswer:
         counts: Counts,
     ) -> None:
         self._envelope, (self._n, self._copies) = envelope, counts
-        self._with_logprobs, self._echo = body.logprobs is not None, bool(body.echo)
+        self._with_logprobs, self._num_top = body.logprobs is not None, body.logprobs
+        self._echo = bool(body.echo)
         self._hides = body.max_tokens == 0
         decode = envelope.tokenizer.decode
         self._echoes = [
             (p if isinstance(p, str) and not one.num_truncated else decode(one.prompt_ids)) if self._echo else ""
             for p, one in zip(prompts, prepared, strict=True)
         ]
+        self._head, self._tail = frame_of(_encode(self._object([], None)))
         self._offsets: dict[int, int] = {}  # of a choice: characters of the tokens that its chunks carried
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
@@ -152,7 +155,7 @@ class CompletionAnswer:
         elif self._with_logprobs:
             logprobs = self._logprobs(self._token_rows(generation, shown))
         choice = CompletionChoice(generation.index, text, logprobs, FINISH[token.finish])
-        return _encode(self._object([choice], None))
+        return self._head + _encode(choice) + self._tail
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
         """See `answering.Answer`: the usage, if asked for."""
@@ -218,7 +221,7 @@ class CompletionAnswer:
         if details is None:
             return None
         top: dict[str, float] = {}
-        for token_id, logprob in zip(details.top_ids, details.top_logprobs, strict=True):
+        for token_id, logprob in islice(zip(details.top_ids, details.top_logprobs, strict=True), self._num_top):
             top.setdefault(self._name(token_id), logprob)  # of two ids with one text the likelier counts
         top.setdefault(chosen, details.logprob)
         return top

@@ -28,6 +28,7 @@ from tokenmill.text.tokenizer import Tokenizer
 FINISH = {"": None, "eos": "stop", "stop": "stop", "length": "length"}
 _MAX_N = 128  # OpenAI's, as are the next
 _MAX_LABELS, _MAX_LABEL_KEY, _MAX_LABEL_VALUE = 16, 64, 512
+_NO_CHOICES = b'"choices":[]'
 _encode = msgspec.json.Encoder().encode
 
 
@@ -173,3 +174,10 @@ def token_name(tokenizer: Tokenizer, token_id: int, prefix: str = "") -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return prefix + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def frame_of(chunk: bytes) -> tuple[bytes, bytes]:
+    """What is before and behind the choice in every chunk of a stream, from one that has none: so that a token costs
+    the encoding of its choice alone."""
+    head, _, tail = chunk.partition(_NO_CHOICES)  # a quote inside of a text is escaped and does not match
+    return head + _NO_CHOICES[:-1], _NO_CHOICES[-1:] + tail
