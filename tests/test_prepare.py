@@ -66,7 +66,6 @@ NATIVE = [
     ({"logprobs": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
     ({"logit_bias": {600: 1.0}}, "`logit_bias` must have token ids from 0 to 599. Given: 600"),
     ({"logit_bias": {1: 100.5}}, "`logit_bias` must be >= -100 and <= 100. Given: 100.5"),
-    ({"watermark": True}, "`watermark` is not supported"),
     ({"adapter_id": "x"}, "`adapter_id` 'x' is unknown: no adapters are loaded"),
     ({"prompt": ""}, "`inputs` cannot be empty"),
     ({"prompt": []}, "`inputs` cannot be empty"),

@@ -156,7 +156,6 @@ def test_a_request_id_comes_back_unless_it_is_odd(server: Server) -> None:
          "`inputs` tokens + `max_new_tokens` must be <= 500. Given: 1 `inputs` tokens and 600 `max_new_tokens`"),
         ({"truncate": 0}, "`truncate` must be strictly positive and less than 499. Given: 0"),
         ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
-        ({"watermark": True}, "`watermark` is not supported"),
         ({"adapter_id": "x"}, "`adapter_id` 'x' is unknown: no adapters are loaded"),
     ],
 )  # fmt: skip

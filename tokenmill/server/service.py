@@ -98,6 +98,8 @@ class Service:
             max_best_of=options.max_best_of,
             max_top_n_tokens=options.max_top_n_tokens,
             vocab_size=info.vocab_size,
+            watermark_gamma=options.watermark_gamma,
+            watermark_delta=options.watermark_delta,
         )
         self._openai_limits = msgspec.structs.replace(
             self.limits, max_top_n_tokens=max(options.max_top_n_tokens, OPENAI_TOP_LOGPROBS)

@@ -55,7 +55,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestLimits(msgspec.Struct, frozen=True):
-    """What the server allows one request. `vocab_size`: ids that the model knows, from 0."""
+    """What the server allows one request. `vocab_size`: ids that the model knows, from 0. The watermark is the server's:
+    share of the vocabulary that is favoured, and by how much."""
 
     max_input_tokens: int
     max_total_tokens: int
@@ -63,6 +64,8 @@ class RequestLimits(msgspec.Struct, frozen=True):
     max_best_of: int
     max_top_n_tokens: int
     vocab_size: int
+    watermark_gamma: float = 0.5
+    watermark_delta: float = 2.0
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -204,6 +207,8 @@ def _sampling(options: Options, limits: RequestLimits, dialect: Dialect) -> tupl
         logprobs=-1 if options.logprobs is None else options.logprobs,
         raw_logprobs=raw,
         prompt_logprobs=-1 if options.prompt_logprobs is None else options.prompt_logprobs,
+        watermark_gamma=limits.watermark_gamma if options.watermark else 0.0,
+        watermark_delta=limits.watermark_delta if options.watermark else 0.0,
     )
     return params, seed
 

@@ -69,8 +69,6 @@ def _wants_sampling(options: Options, dialect: Dialect) -> bool:
 
 def _check_later_features(options: Options, dialect: Dialect) -> None:
     """Parts of the API whose machinery is not here: refused by name, never ignored."""
-    if options.watermark:
-        raise refuse(dialect, "watermark", "`watermark` is not supported", "absent: watermarking is not supported")
     if options.adapter_id:
         given = f"`adapter_id` {options.adapter_id!r} is unknown: no adapters are loaded"
         raise refuse(dialect, "adapter_id", given, "absent: no adapters are loaded", options.adapter_id)

@@ -12,33 +12,44 @@ import msgspec
 Uint = Annotated[int, msgspec.Meta(ge=0)]
 
 
+def _(description: str) -> msgspec.Meta:
+    """What the OpenAPI document says of a field."""
+    return msgspec.Meta(description=description)
+
+
 class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     """How to generate. None: not given. The last group is ours, TGI does not know it."""
 
-    best_of: Uint | None = None
-    temperature: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    typical_p: float | None = None
-    do_sample: bool | None = None
-    max_new_tokens: Uint | None = None
-    return_full_text: bool | None = None
-    stop: str | list[str] | None = None
-    truncate: Uint | None = None
-    watermark: bool | None = None
-    details: bool | None = None
-    decoder_input_details: bool | None = None
-    seed: Uint | None = None
-    top_n_tokens: Uint | None = None
-    grammar: dict[str, Any] | None = None
-    adapter_id: str | None = None
+    best_of: Annotated[Uint | None, _("Sequences to generate; the one with the likeliest tokens is returned.")] = None
+    temperature: Annotated[float | None, _("Divides the logits; 0: the likeliest token is taken. Default 1.")] = None
+    repetition_penalty: Annotated[
+        float | None, _("Divides positive logits, multiplies negative ones, of tokens in prompt and answer. Default 1.")
+    ] = None
+    frequency_penalty: Annotated[float | None, _("Subtracted from a token's logit for each time it was generated.")] = (
+        None
+    )
+    top_k: Annotated[int | None, _("Keep so many of the likeliest tokens.")] = None
+    top_p: Annotated[float | None, _("Keep the likeliest tokens that have this probability together; 1: off.")] = None
+    typical_p: Annotated[float | None, _("Keep the tokens nearest to the expected surprise; 1: off.")] = None
+    do_sample: Annotated[bool | None, _("Sample. On by itself with temperature, top_k, top_p or typical_p.")] = None
+    max_new_tokens: Annotated[Uint | None, _("Tokens to generate at most. Default: until the context is full.")] = None
+    return_full_text: Annotated[bool | None, _("Put the prompt before the text. Default: false; true on POST /.")] = (
+        None
+    )
+    stop: Annotated[str | list[str] | None, _("Strings that end the text, which they are part of.")] = None
+    truncate: Annotated[Uint | None, _("Keep so many of the prompt's last tokens.")] = None
+    watermark: Annotated[bool | None, _("Mark the text statistically, as the server is told to.")] = None
+    details: Annotated[bool | None, _("Say how the text ended, and each token.")] = None
+    decoder_input_details: Annotated[bool | None, _("Say each token of the prompt, too. Not in streams.")] = None
+    seed: Annotated[Uint | None, _("Makes sampling repeatable. Default: drawn.")] = None
+    top_n_tokens: Annotated[Uint | None, _("Say so many of the likeliest tokens at each place.")] = None
+    grammar: Annotated[dict[str, Any] | None, _("Not supported yet: refused.")] = None
+    adapter_id: Annotated[str | None, _("Name of a LoRA adapter. None are loaded yet: refused.")] = None
 
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    min_new_tokens: Uint | None = None
-    ignore_eos: bool | None = None
+    min_p: Annotated[float | None, _("Drop tokens that are less likely than this share of the likeliest.")] = None
+    presence_penalty: Annotated[float | None, _("Subtracted from a token's logit once it was generated.")] = None
+    min_new_tokens: Annotated[Uint | None, _("No end of the text before so many tokens.")] = None
+    ignore_eos: Annotated[bool | None, _("Go on after the model's end of text.")] = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
