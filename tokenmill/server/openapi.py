@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+from math import inf
 from typing import Any
 
 import msgspec
 
 from tokenmill import __version__
+from tokenmill.server import access
 from tokenmill.server.app import ROUTES, Route
-from tokenmill.server.schema import native, openai
+from tokenmill.server.schema import native, openai, platforms
+from tokenmill.text import limits
 
 BODIES: dict[tuple[str, str], tuple[Any, Any, Any]] = {
     ("POST", "/"): (native.CompatRequest, list[native.GenerateResponse], native.StreamResponse),
@@ -20,27 +24,90 @@ BODIES: dict[tuple[str, str], tuple[Any, Any, Any]] = {
     ("POST", "/v1/completions"): (openai.CompletionRequest, openai.Completion, openai.Completion),
     ("GET", "/v1/models"): (None, openai.ModelList, None),
     ("GET", "/v1/models/*"): (None, openai.Model, None),
+    ("POST", "/invocations"): (
+        (native.CompatRequest, openai.ChatRequest, openai.CompletionRequest),
+        (list[native.GenerateResponse], openai.ChatCompletion, openai.Completion),
+        (native.StreamResponse, openai.ChatChunk, openai.Completion),
+    ),
+    ("POST", "/vertex"): (platforms.VertexRequest, platforms.VertexResponse, None),
     ("POST", "/tokenize"): (native.GenerateRequest, list[native.SimpleToken], None),
+    ("POST", "/chat_tokenize"): (openai.ChatRequest, native.ChatTokenizeResponse, None),
     ("GET", "/info"): (None, native.Info, None),
+    ("GET", "/v2"): (None, platforms.KserveServer, None),
+    ("GET", "/v2/health/live"): (None, platforms.KserveLive, None),
+    ("GET", "/v2/health/ready"): (None, platforms.KserveLive, None),
+    ("GET", "/v2/models/*"): (None, platforms.KserveServer, None),
+    ("POST", "/v2/models/*"): (platforms.KserveRequest, platforms.KserveResponse, None),
 }
-"""By route: what is read, what a plain answer is, what an event of a stream is. Other routes answer text or nothing."""
+"""By route: what is read, what a plain answer is, what an event of a stream is; a tuple: one of these. Other routes
+answer text or nothing."""
+
+_PATHS = {
+    ("GET", "/v1/models/*"): "/v1/models/{id}",
+    ("GET", "/v2/models/*"): "/v2/models/{name}/versions/{version}",
+    ("POST", "/v2/models/*"): "/v2/models/{name}/versions/{version}/infer",
+}
+_TEXTS = {
+    "/metrics": "text/plain",
+    "/docs/": "text/html",
+    "/api-doc/openapi.json": "application/json",
+}
+_OPERATIONS = {
+    ("GET", "/"): "root_health",
+    ("GET", "/ping"): "ping",
+    ("POST", "/chat_tokenize"): "get_chat_tokenize",
+    ("GET", "/v1/models/*"): "openai_retrieve_model",
+    ("GET", "/v2"): "kserve_server",
+    ("GET", "/v2/health/live"): "kserve_live",
+    ("GET", "/v2/health/ready"): "kserve_ready",
+    ("GET", "/v2/models/*"): "kserve_model",
+    ("POST", "/v2/models/*"): "kserve_infer",
+    ("GET", "/docs/"): "docs",
+    ("GET", "/api-doc/openapi.json"): "openapi_document",
+}
+"""Names of operations that TGI has none for; the others have TGI's."""
+_LEFT_OUT = ("/docs", "/docs/*")
 
 _ERRORS = {
-    "native": {"422": "The request breaks a rule", "424": "Generation failed", "429": "Overloaded"},
-    "openai": {"400": "The request breaks a rule", "429": "Overloaded", "500": "Generation failed"},
+    "native": {
+        "400": "The body is no JSON",
+        "413": "The body is too long",
+        "415": "The body's type is not JSON",
+        "422": "The body has the wrong shape, or breaks a rule",
+        "424": "Generation failed",
+        "429": "Overloaded",
+        "500": "Incomplete generation",
+        "503": "Not ready",
+    },
+    "openai": {
+        "400": "The body has the wrong shape, or breaks a rule",
+        "401": "The API key is missing or wrong",
+        "404": "There is no such model",
+        "413": "The body is too long",
+        "429": "Overloaded",
+        "500": "Generation failed",
+        "503": "Not ready",
+    },
 }
+_DOTTED = {
+    native.ErrorResponse: "ErrorResponse",
+    openai.ErrorResponse: "OpenAiErrorResponse",
+}  # two structs of one name get their modules' names from msgspec
+_PREFIX = "#/components/schemas/"
 
 
 def document() -> dict[str, Any]:
     """The document, as data for JSON."""
-    types = [kind for bodies in BODIES.values() for kind in bodies if kind is not None]
+    types = [kind for bodies in BODIES.values() for part in bodies for kind in _kinds(part)]
     types += [native.ErrorResponse, openai.ErrorResponse]
-    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    schemas, components = msgspec.json.schema_components(types, ref_template=_PREFIX + "{name}")
     shown = {repr(kind): schema for kind, schema in zip(types, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
-        paths.setdefault(route.path.replace("/*", "/{id}"), {})[route.method.lower()] = _operation(route, shown)
-    return {
+        if route.path not in _LEFT_OUT:
+            path = _PATHS.get((route.method, route.path), route.path)
+            paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, shown)
+    made = {
         "openapi": "3.1.0",
         "info": {
             "title": "tokenmill",
@@ -50,7 +117,9 @@ def document() -> dict[str, Any]:
         },
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "tags": [{"name": "tokenmill"}],
     }
+    return _with_bounds(_renamed(made))
 
 
 def document_json() -> str:
@@ -58,25 +127,83 @@ def document_json() -> str:
     return json.dumps(document(), indent=2)
 
 
-def _operation(route: Route, shown: dict[str, Any]) -> dict[str, Any]:
+def _kinds(part: Any) -> tuple[Any, ...]:
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
+def _operation(route: Route, path: str, shown: dict[str, Any]) -> dict[str, Any]:
     request, plain, event = BODIES.get((route.method, route.path), (None, None, None))
     about = (inspect.getdoc(route.handler) or "").strip()
-    content = {"application/json": {"schema": shown[repr(plain)]}} if plain is not None else {}
-    if event is not None:
-        content["text/event-stream"] = {"schema": shown[repr(event)]}
+    summary = about.partition("\n")[0]
+    content = _content("application/json", plain, shown) | _content("text/event-stream", event, shown)
+    if route.path in _TEXTS:
+        content = {_TEXTS[route.path]: {"schema": {"type": "string"}}}
+    name = access.handler_name(route.method, route.path.removesuffix("/*"))
     operation: dict[str, Any] = {
-        "operationId": f"{route.method.lower()}_{route.path.strip('/*').replace('/', '_') or 'root'}",
-        "summary": about.partition("\n")[0],
+        "tags": ["tokenmill"],
+        "operationId": _OPERATIONS.get((route.method, route.path), name),
+        "summary": summary,
         "responses": {"200": {"description": "Done", **({"content": content} if content else {})}},
     }
+    if summary != about:
+        operation["description"] = about
+    errors = _ERRORS[route.dialect]
+    error = shown[repr(openai.ErrorResponse if route.dialect == "openai" else native.ErrorResponse)]
     if request is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": shown[repr(request)]}}}
-        error = shown[repr(openai.ErrorResponse if route.dialect == "openai" else native.ErrorResponse)]
-        for status, meaning in _ERRORS[route.dialect].items():
-            said = {"description": meaning, "content": {"application/json": {"schema": error}}}
-            operation["responses"][status] = said
-    if route.path.endswith("/*"):
-        operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+        operation["requestBody"] = {"required": True, "content": _content("application/json", request, shown)}
+    elif route.protected or "health" in name:
+        errors = {"503": errors["503"]}
+    else:
+        errors = {}
+    for status, meaning in errors.items():
+        said = {"description": meaning, "content": {"application/json": {"schema": error}}}
+        operation["responses"][status] = said
+    names = re.findall(r"{(\w+)}", path)
+    if names:
+        operation["parameters"] = [
+            {"name": one, "in": "path", "required": True, "schema": {"type": "string"}} for one in names
+        ]
     if route.protected:
         operation["security"] = [{"key": []}]
+        operation["responses"].setdefault("401", {"description": "The API key is missing or wrong"})
     return operation
+
+
+def _content(media_type: str, part: Any, shown: dict[str, Any]) -> dict[str, Any]:
+    kinds = _kinds(part)
+    if not kinds:
+        return {}
+    schemas = [shown[repr(kind)] for kind in kinds]
+    return {media_type: {"schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas}}}
+
+
+def _renamed(made: dict[str, Any]) -> dict[str, Any]:
+    """Components under the names that people look for."""
+    text = json.dumps(made)
+    for kind, name in _DOTTED.items():
+        text = text.replace(f'{_PREFIX}{kind.__module__}.{kind.__name__}"', f'{_PREFIX}{name}"')
+        text = text.replace(f'"{kind.__module__}.{kind.__name__}":', f'"{name}":')
+    renamed: dict[str, Any] = json.loads(text)
+    return renamed
+
+
+def _with_bounds(made: dict[str, Any]) -> dict[str, Any]:
+    """The numbers' bounds, from the one table that checks them. Those that the server's options set are not in it."""
+    for component, dialect in (("GenerateParameters", "native"), ("ChatRequest", "openai"),
+                               ("CompletionRequest", "openai")):  # fmt: skip
+        properties = made["components"]["schemas"][component]["properties"]
+        for limit in limits.TABLE:
+            name = limits.OPENAI_NAMES.get(limit.name, limit.name) if dialect == "openai" else limit.name
+            if name in properties and not limit.unit:
+                properties[name].update(_bounds(limit, dialect))
+    return made
+
+
+def _bounds(limit: limits.Limit, dialect: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    least = limit.openai_least if dialect == "openai" and limit.openai_least is not None else limit.least
+    if least > -inf:
+        found["exclusiveMinimum" if limit.above else "minimum"] = least
+    if not isinstance(limit.most, str) and limit.most < inf:
+        found["maximum"] = limit.most
+    return found
