@@ -14,15 +14,18 @@ from functools import partial
 from llvmlite import ir
 
 from tokenmill.backends.cpu.forms import PANEL, DenseForm, Form
-from tokenmill.backends.cpu.ir import G, V, Val, f16, f32, i1, i8, i16, i32
+from tokenmill.backends.cpu.ir import G, V, Val, f16, f32, i1, i8, i16, i32, i64
 from tokenmill.backends.cpu.isa import Isa
 
 Act = Callable[[int, int], Val]
 """(row, j) -> four int8 activations, columns 4 · j …, in every int32 lane"""
 
 
-Codes = Sequence[Val]
-"""A block's eight vectors of codes, of one register's outputs"""
+Codes = Callable[[int], Val]
+"""j -> the j-th of a block's eight vectors of codes, of one register's outputs. Unpacked where it is asked for: held
+together they would fill the registers"""
+
+_BY_BYTE = (0, 4, 1, 5, 2, 6, 3, 7)  # vectors whose codes share bytes follow each other
 
 Factors = dict[tuple[int, int], Val]
 """(byte of a block at which int8 numbers stand, register of the panel) -> what they are multiplied with"""
@@ -46,11 +49,11 @@ class Operands:
 
 
 
-def load_codes(g: G, form: Form, address: Val, offset: int, size: int) -> list[Val]:
-    """The eight vectors of unsigned codes of a block: `size` bytes of each, from byte `offset` on."""
+def codes_at(g: G, form: Form, address: Val, offset: int, size: int) -> Codes:
+    """A block's unsigned codes: `size` bytes of each vector, from byte `offset` on."""
     b, ty, wide = g.b, V(i8, size), V(i16, size // 2)
     if form.bits == 8:
-        return [g.ld(ty, address, 64 * j + offset) for j in range(8)]
+        return lambda j: g.ld(ty, address, 64 * j + offset)
 
     def shifted(v: Val, left: int) -> Val:
         """Each byte shifted; what comes over from its neighbour is masked away by the caller."""
@@ -59,16 +62,18 @@ def load_codes(g: G, form: Form, address: Val, offset: int, size: int) -> list[V
         v, by = b.bitcast(v, wide), g.k(wide, abs(left))
         return b.bitcast(b.shl(v, by) if left > 0 else b.lshr(v, by), ty)
 
-    raw = [g.ld(ty, address, 64 * j + offset) for j in range(4)]
-    low = [b.and_(v, g.k(ty, 15)) for v in raw]
-    codes = low + [b.and_(shifted(v, -4), g.k(ty, 15)) for v in raw]
     extra = form.bits - 4  # bits of each vector in a plane of the upper bits
-    if extra:
-        planes = [g.ld(ty, address, 256 + 64 * n + offset) for n in range(extra)]
-        mask, per_plane = g.k(ty, (1 << form.bits) - 16), 8 // extra
-        for j in range(8):
-            upper = shifted(planes[j // per_plane], 4 - extra * (j % per_plane))
-            codes[j] = b.or_(codes[j], b.and_(upper, mask))
+
+    def codes(j: int) -> Val:
+        raw = g.ld(ty, address, 64 * (j % 4) + offset)
+        low = b.and_(shifted(raw, -4 if j >= 4 else 0), g.k(ty, 15))
+        if not extra:
+            return low
+        per_plane = 8 // extra
+        plane = g.ld(ty, address, 256 + 64 * (j // per_plane) + offset)
+        upper = shifted(plane, 4 - extra * (j % per_plane))
+        return b.or_(low, b.and_(upper, g.k(ty, (1 << form.bits) - 16)))
+
     return codes
 
 
@@ -81,11 +86,11 @@ class Dots:
         self.signed = form.bits == 8 and isa.name in ("avx2", "neon")
         """Whether codes of 8 bits are made signed, so that no offset is left to subtract."""
 
-    def ready(self, codes: list[Val]) -> list[Val]:
+    def ready(self, codes: Codes) -> Codes:
         """Codes as `sums` wants them."""
-        return [self.g.b.xor(v, self.g.k(self.bytes, -128)) for v in codes] if self.signed else codes
+        return (lambda j: self.g.b.xor(codes(j), self.g.k(self.bytes, -128))) if self.signed else codes
 
-    def sums(self, parts: Sequence[Codes], columns: range, act: Act, rows: int) -> list[list[Val]]:
+    def sums(self, parts: Sequence[Codes], columns: Sequence[int], act: Act, rows: int) -> list[list[Val]]:
         """Of each part of the panel, for each row, the int32 sums over vectors `columns`.
 
         An activation is loaded once for all parts: without long registers that is what a tile waits for.
@@ -95,10 +100,11 @@ class Dots:
             return kind(parts, columns, act, rows)
         out = [[self.g.k(self.ints, 0) for _ in range(rows)] for _ in parts]
         for j in columns:
+            vectors = [codes(j) for codes in parts]
             for r in range(rows):
                 four = act(r, j)
-                for sums, codes in zip(out, parts, strict=True):
-                    sums[r] = self._dot(sums[r], codes[j], four)
+                for sums, vector in zip(out, vectors, strict=True):
+                    sums[r] = self._dot(sums[r], vector, four)
         return out
 
     def _dot(self, total: Val, codes: Val, four: Val) -> Val:
@@ -119,17 +125,18 @@ class Dots:
     def _widen(self, pairs: Val) -> Val:
         return self.g.call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.g.k(V(i16, 16), 1)])
 
-    def _in_pairs(self, parts: Sequence[Codes], columns: range, act: Act, rows: int) -> list[list[Val]]:
+    def _in_pairs(self, parts: Sequence[Codes], columns: Sequence[int], act: Act, rows: int) -> list[list[Val]]:
         """As many sums of pairs are added in int16 as cannot overflow: 2 · 127 · (2^bits − 1) each."""
         b, safe = self.g.b, {4: 8, 5: 4, 6: 2}[self.bits]
         out: list[list[Val]] = [[None] * rows for _ in parts]
-        for start in range(columns.start, columns.stop, safe):
+        for start in range(0, len(columns), safe):
             pairs: list[list[Val]] = [[None] * rows for _ in parts]
-            for j in range(start, min(columns.stop, start + safe)):
+            for j in columns[start : start + safe]:
+                vectors = [codes(j) for codes in parts]
                 for r in range(rows):
                     four = act(r, j)
-                    for sums, codes in zip(pairs, parts, strict=True):
-                        new = self._pairs(codes[j], four)
+                    for sums, vector in zip(pairs, vectors, strict=True):
+                        new = self._pairs(vector, four)
                         sums[r] = new if sums[r] is None else b.add(sums[r], new)
             for totals, sums in zip(out, pairs, strict=True):
                 for r in range(rows):
@@ -137,16 +144,17 @@ class Dots:
                     totals[r] = new if totals[r] is None else b.add(totals[r], new)
         return out
 
-    def _signed(self, parts: Sequence[Codes], columns: range, act: Act, rows: int) -> list[list[Val]]:
+    def _signed(self, parts: Sequence[Codes], columns: Sequence[int], act: Act, rows: int) -> list[list[Val]]:
         """|code| · (activation with the code's sign): 2 · 128 · 127 fits int16."""
         g, b = self.g, self.g.b
         out: list[list[Val]] = [[g.k(self.ints, 0)] * rows for _ in parts]
         for j in columns:
-            sizes = [g.call("llvm.abs.v32i8", self.bytes, [codes[j], ir.Constant(i1, 0)]) for codes in parts]
+            vectors = [codes(j) for codes in parts]
+            sizes = [g.call("llvm.abs.v32i8", self.bytes, [v, ir.Constant(i1, 0)]) for v in vectors]
             for r in range(rows):
                 four = b.bitcast(act(r, j), self.bytes)
-                for n, codes in enumerate(parts):
-                    flipped = g.call("llvm.x86.avx2.psign.b", self.bytes, [four, codes[j]])
+                for n, vector in enumerate(vectors):
+                    flipped = g.call("llvm.x86.avx2.psign.b", self.bytes, [four, vector])
                     out[n][r] = b.add(out[n][r], self._widen(self._pairs(sizes[n], flipped)))
         return out
 
@@ -159,18 +167,35 @@ class BlockTile:
         self.floats, self.dots = V(f32, isa.lanes), Dots(g, isa, form)
         self.blocks = g.b.lshr(o.columns, g.c(5))
         self.factors: Factors = {}
+        self.held = _on_stack(g, 8 * rows * isa.lanes) if isa.lanes == 8 and rows > 2 else None
+        """Where sums stand between blocks, if registers are too few for them beside a block's integers."""
 
     def write(self) -> None:
         """The whole tile. A set with short registers goes over the panel once for some of its outputs."""
         g, o, lanes = self.g, self.o, self.isa.lanes
         for parts in panel_parts(lanes, self.rows, 2 if self.rows > 2 or lanes == 4 else 1):
-            zero = [g.k(self.floats, 0.0)] * (len(parts) * self.rows)
+            zero = self._hold([g.k(self.floats, 0.0)] * (len(parts) * self.rows))
             if self.form.group == 1:
                 sums = g.loop(self.blocks, zero, partial(self._block, parts, o.weight, g.c(0), {}))
             else:
                 sums = g.loop(g.b.lshr(self.blocks, g.c(3)), zero, partial(self._group, parts))
             for n, part in enumerate(parts):
-                store(g, o, sums[n * self.rows : (n + 1) * self.rows], 4 * lanes * part)
+                store(g, o, self._sums_of(sums, n), 4 * lanes * part)
+
+    def _hold(self, sums: list[Val], first: int = 0) -> list[Val]:
+        """Put sums where they stand between blocks: nothing is left to carry if that is the stack."""
+        if self.held is None:
+            return sums
+        for i, total in enumerate(sums):
+            self.g.st(total, self.held, 4 * self.isa.lanes * (first + i))
+        return []
+
+    def _sums_of(self, carried: list[Val], n: int) -> list[Val]:
+        """Every row's sum of the n-th of the parts that are summed now."""
+        if self.held is None:
+            return carried[n * self.rows : (n + 1) * self.rows]
+        first = n * self.rows
+        return [self.g.ld(self.floats, self.held, 4 * self.isa.lanes * (first + r)) for r in range(self.rows)]
 
     def _group(self, parts: Sequence[int], i: Val, acc: list[Val]) -> list[Val]:
         """Eight blocks that share factors."""
@@ -203,18 +228,18 @@ class BlockTile:
             return g.splat(g.ld(i32, xs[r], 4 * j), self.isa.lanes)
 
         size = 4 * self.isa.lanes
-        codes = [self.dots.ready(load_codes(g, self.form, weight, size * part, size)) for part in parts]
+        codes = [self.dots.ready(codes_at(g, self.form, weight, size * part, size)) for part in parts]
         sums = [self.dots.sums(codes, columns, act, self.rows) for columns in halves_of(self.form)]
         if self.form.halves == 2:
-            ones = [g.k(self.dots.bytes, 1)] * 4
-            heads = self.dots.sums([ones], range(4), act, self.rows)[0]
+            heads = self.dots.sums([lambda _: g.k(self.dots.bytes, 1)], range(4), act, self.rows)[0]
         out: list[Val] = []
         for n, part in enumerate(parts):
-            old = acc[n * self.rows : (n + 1) * self.rows]
+            old = self._sums_of(acc, n)
             if self.form.halves == 2:
-                out += self._halves(weight, part, sums[0][n], sums[1][n], heads, scales, old)
+                new = self._halves(weight, part, sums[0][n], sums[1][n], heads, scales, old)
             else:
-                out += self._whole(weight, part, sums[0][n], scales, old)
+                new = self._whole(weight, part, sums[0][n], scales, old)
+            out += self._hold(new, n * self.rows)
         return out
 
     def _prefetch(self, weight: Val) -> None:
@@ -278,9 +303,19 @@ class BlockTile:
         return out
 
 
-def halves_of(form: Form) -> list[range]:
+def _on_stack(g: G, size: int) -> Val:
+    """Address of so many bytes, of whole vectors, that last as long as the function."""
+    with g.b.goto_entry_block():
+        room = g.b.alloca(ir.ArrayType(i8, size))
+        room.align = 64
+        return g.b.ptrtoint(room, i64)
+
+
+def halves_of(form: Form) -> list[Sequence[int]]:
     """Vectors of columns that have a scale of their own."""
-    return [range(4), range(4, 8)] if form.halves == 2 else [range(8)]
+    if form.halves == 2:
+        return [range(4), range(4, 8)]
+    return [range(8) if form.bits == 8 else _BY_BYTE]
 
 
 def panel_parts(lanes: int, rows: int, at_once: int) -> list[list[int]]:
@@ -398,8 +433,9 @@ def _look_up_block(g: G, form: Form, base: Val, lane: Val, i: Val, out: Val) -> 
 
     scales = [number(form.codes + PANEL * form.scale * n, form.scale, 0) for n in range(form.halves)]
     low = number(form.codes + form.scales, form.low, 2 * PANEL) if form.low else None
-    for j, codes in enumerate(load_codes(g, form, g.at(block, b.mul(lane, g.c(4))), 0, 4)):
-        exact = b.sitofp(b.sub(b.zext(codes, V(i32, 4)), g.k(V(i32, 4), form.offset)), four)
+    codes = codes_at(g, form, g.at(block, b.mul(lane, g.c(4))), 0, 4)
+    for j in range(8):
+        exact = b.sitofp(b.sub(b.zext(codes(j), V(i32, 4)), g.k(V(i32, 4), form.offset)), four)
         scale = g.splat(scales[j * form.halves // 8], 4)
         value = b.fmul(exact, scale) if low is None else g.fma(exact, scale, g.splat(low, 4))
         g.st(value, g.at(out, b.mul(i, g.c(128))), 16 * j)
