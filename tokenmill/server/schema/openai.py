@@ -14,86 +14,107 @@ Uint = Annotated[int, msgspec.Meta(ge=0)]
 Json = dict[str, Any]
 
 
+def _(description: str) -> msgspec.Meta:
+    """What the OpenAPI document says of a field."""
+    return msgspec.Meta(description=description)
+
+
+Text = str | None
+Flag = bool | None
+Whole = int | None
+Number = float | None
+
+
 class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream carries besides the text."""
 
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # padding against traffic analysis; none is added
+    include_usage: Annotated[Flag, _("One more chunk, without choices, has the usage.")] = None
+    include_obfuscation: Annotated[Flag, _("Padding against traffic analysis; none is added either way.")] = None
 
 
 class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
-    """What chat and completions have in common."""
+    """What chat and completions have in common. The last group is not OpenAI's, but TGI's, other servers' or ours."""
 
-    model: str | None = None
-    max_tokens: Uint | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    seed: int | None = None
-    n: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | list[float] | None = None
-    user: str | None = None
+    model: Annotated[Text, _("Repeated in the answer. Any name is served unless --strict-model-name is set.")] = None
+    max_tokens: Annotated[
+        Uint | None, _("Tokens to generate at most. Default: until the context is full; more than fit is an error.")
+    ] = None
+    temperature: Annotated[Number, _("Divides the logits; 0: the likeliest token is taken. Default 1.")] = None
+    top_p: Annotated[Number, _("Keep the likeliest tokens that have this probability together; 1: off.")] = None
+    stop: Annotated[str | list[str] | None, _("Strings that end the text, which they are no part of.")] = None
+    stream: Annotated[Flag, _("Send chunks as server-sent events.")] = None
+    stream_options: Annotated[StreamOptions | None, _("Only with `stream`.")] = None
+    seed: Annotated[Whole, _("Makes sampling repeatable; choice i uses seed + i. Default: drawn.")] = None
+    n: Annotated[Whole, _("Choices to generate for each prompt. Default 1, at most 128.")] = None
+    frequency_penalty: Annotated[Number, _("Subtracted from a token's logit for each time it was generated.")] = None
+    presence_penalty: Annotated[Number, _("Subtracted from a token's logit once it was generated.")] = None
+    logit_bias: Annotated[dict[str, float] | list[float] | None, _("By token id, added to its logit: -100 to 100.")] = (
+        None
+    )
+    user: Annotated[Text, _("Changes nothing.")] = None
 
-    # TGI's and other servers' extras
-    repetition_penalty: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    min_tokens: Uint | None = None
-    ignore_eos: bool | None = None
-    response_format: Json | None = None
-    truncate: Uint | None = None  # keep only so many of the prompt's last tokens; the usage says how many were cut
-    include_stop_str_in_output: bool | None = None
-    receipt: bool | None = None  # what the answer took and how it was made, in the answer or its last chunk
+    repetition_penalty: Annotated[
+        Number, _("Divides positive logits, multiplies negative ones, of tokens in prompt and answer. Default 1.")
+    ] = None
+    top_k: Annotated[Whole, _("Keep so many of the likeliest tokens; 0 or -1: all.")] = None
+    min_p: Annotated[Number, _("Drop tokens that are less likely than this share of the likeliest.")] = None
+    typical_p: Annotated[Number, _("Keep the tokens nearest to the expected surprise; 1: off.")] = None
+    min_tokens: Annotated[Uint | None, _("No end of the text before so many tokens.")] = None
+    ignore_eos: Annotated[Flag, _("Go on after the model's end of text.")] = None
+    response_format: Annotated[Json | None, _("`text`. Others need a grammar, which is refused for now.")] = None
+    truncate: Annotated[
+        Uint | None, _("Keep so many of the prompt's last tokens; the usage has `truncated_tokens`, those cut off.")
+    ] = None
+    include_stop_str_in_output: Annotated[Flag, _("Leave the stop string in the text.")] = None
+    receipt: Annotated[
+        Flag, _("Add `receipt` to the answer or its last chunk: what it took, parameters as they held, digests.")
+    ] = None
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
-    """Body of `/v1/chat/completions`."""
+    """Body of `/v1/chat/completions`. What is refused for now is refused by its name."""
 
-    messages: list[Json]
-    max_completion_tokens: Uint | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[Json] | None = None
-    tool_choice: str | Json | None = None
-    tool_prompt: str | None = None
-    parallel_tool_calls: bool | None = None
-    metadata: Json | None = None
-    store: bool | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None  # there is one tier
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None  # equal beginnings are found without it
-    prompt_cache_retention: str | None = None
+    messages: Annotated[list[Json], _("The conversation. A last message of the assistant is continued.")]
+    max_completion_tokens: Annotated[Uint | None, _("The newer name of `max_tokens`; it has precedence.")] = None
+    logprobs: Annotated[Flag, _("Log-probabilities of the tokens, before temperature and filters.")] = None
+    top_logprobs: Annotated[Whole, _("So many of the likeliest tokens at each place, too: 0 to 20.")] = None
+    tools: Annotated[list[Json] | None, _('Refused for now, unless `tool_choice` is "none".')] = None
+    tool_choice: Annotated[str | Json | None, _('"none" or "auto"; others are refused for now.')] = None
+    tool_prompt: Annotated[Text, _("TGI's text for templates without tools; without tools it changes nothing.")] = None
+    parallel_tool_calls: Annotated[Flag, _("Without tools it changes nothing.")] = None
+    metadata: Annotated[Json | None, _("Changes nothing. At most 16 pairs, of 64 and 512 characters.")] = None
+    store: Annotated[Flag, _("Refused if true: answers are not kept.")] = None
+    service_tier: Annotated[
+        Literal["auto", "default", "flex", "scale", "priority"] | None, _("There is one; the answer says `default`.")
+    ] = None
+    safety_identifier: Annotated[Text, _("Changes nothing.")] = None
+    prompt_cache_key: Annotated[Text, _("Changes nothing: equal beginnings are found without it.")] = None
+    prompt_cache_retention: Annotated[Text, _('"in_memory"; others are refused.')] = None
 
-    chat_template_kwargs: Json | None = None
-    documents: list[Json] | None = None  # for templates that show documents
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[Json | None, _("Further variables for the chat template.")] = None
+    documents: Annotated[list[Json] | None, _("For chat templates that show documents.")] = None
+    add_generation_prompt: Annotated[Flag, _("Begin the assistant's turn. Default: unless one is continued.")] = None
+    continue_final_message: Annotated[Flag, _("Continue the last message. Default: if it is the assistant's.")] = None
 
-    reasoning_effort: str | None = None  # given to templates that know it
-    verbosity: str | None = None  # the same
+    reasoning_effort: Annotated[Text, _("For chat templates that know it; else refused.")] = None
+    verbosity: Annotated[Text, _("For chat templates that know it; else refused.")] = None
 
-    # documented by OpenAI, refused by name
-    functions: Any = None
-    function_call: Any = None
-    modalities: list[str] | None = None
-    audio: Any = None
-    prediction: Any = None
-    web_search_options: Any = None
+    functions: Annotated[Any, _("Refused for now.")] = None
+    function_call: Annotated[Any, _("Refused for now.")] = None
+    modalities: Annotated[list[str] | None, _('["text"]; others are refused.')] = None
+    audio: Annotated[Any, _("Refused: only text is generated.")] = None
+    prediction: Annotated[Any, _("Refused for now.")] = None
+    web_search_options: Annotated[Any, _("Refused.")] = None
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
-    """Body of `/v1/completions`. `prompt`: a text, token ids, or a list of either."""
+    """Body of `/v1/completions`."""
 
-    prompt: str | list[Any]
-    best_of: int | None = None
-    echo: bool | None = None
-    logprobs: int | None = None
-    suffix: str | None = None
+    prompt: Annotated[str | list[Any], _("A text, token ids, or a list of either.")]
+    best_of: Annotated[Whole, _("Generate so many for each prompt, return the `n` with the likeliest tokens.")] = None
+    echo: Annotated[Flag, _("Put the prompt before the text; with `logprobs`, its tokens too.")] = None
+    logprobs: Annotated[Whole, _("Log-probabilities of the tokens and so many of the likeliest: 0 to 5.")] = None
+    suffix: Annotated[Text, _("Refused.")] = None
 
 
 class Usage(msgspec.Struct, frozen=True):
