@@ -12,6 +12,7 @@ from tokenmill.backends.cpu import isa, layout
 from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.slots import Slots
+from tokenmill.backends.sampling import MOST_TIES
 from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
 
 VOCAB, SLOTS, MAX_TOTAL, THREADS = 61, 12, 64, 2
@@ -324,3 +325,21 @@ def test_over_a_real_vocabulary_tokens_and_log_probabilities_are_the_torch_backe
                 assert found.logprob == pytest.approx(wanted.logprob, abs=1e-4)
                 assert found.top_ids == wanted.top_ids
                 assert found.top_logprobs == pytest.approx(wanted.top_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.95}])
+def test_ids_that_tie_with_the_last_of_the_likeliest_are_listed_too_unless_log_probabilities_are_raw(kernel, params):
+    rng, rows = np.random.default_rng(10), 40
+    logits = np.round(rng.normal(size=(rows, VOCAB)) * 2).astype(np.float32)
+    requests = [a_request(logprobs=i % 5, raw_logprobs=i % 7 == 0, seed=i, **params) for i in range(rows)]
+    longer = 0
+    for i, detail in enumerate(run(kernel, logits, requests)[1]):
+        own, n = requests[i].sampling, i % 5
+        scores = logits[i] if i % 7 == 0 else reference_scores(logits[i], [1, 2, 3], [], own, StoppingParams(9))
+        best = [int(j) for j in np.argsort(-scores, kind="stable") if scores[j] > -np.inf]
+        least = scores[best[min(n, len(best)) - 1]] if n else np.inf
+        expected = best[:n] if i % 7 == 0 else [j for j in best if scores[j] >= least][: n + MOST_TIES]
+        longer += len(expected) > n
+        assert list(detail.top_ids) == expected
+        assert detail.top_logprobs == pytest.approx(log_softmax(scores)[expected], abs=1e-4)
+    assert longer > 5

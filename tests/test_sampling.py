@@ -310,3 +310,21 @@ def test_of_entries_for_the_same_place_in_a_table_the_last_one_counts():
     kept = slots_module._last_of_each(blocks)
     assert {(s, i): b for s, i, b in kept.tolist()} == expected
     assert len(kept) == len(expected)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.95}])
+def test_ids_that_tie_with_the_last_of_the_likeliest_are_listed_too_unless_log_probabilities_are_raw(params):
+    rng, rows = np.random.default_rng(10), 40
+    logits = np.round(rng.normal(size=(rows, VOCAB)) * 2).astype(np.float32)
+    requests = [a_request(logprobs=i % 5, raw_logprobs=i % 7 == 0, seed=i, **params) for i in range(rows)]
+    longer = 0
+    for i, detail in enumerate(run(logits, requests).logprobs.details()):
+        own, n = requests[i].sampling, i % 5
+        scores = logits[i] if i % 7 == 0 else reference_scores(logits[i], [1, 2, 3], [], own, StoppingParams(9))
+        best = [int(j) for j in np.argsort(-scores, kind="stable") if scores[j] > -np.inf]
+        least = scores[best[min(n, len(best)) - 1]] if n else np.inf
+        expected = best[:n] if i % 7 == 0 else [j for j in best if scores[j] >= least][: n + rules.MOST_TIES]
+        longer += len(expected) > n
+        assert list(detail.top_ids) == expected
+        assert detail.top_logprobs == pytest.approx(log_softmax(scores)[expected], abs=1e-4)
+    assert longer > 5

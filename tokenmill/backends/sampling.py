@@ -62,6 +62,10 @@ PARAMETERS = np.dtype(
 WATERMARK_KEY = 15_485_863
 """Times the id of the token before: the seed of the green ids."""
 
+MOST_TIES = 16
+"""Of the likeliest ids that a row lists, so many more than it wants at most, if they are as likely as the last of them
+and log-probabilities are not the raw ones."""
+
 FOREVER = np.iinfo(np.int32).max
 _GOLDEN = np.uint32(0x9E3779B9)
 _Bits = NDArray[np.uint32]

@@ -30,7 +30,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     seed: int = 0  # 64 bits; randomness is a function of (seed, position, token id)
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     logprobs: int = -1  # -1: none; n >= 0: of the chosen token and of the n likeliest
-    raw_logprobs: bool = False  # of the model's own distribution, before penalties, temperature and filters
+    raw_logprobs: bool = False  # of the model's own distribution, before penalties, temperature and filters; else ids
+    # that are as likely as the n-th are listed too (`backends.sampling.MOST_TIES`), as TGI does
     prompt_logprobs: int = -1  # -1: none; n >= 0: of every prompt token and of the n likeliest in its place
     watermark_gamma: float = 0.0  # share of the vocabulary that is favoured, anew after each token; 0: no watermark
     watermark_delta: float = 0.0  # added to the logits of that share

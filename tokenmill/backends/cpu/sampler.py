@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenmill.backends.base import StepInputs
 from tokenmill.backends.cpu import sampling_layout as w
 from tokenmill.backends.cpu.scratch import zeros
-from tokenmill.backends.sampling import Parameters
+from tokenmill.backends.sampling import MOST_TIES, Parameters
 from tokenmill.wire.messages import TokenDetails
 
 
@@ -62,7 +62,7 @@ class Sampler:
                 w.BIAS_STRIDE: p.bias_ids.strides[0],
             }
         )
-        self._list(len(inputs.samples), inputs.logprobs)
+        self._list(len(inputs.samples), inputs.logprobs + MOST_TIES if inputs.logprobs > 0 else inputs.logprobs)
 
     def begin_prompt(self, targets: NDArray[np.int64], wanted: NDArray[np.integer]) -> None:
         """The step's rows (P,) say how likely `targets` are, and list the `wanted` likeliest ids; -1: nothing."""

@@ -73,6 +73,7 @@ from tokenmill.backends.cpu.sampling_vectors import (
     word,
 )
 from tokenmill.backends.cpu.sampling_watermark import favour_green
+from tokenmill.backends.sampling import MOST_TIES
 
 _RESULT = 8 * layout.RESULT
 _SAMPLED_POSITIONS = 8 * layout.SAMPLED_POSITIONS
@@ -118,7 +119,7 @@ def _score_row(words: int, s: int, x: int, vocab: int, r: int) -> None:
         _set_nothing(words, r)
         return
     best = find_maxima(s, x, (vocab + 15) // 16)
-    normal = _list_row(words, s, x, vocab, r, wanted, _ONE, best, LOWEST)
+    normal = _list_row(words, s, x, vocab, r, wanted, 0, _ONE, best, LOWEST)
     target = peek(peek(words + TARGETS) + 8 * r)
     _set_chosen(words, r, peek_float(x + 4 * target), normal)
 
@@ -133,7 +134,7 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
     y, normal = x, 0.0
     if raw:
         best = find_maxima(s, x, (vocab + 15) // 16)
-        normal = _list_row(words, s, x, vocab, r, wanted, _ONE, best, LOWEST)
+        normal = _list_row(words, s, x, vocab, r, wanted, 0, _ONE, best, LOWEST)
         y = peek(s + WORK)
         copy((vocab + 15) // 16, x, y)
     _process(words, s, y, vocab, p, slot, position)
@@ -154,9 +155,11 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
         _set_chosen(words, r, peek_float(x + 4 * token), normal)
     elif wanted >= 0:
         if n < 0:
-            normal = _list_row(words, s, y, vocab, r, wanted, t, best, peek_float(peek(s + KEPT) + 8))
+            least = peek_float(peek(s + KEPT) + 8)
+            normal = _list_row(words, s, y, vocab, r, wanted, MOST_TIES, t, best, least)
         else:
-            normal = _list_collected(words, s, n, r, wanted, best / t)
+            normal = np.float64(best / t) + logarithm(mass(s, n))
+            _list(words, s, n, r, wanted, MOST_TIES, normal)
         _set_chosen(words, r, peek_float(y + 4 * token) / t, normal)
     return token
 
@@ -192,7 +195,9 @@ def _draw(s: int, y: int, vocab: int, t: Real, best: Real, p: int, position: int
 
 
 @inline
-def _list_row(words: int, s: int, x: int, vocab: int, r: int, wanted: int, t: Real, best: Real, least: Real) -> float:
+def _list_row(
+    words: int, s: int, x: int, vocab: int, r: int, wanted: int, ties: int, t: Real, best: Real, least: Real
+) -> float:
     """Lists the likeliest of all ids with scores of at least `least`; more than LOWEST: what KEPT says.
 
     Returns what to take from a score to get its log-probability. `best`: the largest logit, whose block maxima are in
@@ -207,23 +212,19 @@ def _list_row(words: int, s: int, x: int, vocab: int, r: int, wanted: int, t: Re
     if wanted > 0:
         bound = kth_bound(s, (vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS, wanted) / t
         n = collect(s, x, vectors, t, max(least, bound), vocab)
-    _list(words, s, n, r, wanted, normal)
+    _list(words, s, n, r, wanted, ties, normal)
     return normal
 
 
 @inline
-def _list_collected(words: int, s: int, n: int, r: int, wanted: int, best: Real) -> float:
-    """The same of the n collected, which are all that is left."""
-    normal = np.float64(best) + logarithm(mass(s, n))
-    _list(words, s, n, r, wanted, normal)
-    return normal
-
-
-@inline
-def _list(words: int, s: int, n: int, r: int, wanted: int, normal: float) -> None:
+def _list(words: int, s: int, n: int, r: int, wanted: int, ties: int, normal: float) -> None:
+    """Of the n collected the likeliest, and at most so many more as tie with the last of them."""
     at = 4 * r * peek(words + MOST)
     ids, logprobs = peek(words + TOP_IDS) + at, peek(words + TOP_LOGPROBS) + at
-    poke32(peek(words + LISTED) + 4 * r, list_likeliest(s, n, wanted, normal, ids, logprobs))
+    listed = list_likeliest(s, n, wanted + ties if wanted > 0 else 0, normal, ids, logprobs)
+    while listed > wanted and peek_float(logprobs + 4 * (listed - 1)) < peek_float(logprobs + 4 * (wanted - 1)):
+        listed -= 1
+    poke32(peek(words + LISTED) + 4 * r, listed)
 
 
 @inline

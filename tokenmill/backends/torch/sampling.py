@@ -8,7 +8,7 @@ R rows that sample, V vocabulary, S some of the rows, L length of the longest of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.base import StepInputs
-from tokenmill.backends.sampling import WATERMARK_KEY, noise_keys
+from tokenmill.backends.sampling import MOST_TIES, WATERMARK_KEY, noise_keys
 from tokenmill.backends.torch.slots import PromptPositions, Slots
 from tokenmill.wire.messages import TokenDetails
 
@@ -31,16 +31,21 @@ class Logprobs:
     top_ids: Tensor  # (M, n)
     top: Tensor  # (M, n)
     wanted: NDArray[np.int32]  # (M,) how many of the n each row asked for; -1: nothing
+    ties: NDArray[np.bool_]  # (M,) whether ids that tie with the last wanted one are listed too
 
     def details(self) -> list[TokenDetails | None]:
         """On the host, one a row; an id that a filter removed is not listed. Waits for the device."""
         chosen, ids, values = self.chosen.tolist(), self.top_ids.tolist(), self.top.tolist()
         made: list[TokenDetails | None] = []
-        for row, wanted in enumerate(self.wanted.tolist()):
+        for row, (wanted, ties) in enumerate(zip(self.wanted.tolist(), self.ties.tolist(), strict=True)):
             if wanted < 0:
                 made.append(None)
                 continue
-            listed = [(i, v) for i, v in zip(ids[row][:wanted], values[row][:wanted], strict=True) if v > -torch.inf]
+            best = sorted(zip((-value for value in values[row]), ids[row], strict=True))
+            end = min(wanted, len(best))
+            while ties and 0 < end < min(len(best), wanted + MOST_TIES) and best[end][0] == best[end - 1][0]:
+                end += 1
+            listed = [(i, -v) for v, i in best[:end] if v < torch.inf]
             made.append(TokenDetails(chosen[row], tuple(i for i, _ in listed), tuple(v for _, v in listed)))
         return made
 
@@ -87,7 +92,8 @@ def prompt_details(
     details: dict[int, list[TokenDetails]] = {}
     for part in range(0, len(wanted), 128):  # bounds the copies of (P, V)
         some = slice(part, part + 128)
-        made = _log_softmax_of(logits[some].float(), positions.targets[some], wanted[some]).details()
+        exact = np.zeros(len(wanted[some]), np.bool_)
+        made = _log_softmax_of(logits[some].float(), positions.targets[some], wanted[some], exact).details()
         for row, detail in zip(positions.rows[some].tolist(), made, strict=True):
             if detail is not None:
                 details.setdefault(row, []).append(detail)
@@ -276,13 +282,16 @@ def _logprobs(scores: Tensor, unprocessed: Tensor, raw: _Some, token_ids: Tensor
     source = scores
     if len(raw) and scores is not unprocessed:
         source = scores.index_copy(0, raw.index, unprocessed)
-    found = _log_softmax_of(source, token_ids.clamp(min=0), wanted)
+    found = _log_softmax_of(source, token_ids.clamp(min=0), wanted, ~rows.all["raw_logprobs"])
     broken = (token_ids < 0).cpu().numpy()
-    return Logprobs(found.chosen, found.top_ids, found.top, np.where(broken, -1, wanted).astype(np.int32))
+    return replace(found, wanted=np.where(broken, -1, wanted).astype(np.int32))
 
 
-def _log_softmax_of(scores: Tensor, token_ids: Tensor, wanted: NDArray[np.int32]) -> Logprobs:
+def _log_softmax_of(scores: Tensor, token_ids: Tensor, wanted: NDArray[np.int32], ties: NDArray[np.bool_]) -> Logprobs:
     """Log-probabilities of ids (M,) under scores (M, V), and of the likeliest."""
     total = scores.logsumexp(-1, keepdim=True)
-    top, top_ids = scores.topk(max(int(wanted.max(initial=0)), 0))
-    return Logprobs((scores.gather(1, token_ids[:, None]) - total)[:, 0], top_ids, top - total, wanted)
+    most = max(int(wanted.max(initial=0)), 0)
+    if most and ties.any():
+        most = min(most + MOST_TIES, scores.shape[1])
+    top, top_ids = scores.topk(most)
+    return Logprobs((scores.gather(1, token_ids[:, None]) - total)[:, 0], top_ids, top - total, wanted, ties)
