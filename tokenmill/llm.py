@@ -79,6 +79,8 @@ class LLM:
             max_best_of=1,
             max_top_n_tokens=min(_MOST, info.vocab_size),
             vocab_size=info.vocab_size,
+            watermark_gamma=0.5 if settings.watermark_gamma is None else settings.watermark_gamma,
+            watermark_delta=2.0 if settings.watermark_delta is None else settings.watermark_delta,
         )
 
     @property
