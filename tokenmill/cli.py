@@ -203,6 +203,9 @@ def schema(words: list[str]) -> int:
     what = parser.parse_args(words).what
     if what == "openapi":
         print(_load("tokenmill.server.openapi:document_json")())
+    elif what == "http-api":
+        print(_load("tokenmill.operate.reference:http_api")(), end="")
     else:
-        print(_load(f"tokenmill.operate.reference:{what.replace('-', '_')}")(), end="")
+        commands = {name: command.help for name, command in _commands().items()}
+        print(_load("tokenmill.operate.reference:cli")(commands), end="")
     return 0

@@ -22,7 +22,7 @@ _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin",
                   "bitsandbytes-fp4", "fp8")  # fmt: skip
 _KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
 _CHUNKED = "prefill is always chunked and mixed with decoding, so nothing waits for it."
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "TGI_WIGGLE_ROOM": "say how much memory may be used with --memory-limit.",
     "XPU_MEMORY_FRACTION": "say how much memory may be used with --memory-limit.",
     "USE_PREFIX_CACHING": "the prefix cache is always on: it costs nothing and changes no answer.",
@@ -217,7 +217,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """As `from_args`, of options parsed already: an absent attribute is an option that was not given."""
         environ = os.environ if environ is None else environ
         values, warnings = options.collect(cls, namespace, environ)
-        warnings += [f"`{name}` has no effect: {why}" for name, why in _WITHOUT_EFFECT.items() if environ.get(name)]
+        warnings += [f"`{name}` has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if environ.get(name)]
         if getattr(namespace, "hostname", "") == "localhost":  # said to us, unlike a container's HOSTNAME
             values["hostname"] = "127.0.0.1"
         if values.get("sharded") and "num_shard" not in values:

@@ -1,0 +1,42 @@
+"""docs/reference is what the code says, and links to nothing that is not there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenmill import options
+from tokenmill.config import Settings
+from tokenmill.server.app import ROUTES
+from tokenmill.server.metrics import CATALOG
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+
+
+@pytest.mark.parametrize("page", ["cli", "http-api"])
+def test_the_pages_of_the_reference_are_current(page: str) -> None:
+    command = [sys.executable, "-m", "tokenmill", "schema", page]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    path = FOLDER / f"{page}.md"
+    assert made == path.read_text(), f"make it anew: tokenmill schema {page} > docs/reference/{page}.md"
+
+
+def test_every_option_route_and_metric_is_in_the_reference() -> None:
+    cli, http_api = (FOLDER / "cli.md").read_text(), (FOLDER / "http-api.md").read_text()
+    for field in options.fields_of(Settings):
+        for name in field.variables if field.option.env_only else (field.flag, *field.variables):
+            assert f"`{name}`" in cli
+    for route in ROUTES:
+        assert f"`{route.method} {route.path.replace('/*', '/{id}')}`" in http_api
+    for metric in CATALOG:
+        assert f"`{metric.name}`" in http_api
+
+
+def test_links_within_the_page_lead_somewhere() -> None:
+    text = (FOLDER / "http-api.md").read_text()
+    headings = {line.removeprefix("### ").lower() for line in text.splitlines() if line.startswith("### ")}
+    assert set(re.findall(r"\(#([a-z0-9_-]+)\)", text)) <= headings
