@@ -365,6 +365,7 @@ def test_a_completion_stream_is_the_plain_answer_in_pieces(server: Server, field
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"best_of": 9}, "best_of"),
         ({"best_of": 21, "temperature": 0}, "best_of"),
+        ({"best_of": 10**30}, "best_of"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"n": 43, "prompt": ["a", "b", "c"]}, "n"),

@@ -117,6 +117,16 @@ def test_native_answers_have_it_too(server: Server) -> None:
     assert "receipt" not in server.post("/generate", asked).json()
 
 
+def test_what_was_cut_off_a_prompt_is_told(server: Server) -> None:
+    asked = {"inputs": "abcdef", "parameters": {"max_new_tokens": 2, "truncate": 4}}
+    plain = server.post("/generate", {**asked, "receipt": True})
+    assert (plain.headers["x-truncated-tokens"], plain.headers["x-prompt-tokens"]) == ("2", "4")
+    assert (plain.json()["receipt"]["truncated_tokens"], plain.json()["receipt"]["prompt_tokens"]) == (2, 4)
+    stream = server.post("/v1/completions", {"prompt": "abcdef", "truncate": 4, "max_tokens": 2, "stream": True})
+    assert stream.headers["x-truncated-tokens"] == "2"
+    assert "x-truncated-tokens" not in server.post("/generate", {"inputs": "ab"}).headers
+
+
 INFO = EngineInfo("m", "float32", "cpu", "cpu", 100, 16, 300, 499, 500, 512, 8)
 
 

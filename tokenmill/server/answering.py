@@ -172,6 +172,7 @@ async def stream(call: Call, sequences: Sequences, answer: Answer) -> None:
         (b"x-compute-type", compute_type(call)),
         (b"x-compute-characters", b"%d" % sequences.num_characters),
         (b"x-accel-buffering", b"no"),
+        *_truncation(sequences),
     ]
     listener = _Streamed(call, answer, headers, receipt=sequences.receipt)
     events = listener.events
@@ -251,6 +252,13 @@ def plain_headers(call: Call, sequences: Sequences, generations: Sequence[Genera
         headers.append((b"x-compute-time", f"{total:.6f}".encode()))
     headers.append((b"x-compute-characters", b"%d" % sequences.num_characters))
     headers.extend((name, b"%d" % int(seconds * 1000)) for name, seconds in values)
+    headers.extend(_truncation(sequences))
     headers.append((b"x-prompt-tokens", b"%d" % sum(g.prepared.num_prompt for g in first)))
     headers.append((b"x-generated-tokens", b"%d" % generated))
     return headers
+
+
+def _truncation(sequences: Sequences) -> sse.Headers:
+    """Says how many tokens `truncate` cut off the prompts, if it did."""
+    cut = sum(prepared.num_truncated for prepared in sequences.prompts)
+    return [(b"x-truncated-tokens", b"%d" % cut)] if cut else []

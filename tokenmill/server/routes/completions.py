@@ -15,7 +15,7 @@ from tokenmill.server.generation import GeneratedToken, Generation
 from tokenmill.server.routes.openai import FINISH, Envelope, check_common, frame_of, options_of, token_name
 from tokenmill.server.schema.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from tokenmill.text.detokenizer import Detokenizer
-from tokenmill.text.prepare import Options, Prepared
+from tokenmill.text.prepare import Options, Prepared, check_before_queue
 from tokenmill.wire.messages import TokenDetails
 
 MAX_LOGPROBS = 5  # OpenAI's
@@ -45,9 +45,10 @@ async def answer_completion(call: Call, body: CompletionRequest) -> None:
     prompts = _prompts(call, body)
     n = check_common(call, body, num_prompts=len(prompts))
     copies = _copies(body, n)
-    call.take(len(prompts) * copies)
     most = max(MAX_LOGPROBS, call.service.options.max_top_n_tokens)
     options = _options(body, most, copies if copies > n else None)
+    check_before_queue(options, call.service.ready()[1], stream=bool(body.stream), dialect="openai")
+    call.take(len(prompts) * copies)
     prepared = [await call.service.prepare(p, options, "openai", stream=bool(body.stream)) for p in prompts]
     answer = CompletionAnswer(Envelope(call, body, "cmpl-"), body, prompts, prepared, Counts(n, copies))
     sequences = answering.Sequences(
@@ -188,13 +189,17 @@ class CompletionAnswer:
         """All tokens of an answer from its beginning: of the prompt if it is echoed, and `tokens`."""
         rows: list[Row] = []
         if self._echo:
-            ids = generation.prepared.prompt_ids
-            text = Detokenizer(self._envelope.tokenizer)
-            offset, most = 0, len(self._echoes[generation.prompt_index])
-            for token_id, details in zip(ids, [None, *generation.prompt_details], strict=False):
-                rows.append(Row(token_id, min(offset, most), details))
-                offset += len(text.push(token_id).text)
-            self._offsets[generation.index] = most
+            echo, ids = self._echoes[generation.prompt_index], generation.prepared.prompt_ids
+            detokenizer = Detokenizer(self._envelope.tokenizer)
+            texts = [detokenizer.push(token_id).text for token_id in ids]
+            added = "".join(texts).startswith(" ") and not echo.startswith(
+                " "
+            )  # before the first word, by its tokenizer
+            offset = -1 if added else 0
+            for token_id, text, details in zip(ids, texts, [None, *generation.prompt_details], strict=False):
+                rows.append(Row(token_id, min(max(offset, 0), len(echo)), details))
+                offset += len(text)
+            self._offsets[generation.index] = len(echo)
         return rows + self._token_rows(generation, tokens)
 
     def _token_rows(self, generation: Generation, tokens: Sequence[GeneratedToken]) -> list[Row]:
