@@ -3,10 +3,11 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+CLIENTS ?= .venv-clients
 ARGS ?=
 export VENV
 
-.PHONY: help serve chat torch test test-without-torch lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend wheel clean
+.PHONY: help serve chat torch test test-without-torch test-clients lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -24,6 +25,10 @@ test: $(VENV)/.installed-test  ## all tests (installs torch, the reference of ma
 
 test-without-torch: $(VENV)/.installed-test-without-torch  ## the tests that need no torch; PYTHON=… VENV=… for another Python
 	@$(BIN)/python -m pytest $(ARGS)
+
+# TOKENMILL_PYTHON: who runs the server. --confcutdir: the other tests' conftest needs their environment.
+test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed tests/clients/node/node_modules  ## the clients that people use, Python's in .venv-clients and Node's
+	@TOKENMILL_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest --confcutdir=tests/clients tests/clients $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
@@ -52,7 +57,7 @@ wheel: $(VENV)/.installed  ## dist/tokenmill-….whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove what was made, the environment too
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml scripts/install.sh
 	@scripts/install.sh -e .
@@ -73,3 +78,14 @@ $(VENV)/.installed-test-without-torch: $(VENV)/.installed
 $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@scripts/install.sh -e '.[test,torch,dev]'
 	@touch $@
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt | $(VENV)/.installed
+	@echo "Installing the clients into $(CLIENTS)"
+	@$(BIN)/python -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-input -r $<
+	@touch $@
+
+tests/clients/node/node_modules: tests/clients/node/package-lock.json
+	@if command -v npm >/dev/null; then cd tests/clients/node && npm ci --ignore-scripts --no-audit --no-fund --silent; \
+	else echo "npm is not installed: Node's clients are left out"; fi
+	@if [ -d $@ ]; then touch $@; fi
