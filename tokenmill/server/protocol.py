@@ -8,12 +8,11 @@ has a deadline, and a body has one that grows with what has come. Requests that 
 from __future__ import annotations
 
 import asyncio
-import sys
+import re
 from asyncio import TimerHandle
 from http import HTTPStatus
 from typing import Literal
 
-import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tokenmill.server import failures
@@ -34,6 +33,9 @@ IDLE_TIMEOUT_S = 75.0
 """How long a new connection may say nothing."""
 
 
+_UPGRADE = b"\r\nupgrade"
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """Answers 400 and closes when a request's head is too long, 408 when a request takes too long to arrive."""
 
@@ -44,7 +46,6 @@ class BoundedProtocol(HttpToolsProtocol):
     _reads: Literal["", "head", "body"] = ""  # what `_deadline` is for
     _begun = 0.0
     _body_bytes = 0
-    _data = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by asyncio."""
@@ -58,7 +59,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
-        self._data = data
+        if self._reads_head and _UPGRADE in (head := data[:MAX_HEAD_BYTES].partition(b"\r\n\r\n")[0]).lower():
+            data = _without_upgrade(head) + data[len(head) :]
         super().data_received(data)
         if self._completed:
             self._completed, self._head_bytes = False, 0
@@ -94,15 +96,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(400, msg)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Called where a client offers to speak another protocol (Java's asks for HTTP/2): no is a lawful answer.
-
-        The parser stops there; so another one reads what follows.
-        """
-        offset = sys.exc_info()[1].args[0]  # type: ignore[union-attr]  # of the parser's exception
-        rest = self._data[offset:]
-        self.parser = httptools.HttpRequestParser(self)
-        if rest:
-            super().data_received(rest)
+        """Called where the parser stops because it has seen an offer after all: what follows cannot be told apart."""
+        self._refuse(400, "Protocol upgrades are not supported.")
 
     def _wait_for(self, part: Literal["head", "body"], seconds: float) -> None:
         self._stop_waiting()
@@ -136,3 +131,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 % (status, HTTPStatus(status).phrase.encode(), len(body), body)
             )
         self.transport.close()
+
+
+def _without_upgrade(head: bytes) -> bytes:
+    """Headers without the offer to speak another protocol, which a server may ignore: Java's client makes it with every
+    first request, and the parser would take the body for that protocol."""
+    return re.sub(rb"(?i)\r\nupgrade[ \t]*:", b"\r\nx-ignored-upgrade:", head)
