@@ -23,6 +23,7 @@ from typing import Any
 
 from llvmlite import binding
 
+from tokenmill.backends import sampling
 from tokenmill.backends.cpu.isa import Isa, detect
 from tokenmill.errors import StartError
 
@@ -195,9 +196,8 @@ def _engine() -> Any:
 def _key(isa: Isa) -> str:
     """Of everything that a kernel's code depends on."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name in _HOST:
-            continue
+    kernels = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in _HOST)
+    for path in (*kernels, Path(sampling.__file__)):  # whose parameters the sampler's kernel reads by their offsets
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for library in _LIBRARIES:
         digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
