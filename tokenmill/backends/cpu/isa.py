@@ -20,7 +20,7 @@ class Isa:
 
     name: str
     lanes: int  # float32 of a register: 16, 8 or 4
-    rows: int  # the most rows of a product's tile: more would not fit the registers
+    rows: int  # the most rows of a product's tile: what was fastest
     needs: tuple[str, ...]  # LLVM's names of what a CPU must have
     lacks: tuple[str, ...] = ()  # prefixes of features that must not be used when this set is forced
 
@@ -29,7 +29,7 @@ _AVX2 = ("avx2", "fma", "f16c")
 ALL = (
     Isa("avx512vnni", 16, 8, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", *_AVX2)),
     Isa("avxvnni", 8, 4, ("avxvnni", *_AVX2), ("avx512", "evex512")),
-    Isa("avx2", 8, 4, _AVX2, ("avx512", "evex512", "avxvnni", "avxvnniint")),
+    Isa("avx2", 8, 8, _AVX2, ("avx512", "evex512", "avxvnni", "avxvnniint")),
     Isa("neon", 4, 4, ("neon", "dotprod", "fullfp16")),
 )
 """Best first."""

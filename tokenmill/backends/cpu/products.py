@@ -15,7 +15,7 @@ from tokenmill.backends.cpu.forms import NAMES, DenseForm, Form, form_named
 from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.rows import activate, add, gate, quantize, scale
-from tokenmill.backends.cpu.tiles import look_up, tile
+from tokenmill.backends.cpu.tiles import look_up, most_rows, tile
 
 Function = Callable[..., Any]
 
@@ -47,8 +47,8 @@ def product(isa: Isa, form: Form | DenseForm) -> Function:
 
     out = base + x · weightᵀ for panels of 16 outputs. `step`: bytes from a panel's base to the next one's, 0 or 64.
     """
-    t1, t2, t4, t8 = (emit(10, tile(isa, form, min(rows, isa.rows))) for rows in (1, 2, 4, 8))
-    most = isa.rows
+    most = most_rows(isa, form)
+    t1, t2, t4, t8 = (emit(10, tile(isa, form, min(rows, most))) for rows in (1, 2, 4, 8))
 
     def some(rows, columns, w, x, xs, s, ss, base, bs, out, os) -> None:  # type: ignore[no-untyped-def]
         r = 0

@@ -173,7 +173,7 @@ class BlockTile:
     def write(self) -> None:
         """The whole tile. A set with short registers goes over the panel once for some of its outputs."""
         g, o, lanes = self.g, self.o, self.isa.lanes
-        for parts in panel_parts(lanes, self.rows, 2 if self.rows > 2 or lanes == 4 else 1):
+        for parts in panel_parts(lanes, self.rows, 2 if lanes == 4 or 2 < self.rows < 8 else 1):
             zero = self._hold([g.k(self.floats, 0.0)] * (len(parts) * self.rows))
             if self.form.group == 1:
                 sums = g.loop(self.blocks, zero, partial(self._block, parts, o.weight, g.c(0), {}))
@@ -383,6 +383,11 @@ def load_floats(g: G, form: DenseForm, address: Val, offset: int, lanes: int) ->
         return g.half(address, offset, lanes)
     ints = V(i32, lanes)
     return b.bitcast(b.shl(b.zext(g.ld(V(i16, lanes), address, offset), ints), g.k(ints, 16)), floats)
+
+
+def most_rows(isa: Isa, form: Form | DenseForm) -> int:
+    """Rows of a form's largest tile. Dense ones have two sums a row, which must stay in registers."""
+    return isa.rows if isinstance(form, Form) or isa.lanes == 16 else min(isa.rows, 4)
 
 
 def tile(isa: Isa, form: Form | DenseForm, rows: int) -> Callable[..., None]:
