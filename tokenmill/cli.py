@@ -69,6 +69,12 @@ def text_generation_server(argv: Sequence[str] | None = None) -> int:
     return _explained(commands[words[0]], words[1:])
 
 
+def text_generation_benchmark(argv: Sequence[str] | None = None) -> int:
+    """`text-generation-benchmark`: TGI's name for measuring the engine without HTTP."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return _explained(lambda rest: int(_load("tokenmill.benchmark:main")(rest)), words)
+
+
 def _commands() -> dict[str, Command]:
     return {
         "serve": Command(serve, "serve a model over HTTP"),

@@ -195,6 +195,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The token budget of a step, if given: TGI's --max-batch-prefill-tokens."""
         return self.max_batch_prefill_tokens
 
+    @staticmethod
+    def environ() -> Mapping[str, str]:
+        """The environment, for a command that has options of its own."""
+        return os.environ
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
         """The settings that `to_dict` wrote."""

@@ -108,7 +108,7 @@ def cli(commands: Mapping[str, str]) -> str:
         ("`text-generation-server serve MODEL`", "`tokenmill serve --model-id MODEL`"),
         ("`text-generation-server download-weights`", "`tokenmill download-weights`"),
         ("`text-generation-server quantize`", "refused by name"),
-        ("`text-generation-benchmark`", "the engine's own speed, by batch size"),
+        ("`text-generation-benchmark`", "the engine's own speed by batch size; `--help` lists its options"),
     ]))  # fmt: skip
     rows: list[tuple[str, ...]] = []
     parts.append("## Options of the server\n")
