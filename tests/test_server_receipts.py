@@ -58,7 +58,7 @@ def test_a_receipt_tells_times_and_counts(server: Server, how: dict[str, Any]) -
     assert (receipt["preemptions"], receipt["largest_batch"], receipt["truncated_tokens"]) == (0, 1, 0)
     assert receipt["model"] == body["model"]
     assert body["system_fingerprint"] == fingerprint(
-        receipt["version"], receipt["model_digest"], receipt["engine_digest"]
+        receipt["version"], "", receipt["model_digest"], receipt["engine_digest"]
     )
     assert "sequences" not in receipt
 
@@ -173,7 +173,8 @@ def test_of_a_long_file_parts_are_read(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_has_tgis_form() -> None:
-    one = fingerprint("1.2.3", "aa", "bb")
+    one = fingerprint("1.2.3", "", "aa", "bb")
     assert one.startswith("1.2.3+")
     assert one.endswith("-native")
-    assert len({one, fingerprint("1.2.3", "aa", "bc"), fingerprint("1.2.3", "ab", "bb")}) == 3
+    assert len({one, fingerprint("1.2.3", "", "aa", "bc"), fingerprint("1.2.3", "", "ab", "bb")}) == 3
+    assert fingerprint("1.2.3", "sha-1a2b", "aa", "bb").endswith("-sha-1a2b")

@@ -27,6 +27,8 @@ from tokenmill.wire.messages import Request
 log = logging.getLogger(__name__)
 
 _MAX_SEED = 2**64 - 1
+_LONG_ANSWER = 2000
+"""Tokens and alternatives from which an answer is put together in a thread, so that streams do not wait for it."""
 
 
 class Answer(Protocol):
@@ -209,11 +211,21 @@ async def fold(call: Call, sequences: Sequences, answer: Answer) -> None:
         listener.give_up()
     if listener.error is not None:
         raise listener.error
-    body = answer.fold(listener.generations, listener.tokens)
+    if sum(map(_num_entries, listener.generations)) > _LONG_ANSWER:  # a second of work for the longest ones
+        body = await call.service.in_thread(lambda: answer.fold(listener.generations, listener.tokens))
+    else:
+        body = answer.fold(listener.generations, listener.tokens)
     if sequences.receipt:
         body = receipt.attach(body, call, listener.generations)
     await call.answer(body, plain_headers(call, sequences, listener.generations))
     access.succeeded(call, listener.generations, sequences.copies)
+
+
+def _num_entries(generation: Generation) -> int:
+    """Tokens and alternatives that an answer may show of a sequence."""
+    sampling = generation.prepared.sampling
+    of_prompt = len(generation.prompt_details) * (1 + max(sampling.prompt_logprobs, 0))
+    return of_prompt + generation.num_generated * (1 + max(sampling.logprobs, 0))
 
 
 def _reseeded(prepared: Prepared, copy: int) -> Prepared:

@@ -72,6 +72,6 @@ def engine_digest(info: EngineInfo, version: str, settings: str = "") -> str:
     return sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def fingerprint(version: str, model: str, engine: str) -> str:
-    """`system_fingerprint`: TGI's form, a version and a label, with both digests behind a plus sign."""
-    return f"{version}+{sha256(f'{model} {engine}'.encode()).hexdigest()[:10]}-native"
+def fingerprint(version: str, label: str, model: str, engine: str) -> str:
+    """`system_fingerprint`: TGI's form, a version and a label, with one digest of `model` and `engine` between."""
+    return f"{version}+{sha256(f'{model} {engine}'.encode()).hexdigest()[:10]}-{label or 'native'}"

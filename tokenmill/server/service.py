@@ -107,7 +107,7 @@ class Service:
         model = self.model.digest if self.model else ""
         self.engine_name = " ".join(filter(None, (info.backend, info.device, info.dtype, info.quantize)))
         self.engine_digest = digests.engine_digest(info, options.version, options.numerics)
-        self.fingerprint = digests.fingerprint(options.version, model, self.engine_digest)
+        self.fingerprint = digests.fingerprint(options.version, options.docker_label, model, self.engine_digest)
         self.stats = None
         self.metrics.set_limits(info.max_input_tokens, info.max_total_tokens)
         self.metrics.set("tgi_batch_max_total_tokens", info.capacity)
