@@ -147,7 +147,7 @@ class Service:
         num_steps = stats.steps - before.steps
         if num_steps <= 0:
             return
-        method = "prefill" if stats.prefill_rows else "decode"
+        method = "prefill" if stats.prefill_rows or stats.admitted else "decode"  # a prompt may be one token, or cached
         metrics.add("tgi_batch_inference_count", method, amount=num_steps)
         metrics.add("tgi_batch_inference_success", method, amount=num_steps)
         metrics.observe("tgi_batch_inference_duration", stats.step_s, method)
