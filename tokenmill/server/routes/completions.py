@@ -74,7 +74,8 @@ def _prompts(call: Call, body: CompletionRequest) -> list[str | list[int]]:
     for prompt in prompts:
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_id, prompt))):
             raise ValidationError("Invalid 'prompt': it must be a text, token ids, or a list of either", "prompt")
-    most = call.service.options.max_client_batch_size
+    options = call.service.options
+    most = min(options.max_client_batch_size, options.max_concurrent_requests)
     if len(prompts) > most:
         raise BatchSizeError(
             f"Number of prompts exceeds the maximum allowed batch size of {most}. Given: {len(prompts)}", "prompt"
