@@ -187,6 +187,30 @@ def test_a_prompt_is_shared_while_it_is_being_computed() -> None:
     assert first_step_of(oracle, 1) == (28, 4)
 
 
+def test_siblings_wait_a_step_for_a_prompt_instead_of_computing_it_each() -> None:
+    prompt = range(1, 34)
+    engine, oracle, link = build([[request(i, prompt, 3) for i in range(4)]], 64, LIMITS)
+    run(engine, link)
+    assert [first_step_of(oracle, i) for i in range(4)] == [(0, 33), (32, 1), (32, 1), (32, 1)]
+    assert [len(batch.sequences) for batch in oracle.batches[:2]] == [1, 4]
+
+
+def test_siblings_of_a_prompt_that_takes_several_steps_wait_for_its_last_one() -> None:
+    limits = SchedulerLimits(max_batch_tokens=16, max_batch_size=8, max_total_tokens=200, block_size=4)
+    engine, oracle, link = build([[request(i, range(1, 42), 3) for i in range(2)]], 64, limits)
+    run(engine, link)
+    assert first_step_of(oracle, 1) == (40, 1)
+    assert [len(batch.sequences) for batch in oracle.batches[:4]] == [1, 1, 1, 2]
+
+
+def test_who_shares_but_a_little_waits_for_nobody() -> None:
+    head = [1, 2, 3, 4]
+    requests = [request(i, [*head, *range(10 * i + 10, 10 * i + 20)], 3) for i in range(4)]
+    engine, oracle, link = build([requests], 64, LIMITS)
+    run(engine, link)
+    assert len(oracle.batches[0].sequences) == 4
+
+
 def test_generated_tokens_are_cached_too() -> None:
     engine, oracle, link = build([[request(0, range(1, 10), 20)]], 32, LIMITS)
     run(engine, link)
@@ -343,7 +367,7 @@ def test_nobody_is_admitted_into_blocks_that_the_running_ones_need_next() -> Non
 
 
 def test_rows_are_the_same_objects_while_nobody_joins_or_leaves() -> None:
-    engine, oracle, link = build([[request(i, range(1, 6), 20) for i in range(4)]], 64, LIMITS)
+    engine, oracle, link = build([[request(i, range(5 * i + 1, 5 * i + 6), 20) for i in range(4)]], 64, LIMITS)
     run(engine, link)
     decode = [batch for batch in oracle.batches if not batch.num_prefill_rows]
     pairs = list(itertools.pairwise(decode))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class Scheduler:
         self._min_chunk = min(limits.min_chunk, limits.max_batch_tokens)
         self._entries: list[tuple[int, int, int]] = []  # of block tables, new in the step being planned
         self._notices: list[Output] = []
+        self._coming: set[bytes] = set()  # hashes of blocks that the step being planned computes
 
     @property
     def has_work(self) -> bool:
@@ -90,6 +92,7 @@ class Scheduler:
         rows, slots, starts, counts, preempted = self._go_on()
         admitted: list[Sequence] = []
         if self.waiting and not preempted:
+            self._expect(rows, starts, counts)
             admitted, fresh_counts = self._admit(self._budget(counts) - int(counts.sum()))
             if admitted:
                 fresh = np.array([seq.slot for seq in admitted], np.int32)
@@ -191,6 +194,13 @@ class Scheduler:
         decoding = int(np.count_nonzero(counts == 1)) if beside else 0
         return min(most, beside + 2 * decoding) if decoding else most
 
+    def _expect(self, rows: list[Sequence], starts: Int32, counts: Int32) -> None:
+        """Note which blocks these rows compute: who needs one of them next shares it a step later instead."""
+        size = self.pool.block_size
+        self._coming.clear()
+        for row in np.flatnonzero(counts > 1).tolist():
+            self._coming.update(rows[row].hashes[starts[row] // size : (starts[row] + counts[row]) // size])
+
     def _admit(self, budget: int) -> tuple[list[Sequence], list[int]]:
         """Let waiting sequences run, in order, while there are slots, blocks and budget; who, and their counts."""
         admitted: list[Sequence] = []
@@ -218,8 +228,12 @@ class Scheduler:
         pool, size = self.pool, self.pool.block_size
         seq.extend_hashes(size)
         # at least one token must run, or there is nothing to sample from
-        cached = [] if seq.request.computes_whole_prompt else pool.match(seq.hashes[: (known - 1) // size])
+        sharable = [] if seq.request.computes_whole_prompt else seq.hashes[: (known - 1) // size]
+        cached = pool.match(sharable)
+        coming = sum(1 for _ in takewhile(self._coming.__contains__, sharable[len(cached) :]))
         left = known - len(cached) * size
+        if 2 * coming * size >= left:  # another computes most of it in this very step
+            return 0
         count = min(left, budget)
         if count < min(left, self._min_chunk):
             return 0
@@ -231,6 +245,7 @@ class Scheduler:
         fresh = pool.allocate(need)
         assert fresh is not None
         self._start(seq, cached, fresh)
+        self._coming.update(seq.hashes[len(cached) : len(cached) + count // size])
         return count
 
     def _start(self, seq: Sequence, cached: list[int], fresh: list[int]) -> None:
@@ -345,14 +360,8 @@ class Scheduler:
         """End a sequence whose numbers are worthless, and let nobody find what it computed."""
         self.pool.unpublish(seq.blocks)
         self._finish(seq, "error")
-        outputs.append(
-            Output(
-                seq.id,
-                finish_reason="error",
-                num_preemptions=seq.num_preemptions,
-                message="the model's output is not a finite number",
-            )
-        )
+        message = "the model's output is not a finite number"
+        outputs.append(Output(seq.id, finish_reason="error", num_preemptions=seq.num_preemptions, message=message))
 
     def _finish(self, seq: Sequence, reason: str) -> None:
         seq.finish_reason = reason
