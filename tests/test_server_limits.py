@@ -1,0 +1,170 @@
+"""Every bound on a request's fields, at the limit and one beyond; wrong types for every field, against a real server."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from math import inf, nan, nextafter
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from support_server import TEXT, Server, byte_model
+
+from tokenmill.errors import ValidationError
+from tokenmill.server.openapi import document
+from tokenmill.server.schema.native import GenerateParameters
+from tokenmill.text import limits
+from tokenmill.text.limits import TABLE, Limit
+from tokenmill.text.prepare import RequestLimits
+
+SERVER = RequestLimits(499, 500, max_stop_sequences=4, max_best_of=2, max_top_n_tokens=5, vocab_size=258)
+ALL = [*TABLE, limits.TRUNCATE, limits.BEST_OF]
+
+
+def of_size(limit: Limit, size: float) -> Any:
+    """A value of the field that measures `size`."""
+    if limit.name == "stop":
+        return ("a",) * int(size) if limit.measure is len else ("a" * int(size),)
+    if limit.name == "logit_bias":
+        return dict.fromkeys(range(int(size)), 1.0)
+    return "a" * int(size) if limit.measure is len else size
+
+
+def beyond(limit: Limit, bound: float, way: float) -> float:
+    """The next value past `bound`, upwards or downwards."""
+    whole = limit.name in ("top_k", "max_new_tokens", "min_new_tokens", "seed", "truncate", "best_of")
+    if whole or limit.unit or isinstance(limit.most, str) or limit.name == "prompt_logprobs":
+        return int(bound) + (1 if way > 0 else -1)
+    return nextafter(bound, way)
+
+
+@pytest.mark.parametrize("dialect", ["native", "openai"])
+@pytest.mark.parametrize("limit", ALL, ids=lambda limit: f"{limit.name}-{limit.most}")
+def test_a_bound_holds_at_the_limit_and_not_beyond(limit: Limit, dialect: Any) -> None:
+    least, most = limit.bounds(SERVER, dialect)
+    edges = [(bound, way) for bound, way in ((least, -inf), (most, inf)) if abs(bound) < inf]
+    assert edges
+    for bound, way in edges:
+        if limit.unit and bound == 0:
+            continue  # nothing is shorter than nothing
+        inside = beyond(limit, bound, inf) if limit.above and way < 0 else bound
+        outside = bound if limit.above and way < 0 else beyond(limit, bound, way)
+        limit.check(of_size(limit, inside), SERVER, dialect)
+        with pytest.raises(ValidationError) as caught:
+            limit.check(of_size(limit, outside), SERVER, dialect)
+        field = limit.name if dialect == "native" else limits.OPENAI_NAMES.get(limit.name, limit.name)
+        assert caught.value.param == field
+        assert field in str(caught.value)
+        if dialect == "openai" or not limit.native:
+            assert "Given: " in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [limit for limit in ALL if limit.measure is limits._itself], ids=lambda x: x.name)
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+def test_what_is_no_number_is_out_of_every_bound(limit: Limit, value: float) -> None:
+    with pytest.raises(ValidationError):
+        limit.check(value, SERVER, "native")
+
+
+def test_a_message_repeats_little_of_what_was_given() -> None:
+    for value in (10**5000, "x" * 10_000):
+        assert len(limits.shown(value)) < 100
+    with pytest.raises(ValidationError, match="an integer of 16610 bits"):
+        next(limit for limit in TABLE if limit.name == "seed").check(10**5000, SERVER, "native")
+
+
+def test_bounds_are_documented_where_they_are_checked() -> None:
+    shown = document()["components"]["schemas"]["GenerateParameters"]["properties"]
+    assert (shown["top_p"]["exclusiveMinimum"], shown["top_p"]["maximum"]) == (0, 1)
+    assert shown["seed"]["maximum"] == 2**64 - 1
+    for limit in TABLE:
+        if limit.name in shown and not limit.unit and not isinstance(limit.most, str):
+            assert {"minimum", "maximum", "exclusiveMinimum"} & shown[limit.name].keys(), limit.name
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = byte_model(tmp_path_factory.mktemp("model"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = Server(model, port, "--mock-text", TEXT, "--mock-step-ms", "1", "--max-total-tokens", "500")
+    yield running
+    running.stop()
+
+
+FIELDS = {field.name: field for field in msgspec.structs.fields(GenerateParameters)}
+VALUES: list[Any] = [True, 0, -1, 7, 2.5, -1e308, 1e308, 10**30, "x", "", [], ["a"], [""], [1], [["a"]], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_wrong_type_or_value_is_refused_quickly_in_json_and_by_name(server: Server, name: str) -> None:
+    slowest = 0.0
+    with httpx.Client(base_url=server.url) as client:
+        for value in VALUES:
+            begin = time.perf_counter()
+            response = client.post("/generate", json={"inputs": "x", "parameters": {"max_new_tokens": 1, name: value}})
+            took = time.perf_counter() - begin
+            assert response.status_code in (200, 422), (value, response.text)
+            if response.status_code == 422:
+                slowest = max(slowest, took)
+                answer = response.json()
+                assert list(answer) == ["error", "error_type"]
+                assert answer["error_type"] == "validation"
+                assert name in answer["error"] or "inputs" in answer["error"], answer
+        assert client.post("/generate", json={"inputs": "x", "parameters": {name: None}}).status_code == 200
+    assert slowest < 0.25  # alone on a machine: 0.05
+
+
+@pytest.mark.parametrize(
+    "path, good",
+    [
+        ("/generate", {"inputs": "x"}),
+        ("/generate_stream", {"inputs": "x"}),
+        ("/", {"inputs": "x"}),
+        ("/tokenize", {"inputs": "x"}),
+        ("/chat_tokenize", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/vertex", {"instances": [{"inputs": "x"}]}),
+        ("/invocations", {"inputs": "x"}),
+    ],
+)
+def test_every_native_route_refuses_a_body_that_is_not_its_own(server: Server, path: str, good: dict[str, Any]) -> None:
+    assert server.post(path, good).status_code == 200
+    (key,) = good
+    for body in ([], 1, "x", {}, {key: 1}, {key: None}, {key: {}}, {key: [[]]}, {key: [1]}):
+        response = server.post(path, body)
+        assert response.status_code == 422, (body, response.text)
+        assert list(response.json()) == ["error", "error_type"]
+    for broken in (b"", b"{", b"nul", b'{"inputs": "\xff"}', b"{" * 5000, b'{"inputs": NaN}', b"[" * 200_000):
+        response = httpx.post(server.url + path, content=broken, headers={"content-type": "application/json"})
+        assert response.status_code in (400, 422), response.text
+        assert response.json()["error_type"] == "validation"
+    assert server.post(path, good).status_code == 200
+
+
+def test_the_field_and_what_it_held_are_named(server: Server) -> None:
+    def told(path: str, body: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = server.post(path, body).json()
+        return answer
+
+    native = told("/generate", {"inputs": "x", "parameters": {"stop": ["a", 3]}})["error"]
+    assert native.endswith("Expected `str`, got `int` - at `$.parameters.stop[1]`. Given: 3")
+    error = told("/v1/completions", {"prompt": "x", "temperature": "hot"})["error"]
+    assert error["param"] == "temperature"
+    assert error["message"].endswith("Given: hot")
+    assert told("/v1/completions", {})["error"]["param"] == "prompt"
+    assert told("/v1/completions", {"prompt": "x", "max_tokens": -1})["error"]["param"] == "max_tokens"
+    long = told("/generate", {"inputs": "x", "parameters": {"top_k": "y" * 100_000}})["error"]
+    assert len(long) < 400
+
+
+def test_the_prompts_length_is_bounded_to_the_token(server: Server) -> None:
+    def status(num_prompt: int, **parameters: int) -> int:
+        return server.post("/generate", {"inputs": "x" * num_prompt, "parameters": parameters}).status_code
+
+    assert (status(499), status(500)) == (200, 422)
+    assert (status(498, max_new_tokens=2), status(499, max_new_tokens=2)) == (200, 422)
+    assert (status(3000, truncate=499), status(3000, truncate=500)) == (200, 422)
