@@ -176,7 +176,7 @@ def test_arguments_are_what_the_template_makes_of_them(template: str, expected: 
 
 def test_what_a_template_raises_is_the_clients_error() -> None:
     turns = [{"role": "assistant", "content": "no"}, {"role": "user", "content": "x"}]
-    with pytest.raises(TemplateError, match=r"^Roles must alternate!$"):
+    with pytest.raises(TemplateError, match=r"^Roles must alternate! \(line 1 of the chat template\)$"):
         ours(LLAMA2, turns)
     with pytest.raises(TemplateError, match="list object has no element 5"):
         ours("{{ messages[5].content.x }}", CHATS["one"])
@@ -184,6 +184,10 @@ def test_what_a_template_raises_is_the_clients_error() -> None:
         ours("\n{% if %}", CHATS["one"])
     with pytest.raises(TemplateError, match="TypeError"):
         ours("{{ 'a' + 1 }}", CHATS["one"])
+    with pytest.raises(TemplateError, match=r"ZeroDivisionError: .* \(line 3 of the chat template 'tool_use'\)$"):
+        ChatTemplate({"default": "", "tool_use": "{% macro f(x) %}\n\n{{ 1 / x }}{% endmacro %}\n\n{{ f(0) }}"}).render(
+            CHATS["one"], tools=[TOOL]
+        )
     with pytest.raises(TemplateError, match="no chat template 'default', only other"):
         ChatTemplate({"other": "x"}).render(CHATS["one"])
 
@@ -231,6 +235,28 @@ def test_a_template_gets_nowhere(template: str) -> None:
         "{{ '%99999999999d' % 1 }}",
         "{{ '{:99999999999}'.format(1) }}{{ '{:{}}'.format(1, 99999999999) }}",
         "{% for a in range(99999) %}{{ messages[0].content * 9999 }}{% endfor %}",
+        "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+        "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+        "{{ ('b' * 99999).join(range(99999)) }}{{ range(99999) | join('b' * 99999) }}",
+        "{{ ('b' * 99999).join(['a'] * 99999) }}",
+        "{{ (['a'] * 99999) | join('b' * 99999) }}",
+        "{{ ('a\n' * 99999) | indent(99999) }}",
+        "{{ ('a ' * 99999) | wordwrap(1, wrapstring='b' * 99999) }}",
+        "{{ '%99999999999d' | format(1) }}",
+        "{{ ('\t' * 99999).expandtabs(99999) }}",
+        "{{ ('a' * 99999).translate({97: 'b' * 99999}) }}",
+        "{{ [1] | batch(99999999999, 'a') | list }}",
+        "{{ [1] | slice(99999999999) | list }}",
+        "{{ 1.5 | round(999999999, 'floor') }}",
+        "{{ messages | tojson(indent=99999999999) }}",
+        "{% set n = namespace(x=['a' * 99]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=['a' * 99]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+        "{% set n = namespace(x=['a' * 99]) %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x ~ 'a' }}",
+        "{% set n = namespace(x=['a' * 99]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | string }}",
+        "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x ** 64 %}{% endfor %}{{ n.x }}",
+        "{{ [['a'] * 99999] * 99999 | sum(start=[]) }}",
+        "{{ lipsum(99999999) }}",
     ],
 )
 def test_a_template_without_end_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,16 @@ and output (`sandbox.py`), and what a request may set are plain variables.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
 from tokenmill.errors import TemplateError
 from tokenmill.text import sandbox
-from tokenmill.text.template_wants import Wants, wants_of
+from tokenmill.text.template_forms import Forms
+from tokenmill.text.template_wants import wants_argument_objects
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with its space: where a template trims, the space is gone
 _OURS = frozenset(
@@ -26,6 +26,18 @@ _OURS = frozenset(
     }
 )  # fmt: skip
 """Names that a request may not set through `kwargs`: the server sets them, or transformers takes them itself."""
+
+
+class _Fault(TemplateError):
+    """Python failed on what the messages hold; the template did not refuse them itself."""
+
+
+class _Compiled(NamedTuple):
+    """One template, and what shape of messages it takes."""
+
+    name: str
+    template: jinja2.Template
+    forms: Forms
 
 
 class ChatTemplate:
@@ -46,7 +58,7 @@ class ChatTemplate:
         self._tokens = dict(special_tokens or {})
         self._tokens |= {name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None}
         self._environment = sandbox.environment()
-        self._compiled: dict[str, tuple[jinja2.Template, Wants]] = {}
+        self._compiled: dict[str, _Compiled] = {}
 
     @property
     def source(self) -> str:
@@ -66,14 +78,14 @@ class ChatTemplate:
         """The prompt. `kwargs`: further variables for the template. Takes nothing: `messages` are copied if changed.
 
         With neither flag given, a last message of the assistant is continued, and after any other the assistant's turn
-        begins. TemplateError if the template raises, is wrong, takes too long or writes too much.
+        begins. TemplateError with message and line if the template raises, is wrong, takes too long or writes too much.
         """
         continued, optional = self._continued(messages, add_generation_prompt, continue_final_message)
         begins = not continued if add_generation_prompt is None else add_generation_prompt
         variables = {**self._tokens, **_checked(kwargs or {})}
         variables |= {"tools": list(tools) if tools is not None else None, "documents": documents}
-        template, wants = self._template("tool_use" if tools is not None and "tool_use" in self.sources else "default")
-        chat = _messages_for(messages, wants)
+        template = self._template("tool_use" if tools is not None and "tool_use" in self.sources else "default")
+        chat = [template.forms.shaped(message) for message in messages]
         if not continued:
             return self._run(template, chat, begins, variables)
         tagged, text = _tagged(chat)
@@ -102,29 +114,67 @@ class ChatTemplate:
             return last.get("role") == "assistant" and bool(_text_of(last)) and not last.get("tool_calls"), True
         return False, False
 
-    def _template(self, name: str) -> tuple[jinja2.Template, Wants]:
+    def _template(self, name: str) -> _Compiled:
         found = self._compiled.get(name)
         if found is None:
             if name not in self.sources:
                 raise TemplateError(f"the model has no chat template {name!r}, only {', '.join(sorted(self.sources))}")
             try:
                 tree = self._environment.parse(self.sources[name])
-                wants = wants_of(tree)
-                found = self._environment.from_string(tree), wants
+                objects = wants_argument_objects(tree)
+                template = self._environment.from_string(tree)
             except jinja2.TemplateSyntaxError as e:
                 raise TemplateError(f"the model's chat template is wrong in line {e.lineno}: {e.message}") from None
+
+            variables = {**self._tokens, "tools": None if name == "default" else []}
+
+            def trial(chat: list[dict[str, Any]]) -> str:
+                return self._once(name, template, chat, True, variables)
+
+            found = _Compiled(name, template, Forms(trial, object_like=objects))
             self._compiled[name] = found
         return found
 
-    def _run(self, template: jinja2.Template, chat: list[Any], begins: bool, variables: dict[str, Any]) -> str:
+    def _run(self, found: _Compiled, chat: list[dict[str, Any]], begins: bool, variables: dict[str, Any]) -> str:
+        """Render. Where a template fails on a content that is null, as OpenAI writes one with calls, "" is tried."""
+        try:
+            return self._once(found.name, found.template, chat, begins, variables)
+        except _Fault as fault:
+            filled = [{**message, "content": ""} if message.get("content") is None else message for message in chat]
+            if filled == chat:
+                raise
+            try:
+                prompt = self._once(found.name, found.template, filled, begins, variables)
+            except TemplateError:
+                raise fault from None
+            if not _names_calls(chat, prompt):  # to this template "" means that there are none
+                raise
+            return prompt
+
+    def _once(
+        self, name: str, template: jinja2.Template, chat: list[dict[str, Any]], begins: bool, variables: dict[str, Any]
+    ) -> str:
         try:
             return sandbox.run(template, {"messages": chat, "add_generation_prompt": begins, **variables})
+        except jinja2.UndefinedError as e:
+            raise _Fault(f"{e.message}{_place(e, name)}") from None
         except jinja2.TemplateError as e:
-            raise TemplateError(e.message or type(e).__name__) from None
+            raise TemplateError(f"{e.message or type(e).__name__}{_place(e, name)}") from None
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as e:
-            raise TemplateError(f"{type(e).__name__}: {e}") from None
+            raise _Fault(f"{type(e).__name__}: {e}{_place(e, name)}") from None
         except MemoryError:
             raise TemplateError("the chat template needs too much memory for these messages") from None
+
+
+def _place(error: BaseException, name: str) -> str:
+    """Where in the template an error was raised, in brackets; "" if that is not known."""
+    line, at = 0, error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_code.co_filename == "<template>":  # Jinja writes the template's lines into its tracebacks
+            line = at.tb_lineno
+        at = at.tb_next
+    of = "" if name == "default" else f" {name!r}"
+    return f" (line {line} of the chat template{of})" if line else ""
 
 
 def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -134,37 +184,11 @@ def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     return kwargs
 
 
-def _messages_for(messages: Sequence[Mapping[str, Any]], wants: Wants) -> list[dict[str, Any]]:
-    """Messages as they came, but for what the template cannot take: see `Wants`."""
-    out: list[dict[str, Any]] = []
-    for message in messages:
-        given = dict(message)
-        if not wants.content_lists and isinstance(given.get("content"), list):
-            given["content"] = _joined(given["content"])
-        if wants.argument_objects and isinstance(given.get("tool_calls"), list):
-            given["tool_calls"] = [_with_objects(call) for call in given["tool_calls"]]
-        out.append(given)
-    return out
-
-
-def _joined(parts: list[Any]) -> Any:
-    """The text of a message's parts in one string; the list itself if a part is no text."""
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    whole = [text for text in texts if isinstance(text, str)]
-    return "".join(whole) if len(whole) == len(texts) else parts
-
-
-def _with_objects(call: Any) -> Any:
-    """A tool call whose arguments, if they are JSON text of an object, are that object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
-    if not isinstance(arguments, str):
-        return call
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        return call
-    return {**call, "function": {**function, "arguments": value}} if function and isinstance(value, dict) else call
+def _names_calls(chat: list[dict[str, Any]], prompt: str) -> bool:
+    """True if every function that a message calls is in the prompt."""
+    calls = [call for message in chat for call in message.get("tool_calls") or ()]
+    functions = [call.get("function") for call in calls if isinstance(call, dict)]
+    return all(str(function.get("name")) in prompt for function in functions if isinstance(function, dict))
 
 
 def _text_of(message: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,6 @@ loop, every macro and every call, so a template ends within seconds however it w
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from time import thread_time
@@ -21,13 +20,12 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from tokenmill.text import growth
+
 MAX_SECONDS = 5.0  # of the thread's own work, so that a busy machine fails nobody
-MAX_CHARACTERS = 16 << 20  # of output, or of any one string on the way
 _BUDGET = "_tokenmill_budget"  # read from what rendering was given, so a template that sets it changes nothing
+_MAX_INDENT = 80
 _CHECK_EVERY = 16  # charges between two looks at the clock, which is a system call
-_MAX_POWER = 64
-_PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
-_WIDE = re.compile(r"\d{5}|\*|:[^}]*\{")  # a width of five digits, or one that an argument gives
 
 
 class Budget:
@@ -48,11 +46,18 @@ class Budget:
 
 def environment() -> ImmutableSandboxedEnvironment:
     """An environment that renders what `transformers` renders. One for each set of templates."""
-    made = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Charger, _Generation, loopcontrols])
+    made = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Charger, _Generation, loopcontrols],
+        finalize=growth.check_tree,
+    )
+    made.filters |= growth.guarded(made.filters)
     made.filters["tojson"] = _tojson
     made.filters["center"] = _center
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = _strftime_now
+    del made.globals["lipsum"]  # text without end
     return made
 
 
@@ -62,7 +67,7 @@ def run(template: Template, variables: Mapping[str, Any]) -> str:
     size = 0
     for part in template.generate({**variables, _BUDGET: Budget()}):
         size += len(part)
-        _check_size(size)
+        growth.check_size(size)
         out.append(part)
     return "".join(out)
 
@@ -85,25 +90,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Arithmetic, once its result is known to be small."""
-        if operator == "*":
-            _check_size(_length(left) * _whole(right) + _length(right) * _whole(left))
-        elif operator == "+":
-            _check_size(_length(left) + _length(right))
-        elif operator == "**" and _whole(right) > _MAX_POWER:
-            raise TemplateRuntimeError(f"the power of {right} is too large for a chat template")
-        elif operator == "%" and isinstance(left, str):
-            _check_widths(left)
+        growth.check_arithmetic(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """A call, unless time is over or it pads a string beyond all measure."""
+        """A call, unless time is over or it would build what is too large."""
         _charge(__context)
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        if isinstance(owner, str) and name in _PADDING:
-            _check_size(max(map(_whole, args), default=0))
-        elif isinstance(owner, str) and name in ("format", "format_map"):
-            _check_widths(owner)
-        return super().call(__context, __obj, *args, **kwargs)
+        return super().call(__context, __obj, *growth.check_call(__obj, args, kwargs), **kwargs)
 
 
 class _Joins(NodeTransformer):
@@ -140,8 +133,8 @@ class _Charger(Extension):
 
     def join(self, *parts: Any) -> str:
         """Jinja's `~`, within limits."""
-        texts = [str(part) for part in parts]
-        _check_size(sum(map(len, texts)))
+        texts = [str(growth.check_tree(part)) for part in parts]
+        growth.check_size(sum(map(len, texts)))
         return "".join(texts)
 
 
@@ -156,24 +149,6 @@ def _charge(context: Context) -> None:
         budget.charge()
 
 
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, (str, list, tuple)) else 0
-
-
-def _whole(value: Any) -> int:
-    return abs(value) if isinstance(value, int) else 0
-
-
-def _check_size(count: int) -> None:
-    if count > MAX_CHARACTERS:
-        raise TemplateRuntimeError(f"the chat template writes more than {MAX_CHARACTERS} characters for these messages")
-
-
-def _check_widths(pattern: str) -> None:
-    if _WIDE.search(pattern):
-        raise TemplateRuntimeError("a chat template may not format to such a width")
-
-
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -182,11 +157,14 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: Jinja's own filter escapes HTML."""
+    growth.check_tree(value)
+    if isinstance(indent, int) and indent > _MAX_INDENT:
+        raise TemplateRuntimeError(f"a chat template may not indent JSON by {indent}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _center(value: str, width: int = 80) -> str:
-    _check_size(width)
+    growth.check_size(width)
     return str(value).center(width)
 
 

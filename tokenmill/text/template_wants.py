@@ -1,42 +1,29 @@
-"""What shape of messages a chat template can take, read from its syntax.
+"""Whether a chat template wants a tool call's arguments as an object, read from its syntax.
 
-OpenAI's API sends a message's content as text or as a list of parts, and a tool call's arguments as JSON text.
-Templates were written for one or the other, and most say nothing when they are given the wrong one: they print a Python
-list, or JSON inside of JSON.
+OpenAI's API sends them as JSON text. Templates were written for one or the other, and most say nothing when they are
+given the wrong one: they print JSON inside of JSON. `transformers` leaves the choice to its caller.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from jinja2 import nodes
 
 _OBJECT_FILTERS = frozenset({"tojson", "items", "dictsort"})
 
 
-class Wants(msgspec.Struct, frozen=True):
-    """`content_lists`: the template walks over the parts of a content. `argument_objects`: it writes or walks over a
-    tool call's arguments as an object, and does not ask first whether they are text."""
-
-    content_lists: bool
-    argument_objects: bool
-
-
-def wants_of(tree: nodes.Template) -> Wants:
-    """Read a parsed template."""
-    content, arguments = _Mentions(tree, "content"), _Mentions(tree, "arguments")
-    loops = list(tree.find_all(nodes.For))
+def wants_argument_objects(tree: nodes.Template) -> bool:
+    """True if a parsed template writes or walks over arguments as an object, and does not ask first whether they are
+    text."""
+    arguments = _Mentions(tree, "arguments")
     objects = (
         any(node.name in _OBJECT_FILTERS and arguments.has(node.node) for node in tree.find_all(nodes.Filter))
         or any(_calls_items(node) and arguments.has(node) for node in tree.find_all(nodes.Call))
-        or any(arguments.has(loop.iter) for loop in loops)
+        or any(arguments.has(loop.iter) for loop in tree.find_all(nodes.For))
     )
     asks = any(node.name in ("string", "mapping") and arguments.has(node.node) for node in tree.find_all(nodes.Test))
-    return Wants(
-        content_lists=any(content.has(loop.iter) for loop in loops) or _indexes_content(tree, content),
-        argument_objects=objects and not asks,
-    )
+    return objects and not asks
 
 
 class _Mentions:
@@ -67,15 +54,6 @@ class _Mentions:
 
 def _calls_items(call: nodes.Call) -> bool:
     return isinstance(call.node, nodes.Getattr) and call.node.attr == "items"
-
-
-def _indexes_content(tree: nodes.Template, content: _Mentions) -> bool:
-    """`message.content[0].text`, as some templates write that never loop."""
-    parts = [node.node for node in tree.find_all(nodes.Getattr) if node.attr == "text"]
-    parts += [node.node for node in tree.find_all(nodes.Getitem) if _constant(node.arg) == "text"]
-    return any(
-        isinstance(part, nodes.Getitem) and _constant(part.arg) == 0 and content.has(part.node) for part in parts
-    )
 
 
 def _constant(node: nodes.Node) -> Any:
