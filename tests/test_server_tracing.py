@@ -147,6 +147,12 @@ def test_the_success_lines_of_the_log_have_the_same_fields(traced: tuple[Collect
     assert "secret" not in traced[1]
 
 
+def test_a_refused_request_is_a_line_with_status_and_id_and_without_its_words(traced: tuple[Collector, str]) -> None:
+    lines = [json.loads(line) for line in traced[1].splitlines() if '"message":"Refused"' in line]
+    assert [line["span"]["status"] for line in lines] == [422]
+    assert lines[0]["span"].keys() == {"name", "status", "request_id"}
+
+
 def test_without_the_packages_the_start_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r"pip install 'tokenmill\[otel\]'"):

@@ -1,4 +1,4 @@
-"""What is said of a request that ended well: TGI's "Success" line, which people parse as an access log. Never texts.
+"""What is said of a request that has ended: TGI's "Success" line, which people parse as an access log. Never texts.
 
 The line's fields are those of TGI's request span, by name and in form; `tracing.py` puts the same on its spans.
 """
@@ -23,6 +23,8 @@ _HANDLERS = {
     "/v1/models": "openai_get_model_info", "/ping": "health", "GET /": "health",
 }  # fmt: skip
 
+_PROBES = ("/health", "/ping", "/metrics", "/v2/health/live", "/v2/health/ready")
+
 
 def handler_name(method: str, route: str) -> str:
     """What TGI calls the handler of a route: the name of its span."""
@@ -40,6 +42,18 @@ def succeeded(call: Call, generations: Sequence[Generation], copies: int) -> Non
     for generation in generations[::copies]:
         span = {"name": name, **fields(generation), "request_id": call.request_id}
         log.info("Success", extra={"span": span})
+
+
+def refused(call: Call) -> None:
+    """Log an answer that is an error: where and which, not why, for the reason may repeat what the client sent.
+
+    Probes of a server that is not ready are no news.
+    """
+    if call.route in _PROBES or not log.isEnabledFor(logging.INFO):
+        return
+    name = handler_name(call.scope["method"], call.route)
+    message = "The client left" if call.status == 499 else "Refused" if call.status < 500 else "Failed"
+    log.info(message, extra={"span": {"name": name, "status": call.status, "request_id": call.request_id}})
 
 
 def fields(generation: Generation) -> dict[str, str]:

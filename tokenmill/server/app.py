@@ -14,7 +14,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenmill.errors import GenerationError, RequestError
-from tokenmill.server import failures
+from tokenmill.server import access, failures
 from tokenmill.server.call import Call, ClientGone
 from tokenmill.server.cors import Cors
 from tokenmill.server.routes import about, chat, completions, documentation, kserve, native, openai, sagemaker, vertex
@@ -131,6 +131,8 @@ class App:
         finally:
             call.close()
             self._service.metrics.count_response(name, call.status)
+            if call.status >= 400:
+                access.refused(call)
             if self._service.tracer is not None:
                 self._service.tracer.record(call)
 

@@ -61,9 +61,10 @@ class Tracer:
 
         clock = _Clock()
         method = call.scope["method"]
+        parent = self._propagator.extract(_text_headers(call))
         span = self._tracer.start_span(
-            f"{method} {call.route}", self._propagator.extract(_text_headers(call)), SpanKind.SERVER,
-            _http_attributes(call), start_time=clock.at(call.arrived),
+            f"{method} {call.route}".removesuffix(" other"), parent, SpanKind.SERVER, _http_attributes(call),
+            start_time=clock.at(call.arrived),
         )  # fmt: skip
         handler = self._child(span, access.handler_name(method, call.route), clock.at(call.arrived))
         for generation in call.generations:
