@@ -104,15 +104,25 @@ async def complete(
     return answer
 
 
-class _Receiver(asyncio.Protocol):
-    """Keeps what arrives, and when."""
+_ROOM = 1 << 16  # bytes that one reading takes at most
+
+
+class _Receiver(asyncio.BufferedProtocol):
+    """Keeps what arrives, and when. With a buffer of its own: asyncio's would be mapped anew for every reading."""
 
     def __init__(self, started: Callable[[], None] | None) -> None:
         self.pieces: list[tuple[float, bytes]] = []
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._started = started
+        self._buffer = bytearray(_ROOM)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """Where the next bytes go."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Some came."""
+        data = bytes(memoryview(self._buffer)[:nbytes])
         self.pieces.append((time.perf_counter(), data))
         if self._started is not None and b"data:" in data:
             self.tell()
