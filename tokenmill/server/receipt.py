@@ -83,7 +83,7 @@ def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
     """The receipt of a call whose sequences, at least one, have ended."""
     service, model = call.service, call.service.model
     assert model is not None  # it generated
-    prompts = {g.prompt_index: g for g in generations}.values()
+    prompts = {g.prompt_index: g for g in reversed(generations)}.values()  # the first of each computed it
     sequences = [_sequence(g) for g in generations]
     times = [g.timings for g in generations]
     return Receipt(

@@ -155,7 +155,7 @@ class Envelope:
 
     def usage(self, generations: Sequence[Generation]) -> Usage:
         """Tokens of the whole call; a prompt counts once however many choices it has."""
-        prompts = {g.prompt_index: g for g in generations}.values()
+        prompts = {g.prompt_index: g for g in reversed(generations)}.values()  # the first of each computed it
         prompt = sum(g.prepared.num_prompt for g in prompts)
         completion = sum(g.num_generated for g in generations)
         details = {"cached_tokens": sum(g.num_cached for g in prompts)}
