@@ -5,7 +5,6 @@ A test compares them with what is in the folder, so they cannot grow old.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from math import inf
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 from tokenmill import errors, options
 from tokenmill.config import WITHOUT_EFFECT, Settings
 from tokenmill.server import failures, openapi
-from tokenmill.server.app import ROUTES
 from tokenmill.server.metrics import CATALOG, Metric
 from tokenmill.text import limits
 
@@ -180,22 +178,21 @@ def http_api() -> str:
 
 def _routes(document: dict[str, Any]) -> str:
     rows = []
-    for route in ROUTES:
-        path = route.path.replace("/*", "/{id}")
-        operation = document["paths"].get(path, {}).get(route.method.lower(), {})
-        body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
-        answers = operation.get("responses", {}).get("200", {}).get("content", {})
-        kinds = [_type(kind["schema"]) + (", a stream" if "event-stream" in name else "")
-                 for name, kind in answers.items() if "schema" in kind]  # fmt: skip
-        key = "yes" if route.protected else ""
-        summary = operation.get("summary") or (inspect.getdoc(route.handler) or "").partition("\n")[0]
-        summary = summary.removeprefix(f"{route.method} {route.path}: ")
-        rows.append((f"`{route.method} {path}`", key, summary, _type(body) if body else "", "; ".join(kinds)))
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            route = f"{method.upper()} {path}"
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            answers = operation.get("responses", {}).get("200", {}).get("content", {})
+            kinds = [_type(kind["schema"]) + (", a stream" if "event-stream" in name else "")
+                     for name, kind in answers.items() if "schema" in kind]  # fmt: skip
+            key = "yes" if operation.get("security") else ""
+            summary = str(operation.get("summary", "")).removeprefix(f"{route}: ")
+            rows.append((f"`{route}`", key, summary, _type(body) if body else "", "; ".join(kinds)))
     return _table(("Route", "Key", "", "Body", "Answer"), rows)
 
 
 def _limits() -> str:
-    table = (*limits.TABLE, limits.TRUNCATE, limits.BEST_OF)
+    table = (*limits.TABLE, limits.TRUNCATE, limits.BEST_OF, *limits.OPENAI_TABLE, limits.LOGPROBS)
     rows = []
     for limit in table:
         if any(other.name == limit.name and other.measure == limit.measure and limit.most == inf != other.most
@@ -206,7 +203,18 @@ def _limits() -> str:
         lower = f"{'more than ' if limit.above else ''}{_amount(limit.least)}"
         if limit.openai_least is not None:
             lower += f" (OpenAI's routes: {_amount(limit.openai_least)})"
-        rows.append((f"`{limit.name}`", f"`{openai}`" if openai != limit.name else "", lower, upper, limit.unit))
+        if limit.openai_most is not None:
+            upper += f" (OpenAI's routes: {limit.openai_most}, or that if it is more)"
+        only_openai = limit in (*limits.OPENAI_TABLE, limits.LOGPROBS)
+        rows.append(
+            (
+                "" if only_openai else f"`{limit.name}`",
+                f"`{openai}`" if only_openai or openai != limit.name else "",
+                lower,
+                upper,
+                limit.unit,
+            )
+        )
     return _table(("Field", "OpenAI's name", "At least", "At most", "Of"), rows)
 
 
