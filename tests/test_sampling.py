@@ -328,3 +328,27 @@ def test_ids_that_tie_with_the_last_of_the_likeliest_are_listed_too_unless_log_p
         assert list(detail.top_ids) == expected
         assert detail.top_logprobs == pytest.approx(log_softmax(scores)[expected], abs=1e-4)
     assert longer > 5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_penalty_and_filters_are_those_of_transformers_in_the_order_of_tgi(seed):
+    from transformers.generation import logits_process as theirs
+
+    rng = np.random.default_rng(seed)
+    logits, ids = (rng.normal(size=(1, VOCAB)) * 3).astype(np.float32), [int(i) for i in rng.integers(0, VOCAB, 12)]
+    r, t, k, p, typical = (float(rng.uniform(*bounds)) for bounds in ((0.6, 2), (0.4, 2), (20, 60), (0.6, 1), (0.3, 1)))
+    expected = torch.tensor(logits)
+    for step in (
+        theirs.RepetitionPenaltyLogitsProcessor(r),
+        theirs.TemperatureLogitsWarper(t),
+        theirs.TopKLogitsWarper(int(k)),
+        theirs.TopPLogitsWarper(p),
+        theirs.TypicalLogitsWarper(typical),
+    ):
+        expected = step(torch.tensor([ids]), expected)
+    params = {"temperature": t, "repetition_penalty": r, "top_k": int(k), "top_p": p, "typical_p": typical}
+    [detail] = run(logits, [a_request(ids[:5], logprobs=VOCAB, **params)], [ids[5:]]).logprobs.details()
+    probabilities = expected.log_softmax(-1)[0]
+    best = [int(i) for i in probabilities.argsort(descending=True) if probabilities[i] > -torch.inf]
+    assert list(detail.top_ids) == best
+    assert detail.top_logprobs == pytest.approx(probabilities[best].tolist(), abs=1e-5)
