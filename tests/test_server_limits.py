@@ -1,4 +1,4 @@
-"""Every bound on a request's fields, at the limit and one beyond; wrong types for every field, against a real server."""
+"""Every bound on a request's fields, at the limit and one beyond; wrong types for every field of the native API."""
 
 from __future__ import annotations
 

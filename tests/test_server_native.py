@@ -238,15 +238,59 @@ def test_info_has_tgis_fields_and_health_is_empty(server: Server) -> None:
         assert (response.status_code, response.content) == (200, b"")
 
 
-def test_browsers_may_call_with_a_key(server: Server) -> None:
+def test_browsers_may_call_with_a_key_and_any_other_header(server: Server) -> None:
     headers = {
         "origin": "http://a.example",
         "access-control-request-method": "POST",
-        "access-control-request-headers": "content-type,authorization",
+        "access-control-request-headers": "content-type,authorization,x-stainless-lang",
     }
     response = httpx.options(server.url + "/generate", headers=headers)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "*"
-    assert "authorization" in response.headers["access-control-allow-headers"].lower()
+    assert response.headers["access-control-allow-methods"] == "GET,POST"
+    assert response.headers["access-control-allow-headers"] == headers["access-control-request-headers"]
+    assert "access-control-allow-credentials" not in response.headers
     plain = httpx.post(server.url + "/generate", json={"inputs": "x"}, headers={"origin": "http://a.example"})
     assert plain.headers["access-control-allow-origin"] == "*"
+    assert "x-total-time" in plain.headers["access-control-expose-headers"]
+    with httpx.stream("POST", server.url + "/generate_stream", json={"inputs": "x"}) as stream:
+        assert stream.headers["access-control-allow-origin"] == "*"
+
+
+def test_a_stream_is_framed_as_tgi_frames_it(server: Server) -> None:
+    body = {"inputs": "x", "parameters": {"max_new_tokens": 2, "details": True}}
+    with httpx.stream("POST", server.url + "/generate_stream", json=body) as stream:
+        raw = b"".join(stream.iter_raw())
+        headers = stream.headers
+    ids = [event["token"]["id"] for event in server.events("/generate_stream", body)]
+    token = b'{"id":%d,"text":"%s","logprob":-0.25,"special":false}'
+    assert raw == (
+        b'data: {"index":1,"token":' + token % (ids[0], b"Z") + b',"generated_text":null,"details":null}\n\n'
+        b'data: {"index":2,"token":' + token % (ids[1], b"w") + b',"generated_text":"Zw","details":'
+        b'{"finish_reason":"length","generated_tokens":2,"seed":null,"input_length":1}}\n\n'
+    )
+    assert (headers["content-type"], headers["cache-control"]) == ("text/event-stream", "no-cache")
+    assert headers["transfer-encoding"] == "chunked"
+
+
+def test_a_receipt_is_the_last_key_if_asked_for(server: Server) -> None:
+    body = {"inputs": "x", "parameters": {"max_new_tokens": 3, "details": True}}
+    asked = {**body, "receipt": True}
+    for path in ("/generate", "/"):
+        answer = server.post(path, asked).json()
+        plain = answer[0] if path == "/" else answer
+        assert list(plain) == ["generated_text", "details", "receipt"]
+        assert (plain["receipt"]["generated_tokens"], plain["receipt"]["prompt_tokens"]) == (3, 1)
+        assert plain["receipt"]["parameters"]["max_new_tokens"] == 3
+    events = server.events("/generate_stream", asked)
+    assert ["receipt" in event for event in events] == [False, False, True]
+    by_header = server.post("/generate", body, headers={"x-receipt": "1"}).json()
+    assert "receipt" in by_header
+    assert "receipt" not in server.post("/generate", {**body, "receipt": False}, headers={"x-receipt": "1"}).json()
+    assert "receipt" not in server.post("/generate", body).json()
+
+
+def test_a_watermark_may_be_asked_for(server: Server) -> None:
+    body = {"inputs": "x", "parameters": {"max_new_tokens": 2, "watermark": True}, "receipt": True}
+    parameters = server.post("/generate", body).json()["receipt"]["parameters"]
+    assert (parameters["watermark_gamma"], parameters["watermark_delta"]) == (0.5, 2.0)

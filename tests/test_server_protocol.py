@@ -1,0 +1,174 @@
+"""How requests arrive: too slowly, in pieces, side by side, with offers of other protocols. Against uvicorn itself."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from tokenmill.server import protocol
+from tokenmill.server.protocol import BoundedProtocol
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the path and the body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    answer = scope["path"].encode() + b" " + body
+    length = (b"content-length", b"%d" % len(answer))
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    await send({"type": "http.response.body", "body": answer})
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(protocol, "BODY_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(protocol, "IDLE_TIMEOUT_S", 0.8)
+    monkeypatch.setattr(protocol, "MIN_BODY_RATE", 1000)
+    config = uvicorn.Config(echo, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, server_header=False)
+    server = uvicorn.Server(config)
+    sock = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
+    thread.start()
+    yield sock.getsockname()[1]
+    server.should_exit = True
+    thread.join(10)
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def rest(sock: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    answer = b""
+    try:
+        while part := sock.recv(65536):
+            answer += part
+    except ConnectionResetError:
+        pass
+    return answer
+
+
+def answered(sock: socket.socket, count: int) -> bytes:
+    """What came until `count` answers were complete."""
+    answer = b""
+    while answer.count(b"HTTP/1.1 200") < count or not answer.endswith(b"."):
+        part = sock.recv(65536)
+        assert part, answer
+        answer += part
+    return answer
+
+
+POST = b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nabc."
+
+
+def test_a_head_that_trickles_in_is_given_up(port: int) -> None:
+    begin = time.monotonic()
+    with connect(port) as sock:
+        for letter in b"GET / HTTP/1.1\r\nhost: abcdefghijklmnopqrstuvwxyz":
+            try:
+                sock.sendall(bytes([letter]))
+            except OSError:
+                break
+            time.sleep(0.02)
+        assert rest(sock).startswith(b"HTTP/1.1 408 ")
+    assert 0.3 < time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize("path, key", [(b"/generate", b'{"error":"'), (b"/v1/completions", b'{"error":{')])
+def test_a_body_that_stops_is_given_up_in_the_dialect_of_its_route(port: int, path: bytes, key: bytes) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
+        answer = rest(sock)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in answer
+    assert answer.partition(b"\r\n\r\n")[2].startswith(key)
+
+
+def test_a_long_body_that_keeps_coming_has_longer(port: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 2001\r\n\r\n")
+        for _ in range(10):
+            sock.sendall(b"x" * 200)
+            time.sleep(0.1)
+        sock.sendall(b".")
+        assert answered(sock, 1).endswith(b"x.")
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(port: int) -> None:
+    begin = time.monotonic()
+    with connect(port) as sock:
+        assert rest(sock) == b""
+    assert 0.6 < time.monotonic() - begin < 3
+
+
+def test_a_kept_connection_may_rest_longer_than_a_head_may_take(port: int) -> None:
+    with connect(port) as sock:
+        for _ in range(3):
+            sock.sendall(POST)
+            answered(sock, 1)
+            time.sleep(0.6)
+        sock.sendall(b"GET")  # and then its next head has its deadline
+        assert rest(sock).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_slow_handler_is_no_slow_client(port: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(POST)
+        answered(sock, 1)
+        time.sleep(1)
+        sock.sendall(POST)
+        assert answered(sock, 1).endswith(b"abc.")
+
+
+@pytest.mark.parametrize("cut", [1, 10, len(POST) - 5, len(POST) - 1])
+def test_pieces_and_pipelines_are_read_as_one(port: int, cut: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(POST[:cut])
+        time.sleep(0.05)
+        sock.sendall(POST[cut:] + POST + POST)
+        assert answered(sock, 3).count(b"/a abc.") == 3
+
+
+def test_an_offer_to_speak_another_protocol_is_ignored_body_and_all(port: int) -> None:
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nUpgrade : h2c\r\nhttp2-settings: AAMAAABk\r\n"
+    for line in (offer.replace(b" :", b":"), offer.replace(b"Upgrade :", b"upgrade:")):
+        with connect(port) as sock:
+            sock.sendall(POST.replace(b"content-length", line + b"content-length"))
+            assert answered(sock, 1).endswith(b"/a abc.")
+            sock.sendall(POST)
+            assert answered(sock, 1).endswith(b"/a abc.")
+
+
+def test_a_body_is_never_read_as_a_request(port: int) -> None:
+    hidden = b"GET /hidden HTTP/1.1\r\nhost: x\r\nUpgrade: h2c\r\nconnection: upgrade\r\n\r\n"
+    head = b"POST /a HTTP/1.1\r\nhost: x\r\nconnection: Upg" + b"rade\r\nUpgrade: h2c\r\ncontent-length: %d\r\n\r\n"
+    whole = head % (len(hidden) + 1) + hidden + b"."
+    for cut in range(1, len(whole), 7):
+        with connect(port) as sock:
+            sock.sendall(whole[:cut])
+            time.sleep(0.01)
+            sock.sendall(whole[cut:])
+            sock.shutdown(socket.SHUT_WR)
+            answer = sock.recv(65536)
+        assert b"\r\n\r\n/hidden" not in answer
+
+
+def test_what_follows_a_request_and_is_none_never_answers_for_it(port: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(POST + b"\x00garbage\r\n\r\n")
+        answer = rest(sock)
+    assert b" 400 " not in answer or b" 200 " in answer
