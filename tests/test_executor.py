@@ -157,6 +157,8 @@ def random_params(rng) -> SamplingParams:
         logprobs=maybe(2, -1),
         raw_logprobs=bool(rng.integers(2)),
         prompt_logprobs=maybe(1, -1),
+        watermark_gamma=maybe(0.25, 0.0),
+        watermark_delta=3.0,
     )
 
 
