@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_text import byte_level, sentencepiece_model
+from support_text import byte_level, recorded, sentencepiece_model
 from tokenizers import decoders
 
 from tokenmill.text import sentencepiece
@@ -21,9 +22,7 @@ byte_ids = st.lists(st.integers(0, BYTES.vocab_size + 3), max_size=60)  # a few 
 texts = st.lists(st.sampled_from([*WORDS, " "]), max_size=20).map(" ".join)
 
 
-def run(
-    tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = (), **more: bool
-) -> tuple[str, str, str | None]:
+def run(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = (), **more: Any) -> tuple[str, str, str | None]:
     """The answer, the tokens' own texts, and the stop string."""
     decoder, out, own = Detokenizer(tokenizer, stop, **more), "", ""
     for token_id in ids:
@@ -166,3 +165,92 @@ def test_words_without_marks_get_their_spaces_from_the_words_before() -> None:
     inner.decoder = decoders.WordPiece()
     decoder = Detokenizer(Tokenizer(inner), prompt_ids=[0])
     assert [decoder.push(i).text for i in (1, 2, 3)] == [" wor", "ld", " again"]
+
+
+def family(name: str) -> Tokenizer:
+    """A tokenizer with each kind of decoder that models have. Bytes, words and special tokens are in all of them."""
+    if name in SENTENCEPIECE:
+        return Tokenizer(sentencepiece.build(sentencepiece.parse(sentencepiece_model(name))))
+    inner = byte_level()
+    if name == "bytes, then more":
+        inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\x00", "")])
+    elif name != "bytes":
+        pieces = [
+            "▁the",
+            "▁▁",
+            "▁",
+            "work",
+            "##ing",
+            "##s",
+            "end</w>",
+            ".",
+            "'s",
+            "n't",
+            "日本",
+            "</w>",
+            "Ġ",
+            "|",
+            "<s>",
+        ]
+        model = tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [])
+        inner = tokenizers.Tokenizer(model)
+        inner.add_special_tokens(["<s>"])
+        inner.decoder = {
+            "metaspace": decoders.Metaspace(),
+            "metaspace, never before the first": decoders.Metaspace(prepend_scheme="never"),
+            "word pieces": decoders.WordPiece(),
+            "word pieces as they are": decoders.WordPiece(cleanup=False),
+            "ends of words": decoders.BPEDecoder(),
+            "ctc": decoders.CTC(pad_token="<s>", cleanup=False),
+            "fused": decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+            "stripped one by one": decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]),
+        }.get(name)
+    return Tokenizer(inner)
+
+
+SENTENCEPIECE = sorted(recorded("sentencepiece.json")["models"])
+FAMILIES = {
+    name: family(name)
+    for name in [
+        *SENTENCEPIECE, "bytes", "bytes, then more", "metaspace", "metaspace, never before the first", "word pieces",
+        "word pieces as they are", "ends of words", "ctc", "fused", "stripped one by one", "none",
+    ]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_in_every_family_the_stream_is_the_rest_of_one_decoding(name: str, data: st.DataObject) -> None:
+    tokenizer = FAMILIES[name]
+    usual = st.integers(0, tokenizer.vocab_size - 1)
+    few = st.sampled_from(data.draw(st.lists(usual, min_size=1, max_size=4)))  # repeats, runs of halves
+    prompt = [p for p in data.draw(st.lists(usual, min_size=1, max_size=12)) if p not in tokenizer.special_ids]
+    rest = data.draw(st.lists(usual | few, max_size=60))
+    for skip in (False, True):
+        before = tokenizer.decode(prompt, skip)
+        if not prompt or "\ufffd" in before:
+            return  # the border may be inside of a character: the two decodings are of different texts
+        out, own, _ = run(tokenizer, rest, skip_special_tokens=skip, prompt_ids=prompt)
+        everything = tokenizer.decode(prompt + rest, skip)
+        assert everything.startswith(before)
+        assert is_all_but_half_a_character(out, everything[len(before) :])
+        assert skip or own == out
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_in_every_family_stop_strings_cut_what_one_decoding_gives(name: str, data: st.DataObject) -> None:
+    tokenizer = FAMILIES[name]
+    usual = st.integers(0, tokenizer.vocab_size - 1).filter(lambda i: i not in tokenizer.special_ids)
+    rest = data.draw(st.lists(usual, min_size=1, max_size=30))
+    whole, _, _ = run(tokenizer, rest, prompt_ids=[rest[0]])
+    if not whole:
+        return
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stops = [whole[start : start + data.draw(st.integers(1, 9))], "never there"]
+    before, with_it, stop = first_stop(whole, stops)
+    assert run(tokenizer, rest, stops, prompt_ids=[rest[0]])[::2] == (before, stop)
+    assert run(tokenizer, rest, stops, prompt_ids=[rest[0]], include_stop=True)[::2] == (with_it, stop)
+    assert stop is not None

@@ -104,7 +104,7 @@ def test_arguments_that_are_no_object_stay_text() -> None:
         assert out == f'"{arguments}"'
     call = {"type": "function", "function": {"name": "f"}}
     named = CALLS.replace("@", "{{ c.function.name }}")
-    assert render(named, {"role": "assistant", "content": "", "tool_calls": [call, "odd"]}) == "f"
+    assert render(named, {"role": "assistant", "content": "", "tool_calls": [call]}) == "f"
 
 
 def test_a_content_of_null_is_empty_where_the_template_fails_on_it() -> None:

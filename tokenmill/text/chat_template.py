@@ -126,7 +126,7 @@ class ChatTemplate:
             except jinja2.TemplateSyntaxError as e:
                 raise TemplateError(f"the model's chat template is wrong in line {e.lineno}: {e.message}") from None
 
-            variables = {**self._tokens, "tools": None if name == "default" else []}
+            variables: dict[str, Any] = {**self._tokens, "tools": None if name == "default" else []}
 
             def trial(chat: list[dict[str, Any]]) -> str:
                 return self._once(name, template, chat, True, variables)
@@ -186,8 +186,8 @@ def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _names_calls(chat: list[dict[str, Any]], prompt: str) -> bool:
     """True if every function that a message calls is in the prompt."""
-    calls = [call for message in chat for call in message.get("tool_calls") or ()]
-    functions = [call.get("function") for call in calls if isinstance(call, dict)]
+    listed = [calls for message in chat if isinstance(calls := message.get("tool_calls"), list)]
+    functions = [call.get("function") for calls in listed for call in calls if isinstance(call, dict)]
     return all(str(function.get("name")) in prompt for function in functions if isinstance(function, dict))
 
 

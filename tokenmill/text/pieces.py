@@ -31,11 +31,12 @@ def spelling(decoder: Any) -> Callable[[str], bytes] | None:
         return None
     found = json.loads(decoder.__getstate__())
     steps = found.get("decoders", []) if found["type"] == "Sequence" else [found]
-    if [step["type"] for step in steps] == ["ByteLevel"]:
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
         return _byte_level()
-    if steps and all(_of_sentencepiece(step) for step in steps):
-        with_bytes = any(step["type"] == "ByteFallback" for step in steps)
-        return _sentencepiece_with_bytes if with_bytes else _sentencepiece
+    fused = "Strip" not in kinds or "Fuse" in kinds[: kinds.index("Strip")]  # else each token is stripped
+    if steps and fused and all(_of_sentencepiece(step) for step in steps):
+        return _sentencepiece_with_bytes if "ByteFallback" in kinds else _sentencepiece
     return None
 
 

@@ -96,9 +96,21 @@ class Tokenizer:
         return out
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. Bytes that are no characters become U+FFFD."""
+        """The text of a whole sequence. Bytes that are no characters become U+FFFD, and no others are lost."""
         text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        if "\ufffd" not in text or self.pieces is None:
+            return text
+        shown = [i for i in ids if not (skip_special_tokens and i in self._special)]
+        raw = b"".join(map(self.pieces.bytes_of, shown))  # the library gives up a whole run of byte tokens for one
+        return self._without_lead(shown, raw.decode(errors="replace"))
+
+    def _without_lead(self, ids: Sequence[int], text: str) -> str:
+        """`text` without the space that the decoder drops before a sequence's first word."""
+        if not ids:
+            return text
+        alone = self._inner.decode([ids[0]], skip_special_tokens=False)
+        dropped = max(len(self.token_text(ids[0])) - len(alone), 0)
+        return text[dropped:] if text[:dropped].isspace() else text
 
     def token_text(self, token_id: int) -> str:
         """One token's text as it stands inside a sequence: with the space before a word; half a character is U+FFFD."""
