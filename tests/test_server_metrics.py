@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support_server import Server, byte_model, eventually
 
 from tokenmill.server import app
 from tokenmill.server.metrics import CATALOG, ROUTES, Metrics
@@ -64,11 +68,10 @@ def test_bounds_have_the_digits_of_tgis(tmp_path: Path) -> None:
     metrics = Metrics(str(tmp_path), 0)
     metrics.set_limits(1023, 2048)
     found = samples(metrics.text())
-    bound, i = 0.0001, 0
-    for i in range(35):
+    bound = 0.0001
+    for _ in range(35):
         bound *= 1.5
         assert f"tgi_request_queue_duration_bucket|le={bound!r}" in found
-    assert i == 34
     assert f"tgi_request_input_length_bucket|le={1023 / 100 * 7!r}" in found
     assert "tgi_request_max_new_tokens_bucket|le=2048" in found
 
@@ -146,3 +149,102 @@ def test_files_of_another_layout_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics-1.bin").write_bytes(b"\0" * 80)
     metrics.add("tgi_request_success")
     assert samples(metrics.text())["tgi_request_success"] == 1
+
+
+# What a real server counts
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    limits = ("--max-input-tokens", "99", "--max-total-tokens", "200")
+    running = Server(byte_model(tmp_path_factory.mktemp("model")), port, "--mock-step-ms", "2", *limits)
+    yield running
+    running.stop()
+
+
+class Counts:
+    """What the metrics of a server grew by since this was made."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.before = server, self.now(server)
+
+    @staticmethod
+    def now(server: Server) -> dict[str, float]:
+        return samples(httpx.get(server.url + "/metrics", timeout=5).text)
+
+    def grown(self) -> dict[str, float]:
+        changes = {name: value - self.before.get(name, 0) for name, value in self.now(self.server).items()}
+        return {name: change for name, change in changes.items() if change}
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+ASKED = [
+    ("/generate", {"inputs": "hi", "parameters": {"max_new_tokens": 4}}, 1, 4),
+    ("/generate", {"inputs": "hi", "parameters": {"max_new_tokens": 4, "best_of": 2, "do_sample": True}}, 1, 4),
+    ("/", {"inputs": "hi", "parameters": {"max_new_tokens": 4}}, 1, 4),
+    ("/v1/chat/completions", CHAT, 1, 3),
+    ("/v1/chat/completions", CHAT | {"n": 3}, 1, 3),
+    ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 3}, 2, 6),
+]
+
+
+@pytest.mark.parametrize("path, body, prompts, tokens", ASKED)
+def test_a_request_counts_once_and_each_prompt_as_a_success(
+    server: Server, path: str, body: dict[str, object], prompts: int, tokens: int
+) -> None:
+    counts = Counts(server)
+    assert server.post(path, body).status_code == 200
+    grown = counts.grown()
+    assert grown["tgi_request_count"] == 1
+    assert grown["tgi_request_success"] == prompts
+    for name in ("duration", "validation_duration", "queue_duration", "inference_duration",
+                 "mean_time_per_token_duration", "generated_tokens", "input_length", "max_new_tokens"):  # fmt: skip
+        assert grown[f"tgi_request_{name}_count"] == prompts
+    assert grown["tgi_request_generated_tokens_sum"] == tokens
+    assert grown["tgi_request_skipped_tokens_count"] == tokens
+    assert "tgi_request_skipped_tokens_sum" not in grown
+    assert not any(name.startswith("tgi_request_failure") for name in grown)
+    parts = sum(grown[f"tgi_request_{part}_duration_sum"] for part in ("validation", "queue", "inference"))
+    assert parts == pytest.approx(grown["tgi_request_duration_sum"], abs=1e-6)
+    assert grown[f"tokenmill_http_responses_total|route={path}|status=200"] == 1
+    assert grown["tgi_batch_inference_count|method=prefill"] >= 1
+    assert grown["tgi_batch_inference_count|method=decode"] >= 2
+    assert grown["tgi_batch_next_size_sum"] >= prompts
+
+
+@pytest.mark.parametrize("path, body, label", [
+    ("/generate", {"inputs": ""}, "validation"),
+    ("/generate", {"inputs": "hi", "parameters": {"max_new_tokens": 500}}, "validation"),
+    ("/v1/completions", {"prompt": "a", "suffix": "b"}, "validation"),
+    ("/v1/completions", {"prompt": ["a"] * 5}, "validation"),
+    ("/generate", {"inputs": 7}, None),
+])  # fmt: skip
+def test_a_failure_counts_under_its_kind_and_a_body_of_the_wrong_shape_not_at_all(
+    server: Server, path: str, body: dict[str, object], label: str | None
+) -> None:
+    counts = Counts(server)
+    assert server.post(path, body).status_code in (400, 422)
+    failures = {name: value for name, value in counts.grown().items() if name.startswith("tgi_request_failure")}
+    assert failures == ({f"tgi_request_failure|err={label}": 1} if label else {})
+
+
+def test_a_client_that_leaves_counts_as_dropped(server: Server) -> None:
+    counts = Counts(server)
+    body = {"inputs": "hi", "parameters": {"max_new_tokens": 90}}
+    with httpx.stream("POST", server.url + "/generate_stream", json=body, timeout=5) as response:
+        next(response.iter_lines())
+    eventually(lambda: counts.grown().get("tgi_request_failure|err=dropped") == 1)
+    assert "tgi_request_success" not in counts.grown()
+
+
+def test_gauges_return_to_zero_when_nothing_runs(server: Server) -> None:
+    gauges = [f"tgi_{name}" for name in ("batch_current_size", "batch_current_max_tokens", "queue_size")]
+    gauges.append("tokenmill_requests_in_flight")
+    eventually(lambda: [Counts.now(server)[name] for name in gauges] == [0, 0, 0, 0])
+    found = Counts.now(server)
+    assert found["tgi_batch_max_total_tokens"] > 0
+    assert "tgi_request_input_length_bucket|le=0.99" in found
+    assert "tgi_request_generated_tokens_bucket|le=200" in found

@@ -195,6 +195,7 @@ class Supervisor:
             if child is self.fetcher or child is self.ranks.get(0):
                 self._show(message)
         elif isinstance(message, ModelReady):
+            _log.info("Successfully downloaded weights for %s", message.source["model_id"])  # TGI's words
             self._model_is_here(message)
         elif isinstance(message, Ready):
             child.ready = True
