@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
 import sys
@@ -20,6 +19,7 @@ from tokenmill.engine.intake import Follower, Intake, RankServer
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
 from tokenmill.runtime.choice import Computing
+from tokenmill.settle import settle
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
 from tokenmill.wire.messages import Configure, Ready
@@ -54,8 +54,7 @@ def main(control: ChildControl) -> None:
 
 def _work(engine: Engine[Any], control: ChildControl) -> None:
     """Step until the supervisor is gone. A follower whose rank 0 is gone ends too, in order."""
-    gc.collect()
-    gc.freeze()  # what the start made stays: later collections need not look at it
+    settle()
     try:
         while control.poll() is not None:
             engine.step()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -28,6 +27,7 @@ from tokenmill.server.digests import model_digest
 from tokenmill.server.protocol import BoundedProtocol
 from tokenmill.server.service import Model, Service, ServiceOptions
 from tokenmill.server.tracing import Tracer
+from tokenmill.settle import settle
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
@@ -136,8 +136,7 @@ class Worker:
         service.model = Model(
             id=source.model_id, revision=source.revision, tokenizer=tokenizer, created=int(time.time()), digest=digest
         )
-        gc.collect()
-        gc.freeze()  # tables of the tokenizer and modules: nothing that collections need to look at
+        settle()
         self._begin(self._tell_ready())
         await service.client.run()
 
