@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,8 @@ class Server:
         command = [python, "-m", "tokenmill", "serve", "--model-id", str(model), "--hostname", "127.0.0.1"]
         command += ["--port", str(port), *(["--mock"] if mock else []), *options]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [python_path, str(ROOT)]))}
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # a pipe that nobody reads would fill up
+        self.process = subprocess.Popen(command, env=environment, stdout=self._output, stderr=subprocess.STDOUT)
         if wait:
             self.wait_until_ready()
 
@@ -115,7 +115,10 @@ class Server:
         return found
 
     def log(self) -> str:
-        return self.process.communicate(timeout=30)[0]
+        """What it wrote, when it has ended. TimeoutExpired if it does not within 30 s."""
+        self.process.wait(30)
+        self._output.seek(0)
+        return self._output.read()
 
     def stop(self) -> str:
         """End the server now; its log."""
