@@ -63,7 +63,7 @@ class Server:
         command = [python, "-m", "tokenmill", "serve", "--model-id", str(model), "--hostname", "127.0.0.1"]
         command += ["--port", str(port), *(["--mock"] if mock else []), *options]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [python_path, str(ROOT)]))}
-        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # a pipe that nobody reads would fill up
+        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  a pipe would fill up
         self.process = subprocess.Popen(command, env=environment, stdout=self._output, stderr=subprocess.STDOUT)
         if wait:
             self.wait_until_ready()
