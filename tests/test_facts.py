@@ -60,6 +60,11 @@ def test_a_request_that_waits_for_a_slot_says_for_how_long_and_who_ran_beside_it
     assert last.facts.largest_batch == 2
 
 
+def test_a_queue_begins_where_the_sender_says() -> None:
+    house = House([[], [], [msgspec.structs.replace(asking(request(0, [1], 2)), sent_at=0.5)]], 32, LIMITS)
+    assert house.run()[0][-1].facts == Facts(1.5, 1.0, 1.0, 0, 0, 1)
+
+
 def test_what_the_prefix_cache_had_is_among_the_facts():
     prompt = range(1, 20)
     script: list[list[ToEngine]] = [[request(0, prompt, 1)], [], [], [], [], [asking(request(1, prompt, 2))]]

@@ -29,7 +29,8 @@ class _Run:
 class FactsLink:
     """The link of rank 0, through which every output with tokens gets `Facts` if its request wants them.
 
-    `scheduler` is the engine's and only read. A step's tokens are taken as made when `send` is called.
+    `scheduler` is the engine's and only read. A step's tokens are taken as made when `send` is called. `clock` is
+    that of `Request.sent_at`.
     """
 
     def __init__(self, link: Link, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,7 +45,7 @@ class FactsLink:
             if not isinstance(message, Request):
                 self._runs.pop(message.id, None)
             elif message.wants_facts:
-                self._runs[message.id] = _Run(self._clock())
+                self._runs[message.id] = _Run(message.sent_at or self._clock())
         return messages
 
     def send(self, outputs: list[Output], stats: Stats) -> None:

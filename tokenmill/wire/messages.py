@@ -59,6 +59,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     stopping: StoppingParams
     salt: bytes = b""  # where the prefix cache's hash chain begins: requests of other salts never share blocks
     wants_facts: bool = False  # every output with tokens carries `Facts`
+    sent_at: float = 0.0  # of time.monotonic, which processes of a machine share: where its queue begins; 0: on arrival
 
     @property
     def computes_whole_prompt(self) -> bool:
@@ -87,7 +88,7 @@ class Facts(msgspec.Struct, frozen=True, array_like=True):
     """What the engine measured of one request, up to the output that carries it. A wait after a preemption counts as
     part of what it interrupted."""
 
-    queue_s: float = 0.0  # from its arrival at the engine until its first step began
+    queue_s: float = 0.0  # from when it was sent to the engine until its first step began
     prefill_s: float = 0.0  # from then until its first token
     decode_s: float = 0.0  # from the first token to the newest
     num_cached: int = 0  # tokens of its prompt that the prefix cache had
