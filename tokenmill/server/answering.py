@@ -87,7 +87,10 @@ class _Listener(ABC):
                 self.num_open += 1
         for generation in self.generations:
             p = generation.prepared
-            request = Request(generation.id, p.prompt_ids, p.sampling, p.stopping, wants_facts=sequences.receipt)
+            request = Request(
+                generation.id, p.prompt_ids, p.sampling, p.stopping,
+                wants_facts=sequences.receipt, sent_at=generation.timings.submitted,
+            )  # fmt: skip
             service.client.submit(request, generation)
 
     @abstractmethod
