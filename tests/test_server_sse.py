@@ -94,6 +94,44 @@ def test_a_client_that_never_reads_costs_a_bounded_amount_of_memory() -> None:
     asyncio.run(main())
 
 
+def test_a_client_that_takes_nothing_is_cut_off_even_after_the_end() -> None:
+    async def main(ended: bool) -> None:
+        client = Client()
+        stream = EventStream(client.send, [], stall_s=0.1)
+        stream.write(event(b"1"))
+        client.gate.clear()
+        stream.write(event(b"2"))
+        if ended:
+            stream.end(event(b"3"))
+        await asyncio.sleep(0.05)
+        assert not stream.done.done()
+        await asyncio.wait_for(stream.done, 1)
+        assert stream.overflowed
+        assert not client.complete
+
+    asyncio.run(main(False))
+    asyncio.run(main(True))
+
+
+def test_a_client_that_takes_little_by_little_is_not() -> None:
+    async def main() -> None:
+        client = Client()
+        stream = EventStream(client.send, [], stall_s=0.1)
+        for _ in range(5):
+            client.gate.clear()
+            stream.write(event(b"1"))
+            await asyncio.sleep(0.06)
+            client.gate.set()
+            await asyncio.sleep(0.01)
+        stream.end()
+        await asyncio.sleep(0.15)
+        assert stream.done.done()
+        assert not stream.overflowed
+        assert client.complete
+
+    asyncio.run(main())
+
+
 def test_a_silent_stream_gets_comments_and_a_busy_one_none() -> None:
     async def main() -> None:
         silent, busy, loop = Client(), Client(), asyncio.get_running_loop()

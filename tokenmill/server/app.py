@@ -17,6 +17,7 @@ from tokenmill.errors import GenerationError, RequestError
 from tokenmill.server import access, failures
 from tokenmill.server.call import Call, ClientGone
 from tokenmill.server.cors import Cors
+from tokenmill.server.protocol import ABORT
 from tokenmill.server.routes import about, chat, completions, documentation, kserve, native, openai, sagemaker, vertex
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
@@ -124,8 +125,9 @@ class App:
                 await call.reply(405 if methods else 404, b"", _allow(methods))
             else:
                 await self._run(route, call)
-        except ClientGone:
+        except ClientGone:  # or cut off: closing in order would wait until it has read what it does not read
             call.status = 499
+            scope.get(ABORT, _nothing)()
             if route and route.generates:
                 self._service.count_dropped()
         finally:
@@ -192,6 +194,10 @@ async def _lifespan(receive: Receive, send: Send) -> None:
         await send({"type": message["type"] + ".complete"})
         if message["type"] == "lifespan.shutdown":
             return
+
+
+def _nothing() -> None:
+    """There is no connection of our own to drop."""
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -33,6 +33,9 @@ IDLE_TIMEOUT_S = 75.0
 """How long a new connection may say nothing."""
 
 
+ABORT = "tokenmill.abort"
+"""Where a request's scope has the function that drops its connection with all that is still to be sent."""
+
 _UPGRADE = b"\r\nupgrade"
 
 
@@ -79,6 +82,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self._reads_head, self._body_bytes = False, 0
+        self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

@@ -2,8 +2,8 @@
 
 The engine's reader pushes text into a stream from a callback. `send` of an ASGI server is a coroutine, but it waits
 only when the client reads too slowly; so it is driven by hand and finishes at once. When it does wait, what is left of
-it becomes a task and further events are kept, up to `MAX_BUFFERED_BYTES`; a client slower than that is cut off, for
-the memory of the server is not its buffer.
+it becomes a task and further events are kept, up to `MAX_BUFFERED_BYTES`; a client slower than that, or one that takes
+nothing for `STALL_S`, is cut off, for neither the memory nor the places of the server are its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from starlette.types import Send
 Headers = list[tuple[bytes, bytes]]
 
 KEEP_ALIVE_S = 15.0
+STALL_S = 30.0
 MAX_BUFFERED_BYTES = 256 * 1024
 
 DONE = b"data: [DONE]\n\n"
@@ -59,11 +60,14 @@ class EventStream:
     over, or the client was cut off for reading too slowly (`overflowed`).
     """
 
-    def __init__(self, send: Send, headers: Headers, keep_alive_s: float = KEEP_ALIVE_S) -> None:
+    def __init__(
+        self, send: Send, headers: Headers, keep_alive_s: float = KEEP_ALIVE_S, stall_s: float = STALL_S
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._send = send
         self._headers = headers
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive_s, self._stall_s = keep_alive_s, stall_s
+        self._stall: asyncio.TimerHandle | None = None  # running while the client takes nothing
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._flusher: asyncio.Task[None] | None = None
@@ -86,8 +90,7 @@ class EventStream:
         self._pending.append(data)
         self._pending_bytes += len(data)
         if self._pending_bytes > MAX_BUFFERED_BYTES:
-            self.overflowed = True
-            self.close()
+            self._cut_off()
 
     def end(self, data: bytes = b"") -> None:
         """Send the last events and finish the response."""
@@ -107,6 +110,7 @@ class EventStream:
         """Send nothing more: the client is gone or cut off. Idempotent."""
         self._ended = True
         self._timer.cancel()
+        self._watch(False)
         self._pending.clear()
         if self._flusher is not None:
             self._flusher.cancel()
@@ -126,6 +130,7 @@ class EventStream:
         except OSError:
             self.close()
             return
+        self._watch(True)
         self._flusher = self._loop.create_task(self._flush(_Rest(coroutine, waited_for)))
 
     async def _flush(self, rest: _Rest) -> None:
@@ -136,15 +141,28 @@ class EventStream:
                 data = b"".join(self._pending)
                 self._pending.clear()
                 self._pending_bytes = 0
+                self._watch(True)
                 await self._deliver(data, True)
+            if self._ended and not self._completed:
+                self._watch(True)
+                await self._deliver(b"", False)
         except OSError:
             self.close()
             return
+        self._watch(False)
         self._flusher = None
         if self._ended:
-            if not self._completed:
-                await self._deliver(b"", False)
             self._finish()
+
+    def _watch(self, waits: bool) -> None:
+        """Begin to count how long the client takes nothing, anew, or stop."""
+        if self._stall is not None:
+            self._stall.cancel()
+        self._stall = self._loop.call_later(self._stall_s, self._cut_off) if waits else None
+
+    def _cut_off(self) -> None:
+        self.overflowed = True
+        self.close()
 
     def _keep_alive(self) -> None:
         silent = self._loop.time() - self._last_write
