@@ -101,6 +101,11 @@ def test_a_model_is_fetched_whole_and_found_again_without_the_network(hub_url: s
     assert len(_Hub.requests) == asked
 
 
+def test_a_downloader_that_tgis_images_ask_for_and_is_not_here_is_done_without(hub_url: str, tmp_path: Path) -> None:
+    done = download("owner/tiny", endpoint=hub_url, home=tmp_path, HF_HUB_ENABLE_HF_TRANSFER="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_unknown_model_is_explained_at_once(hub_url: str, tmp_path: Path) -> None:
     done = download("owner/unknown", endpoint=hub_url, home=tmp_path)
     assert done.returncode == 1

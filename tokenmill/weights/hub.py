@@ -8,6 +8,7 @@ see the same files.
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import logging
 import re
 import subprocess
@@ -140,6 +141,8 @@ def _download(job: _Job, report: Report) -> Path:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # ours counts all files together
+    if importlib.util.find_spec("hf_transfer") is None:  # TGI's images ask for it; huggingface_hub then refuses to go on
+        constants.HF_HUB_ENABLE_HF_TRANSFER = False
     cache = Path(job.access.cache_dir or constants.HF_HUB_CACHE)
     blobs = cache / f"models--{job.model_id.replace('/', '--')}" / "blobs"
 
