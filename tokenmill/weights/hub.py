@@ -141,7 +141,7 @@ def _download(job: _Job, report: Report) -> Path:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # ours counts all files together
-    if importlib.util.find_spec("hf_transfer") is None:  # TGI's images ask for it; huggingface_hub then refuses to go on
+    if importlib.util.find_spec("hf_transfer") is None:  # TGI's images ask for it; without, the Hub's library refuses
         constants.HF_HUB_ENABLE_HF_TRANSFER = False
     cache = Path(job.access.cache_dir or constants.HF_HUB_CACHE)
     blobs = cache / f"models--{job.model_id.replace('/', '--')}" / "blobs"
