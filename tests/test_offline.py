@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import tokenmill
 from tokenmill import LLM
 from tokenmill.backends.base import StepLimits
+from tokenmill.backends.sampling import green_ids
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
@@ -190,6 +192,27 @@ def test_logprobs_of_answer_and_prompt_come_as_asked(llm):
     assert len(answer.prompt_logprobs) == len(answer.prompt_ids) - 1
     [plain] = llm.generate("Hello", max_new_tokens=3, ignore_eos=True)
     assert plain.logprobs == plain.prompt_logprobs == ()
+
+
+def test_a_watermark_is_made_with_the_servers_options(folder, llm):
+    plain, marked = (
+        llm.generate("Hello", max_new_tokens=40, ignore_eos=True, watermark=watermark)[0] for watermark in (False, True)
+    )
+    assert plain.token_ids != marked.token_ids
+    with LLM(str(folder), cpu_threads=1, watermark_gamma=0.1, watermark_delta=50.0) as model:
+        [answer] = model.generate("Hello", max_new_tokens=40, ignore_eos=True, watermark=True)
+        ids = [answer.prompt_ids[-1], *answer.token_ids]
+        assert all(new in green_ids(before, 0.1, 260) for before, new in itertools.pairwise(ids))
+
+
+def test_facts_come_with_every_token_if_they_are_wanted(folder):
+    parts = assemble(local_source(folder), Wants(max_total_tokens=100), Group(), lambda _: None)
+    with OfflineEngine(parts) as engine:
+        quiet, asking = engine.submit([1, 2], None, StoppingParams(5)), engine.submit([3], None, wants_facts=True)
+        told = [output.facts for output in engine.outputs(asking) if output.token_ids]
+        assert len(told) == 16
+        assert all(fact and fact.largest_batch == 2 and fact.prefill_s > 0 for fact in told)
+        assert not any(output.facts for output in engine.outputs(quiet))
 
 
 def test_a_second_prompt_finds_its_beginning_in_the_cache(llm):
