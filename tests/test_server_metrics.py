@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +151,24 @@ def test_files_of_another_layout_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics-1.bin").write_bytes(b"\0" * 80)
     metrics.add("tgi_request_success")
     assert samples(metrics.text())["tgi_request_success"] == 1
+
+
+def test_the_dashboard_asks_for_metrics_and_labels_that_there_are() -> None:
+    dashboard = json.loads((Path(__file__).resolve().parent.parent / "docs" / "grafana.json").read_text())
+    known = {metric.name: metric for metric in CATALOG}
+    shown = set()
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            for name, labels in re.findall(r"((?:tgi|tokenmill)_\w+)\{([^}]*)\}", target["expr"]):
+                metric = known[name if name in known else re.sub("_(bucket|sum|count)$", "", name)]
+                shown.add(metric.name)
+                assert name.endswith("_bucket") == (metric.kind == "histogram")
+                asked = dict(re.findall(r'(\w+)=~?"([^"]*)"', labels))
+                assert asked.pop("instance") == "$instance"
+                assert all(value in dict(metric.labels)[label] for label, value in asked.items())
+            for label in re.findall(r"by \((\w+)\)", target["expr"]):
+                assert label == "le" or label in dict(metric.labels)
+    assert len(shown) > 20
 
 
 # What a real server counts
