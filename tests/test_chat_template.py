@@ -198,6 +198,19 @@ def test_a_request_cannot_set_what_is_the_servers(name: str) -> None:
         ours("x", CHATS["one"], kwargs={name: True})
 
 
+def test_a_request_may_bring_documents_and_name_a_template() -> None:
+    named = ChatTemplate({"default": "plain", "rag": "{% for d in documents %}{{ d.title }}{% endfor %}"})
+    documents = [{"title": "a"}, {"title": "b"}]
+    assert named.render(CHATS["one"], kwargs={"documents": documents}) == "plain"
+    assert named.render(CHATS["one"], kwargs={"documents": documents, "chat_template": "rag"}) == "ab"
+    assert named.render(CHATS["one"], documents=documents, kwargs={"chat_template": "rag"}) == "ab"
+    with pytest.raises(TemplateError, match="only to a name the model has: default, rag"):
+        named.render(CHATS["one"], kwargs={"chat_template": "{{ messages }}"})
+    for wrong in ("a", [1], {"title": "x"}):
+        with pytest.raises(TemplateError, match="'documents' must be a list of objects"):
+            named.render(CHATS["one"], kwargs={"documents": wrong})
+
+
 @pytest.mark.parametrize(
     "template",
     [

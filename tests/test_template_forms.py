@@ -115,9 +115,22 @@ def test_a_content_of_null_is_empty_where_the_template_fails_on_it() -> None:
         "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}{% endfor %}"
     )
     assert render(searches, message) == "[find]"
-    asks = "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].nothing.x }}{% endif %}{% endfor %}"
-    with pytest.raises(TemplateError, match="no attribute 'nothing'"):  # with "" the call would be lost without a word
-        render(asks, message)
+    only_null = (
+        "{% for m in messages %}{% if m.content is none %}{% for c in m.tool_calls %}{{ c.id + c.function.arguments }}"
+        "{% endfor %}{% endif %}{% endfor %}"
+    )
+    assert render(only_null, {**message, "tool_calls": [{**call, "id": "7"}]}) == "7{}"
+    with pytest.raises(TemplateError, match="no attribute 'id'"):  # with "" the call would be lost without a word
+        render(only_null, message)
+
+
+def test_calls_that_a_template_cannot_write_are_not_lost() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    written = '[{"id":"1","type":"function","function":{"name":"f","arguments":"{}"}}]'
+    for template in (TEXT_ONLY, TEXT_ADDED):
+        assert render(template, {"role": "assistant", "content": None, "tool_calls": [call]}) == "<assistant>" + written
+        assert render(template, {"role": "assistant", "tool_calls": [call]}) == "<assistant>" + written
+        assert render(template, {"role": "assistant", "content": "so", "tool_calls": [call]}) == "<assistant>so"
 
 
 def test_a_template_that_refuses_is_not_tried_again() -> None:

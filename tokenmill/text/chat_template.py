@@ -19,12 +19,11 @@ from tokenmill.text.template_wants import wants_argument_objects
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with its space: where a template trims, the space is gone
 _OURS = frozenset(
-    {
-        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
-        "conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-        "tokenizer_kwargs",
-    }
-)  # fmt: skip
+    (
+        "messages tools add_generation_prompt continue_final_message conversation tokenize padding truncation "
+        "max_length return_tensors return_dict tokenizer_kwargs"
+    ).split()
+)
 """Names that a request may not set through `kwargs`: the server sets them, or transformers takes them itself."""
 
 
@@ -75,16 +74,17 @@ class ChatTemplate:
         continue_final_message: bool | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt. `kwargs`: further variables for the template. Takes nothing: `messages` are copied if changed.
+        """The prompt. `kwargs`: further variables for the template; among them `documents` is the same as the argument,
+        and `chat_template` chooses one of several by name. Takes nothing: `messages` are copied if changed.
 
         With neither flag given, a last message of the assistant is continued, and after any other the assistant's turn
         begins. TemplateError with message and line if the template raises, is wrong, takes too long or writes too much.
         """
         continued, optional = self._continued(messages, add_generation_prompt, continue_final_message)
         begins = not continued if add_generation_prompt is None else add_generation_prompt
-        variables = {**self._tokens, **_checked(kwargs or {})}
-        variables |= {"tools": list(tools) if tools is not None else None, "documents": documents}
-        template = self._template("tool_use" if tools is not None and "tool_use" in self.sources else "default")
+        given = _checked(kwargs or {})
+        template = self._template(self._name(given.pop("chat_template", None), tools is not None))
+        variables = {**self._tokens, "documents": documents, **given, "tools": None if tools is None else list(tools)}
         chat = [template.forms.shaped(message) for message in messages]
         if not continued:
             return self._run(template, chat, begins, variables)
@@ -98,6 +98,15 @@ class ChatTemplate:
         raise TemplateError(
             "continue_final_message: the last message's text is not in the prompt that the template makes"
         )
+
+    def _name(self, wished: Any, with_tools: bool) -> str:
+        """Which template serves a request. A request may name one; what it cannot do is to bring its own."""
+        if wished is None:
+            return "tool_use" if with_tools and "tool_use" in self.sources else "default"
+        if wished not in self.sources:
+            known = ", ".join(sorted(self.sources))
+            raise TemplateError(f"chat_template_kwargs may set 'chat_template' only to a name the model has: {known}")
+        return str(wished)
 
     def _continued(
         self, messages: Sequence[Mapping[str, Any]], begins: bool | None, continued: bool | None
@@ -140,16 +149,13 @@ class ChatTemplate:
         try:
             return self._once(found.name, found.template, chat, begins, variables)
         except _Fault as fault:
-            filled = [{**message, "content": ""} if message.get("content") is None else message for message in chat]
+            filled = [found.forms.without_null(message) for message in chat]
             if filled == chat:
                 raise
             try:
-                prompt = self._once(found.name, found.template, filled, begins, variables)
+                return self._once(found.name, found.template, filled, begins, variables)
             except TemplateError:
                 raise fault from None
-            if not _names_calls(chat, prompt):  # to this template "" means that there are none
-                raise
-            return prompt
 
     def _once(
         self, name: str, template: jinja2.Template, chat: list[dict[str, Any]], begins: bool, variables: dict[str, Any]
@@ -177,18 +183,14 @@ def _place(error: BaseException, name: str) -> str:
     return f" (line {line} of the chat template{of})" if line else ""
 
 
-def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     for name in kwargs:
         if name in _OURS or name.startswith("_"):
             raise TemplateError(f"chat_template_kwargs may not set {name!r}")
-    return kwargs
-
-
-def _names_calls(chat: list[dict[str, Any]], prompt: str) -> bool:
-    """True if every function that a message calls is in the prompt."""
-    listed = [calls for message in chat if isinstance(calls := message.get("tool_calls"), list)]
-    functions = [call.get("function") for calls in listed for call in calls if isinstance(call, dict)]
-    return all(str(function.get("name")) in prompt for function in functions if isinstance(function, dict))
+    documents = kwargs.get("documents")
+    if documents is not None and not (isinstance(documents, list) and all(isinstance(d, dict) for d in documents)):
+        raise TemplateError("chat_template_kwargs: 'documents' must be a list of objects")
+    return dict(kwargs)
 
 
 def _text_of(message: Mapping[str, Any]) -> str | None:

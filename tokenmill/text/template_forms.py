@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tokenmill.errors import TemplateError
 
 Form = Literal["any", "text", "parts"]  # for arguments, "parts" means an object
 
 _MARK = "tokenmillmark"
+_NAME = "tokenmillcall"
 _ARGUMENTS = {"tokenmillkey": _MARK}
 _MOST_ROLES = 64
 _ID = "abcdefghi"  # nine letters and digits, which some templates insist on
+
+
+class _Calls(NamedTuple):
+    """`arguments`: their form, None if the template writes no calls. `beside_text`: also in messages with a content."""
+
+    arguments: Form | None
+    beside_text: bool
 
 
 class Forms:
@@ -28,7 +36,7 @@ class Forms:
     def __init__(self, render: Callable[[list[dict[str, Any]]], str], *, object_like: bool) -> None:
         self._render, self._object_like = render, object_like
         self._found: dict[str, Form | None] = {}
-        self._arguments: Form | None = None
+        self._calls: _Calls | None = None
 
     def of(self, role: str) -> Form | None:
         """How the role's contents may be written; None if the template shows neither. Renders when first asked."""
@@ -40,28 +48,40 @@ class Forms:
             self._found[role] = "any" if text and parts else "text" if text else "parts" if parts else None
         return self._found[role]
 
-    def of_arguments(self) -> Form:
-        """How a tool call's arguments may be written. Renders when first asked."""
-        if self._arguments is None:
-            unknown: Form = "parts" if self._object_like else "any"
+    def of_calls(self) -> _Calls:
+        """How tool calls are written. Renders when first asked."""
+        if self._calls is None:
+            self._calls = _Calls("parts", True) if self._object_like else _Calls(None, True)
             for content in ("", None):  # what stands beside calls; templates differ
-                text = self._shows_call(content, json.dumps(_ARGUMENTS), '\\"tokenmillkey')
-                parts = self._shows_call(content, _ARGUMENTS, "{'tokenmillkey")
-                if text or parts:
-                    unknown = "any" if text and parts else "text" if text else "parts"
+                as_text = self._with_call(content, json.dumps(_ARGUMENTS))
+                as_object = self._with_call(content, _ARGUMENTS)
+                text = _MARK in as_text and '\\"tokenmillkey' not in as_text
+                parts = _MARK in as_object and "{'tokenmillkey" not in as_object
+                if text or parts or _NAME in as_text:
+                    self._calls = _Calls("any" if text == parts else "text" if text else "parts", content == "")
                     break
-            self._arguments = unknown
-        return self._arguments
+        return self._calls
 
     def shaped(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The message in a form that the template takes, as it came if it takes that or if nothing is known."""
+        """The message in a form that the template takes, as it came if it takes that or if nothing is known.
+
+        Calls that the template does not write become the message's content, as JSON, if it has none.
+        """
         given = dict(message)
         calls = given.get("tool_calls")
         if isinstance(calls, list) and calls:
-            form = self.of_arguments()
+            form = self.of_calls().arguments
+            if form is None and given.get("content") is None:
+                given["content"] = json.dumps(calls, ensure_ascii=False, separators=(",", ":"))
             given["tool_calls"] = [_with_arguments(call, form) for call in calls]
         self._shape_content(given)
         return given
+
+    def without_null(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with "" for a content of null, unless the template would then leave its calls out."""
+        if message.get("content") is not None or (message.get("tool_calls") and not self.of_calls().beside_text):
+            return message
+        return {**message, "content": ""}
 
     def _shape_content(self, given: dict[str, Any]) -> None:
         role, content = str(given.get("role")), given.get("content")
@@ -76,15 +96,14 @@ class Forms:
             given["content"] = [{"type": "text", "text": content}]
 
     def _shows(self, role: str, content: Any) -> bool:
-        arguments = {} if self.of_arguments() == "parts" else "{}"
+        arguments = {} if self.of_calls().arguments == "parts" else "{}"
         out = self._rendered(_conversation(role, content, arguments))
         return _MARK in out and not any(f"{quote}type{quote}" in out for quote in "'\"")
 
-    def _shows_call(self, content: Any, arguments: Any, wrong: str) -> bool:
+    def _with_call(self, content: Any, arguments: Any) -> str:
         conversation = _conversation("tool", "x", arguments)
         conversation[1]["content"] = content
-        out = self._rendered(conversation)
-        return _MARK in out and wrong not in out
+        return self._rendered(conversation)
 
     def _rendered(self, conversation: list[dict[str, Any]]) -> str:
         try:
@@ -102,9 +121,9 @@ def _conversation(role: str, content: Any, arguments: Any) -> list[dict[str, Any
         return [message, user]
     if role == "assistant":
         return [user, message, user]
-    call = {"id": _ID, "type": "function", "function": {"name": "f", "arguments": arguments}}
+    call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": arguments}}
     asked = {"role": "assistant", "content": "", "tool_calls": [call]}
-    return [user, asked, {**message, "name": "f", "tool_call_id": _ID}]
+    return [user, asked, {**message, "name": _NAME, "tool_call_id": _ID}]
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -114,7 +133,7 @@ def _joined(parts: Sequence[Any]) -> Any:
     return "".join(whole) if len(whole) == len(texts) else parts
 
 
-def _with_arguments(call: Any, form: Form) -> Any:
+def _with_arguments(call: Any, form: Form | None) -> Any:
     """A tool call with its arguments in this form, if they can be so written."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
