@@ -90,7 +90,7 @@ def test_a_wrong_variable_and_a_wrong_option_are_usage_errors() -> None:
 ])  # fmt: skip
 def test_the_shards_command_takes_its_model_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Settings] = []
-    monkeypatch.setattr("tokenmill.launcher.serve", lambda settings: served.append(settings) or 0)
+    monkeypatch.setattr("tokenmill.launcher.serve", lambda settings, environment: served.append(settings) or 0)
     assert cli.text_generation_server(["serve", *words]) == 0
     (settings,) = served
     assert (settings.model_id, settings.port, settings.json_output) == ("MODEL", 3, True)

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from support_server import byte_model
 
+import tokenmill
 from tokenmill import rundir
 from tokenmill.config import Settings
 from tokenmill.launcher import Restarts, listen, readiness
@@ -241,8 +242,9 @@ def test_a_model_that_cannot_be_served_ends_the_start(serve: Callable[..., Serve
 def test_what_is_odd_about_the_options_is_said_at_the_start(serve: Callable[..., Server]) -> None:
     server = serve("--log-level", "info,loud", "--cuda-graphs", "1,2", "--port", "99999999")
     assert server.wait() == 2
-    server = serve("--log-level", "info,loud", "--cuda-graphs", "1,2", "--mock-fault", "nonsense")
+    server = serve("--log-level", "info,loud", "--cuda-graphs", "1,2", "--mock-fault", "nonsense", "--env")
     assert server.wait() == 1
+    assert f"Runtime environment:\ntokenmill: {tokenmill.__version__}\n" in server.output
     assert "WARN tokenmill.launcher: `--cuda-graphs` has no effect" in server.output
     assert "WARN tokenmill.launcher: `LOG_LEVEL`: 'loud' is not understood" in server.output
 

@@ -121,9 +121,8 @@ def serve(words: list[str], prog: str = "tokenmill serve") -> int:
 
 
 def _serve(settings: Settings) -> int:
-    if settings.env:
-        print(_load("tokenmill.operate.env:report")(), flush=True)
-    return int(_load("tokenmill.launcher:serve")(settings))
+    environment = _load("tokenmill.operate.env:report")() if settings.env else ""
+    return int(_load("tokenmill.launcher:serve")(settings, environment))
 
 
 def _serve_positional(words: list[str]) -> int:

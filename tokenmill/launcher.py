@@ -364,10 +364,15 @@ def announce(info: EngineInfo, settings: Settings) -> None:
     _log.info("Connected")
 
 
-def serve(settings: Settings) -> int:
-    """Run a server with these settings until it is told to stop; 0 then, 1 after printing `Error: …` on stderr."""
+def serve(settings: Settings, environment: str = "") -> int:
+    """Run a server with these settings until it is told to stop; 0 then, 1 after printing `Error: …` on stderr.
+
+    `environment`: what runs here, to be logged first (`--env`).
+    """
     logs.set_up(settings.log_level, json=settings.json_output, colors=settings.log_colorize)
     not_understood = [f"`LOG_LEVEL`: {part!r} is not understood" for part in logs.parse_levels(settings.log_level)[1]]
+    if environment:
+        _log.info("Runtime environment:\n%s", environment)
     for warning in (*settings.warnings, *not_understood):
         _log.warning("%s", warning)
     _log.info("Options: %s", settings.shown())
