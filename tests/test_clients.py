@@ -4,25 +4,55 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Iterator
 
 import huggingface_hub
 import openai
 import pytest
 import text_generation
-from support_server import TEXT, Server, byte_model
-from text_generation.errors import ValidationError
+from support_server import TEXT, Server, byte_model, eventually
+from text_generation.errors import OverloadedError, ValidationError
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def start(tmp_path_factory: pytest.TempPathFactory, *options: str) -> Server:
     model = byte_model(tmp_path_factory.mktemp("model"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    running = Server(model, port, "--mock-text", TEXT, "--mock-step-ms", "1", "--max-total-tokens", "500")
+    return Server(model, port, "--mock-text", TEXT, "--max-total-tokens", "500", *options)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = start(tmp_path_factory, "--mock-step-ms", "1")
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a key, which takes one request at a time."""
+    running = start(tmp_path_factory, "--mock-step-ms", "20", "--api-key", "secret", "--max-concurrent-requests", "1")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def busy(narrow: Server) -> Iterator[openai.OpenAI]:
+    """A client of `narrow`, which is busy with another's stream for a second or so."""
+    client = openai.OpenAI(base_url=narrow.url + "/v1", api_key="secret", max_retries=0)
+    begun = threading.Event()
+
+    def other() -> None:
+        for _ in client.chat.completions.create(model="tgi", messages=MESSAGES, stream=True):  # type: ignore[arg-type]
+            begun.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert begun.wait(10)
+    yield client
+    thread.join()
 
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -157,3 +187,41 @@ def test_text_generation_async_client(server: Server) -> None:
         return [answer.generated_text, "".join(texts)]
 
     assert asyncio.run(main()) == ["Zwöl", "Zwöl"]
+
+
+def test_openai_with_a_wrong_key(narrow: Server) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=narrow.url + "/v1", api_key="wrong").models.list()
+
+
+def test_openai_waits_for_a_full_server(busy: openai.OpenAI) -> None:
+    with pytest.raises(openai.RateLimitError) as caught:
+        busy.completions.create(model="tgi", prompt="x", max_tokens=1)
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    with pytest.raises(openai.RateLimitError):
+        busy.completions.create(model="tgi", prompt="x", max_tokens=1, stream=True)
+    patient = busy.with_options(max_retries=10)
+    assert patient.completions.create(model="tgi", prompt="x", max_tokens=1).choices[0].text == "Z"
+
+
+@pytest.mark.usefixtures("online", "busy")
+def test_tgis_clients_know_a_full_server(narrow: Server) -> None:
+    old = text_generation.Client(narrow.url, headers={"Authorization": "Bearer secret"})
+    with pytest.raises(OverloadedError):
+        old.generate("x", max_new_tokens=1)
+    with pytest.raises(OverloadedError):
+        list(old.generate_stream("x", max_new_tokens=1))
+    hub = huggingface_hub.InferenceClient(narrow.url, token="secret")
+    with pytest.raises(huggingface_hub.errors.OverloadedError):
+        hub.text_generation("x", max_new_tokens=1)
+    with pytest.raises(huggingface_hub.errors.OverloadedError):
+        hub.text_generation("x", max_new_tokens=1, stream=True)
+
+
+@pytest.mark.usefixtures("online")
+def test_huggingface_sends_its_token_as_the_key(narrow: Server) -> None:
+    hub = huggingface_hub.InferenceClient(narrow.url, token="secret")
+    eventually(lambda: narrow.metric("tgi_batch_current_size") == 0)
+    assert hub.text_generation("x", max_new_tokens=1) == "xZ"
+    with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="401"):
+        huggingface_hub.InferenceClient(narrow.url, token="wrong").text_generation("x", max_new_tokens=1)
