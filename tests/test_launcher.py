@@ -128,7 +128,7 @@ def test_a_server_from_its_start_to_its_end(serve: Callable[..., Server], model:
     assert f"Model {model}" in server.output
     assert f"at http://127.0.0.1:{server.port}; the KV cache holds" in server.output
     assert f"curl http://127.0.0.1:{server.port}/v1/chat/completions" in server.output
-    waited_for = ("Setting max batch total tokens to ", "Maximum total tokens defaulted to ", "Connected\n")  # TGI's words
+    waited_for = ("Setting max batch total tokens to ", "Maximum total tokens defaulted to ", "Connected\n")  # as TGI's
     assert all(words in server.output for words in waited_for)
     children = server.children()
     assert len(children) == 3
