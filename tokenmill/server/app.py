@@ -201,9 +201,9 @@ def _nothing() -> None:
 
 
 def _request_id(scope: Scope) -> bytes:
-    """The client's own id if it is a plain short word, else a new one."""
+    """The client's own id if it is a short word of visible ASCII, else a new one."""
     for key, value in scope["headers"]:
-        if key == b"x-request-id" and 0 < len(value) <= 128 and value.replace(b"-", b"").replace(b"_", b"").isalnum():
+        if key == b"x-request-id" and 0 < len(value) <= 128 and all(0x21 <= byte <= 0x7E for byte in value):
             return bytes(value)
     return secrets.token_hex(16).encode()
 
