@@ -111,7 +111,7 @@ def test_one_place_only_means_best_of_is_off() -> None:
 OPENAI = [
     ({"temperature": -1.0}, "temperature", "Invalid 'temperature': it must be 0 or more. Given: -1.0."),
     ({"max_new_tokens": 0}, "max_tokens", "Invalid 'max_tokens': it must be 1 or more. Given: 0."),
-    ({"logprobs": 9}, "top_logprobs", "Invalid 'top_logprobs': it must be between 0 and 5. Given: 9."),
+    ({"logprobs": 21}, "top_logprobs", "Invalid 'top_logprobs': it must be between 0 and 20. Given: 21."),
     (
         {"logit_bias": {-1: 1.0}},
         "logit_bias",

@@ -179,7 +179,6 @@ def test_the_last_message_of_the_assistant_is_continued(server: Server) -> None:
         ({"response_format": {}}, "response_format"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"truncate": 0}, "truncate"),
-        ({"n": 0}, "n"),
         ({"n": 1000}, "n"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),

@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import msgspec
@@ -164,7 +165,8 @@ def parse(body: bytes, kind: type[T]) -> T:
 def _culprit(body: bytes, message: str) -> tuple[str | None, str]:
     """The field that msgspec complains about, and what it held."""
     found, missing = _PATH.search(message), _MISSING.search(message)
-    names = [name or index for name, index in _STEP.findall(found[1] if found else "")]
+    steps = (name or index for name, index in _STEP.findall(found[1] if found else ""))
+    names = list(takewhile(lambda step: step != "...", steps))  # a key or value of an object has no name there
     if missing:
         return ".".join([*names, missing[1]]), ""
     if not names:

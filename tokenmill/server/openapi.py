@@ -71,6 +71,7 @@ _LEFT_OUT = ("/docs", "/docs/*")
 _ERRORS = {
     "native": {
         "400": "The body is no JSON",
+        "408": "The body took too long to arrive",
         "413": "The body is too long",
         "415": "The body's type is not JSON",
         "422": "The body has the wrong shape, or breaks a rule",
@@ -83,7 +84,9 @@ _ERRORS = {
         "400": "The body has the wrong shape, or breaks a rule",
         "401": "The API key is missing or wrong",
         "404": "There is no such model",
+        "408": "The body took too long to arrive",
         "413": "The body is too long",
+        "415": "The body's type is not JSON",
         "429": "Overloaded",
         "500": "Generation failed",
         "503": "Not ready",
@@ -148,9 +151,11 @@ def _operation(route: Route, path: str, shown: dict[str, Any]) -> dict[str, Any]
     if summary != about:
         operation["description"] = about
     errors = _ERRORS[route.dialect]
-    error = shown[repr(openai.ErrorResponse if route.dialect == "openai" else native.ErrorResponse)]
+    error = _error_schema(route, shown)
     if request is not None:
         operation["requestBody"] = {"required": True, "content": _content("application/json", request, shown)}
+    elif route.path.startswith("/v1/models/"):
+        errors = {status: errors[status] for status in ("401", "404", "503")}
     elif route.protected or "health" in name:
         errors = {"503": errors["503"]}
     else:
@@ -167,6 +172,15 @@ def _operation(route: Route, path: str, shown: dict[str, Any]) -> dict[str, Any]
         operation["security"] = [{"key": []}]
         operation["responses"].setdefault("401", {"description": "The API key is missing or wrong"})
     return operation
+
+
+def _error_schema(route: Route, shown: dict[str, Any]) -> dict[str, Any]:
+    """What errors of a route look like; on SageMaker's the body decides."""
+    ours, theirs = shown[repr(native.ErrorResponse)], shown[repr(openai.ErrorResponse)]
+    if route.path == "/invocations":
+        return {"anyOf": [ours, theirs]}
+    schema: dict[str, Any] = theirs if route.dialect == "openai" else ours
+    return schema
 
 
 def _content(media_type: str, part: Any, shown: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +206,7 @@ def _with_bounds(made: dict[str, Any]) -> dict[str, Any]:
     for component, dialect in (("GenerateParameters", "native"), ("ChatRequest", "openai"),
                                ("CompletionRequest", "openai")):  # fmt: skip
         properties = made["components"]["schemas"][component]["properties"]
-        for limit in limits.TABLE:
+        for limit in (*limits.TABLE, *limits.OPENAI_TABLE):
             name = limits.OPENAI_NAMES.get(limit.name, limit.name) if dialect == "openai" else limit.name
             if name in properties and not limit.unit:
                 properties[name].update(_bounds(limit, dialect))

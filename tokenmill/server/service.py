@@ -27,8 +27,6 @@ _SHORT_PROMPT = 2000
 """Characters up to which encoding takes less than handing it to a thread and back would."""
 
 NO_STATS = Stats()
-OPENAI_TOP_LOGPROBS = 20
-"""Alternatives of a token that OpenAI's API documents; `--max-top-n-tokens` bounds TGI's, and can only widen these."""
 
 T = TypeVar("T")
 
@@ -100,9 +98,6 @@ class Service:
             vocab_size=info.vocab_size,
             watermark_gamma=options.watermark_gamma,
             watermark_delta=options.watermark_delta,
-        )
-        self._openai_limits = msgspec.structs.replace(
-            self.limits, max_top_n_tokens=max(options.max_top_n_tokens, OPENAI_TOP_LOGPROBS)
         )
         model = self.model.digest if self.model else ""
         self.engine_name = " ".join(filter(None, (info.backend, info.device, info.dtype, info.quantize)))
@@ -204,8 +199,6 @@ class Service:
     ) -> Prepared:
         """Check options and encode the prompt, a long one in a thread. Raises ValidationError, NotReady."""
         model, limits, _ = self.ready()
-        if dialect == "openai":
-            limits = self._openai_limits
 
         def work() -> Prepared:
             return prepare(

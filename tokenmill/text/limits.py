@@ -6,7 +6,7 @@ limit. The order is TGI's, for clients look at the first message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,8 +52,12 @@ def _itself(value: Any) -> Any:
     return value
 
 
-def _longest(texts: tuple[str, ...]) -> int:
+def _longest(texts: Iterable[str]) -> int:
     return max(map(len, texts), default=0)
+
+
+def _longest_value(texts: Mapping[str, str]) -> int:
+    return _longest(texts.values())
 
 
 def _shortest(texts: tuple[str, ...]) -> int:
@@ -64,8 +68,8 @@ class Limit(NamedTuple):
     """One bound. `most` may name a field of `RequestLimits`; `above`: `least` itself is not allowed.
 
     `attribute`: where `Options` has the value, if not under its native name. `measure`: what of the value is bounded,
-    in `unit`s. `native`: TGI's message, with {most} and {given}; "" for a bound that is only ours. `openai_least`:
-    where OpenAI's routes allow more.
+    in `unit`s. `native`: TGI's message, with {most} and {given}; "" for a bound that is only ours. `openai_least`,
+    `openai_most`: where OpenAI's routes allow more.
     """
 
     name: str
@@ -77,12 +81,15 @@ class Limit(NamedTuple):
     measure: Callable[[Any], Any] = _itself
     unit: str = ""
     openai_least: float | None = None
+    openai_most: int | None = None
 
     def bounds(self, limits: RequestLimits, dialect: Dialect) -> tuple[float, float]:
         """The smallest value and the largest."""
         most = getattr(limits, self.most) if isinstance(self.most, str) else self.most
-        least = self.openai_least if dialect == "openai" and self.openai_least is not None else self.least
-        return least, most
+        if dialect == "native":
+            return self.least, most
+        least = self.least if self.openai_least is None else self.openai_least
+        return least, most if self.openai_most is None else max(most, self.openai_most)
 
     def check(self, value: Any, limits: RequestLimits, dialect: Dialect) -> None:
         """ValidationError that names the field if `value` is out of bounds. None, not given, is always allowed."""
@@ -138,9 +145,9 @@ TABLE = (
     Limit("stop", 0, MAX_STOP_CHARACTERS, measure=_longest, unit="characters in each string",
           native="`stop` supports strings of up to {most} characters. Given: {given}"),
     Limit("seed", 0, 2**64 - 1, native="`seed` must be >= 0 and < 2^64. Given: {given}", openai_least=-(2**63)),
-    Limit("top_n_tokens", 0, "max_top_n_tokens", attribute="logprobs",
+    Limit("top_n_tokens", 0, "max_top_n_tokens", attribute="logprobs", openai_most=20,
           native="`top_n_tokens` must be >= 0 and <= {most}. Given: {given}"),
-    Limit("prompt_logprobs", 0, "max_top_n_tokens",
+    Limit("prompt_logprobs", 0, "max_top_n_tokens", openai_most=20,
           native="`prompt_logprobs` must be >= 0 and <= {most}. Given: {given}"),
     Limit("logit_bias", 0, MAX_LOGIT_BIAS, measure=len, unit="tokens",
           native="`logit_bias` supports up to {most} tokens. Given: {given}"),
@@ -152,6 +159,20 @@ TRUNCATE = Limit("truncate", 1, "max_input_tokens",
                  native="`truncate` must be strictly positive and less than {most}. Given: {given}")  # fmt: skip
 BEST_OF = Limit("best_of", 0, "max_best_of", native="`best_of` must be > 0 and <= {most}. Given: {given}",
                 openai_least=1)  # fmt: skip
+
+OPENAI_TABLE = (
+    Limit("n", 1, 128),
+    Limit("model", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
+    Limit("user", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
+    Limit("safety_identifier", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
+    Limit("prompt_cache_key", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
+    Limit("metadata", 0, 16, measure=len, unit="pairs"),
+    Limit("metadata", 0, 64, measure=_longest, unit="characters in each key"),
+    Limit("metadata", 0, 512, measure=_longest_value, unit="characters in each text"),
+)
+"""What only OpenAI's bodies have; the numbers are OpenAI's own, but for the lengths of names."""
+
+LOGPROBS = Limit("logprobs", 0, "max_top_n_tokens", openai_most=5)  # of completions; a chat's is `top_logprobs`
 
 
 def given_values(options: Options) -> Iterator[tuple[Limit, Any]]:

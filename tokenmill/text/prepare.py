@@ -180,11 +180,14 @@ def _too_long_for_openai(num_prompt: int, new_tokens: int | None, limits: Reques
     if new_tokens:
         parts = f"{num_prompt} in the prompt, {new_tokens} in the completion"
         asked = f"you requested {num_prompt + new_tokens} tokens ({parts})"
-        limit = f"This model's maximum context length is {limits.max_total_tokens} tokens"
+        also = ""
     else:
         asked = f"your prompt has {num_prompt} tokens"
-        limit = f"This model takes prompts of at most {limits.max_input_tokens} tokens"
-    return ContextLengthError(f"{limit}. However, {asked}. Please reduce the length of the prompt or completion.")
+        also = f", and it takes prompts of at most {limits.max_input_tokens} tokens"
+    # clients look for the first words
+    limit = f"This model's maximum context length is {limits.max_total_tokens} tokens{also}"
+    message = f"{limit}. However, {asked}. Please reduce the length of the prompt or completion."
+    return ContextLengthError(message, "prompt")
 
 
 def _sampling(options: Options, limits: RequestLimits, dialect: Dialect) -> tuple[SamplingParams, int | None]:

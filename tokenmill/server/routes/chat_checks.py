@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tokenmill.errors import ValidationError
-from tokenmill.server.routes.openai import check_labels, refuse
+from tokenmill.server.routes.openai import refuse
 from tokenmill.server.schema.openai import ChatRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-MAX_TOP_LOGPROBS = 20  # OpenAI's; more only where --max-top-n-tokens allows more
 
 _RETENTIONS = (None, "in_memory", "in-memory")
+_TIERS = (None, "auto", "default", "flex", "scale", "priority")
 _NOT_IN_THIS_RELEASE = "it is not in this release"
 _UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("functions", (None, []), _NOT_IN_THIS_RELEASE),
@@ -21,6 +21,7 @@ _UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("prediction", (None,), _NOT_IN_THIS_RELEASE),
     ("web_search_options", (None,), _NOT_IN_THIS_RELEASE),
     ("store", (None, False), "answers are not kept"),
+    ("service_tier", _TIERS, "OpenAI has no such tier; leave it out or send 'auto'"),
     ("prompt_cache_retention", _RETENTIONS, "the cache of prompts is in memory; send 'in_memory' or leave it out"),
 )
 """Field, the values that ask for nothing, and why others are refused."""
@@ -36,7 +37,6 @@ def check_fields(body: ChatRequest) -> None:
     for name, harmless, reason in _UNSERVED:
         if getattr(body, name) not in harmless:
             raise refuse(name, reason)
-    check_labels(body.metadata)
 
 
 def template_fields(body: ChatRequest, source: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from tokenmill.server.generation import GeneratedToken, Generation
 from tokenmill.server.routes.openai import FINISH, Envelope, check_common, frame_of, options_of, token_name
 from tokenmill.server.schema.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.limits import LOGPROBS
 from tokenmill.text.prepare import Options, Prepared, check_before_queue
 from tokenmill.wire.messages import TokenDetails
 
-MAX_LOGPROBS = 5  # OpenAI's
 MAX_BEST_OF = 20  # OpenAI's; sampled ones are bounded by --max-best-of too
 _encode = msgspec.json.Encoder().encode
 
@@ -45,9 +45,10 @@ async def answer_completion(call: Call, body: CompletionRequest) -> None:
     prompts = _prompts(call, body)
     n = check_common(call, body, num_prompts=len(prompts))
     copies = _copies(body, n)
-    most = max(MAX_LOGPROBS, call.service.options.max_top_n_tokens)
-    options = _options(body, most, copies if copies > n else None)
-    check_before_queue(options, call.service.ready()[1], stream=bool(body.stream), dialect="openai")
+    limits = call.service.ready()[1]
+    LOGPROBS.check(body.logprobs, limits, "openai")
+    options = _options(body, copies if copies > n else None)
+    check_before_queue(options, limits, stream=bool(body.stream), dialect="openai")
     call.take(len(prompts) * copies)
     prepared = [await call.service.prepare(p, options, "openai", stream=bool(body.stream)) for p in prompts]
     answer = CompletionAnswer(Envelope(call, body, "cmpl-"), body, prompts, prepared, Counts(n, copies))
@@ -97,11 +98,8 @@ def _copies(body: CompletionRequest, n: int) -> int:
     return n if body.temperature == 0.0 and best_of <= MAX_BEST_OF else best_of  # greedy ones are all alike
 
 
-def _options(body: CompletionRequest, most_logprobs: int, best_of: int | None) -> Options:
+def _options(body: CompletionRequest, best_of: int | None) -> Options:
     logprobs = body.logprobs
-    if logprobs is not None and not 0 <= logprobs <= most_logprobs:
-        allowed = f"between 0 and {most_logprobs}. Given: {logprobs}"
-        raise ValidationError(f"Invalid 'logprobs': it must be {allowed}", "logprobs")
     max_tokens = 1 if body.max_tokens == 0 else body.max_tokens  # every step makes a token, which is hidden
     options = options_of(body, max_tokens=max_tokens, logprobs=0 if logprobs is None and best_of else logprobs)
     return msgspec.structs.replace(options, best_of=best_of, prompt_logprobs=logprobs if body.echo else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
@@ -21,13 +20,11 @@ from tokenmill.server.schema.openai import (
     StreamOptions,
     Usage,
 )
-from tokenmill.text.limits import MAX_NAME_CHARACTERS
+from tokenmill.text.limits import OPENAI_TABLE
 from tokenmill.text.prepare import Options
 from tokenmill.text.tokenizer import Tokenizer
 
 FINISH = {"": None, "eos": "stop", "stop": "stop", "length": "length"}
-_MAX_N = 128  # OpenAI's, as are the next
-_MAX_LABELS, _MAX_LABEL_KEY, _MAX_LABEL_VALUE = 16, 64, 512
 _NO_CHOICES = b'"choices":[]'
 _encode = msgspec.json.Encoder().encode
 
@@ -64,12 +61,13 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
         if kind != "text":
             reason = f"{kind[:32]!r} constrains the answer by a grammar, which is not in this release"
             raise refuse("response_format", reason)
-    for name in ("model", "user", "safety_identifier", "prompt_cache_key"):
-        _check_name(name, getattr(body, name, None))
+    limits = call.service.ready()[1]
+    for limit in OPENAI_TABLE:
+        limit.check(getattr(body, limit.name, None), limits, "openai")
     n = 1 if body.n is None else body.n
-    most = max(min(_MAX_N, call.service.options.max_concurrent_requests // num_prompts), 1)
-    if not 1 <= n <= most:
-        raise ValidationError(f"Invalid 'n': it must be between 1 and {most}. Given: {n}", "n")
+    most = max(call.service.options.max_concurrent_requests // num_prompts, 1)
+    if n > most:
+        raise ValidationError(f"Invalid 'n': it must be at most {most}, so that all can run. Given: {n}", "n")
     if body.stream_options is not None and not body.stream:
         raise ValidationError("Invalid 'stream_options': it is only allowed with `stream: true`", "stream_options")
     if call.service.options.strict_model_name:
@@ -77,25 +75,6 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
         if body.model not in (None, "", "tgi", served):
             raise failures.NotFound(f"The model {body.model!r} does not exist; {served!r} is served")
     return n
-
-
-def _check_name(field: str, value: str | None) -> None:
-    if value is not None and len(value) > MAX_NAME_CHARACTERS:
-        allowed = f"at most {MAX_NAME_CHARACTERS} characters. Given: {len(value)}"
-        raise ValidationError(f"Invalid '{field}': it must be {allowed}", field)
-
-
-def check_labels(metadata: dict[str, Any] | None) -> None:
-    """OpenAI's bounds of `metadata`; it changes nothing. ValidationError."""
-    if metadata is None:
-        return
-    if len(metadata) > _MAX_LABELS:
-        allowed = f"at most {_MAX_LABELS} pairs. Given: {len(metadata)}"
-        raise ValidationError(f"Invalid 'metadata': it must be {allowed}", "metadata")
-    for key, value in metadata.items():
-        if not isinstance(value, str) or len(key) > _MAX_LABEL_KEY or len(value) > _MAX_LABEL_VALUE:
-            allowed = f"keys of at most {_MAX_LABEL_KEY} characters and texts of at most {_MAX_LABEL_VALUE}"
-            raise ValidationError(f"Invalid 'metadata': it must have {allowed}. Given: {key[:64]!r}", "metadata")
 
 
 def options_of(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> Options:

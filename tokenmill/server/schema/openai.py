@@ -6,7 +6,7 @@ Unknown fields are ignored. None: not given, or null.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
@@ -82,10 +82,10 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     tool_choice: Annotated[str | Json | None, _('"none" or "auto"; others are refused for now.')] = None
     tool_prompt: Annotated[Text, _("TGI's text for templates without tools; without tools it changes nothing.")] = None
     parallel_tool_calls: Annotated[Flag, _("Without tools it changes nothing.")] = None
-    metadata: Annotated[Json | None, _("Changes nothing. At most 16 pairs, of 64 and 512 characters.")] = None
+    metadata: Annotated[dict[str, str] | None, _("Changes nothing. At most 16 pairs, of 64 and 512 characters.")] = None
     store: Annotated[Flag, _("Refused if true: answers are not kept.")] = None
     service_tier: Annotated[
-        Literal["auto", "default", "flex", "scale", "priority"] | None, _("There is one; the answer says `default`.")
+        Text, _("auto, default, flex, scale, priority: there is one, the answer says `default`.")
     ] = None
     safety_identifier: Annotated[Text, _("Changes nothing.")] = None
     prompt_cache_key: Annotated[Text, _("Changes nothing: equal beginnings are found without it.")] = None
