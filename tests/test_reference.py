@@ -37,6 +37,14 @@ def test_every_option_route_and_metric_is_in_the_reference() -> None:
         assert f"`{metric.name}`" in http_api
 
 
+def test_every_header_of_an_answer_is_in_the_reference() -> None:
+    text = (FOLDER / "http-api.md").read_text()
+    source = (FOLDER.parent.parent / "tokenmill" / "server" / "answering.py").read_text()
+    sent = set(re.findall(r'b"(x-[a-z-]+)"', source))
+    assert len(sent) > 10
+    assert all(f"| `{name}` |" in text for name in sent)
+
+
 def test_links_within_the_page_lead_somewhere() -> None:
     text = (FOLDER / "http-api.md").read_text()
     headings = {line.removeprefix("### ").lower() for line in text.splitlines() if line.startswith("### ")}

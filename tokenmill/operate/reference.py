@@ -51,9 +51,9 @@ _HTTP_HEAD = """\
 Made from the code by `tokenmill schema http-api`. The same as an OpenAPI document: `tokenmill schema`, or
 `/api-doc/openapi.json` and `/docs` of a running server.
 
-Bodies are JSON (`application/json`, `application/*+json`). Unknown fields are ignored, null means the default. Every
-answer has `x-request-id`: the client's own, if it sent one, or a new one. A `traceparent` header is the parent of the
-request's trace.
+Bodies are JSON (`application/json`, `application/*+json`). Unknown fields are ignored, null means the default. A
+`traceparent` header is the parent of the request's trace. `"receipt": true` in the body, or the header `x-receipt: 1`,
+adds a receipt to the answer or the last event of its stream.
 """
 
 _HEADERS = {
@@ -67,7 +67,10 @@ _HEADERS = {
     "x-time-per-token": "milliseconds of inference per token",
     "x-prompt-tokens": "tokens of the prompt",
     "x-generated-tokens": "tokens of the answer",
+    "x-truncated-tokens": "tokens that `truncate` cut off the prompt, if any",
     "x-accel-buffering": "`no`, of streams: proxies shall not hold them back",
+    "x-request-id": "the request's `x-request-id`, up to 128 visible characters of ASCII, or a new one",
+    "retry-after": "seconds, of 429 and 503",
 }
 
 _LIMITS_HEAD = """\
@@ -205,16 +208,10 @@ def _limits() -> str:
             lower += f" (OpenAI's routes: {_amount(limit.openai_least)})"
         if limit.openai_most is not None:
             upper += f" (OpenAI's routes: {limit.openai_most}, or that if it is more)"
-        only_openai = limit in (*limits.OPENAI_TABLE, limits.LOGPROBS)
-        rows.append(
-            (
-                "" if only_openai else f"`{limit.name}`",
-                f"`{openai}`" if only_openai or openai != limit.name else "",
-                lower,
-                upper,
-                limit.unit,
-            )
-        )
+        names = f"`{limit.name}`", f"`{openai}`" if openai != limit.name else ""
+        if limit in (*limits.OPENAI_TABLE, limits.LOGPROBS):
+            names = "", f"`{openai}`"
+        rows.append((*names, lower, upper, limit.unit))
     return _table(("Field", "OpenAI's name", "At least", "At most", "Of"), rows)
 
 
