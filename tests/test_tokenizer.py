@@ -304,3 +304,21 @@ def test_reading_a_tokenizer_changes_no_file_and_asks_no_network(tmp_path: Path)
     Tokenizer.load(source)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).post_processor is None
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("wished", [True, False, None])
+def test_a_space_before_the_first_word_is_what_the_configuration_says(
+    saved: bool, wished: bool | None, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    more = {} if wished is None else {"add_prefix_space": wished}
+    source = write_folder(tmp_path, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", **more})
+    inner = byte_level()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=saved)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.load(source).encode("the work") == theirs("the work").input_ids
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.load(source).encode("the work") == inner.encode("the work").ids

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, pre_tokenizers, processors
 
 from tokenmill.errors import ModelError
 from tokenmill.text import bytelevel, sentencepiece, wordpiece
@@ -89,7 +89,9 @@ def _inner(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
         with reading(path):
-            return tokenizers.Tokenizer.from_file(str(path))
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        _set_prefix_space(inner, config)
+        return inner
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if (folder / _TEKKEN).is_file():
         return bytelevel.load_tekken(folder / _TEKKEN)
@@ -109,6 +111,16 @@ def _inner(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
         f"{folder} has no tokenizer.json. {what}: convert it with "
         "`transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`, or download the file."
     )
+
+
+def _set_prefix_space(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Whether a text's first word is read as if a space stood before it: the configuration's word counts, as it does
+    for `transformers`, and without it there is none."""
+    wished = bool(config.get("add_prefix_space", False))
+    cutter = inner.pre_tokenizer
+    if config and isinstance(cutter, pre_tokenizers.ByteLevel) and cutter.add_prefix_space != wished:
+        cutter.add_prefix_space = wished
+        inner.pre_tokenizer = cutter
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
