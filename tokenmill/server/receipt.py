@@ -14,57 +14,11 @@ import msgspec
 
 from tokenmill.server.call import Call
 from tokenmill.server.generation import Generation
+from tokenmill.server.schema.receipts import Receipt, SequenceReceipt
 from tokenmill.wire.messages import Facts
 
 _OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _encode = msgspec.json.Encoder().encode
-
-
-class SequenceReceipt(msgspec.Struct, frozen=True):
-    """One of several sequences of an answer; see `Receipt`. `index`: its place among those that were generated."""
-
-    index: int
-    prompt: int
-    seed: int | None
-    finish_reason: str
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    queue_ms: float
-    prefill_ms: float
-    decode_ms: float
-    preemptions: int
-    largest_batch: int
-
-
-class Receipt(msgspec.Struct, frozen=True):
-    """What an answer took and what made it.
-
-    Times in milliseconds: in the queue, until the first token, from the first to the last token; the longest of
-    all sequences, which run side by side. `total_ms` from the request's arrival to its last token. Tokens of a prompt
-    count once however many choices it has. `largest_batch`: the most sequences that shared a step with this answer.
-    `parameters`: as they held, after defaults and limits.
-    """
-
-    request_id: str
-    model: str
-    model_revision: str | None
-    model_digest: str  # of what the files of the model hold
-    engine: str
-    engine_digest: str  # changes when the same model may compute other numbers
-    version: str
-    queue_ms: float
-    prefill_ms: float
-    decode_ms: float
-    total_ms: float
-    prompt_tokens: int
-    truncated_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    preemptions: int
-    largest_batch: int
-    parameters: dict[str, Any]
-    sequences: list[SequenceReceipt] | msgspec.UnsetType = msgspec.UNSET  # if there are several
 
 
 def wanted(call: Call, field: bool | None = None) -> bool:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from tokenmill.server.schema.receipts import Receipt
+
 Uint = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -112,6 +114,7 @@ class GenerateResponse(msgspec.Struct, frozen=True):
 
     generated_text: str
     details: Details | msgspec.UnsetType = msgspec.UNSET
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if the request asked
 
 
 class StreamDetails(msgspec.Struct, frozen=True):

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from tokenmill.server.schema.receipts import Receipt
+
 Uint = Annotated[int, msgspec.Meta(ge=0)]
 Json = dict[str, Any]
 
@@ -185,6 +187,7 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     choices: list[ChatChoice]
     usage: Usage
     service_tier: str | msgspec.UnsetType = msgspec.UNSET  # only if the request named one
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if the request asked
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -207,6 +210,7 @@ class ChatChunk(msgspec.Struct, frozen=True):
     choices: list[ChatChunkChoice]
     usage: Usage | None
     service_tier: str | msgspec.UnsetType = msgspec.UNSET  # only if the request named one
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if the request asked
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
@@ -228,6 +232,7 @@ class Completion(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if the request asked
 
 
 class Model(msgspec.Struct, frozen=True):
