@@ -119,6 +119,35 @@ def test_a_wrong_type_or_value_is_refused_quickly_in_json_and_by_name(server: Se
     assert slowest < 0.25  # alone on a machine: 0.05
 
 
+EDGES: list[tuple[str, list[Any], list[Any]]] = [
+    ("best_of", [0, 1, 2], [3]),
+    ("temperature", [0, 1e-9, 2, 100], [-1e-9]),
+    ("repetition_penalty", [0.1, 1, 10], [0, -1]),
+    ("frequency_penalty", [-2, 0, 2], [-2.001, 2.001]),
+    ("presence_penalty", [-2, 0, 2], [-2.001, 2.001]),
+    ("top_k", [1, 2**31 - 1], [0, -1, 2**31]),
+    ("top_p", [1e-9, 0.999, 1], [0, 1.001]),
+    ("typical_p", [1e-9, 0.999, 1], [0, 1.001]),
+    ("min_p", [0, 1], [-0.001, 1.001]),
+    ("max_new_tokens", [1, 499], [0, 500]),
+    ("stop", [[], ["a"], ["a", "b", "c", "d"]], [["a", "b", "c", "d", "e"], [""]]),
+    ("truncate", [1, 499], [0, 500]),
+    ("seed", [0, 2**64 - 1], [-1, 2**64]),
+    ("top_n_tokens", [0, 5], [6]),
+]
+"""The specification's numbers, with the server's options of this file: the last values allowed, the first refused."""
+
+
+@pytest.mark.parametrize("name, allowed, refused", EDGES)
+def test_the_native_bounds_are_the_specifications(
+    server: Server, name: str, allowed: list[Any], refused: list[Any]
+) -> None:
+    for value in (*allowed, *refused):
+        parameters = {"max_new_tokens": 1, "do_sample": name == "best_of" or None, name: value}
+        response = server.post("/generate", {"inputs": "x", "parameters": parameters})
+        assert response.status_code == (422 if value in refused else 200), (value, response.text)
+
+
 @pytest.mark.parametrize(
     "path, good",
     [
