@@ -2,6 +2,7 @@
 
 import pytest
 
+from tokenmill import LLM
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.runtime.memory import CACHE_BYTES, Demand, available_bytes, check_weights, count_blocks, size
 
@@ -117,3 +118,12 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read():
         check_weights(2 * GIB, GIB)
     with pytest.raises(NotEnoughMemory, match=r"need 2\.0 GiB, but 1\.0 GiB are allowed"):
         check_weights(2 * GIB, 4 * GIB, limit=GIB)
+
+
+def test_limits_that_memory_cannot_hold_are_refused_with_the_cure(embedded_model, monkeypatch):
+    def full(*words):
+        raise MemoryError("Unable to allocate 47.7 GiB")
+
+    monkeypatch.setattr("tokenmill.runtime.assembly.make_backend", full)
+    with pytest.raises(NotEnoughMemory, match=r"128 requests of 8192 tokens \(Unable .*\)\. Give a smaller --max-total-"):
+        LLM(str(embedded_model))

@@ -16,9 +16,9 @@ from tokenmill.backends.base import Backend, StepLimits
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Executor as AnyExecutor
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
-from tokenmill.errors import ArgumentError, ModelError, Unsupported
+from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory, Unsupported
 from tokenmill.parallel.group import Group
-from tokenmill.runtime.choice import Computing, choose, make_backend, weight_bytes
+from tokenmill.runtime.choice import Computing, choose, instruction_set, make_backend, weight_bytes
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks
 from tokenmill.weights.checkpoint import model_config, open_checkpoint, read_json
@@ -84,7 +84,13 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
         wants.max_batch_tokens or _MAX_BATCH_TOKENS, wants.max_batch_size or _MAX_BATCH_SIZE, longest, wants.block_size
     )
     with ExitStack() as resources:
-        backend = make_backend(choice, program, checkpoint, limits, computing, group, report)
+        try:
+            backend = make_backend(choice, program, checkpoint, limits, computing, group, report)
+        except MemoryError as error:  # what the weights leave is less than what the limits ask for beside them
+            raise NotEnoughMemory(
+                f"There is no memory for {limits.max_batch_size} requests of {longest} tokens ({error}). "
+                "Give a smaller --max-total-tokens or --max-batch-size."
+            ) from None
         resources.callback(backend.close)
         num_blocks = _allocate(backend, limits, wants, group, needed // group.size)
         report(Progress("warmup", unit="items"))
@@ -105,6 +111,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             num_shard=group.size,
             revision=source.revision,
             quantize=computing.quantize,
+            isa=instruction_set(choice, computing),
         )
         return Assembled(_scheduler(info), Executor(backend, limits.max_batch_size), info, resources.pop_all())
 
