@@ -125,5 +125,5 @@ def test_limits_that_memory_cannot_hold_are_refused_with_the_cure(embedded_model
         raise MemoryError("Unable to allocate 47.7 GiB")
 
     monkeypatch.setattr("tokenmill.runtime.assembly.make_backend", full)
-    with pytest.raises(NotEnoughMemory, match=r"128 requests of 8192 tokens \(Unable .*\)\. Give a smaller --max-total-"):
+    with pytest.raises(NotEnoughMemory, match=r"128 requests of 8192 tokens \(Unable .*\)\. Give a smaller"):
         LLM(str(embedded_model))
