@@ -115,6 +115,8 @@ def test_native_answers_have_it_too(server: Server) -> None:
     assert [event.get("receipt") for event in first] == [None, None]
     assert last["receipt"]["generated_tokens"] == 3
     assert "receipt" not in server.post("/generate", asked).json()
+    several = server.post("/vertex", {"instances": [asked, asked]}, headers=headers).json()
+    assert len(several["predictions"]) == len(several["receipt"]["sequences"]) == 2
 
 
 def test_what_was_cut_off_a_prompt_is_told(server: Server) -> None:

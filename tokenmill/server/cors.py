@@ -10,7 +10,8 @@ from tokenmill.server.sse import Headers
 
 _EXPOSED = (
     b"x-request-id, x-compute-type, x-compute-time, x-compute-characters, x-total-time, x-validation-time, "
-    b"x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens, retry-after"
+    b"x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-truncated-tokens, x-generated-tokens, "
+    b"retry-after"
 )
 _USUAL = b"authorization, content-type, x-request-id, x-receipt"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tokenmill.errors import ValidationError
-from tokenmill.server import answering
+from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
 from tokenmill.server.routes.native import options_of
@@ -54,5 +54,7 @@ async def prepare_text(call: Call, inputs: str, given: GenerateParameters, where
 
 async def answer(call: Call, prompts: Sequence[Prepared], num_characters: int, texts: Texts) -> None:
     """Generate for every prompt and answer. Permits must have been taken."""
-    sequences = answering.Sequences(tuple(prompts), keep_stop=True, num_characters=num_characters)
+    sequences = answering.Sequences(
+        tuple(prompts), keep_stop=True, num_characters=num_characters, receipt=receipt.wanted(call)
+    )
     await answering.fold(call, sequences, texts)
