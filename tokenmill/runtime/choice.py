@@ -89,6 +89,17 @@ def weight_bytes(choice: Choice, program: Program, checkpoint: Checkpoint, dtype
     return sum(weight.size for weight in weights) * _ITEM_BYTES[dtype or "float32"]
 
 
+def instruction_set(choice: Choice, wants: Computing) -> str:
+    """For which the backend's kernels are made: another may round differently."""
+    if choice.name == "cpu":
+        from tokenmill.backends.cpu.isa import detect
+
+        return detect(wants.cpu_isa).name
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability()).lower()
+
+
 def _refusal(program: Program, wants: Computing, block_size: int, ranks: int) -> str:
     """Why the CPU backend cannot do it; "" if it can."""
     if ranks > 1:

@@ -157,6 +157,7 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag="info"):
     num_shard: int = 1
     revision: str = ""
     quantize: str = ""
+    isa: str = ""  # instruction set that the kernels are made for
 
     @property
     def capacity(self) -> int:
