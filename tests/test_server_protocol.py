@@ -18,6 +18,10 @@ from tokenmill.server.protocol import BoundedProtocol
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
     """Answers with the path and the body."""
+    if scope["path"] == "/no":  # answered without its body
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+        return
     body, more = b"", True
     while more:
         message = await receive()
@@ -25,6 +29,8 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
             return
         body += message.get("body", b"")
         more = message.get("more_body", False)
+    if scope["path"] == "/slow":
+        await asyncio.sleep(0.7)
     answer = scope["path"].encode() + b" " + body
     length = (b"content-length", b"%d" % len(answer))
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -165,6 +171,22 @@ def test_a_body_is_never_read_as_a_request(port: int) -> None:
             sock.shutdown(socket.SHUT_WR)
             answer = sock.recv(65536)
         assert b"\r\n\r\n/hidden" not in answer
+
+
+def test_a_refused_request_is_answered_once_however_slowly_its_body_comes(port: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"POST /no HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
+        answer = rest(sock)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_second_request_that_stalls_does_not_answer_for_the_first(port: int) -> None:
+    slow = POST.replace(b"POST /a", b"POST /slow")
+    with connect(port) as sock:
+        sock.sendall(slow + POST[:-2])
+        answer = rest(sock)
+    assert b" 408 " not in answer or answer.index(b" 200 ") < answer.index(b" 408 ")
 
 
 def test_what_follows_a_request_and_is_none_never_answers_for_it(port: int) -> None:

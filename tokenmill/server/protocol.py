@@ -68,6 +68,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._completed:
             self._completed, self._head_bytes = False, 0
             self._stop_waiting()
+            if not self._reads_head:
+                self._wait_for("body", BODY_TIMEOUT_S)
         elif self.transport.is_closing():
             self._stop_waiting()
         elif self._reads_head:
@@ -114,6 +116,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deadline, self._reads = None, ""
 
     def _too_slow(self) -> None:
+        if self.flow.read_paused:  # by us, behind a request that is still being answered
+            self._wait_for("body" if self._reads == "body" else "head", BODY_TIMEOUT_S)
+            return
         if self._reads == "body":
             allowed = BODY_TIMEOUT_S + self._body_bytes / MIN_BODY_RATE
             left = self._begun + allowed - self.loop.time()
@@ -123,10 +128,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self._refuse(408, f"The request's {self._reads} took too long to arrive.")
 
+    def _may_answer(self) -> bool:
+        """True if what is being read is what the next bytes to the client would answer."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self._reads_head:
+            return not answering
+        return answering and not self.cycle.response_started and not self.pipeline
+
     def _refuse(self, status: int, message: str) -> None:
         """Say why, if no answer has begun, and close."""
-        busy = self.cycle is not None and not self.cycle.response_complete
-        if not (busy and (self.cycle.response_started or self._reads_head)):
+        if self._may_answer():
             url = getattr(self, "url", b"")  # unset until a request has begun
             dialect: failures.Dialect = "openai" if url.startswith(b"/v1/") else "native"
             body = failures.body(failures.BodyError(status, message), dialect)
