@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import tokenmill
 from tokenmill import LLM
 from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cpu import isa
 from tokenmill.backends.sampling import green_ids
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.engine.block_pool import BlockPool
@@ -257,6 +258,12 @@ def test_an_option_of_the_model_that_cannot_be_is_refused_with_its_name(folder, 
         LLM(str(folder), **options)
 
 
+def test_the_engine_says_for_which_instruction_set_it_computes(folder, llm):
+    assert llm.info.isa == torch.backends.cpu.get_cpu_capability().lower()  # its blocks are too small for the other one
+    with LLM(str(folder), backend="cpu", cpu_threads=1) as model:
+        assert model.info.isa == isa.detect("").name
+
+
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(ModelError):
         LLM(str(tmp_path))
@@ -265,6 +272,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 def test_half_precision_runs(folder):
     with LLM(str(folder), dtype="bfloat16", cpu_threads=1) as model:
         assert model.info.dtype == "bfloat16"
+        assert model.info.isa
         assert len(model.generate("Hello", max_new_tokens=4, ignore_eos=True)[0].token_ids) == 4
 
 
