@@ -22,6 +22,11 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
         return
+    if scope["path"] == "/stream":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"one,", b"", b"two,", b"three."):
+            await send({"type": "http.response.body", "body": part, "more_body": part != b"three."})
+        return
     body, more = b"", True
     while more:
         message = await receive()
@@ -171,6 +176,21 @@ def test_a_body_is_never_read_as_a_request(port: int) -> None:
             sock.shutdown(socket.SHUT_WR)
             answer = sock.recv(65536)
         assert b"\r\n\r\n/hidden" not in answer
+
+
+def test_http_1_0_gets_no_chunks(port: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"GET /stream HTTP/1.0\r\n\r\n")
+        head, _, body = rest(sock).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert body == b"one,two,three."
+    with connect(port) as sock:
+        sock.sendall(POST.replace(b"1.1", b"1.0"))
+        assert rest(sock).endswith(b"\r\n\r\n/a abc.")
+    with connect(port) as sock:
+        sock.sendall(b"GET /stream HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert rest(sock).endswith(b"\r\n\r\n4\r\none,\r\n4\r\ntwo,\r\n6\r\nthree.\r\n0\r\n\r\n")
 
 
 def test_a_refused_request_is_answered_once_however_slowly_its_body_comes(port: int) -> None:

@@ -11,9 +11,9 @@ import asyncio
 import re
 from asyncio import TimerHandle
 from http import HTTPStatus
-from typing import Literal
+from typing import Any, Literal
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tokenmill.server import failures
 
@@ -37,6 +37,21 @@ ABORT = "tokenmill.abort"
 """Where a request's scope has the function that drops its connection with all that is still to be sent."""
 
 _UPGRADE = b"\r\nupgrade"
+
+
+class _UntilTheEnd(RequestResponseCycle):
+    """An answer to HTTP/1.0, which knows no chunks: one of unknown length ends with the connection."""
+
+    _endless = False
+
+    async def send(self, message: Any) -> None:
+        """See ASGI. What uvicorn expects of a body's length is set to what is coming, and one more until the end."""
+        if message["type"] == "http.response.start":
+            self._endless = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            self.chunked_encoding = False if self._endless else None
+        elif self._endless:
+            self.expected_content_length = len(message.get("body", b"")) + bool(message.get("more_body"))
+        await super().send(message)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -86,6 +101,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._reads_head, self._body_bytes = False, 0
         self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _UntilTheEnd  # its task has not begun
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
