@@ -72,7 +72,7 @@ def fields(generation: Generation) -> dict[str, str]:
 
 
 def parameters(prepared: Prepared) -> str:
-    """What holds for a generation after all defaults, in the form of TGI's log; stop strings are counted, not shown."""
+    """What holds for a generation after all defaults, in the form of TGI's log; stop strings are not shown."""
     sampling, stopping = prepared.sampling, prepared.stopping
     values = {
         "temperature": _some(sampling.temperature, 0.0),
@@ -83,7 +83,8 @@ def parameters(prepared: Prepared) -> str:
         "typical_p": _some(sampling.typical_p, 1.0),
         "do_sample": "false" if sampling.greedy else "true",
         "max_new_tokens": f"Some({stopping.max_new_tokens})",
-        "stop": len(prepared.stop),
+        "stop": "[" + ", ".join(['"***"'] * len(prepared.stop)) + "]",
+        "watermark": "true" if sampling.watermark_gamma > 0 else "false",
         "decoder_input_details": "true" if sampling.prompt_logprobs >= 0 else "false",
         "seed": _some(prepared.seed, None),
         "top_n_tokens": _some(max(sampling.logprobs, 0), 0),
