@@ -391,4 +391,5 @@ def test_the_model_is_listed_and_found_by_its_name(server: Server) -> None:
     assert list(model) == ["id", "object", "created", "owned_by"]
     assert httpx.get(f"{server.url}/v1/models/{model['id']}").json() == model
     missing = httpx.get(server.url + "/v1/models/other")
-    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+    error = missing.json()["error"]
+    assert (missing.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")

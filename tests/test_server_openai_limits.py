@@ -13,6 +13,7 @@ import pytest
 from support_server import TEXT, Server, byte_model
 
 from tokenmill.errors import ValidationError
+from tokenmill.server.routes.chat_checks import template_fields
 from tokenmill.server.schema.openai import ChatRequest, CompletionRequest, SamplingFields
 from tokenmill.text.limits import LOGPROBS, OPENAI_TABLE, TABLE, Limit
 from tokenmill.text.prepare import RequestLimits
@@ -81,6 +82,14 @@ def test_a_bound_of_openais_holds_at_the_limit_and_not_beyond(limit: Limit) -> N
         with pytest.raises(ValidationError, match=f"Invalid '{limit.name}'.* Given: {outside}") as caught:
             limit.check(of_size(limit, outside), SERVER, "openai")
         assert caught.value.param == limit.name
+
+
+def test_the_effort_of_reasoning_reaches_a_template_that_knows_it() -> None:
+    body = ChatRequest(messages=[], reasoning_effort="low")
+    assert template_fields(body, "{{ reasoning_effort }}") == {"reasoning_effort": "low"}
+    with pytest.raises(ValidationError, match="`reasoning_effort` is not supported"):
+        template_fields(body, "{{ messages }}")
+    assert template_fields(ChatRequest(messages=[]), "") == {}
 
 
 def test_openais_own_numbers_hold_unless_the_server_allows_more() -> None:

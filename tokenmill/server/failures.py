@@ -34,6 +34,10 @@ class NotFound(errors.RequestError):
 
     error_type = "not_found"
 
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
 
 # kind: (status of native routes, status of OpenAI routes, OpenAI's type); the most special kind first
 _KINDS: tuple[tuple[type[errors.RequestError], int, int, str], ...] = (

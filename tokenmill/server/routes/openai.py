@@ -38,7 +38,7 @@ async def retrieve_model(call: Call) -> None:
     """GET /v1/models/{id}: the served one under its name, else 404."""
     model = _model(call)
     if call.path_rest != model.id:
-        raise failures.NotFound(f"The model {call.path_rest!r} does not exist; {model.id!r} is served")
+        raise failures.NotFound(f"The model {call.path_rest!r} does not exist; {model.id!r} is served", "model")
     await call.answer(_encode(model))
 
 
@@ -73,7 +73,7 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
     if call.service.options.strict_model_name:
         served = call.service.ready()[0].id
         if body.model not in (None, "", "tgi", served):
-            raise failures.NotFound(f"The model {body.model!r} does not exist; {served!r} is served")
+            raise failures.NotFound(f"The model {body.model!r} does not exist; {served!r} is served", "model")
     return n
 
 
