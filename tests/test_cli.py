@@ -95,6 +95,7 @@ def test_the_shards_command_takes_its_model_anywhere(words: list[str], monkeypat
     (settings,) = served
     assert (settings.model_id, settings.port, settings.json_output) == ("MODEL", 3, True)
     assert settings.log_level == ("DEBUG" if "DEBUG" in words else "info")
+    assert settings.otlp_service_name == "text-generation-inference.server"
 
 
 def test_an_adapter_is_downloaded_and_its_merging_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,8 @@ def _serve_positional(words: list[str]) -> int:
     for name, value in (("model_id", given.model), ("log_level", given.logger_level)):
         if value is not None:
             setattr(given, name, value)
+    if not hasattr(given, "otlp_service_name") and not Settings.environ().get("OTLP_SERVICE_NAME"):
+        given.otlp_service_name = "text-generation-inference.server"  # as TGI's shards call themselves
     return _serve(Settings.from_namespace(given))
 
 
