@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -21,3 +22,18 @@ def test_logits_of_every_family_equal_transformers(tmp_path: Path, family: str) 
         got = backend.feed(rows)
         assert np.abs(got - want).max() < 3e-3 * np.abs(want).max()  # keys and values are float16
     backend.close()
+
+
+@pytest.mark.parametrize("family", ["llama_tied_with_biases", "qwen3"])
+def test_a_bfloat16_checkpoint_is_as_near_to_float32_as_transformers_is_in_bfloat16(
+    tmp_path: Path, family: str
+) -> None:
+    exact = make_checkpoint(tmp_path, family, dtype=torch.bfloat16)
+    want = np.concatenate(reference(exact, steps()))
+    theirs = np.concatenate(reference(deepcopy(exact).to(torch.bfloat16), steps()))
+    backend = CpuDriver.of(tmp_path)
+    got = np.concatenate([backend.feed(rows) for rows in steps()])
+    backend.close()
+    # only a product's factors are rounded, at most by a part in 256; transformers rounds sums and norms, too
+    assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
+    assert np.square(got - want).mean() < np.square(theirs - want).mean()

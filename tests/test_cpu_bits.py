@@ -1,6 +1,6 @@
 """A row's logits are the same bits whatever is computed beside it, however its prompt was cut, and by any threads.
 
-Models of every kind of weights: blocks of 4 bits as in the embedded model, and floats.
+Models of two kinds of weights: blocks of 4 bits as in the embedded model, and bfloat16, whose activations are rounded.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from support_cpu import CpuDriver
+from support_models import make_checkpoint
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cpu.isa import available
@@ -21,9 +23,18 @@ LIMITS = StepLimits(512, SLOTS, 256, 16)
 PROMPT = 41
 
 
+@pytest.fixture(scope="module", params=["embedded", "bfloat16"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "embedded":
+        return request.getfixturevalue("embedded_model")  # type: ignore[no-any-return]
+    folder = tmp_path_factory.mktemp("bfloat16")
+    make_checkpoint(folder, "qwen2", dtype=torch.bfloat16, vocab_size=40000, num_hidden_layers=2)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def backend(embedded_model: Path) -> Iterator[CpuDriver]:
-    made = CpuDriver.of(embedded_model, limits=LIMITS, num_blocks=SLOTS * 8)
+def backend(model: Path) -> Iterator[CpuDriver]:
+    made = CpuDriver.of(model, limits=LIMITS, num_blocks=SLOTS * 8)
     yield made
     made.close()
 
@@ -99,22 +110,21 @@ def test_a_preemption_changes_no_bit(backend: CpuDriver, alone: NDArray[np.float
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_another_number_of_threads_changes_no_bit(
-    embedded_model: Path, alone: NDArray[np.float32], threads: int
-) -> None:
-    other = CpuDriver.of(embedded_model, limits=LIMITS, num_blocks=64, threads=threads)
+def test_another_number_of_threads_changes_no_bit(model: Path, alone: NDArray[np.float32], threads: int) -> None:
+    other = CpuDriver.of(model, limits=LIMITS, num_blocks=64, threads=threads)
     other.feed([(i, prompt(i)) for i in range(5)])
     np.testing.assert_array_equal(other.feed([(i, [7 + i]) for i in range(5)]), alone)
     other.close()
 
 
 def test_another_instruction_set_changes_nothing_but_the_last_bits_of_logits(
-    embedded_model: Path, alone: NDArray[np.float32]
+    model: Path, backend: CpuDriver, alone: NDArray[np.float32]
 ) -> None:
     if "avx2" not in [isa.name for isa in available()]:
         pytest.skip("this machine has no AVX2")
-    other = CpuDriver.of(embedded_model, limits=LIMITS, num_blocks=64, isa="avx2")
+    other = CpuDriver.of(model, limits=LIMITS, num_blocks=64, isa="avx2")
     other.feed([(0, prompt(0))])
     got = other.feed([(0, [7])])[0]
-    assert np.abs(got - alone[0]).max() < 1e-4 * np.abs(alone[0]).max()
+    rounded = backend.isa.pairs and any(line.kernel == "narrow" for line in backend._lines)
+    assert np.abs(got - alone[0]).max() < (2e-2 if rounded else 1e-4) * np.abs(alone[0]).max()
     other.close()

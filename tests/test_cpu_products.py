@@ -22,15 +22,19 @@ from tokenmill.quant.base import Blocks, Dense
 
 HERE = isa.available()
 BEST = HERE[:1]
-FORMS = (*BLOCK_FORMS, *DENSE_FORMS)
+PAIRED = any(i.pairs for i in HERE)
+FORMS = tuple(form for form in (*BLOCK_FORMS, *DENSE_FORMS) if PAIRED or form != "bf16pairs")
+FEW_FORMS = ("int4", "bf16pairs") if PAIRED else ("int4",)  # of which other things than the product are tested
+SETS = [(i.name, form) for i in HERE for form in (FEW_FORMS if i.pairs else FORMS) if i.pairs or form != "bf16pairs"]
+"""A set with pairs has the code of AVX-512 VNNI but for them."""
 
 
 def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
     """A matrix that is packed in that form."""
     if form in DENSE_FORMS:
         array = rng.standard_normal((rows, columns)).astype(np.float32)
-        kinds = {"f32": array, "f16": array.astype(np.float16), "bf16": (array.view(np.uint32) >> 16).astype(np.uint16)}
-        return Dense(kinds[form])
+        kinds = {"f32": array, "f16": array.astype(np.float16)}
+        return Dense(kinds[form] if form in kinds else bf16(array))
     kind = BLOCK_FORMS[form]
     if kind.group > 1:
         return random_k_matrix({"int4k": "Q4_K", "int5k": "Q5_K", "int6k": "Q6_K"}[form], rows, columns, rng)
@@ -46,6 +50,20 @@ def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
     codes = rng.integers(first, last + 1, (rows, blocks, columns // blocks)).astype(np.int8)
     codes[0], codes[1] = first, last  # the ends, where sums of pairs might overflow
     return Blocks(kind.bits, codes, scale, low)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest bfloat16, ties to even; what is smaller than normal numbers to zero."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    small = np.abs(x) < np.finfo(np.float32).tiny
+    rounded = np.where(small, rounded & 0x8000, rounded)
+    return np.where(np.isnan(x), (bits >> 16 | 0x40).astype(np.uint16), rounded).astype(np.uint16)
+
+
+def widened(x: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32."""
+    return (x.astype(np.uint32) << 16).view(np.float32)
 
 
 def random_k_matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Blocks:
@@ -73,7 +91,8 @@ def activations(form: str, rows: int, columns: int, rng: np.random.Generator):
     """x as a kernel reads it, its scales, and the numbers that it stands for, float64."""
     x = rng.standard_normal((rows, columns)).astype(np.float32)
     if form in DENSE_FORMS:
-        return x, np.zeros((1, 2), np.float32), x.astype(np.float64)
+        exact = widened(bf16(x)) if form == "bf16pairs" else x
+        return x, np.zeros((1, 2), np.float32), exact.astype(np.float64)
     x[0] = np.where(rng.integers(0, 2, columns), 3, -3)  # codes of ±127 only
     codes, scales = quantized(x)
     exact = codes.reshape(rows, -1, 32).astype(np.float64) * scales[..., :1]
@@ -89,10 +108,10 @@ def columns_of(form: str) -> int:
 
 @functools.cache
 def code(set_name: str):
-    """Every kernel of products; kept in a folder that other tests of this backend use too."""
-    names = [f"linear_{form}" for form in FORMS]
+    """The kernels of products that are tested; kept in a folder that other tests of this backend use too."""
+    names = [f"linear_{form}" for name, form in SETS if name == set_name]
     if set_name == BEST[0].name:
-        names += [f"embed_{form}" for form in FORMS]
+        names += [f"embed_{form}" for form in FORMS] + ["narrow"] * PAIRED
     return KernelCache(kernel_folder(), isa.detect(set_name), jobs=2).load(names)
 
 
@@ -112,6 +131,11 @@ def run(name: str, rows: int, words: dict[int, int], set_name: str = "", threads
         kernel(tid, row.ctypes.data, context.ctypes.data, counter.ctypes.data)
 
 
+def packed_as(form: str, matrix, **options):
+    """The matrix in panels of a form."""
+    return pack(matrix, pairs=form == "bf16pairs", **options)
+
+
 def linear_words(packed, x, scales, out) -> dict[int, int]:
     return {
         t.X: x.ctypes.data, t.X_STRIDE: x.strides[0], t.X_SCALES: scales.ctypes.data, t.OUT: out.ctypes.data,
@@ -120,27 +144,39 @@ def linear_words(packed, x, scales, out) -> dict[int, int]:
     }  # fmt: skip
 
 
+def run_linear(packed, rows: int, words: dict[int, int], set_name: str = "", threads: int = 1) -> None:
+    """The kernel of a form, and before it the one that rounds its activations, if it wants that."""
+    context = {}
+    if packed.form == "bf16pairs":
+        stride = t.narrow_stride(packed.columns)
+        narrowed = np.full((max(rows, t.FEW * threads), stride), 255, np.uint8)  # none of them a number
+        context = {t.NARROW: narrowed.ctypes.data, t.NARROW_SIZE: t.FEW * stride}
+        run("narrow", rows, words | {t.OUT_STRIDE: stride}, set_name, threads, context)
+        words = words | {t.X_STRIDE: stride}
+    run(f"linear_{packed.form}", rows, words, set_name, threads, context)
+
+
 def multiply(set_name: str, packed, x, scales, base) -> np.ndarray:
     """x · weightᵀ + base, by the kernel."""
     out = np.full((len(x), packed.count * 16), np.nan, np.float32)
     words = linear_words(packed, x, scales, out)
     words |= {t.RESIDUAL: base.ctypes.data, t.RESIDUAL_STRIDE: base.strides[0]}
-    run(f"linear_{packed.form}", len(x), words, set_name)
+    run_linear(packed, len(x), words, set_name)
     return out
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("set_name", [i.name for i in HERE])
+@pytest.mark.parametrize("set_name, form", SETS)
 def test_products_are_exact_and_a_row_does_not_depend_on_its_company(set_name, form):
     rng = np.random.default_rng(1)
     rows, columns, outputs = 19, columns_of(form), 40
     matrix = random_matrix(form, outputs, columns, rng)
-    packed = pack(matrix)
+    packed = packed_as(form, matrix)
     assert packed.form == form
     x, scales, exact = activations(form, rows, columns, rng)
     base = rng.standard_normal((rows, packed.count * 16)).astype(np.float32)
     got = multiply(set_name, packed, x, scales, base)
     wanted = exact @ matrix.floats().astype(np.float64).T
+    # products are exact in a register; a pair's two are added to a sum with one rounding or with two
     error = np.abs(got[:, :outputs] - base[:, :outputs] - wanted).max() / np.abs(wanted).max()
     assert error < 1e-6
     assert np.array_equal(got[:, outputs:], base[:, outputs:])
@@ -156,12 +192,13 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+@pytest.mark.parametrize("form", FEW_FORMS)
 @pytest.mark.parametrize("rows", [1, 5, 70])
-def test_a_linear_adds_bias_and_residual_and_writes_in_place(rows):
+def test_a_linear_adds_bias_and_residual_and_writes_in_place(rows, form):
     rng = np.random.default_rng(2)
-    matrix = random_matrix("int4", 64 * 18, 96, rng)
-    packed = pack(matrix)
-    x, scales, exact = activations("int4", rows, 96, rng)
+    matrix = random_matrix(form, 64 * 18, 96, rng)
+    packed = packed_as(form, matrix)
+    x, scales, exact = activations(form, rows, 96, rng)
     bias = pack_vector(rng.standard_normal(packed.rows).astype(np.float32))
     residual = rng.standard_normal((rows, packed.rows)).astype(np.float32)
     wanted = exact @ matrix.floats().T.astype(np.float64)
@@ -170,19 +207,20 @@ def test_a_linear_adds_bias_and_residual_and_writes_in_place(rows):
         words = linear_words(packed, x, scales, out)
         words |= {t.BIAS: bias.ctypes.data} if with_bias else {}
         words |= {t.RESIDUAL: out.ctypes.data, t.RESIDUAL_STRIDE: out.strides[0]} if with_residual else {}
-        run("linear_int4", rows, words, threads=2)
+        run_linear(packed, rows, words, threads=2)
         np.testing.assert_allclose(out, wanted + with_bias * bias + with_residual * residual, rtol=1e-5, atol=2e-4)
 
 
-def test_a_linear_with_an_activation_quantizes_what_it_writes():
+@pytest.mark.parametrize("form", FEW_FORMS)
+def test_a_linear_with_an_activation_quantizes_what_it_writes(form):
     rng = np.random.default_rng(3)
     rows, outputs = 6, 96
-    matrix = random_matrix("int4", outputs, 64, rng)
-    packed = pack(matrix)
-    x, scales, exact = activations("int4", rows, 64, rng)
+    matrix = random_matrix(form, outputs, 64, rng)
+    packed = packed_as(form, matrix)
+    x, scales, exact = activations(form, rows, 64, rng)
     out, out_scales = np.zeros((rows, outputs), np.int8), np.zeros((rows, outputs // 32, 2), np.float32)
     words = linear_words(packed, x, scales, out) | {t.OUT_SCALES: out_scales.ctypes.data, t.ACT: t.SILU}
-    run("linear_int4", rows, words)
+    run_linear(packed, rows, words)
     wanted = silu(exact @ matrix.floats().T.astype(np.float64))
     codes, their = quantized(wanted.astype(np.float32))
     assert np.abs(out.astype(int) - codes).max() <= 1
@@ -191,13 +229,14 @@ def test_a_linear_with_an_activation_quantizes_what_it_writes():
     np.testing.assert_allclose(out_scales[..., 1], out_scales[..., 0] * sums, rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", FEW_FORMS)
 @pytest.mark.parametrize("to_int8", [False, True])
-def test_a_gated_product_multiplies_gate_and_up_with_their_bias(to_int8):
+def test_a_gated_product_multiplies_gate_and_up_with_their_bias(to_int8, form):
     rng = np.random.default_rng(4)
     rows, half = 7, 96
-    matrix = random_matrix("int4", 2 * half, 64, rng)
-    packed = pack(matrix, gated=True)
-    x, scales, exact = activations("int4", rows, 64, rng)
+    matrix = random_matrix(form, 2 * half, 64, rng)
+    packed = packed_as(form, matrix, gated=True)
+    x, scales, exact = activations(form, rows, 64, rng)
     bias = rng.standard_normal(2 * half).astype(np.float32)
     put = pack_vector(bias, gated=True)
     both = exact @ matrix.floats().T.astype(np.float64) + bias
@@ -206,7 +245,7 @@ def test_a_gated_product_multiplies_gate_and_up_with_their_bias(to_int8):
     out_scales = np.zeros((rows, half // 32, 2), np.float32)
     words = linear_words(packed, x, scales, out) | {t.ACT: t.SILU, t.GATED: 1, t.BIAS: put.ctypes.data}
     words |= {t.OUT_SCALES: out_scales.ctypes.data} if to_int8 else {}
-    run("linear_int4", rows, words, threads=2)
+    run_linear(packed, rows, words, threads=2)
     got = out.astype(np.float32)
     if to_int8:
         got = (got.reshape(rows, -1, 32) * out_scales[..., :1]).reshape(rows, half)
@@ -232,7 +271,56 @@ def test_a_table_is_looked_up_from_the_same_panels(form):
     matrix = random_matrix(form, 50, columns_of(form) // 16 * 16, np.random.default_rng(5))
     ids = np.array([49, 0, 17, 17, 31], np.int64)
     wanted = matrix.floats()[ids] * np.float32(0.5)
-    np.testing.assert_allclose(look_up(pack(matrix), ids, 0.5), wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(look_up(packed_as(form, matrix), ids, 0.5), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("columns", [99, 96, 17, 1])
+def test_pairs_of_an_odd_number_of_columns_end_with_zeros(columns):
+    matrix = random_matrix("bf16", 33, columns, np.random.default_rng(7))
+    packed = pack(matrix, pairs=True)
+    panels = packed.panels.view(np.uint16).reshape(3, -1, 16, 2)
+    assert packed.panel_bytes == panels[0].nbytes
+    laid = panels.transpose(0, 2, 1, 3).reshape(48, -1)
+    assert np.array_equal(laid[:33, :columns], matrix.array)
+    assert not laid[33:].any()
+    assert not laid[:, columns:].any()
+
+
+@pytest.mark.skipif(not PAIRED, reason="this machine does not multiply bfloat16")
+@pytest.mark.parametrize("private", [0, 1])
+@pytest.mark.parametrize("rows", [1, 4, 5, 41])
+def test_activations_are_rounded_to_the_nearest_even_and_what_follows_them_is_not_looked_at(rows, private):
+    rng = np.random.default_rng(8)
+    columns, threads, room = 99, 2, max(rows, 8)
+    x = (rng.standard_normal((room, 112)) * 10.0 ** rng.integers(-20, 20, (room, 112))).astype(np.float32)
+    hard = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]
+    x[:, : len(hard)] = x[:, 88 : 88 + len(hard)] = hard
+    x[:, columns:] = np.nan
+    out = np.full((room, t.narrow_stride(columns) // 2), 0xFFFF, np.uint16)
+    context = {t.NARROW: out.ctypes.data, t.NARROW_SIZE: 4 * out.strides[0]}
+    words = {
+        t.X: x.ctypes.data, t.X_STRIDE: x.strides[0], t.WIDTH: columns, t.OUT_STRIDE: out.strides[0],
+        t.PRIVATE_X: private,
+    }  # fmt: skip
+    run("narrow", rows, words, threads=threads, context_words=context)
+    for tid in range(threads):
+        first = 4 * tid if rows <= t.FEW else 0  # where few rows are, each thread has its own
+        read = 4 * tid if rows <= t.FEW and private else 0
+        np.testing.assert_array_equal(out[first : first + rows, :columns], bf16(x[read : read + rows, :columns]))
+        assert not out[first : first + rows, columns].any()
+
+
+@pytest.mark.skipif(not PAIRED, reason="this machine does not multiply bfloat16")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_of_bfloat16_what_is_no_number_stays_in_its_row(bad):
+    rng = np.random.default_rng(9)
+    matrix = random_matrix("bf16", 32, 99, rng)
+    x, scales, exact = activations("bf16pairs", 9, 99, rng)
+    x[3, 98] = bad
+    got = multiply("", packed_as("bf16pairs", matrix), x, scales, np.zeros((9, 32), np.float32))
+    assert not np.isfinite(got[3]).any()
+    wanted = np.delete(exact, 3, 0) @ matrix.floats().astype(np.float64).T
+    np.testing.assert_allclose(np.delete(got, 3, 0), wanted, atol=1e-6 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
@@ -263,3 +351,15 @@ def test_an_instruction_set_is_forced_by_name():
     lacking = next(i for i in isa.ALL if i not in HERE)
     with pytest.raises(ArgumentError, match="lacks"):
         isa.detect(lacking.name)
+
+
+def test_bfloat16_is_multiplied_as_such_only_where_the_machine_can(monkeypatch):
+    vnni = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"}
+    monkeypatch.setattr(isa, "features", lambda: frozenset(vnni))
+    assert isa.detect().name == "avx512vnni"
+    with pytest.raises(ArgumentError, match=r"needs a CPU with avx512bf16, which .* It has: avx512vnni"):
+        isa.detect("avx512bf16")
+    monkeypatch.setattr(isa, "features", lambda: frozenset(vnni | {"avx512bf16"}))
+    assert isa.detect().name == "avx512bf16"
+    assert isa.target_features(isa.detect()) is None
+    assert "-avx512bf16" in (isa.target_features(isa.detect("avx512vnni")) or "").split(",")

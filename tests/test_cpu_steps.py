@@ -14,6 +14,8 @@ from support_cpu import CpuDriver, kernel_folder
 from support_models import Driver, make_checkpoint, prompts
 
 from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.isa import available
 from tokenmill.backends.cpu.memory import Heads, page_bytes
 from tokenmill.backends.cpu.prepare import refusal
 from tokenmill.errors import NotEnoughMemory, StartError, Unsupported
@@ -112,7 +114,8 @@ def test_blocks_of_several_pages_give_the_same_bits(folder: Path, cpu: CpuDriver
 def test_warming_up_leaves_no_trace(folder: Path, cpu: CpuDriver) -> None:
     other = CpuDriver.of(folder)
     other.warm_up()
-    assert len(other._memory._cache) and not other._memory._cache.any()
+    assert len(other._memory._cache)
+    assert not other._memory._cache.any()
     assert not other._slots.tables.any()
     np.testing.assert_array_equal(other.feed([(0, prompts()[1])]), cpu.feed([(0, prompts()[1])]))
     other.close()
@@ -133,6 +136,19 @@ def test_a_cache_that_cannot_be_had_is_said_with_its_size(folder: Path) -> None:
     with pytest.raises(NotEnoughMemory, match=r"1125899906842624 blocks needs \d{19,} bytes"):
         backend.allocate(1 << 50)
     backend.close()
+
+
+@pytest.mark.skipif(not available()[0].pairs, reason="this machine does not multiply bfloat16")
+def test_room_for_rounded_activations_is_made_and_counted_only_where_weights_are_bfloat16(
+    tmp_path: Path, cpu: CpuDriver
+) -> None:
+    make_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
+    paired = CpuDriver.of(tmp_path)
+    room = 256 * t.narrow_stride(128)  # a step's tokens, the widest input of a product
+    counters = 64 * (4 * 3 + 1)  # one for each row of the table that rounds
+    assert paired.step_bytes() - cpu.step_bytes() == room + counters
+    assert not cpu._scratch.context[t.NARROW]
+    paired.close()
 
 
 # ---- who runs what ----

@@ -40,9 +40,10 @@ def main(words: Sequence[str]) -> int:
         from tokenmill.backends.cpu.isa import detect
 
         read = reader_of(checkpoint, wants.quantize)
-        kinds = kernels_of(program, checkpoint, read, KV_DTYPES[wants.kv_cache_dtype])
+        isa = detect(wants.cpu_isa)
+        kinds = kernels_of(program, checkpoint, read, isa, KV_DTYPES[wants.kv_cache_dtype])
         names = ["walk", "serve", *(name for kernels in kinds.values() for name in kernels)]
-        cache = KernelCache(Path(wants.kernel_cache), detect(wants.cpu_isa), jobs=usable_cpus())
+        cache = KernelCache(Path(wants.kernel_cache), isa, jobs=usable_cpus())
         began = time.monotonic()
         compiled = cache.fill(names, lambda done, total: screen.progress(Progress("compile", done, total, "kernels")))
         took = f"{compiled} compiled in {time.monotonic() - began:.1f} s" if compiled else "all were there"

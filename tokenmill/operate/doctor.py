@@ -139,9 +139,10 @@ def _cpu_backend(program: Program, checkpoint: Checkpoint, computing: Computing,
     from tokenmill.backends.cpu.threads import default_threads
 
     read, kv_dtype = reader_of(checkpoint, computing.quantize), KV_DTYPES[computing.kv_cache_dtype]
-    kinds = kernels_of(program, checkpoint, read, kv_dtype)
+    isa = detect(computing.cpu_isa)
+    kinds = kernels_of(program, checkpoint, read, isa, kv_dtype)
     names = ["walk", "serve", *(name for kernels in kinds.values() for name in kernels)]
-    missing = KernelCache(Path(computing.kernel_cache), detect(computing.cpu_isa)).missing(names)
+    missing = KernelCache(Path(computing.kernel_cache), isa).missing(names)
     cached = f"{len(missing)} of {len(names)} kernels are still to be compiled" if missing else "kernels are compiled"
     threads = computing.cpu_threads or default_threads(computing.cpus)
     width = max(map(len, kinds))

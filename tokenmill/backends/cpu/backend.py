@@ -68,7 +68,7 @@ class CpuBackend:
             raise Unsupported("CPU backend", "cpu", (), f"Of this model, {why}. Use --backend torch.")
         self.limits, self.isa, self.threads = limits, detect(isa), threads
         self.num_blocks = 0
-        prepared = prepare(program, source, read, threads, report)
+        prepared = prepare(program, source, read, self.isa, threads, report)
         self.program = prepared.program
         self.vocab_size = self.program.output.width
         sizes = Sizes(
@@ -86,7 +86,7 @@ class CpuBackend:
             ["walk", "serve", *(line.kernel for line in self._lines)],
             None if report is None else lambda done, total: report(Progress("compile", done, total, "kernels")),
         )
-        self._scratch = Scratch(self._memory, self._slots, self._sampler, len(self._lines))
+        self._scratch = Scratch(self._memory, self._slots, self._sampler, self._lines)
         self._table = np.zeros((0, t.COLUMNS), np.int64)
         self._body = _body(self._lines)
         self._walkers = Walkers(self._code, self._scratch.context, threads)
@@ -206,7 +206,7 @@ class StepPlan(NamedTuple):
 class Scratch:
     """A step's context and what its words point to."""
 
-    def __init__(self, memory: Memory, slots: Slots, sampler: Sampler, rows: int) -> None:
+    def __init__(self, memory: Memory, slots: Slots, sampler: Sampler, lines: list[Line]) -> None:
         sizes, n = memory.sizes, memory.sizes.threads
         heads = [Heads.of(op, sizes.kv_dtype) for op in memory.program.ops if isinstance(op, ops.Attention)]
         self._at_once = min((h.at_once for h in heads), default=1)
@@ -214,7 +214,7 @@ class Scratch:
         tile = max(max(sizes.tokens, sizes.samples) * 256, *(h.pairs * h.dim * 4 for h in heads))
         row = max(widest * 4, *((h.pairs + 2) * 128 for h in heads))
         scores = (sizes.context + 32) // t.BLOCK * 64
-        self.counters = zeros((rows, 8), np.int64)
+        self.counters = zeros((len(lines), 8), np.int64)
         self.context = zeros((t.CONTEXT,), np.int64)
         self._arrays = {
             t.COUNTERS: self.counters,
@@ -225,6 +225,9 @@ class Scratch:
             t.TABLES: slots.tables,
             t.KNOWN: slots.tokens,
         }
+        if narrow := max((line.row[t.OUT_STRIDE] for line in lines if line.kernel == "narrow"), default=0):
+            self._arrays[t.NARROW] = zeros((max(sizes.tokens, sizes.samples, t.FEW * n), narrow))
+            self.context[t.NARROW_SIZE] = t.FEW * narrow
         for word, array in self._arrays.items():
             self.context[word] = array.ctypes.data
         self.context[[t.TABLE_STRIDE, t.KNOWN_STRIDE]] = slots.tables.strides[0], slots.tokens.strides[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.lower import Lowering
 from tokenmill.backends.cpu.memory import Memory, Sizes
 from tokenmill.backends.cpu.prepare import prepare
@@ -15,7 +16,7 @@ from tokenmill.weights.checkpoint import Checkpoint
 _ROWS = 64  # of each tensor: enough to tell how it is packed, and whole blocks of gate and of up
 
 
-def kernels_of(program: Program, source: Checkpoint, read: Reader, kv_dtype: str) -> dict[str, Counter[str]]:
+def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_dtype: str) -> dict[str, Counter[str]]:
     """Kind of operation -> how often each of its kernels stands in the table, in the order of the program.
 
     `program`: as recorded, one that the backend does not refuse. `kv_dtype`: "f16" or "int8". Compiles nothing.
@@ -25,7 +26,7 @@ def kernels_of(program: Program, source: Checkpoint, read: Reader, kv_dtype: str
         first, stop = piece.rows.start, piece.rows.stop
         return read(source, replace(piece, rows=slice(first, min(stop, first + _ROWS))))
 
-    prepared = prepare(program, source, some, 1, None)
+    prepared = prepare(program, source, some, isa, 1, None)
     memory = Memory(
         prepared.program, Sizes(1, 1, 1, 1, kv_dtype), prepared.panels, lambda w: load(w, source, some).floats(),
         prepared.private,

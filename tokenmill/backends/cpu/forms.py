@@ -1,4 +1,4 @@
-"""How weights lie in memory: panels of 16 outputs, one layout for every instruction set.
+"""How weights lie in memory: panels of 16 outputs, of blocks one layout for every instruction set.
 
 A block form holds, for each 32 columns of a panel, in this order:
 
@@ -13,7 +13,9 @@ A block form holds, for each 32 columns of a panel, in this order:
 A weight is scale · (code − offset) + low. In forms of two levels (GGUF's K types) scales and lows are int8, and in
 front of every eight blocks stand float16 factors of each output: of the scales, then of the lows.
 
-Dense forms hold, for each column, one number for each of the 16 outputs.
+Dense forms hold, for each column, one number for each of the 16 outputs. Instruction sets that multiply bfloat16 as
+such have it in pairs: for each two columns, two numbers for each of the 16 outputs; an odd last column is paired with
+zeros.
 """
 
 from __future__ import annotations
@@ -72,11 +74,17 @@ class DenseForm:
 
     name: str
     item: int  # bytes of a number
+    together: int = 1  # columns whose numbers for an output lie side by side
 
     @property
     def size(self) -> int:
         """Bytes of a column of a panel."""
         return PANEL * self.item
+
+    @property
+    def group_size(self) -> int:
+        """Bytes of the columns that lie together."""
+        return self.together * self.size
 
 
 BLOCK_FORMS = {
@@ -95,7 +103,8 @@ BLOCK_FORMS = {
         Form("int8wide", 8, scale=4, low=4, offset=128),  # anything else
     )
 }
-DENSE_FORMS = {form.name: form for form in (DenseForm("f32", 4), DenseForm("f16", 2), DenseForm("bf16", 2))}
+PAIRS = DenseForm("bf16pairs", 2, together=2)  # whose products take activations in bfloat16, too
+DENSE_FORMS = {form.name: form for form in (DenseForm("f32", 4), DenseForm("f16", 2), DenseForm("bf16", 2), PAIRS)}
 NAMES = (*BLOCK_FORMS, *DENSE_FORMS)
 
 
@@ -108,4 +117,4 @@ def panel_bytes(form: Form | DenseForm, columns: int) -> int:
     """Bytes of a panel."""
     if isinstance(form, Form):
         return columns // (BLOCK * form.group) * form.group_size
-    return columns * form.size
+    return -(-columns // form.together) * form.group_size

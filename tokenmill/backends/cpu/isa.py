@@ -16,18 +16,21 @@ from tokenmill.errors import ArgumentError, Unsupported
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """An instruction set for products of int8."""
+    """An instruction set: what its products of int8 are made of, and how wide its vectors are."""
 
     name: str
     lanes: int  # float32 of a register: 16, 8 or 4
     rows: int  # the most rows of a product's tile: what was fastest
     needs: tuple[str, ...]  # LLVM's names of what a CPU must have
     lacks: tuple[str, ...] = ()  # prefixes of features that must not be used when this set is forced
+    pairs: bool = False  # whether bfloat16 is multiplied as such, two columns at once
 
 
 _AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", *_AVX2)
 ALL = (
-    Isa("avx512vnni", 16, 8, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", *_AVX2)),
+    Isa("avx512bf16", 16, 8, ("avx512bf16", *_AVX512), pairs=True),  # else the same as the next
+    Isa("avx512vnni", 16, 8, _AVX512, ("avx512bf16",)),
     Isa("avxvnni", 8, 4, ("avxvnni", *_AVX2), ("avx512", "evex512")),
     Isa("avx2", 8, 8, _AVX2, ("avx512", "evex512", "avxvnni", "avxvnniint")),
     Isa("neon", 4, 4, ("neon", "dotprod", "fullfp16")),

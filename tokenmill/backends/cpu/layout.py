@@ -100,6 +100,8 @@ SCORES_SIZE = 12  # bytes of one row of scores
 ROW = 13  # scratch of each thread for one row: ROW + tid * ROW_SIZE
 ROW_SIZE = 14
 ZEROS = 15  # 4,096 bytes of zeros
+NARROW = 16  # a product's activations in bfloat16: rows of `narrow_stride`; 0 in programs that have none
+NARROW_SIZE = 17  # with at most FEW rows, each thread has its own: NARROW + tid * NARROW_SIZE
 SAMPLING = 25  # address of the sampler's own words (sampling.py: Sampler.address); set once
 FIRST_ROW = 26  # address of the first row of the table to walk
 LAST_ROW = 27  # and the one behind the last
@@ -137,6 +139,13 @@ ACTS: dict[str | None, int] = {
     "relu": RELU,
 }
 """Numbers of activations by transformers' names."""
+
+
+def narrow_stride(columns: int) -> int:
+    """Bytes of a row of bfloat16, with room for a zero behind it. An odd number of cache lines for most widths: rows
+    a power of two apart would push each other out of the cache.
+    """
+    return (columns // 32 + 1) * 64
 
 
 def float_bits(x: float) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu.forms import PAIRS
 from tokenmill.backends.cpu.layout import ACTS, float_bits
 from tokenmill.backends.cpu.memory import Heads, Memory, Turns
 from tokenmill.errors import Unsupported
@@ -108,12 +109,17 @@ def _embed(lower: Lowering, op: ops.Embed) -> Lowered:
 
 
 def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
-    """A row for each part of the weight that is stored in a way of its own; they write side by side."""
+    """A row for each part of the weight that is stored in a way of its own; they write side by side.
+
+    In front of them one that makes x bfloat16 for those that are multiplied so.
+    """
     out = lower.memory.place(op.out)
     residual = lower.memory.place(op.residual) if op.residual else None
     bias = lower.memory.vector(op.bias, gated=op.gated)
-    lowered: Lowered = []
-    for part in lower.memory.panels(op.weight):
+    parts, stride = lower.memory.panels(op.weight), t.narrow_stride(op.x.width)
+    paired = any(part.form == PAIRS.name for part in parts)
+    lowered: Lowered = [("narrow", {t.OUT_STRIDE: stride})] if paired else []
+    for part in parts:
         fields = {
             t.OUT: out.address + part.start * (1 if out.scales else 4),
             t.OUT_SCALES: out.scales and out.scales + part.start // 4,
@@ -124,6 +130,8 @@ def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
             t.ACT: ACTS[op.act],
             t.GATED: int(op.gated),
         }
+        if part.form == PAIRS.name:
+            fields |= {t.X_STRIDE: stride}
         if residual is not None:
             fields |= {t.RESIDUAL: residual.address + part.start * 4, t.RESIDUAL_STRIDE: residual.stride}
         lowered.append((f"linear_{part.form}", fields))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu.forms import BLOCK, BLOCK_FORMS, PANEL, Form, form_named, panel_bytes
+from tokenmill.backends.cpu.forms import BLOCK, BLOCK_FORMS, PAIRS, PANEL, Form, form_named, panel_bytes
 from tokenmill.backends.cpu.scratch import padded, zeros
 from tokenmill.errors import Unsupported
 from tokenmill.program.ops import Part, Weight
@@ -56,20 +56,20 @@ def gates(rows: int) -> bool:
 
 
 def pack_weight(
-    weight: Weight, source: Checkpoint, read: Reader, rank: int = 0, *, gated: bool = False
+    weight: Weight, source: Checkpoint, read: Reader, rank: int = 0, *, gated: bool = False, pairs: bool = False
 ) -> tuple[Packed, ...]:
     """This rank's part of a weight. More than one if its parts are stored differently: one below the other.
 
     All of them want the same activations and begin at whole blocks of outputs. Unsupported if it is `gated` and its
-    halves are no whole blocks.
+    halves are no whole blocks. `pairs`: of bfloat16 (`Isa.pairs`).
     """
     groups = [weight] if gated or len(weight.parts) == 1 else _alike(weight, source)
     out, start = [], 0
     for group in groups:
-        out.append(pack(load(group, source, read, rank), gated=gated, start=start))
+        out.append(pack(load(group, source, read, rank), gated=gated, start=start, pairs=pairs))
         start += out[-1].rows
     if any(p.start % BLOCK for p in out) or len({p.quantized for p in out}) > 1:
-        return (pack(load(weight, source, read, rank), gated=gated),)
+        return (pack(load(weight, source, read, rank), gated=gated, pairs=pairs),)
     return tuple(out)
 
 
@@ -84,14 +84,17 @@ def _alike(weight: Weight, source: Checkpoint) -> list[Weight]:
     return [replace(weight, parts=tuple(run)) for run in runs]
 
 
-def pack(matrix: Matrix, *, gated: bool = False, start: int = 0) -> Packed:
-    """Panels of a matrix. `gated`: rows are gate, then up; packed as 32 of gate, 32 of up and so on."""
+def pack(matrix: Matrix, *, gated: bool = False, start: int = 0, pairs: bool = False) -> Packed:
+    """Panels of a matrix. `gated`: rows are gate, then up; packed as 32 of gate, 32 of up and so on.
+
+    `pairs`: bfloat16 in pairs of columns.
+    """
     rows, columns = matrix.shape
     if gated and not gates(rows):
         raise Unsupported("size of a gated product", str(rows // 2), (), f"It must be a multiple of {GATE}.")
     blocks = _as_blocks(matrix)
     if blocks is None:
-        return _pack_dense(matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start)
+        return _pack_dense(matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start, pairs)
     form = _form_of(blocks)
     out = zeros((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
     body = out[..., form.factors :].reshape(*out.shape[:2], form.group, form.size)
@@ -122,16 +125,22 @@ def _panels(a: Array, gated: bool) -> Array:
     return a.reshape(-1, PANEL, *a.shape[1:])
 
 
-def _pack_dense(matrix: Dense, gated: bool, start: int) -> Packed:
+def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool) -> Packed:
     array = matrix.array
-    names = {np.dtype(np.uint16): "bf16", np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
+    brain = PAIRS.name if pairs else "bf16"
+    names = {np.dtype(np.uint16): brain, np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
     if array.dtype not in names:
         array = array.astype(np.float32)
-    panels = _panels(array, gated)
-    out = zeros((len(panels), array.shape[1], PANEL), array.dtype)
-    out[:] = panels.swapaxes(1, 2)
-    rows, columns = matrix.array.shape
-    return Packed(names[array.dtype], out.reshape(-1).view(np.uint8), rows, columns, start)
+    panels, name = _panels(array, gated), names[array.dtype]
+    rows, columns = array.shape
+    if name == PAIRS.name:
+        out = zeros((len(panels), -(-columns // 2), PANEL, 2), array.dtype)
+        out[..., 0] = panels[..., ::2].swapaxes(1, 2)
+        out[:, : columns // 2, :, 1] = panels[..., 1::2].swapaxes(1, 2)
+    else:
+        out = zeros((len(panels), columns, PANEL), array.dtype)
+        out[:] = panels.swapaxes(1, 2)
+    return Packed(name, out.reshape(-1).view(np.uint8), rows, columns, start)
 
 
 # ---- blocks ----

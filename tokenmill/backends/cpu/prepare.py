@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
 from tokenmill.backends.cpu.pack import Packed, gates, pack_weight
@@ -77,11 +78,16 @@ def _refused(op: Op) -> str:
     return ""
 
 
-def prepare(program: Program, source: Checkpoint, read: Reader, threads: int, report: Report | None) -> Prepared:
-    """Read and pack all matrices. ModelError if a tensor is missing or of another shape than expected."""
+def prepare(
+    program: Program, source: Checkpoint, read: Reader, isa: Isa, threads: int, report: Report | None
+) -> Prepared:
+    """Read and pack all matrices, as an instruction set wants them.
+
+    ModelError if a tensor is missing or of another shape than expected.
+    """
     program = fused(program)
     check(_weights(program), source)
-    panels = pack_all(program, source, read, threads, report)
+    panels = pack_all(program, source, read, isa, threads, report)
     program = passes.quantize_inputs(program, lambda op: panels[op.weight][0].quantized, _writes_int8)
     return Prepared(program, panels, private_outputs(program))
 
@@ -91,7 +97,7 @@ def _weights(program: Program) -> list[Weight]:
 
 
 def pack_all(
-    program: Program, source: Checkpoint, read: Reader, threads: int, report: Report | None
+    program: Program, source: Checkpoint, read: Reader, isa: Isa, threads: int, report: Report | None
 ) -> dict[Weight, tuple[Packed, ...]]:
     """Every matrix, on several threads; `report` is called from this one, with bytes of the checkpoint."""
     gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
@@ -100,7 +106,7 @@ def pack_all(
     packed, done = {}, 0
 
     def one(weight: Weight) -> tuple[Packed, ...]:
-        return pack_weight(weight, source, read, gated=weight in gated)
+        return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs)
 
     with ThreadPoolExecutor(max(1, threads)) as pool:  # numpy lets go of the interpreter
         for weight, size, panels in zip(wanted, sizes, pool.map(one, wanted), strict=True):

@@ -1,7 +1,8 @@
 """Kernels of products: plain, gated, and rows of a table looked up; for every form of weights.
 
 Threads take panels from the row's counter, a few at a time. A form's tiles have 1, 2, 4 and (with long registers) 8
-rows; which of them compute a row changes nothing in it.
+rows; which of them compute a row changes nothing in it. Pairs of bfloat16 are multiplied with activations that a kernel
+in front of theirs has made bfloat16 (`narrow`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.forms import NAMES, DenseForm, Form, form_named
+from tokenmill.backends.cpu.dense_tiles import narrow
+from tokenmill.backends.cpu.forms import NAMES, PAIRS, DenseForm, Form, form_named
 from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.rows import activate, add, gate, quantize, scale
@@ -40,6 +42,18 @@ def count_rows(row: int, context: int) -> int:
 def own(row: int, tid: int, rows: int, column: int, base: int, size: int) -> int:
     """Address of a thread's own copy, if there is one."""
     return base + tid * _FEW * size if field(row, column) and rows <= _FEW else base
+
+
+@inline
+def _given(tid: int, row: int, rows: int, context: int) -> int:
+    """Where a product's x is."""
+    return own(row, tid, rows, t.PRIVATE_X, field(row, t.X), field(row, t.X_STRIDE))
+
+
+@inline
+def _narrowed(tid: int, row: int, rows: int, context: int) -> int:
+    """Where it is in bfloat16."""
+    return field(context, t.NARROW) + (tid * field(context, t.NARROW_SIZE) if rows <= _FEW else 0)
 
 
 def product(isa: Isa, form: Form | DenseForm) -> Function:
@@ -79,12 +93,13 @@ def product(isa: Isa, form: Form | DenseForm) -> Function:
 
 def _linear(isa: Isa, form: Form | DenseForm) -> Function:
     multiply: Function = product(isa, form)
+    find: Function = _narrowed if form == PAIRS else _given
 
     def linear(tid, row, context, counter):  # type: ignore[no-untyped-def]
         rows, columns, panels = count_rows(row, context), field(row, t.WIDTH), field(row, t.PANELS)
         xs, out, os = field(row, t.X_STRIDE), field(row, t.OUT), field(row, t.OUT_STRIDE)
         quantized, gated = field(row, t.OUT_SCALES), field(row, t.GATED)
-        x = own(row, tid, rows, t.PRIVATE_X, field(row, t.X), xs)
+        x = find(tid, row, rows, context)
         scales = own(row, tid, rows, t.PRIVATE_X, field(row, t.X_SCALES), xs // 4)
         weight, size, act = field(row, t.WEIGHT), field(row, t.PANEL_BYTES), field(row, t.ACT)
         residual, rs, bias = field(row, t.RESIDUAL), field(row, t.RESIDUAL_STRIDE), field(row, t.BIAS)
@@ -167,6 +182,26 @@ def _embed(isa: Isa, form: Form | DenseForm) -> Function:
     return compiled(f"embed_{form.name}_{isa.name}_body", embed)
 
 
+def _narrow(isa: Isa) -> Function:
+    to_bf16 = emit(3, narrow)
+
+    def rows_to_bf16(tid, row, context, counter):  # type: ignore[no-untyped-def]
+        rows, columns, stride = count_rows(row, context), field(row, t.WIDTH), field(row, t.OUT_STRIDE)
+        x, xs, out = _given(tid, row, rows, context), field(row, t.X_STRIDE), _narrowed(tid, row, rows, context)
+        if rows <= _FEW:
+            for r in range(rows):
+                to_bf16(columns, x + r * xs, out + r * stride)
+            return 1
+        while True:
+            first = atomic_add(counter, 1) * _ROW
+            if first >= rows:
+                return 0
+            for r in range(first, min(rows, first + _ROW)):
+                to_bf16(columns, x + r * xs, out + r * stride)
+
+    return kernel(f"narrow_{isa.name}", compiled(f"narrow_{isa.name}_body", rows_to_bf16))
+
+
 _KINDS = {"linear": _linear, "embed": _embed}
 
 
@@ -175,5 +210,9 @@ def _make(kind: str, name: str, isa: Isa) -> Function:
 
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Function]]:
-    """linear_<form> (plain and gated) and embed_<form> for every form of `forms.py`."""
-    return {f"{kind}_{name}": partial(_make, kind, name, isa) for kind in _KINDS for name in NAMES}
+    """linear_<form> (plain and gated) and embed_<form> for every form of `forms.py`; narrow in front of pairs'."""
+    names = [name for name in NAMES if isa.pairs or name != PAIRS.name]
+    made: dict[str, Callable[[], Function]] = {
+        f"{kind}_{name}": partial(_make, kind, name, isa) for kind in _KINDS for name in names
+    }
+    return made | ({"narrow": partial(_narrow, isa)} if isa.pairs else {})

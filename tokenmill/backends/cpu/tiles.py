@@ -8,14 +8,15 @@ scaled and added in float32. Which instruction multiplies is all that an instruc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from llvmlite import ir
 
-from tokenmill.backends.cpu.forms import PANEL, DenseForm, Form
+from tokenmill.backends.cpu.dense_tiles import DenseTile, PairTile, load_floats
+from tokenmill.backends.cpu.forms import PAIRS, PANEL, DenseForm, Form
 from tokenmill.backends.cpu.ir import G, V, Val, f16, f32, i1, i8, i16, i32, i64
 from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.operands import Operands, far_ahead, panel_parts, store
 
 Act = Callable[[int, int], Val]
 """(row, j) -> four int8 activations, columns 4 · j …, in every int32 lane"""
@@ -29,24 +30,6 @@ _BY_BYTE = (0, 4, 1, 5, 2, 6, 3, 7)  # vectors whose codes share bytes follow ea
 
 Factors = dict[tuple[int, int], Val]
 """(byte of a block at which int8 numbers stand, register of the panel) -> what they are multiplied with"""
-
-
-@dataclass(frozen=True, slots=True)
-class Operands:
-    """Addresses and strides in bytes of a tile's operands; `scales` stays unread with float activations."""
-
-    columns: Val
-    weight: Val
-    x: Val
-    x_stride: Val
-    scales: Val
-    scales_stride: Val
-    base: Val  # what is added to the product: float32, 16 a row
-    base_stride: Val
-    out: Val
-    out_stride: Val
-
-
 
 
 def codes_at(g: G, form: Form, address: Val, offset: int, size: int) -> Codes:
@@ -243,10 +226,10 @@ class BlockTile:
         return out
 
     def _prefetch(self, weight: Val) -> None:
-        """With few rows further on in the panel, else the same place of the next: what was fastest."""
+        """Ask for a block of what is read next."""
         g = self.g
         groups = g.b.lshr(self.blocks, g.c(self.form.group.bit_length() - 1))
-        ahead = g.c(2048) if self.rows <= 2 else g.b.mul(groups, g.c(self.form.group_size))
+        ahead = far_ahead(g, self.rows, g.b.mul(groups, g.c(self.form.group_size)))
         for line in range(0, self.form.size, 64):
             g.prefetch(weight, g.at(ahead, line))
 
@@ -318,73 +301,6 @@ def halves_of(form: Form) -> list[Sequence[int]]:
     return [range(8) if form.bits == 8 else _BY_BYTE]
 
 
-def panel_parts(lanes: int, rows: int, at_once: int) -> list[list[int]]:
-    """Which registers of a panel's 16 outputs are summed in one go over the columns; `at_once`: how many, with rows."""
-    parts = list(range(16 // lanes))
-    if rows == 1 or lanes == 16:
-        return [parts]
-    return [parts[i : i + at_once] for i in range(0, len(parts), at_once)]
-
-
-def store(g: G, o: Operands, sums: list[Val], offset: int) -> None:
-    """Each row's sums, plus its base, to out."""
-    b = g.b
-    for r, total in enumerate(sums):
-        base = g.ld(total.type, g.at(o.base, b.mul(o.base_stride, g.c(r))), offset)
-        g.st(b.fadd(total, base), g.at(o.out, b.mul(o.out_stride, g.c(r))), offset)
-
-
-class DenseTile:
-    """Code of a tile with a form of floats: `rows` rows of float32 by one panel. Two sums a row, by column's parity."""
-
-    def __init__(self, g: G, isa: Isa, form: DenseForm, rows: int, o: Operands) -> None:
-        self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
-        self.floats = V(f32, isa.lanes)
-        self.xs = [g.at(o.x, g.b.mul(o.x_stride, g.c(r))) for r in range(rows)]
-
-    def write(self) -> None:
-        """The whole tile: four columns at a time, then those that are left."""
-        g, b, o, lanes, rows = self.g, self.g.b, self.o, self.isa.lanes, self.rows
-        fours = b.lshr(o.columns, g.c(2))
-        done = b.shl(fours, g.c(2))
-        for parts in panel_parts(lanes, rows, 2 if lanes == 4 else 1):
-            acc = [g.k(self.floats, 0.0)] * (2 * rows * len(parts))
-            acc = g.loop(fours, acc, partial(self._columns, parts, g.c(0), 4))
-            acc = g.loop(b.sub(o.columns, done), acc, partial(self._columns, parts, done, 1))
-            for n, part in enumerate(parts):
-                mine = acc[2 * rows * n : 2 * rows * (n + 1)]
-                store(g, o, [b.fadd(mine[2 * r], mine[2 * r + 1]) for r in range(rows)], 4 * lanes * part)
-
-    def _columns(self, parts: Sequence[int], start: Val, count: int, i: Val, acc: list[Val]) -> list[Val]:
-        """Add the i-th `count` columns behind `start`."""
-        g, b, rows = self.g, self.g.b, self.rows
-        new, column = list(acc), b.add(start, b.mul(i, g.c(count)))
-        weight = g.at(self.o.weight, b.mul(column, g.c(self.form.size)))
-        offset = b.shl(column, g.c(2))
-        for u in range(count):
-            if parts[0] == 0:
-                g.prefetch(weight, 2048 + self.form.size * u)
-            for n, part in enumerate(parts):
-                place = self.form.size * u + self.form.item * self.isa.lanes * part
-                w = load_floats(g, self.form, weight, place, self.isa.lanes)
-                for r in range(rows):
-                    x = g.splat(g.ld(f32, g.at(self.xs[r], offset), 4 * u), self.isa.lanes)
-                    at = 2 * rows * n + 2 * r + u % 2
-                    new[at] = g.fma(w, x, new[at])
-        return new
-
-
-def load_floats(g: G, form: DenseForm, address: Val, offset: int, lanes: int) -> Val:
-    """`lanes` numbers of a dense form as float32."""
-    b, floats = g.b, V(f32, lanes)
-    if form.name == "f32":
-        return g.ld(floats, address, offset)
-    if form.name == "f16":
-        return g.half(address, offset, lanes)
-    ints = V(i32, lanes)
-    return b.bitcast(b.shl(b.zext(g.ld(V(i16, lanes), address, offset), ints), g.k(ints, 16)), floats)
-
-
 def most_rows(isa: Isa, form: Form | DenseForm) -> int:
     """Rows of a form's largest tile. Dense ones have two sums a row, which must stay in registers."""
     return isa.rows if isinstance(form, Form) or isa.lanes == 16 else min(isa.rows, 4)
@@ -397,6 +313,8 @@ def tile(isa: Isa, form: Form | DenseForm, rows: int) -> Callable[..., None]:
         o = Operands(*args)
         if isinstance(form, Form):
             BlockTile(g, isa, form, rows, o).write()
+        elif form == PAIRS:
+            PairTile(g, rows, o).write()
         else:
             DenseTile(g, isa, form, rows, o).write()
 
@@ -419,7 +337,9 @@ def look_up(form: Form | DenseForm) -> Callable[..., None]:
 
 def _look_up_number(g: G, form: DenseForm, base: Val, lane: Val, i: Val, out: Val) -> None:
     b = g.b
-    address = g.at(g.at(base, b.mul(i, g.c(form.size))), b.mul(lane, g.c(form.item)))
+    group, place = b.udiv(i, g.c(form.together)), b.urem(i, g.c(form.together))
+    column = g.at(base, b.mul(group, g.c(form.group_size)))
+    address = g.at(column, b.mul(b.add(b.mul(lane, g.c(form.together)), place), g.c(form.item)))
     g.st(g.first(load_floats(g, form, address, 0, 1)), g.at(out, b.mul(i, g.c(4))))
 
 

@@ -1,0 +1,147 @@
+"""The innermost loops of products with floats, as LLVM code: some rows of x times one panel of 16 outputs.
+
+As in `tiles.py` columns are summed in one order, whatever the number of rows. Floats are multiplied in float32;
+bfloat16 also as such, where a CPU can: both factors are then bfloat16, so x is rounded to it first (`narrow`), and two
+products are added to a float32 at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from llvmlite import ir
+
+from tokenmill.backends.cpu.forms import PAIRS, DenseForm
+from tokenmill.backends.cpu.ir import G, V, Val, f32, i16, i32, vf
+from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.operands import Operands, far_ahead, panel_parts, store
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
+    """LLVM's bfloat, which llvmlite has no type for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+_BF16 = _BFloat()
+_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+_ROUND = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+
+
+class DenseTile:
+    """Code of a tile with a form of floats: `rows` rows of float32 by one panel. Two sums a row, by column's parity."""
+
+    def __init__(self, g: G, isa: Isa, form: DenseForm, rows: int, o: Operands) -> None:
+        self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
+        self.floats = V(f32, isa.lanes)
+        self.xs = [g.at(o.x, g.b.mul(o.x_stride, g.c(r))) for r in range(rows)]
+        self.ahead = far_ahead(g, rows, g.b.mul(o.columns, g.c(form.size)))
+
+    def write(self) -> None:
+        """The whole tile: four columns at a time, then those that are left."""
+        g, b, o, lanes, rows = self.g, self.g.b, self.o, self.isa.lanes, self.rows
+        fours = b.lshr(o.columns, g.c(2))
+        done = b.shl(fours, g.c(2))
+        for parts in panel_parts(lanes, rows, 2 if lanes == 4 else 1):
+            acc = [g.k(self.floats, 0.0)] * (2 * rows * len(parts))
+            acc = g.loop(fours, acc, partial(self._columns, parts, g.c(0), 4))
+            acc = g.loop(b.sub(o.columns, done), acc, partial(self._columns, parts, done, 1))
+            for n, part in enumerate(parts):
+                mine = acc[2 * rows * n : 2 * rows * (n + 1)]
+                store(g, o, [b.fadd(mine[2 * r], mine[2 * r + 1]) for r in range(rows)], 4 * lanes * part)
+
+    def _columns(self, parts: Sequence[int], start: Val, count: int, i: Val, acc: list[Val]) -> list[Val]:
+        """Add the i-th `count` columns behind `start`."""
+        g, b, rows = self.g, self.g.b, self.rows
+        new, column = list(acc), b.add(start, b.mul(i, g.c(count)))
+        weight = g.at(self.o.weight, b.mul(column, g.c(self.form.size)))
+        offset = b.shl(column, g.c(2))
+        for u in range(count):
+            if parts[0] == 0:
+                g.prefetch(weight, g.at(self.ahead, self.form.size * u))
+            for n, part in enumerate(parts):
+                place = self.form.size * u + self.form.item * self.isa.lanes * part
+                w = load_floats(g, self.form, weight, place, self.isa.lanes)
+                for r in range(rows):
+                    x = g.splat(g.ld(f32, g.at(self.xs[r], offset), 4 * u), self.isa.lanes)
+                    at = 2 * rows * n + 2 * r + u % 2
+                    new[at] = g.fma(w, x, new[at])
+        return new
+
+
+class PairTile:
+    """Code of a tile with pairs of bfloat16: `rows` rows of narrowed x by one panel. Two sums a row, by pair's parity:
+    a sum waits for the one before it longer than it takes to multiply eight rows.
+    """
+
+    def __init__(self, g: G, rows: int, o: Operands) -> None:
+        self.g, self.rows, self.o = g, rows, o
+        self.xs = [g.at(o.x, g.b.mul(o.x_stride, g.c(r))) for r in range(rows)]
+        self.pairs = g.b.lshr(g.b.add(o.columns, g.c(1)), g.c(1))
+        self.ahead = far_ahead(g, rows, g.b.mul(self.pairs, g.c(PAIRS.group_size)))
+
+    def write(self) -> None:
+        """The whole tile: four pairs at a time, then those that are left."""
+        g, b, rows, pairs = self.g, self.g.b, self.rows, self.pairs
+        fours = b.lshr(pairs, g.c(2))
+        done = b.shl(fours, g.c(2))
+        acc = g.loop(fours, [g.k(vf, 0.0)] * (2 * rows), partial(self._pairs, g.c(0), 4))
+        acc = g.loop(b.sub(pairs, done), acc, partial(self._pairs, done, 1))
+        store(g, self.o, [b.fadd(acc[2 * r], acc[2 * r + 1]) for r in range(rows)], 0)
+
+    def _pairs(self, start: Val, count: int, i: Val, acc: list[Val]) -> list[Val]:
+        """Add the i-th `count` pairs behind `start`."""
+        g, b, numbers = self.g, self.g.b, V(_BF16, 32)
+        new, pair = list(acc), b.add(start, b.mul(i, g.c(count)))
+        weight, offset = g.at(self.o.weight, b.mul(pair, g.c(PAIRS.group_size))), b.shl(pair, g.c(2))
+        for u in range(count):
+            g.prefetch(weight, g.at(self.ahead, PAIRS.group_size * u))
+            w = g.ld(numbers, weight, PAIRS.group_size * u)
+            for r in range(self.rows):
+                two = g.splat(g.ld(i32, g.at(self.xs[r], offset), 4 * u))
+                at = 2 * r + u % 2
+                new[at] = g.call(_DOT, vf, [new[at], w, b.bitcast(two, numbers)])
+        return new
+
+
+def narrow(g: G, columns: Val, x: Val, out: Val) -> None:
+    """What `ir.emit` takes: a row of float32 to bfloat16, rounded to the nearest, ties to even; a zero behind it.
+
+    What follows the row's columns is not looked at: it may be another value's.
+    """
+    b = g.b
+    whole = b.lshr(columns, g.c(4))
+    done = b.shl(whole, g.c(4))
+
+    def rounded(v: Val) -> Val:
+        return b.bitcast(g.call(_ROUND, V(_BF16, 16), [v]), V(i16, 16))
+
+    def vector(i: Val, _: list[Val]) -> None:
+        g.st(rounded(g.vec(x, i)), g.at(out, b.shl(i, g.c(5))))
+
+    def number(i: Val, _: list[Val]) -> None:
+        at = b.add(done, i)
+        g.st(g.first(rounded(g.splat(g.ld(f32, g.at(x, b.shl(at, g.c(2))))))), g.at(out, b.shl(at, g.c(1))))
+
+    g.loop(whole, (), vector)
+    g.loop(b.sub(columns, done), (), number)
+    g.st(g.k(i16, 0), g.at(out, b.shl(columns, g.c(1))))
+
+
+def load_floats(g: G, form: DenseForm, address: Val, offset: int, lanes: int) -> Val:
+    """`lanes` numbers of a dense form as float32."""
+    b, floats = g.b, V(f32, lanes)
+    if form.name == "f32":
+        return g.ld(floats, address, offset)
+    if form.name == "f16":
+        return g.half(address, offset, lanes)
+    ints = V(i32, lanes)
+    return b.bitcast(b.shl(b.zext(g.ld(V(i16, lanes), address, offset), ints), g.k(ints, 16)), floats)

@@ -1,0 +1,46 @@
+"""What tiles of every kind of weights work on: addresses, and how a panel's 16 outputs are divided among registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenmill.backends.cpu.ir import G, Val
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Addresses and strides in bytes of a tile's operands; `scales` stays unread with float activations."""
+
+    columns: Val
+    weight: Val
+    x: Val
+    x_stride: Val
+    scales: Val
+    scales_stride: Val
+    base: Val  # what is added to the product: float32, 16 a row
+    base_stride: Val
+    out: Val
+    out_stride: Val
+
+
+def panel_parts(lanes: int, rows: int, at_once: int) -> list[list[int]]:
+    """Which registers of a panel's 16 outputs are summed in one go over the columns; `at_once`: how many, with rows."""
+    parts = list(range(16 // lanes))
+    if rows == 1 or lanes == 16:
+        return [parts]
+    return [parts[i : i + at_once] for i in range(0, len(parts), at_once)]
+
+
+def far_ahead(g: G, rows: int, panel: Val) -> Val:
+    """Where to ask for weights early, from those that are read: with few rows further on in the panel, else the same
+    place of the next one. What was fastest. `panel`: its bytes.
+    """
+    return g.c(2048) if rows <= 2 else panel
+
+
+def store(g: G, o: Operands, sums: list[Val], offset: int) -> None:
+    """Each row's sums, plus its base, to out."""
+    b = g.b
+    for r, total in enumerate(sums):
+        base = g.ld(total.type, g.at(o.base, b.mul(o.base_stride, g.c(r))), offset)
+        g.st(b.fadd(total, base), g.at(o.out, b.mul(o.out_stride, g.c(r))), offset)
