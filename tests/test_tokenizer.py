@@ -322,3 +322,26 @@ def test_a_space_before_the_first_word_is_what_the_configuration_says(
     assert Tokenizer.load(source).encode("the work") == theirs("the work").input_ids
     (tmp_path / "tokenizer_config.json").unlink()
     assert Tokenizer.load(source).encode("the work") == inner.encode("the work").ids
+
+
+def test_templates_know_the_special_tokens_that_transformers_tells_them(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = (
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ image_token }}{{ additional_special_tokens }}{{ cls_token }}"
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": None,
+        "additional_special_tokens": ["<|endoftext|>", "<|im_end|>"],
+        "extra_special_tokens": {"image_token": "<image>"},
+        "chat_template": template,
+    }
+    source = write_folder(tmp_path, tokenizer_config=config)
+    found = Tokenizer.load(source).chat_template
+    assert found is not None
+    chat = [{"role": "user", "content": "x"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert found.render(chat, add_generation_prompt=True) == theirs.apply_chat_template(chat, tokenize=False)

@@ -51,10 +51,10 @@ class ChatTemplate:
         source: str | Mapping[str, str],
         bos: str | None = None,
         eos: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, Any] | None = None,
     ) -> None:
         self.sources = {"default": source} if isinstance(source, str) else dict(source)
-        self._tokens = dict(special_tokens or {})
+        self._tokens: dict[str, Any] = dict(special_tokens or {})
         self._tokens |= {name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None}
         self._environment = sandbox.environment()
         self._compiled: dict[str, _Compiled] = {}
@@ -103,10 +103,10 @@ class ChatTemplate:
         """Which template serves a request. A request may name one; what it cannot do is to bring its own."""
         if wished is None:
             return "tool_use" if with_tools and "tool_use" in self.sources else "default"
-        if wished not in self.sources:
+        if not isinstance(wished, str) or wished not in self.sources:
             known = ", ".join(sorted(self.sources))
             raise TemplateError(f"chat_template_kwargs may set 'chat_template' only to a name the model has: {known}")
-        return str(wished)
+        return wished
 
     def _continued(
         self, messages: Sequence[Mapping[str, Any]], begins: bool | None, continued: bool | None

@@ -53,7 +53,7 @@ def load(folder: Path, config_path: str = "") -> Tokenizer:
         eos_token=eos,
         eos_ids=_eos_ids(folder, inner, eos),
         max_length=int(longest) if isinstance(longest, int | float) and 0 < longest < _NO_LIMIT else None,
-        chat_template=ChatTemplate(templates, bos, eos, special) if templates else None,
+        chat_template=ChatTemplate(templates, bos, eos, _variables(config, special)) if templates else None,
     )
 
 
@@ -130,6 +130,15 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         both = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **both}
     texts = ((name, content_of(both.get(name))) for name in _SPECIAL)
     return {name: text for name, text in texts if text is not None}
+
+
+def _variables(config: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
+    """Special tokens as templates know them; a model may have further ones with names of its own, as "image_token"."""
+    extra = config.get("extra_special_tokens")
+    named = {name: content_of(token) for name, token in extra.items()} if isinstance(extra, dict) else {}
+    more = [text for token in config.get("additional_special_tokens") or () if (text := content_of(token))]
+    listed = {"additional_special_tokens": more} if more else {}
+    return {name: text for name, text in named.items() if text is not None} | listed | dict(special)
 
 
 def _add_tokens(
