@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,3 +270,17 @@ def test_gauges_return_to_zero_when_nothing_runs(server: Server) -> None:
     assert found["tgi_batch_max_total_tokens"] > 0
     assert "tgi_request_input_length_bucket|le=0.99" in found
     assert "tgi_request_generated_tokens_bucket|le=200" in found
+
+
+def test_an_engine_that_dies_fails_a_step_and_the_requests_that_ran(server: Server) -> None:
+    counts = Counts(server)
+    body = {"inputs": "hi", "parameters": {"max_new_tokens": 90}}
+    with httpx.stream("POST", server.url + "/generate_stream", json=body, timeout=5) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(server.children()["runtime"], signal.SIGKILL)
+        assert any('"error_type":"generation"' in line for line in lines)
+    grown = counts.grown()
+    assert sum(grown.get(f"tgi_batch_inference_failure|method={method}", 0) for method in ("prefill", "decode")) == 1
+    assert grown["tgi_request_failure|err=generation"] == 1
+    assert grown["tokenmill_engine_up"] == -1
