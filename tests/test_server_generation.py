@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,8 +14,11 @@ from support_server import byte_model
 
 from tokenmill.errors import RequestError
 from tokenmill.server.generation import GeneratedToken, Generation, Timings
+from tokenmill.server.routes.chat import ChatAnswer
+from tokenmill.server.routes.completions import CompletionAnswer, Counts
 from tokenmill.server.routes.native import NativeAnswer
 from tokenmill.server.schema.native import GenerateParameters
+from tokenmill.server.schema.openai import CompletionRequest
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Prepared
 from tokenmill.text.tokenizer import Tokenizer
@@ -127,3 +132,23 @@ def test_times_are_those_of_the_first_and_the_last_token(tokenizer: Tokenizer) -
 def test_a_folder_of_bytes_is_enough_for_a_tokenizer(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(local_source(byte_model(tmp_path)))
     assert tokenizer.decode(tokenizer.encode("naïve 🦊")) == "naïve 🦊"
+
+
+def test_openais_routes_tell_as_many_alternatives_as_asked_for_though_more_tie(tokenizer: Tokenizer) -> None:
+    a, b, c = (tokenizer.encode(letter)[0] for letter in "abc")
+    tie = TokenDetails(-0.5, (b, c, a), (-0.5, -0.5, -0.5))
+    envelope: Any = SimpleNamespace(
+        tokenizer=tokenizer, id="x", created=1, model="m", fingerprint="f", include_usage=False,
+        service_tier=msgspec.UNSET, usage=lambda generations: None,
+    )  # fmt: skip
+    generation, answer = generation_of(tokenizer)
+    generation.push(Output(1, (a,), "", (tie,)), 0.0)
+    body = CompletionRequest(prompt="", logprobs=2)
+    completion = CompletionAnswer(envelope, body, [""], [generation.prepared], Counts(1, 1))
+    for shapes, path in ((ChatAnswer(envelope, 2), ("content", 0)), (completion, ("top_logprobs", 0))):
+        (choice,) = json.loads(shapes.chunk(generation, answer.tokens[0]))["choices"]
+        name, index = path
+        found = choice["logprobs"][name][index]
+        texts = list(found) if name == "top_logprobs" else [one["token"] for one in found["top_logprobs"]]
+        assert texts[:2] == ["b", "c"]
+        assert len(texts) == (3 if name == "top_logprobs" else 2)  # completions add the chosen one

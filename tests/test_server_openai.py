@@ -237,6 +237,8 @@ def test_bytes_that_are_no_text_are_written_as_openai_writes_them(server: Server
     logprobs = complete(server, logprobs=0, max_tokens=5)["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["Z", "w", "bytes:\\xc3", "bytes:\\xb6", "l"]
     assert logprobs["text_offset"] == [0, 1, 2, 2, 3]
+    held = complete(server, logprobs=0, max_tokens=9, stop="Boxer")["choices"][0]["logprobs"]
+    assert held["text_offset"] == [0, 1, 2, 2, 3, 4, 5, 6, 7]  # though "Bo" may have become a stop string
 
 
 def test_a_stop_string_is_kept_if_asked(server: Server) -> None:
