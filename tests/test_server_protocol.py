@@ -15,12 +15,18 @@ import uvicorn
 from tokenmill.server import protocol
 from tokenmill.server.protocol import BoundedProtocol
 
+BIG = 30_000_000
+
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
     """Answers with the path and the body."""
     if scope["path"] == "/no":  # answered without its body
         await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
+        return
+    if scope["path"] == "/big":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % BIG)]})
+        await send({"type": "http.response.body", "body": bytes(BIG)})
         return
     if scope["path"] == "/stream":
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -48,6 +54,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(protocol, "BODY_TIMEOUT_S", 0.4)
     monkeypatch.setattr(protocol, "IDLE_TIMEOUT_S", 0.8)
     monkeypatch.setattr(protocol, "MIN_BODY_RATE", 1000)
+    monkeypatch.setattr(protocol, "DRAIN_TIMEOUT_S", 0.3)
     config = uvicorn.Config(echo, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, server_header=False)
     server = uvicorn.Server(config)
     sock = socket.create_server(("127.0.0.1", 0))
@@ -176,6 +183,21 @@ def test_a_body_is_never_read_as_a_request(port: int) -> None:
             sock.shutdown(socket.SHUT_WR)
             answer = sock.recv(65536)
         assert b"\r\n\r\n/hidden" not in answer
+
+
+@pytest.mark.parametrize("ending", [b"", b"connection: close\r\n"])
+def test_an_answer_that_nobody_takes_is_not_kept(port: int, ending: bytes) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"GET /big HTTP/1.1\r\nhost: x\r\n" + ending + b"\r\n")
+        time.sleep(1)
+        assert len(rest(sock)) < BIG
+    with connect(port) as sock:
+        sock.sendall(b"GET /big HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        size = 0
+        while part := sock.recv(2_000_000):  # slowly, but it does
+            size += len(part)
+            time.sleep(0.05)
+        assert size > BIG
 
 
 def test_http_1_0_gets_no_chunks(port: int) -> None:

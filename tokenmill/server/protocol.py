@@ -29,6 +29,9 @@ BODY_TIMEOUT_S = 30.0
 MIN_BODY_RATE = 10_000
 """Bytes of a body that buy another second."""
 
+DRAIN_TIMEOUT_S = 30.0
+"""How long a client may take nothing of an answer that is complete here."""
+
 IDLE_TIMEOUT_S = 75.0
 """How long a new connection may say nothing."""
 
@@ -113,6 +116,23 @@ class BoundedProtocol(HttpToolsProtocol):
         """Called by the parser."""
         self._reads_head = self._completed = True
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Called when an answer has been handed to the transport, which may still hold most of it."""
+        super().on_response_complete()
+        left = self.transport.get_write_buffer_size()
+        if left:
+            self.loop.call_later(DRAIN_TIMEOUT_S, self._check_drained, self.cycle, left)
+
+    def _check_drained(self, cycle: RequestResponseCycle, before: int) -> None:
+        """Drop a client that has taken nothing of an answer; a later answer of the connection has its own check."""
+        left = self.transport.get_write_buffer_size()
+        if not left or cycle is not self.cycle:
+            return
+        if left < before:
+            self.loop.call_later(DRAIN_TIMEOUT_S, self._check_drained, cycle, left)
+        else:
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """Called where a request cannot be parsed."""
