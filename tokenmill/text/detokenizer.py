@@ -16,7 +16,7 @@ from tokenmill.text.pieces import Pieces
 from tokenmill.text.tokenizer import Tokenizer
 
 _WINDOW = 8  # tokens that a decoder without a table is shown besides the new ones
-_MOST_WAITING = 3  # bytes of a character that is not whole yet; such a decoder may write U+FFFD for each
+_MOST_WAITING = 3  # bytes of a character that is not whole yet; a decoder may write U+FFFD for each of them
 
 
 class Piece(msgspec.Struct, gc=False):
@@ -34,7 +34,8 @@ class Piece(msgspec.Struct, gc=False):
 
 
 class Detokenizer:
-    """Decodes what follows a prompt. `push` ids in order, then `finish` once.
+    """Decodes what follows a prompt. `push` ids in order, then `finish` once. A character that began in the prompt is
+    the answer's, whole.
 
     `stop`: strings that end the answer, wherever they are in the text; the text before one is emitted, and the string
     itself if `include_stop`. Of several, the one that is complete first. Text of special tokens takes part in the
@@ -53,7 +54,9 @@ class Detokenizer:
         prompt_ids: Sequence[int] = (),
     ) -> None:
         pieces = tokenizer.pieces
-        self._decoder: _Decoder = _WindowDecoder(tokenizer, prompt_ids) if pieces is None else _PieceDecoder(pieces)
+        self._decoder: _Decoder = (
+            _WindowDecoder(tokenizer, prompt_ids) if pieces is None else _PieceDecoder(pieces, prompt_ids)
+        )
         self._text_of = tokenizer.token_text
         self._special = tokenizer.special_ids
         self._hidden: frozenset[int] = self._special if skip_special_tokens else frozenset()
@@ -168,9 +171,12 @@ class _PieceDecoder:
 
     __slots__ = ("_bytes_of", "_texts", "_waiting")
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: Pieces, prompt_ids: Sequence[int]) -> None:
         self._bytes_of, self._texts = pieces.bytes_of, pieces.texts
         self._waiting = b""  # the beginning of a character
+        if prompt_ids and self._texts[prompt_ids[-1]] is None:  # one begins in the prompt: the answer shows it whole
+            for token_id in prompt_ids[-_MOST_WAITING:]:
+                self.push(token_id)
 
     def push(self, token_id: int) -> str:
         whole = self._texts[token_id]
@@ -190,7 +196,7 @@ class _WindowDecoder:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._decode = tokenizer.decode
         self._ids = list(prompt_ids[-_WINDOW:])
-        self._read = len(self._decode(self._ids, False))  # characters of their text that are out already
+        self._read = _without_waiting(self._decode(self._ids, False))  # characters that are out already
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)

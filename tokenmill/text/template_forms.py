@@ -35,18 +35,19 @@ class Forms:
 
     def __init__(self, render: Callable[[list[dict[str, Any]]], str], *, object_like: bool) -> None:
         self._render, self._object_like = render, object_like
-        self._found: dict[str, Form | None] = {}
+        self._known: Mapping[str, Form | None] = {}  # replaced, never changed: threads share it
         self._calls: _Calls | None = None
 
     def of(self, role: str) -> Form | None:
         """How the role's contents may be written; None if the template shows neither. Renders when first asked."""
-        if role not in self._found:
-            if len(self._found) >= _MOST_ROLES:  # clients make up roles
-                self._found.clear()
-            text = self._shows(role, _MARK)
-            parts = self._shows(role, [{"type": "text", "text": _MARK}])
-            self._found[role] = "any" if text and parts else "text" if text else "parts" if parts else None
-        return self._found[role]
+        if role in self._known:
+            return self._known[role]
+        text = self._shows(role, _MARK)
+        parts = self._shows(role, [{"type": "text", "text": _MARK}])
+        form: Form | None = "any" if text and parts else "text" if text else "parts" if parts else None
+        if len(self._known) < _MOST_ROLES:  # clients make up roles
+            self._known = {**self._known, role: form}
+        return form
 
     def of_calls(self) -> _Calls:
         """How tool calls are written. Renders when first asked."""
