@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 
 from tokenmill.server import protocol
 from tokenmill.server.protocol import BoundedProtocol
@@ -58,7 +59,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     config = uvicorn.Config(echo, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, server_header=False)
     server = uvicorn.Server(config)
     sock = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
+    thread = threading.Thread(target=lambda: uvloop.run(server.serve([sock])))
     thread.start()
     yield sock.getsockname()[1]
     server.should_exit = True
