@@ -343,3 +343,17 @@ def test_ids_that_tie_with_the_last_of_the_likeliest_are_listed_too_unless_log_p
         assert list(detail.top_ids) == expected
         assert detail.top_logprobs == pytest.approx(log_softmax(scores)[expected], abs=1e-4)
     assert longer > 5
+
+
+@pytest.mark.parametrize("share", [0.999, 0.999_999, 0.999_999_9])
+@pytest.mark.parametrize("which", ["top_p", "typical_p"])
+def test_a_filter_that_keeps_all_but_what_rounding_decides_never_keeps_nothing(kernel, which, share):
+    rng, vocab, rows = np.random.default_rng(11), 20_000, 24
+    logits = (rng.normal(size=(rows, vocab)) * 10.0 ** rng.uniform(-7, 0, (rows, 1))).astype(np.float32)
+    requests = [a_request(temperature=1.0, seed=i, logprobs=0, **{which: share}) for i in range(rows)]
+    ids, details = run(kernel, logits, requests)
+    plain = run(kernel, logits, [a_request(temperature=1.0, seed=i, logprobs=0) for i in range(rows)])[1]
+    assert len(set(ids)) > rows / 2
+    for detail, whole in zip(details, plain, strict=True):
+        assert -20 < detail.logprob < 0
+        assert abs(whole.logprob) < 20

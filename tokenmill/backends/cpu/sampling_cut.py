@@ -41,13 +41,20 @@ def find_cut(s: int, keys: int, weights: int, n: int, target: float) -> Real:
         found = 0
         for i in range(n):
             key = peek_float(keys + 4 * i)
-            if int((top - np.float64(key)) * scale) == bucket:
+            if _bucket_of(top, scale, key) == bucket:
                 poke_float(members + 4 * found, word(key))
                 if weights != 0:
                     poke_float(member_weights + 4 * found, word(peek_float(weights + 4 * i)))
                 found += 1
         keys, weights, n = members, 0 if weights == 0 else member_weights, found
     return _cut_of_few(keys, weights, n, target - before)
+
+
+@inline
+def _bucket_of(top: float, scale: float, key: Real) -> int:
+    """Rounded, so that the lowest key is in the last bucket whatever the division made of `scale`: if the target is
+    beyond the sum of all, by rounding, that is where the cut is."""
+    return int((top - np.float64(key)) * scale + 0.5)
 
 
 @inline
@@ -58,7 +65,7 @@ def _bucket_of_cut(
     for i in range(BUCKETS):
         poke(hist + 8 * i, 0)
     for i in range(n):
-        at = hist + 8 * int((top - np.float64(peek_float(keys + 4 * i))) * scale)
+        at = hist + 8 * _bucket_of(top, scale, peek_float(keys + 4 * i))
         poke(at, word(peek_double(at) + weight_of(weights, i)))
     bucket = 0
     while bucket < BUCKETS - 1 and before + peek_double(hist + 8 * bucket) < target:
