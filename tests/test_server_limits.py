@@ -190,6 +190,21 @@ def test_the_field_and_what_it_held_are_named(server: Server) -> None:
     assert len(long) < 400
 
 
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b'{"inputs":\n NaN}', "JSON is malformed: invalid character at line 2 column 2"),
+        (b'{"inputs": "x"', "Input data was truncated at line 1 column 15"),
+        (b'{"inputs": "\xff"}', "it is not UTF-8: invalid start byte"),
+        (b'{"x":' + b"[" * 100_000, "it is nested too deeply"),
+    ],
+)
+def test_where_a_body_stops_being_json_is_told(server: Server, content: bytes, why: str) -> None:
+    response = httpx.post(server.url + "/generate", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"] == "Failed to parse the request body as JSON: " + why
+
+
 def test_the_prompts_length_is_bounded_to_the_token(server: Server) -> None:
     def status(num_prompt: int, **parameters: int) -> int:
         return server.post("/generate", {"inputs": "x" * num_prompt, "parameters": parameters}).status_code

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _PATH = re.compile(r" - at `\$([^`]*)`$")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
+_BYTE = re.compile(r" \(byte (\d+)\)$")
 _MISSING = re.compile(r"^Object missing required field `([^`]+)`")
 
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
@@ -159,7 +160,21 @@ def parse(body: bytes, kind: type[T]) -> T:
         message = f"Failed to deserialize the JSON body into the target type: {error}{given}"
         raise failures.BodyError(422, message, param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise failures.BodyError(400, f"Failed to parse the request body as JSON: {error}") from None
+        message = f"Failed to parse the request body as JSON: {_unreadable(body, error)}"
+        raise failures.BodyError(400, message) from None
+
+
+def _unreadable(body: bytes, error: Exception) -> str:
+    """Why a body is no JSON, and where: line and column, from 1."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: {error.reason}"
+    found = _BYTE.search(str(error))
+    reason, at = (str(error)[: found.start()], int(found[1])) if found else (str(error), len(body))
+    line = body.count(b"\n", 0, at) + 1
+    column = at - (body.rfind(b"\n", 0, at) + 1) + 1
+    return f"{reason} at line {line} column {column}"
 
 
 def _culprit(body: bytes, message: str) -> tuple[str | None, str]:
