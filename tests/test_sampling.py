@@ -307,7 +307,7 @@ def test_of_entries_for_the_same_place_in_a_table_the_last_one_counts():
     state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=blocks))
     expected = {(s, i): b for s, i, b in blocks.tolist()}
     assert {place: int(state.tables[place]) for place in expected} == expected
-    kept = slots_module._last_of_each(blocks)
+    kept = slots_module.last_of_each(blocks)
     assert {(s, i): b for s, i, b in kept.tolist()} == expected
     assert len(kept) == len(expected)
 

@@ -52,7 +52,7 @@ class Slots:
             self.tokens[admitted.slot, : len(ids)] = ids.to(self.device)
             self.parameters.admit(admitted.slot, admitted.request)
         if len(inputs.blocks):
-            slot, index, block = self._indices(_last_of_each(inputs.blocks)).unbind(1)
+            slot, index, block = self._indices(last_of_each(inputs.blocks)).unbind(1)
             self.tables[slot, index] = block.to(torch.int32)
 
     def record(self, inputs: StepInputs, token_ids: Tensor) -> None:
@@ -76,7 +76,7 @@ class Slots:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
 
 
-def _last_of_each(blocks: NDArray[np.int32]) -> NDArray[np.int32]:
+def last_of_each(blocks: NDArray[np.int32]) -> NDArray[np.int32]:
     """Without the entries that a later one overwrites: a slot may be given up and taken again within one plan.
 
     The order in which a device writes to the same place is not defined.

@@ -1,0 +1,96 @@
+"""The CUDA backend where there is no GPU: under Triton's interpreter, fed by hand. Import it before any kernel."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def patched(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
+        """Triton 3.6 makes range() of arrays of one element, which numpy 2.4 refuses."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+else:
+    pytest.importorskip("triton")
+
+from safetensors.torch import save_file  # noqa: E402
+from support_models import FAMILIES, SIZES, Driver  # noqa: E402
+
+from tokenmill.backends.base import StepLimits  # noqa: E402
+from tokenmill.backends.cuda.backend import CudaBackend  # noqa: E402
+from tokenmill.models.base import program_of  # noqa: E402
+from tokenmill.parallel.group import Group  # noqa: E402
+from tokenmill.program import ops  # noqa: E402
+from tokenmill.program.cost import weights_of  # noqa: E402
+from tokenmill.program.value import Program  # noqa: E402
+from tokenmill.quant.base import reader_of  # noqa: E402
+from tokenmill.weights.checkpoint import open_checkpoint  # noqa: E402
+from tokenmill.weights.source import local_source  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def write_random(folder: Path, family: str, *, dtype: Any = torch.float32, **changes: Any) -> None:
+    """A tiny random checkpoint of a family; needs no transformers."""
+    model_type, own = FAMILIES[family]
+    config = SIZES | {"model_type": model_type} | own | changes
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    draw, made = torch.Generator().manual_seed(0), {}
+    for weight in weights_of(program_of(config)):
+        for part in weight.parts:
+            shape = (part.rows, weight.columns) if weight.columns else (part.rows,)
+            drawn = torch.randn(shape, generator=draw) * 0.2 + (0.0 if weight.columns else 0.5)
+            made[part.name] = drawn.to(dtype)
+    save_file(made, folder / "model.safetensors")
+
+
+def altered(program: Program, **fields: Any) -> Program:
+    """With other attributes of attention, which no family here has."""
+    changed = tuple(replace(op, **fields) if isinstance(op, ops.Attention) else op for op in program.ops)
+    return replace(program, ops=changed)
+
+
+class CudaDriver(CudaBackend):
+    """As `support_models.Driver`: fed ids by slot, blocks scattered over the cache."""
+
+    known: dict[int, list[int]]
+
+    def __init__(
+        self, folder: str | Path, *, dtype: str = "float32", num_blocks: int = 64, limits: StepLimits | None = None,
+        warm: bool = False, graphs: tuple[int, ...] | None = (), **attention: Any,
+    ) -> None:  # fmt: skip
+        source = open_checkpoint(local_source(folder))
+        limits = limits or StepLimits(256, 4, 256, 16)
+        program = altered(program_of(source.config), **attention)
+        super().__init__(
+            program, source, reader_of(source), limits, Group(), dtype=dtype, device=DEVICE, graphs=graphs
+        )
+        self.allocate(num_blocks)
+        self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
+        self.known, self.tables = {}, {}
+        if warm:
+            self.warm_up()
+
+    inputs = Driver.inputs
+
+    def feed(self, rows: list[tuple[int, list[int]]]) -> np.ndarray:
+        """Run a step; logits of each row's last token (rows, vocabulary). Its tokens must be the likeliest."""
+        token_ids = self.run(self.inputs(rows)).result().token_ids  # type: ignore[arg-type]
+        logits = self.logits[: len(rows)].float().cpu().numpy().copy()
+        assert token_ids == logits.argmax(-1).tolist()
+        return logits

@@ -1,0 +1,168 @@
+"""The CUDA backend against the torch backend: on a GPU where there is one, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support_cuda import DEVICE, ON_GPU, CudaDriver, altered, torch, write_random
+from support_models import Driver, steps
+from support_sampling import reference_choice, reference_scores
+
+from tokenmill.backends.base import Admitted, StepInputs, StepLimits
+from tokenmill.backends.cuda.backend import CudaBackend
+from tokenmill.backends.cuda.prepare import refusal
+from tokenmill.backends.torch.backend import TorchBackend
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
+from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
+from tokenmill.quant.base import reader_of
+from tokenmill.runtime.assembly import Assembled
+from tokenmill.runtime.executor import Executor
+from tokenmill.runtime.offline import OfflineEngine
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import local_source
+from tokenmill.wire.messages import EngineInfo, Request, SamplingParams, StoppingParams
+
+torch.set_num_threads(1)
+EVERYTHING = ["llama_tied_with_biases", "llama_dynamic", "llama_yarn", "mistral_window", "qwen2_window", "qwen3"]
+
+
+def some_of(names: list[str], count: int) -> list[str]:
+    return names if ON_GPU else names[-count:]
+
+
+def torch_driver(folder: Path, **attention: object) -> Driver:
+    source = open_checkpoint(local_source(folder))
+    return Driver(altered(program_of(source.config), **attention), source)
+
+
+def assert_same(folder: Path, rows_of_steps: list[list[tuple[int, list[int]]]], **how: object) -> None:
+    """Logits of every step, in float32."""
+    driver = CudaDriver(folder, **how)  # type: ignore[arg-type]
+    attention = {name: how[name] for name in ("window", "softcap") if name in how}
+    expected = torch_driver(folder, **attention)
+    for rows in rows_of_steps:
+        np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", some_of(EVERYTHING, 3))
+def test_logits_of_mixed_steps_equal_the_torch_backends(family: str, tmp_path: Path) -> None:
+    write_random(tmp_path, family)
+    assert_same(tmp_path, steps())
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256] if ON_GPU else [16, 80])
+def test_heads_of_any_size(head_dim: int, tmp_path: Path) -> None:
+    write_random(tmp_path, "qwen3", head_dim=head_dim, num_attention_heads=6, num_hidden_layers=2)
+    assert_same(tmp_path, steps() if ON_GPU else steps()[:3])
+
+
+def test_scores_are_capped(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=2)
+    assert_same(tmp_path, steps()[:3], softcap=3.0, window=9)
+
+
+def test_long_contexts_are_split_and_added_up(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1, max_position_embeddings=1024)
+    ids = np.random.default_rng(0).integers(0, 128, 700).tolist()
+    limits = StepLimits(1024, 4, 1024, 16)
+    driver, expected = CudaDriver(tmp_path, limits=limits, num_blocks=128), torch_driver(tmp_path)
+    expected = Driver.of(tmp_path, limits=limits, num_blocks=128)
+    for rows in ([(0, ids), (1, ids[:300])], [(0, [5]), (1, [6])], [(1, [7, 8, 9]), (0, [1])]):
+        np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
+
+
+def engine_of(folder: Path, kind: str, num_blocks: int, limits: StepLimits, **how: object) -> OfflineEngine:
+    source = open_checkpoint(local_source(folder))
+    program = program_of(source.config)
+    make = CudaBackend if kind == "cuda" else TorchBackend
+    device = DEVICE if kind == "cuda" else "cpu"
+    backend = make(program, source, reader_of(source), limits, Group(), dtype="float32", device=device, **how)  # type: ignore[operator]
+    backend.allocate(num_blocks)
+    if kind == "cuda" and ON_GPU:
+        backend.warm_up()
+    scheduler = Scheduler(
+        BlockPool(num_blocks, limits.block_size),
+        SchedulerLimits(limits.max_batch_tokens, limits.max_batch_size, limits.max_total_tokens, limits.block_size),
+    )
+    info = EngineInfo("tiny", "float32", "cpu", "torch", num_blocks, limits.block_size, 128, 63, 64, 1, 1)
+    parts = Assembled(scheduler, Executor(backend, limits.max_batch_size), info)
+    parts._resources.callback(backend.close)
+    return OfflineEngine(parts)
+
+
+def answers(engine: OfflineEngine, prompts: list[list[int]], params: list[SamplingParams], counts: list[int]):
+    ids = [engine.submit(p, s, StoppingParams(n)) for p, s, n in zip(prompts, params, counts, strict=True)]
+    return [[t for o in engine.outputs(i) for t in o.token_ids] for i in ids]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3_yarn_tied"] if ON_GPU else ["mistral_window"])
+def test_a_crowd_that_is_chunked_shared_and_preempted_gets_the_torch_backends_text(family: str, tmp_path: Path) -> None:
+    write_random(tmp_path, family, num_hidden_layers=2)
+    rng = np.random.default_rng(1)
+    size = 10 if ON_GPU else 6
+    head = rng.integers(0, 128, 21).tolist()
+    prompts = [head[: rng.integers(0, 22)] + rng.integers(0, 128, rng.integers(1, 9)).tolist() for _ in range(size)]
+    counts = [int(n) for n in rng.integers(5, 30, size)]
+    params = [SamplingParams(temperature=float(i % 3) / 2, seed=i) for i in range(size)]
+    limits = StepLimits(11, 5, 64, 4)
+    with engine_of(tmp_path, "cuda", 22, limits) as engine:
+        found = answers(engine, prompts, params, counts)
+        assert engine.stats.preemptions > 0
+        assert engine.stats.cached_tokens > 0
+    with engine_of(tmp_path, "torch", 22, limits) as engine:
+        assert found == answers(engine, prompts, params, counts)
+
+
+def test_tokens_drawn_at_a_temperature_are_those_of_the_rules(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1, vocab_size=997)
+    driver = CudaDriver(tmp_path)
+    params = [SamplingParams(temperature=t, seed=s) for t, s in ((1.0, 1), (0.0, 2), (0.3, 2**63 + 5), (1.7, 4))]
+    ids = [[1, 2, 3, slot] for slot in range(4)]
+    admitted = tuple(
+        Admitted(i, Request(i, tuple(ids[i]), p, StoppingParams(9)), np.array(ids[i], np.int32))
+        for i, p in enumerate(params)
+    )
+    rows, blocks = np.arange(4, dtype=np.int32), np.array([(i, 0, i) for i in range(4)], np.int32)
+    first = StepInputs(rows, rows * 0, rows * 0 + 4, rows, admitted, blocks, tail="plain")
+    known = [list(row) for row in ids]
+    for step in range(3):
+        inputs = first if step == 0 else StepInputs(rows, rows * 0 + 3 + step, rows * 0 + 1, rows, tail="plain")
+        tokens = driver.run(inputs).result().token_ids
+        logits = driver.logits[:4].float().cpu().numpy()
+        for i, p in enumerate(params):
+            scores = reference_scores(logits[i], ids[i], known[i][4:], p, StoppingParams(9))
+            assert tokens[i] == reference_choice(scores, p, 4 + step)
+            known[i].append(tokens[i])
+
+
+def test_logits_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1)
+    driver = CudaDriver(tmp_path)
+    driver._weights[next(w for w in driver._weights if w.name == "lm_head.weight")][77] = float("nan")
+    assert driver.run(driver.inputs([(0, [1, 2, 3])])).result().token_ids == [-1]  # type: ignore[arg-type]
+
+
+def test_log_probabilities_of_prompt_and_answer_are_the_torch_backends(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1)
+    params = SamplingParams(logprobs=2, prompt_logprobs=1, temperature=0.7, top_k=20, repetition_penalty=1.2, seed=3)
+    limits, told = StepLimits(64, 4, 64, 4), []
+    for kind in ("cuda", "torch"):
+        with engine_of(tmp_path, kind, 40, limits) as engine:
+            outputs = list(engine.outputs(engine.submit(list(range(20)), params, StoppingParams(4))))
+        details = [d for o in outputs for d in (*o.prompt_details, *o.details)]
+        told.append(([t for o in outputs for t in o.token_ids], [d.top_ids for d in details],
+                     [d.logprob for d in details]))  # fmt: skip
+    assert told[0][:2] == told[1][:2]
+    np.testing.assert_allclose(told[0][2], told[1][2], atol=1e-4)
+
+
+def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama")
+    program = program_of(open_checkpoint(local_source(tmp_path)).config)
+    assert refusal(program, "bfloat16", 1) == ""
+    assert "several devices" in refusal(program, "", 2)
+    assert "heads of 300" in refusal(altered(program, head_dim=300), "", 1)

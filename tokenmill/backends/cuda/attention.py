@@ -1,0 +1,155 @@
+"""Attention as launches: one for tokens that stand alone, two for runs of tokens, whatever mix of them a step has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenmill.backends.cuda.kernels.decode import decode
+from tokenmill.backends.cuda.kernels.heads import write_heads
+from tokenmill.backends.cuda.kernels.prefill import attend_tiles
+from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.shapes import CLASSES, decode_shape, power, tile_shape
+from tokenmill.backends.cuda.slots import CudaSlots
+from tokenmill.program import ops
+from tokenmill.program.ops import Weight
+
+if TYPE_CHECKING:
+    from tokenmill.backends.cuda.lower import Sizes
+
+_LOG2E = 1.4426950408889634
+
+
+class AttentionLowering:
+    """Lowers every Attention of a program; they share scratch."""
+
+    def __init__(self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots) -> None:
+        self._memory, self._weights, self._slots = memory, weights, slots
+        found = [op for op in memory.program.ops if isinstance(op, ops.Attention)]
+        sizes = [self._scratch_of(op) for op in found]
+        device = memory.device.torch
+        self._part = torch.empty(max((s[0] for s in sizes), default=0), device=device)
+        self._sums = torch.empty(max((s[1] for s in sizes), default=0), device=device)
+        self._counts = torch.zeros(max((s[2] for s in sizes), default=0), dtype=torch.int32, device=device)
+        self.tile_tokens = {self._tile_tokens(op) for op in found}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scratch."""
+        return self._part.nbytes + self._sums.nbytes + self._counts.nbytes
+
+    def lower(self, op: ops.Attention) -> Callable[[Sizes], None]:
+        """The launches of one layer."""
+        alone, runs = self._alone(op), self._runs(op)
+
+        def run(n: Sizes) -> None:
+            if n.tiles:
+                runs(n)
+            if n.singles is None or len(n.singles):
+                alone(n)
+
+        return run
+
+    def _scratch_of(self, op: ops.Attention) -> tuple[int, int, int]:
+        """Numbers of partial results, sums and counters, over the classes of rows."""
+        kv_heads, shared = op.k.width // op.head_dim, op.q.width // op.k.width
+        most = max(self._memory.rows["tokens"], self._memory.rows["samples"])
+        most = min(most, max(self._memory.limits.max_batch_size, 1))
+        splits = max(
+            min(rows, most) * decode_shape(min(rows, most), op.head_dim, shared, self._item).splits for rows in CLASSES
+        )
+        groups = splits * kv_heads * shared
+        return groups * op.head_dim, groups, most * kv_heads
+
+    @property
+    def _item(self) -> int:
+        return self._memory.dtype.itemsize
+
+    def _tile_tokens(self, op: ops.Attention) -> int:
+        shared = op.q.width // op.k.width
+        return tile_shape(op.head_dim, shared, self._item).rows // shared
+
+    def _common(self, op: ops.Attention) -> dict[str, Any]:
+        """What the kernels of a layer have in common."""
+        half = power(op.head_dim // 2)
+        return {
+            "KV_HEADS": op.k.width // op.head_dim,
+            "D": op.head_dim,
+            "HALF": max(half, 16),
+            "BLOCK_SIZE": self._memory.limits.block_size,
+        }
+
+    def _scales(self, op: ops.Attention) -> tuple[float, float]:
+        """What products are multiplied by, and what a capped one is."""
+        if op.softcap:
+            return op.scale / op.softcap, op.softcap * _LOG2E
+        return op.scale * _LOG2E, 1.0
+
+    def _turns(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
+        return self._memory.turns(op.rope) if op.rope is not None else (self._sums, self._sums)
+
+    def _norms(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
+        if op.q_norm is None or op.k_norm is None:
+            return self._sums, self._sums
+        return self._weights[op.q_norm], self._weights[op.k_norm]
+
+    def _alone(self, op: ops.Attention) -> Callable[[Sizes], None]:
+        q, k, v, out = (self._memory.value(x) for x in (op.q, op.k, op.v, op.out))
+        keys, values = self._memory.cache(op.layer)
+        tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
+        (cos, sin), (q_norm, k_norm), (scale, cap) = self._turns(op), self._norms(op), self._scales(op)
+        kv_heads = op.k.width // op.head_dim
+
+        def run(n: Sizes) -> None:
+            rows = n.tokens if n.singles is None else len(n.singles)
+            shape = decode_shape(rows, op.head_dim, shared, self._item)
+            decode[(rows, kv_heads, shape.splits)](
+                q, k, v, keys, values, out, n.pairs, n.pairs if n.singles is None else n.singles, tables, cos, sin,
+                q_norm, k_norm, self._part, self._sums, self._counts, q.stride(0), k.stride(0), v.stride(0),
+                tables.stride(0), op.eps, scale, cap, **common, G=shared, GP=max(16, power(shared)), BN=shape.keys,
+                SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window, CAPPED=op.softcap > 0,
+                NORM=op.q_norm is not None, ROPE=op.rope is not None, SOME=n.singles is not None,
+                STAGES=shape.stages, num_warps=shape.warps,
+            )  # fmt: skip
+
+        return run
+
+    def _runs(self, op: ops.Attention) -> Callable[[Sizes], None]:
+        q, k, v, out = (self._memory.value(x) for x in (op.q, op.k, op.v, op.out))
+        turned = self._memory.queries.view(-1)
+        keys, values = self._memory.cache(op.layer)
+        tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
+        (cos, sin), (q_norm, k_norm), (scale, cap) = self._turns(op), self._norms(op), self._scales(op)
+        kv_heads, heads = op.k.width // op.head_dim, op.q.width // op.head_dim
+        shape, per_tile = tile_shape(op.head_dim, shared, self._item), self._tile_tokens(op)
+
+        def run(n: Sizes) -> None:
+            write_heads[(n.tokens,)](
+                q, k, v, keys, values, turned, n.pairs, tables, cos, sin, q_norm, k_norm, q.stride(0), k.stride(0),
+                v.stride(0), tables.stride(0), op.eps, **common, HEADS=heads, HEADS2=power(heads),
+                KV_HEADS2=power(kv_heads), NORM=op.q_norm is not None, ROPE=op.rope is not None, num_warps=4,
+            )  # fmt: skip
+            tiles = n.tiles[per_tile]
+            attend_tiles[(len(tiles), kv_heads)](
+                turned, keys, values, out, tiles, tables, tables.stride(0), scale, cap, **common, G=shared,
+                BM=shape.rows, BN=shape.keys, WINDOW=op.window, CAPPED=op.softcap > 0, STAGES=shape.stages,
+                num_warps=shape.warps,
+            )  # fmt: skip
+
+        return run
+
+
+def tiles_of(
+    firsts: NDArray[np.int64], starts: NDArray[np.int32], counts: NDArray[np.int32], slots: NDArray[np.int32], most: int
+) -> NDArray[np.int32]:
+    """Runs of tokens cut into tiles of at most `most`: (n, 4) first token of the step, its position, tokens, slot."""
+    pieces = -(-counts // most)
+    row = np.repeat(np.arange(len(counts)), pieces)
+    done = (np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most
+    made = (firsts[row] + done, starts[row] + done, np.minimum(most, counts[row] - done), slots[row])
+    return np.stack(made, 1).astype(np.int32)

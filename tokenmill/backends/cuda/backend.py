@@ -1,0 +1,236 @@
+"""The CUDA backend: a program as a list of launches, captured as graphs for the sizes of decode steps.
+
+The device's queue is the order of everything: `run` launches a step behind those before it and returns; its tokens are
+on the device when the next step needs them, and in a pinned buffer when the host asks. One thread at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.cuda.attention import tiles_of
+from tokenmill.backends.cuda.device import Device, Mark
+from tokenmill.backends.cuda.graphs import Graphs
+from tokenmill.backends.cuda.lower import Launch, Lowering, Sizes
+from tokenmill.backends.cuda.memory import PROMPT_ROWS, Memory
+from tokenmill.backends.cuda.pack import pack
+from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
+from tokenmill.backends.cuda.sampler import Sampler
+from tokenmill.backends.cuda.shapes import CLASSES
+from tokenmill.backends.cuda.slots import CudaSlots
+from tokenmill.backends.torch.pack import Report
+from tokenmill.backends.torch.sampling import Logprobs, prompt_details
+from tokenmill.backends.torch.slots import PromptPositions
+from tokenmill.errors import NotEnoughMemory, Unsupported
+from tokenmill.parallel.group import Group
+from tokenmill.program import ops
+from tokenmill.program.value import Program
+from tokenmill.quant.base import Reader
+from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.wire.messages import TokenDetails
+
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+
+
+class CudaStep:
+    """A launched step: pinned buffers that are filled when a mark is passed."""
+
+    def __init__(
+        self,
+        token_ids: Tensor | None,
+        mark: Mark,
+        logprobs: Logprobs | None,
+        prompt: dict[int, tuple[TokenDetails, ...]] | None,
+    ) -> None:
+        self._token_ids, self._mark, self._logprobs, self._prompt = token_ids, mark, logprobs, prompt
+
+    def result(self) -> StepResult:
+        """Wait for it. Called once."""
+        self._mark.wait()
+        if self._token_ids is None:
+            return StepResult([], None, self._prompt)
+        token_ids: list[int] = self._token_ids.tolist()
+        details = None
+        if self._logprobs is not None:
+            broken = np.array(token_ids) < 0
+            details = replace(self._logprobs, wanted=np.where(broken, -1, self._logprobs.wanted)).details()
+        return StepResult(token_ids, details, self._prompt)
+
+
+class CudaBackend:
+    """Implements `backends.base.Backend` for one device.
+
+    The constructor reads the weights and calls `report` meanwhile. `graphs`: batch sizes to capture, None: a choice of
+    its own. `device` "cpu": under Triton's interpreter, for tests. Unsupported, with the reason, for a program that
+    another backend has to run.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        source: Checkpoint,
+        read: Reader,
+        limits: StepLimits,
+        group: Group,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cuda",
+        graphs: tuple[int, ...] | None = None,
+        report: Report | None = None,
+    ) -> None:
+        if why := refusal(program, dtype, group.size):
+            raise Unsupported("CUDA backend", "cuda", (), f"Of this model, {why}. Use --backend torch.")
+        self.limits, self.group, self.num_blocks = limits, group, 0
+        self.program = fused(program)
+        self.vocab_size = self.program.output.width
+        self._device, self._dtype = Device(device), _DTYPES[dtype]
+        self._weights = pack(self.program, source, read, group, self._dtype, self._device, report)
+        self._memory = Memory(self.program, limits, self._dtype, self._device)
+        self._slots = CudaSlots(limits, self.vocab_size, self._device)
+        self.logits = self._memory.value(self.program.output)
+        self._sampler = Sampler(self.logits, self._slots, self._device)
+        self._lowering: Lowering | None = None
+        self._body: list[Launch] = []
+        self._tail: list[Launch] = []
+        most = limits.max_batch_tokens + limits.max_batch_size + 64
+        self._step = torch.zeros(2 * most + most + 4 * most, dtype=torch.int32, device=self._device.torch)
+        self._graphs = Graphs(self._device, limits.max_batch_size, graphs)
+
+    # ---- what Backend promises ----
+
+    def block_bytes(self) -> int:
+        """Bytes of one cache block over all layers."""
+        return self._memory.block_bytes()
+
+    def step_bytes(self) -> int:
+        """Bytes that the largest step needs and that are not taken yet: what a full tail copies of its logits."""
+        return 6 * self.logits.shape[0] * self.vocab_size * 4
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
+        try:
+            self._memory.allocate(num_blocks)
+        except torch.OutOfMemoryError as e:
+            wanted = num_blocks * self.block_bytes()
+            raise NotEnoughMemory(f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}") from e
+        self.num_blocks = num_blocks
+        self._slots.set_blocks(self._slots.spare, np.array([num_blocks], np.int32))
+        self._lowering = Lowering(self._memory, self._weights, self._slots)
+        launches = self._lowering.launches()
+        first = next((i for i, line in enumerate(launches) if isinstance(line.op, ops.TakeRows)), len(launches))
+        self._body, self._tail = launches[:first], launches[first:]
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile every kernel that a step may need and capture the graphs; slots and cache are empty afterwards."""
+        size = self.limits.block_size
+        room = min(self.num_blocks * size, self.limits.max_total_tokens, self.limits.max_batch_tokens)
+        self._slots.set_blocks(0, np.arange(-(-room // size), dtype=np.int32))
+        spare = np.full(max(self.limits.max_batch_size, 1), self._slots.spare, np.int32)
+        one = np.ones(1, np.int32)
+        for count in {min(CLASSES[0], room), min(64, room)}:
+            self._forward(self._sizes(spare[:1] * 0, one * 0, one * count, np.zeros(1, np.int32)))
+        for rows in sorted({min(rows, len(spare), self.limits.max_batch_tokens - 2) for rows in CLASSES if room > 2}):
+            if rows > 0:  # singles beside a run
+                slots = np.concatenate([spare[:rows], [0]]).astype(np.int32)
+                counts = np.concatenate([np.ones(rows), [2]]).astype(np.int32)
+                self._forward(self._sizes(slots, counts * 0, counts, np.arange(rows + 1, dtype=np.int32)))
+        for rows in self._graphs.sizes if self._graphs.sizes else sorted({min(rows, len(spare)) for rows in CLASSES}):
+            sizes = self._sizes_of_decode(spare[:rows], spare[:rows] * 0, rows)
+            self._forward(sizes)
+            self._sampler.warm_up(sizes)
+            self._graphs.capture(rows, lambda sizes=sizes: self._forward(sizes))  # type: ignore[misc]
+        self._sampler.warm_up_some(self._step)
+        self._slots.tables[0].zero_()
+        self._slots.tokens.zero_()
+        self._memory.clear(-(-room // size))
+        self._device.finish()
+
+    @torch.inference_mode()
+    def run(self, inputs: StepInputs) -> Step:
+        """Launch a step behind those before it and return at once."""
+        self._slots.apply(inputs)
+        rows = len(inputs.slots)
+        sizes, padded = None, 0
+        if len(inputs.samples) == rows and int(inputs.counts.max()) == 1:
+            padded = self._graphs.padded(rows)
+            sizes = self._sizes_of_decode(inputs.slots, inputs.starts, padded or rows)
+        if padded:
+            self._graphs.replay(padded)
+            sizes = replace(sizes, tokens=rows, sampling=rows) if sizes else None
+        else:
+            sizes = sizes or self._sizes(inputs.slots, inputs.starts, inputs.counts, inputs.samples)
+            self._forward(sizes)
+        assert sizes is not None
+        token_ids, logprobs = self._sampler.sample(inputs, sizes) if len(inputs.samples) else (None, None)
+        prompt = self._prompt_details(inputs, sizes) if inputs.prompt_logprobs >= 0 else None
+        return CudaStep(token_ids, self._device.mark(), logprobs, prompt)
+
+    def close(self) -> None:
+        """Forget graphs and cache. Idempotent."""
+        self._device.finish()
+        self._graphs.clear()
+
+    # ---- a step ----
+
+    def _forward(self, sizes: Sizes) -> None:
+        for launch in self._body:
+            launch.run(sizes)
+        if sizes.sampling:
+            for launch in self._tail:
+                launch.run(sizes)
+
+    def _sizes_of_decode(self, slots: NDArray[np.int32], starts: NDArray[np.int32], padded: int) -> Sizes:
+        """One token a row, all sampling; rows beyond are nobody's."""
+        pairs = np.zeros((padded, 2), np.int32)
+        pairs[:, 0] = self._slots.spare
+        pairs[: len(slots), 0], pairs[: len(slots), 1] = slots, starts
+        (sent,) = self._device.send_into(self._step, [pairs.reshape(-1)])
+        return Sizes(padded, padded, sent)
+
+    def _sizes(
+        self,
+        slots: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        counts: NDArray[np.int32],
+        samples: NDArray[np.int32],
+    ) -> Sizes:
+        """Any mix of runs and single tokens."""
+        assert self._lowering is not None
+        ends = np.cumsum(counts.astype(np.int64))
+        firsts = ends - counts
+        tokens = int(ends[-1])
+        pairs = np.empty((tokens, 2), np.int32)
+        pairs[:, 0] = np.repeat(slots, counts)
+        pairs[:, 1] = np.arange(tokens) - np.repeat(firsts - starts, counts)
+        runs = np.flatnonzero(counts > 1)
+        kinds = sorted(self._lowering.tile_tokens) if len(runs) else []
+        tiles = [tiles_of(firsts[runs], starts[runs], counts[runs], slots[runs], most) for most in kinds]
+        sections = [
+            pairs.reshape(-1), (ends - 1)[samples].astype(np.int32), firsts[counts == 1].astype(np.int32),
+            *(tile.reshape(-1) for tile in tiles),
+        ]  # fmt: skip
+        sent = self._device.send_into(self._step, sections)
+        held = {most: made.view(-1, 4) for most, made in zip(kinds, sent[3:], strict=True)}
+        return Sizes(tokens, len(samples), sent[0], sent[1], sent[2], held)
+
+    def _prompt_details(self, inputs: StepInputs, sizes: Sizes) -> dict[int, tuple[TokenDetails, ...]] | None:
+        """How likely the prompt's tokens were, some positions at a time for the sake of the logits' size."""
+        wanted = self._slots.prompt_positions(inputs)
+        found: dict[int, tuple[TokenDetails, ...]] = {}
+        for start in range(0, len(wanted.rows), PROMPT_ROWS):
+            some = slice(start, start + PROMPT_ROWS)
+            part = PromptPositions(wanted.rows[some], wanted.where[some], wanted.targets[some])
+            rows = self._device.send(part.where.astype(np.int32))
+            again = replace(sizes, sampling=len(rows), samples=rows)
+            for launch in self._tail:
+                launch.run(again)
+            for row, details in prompt_details(self.logits[: len(rows)], part, self._slots, inputs).items():
+                found[row] = found.get(row, ()) + details
+        return found or None

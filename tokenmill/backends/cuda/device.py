@@ -1,0 +1,72 @@
+"""The device: fresh pinned buffers, copies that the host does not wait for, events.
+
+On a "cpu" device, where Triton's interpreter runs the kernels (tests), everything happens at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+ALIGNED = 16  # int32 numbers: sections of a buffer begin where every kernel may load whole vectors
+
+
+class Device:
+    """A torch device by name, made this thread's current one."""
+
+    def __init__(self, name: str) -> None:
+        self.torch = torch.device(name)
+        self.real = self.torch.type == "cuda"
+        if self.real:
+            torch.cuda.set_device(self.torch)
+
+    def send(self, array: NDArray[np.generic]) -> Tensor:
+        """A copy on the device, behind what was launched before; the host goes on at once."""
+        host = torch.from_numpy(np.ascontiguousarray(array))
+        return host.pin_memory().to(self.torch, non_blocking=True) if self.real else host.clone()
+
+    def send_into(self, buffer: Tensor, sections: Sequence[NDArray[np.int32]]) -> list[Tensor]:
+        """The sections one after another, each aligned, in `buffer` (n,) int32: one copy. Views of them."""
+        sizes = [len(section) for section in sections]
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + -(-size // ALIGNED) * ALIGNED)
+        host = torch.empty(starts[-1], dtype=torch.int32, pin_memory=self.real)
+        for section, start, size in zip(sections, starts, sizes, strict=False):
+            host.numpy()[start : start + size] = section
+        buffer[: starts[-1]].copy_(host, non_blocking=True)
+        return [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A copy in pinned memory, there when an event after it has passed."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.real)
+        return host.copy_(tensor, non_blocking=True)
+
+    def mark(self) -> Mark:
+        """A point behind everything launched so far."""
+        if not self.real:
+            return Mark(None)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return Mark(event)
+
+    def finish(self) -> None:
+        """Wait for everything launched so far."""
+        if self.real:
+            torch.cuda.synchronize(self.torch)
+
+
+class Mark:
+    """A point in the device's queue."""
+
+    def __init__(self, event: torch.cuda.Event | None) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        """Until it is passed."""
+        if self._event is not None:
+            self._event.synchronize()

@@ -1,0 +1,90 @@
+"""The next token of rows that want the likeliest, or one drawn at a temperature. What is drawn: `backends/sampling.py`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mix(x):
+    """lowbias32 of unsigned 32-bit integers."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def noise_key(low, high, position):
+    """The key of (seed, position), all int32 of the same bits."""
+    low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
+    return mix(low ^ mix(high ^ mix(position.to(tl.uint32, bitcast=True))))
+
+
+@triton.jit
+def noise_of(key, ids):
+    """Gumbel noise of token ids (int32) under a key."""
+    bits = mix(ids.to(tl.uint32, bitcast=True) * 0x9E3779B9 + key) & 0x7FFFFFFF
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.99999994)
+    series = u * (1.0 + u * (0.5 + u * (0.3333333333 + u * 0.25)))  # -log1p(-u) where 1 - u would lose digits
+    return -tl.log(tl.where(u < 0.01, series, -tl.log(1.0 - u)))
+
+
+@triton.jit
+def best_of(values, ids):
+    """The largest value, and the smallest id that has it."""
+    most = tl.max(values, 0)
+    return most, tl.min(tl.where(values == most, ids, 2147483647), 0)
+
+
+@triton.jit
+def choose(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, out_ptr, best_ptr, id_ptr, count_ptr,
+           tokens_stride, parameters_stride, VOCAB: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+           ROUNDS: tl.constexpr, NOISE: tl.constexpr, SOME: tl.constexpr):  # fmt: skip
+    """out[r]: the id of the largest logit over temperature plus noise, -1 if a logit is not finite; to the slot, too.
+
+    SOME: row r is token rows[r] of the step. Grid (R, CHUNKS); CHUNKS · ROUNDS · BLOCK >= VOCAB. The last program of a
+    row ends it.
+    """
+    r, c = tl.program_id(0), tl.program_id(1)
+    t = r
+    if SOME:
+        t = tl.load(rows_ptr + r)
+    slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
+    position = tl.load(pairs_ptr + 2 * t + 1) + 1
+    scale, drawn = 1.0, 0.0
+    key = position.to(tl.uint32, bitcast=True)
+    if NOISE:
+        at = parameters_ptr + slot * parameters_stride
+        temperature = tl.load(at).to(tl.float32, bitcast=True)
+        key = noise_key(tl.load(at + 1), tl.load(at + 2), position)
+        drawn = (temperature > 0.0).to(tl.float32)
+        scale = tl.where(temperature > 0.0, 1.0 / tl.maximum(temperature, 1e-6), 1.0)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    ids = tl.zeros([BLOCK], tl.int32)
+    broken = tl.zeros([BLOCK], tl.int32)
+    for i in range(ROUNDS):
+        o = (c * ROUNDS + i) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + r.to(tl.int64) * VOCAB + o, mask=o < VOCAB, other=float("-inf")).to(tl.float32)
+        broken = broken | (x != x).to(tl.int32)
+        if NOISE:
+            x = x * scale + noise_of(key, o) * drawn
+        better = x > best
+        best = tl.where(better, x, best)
+        ids = tl.where(better, o, ids)
+    most, found = best_of(best, ids)
+    most = tl.where(tl.max(broken, 0) > 0, float("inf"), most)
+    tl.store(best_ptr + r * CHUNKS + c, most)
+    tl.store(id_ptr + r * CHUNKS + c, found)
+    tl.debug_barrier()
+    if tl.atomic_add(count_ptr + r, 1, sem="acq_rel") == CHUNKS - 1:
+        tl.store(count_ptr + r, 0)
+        n = tl.arange(0, CHUNKS)
+        most, found = best_of(
+            tl.load(best_ptr + r * CHUNKS + n, cache_modifier=".cg"),
+            tl.load(id_ptr + r * CHUNKS + n, cache_modifier=".cg"),
+        )
+        found = tl.where((most < float("inf")) & (most > float("-inf")), found, -1)
+        tl.store(out_ptr + r, found)
+        tl.store(tokens_ptr + slot * tokens_stride + position, tl.maximum(found, 0))

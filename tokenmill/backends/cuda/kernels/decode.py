@@ -1,0 +1,164 @@
+"""Attention of one new token a sequence, over pages: rotation, write of the new key and value, split, combine, at once.
+
+The query heads that share a key-value head are one tile. A sequence's keys may be split over several programs; the last
+one to arrive adds up what they found, always in the same order. Page numbers are read one round ahead: then the loads
+of keys and values are pipelined.
+"""
+
+import triton
+import triton.language as tl
+
+from tokenmill.backends.cuda.kernels.heads import columns, place_of, real, turned
+
+
+@triton.jit
+def scored(s, scale, cap, CAPPED: tl.constexpr):
+    """Scores in units of log2(e): products times `scale`, or capped, where `scale` is over the cap."""
+    if CAPPED:
+        return (1.0 - 2.0 / (tl.exp2(s * scale * 2.8853900817779268) + 1.0)) * cap  # tanh
+    else:
+        return s * scale
+
+
+@triton.jit
+def spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+    """First key that is looked at, keys of a split, and how many splits there are: of `position` older keys."""
+    first = position * 0
+    if WINDOW:
+        first = tl.maximum(position + 1 - WINDOW, 0) // BN * BN
+    chunk = tl.maximum(tl.cdiv(position - first, SPLITS * BN) * BN, LEAST)
+    return first, chunk, tl.maximum(tl.cdiv(position - first, chunk), 1)
+
+
+@triton.jit
+def combine(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+            HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Add up `active` partial results (SPLITS, G, D), weighted by their sums (SPLITS, G), in order."""
+    g = tl.arange(0, GP)
+    j = tl.arange(0, 2 * HALF)
+    ok = g < G
+    most = tl.full([GP], -1e30, tl.float32)
+    for s in range(active):
+        most = tl.maximum(most, tl.load(sum_ptr + (base + s) * G + g, mask=ok, other=-1e30, cache_modifier=".cg"))
+    total = tl.zeros([GP], tl.float32)
+    made = tl.zeros([GP, 2 * HALF], tl.float32)
+    at = part_ptr + g[:, None] * D + columns(j, D, HALF)[None, :]
+    both = ok[:, None] & real(j, D, HALF)[None, :]
+    for s in range(active):
+        found = tl.load(sum_ptr + (base + s) * G + g, mask=ok, other=-1e30, cache_modifier=".cg")
+        weight = tl.exp2(found - most)
+        total += weight
+        made += tl.load(at + (base + s) * (G * D), mask=both, other=0.0, cache_modifier=".cg") * weight[:, None]
+    tl.store(out_ptr, (made / total[:, None]).to(out_ptr.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, scale, cap, KV_HEADS: tl.constexpr,
+                  D: tl.constexpr, HALF: tl.constexpr, GP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
+                  WINDOW: tl.constexpr, CAPPED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Attend to the keys [first, stop) of a page table: largest score, sum and weighted values of each query."""
+    j = tl.arange(0, 2 * HALF)
+    col = columns(j, D, HALF)
+    n = tl.arange(0, BN)
+    m = tl.full([GP], -1e30, tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, 2 * HALF], tl.float32)
+    block = tl.load(table_ptr + (first + n) // BLOCK_SIZE, mask=first + n < stop, other=0)
+    for start in tl.range(first, stop, BN, num_stages=STAGES):
+        t = start + n
+        ok = t < stop
+        there = ok[:, None]
+        if D != 2 * HALF:
+            there = there & real(j, D, HALF)[None, :]
+        place = block.to(tl.int64) * BLOCK_SIZE + t % BLOCK_SIZE
+        at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
+        keys = tl.load(keys_ptr + at, mask=there, other=0.0).to(q.dtype)
+        s = scored(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
+        if WINDOW:
+            ok = ok & (t >= low)
+        s = tl.where(ok[None, :], s, -1e30)
+        higher = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        fade = tl.exp2(m - higher)
+        values = tl.load(values_ptr + at, mask=there, other=0.0).to(q.dtype)
+        block = tl.load(table_ptr + (t + BN) // BLOCK_SIZE, mask=t + BN < stop, other=0)
+        total = total * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), values, acc * fade[:, None], input_precision="ieee")
+        m = higher
+    return m, total, acc
+
+
+@triton.jit
+def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_ptr, tables_ptr, cos_ptr, sin_ptr,
+           q_norm_ptr, k_norm_ptr, part_ptr, sum_ptr, count_ptr, q_stride, k_stride, v_stride, table_stride, eps,
+           scale, cap, KV_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+           BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+           WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, SOME: tl.constexpr,
+           STAGES: tl.constexpr):  # fmt: skip
+    """Grid (rows, KV_HEADS, SPLITS). SOME: of the step's tokens those in `rows` only. GP: at least 16 and G."""
+    b, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    t = b
+    if SOME:
+        t = tl.load(rows_ptr + b)
+    slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
+    position = tl.load(pairs_ptr + 2 * t + 1)
+    t = t.to(tl.int64)
+    first, chunk, active = spans(position, WINDOW, BN, SPLITS, LEAST)
+    if split >= active:
+        return
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    half = tl.arange(0, HALF)[None, :]
+    half_ok = half < D // 2
+    cos = tl.zeros([1, HALF], tl.float32)
+    sin = cos
+    if ROPE:
+        cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
+        sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
+    g = tl.arange(0, GP)
+    j = tl.arange(0, 2 * HALF)
+    q_at = q_ptr + t * q_stride + (head * G + g)[:, None] * D
+    a1, a2 = turned(q_at, (g < G)[:, None], q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
+    a1, a2 = a1.to(kind), a2.to(kind)
+    q = tl.reshape(tl.permute(tl.join(a1, a2), (0, 2, 1)), (GP, 2 * HALF))
+    begin = first + split * chunk
+    low = position + 1 - WINDOW
+    m, total, acc = decode_rounds(
+        q, keys_ptr, values_ptr, tables_ptr + slot * table_stride, head, begin, tl.minimum(begin + chunk, position),
+        low, scale, cap, KV_HEADS, D, HALF, GP, BLOCK_SIZE, BN, WINDOW, CAPPED, STAGES,
+    )  # fmt: skip
+    if split == active - 1:  # the new token's own key and value
+        b1, b2 = turned(
+            k_ptr + t * k_stride + head * D + half * 0, half_ok, k_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE
+        )
+        b1, b2 = b1.to(kind), b2.to(kind)
+        place = (place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE) * KV_HEADS + head) * D
+        stored: tl.constexpr = keys_ptr.dtype.element_ty
+        b1, b2 = b1.to(stored), b2.to(stored)
+        tl.store(keys_ptr + place + half, b1, mask=half_ok)
+        tl.store(keys_ptr + place + D // 2 + half, b2, mask=half_ok)
+        col = columns(j, D, HALF)
+        value = tl.load(v_ptr + t * v_stride + head * D + col, mask=real(j, D, HALF), other=0.0).to(stored)
+        tl.store(values_ptr + place + col, value, mask=real(j, D, HALF))
+        s = tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1) + tl.sum(a2.to(tl.float32) * b2.to(tl.float32), 1)
+        s = scored(s, scale, cap, CAPPED)
+        higher = tl.maximum(m, s)
+        p = tl.exp2(s - higher)
+        fade = tl.exp2(m - higher)
+        total = total * fade + p
+        acc = acc * fade[:, None] + p[:, None] * value.to(tl.float32)[None, :]
+        m = higher
+    acc = acc / total[:, None]
+    shown = g[:, None] * D + columns(j, D, HALF)[None, :]
+    both = (g < G)[:, None] & real(j, D, HALF)[None, :]
+    out_at = out_ptr + (t * KV_HEADS + head) * (G * D) + shown
+    if active == 1:
+        tl.store(out_at, acc.to(kind), mask=both)
+    else:
+        base = (b * KV_HEADS + head) * SPLITS
+        tl.store(part_ptr + (base + split) * (G * D) + shown, acc, mask=both)
+        tl.store(sum_ptr + (base + split) * G + g, m + tl.log2(total), mask=g < G)
+        tl.debug_barrier()
+        before = tl.atomic_add(count_ptr + b * KV_HEADS + head, 1, sem="acq_rel")
+        if before == active - 1:
+            tl.store(count_ptr + b * KV_HEADS + head, 0)
+            combine(part_ptr, sum_ptr, out_at, base, active, G, GP, D, HALF, SPLITS)

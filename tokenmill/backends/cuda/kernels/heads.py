@@ -1,0 +1,87 @@
+"""Heads of queries and keys: norm, rotation, and the write of keys and values to the pages.
+
+A head of D numbers is kept as two halves of HALF columns, a power of two at least D / 2; what is beyond D / 2 is
+padding. So column j of a padded head is number `columns(j)`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def columns(j, D: tl.constexpr, HALF: tl.constexpr):
+    """Where column j of a padded head stands in the head."""
+    if D == 2 * HALF:
+        return j
+    else:
+        return (j // HALF) * (D // 2) + j % HALF
+
+
+@triton.jit
+def real(j, D: tl.constexpr, HALF: tl.constexpr):
+    """Whether column j of a padded head is no padding."""
+    return j % HALF < D // 2
+
+
+@triton.jit
+def turned(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+           ROPE: tl.constexpr):  # fmt: skip
+    """The halves (N, HALF), float32, of the heads at `x_ptr` (N, 1): normed and rotated, as asked."""
+    j = tl.arange(0, HALF)[None, :]
+    ok = ok & (j < D // 2)
+    a = tl.load(x_ptr + j, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + D // 2 + j, mask=ok, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
+        a = a * scale * tl.load(norm_ptr + j, mask=j < D // 2, other=0.0).to(tl.float32)
+        b = b * scale * tl.load(norm_ptr + D // 2 + j, mask=j < D // 2, other=0.0).to(tl.float32)
+    if ROPE:
+        a, b = a * cos - b * sin, b * cos + a * sin
+    return a, b
+
+
+@triton.jit
+def place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE: tl.constexpr):
+    """Which place of the cache holds a slot's position."""
+    block = tl.load(tables_ptr + slot * table_stride + position // BLOCK_SIZE).to(tl.int64)
+    return block * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+@triton.jit
+def write_heads(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, tables_ptr, cos_ptr, sin_ptr,
+                q_norm_ptr, k_norm_ptr, q_stride, k_stride, v_stride, table_stride, eps,
+                HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS2: tl.constexpr, KV_HEADS2: tl.constexpr,
+                D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr,
+                ROPE: tl.constexpr):  # fmt: skip
+    """Of each token: queries, normed and rotated, to `out`; keys likewise and values to its place in the cache.
+
+    HEADS2, KV_HEADS2: powers of two at least HEADS, KV_HEADS. Grid (T,).
+    """
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
+    position = tl.load(pairs_ptr + 2 * t + 1)
+    j = tl.arange(0, HALF)[None, :]
+    half_ok = j < D // 2
+    cos = tl.zeros([1, HALF], tl.float32)
+    sin = cos
+    if ROPE:
+        cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + j, mask=half_ok, other=0.0)
+        sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + j, mask=half_ok, other=0.0)
+    h = tl.arange(0, HEADS2)[:, None]
+    a, b = turned(q_ptr + t * q_stride + h * D, h < HEADS, q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
+    to = out_ptr + (t * HEADS + h) * D + j
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(to, a.to(kind), mask=(h < HEADS) & half_ok)
+    tl.store(to + D // 2, b.to(kind), mask=(h < HEADS) & half_ok)
+    g = tl.arange(0, KV_HEADS2)[:, None]
+    a, b = turned(k_ptr + t * k_stride + g * D, g < KV_HEADS, k_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
+    place = place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE)
+    to = keys_ptr + (place * KV_HEADS + g) * D + j
+    ok = (g < KV_HEADS) & half_ok
+    stored: tl.constexpr = keys_ptr.dtype.element_ty
+    tl.store(to, a.to(kind).to(stored), mask=ok)
+    tl.store(to + D // 2, b.to(kind).to(stored), mask=ok)
+    v_at = v_ptr + t * v_stride + g * D + j
+    to = values_ptr + (place * KV_HEADS + g) * D + j
+    tl.store(to, tl.load(v_at, mask=ok, other=0.0).to(stored), mask=ok)
+    tl.store(to + D // 2, tl.load(v_at + D // 2, mask=ok, other=0.0).to(stored), mask=ok)

@@ -1,0 +1,92 @@
+"""Attention of runs of tokens over pages: keys and values of the run itself are there already, behind its prefix.
+
+A tile is a few tokens of one sequence times the query heads that share a key-value head.
+"""
+
+import triton
+import triton.language as tl
+
+from tokenmill.backends.cuda.kernels.decode import scored
+from tokenmill.backends.cuda.kernels.heads import columns, real
+
+
+@triton.jit
+def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, first, stop, scale, cap,
+           KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
+           MASKED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Go on with the keys [first, stop). MASKED: not every query sees every one of them; else BN divides their number.
+    """
+    j = tl.arange(0, 2 * HALF)
+    col = columns(j, D, HALF)
+    n = tl.arange(0, BN)
+    block = tl.load(table_ptr + (first + n) // BLOCK_SIZE, mask=first + n < stop, other=0)
+    for start in tl.range(first, stop, BN, num_stages=STAGES):
+        t = start + n
+        place = block.to(tl.int64) * BLOCK_SIZE + t % BLOCK_SIZE
+        at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
+        there = (t < stop)[:, None]
+        if D != 2 * HALF:
+            there = there & real(j, D, HALF)[None, :]
+        if MASKED or D != 2 * HALF:
+            keys = tl.load(keys_ptr + at, mask=there, other=0.0).to(q.dtype)
+        else:
+            keys = tl.load(keys_ptr + at).to(q.dtype)
+        s = scored(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
+        if MASKED:
+            seen = t[None, :] <= positions[:, None]
+            if WINDOW:
+                seen = seen & (t[None, :] > positions[:, None] - WINDOW)
+            s = tl.where(seen, s, -1e30)
+        higher = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        fade = tl.exp2(m - higher)
+        if MASKED or D != 2 * HALF:
+            values = tl.load(values_ptr + at, mask=there, other=0.0).to(q.dtype)
+        else:
+            values = tl.load(values_ptr + at).to(q.dtype)
+        block = tl.load(table_ptr + (t + BN) // BLOCK_SIZE, mask=t + BN < stop, other=0)
+        total = total * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), values, acc * fade[:, None], input_precision="ieee")
+        m = higher
+    return acc, m, total
+
+
+@triton.jit
+def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, table_stride, scale, cap,
+                 KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                 BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
+                 CAPPED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Tiles (first token of the step, its position, tokens, slot), at most BM // G tokens each. Grid (tiles, KV_HEADS).
+    """
+    tile, head = tl.program_id(0), tl.program_id(1)
+    token = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
+    start = tl.load(tiles_ptr + 4 * tile + 1)
+    count = tl.load(tiles_ptr + 4 * tile + 2)
+    slot = tl.load(tiles_ptr + 4 * tile + 3).to(tl.int64)
+    row = tl.arange(0, BM)
+    within, g = row // G, row % G
+    j = tl.arange(0, 2 * HALF)
+    at = ((token + within) * KV_HEADS + head)[:, None] * (G * D) + g[:, None] * D + columns(j, D, HALF)[None, :]
+    ok = (within < count)[:, None] & (within < BM // G)[:, None]
+    if D != 2 * HALF:
+        ok = ok & real(j, D, HALF)[None, :]
+    q = tl.load(q_ptr + at, mask=ok, other=0.0)
+    positions = start + within
+    m = tl.full([BM], -1e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, 2 * HALF], tl.float32)
+    table = tables_ptr + slot * table_stride
+    first = start * 0
+    if WINDOW:
+        first = tl.maximum(start + 1 - WINDOW, 0) // BN * BN
+    else:
+        first = start // BN * BN  # all queries see all keys before it
+        acc, m, total = rounds(
+            acc, m, total, q, positions, keys_ptr, values_ptr, table, head, 0, first, scale, cap, KV_HEADS, D, HALF,
+            BLOCK_SIZE, BN, False, WINDOW, CAPPED, STAGES,
+        )  # fmt: skip
+    acc, m, total = rounds(
+        acc, m, total, q, positions, keys_ptr, values_ptr, table, head, first, start + count, scale, cap, KV_HEADS, D,
+        HALF, BLOCK_SIZE, BN, True, WINDOW, CAPPED, STAGES,
+    )  # fmt: skip
+    tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=ok)

@@ -1,0 +1,218 @@
+"""From a program to a list of launches whose addresses are fixed: made once, run for every step or captured.
+
+A launch takes the step's sizes and nothing else. Products are cuBLAS's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tokenmill.backends.cuda.attention import AttentionLowering
+from tokenmill.backends.cuda.kernels import rows as kernels
+from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.shapes import power
+from tokenmill.backends.cuda.slots import CudaSlots
+from tokenmill.program import ops
+from tokenmill.program.ops import Op, Weight
+from tokenmill.program.value import Value
+
+_BLOCK = 1024
+_ACTS: dict[str, Callable[..., Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A step as its launches see it, all arrays on the device.
+
+    `pairs` (T, 2): slot and position of each token. `samples` (R,): the tokens whose rows sample; None: all of them.
+    `singles`: tokens that are their sequence's only one, None: all are. `tiles`: (n, 4) of the other tokens, by how
+    many of them make a tile at most.
+    """
+
+    tokens: int
+    sampling: int
+    pairs: Tensor
+    samples: Tensor | None = None
+    singles: Tensor | None = None
+    tiles: dict[int, Tensor] = field(default_factory=dict)
+
+    def of(self, v: Value) -> int:
+        """Rows of a value."""
+        return self.tokens if v.spec.rows == "tokens" else self.sampling
+
+
+Run = Callable[[Sizes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One operation, ready to run."""
+
+    op: Op
+    run: Run
+
+
+class Lowering:
+    """The launches of a prepared program. The cache must have been allocated."""
+
+    def __init__(self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots) -> None:
+        self._memory, self._weights, self._slots = memory, weights, slots
+        self._attention = AttentionLowering(memory, weights, slots)
+
+    @property
+    def tile_tokens(self) -> set[int]:
+        """How many tokens make a tile at most, of every kind of attention that there is."""
+        return self._attention.tile_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scratch."""
+        return self._attention.nbytes
+
+    def launches(self) -> list[Launch]:
+        """In the order of the program."""
+        return [Launch(op, self._lower(op)) for op in self._memory.program.ops]
+
+    def _lower(self, op: Op) -> Run:
+        if isinstance(op, ops.Attention):
+            return self._attention.lower(op)
+        lowered: dict[type[Op], Callable[[Any], Run]] = {
+            ops.Embed: self._embed,
+            ops.Linear: self._linear,
+            ops.Norm: self._norm,
+            ops.AddNorm: self._norm,
+            ops.GatedAct: self._gated,
+            ops.Act: self._act,
+            ops.Add: self._add,
+            ops.SoftCap: self._soft_cap,
+            ops.TakeRows: self._take,
+        }
+        return lowered[type(op)](op)
+
+    def _optional(self, weight: Weight | None) -> Tensor | None:
+        return None if weight is None else self._weights[weight]
+
+    def _embed(self, op: ops.Embed) -> Run:
+        table, out, tokens = self._weights[op.table], self._memory.value(op.out), self._slots.tokens
+        width, by_position = op.out.width, op.ids.buffer == self._memory.program.inputs.positions.buffer
+
+        def run(n: Sizes) -> None:
+            kernels.embed_rows[(n.tokens,)](
+                n.pairs, tokens, table, out, tokens.stride(0), op.scale, WIDTH=width, BLOCK=min(power(width), 4096),
+                BY_POSITION=by_position, num_warps=4,
+            )  # fmt: skip
+
+        return run
+
+    def _linear(self, op: ops.Linear) -> Run:
+        if op.gated or (op.act and op.residual):
+            raise NotImplementedError("a fusion that prepare.py does not make")
+        x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self._weights[op.weight].t()
+        bias = self._optional(op.bias)
+        residual = None if op.residual is None else self._memory.value(op.residual)
+
+        def run(n: Sizes) -> None:
+            rows = n.of(op.out)
+            if bias is not None:
+                torch.addmm(bias, x[:rows], weight, out=out[:rows])
+                if residual is not None:
+                    out[:rows] += residual[:rows]
+            elif residual is not None:
+                torch.addmm(residual[:rows], x[:rows], weight, out=out[:rows])
+            else:
+                torch.mm(x[:rows], weight, out=out[:rows])
+
+        return run
+
+    def _norm(self, op: ops.Norm) -> Run:
+        x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self._weights[op.weight]
+        if op.head_dim:
+            return self._norm_heads(op, x, out, weight)
+        both = isinstance(op, ops.AddNorm)
+        y, total = (self._memory.value(op.y), self._memory.value(op.total)) if isinstance(op, ops.AddNorm) else (x, out)
+        bias, width = self._optional(op.bias), op.out.width
+
+        def run(n: Sizes) -> None:
+            kernels.norm_rows[(n.of(op.out),)](
+                x, y, weight, weight if bias is None else bias, total, out, x.stride(0), y.stride(0), op.eps,
+                WIDTH=width, BLOCK=power(width), ADD=both, CENTER=op.center, BIAS=bias is not None,
+                num_warps=4 if width <= 2048 else 8,
+            )  # fmt: skip
+
+        return run
+
+    def _norm_heads(self, op: ops.Norm, x: Tensor, out: Tensor, weight: Tensor) -> Run:
+        heads = op.out.width // op.head_dim
+
+        def run(n: Sizes) -> None:
+            kernels.norm_heads[(n.of(op.out), heads)](
+                x, weight, out, x.stride(0), op.eps, HEADS=heads, D=op.head_dim, BLOCK=power(op.head_dim), num_warps=1
+            )
+
+        return run
+
+    def _gated(self, op: ops.GatedAct) -> Run:
+        gate, up, out = (self._memory.value(v) for v in (op.gate, op.up, op.out))
+        width, columns = op.out.width, triton.cdiv(op.out.width, _BLOCK)
+
+        def run(n: Sizes) -> None:
+            kernels.gate_rows[(n.of(op.out), columns)](
+                gate, up, out, gate.stride(0), up.stride(0), WIDTH=width, BLOCK=_BLOCK, ACT=op.act, num_warps=4
+            )
+
+        return run
+
+    def _act(self, op: ops.Act) -> Run:
+        x, out, act = self._memory.value(op.x), self._memory.value(op.out), _ACTS.get(op.act, _gelu_tanh)
+
+        def run(n: Sizes) -> None:
+            rows = n.of(op.out)
+            out[:rows].copy_(act(x[:rows]))
+
+        return run
+
+    def _add(self, op: ops.Add) -> Run:
+        x, y, out = (self._memory.value(v) for v in (op.x, op.y, op.out))
+
+        def run(n: Sizes) -> None:
+            rows = n.of(op.out)
+            torch.add(x[:rows], y[:rows], out=out[:rows])
+
+        return run
+
+    def _soft_cap(self, op: ops.SoftCap) -> Run:
+        x, out = self._memory.value(op.x), self._memory.value(op.out)
+
+        def run(n: Sizes) -> None:
+            rows = n.of(op.out)
+            out[:rows].copy_(torch.tanh(x[:rows].float() / op.cap) * op.cap)
+
+        return run
+
+    def _take(self, op: ops.TakeRows) -> Run:
+        x, out, width = self._memory.value(op.x), self._memory.value(op.out), op.out.width
+        columns = triton.cdiv(width, _BLOCK)
+
+        def run(n: Sizes) -> None:
+            if n.samples is None:
+                out[: n.sampling].copy_(x[: n.sampling])
+            elif n.sampling:
+                kernels.take_rows[(n.sampling, columns)](
+                    x, n.samples, out, x.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4
+                )
+
+        return run
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")

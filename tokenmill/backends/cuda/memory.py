@@ -1,0 +1,94 @@
+"""Where a step's values and the cache live: addresses that never change, so that a captured graph may name them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cuda.device import Device
+from tokenmill.program import ops
+from tokenmill.program.buffers import plan_buffers
+from tokenmill.program.cost import cache_layout
+from tokenmill.program.rope import RopeTable
+from tokenmill.program.value import Buffer, Program, Value
+
+RESERVED = 1 << 30  # bytes that graphs, cuBLAS and the driver take beside everything that is counted
+PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
+
+
+class Memory:
+    """Of one program at its largest step: T tokens, R rows that sample."""
+
+    def __init__(self, program: Program, limits: StepLimits, dtype: torch.dtype, device: Device) -> None:
+        self.program, self.limits, self.dtype, self.device = program, limits, dtype, device
+        self.rows = {"tokens": limits.max_batch_tokens, "samples": max(limits.max_batch_size, PROMPT_ROWS)}
+        first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
+        lasting = {v.buffer for op in program.ops[first:] for v in op.reads().values()}
+        lasting &= {v.buffer for op in program.ops[:first] for v in op.results().values()}
+        self._plan = plan_buffers(program, self._bytes, lasting=lasting)
+        self._arena = torch.empty(self._plan.size, dtype=torch.uint8, device=device.torch)
+        self._buffers: dict[int, Tensor] = {}
+        self._layout = cache_layout(program)
+        self._cache: dict[int, Tensor] = {}
+        self._turns: dict[RopeTable, tuple[Tensor, Tensor]] = {}
+        queries = max((op.q.width for op in program.ops if isinstance(op, ops.Attention)), default=0)
+        self.queries = torch.empty(self.rows["tokens"], queries, dtype=dtype, device=device.torch)
+
+    def _bytes(self, buffer: Buffer) -> int:
+        return self.rows[buffer.rows] * buffer.width * self.dtype.itemsize
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of values."""
+        return self._plan.size + self.queries.nbytes
+
+    def value(self, v: Value) -> Tensor:
+        """Its rows at the largest step; a smaller one has the first of them."""
+        if v.buffer not in self._buffers:
+            start, size = self._plan.offsets[v.buffer], self._bytes(v.spec)
+            flat = self._arena[start : start + size].view(self.dtype)
+            self._buffers[v.buffer] = flat.view(self.rows[v.spec.rows], v.spec.width)
+        whole = self._buffers[v.buffer]
+        return whole if v.whole else whole[:, v.start : v.start + v.width]
+
+    def turns(self, table: RopeTable) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (positions, half a head), float32."""
+        if table not in self._turns:
+            positions = torch.arange(self.limits.max_total_tokens + 1)
+            if table.moves:
+                inverse = torch.from_numpy(table.frequencies_at(positions.numpy()))
+            else:
+                inverse = torch.from_numpy(table.inverse_frequencies())[None]
+            angle = positions.to(self.device.torch)[:, None].float() * inverse.to(self.device.torch)
+            self._turns[table] = angle.cos() * table.magnitude(), angle.sin() * table.magnitude()
+        return self._turns[table]
+
+    def block_bytes(self) -> int:
+        """Bytes of one cache block over all layers."""
+        per_token = sum(2 * layer.heads * layer.head_dim for layer in self._layout.values())
+        return per_token * self.dtype.itemsize * self.limits.block_size
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache; the block after the last one is nobody's."""
+        for layer, kept in self._layout.items():
+            shape = 2, (num_blocks + 1) * self.limits.block_size, kept.heads * kept.head_dim
+            self._cache[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device.torch)
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (places, heads · head size)."""
+        keys, values = self._cache[layer].unbind(0)
+        return keys, values
+
+    def clear(self, num_blocks: int) -> None:
+        """Empty the first blocks, and nobody's."""
+        size = self.limits.block_size
+        for cache in self._cache.values():
+            cache[:, : num_blocks * size].zero_()
+            cache[:, -size:].zero_()
+
+
+def free_bytes(device: str) -> tuple[int, int]:
+    """Of a CUDA device: bytes that are free, and all that there are."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free), int(total)

@@ -1,0 +1,118 @@
+"""Weights from a checkpoint to the device: raw bytes of the mapped files through pinned buffers, several at a time.
+
+What is stored in the computation's own format is never looked at on the way; anything else is converted by the host.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.torch.pack import Report, to_tensor
+from tokenmill.parallel.group import Group
+from tokenmill.program.cost import weights_of
+from tokenmill.program.ops import Weight
+from tokenmill.program.value import Program
+from tokenmill.quant.base import Dense, Matrix, Reader, check, load, piece_of
+from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.wire.messages import Progress
+
+_LANES = 8  # copies at a time: one core fills a pinned buffer slower than the bus empties it
+_CHUNK = 32 << 20  # bytes of a pinned buffer
+_STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32}
+
+
+class _Lane:
+    """A pinned buffer and a stream of its own."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device.torch) if device.real else None  # type: ignore[no-untyped-call]
+        self._staged = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) if device.real else None
+
+    def copy(self, rows: NDArray[np.generic], to: Tensor) -> None:
+        """Rows of contiguous numbers to as many rows of `to`, of the same format; done when it returns."""
+        target = to.view(torch.uint8).view(-1)
+        if self._stream is None or self._staged is None:
+            target.copy_(torch.from_numpy(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).copy()))
+            return
+        at_once = max(1, _CHUNK // max(1, rows[:1].nbytes))
+        staged, done = self._staged.numpy(), 0
+        with torch.cuda.stream(self._stream):
+            for first in range(0, len(rows), at_once):
+                some = rows[first : first + at_once]
+                np.copyto(staged[: some.nbytes].view(some.dtype).reshape(some.shape), some)
+                target[done : done + some.nbytes].copy_(self._staged[: some.nbytes], non_blocking=True)
+                self._stream.synchronize()
+                done += some.nbytes
+
+
+def pack(
+    program: Program,
+    source: Checkpoint,
+    read: Reader,
+    group: Group,
+    dtype: torch.dtype,
+    device: Device,
+    report: Report | None = None,
+) -> dict[Weight, Tensor]:
+    """Every weight of a program, on the device. ModelError if one is missing or of another shape than expected.
+
+    `report` is called from this thread, with bytes of the checkpoint.
+    """
+    wanted = weights_of(program)
+    check(wanted, source)
+    sizes = [sum(source.nbytes(part.name) // w.ranks for part in w.parts) for w in wanted]
+    packed = {w: torch.empty(_shape(w), dtype=dtype, device=device.torch) for w in wanted}
+    lanes: SimpleQueue[_Lane] = SimpleQueue()
+    for _ in range(_LANES):
+        lanes.put(_Lane(device))
+
+    def one(weight: Weight) -> None:
+        lane = lanes.get()
+        try:
+            _pack(weight, packed[weight], source, read, group.rank, lane)
+        finally:
+            lanes.put(lane)
+
+    done = 0
+    with ThreadPoolExecutor(_LANES) as pool:
+        for size, _ in zip(sizes, pool.map(one, wanted), strict=True):
+            done += size
+            if report is not None:
+                report(Progress("load", done, sum(sizes)))
+    device.finish()
+    return packed
+
+
+def _shape(weight: Weight) -> tuple[int, ...]:
+    if not weight.columns:
+        return (weight.rows,)
+    return weight.rows, weight.columns // weight.ranks if weight.shard == "row" else weight.columns
+
+
+def _pack(weight: Weight, to: Tensor, source: Checkpoint, read: Reader, rank: int, lane: _Lane) -> None:
+    if not weight.columns:
+        to.copy_(to_tensor(load(weight, source, read, rank), to.dtype))
+        return
+    first = 0
+    for part in weight.parts:
+        matrix = read(source, piece_of(weight, part, rank))
+        rows = to[first : first + matrix.shape[0]]
+        raw = _as_stored(matrix, to.dtype)
+        if raw is not None:
+            lane.copy(raw, rows)
+        else:
+            rows.copy_(to_tensor(matrix, to.dtype))
+        first += matrix.shape[0]
+
+
+def _as_stored(matrix: Matrix, dtype: torch.dtype) -> NDArray[np.generic] | None:
+    """The numbers, if they are stored in this format."""
+    return matrix.array if isinstance(matrix, Dense) and matrix.array.dtype == _STORED[dtype] else None

@@ -1,0 +1,89 @@
+"""Sizes of tiles by shape and number of rows: measured on an H200, so that the host computes nothing in a step.
+
+A class of rows has one set of sizes: so many kernels are compiled at start, and none later.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MOST_SHARED = 64  # query heads of a key-value head
+CLASSES = (4, 16, 48, 96, 1 << 30)  # rows: a class holds those up to here
+
+
+class DecodeShape(NamedTuple):
+    """Of decode attention: keys of a round, splits, least keys of a split, rounds in flight, warps."""
+
+    keys: int
+    splits: int
+    least: int
+    stages: int
+    warps: int
+
+
+class TileShape(NamedTuple):
+    """Of attention of runs: rows of a tile, keys of a round, rounds in flight, warps."""
+
+    rows: int
+    keys: int
+    stages: int
+    warps: int
+
+
+def power(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def class_of(rows: int) -> int:
+    """Which class `rows` belongs to."""
+    return next(i for i, most in enumerate(CLASSES) if rows <= most)
+
+
+_WIDE = (
+    DecodeShape(64, 32, 128, 3, 4), DecodeShape(64, 4, 256, 3, 4), DecodeShape(64, 4, 1024, 3, 4),
+    DecodeShape(32, 4, 1024, 3, 2), DecodeShape(16, 2, 2048, 3, 1),
+)  # fmt: skip
+_NARROW = (
+    DecodeShape(64, 32, 128, 4, 4), DecodeShape(64, 4, 256, 3, 4), DecodeShape(64, 4, 1024, 3, 4),
+    DecodeShape(64, 4, 1024, 3, 4), DecodeShape(32, 2, 2048, 3, 2),
+)  # fmt: skip
+
+
+def decode_shape(rows: int, head_dim: int, shared: int, item_bytes: int = 2) -> DecodeShape:
+    """Of `rows` sequences; `shared`: query heads of a key-value head."""
+    shape = (_NARROW if head_dim <= 64 else _WIDE)[class_of(rows)]
+    if head_dim > 128 or item_bytes > 2:
+        shape = shape._replace(keys=max(16, shape.keys // 2), stages=2)
+    if shared > 16:
+        shape = shape._replace(warps=4)
+    return shape
+
+
+def tile_shape(head_dim: int, shared: int, item_bytes: int = 2) -> TileShape:
+    """Of runs of any length."""
+    if head_dim > 128 or item_bytes > 2:
+        return TileShape(64, 32, 2, 4)
+    return TileShape(128, 64 if head_dim > 64 else 128, 3 if head_dim > 64 else 2, 8)
+
+
+class ChooseShape(NamedTuple):
+    """Of choosing tokens: programs a row, logits of a round, rounds, warps."""
+
+    chunks: int
+    block: int
+    rounds: int
+    warps: int
+
+
+def choose_shape(rows: int, vocab_size: int) -> ChooseShape:
+    """Of `rows` rows of logits."""
+    chunks = (32, 16, 4, 4, 2)[class_of(rows)]
+    block = min(2048, power(-(-vocab_size // chunks)))
+    return ChooseShape(chunks, block, -(-vocab_size // (chunks * block)), 4)
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes that are captured, the largest first: a step is padded to the next one."""
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32)]
+    return sorted({*(size for size in steps if size < most), min(most, 1024)}, reverse=True)
