@@ -262,6 +262,33 @@ def test_a_terminated_server_lets_its_streams_finish(model: Path) -> None:
     idle.close()
 
 
+def test_what_does_not_finish_in_time_is_told_so(model: Path) -> None:
+    server = Server(model, port_of_a_moment_ago(), "--mock-step-ms", "5", "--graceful-termination-timeout", "1")
+    events: dict[str, list[Any]] = {}
+    plain: list[httpx.Response] = []
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    threads = [
+        threading.Thread(target=lambda: events.update(native=server.events("/generate_stream", FOREVER))),
+        threading.Thread(target=lambda: events.update(chat=server.events("/v1/chat/completions", chat))),
+        threading.Thread(target=lambda: plain.append(server.post("/generate", FOREVER))),
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: running(server) == 3)
+    begin = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(20)
+    log = server.log()
+    assert time.monotonic() - begin < 5
+    assert server.process.returncode == 0, log
+    assert events["native"][-1] == {"error": "the server is shutting down", "error_type": "healthcheck"}
+    assert events["chat"][-1] == "[DONE]"
+    assert "shutting down" in events["chat"][-2]["error"]["message"]
+    assert (plain[0].status_code, plain[0].headers["retry-after"]) == (503, "1")
+    assert "Traceback" not in log
+
+
 def test_two_workers_answer_for_each_other(model: Path) -> None:
     server = Server(model, port_of_a_moment_ago(), "--mock-text", TEXT, "--mock-step-ms", "1", "--http-workers", "2")
     try:  # the second worker may be a moment behind the first

@@ -88,6 +88,12 @@ class EngineClient:
         if self._sinks.pop(request_id, None) is not None:
             self._post(Abort(request_id))
 
+    def abort_all(self, error: RequestError) -> None:
+        """Forget every request; their sinks hear `error`."""
+        for request_id, sink in list(self._sinks.items()):
+            self.abort(request_id)
+            sink.fail(error)
+
     async def run(self) -> None:
         """Connect, and again whenever the connection is lost. Ends only by cancellation."""
         while True:

@@ -22,6 +22,7 @@ import uvloop
 
 from tokenmill import __version__
 from tokenmill.config import Settings
+from tokenmill.errors import NotReady
 from tokenmill.server.app import create_app
 from tokenmill.server.digests import model_digest
 from tokenmill.server.protocol import BoundedProtocol
@@ -34,6 +35,8 @@ from tokenmill.wire.control import ChildControl
 from tokenmill.wire.messages import Drain, ModelReady, Phase, Ready
 
 _KEEP_ALIVE_S = 75  # longer than the 60 s after which load balancers drop idle connections themselves
+
+_LAST_WORDS_S = 1.0  # to tell the clients of requests that did not finish in time
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +150,9 @@ class Worker:
     def _drain(self, timeout_s: float) -> None:
         log.info("Finishing %d running requests, for at most %g s", self._service.in_flight, timeout_s)
         self._service.draining = True
-        self._config.timeout_graceful_shutdown = timeout_s  # type: ignore[assignment]  # seconds, whole or not
+        late = NotReady("the server is shutting down")
+        asyncio.get_running_loop().call_later(timeout_s, self._service.client.abort_all, late)
+        self._config.timeout_graceful_shutdown = timeout_s + _LAST_WORDS_S  # type: ignore[assignment]  # or a fraction
         self._server.should_exit = True
 
     def _stop_now(self) -> None:
