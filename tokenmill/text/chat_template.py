@@ -17,6 +17,7 @@ from tokenmill.text import sandbox
 from tokenmill.text.template_forms import Forms
 from tokenmill.text.template_wants import wants_argument_objects
 
+_TRIAL_S = 0.2  # for each of the short conversations that show what a template takes
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with its space: where a template trims, the space is gone
 _OURS = frozenset(
     (
@@ -135,10 +136,10 @@ class ChatTemplate:
             except jinja2.TemplateSyntaxError as e:
                 raise TemplateError(f"the model's chat template is wrong in line {e.lineno}: {e.message}") from None
 
-            variables: dict[str, Any] = {**self._tokens, "tools": None if name == "default" else []}
+            usual = {**self._tokens, "tools": None if name == "default" else [], "add_generation_prompt": True}
 
             def trial(chat: list[dict[str, Any]]) -> str:
-                return self._once(name, template, chat, True, variables)
+                return self._once(name, template, {**usual, "messages": chat}, _TRIAL_S)
 
             found = _Compiled(name, template, Forms(trial, object_like=objects))
             self._compiled[name] = found
@@ -146,22 +147,23 @@ class ChatTemplate:
 
     def _run(self, found: _Compiled, chat: list[dict[str, Any]], begins: bool, variables: dict[str, Any]) -> str:
         """Render. Where a template fails on a content that is null, as OpenAI writes one with calls, "" is tried."""
+        given = {"messages": chat, "add_generation_prompt": begins, **variables}
         try:
-            return self._once(found.name, found.template, chat, begins, variables)
+            return self._once(found.name, found.template, given)
         except _Fault as fault:
             filled = [found.forms.without_null(message) for message in chat]
             if filled == chat:
                 raise
             try:
-                return self._once(found.name, found.template, filled, begins, variables)
+                return self._once(found.name, found.template, {**given, "messages": filled})
             except TemplateError:
                 raise fault from None
 
     def _once(
-        self, name: str, template: jinja2.Template, chat: list[dict[str, Any]], begins: bool, variables: dict[str, Any]
+        self, name: str, template: jinja2.Template, variables: dict[str, Any], seconds: float | None = None
     ) -> str:
         try:
-            return sandbox.run(template, {"messages": chat, "add_generation_prompt": begins, **variables})
+            return sandbox.run(template, variables, seconds)
         except jinja2.UndefinedError as e:
             raise _Fault(f"{e.message}{_place(e, name)}") from None
         except jinja2.TemplateError as e:

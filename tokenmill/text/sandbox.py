@@ -31,17 +31,17 @@ _CHECK_EVERY = 16  # charges between two looks at the clock, which is a system c
 class Budget:
     """What one rendering may still use."""
 
-    __slots__ = ("_charges", "_ends")
+    __slots__ = ("_charges", "_ends", "_seconds")
 
-    def __init__(self) -> None:
-        self._charges = 0
-        self._ends = thread_time() + MAX_SECONDS
+    def __init__(self, seconds: float) -> None:
+        self._charges, self._seconds = 0, seconds
+        self._ends = thread_time() + seconds
 
     def charge(self) -> None:
         """Count one step; TemplateRuntimeError once the time is over."""
         self._charges += 1
         if self._charges % _CHECK_EVERY == 0 and thread_time() > self._ends:
-            raise TemplateRuntimeError(f"the chat template takes longer than {MAX_SECONDS:g} s for these messages")
+            raise TemplateRuntimeError(f"the chat template takes longer than {self._seconds:g} s for these messages")
 
 
 def environment() -> ImmutableSandboxedEnvironment:
@@ -61,11 +61,11 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
-def run(template: Template, variables: Mapping[str, Any]) -> str:
-    """Render within a new budget. Jinja's errors, or what the template's Python objects raise."""
+def run(template: Template, variables: Mapping[str, Any], seconds: float | None = None) -> str:
+    """Render within a new budget, of MAX_SECONDS if None. Jinja's errors, or what the template's objects raise."""
     out: list[str] = []
     size = 0
-    for part in template.generate({**variables, _BUDGET: Budget()}):
+    for part in template.generate({**variables, _BUDGET: Budget(MAX_SECONDS if seconds is None else seconds)}):
         size += len(part)
         growth.check_size(size)
         out.append(part)
