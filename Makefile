@@ -28,7 +28,7 @@ test-without-torch: $(VENV)/.installed-test-without-torch  ## the tests that nee
 
 # TOKENMILL_PYTHON: who runs the server. --confcutdir: the other tests' conftest needs their environment.
 test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed tests/clients/node/node_modules  ## the clients that people use, Python's in .venv-clients and Node's
-	@TOKENMILL_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest --confcutdir=tests/clients tests/clients $(ARGS)
+	@TOKENMILL_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest --confcutdir=tests/clients tests/clients --disable-warnings $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .

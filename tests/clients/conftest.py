@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -18,9 +17,6 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # no list of prices is fetc
 os.environ["LANGSMITH_TRACING"] = "false"
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the parent folder's conftest is not read
-
 from support_server import Server
 
 SERVER_PYTHON = os.environ.get("TOKENMILL_PYTHON", sys.executable)
@@ -40,7 +36,7 @@ def start(*options: str) -> Server:
     return running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def url() -> Iterator[str]:
     """Where the server answers: TGI's routes."""
     if running := os.environ.get("TOKENMILL_URL"):

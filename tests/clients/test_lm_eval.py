@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import SERVER_PYTHON, start
+
+from clients.conftest import SERVER_PYTHON, start
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity", reason="lm-eval's extra `api` is not installed")
