@@ -55,8 +55,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestLimits(msgspec.Struct, frozen=True):
-    """What the server allows one request. `vocab_size`: ids that the model knows, from 0. The watermark is the server's:
-    share of the vocabulary that is favoured, and by how much."""
+    """What the server allows one request. `vocab_size`: ids that the model knows, from 0. The watermark is the
+    server's: share of the vocabulary that is favoured, and by how much."""
 
     max_input_tokens: int
     max_total_tokens: int
