@@ -25,7 +25,7 @@ FRONT = [1]  # <|im_start|>: what lm-eval puts before a text that nothing preced
 
 
 class Reference(NamedTuple):
-    """transformers, in a process of its own. `tokenizer`: a folder with the model's tokenizer; `known`: past answers."""
+    """transformers, in a process of its own. `tokenizer`: a folder with its tokenizer; `known`: past answers."""
 
     process: subprocess.Popen[str]
     tokenizer: Path
