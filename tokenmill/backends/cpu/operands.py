@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from tokenmill.backends.cpu.ir import G, Val
 
+_FAR = 1 << 15
+
 
 @dataclass(frozen=True, slots=True)
 class Operands:
@@ -31,11 +33,11 @@ def panel_parts(lanes: int, rows: int, at_once: int) -> list[list[int]]:
     return [parts[i : i + at_once] for i in range(0, len(parts), at_once)]
 
 
-def far_ahead(g: G, rows: int, panel: Val) -> Val:
-    """Where to ask for weights early, from those that are read: with few rows further on in the panel, else the same
-    place of the next one. What was fastest. `panel`: its bytes.
+def far_ahead(g: G, panel: Val) -> Val:
+    """Where to ask for weights early, from those that are read: the same place of the next panel, or so far in a panel
+    that does not fit a near cache. What was fastest, for one row and for many. `panel`: its bytes.
     """
-    return g.c(2048) if rows <= 2 else panel
+    return g.b.select(g.b.icmp_unsigned("<", panel, g.c(_FAR)), panel, g.c(_FAR))
 
 
 def store(g: G, o: Operands, sums: list[Val], offset: int) -> None:
