@@ -19,7 +19,7 @@ class Device:
     """A torch device by name, made this thread's current one."""
 
     def __init__(self, name: str) -> None:
-        self.torch = torch.device(name)
+        self.torch = torch.device("cuda:0" if name == "cuda" else name)
         self.real = self.torch.type == "cuda"
         if self.real:
             torch.cuda.set_device(self.torch)
