@@ -193,7 +193,7 @@ class Bench:
         with open(path, "w", encoding="utf-8") as out:
             for rows in self.rows:
                 self.run([self.prompt(512) for _ in range(rows)], [4] * rows)
-                for i in range(rows):
+                for _ in range(rows):
                     self.engine.submit(self.prompt(512), SamplingParams(), StoppingParams(60))
                 for _ in range(rows * 512 // self.backend.limits.max_batch_tokens + 12):
                     self.engine.step()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-import json
 
 import numpy as np
 import pytest
@@ -77,9 +77,7 @@ class CudaDriver(CudaBackend):
         source = open_checkpoint(local_source(folder))
         limits = limits or StepLimits(256, 4, 256, 16)
         program = altered(program_of(source.config), **attention)
-        super().__init__(
-            program, source, reader_of(source), limits, Group(), dtype=dtype, device=DEVICE, graphs=graphs
-        )
+        super().__init__(program, source, reader_of(source), limits, Group(), dtype=dtype, device=DEVICE, graphs=graphs)
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known, self.tables = {}, {}

@@ -240,12 +240,12 @@ def test_a_model_that_cannot_be_served_ends_the_start(serve: Callable[..., Serve
 
 
 def test_what_is_odd_about_the_options_is_said_at_the_start(serve: Callable[..., Server]) -> None:
-    server = serve("--log-level", "info,loud", "--cuda-graphs", "1,2", "--port", "99999999")
+    server = serve("--log-level", "info,loud", "--master-addr", "there", "--port", "99999999")
     assert server.wait() == 2
-    server = serve("--log-level", "info,loud", "--cuda-graphs", "1,2", "--mock-fault", "nonsense", "--env")
+    server = serve("--log-level", "info,loud", "--master-addr", "there", "--mock-fault", "nonsense", "--env")
     assert server.wait() == 1
     assert f"Runtime environment:\ntokenmill: {tokenmill.__version__}\n" in server.output
-    assert "WARN tokenmill.launcher: `--cuda-graphs` has no effect" in server.output
+    assert "WARN tokenmill.launcher: `--master-addr` has no effect" in server.output
     assert "WARN tokenmill.launcher: `LOG_LEVEL`: 'loud' is not understood" in server.output
 
 

@@ -70,11 +70,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Devices
     sharded: Annotated[bool | None, Option("Split the model over the devices.")] = None
     num_shard: Annotated[int | None, Option("Ranks that share the model.", at_least=1)] = None
-    cuda_graphs: Annotated[str, Option("Batch sizes to capture as CUDA graphs; 0: none.", no_effect=(
-        "this release captures no graphs."))] = ""
+    cuda_graphs: Annotated[str, Option(
+        "Batch sizes to capture as CUDA graphs, as 1,2,4; 0: none. Default: up to the largest batch.")] = ""
     cuda_memory_fraction: Annotated[float, Option(
-        "Share of the device's memory that may be used.", at_least=0.01, at_most=1,
-        no_effect="say how much memory may be used with --memory-limit.")] = 1.0
+        "Share of a GPU's memory that may be used.", at_least=0.01, at_most=1)] = 1.0
     disable_custom_kernels: Annotated[bool, Option("TGI: old kernels off.", no_effect="there are none.")] = False
     shard_uds_path: Annotated[str, Option("TGI: prefix of its sockets.", no_effect=_LOCAL)] = (
         "/tmp/text-generation-server")
@@ -92,10 +91,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_total_tokens: Annotated[int | None, Option(
         "Prompt and answer together. Default: what model and KV cache allow.", at_least=2)] = None
     max_batch_prefill_tokens: Annotated[int | None, Option(
-        "Tokens that one step computes at most. Default: 512 on a CPU, 4096 on a GPU.", at_least=1)] = None
+        "Tokens that one step computes at most. Default: 512 on a CPU, 8192 on a GPU.", at_least=1)] = None
     max_batch_total_tokens: Annotated[int | None, Option("TGI: tokens of all running requests.", at_least=1, no_effect=(
         "the KV cache's capacity is measured; see --memory-limit."))] = None
-    max_batch_size: Annotated[int | None, Option("Requests that run at once. Default: 128.", at_least=1)] = None
+    max_batch_size: Annotated[int | None, Option(
+        "Requests that run at once. Default: 128, 256 on a GPU.", at_least=1)] = None
     max_waiting_tokens: Annotated[int, Option("TGI: steps before waiting requests join.", no_effect=_CHUNKED)] = 20
     waiting_served_ratio: Annotated[float, Option("TGI: when waiting requests join.", no_effect=_CHUNKED)] = 0.3
     max_client_batch_size: Annotated[int, Option("Prompts of one /v1/completions request.", at_least=1)] = 4
@@ -155,7 +155,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Ours
     device: Annotated[str, Option("Where to compute.", choices=("auto", "cpu", "cuda"),
                                   env="TOKENMILL_DEVICE")] = "auto"
-    backend: Annotated[str, Option("Who computes.", choices=("auto", "cpu", "torch"), env="TOKENMILL_BACKEND")] = "auto"
+    backend: Annotated[str, Option("Who computes.", choices=("auto", "cpu", "cuda", "torch"),
+                                   env="TOKENMILL_BACKEND")] = "auto"
     cpu_isa: Annotated[str, Option("Instruction set of the CPU backend, one that this machine has. Default: the best.",
                                    env="TOKENMILL_ISA")] = ""
     kernel_cache: Annotated[str, Option("Folder for compiled kernels. Default: in the user's cache.",
@@ -270,6 +271,7 @@ def _checked(settings: Settings) -> Settings:
         warnings.append(f"Hostname {hostname!r} is not an IP address: listening on 0.0.0.0.")
         hostname = "0.0.0.0"
     memory_bytes(settings.memory_limit)
+    graph_sizes(settings.cuda_graphs)
     return msgspec.structs.replace(
         settings, max_input_tokens=max_input, max_input_length=None, num_shard=_num_shard(settings), hostname=hostname,
         port=int(settings.aip_http_port) if settings.aip_http_port.isdecimal() else settings.port,
@@ -348,6 +350,16 @@ def memory_bytes(text: str) -> int | None:
     if value <= 0:
         raise ArgumentError(f"`memory_limit` {text!r} is not an amount of memory; write for example 8GiB or 500MB.")
     return value
+
+
+def graph_sizes(text: str) -> tuple[int, ...] | None:
+    """Batch sizes that "1,2,4" names; none of them for "0", None for "". Raises ArgumentError."""
+    if not text:
+        return None
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() and len(word) < 6 for word in words):
+        raise ArgumentError(f"`cuda_graphs` {text!r} is no list of batch sizes; write for example 1,2,4,8, or 0.")
+    return tuple(sorted({int(word) for word in words} - {0}))
 
 
 def default_cache_dir() -> str:

@@ -27,7 +27,8 @@ from tokenmill.models.base import program_of
 from tokenmill.operate.env import cpu_name
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
-from tokenmill.runtime.choice import Computing, choose, weight_bytes
+from tokenmill.runtime.assembly import room
+from tokenmill.runtime.choice import Computing, choose, dtype_of, weight_bytes
 from tokenmill.runtime.memory import available_bytes, check_weights, size
 from tokenmill.runtime.worker import computing as computing_of
 from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint
@@ -123,10 +124,13 @@ def _backend(settings: Settings) -> Finding:
     checkpoint = open_checkpoint(source)
     program, computing = program_of(checkpoint.config), computing_of(settings)
     choice = choose(program, computing, settings.block_size, settings.num_shard or 1)
-    needed, free = weight_bytes(choice, program, checkpoint, computing.dtype), available_bytes()
-    check_weights(needed, free, memory_bytes(settings.memory_limit))
+    needed = weight_bytes(choice, program, checkpoint, computing.dtype)
+    check_weights(needed, room(choice, computing), memory_bytes(settings.memory_limit))
+    if choice.name == "cuda":
+        return _cuda_backend(program, dtype_of(choice, checkpoint, computing.dtype), f"weights {size(needed)}")
     if choice.name != "cpu":
-        why = f", because the CPU backend cannot serve this: {choice.reason}" if choice.reason else ""
+        device = choice.device.upper()
+        why = f", because the {device} backend cannot serve this: {choice.reason}" if choice.reason else ""
         return Finding("backend", "note" if why else "ok", f"{choice.name}, weights {size(needed)}{why}")
     return _cpu_backend(program, checkpoint, computing, f"weights {size(needed)}")
 
@@ -149,6 +153,16 @@ def _cpu_backend(program: Program, checkpoint: Checkpoint, computing: Computing,
     details = [f"{kind.ljust(width)}  {_times(kernels)}" for kind, kernels in kinds.items()]
     on = f"{threads} thread{'s' if threads > 1 else ''} of {computing.cpus} usable CPUs"
     return Finding("backend", "ok", f"cpu, {on}, {weights}; {cached}", tuple(details))
+
+
+def _cuda_backend(program: Program, dtype: str, weights: str) -> Finding:
+    from tokenmill.backends.cuda.detect import device_name
+    from tokenmill.backends.cuda.explain import kernels_of
+
+    kinds = kernels_of(program)
+    width = max(map(len, kinds))
+    details = [f"{kind.ljust(width)}  {_times(kernels)}" for kind, kernels in kinds.items()]
+    return Finding("backend", "ok", f"cuda, {device_name()}, {dtype}, {weights}", tuple(details))
 
 
 def _times(kernels: Counter[str]) -> str:

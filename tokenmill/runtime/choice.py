@@ -1,7 +1,7 @@
 """Which backend runs a program, and making it.
 
-On a CPU that is the CPU backend, unless it cannot run the program or the user wants another; then torch, with the
-reason in the log. Nothing of torch is imported before it is chosen.
+Where there is a GPU that is the CUDA backend, else the CPU backend, unless it cannot run the program or the user wants
+another; then torch, with the reason in the log. Nothing of torch is imported before it is chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenmill.backends.base import Backend, StepLimits
-from tokenmill.errors import Unsupported
+from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.extras import need_torch
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 class Computing:
     """What a user may say of who computes, and how; "" and None: not said."""
 
-    backend: str = "auto"  # "cpu", "torch"
+    backend: str = "auto"  # "cpu", "cuda", "torch"
+    device: str = "auto"  # "cpu", "cuda"
     dtype: str = ""
     quantize: str = ""
     kv_cache_dtype: str = ""
@@ -40,21 +41,27 @@ class Computing:
     cpu_threads: int | None = None
     cpus: int = 1  # that this process may use
     kernel_cache: str = ""  # folder; "": in the user's cache
+    cuda_graphs: tuple[int, ...] | None = None  # batch sizes
+    cuda_memory_fraction: float = 1.0  # of the device's
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend's name, and why it is not the CPU backend ("": it is, or the user wanted another)."""
+    """The backend's name, and why it is not the one of this device ("": it is, or the user wanted another)."""
 
     name: str
     reason: str = ""
+    device: str = "cpu"  # "cuda"
 
 
 def choose(program: Program, wants: Computing, block_size: int, ranks: int) -> Choice:
     """Needs no weights. A StartError if what the user wants cannot be had."""
+    on_gpu = _on_gpu(wants)
     if wants.backend == "torch":
         need_torch("The torch backend")
-        return Choice("torch")
+        return Choice("torch", device="cuda" if on_gpu else "cpu")
+    if on_gpu:
+        return _choose_on_gpu(program, wants, ranks)
     reason = _refusal(program, wants, block_size, ranks)
     if not reason:
         return Choice("cpu")
@@ -62,6 +69,38 @@ def choose(program: Program, wants: Computing, block_size: int, ranks: int) -> C
         raise Unsupported("backend", "cpu", ("torch",), f"It cannot serve this: {reason}.")
     need_torch(f"The CPU backend cannot serve this ({reason}); the torch backend")
     return Choice("torch", reason)
+
+
+def _on_gpu(wants: Computing) -> bool:
+    """Whether a CUDA device computes. Unsupported if that is wanted and there is none."""
+    from tokenmill.backends.cuda.detect import missing
+
+    asked = wants.device == "cuda" or wants.backend == "cuda"
+    if wants.device == "cpu" and wants.backend == "cuda":
+        raise ArgumentError("`backend` is cuda, but `device` is cpu. Leave one of them out.")
+    if wants.device == "cuda" and wants.backend == "cpu":
+        raise ArgumentError("`backend` is cpu, but `device` is cuda. Leave one of them out.")
+    if not asked and (wants.device == "cpu" or wants.backend != "auto"):
+        return False
+    why = missing()
+    if asked and why:
+        raise Unsupported("device", "cuda", ("cpu",), f"Here, {why}.")
+    return not why
+
+
+def _choose_on_gpu(program: Program, wants: Computing, ranks: int) -> Choice:
+    from tokenmill.backends.cuda.prepare import refusal
+
+    reason = refusal(program, wants.dtype, ranks) or _not_on_gpu(wants)
+    if not reason:
+        return Choice("cuda", device="cuda")
+    if wants.backend == "cuda":
+        raise Unsupported("backend", "cuda", ("torch",), f"It cannot serve this: {reason}.")
+    return Choice("torch", reason, "cuda")
+
+
+def _not_on_gpu(wants: Computing) -> str:
+    return "its cache has the computation's dtype" if wants.kv_cache_dtype else ""
 
 
 def make_backend(
@@ -76,9 +115,12 @@ def make_backend(
     """The backend, its weights read."""
     if choice.name == "cpu":
         return _cpu(program, checkpoint, limits, wants, group, report)
+    if choice.name == "cuda":
+        return _cuda(program, checkpoint, limits, wants, group, report)
     if choice.reason:
-        _log.warning("The torch backend serves this model, for the CPU backend cannot: %s.", choice.reason)
-    return _torch(program, checkpoint, limits, wants, group, report)
+        _log.warning("The torch backend serves this model, for the %s backend cannot: %s.", choice.device.upper(),
+                     choice.reason)  # fmt: skip
+    return _torch(choice, program, checkpoint, limits, wants, group, report)
 
 
 def weight_bytes(choice: Choice, program: Program, checkpoint: Checkpoint, dtype: str) -> int:
@@ -86,7 +128,15 @@ def weight_bytes(choice: Choice, program: Program, checkpoint: Checkpoint, dtype
     weights = weights_of(program)
     if choice.name == "cpu":  # packed as stored
         return sum(checkpoint.nbytes(name) for name in dict.fromkeys(p.name for w in weights for p in w.parts))
-    return sum(weight.size for weight in weights) * _ITEM_BYTES[dtype or "float32"]
+    return sum(weight.size for weight in weights) * _ITEM_BYTES[dtype_of(choice, checkpoint, dtype)]
+
+
+def dtype_of(choice: Choice, checkpoint: Checkpoint, wanted: str) -> str:
+    """What is computed in: as wanted, else on a GPU as the weights are stored (but in 16 bits), else float32."""
+    if wanted or choice.name != "cuda":
+        return wanted or "float32"
+    stored = str(checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype") or "")
+    return "float16" if stored == "float16" else "bfloat16"
 
 
 def instruction_set(choice: Choice, wants: Computing) -> str:
@@ -139,8 +189,27 @@ def _cpu(
     )
 
 
-def _torch(
+def _cuda(
     program: Program, checkpoint: Checkpoint, limits: StepLimits, wants: Computing, group: Group, report: Report
+) -> Backend:
+    """Imports torch and triton."""
+    from tokenmill.backends.cuda.backend import CudaBackend
+
+    read = reader_of(checkpoint, wants.quantize)
+    dtype = dtype_of(Choice("cuda"), checkpoint, wants.dtype)
+    return CudaBackend(
+        program, checkpoint, read, limits, group, dtype=dtype, device="cuda", graphs=wants.cuda_graphs, report=report
+    )
+
+
+def _torch(
+    choice: Choice,
+    program: Program,
+    checkpoint: Checkpoint,
+    limits: StepLimits,
+    wants: Computing,
+    group: Group,
+    report: Report,
 ) -> Backend:
     """Imports torch."""
     from tokenmill.backends.torch.backend import TorchBackend
@@ -152,4 +221,4 @@ def _torch(
         set_threads(wants.cpu_threads)
     read = reader_of(checkpoint, wants.quantize)
     dtype = wants.dtype or "float32"
-    return TorchBackend(program, checkpoint, read, limits, group, dtype=dtype, device="cpu", report=report)
+    return TorchBackend(program, checkpoint, read, limits, group, dtype=dtype, device=choice.device, report=report)

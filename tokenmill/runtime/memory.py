@@ -12,6 +12,7 @@ from tokenmill.errors import NotEnoughMemory
 
 SHARE = 0.5  # of free memory that a cache takes when nobody set a limit: a host's memory is not ours alone
 CACHE_BYTES = 4 << 30  # and no more than this, over all ranks, unless one sequence of full length needs more
+DEVICE_RESERVE = 3 << 29  # bytes of a GPU that nobody counts: graphs, workspaces of libraries, fragments
 _NO_LIMIT = 1 << 60  # what cgroup v1 says for none is near 2**63
 
 
@@ -61,6 +62,22 @@ def count_blocks(
     needed = demand.blocks_of(demand.wanted_tokens)
     if limit is None and budget < needed * demand.block_bytes <= free * 0.9:
         budget = needed * demand.block_bytes  # what was asked for is worth more than the share
+    blocks = max(budget, 0) // demand.block_bytes
+    if blocks < needed:
+        raise NotEnoughMemory(_refusal(demand, needed, budget, weight_bytes, limit))
+    return min(blocks, demand.blocks_of(demand.max_total_tokens) * demand.max_batch_size)
+
+
+def count_device_blocks(demand: Demand, room: int, weight_bytes: int = 0, limit: int | None = None) -> int:
+    """The number of cache blocks on a GPU, whose memory is ours alone: all that is left of `room`.
+
+    `room`: bytes that may still be taken now that the weights are there; `limit` as for `count_blocks`. Kept free: the
+    step, and what the driver, graphs and libraries take beside. Raises NotEnoughMemory as `count_blocks` does.
+    """
+    budget = room - demand.step_bytes - DEVICE_RESERVE - room // 50
+    if limit is not None:
+        budget = min(budget, limit - weight_bytes - demand.step_bytes)
+    needed = demand.blocks_of(demand.wanted_tokens)
     blocks = max(budget, 0) // demand.block_bytes
     if blocks < needed:
         raise NotEnoughMemory(_refusal(demand, needed, budget, weight_bytes, limit))

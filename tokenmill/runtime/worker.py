@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.config import Settings, memory_bytes, usable_cpus
+from tokenmill.config import Settings, graph_sizes, memory_bytes, usable_cpus
 from tokenmill.engine.engine import Engine, Link
 from tokenmill.engine.facts import FactsLink
 from tokenmill.engine.intake import Follower, Intake, RankServer
@@ -110,6 +110,9 @@ def computing(settings: Settings) -> Computing:
         cpu_threads=settings.cpu_threads,
         cpus=usable_cpus(),
         kernel_cache=settings.kernel_cache,
+        device=settings.device,
+        cuda_graphs=graph_sizes(settings.cuda_graphs),
+        cuda_memory_fraction=settings.cuda_memory_fraction,
     )
 
 
@@ -117,7 +120,6 @@ def wants(settings: Settings) -> Wants:
     """What the user said of an engine."""
     return Wants(
         computing=computing(settings),
-        device=settings.device,
         block_size=settings.block_size,
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_size=settings.max_batch_size,

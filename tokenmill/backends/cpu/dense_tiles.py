@@ -43,7 +43,7 @@ class DenseTile:
         self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
         self.floats = V(f32, isa.lanes)
         self.xs = [g.at(o.x, g.b.mul(o.x_stride, g.c(r))) for r in range(rows)]
-        self.ahead = far_ahead(g, g.b.mul(o.columns, g.c(form.size)))
+        self.ahead = far_ahead(g, rows, g.b.mul(o.columns, g.c(form.size)))
 
     def write(self) -> None:
         """The whole tile: four columns at a time, then those that are left."""
@@ -86,7 +86,7 @@ class PairTile:
         self.g, self.rows, self.o = g, rows, o
         self.xs = [g.at(o.x, g.b.mul(o.x_stride, g.c(r))) for r in range(rows)]
         self.pairs = g.b.lshr(g.b.add(o.columns, g.c(1)), g.c(1))
-        self.ahead = far_ahead(g, g.b.mul(self.pairs, g.c(PAIRS.group_size)))
+        self.ahead = far_ahead(g, rows, g.b.mul(self.pairs, g.c(PAIRS.group_size)))
 
     def write(self) -> None:
         """The whole tile: four pairs at a time, then those that are left."""

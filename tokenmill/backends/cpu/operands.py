@@ -33,10 +33,13 @@ def panel_parts(lanes: int, rows: int, at_once: int) -> list[list[int]]:
     return [parts[i : i + at_once] for i in range(0, len(parts), at_once)]
 
 
-def far_ahead(g: G, panel: Val) -> Val:
+def far_ahead(g: G, rows: int, panel: Val) -> Val:
     """Where to ask for weights early, from those that are read: the same place of the next panel, or so far in a panel
-    that does not fit a near cache. What was fastest, for one row and for many. `panel`: its bytes.
+    that does not fit a near cache. What was fastest: a single row waits for nothing but memory, and the panel behind
+    a thread's last is another's, so what is read of it twice is time lost. `panel`: its bytes.
     """
+    if rows == 1:
+        return g.c(2048)
     return g.b.select(g.b.icmp_unsigned("<", panel, g.c(_FAR)), panel, g.c(_FAR))
 
 

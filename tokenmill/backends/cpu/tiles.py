@@ -229,7 +229,7 @@ class BlockTile:
         """Ask for a block of what is read next."""
         g = self.g
         groups = g.b.lshr(self.blocks, g.c(self.form.group.bit_length() - 1))
-        ahead = far_ahead(g, g.b.mul(groups, g.c(self.form.group_size)))
+        ahead = far_ahead(g, self.rows, g.b.mul(groups, g.c(self.form.group_size)))
         for line in range(0, self.form.size, 64):
             g.prefetch(weight, g.at(ahead, line))
 

@@ -90,9 +90,15 @@ class CudaBackend:
         self.program = fused(program)
         self.vocab_size = self.program.output.width
         self._device, self._dtype = Device(device), _DTYPES[dtype]
-        self._weights = pack(self.program, source, read, group, self._dtype, self._device, report)
-        self._memory = Memory(self.program, limits, self._dtype, self._device)
-        self._slots = CudaSlots(limits, self.vocab_size, self._device)
+        try:
+            self._weights = pack(self.program, source, read, group, self._dtype, self._device, report)
+            self._memory = Memory(self.program, limits, self._dtype, self._device)
+            self._slots = CudaSlots(limits, self.vocab_size, self._device)
+        except torch.OutOfMemoryError as e:
+            raise NotEnoughMemory(
+                f"The device has no room for weights and the largest step ({e}). Serve a smaller model, or give a "
+                "smaller --max-batch-prefill-tokens, --max-total-tokens or --max-batch-size."
+            ) from e
         self.logits = self._memory.value(self.program.output)
         self._sampler = Sampler(self.logits, self._slots, self._device)
         self._lowering: Lowering | None = None

@@ -13,7 +13,6 @@ from tokenmill.program.cost import cache_layout
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Buffer, Program, Value
 
-RESERVED = 1 << 30  # bytes that graphs, cuBLAS and the driver take beside everything that is counted
 PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
 
 

@@ -89,6 +89,30 @@ def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, sc
 
 
 @triton.jit
+def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr, cos, sin, eps, scale, cap,
+              D: tl.constexpr, HALF: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr,
+              ROPE: tl.constexpr):  # fmt: skip
+    """Write the new token's key and value to the cache, and go on with them."""
+    half = tl.arange(0, HALF)[None, :]
+    half_ok = half < D // 2
+    b1, b2 = turned(k_ptr + half * 0, half_ok, norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
+    stored: tl.constexpr = key_ptr.dtype.element_ty
+    b1, b2 = b1.to(a1.dtype).to(stored), b2.to(a1.dtype).to(stored)
+    tl.store(key_ptr + half, b1, mask=half_ok)
+    tl.store(key_ptr + D // 2 + half, b2, mask=half_ok)
+    j = tl.arange(0, 2 * HALF)
+    col = columns(j, D, HALF)
+    value = tl.load(v_ptr + col, mask=real(j, D, HALF), other=0.0).to(stored)
+    tl.store(value_ptr + col, value, mask=real(j, D, HALF))
+    s = tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1) + tl.sum(a2.to(tl.float32) * b2.to(tl.float32), 1)
+    s = scored(s, scale, cap, CAPPED)
+    higher = tl.maximum(m, s)
+    p = tl.exp2(s - higher)
+    fade = tl.exp2(m - higher)
+    return higher, total * fade + p, acc * fade[:, None] + p[:, None] * value.to(tl.float32)[None, :]
+
+
+@triton.jit
 def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_ptr, tables_ptr, cos_ptr, sin_ptr,
            q_norm_ptr, k_norm_ptr, part_ptr, sum_ptr, count_ptr, q_stride, k_stride, v_stride, table_stride, eps,
            scale, cap, KV_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
@@ -126,27 +150,12 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
         q, keys_ptr, values_ptr, tables_ptr + slot * table_stride, head, begin, tl.minimum(begin + chunk, position),
         low, scale, cap, KV_HEADS, D, HALF, GP, BLOCK_SIZE, BN, WINDOW, CAPPED, STAGES,
     )  # fmt: skip
-    if split == active - 1:  # the new token's own key and value
-        b1, b2 = turned(
-            k_ptr + t * k_stride + head * D + half * 0, half_ok, k_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE
-        )
-        b1, b2 = b1.to(kind), b2.to(kind)
+    if split == active - 1:
         place = (place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE) * KV_HEADS + head) * D
-        stored: tl.constexpr = keys_ptr.dtype.element_ty
-        b1, b2 = b1.to(stored), b2.to(stored)
-        tl.store(keys_ptr + place + half, b1, mask=half_ok)
-        tl.store(keys_ptr + place + D // 2 + half, b2, mask=half_ok)
-        col = columns(j, D, HALF)
-        value = tl.load(v_ptr + t * v_stride + head * D + col, mask=real(j, D, HALF), other=0.0).to(stored)
-        tl.store(values_ptr + place + col, value, mask=real(j, D, HALF))
-        s = tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1) + tl.sum(a2.to(tl.float32) * b2.to(tl.float32), 1)
-        s = scored(s, scale, cap, CAPPED)
-        higher = tl.maximum(m, s)
-        p = tl.exp2(s - higher)
-        fade = tl.exp2(m - higher)
-        total = total * fade + p
-        acc = acc * fade[:, None] + p[:, None] * value.to(tl.float32)[None, :]
-        m = higher
+        m, total, acc = own_token(
+            m, total, acc, a1, a2, k_ptr + t * k_stride + head * D, v_ptr + t * v_stride + head * D, keys_ptr + place,
+            values_ptr + place, k_norm_ptr, cos, sin, eps, scale, cap, D, HALF, CAPPED, NORM, ROPE,
+        )  # fmt: skip
     acc = acc / total[:, None]
     shown = g[:, None] * D + columns(j, D, HALF)[None, :]
     both = (g < G)[:, None] & real(j, D, HALF)[None, :]
