@@ -154,19 +154,56 @@ class Bench:
         return time.perf_counter() - start
 
     def decode(self) -> dict[int, float]:
-        """(b) ms a step, by batch size."""
+        """(b) ms a step, by batch size: over the steps in which all rows decode."""
         found = {}
         for rows in self.rows:
-            ms, host = [], 0.0
+            ms, host, peer = [], [], []
             for _ in range(3):
                 few = self.run([self.prompt(512) for _ in range(rows)], [1] * rows)
                 many = self.run([self.prompt(512) for _ in range(rows)], [128] * rows)
-                host = self.timed.seconds / self.timed.steps * 1e3
-                ms.append((many - few) / 127 * 1e3)
+                peer.append((many - few) / 127 * 1e3)
+                ms.append(self.steady(rows))
+                host.append(self.timed.seconds / self.timed.steps * 1e3)
             found[rows] = statistics.median(ms)
             tell(bench="decode", shape=self.shape, batch=rows, ms=round(found[rows], 3), runs=[round(m, 3) for m in ms],
-                 launch_ms=round(host, 3))  # fmt: skip
+                 by_difference=round(statistics.median(peer), 3), launch_ms=round(statistics.median(host), 3),
+                 device_ms=round(self.device(rows), 3))  # fmt: skip
         return found
+
+    def steady(self, rows: int) -> float:
+        """ms a step of 100 steps with all rows at about 576 tokens."""
+        ids = [self.engine.submit(self.prompt(512), SamplingParams(), StoppingParams(180)) for _ in range(rows)]
+        while self.engine.stats.batch_tokens != rows or self.engine.stats.running < rows:
+            self.engine.step()
+        for _ in range(10):
+            self.engine.step()
+        self.timed.seconds, self.timed.steps = 0.0, 0
+        start = time.perf_counter()
+        for _ in range(100):
+            self.engine.step()
+        seconds = time.perf_counter() - start
+        for i in ids:
+            self.engine.abort(i)
+        while self.engine.step():
+            pass
+        return seconds * 10
+
+    def device(self, rows: int) -> float:
+        """ms of a captured step alone, at 576 tokens a row, over and over."""
+        slots, backend = np.arange(rows, dtype=np.int32), self.backend
+        blocks = -(-600 // backend.limits.block_size)
+        for slot in range(rows):
+            first = slot * blocks
+            backend._slots.set_blocks(slot, np.arange(first, first + blocks, dtype=np.int32) % backend.num_blocks)
+        sizes = backend._sizes_of_decode(slots, np.full(rows, 576, np.int32), backend._graphs.padded(rows))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for i in range(60):
+            if i == 10:
+                start.record()
+            backend._graphs.replay(sizes.tokens, False)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 50
 
     def prefill(self) -> None:
         """(c) prompt tokens a second."""

@@ -13,6 +13,7 @@ from support_sampling import reference_choice, reference_scores
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
 from tokenmill.backends.cuda.prepare import refusal
+from tokenmill.backends.cuda.products import Product, Scratch
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
@@ -167,3 +168,65 @@ def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert refusal(program, "bfloat16", 1) == ""
     assert "several devices" in refusal(program, "", 2)
     assert "heads of 300" in refusal(altered(program, head_dim=300), "", 1)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize("act", ["", "silu"])
+@pytest.mark.parametrize("outputs, columns", [(128, 512), (96, 128), (200, 256)])
+def test_products_of_few_rows_are_products(rows: int, act: str, outputs: int, columns: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    x, weight, bias = (
+        torch.randn(shape, generator=draw).to(dtype).to(DEVICE)
+        for shape in ((rows, columns), (outputs * (2 if act else 1), columns), (outputs * (2 if act else 1),))
+    )
+    out = torch.full((rows, outputs), float("nan"), dtype=dtype, device=DEVICE)
+    product = Product(x, weight, bias, out, act, Scratch(256, x.device))
+    if rows > 32 and not act:
+        assert not product.fits(rows)
+        return
+    assert product.fits(rows)
+    for _ in range(2):  # counters are left as they were found
+        product.run(rows)
+    expected = x.float() @ weight.float().T + bias.float()
+    if act:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    rough = 100 if ON_GPU else 1
+    np.testing.assert_allclose(out.float().cpu(), expected.cpu(), rtol=2e-4 * rough, atol=1e-3 * rough)
+
+
+def test_one_row_is_normed_before_and_added_to_behind() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight, norm, other = (torch.randn(s, generator=draw).to(DEVICE) for s in ((1, 128), (48, 128), (128,), (1, 48)))
+    out = torch.empty(1, 48, device=DEVICE)
+    Product(x, weight, None, out * 0, "", Scratch(64, x.device)).one((x, norm, 1e-5), (other, out))
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm
+    np.testing.assert_allclose(out.cpu(), (other + normed @ weight.T).cpu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(32, 8, 64), (28, 4, 128), (9, 3, 64), (8, 8, 80)])
+def test_models_of_real_shape_in_half_precision_through_graphs(
+    heads: int, kv_heads: int, head_dim: int, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "vocab_size": 8192}
+    write_random(
+        tmp_path, "qwen2", dtype=torch.bfloat16, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=head_dim, max_position_embeddings=4096, **sizes,
+    )  # fmt: skip
+    limits = StepLimits(4096, 70, 4096, 16)
+    driver = CudaDriver(tmp_path, dtype="bfloat16", limits=limits, num_blocks=2048, warm=True, graphs=None)
+    source = open_checkpoint(local_source(tmp_path))
+    expected = Driver(program_of(source.config), source, limits=limits, num_blocks=2048)
+    rng = np.random.default_rng(0)
+
+    def ids(n: int) -> list[int]:
+        return rng.integers(0, 8192, n).tolist()
+
+    history = [[(0, ids(2500)), (1, ids(70))], [(0, ids(1))], [(1, ids(1)), (0, ids(1))]]
+    history += [[(i, ids(i)) for i in range(2, 70)], [(i, ids(1)) for i in range(70)], [(i, ids(1)) for i in range(40)]]
+    history += [[(0, ids(1)), (1, ids(300)), (2, ids(1)), (3, ids(5))], [(i, ids(1)) for i in range(9)]]
+    for rows in history:
+        wanted, made = expected.feed(rows), driver.feed(rows)
+        assert np.linalg.norm(made - wanted) / np.linalg.norm(wanted) < 2e-2

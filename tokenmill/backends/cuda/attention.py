@@ -61,7 +61,8 @@ class AttentionLowering:
         most = max(self._memory.rows["tokens"], self._memory.rows["samples"])
         most = min(most, max(self._memory.limits.max_batch_size, 1))
         splits = max(
-            min(rows, most) * decode_shape(min(rows, most), op.head_dim, shared, self._item).splits for rows in CLASSES
+            min(rows, most) * decode_shape(min(rows, most), op.head_dim, shared, True, self._item).splits
+            for rows in CLASSES
         )
         groups = splits * kv_heads * shared
         return groups * op.head_dim, groups, most * kv_heads
@@ -107,14 +108,14 @@ class AttentionLowering:
 
         def run(n: Sizes) -> None:
             rows = n.tokens if n.singles is None else len(n.singles)
-            shape = decode_shape(rows, op.head_dim, shared, self._item)
+            shape = decode_shape(rows, op.head_dim, shared, n.long, self._item)
             decode[(rows, kv_heads, shape.splits)](
                 q, k, v, keys, values, out, n.pairs, n.pairs if n.singles is None else n.singles, tables, cos, sin,
                 q_norm, k_norm, self._part, self._sums, self._counts, q.stride(0), k.stride(0), v.stride(0),
                 tables.stride(0), op.eps, scale, cap, **common, G=shared, GP=max(16, power(shared)), BN=shape.keys,
                 SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window, CAPPED=op.softcap > 0,
                 NORM=op.q_norm is not None, ROPE=op.rope is not None, SOME=n.singles is not None,
-                STAGES=shape.stages, num_warps=shape.warps,
+                PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **({"launch_pdl": True} if n.early else {}),
             )  # fmt: skip
 
         return run

@@ -22,7 +22,8 @@ from tokenmill.backends.cuda.memory import PROMPT_ROWS, Memory
 from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
 from tokenmill.backends.cuda.sampler import Sampler
-from tokenmill.backends.cuda.shapes import CLASSES
+from tokenmill.backends.cuda.shapes import CLASSES, LONG, differs_if_long
+from tokenmill.backends.cuda.single import Single
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.torch.pack import Report
 from tokenmill.backends.torch.sampling import Logprobs, prompt_details
@@ -104,6 +105,7 @@ class CudaBackend:
         self._lowering: Lowering | None = None
         self._body: list[Launch] = []
         self._tail: list[Launch] = []
+        self._single: list[Launch] = []
         most = limits.max_batch_tokens + limits.max_batch_size + 64
         self._step = torch.zeros(2 * most + most + 4 * most, dtype=torch.int32, device=self._device.torch)
         self._graphs = Graphs(self._device, limits.max_batch_size, graphs)
@@ -131,6 +133,7 @@ class CudaBackend:
         launches = self._lowering.launches()
         first = next((i for i, line in enumerate(launches) if isinstance(line.op, ops.TakeRows)), len(launches))
         self._body, self._tail = launches[:first], launches[first:]
+        self._single = Single(self._lowering, self._memory).launches()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -148,10 +151,12 @@ class CudaBackend:
                 counts = np.concatenate([np.ones(rows), [2]]).astype(np.int32)
                 self._forward(self._sizes(slots, counts * 0, counts, np.arange(rows + 1, dtype=np.int32)))
         for rows in self._graphs.sizes if self._graphs.sizes else sorted({min(rows, len(spare)) for rows in CLASSES}):
-            sizes = self._sizes_of_decode(spare[:rows], spare[:rows] * 0, rows)
-            self._forward(sizes)
+            for long in (False, True) if differs_if_long(rows) else (False,):
+                sizes = self._sizes_of_decode(spare[:rows], spare[:rows] * 0, rows)
+                sizes = replace(sizes, long=long)
+                self._decode(sizes)
+                self._graphs.capture(rows, long, lambda sizes=sizes: self._decode(sizes))  # type: ignore[misc]
             self._sampler.warm_up(sizes)
-            self._graphs.capture(rows, lambda sizes=sizes: self._forward(sizes))  # type: ignore[misc]
         self._sampler.warm_up_some(self._step)
         self._slots.tables[0].zero_()
         self._slots.tokens.zero_()
@@ -163,17 +168,17 @@ class CudaBackend:
         """Launch a step behind those before it and return at once."""
         self._slots.apply(inputs)
         rows = len(inputs.slots)
-        sizes, padded = None, 0
         if len(inputs.samples) == rows and int(inputs.counts.max()) == 1:
             padded = self._graphs.padded(rows)
             sizes = self._sizes_of_decode(inputs.slots, inputs.starts, padded or rows)
-        if padded:
-            self._graphs.replay(padded)
-            sizes = replace(sizes, tokens=rows, sampling=rows) if sizes else None
+            if padded:
+                self._graphs.replay(padded, sizes.long and differs_if_long(padded))
+                sizes = replace(sizes, tokens=rows, sampling=rows)
+            else:
+                self._decode(sizes)
         else:
-            sizes = sizes or self._sizes(inputs.slots, inputs.starts, inputs.counts, inputs.samples)
+            sizes = self._sizes(inputs.slots, inputs.starts, inputs.counts, inputs.samples)
             self._forward(sizes)
-        assert sizes is not None
         token_ids, logprobs = self._sampler.sample(inputs, sizes) if len(inputs.samples) else (None, None)
         prompt = self._prompt_details(inputs, sizes) if inputs.prompt_logprobs >= 0 else None
         return CudaStep(token_ids, self._device.mark(), logprobs, prompt)
@@ -184,6 +189,15 @@ class CudaBackend:
         self._graphs.clear()
 
     # ---- a step ----
+
+    def _decode(self, sizes: Sizes) -> None:
+        """One token a row, all sampling."""
+        if sizes.tokens != 1:
+            self._forward(sizes)
+            return
+        sizes = replace(sizes, early=self._device.real)
+        for launch in self._single:
+            launch.run(sizes)
 
     def _forward(self, sizes: Sizes) -> None:
         for launch in self._body:
@@ -198,7 +212,7 @@ class CudaBackend:
         pairs[:, 0] = self._slots.spare
         pairs[: len(slots), 0], pairs[: len(slots), 1] = slots, starts
         (sent,) = self._device.send_into(self._step, [pairs.reshape(-1)])
-        return Sizes(padded, padded, sent)
+        return Sizes(padded, padded, sent, long=len(starts) > 0 and int(starts.max()) >= LONG)
 
     def _sizes(
         self,
@@ -224,7 +238,9 @@ class CudaBackend:
         ]  # fmt: skip
         sent = self._device.send_into(self._step, sections)
         held = {most: made.view(-1, 4) for most, made in zip(kinds, sent[3:], strict=True)}
-        return Sizes(tokens, len(samples), sent[0], sent[1], sent[2], held)
+        alone = starts[counts == 1]
+        long = len(alone) > 0 and int(alone.max()) >= LONG
+        return Sizes(tokens, len(samples), sent[0], sent[1], sent[2], held, long)
 
     def _prompt_details(self, inputs: StepInputs, sizes: Sizes) -> dict[int, tuple[TokenDetails, ...]] | None:
         """How likely the prompt's tokens were, some positions at a time for the sake of the logits' size."""

@@ -16,10 +16,12 @@ from torch import Tensor
 from tokenmill.backends.cuda.attention import AttentionLowering
 from tokenmill.backends.cuda.kernels import rows as kernels
 from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.products import Product, Scratch, largest
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
 from tokenmill.program.ops import Op, Weight
+from tokenmill.program.passes import readers_of
 from tokenmill.program.value import Value
 
 _BLOCK = 1024
@@ -36,7 +38,8 @@ class Sizes:
 
     `pairs` (T, 2): slot and position of each token. `samples` (R,): the tokens whose rows sample; None: all of them.
     `singles`: tokens that are their sequence's only one, None: all are. `tiles`: (n, 4) of the other tokens, by how
-    many of them make a tile at most.
+    many of them make a tile at most. `long`: a sequence of a single token has many tokens before it. `early`: kernels
+    that can are launched before the one before them has ended.
     """
 
     tokens: int
@@ -45,6 +48,8 @@ class Sizes:
     samples: Tensor | None = None
     singles: Tensor | None = None
     tiles: dict[int, Tensor] = field(default_factory=dict)
+    long: bool = False
+    early: bool = False
 
     def of(self, v: Value) -> int:
         """Rows of a value."""
@@ -68,6 +73,11 @@ class Lowering:
     def __init__(self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots) -> None:
         self._memory, self._weights, self._slots = memory, weights, slots
         self._attention = AttentionLowering(memory, weights, slots)
+        self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
+        self._readers = readers_of(memory.program.ops)
+        fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit
+        outputs = largest(*(op.out.width for op in memory.program.ops if isinstance(op, ops.Linear)))
+        self._scratch = Scratch(outputs, memory.device.torch) if fast else None
 
     @property
     def tile_tokens(self) -> set[int]:
@@ -77,7 +87,7 @@ class Lowering:
     @property
     def nbytes(self) -> int:
         """Bytes of scratch."""
-        return self._attention.nbytes
+        return self._attention.nbytes + (0 if self._scratch is None else self._scratch.part.nbytes)
 
     def launches(self) -> list[Launch]:
         """In the order of the program."""
@@ -99,6 +109,10 @@ class Lowering:
         }
         return lowered[type(op)](op)
 
+    def weight(self, weight: Weight) -> Tensor:
+        """On the device."""
+        return self._weights[weight]
+
     def _optional(self, weight: Weight | None) -> Tensor | None:
         return None if weight is None else self._weights[weight]
 
@@ -114,21 +128,35 @@ class Lowering:
 
         return run
 
+    def product(self, op: ops.Linear) -> Product:
+        """Of a product alone, or with the gated activation behind it."""
+        gate = self.gate_of(op)
+        out, act = (op.out, "") if gate is None else (gate.out, gate.act)
+        x, made = self._memory.value(op.x), self._memory.value(out)
+        return Product(x, self._weights[op.weight], self._optional(op.bias), made, act, self._scratch)
+
+    def gate_of(self, op: ops.Linear) -> ops.GatedAct | None:
+        """The activation that alone reads the halves of a product, right behind it."""
+        readers = self._readers.get(op.out.buffer, [])
+        first = readers[0] if readers else None
+        if not isinstance(first, ops.GatedAct) or any(reader is not first for reader in readers):
+            return None
+        at = self._memory.program.ops.index(op)
+        halves = first.gate.start == 0 and first.up.start == first.gate.width == op.out.width // 2
+        return first if halves and self._memory.program.ops[at + 1] is first else None
+
     def _linear(self, op: ops.Linear) -> Run:
-        if op.gated or (op.act and op.residual):
+        if op.gated or op.act or op.residual:
             raise NotImplementedError("a fusion that prepare.py does not make")
         x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self._weights[op.weight].t()
-        bias = self._optional(op.bias)
-        residual = None if op.residual is None else self._memory.value(op.residual)
+        bias, product = self._optional(op.bias), self.product(op)
 
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
-            if bias is not None:
+            if product.fits(rows):
+                product.run(rows)
+            elif bias is not None:
                 torch.addmm(bias, x[:rows], weight, out=out[:rows])
-                if residual is not None:
-                    out[:rows] += residual[:rows]
-            elif residual is not None:
-                torch.addmm(residual[:rows], x[:rows], weight, out=out[:rows])
             else:
                 torch.mm(x[:rows], weight, out=out[:rows])
 
@@ -164,8 +192,12 @@ class Lowering:
     def _gated(self, op: ops.GatedAct) -> Run:
         gate, up, out = (self._memory.value(v) for v in (op.gate, op.up, op.out))
         width, columns = op.out.width, triton.cdiv(op.out.width, _BLOCK)
+        made = self._made.get(op.gate.buffer)
+        product = self.product(made) if isinstance(made, ops.Linear) and self.gate_of(made) is op else None
 
         def run(n: Sizes) -> None:
+            if product is not None and product.fits(n.of(op.out)):
+                return  # done with the product
             kernels.gate_rows[(n.of(op.out), columns)](
                 gate, up, out, gate.stride(0), up.stride(0), WIDTH=width, BLOCK=_BLOCK, ACT=op.act, num_warps=4
             )
@@ -204,12 +236,11 @@ class Lowering:
         columns = triton.cdiv(width, _BLOCK)
 
         def run(n: Sizes) -> None:
-            if n.samples is None:
-                out[: n.sampling].copy_(x[: n.sampling])
-            elif n.sampling:
+            if n.sampling:
                 kernels.take_rows[(n.sampling, columns)](
-                    x, n.samples, out, x.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4
-                )
+                    x, n.pairs if n.samples is None else n.samples, out, x.stride(0), WIDTH=width, BLOCK=_BLOCK,
+                    SOME=n.samples is not None, num_warps=4,
+                )  # fmt: skip
 
         return run
 

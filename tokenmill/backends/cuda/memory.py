@@ -25,7 +25,8 @@ class Memory:
         first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
         lasting = {v.buffer for op in program.ops[first:] for v in op.reads().values()}
         lasting &= {v.buffer for op in program.ops[:first] for v in op.results().values()}
-        self._plan = plan_buffers(program, self._bytes, lasting=lasting)
+        # `late`: a product may write what the next operation would have made of it, and read what a norm read
+        self._plan = plan_buffers(program, self._bytes, lambda op: isinstance(op, ops.Linear | ops.Norm), lasting)
         self._arena = torch.empty(self._plan.size, dtype=torch.uint8, device=device.torch)
         self._buffers: dict[int, Tensor] = {}
         self._layout = cache_layout(program)

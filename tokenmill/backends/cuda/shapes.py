@@ -41,23 +41,36 @@ def class_of(rows: int) -> int:
 
 
 _WIDE = (
-    DecodeShape(64, 32, 128, 3, 4), DecodeShape(64, 4, 256, 3, 4), DecodeShape(64, 4, 1024, 3, 4),
-    DecodeShape(32, 4, 1024, 3, 2), DecodeShape(16, 2, 2048, 3, 1),
+    DecodeShape(64, 32, 128, 3, 4), DecodeShape(64, 4, 256, 3, 4), DecodeShape(64, 1, 64, 3, 4),
+    DecodeShape(32, 1, 32, 3, 2), DecodeShape(16, 1, 16, 3, 1),
 )  # fmt: skip
 _NARROW = (
-    DecodeShape(64, 32, 128, 4, 4), DecodeShape(64, 4, 256, 3, 4), DecodeShape(64, 4, 1024, 3, 4),
-    DecodeShape(64, 4, 1024, 3, 4), DecodeShape(32, 2, 2048, 3, 2),
+    DecodeShape(64, 32, 128, 4, 4), DecodeShape(64, 4, 256, 3, 4), DecodeShape(64, 1, 64, 3, 4),
+    DecodeShape(64, 1, 64, 3, 4), DecodeShape(32, 1, 32, 3, 2),
 )  # fmt: skip
+_SPLITS_OF_LONG = (32, 4, 8, 4, 2)
+LONG = 2048  # tokens: from here on a sequence is split even among many
 
 
-def decode_shape(rows: int, head_dim: int, shared: int, item_bytes: int = 2) -> DecodeShape:
-    """Of `rows` sequences; `shared`: query heads of a key-value head."""
-    shape = (_NARROW if head_dim <= 64 else _WIDE)[class_of(rows)]
+def decode_shape(rows: int, head_dim: int, shared: int, long: bool, item_bytes: int = 2) -> DecodeShape:
+    """Of `rows` sequences. `shared`: query heads of a key-value head; `long`: the longest has LONG tokens or more.
+
+    Splits that nobody needs are programs that end at once, yet not free: they wait for a place.
+    """
+    which = class_of(rows)
+    shape = (_NARROW if head_dim <= 64 else _WIDE)[which]
+    if long and shape.splits < _SPLITS_OF_LONG[which]:
+        shape = shape._replace(splits=_SPLITS_OF_LONG[which], least=LONG // 2)
     if head_dim > 128 or item_bytes > 2:
         shape = shape._replace(keys=max(16, shape.keys // 2), stages=2)
     if shared > 16:
         shape = shape._replace(warps=4)
     return shape
+
+
+def differs_if_long(rows: int) -> bool:
+    """Whether `decode_shape` does."""
+    return decode_shape(rows, 128, 1, False) != decode_shape(rows, 128, 1, True)
 
 
 def tile_shape(head_dim: int, shared: int, item_bytes: int = 2) -> TileShape:

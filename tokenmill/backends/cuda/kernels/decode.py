@@ -7,6 +7,7 @@ of keys and values are pipelined.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.backends.cuda.kernels.heads import columns, place_of, real, turned
 
@@ -118,10 +119,12 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
            scale, cap, KV_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
            BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
            WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, SOME: tl.constexpr,
-           STAGES: tl.constexpr):  # fmt: skip
+           PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Grid (rows, KV_HEADS, SPLITS). SOME: of the step's tokens those in `rows` only. GP: at least 16 and G."""
     b, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     t = b
+    if PDL:
+        gdc_wait()
     if SOME:
         t = tl.load(rows_ptr + b)
     slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
@@ -150,6 +153,8 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
         q, keys_ptr, values_ptr, tables_ptr + slot * table_stride, head, begin, tl.minimum(begin + chunk, position),
         low, scale, cap, KV_HEADS, D, HALF, GP, BLOCK_SIZE, BN, WINDOW, CAPPED, STAGES,
     )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     if split == active - 1:
         place = (place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE) * KV_HEADS + head) * D
         m, total, acc = own_token(

@@ -82,11 +82,15 @@ def gate_rows(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.const
 
 
 @triton.jit
-def take_rows(x_ptr, rows_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """out[r] = x[rows[r]]. Grid (R, WIDTH / BLOCK)."""
+def take_rows(x_ptr, rows_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+              SOME: tl.constexpr):  # fmt: skip
+    """out[r] = x[rows[r]], or all rows. Grid (R, WIDTH / BLOCK)."""
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + tl.load(rows_ptr + r).to(tl.int64) * x_stride + c, mask=c < WIDTH, other=0.0)
+    row = r
+    if SOME:
+        row = tl.load(rows_ptr + r).to(tl.int64)
+    x = tl.load(x_ptr + row * x_stride + c, mask=c < WIDTH, other=0.0)
     tl.store(out_ptr + r * WIDTH + c, x, mask=c < WIDTH)
 
 

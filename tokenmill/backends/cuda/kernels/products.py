@@ -1,0 +1,116 @@
+"""Products of few rows with a matrix, bound by reading the matrix: one row on the ordinary cores, up to 64 on tensor
+cores with the operands swapped, so that rows are not padded to 64.
+
+What stands around a product is done with it: the norm of its input, bias, residual, and act(gate) · up of a matrix of
+which one half is the gate and the other `up`. PDL: launched while the kernel before still runs; nothing but weights is
+touched before `gdc_wait`.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tokenmill.backends.cuda.kernels.rows import activated
+
+
+@triton.jit
+def finished(y, up, rows, n_ok, bias_ptr, residual_ptr, N, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+             ACT: tl.constexpr):  # fmt: skip
+    """Of sums (N,): bias, act(gate) · up if ACT is one, residual."""
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=n_ok, other=0.0).to(tl.float32)
+        if ACT != "":
+            up += tl.load(bias_ptr + N + rows, mask=n_ok, other=0.0).to(tl.float32)
+    if ACT != "":
+        y = activated(y, ACT) * up
+    if RESIDUAL:
+        y += tl.load(residual_ptr + rows, mask=n_ok, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def one_row(x_ptr, weight_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, N: tl.constexpr, K: tl.constexpr,
+            BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+            ACT: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """out (N,) of x (K,); BK divides K. With ACT the matrix has 2 · N rows. Grid (N / BN,)."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    n_ok = rows < N
+    k = tl.arange(0, BK)
+    at = weight_ptr + tl.where(n_ok, rows, 0).to(tl.int64)[:, None] * K + k[None, :]
+    first = tl.load(at)  # on its way before the wait
+    second = first
+    if ACT != "":
+        second = tl.load(at + N * K)
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + k).to(tl.float32)
+    squares = x * x
+    if NORM:
+        x = x * tl.load(norm_ptr + k).to(tl.float32)
+    sums = first.to(tl.float32) * x[None, :]
+    ups = second.to(tl.float32) * x[None, :]
+    for start in tl.range(BK, K, BK, num_stages=STAGES):
+        x = tl.load(x_ptr + start + k).to(tl.float32)
+        w = tl.load(at + start)
+        if NORM:
+            squares += x * x
+            x = x * tl.load(norm_ptr + start + k).to(tl.float32)
+        sums += w.to(tl.float32) * x[None, :]
+        if ACT != "":
+            ups += tl.load(at + N * K + start).to(tl.float32) * x[None, :]
+    if PDL:
+        gdc_launch_dependents()
+    y, up = tl.sum(sums, 1), tl.sum(ups, 1)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        y, up = y * scale, up * scale
+    y = finished(y, up, rows, n_ok, bias_ptr, residual_ptr, N, BIAS, RESIDUAL, ACT)
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=n_ok)
+
+
+@triton.jit(do_not_specialize=["M"])
+def few_rows(x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, x_stride, M, N: tl.constexpr, K: tl.constexpr,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
+             ACT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """out (M, N) of x (M, K), M <= BM; BK · SPLITS divides K. Grid (N / BN, SPLITS).
+
+    With splits the last program of a tile to arrive adds them up, in order.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    rows = tile * BN + tl.arange(0, BN)
+    n_ok = rows < N
+    m = tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    each: tl.constexpr = K // SPLITS
+    at = weight_ptr + tl.where(n_ok, rows, 0).to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x_ptr + m[:, None] * x_stride + k[None, :]
+    sums = tl.zeros([BN, BM], tl.float32)
+    ups = tl.zeros([BN, BM], tl.float32)
+    for start in tl.range(split * each, split * each + each, BK, num_stages=STAGES):
+        w = tl.load(at + start)
+        x = tl.load(x_at + start, mask=m[:, None] < M, other=0.0)
+        sums = tl.dot(w, x.T, sums, input_precision="ieee")
+        if ACT != "":
+            ups = tl.dot(tl.load(at + N * K + start), x.T, ups, input_precision="ieee")
+    last = True
+    if SPLITS > 1:
+        place = tl.arange(0, BN)[:, None] * BM + m[None, :]
+        tiles = tl.num_programs(0)
+        tl.store(part_ptr + (split * tiles + tile) * (BN * BM) + place, sums)
+        if ACT != "":
+            tl.store(part_ptr + ((SPLITS + split) * tiles + tile) * (BN * BM) + place, ups)
+        tl.debug_barrier()
+        last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            tl.store(count_ptr + tile, 0)
+            sums = tl.zeros([BN, BM], tl.float32)
+            ups = tl.zeros([BN, BM], tl.float32)
+            for s in tl.static_range(SPLITS):
+                sums += tl.load(part_ptr + (s * tiles + tile) * (BN * BM) + place, cache_modifier=".cg")
+                if ACT != "":
+                    ups += tl.load(part_ptr + ((SPLITS + s) * tiles + tile) * (BN * BM) + place, cache_modifier=".cg")
+    if last:
+        column = rows[:, None]
+        y = finished(sums, ups, column, n_ok[:, None], bias_ptr, bias_ptr, N, BIAS, False, ACT)
+        ok = n_ok[:, None] & (m[None, :] < M)
+        tl.store(out_ptr + m[None, :] * N + column, y.to(out_ptr.dtype.element_ty), mask=ok)

@@ -1,0 +1,144 @@
+"""Products with a matrix, by rows: one row, few rows, or cuBLAS; and which sizes of tiles each takes.
+
+The sizes are those that an H200 liked best for the matrices of an 8B and a 1B model (many lie within 3 %); cuBLAS is
+kept where it was faster.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from tokenmill.backends.cuda.kernels.products import few_rows, one_row
+from tokenmill.backends.cuda.shapes import power
+
+FEW = 64  # rows
+_TILES = (16, 32, 64)  # rows of a tile
+
+
+class RowShape(NamedTuple):
+    """Of one row: outputs of a program, columns of a round, rounds in flight, warps."""
+
+    outputs: int
+    columns: int
+    stages: int
+    warps: int
+
+
+class FewShape(NamedTuple):
+    """Of few rows: outputs of a tile, columns of a round, splits, rounds in flight, warps."""
+
+    outputs: int
+    columns: int
+    splits: int
+    stages: int
+    warps: int
+
+
+def row_shape(outputs: int, columns: int, gated: bool) -> RowShape | None:
+    """Of a matrix (outputs, columns); None if no size fits it."""
+    if columns < 4096:
+        shape = RowShape(4, 512, 1, 2) if outputs >= 1 << 16 else RowShape(4, 1024, 1, 4)
+    elif gated:
+        shape = RowShape(4, 1024, 4, 4)
+    elif outputs >= 1 << 16:
+        shape = RowShape(8, 1024, 4, 8)
+    elif columns > 2 * outputs and columns < 12288:
+        shape = RowShape(4, 1024, 4, 4)
+    else:
+        shape = RowShape(8, 512, 4, 4) if columns == outputs else RowShape(8, 512, 3, 2)
+    while columns % shape.columns and shape.columns > 64:
+        shape = shape._replace(columns=shape.columns // 2)
+    return None if columns % shape.columns else shape
+
+
+def few_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape | None:
+    """Of a matrix (outputs, columns) and so many rows; None if cuBLAS is better."""
+    if rows > FEW or columns % 128:
+        return None
+    if outputs >= 1 << 16:
+        return FewShape(128 if columns >= 4096 or rows > 32 else 64, 128, 1, 4, 4)
+    if gated:
+        return FewShape(64, 128, 1, 4, 4)
+    if columns < 4096 and rows > 32:
+        return None
+    splits = 1
+    if (columns < 4096 and outputs <= columns) or columns >= 4 * outputs:
+        splits = 4
+    elif columns > 2 * outputs:
+        splits = 2 if rows <= 32 else 1
+    while splits > 1 and columns % (128 * splits):
+        splits //= 2
+    return FewShape(64, 128, splits, 4 if splits > 1 or rows > 32 else 6, 4)
+
+
+class Scratch:
+    """Partial sums and counters of split products."""
+
+    def __init__(self, outputs: int, device: torch.device) -> None:
+        tiles = triton.cdiv(outputs, 64)
+        self.part = torch.empty(4 * tiles * 64 * FEW, device=device)
+        self.counts = torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+class Product:
+    """x · weightᵀ + bias, or act(gate) · up of it."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, act: str, scratch: Scratch | None
+    ) -> None:
+        self._x, self._weight, self._bias, self._out, self._act, self._scratch = x, weight, bias, out, act, scratch
+        self._outputs, self._columns = weight.shape[0] // (2 if act else 1), weight.shape[1]
+
+    def fits(self, rows: int) -> bool:
+        """Whether `run` has a kernel for so many rows, rather than cuBLAS."""
+        if self._scratch is None:
+            return False
+        if rows == 1:
+            return self._row is not None
+        return few_shape(rows, self._outputs, self._columns, bool(self._act)) is not None
+
+    @property
+    def _row(self) -> RowShape | None:
+        return row_shape(self._outputs, self._columns, bool(self._act))
+
+    def run(self, rows: int) -> None:
+        """`fits(rows)` must be true."""
+        if rows == 1:
+            self.one()
+            return
+        scratch, shape = self._scratch, few_shape(rows, self._outputs, self._columns, bool(self._act))
+        assert scratch is not None
+        assert shape is not None
+        few_rows[(triton.cdiv(self._outputs, shape.outputs), shape.splits)](
+            self._x, self._weight, self._weight if self._bias is None else self._bias, self._out, scratch.part,
+            scratch.counts, self._x.stride(0), rows, N=self._outputs, K=self._columns,
+            BM=next(tile for tile in _TILES if rows <= tile), BN=shape.outputs, BK=shape.columns, SPLITS=shape.splits,
+            BIAS=self._bias is not None, ACT=self._act, STAGES=shape.stages, num_warps=shape.warps,
+        )  # fmt: skip
+
+    def one(
+        self,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+        residual: tuple[Tensor, Tensor] | None = None,
+        early: bool = False,
+    ) -> None:
+        """Of one row. `norm`: (in place of x, weight, eps). `residual`: (what is added, in place of out)."""
+        shape = self._row
+        assert shape is not None
+        x, norm_weight, eps = norm or (self._x, self._weight, 0.0)
+        added, out = residual or (self._weight, self._out)
+        one_row[(triton.cdiv(self._outputs, shape.outputs),)](
+            x, self._weight, norm_weight, self._weight if self._bias is None else self._bias, added, out, eps,
+            N=self._outputs, K=self._columns, BN=shape.outputs, BK=shape.columns, NORM=norm is not None,
+            BIAS=self._bias is not None, RESIDUAL=residual is not None, ACT=self._act, PDL=early,
+            STAGES=shape.stages, num_warps=shape.warps, **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+
+
+def largest(*outputs: int) -> int:
+    """The most outputs that scratch must hold: those of matrices that are split."""
+    return power(max([64, *(n for n in outputs if n < 1 << 16)]))

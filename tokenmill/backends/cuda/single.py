@@ -1,0 +1,74 @@
+"""A step of one token: the same program in fewer launches. Norms are done by the products behind them, sums by those
+before; so a layer is five kernels, each launched while the one before ends.
+"""
+
+from __future__ import annotations
+
+from tokenmill.backends.cuda.lower import Launch, Lowering, Run, Sizes
+from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.products import Product
+from tokenmill.program import ops
+from tokenmill.program.ops import Op
+from tokenmill.program.passes import readers_of
+from tokenmill.program.value import Value
+
+
+class Single:
+    """Of a lowering, whose launches serve what is not fused."""
+
+    def __init__(self, lowering: Lowering, memory: Memory) -> None:
+        self._lowering, self._memory = lowering, memory
+        self._ops = memory.program.ops
+        self._readers = readers_of(self._ops)
+        self._summed: dict[int, ops.AddNorm] = {}  # product's buffer -> the sum that it goes into
+        self._normed: dict[int, ops.Norm] = {}  # norm's buffer -> the norm
+        for before, op in zip((None, *self._ops), self._ops, strict=False):
+            self._look(before, op)
+
+    def launches(self) -> list[Launch]:
+        """In order; those whose work another one does are left out."""
+        made = []
+        gates = {id(g) for op in self._ops if isinstance(op, ops.Linear) and (g := self._gate(op))}
+        for launch in self._lowering.launches():
+            op = launch.op
+            if isinstance(op, ops.Linear) and self._fits(op):
+                made.append(Launch(op, self._product(op)))
+            elif id(op) not in gates and not (isinstance(op, ops.Norm) and op.out.buffer in self._normed):
+                made.append(launch)
+        return made
+
+    def _look(self, before: Op | None, op: Op) -> None:
+        """Note a norm that its readers can do, if the sum in it, too, can be done by the product before."""
+        if not isinstance(op, ops.Norm) or op.head_dim or op.center or op.bias:
+            return
+        readers = self._readers.get(op.out.buffer, [])
+        if not readers or not all(isinstance(r, ops.Linear) and r.x.whole and self._fits(r) for r in readers):
+            return
+        if isinstance(op, ops.AddNorm):
+            if not isinstance(before, ops.Linear) or not self._fits(before) or self._gate(before) is not None:
+                return
+            if before.out.buffer not in (op.x.buffer, op.y.buffer) or len(self._readers[before.out.buffer]) != 1:
+                return
+            self._summed[before.out.buffer] = op
+        self._normed[op.out.buffer] = op
+
+    def _fits(self, op: ops.Linear) -> bool:
+        return self._lowering.product(op).fits(1)
+
+    def _gate(self, op: ops.Linear) -> ops.GatedAct | None:
+        return self._lowering.gate_of(op) if self._fits(op) else None
+
+    def _product(self, op: ops.Linear) -> Run:
+        product: Product = self._lowering.product(op)
+        norm = residual = None
+        if (found := self._normed.get(op.x.buffer)) is not None:
+            x: Value = found.total if isinstance(found, ops.AddNorm) else found.x
+            norm = self._memory.value(x), self._lowering.weight(found.weight), found.eps
+        if (total := self._summed.get(op.out.buffer)) is not None:
+            other = total.y if total.x.buffer == op.out.buffer else total.x
+            residual = self._memory.value(other), self._memory.value(total.total)
+
+        def run(n: Sizes) -> None:
+            product.one(norm, residual, n.early)
+
+        return run
