@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,9 @@ from tokenmill.quant.base import Blocks, Dense, Matrix, Reader, load
 from tokenmill.weights.checkpoint import Checkpoint
 
 Array = NDArray[Any]
+Room = Callable[..., Array]
+"""(shape, dtype) -> zeros that last"""
+
 GATE = 32  # gate and up alternate by so many outputs
 
 
@@ -56,20 +60,20 @@ def gates(rows: int) -> bool:
 
 
 def pack_weight(
-    weight: Weight, source: Checkpoint, read: Reader, rank: int = 0, *, gated: bool = False, pairs: bool = False
+    weight: Weight, source: Checkpoint, read: Reader, *, gated: bool = False, pairs: bool = False, room: Room = zeros
 ) -> tuple[Packed, ...]:
     """This rank's part of a weight. More than one if its parts are stored differently: one below the other.
 
     All of them want the same activations and begin at whole blocks of outputs. Unsupported if it is `gated` and its
-    halves are no whole blocks. `pairs`: of bfloat16 (`Isa.pairs`).
+    halves are no whole blocks. `pairs`: of bfloat16 (`Isa.pairs`). `room`: makes the arrays.
     """
     groups = [weight] if gated or len(weight.parts) == 1 else _alike(weight, source)
     out, start = [], 0
     for group in groups:
-        out.append(pack(load(group, source, read, rank), gated=gated, start=start, pairs=pairs))
+        out.append(pack(load(group, source, read), gated=gated, start=start, pairs=pairs, room=room))
         start += out[-1].rows
     if any(p.start % BLOCK for p in out) or len({p.quantized for p in out}) > 1:
-        return (pack(load(weight, source, read, rank), gated=gated, pairs=pairs),)
+        return (pack(load(weight, source, read), gated=gated, pairs=pairs, room=room),)
     return tuple(out)
 
 
@@ -84,19 +88,21 @@ def _alike(weight: Weight, source: Checkpoint) -> list[Weight]:
     return [replace(weight, parts=tuple(run)) for run in runs]
 
 
-def pack(matrix: Matrix, *, gated: bool = False, start: int = 0, pairs: bool = False) -> Packed:
+def pack(
+    matrix: Matrix, *, gated: bool = False, start: int = 0, pairs: bool = False, room: Room = zeros
+) -> Packed:
     """Panels of a matrix. `gated`: rows are gate, then up; packed as 32 of gate, 32 of up and so on.
 
-    `pairs`: bfloat16 in pairs of columns.
+    `pairs`: bfloat16 in pairs of columns. `room`: makes the array.
     """
     rows, columns = matrix.shape
     if gated and not gates(rows):
         raise Unsupported("size of a gated product", str(rows // 2), (), f"It must be a multiple of {GATE}.")
     blocks = _as_blocks(matrix)
     if blocks is None:
-        return _pack_dense(matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start, pairs)
+        return _pack_dense(matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start, pairs, room)
     form = _form_of(blocks)
-    out = zeros((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
+    out = room((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
     body = out[..., form.factors :].reshape(*out.shape[:2], form.group, form.size)
     _write_codes(form, _panels(_codes(form, blocks), gated), body[..., : form.codes])
     scale, low, *factors = _numbers(form, blocks)
@@ -125,7 +131,7 @@ def _panels(a: Array, gated: bool) -> Array:
     return a.reshape(-1, PANEL, *a.shape[1:])
 
 
-def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool) -> Packed:
+def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool, room: Room) -> Packed:
     array = matrix.array
     brain = PAIRS.name if pairs else "bf16"
     names = {np.dtype(np.uint16): brain, np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
@@ -134,11 +140,11 @@ def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool) -> Packed:
     panels, name = _panels(array, gated), names[array.dtype]
     rows, columns = array.shape
     if name == PAIRS.name:
-        out = zeros((len(panels), -(-columns // 2), PANEL, 2), array.dtype)
+        out = room((len(panels), -(-columns // 2), PANEL, 2), array.dtype)
         out[..., 0] = panels[..., ::2].swapaxes(1, 2)
         out[:, : columns // 2, :, 1] = panels[..., 1::2].swapaxes(1, 2)
     else:
-        out = zeros((len(panels), columns, PANEL), array.dtype)
+        out = room((len(panels), columns, PANEL), array.dtype)
         out[:] = panels.swapaxes(1, 2)
     return Packed(name, out.reshape(-1).view(np.uint8), rows, columns, start)
 

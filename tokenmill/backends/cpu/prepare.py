@@ -13,6 +13,7 @@ from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
 from tokenmill.backends.cpu.pack import Packed, gates, pack_weight
+from tokenmill.backends.cpu.scratch import Arena
 from tokenmill.errors import Unsupported
 from tokenmill.program import ops, passes
 from tokenmill.program.ops import Op, Weight
@@ -103,10 +104,10 @@ def pack_all(
     gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
     wanted = [w for w in _weights(program) if w.columns]
     sizes = [sum(source.nbytes(part.name) for part in w.parts) for w in wanted]
-    packed, done = {}, 0
+    packed, done, arena = {}, 0, Arena()
 
     def one(weight: Weight) -> tuple[Packed, ...]:
-        return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs)
+        return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs, room=arena.zeros)
 
     with ThreadPoolExecutor(max(1, threads)) as pool:  # numpy lets go of the interpreter
         for weight, size, panels in zip(wanted, sizes, pool.map(one, wanted), strict=True):

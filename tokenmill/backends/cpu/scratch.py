@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from math import prod
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 _HUGE = 2 << 20  # bytes of a huge page
 _MAPPED = 4 << 20  # arrays at least so large are mapped by themselves
+_CHUNK = 32 << 20  # bytes that an arena takes from the system at a time
 
 
 def zeros(shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
@@ -29,9 +31,24 @@ def zeros(shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
     return view
 
 
-def touch(array: NDArray[Any]) -> None:
-    """Have the system make all of an array's pages now."""
-    array.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE] = 0
+class Arena:
+    """Room for arrays that last: small ones lie together, so that they are on huge pages, too. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: NDArray[np.uint8] = np.zeros(0, np.uint8)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
+        """As the function of that name."""
+        size = prod(shape) * np.dtype(dtype).itemsize
+        if size >= _MAPPED:
+            return zeros(shape, dtype)
+        with self._lock:
+            if size > len(self._free):
+                self._free = zeros((_CHUNK,))
+            own, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        view: NDArray[Any] = own.view(dtype).reshape(shape)
+        return view
 
 
 def padded(floats: NDArray[np.float32]) -> NDArray[np.float32]:
