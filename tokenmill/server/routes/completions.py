@@ -191,9 +191,7 @@ class CompletionAnswer:
             echo, ids = self._echoes[generation.prompt_index], generation.prepared.prompt_ids
             detokenizer = Detokenizer(self._envelope.tokenizer)
             texts = [detokenizer.push(token_id).text for token_id in ids]
-            added = "".join(texts).startswith(" ") and not echo.startswith(
-                " "
-            )  # before the first word, by its tokenizer
+            added = "".join(texts).startswith(" ") and echo[:1] != " "  # before the first word, by its tokenizer
             offset = -1 if added else 0
             for token_id, text, details in zip(ids, texts, [None, *generation.prompt_details], strict=False):
                 rows.append(Row(token_id, min(max(offset, 0), len(echo)), details))
