@@ -63,7 +63,7 @@ def test_details_come_if_asked_for_one_a_token_and_one_a_prompt_position() -> No
 def test_a_step_takes_its_time_and_steps_do_not_overlap_on_the_device() -> None:
     began = time.monotonic()
     link = serve([request(0, [1], 5)], MockExecutor(SCRIPT, step_s=0.02))
-    assert 0.1 <= time.monotonic() - began < 1
+    assert 0.1 <= time.monotonic() - began < 5
     assert link.stats.step_s > 0.015
 
 

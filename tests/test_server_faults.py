@@ -257,7 +257,7 @@ def test_a_terminated_server_lets_its_streams_finish(model: Path) -> None:
     begin = time.monotonic()
     log = server.log()
     assert server.process.returncode == 0, log
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
     assert "Traceback" not in log
     idle.close()
 
@@ -280,7 +280,7 @@ def test_what_does_not_finish_in_time_is_told_so(model: Path) -> None:
     for thread in threads:
         thread.join(20)
     log = server.log()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
     assert server.process.returncode == 0, log
     assert events["native"][-1] == {"error": "the server is shutting down", "error_type": "healthcheck"}
     assert events["chat"][-1] == "[DONE]"

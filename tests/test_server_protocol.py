@@ -104,7 +104,7 @@ def test_a_head_that_trickles_in_is_given_up(port: int) -> None:
                 break
             time.sleep(0.02)
         assert rest(sock).startswith(b"HTTP/1.1 408 ")
-    assert 0.3 < time.monotonic() - begin < 3
+    assert 0.3 < time.monotonic() - begin < 15
 
 
 @pytest.mark.parametrize("path, key", [(b"/generate", b'{"error":"'), (b"/v1/completions", b'{"error":{')])
@@ -131,7 +131,7 @@ def test_a_connection_that_says_nothing_is_closed_without_a_word(port: int) -> N
     begin = time.monotonic()
     with connect(port) as sock:
         assert rest(sock) == b""
-    assert 0.6 < time.monotonic() - begin < 3
+    assert 0.6 < time.monotonic() - begin < 15
 
 
 def test_a_kept_connection_may_rest_longer_than_a_head_may_take(port: int) -> None:

@@ -104,6 +104,9 @@ def document() -> dict[str, Any]:
     types = [kind for bodies in BODIES.values() for part in bodies for kind in _kinds(part)]
     types += [native.ErrorResponse, openai.ErrorResponse]
     schemas, components = msgspec.json.schema_components(types, ref_template=_PREFIX + "{name}")
+    for component in components.values():  # Python 3.13 takes the indentation off docstrings by itself
+        if "description" in component:
+            component["description"] = inspect.cleandoc(component["description"])
     shown = {repr(kind): schema for kind, schema in zip(types, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
