@@ -149,8 +149,14 @@ class Bench:
         start = time.perf_counter()
         for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
             self.engine.submit(prompt, SamplingParams(temperature=temperature, seed=i), StoppingParams(count))
-        while self.engine.step():
-            pass
+        self.by_batch: dict[int, list[float]] = {}
+        before, running = time.perf_counter(), True
+        while running:
+            running = self.engine.step()
+            now, stats = time.perf_counter(), self.engine.stats
+            kind = -1 if stats.batch_tokens != stats.batch_size else -(-stats.batch_size // 32) * 32  # -1: prompts
+            self.by_batch.setdefault(kind, []).append((now - before) * 1e3)
+            before = now
         return time.perf_counter() - start
 
     def decode(self) -> dict[int, float]:
@@ -219,9 +225,10 @@ class Bench:
             for i, prompt in enumerate(prompts):  # no prompt twice: the prefix cache would find it
                 prompt[0] = self.random.randint(0, 1 << 16) + i
             counts = [r.randint(100, 1024) for _ in range(256)]
-            seconds = self.run(prompts, counts, 0.6)
+            seconds, steps = self.run(prompts, counts, 0.6), self.by_batch
             tell(bench="crowd", shape=self.shape, tokens_s=round(sum(counts) / seconds), seconds=round(seconds, 2),
-                 steps=self.timed.steps, launch_ms=round(self.timed.seconds / self.timed.steps * 1e3, 3))  # fmt: skip
+                 steps=self.timed.steps, launch_ms=round(self.timed.seconds / self.timed.steps * 1e3, 3),
+                 ms_by_batch={n: (len(ms), round(statistics.mean(ms), 2)) for n, ms in sorted(steps.items())})  # fmt: skip
 
     def profile(self, path: str) -> None:
         """Kernels of decode steps, by time."""

@@ -44,7 +44,7 @@ from tokenmill.weights.source import local_source  # noqa: E402
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
-def write_random(folder: Path, family: str, *, dtype: Any = torch.float32, **changes: Any) -> None:
+def write_random(folder: Path, family: str, *, dtype: Any = torch.float32, spread: float = 0.2, **changes: Any) -> None:
     """A tiny random checkpoint of a family; needs no transformers."""
     model_type, own = FAMILIES[family]
     config = SIZES | {"model_type": model_type} | own | changes
@@ -54,7 +54,7 @@ def write_random(folder: Path, family: str, *, dtype: Any = torch.float32, **cha
     for weight in weights_of(program_of(config)):
         for part in weight.parts:
             shape = (part.rows, weight.columns) if weight.columns else (part.rows,)
-            drawn = torch.randn(shape, generator=draw) * 0.2 + (0.0 if weight.columns else 0.5)
+            drawn = torch.randn(shape, generator=draw) * spread + (0.0 if weight.columns else 0.5)
             made[part.name] = drawn.to(dtype)
     save_file(made, folder / "model.safetensors")
 

@@ -20,7 +20,8 @@ from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.quant.base import reader_of
-from tokenmill.runtime.assembly import Assembled
+from tokenmill.runtime.assembly import Assembled, Wants, assemble
+from tokenmill.runtime.choice import Computing
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import open_checkpoint
@@ -141,6 +142,36 @@ def test_tokens_drawn_at_a_temperature_are_those_of_the_rules(tmp_path: Path) ->
             known[i].append(tokens[i])
 
 
+def test_tokens_among_the_likeliest_are_those_of_the_rules(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1, vocab_size=997)
+    driver = CudaDriver(tmp_path)
+    rng, tried = np.random.default_rng(5), 0
+    rows, blocks = np.arange(4, dtype=np.int32), np.array([(i, 0, i) for i in range(4)], np.int32)
+    for _ in range(12 if ON_GPU else 4):
+        params = [
+            SamplingParams(
+                temperature=float(rng.choice([0.0, 0.5, 1.3])), seed=int(rng.integers(1 << 60)),
+                top_k=int(rng.choice([0, 1, 7, 2000])), top_p=float(rng.choice([1.0, 0.9, 0.3, 0.01])),
+                min_p=float(rng.choice([0.0, 0.05, 0.5])),
+            )
+            for _ in range(4)
+        ]  # fmt: skip
+        ids = [rng.integers(0, 997, 4).tolist() for _ in range(4)]
+        admitted = tuple(
+            Admitted(i, Request(i, tuple(ids[i]), p, StoppingParams(9)), np.array(ids[i], np.int32))
+            for i, p in enumerate(params)
+        )
+        inputs = StepInputs(rows, rows * 0, rows * 0 + 4, rows, admitted, blocks, tail="full")
+        tokens = driver.run(inputs).result().token_ids
+        logits = driver.logits[:4].float().cpu().numpy()
+        for i, p in enumerate(params):
+            scores = reference_scores(logits[i], ids[i], [], p, StoppingParams(9))
+            assert tokens[i] == reference_choice(scores, p, 4)
+            assert int(driver._slots.tokens[i, 4]) == tokens[i]
+            tried += p.top_p < 1 and p.temperature > 0
+    assert tried > 3
+
+
 def test_logits_that_are_not_finite_are_told(tmp_path: Path) -> None:
     write_random(tmp_path, "llama", num_hidden_layers=1)
     driver = CudaDriver(tmp_path)
@@ -213,7 +244,7 @@ def test_models_of_real_shape_in_half_precision_through_graphs(
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "vocab_size": 8192}
     write_random(
         tmp_path, "qwen2", dtype=torch.bfloat16, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, max_position_embeddings=4096, **sizes,
+        head_dim=head_dim, max_position_embeddings=4096, spread=0.04, **sizes,
     )  # fmt: skip
     limits = StepLimits(4096, 70, 4096, 16)
     driver = CudaDriver(tmp_path, dtype="bfloat16", limits=limits, num_blocks=2048, warm=True, graphs=None)
@@ -229,4 +260,18 @@ def test_models_of_real_shape_in_half_precision_through_graphs(
     history += [[(0, ids(1)), (1, ids(300)), (2, ids(1)), (3, ids(5))], [(i, ids(1)) for i in range(9)]]
     for rows in history:
         wanted, made = expected.feed(rows), driver.feed(rows)
-        assert np.linalg.norm(made - wanted) / np.linalg.norm(wanted) < 2e-2
+        off = np.linalg.norm(made - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+        assert off.max() < 2e-2, (len(rows), off.argmax(), off.max(), np.median(off))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_where_there_is_a_gpu_it_serves(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", dtype=torch.float16, torch_dtype="float16")
+    wants = Wants(computing=Computing(cuda_memory_fraction=0.1, cuda_graphs=(1, 4)), max_batch_size=8)
+    with OfflineEngine(assemble(local_source(tmp_path), wants, Group(), lambda progress: None)) as engine:
+        info = engine.info
+        assert (info.backend, info.device, info.dtype) == ("cuda", "cuda", "float16")
+        assert info.num_blocks == 8 * 256 // 16
+        params = SamplingParams(temperature=0.8, top_p=0.9, seed=4)
+        alone = [engine.generate([[1, 2, i]], params, StoppingParams(20))[0] for i in range(6)]
+        assert engine.generate([[1, 2, i] for i in range(6)], params, StoppingParams(20)) == alone

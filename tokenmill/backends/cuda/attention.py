@@ -14,6 +14,7 @@ from tokenmill.backends.cuda.kernels.decode import decode
 from tokenmill.backends.cuda.kernels.heads import write_heads
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles
 from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.products import ahead
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape, power, tile_shape
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
@@ -115,7 +116,7 @@ class AttentionLowering:
                 tables.stride(0), op.eps, scale, cap, **common, G=shared, GP=max(16, power(shared)), BN=shape.keys,
                 SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window, CAPPED=op.softcap > 0,
                 NORM=op.q_norm is not None, ROPE=op.rope is not None, SOME=n.singles is not None,
-                PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **({"launch_pdl": True} if n.early else {}),
+                PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **ahead(n.early),
             )  # fmt: skip
 
         return run

@@ -21,6 +21,7 @@ from tokenmill.backends.cuda.lower import Launch, Lowering, Sizes
 from tokenmill.backends.cuda.memory import PROMPT_ROWS, Memory
 from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
+from tokenmill.backends.cuda.products import FEW
 from tokenmill.backends.cuda.sampler import Sampler
 from tokenmill.backends.cuda.shapes import CLASSES, LONG, differs_if_long
 from tokenmill.backends.cuda.single import Single
@@ -192,10 +193,10 @@ class CudaBackend:
 
     def _decode(self, sizes: Sizes) -> None:
         """One token a row, all sampling."""
+        sizes = replace(sizes, early=self._device.real and sizes.tokens <= FEW)
         if sizes.tokens != 1:
             self._forward(sizes)
             return
-        sizes = replace(sizes, early=self._device.real)
         for launch in self._single:
             launch.run(sizes)
 

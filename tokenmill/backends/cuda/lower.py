@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenmill.backends.cuda.attention import AttentionLowering
 from tokenmill.backends.cuda.kernels import rows as kernels
 from tokenmill.backends.cuda.memory import Memory
-from tokenmill.backends.cuda.products import Product, Scratch, largest
+from tokenmill.backends.cuda.products import Product, Scratch, ahead, largest
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
@@ -154,7 +154,7 @@ class Lowering:
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
             if product.fits(rows):
-                product.run(rows)
+                product.run(rows, n.early)
             elif bias is not None:
                 torch.addmm(bias, x[:rows], weight, out=out[:rows])
             else:
@@ -174,7 +174,7 @@ class Lowering:
             kernels.norm_rows[(n.of(op.out),)](
                 x, y, weight, weight if bias is None else bias, total, out, x.stride(0), y.stride(0), op.eps,
                 WIDTH=width, BLOCK=power(width), ADD=both, CENTER=op.center, BIAS=bias is not None,
-                num_warps=4 if width <= 2048 else 8,
+                PDL=n.early, num_warps=4 if width <= 2048 else 8, **ahead(n.early),
             )  # fmt: skip
 
         return run

@@ -19,6 +19,11 @@ FEW = 64  # rows
 _TILES = (16, 32, 64)  # rows of a tile
 
 
+def ahead(early: bool) -> dict[str, bool]:
+    """How a kernel is launched that waits for the one before by itself."""
+    return {"launch_pdl": True} if early else {}
+
+
 class RowShape(NamedTuple):
     """Of one row: outputs of a program, columns of a round, rounds in flight, warps."""
 
@@ -72,7 +77,7 @@ def few_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape | 
         splits = 2 if rows <= 32 else 1
     while splits > 1 and columns % (128 * splits):
         splits //= 2
-    return FewShape(64, 128, splits, 4 if splits > 1 or rows > 32 else 6, 4)
+    return FewShape(64, 128, splits, 4 if splits > 1 else 6, 4)
 
 
 class Scratch:
@@ -105,10 +110,10 @@ class Product:
     def _row(self) -> RowShape | None:
         return row_shape(self._outputs, self._columns, bool(self._act))
 
-    def run(self, rows: int) -> None:
+    def run(self, rows: int, early: bool = False) -> None:
         """`fits(rows)` must be true."""
         if rows == 1:
-            self.one()
+            self.one(early=early)
             return
         scratch, shape = self._scratch, few_shape(rows, self._outputs, self._columns, bool(self._act))
         assert scratch is not None
@@ -117,7 +122,8 @@ class Product:
             self._x, self._weight, self._weight if self._bias is None else self._bias, self._out, scratch.part,
             scratch.counts, self._x.stride(0), rows, N=self._outputs, K=self._columns,
             BM=next(tile for tile in _TILES if rows <= tile), BN=shape.outputs, BK=shape.columns, SPLITS=shape.splits,
-            BIAS=self._bias is not None, ACT=self._act, STAGES=shape.stages, num_warps=shape.warps,
+            BIAS=self._bias is not None, ACT=self._act, PDL=early, STAGES=shape.stages,
+            num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
     def one(
@@ -135,7 +141,7 @@ class Product:
             x, self._weight, norm_weight, self._weight if self._bias is None else self._bias, added, out, eps,
             N=self._outputs, K=self._columns, BN=shape.outputs, BK=shape.columns, NORM=norm is not None,
             BIAS=self._bias is not None, RESIDUAL=residual is not None, ACT=self._act, PDL=early,
-            STAGES=shape.stages, num_warps=shape.warps, **({"launch_pdl": True} if early else {}),
+            STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
 

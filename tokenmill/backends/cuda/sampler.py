@@ -1,7 +1,7 @@
 """From logits to tokens on the device, and a step's tokens to pinned memory.
 
-Steps whose rows want the likeliest token, or one drawn at a temperature, cost one launch. Everything else goes through
-torch, a few rows or many.
+Steps whose rows want the likeliest token, or one drawn at a temperature, top-k, top-p and min-p among them, cost one
+launch. Penalties, biases, typical-p, watermarks and log-probabilities go through torch, whose host waits in between.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from torch import Tensor
 from tokenmill.backends.base import StepInputs
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.choose import choose
+from tokenmill.backends.cuda.kernels.filtered import choose_filtered
 from tokenmill.backends.cuda.lower import Sizes
-from tokenmill.backends.cuda.shapes import CLASSES, choose_shape
+from tokenmill.backends.cuda.shapes import CLASSES, choose_shape, power
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.torch.sampling import Logprobs, sample
+
+_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
+"""Bits of a logit, as float32, that are not always zero."""
 
 
 class Sampler:
@@ -41,6 +45,9 @@ class Sampler:
         if inputs.tail != "full" and inputs.logprobs < 0:
             self._choose(sizes, rows, noise=inputs.tail == "plain")
             return self._device.fetch(self._chosen[:rows]), None
+        if inputs.logprobs < 0 and self._only_filtered(inputs):
+            self._choose_filtered(sizes, rows)
+            return self._device.fetch(self._chosen[:rows]), None
         sampled = sample(self._logits[:rows], self._slots, inputs)
         self._slots.record(inputs, sampled.token_ids)
         logprobs = sampled.logprobs
@@ -53,6 +60,7 @@ class Sampler:
         """Compile what decode steps of this size need."""
         for noise in (False, True):
             self._choose(sizes, sizes.sampling, noise)
+        self._choose_filtered(sizes, sizes.sampling)
 
     def warm_up_some(self, step: Tensor) -> None:
         """Compile what other steps need; `step` holds pairs of nobody's slot."""
@@ -60,6 +68,21 @@ class Sampler:
             step[: 2 * most : 2], step[1 : 2 * most : 2] = self._slots.spare, 0
             rows = torch.zeros(most, dtype=torch.int32, device=self._device.torch)
             self.warm_up(Sizes(most, most, step[: 2 * most], rows))
+
+    def _only_filtered(self, inputs: StepInputs) -> bool:
+        """Whether no row needs more than temperature, top-k, top-p and min-p."""
+        p = self._slots.parameters.rows[inputs.slots[inputs.samples]]
+        penalized = (p["repetition"] != 1) | (p["frequency"] != 0) | (p["presence"] != 0)
+        return not (penalized | (p["num_biases"] > 0) | (p["typical_p"] < 1) | (p["watermark_gamma"] > 0)).any()
+
+    def _choose_filtered(self, sizes: Sizes, rows: int) -> None:
+        slots, block = self._slots, min(power(self._vocab_size), 8192)
+        choose_filtered[(rows,)](
+            self._logits, sizes.pairs, sizes.pairs if sizes.samples is None else sizes.samples, slots.sampling,
+            slots.tokens, self._chosen, slots.tokens.stride(0), slots.sampling.stride(0), VOCAB=self._vocab_size,
+            BLOCK=block, BITS=_BITS[self._logits.dtype], SOME=sizes.samples is not None,
+            num_warps=max(1, min(32, block // 256)),
+        )  # fmt: skip
 
     def _choose(self, sizes: Sizes, rows: int, noise: bool) -> None:
         shape, slots = choose_shape(rows, self._vocab_size), self._slots

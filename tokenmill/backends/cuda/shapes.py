@@ -49,7 +49,7 @@ _NARROW = (
     DecodeShape(64, 1, 64, 3, 4), DecodeShape(32, 1, 32, 3, 2),
 )  # fmt: skip
 _SPLITS_OF_LONG = (32, 4, 8, 4, 2)
-LONG = 2048  # tokens: from here on a sequence is split even among many
+LONG = 1024  # tokens: from here on a sequence is split even among many
 
 
 def decode_shape(rows: int, head_dim: int, shared: int, long: bool, item_bytes: int = 2) -> DecodeShape:
@@ -91,9 +91,9 @@ class ChooseShape(NamedTuple):
 
 def choose_shape(rows: int, vocab_size: int) -> ChooseShape:
     """Of `rows` rows of logits."""
-    chunks = (32, 16, 4, 4, 2)[class_of(rows)]
-    block = min(2048, power(-(-vocab_size // chunks)))
-    return ChooseShape(chunks, block, -(-vocab_size // (chunks * block)), 4)
+    chunks = (32, 16, 8, 8, 4)[class_of(rows)]
+    block = min(4096, power(-(-vocab_size // chunks)))
+    return ChooseShape(chunks, block, -(-vocab_size // (chunks * block)), 8)
 
 
 def graph_sizes(most: int) -> list[int]:

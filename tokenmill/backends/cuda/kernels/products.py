@@ -71,7 +71,7 @@ def one_row(x_ptr, weight_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, N
 @triton.jit(do_not_specialize=["M"])
 def few_rows(x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, x_stride, M, N: tl.constexpr, K: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
-             ACT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+             ACT: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """out (M, N) of x (M, K), M <= BM; BK · SPLITS divides K. Grid (N / BN, SPLITS).
 
     With splits the last program of a tile to arrive adds them up, in order.
@@ -86,12 +86,16 @@ def few_rows(x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, x_stride
     x_at = x_ptr + m[:, None] * x_stride + k[None, :]
     sums = tl.zeros([BN, BM], tl.float32)
     ups = tl.zeros([BN, BM], tl.float32)
+    if PDL:
+        gdc_wait()
     for start in tl.range(split * each, split * each + each, BK, num_stages=STAGES):
         w = tl.load(at + start)
         x = tl.load(x_at + start, mask=m[:, None] < M, other=0.0)
         sums = tl.dot(w, x.T, sums, input_precision="ieee")
         if ACT != "":
             ups = tl.dot(tl.load(at + N * K + start), x.T, ups, input_precision="ieee")
+    if PDL:
+        gdc_launch_dependents()
     last = True
     if SPLITS > 1:
         place = tl.arange(0, BN)[:, None] * BM + m[None, :]

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ACTS = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 
@@ -24,11 +25,14 @@ def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale,
 @triton.jit
 def norm_rows(x_ptr, y_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, x_stride, y_stride, eps,
               WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr,
-              BIAS: tl.constexpr):  # fmt: skip
+              BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out = norm(x), or with ADD total = x + y, out = norm(total). RMS, or LayerNorm if CENTER. Grid (rows,)."""
     r = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     ok = c < WIDTH
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + r * x_stride + c, mask=ok, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(y_ptr + r * y_stride + c, mask=ok, other=0.0).to(tl.float32)
