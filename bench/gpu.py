@@ -118,9 +118,7 @@ class Bench:
         weights = RandomWeights(config)
         limits = StepLimits(args.tokens, 256, 4096, args.block_size)
         drawn = time.perf_counter()
-        self.backend = CudaBackend(
-            program_of(config), weights, read, limits, Group(), dtype="bfloat16", device="cuda"
-        )
+        self.backend = CudaBackend(program_of(config), weights, read, limits, Group(), dtype="bfloat16", device="cuda")
         loaded = time.perf_counter()
         free, _ = torch.cuda.mem_get_info()
         blocks = min(int((free - (6 << 30)) // self.backend.block_bytes()), 256 * 4096 // args.block_size)

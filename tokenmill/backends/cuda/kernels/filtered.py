@@ -51,7 +51,7 @@ def least_kept(row, need, most, scale, at_least, COUNT: tl.constexpr, VOCAB: tl.
     """The largest key such that the logits that have it or more are `need` (of mass, or in number)."""
     key = tl.full([], -2147483648, tl.int32)
     for bit in tl.static_range(30, 30 - BITS, -2):
-        step: tl.constexpr = 1 << bit
+        step = 1 << bit
         one = key + step
         two = key ^ (-2147483648) if bit == 30 else key + 2 * step
         three = two + step
