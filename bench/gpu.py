@@ -10,6 +10,7 @@ out, (b) decode behind 512-token prompts, (c) prefill of 8 × 2048 tokens.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -226,7 +227,8 @@ class Bench:
             seconds, steps = self.run(prompts, counts, 0.6), self.by_batch
             tell(bench="crowd", shape=self.shape, tokens_s=round(sum(counts) / seconds), seconds=round(seconds, 2),
                  steps=self.timed.steps, launch_ms=round(self.timed.seconds / self.timed.steps * 1e3, 3),
-                 ms_by_batch={n: (len(ms), round(statistics.mean(ms), 2)) for n, ms in sorted(steps.items())})  # fmt: skip
+                 ms_by_batch={n: (len(ms), round(statistics.mean(ms), 2)) for n, ms in sorted(steps.items())},
+                 slowest=[round(x, 1) for x in sorted(x for ms in steps.values() for x in ms)[-5:]])  # fmt: skip
 
     def profile(self, path: str) -> None:
         """Kernels of decode steps, by time."""
@@ -262,6 +264,8 @@ def main() -> None:
     parser.add_argument("--profile", default="")
     args = parser.parse_args()
     bench, found = Bench(args), {}
+    gc.collect()
+    gc.freeze()  # as a server does
     with torch.inference_mode():
         if "b" in args.only:
             found = bench.decode()

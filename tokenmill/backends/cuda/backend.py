@@ -143,9 +143,10 @@ class CudaBackend:
         room = min(self.num_blocks * size, self.limits.max_total_tokens, self.limits.max_batch_tokens)
         self._slots.set_blocks(0, np.arange(-(-room // size), dtype=np.int32))
         spare = np.full(max(self.limits.max_batch_size, 1), self._slots.spare, np.int32)
-        one = np.ones(1, np.int32)
-        for count in {min(CLASSES[0], room), min(64, room)}:
-            self._forward(self._sizes(spare[:1] * 0, one * 0, one * count, np.zeros(1, np.int32)))
+        most = self.limits.max_batch_tokens // room * room  # cuBLAS loads its kernels when they are first used
+        for tokens in sorted({min(4 << i, most) for i in range(16)}):
+            counts = np.full(-(-tokens // room), min(tokens, room), np.int32)
+            self._forward(self._sizes(counts * 0, counts * 0, counts, np.zeros(1, np.int32)))
         for rows in sorted({min(rows, len(spare), self.limits.max_batch_tokens - 2) for rows in CLASSES if room > 2}):
             if rows > 0:  # singles beside a run
                 slots = np.concatenate([spare[:rows], [0]]).astype(np.int32)

@@ -141,17 +141,15 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     if ROPE:
         cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
         sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
-    g = tl.arange(0, GP)
-    j = tl.arange(0, 2 * HALF)
+    g, j = tl.arange(0, GP), tl.arange(0, 2 * HALF)
     q_at = q_ptr + t * q_stride + (head * G + g)[:, None] * D
     a1, a2 = turned(q_at, (g < G)[:, None], q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
     a1, a2 = a1.to(kind), a2.to(kind)
     q = tl.reshape(tl.permute(tl.join(a1, a2), (0, 2, 1)), (GP, 2 * HALF))
     begin = first + split * chunk
-    low = position + 1 - WINDOW
     m, total, acc = decode_rounds(
         q, keys_ptr, values_ptr, tables_ptr + slot * table_stride, head, begin, tl.minimum(begin + chunk, position),
-        low, scale, cap, KV_HEADS, D, HALF, GP, BLOCK_SIZE, BN, WINDOW, CAPPED, STAGES,
+        position + 1 - WINDOW, scale, cap, KV_HEADS, D, HALF, GP, BLOCK_SIZE, BN, WINDOW, CAPPED, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
