@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import pytest
+from support_ports import unused_port
 
 from tokenmill.config import default_cache_dir
 from tokenmill.weights import embedded
@@ -70,10 +70,7 @@ def run_dir() -> Iterator[Path]:
 @pytest.fixture
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return unused_port()
 
 
 @pytest.fixture

@@ -86,3 +86,12 @@ def reference_choice(scores, params: SamplingParams, position: int) -> int:
 def log_softmax(x):
     x = np.asarray(x, np.float64)
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+def chi_square(counts, probabilities) -> float:
+    """The statistic over its degrees of freedom, of bins that expect at least 5."""
+    expected = probabilities * counts.sum()
+    big = expected >= 5
+    bins = [*counts[big], counts[~big].sum()], [*expected[big], expected[~big].sum()]
+    kept = [(c, e) for c, e in zip(*bins, strict=True) if e > 0]
+    return sum((c - e) ** 2 / e for c, e in kept) / max(len(kept) - 1, 1)

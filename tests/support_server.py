@@ -9,11 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import tokenizers
+from support_ports import unused_port
 from tokenizers import decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +133,17 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.log()
+
+
+@contextmanager
+def scripted(folder: Path, *options: str, step_ms: int = 1) -> Iterator[Server]:
+    """A server whose engine answers TEXT, a byte every `step_ms`, of a model made in `folder`; ends with the block."""
+    told = ("--mock-text", TEXT, "--mock-step-ms", str(step_ms), "--max-total-tokens", "500")
+    running = Server(byte_model(folder), unused_port(), *told, *options)
+    try:
+        yield running
+    finally:
+        running.stop()
 
 
 def eventually(condition: Any, timeout_s: float = 10.0) -> None:

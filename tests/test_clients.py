@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterator
 
@@ -11,15 +10,14 @@ import huggingface_hub
 import openai
 import pytest
 import text_generation
+from support_ports import unused_port
 from support_server import TEXT, Server, byte_model, eventually
 from text_generation.errors import OverloadedError, ValidationError
 
 
 def start(tmp_path_factory: pytest.TempPathFactory, *options: str) -> Server:
     model = byte_model(tmp_path_factory.mktemp("model"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     return Server(model, port, "--mock-text", TEXT, "--max-total-tokens", "500", *options)
 
 

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 from support_cpu import kernel_folder
-from support_sampling import log_softmax, reference_choice, reference_noise, reference_scores, softmax
+from support_sampling import chi_square, log_softmax, reference_choice, reference_noise, reference_scores, softmax
 
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
 from tokenmill.backends.cpu import isa, layout
@@ -167,15 +167,6 @@ def test_a_seed_gives_the_same_tokens_and_log_probabilities_in_any_company_and_a
         ids, details = run(kernel, logits[:batch], requests[:batch], slots=rng.permutation(max(batch, SLOTS))[:batch])
         assert ids == [a[0][0] for a in alone[:batch]]
         assert details == [a[1][0] for a in alone[:batch]]  # to the bit
-
-
-def chi_square(counts, probabilities) -> float:
-    """The statistic over its degrees of freedom, of bins that expect at least 5."""
-    expected = probabilities * counts.sum()
-    big = expected >= 5
-    bins = [*counts[big], counts[~big].sum()], [*expected[big], expected[~big].sum()]
-    kept = [(c, e) for c, e in zip(*bins, strict=True) if e > 0]
-    return sum((c - e) ** 2 / e for c, e in kept) / max(len(kept) - 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import InferenceClient, configure_http_backend
 from support_embedded import behind, greedy, reference_model
+from support_ports import unused_port
 from support_server import Server, eventually
 from text_generation import Client
 
@@ -36,9 +37,7 @@ def path() -> Path:
 
 @pytest.fixture(scope="module")
 def server(path: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     running = Server(path, port, "--max-batch-prefill-tokens", "64", mock=False)
     yield running
     running.stop()

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support_ports import unused_port
 from support_server import byte_model
 
 import tokenmill
@@ -36,9 +36,7 @@ class Server:
     """`tokenmill serve` on a free port, with its output."""
 
     def __init__(self, model: Path, *argv: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = unused_port()
         command = [sys.executable, "-m", "tokenmill", "serve", "--mock", "--model-id", str(model), "--port",
                    str(self.port), "--hostname", "127.0.0.1", *argv]  # fmt: skip
         self.lines: list[str] = []

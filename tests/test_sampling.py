@@ -5,6 +5,7 @@ import pytest
 import torch
 from support_sampling import (
     MASK,
+    chi_square,
     log_softmax,
     reference_choice,
     reference_green,
@@ -165,15 +166,6 @@ def test_a_seed_gives_the_same_tokens_in_any_company_and_any_slot():
     together = run(logits, requests, slots=rng.permutation(8)).token_ids.tolist()
     alone = [run(logits[i : i + 1], [requests[i]], slots=[3]).token_ids.tolist()[0] for i in range(8)]
     assert together == alone
-
-
-def chi_square(counts, probabilities) -> float:
-    """The statistic over its degrees of freedom, of bins that expect at least 5."""
-    expected = probabilities * counts.sum()
-    big = expected >= 5
-    bins = [*counts[big], counts[~big].sum()], [*expected[big], expected[~big].sum()]
-    kept = [(c, e) for c, e in zip(*bins, strict=True) if e > 0]
-    return sum((c - e) ** 2 / e for c, e in kept) / max(len(kept) - 1, 1)
 
 
 @pytest.mark.parametrize("varies", ["seed", "position"])

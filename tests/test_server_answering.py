@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support_server import TEXT, Server, byte_model, eventually
+from support_server import Server, eventually, scripted
 
 USER = [{"role": "user", "content": "hi"}]
 LONG = {"messages": USER, "ignore_eos": True, "max_tokens": 440}
@@ -16,14 +15,9 @@ LONG = {"messages": USER, "ignore_eos": True, "max_tokens": 440}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = byte_model(tmp_path_factory.mktemp("model"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ("--mock-text", TEXT, "--mock-step-ms", "1", "--max-total-tokens", "500")
-    running = Server(model, port, *options, "--max-concurrent-requests", "6", "--max-client-batch-size", "8")
-    yield running
-    running.stop()
+    limits = ("--max-concurrent-requests", "6", "--max-client-batch-size", "8")
+    with scripted(tmp_path_factory.mktemp("model"), *limits) as running:
+        yield running
 
 
 def in_flight(server: Server) -> float:

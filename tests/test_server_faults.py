@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support_ports import unused_port
 from support_server import TEXT, Server, byte_model, eventually
 
 FOREVER = {"inputs": "x", "parameters": {"max_new_tokens": 8000, "ignore_eos": True}}
@@ -24,16 +25,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return byte_model(tmp_path_factory.mktemp("model"))
 
 
-def port_of_a_moment_ago() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    running = Server(model, port_of_a_moment_ago(), "--mock-text", TEXT, "--mock-step-ms", "1", "--api-key", "Secret",
+    running = Server(model, unused_port(), "--mock-text", TEXT, "--mock-step-ms", "1", "--api-key", "Secret",
                      "--max-concurrent-requests", "4", "--cors-allow-origin", "http://a.example")  # fmt: skip
     yield running
     running.stop()
@@ -184,20 +178,26 @@ def test_long_bodies_and_many_requests_on_a_connection_are_no_long_headers(serve
             assert client.get("/health", headers={"x-long": "y" * 20_000}).status_code == 200
 
 
+def three_endless(server: Server) -> tuple[dict[str, list[Any]], list[httpx.Response], list[threading.Thread]]:
+    """Two streams, "native" and "chat", and a plain answer, all without end: what comes of them, and who waits."""
+    events: dict[str, list[Any]] = {}
+    plain: list[httpx.Response] = []
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    threads = [
+        threading.Thread(target=lambda: events.update(native=server.events("/generate_stream", FOREVER))),
+        threading.Thread(target=lambda: events.update(chat=server.events("/v1/chat/completions", chat))),
+        threading.Thread(target=lambda: plain.append(server.post("/generate", FOREVER))),
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: running(server) == 3)
+    return events, plain, threads
+
+
 def test_an_engine_that_dies_ends_its_streams_with_an_error_and_another_takes_over(model: Path) -> None:
-    server = Server(model, port_of_a_moment_ago(), "--mock-text", TEXT, "--mock-step-ms", "5")
+    server = Server(model, unused_port(), "--mock-text", TEXT, "--mock-step-ms", "5")
     try:
-        events: dict[str, list[Any]] = {}
-        plain: list[httpx.Response] = []
-        chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8000, "ignore_eos": True, "stream": True}
-        threads = [
-            threading.Thread(target=lambda: events.update(native=server.events("/generate_stream", FOREVER))),
-            threading.Thread(target=lambda: events.update(chat=server.events("/v1/chat/completions", chat))),
-            threading.Thread(target=lambda: plain.append(server.post("/generate", FOREVER))),
-        ]
-        for thread in threads:
-            thread.start()
-        eventually(lambda: running(server) == 3)
+        events, plain, threads = three_endless(server)
         os.kill(server.children()["runtime"], signal.SIGKILL)
         for thread in threads:
             thread.join(20)
@@ -215,7 +215,7 @@ def test_an_engine_that_dies_ends_its_streams_with_an_error_and_another_takes_ov
 
 
 def test_a_broken_row_fails_its_own_request_only(model: Path) -> None:
-    server = Server(model, port_of_a_moment_ago(), "--mock-text", TEXT, "--mock-step-ms", "1", "--mock-fault", "nan@5")
+    server = Server(model, unused_port(), "--mock-text", TEXT, "--mock-step-ms", "1", "--mock-fault", "nan@5")
     try:
         response = server.post("/generate", {"inputs": "x"})
         assert (response.status_code, response.json()["error_type"]) == (424, "generation")
@@ -226,7 +226,7 @@ def test_a_broken_row_fails_its_own_request_only(model: Path) -> None:
 
 
 def test_the_port_answers_with_the_phase_while_the_engine_is_starting(model: Path) -> None:
-    server = Server(model, port_of_a_moment_ago(), "--mock-fault", "exit@1", "--max-engine-restarts", "1", wait=False)
+    server = Server(model, unused_port(), "--mock-fault", "exit@1", "--max-engine-restarts", "1", wait=False)
     try:
         eventually(lambda: _answers(server))
         response = httpx.get(server.url + "/health")
@@ -245,7 +245,7 @@ def _answers(server: Server) -> bool:
 
 
 def test_a_terminated_server_lets_its_streams_finish(model: Path) -> None:
-    server = Server(model, port_of_a_moment_ago(), "--mock-text", TEXT, "--mock-step-ms", "20")
+    server = Server(model, unused_port(), "--mock-text", TEXT, "--mock-step-ms", "20")
     events: list[Any] = []
     thread = threading.Thread(target=lambda: events.extend(server.events("/generate_stream", {"inputs": "x"})))
     thread.start()
@@ -263,18 +263,8 @@ def test_a_terminated_server_lets_its_streams_finish(model: Path) -> None:
 
 
 def test_what_does_not_finish_in_time_is_told_so(model: Path) -> None:
-    server = Server(model, port_of_a_moment_ago(), "--mock-step-ms", "5", "--graceful-termination-timeout", "1")
-    events: dict[str, list[Any]] = {}
-    plain: list[httpx.Response] = []
-    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8000, "ignore_eos": True, "stream": True}
-    threads = [
-        threading.Thread(target=lambda: events.update(native=server.events("/generate_stream", FOREVER))),
-        threading.Thread(target=lambda: events.update(chat=server.events("/v1/chat/completions", chat))),
-        threading.Thread(target=lambda: plain.append(server.post("/generate", FOREVER))),
-    ]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: running(server) == 3)
+    server = Server(model, unused_port(), "--mock-step-ms", "5", "--graceful-termination-timeout", "1")
+    events, plain, threads = three_endless(server)
     begin = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     for thread in threads:
@@ -290,7 +280,7 @@ def test_what_does_not_finish_in_time_is_told_so(model: Path) -> None:
 
 
 def test_two_workers_answer_for_each_other(model: Path) -> None:
-    server = Server(model, port_of_a_moment_ago(), "--mock-text", TEXT, "--mock-step-ms", "1", "--http-workers", "2")
+    server = Server(model, unused_port(), "--mock-text", TEXT, "--mock-step-ms", "1", "--http-workers", "2")
     try:  # the second worker may be a moment behind the first
         eventually(lambda: all(httpx.get(server.url + "/health").status_code == 200 for _ in range(8)))
         for _ in range(20):  # each on its own connection, so on either worker

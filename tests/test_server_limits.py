@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from math import inf, nan, nextafter
@@ -11,7 +10,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from support_server import TEXT, Server, byte_model
+from support_server import Server, scripted
 
 from tokenmill.errors import ValidationError
 from tokenmill.server.openapi import document
@@ -87,13 +86,8 @@ def test_bounds_are_documented_where_they_are_checked() -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = byte_model(tmp_path_factory.mktemp("model"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = Server(model, port, "--mock-text", TEXT, "--mock-step-ms", "1", "--max-total-tokens", "500")
-    yield running
-    running.stop()
+    with scripted(tmp_path_factory.mktemp("model")) as running:
+        yield running
 
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(GenerateParameters)}

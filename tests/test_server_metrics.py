@@ -6,13 +6,13 @@ import json
 import os
 import re
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support_ports import unused_port
 from support_server import Server, byte_model, eventually
 
 from tokenmill.server import app
@@ -178,9 +178,7 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_there_are() -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     limits = ("--max-input-tokens", "99", "--max-total-tokens", "200")
     running = Server(byte_model(tmp_path_factory.mktemp("model")), port, "--mock-step-ms", "2", *limits)
     yield running

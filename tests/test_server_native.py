@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from support_server import TEXT, Server, byte_model
+from support_server import TEXT, Server, scripted
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = byte_model(tmp_path_factory.mktemp("model"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = Server(model, port, "--mock-text", TEXT, "--mock-step-ms", "1", "--max-total-tokens", "500")
-    yield running
-    running.stop()
+    with scripted(tmp_path_factory.mktemp("model")) as running:
+        yield running
 
 
 NUM_BYTES = len(TEXT.encode())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from support_ports import unused_port
 from support_server import TEXT, Server, byte_model
 
 from tokenmill.server.app import ROUTES
@@ -20,10 +20,7 @@ KEY = {"authorization": "Bearer secret"}
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return unused_port()
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from support_server import TEXT, Server, byte_model
+from support_server import Server, byte_model, scripted
 
 from tokenmill.server.digests import engine_digest, fingerprint, model_digest
 from tokenmill.weights.source import ModelSource, local_source
@@ -20,13 +19,8 @@ USER = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = byte_model(tmp_path_factory.mktemp("model"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = Server(model, port, "--mock-text", TEXT, "--mock-step-ms", "5", "--max-total-tokens", "500")
-    yield running
-    running.stop()
+    with scripted(tmp_path_factory.mktemp("model"), step_ms=5) as running:
+        yield running
 
 
 def chat(server: Server, headers: dict[str, str] | None = None, **fields: Any) -> Any:

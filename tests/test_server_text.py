@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import tokenizers
+from support_ports import unused_port
 from support_server import Server, byte_model
 from support_text import recorded, sentencepiece_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -83,9 +83,7 @@ def served(
 ) -> Iterator[tuple[Server, Tokenizer]]:
     folder = byte_model(tmp_path_factory.mktemp("model"))
     text = family(request.param, folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     server = Server(folder, port, "--mock-text", text, "--mock-step-ms", "0", "--max-total-tokens", "500")
     yield server, Tokenizer.load(ModelSource(str(folder), str(folder), "safetensors"))
     server.stop()

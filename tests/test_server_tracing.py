@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support_ports import unused_port
 from support_server import Server, byte_model, eventually
 
 from tokenmill import extras
@@ -68,9 +68,7 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> tuple[Collector, str]:
     """A collector that got the traces of some requests, and the log of the server that sent them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     model = byte_model(tmp_path_factory.mktemp("model"))
     endpoint = f"http://127.0.0.1:{collector.port}"
     server = Server(model, port, "--otlp-endpoint", endpoint, "--otlp-service-name", "mill", "--json-output")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support_ports import unused_port
 from support_server import ROOT, Server
 
 from tokenmill import LLM, extras
@@ -28,9 +28,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(embedded_model: Path, poisoned: str) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     running = Server(embedded_model, port, "--max-total-tokens", "512", mock=False, python_path=poisoned)
     yield running
     running.stop()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from tokenmill import plugins
 from tokenmill.errors import ModelError, Unsupported
 from tokenmill.program.ops import Part, Weight
 from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.wire.messages import Progress
+
+T = TypeVar("T")
 
 _CHUNK = 1 << 17  # elements converted at a time: what a core's cache holds
 
@@ -225,6 +229,27 @@ def _stack_levels(parts: list[Levels | None]) -> Levels | None:
         _joined([p.low for p in found]),
         _joined([p.low_factor for p in found]),
     )
+
+
+def for_each(
+    wanted: Sequence[Weight],
+    source: Checkpoint,
+    one: Callable[[Weight], T],
+    threads: int,
+    report: Callable[[Progress], None] | None,
+) -> dict[Weight, T]:
+    """`one` of every weight, so many at a time: numpy lets go of the interpreter.
+
+    `report` is called from this thread, with bytes of the checkpoint.
+    """
+    sizes = [sum(source.nbytes(part.name) // weight.ranks for part in weight.parts) for weight in wanted]
+    done, made = 0, {}
+    with ThreadPoolExecutor(threads) as pool:
+        for weight, size, result in zip(wanted, sizes, pool.map(one, wanted), strict=True):
+            made[weight], done = result, done + size
+            if report is not None:
+                report(Progress("load", done, sum(sizes)))
+    return made
 
 
 def check(weights: Iterable[Weight], source: Checkpoint) -> None:

@@ -6,7 +6,6 @@ Also what can be said before any weight is read: whether a program can run here 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tokenmill.backends.cpu.isa import Isa
@@ -18,7 +17,7 @@ from tokenmill.errors import Unsupported
 from tokenmill.program import ops, passes
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Reader, check
+from tokenmill.quant.base import Reader, check, for_each
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress
 
@@ -103,17 +102,12 @@ def pack_all(
     """Every matrix, on several threads; `report` is called from this one, with bytes of the checkpoint."""
     gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
     wanted = [w for w in _weights(program) if w.columns]
-    sizes = [sum(source.nbytes(part.name) for part in w.parts) for w in wanted]
-    packed, done, arena = {}, 0, Arena()
+    arena = Arena()
 
     def one(weight: Weight) -> tuple[Packed, ...]:
         return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs, room=arena.zeros)
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:  # numpy lets go of the interpreter
-        for weight, size, panels in zip(wanted, sizes, pool.map(one, wanted), strict=True):
-            packed[weight], done = panels, done + size
-            if report is not None:
-                report(Progress("load", done, sum(sizes)))
+    packed = for_each(wanted, source, one, max(1, threads), report)
     _one_form(program, packed)
     return packed
 

@@ -1,8 +1,8 @@
 """What the CPU backend keeps for each running sequence: its tokens, its block table, its sampling parameters.
 
-Steps write to it in the order in which they run, on the backend's own thread: `apply` before a step, `record` after its
-sampling. So step N + 1 finds the token of step N without the host. No lock: one thread only. Kernels read the arrays by
-address, which never changes.
+Steps write to it in the order in which they run, on the backend's own thread: `apply` before a step, then the kernel
+that samples puts its tokens there. So step N + 1 finds the token of step N without the host. No lock: one thread only.
+Kernels use the arrays by address, which never changes.
 """
 
 from __future__ import annotations
@@ -86,10 +86,6 @@ class Slots:
             token_slots, positions = slots[rows], np.arange(len(rows)) + (starts - firsts)[rows]
             last = (stops - 1)[samples]
         return Places(positions, token_slots, firsts, last, slots[samples], ends[samples], apart)
-
-    def record(self, places: Places, token_ids: Ints) -> None:
-        """Write the sampled ids (R,) behind their sequences. A -1 (not finite) becomes 0: its sequence is ending."""
-        self.tokens[places.sampled_slots, places.sampled_positions] = np.maximum(token_ids, 0)
 
     def prompt_positions(self, inputs: StepInputs) -> PromptPositions:
         """Where this step computes prompt tokens of sequences that want their prompt's log-probabilities."""

@@ -5,7 +5,6 @@ What is stored in the computation's own format is never looked at on the way; an
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import numpy as np
@@ -19,9 +18,8 @@ from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Dense, Matrix, Reader, check, load, piece_of
+from tokenmill.quant.base import Dense, Matrix, Reader, check, for_each, load, piece_of
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import Progress
 
 _LANES = 8  # copies at a time: one core fills a pinned buffer slower than the bus empties it
 _CHUNK = 32 << 20  # bytes of a pinned buffer
@@ -68,7 +66,6 @@ def pack(
     """
     wanted = weights_of(program)
     check(wanted, source)
-    sizes = [sum(source.nbytes(part.name) // w.ranks for part in w.parts) for w in wanted]
     packed = {w: torch.empty(_shape(w), dtype=dtype, device=device.torch) for w in wanted}
     lanes: SimpleQueue[_Lane] = SimpleQueue()
     for _ in range(_LANES):
@@ -81,12 +78,7 @@ def pack(
         finally:
             lanes.put(lane)
 
-    done = 0
-    with ThreadPoolExecutor(_LANES) as pool:
-        for size, _ in zip(sizes, pool.map(one, wanted), strict=True):
-            done += size
-            if report is not None:
-                report(Progress("load", done, sum(sizes)))
+    for_each(wanted, source, one, _LANES, report)
     device.finish()
     return packed
 

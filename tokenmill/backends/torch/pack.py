@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Dense, Matrix, Reader, check, load
+from tokenmill.quant.base import Dense, Matrix, Reader, check, for_each, load
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress
 
@@ -35,18 +34,11 @@ def pack(
     """
     wanted = weights_of(program)
     check(wanted, source)
-    sizes = [sum(source.nbytes(part.name) // w.ranks for part in w.parts) for w in wanted]
-    done, packed = 0, {}
 
     def one(weight: Weight) -> Tensor:
         return to_tensor(load(weight, source, read, group.rank), dtype).to(device)
 
-    with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads()))) as pool:  # numpy lets go of the interpreter
-        for weight, size, tensor in zip(wanted, sizes, pool.map(one, wanted), strict=True):
-            packed[weight], done = tensor, done + size
-            if report is not None:
-                report(Progress("load", done, sum(sizes)))
-    return packed
+    return for_each(wanted, source, one, max(1, min(4, torch.get_num_threads())), report)
 
 
 def to_tensor(matrix: Matrix, dtype: torch.dtype) -> Tensor:

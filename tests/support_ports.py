@@ -1,0 +1,13 @@
+"""Where servers of tests listen."""
+
+from __future__ import annotations
+
+import socket
+
+
+def unused_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
