@@ -7,6 +7,8 @@ import re
 import pytest
 
 from tokenmill import options
+from tokenmill.backends.cpu.backend import KV_DTYPES as CPU_KV_DTYPES
+from tokenmill.backends.cuda.prepare import ATTENTIONS, KV_DTYPES
 from tokenmill.config import Settings, memory_bytes
 from tokenmill.errors import ArgumentError, UsageError
 
@@ -213,6 +215,34 @@ def test_of_an_option_with_some_values_for_later_the_others_are_taken() -> None:
     assert Settings.from_args([], {"TOKENMILL_ISA": "avx2"}).cpu_isa == "avx2"
     with pytest.raises(ArgumentError, match=r"`--quantize` cannot be used yet: this release quantizes to int8"):
         Settings.from_args(["--quantize", "gptq"], {})
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "fp8_e5m2", "int8"])
+def test_the_caches_formats_are_tgis_and_a_cpus(name: str) -> None:
+    assert Settings.from_args(["--kv-cache-dtype", name], {}).kv_cache_dtype == name
+    assert Settings.from_args([], {"KV_CACHE_DTYPE": name}).kv_cache_dtype == name
+
+
+@pytest.mark.parametrize("name", ["flashinfer", "flashdecoding", "flashdecoding-ipex", "paged", "triton"])
+def test_attention_takes_tgis_names_and_one_of_ours(name: str) -> None:
+    for settings in (Settings.from_args(["--attention", name], {}), Settings.from_args([], {"ATTENTION": name})):
+        assert (settings.attention, settings.warnings) == (name, ())
+    assert name in ATTENTIONS
+    with pytest.raises(UsageError, match="ATTENTION: 'flash' is not one of: triton, flashinfer, flashdecoding"):
+        Settings.from_args([], {"ATTENTION": "flash"})
+
+
+def test_every_name_of_attention_and_of_a_cache_is_known_to_the_backends() -> None:
+    assert set(FIELDS["--attention"].option.choices) == set(ATTENTIONS)
+    assert set(FIELDS["--kv-cache-dtype"].option.choices) <= {*KV_DTYPES, *CPU_KV_DTYPES}
+
+
+def test_determinism_is_asked_for_by_flag_or_variable() -> None:
+    assert not Settings.from_args([], {}).deterministic
+    assert Settings.from_args(["--deterministic"], {}).deterministic
+    for variable in ("TOKENMILL_DETERMINISTIC", "DETERMINISTIC"):
+        assert Settings.from_args([], {variable: "true"}).deterministic
+    assert not Settings.from_args(["--deterministic", "false"], {"DETERMINISTIC": "1"}).deterministic
 
 
 def test_a_variable_that_cannot_be_read_is_a_usage_error_with_exit_code_2() -> None:

@@ -20,7 +20,8 @@ from tokenmill.options import Option
 
 _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
                   "bitsandbytes-fp4", "fp8")  # fmt: skip
-_KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
+_KV_DTYPES = ("int8", "fp8_e4m3fn", "fp8_e5m2")
+_ATTENTIONS = ("triton", "flashinfer", "flashdecoding", "flashdecoding-ipex", "paged")
 _CHUNKED = "prefill is always chunked and mixed with decoding, so nothing waits for it."
 WITHOUT_EFFECT = {
     "TGI_WIGGLE_ROOM": "say how much memory may be used with --memory-limit.",
@@ -49,9 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     quantize: Annotated[str, Option(
         "Quantize weights while loading.", choices=("int8", "int4", *_QUANTIZATIONS), later_choices=_QUANTIZATIONS,
         later="this release quantizes to int8 and int4 only. Use one of these, or serve a quantized GGUF file.")] = ""
-    kv_cache_dtype: Annotated[str, Option(
-        "Number format of the KV cache.", choices=("int8", *_KV_DTYPES), later_choices=_KV_DTYPES,
-        later="this release has no FP8 cache. Use int8, or leave the option out.")] = ""
+    kv_cache_dtype: Annotated[str, Option("Number format of the KV cache: int8 on a CPU, FP8 on a GPU. Default: "
+                                          "float16 on a CPU, the computation's on a GPU.", choices=_KV_DTYPES)] = ""
     trust_remote_code: Annotated[bool, Option("Allow a model repository's own Python code.", no_effect=(
         "no code of a model repository is ever run; a model that needs it is refused by its model_type."))] = False
     tokenizer_config_path: Annotated[str, Option("A tokenizer_config.json in place of the model's.")] = ""
@@ -74,6 +74,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "Batch sizes to capture as CUDA graphs, as 1,2,4; 0: none. Default: up to the largest batch.")] = ""
     cuda_memory_fraction: Annotated[float, Option(
         "Share of a GPU's memory that may be used.", at_least=0.01, at_most=1)] = 1.0
+    attention: Annotated[str, Option("Whose kernels attend to the cache on a GPU; TGI's flashdecoding and paged are "
+                                     "served by triton. Default: triton.", choices=_ATTENTIONS)] = ""
     disable_custom_kernels: Annotated[bool, Option("TGI: old kernels off.", no_effect="there are none.")] = False
     shard_uds_path: Annotated[str, Option("TGI: prefix of its sockets.", no_effect=_LOCAL)] = (
         "/tmp/text-generation-server")
@@ -139,8 +141,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     env: Annotated[bool, Option("Print the runtime environment at start.", env="", short="-e")] = False
     graceful_termination_timeout: Annotated[int, Option("Seconds that running requests get after SIGTERM.",
                                                         at_least=0, short="-g")] = 90
-    attention: Annotated[str, Option("TGI: attention kernel.", env_only=True, no_effect=(
-        "each backend has its own attention."))] = ""
     prefix_caching: Annotated[bool, Option("TGI: prefix cache.", env_only=True)] = True
     prefill_chunking: Annotated[bool, Option("TGI: chunked prefill.", env_only=True)] = True
     compute_type: Annotated[str, Option("Value of the x-compute-type header.", env="COMPUTE_TYPE")] = ""
@@ -161,6 +161,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                                    env="TOKENMILL_ISA")] = ""
     kernel_cache: Annotated[str, Option("Folder for compiled kernels. Default: in the user's cache.",
                                         env="TOKENMILL_KERNEL_CACHE")] = ""
+    deterministic: Annotated[bool, Option("The same tokens whatever else a step computes, however a prompt is cut and "
+                                          "whatever of it is cached; slower on a GPU, always so on a CPU.",
+                                          env="TOKENMILL_DETERMINISTIC,DETERMINISTIC")] = False
     http_workers: Annotated[int, Option("HTTP processes.", at_least=1, at_most=64, env="TOKENMILL_HTTP_WORKERS")] = 1
     cpu_threads: Annotated[int | None, Option("Threads that compute, per rank. Default: the CPUs that this process may "
                                               "use.", at_least=1, env="TOKENMILL_CPU_THREADS,OMP_NUM_THREADS")] = None

@@ -37,6 +37,8 @@ class Computing:
     dtype: str = ""
     quantize: str = ""
     kv_cache_dtype: str = ""
+    deterministic: bool = False
+    attention: str = ""  # as the user or TGI calls it
     cpu_isa: str = ""
     cpu_threads: int | None = None
     cpus: int = 1  # that this process may use
@@ -56,12 +58,24 @@ class Choice:
 
 def choose(program: Program, wants: Computing, block_size: int, ranks: int) -> Choice:
     """Needs no weights. A StartError if what the user wants cannot be had."""
-    on_gpu = _on_gpu(wants)
+    if _on_gpu(wants):
+        choice = Choice("torch", device="cuda") if wants.backend == "torch" else _choose_on_gpu(program, wants, ranks)
+    else:
+        choice = _choose_on_cpu(program, wants, block_size, ranks)
+    _check_cache(choice, wants.kv_cache_dtype)
+    if wants.deterministic and choice.name == "torch":
+        why = f" It would serve because the {choice.device.upper()} backend cannot: {choice.reason}."
+        raise ArgumentError(
+            "`deterministic` is given, but the torch backend's sums depend on how many rows a step has."
+            f"{why if choice.reason else ''} Leave the option out."
+        )
+    return choice
+
+
+def _choose_on_cpu(program: Program, wants: Computing, block_size: int, ranks: int) -> Choice:
     if wants.backend == "torch":
         need_torch("The torch backend")
-        return Choice("torch", device="cuda" if on_gpu else "cpu")
-    if on_gpu:
-        return _choose_on_gpu(program, wants, ranks)
+        return Choice("torch")
     reason = _refusal(program, wants, block_size, ranks)
     if not reason:
         return Choice("cpu")
@@ -89,9 +103,12 @@ def _on_gpu(wants: Computing) -> bool:
 
 
 def _choose_on_gpu(program: Program, wants: Computing, ranks: int) -> Choice:
-    from tokenmill.backends.cuda.prepare import refusal
+    from tokenmill.backends.cuda.detect import capability
+    from tokenmill.backends.cuda.prepare import LEAST_CAPABILITY, refusal
 
-    reason = refusal(program, wants.dtype, ranks) or _not_on_gpu(wants)
+    reason, found = refusal(program, wants.dtype, ranks, wants.deterministic), capability()
+    if not reason and found < LEAST_CAPABILITY:
+        reason = f"it needs compute capability {_dotted(LEAST_CAPABILITY)}, this device has {_dotted(found)}"
     if not reason:
         return Choice("cuda", device="cuda")
     if wants.backend == "cuda":
@@ -99,8 +116,31 @@ def _choose_on_gpu(program: Program, wants: Computing, ranks: int) -> Choice:
     return Choice("torch", reason, "cuda")
 
 
-def _not_on_gpu(wants: Computing) -> str:
-    return "its cache has the computation's dtype" if wants.kv_cache_dtype else ""
+def _check_cache(choice: Choice, wanted: str) -> None:
+    """Unsupported, with what there is, if the backend has no cache of the format that is wanted."""
+    if not wanted:
+        return
+    if choice.name == "cpu":
+        known: tuple[str, ...] = ("int8",)
+        cure = "The CPU backend's cache is float16 or int8; FP8 is for GPUs. Give `--kv-cache-dtype int8`, or none."
+    elif choice.name == "torch":
+        known, cure = (), "The torch backend's cache has the computation's dtype: leave the option out."
+    else:
+        from tokenmill.backends.cuda.detect import capability, device_name
+        from tokenmill.backends.cuda.prepare import FP8_CAPABILITY, KV_DTYPES
+
+        known, cure = KV_DTYPES, "On a GPU the cache has the computation's dtype, or FP8."
+        if wanted in known and capability() < FP8_CAPABILITY:
+            known, cure = (), (
+                f"FP8 needs compute capability {_dotted(FP8_CAPABILITY)}; {device_name()} has {_dotted(capability())}. "
+                "Leave the option out: the cache then has the computation's dtype."
+            )  # fmt: skip
+    if wanted not in known:
+        raise Unsupported("KV cache dtype", wanted, known, cure)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def make_backend(
@@ -113,6 +153,8 @@ def make_backend(
     report: Report,
 ) -> Backend:
     """The backend, its weights read."""
+    if wants.attention and choice.name != "cuda":
+        _log.warning("`attention` %s has no effect: the %s backend has its own.", wants.attention, choice.name)
     if choice.name == "cpu":
         return _cpu(program, checkpoint, limits, wants, group, report)
     if choice.name == "cuda":
@@ -195,11 +237,35 @@ def _cuda(
     """Imports torch and triton."""
     from tokenmill.backends.cuda.backend import CudaBackend
 
-    read = reader_of(checkpoint, wants.quantize)
     dtype = dtype_of(Choice("cuda"), checkpoint, wants.dtype)
     return CudaBackend(
-        program, checkpoint, read, limits, group, dtype=dtype, device="cuda", graphs=wants.cuda_graphs, report=report
+        program,
+        checkpoint,
+        reader_of(checkpoint, wants.quantize),
+        limits,
+        group,
+        dtype=dtype,
+        device="cuda",
+        graphs=wants.cuda_graphs,
+        kv_cache_dtype=wants.kv_cache_dtype,
+        deterministic=wants.deterministic,
+        attention=_attention(program, wants, dtype),
+        report=report,
     )
+
+
+def _attention(program: Program, wants: Computing, dtype: str) -> str:
+    """Whose kernels attend to runs of tokens on a GPU. Logs what became of what was wanted."""
+    from tokenmill.backends.cuda.prepare import attention_of
+
+    chosen, why_not = attention_of(program, wants.attention, dtype, wants.deterministic)
+    if why_not:
+        _log.warning("`attention` is %s, but Triton's kernels attend: %s.", wants.attention, why_not)
+    elif wants.attention not in ("", chosen):
+        _log.info("`attention` is %s: Triton's kernels are the nearest to it here, and attend.", wants.attention)
+    elif chosen == "flashinfer":
+        _log.info("flashinfer attends to runs of tokens, Triton's kernels to single ones.")
+    return chosen
 
 
 def _torch(
@@ -215,8 +281,6 @@ def _torch(
     from tokenmill.backends.torch.backend import TorchBackend
     from tokenmill.backends.torch.threads import set_threads
 
-    if wants.kv_cache_dtype == "int8":
-        raise Unsupported("KV cache dtype", "int8", (), "The torch backend's cache has the computation's dtype.")
     if wants.cpu_threads is not None:
         set_threads(wants.cpu_threads)
     read = reader_of(checkpoint, wants.quantize)

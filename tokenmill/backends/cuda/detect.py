@@ -1,10 +1,15 @@
-"""Whether this machine has a CUDA device: asks the driver's library, imports no torch."""
+"""What this machine has for computing on an NVIDIA GPU: asks the driver's library, imports no torch."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
+import shutil
 import sys
+
+_MAJOR, _MINOR = 75, 76  # the driver's numbers for the two parts of a compute capability
+_COMPILERS = ("nvcc", "ninja")
 
 
 def missing() -> str:
@@ -34,3 +39,31 @@ def device_name(index: int = 0) -> str:
     if driver.cuDeviceGet(ctypes.byref(device), index) != 0 or driver.cuDeviceGetName(name, 128, device) != 0:
         return "a CUDA device"
     return name.value.decode(errors="replace")
+
+
+def capability(index: int = 0) -> tuple[int, int]:
+    """A device's compute capability; (0, 0) if the driver does not say. Call it where nothing is `missing`."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, parts = ctypes.c_int(0), (ctypes.c_int(0), ctypes.c_int(0))
+    driver.cuInit(0)
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    for part, number in zip(parts, (_MAJOR, _MINOR), strict=True):
+        driver.cuDeviceGetAttribute(ctypes.byref(part), number, device)
+    return parts[0].value, parts[1].value
+
+
+def flashinfer_missing() -> str:
+    """Why flashinfer cannot be imported here, and the cure; "" if it can. Whether it can compile is another matter."""
+    for name, package in (("flashinfer", "flashinfer-python"), ("tvm_ffi", "apache-tvm-ffi")):
+        if importlib.util.find_spec(name) is None:
+            return f"{package} is not installed (`pip install {package}`)"
+    return ""
+
+
+def flashinfer_told() -> str:
+    """Which flashinfer is installed, and whether it finds what it compiles its kernels with. Call it if it is there."""
+    version = importlib.metadata.version("flashinfer-python")
+    if importlib.util.find_spec("flashinfer_jit_cache") is not None:
+        return f"{version}, its kernels from flashinfer-jit-cache"
+    lacking = [name for name in _COMPILERS if shutil.which(name) is None]
+    return f"{version}" + (f"; {' and '.join(lacking)} not found, which compile its kernels" if lacking else "")
