@@ -1,4 +1,7 @@
-"""Attention as launches: one for tokens that stand alone, two for runs of tokens, whatever mix of them a step has."""
+"""Attention as launches: one for tokens that stand alone, two for runs of tokens, whatever mix of them a step has.
+
+Or, where a token shall get the same numbers in whatever step it is computed (`alike`), all as tiles of one kernel.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenmill.backends.cuda.kernels.decode import decode
+from tokenmill.backends.cuda.kernels.decode import decode, list_splits
 from tokenmill.backends.cuda.kernels.heads import write_heads
-from tokenmill.backends.cuda.kernels.prefill import attend_tiles
+from tokenmill.backends.cuda.kernels.prefill import attend_tiles, tile_each
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import ahead
-from tokenmill.backends.cuda.shapes import CLASSES, decode_shape, power, tile_shape
+from tokenmill.backends.cuda.shapes import CLASSES, DecodeShape, decode_shape, power, tile_shape
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
 from tokenmill.program.ops import Weight
@@ -26,47 +29,86 @@ if TYPE_CHECKING:
 _LOG2E = 1.4426950408889634
 
 
-class AttentionLowering:
-    """Lowers every Attention of a program; they share scratch."""
+Scales = dict[int, tuple[float, float]]
+"""By layer: what a key and a value of the cache are multiplied by."""
 
-    def __init__(self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots) -> None:
+
+class AttentionLowering:
+    """Lowers every Attention of a program; they share scratch. `scales`: of the layers whose cache has any."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        weights: dict[Weight, Tensor],
+        slots: CudaSlots,
+        scales: Scales | None = None,
+        alike: bool = False,
+    ) -> None:
         self._memory, self._weights, self._slots = memory, weights, slots
+        self._cache_scales, self._alike = scales or {}, alike
         found = [op for op in memory.program.ops if isinstance(op, ops.Attention)]
         sizes = [self._scratch_of(op) for op in found]
         device = memory.device.torch
         self._part = torch.empty(max((s[0] for s in sizes), default=0), device=device)
         self._sums = torch.empty(max((s[1] for s in sizes), default=0), device=device)
         self._counts = torch.zeros(max((s[2] for s in sizes), default=0), dtype=torch.int32, device=device)
+        self._lists: dict[tuple[int, ...], Tensor] = {}
+        self._listed = 1 + max((s[3] for s in sizes), default=0)
+        rows = memory.rows["tokens"] if alike else 0
+        self._tiles = torch.zeros(rows, 4, dtype=torch.int32, device=device)
         self.tile_tokens = {self._tile_tokens(op) for op in found}
 
     @property
     def nbytes(self) -> int:
         """Bytes of scratch."""
-        return self._part.nbytes + self._sums.nbytes + self._counts.nbytes
+        scratch = (self._part, self._sums, self._counts, self._tiles, *self._lists.values())
+        return sum(tensor.nbytes for tensor in scratch)
 
     def lower(self, op: ops.Attention) -> Callable[[Sizes], None]:
         """The launches of one layer."""
-        alone, runs = self._alone(op), self._runs(op)
+        if self._alike:
+            return self._tiled(op)
+        alone, write, runs = self._alone(op), self._writes(op), self._runs(op)
 
         def run(n: Sizes) -> None:
             if n.tiles:
-                runs(n)
+                write(n)
+                runs(n.tiles[self._tile_tokens(op)])
             if n.singles is None or len(n.singles):
                 alone(n)
 
         return run
 
-    def _scratch_of(self, op: ops.Attention) -> tuple[int, int, int]:
-        """Numbers of partial results, sums and counters, over the classes of rows."""
-        kv_heads, shared = op.k.width // op.head_dim, op.q.width // op.k.width
+    def _tiled(self, op: ops.Attention) -> Callable[[Sizes], None]:
+        write, runs = self._writes(op), self._runs(op)
+
+        def run(n: Sizes) -> None:
+            write(n)
+            if n.tiles:
+                runs(n.tiles[self._tile_tokens(op)])
+            rows = n.tokens if n.singles is None else len(n.singles)
+            if rows:
+                some = n.pairs if n.singles is None else n.singles
+                tile_each[(rows,)](n.pairs, some, self._tiles, SOME=n.singles is not None, num_warps=1)
+                runs(self._tiles[:rows])
+
+        return run
+
+    def _most_rows(self) -> int:
+        """Tokens that stand alone in a step, at most."""
         most = max(self._memory.rows["tokens"], self._memory.rows["samples"])
-        most = min(most, max(self._memory.limits.max_batch_size, 1))
+        return min(most, max(self._memory.limits.max_batch_size, 1))
+
+    def _scratch_of(self, op: ops.Attention) -> tuple[int, int, int, int]:
+        """Numbers of partial results, sums, counters and splits, over the classes of rows."""
+        kv_heads, shared = op.k.width // op.head_dim, op.q.width // op.k.width
+        most = self._most_rows()
         splits = max(
             min(rows, most) * decode_shape(min(rows, most), op.head_dim, shared, True, self._item).splits
             for rows in CLASSES
         )
         groups = splits * kv_heads * shared
-        return groups * op.head_dim, groups, most * kv_heads
+        return groups * op.head_dim, groups, most * kv_heads, splits
 
     @property
     def _item(self) -> int:
@@ -74,7 +116,7 @@ class AttentionLowering:
 
     def _tile_tokens(self, op: ops.Attention) -> int:
         shared = op.q.width // op.k.width
-        return tile_shape(op.head_dim, shared, self._item).rows // shared
+        return tile_shape(op.head_dim, shared, self._item, self._alike).rows // shared
 
     def _common(self, op: ops.Attention) -> dict[str, Any]:
         """What the kernels of a layer have in common."""
@@ -86,11 +128,17 @@ class AttentionLowering:
             "BLOCK_SIZE": self._memory.limits.block_size,
         }
 
-    def _scales(self, op: ops.Attention) -> tuple[float, float]:
-        """What products are multiplied by, and what a capped one is."""
+    def _scales(self, op: ops.Attention) -> tuple[float, float, float]:
+        """What products of queries and kept keys are multiplied by, what a capped one is, and kept values."""
+        key, value = self._cache_scales.get(op.layer, (1.0, 1.0))
         if op.softcap:
-            return op.scale / op.softcap, op.softcap * _LOG2E
-        return op.scale * _LOG2E, 1.0
+            return op.scale * key / op.softcap, op.softcap * _LOG2E, value
+        return op.scale * key * _LOG2E, 1.0, value
+
+    def _fits(self, op: ops.Attention) -> tuple[float, float]:
+        """What keys and values are multiplied by before they are kept."""
+        key, value = self._cache_scales.get(op.layer, (1.0, 1.0))
+        return 1.0 / key, 1.0 / value
 
     def _turns(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
         return self._memory.turns(op.rope) if op.rope is not None else (self._sums, self._sums)
@@ -100,47 +148,76 @@ class AttentionLowering:
             return self._sums, self._sums
         return self._weights[op.q_norm], self._weights[op.k_norm]
 
+    def _lister(self, op: ops.Attention) -> tuple[Tensor, Callable[[Sizes, int, DecodeShape], None] | None]:
+        """The list of splits that a layer reads, and what makes it: None if a layer before does."""
+        key = op.window, op.head_dim, op.q.width // op.k.width
+        if key in self._lists:
+            return self._lists[key], None
+        items = self._lists[key] = torch.zeros(self._listed, dtype=torch.int32, device=self._memory.device.torch)
+
+        def make(n: Sizes, rows: int, shape: DecodeShape) -> None:
+            list_splits[(1,)](
+                items, n.pairs, n.pairs if n.singles is None else n.singles, rows, BN=shape.keys, SPLITS=shape.splits,
+                LEAST=shape.least, WINDOW=op.window, SOME=n.singles is not None, BLOCK=power(rows), num_warps=4,
+            )  # fmt: skip
+
+        return items, make
+
     def _alone(self, op: ops.Attention) -> Callable[[Sizes], None]:
         q, k, v, out = (self._memory.value(x) for x in (op.q, op.k, op.v, op.out))
         keys, values = self._memory.cache(op.layer)
         tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
-        (cos, sin), (q_norm, k_norm), (scale, cap) = self._turns(op), self._norms(op), self._scales(op)
+        (cos, sin), (q_norm, k_norm), (scale, cap, v_scale) = self._turns(op), self._norms(op), self._scales(op)
+        (k_fit, v_fit), (items, make_list) = self._fits(op), self._lister(op)
         kv_heads = op.k.width // op.head_dim
 
         def run(n: Sizes) -> None:
             rows = n.tokens if n.singles is None else len(n.singles)
             shape = decode_shape(rows, op.head_dim, shared, n.long, self._item)
-            decode[(rows, kv_heads, shape.splits)](
+            listed = shape.splits > 1 and rows > CLASSES[0]
+            if listed and make_list is not None:
+                make_list(n, rows, shape)
+            decode[(kv_heads, rows * shape.splits)](
                 q, k, v, keys, values, out, n.pairs, n.pairs if n.singles is None else n.singles, tables, cos, sin,
-                q_norm, k_norm, self._part, self._sums, self._counts, q.stride(0), k.stride(0), v.stride(0),
-                tables.stride(0), op.eps, scale, cap, **common, G=shared, GP=max(16, power(shared)), BN=shape.keys,
-                SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window, CAPPED=op.softcap > 0,
-                NORM=op.q_norm is not None, ROPE=op.rope is not None, SOME=n.singles is not None,
-                PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **ahead(n.early),
+                q_norm, k_norm, self._part, self._sums, self._counts, items, q.stride(0), k.stride(0), v.stride(0),
+                tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common, G=shared,
+                GP=max(16, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window,
+                CAPPED=op.softcap > 0, NORM=op.q_norm is not None, ROPE=op.rope is not None, SOME=n.singles is not None,
+                LISTED=listed, PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **ahead(n.early),
             )  # fmt: skip
 
         return run
 
-    def _runs(self, op: ops.Attention) -> Callable[[Sizes], None]:
-        q, k, v, out = (self._memory.value(x) for x in (op.q, op.k, op.v, op.out))
-        turned = self._memory.queries.view(-1)
+    def _writes(self, op: ops.Attention) -> Callable[[Sizes], None]:
+        """Keys and values of all tokens to the cache, their queries turned."""
+        q, k, v, turned = (*(self._memory.value(x) for x in (op.q, op.k, op.v)), self._memory.queries.view(-1))
         keys, values = self._memory.cache(op.layer)
-        tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
-        (cos, sin), (q_norm, k_norm), (scale, cap) = self._turns(op), self._norms(op), self._scales(op)
+        tables, common = self._slots.tables, self._common(op)
+        (cos, sin), (q_norm, k_norm), (k_fit, v_fit) = self._turns(op), self._norms(op), self._fits(op)
         kv_heads, heads = op.k.width // op.head_dim, op.q.width // op.head_dim
-        shape, per_tile = tile_shape(op.head_dim, shared, self._item), self._tile_tokens(op)
 
         def run(n: Sizes) -> None:
             write_heads[(n.tokens,)](
                 q, k, v, keys, values, turned, n.pairs, tables, cos, sin, q_norm, k_norm, q.stride(0), k.stride(0),
-                v.stride(0), tables.stride(0), op.eps, **common, HEADS=heads, HEADS2=power(heads),
+                v.stride(0), tables.stride(0), op.eps, k_fit, v_fit, **common, HEADS=heads, HEADS2=power(heads),
                 KV_HEADS2=power(kv_heads), NORM=op.q_norm is not None, ROPE=op.rope is not None, num_warps=4,
             )  # fmt: skip
-            tiles = n.tiles[per_tile]
+
+        return run
+
+    def _runs(self, op: ops.Attention) -> Callable[[Tensor], None]:
+        """Attention of tiles, whose queries and keys are written."""
+        out, turned = self._memory.value(op.out), self._memory.queries.view(-1)
+        keys, values = self._memory.cache(op.layer)
+        tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
+        kv_heads, (scale, cap, v_scale) = op.k.width // op.head_dim, self._scales(op)
+        shape = tile_shape(op.head_dim, shared, self._item, self._alike)
+
+        def run(tiles: Tensor) -> None:
             attend_tiles[(len(tiles), kv_heads)](
-                turned, keys, values, out, tiles, tables, tables.stride(0), scale, cap, **common, G=shared,
-                BM=shape.rows, BN=shape.keys, WINDOW=op.window, CAPPED=op.softcap > 0, STAGES=shape.stages,
-                num_warps=shape.warps,
+                turned, keys, values, out, tiles, tables, tables.stride(0), scale, cap, v_scale, **common, G=shared,
+                BM=shape.rows, BN=shape.keys, WINDOW=op.window, CAPPED=op.softcap > 0, ALIKE=self._alike,
+                STAGES=shape.stages, num_warps=shape.warps,
             )  # fmt: skip
 
         return run

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
-from tokenmill.backends.cuda.attention import tiles_of
+from tokenmill.backends.cuda.attention import Scales, tiles_of
 from tokenmill.backends.cuda.device import Device, Mark
 from tokenmill.backends.cuda.graphs import Graphs
 from tokenmill.backends.cuda.lower import Launch, Lowering, Sizes
@@ -23,13 +23,14 @@ from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
 from tokenmill.backends.cuda.products import FEW
 from tokenmill.backends.cuda.sampler import Sampler
+from tokenmill.backends.cuda.scales import kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, LONG, differs_if_long
 from tokenmill.backends.cuda.single import Single
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.torch.pack import Report
 from tokenmill.backends.torch.sampling import Logprobs, prompt_details
 from tokenmill.backends.torch.slots import PromptPositions
-from tokenmill.errors import NotEnoughMemory, Unsupported
+from tokenmill.errors import NotEnoughMemory, OutOfMemory, Unsupported
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.value import Program
@@ -38,6 +39,7 @@ from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import TokenDetails
 
 _DTYPES = {name: getattr(torch, name) for name in DTYPES}
+CACHE_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 class CudaStep:
@@ -69,8 +71,9 @@ class CudaBackend:
     """Implements `backends.base.Backend` for one device.
 
     The constructor reads the weights and calls `report` meanwhile. `graphs`: batch sizes to capture, None: a choice of
-    its own. `device` "cpu": under Triton's interpreter, for tests. Unsupported, with the reason, for a program that
-    another backend has to run.
+    its own. `kv_cache_dtype`: "fp8_e4m3fn", "fp8_e5m2", "": the computation's. `deterministic`: the same tokens whatever
+    shares a step, however a prompt is cut and whatever of it was cached. `device` "cpu": under Triton's interpreter, for
+    tests. Unsupported, with the reason, for a program that another backend has to run.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class CudaBackend:
         dtype: str = "bfloat16",
         device: str = "cuda",
         graphs: tuple[int, ...] | None = None,
+        kv_cache_dtype: str = "",
+        deterministic: bool = False,
         report: Report | None = None,
     ) -> None:
         if why := refusal(program, dtype, group.size):
@@ -91,10 +96,11 @@ class CudaBackend:
         self.limits, self.group, self.num_blocks = limits, group, 0
         self.program = fused(program)
         self.vocab_size = self.program.output.width
-        self._device, self._dtype = Device(device), _DTYPES[dtype]
+        self._device, self._dtype, self._deterministic = Device(device), _DTYPES[dtype], deterministic
         try:
             self._weights = pack(self.program, source, read, group, self._dtype, self._device, report)
-            self._memory = Memory(self.program, limits, self._dtype, self._device)
+            cache_dtype = CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else None
+            self._memory = Memory(self.program, limits, self._dtype, self._device, cache_dtype)
             self._slots = CudaSlots(limits, self.vocab_size, self._device)
         except torch.OutOfMemoryError as e:
             raise NotEnoughMemory(
@@ -103,6 +109,9 @@ class CudaBackend:
             ) from e
         self.logits = self._memory.value(self.program.output)
         self._sampler = Sampler(self.logits, self._slots, self._device)
+        self._scales: Scales = {}
+        if kv_cache_dtype == "fp8_e4m3fn":
+            self._scales = kv_scales(source, [op.layer for op in self.program.ops if isinstance(op, ops.Attention)])
         self._lowering: Lowering | None = None
         self._body: list[Launch] = []
         self._tail: list[Launch] = []
@@ -130,11 +139,12 @@ class CudaBackend:
             raise NotEnoughMemory(f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}") from e
         self.num_blocks = num_blocks
         self._slots.set_blocks(self._slots.spare, np.array([num_blocks], np.int32))
-        self._lowering = Lowering(self._memory, self._weights, self._slots)
+        self._lowering = Lowering(self._memory, self._weights, self._slots, self._scales, self._deterministic)
         launches = self._lowering.launches()
         first = next((i for i, line in enumerate(launches) if isinstance(line.op, ops.TakeRows)), len(launches))
         self._body, self._tail = launches[:first], launches[first:]
-        self._single = Single(self._lowering, self._memory).launches()
+        if not self._deterministic:
+            self._single = Single(self._lowering, self._memory).launches()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -165,9 +175,17 @@ class CudaBackend:
         self._memory.clear(-(-room // size))
         self._device.finish()
 
-    @torch.inference_mode()
     def run(self, inputs: StepInputs) -> Step:
-        """Launch a step behind those before it and return at once."""
+        """Launch a step behind those before it and return at once. OutOfMemory: nothing of it counts."""
+        try:
+            return self._run(inputs)
+        except torch.OutOfMemoryError as error:
+            why = str(error)
+        torch.cuda.empty_cache()  # here, where no frame of the error holds a tensor any more
+        raise OutOfMemory(why)
+
+    @torch.inference_mode()
+    def _run(self, inputs: StepInputs) -> Step:
         self._slots.apply(inputs)
         rows = len(inputs.slots)
         if len(inputs.samples) == rows and int(inputs.counts.max()) == 1:
@@ -195,7 +213,7 @@ class CudaBackend:
     def _decode(self, sizes: Sizes) -> None:
         """One token a row, all sampling."""
         sizes = replace(sizes, early=self._device.real and sizes.tokens <= FEW)
-        if sizes.tokens != 1:
+        if sizes.tokens != 1 or not self._single:
             self._forward(sizes)
             return
         for launch in self._single:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tokenmill.backends.cuda.attention import AttentionLowering
+from tokenmill.backends.cuda.attention import AttentionLowering, Scales
 from tokenmill.backends.cuda.kernels import rows as kernels
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import Product, Scratch, ahead, largest
@@ -68,11 +68,22 @@ class Launch:
 
 
 class Lowering:
-    """The launches of a prepared program. The cache must have been allocated."""
+    """The launches of a prepared program. The cache must have been allocated.
 
-    def __init__(self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots) -> None:
-        self._memory, self._weights, self._slots = memory, weights, slots
-        self._attention = AttentionLowering(memory, weights, slots)
+    `alike`: what is computed of a token does not depend on the other tokens of its step, nor on how many there are.
+    `scales`: see `AttentionLowering`.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        weights: dict[Weight, Tensor],
+        slots: CudaSlots,
+        scales: Scales | None = None,
+        alike: bool = False,
+    ) -> None:
+        self._memory, self._weights, self._slots, self._alike = memory, weights, slots, alike
+        self._attention = AttentionLowering(memory, weights, slots, scales, alike)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit
@@ -133,7 +144,7 @@ class Lowering:
         gate = self.gate_of(op)
         out, act = (op.out, "") if gate is None else (gate.out, gate.act)
         x, made = self._memory.value(op.x), self._memory.value(out)
-        return Product(x, self._weights[op.weight], self._optional(op.bias), made, act, self._scratch)
+        return Product(x, self._weights[op.weight], self._optional(op.bias), made, act, self._scratch, self._alike)
 
     def gate_of(self, op: ops.Linear) -> ops.GatedAct | None:
         """The activation that alone reads the halves of a product, right behind it."""

@@ -17,10 +17,18 @@ PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
 
 
 class Memory:
-    """Of one program at its largest step: T tokens, R rows that sample."""
+    """Of one program at its largest step: T tokens, R rows that sample. `cache_dtype`: of keys and values kept."""
 
-    def __init__(self, program: Program, limits: StepLimits, dtype: torch.dtype, device: Device) -> None:
+    def __init__(
+        self,
+        program: Program,
+        limits: StepLimits,
+        dtype: torch.dtype,
+        device: Device,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.program, self.limits, self.dtype, self.device = program, limits, dtype, device
+        self.cache_dtype = cache_dtype or dtype
         self.rows = {"tokens": limits.max_batch_tokens, "samples": max(limits.max_batch_size, PROMPT_ROWS)}
         first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
         lasting = {v.buffer for op in program.ops[first:] for v in op.reads().values()}
@@ -67,13 +75,13 @@ class Memory:
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers."""
         per_token = sum(2 * layer.heads * layer.head_dim for layer in self._layout.values())
-        return per_token * self.dtype.itemsize * self.limits.block_size
+        return per_token * self.cache_dtype.itemsize * self.limits.block_size
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache; the block after the last one is nobody's."""
         for layer, kept in self._layout.items():
             shape = 2, (num_blocks + 1) * self.limits.block_size, kept.heads * kept.head_dim
-            self._cache[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device.torch)
+            self._cache[layer] = torch.zeros(shape, dtype=self.cache_dtype, device=self.device.torch)
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values (places, heads · head size)."""

@@ -17,6 +17,7 @@ from tokenmill.backends.cuda.shapes import power
 
 FEW = 64  # rows
 _TILES = (16, 32, 64)  # rows of a tile
+_MOST_OF_A_TILE = 128  # where one is not enough
 
 
 def ahead(early: bool) -> dict[str, bool]:
@@ -80,6 +81,14 @@ def few_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape | 
     return FewShape(64, 128, splits, 4 if splits > 1 else 6, 4)
 
 
+def alike_shape(rows: int, columns: int, item_bytes: int = 2) -> FewShape:
+    """Of any number of rows where an output shall not depend on it: never split, always summed in the same order."""
+    at_once = next(n for n in (64, 32, 16) if columns % n == 0)
+    if item_bytes > 2:
+        return FewShape(64, min(at_once, 32), 1, 2, 4)
+    return FewShape(64, at_once, 1, 6, 4) if rows <= FEW else FewShape(128, at_once, 1, 3, 8)
+
+
 class Scratch:
     """Partial sums and counters of split products."""
 
@@ -93,13 +102,23 @@ class Product:
     """x · weightᵀ + bias, or act(gate) · up of it."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, act: str, scratch: Scratch | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        act: str,
+        scratch: Scratch | None,
+        alike: bool = False,
     ) -> None:
         self._x, self._weight, self._bias, self._out, self._act, self._scratch = x, weight, bias, out, act, scratch
         self._outputs, self._columns = weight.shape[0] // (2 if act else 1), weight.shape[1]
+        self._alike = alike
 
     def fits(self, rows: int) -> bool:
         """Whether `run` has a kernel for so many rows, rather than cuBLAS."""
+        if self._alike:
+            return True
         if self._scratch is None:
             return False
         if rows == 1:
@@ -112,19 +131,25 @@ class Product:
 
     def run(self, rows: int, early: bool = False) -> None:
         """`fits(rows)` must be true."""
-        if rows == 1:
+        if rows == 1 and not self._alike:
             self.one(early=early)
             return
-        scratch, shape = self._scratch, few_shape(rows, self._outputs, self._columns, bool(self._act))
-        assert scratch is not None
-        assert shape is not None
-        few_rows[(triton.cdiv(self._outputs, shape.outputs), shape.splits)](
-            self._x, self._weight, self._weight if self._bias is None else self._bias, self._out, scratch.part,
-            scratch.counts, self._x.stride(0), rows, N=self._outputs, K=self._columns,
-            BM=next(tile for tile in _TILES if rows <= tile), BN=shape.outputs, BK=shape.columns, SPLITS=shape.splits,
-            BIAS=self._bias is not None, ACT=self._act, PDL=early, STAGES=shape.stages,
+        shape = self._shape(rows)
+        part, counts = (self._out, self._out) if self._scratch is None else (self._scratch.part, self._scratch.counts)
+        tile = next((tile for tile in _TILES if rows <= tile), _MOST_OF_A_TILE)
+        few_rows[(triton.cdiv(self._outputs, shape.outputs), shape.splits, triton.cdiv(rows, tile))](
+            self._x, self._weight, self._weight if self._bias is None else self._bias, self._out, part, counts,
+            self._x.stride(0), rows, N=self._outputs, K=self._columns, BM=tile, BN=shape.outputs, BK=shape.columns,
+            SPLITS=shape.splits, BIAS=self._bias is not None, ACT=self._act, TMA=False, PDL=early, STAGES=shape.stages,
             num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
+
+    def _shape(self, rows: int) -> FewShape:
+        if self._alike:
+            return alike_shape(rows, self._columns, self._x.element_size())
+        shape = few_shape(rows, self._outputs, self._columns, bool(self._act))
+        assert shape is not None
+        return shape
 
     def one(
         self,

@@ -73,8 +73,10 @@ def differs_if_long(rows: int) -> bool:
     return decode_shape(rows, 128, 1, False) != decode_shape(rows, 128, 1, True)
 
 
-def tile_shape(head_dim: int, shared: int, item_bytes: int = 2) -> TileShape:
-    """Of runs of any length."""
+def tile_shape(head_dim: int, shared: int, item_bytes: int = 2, alike: bool = False) -> TileShape:
+    """Of runs of any length. `alike`: single tokens are such runs, too."""
+    if alike and head_dim <= 128 and item_bytes == 2:
+        return TileShape(64, 64, 3, 4)
     if head_dim > 128 or item_bytes > 2:
         return TileShape(64, 32, 2, 4)
     return TileShape(128, 64 if head_dim > 64 else 128, 3 if head_dim > 64 else 2, 8)

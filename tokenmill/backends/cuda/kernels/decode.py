@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.backends.cuda.kernels.heads import columns, place_of, real, turned
+from tokenmill.backends.cuda.kernels.heads import columns, kept, place_of, real, turned
 
 
 @triton.jit
@@ -91,19 +91,19 @@ def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, sc
 
 @triton.jit
 def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr, cos, sin, eps, scale, cap,
-              D: tl.constexpr, HALF: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr,
+              k_fit, v_fit, D: tl.constexpr, HALF: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr,
               ROPE: tl.constexpr):  # fmt: skip
-    """Write the new token's key and value to the cache, and go on with them."""
+    """Write the new token's key and value to the cache, and go on with them as they are there."""
     half = tl.arange(0, HALF)[None, :]
     half_ok = half < D // 2
     b1, b2 = turned(k_ptr + half * 0, half_ok, norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
     stored: tl.constexpr = key_ptr.dtype.element_ty
-    b1, b2 = b1.to(a1.dtype).to(stored), b2.to(a1.dtype).to(stored)
+    b1, b2 = kept(b1.to(a1.dtype), k_fit, stored), kept(b2.to(a1.dtype), k_fit, stored)
     tl.store(key_ptr + half, b1, mask=half_ok)
     tl.store(key_ptr + D // 2 + half, b2, mask=half_ok)
     j = tl.arange(0, 2 * HALF)
     col = columns(j, D, HALF)
-    value = tl.load(v_ptr + col, mask=real(j, D, HALF), other=0.0).to(stored)
+    value = kept(tl.load(v_ptr + col, mask=real(j, D, HALF), other=0.0), v_fit, stored)
     tl.store(value_ptr + col, value, mask=real(j, D, HALF))
     s = tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1) + tl.sum(a2.to(tl.float32) * b2.to(tl.float32), 1)
     s = scored(s, scale, cap, CAPPED)
@@ -113,18 +113,53 @@ def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr,
     return higher, total * fade + p, acc * fade[:, None] + p[:, None] * value.to(tl.float32)[None, :]
 
 
+@triton.jit(do_not_specialize=["n"])
+def list_splits(items_ptr, pairs_ptr, rows_ptr, n, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+                WINDOW: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """What `decode` is to do for n rows: items[0] says how many splits there are in all, each of the next is
+    row · 256 + split. Whole splits come first, the rows' last ones, which are shorter, behind them: so the device is
+    busy to the end. Grid (1,); BLOCK >= n.
+    """
+    row = tl.arange(0, BLOCK)
+    ok = row < n
+    t = row
+    if SOME:
+        t = tl.load(rows_ptr + row, mask=ok, other=0)
+    position = tl.load(pairs_ptr + 2 * t + 1, mask=ok, other=0)
+    _, _, active = spans(position, WINDOW, BN, SPLITS, LEAST)
+    whole = tl.where(ok, active - 1, 0)
+    before = tl.cumsum(whole, 0) - whole
+    total = tl.sum(whole, 0)
+    tl.store(items_ptr, total + n)
+    for split in tl.static_range(SPLITS - 1):
+        tl.store(items_ptr + 1 + before + split, row * 256 + split, mask=split < whole)
+    tl.store(items_ptr + 1 + total + row, row * 256 + active - 1, mask=ok)
+
+
 @triton.jit
 def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_ptr, tables_ptr, cos_ptr, sin_ptr,
-           q_norm_ptr, k_norm_ptr, part_ptr, sum_ptr, count_ptr, q_stride, k_stride, v_stride, table_stride, eps,
-           scale, cap, KV_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-           BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
-           WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, SOME: tl.constexpr,
-           PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Grid (rows, KV_HEADS, SPLITS). SOME: of the step's tokens those in `rows` only. GP: at least 16 and G."""
-    b, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    t = b
+           q_norm_ptr, k_norm_ptr, part_ptr, sum_ptr, count_ptr, items_ptr, q_stride, k_stride, v_stride, table_stride,
+           eps, scale, cap, k_fit, v_fit, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+           D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+           LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+           SOME: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Grid (KV_HEADS, rows · SPLITS). SOME: of the step's tokens those in `rows` only. LISTED: `items` says which split
+    of which row a program does. GP: at least 16 and G.
+
+    What the cache holds is the key times `k_fit` and the value times `v_fit`; `scale` makes up for the one, `v_scale`
+    for the other.
+    """
+    head, item = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_wait()
+    if LISTED:
+        if item >= tl.load(items_ptr):
+            return
+        item = tl.load(items_ptr + 1 + item)
+        b, split = item // 256, item % 256
+    else:
+        b, split = item // SPLITS, item % SPLITS
+    t = b
     if SOME:
         t = tl.load(rows_ptr + b)
     slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
@@ -157,9 +192,9 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
         place = (place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE) * KV_HEADS + head) * D
         m, total, acc = own_token(
             m, total, acc, a1, a2, k_ptr + t * k_stride + head * D, v_ptr + t * v_stride + head * D, keys_ptr + place,
-            values_ptr + place, k_norm_ptr, cos, sin, eps, scale, cap, D, HALF, CAPPED, NORM, ROPE,
+            values_ptr + place, k_norm_ptr, cos, sin, eps, scale, cap, k_fit, v_fit, D, HALF, CAPPED, NORM, ROPE,
         )  # fmt: skip
-    acc = acc / total[:, None]
+    acc = acc * (v_scale / total)[:, None]
     shown = g[:, None] * D + columns(j, D, HALF)[None, :]
     both = (g < G)[:, None] & real(j, D, HALF)[None, :]
     out_at = out_ptr + (t * KV_HEADS + head) * (G * D) + shown

@@ -41,6 +41,17 @@ def turned(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.constex
 
 
 @triton.jit
+def kept(x, fit, KIND: tl.constexpr):
+    """As the cache keeps it: times `fit`, within what an 8-bit float can say, rounded to KIND. Else as it is."""
+    if KIND == tl.float8e4nv:
+        return tl.clamp(x.to(tl.float32) * fit, -448.0, 448.0).to(KIND)
+    elif KIND == tl.float8e5:
+        return tl.clamp(x.to(tl.float32) * fit, -57344.0, 57344.0).to(KIND)
+    else:
+        return x.to(KIND)
+
+
+@triton.jit
 def place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE: tl.constexpr):
     """Which place of the cache holds a slot's position."""
     block = tl.load(tables_ptr + slot * table_stride + position // BLOCK_SIZE).to(tl.int64)
@@ -49,7 +60,7 @@ def place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE: tl.constexpr)
 
 @triton.jit
 def write_heads(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, tables_ptr, cos_ptr, sin_ptr,
-                q_norm_ptr, k_norm_ptr, q_stride, k_stride, v_stride, table_stride, eps,
+                q_norm_ptr, k_norm_ptr, q_stride, k_stride, v_stride, table_stride, eps, k_fit, v_fit,
                 HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS2: tl.constexpr, KV_HEADS2: tl.constexpr,
                 D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr,
                 ROPE: tl.constexpr):  # fmt: skip
@@ -79,9 +90,9 @@ def write_heads(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, t
     to = keys_ptr + (place * KV_HEADS + g) * D + j
     ok = (g < KV_HEADS) & half_ok
     stored: tl.constexpr = keys_ptr.dtype.element_ty
-    tl.store(to, a.to(kind).to(stored), mask=ok)
-    tl.store(to + D // 2, b.to(kind).to(stored), mask=ok)
+    tl.store(to, kept(a.to(kind), k_fit, stored), mask=ok)
+    tl.store(to + D // 2, kept(b.to(kind), k_fit, stored), mask=ok)
     v_at = v_ptr + t * v_stride + g * D + j
     to = values_ptr + (place * KV_HEADS + g) * D + j
-    tl.store(to, tl.load(v_at, mask=ok, other=0.0).to(stored), mask=ok)
-    tl.store(to + D // 2, tl.load(v_at + D // 2, mask=ok, other=0.0).to(stored), mask=ok)
+    tl.store(to, kept(tl.load(v_at, mask=ok, other=0.0), v_fit, stored), mask=ok)
+    tl.store(to + D // 2, kept(tl.load(v_at + D // 2, mask=ok, other=0.0), v_fit, stored), mask=ok)

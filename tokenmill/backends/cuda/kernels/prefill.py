@@ -53,10 +53,13 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
 
 @triton.jit
 def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, table_stride, scale, cap,
-                 KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                 v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
                  BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
-                 CAPPED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 CAPPED: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Tiles (first token of the step, its position, tokens, slot), at most BM // G tokens each. Grid (tiles, KV_HEADS).
+
+    `scale` and `v_scale`: as for `decode`. ALIKE: what a token gets does not depend on the tile that it is in: keys
+    that all see are not treated apart, for the compiler would round there otherwise.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
@@ -79,7 +82,7 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, ta
     first = start * 0
     if WINDOW:
         first = tl.maximum(start + 1 - WINDOW, 0) // BN * BN
-    else:
+    elif not ALIKE:
         first = start // BN * BN  # all queries see all keys before it
         acc, m, total = rounds(
             acc, m, total, q, positions, keys_ptr, values_ptr, table, head, 0, first, scale, cap, KV_HEADS, D, HALF,
@@ -89,4 +92,17 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, ta
         acc, m, total, q, positions, keys_ptr, values_ptr, table, head, first, start + count, scale, cap, KV_HEADS, D,
         HALF, BLOCK_SIZE, BN, True, WINDOW, CAPPED, STAGES,
     )  # fmt: skip
-    tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + at, (acc * (v_scale / total)[:, None]).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def tile_each(pairs_ptr, rows_ptr, tiles_ptr, SOME: tl.constexpr):
+    """A tile of its own for each token of a step, with SOME for those in `rows` only. Grid (tokens,)."""
+    i = tl.program_id(0)
+    t = i
+    if SOME:
+        t = tl.load(rows_ptr + i)
+    tl.store(tiles_ptr + 4 * i, t)
+    tl.store(tiles_ptr + 4 * i + 1, tl.load(pairs_ptr + 2 * t + 1))
+    tl.store(tiles_ptr + 4 * i + 2, 1)
+    tl.store(tiles_ptr + 4 * i + 3, tl.load(pairs_ptr + 2 * t))

@@ -71,34 +71,46 @@ def one_row(x_ptr, weight_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, N
 @triton.jit(do_not_specialize=["M"])
 def few_rows(x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, x_stride, M, N: tl.constexpr, K: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
-             ACT: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """out (M, N) of x (M, K), M <= BM; BK · SPLITS divides K. Grid (N / BN, SPLITS).
+             ACT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """out (M, N) of x (M, K); BK · SPLITS divides K. Grid (N / BN, SPLITS, M / BM).
 
-    With splits the last program of a tile to arrive adds them up, in order.
+    With splits, which are for M <= BM, the last program of a tile to arrive adds them up, in order. Without, an output
+    is the same whatever M and BM. TMA: `x_ptr` and `weight_ptr` are tensor descriptors of tiles (BM, BK) and (BN, BK).
     """
-    tile, split = tl.program_id(0), tl.program_id(1)
+    tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if SPLITS == 1:  # neighbours share tiles of both operands
+        block, tile = tl.swizzle2d(block, tile, tl.num_programs(2), tl.num_programs(0), 16)
     rows = tile * BN + tl.arange(0, BN)
     n_ok = rows < N
-    m = tl.arange(0, BM)
-    k = tl.arange(0, BK)
+    m = block * BM + tl.arange(0, BM)
     each: tl.constexpr = K // SPLITS
-    at = weight_ptr + tl.where(n_ok, rows, 0).to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x_ptr + m[:, None] * x_stride + k[None, :]
+    if not TMA:
+        k = tl.arange(0, BK)
+        at = weight_ptr + tl.where(n_ok, rows, 0).to(tl.int64)[:, None] * K + k[None, :]
+        x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
     sums = tl.zeros([BN, BM], tl.float32)
     ups = tl.zeros([BN, BM], tl.float32)
     if PDL:
         gdc_wait()
     for start in tl.range(split * each, split * each + each, BK, num_stages=STAGES):
-        w = tl.load(at + start)
-        x = tl.load(x_at + start, mask=m[:, None] < M, other=0.0)
+        if TMA:
+            w = weight_ptr.load([tile * BN, start])
+            x = x_ptr.load([block * BM, start])
+        else:
+            w = tl.load(at + start)
+            x = tl.load(x_at + start, mask=m[:, None] < M, other=0.0)
         sums = tl.dot(w, x.T, sums, input_precision="ieee")
         if ACT != "":
-            ups = tl.dot(tl.load(at + N * K + start), x.T, ups, input_precision="ieee")
+            if TMA:
+                up = weight_ptr.load([N + tile * BN, start])
+            else:
+                up = tl.load(at + N * K + start)
+            ups = tl.dot(up, x.T, ups, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
     last = True
     if SPLITS > 1:
-        place = tl.arange(0, BN)[:, None] * BM + m[None, :]
+        place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         tiles = tl.num_programs(0)
         tl.store(part_ptr + (split * tiles + tile) * (BN * BM) + place, sums)
         if ACT != "":
@@ -117,4 +129,4 @@ def few_rows(x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, x_stride
         column = rows[:, None]
         y = finished(sums, ups, column, n_ok[:, None], bias_ptr, bias_ptr, N, BIAS, False, ACT)
         ok = n_ok[:, None] & (m[None, :] < M)
-        tl.store(out_ptr + m[None, :] * N + column, y.to(out_ptr.dtype.element_ty), mask=ok)
+        tl.store(out_ptr + m.to(tl.int64)[None, :] * N + column, y.to(out_ptr.dtype.element_ty), mask=ok)

@@ -1,0 +1,138 @@
+"""Attention of the CUDA backend: splits by list, caches of 8-bit floats, and tokens that get the same numbers anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support_cuda import ON_GPU, CudaDriver, torch, write_random
+from support_models import Driver, steps
+
+from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cuda.kernels.decode import list_splits
+from tokenmill.backends.cuda.products import Product
+from tokenmill.backends.torch import kinds
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+KINDS = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def test_every_split_of_every_row_is_listed_once_and_whole_ones_come_first() -> None:
+    rng = np.random.default_rng(0)
+    for rows in (5, 8, 13):
+        positions = rng.integers(0, 700, rows)
+        pairs = torch.tensor([(0, p) for p in positions], dtype=torch.int32, device=DEVICE)
+        items = torch.full((1 + rows * 8,), -7, dtype=torch.int32, device=DEVICE)
+        list_splits[(1,)](items, pairs, pairs, rows, BN=16, SPLITS=8, LEAST=32, WINDOW=0, SOME=False, BLOCK=16)
+        count, *listed = items.tolist()
+        keys = [max(-(-int(p) // (8 * 16)) * 16, 32) for p in positions]
+        active = [max(-(-int(p) // k), 1) for p, k in zip(positions, keys, strict=True)]
+        assert count == sum(active)
+        assert sorted(listed[:count]) == sorted(r * 256 + s for r in range(rows) for s in range(active[r]))
+        last = [item % 256 == active[item // 256] - 1 for item in listed[:count]]
+        assert last == sorted(last)
+        assert set(listed[count:]) <= {-7}
+
+
+def test_many_rows_of_uneven_length_are_split_and_added_up(tmp_path: Path) -> None:
+    write_random(tmp_path, "mistral_window", num_hidden_layers=2, max_position_embeddings=2048, sliding_window=300)
+    rng = np.random.default_rng(0)
+    sizes = (1300, 40, 700, 1, 513, 260, 90) if ON_GPU else (560, 40, 300, 1, 90, 17)
+    limits = StepLimits(4096, 8, 2048, 16)
+    driver, expected = (
+        make.of(tmp_path, limits=limits, num_blocks=320) if make is Driver else make(tmp_path, limits=limits, num_blocks=320)
+        for make in (CudaDriver, Driver)
+    )  # fmt: skip
+    first = [(i, rng.integers(0, 128, n).tolist()) for i, n in enumerate(sizes)]
+    decode = [(i, [int(rng.integers(0, 128))]) for i in rng.permutation(len(sizes)).tolist()]
+    mixed = [(i, rng.integers(0, 128, 3 if i == 1 else 1).tolist()) for i in range(len(sizes))]
+    for rows in (first, decode, mixed):
+        np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=3e-4, rtol=1e-3)
+
+
+def assert_alike(some: Any, other: Any) -> None:
+    """Bit by bit; but numpy, on which the interpreter stands, sums a product of another shape in another order."""
+    if ON_GPU:
+        assert torch.equal(some, other)
+    np.testing.assert_allclose(some.float().cpu(), other.float().cpu(), rtol=1e-4, atol=1e-4)
+
+
+def rounded(kind: Any, scale: float) -> Any:
+    def of(x: Any) -> Any:
+        most = torch.finfo(kind).max
+        return (x / scale).clamp(-most, most).to(kind).to(x.dtype) * scale
+
+    return of
+
+
+@pytest.mark.parametrize("kind, scale", [("fp8_e4m3fn", 0.25), ("fp8_e4m3fn", 1.0), ("fp8_e5m2", 1.0)])
+def test_a_cache_of_8_bit_floats_holds_rounded_keys_and_values(
+    kind: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1)
+    own, fit = kinds.attend, rounded(KINDS[kind], scale)
+    monkeypatch.setattr(kinds, "attend", lambda op, q, k, v, *rest: own(op, q, fit(k), fit(v), *rest))
+    driver, expected = CudaDriver(tmp_path, kv_cache_dtype=kind, scale=scale), Driver.of(tmp_path)
+    assert driver.block_bytes() * 4 == expected.block_bytes()
+    off: list[float] = []
+    for rows in steps():
+        wanted, made = expected.feed(rows), driver.feed(rows)
+        off += (np.linalg.norm(made - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)).tolist()
+    assert max(off) < 0.03, off  # half-way between two 8-bit numbers the last bit of float32 decides
+    assert np.median(off) < 0.005, off
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3"] if ON_GPU else ["mistral_window"])
+def test_logits_do_not_depend_on_how_a_prompt_is_cut_nor_on_who_shares_the_step(family: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"num_hidden_layers": 2}
+    if ON_GPU:
+        sizes |= {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128,
+                  "intermediate_size": 2816, "max_position_embeddings": 2048, "spread": 0.04, "dtype": torch.bfloat16}  # fmt: skip
+    write_random(tmp_path, family, **sizes)
+    rng = np.random.default_rng(4)
+    length = 700 if ON_GPU else 37
+    ids = rng.integers(0, 128, length).tolist()
+    limits = StepLimits(2048, 40, 2048, 16)
+    dtype = "bfloat16" if ON_GPU else "float32"
+    seen: dict[int, list[Any]] = {}
+    for trial in range(6 if ON_GPU else 3):
+        driver = CudaDriver(tmp_path, dtype=dtype, limits=limits, num_blocks=1024, deterministic=True)
+        done, others = 0, int(rng.integers(0, 39 if ON_GPU else 3))
+        while done < length:
+            count = length if trial == 0 else min(length - done, int(rng.choice([1, 2, 5, 16, 70, 300])))
+            beside = [(1 + i, rng.integers(0, 128, int(rng.integers(1, 4))).tolist()) for i in range(others)]
+            logits = driver.feed([*beside, (0, ids[done : done + count])])
+            done += count
+            seen.setdefault(done, []).append(torch.from_numpy(logits[-1]))
+            others = int(rng.integers(0, 39 if ON_GPU else 3))
+    assert len(seen[length]) == (6 if ON_GPU else 3)
+    for first, *rest in seen.values():
+        for other in rest:
+            assert_alike(first, other)
+
+
+@pytest.mark.parametrize("act", ["", "silu"])
+def test_a_row_of_a_product_is_the_same_whatever_rows_are_beside_it(act: str) -> None:
+    draw, dtype = torch.Generator().manual_seed(0), torch.bfloat16 if ON_GPU else torch.float32
+    outputs, columns, most = (1408, 1024, 700) if ON_GPU else (96, 128, 140)
+    x, weight = (torch.randn(s, generator=draw).to(dtype).to(DEVICE) for s in ((most, columns), (outputs, columns)))
+    made = []
+    for rows in (1, 2, 17, 33, 64, 65, most):
+        out = torch.full((most, outputs // (2 if act else 1)), float("nan"), dtype=dtype, device=DEVICE)
+        product = Product(x, weight, None, out, act, None, alike=True)
+        assert product.fits(rows)
+        product.run(rows)
+        assert torch.equal(out[rows:].isnan(), torch.ones_like(out[rows:], dtype=torch.bool))
+        made.append(out[:rows].clone())
+    for some in made:
+        assert_alike(some, made[-1][: len(some)])
+    expected = x.float() @ weight.float().T
+    if act:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    rough = 100 if ON_GPU else 1
+    np.testing.assert_allclose(made[-1].float().cpu(), expected.cpu(), rtol=2e-4 * rough, atol=1e-3 * rough)
+
+
