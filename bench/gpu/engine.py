@@ -1,0 +1,157 @@
+"""The engine that is measured offline: random weights in memory, the CUDA backend, the server's own scheduler."""
+
+from __future__ import annotations
+
+import inspect
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu.shapes import SHAPES
+from bench.gpu.tell import tell
+from tokenmill.backends.base import Backend, Step, StepInputs, StepLimits
+from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
+from tokenmill.program.cost import weights_of
+from tokenmill.quant.none import read
+from tokenmill.runtime.assembly import Assembled, _scheduler
+from tokenmill.runtime.executor import Executor
+from tokenmill.runtime.offline import OfflineEngine
+from tokenmill.weights.checkpoint import Stored
+from tokenmill.wire.messages import EngineInfo
+
+_LEFT_FREE = 6 << 30  # bytes of the device that the cache does not take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is built. `options`: keyword arguments of the backend that are not its defaults."""
+
+    shape: str = "1b"
+    layers: int = 0  # 0: the shape's own
+    device: str = "cuda"  # "cpu": the torch backend there, to try a measurement without a GPU
+    max_batch_tokens: int = 8192
+    max_batch_size: int = 256
+    max_total_tokens: int = 4096
+    block_size: int = 16
+    beside: int | None = None  # prompt tokens of a step beside decoding ones; None: as in the server
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        """config.json's content."""
+        return SHAPES[self.shape] | ({"num_hidden_layers": self.layers} if self.layers else {})
+
+
+class RandomWeights:
+    """A checkpoint of any size: every tensor is a part of the same random numbers."""
+
+    format = "safetensors"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for weight in weights_of(program_of(config)):
+            for part in weight.parts:
+                self._shapes[part.name] = (part.rows, weight.columns) if weight.columns else (part.rows,)
+        most = max(int(np.prod(shape)) for shape in self._shapes.values())
+        drawn = torch.randn(min(most, 1 << 24), generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+        self._numbers = np.resize(drawn.view(torch.int16).numpy(), most + 4096)
+
+    def names(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self._shapes.get(name)
+
+    def nbytes(self, name: str) -> int:
+        return int(np.prod(self._shapes[name])) * 2
+
+    def __getitem__(self, name: str) -> Stored:
+        shape = self._shapes[name]
+        first = zlib.crc32(name.encode()) % 4096
+        data = self._numbers[first : first + int(np.prod(shape))]
+        return Stored(name, "BF16", shape, data.view(np.uint8).reshape(shape[0], -1))
+
+
+class Timed:
+    """A backend whose launches are timed."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.seconds, self.steps = backend, 0.0, 0
+
+    def run(self, inputs: StepInputs) -> Step:
+        start = time.perf_counter()
+        step = self.backend.run(inputs)
+        self.seconds, self.steps = self.seconds + time.perf_counter() - start, self.steps + 1
+        return step
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self.seconds, self.steps = 0.0, 0
+
+
+class Built:
+    """Backend, scheduler and engine of a setup, warm. `start_s`: seconds of weights and of the warm-up."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.real = setup.device == "cuda"
+        size, config, start = setup.block_size, setup.config(), time.perf_counter()
+        weights, program = RandomWeights(config), program_of(config)
+        limits = StepLimits(setup.max_batch_tokens, setup.max_batch_size, setup.max_total_tokens, size)
+        drawn = time.perf_counter()
+        self.backend = _backend(setup)(
+            program, weights, read, limits, Group(), dtype="bfloat16", device=setup.device, **setup.options
+        )
+        loaded = time.perf_counter()
+        wanted = max(setup.max_batch_size * 4096, 2 * setup.max_total_tokens) // size
+        blocks = min(wanted, self._room() // self.backend.block_bytes())
+        self.backend.allocate(blocks)
+        self.backend.warm_up()
+        ready = time.perf_counter()
+        self.timed = Timed(self.backend)
+        info = EngineInfo(
+            "bench", "bfloat16", "cuda", "cuda", blocks, size, config["vocab_size"], setup.max_total_tokens - 1,
+            setup.max_total_tokens, setup.max_batch_tokens, setup.max_batch_size,
+        )  # fmt: skip
+        self.scheduler = _scheduler(info)  # the server's own choices
+        if setup.beside is not None:
+            self.set_beside(setup.beside)
+        parts = Assembled(self.scheduler, Executor(self.timed, setup.max_batch_size), info)  # type: ignore[arg-type]
+        self.engine = OfflineEngine(parts)
+        tell(bench="start", shape=setup.shape, weights_s=round(loaded - drawn, 2), warm_up_s=round(ready - loaded, 2),
+             drawn_s=round(drawn - start, 2), blocks=blocks, beside=self.beside, options=setup.options)  # fmt: skip
+
+    @property
+    def beside(self) -> int:
+        """Prompt tokens that a step may compute beside decoding ones; 0: as many as it holds."""
+        return self.scheduler.limits.prefill_beside
+
+    def set_beside(self, tokens: int) -> None:
+        """Set `beside`. Only while nothing runs."""
+        self.scheduler.limits = replace(self.scheduler.limits, prefill_beside=tokens)
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.real:
+            torch.cuda.synchronize()
+
+    def _room(self) -> int:
+        return int(torch.cuda.mem_get_info()[0]) - _LEFT_FREE if self.real else 1 << 26
+
+
+def _backend(setup: Setup) -> Any:
+    """The backend's class. SystemExit names the options that it has not."""
+    if setup.device == "cuda":
+        from tokenmill.backends.cuda.backend import CudaBackend as Chosen
+    else:
+        from tokenmill.backends.torch.backend import TorchBackend as Chosen  # type: ignore[assignment]
+    known = inspect.signature(Chosen).parameters
+    if missing := [name for name in setup.options if name not in known]:
+        raise SystemExit(f"this backend has no option {', '.join(missing)}")
+    return Chosen

@@ -1,0 +1,149 @@
+"""(d) What a long prompt does to streams that decode: their inter-token latency before and while it is computed."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bench.gpu.tell import figure
+from tokenmill.bench.load import percentile
+from tokenmill.runtime.offline import OfflineEngine
+from tokenmill.wire.messages import SamplingParams, StoppingParams
+
+
+@dataclass(frozen=True, slots=True)
+class LongPrompt:
+    """The workload: a prompt of so many tokens beside so many streams, whose own prompts have `context` tokens."""
+
+    tokens: int = 32768
+    streams: int = 32
+    most_id: int = 10000
+    context: int = 500
+    stream_tokens: int = 3000  # of a stream at most: more than the measurement takes
+    quiet_steps: int = 100
+    repeat: int = 3
+
+    def prompt(self, seed: int, length: int) -> list[int]:
+        """Ids that no other seed's prompt begins with."""
+        draw = random.Random(seed)
+        return [draw.randint(0, self.most_id) for _ in range(length)]
+
+
+class Steps(Protocol):
+    """An engine that is stepped from here."""
+
+    def submit(self, prompt: list[int], max_tokens: int) -> int:
+        """Queue a request; its number."""
+
+    def step(self) -> None:
+        """One step."""
+
+    def tokens(self, request: int) -> int:
+        """Tokens that came of a request so far."""
+
+    def abort(self, request: int) -> None:
+        """Forget a request."""
+
+
+class Offline:
+    """`Steps` of this project's engine."""
+
+    def __init__(self, engine: OfflineEngine) -> None:
+        self._engine = engine
+        self._counts: dict[int, int] = {}
+
+    def submit(self, prompt: list[int], max_tokens: int) -> int:
+        request = self._engine.submit(prompt, SamplingParams(), StoppingParams(max_tokens))
+        self._counts[request] = 0
+        return request
+
+    def step(self) -> None:
+        if not self._engine.step():
+            raise RuntimeError("the streams ended early: --max-total is too small")
+
+    def tokens(self, request: int) -> int:
+        queue = self._engine._link.queues[request]
+        while queue:
+            self._counts[request] += len(queue.popleft().token_ids)
+        return self._counts[request]
+
+    def abort(self, request: int) -> None:
+        self._engine.abort(request)
+
+
+@dataclass(slots=True)
+class Gaps:
+    """Seconds between neighbouring tokens of streams; tokens that come together count with gaps of 0."""
+
+    last: dict[int, float]
+    seen: dict[int, int]
+    gaps: list[float] = field(default_factory=list)
+
+    def look(self, tokens_of: Callable[[int], int]) -> None:
+        """Note what has come since the last look."""
+        now = time.perf_counter()
+        for request, before in self.seen.items():
+            count = tokens_of(request)
+            if count > before:
+                self.gaps += [now - self.last[request], *[0.0] * (count - before - 1)]
+                self.last[request], self.seen[request] = now, count
+
+
+def long_prompt(engine: OfflineEngine, shape: str, work: LongPrompt) -> None:
+    """Measure this engine, and tell it."""
+    measure(Offline(engine), shape, work)
+    while engine.step():
+        pass
+
+
+def measure(engine: Steps, shape: str, work: LongPrompt) -> None:
+    """Tell the figures of an engine. Requests are aborted at the end, not waited for."""
+    streams = [engine.submit(work.prompt(i, work.context), work.stream_tokens) for i in range(work.streams)]
+    while not all(engine.tokens(stream) for stream in streams):
+        engine.step()
+    quiet, busy, ttft = [], [], []
+    for again in range(work.repeat):
+        gaps = _begin(engine, streams)
+        for _ in range(work.quiet_steps):
+            engine.step()
+            gaps.look(engine.tokens)
+        quiet += gaps.gaps
+        gaps.gaps = []
+        start = time.perf_counter()
+        arrival = engine.submit(work.prompt(1000 + again, work.tokens), 2)
+        while not engine.tokens(arrival):
+            engine.step()
+            gaps.look(engine.tokens)
+        ttft.append(time.perf_counter() - start)
+        busy += gaps.gaps
+        engine.abort(arrival)
+    for stream in streams:
+        engine.abort(stream)
+    _tell(shape, work, quiet, busy, ttft)
+
+
+def _begin(engine: Steps, streams: list[int]) -> Gaps:
+    """Let some steps pass, then count from a step that gave every stream a token."""
+    for _ in range(10):
+        engine.step()
+    now = time.perf_counter()
+    return Gaps(dict.fromkeys(streams, now), {stream: engine.tokens(stream) for stream in streams})
+
+
+def _tell(shape: str, work: LongPrompt, quiet: list[float], busy: list[float], ttft: list[float]) -> None:
+    def ms(gaps: list[float], share: float) -> float:
+        return round(percentile(gaps, share) * 1e3, 2)
+
+    before, during = ms(quiet, 0.99), ms(busy, 0.99)
+    figure(shape, "long prompt: quiet p50", ms(quiet, 0.5), "ms")
+    figure(shape, "long prompt: quiet p99", before, "ms", gaps=len(quiet))
+    figure(shape, "long prompt: p50 meanwhile", ms(busy, 0.5), "ms")
+    figure(shape, "long prompt: p99 meanwhile", during, "ms", gaps=len(busy), longest=ms(busy, 1.0))
+    figure(shape, "long prompt: p99 to quiet p99", round(during / before, 2), "×", less=True,
+           to_quiet_p50=round(during / ms(quiet, 0.5), 2))  # fmt: skip
+    figure(shape, "long prompt: first token", round(statistics.median(ttft), 3), "s", tokens=work.tokens,
+           streams=work.streams, runs=[round(t, 3) for t in ttft])  # fmt: skip

@@ -1,0 +1,93 @@
+"""What is measured: the models' shapes, the workloads, the goals, and what was measured elsewhere. Data only."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14336,
+    "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "bos_token_id": 128000, "eos_token_id": 128001, "torch_dtype": "bfloat16", "initializer_range": 0.02,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": LLAMA_8B,
+    "1b": LLAMA_8B | {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "intermediate_size": 8192,
+                      "tie_word_embeddings": True},
+    "tiny": LLAMA_8B | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                        "head_dim": 16, "intermediate_size": 128, "vocab_size": 2048, "max_position_embeddings": 4096,
+                        "bos_token_id": 1792, "eos_token_id": 1793},
+}  # fmt: skip
+"""Configurations as transformers writes them. "tiny" is for tries without a GPU."""
+
+BATCHES = (1, 8, 32, 64, 128, 256)
+
+
+class Workload(NamedTuple):
+    """Prompts as token ids, and how many tokens each answer has."""
+
+    prompts: list[list[int]]
+    counts: list[int]
+
+
+def crowd(requests: int, shortest: int = 100, longest: int = 1024, *, most_ids: int = 10000) -> Workload:
+    """(a) `requests` prompts and answers of lengths that are uniform between two bounds; always the same."""
+    draw = random.Random(0)
+    prompts = [[draw.randint(0, most_ids) for _ in range(draw.randint(shortest, longest))] for _ in range(requests)]
+    return Workload(prompts, [draw.randint(shortest, longest) for _ in range(requests)])
+
+
+def unshared(prompts: list[list[int]], seed: int, most_ids: int = 10000) -> list[list[int]]:
+    """The same with other first tokens, no two alike: what an earlier round left in a prefix cache does not fit."""
+    firsts = random.Random(seed).sample(range(most_ids), len(prompts))
+    return [[first, *prompt[1:]] for first, prompt in zip(firsts, prompts, strict=True)]
+
+
+class Goal(NamedTuple):
+    """At most (`less`) or at least `value`; of the peer's figure if `of_peer`."""
+
+    value: float
+    less: bool = True
+    of_peer: bool = False
+
+    def __str__(self) -> str:
+        return f"{'≤' if self.less else '≥'} {self.value:,g}{' × peer' if self.of_peer else ''}"
+
+
+def _decode(*ms: float) -> dict[str, Goal]:
+    return {f"decode, batch {batch}": Goal(value) for batch, value in zip(BATCHES, ms, strict=True)}
+
+
+GOALS: dict[str, dict[str, Goal]] = {
+    "8b": {
+        "crowd of 256": Goal(1.12, False, True), "prefill": Goal(1.04, False, True), "ready, kernels cached": Goal(12),
+        "long prompt: p99 to quiet p99": Goal(3),
+    },
+    "1b": {
+        "ready, kernels cached": Goal(8), "long prompt: p99 to quiet p99": Goal(3),
+    },
+}  # fmt: skip
+"""On any card: shape -> figure -> goal."""
+
+H200_GOALS: dict[str, dict[str, Goal]] = {
+    "8b": _decode(3.95, 4.45, 4.9, 5.65, 7.4, 11.9) | {"crowd of 256": Goal(11000, False)},
+    "1b": _decode(0.88, 0.95, 1.16, 1.34, 1.78, 2.75)
+    | {"crowd of 256": Goal(50000, False), "prefill": Goal(300000, False)},
+}
+"""On an H200 alone; in place of those above."""
+
+
+def _row(*ms: float) -> dict[str, float]:
+    return {f"decode, batch {batch}": value for batch, value in zip(BATCHES, ms, strict=True)}
+
+
+H200_REFERENCES: dict[str, dict[str, dict[str, float]]] = {
+    "study": {"8b": _row(3.87, 4.36, 4.83, 5.55, 7.24, 11.73), "1b": _row(0.851, 0.928, 1.125, 1.287, 1.711, 2.634)},
+    "vLLM 0.26 earlier": {
+        "8b": _row(4.91, 5.10, 5.74, 6.64, 8.53, 13.55) | {"crowd of 256": 9837, "prefill": 42660},
+        "1b": _row(1.49, 1.57, 1.89, 2.49, 3.43, 5.07) | {"crowd of 256": 36865, "prefill": 247000},
+    },
+}
+"""Measured on an H200 in other runs: a step of the device alone, and the peer."""
