@@ -53,14 +53,22 @@ class Ask:
 
 @dataclass(slots=True)
 class Answer:
-    """What came back and when. Times are `time.perf_counter()` seconds; `events` one for each chunk with a choice."""
+    """What came back and when. Times are `time.perf_counter()` seconds.
+
+    `events`: one for each chunk with a choice; `texts`: what each of them added.
+    """
 
     sent: float
     events: list[float] = field(default_factory=list)
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.texts)
 
     @property
     def ttft_s(self) -> float:
@@ -92,16 +100,51 @@ async def complete(
     `started` is called once: at the first token, or at the end of a stream that had none. Setting `cut` ends the
     stream from here; what came until then is its answer.
     """
-    answer, receiver = Answer(sent=time.perf_counter()), _Receiver(started)
+    received = await receive(base_url, ask, api_key=api_key, timeout_s=timeout_s, started=started, cut=cut)
+    return received.answer()
+
+
+@dataclass(slots=True)
+class Received:
+    """A response's bytes, each piece with the time at which it came. Reading them as events is for later."""
+
+    sent: float
+    pieces: list[tuple[float, bytes]] = field(default_factory=list)
+    cut: bool = False
+    error: str = ""
+
+    def answer(self) -> Answer:
+        """What the bytes say."""
+        answer = Answer(self.sent, error=self.error)
+        if not self.error:
+            try:
+                _read(self.pieces, answer, self.cut)
+            except ValueError as error:
+                answer.error = f"{type(error).__name__}: {error}"
+        return answer
+
+
+async def receive(
+    base_url: str,
+    ask: Ask,
+    *,
+    api_key: str = "",
+    timeout_s: float = 600.0,
+    started: Callable[[], None] | None = None,
+    cut: asyncio.Event | None = None,
+) -> Received:
+    """As `complete`, but the bytes are not read as events yet: that takes time that other streams would wait for."""
+    receiver = _Receiver(started)
+    received = Received(time.perf_counter(), receiver.pieces)
     try:
         async with asyncio.timeout(timeout_s):
-            await _exchange(base_url, ask, api_key, answer, receiver, cut)
-        _read(receiver.pieces, answer, cut is not None and cut.is_set())
+            await _exchange(base_url, ask, api_key, received, receiver, cut)
+        received.cut = cut is not None and cut.is_set()
     except (OSError, TimeoutError, ValueError) as error:
-        answer.error = f"{type(error).__name__}: {error}"
+        received.error = f"{type(error).__name__}: {error}"
     finally:
         receiver.tell()
-    return answer
+    return received
 
 
 _ROOM = 1 << 16  # bytes that one reading takes at most
@@ -148,7 +191,7 @@ class _Receiver(asyncio.BufferedProtocol):
 
 
 async def _exchange(
-    base_url: str, ask: Ask, api_key: str, answer: Answer, receiver: _Receiver, cut: asyncio.Event | None
+    base_url: str, ask: Ask, api_key: str, received: Received, receiver: _Receiver, cut: asyncio.Event | None
 ) -> None:
     url, body = urlsplit(base_url), ask.body()
     loop = asyncio.get_running_loop()
@@ -159,7 +202,7 @@ async def _exchange(
         f"Content-Type: application/json\r\n{key}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     try:
-        answer.sent = time.perf_counter()
+        received.sent = time.perf_counter()
         transport.write(head.encode() + body)
         await _first(receiver.ended, cut)
     finally:
@@ -211,5 +254,5 @@ def _event(data: bytes, came: float, answer: Answer) -> bool:
         answer.prompt_tokens, answer.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
     if chunk.get("choices"):
         answer.events.append(came)
-        answer.text += chunk["choices"][0].get("text") or ""
+        answer.texts.append(chunk["choices"][0].get("text") or "")
     return True
