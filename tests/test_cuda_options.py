@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from support_cuda import DEVICE, ON_GPU, altered, torch, write_random
 
 from tokenmill.backends.base import StepLimits
-from tokenmill.backends.cuda import detect, flashinfer, prepare
+from tokenmill.backends.cuda import detect, explain, flashinfer, prepare
 from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.explain import How, kernels_of, product_of, rules_of
 from tokenmill.backends.cuda.flashinfer import FlashInfer
 from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.products import Product, Scratch
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.models.base import program_of
@@ -162,6 +166,59 @@ def test_nothing_is_logged_where_nothing_was_asked_for(tmp_path: Path, caplog: p
         assert choice._attention(program(tmp_path), Computing(), "float32") == "triton"
         assert choice._attention(program(tmp_path), Computing(attention="triton"), "float32") == "triton"
     assert not caplog.records
+
+
+# What the doctor tells
+
+
+def test_each_choice_is_told_with_its_rule(tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "flashinfer_told", lambda: "9.9")
+    monkeypatch.setattr(explain, "flashinfer_missing", lambda: "")
+    made = program(tmp_path, head_dim=64)
+    source = open_checkpoint(local_source(tmp_path))
+
+    def told(**how: Any) -> tuple[dict[str, str], str, str]:
+        asked = How(**{"dtype": "bfloat16"} | how)
+        kernels = {kind: " / ".join(found) for kind, found in kernels_of(made, asked).items()}
+        return rules_of(made, source, asked), kernels["Attention"], kernels["Linear"]
+
+    rules, attention, linear = told()
+    assert rules["attention"] == "triton; --attention flashinfer for runs of tokens"
+    assert rules["KV cache"] == "bfloat16"
+    assert "runs attend_tiles; heads of 64 with rope" in attention
+    rules, attention, _ = told(attention="flashinfer", kv_cache_dtype="fp8_e5m2")
+    assert rules["attention"] == "flashinfer 9.9; single tokens triton"
+    assert rules["KV cache"] == "fp8_e5m2"
+    assert "runs flashinfer's prefill" in attention
+    rules, attention, linear = told(attention="flashinfer", deterministic=True)
+    assert rules["attention"].startswith("triton, not flashinfer: ")
+    assert rules["deterministic"].startswith("yes")
+    assert (attention, linear) == ("attend_tiles, heads of 64 with rope", "few_rows at any number of rows")
+    assert told(attention="paged")[0]["attention"].startswith("triton, the nearest to paged")
+    assert told(dtype="float32")[2] == "cuBLAS"
+
+
+def test_how_many_layers_have_scales_is_told(tmp_path: Path) -> None:
+    made, file = program(tmp_path, num_hidden_layers=3), tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.1.self_attn.k_scale": torch.tensor(0.5)}, file)
+    rules = rules_of(made, open_checkpoint(local_source(tmp_path)), How(dtype="bfloat16", kv_cache_dtype="fp8_e4m3fn"))
+    assert rules["KV cache"] == "fp8_e4m3fn, scales of the checkpoint for 1 of 3 layers"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65])
+@pytest.mark.parametrize(
+    "outputs, columns, act", [(256, 512, ""), (8192, 4096, ""), (1024, 1024, "silu"), (96, 80, "")]
+)
+def test_what_is_told_of_products_is_what_they_do(rows: int, outputs: int, columns: int, act: str) -> None:
+    gated = bool(act)
+    product = Product(
+        torch.empty(1, columns), torch.empty(outputs * (1 + gated), columns), None, torch.empty(1, outputs), act,
+        Scratch(64, torch.device("cpu")),
+    )  # fmt: skip
+    told = product_of(outputs, columns, gated, How(dtype="bfloat16"))
+    few = re.search(r"few_rows up to (\d+)", told)
+    expected = "one_row" in told if rows == 1 else few is not None and rows <= int(few[1])
+    assert product.fits(rows) == expected
 
 
 # flashinfer

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tokenmill import cli, extras
 from tokenmill.backends.cpu import isa
+from tokenmill.backends.cuda import detect
 from tokenmill.config import Settings
+from tokenmill.models.base import program_of
 from tokenmill.operate import doctor
 from tokenmill.operate.doctor import Finding
+from tokenmill.program.cost import weights_of
 
 
 def findings(*words: str, **environ: str) -> dict[str, Finding]:
@@ -95,6 +101,63 @@ def test_what_needs_torch_is_bad_where_torch_is_absent(embedded_model: Path, mon
     found = findings("--num-shard", "2")["backend"]
     assert found.verdict == "bad"
     assert "needs torch, which is not installed" in found.text
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A model that the CUDA backend takes."""
+    pytest.importorskip("triton")
+    config = {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 96,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    made = {
+        part.name: np.zeros((part.rows, weight.columns) if weight.columns else part.rows, np.float32)
+        for weight in weights_of(program_of(config))
+        for part in weight.parts
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(made, tmp_path / "model.safetensors")
+    return str(tmp_path)
+
+
+def test_on_a_gpu_each_operation_has_its_kernels_and_each_rule_its_reason(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detect, "missing", lambda: "")
+    monkeypatch.setattr(detect, "device_name", lambda: "Some GPU")
+    monkeypatch.setattr(detect, "capability", lambda: (9, 0))
+    monkeypatch.setattr(doctor, "room", lambda choice, computing: 80 << 30)
+    found = findings("--model-id", tiny)["backend"]
+    assert found.verdict == "ok"
+    assert found.text.startswith("cuda, Some GPU (compute capability 9.0), bfloat16, weights ")
+    told = {line[:13].strip(): line[13:].strip() for line in found.details}
+    assert told["Linear"] == (
+        "one_row at 1 row, few_rows up to 32, cuBLAS above × 7, one_row at 1 row, few_rows up to 64, cuBLAS above × 2"
+    )
+    assert told["GatedAct"] == "in the product, gate_rows behind cuBLAS × 2"
+    assert told["Attention"].startswith("single tokens decode (split 32 up to 4 rows, ")
+    assert told["Attention"].endswith("runs attend_tiles; heads of 64 with rope × 2")
+    assert told["attention"].startswith("triton")
+    assert told["KV cache"] == "bfloat16"
+    assert told["deterministic"].startswith("no")
+
+
+@pytest.mark.skipif(not detect.missing(), reason="there is a GPU")
+def test_without_a_gpu_that_was_asked_for_it_is_bad_and_what_would_serve_there_is_told(tiny: str) -> None:
+    found = findings("--model-id", tiny, "--device", "cuda")["backend"]
+    assert found.verdict == "bad"
+    assert "'cuda' is not supported" in found.text
+    assert found.details[0] == "Where there is one, it would be:"
+    assert any("few_rows up to 64" in line for line in found.details)
+    assert findings("--model-id", tiny)["backend"].verdict != "bad"
+
+
+def test_weights_that_lack_a_tensor_are_bad_and_it_is_named(tiny: str) -> None:
+    save_file({"model.norm.weight": np.zeros(128, np.float32)}, Path(tiny) / "model.safetensors")
+    found = findings("--model-id", tiny)["backend"]
+    assert found.verdict == "bad"
+    assert "no tensor 'model.embed_tokens.weight'" in found.text
 
 
 def test_too_little_memory_is_bad_with_both_numbers(embedded_model: Path) -> None:

@@ -73,6 +73,34 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
     assert not found
 
 
+VENDORS = {"triton", "flashinfer", "cuda", "cupy", "pynvml", "hip", "intel_extension_for_pytorch"}
+VENDORS_PARTS = ("torch.cuda.", "torch.xpu.", "torch.backends.cuda", "torch.backends.cudnn")
+VENDORS_WORDS = ("libcuda", "nvml", "nccl", "rccl", "nvidia-smi")
+
+
+def vendors_names(node: ast.AST) -> Iterator[str]:
+    """What a node names that one maker's devices have alone."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+        yield from (name for name in names if name.split(".")[0] in VENDORS or f"{name}.".startswith(VENDORS_PARTS))
+    elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith(VENDORS_PARTS):
+        yield ast.unparse(node)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 80:
+        yield from (word for word in VENDORS_WORDS if word in node.value)
+
+
+def test_only_the_cuda_backend_knows_one_makers_devices() -> None:
+    """Elsewhere "cuda" is a device's name, which torch's builds for AMD use as well."""
+    everywhere = {"torch.cuda.empty_cache"}  # does nothing where there is no such device
+    found = {
+        (file, name)
+        for file, node in nodes((ast.Import, ast.ImportFrom, ast.Attribute, ast.Constant))
+        for name in vendors_names(node)
+        if name not in everywhere and not file.startswith(("tokenmill/backends/cuda/", "tokenmill/parallel/"))
+    }
+    assert found == {("tokenmill/operate/env.py", "nvidia-smi")}  # a tool that is asked if it is there
+
+
 def test_shared_files_say_that_features_go_elsewhere() -> None:
     for name in HOT:
         assert "elsewhere" in (ROOT / "tokenmill" / name).read_text()[:400], name

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ from tokenmill.operate.env import cpu_name
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import room
-from tokenmill.runtime.choice import Computing, choose, dtype_of, weight_bytes
+from tokenmill.runtime.choice import Choice, Computing, choose, dtype_of, weight_bytes
 from tokenmill.runtime.memory import available_bytes, check_weights, size
 from tokenmill.runtime.worker import computing as computing_of
 from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint
@@ -123,11 +124,14 @@ def _backend(settings: Settings) -> Finding:
         return Finding("backend", "note", "is chosen when the model is here")
     checkpoint = open_checkpoint(source)
     program, computing = program_of(checkpoint.config), computing_of(settings)
-    choice = choose(program, computing, settings.block_size, settings.num_shard or 1)
+    try:
+        choice = choose(program, computing, settings.block_size, settings.num_shard or 1)
+    except StartError as error:
+        return Finding("backend", "bad", str(error), _elsewhere(program, checkpoint, computing))
     needed = weight_bytes(choice, program, checkpoint, computing.dtype)
     check_weights(needed, room(choice, computing), memory_bytes(settings.memory_limit))
     if choice.name == "cuda":
-        return _cuda_backend(program, dtype_of(choice, checkpoint, computing.dtype), f"weights {size(needed)}")
+        return _cuda_backend(program, checkpoint, computing, f"weights {size(needed)}")
     if choice.name != "cpu":
         device = choice.device.upper()
         why = f", because the {device} backend cannot serve this: {choice.reason}" if choice.reason else ""
@@ -155,14 +159,41 @@ def _cpu_backend(program: Program, checkpoint: Checkpoint, computing: Computing,
     return Finding("backend", "ok", f"cpu, {on}, {weights}; {cached}", tuple(details))
 
 
-def _cuda_backend(program: Program, dtype: str, weights: str) -> Finding:
-    from tokenmill.backends.cuda.detect import device_name
-    from tokenmill.backends.cuda.explain import kernels_of
+def _cuda_backend(program: Program, checkpoint: Checkpoint, computing: Computing, weights: str) -> Finding:
+    from tokenmill.backends.cuda.detect import capability, device_name
 
-    kinds = kernels_of(program)
-    width = max(map(len, kinds))
-    details = [f"{kind.ljust(width)}  {_times(kernels)}" for kind, kernels in kinds.items()]
-    return Finding("backend", "ok", f"cuda, {device_name()}, {dtype}, {weights}", tuple(details))
+    dtype = dtype_of(Choice("cuda"), checkpoint, computing.dtype)
+    major, minor = capability()
+    on = f"{device_name()} (compute capability {major}.{minor})"
+    return Finding("backend", "ok", f"cuda, {on}, {dtype}, {weights}", _cuda_kernels(program, checkpoint, computing))
+
+
+def _cuda_kernels(program: Program, checkpoint: Checkpoint, computing: Computing) -> tuple[str, ...]:
+    """Imports torch and triton."""
+    from tokenmill.backends.cuda.explain import How, kernels_of, rules_of
+
+    how = How(
+        dtype=dtype_of(Choice("cuda"), checkpoint, computing.dtype),
+        kv_cache_dtype=computing.kv_cache_dtype,
+        deterministic=computing.deterministic,
+        attention=computing.attention,
+    )
+    told = {kind: _times(kernels) for kind, kernels in kernels_of(program, how).items()}
+    told |= rules_of(program, checkpoint, how)
+    width = max(map(len, told))
+    return tuple(f"{name.ljust(width)}  {text}" for name, text in told.items())
+
+
+def _elsewhere(program: Program, checkpoint: Checkpoint, computing: Computing) -> tuple[str, ...]:
+    """What would serve on a machine with a GPU, if one was asked for and this machine has none."""
+    from tokenmill.backends.cuda.detect import missing
+    from tokenmill.backends.cuda.prepare import refusal
+
+    if "cuda" not in (computing.device, computing.backend) or not missing():
+        return ()
+    if refusal(program, computing.dtype, 1, computing.deterministic) or not (has_torch() and find_spec("triton")):
+        return ()
+    return ("Where there is one, it would be:", *_cuda_kernels(program, checkpoint, computing))
 
 
 def _times(kernels: Counter[str]) -> str:

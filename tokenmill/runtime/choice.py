@@ -18,7 +18,7 @@ from tokenmill.extras import need_torch
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
-from tokenmill.quant.base import reader_of
+from tokenmill.quant.base import check, reader_of
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress
 
@@ -166,8 +166,9 @@ def make_backend(
 
 
 def weight_bytes(choice: Choice, program: Program, checkpoint: Checkpoint, dtype: str) -> int:
-    """Of all ranks together, as the backend keeps them."""
+    """Of all ranks together, as the backend keeps them. ModelError if the checkpoint lacks one, or of another shape."""
     weights = weights_of(program)
+    check(weights, checkpoint)
     if choice.name == "cpu":  # packed as stored
         return sum(checkpoint.nbytes(name) for name in dict.fromkeys(p.name for w in weights for p in w.parts))
     return sum(weight.size for weight in weights) * _ITEM_BYTES[dtype_of(choice, checkpoint, dtype)]

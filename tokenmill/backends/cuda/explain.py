@@ -1,31 +1,148 @@
-"""Which kernel serves which operation of a program here: what `tokenmill doctor` prints."""
+"""Which kernel serves which operation of a program here, and by which rule: what `tokenmill doctor` prints."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tokenmill.backends.cuda.prepare import fused
+from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_told
+from tokenmill.backends.cuda.prepare import attention_of, fused
+from tokenmill.backends.cuda.products import FEW, few_shape, row_shape
+from tokenmill.backends.cuda.scales import SCALED, kv_scales
+from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
 from tokenmill.program import ops
 from tokenmill.program.ops import Op
 from tokenmill.program.value import Program
+from tokenmill.weights.checkpoint import Checkpoint
+
+_NAMES = {ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "take_rows"}
 
 
-def kernels_of(program: Program) -> dict[str, Counter[str]]:
-    """By kind of operation: the kernels, and how many operations each serves. Needs no weights and no device."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """What a GPU is asked for: `dtype` of the computation, the others as the user gave them."""
+
+    dtype: str
+    kv_cache_dtype: str = ""
+    deterministic: bool = False
+    attention: str = ""
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a number of the computation."""
+        return 4 if self.dtype == "float32" else 2
+
+
+def kernels_of(program: Program, how: How) -> dict[str, Counter[str]]:
+    """By kind of operation: the kernels, and how many operations each serves. Needs no weights and no device.
+
+    `program`: as recorded, one that the backend does not refuse.
+    """
     found: dict[str, Counter[str]] = {}
-    for op in fused(program).ops:
-        found.setdefault(type(op).__name__, Counter())[_kernel(op)] += 1
+    prepared = fused(program).ops
+    runs, _ = attention_of(program, how.attention, how.dtype, how.deterministic)
+    for before, op, behind in zip((None, *prepared), prepared, (*prepared[1:], None), strict=False):
+        if isinstance(op, ops.Linear):
+            kernel = _linear(op, _is_gated(op, behind), how)
+        elif isinstance(op, ops.Attention):
+            kernel = _attention(op, runs, how)
+        elif isinstance(op, ops.GatedAct) and isinstance(before, ops.Linear) and _is_gated(before, op):
+            kernel = _behind(_linear(before, True, how))
+        else:
+            kernel = _other(op)
+        found.setdefault(type(op).__name__, Counter())[kernel] += 1
     return found
 
 
-def _kernel(op: Op) -> str:
-    if isinstance(op, ops.Linear):
+def rules_of(program: Program, checkpoint: Checkpoint, how: How) -> dict[str, str]:
+    """What holds for the whole program, by its name: whose attention and why, the cache's format, determinism.
+
+    Reads of the checkpoint the scales of an FP8 cache.
+    """
+    return {
+        "attention": _whose(program, how),
+        "KV cache": _cache(program, checkpoint, how),
+        "deterministic": "yes: the same tokens whatever shares a step" if how.deterministic
+        else "no: sums may differ in the last bit with the size of a step (--deterministic)",
+    }  # fmt: skip
+
+
+def _whose(program: Program, how: How) -> str:
+    runs, why_not = attention_of(program, how.attention, how.dtype, how.deterministic)
+    if runs == "flashinfer":
+        return f"flashinfer {flashinfer_told()}; single tokens triton"
+    if why_not:
+        return f"triton, not flashinfer: {why_not}"
+    other = f", the nearest to {how.attention}" if how.attention not in ("", "triton") else ""
+    there = "" if flashinfer_missing() else "; --attention flashinfer for runs of tokens"
+    return f"triton{other}{there}"
+
+
+def _cache(program: Program, checkpoint: Checkpoint, how: How) -> str:
+    if how.kv_cache_dtype != SCALED:
+        return how.kv_cache_dtype or how.dtype
+    layers = [op.layer for op in program.ops if isinstance(op, ops.Attention)]
+    scaled = sum(pair != (1.0, 1.0) for pair in kv_scales(checkpoint, layers).values())
+    return f"{SCALED}, scales of the checkpoint for {scaled} of {len(layers)} layers"
+
+
+def _is_gated(op: ops.Linear, behind: Op | None) -> bool:
+    """Whether the next operation is an activation of both halves of a product, which its kernel then does."""
+    return isinstance(behind, ops.GatedAct) and behind.gate.buffer == behind.up.buffer == op.out.buffer
+
+
+def _linear(op: ops.Linear, gated: bool, how: How) -> str:
+    return product_of(op.out.width // (2 if gated else 1), op.x.width, gated, how)
+
+
+def product_of(outputs: int, columns: int, gated: bool, how: How) -> str:
+    """The kernels of a product by rows. `gated`: of two matrices, with an activation behind."""
+    if how.deterministic:
+        return "few_rows at any number of rows"
+    if how.item_bytes > 2:
         return "cuBLAS"
-    if isinstance(op, ops.Attention):
-        parts = ["norm"] * bool(op.q_norm) + ["rope"] * bool(op.rope) + ["window"] * bool(op.window)
-        inside = f" with {', '.join(parts)}" if parts else ""
-        return f"decode and attend_tiles of heads of {op.head_dim}{inside}"
+    parts = []
+    if row_shape(outputs, columns, gated) is not None:
+        parts.append("one_row at 1 row")
+    most = max((rows for rows in range(2, FEW + 1) if few_shape(rows, outputs, columns, gated) is not None), default=0)
+    if most:
+        parts.append(f"few_rows up to {most}")
+    return ", ".join([*parts, "cuBLAS above" if parts else "cuBLAS"])
+
+
+def _behind(product: str) -> str:
+    """What becomes of an activation behind a product of these kernels, all but cuBLAS of which do it themselves."""
+    if product == "cuBLAS":
+        return "gate_rows"
+    return "in the product" + (", gate_rows behind cuBLAS" if "cuBLAS" in product else "")
+
+
+def _attention(op: ops.Attention, runs: str, how: How) -> str:
+    does = ["norm"] * bool(op.q_norm) + ["rope"] * bool(op.rope)
+    does += [f"window of {op.window}"] * bool(op.window) + ["cap"] * bool(op.softcap)
+    of = f"heads of {op.head_dim}" + (f" with {', '.join(does)}" if does else "")
+    if how.deterministic:
+        return f"attend_tiles, {of}"
+    tiles = "flashinfer's prefill" if runs == "flashinfer" else "attend_tiles"
+    return f"single tokens decode {_splits(op, how)}, runs {tiles}; {of}"
+
+
+def _splits(op: ops.Attention, how: How) -> str:
+    """How many programs share a sequence of a short context, by rows."""
+    shared = op.q.width // op.k.width
+    by_rows = [decode_shape(rows, op.head_dim, shared, False, how.item_bytes).splits for rows in CLASSES]
+    return f"(split {_steps(by_rows, CLASSES)})"
+
+
+def _steps(values: Sequence[int], mosts: Sequence[int]) -> str:
+    """ "32 up to 4 rows, 4 up to 16, 1 above": neighbours of the same value as one."""
+    ends = [i for i in range(len(values)) if i + 1 == len(values) or values[i] != values[i + 1]]
+    parts = [f"{values[i]} up to {mosts[i]}{' rows' if i == ends[0] else ''}" for i in ends[:-1]]
+    return ", ".join([*parts, f"{values[-1]} above" if parts else str(values[-1])])
+
+
+def _other(op: Op) -> str:
     if isinstance(op, ops.Norm):
         return "norm_heads" if op.head_dim else "norm_rows"
-    names = {ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "take_rows"}
-    return names.get(type(op), "torch")
+    return _NAMES.get(type(op), "torch")
