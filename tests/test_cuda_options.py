@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from support_cpu import kernel_folder
 from support_cuda import DEVICE, ON_GPU, altered, torch, write_random
 
 from tokenmill.backends.base import StepLimits
@@ -26,6 +27,7 @@ from tokenmill.backends.cuda.products import Product, Scratch
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.value import Program
 from tokenmill.runtime import choice
@@ -159,6 +161,18 @@ def test_what_became_of_a_name_is_logged(
     (record,) = caplog.records
     assert record.levelno == level
     assert words in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_other_backends_say_that_attention_is_their_own(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = program(tmp_path)
+    wants = Computing(attention="paged", cpu_threads=1, kernel_cache=str(kernel_folder()))
+    source, limits = open_checkpoint(local_source(tmp_path)), StepLimits(64, 4, 64, 16)
+    choice.make_backend(Choice(name), made, source, limits, wants, Group(), lambda progress: None).close()
+    (record,) = caplog.records
+    assert record.getMessage() == f"`attention` paged has no effect: the {name} backend has its own."
 
 
 def test_nothing_is_logged_where_nothing_was_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
