@@ -14,8 +14,10 @@ from hashlib import blake2b
 from tokenmill.backends.base import StepResult
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Engine, digest
-from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
+from tokenmill.engine.limits import SchedulerLimits
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.sequence import Batch
+from tokenmill.errors import OutOfMemory
 from tokenmill.wire.messages import (
     Abort,
     Output,
@@ -61,11 +63,15 @@ class OracleStep:
     batch: Batch
     admitted: list[tuple[int, Request, list[int]]]  # as a launch sees them: copies
     requests: list[Request]
-    result: StepResult | None = None
+    failed: bool = False
 
 
 class PagedOracle:
-    """Reads and writes its cache through block tables, as attention would. `poison_rate`: how often a row breaks."""
+    """Reads and writes its cache through block tables, as attention would.
+
+    `poison_rate`: how often a row breaks. `full_rate`: how often a launch, and a collect, finds no memory; `most`: and
+    every launch of more tokens does.
+    """
 
     def __init__(self, num_blocks: int, limits: SchedulerLimits, poison_rate: float = 0.0, seed: int = 0) -> None:
         size, slots = limits.block_size, limits.max_batch_size
@@ -77,17 +83,36 @@ class PagedOracle:
         self.plans: list[bytes] = []
         self.batches: list[Batch] = []
         self.poison_rate, self.rng, self.num_poisoned = poison_rate, random.Random(seed), 0
+        self.full_rate, self.most, self.num_full = 0.0, limits.max_batch_tokens, [0, 0]
 
     def launch(self, batch: Batch) -> OracleStep:
         admitted = [(seq.slot, seq.request, list(seq.token_ids)) for seq in batch.admitted]
         step = OracleStep(batch, admitted, [seq.request for seq in batch.sequences])
         self.plans.append(digest(batch))
         self.batches.append(batch)
+        if batch.num_tokens > self.most or self.rng.random() < self.full_rate:
+            self.num_full[0] += 1
+            if self.rng.random() < 0.5:  # found out halfway: some of it runs, and nobody reads what came of it
+                step.failed = True
+                self.queue.append(step)
+            raise OutOfMemory("no room for a launch")
         self.queue.append(step)
         return step
 
     def collect(self, step: OracleStep) -> StepResult:
+        while self.queue[0].failed and self.queue[0] is not step:
+            self.run(self.queue.pop(0))
         assert self.queue.pop(0) is step, "steps are collected in the order of their launches"
+        if step.failed:
+            raise OutOfMemory("behind one that failed")
+        if self.rng.random() < self.full_rate:
+            self.num_full[1] += 1
+            self.queue = [behind for behind in self.queue if not behind.failed]
+            for behind in self.queue:
+                behind.failed = True
+            if self.rng.random() < 0.5:
+                self.run(step)
+            raise OutOfMemory("no room for a step")
         return self.run(step)
 
     def run(self, step: OracleStep) -> StepResult:
@@ -211,14 +236,19 @@ def random_case(seed: int, aborts: bool = True) -> Case:
         script[turn].append(Abort(i))
     max_batch_tokens = rng.randint(1, 40)
     size_limits = (max_batch_tokens, rng.randint(1, 8), longest, size)
-    limits = SchedulerLimits(*size_limits, min_chunk=rng.choice([1, 1, 8]), prefill_beside=rng.choice([0, 8, 11]))
+    limits = SchedulerLimits(
+        *size_limits, min_chunk=rng.choice([1, 1, 8]), prefill_beside=rng.choice([0, 8, 11]),
+        context_weight=rng.choice([0, 0, 1, 5, 40]),
+    )  # fmt: skip
     return Case(requests, aborted, script, -(-longest // size) + rng.randint(0, 3), limits, hopeless)
 
 
 def build(
-    script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, poison_rate: float = 0.0
-) -> tuple[Engine[OracleStep], PagedOracle, ListLink]:
+    script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, poison_rate: float = 0.0,
+    full_rate: float = 0.0,
+) -> tuple[Engine[OracleStep], PagedOracle, ListLink]:  # fmt: skip
     oracle, link = PagedOracle(num_blocks, limits, poison_rate), ListLink(script)
+    oracle.full_rate = full_rate
     return Engine(Scheduler(BlockPool(num_blocks, limits.block_size), limits), oracle, link), oracle, link
 
 

@@ -10,6 +10,7 @@ TokenmillError
 │   ├── MissingPackage         what was asked for needs a package that is not installed
 │   ├── NotEnoughMemory        the model or its cache does not fit
 │   └── AddressInUse           the port is taken
+├── OutOfMemory                a step found no memory on the device; the engine tries again with less
 └── RequestError               one request cannot be served; the others go on
     ├── ValidationError        the request is wrong
     │   ├── ContextLengthError prompt and wanted tokens exceed the context
@@ -96,6 +97,10 @@ class AddressInUse(StartError):
     """Another process listens on the port."""
 
     variant = "WebserverCannotStart"
+
+
+class OutOfMemory(TokenmillError):
+    """A step found no memory on the device. Nothing of it counts, and the device is as usable as before."""
 
 
 class RequestError(TokenmillError):

@@ -78,7 +78,11 @@ class Step(Protocol):
     """A launched step."""
 
     def result(self) -> StepResult:
-        """Wait for it. Called once, on every rank; the same token ids on all of them."""
+        """Wait for it. Called once, on every rank; the same token ids on all of them.
+
+        OutOfMemory if it found none on the device, and of every step launched behind it: nothing of them counts. With
+        several ranks, which cannot agree on that, it is any other error.
+        """
 
 
 class Backend(Protocol):
@@ -101,7 +105,7 @@ class Backend(Protocol):
         """Run what a first step would otherwise pay for; leaves no trace in slots or cache."""
 
     def run(self, inputs: StepInputs) -> Step:
-        """Launch a step behind those before it and return at once."""
+        """Launch a step behind those before it and return at once. OutOfMemory, as of `Step`: nothing was launched."""
 
     def close(self) -> None:
         """Free what outlives the process's own memory. Idempotent."""

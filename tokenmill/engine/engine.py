@@ -5,25 +5,33 @@ Shared by every model and feature: features go elsewhere, none is named here.
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from hashlib import blake2b
 from time import perf_counter
 from typing import Generic, Protocol, TypeVar
 
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.sequence import Batch, StepResult
+from tokenmill.errors import OutOfMemory
 from tokenmill.wire.messages import Output, Request, Stats, ToEngine
 
 StepT = TypeVar("StepT")
+
+_log = logging.getLogger(__name__)
 
 
 class Executor(Protocol[StepT]):
     """What runs a step on the device."""
 
     def launch(self, batch: Batch) -> StepT:
-        """Start a step behind those before it and return at once."""
+        """Start a step behind those before it and return at once. OutOfMemory: nothing was started."""
 
     def collect(self, step: StepT) -> StepResult:
-        """Wait for a step. Called once for each, in the order of the launches."""
+        """Wait for a step. Called once for each, in the order of the launches.
+
+        OutOfMemory: it did not run, nor did or will those launched behind it, which say the same.
+        """
 
 
 class Link(Protocol):
@@ -67,18 +75,40 @@ class Engine(Generic[StepT]):
         batch = scheduler.schedule()
         if self._compare_plans:
             self._plan = digest(batch)
-        launched = (batch, self.executor.launch(batch), perf_counter()) if batch else None
-        outputs = scheduler.notices()
-        done, step_s = None, 0.0
-        if self._in_flight:
-            done, step, launch_time = self._in_flight
+        flying, self._in_flight = self._in_flight, self._launch(batch) if batch else None
+        outputs, done, step_s = self._collect(*flying) if flying else ([], None, 0.0)
+        self.link.send(scheduler.notices() + outputs, scheduler.stats(done, step_s))
+
+    def _launch(self, batch: Batch) -> tuple[Batch, StepT, float] | None:
+        """The batch on the device since when; None if it found no memory there."""
+        try:
+            return batch, self.executor.launch(batch), perf_counter()
+        except OutOfMemory as error:
+            self._take_back([batch], error)
+            return None
+
+    def _collect(self, batch: Batch, step: StepT, launch_time: float) -> tuple[list[Output], Batch | None, float]:
+        """What came of a step, the step, its seconds; nothing if it found no memory."""
+        try:
             result = self.executor.collect(step)
-            now = perf_counter()
-            step_s = now - max(launch_time, self._last_collected)  # a step begins when the one before has ended
-            self._last_collected = now
-            outputs += scheduler.update(done, result)
-        self._in_flight = launched
-        self.link.send(outputs, scheduler.stats(done, step_s))
+        except OutOfMemory as error:
+            batches = [batch]
+            if self._in_flight:
+                behind, step, _ = self._in_flight
+                self._in_flight = None
+                with suppress(OutOfMemory):
+                    self.executor.collect(step)
+                batches.append(behind)
+            self._take_back(batches, error)
+            return [], None, 0.0
+        now = perf_counter()
+        step_s = now - max(launch_time, self._last_collected)  # a step begins when the one before has ended
+        self._last_collected = now
+        return self.scheduler.update(batch, result), batch, step_s
+
+    def _take_back(self, batches: list[Batch], error: OutOfMemory) -> None:
+        self.scheduler.retract(batches)
+        _log.warning("A step of %d tokens found no memory on the device: %s", batches[0].num_tokens, error)
 
 
 def digest(batch: Batch | None) -> bytes:

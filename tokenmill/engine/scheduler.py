@@ -1,8 +1,8 @@
 """Who runs in the next step. Shared by every model and feature: features go elsewhere, none is named here.
 
-Pure: its state changes only by `add`, `abort`, `schedule` and `update`. Every tensor-parallel rank runs its own copy
-on the same messages and tokens and must reach the same plan, so nothing here reads a clock, an option, a random
-number or the device.
+Pure: its state changes only by `add`, `abort`, `schedule`, `update` and `retract`. Every tensor-parallel rank runs its
+own copy on the same messages and tokens and must reach the same plan, so nothing here reads a clock, an option, a
+random number or the device.
 
 There are no prefill and decode phases. A sequence has tokens of which some are computed; each step gives it as many
 as the budget allows. Chunked prefill, decode, a prefix-cache hit and the resumption after a preemption are the same
@@ -12,30 +12,18 @@ whose plan is the last one's costs a few array operations, not a walk over the s
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, deque
 from itertools import takewhile
 
 import numpy as np
 
 from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.budget import Room, StepBudget
+from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.sequence import Batch, Int32, Sequence, StepResult
 from tokenmill.wire.messages import Output, Request, Stats, TokenDetails
 
 _NO_ENTRIES = np.zeros((0, 3), np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """What a step and a sequence may be at most. `block_size` is the pool's."""
-
-    max_batch_tokens: int  # of a step
-    max_batch_size: int  # sequences that run at once: slots
-    max_total_tokens: int  # of a sequence, prompt and output
-    block_size: int = 16  # tokens of a cache block
-    min_chunk: int = 1  # a prompt is not cut into pieces smaller than this; what is left over waits for the next step
-    prefill_beside: int = 0  # prompt tokens of a step in which others decode: so many and one more for each of them, so
-    # that a long prompt holds them up little; at least `min_chunk`. 0: as many as the step holds
 
 
 class Scheduler:
@@ -46,7 +34,7 @@ class Scheduler:
         self.limits = limits
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: dict[int, Sequence] = {}  # the last is preempted first
-        self.num_steps = self.num_preemptions = 0
+        self.num_steps = self.num_retracted = self.num_preemptions = 0
         self.num_prefill_tokens = self.num_decode_tokens = self.num_cached_tokens = 0
         size = limits.max_batch_size
         self._free_slots = list(range(size - 1, -1, -1))
@@ -58,10 +46,12 @@ class Scheduler:
         self._rows: list[Sequence] = []
         self._slots: Int32 = np.zeros(0, np.int32)
         self._changed = False
-        self._min_chunk = min(limits.min_chunk, limits.max_batch_tokens)
+        self._budget = StepBudget(limits)
+        self._room = self._budget.room(0)  # of the step being planned
         self._entries: list[tuple[int, int, int]] = []  # of block tables, new in the step being planned
         self._notices: list[Output] = []
         self._coming: set[bytes] = set()  # hashes of blocks that the step being planned computes
+        self._offered: deque[list[int]] = deque()  # by step on the device: blocks published before it has filled them
 
     @property
     def has_work(self) -> bool:
@@ -70,7 +60,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. One that can never run is refused: its end is among the next notices."""
-        if refusal := self._refusal(request):
+        refusal = self.limits.refusal(request, self.pool.num_blocks)
+        if request.id in self.running or request.id in self.waiting:
+            refusal = f"a request with the id {request.id} is being served"
+        if refusal:
             self._notices.append(Output(request.id, finish_reason="error", message=refusal))
         else:
             self.waiting[request.id] = Sequence(request)
@@ -93,7 +86,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         if self.waiting and not preempted:
             self._expect(rows, starts, counts)
-            admitted, fresh_counts = self._admit(self._budget(counts) - int(counts.sum()))
+            admitted, fresh_counts = self._admit(self._room)
             if admitted:
                 fresh = np.array([seq.slot for seq in admitted], np.int32)
                 rows, slots = rows + admitted, np.concatenate((slots, fresh))
@@ -107,6 +100,7 @@ class Scheduler:
         """Record what a step gave and say what came of it. Batches come back in the order they were planned."""
         outputs: list[Output] = []
         sequences = batch.sequences
+        self._count(batch)
         details, prompts = result.details, self._prompt_details(batch, result)
         for index, (row, token_id) in enumerate(zip(batch.samples.tolist(), result.token_ids, strict=True)):
             seq = sequences[row]
@@ -127,13 +121,37 @@ class Scheduler:
             if reason:
                 self._finish(seq, reason)
             if reason or details is not None or prompts:
-                outputs.append(_output(seq, token_id, details[index] if details else None, prompts.pop(row, ())))
+                outputs.append(seq.output(token_id, details[index] if details else None, prompts.pop(row, ())))
             else:
                 outputs.append(Output(seq.id, (token_id,)))
         for row, found in prompts.items():  # of rows that did not sample
             if not sequences[row].finish_reason:
                 outputs.append(Output(sequences[row].id, prompt_details=found))
         return outputs
+
+    def retract(self, batches: list[Batch]) -> None:
+        """Take back the newest planned steps, all from the first that found no memory on: nothing of them counts.
+
+        Everybody waits again, in order, as after a preemption, and keeps the tokens of earlier steps. The next steps
+        are half as large as the one that failed, until many went well. If that was of a single token, its request can
+        never run: its end is among the next notices.
+        """
+        for _ in batches:
+            self.pool.unpublish(self._offered.pop())
+        for seq in reversed(list(self.running.values())):
+            self._preempt(seq)
+        for batch in batches:
+            for row in batch.samples.tolist():
+                batch.sequences[row].num_tokens -= 1
+        self.num_retracted += 1
+        if batches[0].num_tokens > 1:
+            self._budget.shrink(batches[0].num_tokens)
+            return
+        self._budget.restore()  # a request's own need says nothing of the others'
+        seq = batches[0].sequences[0]
+        if not seq.finish_reason:
+            self._finish(seq, "error")
+            self._notices.append(seq.failure("the device has no memory for a single token of it"))
 
     def stats(self, batch: Batch | None = None, step_s: float = 0.0) -> Stats:
         """The books as they stand; `batch` and `step_s` are the step they are told after."""
@@ -152,6 +170,7 @@ class Scheduler:
             step_s=step_s,
             prefill_rows=batch.num_prefill_rows if batch else 0,
             admitted=len(batch.admitted) if batch else 0,
+            retracted=self.num_retracted,
         )
 
     # ---- planning
@@ -165,7 +184,7 @@ class Scheduler:
         rows, slots = self._rows, self._slots
         starts = self._computed[slots]
         counts = np.minimum(self._tokens[slots], self._last[slots]) - starts
-        counts = self._within_budget(counts)
+        counts = self._within_budget(starts, counts)
         need = -(-(starts + counts) // self.pool.block_size) - self._held[slots]
         for row in np.flatnonzero(need > 0).tolist():
             if rows[row].slot >= 0 and not self._grow(rows[row], int(need[row])):
@@ -175,24 +194,27 @@ class Scheduler:
         keep = np.array([row for row, count in enumerate(counts.tolist()) if count and rows[row].slot >= 0], np.intp)
         return [rows[row] for row in keep.tolist()], slots[keep], starts[keep], counts[keep], self._changed
 
-    def _within_budget(self, wanted: Int32) -> Int32:
-        """How many of the wanted tokens each row gets: the older first.
+    def _within_budget(self, starts: Int32, wanted: Int32) -> Int32:
+        """How many of the wanted tokens each row gets: those that want one, then those in the middle of their prompt.
 
-        Only the youngest can be in the middle of its prompt, and those before it take a token each, as they did when it
-        was admitted: what is left for it does not shrink, so `min_chunk` needs no look here.
+        That is the youngest, if any, and those before it take a token each, as they did when it was admitted: what is
+        left for it does not shrink, so `min_chunk` needs no look here.
         """
-        before = np.cumsum(wanted, dtype=np.int32) - wanted
-        budget = self._budget(wanted)
-        if not len(wanted) or before[-1] + wanted[-1] <= budget:
+        decoding = int(np.count_nonzero(wanted == 1))
+        self._room = room = self._budget.room(decoding)
+        long = np.flatnonzero(wanted > 1).tolist()
+        if not long and decoding <= room.tokens:
+            room.tokens -= decoding
             return wanted
-        given: Int32 = np.clip(budget - before, 0, wanted).astype(np.int32)
+        given: Int32 = np.minimum(wanted, 1)
+        given[given.cumsum() > room.tokens] = 0
+        given[long] = 0
+        room.tokens -= int(given.sum())
+        for row in long:
+            start, count = int(starts[row]), int(wanted[row])
+            given[row] = fits = room.fit(start, count)
+            room.take(start, fits, count)
         return given
-
-    def _budget(self, counts: Int32) -> int:
-        """Tokens of a step in which these are computed already."""
-        most, beside = self.limits.max_batch_tokens, self.limits.prefill_beside
-        decoding = int(np.count_nonzero(counts == 1)) if beside else 0
-        return min(most, beside + 2 * decoding) if decoding else most
 
     def _expect(self, rows: list[Sequence], starts: Int32, counts: Int32) -> None:
         """Note which blocks these rows compute: who needs one of them next shares it a step later instead."""
@@ -201,21 +223,20 @@ class Scheduler:
         for row in np.flatnonzero(counts > 1).tolist():
             self._coming.update(rows[row].hashes[starts[row] // size : (starts[row] + counts[row]) // size])
 
-    def _admit(self, budget: int) -> tuple[list[Sequence], list[int]]:
-        """Let waiting sequences run, in order, while there are slots, blocks and budget; who, and their counts."""
+    def _admit(self, room: Room) -> tuple[list[Sequence], list[int]]:
+        """Let waiting sequences run, in order, while there are slots, blocks and room; who, and their counts."""
         admitted: list[Sequence] = []
         counts: list[int] = []
-        while self.waiting and self._free_slots and budget > 0:
+        while self.waiting and self._free_slots and room.tokens:
             seq = next(iter(self.waiting.values()))
-            count = self._try_to_admit(seq, budget)
+            count = self._try_to_admit(seq, room)
             if not count:
                 break
             admitted.append(seq)
             counts.append(count)
-            budget -= count
         return admitted, counts
 
-    def _try_to_admit(self, seq: Sequence, budget: int) -> int:
+    def _try_to_admit(self, seq: Sequence, room: Room) -> int:
         """Give the head of the queue a slot, its cached prefix and blocks for all its tokens; how many it may compute
         now.
 
@@ -234,8 +255,9 @@ class Scheduler:
         left = known - len(cached) * size
         if 2 * coming * size >= left:  # another computes most of it in this very step
             return 0
-        count = min(left, budget)
-        if count < min(left, self._min_chunk):
+        start = len(cached) * size
+        count = room.fit(start, left)
+        if count < max(1, min(left, self._budget.min_chunk)):
             return 0
         need = -(-known // size) - len(cached)
         reserve = min(len(self.running), pool.num_blocks // 8)
@@ -245,6 +267,7 @@ class Scheduler:
         fresh = pool.allocate(need)
         assert fresh is not None
         self._start(seq, cached, fresh)
+        room.take(start, count, left)
         self._coming.update(seq.hashes[len(cached) : len(cached) + count // size])
         return count
 
@@ -284,7 +307,8 @@ class Scheduler:
     def _commit(
         self, rows: list[Sequence], slots: Int32, starts: Int32, counts: Int32, admitted: list[Sequence]
     ) -> Batch:
-        """Count the step as done."""
+        """Count the step's tokens as computed."""
+        self._offered.append([])
         computed = starts + counts
         self._computed[slots] = computed
         sampling = computed == self._tokens[slots]
@@ -292,10 +316,6 @@ class Scheduler:
         long = counts > 1
         num_tokens = int(counts.sum())
         num_prefill_rows = int(np.count_nonzero(long | ~sampling))
-        num_decode = len(rows) - num_prefill_rows
-        self.num_steps += 1
-        self.num_decode_tokens += num_decode
-        self.num_prefill_tokens += num_tokens - num_decode
         if num_prefill_rows:
             for row in np.flatnonzero(long).tolist():
                 # before it has run, for steps run in order: who finds these blocks reads them after the write
@@ -304,27 +324,16 @@ class Scheduler:
         samples = np.flatnonzero(sampling).astype(np.int32)
         return Batch(slots, starts, counts, samples, rows, admitted, entries, num_tokens, num_prefill_rows)
 
-    # ---- one sequence
+    def _count(self, batch: Batch) -> None:
+        """A step has run: what it computed is there."""
+        self._offered.popleft()
+        self._budget.passed()
+        num_decode = len(batch.sequences) - batch.num_prefill_rows
+        self.num_steps += 1
+        self.num_decode_tokens += num_decode
+        self.num_prefill_tokens += batch.num_tokens - num_decode
 
-    def _refusal(self, request: Request) -> str:
-        """Why this request can never run; "" if it can."""
-        prompt, wanted = len(request.prompt_ids), request.stopping.max_new_tokens
-        if prompt < 1 or wanted < 1:
-            return f"a request needs at least one prompt token and one new token; it has {prompt} and wants {wanted}"
-        if request.id in self.running or request.id in self.waiting:
-            return f"a request with the id {request.id} is being served"
-        if prompt + wanted > self.limits.max_total_tokens:
-            return (
-                f"the request needs {prompt + wanted} tokens ({prompt} of the prompt, {wanted} new ones); "
-                f"a sequence may have {self.limits.max_total_tokens}"
-            )
-        capacity = self.pool.num_blocks * self.pool.block_size
-        if prompt + wanted - 1 > capacity:
-            return (
-                f"the request needs room for {prompt + wanted - 1} tokens in the cache, which holds {capacity}; "
-                "ask for fewer tokens, or give the server more memory"
-            )
-        return ""
+    # ---- one sequence
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the head of the queue as if new. Its blocks stay cached while nobody needs them."""
@@ -353,6 +362,8 @@ class Scheduler:
         full = min(len(seq.hashes), int(self._computed[seq.slot]) // size)
         for index in range(seq.num_published, full):
             self.pool.publish(seq.blocks[index], seq.hashes[index])
+        if self._offered:
+            self._offered[-1] += seq.blocks[seq.num_published : full]
         seq.num_published = max(full, seq.num_published)
         seq.publish_at = (seq.num_published + 1) * size
 
@@ -360,8 +371,7 @@ class Scheduler:
         """End a sequence whose numbers are worthless, and let nobody find what it computed."""
         self.pool.unpublish(seq.blocks)
         self._finish(seq, "error")
-        message = "the model's output is not a finite number"
-        outputs.append(Output(seq.id, finish_reason="error", num_preemptions=seq.num_preemptions, message=message))
+        outputs.append(seq.failure("the model's output is not a finite number"))
 
     def _finish(self, seq: Sequence, reason: str) -> None:
         seq.finish_reason = reason
@@ -380,16 +390,3 @@ class Scheduler:
                 fresh[row] = found[known:]
                 seq.num_prompt_details += len(found) - known
         return fresh
-
-
-def _output(
-    seq: Sequence, token_id: int, details: TokenDetails | None, prompt_details: tuple[TokenDetails, ...]
-) -> Output:
-    return Output(
-        seq.id,
-        (token_id,),
-        seq.finish_reason,
-        () if details is None else (details,),
-        prompt_details,
-        num_preemptions=seq.num_preemptions if seq.finish_reason else 0,
-    )

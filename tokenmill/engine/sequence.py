@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.engine.block_pool import chain_hash, chain_root
-from tokenmill.wire.messages import Request, TokenDetails
+from tokenmill.wire.messages import Output, Request, TokenDetails
 
 Int32 = NDArray[np.int32]
 
@@ -51,6 +51,23 @@ class Sequence:
             start = len(self.hashes) * block_size
             parent = self.hashes[-1] if self.hashes else chain_root(self.request.salt)
             self.hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
+
+    def output(
+        self, token_id: int, details: TokenDetails | None, prompt_details: tuple[TokenDetails, ...]
+    ) -> Output:
+        """What a step gave it."""
+        return Output(
+            self.id,
+            (token_id,),
+            self.finish_reason,
+            () if details is None else (details,),
+            prompt_details,
+            num_preemptions=self.num_preemptions if self.finish_reason else 0,
+        )
+
+    def failure(self, message: str) -> Output:
+        """Its end, for a reason of its own."""
+        return Output(self.id, finish_reason="error", num_preemptions=self.num_preemptions, message=message)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

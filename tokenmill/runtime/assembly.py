@@ -15,7 +15,8 @@ from typing import Any
 from tokenmill.backends.base import Backend, StepLimits
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Executor as AnyExecutor
-from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
+from tokenmill.engine.limits import SchedulerLimits
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.choice import (

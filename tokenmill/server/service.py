@@ -139,6 +139,8 @@ class Service:
         metrics.set("tgi_batch_current_max_tokens", stats.blocks_used * block_size)
         metrics.set("tokenmill_kv_blocks_used", stats.blocks_used)
         metrics.set("tokenmill_kv_usage_ratio", stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0)
+        if failures := stats.retracted - before.retracted:
+            metrics.add("tgi_batch_inference_failure", "prefill" if before.prefill_rows else "decode", amount=failures)
         num_steps = stats.steps - before.steps
         if num_steps <= 0:
             return

@@ -131,6 +131,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     step_s: float = 0.0  # from launch to its tokens on the host
     prefill_rows: int = 0  # rows of this step that computed more than one token or did not sample
     admitted: int = 0  # requests that joined in this step
+    retracted: int = 0  # steps that found no memory on the device and were taken back
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):

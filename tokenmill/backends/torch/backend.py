@@ -7,7 +7,8 @@ meanwhile (torch lets go of the interpreter while it computes). Everything by sl
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from tokenmill.backends.torch.kinds import StepState
 from tokenmill.backends.torch.pack import Report, pack
 from tokenmill.backends.torch.sampling import Sampled, prompt_details, sample
 from tokenmill.backends.torch.slots import PromptPositions, Slots
-from tokenmill.errors import ArgumentError, NotEnoughMemory
+from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
 from tokenmill.parallel.group import Group
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout
@@ -34,6 +35,25 @@ from tokenmill.wire.messages import TokenDetails
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
+
+
+class TorchStep:
+    """A step on the backend's thread. `before`: the one launched before it, if nobody has been told of its end."""
+
+    def __init__(self, run: Callable[[], StepResult], thread: ThreadPoolExecutor, before: TorchStep | None) -> None:
+        self._run, self._before, self.told = run, before, False
+        self._future: Future[StepResult] = thread.submit(self._start)
+
+    def result(self) -> StepResult:
+        """See `backends.base.Step`."""
+        self.told = True
+        return self._future.result()
+
+    def _start(self) -> StepResult:
+        before, self._before = self._before, None
+        if before is not None and isinstance(before._future.exception(), OutOfMemory):
+            raise OutOfMemory("The step before found no memory.")  # this one would read what that one should have left
+        return self._run()
 
 
 class TorchBackend:
@@ -69,6 +89,7 @@ class TorchBackend:
         self._scratch = attention.Scratch()
         self._slots = Slots(limits, self.vocab_size, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
+        self._last: TorchStep | None = None
 
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers of this rank."""
@@ -107,11 +128,23 @@ class TorchBackend:
 
     def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once."""
-        return self._thread.submit(self._step, inputs)  # a future is a Step
+        before = None if self._last is None or self._last.told else self._last
+        self._last = TorchStep(lambda: self._step_or_out_of_memory(inputs), self._thread, before)
+        return self._last
 
     def close(self) -> None:
         """End the thread after the step that it runs. Idempotent."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _step_or_out_of_memory(self, inputs: StepInputs) -> StepResult:
+        try:
+            return self._step(inputs)
+        except torch.OutOfMemoryError as error:
+            if self.group.size > 1:  # the other ranks may have had room: no plan that all agree on follows
+                raise
+            why = str(error)
+        torch.cuda.empty_cache()  # here, where no frame of the error holds a tensor any more
+        raise OutOfMemory(why)
 
     @torch.inference_mode()
     def _step(self, inputs: StepInputs) -> StepResult:

@@ -1,0 +1,88 @@
+"""How many tokens a step may have: by the limits, beside others that decode, and by what memory has shown to allow.
+
+Pure integers: every rank counts the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+from tokenmill.engine.limits import SchedulerLimits
+
+_PATIENCE = 1000
+"""Good steps after which a budget that memory has halved is doubled again: to try costs a preemption of everybody."""
+
+
+@dataclass(slots=True)
+class Room:
+    """What is left of the step being planned. Made by `StepBudget.room`."""
+
+    tokens: int
+    cost: int | None  # of prompts, in 1 / (2 · weight) tokens, or tokens if there is no weight; None: no bound
+    least: int  # tokens that the first prompt gets whatever they cost, so that it comes to an end
+    weight: int
+
+    def fit(self, start: int, wanted: int) -> int:
+        """How many of a prompt's `wanted` tokens from position `start` on may be computed. Takes nothing."""
+        count = min(wanted, self.tokens)
+        return count if self.cost is None else min(count, max(self.least, self._affordable(start, self.cost)))
+
+    def take(self, start: int, count: int, wanted: int) -> None:
+        """Use room for `count` of the `wanted` tokens. If that is not all of them, nobody else gets any."""
+        self.tokens = self.tokens - count if count == wanted else 0
+        self.least = 0
+        if self.cost is not None:
+            self.cost = max(0, self.cost - self._cost(start, count))
+
+    def _cost(self, start: int, count: int) -> int:
+        """Of tokens at `start`, `start` + 1, …: one and position / weight each."""
+        return count * (2 * (self.weight + start) + count - 1) if self.weight else count
+
+    def _affordable(self, start: int, cost: int) -> int:
+        """The largest count whose `_cost` is at most `cost`: the root of a quadratic equation."""
+        if not self.weight:
+            return cost
+        linear = 2 * (self.weight + start) - 1
+        return (isqrt(linear * linear + 4 * cost) - linear) // 2
+
+
+class StepBudget:
+    """Room for steps, one after another. A step that found no memory halves it; many good ones give it back."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._limits = limits
+        self.max_tokens = limits.max_batch_tokens  # of a step, now
+        self._num_good = 0
+
+    @property
+    def min_chunk(self) -> int:
+        """As in the limits, but no more than a step may have."""
+        return min(self._limits.min_chunk, self.max_tokens)
+
+    def room(self, decoding: int) -> Room:
+        """A whole step's, if so many sequences decode in it."""
+        limits = self._limits
+        beside, weight = limits.prefill_beside, limits.context_weight
+        if not beside or not decoding:
+            return Room(self.max_tokens, None, 0, weight)
+        least = max(self.min_chunk, min(limits.block_size, beside))
+        return Room(self.max_tokens, (beside + decoding) * (2 * weight or 1), least, weight)
+
+    def shrink(self, tokens: int) -> None:
+        """A step of so many, two at least, found no memory."""
+        self.max_tokens = tokens // 2
+        self._num_good = 0
+
+    def restore(self) -> None:
+        """The limits hold again."""
+        self.max_tokens = self._limits.max_batch_tokens
+
+    def passed(self) -> None:
+        """A step ran."""
+        if self.max_tokens == self._limits.max_batch_tokens:
+            return
+        self._num_good += 1
+        if self._num_good == _PATIENCE:
+            self.max_tokens = min(2 * self.max_tokens, self._limits.max_batch_tokens)
+            self._num_good = 0
