@@ -11,8 +11,6 @@ from typing import Protocol
 
 from bench.gpu.tell import figure
 from tokenmill.bench.load import percentile
-from tokenmill.runtime.offline import OfflineEngine
-from tokenmill.wire.messages import SamplingParams, StoppingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +47,6 @@ class Steps(Protocol):
         """Forget a request."""
 
 
-class Offline:
-    """`Steps` of this project's engine."""
-
-    def __init__(self, engine: OfflineEngine) -> None:
-        self._engine = engine
-        self._counts: dict[int, int] = {}
-
-    def submit(self, prompt: list[int], max_tokens: int) -> int:
-        request = self._engine.submit(prompt, SamplingParams(), StoppingParams(max_tokens))
-        self._counts[request] = 0
-        return request
-
-    def step(self) -> None:
-        if not self._engine.step():
-            raise RuntimeError("the streams ended early: --max-total is too small")
-
-    def tokens(self, request: int) -> int:
-        queue = self._engine._link.queues[request]
-        while queue:
-            self._counts[request] += len(queue.popleft().token_ids)
-        return self._counts[request]
-
-    def abort(self, request: int) -> None:
-        self._engine.abort(request)
-
-
 @dataclass(slots=True)
 class Gaps:
     """Seconds between neighbouring tokens of streams; tokens that come together count with gaps of 0."""
@@ -91,13 +63,6 @@ class Gaps:
             if count > before:
                 self.gaps += [now - self.last[request], *[0.0] * (count - before - 1)]
                 self.last[request], self.seen[request] = now, count
-
-
-def long_prompt(engine: OfflineEngine, shape: str, work: LongPrompt) -> None:
-    """Measure this engine, and tell it."""
-    measure(Offline(engine), shape, work)
-    while engine.step():
-        pass
 
 
 def measure(engine: Steps, shape: str, work: LongPrompt) -> None:

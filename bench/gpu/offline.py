@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from bench.gpu.engine import Built, Setup
-from bench.gpu.longprompt import LongPrompt, long_prompt
+from bench.gpu.longprompt import LongPrompt, measure
 from bench.gpu.shapes import H200_GOALS, H200_REFERENCES, SHAPES, crowd, unshared
 from bench.gpu.tell import Turn, figure, tell
+from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
 _LONG_TOTAL = 36864  # tokens of a sequence that (d) needs
@@ -171,6 +172,32 @@ class Bench:
                 out.write(f"batch {rows}, 10 steps\n{table}\n\n")
 
 
+class Steps:
+    """`longprompt.Steps` of this engine."""
+
+    def __init__(self, engine: OfflineEngine) -> None:
+        self._engine = engine
+        self._counts: dict[int, int] = {}
+
+    def submit(self, prompt: list[int], max_tokens: int) -> int:
+        request = self._engine.submit(prompt, SamplingParams(), StoppingParams(max_tokens))
+        self._counts[request] = 0
+        return request
+
+    def step(self) -> None:
+        if not self._engine.step():
+            raise RuntimeError("the streams ended early: --max-total is too small")
+
+    def tokens(self, request: int) -> int:
+        queue = self._engine._link.queues[request]
+        while queue:
+            self._counts[request] += len(queue.popleft().token_ids)
+        return self._counts[request]
+
+    def abort(self, request: int) -> None:
+        self._engine.abort(request)
+
+
 def options() -> argparse.ArgumentParser:
     """The options of this measurement."""
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__,
@@ -227,7 +254,7 @@ def main(words: list[str] | None = None) -> None:
         if "d" in args.only:
             small = {} if built.real else {"context": 20, "stream_tokens": 200, "quiet_steps": 5, "repeat": 1}
             work = LongPrompt(args.long_prompt, args.long_streams, bench.most_id, **small)
-            long_prompt(bench.engine, args.shape, work)
+            measure(Steps(bench.engine), args.shape, work)
         if args.profile:
             built.set_beside(0)
             bench.profile(args.profile)

@@ -21,14 +21,17 @@ def figure(shape: str, name: str, value: float, unit: str, *, less: bool | None 
 
 
 class Turn:
-    """When the timed part of a process may run. With `waits` it is asked for and given back, else always."""
+    """When the timed part of a process may run. With `waits` it is asked for and given back, else always.
 
-    def __init__(self, waits: bool) -> None:
-        self._waits = waits
+    `alone`: nothing else is timed meanwhile; else others that are not alone may be.
+    """
+
+    def __init__(self, waits: bool, *, alone: bool = False) -> None:
+        self._waits, self._alone = waits, alone
 
     def __enter__(self) -> None:
         if self._waits:
-            tell(phase="ready")
+            tell(phase="alone" if self._alone else "shared")
             if not sys.stdin.readline():
                 raise SystemExit("whoever started this has gone")
 
