@@ -121,13 +121,17 @@ def tiny(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_on_a_gpu_each_operation_has_its_kernels_and_each_rule_its_reason(
-    tiny: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with one, as far as it is looked at."""
     monkeypatch.setattr(detect, "missing", lambda: "")
     monkeypatch.setattr(detect, "device_name", lambda: "Some GPU")
     monkeypatch.setattr(detect, "capability", lambda: (9, 0))
+    monkeypatch.setattr(detect, "not_compilable", lambda: "")
     monkeypatch.setattr(doctor, "room", lambda choice, computing: 80 << 30)
+
+
+def test_on_a_gpu_each_operation_has_its_kernels_and_each_rule_its_reason(tiny: str, gpu: None) -> None:
     found = findings("--model-id", tiny)["backend"]
     assert found.verdict == "ok"
     assert found.text.startswith("cuda, Some GPU (compute capability 9.0), bfloat16, weights ")
@@ -143,6 +147,31 @@ def test_on_a_gpu_each_operation_has_its_kernels_and_each_rule_its_reason(
     assert told["deterministic"].startswith("no")
 
 
+def test_what_triton_compiles_with_is_looked_for_and_the_cure_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "install gcc or clang" in detect.not_compilable()
+    for name in ("gcc", "clang"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+        monkeypatch.setattr(detect.sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+        assert "install python3" in detect.not_compilable()
+        (tmp_path / "none").mkdir(exist_ok=True)
+        (tmp_path / "none" / "Python.h").write_text("")
+        assert detect.not_compilable() == ""
+        (tmp_path / name).unlink()
+        (tmp_path / "none" / "Python.h").unlink()
+
+
+def test_a_gpu_that_cannot_be_compiled_for_is_noted(tiny: str, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "not_compilable", lambda: "no C compiler is on PATH")
+    found = findings("--model-id", tiny)["backend"]
+    assert found.verdict == "note"
+    assert found.text.endswith("; no C compiler is on PATH")
+    assert found.details
+
+
 @pytest.mark.skipif(not detect.missing(), reason="there is a GPU")
 def test_without_a_gpu_that_was_asked_for_it_is_bad_and_what_would_serve_there_is_told(tiny: str) -> None:
     found = findings("--model-id", tiny, "--device", "cuda")["backend"]
@@ -151,6 +180,13 @@ def test_without_a_gpu_that_was_asked_for_it_is_bad_and_what_would_serve_there_i
     assert found.details[0] == "Where there is one, it would be:"
     assert any("few_rows up to 64" in line for line in found.details)
     assert findings("--model-id", tiny)["backend"].verdict != "bad"
+
+
+def test_a_cache_that_a_cpu_has_not_is_bad_and_the_cure_is_named(tiny: str) -> None:
+    found = findings("--model-id", tiny, "--device", "cpu", "--kv-cache-dtype", "fp8_e5m2")["backend"]
+    assert found.verdict == "bad"
+    assert "Supported: int8." in found.text
+    assert "Give `--kv-cache-dtype int8`, or none." in found.text
 
 
 def test_weights_that_lack_a_tensor_are_bad_and_it_is_named(tiny: str) -> None:

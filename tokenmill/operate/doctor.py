@@ -160,12 +160,13 @@ def _cpu_backend(program: Program, checkpoint: Checkpoint, computing: Computing,
 
 
 def _cuda_backend(program: Program, checkpoint: Checkpoint, computing: Computing, weights: str) -> Finding:
-    from tokenmill.backends.cuda.detect import capability, device_name
+    from tokenmill.backends.cuda.detect import capability, device_name, not_compilable
 
     dtype = dtype_of(Choice("cuda"), checkpoint, computing.dtype)
-    major, minor = capability()
-    on = f"{device_name()} (compute capability {major}.{minor})"
-    return Finding("backend", "ok", f"cuda, {on}, {dtype}, {weights}", _cuda_kernels(program, checkpoint, computing))
+    (major, minor), why = capability(), not_compilable()
+    text = f"cuda, {device_name()} (compute capability {major}.{minor}), {dtype}, {weights}"
+    kernels = _cuda_kernels(program, checkpoint, computing)
+    return Finding("backend", "note" if why else "ok", f"{text}; {why}" if why else text, kernels)
 
 
 def _cuda_kernels(program: Program, checkpoint: Checkpoint, computing: Computing) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import importlib.metadata
 import importlib.util
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 _MAJOR, _MINOR = 75, 76  # the driver's numbers for the two parts of a compute capability
 _COMPILERS = ("nvcc", "ninja")
@@ -50,6 +52,19 @@ def capability(index: int = 0) -> tuple[int, int]:
     for part, number in zip(parts, (_MAJOR, _MINOR), strict=True):
         driver.cuDeviceGetAttribute(ctypes.byref(part), number, device)
     return parts[0].value, parts[1].value
+
+
+def not_compilable() -> str:
+    """Why Triton could not compile the few lines of C that it calls the driver by, and the cure; "" if it can.
+
+    It does so once on a machine, and keeps them. A compiler that CC names is not looked for.
+    """
+    if shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "no C compiler is on PATH, which Triton needs at the first start: install gcc or clang, or set CC"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return f"Python's headers are not installed, which Triton needs at the first start: install {version}-dev"
+    return ""
 
 
 def flashinfer_missing() -> str:
