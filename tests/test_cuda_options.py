@@ -369,6 +369,34 @@ def test_layers_of_a_kind_share_a_plan_and_kinds_have_their_own(package: Any, tm
     assert sorted(wrapper.kept["window_left"] for wrapper in Wrapper.made) == [-1, 7]
 
 
+@pytest.mark.parametrize("package", [FAKE], indirect=True)
+def test_a_plan_waits_for_what_the_one_before_sent_even_if_that_failed(
+    package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class Watched(Device):
+        def mark(self) -> Any:
+            number = sum(word.startswith("mark") for word in seen)
+            seen.append(f"mark {number}")
+            return SimpleNamespace(wait=lambda: seen.append(f"wait {number}"))
+
+    def plan(self: Wrapper, *words: Any, **named: Any) -> None:
+        seen.append("plan")
+        if seen.count("plan") == 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Wrapper, "plan", plan)
+    memory = Memory(prepare.fused(program(tmp_path)), StepLimits(64, 4, 256, 16), torch.float32, Watched("cpu"))
+    flash = FlashInfer(package, memory, CudaSlots(memory.limits, 128, memory.device))
+    rows = np.array([(0, 0, 5)], np.int32).T
+    flash.plan(*rows)
+    with pytest.raises(torch.OutOfMemoryError):
+        flash.plan(*rows)
+    flash.plan(*rows)
+    assert seen == ["mark 0", "wait 0", "plan", "mark 1", "wait 1", "plan", "mark 2", "wait 2", "plan", "mark 3"]
+
+
 def test_a_package_that_fails_leaves_attention_to_triton_and_names_the_cure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -138,13 +138,15 @@ class FlashInfer:
         sent = [self._staged(array) for array in (queries, places, lengths - (pages - 1) * size)]
         numbers = self._page_numbers(slots[rows], pages, places)
         self._copied.wait()  # flashinfer stages its plans in the same pinned buffer each time
-        for kind in kinds:
-            self._plans[kind].plan(
-                sent[0], sent[1], numbers, sent[2], kind.heads, kind.kv_heads, kind.head_dim, size, causal=True,
-                sm_scale=kind.scale, window_left=kind.window - 1, logits_soft_cap=kind.softcap,
-                q_data_type=self._memory.dtype, kv_data_type=self._memory.cache_dtype,
-            )  # fmt: skip
-        self._copied = self._memory.device.mark()
+        try:
+            for kind in kinds:
+                self._plans[kind].plan(
+                    sent[0], sent[1], numbers, sent[2], kind.heads, kind.kv_heads, kind.head_dim, size, causal=True,
+                    sm_scale=kind.scale, window_left=kind.window - 1, logits_soft_cap=kind.softcap,
+                    q_data_type=self._memory.dtype, kv_data_type=self._memory.cache_dtype,
+                )  # fmt: skip
+        finally:  # the first kinds' copies are on their way even if a later one found no memory
+            self._copied = self._memory.device.mark()
 
     def _staged(self, array: Ints) -> Tensor:
         """On the host, where flashinfer plans, and pinned, since it copies it to the device, too."""
