@@ -19,7 +19,7 @@ from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.quant.none import read
-from tokenmill.runtime.assembly import Assembled, _scheduler
+from tokenmill.runtime.assembly import Assembled, _context_weight, _scheduler
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import Stored
@@ -84,6 +84,9 @@ class Timed:
     def __init__(self, backend: Backend) -> None:
         self.backend, self.seconds, self.steps = backend, 0.0, 0
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
     def run(self, inputs: StepInputs) -> Step:
         start = time.perf_counter()
         step = self.backend.run(inputs)
@@ -119,7 +122,7 @@ class Built:
             "bench", "bfloat16", "cuda", "cuda", blocks, size, config["vocab_size"], setup.max_total_tokens - 1,
             setup.max_total_tokens, setup.max_batch_tokens, setup.max_batch_size,
         )  # fmt: skip
-        self.scheduler = _scheduler(info)  # the server's own choices
+        self.scheduler = _scheduler(info, _context_weight(program))  # the server's own choices
         if setup.beside is not None:
             self.set_beside(setup.beside)
         parts = Assembled(self.scheduler, Executor(self.timed, setup.max_batch_size), info)  # type: ignore[arg-type]
