@@ -11,6 +11,8 @@ import random
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import numpy as np
+
 from tokenmill.backends.base import StepResult
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Engine, digest
@@ -271,3 +273,72 @@ def check_books(scheduler: Scheduler) -> None:
     assert len(set(slots)) == len(slots)
     assert min(slots, default=0) >= 0
     assert all(seq.slot == -1 and not seq.blocks for seq in scheduler.waiting.values())
+
+
+def check_request(r: Request, case: Case, link: ListLink) -> None:
+    outputs, got, want = link.outputs.get(r.id, []), link.tokens(r.id), reference(r)
+    if r.id in case.hopeless and outputs:
+        assert [o.finish_reason for o in outputs] == ["error"]
+        assert str(len(r.prompt_ids) + r.stopping.max_new_tokens) in outputs[0].message
+        return
+    finished = [o.finish_reason for o in outputs if o.finish_reason]
+    if r.id in case.aborted and not finished:
+        assert got == want[: len(got)]
+    else:
+        assert got == want
+        assert finished == ["stop" if want[-1] in r.stopping.stop_ids else "length"] == [outputs[-1].finish_reason]
+    if outputs:
+        assert not outputs[0].token_ids, "the first output tells of the admission"
+        check_details(r, case, link)
+
+
+def check_details(r: Request, case: Case, link: ListLink) -> None:
+    outputs, n = link.outputs[r.id], len(r.prompt_ids)
+    details = [detail.logprob for o in outputs for detail in o.details]
+    assert details == ([n + i for i in range(len(link.tokens(r.id)))] if r.sampling.logprobs >= 0 else [])
+    prompt_details = [detail.logprob for o in outputs for detail in o.prompt_details]
+    if r.sampling.prompt_logprobs < 0:
+        assert not prompt_details
+    elif r.id in case.aborted:
+        assert prompt_details == list(range(1, len(prompt_details) + 1))
+    else:
+        assert prompt_details == list(range(1, n)), "every position of the prompt, once and in order"
+
+
+def prompt_cost(start: int, count: int, weight: int) -> float:
+    return sum(1 + (position / weight if weight else 0) for position in range(start, start + count))
+
+
+def check_prompts_beside(batch: Batch, limits: SchedulerLimits) -> None:
+    """Those that take part beside others that decode cost little, but for the first, which may get its least."""
+    first_new = len(batch.slots) - len(batch.admitted)
+    rows = list(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True))
+    decoding = sum(count == 1 for _, count in rows[:first_new])
+    prompts = [(start, count) for row, (start, count) in enumerate(rows) if row >= first_new or count > 1]
+    if not decoding or not limits.prefill_beside or not prompts:
+        return
+    costs = [prompt_cost(start, count, limits.context_weight) for start, count in prompts]
+    allowed = limits.prefill_beside + decoding
+    least = max(limits.min_chunk, min(limits.block_size, limits.prefill_beside))
+    assert sum(costs) <= allowed + 1e-6 or (len(prompts) == 1 and prompts[0][1] <= least)
+
+
+def check_plans(oracle: PagedOracle, limits: SchedulerLimits) -> None:
+    for batch in oracle.batches:
+        assert batch.num_tokens == batch.counts.sum() <= limits.max_batch_tokens
+        assert batch.counts.min() >= 1
+        assert 0 < len(batch.slots) == len(batch.sequences) <= limits.max_batch_size
+        assert len(set(batch.slots.tolist())) == len(batch.slots)
+        cut = np.setdiff1d(np.arange(len(batch.slots)), batch.samples)
+        assert (batch.counts[cut] >= min(limits.min_chunk, limits.max_batch_tokens)).all()
+        assert set(cut.tolist()) <= {len(batch.slots) - 1}, "nobody computes behind a prompt that is cut"
+        check_prompts_beside(batch, limits)
+
+
+def first_step_of(oracle: PagedOracle, request_id: int) -> tuple[int, int]:
+    """Start and count of a request's first row."""
+    for batch in oracle.batches:
+        for row, seq in enumerate(batch.sequences):
+            if seq.id == request_id:
+                return int(batch.starts[row]), int(batch.counts[row])
+    raise AssertionError

@@ -4,6 +4,8 @@ import pytest
 
 from tokenmill import LLM
 from tokenmill.errors import NotEnoughMemory
+from tokenmill.models.base import program_of
+from tokenmill.runtime.assembly import _context_weight
 from tokenmill.runtime.memory import CACHE_BYTES, Demand, available_bytes, check_weights, count_blocks, size
 
 GIB = 1 << 30
@@ -118,6 +120,17 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read():
         check_weights(2 * GIB, GIB)
     with pytest.raises(NotEnoughMemory, match=r"need 2\.0 GiB, but 1\.0 GiB are allowed"):
         check_weights(2 * GIB, 4 * GIB, limit=GIB)
+
+
+def test_an_8bs_attention_is_as_dear_as_its_products_at_14k_tokens():
+    config = {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    assert 13_000 < _context_weight(program_of(config)) < 14_000
+    windowed = config | {"model_type": "mistral", "sliding_window": 4096}
+    assert _context_weight(program_of(windowed)) == 0
 
 
 def test_limits_that_memory_cannot_hold_are_refused_with_the_cure(embedded_model, monkeypatch):

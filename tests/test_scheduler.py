@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
-import numpy as np
 import pytest
 from oracle import (
     Case,
-    ListLink,
-    OracleStep,
-    PagedOracle,
     build,
     check_books,
+    check_plans,
+    check_request,
+    first_step_of,
     random_case,
     reference,
     request,
@@ -22,75 +21,12 @@ from oracle import (
 
 from tokenmill.backends.base import StepResult
 from tokenmill.engine.block_pool import BlockPool, chain_hash, chain_root
-from tokenmill.engine.budget import StepBudget
-from tokenmill.engine.engine import Engine, digest
+from tokenmill.engine.engine import digest
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
-from tokenmill.engine.sequence import Batch
-from tokenmill.errors import OutOfMemory
 from tokenmill.wire.messages import Abort, Request, SamplingParams
 
 LIMITS = SchedulerLimits(max_batch_tokens=100, max_batch_size=8, max_total_tokens=200, block_size=4)
-
-
-def check_request(r: Request, case: Case, link: ListLink) -> None:
-    outputs, got, want = link.outputs.get(r.id, []), link.tokens(r.id), reference(r)
-    if r.id in case.hopeless and outputs:
-        assert [o.finish_reason for o in outputs] == ["error"]
-        assert str(len(r.prompt_ids) + r.stopping.max_new_tokens) in outputs[0].message
-        return
-    finished = [o.finish_reason for o in outputs if o.finish_reason]
-    if r.id in case.aborted and not finished:
-        assert got == want[: len(got)]
-    else:
-        assert got == want
-        assert finished == ["stop" if want[-1] in r.stopping.stop_ids else "length"] == [outputs[-1].finish_reason]
-    if outputs:
-        assert not outputs[0].token_ids, "the first output tells of the admission"
-        check_details(r, case, link)
-
-
-def check_details(r: Request, case: Case, link: ListLink) -> None:
-    outputs, n = link.outputs[r.id], len(r.prompt_ids)
-    details = [detail.logprob for o in outputs for detail in o.details]
-    assert details == ([n + i for i in range(len(link.tokens(r.id)))] if r.sampling.logprobs >= 0 else [])
-    prompt_details = [detail.logprob for o in outputs for detail in o.prompt_details]
-    if r.sampling.prompt_logprobs < 0:
-        assert not prompt_details
-    elif r.id in case.aborted:
-        assert prompt_details == list(range(1, len(prompt_details) + 1))
-    else:
-        assert prompt_details == list(range(1, n)), "every position of the prompt, once and in order"
-
-
-def prompt_cost(start: int, count: int, weight: int) -> float:
-    return sum(1 + (position / weight if weight else 0) for position in range(start, start + count))
-
-
-def check_prompts_beside(batch: Batch, limits: SchedulerLimits) -> None:
-    """Those that take part beside others that decode cost little, but for the first, which may get its least."""
-    first_new = len(batch.slots) - len(batch.admitted)
-    rows = list(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True))
-    decoding = sum(count == 1 for _, count in rows[:first_new])
-    prompts = [(start, count) for row, (start, count) in enumerate(rows) if row >= first_new or count > 1]
-    if not decoding or not limits.prefill_beside or not prompts:
-        return
-    costs = [prompt_cost(start, count, limits.context_weight) for start, count in prompts]
-    allowed = limits.prefill_beside + decoding
-    least = max(limits.min_chunk, min(limits.block_size, limits.prefill_beside))
-    assert sum(costs) <= allowed + 1e-6 or (len(prompts) == 1 and prompts[0][1] <= least)
-
-
-def check_plans(oracle: PagedOracle, limits: SchedulerLimits) -> None:
-    for batch in oracle.batches:
-        assert batch.num_tokens == batch.counts.sum() <= limits.max_batch_tokens
-        assert batch.counts.min() >= 1
-        assert 0 < len(batch.slots) == len(batch.sequences) <= limits.max_batch_size
-        assert len(set(batch.slots.tolist())) == len(batch.slots)
-        cut = np.setdiff1d(np.arange(len(batch.slots)), batch.samples)
-        assert (batch.counts[cut] >= min(limits.min_chunk, limits.max_batch_tokens)).all()
-        assert set(cut.tolist()) <= {len(batch.slots) - 1}, "nobody computes behind a prompt that is cut"
-        check_prompts_beside(batch, limits)
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -153,121 +89,6 @@ def test_a_broken_row_ends_alone_and_what_it_computed_is_never_found(part: int) 
             assert link.tokens(r.id) == reference(r)
 
 
-# ---- a device without memory for a step
-
-
-@pytest.mark.parametrize("part", range(10))
-def test_steps_that_find_no_memory_change_no_token(part: int) -> None:
-    for seed in range(20 * part, 20 * part + 20):
-        case = random_case(seed)
-        rate = (0.02, 0.1, 0.3)[seed % 3]
-        engine, oracle, link = build(case.script, case.num_blocks, case.limits, full_rate=rate)
-        run(engine, link)
-        failed = {i for i, outputs in link.outputs.items() if outputs[-1].finish_reason == "error"} - case.hopeless
-        single = [batch for batch in oracle.batches if batch.num_tokens == 1]
-        assert len(failed) <= len(single)
-        for r in case.requests:
-            if r.id in failed:
-                got = link.tokens(r.id)
-                assert got == reference(r)[: len(got)]
-                assert "no memory" in link.outputs[r.id][-1].message
-            else:
-                check_request(r, case, link)
-        assert link.stats.retracted == sum(oracle.num_full)
-        assert not any(engine.scheduler.pool.refs), "blocks leaked"
-
-        replica, other, _ = build(case.script, case.num_blocks, case.limits, full_rate=rate)
-        run(replica, replica.link)
-        assert other.plans == oracle.plans, "two ranks would disagree"
-
-
-def test_the_histories_without_memory_fail_launches_and_steps_and_keep_what_was_computed() -> None:
-    launches = steps = hits = alone = 0
-    for seed in range(60):
-        case = random_case(seed, aborts=False)
-        engine, oracle, link = build(case.script, case.num_blocks, case.limits, full_rate=0.1)
-        run(engine, link)
-        launches, steps = launches + oracle.num_full[0], steps + oracle.num_full[1]
-        hits += link.stats.cached_tokens
-        alone += sum(outputs[-1].finish_reason == "error" for outputs in link.outputs.values()) - len(case.hopeless)
-    assert min(launches, steps) > 200
-    assert hits > 300
-    assert alone > 20
-
-
-@pytest.mark.parametrize("most", [1, 3, 9, 30])
-def test_where_only_small_steps_find_memory_all_is_done_in_small_steps(most: int) -> None:
-    requests = [request(i, range(10 * i + 1, 10 * i + 30 + i), 20) for i in range(6)]
-    engine, oracle, link = build([requests], 64, LIMITS)
-    oracle.most = most
-    run(engine, link)
-    for r in requests:
-        assert link.tokens(r.id) == reference(r)
-        assert link.outputs[r.id][-1].finish_reason == "length"
-    ran = [batch.num_tokens for batch in oracle.batches if batch.num_tokens <= most]
-    assert len(ran) <= sum(len(r.prompt_ids) + 20 for r in requests) / max(1, most // 2) + 60
-    assert 0 < link.stats.retracted < 12
-
-
-def test_a_request_that_finds_no_memory_for_a_single_token_ends_and_the_others_go_on() -> None:
-    class Greedy(PagedOracle):
-        def launch(self, batch: Batch) -> OracleStep:
-            if any(seq.id == 2 for seq in batch.sequences):
-                raise OutOfMemory("it is that one")
-            return super().launch(batch)
-
-    requests = [request(i, range(10 * i + 1, 10 * i + 20), 30) for i in range(5)]
-    link, oracle = ListLink([requests]), Greedy(64, LIMITS)
-    engine = Engine(Scheduler(BlockPool(64, 4), LIMITS), oracle, link)
-    run(engine, link)
-    assert link.outputs[2][-1].finish_reason == "error"
-    assert not link.tokens(2)
-    for r in requests:
-        assert r.id == 2 or link.tokens(r.id) == reference(r)
-    link.script = [[request(9, range(1, 90), 1)]]
-    run(engine, link)
-    assert oracle.batches[-1].num_tokens + link.outputs[9][0].num_cached == 89, "steps are as large as before"
-
-
-def test_tokens_of_the_step_before_are_kept_when_a_launch_fails() -> None:
-    requests = [request(i, range(10 * i + 1, 10 * i + 9), 20) for i in range(2)]
-    engine, oracle, link = build([requests], 16, LIMITS)
-    for _ in range(3):
-        engine.step()
-    assert [len(link.tokens(i)) for i in range(2)] == [2, 2]
-    oracle.most = 1
-    engine.step()
-    assert [len(link.tokens(i)) for i in range(2)] == [3, 3]
-    assert (link.stats.running, link.stats.waiting, link.stats.retracted) == (0, 2, 1)
-    oracle.most = 100
-    run(engine, link)
-    assert [link.tokens(i) for i in range(2)] == [reference(r) for r in requests]
-
-
-def test_who_was_taken_back_runs_again_in_the_same_order() -> None:
-    engine, oracle, link = build([[request(i, range(10 * i + 1, 10 * i + 9), 20) for i in (4, 2, 7, 5)]], 64, LIMITS)
-    engine.step()
-    oracle.most = 3
-    engine.step()
-    assert list(engine.scheduler.waiting) == [4, 2, 7, 5]
-    run(engine, link)
-    assert list(dict.fromkeys(seq.id for batch in oracle.batches[2:] for seq in batch.sequences)) == [4, 2, 7, 5]
-
-
-def test_steps_grow_again_after_many_good_ones() -> None:
-    budget = StepBudget(LIMITS)
-    budget.shrink(100)
-    budget.shrink(budget.max_tokens)
-    assert budget.max_tokens == 25
-    steps = 0
-    while budget.max_tokens < 100:
-        budget.passed()
-        steps += 1
-        assert budget.room(0).tokens == budget.max_tokens
-        assert budget.max_tokens in (25, 50, 100)
-    assert steps == 2000
-
-
 def test_blocks_of_a_broken_prompt_are_not_found() -> None:
     prompt = range(1, 13)
     engine, oracle, link = build([[request(0, prompt)]], 16, LIMITS, poison_rate=1.0)
@@ -309,15 +130,6 @@ def test_replicas_agree_on_every_batch_and_a_digest_tells_plans_apart() -> None:
 
 
 # ---- the prefix cache
-
-
-def first_step_of(oracle: PagedOracle, request_id: int) -> tuple[int, int]:
-    """Start and count of a request's first row."""
-    for batch in oracle.batches:
-        for row, seq in enumerate(batch.sequences):
-            if seq.id == request_id:
-                return int(batch.starts[row]), int(batch.counts[row])
-    raise AssertionError
 
 
 def test_a_second_request_reuses_the_first_ones_prefix() -> None:
@@ -540,16 +352,6 @@ def test_a_prompt_is_not_cut_into_slivers() -> None:
     run(engine, link)
     assert oracle.batches[0].counts.tolist() == [12], "four tokens are left over, but no piece that small is cut"
     assert oracle.batches[1].counts.tolist() == [1, 12]
-
-
-def test_a_long_prompt_comes_in_small_pieces_beside_others_that_decode() -> None:
-    limits = SchedulerLimits(64, 8, 400, block_size=4, prefill_beside=8)
-    script = [[request(0, range(1, 30), 40), request(1, range(50, 62), 40)], [], [request(2, range(100, 150), 2)]]
-    engine, oracle, link = build(script, 200, limits)
-    run(engine, link)
-    assert oracle.batches[0].counts.tolist() == [29, 12], "nobody decodes yet"
-    pieces = [batch.counts.tolist() for batch in oracle.batches if len(batch.counts) == 3]
-    assert pieces[:5] == [[1, 1, 10]] * 5, "8, and one more for each of the two"
 
 
 def test_stats_tell_the_step_they_come_after() -> None:

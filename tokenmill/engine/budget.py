@@ -16,12 +16,21 @@ _PATIENCE = 1000
 
 @dataclass(slots=True)
 class Room:
-    """What is left of the step being planned. Made by `StepBudget.room`."""
+    """What is left of the step being planned. Made by `of`."""
 
     tokens: int
     cost: int | None  # of prompts, in 1 / (2 · weight) tokens, or tokens if there is no weight; None: no bound
     least: int  # tokens that the first prompt gets whatever they cost, so that it comes to an end
     weight: int
+
+    @classmethod
+    def of(cls, limits: SchedulerLimits, max_tokens: int, decoding: int) -> Room:
+        """A whole step's of so many tokens at most, in which so many sequences decode."""
+        beside, weight = limits.prefill_beside, limits.context_weight
+        if not beside or not decoding:
+            return cls(max_tokens, None, 0, weight)
+        least = max(limits.min_chunk, min(limits.block_size, beside))
+        return cls(max_tokens, (beside + decoding) * (2 * weight or 1), least, weight)
 
     def fit(self, start: int, wanted: int) -> int:
         """How many of a prompt's `wanted` tokens from position `start` on may be computed. Takes nothing."""
@@ -48,26 +57,14 @@ class Room:
 
 
 class StepBudget:
-    """Room for steps, one after another. A step that found no memory halves it; many good ones give it back."""
+    """How many tokens a step may have by what memory allows: at first as many as the limits say.
 
-    def __init__(self, limits: SchedulerLimits) -> None:
-        self._limits = limits
-        self.max_tokens = limits.max_batch_tokens  # of a step, now
+    A step that found no memory halves it; many good ones give it back.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = self.max_tokens = limit
         self._num_good = 0
-
-    @property
-    def min_chunk(self) -> int:
-        """As in the limits, but no more than a step may have."""
-        return min(self._limits.min_chunk, self.max_tokens)
-
-    def room(self, decoding: int) -> Room:
-        """A whole step's, if so many sequences decode in it."""
-        limits = self._limits
-        beside, weight = limits.prefill_beside, limits.context_weight
-        if not beside or not decoding:
-            return Room(self.max_tokens, None, 0, weight)
-        least = max(self.min_chunk, min(limits.block_size, beside))
-        return Room(self.max_tokens, (beside + decoding) * (2 * weight or 1), least, weight)
 
     def shrink(self, tokens: int) -> None:
         """A step of so many, two at least, found no memory."""
@@ -75,14 +72,14 @@ class StepBudget:
         self._num_good = 0
 
     def restore(self) -> None:
-        """The limits hold again."""
-        self.max_tokens = self._limits.max_batch_tokens
+        """The limit holds again."""
+        self.max_tokens = self._limit
 
     def passed(self) -> None:
         """A step ran."""
-        if self.max_tokens == self._limits.max_batch_tokens:
+        if self.max_tokens == self._limit:
             return
         self._num_good += 1
         if self._num_good == _PATIENCE:
-            self.max_tokens = min(2 * self.max_tokens, self._limits.max_batch_tokens)
+            self.max_tokens = min(2 * self.max_tokens, self._limit)
             self._num_good = 0

@@ -46,8 +46,8 @@ class Scheduler:
         self._rows: list[Sequence] = []
         self._slots: Int32 = np.zeros(0, np.int32)
         self._changed = False
-        self._budget = StepBudget(limits)
-        self._room = self._budget.room(0)  # of the step being planned
+        self._budget = StepBudget(limits.max_batch_tokens)
+        self._room = Room.of(limits, limits.max_batch_tokens, 0)  # of the step being planned
         self._entries: list[tuple[int, int, int]] = []  # of block tables, new in the step being planned
         self._notices: list[Output] = []
         self._coming: set[bytes] = set()  # hashes of blocks that the step being planned computes
@@ -201,7 +201,7 @@ class Scheduler:
         left for it does not shrink, so `min_chunk` needs no look here.
         """
         decoding = int(np.count_nonzero(wanted == 1))
-        self._room = room = self._budget.room(decoding)
+        self._room = room = Room.of(self.limits, self._budget.max_tokens, decoding)
         long = np.flatnonzero(wanted > 1).tolist()
         if not long and decoding <= room.tokens:
             room.tokens -= decoding
@@ -257,7 +257,7 @@ class Scheduler:
             return 0
         start = len(cached) * size
         count = room.fit(start, left)
-        if count < max(1, min(left, self._budget.min_chunk)):
+        if count < max(1, min(left, self.limits.min_chunk, self._budget.max_tokens)):
             return 0
         need = -(-known // size) - len(cached)
         reserve = min(len(self.running), pool.num_blocks // 8)

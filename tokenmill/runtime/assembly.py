@@ -19,6 +19,10 @@ from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory
 from tokenmill.parallel.group import Group
+from tokenmill.program import ops
+from tokenmill.program.cost import Load, cost
+from tokenmill.program.ops import Weight
+from tokenmill.program.value import Program
 from tokenmill.runtime.choice import (
     Choice,
     Computing,
@@ -39,7 +43,11 @@ _PREFILL_BESIDE = 32  # prompt tokens: on a CPU each lengthens the step that the
 _MAX_BATCH_SIZE = 128
 _GPU_BATCH_TOKENS = 8192  # on an H200 longer steps give nothing, and shorter ones down to 2,048 cost 2 %
 _GPU_BATCH_SIZE = 256
-_GPU_PREFILL_BESIDE = 512  # prompt tokens: an 8B step of 32 streams then takes three times a quiet one at most
+_GPU_PREFILL_BESIDE = 320
+"""Prompt tokens: the step that others wait for may take three times as long as theirs alone, which is the time of
+reading the weights. So many tokens take two of these: 2 x 650 TFLOP/s over 4.8 TB/s are 270 on an H200, 390 on an
+H100 of 3.35 TB/s."""
+_ATTENTION_EFFICIENCY = 0.5  # of a prompt's attention, beside its products
 _MOCK_CAPACITY = 1 << 20  # tokens
 _MOCK_LENGTH = 8192
 _NO_LENGTH = 10**9  # transformers writes 10^30 for "none"
@@ -122,7 +130,8 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             quantize=computing.quantize,
             isa=instruction_set(choice, computing),
         )
-        return Assembled(_scheduler(info), Executor(backend, limits.max_batch_size), info, resources.pop_all())
+        scheduler = _scheduler(info, _context_weight(program))
+        return Assembled(scheduler, Executor(backend, limits.max_batch_size), info, resources.pop_all())
 
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:
@@ -185,12 +194,32 @@ def _allocate(
     return num_blocks
 
 
-def _scheduler(info: EngineInfo) -> Scheduler:
-    beside = {"cpu": _PREFILL_BESIDE, "cuda": _GPU_PREFILL_BESIDE}.get(info.device, 0)
+def _scheduler(info: EngineInfo, context_weight: int = 0) -> Scheduler:
     limits = SchedulerLimits(
-        info.max_batch_tokens, info.max_batch_size, info.max_total_tokens, info.block_size, prefill_beside=beside
+        info.max_batch_tokens,
+        info.max_batch_size,
+        info.max_total_tokens,
+        info.block_size,
+        prefill_beside={"cpu": _PREFILL_BESIDE, "cuda": _GPU_PREFILL_BESIDE}.get(info.device, 0),
+        context_weight=context_weight if info.device == "cuda" else 0,  # on a CPU products are the slower part
     )
     return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
+
+
+def _context_weight(program: Program) -> int:
+    """The position at which a prompt's token costs as much attention as products; 0: none, as every layer has a window.
+
+    What lies within windows is not counted.
+    """
+    token, pair = Load(tokens=1, samples=0, context=0, pairs=0), Load(tokens=0, samples=0, context=0, pairs=1)
+    attentions = [op for op in program.ops if isinstance(op, ops.Attention)]
+    products = sum(cost(op, token, _bits).flops for op in program.ops if not isinstance(op, ops.Attention))
+    attention = sum(cost(op, pair, _bits).flops for op in attentions if not op.window)
+    return int(products * _ATTENTION_EFFICIENCY / attention) if attention else 0
+
+
+def _bits(weight: Weight) -> float:
+    return 16.0  # operations are counted, not bytes
 
 
 def _longest(source: ModelSource, config: dict[str, Any], wants: Wants) -> int:
