@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from support_cuda import DEVICE, ON_GPU, CudaDriver, altered, torch, write_random
 from support_models import Driver, steps
-from support_sampling import reference_choice, reference_scores
 
-from tokenmill.backends.base import Admitted, StepInputs, StepLimits
+from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
 from tokenmill.backends.cuda.prepare import refusal
 from tokenmill.backends.cuda.products import Product, Scratch
@@ -26,7 +25,7 @@ from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
-from tokenmill.wire.messages import EngineInfo, Request, SamplingParams, StoppingParams
+from tokenmill.wire.messages import EngineInfo, SamplingParams, StoppingParams
 
 torch.set_num_threads(1)
 EVERYTHING = ["llama_tied_with_biases", "llama_dynamic", "llama_yarn", "mistral_window", "qwen2_window", "qwen3"]
@@ -120,77 +119,11 @@ def test_a_crowd_that_is_chunked_shared_and_preempted_gets_the_torch_backends_te
         assert found == answers(engine, prompts, params, counts)
 
 
-def test_tokens_drawn_at_a_temperature_are_those_of_the_rules(tmp_path: Path) -> None:
-    write_random(tmp_path, "llama", num_hidden_layers=1, vocab_size=997)
-    driver = CudaDriver(tmp_path)
-    params = [SamplingParams(temperature=t, seed=s) for t, s in ((1.0, 1), (0.0, 2), (0.3, 2**63 + 5), (1.7, 4))]
-    ids = [[1, 2, 3, slot] for slot in range(4)]
-    admitted = tuple(
-        Admitted(i, Request(i, tuple(ids[i]), p, StoppingParams(9)), np.array(ids[i], np.int32))
-        for i, p in enumerate(params)
-    )
-    rows, blocks = np.arange(4, dtype=np.int32), np.array([(i, 0, i) for i in range(4)], np.int32)
-    first = StepInputs(rows, rows * 0, rows * 0 + 4, rows, admitted, blocks, tail="plain")
-    known = [list(row) for row in ids]
-    for step in range(3):
-        inputs = first if step == 0 else StepInputs(rows, rows * 0 + 3 + step, rows * 0 + 1, rows, tail="plain")
-        tokens = driver.run(inputs).result().token_ids
-        logits = driver.logits[:4].float().cpu().numpy()
-        for i, p in enumerate(params):
-            scores = reference_scores(logits[i], ids[i], known[i][4:], p, StoppingParams(9))
-            assert tokens[i] == reference_choice(scores, p, 4 + step)
-            known[i].append(tokens[i])
-
-
-def test_tokens_among_the_likeliest_are_those_of_the_rules(tmp_path: Path) -> None:
-    write_random(tmp_path, "llama", num_hidden_layers=1, vocab_size=997)
-    driver = CudaDriver(tmp_path)
-    rng, tried = np.random.default_rng(5), 0
-    rows, blocks = np.arange(4, dtype=np.int32), np.array([(i, 0, i) for i in range(4)], np.int32)
-    for _ in range(12 if ON_GPU else 4):
-        params = [
-            SamplingParams(
-                temperature=float(rng.choice([0.0, 0.5, 1.3])), seed=int(rng.integers(1 << 60)),
-                top_k=int(rng.choice([0, 1, 7, 2000])), top_p=float(rng.choice([1.0, 0.9, 0.3, 0.01])),
-                min_p=float(rng.choice([0.0, 0.05, 0.5])),
-            )
-            for _ in range(4)
-        ]  # fmt: skip
-        ids = [rng.integers(0, 997, 4).tolist() for _ in range(4)]
-        admitted = tuple(
-            Admitted(i, Request(i, tuple(ids[i]), p, StoppingParams(9)), np.array(ids[i], np.int32))
-            for i, p in enumerate(params)
-        )
-        inputs = StepInputs(rows, rows * 0, rows * 0 + 4, rows, admitted, blocks, tail="full")
-        tokens = driver.run(inputs).result().token_ids
-        logits = driver.logits[:4].float().cpu().numpy()
-        for i, p in enumerate(params):
-            scores = reference_scores(logits[i], ids[i], [], p, StoppingParams(9))
-            assert tokens[i] == reference_choice(scores, p, 4)
-            assert int(driver._slots.tokens[i, 4]) == tokens[i]
-            tried += p.top_p < 1 and p.temperature > 0
-    assert tried > 3
-
-
 def test_logits_that_are_not_finite_are_told(tmp_path: Path) -> None:
     write_random(tmp_path, "llama", num_hidden_layers=1)
     driver = CudaDriver(tmp_path)
     driver._weights[next(w for w in driver._weights if w.name == "lm_head.weight")][77] = float("nan")
     assert driver.run(driver.inputs([(0, [1, 2, 3])])).result().token_ids == [-1]  # type: ignore[arg-type]
-
-
-def test_log_probabilities_of_prompt_and_answer_are_the_torch_backends(tmp_path: Path) -> None:
-    write_random(tmp_path, "llama", num_hidden_layers=1)
-    params = SamplingParams(logprobs=2, prompt_logprobs=1, temperature=0.7, top_k=20, repetition_penalty=1.2, seed=3)
-    limits, told = StepLimits(64, 4, 64, 4), []
-    for kind in ("cuda", "torch"):
-        with engine_of(tmp_path, kind, 40, limits) as engine:
-            outputs = list(engine.outputs(engine.submit(list(range(20)), params, StoppingParams(4))))
-        details = [d for o in outputs for d in (*o.prompt_details, *o.details)]
-        told.append(([t for o in outputs for t in o.token_ids], [d.top_ids for d in details],
-                     [d.logprob for d in details]))  # fmt: skip
-    assert told[0][:2] == told[1][:2]
-    np.testing.assert_allclose(told[0][2], told[1][2], atol=1e-4)
 
 
 def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -201,7 +134,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert "heads of 300" in refusal(altered(program, head_dim=300), "", 1)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64, 90])
 @pytest.mark.parametrize("act", ["", "silu"])
 @pytest.mark.parametrize("outputs, columns", [(128, 512), (96, 128), (200, 256)])
 def test_products_of_few_rows_are_products(rows: int, act: str, outputs: int, columns: int) -> None:

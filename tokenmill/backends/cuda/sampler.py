@@ -1,66 +1,153 @@
-"""From logits to tokens on the device, and a step's tokens to pinned memory.
+"""From logits to tokens on the device, and a step's tokens to pinned memory, without the host waiting for anything.
 
-Steps whose rows want the likeliest token, or one drawn at a temperature, top-k, top-p and min-p among them, cost one
-launch. Penalties, biases, typical-p, watermarks and log-probabilities go through torch, whose host waits in between.
+Rows that want the likeliest token, or one drawn at a temperature, cost one launch, which a CUDA graph may hold. Biases
+and penalties make float32 scores of the logits first; filters choose in two launches; log-probabilities cost one more
+and torch's top-k. Only a watermark makes the host wait: its green ids are a permutation that the token before seeds,
+drawn by a generator of random numbers that runs on the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+import triton
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.base import StepInputs
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.choose import choose
-from tokenmill.backends.cuda.kernels.filtered import choose_filtered
+from tokenmill.backends.cuda.kernels.filtered import choose_filtered, summarize
+from tokenmill.backends.cuda.kernels.penalties import count_tokens, penalize
+from tokenmill.backends.cuda.kernels.report import report
 from tokenmill.backends.cuda.lower import Sizes
-from tokenmill.backends.cuda.shapes import CLASSES, choose_shape, power
+from tokenmill.backends.cuda.shapes import CLASSES, ChooseShape, choose_shape, power
 from tokenmill.backends.cuda.slots import CudaSlots
-from tokenmill.backends.torch.sampling import Logprobs, sample
+from tokenmill.backends.sampling import MOST_TIES, WATERMARK_KEY
+from tokenmill.backends.torch.sampling import Logprobs
 
-_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-"""Bits of a logit, as float32, that are not always zero."""
+_SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+"""Low bits of a logit, as float32, that are always the same."""
+
+GROUPS = 1024  # groups of a row, about: as many as one program looks at at once
+GROUP_LOGITS = (16, 128)  # of a group, at least and at most: what one read of memory brings, a warp's vector
+TILE_LOGITS = 8192  # that a program searches at a time
+SUMMARY_LOGITS = 4096  # that a program summarizes
+FILTER_WARPS, SUMMARY_WARPS, REPORT_WARPS = 16, 4, 16
+TOKENS = 1024  # of a sequence that a program counts at a time
+MOST_COUNTING = 4096  # programs that count tokens
+REPORT_LOGITS = 8192  # of a row that are looked at at a time
+LEAST_LOGITS, MOST_LOGITS = 256, 4096  # of a program that chooses in one round
+ROUND_LOGITS = 2048  # of a round of several: with more, registers leave room for two programs only
+_FEW = 8  # if one row of so many asks for log-probabilities, those rows are copied
+_FOUND = 64  # the likeliest ids of a row, at most: TGI and OpenAI allow fewer
+
+
+@dataclass(frozen=True, slots=True)
+class _Wants:
+    """What the rows of a step want, on the host. p: their parameters (R,); `full`: more than a temperature may be."""
+
+    p: NDArray[np.void]
+    full: bool
+
+    @property
+    def watermarked(self) -> NDArray[np.int64]:
+        """Which rows are."""
+        return np.flatnonzero(self.p["watermark_gamma"] > 0) if self.full else np.zeros(0, np.int64)
+
+    @property
+    def biased(self) -> bool:
+        """Whether any is."""
+        return self.full and bool((self.p["num_biases"] > 0).any())
+
+    @property
+    def penalized(self) -> bool:
+        """Whether any is."""
+        p = self.p
+        penalty = (p["repetition"] != 1) | (p["frequency"] != 0) | (p["presence"] != 0)
+        return self.full and bool(penalty.any())
+
+    @property
+    def filtered(self) -> bool:
+        """Whether any is."""
+        p = self.p
+        some = (p["top_k"] > 0) | (p["top_p"] < 1) | (p["min_p"] > 0) | (p["typical_p"] < 1)
+        return self.full and bool((some & (p["temperature"] > 0)).any())
 
 
 class Sampler:
-    """Chooses the next token of the rows of `logits` (R, V)."""
+    """Chooses the next token of the rows of `logits` (R, V). What it needs for that it takes once, here.
 
-    def __init__(self, logits: Tensor, slots: CudaSlots, device: Device) -> None:
-        self._logits, self._slots, self._device = logits, slots, device
-        rows, self._vocab_size = logits.shape
-        most = max(min(rows, c) * choose_shape(min(rows, c), self._vocab_size).chunks for c in CLASSES)
-        self._best = torch.empty(most, device=device.torch)
-        self._best_ids = torch.empty(most, dtype=torch.int32, device=device.torch)
-        self._counts = torch.zeros(rows, dtype=torch.int32, device=device.torch)
-        self._chosen = torch.zeros(rows, dtype=torch.int32, device=device.torch)
+    `alike`: a row's token depends on nothing but its logits and its sequence. Without, masses are added up in an order
+    that depends on whether another row of the step has a bias or a penalty, and rounding may move a filter's edge.
+    """
 
-    def sample(self, inputs: StepInputs, sizes: Sizes) -> tuple[Tensor, Logprobs | None]:
+    def __init__(self, logits: Tensor, slots: CudaSlots, device: Device, alike: bool = False) -> None:
+        self._logits, self._slots, self._device, self._alike = logits, slots, device, alike
+        rows, vocab = self._rows, self._vocab = logits.shape
+        least, most = GROUP_LOGITS
+        self._group = max(least, min(most, power(-(-vocab // GROUPS))))
+        self._groups = -(-vocab // self._group)
+        width = power(self._groups)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device.torch)
+
+        parts = max(min(rows, c) * _shape(min(rows, c), vocab).chunks for c in CLASSES)
+        self._best, self._best_ids = empty(parts, dtype=torch.float32), empty(parts)
+        self._done = torch.zeros(rows, dtype=torch.int32, device=device.torch)  # programs of a row; zero between steps
+        self._chosen, self._kept, self._lists = empty(rows).zero_(), empty(rows, 2), empty(rows, width)
+        self._maxima, self._sums = (empty(rows, self._groups, dtype=torch.float32) for _ in range(2))
+        self._logprob, self._total = (empty(rows, dtype=torch.float32) for _ in range(2))
+        self._scores = empty(rows, vocab, dtype=torch.float32)
+        self._counts = empty(rows, vocab).zero_()  # zero between steps
+        self._all = torch.arange(rows, dtype=torch.int32, device=device.torch)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor)) - self._logits.nbytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that a step may take besides: what torch's top-k works in, the rows that it looks at if these are few,
+        what it finds, and a watermark's green ids."""
+        row = 4 * self._vocab
+        return (-(-self._rows // _FEW) + -(-self._rows // 8) + 8) * row + self._rows * _FOUND * 48
+
+    def launch(self, sizes: Sizes) -> None:
+        """Choose for all rows of `sizes`, by logits and temperature alone: one launch, which a graph may hold."""
+        self._choose(self._logits, sizes, sizes.sampling)
+
+    def sample(self, inputs: StepInputs, sizes: Sizes, chosen: bool = False) -> tuple[Tensor, Logprobs | None]:
         """The tokens of a step's sampling rows, to their slots and to pinned memory; and what is asked for of them.
 
-        Both are there when a mark set afterwards is passed.
+        Both are there when a mark set afterwards is passed. `chosen`: the step has launched `launch` already.
         """
         rows = len(inputs.samples)
-        if inputs.tail != "full" and inputs.logprobs < 0:
-            self._choose(sizes, rows, noise=inputs.tail == "plain")
-            return self._device.fetch(self._chosen[:rows]), None
-        if inputs.logprobs < 0 and self._only_filtered(inputs):
-            self._choose_filtered(sizes, rows)
-            return self._device.fetch(self._chosen[:rows]), None
-        sampled = sample(self._logits[:rows], self._slots, inputs)
-        self._slots.record(inputs, sampled.token_ids)
-        logprobs = sampled.logprobs
-        if logprobs is not None:
-            chosen, ids, top = (self._device.fetch(x) for x in (logprobs.chosen, logprobs.top_ids, logprobs.top))
-            logprobs = replace(logprobs, chosen=chosen, top_ids=ids, top=top)
-        return self._device.fetch(sampled.token_ids), logprobs
+        wants = _Wants(self._slots.parameters.rows[inputs.slots[inputs.samples]], inputs.tail == "full")
+        source = self._processed(inputs, sizes, wants)
+        if wants.filtered:
+            self._choose_filtered(source, sizes, rows)
+        elif not chosen or source is not self._logits:
+            self._choose(source, sizes, rows)
+        logprobs = None if inputs.logprobs < 0 else self._logprobs(source, sizes, wants, inputs.logprobs)
+        return self._device.fetch(self._chosen[:rows]), logprobs
 
     def warm_up(self, sizes: Sizes) -> None:
-        """Compile what decode steps of this size need."""
-        for noise in (False, True):
-            self._choose(sizes, sizes.sampling, noise)
-        self._choose_filtered(sizes, sizes.sampling)
+        """Compile what decode steps of this size need; leaves no trace but in the rows of `sizes`."""
+        rows = sizes.sampling
+        scores = self._scores[:rows].copy_(self._logits[:rows])
+        self._count(sizes, rows, 1, penalized=True)
+        asked = np.zeros(1, np.int64)
+        for source in (self._logits, self._scores):
+            self._choose(source, sizes, rows)
+            self._choose_filtered(source, sizes, rows)
+            for filtered in (False, True):
+                self._report(source, sizes, asked, filtered)
+        scores.topk(1)
 
     def warm_up_some(self, step: Tensor) -> None:
         """Compile what other steps need; `step` holds pairs of nobody's slot."""
@@ -69,26 +156,116 @@ class Sampler:
             rows = torch.zeros(most, dtype=torch.int32, device=self._device.torch)
             self.warm_up(Sizes(most, most, step[: 2 * most], rows))
 
-    def _only_filtered(self, inputs: StepInputs) -> bool:
-        """Whether no row needs more than temperature, top-k, top-p and min-p."""
-        p = self._slots.parameters.rows[inputs.slots[inputs.samples]]
-        penalized = (p["repetition"] != 1) | (p["frequency"] != 0) | (p["presence"] != 0)
-        return not (penalized | (p["num_biases"] > 0) | (p["typical_p"] < 1) | (p["watermark_gamma"] > 0)).any()
+    # ---- scores ----
 
-    def _choose_filtered(self, sizes: Sizes, rows: int) -> None:
-        slots, block = self._slots, min(power(self._vocab_size), 8192)
-        choose_filtered[(rows,)](
-            self._logits, sizes.pairs, sizes.pairs if sizes.samples is None else sizes.samples, slots.sampling,
-            slots.tokens, self._chosen, slots.tokens.stride(0), slots.sampling.stride(0), VOCAB=self._vocab_size,
-            BLOCK=block, BITS=_BITS[self._logits.dtype], SOME=sizes.samples is not None,
-            num_warps=max(1, min(32, block // 256)),
+    def _processed(self, inputs: StepInputs, sizes: Sizes, wants: _Wants) -> Tensor:
+        """The logits, or if a row has a watermark, a bias or a penalty, float32 scores."""
+        rows, marked, biased, penalized = len(wants.p), wants.watermarked, wants.biased, wants.penalized
+        if not (len(marked) or biased or penalized or (self._alike and wants.filtered)):
+            return self._logits
+        self._scores[:rows].copy_(self._logits[:rows])
+        ends = (inputs.starts + inputs.counts)[inputs.samples]
+        if len(marked):
+            self._mark(marked, inputs.slots[inputs.samples][marked], ends[marked] - 1, wants.p[marked])
+        if biased or penalized:
+            self._count(sizes, rows, int(ends.max()) if penalized else 1, penalized)
+        return self._scores
+
+    def _mark(
+        self, rows: NDArray[np.int64], slots: NDArray[np.int32], lasts: NDArray[np.int32], p: NDArray[np.void]
+    ) -> None:
+        """Add to the scores of green ids; waits for the token at `lasts`. See `backends.sampling.green_ids`."""
+        previous = self._slots.tokens[self._device.send(slots), self._device.send(lasts)].tolist()
+        for row, before, gamma, delta in zip(
+            rows.tolist(), previous, p["watermark_gamma"].tolist(), p["watermark_delta"].tolist(), strict=True
+        ):
+            generator = torch.Generator().manual_seed(WATERMARK_KEY * before)
+            green = torch.randperm(self._vocab, generator=generator)[: int(self._vocab * gamma)]
+            self._scores[row][self._device.send(green.numpy())] += delta
+
+    def _count(self, sizes: Sizes, rows: int, longest: int, penalized: bool) -> None:
+        """Biases and penalties; `longest`: tokens of the longest sequence."""
+        slots, places = self._slots, (sizes.pairs, self._samples(sizes), self._slots.sampling)
+        grid = rows, max(1, min(triton.cdiv(longest, TOKENS), MOST_COUNTING // rows))
+        count_tokens[grid](
+            *places, slots.biases, slots.tokens, self._counts, self._scores, slots.sampling.stride(0),
+            slots.biases.stride(0), slots.tokens.stride(0), VOCAB=self._vocab, BLOCK=TOKENS,
         )  # fmt: skip
+        if penalized:
+            penalize[grid](
+                *places, slots.tokens, self._counts, self._scores, slots.sampling.stride(0), slots.tokens.stride(0),
+                VOCAB=self._vocab, BLOCK=TOKENS, enable_fp_fusion=False,
+            )  # fmt: skip
 
-    def _choose(self, sizes: Sizes, rows: int, noise: bool) -> None:
-        shape, slots = choose_shape(rows, self._vocab_size), self._slots
+    # ---- tokens ----
+
+    def _choose(self, source: Tensor, sizes: Sizes, rows: int) -> None:
+        shape, slots = _shape(rows, self._vocab), self._slots
         choose[(rows, shape.chunks)](
-            self._logits, sizes.pairs, sizes.pairs if sizes.samples is None else sizes.samples, slots.sampling,
-            slots.tokens, self._chosen, self._best, self._best_ids, self._counts, slots.tokens.stride(0),
-            slots.sampling.stride(0), VOCAB=self._vocab_size, CHUNKS=shape.chunks, BLOCK=shape.block,
-            ROUNDS=shape.rounds, NOISE=noise, SOME=sizes.samples is not None, num_warps=shape.warps,
+            source, sizes.pairs, sizes.pairs if sizes.samples is None else sizes.samples, slots.sampling, slots.tokens,
+            self._chosen, self._best, self._best_ids, self._done, slots.tokens.stride(0), slots.sampling.stride(0),
+            VOCAB=self._vocab, CHUNKS=shape.chunks, BLOCK=shape.block, ROUNDS=shape.rounds,
+            SOME=sizes.samples is not None, num_warps=shape.warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+    def _choose_filtered(self, source: Tensor, sizes: Sizes, rows: int) -> None:
+        slots, width = self._slots, self._lists.shape[1]
+        places = (source, sizes.pairs, self._samples(sizes), slots.sampling)
+        tile = min(SUMMARY_LOGITS // self._group, width)
+        summarize[(rows, triton.cdiv(self._groups, tile))](
+            *places, self._maxima, self._sums, slots.sampling.stride(0), VOCAB=self._vocab, GROUPS=self._groups,
+            GROUP=self._group, TILE=tile, num_warps=SUMMARY_WARPS,
+        )  # fmt: skip
+        choose_filtered[(rows,)](
+            *places, slots.tokens, self._chosen, self._kept, self._maxima, self._sums, self._lists,
+            slots.tokens.stride(0), slots.sampling.stride(0), VOCAB=self._vocab, SHIFT=_SHIFTS[source.dtype],
+            GROUPS=self._groups, WIDTH=width, GROUP=self._group, TILE=min(TILE_LOGITS // self._group, width),
+            num_warps=FILTER_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def _samples(self, sizes: Sizes) -> Tensor:
+        """Which token of the step each row is."""
+        return self._all if sizes.samples is None else sizes.samples
+
+    # ---- log-probabilities ----
+
+    def _logprobs(self, source: Tensor, sizes: Sizes, wants: _Wants, most: int) -> Logprobs:
+        """In pinned memory; `source` may be lost. `most`: the likeliest that any row wants."""
+        rows, wanted = len(wants.p), np.minimum(wants.p["logprobs"], most).astype(np.int32)
+        ties = ~wants.p["raw_logprobs"]
+        asked = np.flatnonzero(wanted >= 0)
+        places = self._report(source, sizes, asked, wants.filtered)
+        number = max(int(wanted.max(initial=0)), 0)
+        if number and ties.any():
+            number = min(number + MOST_TIES, self._vocab)
+        if len(asked) * _FEW <= rows:
+            ids = torch.zeros(rows, number, dtype=torch.int64, device=self._device.torch)
+            top = torch.zeros(rows, number, device=self._device.torch)
+            values, found = self._scores.index_select(0, places).topk(number)
+            top.index_copy_(0, places, values)
+            ids.index_copy_(0, places, found)
+        else:
+            top, ids = self._scores[:rows].topk(number)
+        top = top - self._total[:rows, None]
+        fetch = self._device.fetch
+        return Logprobs(fetch(self._logprob[:rows]), fetch(ids), fetch(top), wanted, ties)
+
+    def _report(self, source: Tensor, sizes: Sizes, asked: NDArray[np.int64], filtered: bool) -> Tensor:
+        """Scores and totals of the rows that ask; which these are, on the device."""
+        places = self._device.send(asked)
+        report[(len(asked),)](
+            places, self._logits, source, sizes.pairs, self._samples(sizes), self._slots.sampling, self._kept,
+            self._chosen, self._scores, self._logprob, self._total, self._slots.sampling.stride(0), VOCAB=self._vocab,
+            BLOCK=min(power(self._vocab), REPORT_LOGITS), FILTERED=filtered, num_warps=REPORT_WARPS,
+        )  # fmt: skip
+        return places
+
+
+def _shape(rows: int, vocab: int) -> ChooseShape:
+    """Of choosing tokens without filters."""
+    shape = choose_shape(rows, vocab)
+    chunks = max(1, min(shape.chunks, power(vocab) // LEAST_LOGITS))
+    block = power(-(-vocab // chunks))
+    if block > MOST_LOGITS:
+        block = ROUND_LOGITS
+    return shape._replace(chunks=chunks, block=block, rounds=-(-vocab // (chunks * block)))

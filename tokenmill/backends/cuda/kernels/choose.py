@@ -39,42 +39,58 @@ def best_of(values, ids):
 
 
 @triton.jit
+def best_of_chunk(row, x, first, end, scale, key, NOISE: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
+    """`best_of` the logits first … end, times `scale` plus noise; infinity if one is NaN. `x`: the first BLOCK of them.
+
+    A block is loaded while the one before is worked on.
+    """
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    ids = tl.zeros([BLOCK], tl.int32)
+    o = first + tl.arange(0, BLOCK)
+    for _ in range(ROUNDS):
+        ahead = tl.load(row + o + BLOCK, mask=o + BLOCK < end, other=float("-inf"))
+        y = x.to(tl.float32)
+        y = tl.where(y == y, y, float("inf"))
+        if NOISE:
+            y = y * scale + noise_of(key, o)
+        better = y > best
+        best = tl.where(better, y, best)
+        ids = tl.where(better, o, ids)
+        x = ahead
+        o += BLOCK
+    return best_of(best, ids)
+
+
+@triton.jit
 def choose(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, out_ptr, best_ptr, id_ptr, count_ptr,
            tokens_stride, parameters_stride, VOCAB: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-           ROUNDS: tl.constexpr, NOISE: tl.constexpr, SOME: tl.constexpr):  # fmt: skip
-    """out[r]: the id of the largest logit over temperature plus noise, -1 if a logit is not finite; to the slot, too.
+           ROUNDS: tl.constexpr, SOME: tl.constexpr):  # fmt: skip
+    """out[r]: the id of the largest logit, or if the row has a temperature, of logit over temperature plus noise; -1 if
+    a logit is not finite. To the slot, too.
 
     SOME: row r is token rows[r] of the step. Grid (R, CHUNKS); CHUNKS · ROUNDS · BLOCK >= VOCAB. The last program of a
-    row ends it.
+    row ends it and leaves its count at zero. To be launched without contraction of products and sums, whose use the
+    compiler may decide otherwise for each size.
     """
     r, c = tl.program_id(0), tl.program_id(1)
+    row = logits_ptr + r.to(tl.int64) * VOCAB
+    first = c * (ROUNDS * BLOCK)
+    end = tl.minimum(first + ROUNDS * BLOCK, VOCAB)
+    o = first + tl.arange(0, BLOCK)
+    x = tl.load(row + o, mask=o < end, other=float("-inf"))  # under way while the row's parameters are looked up
     t = r
     if SOME:
         t = tl.load(rows_ptr + r)
     slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
     position = tl.load(pairs_ptr + 2 * t + 1) + 1
-    scale, drawn = 1.0, 0.0
-    key = position.to(tl.uint32, bitcast=True)
-    if NOISE:
-        at = parameters_ptr + slot * parameters_stride
-        temperature = tl.load(at).to(tl.float32, bitcast=True)
+    at = parameters_ptr + slot * parameters_stride
+    temperature = tl.load(at).to(tl.float32, bitcast=True)
+    if temperature > 0.0:
         key = noise_key(tl.load(at + 1), tl.load(at + 2), position)
-        drawn = (temperature > 0.0).to(tl.float32)
-        scale = tl.where(temperature > 0.0, 1.0 / tl.maximum(temperature, 1e-6), 1.0)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    ids = tl.zeros([BLOCK], tl.int32)
-    broken = tl.zeros([BLOCK], tl.int32)
-    for i in range(ROUNDS):
-        o = (c * ROUNDS + i) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits_ptr + r.to(tl.int64) * VOCAB + o, mask=o < VOCAB, other=float("-inf")).to(tl.float32)
-        broken = broken | (x != x).to(tl.int32)
-        if NOISE:
-            x = x * scale + noise_of(key, o) * drawn
-        better = x > best
-        best = tl.where(better, x, best)
-        ids = tl.where(better, o, ids)
-    most, found = best_of(best, ids)
-    most = tl.where(tl.max(broken, 0) > 0, float("inf"), most)
+        scale = 1.0 / tl.maximum(temperature, 1e-6)
+        most, found = best_of_chunk(row, x, first, end, scale, key, True, BLOCK, ROUNDS)
+    else:
+        most, found = best_of_chunk(row, x, first, end, 1.0, tl.full([], 0, tl.uint32), False, BLOCK, ROUNDS)
     tl.store(best_ptr + r * CHUNKS + c, most)
     tl.store(id_ptr + r * CHUNKS + c, found)
     tl.debug_barrier()

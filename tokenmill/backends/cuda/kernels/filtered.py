@@ -1,127 +1,197 @@
-"""The next token of rows with top-k, top-p or min-p: without sorting, by searching the smallest logit that is kept.
+"""The next token of rows with top-k, top-p, min-p or typical-p, without sorting. What each means:
+`backends/sampling.py`; how thresholds are found: `search.py`.
 
-All three keep what is above some logit, so one threshold says it all. It is found from the highest bit of a logit's
-ordered bits down, two bits a pass, by counting (top-k) and by adding up probabilities (top-p); ties at it are kept.
+Top-k, top-p and min-p keep what is above some logit, typical-p what is between two: a pair of keys says it all.
 """
 
 import triton
 import triton.language as tl
 
 from tokenmill.backends.cuda.kernels.choose import noise_key, noise_of
+from tokenmill.backends.cuda.kernels.penalties import place_of
+from tokenmill.backends.cuda.kernels.search import (
+    COUNT,
+    MASS,
+    NEARNESS,
+    bound,
+    key_from,
+    key_of,
+    least_kept,
+    list_groups,
+    moments,
+    tile_of,
+    value_of,
+)
+
+_HIDDEN: tl.constexpr = tl.constexpr(-25.5)
+"""With noise in [-2.82, 22.2], nothing so far below the best is chosen."""
+_LEAST: tl.constexpr = tl.constexpr(1e-30)
+"""Of a share: something is kept."""
 
 
 @triton.jit
-def ordered(x):
-    """float32 to int32 of the same order."""
-    i = x.to(tl.int32, bitcast=True)
-    return i ^ ((i >> 31) & 0x7FFFFFFF)
+def scale_of(at):
+    """Of a row of parameters: one over the temperature, 1 if that is 0; and whether it is not."""
+    temperature = tl.load(at).to(tl.float32, bitcast=True)
+    return tl.where(temperature > 0.0, 1.0 / tl.maximum(temperature, 1e-6), 1.0), temperature > 0.0
 
 
 @triton.jit
-def largest(row, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest logit; NaN if there is one."""
-    most = tl.full([BLOCK], float("-inf"), tl.float32)
-    broken = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, VOCAB, BLOCK):
-        o = start + tl.arange(0, BLOCK)
-        x = tl.load(row + o, mask=o < VOCAB, other=float("-inf")).to(tl.float32)
-        broken = broken | (x != x).to(tl.int32)
-        most = tl.maximum(most, tl.where(x == x, x, float("-inf")))
-    return tl.where(tl.max(broken, 0) > 0, float("nan"), tl.max(most, 0))
+def summarize(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, maxima_ptr, sums_ptr, parameters_stride,
+              VOCAB: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """maxima[r, g]: the largest logit of a group, infinity if one is NaN. sums[r, g]: the sum of e^((logit − it) ·
+    scale), of rows that look at masses. Grid (R, GROUPS / TILE)."""
+    r = tl.program_id(0)
+    g = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    o = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(logits_ptr + r.to(tl.int64) * VOCAB + o, mask=o < VOCAB, other=float("-inf")).to(tl.float32)
+    slot, _ = place_of(pairs_ptr, rows_ptr, r)
+    at = parameters_ptr + slot * parameters_stride
+    scale, random = scale_of(at)
+    top_p, typical_p = tl.load(at + 4).to(tl.float32, bitcast=True), tl.load(at + 6).to(tl.float32, bitcast=True)
+    broken = tl.max((x != x).to(tl.int32), 1)
+    most = tl.where(broken > 0, float("inf"), tl.max(x, 1))
+    tl.store(maxima_ptr + r * GROUPS + g, most, mask=g < GROUPS)
+    if random & ((top_p < 1.0) | (typical_p < 1.0)):
+        worth = tl.exp((x - most[:, None]) * scale)
+        worth = tl.where(most[:, None] > float("-inf"), worth, 0.0)
+        tl.store(sums_ptr + r * GROUPS + g, tl.sum(worth, 1), mask=g < GROUPS)
 
 
 @triton.jit
-def mass(row, key, most, scale, at_least, COUNT: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """How many logits have at least `key`, or their unnormed probabilities; of those with `at_least`."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, VOCAB, BLOCK):
-        o = start + tl.arange(0, BLOCK)
-        x = tl.load(row + o, mask=o < VOCAB, other=float("-inf")).to(tl.float32)
-        worth = tl.full([BLOCK], 1.0, tl.float32)
-        if not COUNT:
-            worth = tl.exp((x - most) * scale)
-        bits = ordered(x)
-        total += tl.where((bits >= key) & (bits >= at_least) & (o < VOCAB), worth, 0.0)
-    return tl.sum(total, 0)
+def cautious(p):
+    """A share a little larger than p, so that rounding of masses does not matter; more than 1 if p nearly is."""
+    return p + (1.0 - p) * 0.01 + 1e-5
 
 
 @triton.jit
-def least_kept(row, need, most, scale, at_least, COUNT: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
-               BITS: tl.constexpr):  # fmt: skip
-    """The largest key such that the logits that have it or more are `need` (of mass, or in number)."""
-    key = tl.full([], -2147483648, tl.int32)
-    for bit in tl.static_range(30, 30 - BITS, -2):
-        step = 1 << bit
-        one = key + step
-        two = key ^ (-2147483648) if bit == 30 else key + 2 * step
-        three = two + step
-        first = tl.zeros([BLOCK], tl.float32)
-        second = tl.zeros([BLOCK], tl.float32)
-        third = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, VOCAB, BLOCK):
-            o = start + tl.arange(0, BLOCK)
-            x = tl.load(row + o, mask=o < VOCAB, other=float("-inf")).to(tl.float32)
-            worth = tl.full([BLOCK], 1.0, tl.float32)
-            if not COUNT:
-                worth = tl.exp((x - most) * scale)
-            bits = ordered(x)
-            worth = tl.where((bits >= at_least) & (o < VOCAB), worth, 0.0)
-            first += tl.where(bits >= one, worth, 0.0)
-            second += tl.where(bits >= two, worth, 0.0)
-            third += tl.where(bits >= three, worth, 0.0)
-        lower = tl.where(tl.sum(first, 0) >= need, one, key)
-        key = tl.where(tl.sum(third, 0) >= need, three, tl.where(tl.sum(second, 0) >= need, two, lower))
-    return key
+def likely(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
+           GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """The least key that top-p keeps of those from `low` on."""
+    total = tl.sum(wholes, 0)
+    if low > key_of(tl.full([], float("-inf"), tl.float32), SHIFT):
+        n = list_groups(groups_ptr, keys, low)
+        total, _ = moments(row, groups_ptr, n, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
+    low = bound(keys, tops, wholes, cautious(p) * total, most, scale, low, MASS, SHIFT, GROUP)
+    n = list_groups(groups_ptr, keys, low)
+    return least_kept(
+        row, groups_ptr, n, p * total, most, scale, 0.0, low, low, key_of(most, SHIFT), MASS, VOCAB, SHIFT, GROUP, TILE
+    )
 
 
 @triton.jit
-def drawn(row, most, scale, key, noise, random, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """The id of the largest logit plus noise among those that have `key` or more."""
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    ids = tl.full([BLOCK], 2147483647, tl.int32)
-    for start in range(0, VOCAB, BLOCK):
-        o = start + tl.arange(0, BLOCK)
-        x = tl.load(row + o, mask=o < VOCAB, other=float("-inf")).to(tl.float32)
-        y = (x - most) * scale + noise_of(noise, o) * random
-        y = tl.where((ordered(x) >= key) & (o < VOCAB), y, float("-inf"))
+def typical(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
+            GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """The least and the largest key that typical-p keeps of those from `low` on.
+
+    A log-probability plus the entropy is a scaled logit less their mean by mass: that is the distance that is searched.
+    What makes up p from the likeliest on has distances up to those of its ends, so no other is larger than these.
+    """
+    n = list_groups(groups_ptr, keys, low)
+    total, mean = moments(row, groups_ptr, n, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
+    center = mean / total
+    end = bound(keys, tops, wholes, cautious(p) * total, most, scale, low, MASS, SHIFT, GROUP)
+    far = 1.0001 * tl.maximum(-center, center - (value_of(end, SHIFT) - most) * scale)
+    beside = most + (center - far) / scale - tl.abs(most) * 1e-5  # rounding moves it by less
+    n = list_groups(groups_ptr, keys, tl.maximum(low, key_from(beside, SHIFT)))
+    nearest = least_kept(
+        row, groups_ptr, n, p * total, most, scale, center, low, key_of(-far, 0), tl.full([], 0, tl.int32), NEARNESS,
+        VOCAB, SHIFT, GROUP, TILE,
+    )  # fmt: skip
+    first = tl.full([TILE, GROUP], 2147483647, tl.int32)
+    last = tl.full([TILE, GROUP], -2147483648, tl.int32)
+    for i in range(0, n, TILE):
+        x, _ = tile_of(row, groups_ptr, i, n, VOCAB, GROUP, TILE)
+        own = key_of(x, SHIFT)
+        kept = (own >= low) & (key_of(-tl.abs((x - most) * scale - center), 0) >= nearest)
+        first = tl.minimum(first, tl.where(kept, own, 2147483647))
+        last = tl.maximum(last, tl.where(kept, own, -2147483648))
+    return tl.min(first), tl.max(last)
+
+
+@triton.jit
+def filters(row, groups_ptr, keys, tops, wholes, at, most, scale, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
+            GROUPS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """The least and the largest key that the parameters at `at` keep of a row."""
+    k = tl.load(at + 3)
+    top_p = tl.maximum(tl.load(at + 4).to(tl.float32, bitcast=True), _LEAST)
+    min_p = tl.load(at + 5).to(tl.float32, bitcast=True)
+    typical_p = tl.maximum(tl.load(at + 6).to(tl.float32, bitcast=True), _LEAST)
+    low = key_of(tl.full([], float("-inf"), tl.float32), SHIFT)
+    high = tl.full([], 2147483647 >> SHIFT, tl.int32)
+    if min_p > 0.0:
+        low = key_from(most + tl.log(min_p) / scale, SHIFT)
+    if (k > 0) & (k < VOCAB):
+        need = k.to(tl.float32)
+        if k <= GROUPS:
+            low = bound(keys, tops, wholes, need, most, scale, low, COUNT, SHIFT, GROUP)
+        n = list_groups(groups_ptr, keys, low)
+        low = least_kept(
+            row, groups_ptr, n, need, most, scale, 0.0, low, low, key_of(most, SHIFT), COUNT, VOCAB, SHIFT, GROUP, TILE
+        )
+    if top_p < 1.0:
+        low = likely(row, groups_ptr, keys, tops, wholes, top_p, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
+    if typical_p < 1.0:
+        low, high = typical(row, groups_ptr, keys, tops, wholes, typical_p, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
+    return low, high
+
+
+@triton.jit
+def drawn(row, groups_ptr, keys, noise, random, most, scale, low, high, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
+          GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """The id of the largest scaled logit, plus noise if `random`, of those whose key is between `low` and `high`.
+
+    The sum is `choose`'s to the bit: a row gets the same token whether or not others in its step want filters.
+    """
+    highest = tl.minimum(high, key_of(most, SHIFT))
+    low = tl.maximum(low, tl.where(random, key_from(value_of(highest, SHIFT) + _HIDDEN / scale, SHIFT), highest))
+    n = list_groups(groups_ptr, keys, low)
+    best = tl.full([TILE, GROUP], float("-inf"), tl.float32)
+    ids = tl.full([TILE, GROUP], 2147483647, tl.int32)
+    for i in range(0, n, TILE):
+        x, o = tile_of(row, groups_ptr, i, n, VOCAB, GROUP, TILE)
+        own = key_of(x, SHIFT)
+        y = x * scale
+        if random:
+            y += noise_of(noise, o)
+        y = tl.where((own >= low) & (own <= high) & (o < VOCAB), y, float("-inf"))
         better = y > best
         best = tl.where(better, y, best)
         ids = tl.where(better, o, ids)
-    return tl.min(tl.where(best == tl.max(best, 0), ids, 2147483647), 0)
+    return tl.min(tl.where(best == tl.max(best), ids, 2147483647))
 
 
 @triton.jit
-def choose_filtered(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, out_ptr, tokens_stride,
-                    parameters_stride, VOCAB: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
-                    SOME: tl.constexpr):  # fmt: skip
-    """As `choose`, with the filters of the row. Grid (R,). BITS: of a logit that may differ, from the highest."""
+def choose_filtered(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, out_ptr, kept_ptr, maxima_ptr,
+                    sums_ptr, groups_ptr, tokens_stride, parameters_stride, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
+                    GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """As `choose`, with the filters of the row, behind `summarize`. kept[r]: between which keys of all 32 bits they
+    left its logits.
+
+    Grid (R,). groups (R, WIDTH): scratch; WIDTH: the power of two from GROUPS on. SHIFT: of `search.key_of`. To be
+    launched without contraction of products and sums: a distance must be the same wherever it is computed.
+    """
     r = tl.program_id(0)
-    t = r
-    if SOME:
-        t = tl.load(rows_ptr + r)
-    slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
-    position = tl.load(pairs_ptr + 2 * t + 1) + 1
+    slot, position = place_of(pairs_ptr, rows_ptr, r)
     at = parameters_ptr + slot * parameters_stride
-    temperature = tl.load(at).to(tl.float32, bitcast=True)
-    noise = noise_key(tl.load(at + 1), tl.load(at + 2), position)
-    k = tl.load(at + 3)
-    p = tl.load(at + 4).to(tl.float32, bitcast=True)
-    min_p = tl.load(at + 5).to(tl.float32, bitcast=True)
-    random = (temperature > 0.0).to(tl.float32)
-    scale = tl.where(temperature > 0.0, 1.0 / tl.maximum(temperature, 1e-6), 1.0)
-    row = logits_ptr + r.to(tl.int64) * VOCAB
-    most = largest(row, VOCAB, BLOCK)
-    key = tl.full([], -2147483648, tl.int32)
-    if temperature > 0.0:
-        if min_p > 0.0:
-            key = ordered(most + tl.log(min_p) / scale)
-        if (k > 0) & (k < VOCAB):
-            kept = least_kept(row, k.to(tl.float32), most, scale, -2147483648, True, VOCAB, BLOCK, BITS)
-            key = tl.maximum(key, kept)
-        if p < 1.0:
-            need = p * mass(row, key, most, scale, key, False, VOCAB, BLOCK)
-            key = tl.maximum(key, least_kept(row, need, most, scale, key, False, VOCAB, BLOCK, BITS))
-    found = drawn(row, most, scale, key, noise, random, VOCAB, BLOCK)
-    found = tl.where((most < float("inf")) & (most > float("-inf")), found, -1)
+    scale, random = scale_of(at)
+    g = tl.arange(0, WIDTH)
+    maxima = tl.load(maxima_ptr + r * GROUPS + g, mask=g < GROUPS, other=float("-inf"))
+    most = tl.max(maxima, 0)
+    found = tl.full([], -1, tl.int32)
+    low = tl.full([], -2147483648 >> SHIFT, tl.int32)
+    high = tl.full([], 2147483647 >> SHIFT, tl.int32)
+    if (most < float("inf")) & (most > float("-inf")):
+        row, groups = logits_ptr + r.to(tl.int64) * VOCAB, groups_ptr + r * WIDTH
+        keys = tl.where(g < GROUPS, key_of(maxima, SHIFT), -2147483648)
+        if random:
+            tops = tl.exp((maxima - most) * scale)
+            wholes = tops * tl.load(sums_ptr + r * GROUPS + g, mask=g < GROUPS, other=0.0)
+            low, high = filters(row, groups, keys, tops, wholes, at, most, scale, VOCAB, SHIFT, GROUPS, GROUP, TILE)
+        noise = noise_key(tl.load(at + 1), tl.load(at + 2), position)
+        found = drawn(row, groups, keys, noise, random, most, scale, low, high, VOCAB, SHIFT, GROUP, TILE)
+        found = tl.where(found < VOCAB, found, -1)
+    tl.store(kept_ptr + 2 * r, low << SHIFT)
+    tl.store(kept_ptr + 2 * r + 1, (high << SHIFT) | ((1 << SHIFT) - 1))
     tl.store(out_ptr + r, found)
     tl.store(tokens_ptr + slot * tokens_stride + position, tl.maximum(found, 0))

@@ -1,0 +1,88 @@
+"""Biases and penalties on rows of scores, from what is known of each slot. The order: `backends/sampling.py`.
+
+Two passes over a sequence's tokens, many programs a row. `count_tokens` notes in a workspace of the scores' shape which
+ids there are; `penalize` takes each id's note out and changes the score, so each id is changed once, and the workspace
+is all zero again: nothing as long as the vocabulary is read or cleared.
+"""
+
+import triton
+import triton.language as tl
+
+IN_PROMPT: tl.constexpr = tl.constexpr(1 << 30)
+"""A note's bit for ids of the prompt; the bits below count the id in the output."""
+
+
+@triton.jit
+def place_of(pairs_ptr, rows_ptr, r):
+    """Slot and position of the token that is sampled in row r."""
+    t = tl.load(rows_ptr + r)
+    return tl.load(pairs_ptr + 2 * t).to(tl.int64), tl.load(pairs_ptr + 2 * t + 1) + 1
+
+
+@triton.jit
+def penalties_of(at):
+    """Repetition, frequency and presence penalty of a row of parameters, and whether there is any."""
+    repetition = tl.load(at + 7).to(tl.float32, bitcast=True)
+    frequency = tl.load(at + 8).to(tl.float32, bitcast=True)
+    presence = tl.load(at + 9).to(tl.float32, bitcast=True)
+    return repetition, frequency, presence, (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0)
+
+
+@triton.jit
+def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, counts_ptr, scores_ptr,
+                 parameters_stride, biases_stride, tokens_stride, VOCAB: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """counts[r, id]: IN_PROMPT if the sequence's prompt has it, plus how often its output has; for rows with a penalty.
+    scores[r, id] += what is biased at this position.
+
+    counts (R, VOCAB) are zero before. Biases of a slot: (id, value, position where it ends), no id twice but with an
+    infinite value, so the order does not matter. Grid (R, any).
+    """
+    r, c = tl.program_id(0), tl.program_id(1)
+    slot, position = place_of(pairs_ptr, rows_ptr, r)
+    at = parameters_ptr + slot * parameters_stride
+    if c == 0:
+        num_biases = tl.load(at + 11)
+        for start in range(0, num_biases, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            bias = biases_ptr + slot * biases_stride + 3 * i
+            ids = tl.load(bias, mask=i < num_biases, other=-1)
+            value = tl.load(bias + 1, mask=i < num_biases, other=0).to(tl.float32, bitcast=True)
+            holds = (position < tl.load(bias + 2, mask=i < num_biases, other=0)) & (ids >= 0) & (ids < VOCAB)
+            tl.atomic_add(scores_ptr + r.to(tl.int64) * VOCAB + ids, value, mask=holds, sem="relaxed")
+    _, _, _, penalized = penalties_of(at)
+    end = tl.where(penalized, position, 0)
+    num_prompt = tl.load(at + 10)
+    for start in range(c * BLOCK, end, tl.num_programs(1) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        ids = tl.load(tokens_ptr + slot * tokens_stride + i, mask=i < end, other=-1)
+        known = (ids >= 0) & (ids < VOCAB)
+        count = counts_ptr + r.to(tl.int64) * VOCAB + ids
+        tl.atomic_or(count, IN_PROMPT, mask=known & (i < num_prompt), sem="relaxed")
+        tl.atomic_add(count, 1, mask=known & (i >= num_prompt), sem="relaxed")
+
+
+@triton.jit
+def penalize(pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, counts_ptr, scores_ptr, parameters_stride, tokens_stride,
+             VOCAB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The three penalties on scores (R, VOCAB) of ids that `count_tokens` counted; counts are zero afterwards.
+
+    Grid (R, any). To be launched without contraction of products and sums: ties between ids stay ties.
+    """
+    r, c = tl.program_id(0), tl.program_id(1)
+    slot, position = place_of(pairs_ptr, rows_ptr, r)
+    repetition, frequency, presence, penalized = penalties_of(parameters_ptr + slot * parameters_stride)
+    end = tl.where(penalized, position, 0)
+    for start in range(c * BLOCK, end, tl.num_programs(1) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        ids = tl.load(tokens_ptr + slot * tokens_stride + i, mask=i < end, other=-1)
+        known = (ids >= 0) & (ids < VOCAB)
+        place = r.to(tl.int64) * VOCAB + ids
+        count = tl.atomic_xchg(counts_ptr + place, 0, mask=known, sem="relaxed")
+        mine = known & (count != 0)  # whoever takes the note out changes the score
+        x = tl.load(scores_ptr + place, mask=mine, other=0.0)
+        x = tl.where(x < 0.0, x * repetition, tl.div_rn(x, repetition))
+        output = count & (IN_PROMPT - 1)
+        penalty = frequency * output.to(tl.float32)
+        x = tl.where(output > 0, x - penalty - presence, x)
+        tl.store(scores_ptr + place, x, mask=mine)
