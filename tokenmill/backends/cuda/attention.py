@@ -6,6 +6,7 @@ Or, where a token shall get the same numbers in whatever step it is computed (`a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenmill.backends.cuda.flashinfer import FlashInfer
 from tokenmill.backends.cuda.kernels.decode import decode, list_splits
 from tokenmill.backends.cuda.kernels.heads import write_heads
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles, tile_each
@@ -33,19 +35,26 @@ Scales = dict[int, tuple[float, float]]
 """By layer: what a key and a value of the cache are multiplied by."""
 
 
-class AttentionLowering:
-    """Lowers every Attention of a program; they share scratch. `scales`: of the layers whose cache has any."""
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a program is run, where there is a choice.
 
-    def __init__(
-        self,
-        memory: Memory,
-        weights: dict[Weight, Tensor],
-        slots: CudaSlots,
-        scales: Scales | None = None,
-        alike: bool = False,
-    ) -> None:
+    `alike`: what is computed of a token does not depend on the other tokens of its step, nor on how many there are.
+    `scales`: of the layers whose cache has any. `flash`: attends to runs in place of this backend's own kernel; it must
+    have planned the step.
+    """
+
+    alike: bool = False
+    scales: Scales = field(default_factory=dict)
+    flash: FlashInfer | None = None
+
+
+class AttentionLowering:
+    """Lowers every Attention of a program; they share scratch."""
+
+    def __init__(self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots, manner: Manner) -> None:
         self._memory, self._weights, self._slots = memory, weights, slots
-        self._cache_scales, self._alike = scales or {}, alike
+        self._cache_scales, self._alike, self._flash = manner.scales, manner.alike, manner.flash
         found = [op for op in memory.program.ops if isinstance(op, ops.Attention)]
         sizes = [self._scratch_of(op) for op in found]
         device = memory.device.torch
@@ -54,7 +63,7 @@ class AttentionLowering:
         self._counts = torch.zeros(max((s[2] for s in sizes), default=0), dtype=torch.int32, device=device)
         self._lists: dict[tuple[int, ...], Tensor] = {}
         self._listed = 1 + max((s[3] for s in sizes), default=0)
-        rows = memory.rows["tokens"] if alike else 0
+        rows = memory.rows["tokens"] if manner.alike else 0
         self._tiles = torch.zeros(rows, 4, dtype=torch.int32, device=device)
         self.tile_tokens = {self._tile_tokens(op) for op in found}
 
@@ -69,11 +78,15 @@ class AttentionLowering:
         if self._alike:
             return self._tiled(op)
         alone, write, runs = self._alone(op), self._writes(op), self._runs(op)
+        flash = None if self._flash is None else self._flash.lower(op)
 
         def run(n: Sizes) -> None:
             if n.tiles:
                 write(n)
-                runs(n.tiles[self._tile_tokens(op)])
+                if flash is not None:
+                    flash()
+                else:
+                    runs(n.tiles[self._tile_tokens(op)])
             if n.singles is None or len(n.singles):
                 alone(n)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_told
 from tokenmill.backends.cuda.prepare import attention_of, fused
-from tokenmill.backends.cuda.products import FEW, few_shape, row_shape
+from tokenmill.backends.cuda.products import MOST, few_shape, row_shape
 from tokenmill.backends.cuda.scales import SCALED, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
 from tokenmill.program import ops
@@ -105,7 +105,7 @@ def product_of(outputs: int, columns: int, gated: bool, how: How) -> str:
     parts = []
     if row_shape(outputs, columns, gated) is not None:
         parts.append("one_row at 1 row")
-    most = max((rows for rows in range(2, FEW + 1) if few_shape(rows, outputs, columns, gated) is not None), default=0)
+    most = max((rows for rows in range(2, MOST + 1) if few_shape(rows, outputs, columns, gated) is not None), default=0)
     if most:
         parts.append(f"few_rows up to {most}")
     return ", ".join([*parts, "cuBLAS above" if parts else "cuBLAS"])

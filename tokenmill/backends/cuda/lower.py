@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tokenmill.backends.cuda.attention import AttentionLowering, Scales
+from tokenmill.backends.cuda.attention import AttentionLowering, Manner
 from tokenmill.backends.cuda.kernels import rows as kernels
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import Product, Scratch, ahead, largest
@@ -68,22 +68,14 @@ class Launch:
 
 
 class Lowering:
-    """The launches of a prepared program. The cache must have been allocated.
-
-    `alike`: what is computed of a token does not depend on the other tokens of its step, nor on how many there are.
-    `scales`: see `AttentionLowering`.
-    """
+    """The launches of a prepared program. The cache must have been allocated."""
 
     def __init__(
-        self,
-        memory: Memory,
-        weights: dict[Weight, Tensor],
-        slots: CudaSlots,
-        scales: Scales | None = None,
-        alike: bool = False,
+        self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots, manner: Manner | None = None
     ) -> None:
-        self._memory, self._weights, self._slots, self._alike = memory, weights, slots, alike
-        self._attention = AttentionLowering(memory, weights, slots, scales, alike)
+        manner = manner or Manner()
+        self._memory, self._weights, self._slots, self._alike = memory, weights, slots, manner.alike
+        self._attention = AttentionLowering(memory, weights, slots, manner)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit

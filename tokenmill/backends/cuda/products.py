@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenmill.backends.cuda.kernels.products import few_rows, one_row
 from tokenmill.backends.cuda.shapes import power
 
-FEW = 64  # rows
-_TILES = (16, 32, 64)  # rows of a tile
-_MOST_OF_A_TILE = 128  # where one is not enough
+FEW = 64  # rows up to which kernels are launched ahead
+MOST = 128  # rows up to which there are kernels of our own
+_TILES = (16, 32, 64, MOST)  # rows of a tile
 
 
 def ahead(early: bool) -> dict[str, bool]:
@@ -35,13 +36,14 @@ class RowShape(NamedTuple):
 
 
 class FewShape(NamedTuple):
-    """Of few rows: outputs of a tile, columns of a round, splits, rounds in flight, warps."""
+    """Of few rows: outputs of a tile, columns of a round, splits, rounds in flight, warps, by the copy engine or not."""
 
     outputs: int
     columns: int
     splits: int
     stages: int
     warps: int
+    tma: bool = False
 
 
 def row_shape(outputs: int, columns: int, gated: bool) -> RowShape | None:
@@ -63,12 +65,14 @@ def row_shape(outputs: int, columns: int, gated: bool) -> RowShape | None:
 
 def few_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape | None:
     """Of a matrix (outputs, columns) and so many rows; None if cuBLAS is better."""
-    if rows > FEW or columns % 128:
+    if rows > MOST or columns % 128:
         return None
+    if rows > FEW:
+        return _shape_of_many(outputs, columns, gated)
     if outputs >= 1 << 16:
         return FewShape(128 if columns >= 4096 or rows > 32 else 64, 128, 1, 4, 4)
     if gated:
-        return FewShape(64, 128, 1, 4, 4)
+        return FewShape(64, 128, 1, 4, 4, True)
     if columns < 4096 and rows > 32:
         return None
     splits = 1
@@ -78,7 +82,17 @@ def few_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape | 
         splits = 2 if rows <= 32 else 1
     while splits > 1 and columns % (128 * splits):
         splits //= 2
-    return FewShape(64, 128, splits, 4 if splits > 1 else 6, 4)
+    return FewShape(64, 128, splits, 4 if splits > 1 else 6, 4, columns >= 4096)
+
+
+def _shape_of_many(outputs: int, columns: int, gated: bool) -> FewShape | None:
+    """Of more than FEW rows."""
+    if outputs >= 1 << 16:
+        return FewShape(128, 128, 1, 3, 4, True) if columns >= 4096 else FewShape(64, 128, 1, 4, 4, True)
+    if gated:
+        return FewShape(64, 64, 1, 6, 4, True)
+    deep = columns > 2 * outputs and columns >= 12288 and columns % 256 == 0
+    return FewShape(64, 128, 2, 4, 4, True) if deep else None
 
 
 def alike_shape(rows: int, columns: int, item_bytes: int = 2) -> FewShape:
@@ -90,12 +104,13 @@ def alike_shape(rows: int, columns: int, item_bytes: int = 2) -> FewShape:
 
 
 class Scratch:
-    """Partial sums and counters of split products."""
+    """Partial sums and counters of split products; and whether the device has a copy engine for tiles."""
 
     def __init__(self, outputs: int, device: torch.device) -> None:
         tiles = triton.cdiv(outputs, 64)
         self.part = torch.empty(4 * tiles * 64 * FEW, device=device)
         self.counts = torch.zeros(tiles, dtype=torch.int32, device=device)
+        self.tma = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Product:
@@ -114,6 +129,7 @@ class Product:
         self._x, self._weight, self._bias, self._out, self._act, self._scratch = x, weight, bias, out, act, scratch
         self._outputs, self._columns = weight.shape[0] // (2 if act else 1), weight.shape[1]
         self._alike = alike
+        self._descriptors: dict[tuple[int, int, int], tuple[TensorDescriptor, TensorDescriptor]] = {}
 
     def fits(self, rows: int) -> bool:
         """Whether `run` has a kernel for so many rows, rather than cuBLAS."""
@@ -136,13 +152,25 @@ class Product:
             return
         shape = self._shape(rows)
         part, counts = (self._out, self._out) if self._scratch is None else (self._scratch.part, self._scratch.counts)
-        tile = next((tile for tile in _TILES if rows <= tile), _MOST_OF_A_TILE)
+        tile = next((tile for tile in _TILES if rows <= tile), MOST)
+        tma = shape.tma and self._scratch is not None and self._scratch.tma and self._x.stride(0) % 8 == 0
+        x, weight = self._described(tile, shape) if tma else (self._x, self._weight)
         few_rows[(triton.cdiv(self._outputs, shape.outputs), shape.splits, triton.cdiv(rows, tile))](
-            self._x, self._weight, self._weight if self._bias is None else self._bias, self._out, part, counts,
-            self._x.stride(0), rows, N=self._outputs, K=self._columns, BM=tile, BN=shape.outputs, BK=shape.columns,
-            SPLITS=shape.splits, BIAS=self._bias is not None, ACT=self._act, TMA=False, PDL=early, STAGES=shape.stages,
+            x, weight, self._weight if self._bias is None else self._bias, self._out, part, counts, self._x.stride(0),
+            rows, N=self._outputs, K=self._columns, BM=tile, BN=shape.outputs, BK=shape.columns, SPLITS=shape.splits,
+            BIAS=self._bias is not None, ACT=self._act, TMA=tma, PDL=early, STAGES=shape.stages,
             num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
+
+    def _described(self, tile: int, shape: FewShape) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Inputs and weights as the copy engine wants to know them: made once, for addresses do not change."""
+        key = tile, shape.outputs, shape.columns
+        if key not in self._descriptors:
+            self._descriptors[key] = (
+                TensorDescriptor(self._x, list(self._x.shape), [self._x.stride(0), 1], [tile, shape.columns]),
+                TensorDescriptor.from_tensor(self._weight, [shape.outputs, shape.columns]),
+            )
+        return self._descriptors[key]
 
     def _shape(self, rows: int) -> FewShape:
         if self._alike:

@@ -1,4 +1,5 @@
-"""Sizes of tiles by shape and number of rows: measured on an H200, so that the host computes nothing in a step.
+"""Sizes of tiles by shape and number of rows, so that the host computes nothing in a step: those that an H100 and an H200
+liked best (`bench/gpu_kernels.py`).
 
 A class of rows has one set of sizes: so many kernels are compiled at start, and none later.
 """
@@ -40,27 +41,22 @@ def class_of(rows: int) -> int:
     return next(i for i, most in enumerate(CLASSES) if rows <= most)
 
 
-_WIDE = (
-    DecodeShape(64, 32, 128, 3, 4), DecodeShape(64, 4, 256, 3, 4), DecodeShape(64, 1, 64, 3, 4),
-    DecodeShape(32, 1, 32, 3, 2), DecodeShape(16, 1, 16, 3, 1),
+_SHORT = (
+    DecodeShape(64, 32, 128, 3, 4), DecodeShape(64, 8, 128, 3, 4), DecodeShape(64, 1, 64, 3, 4),
+    DecodeShape(64, 1, 64, 3, 4), DecodeShape(64, 1, 64, 3, 4),
 )  # fmt: skip
-_NARROW = (
-    DecodeShape(64, 32, 128, 4, 4), DecodeShape(64, 4, 256, 3, 4), DecodeShape(64, 1, 64, 3, 4),
-    DecodeShape(64, 1, 64, 3, 4), DecodeShape(32, 1, 32, 3, 2),
-)  # fmt: skip
-_SPLITS_OF_LONG = (32, 4, 8, 4, 2)
-LONG = 1024  # tokens: from here on a sequence is split even among many
+_SPLITS_OF_LONG = 8
+LONG = 2048  # tokens: from here on a sequence is split even among many
 
 
 def decode_shape(rows: int, head_dim: int, shared: int, long: bool, item_bytes: int = 2) -> DecodeShape:
     """Of `rows` sequences. `shared`: query heads of a key-value head; `long`: the longest has LONG tokens or more.
 
-    Splits that nobody needs are programs that end at once, yet not free: they wait for a place.
+    Among many sequences up to LONG tokens, however uneven, whole ones keep an H100's memory as busy as any split.
     """
-    which = class_of(rows)
-    shape = (_NARROW if head_dim <= 64 else _WIDE)[which]
-    if long and shape.splits < _SPLITS_OF_LONG[which]:
-        shape = shape._replace(splits=_SPLITS_OF_LONG[which], least=LONG // 2)
+    shape = _SHORT[class_of(rows)]
+    if long and shape.splits == 1:
+        shape = shape._replace(splits=_SPLITS_OF_LONG, least=LONG // 4)
     if head_dim > 128 or item_bytes > 2:
         shape = shape._replace(keys=max(16, shape.keys // 2), stages=2)
     if shared > 16:
@@ -79,7 +75,7 @@ def tile_shape(head_dim: int, shared: int, item_bytes: int = 2, alike: bool = Fa
         return TileShape(64, 64, 3, 4)
     if head_dim > 128 or item_bytes > 2:
         return TileShape(64, 32, 2, 4)
-    return TileShape(128, 64 if head_dim > 64 else 128, 3 if head_dim > 64 else 2, 8)
+    return TileShape(64, 64, 3, 4) if head_dim > 64 else TileShape(128, 64, 3, 8)
 
 
 class ChooseShape(NamedTuple):

@@ -32,25 +32,63 @@ def spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr
 
 
 @triton.jit
+def shown(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """Where the numbers of G heads (GP, 2 · HALF) stand in a row of them."""
+    return tl.arange(0, GP)[:, None] * D + columns(tl.arange(0, 2 * HALF), D, HALF)[None, :]
+
+
+@triton.jit
+def there(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """Which of them are no padding."""
+    return (tl.arange(0, GP) < G)[:, None] & real(tl.arange(0, 2 * HALF), D, HALF)[None, :]
+
+
+@triton.jit
+def assigned(items_ptr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
+    """Row and split of this program; beyond the list: a split that no row has."""
+    item = tl.program_id(1)
+    if LISTED:
+        known = item < tl.load(items_ptr)
+        item = tl.load(items_ptr + 1 + item, mask=known, other=255)
+        return item // 256, item % 256
+    else:
+        return item // SPLITS, item % SPLITS
+
+
+@triton.jit
+def hand_in(part_ptr, sum_ptr, count_ptr, out_ptr, acc, sums, group, split, active, G: tl.constexpr, GP: tl.constexpr,
+            D: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Leave a split's result; the last one of a group to arrive adds them up."""
+    g = tl.arange(0, GP)
+    at = group * SPLITS + split
+    tl.store(part_ptr + at * (G * D) + shown(G, GP, D, HALF), acc, mask=there(G, GP, D, HALF))
+    tl.store(sum_ptr + at * G + g, sums, mask=g < G)
+    tl.debug_barrier()
+    if tl.atomic_add(count_ptr + group, 1, sem="acq_rel") == active - 1:
+        tl.store(count_ptr + group, 0)
+        combine(part_ptr, sum_ptr, out_ptr, group * SPLITS, active, G, GP, D, HALF, SPLITS)
+
+
+@triton.jit
 def combine(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
             HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """Add up `active` partial results (SPLITS, G, D), weighted by their sums (SPLITS, G), in order."""
     g = tl.arange(0, GP)
-    j = tl.arange(0, 2 * HALF)
     ok = g < G
     most = tl.full([GP], -1e30, tl.float32)
     for s in range(active):
         most = tl.maximum(most, tl.load(sum_ptr + (base + s) * G + g, mask=ok, other=-1e30, cache_modifier=".cg"))
     total = tl.zeros([GP], tl.float32)
     made = tl.zeros([GP, 2 * HALF], tl.float32)
-    at = part_ptr + g[:, None] * D + columns(j, D, HALF)[None, :]
-    both = ok[:, None] & real(j, D, HALF)[None, :]
+    at = part_ptr + shown(G, GP, D, HALF)
+    both = there(G, GP, D, HALF)
     for s in range(active):
         found = tl.load(sum_ptr + (base + s) * G + g, mask=ok, other=-1e30, cache_modifier=".cg")
         weight = tl.exp2(found - most)
         total += weight
         made += tl.load(at + (base + s) * (G * D), mask=both, other=0.0, cache_modifier=".cg") * weight[:, None]
-    tl.store(out_ptr, (made / total[:, None]).to(out_ptr.dtype.element_ty), mask=both)
+    to = out_ptr + shown(G, GP, D, HALF)
+    tl.store(to, (made / total[:, None]).to(out_ptr.dtype.element_ty), mask=both)
 
 
 @triton.jit
@@ -149,16 +187,10 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     What the cache holds is the key times `k_fit` and the value times `v_fit`; `scale` makes up for the one, `v_scale`
     for the other.
     """
-    head, item = tl.program_id(0), tl.program_id(1)
+    head = tl.program_id(0)
     if PDL:
         gdc_wait()
-    if LISTED:
-        if item >= tl.load(items_ptr):
-            return
-        item = tl.load(items_ptr + 1 + item)
-        b, split = item // 256, item % 256
-    else:
-        b, split = item // SPLITS, item % SPLITS
+    b, split = assigned(items_ptr, SPLITS, LISTED)
     t = b
     if SOME:
         t = tl.load(rows_ptr + b)
@@ -176,7 +208,7 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     if ROPE:
         cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
         sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
-    g, j = tl.arange(0, GP), tl.arange(0, 2 * HALF)
+    g = tl.arange(0, GP)
     q_at = q_ptr + t * q_stride + (head * G + g)[:, None] * D
     a1, a2 = turned(q_at, (g < G)[:, None], q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
     a1, a2 = a1.to(kind), a2.to(kind)
@@ -195,17 +227,9 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
             values_ptr + place, k_norm_ptr, cos, sin, eps, scale, cap, k_fit, v_fit, D, HALF, CAPPED, NORM, ROPE,
         )  # fmt: skip
     acc = acc * (v_scale / total)[:, None]
-    shown = g[:, None] * D + columns(j, D, HALF)[None, :]
-    both = (g < G)[:, None] & real(j, D, HALF)[None, :]
-    out_at = out_ptr + (t * KV_HEADS + head) * (G * D) + shown
+    out_at = out_ptr + (t * KV_HEADS + head) * (G * D)
     if active == 1:
-        tl.store(out_at, acc.to(kind), mask=both)
+        tl.store(out_at + shown(G, GP, D, HALF), acc.to(kind), mask=there(G, GP, D, HALF))
     else:
-        base = (b * KV_HEADS + head) * SPLITS
-        tl.store(part_ptr + (base + split) * (G * D) + shown, acc, mask=both)
-        tl.store(sum_ptr + (base + split) * G + g, m + tl.log2(total), mask=g < G)
-        tl.debug_barrier()
-        before = tl.atomic_add(count_ptr + b * KV_HEADS + head, 1, sem="acq_rel")
-        if before == active - 1:
-            tl.store(count_ptr + b * KV_HEADS + head, 0)
-            combine(part_ptr, sum_ptr, out_at, base, active, G, GP, D, HALF, SPLITS)
+        hand_in(part_ptr, sum_ptr, count_ptr, out_at, acc, m + tl.log2(total), b * KV_HEADS + head, split, active, G, GP,
+                D, HALF, SPLITS)  # fmt: skip

@@ -68,6 +68,59 @@ def one_row(x_ptr, weight_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, N
     tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=n_ok)
 
 
+@triton.jit
+def summed(x_ptr, weight_ptr, x_stride, M, tile, split, block, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+           BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
+           STAGES: tl.constexpr):  # fmt: skip
+    """A split's sums (BN, BM) of a tile, and with GATED those of the other half of the matrix."""
+    rows = tile * BN + tl.arange(0, BN)
+    m = block * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    each: tl.constexpr = K // SPLITS
+    if not TMA:
+        at = weight_ptr + tl.where(rows < N, rows, 0).to(tl.int64)[:, None] * K + k[None, :]
+        x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+    sums = tl.zeros([BN, BM], tl.float32)
+    ups = tl.zeros([BN, BM], tl.float32)
+    for start in tl.range(split * each, split * each + each, BK, num_stages=STAGES):
+        if TMA:
+            w = weight_ptr.load([tile * BN, start])
+            x = x_ptr.load([block * BM, start])
+        else:
+            w = tl.load(at + start)
+            x = tl.load(x_at + start, mask=m[:, None] < M, other=0.0)
+        sums = tl.dot(w, x.T, sums, input_precision="ieee")
+        if GATED:
+            if TMA:
+                up = weight_ptr.load([N + tile * BN, start])
+            else:
+                up = tl.load(at + N * K + start)
+            ups = tl.dot(up, x.T, ups, input_precision="ieee")
+    return sums, ups
+
+
+@triton.jit
+def gathered(sums, ups, part_ptr, count_ptr, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+             GATED: tl.constexpr):  # fmt: skip
+    """Whether this is the last split of a tile to arrive, and the sums of all of them, added in order."""
+    place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    tiles = tl.num_programs(0)
+    tl.store(part_ptr + (split * tiles + tile) * (BN * BM) + place, sums)
+    if GATED:
+        tl.store(part_ptr + ((SPLITS + split) * tiles + tile) * (BN * BM) + place, ups)
+    tl.debug_barrier()
+    last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        tl.store(count_ptr + tile, 0)
+        sums = tl.zeros([BN, BM], tl.float32)
+        ups = tl.zeros([BN, BM], tl.float32)
+        for s in tl.static_range(SPLITS):
+            sums += tl.load(part_ptr + (s * tiles + tile) * (BN * BM) + place, cache_modifier=".cg")
+            if GATED:
+                ups += tl.load(part_ptr + ((SPLITS + s) * tiles + tile) * (BN * BM) + place, cache_modifier=".cg")
+    return last, sums, ups
+
+
 @triton.jit(do_not_specialize=["M"])
 def few_rows(x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, x_stride, M, N: tl.constexpr, K: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
@@ -80,53 +133,19 @@ def few_rows(x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, x_stride
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if SPLITS == 1:  # neighbours share tiles of both operands
         block, tile = tl.swizzle2d(block, tile, tl.num_programs(2), tl.num_programs(0), 16)
-    rows = tile * BN + tl.arange(0, BN)
-    n_ok = rows < N
-    m = block * BM + tl.arange(0, BM)
-    each: tl.constexpr = K // SPLITS
-    if not TMA:
-        k = tl.arange(0, BK)
-        at = weight_ptr + tl.where(n_ok, rows, 0).to(tl.int64)[:, None] * K + k[None, :]
-        x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
-    sums = tl.zeros([BN, BM], tl.float32)
-    ups = tl.zeros([BN, BM], tl.float32)
     if PDL:
         gdc_wait()
-    for start in tl.range(split * each, split * each + each, BK, num_stages=STAGES):
-        if TMA:
-            w = weight_ptr.load([tile * BN, start])
-            x = x_ptr.load([block * BM, start])
-        else:
-            w = tl.load(at + start)
-            x = tl.load(x_at + start, mask=m[:, None] < M, other=0.0)
-        sums = tl.dot(w, x.T, sums, input_precision="ieee")
-        if ACT != "":
-            if TMA:
-                up = weight_ptr.load([N + tile * BN, start])
-            else:
-                up = tl.load(at + N * K + start)
-            ups = tl.dot(up, x.T, ups, input_precision="ieee")
+    sums, ups = summed(
+        x_ptr, weight_ptr, x_stride, M, tile, split, block, N, K, BM, BN, BK, SPLITS, ACT != "", TMA, STAGES
+    )
     if PDL:
         gdc_launch_dependents()
     last = True
     if SPLITS > 1:
-        place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tiles = tl.num_programs(0)
-        tl.store(part_ptr + (split * tiles + tile) * (BN * BM) + place, sums)
-        if ACT != "":
-            tl.store(part_ptr + ((SPLITS + split) * tiles + tile) * (BN * BM) + place, ups)
-        tl.debug_barrier()
-        last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
-        if last:
-            tl.store(count_ptr + tile, 0)
-            sums = tl.zeros([BN, BM], tl.float32)
-            ups = tl.zeros([BN, BM], tl.float32)
-            for s in tl.static_range(SPLITS):
-                sums += tl.load(part_ptr + (s * tiles + tile) * (BN * BM) + place, cache_modifier=".cg")
-                if ACT != "":
-                    ups += tl.load(part_ptr + ((SPLITS + s) * tiles + tile) * (BN * BM) + place, cache_modifier=".cg")
+        last, sums, ups = gathered(sums, ups, part_ptr, count_ptr, tile, split, BM, BN, SPLITS, ACT != "")
     if last:
-        column = rows[:, None]
-        y = finished(sums, ups, column, n_ok[:, None], bias_ptr, bias_ptr, N, BIAS, False, ACT)
-        ok = n_ok[:, None] & (m[None, :] < M)
-        tl.store(out_ptr + m.to(tl.int64)[None, :] * N + column, y.to(out_ptr.dtype.element_ty), mask=ok)
+        column = (tile * BN + tl.arange(0, BN))[:, None]
+        m = block * BM + tl.arange(0, BM)
+        y = finished(sums, ups, column, column < N, bias_ptr, bias_ptr, N, BIAS, False, ACT)
+        to = out_ptr + m.to(tl.int64)[None, :] * N + column
+        tl.store(to, y.to(out_ptr.dtype.element_ty), mask=(column < N) & (m[None, :] < M))
