@@ -86,6 +86,8 @@ class PagedOracle:
         self.batches: list[Batch] = []
         self.poison_rate, self.rng, self.num_poisoned = poison_rate, random.Random(seed), 0
         self.full_rate, self.most, self.num_full = 0.0, limits.max_batch_tokens, [0, 0]
+        self.rests: list[int] = []  # after how many launches
+        self.num_rests = self.rng.randint(0, 9)  # pieces of work put off
 
     def launch(self, batch: Batch) -> OracleStep:
         admitted = [(seq.slot, seq.request, list(seq.token_ids)) for seq in batch.admitted]
@@ -116,6 +118,11 @@ class PagedOracle:
                 self.run(step)
             raise OutOfMemory("no room for a step")
         return self.run(step)
+
+    def rest(self) -> bool:
+        assert not self.queue or all(step.failed for step in self.queue), "a step is on the device"
+        self.rests.append(len(self.batches))
+        return len(self.rests) < self.num_rests
 
     def run(self, step: OracleStep) -> StepResult:
         batch = step.batch

@@ -20,6 +20,7 @@ from oracle import (
 )
 
 from tokenmill.backends.base import StepResult
+from tokenmill.engine import engine as engine_module
 from tokenmill.engine.block_pool import BlockPool, chain_hash, chain_root
 from tokenmill.engine.engine import digest
 from tokenmill.engine.limits import SchedulerLimits
@@ -323,6 +324,36 @@ def test_nobody_is_admitted_into_blocks_that_the_running_ones_need_next() -> Non
     engine, _, link = build([[request(i, range(40 * i + 1, 40 * i + 16), 4) for i in range(6)]], 16, LIMITS)
     run(engine, link)
     assert link.stats.preemptions == 0
+
+
+# ---- work that was put off
+
+
+def test_work_that_was_put_off_is_done_a_piece_a_turn_while_nobody_asks_for_anything() -> None:
+    script = [[], [], [request(0, range(1, 9), 4)], *([] for _ in range(9)), [request(1, range(20, 28), 3)]]
+    engine, oracle, link = build(script, 16, LIMITS)
+    oracle.num_rests = 100
+    for _ in range(len(script) + 6):
+        engine.step()
+    assert oracle.rests[:2] == [0, 0], "a turn each before the first request"
+    assert oracle.rests.count(4) == 6, "from the turn on that reads its last token"
+    assert oracle.rests[8:] == [7] * 4
+    assert link.tokens(1) == reference(request(1, range(20, 28), 3))
+    assert link.idle_turns == 0, "no waiting while there is work left"
+    oracle.num_rests = 0
+    engine.step()
+    engine.step()
+    assert link.idle_turns == 1
+
+
+def test_a_device_that_is_never_idle_rests_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_TURNS", 20)
+    requests = [request(i, range(10 * i + 1, 10 * i + 9), 100) for i in range(3)]
+    engine, oracle, link = build([requests], 128, LIMITS)
+    oracle.num_rests = 3
+    run(engine, link)
+    assert oracle.rests == [19, 38, 57], "one turn in twenty plans nothing"
+    assert [link.tokens(i) for i in range(3)] == [reference(r) for r in requests]
 
 
 # ---- what a backend sees

@@ -86,7 +86,11 @@ class Step(Protocol):
 
 
 class Backend(Protocol):
-    """Runs a recorded program. Built from (program, checkpoint, reader, limits, group): see `backends/torch`."""
+    """Runs a recorded program. Built from (program, checkpoint, reader, limits, group): see `backends/torch`.
+
+    One that puts work off until no step is on the device has a method `rest` beside: it does a piece of that, a tenth
+    of a second at most, and returns True while more remains.
+    """
 
     @property
     def num_blocks(self) -> int:

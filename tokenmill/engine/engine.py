@@ -18,6 +18,9 @@ from tokenmill.wire.messages import Output, Request, Stats, ToEngine
 
 StepT = TypeVar("StepT")
 
+_TURNS = 1000
+"""Turns without rest, if work is left for it, after which the device takes one: who is never idle gains by it, too."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -31,6 +34,12 @@ class Executor(Protocol[StepT]):
         """Wait for a step. Called once for each, in the order of the launches.
 
         OutOfMemory: it did not run, nor did or will those launched behind it, which say the same.
+        """
+
+    def rest(self) -> bool:
+        """Do a piece of work that was put off, a tenth of a second at most; True while more remains.
+
+        Called only while no step is on the device.
         """
 
 
@@ -58,6 +67,7 @@ class Engine(Generic[StepT]):
         self._compare_plans = compare_plans
         self._plan = b""
         self._last_collected = 0.0
+        self._may_rest, self._turns = True, 0  # since the last rest
 
     @property
     def idle(self) -> bool:
@@ -67,17 +77,21 @@ class Engine(Generic[StepT]):
     def step(self) -> None:
         """One turn. The device works on step N + 1 while the host handles the tokens of step N."""
         scheduler = self.scheduler
-        for message in self.link.receive(self.idle, self._plan):
+        for message in self.link.receive(self.idle and not self._may_rest, self._plan):
             if isinstance(message, Request):
                 scheduler.add(message)
             else:
                 scheduler.abort(message.id)
-        batch = scheduler.schedule()
+        self._turns += 1
+        restless = self._may_rest and self._turns >= _TURNS
+        batch = None if restless else scheduler.schedule()
         if self._compare_plans:
             self._plan = digest(batch)
         flying, self._in_flight = self._in_flight, self._launch(batch) if batch else None
         outputs, done, step_s = self._collect(*flying) if flying else ([], None, 0.0)
         self.link.send(scheduler.notices() + outputs, scheduler.stats(done, step_s))
+        if self._may_rest and self._in_flight is None and (restless or not scheduler.has_work):
+            self._may_rest, self._turns = self.executor.rest(), 0
 
     def _launch(self, batch: Batch) -> tuple[Batch, StepT, float] | None:
         """The batch on the device since when; None if it found no memory there."""

@@ -104,6 +104,10 @@ class MockExecutor:
                 return StepResult([-1, *step.result.token_ids[1:]], step.result.details, step.result.prompt_details)
         return step.result
 
+    def rest(self) -> bool:
+        """See `engine.Executor`."""
+        return False
+
     def _result(self, batch: Batch) -> StepResult:
         rows = batch.samples.tolist()
         ends = (batch.starts + batch.counts)[batch.samples].tolist()

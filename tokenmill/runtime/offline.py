@@ -54,6 +54,8 @@ class OfflineEngine:
         self._link = _LocalLink()
         self._engine = Engine(parts.scheduler, parts.executor, FactsLink(self._link, parts.scheduler))
         self._last_id = 0
+        while parts.executor.rest():  # between two readers nobody steps: it is never idle
+            pass
 
     @property
     def info(self) -> EngineInfo:

@@ -6,6 +6,7 @@ on the device when the next step needs them, and in a pinned buffer when the hos
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cuda.attention import Scales, tiles_of
 from tokenmill.backends.cuda.device import Device, Mark
-from tokenmill.backends.cuda.graphs import Graphs
+from tokenmill.backends.cuda.graphs import Graphs, variants
 from tokenmill.backends.cuda.lower import Launch, Lowering, Sizes
 from tokenmill.backends.cuda.memory import PROMPT_ROWS, Memory
 from tokenmill.backends.cuda.pack import pack
@@ -24,7 +25,7 @@ from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
 from tokenmill.backends.cuda.products import FEW
 from tokenmill.backends.cuda.sampler import Sampler
 from tokenmill.backends.cuda.scales import kv_scales
-from tokenmill.backends.cuda.shapes import CLASSES, LONG, differs_if_long
+from tokenmill.backends.cuda.shapes import CLASSES, LONG
 from tokenmill.backends.cuda.single import Single
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.torch.pack import Report
@@ -39,6 +40,8 @@ from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import TokenDetails
 
 _DTYPES = {name: getattr(torch, name) for name in DTYPES}
+_log = logging.getLogger(__name__)
+
 CACHE_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
@@ -162,18 +165,35 @@ class CudaBackend:
                 slots = np.concatenate([spare[:rows], [0]]).astype(np.int32)
                 counts = np.concatenate([np.ones(rows), [2]]).astype(np.int32)
                 self._forward(self._sizes(slots, counts * 0, counts, np.arange(rows + 1, dtype=np.int32)))
-        for rows in self._graphs.sizes if self._graphs.sizes else sorted({min(rows, len(spare)) for rows in CLASSES}):
-            for long in (False, True) if differs_if_long(rows) else (False,):
-                sizes = self._sizes_of_decode(spare[:rows], spare[:rows] * 0, rows)
-                sizes = replace(sizes, long=long)
-                self._decode(sizes)
-                self._graphs.capture(rows, long, lambda sizes=sizes: self._decode(sizes))  # type: ignore[misc]
-            self._sampler.warm_up(sizes)
+        for rows in sorted({min(rows, len(spare)) for rows in CLASSES}.union(self._graphs.first), reverse=True):
+            for long in variants(rows):
+                self._decode(self._nobodys(rows, long))
+            self._sampler.warm_up(self._nobodys(rows, False))
+        for rows, long in self._graphs.missing(self._graphs.first):
+            self._capture(rows, long)
         self._sampler.warm_up_some(self._step)
         self._slots.tables[0].zero_()
         self._slots.tokens.zero_()
         self._memory.clear(-(-room // size))
         self._device.finish()
+
+    @torch.inference_mode()
+    def rest(self) -> bool:
+        """Capture one more graph, some tens of milliseconds; True while more remain.
+
+        Slots and cache may be in use: what it runs are rows of nobody's.
+        """
+        missing = self._graphs.missing(self._graphs.later)
+        if not missing:
+            return False
+        self._device.finish()
+        try:
+            self._decode(self._nobodys(*missing[0]))
+            self._capture(*missing[0])
+        except RuntimeError as error:  # of memory, or whatever a capture makes of it
+            _log.warning("%d more graphs of decode steps cannot be captured: %s", len(missing), error)
+            self._graphs.later.clear()
+        return len(missing) > 1 and bool(self._graphs.later)
 
     def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once. OutOfMemory: nothing of it counts."""
@@ -192,7 +212,7 @@ class CudaBackend:
             padded = self._graphs.padded(rows)
             sizes = self._sizes_of_decode(inputs.slots, inputs.starts, padded or rows)
             if padded:
-                self._graphs.replay(padded, sizes.long and differs_if_long(padded))
+                self._graphs.replay(padded, sizes.long)
                 sizes = replace(sizes, tokens=rows, sampling=rows)
             else:
                 self._decode(sizes)
@@ -209,6 +229,15 @@ class CudaBackend:
         self._graphs.clear()
 
     # ---- a step ----
+
+    def _nobodys(self, rows: int, long: bool) -> Sizes:
+        """A decode step of rows that only pad."""
+        slots = np.full(rows, self._slots.spare, np.int32)
+        return replace(self._sizes_of_decode(slots, slots * 0, rows), long=long)
+
+    def _capture(self, rows: int, long: bool) -> None:
+        sizes = self._nobodys(rows, long)
+        self._graphs.capture(rows, long, lambda: self._decode(sizes))
 
     def _decode(self, sizes: Sizes) -> None:
         """One token a row, all sampling."""

@@ -1,4 +1,8 @@
-"""Decode steps as CUDA graphs, one for each batch size of a list, sharing one pool of memory."""
+"""Decode steps as CUDA graphs, one for each batch size of a list, sharing one pool of memory.
+
+Some sizes are captured before the first step, the largest and powers of two, so that no step is padded to more than
+about twice its rows; the others when there is nothing else to do.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +11,59 @@ from collections.abc import Callable
 import torch
 
 from tokenmill.backends.cuda.device import Device
-from tokenmill.backends.cuda.shapes import graph_sizes
+from tokenmill.backends.cuda.shapes import differs_if_long, graph_sizes
 
 
 class Graphs:
-    """`wanted`: sizes to capture, None: a choice of its own, empty: none. On a device without graphs there are none."""
+    """`wanted`: sizes to capture, all of them at once, None: a choice of its own, empty: none.
+
+    On a device without graphs there are none. `first` and `later`: sizes, the largest first.
+    """
 
     def __init__(self, device: Device, most: int, wanted: tuple[int, ...] | None) -> None:
         sizes = graph_sizes(most) if wanted is None else sorted({min(size, most) for size in wanted}, reverse=True)
-        self.sizes = sizes if device.real else []
+        sizes = sizes if device.real else []
+        self.first = [s for s in sizes if wanted is not None or s == sizes[0] or s & (s - 1) == 0]
+        self.later = [s for s in sizes if s not in self.first]
         self._next = [0] * (most + 1)  # rows -> the size that they are padded to
         self._captured: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.sizes else None
+        self._pool = torch.cuda.graph_pool_handle() if sizes else None
+
+    def __len__(self) -> int:
+        """Graphs that there are or will be."""
+        return sum(len(variants(size)) for size in (*self.first, *self.later))
 
     def padded(self, rows: int) -> int:
         """The size that a step of so many rows is run at; 0: there is no graph for it."""
         return self._next[rows]
 
+    def missing(self, sizes: list[int]) -> list[tuple[int, bool]]:
+        """What is still to be captured for `sizes`, in order: a size, and whether of long sequences."""
+        return [(size, long) for size in sizes for long in variants(size) if (size, long) not in self._captured]
+
     def capture(self, size: int, long: bool, run: Callable[[], None]) -> None:
-        """Record what `run` launches; it must have run once before. `long`: of sequences that are. Nothing without
-        graphs."""
-        if size not in self.sizes:
-            return
+        """Record what `run` launches; it must have run once before, and nothing else may run on the device.
+
+        Steps use the size when all its variants are there. torch.OutOfMemoryError leaves the others as they were.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             run()
         self._captured[size, long] = graph
-        self._next = [
-            min((s for s, _ in self._captured if s >= rows > 0), default=0) for rows in range(len(self._next))
-        ]
+        ready = [s for s in (*self.first, *self.later) if not self.missing([s])]
+        self._next = [min((s for s in ready if s >= rows > 0), default=0) for rows in range(len(self._next))]
 
     def replay(self, size: int, long: bool) -> None:
-        """Launch all that was recorded."""
-        self._captured[size, long].replay()
+        """Launch all that was recorded. `long`: a sequence is."""
+        self._captured[size, long and differs_if_long(size)].replay()
 
     def clear(self) -> None:
         """Forget the graphs. Idempotent."""
+        self.first, self.later = [], []
         self._captured.clear()
         self._next = [0] * len(self._next)
+
+
+def variants(size: int) -> tuple[bool, ...]:
+    """For long sequences, and for others if that makes a difference."""
+    return (False, True) if differs_if_long(size) else (False,)

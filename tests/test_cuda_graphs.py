@@ -1,0 +1,148 @@
+"""Graphs of decode steps: which sizes, when, and that capturing one harms nobody. Graphs that are recorded are real
+only on a GPU; elsewhere their launches are repeated by hand."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from support_cuda import ON_GPU, CudaDriver, torch, write_random
+from support_models import Driver
+
+from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cuda.graphs import Graphs, variants
+
+torch.set_num_threads(1)
+
+
+class Recorded:
+    """Stands for torch.cuda.CUDAGraph: replays by running again."""
+
+    def __init__(self) -> None:
+        self.run: Callable[[], None] | None = None
+        self.replays = 0
+
+    def replay(self) -> None:
+        assert self.run is not None
+        self.run()
+        self.replays += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Graphs]:
+    """Makes `Graphs` as on a GPU."""
+
+    @contextlib.contextmanager
+    def record(graph: Recorded, pool: object) -> Iterator[None]:
+        yield
+
+    def make(most: int, wanted: tuple[int, ...] | None = None) -> Graphs:
+        made = Graphs(SimpleNamespace(real=True), most, wanted)  # type: ignore[arg-type]
+        capture = made.capture
+
+        def capture_and_keep(size: int, long: bool, run: Callable[[], None]) -> None:
+            capture(size, long, run)
+            made._captured[size, long].run = run  # type: ignore[attr-defined]
+
+        made.capture = capture_and_keep  # type: ignore[method-assign]
+        return made
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    return make
+
+
+def capture_all(made: Graphs, sizes: list[int]) -> None:
+    for size, long in made.missing(sizes):
+        made.capture(size, long, lambda: None)
+
+
+def test_the_largest_and_powers_of_two_come_first_and_nothing_is_padded_to_much_more(graphs: Any) -> None:
+    made = graphs(200)
+    assert made.first == [200, 128, 64, 32, 16, 8, 4, 2, 1]
+    capture_all(made, made.first)
+    assert [made.padded(rows) for rows in (1, 3, 65, 129, 200)] == [1, 4, 128, 200, 200]
+    assert all(made.padded(rows) <= 2 * rows for rows in range(1, 201))
+    later = list(made.later)
+    assert later == sorted(later, reverse=True)
+    assert 24 in later
+    for size, long in made.missing(made.later):
+        before = made.padded(size)
+        made.capture(size, long, lambda: None)
+        complete = long == variants(size)[-1]
+        assert made.padded(size) == (size if complete else before), "a size is used when all its variants are there"
+    assert not made.missing(made.later)
+    assert len(made) == len(made._captured)
+
+
+def test_sizes_that_are_asked_for_are_all_captured_first_and_no_others(graphs: Any) -> None:
+    made = graphs(64, (24, 3, 500))
+    assert (made.first, made.later) == ([64, 24, 3], [])
+    capture_all(made, made.first)
+    assert [made.padded(rows) for rows in (1, 3, 4, 24, 25, 64)] == [3, 3, 24, 24, 64, 64]
+    assert graphs(64, ()).first == []
+
+
+def test_where_there_are_no_graphs_there_is_nothing_to_do() -> None:
+    made = Graphs(SimpleNamespace(real=False), 64, None)  # type: ignore[arg-type]
+    assert not made.first
+    assert not made.later
+    assert made.padded(7) == 0
+
+
+@pytest.fixture
+def driver(tmp_path: Path, request: pytest.FixtureRequest) -> CudaDriver:
+    write_random(tmp_path, "llama", num_hidden_layers=1)
+    limits = StepLimits(64, 13, 128, 16)
+    if ON_GPU:
+        return CudaDriver(tmp_path, limits=limits, num_blocks=64, graphs=None, warm=True)
+    made = CudaDriver(tmp_path, limits=limits, num_blocks=64)
+    made._graphs = request.getfixturevalue("graphs")(13)
+    for rows, long in made._graphs.missing(made._graphs.first):
+        made._capture(rows, long)
+    return made
+
+
+def test_capturing_between_steps_harms_nobody(driver: CudaDriver, tmp_path: Path) -> None:
+    expected = Driver.of(tmp_path, limits=driver.limits, num_blocks=64)
+    rng = np.random.default_rng(0)
+    driver._graphs.later = [12, 11, 10, 9, 7, 6, 5, 3]
+    driver.feed(prompts := [(slot, rng.integers(0, 128, 3 + slot).tolist()) for slot in range(9)])
+    expected.feed(prompts)
+    more, steps = True, 0
+    while more:
+        spare = driver._slots.spare
+        caches = [cache[:, :-16].clone() for cache in driver._memory._cache.values()]
+        before = [driver._slots.tokens[:spare].clone(), driver._slots.tables.clone(), *caches]
+        more = driver.rest()
+        caches = [cache[:, :-16] for cache in driver._memory._cache.values()]
+        for then, now in zip(before, [driver._slots.tokens[:spare], driver._slots.tables, *caches], strict=True):
+            assert torch.equal(then, now)
+        rows = [(slot, [int(rng.integers(128))]) for slot in rng.permutation(9)[: rng.integers(1, 10)].tolist()]
+        np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
+        steps += 1
+    assert steps == len(driver._graphs.later)
+    assert not driver.rest()
+    assert ON_GPU or sum(graph.replays for graph in driver._graphs._captured.values()) == steps  # type: ignore[attr-defined]
+    assert [driver._graphs.padded(rows) for rows in (3, 6, 9)] == [3, 6, 9]
+
+
+def test_graphs_that_find_no_memory_are_given_up(
+    driver: CudaDriver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **how: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    driver._graphs.later = [12, 9]
+    assert driver.rest()
+    monkeypatch.setattr(driver._graphs, "capture", full)
+    assert not driver.rest()
+    assert "1 more graphs" in caplog.text
+    assert not driver.rest()
+    assert driver._graphs.padded(9) == 12
