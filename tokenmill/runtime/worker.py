@@ -106,6 +106,8 @@ def computing(settings: Settings) -> Computing:
         dtype=settings.dtype,
         quantize=settings.quantize,
         kv_cache_dtype=settings.kv_cache_dtype,
+        deterministic=settings.deterministic,
+        attention=settings.attention,
         cpu_isa=settings.cpu_isa,
         cpu_threads=settings.cpu_threads,
         cpus=usable_cpus(),

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
-from tokenmill.backends.cuda.attention import Scales, tiles_of
+from tokenmill.backends.cuda import flashinfer
+from tokenmill.backends.cuda.attention import Manner, tiles_of
 from tokenmill.backends.cuda.device import Device, Mark
 from tokenmill.backends.cuda.graphs import Graphs, variants
 from tokenmill.backends.cuda.lower import Launch, Lowering, Sizes
@@ -74,9 +75,10 @@ class CudaBackend:
     """Implements `backends.base.Backend` for one device.
 
     The constructor reads the weights and calls `report` meanwhile. `graphs`: batch sizes to capture, None: a choice of
-    its own. `kv_cache_dtype`: "fp8_e4m3fn", "fp8_e5m2", "": the computation's. `deterministic`: the same tokens whatever
-    shares a step, however a prompt is cut and whatever of it was cached. `device` "cpu": under Triton's interpreter, for
-    tests. Unsupported, with the reason, for a program that another backend has to run.
+    its own. `attention`: "flashinfer" for its kernels where a step has runs of tokens. `kv_cache_dtype`: "fp8_e4m3fn",
+    "fp8_e5m2", "": the computation's. `deterministic`: the same tokens whatever shares a step, however a prompt is cut
+    and whatever of it was cached. `device` "cpu": under Triton's interpreter, for tests. Unsupported, with the reason,
+    for a program that another backend has to run.
     """
 
     def __init__(
@@ -92,14 +94,15 @@ class CudaBackend:
         graphs: tuple[int, ...] | None = None,
         kv_cache_dtype: str = "",
         deterministic: bool = False,
+        attention: str = "",
         report: Report | None = None,
     ) -> None:
-        if why := refusal(program, dtype, group.size):
+        if why := refusal(program, dtype, group.size, deterministic):
             raise Unsupported("CUDA backend", "cuda", (), f"Of this model, {why}. Use --backend torch.")
         self.limits, self.group, self.num_blocks = limits, group, 0
         self.program = fused(program)
         self.vocab_size = self.program.output.width
-        self._device, self._dtype, self._deterministic = Device(device), _DTYPES[dtype], deterministic
+        self._device, self._dtype = Device(device), _DTYPES[dtype]
         try:
             self._weights = pack(self.program, source, read, group, self._dtype, self._device, report)
             cache_dtype = CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else None
@@ -111,10 +114,13 @@ class CudaBackend:
                 "smaller --max-batch-prefill-tokens, --max-total-tokens or --max-batch-size."
             ) from e
         self.logits = self._memory.value(self.program.output)
-        self._sampler = Sampler(self.logits, self._slots, self._device)
-        self._scales: Scales = {}
-        if kv_cache_dtype == "fp8_e4m3fn":
-            self._scales = kv_scales(source, [op.layer for op in self.program.ops if isinstance(op, ops.Attention)])
+        self._sampler = Sampler(self.logits, self._slots, self._device, deterministic)
+        layers = [op.layer for op in self.program.ops if isinstance(op, ops.Attention)]
+        scales = kv_scales(source, layers, kv_cache_dtype) if kv_cache_dtype else {}
+        flash = None
+        if attention == "flashinfer" and not deterministic:
+            flash = flashinfer.load(self._memory, self._slots, scales, report)
+        self._manner = Manner(deterministic, scales, flash)
         self._lowering: Lowering | None = None
         self._body: list[Launch] = []
         self._tail: list[Launch] = []
@@ -142,11 +148,11 @@ class CudaBackend:
             raise NotEnoughMemory(f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}") from e
         self.num_blocks = num_blocks
         self._slots.set_blocks(self._slots.spare, np.array([num_blocks], np.int32))
-        self._lowering = Lowering(self._memory, self._weights, self._slots, self._scales, self._deterministic)
+        self._lowering = Lowering(self._memory, self._weights, self._slots, self._manner)
         launches = self._lowering.launches()
         first = next((i for i, line in enumerate(launches) if isinstance(line.op, ops.TakeRows)), len(launches))
         self._body, self._tail = launches[:first], launches[first:]
-        if not self._deterministic:
+        if not self._manner.alike:
             self._single = Single(self._lowering, self._memory).launches()
 
     @torch.inference_mode()
@@ -208,7 +214,8 @@ class CudaBackend:
     def _run(self, inputs: StepInputs) -> Step:
         self._slots.apply(inputs)
         rows = len(inputs.slots)
-        if len(inputs.samples) == rows and int(inputs.counts.max()) == 1:
+        decodes = len(inputs.samples) == rows and int(inputs.counts.max()) == 1
+        if decodes:
             padded = self._graphs.padded(rows)
             sizes = self._sizes_of_decode(inputs.slots, inputs.starts, padded or rows)
             if padded:
@@ -219,7 +226,7 @@ class CudaBackend:
         else:
             sizes = self._sizes(inputs.slots, inputs.starts, inputs.counts, inputs.samples)
             self._forward(sizes)
-        token_ids, logprobs = self._sampler.sample(inputs, sizes) if len(inputs.samples) else (None, None)
+        token_ids, logprobs = self._sampler.sample(inputs, sizes, decodes) if len(inputs.samples) else (None, None)
         prompt = self._prompt_details(inputs, sizes) if inputs.prompt_logprobs >= 0 else None
         return CudaStep(token_ids, self._device.mark(), logprobs, prompt)
 
@@ -240,13 +247,14 @@ class CudaBackend:
         self._graphs.capture(rows, long, lambda: self._decode(sizes))
 
     def _decode(self, sizes: Sizes) -> None:
-        """One token a row, all sampling."""
-        sizes = replace(sizes, early=self._device.real and sizes.tokens <= FEW)
+        """One token a row, all sampling: by logits and temperature alone, until `Sampler.sample` knows better."""
+        sizes = replace(sizes, early=self._device.launches_ahead and sizes.tokens <= FEW)
         if sizes.tokens != 1 or not self._single:
             self._forward(sizes)
-            return
-        for launch in self._single:
-            launch.run(sizes)
+        else:
+            for launch in self._single:
+                launch.run(sizes)
+        self._sampler.launch(sizes)
 
     def _forward(self, sizes: Sizes) -> None:
         for launch in self._body:
@@ -280,6 +288,8 @@ class CudaBackend:
         pairs[:, 1] = np.arange(tokens) - np.repeat(firsts - starts, counts)
         runs = np.flatnonzero(counts > 1)
         kinds = sorted(self._lowering.tile_tokens) if len(runs) else []
+        if len(runs) and self._manner.flash is not None:
+            self._manner.flash.plan(slots, starts, counts)
         tiles = [tiles_of(firsts[runs], starts[runs], counts[runs], slots[runs], most) for most in kinds]
         sections = [
             pairs.reshape(-1), (ends - 1)[samples].astype(np.int32), firsts[counts == 1].astype(np.int32),

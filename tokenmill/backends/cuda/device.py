@@ -23,6 +23,8 @@ class Device:
         self.real = self.torch.type == "cuda"
         if self.real:
             torch.cuda.set_device(self.torch)
+        # whether a kernel may begin while the one before it ends (programmatic dependent launch)
+        self.launches_ahead = self.real and torch.cuda.get_device_capability(self.torch) >= (9, 0)
 
     def send(self, array: NDArray[np.generic]) -> Tensor:
         """A copy on the device, behind what was launched before; the host goes on at once."""

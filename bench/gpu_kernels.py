@@ -1,0 +1,324 @@
+"""Which sizes of tiles the GPU's kernels like best: `python -m bench.gpu_kernels --parts attention,products`.
+
+Every variant is compared with torch in float32 and timed in a CUDA graph; a table of the best of each case comes last,
+all of them go to a file. Variants are compiled in several processes first. What wins goes into `backends/cuda/shapes.py`
+and `products.py` by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tokenmill.backends.cuda.kernels.decode import decode, list_splits
+from tokenmill.backends.cuda.kernels.prefill import attend_tiles
+from tokenmill.backends.cuda.kernels.products import few_rows
+from tokenmill.backends.cuda.kernels.rows import gate_rows
+from tokenmill.backends.cuda.shapes import DecodeShape, TileShape, power
+
+HEADS, KV_HEADS, BLOCK = 32, 8, 16
+MATRICES = {
+    "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)},
+    "1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192), "head": (128256, 2048)},
+}  # fmt: skip
+
+
+TILES = [
+    TileShape(*sizes)
+    for sizes in ((128, 64, 3, 8), (128, 64, 2, 8), (128, 128, 2, 8), (128, 32, 4, 4), (64, 64, 3, 4), (128, 64, 3, 4),
+                  (256, 64, 2, 8), (64, 128, 2, 4), (128, 32, 3, 8))
+]  # fmt: skip
+
+
+class Case(NamedTuple):
+    """What is timed: `bytes` that it must read, `run(variant)` launches it once, `off(variant)` is its relative error."""
+
+    name: str
+    bytes: int
+    flops: int
+    variants: list[Any]
+    run: Callable[[Any], None]
+    off: Callable[[], float]
+
+
+def timed(run: Callable[[], None], repeats: int = 20, rounds: int = 5) -> float:
+    """Median microseconds of one of `repeats` calls in a graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    found = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) * 1e3 / repeats)
+    return float(np.median(found))
+
+
+def contexts(kind: str, rows: int) -> np.ndarray:
+    """even: all at 576. crowd: prompts of 100–1024 and as many new tokens, somewhere on the way. long: up to 8,000."""
+    draw = np.random.default_rng(0)
+    if kind == "even":
+        return np.full(rows, 576)
+    if kind == "long":
+        return draw.integers(500, 8000, rows)
+    return draw.integers(100, 1025, rows) + (draw.random(rows) * draw.integers(100, 1025, rows)).astype(int)
+
+
+class Pages:
+    """A cache of one layer with shuffled blocks, and tables."""
+
+    def __init__(self, lengths: np.ndarray, head_dim: int, dtype: torch.dtype) -> None:
+        counts = -(-(lengths + 1) // BLOCK)
+        order = np.random.default_rng(1).permutation(int(counts.sum()))
+        table = np.zeros((len(lengths), int(counts.max())), np.int32)
+        done = 0
+        for row, count in enumerate(counts):
+            table[row, :count] = order[done : done + count]
+            done += count
+        self.table = torch.from_numpy(table).cuda()
+        shape = 2, int(counts.sum()) * BLOCK, KV_HEADS * head_dim
+        self.cache = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.5).to(dtype)
+
+    def dense(self, row: int, length: int) -> torch.Tensor:
+        """(2, length, kv width) of a sequence, float32."""
+        blocks = self.table[row, : -(-length // BLOCK)].long()
+        places = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device="cuda")).reshape(-1)[:length]
+        return self.cache[:, places].float()
+
+
+def decode_case(kind: str, rows: int, head_dim: int, dtype: torch.dtype, variants: list[Any]) -> Case:
+    lengths = contexts(kind, rows)
+    pages = Pages(lengths, head_dim, dtype)
+    qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * head_dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = qkv.split([HEADS * head_dim, KV_HEADS * head_dim, KV_HEADS * head_dim], 1)
+    pairs = torch.tensor([(i, int(n)) for i, n in enumerate(lengths)], dtype=torch.int32, device="cuda")
+    out = torch.empty(rows, HEADS * head_dim, device="cuda", dtype=torch.bfloat16)
+    sin = torch.zeros(8192, head_dim // 2, device="cuda")
+    cos = sin + 1
+    part = torch.empty(rows * 64 * HEADS * head_dim, device="cuda")
+    sums = torch.empty(rows * 64 * HEADS, device="cuda")
+    counts = torch.zeros(rows * KV_HEADS, dtype=torch.int32, device="cuda")
+    items = torch.zeros(1 + rows * 64, dtype=torch.int32, device="cuda")
+    shared = HEADS // KV_HEADS
+
+    def run(variant: tuple[DecodeShape, bool]) -> None:
+        shape, listed = variant
+        if listed:
+            list_splits[(1,)](items, pairs, pairs, rows, BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=0,
+                              SOME=False, BLOCK=power(rows), num_warps=4)  # fmt: skip
+        decode[(KV_HEADS, rows * shape.splits)](
+            q, k, v, pages.cache[0], pages.cache[1], out, pairs, pairs, pages.table, cos, sin, sin, sin, part, sums,
+            counts, items, q.stride(0), k.stride(0), v.stride(0), pages.table.stride(0), 1e-5,
+            head_dim**-0.5 * 1.4427, 1.0, 1.0, 1.0, 1.0, KV_HEADS=KV_HEADS, D=head_dim, HALF=head_dim // 2,
+            BLOCK_SIZE=BLOCK, G=shared, GP=16, BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=0,
+            CAPPED=False, NORM=False, ROPE=True, SOME=False, LISTED=listed, PDL=False, STAGES=shape.stages,
+            num_warps=shape.warps,
+        )  # fmt: skip
+
+    def off() -> float:
+        worst = 0.0
+        for row in range(0, rows, max(1, rows // 5)):
+            keys, values = pages.dense(row, int(lengths[row]) + 1)
+            heads = q[row].float().view(KV_HEADS, shared, head_dim)
+            keys, values = (x.view(-1, KV_HEADS, head_dim).transpose(0, 1) for x in (keys, values))
+            made = (heads @ keys.transpose(1, 2) * head_dim**-0.5).softmax(-1) @ values
+            worst = max(worst, float((out[row].float() - made.reshape(-1)).norm() / made.norm()))
+        return worst
+
+    nbytes = int(lengths.sum()) * 2 * KV_HEADS * head_dim * pages.cache.element_size()
+    return Case(f"decode {head_dim} {kind} x{rows} {str(dtype)[6:]}", nbytes, 0, variants, run, off)
+
+
+def prefill_case(length: int, prefix: int, rows: int, head_dim: int, variants: list[Any]) -> Case:
+    lengths = np.full(rows, prefix + length)
+    pages = Pages(lengths, head_dim, torch.bfloat16)
+    q = torch.randn(rows * length, HEADS * head_dim, device="cuda", dtype=torch.bfloat16)
+    out, shared = torch.empty_like(q), HEADS // KV_HEADS
+
+    def tiles(each: int) -> torch.Tensor:
+        made = [(r * length + i, prefix + i, min(each, length - i), r) for r in range(rows) for i in range(0, length, each)]
+        return torch.tensor(made, dtype=torch.int32, device="cuda")
+
+    held = {shape.rows: tiles(shape.rows // shared) for shape in variants}
+
+    def run(shape: TileShape) -> None:
+        some = held[shape.rows]
+        attend_tiles[(len(some), KV_HEADS)](
+            q, pages.cache[0], pages.cache[1], out, some, pages.table, pages.table.stride(0), head_dim**-0.5 * 1.4427, 1.0,
+            1.0, KV_HEADS=KV_HEADS, D=head_dim, HALF=head_dim // 2, BLOCK_SIZE=BLOCK, G=shared, BM=shape.rows,
+            BN=shape.keys, WINDOW=0, CAPPED=False, ALIKE=False, STAGES=shape.stages, num_warps=shape.warps,
+        )  # fmt: skip
+
+    def off() -> float:
+        keys, values = (x.view(-1, KV_HEADS, head_dim).transpose(0, 1) for x in pages.dense(rows - 1, prefix + length))
+        worst = 0.0
+        for i in (0, length // 2, length - 1):
+            heads = q[(rows - 1) * length + i].float().view(KV_HEADS, shared, head_dim)
+            seen = prefix + i + 1
+            made = (heads @ keys[:, :seen].transpose(1, 2) * head_dim**-0.5).softmax(-1) @ values[:, :seen]
+            found = out[(rows - 1) * length + i].float()
+            worst = max(worst, float((found - made.reshape(-1)).norm() / made.norm()))
+        return worst
+
+    flops = sum(4 * (prefix + i) * HEADS * head_dim for i in range(length)) * rows
+    return Case(f"prefill {head_dim} {rows} x {length} behind {prefix}", 0, flops, variants, run, off)
+
+
+def product_case(shape: str, matrix: str, rows: int, variants: list[Any]) -> Case:
+    outputs, columns = MATRICES[shape][matrix]
+    copies = max(2, int(4e8 // (outputs * columns * 2)))  # more than the caches hold
+    weights = [torch.randn(outputs, columns, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
+    x = torch.randn(256, columns, device="cuda", dtype=torch.bfloat16)
+    gated = matrix == "gate_up"
+    made = outputs // 2 if gated else outputs
+    out = torch.empty(256, made, device="cuda", dtype=torch.bfloat16)
+    whole = torch.empty(256, outputs, device="cuda", dtype=torch.bfloat16) if gated else out
+    part = torch.empty(8 * 2 * power(made) * 128, device="cuda") if made < 1 << 16 else x
+    counts = torch.zeros(1 << 14, dtype=torch.int32, device="cuda")
+    turn = itertools.count()
+
+    def run(variant: Any) -> None:
+        weight = weights[next(turn) % copies]
+        if variant == "cuBLAS":
+            torch.mm(x[:rows], weight.t(), out=whole[:rows])
+            if gated:
+                gate, up = whole.chunk(2, 1)
+                gate_rows[(rows, triton.cdiv(made, 1024))](gate, up, out, outputs, outputs, WIDTH=made, BLOCK=1024,
+                                                            ACT="silu", num_warps=4)  # fmt: skip
+            return
+        bm, bn, bk, splits, stages, warps, tma = variant
+        described = (
+            (TensorDescriptor(x, [256, columns], [columns, 1], [bm, bk]), TensorDescriptor(weight, [outputs, columns],
+             [columns, 1], [bn, bk])) if tma else (x, weight)
+        )  # fmt: skip
+        few_rows[(triton.cdiv(made, bn), splits, triton.cdiv(rows, bm))](
+            *described, weight, out, part, counts, columns, rows, N=made, K=columns, BM=bm, BN=bn, BK=bk, SPLITS=splits,
+            BIAS=False, ACT="silu" if gated else "", TMA=tma, PDL=False, STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+
+    def off() -> float:
+        weight = weights[(next(turn) - 1) % copies]
+        y = x[:rows].float() @ weight.float().t()
+        if gated:
+            gate, up = y.chunk(2, 1)
+            y = torch.nn.functional.silu(gate) * up
+        return float((out[:rows].float() - y).norm() / y.norm())
+
+    return Case(f"{shape} {matrix} x{rows}", outputs * columns * 2, 2 * rows * outputs * columns, variants, run, off)
+
+
+def decode_variants(rows: int, listed: bool = True) -> list[Any]:
+    sizes = [(16, 3, 1), (32, 3, 1), (32, 3, 2), (64, 3, 4)] if rows > 48 else [(32, 3, 2), (64, 3, 4), (64, 4, 4)]
+    cuts = (1, 16), (2, 512), (4, 256), (8, 256), (8, 128), (16, 128)
+    found: list[Any] = []
+    for (keys, stages, warps), (splits, least) in itertools.product(sizes, cuts):
+        found.append((DecodeShape(keys, splits, max(least, keys), stages, warps), listed and splits > 1))
+    return found + [(DecodeShape(16, 2, 512, 3, 1), False)]
+
+
+def product_variants(rows: int, matrix: str, columns: int) -> list[Any]:
+    bm = max(16, power(rows)) if rows <= 64 else 128
+    found: list[Any] = ["cuBLAS"]
+    for bn, bk, stages, warps in ((64, 128, 4, 4), (64, 128, 6, 4), (128, 128, 3, 4), (128, 64, 4, 8), (64, 64, 6, 4)):
+        tiles = (2 * bn if matrix == "gate_up" else bn) + bm
+        if tiles * bk * 2 * stages > 225_000:
+            continue
+        for splits in (1,) if matrix in ("gate_up", "head", "qkv") else (1, 2, 4):
+            if columns % (bk * splits) == 0:
+                found += [(bm, bn, bk, splits, stages, warps, tma) for tma in (False, True)]
+    return found
+
+
+def cases(parts: list[str], shapes: list[str]) -> Iterator[Callable[[], Case]]:
+    for shape in shapes:
+        dim = {"8b": 128, "1b": 64}[shape]
+        if "attention" in parts:
+            for kind, rows in (("crowd", 256), ("even", 256), ("crowd", 128), ("crowd", 64), ("even", 64), ("crowd", 32),
+                               ("long", 32), ("crowd", 8)):  # fmt: skip
+                yield lambda d=dim, k=kind, r=rows: decode_case(k, r, d, torch.bfloat16, decode_variants(r))
+            yield lambda d=dim: decode_case("crowd", 256, d, torch.float8_e4m3fn, decode_variants(256))
+        if "prefill" in parts:
+            for length, prefix, rows in ((2048, 0, 4), (512, 0, 14), (512, 16384, 1)):
+                yield lambda d=dim, n=length, p=prefix, r=rows: prefill_case(n, p, r, d, TILES)
+        if "products" in parts:
+            for (matrix, (_, columns)), rows in itertools.product(MATRICES[shape].items(), (64, 128)):
+                yield lambda s=shape, m=matrix, r=rows, c=columns: product_case(s, m, r, product_variants(r, m, c))
+
+
+def compile_some(parts: list[str], shapes: list[str], which: int, of: int) -> None:
+    """Run a share of the variants once, for the sake of the cache on disk."""
+    for case in itertools.islice(cases(parts, shapes), which % 4, None, 4):
+        made = case()
+        for variant in made.variants[which // 4 :: of // 4]:
+            try:
+                made.run(variant)
+                torch.cuda.synchronize()
+            except Exception as e:  # noqa: BLE001  # a size that does not fit: the timing run tells
+                print("no", made.name, variant, str(e).splitlines()[:1], flush=True)
+        del made
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parts", default="attention,prefill,products")
+    parser.add_argument("--shapes", default="8b,1b")
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--out", default="kernels.jsonl")
+    args = parser.parse_args()
+    parts, shapes, began = args.parts.split(","), args.shapes.split(","), time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=compile_some, args=(parts, shapes, i, args.workers)) for i in range(args.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=max(1.0, args.seconds * 0.6 - (time.perf_counter() - began)))
+        worker.kill()
+    print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
+    table = []
+    with open(args.out, "w", encoding="utf-8") as out:
+        for make in cases(parts, shapes):
+            if time.perf_counter() - began > args.seconds:
+                break
+            case, found = make(), []
+            for variant in case.variants:
+                try:
+                    us = timed(lambda case=case, variant=variant: case.run(variant))
+                    found.append((us, str(variant), case.off()))
+                except Exception as e:  # noqa: BLE001  # a size that does not fit
+                    out.write(json.dumps({"case": case.name, "variant": str(variant), "failed": str(e)[:200]}) + "\n")
+            for us, variant, off in sorted(found):
+                out.write(json.dumps({"case": case.name, "variant": variant, "us": round(us, 2), "off": off}) + "\n")
+            right = [f for f in sorted(found) if f[2] < 0.1]
+            plain = next((f for f in found if f[1] == "cuBLAS"), None)
+            for us, variant, off in [*right[:4], *([plain] if plain else [])]:
+                rate = f"{case.bytes / us / 1e6:.2f} TB/s" if case.bytes else f"{case.flops / us / 1e6:.0f} TFLOP/s"
+                table.append(f"{case.name:34} {us:8.1f} us {rate:12} off {off:.4f} {variant}")
+                print(table[-1], flush=True)
+            wrong = [f for f in found if not f[2] < 0.1]
+            if wrong:
+                print("WRONG", case.name, wrong[:3], flush=True)
+            del case
+            torch.cuda.empty_cache()
+    print(f"done after {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
