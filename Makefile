@@ -53,7 +53,7 @@ bench-scheduler: $(VENV)/.installed-test  ## time of a scheduler step
 bench-frontend: $(VENV)/.installed-test  ## events a second of the HTTP front end
 	$(BIN)/python bench/frontend.py $(ARGS)
 
-bench-gpu: $(VENV)/.installed-test  ## a GPU: one measurement, or ARGS="--parts offline-8b,http-8b,…" with one table
+bench-gpu: $(VENV)/.installed-test  ## what a GPU does; with ARGS="--parts offline-8b,http-8b" a plan and one table
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 wheel: $(VENV)/.installed  ## dist/tokenmill-….whl

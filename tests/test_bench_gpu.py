@@ -27,6 +27,7 @@ from bench.gpu.shapes import SHAPES, crowd, unshared  # noqa: E402
 from bench.gpu.tokenizer import MARK  # noqa: E402
 from tokenmill.bench.client import Answer, Ask  # noqa: E402
 from tokenmill.bench.crowd import Found, fold, run_crowd, token_gaps  # noqa: E402
+from tokenmill.errors import Unsupported  # noqa: E402
 
 TINY = SHAPES["tiny"]
 MOCK = (
@@ -152,15 +153,15 @@ def test_every_offline_workload_gives_its_figures(capsys):
     assert busy > quiet
 
 
-def test_an_option_that_the_backend_has_not_is_named():
-    with pytest.raises(SystemExit, match="kv_cache_dtype"):
-        offline.main("--shape tiny --device cpu --kv-cache-dtype fp8_e4m3fn".split())
+def test_options_reach_the_backend():
+    with pytest.raises(Unsupported, match="int8"):
+        offline.main("--shape tiny --device cpu --kv-cache-dtype int8".split())
 
 
 @pytest.mark.slow
 def test_a_server_is_started_twice_loaded_and_stopped(folder, tmp_path, capsys):
     words = ["--shape", "tiny", "--model", str(folder), "--streams", "3,9", "--longest", "40", "--http-workers", "1,2"]
-    words += ["--clients", "2", "--repeat", "1", "--command", MOCK, "--log", str(tmp_path / "log")]
+    words += ["--clients", "2", "--repeat", "1", "--settle", "0", "--command", MOCK, "--log", str(tmp_path / "log")]
     serving.main(words)
     figures, lines = told(capsys)
     assert {"ready, kernels not cached", "ready, kernels cached", "HTTP, 3 streams", "HTTP, 9 streams",

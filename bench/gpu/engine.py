@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 import zlib
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ from tokenmill.backends.base import Backend, Step, StepInputs, StepLimits
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
-from tokenmill.quant.none import read
+from tokenmill.program.value import Program
 from tokenmill.runtime.assembly import Assembled, _context_weight, _scheduler
+from tokenmill.runtime.choice import Computing, choose, make_backend
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import Stored
@@ -30,7 +30,7 @@ _LEFT_FREE = 6 << 30  # bytes of the device that the cache does not take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is built. `options`: keyword arguments of the backend that are not its defaults."""
+    """What is built. `options`: fields of `Computing` that are not its defaults."""
 
     shape: str = "1b"
     layers: int = 0  # 0: the shape's own
@@ -108,9 +108,7 @@ class Built:
         weights, program = RandomWeights(config), program_of(config)
         limits = StepLimits(setup.max_batch_tokens, setup.max_batch_size, setup.max_total_tokens, size)
         drawn = time.perf_counter()
-        self.backend = _backend(setup)(
-            program, weights, read, limits, Group(), dtype="bfloat16", device=setup.device, **setup.options
-        )
+        self.backend: Any = _backend(setup, program, weights, limits)
         loaded = time.perf_counter()
         wanted = max(setup.max_batch_size * 4096, 2 * setup.max_total_tokens) // size
         blocks = min(wanted, self._room() // self.backend.block_bytes())
@@ -126,9 +124,11 @@ class Built:
         if setup.beside is not None:
             self.set_beside(setup.beside)
         parts = Assembled(self.scheduler, Executor(self.timed, setup.max_batch_size), info)  # type: ignore[arg-type]
-        self.engine = OfflineEngine(parts)
-        tell(bench="start", shape=setup.shape, weights_s=round(loaded - drawn, 2), warm_up_s=round(ready - loaded, 2),
-             drawn_s=round(drawn - start, 2), blocks=blocks, beside=self.beside, options=setup.options)  # fmt: skip
+        self.engine = OfflineEngine(parts)  # does what the backend has put off, as graphs of the other sizes
+        rested = time.perf_counter()
+        tell(bench="start", shape=setup.shape, drawn_s=round(drawn - start, 2), weights_s=round(loaded - drawn, 2),
+             warm_up_s=round(ready - loaded, 2), put_off_s=round(rested - ready, 2), blocks=blocks,
+             beside=self.beside, options=setup.options)  # fmt: skip
 
     @property
     def beside(self) -> int:
@@ -148,13 +148,9 @@ class Built:
         return int(torch.cuda.mem_get_info()[0]) - _LEFT_FREE if self.real else 1 << 26
 
 
-def _backend(setup: Setup) -> Any:
-    """The backend's class. SystemExit names the options that it has not."""
-    if setup.device == "cuda":
-        from tokenmill.backends.cuda.backend import CudaBackend as Chosen
-    else:
-        from tokenmill.backends.torch.backend import TorchBackend as Chosen  # type: ignore[assignment]
-    known = inspect.signature(Chosen).parameters
-    if missing := [name for name in setup.options if name not in known]:
-        raise SystemExit(f"this backend has no option {', '.join(missing)}")
-    return Chosen
+def _backend(setup: Setup, program: Program, weights: RandomWeights, limits: StepLimits) -> Backend:
+    """What the server would make. A StartError names what it has not."""
+    name = "cuda" if setup.device == "cuda" else "torch"
+    computing = Computing(backend=name, device=setup.device, dtype="bfloat16", **setup.options)
+    choice = choose(program, computing, setup.block_size, 1)
+    return make_backend(choice, program, weights, limits, computing, Group(), lambda progress: None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -106,6 +107,7 @@ def measure(args: argparse.Namespace) -> None:
             if not i:
                 name = f"ready, kernels{' not' if not cached else ''} cached"
                 figure(args.shape, name, round(found.ready_s, 2), "s", workers=number)
+            time.sleep(args.settle)
             with Turn(args.wait, alone=True):
                 load.measure(found, "" if not i else f", {number} workers")
 
@@ -124,6 +126,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)))
     parser.add_argument("--repeat", type=int, default=2, help="rounds of each number of streams; the best is told")
     parser.add_argument("--round", type=float, default=90.0, help="seconds of a round at most")
+    parser.add_argument("--settle", type=float, default=3.0, help="seconds after ready: servers go on preparing")
     parser.add_argument("--start", type=float, default=300.0, help="seconds to ready at most")
     parser.add_argument("--serve", default="", help="more options of the server, in one string")
     parser.add_argument("--command", default="", help="another command, with the places of bench.gpu.servers.Server")
