@@ -8,6 +8,7 @@ runs a step late, from what it was given at the launch: who writes to a launched
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -84,6 +85,8 @@ class PagedOracle:
         self.queue: list[OracleStep] = []
         self.plans: list[bytes] = []
         self.batches: list[Batch] = []
+        self.behind: list[int] = []  # by batch: how many wait when it is planned
+        self.waiting: Callable[[], int] = lambda: 0
         self.poison_rate, self.rng, self.num_poisoned = poison_rate, random.Random(seed), 0
         self.full_rate, self.most, self.num_full = 0.0, limits.max_batch_tokens, [0, 0]
         self.rests: list[int] = []  # after how many launches
@@ -94,6 +97,7 @@ class PagedOracle:
         step = OracleStep(batch, admitted, [seq.request for seq in batch.sequences])
         self.plans.append(digest(batch))
         self.batches.append(batch)
+        self.behind.append(self.waiting())
         if batch.num_tokens > self.most or self.rng.random() < self.full_rate:
             self.num_full[0] += 1
             if self.rng.random() < 0.5:  # found out halfway: some of it runs, and nobody reads what came of it
@@ -258,7 +262,9 @@ def build(
 ) -> tuple[Engine[OracleStep], PagedOracle, ListLink]:  # fmt: skip
     oracle, link = PagedOracle(num_blocks, limits, poison_rate), ListLink(script)
     oracle.full_rate = full_rate
-    return Engine(Scheduler(BlockPool(num_blocks, limits.block_size), limits), oracle, link), oracle, link
+    scheduler = Scheduler(BlockPool(num_blocks, limits.block_size), limits)
+    oracle.waiting = lambda: len(scheduler.waiting)
+    return Engine(scheduler, oracle, link), oracle, link
 
 
 def run(engine: Engine[OracleStep], link: ListLink, max_steps: int = 20_000) -> None:
@@ -316,7 +322,7 @@ def prompt_cost(start: int, count: int, weight: int) -> float:
     return sum(1 + (position / weight if weight else 0) for position in range(start, start + count))
 
 
-def check_prompts_beside(batch: Batch, limits: SchedulerLimits) -> None:
+def check_prompts_beside(batch: Batch, behind: int, limits: SchedulerLimits) -> None:
     """Those that take part beside others that decode cost little, but for the first, which may get its least."""
     first_new = len(batch.slots) - len(batch.admitted)
     rows = list(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True))
@@ -325,13 +331,13 @@ def check_prompts_beside(batch: Batch, limits: SchedulerLimits) -> None:
     if not decoding or not limits.prefill_beside or not prompts:
         return
     costs = [prompt_cost(start, count, limits.context_weight) for start, count in prompts]
-    allowed = limits.prefill_beside + decoding
+    allowed = limits.prefill_beside * max(1, (behind + len(prompts)) // decoding) + decoding
     least = max(limits.min_chunk, min(limits.block_size, limits.prefill_beside))
     assert sum(costs) <= allowed + 1e-6 or (len(prompts) == 1 and prompts[0][1] <= least)
 
 
 def check_plans(oracle: PagedOracle, limits: SchedulerLimits) -> None:
-    for batch in oracle.batches:
+    for batch, behind in zip(oracle.batches, oracle.behind, strict=True):
         assert batch.num_tokens == batch.counts.sum() <= limits.max_batch_tokens
         assert batch.counts.min() >= 1
         assert 0 < len(batch.slots) == len(batch.sequences) <= limits.max_batch_size
@@ -339,7 +345,7 @@ def check_plans(oracle: PagedOracle, limits: SchedulerLimits) -> None:
         cut = np.setdiff1d(np.arange(len(batch.slots)), batch.samples)
         assert (batch.counts[cut] >= min(limits.min_chunk, limits.max_batch_tokens)).all()
         assert set(cut.tolist()) <= {len(batch.slots) - 1}, "nobody computes behind a prompt that is cut"
-        check_prompts_beside(batch, limits)
+        check_prompts_beside(batch, behind, limits)
 
 
 def first_step_of(oracle: PagedOracle, request_id: int) -> tuple[int, int]:

@@ -18,6 +18,16 @@ def test_a_long_prompt_comes_in_small_pieces_beside_others_that_decode() -> None
     assert pieces[:5] == [[1, 1, 10]] * 5, "8, and one more for each of the two"
 
 
+def test_where_many_wait_for_one_their_prompts_get_as_many_times_the_room() -> None:
+    limits = SchedulerLimits(200, 9, 400, block_size=4, prefill_beside=8)
+    script = [[request(0, range(1, 9), 60)], [], [request(i, range(i * 40, i * 40 + 30), 40) for i in range(1, 7)]]
+    engine, oracle, link = build(script, 200, limits)
+    run(engine, link)
+    pieces = [batch.counts[batch.counts > 1].sum() for batch in oracle.batches if len(batch.slots) > 1]
+    # six wait for one, then five for two: 6 · 8 and 1, 2 · 8 and 2; then four for three, which are not twice as many
+    assert pieces[:4] == [49, 18, 11, 11]
+
+
 @pytest.mark.parametrize("beside, weight", [(64, 100), (64, 1), (40, 0), (9, 5000)])
 def test_pieces_of_a_long_prompt_become_smaller_as_it_goes_on_and_each_is_as_large_as_it_may_be(
     beside: int, weight: int

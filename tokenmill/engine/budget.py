@@ -24,13 +24,16 @@ class Room:
     weight: int
 
     @classmethod
-    def of(cls, limits: SchedulerLimits, max_tokens: int, decoding: int) -> Room:
-        """A whole step's of so many tokens at most, in which so many sequences decode."""
+    def of(cls, limits: SchedulerLimits, max_tokens: int, decoding: int, waiting: int) -> Room:
+        """A whole step's of so many tokens at most, in which so many sequences decode while so many wait for their
+        first token: where these are several times the others, their prompts get as many times the room.
+        """
         beside, weight = limits.prefill_beside, limits.context_weight
         if not beside or not decoding:
             return cls(max_tokens, None, 0, weight)
         least = max(limits.min_chunk, min(limits.block_size, beside))
-        return cls(max_tokens, (beside + decoding) * (2 * weight or 1), least, weight)
+        cost = beside * max(1, waiting // decoding) + decoding
+        return cls(max_tokens, cost * (2 * weight or 1), least, weight)
 
     def fit(self, start: int, wanted: int) -> int:
         """How many of a prompt's `wanted` tokens from position `start` on may be computed. Takes nothing."""

@@ -47,7 +47,7 @@ class Scheduler:
         self._slots: Int32 = np.zeros(0, np.int32)
         self._changed = False
         self._budget = StepBudget(limits.max_batch_tokens)
-        self._room = Room.of(limits, limits.max_batch_tokens, 0)  # of the step being planned
+        self._room = Room.of(limits, limits.max_batch_tokens, 0, 0)  # of the step being planned
         self._entries: list[tuple[int, int, int]] = []  # of block tables, new in the step being planned
         self._notices: list[Output] = []
         self._coming: set[bytes] = set()  # hashes of blocks that the step being planned computes
@@ -200,9 +200,9 @@ class Scheduler:
         That is the youngest, if any, and those before it take a token each, as they did when it was admitted: what is
         left for it does not shrink, so `min_chunk` needs no look here.
         """
-        decoding = int(np.count_nonzero(wanted == 1))
-        self._room = room = Room.of(self.limits, self._budget.max_tokens, decoding)
-        long = np.flatnonzero(wanted > 1).tolist()
+        decoding, long = int(np.count_nonzero(wanted == 1)), np.flatnonzero(wanted > 1).tolist()
+        waiting = len(self.waiting) + len(long)
+        self._room = room = Room.of(self.limits, self._budget.max_tokens, decoding, waiting)
         if not long and decoding <= room.tokens:
             room.tokens -= decoding
             return wanted
