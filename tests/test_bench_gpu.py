@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +22,7 @@ from support_server import ROOT, Server  # noqa: E402
 
 from bench.gpu import offline, serving, table  # noqa: E402
 from bench.gpu.checkpoint import write_checkpoint  # noqa: E402
-from bench.gpu.plan import Plan  # noqa: E402
+from bench.gpu.plan import LIMITS, Plan  # noqa: E402
 from bench.gpu.plan import options as plan_options  # noqa: E402
 from bench.gpu.runner import Host, Part, Record, Runner  # noqa: E402
 from bench.gpu.shapes import SHAPES, crowd, unshared  # noqa: E402
@@ -141,7 +143,7 @@ def test_workloads_are_always_the_same_and_share_no_prefix_between_rounds():
 def test_every_offline_workload_gives_its_figures(capsys):
     offline.main(
         "--shape tiny --device cpu --only b,c,a,d --batches 1,2 --streams 3 --longest 24 --tokens 128 --repeat 1 "
-        "--long-prompt 300 --long-streams 2".split()
+        "--decode-repeat 1 --long-prompt 300 --long-streams 2".split()
     )
     figures, lines = told(capsys)
     assert {"decode, batch 1", "decode, batch 2", "prefill", "crowd of 3, up to 24",
@@ -151,6 +153,64 @@ def test_every_offline_workload_gives_its_figures(capsys):
     assert [run["beside"] > 0 for run in runs] == [True, False]
     quiet, busy = figures["long prompt: quiet p50"]["value"], figures["long prompt: p50 meanwhile"]["value"]
     assert busy > quiet
+
+
+FAKE_VLLM = '''
+import time
+from types import SimpleNamespace as Some
+
+__version__ = "fake"
+
+
+class SamplingParams:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+class Engine:
+    def __init__(self):
+        self.running = {}
+
+    def add_request(self, name, prompt, params):
+        assert params.output_kind == "delta"
+        self.running[name] = len(prompt["prompt_token_ids"]) // 100
+
+    def abort_request(self, names):
+        for name in names:
+            del self.running[name]
+
+    def step(self):
+        waits = [name for name, steps in self.running.items() if steps > 0]
+        time.sleep(0.01 if waits else 0.001)
+        self.running.update({name: self.running[name] - 1 for name in waits})
+        return [Some(request_id=n, outputs=[Some(token_ids=[7])]) for n, steps in self.running.items() if steps <= 0]
+
+
+class LLM:
+    def __init__(self, model, load_format, **fields):
+        assert load_format == "dummy"
+        self.llm_engine = Engine()
+
+    def generate(self, prompts, params, use_tqdm):
+        time.sleep(0.002 * max(one.max_tokens for one in params))
+        return [Some(outputs=[Some(token_ids=[7] * one.max_tokens)]) for one in params]
+'''
+
+
+@pytest.mark.slow
+def test_the_peer_is_measured_by_the_same_names(tmp_path):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(FAKE_VLLM)
+    (tmp_path / "vllm" / "sampling_params.py").write_text("class RequestOutputKind:\n    DELTA = 'delta'\n")
+    words = "--shape tiny --only b,c,a,d --batches 1,4 --streams 3 --longest 24 --long-prompt 2000 --long-streams 2"
+    done = subprocess.run([sys.executable, "-m", "bench.gpu.peer", *words.split()], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(one) for one in done.stdout.splitlines()]
+    figures = {one["figure"]: one["value"] for one in lines if "figure" in one}
+    assert figures["decode, batch 4"] == pytest.approx(2, rel=0.3)
+    assert {"prefill", "crowd of 3, up to 24", "long prompt: first token"} <= figures.keys()
+    assert figures["long prompt: p99 to quiet p99"] > 3
 
 
 def test_options_reach_the_backend():
@@ -254,7 +314,8 @@ def test_a_plan_knows_its_parts_and_names_others(tmp_path):
     ]  # fmt: skip
     assert [p.who for p in found[-3:]] == ["ours", "peer", "peer"]
     assert found[4].limit_s == 7
-    assert found[2].limit_s == 110
+    assert found[2].limit_s == LIMITS["variants"]
+    assert any("test_cuda" in word for word in found[0].command)
     assert [p.name for p in plan.checkpoints(found)] == ["checkpoint-8b", "checkpoint-1b"]
     with pytest.raises(SystemExit, match="offline-9b"):
         parts(["--parts", "offline-9b"])

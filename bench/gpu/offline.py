@@ -211,6 +211,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--beside", type=int, default=None, help="prompt tokens beside decoding; default: the server's")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=2, help="rounds of (a)")
+    parser.add_argument("--decode-repeat", type=int, default=3, help="rounds of (b); the median is told")
     parser.add_argument("--streams", default="256", help="requests of (a), as 64,256")
     parser.add_argument("--longest", type=int, default=1024, help="tokens in and out of (a) at most")
     parser.add_argument("--long-prompt", type=int, default=32768, help="tokens of (d)'s prompt")
@@ -245,7 +246,7 @@ def main(words: list[str] | None = None) -> None:
     gc.freeze()  # as a server does
     with torch.inference_mode(), Turn(args.wait):
         if "b" in args.only:
-            found = bench.decode(3 if built.real else 1)
+            found = bench.decode(args.decode_repeat)
         if "c" in args.only:
             bench.prefill(size * 4)
         if "a" in args.only:

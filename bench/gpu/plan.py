@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from bench.gpu.shapes import SHAPES
 from bench.gpu.table import read, table
 
 LIMITS = {
-    "tests": 240, "offline-8b": 170, "offline-1b": 110, "long": 110, "http-8b": 200, "http-1b": 150, "variants": 110,
+    "tests": 240, "offline-8b": 240, "offline-1b": 150, "long": 120, "http-8b": 200, "http-1b": 150, "variants": 150,
     "peer-8b": 320, "peer-1b": 170, "peer-long": 320, "peer-http-8b": 300, "peer-http-1b": 170,
 }  # fmt: skip
 """Seconds that a part may take, turns waited for left out; by its name or the beginning of it."""
 VARIANTS = ("fp8=--kv-cache-dtype fp8_e4m3fn", "deterministic=--deterministic")
 _END_S = 8.0  # of the run's time, for the table
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Plan:
@@ -47,8 +49,7 @@ class Plan:
         self.args, self.folder, self.empty = args, folder, empty
         self.kept = args.work / "peer-cache"
         self.limits = LIMITS | {name: float(s) for name, _, s in (one.partition("=") for one in args.limit)}
-        root = str(Path(__file__).resolve().parents[2])
-        inherited = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        inherited = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         self.ours = {"PYTHONPATH": os.pathsep.join(inherited), "TRITON_CACHE_DIR": str(args.work / "triton")}
         peer = [str(path) for path in (args.peer, args.peer / "fi") if path.is_dir()] if args.peer else []
         cache = self.kept
@@ -64,7 +65,7 @@ class Plan:
         for name in filter(None, self.args.parts.split(",")):
             kind, _, shape = name.rpartition("-")
             if name == "tests":
-                found.append(self._part(name, "", [sys.executable, "-m", "bench.gpu.checks", *self.args.tests.split()]))
+                found.append(self._part(name, "", [sys.executable, "-m", "bench.gpu.checks", *self._tests()]))
             elif shape not in SHAPES or kind not in self._kinds():
                 known = ", ".join(f"{kind}-SHAPE" for kind in self._kinds())
                 raise SystemExit(f"there is no part {name!r}; known: tests, {known}; shapes: {', '.join(SHAPES)}")
@@ -84,6 +85,9 @@ class Plan:
                  command=[sys.executable, "-m", "bench.gpu.checkpoint", str(self.model(shape)), "--shape", shape])
             for shape in shapes
         ]  # fmt: skip
+
+    def _tests(self) -> list[str]:
+        return self.args.tests.split() or [str(path) for path in sorted(_ROOT.glob("tests/test_cuda*.py"))]
 
     def _kinds(self) -> dict[str, Any]:
         return {
@@ -108,7 +112,7 @@ class Plan:
 
     def _offline(self, name: str, shape: str, only: str, more: str, variant: str = "") -> Part:
         command = [sys.executable, "-m", "bench.gpu.offline", "--shape", shape, "--only", only, *self._workload()]
-        return self._part(name, shape, [*command, *more.split()], variant=variant)
+        return self._part(name, shape, [*command, "--decode-repeat", "2", *more.split()], variant=variant)
 
     def _variants(self, name: str, shape: str) -> list[Part]:
         found = []
@@ -134,7 +138,9 @@ class Plan:
             "--log", str(self.folder / f"{name}-server.log"), *words, *self._workload(),
             *(["--clients", str(self.args.clients)] if self.args.clients else []),
         ]  # fmt: skip
-        return self._part(name, shape, command, needs=f"checkpoint-{shape}")
+        part = self._part(name, shape, command, needs=f"checkpoint-{shape}")
+        more = words[words.index("--http-workers") + 1].count(",")  # servers after the first
+        return replace(part, limit_s=part.limit_s * (1 + 0.4 * more))
 
     def _peer(self, name: str, shape: str, only: str) -> Part:
         command = [sys.executable, "-m", self.args.peer_module, "--shape", shape, "--only", only, *self._workload()]
@@ -191,7 +197,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--peer-module", default="bench.gpu.peer", help="another program in place of the peer's")
     parser.add_argument("--variant", action="append", help=f"NAME=OPTIONS, repeatable; default: {', '.join(VARIANTS)}")
     parser.add_argument("--variant-batches", default="1,64,256")
-    parser.add_argument("--tests", default="tests/test_cuda.py", help="files and options for pytest")
+    parser.add_argument("--tests", default="", help="files and options for pytest; default: the CUDA backend's")
     return parser
 
 
