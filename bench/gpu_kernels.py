@@ -1,8 +1,8 @@
 """Which sizes of tiles the GPU's kernels like best: `python -m bench.gpu_kernels --parts attention,products`.
 
 Every variant is compared with torch in float32 and timed in a CUDA graph; a table of the best of each case comes last,
-all of them go to a file. Variants are compiled in several processes first. What wins goes into `backends/cuda/shapes.py`
-and `products.py` by hand.
+all of them go to a file. Variants are compiled in several processes first. What wins goes by hand into `shapes.py` and
+`products.py` of `backends/cuda`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from tokenmill.backends.cuda.kernels.rows import gate_rows
 from tokenmill.backends.cuda.shapes import DecodeShape, TileShape, power
 
 HEADS, KV_HEADS, BLOCK = 32, 8, 16
-MATRICES = {
-    "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)},
-    "1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192), "head": (128256, 2048)},
+MATRICES = {  # outputs, columns
+    "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336),
+           "head": (128256, 4096)},
+    "1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192),
+           "head": (128256, 2048)},
 }  # fmt: skip
 
 
@@ -41,7 +43,7 @@ TILES = [
 
 
 class Case(NamedTuple):
-    """What is timed: `bytes` that it must read, `run(variant)` launches it once, `off(variant)` is its relative error."""
+    """What is timed. `bytes`: that it must read; `run(variant)`: one launch; `off()`: the last one's relative error."""
 
     name: str
     bytes: int
@@ -120,8 +122,10 @@ def decode_case(kind: str, rows: int, head_dim: int, dtype: torch.dtype, variant
     def run(variant: tuple[DecodeShape, bool]) -> None:
         shape, listed = variant
         if listed:
-            list_splits[(1,)](items, pairs, pairs, rows, BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=0,
-                              SOME=False, BLOCK=power(rows), num_warps=4)  # fmt: skip
+            list_splits[(1,)](
+                items, pairs, pairs, rows, BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=0, SOME=False,
+                BLOCK=power(rows), num_warps=4,
+            )  # fmt: skip
         decode[(KV_HEADS, rows * shape.splits)](
             q, k, v, pages.cache[0], pages.cache[1], out, pairs, pairs, pages.table, cos, sin, sin, sin, part, sums,
             counts, items, q.stride(0), k.stride(0), v.stride(0), pages.table.stride(0), 1e-5,
@@ -152,7 +156,8 @@ def prefill_case(length: int, prefix: int, rows: int, head_dim: int, variants: l
     out, shared = torch.empty_like(q), HEADS // KV_HEADS
 
     def tiles(each: int) -> torch.Tensor:
-        made = [(r * length + i, prefix + i, min(each, length - i), r) for r in range(rows) for i in range(0, length, each)]
+        starts = [(r, i) for r in range(rows) for i in range(0, length, each)]
+        made = [(r * length + i, prefix + i, min(each, length - i), r) for r, i in starts]
         return torch.tensor(made, dtype=torch.int32, device="cuda")
 
     held = {shape.rows: tiles(shape.rows // shared) for shape in variants}
@@ -160,8 +165,8 @@ def prefill_case(length: int, prefix: int, rows: int, head_dim: int, variants: l
     def run(shape: TileShape) -> None:
         some = held[shape.rows]
         attend_tiles[(len(some), KV_HEADS)](
-            q, pages.cache[0], pages.cache[1], out, some, pages.table, pages.table.stride(0), head_dim**-0.5 * 1.4427, 1.0,
-            1.0, KV_HEADS=KV_HEADS, D=head_dim, HALF=head_dim // 2, BLOCK_SIZE=BLOCK, G=shared, BM=shape.rows,
+            q, pages.cache[0], pages.cache[1], out, some, pages.table, pages.table.stride(0), head_dim**-0.5 * 1.4427,
+            1.0, 1.0, KV_HEADS=KV_HEADS, D=head_dim, HALF=head_dim // 2, BLOCK_SIZE=BLOCK, G=shared, BM=shape.rows,
             BN=shape.keys, WINDOW=0, CAPPED=False, ALIKE=False, STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip
 
@@ -229,7 +234,7 @@ def decode_variants(rows: int, listed: bool = True) -> list[Any]:
     found: list[Any] = []
     for (keys, stages, warps), (splits, least) in itertools.product(sizes, cuts):
         found.append((DecodeShape(keys, splits, max(least, keys), stages, warps), listed and splits > 1))
-    return found + [(DecodeShape(16, 2, 512, 3, 1), False)]
+    return [*found, (DecodeShape(16, 2, 512, 3, 1), False)]
 
 
 def product_variants(rows: int, matrix: str, columns: int) -> list[Any]:
@@ -249,8 +254,8 @@ def cases(parts: list[str], shapes: list[str]) -> Iterator[Callable[[], Case]]:
     for shape in shapes:
         dim = {"8b": 128, "1b": 64}[shape]
         if "attention" in parts:
-            for kind, rows in (("crowd", 256), ("even", 256), ("crowd", 128), ("crowd", 64), ("even", 64), ("crowd", 32),
-                               ("long", 32), ("crowd", 8)):  # fmt: skip
+            kinds = [("crowd", rows) for rows in (256, 128, 64, 32, 8)] + [("even", 256), ("even", 64), ("long", 32)]
+            for kind, rows in kinds:
                 yield lambda d=dim, k=kind, r=rows: decode_case(k, r, d, torch.bfloat16, decode_variants(r))
             yield lambda d=dim: decode_case("crowd", 256, d, torch.float8_e4m3fn, decode_variants(256))
         if "prefill" in parts:

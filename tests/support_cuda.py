@@ -92,7 +92,7 @@ class CudaDriver(CudaBackend):
             kv_cache_dtype=kv_cache_dtype, deterministic=deterministic,
         )  # fmt: skip
         if kv_cache_dtype:
-            self._manner.scales.update({layer: (scale, scale) for layer in range(8)})
+            self._manner.scales.update(dict.fromkeys(range(8), (scale, scale)))
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known, self.tables = {}, {}

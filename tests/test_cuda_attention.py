@@ -1,4 +1,4 @@
-"""Attention of the CUDA backend: splits by list, caches of 8-bit floats, and tokens that get the same numbers anywhere."""
+"""Attention of the CUDA backend: splits by list, caches of 8-bit floats, tokens that get the same numbers anywhere."""
 
 from __future__ import annotations
 
@@ -41,10 +41,8 @@ def test_many_rows_of_uneven_length_are_split_and_added_up(tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     sizes = (1300, 40, 700, 1, 513, 260, 90) if ON_GPU else (560, 40, 300, 1, 90, 17)
     limits = StepLimits(4096, 8, 2048, 16)
-    driver, expected = (
-        make.of(tmp_path, limits=limits, num_blocks=320) if make is Driver else make(tmp_path, limits=limits, num_blocks=320)
-        for make in (CudaDriver, Driver)
-    )  # fmt: skip
+    driver = CudaDriver(tmp_path, limits=limits, num_blocks=320)
+    expected = Driver.of(tmp_path, limits=limits, num_blocks=320)
     first = [(i, rng.integers(0, 128, n).tolist()) for i, n in enumerate(sizes)]
     decode = [(i, [int(rng.integers(0, 128))]) for i in rng.permutation(len(sizes)).tolist()]
     mixed = [(i, rng.integers(0, 128, 3 if i == 1 else 1).tolist()) for i in range(len(sizes))]
@@ -88,8 +86,8 @@ def test_a_cache_of_8_bit_floats_holds_rounded_keys_and_values(
 def test_logits_do_not_depend_on_how_a_prompt_is_cut_nor_on_who_shares_the_step(family: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"num_hidden_layers": 2}
     if ON_GPU:
-        sizes |= {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128,
-                  "intermediate_size": 2816, "max_position_embeddings": 2048, "spread": 0.04, "dtype": torch.bfloat16}  # fmt: skip
+        sizes |= {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+        sizes |= {"intermediate_size": 2816, "max_position_embeddings": 2048, "spread": 0.04, "dtype": torch.bfloat16}
     write_random(tmp_path, family, **sizes)
     rng = np.random.default_rng(4)
     length = 700 if ON_GPU else 37

@@ -36,7 +36,7 @@ class RowShape(NamedTuple):
 
 
 class FewShape(NamedTuple):
-    """Of few rows: outputs of a tile, columns of a round, splits, rounds in flight, warps, by the copy engine or not."""
+    """Of few rows: outputs a tile, columns a round, splits, rounds in flight, warps; by the copy engine or not."""
 
     outputs: int
     columns: int

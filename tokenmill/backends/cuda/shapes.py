@@ -1,5 +1,5 @@
-"""Sizes of tiles by shape and number of rows, so that the host computes nothing in a step: those that an H100 and an H200
-liked best (`bench/gpu_kernels.py`).
+"""Sizes of tiles by shape and number of rows, so that the host computes nothing in a step: those that an H100 and an
+H200 liked best (`bench/gpu_kernels.py`).
 
 A class of rows has one set of sizes: so many kernels are compiled at start, and none later.
 """

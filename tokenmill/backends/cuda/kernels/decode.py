@@ -231,5 +231,7 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     if active == 1:
         tl.store(out_at + shown(G, GP, D, HALF), acc.to(kind), mask=there(G, GP, D, HALF))
     else:
-        hand_in(part_ptr, sum_ptr, count_ptr, out_at, acc, m + tl.log2(total), b * KV_HEADS + head, split, active, G, GP,
-                D, HALF, SPLITS)  # fmt: skip
+        hand_in(
+            part_ptr, sum_ptr, count_ptr, out_at, acc, m + tl.log2(total), b * KV_HEADS + head, split, active, G, GP, D,
+            HALF, SPLITS,
+        )  # fmt: skip
