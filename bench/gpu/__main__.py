@@ -1,10 +1,13 @@
-"""`python -m bench.gpu`: one measurement of this engine; with --parts a plan of many and one table."""
+"""`python -m bench.gpu`: one measurement of this engine; with --parts a plan; with --checkpoint alone a checkpoint."""
 
 import sys
 
 if __name__ == "__main__":
-    if any(word.split("=")[0] in ("--parts", "--table") for word in sys.argv[1:]):
+    given = {word.split("=")[0] for word in sys.argv[1:]}
+    if given & {"--parts", "--table"}:
         from bench.gpu.plan import main
+    elif "--checkpoint" in given:
+        from bench.gpu.checkpoint import main
     else:
         from bench.gpu.offline import main
     main()

@@ -1,6 +1,6 @@
 """A checkpoint on disk of a shape, with random bf16 weights and a tokenizer that fits, so that servers can load it.
 
-    python -m bench.gpu.checkpoint FOLDER --shape 8b
+    python -m bench.gpu --checkpoint FOLDER --shape 8b
 
 Norms are one; every matrix is a part of the same random numbers, each from another place. Files that are there and
 whole are left as they are.
@@ -137,11 +137,11 @@ def _write_shard(path: Path, tensors: Shapes, block: NDArray[np.uint16]) -> None
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     args = parser.parse_args(words)
     start = time.perf_counter()
-    written = write_checkpoint(args.folder, SHAPES[args.shape])
+    written = write_checkpoint(args.checkpoint, SHAPES[args.shape])
     tell(bench="checkpoint", shape=args.shape, written=written, seconds=round(time.perf_counter() - start, 1))
 
 

@@ -82,7 +82,8 @@ class Plan:
         shapes = dict.fromkeys(part.shape for part in parts if part.needs)
         return [
             Part(name=f"checkpoint-{shape}", who="files", shape=shape, limit_s=200, environment=self.ours,
-                 command=[sys.executable, "-m", "bench.gpu.checkpoint", str(self.model(shape)), "--shape", shape])
+                 command=[sys.executable, "-m", "bench.gpu.checkpoint", "--shape", shape, "--checkpoint",
+                          str(self.model(shape))])
             for shape in shapes
         ]  # fmt: skip
 
@@ -202,6 +203,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who sends it may send it twice
     raise KeyboardInterrupt
 
 
@@ -212,7 +214,7 @@ def main(words: list[str] | None = None) -> None:
         print(table(read(args.table)))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.work) as scratch:
+    with tempfile.TemporaryDirectory(dir=args.work, ignore_cleanup_errors=True) as scratch:
         folder = Path(args.out or os.environ.get("OUT") or Path(scratch) / "out")
         folder.mkdir(parents=True, exist_ok=True)
         record = Record(folder / "gpu.jsonl")

@@ -102,7 +102,7 @@ class Runner:
             with self._changed:
                 self._ended[part.name] = ok
                 self._changed.notify_all()
-            wait_until_free(card)
+            wait_until_free(card, timeout_s=min(20.0, self._left()))
 
     def run(self, part: Part, card: str = "") -> bool:
         """Run a part to its end or its limit; whether it succeeded. What went wrong is written down, never raised."""

@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> None:
                 figure(args.shape, name, round(found.ready_s, 2), "s", workers=number)
             time.sleep(args.settle)
             with Turn(args.wait, alone=True):
-                load.measure(found, "" if not i else f", {number} workers")
+                load.measure(found, f", {number} worker{'s' * (number > 1)}" if i else "")
 
 
 def options() -> argparse.ArgumentParser:
@@ -118,7 +118,7 @@ def options() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--who", choices=("ours", "peer"), default="ours")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--model", type=Path, required=True, help="folder that bench.gpu.checkpoint wrote")
+    parser.add_argument("--model", type=Path, required=True, help="folder that bench.gpu --checkpoint wrote")
     parser.add_argument("--streams", default="64,256", help="at once")
     parser.add_argument("--longest", type=int, default=1024, help="tokens in and out of a request at most")
     parser.add_argument("--total", type=int, default=4096, help="tokens of a sequence that the server allows")
