@@ -1,7 +1,7 @@
 """`tokenmill warmup`: what a first start on a machine would do before it is ready, done now.
 
 It takes the options of `serve`, fetches the model if need be and compiles its kernels into the kernel cache. For images
-and installers; the kernels are for the processor that runs this command.
+and installers; the kernels are for the processor that runs this command, or for its GPU: there a whole start is made.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from pathlib import Path
 from tokenmill import fetch, logs, progress
 from tokenmill.config import Settings, usable_cpus
 from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
 from tokenmill.quant.base import reader_of
+from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.choice import choose
 from tokenmill.runtime.worker import computing
+from tokenmill.runtime.worker import wants as wants_of
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.wire.messages import Progress
 
@@ -31,6 +34,11 @@ def main(words: Sequence[str]) -> int:
         checkpoint = open_checkpoint(source)
         program = program_of(checkpoint.config)
         choice = choose(program, wants, settings.block_size, settings.num_shard or 1)
+        if choice.name == "cuda":
+            began = time.monotonic()
+            assemble(source, wants_of(settings), Group(), screen.progress).close()
+            screen.line(f"{source.model_id}: ready on the GPU after {time.monotonic() - began:.1f} s; kernels are kept.")
+            return 0
         if choice.name != "cpu":
             screen.line(f"{source.model_id} is served by the {choice.name} backend, which has nothing to compile.")
             return 0

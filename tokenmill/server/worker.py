@@ -181,5 +181,6 @@ def options_of(settings: Settings) -> ServiceOptions:
         aip_health_route=settings.aip_health_route,
         watermark_gamma=0.5 if settings.watermark_gamma is None else settings.watermark_gamma,
         watermark_delta=2.0 if settings.watermark_delta is None else settings.watermark_delta,
-        numerics=f"{settings.kv_cache_dtype} {settings.cpu_isa} {settings.cpu_threads}",
+        numerics=f"{settings.kv_cache_dtype} {settings.cpu_isa} {settings.cpu_threads} {settings.attention} "
+        f"{settings.deterministic}",
     )
