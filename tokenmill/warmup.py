@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> int:
         if choice.name == "cuda":
             began = time.monotonic()
             assemble(source, wants_of(settings), Group(), screen.progress).close()
-            screen.line(f"{source.model_id}: ready on the GPU after {time.monotonic() - began:.1f} s; kernels are kept.")
+            screen.line(f"{source.model_id}: ready on the GPU in {time.monotonic() - began:.1f} s; kernels are kept.")
             return 0
         if choice.name != "cpu":
             screen.line(f"{source.model_id} is served by the {choice.name} backend, which has nothing to compile.")
