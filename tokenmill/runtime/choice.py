@@ -251,6 +251,8 @@ def _cuda(
         kv_cache_dtype=wants.kv_cache_dtype,
         deterministic=wants.deterministic,
         attention=_attention(program, wants, dtype),
+        kernel_cache=wants.kernel_cache,
+        jobs=wants.cpus,
         report=report,
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cuda import flashinfer
 from tokenmill.backends.cuda.attention import Manner, tiles_of
+from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.device import Device, Mark
 from tokenmill.backends.cuda.graphs import Graphs, variants
 from tokenmill.backends.cuda.lower import Launch, Lowering, Sizes
@@ -38,7 +39,7 @@ from tokenmill.program import ops
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import TokenDetails
+from tokenmill.wire.messages import Progress, TokenDetails
 
 _DTYPES = {name: getattr(torch, name) for name in DTYPES}
 _log = logging.getLogger(__name__)
@@ -77,8 +78,8 @@ class CudaBackend:
     The constructor reads the weights and calls `report` meanwhile. `graphs`: batch sizes to capture, None: a choice of
     its own. `attention`: "flashinfer" for its kernels where a step has runs of tokens. `kv_cache_dtype`: "fp8_e4m3fn",
     "fp8_e5m2", "": the computation's. `deterministic`: the same tokens whatever shares a step, however a prompt is cut
-    and whatever of it was cached. `device` "cpu": under Triton's interpreter, for tests. Unsupported, with the reason,
-    for a program that another backend has to run.
+    and whatever of it was cached. `kernel_cache`: folder, "": Triton's; `jobs`: processes that compile. `device` "cpu":
+    under Triton's interpreter, for tests. Unsupported, with the reason, for a program that another backend has to run.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class CudaBackend:
         kv_cache_dtype: str = "",
         deterministic: bool = False,
         attention: str = "",
+        kernel_cache: str = "",
+        jobs: int = 1,
         report: Report | None = None,
     ) -> None:
         if why := refusal(program, dtype, group.size, deterministic):
@@ -102,7 +105,9 @@ class CudaBackend:
         self.limits, self.group, self.num_blocks = limits, group, 0
         self.program = fused(program)
         self.vocab_size = self.program.output.width
-        self._device, self._dtype = Device(device), _DTYPES[dtype]
+        self._device, self._dtype, self._report = Device(device), _DTYPES[dtype], report
+        about = (self.program, limits, dtype, graphs, kv_cache_dtype, deterministic, attention)
+        self._kernels = Kernels(kernel_cache, jobs, about)  # its helpers start while weights are read
         try:
             self._weights = pack(self.program, source, read, group, self._dtype, self._device, report)
             cache_dtype = CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else None
@@ -158,10 +163,28 @@ class CudaBackend:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile every kernel that a step may need and capture the graphs; slots and cache are empty afterwards."""
+        report = self._report
+        self._kernels.prepare(
+            self._touch, report and (lambda done, total: report(Progress("compile", done, total, "kernels")))
+        )
+        room = self._touch()
+        for rows, long in self._graphs.missing(self._graphs.first):
+            self._capture(rows, long)
+        self._slots.tables[0].zero_()
+        self._slots.tokens.zero_()
+        self._memory.clear(-(-room // self.limits.block_size))
+        self._device.finish()
+        self._kernels.watch()
+
+    def _touch(self) -> int:
+        """Launch every kernel that a step may need, on the first slots and places of the cache; how many of these."""
         size = self.limits.block_size
         room = min(self.num_blocks * size, self.limits.max_total_tokens, self.limits.max_batch_tokens)
-        self._slots.set_blocks(0, np.arange(-(-room // size), dtype=np.int32))
+        blocks = np.array([(0, block, block) for block in range(-(-room // size))], np.int32)
+        nothing = np.zeros(0, np.int32)
+        self._slots.apply(StepInputs(nothing, nothing, nothing, nothing, blocks=blocks))
         spare = np.full(max(self.limits.max_batch_size, 1), self._slots.spare, np.int32)
+        self._sampler.warm_up_some(self._step)  # first: the compiler needs longest for its kernels
         most = self.limits.max_batch_tokens // room * room  # cuBLAS loads its kernels when they are first used
         for tokens in sorted({min(4 << i, most) for i in range(16)}):
             counts = np.full(-(-tokens // room), min(tokens, room), np.int32)
@@ -175,13 +198,7 @@ class CudaBackend:
             for long in variants(rows):
                 self._decode(self._nobodys(rows, long))
             self._sampler.warm_up(self._nobodys(rows, False))
-        for rows, long in self._graphs.missing(self._graphs.first):
-            self._capture(rows, long)
-        self._sampler.warm_up_some(self._step)
-        self._slots.tables[0].zero_()
-        self._slots.tokens.zero_()
-        self._memory.clear(-(-room // size))
-        self._device.finish()
+        return room
 
     @torch.inference_mode()
     def rest(self) -> bool:
@@ -234,6 +251,7 @@ class CudaBackend:
         """Forget graphs and cache. Idempotent."""
         self._device.finish()
         self._graphs.clear()
+        self._kernels.close()
 
     # ---- a step ----
 

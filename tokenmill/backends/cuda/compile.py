@@ -1,0 +1,219 @@
+"""Triton's kernels: compiled by several processes before the first step, and watched afterwards.
+
+Triton compiles a kernel when it is first launched, one after another: half a minute for a model whose kernels are not
+in the cache on disk. So everything is run once without launching anything: a hook of Triton's notes each kernel and
+skips it. Helpers, which were started while weights were read, compile what was noted into the cache, where the first
+real launch finds it. A start like an earlier one, which left a note beside the cache, needs none of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenmill.backends.cuda.compiler import MOST_BYTES
+
+_MOST_HELPERS = 16
+_PATIENCE_S = 120.0  # for one kernel
+_log = logging.getLogger(__name__)
+
+Report = Callable[[int, int], None]
+"""Kernels compiled so far, and noted so far."""
+
+
+class Kernels:
+    """Those of one backend. `about`: what decides which kernels there are, besides the sources.
+
+    `folder`: for the cache; "" for Triton's own. A folder that the environment names to Triton goes before. `jobs`:
+    processes that compile; with fewer than two, or a Triton without such hooks, kernels are compiled as they come.
+    """
+
+    def __init__(self, folder: str, jobs: int, about: Iterable[object]) -> None:
+        self._hooks = _hooks()
+        self._helpers: _Helpers | None = None
+        self._watching: Callable[..., None] | None = None
+        self._note: Path | None = None
+        if self._hooks is None:
+            return
+        cache = _use(folder)
+        self._note = cache / "tokenmill" / _digest(about)
+        if jobs > 1 and not self._note.is_file():
+            self._helpers = _Helpers(min(jobs, _MOST_HELPERS), cache)
+
+    def prepare(self, run: Callable[[], object], report: Report | None = None) -> None:
+        """Compile the kernels that `run` would launch, if that may be worth it; what else it does is done."""
+        helpers, self._helpers = self._helpers, None
+        if helpers is None:
+            return
+        start, noted = time.perf_counter(), set[str]()
+
+        def note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+            data = compile["specialization_data"]
+            if data not in noted:
+                noted.add(data)
+                helpers.send(fn.module, fn.name, data)
+            return True
+
+        with helpers:
+            try:
+                with self._hooked(note):
+                    run()
+            except (AttributeError, KeyError, TypeError) as error:  # hooks are no settled part of Triton
+                _log.warning("Kernels are compiled one after another, for Triton's hook failed: %s", error)
+                return
+            failures = helpers.wait(report)
+        for name, why in failures:
+            _log.warning("Kernel %s could not be compiled beforehand: %s", name, why)
+        _log.info("%d kernels were compiled in %.1f s.", len(noted) - len(failures), time.perf_counter() - start)
+
+    def watch(self) -> None:
+        """Everything has been launched once: leave a note, and from now on warn of what is compiled all the same."""
+        if self._hooks is None or self._note is None:
+            return
+        with contextlib.suppress(OSError):  # Triton has said what there is to say of the folder
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+            self._note.touch()
+        seen = set[str]()
+
+        def tell(*, fn: Any, repr: str, **_: object) -> None:
+            if fn.name not in seen:
+                seen.add(fn.name)
+                _log.warning("A step waits for a kernel that was not made ready before, please report it: %s", repr)
+
+        self._watching = self._hooks.jit_cache_hook = tell
+
+    def close(self) -> None:
+        """End the helpers and the watch. Idempotent."""
+        if self._helpers is not None:
+            self._helpers.close()
+            self._helpers = None
+        if self._hooks is not None and self._watching is not None and self._hooks.jit_cache_hook is self._watching:
+            self._hooks.jit_cache_hook = None
+
+    @contextlib.contextmanager
+    def _hooked(self, hook: Callable[..., object]) -> Iterator[None]:
+        assert self._hooks is not None
+        before, self._hooks.jit_cache_hook = self._hooks.jit_cache_hook, hook
+        try:
+            yield
+        finally:
+            self._hooks.jit_cache_hook = before
+
+
+class _Helpers:
+    """Processes that take jobs from one socket."""
+
+    def __init__(self, count: int, cache: Path) -> None:
+        target = _target()
+        words = [str(cache), json.dumps([target.backend, target.arch, target.warp_size])]
+        self._sent = 0
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_PATIENCE_S)
+        with theirs:
+            self._processes = [_start(words, theirs) for _ in range(count)]
+
+    def send(self, module: str, name: str, data: str) -> None:
+        """Have a kernel compiled; waits only if they are far behind."""
+        with contextlib.suppress(OSError):  # nobody is left, or they hang: `wait` says so
+            self._socket.send(json.dumps({"module": module, "name": name, "data": data}).encode())
+        self._sent += 1
+
+    def wait(self, report: Report | None) -> list[tuple[str, str]]:
+        """Until all is done: names of those that could not be compiled, and why."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        failures: list[tuple[str, str]] = []
+        for done in range(self._sent):
+            if report is not None:
+                report(done, self._sent)
+            try:
+                packet = self._socket.recv(MOST_BYTES)
+            except OSError as error:
+                packet, why = b"", str(error)
+            else:
+                why = "the helpers have ended"
+            if not packet:
+                return [*failures, *[("", why)] * (self._sent - done)]
+            answer = json.loads(packet)
+            if answer["error"]:
+                failures.append((answer["name"], answer["error"]))
+        return failures
+
+    def close(self) -> None:
+        """End them. Idempotent."""
+        self._socket.close()
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def __enter__(self) -> _Helpers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _start(words: list[str], jobs: socket.socket) -> subprocess.Popen[bytes]:
+    """A helper, which finds modules where this process does."""
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"from tokenmill.backends.cuda.compiler import main; main({words!r})"
+    )
+    null = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-c", code], stdin=jobs.fileno(), stdout=null, stderr=null)
+
+
+def _hooks() -> Any:
+    """Triton's place for hooks; None where it is another, or kernels are interpreted."""
+    import triton
+
+    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
+    usable = hasattr(runtime, "jit_cache_hook") and not getattr(runtime, "interpret", True)
+    return runtime if usable and hasattr(triton.JITFunction, "preload") else None
+
+
+def _use(folder: str) -> Path:
+    """Have Triton keep its cache in a folder of `folder`, unless the environment says where; where it then is."""
+    import triton
+
+    cache = triton.knobs.cache
+    own = cache.get_triton_dir("cache")
+    if folder and str(cache.dir) == own:
+        wanted = Path(folder) / "triton"
+        try:
+            wanted.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=wanted):
+                cache.dir = str(wanted)
+        except OSError as error:
+            _log.warning("%s cannot be written to (%s): compiled kernels are kept in %s.", wanted, error.strerror, own)
+    return Path(cache.dir)
+
+
+def _target() -> Any:
+    """What is compiled for: a kind of GPU."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_target()
+
+
+def _digest(about: Iterable[object]) -> str:
+    """Of everything that decides which kernels a start needs."""
+    import torch
+    import triton
+
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for item in (triton.__version__, torch.__version__, _target(), sys.version, *about):
+        digest.update(repr(item).encode() + b"\0")
+    return digest.hexdigest()
