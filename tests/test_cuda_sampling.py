@@ -24,7 +24,6 @@ from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
 
 torch.set_num_threads(1)
 SLOTS, MAX_TOTAL = 8, 64
-UNTOUCHED = -7
 
 
 class Bench:
@@ -34,7 +33,7 @@ class Bench:
         self, logits: Any, *, slots: int = SLOTS, max_total: int = MAX_TOTAL, dtype: Any = torch.float32,
         alike: bool = False,
     ) -> None:  # fmt: skip
-        device = Device(DEVICE)
+        self.device = device = Device(DEVICE)
         self.limits = StepLimits(64, slots, max_total, 16)
         self.logits = torch.tensor(np.asarray(logits)).to(dtype).to(device.torch)
         self.slots = CudaSlots(self.limits, self.logits.shape[1], device)
@@ -58,8 +57,7 @@ class Bench:
         if chosen:
             self.sampler.launch(sizes)
         ids, logprobs = self.sampler.sample(inputs, sizes, chosen)
-        if ON_GPU:
-            torch.cuda.synchronize()
+        self.device.finish()
         token_ids = ids.tolist()
         self.assert_clean(inputs, token_ids)
         if logprobs is None:
@@ -186,7 +184,8 @@ FILTERS = [
     {"top_k": 1}, {"top_k": 40}, {"top_k": 700}, {"top_k": 10**6}, {"min_p": 0.2}, {"top_p": 1e-9}, {"top_p": 0.6},
     {"top_p": 0.999}, {"typical_p": 0.05}, {"typical_p": 0.7}, {"typical_p": 0.99}, {"top_k": 300, "top_p": 0.8},
     {"top_k": 300, "min_p": 0.01, "top_p": 0.9, "typical_p": 0.6}, {"temperature": 0.1, "top_p": 0.9999999},
-    {"temperature": 3.0, "typical_p": 0.4, "top_p": 0.95}, {"temperature": 0.0, "top_p": 0.2}, {},
+    {"temperature": 3.0, "typical_p": 0.4, "top_p": 0.95}, {"typical_p": 0.97, "top_p": 0.5}, {},
+    {"temperature": 0.0, "top_p": 0.2},
 ]  # fmt: skip
 
 
@@ -235,10 +234,19 @@ def test_a_row_that_is_not_finite_gives_minus_one_and_harms_no_other(params: Any
 
 def test_of_the_likeliest_that_tie_the_first_is_taken_and_zeros_of_both_signs_tie() -> None:
     logits = np.full((2, 61), -1.0, np.float32)
-    logits[:, [3, 40]], logits[1, 3] = 0.0, -0.0
+    logits[:, [3, 40]], logits[1, 40] = 0.0, -0.0
     assert run(logits, [a_request(), a_request(top_p=0.5)])[0] == [3, 3]
     drawn = run(logits[np.arange(12) % 2], [a_request(temperature=1.0, top_k=1, seed=s) for s in range(12)])[0]
     assert set(drawn[::2]) == set(drawn[1::2]) == {3, 40}
+
+
+def test_rows_that_are_read_in_several_rounds_are_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vocab = 12, 997
+    monkeypatch.setattr(sampler_module, "MOST_LOGITS", 64)
+    monkeypatch.setattr(sampler_module, "ROUND_LOGITS", 32)
+    logits = np.random.default_rng(13).normal(size=(rows, vocab)).astype(np.float32)
+    requests = [a_request(temperature=i % 3, seed=i, logit_bias=((0, 0.0),)) for i in range(rows)]
+    assert_the_references(logits, requests, [[]] * rows, run(logits, requests))
 
 
 def test_long_sequences_are_counted_by_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,28 +256,44 @@ def test_long_sequences_are_counted_by_many_programs(monkeypatch: pytest.MonkeyP
     requests, outputs = [], []
     for i in range(6):
         cut = int(rng.integers(1, length if i % 2 else 40))
-        ids = (rng.integers(0, vocab, length if i % 2 else 60) * rng.random()).astype(int)
-        penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.003 * i, "presence_penalty": -0.2 * i}
-        requests.append(a_request(ids[:cut], temperature=1.0, seed=i, top_k=50, **penalties))
+        ids = (vocab * rng.random(length if i % 2 else 60) ** 3).astype(int)
+        penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.01 * i, "presence_penalty": -0.2 * i}
+        requests.append(a_request(ids[:cut], **penalties))
         outputs.append([int(t) for t in ids[cut:]])
-    requests[4] = a_request(requests[4].prompt_ids, temperature=1.0)  # nothing to count
+    requests[4] = a_request(requests[4].prompt_ids)  # nothing to count
     logits = (rng.normal(size=(6, vocab)) * 4).astype(np.float32)
-    found = Bench(logits, max_total=length + 1).run(make_step(requests, outputs))
-    assert_the_references(logits, requests, outputs, found)
+    bench = Bench(logits, max_total=length + 1)
+    ids, _ = bench.run(make_step(requests, outputs))
+    for i, r in enumerate(requests):
+        scores = reference_scores(logits[i], list(r.prompt_ids), outputs[i], r.sampling, r.stopping)
+        np.testing.assert_allclose(bench.sampler._scores[i].cpu().numpy(), scores, rtol=1e-5, atol=1e-5)
+        assert ids[i] == scores.argmax()
 
 
 def test_biases_add_up_grow_and_end_and_a_slot_taken_over_keeps_none() -> None:
     vocab, rng = 61, np.random.default_rng(11)
-    bench = Bench(np.zeros((1, vocab), np.float32))
+    bench = Bench(np.zeros((2, vocab), np.float32))
     room = bench.slots.biases.shape[1]
     twice = a_request(logit_bias=((5, 2.0), (9, 3.0), (5, 1.5)))
     assert bench.run(make_step([twice]))[0] == [5]
     many = a_request(logit_bias=tuple((i, float(v)) for i, v in enumerate(rng.normal(size=vocab))))
     assert len(many.sampling.logit_bias) > room
-    assert bench.run(make_step([many]))[0] == [int(np.argmax([v for _, v in many.sampling.logit_bias]))]
+    both = make_step([twice, many])
+    likeliest = int(np.argmax([v for _, v in many.sampling.logit_bias]))
+    assert bench.run(replace(both, admitted=both.admitted[1:]))[0] == [5, likeliest]
+    assert bench.run(make_step([many]))[0] == [likeliest]
     banned = a_request(logit_bias=((7, 50.0), (7, 1.0), (8, 20.0)), stopping=StoppingParams(10, 3, (7, 7)))
     assert [bench.run(make_step([banned], [[1] * n]))[0] for n in range(5)] == [[8], [8], [8], [7], [7]]
     assert bench.run(make_step([a_request(frequency_penalty=0.1)]))[0] == [0]
+
+
+def test_each_watermarked_row_favours_its_own_ids() -> None:
+    rng, rows = np.random.default_rng(14), 5
+    logits = rng.normal(size=(rows, 61)).astype(np.float32)
+    requests = [a_request((1, 2 * i), watermark_gamma=(0.0, 0.25, 0.5, 0.9, 1.0)[i], watermark_delta=1.5 - i, seed=i,
+                          temperature=i % 2, repetition_penalty=1.2) for i in range(rows)]  # fmt: skip
+    outputs: list[list[int]] = [[], [7], [9, 3], [], [60]]
+    assert_the_references(logits, requests, outputs, run(logits, requests, outputs))
 
 
 def test_ids_beyond_the_vocabulary_change_nothing() -> None:
@@ -289,8 +313,7 @@ def test_log_probabilities_are_the_torch_backends_ties_with_the_last_one_too(par
     logits = (np.round(rng.normal(size=(rows, 61)) * 2)).astype(np.float32)
     logits += np.arange(61, dtype=np.float32) * 1e-3 * (np.arange(rows) % 7 == 0)[:, None]  # rows whose ties are cut
     requests = [
-        a_request(logprobs=i % 5 if i in asking else -1, raw_logprobs=i % 7 == 0, seed=i, **params)
-        for i in range(rows)
+        a_request(logprobs=i % 5 if i in asking else -1, raw_logprobs=i % 7 == 0, seed=i, **params) for i in range(rows)
     ]
     ids, details = run(logits, requests)
     expected_ids, expected = torch_run(logits, requests)
@@ -337,7 +360,9 @@ def test_a_graph_may_choose_what_a_step_then_only_fetches_or_chooses_anew(tail: 
     bench.slots.apply(inputs)
     bench.sampler.launch(replace(sizes, tokens=6, sampling=6, pairs=padded.contiguous()))
     bench.logits.fill_(float("nan"))  # nothing looks at them again
-    assert bench.sampler.sample(inputs, sizes, chosen=True)[0].tolist() == expected
+    fetched, _ = bench.sampler.sample(inputs, sizes, chosen=True)
+    bench.device.finish()
+    assert fetched.tolist() == expected
     bench.assert_clean(inputs, expected)
     bench.logits[:4] = torch.tensor(logits)
     assert bench.run(replace(inputs, logprobs=0), chosen=True)[0] == expected

@@ -147,7 +147,7 @@ class Sampler:
             self._choose_filtered(source, sizes, rows)
             for filtered in (False, True):
                 self._report(source, sizes, asked, filtered)
-        scores.topk(1)
+        scores.topk(min(_FOUND, self._vocab))
 
     def warm_up_some(self, step: Tensor) -> None:
         """Compile what other steps need; `step` holds pairs of nobody's slot."""

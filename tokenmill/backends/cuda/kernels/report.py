@@ -49,7 +49,8 @@ def report(asked_ptr, logits_ptr, source_ptr, pairs_ptr, rows_ptr, parameters_pt
         most = tl.maximum(most, tl.where(o < VOCAB, x, float("-inf")))
     best = tl.max(most, 0)
     mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, VOCAB, BLOCK):  # each thread reads what it wrote
+    tl.debug_barrier()  # another thread may have written what this one reads
+    for start in range(0, VOCAB, BLOCK):
         o = start + tl.arange(0, BLOCK)
         mass += tl.exp(tl.load(scores_ptr + begin + o, mask=o < VOCAB, other=float("-inf")) - best)
     total = best + tl.log(tl.sum(mass, 0))
