@@ -6,7 +6,16 @@ from tokenmill import LLM
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.models.base import program_of
 from tokenmill.runtime.assembly import _context_weight
-from tokenmill.runtime.memory import CACHE_BYTES, Demand, available_bytes, check_weights, count_blocks, size
+from tokenmill.runtime.memory import (
+    CACHE_BYTES,
+    DEVICE_RESERVE,
+    Demand,
+    available_bytes,
+    check_weights,
+    count_blocks,
+    count_device_blocks,
+    size,
+)
 
 GIB = 1 << 30
 
@@ -70,6 +79,27 @@ def test_weights_over_the_limit_leave_nothing_and_say_so():
 def test_a_machine_with_less_than_a_step_is_refused():
     with pytest.raises(NotEnoughMemory):
         count_blocks(demand(step_bytes=2 * GIB), GIB)
+
+
+def test_a_gpus_memory_is_the_caches_but_for_the_step_and_a_little():
+    blocks = count_device_blocks(demand(step_bytes=2 * GIB, max_total_tokens=131072), 40 * GIB)
+    assert 0.98 < blocks * (1 << 20) / (38 * GIB - DEVICE_RESERVE) < 1
+
+
+def test_a_gpus_limit_covers_weights_step_and_cache():
+    asked = demand(step_bytes=GIB, taken_bytes=GIB // 2, max_total_tokens=131072)
+    assert count_device_blocks(asked, 70 * GIB, weight_bytes=3 * GIB, limit=10 * GIB) == 6 * 1024
+
+
+def test_what_a_step_has_taken_on_a_gpu_is_not_left_free_once_more():
+    rest = [demand(step_bytes=3 * GIB, taken_bytes=taken * GIB, max_total_tokens=131072) for taken in (0, 2)]
+    less, more = (count_device_blocks(asked, 40 * GIB) for asked in rest)
+    assert more - less == 2 * 1024
+
+
+def test_a_gpu_without_room_for_a_sequence_is_refused_with_the_cure():
+    with pytest.raises(NotEnoughMemory, match=r"8192 tokens needs 512\.0 MiB, but 0 B are .* --cuda-memory-fraction"):
+        count_device_blocks(demand(step_bytes=GIB, wanted_tokens=8192), GIB)
 
 
 def tree(tmp_path, files):

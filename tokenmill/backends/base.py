@@ -89,7 +89,8 @@ class Backend(Protocol):
     """Runs a recorded program. Built from (program, checkpoint, reader, limits, group): see `backends/torch`.
 
     One that puts work off until no step is on the device has a method `rest` beside: it does a piece of that, a tenth
-    of a second at most, and returns True while more remains.
+    of a second at most, and returns True while more remains. One whose `step_bytes` are partly taken by its constructor
+    says so by a method `taken_bytes`.
     """
 
     @property

@@ -181,6 +181,7 @@ def _allocate(
         limits.block_size,
         limits.max_batch_size,
         limits.max_total_tokens,
+        getattr(backend, "taken_bytes", int)(),
         wants.max_total_tokens or 2,
     )
     group.minimum(0)  # nobody looks at what is free before all have read their weights

@@ -12,7 +12,12 @@ from tokenmill.errors import NotEnoughMemory
 
 SHARE = 0.5  # of free memory that a cache takes when nobody set a limit: a host's memory is not ours alone
 CACHE_BYTES = 4 << 30  # and no more than this, over all ranks, unless one sequence of full length needs more
-DEVICE_RESERVE = 3 << 29  # bytes of a GPU that nobody counts: graphs, workspaces of libraries, fragments
+DEVICE_RESERVE = 256 << 20  # bytes of a GPU that nobody counts: what allocators round up, and fragments
+_CURE = "Lower --max-total-tokens, raise --memory-limit, or serve a smaller model."
+_DEVICE_CURE = (
+    "Lower --max-total-tokens, --max-batch-size or --max-batch-prefill-tokens, raise --cuda-memory-fraction or "
+    "--memory-limit, or serve a smaller model."
+)
 _NO_LIMIT = 1 << 60  # what cgroup v1 says for none is near 2**63
 
 
@@ -25,6 +30,7 @@ class Demand:
     block_size: int  # tokens
     max_batch_size: int  # sequences at once
     max_total_tokens: int  # of the longest sequence
+    taken_bytes: int = 0  # of `step_bytes`: no longer free
     wanted_tokens: int = 2  # a sequence of this length must fit: what the user asked for, else the least that is of use
 
     def blocks_of(self, tokens: int) -> int:
@@ -72,26 +78,28 @@ def count_device_blocks(demand: Demand, room: int, weight_bytes: int = 0, limit:
     """The number of cache blocks on a GPU, whose memory is ours alone: all that is left of `room`.
 
     `room`: bytes that may still be taken now that the weights are there; `limit` as for `count_blocks`. Kept free: the
-    step, and what the driver, graphs and libraries take beside. Raises NotEnoughMemory as `count_blocks` does.
+    step, and a little that nobody counts. Raises NotEnoughMemory as `count_blocks` does.
     """
-    budget = room - demand.step_bytes - DEVICE_RESERVE - room // 50
+    budget = room - (demand.step_bytes - demand.taken_bytes) - DEVICE_RESERVE - room // 100
     if limit is not None:
         budget = min(budget, limit - weight_bytes - demand.step_bytes)
     needed = demand.blocks_of(demand.wanted_tokens)
     blocks = max(budget, 0) // demand.block_bytes
     if blocks < needed:
-        raise NotEnoughMemory(_refusal(demand, needed, budget, weight_bytes, limit))
+        raise NotEnoughMemory(_refusal(demand, needed, budget, weight_bytes, limit, _DEVICE_CURE))
     return min(blocks, demand.blocks_of(demand.max_total_tokens) * demand.max_batch_size)
 
 
-def _refusal(demand: Demand, needed: int, budget: int, weight_bytes: int, limit: int | None) -> str:
+def _refusal(
+    demand: Demand, needed: int, budget: int, weight_bytes: int, limit: int | None, cure: str = _CURE
+) -> str:
     where = "are free after the weights were loaded"
     if limit is not None:
         taken = f"weights {size(weight_bytes)}, a step {size(demand.step_bytes)}"
         where = f"are left of the memory limit of {size(limit)} ({taken})"
     return (
         f"The KV cache of one sequence of {demand.wanted_tokens} tokens needs {size(needed * demand.block_bytes)}, but "
-        f"{size(max(budget, 0))} {where}. Lower --max-total-tokens, raise --memory-limit, or serve a smaller model."
+        f"{size(max(budget, 0))} {where}. {cure}"
     )
 
 

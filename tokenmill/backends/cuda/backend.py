@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cuda import flashinfer
+from tokenmill.backends.cuda.account import Account, graph_bytes, library_bytes
 from tokenmill.backends.cuda.attention import Manner, tiles_of
 from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.device import Device, Mark
@@ -113,26 +114,33 @@ class CudaBackend:
             cache_dtype = CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else None
             self._memory = Memory(self.program, limits, self._dtype, self._device, cache_dtype)
             self._slots = CudaSlots(limits, self.vocab_size, self._device)
+            self.logits = self._memory.value(self.program.output)
+            self._sampler = Sampler(self.logits, self._slots, self._device, deterministic)
+            self._manner = self._manner_of(source, kv_cache_dtype, deterministic, attention)
+            self._lowering = Lowering(self._memory, self._weights, self._slots, self._manner)
+            most = limits.max_batch_tokens + limits.max_batch_size + 64
+            self._step = torch.zeros(2 * most + most + 4 * most, dtype=torch.int32, device=self._device.torch)
         except torch.OutOfMemoryError as e:
+            self._kernels.close()
             raise NotEnoughMemory(
                 f"The device has no room for weights and the largest step ({e}). Serve a smaller model, or give a "
                 "smaller --max-batch-prefill-tokens, --max-total-tokens or --max-batch-size."
             ) from e
-        self.logits = self._memory.value(self.program.output)
-        self._sampler = Sampler(self.logits, self._slots, self._device, deterministic)
+        self._body: list[Launch] = []
+        self._tail: list[Launch] = []
+        self._single: list[Launch] = []
+        self._graphs, self._free = Graphs(self._device, limits.max_batch_size, graphs), 0
+        self._account = self._count()
+        torch.cuda.empty_cache()  # so that what is free now is what a cache can have
+
+    def _manner_of(self, source: Checkpoint, kv_cache_dtype: str, deterministic: bool, attention: str) -> Manner:
+        """How attention is computed and its keys and values kept."""
         layers = [op.layer for op in self.program.ops if isinstance(op, ops.Attention)]
         scales = kv_scales(source, layers, kv_cache_dtype) if kv_cache_dtype else {}
         flash = None
         if attention == "flashinfer" and not deterministic:
-            flash = flashinfer.load(self._memory, self._slots, scales, report)
-        self._manner = Manner(deterministic, scales, flash)
-        self._lowering: Lowering | None = None
-        self._body: list[Launch] = []
-        self._tail: list[Launch] = []
-        self._single: list[Launch] = []
-        most = limits.max_batch_tokens + limits.max_batch_size + 64
-        self._step = torch.zeros(2 * most + most + 4 * most, dtype=torch.int32, device=self._device.torch)
-        self._graphs = Graphs(self._device, limits.max_batch_size, graphs)
+            flash = flashinfer.load(self._memory, self._slots, scales, self._report)
+        return Manner(deterministic, scales, flash)
 
     # ---- what Backend promises ----
 
@@ -141,8 +149,12 @@ class CudaBackend:
         return self._memory.block_bytes()
 
     def step_bytes(self) -> int:
-        """Bytes that the largest step needs and that are not taken yet: what a full tail copies of its logits."""
-        return 6 * self.logits.shape[0] * self.vocab_size * 4
+        """Bytes that are needed besides weights and cache: by a step, by graphs, by libraries."""
+        return self.taken_bytes() + self._account.to_come
+
+    def taken_bytes(self) -> int:
+        """How many of them are taken already."""
+        return self._account.step + self._account.sampler
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
@@ -153,7 +165,7 @@ class CudaBackend:
             raise NotEnoughMemory(f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}") from e
         self.num_blocks = num_blocks
         self._slots.set_blocks(self._slots.spare, np.array([num_blocks], np.int32))
-        self._lowering = Lowering(self._memory, self._weights, self._slots, self._manner)
+        self._free = self._device.free_bytes()
         launches = self._lowering.launches()
         first = next((i for i, line in enumerate(launches) if isinstance(line.op, ops.TakeRows)), len(launches))
         self._body, self._tail = launches[:first], launches[first:]
@@ -162,19 +174,31 @@ class CudaBackend:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile every kernel that a step may need and capture the graphs; slots and cache are empty afterwards."""
+        """Compile every kernel that a step may need and capture the graphs; slots and cache are empty afterwards.
+
+        NotEnoughMemory if there is less than was counted on.
+        """
         report = self._report
-        self._kernels.prepare(
-            self._touch, report and (lambda done, total: report(Progress("compile", done, total, "kernels")))
-        )
-        room = self._touch()
-        for rows, long in self._graphs.missing(self._graphs.first):
-            self._capture(rows, long)
+        try:
+            self._kernels.prepare(
+                self._touch, report and (lambda done, total: report(Progress("compile", done, total, "kernels")))
+            )
+            room = self._touch()
+            for rows, long in self._graphs.missing(self._graphs.first):
+                self._capture(rows, long)
+        except torch.OutOfMemoryError as e:
+            raise NotEnoughMemory(
+                f"Beside weights and cache, the device has no room for a step ({e}). Give a smaller "
+                "--cuda-memory-fraction, or end what else uses the device."
+            ) from e
         self._slots.tables[0].zero_()
         self._slots.tokens.zero_()
         self._memory.clear(-(-room // self.limits.block_size))
         self._device.finish()
         self._kernels.watch()
+        if self._device.real:
+            free, cache = self._device.free_bytes(), self.num_blocks * self.block_bytes()
+            self._account.tell(cache, self.num_blocks * self.limits.block_size, self._free - free, free)
 
     def _touch(self) -> int:
         """Launch every kernel that a step may need, on the first slots and places of the cache; how many of these."""
@@ -253,6 +277,21 @@ class CudaBackend:
         self._graphs.clear()
         self._kernels.close()
 
+    def _count(self) -> Account:
+        """Where memory goes besides the cache."""
+        held = [tensor for tensor in vars(self._slots).values() if isinstance(tensor, Tensor)]
+        tables = {op.rope for op in self.program.ops if isinstance(op, ops.Attention) and op.rope is not None}
+        held += [self._step, *(turns for table in tables for turns in self._memory.turns(table))]
+        return Account(
+            weights=sum(weight.nbytes for weight in self._weights.values()),
+            step=self._memory.step_bytes + self._lowering.nbytes + sum(tensor.nbytes for tensor in held),
+            sampler=self._sampler.nbytes,
+            # float32 logits of prompt positions and what is made of them
+            passing=max(self._sampler.step_bytes, 3 * PROMPT_ROWS * self.vocab_size * 4),
+            graphs=graph_bytes(len(self._graphs), len(self.program.ops)),
+            libraries=library_bytes(self._device.real),
+        )
+
     # ---- a step ----
 
     def _nobodys(self, rows: int, long: bool) -> Sizes:
@@ -297,7 +336,6 @@ class CudaBackend:
         samples: NDArray[np.int32],
     ) -> Sizes:
         """Any mix of runs and single tokens."""
-        assert self._lowering is not None
         ends = np.cumsum(counts.astype(np.int64))
         firsts = ends - counts
         tokens = int(ends[-1])

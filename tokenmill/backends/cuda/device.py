@@ -56,6 +56,10 @@ class Device:
         event.record()
         return Mark(event)
 
+    def free_bytes(self) -> int:
+        """Of a GPU's memory."""
+        return int(torch.cuda.mem_get_info(self.torch)[0]) if self.real else 0
+
     def finish(self) -> None:
         """Wait for everything launched so far."""
         if self.real:
