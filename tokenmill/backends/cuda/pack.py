@@ -5,6 +5,8 @@ What is stored in the computation's own format is never looked at on the way; an
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from queue import SimpleQueue
 
 import numpy as np
@@ -42,13 +44,32 @@ class _Lane:
             return
         at_once = max(1, _CHUNK // max(1, rows[:1].nbytes))
         staged, done = self._staged.numpy(), 0
+        read_ahead(rows[:at_once])
         with torch.cuda.stream(self._stream):
             for first in range(0, len(rows), at_once):
+                read_ahead(rows[first + at_once : first + 2 * at_once])
                 some = rows[first : first + at_once]
                 np.copyto(staged[: some.nbytes].view(some.dtype).reshape(some.shape), some)
                 target[done : done + some.nbytes].copy_(self._staged[: some.nbytes], non_blocking=True)
                 self._stream.synchronize()
                 done += some.nbytes
+
+
+def read_ahead(rows: NDArray[np.generic]) -> tuple[int, int] | None:
+    """Ask the system to read what lies in a mapped file and not in memory; returns at once. The file's bytes asked for.
+
+    Otherwise it reads a little at each missing page, while the thread that missed it waits.
+    """
+    base: object = rows
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not rows.nbytes:
+        return None
+    first = rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    start = first // mmap.PAGESIZE * mmap.PAGESIZE
+    with contextlib.suppress(OSError):  # it is advice
+        base.madvise(mmap.MADV_WILLNEED, start, first + rows.nbytes - start)
+    return first, first + rows.nbytes
 
 
 def pack(
