@@ -331,7 +331,8 @@ def check_prompts_beside(batch: Batch, behind: int, limits: SchedulerLimits) -> 
     if not decoding or not limits.prefill_beside or not prompts:
         return
     costs = [prompt_cost(start, count, limits.context_weight) for start, count in prompts]
-    allowed = limits.prefill_beside * max(1, (behind + len(prompts)) // decoding) + decoding
+    waiting = behind + len(prompts)
+    allowed = limits.prefill_beside * max(1, waiting * waiting // decoding) + decoding
     least = max(limits.min_chunk, min(limits.block_size, limits.prefill_beside))
     assert sum(costs) <= allowed + 1e-6 or (len(prompts) == 1 and prompts[0][1] <= least)
 

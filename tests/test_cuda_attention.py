@@ -50,6 +50,22 @@ def test_many_rows_of_uneven_length_are_split_and_added_up(tmp_path: Path) -> No
         np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=3e-4, rtol=1e-3)
 
 
+def test_keys_of_few_tiles_are_shared_by_several_programs_and_added_up(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tokenmill.backends.cuda.attention.LEAST_KEYS", 32)  # so that short contexts are split, too
+    monkeypatch.setattr("tokenmill.backends.cuda.shapes.LEAST_KEYS", 32)
+    write_random(tmp_path, "mistral_window", num_hidden_layers=2, max_position_embeddings=1024, sliding_window=90)
+    rng, limits = np.random.default_rng(3), StepLimits(1024, 4, 1024, 16)
+    driver = CudaDriver(tmp_path, limits=limits, num_blocks=200)
+    expected = Driver.of(tmp_path, limits=limits, num_blocks=200)
+    found = driver._lowering._attention  # type: ignore[union-attr]
+    found._tile_sums.zero_()
+    for rows in ([(0, 300), (1, 7)], [(0, 5), (1, 1)], [(1, 60), (0, 3), (2, 33)], [(2, 2), (0, 40)]):
+        step = [(slot, rng.integers(0, 128, count).tolist()) for slot, count in rows]
+        np.testing.assert_allclose(driver.feed(step), expected.feed(step), atol=3e-4, rtol=1e-3)
+    assert not found._tile_counts.any()
+    assert found._tile_sums.any(), "some were split"
+
+
 def assert_alike(some: Any, other: Any) -> None:
     """Bit by bit; but numpy, on which the interpreter stands, sums a product of another shape in another order."""
     if ON_GPU:

@@ -18,14 +18,15 @@ def test_a_long_prompt_comes_in_small_pieces_beside_others_that_decode() -> None
     assert pieces[:5] == [[1, 1, 10]] * 5, "8, and one more for each of the two"
 
 
-def test_where_many_wait_for_one_their_prompts_get_as_many_times_the_room() -> None:
-    limits = SchedulerLimits(200, 9, 400, block_size=4, prefill_beside=8)
-    script = [[request(0, range(1, 9), 60)], [], [request(i, range(i * 40, i * 40 + 30), 40) for i in range(1, 7)]]
+def test_in_a_burst_prompts_get_more_room() -> None:
+    limits = SchedulerLimits(200, 9, 400, block_size=4, prefill_beside=2)
+    first = [request(i, range(i * 10 + 1, i * 10 + 9), 60) for i in range(3)]
+    script = [first, [], [request(i, range(i * 40, i * 40 + 30), 40) for i in range(3, 9)]]
     engine, oracle, link = build(script, 200, limits)
     run(engine, link)
-    pieces = [batch.counts[batch.counts > 1].sum() for batch in oracle.batches if len(batch.slots) > 1]
-    # six wait for one, then five for two: 6 · 8 and 1, 2 · 8 and 2; then four for three, which are not twice as many
-    assert pieces[:4] == [49, 18, 11, 11]
+    pieces = [int(batch.counts[batch.counts > 1].sum()) for batch in oracle.batches[1:]]
+    # six wait for three: 2 · 6² / 3 and 3; then five for four, and four for five
+    assert [count for count in pieces if count][:4] == [27, 27, 16, 11]
 
 
 @pytest.mark.parametrize("beside, weight", [(64, 100), (64, 1), (40, 0), (9, 5000)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -151,6 +152,7 @@ class Built:
 def _backend(setup: Setup, program: Program, weights: RandomWeights, limits: StepLimits) -> Backend:
     """What the server would make. A StartError names what it has not."""
     name = "cuda" if setup.device == "cuda" else "torch"
-    computing = Computing(backend=name, device=setup.device, dtype="bfloat16", **setup.options)
+    cores = os.cpu_count() or 1
+    computing = Computing(backend=name, device=setup.device, dtype="bfloat16", cpus=cores, **setup.options)
     choice = choose(program, computing, setup.block_size, 1)
     return make_backend(choice, program, weights, limits, computing, Group(), lambda progress: None)

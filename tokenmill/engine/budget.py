@@ -26,13 +26,13 @@ class Room:
     @classmethod
     def of(cls, limits: SchedulerLimits, max_tokens: int, decoding: int, waiting: int) -> Room:
         """A whole step's of so many tokens at most, in which so many sequences decode while so many wait for their
-        first token: where these are several times the others, their prompts get as many times the room.
+        first token. In a burst prompts get more room, by its square over those that decode: it is over sooner for all.
         """
         beside, weight = limits.prefill_beside, limits.context_weight
         if not beside or not decoding:
             return cls(max_tokens, None, 0, weight)
         least = max(limits.min_chunk, min(limits.block_size, beside))
-        cost = beside * max(1, waiting // decoding) + decoding
+        cost = beside * max(1, waiting * waiting // decoding) + decoding
         return cls(max_tokens, cost * (2 * weight or 1), least, weight)
 
     def fit(self, start: int, wanted: int) -> int:

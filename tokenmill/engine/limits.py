@@ -17,7 +17,7 @@ class SchedulerLimits:
     block_size: int = 16  # tokens of a cache block
     min_chunk: int = 1  # a prompt is not cut into pieces smaller than this; what is left over waits for the next step
     prefill_beside: int = 0  # prompt tokens of a step in which others decode: so many and one more for each of them, so
-    # that a long prompt holds them up little; at least `min_chunk`; n times as many where n times as many wait.
+    # that a long prompt holds them up little; at least `min_chunk`; more where many wait (see `Room.of`).
     # 0: as many as the step holds
     context_weight: int = 0  # at this position a prompt's token counts twice in `prefill_beside`, at double of it three
     # times and so on: its attention then costs as much as its products. 0: every token counts once

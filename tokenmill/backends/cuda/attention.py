@@ -18,9 +18,19 @@ from tokenmill.backends.cuda.flashinfer import FlashInfer
 from tokenmill.backends.cuda.kernels.decode import decode, list_splits
 from tokenmill.backends.cuda.kernels.heads import write_heads
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles, tile_each
+from tokenmill.backends.cuda.launch import Site
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import ahead
-from tokenmill.backends.cuda.shapes import CLASSES, DecodeShape, decode_shape, power, tile_shape
+from tokenmill.backends.cuda.shapes import (
+    BUSY,
+    CLASSES,
+    LEAST_KEYS,
+    DecodeShape,
+    decode_shape,
+    power,
+    tile_shape,
+    tile_splits,
+)
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
 from tokenmill.program.ops import Weight
@@ -61,6 +71,10 @@ class AttentionLowering:
         self._part = torch.empty(max((s[0] for s in sizes), default=0), device=device)
         self._sums = torch.empty(max((s[1] for s in sizes), default=0), device=device)
         self._counts = torch.zeros(max((s[2] for s in sizes), default=0), dtype=torch.int32, device=device)
+        rows = max((s[4] for s in sizes), default=0)
+        self._tile_part = torch.empty(BUSY * max((s[4] * s[5] for s in sizes), default=0), device=device)
+        self._tile_sums = torch.empty(BUSY * rows, device=device)
+        self._tile_counts = torch.zeros(BUSY, dtype=torch.int32, device=device)
         self._lists: dict[tuple[int, ...], Tensor] = {}
         self._listed = 1 + max((s[3] for s in sizes), default=0)
         rows = memory.rows["tokens"] if manner.alike else 0
@@ -71,6 +85,7 @@ class AttentionLowering:
     def nbytes(self) -> int:
         """Bytes of scratch."""
         scratch = (self._part, self._sums, self._counts, self._tiles, *self._lists.values())
+        scratch += (self._tile_part, self._tile_sums, self._tile_counts)
         return sum(tensor.nbytes for tensor in scratch)
 
     def lower(self, op: ops.Attention) -> Callable[[Sizes], None]:
@@ -86,24 +101,24 @@ class AttentionLowering:
                 if flash is not None:
                     flash()
                 else:
-                    runs(n.tiles[self._tile_tokens(op)])
+                    runs(n.tiles[self._tile_tokens(op)], n.context)
             if n.singles is None or len(n.singles):
                 alone(n)
 
         return run
 
     def _tiled(self, op: ops.Attention) -> Callable[[Sizes], None]:
-        write, runs = self._writes(op), self._runs(op)
+        write, runs, each = self._writes(op), self._runs(op), Site(tile_each)
 
         def run(n: Sizes) -> None:
             write(n)
             if n.tiles:
-                runs(n.tiles[self._tile_tokens(op)])
+                runs(n.tiles[self._tile_tokens(op)], n.context)
             rows = n.tokens if n.singles is None else len(n.singles)
             if rows:
                 some = n.pairs if n.singles is None else n.singles
-                tile_each[(rows,)](n.pairs, some, self._tiles, SOME=n.singles is not None, num_warps=1)
-                runs(self._tiles[:rows])
+                each((rows,), n.pairs, some, self._tiles, SOME=n.singles is not None, num_warps=1)
+                runs(self._tiles[:rows], 0)
 
         return run
 
@@ -112,8 +127,10 @@ class AttentionLowering:
         most = max(self._memory.rows["tokens"], self._memory.rows["samples"])
         return min(most, max(self._memory.limits.max_batch_size, 1))
 
-    def _scratch_of(self, op: ops.Attention) -> tuple[int, int, int, int]:
-        """Numbers of partial results, sums, counters and splits, over the classes of rows."""
+    def _scratch_of(self, op: ops.Attention) -> tuple[int, int, int, int, int, int]:
+        """Of single tokens: numbers of partial results, sums, counters and splits, over the classes of rows. Of tiles:
+        rows and columns.
+        """
         kv_heads, shared = op.k.width // op.head_dim, op.q.width // op.k.width
         most = self._most_rows()
         splits = max(
@@ -121,7 +138,8 @@ class AttentionLowering:
             for rows in CLASSES
         )
         groups = splits * kv_heads * shared
-        return groups * op.head_dim, groups, most * kv_heads, splits
+        shape = tile_shape(op.head_dim, shared, self._item, self._alike)
+        return groups * op.head_dim, groups, most * kv_heads, splits, shape.rows, 2 * self._common(op)["HALF"]
 
     @property
     def _item(self) -> int:
@@ -167,11 +185,13 @@ class AttentionLowering:
         if key in self._lists:
             return self._lists[key], None
         items = self._lists[key] = torch.zeros(self._listed, dtype=torch.int32, device=self._memory.device.torch)
+        most, launch = power(max(self._most_rows(), 16)), Site(list_splits)
 
         def make(n: Sizes, rows: int, shape: DecodeShape) -> None:
-            list_splits[(1,)](
+            launch(
+                (1,),
                 items, n.pairs, n.pairs if n.singles is None else n.singles, rows, BN=shape.keys, SPLITS=shape.splits,
-                LEAST=shape.least, WINDOW=op.window, SOME=n.singles is not None, BLOCK=power(rows), num_warps=4,
+                LEAST=shape.least, WINDOW=op.window, SOME=n.singles is not None, BLOCK=most, num_warps=4,
             )  # fmt: skip
 
         return items, make
@@ -182,7 +202,7 @@ class AttentionLowering:
         tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
         (cos, sin), (q_norm, k_norm), (scale, cap, v_scale) = self._turns(op), self._norms(op), self._scales(op)
         (k_fit, v_fit), (items, make_list) = self._fits(op), self._lister(op)
-        kv_heads = op.k.width // op.head_dim
+        kv_heads, launch = op.k.width // op.head_dim, Site(decode)
 
         def run(n: Sizes) -> None:
             rows = n.tokens if n.singles is None else len(n.singles)
@@ -190,7 +210,8 @@ class AttentionLowering:
             listed = shape.splits > 1 and rows > CLASSES[0]
             if listed and make_list is not None:
                 make_list(n, rows, shape)
-            decode[(kv_heads, rows * shape.splits)](
+            launch(
+                (kv_heads, rows * shape.splits),
                 q, k, v, keys, values, out, n.pairs, n.pairs if n.singles is None else n.singles, tables, cos, sin,
                 q_norm, k_norm, self._part, self._sums, self._counts, items, q.stride(0), k.stride(0), v.stride(0),
                 tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common, G=shared,
@@ -207,10 +228,11 @@ class AttentionLowering:
         keys, values = self._memory.cache(op.layer)
         tables, common = self._slots.tables, self._common(op)
         (cos, sin), (q_norm, k_norm), (k_fit, v_fit) = self._turns(op), self._norms(op), self._fits(op)
-        kv_heads, heads = op.k.width // op.head_dim, op.q.width // op.head_dim
+        kv_heads, heads, launch = op.k.width // op.head_dim, op.q.width // op.head_dim, Site(write_heads)
 
         def run(n: Sizes) -> None:
-            write_heads[(n.tokens,)](
+            launch(
+                (n.tokens,),
                 q, k, v, keys, values, turned, n.pairs, tables, cos, sin, q_norm, k_norm, q.stride(0), k.stride(0),
                 v.stride(0), tables.stride(0), op.eps, k_fit, v_fit, **common, HEADS=heads, HEADS2=power(heads),
                 KV_HEADS2=power(kv_heads), NORM=op.q_norm is not None, ROPE=op.rope is not None, num_warps=4,
@@ -218,18 +240,21 @@ class AttentionLowering:
 
         return run
 
-    def _runs(self, op: ops.Attention) -> Callable[[Tensor], None]:
-        """Attention of tiles, whose queries and keys are written."""
+    def _runs(self, op: ops.Attention) -> Callable[[Tensor, int], None]:
+        """Attention of tiles, whose queries and keys are written; the longest looks at so many keys."""
         out, turned = self._memory.value(op.out), self._memory.queries.view(-1)
         keys, values = self._memory.cache(op.layer)
         tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
         kv_heads, (scale, cap, v_scale) = op.k.width // op.head_dim, self._scales(op)
-        shape = tile_shape(op.head_dim, shared, self._item, self._alike)
+        shape, launch = tile_shape(op.head_dim, shared, self._item, self._alike), Site(attend_tiles)
 
-        def run(tiles: Tensor) -> None:
-            attend_tiles[(len(tiles), kv_heads)](
-                turned, keys, values, out, tiles, tables, tables.stride(0), scale, cap, v_scale, **common, G=shared,
-                BM=shape.rows, BN=shape.keys, WINDOW=op.window, CAPPED=op.softcap > 0, ALIKE=self._alike,
+        def run(tiles: Tensor, keys_of_longest: int) -> None:
+            splits = 1 if self._alike else tile_splits(len(tiles), kv_heads, keys_of_longest)
+            launch(
+                (len(tiles), kv_heads, splits),
+                turned, keys, values, out, tiles, tables, self._tile_part, self._tile_sums, self._tile_counts,
+                tables.stride(0), splits, scale, cap, v_scale, **common, G=shared, BM=shape.rows, BN=shape.keys,
+                LEAST=LEAST_KEYS, WINDOW=op.window, CAPPED=op.softcap > 0, ALIKE=self._alike, SPLIT=splits > 1,
                 STAGES=shape.stages, num_warps=shape.warps,
             )  # fmt: skip
 

@@ -214,10 +214,12 @@ class CudaBackend:
             counts = np.full(-(-tokens // room), min(tokens, room), np.int32)
             self._forward(self._sizes(counts * 0, counts * 0, counts, np.zeros(1, np.int32)))
         for rows in sorted({min(rows, len(spare), self.limits.max_batch_tokens - 2) for rows in CLASSES if room > 2}):
-            if rows > 0:  # singles beside a run
+            for long in variants(rows) if rows > 0 else ():  # singles beside a run, which is the end of a prompt
                 slots = np.concatenate([spare[:rows], [0]]).astype(np.int32)
                 counts = np.concatenate([np.ones(rows), [2]]).astype(np.int32)
-                self._forward(self._sizes(slots, counts * 0, counts, np.arange(rows + 1, dtype=np.int32)))
+                starts = counts // 2 * (self.limits.max_total_tokens - 2)
+                sizes = self._sizes(slots, starts, counts, np.arange(rows + 1, dtype=np.int32))
+                self._forward(replace(sizes, long=long))
         for rows in sorted({min(rows, len(spare)) for rows in CLASSES}.union(self._graphs.first), reverse=True):
             for long in variants(rows):
                 self._decode(self._nobodys(rows, long))
@@ -355,7 +357,8 @@ class CudaBackend:
         held = {most: made.view(-1, 4) for most, made in zip(kinds, sent[3:], strict=True)}
         alone = starts[counts == 1]
         long = len(alone) > 0 and int(alone.max()) >= LONG
-        return Sizes(tokens, len(samples), sent[0], sent[1], sent[2], held, long)
+        context = int((starts + counts)[runs].max(initial=0))
+        return Sizes(tokens, len(samples), sent[0], sent[1], sent[2], held, context, long)
 
     def _prompt_details(self, inputs: StepInputs, sizes: Sizes) -> dict[int, tuple[TokenDetails, ...]] | None:
         """How likely the prompt's tokens were, some positions at a time for the sake of the logits' size."""

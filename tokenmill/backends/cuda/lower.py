@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenmill.backends.cuda.attention import AttentionLowering, Manner
 from tokenmill.backends.cuda.kernels import rows as kernels
+from tokenmill.backends.cuda.launch import Site
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import Product, Scratch, ahead, largest
 from tokenmill.backends.cuda.shapes import power
@@ -38,8 +39,8 @@ class Sizes:
 
     `pairs` (T, 2): slot and position of each token. `samples` (R,): the tokens whose rows sample; None: all of them.
     `singles`: tokens that are their sequence's only one, None: all are. `tiles`: (n, 4) of the other tokens, by how
-    many of them make a tile at most. `long`: a sequence of a single token has many tokens before it. `early`: kernels
-    that can are launched before the one before them has ended.
+    many of them make a tile at most. `context`: keys that the last of them looks at, at most. `long`: a sequence of a
+    single token has many tokens before it. `early`: kernels that can are launched before the one before them has ended.
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class Sizes:
     samples: Tensor | None = None
     singles: Tensor | None = None
     tiles: dict[int, Tensor] = field(default_factory=dict)
+    context: int = 0
     long: bool = False
     early: bool = False
 
@@ -122,9 +124,11 @@ class Lowering:
     def _embed(self, op: ops.Embed) -> Run:
         table, out, tokens = self._weights[op.table], self._memory.value(op.out), self._slots.tokens
         width, by_position = op.out.width, op.ids.buffer == self._memory.program.inputs.positions.buffer
+        launch = Site(kernels.embed_rows)
 
         def run(n: Sizes) -> None:
-            kernels.embed_rows[(n.tokens,)](
+            launch(
+                (n.tokens,),
                 n.pairs, tokens, table, out, tokens.stride(0), op.scale, WIDTH=width, BLOCK=min(power(width), 4096),
                 BY_POSITION=by_position, num_warps=4,
             )  # fmt: skip
@@ -171,10 +175,11 @@ class Lowering:
             return self._norm_heads(op, x, out, weight)
         both = isinstance(op, ops.AddNorm)
         y, total = (self._memory.value(op.y), self._memory.value(op.total)) if isinstance(op, ops.AddNorm) else (x, out)
-        bias, width = self._optional(op.bias), op.out.width
+        bias, width, launch = self._optional(op.bias), op.out.width, Site(kernels.norm_rows)
 
         def run(n: Sizes) -> None:
-            kernels.norm_rows[(n.of(op.out),)](
+            launch(
+                (n.of(op.out),),
                 x, y, weight, weight if bias is None else bias, total, out, x.stride(0), y.stride(0), op.eps,
                 WIDTH=width, BLOCK=power(width), ADD=both, CENTER=op.center, BIAS=bias is not None,
                 PDL=n.early, num_warps=4 if width <= 2048 else 8, **ahead(n.early),
@@ -183,27 +188,31 @@ class Lowering:
         return run
 
     def _norm_heads(self, op: ops.Norm, x: Tensor, out: Tensor, weight: Tensor) -> Run:
-        heads = op.out.width // op.head_dim
+        heads, launch = op.out.width // op.head_dim, Site(kernels.norm_heads)
 
         def run(n: Sizes) -> None:
-            kernels.norm_heads[(n.of(op.out), heads)](
-                x, weight, out, x.stride(0), op.eps, HEADS=heads, D=op.head_dim, BLOCK=power(op.head_dim), num_warps=1
-            )
+            launch(
+                (n.of(op.out), heads),
+                x, weight, out, x.stride(0), op.eps, HEADS=heads, D=op.head_dim,
+                BLOCK=power(op.head_dim), num_warps=1,
+            )  # fmt: skip
 
         return run
 
     def _gated(self, op: ops.GatedAct) -> Run:
         gate, up, out = (self._memory.value(v) for v in (op.gate, op.up, op.out))
-        width, columns = op.out.width, triton.cdiv(op.out.width, _BLOCK)
+        width, columns, launch = op.out.width, triton.cdiv(op.out.width, _BLOCK), Site(kernels.gate_rows)
         made = self._made.get(op.gate.buffer)
         product = self.product(made) if isinstance(made, ops.Linear) and self.gate_of(made) is op else None
 
         def run(n: Sizes) -> None:
             if product is not None and product.fits(n.of(op.out)):
                 return  # done with the product
-            kernels.gate_rows[(n.of(op.out), columns)](
-                gate, up, out, gate.stride(0), up.stride(0), WIDTH=width, BLOCK=_BLOCK, ACT=op.act, num_warps=4
-            )
+            launch(
+                (n.of(op.out), columns),
+                gate, up, out, gate.stride(0), up.stride(0), WIDTH=width, BLOCK=_BLOCK,
+                ACT=op.act, num_warps=4,
+            )  # fmt: skip
 
         return run
 
@@ -236,11 +245,12 @@ class Lowering:
 
     def _take(self, op: ops.TakeRows) -> Run:
         x, out, width = self._memory.value(op.x), self._memory.value(op.out), op.out.width
-        columns = triton.cdiv(width, _BLOCK)
+        columns, launch = triton.cdiv(width, _BLOCK), Site(kernels.take_rows)
 
         def run(n: Sizes) -> None:
             if n.sampling:
-                kernels.take_rows[(n.sampling, columns)](
+                launch(
+                    (n.sampling, columns),
                     x, n.pairs if n.samples is None else n.samples, out, x.stride(0), WIDTH=width, BLOCK=_BLOCK,
                     SOME=n.samples is not None, num_warps=4,
                 )  # fmt: skip

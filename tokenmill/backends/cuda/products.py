@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenmill.backends.cuda.kernels.products import few_rows, one_row
+from tokenmill.backends.cuda.launch import Site
 from tokenmill.backends.cuda.shapes import power
 
 FEW = 64  # rows up to which kernels are launched ahead
@@ -128,7 +129,7 @@ class Product:
     ) -> None:
         self._x, self._weight, self._bias, self._out, self._act, self._scratch = x, weight, bias, out, act, scratch
         self._outputs, self._columns = weight.shape[0] // (2 if act else 1), weight.shape[1]
-        self._alike = alike
+        self._alike, self._one, self._few = alike, Site(one_row), Site(few_rows)
         self._descriptors: dict[tuple[int, int, int], tuple[TensorDescriptor, TensorDescriptor]] = {}
 
     def fits(self, rows: int) -> bool:
@@ -155,7 +156,8 @@ class Product:
         tile = next((tile for tile in _TILES if rows <= tile), MOST)
         tma = shape.tma and self._scratch is not None and self._scratch.tma and self._x.stride(0) % 8 == 0
         x, weight = self._described(tile, shape) if tma else (self._x, self._weight)
-        few_rows[(triton.cdiv(self._outputs, shape.outputs), shape.splits, triton.cdiv(rows, tile))](
+        self._few(
+            (triton.cdiv(self._outputs, shape.outputs), shape.splits, triton.cdiv(rows, tile)),
             x, weight, self._weight if self._bias is None else self._bias, self._out, part, counts, self._x.stride(0),
             rows, N=self._outputs, K=self._columns, BM=tile, BN=shape.outputs, BK=shape.columns, SPLITS=shape.splits,
             BIAS=self._bias is not None, ACT=self._act, TMA=tma, PDL=early, STAGES=shape.stages,
@@ -190,7 +192,8 @@ class Product:
         assert shape is not None
         x, norm_weight, eps = norm or (self._x, self._weight, 0.0)
         added, out = residual or (self._weight, self._out)
-        one_row[(triton.cdiv(self._outputs, shape.outputs),)](
+        self._one(
+            (triton.cdiv(self._outputs, shape.outputs),),
             x, self._weight, norm_weight, self._weight if self._bias is None else self._bias, added, out, eps,
             N=self._outputs, K=self._columns, BN=shape.outputs, BK=shape.columns, NORM=norm is not None,
             BIAS=self._bias is not None, RESIDUAL=residual is not None, ACT=self._act, PDL=early,

@@ -78,6 +78,15 @@ def tile_shape(head_dim: int, shared: int, item_bytes: int = 2, alike: bool = Fa
     return TileShape(64, 64, 3, 4) if head_dim > 64 else TileShape(128, 64, 3, 8)
 
 
+BUSY = 528  # programs of tiles that keep a GPU busy: four for each multiprocessor of an H100
+LEAST_KEYS = 512  # of a part of a tile's keys
+
+
+def tile_splits(tiles: int, kv_heads: int, keys: int) -> int:
+    """Into how many parts keys of tiles are split, if the longest has so many: few tiles leave most of a GPU idle."""
+    return max(1, min(BUSY // max(1, tiles * kv_heads), keys // LEAST_KEYS, 16))
+
+
 class ChooseShape(NamedTuple):
     """Of choosing tokens: programs a row, logits of a round, rounds, warps."""
 

@@ -28,7 +28,7 @@ def penalties_of(at):
     return repetition, frequency, presence, (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["biases_stride"])  # it changes when room for biases grows
 def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, counts_ptr, scores_ptr,
                  parameters_stride, biases_stride, tokens_stride, VOCAB: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip

@@ -52,11 +52,55 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
 
 
 @triton.jit
-def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, table_stride, scale, cap,
-                 v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-                 BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
-                 CAPPED: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Tiles (first token of the step, its position, tokens, slot), at most BM // G tokens each. Grid (tiles, KV_HEADS).
+def part_of(start, count, splits, WINDOW: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, SPLIT: tl.constexpr):
+    """Of the keys that a tile looks at: the first and the end of this program's part, and how many parts there are."""
+    low = start * 0
+    if WINDOW:
+        low = tl.maximum(start + 1 - WINDOW, 0) // BN * BN
+    stop = start + count
+    if SPLIT:
+        chunk = tl.maximum(tl.cdiv(stop - low, splits * BN) * BN, LEAST)
+        begin = low + tl.program_id(2) * chunk
+        return begin, tl.minimum(begin + chunk, stop), tl.cdiv(stop - low, chunk)
+    else:
+        return low, stop, start * 0 + 1
+
+
+@triton.jit
+def added(acc, sums, part_ptr, sum_ptr, count_ptr, active, splits, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """Leave a part's result; whether this was the last one to arrive, and the sum of all, in order."""
+    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.arange(0, BM)
+    at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    base = tile * splits
+    tl.store(part_ptr + (base + tl.program_id(2)).to(tl.int64) * (BM * WIDTH) + at, acc)
+    tl.store(sum_ptr + (base + tl.program_id(2)) * BM + row, sums)
+    tl.debug_barrier()
+    last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == active - 1
+    if last:
+        tl.store(count_ptr + tile, 0)
+        most = tl.full([BM], -1e38, tl.float32)
+        for i in range(active):
+            most = tl.maximum(most, tl.load(sum_ptr + (base + i) * BM + row, cache_modifier=".cg"))
+        acc = tl.zeros([BM, WIDTH], tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        for i in range(active):
+            weight = tl.exp2(tl.load(sum_ptr + (base + i) * BM + row, cache_modifier=".cg") - most)
+            found = tl.load(part_ptr + (base + i).to(tl.int64) * (BM * WIDTH) + at, cache_modifier=".cg")
+            total += weight
+            acc += found * weight[:, None]
+        acc = acc / total[:, None]
+    return last, acc
+
+
+@triton.jit(do_not_specialize=["splits"])
+def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, part_ptr, sum_ptr, count_ptr,
+                 table_stride, splits, scale, cap, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                 HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, ALIKE: tl.constexpr,
+                 SPLIT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Tiles (first token of the step, its position, tokens, slot), at most BM // G tokens each. Grid (tiles, KV_HEADS),
+    with SPLIT times `splits`: a tile's keys are then shared by several programs.
 
     `scale` and `v_scale`: as for `decode`. ALIKE: what a token gets does not depend on the tile that it is in: keys
     that all see are not treated apart, for the compiler would round there otherwise.
@@ -66,6 +110,9 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, ta
     start = tl.load(tiles_ptr + 4 * tile + 1)
     count = tl.load(tiles_ptr + 4 * tile + 2)
     slot = tl.load(tiles_ptr + 4 * tile + 3).to(tl.int64)
+    begin, stop, active = part_of(start, count, splits, WINDOW, BN, LEAST, SPLIT)
+    if begin >= stop:
+        return
     row = tl.arange(0, BM)
     within, g = row // G, row % G
     j = tl.arange(0, 2 * HALF)
@@ -79,20 +126,23 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, ta
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, 2 * HALF], tl.float32)
     table = tables_ptr + slot * table_stride
-    first = start * 0
-    if WINDOW:
-        first = tl.maximum(start + 1 - WINDOW, 0) // BN * BN
-    elif not ALIKE:
-        first = start // BN * BN  # all queries see all keys before it
+    if not WINDOW and not ALIKE:
+        seen = tl.maximum(tl.minimum(start // BN * BN, stop), begin)  # all queries see all keys before it
         acc, m, total = rounds(
-            acc, m, total, q, positions, keys_ptr, values_ptr, table, head, 0, first, scale, cap, KV_HEADS, D, HALF,
+            acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, seen, scale, cap, KV_HEADS, D, HALF,
             BLOCK_SIZE, BN, False, WINDOW, CAPPED, STAGES,
         )  # fmt: skip
+        begin = seen
     acc, m, total = rounds(
-        acc, m, total, q, positions, keys_ptr, values_ptr, table, head, first, start + count, scale, cap, KV_HEADS, D,
-        HALF, BLOCK_SIZE, BN, True, WINDOW, CAPPED, STAGES,
+        acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, stop, scale, cap, KV_HEADS, D, HALF,
+        BLOCK_SIZE, BN, True, WINDOW, CAPPED, STAGES,
     )  # fmt: skip
-    tl.store(out_ptr + at, (acc * (v_scale / total)[:, None]).to(out_ptr.dtype.element_ty), mask=ok)
+    acc = acc * (v_scale / total)[:, None]
+    last = True
+    if SPLIT:
+        last, acc = added(acc, m + tl.log2(total), part_ptr, sum_ptr, count_ptr, active, splits, BM, 2 * HALF)
+    if last:
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit

@@ -1,0 +1,60 @@
+"""Launches of Triton's kernels that cost the host little.
+
+Triton looks at every argument of every launch to find the compiled kernel that fits: 20–70 µs, and an eager step has
+hundreds of launches. Here a place in the program that launches a kernel always gives arguments of the same kinds, so
+what was found the first time is launched from then on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.runtime import JITFunction, driver
+
+_KNOWN = ("3.4", "3.5", "3.6", "3.7")
+"""Tritons whose compiled kernels are launched as here; with another, each launch goes Triton's own way."""
+
+
+class Site:
+    """A place that launches `kernel`: `site(grid, *arguments, **constants)`.
+
+    The arguments of two launches with the same constants have the same types, and the same alignment and integer
+    values wherever the kernel may be specialized for them; constants come in the same order.
+    """
+
+    __slots__ = ("_found", "_kernel", "_names")
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._names: list[str] = list(getattr(kernel, "arg_names", ()))
+        self._found: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch. Tensors, descriptors, numbers; then what is known when the kernel is compiled."""
+        found = self._found.get(tuple(constants.values()))
+        if found is None:
+            self._first(grid, arguments, constants)
+            return
+        compiled, rest = found
+        size = len(grid)
+        numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]  # Triton would ask the driver
+        compiled.run(
+            grid[0], grid[1] if size > 1 else 1, grid[2] if size > 2 else 1, _stream(), compiled.function,
+            compiled.packed_metadata, None, None, None, *numbers, *rest,
+        )  # fmt: skip
+
+    def _first(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        compiled = self._kernel[grid](*arguments, **constants)
+        known = isinstance(self._kernel, JITFunction) and triton.__version__.startswith(_KNOWN)
+        if known and compiled is not None:  # None: a hook has kept Triton from compiling
+            rest = tuple(constants[name] for name in self._names[len(arguments) :])
+            self._found[tuple(constants.values())] = compiled, rest
+
+
+def _stream() -> int:
+    """The current one: while a graph is captured, that of the capture."""
+    active = driver.active
+    stream: int = active.get_current_stream(active.get_current_device())
+    return stream
