@@ -14,6 +14,7 @@ TokenmillError
 └── RequestError               one request cannot be served; the others go on
     ├── ValidationError        the request is wrong
     │   ├── ContextLengthError prompt and wanted tokens exceed the context
+    │   ├── GrammarError       a schema, regex or grammar is wrong, too large, or cannot be served exactly
     │   ├── TemplateError      the chat template cannot render the messages
     │   └── ToolError          the tools asked for do not exist or contradict each other
     ├── Overloaded             refused at once; says when to come back
@@ -119,6 +120,13 @@ class ValidationError(RequestError):
 
 class ContextLengthError(ValidationError):
     """The prompt, or prompt and wanted tokens together, exceed the context; both numbers are in the message."""
+
+
+class GrammarError(ValidationError):
+    """A schema, regex or grammar that is malformed, too costly, or cannot be served exactly.
+
+    The message names what is refused and, in a JSON schema, the path to it (`#/properties/name`).
+    """
 
 
 class TemplateError(ValidationError):

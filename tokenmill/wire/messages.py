@@ -50,6 +50,15 @@ class StoppingParams(msgspec.Struct, frozen=True, array_like=True):
     stop_ids: tuple[int, ...] = ()  # end-of-sequence ids; empty when the client asked to ignore them
 
 
+class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What the output must be: a grammar's kind and text, checked and canonical. Equal specs are the same grammar."""
+
+    kind: str  # "json_schema", "regex", "lark", "choice" (source: a JSON list of strings)
+    source: str  # JSON schemas: compact, the order of keys kept
+    after: tuple[tuple[int, ...], ...] = ()  # token sequences; the grammar begins behind the first one that appears in
+    # the output (the end of a reasoning); (): at once
+
+
 class Request(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     """One sequence to generate. `id` is unique over all HTTP workers and their restarts."""
 
@@ -60,6 +69,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     salt: bytes = b""  # where the prefix cache's hash chain begins: requests of other salts never share blocks
     wants_facts: bool = False  # every output with tokens carries `Facts`
     sent_at: float = 0.0  # of time.monotonic, which processes of a machine share: where its queue begins; 0: on arrival
+    grammar: GrammarSpec | None = None  # None: any text
 
     @property
     def computes_whole_prompt(self) -> bool:
