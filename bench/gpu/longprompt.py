@@ -68,10 +68,11 @@ class Gaps:
 def measure(engine: Steps, shape: str, work: LongPrompt) -> None:
     """Tell the figures of an engine. Requests are aborted at the end, not waited for."""
     streams = [engine.submit(work.prompt(i, work.context), work.stream_tokens) for i in range(work.streams)]
+    prompts = [work.prompt(1000 + i, work.tokens) for i in range(work.repeat)]  # to make one takes longer than a step
     while not all(engine.tokens(stream) for stream in streams):
         engine.step()
     quiet, busy, ttft = [], [], []
-    for again in range(work.repeat):
+    for prompt in prompts:
         gaps = _begin(engine, streams)
         for _ in range(work.quiet_steps):
             engine.step()
@@ -79,7 +80,7 @@ def measure(engine: Steps, shape: str, work: LongPrompt) -> None:
         quiet += gaps.gaps
         gaps.gaps = []
         start = time.perf_counter()
-        arrival = engine.submit(work.prompt(1000 + again, work.tokens), 2)
+        arrival = engine.submit(prompt, 2)
         while not engine.tokens(arrival):
             engine.step()
             gaps.look(engine.tokens)
