@@ -2,6 +2,7 @@
 
 HTTP worker -> engine:  `Request`, `Abort`
 engine -> HTTP worker:  `EngineInfo` (first on every connection), then one `StepOutputs` a step
+rank 0 -> other ranks:  what the HTTP workers said, and `Extend`
 child -> supervisor:    `Progress`, `Ready`, `Failed`; `ModelReady` from the one that fetches it
 supervisor -> child:    `Configure` (first), `ModelReady`, `Phase`, `Drain`
 
@@ -48,6 +49,11 @@ class StoppingParams(msgspec.Struct, frozen=True, array_like=True):
     max_new_tokens: int
     min_new_tokens: int = 0  # until then no stop id is sampled
     stop_ids: tuple[int, ...] = ()  # end-of-sequence ids; empty when the client asked to ignore them
+    # so a thought that takes too long is ended: after so many new tokens `forced_ids` come next, unless one of `unless`
+    # was among the new ones, whole, before; 0: never
+    force_after: int = 0
+    forced_ids: tuple[int, ...] = ()
+    unless: tuple[tuple[int, ...], ...] = ()
 
 
 class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -86,6 +92,23 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 ToEngine = Request | Abort
 
 
+class Extend(msgspec.Struct, frozen=True, array_like=True, tag="extend"):
+    """Rank 0 knows what comes next in a sequence: `token_ids` behind its first `position` tokens, prompt included.
+
+    What the device has sampled there meanwhile is void. With a `finish_reason` it ends behind them. Unknown ids are
+    ignored.
+    """
+
+    id: int
+    position: int
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str = ""  # "", "stop", "error"
+    message: str = ""  # why, if the reason is "error"
+
+
+ToScheduler = Request | Abort | Extend
+
+
 class TokenDetails(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities (natural) of one position: of the token there and of the likeliest, best first."""
 
@@ -104,6 +127,7 @@ class Facts(msgspec.Struct, frozen=True, array_like=True):
     num_cached: int = 0  # tokens of its prompt that the prefix cache had
     num_preemptions: int = 0
     largest_batch: int = 0  # the most sequences of any step while it ran
+    num_forced: int = 0  # of its tokens, those that were appended without sampling, as nothing else could follow
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -142,6 +166,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     prefill_rows: int = 0  # rows of this step that computed more than one token or did not sample
     admitted: int = 0  # requests that joined in this step
     retracted: int = 0  # steps that found no memory on the device and were taken back
+    forced_tokens: int = 0  # appended without sampling
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
