@@ -176,6 +176,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                                             env="TOKENMILL_PROTECT_METRICS")] = False
     strict_model_name: Annotated[bool, Option("Refuse unknown model names with 404.",
                                               env="TOKENMILL_STRICT_MODEL_NAME")] = False
+    grammar_backend: Annotated[str, Option("Who compiles grammars; xgrammar needs the extra `tokenmill[xgrammar]`.",
+                                           choices=("llguidance", "xgrammar"),
+                                           env="TOKENMILL_GRAMMAR_BACKEND")] = "llguidance"
+    tool_call_parser: Annotated[str, Option("Format of the model's tool calls. Default: found from the chat template.",
+                                            env="TOKENMILL_TOOL_CALL_PARSER")] = ""
+    reasoning_parser: Annotated[str, Option("Format of the model's reasoning; none: it is content. Default: found from "
+                                            "the chat template.", env="TOKENMILL_REASONING_PARSER")] = ""
     max_engine_restarts: Annotated[int, Option("Restarts of the engine in ten minutes before giving up.", at_least=0,
                                                env="TOKENMILL_MAX_ENGINE_RESTARTS")] = 5
     debug_plans: Annotated[bool, Option("Compare the ranks' plans at each step.", env="TOKENMILL_DEBUG_PLANS")] = False
