@@ -1,0 +1,289 @@
+"""What a grammar is to the engine: masks of allowed tokens, one `Matcher` a sequence, whichever library computes them.
+
+A `Backend` turns a `GrammarSpec` into a `Grammar` in two halves, so that the costly and dangerous one can run in
+another process (`pool.py`): `prepare` checks and compiles, `finish` makes what is left, where the masks are filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.errors import Unsupported
+from tokenmill.wire.messages import GrammarSpec
+
+Encode = Callable[[bytes], Sequence[int]]
+Mask = NDArray[np.uint32]
+
+_WORD = 32
+
+
+class Vocabulary(msgspec.Struct, frozen=True, array_like=True):
+    """What a grammar needs of a tokenizer: the bytes of each token, and which tokens are not text.
+
+    `size` is the width of the logits and may exceed the number of tokens: the rest is never allowed. Special tokens
+    match no text of a grammar, whatever they look like; end tokens are special.
+    """
+
+    tokens: tuple[bytes, ...]  # by id; b"": an id without text
+    end_ids: tuple[int, ...]  # at least one; each ends an answer
+    special_ids: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, token_bytes: Callable[[int], bytes], num_tokens: int, size: int, end_ids: Sequence[int],
+           special_ids: Sequence[int]) -> Vocabulary:  # fmt: skip
+        """The vocabulary of a tokenizer with `num_tokens` ids. Ids beyond the logits are cut off."""
+        tokens = tuple(token_bytes(i) for i in range(min(num_tokens, size)))
+        special = {i for i in (*special_ids, *end_ids) if i < size}
+        return cls(tokens, tuple(i for i in dict.fromkeys(end_ids) if i < size), tuple(sorted(special)), size)
+
+    @property
+    def mask_words(self) -> int:
+        """32-bit words of one row of a mask."""
+        return -(-self.size // _WORD)
+
+    def new_mask(self, rows: int) -> Mask:
+        """A mask `(rows, mask_words)` that forbids everything."""
+        return np.zeros((rows, self.mask_words), np.uint32)
+
+
+class Matcher(Protocol):
+    """One sequence's place in a grammar. Not thread-safe; different matchers may be used by different threads."""
+
+    def fill_mask(self, mask: Mask, row: int) -> None:
+        """Overwrite one row: bit `id % 32` of word `id // 32` is 1 if the token may come next.
+
+        End tokens are allowed where the grammar may end. Never raises: see `failure`.
+        """
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by one token. False, and nothing has changed, if the grammar does not allow it here."""
+
+    def rollback(self, n: int) -> None:
+        """Take the last `n` accepted tokens back, end tokens too. `n` is at most what was accepted."""
+
+    def forced(self, most: int) -> list[int]:
+        """Up to `most` tokens that must come next, in order; [] if there is a choice, or only the end may follow.
+
+        They are not accepted yet.
+        """
+
+    @property
+    def done(self) -> bool:
+        """True if only an end token may follow, or nothing."""
+
+    @property
+    def failure(self) -> str:
+        """Why the grammar cannot go on (a limit of the library was met), or ""; its rows then allow the end only."""
+
+
+class Grammar(Protocol):
+    """A compiled grammar, shared by all sequences that use it. Thread-safe."""
+
+    @property
+    def nbytes(self) -> int:
+        """Roughly the memory it takes."""
+
+    def matcher(self) -> Matcher:
+        """A new place at the beginning."""
+
+
+class MaskFiller(Protocol):
+    """Fills rows of many matchers at once, on threads of its own that do not need the interpreter."""
+
+    def fill(self, pairs: Sequence[tuple[Matcher, int]], mask: Mask) -> None:
+        """`fill_mask` for each matcher and its row. All matchers come from this filler's backend, unwrapped."""
+
+
+class Backend(Protocol):
+    """A library that compiles grammars for one vocabulary. Thread-safe."""
+
+    vocabulary: Vocabulary
+
+    def prepare(self, kind: str, source: str) -> bytes:
+        """The costly half, for a process that may be killed. GrammarError says what is wrong or cannot be served."""
+
+    def finish(self, kind: str, source: str, prepared: bytes) -> Grammar:
+        """The other half, where the grammar will be used. GrammarError only for what was never prepared."""
+
+    def filler(self, num_threads: int) -> MaskFiller:
+        """A new filler. Make one and keep it."""
+
+
+class Delayed:
+    """A matcher that allows everything until one of some token sequences has appeared, then follows its grammar.
+
+    Ends of reasoning: what the grammar constrains begins behind the first of them. A sequence counts within the output
+    only. `done` and `forced` say nothing before.
+    """
+
+    def __init__(self, inner: Matcher, after: Sequence[Sequence[int]], vocabulary: Vocabulary) -> None:
+        self.inner = inner
+        self._after = [tuple(sequence) for sequence in after if sequence]
+        self._open = _all_allowed(vocabulary)
+        self._before: list[int] = []  # what came before the grammar began, the sequence itself included
+        self._inside = 0  # tokens the inner matcher accepted
+        self.begun = not self._after
+
+    def fill_mask(self, mask: Mask, row: int) -> None:
+        """Everything, before the beginning."""
+        if self.begun:
+            self.inner.fill_mask(mask, row)
+        else:
+            mask[row] = self._open
+
+    def accept(self, token_id: int) -> bool:
+        """Before the beginning always true."""
+        if self.begun:
+            taken = self.inner.accept(token_id)
+            self._inside += taken
+            return taken
+        self._before.append(token_id)
+        self.begun = self._at_an_end()
+        return True
+
+    def rollback(self, n: int) -> None:
+        """Goes back over the beginning, too."""
+        inside = min(n, self._inside)
+        if inside:
+            self.inner.rollback(inside)
+            self._inside -= inside
+        if n > inside:
+            del self._before[len(self._before) - (n - inside) :]
+            self.begun = not self._after
+
+    def forced(self, most: int) -> list[int]:
+        """Nothing, before the beginning."""
+        return self.inner.forced(most) if self.begun else []
+
+    @property
+    def done(self) -> bool:
+        """Never before the beginning."""
+        return self.begun and self.inner.done
+
+    @property
+    def failure(self) -> str:
+        """The inner matcher's."""
+        return self.inner.failure
+
+    def _at_an_end(self) -> bool:
+        return any(tuple(self._before[-len(sequence) :]) == sequence for sequence in self._after)
+
+
+class DelayedGrammar:
+    """A grammar whose matchers are `Delayed`."""
+
+    def __init__(self, inner: Grammar, after: Sequence[Sequence[int]], vocabulary: Vocabulary) -> None:
+        self._inner, self._after, self._vocabulary = inner, after, vocabulary
+
+    @property
+    def nbytes(self) -> int:
+        """The inner grammar's."""
+        return self._inner.nbytes
+
+    def matcher(self) -> Matcher:
+        """A matcher that waits for its beginning."""
+        return Delayed(self._inner.matcher(), self._after, self._vocabulary)
+
+
+def new_backend(name: str, vocabulary: Vocabulary, encode: Encode | None = None) -> Backend:
+    """The backend `name`: "llguidance" or "xgrammar".
+
+    `encode` gives the tokens that the model's tokenizer makes of some UTF-8, for forced text to be cut as the model has
+    learned it; None: the longest tokens. MissingPackage if its library is not installed.
+    """
+    if name == "llguidance":
+        from tokenmill.grammar.llguidance import LLGuidance
+
+        return LLGuidance(vocabulary, encode)
+    if name == "xgrammar":
+        from tokenmill.grammar.xgrammar import XGrammar
+
+        return XGrammar(vocabulary, encode)
+    raise Unsupported("grammar backend", name, ("llguidance", "xgrammar"))
+
+
+def compile_here(spec: GrammarSpec, backend: Backend) -> Grammar:
+    """Both halves in this process and thread, without limits: for trusted grammars. GrammarError as `prepare`."""
+    prepared = backend.prepare(spec.kind, spec.source)
+    return delayed(backend.finish(spec.kind, spec.source, prepared), spec, backend.vocabulary)
+
+
+def delayed(grammar: Grammar, spec: GrammarSpec, vocabulary: Vocabulary) -> Grammar:
+    """The grammar as `spec.after` asks for it."""
+    return DelayedGrammar(grammar, spec.after, vocabulary) if spec.after else grammar
+
+
+def fill_masks(matchers: Sequence[Matcher], mask: Mask, rows: Sequence[int], pool: MaskFiller) -> None:
+    """Fill the mask's row `rows[i]` for `matchers[i]`, all at once on the pool's threads. Other rows are not touched.
+
+    `mask` is contiguous. Blocks until all are filled.
+    """
+    pairs: list[tuple[Matcher, int]] = []
+    for matcher, row in zip(matchers, rows, strict=True):
+        if isinstance(matcher, Delayed):
+            if not matcher.begun:
+                matcher.fill_mask(mask, row)
+                continue
+            matcher = matcher.inner
+        pairs.append((matcher, row))
+    if pairs:
+        pool.fill(pairs, mask)
+
+
+def only_ends(vocabulary: Vocabulary) -> NDArray[np.uint32]:
+    """A row that allows the end tokens alone."""
+    row: NDArray[np.uint32] = vocabulary.new_mask(1)[0]
+    for token_id in vocabulary.end_ids:
+        row[token_id // _WORD] |= np.uint32(1 << token_id % _WORD)
+    return row
+
+
+def longest_tokens(vocabulary: Vocabulary) -> Encode:
+    """Cuts text into the longest tokens there are, from the left: close to what most tokenizers do."""
+    special = set(vocabulary.special_ids)
+    id_of = {text: i for i, text in enumerate(vocabulary.tokens) if text and i not in special}
+    longest = max(map(len, id_of), default=0)
+
+    def encode(text: bytes) -> list[int]:
+        ids, at = [], 0
+        while at < len(text):
+            for end in range(min(len(text), at + longest), at, -1):
+                token_id = id_of.get(text[at:end])
+                if token_id is not None:
+                    ids.append(token_id)
+                    at = end
+                    break
+            else:
+                break  # a byte that no token spells: what comes before it is all there is
+        return ids
+
+    return encode
+
+
+def exact(encode: Encode | None, vocabulary: Vocabulary) -> Encode:
+    """`encode` where its tokens spell exactly what they were made of, else the longest tokens.
+
+    Some tokenizers put a space before a text, or normalize it.
+    """
+    fallback = longest_tokens(vocabulary)
+    if encode is None:
+        return fallback
+    tokens, special = vocabulary.tokens, set(vocabulary.special_ids)
+
+    def checked(text: bytes) -> Sequence[int]:
+        ids = encode(text)
+        if any(i >= len(tokens) or i in special for i in ids) or b"".join(tokens[i] for i in ids) != text:
+            return fallback(text)
+        return ids
+
+    return checked
+
+
+def _all_allowed(vocabulary: Vocabulary) -> NDArray[np.uint32]:
+    return np.full(vocabulary.mask_words, 0xFFFFFFFF, np.uint32)

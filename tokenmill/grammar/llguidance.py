@@ -1,0 +1,223 @@
+"""Grammars by llguidance: an Earley parser over derivatives of regular expressions, computed as tokens come.
+
+Compiling is quick and lazy, so `prepare` compiles to see whether it can be done, and `finish` does it again in its own
+process. `kind` "lark" is llguidance's dialect of Lark, with `%json {…}` and special tokens written `<|name|>`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import llguidance as lib
+
+from tokenmill.errors import GrammarError
+from tokenmill.grammar import schema
+from tokenmill.grammar.base import Encode, Grammar, Mask, Matcher, Vocabulary, exact, only_ends
+from tokenmill.grammar.locate import locate
+from tokenmill.grammar.patterns import PatternError, literal, rewrite
+
+SPACE = r"[ \t]|\r?\n[ \t]{0,40}"
+"""White space inside JSON: one blank, or a line's end with an indentation. Bounded, or weak models never stop."""
+
+_NAMES = {
+    "regex": "regular expression", "lark": "grammar", "choice": "list of choices", "json_schema": "JSON schema",
+}  # fmt: skip
+_CLEARER = (
+    ("oneOf constraints are not supported", "its alternatives are not provably exclusive; `anyOf` can be served"),
+    ("NoExtension", "nothing matches it"),
+    ("too many expressions", "it needs too many states"),
+)
+_ESCAPES = 'nrbtf\\"'
+_MASK_ITEM_BYTES = 4
+_FIXED_BYTES = 64 << 10  # measured: a small grammar takes 66 kB, a large one a hundred times its text
+_BYTES_PER_CHARACTER = 100
+
+
+class LLGuidance:
+    """The backend. Building one takes about 3 µs a token of the vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, encode: Encode | None = None) -> None:
+        self.vocabulary = vocabulary
+        wrapped = lib.TokenizerWrapper(_Tokens(vocabulary, encode))
+        self._tokenizer = lib.LLTokenizer(wrapped, eos_token=list(vocabulary.end_ids))
+        self._ends = only_ends(vocabulary)
+
+    def prepare(self, kind: str, source: str) -> bytes:
+        """Compile and compute the first mask. Returns nothing that `finish` would need."""
+        matcher = self._compile(kind, source)
+        mask = self.vocabulary.new_mask(1)
+        first = LLMatcher(matcher, self._ends)
+        first.fill_mask(mask, 0)
+        if first.failure:
+            raise GrammarError(_explain(kind, first.failure))
+        if not (mask[0] & ~self._ends).any() and not matcher.is_accepting():
+            raise GrammarError(_explain(kind, "nothing matches it"))
+        return b""
+
+    def finish(self, kind: str, source: str, prepared: bytes) -> Grammar:
+        """Compile again: less than a millisecond for most."""
+        return LLGrammar(self._compile(kind, source), len(source), self._ends)
+
+    def filler(self, num_threads: int) -> LLFiller:
+        """Masks on `num_threads` threads of llguidance."""
+        return LLFiller(num_threads)
+
+    def _compile(self, kind: str, source: str) -> lib.LLMatcher:
+        matcher = lib.LLMatcher(self._tokenizer, grammar_text(kind, source), log_level=0)
+        if matcher.is_error():
+            fault = _first_line(matcher.get_error())
+            if kind == "json_schema":
+                raise GrammarError(locate(source, self._fault, fault))
+            raise GrammarError(_explain(kind, fault))
+        if kind == "json_schema" and matcher.is_accepting():
+            raise GrammarError(_explain(kind, "nothing matches it"))  # no JSON is empty
+        return matcher
+
+    def _fault(self, text: str) -> str:
+        found = lib.LLMatcher(self._tokenizer, grammar_text("json_schema", text), log_level=0)
+        return _first_line(found.get_error()) if found.is_error() else ""
+
+
+class LLGrammar:
+    """A compiled grammar; matchers are copies of one that has not begun."""
+
+    def __init__(self, start: lib.LLMatcher, num_characters: int, ends: Any) -> None:
+        self._start, self._ends = start, ends
+        self.nbytes = _FIXED_BYTES + _BYTES_PER_CHARACTER * num_characters
+
+    def matcher(self) -> LLMatcher:
+        """About 50 µs."""
+        return LLMatcher(self._start, self._ends)
+
+
+class LLMatcher:
+    """`base.Matcher` over a copy of llguidance's."""
+
+    def __init__(self, start: lib.LLMatcher, ends: Any) -> None:
+        self.inner = start.deep_copy()
+        self.ends = ends
+        self._start = start
+        self._accepted: list[int] = []  # for what llguidance cannot roll back: a lexeme with stop= or max_tokens=
+
+    def fill_mask(self, mask: Mask, row: int) -> None:
+        """Lets other threads run."""
+        target = mask[row]
+        self.inner.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
+        self.mend(mask, row)
+
+    def mend(self, mask: Mask, row: int) -> None:
+        """After the mask was computed: a row that a failure left behind allows the end only."""
+        if self.inner.is_error() or not mask[row].any():
+            mask[row] = self.ends
+
+    def accept(self, token_id: int) -> bool:
+        """A token that does not fit leaves the matcher as it was."""
+        if self.inner.is_error() or not self.inner.try_consume_tokens([token_id]):
+            return False
+        self._accepted.append(token_id)
+        return True
+
+    def rollback(self, n: int) -> None:
+        """By llguidance, or from the start if it cannot."""
+        if not n:
+            return
+        del self._accepted[len(self._accepted) - n :]
+        if self.inner.is_error() or not self.inner.rollback(n):
+            self.inner = self._start.deep_copy()
+            self.inner.try_consume_tokens(self._accepted)
+
+    def forced(self, most: int) -> list[int]:
+        """As the model's tokenizer cuts the forced text."""
+        if self.done:
+            return []
+        return list(self.inner.compute_ff_tokens()[:most])
+
+    @property
+    def done(self) -> bool:
+        """True after a failure, too."""
+        return bool(self.inner.is_stopped())
+
+    @property
+    def failure(self) -> str:
+        """llguidance's words, without the text that was generated."""
+        return _first_line(self.inner.get_error()) if self.inner.is_error() else ""
+
+
+class LLFiller:
+    """`base.MaskFiller` on a pool of llguidance's own threads."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._executor = lib.LLExecutor(num_threads=num_threads)
+
+    def fill(self, pairs: Sequence[tuple[Matcher, int]], mask: Mask) -> None:
+        """One call for all rows."""
+        ours = [(_ours(matcher), row) for matcher, row in pairs]
+        row_bytes = mask.shape[1] * _MASK_ITEM_BYTES
+        assert mask.flags.c_contiguous
+        self._executor.unsafe_compute_mask_ptr(
+            [(matcher.inner, row) for matcher, row in ours], mask.ctypes.data, row_bytes, mask.shape[0]
+        )
+        for matcher, row in ours:
+            matcher.mend(mask, row)
+
+
+def grammar_text(kind: str, source: str) -> str:
+    """A spec as llguidance reads it. GrammarError for a kind that it does not know."""
+    if kind == "json_schema":
+        return str(lib.LLMatcher.grammar_from_json_schema(source, overrides=json_options(source)))
+    if kind == "regex":
+        try:
+            return str(lib.LLMatcher.grammar_from_regex(rewrite(source, search=False).text))
+        except PatternError as error:
+            raise GrammarError(_explain(kind, str(error))) from None
+    if kind == "choice":
+        return str(lib.LLMatcher.grammar_from_regex("|".join(f"({literal(text)})" for text in json.loads(source))))
+    if kind == "lark":
+        return str(lib.LLMatcher.grammar_from_lark(source))
+    raise GrammarError(f"A grammar of the kind {kind!r} is not supported.")
+
+
+def json_options(source: str) -> Any:
+    """llguidance's options for a canonical schema: never lenient, bounded white space."""
+    options = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
+    if not schema.needs_unicode_escapes(source):
+        options["json_allowed_escapes"] = _ESCAPES
+    return options
+
+
+def lark_json(source: str) -> str:
+    """A canonical schema as it is written behind `%json` in a Lark grammar, with the same options."""
+    value = json.loads(source)
+    if not isinstance(value, dict):
+        value = {} if value else {"not": {}}
+    return json.dumps({"x-guidance": json_options(source), **value}, ensure_ascii=False)
+
+
+class _Tokens:
+    """The vocabulary as llguidance's TokenizerWrapper wants it."""
+
+    def __init__(self, vocabulary: Vocabulary, encode: Encode | None) -> None:
+        self.eos_token_id = vocabulary.end_ids[0]
+        self.bos_token_id = None
+        self.special_token_ids = list(vocabulary.special_ids)
+        self.tokens = [*vocabulary.tokens, *(b"",) * (vocabulary.size - len(vocabulary.tokens))]
+        self._encode = exact(encode, vocabulary)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return list(self._encode(text.encode() if isinstance(text, str) else text))
+
+
+def _ours(matcher: Matcher) -> LLMatcher:
+    assert isinstance(matcher, LLMatcher)
+    return matcher
+
+
+def _first_line(text: str) -> str:
+    line = text.strip().split("\n")[0][:300]
+    return next((words for mark, words in _CLEARER if mark in line), line)
+
+
+def _explain(kind: str, fault: str) -> str:
+    return f"The {_NAMES.get(kind, kind)} cannot be used: {fault.rstrip('.')}."

@@ -1,0 +1,247 @@
+"""Grammars compiled off the engine: in processes with limits, so that no grammar can hold up or harm anyone else.
+
+`CompilePool.submit` returns at once. A process prepares the grammar within its limits of CPU time, memory and clock
+time, or is killed and replaced; then a thread of the pool finishes it here. Results are cached by content up to a
+number of bytes, refusals too. Equal grammars that come at the same time are compiled once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future
+
+import msgspec
+
+from tokenmill.errors import GenerationError, GrammarError
+from tokenmill.grammar.base import Backend, Grammar, delayed
+from tokenmill.grammar.worker import Job, Result, Setup
+from tokenmill.wire.channel import Channel, ChannelError
+from tokenmill.wire.messages import GrammarSpec
+
+log = logging.getLogger(__name__)
+
+_START_S = 60.0  # a process's start; the clock of a grammar begins after it
+_REFUSAL_BYTES = 1024
+
+
+class PoolLimits(msgspec.Struct, frozen=True):
+    """What one grammar may cost, and all together may keep."""
+
+    cpu_s: float = 1.0
+    clock_s: float = 1.8
+    memory_bytes: int = 512 << 20
+    source_bytes: int = 512 << 10
+    cache_bytes: int = 256 << 20
+    processes: int = 2
+
+
+_Key = tuple[str, str]
+
+
+class CompilePool:
+    """Compiles for one backend. `submit` may be called from any thread; close it when done.
+
+    `backend_name` is what `new_backend` made `backend` of: the processes make their own. `num_compiled`, `num_refused`,
+    `num_killed`, `num_cached`: counters for metrics.
+    """
+
+    def __init__(self, backend_name: str, backend: Backend, limits: PoolLimits | None = None) -> None:
+        self.limits = limits or PoolLimits()
+        self.num_compiled = self.num_refused = self.num_killed = self.num_cached = 0
+        self._backend = backend
+        self._setup = Setup(backend_name, backend.vocabulary, self.limits.cpu_s, self.limits.memory_bytes)
+        self._lock = threading.Lock()
+        self._cache = _Cache(self.limits.cache_bytes)
+        self._running: dict[_Key, list[tuple[GrammarSpec, Future[Grammar]]]] = {}
+        self._jobs: queue.SimpleQueue[_Key | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"grammar {i}", daemon=True) for i in range(self.limits.processes)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, spec: GrammarSpec) -> Future[Grammar]:
+        """The grammar, some time later. The future fails with GrammarError, or GenerationError if no process starts."""
+        future: Future[Grammar] = Future()
+        size = len(spec.source.encode())
+        if size > self.limits.source_bytes:
+            self.num_refused += 1
+            future.set_exception(GrammarError(f"The grammar takes {size} bytes; at most {self.limits.source_bytes} "
+                                              "are allowed."))  # fmt: skip
+            return future
+        key = (spec.kind, spec.source)
+        with self._lock:
+            known = self._cache.get(key)
+            if known is None:
+                waiting = self._running.setdefault(key, [])
+                waiting.append((spec, future))
+                if len(waiting) == 1:
+                    self._jobs.put(key)
+                return future
+            self.num_cached += 1
+        self._settle(spec, future, known)
+        return future
+
+    def close(self) -> None:
+        """End the processes and wait for them. What is still waiting fails."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(self.limits.clock_s + 2)
+        with self._lock:
+            left, self._running = self._running, {}
+        for waiting in left.values():
+            for spec, future in waiting:
+                self._settle(spec, future, GenerationError("The server is stopping."))
+
+    def _serve(self) -> None:
+        process: _Process | None = None
+        while True:
+            try:
+                process = process or _Process(self._setup)
+            except (OSError, ChannelError) as error:
+                log.error("A process that compiles grammars does not start: %s", error)
+            key = self._jobs.get()
+            if key is None:
+                break
+            result: Grammar | Exception
+            if process is None:
+                result = GenerationError("The server cannot compile grammars at the moment.")
+            else:
+                result = self._compile(process, key)
+                process = None if process.ended else process
+            self._finish(key, result)
+        if process is not None:
+            process.end()
+
+    def _compile(self, process: _Process, key: _Key) -> Grammar | Exception:
+        try:
+            answer = process.run(Job(*key), self.limits.clock_s)
+        except _Killed as killed:
+            self.num_killed += 1
+            log.warning("Compiling a grammar was ended: it %s", killed)
+            return GrammarError(f"The grammar is too costly to compile: it {killed}.")
+        if answer.error:
+            return GrammarError(answer.error)
+        try:
+            return self._backend.finish(*key, answer.prepared)
+        except GrammarError as error:
+            return error
+        except Exception as error:  # whatever a library raises must not end this thread
+            log.exception("A grammar that was prepared cannot be finished")
+            return GenerationError(f"The grammar cannot be used: {error}")
+
+    def _finish(self, key: _Key, result: Grammar | Exception) -> None:
+        with self._lock:
+            if not isinstance(result, GenerationError):
+                self._cache.put(key, result)
+            waiting = self._running.pop(key, [])
+            self.num_refused += isinstance(result, GrammarError)
+            self.num_compiled += not isinstance(result, Exception)
+        for spec, future in waiting:
+            self._settle(spec, future, result)
+
+    def _settle(self, spec: GrammarSpec, future: Future[Grammar], result: Grammar | Exception) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        if isinstance(result, Exception):
+            future.set_exception(type(result)(str(result)))  # each its own: a raised exception collects tracebacks
+        else:
+            future.set_result(delayed(result, spec, self._backend.vocabulary))
+
+
+class _Cache:
+    """Least recently used first out, by bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._entries: OrderedDict[_Key, tuple[Grammar | Exception, int]] = OrderedDict()
+
+    def get(self, key: _Key) -> Grammar | Exception | None:
+        found = self._entries.get(key)
+        if found is None:
+            return None
+        self._entries.move_to_end(key)
+        return found[0]
+
+    def put(self, key: _Key, value: Grammar | Exception) -> None:
+        size = len(key[1]) + (_REFUSAL_BYTES if isinstance(value, Exception) else value.nbytes)
+        if size > self._max_bytes:
+            return
+        self._entries[key] = (value, size)
+        self._bytes += size
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._entries.popitem(last=False)[1][1]
+
+
+class _Killed(Exception):
+    """A process ended in the middle of a job; the message says why, after "it"."""
+
+
+class _Process:
+    """One process that compiles, as a thread of the pool sees it."""
+
+    def __init__(self, setup: Setup) -> None:
+        ours, theirs = socket.socketpair()
+        self.ended = False
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tokenmill.grammar.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), process_group=0,
+            )  # fmt: skip
+        self._channel: Channel[Result] = Channel(ours, Result)
+        self._memory_bytes = setup.memory_bytes
+        self._cpu_s = setup.cpu_s
+        try:
+            self._channel.set_timeout(_START_S)
+            self._channel.send(setup)
+            if self._channel.receive() is None:
+                raise ChannelError("it ended at once")
+        except (OSError, ChannelError):
+            self.end()
+            raise
+
+    def run(self, job: Job, clock_s: float) -> Result:
+        """Blocks until the job is done. _Killed: the process has ended, by itself or because it took too long."""
+        began = time.monotonic()
+        try:
+            self._channel.set_timeout(clock_s)
+            self._channel.send(job)
+            self._channel.set_timeout(max(clock_s - (time.monotonic() - began), 0.001))
+            answer = self._channel.receive()
+        except TimeoutError:
+            self.end()
+            raise _Killed(f"took longer than {clock_s:g} s") from None
+        except (OSError, ChannelError):
+            answer = None
+        if answer is None:
+            raise _Killed(self._how_it_ended())
+        return answer
+
+    def end(self) -> None:
+        """Kill and wait. Idempotent."""
+        self.ended = True
+        self._channel.close()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+
+    def _how_it_ended(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        code = self._process.returncode
+        self.end()
+        if code == -signal.SIGPROF:
+            return f"took more than {self._cpu_s:g} s of CPU time"
+        if code == -signal.SIGSEGV:
+            return "has too many levels or optional parts"
+        return f"took more than {self._memory_bytes >> 20} MB of memory"
