@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance as lib
+import numpy as np
+from numpy.typing import NDArray
 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar import schema
@@ -42,7 +44,7 @@ class LLGuidance:
         self.vocabulary = vocabulary
         wrapped = lib.TokenizerWrapper(_Tokens(vocabulary, encode))
         self._tokenizer = lib.LLTokenizer(wrapped, eos_token=list(vocabulary.end_ids))
-        self._ends = only_ends(vocabulary)
+        self._ends = Ends(frozenset(vocabulary.end_ids), only_ends(vocabulary))
 
     def prepare(self, kind: str, source: str) -> bytes:
         """Compile and compute the first mask. Returns nothing that `finish` would need."""
@@ -52,7 +54,7 @@ class LLGuidance:
         first.fill_mask(mask, 0)
         if first.failure:
             raise GrammarError(_explain(kind, first.failure))
-        if not (mask[0] & ~self._ends).any() and not matcher.is_accepting():
+        if not (mask[0] & ~self._ends.row).any() and not matcher.is_accepting():
             raise GrammarError(_explain(kind, "nothing matches it"))
         return b""
 
@@ -80,10 +82,17 @@ class LLGuidance:
         return _first_line(found.get_error()) if found.is_error() else ""
 
 
+class Ends(NamedTuple):
+    """The end tokens: their ids, and the row of a mask that allows them alone."""
+
+    ids: frozenset[int]
+    row: NDArray[np.uint32]
+
+
 class LLGrammar:
     """A compiled grammar; matchers are copies of one that has not begun."""
 
-    def __init__(self, start: lib.LLMatcher, num_characters: int, ends: Any) -> None:
+    def __init__(self, start: lib.LLMatcher, num_characters: int, ends: Ends) -> None:
         self._start, self._ends = start, ends
         self.nbytes = _FIXED_BYTES + _BYTES_PER_CHARACTER * num_characters
 
@@ -93,13 +102,13 @@ class LLGrammar:
 
 
 class LLMatcher:
-    """`base.Matcher` over a copy of llguidance's."""
+    """`base.Matcher` over a copy of llguidance's. End tokens are counted here: llguidance takes one of several."""
 
-    def __init__(self, start: lib.LLMatcher, ends: Any) -> None:
+    def __init__(self, start: lib.LLMatcher, ends: Ends) -> None:
         self.inner = start.deep_copy()
-        self.ends = ends
-        self._start = start
+        self._start, self._ends = start, ends
         self._accepted: list[int] = []  # for what llguidance cannot roll back: a lexeme with stop= or max_tokens=
+        self._num_ends = 0
 
     def fill_mask(self, mask: Mask, row: int) -> None:
         """Lets other threads run."""
@@ -108,19 +117,27 @@ class LLMatcher:
         self.mend(mask, row)
 
     def mend(self, mask: Mask, row: int) -> None:
-        """After the mask was computed: a row that a failure left behind allows the end only."""
-        if self.inner.is_error() or not mask[row].any():
-            mask[row] = self.ends
+        """After the mask was computed: behind an end or a failure only the end is allowed."""
+        if self.done or not mask[row].any():
+            mask[row] = self._ends.row
 
     def accept(self, token_id: int) -> bool:
         """A token that does not fit leaves the matcher as it was."""
-        if self.inner.is_error() or not self.inner.try_consume_tokens([token_id]):
+        if token_id in self._ends.ids:
+            if not self.inner.is_accepting():
+                return False
+            self._num_ends += 1
+            return True
+        if self._num_ends or self.inner.is_error() or not self.inner.try_consume_tokens([token_id]):
             return False
         self._accepted.append(token_id)
         return True
 
     def rollback(self, n: int) -> None:
         """By llguidance, or from the start if it cannot."""
+        ends = min(n, self._num_ends)
+        self._num_ends -= ends
+        n -= ends
         if not n:
             return
         del self._accepted[len(self._accepted) - n :]
@@ -132,12 +149,12 @@ class LLMatcher:
         """As the model's tokenizer cuts the forced text."""
         if self.done:
             return []
-        return list(self.inner.compute_ff_tokens()[:most])
+        return [int(i) for i in self.inner.compute_ff_tokens()[:most] if i not in self._ends.ids]
 
     @property
     def done(self) -> bool:
         """True after a failure, too."""
-        return bool(self.inner.is_stopped())
+        return self._num_ends > 0 or bool(self.inner.is_stopped())
 
     @property
     def failure(self) -> str:

@@ -47,7 +47,14 @@ class Result(msgspec.Struct, frozen=True, array_like=True, tag="result"):
 
 
 def main(fd: int) -> None:
-    """Serve until the pool is gone."""
+    """Serve until the pool is gone, on a thread with a small stack."""
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=_serve, args=(fd,))
+    thread.start()
+    thread.join()
+
+
+def _serve(fd: int) -> None:
     channel: Channel[Setup | Job] = Channel(socket.socket(fileno=fd), Setup | Job)
     setup = channel.receive()
     if not isinstance(setup, Setup):
@@ -56,20 +63,12 @@ def main(fd: int) -> None:
     gc.freeze()
     _limit_memory(setup.memory_bytes)
     channel.send(Result())
-    threading.stack_size(STACK_BYTES)
     while (job := channel.receive()) is not None:
         assert isinstance(job, Job)
-        channel.send(_with_limits(backend, job, setup.cpu_s))
-
-
-def _with_limits(backend: Backend, job: Job, cpu_s: float) -> Result:
-    results: list[Result] = []
-    thread = threading.Thread(target=lambda: results.append(_run(backend, job)))
-    signal.setitimer(signal.ITIMER_PROF, cpu_s)  # counts this process's CPU time; SIGPROF ends it
-    thread.start()
-    thread.join()
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    return results[0]
+        signal.setitimer(signal.ITIMER_PROF, setup.cpu_s)  # counts this process's CPU time; SIGPROF ends it
+        result = _run(backend, job)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        channel.send(result)
 
 
 def _run(backend: Backend, job: Job) -> Result:
