@@ -1,0 +1,149 @@
+"""Writes tool calls as the models of each format write them: the other side of what `text/tools` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+Call = tuple[str, dict[str, Any]]
+
+
+def text_of(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def objects(calls: list[Call], name: str = "name", arguments: str = "arguments") -> list[str]:
+    return [f'{{"{name}": {text_of(called)}, "{arguments}": {text_of(given)}}}' for called, given in calls]
+
+
+def hermes(calls: list[Call]) -> str:
+    return "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in objects(calls))
+
+
+def smollm(calls: list[Call]) -> str:
+    return f"<tool_call>[{', '.join(objects(calls))}]</tool_call>"
+
+
+def llama(calls: list[Call]) -> str:
+    return "; ".join(objects(calls, arguments="parameters"))
+
+
+def generic(calls: list[Call]) -> str:
+    return f"[{', '.join(objects(calls))}]"
+
+
+def mistral(calls: list[Call]) -> str:
+    return f"[TOOL_CALLS][{', '.join(objects(calls))}]"
+
+
+def mistral_args(calls: list[Call]) -> str:
+    return "".join(f"[TOOL_CALLS]{name}[ARGS]{text_of(given)}" for name, given in calls)
+
+
+def deepseek(calls: list[Call]) -> str:
+    written = [
+        f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{text_of(given)}\n```<｜tool▁call▁end｜>"
+        for name, given in calls
+    ]
+    return "<｜tool▁calls▁begin｜>" + "\n".join(written) + "<｜tool▁calls▁end｜>"
+
+
+def deepseek_v31(calls: list[Call]) -> str:
+    written = [
+        f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{text_of(given)}<｜tool▁call▁end｜>" for name, given in calls
+    ]
+    return "<｜tool▁calls▁begin｜>" + "".join(written) + "<｜tool▁calls▁end｜>"
+
+
+def kimi(calls: list[Call]) -> str:
+    written = [
+        f"<|tool_call_begin|>functions.{name}:{i}<|tool_call_argument_begin|>{text_of(given)}<|tool_call_end|>"
+        for i, (name, given) in enumerate(calls)
+    ]
+    return "<|tool_calls_section_begin|>" + "".join(written) + "<|tool_calls_section_end|>"
+
+
+def plain(value: Any) -> str:
+    return value if isinstance(value, str) else text_of(value)
+
+
+def qwen3_coder(calls: list[Call]) -> str:
+    written = []
+    for name, given in calls:
+        tags = "".join(f"<parameter={key}>\n{plain(value)}\n</parameter>\n" for key, value in given.items())
+        written.append(f"<tool_call>\n<function={name}>\n{tags}</function>\n</tool_call>")
+    return "\n".join(written)
+
+
+def glm(calls: list[Call]) -> str:
+    written = []
+    for name, given in calls:
+        tags = "".join(
+            f"<arg_key>{key}</arg_key>\n<arg_value>{plain(value)}</arg_value>\n" for key, value in given.items()
+        )
+        written.append(f"<tool_call>{name}\n{tags}</tool_call>")
+    return "\n".join(written)
+
+
+def phi4(calls: list[Call]) -> str:
+    return f"<|tool_call|>[{', '.join(objects(calls))}]<|/tool_call|>"
+
+
+def granite(calls: list[Call]) -> str:
+    return f"<|tool_call|>[{', '.join(objects(calls))}]"
+
+
+def command_r(calls: list[Call]) -> str:
+    written = ",\n    ".join(
+        f'{{"tool_call_id": "{i}", {one[1:]}' for i, one in enumerate(objects(calls, "tool_name", "parameters"))
+    )
+    return f"<|START_ACTION|>[\n    {written}\n]<|END_ACTION|>"
+
+
+def python_calls(calls: list[Call]) -> list[str]:
+    return [f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in calls]
+
+
+def pythonic(calls: list[Call]) -> str:
+    return f"[{', '.join(python_calls(calls))}]"
+
+
+def gemma(calls: list[Call]) -> str:
+    return "```tool_code\n" + "\n".join(python_calls(calls)) + "\n```"
+
+
+def escaped(value: Any) -> str:
+    if isinstance(value, str):
+        return f"<escape>{value}<escape>"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"<escape>{key}<escape>:{escaped(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(escaped, value))}]"
+    return text_of(value)
+
+
+def functiongemma(calls: list[Call]) -> str:
+    return "".join(
+        f"<start_function_call>call:{name}{{{','.join(f'{key}:{escaped(value)}' for key, value in given.items())}}}"
+        f"<end_function_call>"
+        for name, given in calls
+    )
+
+
+def harmony(calls: list[Call]) -> str:
+    return "<|start|>assistant".join(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{text_of(given)}<|call|>"
+        for name, given in calls
+    )
+
+
+WRITERS: dict[str, Callable[[list[Call]], str]] = {
+    writer.__name__: writer
+    for writer in (
+        hermes, smollm, llama, generic, mistral, mistral_args, deepseek, deepseek_v31, kimi, qwen3_coder, glm, phi4, granite,
+        command_r, pythonic, gemma, functiongemma, harmony,
+    )
+}  # fmt: skip
+BARE = {"llama", "generic", "pythonic"}
+"""Formats whose calls are the whole answer."""

@@ -1,0 +1,205 @@
+"""How models mark their thoughts, found from the chat template, and what splits them from the answer.
+
+`reasoning_of` says whether an answer to a rendered prompt has thoughts and between which texts. `Splitter` reads an
+answer. White space next to the marks belongs to them, as templates write it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from tokenmill.errors import Unsupported
+from tokenmill.text.tools._output import Output
+from tokenmill.text.tools._reader import Broken, Markers, Reader, Reading, expect, spaces, take
+
+_MOST_SPACE = 32  # characters of white space that wait for the mark behind them
+
+
+class ReasoningFormat(msgspec.Struct, frozen=True):
+    """The marks of a thought.
+
+    `start` and `end` enclose it; with `already_open` the prompt ends inside of it. Behind the first `answer` the
+    answer's own text begins, and with it a grammar. `closing` is the text that ends a thought whose budget is spent.
+    `wrap`: marks around the answer that are no part of it. `channels`: thoughts are channels, which
+    tools/harmony.py reads.
+    """
+
+    name: str
+    start: str
+    end: str
+    answer: str
+    closing: str
+    already_open: bool = False
+    wrap: tuple[str, str] | None = None
+    channels: bool = False
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that may be special tokens, and have to reach the splitter."""
+        return (self.start, self.end, *(self.wrap or ()))
+
+
+def _between(name: str, start: str, end: str, wrap: tuple[str, str] | None = None) -> ReasoningFormat:
+    return ReasoningFormat(name, start, end, end, f"\n{end}\n\n", wrap=wrap)
+
+
+HARMONY = ReasoningFormat(
+    "harmony",
+    start="<|channel|>analysis<|message|>",
+    end="<|end|>",
+    answer="<|channel|>final<|message|>",
+    closing="<|end|><|start|>assistant<|channel|>final<|message|>",
+    channels=True,
+)
+GRANITE = _between("granite", "Here is my thought process:", "Here is my response:")
+GRANITE_TAGS = _between("granite_tags", "<think>", "</think>", ("<response>", "</response>"))
+COMMAND = _between("command", "<|START_THINKING|>", "<|END_THINKING|>", ("<|START_RESPONSE|>", "<|END_RESPONSE|>"))
+FORMATS = (
+    HARMONY,
+    COMMAND,
+    _between("magistral", "[THINK]", "[/THINK]"),
+    _between("seed", "<seed:think>", "</seed:think>"),
+    GRANITE,
+    GRANITE_TAGS,
+    _between("think", "<think>", "</think>"),
+)
+_ALIASES = {
+    "gpt-oss": "harmony", "gptoss": "harmony", "gpt_oss": "harmony", "openai_gptoss": "harmony", "mistral": "magistral",
+    "seed_oss": "seed", "cohere_command3": "command",
+    **dict.fromkeys(("deepseek_r1", "deepseek-r1", "deepseek_v3", "deepseek-v3", "qwen3", "qwen3-thinking", "qwq",
+                     "glm45", "glm4_moe", "kimi", "kimi_k2", "step3", "smollm3", "olmo3"), "think"),
+}  # fmt: skip
+
+
+def by_name(parser: str) -> ReasoningFormat:
+    """The format of that name, as other servers take it in `--reasoning-parser`. Raises Unsupported."""
+    wanted = _ALIASES.get(parser.lower(), parser.lower())
+    for form in FORMATS:
+        if form.name == wanted:
+            return form
+    raise Unsupported("reasoning parser", parser, known=[form.name for form in FORMATS])
+
+
+def of_template(template: str) -> ReasoningFormat | None:
+    """The format whose marks a template's source holds; None if its model does not think."""
+    for form in FORMATS:
+        if form.channels:
+            found = "<|channel|>" in template and "<|message|>" in template
+        elif form is GRANITE:
+            found = form.start in template and form.end in template
+        else:
+            found = all(mark in template for mark in (form.end, *(form.wrap or ())))
+        if found:
+            return form
+    return None
+
+
+def reasoning_of(template: str, prompt: str, parser: str = "") -> ReasoningFormat | None:
+    """What thoughts the answer to a prompt may have. None: the model does not think, or the prompt says that it does
+    not, as templates do which close the thought themselves."""
+    form = by_name(parser) if parser else of_template(template)
+    if form is None or form.channels:
+        return form
+    tail = prompt.rstrip()
+    if tail.endswith(form.end):
+        return None
+    return msgspec.structs.replace(form, already_open=True) if tail.endswith(form.start) else form
+
+
+class Splitter:
+    """Splits one answer. `push` text as it comes, then `finish` once; both give (thought, rest)."""
+
+    __slots__ = ("_end", "_form", "_out", "_reader", "_run", "inside", "passed")
+
+    def __init__(self, form: ReasoningFormat) -> None:
+        self._form = form
+        self._end = Markers(form.end)
+        self._reader = Reader()
+        self._out = Output({}, str)
+        self.inside = form.already_open  # the text now is a thought
+        self.passed = False  # no thought can come any more: `push` gives its text back
+        self._run = self._answer()
+        next(self._run, None)
+
+    def push(self, text: str) -> tuple[str, str]:
+        """What `text` adds."""
+        if self.passed and self._form.wrap is None:
+            return "", text
+        self._reader.feed(text)
+        next(self._run, None)
+        delta = self._out.take()
+        return delta.reasoning, delta.content
+
+    def finish(self) -> tuple[str, str]:
+        """What is left when no more text comes."""
+        self._reader.ended = True
+        next(self._run, None)
+        delta = self._out.take()
+        return delta.reasoning, delta.content
+
+    def _answer(self) -> Reading[None]:
+        r, form = self._reader, self._form
+        if not form.already_open:
+            try:
+                yield from spaces(r)
+                yield from expect(r, form.start)
+                self.inside = True
+                r.settle()
+            except Broken:
+                r.rewind()
+        if self.inside:
+            yield from self._thought()
+            self.inside = False
+        self.passed = True
+        if form.wrap is None:
+            self._out.content(r.text[r.pos :])
+            r.pos = len(r.text)
+        else:
+            yield from self._wrapped(form.wrap)
+
+    def _thought(self) -> Reading[None]:
+        """Text up to the end mark, without the white space around it."""
+        r = self._reader
+        if self._form.already_open:  # models that were taught to open it do so again
+            yield from spaces(r)
+            yield from take(r, self._form.start)
+        yield from spaces(r)
+        while True:
+            found = self._end.search(r.text, r.pos)
+            stop = found.start() if found else len(r.text) - (0 if r.ended else self._end.held(r.text, r.pos))
+            if found or not r.ended:
+                begin = max(r.pos, stop - _MOST_SPACE)
+                stop = begin + len(r.text[begin:stop].rstrip())
+            if stop > r.pos:
+                self._out.reasoning(r.text[r.pos : stop])
+                r.pos = stop
+            if found:
+                r.pos = found.end()
+                self.inside = False
+                yield from spaces(r)
+            if found or r.ended:
+                r.settle()
+                return
+            r.settle()
+            yield
+
+    def _wrapped(self, wrap: tuple[str, str]) -> Reading[None]:
+        """The answer between its marks, if they are there."""
+        r = self._reader
+        yield from spaces(r)
+        if (yield from take(r, wrap[0])):
+            yield from spaces(r)
+        else:
+            r.rewind()
+        r.settle()
+        close = Markers(wrap[1])
+        while True:
+            found = close.search(r.text, r.pos)
+            stop = found.start() if found else len(r.text) - (0 if r.ended else close.held(r.text, r.pos))
+            self._out.content(r.text[r.pos : stop])
+            r.pos = found.end() if found else stop
+            r.settle()
+            if not found:
+                if r.ended:
+                    return
+                yield

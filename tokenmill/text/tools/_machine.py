@@ -1,0 +1,121 @@
+"""Reads an answer with a tool format: what is a call becomes calls, everything else stays content.
+
+Total: any text may come, in any pieces; nothing is raised, and what comes out, joined, does not depend on the pieces.
+A call is told once its name and the beginning of its arguments are there. If it then turns out to be none, or the
+answer is cut off in it, its whole text follows as content; so content and the texts of complete calls are the answer.
+White space before a group of calls, between and behind them belongs to the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tokenmill.text.tools._output import Delta, Output
+from tokenmill.text.tools._reader import Broken, Markers, Reader, Reading
+from tokenmill.text.tools.base import ToolFormat
+
+_MOST_SPACE = 32  # characters of white space that wait for a call behind them
+
+
+class Machine:
+    """One answer's reader. `push` text as it comes, then `finish` once."""
+
+    __slots__ = ("_fresh", "_marks", "_out", "_reader", "_run", "format")
+
+    def __init__(
+        self, form: ToolFormat, schemas: Mapping[str, Any], new_id: Callable[[], str] | None, most: int | None = None
+    ) -> None:
+        self.format = form
+        self._reader = Reader()
+        self._out = Output(schemas, new_id or form.new_id, most)
+        self._marks = Markers(*form.starts)
+        self._fresh = bool(form.bare)  # nothing but white space has come yet
+        self._run: Reading[None] = form.read(self._reader, self._out) if form.own_loop else self._answer()
+        self._step()
+
+    @property
+    def complete(self) -> int:
+        """Calls that are whole."""
+        return self._out.complete
+
+    @property
+    def in_reasoning(self) -> bool:
+        """True while the newest text is a thought, for a format that reads them."""
+        return self._out.thinking
+
+    def push(self, text: str) -> Delta:
+        """What `text` adds."""
+        if not text or self._reader.ended:
+            return Delta()
+        self._reader.feed(text)
+        self._step()
+        return self._out.take()
+
+    def finish(self) -> Delta:
+        """What is left when no more text comes."""
+        if not self._reader.ended:
+            self._reader.ended = True
+            self._step()
+        return self._out.take()
+
+    def _step(self) -> None:
+        next(self._run, None)
+
+    def _answer(self) -> Reading[None]:
+        """Text and groups of calls, in turn."""
+        r = self._reader
+        after_call = False
+        while (yield from self._content(after_call)):
+            before = self._out.complete
+            r.settle()
+            try:
+                yield from self.format.read(r, self._out)
+                r.settle()
+                after_call = self._out.complete > before
+                self._fresh = False
+            except Broken:
+                r.rewind()
+                after_call = self._out.complete > before
+                if not after_call and not self._fresh:  # the same text must not be tried again
+                    marker = self._marks.search(r.text, 0)
+                    assert marker is not None
+                    self._emit(marker.end())
+                self._fresh = False
+
+    def _content(self, after_call: bool) -> Reading[bool]:
+        """Emits text up to where a call may begin, and gives True; at the end False."""
+        r, out = self._reader, self._out
+        while True:
+            if self._fresh:
+                char = r.text[r.pos :].lstrip()[:1]
+                if char and char in self.format.bare:
+                    return True
+                self._fresh = not char
+            found = None if out.full else self._marks.search(r.text, r.pos)
+            if found:
+                self._emit(_kept(r.text, r.pos, found.start()))
+                return True
+            if r.ended:
+                if not (after_call and r.text[r.pos :].isspace()):
+                    self._emit(len(r.text))
+                return False
+            stop = len(r.text) - (0 if out.full else self._marks.held(r.text, r.pos))
+            stop = _kept(r.text, r.pos, stop)
+            if stop > r.pos:
+                after_call = False
+                self._emit(stop)
+            yield
+
+    def _emit(self, stop: int) -> None:
+        r = self._reader
+        if stop > r.pos:
+            self._out.content(r.text[r.pos : stop])
+            r.pos = stop
+            r.settle()
+
+
+def _kept(text: str, start: int, stop: int) -> int:
+    """Where the white space begins that `text[start:stop]` ends with, of which only so much waits."""
+    begin = max(start, stop - _MOST_SPACE)
+    return begin + len(text[begin:stop].rstrip())

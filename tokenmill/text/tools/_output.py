@@ -1,0 +1,108 @@
+"""Where formats tell what they read, and where the deltas of an answer are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from tokenmill.text.tools._reader import Broken
+
+_MOST_NAME = 256
+
+
+class CallDelta(msgspec.Struct, frozen=True, gc=False):
+    """More of one call. `id` and `name` come once, with the first delta of an index; `arguments` is a piece of JSON
+    text, and the joined pieces of a complete call are one JSON object."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+class Delta(msgspec.Struct, frozen=True, gc=False):
+    """What a piece of text added to the answer. In each field the order of the text is kept."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.calls or self.reasoning)
+
+
+class Output:
+    """Collects content, thoughts and calls since the last `take`.
+
+    `schemas`: the parameters' schema of each function by name; without any, every name is a function. `most`: how many
+    calls an answer may have.
+    """
+
+    __slots__ = ("_args", "_content", "_deltas", "_id", "_name", "_reasoning", "complete", "index", "most", "new_id",
+                 "schemas", "thinking")  # fmt: skip
+
+    def __init__(self, schemas: Mapping[str, Any], new_id: Callable[[], str], most: int | None = None) -> None:
+        self.schemas = schemas
+        self.new_id = new_id
+        self.most = most
+        self.complete = 0  # calls whose arguments are whole
+        self.thinking = False  # the newest text is a thought; kept by formats that read them
+        self.index = -1  # of the newest call
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._deltas: list[CallDelta] = []
+        self._args: list[str] = []
+        self._id: str | None = None
+        self._name: str | None = None
+
+    @property
+    def full(self) -> bool:
+        """True if the answer may have no further call."""
+        return self.most is not None and self.complete >= self.most
+
+    def content(self, text: str) -> None:
+        """Text for the user."""
+        self._content.append(text)
+
+    def reasoning(self, text: str) -> None:
+        """Text of a thought."""
+        self._reasoning.append(text)
+
+    def check(self, name: str, known: bool = False) -> str:
+        """`name`, if it can be a function's; with `known`, if it is one of the functions given. Raises Broken."""
+        if not name or len(name) > _MOST_NAME or not name.isprintable() or self.full:
+            raise Broken
+        if known and self.schemas and name not in self.schemas:
+            raise Broken
+        return name
+
+    def call(self, name: str, call_id: str | None = None) -> None:
+        """A call begins."""
+        self._flush()
+        self.index += 1
+        self._id, self._name = call_id or self.new_id(), name
+
+    def arguments(self, piece: str) -> None:
+        """More of the newest call's arguments, as JSON text."""
+        self._args.append(piece)
+
+    def done(self) -> None:
+        """The newest call's arguments are whole."""
+        self.complete += 1
+
+    def _flush(self) -> None:
+        if self._name is not None or self._args:
+            self._deltas.append(CallDelta(self.index, "".join(self._args), self._id, self._name))
+            self._args.clear()
+            self._id = self._name = None
+
+    def take(self) -> Delta:
+        """What was told since the last time."""
+        self._flush()
+        delta = Delta("".join(self._reasoning), "".join(self._content), tuple(self._deltas))
+        self._reasoning.clear()
+        self._content.clear()
+        self._deltas.clear()
+        return delta

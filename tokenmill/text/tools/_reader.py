@@ -1,0 +1,171 @@
+"""Text that comes in pieces, and small readers that wait for more of it.
+
+A reader is a generator: it yields when it needs more text, and its value is what it read. So formats are written as
+if all text were there, and read the same whatever the pieces are. `Reader.pos` moves back to 0 when text comes in:
+never keep a position across a `yield`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+Reading = Generator[None, None, T]
+Emit = Callable[[str], None]
+
+_SPACES = re.compile(r"\s*")
+_MOST_WORD = 512  # characters of a name or a key: more is no call
+
+
+class Broken(Exception):
+    """The text is not what the format says; nothing of it is lost."""
+
+
+class Reader:
+    """The text since the last `settle`: `kept` pieces that were read, then `text`, which is read up to `pos`."""
+
+    __slots__ = ("ended", "kept", "pos", "text")
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.pos = 0
+        self.kept: list[str] = []
+        self.ended = False
+
+    def feed(self, text: str) -> None:
+        """Appends text."""
+        if self.pos:
+            self.kept.append(self.text[: self.pos])
+            self.text = self.text[self.pos :] + text
+            self.pos = 0
+        else:
+            self.text += text
+
+    def settle(self) -> None:
+        """Forgets what was read: it has been told."""
+        self.kept.clear()
+        if self.pos:
+            self.text = self.text[self.pos :]
+            self.pos = 0
+
+    def rewind(self) -> None:
+        """Goes back to the last `settle`."""
+        if self.kept:
+            self.text = "".join(self.kept) + self.text
+            self.kept.clear()
+        self.pos = 0
+
+
+class Markers:
+    """Finds the first of several texts, and how much of a text's tail may be the beginning of one."""
+
+    __slots__ = ("_first", "_longest", "_regex", "texts")
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = tuple(sorted(texts, key=len, reverse=True))
+        self._regex = re.compile("|".join(map(re.escape, self.texts)) if texts else r"(?!)")
+        self._first = re.compile("[" + "".join({re.escape(text[0]) for text in texts}) + "]" if texts else r"(?!)")
+        self._longest = len(self.texts[0]) if texts else 0
+
+    def search(self, text: str, pos: int) -> re.Match[str] | None:
+        """The first marker at or behind `pos`."""
+        return self._regex.search(text, pos)
+
+    def held(self, text: str, pos: int) -> int:
+        """Length of the longest tail of `text[pos:]` that a marker begins with."""
+        start = max(pos, len(text) - self._longest + 1)
+        while found := self._first.search(text, start):
+            start = found.start()
+            tail = text[start:]
+            if any(marker.startswith(tail) for marker in self.texts):
+                return len(tail)
+            start += 1
+        return 0
+
+
+def peek(r: Reader) -> Reading[str]:
+    """The next character, which stays; "" at the end."""
+    while r.pos == len(r.text):
+        if r.ended:
+            return ""
+        yield
+    return r.text[r.pos]
+
+
+def spaces(r: Reader) -> Reading[None]:
+    """Reads white space, if there is any."""
+    while True:
+        found = _SPACES.match(r.text, r.pos)
+        assert found is not None
+        r.pos = found.end()
+        if r.pos < len(r.text) or r.ended:
+            return
+        yield
+
+
+def take(r: Reader, *options: str) -> Reading[str]:
+    """Reads the longest of `options` that comes next, and gives it; "" and nothing read if none does."""
+    longest = max(map(len, options))
+    while True:
+        rest = r.text[r.pos : r.pos + longest]
+        if r.ended or not any(len(option) > len(rest) and option.startswith(rest) for option in options):
+            break
+        yield
+    found = max((option for option in options if rest.startswith(option)), key=len, default="")
+    r.pos += len(found)
+    return found
+
+
+def expect(r: Reader, *options: str) -> Reading[str]:
+    """Reads one of `options`; Broken if none comes next."""
+    found = yield from take(r, *options)
+    if not found:
+        raise Broken
+    return found
+
+
+def word(r: Reader, pattern: re.Pattern[str]) -> Reading[str]:
+    """Reads what `pattern`, a repeated class of characters, matches; Broken if that is nothing or very long."""
+    while True:
+        found = pattern.match(r.text, r.pos)
+        if found is None:
+            if r.pos < len(r.text) or r.ended:
+                raise Broken
+        elif found.end() - r.pos > _MOST_WORD:
+            raise Broken
+        elif found.end() < len(r.text) or r.ended:
+            r.pos = found.end()
+            return found.group()
+        yield
+
+
+def until(r: Reader, ends: Markers, emit: Emit) -> Reading[str]:
+    """Emits text up to the first of `ends`, reads that as well and gives it; "" if the text is over before."""
+    while True:
+        found = ends.search(r.text, r.pos)
+        if found:
+            if found.start() > r.pos:
+                emit(r.text[r.pos : found.start()])
+            r.pos = found.end()
+            return found.group()
+        stop = len(r.text) if r.ended else len(r.text) - ends.held(r.text, r.pos)
+        if stop > r.pos:
+            emit(r.text[r.pos : stop])
+            r.pos = stop
+        if r.ended:
+            return ""
+        yield
+
+
+def collected(reading: Callable[[Emit], Reading[T]]) -> Reading[tuple[str, T]]:
+    """What `reading` emits, joined, and its value."""
+    parts: list[str] = []
+    value = yield from reading(parts.append)
+    return "".join(parts), value
+
+
+def alternatives(texts: Sequence[str]) -> str:
+    """A regular expression of plain texts."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))

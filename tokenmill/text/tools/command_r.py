@@ -1,0 +1,25 @@
+"""Command R7B and A: a list of JSON objects between <|START_ACTION|> tags; Command R: in a block behind "Action:"."""
+
+from __future__ import annotations
+
+from tokenmill.text.tools._jsoncalls import JsonCalls
+
+
+def matches(template: str) -> bool:
+    """True for Cohere's templates."""
+    return "<|START_ACTION|>" in template or ("Action:" in template and "tool_name" in template)
+
+
+FORMAT = JsonCalls(
+    name="command_r",
+    matches=matches,
+    aliases=("cohere_command3", "command-r", "cohere"),
+    opening="<|START_ACTION|>[\n    ",
+    between=",\n    ",
+    closing="\n]<|END_ACTION|>",
+    trigger="<|START_ACTION|>",
+    starts=("<|START_ACTION|>", "Action:\n```json", "Action: ```json"),
+    ends=("<|END_ACTION|>", "```"),
+    name_keys=("tool_name", "name"),
+    arguments_keys=("parameters", "arguments"),
+)

@@ -1,0 +1,46 @@
+"""DeepSeek V3 and R1: the name, then its arguments in a block of JSON."""
+
+from __future__ import annotations
+
+import re
+
+from tokenmill.text.tools._headed import HeadedCalls
+from tokenmill.text.tools._reader import Reader, Reading, expect, peek, spaces, take, word
+
+BEGIN, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+SECTION, SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_NAME = re.compile(r"[^<\n]+")
+
+
+def matches(template: str) -> bool:
+    """True for templates that write arguments in a block."""
+    return SECTION in template and "```json" in template
+
+
+def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
+    """function, separator, name and ```json; or, since V3.1, name and separator."""
+    first = yield from word(r, _NAME)
+    yield from expect(r, SEPARATOR)
+    yield from spaces(r)
+    if (yield from peek(r)) in ("{", '"'):
+        return first.strip(), None
+    name = yield from word(r, _NAME)
+    yield from spaces(r)
+    yield from take(r, "```json", "```")
+    return name.strip(), None
+
+
+FORMAT = HeadedCalls(
+    name="deepseek",
+    matches=matches,
+    aliases=("deepseek_v3", "deepseekv3", "deepseek_r1", "deepseekr1"),
+    head=read_head,
+    section=SECTION,
+    begin=BEGIN,
+    written=f"function{SEPARATOR}{{name}}\n```json\n",
+    tail=f"\n```{END}",
+    tails=("```", END),
+    between="\n",
+    section_ends=(SECTION_END,),
+    extra=(SEPARATOR,),
+)

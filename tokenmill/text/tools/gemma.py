@@ -1,0 +1,24 @@
+"""Gemma 2 and 3, which were given no format: Python calls in a ```tool_code block, or in a list."""
+
+from __future__ import annotations
+
+from tokenmill.text.tools._pythoncalls import PythonCalls
+
+
+def matches(template: str) -> bool:
+    """True for templates that speak of tool_code."""
+    return "tool_code" in template
+
+
+FORMAT = PythonCalls(
+    name="gemma",
+    matches=matches,
+    aliases=("gemma2", "gemma3"),
+    opening="```tool_code\n",
+    between="\n",
+    closing="\n```",
+    trigger="```tool_code",
+    starts=("```tool_code",),
+    ends=("```",),
+    bare="[",
+)

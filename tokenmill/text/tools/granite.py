@@ -1,0 +1,25 @@
+"""Granite 3: <|tool_call|> and a list of JSON objects; Granite 20B function calling: <function_call> and an object."""
+
+from __future__ import annotations
+
+from tokenmill.text.tools._jsoncalls import JsonCalls
+
+
+def matches(template: str) -> bool:
+    """True for IBM's templates before Granite 4, which has Hermes' format."""
+    if "<|/tool" in template or "<tool_call>" in template:
+        return False
+    return any(sign in template for sign in ("<|tool_call|>", "<function_call>", "<|function_call_library|>"))
+
+
+FORMAT = JsonCalls(
+    name="granite",
+    matches=matches,
+    aliases=("granite-20b-fc", "granite_20b_fc", "granite3"),
+    opening="<|tool_call|>[",
+    between=", ",
+    closing="]",
+    trigger="<|tool_call|>",
+    starts=("<|tool_call|>", "<tool_call>", "<function_call>"),
+    ends=("</tool_call>",),
+)

@@ -1,0 +1,41 @@
+"""Kimi K2: an id that holds the function's name, functions.name:0, then its arguments. The ids are kept."""
+
+from __future__ import annotations
+
+import re
+
+from tokenmill.text.tools._headed import HeadedCalls
+from tokenmill.text.tools._reader import Reader, Reading, expect, spaces, word
+
+_BEGIN, _ARGUMENTS, _END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+_SECTION, _SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+_ID = re.compile(r"[^<\n]+")
+
+
+def matches(template: str) -> bool:
+    """True for Kimi's templates; the first of them show no call, only how tools are declared."""
+    return _BEGIN in template or ("tool_declare" in template and "<|im_middle|>" in template)
+
+
+def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
+    """The id; its name is what stands between "functions." and the number."""
+    call_id = (yield from word(r, _ID)).strip()
+    yield from expect(r, _ARGUMENTS)
+    yield from spaces(r)
+    name, colon, number = call_id.rpartition(":")
+    return (name if colon and number.isdecimal() else call_id).removeprefix("functions."), call_id
+
+
+FORMAT = HeadedCalls(
+    name="kimi",
+    matches=matches,
+    aliases=("kimi_k2", "kimi-k2"),
+    head=read_head,
+    section=_SECTION,
+    begin=_BEGIN,
+    written=f"functions.{{name}}:{{index}}{_ARGUMENTS}",
+    tail=_END,
+    tails=(_END,),
+    section_ends=(_SECTION_END,),
+    extra=(_ARGUMENTS,),
+)

@@ -1,0 +1,26 @@
+"""Llama 3.1, 3.2 and 3.3: {"name": …, "parameters": …}, alone or behind <|python_tag|>."""
+
+from __future__ import annotations
+
+from tokenmill.text.tools._jsoncalls import JsonCalls
+
+
+def matches(template: str) -> bool:
+    """True for templates that ask for a function's name and parameters as JSON."""
+    asked = '{"name": function name, "parameters":' in template.replace('\\"', '"')
+    return "[func_name1(" not in template and ("<|python_tag|>" in template or asked)
+
+
+FORMAT = JsonCalls(
+    name="llama",
+    matches=matches,
+    aliases=("llama3", "llama3_json", "llama4_json", "llama_json"),
+    opening="",
+    between="; ",
+    closing="",
+    trigger="",
+    starts=("<|python_tag|>",),
+    arguments_keys=("parameters", "arguments"),
+    separators=(";", ","),
+    bare="{[",
+)

@@ -1,0 +1,24 @@
+"""Llama 4, Llama 3.2 at 1B and 3B, ToolACE, OLMo 3: a list of Python calls, [name(key=value), …]."""
+
+from __future__ import annotations
+
+from tokenmill.text.tools._pythoncalls import PythonCalls
+
+
+def matches(template: str) -> bool:
+    """True for templates that show such a list."""
+    return "[func_name1(" in template or "<|python_start|>" in template
+
+
+FORMAT = PythonCalls(
+    name="pythonic",
+    matches=matches,
+    aliases=("llama4", "llama4_pythonic", "llama_pythonic", "toolace", "olmo3"),
+    opening="[",
+    between=", ",
+    closing="]",
+    trigger="",
+    starts=("<|python_start|>", "<function_calls>"),
+    ends=("<|python_end|>", "</function_calls>"),
+    bare="[",
+)
