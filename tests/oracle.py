@@ -107,6 +107,9 @@ class PagedOracle:
         self.queue.append(step)
         return step
 
+    def complete(self, step: OracleStep) -> None:
+        assert step is self.queue[-1], "nothing is launched between a step and its completion"
+
     def collect(self, step: OracleStep) -> StepResult:
         while self.queue[0].failed and self.queue[0] is not step:
             self.run(self.queue.pop(0))
@@ -133,6 +136,8 @@ class PagedOracle:
         for slot, _, token_ids in step.admitted:
             self.tokens[slot][:] = token_ids + [None] * (len(self.tokens[slot]) - len(token_ids))
             self.tables[slot] = {}
+        for slot, position, token_id in batch.known.tolist():
+            self.tokens[slot][position] = token_id
         for slot, index, block in batch.blocks.tolist():
             assert index == len(self.tables[slot]), "a table's entries come in order, once"
             self.tables[slot][index] = block

@@ -293,7 +293,7 @@ def test_all_ranks_plan_the_same_steps(run_dir: Path) -> None:
         if number == 9:
             worker.send([Abort(3), request(8, 4)])
     assert ranks.engine.idle
-    assert ranks.engine.scheduler.num_preemptions
+    assert ranks.engine.scheduler.counts.preemptions
     worker.close()
     ranks.close()
     assert ranks.plans[0] == ranks.plans[1] == ranks.plans[2]

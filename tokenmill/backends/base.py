@@ -42,7 +42,7 @@ class Admitted:
     token_ids: NDArray[np.int32]
 
 
-_NO_BLOCKS = np.zeros((0, 3), np.int32)
+_NOTHING = np.zeros((0, 3), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,13 @@ class StepInputs:
     samples: NDArray[np.int32]  # (R,) rows whose next token is sampled, ascending; it is the slot's at start + count
     admitted: tuple[Admitted, ...] = ()  # applied first
     # applied second: (n, 3) slot, index in its table, block
-    blocks: NDArray[np.int32] = field(default_factory=lambda: _NO_BLOCKS)
+    blocks: NDArray[np.int32] = field(default_factory=lambda: _NOTHING)
+    # applied third: (n, 3) slot, position, token id that was not sampled, or not this one
+    known: NDArray[np.int32] = field(default_factory=lambda: _NOTHING)
     tail: Tail = "greedy"
     logprobs: int = -1  # the most that any sampling row wants: -1 none, n >= 0
     prompt_logprobs: int = -1  # the same over all rows that compute prompt tokens
+    late: bool = False  # it samples when it is told by `Step.sample`; on rank 0 only
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +77,30 @@ class StepResult:
     prompt_details: dict[int, tuple[TokenDetails, ...]] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Which ids some of a step's sampling rows may choose: at least one each."""
+
+    rows: NDArray[np.int32]  # (M,) places in `StepInputs.samples`, ascending; the others may choose any
+    bits: NDArray[np.uint32]  # (M, ceil(vocabulary / 32)) id i is allowed if bit i % 32 of word i // 32 is 1
+
+
 class Step(Protocol):
     """A launched step."""
+
+    def sample(self, masks: Masks) -> None:
+        """Of a step that is `late`: choose its tokens. Called once, before `result` and before the next launch,
+        unless the step before found no memory.
+
+        OutOfMemory, as of `Backend.run`: nothing of the step counts.
+        """
 
     def result(self) -> StepResult:
         """Wait for it. Called once, on every rank; the same token ids on all of them.
 
         OutOfMemory if it found none on the device, and of every step launched behind it: nothing of them counts. With
-        several ranks, which cannot agree on that, it is any other error.
+        several ranks, which cannot agree on that, it is any other error. OutOfMemory, too, of a late step that was
+        never told to sample.
         """
 
 

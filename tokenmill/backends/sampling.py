@@ -2,7 +2,10 @@
 
 The order, for one row of logits:
 
-0. with a watermark, `watermark_delta` is added to the green ids (`green_ids`), a share `watermark_gamma` of all;
+0. of ids that a mask (`backends.base.Masks`) does not allow, the logit becomes minus infinity: what is banned stays so,
+   and log-probabilities that are not raw are those of what is left. A row of which nothing is left, here or below,
+   gives -1, as one whose logits are not finite does;
+   with a watermark, `watermark_delta` is added to the green ids (`green_ids`), a share `watermark_gamma` of all;
 1. `logit_bias` is added;
 2. repetition penalty r, CTRL's rule, once for each id in prompt or output: a negative logit times r, others over r;
 3. frequency penalty times the id's count in the output, presence penalty once if it is there at all: subtracted;

@@ -41,6 +41,11 @@ class BlockPool:
         return len(self._free)
 
     @property
+    def num_used(self) -> int:
+        """Blocks that a sequence holds."""
+        return self.num_blocks - len(self._free)
+
+    @property
     def num_cached(self) -> int:
         """Blocks that a later sequence could share."""
         return len(self._block_of)

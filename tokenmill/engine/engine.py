@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.sequence import Batch, StepResult
 from tokenmill.errors import OutOfMemory
-from tokenmill.wire.messages import Output, Request, Stats, ToEngine
+from tokenmill.wire.messages import Abort, Output, Request, Stats, ToScheduler
 
 StepT = TypeVar("StepT")
 
@@ -29,6 +29,12 @@ class Executor(Protocol[StepT]):
 
     def launch(self, batch: Batch) -> StepT:
         """Start a step behind those before it and return at once. OutOfMemory: nothing was started."""
+
+    def complete(self, step: StepT) -> None:
+        """Start what of a step had to wait until the one before was collected. OutOfMemory: it will not run.
+
+        Called once for each step, before the next launch, unless the one before found no memory.
+        """
 
     def collect(self, step: StepT) -> StepResult:
         """Wait for a step. Called once for each, in the order of the launches.
@@ -46,7 +52,7 @@ class Executor(Protocol[StepT]):
 class Link(Protocol):
     """Where messages come from and outputs go: the same messages on every rank, in the same order."""
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
         """The messages that the next step begins with. Waits for one, a second at most, if `block`.
 
         `plan` is the digest of the plan before, compared over the ranks; b"": do not compare.
@@ -80,15 +86,21 @@ class Engine(Generic[StepT]):
         for message in self.link.receive(self.idle and not self._may_rest, self._plan):
             if isinstance(message, Request):
                 scheduler.add(message)
-            else:
+            elif isinstance(message, Abort):
                 scheduler.abort(message.id)
+            else:
+                scheduler.extend(message)
         self._turns += 1
         restless = self._may_rest and self._turns >= _TURNS
         batch = None if restless else scheduler.schedule()
         if self._compare_plans:
             self._plan = digest(batch)
         flying, self._in_flight = self._in_flight, self._launch(batch) if batch else None
-        outputs, done, step_s = self._collect(*flying) if flying else ([], None, 0.0)
+        if flying:
+            outputs, done, step_s = self._collect(*flying)
+        else:
+            self._complete()
+            outputs, done, step_s = [], None, 0.0
         self.link.send(scheduler.notices() + outputs, scheduler.stats(done, step_s))
         if self._may_rest and self._in_flight is None and (restless or not scheduler.has_work):
             self._may_rest, self._turns = self.executor.rest(), 0
@@ -100,6 +112,16 @@ class Engine(Generic[StepT]):
         except OutOfMemory as error:
             self._take_back([batch], error)
             return None
+
+    def _complete(self) -> None:
+        """Let the step that was just launched go on, now that the tokens before it are known."""
+        if self._in_flight:
+            batch, step, _ = self._in_flight
+            try:
+                self.executor.complete(step)
+            except OutOfMemory as error:
+                self._in_flight = None
+                self._take_back([batch], error)
 
     def _collect(self, batch: Batch, step: StepT, launch_time: float) -> tuple[list[Output], Batch | None, float]:
         """What came of a step, the step, its seconds; nothing if it found no memory."""
@@ -116,6 +138,7 @@ class Engine(Generic[StepT]):
             self._take_back(batches, error)
             return [], None, 0.0
         now = perf_counter()
+        self._complete()
         step_s = now - max(launch_time, self._last_collected)  # a step begins when the one before has ended
         self._last_collected = now
         return self.scheduler.update(batch, result), batch, step_s
@@ -129,7 +152,7 @@ def digest(batch: Batch | None) -> bytes:
     """16 bytes that differ if two ranks plan differently."""
     content = blake2b(digest_size=16)
     if batch:
-        for array in (batch.slots, batch.starts, batch.counts, batch.samples, batch.blocks):
+        for array in (batch.slots, batch.starts, batch.counts, batch.samples, batch.blocks, batch.known):
             content.update(array.tobytes() + b"|")
         content.update(",".join(str(seq.id) for seq in batch.sequences).encode())
         content.update(",".join(str(seq.id) for seq in batch.admitted).encode())

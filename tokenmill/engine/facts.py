@@ -11,19 +11,19 @@ import msgspec
 
 from tokenmill.engine.engine import Link
 from tokenmill.engine.scheduler import Scheduler
-from tokenmill.wire.messages import Facts, Output, Request, Stats, ToEngine
+from tokenmill.wire.messages import Extend, Facts, Output, Request, Stats, ToScheduler
 
 
 class _Run:
     """One request's times in seconds, None: not yet; and what else is counted."""
 
-    __slots__ = ("arrived", "began", "first", "largest_batch", "num_cached")
+    __slots__ = ("arrived", "began", "first", "largest_batch", "num_cached", "num_forced")
 
     def __init__(self, arrived: float) -> None:
         self.arrived = arrived
         self.began: float | None = None
         self.first: float | None = None
-        self.num_cached = self.largest_batch = 0
+        self.num_cached = self.largest_batch = self.num_forced = 0
 
 
 class FactsLink:
@@ -38,14 +38,18 @@ class FactsLink:
         self._runs: dict[int, _Run] = {}  # of the requests that asked and have not ended
         self._in_step: list[_Run] = []  # those that ran when the step was planned that is told of next
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
         """See `engine.Link`."""
         messages = self._link.receive(block, plan)
         for message in messages:
-            if not isinstance(message, Request):
+            if isinstance(message, Request):
+                if message.wants_facts:
+                    self._runs[message.id] = _Run(message.sent_at or self._clock())
+            elif isinstance(message, Extend):
+                if run := self._runs.get(message.id):
+                    run.num_forced += len(message.token_ids)
+            else:
                 self._runs.pop(message.id, None)
-            elif message.wants_facts:
-                self._runs[message.id] = _Run(message.sent_at or self._clock())
         return messages
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
@@ -79,6 +83,7 @@ class FactsLink:
             run.num_cached,
             self._num_preemptions(output),
             run.largest_batch,
+            run.num_forced,
         )
         return msgspec.structs.replace(output, facts=facts)
 

@@ -13,11 +13,12 @@ import selectors
 import socket
 import time
 from collections.abc import Iterable
+from typing import Protocol
 
 import msgspec
 
 from tokenmill.wire.channel import Channel, ChannelError, FrameReader, Listener, frame
-from tokenmill.wire.messages import Abort, EngineInfo, Output, Request, Stats, StepOutputs, ToEngine
+from tokenmill.wire.messages import Abort, EngineInfo, Output, Request, Stats, StepOutputs, ToEngine, ToScheduler
 
 HEARTBEAT_S = 1.0
 """How long an engine is silent at most, if no step takes longer."""
@@ -38,7 +39,7 @@ class RanksDiverged(RuntimeError):
 class FollowerFrame(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0 sends the others before each step."""
 
-    messages: tuple[ToEngine, ...]
+    messages: tuple[ToScheduler, ...]
     plan: bytes = b""  # digest of the plan before; b"": not compared
 
 
@@ -46,6 +47,19 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     """The first frame of a follower."""
 
     rank: int
+
+
+class Gate(Protocol):
+    """Stands between rank 0's border and the schedulers: requests may wait there, and messages of its own come in."""
+
+    def fileno(self) -> int:
+        """Readable when a request that waits may go on."""
+
+    def take(self, messages: list[ToEngine]) -> list[ToScheduler]:
+        """What the schedulers get of these, of what waits, and of its own. Called once a turn, at least."""
+
+    def tell(self, outputs: list[Output]) -> list[Output]:
+        """The outputs of a turn, behind its own."""
 
 
 class _Worker:
@@ -72,7 +86,8 @@ class _Worker:
 class Intake:
     """Rank 0's link. `address` is the Unix socket to listen on; `info` is the first frame of every connection.
 
-    `watch` is a file descriptor that ends a wait when it becomes readable; reading it is the caller's business.
+    `watch` is a file descriptor that ends a wait when it becomes readable; reading it is the caller's business. The
+    `gate` stays the caller's to close.
     """
 
     def __init__(
@@ -81,11 +96,12 @@ class Intake:
         info: EngineInfo,
         *,
         ranks: RankServer | None = None,
+        gate: Gate | None = None,
         watch: int | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
     ) -> None:
-        self._info, self._ranks, self._watch = info, ranks, watch
+        self._info, self._ranks, self._gate, self._watch = info, ranks, gate, watch
         self._heartbeat_s, self._max_unread_bytes = heartbeat_s, max_unread_bytes
         self._encoder = msgspec.msgpack.Encoder()
         self._workers: set[_Worker] = set()
@@ -96,12 +112,13 @@ class Intake:
         self._listener.set_blocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        if watch is not None:
-            self._selector.register(watch, selectors.EVENT_READ)
+        for waker in (watch, gate):
+            if waker is not None:
+                self._selector.register(waker, selectors.EVENT_READ)
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
         """See `engine.Link`. What it returns has been handed to the followers."""
-        messages = self._read(0.0)
+        messages = self._admit(self._read(0.0))
         if block and not messages:
             messages = self._wait()
         if self._ranks is not None:
@@ -111,6 +128,8 @@ class Intake:
     def send(self, outputs: list[Output], stats: Stats) -> None:
         """See `engine.Link`. One frame for each worker that has outputs or was not told anything for a heartbeat."""
         now = time.monotonic()
+        if self._gate is not None:
+            outputs = self._gate.tell(outputs)
         for worker, own in self._by_worker(outputs):
             self._send(worker, StepOutputs(tuple(own), stats), now)
         for worker in [worker for worker in self._workers if now - worker.last_sent >= self._heartbeat_s]:
@@ -125,11 +144,14 @@ class Intake:
         if self._ranks is not None:
             self._ranks.close()
 
-    def _wait(self) -> list[ToEngine]:
+    def _admit(self, messages: list[ToEngine]) -> list[ToScheduler]:
+        return list(messages) if self._gate is None else self._gate.take(messages)
+
+    def _wait(self) -> list[ToScheduler]:
         """The messages of the first worker that says something; none if a heartbeat is due or `watch` comes first."""
         deadline = time.monotonic() + self._heartbeat_s
         while (left := deadline - time.monotonic()) > 0:
-            if messages := self._read(left):
+            if messages := self._admit(self._read(left)):
                 return messages
             if self._watched:
                 break
@@ -299,7 +321,7 @@ class Follower:
         self._channel: Channel[FollowerFrame] = Channel.connect(address, FollowerFrame, timeout_s=timeout_s)
         self._channel.send(Hello(rank))
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
         """See `engine.Link`; always waits for rank 0. Raises ConnectionError if that is gone."""
         message = self._channel.receive()
         if message is None:

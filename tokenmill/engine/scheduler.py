@@ -1,8 +1,8 @@
 """Who runs in the next step. Shared by every model and feature: features go elsewhere, none is named here.
 
-Pure: its state changes only by `add`, `abort`, `schedule`, `update` and `retract`. Every tensor-parallel rank runs its
-own copy on the same messages and tokens and must reach the same plan, so nothing here reads a clock, an option, a
-random number or the device.
+Pure: its state changes only by `add`, `abort`, `extend`, `schedule`, `update` and `retract`. Every tensor-parallel
+rank runs its own copy on the same messages and tokens and must reach the same plan, so nothing here reads a clock, an
+option, a random number or the device.
 
 There are no prefill and decode phases. A sequence has tokens of which some are computed; each step gives it as many
 as the budget allows. Chunked prefill, decode, a prefix-cache hit and the resumption after a preemption are the same
@@ -19,9 +19,10 @@ import numpy as np
 
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.budget import Room, StepBudget
+from tokenmill.engine.counts import Counts
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.sequence import Batch, Int32, Sequence, StepResult
-from tokenmill.wire.messages import Output, Request, Stats, TokenDetails
+from tokenmill.wire.messages import Extend, Output, Request, Stats, TokenDetails
 
 _NO_ENTRIES = np.zeros((0, 3), np.int32)
 
@@ -34,8 +35,7 @@ class Scheduler:
         self.limits = limits
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: dict[int, Sequence] = {}  # the last is preempted first
-        self.num_steps = self.num_retracted = self.num_preemptions = 0
-        self.num_prefill_tokens = self.num_decode_tokens = self.num_cached_tokens = 0
+        self.counts = Counts()
         size = limits.max_batch_size
         self._free_slots = list(range(size - 1, -1, -1))
         self._tokens = np.zeros(size, np.int32)  # by slot: tokens known here or on the device
@@ -48,7 +48,9 @@ class Scheduler:
         self._changed = False
         self._budget = StepBudget(limits.max_batch_tokens)
         self._room = Room.of(limits, limits.max_batch_tokens, 0, 0)  # of the step being planned
-        self._entries: list[tuple[int, int, int]] = []  # of block tables, new in the step being planned
+        self._entries: list[tuple[int, int, int]] = []  # of block tables, new in this step
+        self._num_planned = 0  # batches
+        self._extended: list[tuple[Sequence, int]] = []  # new since the last batch: from which position on
         self._notices: list[Output] = []
         self._coming: set[bytes] = set()  # hashes of blocks that the step being planned computes
         self._offered: deque[list[int]] = deque()  # by step on the device: blocks published before it has filled them
@@ -73,6 +75,28 @@ class Scheduler:
         seq = self.running.get(request_id) or self.waiting.get(request_id)
         if seq is not None:
             self._finish(seq, "abort")
+
+    def extend(self, message: Extend) -> None:
+        """Append tokens that nobody sampled; of what the device has sampled in their place nothing comes.
+
+        What came of it is among the next notices.
+        """
+        seq = self.running.get(message.id) or self.waiting.get(message.id)
+        if seq is None:
+            return
+        assert len(seq.token_ids) == message.position
+        seq.valid_from = self._num_planned + 1
+        token_ids, reason = seq.append(message.token_ids)
+        self.counts.forced_tokens += len(token_ids)
+        known = seq.num_tokens = len(seq.token_ids)
+        if seq.slot >= 0:
+            self._tokens[seq.slot] = known
+            self._computed[seq.slot] = min(int(self._computed[seq.slot]), known - 1)  # one must run, to sample
+            self._extended.append((seq, message.position))
+        if reason := reason or message.finish_reason:
+            self._finish(seq, reason)
+        if token_ids or reason:
+            self._notices.append(seq.output(token_ids, message=message.message))
 
     def notices(self) -> list[Output]:
         """Admissions and refusals since the last call. They precede what `update` says of the same requests."""
@@ -100,11 +124,13 @@ class Scheduler:
         """Record what a step gave and say what came of it. Batches come back in the order they were planned."""
         outputs: list[Output] = []
         sequences = batch.sequences
-        self._count(batch)
-        details, prompts = result.details, self._prompt_details(batch, result)
+        self._offered.popleft()  # what it computed is there
+        self._budget.passed()
+        self.counts.passed(batch)
+        details, prompts, number = result.details, self._prompt_details(batch, result), batch.number
         for index, (row, token_id) in enumerate(zip(batch.samples.tolist(), result.token_ids, strict=True)):
             seq = sequences[row]
-            if seq.finish_reason:  # finished or aborted while the step was on the device
+            if seq.finish_reason or number < seq.valid_from:  # ended, or overtaken, while the step was on the device
                 continue
             if token_id < 0:
                 self._fail(seq, outputs)
@@ -121,7 +147,7 @@ class Scheduler:
             if reason:
                 self._finish(seq, reason)
             if reason or details is not None or prompts:
-                outputs.append(seq.output(token_id, details[index] if details else None, prompts.pop(row, ())))
+                outputs.append(seq.output((token_id,), details[index] if details else None, prompts.pop(row, ())))
             else:
                 outputs.append(Output(seq.id, (token_id,)))
         for row, found in prompts.items():  # of rows that did not sample
@@ -142,8 +168,8 @@ class Scheduler:
             self._preempt(seq)
         for batch in batches:
             for row in batch.samples.tolist():
-                batch.sequences[row].num_tokens -= 1
-        self.num_retracted += 1
+                batch.sequences[row].num_tokens -= batch.number >= batch.sequences[row].valid_from
+        self.counts.retracted += 1
         if batches[0].num_tokens > 1:
             self._budget.shrink(batches[0].num_tokens)
             return
@@ -155,23 +181,8 @@ class Scheduler:
 
     def stats(self, batch: Batch | None = None, step_s: float = 0.0) -> Stats:
         """The books as they stand; `batch` and `step_s` are the step they are told after."""
-        return Stats(
-            waiting=len(self.waiting),
-            running=len(self.running),
-            blocks_used=self.pool.num_blocks - self.pool.num_free,
-            blocks_total=self.pool.num_blocks,
-            steps=self.num_steps,
-            prefill_tokens=self.num_prefill_tokens,
-            decode_tokens=self.num_decode_tokens,
-            cached_tokens=self.num_cached_tokens,
-            preemptions=self.num_preemptions,
-            batch_size=len(batch.sequences) if batch else 0,
-            batch_tokens=batch.num_tokens if batch else 0,
-            step_s=step_s,
-            prefill_rows=batch.num_prefill_rows if batch else 0,
-            admitted=len(batch.admitted) if batch else 0,
-            retracted=self.num_retracted,
-        )
+        now = len(self.waiting), len(self.running), self.pool.num_used, self.pool.num_blocks
+        return self.counts.stats(now, batch, step_s)
 
     # ---- planning
 
@@ -288,7 +299,7 @@ class Scheduler:
         self._entries += [(slot, index, block) for index, block in enumerate(seq.blocks)]
         if not seq.was_admitted:
             seq.was_admitted = True
-            self.num_cached_tokens += num_cached
+            self.counts.cached_tokens += num_cached
             self._notices.append(Output(seq.id, num_cached=num_cached))
 
     def _grow(self, seq: Sequence, need: int) -> bool:
@@ -322,16 +333,17 @@ class Scheduler:
                 self._publish(rows[row])
         entries = np.array(self._entries, np.int32) if self._entries else _NO_ENTRIES
         samples = np.flatnonzero(sampling).astype(np.int32)
-        return Batch(slots, starts, counts, samples, rows, admitted, entries, num_tokens, num_prefill_rows)
+        self._num_planned += 1
+        return Batch(
+            slots, starts, counts, samples, rows, admitted, entries, num_tokens, num_prefill_rows, self._num_planned,
+            self._known(),
+        )  # fmt: skip
 
-    def _count(self, batch: Batch) -> None:
-        """A step has run: what it computed is there."""
-        self._offered.popleft()
-        self._budget.passed()
-        num_decode = len(batch.sequences) - batch.num_prefill_rows
-        self.num_steps += 1
-        self.num_decode_tokens += num_decode
-        self.num_prefill_tokens += batch.num_tokens - num_decode
+    def _known(self) -> Int32:
+        """The tokens that `extend` brought since the last batch, of those who still run."""
+        extended, self._extended = self._extended, []
+        entries = [entry for seq, start in extended if seq.slot >= 0 for entry in seq.entries(start)]
+        return np.array(entries, np.int32) if entries else _NO_ENTRIES
 
     # ---- one sequence
 
@@ -339,7 +351,7 @@ class Scheduler:
         """Back to the head of the queue as if new. Its blocks stay cached while nobody needs them."""
         seq.num_tokens = int(self._tokens[seq.slot])
         seq.num_preemptions += 1
-        self.num_preemptions += 1
+        self.counts.preemptions += 1
         self._release(seq)
         self.waiting[seq.id] = seq
         self.waiting.move_to_end(seq.id, last=False)
@@ -381,12 +393,7 @@ class Scheduler:
             del self.waiting[seq.id]
 
     def _prompt_details(self, batch: Batch, result: StepResult) -> dict[int, tuple[TokenDetails, ...]]:
-        """By row: what was not handed out before (a preempted sequence computes its prompt twice)."""
-        fresh: dict[int, tuple[TokenDetails, ...]] = {}
-        for row, found in (result.prompt_details or {}).items():
-            seq = batch.sequences[row]
-            known = max(0, seq.num_prompt_details - int(batch.starts[row]))
-            if found[known:]:
-                fresh[row] = found[known:]
-                seq.num_prompt_details += len(found) - known
-        return fresh
+        """By row, if there are any that were not handed out before."""
+        found = result.prompt_details or {}
+        fresh = {row: batch.sequences[row].fresh(int(batch.starts[row]), details) for row, details in found.items()}
+        return {row: details for row, details in fresh.items() if details}

@@ -35,6 +35,7 @@ class Sequence:
     publish_at: int = 0  # len(token_ids) at which there is another block to offer
     num_prompt_details: int = 0  # how many positions' details were handed out
     num_preemptions: int = 0
+    valid_from: int = 0  # number of the first batch whose tokens count: earlier ones were overtaken by `Extend`
     was_admitted: bool = False
     finish_reason: str = ""  # "" while it lives; "stop", "length", "error", "abort"
 
@@ -52,17 +53,42 @@ class Sequence:
             parent = self.hashes[-1] if self.hashes else chain_root(self.request.salt)
             self.hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
 
+    def fresh(self, start: int, details: tuple[TokenDetails, ...]) -> tuple[TokenDetails, ...]:
+        """Of the details of its prompt from `start` + 1 on, those that it was not given: it may be computed twice."""
+        fresh = details[max(0, self.num_prompt_details - start) :]
+        self.num_prompt_details += len(fresh)
+        return fresh
+
+    def entries(self, start: int) -> list[tuple[int, int, int]]:
+        """Its slot, position and token, for all that are known here from `start` on."""
+        return [(self.slot, i, self.token_ids[i]) for i in range(start, len(self.token_ids))]
+
+    def append(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+        """Take in tokens up to the first that ends it: those that it took, and the reason, "" if it goes on."""
+        for count, token_id in enumerate(token_ids, 1):
+            self.token_ids.append(token_id)
+            if token_id in self.stop_ids:
+                return token_ids[:count], "stop"
+            if len(self.token_ids) == self.max_tokens:
+                return token_ids[:count], "length"
+        return token_ids, ""
+
     def output(
-        self, token_id: int, details: TokenDetails | None, prompt_details: tuple[TokenDetails, ...]
+        self,
+        token_ids: tuple[int, ...],
+        details: TokenDetails | None = None,
+        prompt_details: tuple[TokenDetails, ...] = (),
+        message: str = "",
     ) -> Output:
-        """What a step gave it."""
+        """What it was given."""
         return Output(
             self.id,
-            (token_id,),
+            token_ids,
             self.finish_reason,
             () if details is None else (details,),
             prompt_details,
             num_preemptions=self.num_preemptions if self.finish_reason else 0,
+            message=message,
         )
 
     def failure(self, message: str) -> Output:
@@ -88,6 +114,8 @@ class Batch:
     blocks: Int32  # (n, 3) slot, index in its table, block: entries new since the last step
     num_tokens: int  # sum of `counts`
     num_prefill_rows: int  # rows that compute more than one token or do not sample
+    number: int  # batches are counted as they are planned
+    known: Int32  # (n, 3) slot, position, id: tokens that were not sampled, new since the last step
 
 
 class StepResult(Protocol):

@@ -33,6 +33,7 @@ from tokenmill.runtime.choice import (
     weight_bytes,
 )
 from tokenmill.runtime.executor import Executor
+from tokenmill.runtime.guides import Guides
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks, count_device_blocks
 from tokenmill.weights.checkpoint import model_config, open_checkpoint, read_json
 from tokenmill.weights.source import ModelSource
@@ -77,6 +78,7 @@ class Assembled:
     scheduler: Scheduler
     executor: AnyExecutor[Any]
     info: EngineInfo
+    guides: Guides | None = None  # on rank 0: belongs between requests and scheduler, and to the executor
     _resources: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:
@@ -131,7 +133,12 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             isa=instruction_set(choice, computing),
         )
         scheduler = _scheduler(info, _context_weight(program))
-        return Assembled(scheduler, Executor(backend, limits.max_batch_size), info, resources.pop_all())
+        guides = None
+        if group.rank == 0:
+            guides = Guides(info.vocab_size)
+            resources.callback(guides.close)
+        executor = Executor(backend, limits.max_batch_size, guides)
+        return Assembled(scheduler, executor, info, guides, resources.pop_all())
 
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:

@@ -26,8 +26,8 @@ class StepBuilder:
     def __init__(self, max_batch_size: int) -> None:
         self._needs = np.zeros(max_batch_size, _NEEDS)
 
-    def build(self, batch: Batch) -> StepInputs:
-        """The inputs of `batch`; costs a few array operations when nobody was admitted."""
+    def build(self, batch: Batch, late: bool = False) -> StepInputs:
+        """The inputs of `batch`; costs a few array operations when nobody was admitted. `late`: as of `StepInputs`."""
         slots = batch.slots
         admitted = tuple(self._admit(batch)) if batch.admitted else ()
         needs = self._needs[slots]
@@ -40,9 +40,11 @@ class StepBuilder:
             batch.samples,
             admitted,
             batch.blocks,
+            batch.known,
             _tail(sampling["full"], sampling["random"]),
             _most(sampling["logprobs"]),
             _most(prompts),
+            late,
         )
 
     def _admit(self, batch: Batch) -> list[Admitted]:

@@ -88,6 +88,9 @@ class MockExecutor:
         self._free_at = begin + self._step_s + self._token_s * batch.num_tokens
         return MockStep(self._num_steps, self._free_at, self._result(batch))
 
+    def complete(self, step: MockStep) -> None:
+        """See `engine.Executor`."""
+
     def collect(self, step: MockStep) -> StepResult:
         """See `engine.Executor`."""
         if (left := step.ready_at - time.monotonic()) > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Generator, Sequence
 from types import TracebackType
@@ -10,34 +11,51 @@ from tokenmill.engine.engine import Engine
 from tokenmill.engine.facts import FactsLink
 from tokenmill.errors import GenerationError
 from tokenmill.runtime.assembly import Assembled
+from tokenmill.runtime.guides import Guides
 from tokenmill.wire.messages import (
     Abort,
     EngineInfo,
+    GrammarSpec,
     Output,
     Request,
     SamplingParams,
     Stats,
     StoppingParams,
     ToEngine,
+    ToScheduler,
 )
 
 
 class _LocalLink:
     """An `engine.Link` to the caller in the same thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, guides: Guides | None) -> None:
         self.messages: list[ToEngine] = []
+        self.guides = guides
         self.queues: dict[int, deque[Output]] = {}  # by request: outputs that nobody has fetched
         self.stats = Stats()
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
-        """What was said since the last step; never waits."""
+    @property
+    def has_work(self) -> bool:
+        """Whether something was said, or a request waits that will be ready."""
+        return bool(self.messages or (self.guides is not None and self.guides.holds))
+
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
+        """What was said since the last step; waits only for requests that will be ready."""
         messages, self.messages = self.messages, []
-        return messages
+        if self.guides is None:
+            return list(messages)
+        taken = self.guides.take(messages)
+        if block and not taken and self.guides.holds:
+            select.select([self.guides], [], [], 1.0)
+            taken = self.guides.take([])
+        return taken
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
         """Put each output where its request's reader looks."""
         self.stats = stats
+        if self.guides is not None:
+            outputs = self.guides.tell(outputs)
         for output in outputs:
             if (queue := self.queues.get(output.request_id)) is not None:
                 queue.append(output)
@@ -51,7 +69,7 @@ class OfflineEngine:
 
     def __init__(self, parts: Assembled) -> None:
         self._parts = parts
-        self._link = _LocalLink()
+        self._link = _LocalLink(parts.guides)
         self._engine = Engine(parts.scheduler, parts.executor, FactsLink(self._link, parts.scheduler))
         self._last_id = 0
         while parts.executor.rest():  # between two readers nobody steps: it is never idle
@@ -75,12 +93,16 @@ class OfflineEngine:
         salt: bytes = b"",
         *,
         wants_facts: bool = False,
+        grammar: GrammarSpec | None = None,
     ) -> int:
         """Queue a request and return its id, for `outputs` or `abort`. Greedy, 16 tokens, if nothing else is said."""
         self._last_id += 1
         request_id = self._last_id
         sampling, stopping = sampling or SamplingParams(), stopping or StoppingParams(16)
-        self._link.messages.append(Request(request_id, tuple(prompt_ids), sampling, stopping, salt, wants_facts))
+        request = Request(
+            request_id, tuple(prompt_ids), sampling, stopping, salt, wants_facts=wants_facts, grammar=grammar
+        )
+        self._link.messages.append(request)
         self._link.queues[request_id] = deque()
         return request_id
 
@@ -125,7 +147,7 @@ class OfflineEngine:
 
     def step(self) -> bool:
         """One turn of the engine; False, doing nothing, if there is nothing to do."""
-        if self._engine.idle and not self._link.messages:
+        if self._engine.idle and not self._link.has_work:
             return False
         self._engine.step()
         return True

@@ -44,7 +44,8 @@ def main(control: ChildControl) -> None:
         if link is None:
             if ranks is not None:
                 ranks.wait()
-            intake = Intake(configure.engine_address, parts.info, ranks=ranks, watch=control.fileno())
+            address, watch = configure.engine_address, control.fileno()
+            intake = Intake(address, parts.info, ranks=ranks, gate=parts.guides, watch=watch)
             resources.callback(intake.close)
             link = FactsLink(intake, parts.scheduler)
         control.send(Ready(parts.info if configure.index == 0 else None))

@@ -9,14 +9,14 @@ are the same alone, in a batch, in chunks, behind a cached prefix and after a pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.isa import detect
@@ -27,6 +27,7 @@ from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.scratch import zeros
 from tokenmill.backends.cpu.slots import Places, PromptPositions, Slots
 from tokenmill.backends.cpu.threads import Walkers
+from tokenmill.backends.late import AwaitedMasks
 from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
@@ -39,6 +40,22 @@ Report = Callable[[Progress], None]
 KV_DTYPES = {"": "f16", "float16": "f16", "int8": "int8"}
 _PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
 _WARM_TOKENS = 32
+
+
+class CpuStep:
+    """A step on the backend's thread."""
+
+    def __init__(self, future: Future[StepResult], masks: AwaitedMasks) -> None:
+        self._future, self.masks = future, masks
+
+    def sample(self, masks: Masks) -> None:
+        """See `backends.base.Step`."""
+        self.masks.give(masks)
+
+    def result(self) -> StepResult:
+        """See `backends.base.Step`."""
+        self.masks.give_up()
+        return self._future.result()
 
 
 class CpuBackend:
@@ -91,6 +108,7 @@ class CpuBackend:
         self._body = _body(self._lines)
         self._walkers = Walkers(self._code, self._scratch.context, threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cpu-backend")
+        self._last: CpuStep | None = None
 
     def _sample_line(self) -> Line:
         at = self._memory.place(self.program.output)
@@ -134,30 +152,41 @@ class CpuBackend:
 
         What needs nothing of the steps before is done here, while they run.
         """
-        return self._thread.submit(self._step, inputs, self._scratch.plan(self._slots.places(inputs)))
+        masks, plan = AwaitedMasks(inputs.late), self._scratch.plan(self._slots.places(inputs))
+        self._last = CpuStep(self._thread.submit(self._step, inputs, plan, masks), masks)
+        return self._last
 
     def close(self) -> None:
         """End the threads after the step that they run. Idempotent."""
+        if self._last is not None:
+            self._last.masks.give_up()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._walkers.close()
 
     # ---- a step, on the backend's thread ----
 
-    def _step(self, inputs: StepInputs, plan: StepPlan) -> StepResult:
+    def _step(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks) -> StepResult:
         self._slots.apply(inputs)
-        token_ids = self._compute(inputs, plan)
+        token_ids = self._compute(inputs, plan, masks if inputs.late else None)
         details = self._sampler.details() if token_ids else None
         prompt = self._prompt_details(inputs) if inputs.prompt_logprobs >= 0 else None
         return StepResult(token_ids, details, prompt)
 
-    def _compute(self, inputs: StepInputs, plan: StepPlan) -> list[int]:
-        """All rows of the table, or those before rows are taken if nobody samples. The sampled ids."""
+    def _compute(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks | None = None) -> list[int]:
+        """All rows of the table, or those before rows are taken if nobody samples. The sampled ids.
+
+        The last row, which samples, waits for masks if there will be some.
+        """
         self._scratch.begin(plan)
         if not len(plan.chosen):
             self._walk(0, self._body)
             return []
-        self._sampler.begin(inputs)
-        self._walk(0, len(self._table))
+        first, end = 0, len(self._table)
+        if masks is not None:
+            self._walk(0, end - 1)
+            first = end - 1
+        self._sampler.begin(inputs, masks.wait() if masks else None)
+        self._walk(first, end)
         ids: list[int] = plan.chosen.tolist()
         return ids
 

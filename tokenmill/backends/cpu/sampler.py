@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.base import StepInputs
+from tokenmill.backends.base import Masks, StepInputs
 from tokenmill.backends.cpu import sampling_layout as w
 from tokenmill.backends.cpu.scratch import zeros
 from tokenmill.backends.sampling import MOST_TIES, Parameters
@@ -50,9 +50,14 @@ class Sampler:
         """Of scratch, if all of it is touched."""
         return self._scratch.nbytes
 
-    def begin(self, inputs: StepInputs) -> None:
+    def begin(self, inputs: StepInputs, masks: Masks | None = None) -> None:
         """The step chooses tokens for the rows `inputs.samples`, after the slots took in what is new."""
         p = self._parameters
+        self._held = []
+        if masks is not None:
+            bits, of_rows = np.ascontiguousarray(masks.bits), np.zeros(len(inputs.samples), np.int64)
+            of_rows[masks.rows] = bits.ctypes.data + bits.strides[0] * np.arange(len(masks.rows))
+            self._held = [bits, of_rows]
         self._write(
             {
                 w.MODE: w.SAMPLE,
@@ -60,6 +65,7 @@ class Sampler:
                 w.BIAS_VALUES: p.bias_values.ctypes.data,
                 w.BIAS_UNTIL: p.bias_until.ctypes.data,
                 w.BIAS_STRIDE: p.bias_ids.strides[0],
+                w.MASKS: self._held[1].ctypes.data if self._held else 0,
             }
         )
         self._list(len(inputs.samples), inputs.logprobs + MOST_TIES if inputs.logprobs > 0 else inputs.logprobs)

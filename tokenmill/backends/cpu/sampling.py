@@ -16,6 +16,7 @@ from tokenmill.backends.cpu.sampling_layout import (
     KEPT,
     LISTED,
     LOGPROBS,
+    MASKS,
     MIN_P,
     MODE,
     MOST,
@@ -56,6 +57,7 @@ from tokenmill.backends.cpu.sampling_rows import (
     kth_bound,
     list_likeliest,
     logarithm,
+    mask_ids,
     mass,
     penalize,
 )
@@ -137,6 +139,10 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
         normal = _list_row(words, s, x, vocab, r, wanted, 0, _ONE, best, LOWEST)
         y = peek(s + WORK)
         copy((vocab + 15) // 16, x, y)
+    masks = peek(words + MASKS)
+    mask = peek(masks + 8 * r) if masks != 0 else 0
+    if mask != 0:
+        mask_ids(y, vocab, mask)
     _process(words, s, y, vocab, p, slot, position)
     best = find_maxima(s, y, (vocab + 15) // 16)
     if best <= LOWEST or wanted < 0:

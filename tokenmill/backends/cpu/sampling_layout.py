@@ -22,6 +22,7 @@ TOP_IDS = 104  # int32, MOST a row, best first
 TOP_LOGPROBS = 112  # float32, MOST a row
 TARGETS = 120  # SCORE: int64 a row, the token whose log-probability is wanted
 WANTED = 128  # SCORE: int64 a row, how many it lists at most; -1: nothing
+MASKS = 136  # int64 a row: address of its mask, a bit an id; 0: it may choose any. 0: no row has one
 WORDS = 24  # of 8 bytes
 
 SAMPLE, SCORE = range(2)

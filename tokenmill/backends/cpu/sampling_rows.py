@@ -107,6 +107,19 @@ def penalize(s: int, x: int, vocab: int, tokens: int, end: int, num_prompt: int,
 
 
 @inline
+def mask_ids(x: int, vocab: int, mask: int) -> None:
+    """Minus infinity where a bit of `mask` is 0, in place; what is not finite stays."""
+    for first in range(0, vocab, 32):
+        bits = peek32(mask + first // 8)
+        if bits == -1:
+            continue
+        for i in range(first, min(first + 32, vocab)):
+            score = peek_float(x + 4 * i)
+            if (bits >> (i - first)) & 1 == 0 and -np.inf < score < np.inf:
+                poke_float(x + 4 * i, word(np.float32(-np.inf)))
+
+
+@inline
 def add_biases(x: int, vocab: int, n: int, ids: int, values: int, until: int, position: int) -> None:
     """Those that still hold at `position`, in place."""
     for i in range(n):

@@ -62,7 +62,7 @@ class Slots:
         self.parameters = Parameters(limits.max_batch_size)
 
     def apply(self, inputs: StepInputs) -> None:
-        """Take in what is new since the step before: sequences first, then their blocks."""
+        """Take in what is new since the step before: sequences first, then their blocks, then tokens."""
         for admitted in inputs.admitted:
             self.tokens[admitted.slot, : len(admitted.token_ids)] = admitted.token_ids
             self.parameters.admit(admitted.slot, admitted.request)
@@ -70,6 +70,9 @@ class Slots:
             slots, indices, blocks = inputs.blocks.T
             for page in range(self._pages):
                 self.tables[slots, indices * self._pages + page] = blocks * self._pages + page
+        if len(inputs.known):
+            slots, positions, token_ids = inputs.known.T
+            self.tokens[slots, positions] = token_ids
 
     def places(self, inputs: StepInputs) -> Places:
         """Where the step's tokens stand. Reads nothing that steps write: any thread may ask, at any time."""

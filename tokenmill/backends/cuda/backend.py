@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits
 from tokenmill.backends.cuda import flashinfer
 from tokenmill.backends.cuda.account import Account, graph_bytes, library_bytes
 from tokenmill.backends.cuda.attention import Manner, tiles_of
 from tokenmill.backends.cuda.compile import Kernels
-from tokenmill.backends.cuda.device import Device, Mark
+from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.graphs import Graphs, variants
 from tokenmill.backends.cuda.lower import Launch, Lowering, Sizes
 from tokenmill.backends.cuda.memory import PROMPT_ROWS, Memory
@@ -31,10 +31,11 @@ from tokenmill.backends.cuda.scales import kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, LONG
 from tokenmill.backends.cuda.single import Single
 from tokenmill.backends.cuda.slots import CudaSlots
+from tokenmill.backends.cuda.step import CudaStep, Sampling, or_out_of_memory
 from tokenmill.backends.torch.pack import Report
 from tokenmill.backends.torch.sampling import Logprobs, prompt_details
 from tokenmill.backends.torch.slots import PromptPositions
-from tokenmill.errors import NotEnoughMemory, OutOfMemory, Unsupported
+from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.value import Program
@@ -46,31 +47,6 @@ _DTYPES = {name: getattr(torch, name) for name in DTYPES}
 _log = logging.getLogger(__name__)
 
 CACHE_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-
-
-class CudaStep:
-    """A launched step: pinned buffers that are filled when a mark is passed."""
-
-    def __init__(
-        self,
-        token_ids: Tensor | None,
-        mark: Mark,
-        logprobs: Logprobs | None,
-        prompt: dict[int, tuple[TokenDetails, ...]] | None,
-    ) -> None:
-        self._token_ids, self._mark, self._logprobs, self._prompt = token_ids, mark, logprobs, prompt
-
-    def result(self) -> StepResult:
-        """Wait for it. Called once."""
-        self._mark.wait()
-        if self._token_ids is None:
-            return StepResult([], None, self._prompt)
-        token_ids: list[int] = self._token_ids.tolist()
-        details = None
-        if self._logprobs is not None:
-            broken = np.array(token_ids) < 0
-            details = replace(self._logprobs, wanted=np.where(broken, -1, self._logprobs.wanted)).details()
-        return StepResult(token_ids, details, self._prompt)
 
 
 class CudaBackend:
@@ -246,12 +222,7 @@ class CudaBackend:
 
     def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once. OutOfMemory: nothing of it counts."""
-        try:
-            return self._run(inputs)
-        except torch.OutOfMemoryError as error:
-            why = str(error)
-        torch.cuda.empty_cache()  # here, where no frame of the error holds a tensor any more
-        raise OutOfMemory(why)
+        return or_out_of_memory(lambda: self._run(inputs))
 
     @torch.inference_mode()
     def _run(self, inputs: StepInputs) -> Step:
@@ -269,9 +240,18 @@ class CudaBackend:
         else:
             sizes = self._sizes(inputs.slots, inputs.starts, inputs.counts, inputs.samples)
             self._forward(sizes)
-        token_ids, logprobs = self._sampler.sample(inputs, sizes, decodes) if len(inputs.samples) else (None, None)
+        step = CudaStep(lambda masks: or_out_of_memory(lambda: self._sample(inputs, sizes, decodes, masks)))
+        if not inputs.late:
+            step.sample(None)
+        return step
+
+    @torch.inference_mode()
+    def _sample(self, inputs: StepInputs, sizes: Sizes, decodes: bool, masks: Masks | None) -> Sampling:
+        sampled: tuple[Tensor | None, Logprobs | None] = None, None
+        if len(inputs.samples):
+            sampled = self._sampler.sample(inputs, sizes, decodes, masks)
         prompt = self._prompt_details(inputs, sizes) if inputs.prompt_logprobs >= 0 else None
-        return CudaStep(token_ids, self._device.mark(), logprobs, prompt)
+        return Sampling(*sampled, prompt, self._device.mark())
 
     def close(self) -> None:
         """Forget graphs and cache. Idempotent."""

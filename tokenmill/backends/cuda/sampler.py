@@ -1,9 +1,9 @@
 """From logits to tokens on the device, and a step's tokens to pinned memory, without the host waiting for anything.
 
-Rows that want the likeliest token, or one drawn at a temperature, cost one launch, which a CUDA graph may hold. Biases
-and penalties make float32 scores of the logits first; filters choose in two launches; log-probabilities cost one more
-and torch's top-k. Only a watermark makes the host wait: its green ids are a permutation that the token before seeds,
-drawn by a generator of random numbers that runs on the host.
+Rows that want the likeliest token, or one drawn at a temperature, cost one launch, which a CUDA graph may hold. Masks,
+biases and penalties make float32 scores of the logits first; filters choose in two launches; log-probabilities cost one
+more and torch's top-k. Only a watermark makes the host wait: its green ids are a permutation that the token before
+seeds, drawn by a generator of random numbers that runs on the host.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenmill.backends.base import StepInputs
+from tokenmill.backends.base import Masks, StepInputs
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.choose import choose
 from tokenmill.backends.cuda.kernels.filtered import choose_filtered, summarize
+from tokenmill.backends.cuda.kernels.masks import forbid
 from tokenmill.backends.cuda.kernels.penalties import count_tokens, penalize
 from tokenmill.backends.cuda.kernels.report import report
 from tokenmill.backends.cuda.lower import Sizes
@@ -37,6 +38,7 @@ TILE_LOGITS = 8192  # that a program searches at a time
 SUMMARY_LOGITS = 4096  # that a program summarizes
 FILTER_WARPS, SUMMARY_WARPS, REPORT_WARPS = 16, 4, 16
 TOKENS = 1024  # of a sequence that a program counts at a time
+MASKED = 2048  # ids that a program looks at
 MOST_COUNTING = 4096  # programs that count tokens
 REPORT_LOGITS = 8192  # of a row that are looked at at a time
 LEAST_LOGITS, MOST_LOGITS = 256, 4096  # of a program that chooses in one round
@@ -87,6 +89,7 @@ class Sampler:
     def __init__(self, logits: Tensor, slots: CudaSlots, device: Device, alike: bool = False) -> None:
         self._logits, self._slots, self._device, self._alike = logits, slots, device, alike
         rows, vocab = self._rows, self._vocab = logits.shape
+        self._words = -(-vocab // 32)  # of a row of a mask
         least, most = GROUP_LOGITS
         self._group = max(least, min(most, power(-(-vocab // GROUPS))))
         self._groups = -(-vocab // self._group)
@@ -113,22 +116,26 @@ class Sampler:
     @property
     def step_bytes(self) -> int:
         """Bytes that a step may take besides: what torch's top-k works in, the rows that it looks at if these are few,
-        what it finds, and a watermark's green ids."""
+        what it finds, a watermark's green ids, and masks."""
         row = 4 * self._vocab
-        return (-(-self._rows // _FEW) + -(-self._rows // 8) + 8) * row + self._rows * _FOUND * 48
+        masks = 3 * self._rows * -(-self._vocab // 8)
+        return (-(-self._rows // _FEW) + -(-self._rows // 8) + 8) * row + self._rows * _FOUND * 48 + masks
 
     def launch(self, sizes: Sizes) -> None:
         """Choose for all rows of `sizes`, by logits and temperature alone: one launch, which a graph may hold."""
         self._choose(self._logits, sizes, sizes.sampling)
 
-    def sample(self, inputs: StepInputs, sizes: Sizes, chosen: bool = False) -> tuple[Tensor, Logprobs | None]:
+    def sample(
+        self, inputs: StepInputs, sizes: Sizes, chosen: bool = False, masks: Masks | None = None
+    ) -> tuple[Tensor, Logprobs | None]:
         """The tokens of a step's sampling rows, to their slots and to pinned memory; and what is asked for of them.
 
-        Both are there when a mark set afterwards is passed. `chosen`: the step has launched `launch` already.
+        Both are there when a mark set afterwards is passed. `chosen`: the step has launched `launch` already, whose
+        tokens are overwritten where they are not the right ones.
         """
         rows = len(inputs.samples)
         wants = _Wants(self._slots.parameters.rows[inputs.slots[inputs.samples]], inputs.tail == "full")
-        source = self._processed(inputs, sizes, wants)
+        source = self._processed(inputs, sizes, wants, masks)
         if wants.filtered:
             self._choose_filtered(source, sizes, rows)
         elif not chosen or source is not self._logits:
@@ -140,6 +147,7 @@ class Sampler:
         """Compile what decode steps of this size need; leaves no trace but in the rows of `sizes`."""
         rows = sizes.sampling
         scores = self._scores[:rows].copy_(self._logits[:rows])
+        self._forbid(Masks(np.zeros(1, np.int32), np.full((1, self._words), 0xFFFFFFFF, np.uint32)))
         self._count(sizes, rows, 1, penalized=True)
         asked = np.zeros(1, np.int64)
         for source in (self._logits, self._scores):
@@ -158,18 +166,28 @@ class Sampler:
 
     # ---- scores ----
 
-    def _processed(self, inputs: StepInputs, sizes: Sizes, wants: _Wants) -> Tensor:
-        """The logits, or if a row has a watermark, a bias or a penalty, float32 scores."""
+    def _processed(self, inputs: StepInputs, sizes: Sizes, wants: _Wants, masks: Masks | None) -> Tensor:
+        """The logits, or if a row has a mask, a watermark, a bias or a penalty, float32 scores."""
         rows, marked, biased, penalized = len(wants.p), wants.watermarked, wants.biased, wants.penalized
-        if not (len(marked) or biased or penalized or (self._alike and wants.filtered)):
+        masked = masks is not None and len(masks.rows) > 0
+        if not (masked or len(marked) or biased or penalized or (self._alike and wants.filtered)):
             return self._logits
         self._scores[:rows].copy_(self._logits[:rows])
+        if masks is not None and masked:
+            self._forbid(masks)
         ends = (inputs.starts + inputs.counts)[inputs.samples]
         if len(marked):
             self._mark(marked, inputs.slots[inputs.samples][marked], ends[marked] - 1, wants.p[marked])
         if biased or penalized:
             self._count(sizes, rows, int(ends.max()) if penalized else 1, penalized)
         return self._scores
+
+    def _forbid(self, masks: Masks) -> None:
+        """Of the scores, those that a mask does not allow."""
+        rows, bits = self._device.send(masks.rows), self._device.send(masks.bits.view(np.int32))
+        forbid[(len(masks.rows), triton.cdiv(self._vocab, MASKED))](
+            self._scores, rows, bits, VOCAB=self._vocab, WORDS=self._words, BLOCK=MASKED
+        )
 
     def _mark(
         self, rows: NDArray[np.int64], slots: NDArray[np.int32], lasts: NDArray[np.int32], p: NDArray[np.void]

@@ -46,7 +46,7 @@ class CudaSlots(Slots):
         self.biases = torch.zeros(limits.max_batch_size + 1, _FEW_BIASES, 3, dtype=torch.int32, device=device.torch)
 
     def apply(self, inputs: StepInputs) -> None:
-        """Take in what is new since the step before: sequences first, then their blocks."""
+        """Take in what is new since the step before: sequences first, then their blocks, then tokens."""
         for admitted in inputs.admitted:
             self.parameters.admit(admitted.slot, admitted.request)
             self.tokens[admitted.slot, : len(admitted.token_ids)] = self._device.send(
@@ -60,6 +60,9 @@ class CudaSlots(Slots):
             self.sampling[self._device.send(slots)] = self._device.send(rows)
         if len(inputs.blocks):
             self._write(last_of_each(inputs.blocks))
+        if len(inputs.known):
+            slots, positions, token_ids = self._device.send(last_of_each(inputs.known).T.astype(np.int64))
+            self.tokens[slots, positions] = token_ids.to(torch.int32)
 
     def set_blocks(self, slot: int, blocks: NDArray[np.int32]) -> None:
         """A slot's table, from its beginning."""

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmill.backends.base import Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.late import AwaitedMasks
 from tokenmill.backends.torch import attention
 from tokenmill.backends.torch.interpreter import Env, Interpreter
 from tokenmill.backends.torch.kinds import StepState
@@ -40,20 +41,32 @@ _PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
 class TorchStep:
     """A step on the backend's thread. `before`: the one launched before it, if nobody has been told of its end."""
 
-    def __init__(self, run: Callable[[], StepResult], thread: ThreadPoolExecutor, before: TorchStep | None) -> None:
+    def __init__(
+        self,
+        run: Callable[[AwaitedMasks], StepResult],
+        thread: ThreadPoolExecutor,
+        before: TorchStep | None,
+        late: bool,
+    ) -> None:
         self._run, self._before, self.told = run, before, False
+        self.masks = AwaitedMasks(late)
         self._future: Future[StepResult] = thread.submit(self._start)
+
+    def sample(self, masks: Masks) -> None:
+        """See `backends.base.Step`."""
+        self.masks.give(masks)
 
     def result(self) -> StepResult:
         """See `backends.base.Step`."""
         self.told = True
+        self.masks.give_up()
         return self._future.result()
 
     def _start(self) -> StepResult:
         before, self._before = self._before, None
         if before is not None and isinstance(before._future.exception(), OutOfMemory):
             raise OutOfMemory("The step before found no memory.")  # this one would read what that one should have left
-        return self._run()
+        return self._run(self.masks)
 
 
 class TorchBackend:
@@ -90,6 +103,7 @@ class TorchBackend:
         self._slots = Slots(limits, self.vocab_size, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
         self._last: TorchStep | None = None
+        self._masks = AwaitedMasks(late=False)  # of the step that runs
 
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers of this rank."""
@@ -129,14 +143,19 @@ class TorchBackend:
     def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once."""
         before = None if self._last is None or self._last.told else self._last
-        self._last = TorchStep(lambda: self._step_or_out_of_memory(inputs), self._thread, before)
+        self._last = TorchStep(
+            lambda masks: self._step_or_out_of_memory(inputs, masks), self._thread, before, inputs.late
+        )
         return self._last
 
     def close(self) -> None:
         """End the thread after the step that it runs. Idempotent."""
+        if self._last is not None:
+            self._last.masks.give_up()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _step_or_out_of_memory(self, inputs: StepInputs) -> StepResult:
+    def _step_or_out_of_memory(self, inputs: StepInputs, masks: AwaitedMasks) -> StepResult:
+        self._masks = masks
         try:
             return self._step(inputs)
         except torch.OutOfMemoryError as error:
@@ -176,7 +195,7 @@ class TorchBackend:
             return [], None
         logits = self._interpreter.tail(state, env)
         if self.group.rank == 0:
-            sampled = sample(logits, self._slots, inputs)
+            sampled = sample(logits, self._slots, inputs, self._masks.wait())
             token_ids = sampled.token_ids.contiguous()
         else:
             sampled, token_ids = None, torch.empty(len(inputs.samples), dtype=torch.int64, device=self.device)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenmill.backends.base import StepInputs
+from tokenmill.backends.base import Masks, StepInputs
 from tokenmill.backends.sampling import MOST_TIES, WATERMARK_KEY, noise_keys
 from tokenmill.backends.torch.slots import PromptPositions, Slots
 from tokenmill.wire.messages import TokenDetails
@@ -59,7 +59,7 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, slots: Slots, inputs: StepInputs) -> Sampled:
+def sample(logits: Tensor, slots: Slots, inputs: StepInputs, masks: Masks | None = None) -> Sampled:
     """Choose the next token of every row of `inputs.samples` from `logits` (R, V), any float type.
 
     Writes nothing but, perhaps, `logits`, which it owns: `Slots.record` is the caller's, once all ranks know the ids.
@@ -69,11 +69,17 @@ def sample(logits: Tensor, slots: Slots, inputs: StepInputs) -> Sampled:
     finite = best.isfinite()
     rows = _Rows(slots, inputs)
     raw = rows.where((rows.all["logprobs"] >= 0) & rows.all["raw_logprobs"])
-    unprocessed = logits[raw.index] if inputs.logprobs >= 0 and len(raw) and inputs.tail != "greedy" else logits
+    masked, unprocessed = masks is not None and len(masks.rows) > 0, logits
+    if inputs.logprobs >= 0 and len(raw) and (masked or inputs.tail != "greedy"):
+        unprocessed = logits[raw.index]
     scores = logits
+    if masks is not None and masked:
+        scores = _masked(scores, masks)
+        best, token_ids = scores.max(-1)
     if inputs.tail == "full":
         scores = _penalize(scores, rows)
-        token_ids = scores.argmax(-1)
+        best, token_ids = scores.max(-1)
+    finite &= best > -torch.inf
     if inputs.tail != "greedy":
         scores = _filter(_tempered(scores, rows), rows, full=inputs.tail == "full")
         token_ids = _choose(scores, token_ids, rows)
@@ -149,6 +155,14 @@ class _Rows:
         """(R,) which rows are sampled; the others take the likeliest."""
         mask: NDArray[np.bool_] = self.all["temperature"] > 0
         return mask
+
+
+def _masked(logits: Tensor, masks: Masks) -> Tensor:
+    """Minus infinity where a mask says no: a new (R, V)."""
+    index = torch.from_numpy(masks.rows.astype(np.int64)).to(logits.device)
+    allowed = np.unpackbits(masks.bits.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    forbidden = torch.from_numpy(allowed).to(logits.device) == 0
+    return logits.index_copy(0, index, logits[index].masked_fill_(forbidden, -torch.inf))
 
 
 def _penalize(logits: Tensor, rows: _Rows) -> Tensor:

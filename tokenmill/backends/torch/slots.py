@@ -46,7 +46,7 @@ class Slots:
         self.parameters = Parameters(limits.max_batch_size)
 
     def apply(self, inputs: StepInputs) -> None:
-        """Take in what is new since the step before: sequences first, then their blocks."""
+        """Take in what is new since the step before: sequences first, then their blocks, then tokens."""
         for admitted in inputs.admitted:
             ids = torch.from_numpy(np.ascontiguousarray(admitted.token_ids, dtype=np.int32))
             self.tokens[admitted.slot, : len(ids)] = ids.to(self.device)
@@ -54,6 +54,9 @@ class Slots:
         if len(inputs.blocks):
             slot, index, block = self._indices(last_of_each(inputs.blocks)).unbind(1)
             self.tables[slot, index] = block.to(torch.int32)
+        if len(inputs.known):
+            slot, position, token_id = self._indices(inputs.known).unbind(1)
+            self.tokens[slot, position] = token_id.to(torch.int32)
 
     def record(self, inputs: StepInputs, token_ids: Tensor) -> None:
         """Write the sampled ids (R,) behind their sequences. A -1 (not finite) becomes 0: its sequence is ending."""

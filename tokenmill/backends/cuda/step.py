@@ -1,0 +1,65 @@
+"""A step that was launched, and its end, which may be launched later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenmill.backends.base import Masks, StepResult
+from tokenmill.backends.cuda.device import Mark
+from tokenmill.backends.torch.sampling import Logprobs
+from tokenmill.errors import OutOfMemory
+from tokenmill.wire.messages import TokenDetails
+
+T = TypeVar("T")
+
+
+class Sampling(NamedTuple):
+    """What a step gives: pinned buffers that are filled when the mark is passed; and of the prompt, at once."""
+
+    token_ids: Tensor | None
+    logprobs: Logprobs | None
+    prompt: dict[int, tuple[TokenDetails, ...]] | None
+    mark: Mark
+
+
+class CudaStep:
+    """A launched step. `sampling` launches its end."""
+
+    def __init__(self, sampling: Callable[[Masks | None], Sampling]) -> None:
+        self._launch = sampling
+        self._sampling: Sampling | None = None
+
+    def sample(self, masks: Masks | None) -> None:
+        """See `backends.base.Step`."""
+        self._sampling = self._launch(masks)
+
+    def result(self) -> StepResult:
+        """See `backends.base.Step`."""
+        if self._sampling is None:
+            raise OutOfMemory("It was given up.")
+        sampled, logprobs, prompt, mark = self._sampling
+        mark.wait()
+        if sampled is None:
+            return StepResult([], None, prompt)
+        token_ids: list[int] = sampled.tolist()
+        details = None
+        if logprobs is not None:
+            broken = np.array(token_ids) < 0
+            details = replace(logprobs, wanted=np.where(broken, -1, logprobs.wanted)).details()
+        return StepResult(token_ids, details, prompt)
+
+
+def or_out_of_memory(launch: Callable[[], T]) -> T:
+    """What it returns; torch's error as ours."""
+    try:
+        return launch()
+    except torch.OutOfMemoryError as error:
+        why = str(error)
+    torch.cuda.empty_cache()  # here, where no frame of the error holds a tensor any more
+    raise OutOfMemory(why)

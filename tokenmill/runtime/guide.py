@@ -1,0 +1,169 @@
+"""What one sequence's next tokens must be: by a grammar, or because a thought has taken too long.
+
+Token ids only; knows no step. `Guides` tells it of every token and says to the scheduler what it finds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.wire.messages import Extend, Request
+
+if TYPE_CHECKING:
+    from tokenmill.grammar.base import Matcher
+
+_NO_WAY_ON = "no token can follow by the grammar that was asked for"
+_REFUSED = "the grammar that was asked for does not allow the token that was sampled"
+
+
+class Guide:
+    """One sequence's rules.
+
+    `matcher`: of its grammar, at its beginning; None: it has none. `end_ids`: tokens that end a text, which a matcher
+    allows where its grammar may end, whether or not the request stops at them.
+    """
+
+    def __init__(self, request: Request, matcher: Matcher | None, end_ids: tuple[int, ...]) -> None:
+        stopping, grammar = request.stopping, request.grammar
+        self.id, self.matcher = request.id, matcher
+        self.known = self._begin = len(request.prompt_ids)  # tokens that it has seen, or need not see
+        self.valid_from = 0  # number of the first batch whose tokens count
+        self.ended = False
+        self._last = self.known + stopping.max_new_tokens
+        self._free_to_end = self.known + stopping.min_new_tokens
+        self._stop_ids, self._end_ids = frozenset(stopping.stop_ids), end_ids
+        self._ends = [i for i in end_ids if i in self._stop_ids]
+        self._appends = request.sampling.logprobs < 0  # else each token is sampled, for what is told of it
+        self._after = grammar.after if grammar else ()
+        self._unless, self._forced_ids = stopping.unless, stopping.forced_ids
+        self._budget = stopping.force_after if stopping.forced_ids else 0
+        self._tail: deque[int] = deque(maxlen=max((len(ids) for ids in (*self._after, *self._unless)), default=0))
+        self._pending: deque[int] = deque()  # must come next, and are sampled
+        self._refused = False
+        if matcher is not None and not self._after:
+            forced = matcher.forced(stopping.max_new_tokens)
+            self._pending.extend(forced[:1] if self._appends else forced)
+        self._begun = matcher is not None and not self._after
+
+    @property
+    def waits(self) -> bool:
+        """True if its next token cannot be sampled before the one before is known."""
+        return (self._begun or bool(self._pending)) and not self.ended
+
+    @property
+    def asks_matcher(self) -> bool:
+        """True if its row of a mask is to be filled by its matcher before `restrict`."""
+        return self._begun and not self._pending
+
+    def observe(self, token_id: int, free: bool) -> Extend | None:
+        """Take in the token that was sampled; what the scheduler must be told, if anything.
+
+        `free`: the step behind samples as if this sequence did not wait.
+        """
+        if self._pending:
+            self._pending.popleft()
+        self._take(token_id)
+        position = self.known
+        token_ids: list[int] = []
+        while not (self.ended or self._refused or self._pending) and (forced := self._forced()):
+            if not self._appends or (len(forced) == 1 and self._begun and not free and not token_ids):
+                self._pending.extend(forced)
+            else:
+                token_ids += self._append(forced)
+        reason = self._reason()
+        if not (token_ids or reason or (free and self.waits)):
+            return None
+        self.ended |= bool(reason)
+        return Extend(self.id, position, tuple(token_ids), reason, _REFUSED if reason == "error" else "")
+
+    def restrict(self, bits: NDArray[np.uint32]) -> Extend | None:
+        """Make a row of a mask, which its matcher has filled if `asks_matcher`, what may come next.
+
+        If nothing may, the row allows everything, and what the scheduler must be told is returned.
+        """
+        if self._pending:
+            bits[:] = 0
+            _allow(bits, self._pending[0])
+            return None
+        may_end, why = self._forbid(bits, self._end_ids), _NO_WAY_ON
+        if self.matcher is not None and self.matcher.failure:
+            bits[:], may_end, why = 0, False, self.matcher.failure
+        elif self.matcher is not None and self.matcher.done:
+            bits[:] = 0
+            may_end = True
+        if self.known < self._free_to_end:
+            self._forbid(bits, tuple(self._stop_ids))
+        elif may_end:
+            for token_id in self._ends:
+                _allow(bits, token_id)
+        if bits.any():
+            return None
+        bits[:] = 0xFFFFFFFF
+        self.ended = True
+        return Extend(self.id, self.known, (), "stop" if may_end else "error", "" if may_end else why)
+
+    def _take(self, token_id: int) -> None:
+        """The next token is this."""
+        self.known += 1
+        if token_id in self._stop_ids or self.known == self._last:
+            self.ended = True
+            return
+        self._tail.append(token_id)
+        if self._begun:
+            assert self.matcher is not None
+            self._refused = not self.matcher.accept(token_id)
+        elif self.matcher is not None:
+            self._begun = self._has_seen(self._after)
+        if self._budget and self._has_seen(self._unless):
+            self._budget = 0
+
+    def _append(self, token_ids: list[int]) -> list[int]:
+        """Take these in, up to the first that ends it; those."""
+        taken = []
+        for token_id in token_ids:
+            if self.ended or self._refused or (token_id in self._end_ids and token_id not in self._stop_ids):
+                break
+            self._take(token_id)
+            taken.append(token_id)
+        return taken
+
+    def _forced(self) -> list[int]:
+        """What must come next, if there is no choice."""
+        if self._budget and self.known - self._begin >= self._budget:
+            self._budget = 0
+            return list(self._forced_ids)
+        if self._begun and self.matcher is not None and not self.matcher.done:
+            forced = self.matcher.forced(self._last - self.known)
+            return [] if forced and forced[0] in self._end_ids else forced
+        return []
+
+    def _reason(self) -> str:
+        """Why the sequence ends here, for a reason that the scheduler does not see; "" if it does not."""
+        if self._refused:
+            return "error"
+        complete = self._begun and self.matcher is not None and self.matcher.done
+        if self.ended or self._pending or not complete:
+            return ""
+        return "stop" if not self._ends or self.known < self._free_to_end else ""
+
+    def _has_seen(self, endings: tuple[tuple[int, ...], ...]) -> bool:
+        tail = list(self._tail)
+        return any(tail[-len(ids) :] == list(ids) for ids in endings if ids)
+
+    @staticmethod
+    def _forbid(bits: NDArray[np.uint32], token_ids: tuple[int, ...]) -> bool:
+        """Whether any of them was allowed."""
+        found = False
+        for token_id in token_ids:
+            bit = np.uint32(1 << token_id % 32)
+            found |= bool(bits[token_id // 32] & bit)
+            bits[token_id // 32] &= ~bit
+        return found
+
+
+def _allow(bits: NDArray[np.uint32], token_id: int) -> None:
+    bits[token_id // 32] |= np.uint32(1 << token_id % 32)
