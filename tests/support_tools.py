@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 Call = tuple[str, dict[str, Any]]
+
+
+def cut(whole: str, places: list[int]) -> list[str]:
+    """`whole` in pieces."""
+    edges = [0, *sorted(place % (len(whole) + 1) for place in places), len(whole)]
+    return [whole[a:b] for a, b in pairwise(edges)]
 
 
 def text_of(value: Any) -> str:
@@ -50,9 +57,7 @@ def deepseek(calls: list[Call]) -> str:
 
 
 def deepseek_v31(calls: list[Call]) -> str:
-    written = [
-        f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{text_of(given)}<｜tool▁call▁end｜>" for name, given in calls
-    ]
+    written = [f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{text_of(given)}<｜tool▁call▁end｜>" for name, given in calls]
     return "<｜tool▁calls▁begin｜>" + "".join(written) + "<｜tool▁calls▁end｜>"
 
 
@@ -113,11 +118,15 @@ def gemma(calls: list[Call]) -> str:
     return "```tool_code\n" + "\n".join(python_calls(calls)) + "\n```"
 
 
+def escaped_key(key: str) -> str:
+    return key if key.isidentifier() else f"<escape>{key}<escape>"
+
+
 def escaped(value: Any) -> str:
     if isinstance(value, str):
         return f"<escape>{value}<escape>"
     if isinstance(value, dict):
-        return "{" + ",".join(f"<escape>{key}<escape>:{escaped(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ",".join(f"{escaped_key(key)}:{escaped(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return f"[{','.join(map(escaped, value))}]"
     return text_of(value)
@@ -141,8 +150,8 @@ def harmony(calls: list[Call]) -> str:
 WRITERS: dict[str, Callable[[list[Call]], str]] = {
     writer.__name__: writer
     for writer in (
-        hermes, smollm, llama, generic, mistral, mistral_args, deepseek, deepseek_v31, kimi, qwen3_coder, glm, phi4, granite,
-        command_r, pythonic, gemma, functiongemma, harmony,
+        hermes, smollm, llama, generic, mistral, mistral_args, deepseek, deepseek_v31, kimi, qwen3_coder, glm, phi4,
+        granite, command_r, pythonic, gemma, functiongemma, harmony,
     )
 }  # fmt: skip
 BARE = {"llama", "generic", "pythonic"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support_tools import BARE, WRITERS, Call
+from tests.support_tools import BARE, WRITERS, Call, cut
 from tokenmill.errors import ToolError, Unsupported
 from tokenmill.text.router import Delta, Router, fold, router_of
 from tokenmill.text.tools import by_name, formats, of_template
@@ -73,11 +73,6 @@ def read(router: Router, pieces: list[str]) -> tuple[list[Delta], Delta]:
     return deltas, fold(deltas)
 
 
-def cut(whole: str, places: list[int]) -> list[str]:
-    edges = [0, *sorted(place % (len(whole) + 1) for place in places), len(whole)]
-    return [whole[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-
-
 def ambiguous(name: str, made: list[Call]) -> bool:
     """What a format cannot express: its own closing tags inside of a text."""
     tags = {"qwen3_coder": "</parameter>", "glm": "</arg_value>", "functiongemma": "<escape>"}
@@ -86,7 +81,9 @@ def ambiguous(name: str, made: list[Call]) -> bool:
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
 @settings(max_examples=60, deadline=None)
-@given(made=calls_made, places=st.lists(st.integers(0, 10**4), max_size=30), before=st.sampled_from(["", "I look.", "é "]))
+@given(
+    made=calls_made, places=st.lists(st.integers(0, 10**4), max_size=30), before=st.sampled_from(["", "I look.", "é "])
+)
 def test_calls_are_read_as_they_were_made_wherever_the_text_is_cut(
     name: str, made: list[Call], places: list[int], before: str
 ) -> None:
@@ -107,9 +104,11 @@ def test_calls_are_read_as_they_were_made_wherever_the_text_is_cut(
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
 @settings(max_examples=60, deadline=None)
-@given(made=calls_made, stop=st.integers(0, 10**4), junk=text | words, places=st.lists(st.integers(0, 10**4), max_size=20))
+@given(
+    made=calls_made, stop=st.integers(0, 10**4), junk=text | words, places=st.lists(st.integers(0, 10**4), max_size=20)
+)
 def test_a_broken_answer_loses_no_byte(name: str, made: list[Call], stop: int, junk: str, places: list[int]) -> None:
-    """Cut off anywhere, and with something else behind: pieces do not matter, and what is no complete call is content."""
+    """Cut off anywhere, with something else behind: pieces do not matter, and what is no complete call is content."""
     whole = WRITERS[name](made)
     whole = whole[: stop % (len(whole) + 1)] + junk
     router = reader(name)

@@ -41,12 +41,10 @@ class Lark:
 
     def free_until(self, name: str, end: str) -> str:
         """Adds a rule for any text up to and with the first `end`."""
-        found = [part for part in self._special.split(end) if part]
-        if found[0] in self._ids:  # no text holds a special token
-            return self.rule(name, "/(?s:.*)/ " + self.text(end))
-        rest = "".join(found[1:])
-        lazy = self.rule(f"{name}_text[suffix={quoted(found[0])}]", "/(?s:.*)/")
-        return self.rule(name, f"{lazy} {self.text(rest)}".rstrip())
+        special = self._special.search(end)
+        if special:  # which no text holds; what stands before it in `end` is as good a part of the text
+            return self.rule(name, f"/(?s:.*)/ {self.text(end[special.start() :])}")
+        return self.rule(f"{name}[suffix={quoted(end)}]", "/(?s:.*)/")
 
     def source(self) -> str:
         """The grammar's text."""

@@ -143,7 +143,8 @@ class XmlCalls:
         schema = held_schema(tool, choice)
         properties = schema.get("properties")
         required = schema.get("required")
-        parts = [lark.text(f"{name_of(tool)}{self.head_end}")]
+        line = "\n" if self.lines else ""
+        parts = [lark.text(f"{name_of(tool)}{self.head_end}{line}")]
         if isinstance(properties, Mapping):
             for i, (key, value) in enumerate(properties.items()):
                 part = self._written(lark, f"{rule}_{i}", key, _Parameter(tool, schema, value))

@@ -1,4 +1,4 @@
-"""DeepSeek V3.1 and V3.2: a name, a separator, its arguments."""
+"""DeepSeek V3.1 and V3.2-Exp: a name, a separator, its arguments."""
 
 from __future__ import annotations
 

@@ -1,0 +1,197 @@
+"""The router: thoughts first, then calls, then content; and the formats of real templates."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from tests.support_tools import WRITERS, cut
+from tests.test_tools import TOOLS, reader
+from tokenmill.text.reasoning import reasoning_of
+from tokenmill.text.router import CallDelta, Delta, fold, router_of
+from tokenmill.text.tools import formats, of_template
+
+THINK = '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call> {{ \'</think>\' }}'
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+EXCERPTS = {
+    "hermes": "return a json object with function name and arguments within <tool_call></tool_call> XML tags:\\n"
+    '<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args-json-object>}\\n</tool_call><|im_end|>\\n',
+    "qwen3_coder": "{{- '\\n<tool_call>\\n<function=' + name + '>\\n' }}{{- '<parameter=' + args_name + '>\\n' }}",
+    "glm": "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>",
+    "llama": 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{{- '<|python_tag|>' + tool_call.name }}",
+    "pythonic": "Use exact format: [func_name1(param1=value1, param2=value2), func_name2(...)] {{ '<|python_tag|>' }}",
+    "mistral": '{{- "[TOOL_CALLS][" }}{%- set out = tool_call.function|tojson %}{{- \', "id": "\' + tool_call.id }}',
+    "mistral_args": "{{- '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}",
+    "deepseek": "{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + type + '<｜tool▁sep｜>' + name + '\\n```json'}}",
+    "deepseek_v31": "{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>'+ name + '<｜tool▁sep｜>' + arguments}}",
+    "kimi": "<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>",
+    "phi4": "{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' }}",
+    "granite": "When a tool is required, respond only with <|tool_call|> followed by a JSON list of tools used.",
+    "command_r": "<|START_ACTION|>[\n{\"tool_call_id\": \"{{ i }}\", \"tool_name\": \"{{ tc['function']['name'] }}\"}]",
+    "harmony": '"<|start|>assistant<|channel|>analysis<|message|>" + message.thinking + "<|end|>"',
+    "functiongemma": "{{ '<start_function_call>call:' + name + '{' }}",
+    "gemma": "call functions in a ```tool_code block",
+    "smollm": "{%- if xml_tools or python_tools -%}### Tools … <tool_call>\n{\"name\": <function-name>}</tool_call>",
+    "generic": "{% for message in messages %}{{ message.content }}{% endfor %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_a_template_tells_its_format(name: str) -> None:
+    assert of_template(EXCERPTS[name]).name == name
+    matching = [form.name for form in formats() if form.matches(EXCERPTS[name])]
+    assert matching == ([] if name == "generic" else [name])
+
+
+def test_thought_content_and_call_come_apart_wherever_the_text_is_cut() -> None:
+    whole = f"<think>\nWhere? <tool_call>\n</think>\n\nI look.\n{CALL}\n"
+    expected = Delta("Where? <tool_call>", "I look.", (CallDelta(0, '{"city": "Oslo"}', "id0", "get_weather"),))
+    for places in ([], range(len(whole)), *([place] for place in range(len(whole)))):
+        router = router_of(THINK, tools=TOOLS, reasoning=reasoning_of(THINK, "assistant\n"), new_id=lambda: "id0")
+        deltas = [router.push(piece) for piece in cut(whole, list(places))]
+        assert fold([*deltas, router.finish()]) == expected
+        assert router.complete_calls == 1
+
+
+def test_a_call_is_not_searched_for_in_a_thought_nor_without_tools_nor_when_none_is_chosen() -> None:
+    for options in ({}, {"tools": TOOLS, "choice": "none"}):
+        router = router_of(THINK, **options)
+        assert fold([router.push(CALL), router.finish()]) == Delta(content=CALL)
+    router = router_of(THINK, tools=TOOLS, reasoning=reasoning_of(THINK, "<think>\n"))
+    assert fold([router.push(CALL), router.finish()]) == Delta(reasoning=CALL)
+
+
+def test_without_parallel_calls_a_second_one_is_content() -> None:
+    router = reader("hermes", parallel=False)
+    answer = fold([router.push(f"{CALL}\n{CALL}"), router.finish()])
+    assert len(answer.calls) == 1
+    assert answer.content.strip() == CALL
+
+
+def test_name_and_id_come_first_and_once() -> None:
+    router = reader("hermes")
+    deltas = [router.push(character) for character in CALL]
+    calls = [call for delta in deltas for call in delta.calls]
+    assert calls[0] == CallDelta(0, "{", "id0", "get_weather")
+    assert {(call.id, call.name) for call in calls[1:]} == {(None, None)}
+    assert router.finish() == Delta()
+
+
+def test_a_call_that_breaks_after_it_began_is_content_too() -> None:
+    """What has been sent cannot be taken back; the whole text of the call follows."""
+    broken = '<tool_call>\n{"name": "now", "arguments": {"a": tru]}'
+    router = reader("hermes")
+    answer = fold([router.push(broken), router.finish()])
+    assert answer.content == broken
+    assert answer.calls[0].name == "now"
+    with pytest.raises(ValueError):
+        json.loads(answer.calls[0].arguments)
+    assert router.complete_calls == 0
+
+
+def test_a_bare_object_is_a_call_only_of_a_function_that_exists() -> None:
+    for text in ('{"name": "Ada", "parameters": {"age": 36}}', "[1, 2]", '{"a": 1}', "[x(1)]"):
+        for name in ("llama", "generic", "pythonic"):
+            router = reader(name)
+            assert fold([router.push(text), router.finish()]) == Delta(content=text)
+
+
+def test_models_habits_are_understood() -> None:
+    oslo = {"city": "Oslo"}
+    for name, text in [
+        ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo"}}'),  # no end
+        ("hermes", '<tool_call>{"arguments": {"city": "Oslo"}, "name": "get_weather"}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo"}</tool_call>'),  # a brace too few
+        ("hermes", '<tool_call>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]</tool_call>'),
+        ("llama", '<|python_tag|>{"type": "function", "name": "get_weather", "parameters": {"city": "Oslo"}}'),
+        ("mistral", '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Oslo"}, "id": "abc123XYZ"}]'),
+        ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}'),
+        ("mistral_args", '[TOOL_CALLS]get_weather[CALL_ID]abc123XYZ[ARGS]{"city": "Oslo"}'),
+        ("mistral_args", '[TOOL_CALLS]get_weather{"city": "Oslo"}'),
+        ("deepseek", WRITERS["deepseek_v31"]([("get_weather", oslo)])),
+        ("qwen3_coder", "<function=get_weather><parameter=city>Oslo</parameter></function>"),
+        ("glm", "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>"),
+        ("granite", '<function_call> {"name": "get_weather", "arguments": {"city": "Oslo"}}'),
+        ("phi4", 'functools[{"name": "get_weather", "arguments": {"city": "Oslo"}}]'),
+        ("command_r", 'Action:\n```json\n[\n{"tool_name": "get_weather",\n"parameters": {"city": "Oslo"}\n}\n]```'),
+        ("gemma", "```tool_code\nprint(get_weather(city='Oslo'))\n```"),
+        ("pythonic", "<|python_start|>[get_weather(city='Oslo',)]<|python_end|>"),
+        ("generic", '```json\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n```'),
+        ("harmony", '<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Oslo"}'),
+        ("harmony", ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'),
+    ]:  # fmt: skip
+        router = reader(name)
+        answer = fold([router.push(text), router.finish()])
+        assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == [("get_weather", oslo)], text
+        assert answer.content == "", text
+
+
+def test_values_in_tags_take_the_types_of_the_schema() -> None:
+    text = (
+        "<tool_call><function=get_weather><parameter=city>12</parameter><parameter=days>3</parameter>"
+        "<parameter=sure>True</parameter><parameter=tags>['a', \"b\"]</parameter><parameter=unit>null</parameter>"
+        '<parameter=heat>hot</parameter><parameter=other>{"x": 1}</parameter></function></tool_call>'
+    )
+    router = reader("qwen3_coder")
+    answer = fold([router.push(text), router.finish()])
+    assert json.loads(answer.calls[0].arguments) == {
+        "city": "12", "days": 3, "sure": True, "tags": ["a", "b"], "unit": None, "heat": "hot", "other": {"x": 1},
+    }  # fmt: skip
+
+
+def test_line_breaks_that_json_forbids_are_escaped() -> None:
+    router = reader("hermes")
+    answer = fold(
+        [router.push('<tool_call>{"name": "now", "arguments": {"a": "x\ny\t"}}</tool_call>'), router.finish()]
+    )
+    assert json.loads(answer.calls[0].arguments) == {"a": "x\ny\t"}
+
+
+HARMONY = (
+    "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+    "<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
+    '{"city": "Oslo"}<|call|>'
+)
+
+
+def test_harmony_channels_are_thought_content_and_call() -> None:
+    template = EXCERPTS["harmony"]
+    expected = Delta("Let me see.", "I look.", (CallDelta(0, '{"city": "Oslo"}', "id0", "get_weather"),))
+    for places in ([], range(len(HARMONY)), *([place] for place in range(len(HARMONY)))):
+        reasoning = reasoning_of(template, "<|start|>assistant")
+        router = router_of(template, tools=TOOLS, reasoning=reasoning, new_id=lambda: "id0")
+        assert fold([*map(router.push, cut(HARMONY, list(places))), router.finish()]) == expected
+    router = router_of(template, reasoning=reasoning_of(template, ""))
+    router.push("<|channel|>analysis<|message|>Hm")
+    assert router.in_reasoning
+    router.push("<|end|><|start|>assistant<|channel|>final<|message|>")
+    assert not router.in_reasoning
+    assert router.push("Yes") == Delta(content="Yes")
+    assert {"<|channel|>", "<|message|>"} <= router.markers
+
+
+def test_ids_are_what_the_models_templates_take() -> None:
+    for name, length, prefix in (("hermes", 29, "call_"), ("mistral", 9, "")):
+        text = WRITERS[name]([("now", {}), ("now", {})])
+        router = router_of("", parser=name, tools=TOOLS)
+        ids = [call.id for call in fold([router.push(text), router.finish()]).calls]
+        assert len(set(ids)) == 2
+        for made in ids:
+            assert made is not None
+            assert len(made) == length
+            assert made.startswith(prefix)
+            assert made.removeprefix(prefix).isalnum()
+
+
+def test_plain_text_costs_little() -> None:
+    router = router_of(THINK, tools=TOOLS, reasoning=reasoning_of(THINK, "<think>"))
+    router.push("thought</think>\n\n")
+    begun = time.perf_counter()
+    for _ in range(5000):
+        router.push("word ")
+    assert (time.perf_counter() - begun) / 5000 < 60e-6
