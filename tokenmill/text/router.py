@@ -12,7 +12,7 @@ from tokenmill.text.reasoning import ReasoningFormat, Splitter
 from tokenmill.text.tools import by_name, of_template
 from tokenmill.text.tools._lark import schemas_of
 from tokenmill.text.tools._machine import Machine
-from tokenmill.text.tools.base import CallDelta, Delta, Tool, ToolFormat
+from tokenmill.text.tools.base import CallDelta, Choice, Delta, Tool, ToolFormat
 from tokenmill.text.tools.harmony import FORMAT as HARMONY
 
 __all__ = ["CallDelta", "Delta", "Router", "fold", "router_of"]
@@ -68,7 +68,7 @@ def router_of(
     template: str,
     *,
     tools: Sequence[Tool] = (),
-    choice: str = "auto",
+    choice: Choice = "auto",
     parallel: bool = True,
     parser: str = "",
     reasoning: ReasoningFormat | None = None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tokenmill.text.tools._jsoncalls import random_id, tell_arguments
-from tokenmill.text.tools._lark import Frame, Lark, Tool, grammar, held_schema, name_of
+from tokenmill.text.tools._lark import Choice, Frame, Lark, Tool, grammar, held_schema, name_of
 from tokenmill.text.tools._output import Output
 from tokenmill.text.tools._reader import Reader, Reading, expect, spaces, take
 
@@ -75,7 +75,7 @@ class HeadedCalls:
             yield from take(r, *self.section_ends)
 
     def grammar(
-        self, tools: Sequence[Tool], choice: str, parallel: bool, special_ids: Mapping[str, int] | None = None
+        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
     ) -> tuple[str, str]:
         """See ToolFormat."""
         between = f"{self.between}{self.begin}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tokenmill.text.tools._json import json_value, read_arguments, read_string
-from tokenmill.text.tools._lark import Frame, Lark, Tool, grammar, held_schema, name_of, quoted
+from tokenmill.text.tools._lark import Choice, Frame, Lark, Tool, grammar, held_schema, name_of, quoted
 from tokenmill.text.tools._output import Output
 from tokenmill.text.tools._reader import Broken, Reader, Reading, collected, expect, peek, spaces, take
 
@@ -41,7 +40,7 @@ class JsonCalls:
     separators: tuple[str, ...] = (",",)
     bare: str = ""
     known: bool = False  # markers are no proof of a call: only functions that exist are called
-    lead: str = ""  # of each object that the model is made to write, before its name
+    lead: str = ""  # of each object that the model is made to write, before its name; {index}: a number
     new_id: Callable[[], str] = field(default=random_id)
     own_loop: bool = False
 
@@ -109,16 +108,18 @@ class JsonCalls:
             r.settle()
 
     def grammar(
-        self, tools: Sequence[Tool], choice: str, parallel: bool, special_ids: Mapping[str, int] | None = None
+        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
     ) -> tuple[str, str]:
         """See ToolFormat."""
         frame = Frame(self.opening, self.between, self.closing, self.trigger)
-        return grammar(frame, self._write, tools, choice, parallel, special_ids, "{")
+        return grammar(frame, self._write, tools, choice, parallel, special_ids, self.bare)
 
     def _write(self, lark: Lark, rule: str, tool: Tool, choice: str) -> str:
-        lead = f'{{{self.lead}"{self.name_keys[0]}": {json.dumps(name_of(tool), ensure_ascii=False)}, '
-        arguments = lark.json(f"{rule}_arguments", held_schema(tool, choice))
-        return f"{quoted(f'{lead}{quoted(self.arguments_keys[0])}: ')} {arguments} {quoted('}')}"
+        before, index, after = self.lead.partition("{index}")
+        head = f"{quoted('{' + before)} {lark.rule('INDEX', '/[0-9]{1,3}/')} " if index else ""
+        named = f"{quoted(self.name_keys[0])}: {quoted(name_of(tool))}, {quoted(self.arguments_keys[0])}: "
+        head += quoted(f"{after if index else '{' + before}{named}")
+        return f"{head} {lark.json(f'{rule}_arguments', held_schema(tool, choice))} {quoted('}')}"
 
 
 def _key(r: Reader) -> Reading[str]:

@@ -11,6 +11,7 @@ from tokenmill.errors import ToolError
 from tokenmill.text.tools._reader import alternatives
 
 Tool = Mapping[str, Any]
+"""A tool as OpenAI's API takes it: {"type": "function", "function": {"name", "parameters", …}}."""
 _SPACING = {"whitespace_pattern": "[ \\n\\t]{1,16}"}  # without a bound, a model can go on with spaces for ever
 
 
@@ -78,13 +79,20 @@ def schemas_of(tools: Sequence[Tool]) -> dict[str, Any]:
     return {name_of(tool): parameters_of(tool) for tool in tools}
 
 
-def chosen(tools: Sequence[Tool], choice: str) -> Sequence[Tool]:
-    """The tools that may be called. Raises ToolError if there is none of that name."""
-    found = tools if choice in ("required", "auto") else [tool for tool in tools if name_of(tool) == choice]
+Choice = str | Mapping[str, Any]
+"""OpenAI's `tool_choice`: "required", "auto", a function's name, or {"type": "function", "function": {"name"}}."""
+
+
+def chosen(tools: Sequence[Tool], choice: Choice) -> tuple[Sequence[Tool], str]:
+    """The tools that may be called, and "required" or "auto". Raises ToolError if there is none of that name."""
+    if tools and choice in ("required", "auto"):
+        return tools, str(choice)
+    name = name_of(choice) if isinstance(choice, Mapping) else choice
+    found = [tool for tool in tools if name_of(tool) == name]
     if not found:
         known = ", ".join(map(name_of, tools)) or "none"
-        raise ToolError(f"Tool with name {choice} not found. Known: {known}", param="tool_choice")
-    return found
+        raise ToolError(f"Tool with name {name} not found. Known: {known}", param="tool_choice")
+    return found, "required"
 
 
 def held_schema(tool: Tool, choice: str) -> dict[str, Any]:
@@ -104,11 +112,8 @@ class Frame:
     def __init__(self, opening: str, between: str | None, closing: str, trigger: str) -> None:
         self.opening, self.between, self.closing, self.trigger = opening, between, closing, trigger
 
-    def grammar(
-        self, lark: Lark, calls: Sequence[str], choice: str, parallel: bool, first: str = ""
-    ) -> tuple[str, str]:
-        """(kind, source): one of `calls`, rules of `lark`, or several of them. `first`: what calls begin with if there
-        is no opening."""
+    def grammar(self, lark: Lark, calls: Sequence[str], choice: str, parallel: bool, bare: str = "") -> tuple[str, str]:
+        """(kind, source): one of `calls`, rules of `lark`, or several of them. `bare`: see ToolFormat."""
         opening = self.opening
         if choice == "auto" and self.trigger:
             opening = opening.partition(self.trigger)[2]
@@ -116,8 +121,7 @@ class Frame:
         many = f"{call} ({lark.text(self.between)} {call})*" if parallel and self.between is not None else call
         body = f"{lark.text(opening)} {many} {lark.text(self.closing)}".strip()
         if choice == "auto" and not self.trigger:
-            start = re.escape((opening or first)[0])
-            lark.rule("TEXT", f"/[^{start}](?s:.*)/")
+            lark.rule("TEXT", f"/\\s*[^\\s{re.escape(bare)}](?s:.*)/")
             body = f"TEXT | {body}"
         lark.rule("start", body)
         return "lark", lark.source()
@@ -128,12 +132,11 @@ WriteCall = Callable[[Lark, str, Tool, str], str]
 
 
 def grammar(
-    frame: Frame, write: WriteCall, tools: Sequence[Tool], choice: str, parallel: bool,
-    special_ids: Mapping[str, int] | None, first: str = "",
+    frame: Frame, write: WriteCall, tools: Sequence[Tool], choice: Choice, parallel: bool,
+    special_ids: Mapping[str, int] | None, bare: str = "",
 ) -> tuple[str, str]:  # fmt: skip
     """A format's grammar: each tool's call written by `write`, framed."""
     lark = Lark(special_ids)
-    rules = [
-        lark.rule(f"call_{i}", write(lark, f"call_{i}", tool, choice)) for i, tool in enumerate(chosen(tools, choice))
-    ]
-    return frame.grammar(lark, rules, choice, parallel, first)
+    callable_tools, kind = chosen(tools, choice)
+    rules = [lark.rule(f"call_{i}", write(lark, f"call_{i}", tool, kind)) for i, tool in enumerate(callable_tools)]
+    return frame.grammar(lark, rules, kind, parallel, bare)

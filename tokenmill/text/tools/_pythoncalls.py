@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from tokenmill.text.tools._jsoncalls import random_id
-from tokenmill.text.tools._lark import Frame, Lark, Tool, grammar, held_schema, name_of
+from tokenmill.text.tools._lark import Choice, Frame, Lark, Tool, grammar, held_schema, name_of
 from tokenmill.text.tools._output import Output
 from tokenmill.text.tools._python import read_call
 from tokenmill.text.tools._reader import Reader, Reading, expect, spaces, take
@@ -66,11 +66,11 @@ class PythonCalls:
         return r.pos < len(r.text) and (r.text[r.pos].isalpha() or r.text[r.pos] == "_")
 
     def grammar(
-        self, tools: Sequence[Tool], choice: str, parallel: bool, special_ids: Mapping[str, int] | None = None
+        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
     ) -> tuple[str, str]:
         """See ToolFormat."""
         frame = Frame(self.opening, self.between, self.closing, self.trigger)
-        return grammar(frame, self._write, tools, choice, parallel, special_ids)
+        return grammar(frame, self._write, tools, choice, parallel, special_ids, self.bare)
 
     def _write(self, lark: Lark, rule: str, tool: Tool, choice: str) -> str:
         schema = held_schema(tool, choice)

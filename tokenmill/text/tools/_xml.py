@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenmill.errors import ToolError
 from tokenmill.text.tools._jsoncalls import random_id
-from tokenmill.text.tools._lark import Frame, Lark, Tool, function_of, grammar, held_schema, name_of
+from tokenmill.text.tools._lark import Choice, Frame, Lark, Tool, function_of, grammar, held_schema, name_of
 from tokenmill.text.tools._output import Output
 from tokenmill.text.tools._reader import (
     Broken,
@@ -131,7 +131,7 @@ class XmlCalls:
             raise Broken
 
     def grammar(
-        self, tools: Sequence[Tool], choice: str, parallel: bool, special_ids: Mapping[str, int] | None = None
+        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
     ) -> tuple[str, str]:
         """See ToolFormat. A strict function may not ask of a string what tags cannot hold it to."""
         line = "\n" if self.head else ""

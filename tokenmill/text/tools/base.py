@@ -7,15 +7,13 @@ A format reads a model's calls out of its text and writes the grammar that makes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
+from tokenmill.text.tools._lark import Choice, Tool
 from tokenmill.text.tools._output import CallDelta, Delta, Output
 from tokenmill.text.tools._reader import Reader, Reading
 
-__all__ = ["CallDelta", "Delta", "Output", "Tool", "ToolFormat"]
-
-Tool = Mapping[str, Any]
-"""A tool as OpenAI's API takes it: {"type": "function", "function": {"name", "parameters", …}}."""
+__all__ = ["CallDelta", "Choice", "Delta", "Output", "Tool", "ToolFormat"]
 
 
 class ToolFormat(Protocol):
@@ -61,11 +59,11 @@ class ToolFormat(Protocol):
         """
 
     def grammar(
-        self, tools: Sequence[Tool], choice: str, parallel: bool, special_ids: Mapping[str, int] | None = None
+        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
     ) -> tuple[str, str]:
         """(kind, source) of a grammar in llguidance's Lark that makes the model call.
 
-        `choice`: "required", a function's name, or "auto": then what follows `trigger`, with the arguments of strict
+        `choice`: OpenAI's `tool_choice`; with "auto" what follows `trigger`, with the arguments of strict
         functions held to their schema. `parallel`: several calls may follow each other. `special_ids`: the tokenizer's
         special tokens by text; a marker that is not among them is plain text. Raises ToolError for an unknown name.
         """

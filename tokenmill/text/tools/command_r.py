@@ -22,4 +22,5 @@ FORMAT = JsonCalls(
     ends=("<|END_ACTION|>", "```"),
     name_keys=("tool_name", "name"),
     arguments_keys=("parameters", "arguments"),
+    lead='"tool_call_id": "{index}", ',
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenmill.text.tools._jsoncalls import random_id
-from tokenmill.text.tools._lark import Frame, Lark, Tool, grammar, held_schema, name_of
+from tokenmill.text.tools._lark import Choice, Frame, Lark, Tool, grammar, held_schema, name_of
 from tokenmill.text.tools._output import Output
 from tokenmill.text.tools._reader import (
     Broken,
@@ -136,7 +136,7 @@ class FunctionGemma:
         yield from take(r, _END)
 
     def grammar(
-        self, tools: Sequence[Tool], choice: str, parallel: bool, special_ids: Mapping[str, int] | None = None
+        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
     ) -> tuple[str, str]:
         """See ToolFormat. Objects and lists are held to their form and not to their schema, which the format's own
         quotes keep JSON's grammars from."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tokenmill.text.tools._jsoncalls import random_id, tell_arguments
-from tokenmill.text.tools._lark import Frame, Lark, Tool, grammar, held_schema, name_of
+from tokenmill.text.tools._lark import Choice, Frame, Lark, Tool, grammar, held_schema, name_of
 from tokenmill.text.tools._output import Output
 from tokenmill.text.tools._reader import Broken, Emit, Markers, Reader, Reading, collected, spaces, take, until
 
@@ -86,7 +86,7 @@ class Harmony:
             begun = ""
 
     def grammar(
-        self, tools: Sequence[Tool], choice: str, parallel: bool, special_ids: Mapping[str, int] | None = None
+        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
     ) -> tuple[str, str]:
         """See ToolFormat. A message holds one call, and an answer ends with it; it may begin a message of its own,
         as it does behind a thought."""
