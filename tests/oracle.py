@@ -150,13 +150,16 @@ class PagedOracle:
             request, end = step.requests[row], start + count
             entries = self.compute(slot, start, end, request.salt)
             if row in samples:
-                found[row] = self.tokens[slot][end] = next_token(entries)
+                found[row] = self.tokens[slot][end] = self.choose(step, row, entries)
                 details.append(TokenDetails(float(end)) if request.sampling.logprobs >= 0 else None)
             positions = range(start + 1, min(end + 1, len(request.prompt_ids)))
             if request.sampling.prompt_logprobs >= 0 and positions:
                 prompt_details[row] = tuple(TokenDetails(float(position)) for position in positions)
         wanted = details if any(detail is not None for detail in details) else None
         return StepResult([found[row] for row in batch.samples.tolist()], wanted, prompt_details or None)
+
+    def choose(self, step: OracleStep, row: int, entries: list[int]) -> int:
+        return next_token(entries)
 
     def compute(self, slot: int, start: int, end: int, salt: bytes) -> list[int]:
         """The cache entries [0, end), of which those from `start` on are written now."""

@@ -10,7 +10,7 @@ import pytest
 from support_cuda import DEVICE, torch
 from support_sampling import log_softmax, reference_choice, reference_scores
 
-from tokenmill.backends.base import Admitted, StepInputs, StepLimits
+from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.lower import Sizes
 from tokenmill.backends.cuda.sampler import Sampler
@@ -46,13 +46,15 @@ class Bench:
         pairs[order] = rows
         return Sizes(len(pairs), len(rows), torch.tensor(pairs.ravel()).to(DEVICE), torch.tensor(order).to(DEVICE))
 
-    def run(self, inputs: StepInputs, *, some: bool = False, chosen: bool = False) -> tuple[list[int], list[Any]]:
+    def run(
+        self, inputs: StepInputs, *, some: bool = False, chosen: bool = False, masks: Masks | None = None
+    ) -> tuple[list[int], list[Any]]:
         """Tokens and details of a step, as its result tells them."""
         self.slots.apply(inputs)
         sizes = self.sizes(inputs, some)
         if chosen:
             self.sampler.launch(sizes)
-        ids, logprobs = self.sampler.sample(inputs, sizes, chosen)
+        ids, logprobs = self.sampler.sample(inputs, sizes, chosen, masks)
         self.device.finish()
         token_ids = ids.tolist()
         self.assert_clean(inputs, token_ids)
@@ -130,13 +132,16 @@ def random_request(rng: np.random.Generator, vocab: int) -> Request:
     return Request(1, prompt, params, StoppingParams(50, least, stop_ids))
 
 
-def assert_the_references(logits: Any, requests: list[Request], outputs: Any, found: Any) -> None:
+def assert_the_references(
+    logits: Any, requests: list[Request], outputs: Any, found: Any, allowed: Any = None
+) -> None:
     """Tokens and details of `run` are those of the rules."""
     for i, (request, token_id, detail) in enumerate(zip(requests, *found, strict=True)):
         params, prompt = request.sampling, list(request.prompt_ids)
-        scores = reference_scores(logits[i], prompt, outputs[i], params, request.stopping)
+        mask = None if allowed is None else allowed[i]
+        scores = reference_scores(logits[i], prompt, outputs[i], params, request.stopping, mask)
         assert token_id == reference_choice(scores, params, len(prompt) + len(outputs[i])), (params, request.stopping)
-        if params.logprobs < 0:
+        if params.logprobs < 0 or token_id < 0:
             assert detail is None
             continue
         expected = log_softmax(logits[i] if params.raw_logprobs else scores)

@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 
+from tokenmill.backends.base import Masks
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
 MASK = 2**32 - 1
@@ -43,9 +44,27 @@ def softmax(x):
     return e / e.sum()
 
 
-def reference_scores(logits, prompt, output, params: SamplingParams, stopping: StoppingParams):
-    """What is sampled from (before noise), in float64."""
+def random_masks(rng, rows: int, vocab: int) -> tuple[Masks, list[np.ndarray]]:
+    """Masks for some of the rows, none of them empty; and for every row which ids it may choose."""
+    allowed = [np.ones(vocab, bool) for _ in range(rows)]
+    chosen = np.flatnonzero(rng.random(rows) < 0.7)
+    for row in chosen:
+        some = rng.choice([1, 2, vocab // 20 + 1, vocab // 2, vocab - 1])
+        allowed[row] = np.isin(np.arange(vocab), rng.choice(vocab, some, replace=False))
+    words = np.zeros((len(chosen), -(-vocab // 32)), np.uint32)
+    for m, row in enumerate(chosen):
+        for i in np.flatnonzero(allowed[row]).tolist():
+            words[m, i // 32] |= np.uint32(1 << i % 32)
+    if vocab % 32:
+        words[:, -1] |= np.uint32(0xFFFFFFFF << vocab % 32 & 0xFFFFFFFF)  # behind the vocabulary nothing counts
+    return Masks(chosen.astype(np.int32), words), allowed
+
+
+def reference_scores(logits, prompt, output, params: SamplingParams, stopping: StoppingParams, allowed=None):
+    """What is sampled from (before noise), in float64. `allowed`: a mask, as booleans."""
     x = np.array(logits, np.float64)
+    if allowed is not None:
+        x[~allowed] = -np.inf
     if params.watermark_gamma > 0:
         x[reference_green([*prompt, *output][-1], params.watermark_gamma, len(x))] += params.watermark_delta
     for token_id, value in params.logit_bias:
@@ -78,6 +97,8 @@ def reference_scores(logits, prompt, output, params: SamplingParams, stopping: S
 
 
 def reference_choice(scores, params: SamplingParams, position: int) -> int:
+    if not (scores > -np.inf).any():
+        return -1
     if params.temperature == 0:
         return int(np.argmax(scores))
     return int(np.argmax([s + reference_noise(params.seed, position, i) for i, s in enumerate(scores)]))

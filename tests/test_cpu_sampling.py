@@ -5,15 +5,23 @@ import threading
 import numpy as np
 import pytest
 from support_cpu import kernel_folder
-from support_sampling import chi_square, log_softmax, reference_choice, reference_noise, reference_scores, softmax
+from support_sampling import (
+    chi_square,
+    log_softmax,
+    random_masks,
+    reference_choice,
+    reference_noise,
+    reference_scores,
+    softmax,
+)
 
-from tokenmill.backends.base import Admitted, StepInputs, StepLimits
+from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
 from tokenmill.backends.cpu import isa, layout
 from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.slots import Slots
 from tokenmill.backends.sampling import MOST_TIES
-from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
+from tokenmill.wire.messages import Request, SamplingParams, StoppingParams, TokenDetails
 
 VOCAB, SLOTS, MAX_TOTAL, THREADS = 61, 12, 64, 2
 
@@ -54,9 +62,9 @@ class Bench:
         assert counter[0] == rows + THREADS
         return result.tolist()
 
-    def sample(self, logits, inputs):
+    def sample(self, logits, inputs, masks=None):
         self.slots.apply(inputs)
-        self.sampler.begin(inputs)
+        self.sampler.begin(inputs, masks)
         places = self.slots.places(inputs)
         ids = self._walk(logits, places.sampled_slots, places.sampled_positions)
         return ids, self.sampler.details()
@@ -87,9 +95,9 @@ def make_step(requests, outputs=None, slots=None) -> StepInputs:
     )
 
 
-def run(kernel, logits, requests, outputs=None, slots=None):
+def run(kernel, logits, requests, outputs=None, slots=None, masks=None):
     bench = Bench(kernel, logits.shape[1], max(SLOTS, len(requests)))
-    return bench.sample(logits, make_step(requests, outputs, slots))
+    return bench.sample(logits, make_step(requests, outputs, slots), masks)
 
 
 def random_request(rng, vocab=VOCAB) -> Request:
@@ -119,21 +127,23 @@ def random_request(rng, vocab=VOCAB) -> Request:
     )
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("vocab", "batches"), [(VOCAB, 150), (700, 25), (4096, 3)])
-def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(kernel, vocab, batches):
+def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(kernel, vocab, batches, masked):
     rng = np.random.default_rng(vocab)
     for _ in range(batches):
         requests = [random_request(rng, vocab) for _ in range(rng.integers(1, SLOTS))]
         outputs = [[int(i) for i in rng.integers(0, vocab, rng.integers(0, 20))] for _ in requests]
         logits = (rng.normal(size=(len(requests), vocab)) * 4).astype(np.float32)
         slots = rng.permutation(SLOTS)[: len(requests)]
-        ids, details = run(kernel, logits, requests, outputs, slots)
+        masks, allowed = random_masks(rng, len(requests), vocab) if masked else (None, [None] * len(requests))
+        ids, details = run(kernel, logits, requests, outputs, slots, masks)
         details = details or [None] * len(requests)
         for i, request in enumerate(requests):
             params, prompt, output = request.sampling, list(request.prompt_ids), outputs[i]
-            scores = reference_scores(logits[i], prompt, output, params, request.stopping)
+            scores = reference_scores(logits[i], prompt, output, params, request.stopping, allowed[i])
             assert ids[i] == reference_choice(scores, params, len(prompt) + len(output)), (params, request.stopping)
-            if params.logprobs < 0:
+            if params.logprobs < 0 or ids[i] < 0:
                 assert details[i] is None
                 continue
             expected = log_softmax(logits[i] if params.raw_logprobs else scores)
@@ -142,6 +152,18 @@ def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(ke
             assert details[i].logprob == pytest.approx(expected[ids[i]], abs=1e-4)
             assert list(details[i].top_ids) == best
             assert details[i].top_logprobs == pytest.approx(expected[best], abs=1e-4)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_a_mask_hides_no_broken_number_and_one_that_allows_nothing_breaks_its_row_alone(kernel, params):
+    logits = np.random.default_rng(1).normal(size=(4, VOCAB)).astype(np.float32)
+    logits[1, 7] = np.nan
+    requests = [a_request(seed=i, logprobs=2, raw_logprobs=i == 3, **params) for i in range(4)]
+    bits = np.array([[1 << 5, 0], [1 << 5, 0], [0, 0]], np.uint32)
+    ids, details = run(kernel, logits, requests, masks=Masks(np.array([1, 2, 3], np.int32), bits))
+    assert ids[1:] == [-1, 5, -1]
+    assert details[1] is details[3] is None
+    assert details[2] == TokenDetails(0.0, (5,), (0.0,))
 
 
 def test_bits_of_the_noise_are_the_published_function_of_seed_position_and_id(kernel):

@@ -20,12 +20,12 @@ from support_cuda_sampling import (
     run,
     torch_run,
 )
-from support_sampling import reference_choice, reference_scores, softmax
+from support_sampling import random_masks, reference_choice, reference_scores, softmax
 from test_cuda import engine_of
 
-from tokenmill.backends.base import Admitted, StepInputs, StepLimits
+from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
 from tokenmill.backends.cuda import sampler as sampler_module
-from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
+from tokenmill.wire.messages import Request, SamplingParams, StoppingParams, TokenDetails
 
 torch.set_num_threads(1)
 
@@ -53,6 +53,42 @@ def test_logits_of_half_precision_tie_and_ties_are_kept(dtype: str) -> None:
         requests = [replaced(r, logprobs=-1) for r in requests]
         found = run(exact.float(), requests, outputs, dtype=exact.dtype)
         assert_the_references(exact.double().numpy(), requests, outputs, found)
+
+
+@pytest.mark.parametrize(("vocab", "batches"), [(61, 12), (997, 4), (5003, 1)])
+def test_rows_with_masks_choose_what_the_rules_choose(vocab: int, batches: int) -> None:
+    rng = np.random.default_rng(vocab + 1)
+    for _ in range(batches * (5 if ON_GPU else 1)):
+        requests = [random_request(rng, vocab) for _ in range(rng.integers(1, SLOTS))]
+        outputs = [[int(i) for i in rng.integers(0, vocab, rng.integers(0, 20))] for _ in requests]
+        logits = (rng.normal(size=(len(requests), vocab)) * 4).astype(np.float32)
+        masks, allowed = random_masks(rng, len(requests), vocab)
+        found = run(logits, requests, outputs, some=bool(rng.random() < 0.5), masks=masks)
+        assert_the_references(logits, requests, outputs, found, allowed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_mask_overwrites_what_a_graph_has_chosen(chosen: bool, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(6, 61)) * 4).astype(np.float32)
+    exact = torch.tensor(logits).to(getattr(torch, dtype))
+    requests = [a_request(temperature=float(i % 2), seed=i, logprobs=-1) for i in range(6)]
+    masks, allowed = random_masks(rng, 6, 61)
+    found = run(exact.float(), requests, dtype=exact.dtype, masks=masks, chosen=chosen)
+    assert_the_references(exact.double().numpy(), requests, [[]] * 6, found, allowed)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "typical_p": 0.5}])
+def test_a_mask_hides_no_broken_number_and_one_that_allows_nothing_breaks_its_row_alone(params: Any) -> None:
+    logits = np.random.default_rng(1).normal(size=(4, 61)).astype(np.float32)
+    logits[1, 7] = np.nan
+    requests = [a_request(seed=i, logprobs=2, raw_logprobs=i == 3, **params) for i in range(4)]
+    bits = np.array([[1 << 5, 0], [1 << 5, 0], [0, 0]], np.uint32)
+    ids, details = run(logits, requests, masks=Masks(np.array([1, 2, 3], np.int32), bits))
+    assert ids[1:] == [-1, 5, -1]
+    assert details[1] is details[3] is None
+    assert details[2] == TokenDetails(0.0, (5,), (0.0,))
 
 
 FILTERS = [

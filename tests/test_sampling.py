@@ -7,6 +7,7 @@ from support_sampling import (
     MASK,
     chi_square,
     log_softmax,
+    random_masks,
     reference_choice,
     reference_green,
     reference_noise,
@@ -15,11 +16,11 @@ from support_sampling import (
 )
 
 from tokenmill.backends import sampling as rules
-from tokenmill.backends.base import Admitted, StepInputs, StepLimits
+from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
 from tokenmill.backends.torch import sampling
 from tokenmill.backends.torch import slots as slots_module
 from tokenmill.backends.torch.slots import Slots
-from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
+from tokenmill.wire.messages import Request, SamplingParams, StoppingParams, TokenDetails
 
 torch.set_num_threads(1)
 VOCAB, SLOTS, MAX_TOTAL = 61, 12, 64
@@ -59,9 +60,9 @@ def make_step(requests, outputs=None, slots=None, vocab=VOCAB, tail=None):
     return state, inputs
 
 
-def run(logits, requests, outputs=None, **how):
+def run(logits, requests, outputs=None, masks=None, **how):
     state, inputs = make_step(requests, outputs, vocab=logits.shape[1], **how)
-    return sampling.sample(torch.tensor(logits), state, inputs)
+    return sampling.sample(torch.tensor(logits), state, inputs, masks)
 
 
 def random_request(rng) -> Request:
@@ -91,22 +92,24 @@ def random_request(rng) -> Request:
     )
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(seed):
+def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(seed, masked):
     rng = np.random.default_rng(seed)
     requests = [random_request(rng) for _ in range(rng.integers(1, SLOTS))]
     outputs = [[int(i) for i in rng.integers(0, VOCAB, rng.integers(0, 20))] for _ in requests]
     slots = rng.permutation(SLOTS)[: len(requests)]
     logits = (rng.normal(size=(len(requests), VOCAB)) * 4).astype(np.float32)
-    sampled = run(logits, requests, outputs, slots=slots)
+    masks, allowed = random_masks(rng, len(requests), VOCAB) if masked else (None, [None] * len(requests))
+    sampled = run(logits, requests, outputs, masks, slots=slots)
     details = sampled.logprobs.details() if sampled.logprobs else [None] * len(requests)
     for i, request in enumerate(requests):
         params = request.sampling
         prompt, output = list(request.prompt_ids), outputs[i]
-        scores = reference_scores(logits[i], prompt, output, params, request.stopping)
+        scores = reference_scores(logits[i], prompt, output, params, request.stopping, allowed[i])
         expected = reference_choice(scores, params, len(prompt) + len(output))
         assert int(sampled.token_ids[i]) == expected
-        if params.logprobs < 0:
+        if params.logprobs < 0 or expected < 0:
             assert details[i] is None
             continue
         reference = log_softmax(logits[i] if params.raw_logprobs else scores)
@@ -114,6 +117,19 @@ def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(se
         assert details[i].logprob == pytest.approx(reference[expected], abs=1e-4)
         assert list(details[i].top_ids) == best
         assert details[i].top_logprobs == pytest.approx(reference[best], abs=1e-4)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_a_mask_hides_no_broken_number_and_one_that_allows_nothing_breaks_its_row_alone(params):
+    logits = np.random.default_rng(1).normal(size=(4, VOCAB)).astype(np.float32)
+    logits[1, 7] = np.nan
+    requests = [a_request(seed=i, logprobs=2, raw_logprobs=i == 3, **params) for i in range(4)]
+    bits = np.array([[1 << 5, 0], [1 << 5, 0], [0, 0]], np.uint32)
+    sampled = run(logits, requests, masks=Masks(np.array([1, 2, 3], np.int32), bits))
+    assert sampled.token_ids.tolist()[1:] == [-1, 5, -1]
+    first, _, masked, _ = sampled.logprobs.details()
+    assert first is not None
+    assert masked == TokenDetails(0.0, (5,), (0.0,))
 
 
 def test_the_noise_is_the_published_function_of_seed_position_and_id():

@@ -44,10 +44,10 @@ class Guide:
         self._tail: deque[int] = deque(maxlen=max((len(ids) for ids in (*self._after, *self._unless)), default=0))
         self._pending: deque[int] = deque()  # must come next, and are sampled
         self._refused = False
-        if matcher is not None and not self._after:
-            forced = matcher.forced(stopping.max_new_tokens)
-            self._pending.extend(forced[:1] if self._appends else forced)
         self._begun = matcher is not None and not self._after
+        if self._begun:
+            forced = self._forced()
+            self._pending.extend(forced[:1] if self._appends else forced)
 
     @property
     def waits(self) -> bool:
@@ -125,7 +125,7 @@ class Guide:
         """Take these in, up to the first that ends it; those."""
         taken = []
         for token_id in token_ids:
-            if self.ended or self._refused or (token_id in self._end_ids and token_id not in self._stop_ids):
+            if self.ended or self._refused:
                 break
             self._take(token_id)
             taken.append(token_id)
@@ -136,10 +136,12 @@ class Guide:
         if self._budget and self.known - self._begin >= self._budget:
             self._budget = 0
             return list(self._forced_ids)
-        if self._begun and self.matcher is not None and not self.matcher.done:
-            forced = self.matcher.forced(self._last - self.known)
-            return [] if forced and forced[0] in self._end_ids else forced
-        return []
+        if not self._begun or self.matcher is None or self.matcher.done:
+            return []
+        forced = self.matcher.forced(self._last - self.known)
+        early = self._free_to_end - self.known  # so many must not be stop ids
+        ends = (i for i, t in enumerate(forced) if t in self._end_ids or (i < early and t in self._stop_ids))
+        return forced[: next(ends, len(forced))]  # a mask sees to how it ends
 
     def _reason(self) -> str:
         """Why the sequence ends here, for a reason that the scheduler does not see; "" if it does not."""

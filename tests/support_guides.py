@@ -1,0 +1,274 @@
+"""Random little grammars, what a request must give under one, and an engine over the oracle that follows them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from oracle import EOS, POISON, VOCAB, ListLink, OracleStep, PagedOracle, cache_entry, check_books, next_token, number
+
+from tokenmill.backends.base import Masks, StepResult
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.facts import FactsLink
+from tokenmill.engine.limits import SchedulerLimits
+from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.sequence import Batch
+from tokenmill.errors import GrammarError
+from tokenmill.runtime.guides import Guides
+from tokenmill.wire.messages import GrammarSpec, Output, Request, Stats, ToEngine, ToScheduler
+
+ENDS = (EOS, 1)  # ids that end a text
+WORDS = -(-VOCAB // 32)
+
+
+class Automaton:
+    """States with few ways on, often one; some may end; the last one must; some are dead ends."""
+
+    nbytes = 100
+
+    def __init__(self, seed: int, dead: float = 0.03) -> None:
+        rng = random.Random(seed)
+        size = rng.randint(2, 30)
+        self.edges: list[dict[int, int]] = []
+        for state in range(size - 1):
+            ways = rng.choice([1, 1, 1, 2, 5, 30]) if rng.random() >= dead else 0
+            tokens = rng.sample(range(2, VOCAB), ways)
+            self.edges.append({t: min(size - 1, state + rng.choice([1, 1, 1, 2, 0])) for t in tokens})
+        self.edges.append({})
+        self.ends = {state for state in range(size) if rng.random() < 0.2} | {size - 1}
+
+    def matcher(self) -> AutomatonMatcher:
+        return AutomatonMatcher(self)
+
+
+class AutomatonMatcher:
+    """A `grammar.base.Matcher`."""
+
+    failure = ""
+
+    def __init__(self, grammar: Automaton) -> None:
+        self.grammar, self.states = grammar, [0]
+
+    @property
+    def ways(self) -> dict[int, int]:
+        return self.grammar.edges[self.states[-1]]
+
+    @property
+    def may_end(self) -> bool:
+        return self.states[-1] in self.grammar.ends
+
+    @property
+    def done(self) -> bool:
+        return not self.ways and self.may_end
+
+    def fill_mask(self, mask: Any, row: int) -> None:
+        mask[row] = 0
+        for token_id in (*self.ways, *(ENDS if self.may_end else ())):
+            mask[row, token_id // 32] |= np.uint32(1 << token_id % 32)
+
+    def accept(self, token_id: int) -> bool:
+        if token_id not in self.ways:
+            return False
+        self.states.append(self.ways[token_id])
+        return True
+
+    def rollback(self, n: int) -> None:
+        del self.states[len(self.states) - n :]
+
+    def forced(self, most: int) -> list[int]:
+        found: list[int] = []
+        state = self.states[-1]
+        while len(found) < most and len(self.grammar.edges[state]) == 1 and state not in self.grammar.ends:
+            ((token_id, state),) = self.grammar.edges[state].items()
+            found.append(token_id)
+        return found
+
+
+class Thought:
+    """The rule of a thought that takes too long, a token at a time."""
+
+    def __init__(self, request: Request) -> None:
+        self.stopping, self.open, self.queue = request.stopping, request.stopping.force_after > 0, list[int]()
+
+    def after(self, out: list[int]) -> None:
+        if self.open and ends_with(out, self.stopping.unless):
+            self.open = False
+        if self.open and len(out) >= self.stopping.force_after:
+            self.open, self.queue = False, list(self.stopping.forced_ids)
+
+
+def ends_with(out: list[int], endings: tuple[tuple[int, ...], ...]) -> bool:
+    return any(tuple(out[-len(ids) :]) == ids for ids in endings)
+
+
+def guided_reference(request: Request) -> tuple[list[int], str]:
+    """What a request must give, and why it ends: one sequence, a token at a time, no paging, nothing ahead."""
+    entries: list[int] = []
+    for token_id in request.prompt_ids:
+        entries.append(cache_entry(token_id, entries, request.salt))
+    out: list[int] = []
+    stopping, spec, thought = request.stopping, request.grammar, Thought(request)
+    matcher = Automaton(int(spec.source)).matcher() if spec else None
+    begun = spec is not None and not spec.after
+    while True:
+        allowed = list(range(VOCAB))
+        if begun and not thought.queue:
+            assert matcher is not None
+            early = len(out) < stopping.min_new_tokens
+            ends = [] if early or not matcher.may_end else [i for i in ENDS if i in stopping.stop_ids]
+            allowed = sorted({*matcher.ways, *ends} - (set(stopping.stop_ids) if early else set()))
+            if not allowed:
+                return out, "stop" if matcher.may_end else "error"
+        token_id = thought.queue.pop(0) if thought.queue else pick(entries, allowed)
+        out.append(token_id)
+        entries.append(cache_entry(token_id, entries, request.salt))
+        if token_id in stopping.stop_ids:
+            return out, "stop"
+        if len(out) == stopping.max_new_tokens:
+            return out, "length"
+        if begun:
+            assert matcher is not None
+            if not matcher.accept(token_id):  # a thought's end that was forced into the grammar
+                return out, "error"
+            if matcher.done and not (set(ENDS) & set(stopping.stop_ids)):
+                return out, "stop"
+        elif spec and ends_with(out, spec.after):
+            begun = True
+        thought.after(out)
+
+
+def pick(entries: list[int], allowed: list[int]) -> int:
+    return -1 if POISON in entries else allowed[number(entries) % len(allowed)]
+
+
+class Guided(PagedOracle):
+    """The oracle as an executor with guides: a step that waits samples from masks, or was given up."""
+
+    def __init__(self, num_blocks: int, limits: SchedulerLimits, guides: Guides) -> None:
+        super().__init__(num_blocks, limits)
+        self.guides = guides
+        self.late: dict[int, bool] = {}
+        self.masks: dict[int, Masks] = {}
+        self.chosen: dict[tuple[int, int], int] = {}
+        self.num_masks = 0
+
+    def launch(self, batch: Batch) -> OracleStep:
+        late = self.guides.waits(batch)
+        step = super().launch(batch)
+        self.late[batch.number] = late
+        return step
+
+    def complete(self, step: OracleStep) -> None:
+        super().complete(step)
+        if self.late[step.batch.number]:
+            masks = self.guides.masks(step.batch)
+            assert masks.bits.any(1).all(), "no row without a choice"
+            assert (np.diff(masks.rows) > 0).all()
+            self.masks[step.batch.number] = masks
+            self.num_masks += len(masks.rows)
+
+    def collect(self, step: OracleStep) -> StepResult:
+        result = super().collect(step)
+        self.guides.observe(step.batch, result.token_ids)
+        return result
+
+    def choose(self, step: OracleStep, row: int, entries: list[int]) -> int:
+        number = step.batch.number
+        place = step.batch.samples.tolist().index(row)
+        masks = self.masks.get(number)
+        if masks is None or place not in masks.rows:
+            token_id = next_token(entries)
+        else:
+            bits = masks.bits[masks.rows.tolist().index(place)]
+            token_id = pick(entries, [i for i in range(VOCAB) if bits[i // 32] >> np.uint32(i % 32) & 1])
+        self.chosen[number, row] = token_id
+        return token_id
+
+
+class Follower(PagedOracle):
+    """Another rank's: it is told the tokens, and knows no grammar."""
+
+    def __init__(self, num_blocks: int, limits: SchedulerLimits, chosen: dict[tuple[int, int], int]) -> None:
+        super().__init__(num_blocks, limits)
+        self.chosen = chosen
+
+    def choose(self, step: OracleStep, row: int, entries: list[int]) -> int:
+        return self.chosen[step.batch.number, row]
+
+
+class GatedLink(ListLink):
+    """Behind the gate, as rank 0's border is; `told`: what every rank is told, by turn."""
+
+    def __init__(self, script: list[list[ToEngine]], guides: Guides, compiler: Compiler) -> None:
+        super().__init__(script)
+        self.guides, self.compiler = guides, compiler
+        self.told: list[list[ToScheduler]] = []
+
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:  # type: ignore[override]
+        self.compiler.turn()
+        self.told.append(self.guides.take(super().receive(block, plan)))
+        return list(self.told[-1])
+
+    def send(self, outputs: list[Output], stats: Stats) -> None:
+        super().send(self.guides.tell(outputs), stats)
+
+
+class Compiler:
+    """Grammars that are ready some turns later, out of order; a `source` that is no number is none."""
+
+    def __init__(self, rng: random.Random, most_turns: int = 6) -> None:
+        self.rng, self.most_turns = rng, most_turns
+        self.open: list[tuple[int, Future[Automaton], GrammarSpec]] = []
+        self.now = 0
+
+    def __call__(self, spec: GrammarSpec) -> Future[Automaton]:
+        future: Future[Automaton] = Future()
+        self.open.append((self.now + self.rng.randint(0, self.most_turns), future, spec))
+        return future
+
+    def turn(self) -> None:
+        self.now += 1
+        for item in [item for item in self.open if item[0] <= self.now]:
+            self.open.remove(item)
+            _, future, spec = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            if spec.source.isdecimal():
+                future.set_result(Automaton(int(spec.source)))
+            else:
+                future.set_exception(GrammarError("this is no grammar", param="grammar"))
+
+
+class House:
+    """An engine with guides over the oracle."""
+
+    def __init__(
+        self, script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, seed: int = 0,
+        full_rate: float = 0.0, **how: Any,
+    ) -> None:  # fmt: skip
+        self.compiler = Compiler(random.Random(seed), **how)
+        self.guides = Guides(VOCAB, ENDS, self.compiler)
+        self.link = GatedLink(script, self.guides, self.compiler)
+        self.oracle = Guided(num_blocks, limits, self.guides)
+        self.oracle.full_rate = full_rate
+        self.scheduler = Scheduler(BlockPool(num_blocks, limits.block_size), limits)
+        self.engine = Engine(self.scheduler, self.oracle, FactsLink(self.link, self.scheduler))
+
+    def run(self, check: Callable[[], None] = lambda: None) -> None:
+        """Until everything is answered; the books are looked at after every step."""
+        for _ in range(20_000):
+            self.engine.step()
+            check_books(self.scheduler)
+            check()
+            if not self.link.script and self.engine.idle and not self.guides.holds:
+                self.engine.step()  # the last refusals
+                self.guides.close()
+                return
+        raise AssertionError("the engine does not come to rest")
+
+    def reason(self, request_id: int) -> str:
+        return self.link.outputs[request_id][-1].finish_reason
