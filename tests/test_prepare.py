@@ -3,19 +3,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_text import byte_level
 
-from tokenmill.errors import ContextLengthError, ValidationError
-from tokenmill.text.prepare import Options, Prepared, RequestLimits, check_before_queue, prepare
+from tokenmill.errors import ContextLengthError, GrammarError, ValidationError
+from tokenmill.text.prepare import Options, Prepared, RequestLimits, Thought, check_before_queue, prepare
 from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.wire.messages import GrammarSpec
 
 TOKENIZER = Tokenizer(byte_level(), eos_ids=(2, 0, 9999))
 LIMITS = RequestLimits(
-    max_input_tokens=15, max_total_tokens=20, max_stop_sequences=4, max_best_of=2, max_top_n_tokens=5, vocab_size=600
-)
+    max_input_tokens=15, max_total_tokens=20, max_stop_sequences=4, max_best_of=2, max_top_n_tokens=5, vocab_size=600,
+    grammars=True,
+)  # fmt: skip
 WIDE = RequestLimits(
     max_input_tokens=3999,
     max_total_tokens=4000,
@@ -77,9 +80,11 @@ NATIVE = [
     ({"prompt": [5] * 21}, "`inputs` tokens + `max_new_tokens` must be <= 20. Given: 21 `inputs` tokens and 0 `max_new_tokens`"),
     ({"prompt": [5] * 16}, "`inputs` must have less than 15 tokens. Given: 16"),
     ({"min_new_tokens": 5, "max_new_tokens": 4}, "`min_new_tokens` must be <= `max_new_tokens`. Given: 5 and 4"),
-    ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
     ({"grammar": {"type": "x", "value": "a"}}, "grammar is not valid: `type` must be one of json, json_object, regex, json_schema. Given: x"),
     ({"grammar": {"type": "json"}}, "grammar is not valid: `value` is missing"),
+    ({"grammar": {"type": "regex", "value": 1}}, "grammar is not supported"),
+    ({"grammar": {"type": "regex", "value": "a"}, "ignore_eos": True}, "`ignore_eos` must not be set with a grammar. Given: True"),
+    ({"grammar": {"type": "regex", "value": "a"}, "min_new_tokens": 2}, "`min_new_tokens` must not be set with a grammar. Given: 2"),
 ]  # fmt: skip
 """In the order in which they are checked."""
 
@@ -100,6 +105,29 @@ def test_the_first_rule_broken_wins(first: int) -> None:
         assert refused(**both) == NATIVE[first][1], message
 
 
+def test_a_server_without_grammars_says_so() -> None:
+    without = msgspec.structs.replace(LIMITS, grammars=False)
+    for grammar in ({"type": "regex", "value": "a"}, {"type": "x"}):
+        with pytest.raises(GrammarError, match=r"^grammar is not supported$"):
+            made(grammar=grammar, limits=without)
+
+
+def test_a_grammar_is_made_canonical_and_goes_on_as_it_is() -> None:
+    spec = GrammarSpec("regex", "a+", ((1, 2),))
+    assert made(grammar=spec).grammar == spec
+    assert made(grammar={"type": "json", "value": '{"type": "object"}'}).grammar == GrammarSpec(
+        "json_schema", '{"type":"object"}'
+    )
+    assert made().grammar is None
+
+
+def test_a_thought_that_takes_too_long_is_ended_as_the_options_say() -> None:
+    thought = Thought(3, (7, 8), ((8,),))
+    stopping = made(thought=thought, thinking_budget=3).stopping
+    assert (stopping.force_after, stopping.forced_ids, stopping.unless) == (3, (7, 8), ((8,),))
+    assert refused(thinking_budget=-1) == "`thinking_budget` must be between 0 and 2147483647. Given: -1"
+
+
 def test_one_place_only_means_best_of_is_off() -> None:
     one = RequestLimits(15, 20, 4, 1, 5, 600)
     with pytest.raises(ValidationError, match=r"^`best_of` != 1 is not allowed for this endpoint$"):
@@ -118,7 +146,6 @@ OPENAI = [
         "Invalid 'logit_bias': it must be of token ids from 0 to 599. Given: -1.",
     ),
     ({"prompt": ""}, "prompt", "Invalid 'prompt': it must be not empty."),
-    ({"grammar": {}}, "response_format", "grammar is not supported"),
     ({"stop": ("a",) * 5}, "stop", "Invalid 'stop': it must be at most 4 strings. Given: 5."),
     ({"stream": True, "best_of": 2}, "best_of", "Invalid 'best_of': it must be 1 in a stream. Given: 2."),
 ]

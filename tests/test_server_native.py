@@ -149,7 +149,8 @@ def test_a_request_id_comes_back_unless_it_is_odd(server: Server) -> None:
         ({"max_new_tokens": 600},
          "`inputs` tokens + `max_new_tokens` must be <= 500. Given: 1 `inputs` tokens and 600 `max_new_tokens`"),
         ({"truncate": 0}, "`truncate` must be strictly positive and less than 499. Given: 0"),
-        ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
+        ({"grammar": {"type": "regex", "value": 1}}, "grammar is not supported"),
+        ({"grammar": {"type": "regex"}}, "grammar is not valid: `value` is missing"),
         ({"adapter_id": "x"}, "`adapter_id` 'x' is unknown: no adapters are loaded"),
     ],
 )  # fmt: skip

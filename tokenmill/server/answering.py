@@ -35,7 +35,7 @@ class Answer(Protocol):
     """The shape of an answer."""
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
-        """The JSON text of the event that one token makes."""
+        """The JSON text of the event that one token makes; b"" if it makes none, which the last one always does."""
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
         """The JSON text of one more event after the last token of all sequences; b"" if there is none."""
@@ -55,6 +55,7 @@ class Sequences(msgspec.Struct, frozen=True):
     keep_stop: bool = False
     num_characters: int = 0  # of all prompts, as text
     receipt: bool = False
+    shown_ids: frozenset[int] = frozenset()  # special tokens that are part of the text
 
 
 class _Listener(ABC):
@@ -77,8 +78,9 @@ class _Listener(ABC):
             for copy in range(sequences.copies):
                 one = prepared if copy == 0 else _reseeded(prepared, copy)
                 text = Detokenizer(
-                    model.tokenizer, one.stop, include_stop=sequences.keep_stop, prompt_ids=one.prompt_ids
-                )
+                    model.tokenizer, one.stop, include_stop=sequences.keep_stop, prompt_ids=one.prompt_ids,
+                    shown_ids=sequences.shown_ids,
+                )  # fmt: skip
                 generation = kind(
                     service.client.new_id(), one, text, self, Timings(self.call.arrived, time.monotonic()),
                     service.observe_gap, index=len(self.generations), prompt_index=prompt_index,
@@ -89,7 +91,7 @@ class _Listener(ABC):
             p = generation.prepared
             request = Request(
                 generation.id, p.prompt_ids, p.sampling, p.stopping,
-                wants_facts=sequences.receipt, sent_at=generation.timings.submitted,
+                wants_facts=sequences.receipt, sent_at=generation.timings.submitted, grammar=p.grammar,
             )  # fmt: skip
             service.client.submit(request, generation)
 
@@ -150,7 +152,7 @@ class _Streamed(_Listener):
         chunk = self.answer.chunk(generation, token)
         if token.finish and self.finished(generation):
             self.events.end(self._last(chunk))
-        else:
+        elif chunk:
             self.events.write(sse.event(chunk))
 
     def _last(self, chunk: bytes) -> bytes:

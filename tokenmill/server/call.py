@@ -68,6 +68,11 @@ class Call:
         await self._send(message)
 
     @property
+    def num_bytes(self) -> int:
+        """Length of the body that was decoded."""
+        return len(self._body or b"")
+
+    @property
     def raw_send(self) -> Send:
         """The server's own `send`, for what is sent often."""
         return self._send

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from tokenmill.errors import GenerationError, RequestError
+from tokenmill.errors import GenerationError, GrammarError, RequestError
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Prepared
 from tokenmill.wire.messages import Facts, Output, TokenDetails
@@ -100,12 +100,12 @@ class Generation:
         times = self.timings
         if output.prompt_details:
             self.prompt_details.extend(output.prompt_details)
+        if output.finish_reason == "error":
+            self.fail(self._error(output))
+            return True
         if not times.admitted:
             times.admitted = now
             self.num_cached = output.num_cached
-        if output.finish_reason == "error":
-            self.fail(GenerationError(f"Server error: {output.message or 'the engine gave up on the request'}"))
-            return True
         if output.token_ids:
             if times.last:
                 self._observe_gap(now - times.last)
@@ -119,6 +119,12 @@ class Generation:
             self.fail(GenerationError("Server error: the sequence ended without a last token"))
             return True
         return False
+
+    def _error(self, output: Output) -> RequestError:
+        """Why the engine gave up. What has a grammar waits for it before it is admitted: it was refused for that."""
+        if self.prepared.grammar is not None and not self.timings.admitted:
+            return GrammarError(output.message, self.prepared.grammar_field)
+        return GenerationError(f"Server error: {output.message or 'the engine gave up on the request'}")
 
     def fail(self, error: RequestError) -> None:
         """The request is over without a result."""

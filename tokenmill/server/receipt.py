@@ -56,6 +56,7 @@ def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
         truncated_tokens=sum(g.prepared.num_truncated for g in prompts),
         cached_tokens=sum(g.num_cached for g in prompts),
         generated_tokens=sum(g.num_generated for g in generations),
+        forced_tokens=sum(s.forced_tokens for s in sequences),
         preemptions=sum(s.preemptions for s in sequences),
         largest_batch=max(s.largest_batch for s in sequences),
         parameters=_parameters(generations[0], call.dialect == "openai"),
@@ -76,6 +77,7 @@ def _sequence(generation: Generation) -> SequenceReceipt:
         queue_ms=_milliseconds(facts.queue_s),
         prefill_ms=_milliseconds(facts.prefill_s),
         decode_ms=_milliseconds(facts.decode_s),
+        forced_tokens=facts.num_forced,
         preemptions=facts.num_preemptions,
         largest_batch=facts.largest_batch,
     )
@@ -88,12 +90,17 @@ def _parameters(generation: Generation, openai: bool) -> dict[str, Any]:
     sampling["logit_bias"] = {str(token_id): bias for token_id, bias in prepared.sampling.logit_bias}
     for name in ("logprobs", "prompt_logprobs"):
         sampling[name] = None if sampling[name] < 0 else sampling[name]
-    stopping = {
+    stopping: dict[str, Any] = {
         "max_new_tokens": prepared.stopping.max_new_tokens,
         "min_new_tokens": prepared.stopping.min_new_tokens,
     }
     if openai:
         stopping = {_OPENAI_NAMES[name]: value for name, value in stopping.items()}
+    if prepared.stopping.force_after:
+        stopping["thinking_budget"] = prepared.stopping.force_after
+    if prepared.grammar is not None:
+        grammar = prepared.grammar
+        stopping["grammar"] = {"kind": grammar.kind, "source": grammar.source, "after": grammar.after}
     chosen = {"do_sample": not prepared.sampling.greedy, **sampling, "seed": prepared.seed}
     return {**stopping, **chosen, "stop": prepared.stop, "ignore_eos": not prepared.stopping.stop_ids}
 

@@ -53,6 +53,9 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True):
     aip_health_route: str = ""  # and of /health
     watermark_gamma: float = 0.5
     watermark_delta: float = 2.0
+    grammars: bool = True  # whether requests may ask for one
+    tool_call_parser: str = ""  # "": found from the chat template
+    reasoning_parser: str = ""
     numerics: str = ""  # settings that may change what is computed
 
 
@@ -98,6 +101,7 @@ class Service:
             vocab_size=info.vocab_size,
             watermark_gamma=options.watermark_gamma,
             watermark_delta=options.watermark_delta,
+            grammars=options.grammars,
         )
         model = self.model.digest if self.model else ""
         self.engine_name = " ".join(filter(None, (info.backend, info.device, info.dtype, info.quantize)))
@@ -208,7 +212,7 @@ class Service:
                 add_special_tokens=add_special_tokens, dialect=dialect, stream=stream,
             )  # fmt: skip
 
-        if len(prompt) <= _SHORT_PROMPT:
+        if len(prompt) <= _SHORT_PROMPT and not isinstance(options.grammar, dict):  # whose schema may be long
             return work()
         return await self.in_thread(work)
 

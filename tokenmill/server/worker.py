@@ -26,6 +26,7 @@ from tokenmill.errors import NotReady
 from tokenmill.server.app import create_app
 from tokenmill.server.digests import model_digest
 from tokenmill.server.protocol import BoundedProtocol
+from tokenmill.server.routes.chat_speech import check_parsers
 from tokenmill.server.service import Model, Service, ServiceOptions
 from tokenmill.server.tracing import Tracer
 from tokenmill.settle import settle
@@ -132,8 +133,9 @@ class Worker:
             self._stop_now()
 
     async def _serve_model(self, source: ModelSource) -> None:
-        """Load the tokenizer, then stay connected to the engine. Raises ModelError."""
+        """Load the tokenizer, then stay connected to the engine. Raises ModelError, Unsupported."""
         service = self._service
+        check_parsers(service.options.tool_call_parser, service.options.reasoning_parser)
         tokenizer = await service.in_thread(lambda: Tokenizer.load(source))
         digest = await service.in_thread(lambda: model_digest(source))
         service.model = Model(
@@ -181,6 +183,9 @@ def options_of(settings: Settings) -> ServiceOptions:
         aip_health_route=settings.aip_health_route,
         watermark_gamma=0.5 if settings.watermark_gamma is None else settings.watermark_gamma,
         watermark_delta=2.0 if settings.watermark_delta is None else settings.watermark_delta,
+        grammars=not settings.disable_grammar_support,
+        tool_call_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
         numerics=f"{settings.kv_cache_dtype} {settings.cpu_isa} {settings.cpu_threads} {settings.attention} "
-        f"{settings.deterministic}",
+        f"{settings.deterministic} {settings.grammar_backend}",
     )

@@ -6,6 +6,7 @@ and output (`sandbox.py`), and what a request may set are plain variables.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -64,6 +65,16 @@ class ChatTemplate:
     def source(self) -> str:
         """The text of the template that serves requests without tools."""
         return self.sources.get("default") or next(iter(self.sources.values()))
+
+    @property
+    def tool_source(self) -> str:
+        """The text of the template that serves requests with tools."""
+        return self.sources.get("tool_use") or self.source
+
+    @property
+    def shows_tools(self) -> bool:
+        """True if that template writes a request's tools into the prompt."""
+        return re.search(r"\btools\b", self.tool_source) is not None
 
     def render(
         self,

@@ -39,7 +39,8 @@ class Detokenizer:
 
     `stop`: strings that end the answer, wherever they are in the text; the text before one is emitted, and the string
     itself if `include_stop`. Of several, the one that is complete first. Text of special tokens takes part in the
-    comparison though it is not emitted. After a stop nothing more is emitted.
+    comparison though it is not emitted. After a stop nothing more is emitted. `shown_ids`: special tokens that are
+    emitted all the same.
     """
 
     __slots__ = ("_decoder", "_hidden", "_include", "_matcher", "_parts", "_special", "_text_of")
@@ -52,6 +53,7 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         include_stop: bool = False,
         prompt_ids: Sequence[int] = (),
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         pieces = tokenizer.pieces
         self._decoder: _Decoder = (
@@ -59,7 +61,7 @@ class Detokenizer:
         )
         self._text_of = tokenizer.token_text
         self._special = tokenizer.special_ids
-        self._hidden: frozenset[int] = self._special if skip_special_tokens else frozenset()
+        self._hidden: frozenset[int] = self._special - shown_ids if skip_special_tokens else frozenset()
         self._matcher = StopMatcher(stop) if stop else None
         self._include = include_stop
         self._parts: list[str] = []

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MAX_STOP_CHARACTERS = 1024  # of one stop string; comparing costs their product with the text
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_NAME_CHARACTERS = 1024
+MAX_CHOICES = 1024  # of a guided choice
+MAX_TOOLS = 128  # OpenAI's
+MAX_TOOL_NAME = 256  # characters
 MAX_SHOWN = 64  # characters of a value that a message repeats
 
 OPENAI_NAMES = {
@@ -138,6 +141,7 @@ TABLE = (
     Limit("top_k", 1, 2**31 - 1, openai_least=-1),
     Limit("max_new_tokens", 1, native="`max_new_tokens` must be strictly positive"),
     Limit("max_new_tokens", 1, 2**32 - 1),
+    Limit("thinking_budget", 0, 2**31 - 1),
     Limit("min_new_tokens", 0, native="`min_new_tokens` must be >= 0. Given: {given}"),
     Limit("stop", 0, "max_stop_sequences", measure=len, unit="strings",
           native="`stop` supports up to {most} stop sequences. Given: {given}"),

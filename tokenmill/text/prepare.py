@@ -17,13 +17,21 @@ from tokenmill.errors import ContextLengthError, ValidationError
 from tokenmill.text import rules
 from tokenmill.text.limits import BEST_OF, refuse
 from tokenmill.text.tokenizer import Tokenizer
-from tokenmill.wire.messages import SamplingParams, StoppingParams
+from tokenmill.wire.messages import GrammarSpec, SamplingParams, StoppingParams
 
 Dialect = Literal["native", "openai"]
 
 MAX_SEED = 2**64 - 1
 _CHECKED_NEW_TOKENS = 1024  # TGI checks that so many fit and lets longer wishes run until the context is full
 _COLDEST = 1e-5  # a temperature below it divides logits out of float32's range
+
+
+class Thought(msgspec.Struct, frozen=True):
+    """How a thought is ended that takes too long. See `wire.messages.StoppingParams`."""
+
+    force_after: int = 0
+    forced_ids: tuple[int, ...] = ()
+    unless: tuple[tuple[int, ...], ...] = ()
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +59,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     best_of: int | None = None
     watermark: bool = False
     adapter_id: str | None = None
-    grammar: Any = None
+    grammar: Any = None  # a `GrammarSpec`, or what native routes' `grammar` has: {"type", "value"}
+    grammar_field: str = "grammar"  # that it came from
+    thinking_budget: int | None = None  # tokens of reasoning, then it is ended; how, `thought` says
+    thought: Thought | None = None
 
 
 class RequestLimits(msgspec.Struct, frozen=True):
@@ -66,6 +77,7 @@ class RequestLimits(msgspec.Struct, frozen=True):
     vocab_size: int
     watermark_gamma: float = 0.5
     watermark_delta: float = 2.0
+    grammars: bool = False  # whether answers can be made to follow one
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -78,6 +90,8 @@ class Prepared(msgspec.Struct, frozen=True):
     stop: tuple[str, ...]
     seed: int | None
     num_truncated: int = 0
+    grammar: GrammarSpec | None = None
+    grammar_field: str = ""  # of the request, that errors are about
 
     @property
     def num_prompt(self) -> int:
@@ -127,11 +141,15 @@ def prepare(
         native = f"`min_new_tokens` must be <= `max_new_tokens`. Given: {min_new_tokens} and {max_new_tokens}"
         allowed = f"at most the number of tokens to generate, {max_new_tokens}"
         raise refuse(dialect, "min_new_tokens", native, allowed, min_new_tokens)
-    rules.check_grammar(options, dialect)
+    grammar = rules.grammar_of(options, limits, dialect)
     stop_ids = () if options.ignore_eos else tuple(i for i in tokenizer.eos_ids if i < limits.vocab_size)
     sampling, seed = _sampling(options, limits, dialect)
-    stopping = StoppingParams(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
-    return Prepared(prompt_ids, sampling, stopping, options.stop, seed, len(whole_ids) - len(prompt_ids))
+    thought = options.thought or Thought()
+    stopping = StoppingParams(
+        max_new_tokens, min_new_tokens, stop_ids, thought.force_after, thought.forced_ids, thought.unless
+    )
+    return Prepared(prompt_ids, sampling, stopping, options.stop, seed, len(whole_ids) - len(prompt_ids), grammar,
+                    options.grammar_field)  # fmt: skip
 
 
 def _prompt_ids(

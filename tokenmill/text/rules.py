@@ -5,16 +5,16 @@ The order is TGI's, for clients look at the first message. Backquoted names are 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tokenmill.errors import ValidationError
+from tokenmill.errors import GrammarError, ValidationError
+from tokenmill.text import guided
 from tokenmill.text import limits as bounds
-from tokenmill.text.limits import refuse, shown
+from tokenmill.text.limits import refuse
+from tokenmill.wire.messages import GrammarSpec
 
 if TYPE_CHECKING:
     from tokenmill.text.prepare import Dialect, Options, RequestLimits
-
-_KINDS_OF_GRAMMAR = ("json", "json_object", "regex", "json_schema")
 
 
 def check_options(options: Options, limits: RequestLimits, dialect: Dialect) -> None:
@@ -35,24 +35,19 @@ def check_truncate(options: Options, limits: RequestLimits, dialect: Dialect) ->
     bounds.TRUNCATE.check(options.truncate, limits, dialect)
 
 
-def check_grammar(options: Options, dialect: Dialect) -> None:
-    """TGI's last rule. The shape is checked although there are no grammars yet."""
+def grammar_of(options: Options, limits: RequestLimits, dialect: Dialect) -> GrammarSpec | None:
+    """TGI's last rule: what the answer must follow. ValidationError, GrammarError."""
     grammar = options.grammar
     if grammar is None:
-        return
-    name = "grammar" if dialect == "native" else "response_format"
-    if dialect == "native":
-        _check_shape(grammar)
-    raise ValidationError("grammar is not supported", name)
-
-
-def _check_shape(grammar: Any) -> None:
-    kind = grammar.get("type") if isinstance(grammar, dict) else None
-    if kind not in _KINDS_OF_GRAMMAR:
-        known = ", ".join(_KINDS_OF_GRAMMAR)
-        raise ValidationError(f"grammar is not valid: `type` must be one of {known}. Given: {shown(kind)}", "grammar")
-    if "value" not in grammar:
-        raise ValidationError("grammar is not valid: `value` is missing", "grammar")
+        return None
+    if not limits.grammars:
+        raise GrammarError("grammar is not supported", options.grammar_field)
+    spec = grammar if isinstance(grammar, GrammarSpec) else guided.native_grammar(grammar)
+    for name, given in (("ignore_eos", options.ignore_eos), ("min_new_tokens", options.min_new_tokens)):
+        if given:  # a grammar says itself where the answer ends
+            native = f"`{name}` must not be set with a grammar. Given: {given}"
+            raise refuse(dialect, name, native, "absent where the answer follows a grammar or calls a tool", given)
+    return spec
 
 
 def warps(options: Options) -> bool:

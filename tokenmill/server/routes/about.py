@@ -8,6 +8,7 @@ from tokenmill.errors import ValidationError
 from tokenmill.server.call import Call
 from tokenmill.server.routes.chat import render
 from tokenmill.server.routes.chat_checks import check_fields, check_messages
+from tokenmill.server.routes.chat_tools import tools_of
 from tokenmill.server.schema.native import ChatTokenizeResponse, GenerateRequest, Info, SimpleToken
 from tokenmill.server.schema.openai import ChatRequest
 
@@ -69,7 +70,7 @@ async def get_chat_tokenize(call: Call) -> None:
     model, _, _ = call.service.ready()
     check_fields(body)
     check_messages(body.messages)
-    text = await render(call, body)
+    text = await render(call, body, tools_of(body))
     tokens = await call.service.in_thread(
         lambda: model.tokenizer.encode_with_offsets(text, add_special_tokens=False) if text else []
     )

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from tokenmill.errors import TemplateError, ValidationError
+from tokenmill.errors import TemplateError, ToolError, ValidationError
 from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
-from tokenmill.server.generation import GeneratedToken, Generation
+from tokenmill.server.routes.chat_answer import ChatAnswer
 from tokenmill.server.routes.chat_checks import check_fields, check_messages, num_logprobs, template_fields
-from tokenmill.server.routes.openai import FINISH, Envelope, check_common, frame_of, options_of, token_name
-from tokenmill.server.schema.openai import (
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    ChatMessage,
-    ChatRequest,
-    TokenLogprob,
-    TopLogprob,
-)
+from tokenmill.server.routes.chat_speech import Speech, Voice, speech_of
+from tokenmill.server.routes.chat_tools import Tools, newer, tools_of, with_tool_prompt, written_out
+from tokenmill.server.routes.openai import Envelope, check_common, grammar_of, options_of
+from tokenmill.server.schema.openai import ChatRequest
+from tokenmill.text import guided
 
 _SHORT_CHAT = 2000  # characters of all messages; longer ones are rendered in a thread
-_encode = msgspec.json.Encoder().encode
+
+
+class Prompted(NamedTuple):
+    """What is to be generated for a chat, and how the answer is to be read."""
+
+    sequences: answering.Sequences
+    speech: Speech
 
 
 async def chat_completions(call: Call) -> None:
@@ -37,18 +34,31 @@ async def chat_completions(call: Call) -> None:
 
 async def answer_chat(call: Call, body: ChatRequest) -> None:
     """Answer a chat that came by whatever route. The call's dialect should be "openai"."""
-    sequences = await prepare_chat(call, body)
-    answer = ChatAnswer(Envelope(call, body, "chatcmpl-"), num_logprobs(body))
+    sequences, speech = await prepare_chat(call, body)
+    answer = ChatAnswer(Envelope(call, body, "chatcmpl-"), num_logprobs(body), speech)
     await (answering.stream if body.stream else answering.fold)(call, sequences, answer)
 
 
-async def prepare_chat(call: Call, body: ChatRequest) -> answering.Sequences:
+async def prepare_chat(call: Call, body: ChatRequest) -> Prompted:
     """Check a chat, take its permits, and make its prompt: what is to be generated for it. RequestError."""
     copies = check_common(call, body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     options = options_of(body, max_tokens=max_tokens, logprobs=num_logprobs(body))
+    tools = tools_of(body)
+    wanted = await grammar_of(call, body)
+    if tools is not None and wanted is not None and tools.choice != "none":
+        raise ToolError("Grammar and tools are mutually exclusive", wanted.field)
     call.take(copies)
-    prompt = await render(call, body)
+    prompt = await render(call, body, tools)
+    speech = await _speech(call, body, prompt, tools, wanted)
+    prompt += speech.opening
+    options = msgspec.structs.replace(
+        options,
+        grammar=speech.grammar,
+        grammar_field=speech.grammar_field,
+        thought=speech.thought,
+        thinking_budget=body.thinking_budget,
+    )
     try:
         prepared = await call.service.prepare(
             prompt, options, "openai", stream=bool(body.stream), add_special_tokens=False
@@ -56,16 +66,31 @@ async def prepare_chat(call: Call, body: ChatRequest) -> answering.Sequences:
     except ValidationError as error:
         error.param = _param(error, body)
         raise
-    return answering.Sequences(
+    sequences = answering.Sequences(
         (prepared,),
         copies,
         keep_stop=bool(body.include_stop_str_in_output),
         num_characters=len(prompt),
         receipt=receipt.wanted(call, body.receipt),
+        shown_ids=speech.shown_ids,
     )
+    return Prompted(sequences, speech)
 
 
-async def render(call: Call, body: ChatRequest) -> str:
+async def _speech(
+    call: Call, body: ChatRequest, prompt: str, tools: Tools | None, wanted: guided.Wanted | None
+) -> Speech:
+    model, _, _ = call.service.ready()
+    template, options = model.tokenizer.chat_template, call.service.options
+    assert template is not None  # it made the prompt
+    source = template.source if tools is None else template.tool_source
+    voice = Voice(model.tokenizer, source, options.tool_call_parser, options.reasoning_parser)
+    if tools is None:
+        return speech_of(voice, body, prompt, None, wanted)
+    return await call.service.in_thread(lambda: speech_of(voice, body, prompt, tools, wanted))
+
+
+async def render(call: Call, body: ChatRequest, tools: Tools | None) -> str:
     """The prompt that the model's chat template makes of a chat. ValidationError, TemplateError."""
     check_fields(body)
     check_messages(body.messages)
@@ -73,20 +98,26 @@ async def render(call: Call, body: ChatRequest) -> str:
     template = model.tokenizer.chat_template
     if template is None:
         raise TemplateError("template not found")
-    source = template.source
+    told = tools if tools is not None and tools.choice != "none" else None
+    source = template.source if told is None else template.tool_source
     kwargs = {**template_fields(body, source), **(body.chat_template_kwargs or {})}
-    messages = _named_for(source, body.messages)
+    messages = _named_for(source, newer(body.messages))
+    if "tool_calls" not in source:
+        messages = written_out(messages)
+    if told is not None:
+        messages = with_tool_prompt(messages, told, body.tool_prompt, template_knows=template.shows_tools)
 
     def work() -> str:
         return template.render(
             messages,
+            tools=told.given if told is not None and template.shows_tools else None,
             documents=body.documents,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             kwargs=kwargs,
         )
 
-    small = len(messages) <= 16 and not body.documents and sum(map(_size, messages)) <= _SHORT_CHAT
+    small = len(messages) <= 16 and not body.documents and not told and sum(map(_size, messages)) <= _SHORT_CHAT
     return work() if small else await call.service.in_thread(work)
 
 
@@ -110,56 +141,3 @@ def _size(message: dict[str, Any]) -> int:
     """Characters of a message, about; lists and calls count as long."""
     content = message.get("content")
     return len(content) if isinstance(content, str) and "tool_calls" not in message else 200
-
-
-class ChatAnswer:
-    """OpenAI's chat shapes, TGI's way: the role in every delta, the finish reason on the last token's chunk."""
-
-    def __init__(self, envelope: Envelope, num_top: int | None) -> None:
-        """`num_top`: how many of the likeliest tokens to tell of each position; None: no log-probabilities."""
-        self._envelope, self._num_top, self._with_logprobs = envelope, num_top, num_top is not None
-        self._head, self._tail = frame_of(_encode(self._chunk([], None)))
-
-    def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
-        """See `answering.Answer`."""
-        logprobs = ChatLogprobs([self._logprob(token)]) if self._with_logprobs else None
-        choice = ChatChunkChoice(generation.index, ChatMessage("assistant", token.text), logprobs, FINISH[token.finish])
-        return self._head + _encode(choice) + self._tail
-
-    def closing(self, generations: Sequence[Generation]) -> bytes:
-        """See `answering.Answer`: the usage, if asked for."""
-        e = self._envelope
-        return _encode(self._chunk([], e.usage(generations))) if e.include_usage else b""
-
-    def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
-        """See `answering.Answer`."""
-        e = self._envelope
-        choices = []
-        for generation in generations:
-            its_tokens = tokens[generation.index]
-            logprobs = ChatLogprobs([self._logprob(t) for t in its_tokens]) if self._with_logprobs else None
-            message = ChatMessage("assistant", "".join(t.text for t in its_tokens))
-            choices.append(ChatChoice(generation.index, message, logprobs, FINISH[generation.finish] or "stop"))
-        usage = e.usage(generations)
-        return _encode(
-            ChatCompletion(
-                "chat.completion", e.id, e.created, e.model, e.fingerprint, choices, usage, service_tier=e.service_tier
-            )
-        )
-
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Any) -> ChatChunk:
-        e = self._envelope
-        return ChatChunk(
-            "chat.completion.chunk", e.id, e.created, e.model, e.fingerprint, choices, usage, e.service_tier
-        )
-
-    def _logprob(self, token: GeneratedToken) -> TokenLogprob:
-        tokenizer, details = self._envelope.tokenizer, token.details
-        raw = list(tokenizer.token_bytes(token.id))
-        if details is None:
-            return TokenLogprob(token_name(tokenizer, token.id), 0.0, raw, [])
-        top = [
-            TopLogprob(token_name(tokenizer, i), logprob, list(tokenizer.token_bytes(i)))
-            for i, logprob in islice(zip(details.top_ids, details.top_logprobs, strict=True), self._num_top)
-        ]
-        return TokenLogprob(token_name(tokenizer, token.id), details.logprob, raw, top)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tokenmill.errors import ValidationError
 from tokenmill.server.routes.openai import refuse
 from tokenmill.server.schema.openai import ChatRequest
+
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates turn a model's thinking on and off."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -14,8 +18,6 @@ _RETENTIONS = (None, "in_memory", "in-memory")
 _TIERS = (None, "auto", "default", "flex", "scale", "priority")
 _NOT_IN_THIS_RELEASE = "it is not in this release"
 _UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("functions", (None, []), _NOT_IN_THIS_RELEASE),
-    ("function_call", (None, "none"), _NOT_IN_THIS_RELEASE),
     ("modalities", (None, [], ["text"]), "only text is generated"),
     ("audio", (None,), "only text is generated"),
     ("prediction", (None,), _NOT_IN_THIS_RELEASE),
@@ -29,11 +31,6 @@ _UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 def check_fields(body: ChatRequest) -> None:
     """Refuse what is not served. ValidationError that names the field."""
-    choice = body.tool_choice
-    if body.tools and choice != "none":
-        raise refuse("tools", 'tool calls are not in this release; leave them out or send `tool_choice: "none"`')
-    if choice not in (None, "none", "auto"):
-        raise refuse("tool_choice", "tool calls are not in this release")
     for name, harmless, reason in _UNSERVED:
         if getattr(body, name) not in harmless:
             raise refuse(name, reason)
@@ -42,15 +39,33 @@ def check_fields(body: ChatRequest) -> None:
 def template_fields(body: ChatRequest, source: str) -> dict[str, Any]:
     """Fields that a model can only be told of by its template, for one with the text `source`. ValidationError if it
     does not know them."""
-    told = {}
+    told: dict[str, Any] = {}
     for name in ("reasoning_effort", "verbosity"):
         value = getattr(body, name)
         if value is None:
             continue
-        if name not in source:
+        if name in source:
+            told[name] = value
+        elif name == "reasoning_effort" and (switch := _switch(source)):
+            told[switch] = value != "none"
+        else:
             raise refuse(name, "the model's chat template does not know it")
-        told[name] = value
     return told
+
+
+def asks_to_think(body: ChatRequest) -> bool:
+    """Whether a request says that the model is to think, and not only may."""
+    kwargs = body.chat_template_kwargs or {}
+    asked = body.thinking_budget is not None or body.reasoning_effort not in (None, "none")
+    return asked or any(kwargs.get(switch) is True for switch in THINKING_SWITCHES)
+
+
+def _switch(source: str) -> str | None:
+    """The variable that a template asks whether to let the model think."""
+    for name in THINKING_SWITCHES:
+        if re.search(rf"{{[{{%][^%}}]*\b{name}\b", source):
+            return name
+    return None
 
 
 def num_logprobs(body: ChatRequest) -> int | None:

@@ -12,9 +12,18 @@ from tokenmill.errors import ValidationError
 from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
-from tokenmill.server.routes.openai import FINISH, Envelope, check_common, frame_of, options_of, token_name
+from tokenmill.server.routes.openai import (
+    FINISH,
+    Envelope,
+    check_common,
+    frame_of,
+    grammar_of,
+    options_of,
+    token_name,
+)
 from tokenmill.server.schema.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.guided import Wanted
 from tokenmill.text.limits import LOGPROBS
 from tokenmill.text.prepare import Options, Prepared, check_before_queue
 from tokenmill.wire.messages import TokenDetails
@@ -47,7 +56,7 @@ async def answer_completion(call: Call, body: CompletionRequest) -> None:
     copies = _copies(body, n)
     limits = call.service.ready()[1]
     LOGPROBS.check(body.logprobs, limits, "openai")
-    options = _options(body, copies if copies > n else None)
+    options = _options(body, copies if copies > n else None, await grammar_of(call, body))
     check_before_queue(options, limits, stream=bool(body.stream), dialect="openai")
     call.take(len(prompts) * copies)
     prepared = [await call.service.prepare(p, options, "openai", stream=bool(body.stream)) for p in prompts]
@@ -98,11 +107,17 @@ def _copies(body: CompletionRequest, n: int) -> int:
     return n if body.temperature == 0.0 and best_of <= MAX_BEST_OF else best_of  # greedy ones are all alike
 
 
-def _options(body: CompletionRequest, best_of: int | None) -> Options:
+def _options(body: CompletionRequest, best_of: int | None, wanted: Wanted | None) -> Options:
     logprobs = body.logprobs
     max_tokens = 1 if body.max_tokens == 0 else body.max_tokens  # every step makes a token, which is hidden
     options = options_of(body, max_tokens=max_tokens, logprobs=0 if logprobs is None and best_of else logprobs)
-    return msgspec.structs.replace(options, best_of=best_of, prompt_logprobs=logprobs if body.echo else None)
+    return msgspec.structs.replace(
+        options,
+        best_of=best_of,
+        prompt_logprobs=logprobs if body.echo else None,
+        grammar=wanted and wanted.grammar,
+        grammar_field=wanted.field if wanted else "",
+    )
 
 
 class Counts(NamedTuple):

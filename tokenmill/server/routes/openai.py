@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tokenmill.errors import ValidationError
+from tokenmill.errors import GrammarError, ValidationError
 from tokenmill.server import failures
 from tokenmill.server.call import Call
 from tokenmill.server.generation import Generation
@@ -20,12 +20,15 @@ from tokenmill.server.schema.openai import (
     StreamOptions,
     Usage,
 )
+from tokenmill.text import guided
 from tokenmill.text.limits import OPENAI_TABLE
 from tokenmill.text.prepare import Options
 from tokenmill.text.tokenizer import Tokenizer
 
 FINISH = {"": None, "eos": "stop", "stop": "stop", "length": "length"}
 _NO_CHOICES = b'"choices":[]'
+_LARGE_BODY = 20_000
+"""Bytes of a request from which its schema is checked in a thread."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -54,13 +57,6 @@ def refuse(param: str, reason: str) -> ValidationError:
 
 def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> int:
     """Refuse what is not served, by name; the number of choices a prompt. ValidationError, NotFound."""
-    if body.response_format is not None:
-        kind = body.response_format.get("type")
-        if not isinstance(kind, str):
-            raise ValidationError("Invalid 'response_format': it must have a `type`", "response_format")
-        if kind != "text":
-            reason = f"{kind[:32]!r} constrains the answer by a grammar, which is not in this release"
-            raise refuse("response_format", reason)
     limits = call.service.ready()[1]
     for limit in OPENAI_TABLE:
         limit.check(getattr(body, limit.name, None), limits, "openai")
@@ -75,6 +71,20 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
         if body.model not in (None, "", "tgi", served):
             raise failures.NotFound(f"The model {body.model!r} does not exist; {served!r} is served", "model")
     return n
+
+
+async def grammar_of(call: Call, body: SamplingFields) -> guided.Wanted | None:
+    """What the answer is to follow, by whatever field; None if it is free. ValidationError, GrammarError."""
+    given = {name: value for name in guided.FIELDS if (value := getattr(body, name)) is not None}
+    if not given:
+        return None
+    large = call.num_bytes > _LARGE_BODY
+    wanted = (
+        await call.service.in_thread(lambda: guided.openai_grammar(given)) if large else guided.openai_grammar(given)
+    )
+    if wanted is not None and not call.service.ready()[1].grammars:
+        raise GrammarError("grammar is not supported", wanted.field)
+    return wanted
 
 
 def options_of(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> Options:

@@ -11,6 +11,7 @@ from tokenmill.server import failures
 from tokenmill.server.call import Call
 from tokenmill.server.routes import texts
 from tokenmill.server.routes.chat import prepare_chat
+from tokenmill.server.routes.chat_tools import tools_of
 from tokenmill.server.routes.native import parameters_of
 from tokenmill.server.schema.native import GenerateParameters
 from tokenmill.server.schema.openai import ChatRequest
@@ -74,7 +75,9 @@ async def _chat(
         raise ValidationError(f"`n` must be 1 here. Given in {where}: {body.n}", "n")
     if body.logprobs:
         raise ValidationError(f"`logprobs` is not supported here: the answer is a text. Given in {where}", "logprobs")
-    sequences = await prepare_chat(call, body)
+    if tools_of(body) is not None:
+        raise ValidationError(f"`tools` are not supported here: the answer is a text. Given in {where}", "tools")
+    sequences = (await prepare_chat(call, body)).sequences
     return sequences.prompts[0], "", sequences.num_characters
 
 

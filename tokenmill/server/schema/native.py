@@ -45,7 +45,9 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     decoder_input_details: Annotated[bool | None, _("Say each token of the prompt, too. Not in streams.")] = None
     seed: Annotated[Uint | None, _("Makes sampling repeatable. Default: drawn.")] = None
     top_n_tokens: Annotated[Uint | None, _("Say so many of the likeliest tokens at each place.")] = None
-    grammar: Annotated[dict[str, Any] | None, _("Not supported yet: refused.")] = None
+    grammar: Annotated[
+        dict[str, Any] | None, _("What the answer follows: `type` json, json_schema or regex, and `value`.")
+    ] = None
     adapter_id: Annotated[str | None, _("Name of a LoRA adapter. None are loaded yet: refused.")] = None
 
     min_p: Annotated[float | None, _("Drop tokens that are less likely than this share of the likeliest.")] = None

@@ -63,7 +63,17 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     typical_p: Annotated[Number, _("Keep the tokens nearest to the expected surprise; 1: off.")] = None
     min_tokens: Annotated[Uint | None, _("No end of the text before so many tokens.")] = None
     ignore_eos: Annotated[Flag, _("Go on after the model's end of text.")] = None
-    response_format: Annotated[Json | None, _("`text`. Others need a grammar, which is refused for now.")] = None
+    response_format: Annotated[
+        Json | None,
+        _("The answer's shape: `text`, `json_object`, `json_schema` as OpenAI has them; TGI's `json`, `regex` too."),
+    ] = None
+    guided_json: Annotated[Json | str | bool | None, _("A JSON schema that the answer follows.")] = None
+    guided_regex: Annotated[Text, _("A regular expression that the answer matches as a whole.")] = None
+    guided_choice: Annotated[list[str] | None, _("The answer is one of these texts.")] = None
+    guided_grammar: Annotated[Text, _("A context-free grammar that the answer follows, as Lark or EBNF.")] = None
+    structured_outputs: Annotated[
+        Json | None, _("One of `json`, `regex`, `choice`, `grammar`, `json_object`: the same in one field.")
+    ] = None
     truncate: Annotated[
         Uint | None, _("Keep so many of the prompt's last tokens; the usage has `truncated_tokens`, those cut off.")
     ] = None
@@ -80,10 +90,14 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     max_completion_tokens: Annotated[Uint | None, _("The newer name of `max_tokens`; it has precedence.")] = None
     logprobs: Annotated[Flag, _("Log-probabilities of the tokens, before temperature and filters.")] = None
     top_logprobs: Annotated[Whole, _("So many of the likeliest tokens at each place, too: 0 to 20.")] = None
-    tools: Annotated[list[Json] | None, _('Refused for now, unless `tool_choice` is "none".')] = None
-    tool_choice: Annotated[str | Json | None, _('"none" or "auto"; others are refused for now.')] = None
-    tool_prompt: Annotated[Text, _("TGI's text for templates without tools; without tools it changes nothing.")] = None
-    parallel_tool_calls: Annotated[Flag, _("Without tools it changes nothing.")] = None
+    tools: Annotated[list[Json] | None, _("Functions that the model may call, as OpenAI describes them.")] = None
+    tool_choice: Annotated[
+        str | Json | None, _('"auto", "none", "required", a function as OpenAI names it, or just its name.')
+    ] = None
+    tool_prompt: Annotated[
+        Text, _("Put behind the last message; without it, a template that knows no tools gets a text of ours.")
+    ] = None
+    parallel_tool_calls: Annotated[Flag, _("false: at most one call in an answer. Default true.")] = None
     metadata: Annotated[dict[str, str] | None, _("Changes nothing. At most 16 pairs, of 64 and 512 characters.")] = None
     store: Annotated[Flag, _("Refused if true: answers are not kept.")] = None
     service_tier: Annotated[
@@ -98,11 +112,16 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     add_generation_prompt: Annotated[Flag, _("Begin the assistant's turn. Default: unless one is continued.")] = None
     continue_final_message: Annotated[Flag, _("Continue the last message. Default: if it is the assistant's.")] = None
 
-    reasoning_effort: Annotated[Text, _("For chat templates that know it; else refused.")] = None
+    reasoning_effort: Annotated[
+        Text, _('For chat templates that know it; "none" turns thinking off where a template can. Else refused.')
+    ] = None
+    thinking_budget: Annotated[
+        Whole, _("Tokens that the model may think; then its thought is ended. For models that think.")
+    ] = None
     verbosity: Annotated[Text, _("For chat templates that know it; else refused.")] = None
 
-    functions: Annotated[Any, _("Refused for now.")] = None
-    function_call: Annotated[Any, _("Refused for now.")] = None
+    functions: Annotated[list[Json] | None, _("The older form of `tools`; the answer has a `function_call`.")] = None
+    function_call: Annotated[str | Json | None, _("The older form of `tool_choice`.")] = None
     modalities: Annotated[list[str] | None, _('["text"]; others are refused.')] = None
     audio: Annotated[Any, _("Refused: only text is generated.")] = None
     prediction: Annotated[Any, _("Refused for now.")] = None
@@ -126,6 +145,7 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: dict[str, int]
+    completion_tokens_details: dict[str, int] | msgspec.UnsetType = msgspec.UNSET  # of models that think
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -160,11 +180,32 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """A function's name and a piece of its arguments, as JSON text. In a stream the name is in the first piece only."""
+
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a function. In a stream `index` tells calls apart, and only a call's first piece has id and type."""
+
+    index: int | msgspec.UnsetType = msgspec.UNSET
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    type: str | msgspec.UnsetType = msgspec.UNSET
+    function: CalledFunction
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
-    """What the assistant said."""
+    """What the assistant said, thought and called. `reasoning` is the same as `reasoning_content`: clients look for
+    either."""
 
     role: str
-    content: str
+    content: str | msgspec.UnsetType | None = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    function_call: CalledFunction | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ class SequenceReceipt(msgspec.Struct, frozen=True):
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    forced_tokens: int
     queue_ms: float
     prefill_ms: float
     decode_ms: float
@@ -30,6 +31,7 @@ class Receipt(msgspec.Struct, frozen=True):
     Times in milliseconds: in the queue, until the first token, from the first to the last token; the longest of
     all sequences, which run side by side. `total_ms` from the request's arrival to its last token. Tokens of a prompt
     count once however many choices it has. `largest_batch`: the most sequences that shared a step with this answer.
+    `forced_tokens`: of the generated ones, those in whose places nothing else could stand, so that none was sampled.
     `parameters`: as they held, after defaults and limits.
     """
 
@@ -48,6 +50,7 @@ class Receipt(msgspec.Struct, frozen=True):
     truncated_tokens: int
     cached_tokens: int
     generated_tokens: int
+    forced_tokens: int
     preemptions: int
     largest_batch: int
     parameters: dict[str, Any]

@@ -1,0 +1,177 @@
+"""OpenAI's chat shapes: each token's chunk, and the plain answer that all chunks add up to.
+
+Models that think or call functions write that into their text; a `Router` for each choice takes it apart. Tokens that
+so far belong to nothing, as those of a call's delimiters, make no chunk: their log-probabilities come with the next
+one. TGI's rules hold: the role in every delta, content or calls in every delta, the finish reason on the last token's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from tokenmill.server.generation import GeneratedToken, Generation
+from tokenmill.server.routes.chat_speech import Speech
+from tokenmill.server.routes.openai import FINISH, Envelope, frame_of, token_name
+from tokenmill.server.schema.openai import (
+    CalledFunction,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    TokenLogprob,
+    ToolCall,
+    TopLogprob,
+    Usage,
+)
+from tokenmill.text.router import Delta, Router, fold
+
+_encode = msgspec.json.Encoder().encode
+
+
+class _Reading:
+    """One choice as it is read: its router, and what of its tokens no chunk has carried yet."""
+
+    __slots__ = ("_called_word", "_router", "logprobs", "num_reasoning")
+
+    def __init__(self, router: Router, called_word: str) -> None:
+        self._router, self._called_word = router, called_word
+        self.num_reasoning = 0  # tokens of it
+        self.logprobs: list[TokenLogprob] = []
+
+    def push(self, token: GeneratedToken) -> Delta:
+        """What a token adds; the last one with all that was held back."""
+        delta = self._router.push(token.text)
+        if delta.reasoning or self._router.in_reasoning:
+            self.num_reasoning += 1
+        return fold((delta, self._router.finish())) if token.finish else delta
+
+    def finish_reason(self, finish: str) -> str | None:
+        """OpenAI's word for how the choice ended."""
+        called = self._router.complete_calls and finish in ("eos", "stop")
+        return self._called_word if called else FINISH[finish]
+
+
+class ChatAnswer:
+    """An `answering.Answer`. `num_top`: how many of the likeliest tokens to tell of each position; None: no
+    log-probabilities."""
+
+    def __init__(self, envelope: Envelope, num_top: int | None, speech: Speech = Speech()) -> None:  # noqa: B008 frozen
+        self._envelope, self._num_top, self._with_logprobs = envelope, num_top, num_top is not None
+        self._speech = speech
+        self._head, self._tail = frame_of(_encode(self._chunk([], None)))
+        self._readings: dict[int, _Reading] = {}
+
+    def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
+        """See `answering.Answer`."""
+        logprobs = [self._logprob(token)] if self._with_logprobs else []
+        if self._speech.router is None:
+            delta, finish = ChatMessage("assistant", token.text), FINISH[token.finish]
+        else:
+            reading = self._reading(generation)
+            read = reading.push(token)
+            reading.logprobs += logprobs
+            if not (read or token.finish):
+                return b""
+            delta, finish = self._delta(read), reading.finish_reason(token.finish)
+            logprobs, reading.logprobs = reading.logprobs, []
+        choice = ChatChunkChoice(
+            generation.index, delta, ChatLogprobs(logprobs) if self._with_logprobs else None, finish
+        )
+        return self._head + _encode(choice) + self._tail
+
+    def closing(self, generations: Sequence[Generation]) -> bytes:
+        """See `answering.Answer`: the usage, if asked for."""
+        return _encode(self._chunk([], self._usage(generations))) if self._envelope.include_usage else b""
+
+    def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
+        """See `answering.Answer`."""
+        e = self._envelope
+        choices = []
+        for generation in generations:
+            its_tokens = tokens[generation.index]
+            logprobs = ChatLogprobs([self._logprob(t) for t in its_tokens]) if self._with_logprobs else None
+            if self._speech.router is None:
+                message = ChatMessage("assistant", "".join(t.text for t in its_tokens))
+                finish = FINISH[generation.finish]
+            else:
+                reading = self._reading(generation)
+                message = self._message(fold([reading.push(token) for token in its_tokens]))
+                finish = reading.finish_reason(generation.finish)
+            choices.append(ChatChoice(generation.index, message, logprobs, finish or "stop"))
+        usage = self._usage(generations)
+        return _encode(
+            ChatCompletion(
+                "chat.completion", e.id, e.created, e.model, e.fingerprint, choices, usage, service_tier=e.service_tier
+            )
+        )
+
+    def _reading(self, generation: Generation) -> _Reading:
+        reading = self._readings.get(generation.index)
+        if reading is None:
+            assert self._speech.router is not None
+            word = "function_call" if self._speech.older else "tool_calls"
+            reading = self._readings[generation.index] = _Reading(self._speech.router(), word)
+        return reading
+
+    def _usage(self, generations: Sequence[Generation]) -> Usage:
+        usage = self._envelope.usage(generations)
+        if not self._speech.thinks:
+            return usage
+        count = sum(reading.num_reasoning for reading in self._readings.values())
+        return msgspec.structs.replace(usage, completion_tokens_details={"reasoning_tokens": count})
+
+    def _delta(self, read: Delta) -> ChatMessage:
+        calls = [
+            ToolCall(
+                index=call.index,
+                id=msgspec.UNSET if call.id is None else call.id,
+                type=msgspec.UNSET if call.id is None else "function",
+                function=CalledFunction(
+                    name=msgspec.UNSET if call.name is None else call.name, arguments=call.arguments
+                ),
+            )
+            for call in read.calls
+        ]
+        content = read.content if read.content or not calls else msgspec.UNSET
+        return self._said(content, read.reasoning, calls)
+
+    def _message(self, read: Delta) -> ChatMessage:
+        """A whole choice."""
+        calls = [
+            ToolCall(
+                id=call.id or "",
+                type="function",
+                function=CalledFunction(name=call.name or "", arguments=call.arguments),
+            )
+            for call in read.calls
+        ]
+        return self._said(read.content or (None if calls else ""), read.reasoning, calls)
+
+    def _said(self, content: Any, reasoning: str, calls: list[ToolCall]) -> ChatMessage:
+        thought = reasoning or msgspec.UNSET
+        if calls and self._speech.older:
+            return ChatMessage("assistant", content, thought, thought, function_call=calls[0].function)
+        return ChatMessage("assistant", content, thought, thought, calls or msgspec.UNSET)
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Any) -> ChatChunk:
+        e = self._envelope
+        return ChatChunk(
+            "chat.completion.chunk", e.id, e.created, e.model, e.fingerprint, choices, usage, e.service_tier
+        )
+
+    def _logprob(self, token: GeneratedToken) -> TokenLogprob:
+        tokenizer, details = self._envelope.tokenizer, token.details
+        raw = list(tokenizer.token_bytes(token.id))
+        if details is None:
+            return TokenLogprob(token_name(tokenizer, token.id), 0.0, raw, [])
+        top = [
+            TopLogprob(token_name(tokenizer, i), logprob, list(tokenizer.token_bytes(i)))
+            for i, logprob in islice(zip(details.top_ids, details.top_logprobs, strict=True), self._num_top)
+        ]
+        return TokenLogprob(token_name(tokenizer, token.id), details.logprob, raw, top)

@@ -1,0 +1,180 @@
+"""Tools of a chat: what a request may say of them, in OpenAI's form, its older one, and TGI's."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tokenmill.errors import ToolError
+from tokenmill.server.routes.openai import refuse
+from tokenmill.server.schema.openai import ChatRequest
+from tokenmill.text.limits import MAX_TOOL_NAME, MAX_TOOLS, shown
+
+_DEFAULT_PROMPT = (
+    "\nIf one of these functions helps to answer, reply with nothing but a call of it, a JSON object of the form "
+    '{"name": name of the function, "parameters": its arguments by name}, with values and no variables in it.\n'
+)
+_MODES = ("auto", "none", "required")
+
+
+class Tools(NamedTuple):
+    """The tools of a request, at least one. `given`: as its client sent them, in OpenAI's newer form."""
+
+    given: list[dict[str, Any]]
+    choice: str  # "auto", "none", "required", or the function that must be called, as "function"
+    name: str = ""  # that function's
+    parallel: bool = True  # an answer may have several calls
+    older: bool = False  # asked for as `functions`: the answer has a `function_call`
+
+    @property
+    def forced(self) -> bool:
+        """True if the answer must be a call."""
+        return self.choice in ("required", "function")
+
+    @property
+    def allowed(self) -> list[dict[str, Any]]:
+        """Those that the answer may call."""
+        if self.choice == "none":
+            return []
+        return [tool for tool in self.given if tool["function"]["name"] == self.name or self.choice != "function"]
+
+
+def tools_of(body: ChatRequest) -> Tools | None:
+    """The tools that a request has, checked; None if none. ToolError, ValidationError that name the field."""
+    if body.functions:
+        return _older(body)
+    if body.function_call not in (None, "none", "auto"):
+        raise ToolError("`function_call` is only allowed with `functions`", "function_call")
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
+            raise ToolError("`tool_choice` is only allowed with `tools`", "tool_choice")
+        return None
+    given = _checked(body.tools, "tools")
+    choice, name = _choice(body.tool_choice, given)
+    return Tools(given, choice, name, body.parallel_tool_calls is not False)
+
+
+def _older(body: ChatRequest) -> Tools:
+    """`functions` and `function_call`."""
+    if body.tools:
+        raise ToolError("`functions` is the older form of `tools`: send only one of them", "functions")
+    given = _checked([{"type": "function", "function": function} for function in body.functions or ()], "functions")
+    wished = body.function_call
+    if isinstance(wished, dict):
+        return Tools(given, "function", _known(wished.get("name"), given, "function_call"), False, True)
+    if wished not in (None, "auto", "none"):
+        raise ToolError(
+            f"Invalid 'function_call': it must be 'auto', 'none' or an object with a `name`. Given: {shown(wished)!r}",
+            "function_call",
+        )
+    return Tools(given, wished or "auto", "", False, True)
+
+
+def _choice(wished: Any, given: list[dict[str, Any]]) -> tuple[str, str]:
+    if wished is None:
+        return "auto", ""
+    if isinstance(wished, str):
+        return (wished, "") if wished in _MODES else ("function", _known(wished, given, "tool_choice"))
+    kind = wished.get("type", "function")
+    if kind != "function":
+        raise refuse("tool_choice", f"its type must be 'function'. Given: {shown(kind)!r}")
+    function = wished.get("function")
+    return "function", _known(function.get("name") if isinstance(function, dict) else None, given, "tool_choice")
+
+
+def _known(name: Any, given: list[dict[str, Any]], param: str) -> str:
+    if not isinstance(name, str):
+        raise ToolError(f"Invalid '{param}': it must have the `name` of a function", param)
+    if all(tool["function"]["name"] != name for tool in given):
+        raise ToolError(f"Tool with name {shown(name)} not found", param)
+    return name
+
+
+def _checked(tools: list[Any], field: str) -> list[dict[str, Any]]:
+    if len(tools) > MAX_TOOLS:
+        raise ToolError(f"Invalid '{field}': it may have up to {MAX_TOOLS} functions. Given: {len(tools)}", field)
+    given = [_tool(tool, f"{field}[{i}]") for i, tool in enumerate(tools)]
+    names: set[str] = set()
+    for i, tool in enumerate(given):
+        name = tool["function"]["name"]
+        if name in names:
+            raise ToolError(f"Invalid '{field}[{i}]': there are two functions named {shown(name)!r}", f"{field}[{i}]")
+        names.add(name)
+    return given
+
+
+def _tool(tool: Any, where: str) -> dict[str, Any]:
+    """One tool; TGI's name of `parameters`, `arguments`, becomes OpenAI's."""
+    if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+        raise ToolError(f"Invalid '{where}': it must be an object with a `function`", where)
+    if tool.get("type", "function") != "function":
+        raise refuse(where, f"its type must be 'function'. Given: {shown(tool.get('type'))!r}")
+    function: dict[str, Any] = tool["function"]
+    name = function.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_TOOL_NAME:
+        raise ToolError(f"Invalid '{where}': its name must be a text of 1 to {MAX_TOOL_NAME} characters", where)
+    if not isinstance(function.get("description"), str | None):
+        raise ToolError(f"Invalid '{where}': its description must be a text", where)
+    if "parameters" not in function and "arguments" in function:
+        function = {("parameters" if key == "arguments" else key): value for key, value in function.items()}
+    if not isinstance(function.get("parameters"), dict | None):
+        raise ToolError(f"Invalid '{where}': its parameters must be a JSON schema", where)
+    if not isinstance(function.get("strict"), bool | None):
+        raise ToolError(f"Invalid '{where}': its `strict` must be true or false", where)
+    return {"type": "function", **tool, "function": function}
+
+
+def with_tool_prompt(
+    messages: list[dict[str, Any]], tools: Tools, prompt: str | None, *, template_knows: bool
+) -> list[dict[str, Any]]:
+    """The messages with TGI's `tool_prompt` behind the last one that the assistant has not written; for a template
+    that shows no tools, with the tools before it."""
+    if template_knows and not prompt:
+        return messages
+    text = prompt or _DEFAULT_PROMPT
+    if not template_knows:
+        text = json.dumps(tools.given, ensure_ascii=False, separators=(",", ":")) + "\n" + text
+    at = next((i for i in reversed(range(len(messages))) if messages[i].get("role") != "assistant"), None)
+    content = None if at is None else messages[at].get("content")
+    if at is None or content is None:
+        return messages
+    behind = f"\n---\n{text}"
+    added: Any = content + behind if isinstance(content, str) else [*content, {"type": "text", "text": behind}]
+    return [*messages[:at], {**messages[at], "content": added}, *messages[at + 1 :]]
+
+
+def newer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, with calls and results of the older form (`function_call`, role `function`) in the newer one."""
+    if all("function_call" not in message and message.get("role") != "function" for message in messages):
+        return messages
+    made: list[dict[str, Any]] = []
+    for i, message in enumerate(messages):
+        function = message.get("function_call")
+        if isinstance(function, dict):
+            message = {key: value for key, value in message.items() if key != "function_call"}
+            message["tool_calls"] = [{"id": f"call_{i}", "type": "function", "function": function}]
+        elif message.get("role") == "function":
+            message = {**message, "role": "tool", "tool_call_id": f"call_{i - 1}"}
+        made.append(message)
+    return made
+
+
+def written_out(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages for a template that knows no calls: those that an assistant made become its text, as JSON."""
+    return [_written_out(message) if message.get("tool_calls") else message for message in messages]
+
+
+def _written_out(message: dict[str, Any]) -> dict[str, Any]:
+    texts = [message["content"]] if isinstance(message.get("content"), str) and message["content"] else []
+    for call in message["tool_calls"]:
+        arguments = call["function"].get("arguments", {})
+        if isinstance(arguments, str):
+            with suppress(msgspec.DecodeError):  # what is no JSON is kept as text
+                arguments = msgspec.json.decode(arguments)
+        made = {"name": call["function"]["name"], "parameters": arguments}
+        texts.append(json.dumps(made, ensure_ascii=False))
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**rest, "content": "\n".join(texts)}

@@ -1,0 +1,155 @@
+"""What a request wants of the shape of its answer, in every spelling, as one grammar.
+
+TGI's `grammar` and `response_format` are `{"type", "value"}`; OpenAI's `response_format` has a key named after the
+type; vLLM's users send `guided_json` and its like, or `structured_outputs`. Whether a grammar can be compiled is
+found where it is compiled; what is no grammar at all, and schemas that cannot be served exactly, are refused here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tokenmill.errors import GrammarError, ValidationError
+from tokenmill.grammar import schema as schemas
+from tokenmill.text.limits import MAX_CHOICES, shown
+from tokenmill.wire.messages import GrammarSpec
+
+KINDS = ("json", "json_object", "regex", "json_schema")
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+FIELDS = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+"""Where OpenAI's routes may be asked for a grammar."""
+_STRUCTURED = ("json", "regex", "choice", "grammar", "json_object")
+
+
+def native_grammar(given: Any) -> GrammarSpec:
+    """The grammar that native routes' `grammar` is. ValidationError in TGI's words, about the field `grammar`."""
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind not in KINDS:
+        known = ", ".join(KINDS)
+        raise _not_valid(f"`type` must be one of {known}. Given: {shown(kind)}")
+    if "value" not in given:
+        raise _not_valid("`value` is missing")
+    value = given["value"]
+    if kind == "json_schema":
+        if not isinstance(value, dict) or "schema" not in value:
+            raise _not_valid("`value` must have a `schema`")
+        value = value["schema"]
+    if not isinstance(value, str if kind == "regex" else str | dict | bool):
+        raise GrammarError("grammar is not supported", "grammar")
+    try:
+        return GrammarSpec("regex", value) if kind == "regex" else json_grammar(value, "grammar")
+    except GrammarError as error:
+        raise _not_valid(str(error)) from None
+
+
+class Wanted(NamedTuple):
+    """What OpenAI's routes were asked for, and by which field."""
+
+    field: str
+    grammar: GrammarSpec
+
+
+def openai_grammar(given: Mapping[str, Any]) -> Wanted | None:
+    """The one grammar that a request of OpenAI's routes asks for; None if any text will do. `given`: its fields by
+    name, of which `FIELDS` are looked at. ValidationError if there are several, or one is of the wrong form."""
+    found: list[Wanted] = []
+    for field in FIELDS:
+        value = given.get(field)
+        if value is None:
+            continue
+        if field == "response_format":
+            grammar = _response_format(value)
+        elif field == "structured_outputs":
+            grammar = _structured(value)
+        else:
+            grammar = _of_kind(field.removeprefix("guided_"), value, field)
+        if grammar is not None:
+            found.append(Wanted(field, grammar))
+    if len(found) > 1:
+        names = ", ".join(f"`{wanted.field}`" for wanted in found)
+        raise ValidationError(f"An answer can follow one grammar only. Given: {names}", found[1].field)
+    return found[0] if found else None
+
+
+def _response_format(given: Mapping[str, Any]) -> GrammarSpec | None:
+    """None for plain text."""
+    kind = given.get("type")
+    if not isinstance(kind, str):
+        raise ValidationError("Invalid 'response_format': it must have a `type`", "response_format")
+    if kind == "text":
+        return None
+    if kind in ("json_object", "json"):
+        value = given.get("value", given.get("schema"))
+        if value is None and kind == "json":
+            raise _invalid("response_format.value", "it must be a JSON schema")
+        return json_grammar(_ANY_OBJECT if value is None else value, "response_format")
+    if kind == "json_schema":
+        wrapped = given.get("json_schema", given.get("value"))
+        if not isinstance(wrapped, dict) or wrapped.get("schema") is None:
+            raise _invalid("response_format.json_schema", "it must have a `schema`")
+        return json_grammar(wrapped["schema"], "response_format")
+    if kind == "regex":
+        return _regex(given.get("value"), "response_format.value")
+    known = "text, json_object, json_schema, json, regex"
+    raise _invalid("response_format", f"its type must be one of {known}. Given: {shown(kind)!r}")
+
+
+def json_grammar(schema: Any, param: str) -> GrammarSpec:
+    """The grammar of a JSON schema, an object or its text. GrammarError that names keyword and path."""
+    if isinstance(schema, str):
+        schema = schemas.decode(schema, param)
+    return GrammarSpec("json_schema", schemas.canonical(schema, param))
+
+
+def _structured(given: Any) -> GrammarSpec | None:
+    """vLLM's `structured_outputs`."""
+    field = "structured_outputs"
+    if not isinstance(given, dict):
+        raise _invalid(field, "it must be an object")
+    wanted = {name: value for name, value in given.items() if value is not None and value is not False}
+    for name in wanted:
+        if name not in _STRUCTURED:
+            raise ValidationError(f"`{field}.{shown(name)}` is not supported", field)
+    if len(wanted) != 1:
+        known = ", ".join(_STRUCTURED)
+        raise _invalid(field, f"it must have one of {known}. Given: {', '.join(wanted) or 'none'}")
+    ((name, value),) = wanted.items()
+    if name == "json_object":
+        return json_grammar(_ANY_OBJECT, f"{field}.json_object")
+    return _of_kind(name, value, f"{field}.{name}")
+
+
+def _of_kind(kind: str, value: Any, param: str) -> GrammarSpec:
+    if kind == "json":
+        return json_grammar(value, param)
+    if kind == "regex":
+        return _regex(value, param)
+    if kind == "choice":
+        return _choice(value, param)
+    if not isinstance(value, str) or not value:
+        raise _invalid(param, "it must be the text of a grammar")
+    return GrammarSpec("lark", value)
+
+
+def _regex(value: Any, param: str) -> GrammarSpec:
+    if not isinstance(value, str) or not value:
+        raise _invalid(param, "it must be a regular expression")
+    return GrammarSpec("regex", value)
+
+
+def _choice(value: Any, param: str) -> GrammarSpec:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
+        raise _invalid(param, "it must be a list of texts, none of them empty")
+    if len(value) > MAX_CHOICES:
+        raise _invalid(param, f"it may have up to {MAX_CHOICES} texts. Given: {len(value)}")
+    return GrammarSpec("choice", json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
+def _not_valid(reason: str) -> GrammarError:
+    return GrammarError(f"grammar is not valid: {reason}", "grammar")
+
+
+def _invalid(param: str, reason: str) -> ValidationError:
+    return ValidationError(f"Invalid '{param}': {reason}", param)
