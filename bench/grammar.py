@@ -153,6 +153,7 @@ class Generator:
             }  # fmt: skip
             return {"$ref": "#/$defs/node"}
         name = f"d{len(self._defs)}"
+        self._defs[name] = True  # the name is taken
         self._defs[name] = self.any(depth)
         return {"$ref": f"#/$defs/{name}"}
 

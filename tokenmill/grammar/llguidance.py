@@ -206,10 +206,7 @@ def json_options(source: str) -> Any:
 
 def lark_json(source: str) -> str:
     """A canonical schema as it is written behind `%json` in a Lark grammar, with the same options."""
-    value = json.loads(source)
-    if not isinstance(value, dict):
-        value = {} if value else {"not": {}}
-    return json.dumps({"x-guidance": json_options(source), **value}, ensure_ascii=False)
+    return json.dumps({"x-guidance": json_options(source), **json.loads(source)}, ensure_ascii=False)
 
 
 class _Tokens:

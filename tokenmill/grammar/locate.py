@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import quote
 
 from tokenmill.grammar.schema import pointer
 
@@ -65,7 +66,7 @@ def _alone(root: Any, where: str) -> str:
     """A schema of which only the part at `where` counts, while references into the whole still lead somewhere."""
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
     if "$ref" in json.dumps(root):
-        return json.dumps({**shared, "x-whole": root, "$ref": "#/x-whole" + where[1:]})
+        return json.dumps({**shared, "x-whole": root, "$ref": "#/x-whole" + quote(where[1:])})
     part = root
     for step in where[2:].split("/"):
         part = part[int(step) if isinstance(part, list) else step.replace("~1", "/").replace("~0", "~")]

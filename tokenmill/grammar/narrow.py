@@ -28,7 +28,8 @@ _CONSTRAINTS = frozenset.union(*map(frozenset, _BY_TYPE.values())) | {
     "maxProperties", "patternProperties",
 }  # fmt: skip
 _SAFE_PATTERN = re.compile(
-    r"(?:[A-Za-z0-9 _:@,;=<>!\"'%|()?*+]|\\[.\-+*?()\[\]{}|$^\\#&~]|\\x2F|\{\d+(?:,\d*)?\}"
+    r"(?:[A-Za-z0-9 _:@,;=<>!\"'%|()?*+\u00a1-\ud7ff\ue000-\U0010ffff]"
+    r"|\\[.\-+*?()\[\]{}|$^\\#&~]|\\x2F|\{\d+(?:,\d*)?\}"
     r"|\[\^?(?:[A-Za-z0-9](?:-[A-Za-z0-9])?|[ _:@,;=<>!\"'%]|\\[.\-+*?()\[\]{}|$^\\#&~])+\])*"
 )
 

@@ -22,7 +22,7 @@ _GROUP_NAME = re.compile(r"\?P?<[A-Za-z_$][A-Za-z0-9_$]*>")
 _FLAGS = re.compile(r"\?([is]*)(-[is]+)?([:)])")
 _HEX = re.compile(r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\}")
 _PROPERTY = re.compile(r"[pP]\{[A-Za-z0-9_=&]+\}|[pP][A-Z]")
-_ECMA_DOT = r"[^\n\r\u{2028}\u{2029}]"
+_ECMA_DOT = "[^\\x0A\\x0D\u2028\u2029]"
 _REFUSED_GROUPS = (
     ("?=", "a lookahead (?=…)"), ("?!", "a lookahead (?!…)"), ("?<=", "a lookbehind (?<=…)"),
     ("?<!", "a lookbehind (?<!…)"), ("?P=", "a backreference (?P=…)"), ("?>", "an atomic group (?>…)"),

@@ -60,6 +60,7 @@ class CompilePool:
         self._backend = backend
         self._setup = Setup(backend_name, backend.vocabulary, self.limits.cpu_s, self.limits.memory_bytes)
         self._lock = threading.Lock()
+        self._closed = False
         self._cache = _Cache(self.limits.cache_bytes)
         self._running: dict[_Key, list[tuple[GrammarSpec, Future[Grammar]]]] = {}
         self._jobs: queue.SimpleQueue[_Key | None] = queue.SimpleQueue()
@@ -80,7 +81,7 @@ class CompilePool:
             return future
         key = (spec.kind, spec.source)
         with self._lock:
-            known = self._cache.get(key)
+            known = GenerationError("The server is stopping.") if self._closed else self._cache.get(key)
             if known is None:
                 waiting = self._running.setdefault(key, [])
                 waiting.append((spec, future))
@@ -93,6 +94,8 @@ class CompilePool:
 
     def close(self) -> None:
         """End the processes and wait for them. What is still waiting fails."""
+        with self._lock:
+            self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote
 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar.patterns import PatternError, rewrite
@@ -70,6 +71,10 @@ def canonical(schema: Json, param: str | None = None) -> str:
     """
     source = _encode(schema, param)
     _check_size(len(source.encode()), param)
+    if schema is False:
+        raise GrammarError("The JSON schema cannot be used: at #: `false` allows nothing.", param)
+    if schema is True:
+        return "{}"
     walk = _Walk(json.loads(source), param)
     walk.run()
     return _encode(walk.root, param)
@@ -327,8 +332,6 @@ class _Walk:
             self._refuse(path, f"{value!r} is not inside this schema; only references that begin with '#' are followed")
 
     def _find(self, ref: str) -> Json:
-        from urllib.parse import unquote
-
         node = self.root
         for step in unquote(ref[2:]).split("/"):
             key = step.replace("~1", "/").replace("~0", "~")

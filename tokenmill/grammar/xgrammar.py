@@ -116,7 +116,10 @@ class XGMatcher:
         """All but the last token of the forced text, which what follows may lengthen."""
         if self.done:
             return []
-        text = self.inner.find_jump_forward_string().encode()
+        try:
+            text = self.inner.find_jump_forward_string().encode()
+        except UnicodeDecodeError:  # in the middle of a character
+            return []
         return list(self._encode(text))[:-1][:most] if text else []
 
     @property

@@ -1,0 +1,312 @@
+"""What is served is exact: nothing that a grammar accepts is invalid under its schema; the rest is refused by name."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import random
+from typing import Any
+
+import pytest
+from support_grammar import accepts, backend, compact, made, mutated, small_vocabulary
+
+jsonschema = pytest.importorskip("jsonschema")
+
+from bench.grammar import Play, Player, schemas  # noqa: E402
+from tokenmill.errors import GrammarError  # noqa: E402
+from tokenmill.grammar import canonical, schema  # noqa: E402
+from tokenmill.grammar.base import Backend  # noqa: E402
+from tokenmill.grammar.llguidance import lark_json  # noqa: E402
+from tokenmill.grammar.patterns import PatternError, literal, rewrite  # noqa: E402
+
+Oracle = jsonschema.Draft202012Validator
+SAMPLE = list(schemas(120, seed=3))
+
+
+def oracle(value: Any) -> Any:
+    return Oracle(value, format_checker=Oracle.FORMAT_CHECKER)
+
+
+@pytest.fixture(scope="module", params=["llguidance", "xgrammar"])
+def chosen(request: pytest.FixtureRequest) -> Backend:
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    return backend(request.param)
+
+
+@pytest.fixture(scope="module")
+def guidance() -> Backend:
+    return backend("llguidance")
+
+
+def test_random_answers_and_their_mutants_are_accepted_only_if_valid(chosen: Backend) -> None:
+    """Answers drawn from the masks, then changed a little: whatever the grammar takes, the oracle must take."""
+    draw, vocabulary = random.Random(1), small_vocabulary()
+    finished = invalid_mutants = served = 0
+    for number, value in enumerate(SAMPLE):
+        try:
+            grammar = made(chosen, "json_schema", canonical.json_schema(value, "schema").source)
+        except GrammarError:
+            assert type(chosen).__name__ == "XGrammar", value  # llguidance serves all of them
+            continue
+        served += 1
+        check = oracle(value)
+        for answer in range(3):
+            play = Play(grammar, Player(vocabulary, number * 10 + answer), vocabulary, most=250)
+            if not play.finished:
+                continue
+            finished += 1
+            instance = json.loads(play.text)
+            assert check.is_valid(instance), (value, play.text)
+            for _ in range(12):
+                mutant = mutated(instance, draw)
+                valid = check.is_valid(mutant)
+                invalid_mutants += not valid
+                assert valid or not accepts(grammar, compact(mutant)), (value, mutant)
+    assert served >= (120 if type(chosen).__name__ == "LLGuidance" else 15)
+    assert finished > served
+    assert invalid_mutants > finished
+
+
+VALID = [
+    ({"type": "object", "properties": {"a": {"type": "integer"}, "b": {}}, "required": ["b"]},
+     [{"a": 1, "b": 2}, {"b": [1, {"x": None}]}, {"b": 1, "z": "free"}], [{"a": 1}, {"a": "x", "b": 1}]),
+    ({"type": "array", "items": [{"type": "string"}], "additionalItems": False}, [["a"], []], [["a", 1], [1]]),
+    ({"$ref": "#/$defs/t", "$defs": {"t": {"type": "object", "additionalProperties": {"$ref": "#/$defs/t"}}}},
+     [{}, {"a": {"b": {}}}], [{"a": 1}, 1]),
+    ({"patternProperties": {"^x-": {"type": "integer"}}, "additionalProperties": False, "type": "object"},
+     [{"x-a": 1}, {}], [{"x-a": "1"}, {"y": 1}]),
+    ({"patternProperties": {"^a": {"minimum": 5}}, "properties": {"ab": {"type": "integer"}}, "type": "object"},
+     [{"ab": 6}, {"b": 1}], [{"ab": 1}, {"ac": 1}, {"ab": 6.5}]),
+    ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, ["a", 1], [1.5, None]),
+    ({"allOf": [{"minimum": 3}, {"maximum": 5, "type": "integer"}]}, [3, 5], [2, 6, 3.5]),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 1.5}, [0.1, 1.5, 1], [0, 1.51, -1]),
+    ({"type": "string", "minLength": 2, "maxLength": 3}, ["éé", "日本語", "a\n"], ["a", "abcd"]),
+    ({"enum": ["é", 1, None, {"a": [1]}]}, ["é", 1, None, {"a": [1]}], ["e", 2, {"a": []}]),
+    ({"type": ["string", "null"], "maxLength": 1}, ["a", None], ["ab", 1]),
+    ({"const": "a\u0001b"}, ["a\u0001b"], ["ab"]),
+    ({"type": "string", "pattern": "a.c"}, ["abc", "xxabcxx"], ["a\nc", "ab"]),
+    ({"type": "string", "pattern": "^[a-z&&b[]$"}, ["&", "[", "q"], ["A"]),
+    ({"type": "string", "pattern": "^a[\\x00-\\x1f]b$"}, ["a\u0001b", "a\nb"], ["ab", "axb"]),
+    ({"type": "object", "minProperties": 1, "additionalProperties": {"type": "integer"}}, [{"a": 1}], [{}]),
+    ({"uniqueItems": False, "not": False, "unevaluatedProperties": True, "then": {}, "type": "array"}, [[1, 1]], [1]),
+    (True, [1, "a", {"a": 1}], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value, good, bad", VALID)
+def test_examples_are_accepted_as_the_oracle_does(guidance: Backend, value: Any, good: Any, bad: Any) -> None:
+    grammar = made(guidance, "json_schema", canonical.json_schema(value, "schema").source)
+    if "additionalItems" not in str(value):  # of an older draft
+        assert all(map(oracle(value).is_valid, good))
+        assert not any(map(oracle(value).is_valid, bad))
+    assert [one for one in good if not accepts(grammar, compact(one))] == []
+    assert [one for one in bad if accepts(grammar, compact(one))] == []
+
+
+def test_a_key_of_another_spelling_does_not_go_past_its_schema(guidance: Backend) -> None:
+    value = {"type": "object", "properties": {"x": {"type": "string"}}, "additionalProperties": {"type": "integer"}}
+    grammar = made(guidance, "json_schema", canonical.json_schema(value, "schema").source)
+    assert accepts(grammar, '{"x":"a","y":1}')
+    assert not accepts(grammar, '{"\\u0078":1}')
+    assert not accepts(grammar, '{"x":"a","x":1}')
+
+
+def test_dates_are_those_of_the_calendar(guidance: Backend) -> None:
+    grammar = made(guidance, "json_schema", canonical.json_schema({"type": "string", "format": "date"}, "s").source)
+    draw = random.Random(2)
+    days = [f"{draw.choice([1, 4, 100, 400, 1900, 1996, 2000, 2023, 2024, 2100, 9999]):04}-{m:02}-{d:02}"
+            for m in range(14) for d in range(33) for _ in range(2)]  # fmt: skip
+    for day in [*days, *(f"{year:04}-02-29" for year in range(0, 10_000, 4)), "2024-2-29", "24-02-29"]:
+        assert accepts(grammar, f'"{day}"') == is_a_date(day), day
+
+
+def is_a_date(day: str) -> bool:
+    try:
+        return len(day) == 10 and bool(datetime.date.fromisoformat(day))
+    except ValueError:
+        return False
+
+
+REFUSED = [
+    ({"properties": {"a": {"not": {"type": "string"}}}}, "#/properties/a/not"),
+    ({"type": "array", "uniqueItems": True}, "#/uniqueItems"),
+    ({"if": {"minimum": 1}, "then": {"maximum": 3}}, "#/"),
+    ({"$defs": {"x": {"dependentRequired": {"a": ["b"]}}}}, "#/$defs/x/dependentRequired"),
+    ({"items": {"unevaluatedProperties": False}}, "#/items/unevaluatedProperties"),
+    ({"contains": {"type": "string"}}, "#/contains"),
+    ({"propertyNames": {"maxLength": 3}}, "#/propertyNames"),
+    ({"anyOf": [{"type": "string"}, {"$ref": "http://example.com/x"}]}, "#/anyOf/1/$ref"),
+    ({"$ref": "#/$defs/missing"}, "#/$ref"),
+    ({"$dynamicRef": "#x"}, "#/$dynamicRef"),
+    ({"properties": {"a/b~c": {"type": "string", "format": "idn-email"}}}, "#/properties/a~1b~0c/format"),
+    ({"properties": {"a": {"type": "strin"}}}, "#/properties/a/type"),
+    ({"minimum": "3"}, "#/minimum"),
+    ({"maxLength": -1}, "#/maxLength"),
+    ({"multipleOf": 0}, "#/multipleOf"),
+    ({"enum": []}, "#/enum"),
+    ({"required": "a"}, "#/required"),
+    ({"properties": {"a": 5}}, "#/properties/a"),
+    ({"allOf": []}, "#/allOf"),
+    ({"type": "object", "minProperties": 2}, "#/minProperties"),
+    ({"pattern": "(?=a)b"}, "#/pattern"),
+    ({"patternProperties": {"(a)\\1": {}}}, "#/patternProperties/(a)\\1"),
+    ({"properties": {"a\u0001": {}}, "type": "object"}, "#/properties/a\u0001"),
+    ({"x": {"y": {"not": {}}}, "items": {"$ref": "#/x/y"}}, "#/x/y/not"),
+]
+
+
+@pytest.mark.parametrize("value, path", REFUSED)
+def test_what_cannot_be_served_is_refused_by_keyword_and_path(value: Any, path: str) -> None:
+    before = json.dumps(value)
+    with pytest.raises(GrammarError) as caught:
+        canonical.json_schema(value, "response_format.json_schema.schema")
+    assert path in str(caught.value)
+    assert caught.value.param == "response_format.json_schema.schema"
+    assert json.dumps(value) == before
+
+
+@pytest.mark.parametrize("value, path", [
+    ({"properties": {"a": {"items": {"oneOf": [{"minimum": 1}, {"maximum": 5}]}}}}, "#/properties/a/items/oneOf"),
+    ({"$defs": {"d": {"properties": {"q": {"patternProperties": {"^a": {"minimum": 5}, "b$": {"type": "string"}}}}}},
+      "$ref": "#/$defs/d"}, "#/$defs/d/properties/q/patternProperties"),
+    ({"anyOf": [{"type": "string"}, {"properties": {"a": {}}, "type": "object", "minProperties": 1}]},
+     "#/anyOf/1/minProperties"),
+    ({"type": "object", "required": ["z"], "additionalProperties": False}, "#/required"),
+])  # fmt: skip
+def test_what_the_library_refuses_is_located(guidance: Backend, value: Any, path: str) -> None:
+    with pytest.raises(GrammarError) as caught:
+        made(guidance, "json_schema", canonical.json_schema(value, "schema").source)
+    assert f"at {path}:" in str(caught.value)
+
+
+def test_large_and_deep_schemas_are_refused_at_once() -> None:
+    deep: Any = {}
+    for _ in range(20_000):
+        deep = {"items": deep}
+    with pytest.raises(GrammarError, match="levels deep"):
+        schema.canonical(deep)
+    for text in ('{"items":' * 100_000 + "1", json.dumps({"enum": ["x" * 1_000_000]}), "{", "[1]"):
+        with pytest.raises(GrammarError):
+            canonical.json_schema(text, "x")
+    with pytest.raises(GrammarError, match="bytes"):
+        schema.canonical({"enum": ["x" * 1_000_000]})
+    with pytest.raises(GrammarError, match="UTF-8"):
+        schema.canonical({"const": "\ud800"})
+    with pytest.raises(GrammarError, match="finite"):
+        schema.canonical({"const": float("inf")})
+
+
+def test_canonical_text_keeps_the_order_of_keys_and_is_the_same_again() -> None:
+    value = {"title": "T", "type": "object", "properties": {"z": {"type": "string", "description": "d"}, "a": {}}}
+    text = schema.canonical(value)
+    assert text == '{"type":"object","properties":{"z":{"type":"string"},"a":{}}}'
+    for one in SAMPLE:
+        assert schema.canonical(json.loads(schema.canonical(one))) == schema.canonical(one)
+
+
+def test_options_of_the_library_in_a_schema_do_not_count(guidance: Backend) -> None:
+    value = {"x-guidance": {"lenient": True, "coerce_one_of": True}, "oneOf": [{"minimum": 1}, {"maximum": 5}]}
+    with pytest.raises(GrammarError, match="oneOf"):
+        made(guidance, "json_schema", canonical.json_schema(value, "schema").source)
+
+
+def test_a_schema_inside_a_lark_grammar_is_served_as_exactly(guidance: Backend) -> None:
+    value = {"type": "object", "properties": {"x": {"type": "string"}}, "additionalProperties": {"type": "integer"}}
+    source = lark_json(canonical.json_schema(value, "schema").source)
+    grammar = made(guidance, "lark", f'start: "<call>" args "</call>"\nargs: %json {source}\n')
+    assert accepts(grammar, '<call>{"x": "a"}</call>')
+    assert not accepts(grammar, '<call>{"\\u0078": 1}</call>')
+    assert not accepts(grammar, '<call>{"x":                       "a"}</call>')
+
+
+PATTERNS = [
+    (r"^a$|^b$", ["a", "b"], ["ab", "c", ""]), (r"\d{3}-\d{4}", ["123-4567"], ["123-456", "٣٣٣-1234"]),
+    (r"(?P<year>\d\d)/(?:x|y)?", ["24/", "24/x"], ["2/", "24/xy"]), (r"[\w.+-]+@x", ["a.b+c-d@x", "é@x"], ["@x"]),
+    (r"[^\]]*", ["abc["], ["a]"]), (r"a{}b", ["a{}b"], ["ab"]), (r"(?i)abc", ["ABC", "aBc"], ["abd"]),
+    (r"\x41\u00e9\t", ["Aé\t"], ["A"]), (r"[a-c&&b]", ["&", "a"], ["d"]), (r"\$\.\/#", ["$./#"], ["$x/#"]),
+    (r"a+?b*?", ["a", "aab"], ["b"]), (r"\p{Lu}x", ["Éx"], ["éx"]), (r"", [""], ["a"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern, good, bad", PATTERNS)
+def test_regular_expressions_match_the_whole_text(guidance: Backend, pattern: str, good: Any, bad: Any) -> None:
+    grammar = made(guidance, "regex", canonical.regex(pattern, "regex").source)
+    assert [text for text in good if not accepts(grammar, text)] == []
+    assert [text for text in bad if accepts(grammar, text)] == []
+
+
+@pytest.mark.parametrize("pattern, name", [
+    ("(?=a)b", "lookahead"), ("(?<!a)b", "lookbehind"), (r"(a)\1", "backreference"), (r"\bx", "word boundary"),
+    ("(a{1,1000}){1,1000}", "repetitions"), ("a^b", "middle"), ("(a", "closed"), ("a)", "nothing"), ("*a", "nothing"),
+    ("[b-a]", "range"), ("[]a]", "empty"), ("a{,3}", "{0,n}"), ("a{3,1}", "ends before"), ("a++", "possessive"),
+    (r"\q", "unknown"), ("a\\", "backslash"), ("[a", "closed"), ("(?>a)", "atomic"), ("(?x)a", "not supported"),
+    ("(" * 300 + ")" * 300, "deep"), ("a" * 20_000, "characters"), (r"\u{110000}", "no character"),
+    (r"\ud800", "surrogate"),
+])  # fmt: skip
+def test_patterns_that_no_automaton_serves_are_refused_by_name(pattern: str, name: str) -> None:
+    for search in (True, False):
+        if not (search and name == "middle"):
+            with pytest.raises(PatternError, match=name.replace("{", r"\{")):
+                rewrite(pattern, search)
+
+
+def test_literals_match_themselves_alone(guidance: Backend) -> None:
+    texts = ["a.b*c", "\\d[x]{2}^$|()?+", "é\n\t/ #&~-", "\x00\x1f\x7f", "a"]
+    for text in texts:
+        grammar = made(guidance, "regex", literal(text)) if "\x00" not in text else None
+        if grammar is not None:
+            assert [other for other in texts if accepts(grammar, other)] == [text]
+    choices = made(guidance, "choice", canonical.choice(texts, "choice").source)
+    assert all(accepts(choices, text) for text in texts)
+
+
+def test_every_spelling_of_clients_means_the_same_grammar() -> None:
+    value = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = canonical.json_schema(value, "x")
+    assert canonical.response_format({"type": "json_schema", "json_schema": {"name": "n", "strict": True,
+                                                                             "schema": value}}) == wanted  # fmt: skip
+    for given in (value, json.dumps(value)):
+        for kind in ("json", "json_object"):
+            assert canonical.response_format({"type": kind, "value": given}) == wanted
+            assert canonical.native({"type": kind, "value": given}) == wanted
+        assert canonical.guided({"guided_json": given}) == wanted
+        assert canonical.guided({"structured_outputs": {"json": given, "regex": None}}) == wanted
+    assert canonical.native({"type": "json_schema", "value": {"name": "n", "schema": value}}) == wanted
+    assert canonical.response_format({"type": "json_object"}) == canonical.json_object()
+    assert canonical.response_format({"type": "text"}) is None
+    assert canonical.response_format(None) is None
+    assert canonical.native({"type": "regex", "value": "a+"}) == canonical.guided({"guided_regex": "a+"})
+    assert canonical.guided({"guided_choice": ["a", "b", "a"]}) == canonical.choice(["a", "b"], "x")
+    assert canonical.guided({"temperature": 1}) is None
+    assert canonical.guided({"structured_outputs": {"json_object": True}}) == canonical.json_object()
+
+
+@pytest.mark.parametrize("call, param", [
+    (lambda: canonical.response_format({"type": "yaml", "value": 1}), "response_format.type"),
+    (lambda: canonical.response_format("json"), "response_format"),
+    (lambda: canonical.response_format({"type": "json_schema", "json_schema": {"schema": 1}}),
+     "response_format.json_schema"),
+    (lambda: canonical.response_format({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}),
+     "response_format.json_schema.schema"),
+    (lambda: canonical.native({"type": "regex"}), "grammar.value"),
+    (lambda: canonical.native({"type": "json", "value": 5}), "grammar.value"),
+    (lambda: canonical.native({"type": "regex", "value": "(?=x)"}), "grammar.value"),
+    (lambda: canonical.guided({"guided_regex": "a", "guided_choice": ["a"]}), "guided_choice"),
+    (lambda: canonical.guided({"structured_outputs": {"structural_tag": {}}}), "structured_outputs.structural_tag"),
+    (lambda: canonical.choice([], "guided_choice"), "guided_choice"),
+    (lambda: canonical.grammar("root ::= (", "guided_grammar"), "guided_grammar"),
+])  # fmt: skip
+def test_what_clients_get_wrong_is_named(call: Any, param: str) -> None:
+    with pytest.raises(GrammarError) as caught:
+        call()
+    assert caught.value.param == param
+
+
+def test_ebnf_and_lark_are_both_read(guidance: Backend) -> None:
+    for text in ('root ::= "a" item+\nitem ::= [0-9] ","?\n', 'start: "a" item+\nitem: /[0-9]/ ","?\n'):
+        spec = canonical.grammar(text, "guided_grammar")
+        grammar = made(guidance, spec.kind, spec.source)
+        assert accepts(grammar, "a1,2")
+        assert not accepts(grammar, "a,")
