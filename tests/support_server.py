@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,21 @@ TEMPLATE = (
 )
 
 
-def byte_model(folder: Path) -> Path:
-    """A model folder with a tokenizer of bytes (`</s>` is 0, `<s>` is 1, byte b is somewhere above) and no weights."""
+def byte_model(folder: Path, template: str = TEMPLATE, special: Sequence[str] = ()) -> Path:
+    """A model folder with a tokenizer of bytes (`</s>` is 0, `<s>` is 1, byte b is somewhere above, then further
+    `special` tokens) and no weights."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"</s>": 0, "<s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([tokenizers.AddedToken("</s>", special=True), tokenizers.AddedToken("<s>", special=True)])
+    inner.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in special])
     inner.save(str(folder / "tokenizer.json"))
     config = {
         "bos_token": "<s>",
         "eos_token": "</s>",
-        "chat_template": TEMPLATE,
+        "chat_template": template,
         "tokenizer_class": "PreTrainedTokenizer",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -136,10 +138,18 @@ class Server:
 
 
 @contextmanager
-def scripted(folder: Path, *options: str, step_ms: int = 1) -> Iterator[Server]:
-    """A server whose engine answers TEXT, a byte every `step_ms`, of a model made in `folder`; ends with the block."""
-    told = ("--mock-text", TEXT, "--mock-step-ms", str(step_ms), "--max-total-tokens", "500")
-    running = Server(byte_model(folder), unused_port(), *told, *options)
+def scripted(
+    folder: Path,
+    *options: str,
+    step_ms: int = 1,
+    text: str = TEXT,
+    template: str = TEMPLATE,
+    special: Sequence[str] = (),
+    total: int = 500,
+) -> Iterator[Server]:
+    """A server whose engine answers `text`, a byte every `step_ms`, of a model made in `folder`; ends with the block."""
+    told = ("--mock-text", text, "--mock-step-ms", str(step_ms), "--max-total-tokens", str(total))
+    running = Server(byte_model(folder, template, special), unused_port(), *told, *options)
     try:
         yield running
     finally:

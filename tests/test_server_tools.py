@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
+from support_server import TEMPLATE, Server, scripted
 
 from tokenmill.errors import ToolError, ValidationError
 from tokenmill.server.routes.chat_tools import newer, tools_of, with_tool_prompt, written_out
@@ -159,3 +161,165 @@ def test_calls_become_text_where_a_template_knows_none() -> None:
         "role": "assistant",
         "content": 'So:\n{"name": "f", "parameters": {"a": "é"}}\n{"name": "g", "parameters": "{"}',
     }
+
+
+# --- the whole way, with an engine that says what it is told --------------------------------------------------------
+
+HERMES = (
+    "{% if tools %}{{ tools | tojson }} <tool_call>{name, arguments}</tool_call>\n{% endif %}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+FIRST = {"location": "Zürich", "days": 3}
+SAID = (
+    "Let me look.\n<tool_call>\n" + json.dumps({"name": "get_weather", "arguments": FIRST}, ensure_ascii=False)
+    + '\n</tool_call>\n<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("model")
+    special = ("<tool_call>", "</tool_call>")
+    with scripted(folder, text=SAID, template=HERMES, special=special, total=3000) as running:
+        yield running
+
+
+def chat(server: Server, **fields: Any) -> Any:
+    response = server.post("/v1/chat/completions", {"messages": USER, **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def streamed(server: Server, **fields: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The chunks' choices, and what their deltas add up to."""
+    *chunks, done = server.events("/v1/chat/completions", {"messages": USER, "stream": True, **fields})
+    assert done == "[DONE]"
+    choices = [chunk["choices"][0] for chunk in chunks]
+    whole: dict[str, Any] = {"content": "", "tool_calls": {}}
+    for choice in choices:
+        delta = choice["delta"]
+        assert delta["role"] == "assistant"
+        assert "content" in delta or delta["tool_calls"]  # in every chunk, as TGI's clients look for one of them
+        whole["content"] += delta.get("content", "")
+        for piece in delta.get("tool_calls", []):
+            known = whole["tool_calls"].get(piece["index"])
+            if known is None:
+                assert piece["type"] == "function"
+                whole["tool_calls"][piece["index"]] = {"name": piece["function"]["name"], "arguments": ""}
+            else:
+                assert set(piece) == {"index", "function"}
+                assert set(piece["function"]) == {"arguments"}
+            whole["tool_calls"][piece["index"]]["arguments"] += piece["function"]["arguments"]
+    return choices, whole
+
+
+def test_calls_come_back_in_openais_shape(server: Server) -> None:
+    (choice,) = chat(server, tools=TOOLS)["choices"]
+    message = choice["message"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert message["content"] == "Let me look."
+    first, second = message["tool_calls"]
+    assert list(first) == ["id", "type", "function"]
+    assert first["id"].startswith("call_")
+    assert first["id"] != second["id"]
+    assert (first["function"]["name"], json.loads(first["function"]["arguments"])) == ("get_weather", FIRST)
+    assert second["function"] == {"name": "get_time", "arguments": "{}"}
+
+
+def test_the_plain_answer_is_the_fold_of_the_stream(server: Server) -> None:
+    for fields in ({}, {"max_tokens": 30}, {"max_tokens": 60}, {"stop": "get_time"}, {"parallel_tool_calls": False}):
+        (choice,) = chat(server, tools=TOOLS, **fields)["choices"]
+        choices, whole = streamed(server, tools=TOOLS, **fields)
+        message = choice["message"]
+        assert whole["content"] == (message["content"] or "")
+        plain = [call["function"] for call in message.get("tool_calls", [])]
+        assert [whole["tool_calls"][i] for i in sorted(whole["tool_calls"])] == plain
+        reasons = [one["finish_reason"] for one in choices]
+        assert reasons == [None] * (len(reasons) - 1) + [choice["finish_reason"]]
+
+
+def test_one_call_only_if_so_asked(server: Server) -> None:
+    (choice,) = chat(server, tools=TOOLS, parallel_tool_calls=False)["choices"]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["get_weather"]
+
+
+def test_an_answer_that_is_cut_off_in_a_call_has_ended_by_length(server: Server) -> None:
+    (choice,) = chat(server, tools=TOOLS, max_tokens=45)["choices"]
+    assert choice["finish_reason"] == "length"
+    assert "get_weather" in choice["message"]["content"]  # what is no whole call is not lost
+
+
+def test_no_log_probability_is_lost_where_tokens_make_no_chunk(server: Server) -> None:
+    body = chat(server, tools=TOOLS, logprobs=True, top_logprobs=1)
+    entries = body["choices"][0]["logprobs"]["content"]
+    assert len(entries) == body["usage"]["completion_tokens"]
+    choices, _ = streamed(server, tools=TOOLS, logprobs=True, top_logprobs=1)
+    assert len(choices) < len(entries)
+    assert [entry for choice in choices for entry in choice["logprobs"]["content"]] == entries
+    assert all(choice["logprobs"]["content"] for choice in choices)
+
+
+def test_each_choice_is_read_by_itself(server: Server) -> None:
+    body = chat(server, tools=TOOLS, n=2)
+    calls = [choice["message"]["tool_calls"] for choice in body["choices"]]
+    assert [[call["function"] for call in its] for its in calls] == [[call["function"] for call in calls[0]]] * 2
+    assert len({call["id"] for its in calls for call in its}) == 4
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": TOOLS, "tool_choice": "none"}])
+def test_without_tools_nothing_is_read_as_a_call(server: Server, fields: Any) -> None:
+    (choice,) = chat(server, **fields)["choices"]
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == "stop"
+    assert '"get_weather"' in choice["message"]["content"]
+    assert "<tool_call>" not in choice["message"]["content"]  # special tokens are no text
+
+
+def test_the_template_gets_tools_as_they_were_sent(server: Server) -> None:
+    def templated(**fields: Any) -> str:
+        response = server.post("/chat_tokenize", {"messages": USER, **fields})
+        assert response.status_code == 200, response.text
+        return str(response.json()["templated_text"])
+
+    assert templated(tools=TOOLS).startswith(json.dumps(TOOLS) + " <tool_call>")
+    assert templated(tools=TOOLS, tool_choice="none") == templated()
+    old = templated(functions=[tool["function"] for tool in TOOLS])
+    assert old == templated(tools=TOOLS)
+    call = {"id": "c", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
+    later = templated(tools=TOOLS, messages=[
+        *USER, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "noon"},
+    ])  # fmt: skip
+    assert '<tool_call>{"name": "get_time", "arguments": {}}</tool_call></s><|tool|>noon' in later
+
+
+def test_the_older_form_has_a_function_call(server: Server) -> None:
+    functions = [tool["function"] for tool in TOOLS]
+    (choice,) = chat(server, functions=functions)["choices"]
+    assert choice["finish_reason"] == "function_call"
+    call = choice["message"]["function_call"]
+    assert (call["name"], json.loads(call["arguments"])) == ("get_weather", FIRST)
+    assert "tool_calls" not in choice["message"]
+    *chunks, _ = server.events("/v1/chat/completions", {"messages": USER, "functions": functions, "stream": True})
+    pieces = [d["function_call"] for chunk in chunks if "function_call" in (d := chunk["choices"][0]["delta"])]
+    assert pieces[0]["name"] == "get_weather"
+    assert "".join(piece["arguments"] for piece in pieces) == call["arguments"]
+
+
+def test_tools_are_refused_where_the_answer_is_a_text(server: Server) -> None:
+    response = server.post("/vertex", {"instances": [{"messages": USER, "tools": TOOLS}]})
+    assert response.status_code == 422
+    assert "`tools` are not supported here" in response.json()["error"]
+
+
+def test_a_parser_can_be_chosen_and_must_exist(tmp_path: Any) -> None:
+    with scripted(tmp_path, "--tool-call-parser", "hermes", text=SAID, special=("<tool_call>", "</tool_call>"),
+                  template=TEMPLATE, total=3000) as running:  # fmt: skip
+        (choice,) = chat(running, tools=TOOLS)["choices"]
+        assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["get_weather", "get_time"]
+    server = Server(tmp_path, 0, "--tool-call-parser", "morse", wait=False)
+    log = server.log()
+    assert server.process.returncode == 1
+    assert "The tool-call parser 'morse' is not supported. Supported: " in log
