@@ -147,7 +147,7 @@ def scripted(
     special: Sequence[str] = (),
     total: int = 500,
 ) -> Iterator[Server]:
-    """A server whose engine answers `text`, a byte every `step_ms`, of a model made in `folder`; ends with the block."""
+    """A server whose engine answers `text`, a byte every `step_ms`, of a model in `folder`; ends with the block."""
     told = ("--mock-text", text, "--mock-step-ms", str(step_ms), "--max-total-tokens", str(total))
     running = Server(byte_model(folder, template, special), unused_port(), *told, *options)
     try:
