@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -132,13 +133,17 @@ def guided_reference(request: Request) -> tuple[list[int], str]:
             return out, "length"
         if begun:
             assert matcher is not None
-            if not matcher.accept(token_id):  # a thought's end that was forced into the grammar
-                return out, "error"
+            assert matcher.accept(token_id)
             if matcher.done and not (set(ENDS) & set(stopping.stop_ids)):
                 return out, "stop"
         elif spec and ends_with(out, spec.after):
             begun = True
         thought.after(out)
+        if begun and thought.queue:  # only what the grammar takes is forced
+            assert matcher is not None
+            taken = sum(1 for _ in itertools.takewhile(matcher.accept, thought.queue))
+            matcher.rollback(taken)
+            thought.queue = thought.queue if taken == len(thought.queue) else []
 
 
 def pick(entries: list[int], allowed: list[int]) -> int:
@@ -220,15 +225,21 @@ class GatedLink(ListLink):
 class Compiler:
     """Grammars that are ready some turns later, out of order; a `source` that is no number is none."""
 
+    end_ids = ENDS
+
     def __init__(self, rng: random.Random, most_turns: int = 6) -> None:
         self.rng, self.most_turns = rng, most_turns
         self.open: list[tuple[int, Future[Automaton], GrammarSpec]] = []
         self.now = 0
 
-    def __call__(self, spec: GrammarSpec) -> Future[Automaton]:
+    def compile(self, spec: GrammarSpec) -> Future[Automaton]:
         future: Future[Automaton] = Future()
         self.open.append((self.now + self.rng.randint(0, self.most_turns), future, spec))
         return future
+
+    def fill(self, matchers: Any, mask: Any, rows: Any) -> None:
+        for matcher, row in zip(matchers, rows, strict=True):
+            matcher.fill_mask(mask, row)
 
     def turn(self) -> None:
         self.now += 1
@@ -251,7 +262,7 @@ class House:
         full_rate: float = 0.0, **how: Any,
     ) -> None:  # fmt: skip
         self.compiler = Compiler(random.Random(seed), **how)
-        self.guides = Guides(VOCAB, ENDS, self.compiler)
+        self.guides = Guides(VOCAB, self.compiler)
         self.link = GatedLink(script, self.guides, self.compiler)
         self.oracle = Guided(num_blocks, limits, self.guides)
         self.oracle.full_rate = full_rate

@@ -35,11 +35,11 @@ THINK_ENDS = ((7, 8), (9,))
 def guided(seed: int, r: Request, rng: random.Random) -> Request:
     """The request, of other rules."""
     stopping, spec = r.stopping, None
-    kind = rng.choice(["grammar", "grammar", "after", "budget", "both"])
+    kind = rng.choice(["grammar", "grammar", "after", "budget", "both", "within"])
     if kind != "budget":
         after = THINK_ENDS if kind in ("after", "both") else ()
         spec = GrammarSpec("fake", str(rng.randrange(1000)), after)
-    if kind in ("budget", "both"):
+    if kind in ("budget", "both", "within"):
         stopping = msgspec.structs.replace(
             stopping, force_after=rng.randint(1, 12), forced_ids=rng.choice([(7, 8), (9,), (3, 4, 5, 6, 7, 8)]),
             unless=THINK_ENDS,
@@ -75,6 +75,7 @@ def check_guided(r: Request, case: Case, house: House) -> None:
         assert bool(outputs[-1].message) == (reason == "error")
     if outputs:
         assert not outputs[0].token_ids, "the first output tells of the admission"
+        assert all(o.token_ids for o in outputs if o.finish_reason in ("stop", "length")) or not got
         if not (reason == "error" or got != want):
             check_details(r, case, link)
 

@@ -68,6 +68,7 @@ class Wants:
     max_batch_size: int | None = None
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
+    grammar_backend: str = ""  # "": requests with a grammar are refused
     memory_limit: int | None = None  # bytes of weights, step and cache together, over all ranks of this machine
 
 
@@ -133,12 +134,22 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             isa=instruction_set(choice, computing),
         )
         scheduler = _scheduler(info, _context_weight(program))
-        guides = None
-        if group.rank == 0:
-            guides = Guides(info.vocab_size)
-            resources.callback(guides.close)
+        guides = _guides(source, info, wants, resources) if group.rank == 0 else None
         executor = Executor(backend, limits.max_batch_size, guides)
         return Assembled(scheduler, executor, info, guides, resources.pop_all())
+
+
+def _guides(source: ModelSource, info: EngineInfo, wants: Wants, resources: ExitStack) -> Guides:
+    """Who makes sequences follow their grammar; it is closed with `resources`."""
+    grammars = None
+    if wants.grammar_backend:
+        from tokenmill.runtime.grammars import ModelGrammars
+
+        grammars = ModelGrammars(source, info.vocab_size, wants.grammar_backend, wants.computing.cpus)
+        resources.callback(grammars.close)
+    guides = Guides(info.vocab_size, grammars)
+    resources.callback(guides.close)
+    return guides
 
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:

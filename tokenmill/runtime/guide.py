@@ -6,6 +6,7 @@ Token ids only; knows no step. `Guides` tells it of every token and says to the 
 from __future__ import annotations
 
 from collections import deque
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -135,13 +136,22 @@ class Guide:
         """What must come next, if there is no choice."""
         if self._budget and self.known - self._begin >= self._budget:
             self._budget = 0
-            return list(self._forced_ids)
+            if self._accepts(self._forced_ids):
+                return list(self._forced_ids)
         if not self._begun or self.matcher is None or self.matcher.done:
             return []
         forced = self.matcher.forced(self._last - self.known)
         early = self._free_to_end - self.known  # so many must not be stop ids
         ends = (i for i, t in enumerate(forced) if t in self._end_ids or (i < early and t in self._stop_ids))
         return forced[: next(ends, len(forced))]  # a mask sees to how it ends
+
+    def _accepts(self, token_ids: tuple[int, ...]) -> bool:
+        """Whether they may come next."""
+        if not self._begun or self.matcher is None:
+            return True
+        taken = sum(1 for _ in takewhile(self.matcher.accept, token_ids))
+        self.matcher.rollback(taken)
+        return taken == len(token_ids)
 
     def _reason(self) -> str:
         """Why the sequence ends here, for a reason that the scheduler does not see; "" if it does not."""

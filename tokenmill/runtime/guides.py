@@ -16,21 +16,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.base import Masks
 from tokenmill.engine.sequence import Batch
-from tokenmill.errors import GrammarError
+from tokenmill.errors import GenerationError, GrammarError
 from tokenmill.grammar.base import Delayed, Grammar, Matcher
 from tokenmill.runtime.guide import Guide
 from tokenmill.wire.messages import Abort, Extend, GrammarSpec, Output, Request, ToEngine, ToScheduler
 
 _log = logging.getLogger(__name__)
-
-Fill = Callable[[Sequence[Matcher], NDArray[np.uint32], Sequence[int]], None]
-"""Each matcher fills the row of the mask that is named in its place."""
-
 
 class Compiling(Protocol):
     """A grammar that is there later. `concurrent.futures.Future` is one."""
@@ -48,38 +45,45 @@ class Compiling(Protocol):
         """Nobody waits for it any more."""
 
 
-Compile = Callable[[GrammarSpec], Compiling]
+class Grammars(Protocol):
+    """Who compiles grammars for a model."""
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text. Asked for when a grammar is there."""
 
-def fill_in_turn(matchers: Sequence[Matcher], mask: NDArray[np.uint32], rows: Sequence[int]) -> None:
-    """One after another, in this thread."""
-    for matcher, row in zip(matchers, rows, strict=True):
-        matcher.fill_mask(mask, row)
+    def start(self) -> object:
+        """Begin with what a first grammar would wait for; never waits."""
+
+    def compile(self, spec: GrammarSpec) -> Compiling:
+        """Begin to compile a grammar; never waits."""
+
+    def fill(self, matchers: Sequence[Matcher], mask: NDArray[np.uint32], rows: Sequence[int]) -> None:
+        """Let each matcher fill the row of the mask that is named in its place."""
 
 
 class Guides:
     """All guides of an engine, and the requests that wait for one.
 
-    `end_ids`: tokens that end a text. `compile` None: requests with a grammar are refused.
+    `grammars` None: requests with a grammar are refused. It stays the caller's to close.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        end_ids: Sequence[int] = (),
-        compile: Compile | None = None,
-        fill: Fill = fill_in_turn,
-    ) -> None:
-        self._words, self._end_ids = -(-vocab_size // 32), tuple(i for i in end_ids if i < vocab_size)
-        self._compile, self._fill = compile, fill
+    def __init__(self, vocab_size: int, grammars: Grammars | None = None) -> None:
+        self._words, self._grammars = -(-vocab_size // 32), grammars
         self._held: dict[int, tuple[Request, Compiling]] = {}
         self._guides: dict[int, Guide] = {}
         self._found: dict[int, Extend] = {}  # by request: what the schedulers have not been told
         self._refused: list[Output] = []
+        self._over: set[int] = set()  # whose end was told, and that the schedulers will end
         self._newest, self._late = 0, False  # of the batches that were launched: number, whether it waits
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
+
+    def start(self) -> None:
+        """Begin with what a first request with a grammar would wait for; never waits."""
+        if self._grammars is not None:
+            self._grammars.start()
 
     def close(self) -> None:
         """Forget everything. Idempotent."""
@@ -114,31 +118,44 @@ class Guides:
                 self._hold(message, message.grammar)
             else:
                 if message.stopping.force_after > 0:
-                    self._guides[message.id] = Guide(message, None, self._end_ids)
+                    self._guides[message.id] = Guide(message, None, ())
                 passed.append(message)
         if self._held:
             passed += self._compiled()
         if self._found:
-            passed += self._found.values()
+            passed[:0] = self._found.values()
             self._found.clear()
         return passed
 
     def tell(self, outputs: list[Output]) -> list[Output]:
         """See `engine.intake.Gate`."""
-        if self._guides:
-            for output in outputs:
-                if output.finish_reason:
-                    self._forget(output.request_id)
+        if self._guides or self._over:
+            outputs = [told for output in outputs if (told := self._tell(output))]
         if self._refused:
             outputs, self._refused = self._refused + outputs, []
         return outputs
 
+    def _tell(self, output: Output) -> Output | None:
+        """The output; with its end, if the schedulers will be told next that the sequence ends behind its token; None
+        if that was told."""
+        request_id, found = output.request_id, self._found.get(output.request_id)
+        if request_id in self._over:
+            self._over.discard(request_id)
+            return None
+        if output.finish_reason:
+            self._forget(request_id)
+        elif found and found.finish_reason == "stop" and output.token_ids and not found.token_ids:
+            self._over.add(request_id)
+            self._guides.pop(request_id)
+            return msgspec.structs.replace(output, finish_reason="stop")
+        return output
+
     def _hold(self, request: Request, spec: GrammarSpec) -> None:
-        if self._compile is None:
+        if self._grammars is None:
             self._refuse(request.id, "this engine has no grammars")
             return
         try:
-            compiling = self._compile(spec)
+            compiling = self._grammars.compile(spec)
         except Exception as error:  # noqa: BLE001  it ends this request alone
             self._refuse(request.id, _why(error))
             return
@@ -151,6 +168,7 @@ class Guides:
 
     def _compiled(self) -> list[Request]:
         """The held requests that may go on; those whose grammar is none are refused."""
+        assert self._grammars is not None
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
         ready = []
@@ -162,7 +180,7 @@ class Guides:
                 matcher = compiling.result().matcher()
                 # the guide sees to where a grammar begins: what comes before need not wait for anything
                 inner = matcher.inner if isinstance(matcher, Delayed) else matcher
-                self._guides[request_id] = Guide(request, inner, self._end_ids)
+                self._guides[request_id] = Guide(request, inner, self._grammars.end_ids)
             except Exception as error:  # noqa: BLE001  it ends this request alone
                 self._refuse(request_id, _why(error))
             else:
@@ -175,6 +193,7 @@ class Guides:
     def _forget(self, request_id: int) -> None:
         self._guides.pop(request_id, None)
         self._found.pop(request_id, None)
+        self._over.discard(request_id)
         if held := self._held.pop(request_id, None):
             held[1].cancel()
 
@@ -193,7 +212,7 @@ class Guides:
         bits = np.zeros((len(waiting), self._words), np.uint32)
         asking = [row for row, (_, guide) in enumerate(waiting) if guide.asks_matcher]
         try:
-            self._fill([waiting[row][1].matcher for row in asking], bits, asking)  # type: ignore[misc]
+            self._fill([(row, waiting[row][1]) for row in asking], bits)
         except Exception:  # noqa: BLE001  whose it is shows when each is asked alone
             self._fill_alone([(row, waiting[row][1]) for row in asking], bits)
         for row, (_, guide) in enumerate(waiting):
@@ -229,11 +248,16 @@ class Guides:
                 rows.append((place, guide))
         return rows
 
+    def _fill(self, rows: list[tuple[int, Guide]], bits: NDArray[np.uint32]) -> None:
+        if self._grammars is not None and rows:
+            matchers = [guide.matcher for _, guide in rows if guide.matcher is not None]
+            self._grammars.fill(matchers, bits, [row for row, _ in rows])
+
     def _fill_alone(self, rows: list[tuple[int, Guide]], bits: NDArray[np.uint32]) -> None:
         for row, guide in rows:
             try:
                 bits[row] = 0
-                fill_in_turn([guide.matcher], bits, [row])  # type: ignore[list-item]
+                self._fill([(row, guide)], bits)
             except Exception as error:  # noqa: BLE001  it ends this request alone
                 self._fail(guide, error)
 
@@ -248,6 +272,7 @@ class Guides:
 
 
 def _why(error: Exception) -> str:
-    if not isinstance(error, GrammarError):
-        _log.error("A grammar failed.", exc_info=error)
+    if isinstance(error, GrammarError | GenerationError):
+        return str(error)
+    _log.error("A grammar failed.", exc_info=error)
     return f"the grammar that was asked for failed: {error}"

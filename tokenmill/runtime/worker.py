@@ -48,6 +48,8 @@ def main(control: ChildControl) -> None:
             intake = Intake(address, parts.info, ranks=ranks, gate=parts.guides, watch=watch)
             resources.callback(intake.close)
             link = FactsLink(intake, parts.scheduler)
+        if parts.guides is not None:
+            parts.guides.start()
         control.send(Ready(parts.info if configure.index == 0 else None))
         engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)
         _work(engine, control)
@@ -128,6 +130,7 @@ def wants(settings: Settings) -> Wants:
         max_batch_size=settings.max_batch_size,
         max_input_tokens=settings.max_input_tokens,
         max_total_tokens=settings.max_total_tokens,
+        grammar_backend="" if settings.disable_grammar_support else settings.grammar_backend,
         memory_limit=memory_bytes(settings.memory_limit),
     )
 

@@ -1,0 +1,123 @@
+"""A model's grammars, as an engine gets them: compiled by a pool of processes, masks filled on several threads.
+
+Reading the tokenizer and handing it to a grammar library takes a second or two for a large vocabulary, so it is done
+beside everything else, when `start` is called or a first grammar is wanted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.errors import GrammarError
+from tokenmill.grammar.base import Backend, Encode, Grammar, MaskFiller, Matcher, Vocabulary, fill_masks, new_backend
+from tokenmill.grammar.pool import CompilePool
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.weights.source import ModelSource
+from tokenmill.wire.messages import GrammarSpec
+
+_MOST_THREADS = 8
+"""That fill masks: with 256 rows of 50 µs each, more would not shorten a step any more."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Parts(NamedTuple):
+    """What is there when the tokenizer was read."""
+
+    backend: Backend
+    pool: CompilePool
+    filler: MaskFiller
+
+
+class ModelGrammars:
+    """`runtime.guides.Grammars` of a model on disk.
+
+    `size`: of its logits. `name`: of a grammar backend. `cpus`: that may be used. Every method but `compile` is called
+    when a grammar was compiled.
+    """
+
+    def __init__(self, source: ModelSource, size: int, name: str, cpus: int = 1) -> None:
+        self._source, self._size, self._name = source, size, name
+        self._threads = max(1, min(cpus, _MOST_THREADS))
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._started: Future[_Parts] | None = None
+
+    def start(self) -> Future[_Parts]:
+        """Begin with what a first grammar would wait for. Idempotent; never waits."""
+        if self._started is None:
+            self._started = self._executor.submit(self._start)
+        return self._started
+
+    @property
+    def _parts(self) -> _Parts:
+        return self.start().result()
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return self._parts.backend.vocabulary.end_ids
+
+    def compile(self, spec: GrammarSpec) -> Future[Grammar]:
+        """Begin to compile a grammar; never waits. The future fails with GrammarError, or whatever went wrong."""
+        if self.start().done():
+            return self._parts.pool.submit(spec)
+        found: Future[Grammar] = Future()
+        self.start().add_done_callback(lambda _: self._submit(spec, found))
+        return found
+
+    def fill(self, matchers: Sequence[Matcher], mask: NDArray[np.uint32], rows: Sequence[int]) -> None:
+        """Each matcher's row of the mask, all at once."""
+        fill_masks(matchers, mask, rows, self._parts.filler)
+
+    def close(self) -> None:
+        """End the processes. Idempotent; blocks until they have ended."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        started, self._started = self._started, None
+        if started is not None and not started.cancelled() and started.exception() is None:
+            started.result().pool.close()
+
+    def _start(self) -> _Parts:
+        size, name = self._size, self._name
+        try:
+            tokenizer = Tokenizer.load(self._source)
+            if not any(token_id < size for token_id in tokenizer.eos_ids):
+                raise GrammarError("this model has no token that ends an answer, so no grammar can be followed")
+            backend = new_backend(name, vocabulary_of(tokenizer, size), _encode_of(tokenizer))
+            return _Parts(backend, CompilePool(name, backend), backend.filler(self._threads))
+        except Exception as error:
+            _log.error("Requests with a grammar are refused: %s", error)
+            raise
+
+    def _submit(self, spec: GrammarSpec, found: Future[Grammar]) -> None:
+        """Let `found` become what the pool gives."""
+        try:
+            self._parts.pool.submit(spec).add_done_callback(lambda given: _copy(given, found))
+        except BaseException as error:  # noqa: BLE001  who waits for it is told
+            if found.set_running_or_notify_cancel():
+                found.set_exception(error)
+
+
+def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """What a grammar needs of a tokenizer whose model has so many logits."""
+    return Vocabulary.of(
+        tokenizer.token_bytes, tokenizer.vocab_size, size, tokenizer.eos_ids, sorted(tokenizer.special_ids)
+    )
+
+
+def _encode_of(tokenizer: Tokenizer) -> Encode:
+    return lambda text: tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False)
+
+
+def _copy(given: Future[Grammar], found: Future[Grammar]) -> None:
+    if not found.set_running_or_notify_cancel():
+        return
+    if (error := given.exception()) is not None:
+        found.set_exception(error)
+    else:
+        found.set_result(given.result())
