@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support_tools import cut
@@ -73,6 +73,7 @@ def split(form_name: str, opened: bool, pieces: list[str]) -> tuple[str, str]:
 @given(thought=st.text(max_size=40), answer=st.text(max_size=40), opened=st.booleans(),
        places=st.lists(st.integers(0, 1000), max_size=20))  # fmt: skip
 def test_thought_and_answer_come_apart_wherever_the_text_is_cut(form, thought, answer, opened, places) -> None:
+    assume(not any(mark in thought + answer for mark in (form.start, form.end, *(form.wrap or ()))))
     opening = "" if opened else f"{form.start}\n"
     before, after = form.wrap or ("", "")
     whole = f"{opening}{thought}\n{form.end}\n\n{before}{answer}{after}"
@@ -97,6 +98,13 @@ def test_marks_in_any_order_are_read_alike_in_pieces_and_lose_nothing(form, data
     for mark in marks:
         left, together = left.replace(mark, ""), together.replace(mark, "")
     assert "".join(together.split()) == "".join(left.split())
+
+
+def test_marks_around_the_answer_are_taken_off_only_there() -> None:
+    whole = "<think>a</think><response>b </response> c</response>\n"
+    for pieces in ([whole], list(whole)):
+        assert split("granite_tags", False, pieces) == ("a", "b </response> c")
+    assert split("granite_tags", False, ["b </response>"]) == ("", "b </response>")
 
 
 def test_an_answer_without_a_thought_is_content() -> None:

@@ -184,22 +184,31 @@ class Splitter:
             yield
 
     def _wrapped(self, wrap: tuple[str, str]) -> Reading[None]:
-        """The answer between its marks, if they are there."""
+        """The answer without the marks around it. One that is not at its beginning or end is text."""
         r = self._reader
         yield from spaces(r)
-        if (yield from take(r, wrap[0])):
-            yield from spaces(r)
-        else:
+        opened = bool((yield from take(r, wrap[0])))
+        if not opened:
             r.rewind()
+        else:
+            yield from spaces(r)
         r.settle()
-        close = Markers(wrap[1])
+        close = Markers(wrap[1]) if opened else Markers()
         while True:
             found = close.search(r.text, r.pos)
             stop = found.start() if found else len(r.text) - (0 if r.ended else close.held(r.text, r.pos))
             self._out.content(r.text[r.pos : stop])
-            r.pos = found.end() if found else stop
+            r.pos = stop
             r.settle()
-            if not found:
-                if r.ended:
-                    return
+            if found:
+                r.pos = len(found.group())
+                yield from spaces(r)
+                if r.pos < len(r.text):
+                    r.rewind()
+                    r.pos = len(found.group())
+                    self._out.content(found.group())
+                    r.settle()
+            elif r.ended:
+                return
+            else:
                 yield
