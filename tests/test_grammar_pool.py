@@ -57,6 +57,15 @@ def test_what_costs_too_much_is_ended_within_two_seconds_and_others_go_on(pool: 
     assert accepts(pool.submit(GrammarSpec("regex", "after")).result(60), "after")
 
 
+def test_cpu_time_is_limited() -> None:
+    patient = CompilePool("llguidance", backend("llguidance"), PoolLimits(cpu_s=0.2, clock_s=30, processes=1))
+    try:
+        patient.submit(GrammarSpec("regex", "warm")).result(60)
+        assert "0.2 s of CPU time" in fault(patient.submit(SLOW), 10)
+    finally:
+        patient.close()
+
+
 def test_recursion_ends_a_process_of_the_pool_alone(pool: CompilePool) -> None:
     assert "too many levels" in fault(pool.submit(DEEP), 2.0)
     assert accepts(pool.submit(GrammarSpec("regex", "alive")).result(60), "alive")

@@ -6,9 +6,13 @@ import datetime
 import importlib.util
 import json
 import random
+import re
+import warnings
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support_grammar import accepts, backend, compact, made, mutated, small_vocabulary
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -21,6 +25,10 @@ from tokenmill.grammar.llguidance import lark_json  # noqa: E402
 from tokenmill.grammar.patterns import PatternError, literal, rewrite  # noqa: E402
 
 Oracle = jsonschema.Draft202012Validator
+GUIDANCE = backend("llguidance")
+KEYWORDS = ("type", "properties", "items", "required", "anyOf", "oneOf", "allOf", "$ref", "$defs", "a", "enum", "const",
+            "minimum", "maxLength", "pattern", "patternProperties", "additionalProperties", "minProperties", "format",
+            "prefixItems", "not", "uniqueItems", "multipleOf", "additionalItems", "if", "then")  # fmt: skip
 SAMPLE = list(schemas(120, seed=3))
 
 
@@ -237,6 +245,64 @@ def test_regular_expressions_match_the_whole_text(guidance: Backend, pattern: st
     assert [text for text in bad if accepts(grammar, text)] == []
 
 
+def pieces() -> st.SearchStrategy[str]:
+    """Patterns out of small parts, most of them well formed."""
+    one = st.sampled_from(["a", "b", "-", "]", "}", "{", ".", "\\d", "\\w", "\\s", "\\.", "\\-", "\\/", "\\x41", "é",
+                           "[ab]", "[^a]", "[a-c-]", "[\\d.]", "[[&~|]", "[\\]\\\\]", "(?i)", "^", "$", "~", " ",
+                           "&&", "#"])  # fmt: skip
+    counts = st.sampled_from(["*", "+", "?", "{2}", "{1,}", "{0,2}", "*?"])
+    return st.recursive(one, lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join), st.tuples(inner, inner).map("|".join), inner.map("({})".format),
+        inner.map("(?:{})".format), st.tuples(inner, counts).map("".join),
+    ), max_leaves=6)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces(), st.lists(st.text("ab-]}{.1_ é&#[|A/~", max_size=5), max_size=12))
+def test_patterns_mean_what_python_takes_them_for(pattern: str, texts: list[str]) -> None:
+    try:
+        grammar = made(GUIDANCE, "regex", canonical.regex(pattern, "regex").source)
+    except GrammarError:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compiled = re.compile(pattern)
+        except re.error:  # written for other dialects
+            return
+    for text in texts:
+        assert accepts(grammar, text) == bool(compiled.fullmatch(text)), (pattern, text)
+
+
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text("a^$#/(\u0001", max_size=3)
+    | st.sampled_from(["string", "object", "integer", "#", "#/$defs/a", "date"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(JSONS)
+def test_any_json_is_a_schema_or_refused(value: Any) -> None:
+    """Never another error; and what is served accepts nothing that the oracle refuses."""
+    try:
+        grammar = made(GUIDANCE, "json_schema", canonical.json_schema(value, "schema").source)
+    except GrammarError:
+        return
+    try:
+        Oracle.check_schema(value)
+    except jsonschema.SchemaError:
+        return  # older drafts, and what a keyword that says nothing may hold
+    for instance in (None, 0, 1, 2.5, "", "a", "2024-02-29", [], [0, "a"], {}, {"a": 0}, {"type": "a", "a": []}):
+        if accepts(grammar, compact(instance)):
+            try:
+                valid = oracle(value).is_valid(instance)
+            except RecursionError:
+                continue
+            assert valid, (value, instance)
+
+
 @pytest.mark.parametrize("pattern, name", [
     ("(?=a)b", "lookahead"), ("(?<!a)b", "lookbehind"), (r"(a)\1", "backreference"), (r"\bx", "word boundary"),
     ("(a{1,1000}){1,1000}", "repetitions"), ("a^b", "middle"), ("(a", "closed"), ("a)", "nothing"), ("*a", "nothing"),
@@ -267,12 +333,12 @@ def test_every_spelling_of_clients_means_the_same_grammar() -> None:
     wanted = canonical.json_schema(value, "x")
     assert canonical.response_format({"type": "json_schema", "json_schema": {"name": "n", "strict": True,
                                                                              "schema": value}}) == wanted  # fmt: skip
-    for given in (value, json.dumps(value)):
+    for sent in (value, json.dumps(value)):
         for kind in ("json", "json_object"):
-            assert canonical.response_format({"type": kind, "value": given}) == wanted
-            assert canonical.native({"type": kind, "value": given}) == wanted
-        assert canonical.guided({"guided_json": given}) == wanted
-        assert canonical.guided({"structured_outputs": {"json": given, "regex": None}}) == wanted
+            assert canonical.response_format({"type": kind, "value": sent}) == wanted
+            assert canonical.native({"type": kind, "value": sent}) == wanted
+        assert canonical.guided({"guided_json": sent}) == wanted
+        assert canonical.guided({"structured_outputs": {"json": sent, "regex": None}}) == wanted
     assert canonical.native({"type": "json_schema", "value": {"name": "n", "schema": value}}) == wanted
     assert canonical.response_format({"type": "json_object"}) == canonical.json_object()
     assert canonical.response_format({"type": "text"}) is None
