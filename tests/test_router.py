@@ -144,6 +144,23 @@ def test_values_in_tags_take_the_types_of_the_schema() -> None:
     }  # fmt: skip
 
 
+def test_a_text_that_looks_like_a_number_stays_a_text_where_the_schema_wants_one() -> None:
+    text = "<tool_call><function=get_weather><parameter=unit>12</parameter></function></tool_call>"
+    router = reader("qwen3_coder")
+    answer = fold([router.push(text), router.finish()])
+    assert json.loads(answer.calls[0].arguments) == {"unit": "12"}
+
+
+@pytest.mark.parametrize(
+    "value", ['"\\u12G4"', '"\\x"', "01", "1.", "nul", "NaN", "'a'", "[1,]", '{"b" 1}', "{,}", "[}"]
+)
+def test_what_is_no_json_is_no_call(value: str) -> None:
+    text = f'<tool_call>{{"name": "now", "arguments": {{"a": {value}}}}}</tool_call>'
+    router = reader("hermes")
+    assert fold([router.push(text), router.finish()]).content == text
+    assert router.complete_calls == 0
+
+
 def test_line_breaks_that_json_forbids_are_escaped() -> None:
     router = reader("hermes")
     answer = fold(
