@@ -198,6 +198,8 @@ class Play:
             began = time.perf_counter()
             matcher.fill_mask(mask, 0)
             self.seconds.append(time.perf_counter() - began)
+            if matcher.failure:
+                break
             token_id = player.choose(mask[0])
             assert matcher.accept(token_id), "an allowed token was refused"
             self.finished = token_id in vocabulary.end_ids

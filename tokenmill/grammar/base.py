@@ -79,7 +79,10 @@ class Matcher(Protocol):
 
     @property
     def failure(self) -> str:
-        """Why the grammar cannot go on (a limit of the library was met), or ""; its rows then allow the end only."""
+        """Why the grammar cannot go on (a limit of the library was met), or "". Look after a mask was filled.
+
+        Its rows then allow the end tokens only, and what was generated does not obey.
+        """
 
 
 class Grammar(Protocol):

@@ -7,6 +7,7 @@ process. `kind` "lark" is llguidance's dialect of Lark, with `%json {…}` and s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ _CLEARER = (
     ("too many expressions", "it needs too many states"),
 )
 _ESCAPES = 'nrbtf\\"'
+_STEP_FUEL = 50_000  # of llguidance's measure: about 4 ms for one mask, which everybody else waits for
+_STEPS = 32
+_COUNTS = re.compile(r"\{(\d+,)?\d{3,}|\)\{(\d+,)?\d{2,}")  # repetitions that may need many states
 _MASK_ITEM_BYTES = 4
 _FIXED_BYTES = 64 << 10  # measured: a small grammar takes 66 kB, a large one a hundred times its text
 _BYTES_PER_CHARACTER = 100
@@ -44,6 +48,7 @@ class LLGuidance:
         self.vocabulary = vocabulary
         wrapped = lib.TokenizerWrapper(_Tokens(vocabulary, encode))
         self._tokenizer = lib.LLTokenizer(wrapped, eos_token=list(vocabulary.end_ids))
+        self._limits = lib.LLParserLimits(step_lexer_fuel=_STEP_FUEL, verbose_errors=False)
         self._ends = Ends(frozenset(vocabulary.end_ids), only_ends(vocabulary))
 
     def prepare(self, kind: str, source: str) -> bytes:
@@ -52,11 +57,22 @@ class LLGuidance:
         mask = self.vocabulary.new_mask(1)
         first = LLMatcher(matcher, self._ends)
         first.fill_mask(mask, 0)
+        if not (first.failure or (mask[0] & ~self._ends.row).any() or matcher.is_accepting()):
+            raise GrammarError(_explain(kind, "nothing matches it"))
+        if _COUNTS.search(source):
+            self._try_out(first, mask)
         if first.failure:
             raise GrammarError(_explain(kind, first.failure))
-        if not (mask[0] & ~self._ends.row).any() and not matcher.is_accepting():
-            raise GrammarError(_explain(kind, "nothing matches it"))
         return b""
+
+    def _try_out(self, matcher: LLMatcher, mask: Mask) -> None:
+        """Some random steps: patterns with too many states are found before any token is spent on them."""
+        draw = np.random.default_rng(0)
+        for _ in range(_STEPS):
+            allowed = np.flatnonzero(np.unpackbits((mask[0] & ~self._ends.row).view(np.uint8), bitorder="little"))
+            if matcher.failure or not allowed.size or not matcher.accept(int(draw.choice(allowed))):
+                return
+            matcher.fill_mask(mask, 0)
 
     def finish(self, kind: str, source: str, prepared: bytes) -> Grammar:
         """Compile again: less than a millisecond for most."""
@@ -67,7 +83,7 @@ class LLGuidance:
         return LLFiller(num_threads)
 
     def _compile(self, kind: str, source: str) -> lib.LLMatcher:
-        matcher = lib.LLMatcher(self._tokenizer, grammar_text(kind, source), log_level=0)
+        matcher = lib.LLMatcher(self._tokenizer, grammar_text(kind, source), log_level=0, limits=self._limits)
         if matcher.is_error():
             fault = _first_line(matcher.get_error())
             if kind == "json_schema":
@@ -78,7 +94,7 @@ class LLGuidance:
         return matcher
 
     def _fault(self, text: str) -> str:
-        found = lib.LLMatcher(self._tokenizer, grammar_text("json_schema", text), log_level=0)
+        found = lib.LLMatcher(self._tokenizer, grammar_text("json_schema", text), log_level=0, limits=self._limits)
         return _first_line(found.get_error()) if found.is_error() else ""
 
 
