@@ -114,7 +114,12 @@ def test_a_crowd_with_rules_gets_what_each_gets_alone(kind: str, folder: Path) -
     rng = random.Random(1)
     requests = [asked(rng) for _ in range(40)]
     if kind == "cuda" and not ON_GPU:
-        requests = [r for r in requests if r["stopping"].max_new_tokens < 12 or r["stopping"].force_after][:4]
+        thought = StoppingParams(6, force_after=2, forced_ids=(100, 101, 102), unless=((7,),))
+        spec = GrammarSpec("fake", "5")
+        requests = [
+            {"prompt_ids": [5, 6], "stopping": thought},
+            {"prompt_ids": [8], "stopping": StoppingParams(4), "grammar": spec},
+        ]
     with engine_of(backend_of(kind, folder), Ready(random.Random())) as engine:
         alone = [answer(engine, engine.submit(**r)) for r in requests]
         assert engine.stats.forced_tokens > 0
