@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from support_ports import unused_port
+from support_server import Server, scripted
 
+from tokenmill.config import default_cache_dir
 from tokenmill.errors import GrammarError, ValidationError
+from tokenmill.text.closed import closed
 from tokenmill.text.guided import native_grammar, openai_grammar
+from tokenmill.weights import embedded
 from tokenmill.wire.messages import GrammarSpec
 
-SCHEMA = {
+OPEN = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
     "required": ["name"],
 }
+SCHEMA = {**OPEN, "additionalProperties": False}
 JSON = GrammarSpec("json_schema", json.dumps(SCHEMA, separators=(",", ":")))
 ANY_OBJECT = GrammarSpec("json_schema", '{"type":"object"}')
 REGEX = GrammarSpec("regex", "[0-9]{3}")
@@ -120,3 +132,250 @@ def test_what_is_no_grammar_is_refused_by_its_field(fields: dict[str, Any], para
         openai_grammar(fields)
     assert caught.value.param == param
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        (OPEN, SCHEMA),
+        (SCHEMA, SCHEMA),
+        ({**OPEN, "additionalProperties": True}, {**OPEN, "additionalProperties": True}),
+        ({**OPEN, "patternProperties": {"^x": {}}}, {**OPEN, "patternProperties": {"^x": {}}}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"properties": {}}, {"properties": {}, "additionalProperties": False}),
+        ({"type": "array", "items": OPEN}, {"type": "array", "items": SCHEMA}),
+        ({"$ref": "#/$defs/a", "$defs": {"a": OPEN}}, {"$ref": "#/$defs/a", "$defs": {"a": SCHEMA}}),
+        ({"properties": {"a": {"anyOf": [OPEN, {"type": "null"}]}}},
+         {"properties": {"a": {"anyOf": [SCHEMA, {"type": "null"}]}}, "additionalProperties": False}),
+        ({"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": OPEN}},
+         {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": SCHEMA}}),
+        (True, True),
+    ],
+)  # fmt: skip
+def test_an_object_that_names_its_keys_has_no_others(schema: Any, expected: Any) -> None:
+    assert closed(schema) == expected
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [OPEN, {"properties": {"b": {}}, "required": ["b"]}]},
+        {"$ref": "#/$defs/a", "properties": {"b": {}}, "$defs": {"a": OPEN}},
+        {"anyOf": [OPEN, {"properties": {"b": {}}}], "required": ["c"]},
+        {"oneOf": [OPEN, {"properties": {"b": {}}, "required": ["b"]}]},  # closed ones exclude each other, these do not
+        {**OPEN, "required": ["name", "other"]},
+        {**OPEN, "minProperties": 3},
+        {**OPEN, "const": {"name": "a", "other": 1}},
+        {"properties": {"a": 3}, "required": 5},
+    ],
+)
+def test_what_another_schema_may_ask_for_is_not_shut_out(schema: Any) -> None:
+    assert closed(schema) == schema
+
+
+# --- the whole way, with the embedded model --------------------------------------------------------------------------
+
+USER = [{"role": "user", "content": "Tell me about the city of Paris."}]
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "rivers": {"type": "integer", "minimum": 0, "maximum": 9},
+        "size": {"enum": ["small", "large"]},
+    },
+    "required": ["name", "rivers", "size"],
+}
+CODE = "[A-Z]{2}-[0-9]{3}"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    path = embedded.resolve(default_cache_dir(), False, lambda progress: None).path
+    running = Server(path, unused_port(), mock=False)
+    yield running
+    running.stop()
+
+
+def is_city(text: str) -> bool:
+    city = json.loads(text)
+    good = len(city["name"]) <= 12 and city["rivers"] in range(10) and city["size"] in ("small", "large")
+    return good and list(city) == ["name", "rivers", "size"]
+
+
+def chat(server: Server, **fields: Any) -> Any:
+    response = server.post("/v1/chat/completions", {"messages": USER, "max_tokens": 100, **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize("grammar", [
+    {"type": "json", "value": CITY}, {"type": "json_object", "value": json.dumps(CITY)},
+    {"type": "json_schema", "value": {"name": "city", "schema": CITY}},
+])  # fmt: skip
+def test_native_answers_follow_a_schema(server: Server, grammar: dict[str, Any]) -> None:
+    parameters = {"grammar": grammar, "max_new_tokens": 100, "details": True, "do_sample": True, "seed": 3}
+    body = {"inputs": "A city:", "parameters": parameters}
+    plain = server.post("/generate", body).json()
+    assert is_city(plain["generated_text"])
+    assert plain["details"]["finish_reason"] == "eos_token"
+    events = server.events("/generate_stream", body)
+    assert events[-1]["generated_text"] == plain["generated_text"]
+    assert [event["token"]["id"] for event in events] == [token["id"] for token in plain["details"]["tokens"]]
+
+
+def test_native_answers_match_a_regular_expression(server: Server) -> None:
+    for seed in range(5):
+        parameters = {"grammar": {"type": "regex", "value": CODE}, "do_sample": True, "seed": seed}
+        text = server.post("/generate", {"inputs": "A code:", "parameters": parameters}).json()["generated_text"]
+        assert re.fullmatch(CODE, text)
+
+
+@pytest.mark.parametrize("fields", [
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": CITY}}},
+    {"response_format": {"type": "json", "value": CITY}},
+    {"guided_json": CITY}, {"structured_outputs": {"json": CITY}},
+])  # fmt: skip
+def test_chats_follow_a_schema_however_it_is_asked_for(server: Server, fields: dict[str, Any]) -> None:
+    body = chat(server, **fields, n=3, temperature=1.2, seed=1)
+    for choice in body["choices"]:
+        assert is_city(choice["message"]["content"])
+        assert choice["finish_reason"] == "stop"
+    assert chat(server, **fields, n=3, temperature=1.2, seed=1)["choices"] == body["choices"]
+    *chunks, _ = server.events("/v1/chat/completions", {
+        "messages": USER, "max_tokens": 100, "stream": True, "temperature": 1.2, "seed": 1, **fields
+    })  # fmt: skip
+    said = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+    assert said == body["choices"][0]["message"]["content"]
+
+
+def test_any_object_is_an_object(server: Server) -> None:
+    (choice,) = chat(server, response_format={"type": "json_object"}, temperature=0)["choices"]
+    if choice["finish_reason"] == "stop":
+        assert isinstance(json.loads(choice["message"]["content"]), dict)
+    assert choice["message"]["content"].startswith("{")
+
+
+def test_completions_follow_too(server: Server) -> None:
+    body = {"prompt": ["A:", "B:"], "max_tokens": 20, "guided_choice": ["red", "blue"], "logprobs": 1}
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 200, response.text
+    for choice in response.json()["choices"]:
+        assert choice["text"] in ("red", "blue")
+        assert choice["finish_reason"] == "stop"
+
+
+def test_a_receipt_tells_of_the_grammar_and_what_it_forced(server: Server) -> None:
+    body = chat(server, guided_regex="abc{20}", receipt=True)
+    assert body["choices"][0]["message"]["content"] == "ab" + "c" * 20
+    receipt = body["receipt"]
+    assert receipt["parameters"]["grammar"] == {"kind": "regex", "source": "abc{20}", "after": []}
+    assert 0 < receipt["forced_tokens"] <= receipt["generated_tokens"]
+
+
+WEATHER = {"type": "object", "properties": {"city": {"enum": ["Paris", "Oslo"]},
+                                            "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+           "required": ["city", "days"]}  # fmt: skip
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "get_time"}},
+]
+
+
+def check_call(function: dict[str, str]) -> None:
+    arguments = json.loads(function["arguments"])
+    if function["name"] == "get_weather":
+        assert arguments["city"] in ("Paris", "Oslo")
+        assert arguments["days"] in range(1, 10)
+        assert len(arguments) == 2
+    else:
+        assert (function["name"], arguments) == ("get_time", {})
+
+
+@pytest.mark.parametrize("choice", ["required", "get_weather", {"type": "function", "function": {"name": "get_time"}}])
+def test_a_call_that_must_come_comes(server: Server, choice: Any) -> None:
+    fields = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False, "temperature": 1.0, "seed": 5}
+    (answer,) = chat(server, **fields)["choices"]
+    (call,) = answer["message"]["tool_calls"]
+    assert (answer["finish_reason"], answer["message"]["content"]) == ("tool_calls", None)
+    check_call(call["function"])
+    name = choice if isinstance(choice, str) else choice["function"]["name"]
+    assert name in ("required", call["function"]["name"])
+    *chunks, _ = server.events("/v1/chat/completions", {
+        "messages": USER, "max_tokens": 100, "stream": True, **fields
+    })  # fmt: skip
+    pieces = [piece for chunk in chunks for piece in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert pieces[0]["function"]["name"] == call["function"]["name"]
+    assert "".join(piece["function"]["arguments"] for piece in pieces) == call["function"]["arguments"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"guided_regex": "("}, "guided_regex"),
+    ({"guided_regex": "(a|b"}, "guided_regex"),
+    ({"guided_regex": "((a{1,1000}){1,1000}){1,1000}"}, "guided_regex"),
+    ({"guided_grammar": "start: nothing"}, "guided_grammar"),
+    ({"guided_json": {"type": "object", "properties": {f"p{i}": {"type": "string", "description": "x" * 50}
+                                                       for i in range(12_000)}}}, "guided_json"),
+    ({"guided_json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}},
+     "guided_json"),
+    ({"guided_json": json.loads("{\"items\":" * 150 + "{}" + "}" * 150)}, "guided_json"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"if": {}, "then": False}}}},
+     "response_format"),
+    ({"tools": TOOLS, "tool_choice": "get_wether"}, "tool_choice"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+      "tool_choice": "required"}, "tools[0].function.parameters"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_grammars_are_refused_soon_and_disturb_nobody(server: Server, stream: bool) -> None:
+    """While another stream goes on, which pauses for no refusal."""
+    chat(server, guided_regex="a")  # the pool has started
+    gaps: list[float] = []
+
+    def listen() -> None:
+        body = {"messages": USER, "max_tokens": 400, "stream": True, "ignore_eos": True, "temperature": 0}
+        with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as response:
+            last = 0.0
+            for _ in response.iter_lines():
+                now = time.monotonic()
+                gaps.append(now - last if last else 0.0)
+                last = now
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    for fields, param in BAD:
+        begun = time.monotonic()
+        response = server.post("/v1/chat/completions", {"messages": USER, "max_tokens": 9, "stream": stream, **fields})
+        took = time.monotonic() - begun
+        assert response.status_code == 400, (fields, response.text)
+        assert response.json()["error"]["param"] == param, response.text
+        assert took < 2, (param, took)
+    listener.join()
+    assert len(gaps) > 800  # lines, two a chunk
+    assert max(gaps) < 1
+
+
+def test_bad_grammars_are_tgis_errors_on_its_routes(server: Server) -> None:
+    for route in ("/generate", "/generate_stream"):
+        response = server.post(route, {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "("}}})
+        assert response.status_code == 422
+        assert response.json()["error_type"] == "validation"
+        assert response.json()["error"].startswith("Input validation error: ")
+
+
+def test_grammars_can_be_turned_off(tmp_path: Path) -> None:
+    with scripted(tmp_path, "--disable-grammar-support", total=3000) as running:
+        native = running.post("/generate", {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "a"}}})
+        assert native.status_code == 422
+        assert native.json()["error"] == "Input validation error: grammar is not supported"
+        for fields, param in [
+            ({"guided_choice": ["a"]}, "guided_choice"), ({"response_format": {"type": "json_object"}},
+             "response_format"), ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ]:  # fmt: skip
+            response = running.post("/v1/chat/completions", {"messages": USER, **fields})
+            assert response.status_code == 400
+            assert response.json()["error"]["message"] == "grammar is not supported"
+            assert response.json()["error"]["param"] == param
+        auto = running.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS, "max_tokens": 1})
+        assert auto.status_code == 200

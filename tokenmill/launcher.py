@@ -255,10 +255,11 @@ class Supervisor:
     def _succeed(self, child: Child, what: str, index: int, variant: str) -> None:
         if self.draining:
             return
-        if child.failure is not None and child.failure.fatal and self.info is None:
+        key = f"{what} {index}"
+        starting = self.info is None or (what == "worker" and not child.ready and key not in self.restarts)
+        if child.failure is not None and child.failure.fatal and starting:
             raise _failure(child, variant)
         now = time.monotonic()
-        key = f"{what} {index}"
         delay = self.restarts.setdefault(key, Restarts(self.settings.max_engine_restarts)).delay(now)
         if delay is None:
             raise _failure(child, variant)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tokenmill.errors import GrammarError, ValidationError
 from tokenmill.grammar import schema as schemas
+from tokenmill.text.closed import closed
 from tokenmill.text.limits import MAX_CHOICES, shown
 from tokenmill.wire.messages import GrammarSpec
 
@@ -97,10 +98,11 @@ def _response_format(given: Mapping[str, Any]) -> GrammarSpec | None:
 
 
 def json_grammar(schema: Any, param: str) -> GrammarSpec:
-    """The grammar of a JSON schema, an object or its text. GrammarError that names keyword and path."""
+    """The grammar of a JSON schema, an object or its text, of which an object has no keys but those it names. Raises
+    GrammarError that names keyword and path."""
     if isinstance(schema, str):
         schema = schemas.decode(schema, param)
-    return GrammarSpec("json_schema", schemas.canonical(schema, param))
+    return GrammarSpec("json_schema", schemas.canonical(closed(schema), param))
 
 
 def _structured(given: Any) -> GrammarSpec | None:

@@ -30,6 +30,9 @@ from tokenmill.text.tools._lark import Lark
 from tokenmill.wire.messages import GrammarSpec
 
 
+_NO_PARAMETERS = {"type": "object", "properties": {}}  # what OpenAI takes a function without any for
+
+
 class Speech(NamedTuple):
     """What a chat's answer is made to be, and how its text is read."""
 
@@ -214,9 +217,9 @@ def _grammar(
 def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, Any]:
     """A tool whose arguments' schema is as a grammar wants it. GrammarError for what cannot be served exactly."""
     function = tool["function"]
-    parameters = function.get("parameters")
-    if parameters is None or not (forced or function.get("strict")):
+    if not (forced or function.get("strict")):
         return dict(tool)
+    parameters = function.get("parameters") or _NO_PARAMETERS
     return {**tool, "function": {**function, "parameters": _lark_schema(json_grammar(parameters, param).source)}}
 
 
