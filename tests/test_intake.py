@@ -28,6 +28,8 @@ from tokenmill.wire.messages import (
     Stats,
     StepOutputs,
     StoppingParams,
+    ToEngine,
+    ToScheduler,
 )
 
 INFO = EngineInfo("model", "float32", "mock", "mock", 64, 4, 100, 99, 100, 64, 8)
@@ -282,6 +284,60 @@ class Ranks:
         for thread in self.threads:
             thread.join(10)
             assert not thread.is_alive()
+
+
+class Slow:
+    """A gate at which requests wait until `open` is called; odd ones are refused then."""
+
+    def __init__(self) -> None:
+        self.read, self.write = os.pipe()
+        self.held: list[Request] = []
+        self.opened = False
+
+    def fileno(self) -> int:
+        return self.read
+
+    def open(self) -> None:
+        self.opened = True
+        os.write(self.write, b"x")
+
+    def take(self, messages: list[ToEngine]) -> list[ToScheduler]:
+        self.held += [message for message in messages if isinstance(message, Request)]
+        passed: list[ToScheduler] = [message for message in messages if isinstance(message, Abort)]
+        if self.opened and self.held:
+            os.read(self.read, 1)
+            ready, self.held = [r for r in self.held if r.id % 2 == 0], [r for r in self.held if r.id % 2]
+            passed += ready
+        return passed
+
+    def tell(self, outputs: list[Output]) -> list[Output]:
+        if not self.opened:
+            return outputs
+        refused, self.held = [Output(r.id, finish_reason="error", message="odd") for r in self.held], []
+        return refused + outputs
+
+
+def test_a_request_that_waits_at_the_gate_wakes_an_idle_engine_when_it_may_go_on(run_dir: Path) -> None:
+    gate = Slow()
+    intake = Intake(str(run_dir / "engine.sock"), INFO, gate=gate, heartbeat_s=30.0)
+    worker: Channel[FromEngine] = Channel.connect(str(run_dir / "engine.sock"), FromEngine)
+    worker.set_timeout(10)
+    intake.receive(False)
+    assert worker.receive() == INFO
+    worker.send([request(1), request(2)])
+    assert intake.receive(False) == []
+    opener = threading.Timer(0.1, gate.open)
+    opener.start()
+    began = time.monotonic()
+    assert intake.receive(True) == [request(2)]
+    assert time.monotonic() - began < 5
+    intake.send([Output(2, (9,), "stop")], Stats())
+    assert outputs_of(worker) == (Output(1, finish_reason="error", message="odd"), Output(2, (9,), "stop"))
+    opener.join()
+    worker.close()
+    intake.close()
+    os.close(gate.read)
+    os.close(gate.write)
 
 
 def test_all_ranks_plan_the_same_steps(run_dir: Path) -> None:

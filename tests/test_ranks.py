@@ -109,7 +109,8 @@ def requests() -> list[Request]:
             logprobs=(-1, 2)[i % 4 == 0],
             prompt_logprobs=(-1, 0)[i % 5 == 0],
         )
-        stopping = StoppingParams(int(rng.integers(8, 30)), 0, (int(rng.integers(128)),))
+        forced = {"force_after": 4, "forced_ids": (3, 4, 5, 6)} if i % 3 == 1 else {}
+        stopping = StoppingParams(int(rng.integers(8, 30)), 0, (int(rng.integers(128)),), **forced)
         made.append(Request(i + 1, tuple(prompt), params, stopping))
     return made
 
@@ -174,6 +175,7 @@ def test_two_ranks_say_token_for_token_what_one_says_alone(tmp_path, run_dir):
         assert found == expected
         assert frame.stats.preemptions > 0
         assert frame.stats.cached_tokens > 0
+        assert frame.stats.forced_tokens > 0
         assert outputs.get(999, [Output(999)])[-1].finish_reason == ""
         for request in requests():
             own = outputs[request.id]
