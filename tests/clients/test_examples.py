@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
     "name, package, route, said",
     [
         ("openai_client.py", "openai", "/v1", ["Paris", "CompletionUsage(", "'The'", "temperature: "]),
+        ("structured.py", "openai", "/v1", ["City(", " °C'", "get_weather ", "days: rain", "uniqueItems"]),
         ("huggingface_client.py", "huggingface_hub", "", ["' Paris", " length", "4, 5, 6, 7, 8, 9", "`top_p`"]),
     ],
 )
