@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -159,11 +160,14 @@ class Guided(PagedOracle):
         self.late: dict[int, bool] = {}
         self.masks: dict[int, Masks] = {}
         self.chosen: dict[tuple[int, int], int] = {}
-        self.num_masks = 0
+        self.num_masks = self.num_launched = self.num_collected = 0
+        self.fails: tuple[str, int] = "", 0  # which launch or collect finds no memory
 
     def launch(self, batch: Batch) -> OracleStep:
         late = self.guides.waits(batch)
-        step = super().launch(batch)
+        self.num_launched += 1
+        with self.failing("launch", self.num_launched):
+            step = super().launch(batch)
         self.late[batch.number] = late
         return step
 
@@ -177,9 +181,21 @@ class Guided(PagedOracle):
             self.num_masks += len(masks.rows)
 
     def collect(self, step: OracleStep) -> StepResult:
-        result = super().collect(step)
+        self.num_collected += 1
+        with self.failing("collect", self.num_collected):
+            result = super().collect(step)
         self.guides.observe(step.batch, result.token_ids)
         return result
+
+    @contextmanager
+    def failing(self, what: str, count: int) -> Iterator[None]:
+        rate = self.full_rate
+        if (what, count) == self.fails:
+            self.full_rate = 1.0
+        try:
+            yield
+        finally:
+            self.full_rate = rate
 
     def choose(self, step: OracleStep, row: int, entries: list[int]) -> int:
         number = step.batch.number

@@ -162,6 +162,24 @@ def test_what_must_come_next_is_appended_and_costs_no_step_of_its_own() -> None:
     assert outputs[-1].facts.num_forced == house.link.stats.forced_tokens == 6
 
 
+@pytest.mark.parametrize("what", ["launch", "collect"])
+@pytest.mark.parametrize("count", range(1, 13))
+def test_a_step_without_memory_beside_one_that_was_overtaken_changes_no_token(what: str, count: int) -> None:
+    thinking = StoppingParams(20, force_after=3, forced_ids=(30, 31, 32, 33))
+    spec = GrammarSpec("fake", "5", after=((guided_reference(request(1, [5, 6]))[0][0],),))  # begins at its first token
+    requests = [
+        Request(0, (5, 6, 7), SamplingParams(), thinking),
+        msgspec.structs.replace(request(1, [5, 6], 25), grammar=spec),
+        request(2, [7, 8], 20),
+    ]
+    house = House([requests], 64, LIMITS, most_turns=0)
+    house.oracle.fails = what, count
+    house.run()
+    assert house.link.stats.retracted == 1
+    for r in requests:
+        assert (house.link.tokens(r.id), house.reason(r.id)) == guided_reference(r)
+
+
 def test_a_thought_that_ends_in_time_is_left_alone() -> None:
     r = request(0, [5, 6, 7], 20)
     free = guided_reference(r)[0]
