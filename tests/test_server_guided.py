@@ -15,6 +15,7 @@ import pytest
 from support_ports import unused_port
 from support_server import Server, scripted
 
+from tokenmill import LLM
 from tokenmill.config import default_cache_dir
 from tokenmill.errors import GrammarError, ValidationError
 from tokenmill.text.closed import closed
@@ -379,3 +380,10 @@ def test_grammars_can_be_turned_off(tmp_path: Path) -> None:
             assert response.json()["error"]["param"] == param
         auto = running.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS, "max_tokens": 1})
         assert auto.status_code == 200
+
+
+def test_the_offline_api_follows_grammars_too() -> None:
+    with LLM() as llm:
+        (answer,) = llm.generate("A code:", grammar={"type": "regex", "value": CODE}, max_new_tokens=20)
+    assert re.fullmatch(CODE, answer.text)
+    assert answer.finish_reason == "stop"

@@ -79,6 +79,7 @@ class LLM:
             max_best_of=1,
             max_top_n_tokens=min(_MOST, info.vocab_size),
             vocab_size=info.vocab_size,
+            grammars=True,
             watermark_gamma=0.5 if settings.watermark_gamma is None else settings.watermark_gamma,
             watermark_delta=2.0 if settings.watermark_delta is None else settings.watermark_delta,
         )
@@ -182,7 +183,7 @@ class _Answer:
     def __init__(self, engine: OfflineEngine, tokenizer: Tokenizer, prepared: Prepared) -> None:
         self._engine, self._prepared = engine, prepared
         self._detokenizer = Detokenizer(tokenizer, prepared.stop, prompt_ids=prepared.prompt_ids)
-        self._id = engine.submit(prepared.prompt_ids, prepared.sampling, prepared.stopping)
+        self._id = engine.submit(prepared.prompt_ids, prepared.sampling, prepared.stopping, grammar=prepared.grammar)
         self._token_ids: list[int] = []
         self._details: list[TokenDetails] = []
         self._prompt_details: list[TokenDetails] = []

@@ -29,7 +29,6 @@ from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.text.tools._lark import Lark
 from tokenmill.wire.messages import GrammarSpec
 
-
 _NO_PARAMETERS = {"type": "object", "properties": {}}  # what OpenAI takes a function without any for
 
 
