@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 from bench.gpu.tell import figure
@@ -71,7 +72,7 @@ def measure(engine: Steps, shape: str, work: LongPrompt) -> None:
     prompts = [work.prompt(1000 + i, work.tokens) for i in range(work.repeat)]  # to make one takes longer than a step
     while not all(engine.tokens(stream) for stream in streams):
         engine.step()
-    quiet, busy, ttft = [], [], []
+    quiet, busy, ttft, slowest = [], [], [], []
     for prompt in prompts:
         gaps = _begin(engine, streams)
         for _ in range(work.quiet_steps):
@@ -80,16 +81,18 @@ def measure(engine: Steps, shape: str, work: LongPrompt) -> None:
         quiet += gaps.gaps
         gaps.gaps = []
         start = time.perf_counter()
-        arrival = engine.submit(prompt, 2)
+        arrival, ends = engine.submit(prompt, 2), [start]
         while not engine.tokens(arrival):
             engine.step()
             gaps.look(engine.tokens)
-        ttft.append(time.perf_counter() - start)
+            ends.append(time.perf_counter())
+        ttft.append(ends[-1] - start)
         busy += gaps.gaps
+        slowest.append(_slowest(ends))
         engine.abort(arrival)
     for stream in streams:
         engine.abort(stream)
-    _tell(shape, work, quiet, busy, ttft)
+    _tell(shape, work, quiet, busy, ttft, slowest)
 
 
 def _begin(engine: Steps, streams: list[int]) -> Gaps:
@@ -100,7 +103,15 @@ def _begin(engine: Steps, streams: list[int]) -> Gaps:
     return Gaps(dict.fromkeys(streams, now), {stream: engine.tokens(stream) for stream in streams})
 
 
-def _tell(shape: str, work: LongPrompt, quiet: list[float], busy: list[float], ttft: list[float]) -> None:
+def _slowest(ends: list[float], most: int = 4) -> str:
+    """The longest steps of a prompt and how long they took: "of 220: 1: 20.1 ms, …"."""
+    took = sorted(((after - before, n) for n, (before, after) in enumerate(pairwise(ends), 1)), reverse=True)
+    return f"of {len(took)}: " + ", ".join(f"{n}: {seconds * 1e3:.1f} ms" for seconds, n in took[:most])
+
+
+def _tell(
+    shape: str, work: LongPrompt, quiet: list[float], busy: list[float], ttft: list[float], slowest: list[str]
+) -> None:
     def ms(gaps: list[float], share: float) -> float:
         return round(percentile(gaps, share) * 1e3, 2)
 
@@ -108,7 +119,8 @@ def _tell(shape: str, work: LongPrompt, quiet: list[float], busy: list[float], t
     figure(shape, "long prompt: quiet p50", ms(quiet, 0.5), "ms")
     figure(shape, "long prompt: quiet p99", before, "ms", gaps=len(quiet))
     figure(shape, "long prompt: p50 meanwhile", ms(busy, 0.5), "ms")
-    figure(shape, "long prompt: p99 meanwhile", during, "ms", gaps=len(busy), longest=ms(busy, 1.0))
+    figure(shape, "long prompt: p99 meanwhile", during, "ms", gaps=len(busy), longest=ms(busy, 1.0),
+           slowest_steps=slowest)  # fmt: skip
     figure(shape, "long prompt: p99 to quiet p99", round(during / before, 2), "×", less=True,
            to_quiet_p50=round(during / ms(quiet, 0.5), 2))  # fmt: skip
     figure(shape, "long prompt: first token", round(statistics.median(ttft), 3), "s", tokens=work.tokens,
