@@ -28,7 +28,7 @@ from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
 from tokenmill.backends.cuda.products import FEW
 from tokenmill.backends.cuda.sampler import Sampler
 from tokenmill.backends.cuda.scales import kv_scales
-from tokenmill.backends.cuda.shapes import CLASSES, LONG
+from tokenmill.backends.cuda.shapes import CLASSES, LONG, library_sizes
 from tokenmill.backends.cuda.single import Single
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.cuda.step import CudaStep, Sampling, or_out_of_memory
@@ -185,7 +185,7 @@ class CudaBackend:
         self._slots.apply(StepInputs(nothing, nothing, nothing, nothing, blocks=blocks))
         spare = np.full(max(self.limits.max_batch_size, 1), self._slots.spare, np.int32)
         self._sampler.warm_up_some(self._step)  # first: the compiler needs longest for its kernels
-        most = self.limits.max_batch_tokens // room * room  # cuBLAS loads its kernels when they are first used
+        most = self.limits.max_batch_tokens // room * room
         for tokens in sorted({min(4 << i, most) for i in range(16)}):
             counts = np.full(-(-tokens // room), min(tokens, room), np.int32)
             self._forward(self._sizes(counts * 0, counts * 0, counts, np.zeros(1, np.int32)))
@@ -200,7 +200,20 @@ class CudaBackend:
             for long in variants(rows):
                 self._decode(self._nobodys(rows, long))
             self._sampler.warm_up(self._nobodys(rows, False))
+        if self._device.real:
+            self._load_library()
         return room
+
+    def _load_library(self) -> None:
+        """Let cuBLAS load its kernels: each that a step is the first to use holds it up by some 10 ms."""
+        seen = set()
+        for launch in (*self._body, *self._tail):
+            if isinstance(launch.op, ops.Linear):
+                rows = self.limits.max_batch_tokens if launch.op.out.spec.rows == "tokens" else len(self.logits)
+                matrix = launch.op.out.width, launch.op.x.width, launch.op.bias is None, rows
+                for size in library_sizes(rows) if matrix not in seen else ():
+                    launch.run(Sizes(size, size, self._step))
+                seen.add(matrix)
 
     @torch.inference_mode()
     def rest(self) -> bool:

@@ -107,3 +107,9 @@ def graph_sizes(most: int) -> list[int]:
     """Batch sizes that are captured, the largest first: a step is padded to the next one."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32)]
     return sorted({*(size for size in steps if size < most), min(most, 1024)}, reverse=True)
+
+
+def library_sizes(most: int) -> list[int]:
+    """Rows of products that meet every kernel cuBLAS has for a matrix, as it chooses by them: odd and even ones."""
+    steps = [*range(8, 512, 16), *range(512, 2048, 64), *range(2048, most, 512)]
+    return sorted({size for step in (*steps, most - 1) for size in (step, step + 1) if 0 < size <= most})
