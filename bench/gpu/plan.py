@@ -113,7 +113,7 @@ class Plan:
 
     def _offline(self, name: str, shape: str, only: str, more: str, variant: str = "") -> Part:
         command = [sys.executable, "-m", "bench.gpu.offline", "--shape", shape, "--only", only, *self._workload()]
-        return self._part(name, shape, [*command, "--decode-repeat", "2", *more.split()], variant=variant)
+        return self._part(name, shape, [*command, "--decode-repeat", "3", *more.split()], variant=variant)
 
     def _variants(self, name: str, shape: str) -> list[Part]:
         found = []
@@ -187,7 +187,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--peer", type=Path, help="folder with vLLM's packages; its folder fi is used, too")
     parser.add_argument("--streams", default="64,256", help="requests of a crowd, and streams at once over HTTP")
     parser.add_argument("--longest", type=int, default=1024, help="tokens in and out of their requests at most")
-    parser.add_argument("--repeat", type=int, default=2, help="rounds of each crowd; the best is told")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds of each crowd; the median is told")
     parser.add_argument("--http-workers", default="4", help="HTTP processes of this server; all of 4,1,2,8")
     parser.add_argument("--peer-workers", default="1", help="the same of the peer")
     parser.add_argument("--clients", type=int, default=0, help="client processes; 0: by the number of cores")

@@ -44,13 +44,14 @@ class Load:
         ]
 
     def measure(self, server: Running, suffix: str) -> None:
-        """Warm up, then tell the best round of each number of streams."""
+        """Warm up, then tell the round of median throughput of each number of streams."""
         self._round(server, self.asks(max(self.streams), 16), "warm-up")
         for streams in self.streams:
             name = f"HTTP, {streams} streams{suffix}"
             rounds = [self._round(server, self.asks(streams), name) for _ in range(self.repeat)]
-            best = max(rounds, key=lambda r: r[0].tokens_per_s if r[0].tokens else 0.0)
-            self._tell(name, best, short=bool(suffix))
+            rounds.sort(key=lambda r: r[0].tokens_per_s if r[0].tokens else 0.0)
+            rates = [round(found.tokens_per_s) if found.tokens else 0 for found, _ in rounds]
+            self._tell(name, rounds[len(rounds) // 2], rates, short=bool(suffix))
 
     def _round(self, server: Running, asks: list[Ask], name: str) -> tuple[Crowd, dict[str, list[float]]]:
         before = server.cpu_s()
@@ -63,12 +64,12 @@ class Load:
         tell(bench=name, shape=self.shape, cpu_s=cpu, **told)
         return found, cpu
 
-    def _tell(self, name: str, best: tuple[Crowd, dict[str, list[float]]], short: bool) -> None:
-        """The figures of a round; `short`: those that the number of HTTP processes changes."""
-        found, cpu = best
+    def _tell(self, name: str, told: tuple[Crowd, dict[str, list[float]]], rates: list[int], *, short: bool) -> None:
+        """The figures of a round; `short`: those that the number of HTTP processes changes. `rates`: of all rounds."""
+        found, cpu = told
         if not found.tokens:
             raise SystemExit(f"{name}: no stream was answered: {found.first_error[:300]}")
-        figure(self.shape, name, round(found.tokens_per_s), "tok/s", longest=self.longest)
+        figure(self.shape, name, round(found.tokens_per_s), "tok/s", longest=self.longest, runs=rates)
         times = {"first token p50": found.ttft_p50_s, "first token p99": found.ttft_p99_s,
                  "token gap p50": found.itl_p50_s, "token gap p99": found.itl_p99_s,
                  "event gap p99": found.gap_p99_s}  # fmt: skip
@@ -124,7 +125,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--total", type=int, default=4096, help="tokens of a sequence that the server allows")
     parser.add_argument("--http-workers", default="4", help="HTTP processes; each of several is measured, as 4,1,2,8")
     parser.add_argument("--clients", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)))
-    parser.add_argument("--repeat", type=int, default=2, help="rounds of each number of streams; the best is told")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds of each number of streams; the median is told")
     parser.add_argument("--round", type=float, default=90.0, help="seconds of a round at most")
     parser.add_argument("--settle", type=float, default=3.0, help="seconds after ready: servers go on preparing")
     parser.add_argument("--start", type=float, default=300.0, help="seconds to ready at most")
