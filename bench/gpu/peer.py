@@ -74,7 +74,8 @@ class Peer:
             for _ in range(3):
                 few = self.run(self.prompts(rows, 512), [1] * rows)
                 ms.append((self.run(self.prompts(rows, 512), [128] * rows) - few) / 127 * 1e3)
-            figure(self.shape, f"decode, batch {rows}", round(statistics.median(ms), 3), "ms", runs=[round(m, 3) for m in ms])
+            middle = round(statistics.median(ms), 3)
+            figure(self.shape, f"decode, batch {rows}", middle, "ms", runs=[round(m, 3) for m in ms])
 
     def prefill(self) -> None:
         """(c) prompt tokens a second: the median of 5 times 8 × 2048."""
