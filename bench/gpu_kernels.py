@@ -239,6 +239,8 @@ def decode_variants(rows: int, listed: bool = True) -> list[Any]:
 
 
 def product_variants(rows: int, matrix: str, columns: int) -> list[Any]:
+    if rows > 128:
+        return many_variants(matrix, columns)
     bm = max(16, power(rows)) if rows <= 64 else 128
     found: list[Any] = ["cuBLAS"]
     for bn, bk, stages, warps in ((64, 128, 4, 4), (64, 128, 6, 4), (128, 128, 3, 4), (128, 64, 4, 8), (64, 64, 6, 4)):
@@ -251,7 +253,20 @@ def product_variants(rows: int, matrix: str, columns: int) -> list[Any]:
     return found
 
 
-def cases(parts: list[str], shapes: list[str]) -> Iterator[Callable[[], Case]]:
+def many_variants(matrix: str, columns: int) -> list[Any]:
+    """Of more rows than 128."""
+    found: list[Any] = ["cuBLAS"]
+    sizes = (64, 64, 4, 4), (64, 64, 5, 4), (128, 64, 3, 8), (128, 64, 4, 8), (64, 128, 2, 4), (128, 32, 6, 8)
+    for bm, (bn, bk, stages, warps) in itertools.product((128, 256), sizes):
+        if ((2 * bn if matrix == "gate_up" else bn) + bm) * bk * 2 * stages <= 225_000:
+            splits = {"gate_up": (1,), "head": (1,), "qkv": (1, 2)}.get(matrix, (1, 2, 4))
+            found += [(bm, bn, bk, n, stages, warps, True) for n in splits if columns % (bk * n) == 0]
+            if bm == 128 and bn == 128 and matrix != "gate_up":
+                found += [(bm, 256, bk, n, stages, warps, True) for n in splits if columns % (bk * n) == 0]
+    return found
+
+
+def cases(parts: list[str], shapes: list[str], rows_of_products: list[int]) -> Iterator[Callable[[], Case]]:
     for shape in shapes:
         dim = {"8b": 128, "1b": 64}[shape]
         if "attention" in parts:
@@ -263,13 +278,13 @@ def cases(parts: list[str], shapes: list[str]) -> Iterator[Callable[[], Case]]:
             for length, prefix, rows in ((2048, 0, 4), (512, 0, 14), (512, 16384, 1)):
                 yield lambda d=dim, n=length, p=prefix, r=rows: prefill_case(n, p, r, d, TILES)
         if "products" in parts:
-            for (matrix, (_, columns)), rows in itertools.product(MATRICES[shape].items(), (64, 128)):
+            for (matrix, (_, columns)), rows in itertools.product(MATRICES[shape].items(), rows_of_products):
                 yield lambda s=shape, m=matrix, r=rows, c=columns: product_case(s, m, r, product_variants(r, m, c))
 
 
-def compile_some(parts: list[str], shapes: list[str], which: int, of: int) -> None:
+def compile_some(parts: list[str], shapes: list[str], rows: list[int], which: int, of: int) -> None:
     """Run a share of the variants once, for the sake of the cache on disk."""
-    for case in itertools.islice(cases(parts, shapes), which % 4, None, 4):
+    for case in itertools.islice(cases(parts, shapes, rows), which % 4, None, 4):
         made = case()
         for variant in made.variants[which // 4 :: of // 4]:
             try:
@@ -285,13 +300,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parts", default="attention,prefill,products")
     parser.add_argument("--shapes", default="8b,1b")
+    parser.add_argument("--rows", default="64,128,256", help="of products")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--out", default="kernels.jsonl")
     args = parser.parse_args()
-    parts, shapes, began = args.parts.split(","), args.shapes.split(","), time.perf_counter()
+    parts, shapes, rows = args.parts.split(","), args.shapes.split(","), [int(n) for n in args.rows.split(",")]
+    began = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=compile_some, args=(parts, shapes, i, args.workers)) for i in range(args.workers)]
+    workers = [
+        context.Process(target=compile_some, args=(parts, shapes, rows, i, args.workers)) for i in range(args.workers)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -300,7 +319,7 @@ def main() -> None:
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
     table = []
     with open(args.out, "w", encoding="utf-8") as out:
-        for make in cases(parts, shapes):
+        for make in cases(parts, shapes, rows):
             if time.perf_counter() - began > args.seconds:
                 break
             case, found = make(), []

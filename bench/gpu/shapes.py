@@ -41,8 +41,11 @@ def crowd(requests: int, shortest: int = 100, longest: int = 1024, *, most_ids: 
 
 
 def unshared(prompts: list[list[int]], seed: int, most_ids: int = 10000) -> list[list[int]]:
-    """The same with other first tokens, no two alike: what an earlier round left in a prefix cache does not fit."""
-    firsts = random.Random(seed).sample(range(most_ids), len(prompts))
+    """The same with other first tokens, no two alike: what an earlier round left in a prefix cache does not fit.
+
+    Nor what a round of another size with the same seed left: both begin with the same prompts.
+    """
+    firsts = random.Random(f"{seed} of {len(prompts)}").sample(range(most_ids), len(prompts))
     return [[first, *prompt[1:]] for first, prompt in zip(firsts, prompts, strict=True)]
 
 
