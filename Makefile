@@ -7,7 +7,7 @@ CLIENTS ?= .venv-clients
 ARGS ?=
 export VENV
 
-.PHONY: help serve chat torch test test-without-torch test-clients lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend bench-grammar bench-gpu wheel clean
+.PHONY: help serve chat torch test test-without-torch test-clients lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ bench-scheduler: $(VENV)/.installed-test  ## time of a scheduler step
 
 bench-frontend: $(VENV)/.installed-test  ## events a second of the HTTP front end
 	$(BIN)/python bench/frontend.py $(ARGS)
+
+bench-hostile: $(VENV)/.installed-test  ## how long a stream waits while a large body is read
+	$(BIN)/python bench/hostile.py $(ARGS)
 
 bench-grammar: $(VENV)/.installed-test  ## do answers obey their schemas, and what do grammars cost
 	$(BIN)/python bench/grammar.py $(ARGS)

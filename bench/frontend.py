@@ -11,9 +11,9 @@ import argparse
 import json
 import selectors
 import socket
-import subprocess
-import sys
 import time
+
+from serving import served
 
 _CHAT = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "ignore_eos": True}
 BODIES = {
@@ -34,32 +34,16 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of a step of the mock engine")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
-    port = _free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "tokenmill",
-        "serve",
-        "--mock",
-        "--mock-step-ms",
-        str(args.step_ms),
-        "--port",
-        str(port),
-    ]
-    command += ["--hostname", "127.0.0.1", "--max-concurrent-requests", str(args.streams), "--log-level", "warn"]
-    command += ["--max-batch-size", str(args.streams), "--max-batch-prefill-tokens", "16384"]
-    command += ["--model-id", args.model] if args.model else []
-    server = subprocess.Popen(command)
-    try:
-        _wait(port)
+    told = f"--mock --mock-step-ms {args.step_ms} --max-concurrent-requests {args.streams} --log-level warn".split()
+    told += ["--max-batch-size", str(args.streams), "--max-batch-prefill-tokens", "16384"]
+    told += ["--model-id", args.model] if args.model else []
+    with served(*told) as base:
+        port = int(base.rpartition(":")[2])
         for _ in range(args.repeat):
             events, seconds, first = run(port, args.route, args.streams, args.tokens)
             rate = events / seconds
             print(f"{args.route}: {args.streams} streams, {events} events in {seconds:.2f} s after {first:.2f} s: "
                   f"{rate:,.0f} events/s")  # fmt: skip
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def run(port: int, route: str, streams: int, tokens: int) -> tuple[int, float, float]:
@@ -88,26 +72,6 @@ def run(port: int, route: str, streams: int, tokens: int) -> tuple[int, float, f
                 key.fileobj.close()  # type: ignore[union-attr]
                 open_streams -= 1
     return events, time.perf_counter() - first, first - begin
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait(port: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
-                sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-                if b" 200 " in sock.recv(64):
-                    return
-        except OSError:
-            pass  # not listening yet
-        time.sleep(0.1)
-    raise SystemExit("the server did not become ready")
 
 
 if __name__ == "__main__":

@@ -169,6 +169,38 @@ def test_openais_routes_say_how_long_is_too_long() -> None:
         made([5] * 30, dialect="openai")
 
 
+def test_of_a_text_that_is_far_too_long_no_more_is_encoded_than_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text, special=True: encoded.append(len(text)) or encode(self, text, special)
+    )
+    text = "1" * 1_000_000
+    with pytest.raises(ContextLengthError, match=r"Given: at least \d+ `inputs` tokens and 7 `max_new_tokens`$"):
+        made(text, WIDE, max_new_tokens=7)
+    with pytest.raises(ContextLengthError, match=r"your prompt has at least \d+ tokens\."):
+        made(text, WIDE, "openai")
+    with pytest.raises(ContextLengthError, match=r"at least \d+ tokens \(at least \d+ in the prompt, 7 in the"):
+        made(text, WIDE, "openai", max_new_tokens=7)
+    assert sum(encoded) < 3 * 50_000
+    assert made(text, WIDE, truncate=3).num_prompt == 3
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_long_text_of_few_tokens_is_counted_to_the_token(more: int) -> None:
+    inner = byte_level()
+    word = "<|a special token whose text is rather long, so that cutting it makes many|>"
+    inner.add_special_tokens([word])
+    tokenizer = Tokenizer(inner)
+    limits = msgspec.structs.replace(WIDE, vocab_size=601)
+    text = word * (WIDE.max_input_tokens + more)
+    if more:
+        with pytest.raises(ContextLengthError, match="Given: 4000 `inputs` tokens"):
+            prepare(text, Options(max_new_tokens=1), limits, tokenizer)
+    else:
+        assert prepare(text, Options(max_new_tokens=1), limits, tokenizer).num_prompt == WIDE.max_input_tokens
+
+
 def test_what_tgi_refuses_without_need_means_off() -> None:
     found = made(top_p=1.0, typical_p=1.0, temperature=1.0, min_p=0.0).sampling
     assert (found.top_p, found.typical_p, found.greedy) == (1.0, 1.0, True)

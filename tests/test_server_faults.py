@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import threading
@@ -176,6 +177,16 @@ def test_long_bodies_and_many_requests_on_a_connection_are_no_long_headers(serve
         for _ in range(5):
             assert client.post("/tokenize", json={"inputs": "x" * 100_000}).status_code == 200
             assert client.get("/health", headers={"x-long": "y" * 20_000}).status_code == 200
+
+
+def test_others_are_answered_while_a_large_body_is_read(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": ""}] * 20_000}
+    answered = 0
+    with httpx.Client(base_url=server.url) as client, raw_stream(server, "/v1/chat/completions", body) as sock:
+        while not select.select([sock], [], [], 0)[0]:
+            answered += client.get("/health").status_code == 200
+        assert sock.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert answered >= 40  # rendered between them: 16, and here 130
 
 
 def three_endless(server: Server) -> tuple[dict[str, list[Any]], list[httpx.Response], list[threading.Thread]]:

@@ -20,15 +20,15 @@ from tokenmill.text.limits import TABLE, Limit
 from tokenmill.text.prepare import RequestLimits
 
 SERVER = RequestLimits(499, 500, max_stop_sequences=4, max_best_of=2, max_top_n_tokens=5, vocab_size=258)
-ALL = [*TABLE, limits.TRUNCATE, limits.BEST_OF]
+ALL = [*TABLE, limits.TRUNCATE, limits.BEST_OF, limits.GRAMMAR]
 
 
 def of_size(limit: Limit, size: float) -> Any:
     """A value of the field that measures `size`."""
     if limit.name == "stop":
         return ("a",) * int(size) if limit.measure is len else ("a" * int(size),)
-    if limit.name == "logit_bias":
-        return dict.fromkeys(range(int(size)), 1.0)
+    if limit.unit == "bytes of JSON":
+        return "a" * (int(size) - len('""'))
     return "a" * int(size) if limit.measure is len else size
 
 

@@ -62,6 +62,10 @@ def of_size(limit: Limit, size: int) -> Any:
     if limit.name == "metadata":
         by_unit = {"pairs": {str(i): "" for i in range(size)}, "characters in each key": {"k" * size: "v"}}
         return by_unit.get(limit.unit, {"k": "v" * size})
+    if limit.name == "logit_bias":
+        return {str(i): 1.0 for i in range(size)}
+    if limit.unit == "bytes of JSON":
+        return "a" * (size - len('""'))
     return "a" * size if limit.measure is len else size
 
 

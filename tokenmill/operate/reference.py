@@ -195,7 +195,7 @@ def _routes(document: dict[str, Any]) -> str:
 
 
 def _limits() -> str:
-    table = (*limits.TABLE, limits.TRUNCATE, limits.BEST_OF, *limits.OPENAI_TABLE, limits.LOGPROBS)
+    table = (*limits.TABLE, limits.TRUNCATE, limits.BEST_OF, limits.GRAMMAR, *limits.OPENAI_TABLE, limits.LOGPROBS)
     rows = []
     for limit in table:
         if any(other.name == limit.name and other.measure == limit.measure and limit.most == inf != other.most

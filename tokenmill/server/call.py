@@ -6,12 +6,13 @@ A handler reads like what happens: decode, prepare, submit, answer. Errors are r
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -31,6 +32,9 @@ _BYTE = re.compile(r" \(byte (\d+)\)$")
 _MISSING = re.compile(r"^Object missing required field `([^`]+)`")
 
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
+
+_LARGE = 4_000
+"""Bytes of a body from which it is read in a thread: below, handing it over would take longer than reading it."""
 
 
 class ClientGone(Exception):
@@ -68,11 +72,6 @@ class Call:
         await self._send(message)
 
     @property
-    def num_bytes(self) -> int:
-        """Length of the body that was decoded."""
-        return len(self._body or b"")
-
-    @property
     def raw_send(self) -> Send:
         """The server's own `send`, for what is sent often."""
         return self._send
@@ -87,7 +86,17 @@ class Call:
             raise failures.BodyError(415, "Expected request with `Content-Type: application/json`")
         if self._body is None:
             self._body = await self._read_body()
-        return parse(self._body, kind)
+        body = self._body
+        return await self.work(lambda: parse(body, kind))
+
+    async def work(self, step: Callable[[], T]) -> T:
+        """What `step` returns, which is run in a thread if the body is large: other requests go on meanwhile.
+
+        It must touch nothing of the event loop's. While a single call into C runs, everybody waits.
+        """
+        if len(self._body or b"") <= _LARGE:
+            return step()
+        return await self.service.in_thread(step)
 
     async def _read_body(self) -> bytes:
         limit = self.service.options.payload_limit
@@ -158,6 +167,8 @@ class Call:
 
 def parse(body: bytes, kind: type[T]) -> T:
     """JSON text as a `kind`. Raises BodyError: 400 for bad JSON, 422 for the wrong shape."""
+    collects = gc.isenabled()
+    gc.disable()  # nothing of what is made can be garbage yet, and looking for some doubles the time
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -167,6 +178,9 @@ def parse(body: bytes, kind: type[T]) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message = f"Failed to parse the request body as JSON: {_unreadable(body, error)}"
         raise failures.BodyError(400, message) from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _unreadable(body: bytes, error: Exception) -> str:
@@ -192,11 +206,20 @@ def _culprit(body: bytes, message: str) -> tuple[str | None, str]:
     if not names:
         return None, ""
     try:
-        value: Any = msgspec.json.decode(body)
-        for name in names:
-            value = value[int(name)] if isinstance(value, list) else value[name]
-        if isinstance(value, list | dict):
+        part: bytes | msgspec.Raw = body
+        for name in names:  # only what is on the path is decoded, for a body may be long
+            if _first(part) == b"[":
+                part = msgspec.json.decode(part, type=list[msgspec.Raw])[int(name)]
+            else:
+                part = msgspec.json.decode(part, type=dict[str, msgspec.Raw])[name]
+        if _first(part) in (b"[", b"{"):
             return ".".join(names), ""
+        value = msgspec.json.decode(part)
         return ".".join(names), ". Given: " + limits.shown(value if isinstance(value, str) else json.dumps(value))
     except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):  # the rest is no JSON either
         return ".".join(names), ""
+
+
+def _first(text: bytes | msgspec.Raw) -> bytes:
+    """The first byte of JSON text, behind white space."""
+    return bytes(text).lstrip()[:1]

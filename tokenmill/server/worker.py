@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Coroutine, Iterator
 from typing import Any
@@ -22,7 +24,7 @@ import uvloop
 
 from tokenmill import __version__
 from tokenmill.config import Settings
-from tokenmill.errors import NotReady
+from tokenmill.errors import NotReady, TemplateError
 from tokenmill.server.app import create_app
 from tokenmill.server.digests import model_digest
 from tokenmill.server.protocol import BoundedProtocol
@@ -37,6 +39,13 @@ from tokenmill.wire.messages import Drain, ModelReady, Phase, Ready
 
 _KEEP_ALIVE_S = 75  # longer than the 60 s after which load balancers drop idle connections themselves
 
+_SWITCH_S = 0.001
+"""After so long a thread that reads a large body lets the event loop go on. It waits so long several times an event."""
+
+_COLLECT_AFTER = 20_000
+"""New objects between two collections of garbage. A large body has more than Python's 700 many hundred times over, all
+alive, and a collection looks at each of them while everything waits."""
+
 _LAST_WORDS_S = 1.0  # to tell the clients of requests that did not finish in time
 
 log = logging.getLogger(__name__)
@@ -45,6 +54,8 @@ log = logging.getLogger(__name__)
 def main(control: ChildControl) -> None:
     """Serve until the supervisor ends it. Raises StartError if the model's tokenizer cannot be read."""
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    sys.setswitchinterval(_SWITCH_S)
+    gc.set_threshold(_COLLECT_AFTER)
     settings = Settings.from_dict(control.configure.settings)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(Worker(control, settings).run())
@@ -136,7 +147,7 @@ class Worker:
         """Load the tokenizer, then stay connected to the engine. Raises ModelError, Unsupported."""
         service = self._service
         check_parsers(service.options.tool_call_parser, service.options.reasoning_parser)
-        tokenizer = await service.in_thread(lambda: Tokenizer.load(source))
+        tokenizer = await service.in_thread(lambda: _load(source))
         digest = await service.in_thread(lambda: model_digest(source))
         service.model = Model(
             id=source.model_id, revision=source.revision, tokenizer=tokenizer, created=int(time.time()), digest=digest
@@ -159,6 +170,15 @@ class Worker:
 
     def _stop_now(self) -> None:
         self._server.should_exit = self._server.force_exit = True
+
+
+def _load(source: ModelSource) -> Tokenizer:
+    """The model's tokenizer, whose chat template is compiled. Raises ModelError, Unsupported."""
+    tokenizer = Tokenizer.load(source)
+    if tokenizer.chat_template is not None:
+        with contextlib.suppress(TemplateError):  # which the requests that it fails for are told
+            tokenizer.chat_template.render([{"role": "user", "content": "x"}])
+    return tokenizer
 
 
 def options_of(settings: Settings) -> ServiceOptions:

@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 from tokenmill.errors import GrammarError, ValidationError
 from tokenmill.grammar import schema as schemas
 from tokenmill.text.closed import closed
-from tokenmill.text.limits import MAX_CHOICES, shown
+from tokenmill.text.limits import GRAMMAR_FIELDS, MAX_CHOICES, shown
 from tokenmill.wire.messages import GrammarSpec
 
 KINDS = ("json", "json_object", "regex", "json_schema")
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
-FIELDS = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
-"""Where OpenAI's routes may be asked for a grammar."""
 _STRUCTURED = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -54,9 +52,9 @@ class Wanted(NamedTuple):
 
 def openai_grammar(given: Mapping[str, Any]) -> Wanted | None:
     """The one grammar that a request of OpenAI's routes asks for; None if any text will do. `given`: its fields by
-    name, of which `FIELDS` are looked at. ValidationError if there are several, or one is of the wrong form."""
+    name, of which `GRAMMAR_FIELDS` are looked at. ValidationError if there are several, or one is of the wrong form."""
     found: list[Wanted] = []
-    for field in FIELDS:
+    for field in GRAMMAR_FIELDS:
         value = given.get(field)
         if value is None:
             continue

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from tokenmill.errors import ValidationError
 
 if TYPE_CHECKING:
@@ -19,9 +21,16 @@ MAX_STOP_CHARACTERS = 1024  # of one stop string; comparing costs their product 
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_NAME_CHARACTERS = 1024
 MAX_CHOICES = 1024  # of a guided choice
+MAX_GRAMMAR_BYTES = 320 << 10  # of a field that holds one: a schema may take 256 KiB (`grammar/schema.py`)
+MAX_TEMPLATE_BYTES = 512 << 10  # of a field that a chat template walks through
 MAX_TOOLS = 128  # OpenAI's
 MAX_TOOL_NAME = 256  # characters
 MAX_SHOWN = 64  # characters of a value that a message repeats
+
+GRAMMAR_FIELDS = (
+    "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
+)  # fmt: skip
+"""Where OpenAI's routes may be asked for a grammar."""
 
 OPENAI_NAMES = {
     "max_new_tokens": "max_tokens",
@@ -61,6 +70,14 @@ def _longest(texts: Iterable[str]) -> int:
 
 def _longest_value(texts: Mapping[str, str]) -> int:
     return _longest(texts.values())
+
+
+def _num_bytes(value: Any) -> int:
+    """Of its JSON text; 0 for what is nested too deeply to be written, which is refused for that."""
+    try:
+        return len(msgspec.json.encode(value))
+    except RecursionError:
+        return 0
 
 
 def _shortest(texts: tuple[str, ...]) -> int:
@@ -153,8 +170,6 @@ TABLE = (
           native="`top_n_tokens` must be >= 0 and <= {most}. Given: {given}"),
     Limit("prompt_logprobs", 0, "max_top_n_tokens", openai_most=20,
           native="`prompt_logprobs` must be >= 0 and <= {most}. Given: {given}"),
-    Limit("logit_bias", 0, MAX_LOGIT_BIAS, measure=len, unit="tokens",
-          native="`logit_bias` supports up to {most} tokens. Given: {given}"),
     Limit("adapter_id", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
 )  # fmt: skip
 """What can be said without the prompt, in TGI's order. `rules.py` has what needs more than a number."""
@@ -164,17 +179,24 @@ TRUNCATE = Limit("truncate", 1, "max_input_tokens",
 BEST_OF = Limit("best_of", 0, "max_best_of", native="`best_of` must be > 0 and <= {most}. Given: {given}",
                 openai_least=1)  # fmt: skip
 
+GRAMMAR = Limit("grammar", 0, MAX_GRAMMAR_BYTES, measure=_num_bytes, unit="bytes of JSON",
+                native="grammar is not valid: it takes {given} bytes; at most {most} are allowed")  # fmt: skip
+
 OPENAI_TABLE = (
+    *(GRAMMAR._replace(name=name, native="") for name in GRAMMAR_FIELDS),
     Limit("n", 1, 128),
     Limit("model", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
     Limit("user", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
     Limit("safety_identifier", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
     Limit("prompt_cache_key", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
+    *(Limit(name, 0, MAX_TEMPLATE_BYTES, measure=_num_bytes, unit="bytes of JSON")
+      for name in ("tools", "functions", "chat_template_kwargs")),
+    Limit("logit_bias", 0, MAX_LOGIT_BIAS, measure=len, unit="tokens"),
     Limit("metadata", 0, 16, measure=len, unit="pairs"),
     Limit("metadata", 0, 64, measure=_longest, unit="characters in each key"),
     Limit("metadata", 0, 512, measure=_longest_value, unit="characters in each text"),
 )
-"""What only OpenAI's bodies have; the numbers are OpenAI's own, but for the lengths of names."""
+"""What only OpenAI's bodies have; the numbers are OpenAI's own, but for the lengths of names and of `logit_bias`, and for bytes."""
 
 LOGPROBS = Limit("logprobs", 0, "max_top_n_tokens", openai_most=5)  # of completions; a chat's is `top_logprobs`
 

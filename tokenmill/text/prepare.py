@@ -23,6 +23,9 @@ Dialect = Literal["native", "openai"]
 
 MAX_SEED = 2**64 - 1
 _CHECKED_NEW_TOKENS = 1024  # TGI checks that so many fit and lets longer wishes run until the context is full
+_LONG = 4  # characters for each token that fits: in longer texts tokens are counted before all are encoded
+_PIECE = 32_768  # characters that are counted at a time
+_CUT = 64  # tokens that cutting a piece off may add
 _COLDEST = 1e-5  # a temperature below it divides logits out of float32's range
 
 
@@ -163,6 +166,8 @@ def _prompt_ids(
     if not prompt:
         raise refuse(dialect, "inputs", "`inputs` cannot be empty", "not empty")
     rules.check_truncate(options, limits, dialect)
+    if isinstance(prompt, str) and options.truncate is None and len(prompt) > _LONG * limits.max_total_tokens:
+        _check_beginning(prompt, options, limits, tokenizer, dialect)
     ids = tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise refuse(dialect, "inputs", "`inputs` cannot be empty", "text that has tokens")
@@ -174,18 +179,29 @@ def _prompt_ids(
     return tuple(ids)
 
 
-def _max_new_tokens(num_prompt: int, options: Options, limits: RequestLimits, dialect: Dialect) -> int:
+def _check_beginning(
+    prompt: str, options: Options, limits: RequestLimits, tokenizer: Tokenizer, dialect: Dialect
+) -> None:
+    """ContextLengthError for a text whose beginning alone does not fit: encoding megabytes takes seconds."""
+    least = 0
+    for at in range(0, len(prompt), _PIECE):
+        least += max(len(tokenizer.encode(prompt[at : at + _PIECE], False)) - _CUT, 0)
+        if least > limits.max_total_tokens:
+            _max_new_tokens(least, options, limits, dialect, "at least ")
+
+
+def _max_new_tokens(num_prompt: int, options: Options, limits: RequestLimits, dialect: Dialect, about: str = "") -> int:
     """How many tokens may come. Native routes cut off what is wished beyond the context, as long as 1,024 fit; OpenAI's
-    refuse it."""
+    refuse it. `about`: what messages say before `num_prompt`."""
     room = limits.max_total_tokens - num_prompt
     wished = max(room, 0) if options.max_new_tokens is None else options.max_new_tokens
     checked = wished if dialect == "openai" else min(wished, _CHECKED_NEW_TOKENS)
     if num_prompt + checked > limits.max_total_tokens:
         if dialect == "openai":
-            raise _too_long_for_openai(num_prompt, options.max_new_tokens, limits)
+            raise _too_long_for_openai(num_prompt, options.max_new_tokens, limits, about)
         raise ContextLengthError(
             f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}. "
-            f"Given: {num_prompt} `inputs` tokens and {checked} `max_new_tokens`"
+            f"Given: {about}{num_prompt} `inputs` tokens and {checked} `max_new_tokens`"
         )
     if num_prompt > limits.max_input_tokens or room < 1:
         if dialect == "openai":
@@ -194,13 +210,15 @@ def _max_new_tokens(num_prompt: int, options: Options, limits: RequestLimits, di
     return min(wished, room)
 
 
-def _too_long_for_openai(num_prompt: int, new_tokens: int | None, limits: RequestLimits) -> ContextLengthError:
+def _too_long_for_openai(
+    num_prompt: int, new_tokens: int | None, limits: RequestLimits, about: str = ""
+) -> ContextLengthError:
     if new_tokens:
-        parts = f"{num_prompt} in the prompt, {new_tokens} in the completion"
-        asked = f"you requested {num_prompt + new_tokens} tokens ({parts})"
+        parts = f"{about}{num_prompt} in the prompt, {new_tokens} in the completion"
+        asked = f"you requested {about}{num_prompt + new_tokens} tokens ({parts})"
         also = ""
     else:
-        asked = f"your prompt has {num_prompt} tokens"
+        asked = f"your prompt has {about}{num_prompt} tokens"
         also = f", and it takes prompts of at most {limits.max_input_tokens} tokens"
     # clients look for the first words
     limit = f"This model's maximum context length is {limits.max_total_tokens} tokens{also}"

@@ -42,6 +42,8 @@ def grammar_of(options: Options, limits: RequestLimits, dialect: Dialect) -> Gra
         return None
     if not limits.grammars:
         raise GrammarError("grammar is not supported", options.grammar_field)
+    if not isinstance(grammar, GrammarSpec):
+        bounds.GRAMMAR.check(grammar, limits, dialect)
     spec = grammar if isinstance(grammar, GrammarSpec) else guided.native_grammar(grammar)
     for name, given in (("ignore_eos", options.ignore_eos), ("min_new_tokens", options.min_new_tokens)):
         if given:  # a grammar says itself where the answer ends

@@ -6,7 +6,7 @@ SentencePiece's `tokenizer.model` (`sentencepiece.py`). Encoding lets other thre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,19 +81,19 @@ class Tokenizer:
         ids: list[int] = self._encodings(self._inner.encode_batch_fast, text, add_special_tokens).ids
         return ids
 
-    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[Offset]:
-        """Tokens of `text` and where they are in its UTF-8 bytes, special tokens included."""
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> Iterator[Offset]:
+        """Tokens of `text` and where they are in its UTF-8 bytes, special tokens included. Encodes with the first."""
         found = self._encodings(self._inner.encode_batch, text, add_special_tokens)
         byte_at = _byte_positions(text)
         raw = text.encode()
-        out: list[Offset] = []
-        for token_id, (start, stop), added in zip(found.ids, found.offsets, found.special_tokens_mask, strict=True):
-            if added:
-                out.append(Offset(token_id, "", 0, 0))
+        for i, token_id in enumerate(found.ids):
+            at = found.token_to_chars(i)  # `found.offsets` of a million tokens would keep other threads waiting
+            if at is None:
+                yield Offset(token_id, "", 0, 0)
                 continue
+            start, stop = at
             first, last = (start, stop) if byte_at is None else (byte_at[start], byte_at[stop])
-            out.append(Offset(token_id, raw[first:last].decode(errors="replace"), first, last))
-        return out
+            yield Offset(token_id, raw[first:last].decode(errors="replace"), first, last)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Bytes that are no characters become U+FFFD, and no others are lost."""

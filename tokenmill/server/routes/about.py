@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import msgspec
 
 from tokenmill.errors import ValidationError
 from tokenmill.server.call import Call
 from tokenmill.server.routes.chat import render
-from tokenmill.server.routes.chat_checks import check_fields, check_messages
 from tokenmill.server.routes.chat_tools import tools_of
 from tokenmill.server.schema.native import ChatTokenizeResponse, GenerateRequest, Info, SimpleToken
 from tokenmill.server.schema.openai import ChatRequest
+from tokenmill.text.tokenizer import Tokenizer
 
+_PART = 10_000  # tokens
 _encode = msgspec.json.Encoder().encode
 
 
@@ -60,18 +63,24 @@ async def tokenize(call: Call) -> None:
     model, _, _ = call.service.ready()
     if not body.inputs:
         raise ValidationError("`inputs` cannot be empty", "inputs")
-    tokens = await call.service.in_thread(lambda: model.tokenizer.encode_with_offsets(body.inputs))
-    await call.answer(_encode([SimpleToken(*token) for token in tokens]))
+    await call.answer(await call.service.in_thread(lambda: _tokens_of(model.tokenizer, body.inputs)))
 
 
 async def get_chat_tokenize(call: Call) -> None:
     """The prompt that a chat makes, and its tokens: what `/v1/chat/completions` would generate from."""
     body = await call.decode(ChatRequest)
     model, _, _ = call.service.ready()
-    check_fields(body)
-    check_messages(body.messages)
     text = await render(call, body, tools_of(body))
-    tokens = await call.service.in_thread(
-        lambda: model.tokenizer.encode_with_offsets(text, add_special_tokens=False) if text else []
-    )
-    await call.answer(_encode(ChatTokenizeResponse([SimpleToken(*token) for token in tokens], text)))
+
+    def work() -> bytes:
+        tokens = _tokens_of(model.tokenizer, text, add_special_tokens=False) if text else b"[]"
+        return _encode(ChatTokenizeResponse(msgspec.Raw(tokens), text))  # type: ignore[arg-type]  # is JSON already
+
+    await call.answer(await call.service.in_thread(work))
+
+
+def _tokens_of(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> bytes:
+    """The tokens of a text, as a JSON list. Encoded in parts, for other threads wait while one is encoded."""
+    offsets = tokenizer.encode_with_offsets(text, add_special_tokens)
+    parts = iter(lambda: _encode([SimpleToken(*offset) for offset in islice(offsets, _PART)])[1:-1], b"")
+    return b"[" + b",".join(parts) + b"]"

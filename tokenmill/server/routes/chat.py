@@ -16,8 +16,7 @@ from tokenmill.server.routes.chat_tools import Tools, newer, tools_of, with_tool
 from tokenmill.server.routes.openai import Envelope, check_common, grammar_of, options_of
 from tokenmill.server.schema.openai import ChatRequest
 from tokenmill.text import guided
-
-_SHORT_CHAT = 2000  # characters of all messages; longer ones are rendered in a thread
+from tokenmill.text.chat_template import ChatTemplate
 
 
 class Prompted(NamedTuple):
@@ -85,19 +84,21 @@ async def _speech(
     assert template is not None  # it made the prompt
     source = template.source if tools is None else template.tool_source
     voice = Voice(model.tokenizer, source, options.tool_call_parser, options.reasoning_parser)
-    if tools is None:
-        return speech_of(voice, body, prompt, None, wanted)
-    return await call.service.in_thread(lambda: speech_of(voice, body, prompt, tools, wanted))
+    return await call.work(lambda: speech_of(voice, body, prompt, tools, wanted))
 
 
 async def render(call: Call, body: ChatRequest, tools: Tools | None) -> str:
     """The prompt that the model's chat template makes of a chat. ValidationError, TemplateError."""
     check_fields(body)
-    check_messages(body.messages)
     model, _, _ = call.service.ready()
     template = model.tokenizer.chat_template
     if template is None:
         raise TemplateError("template not found")
+    return await call.work(lambda: _rendered(template, body, tools))
+
+
+def _rendered(template: ChatTemplate, body: ChatRequest, tools: Tools | None) -> str:
+    check_messages(body.messages)
     told = tools if tools is not None and tools.choice != "none" else None
     source = template.source if told is None else template.tool_source
     kwargs = {**template_fields(body, source), **(body.chat_template_kwargs or {})}
@@ -106,19 +107,14 @@ async def render(call: Call, body: ChatRequest, tools: Tools | None) -> str:
         messages = written_out(messages)
     if told is not None:
         messages = with_tool_prompt(messages, told, body.tool_prompt, template_knows=template.shows_tools)
-
-    def work() -> str:
-        return template.render(
-            messages,
-            tools=told.given if told is not None and template.shows_tools else None,
-            documents=body.documents,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            kwargs=kwargs,
-        )
-
-    small = len(messages) <= 16 and not body.documents and not told and sum(map(_size, messages)) <= _SHORT_CHAT
-    return work() if small else await call.service.in_thread(work)
+    return template.render(
+        messages,
+        tools=told.given if told is not None and template.shows_tools else None,
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        kwargs=kwargs,
+    )
 
 
 def _param(error: ValidationError, body: ChatRequest) -> str | None:
@@ -135,9 +131,3 @@ def _named_for(source: str, messages: list[dict[str, Any]]) -> list[dict[str, An
     if all(message.get("role") != "developer" for message in messages) or "developer" in source:
         return messages
     return [{**message, "role": "system"} if message.get("role") == "developer" else message for message in messages]
-
-
-def _size(message: dict[str, Any]) -> int:
-    """Characters of a message, about; lists and calls count as long."""
-    content = message.get("content")
-    return len(content) if isinstance(content, str) and "tool_calls" not in message else 200

@@ -22,6 +22,7 @@ from tokenmill.server.routes.openai import (
     token_name,
 )
 from tokenmill.server.schema.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from tokenmill.server.service import ServiceOptions
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.guided import Wanted
 from tokenmill.text.limits import LOGPROBS
@@ -51,7 +52,7 @@ async def completions(call: Call) -> None:
 
 async def answer_completion(call: Call, body: CompletionRequest) -> None:
     """Answer a completion that came by whatever route. The call's dialect should be "openai"."""
-    prompts = _prompts(call, body)
+    prompts = await call.work(lambda: _prompts(call.service.options, body))
     n = check_common(call, body, num_prompts=len(prompts))
     copies = _copies(body, n)
     limits = call.service.ready()[1]
@@ -71,21 +72,20 @@ async def answer_completion(call: Call, body: CompletionRequest) -> None:
     await (answering.stream if body.stream else answering.fold)(call, sequences, answer)
 
 
-def _prompts(call: Call, body: CompletionRequest) -> list[str | list[int]]:
+def _prompts(options: ServiceOptions, body: CompletionRequest) -> list[str | list[int]]:
     """The prompts, each a text or token ids. ValidationError for anything else and for too many."""
     if body.suffix:
         raise SuffixError("Suffix is not supported: put it into the prompt before the request", "suffix")
     given = body.prompt
     if isinstance(given, str):
         return [given]
-    prompts: list[str | list[int]] = [given] if given and all(_is_id(x) for x in given) else given
+    prompts: list[str | list[int]] = [given] if _are_ids(given) else given
     if not prompts:
         raise ValidationError("Invalid 'prompt': it must not be empty", "prompt")
-    for prompt in prompts:
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_id, prompt))):
-            raise ValidationError("Invalid 'prompt': it must be a text, token ids, or a list of either", "prompt")
-    options = call.service.options
     most = min(options.max_client_batch_size, options.max_concurrent_requests)
+    for prompt in prompts[: most + 1]:
+        if not isinstance(prompt, str) and not _are_ids(prompt):
+            raise ValidationError("Invalid 'prompt': it must be a text, token ids, or a list of either", "prompt")
     if len(prompts) > most:
         raise BatchSizeError(
             f"Number of prompts exceeds the maximum allowed batch size of {most}. Given: {len(prompts)}", "prompt"
@@ -93,8 +93,9 @@ def _prompts(call: Call, body: CompletionRequest) -> list[str | list[int]]:
     return prompts
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_ids(value: Any) -> bool:
+    """True for a list of whole numbers, at least one."""
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _copies(body: CompletionRequest, n: int) -> int:

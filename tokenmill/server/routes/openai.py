@@ -21,14 +21,12 @@ from tokenmill.server.schema.openai import (
     Usage,
 )
 from tokenmill.text import guided
-from tokenmill.text.limits import OPENAI_TABLE
+from tokenmill.text.limits import GRAMMAR_FIELDS, OPENAI_TABLE
 from tokenmill.text.prepare import Options
 from tokenmill.text.tokenizer import Tokenizer
 
 FINISH = {"": None, "eos": "stop", "stop": "stop", "length": "length"}
 _NO_CHOICES = b'"choices":[]'
-_LARGE_BODY = 20_000
-"""Bytes of a request from which its schema is checked in a thread."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -75,13 +73,10 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
 
 async def grammar_of(call: Call, body: SamplingFields) -> guided.Wanted | None:
     """What the answer is to follow, by whatever field; None if it is free. ValidationError, GrammarError."""
-    given = {name: value for name in guided.FIELDS if (value := getattr(body, name)) is not None}
+    given = {name: value for name in GRAMMAR_FIELDS if (value := getattr(body, name)) is not None}
     if not given:
         return None
-    large = call.num_bytes > _LARGE_BODY
-    wanted = (
-        await call.service.in_thread(lambda: guided.openai_grammar(given)) if large else guided.openai_grammar(given)
-    )
+    wanted = await call.work(lambda: guided.openai_grammar(given))
     if wanted is not None and not call.service.ready()[1].grammars:
         raise GrammarError("grammar is not supported", wanted.field)
     return wanted

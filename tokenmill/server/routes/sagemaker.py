@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
 
 from tokenmill.server import failures
 from tokenmill.server.call import Call
@@ -15,7 +15,7 @@ from tokenmill.server.schema.openai import ChatRequest, CompletionRequest
 
 async def sagemaker_compatibility(call: Call) -> None:
     """`inputs`: as POST `/`; `messages`: a chat; `prompt`: a completion. The first that is there decides."""
-    body = await call.decode(dict[str, Any])
+    body = await call.decode(dict[str, msgspec.Raw])
     if "inputs" in body:
         await answer_compat(call, await call.decode(CompatRequest))
     elif "messages" in body:

@@ -51,7 +51,7 @@ async def _plain(
     call: Call, instance: dict[str, Any], common: GenerateParameters | None, where: str
 ) -> tuple[Prepared, str, int]:
     """The prompt, what is put before its text, and its characters."""
-    body = _converted(instance, VertexInstance, where)
+    body = await call.work(lambda: _converted(instance, VertexInstance, where))
     given = parameters_of(body.parameters if body.parameters is not None else common)
     if given.do_sample is None:  # TGI samples on this route
         given = msgspec.structs.replace(given, do_sample=True)
@@ -68,7 +68,7 @@ async def _chat(
         raise failures.BodyError(422, f"{where}: an instance must have `inputs` or `messages`", where)
     if common is not None:
         raise ValidationError("`parameters` hold for instances with `inputs` only", "parameters")
-    body = _converted(instance, ChatRequest, where)
+    body = await call.work(lambda: _converted(instance, ChatRequest, where))
     if body.stream:
         raise ValidationError(f"`stream` is not supported here. Given in {where}", "stream")
     if (body.n or 1) > 1:
