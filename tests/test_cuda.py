@@ -133,7 +133,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert "heads of 300" in refusal(altered(program, head_dim=300), "", 1)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64, 90])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64, 90, 150])
 @pytest.mark.parametrize("act", ["", "silu"])
 @pytest.mark.parametrize("outputs, columns", [(128, 512), (96, 128), (200, 256)])
 def test_products_of_few_rows_are_products(rows: int, act: str, outputs: int, columns: int) -> None:

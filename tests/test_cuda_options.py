@@ -16,12 +16,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support_cpu import kernel_folder
 from support_cuda import DEVICE, ON_GPU, altered, torch, write_random
+from triton.runtime.errors import OutOfResources
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda import detect, explain, flashinfer, prepare
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.explain import How, kernels_of, product_of, rules_of
 from tokenmill.backends.cuda.flashinfer import FlashInfer
+from tokenmill.backends.cuda.launch import Site
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import Product, Scratch
 from tokenmill.backends.cuda.slots import CudaSlots
@@ -219,20 +221,31 @@ def test_how_many_layers_have_scales_is_told(tmp_path: Path) -> None:
     assert rules["KV cache"] == "fp8_e4m3fn, scales of the checkpoint for 1 of 3 layers"
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65])
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65, 129, 300, 1535, 1536, 9000])
 @pytest.mark.parametrize(
-    "outputs, columns, act", [(256, 512, ""), (8192, 4096, ""), (1024, 1024, "silu"), (96, 80, "")]
+    "outputs, columns, act",
+    [(256, 512, ""), (8192, 4096, ""), (1024, 1024, "silu"), (96, 80, ""), (2048, 4096, "silu"), (64, 80, "silu")],
 )
-def test_what_is_told_of_products_is_what_they_do(rows: int, outputs: int, columns: int, act: str) -> None:
-    gated = bool(act)
+def test_what_is_told_of_products_is_what_they_do(
+    rows: int, outputs: int, columns: int, act: str, copies: bool
+) -> None:
+    gated, scratch = bool(act), Scratch(64, torch.device("cpu"))
+    scratch.tma = copies
     product = Product(
         torch.empty(1, columns), torch.empty(outputs * (1 + gated), columns), None, torch.empty(1, outputs), act,
-        Scratch(64, torch.device("cpu")),
+        scratch,
     )  # fmt: skip
-    told = product_of(outputs, columns, gated, How(dtype="bfloat16"))
-    few = re.search(r"few_rows up to (\d+)", told)
-    expected = "one_row" in told if rows == 1 else few is not None and rows <= int(few[1])
+    told = product_of(outputs, columns, gated, How(dtype="bfloat16", copies=copies))
+    few = re.search(r"few_rows (above|up to (\d+)(?: and from (\d+))?)", told)
+    if rows == 1:
+        expected = "one_row" in told
+    elif few is None or few[1] == "above":
+        expected = few is not None
+    else:
+        expected = rows <= int(few[2]) or (few[3] is not None and rows >= int(few[3]))
     assert product.fits(rows) == expected
+    assert ("cuBLAS" in told) == (few is None or few[1] != "above")
 
 
 # flashinfer
@@ -428,3 +441,30 @@ def test_loading_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     slots = CudaSlots(memory.limits, 128, memory.device)
     assert flashinfer.load(memory, slots, report=seen.append) is not None
     assert [(p.phase, p.done, p.total) for p in seen] == [("compile", 1, 2), ("compile", 2, 2)]
+
+
+# launches
+
+
+def test_a_kernel_that_needs_more_shared_memory_than_there_is_keeps_fewer_rounds_in_flight() -> None:
+    launched: list[tuple[Any, ...]] = []
+
+    class Kernel:
+        """Fits with two."""
+
+        needs = 2
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*arguments: Any, STAGES: int, num_warps: int) -> object:
+                if self.needs < STAGES:
+                    raise OutOfResources(STAGES << 15, self.needs << 15, "shared memory")
+                launched.append((*grid, *arguments, STAGES, num_warps))
+                return object()
+
+            return launch
+
+    Site(Kernel())((3,), "x", STAGES=4, num_warps=8)
+    assert launched == [(3, "x", 2, 8)]
+    Kernel.needs = 0
+    with pytest.raises(OutOfResources):
+        Site(Kernel())((3,), "x", STAGES=4, num_warps=8)

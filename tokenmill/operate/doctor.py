@@ -165,12 +165,14 @@ def _cuda_backend(program: Program, checkpoint: Checkpoint, computing: Computing
     dtype = dtype_of(Choice("cuda"), checkpoint, computing.dtype)
     (major, minor), why = capability(), not_compilable()
     text = f"cuda, {device_name()} (compute capability {major}.{minor}), {dtype}, {weights}"
-    kernels = _cuda_kernels(program, checkpoint, computing)
+    kernels = _cuda_kernels(program, checkpoint, computing, copies=(major, minor) >= (9, 0))
     return Finding("backend", "note" if why else "ok", f"{text}; {why}" if why else text, kernels)
 
 
-def _cuda_kernels(program: Program, checkpoint: Checkpoint, computing: Computing) -> tuple[str, ...]:
-    """Imports torch and triton."""
+def _cuda_kernels(
+    program: Program, checkpoint: Checkpoint, computing: Computing, *, copies: bool = True
+) -> tuple[str, ...]:
+    """`copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
     from tokenmill.backends.cuda.explain import How, kernels_of, rules_of
 
     how = How(
@@ -178,6 +180,7 @@ def _cuda_kernels(program: Program, checkpoint: Checkpoint, computing: Computing
         kv_cache_dtype=computing.kv_cache_dtype,
         deterministic=computing.deterministic,
         attention=computing.attention,
+        copies=copies,
     )
     told = {kind: _times(kernels) for kind, kernels in kernels_of(program, how).items()}
     told |= rules_of(program, checkpoint, how)

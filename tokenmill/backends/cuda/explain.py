@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_told
 from tokenmill.backends.cuda.prepare import attention_of, fused
-from tokenmill.backends.cuda.products import MOST, few_shape, row_shape
+from tokenmill.backends.cuda.products import MANY, MOST, few_shape, row_shape
 from tokenmill.backends.cuda.scales import SCALED, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
 from tokenmill.program import ops
@@ -27,6 +27,7 @@ class How:
     kv_cache_dtype: str = ""
     deterministic: bool = False
     attention: str = ""
+    copies: bool = True  # it has a copy engine for tiles: Hopper and later
 
     @property
     def item_bytes(self) -> int:
@@ -105,10 +106,14 @@ def product_of(outputs: int, columns: int, gated: bool, how: How) -> str:
     parts = []
     if row_shape(outputs, columns, gated) is not None:
         parts.append("one_row at 1 row")
-    most = max((rows for rows in range(2, MOST + 1) if few_shape(rows, outputs, columns, gated) is not None), default=0)
-    if most:
-        parts.append(f"few_rows up to {most}")
-    return ", ".join([*parts, "cuBLAS above" if parts else "cuBLAS"])
+    last = MANY if how.copies else MOST
+    ours = [few_shape(rows, outputs, columns, gated) is not None for rows in range(2, last + 1)]
+    if all(ours) and how.copies:
+        return ", ".join([*parts, "few_rows above"])
+    up_to = ours.index(False) + 1 if False in ours else last
+    if up_to > 1:
+        parts.append(f"few_rows up to {up_to}" + (f" and from {last}" if ours[-1] and last > MOST else ""))
+    return ", ".join([*parts, "cuBLAS above" if parts and "from" not in parts[-1] else "cuBLAS"])
 
 
 def _behind(product: str) -> str:

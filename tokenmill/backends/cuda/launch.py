@@ -12,6 +12,7 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton.runtime import JITFunction, driver
+from triton.runtime.errors import OutOfResources
 
 _KNOWN = ("3.4", "3.5", "3.6", "3.7")
 """Tritons whose compiled kernels are launched as here; with another, each launch goes Triton's own way."""
@@ -46,11 +47,19 @@ class Site:
         )  # fmt: skip
 
     def _first(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        compiled = self._kernel[grid](*arguments, **constants)
+        told = tuple(constants.values())
+        while True:
+            try:
+                compiled = self._kernel[grid](*arguments, **constants)
+                break
+            except OutOfResources:  # sizes are those of cards with much shared memory; fewer rounds in flight need less
+                if constants.get("STAGES", 1) == 1:
+                    raise
+                constants = {**constants, "STAGES": constants["STAGES"] - 1}
         known = isinstance(self._kernel, JITFunction) and triton.__version__.startswith(_KNOWN)
         if known and compiled is not None:  # None: a hook has kept Triton from compiling
             rest = tuple(constants[name] for name in self._names[len(arguments) :])
-            self._found[tuple(constants.values())] = compiled, rest
+            self._found[told] = compiled, rest
 
 
 def _stream() -> int:

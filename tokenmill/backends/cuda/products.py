@@ -1,7 +1,7 @@
 """Products with a matrix, by rows: one row, few rows, or cuBLAS; and which sizes of tiles each takes.
 
-The sizes are those that an H200 liked best for the matrices of an 8B and a 1B model (many lie within 3 %); cuBLAS is
-kept where it was faster.
+The sizes are those that an H100 and an H200 liked best for the matrices of an 8B and a 1B model (many lie within 3 %);
+cuBLAS is kept where it was faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tokenmill.backends.cuda.launch import Site
 from tokenmill.backends.cuda.shapes import power
 
 FEW = 64  # rows up to which kernels are launched ahead
-MOST = 128  # rows up to which there are kernels of our own
+MOST = 128  # rows of a tile at most, and up to which products other than gated ones have a kernel of our own
+MANY = 1536  # rows from which that of a gated one is faster again, for it saves what the activation reads and writes
 _TILES = (16, 32, 64, MOST)  # rows of a tile
 
 
@@ -65,9 +66,12 @@ def row_shape(outputs: int, columns: int, gated: bool) -> RowShape | None:
 
 
 def few_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape | None:
-    """Of a matrix (outputs, columns) and so many rows; None if cuBLAS is better."""
-    if rows > MOST or columns % 128:
+    """Of a matrix (outputs, columns) and so many rows; None if cuBLAS is better. Above MOST it needs a copy engine."""
+    if columns % 128:
         return None
+    if rows > MOST:
+        better = gated and (columns < 4096 or rows <= 2 * MOST or rows >= MANY)
+        return FewShape(128, 64, 1, 4, 8, True) if better else None
     if rows > FEW:
         return _shape_of_many(outputs, columns, gated)
     if outputs >= 1 << 16:
@@ -140,7 +144,12 @@ class Product:
             return False
         if rows == 1:
             return self._row is not None
-        return few_shape(rows, self._outputs, self._columns, bool(self._act)) is not None
+        shape = few_shape(rows, self._outputs, self._columns, bool(self._act))
+        return shape is not None and (rows <= MOST or self._copies(shape))
+
+    def _copies(self, shape: FewShape) -> bool:
+        """Whether tiles are read by the copy engine."""
+        return shape.tma and self._scratch is not None and self._scratch.tma and self._x.stride(0) % 8 == 0
 
     @property
     def _row(self) -> RowShape | None:
@@ -154,7 +163,7 @@ class Product:
         shape = self._shape(rows)
         part, counts = (self._out, self._out) if self._scratch is None else (self._scratch.part, self._scratch.counts)
         tile = next((tile for tile in _TILES if rows <= tile), MOST)
-        tma = shape.tma and self._scratch is not None and self._scratch.tma and self._x.stride(0) % 8 == 0
+        tma = self._copies(shape)
         x, weight = self._described(tile, shape) if tma else (self._x, self._weight)
         self._few(
             (triton.cdiv(self._outputs, shape.outputs), shape.splits, triton.cdiv(rows, tile)),

@@ -1,5 +1,5 @@
-"""Products of few rows with a matrix, bound by reading the matrix: one row on the ordinary cores, up to 64 on tensor
-cores with the operands swapped, so that rows are not padded to 64.
+"""Products with a matrix, most of them bound by reading it: of one row on the ordinary cores, of more on tensor cores
+with the operands swapped, so that few rows are not padded to 64.
 
 What stands around a product is done with it: the norm of its input, bias, residual, and act(gate) · up of a matrix of
 which one half is the gate and the other `up`. PDL: launched while the kernel before still runs; nothing but weights is
