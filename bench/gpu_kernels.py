@@ -42,6 +42,13 @@ TILES = [
 ]  # fmt: skip
 
 
+_GATED = (
+    (128, 128, 64, 1, 4, 8), (128, 128, 64, 1, 3, 8), (256, 64, 64, 1, 4, 8), (256, 64, 64, 1, 3, 8),
+    (128, 128, 32, 1, 6, 8), (128, 64, 64, 1, 5, 4),
+)  # fmt: skip
+"""Of many rows: rows a tile, outputs, columns a round, splits, rounds in flight, warps."""
+
+
 class Case(NamedTuple):
     """What is timed. `bytes`: that it must read; `run(variant)`: one launch; `off()`: the last one's relative error."""
 
@@ -190,11 +197,12 @@ def product_case(shape: str, matrix: str, rows: int, variants: list[Any]) -> Cas
     outputs, columns = MATRICES[shape][matrix]
     copies = max(2, int(4e8 // (outputs * columns * 2)))  # more than the caches hold
     weights = [torch.randn(outputs, columns, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
-    x = torch.randn(256, columns, device="cuda", dtype=torch.bfloat16)
+    most = max(256, rows)
+    x = torch.randn(most, columns, device="cuda", dtype=torch.bfloat16)
     gated = matrix == "gate_up"
     made = outputs // 2 if gated else outputs
-    out = torch.empty(256, made, device="cuda", dtype=torch.bfloat16)
-    whole = torch.empty(256, outputs, device="cuda", dtype=torch.bfloat16) if gated else out
+    out = torch.empty(most, made, device="cuda", dtype=torch.bfloat16)
+    whole = torch.empty(most, outputs, device="cuda", dtype=torch.bfloat16) if gated else out
     part = torch.empty(8 * 2 * power(made) * 128, device="cuda") if made < 1 << 16 else x
     counts = torch.zeros(1 << 14, dtype=torch.int32, device="cuda")
     turn = itertools.count()
@@ -210,7 +218,7 @@ def product_case(shape: str, matrix: str, rows: int, variants: list[Any]) -> Cas
             return
         bm, bn, bk, splits, stages, warps, tma = variant
         described = (
-            (TensorDescriptor(x, [256, columns], [columns, 1], [bm, bk]), TensorDescriptor(weight, [outputs, columns],
+            (TensorDescriptor(x, [most, columns], [columns, 1], [bm, bk]), TensorDescriptor(weight, [outputs, columns],
              [columns, 1], [bn, bk])) if tma else (x, weight)
         )  # fmt: skip
         few_rows[(triton.cdiv(made, bn), splits, triton.cdiv(rows, bm))](
@@ -239,6 +247,8 @@ def decode_variants(rows: int, listed: bool = True) -> list[Any]:
 
 
 def product_variants(rows: int, matrix: str, columns: int) -> list[Any]:
+    if rows > 256:
+        return ["cuBLAS", *((*sizes, True) for sizes in _GATED)] if matrix == "gate_up" else ["cuBLAS"]
     if rows > 128:
         return many_variants(matrix, columns)
     bm = max(16, power(rows)) if rows <= 64 else 128
