@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,21 @@ if not ON_GPU:
         return torch.from_numpy(x.view(np.float32)).to(made).view(torch.uint8).numpy().reshape(x.shape)
 
     interpreter._convert_float = rounded
+
+    # What takes most of the interpreter's time, and changes nothing: it replaces its language's functions anew at every
+    # call of one, computes overflows that nobody is told of, and makes a table for each look into it.
+    language = pytest.importorskip("triton.language")
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    def numpy_type(kind: Any, known: dict[str, Any] = {}, find: Any = interpreter._get_np_dtype) -> Any:  # noqa: B006
+        if kind.name not in known:
+            known[kind.name] = find(kind)
+        return known[kind.name]
+
+    interpreter._get_np_dtype = numpy_type
 else:
     pytest.importorskip("triton")
 

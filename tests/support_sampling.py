@@ -1,4 +1,7 @@
-"""The rules of sampling, written a second time: one row, float64, Python integers. An oracle for tests."""
+"""The rules of sampling, written a second time: one row, float64, Python integers. An oracle for tests.
+
+And what the tests of every backend ask it about: requests of all parameters, the step that samples for them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import math
 import random
 
 import numpy as np
+import pytest
 
-from tokenmill.backends.base import Masks
-from tokenmill.wire.messages import SamplingParams, StoppingParams
+from tokenmill.backends.base import Admitted, Masks, StepInputs
+from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
 
 MASK = 2**32 - 1
 
@@ -37,6 +41,74 @@ def reference_green(previous_id: int, gamma: float, vocab_size: int) -> list[int
         other = i + twister.getrandbits(32) % (vocab_size - i)
         ids[i], ids[other] = ids[other], ids[i]
     return ids[: int(vocab_size * gamma)]
+
+
+def a_request(prompt=(1, 2, 3), stopping=None, **params) -> Request:
+    return Request(1, tuple(int(i) for i in prompt), SamplingParams(**params), stopping or StoppingParams(10))
+
+
+def random_request(rng, vocab: int, *, most_k: int = 10**6, watermarked: float = 0.25) -> Request:
+    """Any parameters; a watermark with that probability, for its oracle is slow."""
+
+    def maybe(value, off, p=0.35):
+        return value if rng.random() < p else off
+
+    prompt = tuple(int(i) for i in rng.integers(0, vocab, rng.integers(1, 20)))
+    params = SamplingParams(
+        temperature=float(rng.choice([0.0, 0.5, 1.0, 1.7])),
+        top_k=maybe(int(rng.integers(1, min(vocab, most_k) + 20)), 0),
+        top_p=maybe(float(rng.uniform(0.05, 0.99)), 1.0),
+        typical_p=maybe(float(rng.uniform(0.05, 0.99)), 1.0),
+        min_p=maybe(float(rng.uniform(0.01, 0.9)), 0.0),
+        repetition_penalty=maybe(float(rng.uniform(0.5, 2.0)), 1.0),
+        frequency_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
+        presence_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
+        seed=int(rng.integers(0, 2**63)),
+        logit_bias=tuple((int(i), float(rng.normal())) for i in rng.integers(0, vocab, maybe(4, 0))),
+        logprobs=maybe(int(rng.integers(0, 5)), -1),
+        raw_logprobs=bool(rng.random() < 0.5),
+        watermark_gamma=maybe(float(rng.choice([0.25, 0.5, 0.9, 1.0])), 0.0, watermarked),
+        watermark_delta=float(rng.choice([-1.5, 2.0, 4.0])),
+    )
+    least = int(rng.integers(0, 6)) if rng.random() < 0.3 else 0
+    stop_ids = tuple(int(i) for i in rng.choice(vocab, 3, replace=False))
+    return Request(1, prompt, params, StoppingParams(50, least, stop_ids))
+
+
+def make_step(requests, outputs=None, slots=None, tail="full") -> StepInputs:
+    """A step that samples each request's next token."""
+    outputs = outputs or [[] for _ in requests]
+    number = np.array(slots if slots is not None else range(len(requests)), np.int32)
+    ids = [np.array([*r.prompt_ids, *o], np.int32) for r, o in zip(requests, outputs, strict=True)]
+    return StepInputs(
+        number,
+        np.array([len(i) for i in ids], np.int32) - 1,
+        np.ones(len(ids), np.int32),
+        np.arange(len(ids), dtype=np.int32),
+        tuple(Admitted(int(s), r, i) for s, r, i in zip(number, requests, ids, strict=True)),
+        tail=tail,
+        logprobs=max(r.sampling.logprobs for r in requests),
+        prompt_logprobs=max(r.sampling.prompt_logprobs for r in requests),
+    )
+
+
+def assert_the_rules(logits, requests, outputs, found, allowed=None) -> None:
+    """Tokens and details of a step, None if no row has any, are those of the rules."""
+    token_ids, details = found
+    details = details or [None] * len(requests)
+    for i, (request, token_id, detail) in enumerate(zip(requests, token_ids, details, strict=True)):
+        params, prompt = request.sampling, list(request.prompt_ids)
+        mask = None if allowed is None else allowed[i]
+        scores = reference_scores(logits[i], prompt, outputs[i], params, request.stopping, mask)
+        assert token_id == reference_choice(scores, params, len(prompt) + len(outputs[i])), (params, request.stopping)
+        if params.logprobs < 0 or token_id < 0:
+            assert detail is None
+            continue
+        expected = log_softmax(logits[i] if params.raw_logprobs else scores)
+        best = [int(j) for j in np.argsort(-expected, kind="stable")[: params.logprobs] if expected[j] > -np.inf]
+        assert detail.logprob == pytest.approx(expected[token_id], abs=1e-4)
+        assert list(detail.top_ids) == best
+        assert detail.top_logprobs == pytest.approx(expected[best], abs=1e-4)
 
 
 def softmax(x):

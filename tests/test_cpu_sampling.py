@@ -6,22 +6,25 @@ import numpy as np
 import pytest
 from support_cpu import kernel_folder
 from support_sampling import (
+    a_request,
+    assert_the_rules,
     chi_square,
     log_softmax,
+    make_step,
     random_masks,
-    reference_choice,
+    random_request,
     reference_noise,
     reference_scores,
     softmax,
 )
 
-from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
+from tokenmill.backends.base import Masks, StepInputs, StepLimits
 from tokenmill.backends.cpu import isa, layout
 from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.slots import Slots
 from tokenmill.backends.sampling import MOST_TIES
-from tokenmill.wire.messages import Request, SamplingParams, StoppingParams, TokenDetails
+from tokenmill.wire.messages import SamplingParams, StoppingParams, TokenDetails
 
 VOCAB, SLOTS, MAX_TOTAL, THREADS = 61, 12, 64, 2
 
@@ -75,56 +78,9 @@ class Bench:
         return self.sampler.details()
 
 
-def a_request(prompt=(1, 2, 3), stopping=None, **params) -> Request:
-    return Request(1, tuple(prompt), SamplingParams(**params), stopping or StoppingParams(10))
-
-
-def make_step(requests, outputs=None, slots=None) -> StepInputs:
-    """A step that samples each request's next token."""
-    outputs = outputs or [[] for _ in requests]
-    number = np.array(slots if slots is not None else range(len(requests)), np.int32)
-    ids = [np.array([*r.prompt_ids, *o], np.int32) for r, o in zip(requests, outputs, strict=True)]
-    return StepInputs(
-        number,
-        np.array([len(i) for i in ids], np.int32) - 1,
-        np.ones(len(ids), np.int32),
-        np.arange(len(ids), dtype=np.int32),
-        tuple(Admitted(int(s), r, i) for s, r, i in zip(number, requests, ids, strict=True)),
-        tail="full",
-        logprobs=max(r.sampling.logprobs for r in requests),
-    )
-
-
 def run(kernel, logits, requests, outputs=None, slots=None, masks=None):
     bench = Bench(kernel, logits.shape[1], max(SLOTS, len(requests)))
     return bench.sample(logits, make_step(requests, outputs, slots), masks)
-
-
-def random_request(rng, vocab=VOCAB) -> Request:
-    def maybe(value, off, p=0.35):
-        return value if rng.random() < p else off
-
-    prompt = tuple(int(i) for i in rng.integers(0, vocab, rng.integers(1, 20)))
-    params = SamplingParams(
-        temperature=float(rng.choice([0.0, 0.5, 1.0, 1.7])),
-        top_k=maybe(int(rng.integers(1, vocab + 20)), 0),
-        top_p=maybe(float(rng.uniform(0.05, 0.99)), 1.0),
-        typical_p=maybe(float(rng.uniform(0.05, 0.99)), 1.0),
-        min_p=maybe(float(rng.uniform(0.01, 0.9)), 0.0),
-        repetition_penalty=maybe(float(rng.uniform(0.5, 2.0)), 1.0),
-        frequency_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
-        presence_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
-        seed=int(rng.integers(0, 2**63)),
-        logit_bias=tuple((int(i), float(rng.normal())) for i in rng.integers(0, vocab, maybe(4, 0))),
-        logprobs=maybe(int(rng.integers(0, 5)), -1),
-        raw_logprobs=bool(rng.random() < 0.5),
-        watermark_gamma=maybe(float(rng.choice([0.25, 0.5, 0.9, 1.0])), 0.0, 0.25),
-        watermark_delta=float(rng.choice([-1.5, 2.0, 4.0])),
-    )
-    stop_ids = tuple(int(i) for i in rng.choice(vocab, 3, replace=False))
-    return Request(
-        1, prompt, params, StoppingParams(50, int(rng.integers(0, 6)) if rng.random() < 0.3 else 0, stop_ids)
-    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -136,22 +92,8 @@ def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(ke
         outputs = [[int(i) for i in rng.integers(0, vocab, rng.integers(0, 20))] for _ in requests]
         logits = (rng.normal(size=(len(requests), vocab)) * 4).astype(np.float32)
         slots = rng.permutation(SLOTS)[: len(requests)]
-        masks, allowed = random_masks(rng, len(requests), vocab) if masked else (None, [None] * len(requests))
-        ids, details = run(kernel, logits, requests, outputs, slots, masks)
-        details = details or [None] * len(requests)
-        for i, request in enumerate(requests):
-            params, prompt, output = request.sampling, list(request.prompt_ids), outputs[i]
-            scores = reference_scores(logits[i], prompt, output, params, request.stopping, allowed[i])
-            assert ids[i] == reference_choice(scores, params, len(prompt) + len(output)), (params, request.stopping)
-            if params.logprobs < 0 or ids[i] < 0:
-                assert details[i] is None
-                continue
-            expected = log_softmax(logits[i] if params.raw_logprobs else scores)
-            best = np.argsort(-expected, kind="stable")[: params.logprobs]
-            best = [int(j) for j in best if expected[j] > -np.inf]
-            assert details[i].logprob == pytest.approx(expected[ids[i]], abs=1e-4)
-            assert list(details[i].top_ids) == best
-            assert details[i].top_logprobs == pytest.approx(expected[best], abs=1e-4)
+        masks, allowed = random_masks(rng, len(requests), vocab) if masked else (None, None)
+        assert_the_rules(logits, requests, outputs, run(kernel, logits, requests, outputs, slots, masks), allowed)
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])

@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from support_cuda import DEVICE, ON_GPU, CudaDriver, torch, write_random
-from support_cuda_sampling import (
-    SLOTS,
-    Bench,
+from support_cuda_sampling import SLOTS, Bench, random_request, replaced, run, torch_run
+from support_sampling import (
     a_request,
-    assert_the_references,
+    assert_the_rules,
     make_step,
-    random_request,
-    replaced,
-    run,
-    torch_run,
+    random_masks,
+    reference_choice,
+    reference_scores,
+    softmax,
 )
-from support_sampling import random_masks, reference_choice, reference_scores, softmax
 from test_cuda import engine_of
 
 from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
@@ -39,7 +37,7 @@ def test_a_batch_of_unlike_rows_chooses_what_the_rules_choose_row_by_row(vocab: 
         logits = (rng.normal(size=(len(requests), vocab)) * 4).astype(np.float32)
         slots = rng.permutation(SLOTS)[: len(requests)]
         found = run(logits, requests, outputs, slots, some=bool(rng.random() < 0.5))
-        assert_the_references(logits, requests, outputs, found)
+        assert_the_rules(logits, requests, outputs, found)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -52,7 +50,7 @@ def test_logits_of_half_precision_tie_and_ties_are_kept(dtype: str) -> None:
         exact = torch.tensor(rng.normal(size=(6, vocab)) * 4).to(getattr(torch, dtype))
         requests = [replaced(r, logprobs=-1) for r in requests]
         found = run(exact.float(), requests, outputs, dtype=exact.dtype)
-        assert_the_references(exact.double().numpy(), requests, outputs, found)
+        assert_the_rules(exact.double().numpy(), requests, outputs, found)
 
 
 @pytest.mark.parametrize(("vocab", "batches"), [(61, 12), (997, 4), (5003, 1)])
@@ -64,7 +62,7 @@ def test_rows_with_masks_choose_what_the_rules_choose(vocab: int, batches: int) 
         logits = (rng.normal(size=(len(requests), vocab)) * 4).astype(np.float32)
         masks, allowed = random_masks(rng, len(requests), vocab)
         found = run(logits, requests, outputs, some=bool(rng.random() < 0.5), masks=masks)
-        assert_the_references(logits, requests, outputs, found, allowed)
+        assert_the_rules(logits, requests, outputs, found, allowed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -76,7 +74,7 @@ def test_a_mask_overwrites_what_a_graph_has_chosen(chosen: bool, dtype: str) -> 
     requests = [a_request(temperature=float(i % 2), seed=i, logprobs=-1) for i in range(6)]
     masks, allowed = random_masks(rng, 6, 61)
     found = run(exact.float(), requests, dtype=exact.dtype, masks=masks, chosen=chosen)
-    assert_the_references(exact.double().numpy(), requests, [[]] * 6, found, allowed)
+    assert_the_rules(exact.double().numpy(), requests, [[]] * 6, found, allowed)
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "typical_p": 0.5}])
@@ -157,7 +155,7 @@ def test_rows_that_are_read_in_several_rounds_are_read_whole(monkeypatch: pytest
     monkeypatch.setattr(sampler_module, "ROUND_LOGITS", 32)
     logits = np.random.default_rng(13).normal(size=(rows, vocab)).astype(np.float32)
     requests = [a_request(temperature=i % 3, seed=i, logit_bias=((0, 0.0),)) for i in range(rows)]
-    assert_the_references(logits, requests, [[]] * rows, run(logits, requests))
+    assert_the_rules(logits, requests, [[]] * rows, run(logits, requests))
 
 
 def test_long_sequences_are_counted_by_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +202,7 @@ def test_each_watermarked_row_favours_its_own_ids() -> None:
     requests = [a_request((1, 2 * i), watermark_gamma=(0.0, 0.25, 0.5, 0.9, 1.0)[i], watermark_delta=1.5 - i, seed=i,
                           temperature=i % 2, repetition_penalty=1.2) for i in range(rows)]  # fmt: skip
     outputs: list[list[int]] = [[], [7], [9, 3], [], [60]]
-    assert_the_references(logits, requests, outputs, run(logits, requests, outputs))
+    assert_the_rules(logits, requests, outputs, run(logits, requests, outputs))
 
 
 def test_ids_beyond_the_vocabulary_change_nothing() -> None:

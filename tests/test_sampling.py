@@ -5,10 +5,13 @@ import pytest
 import torch
 from support_sampling import (
     MASK,
+    a_request,
+    assert_the_rules,
     chi_square,
     log_softmax,
+    make_step,
     random_masks,
-    reference_choice,
+    random_request,
     reference_green,
     reference_noise,
     reference_scores,
@@ -29,94 +32,37 @@ VOCAB, SLOTS, MAX_TOTAL = 61, 12, 64
 # Bringing rows before the code under test.
 
 
-def a_request(prompt=(1, 2, 3), stopping=None, **params) -> Request:
-    return Request(1, tuple(prompt), SamplingParams(**params), stopping or StoppingParams(10))
-
-
 def tail_of(requests) -> str:
     if any(rules.needs_full(r.sampling, r.stopping.min_new_tokens) for r in requests):
         return "full"
     return "greedy" if all(r.sampling.greedy for r in requests) else "plain"
 
 
-def make_step(requests, outputs=None, slots=None, vocab=VOCAB, tail=None):
+def prepared(requests, outputs=None, slots=None, vocab=VOCAB, tail=None):
     """Slots that hold prompt and output of each request, and the step that samples each one's next token."""
-    outputs = outputs or [[] for _ in requests]
-    number = np.array(slots if slots is not None else range(len(requests)), np.int32)
     state = Slots(StepLimits(64, max(SLOTS, len(requests)), MAX_TOTAL, 4), vocab)
-    ids = [np.array([*r.prompt_ids, *o], np.int32) for r, o in zip(requests, outputs, strict=True)]
-    ends = np.array([len(i) for i in ids], np.int32)
-    inputs = StepInputs(
-        number,
-        ends - 1,
-        np.ones(len(ids), np.int32),
-        np.arange(len(ids), dtype=np.int32),
-        tuple(Admitted(int(s), r, i) for s, r, i in zip(number, requests, ids, strict=True)),
-        tail=tail or tail_of(requests),
-        logprobs=max(r.sampling.logprobs for r in requests),
-        prompt_logprobs=max(r.sampling.prompt_logprobs for r in requests),
-    )
+    inputs = make_step(requests, outputs, slots, tail or tail_of(requests))
     state.apply(inputs)
     return state, inputs
 
 
 def run(logits, requests, outputs=None, masks=None, **how):
-    state, inputs = make_step(requests, outputs, vocab=logits.shape[1], **how)
+    state, inputs = prepared(requests, outputs, vocab=logits.shape[1], **how)
     return sampling.sample(torch.tensor(logits), state, inputs, masks)
-
-
-def random_request(rng) -> Request:
-    def maybe(value, off, p=0.35):
-        return value if rng.random() < p else off
-
-    prompt = tuple(int(i) for i in rng.integers(0, VOCAB, rng.integers(1, 20)))
-    params = SamplingParams(
-        temperature=float(rng.choice([0.0, 0.5, 1.0, 1.7])),
-        top_k=maybe(int(rng.integers(1, VOCAB + 20)), 0),
-        top_p=maybe(float(rng.uniform(0.05, 0.99)), 1.0),
-        typical_p=maybe(float(rng.uniform(0.05, 0.99)), 1.0),
-        min_p=maybe(float(rng.uniform(0.01, 0.9)), 0.0),
-        repetition_penalty=maybe(float(rng.uniform(0.5, 2.0)), 1.0),
-        frequency_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
-        presence_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
-        seed=int(rng.integers(0, 2**63)),
-        logit_bias=tuple((int(i), float(rng.normal())) for i in rng.integers(0, VOCAB, maybe(4, 0))),
-        logprobs=maybe(int(rng.integers(0, 5)), -1),
-        raw_logprobs=bool(rng.random() < 0.5),
-        watermark_gamma=maybe(float(rng.choice([0.25, 0.5, 0.9, 1.0])), 0.0, 0.25),
-        watermark_delta=float(rng.choice([-1.5, 2.0, 4.0])),
-    )
-    stop_ids = tuple(int(i) for i in rng.choice(VOCAB, 3, replace=False))
-    return Request(
-        1, prompt, params, StoppingParams(50, int(rng.integers(0, 6)) if rng.random() < 0.3 else 0, stop_ids)
-    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seed", range(40))
 def test_a_batch_of_unlike_rows_chooses_what_the_reference_chooses_row_by_row(seed, masked):
     rng = np.random.default_rng(seed)
-    requests = [random_request(rng) for _ in range(rng.integers(1, SLOTS))]
+    requests = [random_request(rng, VOCAB) for _ in range(rng.integers(1, SLOTS))]
     outputs = [[int(i) for i in rng.integers(0, VOCAB, rng.integers(0, 20))] for _ in requests]
     slots = rng.permutation(SLOTS)[: len(requests)]
     logits = (rng.normal(size=(len(requests), VOCAB)) * 4).astype(np.float32)
-    masks, allowed = random_masks(rng, len(requests), VOCAB) if masked else (None, [None] * len(requests))
+    masks, allowed = random_masks(rng, len(requests), VOCAB) if masked else (None, None)
     sampled = run(logits, requests, outputs, masks, slots=slots)
-    details = sampled.logprobs.details() if sampled.logprobs else [None] * len(requests)
-    for i, request in enumerate(requests):
-        params = request.sampling
-        prompt, output = list(request.prompt_ids), outputs[i]
-        scores = reference_scores(logits[i], prompt, output, params, request.stopping, allowed[i])
-        expected = reference_choice(scores, params, len(prompt) + len(output))
-        assert int(sampled.token_ids[i]) == expected
-        if params.logprobs < 0 or expected < 0:
-            assert details[i] is None
-            continue
-        reference = log_softmax(logits[i] if params.raw_logprobs else scores)
-        best = [int(j) for j in np.argsort(-reference, kind="stable")[: params.logprobs] if reference[j] > -np.inf]
-        assert details[i].logprob == pytest.approx(reference[expected], abs=1e-4)
-        assert list(details[i].top_ids) == best
-        assert details[i].top_logprobs == pytest.approx(reference[best], abs=1e-4)
+    details = sampled.logprobs.details() if sampled.logprobs else None
+    assert_the_rules(logits, requests, outputs, (sampled.token_ids.tolist(), details), allowed)
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
@@ -228,7 +174,7 @@ def test_a_row_that_is_not_finite_gives_minus_one_and_harms_no_other(params, poi
     requests = [a_request(seed=i, logprobs=2, **params) for i in range(3)]
     clean = run(logits, requests).token_ids.tolist()
     logits[1, 17] = poison
-    state, inputs = make_step(requests)
+    state, inputs = prepared(requests)
     sampled = sampling.sample(torch.tensor(logits), state, inputs)
     assert sampled.token_ids.tolist() == [clean[0], -1, clean[2]]
     assert [d is None for d in sampled.logprobs.details()] == [False, True, False]
@@ -248,7 +194,7 @@ def test_top_k_keeps_ties_and_may_exceed_the_vocabulary():
 def test_top_p_of_a_flat_distribution_wider_than_the_first_look_is_exact():
     vocab = 4 * sampling._LIKELY
     logits = (np.random.default_rng(5).normal(size=(1, vocab)) * 0.05).astype(np.float32)
-    state, inputs = make_step([a_request(temperature=1.0, top_p=0.8, logprobs=vocab)], vocab=vocab)
+    state, inputs = prepared([a_request(temperature=1.0, top_p=0.8, logprobs=vocab)], vocab=vocab)
     kept = sampling.sample(torch.tensor(logits), state, inputs).logprobs.details()[0].top_ids
     expected = reference_scores(logits[0], [1], [], SamplingParams(temperature=1.0, top_p=0.8), StoppingParams(1))
     assert abs(len(kept) - np.isfinite(expected).sum()) <= 1  # float32 against float64 on the last one
@@ -266,7 +212,7 @@ def test_stop_ids_are_banned_until_enough_tokens_were_generated():
 def test_a_slot_taken_over_by_another_request_keeps_nothing_of_the_one_before():
     logits = np.zeros((1, VOCAB), np.float32)
     logits[0, 9] = 1.0
-    state, inputs = make_step([a_request(logit_bias=((3, 50.0), (4, 60.0)), repetition_penalty=2.0)])
+    state, inputs = prepared([a_request(logit_bias=((3, 50.0), (4, 60.0)), repetition_penalty=2.0)])
     assert sampling.sample(torch.tensor(logits), state, inputs).token_ids.item() == 4
     fresh = Admitted(0, a_request(prompt=(9, 9)), np.array([9, 9], np.int32))
     inputs = StepInputs(*(np.array(a, np.int32) for a in ([0], [1], [1], [0])), admitted=(fresh,), tail="full")
@@ -299,7 +245,7 @@ def test_prompt_logprobs_are_the_models_own_of_the_prompts_next_tokens_in_every_
 
 
 def test_block_tables_and_tokens_follow_the_differences():
-    state, inputs = make_step([a_request()])
+    state, inputs = prepared([a_request()])
     blocks = np.array([[0, 0, 5], [0, 1, 9], [3, 2, 7]], np.int32)
     state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=blocks))
     assert state.tables[0, :2].tolist() == [5, 9]
@@ -311,7 +257,7 @@ def test_of_entries_for_the_same_place_in_a_table_the_last_one_counts():
     """A plan may give a slot to one sequence, preempt it, and give the slot to another."""
     rng = np.random.default_rng(7)
     blocks = rng.integers(0, 5, (200, 3)).astype(np.int32)
-    state, inputs = make_step([a_request()])
+    state, inputs = prepared([a_request()])
     state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=blocks))
     expected = {(s, i): b for s, i, b in blocks.tolist()}
     assert {place: int(state.tables[place]) for place in expected} == expected
