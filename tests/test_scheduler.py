@@ -21,7 +21,7 @@ from oracle import (
 
 from tokenmill.backends.base import StepResult
 from tokenmill.engine import engine as engine_module
-from tokenmill.engine.block_pool import BlockPool, chain_hash, chain_root
+from tokenmill.engine.block_pool import BlockPool, chain_hashes, chain_root
 from tokenmill.engine.engine import digest
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
@@ -232,8 +232,16 @@ def test_a_block_without_content_is_reused_before_a_cached_one() -> None:
 
 
 def test_a_salt_cannot_be_chosen_to_meet_another_chain() -> None:
-    block = chain_hash(chain_root(b""), [1, 2, 3, 4])
-    assert chain_hash(chain_root(block), [5, 6, 7, 8]) != chain_hash(block, [5, 6, 7, 8])
+    block, *_ = chain_hashes(chain_root(b""), [1, 2, 3, 4], 4)
+    assert chain_hashes(chain_root(block), [5, 6, 7, 8], 4) != chain_hashes(block, [5, 6, 7, 8], 4)
+
+
+def test_of_a_prompt_that_shares_nothing_no_more_is_hashed_than_a_step_needs() -> None:
+    scheduler = Scheduler(BlockPool(1000, 4), SchedulerLimits(400, 4, 4000, 4))
+    scheduler.add(request(0, range(3600), 10))
+    (seq,) = scheduler.waiting.values()
+    assert scheduler.schedule() is not None
+    assert 100 <= len(seq.hashes) < 200
 
 
 # ---- aborts, refusals, order

@@ -7,7 +7,7 @@ first, until it is taken again (a cache hit) or overwritten.
 
 from __future__ import annotations
 
-import struct
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -19,9 +19,15 @@ def chain_root(salt: bytes) -> bytes:
     return blake2b(salt, digest_size=16, person=b"salt").digest() if salt else b""
 
 
-def chain_hash(parent: bytes, token_ids: Items[int]) -> bytes:
-    """16-byte hash of a block's tokens, given its parent's. Collisions are taken as impossible (128 bits)."""
-    return blake2b(parent + struct.pack(f"<{len(token_ids)}I", *token_ids), digest_size=16).digest()
+def chain_hashes(parent: bytes, token_ids: Items[int], block_size: int) -> list[bytes]:
+    """16-byte hashes of full blocks of tokens in a row, given that of the block before. Collisions are taken as
+    impossible (128 bits)."""
+    data, step = array("I", token_ids).tobytes(), 4 * block_size
+    hashes: list[bytes] = []
+    for start in range(0, len(data), step):
+        parent = blake2b(parent + data[start : start + step], digest_size=16).digest()
+        hashes.append(parent)
+    return hashes
 
 
 class BlockPool:

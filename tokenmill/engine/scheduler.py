@@ -232,7 +232,7 @@ class Scheduler:
         size = self.pool.block_size
         self._coming.clear()
         for row in np.flatnonzero(counts > 1).tolist():
-            self._coming.update(rows[row].hashes[starts[row] // size : (starts[row] + counts[row]) // size])
+            self._coming.update(rows[row].hashes_of(starts[row] // size, (starts[row] + counts[row]) // size, size))
 
     def _admit(self, room: Room) -> tuple[list[Sequence], list[int]]:
         """Let waiting sequences run, in order, while there are slots, blocks and room; who, and their counts."""
@@ -258,11 +258,10 @@ class Scheduler:
         if known < seq.num_tokens:  # preempted with a token on the device, which may be its last
             return 0
         pool, size = self.pool, self.pool.block_size
-        seq.extend_hashes(size)
         # at least one token must run, or there is nothing to sample from
-        sharable = [] if seq.request.computes_whole_prompt else seq.hashes[: (known - 1) // size]
-        cached = pool.match(sharable)
-        coming = sum(1 for _ in takewhile(self._coming.__contains__, sharable[len(cached) :]))
+        sharable = 0 if seq.request.computes_whole_prompt else (known - 1) // size
+        cached = pool.match(seq.hashes_of(0, sharable, size))
+        coming = sum(1 for _ in takewhile(self._coming.__contains__, seq.hashes_of(len(cached), sharable, size)))
         left = known - len(cached) * size
         if 2 * coming * size >= left:  # another computes most of it in this very step
             return 0
@@ -279,7 +278,7 @@ class Scheduler:
         assert fresh is not None
         self._start(seq, cached, fresh)
         room.take(start, count, left)
-        self._coming.update(seq.hashes[len(cached) : len(cached) + count // size])
+        self._coming.update(seq.hashes_of(len(cached), len(cached) + count // size, size))
         return count
 
     def _start(self, seq: Sequence, cached: list[int], fresh: list[int]) -> None:
@@ -370,8 +369,8 @@ class Scheduler:
         if seq.slot < 0:
             return
         size = self.pool.block_size
-        seq.extend_hashes(size)
-        full = min(len(seq.hashes), int(self._computed[seq.slot]) // size)
+        full = min(len(seq.token_ids), int(self._computed[seq.slot])) // size
+        seq.hash_blocks(full, size)
         for index in range(seq.num_published, full):
             self.pool.publish(seq.blocks[index], seq.hashes[index])
         if self._offered:

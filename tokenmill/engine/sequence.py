@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.engine.block_pool import chain_hash, chain_root
+from tokenmill.engine.block_pool import chain_hashes, chain_root
 from tokenmill.wire.messages import Output, Request, TokenDetails
 
 Int32 = NDArray[np.int32]
+
+_AHEAD = 32  # blocks that are hashed together
 
 
 @dataclass(eq=False, slots=True)
@@ -30,7 +33,7 @@ class Sequence:
     num_tokens: int = field(init=False)  # while it waits: len(token_ids) + tokens still on the device
     slot: int = -1  # row of the device's per-sequence state; -1 while it waits
     blocks: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `token_ids`
+    hashes: list[bytes] = field(default_factory=list)  # of the first blocks of `token_ids`, as far as needed
     num_published: int = 0  # leading blocks offered to the prefix cache
     publish_at: int = 0  # len(token_ids) at which there is another block to offer
     num_prompt_details: int = 0  # how many positions' details were handed out
@@ -46,12 +49,22 @@ class Sequence:
         self.max_tokens = self.num_tokens + self.request.stopping.max_new_tokens
         self.stop_ids = frozenset(self.request.stopping.stop_ids)
 
-    def extend_hashes(self, block_size: int) -> None:
-        """Hash the blocks that have become full."""
-        while (len(self.hashes) + 1) * block_size <= len(self.token_ids):
-            start = len(self.hashes) * block_size
-            parent = self.hashes[-1] if self.hashes else chain_root(self.request.salt)
-            self.hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
+    def hash_blocks(self, count: int, block_size: int) -> None:
+        """Make `hashes` of the first `count` blocks, which are full, unless it has been done."""
+        begin = len(self.hashes)
+        if begin < count:
+            parent = self.hashes[-1] if begin else chain_root(self.request.salt)
+            self.hashes += chain_hashes(parent, self.token_ids[begin * block_size : count * block_size], block_size)
+
+    def hashes_of(self, first: int, last: int, block_size: int) -> Iterator[bytes]:
+        """Hashes of blocks in a row, up to the last full one, made as they are looked at: who misses one needs no more.
+        """
+        last = min(last, len(self.token_ids) // block_size)
+        while first < last:
+            self.hash_blocks(min(first + _AHEAD, last), block_size)
+            made = self.hashes[first:last]
+            yield from made
+            first += len(made)
 
     def fresh(self, start: int, details: tuple[TokenDetails, ...]) -> tuple[TokenDetails, ...]:
         """Of the details of its prompt from `start` + 1 on, those that it was not given: it may be computed twice."""
