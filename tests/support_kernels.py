@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import numpy as np
+from support_cpu import kernel_folder
 
 from tokenmill.backends.cpu import isa, layout
 from tokenmill.backends.cpu.cache import KernelCache
@@ -12,9 +13,9 @@ from tokenmill.backends.cpu.cache import KernelCache
 ISAS = [i.name for i in isa.available()]
 
 
-def load(folder, name, kernels):
-    """Compiled kernels; what this returns must outlive their use."""
-    return KernelCache(folder, isa.detect(name)).load(kernels)
+def load(name, kernels):
+    """Compiled kernels, kept between runs; what this returns must outlive their use."""
+    return KernelCache(kernel_folder(), isa.detect(name), jobs=2).load(kernels)
 
 
 def address(array):

@@ -21,9 +21,9 @@ def rope_of(dim):
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1].name}")
-def pool(request, tmp_path_factory):
+def pool(request):
     name, heads = request.param
-    code = load(tmp_path_factory.mktemp("kernels"), name, [*heads.kernels, "turns"])
+    code = load(name, [*heads.kernels, "turns"])
     yield heads, code
     del code
 

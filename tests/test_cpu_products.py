@@ -9,11 +9,10 @@ import pytest
 
 pytest.importorskip("numba")
 
-from support_cpu import kernel_folder
+from support_kernels import load
 
 from tokenmill.backends.cpu import isa
 from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.forms import BLOCK_FORMS, DENSE_FORMS
 from tokenmill.backends.cpu.pack import gates, pack, pack_vector
 from tokenmill.errors import ArgumentError, Unsupported
@@ -108,11 +107,11 @@ def columns_of(form: str) -> int:
 
 @functools.cache
 def code(set_name: str):
-    """The kernels of products that are tested; kept in a folder that other tests of this backend use too."""
+    """The kernels of products that are tested."""
     names = [f"linear_{form}" for name, form in SETS if name == set_name]
     if set_name == BEST[0].name:
         names += [f"embed_{form}" for form in FORMS] + ["narrow"] * PAIRED
-    return KernelCache(kernel_folder(), isa.detect(set_name), jobs=2).load(names)
+    return load(set_name, names)
 
 
 def run(name: str, rows: int, words: dict[int, int], set_name: str = "", threads: int = 1, context_words=None) -> None:

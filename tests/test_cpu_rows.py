@@ -13,8 +13,8 @@ ROWS, WIDTH, EPS = 7, 576, 1e-5
 
 
 @pytest.fixture(scope="module", params=ISAS)
-def code(request, tmp_path_factory):
-    loaded = load(tmp_path_factory.mktemp("kernels"), request.param, NAMES)
+def code(request):
+    loaded = load(request.param, NAMES)
     yield loaded
     del loaded
 

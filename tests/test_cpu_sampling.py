@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from support_cpu import kernel_folder
+from support_kernels import ISAS, load
 from support_sampling import (
     a_request,
     assert_the_rules,
@@ -19,8 +19,7 @@ from support_sampling import (
 )
 
 from tokenmill.backends.base import Masks, StepInputs, StepLimits
-from tokenmill.backends.cpu import isa, layout
-from tokenmill.backends.cpu.cache import KernelCache
+from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.slots import Slots
 from tokenmill.backends.sampling import MOST_TIES
@@ -29,9 +28,9 @@ from tokenmill.wire.messages import SamplingParams, StoppingParams, TokenDetails
 VOCAB, SLOTS, MAX_TOTAL, THREADS = 61, 12, 64, 2
 
 
-@pytest.fixture(scope="module", params=[i.name for i in isa.available()])
+@pytest.fixture(scope="module", params=ISAS)
 def kernel(request):
-    code = KernelCache(kernel_folder(), isa.detect(request.param)).load(["sample"])
+    code = load(request.param, ["sample"])
     yield code.function("sample")  # the code must outlive its callers
     del code
 
