@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from tokenmill.errors import GrammarError
-from tokenmill.grammar import canonical
 from tokenmill.grammar.base import Backend, Grammar, Vocabulary, fill_masks, new_backend
 from tokenmill.grammar.pool import CompilePool
+from tokenmill.text.guided import json_grammar
 
 WORDS = (
     "id", "name", "e-mail", "größe", "名前", "created_at", "tags", "items", "price", "is_active", "address", "zip code",
@@ -249,14 +249,14 @@ def check(backend: Backend, name: str, sample: list[Any], answers: int) -> bool:
 
     vocabulary = backend.vocabulary
     pool = CompilePool(name, backend)
-    pool.submit(canonical.json_object()).result()  # until the processes have started
+    pool.submit(json_grammar({"type": "object"}, "schema")).result()  # until the processes have started
     compile_s: list[float] = []
     ready_s: list[float] = []
     mask_s: list[float] = []
     finished = invalid = refused = tokens = forced = 0
     for number, schema in enumerate(sample):
         try:
-            spec = canonical.json_schema(schema, "schema")
+            spec = json_grammar(schema, "schema")
             began = time.perf_counter()
             backend.prepare(spec.kind, spec.source)
             compile_s.append(time.perf_counter() - began)
@@ -304,11 +304,10 @@ def _together(backend: Backend, sample: list[Any], vocabulary: Vocabulary, steps
     matchers, filler = [], backend.filler(4)
     for schema in sample:
         try:
-            spec = canonical.json_schema(schema, "schema")
-            prepared = backend.prepare(spec.kind, spec.source)
+            spec = json_grammar(schema, "schema")
+            matchers.append(backend.finish(backend.prepare(spec.kind, spec.source)).matcher())
         except GrammarError:
             continue
-        matchers.append(backend.finish(spec.kind, spec.source, prepared).matcher())
     mask = vocabulary.new_mask(len(matchers))
     player, seconds = Player(vocabulary, 1), []
     for _ in range(steps):

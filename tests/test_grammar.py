@@ -11,7 +11,7 @@ import pytest
 from support_grammar import END, OTHER_END, SPECIAL, accepts, allowed, backend, compact, made, small_vocabulary
 
 from tokenmill.errors import GrammarError, Unsupported
-from tokenmill.grammar import canonical
+from tokenmill.grammar import schema
 from tokenmill.grammar.base import Backend, Delayed, Vocabulary, exact, fill_masks, longest_tokens, new_backend
 
 PERSON = {
@@ -27,8 +27,8 @@ TREE = {
 }  # fmt: skip
 LARK = 'start: "foo" pair+ "bar"?\npair: "(" pair* ")"\n'
 SPECS = {
-    "person": ("json_schema", canonical.json_schema(PERSON, "schema").source),
-    "tree": ("json_schema", canonical.json_schema(TREE, "schema").source),
+    "person": ("json_schema", schema.canonical(PERSON)),
+    "tree": ("json_schema", schema.canonical(TREE)),
     "regex": ("regex", "(abc|ab+c?)[0-9]{2,3}é?"),
     "fixed": ("regex", "hello world(, foo)?"),
     "choice": ("choice", json.dumps(["foo", "foobar", "日本", 'a"b\\c/d', "new\nline"], ensure_ascii=False)),

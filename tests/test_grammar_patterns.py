@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import warnings
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from support_grammar import accepts, backend, made
 
 from tokenmill.errors import GrammarError
-from tokenmill.grammar import canonical
+from tokenmill.grammar import schema
 from tokenmill.grammar.base import Backend, Vocabulary, new_backend
 from tokenmill.grammar.patterns import PatternError, literal, rewrite
 
@@ -36,7 +37,7 @@ PATTERNS = [
 
 @pytest.mark.parametrize("pattern, good, bad", PATTERNS)
 def test_regular_expressions_match_the_whole_text(guidance: Backend, pattern: str, good: Any, bad: Any) -> None:
-    grammar = made(guidance, "regex", canonical.regex(pattern, "regex").source)
+    grammar = made(guidance, "regex", pattern)
     assert [text for text in good if not accepts(grammar, text)] == []
     assert [text for text in bad if accepts(grammar, text)] == []
 
@@ -57,7 +58,7 @@ def pieces() -> st.SearchStrategy[str]:
 @given(pieces(), st.lists(st.text("ab-]}{.1_ é&#[|A/~", max_size=5), max_size=12))
 def test_patterns_mean_what_python_takes_them_for(pattern: str, texts: list[str]) -> None:
     try:
-        grammar = made(GUIDANCE, "regex", canonical.regex(pattern, "regex").source)
+        grammar = made(GUIDANCE, "regex", pattern)
     except GrammarError:
         return
     with warnings.catch_warnings():
@@ -91,9 +92,9 @@ def test_patterns_with_too_many_states_are_refused_before_a_token_is_spent(patte
     tokens = (*(bytes([i]) for i in range(256)), *words, b"<e>")
     end = (len(tokens) - 1,)
     wide = new_backend("llguidance", Vocabulary(tokens, end, end, len(tokens)))
-    for spec in (canonical.regex(pattern, "regex"), canonical.json_schema({"type": "string", "pattern": pattern}, "s")):
+    for kind, source in (("regex", pattern), ("json_schema", schema.canonical({"type": "string", "pattern": pattern}))):
         with pytest.raises(GrammarError, match="too many states"):
-            wide.prepare(spec.kind, spec.source)
+            wide.prepare(kind, source)
 
 
 def test_literals_match_themselves_alone(guidance: Backend) -> None:
@@ -102,5 +103,5 @@ def test_literals_match_themselves_alone(guidance: Backend) -> None:
         grammar = made(guidance, "regex", literal(text)) if "\x00" not in text else None
         if grammar is not None:
             assert [other for other in texts if accepts(grammar, other)] == [text]
-    choices = made(guidance, "choice", canonical.choice(texts, "choice").source)
+    choices = made(guidance, "choice", json.dumps(texts))
     assert all(accepts(choices, text) for text in texts)

@@ -11,13 +11,15 @@ import pytest
 from support_grammar import END, accepts, backend, small_vocabulary
 
 from tokenmill.errors import GenerationError, GrammarError
-from tokenmill.grammar import canonical
+from tokenmill.grammar import schema
 from tokenmill.grammar.base import Grammar
 from tokenmill.grammar.pool import CompilePool, PoolLimits
 from tokenmill.wire.messages import GrammarSpec
 
 SLOW = GrammarSpec("json_schema", '{"type":"integer","multipleOf":999983}')  # tables of a million states
-DEEP = canonical.json_schema({"type": "object", "properties": {f"k{i}": {} for i in range(12_000)}}, "schema")
+DEEP = GrammarSpec(
+    "json_schema", schema.canonical({"type": "object", "properties": {f"k{i}": {} for i in range(12_000)}})
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ jsonschema = pytest.importorskip("jsonschema")
 
 from bench.grammar import Play, Player, schemas  # noqa: E402
 from tokenmill.errors import GrammarError  # noqa: E402
-from tokenmill.grammar import canonical, schema  # noqa: E402
+from tokenmill.grammar import schema  # noqa: E402
 from tokenmill.grammar.base import Backend  # noqa: E402
 from tokenmill.grammar.llguidance import lark_json  # noqa: E402
 
@@ -51,7 +51,7 @@ def test_random_answers_and_their_mutants_are_accepted_only_if_valid(chosen: Bac
     finished = invalid_mutants = served = 0
     for number, value in enumerate(SAMPLE):
         try:
-            grammar = made(chosen, "json_schema", canonical.json_schema(value, "schema").source)
+            grammar = made(chosen, "json_schema", schema.canonical(value))
         except GrammarError:
             assert type(chosen).__name__ == "XGrammar", value  # llguidance serves all of them
             continue
@@ -102,7 +102,7 @@ VALID = [
 
 @pytest.mark.parametrize("value, good, bad", VALID)
 def test_examples_are_accepted_as_the_oracle_does(guidance: Backend, value: Any, good: Any, bad: Any) -> None:
-    grammar = made(guidance, "json_schema", canonical.json_schema(value, "schema").source)
+    grammar = made(guidance, "json_schema", schema.canonical(value))
     if "additionalItems" not in str(value):  # of an older draft
         assert all(map(oracle(value).is_valid, good))
         assert not any(map(oracle(value).is_valid, bad))
@@ -112,14 +112,14 @@ def test_examples_are_accepted_as_the_oracle_does(guidance: Backend, value: Any,
 
 def test_a_key_of_another_spelling_does_not_go_past_its_schema(guidance: Backend) -> None:
     value = {"type": "object", "properties": {"x": {"type": "string"}}, "additionalProperties": {"type": "integer"}}
-    grammar = made(guidance, "json_schema", canonical.json_schema(value, "schema").source)
+    grammar = made(guidance, "json_schema", schema.canonical(value))
     assert accepts(grammar, '{"x":"a","y":1}')
     assert not accepts(grammar, '{"\\u0078":1}')
     assert not accepts(grammar, '{"x":"a","x":1}')
 
 
 def test_dates_are_those_of_the_calendar(guidance: Backend) -> None:
-    grammar = made(guidance, "json_schema", canonical.json_schema({"type": "string", "format": "date"}, "s").source)
+    grammar = made(guidance, "json_schema", schema.canonical({"type": "string", "format": "date"}))
     draw = random.Random(2)
     days = [f"{draw.choice([1, 4, 100, 400, 1900, 1996, 2000, 2023, 2024, 2100, 9999]):04}-{m:02}-{d:02}"
             for m in range(14) for d in range(33) for _ in range(2)]  # fmt: skip
@@ -166,9 +166,9 @@ REFUSED = [
 def test_what_cannot_be_served_is_refused_by_keyword_and_path(value: Any, path: str) -> None:
     before = json.dumps(value)
     with pytest.raises(GrammarError) as caught:
-        canonical.json_schema(value, "response_format.json_schema.schema")
+        schema.canonical(value, "response_format")
     assert path in str(caught.value)
-    assert caught.value.param == "response_format.json_schema.schema"
+    assert caught.value.param == "response_format"
     assert json.dumps(value) == before
 
 
@@ -182,7 +182,7 @@ def test_what_cannot_be_served_is_refused_by_keyword_and_path(value: Any, path: 
 ])  # fmt: skip
 def test_what_the_library_refuses_is_located(guidance: Backend, value: Any, path: str) -> None:
     with pytest.raises(GrammarError) as caught:
-        made(guidance, "json_schema", canonical.json_schema(value, "schema").source)
+        made(guidance, "json_schema", schema.canonical(value))
     assert f"at {path}:" in str(caught.value)
 
 
@@ -194,7 +194,7 @@ def test_large_and_deep_schemas_are_refused_at_once() -> None:
         schema.canonical(deep)
     for text in ('{"items":' * 100_000 + "1", json.dumps({"enum": ["x" * 1_000_000]}), "{", "[1]"):
         with pytest.raises(GrammarError):
-            canonical.json_schema(text, "x")
+            schema.canonical(schema.decode(text))
     with pytest.raises(GrammarError, match="bytes"):
         schema.canonical({"enum": ["x" * 1_000_000]})
     with pytest.raises(GrammarError, match="UTF-8"):
@@ -214,12 +214,12 @@ def test_canonical_text_keeps_the_order_of_keys_and_is_the_same_again() -> None:
 def test_options_of_the_library_in_a_schema_do_not_count(guidance: Backend) -> None:
     value = {"x-guidance": {"lenient": True, "coerce_one_of": True}, "oneOf": [{"minimum": 1}, {"maximum": 5}]}
     with pytest.raises(GrammarError, match="oneOf"):
-        made(guidance, "json_schema", canonical.json_schema(value, "schema").source)
+        made(guidance, "json_schema", schema.canonical(value))
 
 
 def test_a_schema_inside_a_lark_grammar_is_served_as_exactly(guidance: Backend) -> None:
     value = {"type": "object", "properties": {"x": {"type": "string"}}, "additionalProperties": {"type": "integer"}}
-    source = lark_json(canonical.json_schema(value, "schema").source)
+    source = lark_json(schema.canonical(value))
     grammar = made(guidance, "lark", f'start: "<call>" args "</call>"\nargs: %json {source}\n')
     assert accepts(grammar, '<call>{"x": "a"}</call>')
     assert not accepts(grammar, '<call>{"\\u0078": 1}</call>')
@@ -239,7 +239,7 @@ JSONS = st.recursive(
 def test_any_json_is_a_schema_or_refused(value: Any) -> None:
     """Never another error; and what is served accepts nothing that the oracle refuses."""
     try:
-        grammar = made(GUIDANCE, "json_schema", canonical.json_schema(value, "schema").source)
+        grammar = made(GUIDANCE, "json_schema", schema.canonical(value))
     except GrammarError:
         return
     try:
@@ -253,53 +253,3 @@ def test_any_json_is_a_schema_or_refused(value: Any) -> None:
             except RecursionError:
                 continue
             assert valid, (value, instance)
-
-
-def test_every_spelling_of_clients_means_the_same_grammar() -> None:
-    value = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    wanted = canonical.json_schema(value, "x")
-    assert canonical.response_format({"type": "json_schema", "json_schema": {"name": "n", "strict": True,
-                                                                             "schema": value}}) == wanted  # fmt: skip
-    for sent in (value, json.dumps(value)):
-        for kind in ("json", "json_object"):
-            assert canonical.response_format({"type": kind, "value": sent}) == wanted
-            assert canonical.native({"type": kind, "value": sent}) == wanted
-        assert canonical.guided({"guided_json": sent}) == wanted
-        assert canonical.guided({"structured_outputs": {"json": sent, "regex": None}}) == wanted
-    assert canonical.native({"type": "json_schema", "value": {"name": "n", "schema": value}}) == wanted
-    assert canonical.response_format({"type": "json_object"}) == canonical.json_object()
-    assert canonical.response_format({"type": "text"}) is None
-    assert canonical.response_format(None) is None
-    assert canonical.native({"type": "regex", "value": "a+"}) == canonical.guided({"guided_regex": "a+"})
-    assert canonical.guided({"guided_choice": ["a", "b", "a"]}) == canonical.choice(["a", "b"], "x")
-    assert canonical.guided({"temperature": 1}) is None
-    assert canonical.guided({"structured_outputs": {"json_object": True}}) == canonical.json_object()
-
-
-@pytest.mark.parametrize("call, param", [
-    (lambda: canonical.response_format({"type": "yaml", "value": 1}), "response_format.type"),
-    (lambda: canonical.response_format("json"), "response_format"),
-    (lambda: canonical.response_format({"type": "json_schema", "json_schema": {"schema": 1}}),
-     "response_format.json_schema"),
-    (lambda: canonical.response_format({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}),
-     "response_format.json_schema.schema"),
-    (lambda: canonical.native({"type": "regex"}), "grammar.value"),
-    (lambda: canonical.native({"type": "json", "value": 5}), "grammar.value"),
-    (lambda: canonical.native({"type": "regex", "value": "(?=x)"}), "grammar.value"),
-    (lambda: canonical.guided({"guided_regex": "a", "guided_choice": ["a"]}), "guided_choice"),
-    (lambda: canonical.guided({"structured_outputs": {"structural_tag": {}}}), "structured_outputs.structural_tag"),
-    (lambda: canonical.choice([], "guided_choice"), "guided_choice"),
-    (lambda: canonical.grammar("root ::= (", "guided_grammar"), "guided_grammar"),
-])  # fmt: skip
-def test_what_clients_get_wrong_is_named(call: Any, param: str) -> None:
-    with pytest.raises(GrammarError) as caught:
-        call()
-    assert caught.value.param == param
-
-
-def test_ebnf_and_lark_are_both_read(guidance: Backend) -> None:
-    for text in ('root ::= "a" item+\nitem ::= [0-9] ","?\n', 'start: "a" item+\nitem: /[0-9]/ ","?\n'):
-        spec = canonical.grammar(text, "guided_grammar")
-        grammar = made(guidance, spec.kind, spec.source)
-        assert accepts(grammar, "a1,2")
-        assert not accepts(grammar, "a,")

@@ -57,15 +57,16 @@ def test_tgis_spellings_are_one_grammar(grammar: dict[str, Any], expected: Gramm
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": SCHEMA}}}, JSON),
         ({"response_format": {"type": "json_object"}}, ANY_OBJECT),
         ({"response_format": {"type": "json_object", "schema": SCHEMA}}, JSON),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "p"}}}, ANY_OBJECT),
         ({"guided_json": SCHEMA}, JSON),
         ({"guided_json": json.dumps(SCHEMA)}, JSON),
         ({"guided_regex": "[0-9]{3}"}, REGEX),
-        ({"guided_choice": ["a", "ü"]}, GrammarSpec("choice", '["a","ü"]')),
-        ({"guided_grammar": "start: /a/"}, GrammarSpec("lark", "start: /a/")),
+        ({"guided_choice": ["a", "ü", "a"]}, GrammarSpec("choice", '["a","ü"]')),
+        ({"guided_grammar": "start: /a/"}, GrammarSpec("grammar", "start: /a/")),
         ({"structured_outputs": {"json": SCHEMA}}, JSON),
         ({"structured_outputs": {"regex": "[0-9]{3}", "json": None}}, REGEX),
         ({"structured_outputs": {"choice": ["a", "ü"]}}, GrammarSpec("choice", '["a","ü"]')),
-        ({"structured_outputs": {"grammar": "start: /a/"}}, GrammarSpec("lark", "start: /a/")),
+        ({"structured_outputs": {"grammar": "start: /a/"}}, GrammarSpec("grammar", "start: /a/")),
         ({"structured_outputs": {"json_object": True, "disable_any_whitespace": False}}, ANY_OBJECT),
     ],
 )
@@ -120,7 +121,9 @@ def test_a_native_value_of_another_type_is_not_supported(grammar: dict[str, Any]
         ({"guided_choice": ["a", ""]}, "guided_choice", "list of texts"),
         ({"guided_choice": ["a"] * 1025}, "guided_choice", "up to 1024"),
         ({"guided_regex": ""}, "guided_regex", "regular expression"),
-        ({"guided_grammar": ""}, "guided_grammar", "grammar"),
+        ({"guided_grammar": " \n"}, "guided_grammar", "Lark or EBNF"),
+        ({"guided_grammar": "root ::= \"\ud800\""}, "guided_grammar", "UTF-8"),
+        ({"guided_choice": ["\ud800"]}, "guided_choice", "UTF-8"),
         ({"structured_outputs": {}}, "structured_outputs", "one of json, regex"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "one of json, regex"),
         ({"structured_outputs": {"whitespace_pattern": "x", "json": {}}}, "structured_outputs", "whitespace_pattern"),
@@ -265,6 +268,31 @@ def test_completions_follow_too(server: Server) -> None:
         assert choice["finish_reason"] == "stop"
 
 
+ARITHMETIC = r"""
+root  ::= (expr "=" ws term "\n"){2}
+expr  ::= term ([-+*/] term){0,3}
+term  ::= num | "(" ws num [-+] num ")" ws
+num   ::= [0-9]{1,2} ws
+ws    ::= [ \t\n]{0,1}
+"""
+
+
+@pytest.mark.parametrize("fields", [{"guided_grammar": ARITHMETIC}, {"structured_outputs": {"grammar": ARITHMETIC}}])
+def test_chats_follow_a_grammar_in_ebnf(server: Server, fields: dict[str, Any]) -> None:
+    term = r"(\d{1,2}\s?|\(\s?\d{1,2}\s?[-+]\d{1,2}\s?\)\s?)"
+    for seed in range(4):
+        (choice,) = chat(server, **fields, seed=seed, temperature=1.0)["choices"]
+        assert re.fullmatch(f"({term}([-+*/]{term}){{0,3}}=\\s?{term}\n){{2}}", choice["message"]["content"])
+        assert choice["finish_reason"] == "stop"
+
+
+def test_a_grammar_that_never_ends_ends_at_its_limit_and_the_server_goes_on(server: Server) -> None:
+    endless = 'start: /[xy]/ A "b"\nA: /ab*/'
+    (choice,) = chat(server, guided_grammar=endless, max_tokens=12)["choices"]
+    assert re.fullmatch("[xy]ab*", choice["message"]["content"])
+    assert choice["finish_reason"] == "length"
+
+
 def test_a_receipt_tells_of_the_grammar_and_what_it_forced(server: Server) -> None:
     body = chat(server, guided_regex="abc{20}", receipt=True)
     assert body["choices"][0]["message"]["content"] == "ab" + "c" * 20
@@ -315,6 +343,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guided_regex": "(a|b"}, "guided_regex"),
     ({"guided_regex": "((a{1,1000}){1,1000}){1,1000}"}, "guided_regex"),
     ({"guided_grammar": "start: nothing"}, "guided_grammar"),
+    ({"guided_grammar": "root ::= nothing"}, "guided_grammar"),
+    ({"guided_grammar": "root ::= " + "(" * 120_000 + ")" * 120_000}, "guided_grammar"),
+    ({"structured_outputs": {"grammar": 'root ::= "x" root | ' + "[a-z]* " * 30_000}}, "structured_outputs"),
     ({"guided_json": {"type": "object", "properties": {f"p{i}": {"type": "string", "description": "x" * 50}
                                                        for i in range(12_000)}}}, "guided_json"),
     ({"guided_json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}},

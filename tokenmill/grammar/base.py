@@ -6,6 +6,7 @@ another process (`pool.py`): `prepare` checks and compiles, `finish` makes what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -19,7 +20,13 @@ from tokenmill.wire.messages import GrammarSpec
 Encode = Callable[[bytes], Sequence[int]]
 Mask = NDArray[np.uint32]
 
+CLIENTS = "grammar"
+"""The kind of a grammar that a client wrote, in Lark or EBNF. The kind "lark" is for those that are made here."""
+
 _WORD = 32
+_LONG_TEXT = re.compile(r'"(?:[^"\\]|\\.){2000}')
+_LONG_PATTERN = 2000
+_MANY = re.compile(r"\{(\d+,)?\d{3,}|\)\{(\d+,)?\d{2,}")
 
 
 class Vocabulary(msgspec.Struct, frozen=True, array_like=True):
@@ -111,8 +118,8 @@ class Backend(Protocol):
     def prepare(self, kind: str, source: str) -> bytes:
         """The costly half, for a process that may be killed. GrammarError says what is wrong or cannot be served."""
 
-    def finish(self, kind: str, source: str, prepared: bytes) -> Grammar:
-        """The other half, where the grammar will be used. GrammarError only for what was never prepared."""
+    def finish(self, prepared: bytes) -> Grammar:
+        """The other half, where the grammar will be used: of what `prepare` returned."""
 
     def filler(self, num_threads: int) -> MaskFiller:
         """A new filler. Make one and keep it."""
@@ -213,8 +220,7 @@ def new_backend(name: str, vocabulary: Vocabulary, encode: Encode | None = None)
 
 def compile_here(spec: GrammarSpec, backend: Backend) -> Grammar:
     """Both halves in this process and thread, without limits: for trusted grammars. GrammarError as `prepare`."""
-    prepared = backend.prepare(spec.kind, spec.source)
-    return delayed(backend.finish(spec.kind, spec.source, prepared), spec, backend.vocabulary)
+    return delayed(backend.finish(backend.prepare(spec.kind, spec.source)), spec, backend.vocabulary)
 
 
 def delayed(grammar: Grammar, spec: GrammarSpec, vocabulary: Vocabulary) -> Grammar:
@@ -237,6 +243,23 @@ def fill_masks(matchers: Sequence[Matcher], mask: Mask, rows: Sequence[int], poo
         pairs.append((matcher, row))
     if pairs:
         pool.fill(pairs, mask)
+
+
+def needs_many_states(source: str) -> bool:
+    """Whether a grammar has repetitions that may need many states."""
+    return _MANY.search(source) is not None
+
+
+def may_force(kind: str, source: str) -> bool:
+    """Whether a matcher may look for text that leaves no choice: such text is neither endless nor thousands of
+    characters long, which the libraries would all look at in one call.
+
+    Endless it can be in a client's grammar alone: `a: "x" a`, or behind a lexeme that runs into what follows it. Takes
+    milliseconds for a large source.
+    """
+    if kind == CLIENTS or needs_many_states(source):
+        return False
+    return len(source) <= _LONG_PATTERN if kind == "regex" else _LONG_TEXT.search(source) is None
 
 
 def only_ends(vocabulary: Vocabulary) -> NDArray[np.uint32]:

@@ -1,13 +1,13 @@
 """Grammars by llguidance: an Earley parser over derivatives of regular expressions, computed as tokens come.
 
 Compiling is quick and lazy, so `prepare` compiles to see whether it can be done, and `finish` does it again in its own
-process. `kind` "lark" is llguidance's dialect of Lark, with `%json {…}` and special tokens written `<|name|>`.
+process. `kind` "lark" is llguidance's dialect of Lark, with `%json {…}` and special tokens written `<|name|>`; clients
+write it, too, or EBNF.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,26 +16,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.errors import GrammarError
-from tokenmill.grammar import schema
-from tokenmill.grammar.base import Encode, Grammar, Mask, Matcher, Vocabulary, exact, only_ends
+from tokenmill.grammar import ebnf, lexemes, schema
+from tokenmill.grammar.base import (
+    CLIENTS,
+    Encode,
+    Grammar,
+    Mask,
+    Matcher,
+    Vocabulary,
+    exact,
+    may_force,
+    needs_many_states,
+    only_ends,
+)
 from tokenmill.grammar.locate import locate
 from tokenmill.grammar.patterns import PatternError, literal, rewrite
 
 SPACE = r"[ \t]|\r?\n[ \t]{0,40}"
 """White space inside JSON: one blank, or a line's end with an indentation. Bounded, or weak models never stop."""
 
+_NOTHING = "nothing matches it"
 _NAMES = {
-    "regex": "regular expression", "lark": "grammar", "choice": "list of choices", "json_schema": "JSON schema",
+    "regex": "regular expression", "lark": "grammar", CLIENTS: "grammar", "choice": "list of choices",
+    "json_schema": "JSON schema",
 }  # fmt: skip
 _CLEARER = (
     ("oneOf constraints are not supported", "its alternatives are not provably exclusive; `anyOf` can be served"),
-    ("NoExtension", "nothing matches it"),
+    ("NoExtension", _NOTHING),
     ("too many expressions", "it needs too many states"),
 )
 _ESCAPES = 'nrbtf\\"'
 _STEP_FUEL = 50_000  # of llguidance's measure: about 4 ms for one mask, which everybody else waits for
 _STEPS = 32
-_COUNTS = re.compile(r"\{(\d+,)?\d{3,}|\)\{(\d+,)?\d{2,}")  # repetitions that may need many states
+_LARGE_SOURCE = 8_000  # characters from which any grammar may need many states
+_UNFORCED = '\n%llguidance {"no_forcing": true}\n'
 _MASK_ITEM_BYTES = 4
 _FIXED_BYTES = 64 << 10  # measured: a small grammar takes 66 kB, a large one a hundred times its text
 _BYTES_PER_CHARACTER = 100
@@ -52,18 +66,21 @@ class LLGuidance:
         self._ends = Ends(frozenset(vocabulary.end_ids), only_ends(vocabulary))
 
     def prepare(self, kind: str, source: str) -> bytes:
-        """Compile and compute the first mask. Returns nothing that `finish` would need."""
-        matcher = self._compile(kind, source)
+        """Compile, and compute a mask or more. Returns the grammar as the library reads it."""
+        if kind == CLIENTS and ebnf.is_ebnf(source):
+            source = lexemes.lark(ebnf.parse(source), self._matches)
+        text = grammar_text(kind, source)
+        matcher = self._compile(kind, source, text)
         mask = self.vocabulary.new_mask(1)
         first = LLMatcher(matcher, self._ends)
         first.fill_mask(mask, 0)
         if not (first.failure or (mask[0] & ~self._ends.row).any() or matcher.is_accepting()):
-            raise GrammarError(_explain(kind, "nothing matches it"))
-        if _COUNTS.search(source):
+            raise GrammarError(_explain(kind, _NOTHING))
+        if len(source) > _LARGE_SOURCE or needs_many_states(source):
             self._try_out(first, mask)
         if first.failure:
             raise GrammarError(_explain(kind, first.failure))
-        return b""
+        return text.encode()
 
     def _try_out(self, matcher: LLMatcher, mask: Mask) -> None:
         """Some random steps: patterns with too many states are found before any token is spent on them."""
@@ -74,28 +91,38 @@ class LLGuidance:
                 return
             matcher.fill_mask(mask, 0)
 
-    def finish(self, kind: str, source: str, prepared: bytes) -> Grammar:
-        """Compile again: less than a millisecond for most."""
-        return LLGrammar(self._compile(kind, source), len(source), self._ends)
+    def finish(self, prepared: bytes) -> Grammar:
+        """Compile again: less than a millisecond for most. Lets other threads run."""
+        text = prepared.decode()
+        return LLGrammar(self._matcher(text), len(text), self._ends)
 
     def filler(self, num_threads: int) -> LLFiller:
         """Masks on `num_threads` threads of llguidance."""
         return LLFiller(num_threads)
 
-    def _compile(self, kind: str, source: str) -> lib.LLMatcher:
-        matcher = lib.LLMatcher(self._tokenizer, grammar_text(kind, source), log_level=0, limits=self._limits)
+    def _matcher(self, text: str) -> lib.LLMatcher:
+        return lib.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
+
+    def _compile(self, kind: str, source: str, text: str) -> lib.LLMatcher:
+        matcher = self._matcher(text)
         if matcher.is_error():
             fault = _first_line(matcher.get_error())
             if kind == "json_schema":
                 raise GrammarError(locate(source, self._fault, fault))
             raise GrammarError(_explain(kind, fault))
         if kind == "json_schema" and matcher.is_accepting():
-            raise GrammarError(_explain(kind, "nothing matches it"))  # no JSON is empty
+            raise GrammarError(_explain(kind, _NOTHING))  # no JSON is empty
         return matcher
 
-    def _fault(self, text: str) -> str:
-        found = lib.LLMatcher(self._tokenizer, grammar_text("json_schema", text), log_level=0, limits=self._limits)
+    def _fault(self, source: str) -> str:
+        found = self._matcher(grammar_text("json_schema", source))
         return _first_line(found.get_error()) if found.is_error() else ""
+
+    def _matches(self, text: str) -> bool:
+        """Whether anything matches a grammar in Lark. True if that needs too many states to be found out."""
+        matcher = LLMatcher(self._matcher(text + _UNFORCED), self._ends)
+        matcher.fill_mask(self.vocabulary.new_mask(1), 0)
+        return matcher.failure != _NOTHING
 
 
 class Ends(NamedTuple):
@@ -198,18 +225,28 @@ class LLFiller:
 
 def grammar_text(kind: str, source: str) -> str:
     """A spec as llguidance reads it. GrammarError for a kind that it does not know."""
-    if kind == "json_schema":
+    forced = may_force(kind, source)
+    if kind == "json_schema" and forced:
         return str(lib.LLMatcher.grammar_from_json_schema(source, overrides=json_options(source)))
-    if kind == "regex":
-        try:
-            return str(lib.LLMatcher.grammar_from_regex(rewrite(source, search=False).text))
-        except PatternError as error:
-            raise GrammarError(_explain(kind, str(error))) from None
+    if kind == "json_schema":
+        lark = f"start: %json {lark_json(source)}"
+    elif kind in ("lark", CLIENTS):
+        lark = source
+    elif kind in ("regex", "choice"):
+        lark = f"start: /({_pattern(kind, source)})/"
+    else:
+        raise GrammarError(f"A grammar of the kind {kind!r} is not supported.")
+    return lark if forced else lark + _UNFORCED
+
+
+def _pattern(kind: str, source: str) -> str:
+    """A regular expression for Lark, where a slash ends it: so here it is written otherwise."""
     if kind == "choice":
-        return str(lib.LLMatcher.grammar_from_regex("|".join(f"({literal(text)})" for text in json.loads(source))))
-    if kind == "lark":
-        return str(lib.LLMatcher.grammar_from_lark(source))
-    raise GrammarError(f"A grammar of the kind {kind!r} is not supported.")
+        return "|".join(f"({literal(text)})" for text in json.loads(source))
+    try:
+        return rewrite(source, search=False).text
+    except PatternError as error:
+        raise GrammarError(_explain(kind, str(error))) from None
 
 
 def json_options(source: str) -> Any:

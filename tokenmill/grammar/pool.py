@@ -136,7 +136,7 @@ class CompilePool:
         if answer.error:
             return GrammarError(answer.error)
         try:
-            return self._backend.finish(*key, answer.prepared)
+            return self._backend.finish(answer.prepared)
         except GrammarError as error:
             return error
         except Exception as error:  # whatever a library raises must not end this thread

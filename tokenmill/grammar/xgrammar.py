@@ -8,17 +8,19 @@ unless it was chosen.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.errors import GrammarError, MissingPackage
-from tokenmill.grammar import narrow
-from tokenmill.grammar.base import Encode, Grammar, Mask, Matcher, Vocabulary, exact, only_ends
+from tokenmill.grammar import ebnf, narrow
+from tokenmill.grammar.base import CLIENTS, Encode, Grammar, Mask, Matcher, Vocabulary, exact, may_force, only_ends
 from tokenmill.grammar.patterns import PatternError, rewrite
 
+_FORCES, _FREE = b"+", b"-"
 _SPACES = 8  # the longest run of white space inside JSON
 
 
@@ -38,7 +40,7 @@ class XGrammar:
         self._encode = exact(encode, vocabulary)
 
     def prepare(self, kind: str, source: str) -> bytes:
-        """The compiled grammar as text."""
+        """The compiled grammar as text, and before it whether its matchers look for forced text."""
         try:
             compiled = self._compile(kind, source)
         except (PatternError, RuntimeError) as error:
@@ -48,12 +50,13 @@ class XGrammar:
         matcher.fill_next_token_bitmask(mask.view(np.int32), 0)
         if not mask.any():
             raise GrammarError("The grammar cannot be used: nothing matches it.")
-        return str(compiled.serialize_json()).encode()
+        return (_FORCES if may_force(kind, source) else _FREE) + str(compiled.serialize_json()).encode()
 
-    def finish(self, kind: str, source: str, prepared: bytes) -> Grammar:
+    def finish(self, prepared: bytes) -> Grammar:
         """Reads what `prepare` made."""
-        compiled = self._lib.CompiledGrammar.deserialize_json(prepared.decode(), self._info)
-        return XGGrammar(self._lib, compiled, self._encode, only_ends(self.vocabulary))
+        compiled = self._lib.CompiledGrammar.deserialize_json(prepared[1:].decode(), self._info)
+        encode = self._encode if prepared.startswith(_FORCES) else None
+        return XGGrammar(self._lib, compiled, encode, only_ends(self.vocabulary))
 
     def filler(self, num_threads: int) -> XGFiller:
         """Masks on `num_threads` threads of xgrammar."""
@@ -68,7 +71,9 @@ class XGrammar:
         if kind == "choice":
             alternatives = " | ".join(_quoted(text) for text in json.loads(source))
             return self._compiler.compile_grammar(f"root ::= {alternatives}")
-        if kind == "lark":
+        if kind == CLIENTS and ebnf.is_ebnf(source):
+            return self._compiler.compile_grammar(_ebnf(ebnf.parse(source)))
+        if kind in ("lark", CLIENTS):
             if "%json" in source or "%llguidance" in source:
                 raise PatternError("`%json` and `%llguidance` are known to the backend llguidance alone")
             return self._compiler.compile_lark(source)
@@ -76,9 +81,9 @@ class XGrammar:
 
 
 class XGGrammar:
-    """A compiled grammar."""
+    """A compiled grammar. `encode` None: its matchers force nothing."""
 
-    def __init__(self, lib: Any, compiled: Any, encode: Encode, ends: NDArray[np.uint32]) -> None:
+    def __init__(self, lib: Any, compiled: Any, encode: Encode | None, ends: NDArray[np.uint32]) -> None:
         self._lib, self._compiled, self._encode, self._ends = lib, compiled, encode, ends
         self.nbytes = int(compiled.memory_size_bytes)
 
@@ -92,7 +97,7 @@ class XGMatcher:
 
     failure = ""
 
-    def __init__(self, inner: Any, encode: Encode, ends: NDArray[np.uint32]) -> None:
+    def __init__(self, inner: Any, encode: Encode | None, ends: NDArray[np.uint32]) -> None:
         self.inner = inner
         self._encode, self.ends = encode, ends
 
@@ -114,7 +119,7 @@ class XGMatcher:
 
     def forced(self, most: int) -> list[int]:
         """All but the last token of the forced text, which what follows may lengthen."""
-        if self.done:
+        if self._encode is None or self.done:
             return []
         try:
             text = self.inner.find_jump_forward_string().encode()
@@ -164,6 +169,24 @@ def _library() -> Any:
             "`pip install 'tokenmill[xgrammar]'`, or leave the option out."
         ) from None
     return xgrammar
+
+
+def _ebnf(rules: Mapping[str, ebnf.Node]) -> str:
+    """Rules in xgrammar's words: it takes fewer names and forms."""
+    names = {name: ebnf.ROOT if name == ebnf.ROOT else f"r{number}" for number, name in enumerate(rules)}
+
+    def text(node: ebnf.Node) -> str:
+        if node.kind == "char":
+            found = "[^]" if node.text == ebnf.ANY else node.text if node.text.startswith("[") else f"[{node.text}]"
+            return re.sub(r"\\x\{([0-9A-F]+)\}", lambda code: f"\\U{code[1]:0>8}", found)
+        if node.kind == "rule":
+            return names[node.text]
+        parts = [text(part) for part in node.parts] or ['""']
+        if node.kind == "repeat":
+            return f"({parts[0]}){{{node.low},{'' if node.high is None else node.high}}}" if node.high != 0 else '""'
+        return f"({(' | ' if node.kind == 'any' else ' ').join(parts)})"
+
+    return "\n".join(f"{names[name]} ::= {text(rule)}" for name, rule in rules.items())
 
 
 def _quoted(text: str) -> str:

@@ -3,6 +3,7 @@
 TGI's `grammar` and `response_format` are `{"type", "value"}`; OpenAI's `response_format` has a key named after the
 type; vLLM's users send `guided_json` and its like, or `structured_outputs`. Whether a grammar can be compiled is
 found where it is compiled; what is no grammar at all, and schemas that cannot be served exactly, are refused here.
+How many bytes a field may have was looked at before (`limits.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def native_grammar(given: Any) -> GrammarSpec:
     if not isinstance(value, str if kind == "regex" else str | dict | bool):
         raise GrammarError("grammar is not supported", "grammar")
     try:
-        return GrammarSpec("regex", value) if kind == "regex" else json_grammar(value, "grammar")
+        if kind == "regex":
+            return GrammarSpec("regex", _utf8(value, "grammar"))
+        return json_grammar(value, "grammar")
     except GrammarError as error:
         raise _not_valid(str(error)) from None
 
@@ -86,9 +89,10 @@ def _response_format(given: Mapping[str, Any]) -> GrammarSpec | None:
         return json_grammar(_ANY_OBJECT if value is None else value, "response_format")
     if kind == "json_schema":
         wrapped = given.get("json_schema", given.get("value"))
-        if not isinstance(wrapped, dict) or wrapped.get("schema") is None:
+        schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
+        if schema is None and not (isinstance(wrapped, dict) and isinstance(wrapped.get("name"), str)):
             raise _invalid("response_format.json_schema", "it must have a `schema`")
-        return json_grammar(wrapped["schema"], "response_format")
+        return json_grammar(_ANY_OBJECT if schema is None else schema, "response_format")  # for OpenAI a name is enough
     if kind == "regex":
         return _regex(given.get("value"), "response_format.value")
     known = "text, json_object, json_schema, json, regex"
@@ -128,15 +132,15 @@ def _of_kind(kind: str, value: Any, param: str) -> GrammarSpec:
         return _regex(value, param)
     if kind == "choice":
         return _choice(value, param)
-    if not isinstance(value, str) or not value:
-        raise _invalid(param, "it must be the text of a grammar")
-    return GrammarSpec("lark", value)
+    if not isinstance(value, str) or not value.strip():
+        raise _invalid(param, "it must be the text of a grammar, in Lark or EBNF")
+    return GrammarSpec("grammar", _utf8(value, param))
 
 
 def _regex(value: Any, param: str) -> GrammarSpec:
     if not isinstance(value, str) or not value:
         raise _invalid(param, "it must be a regular expression")
-    return GrammarSpec("regex", value)
+    return GrammarSpec("regex", _utf8(value, param))
 
 
 def _choice(value: Any, param: str) -> GrammarSpec:
@@ -144,7 +148,17 @@ def _choice(value: Any, param: str) -> GrammarSpec:
         raise _invalid(param, "it must be a list of texts, none of them empty")
     if len(value) > MAX_CHOICES:
         raise _invalid(param, f"it may have up to {MAX_CHOICES} texts. Given: {len(value)}")
-    return GrammarSpec("choice", json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    texts = list(dict.fromkeys(value))
+    return GrammarSpec("choice", _utf8(json.dumps(texts, ensure_ascii=False, separators=(",", ":")), param))
+
+
+def _utf8(text: str, param: str) -> str:
+    """The text. GrammarError for halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise GrammarError("The grammar has characters that cannot be written in UTF-8.", param) from None
+    return text
 
 
 def _not_valid(reason: str) -> GrammarError:

@@ -59,7 +59,8 @@ class StoppingParams(msgspec.Struct, frozen=True, array_like=True):
 class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
     """What the output must be: a grammar's kind and text, checked and canonical. Equal specs are the same grammar."""
 
-    kind: str  # "json_schema", "regex", "lark", "choice" (source: a JSON list of strings)
+    kind: str  # "json_schema", "regex", "choice" (source: a JSON list of strings), "grammar" (a client's Lark or EBNF),
+    # "lark" (made here)
     source: str  # JSON schemas: compact, the order of keys kept
     after: tuple[tuple[int, ...], ...] = ()  # token sequences; the grammar begins behind the first one that appears in
     # the output (the end of a reasoning); (): at once
