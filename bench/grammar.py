@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tokenmill.errors import GrammarError
-from tokenmill.grammar.base import Backend, Grammar, Vocabulary, fill_masks, new_backend
+from tokenmill.grammar.base import Backend, Grammar, Vocabulary, new_backend
 from tokenmill.grammar.pool import CompilePool
 from tokenmill.text.guided import json_grammar
 
@@ -312,7 +312,7 @@ def _together(backend: Backend, sample: list[Any], vocabulary: Vocabulary, steps
     player, seconds = Player(vocabulary, 1), []
     for _ in range(steps):
         began = time.perf_counter()
-        fill_masks(matchers, mask, range(len(matchers)), filler)
+        filler.fill([(matcher, row) for row, matcher in enumerate(matchers)], mask)
         seconds.append(time.perf_counter() - began)
         for row, matcher in enumerate(matchers):
             if not matcher.done:

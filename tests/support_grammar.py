@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenmill.grammar.base import Backend, Grammar, Matcher, Vocabulary, compile_here, new_backend
-from tokenmill.wire.messages import GrammarSpec
+from tokenmill.grammar.base import Backend, Grammar, Matcher, Vocabulary, new_backend
 
 END, OTHER_END, SPECIAL = 256, 257, 258
 LONGER = ('{"', '":', '",', '"}', "ab", "abc", "foo", "bar", "name", "hello", " world", "12", "00", "true", "null", "é",
@@ -27,9 +26,9 @@ def backend(name: str, encode: Any = None) -> Backend:
     return new_backend(name, small_vocabulary(), encode)
 
 
-def made(chosen: Backend, kind: str, source: str, after: tuple[tuple[int, ...], ...] = ()) -> Grammar:
+def made(chosen: Backend, kind: str, source: str) -> Grammar:
     """A grammar compiled in this process."""
-    return compile_here(GrammarSpec(kind, source, after), chosen)
+    return chosen.finish(chosen.prepare(kind, source))
 
 
 def allowed(matcher: Matcher, vocabulary: Vocabulary) -> set[int]:

@@ -12,7 +12,7 @@ from support_grammar import END, OTHER_END, SPECIAL, accepts, allowed, backend, 
 
 from tokenmill.errors import GrammarError, Unsupported
 from tokenmill.grammar import schema
-from tokenmill.grammar.base import Backend, Delayed, Vocabulary, exact, fill_masks, longest_tokens, new_backend
+from tokenmill.grammar.base import Backend, Vocabulary, exact, longest_tokens, new_backend
 
 PERSON = {
     "type": "object",
@@ -170,66 +170,19 @@ def test_forced_text_is_cut_as_the_models_tokenizer_cuts_it() -> None:
     assert [vocabulary.tokens[i] for i in wrong(b"hello world")] == [b"hello", b" world"]
 
 
-def test_the_grammar_begins_behind_the_first_of_the_sequences(chosen: Backend, vocabulary: Vocabulary) -> None:
-    id_of = {text: i for i, text in enumerate(vocabulary.tokens) if i != SPECIAL}
-    closing = (id_of[b"</"], id_of[b"think"], id_of[b">"])
-    matcher = made(chosen, "regex", "ab", after=(closing, (SPECIAL,))).matcher()
-    everything = allowed(matcher, vocabulary)
-    assert len(everything) == vocabulary.size
-    for token_id in (*b"thinking", closing[0], closing[1], closing[0], closing[1], END):
-        assert matcher.accept(token_id)
-        assert not matcher.done
-        assert matcher.forced(4) == []
-    matcher.rollback(1)
-    assert matcher.accept(closing[2])
-    assert allowed(matcher, vocabulary) <= {ord("a"), id_of[b"ab"]}
-    assert not matcher.accept(ord("x"))
-    assert matcher.accept(ord("a"))
-    assert matcher.accept(ord("b"))
-    assert matcher.done
-    matcher.rollback(3)  # over the beginning
-    assert allowed(matcher, vocabulary) == everything
-    assert matcher.accept(SPECIAL)
-    assert not matcher.accept(SPECIAL)  # it is the grammar's turn
-    assert matcher.accept(id_of[b"ab"])
-    assert matcher.done
-
-
-def test_random_histories_of_a_delayed_matcher_equal_a_replay(vocabulary: Vocabulary) -> None:
-    chosen, draw = backend("llguidance"), random.Random(5)
-    grammar = made(chosen, "regex", "[ab]*", after=((120, 120), (121,)))
-    for _ in range(50):
-        matcher, history = grammar.matcher(), []
-        for _ in range(40):
-            if history and draw.random() < 0.3:
-                back = draw.randrange(1, len(history) + 1)
-                matcher.rollback(back)
-                del history[len(history) - back :]
-            token_id = draw.choice([97, 98, 120, 121])
-            if matcher.accept(token_id):
-                history.append(token_id)
-            fresh = grammar.matcher()
-            assert all(fresh.accept(i) for i in history)
-            assert allowed(fresh, vocabulary) == allowed(matcher, vocabulary)
-
-
 def test_all_rows_are_filled_in_one_call(chosen: Backend, vocabulary: Vocabulary) -> None:
     matchers = [made(chosen, *spec).matcher() for spec in SPECS.values()]
-    matchers.append(made(chosen, "regex", "ab", after=((SPECIAL,),)).matcher())
-    begun = made(chosen, "regex", "ab", after=((SPECIAL,),)).matcher()
-    begun.accept(SPECIAL)
     ended = made(chosen, "regex", "a").matcher()
     for token_id in (ord("a"), OTHER_END):
         ended.accept(token_id)
-    matchers += [begun, ended]
+    matchers.append(ended)
     rows = random.Random(0).sample(range(16), len(matchers))
     mask = np.full((16, vocabulary.mask_words), 0xDEADBEEF, np.uint32)
-    fill_masks(matchers, mask, rows, chosen.filler(2))
+    chosen.filler(2).fill(list(zip(matchers, rows, strict=True)), mask)
     for matcher, row in zip(matchers, rows, strict=True):
         alone = vocabulary.new_mask(1)
         matcher.fill_mask(alone, 0)
         assert (alone[0] == mask[row]).all()
-    assert isinstance(begun, Delayed)
     assert (mask[[row for row in range(16) if row not in rows]] == 0xDEADBEEF).all()
 
 
@@ -270,12 +223,12 @@ def test_a_limit_met_in_the_middle_ends_its_own_row_alone() -> None:
     good = made(chosen, "regex", "a*").matcher()
     filler, mask = chosen.filler(2), vocabulary.new_mask(2)
     for _ in range(2000):
-        fill_masks([costly, good], mask, [0, 1], filler)
+        filler.fill([(costly, 0), (good, 1)], mask)
         assert good.accept(ord("a"))
         if costly.failure or not costly.accept(ord("a")):
             break
     assert "states" in costly.failure
-    fill_masks([costly, good], mask, [0, 1], filler)
+    filler.fill([(costly, 0), (good, 1)], mask)
     assert np.flatnonzero(np.unpackbits(mask[0].view(np.uint8), bitorder="little")).tolist() == [END, OTHER_END]
     assert costly.done
     assert ord("a") in allowed(good, vocabulary)

@@ -91,8 +91,7 @@ def test_the_same_grammar_is_compiled_once_and_refusals_are_remembered(pool: Com
     grammars = [future.result(10) for future in futures]
     assert pool.num_compiled == before[0] + 1
     assert accepts(grammars[0], "same1")
-    delayed = grammars[4].matcher()
-    assert delayed.accept(ord("x"))
+    assert all(grammar is grammars[0] for grammar in grammars)  # where it begins is not the pool's to know
     bad = GrammarSpec("regex", "(broken")
     errors = {fault(pool.submit(bad), 2) for _ in range(3)}
     assert len(errors) == 1

@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from support_grammar import made as compiled
 from support_server import Server, byte_model, scripted
 
 from tokenmill.errors import Unsupported, ValidationError
-from tokenmill.grammar.base import Vocabulary, compile_here, new_backend
+from tokenmill.grammar.base import Vocabulary, new_backend
 from tokenmill.server.routes.chat_speech import Speech, Voice, check_parsers, fixed_ids, speech_of
 from tokenmill.server.routes.chat_tools import tools_of
 from tokenmill.server.schema.openai import ChatRequest
@@ -140,7 +141,7 @@ def follows(made: Voice, grammar: GrammarSpec, text: str) -> bool:
     tokenizer = made.tokenizer
     size = tokenizer.vocab_size
     vocabulary = Vocabulary.of(tokenizer.token_bytes, size, size, tokenizer.eos_ids, sorted(tokenizer.special_ids))
-    matcher = compile_here(grammar, new_backend("llguidance", vocabulary)).matcher()
+    matcher = compiled(new_backend("llguidance", vocabulary), grammar.kind, grammar.source).matcher()
     return all(matcher.accept(i) for i in (*ids(made, text), tokenizer.eos_ids[0]))
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.errors import Unsupported
-from tokenmill.wire.messages import GrammarSpec
 
 Encode = Callable[[bytes], Sequence[int]]
 Mask = NDArray[np.uint32]
@@ -107,7 +106,8 @@ class MaskFiller(Protocol):
     """Fills rows of many matchers at once, on threads of its own that do not need the interpreter."""
 
     def fill(self, pairs: Sequence[tuple[Matcher, int]], mask: Mask) -> None:
-        """`fill_mask` for each matcher and its row. All matchers come from this filler's backend, unwrapped."""
+        """`fill_mask` for each matcher and its row, all at once; other rows are not touched. `mask` is contiguous, all
+        matchers come from this filler's backend. Blocks until all are filled."""
 
 
 class Backend(Protocol):
@@ -125,82 +125,6 @@ class Backend(Protocol):
         """A new filler. Make one and keep it."""
 
 
-class Delayed:
-    """A matcher that allows everything until one of some token sequences has appeared, then follows its grammar.
-
-    Ends of reasoning: what the grammar constrains begins behind the first of them. A sequence counts within the output
-    only. `done` and `forced` say nothing before.
-    """
-
-    def __init__(self, inner: Matcher, after: Sequence[Sequence[int]], vocabulary: Vocabulary) -> None:
-        self.inner = inner
-        self._after = [tuple(sequence) for sequence in after if sequence]
-        self._open = _all_allowed(vocabulary)
-        self._before: list[int] = []  # what came before the grammar began, the sequence itself included
-        self._inside = 0  # tokens the inner matcher accepted
-        self.begun = not self._after
-
-    def fill_mask(self, mask: Mask, row: int) -> None:
-        """Everything, before the beginning."""
-        if self.begun:
-            self.inner.fill_mask(mask, row)
-        else:
-            mask[row] = self._open
-
-    def accept(self, token_id: int) -> bool:
-        """Before the beginning always true."""
-        if self.begun:
-            taken = self.inner.accept(token_id)
-            self._inside += taken
-            return taken
-        self._before.append(token_id)
-        self.begun = self._at_an_end()
-        return True
-
-    def rollback(self, n: int) -> None:
-        """Goes back over the beginning, too."""
-        inside = min(n, self._inside)
-        if inside:
-            self.inner.rollback(inside)
-            self._inside -= inside
-        if n > inside:
-            del self._before[len(self._before) - (n - inside) :]
-            self.begun = not self._after
-
-    def forced(self, most: int) -> list[int]:
-        """Nothing, before the beginning."""
-        return self.inner.forced(most) if self.begun else []
-
-    @property
-    def done(self) -> bool:
-        """Never before the beginning."""
-        return self.begun and self.inner.done
-
-    @property
-    def failure(self) -> str:
-        """The inner matcher's."""
-        return self.inner.failure
-
-    def _at_an_end(self) -> bool:
-        return any(tuple(self._before[-len(sequence) :]) == sequence for sequence in self._after)
-
-
-class DelayedGrammar:
-    """A grammar whose matchers are `Delayed`."""
-
-    def __init__(self, inner: Grammar, after: Sequence[Sequence[int]], vocabulary: Vocabulary) -> None:
-        self._inner, self._after, self._vocabulary = inner, after, vocabulary
-
-    @property
-    def nbytes(self) -> int:
-        """The inner grammar's."""
-        return self._inner.nbytes
-
-    def matcher(self) -> Matcher:
-        """A matcher that waits for its beginning."""
-        return Delayed(self._inner.matcher(), self._after, self._vocabulary)
-
-
 def new_backend(name: str, vocabulary: Vocabulary, encode: Encode | None = None) -> Backend:
     """The backend `name`: "llguidance" or "xgrammar".
 
@@ -216,33 +140,6 @@ def new_backend(name: str, vocabulary: Vocabulary, encode: Encode | None = None)
 
         return XGrammar(vocabulary, encode)
     raise Unsupported("grammar backend", name, ("llguidance", "xgrammar"))
-
-
-def compile_here(spec: GrammarSpec, backend: Backend) -> Grammar:
-    """Both halves in this process and thread, without limits: for trusted grammars. GrammarError as `prepare`."""
-    return delayed(backend.finish(backend.prepare(spec.kind, spec.source)), spec, backend.vocabulary)
-
-
-def delayed(grammar: Grammar, spec: GrammarSpec, vocabulary: Vocabulary) -> Grammar:
-    """The grammar as `spec.after` asks for it."""
-    return DelayedGrammar(grammar, spec.after, vocabulary) if spec.after else grammar
-
-
-def fill_masks(matchers: Sequence[Matcher], mask: Mask, rows: Sequence[int], pool: MaskFiller) -> None:
-    """Fill the mask's row `rows[i]` for `matchers[i]`, all at once on the pool's threads. Other rows are not touched.
-
-    `mask` is contiguous. Blocks until all are filled.
-    """
-    pairs: list[tuple[Matcher, int]] = []
-    for matcher, row in zip(matchers, rows, strict=True):
-        if isinstance(matcher, Delayed):
-            if not matcher.begun:
-                matcher.fill_mask(mask, row)
-                continue
-            matcher = matcher.inner
-        pairs.append((matcher, row))
-    if pairs:
-        pool.fill(pairs, mask)
 
 
 def needs_many_states(source: str) -> bool:
@@ -309,7 +206,3 @@ def exact(encode: Encode | None, vocabulary: Vocabulary) -> Encode:
         return ids
 
     return checked
-
-
-def _all_allowed(vocabulary: Vocabulary) -> NDArray[np.uint32]:
-    return np.full(vocabulary.mask_words, 0xFFFFFFFF, np.uint32)

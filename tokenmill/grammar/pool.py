@@ -22,7 +22,7 @@ from concurrent.futures import Future
 import msgspec
 
 from tokenmill.errors import GenerationError, GrammarError
-from tokenmill.grammar.base import Backend, Grammar, delayed
+from tokenmill.grammar.base import Backend, Grammar
 from tokenmill.grammar.worker import Job, Result, Setup
 from tokenmill.wire.channel import Channel, ChannelError
 from tokenmill.wire.messages import GrammarSpec
@@ -62,7 +62,7 @@ class CompilePool:
         self._lock = threading.Lock()
         self._closed = False
         self._cache = _Cache(self.limits.cache_bytes)
-        self._running: dict[_Key, list[tuple[GrammarSpec, Future[Grammar]]]] = {}
+        self._running: dict[_Key, list[Future[Grammar]]] = {}
         self._jobs: queue.SimpleQueue[_Key | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._serve, name=f"grammar {i}", daemon=True) for i in range(self.limits.processes)
@@ -71,7 +71,10 @@ class CompilePool:
             thread.start()
 
     def submit(self, spec: GrammarSpec) -> Future[Grammar]:
-        """The grammar, some time later. The future fails with GrammarError, or GenerationError if no process starts."""
+        """The grammar, some time later; where it begins, `spec.after`, is the caller's to see to.
+
+        The future fails with GrammarError, or GenerationError if no process starts.
+        """
         future: Future[Grammar] = Future()
         size = len(spec.source.encode())
         if size > self.limits.source_bytes:
@@ -84,12 +87,12 @@ class CompilePool:
             known = GenerationError("The server is stopping.") if self._closed else self._cache.get(key)
             if known is None:
                 waiting = self._running.setdefault(key, [])
-                waiting.append((spec, future))
+                waiting.append(future)
                 if len(waiting) == 1:
                     self._jobs.put(key)
                 return future
             self.num_cached += 1
-        self._settle(spec, future, known)
+        _settle(future, known)
         return future
 
     def close(self) -> None:
@@ -103,8 +106,8 @@ class CompilePool:
         with self._lock:
             left, self._running = self._running, {}
         for waiting in left.values():
-            for spec, future in waiting:
-                self._settle(spec, future, GenerationError("The server is stopping."))
+            for future in waiting:
+                _settle(future, GenerationError("The server is stopping."))
 
     def _serve(self) -> None:
         process: _Process | None = None
@@ -150,16 +153,17 @@ class CompilePool:
             waiting = self._running.pop(key, [])
             self.num_refused += isinstance(result, GrammarError)
             self.num_compiled += not isinstance(result, Exception)
-        for spec, future in waiting:
-            self._settle(spec, future, result)
+        for future in waiting:
+            _settle(future, result)
 
-    def _settle(self, spec: GrammarSpec, future: Future[Grammar], result: Grammar | Exception) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        if isinstance(result, Exception):
-            future.set_exception(type(result)(str(result)))  # each its own: a raised exception collects tracebacks
-        else:
-            future.set_result(delayed(result, spec, self._backend.vocabulary))
+
+def _settle(future: Future[Grammar], result: Grammar | Exception) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(type(result)(str(result)))  # each its own: a raised exception collects tracebacks
+    else:
+        future.set_result(result)
 
 
 class _Cache:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.errors import GrammarError
-from tokenmill.grammar.base import Backend, Encode, Grammar, MaskFiller, Matcher, Vocabulary, fill_masks, new_backend
+from tokenmill.grammar.base import Backend, Encode, Grammar, MaskFiller, Matcher, Vocabulary, new_backend
 from tokenmill.grammar.pool import CompilePool
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
@@ -73,7 +73,7 @@ class ModelGrammars:
 
     def fill(self, matchers: Sequence[Matcher], mask: NDArray[np.uint32], rows: Sequence[int]) -> None:
         """Each matcher's row of the mask, all at once."""
-        fill_masks(matchers, mask, rows, self._parts.filler)
+        self._parts.filler.fill(list(zip(matchers, rows, strict=True)), mask)
 
     def close(self) -> None:
         """End the processes. Idempotent; blocks until they have ended."""

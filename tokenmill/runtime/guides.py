@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tokenmill.backends.base import Masks
 from tokenmill.engine.sequence import Batch
 from tokenmill.errors import GenerationError, GrammarError
-from tokenmill.grammar.base import Delayed, Grammar, Matcher
+from tokenmill.grammar.base import Grammar, Matcher
 from tokenmill.runtime.guide import Guide
 from tokenmill.wire.messages import Abort, Extend, GrammarSpec, Output, Request, ToEngine, ToScheduler
 
@@ -177,10 +177,7 @@ class Guides:
                 continue
             del self._held[request_id]
             try:
-                matcher = compiling.result().matcher()
-                # the guide sees to where a grammar begins: what comes before need not wait for anything
-                inner = matcher.inner if isinstance(matcher, Delayed) else matcher
-                self._guides[request_id] = Guide(request, inner, self._grammars.end_ids)
+                self._guides[request_id] = Guide(request, compiling.result().matcher(), self._grammars.end_ids)
             except Exception as error:  # noqa: BLE001  it ends this request alone
                 self._refuse(request_id, _why(error))
             else:
