@@ -5,7 +5,7 @@ import pytest
 from tokenmill import LLM
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.models.base import program_of
-from tokenmill.runtime.assembly import _context_weight
+from tokenmill.runtime.assembly import context_weight
 from tokenmill.runtime.memory import (
     CACHE_BYTES,
     DEVICE_RESERVE,
@@ -158,9 +158,9 @@ def test_an_8bs_attention_is_as_dear_as_its_products_at_14k_tokens():
         "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": False,
     }  # fmt: skip
-    assert 13_000 < _context_weight(program_of(config)) < 14_000
+    assert 13_000 < context_weight(program_of(config)) < 14_000
     windowed = config | {"model_type": "mistral", "sliding_window": 4096}
-    assert _context_weight(program_of(windowed)) == 0
+    assert context_weight(program_of(windowed)) == 0
 
 
 def test_limits_that_memory_cannot_hold_are_refused_with_the_cure(embedded_model, monkeypatch):

@@ -19,7 +19,7 @@ from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
-from tokenmill.runtime.assembly import Assembled, _context_weight, _scheduler
+from tokenmill.runtime.assembly import Assembled, scheduler_of
 from tokenmill.runtime.choice import Computing, choose, make_backend
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
@@ -121,7 +121,7 @@ class Built:
             "bench", "bfloat16", "cuda", "cuda", blocks, size, config["vocab_size"], setup.max_total_tokens - 1,
             setup.max_total_tokens, setup.max_batch_tokens, setup.max_batch_size,
         )  # fmt: skip
-        self.scheduler = _scheduler(info, _context_weight(program))  # the server's own choices
+        self.scheduler = scheduler_of(info, program)  # the server's own choices
         if setup.beside is not None:
             self.set_beside(setup.beside)
         parts = Assembled(self.scheduler, Executor(self.timed, setup.max_batch_size), info)  # type: ignore[arg-type]

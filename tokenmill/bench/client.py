@@ -86,22 +86,26 @@ class Answer:
         return self.completion_tokens or len(self.events)
 
 
-async def complete(
-    base_url: str,
-    ask: Ask,
-    *,
-    api_key: str = "",
-    timeout_s: float = 600.0,
-    started: Callable[[], None] | None = None,
-    cut: asyncio.Event | None = None,
-) -> Answer:
-    """Send `ask` to `base_url` and read its stream to the end. Failures are told in `Answer.error`, never raised.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """How a stream is read.
 
     `started` is called once: at the first token, or at the end of a stream that had none. Setting `cut` ends the
     stream from here; what came until then is its answer.
     """
-    received = await receive(base_url, ask, api_key=api_key, timeout_s=timeout_s, started=started, cut=cut)
-    return received.answer()
+
+    api_key: str = ""
+    timeout_s: float = 600.0
+    started: Callable[[], None] | None = None
+    cut: asyncio.Event | None = None
+
+
+TO_THE_END = How()
+
+
+async def complete(base_url: str, ask: Ask, how: How = TO_THE_END) -> Answer:
+    """Send `ask` to `base_url` and read its stream. Failures are told in `Answer.error`, never raised."""
+    return (await receive(base_url, ask, how)).answer()
 
 
 @dataclass(slots=True)
@@ -124,22 +128,14 @@ class Received:
         return answer
 
 
-async def receive(
-    base_url: str,
-    ask: Ask,
-    *,
-    api_key: str = "",
-    timeout_s: float = 600.0,
-    started: Callable[[], None] | None = None,
-    cut: asyncio.Event | None = None,
-) -> Received:
+async def receive(base_url: str, ask: Ask, how: How = TO_THE_END) -> Received:
     """As `complete`, but the bytes are not read as events yet: that takes time that other streams would wait for."""
-    receiver = _Receiver(started)
+    receiver = _Receiver(how.started)
     received = Received(time.perf_counter(), receiver.pieces)
     try:
-        async with asyncio.timeout(timeout_s):
-            await _exchange(base_url, ask, api_key, received, receiver, cut)
-        received.cut = cut is not None and cut.is_set()
+        async with asyncio.timeout(how.timeout_s):
+            await _exchange(base_url, ask, how, received, receiver)
+        received.cut = how.cut is not None and how.cut.is_set()
     except (OSError, TimeoutError, ValueError) as error:
         received.error = f"{type(error).__name__}: {error}"
     finally:
@@ -190,13 +186,11 @@ class _Receiver(asyncio.BufferedProtocol):
             self.ended.set_exception(error)
 
 
-async def _exchange(
-    base_url: str, ask: Ask, api_key: str, received: Received, receiver: _Receiver, cut: asyncio.Event | None
-) -> None:
+async def _exchange(base_url: str, ask: Ask, how: How, received: Received, receiver: _Receiver) -> None:
     url, body = urlsplit(base_url), ask.body()
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_connection(lambda: receiver, url.hostname or "", url.port or 80)
-    key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+    key = f"Authorization: Bearer {how.api_key}\r\n" if how.api_key else ""
     head = (
         f"POST {url.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\n"
         f"Content-Type: application/json\r\n{key}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -204,7 +198,7 @@ async def _exchange(
     try:
         received.sent = time.perf_counter()
         transport.write(head.encode() + body)
-        await _first(receiver.ended, cut)
+        await _first(receiver.ended, how.cut)
     finally:
         transport.close()
 

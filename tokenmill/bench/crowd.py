@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import msgspec
 
-from tokenmill.bench.client import Answer, Ask, receive
+from tokenmill.bench.client import Answer, Ask, How, receive
 from tokenmill.bench.load import percentile
 
 
@@ -158,7 +158,7 @@ async def _read_all(share: Share, start: float) -> Found:
     """One process's part of a round."""
     await asyncio.sleep(start - time.perf_counter())
     before = time.process_time()
-    asked = [receive(share.base_url, ask, timeout_s=share.timeout_s) for ask in share.asks]
+    asked = [receive(share.base_url, ask, How(timeout_s=share.timeout_s)) for ask in share.asks]
     received = await asyncio.gather(*asked)
     cpu_s = time.process_time() - before
     return Found([one.answer() for one in received], cpu_s)

@@ -8,7 +8,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from tokenmill.bench.client import Answer, Ask, complete
+from tokenmill.bench.client import Answer, Ask, How, complete
 
 _WORDS = (
     "river stone lamp garden paper cloud window music forest engine silver market winter bridge summer castle ocean "
@@ -78,7 +78,7 @@ def report(answers: list[Answer], wall_s: float) -> Report:
 async def run_round(base_url: str, asks: list[Ask], *, api_key: str = "") -> Report:
     """Send all of `asks` at once and wait for the last."""
     start = time.perf_counter()
-    answers = await asyncio.gather(*(complete(base_url, ask, api_key=api_key) for ask in asks))
+    answers = await asyncio.gather(*(complete(base_url, ask, How(api_key=api_key)) for ask in asks))
     return report(list(answers), time.perf_counter() - start)
 
 
@@ -107,7 +107,7 @@ async def run_disturbed(base_url: str, streams: list[Ask], arrivals: list[Ask], 
     """
     begun, cut = [asyncio.Event() for _ in streams], asyncio.Event()
     tasks = [
-        asyncio.create_task(complete(base_url, ask, started=event.set, cut=cut))
+        asyncio.create_task(complete(base_url, ask, How(started=event.set, cut=cut)))
         for ask, event in zip(streams, begun, strict=True)
     ]
     for event in begun:

@@ -133,7 +133,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             quantize=computing.quantize,
             isa=instruction_set(choice, computing),
         )
-        scheduler = _scheduler(info, _context_weight(program))
+        scheduler = scheduler_of(info, program)
         guides = _guides(source, info, wants, resources) if group.rank == 0 else None
         executor = Executor(backend, limits.max_batch_size, guides)
         return Assembled(scheduler, executor, info, guides, resources.pop_all())
@@ -169,7 +169,7 @@ def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any],
         max_batch_size=wants.max_batch_size or _MAX_BATCH_SIZE,
         revision=source.revision,
     )
-    return Assembled(_scheduler(info), executor, info)
+    return Assembled(scheduler_of(info), executor, info)
 
 
 def _limits(choice: Choice, wants: Wants, longest: int) -> StepLimits:
@@ -213,19 +213,21 @@ def _allocate(
     return num_blocks
 
 
-def _scheduler(info: EngineInfo, context_weight: int = 0) -> Scheduler:
+def scheduler_of(info: EngineInfo, program: Program | None = None) -> Scheduler:
+    """A scheduler for such an engine, with the numbers that suit its device. `program`: None for a mock."""
+    on_gpu = info.device == "cuda"  # on a CPU products are the slower part, however long the context
     limits = SchedulerLimits(
         info.max_batch_tokens,
         info.max_batch_size,
         info.max_total_tokens,
         info.block_size,
         prefill_beside={"cpu": _PREFILL_BESIDE, "cuda": _GPU_PREFILL_BESIDE}.get(info.device, 0),
-        context_weight=context_weight if info.device == "cuda" else 0,  # on a CPU products are the slower part
+        context_weight=context_weight(program) if on_gpu and program is not None else 0,
     )
     return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
 
 
-def _context_weight(program: Program) -> int:
+def context_weight(program: Program) -> int:
     """The position at which a prompt's token costs as much attention as products; 0: none, as every layer has a window.
 
     What lies within windows is not counted.

@@ -196,7 +196,7 @@ OPENAI_TABLE = (
     Limit("metadata", 0, 64, measure=_longest, unit="characters in each key"),
     Limit("metadata", 0, 512, measure=_longest_value, unit="characters in each text"),
 )
-"""What only OpenAI's bodies have; the numbers are OpenAI's own, but for the lengths of names and of `logit_bias`, and for bytes."""
+"""What only OpenAI's bodies have; the numbers are OpenAI's own, but for bytes, lengths of names, and `logit_bias`."""
 
 LOGPROBS = Limit("logprobs", 0, "max_top_n_tokens", openai_most=5)  # of completions; a chat's is `top_logprobs`
 
