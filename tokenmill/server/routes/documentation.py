@@ -46,4 +46,5 @@ async def document(call: Call) -> None:
     """GET /api-doc/openapi.json."""
     from tokenmill.server.openapi import document_json  # it reads the route table, which names this module
 
-    await call.answer(document_json().encode())
+    text = await call.service.in_thread(document_json)
+    await call.answer(text.encode())
