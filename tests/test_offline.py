@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 import torch
 from support_models import make_checkpoint
@@ -23,7 +24,9 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
 from tokenmill.errors import (
     ArgumentError,
+    BatchError,
     ContextLengthError,
+    GrammarError,
     ModelError,
     NotEnoughMemory,
     TemplateError,
@@ -39,7 +42,7 @@ from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.text.prepare import Options
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
-from tokenmill.wire.messages import EngineInfo, SamplingParams, StoppingParams
+from tokenmill.wire.messages import EngineInfo, GrammarSpec, SamplingParams, StoppingParams
 
 torch.set_num_threads(1)
 TEMPLATE = (
@@ -256,6 +259,44 @@ def test_an_option_of_a_generation_that_cannot_be_is_refused(llm, params):
 def test_an_option_of_the_model_that_cannot_be_is_refused_with_its_name(folder, options, error, text):
     with pytest.raises(error, match=text):
         LLM(str(folder), **options)
+
+
+BAD_GRAMMARS = [
+    {"type": "regex", "value": "(a"}, {"type": "json", "value": {"not": {}}},
+    {"type": "json", "value": {"type": "integer", "multipleOf": 999983}}, GrammarSpec("grammar", "root ::= nothing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grammar", BAD_GRAMMARS)
+def test_a_grammar_that_is_none_is_refused_before_anything_runs(llm, grammar):
+    prompts = ["x" * 150, "y", "z" * 190]  # of several steps, and longer than a batch
+    before = llm.stats.steps
+    message = [{"role": "user", "content": "Hi"}]
+    for ask in (
+        lambda: llm.generate(prompts, grammar=grammar), lambda: llm.stream("x", grammar=grammar),
+        lambda: llm.chat(message, grammar=grammar), lambda: llm.stream_chat(message, grammar=grammar),
+    ):  # fmt: skip
+        with pytest.raises(GrammarError) as caught:
+            ask()
+        assert caught.value.param == "grammar"
+    assert llm.stats.steps == before
+    assert llm.generate("x", max_new_tokens=2, ignore_eos=True)[0].finish_reason == "length"
+
+
+def test_a_prompt_that_fails_takes_no_other_with_it(folder, tmp_path, llm):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    weights["model.embed_tokens.weight"][llm.tokenizer.encode("Z", False)] = np.nan
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    with LLM(str(tmp_path), cpu_threads=1) as model:
+        asked = {"max_new_tokens": 5, "ignore_eos": True}
+        with pytest.raises(BatchError, match=r"^2 of 4 prompts failed, the first at \[1\]: .*finite") as caught:
+            model.generate(["a", "aZ", "b", "Z"], **asked)
+        assert sorted(caught.value.errors) == [1, 3]
+        assert [c is None for c in caught.value.completions] == [False, True, False, True]
+        [first], [third] = model.generate("a", **asked), model.generate("b", **asked)
+        assert (caught.value.completions[0], caught.value.completions[2]) == (first, third)
 
 
 def test_the_engine_says_for_which_instruction_set_it_computes(folder, llm):

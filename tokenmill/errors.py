@@ -19,6 +19,7 @@ TokenmillError
     │   └── ToolError          the tools asked for do not exist or contradict each other
     ├── Overloaded             refused at once; says when to come back
     ├── GenerationError        the engine failed in the middle
+    │   └── BatchError         it did with some of several prompts; has the answers to the others
     ├── IncompleteError        the stream ended without a last token
     └── NotReady               starting, draining or unhealthy
 
@@ -28,7 +29,8 @@ TokenmillError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class TokenmillError(Exception):
@@ -155,6 +157,17 @@ class GenerationError(RequestError):
     """The engine gave up on this request, or went away with it."""
 
     error_type = "generation"
+
+
+class BatchError(GenerationError):
+    """`tokenmill.LLM` answered some of several prompts only. `completions`: one a prompt, None where it failed;
+    `errors`: why, by the prompt's place."""
+
+    def __init__(self, completions: Sequence[Any], errors: Mapping[int, GenerationError]) -> None:
+        self.completions, self.errors = list(completions), dict(errors)
+        place, first = next(iter(self.errors.items()))
+        failed = f"{len(errors)} of {len(completions)} prompts failed, the first at [{place}]: {first}"
+        super().__init__(f"{failed}. The others' answers are in `completions`.")
 
 
 class IncompleteError(RequestError):

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from tokenmill.config import Settings
-from tokenmill.errors import ArgumentError, TemplateError, ValidationError
+from tokenmill.errors import ArgumentError, BatchError, GenerationError, GrammarError, TemplateError, ValidationError
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
@@ -100,11 +100,11 @@ class LLM:
         """Answer one prompt or many, all in one batch; the answers come in the order of the prompts.
 
         `params` are fields of `Options` and beat those of `options`. Greedy, and until the model ends, if nothing is
-        said. Raises ValidationError, before anything runs, for a prompt or an option that cannot be served.
+        said. Raises ValidationError, before anything runs, for a prompt or an option that cannot be served, of which
+        GrammarError for a grammar that cannot be compiled; BatchError, which has the other answers, if the engine
+        failed with a prompt.
         """
-        chosen = _chosen(options, params)
-        prepared = [self._prepare(prompt, chosen, True) for prompt in _as_list(prompts)]
-        return self._answers(prepared)
+        return self._answers(self._prepare(_as_list(prompts), _chosen(options, params), True))
 
     def chat(
         self,
@@ -116,17 +116,19 @@ class LLM:
     ) -> list[Completion]:
         """Answer one conversation or many. `template`: variables for the chat template.
 
-        Raises TemplateError if the model has no chat template or it refuses the messages.
+        Raises what `generate` does, and TemplateError if the model has no chat template or it refuses the messages.
         """
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         chosen = _chosen(options, params)
         prompts = [self.render(conversation, template) for conversation in many]  # type: ignore[arg-type]
-        return self._answers([self._prepare(prompt, chosen, False) for prompt in prompts])
+        return self._answers(self._prepare(prompts, chosen, False))
 
     def stream(self, prompt: Prompt, options: Options | None = None, **params: Any) -> Iterator[str]:
-        """The answer's text, piece by piece as it is generated. Closing the iterator ends the generation."""
-        prepared = self._prepare(prompt, _chosen(options, params), True)
-        return self._stream(prepared)
+        """The answer's text, piece by piece as it is generated. Closing the iterator ends the generation.
+
+        ValidationError comes from the call, GenerationError from the iterator.
+        """
+        return self._stream(prompt, _chosen(options, params), True)
 
     def stream_chat(
         self,
@@ -137,7 +139,7 @@ class LLM:
         **params: Any,
     ) -> Iterator[str]:
         """`stream`, for a conversation."""
-        return self._stream(self._prepare(self.render(messages, template), _chosen(options, params), False))
+        return self._stream(self.render(messages, template), _chosen(options, params), False)
 
     def render(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> str:
         """The prompt that the model's chat template makes of a conversation. Raises TemplateError."""
@@ -157,21 +159,42 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _prepare(self, prompt: Prompt, options: Options, add_special_tokens: bool) -> Prepared:
-        return prepare(prompt, options, self._limits, self.tokenizer, add_special_tokens=add_special_tokens)
+    def _prepare(self, prompts: Sequence[Prompt], options: Options, add_special_tokens: bool) -> list[Prepared]:
+        """The requests, of which nothing is wrong. Waits for their grammar, which all of them share."""
+        prepared = [
+            prepare(prompt, options, self._limits, self.tokenizer, add_special_tokens=add_special_tokens)
+            for prompt in prompts
+        ]
+        if prepared and (grammar := prepared[0].grammar) is not None:
+            try:
+                self._engine.compile(grammar)
+            except GrammarError as error:
+                raise GrammarError(str(error), prepared[0].grammar_field) from None
+        return prepared
 
     def _answers(self, prepared: list[Prepared]) -> list[Completion]:
         answers = [_Answer(self._engine, self.tokenizer, one) for one in prepared]
+        errors: dict[int, GenerationError] = {}
         try:
-            for answer in answers:
-                for _ in answer.pieces():
-                    pass
-            return [answer.completion() for answer in answers]
+            for place, answer in enumerate(answers):
+                try:
+                    for _ in answer.pieces():
+                        pass
+                except GenerationError as error:  # it ends this prompt alone
+                    errors[place] = error
         finally:
             for answer in answers:
                 answer.abort()
+        if errors:
+            found = [None if place in errors else answer.completion() for place, answer in enumerate(answers)]
+            raise BatchError(found, errors)
+        return [answer.completion() for answer in answers]
 
-    def _stream(self, prepared: Prepared) -> Iterator[str]:
+    def _stream(self, prompt: Prompt, options: Options, add_special_tokens: bool) -> Iterator[str]:
+        (prepared,) = self._prepare([prompt], options, add_special_tokens)
+        return self._pieces(prepared)
+
+    def _pieces(self, prepared: Prepared) -> Iterator[str]:
         answer = _Answer(self._engine, self.tokenizer, prepared)
         with contextlib.closing(answer.pieces()) as pieces:
             yield from pieces

@@ -96,6 +96,12 @@ class Guides:
             os.close(self._wake_write)
             self._wake_read = self._wake_write = -1
 
+    def compile(self, spec: GrammarSpec) -> Compiling:
+        """Begin to compile a grammar; never waits. GrammarError if nobody can."""
+        if self._grammars is None:
+            raise GrammarError("this engine has no grammars")
+        return self._grammars.compile(spec)
+
     # ---- at the border ----
 
     @property
@@ -151,11 +157,8 @@ class Guides:
         return output
 
     def _hold(self, request: Request, spec: GrammarSpec) -> None:
-        if self._grammars is None:
-            self._refuse(request.id, "this engine has no grammars")
-            return
         try:
-            compiling = self._grammars.compile(spec)
+            compiling = self.compile(spec)
         except Exception as error:  # noqa: BLE001  it ends this request alone
             self._refuse(request.id, _why(error))
             return

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.facts import FactsLink
-from tokenmill.errors import GenerationError
+from tokenmill.errors import GenerationError, GrammarError
 from tokenmill.runtime.assembly import Assembled
 from tokenmill.runtime.guides import Guides
 from tokenmill.wire.messages import (
@@ -84,6 +84,12 @@ class OfflineEngine:
     def stats(self) -> Stats:
         """The books after the last step."""
         return self._link.stats
+
+    def compile(self, grammar: GrammarSpec) -> None:
+        """Wait until a grammar is compiled; requests that follow it need not wait then. GrammarError: it is none."""
+        if self._parts.guides is None:
+            raise GrammarError("this engine has no grammars")
+        self._parts.guides.compile(grammar).result()
 
     def submit(
         self,
