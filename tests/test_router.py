@@ -57,10 +57,9 @@ def test_thought_content_and_call_come_apart_wherever_the_text_is_cut() -> None:
         assert router.complete_calls == 1
 
 
-def test_a_call_is_not_searched_for_in_a_thought_nor_without_tools_nor_when_none_is_chosen() -> None:
-    for options in ({}, {"tools": TOOLS, "choice": "none"}):
-        router = router_of(THINK, **options)
-        assert fold([router.push(CALL), router.finish()]) == Delta(content=CALL)
+def test_a_call_is_not_searched_for_in_a_thought_nor_without_tools() -> None:
+    router = router_of(THINK)
+    assert fold([router.push(CALL), router.finish()]) == Delta(content=CALL)
     router = router_of(THINK, tools=TOOLS, reasoning=reasoning_of(THINK, "<think>\n"))
     assert fold([router.push(CALL), router.finish()]) == Delta(reasoning=CALL)
 

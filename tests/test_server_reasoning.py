@@ -14,7 +14,8 @@ from support_server import Server, byte_model, scripted
 
 from tokenmill.errors import Unsupported, ValidationError
 from tokenmill.grammar.base import Vocabulary, new_backend
-from tokenmill.server.routes.chat_speech import Speech, Voice, check_parsers, fixed_ids, speech_of
+from tokenmill.server.routes.chat_grammar import Voice, fixed_ids
+from tokenmill.server.routes.chat_speech import Speech, check_parsers, speech_of
 from tokenmill.server.routes.chat_tools import tools_of
 from tokenmill.server.schema.openai import ChatRequest
 from tokenmill.text.guided import openai_grammar
@@ -137,12 +138,16 @@ def ids(made: Voice, text: str) -> tuple[int, ...]:
 
 
 def follows(made: Voice, grammar: GrammarSpec, text: str) -> bool:
-    """Whether a text is a whole answer under a grammar."""
+    """Whether a text is a whole answer under a grammar. Where that begins behind some token, the text has one."""
     tokenizer = made.tokenizer
     size = tokenizer.vocab_size
     vocabulary = Vocabulary.of(tokenizer.token_bytes, size, size, tokenizer.eos_ids, sorted(tokenizer.special_ids))
     matcher = compiled(new_backend("llguidance", vocabulary), grammar.kind, grammar.source).matcher()
-    return all(matcher.accept(i) for i in (*ids(made, text), tokenizer.eos_ids[0]))
+    begun = text
+    for (after,) in grammar.after:
+        begun = text.partition(tokenizer.decode([after], False))[2]
+        assert begun != text
+    return all(matcher.accept(i) for i in (*ids(made, begun), tokenizer.eos_ids[0]))
 
 
 def test_a_grammar_begins_behind_a_thought_that_the_prompt_has_opened(tmp_path: Path) -> None:
@@ -201,11 +206,59 @@ def test_a_forced_call_comes_behind_the_thought_too(tmp_path: Path) -> None:
     assert follows(made, found.grammar, f"<think>\nf?\n</think>\n\n{call}")
     assert not follows(made, found.grammar, call.replace("1", '"1"'))
     assert not follows(made, found.grammar, "Hello")
-    strict = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}
-    found = speech(made, tools=[strict])
-    assert found.grammar is not None
-    assert found.grammar.after == (ids(made, "<tool_call>"),)
     assert speech(made, tools=[tool]).grammar is None
+
+
+CALLS = "{# {{ tools }} <tool_call> #}"
+TAGS = ("<tool_call>", "</tool_call>")
+STRICT = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("special", [(*MARKS, *TAGS), MARKS, ()])
+def test_a_strict_call_is_held_to_behind_thoughts_and_text(tmp_path: Path, special: tuple[str, ...]) -> None:
+    made = voice(tmp_path, ASKS + CALLS, special)
+    found = speech(made, tools=[STRICT])
+    assert found.grammar is not None
+    assert found.grammar.after == ((ids(made, "<tool_call>"),) if TAGS[0] in special else ())
+    assert found.grammar_field == "tools"
+    bad = CALL.replace("1", '"1"')
+    for text in (f"Well. {CALL} And {CALL}\nDone.", f"<think>\nf?\n</think>\n\n{CALL}", CALL):
+        assert follows(made, found.grammar, text), text
+        assert not follows(made, found.grammar, text.replace(CALL, bad)), text
+    if TAGS[0] not in special:  # else it waits for a call and has no say in the end before
+        for text in ("", "Hello", "<think>\nf?\n</think>\n\nNo <tool_cal"):
+            assert follows(made, found.grammar, text), text
+
+
+def test_a_strict_call_is_held_to_behind_a_thought_that_the_prompt_has_opened(tmp_path: Path) -> None:
+    made = voice(tmp_path, OPENS + CALLS)
+    found = speech(made, tools=[STRICT])
+    assert found.grammar is not None
+    assert found.grammar.after == (ids(made, "</think>"),)
+    text = f"<tool_call> or not?\n</think>\n\nYes: {CALL}"
+    assert follows(made, found.grammar, text)
+    assert not follows(made, found.grammar, text.replace("1", "x"))
+
+
+def test_a_strict_call_of_a_model_of_channels(tmp_path: Path) -> None:
+    made = voice(tmp_path, HARMONY, CHANNELS)
+    found = speech(made, tools=[STRICT])
+    assert found.grammar is not None
+    thought = "<|channel|>analysis<|message|>to=functions.f?<|end|><|start|>assistant"
+    call = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>'
+    preamble = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
+    for text in (thought + call, thought + preamble + call, call):
+        assert follows(made, found.grammar, text), text
+        assert not follows(made, found.grammar, text.replace("1", "x")), text
+    assert follows(made, found.grammar, f"{thought}<|channel|>final<|message|>Hello")
+    assert not follows(made, found.grammar, "Hello")
+    forced = speech(made, tools=[STRICT], tool_choice="required", thinking_budget=5)
+    assert forced.grammar is not None
+    assert forced.thought is not None
+    assert follows(made, forced.grammar, thought + call)
+    assert not follows(made, forced.grammar, f"{thought}<|channel|>final<|message|>Hello")
+    assert made.tokenizer.decode(forced.thought.forced_ids, False) == "<|end|><|start|>assistant"  # and then a call
 
 
 def test_a_thought_that_was_asked_for_is_opened(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.support_tools import WRITERS, Call, text_of
+from tests.support_tools import BARE, WRITERS, Call, text_of
+from tests.support_walks import Tokens, compiled, special_markers
 from tokenmill.errors import ToolError
 from tokenmill.text.router import router_of
 from tokenmill.text.tools import by_name
-
-llguidance = pytest.importorskip("llguidance")
+from tokenmill.text.tools.base import Asked, Extent
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -31,55 +31,40 @@ TOOLS: list[dict[str, Any]] = [
                 },
                 "required": ["city", "unit"],
                 "additionalProperties": False,
-                "$defs": {"place": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}},
+                "$defs": {
+                    "place": {
+                        "type": "object",
+                        "properties": {"x": {"type": "number"}},
+                        "required": ["x"],
+                        "additionalProperties": False,
+                    }
+                },
             },
         },
     },
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {"name": "now", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+    },
+    {"type": "function", "function": {"name": "note"}},
 ]
 WEATHER: Call = ("get_weather", {"city": "Zürich", "days": 3, "unit": "C", "place": {"x": 1.5}})
 FIRM: Call = ("get_weather", {"city": "Zürich", "unit": "C", "days": 3, "place": {"x": 1.5}})
 """The same where the required come first."""
+NOTE: Call = ("note", {"text": "a b", "tags": ["x", 1], "deep": {"k": None}})
 FIRM_FIRST = {"pythonic", "gemma", "functiongemma"}
 FORMATS = sorted(WRITERS)
 
 
-class Tokens:
-    """Bytes as tokens, and the markers of a format as special ones."""
-
-    def __init__(self, markers: tuple[str, ...]) -> None:
-        self.ids = {marker: 257 + i for i, marker in enumerate(dict.fromkeys(markers))}
-        self.tokens = [bytes([i]) for i in range(256)] + [b"<eos>"] + [marker.encode() for marker in self.ids]
-        self.special_token_ids = [256, *self.ids.values()]
-        self.eos_token_id = 256
-        self.bos_token_id = None
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        return list(text.encode() if isinstance(text, str) else text)
-
-    def encode(self, text: str) -> list[int]:
-        found: list[int] = []
-        while text:
-            marker = next((marker for marker in sorted(self.ids, key=len, reverse=True) if text.startswith(marker)), "")
-            found += [self.ids[marker]] if marker else text[0].encode()
-            text = text[len(marker) or 1 :]
-        return found
-
-
-def special_markers(name: str) -> tuple[str, ...]:
-    return tuple(marker for marker in by_name(name).markers if marker not in ("functools", "```", "```json"))
-
-
-def fits(name: str, text: str, special: bool, choice: Any = "required", parallel: bool = True) -> bool:
+def fits(
+    name: str, text: str, special: bool, extent: Extent = "calls", *, parallel: bool = True, tools: Any = None,
+    instead: str = "",
+) -> bool:  # fmt: skip
     """True if the whole text, and then the end, is what the grammar allows."""
     tokens = Tokens(special_markers(name) if special else ())
-    wrapped = llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokens))
-    kind, source = by_name(name).grammar(TOOLS, choice, parallel, tokens.ids)
-    grammar = llguidance.grammar_from(kind, source)
-    assert llguidance.LLMatcher.validate_grammar(grammar, wrapped) == "", source
-    matcher = llguidance.LLMatcher(wrapped, grammar)
-    ids = tokens.encode(text)
-    return matcher.try_consume_tokens(ids) == len(ids) and (matcher.is_stopped() or matcher.is_accepting())
+    asked = Asked(tools or TOOLS, extent, parallel, tokens.ids, instead=instead)
+    matcher = compiled(by_name(name).grammar(asked), tokens).matcher()
+    return all(matcher.accept(i) for i in (*tokens.encode(text), tokens.end))
 
 
 def written(name: str, calls: list[Call]) -> str:
@@ -90,12 +75,20 @@ def written(name: str, calls: list[Call]) -> str:
         return ", ".join(WRITERS["generic"]([call])[1:-1] for call in calls)
     if name in ("pythonic", "gemma"):
         given = [f"{called}({', '.join(f'{key}={text_of(value)}' for key, value in a.items())})" for called, a in calls]
+        given = [call.replace("null", "None") for call in given]
         return f"[{', '.join(given)}]" if name == "pythonic" else "```tool_code\n" + "\n".join(given) + "\n```"
     return WRITERS[name](calls)
 
 
 def weather(name: str) -> Call:
     return FIRM if name in FIRM_FIRST else WEATHER
+
+
+def wrong(name: str) -> list[Call]:
+    """Calls of a strict function that do not fit its schema."""
+    called, given = weather(name)
+    changes: list[dict[str, Any]] = [{"days": "x"}, {"days": 15}, {"unit": "K"}, {"more": 1}, {"place": {"y": 1}}]
+    return [(called, {"unit": "C"}), *((called, {**given, **change}) for change in changes)]
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -115,36 +108,118 @@ def test_what_a_model_writes_fits_and_is_read_back(name: str, special: bool) -> 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_no_call_does_not_fit(name: str) -> None:
-    good = weather(name)
     assert not fits(name, "Hello", True)
     assert not fits(name, "", True)
-    assert not fits(name, written(name, [("other", good[1])]), True)
-    assert not fits(name, written(name, [(good[0], {**good[1], "unit": "K"})]), True) or name == "functiongemma"
-    assert not fits(name, written(name, [(good[0], {"unit": "C"})]), True)
-    assert not fits(name, written(name, [(good[0], {**good[1], "days": "x"})]), True)
+    assert not fits(name, written(name, [("other", weather(name)[1])]), True)
+    assert not fits(name, written(name, [("now", {"x": 1})]), True)
+    for call in wrong(name):
+        assert not fits(name, written(name, [call]), True), call
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_named_function_and_a_single_call_are_held_to(name: str) -> None:
-    assert fits(name, written(name, [("now", {})]), True, choice="now")
-    assert fits(name, written(name, [("now", {})]), True, choice={"type": "function", "function": {"name": "now"}})
-    assert not fits(name, written(name, [weather(name)]), True, choice="now")
+    assert fits(name, written(name, [("now", {})]), True, tools=TOOLS[1:2])
+    assert not fits(name, written(name, [weather(name)]), True, tools=TOOLS[1:2])
     assert not fits(name, written(name, [("now", {}), ("now", {})]), True, parallel=False)
 
 
+@pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", FORMATS)
-def test_under_auto_strict_arguments_are_held_to_behind_the_trigger(name: str) -> None:
-    form = by_name(name)
+def test_in_an_answer_there_is_text_and_strict_calls_are_held_to(name: str, special: bool) -> None:
+    if name == "harmony" and not special:
+        return
+
+    def allowed(before: str, calls: list[Call], behind: str = "") -> bool:
+        text = f"{before}{written(name, calls)}{behind}" if calls else before + behind
+        return fits(name, said(name, text, bool(calls)), special, "answer")
+
+    prose = "I'll look: 1 < 2, <b>x</b>, ```py\nf(x)[0]\n``` and [y](z).\n\n"
+    for text in ("", "Hello", prose, "<tool", "[", "x {", '"name": "get_weather"', "`", "\n\n"):
+        assert allowed(text, []), text
+    before = "" if name in BARE else prose
+    good, behind = weather(name), "" if name == "harmony" else "\nDone."
+    for calls in ([good], [NOTE], [good, NOTE], [NOTE, good, ("now", {})]):
+        if name != "harmony" or len(calls) == 1:
+            assert allowed(before, calls, behind), calls
+            assert name == "harmony" or name in BARE or allowed(before, calls, behind + written(name, calls)), calls
+    for call in wrong(name):
+        assert not allowed(before, [call]), call
+        assert not allowed(before, [NOTE, call]), call
+        if name not in BARE and name != "harmony":
+            assert not allowed(f"{before}{written(name, [good])} and ", [call]), call
+    if name != "harmony":
+        form = by_name(name)
+        behind_trigger = written(name, [good]).partition(form.trigger)[2] if form.trigger else ""
+        assert not form.trigger or fits(name, behind_trigger + " Done.", special, "behind")
+
+
+def said(name: str, text: str, called: bool) -> str:
+    """An answer as the format writes it."""
+    return text if name != "harmony" or (called and text.startswith("<|")) else harmony(text)
+
+
+def harmony(text: str) -> str:
+    before, found, call = text.partition("<|channel|>commentary to")
+    thought = "<|channel|>analysis<|message|>Well: to=functions.now<|end|><|start|>assistant"
+    if not found:
+        return f"{thought}<|channel|>final<|message|>{before}"
+    return f"{thought}<|channel|>commentary<|message|>{before}<|end|><|start|>assistant{found}{call}"
+
+
+def test_a_call_may_be_addressed_before_its_channel() -> None:
+    for city, good in (('"Oslo"', True), ("1", False)):
+        arguments = f'{{"city": {city}, "unit": "C"}}'
+        text = f" to=functions.get_weather<|channel|>commentary json<|message|>{arguments}<|call|>"
+        assert fits("harmony", text, True, "answer") == good
+    assert not fits("harmony", "<|channel|>commentary to=get_weather json<|message|>{}<|call|>", True, "answer")
+    with pytest.raises(ToolError, match="is no token"):
+        fits("harmony", "", False, "answer")
+
+
+@pytest.mark.parametrize("name", ["llama", "generic"])
+def test_a_bare_answer_may_be_json_that_is_no_call(name: str) -> None:
+    for text in ('{"name": "Ada", "parameters": {}}', '[{"a": [1, "get_weather"]}]', '{"name": "now_", "x": 1}', "{",
+                 '{"parameters": {"days": "x"}, "name": "get_weather"}', "[1]"):  # fmt: skip
+        assert fits(name, text, True, "answer"), text
+        router = router_of("", parser=name, tools=TOOLS, held="answer")
+        assert router.push(text).calls == router.finish().calls == (), text
+    assert not fits(name, '{"name": "get_weather"', True, "answer")
+    good = '"parameters" :\n{"city": "Oslo", "unit": "C"}}'
+    for begin in (
+        '{"name":"get_weather",',
+        ' { "type": "function", "name" : "get_weather" , ',
+        '[ {"name": "get_weather",',
+    ):
+        text = begin + good + ("]" if "[" in begin else "")
+        assert fits(name, text, True, "answer"), text
+        assert not fits(name, text.replace('"C"', '"K"'), True, "answer"), text
+
+
+def test_a_block_of_json_may_hold_anything_but_a_wrong_call() -> None:
+    call = '{"name": "get_weather", "arguments": {"city": "Oslo", "unit": "C"}}'
+    for text in (f"So:\n```json\n{call}\n```\n", 'So:\n```json\n{"name": "Ada"}\n```\n', "```json"):
+        assert fits("generic", text, True, "answer"), text
+    assert not fits("generic", f"```json\n{call.replace('C', 'K')}\n```", True, "answer")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_answer_may_be_held_to_a_shape_instead(name: str) -> None:
+    shape = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    rules = f"instead: %json {json.dumps(shape)}\n"
+    answer = '{"a": 1}'
+    final = f"<|channel|>final<|message|>{answer}" if name == "harmony" else answer
+    assert fits(name, final, True, "choice", instead=rules)
+    assert not fits(name, final.replace("1", '"1"'), True, "choice", instead=rules)
+    assert not fits(name, said(name, "Hello", False), True, "choice", instead=rules)
     text = written(name, [weather(name)])
-    if not form.trigger:
-        assert fits(name, "Hello, {world} [1]", True, choice="auto")
-        assert fits(name, text, True, choice="auto")
-    else:
-        assert form.trigger in text
-        text = text.partition(form.trigger)[2]
-        assert fits(name, text, True, choice="auto"), text
-    bad = written(name, [(weather(name)[0], {**weather(name)[1], "days": "x"})])
-    assert not fits(name, bad.partition(form.trigger)[2] if form.trigger else bad, True, choice="auto")
+    assert fits(name, text, True, "choice", instead=rules)
+    for call in wrong(name):
+        assert not fits(name, written(name, [call]), True, "choice", instead=rules)
 
 
 def test_spaces_have_an_end() -> None:
@@ -153,8 +228,46 @@ def test_spaces_have_an_end() -> None:
     assert not fits("hermes", text.replace('"city"', " " * 100 + '"city"'), True)
 
 
-def test_what_tags_cannot_hold_a_text_to_is_refused_for_strict_functions_only() -> None:
-    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string", "pattern": "^x$"}}}}
-    by_name("qwen3_coder").grammar([{"type": "function", "function": tool}], "required", True)
-    with pytest.raises(ToolError, match=r"properties\.a\.pattern"):
-        by_name("qwen3_coder").grammar([{"type": "function", "function": {**tool, "strict": True}}], "required", True)
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "functiongemma"])
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "string", "pattern": "^x$"}, "pattern"),
+        ({"anyOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "maxLength"),
+        ({"$ref": "#/$defs/text"}, "minLength"),
+    ],
+)
+def test_what_tags_cannot_hold_a_text_to_is_refused_for_strict_functions_only(
+    name: str, schema: dict[str, Any], keyword: str
+) -> None:
+    defs = {"text": {"type": "string", "minLength": 2}}
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}, "$defs": defs}}
+    fits(name, "", True, tools=[{"type": "function", "function": tool}])
+    with pytest.raises(ToolError, match=rf"properties\.a\.{keyword}"):
+        fits(name, "", True, tools=[{"type": "function", "function": {**tool, "strict": True}}])
+
+
+def test_listed_texts_may_stand_elsewhere_in_the_schema() -> None:
+    parameters = {
+        "type": "object", "properties": {"unit": {"$ref": "#/$defs/Unit", "description": "of heat"}},
+        "required": ["unit"], "$defs": {"Unit": {"type": "string", "enum": ["C", "F"]}}, "additionalProperties": False,
+    }  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}]
+    for name in FORMATS:
+        assert fits(name, written(name, [("f", {"unit": "F"})]), True, tools=tools), name
+        assert not fits(name, written(name, [("f", {"unit": "K"})]), True, tools=tools), name
+
+
+def test_a_schema_that_holds_itself_is_served() -> None:
+    parameters = {
+        "type": "object", "properties": {"size": {"type": "integer"}, "inner": {"$ref": "#"}}, "required": ["size"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}]
+    rules = 'instead: %json {"type": "object", "properties": {"a": {}}, "required": ["a"]}\n'
+    for name in set(FORMATS) - {"functiongemma"}:
+        for extent in ("calls", "choice"):
+            good, bad = (written(name, [("f", {"size": 1, "inner": {"size": 2, "inner": {"size": size}}})])
+                         for size in (3, "x"))  # fmt: skip
+            assert fits(name, good, True, extent, tools=tools, instead=rules), name
+            assert not fits(name, bad, True, extent, tools=tools, instead=rules), name

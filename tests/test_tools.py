@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support_tools import BARE, WRITERS, Call, cut
-from tokenmill.errors import ToolError, Unsupported
+from tokenmill.errors import Unsupported
 from tokenmill.text.router import Delta, Router, fold, router_of
 from tokenmill.text.tools import by_name, formats, of_template
 
@@ -209,8 +209,3 @@ def test_at_most_one_format_matches_and_every_alias_is_one_formats() -> None:
         by_name("telepathy")
     assert by_name("llama3_json").name == "llama"
     assert of_template("{{ messages }}").name == "generic"
-
-
-def test_an_unknown_tool_is_an_error() -> None:
-    with pytest.raises(ToolError, match="get_wether"):
-        by_name("hermes").grammar(TOOLS, "get_wether", True)

@@ -46,6 +46,9 @@ _CLEARER = (
     ("too many expressions", "it needs too many states"),
 )
 _ESCAPES = 'nrbtf\\"'
+_TEXT = r'"\\<>=`\[\]\x00-\x1F\x7F'  # characters that end JSON's texts, or that a mark in free text begins or ends with
+_SLICES = (r"[\x20\x0A\x0D\x09]+", rf"[^{_TEXT}]{{1,10}}", rf"[^{_TEXT}]{{1,30}}", r'[^"\\\x00-\x1F\x7F]+')
+"""Tokens that one look allows or not where a lexeme repeats characters; see text/lark.py."""
 _STEP_FUEL = 50_000  # of llguidance's measure: about 4 ms for one mask, which everybody else waits for
 _STEPS = 32
 _LARGE_SOURCE = 8_000  # characters from which any grammar may need many states
@@ -61,7 +64,7 @@ class LLGuidance:
     def __init__(self, vocabulary: Vocabulary, encode: Encode | None = None) -> None:
         self.vocabulary = vocabulary
         wrapped = lib.TokenizerWrapper(_Tokens(vocabulary, encode))
-        self._tokenizer = lib.LLTokenizer(wrapped, eos_token=list(vocabulary.end_ids))
+        self._tokenizer = lib.LLTokenizer(wrapped, eos_token=list(vocabulary.end_ids), slices=list(_SLICES))
         self._limits = lib.LLParserLimits(step_lexer_fuel=_STEP_FUEL, verbose_errors=False)
         self._ends = Ends(frozenset(vocabulary.end_ids), only_ends(vocabulary))
 

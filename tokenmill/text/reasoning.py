@@ -9,8 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from tokenmill.errors import Unsupported
-from tokenmill.text.tools._output import Output
-from tokenmill.text.tools._reader import Broken, Markers, Reader, Reading, expect, spaces, take
+from tokenmill.text.output import Output
+from tokenmill.text.reader import Broken, Markers, Reader, Reading, expect, spaces, take
 
 _MOST_SPACE = 32  # characters of white space that wait for the mark behind them
 

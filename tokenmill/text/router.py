@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tokenmill.text.functions import Tool, schemas_of
+from tokenmill.text.machine import Held, Machine
 from tokenmill.text.reasoning import ReasoningFormat, Splitter
 from tokenmill.text.tools import by_name, of_template
-from tokenmill.text.tools._lark import schemas_of
-from tokenmill.text.tools._machine import Machine
-from tokenmill.text.tools.base import CallDelta, Choice, Delta, Tool, ToolFormat
+from tokenmill.text.tools.base import CallDelta, Delta, ToolFormat
 from tokenmill.text.tools.harmony import FORMAT as HARMONY
 
 __all__ = ["CallDelta", "Delta", "Router", "fold", "router_of"]
@@ -68,8 +68,8 @@ def router_of(
     template: str,
     *,
     tools: Sequence[Tool] = (),
-    choice: Choice = "auto",
     parallel: bool = True,
+    held: Held = "",
     parser: str = "",
     reasoning: ReasoningFormat | None = None,
     new_id: Callable[[], str] | None = None,
@@ -77,16 +77,16 @@ def router_of(
     """The router of an answer.
 
     `template`: the chat template's source, in which the format of calls is found unless `parser` names one (Unsupported
-    if there is none of that name). Without tools, or with the choice "none", calls are content. `reasoning`: what
-    `reasoning_of` gave for the prompt. `new_id`: makes the calls' ids, by default as the format wants them.
+    if there is none of that name). Without tools, calls are content. `held`: the grammar that the answer follows.
+    `reasoning`: what `reasoning_of` gave for the prompt. `new_id`: makes the calls' ids, by default as the format wants
+    them.
     """
-    wanted = bool(tools) and choice != "none"
     channels = reasoning is not None and reasoning.channels
-    form: ToolFormat | None = HARMONY if channels else format_of(template, parser) if wanted else None
+    form: ToolFormat | None = HARMONY if channels else format_of(template, parser) if tools else None
     machine = None
     if form is not None:
-        most = (None if parallel else 1) if wanted else 0
-        machine = Machine(form, schemas_of(tools) if wanted else {}, new_id, most)
+        most = (None if parallel else 1) if tools else 0
+        machine = Machine(form, schemas_of(tools), new_id, most, held)
     splitter = Splitter(reasoning) if reasoning is not None and not channels else None
     markers = (*(form.markers if form else ()), *(reasoning.markers if reasoning and not channels else ()))
     return Router(splitter, machine, frozenset(markers))

@@ -11,7 +11,8 @@ from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.routes.chat_answer import ChatAnswer
 from tokenmill.server.routes.chat_checks import check_fields, check_messages, num_logprobs, template_fields
-from tokenmill.server.routes.chat_speech import Speech, Voice, speech_of
+from tokenmill.server.routes.chat_grammar import Voice
+from tokenmill.server.routes.chat_speech import Speech, speech_of
 from tokenmill.server.routes.chat_tools import Tools, newer, tools_of, with_tool_prompt, written_out
 from tokenmill.server.routes.openai import Envelope, check_common, grammar_of, options_of
 from tokenmill.server.schema.openai import ChatRequest

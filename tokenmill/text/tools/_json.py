@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from tokenmill.text.tools._reader import Broken, Emit, Reader, Reading, collected, spaces
+from tokenmill.text.reader import Broken, Emit, Reader, Reading, collected, spaces
 
 _SPACES = re.compile(r"[ \t\n\r]*")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')

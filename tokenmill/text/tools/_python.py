@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
-from tokenmill.text.tools._output import Output
-from tokenmill.text.tools._reader import Broken, Emit, Reader, Reading, expect, peek, spaces, take, word
-from tokenmill.text.tools._values import dumps, inside, number
+from tokenmill.text.output import Output
+from tokenmill.text.reader import Broken, Emit, Reader, Reading, expect, peek, spaces, take, word
+from tokenmill.text.tools._literals import Literals
+from tokenmill.text.tools._values import dumps
 
 _WORD = re.compile(r"[\w.]+")
-_NUMBER = re.compile(r"[-+.\w]+")
 _PLAIN = {'"': re.compile(r'[^"\\\n]*'), "'": re.compile(r"[^'\\\n]*")}
-_NAMES = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0", "/": "/",
             "\\": "\\", "'": "'", '"': '"', "\n": ""}  # fmt: skip
 _HEX = {"x": 2, "u": 4, "U": 8}
-_MOST_DEPTH = 40
+PRINT = "print"
+"""A function that models put around a call: what it prints is the call."""
 
 
 def read_call(r: Reader, out: Output, known: bool) -> Reading[None]:
@@ -24,7 +25,7 @@ def read_call(r: Reader, out: Output, known: bool) -> Reading[None]:
     yield from spaces(r)
     yield from expect(r, "(")
     yield from spaces(r)
-    if name == "print" and name not in out.schemas:  # print(f(…)): what it prints is the call
+    if name == PRINT and name not in out.schemas:
         yield from read_call(r, out, known)
         yield from spaces(r)
         yield from expect(r, ")")
@@ -45,7 +46,7 @@ def read_call(r: Reader, out: Output, known: bool) -> Reading[None]:
         out.arguments(f"{', ' if begun else '{'}{dumps(key)}: ")
         begun = True
         yield from spaces(r)
-        yield from read_literal(r, out.arguments)
+        yield from _LITERALS.literal(r, out.arguments)
         yield from spaces(r)
     r.pos += 1
     if not begun:
@@ -56,93 +57,47 @@ def read_call(r: Reader, out: Output, known: bool) -> Reading[None]:
     r.settle()
 
 
-def read_literal(r: Reader, emit: Emit, depth: int = 0) -> Reading[None]:
-    """A Python or JSON literal, emitted as JSON."""
-    char = yield from peek(r)
-    if depth > _MOST_DEPTH:
-        raise Broken
-    if char in _PLAIN:
-        emit('"')
-        yield from read_text(r, lambda text: emit(inside(text)))
-        emit('"')
-    elif char == "[" or char == "(":
-        yield from _items(r, emit, depth)
-    elif char == "{":
-        yield from _entries(r, emit, depth)
-    else:
-        text = yield from word(r, _NUMBER)
-        emit(_NAMES[text] if text in _NAMES else number(text))
+class _Python(Literals):
+    """Literals of Python, and those of JSON."""
 
+    lists: ClassVar[dict[str, str]] = {"[": "]", "(": ")"}
 
-def _items(r: Reader, emit: Emit, depth: int) -> Reading[None]:
-    """A list or a tuple."""
-    close = "]" if r.text[r.pos] == "[" else ")"
-    r.pos += 1
-    emit("[")
-    yield from spaces(r)
-    first = True
-    while not (yield from take(r, close)):
-        if not first:
-            yield from expect(r, ",")
-            yield from spaces(r)
-            if (yield from take(r, close)):
-                break
-            emit(", ")
-        first = False
-        yield from read_literal(r, emit, depth + 1)
-        yield from spaces(r)
-    emit("]")
+    def begins_text(self, char: str) -> bool:
+        """See Literals."""
+        return char in _PLAIN
 
-
-def _entries(r: Reader, emit: Emit, depth: int) -> Reading[None]:
-    """A dict; its keys are strings."""
-    r.pos += 1
-    emit("{")
-    yield from spaces(r)
-    first = True
-    while not (yield from take(r, "}")):
-        if not first:
-            yield from expect(r, ",")
-            yield from spaces(r)
-            if (yield from take(r, "}")):
-                break
-            emit(", ")
-        first = False
+    def key(self, r: Reader, emit: Emit) -> Reading[None]:
+        """A string; Python would take more."""
         if (yield from peek(r)) not in _PLAIN:
             raise Broken
-        yield from read_literal(r, emit, depth + 1)
-        yield from spaces(r)
-        yield from expect(r, ":")
-        emit(": ")
-        yield from spaces(r)
-        yield from read_literal(r, emit, depth + 1)
-        yield from spaces(r)
-    emit("}")
+        yield from self.quoted(r, emit)
+
+    def text(self, r: Reader, emit: Emit) -> Reading[None]:
+        """A string in single or double quotes. A line break inside, which Python forbids, is taken as one."""
+        quote = r.text[r.pos]
+        plain = _PLAIN[quote]
+        r.pos += 1
+        while True:
+            found = plain.match(r.text, r.pos)
+            assert found is not None
+            if found.group():
+                emit(found.group())
+                r.pos = found.end()
+            char = yield from peek(r)
+            if char == quote:
+                r.pos += 1
+                return
+            if not char:
+                raise Broken
+            if char == "\n":
+                emit(char)
+                r.pos += 1
+            elif char == "\\":
+                r.pos += 1
+                emit((yield from _escaped(r)))
 
 
-def read_text(r: Reader, emit: Emit) -> Reading[None]:
-    """A string in single or double quotes. A line break inside, which Python forbids, is taken as one."""
-    quote = r.text[r.pos]
-    plain = _PLAIN[quote]
-    r.pos += 1
-    while True:
-        found = plain.match(r.text, r.pos)
-        assert found is not None
-        if found.group():
-            emit(found.group())
-            r.pos = found.end()
-        char = yield from peek(r)
-        if char == quote:
-            r.pos += 1
-            return
-        if not char:
-            raise Broken
-        if char == "\n":
-            emit(char)
-            r.pos += 1
-        elif char == "\\":
-            r.pos += 1
-            emit((yield from _escaped(r)))
+_LITERALS = _Python()
 
 
 def _escaped(r: Reader) -> Reading[str]:

@@ -1,19 +1,39 @@
 """What a tool-call format is, and what reading an answer gives.
 
-A format reads a model's calls out of its text and writes the grammar that makes a model call. What it reads is told in
-`Delta`s; all deltas of an answer, joined, are the answer.
+A format reads a model's calls out of its text and writes the grammar that holds a model to calls. What it reads is told
+in `Delta`s; all deltas of an answer, joined, are the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from tokenmill.text.tools._lark import Choice, Tool
-from tokenmill.text.tools._output import CallDelta, Delta, Output
-from tokenmill.text.tools._reader import Reader, Reading
+from tokenmill.text.functions import Tool, is_strict, parameters_of
+from tokenmill.text.output import CallDelta, Delta, Output
+from tokenmill.text.reader import Reader, Reading
 
-__all__ = ["CallDelta", "Choice", "Delta", "Output", "Tool", "ToolFormat"]
+__all__ = ["Asked", "CallDelta", "Delta", "Extent", "Output", "Tool", "ToolFormat"]
+
+Extent = Literal["calls", "answer", "behind", "choice"]
+"""What a grammar describes: calls and nothing else; an answer, text with calls in it or not; what follows `trigger` in
+such an answer; calls or something else instead."""
+
+
+class Asked(NamedTuple):
+    """What a grammar is asked for. `tools`: which may be called, at least one. Where the answer must be calls, all have
+    their arguments held to their schema; else strict functions alone."""
+
+    tools: Sequence[Tool]
+    extent: Extent
+    parallel: bool = True  # several calls may follow each other
+    special_ids: Mapping[str, int] = {}  # special tokens by text; a marker that is not among them is plain text
+    spoken: Sequence[str] = ()  # special tokens that may stand in text, besides the format's own
+    instead: str = ""  # for "choice": rules in Lark of which `instead` is what may come instead of calls
+
+    def schema_of(self, tool: Tool) -> dict[str, Any]:
+        """What a function's arguments are held to: an object at least."""
+        return parameters_of(tool) if self.extent == "calls" or is_strict(tool) else {"type": "object"}
 
 
 class ToolFormat(Protocol):
@@ -32,6 +52,10 @@ class ToolFormat(Protocol):
         """Texts that a group of calls begins with, anywhere in an answer."""
 
     @property
+    def held_starts(self) -> tuple[str, ...]:
+        """Those of `starts` that grammars of the extent "answer" know: other ones begin no call under them."""
+
+    @property
     def bare(self) -> str:
         """Characters that an answer may begin with to be a call at once, without any of `starts`."""
 
@@ -41,7 +65,7 @@ class ToolFormat(Protocol):
 
     @property
     def trigger(self) -> str:
-        """The text behind which `grammar(…, "auto", …)` applies; "": it applies from the first token on."""
+        """The text that stands before every call of an answer under a grammar; "" if there is no such text."""
 
     @property
     def own_loop(self) -> bool:
@@ -58,12 +82,6 @@ class ToolFormat(Protocol):
         tells `out`. Raises Broken where the text is no call; the caller puts back what is not part of a complete one.
         """
 
-    def grammar(
-        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
-    ) -> tuple[str, str]:
-        """(kind, source) of a grammar in llguidance's Lark that makes the model call.
-
-        `choice`: OpenAI's `tool_choice`; with "auto" what follows `trigger`, with the arguments of strict
-        functions held to their schema. `parallel`: several calls may follow each other. `special_ids`: the tokenizer's
-        special tokens by text; a marker that is not among them is plain text. Raises ToolError for an unknown name.
-        """
+    def grammar(self, asked: Asked) -> str:
+        """A grammar in llguidance's Lark. Whatever follows it, the calls of strict functions that `read` finds fit
+        their schemas. Raises ToolError for what cannot be served so."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._jsoncalls import JsonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
@@ -10,9 +11,14 @@ def matches(template: str) -> bool:
     return "<|START_ACTION|>" in template or ("Action:" in template and "tool_name" in template)
 
 
-FORMAT = JsonCalls(
+FORMAT = Calls(
     name="command_r",
     matches=matches,
+    style=JsonStyle(
+        name_keys=("tool_name", "name"),
+        arguments_keys=("parameters", "arguments"),
+        lead='"tool_call_id": "{index}", ',
+    ),
     aliases=("cohere_command3", "command-r", "cohere"),
     opening="<|START_ACTION|>[\n    ",
     between=",\n    ",
@@ -20,7 +26,4 @@ FORMAT = JsonCalls(
     trigger="<|START_ACTION|>",
     starts=("<|START_ACTION|>", "Action:\n```json", "Action: ```json"),
     ends=("<|END_ACTION|>", "```"),
-    name_keys=("tool_name", "name"),
-    arguments_keys=("parameters", "arguments"),
-    lead='"tool_call_id": "{index}", ',
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from tokenmill.text.tools._headed import HeadedCalls
-from tokenmill.text.tools._reader import Reader, Reading, expect, peek, spaces, take, word
+from tokenmill.text.reader import Reader, Reading, expect, peek, spaces, take, word
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._headed_style import HeadedStyle
 
 BEGIN, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 SECTION, SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -30,17 +31,21 @@ def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
     return name.strip(), None
 
 
-FORMAT = HeadedCalls(
+FORMAT = Calls(
     name="deepseek",
     matches=matches,
     aliases=("deepseek_v3", "deepseekv3", "deepseek_r1", "deepseekr1"),
-    head=read_head,
-    section=SECTION,
-    begin=BEGIN,
-    written=f"function{SEPARATOR}{{name}}\n```json\n",
-    tail=f"\n```{END}",
-    tails=("```", END),
-    between="\n",
-    section_ends=(SECTION_END,),
-    extra=(SEPARATOR,),
+    style=HeadedStyle(
+        head=read_head,
+        written=f"function{SEPARATOR}{{name}}\n```json\n",
+        tail=f"\n```{END}",
+        tails=("```", END),
+    ),
+    opening=f"{SECTION}{BEGIN}",
+    between=f"\n{BEGIN}",
+    closing=SECTION_END,
+    trigger=BEGIN,
+    starts=(SECTION, BEGIN),
+    ends=(SECTION_END,),
+    extra=(SEPARATOR, END),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._headed import HeadedCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._headed_style import HeadedStyle
 from tokenmill.text.tools.deepseek import BEGIN, END, SECTION, SECTION_END, SEPARATOR, read_head
 
 
@@ -11,16 +12,16 @@ def matches(template: str) -> bool:
     return SECTION in template and "```json" not in template
 
 
-FORMAT = HeadedCalls(
+FORMAT = Calls(
     name="deepseek_v31",
     matches=matches,
     aliases=("deepseekv31", "deepseek_v3_1"),
-    head=read_head,
-    section=SECTION,
-    begin=BEGIN,
-    written=f"{{name}}{SEPARATOR}",
-    tail=END,
-    tails=("```", END),
-    section_ends=(SECTION_END,),
-    extra=(SEPARATOR,),
+    style=HeadedStyle(head=read_head, written=f"{{name}}{SEPARATOR}", tail=END, tails=("```", END)),
+    opening=f"{SECTION}{BEGIN}",
+    between=BEGIN,
+    closing=SECTION_END,
+    trigger=BEGIN,
+    starts=(SECTION, BEGIN),
+    ends=(SECTION_END,),
+    extra=(SEPARATOR, END),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._pythoncalls import PythonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._python_style import PythonStyle
 
 
 def matches(template: str) -> bool:
@@ -10,9 +11,10 @@ def matches(template: str) -> bool:
     return "tool_code" in template
 
 
-FORMAT = PythonCalls(
+FORMAT = Calls(
     name="gemma",
     matches=matches,
+    style=PythonStyle(),
     aliases=("gemma2", "gemma3"),
     opening="```tool_code\n",
     between="\n",

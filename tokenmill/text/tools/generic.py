@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._jsoncalls import JsonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
@@ -10,17 +11,15 @@ def matches(template: str) -> bool:
     return False
 
 
-FORMAT = JsonCalls(
+FORMAT = Calls(
     name="generic",
     matches=matches,
+    style=JsonStyle(separators=(",", ";")),
     aliases=("json", "jamba", "xlam", "internlm"),
     opening="",
     between=", ",
-    closing="",
-    trigger="",
     starts=("<tool_call>", "<tool_calls>", "```json"),
     ends=("</tool_call>", "</tool_calls>", "```"),
-    separators=(",", ";"),
     bare="{[",
     known=True,
 )

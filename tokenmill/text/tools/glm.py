@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._xml import XmlCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._xml_style import XmlStyle
 
 
 def matches(template: str) -> bool:
@@ -10,18 +11,25 @@ def matches(template: str) -> bool:
     return "<arg_key>" in template
 
 
-FORMAT = XmlCalls(
+FORMAT = Calls(
     name="glm",
     matches=matches,
     aliases=("glm4", "glm45", "glm47", "glm4_moe"),
-    begin="<tool_call>",
-    head="",
-    head_end="\n",
-    key="<arg_key>",
-    key_end="</arg_key>",
-    value="<arg_value>",
-    value_end="</arg_value>",
-    body_end="",
-    end="</tool_call>",
-    lines=False,
+    style=XmlStyle(
+        head="",
+        head_end="\n",
+        key="<arg_key>",
+        key_end="</arg_key>",
+        value="<arg_value>",
+        value_end="</arg_value>",
+        body_end="",
+        lines=False,
+    ),
+    opening="<tool_call>",
+    between="</tool_call>\n<tool_call>",
+    closing="</tool_call>",
+    trigger="<tool_call>",
+    starts=("<tool_call>",),
+    ends=("</tool_call>",),
+    extra=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._jsoncalls import JsonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
@@ -12,9 +13,10 @@ def matches(template: str) -> bool:
     return any(sign in template for sign in ("<|tool_call|>", "<function_call>", "<|function_call_library|>"))
 
 
-FORMAT = JsonCalls(
+FORMAT = Calls(
     name="granite",
     matches=matches,
+    style=JsonStyle(),
     aliases=("granite-20b-fc", "granite_20b_fc", "granite3"),
     opening="<|tool_call|>[",
     between=", ",

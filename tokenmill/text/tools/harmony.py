@@ -8,14 +8,17 @@ messages are delimiters; whatever is not in a message is content.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tokenmill.text.tools._jsoncalls import random_id, tell_arguments
-from tokenmill.text.tools._lark import Choice, Frame, Lark, Tool, grammar, held_schema, name_of
-from tokenmill.text.tools._output import Output
-from tokenmill.text.tools._reader import Broken, Emit, Markers, Reader, Reading, collected, spaces, take, until
+from tokenmill.errors import ToolError
+from tokenmill.text.functions import name_of
+from tokenmill.text.lark import Lark, quoted
+from tokenmill.text.output import Output
+from tokenmill.text.reader import Broken, Emit, Markers, Reader, Reading, before, collected, spaces, take, until
+from tokenmill.text.tools._calls import random_id
+from tokenmill.text.tools._json_style import tell_arguments
+from tokenmill.text.tools.base import Asked
 
 _START, _CHANNEL, _MESSAGE, _CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 _CALL, _END, _RETURN = "<|call|>", "<|end|>", "<|return|>"
@@ -55,9 +58,10 @@ class Harmony:
     name: str = "harmony"
     aliases: tuple[str, ...] = ("openai", "gpt-oss", "gptoss", "gpt_oss")
     starts: tuple[str, ...] = ()
+    held_starts: tuple[str, ...] = ()
     bare: str = ""
     markers: tuple[str, ...] = (_START, _CHANNEL, _MESSAGE, _CONSTRAIN, _CALL, _END, _RETURN)
-    trigger: str = "to=functions."
+    trigger: str = ""
     own_loop: bool = True
 
     def matches(self, template: str, /) -> bool:
@@ -72,7 +76,7 @@ class Harmony:
         """A whole answer. Raises nothing."""
         begun = yield from take(r, " to=", "to=")  # the prompt ends inside of the first header
         r.pos -= len(begun)
-        while begun or (yield from _until_head(r, out.content)):
+        while begun or (yield from before(r, _HEADS, out.content)):
             r.settle()
             try:
                 yield from _message(r, out)
@@ -81,38 +85,40 @@ class Harmony:
                 r.rewind()
                 head = _HEADS.search(r.text, 0)
                 stop = len(begun) if begun else head.end() if head else 0
+                if out.held and r.ended:
+                    stop = len(r.text)
                 out.content(r.text[:stop])
                 r.pos = stop
             begun = ""
 
-    def grammar(
-        self, tools: Sequence[Tool], choice: Choice, parallel: bool, special_ids: Mapping[str, int] | None = None
-    ) -> tuple[str, str]:
-        """See ToolFormat. A message holds one call, and an answer ends with it; it may begin a message of its own,
-        as it does behind a thought."""
-        frame = Frame(f"{_CHANNEL}commentary {self.trigger}", None, _CALL, self.trigger)
-        kind, source = grammar(frame, self._write, tools, choice, parallel, special_ids)
-        if choice != "auto":
-            begin = Lark(special_ids).text(f"{_START}assistant")
-            source = source.replace("\nstart: ", f"\nstart: ({begin})? ")
-        return kind, source
-
-    def _write(self, lark: Lark, rule: str, tool: Tool, choice: str) -> str:
-        head = lark.text(f"{name_of(tool)} {_CONSTRAIN}json{_MESSAGE}")
-        return f"{head} {lark.json(f'{rule}_arguments', held_schema(tool, choice))}"
-
-
-def _until_head(r: Reader, emit: Emit) -> Reading[bool]:
-    """Emits text up to a header, which stays; False at the end."""
-    while True:
-        found = _HEADS.search(r.text, r.pos)
-        stop = found.start() if found else len(r.text) if r.ended else len(r.text) - _HEADS.held(r.text, r.pos)
-        if stop > r.pos:
-            emit(r.text[r.pos : stop])
-            r.pos = stop
-        if found or r.ended:
-            return bool(found)
-        yield
+    def grammar(self, asked: Asked) -> str:
+        """See ToolFormat. Thoughts and preambles may come before; a message holds one call, and an answer ends with it.
+        Headers are told from messages by special tokens only."""
+        lark = Lark(asked.special_ids)
+        missing = [mark for mark in self.markers if not lark.is_special(mark)]
+        if missing and asked.extent != "calls":
+            raise ToolError(f"Calls cannot be held to a schema: {missing[0]} is no token of this model", "tools")
+        channel, message, end = lark.text(_CHANNEL), lark.text(_MESSAGE), lark.text(_END)
+        as_json = f'{lark.text(_CONSTRAIN)}? "json" {message}'
+        calls = []
+        for i, tool in enumerate(asked.tools):
+            to = f"to=functions.{name_of(tool)}"
+            inside = f'{channel} {quoted(f"commentary {to} ")} {as_json}'
+            ahead = f'{quoted(f" {to}")} {channel} "commentary " {as_json}'
+            calls.append(f"({inside} | {ahead}) {lark.json(f'call_{i}_arguments', asked.schema_of(tool))}")
+        lark.rule("call", f"({' | '.join(calls)}) {lark.text(_CALL)}")
+        final = f'{channel} "final" (" "? {lark.text(_CONSTRAIN)} /[a-z]+/)? {message}'
+        text = lark.free("text", (_START, _CHANNEL)).text
+        lark.rule("aside", f'{channel} ("analysis" | "commentary") {message} {text}')
+        lark.rule("said", f"aside | {final} {text}")
+        last = {
+            "answer": f" | said ({end} | {lark.text(_RETURN)})?",
+            "choice": f" | {final} instead",
+        }.get(asked.extent, "")
+        earlier = "said" if asked.extent == "answer" else "aside"
+        ahead = "" if missing else f'({earlier} {end} {lark.text(_START)} "assistant")*'
+        lark.rule("start", f"{ahead} (call{last})")
+        return lark.source() + asked.instead
 
 
 def _message(r: Reader, out: Output) -> Reading[None]:
@@ -130,7 +136,8 @@ def _message(r: Reader, out: Output) -> Reading[None]:
         raise Broken
     else:
         out.thinking = head.channel == "analysis"
-        yield from _body(r, out.reasoning if out.thinking else out.content)
+        end = yield from before(r, _ENDS, out.reasoning if out.thinking else out.content)
+        r.pos += 0 if end in (_START, _CHANNEL) else len(end)  # the next header ends a message as well
         out.thinking = False
 
 
@@ -146,23 +153,6 @@ def _header(r: Reader, emit: Emit) -> Reading[str]:
         emit(piece)
 
     return (yield from until(r, _MESSAGES, counted))
-
-
-def _body(r: Reader, emit: Emit) -> Reading[None]:
-    """A message's text, told as it comes. The header of the next one ends it as well, and stays."""
-    while True:
-        found = _ENDS.search(r.text, r.pos)
-        stop = found.start() if found else len(r.text) if r.ended else len(r.text) - _ENDS.held(r.text, r.pos)
-        if stop > r.pos:
-            emit(r.text[r.pos : stop])
-            r.pos = stop
-        r.settle()
-        if found:
-            r.pos += 0 if found.group() in (_START, _CHANNEL) else len(found.group())
-            return
-        if r.ended:
-            return
-        yield
 
 
 FORMAT = Harmony()

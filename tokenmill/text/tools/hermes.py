@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._jsoncalls import JsonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
@@ -11,9 +12,10 @@ def matches(template: str) -> bool:
     return "<tool_call>" in template and not any(other in template for other in others)
 
 
-FORMAT = JsonCalls(
+FORMAT = Calls(
     name="hermes",
     matches=matches,
+    style=JsonStyle(),
     aliases=("qwen", "qwen2", "qwen25", "qwen3", "granite4", "openpangu"),
     opening="<tool_call>\n",
     between="\n</tool_call>\n<tool_call>\n",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from tokenmill.text.tools._headed import HeadedCalls
-from tokenmill.text.tools._reader import Reader, Reading, expect, spaces, word
+from tokenmill.text.reader import Reader, Reading, expect, spaces, word
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._headed_style import HeadedStyle
 
 _BEGIN, _ARGUMENTS, _END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 _SECTION, _SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -26,16 +27,18 @@ def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
     return (name if colon and number.isdecimal() else call_id).removeprefix("functions."), call_id
 
 
-FORMAT = HeadedCalls(
+FORMAT = Calls(
     name="kimi",
     matches=matches,
     aliases=("kimi_k2", "kimi-k2"),
-    head=read_head,
-    section=_SECTION,
-    begin=_BEGIN,
-    written=f"functions.{{name}}:{{index}}{_ARGUMENTS}",
-    tail=_END,
-    tails=(_END,),
-    section_ends=(_SECTION_END,),
-    extra=(_ARGUMENTS,),
+    style=HeadedStyle(
+        head=read_head, written=f"functions.{{name}}:{{index}}{_ARGUMENTS}", tail=_END, tails=(_END,)
+    ),
+    opening=f"{_SECTION}{_BEGIN}",
+    between=_BEGIN,
+    closing=_SECTION_END,
+    trigger=_BEGIN,
+    starts=(_SECTION, _BEGIN),
+    ends=(_SECTION_END,),
+    extra=(_ARGUMENTS, _END),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._jsoncalls import JsonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
@@ -11,16 +12,13 @@ def matches(template: str) -> bool:
     return "[func_name1(" not in template and ("<|python_tag|>" in template or asked)
 
 
-FORMAT = JsonCalls(
+FORMAT = Calls(
     name="llama",
     matches=matches,
+    style=JsonStyle(arguments_keys=("parameters", "arguments"), separators=(";", ",")),
     aliases=("llama3", "llama3_json", "llama4_json", "llama_json"),
     opening="",
     between="; ",
-    closing="",
-    trigger="",
     starts=("<|python_tag|>",),
-    arguments_keys=("parameters", "arguments"),
-    separators=(";", ","),
     bare="{[",
 )

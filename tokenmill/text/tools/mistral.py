@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
-from tokenmill.text.tools._headed import HeadedCalls
-from tokenmill.text.tools._jsoncalls import JsonCalls, random_id
-from tokenmill.text.tools._output import Output
-from tokenmill.text.tools._reader import Reader, Reading, expect, peek, spaces, take, word
+from tokenmill.text.output import Output
+from tokenmill.text.reader import Reader, Reading, expect, peek, spaces, take, word
+from tokenmill.text.tools._calls import Calls, random_id
+from tokenmill.text.tools._headed_style import HeadedStyle
+from tokenmill.text.tools._json_style import JsonStyle
 
 _START, _ID, _ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _NAME = re.compile(r"[\w.:/\-]+")
+new_id = partial(random_id, 9, "")  # nine letters and digits: Mistral's templates refuse anything else
 
 
 def matches(template: str) -> bool:
@@ -25,11 +28,6 @@ def matches(template: str) -> bool:
 def matches_args(template: str) -> bool:
     """True for templates of the newer form."""
     return _START in template and _ARGS in template
-
-
-def new_id() -> str:
-    """Nine letters and digits: Mistral's templates refuse anything else."""
-    return random_id(9, "")
 
 
 def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
@@ -43,48 +41,51 @@ def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
     return name, call_id
 
 
-def _read(r: Reader, out: Output) -> Reading[None]:
+def _read(form: Calls, r: Reader, out: Output) -> Reading[None]:
     """What follows the first marker tells the form."""
     yield from spaces(r)
     yield from expect(r, _START)
     yield from spaces(r)
     if (yield from peek(r)) in ("[", "{"):
-        yield from FORMAT.read_calls(r, out, known=False)
+        yield from _LISTED.read_calls(form, r, out, known=False)
     else:
-        yield from ARGS.read_calls(r, out)
+        yield from _HEADED.read_calls(form, r, out)
 
 
 @dataclass(frozen=True)
-class _Listed(JsonCalls):
-    markers = (_START, _ID, _ARGS)
-
-    def read(self, r: Reader, out: Output) -> Reading[None]:
-        yield from _read(r, out)
+class _Listed(JsonStyle):
+    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+        yield from _read(form, r, out)
 
 
 @dataclass(frozen=True)
-class _Headed(HeadedCalls):
-    def read(self, r: Reader, out: Output) -> Reading[None]:
-        yield from _read(r, out)
+class _Headed(HeadedStyle):
+    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+        yield from _read(form, r, out)
 
 
-FORMAT = _Listed(
+_LISTED, _HEADED = _Listed(), _Headed(head=read_head, written=f"{{name}}{_ARGS}")
+FORMAT = Calls(
     name="mistral",
     matches=matches,
+    style=_LISTED,
     opening=f"{_START}[",
     between=", ",
     closing="]",
     trigger=_START,
     starts=(_START,),
+    extra=(_ID, _ARGS),
     new_id=new_id,
 )
-ARGS = _Headed(
+ARGS = Calls(
     name="mistral_args",
     matches=matches_args,
+    style=_HEADED,
     aliases=("mistral_v11", "mistral_v13"),
-    head=read_head,
-    begin=_START,
-    written=f"{{name}}{_ARGS}",
+    opening=_START,
+    between=_START,
+    trigger=_START,
+    starts=(_START,),
     extra=(_ID, _ARGS),
     new_id=new_id,
 )

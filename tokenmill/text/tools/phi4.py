@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._jsoncalls import JsonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
@@ -10,9 +11,10 @@ def matches(template: str) -> bool:
     return any(sign in template for sign in ("<|/tool|>", "<|/tool_call|>", "functools["))
 
 
-FORMAT = JsonCalls(
+FORMAT = Calls(
     name="phi4",
     matches=matches,
+    style=JsonStyle(),
     aliases=("phi4_mini_json", "phi4_mini", "phi-4"),
     opening="<|tool_call|>[",
     between=", ",

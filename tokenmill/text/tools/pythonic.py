@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._pythoncalls import PythonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._python_style import PythonStyle
 
 
 def matches(template: str) -> bool:
@@ -10,14 +11,14 @@ def matches(template: str) -> bool:
     return "[func_name1(" in template or "<|python_start|>" in template
 
 
-FORMAT = PythonCalls(
+FORMAT = Calls(
     name="pythonic",
     matches=matches,
+    style=PythonStyle(),
     aliases=("llama4", "llama4_pythonic", "llama_pythonic", "toolace", "olmo3"),
     opening="[",
     between=", ",
     closing="]",
-    trigger="",
     starts=("<|python_start|>", "<function_calls>"),
     ends=("<|python_end|>", "</function_calls>"),
     bare="[",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._xml import XmlCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._xml_style import XmlStyle
 
 
 def matches(template: str) -> bool:
@@ -10,18 +11,25 @@ def matches(template: str) -> bool:
     return "<function=" in template and "<parameter=" in template
 
 
-FORMAT = XmlCalls(
+FORMAT = Calls(
     name="qwen3_coder",
     matches=matches,
     aliases=("qwen3_xml", "qwen3coder", "nemotron_v3", "step3p5"),
-    begin="<tool_call>",
-    head="<function=",
-    head_end=">",
-    key="<parameter=",
-    key_end=">",
-    value="",
-    value_end="</parameter>",
-    body_end="</function>",
-    end="</tool_call>",
-    lines=True,
+    style=XmlStyle(
+        head="<function=",
+        head_end=">",
+        key="<parameter=",
+        key_end=">",
+        value="",
+        value_end="</parameter>",
+        body_end="</function>",
+        lines=True,
+    ),
+    opening="<tool_call>\n<function=",
+    between="</tool_call>\n<tool_call>\n<function=",
+    closing="</tool_call>",
+    trigger="<function=",
+    starts=("<tool_call>", "<function="),
+    ends=("</tool_call>",),
+    extra=("<parameter=", "</parameter>", "</function>"),
 )

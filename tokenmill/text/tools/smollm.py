@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmill.text.tools._jsoncalls import JsonCalls
+from tokenmill.text.tools._calls import Calls
+from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
@@ -10,9 +11,10 @@ def matches(template: str) -> bool:
     return "<tool_call>[" in template or ("xml_tools" in template and "<tool_call>" in template)
 
 
-FORMAT = JsonCalls(
+FORMAT = Calls(
     name="smollm",
     matches=matches,
+    style=JsonStyle(),
     aliases=("smollm2", "smollm3"),
     opening="<tool_call>\n",
     between="\n</tool_call>\n<tool_call>\n",

@@ -9,27 +9,36 @@ White space before a group of calls, between and behind them belongs to the call
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from tokenmill.text.tools._output import Delta, Output
-from tokenmill.text.tools._reader import Broken, Markers, Reader, Reading
+from tokenmill.text.output import Delta, Output
+from tokenmill.text.reader import Broken, Markers, Reader, Reading
 from tokenmill.text.tools.base import ToolFormat
 
 _MOST_SPACE = 32  # characters of white space that wait for a call behind them
+
+Held = Literal["", "answer", "choice"]
+"""By which grammar of calls the answer is held, if any (see base.Extent): one of calls alone is like none."""
 
 
 class Machine:
     """One answer's reader. `push` text as it comes, then `finish` once."""
 
-    __slots__ = ("_fresh", "_marks", "_out", "_reader", "_run", "format")
+    __slots__ = ("_at_beginning", "_fresh", "_marks", "_out", "_reader", "_run", "format")
 
     def __init__(
-        self, form: ToolFormat, schemas: Mapping[str, Any], new_id: Callable[[], str] | None, most: int | None = None
+        self,
+        form: ToolFormat,
+        schemas: Mapping[str, Any],
+        new_id: Callable[[], str] | None,
+        most: int | None = None,
+        held: Held = "",
     ) -> None:
         self.format = form
         self._reader = Reader()
-        self._out = Output(schemas, new_id or form.new_id, most)
-        self._marks = Markers(*form.starts)
+        self._out = Output(schemas, new_id or form.new_id, most, bool(held))
+        self._marks = Markers(*(form.held_starts if held else form.starts))
+        self._at_beginning = held == "choice"  # calls can begin nowhere else, and do not yet
         self._fresh = bool(form.bare)  # nothing but white space has come yet
         self._run: Reading[None] = form.read(self._reader, self._out) if form.own_loop else self._answer()
         self._step()
@@ -73,20 +82,24 @@ class Machine:
                 yield from self.format.read(r, self._out)
                 r.settle()
                 after_call = self._out.complete > before
-                self._fresh = False
             except Broken:
                 r.rewind()
                 after_call = self._out.complete > before
-                if not after_call and not self._fresh:  # the same text must not be tried again
+                if self._out.held and r.ended:
+                    self._marks = Markers()
+                elif not after_call and not self._fresh:  # the same text must not be tried again
                     marker = self._marks.search(r.text, 0)
                     assert marker is not None
                     self._emit(marker.end())
-                self._fresh = False
+            self._fresh = False
+            self._pass_beginning()
 
     def _content(self, after_call: bool) -> Reading[bool]:
         """Emits text up to where a call may begin, and gives True; at the end False."""
         r, out = self._reader, self._out
         while True:
+            if self._at_beginning and not self._may_begin(r.text[r.pos :].lstrip()):
+                self._pass_beginning()
             if self._fresh:
                 char = r.text[r.pos :].lstrip()[:1]
                 if char and char in self.format.bare:
@@ -106,6 +119,16 @@ class Machine:
                 after_call = False
                 self._emit(stop)
             yield
+
+    def _may_begin(self, text: str) -> bool:
+        """True if `text` is, or may become, the beginning of a group of calls."""
+        marked = any(mark.startswith(text[: len(mark)]) for mark in self._marks.texts)
+        return marked or not text or text[0] in self.format.bare
+
+    def _pass_beginning(self) -> None:
+        """Where calls stand at the beginning only, no more are looked for."""
+        if self._at_beginning:
+            self._at_beginning, self._marks = False, Markers()
 
     def _emit(self, stop: int) -> None:
         r = self._reader

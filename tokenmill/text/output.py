@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.text.tools._reader import Broken
+from tokenmill.text.reader import Broken
 
 _MOST_NAME = 256
 
@@ -37,16 +37,20 @@ class Output:
     """Collects content, thoughts and calls since the last `take`.
 
     `schemas`: the parameters' schema of each function by name; without any, every name is a function. `most`: how many
-    calls an answer may have.
+    calls an answer may have. `held`: a grammar holds it, so that a call breaks only where the answer is cut off; what
+    looks like another one in its texts is none.
     """
 
-    __slots__ = ("_args", "_content", "_deltas", "_id", "_name", "_reasoning", "complete", "index", "most", "new_id",
-                 "schemas", "thinking")  # fmt: skip
+    __slots__ = ("_args", "_content", "_deltas", "_id", "_name", "_reasoning", "complete", "held", "index", "most",
+                 "new_id", "schemas", "thinking")  # fmt: skip
 
-    def __init__(self, schemas: Mapping[str, Any], new_id: Callable[[], str], most: int | None = None) -> None:
+    def __init__(
+        self, schemas: Mapping[str, Any], new_id: Callable[[], str], most: int | None = None, held: bool = False
+    ) -> None:
         self.schemas = schemas
         self.new_id = new_id
         self.most = most
+        self.held = held
         self.complete = 0  # calls whose arguments are whole
         self.thinking = False  # the newest text is a thought; kept by formats that read them
         self.index = -1  # of the newest call

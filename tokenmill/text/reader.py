@@ -141,22 +141,27 @@ def word(r: Reader, pattern: re.Pattern[str]) -> Reading[str]:
         yield
 
 
-def until(r: Reader, ends: Markers, emit: Emit) -> Reading[str]:
-    """Emits text up to the first of `ends`, reads that as well and gives it; "" if the text is over before."""
+def before(r: Reader, ends: Markers, emit: Emit, *, told: bool = True) -> Reading[str]:
+    """Emits text up to the first of `ends`, which stays, and gives that; "" if the text is over before. `told`: what is
+    emitted need not be read again."""
     while True:
         found = ends.search(r.text, r.pos)
-        if found:
-            if found.start() > r.pos:
-                emit(r.text[r.pos : found.start()])
-            r.pos = found.end()
-            return found.group()
-        stop = len(r.text) if r.ended else len(r.text) - ends.held(r.text, r.pos)
+        stop = found.start() if found else len(r.text) - (0 if r.ended else ends.held(r.text, r.pos))
         if stop > r.pos:
             emit(r.text[r.pos : stop])
             r.pos = stop
-        if r.ended:
-            return ""
+        if told:
+            r.settle()
+        if found or r.ended:
+            return found.group() if found else ""
         yield
+
+
+def until(r: Reader, ends: Markers, emit: Emit) -> Reading[str]:
+    """Emits text up to the first of `ends`, reads that as well and gives it; "" if the text is over before."""
+    end = yield from before(r, ends, emit, told=False)
+    r.pos += len(end)
+    return end
 
 
 def collected(reading: Callable[[Emit], Reading[T]]) -> Reading[tuple[str, T]]:

@@ -1,0 +1,172 @@
+"""Which grammar a chat's answer follows, for its tools and for what its client wants of its shape.
+
+Where the answer must be calls, it is that; where it may have some, text is free and calls are held as far as their
+functions are strict; where it is to have a shape, it is calls or has that shape.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from tokenmill.errors import GrammarError, ToolError
+from tokenmill.grammar.patterns import PatternError, literal, rewrite
+from tokenmill.server.routes.chat_tools import Tools
+from tokenmill.text.functions import is_strict, resolved, types_of
+from tokenmill.text.guided import Wanted, json_grammar
+from tokenmill.text.lark import SPACES, slashed
+from tokenmill.text.machine import Held
+from tokenmill.text.reasoning import ReasoningFormat
+from tokenmill.text.router import format_of
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.text.tools.base import Asked, ToolFormat
+from tokenmill.wire.messages import GrammarSpec
+
+_NO_PARAMETERS = {"type": "object", "properties": {}}  # what OpenAI takes a function without any for
+_MOST_DEPTH = 8
+
+
+class Voice(NamedTuple):
+    """What a model and its server say of speech: the template's text, and the parsers that were chosen, "" if none."""
+
+    tokenizer: Tokenizer
+    template: str
+    tool_call_parser: str
+    reasoning_parser: str
+
+
+class Shape(NamedTuple):
+    """What an answer must be. `field`: of the request, that asked for it. `held`: see Router. `waits`: the grammar
+    begins behind the beginning of a call, wherever that is. `calls`: nothing but calls."""
+
+    grammar: GrammarSpec | None = None
+    field: str = ""
+    held: Held = ""
+    waits: bool = False
+    calls: bool = False
+
+    @property
+    def with_calls(self) -> bool:
+        """True if the grammar has calls in it."""
+        return self.calls or bool(self.held)
+
+
+def shape_of(voice: Voice, tools: Tools | None, wanted: Wanted | None, reasoning: ReasoningFormat | None) -> Shape:
+    """The shape of an answer that may think as `reasoning` says. GrammarError, ToolError for what cannot be served."""
+    if tools is None:
+        return Shape(wanted.grammar, wanted.field) if wanted else Shape()
+    if not tools.forced and wanted is None and not any(map(is_strict, tools.given)):
+        return Shape()
+    form = format_of(voice.template, voice.tool_call_parser)
+    spoken = reasoning.markers if reasoning else ()
+    asked = Asked(
+        [_exact(tool, f"tools[{i}].function.parameters", forced=tools.forced)
+         for i, tool in enumerate(tools.given) if tool in tools.allowed],
+        "calls" if tools.forced else "answer",
+        parallel=tools.parallel and tools.choice != "function",
+        special_ids=special_ids(voice.tokenizer, (*form.markers, *spoken)),
+        spoken=spoken,
+    )  # fmt: skip
+    if tools.forced:
+        return Shape(GrammarSpec("lark", form.grammar(asked)), "tool_choice", calls=True)
+    if wanted is not None:
+        instead = _instead(form, tools, wanted)
+        source = form.grammar(asked._replace(extent="choice", instead=instead))
+        return Shape(GrammarSpec("lark", source), wanted.field, "choice")
+    trigger = fixed_ids(voice.tokenizer, form.trigger) if form.trigger and not form.bare else None
+    if trigger is None:
+        return Shape(GrammarSpec("lark", form.grammar(asked)), "tools", "answer")
+    source = form.grammar(asked._replace(extent="behind"))
+    return Shape(GrammarSpec("lark", source, (trigger,)), "tools", "answer", waits=True)
+
+
+def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, Any]:
+    """A tool whose arguments' schema is as a grammar wants it. GrammarError for what cannot be served exactly."""
+    if not (forced or is_strict(tool)):
+        return dict(tool)
+    function = tool["function"]
+    parameters = function.get("parameters") or _NO_PARAMETERS
+    return {**tool, "function": {**function, "parameters": _lark_schema(json_grammar(parameters, param).source)}}
+
+
+def _instead(form: ToolFormat, tools: Tools, wanted: Wanted) -> str:
+    """What may come instead of calls, as rules. ToolError where it could not be told from them."""
+    schema = json.loads(wanted.grammar.source) if wanted.grammar.kind == "json_schema" else None
+    rules = as_lark(wanted.grammar, "instead", without=form.starts)
+    if rules is None or (form.bare and schema is None):
+        raise ToolError(
+            f"`{wanted.field}` cannot stand beside `tools` here, for such an answer cannot be told from a call. Use a "
+            "JSON schema, or send one of the two",
+            wanted.field,
+        )
+    like_a_call = "{" in form.bare and _may_have("name", schema, schema)
+    like_a_call = like_a_call and any(_may_have(key, schema, schema) for key in ("arguments", "parameters"))
+    if like_a_call and any(map(is_strict, tools.given)):
+        raise ToolError(
+            f"`{wanted.field}` cannot stand beside strict functions here: in this model's tool format an object with "
+            "`name` and `parameters` is a call. Let its schema have other keys",
+            wanted.field,
+        )
+    return rules
+
+
+def _may_have(key: str, schema: Any, root: Any, depth: int = 0) -> bool:
+    """Whether something that fits a schema may be an object with this key; true where that is hard to tell."""
+    if not isinstance(schema, dict) or depth > _MOST_DEPTH:
+        return schema is not False
+    if "$ref" in schema:
+        return _may_have(key, resolved(schema["$ref"], root), root, depth + 1)
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            return any(_may_have(key, one, root, depth + 1) for one in schema[keyword])
+    if "object" not in types_of(schema, root):
+        return False
+    named = key in schema.get("properties", {}) or "patternProperties" in schema
+    return named or schema.get("additionalProperties", True) is not False
+
+
+def as_lark(grammar: GrammarSpec, name: str, without: Iterable[str] = ()) -> str | None:
+    """Rules in Lark of which `name` is the grammar of what a client asked for; None for a client's own Lark, whose
+    names might be ours. `without`: texts that no answer but JSON may begin with."""
+    source = grammar.source
+    if grammar.kind == "json_schema":
+        return f"{name}: %json {json.dumps(_lark_schema(source), ensure_ascii=False)}\n"
+    if grammar.kind == "choice":
+        pattern = "|".join(map(literal, json.loads(source)))
+    elif grammar.kind == "regex":
+        try:
+            pattern = slashed(rewrite(source, search=False).text)
+        except PatternError as error:
+            raise GrammarError(f"The regular expression cannot be used: {error}.") from None
+    else:
+        return None
+    barred = "|".join(map(literal, without))
+    but = f" & ~/{SPACES}({barred})(?s:.*)/" if barred else ""
+    return f"{name}: {name.upper()}_TEXT\n{name.upper()}_TEXT: /{pattern}/{but}\n"
+
+
+def renamed(source: str, name: str) -> str:
+    """A grammar of ours with its rule `start` under another name."""
+    return re.sub(r"(?m)^start:", f"{name}:", source, count=1)
+
+
+def _lark_schema(canonical: str) -> Any:
+    """A canonical schema as it stands behind %json, with the options that all schemas have."""
+    from tokenmill.grammar.llguidance import lark_json
+
+    return json.loads(lark_json(canonical))
+
+
+def fixed_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...] | None:
+    """The tokens that always stand for a text, whatever is around it; None if it may be cut otherwise."""
+    ids = tokenizer.encode(text, False)
+    fixed = len(ids) == 1 or (bool(ids) and tokenizer.is_special(ids[0]) and tokenizer.is_special(ids[-1]))
+    return tuple(ids) if fixed else None
+
+
+def special_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """Those of the texts that are special tokens."""
+    found = ((text, tokenizer.token_id(text)) for text in texts)
+    return {text: i for text, i in found if i is not None and tokenizer.is_special(i)}

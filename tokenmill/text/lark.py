@@ -1,0 +1,115 @@
+"""Writes grammars in llguidance's Lark: texts with special tokens in them, JSON, and free text in which some texts do
+not occur.
+
+llguidance's lexer takes the longest lexeme and does not go back, and what a mask costs hangs on the shape of lexemes:
+where a state has one that is a repetition of characters, whole slices of the vocabulary are allowed at once. So free
+text is cut into such lexemes, at the characters that the texts it must not hold begin and end with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tokenmill.grammar.patterns import literal
+from tokenmill.text.reader import alternatives
+
+SPACES = r"[\s\x1C-\x1F]*"
+"""A regular expression: white space as Python's `\\s` and `str.isspace` know it."""
+_SPACING = {"whitespace_pattern": "[ \\n\\t]{1,16}"}  # without a bound, a model can go on with spaces for ever
+
+
+class Free(NamedTuple):
+    """Free text, which may end anywhere: `plain` or nothing, then any number of `more`. `plain`: a terminal, text
+    without the characters that what must not occur begins with."""
+
+    plain: str
+    more: str
+
+    @property
+    def text(self) -> str:
+        """An expression for any such text."""
+        return f"{self.plain}? ({self.more})*" if self.more else f"{self.plain}?"
+
+
+class Lark:
+    """Collects rules. `special_ids`: special tokens by text."""
+
+    def __init__(self, special_ids: Mapping[str, int] | None = None) -> None:
+        self._ids = special_ids or {}
+        self._special = re.compile(f"({alternatives(list(self._ids))})" if self._ids else r"((?!))")
+        self._rules: dict[str, str] = {}
+
+    def text(self, text: str) -> str:
+        """An expression for exactly this text: special tokens by id, the rest quoted."""
+        parts = [part for part in self._special.split(text) if part]
+        return " ".join(f"<[{self._ids[part]}]>" if part in self._ids else quoted(part) for part in parts)
+
+    def is_special(self, text: str) -> bool:
+        """True for the text of a special token."""
+        return text in self._ids
+
+    def rule(self, name: str, body: str) -> str:
+        """Adds a rule, or changes it; its name."""
+        self._rules[name] = body
+        return name
+
+    def json(self, name: str, schema: Any) -> str:
+        """Adds a rule for JSON that fits `schema`."""
+        value = schema if isinstance(schema, dict) else {} if schema is True or schema is None else {"not": {}}
+        options = value.get("x-guidance")
+        merged = {**value, "x-guidance": {**_SPACING, **(options if isinstance(options, dict) else {})}}
+        return self.rule(name, "%json " + json.dumps(merged, ensure_ascii=False))
+
+    def free(self, name: str, without: Sequence[str], spoken: Iterable[str] = ()) -> Free:
+        """Adds rules for text that holds none of the texts `without`. `spoken`: special tokens that may stand in it.
+
+        Of those in `without` that begin alike, none may have a character inside that another one ends with.
+        """
+        families: dict[str, list[str]] = {}
+        for text in without:
+            families.setdefault(text[0], []).append(text)
+        upper = name.upper()
+        firsts = "".join(map(literal, families))
+        plain = self.rule(f"{upper}_PLAIN", f"/[^{firsts}]+/" if families else "/(?s:.)+/")
+        more = [self.text(text) for text in dict.fromkeys(spoken) if self.is_special(text) and text not in without]
+        opened = []
+        for number, (first, texts) in enumerate(families.items()):
+            inside, shut, least = _family(first, texts)
+            opened.append(self.rule(f"{upper}_OPEN_{number}", inside))
+            more.append(self.rule(f"{upper}_SHUT_{number}", shut))
+            for few in range(1, least):
+                body = f"/{literal(first)}{{{few}}}[^{firsts}]*/"
+                opened.append(self.rule(f"{upper}_FEW_{number}_{few}", body))
+        options = [*opened, *([f"({' | '.join(more)}) {plain}?"] if more else [])]
+        return Free(plain, " | ".join(options))
+
+    def source(self) -> str:
+        """The grammar's text."""
+        return "".join(f"{name}: {body}\n" for name, body in self._rules.items())
+
+
+def _family(first: str, texts: Sequence[str]) -> tuple[str, str, int]:
+    """Two terminals for text that is none of `texts` but begins as they do: up to a character that could end one, so
+    that nothing plain follows, and with that. And how often all of them repeat their first character."""
+    lasts = {text[-1] for text in texts}
+    assert not any(lasts & set(text[:-1]) or first == text[-1] for text in texts)
+    runs = {text: len(text) - len(text.lstrip(first)) for text in texts}  # ``` begins with three
+    least, begin = min(runs.values()), literal(first)
+    many = f"{{{least},}}" if max(runs.values()) > 1 else ""
+    ends = "".join(map(literal, sorted(lasts)))
+    inside = f"{begin}{many}[^{begin}{ends}]*"
+    barred = (f"{begin}{f'{{{run},}}' if many else ''}{literal(text[run:])}" for text, run in runs.items())
+    return f"/{inside}/", f"/{inside}[{ends}]/ & ~/{'|'.join(barred)}/", least
+
+
+def quoted(text: str) -> str:
+    """A string as Lark writes it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def slashed(pattern: str) -> str:
+    """A regular expression as it stands between slashes."""
+    return re.sub(r"\\.|/", lambda found: "\\/" if found.group() == "/" else found.group(), pattern, flags=re.DOTALL)

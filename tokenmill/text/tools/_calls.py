@@ -1,0 +1,150 @@
+"""A format as a record: the texts around calls, and the style in which one call is written.
+
+Under the grammar of an answer there is text up to a trigger, then a group of calls, then text again; bare calls stand
+at the answer's beginning. Text holds no trigger and does not begin as bare calls do, so nothing in it is read as one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+from tokenmill.text.functions import Tool
+from tokenmill.text.lark import Lark, quoted
+from tokenmill.text.output import Output
+from tokenmill.text.reader import Reader, Reading
+from tokenmill.text.tools.base import Asked
+
+_LETTERS = string.ascii_letters + string.digits
+
+
+def random_id(length: int = 24, prefix: str = "call_") -> str:
+    """A call's id that nobody can guess."""
+    return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length))
+
+
+class Bare(NamedTuple):
+    """Calls without a mark. `group`: an expression for some of them; `head`: a regular expression for a beginning that
+    no text has; `other`: an expression for what begins with it all the same, but not with a function's name; `glue`: a
+    regular expression for what goes between two calls, if nothing closes them."""
+
+    group: str
+    head: str
+    other: str = ""
+    glue: str = ""
+
+
+class Style(ABC):
+    """How calls are written between a format's marks. `has_trigger`: each call has the format's trigger before it,
+    whatever else it stands behind."""
+
+    has_trigger: ClassVar[bool] = False
+
+    @abstractmethod
+    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+        """See ToolFormat."""
+
+    @abstractmethod
+    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+        """The body of a rule for one call. `rule`: its name, with which no other one begins."""
+
+    def beside_json(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+        """`write` for a call without a mark where other JSON may stand instead: it must be the same lexemes."""
+        return self.write(lark, rule, tool, asked)
+
+    def bare(self, form: Calls, lark: Lark, asked: Asked) -> Bare:
+        """Calls without a mark, for formats that have such; `call` is a rule for any that follows another, and no text
+        has the first characters of `triggers` in it."""
+        raise AssertionError(f"{form.name} has no calls without a mark")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """The spec of a format. `opening`, `between` and `closing` are what the model is made to write around one call or
+    several; `trigger` is the part of `opening` by which calls are told from text. `starts` and `ends` are all that is
+    understood around them."""
+
+    name: str
+    matches: Callable[[str], bool]
+    style: Style
+    opening: str
+    between: str
+    closing: str = ""
+    trigger: str = ""
+    starts: tuple[str, ...]
+    ends: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()  # marks inside of calls
+    aliases: tuple[str, ...] = ()
+    bare: str = ""
+    known: bool = False  # marks are no proof of a call: only functions that exist are called
+    new_id: Callable[[], str] = field(default=random_id)
+    own_loop: bool = False
+
+    @cached_property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that may be special tokens."""
+        return (*self.starts, *self.ends, *self.extra)
+
+    @cached_property
+    def triggers(self) -> tuple[str, ...]:
+        """Texts of which one stands before each group of calls that a grammar allows, but for bare ones."""
+        return (self.trigger,) if self.trigger else self.starts
+
+    @cached_property
+    def held_starts(self) -> tuple[str, ...]:
+        """See ToolFormat."""
+        return self.starts if self.style.has_trigger else self.triggers
+
+    def read(self, r: Reader, out: Output) -> Reading[None]:
+        """See ToolFormat."""
+        return self.style.read(self, r, out)
+
+    def grammar(self, asked: Asked) -> str:
+        """See ToolFormat."""
+        lark = Lark(asked.special_ids)
+        write = self.style.beside_json if self.bare and asked.extent == "choice" else self.style.write
+        rules = [lark.rule(f"call_{i}", write(lark, f"call_{i}", tool, asked)) for i, tool in enumerate(asked.tools)]
+        lark.rule("call", " | ".join(rules))
+        if asked.extent in ("calls", "choice"):
+            lark.rule("start", self._group(lark, asked, self.opening) + (" | instead" * bool(asked.instead)))
+        else:
+            self._write_answer(lark, asked)
+        return lark.source() + asked.instead
+
+    def _group(self, lark: Lark, asked: Asked, opening: str) -> str:
+        """Calls that begin with `opening`. Where text may come behind them, what closes a call does not open another:
+        the lexer would have to tell which it is."""
+        apart = asked.extent in ("answer", "behind") and self.closing and self.between.startswith(self.closing)
+        many = f"call ({lark.text(self.between)} call)*" if asked.parallel and not apart else "call"
+        return f"{lark.text(opening)} {many} {lark.text(self.closing)}".strip()
+
+    def _write_answer(self, lark: Lark, asked: Asked) -> None:
+        """Rules for text and calls."""
+        free = lark.free("free", self.triggers, (*asked.spoken, *self.markers))
+        triggers = " | ".join(map(lark.text, self.triggers))
+        opening = self.opening.partition(self.trigger)[2] if self.trigger else self.opening
+        group, plain, begin = self._group(lark, asked, opening), free.plain, free.plain
+        if self.bare:
+            bare = self.style.bare(self, lark, asked)
+            if bare.glue:
+                plain = lark.rule("BEHIND", f"{free.plain} & ~/{bare.glue}(?s:.*)/")
+            first = lark.rule("FIRST", f"{free.plain} & ~/{bare.head}(?s:.*)/")
+            begin = " | ".join(filter(None, (f"({bare.group}) {plain}?", bare.other, first)))
+        triggered = lark.rule("triggered", f"({begin})?" if self.known else f"{group} {plain}?")
+        lark.rule("item", f"{free.more} | ({triggers}) {triggered}")
+        lark.rule("start", f"{triggered} item*" if asked.extent == "behind" else f"({begin})? item*")
+
+
+def entries(firm: Sequence[str], loose: Sequence[str], between: str) -> str:
+    """An expression for entries of an object in their order: all of `firm`, any of `loose`."""
+    join = f" {quoted(between)} "
+    options = ["".join(f" ({join}{later})?" for later in loose[i:]) for i in range(len(loose) + 1)]
+    if firm:
+        return join.join(firm) + options[0]
+    first = " | ".join(part + options[i + 1] for i, part in enumerate(loose))
+    return f"({first})?" if first else ""

@@ -1,0 +1,59 @@
+"""Calls whose name stands before their JSON arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokenmill.text.functions import Tool, name_of
+from tokenmill.text.lark import Lark
+from tokenmill.text.output import Output
+from tokenmill.text.reader import Reader, Reading, expect, spaces, take
+from tokenmill.text.tools._calls import Calls, Style
+from tokenmill.text.tools._json_style import tell_arguments
+from tokenmill.text.tools.base import Asked
+
+
+@dataclass(frozen=True)
+class HeadedStyle(Style):
+    """A head, arguments, a tail, behind the format's trigger. `head` reads from there up to the arguments and gives a
+    name and, if the model chooses it, an id. `written`: what the model is made to write for a head, with {name} in it,
+    and {index} for a number. `tails`: what is understood behind the arguments, in this order, each optional."""
+
+    head: Callable[[Reader], Reading[tuple[str, str | None]]]
+    written: str
+    tail: str = ""
+    tails: tuple[str, ...] = ()
+    has_trigger: ClassVar[bool] = True
+
+    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+        """What the calls' section begins with, if there is one, calls, and the section's end."""
+        yield from spaces(r)
+        if (yield from expect(r, *form.starts)) != form.trigger:
+            yield from spaces(r)
+            yield from expect(r, form.trigger)
+        yield from self.read_calls(form, r, out)
+
+    def read_calls(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+        """What follows the first trigger."""
+        while True:
+            yield from spaces(r)
+            name, call_id = yield from self.head(r)
+            yield from tell_arguments(r, out, out.check(name), call_id)
+            for tail in self.tails:
+                yield from spaces(r)
+                yield from take(r, tail)
+            yield from spaces(r)
+            if not (yield from take(r, form.trigger)):
+                break
+        if form.ends:
+            yield from take(r, *form.ends)
+
+    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+        """See Style."""
+        before, index, after = self.written.replace("{name}", name_of(tool)).partition("{index}")
+        head = lark.text(before)
+        if index:
+            head += f" {lark.rule('INDEX', '/[0-9]{1,3}/')} {lark.text(after)}"
+        return f"{head} {lark.json(f'{rule}_arguments', asked.schema_of(tool))} {lark.text(self.tail)}".rstrip()

@@ -1,0 +1,163 @@
+"""Calls as JSON objects with a name and arguments, alone or in a list."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from tokenmill.grammar.patterns import literal
+from tokenmill.text.functions import Tool, moved, name_of
+from tokenmill.text.lark import SPACES, Lark, quoted
+from tokenmill.text.output import Output
+from tokenmill.text.reader import Broken, Reader, Reading, collected, expect, peek, spaces, take
+from tokenmill.text.tools._calls import Bare, Calls, Style
+from tokenmill.text.tools._json import json_string, json_value, read_arguments
+from tokenmill.text.tools.base import Asked
+
+_COLON, _COMMA = f"{SPACES}:{SPACES}", f"{SPACES},{SPACES}"
+
+
+@dataclass(frozen=True)
+class JsonStyle(Style):
+    """{"name": …, "arguments": …}. The first of the keys are those that the model is made to write."""
+
+    name_keys: tuple[str, ...] = ("name",)
+    arguments_keys: tuple[str, ...] = ("arguments", "parameters")
+    separators: tuple[str, ...] = (",",)
+    lead: str = ""  # of each object that the model is made to write, before its name; {index}: a number
+
+    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+        """A mark, calls, an end. Without a mark, only functions that exist are called."""
+        yield from spaces(r)
+        marked = bool((yield from take(r, *form.starts)))
+        yield from self.read_calls(form, r, out, form.known or not marked)
+
+    def read_calls(self, form: Calls, r: Reader, out: Output, known: bool) -> Reading[None]:
+        """What follows the mark. `known`: it proves nothing."""
+        yield from spaces(r)
+        listed = bool((yield from take(r, "[")))
+        while True:
+            yield from spaces(r)
+            yield from self._object(r, out, known)
+            yield from spaces(r)
+            if not (yield from take(r, *self.separators)):
+                break
+        if listed:
+            yield from expect(r, "]")
+            yield from spaces(r)
+        if form.ends:
+            yield from take(r, *form.ends)
+
+    def _object(self, r: Reader, out: Output, known: bool) -> Reading[None]:
+        """One call. Once its arguments are whole it is one, whatever follows. Where no mark tells it from other JSON,
+        its name comes first, and it has arguments."""
+        yield from expect(r, "{")
+        name: str | None = None
+        held: str | None = None
+        told = False
+        keys: list[str] = []
+        while True:
+            yield from spaces(r)
+            char = yield from peek(r)
+            if char == "}":
+                r.pos += 1
+                break
+            if keys:
+                if told and char != ",":
+                    return
+                yield from expect(r, ",")
+                yield from spaces(r)
+            key = yield from _string(r, known)
+            keys.append(key)
+            yield from spaces(r)
+            yield from expect(r, ":")
+            yield from spaces(r)
+            if key in self.name_keys and name is None:
+                name = out.check((yield from _string(r, known)), known)
+            elif known and name is None:
+                if keys != ["type"] or (yield from _string(r, known)) != "function":
+                    raise Broken
+            elif key not in self.arguments_keys or told or held is not None:
+                yield from collected(lambda emit: json_value(r, emit))
+            elif name is None:
+                held, _ = yield from collected(lambda emit: read_arguments(r, emit))
+            else:
+                yield from tell_arguments(r, out, name)
+                told = True
+        if not told:
+            if name is None or known:
+                raise Broken
+            out.call(name)
+            out.arguments("{}" if held is None else held)
+            out.done()
+            r.settle()
+
+    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+        """See Style."""
+        before, index, after = self.lead.partition("{index}")
+        head = f"{quoted('{' + before)} {lark.rule('INDEX', '/[0-9]{1,3}/')} " if index else ""
+        named = f"{quoted(self.name_keys[0])}: {quoted(name_of(tool))}, {quoted(self.arguments_keys[0])}: "
+        head += quoted(f"{after if index else '{' + before}{named}")
+        return f"{head} {lark.json(f'{rule}_arguments', asked.schema_of(tool))} {quoted('}')}"
+
+    def beside_json(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+        """See Style."""
+        key, arguments, schema = self.name_keys[0], self.arguments_keys[0], asked.schema_of(tool)
+        options = schema.pop("x-guidance", {})
+        given = {key: {"const": name_of(tool)}, arguments: moved(schema, f"#/properties/{arguments}")}
+        whole = {"type": "object", "properties": given, "required": list(given), "additionalProperties": False}
+        return lark.json(f"{rule}_object", {**whole, "x-guidance": options})
+
+    def bare(self, form: Calls, lark: Lark, asked: Asked) -> Bare:
+        """See Style. Whatever space there is."""
+        kind = f'("type"{_COLON}"function"{_COMMA})?'
+        begin = rf'{SPACES}\{{{SPACES}{kind}"({_any(self.name_keys)})"{_COLON}"'
+        listed = rf"{SPACES}\[{begin}"
+        behind = f'{_COMMA}"({_any(self.arguments_keys)})"{_COLON}'
+        lark.rule("HEAD", f"/{begin}/")
+        lark.rule("LISTED", f"/{listed}/")
+        names = [quoted(name_of(tool))[1:-1] for tool in asked.tools]
+        behind = f'"{_COMMA}"({_any(self.arguments_keys)})"{_COLON}'
+        named = [lark.rule(f"NAMED_{i}", f"/{literal(name)}{behind}/") for i, name in enumerate(names)]
+        lark.rule("first", " | ".join(f'{name} call_{i}_arguments "}}"' for i, name in enumerate(named)))
+        groups = []
+        for head, between, closing in ("HEAD", form.between, ""), ("LISTED", ", ", "]"):
+            more = f"({lark.text(between)} call)*" if asked.parallel else ""
+            groups.append(f"{head} first {more} {lark.text(closing)}".rstrip())
+        firsts = "".join(literal(text[0]) for text in form.triggers)
+        barred = "|".join(literal(name.partition('"')[0]) for name in names)
+        lark.rule("OTHER", f'/[^"{firsts}]+/ & ~/{barred}/')
+        lark.rule("QUOTED", f'/"[^{firsts}]*/')
+        glue = "" if form.closing else f"{SPACES}({_any(self.separators)})"
+        return Bare(" | ".join(groups), f"({begin}|{listed})", "(HEAD | LISTED) OTHER? QUOTED?", glue)
+
+
+def _any(texts: tuple[str, ...]) -> str:
+    return "|".join(map(literal, texts))
+
+
+def _string(r: Reader, exact: bool) -> Reading[str]:
+    """Reads a string; Broken if none comes next. `exact`: and if it has escapes that need not be."""
+    if (yield from peek(r)) != '"':
+        raise Broken
+    text, _ = yield from collected(lambda emit: json_string(r, emit))
+    value: str = json.loads(text)
+    if exact and quoted(value) != text:
+        raise Broken
+    return value
+
+
+def tell_arguments(r: Reader, out: Output, name: str, call_id: str | None = None) -> Reading[None]:
+    """Reads JSON arguments and tells a call with them. It begins with their first character."""
+    begun = False
+
+    def emit(piece: str) -> None:
+        nonlocal begun
+        if not begun:
+            out.call(name, call_id)
+            begun = True
+        out.arguments(piece)
+
+    yield from read_arguments(r, emit)
+    out.done()
+    r.settle()

@@ -1,0 +1,96 @@
+"""Calls as Python writes them: [name(key=value, …), …]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenmill.grammar.patterns import literal
+from tokenmill.text.functions import Tool, alone, keys_of, name_of, others_of
+from tokenmill.text.lark import SPACES, Lark
+from tokenmill.text.output import Output
+from tokenmill.text.reader import Reader, Reading, expect, spaces, take
+from tokenmill.text.tools._calls import Bare, Calls, Style, entries
+from tokenmill.text.tools._part import Part
+from tokenmill.text.tools._python import PRINT, read_call
+from tokenmill.text.tools.base import Asked
+
+
+@dataclass(frozen=True)
+class PythonStyle(Style):
+    """name(key=value, …). Without a mark, calls stand in a list at the answer's beginning."""
+
+
+    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+        """A mark, calls in a list or one below the other, an end."""
+        yield from spaces(r)
+        marked = bool((yield from take(r, *form.starts)))
+        yield from spaces(r)
+        listed = bool((yield from take(r, "["))) if marked else bool((yield from expect(r, "[")))
+        while True:
+            yield from spaces(r)
+            yield from read_call(r, out, known=not marked)
+            yield from spaces(r)
+            if form.ends and (yield from take(r, *form.ends)):
+                return
+            if listed:
+                if not (yield from take(r, ",")):
+                    break
+            elif not (yield from self._another(r)):
+                return
+        yield from expect(r, "]")
+        yield from spaces(r)
+        if form.ends:
+            yield from take(r, *form.ends)
+
+    def _another(self, r: Reader) -> Reading[bool]:
+        """True if a further call may follow without a list."""
+        yield from take(r, ";", ",")
+        yield from spaces(r)
+        return r.pos < len(r.text) and (r.text[r.pos].isalpha() or r.text[r.pos] == "_")
+
+    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+        """See Style."""
+        return f"{lark.text(f'{name_of(tool)}(')} {self._arguments(lark, rule, tool, asked)}"
+
+    def bare(self, form: Calls, lark: Lark, asked: Asked) -> Bare:
+        """See Style."""
+        begin = rf"{SPACES}\[{SPACES}"
+        heads = []
+        for i, tool in enumerate(asked.tools):
+            head = lark.rule(f"BARE_{i}", rf"/{begin}{literal(name_of(tool))}\(/")
+            heads.append(f"{head} {self._arguments(lark, f'call_{i}', tool, asked)}")
+        more = '(", " call)*' if asked.parallel else ""
+        names = "|".join(map(literal, (*map(name_of, asked.tools), PRINT)))
+        return Bare(f'({" | ".join(heads)}) {more} "]"', rf"{begin}({names}){SPACES}\(")
+
+    def _arguments(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+        """What follows the opening bracket."""
+        schema = asked.schema_of(tool)
+        Part(tool, schema, schema).check_object()
+        others = others_of(schema)
+        if others is not False:
+            value = _any_value(lark) if others is True else lark.json(f"{rule}_other", alone(others, schema))
+            argument = f'{lark.rule("PY_WORD", "/[A-Za-z_][A-Za-z0-9_]*/")} "=" {value}'
+            return f'({argument} (", " {argument})*)? ")"'
+        firm, loose = keys_of(schema)
+        made = [self._argument(lark, f"{rule}_{i}", key, schema) for i, key in enumerate(firm + loose)]
+        return f'{entries(made[: len(firm)], made[len(firm) :], ", ")} ")"'.lstrip()
+
+    def _argument(self, lark: Lark, rule: str, key: str, schema: Mapping[str, Any]) -> str:
+        """key=value; a value is written as JSON, but for a truth value."""
+        value = schema["properties"][key]
+        kind = value.get("type") if isinstance(value, Mapping) and not value.keys() & {"enum", "const"} else None
+        written = '("True" | "False")' if kind == "boolean" else lark.json(rule, alone(value, schema))
+        return f"{lark.text(f'{key}=')} {written}"
+
+
+def _any_value(lark: Lark) -> str:
+    """A rule for a value of which nothing is known."""
+    lark.rule("PY_TEXT", r"""/"([^"\\\n]|\\["\\nt])*"|'([^'\\\n]|\\['\\nt])*'/""")
+    lark.rule("PY_NUMBER", r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/")
+    lark.rule("py_list", '"[" (py_value (", " py_value)*)? "]"')
+    lark.rule("py_entry", 'PY_TEXT ": " py_value')
+    lark.rule("py_dict", '"{" (py_entry (", " py_entry)*)? "}"')
+    return lark.rule("py_value", 'PY_TEXT | PY_NUMBER | "True" | "False" | "None" | py_list | py_dict')
