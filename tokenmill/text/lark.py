@@ -66,7 +66,7 @@ class Lark:
     def free(self, name: str, without: Sequence[str], spoken: Iterable[str] = ()) -> Free:
         """Adds rules for text that holds none of the texts `without`. `spoken`: special tokens that may stand in it.
 
-        Of those in `without` that begin alike, none may have a character inside that another one ends with.
+        None of `without` may have a character inside that one of them begins with, or one that begins alike ends with.
         """
         families: dict[str, list[str]] = {}
         for text in without:
@@ -77,7 +77,7 @@ class Lark:
         more = [self.text(text) for text in dict.fromkeys(spoken) if self.is_special(text) and text not in without]
         opened = []
         for number, (first, texts) in enumerate(families.items()):
-            inside, shut, least = _family(first, texts)
+            inside, shut, least = _family(first, texts, firsts)
             opened.append(self.rule(f"{upper}_OPEN_{number}", inside))
             more.append(self.rule(f"{upper}_SHUT_{number}", shut))
             for few in range(1, least):
@@ -91,16 +91,17 @@ class Lark:
         return "".join(f"{name}: {body}\n" for name, body in self._rules.items())
 
 
-def _family(first: str, texts: Sequence[str]) -> tuple[str, str, int]:
+def _family(first: str, texts: Sequence[str], firsts: str) -> tuple[str, str, int]:
     """Two terminals for text that is none of `texts` but begins as they do: up to a character that could end one, so
-    that nothing plain follows, and with that. And how often all of them repeat their first character."""
+    that nothing plain follows, and with that. And how often all of them repeat their first character. `firsts`: what
+    such texts begin with, inside of a class of characters."""
     lasts = {text[-1] for text in texts}
-    assert not any(lasts & set(text[:-1]) or first == text[-1] for text in texts)
     runs = {text: len(text) - len(text.lstrip(first)) for text in texts}  # ``` begins with three
+    ends = "".join(map(literal, sorted(lasts)))
+    assert not any(re.search(f"[{firsts}{ends}]", text[run:-1]) or text[-1] in firsts for text, run in runs.items())
     least, begin = min(runs.values()), literal(first)
     many = f"{{{least},}}" if max(runs.values()) > 1 else ""
-    ends = "".join(map(literal, sorted(lasts)))
-    inside = f"{begin}{many}[^{begin}{ends}]*"
+    inside = f"{begin}{many}[^{firsts}{ends}]*"
     barred = (f"{begin}{f'{{{run},}}' if many else ''}{literal(text[run:])}" for text, run in runs.items())
     return f"/{inside}/", f"/{inside}[{ends}]/ & ~/{'|'.join(barred)}/", least
 

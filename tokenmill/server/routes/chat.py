@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tokenmill.errors import TemplateError, ToolError, ValidationError
+from tokenmill.errors import TemplateError, ValidationError
 from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.routes.chat_answer import ChatAnswer
@@ -46,8 +46,6 @@ async def prepare_chat(call: Call, body: ChatRequest) -> Prompted:
     options = options_of(body, max_tokens=max_tokens, logprobs=num_logprobs(body))
     tools = tools_of(body)
     wanted = await grammar_of(call, body)
-    if tools is not None and wanted is not None and tools.choice != "none":
-        raise ToolError("Grammar and tools are mutually exclusive", wanted.field)
     call.take(copies)
     prompt = await render(call, body, tools)
     speech = await _speech(call, body, prompt, tools, wanted)
