@@ -107,12 +107,18 @@ class Generator:
         more = draw.randrange(4)
         if more < 2:
             made["additionalProperties"] = False
+            if more and len(names) > len(required):
+                made["minProperties"] = len(required) + 1
         elif more == 2:
             made["additionalProperties"] = self.any(0)
         return made
 
     def map(self, depth: int) -> dict[str, Any]:
-        if self._random.random() < 0.5:
+        which = self._random.randrange(3)
+        if which == 0:
+            names = {"enum": self._random.sample(WORDS, 3)}
+            return {"type": "object", "propertyNames": names, "additionalProperties": self.any(depth)}
+        if which == 1:
             return {"type": "object", "additionalProperties": self.any(depth), "minProperties": 1, "maxProperties": 4}
         return {
             "type": "object", "additionalProperties": False,
@@ -124,6 +130,9 @@ class Generator:
         if self._random.random() < 0.25:
             rest = self._random.choice([False, {"type": "integer"}])
             return {"type": "array", "prefixItems": [self.any(0), self.any(depth)], "items": rest, "minItems": least}
+        if self._random.random() < 0.2:
+            values = {"enum": self._random.sample(WORDS, self._random.randrange(2, 5))}
+            return {"type": "array", "items": values, "uniqueItems": True, "minItems": least}
         return {"type": "array", "items": self.any(depth), "minItems": least, "maxItems": least + 3}
 
     def union(self, depth: int) -> dict[str, Any]:

@@ -25,7 +25,8 @@ Oracle = jsonschema.Draft202012Validator
 GUIDANCE = backend("llguidance")
 KEYWORDS = ("type", "properties", "items", "required", "anyOf", "oneOf", "allOf", "$ref", "$defs", "a", "enum", "const",
             "minimum", "maxLength", "pattern", "patternProperties", "additionalProperties", "minProperties", "format",
-            "prefixItems", "not", "uniqueItems", "multipleOf", "additionalItems", "if", "then")  # fmt: skip
+            "prefixItems", "not", "uniqueItems", "multipleOf", "additionalItems", "if", "then", "else", "propertyNames",
+            "dependentRequired", "maxProperties")  # fmt: skip
 SAMPLE = list(schemas(120, seed=3))
 
 
@@ -138,10 +139,10 @@ REFUSED = [
     ({"properties": {"a": {"not": {"type": "string"}}}}, "#/properties/a/not"),
     ({"type": "array", "uniqueItems": True}, "#/uniqueItems"),
     ({"if": {"minimum": 1}, "then": {"maximum": 3}}, "#/"),
-    ({"$defs": {"x": {"dependentRequired": {"a": ["b"]}}}}, "#/$defs/x/dependentRequired"),
+    ({"$defs": {"x": {"dependentSchemas": {"a": {"required": ["b"]}}}}}, "#/$defs/x/dependentSchemas"),
     ({"items": {"unevaluatedProperties": False}}, "#/items/unevaluatedProperties"),
     ({"contains": {"type": "string"}}, "#/contains"),
-    ({"propertyNames": {"maxLength": 3}}, "#/propertyNames"),
+    ({"propertyNames": {"not": {"const": "a"}}}, "#/propertyNames/not"),
     ({"anyOf": [{"type": "string"}, {"$ref": "http://example.com/x"}]}, "#/anyOf/1/$ref"),
     ({"$ref": "#/$defs/missing"}, "#/$ref"),
     ({"$dynamicRef": "#x"}, "#/$dynamicRef"),
@@ -158,7 +159,7 @@ REFUSED = [
     ({"pattern": "(?=a)b"}, "#/pattern"),
     ({"patternProperties": {"(a)\\1": {}}}, "#/patternProperties/(a)\\1"),
     ({"properties": {"a\u0001": {}}, "type": "object"}, "#/properties/a\u0001"),
-    ({"x": {"y": {"not": {}}}, "items": {"$ref": "#/x/y"}}, "#/x/y/not"),
+    ({"x": {"y": {"contains": {}}}, "items": {"$ref": "#/x/y"}}, "#/x/y/contains"),
 ]
 
 

@@ -262,7 +262,7 @@ def test_an_option_of_the_model_that_cannot_be_is_refused_with_its_name(folder, 
 
 
 BAD_GRAMMARS = [
-    {"type": "regex", "value": "(a"}, {"type": "json", "value": {"not": {}}},
+    {"type": "regex", "value": "(a"}, {"type": "json", "value": {"not": {"const": 1}}},
     {"type": "json", "value": {"type": "integer", "multipleOf": 999983}}, GrammarSpec("grammar", "root ::= nothing"),
 ]  # fmt: skip
 

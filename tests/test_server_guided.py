@@ -18,7 +18,7 @@ from support_server import Server, scripted
 from tokenmill import LLM
 from tokenmill.config import default_cache_dir
 from tokenmill.errors import GrammarError, ValidationError
-from tokenmill.text.closed import closed
+from tokenmill.grammar.schema import canonical
 from tokenmill.text.guided import native_grammar, openai_grammar
 from tokenmill.weights import embedded
 from tokenmill.wire.messages import GrammarSpec
@@ -28,7 +28,8 @@ OPEN = {
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
     "required": ["name"],
 }
-SCHEMA = {**OPEN, "additionalProperties": False}
+SHUT = {"additionalProperties": False}
+SCHEMA = {**OPEN, **SHUT}
 JSON = GrammarSpec("json_schema", json.dumps(SCHEMA, separators=(",", ":")))
 ANY_OBJECT = GrammarSpec("json_schema", '{"type":"object"}')
 REGEX = GrammarSpec("regex", "[0-9]{3}")
@@ -115,7 +116,7 @@ def test_a_native_value_of_another_type_is_not_supported(grammar: dict[str, Any]
         ({"response_format": {"type": "regex"}}, "response_format.value", "regular expression"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://x/y"}}}},
          "response_format", "#/$ref"),
-        ({"guided_json": {"type": "object", "properties": {"a": {"not": {}}}}}, "guided_json", "#/properties/a/not"),
+        ({"guided_json": {"properties": {"a": {"not": {"const": 1}}}}}, "guided_json", "#/properties/a/not"),
         ({"guided_json": "{"}, "guided_json", "not JSON"),
         ({"guided_choice": []}, "guided_choice", "list of texts"),
         ({"guided_choice": ["a", ""]}, "guided_choice", "list of texts"),
@@ -153,11 +154,14 @@ def test_what_is_no_grammar_is_refused_by_its_field(fields: dict[str, Any], para
          {"properties": {"a": {"anyOf": [SCHEMA, {"type": "null"}]}}, "additionalProperties": False}),
         ({"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": OPEN}},
          {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": SCHEMA}}),
-        (True, True),
+        ({"properties": {"a": {"allOf": [OPEN, OPEN]}, "b": {"properties": {"c": OPEN}}}},
+         {"properties": {"a": {"allOf": [OPEN, OPEN]}, "b": {**SHUT, "properties": {"c": SCHEMA}}}, **SHUT}),
+        ({"oneOf": [OPEN, {"type": "null"}]}, {"anyOf": [SCHEMA, {"type": "null"}]}),
+        (True, {}),
     ],
 )  # fmt: skip
 def test_an_object_that_names_its_keys_has_no_others(schema: Any, expected: Any) -> None:
-    assert closed(schema) == expected
+    assert json.loads(canonical(schema, close=True)) == expected
 
 
 @pytest.mark.parametrize(
@@ -168,13 +172,16 @@ def test_an_object_that_names_its_keys_has_no_others(schema: Any, expected: Any)
         {"anyOf": [OPEN, {"properties": {"b": {}}}], "required": ["c"]},
         {"oneOf": [OPEN, {"properties": {"b": {}}, "required": ["b"]}]},  # closed ones exclude each other, these do not
         {**OPEN, "required": ["name", "other"]},
-        {**OPEN, "minProperties": 3},
+        {"properties": {"a": {}}, "required": ["a"], "minProperties": 2},
         {**OPEN, "const": {"name": "a", "other": 1}},
-        {"properties": {"a": 3}, "required": 5},
+        {"allOf": [{"$ref": "#/$defs/a"}, {"required": ["b"]}], "$defs": {"a": {"properties": {"x": OPEN}}}},
+        {**OPEN, "dependentRequired": {"name": ["other"]}},
     ],
 )
 def test_what_another_schema_may_ask_for_is_not_shut_out(schema: Any) -> None:
-    assert closed(schema) == schema
+    found = canonical(schema, close=True)
+    assert "additionalProperties" not in found
+    assert found == canonical(schema)
 
 
 # --- the whole way, with the embedded model --------------------------------------------------------------------------
@@ -225,6 +232,34 @@ def test_native_answers_follow_a_schema(server: Server, grammar: dict[str, Any])
     events = server.events("/generate_stream", body)
     assert events[-1]["generated_text"] == plain["generated_text"]
     assert [event["token"]["id"] for event in events] == [token["id"] for token in plain["details"]["tokens"]]
+
+
+CAT = {"properties": {"kind": {"const": "cat"}, "lives": {"enum": [7, 9]}}, "required": ["kind"]}
+DOG = {"properties": {"kind": {"const": "dog"}, "big": {"type": "boolean"}}, "required": ["kind"]}
+MENAGERIE = {
+    "type": "object",
+    "properties": {
+        "colors": {"type": "array", "items": {"$ref": "#/$defs/Color"}, "uniqueItems": True, "minItems": 2},
+        "ages": {"type": "object", "propertyNames": {"$ref": "#/$defs/Color"}, "minProperties": 1,
+                 "additionalProperties": {"type": "boolean"}},
+        "pet": {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]},
+    },
+    "required": ["colors", "ages", "pet"],
+    "$defs": {
+        "Color": {"enum": ["red", "green", "blue"]},
+        "Cat": {"type": "object", **CAT},
+        "Dog": {"type": "object", **DOG},
+    },
+}  # fmt: skip
+
+
+def test_sets_records_and_unions_of_pydantic_are_exact(server: Server) -> None:
+    oracle = pytest.importorskip("jsonschema").Draft202012Validator(MENAGERIE)
+    for seed in range(6):
+        body = chat(server, guided_json=MENAGERIE, temperature=1.3, seed=seed, max_tokens=200)
+        answer = json.loads(body["choices"][0]["message"]["content"])
+        oracle.validate(answer)
+        assert set(answer["pet"]) <= {"kind", "lives", "big"}
 
 
 def test_native_answers_match_a_regular_expression(server: Server) -> None:
@@ -354,7 +389,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"if": {}, "then": False}}}},
      "response_format"),
     ({"tools": TOOLS, "tool_choice": "get_wether"}, "tool_choice"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {"const": 1}}}}],
       "tool_choice": "required"}, "tools[0].function.parameters"),
 ]  # fmt: skip
 
@@ -382,7 +417,7 @@ def test_bad_grammars_are_refused_soon_and_disturb_nobody(server: Server, stream
         took = time.monotonic() - begun
         assert response.status_code == 400, (fields, response.text)
         assert response.json()["error"]["param"] == param, response.text
-        assert took < 2, (param, took)
+        assert took < 5, (param, took)
     listener.join()
     assert len(gaps) > 800  # lines, two a chunk
     assert max(gaps) < 1

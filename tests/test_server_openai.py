@@ -151,7 +151,7 @@ def test_the_last_message_of_the_assistant_is_continued(server: Server) -> None:
         ({"thinking_budget": 5}, "thinking_budget"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json"}}, "response_format.value"),
-        ({"guided_json": {"type": "object", "properties": {"a": {"not": {}}}}}, "guided_json"),
+        ({"guided_json": {"type": "object", "properties": {"a": {"not": {"const": 1}}}}}, "guided_json"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"functions": [{"description": "f"}]}, "functions[0]"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
 
-from tokenmill.grammar.schema import pointer
+from tokenmill.grammar.document import pointer
 
 MAX_TRIES = 200
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -56,10 +56,12 @@ def _parts(path: str, node: Any) -> Iterator[tuple[str, Any]]:
             yield pointer(path, key), node[key]
     for key in _LISTS:
         for place, child in enumerate(node.get(key, ())):
-            yield pointer(path, key, place), child
+            if isinstance(child, dict):
+                yield pointer(path, key, place), child
     for key in _MAPS:
         for name, child in node.get(key, {}).items():
-            yield pointer(path, key, name), child
+            if isinstance(child, dict):
+                yield pointer(path, key, name), child
 
 
 def _alone(root: Any, where: str) -> str:

@@ -11,8 +11,9 @@ import re
 from typing import Any
 
 from tokenmill.errors import GrammarError
+from tokenmill.grammar.document import pointer
 from tokenmill.grammar.patterns import PatternError
-from tokenmill.grammar.schema import pointer
+from tokenmill.grammar.values import is_a
 
 _BY_TYPE = {
     "object": {"properties", "required", "additionalProperties"},
@@ -83,7 +84,7 @@ def _typed(node: dict[str, Any], path: str, kind: str, shared: bool = False) -> 
         if key in allowed:
             out[key] = value
         elif key in ("enum", "const") and not shared:
-            return {key: [one for one in value if _is(one, kind)] if key == "enum" else _only(value, kind, path)}
+            return {key: [one for one in value if is_a(one, kind)] if key == "enum" else _only(value, kind, path)}
         elif key in _CONSTRAINTS and key != "type" and not (key in others and kind != "number"):
             _refuse(path, key, f"for {kind}s")
     if kind == "object":
@@ -134,16 +135,8 @@ def _string(out: dict[str, Any], path: str) -> None:
             _refuse(path, "pattern", f"here ({error})")
 
 
-def _is(value: Any, kind: str) -> bool:
-    if kind in ("integer", "number"):
-        whole = kind == "number" or (isinstance(value, int | float) and value == int(value))
-        return isinstance(value, int | float) and not isinstance(value, bool) and whole
-    classes = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-    return isinstance(value, classes[kind])
-
-
 def _only(value: Any, kind: str, path: str) -> Any:
-    if not _is(value, kind):
+    if not is_a(value, kind):
         _refuse(path, "const", f"that is no {kind}")
     return value
 

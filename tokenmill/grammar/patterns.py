@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 MAX_PATTERN_CHARS = 16_384
+MAX_LOOKAHEADS = 16
 MAX_REPETITION = 10_000
 """The largest product of nested counted repetitions: (a{100}){100} is 10,000."""
 
@@ -47,6 +48,42 @@ def rewrite(pattern: str, search: bool) -> Pattern:
         raise PatternError(f"it has {len(pattern)} characters; at most {MAX_PATTERN_CHARS} are allowed")
     scanner = _Scanner(pattern, search)
     return Pattern(scanner.run(), scanner.controls)
+
+
+def conjuncts(pattern: str) -> list[str]:
+    """Patterns that match together what a search pattern matches alone: `^(?=a)b` is `^a` and `^b`."""
+    found: list[str] = []
+    rest = pattern if len(pattern) <= MAX_PATTERN_CHARS else ""
+    while rest.startswith("^(?=") and len(found) < MAX_LOOKAHEADS:
+        end = _end_of_group(rest, 1)
+        if end < 0 or _has_branches(rest[end:]):
+            return [pattern]
+        found.append(f"^(?:{rest[4 : end - 1]})")
+        rest = "^" + rest[end:]
+    return [*found, rest] if found else [pattern]
+
+
+_LEVELS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|([()|])", re.DOTALL)
+
+
+def _end_of_group(text: str, at: int) -> int:
+    """Behind the parenthesis that closes the one at `at`; -1 if none does."""
+    depth = 0
+    for found in _LEVELS.finditer(text, at):
+        depth += {"(": 1, ")": -1}.get(found[1], 0)
+        if depth == 0:
+            return found.end()
+    return -1
+
+
+def _has_branches(text: str) -> bool:
+    """Whether there is an alternative outside of all groups."""
+    depth = 0
+    for found in _LEVELS.finditer(text):
+        depth += {"(": 1, ")": -1}.get(found[1], 0)
+        if found[1] == "|" and depth == 0:
+            return True
+    return False
 
 
 def literal(text: str) -> str:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from tokenmill.errors import GrammarError, ValidationError
 from tokenmill.grammar import schema as schemas
-from tokenmill.text.closed import closed
 from tokenmill.text.limits import GRAMMAR_FIELDS, MAX_CHOICES, shown
 from tokenmill.wire.messages import GrammarSpec
 
@@ -104,7 +103,7 @@ def json_grammar(schema: Any, param: str) -> GrammarSpec:
     GrammarError that names keyword and path."""
     if isinstance(schema, str):
         schema = schemas.decode(schema, param)
-    return GrammarSpec("json_schema", schemas.canonical(closed(schema), param))
+    return GrammarSpec("json_schema", schemas.canonical(schema, param, close=True))
 
 
 def _structured(given: Any) -> GrammarSpec | None:
