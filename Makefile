@@ -57,7 +57,7 @@ bench-hostile: $(VENV)/.installed-test  ## how long a stream waits while a large
 	$(BIN)/python bench/hostile.py $(ARGS)
 
 bench-grammar: $(VENV)/.installed-test  ## do answers obey their schemas, and what do grammars cost
-	$(BIN)/python bench/grammar.py $(ARGS)
+	$(BIN)/python -m bench.grammar $(ARGS)
 
 bench-gpu: $(VENV)/.installed-test  ## what a GPU does; with ARGS="--parts offline-8b,http-8b" a plan and one table
 	$(BIN)/python -m bench.gpu $(ARGS)

@@ -18,7 +18,10 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. `prompt` is text or token ids; `new_tokens` are generated where `ignore_eos` is known."""
+    """One request. `prompt` is text or token ids; `new_tokens` are generated where `ignore_eos` is known.
+
+    `schema`: a JSON schema that the answer follows; it ends where that does.
+    """
 
     prompt: str | list[int]
     new_tokens: int
@@ -28,6 +31,7 @@ class Ask:
     presence_penalty: float = 0.0
     seed: int | None = None
     model: str = "tgi"
+    schema: dict[str, object] | None = None
 
     def body(self) -> bytes:
         """The JSON body."""
@@ -37,9 +41,12 @@ class Ask:
             "max_tokens": self.new_tokens,
             "temperature": self.temperature,
             "stream": True,
-            "ignore_eos": True,
             "stream_options": {"include_usage": True},
         }
+        if self.schema is None:
+            fields["ignore_eos"] = True
+        else:
+            fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "a", "schema": self.schema}}
         if self.top_p != 1.0:
             fields["top_p"] = self.top_p
         if self.frequency_penalty:
