@@ -307,10 +307,9 @@ def test_the_thought_of_a_message_that_is_continued_goes_on(tmp_path: Path) -> N
     router = speech(made, messages=[*USER, begun]).router
     assert router is not None
     assert router().push(" me").reasoning == "me"
-    begun = {"role": "assistant", "content": "<think>\nx</think> Grüß"}
-    router = speech(made, messages=[*USER, begun]).router
-    assert router is not None
-    assert router().push(" Gott").content == " Gott"
+    for text in ("<think>\nx</think> Grüß", "Grüß"):  # the answer itself goes on, and does not think any more
+        found = speech(made, messages=[*USER, {"role": "assistant", "content": text}], thinking_budget=5)
+        assert (found.router, found.opening, found.thought) == (None, "", None)
 
 
 def test_which_texts_are_always_the_same_tokens(tmp_path: Path) -> None:
@@ -326,3 +325,13 @@ def test_a_schema_in_a_grammar_with_thoughts_is_read_as_strictly(tmp_path: Path)
     assert found is not None
     rule = next(line for line in found.source.splitlines() if line.startswith("answer: %json "))
     assert json.loads(rule.removeprefix("answer: %json "))["x-guidance"]["lenient"] is False
+
+
+@pytest.mark.parametrize("budget", [0, 4])
+def test_the_header_of_a_channel_is_no_part_of_its_budget(tmp_path: Path, budget: int) -> None:
+    made = voice(tmp_path, HARMONY, CHANNELS)
+    found = speech(made, thinking_budget=budget)
+    assert found.thought is not None
+    assert found.thought.force_after == len(ids(made, "<|channel|>analysis<|message|>")) + budget
+    forced = "<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert made.tokenizer.decode(found.thought.forced_ids, False) == forced

@@ -30,11 +30,15 @@ _COLDEST = 1e-5  # a temperature below it divides logits out of float32's range
 
 
 class Thought(msgspec.Struct, frozen=True):
-    """How a thought is ended that takes too long. See `wire.messages.StoppingParams`."""
+    """How a thought is ended that takes too long. See `wire.messages.StoppingParams`, to which 0 tokens mean never: a
+    thought that may have none is closed in the prompt."""
 
-    force_after: int = 0
-    forced_ids: tuple[int, ...] = ()
-    unless: tuple[tuple[int, ...], ...] = ()
+    force_after: int
+    forced_ids: tuple[int, ...]
+    unless: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert self.force_after > 0
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,10 +151,9 @@ def prepare(
     grammar = rules.grammar_of(options, limits, dialect)
     stop_ids = () if options.ignore_eos else tuple(i for i in tokenizer.eos_ids if i < limits.vocab_size)
     sampling, seed = _sampling(options, limits, dialect)
-    thought = options.thought or Thought()
-    stopping = StoppingParams(
-        max_new_tokens, min_new_tokens, stop_ids, thought.force_after, thought.forced_ids, thought.unless
-    )
+    thought = options.thought
+    ending = (thought.force_after, thought.forced_ids, thought.unless) if thought else ()
+    stopping = StoppingParams(max_new_tokens, min_new_tokens, stop_ids, *ending)
     return Prepared(prompt_ids, sampling, stopping, options.stop, seed, len(whole_ids) - len(prompt_ids), grammar,
                     options.grammar_field)  # fmt: skip
 

@@ -84,8 +84,9 @@ def _reasoning(voice: Voice, body: ChatRequest, prompt: str) -> ReasoningFormat 
     last = body.messages[-1]
     said = last.get("content")
     if last.get("role") == "assistant" and isinstance(said, str) and prompt.rstrip().endswith(said.rstrip()):
-        unfinished = said.rfind(form.start) > said.rfind(form.end)  # and the answer goes on with it
-        return msgspec.structs.replace(form, already_open=unfinished)
+        if said.rfind(form.start) > said.rfind(form.end):  # the answer goes on with a thought
+            return msgspec.structs.replace(form, already_open=True)
+        return None if said.strip() else form
     return form
 
 
@@ -124,21 +125,22 @@ class _Thinking:
 
     def limited(self) -> Thought | None:
         """How the thought is ended when its budget is spent: where a grammar begins right behind it, with nothing
-        more."""
-        form = self.form
-        if not self._budget or form is None:
+        more. A channel's header is no part of a thought."""
+        form, budget = self.form, self._budget
+        if budget is None or form is None:
             return None
         ends = self._end_ids(form)
         if ends is None:
             raise refuse("thinking_budget", "the end of the model's thoughts is no token of its own")
-        closing = form.closing
+        encode, closing = self._voice.tokenizer.encode, form.closing
         if self._shape.grammar is not None and not self._shape.waits:
             closing = closing.rstrip()
-        if form.channels and self._shape.calls:
+        if not form.channels:
+            return Thought(budget, tuple(encode(closing, False)), (ends,))
+        if self._shape.calls:
             closing = closing.removesuffix(form.answer)
-        encode = self._voice.tokenizer.encode
-        calls = (tuple(encode("<|channel|>commentary", False)),) if form.channels else ()
-        return Thought(self._budget, tuple(encode(closing, False)), (ends, *calls))
+        calls = tuple(encode("<|channel|>commentary", False))
+        return Thought(budget + len(encode(form.start, False)), tuple(encode(closing, False)), (ends, calls))
 
     def _never_thinks(self) -> bool:
         parser = self._voice.reasoning_parser
