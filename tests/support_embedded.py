@@ -75,17 +75,8 @@ def behind(model: Any, prompt_ids: list[int], ids: list[int]) -> list[float]:
 
 
 @torch.inference_mode()
-def greedy(
-    model: Any, prompt_ids: list[int], count: int, stop_ids: tuple[int, ...] = ()
-) -> tuple[list[int], list[float]]:
-    """The likeliest tokens one after another, and each one's lead over the second in logits."""
-    out: list[int] = []
-    leads: list[float] = []
-    step = model(torch.tensor([prompt_ids]), use_cache=True)
-    while True:
-        top = step.logits[0, -1].topk(2)
-        out.append(int(top.indices[0]))
-        leads.append(float(top.values[0] - top.values[1]))
-        if len(out) == count or out[-1] in stop_ids:
-            return out, leads
-        step = model(torch.tensor([[out[-1]]]), past_key_values=step.past_key_values, use_cache=True)
+def likeliest(model: Any, prompt_ids: list[int], ids: list[int]) -> tuple[list[int], list[float]]:
+    """The likeliest token in the place of each of `ids`, which follow the prompt, and its lead over the second in
+    logits."""
+    top = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1].topk(2)
+    return top.indices[:, 0].tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()
