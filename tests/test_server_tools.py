@@ -308,10 +308,22 @@ def test_the_older_form_has_a_function_call(server: Server) -> None:
     assert "".join(piece["arguments"] for piece in pieces) == call["arguments"]
 
 
-def test_tools_are_refused_where_the_answer_is_a_text(server: Server) -> None:
-    response = server.post("/vertex", {"instances": [{"messages": USER, "tools": TOOLS}]})
-    assert response.status_code == 422
-    assert "`tools` are not supported here" in response.json()["error"]
+def test_a_call_is_told_as_json_where_the_answer_is_a_text(server: Server) -> None:
+    """Vertex AI's predictions: what TGI's clients read there. A text beside it has its own instance's form."""
+    chat_alone = {"messages": USER, "max_tokens": 200}
+    instances = [{**chat_alone, "tools": TOOLS}, chat_alone, {**chat_alone, "tools": TOOLS, "max_tokens": 20},
+                 {**chat_alone, "functions": [tool["function"] for tool in TOOLS], "tool_choice": "auto"},
+                 {**chat_alone, "tools": TOOLS, "tool_choice": "none"}]  # fmt: skip
+    response = server.post("/vertex", {"instances": instances})
+    assert response.status_code == 200, response.text
+    called, text, cut, older, unasked = response.json()["predictions"]
+    assert called == older
+    assert json.loads(called) == {"function": {"_name": "get_weather", **FIRST}}
+    assert called.startswith('{"function": {"_name": "get_weather", "location": "Zürich"')
+    assert text == unasked == SAID.replace("<tool_call>", "").replace("</tool_call>", "")
+    assert text.startswith(cut)
+    refused = server.post("/vertex", {"instances": [{**chat_alone, "tools": TOOLS, "tool_choice": "x"}]})
+    assert (refused.status_code, refused.json()["error_type"]) == (422, "tool_error")
 
 
 def test_a_parser_can_be_chosen_and_must_exist(tmp_path: Any) -> None:

@@ -96,8 +96,8 @@ async def infer(call: Call) -> None:
         outputs = [_output(wanted.name, text) for wanted, text in zip(body.outputs, answers, strict=True)]
         return _encode(KserveResponse(body.id, outputs))
 
-    prefixes = [prompt if given.return_full_text else "" for prompt in prompts]
-    await texts.answer(call, prepared, sum(map(len, prompts)), texts.Texts(prefixes, encode))
+    tell = [texts.behind(prompt if given.return_full_text else "") for prompt in prompts]
+    await texts.answer(call, prepared, sum(map(len, prompts)), texts.Texts(tell, encode))
 
 
 def _text(one: KserveInput, where: str) -> str:

@@ -15,11 +15,15 @@ from tokenmill.text.prepare import Prepared
 _SHAPING = ("details", "decoder_input_details", "top_n_tokens")
 
 
-class Texts:
-    """An `answering.Answer` that is never streamed. `prefixes` are put before the texts; `encode` makes the body."""
+Tell = Callable[[Generation, Sequence[GeneratedToken]], str]
+"""Makes the text of one sequence out of what was generated, and its tokens."""
 
-    def __init__(self, prefixes: Sequence[str], encode: Callable[[list[str]], bytes]) -> None:
-        self._prefixes, self._encode = prefixes, encode
+
+class Texts:
+    """An `answering.Answer` that is never streamed. `tell` makes the text of each sequence; `encode` makes the body."""
+
+    def __init__(self, tell: Sequence[Tell], encode: Callable[[list[str]], bytes]) -> None:
+        self._tell, self._encode = tell, encode
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
         """See `answering.Answer`."""
@@ -31,8 +35,13 @@ class Texts:
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
         """See `answering.Answer`."""
-        pairs = zip(self._prefixes, generations, strict=True)
-        return self._encode([prefix + generation.text for prefix, generation in pairs])
+        told = zip(self._tell, generations, tokens, strict=True)
+        return self._encode([tell(generation, its_tokens) for tell, generation, its_tokens in told])
+
+
+def behind(prompt: str) -> Tell:
+    """A text with its prompt before it."""
+    return lambda generation, tokens: prompt + generation.text
 
 
 def check_count(call: Call, field: str, count: int) -> None:
