@@ -219,7 +219,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_in_every_family_the_stream_is_the_rest_of_one_decoding(name: str, data: st.DataObject) -> None:
     tokenizer = FAMILIES[name]
@@ -249,7 +249,7 @@ def test_a_character_that_begins_in_the_prompt_is_shown_whole() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_in_every_family_stop_strings_cut_what_one_decoding_gives(name: str, data: st.DataObject) -> None:
     tokenizer = FAMILIES[name]

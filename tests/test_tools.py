@@ -80,7 +80,7 @@ def ambiguous(name: str, made: list[Call]) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     made=calls_made, places=st.lists(st.integers(0, 10**4), max_size=30), before=st.sampled_from(["", "I look.", "é "])
 )
@@ -103,7 +103,7 @@ def test_calls_are_read_as_they_were_made_wherever_the_text_is_cut(
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     made=calls_made, stop=st.integers(0, 10**4), junk=text | words, places=st.lists(st.integers(0, 10**4), max_size=20)
 )
@@ -122,7 +122,7 @@ def test_a_broken_answer_loses_no_byte(name: str, made: list[Call], stop: int, j
 
 
 @pytest.mark.parametrize("name", sorted(set(WRITERS) - {"harmony"}))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(made=calls_made, stop=st.integers(0, 10**4), places=st.lists(st.integers(0, 10**4), max_size=20))
 def test_what_follows_complete_calls_is_kept_to_the_byte(
     name: str, made: list[Call], stop: int, places: list[int]
@@ -141,7 +141,7 @@ def test_what_follows_complete_calls_is_kept_to_the_byte(
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_garbage_in_is_content_out(name: str, data: st.DataObject) -> None:
     """Delimiters in any order: nothing is raised, and pieces do not matter; without a call all of it is content."""
