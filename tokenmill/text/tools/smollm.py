@@ -1,9 +1,10 @@
-"""SmolLM2 and SmolLM3: JSON between <tool_call> tags, SmolLM2's as a list of all calls."""
+"""SmolLM2 and SmolLM3: Hermes' format; SmolLM2 writes a list of all calls in the tags."""
 
 from __future__ import annotations
 
-from tokenmill.text.tools._calls import Calls
-from tokenmill.text.tools._json_style import JsonStyle
+from dataclasses import replace
+
+from tokenmill.text.tools.hermes import FORMAT as HERMES
 
 
 def matches(template: str) -> bool:
@@ -11,15 +12,4 @@ def matches(template: str) -> bool:
     return "<tool_call>[" in template or ("xml_tools" in template and "<tool_call>" in template)
 
 
-FORMAT = Calls(
-    name="smollm",
-    matches=matches,
-    style=JsonStyle(),
-    aliases=("smollm2", "smollm3"),
-    opening="<tool_call>\n",
-    between="\n</tool_call>\n<tool_call>\n",
-    closing="\n</tool_call>",
-    trigger="<tool_call>",
-    starts=("<tool_call>",),
-    ends=("</tool_call>",),
-)
+FORMAT = replace(HERMES, name="smollm", matches=matches, aliases=("smollm2", "smollm3"))
