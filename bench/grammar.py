@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=3, help="drawn for each schema")
     parser.add_argument("--vocabulary", choices=("49k", "128k", "all", "none"), default="all")
     parser.add_argument("--backend", choices=("llguidance", "xgrammar"), default="llguidance")
-    parser.add_argument("--serving", default="embedded", metavar="URL", help="a running server, `none`, or the embedded model")
+    parser.add_argument("--serving", default="embedded", metavar="URL", help="of a server, `none` or `embedded`")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--passes", type=int, default=5)

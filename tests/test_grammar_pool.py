@@ -73,6 +73,15 @@ def test_recursion_ends_a_process_of_the_pool_alone(pool: CompilePool) -> None:
     assert accepts(pool.submit(GrammarSpec("regex", "alive")).result(60), "alive")
 
 
+def test_a_large_schema_is_refused_for_what_is_wrong_and_not_for_its_size(pool: CompilePool) -> None:
+    properties: dict[str, object] = {f"k{i}": {"type": "string", "maxLength": i} for i in range(1500)}
+    wrong = {"oneOf": [{"minimum": 1}, {"maximum": 5}]}
+    source = schema.canonical({"properties": {**properties, "wrong": wrong, "x": True}})
+    message = fault(pool.submit(GrammarSpec("json_schema", source)), 5.0)
+    assert message.startswith("The JSON schema cannot be used: at #/properties")
+    assert "exclusive" in message
+
+
 def test_memory_is_limited() -> None:
     limits = PoolLimits(memory_bytes=48 << 20, processes=1, cpu_s=10, clock_s=15)
     small = CompilePool("llguidance", backend("llguidance"), limits)

@@ -44,6 +44,7 @@ _CLEARER = (
     ("oneOf constraints are not supported", "its alternatives are not provably exclusive; `anyOf` can be served"),
     ("NoExtension", _NOTHING),
     ("too many expressions", "it needs too many states"),
+    ("Too many items", "it can be read in too many ways"),
 )
 _ESCAPES = 'nrbtf\\"'
 _TEXT = r'"\\<>=`\[\]\x00-\x1F\x7F'  # characters that end JSON's texts, or that a mark in free text begins or ends with
@@ -79,7 +80,7 @@ class LLGuidance:
         first.fill_mask(mask, 0)
         if not (first.failure or (mask[0] & ~self._ends.row).any() or matcher.is_accepting()):
             raise GrammarError(_explain(kind, _NOTHING))
-        if len(source) > _LARGE_SOURCE or needs_many_states(source):
+        if kind == CLIENTS or len(source) > _LARGE_SOURCE or needs_many_states(source):
             self._try_out(first, mask)
         if first.failure:
             raise GrammarError(_explain(kind, first.failure))

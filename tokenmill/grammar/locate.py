@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -11,6 +12,9 @@ from urllib.parse import quote
 from tokenmill.grammar.document import pointer
 
 MAX_TRIES = 200
+MAX_CPU_S = 0.3
+_FEW = 8  # parts, of which each is looked at alone
+_Part = tuple[str, Any]
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SINGLE = ("items", "additionalProperties")
@@ -25,30 +29,34 @@ _HINTS = (("oneOf", "oneOf"), ("patternProperty", "patternProperties"), ("min/ma
 def locate(source: str, fault_of: Callable[[str], str], fault: str) -> str:
     """A sentence with keyword, path and `fault`, for a canonical schema that `fault_of` refused.
 
-    `fault_of` compiles a schema's text and says what is wrong, or "". It is called at most MAX_TRIES times.
+    `fault_of` compiles a schema's text and says what is wrong, or "". It is called at most MAX_TRIES times, for about
+    MAX_CPU_S: who asked waits for it, and a process that takes too long is killed.
     """
     root = json.loads(source)
     path, node = "#", root
-    tries = 0
-    while True:
-        deeper = None
-        for where, child in _parts(path, node):
-            tries += 1
-            if tries > MAX_TRIES:
-                break
-            found = fault_of(_alone(root, where))
-            if found:
-                deeper, fault = (where, child), found
-                break
-        if deeper is None:
+    tries, until = 0, time.process_time() + MAX_CPU_S
+
+    def fault_in(parts: list[_Part]) -> str:
+        nonlocal tries
+        tries += 1
+        if tries > MAX_TRIES or time.process_time() > until:
+            return ""
+        return fault_of(_alone(root, parts))
+
+    while parts := list(_parts(path, node)):
+        while len(parts) > _FEW:
+            half = parts[: len(parts) // 2]
+            parts = half if fault_in(half) else parts[len(half) :]
+        found = next(((part, why) for part in parts if (why := fault_in([part]))), None)
+        if found is None:
             break
-        path, node = deeper
+        (path, node), fault = found
     keyword = _keyword(node, fault)
     where = pointer(path, keyword) if keyword else path
     return f"The JSON schema cannot be used: at {where}: {fault.rstrip('.')}."
 
 
-def _parts(path: str, node: Any) -> Iterator[tuple[str, Any]]:
+def _parts(path: str, node: Any) -> Iterator[_Part]:
     if not isinstance(node, dict):
         return
     for key in _SINGLE:
@@ -64,15 +72,13 @@ def _parts(path: str, node: Any) -> Iterator[tuple[str, Any]]:
                 yield pointer(path, key, name), child
 
 
-def _alone(root: Any, where: str) -> str:
-    """A schema of which only the part at `where` counts, while references into the whole still lead somewhere."""
+def _alone(root: Any, parts: list[_Part]) -> str:
+    """A schema of which only these parts count, while references into the whole still lead somewhere."""
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
     if "$ref" in json.dumps(root):
-        return json.dumps({**shared, "x-whole": root, "$ref": "#/x-whole" + quote(where[1:])})
-    part = root
-    for step in where[2:].split("/"):
-        part = part[int(step) if isinstance(part, list) else step.replace("~1", "/").replace("~0", "~")]
-    return json.dumps(part)
+        alternatives = [{"$ref": "#/x-whole" + quote(where[1:])} for where, _ in parts]
+        return json.dumps({**shared, "x-whole": root, "anyOf": alternatives})
+    return json.dumps({"anyOf": [part for _, part in parts]})
 
 
 def _keyword(node: Any, fault: str) -> str:

@@ -5,13 +5,14 @@ outside of the scheduler until its grammar is compiled, and what is found out of
 all ranks as a message. At the executor (`runtime.executor.Guiding`): a step that has such rows samples when the tokens
 of the step before are known, from masks that are made while the device computes. In `Guide`: one sequence.
 
-One thread, but for what `compile` calls back.
+One thread, but for `_wake`, which compilations call back.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -76,6 +77,7 @@ class Guides:
         self._refused: list[Output] = []
         self._over: set[int] = set()  # whose end was told, and that the schedulers will end
         self._newest, self._late = 0, False  # of the batches that were launched: number, whether it waits
+        self._waking = threading.Lock()  # a pipe that is closed is not written to: its number may be another file's
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -91,10 +93,11 @@ class Guides:
             compiling.cancel()
         self._held.clear()
         self._guides.clear()
-        if self._wake_read >= 0:
-            os.close(self._wake_read)
-            os.close(self._wake_write)
-            self._wake_read = self._wake_write = -1
+        with self._waking:
+            if self._wake_read >= 0:
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+                self._wake_read = self._wake_write = -1
 
     def compile(self, spec: GrammarSpec) -> Compiling:
         """Begin to compile a grammar; never waits. GrammarError if nobody can."""
@@ -166,7 +169,7 @@ class Guides:
         compiling.add_done_callback(self._wake)
 
     def _wake(self, _: object) -> None:
-        with suppress(OSError):  # full: it wakes anyhow; closed: nobody sleeps
+        with self._waking, suppress(OSError):  # full: it wakes anyhow; closed: nobody sleeps
             os.write(self._wake_write, b"\0")
 
     def _compiled(self) -> list[Request]:
