@@ -37,7 +37,7 @@ def test_every_split_of_every_row_is_listed_once_and_whole_ones_come_first() -> 
 
 
 def test_many_rows_of_uneven_length_are_split_and_added_up(tmp_path: Path) -> None:
-    write_random(tmp_path, "mistral_window", num_hidden_layers=2, max_position_embeddings=2048, sliding_window=300)
+    write_random(tmp_path, "mistral_window", num_hidden_layers=1, max_position_embeddings=2048, sliding_window=300)
     rng = np.random.default_rng(0)
     sizes = (1300, 40, 700, 1, 513, 260, 90) if ON_GPU else (560, 40, 300, 1, 90, 17)
     limits = StepLimits(4096, 8, 2048, 16)
@@ -53,7 +53,7 @@ def test_many_rows_of_uneven_length_are_split_and_added_up(tmp_path: Path) -> No
 def test_keys_of_few_tiles_are_shared_by_several_programs_and_added_up(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("tokenmill.backends.cuda.attention.LEAST_KEYS", 32)  # so that short contexts are split, too
     monkeypatch.setattr("tokenmill.backends.cuda.shapes.LEAST_KEYS", 32)
-    write_random(tmp_path, "mistral_window", num_hidden_layers=2, max_position_embeddings=1024, sliding_window=90)
+    write_random(tmp_path, "mistral_window", num_hidden_layers=1, max_position_embeddings=1024, sliding_window=90)
     rng, limits = np.random.default_rng(3), StepLimits(1024, 4, 1024, 16)
     driver = CudaDriver(tmp_path, limits=limits, num_blocks=200)
     expected = Driver.of(tmp_path, limits=limits, num_blocks=200)
