@@ -90,6 +90,12 @@ def altered(program: Program, **fields: Any) -> Program:
     return replace(program, ops=changed)
 
 
+def program(folder: Path, family: str = "llama", **changes: Any) -> Program:
+    """That of a tiny random checkpoint, written to `folder`."""
+    write_random(folder, family, **{"num_hidden_layers": 2} | changes)
+    return program_of(open_checkpoint(local_source(folder)).config)
+
+
 class CudaDriver(CudaBackend):
     """As `support_models.Driver`: fed ids by slot, blocks scattered over the cache."""
 
