@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support_tools import BARE, WRITERS, Call, cut
 from tokenmill.errors import Unsupported
+from tokenmill.text.machine import Held
 from tokenmill.text.router import Delta, Router, fold, router_of
 from tokenmill.text.tools import by_name, formats, of_template
 
@@ -56,6 +57,7 @@ arguments = st.fixed_dictionaries(
         "more": st.dictionaries(keys, values, max_size=3),
     },
 )
+holds = st.sampled_from(("", "answer", "choice"))
 calls_made = st.lists(
     st.one_of(st.tuples(st.just("get_weather"), arguments), st.just(("now", {}))), min_size=1, max_size=3
 )
@@ -105,16 +107,19 @@ def test_calls_are_read_as_they_were_made_wherever_the_text_is_cut(
 @pytest.mark.parametrize("name", sorted(WRITERS))
 @settings(max_examples=30, deadline=None)
 @given(
-    made=calls_made, stop=st.integers(0, 10**4), junk=text | words, places=st.lists(st.integers(0, 10**4), max_size=20)
+    made=calls_made, stop=st.integers(0, 10**4), junk=text | words, places=st.lists(st.integers(0, 10**4), max_size=20),
+    held=holds,
 )
-def test_a_broken_answer_loses_no_byte(name: str, made: list[Call], stop: int, junk: str, places: list[int]) -> None:
+def test_a_broken_answer_loses_no_byte(
+    name: str, made: list[Call], stop: int, junk: str, places: list[int], held: Held
+) -> None:  # fmt: skip
     """Cut off anywhere, with something else behind: pieces do not matter, and what is no complete call is content."""
     whole = WRITERS[name](made)
     whole = whole[: stop % (len(whole) + 1)] + junk
-    router = reader(name)
+    router = reader(name, held=held)
     _, plain = read(router, [whole])
     for pieces in (cut(whole, places), list(whole)):
-        again = reader(name)
+        again = reader(name, held=held)
         assert read(again, pieces)[1] == plain
         assert again.complete_calls == router.complete_calls
     if router.complete_calls == 0 and name != "harmony":
@@ -149,11 +154,11 @@ def test_garbage_in_is_content_out(name: str, data: st.DataObject) -> None:
     bits = st.sampled_from([*form.markers, "{", "}", "[", "]", '"', ":", ",", "\n", " ", '"name"', '"arguments"', "now",
                             "get_weather", "(", ")", "=", "functions.", "call:", "1", "null", "\\", "a"])  # fmt: skip
     whole = "".join(data.draw(st.lists(bits | text, max_size=25)))
-    places = data.draw(st.lists(st.integers(0, 10**4), max_size=20))
-    router = reader(name)
+    places, held = data.draw(st.lists(st.integers(0, 10**4), max_size=20)), data.draw(holds)
+    router = reader(name, held=held)
     _, plain = read(router, [whole])
-    assert read(reader(name), cut(whole, places))[1] == plain
-    assert read(reader(name), list(whole))[1] == plain
+    assert read(reader(name, held=held), cut(whole, places))[1] == plain
+    assert read(reader(name, held=held), list(whole))[1] == plain
     for call in plain.calls[: router.complete_calls if len(plain.calls) == router.complete_calls else 0]:
         assert isinstance(json.loads(call.arguments), dict)
     if not plain.calls and name != "harmony":
