@@ -21,6 +21,7 @@ TEMPLATES = {
     "generic": "",
     "qwen3_coder": "{# <function= <parameter= #}",
 }
+SEPARATORS = {"llama": "; ", "generic": ", "}
 FREE = {"type": "function", "function": {"name": "now"}}
 CALLS = {
     "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
@@ -43,11 +44,15 @@ def test_an_answer_is_calls_or_has_the_shape(tmp_path: Path, name: str, special:
                        ("Hello", False), ("", False), (f"So: {call}", False), ('{"a": 5} ' + call, False)):  # fmt: skip
         assert follows(made, found.grammar, text) == good, text
     assert found.router is not None
-    for text, content, calls in (('{"a": 5}', '{"a": 5}', 0), (call, "", 1), (f'{{"b": "{call}"}}', None, 0)):
+    several = call[:-1] + ", " + call[1:] if name == "pythonic" else call + SEPARATORS.get(name, "\n") + call
+    assert follows(made, found.grammar, several)
+    in_text, later = f'{{"b": "{call}"}}', f"{call} So: {call}"
+    for text, content, calls in (('{"a": 5}', '{"a": 5}', 0), (call, "", 1), (several, "", 2), (in_text, in_text, 0),
+                                 (later, f"So: {call}", 1)):  # fmt: skip
         for pieces in ([text], list(text)):
             router = found.router()
             answer = fold([*map(router.push, pieces), router.finish()])
-            assert (answer.content, len(answer.calls)) == (text if content is None else content, calls), text
+            assert (answer.content.lstrip(), len(answer.calls)) == (content, calls), text
 
 
 def test_where_a_call_must_come_there_is_nothing_else(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ Held = Literal["", "answer", "choice"]
 class Machine:
     """One answer's reader. `push` text as it comes, then `finish` once."""
 
-    __slots__ = ("_at_beginning", "_fresh", "_marks", "_out", "_reader", "_run", "format")
+    __slots__ = ("_fresh", "_marks", "_only_calls", "_out", "_reader", "_run", "format")
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Machine:
         self._reader = Reader()
         self._out = Output(schemas, new_id or form.new_id, most, bool(held))
         self._marks = Markers(*(form.held_starts if held else form.starts))
-        self._at_beginning = held == "choice"  # calls can begin nowhere else, and do not yet
+        self._only_calls = held == "choice"  # there was nothing else; once there is, there are none
         self._fresh = bool(form.bare)  # nothing but white space has come yet
         self._run: Reading[None] = form.read(self._reader, self._out) if form.own_loop else self._answer()
         self._step()
@@ -85,21 +85,20 @@ class Machine:
             except Broken:
                 r.rewind()
                 after_call = self._out.complete > before
-                if self._out.held and r.ended:
+                if self._only_calls or (self._out.held and r.ended):
                     self._marks = Markers()
                 elif not after_call and not self._fresh:  # the same text must not be tried again
                     marker = self._marks.search(r.text, 0)
                     assert marker is not None
                     self._emit(marker.end())
             self._fresh = False
-            self._pass_beginning()
 
     def _content(self, after_call: bool) -> Reading[bool]:
         """Emits text up to where a call may begin, and gives True; at the end False."""
         r, out = self._reader, self._out
         while True:
-            if self._at_beginning and not self._may_begin(r.text[r.pos :].lstrip()):
-                self._pass_beginning()
+            if self._only_calls and not self._may_begin(r.text[r.pos :].lstrip()):
+                self._only_calls, self._marks = False, Markers()
             if self._fresh:
                 char = r.text[r.pos :].lstrip()[:1]
                 if char and char in self.format.bare:
@@ -123,12 +122,7 @@ class Machine:
     def _may_begin(self, text: str) -> bool:
         """True if `text` is, or may become, the beginning of a group of calls."""
         marked = any(mark.startswith(text[: len(mark)]) for mark in self._marks.texts)
-        return marked or not text or text[0] in self.format.bare
-
-    def _pass_beginning(self) -> None:
-        """Where calls stand at the beginning only, no more are looked for."""
-        if self._at_beginning:
-            self._at_beginning, self._marks = False, Markers()
+        return marked or not text or (self._fresh and text[0] in self.format.bare)
 
     def _emit(self, stop: int) -> None:
         r = self._reader
