@@ -53,7 +53,7 @@ GRAMMARS: list[tuple[str, list[str], list[str]]] = [
     ('root ::= move (" " root)?\nmove ::= [NBKQR]? [a-h] [1-8] [+#]? | "O-O" "-O"?', ["e4 Nf3+ O-O", "O-O-O"], ["e9"]),
     ('root ::= "x" root | [a-z]* "b"', ["ab", "xxb", "xab", "bbb", "b"], ["a", "xa", ""]),
     ('root ::= "(" root ")" | ("ab" | "a") "bc"', ["abc", "(abbc)"], ["ab", "(abc"]),
-    ('root ::= "(" root ")" | "a" "é"* "è"', ["aè", "(aéè)"], ["aé", "é"]),
+    ('root ::= "a" "é"* rest\nrest ::= "è" rest | "b"', ["ab", "aéèb", "aèèb", "aééb"], ["aé", "b"]),
     ('root ::= "if" " " name | name "=" root | "0"\nname ::= [a-z]+', ["if=0", "if if", "iff=if x"], ["if", "if0"]),
 ]  # fmt: skip
 CHARACTERS: list[tuple[str, list[str], list[str]]] = [
