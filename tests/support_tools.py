@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -81,6 +82,25 @@ def qwen3_coder(calls: list[Call]) -> str:
     return "\n".join(written)
 
 
+def seed_oss(calls: list[Call]) -> str:
+    inline = qwen3_coder(calls).replace("tool_call>", "seed:tool_call>")
+    return re.sub(r"(<parameter=[^>]+>)\n", r"\1", inline).replace("\n</parameter>", "</parameter>")
+
+
+def minimax(calls: list[Call]) -> str:
+    written = "".join(
+        f'<invoke name="{name}">\n'
+        + "".join(f'<parameter name="{key}">{plain(value)}</parameter>\n' for key, value in given.items())
+        + "</invoke>\n"
+        for name, given in calls
+    )
+    return f"<minimax:tool_call>\n{written}</minimax:tool_call>"
+
+
+def nemotron(calls: list[Call]) -> str:
+    return f"<TOOLCALL>[{', '.join(objects(calls))}]</TOOLCALL>"
+
+
 def glm(calls: list[Call]) -> str:
     written = []
     for name, given in calls:
@@ -112,6 +132,10 @@ def python_calls(calls: list[Call]) -> list[str]:
 
 def pythonic(calls: list[Call]) -> str:
     return f"[{', '.join(python_calls(calls))}]"
+
+
+def lfm2(calls: list[Call]) -> str:
+    return f"<|tool_call_start|>[{', '.join(python_calls(calls))}]<|tool_call_end|>"
 
 
 def gemma(calls: list[Call]) -> str:
@@ -151,7 +175,7 @@ WRITERS: dict[str, Callable[[list[Call]], str]] = {
     writer.__name__: writer
     for writer in (
         hermes, smollm, llama, generic, mistral, mistral_args, deepseek, deepseek_v31, kimi, qwen3_coder, glm, phi4,
-        granite, command_r, pythonic, gemma, functiongemma, harmony,
+        granite, command_r, pythonic, gemma, functiongemma, harmony, seed_oss, minimax, nemotron, lfm2,
     )
 }  # fmt: skip
 BARE = {"llama", "generic", "pythonic"}

@@ -12,7 +12,7 @@ from tokenmill.grammar.base import Grammar, Matcher, Vocabulary, new_backend
 from tokenmill.text.tools import by_name
 
 PLAIN = ("```", "```json", "```tool_code", "functools", "Action:\n```json", "Action: ```json", "<function=",
-         "<parameter=", "</parameter>", "</function>")  # fmt: skip
+         "<parameter=", "</parameter>", "</function>", '<invoke name="')  # fmt: skip
 """Markers that no tokenizer has as special tokens."""
 WORDS = ('{"', '":', '",', '"}', "}}", ": ", ", ", "get_weather", "now", "name", "arguments", "parameters", "city", "C",
          "K", "unit", "days", "tool_code", "json", "<tool_call>", "[TOOL_CALLS]", "<function=", ">\n", "\n\n", "[{",

@@ -36,6 +36,10 @@ EXCERPTS = {
     "functiongemma": "{{ '<start_function_call>call:' + name + '{' }}",
     "gemma": "call functions in a ```tool_code block",
     "smollm": "{%- if xml_tools or python_tools -%}### Tools … <tool_call>\n{\"name\": <function-name>}</tool_call>",
+    "seed_oss": "{%- set begin = '<seed:tool_call>' -%} {{ begin + '<function=' + name + '>' }}<parameter=a>",
+    "minimax": "{%- set begin = '<minimax:tool_call>' %} <invoke name=\"tool-name-1\">",
+    "nemotron": "Use <TOOLCALL>[{\"name\": …}]</TOOLCALL>",
+    "lfm2": "{{ '<|tool_call_start|>' }}[a(b=1)]{{ '<|tool_call_end|>' }}",
     "generic": "{% for message in messages %}{{ message.content }}{% endfor %}",
 }  # fmt: skip
 

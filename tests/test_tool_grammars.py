@@ -52,7 +52,7 @@ WEATHER: Call = ("get_weather", {"city": "Zürich", "days": 3, "unit": "C", "pla
 FIRM: Call = ("get_weather", {"city": "Zürich", "unit": "C", "days": 3, "place": {"x": 1.5}})
 """The same where the required come first."""
 NOTE: Call = ("note", {"text": "a b", "tags": ["x", 1], "deep": {"k": None}})
-FIRM_FIRST = {"pythonic", "gemma", "functiongemma"}
+FIRM_FIRST = {"pythonic", "gemma", "functiongemma", "lfm2"}
 FORMATS = sorted(WRITERS)
 
 
@@ -73,10 +73,15 @@ def written(name: str, calls: list[Call]) -> str:
         return WRITERS["hermes"](calls)
     if name == "generic":
         return ", ".join(WRITERS["generic"]([call])[1:-1] for call in calls)
-    if name in ("pythonic", "gemma"):
+    if name in ("pythonic", "gemma", "lfm2"):
         given = [f"{called}({', '.join(f'{key}={text_of(value)}' for key, value in a.items())})" for called, a in calls]
         given = [call.replace("null", "None") for call in given]
-        return f"[{', '.join(given)}]" if name == "pythonic" else "```tool_code\n" + "\n".join(given) + "\n```"
+        begin, between, end = {
+            "pythonic": ("[", ", ", "]"),
+            "gemma": ("```tool_code\n", "\n", "\n```"),
+            "lfm2": ("<|tool_call_start|>[", ", ", "]<|tool_call_end|>"),
+        }[name]
+        return begin + between.join(given) + end
     return WRITERS[name](calls)
 
 
@@ -228,7 +233,7 @@ def test_spaces_have_an_end() -> None:
     assert not fits("hermes", text.replace('"city"', " " * 100 + '"city"'), True)
 
 
-@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "functiongemma"])
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "minimax", "functiongemma"])
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [

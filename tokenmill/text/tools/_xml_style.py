@@ -15,8 +15,8 @@ from tokenmill.text.tools._part import Part
 from tokenmill.text.tools._values import dumps, inside, to_json
 from tokenmill.text.tools.base import Asked
 
-_NAME = re.compile(r"[^<>\n\r\t]+")
-_ANY_KEY = r"/[^<>\s]+/"
+_NAME = re.compile(r"[^<>\"\n\r\t]+")
+_ANY_KEY = r'/[^<>"\s]+/'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,14 @@ class XmlStyle(Style):
     `lines`: one line break on both sides of a value belongs to the tags. A format's trigger is its `head`, or the
     begin of a call where a name follows that at once."""
 
-    head: str
-    head_end: str
+    head: str = ""
+    head_end: str = ""
     key: str
     key_end: str
-    value: str
+    value: str = ""
     value_end: str
-    body_end: str
-    lines: bool
+    body_end: str = ""
+    lines: bool = False
     has_trigger: ClassVar[bool] = True
 
     def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
@@ -94,7 +94,7 @@ class XmlStyle(Style):
         """See Style. A strict function may not ask of a text what tags cannot hold it to."""
         schema = asked.schema_of(tool)
         Part(tool, schema, schema).check_object()
-        parts = [lark.text(f"{name_of(tool)}{self.head_end}{self._line}")]
+        parts = [lark.text(f"{name_of(tool)}{self.head_end}\n")]
         others, required = others_of(schema), schema.get("required")
         if others is not False:
             key = f"{lark.text(self.key)} {lark.rule('KEY', _ANY_KEY)}"
@@ -108,17 +108,14 @@ class XmlStyle(Style):
             parts.append(lark.text(self.body_end + "\n"))
         return " ".join(parts)
 
-    @property
-    def _line(self) -> str:
-        return "\n" if self.lines else ""
-
     def _value_of(self, lark: Lark, rule: str, part: Part, path: str) -> str:
         """The expression for what follows a parameter's name. `path`: of its schema."""
         line = "\n" if self.lines or self.value else ""
         head, end = lark.text(f"{self.key_end}{line}{self.value}"), f"{self.value_end}\n"
+        close = "\n" + end if self.lines else end
         if texts := part.texts():
-            return f"{head} ({' | '.join(lark.text(text + self._line + end) for text in texts)})"
+            return f"{head} ({' | '.join(lark.text(text + close) for text in texts)})"
         if "string" not in part.types:
-            return f"{head} {lark.json(rule, part.alone())} {lark.text(self._line + end)}"
+            return f"{head} {lark.json(rule, part.alone())} {lark.text(close)}"
         part.check(path)
         return f"{head} {lark.free('value', (self.value_end,)).text} {lark.text(end)}"

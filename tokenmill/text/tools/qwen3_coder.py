@@ -7,24 +7,24 @@ from tokenmill.text.tools._xml_style import XmlStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates with such tags."""
-    return "<function=" in template and "<parameter=" in template
+    """True for templates with such tags, and no others around them."""
+    return "<function=" in template and "<parameter=" in template and "<seed:tool_call>" not in template
 
 
+STYLE = XmlStyle(
+    head="<function=",
+    head_end=">",
+    key="<parameter=",
+    key_end=">",
+    value_end="</parameter>",
+    body_end="</function>",
+    lines=True,
+)
 FORMAT = Calls(
     name="qwen3_coder",
     matches=matches,
+    style=STYLE,
     aliases=("qwen3_xml", "qwen3coder", "nemotron_v3", "step3p5"),
-    style=XmlStyle(
-        head="<function=",
-        head_end=">",
-        key="<parameter=",
-        key_end=">",
-        value="",
-        value_end="</parameter>",
-        body_end="</function>",
-        lines=True,
-    ),
     opening="<tool_call>\n<function=",
     between="</tool_call>\n<tool_call>\n<function=",
     closing="</tool_call>",
