@@ -77,7 +77,8 @@ def read(router: Router, pieces: list[str]) -> tuple[list[Delta], Delta]:
 
 def ambiguous(name: str, made: list[Call]) -> bool:
     """What a format cannot express: its own closing tags inside of a text."""
-    tags = {"qwen3_coder": "</parameter>", "glm": "</arg_value>", "functiongemma": "<escape>"}
+    tags = {"glm": "</arg_value>", "functiongemma": "<escape>",
+            **dict.fromkeys(("qwen3_coder", "seed_oss", "minimax"), "</parameter>")}  # fmt: skip
     return name in tags and tags[name] in json.dumps(made, ensure_ascii=False)
 
 
