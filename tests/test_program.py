@@ -131,7 +131,8 @@ def rank_main(rank: int, size: int, folders: list[Path], run_dir: Path) -> None:
 
 def run_ranks(size: int, folders: list[Path], run_dir: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank_main, args=(rank, size, folders, run_dir)) for rank in range(size)]
+    work = [(rank, size, folders, run_dir) for rank in range(size)]
+    ranks = [spawn.Process(target=rank_main, args=args, daemon=True) for args in work]  # if one hangs, pytest ends it
     for process in ranks:
         process.start()
     for process in ranks:
