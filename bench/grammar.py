@@ -1,7 +1,7 @@
 """Grammars: do answers obey them, and what do compiling and masking cost? A fixed sample of schemas, two vocabularies.
 
     python -m bench.grammar [--schemas 240] [--answers 3] [--vocabulary 49k|128k|all|none] [--backend llguidance]
-                            [--serving URL|none] [--streams 32] [--new-tokens 128] [--passes 5]
+                            [--serving URL|none] [--streams 32] [--new-tokens 64] [--passes 5]
 
 The model is the worst there can be: random weights, so every token is drawn from those allowed, with a bias towards
 what ends things, or nothing would ever finish. Finished answers are checked with `jsonschema`. Limits that the project
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=("llguidance", "xgrammar"), default="llguidance")
     parser.add_argument("--serving", default="embedded", metavar="URL", help="of a server, `none` or `embedded`")
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--passes", type=int, default=5)
     chosen = parser.parse_args()
     good = True

@@ -16,6 +16,7 @@ from tokenmill.grammar.values import Json, Resolve, finite, identity, said, type
 MAX_ARRAYS = 2_000
 MAX_CASES = 64
 _UUID = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
+_OF_ARRAYS = {"type", "items", "minItems", "maxItems", "uniqueItems"}
 _CONDITIONS = ("if", "then", "else")
 
 
@@ -48,21 +49,22 @@ def property_names(node: dict[str, Json], resolve: Resolve, budget: Budget) -> N
         raise Inexact("cannot be served beside `patternProperties`")
     else:
         budget.spend(len(allowed))
-        named = node.get("properties", {})
-        new = [name for name in allowed if isinstance(name, str) and name not in named]
-        budget.spend(sum(map(len, new)) + len(new) * len(json.dumps(others)))
-        kept = {name: one for name, one in named.items() if name in allowed}
-        if set(node.get("required", ())) - {*kept, *new}:
+        listed = dict.fromkeys((name for name in allowed if isinstance(name, str)), others)
+        budget.spend(sum(map(len, listed)) + len(listed) * len(json.dumps(others)))
+        kept = {name: one for name, one in node.get("properties", {}).items() if name in listed}
+        if set(node.get("required", ())) - listed.keys():
             raise Inexact("excludes a name that is required")
-        node["properties"] = {**kept, **({} if others is False else dict.fromkeys(new, others))}
+        node["properties"] = {**kept, **{name: one for name, one in listed.items() if name not in kept}}
     node["additionalProperties"] = False
     del node["propertyNames"]
 
 
 def _pattern_of_names(names: Json, resolve: Resolve) -> str:
     """The pattern, rewritten, of names that are not listed."""
-    names = resolve(names["$ref"]) if said(names) == {"$ref"} else names
-    used = said(names) - {"type"} if types(names) in (None, ["string"]) else frozenset()
+    if isinstance(names, dict) and said(names) == {"$ref"}:
+        names = resolve(names["$ref"])
+    fits = isinstance(names, dict) and types(names) in (None, ["string"])
+    used = said(names) - {"type"} if fits else frozenset()
     if used == {"pattern"}:
         return str(names["pattern"])
     if used == {"format"} and names["format"] == "uuid":
@@ -78,9 +80,8 @@ def unique_items(node: dict[str, Json], resolve: Resolve, budget: Budget) -> Non
     most = node.get("maxItems", math.inf)
     if most > 1:
         values = None if "prefixItems" in node else finite(node.get("items", True), resolve)
-        if values is None or types(node) not in (["array"], ["array", "null"], ["null", "array"]) or len(said(node)) > (
-            len(said(node) & {"type", "items", "minItems", "maxItems", "uniqueItems"})
-        ):
+        arrays_only = types(node) in (["array"], ["array", "null"], ["null", "array"])
+        if values is None or not arrays_only or said(node) - _OF_ARRAYS:
             raise Inexact("can be served only where the items are one of a few values, or at most one")
         budget.spend(len(values))
         most, least = int(min(most, len(values))), int(node.get("minItems", 0))
