@@ -9,7 +9,7 @@ import pytest
 from support_text import byte_level
 
 from tokenmill.errors import TemplateError
-from tokenmill.text import sandbox
+from tokenmill.text import growth, sandbox
 from tokenmill.text.chat_template import ChatTemplate
 
 CHATML = """{% for message in messages %}
@@ -274,6 +274,7 @@ def test_a_template_gets_nowhere(template: str) -> None:
 )
 def test_a_template_without_end_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(growth, "MAX_CHARACTERS", 1 << 20)
     started = perf_counter()
     with pytest.raises(TemplateError):
         ours(template, CHATS["one"])
