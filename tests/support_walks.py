@@ -16,8 +16,8 @@ PLAIN = ("```", "```json", "```tool_code", "functools", "Action:\n```json", "Act
 """Markers that no tokenizer has as special tokens."""
 WORDS = ('{"', '":', '",', '"}', "}}", ": ", ", ", "get_weather", "now", "name", "arguments", "parameters", "city", "C",
          "K", "unit", "days", "tool_code", "json", "<tool_call>", "[TOOL_CALLS]", "<function=", ">\n", "\n\n", "[{",
-         "}]", "(", "=", "call:", "function", "to=functions.", "12", "true", "None", "\\u", "é", " Hello", "`", "<",
-         "</")  # fmt: skip
+         "}]", "(", "=", "call:", "function", "to=functions.", "12", "true", "None", "</parameter>", "</arg_value>",
+         "<escape>", ', "tags": ["', "\n", "\\u", "é", " Hello", "`", "<", "</")  # fmt: skip
 
 
 class Tokens:
@@ -59,7 +59,7 @@ def walk(matcher: Matcher, tokens: Tokens, wish: str, draw: random.Random, after
     """What a model writes that wants to write `wish`, and does something else where it must, and sometimes because it
     can. `after`: a special token behind which it is held, and not before."""
     mask, ids = tokens.vocabulary.new_mask(1), list[int]()
-    wished = tokens.encode(wish)[::-1]
+    wished, careful = tokens.encode(wish)[::-1], draw.choice((1.0, 0.997, 0.97))
     begins = tokens.ids.get(after)
     while len(ids) < most:
         begun = begins is None or begins in ids
@@ -69,7 +69,7 @@ def walk(matcher: Matcher, tokens: Tokens, wish: str, draw: random.Random, after
             mask[:] = 0xFFFFFFFF
         allowed = np.flatnonzero(np.unpackbits(mask[0].view(np.uint8), bitorder="little")[: len(tokens.texts)]).tolist()
         assert allowed, (tokens.decode(ids), matcher.failure)
-        if wished and wished[-1] in allowed and draw.random() < 0.98:
+        if wished and wished[-1] in allowed and draw.random() < careful:
             token_id = wished.pop()
         elif not wished and tokens.end in allowed and draw.random() < 0.5:
             token_id = tokens.end

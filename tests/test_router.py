@@ -215,3 +215,18 @@ def test_plain_text_costs_little() -> None:
     for _ in range(5000):
         router.push("word ")
     assert (time.perf_counter() - begun) / 5000 < 60e-6
+
+
+def test_a_tag_inside_of_a_text_of_a_list_is_none() -> None:
+    for value, read in (
+        ('["a</parameter>b", "</parameter>"]', ["a</parameter>b", "</parameter>"]),
+        ('["a", "b"]', ["a", "b"]),
+        ("['say \"hi']", ['say "hi']),
+        ("[1", "[1"),
+    ):
+        tags = f"<parameter=tags>{value}</parameter><parameter=days>3</parameter>"
+        text = f"<tool_call><function=get_weather>{tags}</function></tool_call>"
+        for pieces in ([text], list(text)):
+            router = reader("qwen3_coder")
+            answer = fold([*map(router.push, pieces), router.finish()])
+            assert json.loads(answer.calls[0].arguments) == {"tags": read, "days": 3}

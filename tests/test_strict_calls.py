@@ -18,19 +18,19 @@ from tokenmill.text.tools import by_name
 from tokenmill.text.tools.base import Asked
 
 SCHEMA = Draft202012Validator(TOOLS[0]["function"]["parameters"])
-WALKS, SEED = int(os.environ.get("WALKS", "30")), os.environ.get("SEED", "")
+WALKS, SEED = int(os.environ.get("WALKS", "15")), os.environ.get("SEED", "")
 PROSE = ("", "Hello <b>you</b> [1] ```py\nx\n``` ", "\n\n", '{"a": [1]} ', '[{"name": "Ada"}] ', "get_weather(1) ",
          "```json\n")  # fmt: skip
 
 
 def tempting(name: str, draw: random.Random) -> str:
     """Prose and calls, right and wrong ones, in spellings that the reader knows and others that look like them."""
-    good = weather(name)
+    good = draw.choice([weather(name), (weather(name)[0], {**weather(name)[1], "tags": ["x", "</parameter>"]})])
     others: list[Call] = [("now", {}), ("note", {"days": "x", "deep": [good[1]]}), ("other", {"a": 1})]
-    calls = [good, *wrong(name), *others]
+    calls = [*wrong(name), *others]
     parts = []
     for _ in range(draw.randint(1, 3)):
-        made = draw.sample(calls, draw.randint(1, 2))
+        made = [good if draw.random() < 0.4 else draw.choice(calls) for _ in range(draw.randint(1, 2))]
         writer = draw.choice([lambda calls: written(name, calls), WRITERS[name], WRITERS[draw.choice(FORMATS)]])
         parts += [draw.choice(PROSE) if parts or name not in BARE else "", reworded(writer(made), draw)]
     text = "".join(parts) + draw.choice(PROSE)

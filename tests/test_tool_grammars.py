@@ -28,6 +28,7 @@ TOOLS: list[dict[str, Any]] = [
                     "unit": {"type": "string", "enum": ["C", "F"]},
                     "place": {"$ref": "#/$defs/place"},
                     "sure": {"type": "boolean"},
+                    "tags": {"type": "array", "items": {"type": "string"}},
                 },
                 "required": ["city", "unit"],
                 "additionalProperties": False,

@@ -78,10 +78,15 @@ def moved(schema: Any, place: str) -> Any:
 
 
 def alone(schema: Any, root: Mapping[str, Any]) -> Any:
-    """A schema that stands inside of `root`, by itself: with all of `root` if it refers to a part of that."""
-    if not isinstance(schema, Mapping) or not _refers(schema):
+    """A schema that stands inside of `root`, by itself: with all of `root` if it refers to a part of that, and with
+    the options for grammars that all of it has."""
+    if not isinstance(schema, Mapping):
         return schema
-    return {**moved(schema, "#/$defs/root"), "$defs": {"root": moved(root, "#/$defs/root")}}
+    options = {"x-guidance": root["x-guidance"]} if "x-guidance" in root else {}
+    if not _refers(schema):
+        return {**schema, **options}
+    whole = {key: value for key, value in root.items() if key != "x-guidance"}
+    return {**moved(schema, "#/$defs/root"), "$defs": {"root": moved(whole, "#/$defs/root")}, **options}
 
 
 def _is_reference(key: str, value: Any) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from typing import Any
 
 from tokenmill.text.functions import STRING, types_of_value
 from tokenmill.text.reader import Broken
 from tokenmill.text.tools._json import loads
 
+_OPENS = ("[", "{", '"')
+_TEXTS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _WORDS = {"true": ("boolean", "true"), "false": ("boolean", "false"), "none": ("null", "null"),
           "null": ("null", "null")}  # fmt: skip
 
@@ -34,6 +37,12 @@ def to_json(text: str, types: frozenset[str]) -> str:
         if types_of_value(literal) & types & {"array", "object"}:
             return dumps(literal)
     return dumps(text)
+
+
+def ends_in_text(text: str) -> bool:
+    """True for the beginning of a JSON value that is cut off inside of a text in it."""
+    begun = text.lstrip()[:1]
+    return begun in _OPENS and '"' in _TEXTS.sub("", text) and _literal(text.strip()) is None
 
 
 def _literal(text: str) -> Any:

@@ -12,7 +12,7 @@ from tokenmill.text.output import Output
 from tokenmill.text.reader import Broken, Emit, Markers, Reader, Reading, collected, expect, spaces, take, until, word
 from tokenmill.text.tools._calls import Calls, Style
 from tokenmill.text.tools._part import Part
-from tokenmill.text.tools._values import dumps, inside, to_json
+from tokenmill.text.tools._values import dumps, ends_in_text, inside, to_json
 from tokenmill.text.tools.base import Asked
 
 _NAME = re.compile(r"[^<>\"\n\r\t]+")
@@ -82,13 +82,19 @@ class XmlStyle(Style):
             yield from self._value(r, lambda piece: out.arguments(inside(piece)))
             out.arguments('"')
         else:
-            text, _ = yield from collected(lambda emit: self._value(r, emit))
+            text, end = yield from collected(lambda emit: self._value(r, emit))
+            while "string" not in types and ends_in_text(text):  # so it was no tag
+                more, next_end = yield from collected(lambda emit: self._value(r, emit))
+                text, end = text + end + more, next_end
             out.arguments(to_json(text, types))
 
-    def _value(self, r: Reader, emit: Emit) -> Reading[None]:
+    def _value(self, r: Reader, emit: Emit) -> Reading[str]:
+        """Emits text up to the end of a value, and gives that."""
         ends = Markers(f"\n{self.value_end}", self.value_end) if self.lines else Markers(self.value_end)
-        if not (yield from until(r, ends, emit)):
+        end = yield from until(r, ends, emit)
+        if not end:
             raise Broken
+        return end
 
     def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
         """See Style. A strict function may not ask of a text what tags cannot hold it to."""
