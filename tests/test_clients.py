@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import huggingface_hub
 import openai
@@ -83,6 +84,18 @@ def test_openai_chat_stream_helper(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="tgi", messages=MESSAGES) as stream:  # type: ignore[arg-type]
         final = stream.get_final_completion()
     assert final.choices[0].message.content == TEXT
+
+
+def test_openai_stream_helper_makes_messages_that_can_be_sent_back(client: openai.OpenAI) -> None:
+    ask: Any = {"model": "tgi", "messages": MESSAGES, "n": 2, "stop": "l"}
+    with client.chat.completions.stream(**ask) as stream:
+        choices = stream.get_final_completion().choices
+    assert [(choice.index, choice.message.role, choice.message.content) for choice in choices] == [
+        (0, "assistant", "Zwö"), (1, "assistant", "Zwö"),
+    ]  # fmt: skip
+    for message in (choices[0].message, choices[0].message.model_dump()):
+        later: Any = [*MESSAGES, message, *MESSAGES]
+        assert client.chat.completions.create(model="tgi", messages=later, max_tokens=1).choices[0].message.content
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:

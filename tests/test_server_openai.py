@@ -75,10 +75,24 @@ def test_a_stream_is_the_plain_answer_in_pieces(server: Server) -> None:
         "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
         == plain["choices"][0]["message"]["content"]
     )
-    assert {chunk["choices"][0]["delta"]["role"] for chunk in chunks} == {"assistant"}
+    assert [chunk["choices"][0]["delta"].get("role") for chunk in chunks] == ["assistant"] + [None] * (NUM_TOKENS - 1)
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (NUM_TOKENS - 1) + ["stop"]
     assert all(chunk["usage"] is None for chunk in chunks)
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in [*chunks, usage]}) == 1
+
+
+@pytest.mark.parametrize("fields", [{"n": 3}, {"stop": "Zw"}, {"stop": "Z"}, {"max_tokens": 1}, {"logprobs": True}])
+def test_each_choices_first_chunk_alone_has_the_role(server: Server, fields: dict[str, Any]) -> None:
+    body = {"messages": USER, "stream": True, "stream_options": {"include_usage": True}, **fields}
+    *chunks, usage, _ = server.events("/v1/chat/completions", body)
+    assert usage["choices"] == []
+    begun: set[int] = set()
+    for (choice,) in (chunk["choices"] for chunk in chunks):
+        assert choice["delta"] == {
+            **({} if choice["index"] in begun else {"role": "assistant"}), "content": choice["delta"]["content"]
+        }  # fmt: skip
+        begun.add(choice["index"])
+    assert sorted(begun) == list(range(fields.get("n", 1)))
 
 
 def test_a_stream_without_options_has_no_usage_chunk(server: Server) -> None:

@@ -73,7 +73,8 @@ def test_the_plain_answer_is_the_fold_of_the_stream(server: Server, fields: Any)
     assert "".join(delta["content"] for delta in deltas) == message["content"]  # in every chunk
     for name in ("reasoning_content", "reasoning"):
         assert "".join(delta.get(name, "") for delta in deltas) == message.get(name, "")
-    assert all(delta["content"] or delta.get("reasoning") for delta in deltas[:-1])
+    assert all(delta["content"] or delta.get("reasoning") for delta in deltas[1:-1])
+    assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert usage["usage"]["completion_tokens_details"] == plain["usage"]["completion_tokens_details"]
     assert chunks[-1]["choices"][0]["finish_reason"] == plain["choices"][0]["finish_reason"]
 

@@ -198,9 +198,9 @@ def streamed(server: Server, **fields: Any) -> tuple[list[Any], dict[str, Any]]:
     assert done == "[DONE]"
     choices = [chunk["choices"][0] for chunk in chunks]
     whole: dict[str, Any] = {"content": "", "tool_calls": {}}
-    for choice in choices:
+    for i, choice in enumerate(choices):
         delta = choice["delta"]
-        assert delta["role"] == "assistant"
+        assert delta.get("role") == (None if i else "assistant")
         assert "content" in delta or delta["tool_calls"]  # in every chunk, as TGI's clients look for one of them
         whole["content"] += delta.get("content", "")
         for piece in delta.get("tool_calls", []):

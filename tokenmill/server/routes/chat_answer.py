@@ -2,7 +2,9 @@
 
 Models that think or call functions write that into their text; a `Router` for each choice takes it apart. Tokens that
 so far belong to nothing, as those of a call's delimiters, make no chunk: their log-probabilities come with the next
-one. TGI's rules hold: the role in every delta, content or calls in every delta, the finish reason on the last token's.
+one. A choice's first token always makes one, which has the role, as OpenAI's first chunk does: so choices begin in
+order, and clients that add deltas up find the role once. TGI's rules hold beside that: content or calls in every
+delta, the finish reason on the last token's.
 """
 
 from __future__ import annotations
@@ -70,15 +72,16 @@ class ChatAnswer:
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
         """See `answering.Answer`."""
         logprobs = [self._logprob(token)] if self._with_logprobs else []
+        role = "assistant" if token.index == 1 else msgspec.UNSET
         if self._speech.router is None:
-            delta, finish = ChatMessage("assistant", token.text), FINISH[token.finish]
+            delta, finish = ChatMessage(role, token.text), FINISH[token.finish]
         else:
             reading = self._reading(generation)
             read = reading.push(token)
             reading.logprobs += logprobs
-            if not (read or token.finish):
+            if not (read or token.finish or token.index == 1):
                 return b""
-            delta, finish = self._delta(read), reading.finish_reason(token.finish)
+            delta, finish = self._delta(role, read), reading.finish_reason(token.finish)
             logprobs, reading.logprobs = reading.logprobs, []
         choice = ChatChunkChoice(
             generation.index, delta, ChatLogprobs(logprobs) if self._with_logprobs else None, finish
@@ -126,7 +129,7 @@ class ChatAnswer:
         count = sum(reading.num_reasoning for reading in self._readings.values())
         return msgspec.structs.replace(usage, completion_tokens_details={"reasoning_tokens": count})
 
-    def _delta(self, read: Delta) -> ChatMessage:
+    def _delta(self, role: str | msgspec.UnsetType, read: Delta) -> ChatMessage:
         calls = [
             ToolCall(
                 index=call.index,
@@ -139,7 +142,7 @@ class ChatAnswer:
             for call in read.calls
         ]
         content = read.content if read.content or not calls else msgspec.UNSET
-        return self._said(content, read.reasoning, calls)
+        return self._said(role, content, read.reasoning, calls)
 
     def _message(self, read: Delta) -> ChatMessage:
         """A whole choice."""
@@ -151,13 +154,15 @@ class ChatAnswer:
             )
             for call in read.calls
         ]
-        return self._said(read.content or (None if calls else ""), read.reasoning, calls)
+        return self._said("assistant", read.content or (None if calls else ""), read.reasoning, calls)
 
-    def _said(self, content: Any, reasoning: str, calls: list[ToolCall]) -> ChatMessage:
+    def _said(
+        self, role: str | msgspec.UnsetType, content: Any, reasoning: str, calls: list[ToolCall]
+    ) -> ChatMessage:
         thought = reasoning or msgspec.UNSET
         if calls and self._speech.older:
-            return ChatMessage("assistant", content, thought, thought, function_call=calls[0].function)
-        return ChatMessage("assistant", content, thought, thought, calls or msgspec.UNSET)
+            return ChatMessage(role, content, thought, thought, function_call=calls[0].function)
+        return ChatMessage(role, content, thought, thought, calls or msgspec.UNSET)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Any) -> ChatChunk:
         e = self._envelope

@@ -198,9 +198,9 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 class ChatMessage(msgspec.Struct, frozen=True):
     """What the assistant said, thought and called. `reasoning` is the same as `reasoning_content`: clients look for
-    either."""
+    either. In a stream only a choice's first delta has the role: clients add deltas up."""
 
-    role: str
+    role: str | msgspec.UnsetType
     content: str | msgspec.UnsetType | None = msgspec.UNSET
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
     reasoning: str | msgspec.UnsetType = msgspec.UNSET
