@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 
 from tokenmill import options
@@ -315,3 +316,110 @@ def test_traces_and_watermarks_are_there() -> None:
     settings = Settings.from_args([*words, "--watermark-delta", "1.5"], {})
     assert (settings.otlp_endpoint, settings.otlp_service_name) == ("http://localhost:4317", "x")
     assert (settings.watermark_gamma, settings.watermark_delta, settings.warnings) == (0.25, 1.5, ())
+
+
+# Surroundings
+
+
+@pytest.mark.parametrize("link", ["tcp://10.0.0.1:9090", "udp://10.0.0.1:53"])
+def test_the_address_of_a_service_is_no_option_and_is_ignored_with_a_warning(link: str) -> None:
+    variables = [name for field in FIELDS.values() if field.kind in (int, float, bool) for name in field.variables]
+    assert {"PORT", "PROMETHEUS_PORT", "MASTER_PORT", "OMP_NUM_THREADS", "SHARDED"} <= set(variables)
+    settings = Settings.from_env(dict.fromkeys(variables, link))
+    assert settings == msgspec.structs.replace(Settings.from_env({}), warnings=settings.warnings)
+    assert [warning.partition("=")[0] for warning in settings.warnings] == [f"`{name}" for name in variables]
+
+
+def test_an_alias_counts_where_the_better_name_is_the_address_of_a_service() -> None:
+    environ = {"TOKENMILL_CPU_THREADS": "tcp://10.0.0.1:80", "OMP_NUM_THREADS": "1"}
+    assert Settings.from_env(environ).cpu_threads == 1
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS.values() if field.option.no_effect], ids=lambda f: f.name)
+@pytest.mark.parametrize("text", ["tcp://10.0.0.1:9090", "nonsense", "-1e9"])
+def test_no_value_of_a_variable_without_effect_ends_the_start(field: options.Field, text: str) -> None:
+    (warning,) = Settings.from_env({field.variables[0]: text}).warnings
+    assert field.variables[0] in warning
+
+
+@pytest.mark.parametrize(
+    "text, threads", [("2,1", 2), ("1", 1), ("2, 4,8", 2), ('"2,1"\r', 2), (" 1 ", 1), ("64,1", 2)]
+)
+def test_of_openmps_nested_threads_the_first_number_counts(
+    text: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenmill.config.usable_cpus", lambda: 2)
+    assert Settings.from_env({"OMP_NUM_THREADS": text}).cpu_threads == threads
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "auto", ",4", "two,1", "2x4", "tcp://10.0.0.1:80"])
+def test_what_openmp_would_not_read_is_ignored_with_a_warning(text: str) -> None:
+    settings = Settings.from_env({"OMP_NUM_THREADS": text})
+    assert settings.cpu_threads is None
+    assert all("OMP_NUM_THREADS" in warning for warning in settings.warnings)
+    with pytest.raises(UsageError):
+        Settings.from_env({"TOKENMILL_CPU_THREADS": "two"})
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS.values() if field.variables and not field.option.later],
+                         ids=lambda f: f.name)  # fmt: skip
+def test_quotes_and_line_ends_around_a_variable_are_no_part_of_it(field: options.Field) -> None:
+    values = {int: "1", float: "0.5", bool: "true"} | dict.fromkeys(("max_total_tokens", "max_input_tokens"), "20")
+    values |= {"memory_limit": "1GB", "hostname": "127.0.0.1", "sharded": "false", "num_shard": "2"}
+    plain = field.option.choices[0] if field.option.choices else values.get(field.name, values.get(field.kind, "7"))
+    variable = field.variables[0]
+    expected = Settings.from_env({variable: plain})
+    for around in ('"{}"', "'{}'", "{}\r", "{}\r\n", " {}\t", '"{}" \r', "' {} '", "\"'{}'\"", "“{}”"):
+        given = Settings.from_env({variable: around.format(plain)})
+        assert getattr(given, field.name) == getattr(expected, field.name)
+        (warning,) = set(given.warnings) - set(expected.warnings)
+        assert warning == f"`{variable}`: white space or quotes around its value are taken to be no part of it."
+
+
+@pytest.mark.parametrize("text", ['""', "''", " ", "\r\n", '" "'])
+def test_a_variable_with_nothing_in_its_quotes_is_one_that_is_not_set(text: str) -> None:
+    assert Settings.from_env({"MODEL_ID": text, "HF_MODEL_ID": "owner/model"}).model_id == "owner/model"
+    assert Settings.from_env({"PORT": text}).port == 3000
+
+
+@pytest.mark.parametrize("text", ['"3000', "3000'", "\"3000'"])
+def test_a_quote_without_its_partner_is_part_of_the_value(text: str) -> None:
+    with pytest.raises(UsageError, match=r"PORT: .* is not a whole number"):
+        Settings.from_env({"PORT": text})
+
+
+@pytest.mark.parametrize("variable, text", [
+    ("CUDA_MEMORY_FRACTION", "nan"), ("WATERMARK_DELTA", "inf"), ("MAX_BATCH_SIZE", "9" * 30), ("MODEL_ID", "a\udcff"),
+])  # fmt: skip
+def test_a_value_that_no_child_could_be_told_is_a_usage_error(variable: str, text: str) -> None:
+    with pytest.raises(UsageError, match=variable):
+        Settings.from_env({variable: text})
+
+
+@pytest.mark.parametrize("given, hostname", [
+    ("[::1]", "::1"), ("::1", "::1"), ("[::]", "::"), ("0:0:0:0:0:0:0:1", "::1"), ("fe80::1%eth0", "fe80::1%eth0"),
+    ("localhost", "127.0.0.1"), ("my-machine", "my-machine"), (" 127.0.0.1 ", "127.0.0.1"), ("", "0.0.0.0"),
+])  # fmt: skip
+def test_a_hostname_on_the_command_line_is_an_address_or_a_name(given: str, hostname: str) -> None:
+    settings = Settings.from_args(["--hostname", given], {"HOSTNAME": "container"})
+    assert (settings.hostname, settings.warnings) == (hostname, ())
+
+
+def test_an_address_in_hostname_counts_and_a_name_does_not() -> None:
+    assert Settings.from_env({"HOSTNAME": "[::1]"}).hostname == "::1"
+    assert Settings.from_env({"HOSTNAME": "tokenmill-7f9c-abcde"}).hostname == "0.0.0.0"
+
+
+@pytest.mark.parametrize("visible", ["NoDevFiles", "-1", "", "none", "void", '""'])
+def test_devices_that_a_batch_system_takes_away_are_not_counted(visible: str) -> None:
+    with pytest.raises(ArgumentError, match="no number was given"):
+        Settings.from_args(["--sharded", "true"], {"CUDA_VISIBLE_DEVICES": visible})
+    environ = {"CUDA_VISIBLE_DEVICES": "GPU-8f2a,MIG-3,-1,2", "WORLD_SIZE": "x", "RANK": "y", "SLURM_NTASKS": "z"}
+    assert Settings.from_args(["--sharded", "true"], environ).num_shard == 2
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "tcp://10.0.0.1:80", "8080x", "1" * 9])
+def test_vertex_ais_port_must_be_one(port: str) -> None:
+    settings = Settings.from_env({"AIP_HTTP_PORT": port})
+    assert settings.port == 3000
+    assert f"`AIP_HTTP_PORT={port}` has no effect" in settings.warnings[0]

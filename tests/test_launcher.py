@@ -22,7 +22,9 @@ from support_server import byte_model
 import tokenmill
 from tokenmill import rundir
 from tokenmill.config import Settings
-from tokenmill.launcher import Restarts, listen, readiness
+from tokenmill.errors import AddressInUse
+from tokenmill.launcher import Restarts, readiness
+from tokenmill.listening import listen, place
 from tokenmill.wire.control import ChildControl, ParentControl, ParentGoneError
 from tokenmill.wire.messages import Configure, Drain, EngineInfo, Failed, ModelReady, Phase, Progress
 
@@ -262,6 +264,42 @@ def test_the_readiness_line_counts_requests_of_full_length() -> None:
     assert "holds 1,600 tokens, 3 requests of the full 500 tokens" in line
     assert "secret" not in curl
     assert "$API_KEY" in curl
+
+
+@pytest.mark.parametrize("hostname, url", [
+    ("::1", "http://[::1]:3000"), ("::", "http://[::1]:3000"), ("0.0.0.0", "http://127.0.0.1:3000"),
+    ("fe80::1%eth0", "http://[fe80::1%25eth0]:3000"), ("my-machine", "http://my-machine:3000"),
+])  # fmt: skip
+def test_the_url_to_paste_is_one(hostname: str, url: str) -> None:
+    info = EngineInfo("m", "float32", "cpu", "torch", num_blocks=100, block_size=16, vocab_size=9, max_input_tokens=499,
+                      max_total_tokens=500, max_batch_tokens=512, max_batch_size=128)  # fmt: skip
+    line, curl = readiness(info, Settings.from_args(["--hostname", hostname], {}), 1.25)
+    assert f" at {url};" in line
+    assert f"curl {url}/v1/chat/completions " in curl
+
+
+@pytest.mark.parametrize("hostname, address", [("::1", "::1"), ("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"),
+                                               ("0", "0.0.0.0")])  # fmt: skip
+def test_an_address_or_a_name_is_listened_on(hostname: str, address: str) -> None:
+    with listen(hostname, 0) as listener:
+        assert listener.getsockname()[0] == address
+
+
+@pytest.mark.parametrize("hostname, words", [
+    ("no-such-name.invalid", "neither an address nor a name that is known here .* 0.0.0.0 means all"),
+    ("192.0.2.1", r"Cannot listen on 192\.0\.2\.1:0: .*this machine has no such address"),
+    ("2001:db8::1", r"Cannot listen on \[2001:db8::1\]:0: "), ("x" * 70, "neither an address nor a name"),
+    ("http://here", "neither an address nor a name"),
+])  # fmt: skip
+def test_what_cannot_be_listened_on_is_explained(hostname: str, words: str) -> None:
+    with pytest.raises(AddressInUse, match=words):
+        listen(hostname, 0)
+
+
+def test_a_taken_port_of_an_ipv6_address_is_named_with_brackets() -> None:
+    with listen("::1", 0) as taken, pytest.raises(AddressInUse, match=r"Port \d+ of \[::1\] is in use"):
+        listen("::1", taken.getsockname()[1])
+    assert place("::1", 80) == "[::1]:80"
 
 
 def test_the_folder_of_a_killed_server_is_removed_by_the_next_and_that_of_a_living_one_is_not(

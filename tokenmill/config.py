@@ -6,7 +6,6 @@ An option whose machinery a later release brings is parsed and refused with a se
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from tokenmill import options
+from tokenmill import options, surroundings
 from tokenmill.errors import ArgumentError
 from tokenmill.options import Option
+from tokenmill.surroundings import stripped
 
 _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
                   "bitsandbytes-fp4", "fp8")  # fmt: skip
@@ -121,9 +121,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     watermark_delta: Annotated[float | None, Option("What a watermark adds to the logits of that share. Default: 2.",
                                                     )] = None
     ngrok: Annotated[bool, Option("TGI: tunnel.", later="tunnels are not supported; run ngrok beside it.")] = False
-    ngrok_authtoken: Annotated[str, Option("TGI: tunnel.", secret=True, later=(
-        "tunnels are not supported; run ngrok beside it."))] = ""
-    ngrok_edge: Annotated[str, Option("TGI: tunnel.", later="tunnels are not supported; run ngrok beside it.")] = ""
+    ngrok_authtoken: Annotated[str, Option("TGI: of --ngrok.", secret=True, no_effect=(
+        "there are no tunnels; ngrok itself, run beside it, reads the variable."))] = ""
+    ngrok_edge: Annotated[str, Option("TGI: of --ngrok.", no_effect="there are no tunnels; run ngrok beside it.")] = ""
 
     # Running
     json_output: Annotated[bool, Option("Log lines as JSON.")] = False
@@ -166,7 +166,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                                           env="TOKENMILL_DETERMINISTIC,DETERMINISTIC")] = False
     http_workers: Annotated[int, Option("HTTP processes.", at_least=1, at_most=64, env="TOKENMILL_HTTP_WORKERS")] = 1
     cpu_threads: Annotated[int | None, Option("Threads that compute, per rank. Default: the CPUs that this process may "
-                                              "use.", at_least=1, env="TOKENMILL_CPU_THREADS,OMP_NUM_THREADS")] = None
+                                              "use.", at_least=1, env="TOKENMILL_CPU_THREADS,OMP_NUM_THREADS",
+                                              shared_env="OMP_NUM_THREADS")] = None
     memory_limit: Annotated[str, Option("Memory for weights and KV cache, as 8GiB or 500MB. Default: most of what is "
                                         "free.", env="TOKENMILL_MEMORY_LIMIT")] = ""
     block_size: Annotated[int, Option("Tokens of a KV cache block.", at_least=1, at_most=1024,
@@ -230,16 +231,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_namespace(cls, namespace: Any, environ: Mapping[str, str] | None = None) -> Settings:
-        """As `from_args`, of options parsed already: an absent attribute is an option that was not given."""
+        """As `from_args`, of options parsed already: an absent attribute is an option that was not given.
+
+        `environ` None: this process's, of which what libraries could not read is taken out (see `surroundings.mend`).
+        """
+        warnings = _mended() if environ is None else []
         environ = os.environ if environ is None else environ
-        values, warnings = options.collect(cls, namespace, environ)
+        values, odd = options.collect(cls, namespace, environ)
+        warnings += odd
         warnings += [f"`{name}` has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if environ.get(name)]
-        if getattr(namespace, "hostname", "") == "localhost":  # said to us, unlike a container's HOSTNAME
-            values["hostname"] = "127.0.0.1"
+        if "hostname" in values:
+            said = hasattr(namespace, "hostname")
+            values["hostname"] = surroundings.hostname(values["hostname"], said, warnings)
         if values.get("sharded") and "num_shard" not in values:
-            values["num_shard"] = _visible_devices(environ)
+            values["num_shard"] = surroundings.visible_devices(environ)
         if "cpu_threads" in values:
-            said = hasattr(namespace, "cpu_threads") or bool(environ.get("TOKENMILL_CPU_THREADS"))
+            said = hasattr(namespace, "cpu_threads") or bool(stripped(environ.get("TOKENMILL_CPU_THREADS", "")))
             values["cpu_threads"] = _cpu_threads(values["cpu_threads"], said, warnings)
         return _checked(cls(**{**values, "warnings": tuple(warnings)}))
 
@@ -274,17 +281,11 @@ def _checked(settings: Settings) -> Settings:
         raise ArgumentError(f"`max_input_tokens` ({max_input}) must be < `max_total_tokens` ({total}).")
     _check_limits(settings)
     warnings += _odd(settings)
-    hostname = settings.hostname
-    try:
-        ipaddress.ip_address(hostname)
-    except ValueError:
-        warnings.append(f"Hostname {hostname!r} is not an IP address: listening on 0.0.0.0.")
-        hostname = "0.0.0.0"
     memory_bytes(settings.memory_limit)
     graph_sizes(settings.cuda_graphs)
     return msgspec.structs.replace(
-        settings, max_input_tokens=max_input, max_input_length=None, num_shard=_num_shard(settings), hostname=hostname,
-        port=int(settings.aip_http_port) if settings.aip_http_port.isdecimal() else settings.port,
+        settings, max_input_tokens=max_input, max_input_length=None, num_shard=_num_shard(settings),
+        port=int(settings.aip_http_port) if surroundings.is_port(settings.aip_http_port) else settings.port,
         json_output=settings.json_output or settings.log_format == "json", warnings=tuple(warnings),
         cache_dir=settings.cache_dir or default_cache_dir(),
         kernel_cache=settings.kernel_cache or str(Path(default_cache_dir()) / "kernels"),
@@ -311,17 +312,17 @@ def _odd(settings: Settings) -> list[str]:
         warnings.append("`PREFILL_CHUNKING=0` has no effect: prefill is always chunked.")
     if settings.log_format not in ("", "json", "text"):
         warnings.append(f"`LOG_FORMAT={settings.log_format}` has no effect: logs are `text` or `json`.")
-    if settings.aip_http_port and not settings.aip_http_port.isdecimal():
-        warnings.append(f"`AIP_HTTP_PORT={settings.aip_http_port}` has no effect: it is not a number.")
+    if settings.aip_http_port and not surroundings.is_port(settings.aip_http_port):
+        warnings.append(f"`AIP_HTTP_PORT={settings.aip_http_port}` has no effect: it is not a number up to 65535.")
     return warnings
 
 
-def _visible_devices(environ: Mapping[str, str]) -> int | None:
-    """How many devices the first of TGI's variables names; None if none does."""
-    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
-        if environ.get(name, "") not in ("", "all", "void"):
-            return environ[name].count(",") + 1
-    return None
+def _mended() -> list[str]:
+    """Mend this process's environment; what was changed. Raises ArgumentError if nothing can be written anywhere."""
+    try:
+        return surroundings.mend(os.environ)
+    except OSError as error:
+        raise ArgumentError(f"{error.strerror}. Set TMPDIR to a folder that this user may write to.") from None
 
 
 def _cpu_threads(wanted: int, said: bool, warnings: list[str]) -> int:
@@ -373,8 +374,8 @@ def graph_sizes(text: str) -> tuple[int, ...] | None:
 
 
 def default_cache_dir() -> str:
-    """Where the embedded default model is kept: XDG_CACHE_HOME/tokenmill or ~/.cache/tokenmill."""
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenmill")
+    """Where the embedded default model is kept: XDG_CACHE_HOME/tokenmill or ~/.cache/tokenmill, if there can be one."""
+    return str(surroundings.cache_home(os.environ) / "tokenmill")
 
 
 def environment(threads: int) -> dict[str, str]:

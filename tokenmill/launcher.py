@@ -11,7 +11,6 @@ a child's end, a signal, a moment for which something is planned.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import selectors
 import signal
@@ -27,8 +26,9 @@ import msgspec
 
 from tokenmill import config, fetch, logs
 from tokenmill.config import Settings
-from tokenmill.errors import AddressInUse, StartError
+from tokenmill.errors import StartError
 from tokenmill.extras import need_opentelemetry
+from tokenmill.listening import listen, place
 from tokenmill.process import Child
 from tokenmill.progress import Display, display
 from tokenmill.rundir import run_dir
@@ -62,27 +62,6 @@ class Restarts:
         """Seconds to wait after a death at `now`; None if it died too often."""
         self.times = [time for time in self.times if now - time < RESTART_WINDOW_S] + [now]
         return None if len(self.times) > self.allowed else min(60.0, 2.0 ** (len(self.times) - 1))
-
-
-def listen(hostname: str, port: int) -> socket.socket:
-    """A listening socket. Raises AddressInUse with the cure."""
-    family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((hostname, port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(
-                f"Port {port} of {hostname} is in use by another process. Give another with --port (or PORT), or stop "
-                f"the one that listens there."
-            ) from None
-        denied = error.errno == errno.EACCES
-        cure = "ports below 1024 need root" if denied else "give another with --hostname and --port"
-        raise AddressInUse(f"Cannot listen on {hostname}:{port}: {error.strerror}; {cure}.") from None
-    return listener
 
 
 class Supervisor:
@@ -339,8 +318,8 @@ def _wakeup() -> Iterator[socket.socket]:
 
 def readiness(info: EngineInfo, settings: Settings, took_s: float) -> list[str]:
     """The line that says what is served and where, and a command to paste."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.hostname, settings.hostname)
-    url = f"http://{host}:{settings.port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.hostname, settings.hostname)
+    url = f"http://{place(host, settings.port)}"
     ranks = f", {info.num_shard} ranks" if info.num_shard > 1 else ""
     full = info.capacity // max(info.max_total_tokens, 1)
     key = ' -H "Authorization: Bearer $API_KEY"' if settings.api_key else ""

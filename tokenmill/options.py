@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,9 @@ from typing import Any, NoReturn
 import msgspec
 
 from tokenmill.errors import ArgumentError, UsageError
+from tokenmill.surroundings import is_service_link, stripped
 
+_MOST = 2**63 - 1
 _TRUE, _FALSE = ("true", "1", "yes", "y", "on", "t"), ("false", "0", "no", "n", "off", "f")
 
 
@@ -36,6 +39,7 @@ class Option:
     later_choices: tuple[str, ...] = ()  # the choices that `later` is about; (): all
     no_effect: str = ""  # parsed, and this reason logged if it is given
     env_only: bool = False
+    shared_env: str = ""  # that of its variables which other programs read, too: what cannot be read of it is no error
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,16 @@ def value_of(field: Field, text: str) -> Any:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if kind is bool:
         return boolean(text)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{text!r} is not UTF-8")
     try:
         value = kind(text)
     except ValueError:
         raise ValueError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a finite number")
+    if kind is int and value > _MOST:
+        raise ValueError(f"{text} is too large: at most {_MOST}")
     if option.choices and value not in option.choices:
         raise ValueError(f"{text!r} is not one of: {', '.join(option.choices)}")
     if option.at_least is not None and value < option.at_least:
@@ -185,13 +195,10 @@ def collect(
             value, source = getattr(namespace, field.name), field.flag
             value = tuple(value) if field.kind is tuple else value
         else:
-            variable = next((name for name in field.variables if environ.get(name, "") != ""), None)
-            if variable is None:
+            found = _from_environment(field, environ, warnings)
+            if found is None:
                 continue
-            try:
-                value, source = value_of(field, environ[variable]), variable
-            except ValueError as error:
-                raise UsageError(f"Environment variable {variable}: {error}.") from None
+            value, source = found
         values[field.name] = value
         if value in (field.default, False):
             continue
@@ -200,3 +207,33 @@ def collect(
         if field.option.no_effect:
             warnings.append(f"`{source}` has no effect: {field.option.no_effect}")
     return values, warnings
+
+
+def _from_environment(field: Field, environ: Mapping[str, str], warnings: list[str]) -> tuple[Any, str] | None:
+    """The value of the first variable that has one, and that variable; None if none has.
+
+    What is odd about a value and does no harm is added to `warnings`. Raises UsageError for one that cannot be read,
+    unless it would have no effect or is meant for other programs as well.
+    """
+    for variable in field.variables:
+        given = environ.get(variable, "")
+        text = stripped(given)
+        if text != given:
+            warnings.append(f"`{variable}`: white space or quotes around its value are taken to be no part of it.")
+        if variable == field.option.shared_env:
+            text = text.partition(",")[0]  # one number for each level of nesting
+        if not text:
+            continue
+        if field.kind not in (str, tuple) and is_service_link(text):
+            warnings.append(f"`{variable}={text}` is ignored: it is the address of a service, not this option's value.")
+            continue
+        try:
+            return value_of(field, text), variable
+        except ValueError as error:
+            if field.option.no_effect:
+                warnings.append(f"`{variable}` has no effect: {field.option.no_effect} ({error})")
+            elif variable == field.option.shared_env:
+                warnings.append(f"`{variable}` is ignored: {error}.")
+            else:
+                raise UsageError(f"Environment variable {variable}: {error}.") from None
+    return None

@@ -211,13 +211,13 @@ def _torch(settings: Settings) -> Finding:
 
 
 def _port(settings: Settings) -> Finding:
-    from tokenmill.launcher import listen
+    from tokenmill.listening import listen, place
 
     try:
         listen(settings.hostname, settings.port).close()
     except StartError as error:
         return Finding("port", "note", str(error))  # perhaps it is the server that is asked about
-    return Finding("port", "ok", f"{settings.hostname}:{settings.port} is free")
+    return Finding("port", "ok", f"{place(settings.hostname, settings.port)} is free")
 
 
 _LOOKS: dict[str, Callable[[Settings], Finding]] = {

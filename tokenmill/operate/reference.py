@@ -30,6 +30,13 @@ The command line beats the environment, which beats the default. A boolean is a 
 (`1`, `0`, `yes`, `no`, `on`, `off`); a variable takes the word. An empty variable is one that is not set. Lists are
 repeated options, or one with commas. An option that does nothing here is named in a warning at the start, one whose
 machinery is not there yet is refused with its cure: none is ignored in silence.
+
+White space, line ends and quotes around a variable's value are no part of it. A variable that cannot be read as its
+option ends the start with exit code 2, unless it would have no effect, is the address of a service
+(`PROMETHEUS_PORT=tcp://10.0.0.1:9090`, as Kubernetes sets them) or is meant for other programs as well
+(`OMP_NUM_THREADS`, of whose list `2,1` the first number counts): then a warning names it. `--hostname` takes an address
+(`::1` or `[::1]`) or a name; in `HOSTNAME`, which every container has, a name means all addresses. Without a home that
+can be written to, downloads and compiled kernels go to a private folder among the temporary files: a warning names it.
 """
 
 _CLI_TAIL = """\

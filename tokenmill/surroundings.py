@@ -1,0 +1,184 @@
+"""The process's surroundings: variables that containers, batch systems and shells set, and folders that may be missing.
+
+Values from the environment are read as they were meant (`stripped`, `is_service_link`); `mend` changes an environment
+so that neither a library nor a look for the user's home ends a start.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pwd
+import re
+import stat
+import tempfile
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+_QUOTES = ('""', "''", "“”", "‘’")
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
+_NUMBERS_OF_LIBRARIES: dict[str, type[int] | type[float]] = {
+    "WEB_CONCURRENCY": int,  # uvicorn
+    "HF_HUB_DOWNLOAD_TIMEOUT": int,
+    "HF_HUB_ETAG_TIMEOUT": int,
+    "HF_HUB_LOCAL_DIR_AUTO_SYMLINK_THRESHOLD": int,
+    "OTEL_EXPORTER_OTLP_TIMEOUT": float,
+    "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": float,
+    "NUMBA_NUM_THREADS": int,
+}
+"""Variables of libraries that raise while they are imported or set up if one of these is no number."""
+_MEMORY_FOLDERS = ("/dev/shm",)
+"""Where a file may still be written if no usual folder for temporary files can: a container's read-only root."""
+
+
+def stripped(text: str) -> str:
+    """A variable's value without white space, line ends and a pair of quotes around it: some readers of env files keep
+    them."""
+    while True:
+        text = text.strip()
+        if len(text) < 2 or text[0] + text[-1] not in _QUOTES:
+            return text
+        text = text[1:-1]
+
+
+def is_service_link(text: str) -> bool:
+    """True for `tcp://10.0.0.1:80`: Kubernetes and Docker set `<NAME>_PORT` so for each service called NAME."""
+    return _SERVICE_LINK.match(text) is not None
+
+
+def is_port(text: str) -> bool:
+    """True for a number that a port may have."""
+    return text.isdecimal() and len(text) < 6 and int(text) < 1 << 16
+
+
+def hostname(given: str, said: bool, warnings: list[str]) -> str:
+    """The address or name to listen on. `said`: on the command line; HOSTNAME is any container's own name.
+
+    An address may stand in brackets, as in a URL.
+    """
+    name = given.strip().removeprefix("[").removesuffix("]")
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    if said and name:
+        return "127.0.0.1" if name == "localhost" else name
+    if name:
+        warnings.append(f"Hostname {name!r} is not an IP address: listening on 0.0.0.0.")
+    return "0.0.0.0"
+
+
+def visible_devices(environ: Mapping[str, str]) -> int | None:
+    """The number of devices in the first of TGI's variables that names some; None if none does.
+
+    As in CUDA, an entry that is no device ends the list: `-1`, or a batch system's `NoDevFiles`.
+    """
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        count = 0
+        for device in stripped(environ.get(name, "")).split(","):
+            if device.strip().lower() in ("", "all", "void", "none", "nodevfiles") or device.strip().startswith("-"):
+                break
+            count += 1
+        if count:
+            return count
+    return None
+
+
+def cache_home(environ: Mapping[str, str]) -> Path:
+    """The folder for what may be made again: XDG_CACHE_HOME, ~/.cache, or a private one where neither can be used."""
+    given = environ.get("XDG_CACHE_HOME") or _home(environ) / ".cache"
+    return Path(given) if usable(Path(given)) else private_folder()
+
+
+def usable(folder: Path) -> bool:
+    """True if the folder is there, perhaps with something in it to be read, or could be made."""
+    if folder.is_dir():
+        return os.access(folder, os.R_OK | os.X_OK)
+    above = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
+    return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+
+
+def private_folder() -> Path:
+    """A folder of this user alone among the temporary files: the same one each time if it can be trusted.
+
+    What it holds may be run (compiled kernels), so a folder that others own or may write to is not used.
+    """
+    folder = Path(tempfile.gettempdir()) / f"cache-tokenmill-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    trusted = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if trusted else Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+
+
+def mend(environ: MutableMapping[str, str]) -> list[str]:
+    """Take out of `environ` what a library could not read, put in what one needs; a warning for each change.
+
+    Call it with a process's own environment before libraries are imported. Raises OSError if nothing can be written
+    anywhere.
+    """
+    return [*_drop_unreadable(environ), *_find_temporary(environ), *_find_home(environ)]
+
+
+def _drop_unreadable(environ: MutableMapping[str, str]) -> list[str]:
+    warnings = []
+    for name, kind in _NUMBERS_OF_LIBRARIES.items():
+        if name not in environ:
+            continue
+        given, text = environ[name], stripped(environ[name])
+        try:
+            readable = kind(text) > 0
+        except ValueError:
+            readable = False
+        if readable:
+            environ[name] = text
+        else:
+            del environ[name]
+            if given:
+                warnings.append(f"`{name}={given}` is ignored: a library reads it, and it is not a number above 0.")
+    return warnings
+
+
+def _find_temporary(environ: MutableMapping[str, str]) -> list[str]:
+    given = environ.get("TMPDIR", "")
+    try:
+        found = tempfile.gettempdir()
+    except FileNotFoundError:
+        found = next((folder for folder in _MEMORY_FOLDERS if os.access(folder, os.W_OK | os.X_OK)), "")
+        if not found:
+            raise
+        environ["TMPDIR"] = found
+    if not given or os.path.realpath(given) == os.path.realpath(found):
+        return []
+    return [f"`TMPDIR={given}` is not a folder that can be written to: {found} holds temporary files."]
+
+
+def _find_home(environ: MutableMapping[str, str]) -> list[str]:
+    warnings = []
+    if not environ.get("HOME") and _entry() is None:
+        environ["HOME"] = str(private_folder())
+        warnings.append(f"The user {os.getuid()} has no home: {environ['HOME']} is used. Set HOME to a folder to keep.")
+    if not environ.get("XDG_CACHE_HOME") and not usable(_home(environ) / ".cache"):
+        environ["XDG_CACHE_HOME"] = str(private_folder())
+        warnings.append(
+            f"{_home(environ)} cannot be written to: {environ['XDG_CACHE_HOME']} holds downloads and compiled kernels. "
+            "Set HOME or XDG_CACHE_HOME to a folder to keep."
+        )
+    if _entry() is None and not any(environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        environ["USER"] = f"uid{os.getuid()}"  # libraries ask for a name and take no for an error
+    return warnings
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    entry = _entry()
+    return Path(environ.get("HOME") or (entry.pw_dir if entry else private_folder()))
+
+
+def _entry() -> pwd.struct_passwd | None:
+    """This user's line of the table of users: an arbitrary uid of a container has none."""
+    try:
+        return pwd.getpwuid(os.getuid())
+    except KeyError:
+        return None
