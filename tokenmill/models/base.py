@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import msgspec
 
@@ -12,9 +12,16 @@ from tokenmill.errors import ModelError
 from tokenmill.layers.scope import Scope
 from tokenmill.program.value import Inputs, Program, Value, record
 
+_ROPE_PLACES = ("rope_scaling", "rope_parameters")
+_BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
+
 
 class Model(Protocol):
-    """What a file of models/ defines besides its `Config`: names and sizes; it reads no weight and knows no rank."""
+    """What a file of models/ defines besides its `Config`: names and sizes; it reads no weight and knows no rank.
+
+    The fields of `Config` have the defaults of transformers' class. One that is bool, or whose type admits None, may be
+    null.
+    """
 
     def __init__(self, config: Any, scope: Scope) -> None:
         """`config`: the file's `Config`."""
@@ -23,20 +30,21 @@ class Model(Protocol):
         """Record the model; the logits of the rows that sample, (samples, vocabulary)."""
 
 
+def config_of(config: dict[str, Any]) -> Any:
+    """config.json as the `Config` of its model type; Unsupported and ModelError as `make`."""
+    module = _module(config)
+    try:
+        return msgspec.convert(_without_nulls(normalized(config), module.Config), module.Config, strict=False)
+    except (msgspec.ValidationError, ValueError) as e:
+        raise ModelError(f"config.json of the {config['model_type']} model cannot be used: {e}.") from e
+
+
 def make(config: dict[str, Any]) -> Callable[[Inputs], Value]:
     """The model, weightless: cheap, and enough to record, plan and count.
 
     Unsupported for an unknown `model_type`, ModelError for a config.json that lacks something or makes no sense.
     """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise ModelError("config.json names no model_type: it does not belong to a language model of transformers.")
-    module = plugins.find("models", model_type)
-    try:
-        read = msgspec.convert(normalized(config), module.Config, strict=False)
-    except msgspec.ValidationError as e:
-        raise ModelError(f"config.json of the {model_type} model cannot be used: {e}.") from e
-    model: Callable[[Inputs], Value] = module.Model(read, Scope())
+    model: Callable[[Inputs], Value] = _module(config).Model(config_of(config), Scope())
     return model
 
 
@@ -46,11 +54,49 @@ def program_of(config: dict[str, Any]) -> Program:
 
 
 def normalized(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json with rope settings where every version of transformers would look for them, and without nulls."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"config.json: rope_scaling is {rope!r}, not an object.")
-    theta = config.get("rope_theta") or rope.get("rope_theta", 10000.0)
-    kept = {k: v for k, v in rope.items() if k != "rope_theta"}
-    found = {**config, "rope_scaling": kept or None, "rope_theta": theta}
-    return {k: v for k, v in found.items() if v is not None}
+    """config.json with its rope settings in one place: `rope_theta`, `rope_scaling`, `partial_rotary_factor`.
+
+    transformers 5 writes all of them into `rope_parameters`. ModelError if two places differ.
+    """
+    found = {name: value for name, value in config.items() if name not in _ROPE_PLACES}
+    for place in _ROPE_PLACES:
+        rope = config.get(place) or {}
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ModelError(f"config.json: {place} is {rope!r}, not an object of one kind for all layers.")
+        for name in _BESIDE_ROPE:
+            _add(found, name, rope.get(name))
+        rope = {"rope_type" if k == "type" and "rope_type" not in rope else k: v for k, v in rope.items()}
+        _add(found, "rope_scaling", {k: v for k, v in rope.items() if k not in _BESIDE_ROPE} or None)
+    return {"rope_scaling": None, **found}
+
+
+def _add(found: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field that may stand in two places."""
+    before = found.get(name)
+    if value is not None and before not in (None, value):
+        raise ModelError(f"config.json has two values of {name}: {before!r} and {value!r}. Leave one of them out.")
+    if value is not None:
+        found[name] = value
+
+
+def _module(config: dict[str, Any]) -> Any:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError("config.json names no model_type: it does not belong to a language model of transformers.")
+    return plugins.find("models", model_type)
+
+
+def _without_nulls(config: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The fields of `kind`, null as the class of transformers takes it: false for a switch, itself where it may be."""
+    found = {}
+    for field in msgspec.structs.fields(kind):
+        if field.encode_name not in config:
+            continue
+        value = config[field.encode_name]
+        if value is None and field.type is bool:
+            value = False
+        elif value is None and type(None) not in get_args(field.type):
+            cure = "give it a value" if field.required else f"leave it out for its default, {field.default}"
+            raise ValueError(f"`{field.encode_name}` is null, which is no value of it; {cure}")
+        found[field.encode_name] = value
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -15,58 +15,106 @@ from tokenmill.layers.scope import Scope
 from tokenmill.program.value import Inputs, Value
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-Act = Literal["silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh"]
+HeadDim = Annotated[int, msgspec.Meta(ge=2, le=1 << 12, multiple_of=2)]
+Length = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Act = Literal[
+    "silu", "swish", "relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
+    "gelu_python_tanh",
+]  # fmt: skip
+_SAME_ACTS = {
+    "swish": "silu", "gelu_python": "gelu", "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+}  # fmt: skip
+"""transformers' names of one function -> the one that backends know"""
+
+
+class Biases(NamedTuple):
+    """Which products have a bias: attention's input and output projections, and the feed-forward layer's."""
+
+    qkv: bool = False
+    output: bool = False
+    mlp: bool = False
 
 
 class Config(msgspec.Struct, kw_only=True):
-    """The fields of config.json that this file reads."""
+    """The fields of config.json that this file reads, with the defaults of transformers' LlamaConfig."""
 
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
-    num_attention_heads: Size
-    vocab_size: Size
-    num_key_value_heads: Size = 0  # 0: as many as heads
-    head_dim: Annotated[int, msgspec.Meta(ge=2, le=1 << 12, multiple_of=2)] = 0  # 0: hidden_size / heads
-    max_position_embeddings: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 2048
+    hidden_size: Size = 4096
+    intermediate_size: Size = 11008
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)] = 32
+    num_attention_heads: Size = 32
+    vocab_size: Size = 32000
+    num_key_value_heads: Size | None = None  # as many as heads
+    head_dim: HeadDim | None = None  # hidden_size / heads
+    max_position_embeddings: Length | None = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: Annotated[float, msgspec.Meta(gt=0)] = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: Act = "silu"
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        """Fill in what depends on other fields; raises ValueError for heads that do not fit."""
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        if not self.head_dim:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_key_value_heads} key-value heads for {self.num_attention_heads} heads")
+        """Raise ValueError for numbers that do not fit each other, or that transformers' class has no use of."""
+        if self.head_dim is None and self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size} into even numbers"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(f"{self.kv_heads} key-value heads for {self.num_attention_heads} heads")
+        if self.partial_rotary_factor != 1:
+            raise ValueError(
+                f"`partial_rotary_factor` is {self.partial_rotary_factor}, but this model type rotates whole heads; "
+                "leave it out"
+            )
+        scaling = (self.rope_scaling or {}).get("rope_type", "default")
+        if self.max_position_embeddings is None and scaling not in ("default", "linear"):
+            raise ValueError(f"`max_position_embeddings` is null, but {scaling} rope scaling needs it; give a number")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and of values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Numbers of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope(self) -> Rope:
+        """How queries and keys are rotated."""
+        length = self.max_position_embeddings or type(self)().max_position_embeddings
+        assert length is not None
+        return Rope(self.head_size, self.rope_theta, length, self.rope_scaling)
+
+    @property
+    def act(self) -> str:
+        """The activation of the feed-forward layer."""
+        return _SAME_ACTS.get(self.hidden_act, self.hidden_act)
+
+    @property
+    def biases(self) -> Biases:
+        """Which products have a bias."""
+        return Biases(self.attention_bias, self.attention_bias, self.mlp_bias)
 
     def window(self, layer: int) -> int:
         """Tokens that a layer attends to; 0: all."""
         return 0
-
-    @property
-    def bias(self) -> tuple[bool, bool]:
-        """Whether attention's input and output projections have one."""
-        return self.attention_bias, self.attention_bias
 
 
 class Attention:
     """Attention of grouped query heads with rotary positions."""
 
     def __init__(self, c: Config, scope: Scope, layer: int) -> None:
-        q, kv, d = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.head_dim
-        first, last = c.bias
+        d = c.head_size
+        q, kv = c.num_attention_heads * d, c.kv_heads * d
         outputs = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        self.qkv = Linears(scope, c.hidden_size, shard="column", unit=d, bias=first, outputs=outputs)
-        self.out = Linear(scope, q, "o_proj", c.hidden_size, shard="row", bias=last)
-        self.rope = Rope(d, c.rope_theta, c.max_position_embeddings, c.rope_scaling)
+        self.qkv = Linears(scope, c.hidden_size, shard="column", unit=d, bias=c.biases.qkv, outputs=outputs)
+        self.out = Linear(scope, q, "o_proj", c.hidden_size, shard="row", bias=c.biases.output)
+        self.rope = c.rope
         self.layer, self.head_dim, self.window = layer, d, c.window(layer)
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
@@ -90,7 +138,7 @@ class Layer:
         self.norm1 = RmsNorm(scope / "input_layernorm", c.hidden_size, c.rms_norm_eps)
         self.attn = self.attention(c, scope / "self_attn", layer)
         self.norm2 = RmsNorm(scope / "post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
-        self.mlp = GatedMlp(scope / "mlp", c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias)
+        self.mlp = GatedMlp(scope / "mlp", c.hidden_size, c.intermediate_size, c.act, bias=c.biases.mlp)
 
     def __call__(self, x: Value) -> Value:
         """(tokens, hidden), the same shape."""

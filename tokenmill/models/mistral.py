@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from tokenmill.models import llama
-from tokenmill.models.llama import Model, Size
+from tokenmill.models.llama import Biases, Length, Model, Size
 
 __all__ = ["Config", "Model"]
 
 
 class Config(llama.Config, kw_only=True):
-    """The fields of config.json that this file reads."""
+    """The fields of config.json that this file reads, with the defaults of transformers' MistralConfig."""
 
-    max_position_embeddings: int = 4096 * 32
-    num_key_value_heads: Size = 8
-    sliding_window: int = 0
+    intermediate_size: Size = 14336
+    max_position_embeddings: Length | None = 4096 * 32
+    num_key_value_heads: Size | None = 8
+    sliding_window: Length | None = 4096
+    layer_types: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what does not fit, or needs a window on some layers alone."""
+        super().__post_init__()
+        one = "full_attention" if self.sliding_window is None else "sliding_attention"
+        if not set(self.layer_types or ()) <= {one}:
+            raise ValueError(
+                f"`layer_types` names {', '.join(sorted(set(self.layer_types or ())))}, but with this `sliding_window` "
+                f"each layer of this model type is of {one}; leave `layer_types` out"
+            )
 
     def window(self, layer: int) -> int:
         """Tokens that a layer attends to; 0: all."""
-        return self.sliding_window
+        return self.sliding_window or 0
+
+    @property
+    def biases(self) -> Biases:
+        """None, whatever config.json says."""
+        return Biases()

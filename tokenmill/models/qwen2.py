@@ -5,40 +5,53 @@ from __future__ import annotations
 from typing import Literal
 
 from tokenmill.models import llama
-from tokenmill.models.llama import Model, Size
+from tokenmill.models.llama import Biases, Length, Model, Size
 
 __all__ = ["Config", "Model"]
 
 
 class Windows(llama.Config, kw_only=True):
-    """How Qwen's config.json tells which layers have a sliding window."""
+    """How Qwen's config.json tells which layers have a sliding window, and the defaults of its classes."""
 
-    max_position_embeddings: int = 32768
-    num_key_value_heads: Size = 32
+    intermediate_size: Size = 22016
+    vocab_size: Size = 151936
+    max_position_embeddings: Length | None = 32768
+    num_key_value_heads: Size | None = 32
     use_sliding_window: bool = False
-    sliding_window: int = 4096
-    max_window_layers: int = 28
+    sliding_window: Length | None = 4096
+    max_window_layers: int | None = 28
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
 
     def window(self, layer: int) -> int:
         """Tokens that a layer attends to; 0: all."""
-        if not self.use_sliding_window:
+        if not self.use_sliding_window or self.sliding_window is None:
             return 0
         if self.layer_types is not None:
             return self.sliding_window if self.layer_types[layer] == "sliding_attention" else 0
+        assert self.max_window_layers is not None
         return self.sliding_window if layer >= self.max_window_layers else 0
 
     def __post_init__(self) -> None:
-        """Fill in what depends on other fields; raises ValueError for what does not fit."""
+        """Raise ValueError for what does not fit."""
         super().__post_init__()
-        if self.layer_types is not None and len(self.layer_types) < self.num_hidden_layers:
+        slides = self.use_sliding_window and self.sliding_window is not None
+        if self.layer_types is None:
+            if slides and self.max_window_layers is None:
+                raise ValueError("`max_window_layers` is null, but a sliding window is used; give its first layer")
+            return
+        if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"{len(self.layer_types)} layer_types for {self.num_hidden_layers} layers")
+        if "sliding_attention" in self.layer_types and not slides:
+            raise ValueError(
+                "`layer_types` names sliding_attention, but no window is used; set `use_sliding_window` to true and "
+                "`sliding_window` to a number, or leave `layer_types` out"
+            )
 
 
 class Config(Windows, kw_only=True):
     """The fields of config.json that this file reads."""
 
     @property
-    def bias(self) -> tuple[bool, bool]:
-        """Whether attention's input and output projections have one: not up to config.json."""
-        return True, False
+    def biases(self) -> Biases:
+        """Those of queries, keys and values: not up to config.json."""
+        return Biases(qkv=True)

@@ -11,7 +11,12 @@ from tokenmill.program.value import Value
 class Config(qwen2.Windows, kw_only=True):
     """The fields of config.json that this file reads."""
 
-    head_dim: int = 128
+    head_dim: llama.HeadDim | None = 128
+
+    @property
+    def biases(self) -> llama.Biases:
+        """Attention's are up to config.json, the feed-forward layer has none."""
+        return llama.Biases(self.attention_bias, self.attention_bias)
 
 
 class Attention(llama.Attention):
@@ -19,8 +24,8 @@ class Attention(llama.Attention):
 
     def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
         super().__init__(c, scope, layer)
-        self.q_norm = RmsNorm(scope / "q_norm", c.head_dim, c.rms_norm_eps, per_head=True)
-        self.k_norm = RmsNorm(scope / "k_norm", c.head_dim, c.rms_norm_eps, per_head=True)
+        self.q_norm = RmsNorm(scope / "q_norm", c.head_size, c.rms_norm_eps, per_head=True)
+        self.k_norm = RmsNorm(scope / "k_norm", c.head_size, c.rms_norm_eps, per_head=True)
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Each head by itself."""

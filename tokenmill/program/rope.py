@@ -8,7 +8,7 @@ llama3, Meta's Llama 3.1 reference.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, floor, log, pi
+from math import ceil, floor, inf, log, pi
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,11 @@ from tokenmill.errors import ModelError, Unsupported
 Scaling = tuple[tuple[str, Any], ...]
 Frequencies = NDArray[np.float64]
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "factors")
+_CURES = dict.fromkeys(
+    ("longrope", "su"),
+    "Its frequencies change when a sequence outgrows the original length, which a cache of keys cannot follow: "
+    "serve a model whose rope_scaling is of one of these types.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +38,16 @@ class RopeTable:
     @staticmethod
     def of(rotary_dim: int, theta: float, max_position: int, scaling: dict[str, Any] | None) -> RopeTable:
         """Checked. Unsupported for a scaling that is not known, ModelError for one that lacks a number."""
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in (scaling or {}).items() if v is not None}
-        kind = given.pop("rope_type", given.pop("type", "default"))
-        given.pop("type", None)
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in (scaling or {}).items()}
+        kind = _kind_of(given)
         if kind not in KINDS:
-            raise Unsupported("rope scaling", str(kind), KINDS)
-        table = RopeTable(rotary_dim, theta, max_position, (("rope_type", kind), *sorted(given.items())))
+            raise Unsupported("rope scaling", str(kind), KINDS, _CURES.get(kind, ""))
+        kept = {k: v for k, v in given.items() if k not in ("rope_type", "type") and (v is not None or k == "truncate")}
+        table = RopeTable(rotary_dim, theta, max_position, (("rope_type", kind), *sorted(kept.items())))
         try:
-            table.inverse_frequencies(), table.magnitude()
+            table.inverse_frequencies(), table.magnitude(), table.longest
+            if table.moves:
+                table.frequencies_at(np.zeros(1, np.int64))
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as e:
             raise ModelError(f"config.json: rope_scaling {scaling!r} is incomplete or wrong: {e!r}.") from e
         return table
@@ -55,20 +62,51 @@ class RopeTable:
         """True if the frequencies depend on the position (dynamic): then use `frequencies_at`."""
         return self.kind == "dynamic"
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context that the scaling makes of `max_position`.
+
+        A factor stretches the original length, where there is one; `max_position` may be the product already. That of
+        llama3 always is.
+        """
+        if self.kind not in ("linear", "dynamic", "yarn"):
+            return self.max_position
+        s = dict(self.scaling)
+        original = s.get("original_max_position_embeddings") or self.max_position
+        return max(self.max_position, int(original * self._factor(s)))
+
+    @property
+    def exact_prompt(self) -> int:
+        """Tokens of the longest prompt whose numbers are transformers'.
+
+        Of a longer one dynamic scaling takes the whole length for every token's frequencies there, so that no two
+        prompts could share a block of the cache; here it is each token's own position.
+        """
+        return self.max_position if self.moves else self.longest
+
+    def _factor(self, s: dict[str, Any]) -> float:
+        if self.kind == "yarn" and "factor" not in s:  # said by the two lengths
+            return float(self.max_position / s["original_max_position_embeddings"])
+        factor = float(s["factor"])
+        if not 0 < factor < inf:
+            raise ValueError(f"a factor of {factor}")
+        return factor
+
     def inverse_frequencies(self) -> NDArray[np.float32]:
         """(rotary_dim / 2,) radians a position."""
         s = dict(self.scaling)
         inv = self.theta ** (-np.arange(self.rotary_dim // 2) * 2.0 / self.rotary_dim)
         if self.kind == "linear":
-            inv = inv / s["factor"]
+            inv = inv / self._factor(s)
         elif self.kind == "llama3":
-            inv = _llama3(inv, s)
+            inv = _llama3(inv, s, self._factor(s))
         elif self.kind == "yarn":
             inv = self._yarn(inv, s)
         elif self.kind == "factors":  # one divisor a frequency
-            inv = inv / np.asarray(s["factors"], np.float64)
-        elif self.kind == "dynamic":
-            float(s["factor"])
+            factors = np.asarray(s["factors"], np.float64)
+            if factors.shape != inv.shape:
+                raise ValueError(f"{factors.size} factors for {inv.size} frequencies")
+            inv = inv / factors
         return inv.astype(np.float32)
 
     def frequencies_at(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -78,7 +116,7 @@ class RopeTable:
         a longer prompt's frequencies do not depend on how it is cut into steps.
         """
         s, dim = dict(self.scaling), self.rotary_dim
-        factor, length = float(s["factor"]), self.max_position
+        factor, length = self._factor(s), self.max_position
         seen = np.maximum(positions + 1, length)
         theta = self.theta * (factor * seen / length - (factor - 1)) ** (dim / (dim - 2))
         return np.asarray(theta[:, None] ** (-np.arange(dim // 2) * 2.0 / dim), np.float32)
@@ -90,9 +128,10 @@ class RopeTable:
             return 1.0
         if "attention_factor" in s:
             return float(s["attention_factor"])
+        factor = self._factor(s)
 
         def stretch(weight: float) -> float:
-            return 0.1 * weight * log(s["factor"]) + 1.0 if s["factor"] > 1 else 1.0
+            return 0.1 * weight * log(factor) + 1.0 if factor > 1 else 1.0
 
         if s.get("mscale") and s.get("mscale_all_dim"):
             return stretch(s["mscale"]) / stretch(s["mscale_all_dim"])
@@ -109,11 +148,23 @@ class RopeTable:
             low, high = floor(low), ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)  # 0: fast, kept; 1: slow, stretched
-        return np.asarray(inv / s["factor"] * ramp + inv * (1 - ramp))
+        return np.asarray(inv / self._factor(s) * ramp + inv * (1 - ramp))
 
 
-def _llama3(inv: Frequencies, s: dict[str, Any]) -> Frequencies:
+def _kind_of(scaling: dict[str, Any]) -> str:
+    """The type, in either spelling. ModelError if there are two, or none beside numbers that only a type explains."""
+    named = {str(scaling[key]) for key in ("rope_type", "type") if scaling.get(key) is not None}
+    if len(named) > 1:
+        raise ModelError(f"config.json: rope_scaling {scaling!r} names two types. Leave one of them out.")
+    if not named and scaling.get("factor") not in (None, 1):
+        raise ModelError(
+            f"config.json: rope_scaling {scaling!r} has a factor but no rope_type. Add one of {', '.join(KINDS[1:5])}."
+        )
+    return named.pop() if named else "default"
+
+
+def _llama3(inv: Frequencies, s: dict[str, Any], factor: float) -> Frequencies:
     turns = s["original_max_position_embeddings"] * inv / (2 * pi)
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     smooth = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow waves, stretched; 1: fast waves, kept
-    return np.asarray(inv * (smooth + (1 - smooth) / s["factor"]))
+    return np.asarray(inv * (smooth + (1 - smooth) / factor))

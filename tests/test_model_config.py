@@ -1,0 +1,227 @@
+"""config.json as transformers' classes read it: every field left out, null or set, against the class and its model."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support_models import SIZES, Driver
+
+from tokenmill import plugins
+from tokenmill.errors import StartError
+from tokenmill.models.base import config_of, program_of
+
+torch.set_num_threads(1)
+TYPES = ("llama", "mistral", "qwen2", "qwen3")
+VALUES: dict[str, list[Any]] = {
+    "vocab_size": [128], "hidden_size": [64, 128], "intermediate_size": [96], "num_hidden_layers": [3, 30],
+    "num_attention_heads": [4, 8], "num_key_value_heads": [None, 2, 4], "head_dim": [None, 16, 32],
+    "hidden_act": ["silu", "gelu", "swish", "gelu_fast"], "max_position_embeddings": [None, 64, 4096],
+    "rms_norm_eps": [1e-5], "rope_theta": [5e5, 10000], "attention_bias": [None, True, False],
+    "mlp_bias": [None, True], "tie_word_embeddings": [None, True, False], "sliding_window": [None, 8],
+    "use_sliding_window": [None, True, False], "max_window_layers": [0, 1, 2], "rope_scaling": [None],
+    "layer_types": [None],
+}  # fmt: skip
+"""Field -> what a file may say of it; each may be left out, too."""
+
+
+def drawn(model_type: str, seed: int) -> dict[str, Any]:
+    """A random config.json."""
+    rng = random.Random(f"{model_type} {seed}")
+    chosen = {name: rng.choice(values) for name, values in VALUES.items() if rng.random() < 0.6}
+    return {"model_type": model_type, **chosen}
+
+
+def of_class(config: dict[str, Any]) -> Any:
+    """transformers' object of the same file."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config["model_type"]].from_dict({k: v for k, v in config.items() if k != "model_type"})
+
+
+def as_transformers_models_use_it(theirs: Any) -> dict[str, Any]:
+    """The numbers that a model of transformers takes out of its configuration."""
+    of = theirs.model_type
+    layers = range(theirs.num_hidden_layers)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if of == "mistral" else ""] * len(layers)
+    biased = {"llama": theirs.__dict__.get("attention_bias"), "qwen3": theirs.__dict__.get("attention_bias")}.get(of)
+    window = getattr(theirs, "sliding_window", None)
+    return {
+        "vocab": theirs.vocab_size, "hidden": theirs.hidden_size, "inner": theirs.intermediate_size,
+        "heads": theirs.num_attention_heads, "kv": theirs.num_key_value_heads,
+        "head": getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        "act": theirs.hidden_act, "length": theirs.max_position_embeddings, "eps": theirs.rms_norm_eps,
+        "theta": theirs.rope_theta, "tied": bool(theirs.tie_word_embeddings),
+        "biases": (bool(biased) or of == "qwen2", bool(biased), of == "llama" and bool(theirs.mlp_bias)),
+        "windows": [(window or 0) if kind == "sliding_attention" else 0 for kind in kinds],
+    }  # fmt: skip
+
+
+def as_read_here(ours: Any) -> dict[str, Any]:
+    return {
+        "vocab": ours.vocab_size, "hidden": ours.hidden_size, "inner": ours.intermediate_size,
+        "heads": ours.num_attention_heads, "kv": ours.kv_heads, "head": ours.head_size, "act": ours.hidden_act,
+        "length": ours.max_position_embeddings, "eps": ours.rms_norm_eps, "theta": ours.rope_theta,
+        "tied": ours.tie_word_embeddings, "biases": tuple(ours.biases),
+        "windows": [ours.window(layer) for layer in range(ours.num_hidden_layers)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_fields_left_out_null_or_set_are_what_transformers_class_makes_of_them(model_type: str) -> None:
+    compared = 0
+    for seed in range(100):
+        config = drawn(model_type, seed)
+        theirs = as_transformers_models_use_it(of_class(config))
+        if theirs["heads"] % theirs["kv"]:  # their class takes it, their model fails
+            with pytest.raises(StartError, match="key-value heads"):
+                config_of(config)
+            continue
+        assert as_read_here(config_of(config)) == theirs, config
+        compared += 1
+    assert compared > 40
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_an_empty_config_is_the_classs_default_in_every_field(model_type: str) -> None:
+    config = {"model_type": model_type}
+    assert as_read_here(config_of(config)) == as_transformers_models_use_it(of_class(config))
+    assert set(plugins.find("models", model_type).Config.__struct_fields__) <= {*VALUES, "partial_rotary_factor"}
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+             "rms_norm_eps", "rope_theta", "partial_rotary_factor"]
+)  # fmt: skip
+def test_null_where_transformers_model_fails_of_it_is_refused_with_the_default(name: str) -> None:
+    with pytest.raises(StartError, match=f"`{name}` is null, which is no value of it; leave it out for its default, "):
+        config_of({"model_type": "qwen3", **SIZES, name: None})
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_heads_size_of_null_is_what_the_heads_make_of_the_width(model_type: str) -> None:
+    config = config_of({"model_type": model_type, **SIZES, "head_dim": None})
+    assert config.head_size == SIZES["hidden_size"] // SIZES["num_attention_heads"]
+
+
+def test_rope_parameters_of_transformers_5_are_read_as_the_fields_that_they_replace() -> None:
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 64}
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", **yarn}}
+    new = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "partial_rotary_factor": 1.0, **yarn}}
+    nulls = {"rope_theta": None, "rope_scaling": None}
+    made = [
+        str(program_of({"model_type": "qwen3", **SIZES, **some}))
+        for some in (old, new, old | new, new | nulls, old | {"rope_parameters": {}})
+    ]
+    assert "yarn" in made[0]
+    assert "500000" in made[0]
+    assert made == made[:1] * 5
+    plain = [{}, {"rope_scaling": {}}, {"rope_parameters": {"rope_theta": 1e4}}]
+    assert len({str(program_of({"model_type": "llama", **SIZES, **some})) for some in plain}) == 1
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "two values of rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 4}},
+         "two values of rope_scaling"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "of one kind for all layers"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "names two types"),
+        ({"rope_scaling": {"factor": 2.0}}, "has a factor but no rope_type"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "incomplete or wrong"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "incomplete or wrong"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": float("nan")}}, "incomplete or wrong"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "incomplete or wrong"),
+        ({"rope_scaling": {"type": "su"}}, "'su' is not supported. Supported: default, dynamic"),
+        ({"partial_rotary_factor": 0.5}, "rotates whole heads"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rotates whole heads"),
+        ({"hidden_size": 60}, "4 heads do not divide hidden_size 60 into even numbers"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "leave `layer_types` out"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2}, "2 layer_types for 3 layers"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "no window is used"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": None}, "give its first layer"),
+    ],
+)  # fmt: skip
+def test_contradictions_and_what_no_model_of_transformers_computes_are_refused_by_name(
+    fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(StartError) as found:
+        program_of({"model_type": "llama", **SIZES, **fields})
+    assert words in str(found.value)
+
+
+SMALL = {**SIZES, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
+CHOICES: dict[str, list[Any]] = {
+    "num_key_value_heads": [None, 1, 2, 4], "head_dim": [None, 16], "hidden_act": ["gelu", "swish", "gelu_fast"],
+    "rms_norm_eps": [1e-3], "rope_theta": [50.0], "attention_bias": [None, True], "mlp_bias": [None, True],
+    "tie_word_embeddings": [None, True], "sliding_window": [None, 3], "use_sliding_window": [None, True],
+    "max_window_layers": [None, 1], "layer_types": [None, ["full_attention", "sliding_attention"]],
+    "max_position_embeddings": [None, 16], "partial_rotary_factor": [1.0],
+    "rope_scaling": [
+        None, {"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 3.0},
+        {"type": "dynamic", "factor": 2.0}, {"rope_type": "default"},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "truncate": None},
+        {"type": "yarn", "factor": 2.0, "mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": None},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8}, {"rope_type": "llama3", "factor": 8.0},
+    ],
+}  # fmt: skip
+IDS = [5, 9, 100, 3, 77, 2, 61, 8, 9, 4, 120, 33]
+
+
+def their_model(config: dict[str, Any]) -> tuple[Any, np.ndarray] | None:
+    """transformers' model of random weights and its logits; None if it cannot be made or run."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(of_class(config), attn_implementation="eager").float().eval()
+        for p in model.parameters():
+            p.data = torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)
+        with torch.no_grad():
+            return model, model(torch.tensor([IDS]), use_cache=False).logits[0, -1].numpy()
+    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError):
+        return None
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_logits_of_random_configs_equal_transformers_and_what_fails_there_is_refused(
+    model_type: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    served = 0
+    for seed in range(24):
+        rng = random.Random(f"logits {model_type} {seed}")
+        chosen = {name: rng.choice(values) for name, values in CHOICES.items() if rng.random() < 0.4}
+        config = {"model_type": model_type, **SMALL, **chosen}
+        for name in rng.sample(sorted(CHOICES.keys() - {"num_key_value_heads"}), 4):
+            config.pop(name, None)
+        if model_type == "mistral":
+            config.pop("layer_types", None)  # refused above; transformers warns that it does not heed it
+        made = their_model(json.loads(json.dumps(config)))
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        if made is None and config.get("head_dim", 16) is None and model_type != "llama":
+            continue  # newer transformers, and this server, divide hidden_size by the heads
+        if made is None:
+            with pytest.raises(StartError):
+                program_of(config)
+            continue
+        model, want = made
+        tensors = {k: v.contiguous().clone() for k, v in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            tensors.pop("lm_head.weight")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        got = Driver.of(folder).feed([(0, IDS)])[0]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=str(config))
+        served += 1
+    assert served > 8
