@@ -44,11 +44,11 @@ def fused(program: Program) -> Program:
     )
 
 
-def _act_into_linear(op: Op, made: dict[int, Op], readers: dict[int, list[Op]]) -> tuple[Op, list[Op]] | None:
-    """Unless a gated product's halves are no whole blocks."""
+def _act_into_linear(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | None:
+    """As `passes.act_into_linear`, but skip gated products whose halves are not whole blocks."""
     if isinstance(op, ops.GatedAct) and not gates(2 * op.gate.width):
         return None
-    return passes.act_into_linear(op, made, readers)
+    return passes.act_into_linear(op, graph)
 
 
 def refusal(program: Program, block_size: int) -> str:
@@ -129,12 +129,15 @@ def _writes_int8(op: Op) -> bool:
 
 
 def private_outputs(program: Program) -> frozenset[int]:
-    """Norms that only products read: with few rows each thread computes its own copy."""
-    readers = passes.readers_of(program.ops)
+    """Buffers of norms that only products read: with few rows each thread computes its own copy."""
+    graph = passes.Graph.of(program)
     return frozenset(
         op.out.buffer
         for op in program.ops
-        if type(op) is ops.Norm and not op.head_dim and _all_products(op.out.buffer, readers.get(op.out.buffer, []))
+        if type(op) is ops.Norm
+        and not op.head_dim
+        and op.out.buffer not in graph.outputs
+        and _all_products(op.out.buffer, graph.readers.get(op.out.buffer, []))
     )
 
 
