@@ -78,7 +78,9 @@ class Draw:
             bias = Weight(tuple(p for w in biases for p in w.parts), 0, shard, unit)  # type: ignore[arg-type]
         return x.record(ops.Linear, sum(widths), x=x, weight=weight, bias=bias).split(*widths)
 
-    def norm(self, x: Value, head_dim: int = 0, *, center: bool = False, bias: bool = False, eps: float = 1e-5) -> Value:
+    def norm(
+        self, x: Value, head_dim: int = 0, *, center: bool = False, bias: bool = False, eps: float = 1e-5
+    ) -> Value:
         width = head_dim or x.width
         return x.record(
             ops.Norm, x=x, weight=self.weight(width), bias=self.weight(width) if bias else None, eps=eps,
@@ -86,7 +88,9 @@ class Draw:
         )  # fmt: skip
 
     def any_norm(self, x: Value) -> Value:
-        return self.norm(x, center=self.chance(0.4), bias=self.chance(0.4), eps=self.one_of(1e-5, 0.5))
+        center = self.chance(0.4)
+        bias = self.chance(0.5 if center else 0.07)  # no CPU kernel has the latter
+        return self.norm(x, center=center, bias=bias, eps=self.one_of(1e-5, 0.5))
 
     # ---- the model
 
@@ -124,12 +128,13 @@ class Draw:
 
     def _attention(self, x: Value, layer: int) -> Value:
         q, k, v = self.linear(x, HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD, shard="column", unit=HEAD)
-        extra = None
+        extra, raw = None, (q, k)
         if self.chance(0.8):
             q, k = self._heads(q, k)
         if self.chance(0.8):
             q, k = self._rotated(q, k)
-        if not self.plain and self.chance(0.25):  # something else reads what a fusion would take away
+        reads = "nothing" if self.plain else self.one_of("nothing", "nothing", "nothing", "before", "after", "raw")
+        if reads == "before":  # something else reads what a fusion would take away
             (extra,) = self.linear(self.one_of(q, k), WIDTH)
         y = x.record(
             ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=layer, head_dim=HEAD, scale=HEAD**-0.5,
@@ -137,6 +142,8 @@ class Draw:
             rope=RopeTable.of(HEAD, 100.0, 256, None) if self.chance(0.15) else None,
         )  # fmt: skip
         (out,) = self.linear(y, WIDTH, shard="row")
+        if reads in ("after", "raw"):
+            (extra,) = self.linear(self.one_of(*(raw if reads == "raw" else (q, k))), WIDTH)
         return out if extra is None else out + extra
 
     def _heads(self, q: Value, k: Value) -> tuple[Value, Value]:

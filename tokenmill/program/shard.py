@@ -10,7 +10,6 @@ from tokenmill.program import ops
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Inputs, Program, Tape, Value
 
-
 _ONE_RANK = "Serve this model on one device: leave `--num-shard` out."
 
 

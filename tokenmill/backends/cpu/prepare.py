@@ -40,7 +40,7 @@ def fused(program: Program) -> Program:
         passes.take_rows_early(program),
         passes.residual_into_linear,
         _act_into_linear,
-        passes.heads_into_attention,
+        _heads_into_attention,
     )
 
 
@@ -49,6 +49,23 @@ def _act_into_linear(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | None:
     if isinstance(op, ops.GatedAct) and not gates(2 * op.gate.width):
         return None
     return passes.act_into_linear(op, graph)
+
+
+def _heads_into_attention(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | None:
+    """As `passes.heads_into_attention`, but skip queries and keys that something reads after attention.
+
+    The kernel normalizes and rotates them where they are.
+    """
+    found = passes.heads_into_attention(op, graph)
+    if found is None:
+        return None
+    fused, needless = found
+    assert isinstance(fused, ops.Attention)
+    mine = {id(op), *map(id, needless)}
+    for value in (fused.q, fused.k):
+        if value.buffer in graph.outputs or id(graph.readers[value.buffer][-1]) not in mine:
+            return None
+    return found
 
 
 def refusal(program: Program, block_size: int) -> str:
@@ -73,8 +90,8 @@ def _refused(op: Op) -> str:
         return f"it has no kernel for the activation {op.act}"
     if isinstance(op, ops.Norm) and (op.head_dim or op.x.width) % _VECTOR:
         return f"its norms are for multiples of {_VECTOR} columns, not {op.head_dim or op.x.width}"
-    if isinstance(op, ops.Norm) and op.center and op.bias is None:
-        return "it has no kernel for a LayerNorm without a bias"
+    if isinstance(op, ops.Norm) and op.bias is not None and not op.center:
+        return "it has no kernel for an RMS norm with a bias"
     return ""
 
 
