@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -74,17 +73,23 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else text_of(value)
 
 
-def qwen3_coder(calls: list[Call]) -> str:
+def tagged(calls: list[Call], mark: str, line: str) -> str:
+    """Qwen3-Coder's tags. `line`: what stands on both sides of a value."""
     written = []
     for name, given in calls:
-        tags = "".join(f"<parameter={key}>\n{plain(value)}\n</parameter>\n" for key, value in given.items())
-        written.append(f"<tool_call>\n<function={name}>\n{tags}</function>\n</tool_call>")
+        tags = "".join(
+            f"<parameter={key}>{line}{plain(value)}{line}</parameter>\n" for key, value in given.items()
+        )
+        written.append(f"<{mark}>\n<function={name}>\n{tags}</function>\n</{mark}>")
     return "\n".join(written)
 
 
+def qwen3_coder(calls: list[Call]) -> str:
+    return tagged(calls, "tool_call", "\n")
+
+
 def seed_oss(calls: list[Call]) -> str:
-    inline = qwen3_coder(calls).replace("tool_call>", "seed:tool_call>")
-    return re.sub(r"(<parameter=[^>]+>)\n", r"\1", inline).replace("\n</parameter>", "</parameter>")
+    return tagged(calls, "seed:tool_call", "")
 
 
 def minimax(calls: list[Call]) -> str:

@@ -84,16 +84,39 @@ def test_name_and_id_come_first_and_once() -> None:
     assert router.finish() == Delta()
 
 
-def test_a_call_that_breaks_after_it_began_is_content_too() -> None:
-    """What has been sent cannot be taken back; the whole text of the call follows."""
-    broken = '<tool_call>\n{"name": "now", "arguments": {"a": tru]}'
-    router = reader("hermes")
-    answer = fold([router.push(broken), router.finish()])
-    assert answer.content == broken
-    assert answer.calls[0].name == "now"
-    with pytest.raises(ValueError):
-        json.loads(answer.calls[0].arguments)
-    assert router.complete_calls == 0
+@pytest.mark.parametrize(
+    ("broken", "behind"), [('{"a": tru]}', " tru]}"), ('{"a": "b', ""), ('{"a": [1, {"b": 2}', "")]
+)
+def test_a_call_that_breaks_or_is_cut_off_is_content_once(broken: str, behind: str) -> None:
+    """A client that was sent its beginning is not sent that again."""
+    text = f'Hm. <tool_call>\n{{"name": "now", "arguments": {broken}'
+    for pieces in ([text], list(text), [text[:60], text[60:]]):
+        router = reader("hermes")
+        deltas = [*map(router.push, pieces), router.finish()]
+        assert fold(deltas) == Delta(content=text)
+        assert router.complete_calls == 0
+        if len(pieces) > 2:
+            told = [call for delta in deltas for call in delta.calls]
+            assert [call.name for call in told if call.name] == ["now"]
+            assert broken.startswith("".join(call.arguments for call in told))
+            assert "".join(delta.content for delta in deltas) == f"Hm.{behind}"
+
+
+def test_behind_a_broken_call_reading_goes_on() -> None:
+    good = '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo"}}</tool_call>'
+    for broken in (
+        '<tool_call>{"name": "now", "arguments": {"a": tru]}</tool_call>',
+        '<tool_call>{"name": "now", "arguments": {"a": "x}}</tool_call>',
+        '<tool_call>{"name": "now", "arguments": {"a": "x", b}}</tool_call>',
+        "<tool_call>now</tool_call>",
+    ):
+        text = f"{broken}\n{good} So."
+        for pieces in ([text], list(text)):
+            answer = fold([*map((router := reader("hermes")).push, pieces), router.finish()])
+            assert answer.content == f"{broken} So.", text
+            assert [(call.index, call.name, call.arguments) for call in answer.calls] == [
+                (0, "get_weather", '{"city": "Oslo"}')
+            ]
 
 
 def test_a_bare_object_is_a_call_only_of_a_function_that_exists() -> None:
@@ -155,7 +178,7 @@ def test_a_text_that_looks_like_a_number_stays_a_text_where_the_schema_wants_one
 
 
 @pytest.mark.parametrize(
-    "value", ['"\\u12G4"', '"\\x"', "01", "1.", "nul", "NaN", "'a'", "[1,]", '{"b" 1}', "{,}", "[}"]
+    "value", ['"\\u12G4"', '"\\x"', "01", "1.", "nul", "NaN", "[,1]", '{"b" 1}', "{,}", "[}"]
 )
 def test_what_is_no_json_is_no_call(value: str) -> None:
     text = f'<tool_call>{{"name": "now", "arguments": {{"a": {value}}}}}</tool_call>'

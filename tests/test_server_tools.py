@@ -233,9 +233,15 @@ def test_the_plain_answer_is_the_fold_of_the_stream(server: Server) -> None:
         (choice,) = chat(server, tools=TOOLS, **fields)["choices"]
         choices, whole = streamed(server, tools=TOOLS, **fields)
         message = choice["message"]
-        assert whole["content"] == (message["content"] or "")
         plain = [call["function"] for call in message.get("tool_calls", [])]
-        assert [whole["tool_calls"][i] for i in sorted(whole["tool_calls"])] == plain
+        told = [whole["tool_calls"][i] for i in sorted(whole["tool_calls"])]
+        content = message["content"] or ""
+        if fields.get("max_tokens") == 60:  # a call was told as far as it came; in the plain answer it is content
+            assert told.pop()["arguments"] in content
+            assert content.startswith(whole["content"])
+        else:
+            assert content == whole["content"]
+        assert told == plain
         reasons = [one["finish_reason"] for one in choices]
         assert reasons == [None] * (len(reasons) - 1) + [choice["finish_reason"]]
 

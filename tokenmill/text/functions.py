@@ -54,6 +54,12 @@ def others_of(schema: Mapping[str, Any]) -> Any:
     return False if schema.get("properties") else schema.get("additionalProperties", True)
 
 
+def names_of(schema: Any) -> frozenset[str]:
+    """The properties that a schema names."""
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    return frozenset(properties) if isinstance(properties, Mapping) else frozenset()
+
+
 def property_of(schema: Any, name: str) -> Any:
     """The schema of a property; {} if nothing is said about it."""
     if not isinstance(schema, Mapping):

@@ -2,7 +2,9 @@
 
 Total: any text may come, in any pieces; nothing is raised, and what comes out, joined, does not depend on the pieces.
 A call is told once its name and the beginning of its arguments are there. If it then turns out to be none, or the
-answer is cut off in it, its whole text follows as content; so content and the texts of complete calls are the answer.
+answer is cut off in it, it is taken back: a `Delta.broken` with its text, which is content. So content and the texts of
+complete calls are the answer. Reading goes on behind the last part of the broken call that was in order; where the
+answer was cut off nothing in its text is another call.
 White space before a group of calls, between and behind them belongs to the calls.
 """
 
@@ -17,8 +19,8 @@ from tokenmill.text.tools.base import ToolFormat
 
 _MOST_SPACE = 32  # characters of white space that wait for a call behind them
 
-Held = Literal["", "answer", "choice"]
-"""By which grammar of calls the answer is held, if any (see base.Extent): one of calls alone is like none."""
+Held = Literal["", "calls", "answer", "choice"]
+"""By which grammar of calls the answer is held, if any (see base.Extent): then it is read to the letter."""
 
 
 class Machine:
@@ -84,14 +86,25 @@ class Machine:
                 after_call = self._out.complete > before
             except Broken:
                 r.rewind()
-                after_call = self._out.complete > before
-                if self._only_calls or (self._out.held and r.ended):
-                    self._marks = Markers()
-                elif not after_call and not self._fresh:  # the same text must not be tried again
-                    marker = self._marks.search(r.text, 0)
-                    assert marker is not None
-                    self._emit(marker.end())
+                after_call = self._out.complete > before and not self._out.begun
+                self._resume(after_call)
             self._fresh = False
+
+    def _resume(self, after_call: bool) -> None:
+        """Goes on behind a broken call: never with the same text, which would break again."""
+        r, out = self._reader, self._out
+        over = self._only_calls or (r.ended and (out.held or out.begun))
+        if out.begun:
+            assert r.checked
+            r.pos = len(r.text) if over else r.checked
+            out.cancel(r.text[: r.pos])
+            r.settle()
+        elif not (over or after_call or self._fresh):
+            marker = self._marks.search(r.text, 0)
+            assert marker is not None
+            self._emit(marker.end())
+        if over:
+            self._marks = Markers()
 
     def _content(self, after_call: bool) -> Reading[bool]:
         """Emits text up to where a call may begin, and gives True; at the end False."""

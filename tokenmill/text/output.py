@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -23,14 +23,41 @@ class CallDelta(msgspec.Struct, frozen=True, gc=False):
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):
-    """What a piece of text added to the answer. In each field the order of the text is kept."""
+    """What a piece of text added to the answer. In each field the order of the text is kept.
+
+    `broken`: the newest call of the deltas before is none, and this is its text. It is content, before `content`, for
+    a client that has not been sent the call's beginning; a client that has is sent nothing of it again."""
 
     reasoning: str = ""
     content: str = ""
     calls: tuple[CallDelta, ...] = ()
+    broken: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.content or self.calls or self.reasoning)
+
+
+def fold(deltas: Sequence[Delta]) -> Delta:
+    """The deltas as one: texts joined, and each call whole. A call that began in them and broke is content."""
+    calls: dict[int, CallDelta] = {}
+    content: list[str] = []
+    broken, num_dropped = "", 0
+    for delta in deltas:
+        if delta.broken:
+            newest = calls.popitem()[1] if calls else None
+            if newest is not None and newest.name is not None:
+                content.append(delta.broken)
+                num_dropped += 1
+            else:
+                broken = delta.broken
+        content.append(delta.content)
+        for more in delta.calls:
+            index = more.index - num_dropped
+            known = calls.get(index, CallDelta(index))
+            arguments = known.arguments + more.arguments
+            calls[index] = CallDelta(index, arguments, known.id or more.id, known.name or more.name)
+    reasoning = "".join(delta.reasoning for delta in deltas)
+    return Delta(reasoning, "".join(content), tuple(calls.values()), broken)
 
 
 class Output:
@@ -41,8 +68,8 @@ class Output:
     looks like another one in its texts is none.
     """
 
-    __slots__ = ("_args", "_content", "_deltas", "_id", "_name", "_reasoning", "complete", "held", "index", "most",
-                 "new_id", "schemas", "thinking")  # fmt: skip
+    __slots__ = ("_args", "_broken", "_content", "_deltas", "_id", "_name", "_reasoning", "begun", "complete", "held",
+                 "index", "most", "new_id", "schemas", "thinking")  # fmt: skip
 
     def __init__(
         self, schemas: Mapping[str, Any], new_id: Callable[[], str], most: int | None = None, held: bool = False
@@ -52,8 +79,10 @@ class Output:
         self.most = most
         self.held = held
         self.complete = 0  # calls whose arguments are whole
+        self.begun = False  # the newest call has been told, and its arguments are not whole
         self.thinking = False  # the newest text is a thought; kept by formats that read them
         self.index = -1  # of the newest call
+        self._broken = ""
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._deltas: list[CallDelta] = []
@@ -86,6 +115,7 @@ class Output:
         """A call begins."""
         self._flush()
         self.index += 1
+        self.begun = True
         self._id, self._name = call_id or self.new_id(), name
 
     def arguments(self, piece: str) -> None:
@@ -95,6 +125,20 @@ class Output:
     def done(self) -> None:
         """The newest call's arguments are whole."""
         self.complete += 1
+        self.begun = False
+
+    def cancel(self, text: str) -> None:
+        """The newest call is none: `text` is content. If it has been taken in part, the next delta says so."""
+        taken = self._name is None and not any(delta.index == self.index and delta.name for delta in self._deltas)
+        self._deltas = [delta for delta in self._deltas if delta.index != self.index]
+        self._args.clear()
+        self._id = self._name = None
+        self.begun = False
+        if taken:
+            self._broken = text
+        else:
+            self.index -= 1
+            self.content(text)
 
     def _flush(self) -> None:
         if self._name is not None or self._args:
@@ -105,7 +149,8 @@ class Output:
     def take(self) -> Delta:
         """What was told since the last time."""
         self._flush()
-        delta = Delta("".join(self._reasoning), "".join(self._content), tuple(self._deltas))
+        delta = Delta("".join(self._reasoning), "".join(self._content), tuple(self._deltas), self._broken)
+        self._broken = ""
         self._reasoning.clear()
         self._content.clear()
         self._deltas.clear()

@@ -16,6 +16,7 @@ Reading = Generator[None, None, T]
 Emit = Callable[[str], None]
 
 _SPACES = re.compile(r"\s*")
+NOTHING = re.compile("")
 _MOST_WORD = 512  # characters of a name or a key: more is no call
 
 
@@ -24,20 +25,24 @@ class Broken(Exception):
 
 
 class Reader:
-    """The text since the last `settle`: `kept` pieces that were read, then `text`, which is read up to `pos`."""
+    """The text since the last `settle`: `kept` pieces that were read, then `text`, which is read up to `pos`.
+    `checked`: how much of all that was read before the last `check`."""
 
-    __slots__ = ("ended", "kept", "pos", "text")
+    __slots__ = ("_size", "checked", "ended", "kept", "pos", "text")
 
     def __init__(self) -> None:
         self.text = ""
         self.pos = 0
         self.kept: list[str] = []
         self.ended = False
+        self.checked = 0
+        self._size = 0  # of `kept`, in characters
 
     def feed(self, text: str) -> None:
         """Appends text."""
         if self.pos:
             self.kept.append(self.text[: self.pos])
+            self._size += self.pos
             self.text = self.text[self.pos :] + text
             self.pos = 0
         else:
@@ -46,15 +51,21 @@ class Reader:
     def settle(self) -> None:
         """Forgets what was read: it has been told."""
         self.kept.clear()
+        self._size = self.checked = 0
         if self.pos:
             self.text = self.text[self.pos :]
             self.pos = 0
+
+    def check(self) -> None:
+        """Notes a place between two parts of a call: if the part that follows breaks, it may be something else."""
+        self.checked = self._size + self.pos
 
     def rewind(self) -> None:
         """Goes back to the last `settle`."""
         if self.kept:
             self.text = "".join(self.kept) + self.text
             self.kept.clear()
+            self._size = 0
         self.pos = 0
 
 
@@ -116,6 +127,22 @@ def take(r: Reader, *options: str) -> Reading[str]:
     found = max((option for option in options if rest.startswith(option)), key=len, default="")
     r.pos += len(found)
     return found
+
+
+def ahead(r: Reader, *options: str, offset: int = 0, skipped: re.Pattern[str] = _SPACES) -> Reading[str | None]:
+    """Finds the longest of `options` behind `offset` characters and what `skipped` matches, and reads nothing; None if
+    none stands there, "" if the answer ends there."""
+    longest = max(map(len, options))
+    while True:
+        found = skipped.match(r.text, r.pos + offset)
+        assert found is not None
+        rest = r.text[found.end() : found.end() + longest]
+        if r.ended or not any(len(option) > len(rest) and option.startswith(rest) for option in options):
+            break
+        yield
+    if not rest:
+        return ""
+    return max((option for option in options if rest.startswith(option)), key=len, default=None)
 
 
 def expect(r: Reader, *options: str) -> Reading[str]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from tokenmill.text.functions import Tool, schemas_of
 from tokenmill.text.machine import Held, Machine
+from tokenmill.text.output import fold
 from tokenmill.text.reasoning import ReasoningFormat, Splitter
 from tokenmill.text.tools import by_name, of_template
 from tokenmill.text.tools.base import CallDelta, Delta, ToolFormat
@@ -61,7 +64,7 @@ class Router:
         if self._machine is None or not rest:
             return Delta(reasoning, rest)
         found = self._machine.push(rest)
-        return Delta(reasoning, found.content, found.calls) if reasoning else found
+        return msgspec.structs.replace(found, reasoning=reasoning) if reasoning else found
 
 
 def router_of(
@@ -95,21 +98,3 @@ def router_of(
 def format_of(template: str, parser: str = "") -> ToolFormat:
     """The format that calls are written in: the one named, or the template's. Raises Unsupported."""
     return by_name(parser) if parser else of_template(template)
-
-
-def fold(deltas: Sequence[Delta]) -> Delta:
-    """The deltas as one: texts joined, and each call whole."""
-    calls: dict[int, CallDelta] = {}
-    for delta in deltas:
-        for more in delta.calls:
-            known = calls.get(more.index)
-            if known is None:
-                calls[more.index] = more
-            else:
-                arguments = known.arguments + more.arguments
-                calls[more.index] = CallDelta(more.index, arguments, known.id or more.id, known.name or more.name)
-    return Delta(
-        "".join(delta.reasoning for delta in deltas),
-        "".join(delta.content for delta in deltas),
-        tuple(calls[index] for index in sorted(calls)),
-    )

@@ -70,7 +70,7 @@ def shape_of(voice: Voice, tools: Tools | None, wanted: Wanted | None, reasoning
         spoken=spoken,
     )  # fmt: skip
     if tools.forced:
-        return Shape(GrammarSpec("lark", form.grammar(asked)), "tool_choice", calls=True)
+        return Shape(GrammarSpec("lark", form.grammar(asked)), "tool_choice", "calls", calls=True)
     if wanted is not None:
         instead = _instead(form, tools, wanted)
         source = form.grammar(asked._replace(extent="choice", instead=instead))

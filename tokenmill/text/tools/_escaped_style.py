@@ -11,7 +11,20 @@ from typing import Any, ClassVar
 from tokenmill.text.functions import ALL, Tool, keys_of, name_of, others_of
 from tokenmill.text.lark import Lark
 from tokenmill.text.output import Output
-from tokenmill.text.reader import Broken, Emit, Markers, Reader, Reading, expect, peek, spaces, take, until, word
+from tokenmill.text.reader import (
+    Broken,
+    Emit,
+    Markers,
+    Reader,
+    Reading,
+    ahead,
+    before,
+    expect,
+    peek,
+    spaces,
+    take,
+    word,
+)
 from tokenmill.text.tools._calls import Calls, Style, entries
 from tokenmill.text.tools._literals import Literals
 from tokenmill.text.tools._part import Part
@@ -35,16 +48,21 @@ class _Escaped(Literals):
         """See Literals."""
         return char == QUOTE[0]
 
-    def text(self, r: Reader, emit: Emit) -> Reading[None]:
+    def text(self, r: Reader, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
         """See Literals."""
         yield from expect(r, QUOTE)
-        if not (yield from until(r, _QUOTES, emit)):
-            raise Broken
+        while (yield from before(r, _QUOTES, emit, told=False)):
+            if (yield from ahead(r, *behind, offset=len(QUOTE))) is not None:
+                r.pos += len(QUOTE)
+                return
+            emit(QUOTE)
+            r.pos += len(QUOTE)
+        raise Broken
 
     def key(self, r: Reader, emit: Emit) -> Reading[None]:
         """A text or a word."""
         if (yield from peek(r)) == QUOTE[0]:
-            yield from self.quoted(r, emit)
+            yield from self.quoted(r, emit, (":",))
         else:
             emit(dumps((yield from word(r, _KEY)).strip()))
 

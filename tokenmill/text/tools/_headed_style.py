@@ -11,7 +11,8 @@ from tokenmill.text.lark import Lark
 from tokenmill.text.output import Output
 from tokenmill.text.reader import Reader, Reading, expect, spaces, take
 from tokenmill.text.tools._calls import Calls, Style
-from tokenmill.text.tools._json_style import tell_arguments
+from tokenmill.text.tools._json import EXACT
+from tokenmill.text.tools._json_style import surplus, tell_arguments
 from tokenmill.text.tools.base import Asked
 
 
@@ -37,13 +38,17 @@ class HeadedStyle(Style):
 
     def read_calls(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
         """What follows the first trigger."""
+        marks = EXACT if out.held else (*self.tails, form.trigger, *form.ends)
         while True:
             yield from spaces(r)
             name, call_id = yield from self.head(r)
-            yield from tell_arguments(r, out, out.check(name), call_id)
+            yield from tell_arguments(r, out, out.check(name), call_id, marks)
+            if marks:
+                yield from surplus(r, marks)
             for tail in self.tails:
                 yield from spaces(r)
                 yield from take(r, tail)
+            r.settle()
             yield from spaces(r)
             if not (yield from take(r, form.trigger)):
                 break

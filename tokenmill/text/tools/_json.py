@@ -1,7 +1,8 @@
 """Reads JSON that comes in pieces, and emits it as it is read.
 
-What is emitted is a beginning of valid JSON at any time. One liberty: a control character inside a string, which models
-write and JSON forbids, is emitted as its escape.
+What is emitted is a beginning of valid JSON at any time. Models write more than JSON, and it is read as they mean it:
+a control character inside of a string; unless the reading is exact, also Python's words and strings in single quotes, a
+comma behind the last item, and a mark of the format where the closing brackets are missing.
 """
 
 from __future__ import annotations
@@ -10,47 +11,136 @@ import json
 import re
 from typing import Any
 
-from tokenmill.text.reader import Broken, Emit, Reader, Reading, collected, spaces
+from tokenmill.text.reader import Broken, Emit, Reader, Reading, ahead, collected, peek, spaces
+from tokenmill.text.tools._quoted import quoted_text
 
 _SPACES = re.compile(r"[ \t\n\r]*")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _ATOM = re.compile(r"[-+.0-9A-Za-z]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_WORDS = {"True": "true", "False": "false", "None": "null"}
 _HEX4 = re.compile(r"[0-9a-fA-F]{4}")
 _ESCAPES = frozenset('"\\/bfnrt')
+_CLOSES = {"{": "}", "[": "]"}
+_BEHIND = (",", ":", "}", "]")  # what follows a string
 _MOST_DEPTH = 200
 _MOST_ATOM = 1000
+_MOST_ENCODED = 4  # strings in strings
 
 # What may come next
 _VALUE, _FIRST, _KEY, _COLON, _AFTER = range(5)
 
+EXACT: tuple[str, ...] = ()
 
-def json_value(r: Reader, emit: Emit) -> Reading[None]:
-    """Reads one JSON value, without white space around it. Raises Broken."""
-    stack: list[str] = []
-    state = _VALUE
-    while True:
-        if stack:
-            yield from _white(r, emit)
-        while r.pos == len(r.text):
-            if r.ended:
+
+def json_value(r: Reader, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
+    """Reads one JSON value, without white space around it. `marks`: texts that close what is open; with EXACT, nothing
+    but JSON is read. Raises Broken."""
+    yield from _Value(r, emit, marks).read()
+
+
+class _Value:
+    """One value. `_stack`: the brackets that are open."""
+
+    def __init__(self, r: Reader, emit: Emit, marks: tuple[str, ...]) -> None:
+        self._r, self._emit, self._marks = r, emit, marks
+        self._stack: list[str] = []
+
+    def read(self) -> Reading[None]:
+        """Reads it, part by part."""
+        state = _VALUE
+        while self._stack or state is not _AFTER:
+            if self._stack:
+                yield from _white(self._r, self._emit)
+            char = yield from peek(self._r)
+            if not char:
                 raise Broken
-            yield
-        char = r.text[r.pos]
-        if state is _FIRST and char == _CLOSES[stack[-1]]:
-            emit(char)
-            r.pos += 1
-            stack.pop()
-            state = _AFTER
-        elif state is _VALUE or state is _FIRST:
-            state = yield from _begin(r, emit, char, stack, state)
+            if state is _FIRST and char == _CLOSES[self._stack[-1]]:
+                state = self._close()
+            elif state is _KEY or (state is _FIRST and self._stack[-1] == "{"):
+                state = yield from self._key(char)
+            elif state is _COLON:
+                state = self._structure(char, ":", _VALUE)
+            elif state is _AFTER:
+                state = yield from self._after(char)
+            else:
+                state = yield from self._begin(char)
+
+    def _structure(self, char: str, expected: str, following: int) -> int:
+        if char != expected:
+            raise Broken
+        self._emit(char)
+        self._r.pos += 1
+        self._r.check()
+        return following
+
+    def _close(self) -> int:
+        closing = _CLOSES[self._stack.pop()]
+        return self._structure(closing, closing, _AFTER)
+
+    def _begin(self, char: str) -> Reading[int]:
+        """A value, or its beginning."""
+        if char in _CLOSES:
+            if len(self._stack) >= _MOST_DEPTH:
+                raise Broken
+            self._stack.append(char)
+            return self._structure(char, char, _FIRST)
+        if char == '"' or (char == "'" and self._marks):
+            yield from json_string(self._r, self._emit, self._marks)
         else:
-            state = yield from _structure(r, emit, char, stack, state)
-        if not stack and state is _AFTER:
-            return
+            yield from self._atom()
+        return _AFTER
 
+    def _key(self, char: str) -> Reading[int]:
+        if char != '"' and not (char == "'" and self._marks):
+            raise Broken
+        yield from json_string(self._r, self._emit, self._marks)
+        return _COLON
 
-_CLOSES = {"{": "}", "[": "]"}
+    def _after(self, char: str) -> Reading[int]:
+        """What follows an item."""
+        if char == _CLOSES[self._stack[-1]]:
+            return self._close()
+        if char == ",":
+            following = _KEY if self._stack[-1] == "{" else _VALUE
+            if not self._marks:
+                return self._structure(char, ",", following)
+            return (yield from self._comma(following))
+        if not self._marks or not (yield from ahead(self._r, *self._marks)):
+            raise Broken
+        while self._stack:
+            self._emit(_CLOSES[self._stack.pop()])
+        return _AFTER
+
+    def _comma(self, following: int) -> Reading[int]:
+        """A comma, which is not emitted where nothing follows it."""
+        self._r.pos += 1
+        white, _ = yield from collected(lambda emit: _white(self._r, emit))
+        if (yield from peek(self._r)) == _CLOSES[self._stack[-1]]:
+            self._emit(white)
+            return self._close()
+        self._emit("," + white)
+        self._r.check()
+        return following
+
+    def _atom(self) -> Reading[None]:
+        """A number, true, false or null."""
+        r = self._r
+        while True:
+            found = _ATOM.match(r.text, r.pos)
+            assert found is not None
+            if len(found.group()) > _MOST_ATOM:
+                raise Broken
+            if found.end() < len(r.text) or r.ended:
+                break
+            yield
+        text = found.group()
+        if self._marks:
+            text = _WORDS.get(text, text)
+        if text not in ("true", "false", "null") and not _NUMBER.fullmatch(text):
+            raise Broken
+        self._emit(text)
+        r.pos = found.end()
 
 
 def _white(r: Reader, emit: Emit) -> Reading[None]:
@@ -66,50 +156,14 @@ def _white(r: Reader, emit: Emit) -> Reading[None]:
         yield
 
 
-def _begin(r: Reader, emit: Emit, char: str, stack: list[str], state: int) -> Reading[int]:
-    """A value, or the key that an object begins with; gives what may come next."""
-    if state is _FIRST and stack[-1] == "{":
-        return (yield from _structure(r, emit, char, stack, _KEY))
-    if char == '"':
-        yield from json_string(r, emit)
-    elif char in _CLOSES:
-        if len(stack) >= _MOST_DEPTH:
-            raise Broken
-        emit(char)
-        r.pos += 1
-        stack.append(char)
-        return _FIRST
-    else:
-        yield from _atom(r, emit)
-    return _AFTER
-
-
-def _structure(r: Reader, emit: Emit, char: str, stack: list[str], state: int) -> Reading[int]:
-    """A key, a colon, or what follows a value; gives what may come next."""
-    if state is _KEY:
-        if char != '"':
-            raise Broken
-        yield from json_string(r, emit)
-        return _COLON
-    if state is _COLON:
-        if char != ":":
-            raise Broken
-        following = _VALUE
-    elif char == ",":
-        following = _KEY if stack[-1] == "{" else _VALUE
-    elif char == _CLOSES[stack[-1]]:
-        stack.pop()
-        following = _AFTER
-    else:
-        raise Broken
-    emit(char)
-    r.pos += 1
-    return following
-
-
-def json_string(r: Reader, emit: Emit) -> Reading[None]:
-    """Reads a string, its quotes included."""
-    assert r.text[r.pos] == '"'
+def json_string(r: Reader, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
+    """Reads a string, its quotes included, and emits it in JSON's. `marks`: as of `json_value`."""
+    if r.text[r.pos] == "'":
+        assert marks
+        emit('"')
+        yield from quoted_text(r, lambda piece: emit(json.dumps(piece, ensure_ascii=False)[1:-1]), (*_BEHIND, *marks))
+        emit('"')
+        return
     begun = 1  # the opening quote is emitted with what follows
     while True:
         found = _PLAIN.match(r.text, r.pos + begun)
@@ -127,18 +181,22 @@ def json_string(r: Reader, emit: Emit) -> Reading[None]:
             emit(json.dumps(r.text[stop])[1:-1])
             r.pos += 1
         elif stop < len(r.text):
-            yield from _escape(r, emit)
+            yield from _escape(r, emit, marks)
         elif r.ended:
             raise Broken
         else:
             yield
 
 
-def _escape(r: Reader, emit: Emit) -> Reading[None]:
+def _escape(r: Reader, emit: Emit, marks: tuple[str, ...]) -> Reading[None]:
     """A backslash and what belongs to it, whole."""
     while True:
         length = len(r.text) - r.pos
         second = r.text[r.pos + 1] if length > 1 else ""
+        if second == "'" and marks:
+            emit("'")
+            r.pos += 2
+            return
         if second and second in _ESCAPES:
             size = 2
             break
@@ -156,62 +214,68 @@ def _escape(r: Reader, emit: Emit) -> Reading[None]:
     r.pos += size
 
 
-def _atom(r: Reader, emit: Emit) -> Reading[None]:
-    """A number, true, false or null."""
-    while True:
-        found = _ATOM.match(r.text, r.pos)
-        assert found is not None
-        if found.end() < len(r.text) or r.ended:
-            break
-        if len(found.group()) > _MOST_ATOM:
-            raise Broken
-        yield
-    text = found.group()
-    if text not in ("true", "false", "null") and not _NUMBER.fullmatch(text):
+def read_string(r: Reader, marks: tuple[str, ...] = EXACT) -> Reading[tuple[str, str]]:
+    """Reads a string and gives its JSON text and its value; Broken if none comes next."""
+    char = yield from peek(r)
+    if char != '"' and not (char == "'" and marks):
         raise Broken
-    emit(text)
-    r.pos = found.end()
-
-
-def read_string(r: Reader) -> Reading[str]:
-    """Reads a string and gives its value; Broken if none comes next."""
-    while r.pos == len(r.text):
-        if r.ended:
-            raise Broken
-        yield
-    if r.text[r.pos] != '"':
-        raise Broken
-    text, _ = yield from collected(lambda emit: json_string(r, emit))
+    text, _ = yield from collected(lambda emit: json_string(r, emit, marks))
     value = json.loads(text)
     assert isinstance(value, str)
-    return value
+    return text, value
 
 
-def read_arguments(r: Reader, emit: Emit) -> Reading[None]:
-    """Reads an object and emits it. JSON text of an object inside a string is that object; null is an empty one."""
+def read_arguments(r: Reader, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
+    """Reads an object and emits it. JSON text of an object inside a string is that object; nothing, an empty string,
+    null and an empty list are an empty one."""
     yield from spaces(r)
-    char = r.text[r.pos] if r.pos < len(r.text) else ""
+    char = yield from peek(r)
     if char == "{":
-        yield from json_value(r, emit)
-    elif char == '"':
-        emit(object_text((yield from read_string(r))))
+        yield from json_value(r, emit, marks)
+    elif marks and (yield from ahead(r, *marks)):
+        emit("{}")
+    elif char in ('"', "'"):
+        emit(object_text((yield from read_string(r, marks))[1]))
     else:
-        text, _ = yield from collected(lambda parts: json_value(r, parts))
-        if text != "null":
+        text, _ = yield from collected(lambda parts: json_value(r, parts, marks))
+        if text not in ("null", "[]"):
             raise Broken
         emit("{}")
 
 
-def object_text(text: str) -> str:
-    """`text`, if it is JSON of an object that can be sent; else Broken."""
-    value = loads(text)
+def object_text(text: str, depth: int = 0) -> str:
+    """`text`, if it is JSON of an object that can be sent; else Broken. As lenient as `read_arguments`."""
+    text = text.strip()
+    if not text:
+        return "{}"
+    try:
+        value = loads(text)
+    except Broken:
+        text = _reread(text)
+        value = loads(text)
+    if isinstance(value, str) and depth < _MOST_ENCODED:
+        return object_text(value, depth + 1)
+    if value is None or value == []:
+        return "{}"
     if not isinstance(value, dict):
         raise Broken
     try:
         text.encode()
     except UnicodeEncodeError:
         raise Broken from None
-    return text.strip()
+    return text
+
+
+def _reread(text: str) -> str:
+    """JSON of a value that was not written exactly. Raises Broken."""
+    r, parts = Reader(), list[str]()
+    r.feed(text)
+    r.ended = True
+    for _ in json_value(r, parts.append, ("\0",)):
+        raise AssertionError("it is all there")
+    if r.pos < len(text):
+        raise Broken
+    return "".join(parts)
 
 
 def loads(text: str) -> Any:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 
 from tokenmill.grammar.patterns import literal
 from tokenmill.text.functions import Tool, moved, name_of
 from tokenmill.text.lark import SPACES, Lark, quoted
 from tokenmill.text.output import Output
-from tokenmill.text.reader import Broken, Reader, Reading, collected, expect, peek, spaces, take
+from tokenmill.text.reader import Broken, Reader, Reading, ahead, collected, expect, peek, spaces, take
 from tokenmill.text.tools._calls import Bare, Calls, Style
-from tokenmill.text.tools._json import json_string, json_value, read_arguments
+from tokenmill.text.tools._json import EXACT, json_value, read_arguments, read_string
 from tokenmill.text.tools.base import Asked
 
 _COLON, _COMMA = f"{SPACES}:{SPACES}", f"{SPACES},{SPACES}"
+_KEY = ('"', "'", "}")
+_BESIDE = frozenset({"name", "tool_name", "type", "id", "tool_call_id", "index"})  # keys of calls without arguments
+_CURLY, _CLOSING = re.compile(r"[\s}]*"), re.compile(r"[\s}\]]*")
 
 
 @dataclass(frozen=True)
@@ -33,22 +36,31 @@ class JsonStyle(Style):
         yield from self.read_calls(form, r, out, form.known or not marked)
 
     def read_calls(self, form: Calls, r: Reader, out: Output, known: bool) -> Reading[None]:
-        """What follows the mark. `known`: it proves nothing."""
+        """Calls behind a mark, in a list or one behind the other. `known`: the mark proves nothing."""
+        marks = EXACT if out.held else (*form.ends, *form.starts)
         yield from spaces(r)
         listed = bool((yield from take(r, "[")))
         while True:
             yield from spaces(r)
-            yield from self._object(r, out, known)
+            yield from self._object(r, out, known, marks)
+            r.settle()
+            if marks:
+                yield from surplus(r, (*marks, *self.separators, "{", *("]" if listed else ())), _CURLY)
             yield from spaces(r)
-            if not (yield from take(r, *self.separators)):
+            if not (yield from take(r, *self.separators)) and not (marks and (yield from peek(r)) == "{"):
+                break
+            yield from spaces(r)
+            if listed and marks and (yield from peek(r)) == "]":
                 break
         if listed:
-            yield from expect(r, "]")
-            yield from spaces(r)
+            yield from take(r, "]")
+        if marks:
+            yield from surplus(r, marks)
+        yield from spaces(r)
         if form.ends:
             yield from take(r, *form.ends)
 
-    def _object(self, r: Reader, out: Output, known: bool) -> Reading[None]:
+    def _object(self, r: Reader, out: Output, known: bool, marks: tuple[str, ...]) -> Reading[None]:
         """One call. Once its arguments are whole it is one, whatever follows. Where no mark tells it from other JSON,
         its name comes first, and it has arguments."""
         yield from expect(r, "{")
@@ -56,41 +68,30 @@ class JsonStyle(Style):
         held: str | None = None
         told = False
         keys: list[str] = []
-        while True:
-            yield from spaces(r)
-            char = yield from peek(r)
-            if char == "}":
-                r.pos += 1
-                break
-            if keys:
-                if told and char != ",":
-                    return
-                yield from expect(r, ",")
-                yield from spaces(r)
-            key = yield from _string(r, known)
+        while (yield from _has_more(r, bool(keys), told, marks)):
+            key = yield from _string(r, known, marks)
             keys.append(key)
             yield from spaces(r)
             yield from expect(r, ":")
             yield from spaces(r)
             if key in self.name_keys and name is None:
-                name = out.check((yield from _string(r, known)), known)
+                name = out.check((yield from _string(r, known, marks)), known)
             elif known and name is None:
-                if keys != ["type"] or (yield from _string(r, known)) != "function":
+                if keys != ["type"] or (yield from _string(r, known, marks)) != "function":
                     raise Broken
             elif key not in self.arguments_keys or told or held is not None:
-                yield from collected(lambda emit: json_value(r, emit))
+                yield from collected(lambda emit: json_value(r, emit, marks))
             elif name is None:
-                held, _ = yield from collected(lambda emit: read_arguments(r, emit))
+                held, _ = yield from collected(lambda emit: read_arguments(r, emit, marks))
             else:
-                yield from tell_arguments(r, out, name)
+                yield from tell_arguments(r, out, name, marks=marks)
                 told = True
         if not told:
-            if name is None or known:
+            if name is None or (held is None and (known or not _BESIDE.issuperset(keys))):
                 raise Broken
             out.call(name)
             out.arguments("{}" if held is None else held)
             out.done()
-            r.settle()
 
     def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
         """See Style."""
@@ -136,18 +137,42 @@ def _any(texts: tuple[str, ...]) -> str:
     return "|".join(map(literal, texts))
 
 
-def _string(r: Reader, exact: bool) -> Reading[str]:
-    """Reads a string; Broken if none comes next. `exact`: and if it has escapes that need not be."""
-    if (yield from peek(r)) != '"':
-        raise Broken
-    text, _ = yield from collected(lambda emit: json_string(r, emit))
-    value: str = json.loads(text)
-    if exact and quoted(value) != text:
+def _has_more(r: Reader, behind: bool, told: bool, marks: tuple[str, ...]) -> Reading[bool]:
+    """Reads what stands before an object's next key, or its end. `behind`: another key. `told`: its arguments are, so
+    that its brace may be missing."""
+    yield from spaces(r)
+    if (yield from take(r, "}")):
+        return False
+    if behind:
+        if told and not ((yield from peek(r)) == "," and (yield from ahead(r, *_KEY, offset=1))):
+            return False
+        yield from expect(r, ",")
+        yield from spaces(r)
+        if marks and (yield from take(r, "}")):
+            return False
+    return True
+
+
+def _string(r: Reader, known: bool, marks: tuple[str, ...]) -> Reading[str]:
+    """Reads a string; Broken if none comes next. Where no mark tells a call from other JSON, a grammar cannot either
+    if the string has escapes that need not be."""
+    text, value = yield from read_string(r, marks)
+    if known and not marks and quoted(value) != text:
         raise Broken
     return value
 
 
-def tell_arguments(r: Reader, out: Output, name: str, call_id: str | None = None) -> Reading[None]:
+def surplus(r: Reader, marks: tuple[str, ...], brackets: re.Pattern[str] = _CLOSING) -> Reading[None]:
+    """Reads closing brackets that are too many, if one of `marks` follows or the answer is over."""
+    if (yield from ahead(r, *marks, skipped=brackets)) is not None:
+        found = brackets.match(r.text, r.pos)
+        assert found is not None
+        r.pos = found.end()
+
+
+def tell_arguments(
+    r: Reader, out: Output, name: str, call_id: str | None = None, marks: tuple[str, ...] = EXACT
+) -> Reading[None]:
     """Reads JSON arguments and tells a call with them. It begins with their first character."""
     begun = False
 
@@ -158,6 +183,6 @@ def tell_arguments(r: Reader, out: Output, name: str, call_id: str | None = None
             begun = True
         out.arguments(piece)
 
-    yield from read_arguments(r, emit)
+    yield from read_arguments(r, emit, marks)
     out.done()
     r.settle()

@@ -25,8 +25,9 @@ class Literals(ABC):
         """True if a text begins with this character."""
 
     @abstractmethod
-    def text(self, r: Reader, emit: Emit) -> Reading[None]:
-        """Reads a text, its quotes included, and emits its characters."""
+    def text(self, r: Reader, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
+        """Reads a text, its quotes included, and emits its characters. One of `behind` follows its closing quote:
+        without that it is a part of the text."""
 
     @abstractmethod
     def key(self, r: Reader, emit: Emit) -> Reading[None]:
@@ -47,10 +48,10 @@ class Literals(ABC):
             found = yield from word(r, _NUMBER)
             emit(_WORDS[found] if found in _WORDS else number(found))
 
-    def quoted(self, r: Reader, emit: Emit) -> Reading[None]:
-        """Reads a text and emits it as JSON."""
+    def quoted(self, r: Reader, emit: Emit, behind: tuple[str, ...] = (",", ")", "]", "}")) -> Reading[None]:
+        """Reads a text and emits it as JSON. `behind`: see `text`."""
         emit('"')
-        yield from self.text(r, lambda piece: emit(inside(piece)))
+        yield from self.text(r, lambda piece: emit(inside(piece)), behind)
         emit('"')
 
     def entries(self, r: Reader, emit: Emit, depth: int = 0) -> Reading[None]:
@@ -70,6 +71,7 @@ class Literals(ABC):
 def _separated(r: Reader, emit: Emit, close: str, brackets: str, one: Callable[[], Reading[None]]) -> Reading[None]:
     """Reads what `one` reads, again and again, between a bracket that comes next and `close`."""
     r.pos += 1
+    r.check()
     emit(brackets[0])
     yield from spaces(r)
     first = True
@@ -83,4 +85,6 @@ def _separated(r: Reader, emit: Emit, close: str, brackets: str, one: Callable[[
         first = False
         yield from one()
         yield from spaces(r)
+        if (yield from peek(r)) in (",", close):
+            r.check()
     emit(brackets[1])

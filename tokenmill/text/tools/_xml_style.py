@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cache
+from typing import ClassVar, NamedTuple
 
-from tokenmill.text.functions import STRING, Tool, name_of, others_of, property_of, types_of
+from tokenmill.text.functions import STRING, Tool, name_of, names_of, others_of, property_of, types_of
 from tokenmill.text.lark import Lark
 from tokenmill.text.output import Output
-from tokenmill.text.reader import Broken, Emit, Markers, Reader, Reading, collected, expect, spaces, take, until, word
+from tokenmill.text.reader import (
+    NOTHING,
+    Broken,
+    Emit,
+    Markers,
+    Reader,
+    Reading,
+    ahead,
+    before,
+    collected,
+    expect,
+    spaces,
+    take,
+    until,
+    word,
+)
 from tokenmill.text.tools._calls import Calls, Style
 from tokenmill.text.tools._part import Part
 from tokenmill.text.tools._values import dumps, ends_in_text, inside, to_json
@@ -51,21 +68,23 @@ class XmlStyle(Style):
         tag = yield from expect(r, self.key, finish)
         out.call(name)
         out.arguments("{")
-        first = True
+        given: list[str] = []
         while tag == self.key:
-            yield from self._parameter(r, out, name, "" if first else ", ")
-            first = False
+            r.check()
+            yield from self._parameter(form, r, out, name, given)
             yield from spaces(r)
-            tag = yield from expect(r, self.key, finish)
+            r.check()
+            tag = yield from expect(r, self.key, finish, end)
         out.arguments("}")
         out.done()
         r.settle()
-        if self.body_end:
+        if tag != end:
             yield from spaces(r)
             yield from take(r, end)
 
-    def _parameter(self, r: Reader, out: Output, name: str, separator: str) -> Reading[None]:
-        """A key and its value. Strings are told as they come, everything else once it is whole."""
+    def _parameter(self, form: Calls, r: Reader, out: Output, name: str, given: list[str]) -> Reading[None]:
+        """A key and its value. Strings are told as they come, everything else once it is whole. `given`: the keys
+        before, to which this one is added."""
         key, end = yield from collected(lambda emit: until(r, Markers(self.key_end), emit))
         if not end or "\n" in key:
             raise Broken
@@ -76,25 +95,18 @@ class XmlStyle(Style):
             yield from take(r, "\n")
         schema = out.schemas.get(name)
         types = types_of(property_of(schema, key), schema)
-        out.arguments(f"{separator}{dumps(key)}: ")
+        out.arguments(f"{', ' if given else ''}{dumps(key)}: ")
+        given.append(key)
+        ends = _Ends(self, form, frozenset() if out.held else names_of(schema).difference(given), out.held)
         if types == STRING:
             out.arguments('"')
-            yield from self._value(r, lambda piece: out.arguments(inside(piece)))
+            yield from ends.value(r, lambda piece: out.arguments(inside(piece)), lambda: False)
             out.arguments('"')
         else:
-            text, end = yield from collected(lambda emit: self._value(r, emit))
-            while "string" not in types and ends_in_text(text):  # so it was no tag
-                more, next_end = yield from collected(lambda emit: self._value(r, emit))
-                text, end = text + end + more, next_end
-            out.arguments(to_json(text, types))
-
-    def _value(self, r: Reader, emit: Emit) -> Reading[str]:
-        """Emits text up to the end of a value, and gives that."""
-        ends = Markers(f"\n{self.value_end}", self.value_end) if self.lines else Markers(self.value_end)
-        end = yield from until(r, ends, emit)
-        if not end:
-            raise Broken
-        return end
+            parts: list[str] = []
+            in_json = "string" not in types
+            yield from ends.value(r, parts.append, lambda: in_json and ends_in_text("".join(parts)))
+            out.arguments(to_json("".join(parts), types))
 
     def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
         """See Style. A strict function may not ask of a text what tags cannot hold it to."""
@@ -125,3 +137,44 @@ class XmlStyle(Style):
             return f"{head} {lark.json(rule, part.alone())} {lark.text(close)}"
         part.check(path)
         return f"{head} {lark.free('value', (self.value_end,)).text} {lark.text(end)}"
+
+
+class _Ends(NamedTuple):
+    """Where a value ends. `missing`: the names of parameters that may follow it without a closing tag."""
+
+    style: XmlStyle
+    form: Calls
+    missing: frozenset[str]
+    held: bool
+
+    def value(self, r: Reader, emit: Emit, in_text: Callable[[], bool]) -> Reading[None]:
+        """Emits a value and reads its closing tag. `in_text`: true if what was emitted cannot be all of it."""
+        marks = _marks(self.style, self.form.ends[0], self.held)
+        while found := (yield from before(r, marks, emit, told=False)):
+            if (yield from self._closes(r, found)) and not in_text():
+                r.pos += len(found) if found.endswith(self.style.value_end) else 0
+                return
+            emit(found)
+            r.pos += len(found)
+        raise Broken
+
+    def _closes(self, r: Reader, found: str) -> Reading[bool]:
+        """True if `found`, which comes next, is no part of the value."""
+        tag, size, style = found.lstrip("\n"), len(found), self.style
+        end, starts = self.form.ends[0], self.form.starts
+        if tag == style.value_end:
+            tags = (style.key, style.body_end or end, end, *starts)
+            return (yield from ahead(r, *tags, offset=size)) is not None
+        if tag == style.key:
+            names = [f"{name}{style.key_end}" for name in self.missing]
+            return bool(names and (yield from ahead(r, *names, offset=size, skipped=NOTHING)))
+        behind = yield from ahead(r, *starts, *((end,) if tag != end else ()), offset=size)
+        return bool(behind) or (behind == "" and not style.body_end)
+
+
+@cache
+def _marks(style: XmlStyle, end: str, held: bool) -> Markers:
+    """The tags that may close a value. With a grammar it is the closing tag alone."""
+    tags = () if held else (style.key, style.body_end or end, end)
+    closing = (style.value_end, *([f"\n{style.value_end}"] if style.lines else []))
+    return Markers(*dict.fromkeys((*closing, *tags, *(f"\n{tag}" for tag in tags))))

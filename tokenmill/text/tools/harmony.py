@@ -17,7 +17,8 @@ from tokenmill.text.lark import Lark, quoted
 from tokenmill.text.output import Output
 from tokenmill.text.reader import Broken, Emit, Markers, Reader, Reading, before, collected, spaces, take, until
 from tokenmill.text.tools._calls import random_id
-from tokenmill.text.tools._json_style import tell_arguments
+from tokenmill.text.tools._json import EXACT
+from tokenmill.text.tools._json_style import surplus, tell_arguments
 from tokenmill.text.tools.base import Asked
 
 _START, _CHANNEL, _MESSAGE, _CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
@@ -83,12 +84,14 @@ class Harmony:
                 r.settle()
             except Broken:
                 r.rewind()
-                head = _HEADS.search(r.text, 0)
-                stop = len(begun) if begun else head.end() if head else 0
-                if out.held and r.ended:
-                    stop = len(r.text)
-                out.content(r.text[:stop])
-                r.pos = stop
+                if out.begun:
+                    r.pos = len(r.text) if r.ended else r.checked
+                    out.cancel(r.text[: r.pos])
+                else:
+                    head = _HEADS.search(r.text, 0)
+                    stop = len(begun) if begun else head.end() if head else 0
+                    r.pos = len(r.text) if out.held and r.ended else stop
+                    out.content(r.text[: r.pos])
             begun = ""
 
     def grammar(self, asked: Asked) -> str:
@@ -129,7 +132,10 @@ def _message(r: Reader, out: Output) -> Reading[None]:
     head = _parsed(text, out)
     if head.function:
         yield from spaces(r)
-        yield from tell_arguments(r, out, out.check(head.function))
+        marks = EXACT if out.held else _ENDS.texts
+        yield from tell_arguments(r, out, out.check(head.function), marks=marks)
+        if marks:
+            yield from surplus(r, marks)
         yield from spaces(r)
         yield from take(r, _CALL, _END, _RETURN)
     elif head.addressed:  # to a tool that nobody here has
