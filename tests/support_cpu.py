@@ -14,6 +14,7 @@ from tokenmill.backends.base import Admitted, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cpu.backend import CpuBackend
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
+from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader, reader_of
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import local_source
@@ -40,13 +41,15 @@ class CpuDriver(CpuBackend):
         source: Checkpoint,
         *,
         read: Reader | None = None,
+        program: Program | None = None,
         num_blocks: int = 64,
         limits: StepLimits | None = None,
         **options: Any,
     ) -> None:
         options = {"threads": 2, "kernel_cache": kernel_folder()} | options
         limits = limits or StepLimits(256, 4, 256, 16)
-        super().__init__(program_of(source.config), source, read or reader_of(source), limits, Group(), **options)
+        program = program or program_of(source.config)
+        super().__init__(program, source, read or reader_of(source), limits, Group(), **options)
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known: dict[int, list[int]] = {}  # by slot: ids that are computed

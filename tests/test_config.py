@@ -134,6 +134,7 @@ def test_wrong_usage_exits_with_2_and_says_what_is_allowed(
     (["--sharded", "true"], {}, "`sharded` is true, but no number was given"),
     (["--sharded", "true", "--num-shard", "1"], {}, "`num_shard` is 1"),
     (["--memory-limit", "lots"], {}, "'lots' is not an amount of memory"),
+    (["--api-key", " "], {}, "`api_key` must not be blank"),
     ([], {"PORT": "http"}, "Environment variable PORT: 'http' is not a whole number"),
     ([], {"QUANTIZE": "gptqq"}, "QUANTIZE: 'gptqq' is not one of"),
 ])  # fmt: skip

@@ -12,10 +12,13 @@ import pytest
 import torch
 from support_models import SIZES, Driver, make_checkpoint, reference, steps
 
+from tokenmill import fetch
+from tokenmill.config import Settings
 from tokenmill.errors import ModelError, Unsupported
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.rope import RopeTable
 from tokenmill.quant.base import load, reader_of
+from tokenmill.server.digests import model_digest
 from tokenmill.weights.checkpoint import model_config, open_checkpoint
 from tokenmill.weights.gguf import Gguf
 from tokenmill.weights.source import local_source
@@ -221,6 +224,8 @@ HOSTILE = {
     "overflowing size": header(1, 0) + tensor("t", (1 << 63, 2, 2), 0, 0) + bytes(64),
     "half a block": header(1, 0) + tensor("t", (33,), 8, 0) + bytes(64),
     "overlapping": header(2, 0) + tensor("a", (8,), 0, 0) + tensor("b", (8,), 0, 16) + bytes(256),
+    "a split of words": header(0, 1) + text("split.count") + struct.pack("<I", 8) + text("three") + bytes(64),
+    "the middle of a split": header(0, 1) + text("split.no") + struct.pack("<II", 4, 1) + bytes(64),
     "a tensor twice": header(2, 0) + tensor("a", (8,), 0, 0) + tensor("a", (8,), 0, 32) + bytes(256),
 }
 
@@ -256,8 +261,126 @@ def test_every_cut_of_a_file_is_refused_and_no_flipped_byte_does_worse(tmp_path:
             pass
 
 
-def test_one_of_several_parts_is_refused_with_the_cure(tmp_path: Path) -> None:
+def write_split(folder: Path, name: str = "m", tensors_of_a_part: int = 2, **how: Any) -> dict[str, np.ndarray]:
+    """A model of five tensors in parts, as the `gguf` package splits it."""
+    rng = np.random.default_rng(4)
+    tensors = {"token_embd.weight": rng.normal(size=(7, 64)).astype(np.float32)}
+    tensors |= {f"blk.{i}.attn_norm.weight": rng.normal(size=64).astype(np.float32) for i in range(4)}
+    writer = gguf.GGUFWriter(folder / f"{name}.gguf", "llama", split_max_tensors=tensors_of_a_part, **how)
+    metadata(writer)
+    for key, array in tensors.items():
+        writer.add_tensor(key, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@pytest.mark.parametrize("small_first", [False, True])
+def test_a_split_file_is_read_by_its_folder_and_by_any_part(tmp_path: Path, small_first: bool) -> None:
+    tensors = write_split(tmp_path, small_first_shard=small_first)
+    parts = sorted(tmp_path.iterdir())
+    assert parts[0].name == f"m-00001-of-0000{len(parts)}.gguf"
+    for given in (tmp_path, *parts):
+        source = local_source(given)
+        assert source.path == str(parts[0])
+        found = open_checkpoint(source)
+        assert found.config["eos_token_id"] == [2, 5]
+        np.testing.assert_array_equal(found["model.embed_tokens.weight"].data.view("<f4"), tensors["token_embd.weight"])
+        for i in range(4):
+            got = found[f"model.layers.{i}.input_layernorm.weight"].data.view("<f4").ravel()
+            np.testing.assert_array_equal(got, tensors[f"blk.{i}.attn_norm.weight"])
+    assert Gguf(parts[-1]).metadata["tokenizer.ggml.tokens"] == ["<unk>", "a", "é", "\n"]
+
+
+def test_a_digest_of_a_split_file_is_of_all_its_parts(tmp_path: Path) -> None:
+    write_split(tmp_path)
+    source, last = local_source(tmp_path), max(tmp_path.iterdir())
+    before = model_digest(source)
+    content = bytearray(last.read_bytes())
+    content[-3] ^= 1
+    last.write_bytes(content)
+    assert model_digest(source) != before
+
+
+def test_parts_that_are_missing_exchanged_or_renamed_are_named(tmp_path: Path) -> None:
+    write_split(tmp_path)
+    first, second, third = sorted(tmp_path.iterdir())
+    whole = second.read_bytes()
+    second.unlink()
+    for given in (tmp_path, first, third):
+        with pytest.raises(ModelError, match=rf"missing.*: {second.name}\."):
+            local_source(given)
+    with pytest.raises(ModelError, match=rf"{second.name} is missing"):
+        Gguf(first)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(ModelError, match=r"part 3 of 3 by its header, and part 2 of 3 by its name.*again"):
+        Gguf(first)
+    second.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=rf"{second.name} is no readable GGUF file.*download it again"):
+        Gguf(first)
+    second.write_bytes(whole)
+    blob = tmp_path / "0a1b2c"
+    first.rename(blob)
+    with pytest.raises(
+        ModelError, match=r"one of 3 parts.*-00001-of-00003\.gguf, or join them: llama-gguf-split --merge"
+    ):
+        Gguf(local_source(blob).path)
+
+
+def test_a_link_to_a_part_is_read_among_the_links_beside_it(tmp_path: Path) -> None:
+    """As in the Hub's cache, where the files behind the links have other names."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    write_split(tmp_path / "blobs")
+    for number, part in enumerate(sorted((tmp_path / "blobs").iterdir())):
+        blob = part.rename(part.with_name(f"{number:064x}"))
+        (tmp_path / "snapshot" / part.name).symlink_to(blob)
+    assert len(list(open_checkpoint(local_source(tmp_path / "snapshot")).names())) == 5
+
+
+@pytest.mark.parametrize("name", ["sha256-0a1b", "0a1b2c", "model.bin", "M.GGUF", "model.Q4_K_M"])
+def test_a_file_is_known_by_its_first_bytes_whatever_its_name_is(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "llama", {"token_embd.weight": (np.zeros((7, 64), np.float32), None)})
+    (tmp_path / "README").write_text("GG")
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for given in (tmp_path / name, tmp_path / "link"):
+        assert open_checkpoint(local_source(given)).format == "gguf"
+    (tmp_path / "link").unlink()
+    assert local_source(tmp_path).path == str(tmp_path / name)
+
+
+def test_one_of_several_files_is_chosen_by_a_name_after_a_colon(tmp_path: Path) -> None:
     embed = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
-    write(tmp_path / "m.gguf", "llama", embed, lambda w: w.add_uint16("split.count", 3))
-    with pytest.raises(ModelError, match="one of 3 parts"):
-        Gguf(tmp_path / "m.gguf")
+    (tmp_path / "deep").mkdir()
+    for name in ("m-Q4_K_M.gguf", "m-Q8_0.gguf", "deep/m-BF16.gguf", "mmproj-m.gguf"):
+        write(tmp_path / name, "llama", embed)
+    with pytest.raises(ModelError, match=r"has 2 GGUF models.*m-Q4_K_M\.gguf, m-Q8_0\.gguf"):
+        local_source(tmp_path)
+    for wanted, name in (("q8_0", "m-Q8_0.gguf"), ("BF16", "deep/m-BF16.gguf"), ("m-Q4_K_M.gguf", "m-Q4_K_M.gguf")):
+        found = fetch.on_disk(Settings(model_id=f"{tmp_path}:{wanted}"))
+        assert found is not None
+        assert (found.path, found.model_id) == (str(tmp_path / name), f"{tmp_path}:{wanted}")
+    override = Settings(model_id="owner/name:Q8_0", weights_cache_override=str(tmp_path))
+    assert fetch.on_disk(override).path == str(tmp_path / "m-Q8_0.gguf")
+
+
+def test_a_file_that_holds_no_model_is_named(tmp_path: Path) -> None:
+    def adapter(writer: gguf.GGUFWriter) -> None:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_string("general.base_model.0.repo_url", "https://huggingface.co/owner/base")
+
+    nothing = {"a": (np.zeros((2, 32), np.float32), None)}
+    write(tmp_path / "a.gguf", "llama", nothing, adapter)
+    with pytest.raises(
+        ModelError, match=r"no model but a LORA adapter to the model https://huggingface\.co/owner/base"
+    ):
+        Gguf(tmp_path / "a.gguf")
+    write(tmp_path / "b.gguf", "clip", nothing)
+    with pytest.raises(ModelError, match=r"projector of a model's images \(mmproj\)"):
+        Gguf(tmp_path / "b.gguf")
+    write(tmp_path / "c.gguf", "llama", nothing, lambda w: w.add_type("imatrix"))
+    with pytest.raises(ModelError, match=r"calibration data \(imatrix\)"):
+        Gguf(tmp_path / "c.gguf")

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from tokenmill.errors import DownloadError, MissingPackage, ModelError
 from tokenmill.weights import embedded, hub
+from tokenmill.weights.choice import Weights, choose
 from tokenmill.wire.messages import Progress
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -129,13 +130,19 @@ def test_the_files_to_fetch_are_those_that_serving_needs() -> None:
     junk = ["training_args.bin", "x/model.safetensors", "README.md", "onnx/model.onnx", "optimizer.pt"]
     split = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
     old = ["pytorch_model-00001-of-00001.bin", "consolidated.safetensors"]
-    assert set(hub.wanted_files([*small, *junk, *split, *old])) == {*small, *split}
-    assert set(hub.wanted_files([*small, "model.gguf", "mmproj.gguf"])) == {*small, "model.gguf"}
-    assert set(hub.wanted_files([*small, *junk, "pytorch_model.bin"])) == {*small, "pytorch_model.bin"}
-    with pytest.raises(ModelError, match="no weights"):
-        hub.wanted_files(small)
-    with pytest.raises(ModelError, match="2 GGUF files"):
-        hub.wanted_files(["a.gguf", "b.gguf"])
+    index = "model.safetensors.index.json"
+
+    def wanted(*names: str) -> set[str]:
+        return set(hub.wanted_files(names, choose(names, "m")))
+
+    assert wanted(*small, *junk, *split, *old) == {*small, index}  # the index names the others
+    assert set(hub.wanted_files([*small, *junk, *split], Weights("safetensors", tuple(split[:2]), index))) == {
+        *small,
+        *split,
+    }
+    assert wanted(*small, "model.gguf", "mmproj.gguf") == {*small, "model.gguf"}
+    assert wanted(*small, *junk, "pytorch_model.bin") == {*small, "pytorch_model.bin"}
+    assert wanted(*small, *split, "model.safetensors", "trainer_state.json") == {*small, "model.safetensors"}
 
 
 def test_pickled_weights_are_converted_beside_themselves(tmp_path: Path) -> None:

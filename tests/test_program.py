@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support_models import SIZES, Driver, make_checkpoint, prompts, reference, steps
+from support_programs import Arrays
 
 from tokenmill.backends.torch.interpreter import Interpreter
 from tokenmill.errors import ArgumentError, Unsupported
@@ -29,18 +30,20 @@ from tokenmill.program.buffers import Plan, plan_buffers
 from tokenmill.program.cost import Cost, Load, cache_layout, cost, total
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Buffer, Inputs, Program, Tape, Value, record
-from tokenmill.weights.checkpoint import Stored, open_checkpoint
+from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 
 torch.set_num_threads(1)
 CASES = ("llama_tied_with_biases", "qwen3", "mistral_window")
+CPU_FUSIONS = (passes.residual_into_linear, passes.act_into_linear, passes.heads_into_attention)
+GPU_FUSIONS = (passes.add_into_norm, passes.heads_into_attention, passes.act_into_linear)
 PASSES: dict[str, Callable[[Program], Program]] = {
     "none": lambda p: p,
-    "cpu": lambda p: passes.fuse(p, *passes.CPU_FUSIONS),
-    "gpu": lambda p: passes.fuse(p, *passes.GPU_FUSIONS),
+    "cpu": lambda p: passes.fuse(p, *CPU_FUSIONS),
+    "gpu": lambda p: passes.fuse(p, *GPU_FUSIONS),
     "rows": passes.take_rows_early,
-    "rows, cpu": lambda p: passes.fuse(passes.take_rows_early(p), *passes.CPU_FUSIONS),
-    "gpu, rows": lambda p: passes.take_rows_early(passes.fuse(p, *passes.GPU_FUSIONS)),
+    "rows, cpu": lambda p: passes.fuse(passes.take_rows_early(p), *CPU_FUSIONS),
+    "gpu, rows": lambda p: passes.take_rows_early(passes.fuse(p, *GPU_FUSIONS)),
 }
 
 
@@ -77,7 +80,7 @@ def test_passes_do_what_they_say(case: tuple[Path, list[np.ndarray]]) -> None:
     kinds = [type(op) for op in cpu.ops]
     assert not {ops.Rope, ops.GatedAct, ops.Add} & set(kinds)
     assert kinds.index(ops.TakeRows) == len(kinds) - 1 - kinds[::-1].index(ops.Attention) + 1
-    gpu = [type(op) for op in passes.fuse(passes.take_rows_early(program), *passes.GPU_FUSIONS).ops]
+    gpu = [type(op) for op in passes.fuse(passes.take_rows_early(program), *GPU_FUSIONS).ops]
     assert gpu.count(ops.AddNorm) == 2 * SIZES["num_hidden_layers"]
     assert ops.Add not in gpu
 
@@ -258,29 +261,6 @@ def test_what_a_late_norm_reads_is_not_written_over_by_the_next_operation(summed
 
 
 # ---- kinds that no model of today uses -----------------------------------------------------------------------------
-
-
-class Arrays:
-    """A checkpoint of arrays made on the spot."""
-
-    format = "safetensors"
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = {name: a.astype(np.float32) for name, a in arrays.items()}
-        self.config: dict[str, Any] = {}
-
-    def names(self) -> Any:
-        return iter(self.arrays)
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        return self.arrays[name].shape if name in self.arrays else None
-
-    def nbytes(self, name: str) -> int:
-        return self.arrays[name].nbytes
-
-    def __getitem__(self, name: str) -> Stored:
-        a = self.arrays[name]
-        return Stored(name, "F32", a.shape, a.view(np.uint8).reshape(len(a), -1))
 
 
 def test_a_mixture_of_experts_equals_transformers(tmp_path: Path, run_dir: Path) -> None:

@@ -62,6 +62,17 @@ def test_a_request_without_the_key_is_refused_everywhere_but_where_orchestrators
     assert server.post("/generate", {"inputs": "x"}, headers={"authorization": "bearer secret"}).status_code == 200
 
 
+@pytest.mark.parametrize("value, status", [
+    ("Bearer Secret ", 200), ("Bearer Secret\t", 200), ("  Bearer Secret", 200), ("Bearer    Secret", 200),
+    ("Bearer\tSecret", 200), ("BEARER SECRET", 200), ("Bearer", 401), ("Bearer ", 401), ("BearerSecret", 401),
+    ("Bearer Secret x", 401), ("Bearer Sec ret", 401), ("Basic Secret", 401), ("Secret", 401), ("", 401),
+])  # fmt: skip
+def test_white_space_around_a_key_is_no_part_of_it(server: Server, value: str, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        sock.sendall(f"GET /info HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: {value}\r\n\r\n".encode())
+        assert sock.recv(65536).startswith(b"HTTP/1.1 %d " % status)
+
+
 def test_only_listed_origins_may_call_from_a_browser(server: Server) -> None:
     for origin, allowed in (("http://a.example", "http://a.example"), ("http://b.example", None)):
         response = httpx.get(server.url + "/info", headers={**KEY, "origin": origin})
@@ -124,6 +135,8 @@ def test_requests_beyond_the_limit_are_refused_at_once_and_told_when_to_come_bac
     "POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n"
     "0\r\n\r\nGET /health HTTP/1.1\r\n\r\n",
     "GET /health HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n",
+    "GET /health HTTP/1.1\r\n\r\n",
+    "GET /health\r\n\r\n",
     "GET /health HTTP/1.1\nhost: x\n\n",
     "GET /health HTTP/1.1\r\nhost: x\r\nx-a: 1\r\n folded\r\n\r\n",
     "GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",

@@ -199,6 +199,57 @@ def test_where_a_body_stops_being_json_is_told(server: Server, content: bytes, w
     assert response.json()["error"] == "Failed to parse the request body as JSON: " + why
 
 
+CHAT = '{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1%s}'
+TWICE = [
+    ("/generate", '{"inputs": "x", "inputs": "y"}', "inputs", ""),
+    ("/generate", '{"inputs": "x", "parameters": {"seed": 1, "top_k": 3, "seed": 1}}', "seed", " - at `$.parameters`"),
+    ("/generate", '{"inputs": "x", "unknown": {"a": {"b": 1, "b": 2}}}', "b", " - at `$.unknown.a`"),
+    ("/generate_stream", '{"inputs": "x", "\\u0069nputs": "x"}', "inputs", ""),
+    ("/generate", '{"inputs": "x", "parameters": {"grammar": {"type": "json", "value": {"properties": {"a": {}, "a": '
+     '{}}}}}}', "a", " - at `$.parameters.grammar.value.properties`"),
+    ("/", '{"stream": false, "inputs": "x", "stream": false}', "stream", ""),
+    ("/tokenize", '{"inputs": "x", "inputs": "x"}', "inputs", ""),
+    ("/chat_tokenize", CHAT % ', "max_tokens": 1', "max_tokens", ""),
+    ("/vertex", '{"instances": [{"inputs": "x"}, {"inputs": "x", "inputs": "y"}]}', "inputs", " - at `$.instances[1]`"),
+    ("/invocations", '{"inputs": "x", "inputs": "y"}', "inputs", ""),
+    ("/v2/models/m/infer", '{"id": "1", "inputs": [], "outputs": [], "id": "2"}', "id", ""),
+    ("/v1/completions", '{"prompt": "x", "prompt": "y"}', "prompt", ""),
+    ("/v1/completions", '{"prompt": "x", "stream_options": {"include_usage": true, "include_usage": true}}',
+     "include_usage", " - at `$.stream_options`"),
+    ("/v1/chat/completions", CHAT % ', "messages": []', "messages", ""),
+    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "x", "role": "system"}]}', "role",
+     " - at `$.messages[0]`"),
+    ("/v1/chat/completions", CHAT % ', "tools": [{"type": "function", "function": {"name": "f", "parameters": '
+     '{"properties": {"a": {"type": "string", "type": "null"}}}}}]', "type",
+     " - at `$.tools[0].function.parameters.properties.a`"),
+    ("/v1/chat/completions", CHAT % ', "metadata": {"a": "1", "a": "2"}', "a", " - at `$.metadata`"),
+    ("/v1/chat/completions", CHAT % ', "logit_bias": {"5": 1, "5": 2}', "5", " - at `$.logit_bias`"),
+    ("/invocations", CHAT % ', "max_tokens": 2', "max_tokens", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, body, key, where", TWICE)
+def test_a_key_given_twice_is_refused_with_its_place(
+    server: Server, path: str, body: str, key: str, where: str
+) -> None:
+    response = httpx.post(server.url + path, content=body, headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    openai = path.startswith("/v1/") or ("messages" in body and path == "/invocations")
+    assert response.status_code == (400 if openai else 422)
+    message = error["message"] if openai else error
+    assert message == (
+        f"Failed to deserialize the JSON body into the target type: duplicate field `{key}`{where}. "
+        "A key may be given once"
+    )
+    if openai:
+        assert error["param"] == (where[8:-1].replace("[", ".").replace("]", "") + "." + key).lstrip(".")
+
+
+def test_a_key_may_come_again_in_another_object(server: Server) -> None:
+    body = '{"inputs": "x", "x": {"inputs": 1, "x": [{"a": 1}, {"a": 1, "A": 2, "": 3}]}, "parameters": {"top_k": 3}}'
+    assert httpx.post(server.url + "/generate", content=body, headers={"content-type": "application/json"}).is_success
+
+
 def test_the_prompts_length_is_bounded_to_the_token(server: Server) -> None:
     def status(num_prompt: int, **parameters: int) -> int:
         return server.post("/generate", {"inputs": "x" * num_prompt, "parameters": parameters}).status_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 
 import httpx
@@ -195,6 +196,29 @@ def test_a_body_that_cannot_be_read_is_json_with_tgis_status(
                       headers={"content-type": "application/vnd.x+json; charset=utf-8"}).status_code == 200  # fmt: skip
 
 
+ROUTES_WITH_BODIES = (
+    "/", "/generate", "/generate_stream", "/tokenize", "/chat_tokenize", "/invocations", "/vertex",
+    "/v1/chat/completions", "/v1/completions", "/v2/models/m/versions/1/infer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ROUTES_WITH_BODIES)
+def test_a_compressed_body_is_refused_with_the_reason(server: Server, path: str) -> None:
+    def refused(*encodings: str) -> httpx.Response:
+        headers = [("content-type", "application/json"), *(("content-encoding", one) for one in encodings)]
+        return httpx.post(server.url + path, content=gzip.compress(b'{"inputs":"x"}'), headers=headers)
+
+    for encodings in (("gzip",), ("x-odd",), ("identity, br",), ("identity", "GZIP"), ("identity", "zstd, identity")):
+        response = refused(*encodings)
+        assert (response.status_code, response.headers["accept-encoding"]) == (415, "identity")
+        error = response.json()["error"]
+        message = error["message"] if path.startswith("/v1/") else error
+        assert message.startswith(f"The Content-Encoding {', '.join(encodings)!r} is not supported")
+        assert response.json()["error_type"] == "validation"
+    for encodings in (("identity",), ("",), ("Identity",)):
+        assert refused(*encodings).status_code == 400  # no JSON
+
+
 def test_a_chunked_body_is_limited_too(server: Server) -> None:
     def parts() -> Iterator[bytes]:
         yield b'{"inputs": "'
@@ -205,7 +229,7 @@ def test_a_chunked_body_is_limited_too(server: Server) -> None:
     assert response.status_code == 413
 
 
-def test_unknown_paths_and_methods_have_empty_answers(server: Server) -> None:
+def test_unknown_paths_and_methods_have_tgis_empty_answers(server: Server) -> None:
     missing = httpx.get(server.url + "/nope")
     assert (missing.status_code, missing.content) == (404, b"")
     wrong = httpx.get(server.url + "/generate")

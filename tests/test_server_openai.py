@@ -407,3 +407,28 @@ def test_the_model_is_listed_and_found_by_its_name(server: Server) -> None:
     missing = httpx.get(server.url + "/v1/models/other")
     error = missing.json()["error"]
     assert (missing.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize("method, path, allowed", [
+    ("GET", "/v1", None), ("GET", "/v1/", None), ("POST", "/v1/embeddings", None), ("DELETE", "/v1/files/x", None),
+    ("POST", "/v1/chat/completions/", None), ("GET", "/v1//models", None), ("GET", "/v1/" + "x" * 5000, None),
+    ("GET", "/v1/chat/completions", "POST"), ("DELETE", "/v1/completions", "POST"), ("POST", "/v1/models", "GET,HEAD"),
+    ("PUT", "/v1/models/x", "GET,HEAD"),
+])  # fmt: skip
+def test_unknown_paths_and_methods_have_openais_error(
+    server: Server, method: str, path: str, allowed: str | None
+) -> None:
+    response = httpx.request(method, server.url + path)
+    assert response.status_code == (405 if allowed else 404)
+    assert response.headers.get("allow") == allowed
+    error = response.json()["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == ("method_not_supported" if allowed else "unknown_url")
+    assert path[:64] in error["message"]
+    assert len(error["message"]) < 300
+
+
+def test_paths_that_only_look_like_openais_answer_as_tgi(server: Server) -> None:
+    for path in ("/v1x", "/v10/models", "/V1/models", "/x/v1/models"):
+        assert httpx.get(server.url + path).content == b""

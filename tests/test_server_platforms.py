@@ -193,10 +193,20 @@ def test_kserve_refuses_with_tgis_types(server: Server) -> None:
 
 
 def test_kserve_paths_that_mean_nothing_are_not_found(server: Server) -> None:
-    assert httpx.get(server.url + "/v2/models/m/versions/1/nope").status_code == 404
-    assert httpx.get(server.url + "/v2/models/m/versions/1/infer").headers["allow"] == "POST"
-    assert server.post("/v2/models/m/versions/1/ready", {}).status_code == 405
-    assert server.post("/v2/models/", {}).status_code == 404
+    for path in ("/v2/models/m/versions/1/nope", "/v2/nope", "/v2/models/", "/v2/health/live/x"):
+        missing = httpx.get(server.url + path)
+        assert (missing.status_code, missing.json()["error_type"]) == (404, "not_found")
+        assert path in missing.json()["error"]
+    for method, path, allowed in (
+        ("GET", "/v2/models/m/versions/1/infer", "POST"),
+        ("POST", "/v2/models/m/versions/1/ready", "GET,HEAD"),
+        ("POST", "/v2/models/m", "GET,HEAD"),
+        ("POST", "/v2", "GET,HEAD"),
+        ("DELETE", "/v2/health/ready", "GET,HEAD"),
+    ):
+        wrong = httpx.request(method, server.url + path)
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, allowed)
+        assert wrong.json()["error"] == f"{method} is not supported at {path}. Allowed: {allowed}"
 
 
 def test_kserve_is_not_ready_while_the_model_is_loading(model: Path) -> None:

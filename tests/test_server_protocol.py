@@ -25,6 +25,12 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
         return
+    if scope["path"] == "/headers":
+        answer = repr(sorted(scope["headers"])).encode()
+        length = (b"content-length", b"%d" % len(answer))
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        await send({"type": "http.response.body", "body": answer})
+        return
     if scope["path"] == "/big":
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % BIG)]})
         await send({"type": "http.response.body", "body": bytes(BIG)})
@@ -237,3 +243,76 @@ def test_what_follows_a_request_and_is_none_never_answers_for_it(port: int) -> N
         sock.sendall(POST + b"\x00garbage\r\n\r\n")
         answer = rest(sock)
     assert b" 400 " not in answer or b" 200 " in answer
+
+
+def answer_to(port: int, request: bytes) -> bytes:
+    with connect(port) as sock:
+        sock.sendall(request)
+        return rest(sock)
+
+
+@pytest.mark.parametrize("before", [b"", b" ", b"\t", b" \t "])
+@pytest.mark.parametrize("behind", [b"", b" ", b"\t", b"  \t"])
+def test_white_space_around_a_headers_value_is_no_part_of_it(port: int, before: bytes, behind: bytes) -> None:
+    lines = b"".join(b"%s:%s%s%s\r\n" % (name, before, value, behind) for name, value in (
+        (b"host", b"x"), (b"Authorization", b"Bearer  a b"), (b"x-empty", b""), (b"connection", b"close")
+    ))  # fmt: skip
+    _, _, body = answer_to(port, b"GET /headers HTTP/1.1\r\n" + lines + b"\r\n").partition(b"\r\n\r\n")
+    assert eval(body) == [
+        (b"authorization", b"Bearer  a b"), (b"connection", b"close"), (b"host", b"x"), (b"x-empty", b"")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", [b"expect: 100-continue", b"expect:100-Continue", b"Expect: \t100-continue \t"])
+def test_a_client_that_waits_to_be_asked_for_its_body_is_asked(port: int, line: bytes) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 4 \r\n" + line + b"\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 100 ")
+        sock.sendall(b"abc.")
+        assert answered(sock, 1).endswith(b"/a abc.")
+
+
+@pytest.mark.parametrize("head, why", [
+    (b"GET /a HTTP/1.1\r\n", b"one Host header. Given: none"),
+    (b"GET /a HTTP/1.1\r\nhost: x\r\nHOST: x\r\n", b"one Host header. Given: 2"),
+    (b"GET /a HTTP/1.0\r\nhost: x\r\nhost: y\r\n", b"one Host header. Given: 2"),
+    (b"GET http://x/a HTTP/1.1\r\n", b"one Host header"),
+    (b"GET /a HTTP/1.1\r\nhost: a b\r\n", b"The Host header must be"),
+    (b"GET /a HTTP/1.1\r\nhost: http://a/\r\n", b"The Host header must be"),
+    (b"GET /a HTTP/1.1\r\nhost: u@a\r\n", b"The Host header must be"),
+    (b"GET /a\r\n", b"HTTP/0.9 is not supported"),
+    (b"GET /a HTTP/0.9\r\nhost: x\r\n", b"HTTP/0.9 is not supported"),
+    (b"GET /a HTTP/2.0\r\nhost: x\r\n", b"HTTP/2.0 is not supported"),
+    (b"GET /a HTTP/1.2\r\nhost: x\r\n", b""),
+    (b"GET a HTTP/1.1\r\nhost: x\r\n", b""),
+    (b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n", b"target must be a path"),
+    (b"POST /a HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\n", b"The only Transfer-Encoding"),
+    (b"POST /a HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n", b"HTTP/1.0 has no Transfer-Encoding"),
+])  # fmt: skip
+def test_a_head_that_http_forbids_is_refused_with_the_reason(port: int, head: bytes, why: bytes) -> None:
+    answer = answer_to(port, head + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"connection: close" in answer
+    assert why in answer
+
+
+@pytest.mark.parametrize("target", [b"/v1/chat/completions", b"http://x/v1/chat/completions", b"/v1"])
+def test_a_head_is_refused_in_the_dialect_of_its_path(port: int, target: bytes) -> None:
+    body = answer_to(port, b"GET " + target + b" HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")[2]
+    assert body.startswith(b'{"error":{"message":"')
+
+
+@pytest.mark.parametrize("target, path", [
+    (b"http://x/a", b"/a"), (b"HTTP://x:80/a?b=c", b"/a"), (b"https://[::1]:3/a/b", b"/a/b"), (b"http://x", b"/"),
+    (b"http://x?b=c", b"/"), (b"/a?http://x/b", b"/a"), (b"//x/a", b"//x/a"), (b"/%61", b"/a"), (b"*", b"*"),
+])  # fmt: skip
+def test_every_form_of_a_target_leads_to_its_path(port: int, target: bytes, path: bytes) -> None:
+    answer = answer_to(port, b"GET " + target + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    assert answer.endswith(b"\r\n\r\n" + path + b" ")
+
+
+@pytest.mark.parametrize("host", [b"", b"x", b"X.example:3000", b"[::1]:80", b"my_service", b"10.0.0.1", b"%41"])
+def test_hosts_of_every_kind_are_served(port: int, host: bytes) -> None:
+    answer = answer_to(port, b"GET /a HTTP/1.1\r\nhost: " + host + b"\r\nconnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")

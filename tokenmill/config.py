@@ -299,6 +299,8 @@ def _check_limits(settings: Settings) -> None:
         value = getattr(settings, name)
         if most is not None and value is not None and value > most:
             raise ArgumentError(f"`{name}` ({value}) must be <= `max_batch_total_tokens` ({most}).")
+    if settings.api_key and not settings.api_key.strip():
+        raise ArgumentError("`api_key` must not be blank. Leave it out if no key is to be asked for.")
     if settings.validation_workers < 1:
         raise ArgumentError(f"`validation_workers` must be > 0; {settings.validation_workers} was given.")
 

@@ -6,6 +6,7 @@ TokenmillError
 │   │   └── UsageError         an environment variable cannot be read as its option; exit code 2
 │   ├── DownloadError          weights could not be fetched
 │   ├── ModelError             weights, tokenizer or config.json are missing, unreadable or do not fit each other
+│   │   └── MissingFiles       some of a model's files are not there
 │   ├── Unsupported            nothing of that name exists: a model type, a quantization, an operation
 │   ├── MissingPackage         what was asked for needs a package that is not installed
 │   ├── NotEnoughMemory        the model or its cache does not fit
@@ -68,6 +69,17 @@ class ModelError(StartError):
     """A model folder or file is missing, unreadable, or not what its header says."""
 
     variant = "ShardCannotStart"
+
+
+class MissingFiles(ModelError):
+    """Files of a model are not where they should be.
+
+    `missing`: their names, or what they would hold.
+    """
+
+    def __init__(self, message: str, missing: Iterable[str]) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
 
 
 class Unsupported(StartError):

@@ -10,7 +10,8 @@ import msgspec
 from tokenmill.config import Settings
 from tokenmill.errors import ArgumentError
 from tokenmill.weights import embedded, hub
-from tokenmill.weights.source import ModelSource, local_source
+from tokenmill.weights.hub_names import parse
+from tokenmill.weights.source import ModelSource, is_pickled, local_source, on_this_machine
 from tokenmill.wire.control import ChildControl
 from tokenmill.wire.messages import ModelReady, Progress
 
@@ -21,14 +22,15 @@ def on_disk(settings: Settings) -> ModelSource | None:
     Reads names only. Raises ModelError if what is here cannot be served, ArgumentError for wrong paths.
     """
     if settings.weights_cache_override:
-        return _named(settings, local_source(settings.weights_cache_override, settings.model_id or None))
+        wanted = _chosen(settings.model_id)
+        return _named(settings, local_source(settings.weights_cache_override, settings.model_id or None, wanted))
     if not settings.model_id:
         found = embedded.find(settings.cache_dir)
         return _named(settings, ModelSource(embedded.MODEL_ID, str(found), "gguf")) if found else None
-    path = Path(settings.model_id)
-    if path.is_file() or (path.is_dir() and not any(path.glob("pytorch_model*.bin"))):
-        return _named(settings, local_source(path, settings.model_id))
-    return None
+    here = on_this_machine(settings.model_id)
+    if here is None or is_pickled(*here):
+        return None
+    return _named(settings, local_source(here[0], settings.model_id, here[1]))
 
 
 def fetch(settings: Settings, report: Callable[[Progress], None], *, convert: bool = True) -> ModelSource:
@@ -46,6 +48,12 @@ def fetch(settings: Settings, report: Callable[[Progress], None], *, convert: bo
         token=settings.hf_token, offline=settings.offline, report=report, convert=convert,
     )  # fmt: skip
     return _named(settings, source)
+
+
+def _chosen(model_id: str) -> str:
+    """The GGUF file that a name on the Hub selects, or ""."""
+    name = parse(model_id)
+    return name.wanted if name else ""
 
 
 def _named(settings: Settings, source: ModelSource) -> ModelSource:

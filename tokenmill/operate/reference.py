@@ -92,7 +92,7 @@ An error after the first event of a stream is an event of that form; what is fou
 _ERRORS: tuple[tuple[errors.RequestError, str], ...] = (
     (failures.BodyError(400, ""), "the body is not JSON"),
     (failures.BodyError(413, ""), "the body is longer than `--payload-limit`"),
-    (failures.BodyError(415, ""), "the body's content type is not JSON"),
+    (failures.BodyError(415, ""), "the body's content type is not JSON, or it has a `content-encoding`"),
     (failures.BodyError(422, ""), "a field of the body is missing or of the wrong type"),
     (errors.ValidationError(""), "a field's value is not allowed; `param` names it"),
     (errors.ContextLengthError(""), "prompt and wanted tokens exceed the context; `code` is `context_length_exceeded`"),
@@ -100,6 +100,8 @@ _ERRORS: tuple[tuple[errors.RequestError, str], ...] = (
     (errors.ToolError(""), "tools, or a choice of them, that cannot be followed"),
     (failures.Unauthorized(""), "the API key is missing or wrong; TGI's routes answer without a body"),
     (failures.NotFound(""), "nothing of that name is served, and `--strict-model-name` is on"),
+    (failures.UnknownPath(""), "nothing is at that path; TGI's routes answer without a body"),
+    (failures.WrongMethod("", ""), "`allow` says which methods are; TGI's routes answer without a body"),
     (errors.Overloaded(), "`--max-concurrent-requests` are running; `retry-after` says when to come back"),
     (errors.GenerationError(""), "the engine gave up on the request, or went away with it"),
     (errors.IncompleteError(""), "the answer ended without its last token"),

@@ -69,11 +69,11 @@ def last_uses(program: Program, late: Callable[[Op], bool] = lambda op: False) -
 
 
 def _written_over(op: Op, result: Value) -> Value | None:
-    """The term that a sum may be written over."""
+    """The term that a sum may be written over. Not a product's input: each output needs all of it."""
     if result.buffer != op.out.buffer:
         return None
     if isinstance(op, ops.Linear):
-        return op.residual
+        return op.residual if op.residual is not None and op.residual.buffer != op.x.buffer else None
     return op.x if isinstance(op, ops.Add) else None
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tokenmill.errors import ArgumentError
+from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.program import ops
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Inputs, Program, Tape, Value
+
+_ONE_RANK = "Serve this model on one device: leave `--num-shard` out."
 
 
 def shard(program: Program, size: int) -> Program:
@@ -58,6 +60,8 @@ class _Sharder:
             if isinstance(getattr(op, name), Weight):
                 (weights[name],) = weights[name]
         first, old = next(iter(op.reads().items()))
+        if isinstance(op, ops.Norm) and not op.head_dim and reads[first].width != old.width:
+            raise Unsupported("norm over the whole row of a product that ranks share", op.weight.name, (), _ONE_RANK)
         is_linear = isinstance(op, ops.Linear)
         width = weights["weight"].rows if is_linear else op.out.width * reads[first].width // old.width
         out = self.tape.new(op.out.spec.rows, width)

@@ -35,8 +35,8 @@ from tokenmill.runtime.choice import (
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.guides import Guides
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks, count_device_blocks
-from tokenmill.weights.checkpoint import model_config, open_checkpoint, read_json
-from tokenmill.weights.source import ModelSource
+from tokenmill.weights.checkpoint import model_config, open_checkpoint
+from tokenmill.weights.source import ModelSource, read_json
 from tokenmill.wire.messages import EngineInfo, Progress
 
 _MAX_BATCH_TOKENS = 512  # of a step on a CPU: a longer one only makes the running sequences wait

@@ -98,7 +98,7 @@ class App:
                 self._exact.setdefault(route.path, {})[route.method] = route
         self._prefixes = tuple(prefixes.items())
         self._cors = Cors(service.options.cors_allow_origin)
-        self._key = f"bearer {service.options.api_key}".lower().encode() if service.options.api_key else b""
+        self._key = _words(f"bearer {service.options.api_key}".encode()) if service.options.api_key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -112,17 +112,15 @@ class App:
         route = methods.get(method)
         request_id = _request_id(scope)
         common: Headers = [*self._cors.headers(scope), (b"x-request-id", request_id)]
-        dialect = route.dialect if route else "native"
+        dialect = route.dialect if route else failures.dialect_of(scope["path"])
         call = Call(self._service, scope, receive, _with_headers(send, common), dialect, rest)
         name = route.path.removesuffix("/*") if route else "other"
         call.request_id, call.route = request_id.decode(), name
         try:
-            if _has_two_hosts(scope):
-                await call.reply(400, b"", [(b"connection", b"close")])
-            elif method == "OPTIONS":
+            if method == "OPTIONS":
                 await call.reply(200, b"", self._cors.preflight(scope))
             elif route is None:
-                await call.reply(405 if methods else 404, b"", _allow(methods))
+                await _answer_nowhere(call, methods)
             else:
                 await self._run(route, call)
         except ClientGone:  # or cut off: closing in order would wait until it has read what it does not read
@@ -169,7 +167,7 @@ class App:
         protected = route.protected or (route.path == "/metrics" and self._service.options.protect_metrics)
         if not self._key or not protected:
             return True
-        return hmac.compare_digest(call.header(b"authorization").lower(), self._key)
+        return hmac.compare_digest(_words(call.header(b"authorization")), self._key)
 
     async def _refuse(self, route: Route, call: Call) -> None:
         error = failures.Unauthorized("The API key is missing or wrong: send `Authorization: Bearer <key>`")
@@ -179,9 +177,19 @@ class App:
             await call.reply(401, b"", failures.headers(error))
 
 
-def _allow(methods: Iterable[str]) -> Headers:
-    names = [name for method in methods for name in ((method, "HEAD") if method == "GET" else (method,))]
-    return [(b"allow", ",".join(names).encode())] if names else []
+def _words(credentials: bytes) -> bytes:
+    """Credentials in lower case, as TGI compares them, with one blank between scheme and key."""
+    return b" ".join(credentials.strip().split(None, 1)).lower()
+
+
+async def _answer_nowhere(call: Call, methods: Iterable[str]) -> None:
+    """Answer 404, or 405 where there are other `methods`. TGI's have no body; OpenAI's and KServe's have one."""
+    path = call.scope["path"]
+    error = failures.nowhere(call.scope["method"], path, methods)
+    if call.dialect == "openai" or path == "/v2" or path.startswith("/v2/"):
+        await call.fail(error)
+    else:
+        await call.reply(failures.status(error, "native"), b"", failures.headers(error))
 
 
 class InternalError(RequestError):
@@ -215,7 +223,3 @@ def _with_headers(send: Send, common: Headers) -> Send:
         return send(message)
 
     return send_with_headers
-
-
-def _has_two_hosts(scope: Scope) -> bool:
-    return [key for key, _ in scope["headers"]].count(b"host") > 1

@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tokenmill.errors import RequestError
 from tokenmill.server import failures
 from tokenmill.server.generation import Generation
+from tokenmill.server.repeated import Repeated, repeated_key
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
 from tokenmill.text import limits
@@ -30,6 +31,9 @@ _PATH = re.compile(r" - at `\$([^`]*)`$")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _BYTE = re.compile(r" \(byte (\d+)\)$")
 _MISSING = re.compile(r"^Object missing required field `([^`]+)`")
+
+KEYS = dict[str, msgspec.Raw]
+"""The kind of a body of which only the keys are looked at, to see what else to decode it as."""
 
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 
@@ -77,7 +81,9 @@ class Call:
         return self._send
 
     async def decode(self, kind: type[T]) -> T:
-        """The body as a `kind`. Raises BodyError: 415, 413, 408, 400 for bad JSON, 422 for the wrong shape."""
+        """The body as a `kind`. Raises BodyError: 415, 413, 408, 400 for bad JSON, 422 for the wrong shape or a key
+        that is given twice."""
+        self._check_encoding()
         media_type = self.header(b"content-type").split(b";")[0].strip().lower()
         is_json = media_type == b"application/json" or (
             media_type.startswith(b"application/") and media_type.endswith(b"+json")
@@ -88,6 +94,12 @@ class Call:
             self._body = await self._read_body()
         body = self._body
         return await self.work(lambda: parse(body, kind))
+
+    def _check_encoding(self) -> None:
+        given = [value for key, value in self.scope["headers"] if key == b"content-encoding"]
+        names = [name.strip() for value in given for name in value.decode("latin-1").split(",")]
+        if any(name.lower() not in ("", "identity") for name in names):
+            raise failures.EncodedBody(limits.shown(", ".join(names)))
 
     async def work(self, step: Callable[[], T]) -> T:
         """What `step` returns, which is run in a thread if the body is large: other requests go on meanwhile.
@@ -166,11 +178,15 @@ class Call:
 
 
 def parse(body: bytes, kind: type[T]) -> T:
-    """JSON text as a `kind`. Raises BodyError: 400 for bad JSON, 422 for the wrong shape."""
+    """JSON text as a `kind`. Raises BodyError: 400 for bad JSON, 422 for the wrong shape or a key given twice, which is
+    not looked for in a body of the kind `KEYS`."""
     collects = gc.isenabled()
     gc.disable()  # nothing of what is made can be garbage yet, and looking for some doubles the time
     try:
-        return msgspec.json.decode(body, type=kind)
+        value = msgspec.json.decode(body, type=kind)
+        if kind is not KEYS and (repeated := repeated_key(body.decode())) is not None:
+            raise _given_twice(repeated)
+        return value
     except msgspec.ValidationError as error:
         param, given = _culprit(body, str(error))
         message = f"Failed to deserialize the JSON body into the target type: {error}{given}"
@@ -181,6 +197,14 @@ def parse(body: bytes, kind: type[T]) -> T:
     finally:
         if collects:
             gc.enable()
+
+
+def _given_twice(repeated: Repeated) -> failures.BodyError:
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{limits.shown(step)}" for step in repeated.steps)
+    where = f" - at `${place}`" if place else ""
+    message = f"duplicate field `{limits.shown(repeated.key)}`{where}. A key may be given once"
+    param = ".".join(map(str, (*repeated.steps, repeated.key)))
+    return failures.BodyError(422, f"Failed to deserialize the JSON body into the target type: {message}", param)
 
 
 def _unreadable(body: bytes, error: Exception) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from tokenmill.weights.source import ModelSource
+from tokenmill.weights.source import ModelSource, source_files
 from tokenmill.wire.messages import EngineInfo
 
 _WHOLE = 8 << 20  # bytes; of a longer file parts are read
@@ -32,7 +32,7 @@ def model_digest(source: ModelSource) -> str:
     it takes no noticeable time. Blocks.
     """
     path = Path(source.path)
-    files = sorted(p for p in path.iterdir() if p.suffix in _READ) if path.is_dir() else [path]
+    files = sorted(p for p in path.iterdir() if p.suffix in _READ) if path.is_dir() else source_files(source)
     if source.tokenizer_config_path:
         files.append(Path(source.tokenizer_config_path))
     total = sha256()

@@ -5,12 +5,14 @@ Two dialects: "native" is TGI's (`{"error", "error_type"}`), "openai" is OpenAI'
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
 from tokenmill import errors
 from tokenmill.server.schema import native, openai
+from tokenmill.text import limits
 
 Dialect = Literal["native", "openai"]
 
@@ -21,6 +23,15 @@ class BodyError(errors.ValidationError):
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message, param)
         self.status = status
+
+
+class EncodedBody(BodyError):
+    """The body is compressed, which is not undone here: it could be a thousand times as long as it says."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(
+            415, f"The Content-Encoding {encoding!r} is not supported. Send the body as it is, without Content-Encoding"
+        )
 
 
 class Unauthorized(errors.RequestError):
@@ -39,10 +50,28 @@ class NotFound(errors.RequestError):
         self.param = param
 
 
+class UnknownPath(errors.RequestError):
+    """Nothing is at that path."""
+
+    error_type = "not_found"
+
+
+class WrongMethod(errors.RequestError):
+    """The path is known, for the methods `allowed`."""
+
+    error_type = "method_not_allowed"
+
+    def __init__(self, message: str, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
 # kind: (status of native routes, status of OpenAI routes, OpenAI's type); the most special kind first
 _KINDS: tuple[tuple[type[errors.RequestError], int, int, str], ...] = (
     (Unauthorized, 401, 401, "authentication_error"),
     (NotFound, 404, 404, "invalid_request_error"),
+    (UnknownPath, 404, 404, "invalid_request_error"),
+    (WrongMethod, 405, 405, "invalid_request_error"),
     (errors.ValidationError, 422, 400, "invalid_request_error"),
     (errors.Overloaded, 429, 429, "rate_limit_error"),
     (errors.NotReady, 503, 503, "service_unavailable_error"),
@@ -56,6 +85,30 @@ _PREFIXES = {
     "tool_error": "Tool error: ",
     "generation": "Request failed during generation: ",
 }
+
+
+# OpenAI's code, by kind
+_CODES: tuple[tuple[type[errors.RequestError], str], ...] = (
+    (errors.ContextLengthError, "context_length_exceeded"),
+    (Unauthorized, "invalid_api_key"),
+    (NotFound, "model_not_found"),
+    (UnknownPath, "unknown_url"),
+    (WrongMethod, "method_not_supported"),
+)
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect in which a path answers that no route is at."""
+    return "openai" if path == "/v1" or path.startswith("/v1/") else "native"
+
+
+def nowhere(method: str, path: str, allowed: Iterable[str]) -> errors.RequestError:
+    """The error for a request to which no route leads, while those with the methods `allowed` lead somewhere."""
+    where = limits.shown(path)
+    names = ",".join(name for one in allowed for name in ((one, "HEAD") if one == "GET" else (one,)))
+    if names:
+        return WrongMethod(f"{limits.shown(method)} is not supported at {where}. Allowed: {names}", names)
+    return UnknownPath(f"There is nothing at {where}. GET /docs shows all paths")
 
 
 def _kind(error: errors.RequestError) -> tuple[int, int, str]:
@@ -86,21 +139,21 @@ def body(error: errors.RequestError, dialect: Dialect) -> bytes:
     message = text(error, dialect)
     if dialect == "native":
         return msgspec.json.encode(native.ErrorResponse(message, error.error_type))
-    code = "context_length_exceeded" if isinstance(error, errors.ContextLengthError) else None
-    if isinstance(error, Unauthorized):
-        code = "invalid_api_key"
-    elif isinstance(error, NotFound):
-        code = "model_not_found"
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
     details = openai.ErrorDetails(message, _kind(error)[2], getattr(error, "param", None), code)
     return msgspec.json.encode(openai.ErrorResponse(details, error.error_type))
 
 
 def headers(error: errors.RequestError) -> list[tuple[bytes, bytes]]:
-    """Headers that go with an error: when to come back, how to authenticate."""
+    """Headers that go with an error: when to come back, how to authenticate, what is allowed instead."""
     if isinstance(error, errors.Overloaded | errors.NotReady):
         return [(b"retry-after", b"%d" % error.retry_after_s)]
     if isinstance(error, Unauthorized):
         return [(b"www-authenticate", b"Bearer")]
+    if isinstance(error, WrongMethod):
+        return [(b"allow", error.allowed.encode())]
+    if isinstance(error, EncodedBody):
+        return [(b"accept-encoding", b"identity")]
     return []
 
 

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with bounds on how long a request may be and may take to arrive.
+"""uvicorn's HTTP protocol with bounds on how long a request may be and may take to arrive, and strict where it is lax.
 
 The parser keeps a request line and headers until they are complete, however long they are; so this counts what has
 arrived while they are not. A client that sends a few bytes now and then would hold its connection for ever; so a head
@@ -13,6 +13,7 @@ from asyncio import TimerHandle
 from http import HTTPStatus
 from typing import Any, Literal
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tokenmill.server import failures
@@ -40,6 +41,8 @@ ABORT = "tokenmill.abort"
 """Where a request's scope has the function that drops its connection with all that is still to be sent."""
 
 _UPGRADE = b"\r\nupgrade"
+_OWS = b" \t"  # RFC 9110, 5.6.3: optional white space
+_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 
 
 class _UntilTheEnd(RequestResponseCycle):
@@ -57,9 +60,17 @@ class _UntilTheEnd(RequestResponseCycle):
         await super().send(message)
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """Answers 400 and closes when a request's head is too long, 408 when a request takes too long to arrive."""
+class _Refused(Exception):
+    """A request whose head must not be served; ends the parser's work on the connection."""
 
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Answers 400 and closes when a request's head is too long or wrong, 408 when a request takes too long to arrive.
+
+    White space around the values of headers is no part of them. Every target is in the form that begins with "/".
+    """
+
+    _fault = ""  # why the head of the request at hand was refused
     _head_bytes = 0
     _reads_head = True
     _completed = False  # a request ended in the data at hand: what of it belongs to the next one is not known
@@ -99,8 +110,17 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._reads != "body":
             self._wait_for("body", BODY_TIMEOUT_S)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser, which leaves white space behind a value."""
+        super().on_header(name, value.strip(_OWS))
+
     def on_headers_complete(self) -> None:
         """Called by the parser."""
+        if not self.url.startswith(b"/"):
+            self.url = _path_of(self.url)
+        self._fault = _fault(self.parser.get_http_version(), self.url, self.headers)
+        if self._fault:
+            raise _Refused
         self._reads_head, self._body_bytes = False, 0
         self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]
         super().on_headers_complete()
@@ -135,8 +155,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Called where a request cannot be parsed."""
-        self._refuse(400, msg)
+        """Called where a request cannot be parsed, or was refused for its head."""
+        self._refuse(400, self._fault or msg)
 
     def _unsupported_upgrade_warning(self) -> None:
         """Called where the parser stops because it has seen an offer after all: what follows cannot be told apart."""
@@ -176,8 +196,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Say why, if no answer has begun, and close."""
         if self._may_answer():
             url = getattr(self, "url", b"")  # unset until a request has begun
-            dialect: failures.Dialect = "openai" if url.startswith(b"/v1/") else "native"
-            body = failures.body(failures.BodyError(status, message), dialect)
+            body = failures.body(failures.BodyError(status, message), failures.dialect_of(url.decode("latin-1")))
             self.transport.write(
                 b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
                 % (status, HTTPStatus(status).phrase.encode(), len(body), body)
@@ -189,3 +208,33 @@ def _without_upgrade(head: bytes) -> bytes:
     """Headers without the offer to speak another protocol, which a server may ignore: Java's client makes it with every
     first request, and the parser would take the body for that protocol."""
     return re.sub(rb"(?i)\r\nupgrade[ \t]*:", b"\r\nx-ignored-upgrade:", head)
+
+
+def _path_of(target: bytes) -> bytes:
+    """Path and query of a request's target in absolute form, as proxies send it; "*" as it is; b"" for others."""
+    try:
+        found = httptools.parse_url(target)
+    except httptools.HttpParserInvalidURLError:
+        return b""
+    if not found.schema:
+        return target if target == b"*" else b""
+    return (found.path or b"/") + (b"?" + found.query if found.query else b"")
+
+
+def _fault(version: str, target: bytes, headers: list[tuple[bytes, bytes]]) -> str:
+    """Why a head must not be served (RFC 9112), or "". The parser has refused others."""
+    if version not in ("1.1", "1.0"):
+        return f"HTTP/{version} is not supported. Use version 1.1 or 1.0."
+    if not target:
+        return "The request's target must be a path that begins with '/', or a URL with http:// or https://."
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        return f"A request must have one Host header. Given: {len(hosts) or 'none'}."
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        return "The Host header must be a host name or an address, and may have a port."
+    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings and version == "1.0":
+        return "HTTP/1.0 has no Transfer-Encoding. Send a Content-Length."
+    if codings and codings != [b"chunked"]:
+        return "The only Transfer-Encoding that is supported is `chunked`."
+    return ""

@@ -22,6 +22,7 @@ from tokenmill.text import cuts
 from tokenmill.text.files import added_token, read_json, read_text
 from tokenmill.text.library import reading
 from tokenmill.text.pieces import byte_characters
+from tokenmill.weights.source import refuse_pointer
 
 _NFC = frozenset({"Qwen2Tokenizer", "QWenTokenizer"})
 _TEKKEN_SPECIAL = (
@@ -40,7 +41,11 @@ _OPENAI_SPECIAL = {
 
 
 def is_tiktoken(path: Path) -> bool:
-    """True if a file begins as tiktoken's do: a token in base64, a space, a number. `tokenizer.model` can be either."""
+    """True if a file begins as tiktoken's do: a token in base64, a space, a number. `tokenizer.model` can be either.
+
+    ModelError for a Git LFS pointer.
+    """
+    refuse_pointer(path)
     with path.open("rb") as file:
         first = file.readline(4096).split()
     if len(first) != 2 or not first[1].isdigit():

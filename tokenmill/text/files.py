@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from tokenmill.errors import ModelError
+from tokenmill.weights.source import refuse_pointer
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A file's content. ModelError if it cannot be read or is no UTF-8."""
+    """A file's content. ModelError if it cannot be read, is no UTF-8, or is a Git LFS pointer."""
+    refuse_pointer(path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

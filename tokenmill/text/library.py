@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tokenmill.errors import ModelError, StartError
+from tokenmill.weights.source import refuse_pointer
 
 
 def is_library_error(error: BaseException) -> bool:
@@ -16,7 +17,8 @@ def is_library_error(error: BaseException) -> bool:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever the library makes of a bad file becomes a ModelError that names it."""
+    """Whatever the library makes of a bad file becomes a ModelError that names it, as does a Git LFS pointer."""
+    refuse_pointer(path)
     try:
         yield
     except StartError:

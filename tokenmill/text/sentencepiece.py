@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from tokenmill.errors import ModelError
 from tokenmill.text.library import reading
+from tokenmill.weights.source import refuse_pointer
 
 _UNIGRAM, _BPE = 1, 2
 _LONGEST_PIECE = 512  # characters; a piece's merges take the square of it
@@ -48,6 +49,7 @@ class Vocabulary(msgspec.Struct):
 
 def load(path: Path, *, legacy: bool = True) -> tokenizers.Tokenizer:
     """Read a `tokenizer.model`. `legacy`: put a space before the text behind every special token, not just first."""
+    refuse_pointer(path)
     try:
         raw = path.read_bytes()
         vocabulary = parse(raw)

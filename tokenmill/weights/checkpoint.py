@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.errors import ModelError
-from tokenmill.weights.source import ModelSource
+from tokenmill.weights.choice import indexed_files
+from tokenmill.weights.source import ModelSource, read_json, refuse_pointer, unreadable, weights_in
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -80,25 +81,17 @@ def model_config(source: ModelSource) -> dict[str, Any]:
     return read_json(Path(source.path) / "config.json")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's folder; ModelError if it is missing or something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing.") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise ModelError(f"{path} cannot be read: {e}") from e
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object.")
-    return content
-
-
 def map_file(path: Path) -> NDArray[np.uint8]:
-    """The file's bytes, mapped read-only."""
+    """The file's bytes, mapped read-only. ModelError with the cure if it is unreadable, empty, or a Git LFS pointer."""
+    refuse_pointer(path)
     try:
         return np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as e:  # ValueError: an empty file
-        raise ModelError(f"{path} cannot be read: {e}") from e
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing.") from None
+    except OSError as e:
+        raise unreadable(path, e) from None
+    except ValueError:
+        raise ModelError(f"{path} is empty. Download the file again.") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +104,10 @@ class _Entry:
 
 
 class Safetensors:
-    """A folder of .safetensors files, one or sharded with an index."""
+    """A folder of .safetensors files, one or sharded with an index.
+
+    A tensor that the index lists and its file lacks is an error when it is asked for.
+    """
 
     format = "safetensors"
 
@@ -119,11 +115,29 @@ class Safetensors:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self._entries: dict[str, _Entry] = {}
-        for path in _files_of(self.folder):
+        weights = weights_in(self.folder)
+        if weights.format != "safetensors":
+            raise ModelError(f"{self.folder} has no .safetensors files that are a model's weights.")
+        for path in (self.folder / name for name in weights.files):
             for name, entry in read_header(path).items():
                 if name in self._entries:
-                    raise ModelError(f"{path}: the tensor {name!r} is in another file of {self.folder} too.")
+                    raise ModelError(
+                        f"{path}: the tensor {name!r} is in another file of {self.folder} too. Keep one set of files, "
+                        "with its index."
+                    )
                 self._entries[name] = entry
+        listed = indexed_files(read_json(self.folder / weights.index), weights.index) if weights.index else {}
+        self._lost = {
+            name: file for name, file in listed.items() if name not in self._entries and name != "lm_head.weight"
+        }
+        self._refuse_mistral()
+
+    def _refuse_mistral(self) -> None:
+        if "tok_embeddings.weight" in self._entries:
+            raise ModelError(
+                f"{self.folder} has its weights under the names of Mistral's or Meta's own format (consolidated "
+                "files). Use the model's files for transformers: model.safetensors, or its parts and their index."
+            )
 
     def names(self) -> Iterator[str]:
         """All tensors."""
@@ -132,6 +146,8 @@ class Safetensors:
     def shape(self, name: str) -> tuple[int, ...] | None:
         """What the header says of a tensor; None if there is none of this name."""
         entry = self._entries.get(name)
+        if name in self._lost:
+            raise self._missing(name)
         return None if entry is None else entry.shape
 
     def nbytes(self, name: str) -> int:
@@ -143,45 +159,38 @@ class Safetensors:
         """The tensor; ModelError if there is none of this name."""
         entry = self._entries.get(name)
         if entry is None:
-            raise ModelError(f"{self.folder} has no tensor {name!r}.")
+            raise self._missing(name)
         rows = entry.shape[0] if entry.shape else 1
         data = entry.mapped[entry.start : entry.stop].reshape(rows, -1) if rows else entry.mapped[:0].reshape(0, 0)
         return Stored(name, entry.kind, entry.shape, data)
 
-
-def _files_of(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{folder} has no .safetensors files.")
-        return [p for p in files if p.name.startswith("model")] or files  # some repositories keep the maker's file too
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        raise ModelError(f'{index} has no "weight_map" of file names.')
-    files = [folder / name for name in sorted(set(listed.values()))]
-    for path in files:
-        if path.parent != folder or path.name in ("", ".", ".."):
-            raise ModelError(f"{index} names a file outside the model's folder: {path.name!r}.")
-        if not path.is_file():
-            raise ModelError(f"{path} is missing, though {index.name} names it. Download the model again.")
-    return files
+    def _missing(self, name: str) -> ModelError:
+        file = self._lost.get(name)
+        if file is None:
+            return ModelError(f"{self.folder} has no tensor {name!r}.")
+        return ModelError(
+            f"{self.folder / file} lacks the tensor {name!r} that the index says it holds. Download the file and the "
+            "index again."
+        )
 
 
 def read_header(path: Path) -> dict[str, _Entry]:
     """A .safetensors file's tensors by name, all of them checked to lie within the file and beside each other."""
     mapped = map_file(path)
     if len(mapped) < 8:
-        raise ModelError(f"{path} is too short to be a safetensors file ({len(mapped)} bytes).")
+        raise ModelError(f"{path} is cut off: {len(mapped)} bytes are no safetensors file. Download the file again.")
     length, room = int.from_bytes(mapped[:8].tobytes(), "little"), len(mapped) - 8
     if length > min(room, _MAX_HEADER):
-        raise ModelError(f"{path} is cut off or no safetensors file: a header of {length} bytes, {room} are there.")
+        raise ModelError(
+            f"{path} is cut off or no safetensors file: a header of {length} bytes, {room} are there. Download the "
+            "file again."
+        )
     try:
         header = json.loads(mapped[8 : 8 + length].tobytes())
     except (ValueError, RecursionError) as e:
-        raise ModelError(f"{path} has an unreadable header: {e}") from e
+        raise ModelError(f"{path} has an unreadable header: {e}. Download the file again.") from e
     if not isinstance(header, dict):
-        raise ModelError(f"{path} has an unreadable header: not a JSON object.")
+        raise ModelError(f"{path} has an unreadable header: not a JSON object. Download the file again.")
     entries = {
         name: _entry(path, name, info, mapped, 8 + length) for name, info in header.items() if name != "__metadata__"
     }

@@ -1,7 +1,7 @@
 """Pickled weights to safetensors: `python -m tokenmill.weights.convert FOLDER`. The only place that unpickles.
 
 It runs in a process of its own, reads with `weights_only=True` (tensors, no code), and writes one .safetensors file
-beside each pytorch_model*.bin, and the index if there are several.
+beside each file of the weights, and the index if there are several.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tokenmill.weights.source import refuse_pointer, weights_in
+
 _METADATA = {"format": "pt"}
 
 
 def convert_folder(folder: Path) -> list[Path]:
-    """Convert every pytorch_model*.bin of `folder`; returns what was written. Names are unique over all files.
+    """Convert the pickled weights of `folder`; returns what was written. Names are unique over all files.
 
     A tensor that shares its memory with one written before (tied weights) is left out: readers know it as tied. A file
     appears whole or not at all.
     """
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no pytorch_model*.bin")
+    weights = weights_in(folder)
+    if weights.format != "pickled":
+        raise FileNotFoundError(f"{folder} has no pickled weights, or others beside them")
+    files = [folder / name for name in weights.files]
     several = len(files) > 1
     places: dict[str, str] = {}
     written = []
@@ -41,6 +44,7 @@ def convert_folder(folder: Path) -> list[Path]:
 def _read(file: Path) -> dict[str, Any]:
     import torch
 
+    refuse_pointer(file)
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict):
         raise TypeError(f"{file.name} holds a {type(state).__name__}, not named tensors")

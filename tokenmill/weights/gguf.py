@@ -1,4 +1,5 @@
-"""GGUF files: metadata, and tensors under transformers' names as raw rows over the mapped file.
+"""GGUF files: metadata, and tensors under transformers' names as raw rows over the mapped file, or files: a split
+model's parts are files of the same form, whose first has the model's metadata.
 
 The header is parsed by hand and bounds-checked: no count, length or offset is believed before it was compared with the
 file's size. (Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from tokenmill.errors import ModelError
 from tokenmill.weights import gguf_config
 from tokenmill.weights.checkpoint import Stored, map_file
+from tokenmill.weights.choice import parts_of
+from tokenmill.weights.source import adapter_error
 
 KINDS = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
@@ -50,6 +53,7 @@ _STEMS = {ours: theirs for theirs, ours in _NAMES.items()}
 class _Entry:
     kind: str
     shape: tuple[int, ...]  # rows first
+    mapped: NDArray[np.uint8]  # the part's file
     start: int
     nbytes: int
 
@@ -58,14 +62,17 @@ class _Header:
     """A reading position in the mapped file that refuses to leave it."""
 
     def __init__(self, path: Path, mapped: NDArray[np.uint8], strings: bool) -> None:
-        self.path, self.view, self.at, self.strings = path, mapped.data, 0, strings
+        self.path, self.mapped, self.view, self.at, self.strings = path, mapped, mapped.data, 0, strings
 
     def bad(self, why: str) -> ModelError:
         return ModelError(f"{self.path} is no readable GGUF file: {why} (at byte {self.at}).")
 
     def room(self, nbytes: int) -> None:
         if nbytes > len(self.view) - self.at:
-            raise self.bad(f"{nbytes} bytes wanted where {len(self.view) - self.at} are left; the file may be cut off")
+            raise self.bad(
+                f"{nbytes} bytes wanted where {len(self.view) - self.at} are left; the file may be cut off, download "
+                "it again"
+            )
 
     def take(self, form: str) -> tuple[Any, ...]:
         size = struct.calcsize("<" + form)
@@ -130,54 +137,104 @@ class _Header:
         return found
 
 
-class Gguf:
-    """One GGUF file of an architecture that `gguf_config` knows.
+def _read_part(path: Path, number: int, count: int, strings: bool) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    """Metadata and tensors of one file, which its name makes part `number` (from 0) of `count`."""
+    header = _Header(path, map_file(path), strings)
+    magic, version = header.take("4sI")
+    if magic != b"GGUF":
+        raise header.bad("it does not begin with GGUF")
+    if version not in (2, 3):
+        raise header.bad(f"version {version}; 2 and 3 are known")
+    tensors, keys = header.take("QQ")
+    metadata = header.metadata(keys)
+    _refuse_other_contents(path, metadata)
+    told = metadata.get("split.no", 0), metadata.get("split.count", 0) or 1
+    if not isinstance(told[0], int) or not isinstance(told[1], int):
+        raise header.bad(f"split.no {told[0]!r}, split.count {told[1]!r}")
+    if told != (number, count):
+        raise _out_of_place(path, told, (number, count))
+    return metadata, _place(header, metadata.get("general.alignment", 32), header.tensors(tensors))
 
-    `metadata`: every key of the header as plain Python; lists of strings (the vocabulary) are None if `strings` is
-    False. `config` stands for config.json. Tensors have transformers' names and, for `q_proj` and `k_proj` of Llama,
-    transformers' order of rows.
+
+def _place(header: _Header, align: Any, listed: dict[str, tuple[str, tuple[int, ...], int]]) -> dict[str, _Entry]:
+    if not isinstance(align, int) or align < 1 or align > 1 << 20 or align & align - 1:
+        raise header.bad(f"alignment {align!r}")
+    mapped = header.mapped
+    base, entries, end, before = -(-header.at // align) * align, {}, 0, ""
+    for name, (kind, shape, offset) in sorted(listed.items(), key=lambda item: item[1][2]):
+        elements, size = BLOCKS.get(kind, (1, 0))  # an unknown kind has no size to check
+        if shape and shape[-1] % elements:
+            raise header.bad(f"{name!r} has rows of {shape[-1]}, no multiple of {kind}'s {elements}")
+        entry = _Entry(kind, shape, mapped, base + offset, prod(shape) // elements * size)
+        if entry.start + entry.nbytes > len(mapped):
+            raise header.bad(
+                f"{name!r} ends at byte {entry.start + entry.nbytes}, the file at {len(mapped)}; the file is cut off, "
+                "download it again"
+            )
+        if entry.start < end and entry.nbytes:
+            raise header.bad(f"the tensors {before!r} and {name!r} overlap")
+        end, before, entries[name] = entry.start + entry.nbytes, name, entry
+    return entries
+
+
+def _out_of_place(path: Path, told: tuple[Any, Any], named: tuple[int, int]) -> ModelError:
+    if named[1] == 1:
+        return ModelError(
+            f"{path} is one of {told[1]} parts. Give it among the others under its name, which ends in "
+            f"-{told[0] + 1:05}-of-{told[1]:05}.gguf, or join them: llama-gguf-split --merge."
+        )
+    return ModelError(
+        f"{path} is part {told[0] + 1} of {told[1]} by its header, and part {named[0] + 1} of {named[1]} by its name. "
+        "Download the parts again."
+    )
+
+
+def _refuse_other_contents(path: Path, metadata: dict[str, Any]) -> None:
+    """Name a file that holds no model: an adapter, a projector of images, calibration data."""
+    kind = metadata.get("general.type", "model")
+    if kind == "adapter":
+        base = {
+            "base_model_name_or_path": _base_model(metadata),
+            "peft_type": str(metadata.get("adapter.type", "")).upper(),
+        }
+        raise adapter_error(str(path), base)
+    if kind in ("mmproj", "imatrix") or metadata.get("general.architecture") == "clip":
+        what = "calibration data (imatrix)" if kind == "imatrix" else "the projector of a model's images (mmproj)"
+        raise ModelError(f"{path} holds {what}, no language model. Give the model's own GGUF file.")
+
+
+def _base_model(metadata: dict[str, Any]) -> Any:
+    keys = ("general.base_model.0.repo_url", "general.base_model.0.name", "general.basename")
+    return next((metadata[key] for key in keys if metadata.get(key)), None)
+
+
+class Gguf:
+    """One GGUF model of an architecture that `gguf_config` knows.
+
+    `path`: its file, or any part of a split one beside the others. `metadata`: every key of the (first) header as plain
+    Python; lists of strings (the vocabulary) are None if `strings` is False. `config` stands for config.json. Tensors
+    have transformers' names and, for `q_proj` and `k_proj` of Llama, transformers' order of rows.
     """
 
     format = "gguf"
 
     def __init__(self, path: str | Path, *, strings: bool = True) -> None:
-        self.path = Path(path)
-        self._mapped = map_file(self.path)
-        header = _Header(self.path, self._mapped, strings)
+        parts = [Path(path).with_name(name) for name in parts_of(Path(path).name)]
+        self.path = parts[0]
         self.metadata: dict[str, Any] = {}
-        listed = self._read(header)
-        self._entries = self._place(header, listed)
+        self._entries: dict[str, _Entry] = {}
         self._config: dict[str, Any] | None = None
-
-    def _read(self, header: _Header) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        magic, version = header.take("4sI")
-        if magic != b"GGUF":
-            raise header.bad("it does not begin with GGUF")
-        if version not in (2, 3):
-            raise header.bad(f"version {version}; 2 and 3 are known")
-        tensors, keys = header.take("QQ")
-        self.metadata = header.metadata(keys)
-        if self.metadata.get("split.count", 0) not in (0, 1):
-            count = self.metadata["split.count"]
-            raise ModelError(f"{self.path} is one of {count} parts. Join them: llama-gguf-split --merge.")
-        return header.tensors(tensors)
-
-    def _place(self, header: _Header, listed: dict[str, tuple[str, tuple[int, ...], int]]) -> dict[str, _Entry]:
-        align = self.metadata.get("general.alignment", 32)
-        if not isinstance(align, int) or align < 1 or align > 1 << 20 or align & align - 1:
-            raise header.bad(f"alignment {align!r}")
-        base, entries, end, before = -(-header.at // align) * align, {}, 0, ""
-        for name, (kind, shape, offset) in sorted(listed.items(), key=lambda item: item[1][2]):
-            elements, size = BLOCKS.get(kind, (1, 0))  # an unknown kind has no size to check
-            if shape and shape[-1] % elements:
-                raise header.bad(f"{name!r} has rows of {shape[-1]}, no multiple of {kind}'s {elements}")
-            entry = _Entry(kind, shape, base + offset, prod(shape) // elements * size)
-            if entry.start + entry.nbytes > len(self._mapped):
-                raise header.bad(f"{name!r} ends at byte {entry.start + entry.nbytes}, the file at {len(self._mapped)}")
-            if entry.start < end and entry.nbytes:
-                raise header.bad(f"the tensors {before!r} and {name!r} overlap")
-            end, before, entries[name] = entry.start + entry.nbytes, name, entry
-        return entries
+        for number, part in enumerate(parts):
+            metadata, entries = _read_part(part, number, len(parts), strings)
+            twice = next((name for name in entries if name in self._entries), None)
+            if twice is not None:
+                raise ModelError(f"{part}: the tensor {twice!r} is in a part before it, too. Download the parts again.")
+            self._entries |= entries
+            self.metadata = self.metadata or metadata
+        total = self.metadata.get("split.tensors.count", len(self._entries))
+        if len(parts) > 1 and total != len(self._entries):
+            raise ModelError(f"{self.path}: {total} tensors in all are announced, its {len(parts)} parts have "
+                             f"{len(self._entries)}. Download the parts again.")  # fmt: skip
 
     @property
     def config(self) -> dict[str, Any]:
@@ -219,7 +276,7 @@ class Gguf:
         return Stored(name, entry.kind, entry.shape, data)
 
     def _bytes(self, entry: _Entry) -> NDArray[np.uint8]:
-        raw = self._mapped[entry.start : entry.start + entry.nbytes]
+        raw = entry.mapped[entry.start : entry.start + entry.nbytes]
         return raw.reshape(entry.shape[0] if entry.shape else 1, -1) if entry.nbytes else raw.reshape(0, 0)
 
 

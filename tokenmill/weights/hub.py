@@ -1,8 +1,8 @@
 """Models on the Hugging Face Hub, or in a folder: get what serving needs onto the disk and say where it is.
 
-What is fetched: config, tokenizer and template files, and the weights as .safetensors, else the one .gguf file, else
-pickled .bin files, which are converted in a process of their own. The Hub's own cache layout is kept, so other tools
-see the same files.
+What is fetched: config, tokenizer and template files, and the weights that `choice` names, no others. Pickled weights
+are converted in a process of their own. The Hub's own cache layout is kept, so other tools see the same files, and
+nothing is written into a cache that has all that is needed.
 """
 
 from __future__ import annotations
@@ -10,169 +10,289 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import logging
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from tokenmill.errors import DownloadError, ModelError
+from tokenmill.errors import DownloadError, MissingFiles, ModelError
 from tokenmill.extras import need_torch
-from tokenmill.weights.source import ModelSource, local_source
+from tokenmill.weights.choice import ADAPTER_CONFIG, Weights, choose, indexed_files
+from tokenmill.weights.hub_cache import CachedRepository
+from tokenmill.weights.hub_faults import HubFault, Target, fault_of, unusable
+from tokenmill.weights.hub_names import HubName, named
+from tokenmill.weights.source import (
+    ModelSource,
+    adapter_error,
+    is_pickled,
+    local_source,
+    on_this_machine,
+    read_json,
+    refuse_pointer,
+    weights_in,
+)
 from tokenmill.wire.messages import Progress
 
 Report = Callable[[Progress], None]
+T = TypeVar("T")
 
-_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-_NEVER = re.compile("training|args|arguments")
-_SMALL = re.compile(r"[^/]*\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/.*")
+_SMALL = re.compile(r"[^/]*\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+")
+_NOT_SMALL = re.compile(r"(training|trainer|args|arguments|optimizer|scheduler)|\.index(\.[\w-]+)?\.json$")
+_SHA = re.compile("[0-9a-f]{7,64}")
+_REVISION = re.compile(r"[\w.\-+#@]+(/[\w.\-+#@]+)*")
+_TOKEN = re.compile(r"[!-~]+")
 _TRIES, _PAUSE_S = 5, 5.0
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class HubAccess:
-    """How to reach the Hub. Empty strings: the library's own defaults."""
+    """How to reach the Hub. `token`: "" for none. `cache`: the folder of its cache."""
 
-    cache_dir: str = ""
-    token: str = ""
-    offline: bool = False
+    cache: Path
+    token: str
+    endpoint: str
 
 
 def resolve(
     model_id: str, *, revision: str, cache_dir: str, token: str, offline: bool, report: Report, convert: bool = True
 ) -> ModelSource:
-    """The model on disk. `model_id`: a folder, a file, or a Hub id; what is missing is downloaded unless `offline`.
+    """The model on disk. `model_id`: a folder, a file, or a name on the Hub; what is missing is downloaded unless
+    `offline`.
 
     Weights that are only there pickled are converted if `convert`. Blocks as long as all that takes and reports bytes.
     DownloadError or ModelError with the cure.
     """
-    if Path(model_id).exists():
-        return _opened(Path(model_id), model_id, report, convert)
-    if not _ID.fullmatch(model_id):
+    here = on_this_machine(model_id)
+    if here is not None:
+        return _opened(here[0], model_id, here[1], report, convert)
+    access = _access(cache_dir, token)
+    name = named(model_id, access.endpoint)
+    model = _Model(name, _revision(name, revision.strip()), access)
+    folder = model.cached_offline() if offline else model.fetched(report)
+    shown = str(name) if "://" in model_id or name.revision else model_id.strip()
+    source = _opened(folder, shown, name.wanted, report, convert)
+    return msgspec.structs.replace(source, revision=folder.name)
+
+
+def wanted_files(names: Iterable[str], weights: Weights) -> list[str]:
+    """Of a repository's files those that serving needs, in order: `weights` and the small files beside."""
+    small = [name for name in names if _SMALL.fullmatch(name) and not _NOT_SMALL.search(name)]
+    index = [weights.index] if weights.index else []
+    return sorted({*small, *index, *weights.files})
+
+
+def _access(cache_dir: str, token: str) -> HubAccess:
+    from huggingface_hub import constants, get_token
+
+    token = _clean(token) or ("" if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else _clean(get_token() or ""))
+    if token and not _TOKEN.fullmatch(token):
         raise DownloadError(
-            f"Model {model_id!r} is neither a folder or file that exists here nor an id on the Hub (owner/name)."
+            "The token of the Hub (HF_TOKEN) has blanks or characters inside that no token has. Set it again."
         )
-    access = HubAccess(cache_dir, token, offline)
-    folder, sha = _cached(model_id, revision, access) if offline else _fetched(model_id, revision, access, report)
-    return msgspec.structs.replace(_opened(folder, model_id, report, convert), revision=sha)
+    cache = Path(os.path.expandvars(_clean(cache_dir)) or constants.HF_HUB_CACHE).expanduser()
+    return HubAccess(cache, token, _clean(constants.ENDPOINT).rstrip("/") or "https://huggingface.co")
 
 
-def wanted_files(names: Sequence[str]) -> list[str]:
-    """Of a repository's files those that serving needs. ModelError if it has no weights at all."""
-    names = [name for name in names if not _NEVER.search(name)]
-    small = [name for name in names if _SMALL.fullmatch(name)]
-    top = [name for name in names if "/" not in name]
-    safetensors = [name for name in top if name.endswith(".safetensors")]
-    split = [name for name in safetensors if not name.startswith("consolidated")]
-    ggufs = [name for name in top if name.endswith(".gguf") and not name.startswith("mmproj")]
-    pickled = [name for name in top if re.fullmatch(r"pytorch_model.*\.bin", name)]
-    weights = split or safetensors or ggufs or pickled
-    if not weights:
-        raise ModelError("The repository has no weights: neither .safetensors nor .gguf nor pytorch_model.bin files.")
-    if weights is ggufs and len(ggufs) > 1:
-        raise ModelError(
-            f"The repository has {len(ggufs)} GGUF files ({', '.join(ggufs[:6])}…). Download the one you "
-            "want, for example with `hf download`, and give its path."
-        )
-    return sorted({*small, *weights})
+def _clean(value: str) -> str:
+    """A setting without the white space and quotes that files of variables leave around it."""
+    return value.strip().strip("'\"").strip()
 
 
-def _cached(model_id: str, revision: str, access: HubAccess) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        found = snapshot_download(
-            model_id, revision=revision or None, cache_dir=access.cache_dir or None, local_files_only=True
-        )
-    except LocalEntryNotFoundError:
-        raise DownloadError(
-            f"Model {model_id!r}{_at(revision)} is not in the Hub's cache, and the network may not be used (offline). "
-            f"Run `tokenmill download-weights {model_id}` once with a network, or give a folder."
-        ) from None
-    return Path(found), Path(found).name
+def _revision(name: HubName, revision: str) -> str:
+    if revision and name.revision and revision != name.revision:
+        raise DownloadError(f"The address names revision {name.revision!r}, --revision {revision!r}. Give one of them.")
+    found = revision or name.revision
+    if found and (not _REVISION.fullmatch(found) or ".." in found):
+        raise DownloadError(f"{found!r} is no revision. Give a branch, a tag, a commit, or refs/pr/NUMBER.")
+    return found
 
 
-def _at(revision: str) -> str:
-    return f" at revision {revision!r}" if revision else ""
+class _Model:
+    """A model of the Hub at one revision ("": the main branch)."""
 
+    def __init__(self, name: HubName, revision: str, access: HubAccess) -> None:
+        self.name, self.revision, self.access = name, revision, access
+        self.cache = CachedRepository(access.cache, name.repo)
+        self.target = Target(name.repo, revision, access.endpoint, bool(access.token))
 
-def _fetched(model_id: str, revision: str, access: HubAccess, report: Report) -> tuple[Path, str]:
-    from huggingface_hub import HfApi
+    def cached_offline(self) -> Path:
+        """The snapshot in the cache. DownloadError says what is missing and which command completes it."""
+        return self._cached("The network may not be used (offline).")
 
-    api = HfApi(token=access.token or None)
-    info = _insistently(
-        model_id, revision, lambda: api.model_info(model_id, revision=revision or None, files_metadata=True)
-    )
-    if info is None:  # the Hub cannot be reached
-        _log.warning("The Hub cannot be reached: looking for %s in the cache", model_id)
-        return _cached(model_id, revision, access)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    names = wanted_files(list(sizes))
-    folder = _download(_Job(model_id, info.sha, access, {name: sizes[name] for name in names}), report)
-    _remember(folder, revision or "main", info.sha)
-    return folder, info.sha
-
-
-def _remember(folder: Path, revision: str, sha: str) -> None:
-    """Write in the cache, as the Hub's library does, which commit a revision is: offline that is all there is."""
-    if revision != sha:
-        reference = folder.parents[1] / "refs" / revision
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(sha)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    model_id: str
-    sha: str
-    access: HubAccess
-    sizes: dict[str, int]  # bytes of each file to fetch
-
-
-def _download(job: _Job, report: Report) -> Path:
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()  # ours counts all files together
-    if importlib.util.find_spec("hf_transfer") is None:  # TGI's images ask for it; without, the Hub's library refuses
-        constants.HF_HUB_ENABLE_HF_TRANSFER = False
-    cache = Path(job.access.cache_dir or constants.HF_HUB_CACHE)
-    blobs = cache / f"models--{job.model_id.replace('/', '--')}" / "blobs"
-
-    def fetch(name: str) -> str:
-        path = _insistently(job.model_id, job.sha, lambda: hf_hub_download(
-            job.model_id, name, revision=job.sha, cache_dir=job.access.cache_dir or None,
-            token=job.access.token or None))  # fmt: skip
-        if path is None:
-            raise DownloadError(f"{name} of {job.model_id}: the connection to the Hub was lost {_TRIES} times.")
-        return str(path)
-
-    total = sum(job.sizes.values())
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        running = {pool.submit(fetch, name): name for name in job.sizes}
+    def fetched(self, report: Report) -> Path:
+        """The newest snapshot of the revision, downloaded where need be; the cached one if that cannot be had."""
         try:
-            while not concurrent.futures.wait(running, 0.2, concurrent.futures.FIRST_EXCEPTION).done >= set(running):
-                done = sum(job.sizes[name] for task, name in running.items() if _succeeded(task))
-                report(Progress("download", min(done + _incomplete(blobs), total), total, detail=job.model_id))
-                if any(task.done() and task.exception() for task in running):
-                    break
-        finally:
+            sha, sizes = self._listed()
+        except HubFault as fault:
+            if fault.definite or self.cache.commit(self.revision) is None:
+                raise
+            folder = self._cached(str(fault))
+            _log.warning("%s Serving the commit that is in the cache: %s", fault, folder.name[:12])
+            return folder
+        try:
+            folder = self._downloaded(sha, sizes, report)
+        except HubFault as fault:
+            older = self.cache.commit(self.revision)
+            if not fault.storage or older in (None, sha):
+                raise
+            folder = self._cached(str(fault))
+            _log.warning("%s The Hub has the newer commit %s. Serving the one that is in the cache: %s",
+                         fault, sha[:12], folder.name[:12])  # fmt: skip
+            return folder
+        self._remember(sha)
+        return folder
+
+    def _cached(self, why: str) -> Path:
+        """The cache's snapshot, whole. DownloadError names what is missing; `why`: it cannot be fetched now."""
+        commit = self.cache.commit(self.revision)
+        if commit is None:
+            others = ", ".join(f"--revision {each}" for each in self.cache.commits()[:4])
+            others = f" The cache has other commits of it: give {others}." if others else ""
+            raise DownloadError(
+                f"Model {self._called()} is not in the Hub's cache ({self.access.cache}). {why}{others} "
+                f"{self._cure()}, or give a folder."
+            )
+        lacking = self.cache.lacking(commit, self.name.wanted)
+        if lacking:
+            raise DownloadError(
+                f"Of model {self._called()} the Hub's cache has a part only ({self.cache.snapshot(commit)}). Missing: "
+                f"{', '.join(lacking[:8])}. {why} {self._cure()}."
+            )
+        return self.cache.snapshot(commit)
+
+    def _called(self) -> str:
+        return f"{str(self.name)!r}" + (f" at revision {self.revision!r}" if self.revision else "")
+
+    def _cure(self) -> str:
+        revision = f" --revision {self.revision}" if self.revision else ""
+        return f"Run `tokenmill download-weights {self.name}{revision}` once with a network"
+
+    def _listed(self) -> tuple[str, dict[str, int]]:
+        """The commit, and the sizes of its files by name."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self.access.endpoint, token=self.access.token or False)
+        info = self._insistently(
+            lambda again: api.model_info(self.name.repo, revision=self.revision or None, files_metadata=True)
+        )
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        if not isinstance(info.sha, str) or not _SHA.fullmatch(info.sha) or not sizes:
+            raise unusable("no commit or no files", self.target)
+        return info.sha, sizes
+
+    def _downloaded(self, sha: str, sizes: Mapping[str, int], report: Report) -> Path:
+        """Fetch what serving needs of a commit; returns its snapshot's folder."""
+        fetch = _Download(self, sha)
+        weights = self._weights(list(sizes), fetch)
+        fetch.all({name: sizes[name] for name in wanted_files(sizes, weights)}, report)
+        return self.cache.snapshot(sha)
+
+    def _weights(self, names: Sequence[str], fetch: _Download) -> Weights:
+        """The repository's weights, after a look into the small files that tell them."""
+        explicit: Any = None
+        if "config.json" in names and not self.name.wanted:
+            explicit = read_json(fetch.one("config.json")).get("transformers_weights")
+        weights = choose(names, str(self.name.repo), self.name.wanted, explicit if isinstance(explicit, str) else "")
+        if weights.format == "adapter":
+            config = read_json(fetch.one(ADAPTER_CONFIG)) if ADAPTER_CONFIG in names else {}
+            raise adapter_error(self.name.repo, config)
+        if not weights.index:
+            return weights
+        listed = sorted(set(indexed_files(read_json(fetch.one(weights.index)), weights.index).values()))
+        absent = [name for name in listed if name not in names]
+        if absent:
+            message = f"{self.name.repo}: {weights.index} names {absent[0]}, which the repository does not have."
+            raise MissingFiles(f"{message} Give another --revision, or another model.", absent)
+        return Weights(weights.format, tuple(listed), weights.index)
+
+    def _remember(self, sha: str) -> None:
+        """Write in the cache, as the Hub's library does, which commit a revision is: offline that is all there is."""
+        revision = self.revision or "main"
+        reference = self.cache.folder / "refs" / revision
+        if revision == sha or self.cache.commit(revision) == sha:
+            return
+        try:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(sha)
+        except OSError as error:
+            _log.warning("The Hub's cache cannot be written to (%s): offline, %s will not be known", error, revision)
+
+    def _insistently(self, call: Callable[[bool], T]) -> T:
+        """Call with "begin anew", again after a pause where that may help. HubFault if it is vain."""
+        afresh = False
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return call(afresh)
+            except Exception as error:  # the errors of two HTTP libraries have no common base
+                fault = fault_of(error, self.target)
+                if fault is None:
+                    raise
+                if not fault.again or attempt == _TRIES:
+                    raise fault from None
+                if attempt == 1:
+                    _log.warning("%s Trying again", fault)
+                afresh = fault.afresh
+                time.sleep(max(0.5 if attempt == 1 else _PAUSE_S, fault.wait_s))
+        raise AssertionError("unreachable")
+
+
+class _Download:
+    """Files of one commit into the cache."""
+
+    def __init__(self, model: _Model, sha: str) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        self.model, self.sha = model, sha
+        disable_progress_bars()  # ours counts all files together
+        if importlib.util.find_spec("hf_transfer") is None:  # TGI's images ask for it; without, the library refuses
+            constants.HF_HUB_ENABLE_HF_TRANSFER = False
+
+    def one(self, name: str) -> Path:
+        """Fetch a file if the cache lacks it. Writes nothing if not."""
+        from huggingface_hub import hf_hub_download
+
+        there = self.model.cache.snapshot(self.sha) / name
+        if there.is_file():
+            return there
+        access = self.model.access
+        path = self.model._insistently(lambda afresh: hf_hub_download(
+            self.model.name.repo, name, revision=self.sha, cache_dir=access.cache, token=access.token or False,
+            endpoint=access.endpoint, force_download=afresh))  # fmt: skip
+        return Path(path)
+
+    def all(self, sizes: Mapping[str, int], report: Report) -> None:
+        """Fetch files, several at a time, and report the sum of their bytes."""
+        total, model_id = sum(sizes.values()), self.model.name.repo
+        blobs = self.model.cache.folder / "blobs"
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            running = {pool.submit(self.one, name): name for name in sizes}
+            try:
+                while not concurrent.futures.wait(running, 0.2, concurrent.futures.FIRST_EXCEPTION).done >= set(
+                    running
+                ):
+                    done = sum(sizes[name] for task, name in running.items() if _succeeded(task))
+                    report(Progress("download", min(done + _incomplete(blobs), total), total, detail=model_id))
+                    if any(task.done() and task.exception() for task in running):
+                        break
+            finally:
+                for task in running:
+                    task.cancel()
             for task in running:
-                task.cancel()
-        paths = {name: task.result() for task, name in running.items()}
-    report(Progress("download", total, total, detail=job.model_id))
-    name, path = next(iter(paths.items()))
-    return Path(path).parents[name.count("/")]
+                if not task.cancelled():
+                    task.result()
+        report(Progress("download", total, total, detail=model_id))
 
 
-def _succeeded(task: concurrent.futures.Future[str]) -> bool:
+def _succeeded(task: concurrent.futures.Future[Path]) -> bool:
     return task.done() and not task.cancelled() and task.exception() is None
 
 
@@ -186,50 +306,17 @@ def _incomplete(blobs: Path) -> int:
     return total
 
 
-def _insistently(model_id: str, revision: str, call: Callable[[], Any]) -> Any:
-    """Call, again after a pause if the connection fails; None if it fails every time. DownloadError if that is vain."""
-    from huggingface_hub import errors
-
-    for attempt in range(_TRIES):
-        try:
-            return call()
-        except errors.GatedRepoError:
-            raise DownloadError(
-                f"Model {model_id!r} is gated: ask for access at https://huggingface.co/{model_id} and set HF_TOKEN."
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise DownloadError(f"Model {model_id!r} has no revision {revision!r} on the Hub.") from None
-        except errors.RepositoryNotFoundError:
-            raise DownloadError(
-                f"Model {model_id!r} is not on the Hub, or is private. Look for a misspelling; for a private model set "
-                "HF_TOKEN to a token that may read it. (A folder of that name does not exist here either.)"
-            ) from None
-        except errors.OfflineModeIsEnabled:
-            return None
-        except errors.HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 0
-            if 400 <= status < 500 and status not in (408, 429):
-                raise DownloadError(f"The Hub refuses {model_id!r}: {str(error).splitlines()[0]}") from None
-        except (OSError, errors.LocalEntryNotFoundError) as error:
-            if getattr(error, "errno", None) == 28:
-                raise DownloadError(f"No space is left on the disk for {model_id!r}: {error}.") from None
-            if attempt == 0:
-                _log.warning("The Hub cannot be reached (%s); trying again", type(error).__name__)
-        if attempt < _TRIES - 1:
-            time.sleep(_PAUSE_S if attempt else 0.5)
-    return None
-
-
-def _opened(path: Path, model_id: str, report: Report, convert: bool) -> ModelSource:
+def _opened(path: Path, model_id: str, wanted: str, report: Report, convert: bool) -> ModelSource:
     """As `local_source`, after pickled weights, if there is nothing else, were converted beside themselves."""
-    pickled = path.is_dir() and any(path.glob("pytorch_model*.bin"))
-    if convert and pickled and not any(path.glob("*.safetensors")) and not any(path.glob("*.gguf")):
+    if convert and is_pickled(path, wanted):
         convert_in_child(path, report)
-    return local_source(path, model_id)
+    return local_source(path, model_id, wanted)
 
 
 def convert_in_child(folder: Path, report: Report) -> None:
     """Write the folder's pickled weights as .safetensors beside them, in a child process. StartError if that fails."""
+    for name in weights_in(folder).files:
+        refuse_pointer(folder / name)
     need_torch(f"{folder} has pickled weights only; converting them")
     report(Progress("convert", detail=str(folder)))
     _log.warning("%s has pickled weights only: converting them to .safetensors", folder)

@@ -1,53 +1,238 @@
-"""Where a model's files are, and in which format. Looks at names only; opens nothing."""
+"""Where a model's files are on this machine, and in which format. Reads names, indexes and first bytes only."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from tokenmill.errors import ModelError
+from tokenmill.errors import MissingFiles, ModelError
+from tokenmill.weights.choice import ADAPTER_CONFIG, Weights, choose, indexed_files, parts_of
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER = 1024  # bytes; the format's own limit
+_DEPTH = 3  # folders below the model's that GGUF files are looked for in
+_SNIFFED = 200  # files without a telling suffix whose first bytes are read
+_log = logging.getLogger(__name__)
 
 
 class ModelSource(msgspec.Struct, frozen=True):
     """A model on disk, ready to be opened. Plain data: it crosses process borders as a dictionary."""
 
     model_id: str  # as the user says it; shown by /info
-    path: str  # folder (safetensors and config.json) or a .gguf file
+    path: str  # folder (safetensors and config.json) or a GGUF file, of a split one its first part
     format: str  # "safetensors" or "gguf"
     revision: str = ""  # commit sha if from the Hub
     tokenizer_config_path: str = ""
 
 
-def local_source(path: str | Path, model_id: str | None = None) -> ModelSource:
-    """Tell what the folder or file at `path` holds. ModelError with the cure if there is nothing to serve."""
+def on_this_machine(model_id: str) -> tuple[Path, str] | None:
+    """The folder or file that `model_id` names here, and the GGUF file chosen after a colon ("" if none).
+
+    None if there is no such path. ModelError if it may not be looked at.
+    """
+    head, colon, wanted = model_id.rpartition(":")
+    if _exists(model_id):
+        return Path(model_id), ""
+    if colon and wanted and _exists(head) and Path(head).is_dir():
+        return Path(head), wanted
+    return None
+
+
+def local_source(path: str | Path, model_id: str | None = None, wanted: str = "") -> ModelSource:
+    """Tell what the folder or file at `path` holds. ModelError with the cure if there is nothing to serve.
+
+    `wanted`: which of a folder's GGUF files, by its name or a part of it.
+    """
     found, name = Path(path), model_id or str(path)
-    if found.is_file():
+    if _exists(found) and not found.is_dir():
         return ModelSource(name, str(_gguf_file(found)), "gguf")
     if not found.is_dir():
         raise ModelError(f"{found} does not exist. Give a folder of .safetensors files, or a .gguf file.")
-    ggufs = sorted(p for p in found.glob("*.gguf") if not p.name.startswith("mmproj"))
-    if any(found.glob("*.safetensors")):
-        if not (found / "config.json").is_file():
-            raise ModelError(f"{found} has .safetensors files but no config.json. Copy the model's config.json there.")
-        return ModelSource(name, str(found), "safetensors")
-    if len(ggufs) == 1:
-        return ModelSource(name, str(ggufs[0]), "gguf")
-    if ggufs:
-        listed = ", ".join(p.name for p in ggufs[:8])
-        raise ModelError(f"{found} has {len(ggufs)} GGUF files; give the path of one of them: {listed}.")
-    raise ModelError(f"{found} has no weights to serve. {_what_instead(found)}")
+    weights = weights_in(found, wanted)
+    if weights.format == "gguf":
+        return ModelSource(name, str(found / weights.files[0]), "gguf")
+    if weights.format == "pickled":
+        raise ModelError(
+            f"{found} has no weights to serve. Its weights are pickled ({weights.files[0]}), which may run code when "
+            "read: convert them to .safetensors."
+        )
+    if not (found / "config.json").is_file():
+        message = f"{found} has .safetensors files but no config.json. Copy the model's config.json there."
+        raise MissingFiles(message, ("config.json",))
+    if (found / ADAPTER_CONFIG).is_file():
+        _log.warning("%s has an adapter beside its weights (%s). The adapter is not applied.", found, ADAPTER_CONFIG)
+    return ModelSource(name, str(found), "safetensors")
+
+
+def weights_in(folder: Path, wanted: str = "") -> Weights:
+    """Choose a folder's weights, with the files that its index names. ModelError with the cure if there are none.
+
+    Never returns an adapter: that is an error which names its base model.
+    """
+    names, dangling = _listing(folder)
+    explicit = _read(folder / "config.json").get("transformers_weights") if "config.json" in names else None
+    unnamed = _unnamed_ggufs(folder, names)
+    try:
+        weights = choose([*names, *unnamed], str(folder), wanted, explicit if isinstance(explicit, str) else "")
+    except ModelError as error:
+        raise _explained(error, dangling) from None
+    if weights.format == "adapter":
+        raise adapter_error(str(folder), _read(folder / ADAPTER_CONFIG))
+    if not weights.index:
+        return Weights(weights.format, tuple(unnamed.get(name, name) for name in weights.files))
+    index = folder / weights.index
+    files = sorted(set(indexed_files(read_json(index), str(index)).values()))
+    for name in files:
+        if name not in names:
+            message = f"{folder / name} is missing, though {index.name} names it. Download the model again."
+            raise MissingFiles(message, [name for name in files if name not in names])
+    return Weights(weights.format, tuple(files), weights.index)
+
+
+def is_pickled(path: Path, wanted: str = "") -> bool:
+    """True if a folder's weights are pickled, so that they must be converted first. ModelError as `weights_in`."""
+    return path.is_dir() and weights_in(path, wanted).format == "pickled"
+
+
+def source_files(source: ModelSource) -> list[Path]:
+    """All files of a GGUF model, of a split one every part; nothing of a folder."""
+    path = Path(source.path)
+    return [path.with_name(name) for name in parts_of(path.name)] if source.format == "gguf" else []
+
+
+def adapter_error(where: str, config: Mapping[str, Any]) -> ModelError:
+    """Explain that `where` holds an adapter (LoRA, …) and no model. `config`: its adapter_config.json, or {}."""
+    base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
+    of = f" to the model {base}" if isinstance(base, str) and base else ""
+    kind = f"{kind} adapter" if isinstance(kind, str) and kind else "an adapter"
+    return ModelError(
+        f"{where} is no model but {'a ' if kind[:2] != 'an' else ''}{kind}{of}: it has no weights of its own to serve. "
+        "Merge it into its base model (peft: `merge_and_unload`, then `save_pretrained`) and give that folder."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder; ModelError if it is missing or something else."""
+    refuse_pointer(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing.") from None
+    except OSError as e:
+        raise unreadable(path, e) from None
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"{path} is not valid JSON: {e}. Download the file again.") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object. Download the file again.")
+    return content
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ModelError with the cure if the file is a Git LFS pointer; whether it can be read is not looked at."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_MAX_POINTER + 1)
+    except OSError:
+        return
+    if start.startswith(_POINTER) and len(start) <= _MAX_POINTER:
+        raise ModelError(
+            f"{path} is a Git LFS pointer ({len(start)} bytes), not the file itself. Run `git lfs install` once and "
+            f"`git lfs pull` in {path.parent}, or download the model again with `tokenmill download-weights`."
+        )
+
+
+def unreadable(path: str | Path, error: OSError) -> ModelError:
+    """Explain why a file or folder cannot be read."""
+    if isinstance(error, PermissionError):
+        return ModelError(
+            f"{path} cannot be read by the user with id {os.geteuid()}: {error.strerror}. Give that user the right to "
+            "read it and to enter the folders above, or run as its owner."
+        )
+    return ModelError(f"{path} cannot be read: {error.strerror or error}.")
+
+
+def is_gguf(path: Path) -> bool:
+    """True if the file begins as GGUF files do, whatever its name is."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        Path(path).stat()
+    except PermissionError as e:
+        raise unreadable(path, e) from None
+    except (OSError, ValueError):  # too long, a NUL: no path
+        return False
+    return True
+
+
+def _listing(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the files below `folder`, hidden folders left out, and of links to nothing."""
+
+    def fail(error: OSError) -> None:
+        if error.filename == str(folder):
+            raise unreadable(folder, error)
+
+    names: list[str] = []
+    dangling: list[str] = []
+    for place, folders, files in os.walk(folder, onerror=fail):
+        below = Path(place).relative_to(folder)
+        folders[:] = [] if len(below.parts) >= _DEPTH else [each for each in folders if not each.startswith(".")]
+        for file in files:
+            there = (Path(place) / file).exists()
+            (names if there else dangling).append((below / file).as_posix())
+    return names, dangling
+
+
+def _unnamed_ggufs(folder: Path, names: list[str]) -> dict[str, str]:
+    """GGUF files that are not named so, under the name that they should have, where no other name tells the weights."""
+    if any(name.lower().endswith((".gguf", ".safetensors")) or name.startswith("pytorch_model") for name in names):
+        return {}
+    others = [name for name in names if "/" not in name and not name.endswith(".json")]
+    return {f"{name}.gguf": name for name in others[:_SNIFFED] if is_gguf(folder / name)}
+
+
+def _explained(error: ModelError, dangling: list[str]) -> ModelError:
+    if not dangling or not isinstance(error, MissingFiles):
+        return error
+    message = (
+        f"{error} {dangling[0]} is a link to a file that is not there: copy a model with the files behind its links "
+        "(`cp -rL`), or mount the whole cache."
+    )
+    return MissingFiles(message, dangling)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _gguf_file(path: Path) -> Path:
-    if path.suffix.lower() == ".gguf":
-        return path
-    if path.suffix == ".safetensors" or path.name == "config.json":
+    refuse_pointer(path)
+    if path.suffix.lower() == ".gguf" or is_gguf(path):
+        return _first_part(path)
+    if path.suffix in (".safetensors", ".bin", ".json", ".model", ".jinja", ".pt", ".pth"):
         raise ModelError(f"{path} is one file of a model. Give its folder: {path.parent}.")
-    raise ModelError(f"{path} is neither a .gguf file nor a folder with config.json and .safetensors files.")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ModelError(f"{path} is neither a file nor a folder.")
+    raise ModelError(f"{path} is neither a GGUF file nor a folder with config.json and .safetensors files.")
 
 
-def _what_instead(folder: Path) -> str:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        return "Its weights are pickled (.bin, .pt, .pth), which may run code when read: convert them to .safetensors."
-    return "Expected .safetensors files with config.json, or a .gguf file."
+def _first_part(path: Path) -> Path:
+    parts = [path.with_name(name) for name in parts_of(path.name)]
+    lacking = [part.name for part in parts if not part.exists()]
+    if lacking:
+        raise ModelError(
+            f"{path} is one of {len(parts)} parts; missing in {path.parent}: {', '.join(lacking[:8])}. Download them."
+        )
+    return parts[0]

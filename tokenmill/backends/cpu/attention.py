@@ -30,6 +30,7 @@ Body = Callable[..., int]
         *(t.WINDOW, t.HEAD_EPS, t.Q_NORM, t.K_NORM, t.PAGE_STRIDE),
     )
 )
+_KEY_STRIDE, _VALUE_STRIDE = 8 * t.KEY_STRIDE, 8 * t.VALUE_STRIDE
 (_THREADS, _TOKENS, _ITEMS, _APART, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
     8 * c for c in (t.THREADS, t.TOKENS, t.ITEMS, t.APART, t.TABLES, t.TABLE_STRIDE, t.TILE, t.TILE_SIZE)
 )
@@ -60,11 +61,12 @@ def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
     store = emit(4, pages.store)
 
     def write(row: int, context: int, r: int, h: int, position: int) -> None:
-        at = r * peek(row + _X_STRIDE) + h * dim * 4
-        prepare_head(row, r, peek(row + _KEYS) + at, vectors, peek(row + _K_NORM))
+        key = peek(row + _KEYS) + r * peek(row + _KEY_STRIDE) + h * dim * 4
+        value = peek(row + _VALUES) + r * peek(row + _VALUE_STRIDE) + h * dim * 4
+        prepare_head(row, r, key, vectors, peek(row + _K_NORM))
         block = peek32(blocks_of(context, r) + (position >> 4) * 4)
         page = peek(row + _CACHE) + block * peek(row + _PAGE_STRIDE) + h * size
-        store(peek(row + _KEYS) + at, peek(row + _VALUES) + at, page, position & 15)
+        store(key, value, page, position & 15)
 
     return compiled(f"write_token_{heads.name}_{isa.name}", write)
 

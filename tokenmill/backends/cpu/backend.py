@@ -240,8 +240,8 @@ class Scratch:
         heads = [Heads.of(op, sizes.kv_dtype) for op in memory.program.ops if isinstance(op, ops.Attention)]
         self._at_once = min((h.at_once for h in heads), default=1)
         widest = max(v.width for op in memory.program.ops for v in op.results().values() if v.spec.rows == "tokens")
-        tile = max(max(sizes.tokens, sizes.samples) * 256, *(h.pairs * h.dim * 4 for h in heads))
-        row = max(widest * 4, *((h.pairs + 2) * 128 for h in heads))
+        tile = max([max(sizes.tokens, sizes.samples) * 256, *(h.pairs * h.dim * 4 for h in heads)])
+        row = max([widest * 4, *((h.pairs + 2) * 128 for h in heads)])
         scores = (sizes.context + 32) // t.BLOCK * 64
         self.counters = zeros((len(lines), 8), np.int64)
         self.context = zeros((t.CONTEXT,), np.int64)

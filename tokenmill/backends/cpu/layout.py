@@ -56,7 +56,7 @@ Y = 18  # AddNorm, Add: the other term
 Y_STRIDE = 19
 TOTAL = 20  # AddNorm: the sum
 TOTAL_STRIDE = 21
-# Attention (X: queries; WIDTH: kv heads; strides of keys and values as X's)
+# Attention (X: queries; WIDTH: kv heads)
 HEAD_DIM = 11
 GROUP = 12  # query heads of a kv head
 CACHE = 13  # the layer's part of block 0
@@ -73,6 +73,8 @@ Q_NORM = 23  # 0: none
 K_NORM = 24
 AT_ONCE = 25  # query rows of an item, at most
 PAGE_STRIDE = 26  # bytes from a head's page of a block to the one of the next block
+KEY_STRIDE = 27  # bytes from row to row of KEYS
+VALUE_STRIDE = 28
 # Turns: a step's cosines and sines, one row of the table before Embed for each RopeTable (OUT, OUT_STRIDE: the turns)
 FREQUENCIES = 11  # float32, padded to whole vectors: `rope.frequencies`
 FREQUENCY_STRIDE = 12  # bytes from position to position; 0: the same at all (all scalings but dynamic)

@@ -139,9 +139,10 @@ def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
 
 
 def _norm(lower: Lowering, op: ops.Norm) -> Lowered:
+    without = op.center and op.bias is None  # a LayerNorm's kernel always adds one
     fields = {
         t.NORM_WEIGHT: lower.memory.vector(op.weight),
-        t.NORM_BIAS: lower.memory.vector(op.bias),
+        t.NORM_BIAS: lower.memory.no_bias(op.head_dim or op.x.width) if without else lower.memory.vector(op.bias),
         t.NORM_EPS: float_bits(op.eps),
         t.CENTER: int(op.center),
     }
@@ -163,12 +164,15 @@ def _rope(lower: Lowering, op: ops.Rope) -> Lowered:
 
 def _attention(lower: Lowering, op: ops.Attention) -> Lowered:
     heads = Heads.of(op, lower.memory.sizes.kv_dtype)
+    keys, values = lower.memory.place(op.k), lower.memory.place(op.v)
     fields = {
         t.WIDTH: heads.count,
         t.HEAD_DIM: op.head_dim,
         t.GROUP: heads.group,
-        t.KEYS: lower.memory.place(op.k).address,
-        t.VALUES: lower.memory.place(op.v).address,
+        t.KEYS: keys.address,
+        t.KEY_STRIDE: keys.stride,
+        t.VALUES: values.address,
+        t.VALUE_STRIDE: values.stride,
         t.ATTENTION_SCALE: float_bits(op.scale),
         t.ATTENTION_CAP: float_bits(op.softcap) if op.softcap else 0,
         t.WINDOW: op.window,

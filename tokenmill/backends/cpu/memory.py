@@ -146,6 +146,7 @@ class Memory:
         self.arena = zeros((self.plan.size,))
         self._panels, self._read = panels, vector
         self._vectors: dict[tuple[Weight, bool], Floats] = {}
+        self._no_bias: dict[int, Floats] = {}  # by width
         self._turns: dict[RopeTable, Turns] = {}
         self._cache: Array = zeros((0,))
         self.num_pages = 0
@@ -182,6 +183,12 @@ class Memory:
         if (weight, gated) not in self._vectors:
             self._vectors[weight, gated] = pack_vector(self._read(weight), gated=gated)
         return self._vectors[weight, gated].ctypes.data
+
+    def no_bias(self, width: int) -> int:
+        """Address of a vector of zeros, for a kernel that always adds a bias."""
+        if width not in self._no_bias:
+            self._no_bias[width] = zeros((-(-width // 16) * 16,), np.float32)
+        return self._no_bias[width].ctypes.data
 
     def turns(self, table: RopeTable) -> Turns:
         """Where a step's cosines and sines go, and what they are made of."""

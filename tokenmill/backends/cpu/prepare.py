@@ -40,15 +40,32 @@ def fused(program: Program) -> Program:
         passes.take_rows_early(program),
         passes.residual_into_linear,
         _act_into_linear,
-        passes.heads_into_attention,
+        _heads_into_attention,
     )
 
 
-def _act_into_linear(op: Op, made: dict[int, Op], readers: dict[int, list[Op]]) -> tuple[Op, list[Op]] | None:
-    """Unless a gated product's halves are no whole blocks."""
+def _act_into_linear(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | None:
+    """As `passes.act_into_linear`, but skip gated products whose halves are not whole blocks."""
     if isinstance(op, ops.GatedAct) and not gates(2 * op.gate.width):
         return None
-    return passes.act_into_linear(op, made, readers)
+    return passes.act_into_linear(op, graph)
+
+
+def _heads_into_attention(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | None:
+    """As `passes.heads_into_attention`, but skip queries and keys that something reads after attention.
+
+    The kernel normalizes and rotates them where they are.
+    """
+    found = passes.heads_into_attention(op, graph)
+    if found is None:
+        return None
+    fused, needless = found
+    assert isinstance(fused, ops.Attention)
+    mine = {id(op), *map(id, needless)}
+    for value in (fused.q, fused.k):
+        if value.buffer in graph.outputs or id(graph.readers[value.buffer][-1]) not in mine:
+            return None
+    return found
 
 
 def refusal(program: Program, block_size: int) -> str:
@@ -73,8 +90,8 @@ def _refused(op: Op) -> str:
         return f"it has no kernel for the activation {op.act}"
     if isinstance(op, ops.Norm) and (op.head_dim or op.x.width) % _VECTOR:
         return f"its norms are for multiples of {_VECTOR} columns, not {op.head_dim or op.x.width}"
-    if isinstance(op, ops.Norm) and op.center and op.bias is None:
-        return "it has no kernel for a LayerNorm without a bias"
+    if isinstance(op, ops.Norm) and op.bias is not None and not op.center:
+        return "it has no kernel for an RMS norm with a bias"
     return ""
 
 
@@ -129,12 +146,15 @@ def _writes_int8(op: Op) -> bool:
 
 
 def private_outputs(program: Program) -> frozenset[int]:
-    """Norms that only products read: with few rows each thread computes its own copy."""
-    readers = passes.readers_of(program.ops)
+    """Buffers of norms that only products read: with few rows each thread computes its own copy."""
+    graph = passes.Graph.of(program)
     return frozenset(
         op.out.buffer
         for op in program.ops
-        if type(op) is ops.Norm and not op.head_dim and _all_products(op.out.buffer, readers.get(op.out.buffer, []))
+        if type(op) is ops.Norm
+        and not op.head_dim
+        and op.out.buffer not in graph.outputs
+        and _all_products(op.out.buffer, graph.readers.get(op.out.buffer, []))
     )
 
 

@@ -11,6 +11,7 @@ import re
 import msgspec
 
 from tokenmill.errors import NotReady, ValidationError
+from tokenmill.server import failures
 from tokenmill.server.call import Call
 from tokenmill.server.routes import texts
 from tokenmill.server.routes.native import parameters_of
@@ -63,11 +64,9 @@ async def server(call: Call) -> None:
 async def model(call: Call) -> None:
     """GET /v2/models/{name}[/versions/{version}][/ready]: what the model can do, or whether it is ready."""
     found = _MODEL.fullmatch(call.path_rest)
-    if found is None:
-        await call.reply(404, b"", [])
-    elif found["action"] == "/infer":
-        await call.reply(405, b"", [(b"allow", b"POST")])
-    elif found["action"] == "/ready":
+    if found is None or found["action"] == "/infer":
+        raise failures.nowhere("GET", call.scope["path"], ["POST"] if found else [])
+    if found["action"] == "/ready":
         await ready(call)
     else:
         version = found["version"] or "1"
@@ -78,8 +77,7 @@ async def infer(call: Call) -> None:
     """POST /v2/models/{name}[/versions/{version}]/infer: generate for each input."""
     found = _MODEL.fullmatch(call.path_rest)
     if found is None or found["action"] != "/infer":
-        await call.reply(404 if found is None else 405, b"", [] if found is None else [(b"allow", b"GET")])
-        return
+        raise failures.nowhere("POST", call.scope["path"], ["GET"] if found else [])
     body = await call.decode(KserveRequest)
     if len(body.inputs) != len(body.outputs):
         counts = f"{len(body.inputs)} `inputs` and {len(body.outputs)} `outputs`"

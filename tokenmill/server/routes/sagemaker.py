@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from tokenmill.server import failures
-from tokenmill.server.call import Call
+from tokenmill.server.call import KEYS, Call
 from tokenmill.server.routes.chat import answer_chat
 from tokenmill.server.routes.completions import answer_completion
 from tokenmill.server.routes.native import answer_compat
@@ -15,7 +13,7 @@ from tokenmill.server.schema.openai import ChatRequest, CompletionRequest
 
 async def sagemaker_compatibility(call: Call) -> None:
     """`inputs`: as POST `/`; `messages`: a chat; `prompt`: a completion. The first that is there decides."""
-    body = await call.decode(dict[str, msgspec.Raw])
+    body = await call.decode(KEYS)
     if "inputs" in body:
         await answer_compat(call, await call.decode(CompatRequest))
     elif "messages" in body:

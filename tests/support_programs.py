@@ -1,0 +1,222 @@
+"""Random programs with random weights: what passes, sharding and backends are compared on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tokenmill.program import ops
+from tokenmill.program.ops import Part, Weight
+from tokenmill.program.rope import RopeTable
+from tokenmill.program.value import Inputs, Program, Value, record
+from tokenmill.weights.checkpoint import Stored
+
+VOCABULARY, WIDTH, HEAD, HEADS, KV_HEADS, INNER = 64, 64, 16, 4, 2, 96
+
+
+class Arrays:
+    """A checkpoint of arrays made on the spot."""
+
+    format = "safetensors"
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = {name: a.astype(np.float32) for name, a in arrays.items()}
+        self.config: dict[str, Any] = {}
+
+    def names(self) -> Any:
+        return iter(self.arrays)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self.arrays[name].shape if name in self.arrays else None
+
+    def nbytes(self, name: str) -> int:
+        return self.arrays[name].nbytes
+
+    def __getitem__(self, name: str) -> Stored:
+        a = self.arrays[name]
+        return Stored(name, "F32", a.shape, a.view(np.uint8).reshape(len(a), -1))
+
+
+class Draw:
+    """Draws a program of one to two layers: each choice is an attribute or an edge that some model has.
+
+    `plain`: only graphs that can be shared over ranks, with the sharding that models give their weights.
+    """
+
+    def __init__(self, seed: int, plain: bool = False) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.plain = plain
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def program(self) -> Program:
+        return record(self._model)
+
+    def source(self) -> Arrays:
+        return Arrays(self.arrays)
+
+    # ---- choices and weights
+
+    def chance(self, share: float) -> bool:
+        return bool(self.rng.random() < share)
+
+    def one_of(self, *choices: Any) -> Any:
+        return choices[self.rng.integers(len(choices))]
+
+    def weight(self, rows: int, columns: int = 0, **fields: Any) -> Weight:
+        name = f"w{len(self.arrays)}"
+        shape = (rows, columns) if columns else (rows,)
+        self.arrays[name] = self.rng.normal(size=shape) * (columns**-0.5 if columns else 0.3) + (0 if columns else 0.5)
+        return Weight((Part(name, rows),), columns, **fields)
+
+    def linear(self, x: Value, *widths: int, shard: str = "none", unit: int = 1) -> list[Value]:
+        parts = [self.weight(n, x.width, shard=shard, unit=unit) for n in widths]
+        weight = Weight(tuple(p for w in parts for p in w.parts), x.width, shard, unit)  # type: ignore[arg-type]
+        bias = None
+        if self.chance(0.4):
+            biases = [self.weight(n) for n in widths]
+            bias = Weight(tuple(p for w in biases for p in w.parts), 0, shard, unit)  # type: ignore[arg-type]
+        return x.record(ops.Linear, sum(widths), x=x, weight=weight, bias=bias).split(*widths)
+
+    def norm(
+        self, x: Value, head_dim: int = 0, *, center: bool = False, bias: bool = False, eps: float = 1e-5
+    ) -> Value:
+        width = head_dim or x.width
+        return x.record(
+            ops.Norm, x=x, weight=self.weight(width), bias=self.weight(width) if bias else None, eps=eps,
+            center=center, head_dim=head_dim,
+        )  # fmt: skip
+
+    def any_norm(self, x: Value) -> Value:
+        center = self.chance(0.4)
+        bias = self.chance(0.5 if center else 0.07)  # no CPU kernel has the latter
+        return self.norm(x, center=center, bias=bias, eps=self.one_of(1e-5, 0.5))
+
+    # ---- the model
+
+    def _model(self, inputs: Inputs) -> Value:
+        table = self.weight(VOCABULARY, WIDTH, table=True, shard="vocab" if self.plain else "none")
+        x = inputs.ids.record(ops.Embed, WIDTH, ids=inputs.ids, table=table, scale=self.one_of(1.0, 2.0))
+        for layer in range(self.one_of(1, 2)):
+            x = self._add(x, self._attention(self.any_norm(x), layer))
+            x = self._add(x, self._mlp(self.any_norm(x)))
+        if self.chance(0.7):
+            x = self.any_norm(x)
+        x = x.record(ops.TakeRows, rows="samples", x=x)
+        return self._head(x)
+
+    def _add(self, x: Value, y: Value) -> Value:
+        if self.plain:
+            return x + y
+        kind = self.one_of("sum", "sum", "swapped", "twice", "double", "view", "later", "sooner", "half")
+        if kind == "twice":
+            return (x + y) + y
+        if kind == "double":
+            return y + y
+        if kind == "view":  # a part of a product
+            return x + self.linear(y, WIDTH, WIDTH)[self.one_of(0, 1)]
+        total = y + x if kind == "swapped" else x + y
+        if kind == "later":  # something reads the sum after its norm
+            normed = self.any_norm(total)
+            return self.linear(total, WIDTH)[0] + normed
+        if kind == "sooner":
+            product = self.linear(total, WIDTH)[0]
+            return product + self.any_norm(total)
+        if kind == "half":  # norms of parts of a sum
+            return self.linear(self.any_norm(total.split(32, WIDTH - 32)[0]), WIDTH)[0]
+        return total
+
+    def _attention(self, x: Value, layer: int) -> Value:
+        q, k, v = self.linear(x, HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD, shard="column", unit=HEAD)
+        extra, raw = None, (q, k)
+        if self.chance(0.8):
+            q, k = self._heads(q, k)
+        if self.chance(0.8):
+            q, k = self._rotated(q, k)
+        reads = "nothing" if self.plain else self.one_of("nothing", "nothing", "nothing", "before", "after", "raw")
+        if reads == "before":  # something else reads what a fusion would take away
+            (extra,) = self.linear(self.one_of(q, k), WIDTH)
+        y = x.record(
+            ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=layer, head_dim=HEAD, scale=HEAD**-0.5,
+            window=self.one_of(0, 5), softcap=self.one_of(0.0, 3.0),
+            rope=RopeTable.of(HEAD, 100.0, 256, None) if self.chance(0.15) else None,
+        )  # fmt: skip
+        (out,) = self.linear(y, WIDTH, shard="row")
+        if reads in ("after", "raw"):
+            (extra,) = self.linear(self.one_of(*(raw if reads == "raw" else (q, k))), WIDTH)
+        return out if extra is None else out + extra
+
+    def _heads(self, q: Value, k: Value) -> tuple[Value, Value]:
+        """Norms of heads that are alike, or differ in one thing; of queries alone; of whole rows."""
+        kind = self.one_of("alike", "alike", "eps", "center", "bias", "q", "rows", "small", "halves")
+        if kind in ("alike", "rows" if self.plain else "alike"):
+            return self.norm(q, HEAD), self.norm(k, HEAD)
+        if kind == "eps":
+            return self.norm(q, HEAD), self.norm(k, HEAD, eps=0.5)
+        if kind == "center":
+            return self.norm(q, HEAD, center=True), self.norm(k, HEAD, center=True)
+        if kind == "bias":
+            return self.norm(q, HEAD, bias=True), self.norm(k, HEAD, bias=True)
+        if kind == "q":
+            return self.norm(q, HEAD), k
+        if kind == "rows":
+            return self.norm(q), self.norm(k)
+        if kind == "small":
+            return self.norm(q, HEAD // 2), self.norm(k, HEAD // 2)
+        return self.norm(q, HEAD), self.norm(k, HEAD // 2)
+
+    def _rotated(self, q: Value, k: Value) -> tuple[Value, Value]:
+        """Rotations that are the same, or not; of queries alone; of parts of heads."""
+        first = RopeTable.of(HEAD, 1e4, 256, None)
+        kind = self.one_of("same", "same", "same", "theta", "q", "part", "narrow")
+        tables = {
+            "theta": (first, RopeTable.of(HEAD, 5e5, 256, None)),
+            "part": (RopeTable.of(HEAD // 2, 1e4, 256, None), first),
+        }
+        width = HEAD // 2 if kind == "narrow" else HEAD
+        if kind == "narrow":
+            first = RopeTable.of(HEAD // 2, 1e4, 256, None)
+        of_q, of_k = tables.get(kind, (first, first))
+        rotated = q.record(ops.Rope, x=q, rope=of_q, head_dim=width)
+        return rotated, k if kind == "q" else k.record(ops.Rope, x=k, rope=of_k, head_dim=width)
+
+    def _mlp(self, x: Value) -> Value:
+        act = self.one_of("silu", "relu", "gelu")
+        if self.chance(0.3):
+            (inner,) = self.linear(x, INNER, shard="column")
+            y = inner.record(ops.Act, x=inner, act=act)
+            if not self.plain and self.chance(0.3):
+                y = y + inner
+        else:
+            gate, up = self.linear(x, INNER, INNER, shard="column")
+            if not self.plain and self.chance(0.3):
+                parts = gate.split(32, 32, 32)
+                gate, up = self.one_of((up, gate), (gate, gate), (parts[0], parts[1]), (parts[1], up.split(32, 64)[0]))
+            y = gate.record(ops.GatedAct, gate=gate, up=up, act=act)
+            if not self.plain and self.chance(0.2):
+                y = y + up
+        if not self.plain and self.chance(0.3):  # products of parts of a value
+            parts = y.split(*[32] * (y.width // 32))
+            return self.linear(parts[0], WIDTH)[0] + self.linear(parts[-1], WIDTH)[0]
+        return self.linear(y, WIDTH, shard="row")[0]
+
+    def _head(self, x: Value) -> Value:
+        if self.plain:
+            return self.linear(x, VOCABULARY, shard="vocab")[0]
+        (y,) = self.linear(x, WIDTH)
+        kind = self.one_of("plain", "before", "sum", "acted", "capped")
+        if kind == "sum":
+            return x + y
+        if kind == "capped":
+            return y.record(ops.SoftCap, x=y, cap=2.0)
+        if kind == "acted":
+            return y.record(ops.Act, x=y, act="relu")
+        if kind == "before":  # the output is not the last operation's: what follows must not take it away
+            after = self.one_of("sum", "act", "product")
+            if after == "sum":
+                self.norm(x + y)
+            elif after == "act":
+                y.record(ops.Act, x=y, act="relu")
+            else:
+                self.linear(y, WIDTH)
+        return y

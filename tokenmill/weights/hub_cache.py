@@ -1,0 +1,71 @@
+"""The Hub's cache on disk, in the layout that all of the Hub's tools share. Read only: nothing here writes.
+
+models--owner--name/refs/main            the commit that a branch or tag was last seen at
+models--owner--name/snapshots/COMMIT/…   files by name, links to
+models--owner--name/blobs/…              their contents
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenmill.errors import MissingFiles
+from tokenmill.weights.source import weights_in
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_TOKENIZER = re.compile(
+    r"(tokenizer\.(json|model.*)|tekken\.json|vocab\.(json|txt)|(spiece|.*\.bpe)\.model|.*\.?tiktoken.*)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRepository:
+    """One repository's folder in the cache. It need not exist."""
+
+    root: Path
+    repo: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the repository's files are kept."""
+        return self.root / f"models--{self.repo.replace('/', '--')}"
+
+    def snapshot(self, commit: str) -> Path:
+        """The folder of a commit's files."""
+        return self.folder / "snapshots" / commit
+
+    def commit(self, revision: str) -> str | None:
+        """The commit that the cache has for a branch, a tag, a commit or its beginning ("": main), or None."""
+        revision = revision or "main"
+        try:
+            known = (self.folder / "refs" / revision).read_text().strip()
+        except (OSError, ValueError):
+            known = revision if _COMMIT.fullmatch(revision) else self._beginning(revision)
+        return known if known and self.snapshot(known).is_dir() else None
+
+    def _beginning(self, revision: str) -> str:
+        found = [commit for commit in self.commits() if commit.startswith(revision)]
+        return found[0] if len(found) == 1 and re.fullmatch("[0-9a-f]{7,39}", revision) else ""
+
+    def commits(self) -> list[str]:
+        """All commits of which there is any file."""
+        folder = self.folder / "snapshots"
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    def lacking(self, commit: str, wanted: str) -> list[str]:
+        """Names of files that serving needs and that are not there. ModelError if no download would help."""
+        folder = self.snapshot(commit)
+        missing: list[str] = []
+        try:
+            weights = weights_in(folder, wanted)
+            if weights.format == "gguf":
+                return []
+        except MissingFiles as error:
+            missing += error.missing
+        if not (folder / "config.json").is_file() and not wanted:
+            missing.append("config.json")
+        if not wanted and not any(_TOKENIZER.fullmatch(path.name) for path in folder.iterdir()):
+            missing.append("the tokenizer")
+        return list(dict.fromkeys(missing))
