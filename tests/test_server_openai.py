@@ -158,6 +158,10 @@ def test_the_last_message_of_the_assistant_is_continued(server: Server) -> None:
     [
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None, "refusal": ""}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": 1}]}, "messages[0].refusal"),
+        ({"messages": [{"role": "assistant", "content": "x", "reasoning": ["y"]}]}, "messages[0].reasoning"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "refusal"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
          "messages[0].content"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0]"),
@@ -207,6 +211,22 @@ def test_what_cannot_be_done_is_refused_by_the_fields_name(server: Server, field
     error = refusal(server, "/v1/chat/completions", **fields)
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "message, text",
+    [
+        ({"content": None, "refusal": "No."}, "No."),
+        ({"content": [{"type": "refusal", "refusal": "No."}, {"type": "text", "text": "Yes."}]}, "No.Yes."),
+        ({"content": "Yes.", "refusal": None, "tool_calls": None, "audio": None}, "Yes."),
+        ({"content": None, "reasoning": "Hm"}, ""),
+        ({"content": ""}, ""),
+    ],
+)
+def test_answers_of_any_kind_are_part_of_a_conversation(server: Server, message: Any, text: str) -> None:
+    body = {"messages": [*USER, {"role": "assistant", **message}, *USER]}
+    templated = server.post("/chat_tokenize", body).json()["templated_text"]
+    assert templated == f"<|user|>hi</s><|assistant|>{text}</s><|user|>hi</s><|assistant|>"
 
 
 def test_fields_that_change_nothing_are_taken(server: Server) -> None:

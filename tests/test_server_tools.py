@@ -301,6 +301,32 @@ def test_the_template_gets_tools_as_they_were_sent(server: Server) -> None:
     assert '<tool_call>{"name": "get_time", "arguments": {}}</tool_call></s><|tool|>noon' in later
 
 
+def test_a_last_message_with_calls_is_whole_and_a_new_turn_begins(tmp_path: Any) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "get_time", "arguments": '{"zone": "U'}}
+    written = '{"name": "get_time", "parameters": "{"zone": "U"}'
+    turn = {"role": "assistant", "tool_calls": [call]}
+    older = {"role": "assistant", "content": None, "function_call": call["function"]}
+    with scripted(tmp_path, text=SAID, total=3000) as running:
+        for message, text in (({**turn, "content": None}, ""), ({**turn, "content": "So:"}, "So:\n"), (older, "")):
+            def templated(**fields: Any) -> str:
+                body = {"messages": [*USER, message], **fields}  # noqa: B023 called at once
+                return str(running.post("/chat_tokenize", body).json()["templated_text"])
+
+            assert templated() == f"<|user|>hi</s><|assistant|>{text}{written}</s><|assistant|>"
+            assert templated(add_generation_prompt=False) == f"<|user|>hi</s><|assistant|>{text}{written}</s>"
+            assert templated(continue_final_message=True) == f"<|user|>hi</s><|assistant|>{text}{written}"
+
+
+def test_every_shape_of_an_answer_can_be_sent_back(server: Server) -> None:
+    asks = [{}, {"max_tokens": 45}, {"max_tokens": 1}, {"tools": TOOLS}, {"tools": TOOLS, "max_tokens": 45},
+            {"tools": TOOLS, "stop": "Let"}, {"functions": [TIME["function"]]},
+            {"tools": TOOLS, "tool_choice": "none"}]  # fmt: skip
+    for fields in asks:
+        message = chat(server, **fields)["choices"][0]["message"]
+        for sent in (message, {**dict.fromkeys(("refusal", "tool_calls", "function_call", "name")), **message}):
+            assert chat(server, messages=[*USER, sent, *USER], **fields)["usage"]["completion_tokens"]
+
+
 def test_the_older_form_has_a_function_call(server: Server) -> None:
     functions = [tool["function"] for tool in TOOLS]
     (choice,) = chat(server, functions=functions)["choices"]

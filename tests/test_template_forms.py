@@ -143,3 +143,152 @@ def test_roles_that_clients_make_up_fill_no_memory() -> None:
     template = ChatTemplate(TEXT_ONLY)
     for i in range(200):
         assert template.render([{"role": f"r{i}", "content": PARTS}], add_generation_prompt=False) == f"<r{i}>ab"
+
+
+KINDS = {
+    "tojson": "{{ c.function.arguments | tojson }}",
+    "whole": "{{ c.function | tojson }}",
+    "items": "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}",
+    "filter": "{% for k, v in c.function.arguments | items %}<{{ k }}>{{ v | tojson }}{% endfor %}",
+    "loop": "{% for k in c.function.arguments %}<{{ k }}>{{ c.function.arguments[k] }}{% endfor %}",
+    "text": "{{ 'json ' + c.function.arguments }}",
+    "asks": "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}",
+    "refuses": "{{ raise_exception('no object') if c.function.arguments is not mapping }}"
+    "{{ c.function.arguments | tojson }}",
+}
+NOTHING: list[Any] = ["", "  ", None, "null", {}, "{}"]
+CUT = ['{"a": "b\\n', '{"a"', "[1, 2]", '"x"', "just words", "42", "true", "NaN", '{"a": 1}}', "{'a': 1}", "{" * 2000]
+
+
+def called(arguments: Any, **fields: Any) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call], **fields}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_that_are_no_object_are_the_text_that_they_were_in_every_template(kind: str) -> None:
+    template = CALLS.replace("@", KINDS[kind])
+    for text in CUT:
+        assert text in render(template, called(text)), text
+    assert "[1, 2]" in render(template, called([1, 2]))
+    assert "4.5" in render(template, called(4.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_arguments_are_an_empty_object_in_every_template(kind: str) -> None:
+    template = CALLS.replace("@", KINDS[kind])
+    empty = {"whole": '{"name": "f", "arguments": {}}', "text": "json {}", "items": "", "filter": "", "loop": ""}
+    for arguments in NOTHING:
+        written = render(template, called(arguments))
+        if kind in ("tojson", "whole") and isinstance(arguments, str):
+            written = written.replace('"{}"', "{}")
+        assert written == empty.get(kind, "{}"), arguments
+    without = called("")
+    del without["tool_calls"][0]["function"]["arguments"]
+    assert render(template, without) == render(template, called(""))
+
+
+def test_words_of_a_message_are_never_taken_for_the_text_of_a_call() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}@{% endfor %}{% endfor %}"
+    template = template.replace("@", KINDS["items"])
+    texts = ["tokenmill0x", "<", "tokenmillmark0"]
+    out = render(template, *(called(text, content=f"{text}!") for text in texts))
+    assert out == "".join(f"{text}!<arguments>{text}" for text in texts)
+
+
+SHORT_IDS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id is not defined or c.id | length != 9 %}"
+    "{{ raise_exception('nine letters') }}{% endif %}[{{ c.id }}]{{ c.function | tojson }}{% endfor %}"
+    "{% if m.role == 'tool' %}({{ m.tool_call_id }}){% endif %}{% endfor %}"
+)
+
+
+def test_ids_are_what_a_template_insists_on_and_the_same_from_turn_to_turn() -> None:
+    def turn(call_id: str) -> list[dict[str, Any]]:
+        message = called("{}")
+        message["tool_calls"][0]["id"] = call_id
+        return [message, {"role": "tool", "tool_call_id": call_id, "content": "x"}]
+
+    first = render(SHORT_IDS, *turn("call_0123456789"))
+    assert first.startswith(render(SHORT_IDS, *turn("call_0123456789")[:1]))
+    assert first[1:10] == first[-10:-1]
+    assert render(SHORT_IDS, *turn("call_0123456789"), *turn("functions.f:0"), *turn("abc123XYZ")).startswith(first)
+    assert render(SHORT_IDS, *turn("abc123XYZ")).startswith("[abc123XYZ]")
+    any_id = SHORT_IDS.replace("!= 9", "== 0")
+    assert render(any_id, *turn("call_0123456789")).startswith("[call_0123456789]")
+
+
+def test_a_template_that_writes_only_the_id_gets_one_with_the_name() -> None:
+    kimi = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}<|tool_call_begin|>{{ c.id }}|"
+        "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}{% endfor %}"
+        "{% if m.role == 'tool' %}({{ m.tool_call_id }}){% endif %}{% endfor %}"
+    )
+    message = called("{}")
+    out = render(kimi, message, {"role": "tool", "tool_call_id": "1", "content": "x"})
+    assert out == "<|tool_call_begin|>functions.f:0|{}(functions.f:0)"
+
+
+def test_several_calls_come_one_by_one_where_a_template_takes_one() -> None:
+    single = (
+        "{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one') }}"
+        "{% endif %}[{{ m.tool_calls[0].function | tojson }}]{% else %}{{ m.role }}:{{ m.content }};{% endif %}"
+        "{% endfor %}"
+    )
+    first_only = single.replace("!= 1", "== 0")
+    message = called('{"a": 1}')
+    message["tool_calls"].append({"id": "2", "type": "function", "function": {"name": "g", "arguments": '{"b": 2}'}})
+    results = [{"role": "tool", "tool_call_id": one, "content": one} for one in "12"]
+    for template in (single, first_only):
+        out = render(template, message, *results)
+        assert out == (
+            '[{"name": "f", "arguments": {"a": 1}}]tool:1;[{"name": "g", "arguments": {"b": 2}}]tool:2;'
+        )
+
+
+def test_calls_beside_a_text_are_not_lost_where_a_template_wants_them_alone() -> None:
+    alone = (
+        "{% for m in messages %}{% if m.content is none %}{% for c in m.tool_calls %}[{{ c.function.arguments }}]"
+        "{% endfor %}{% else %}{{ m.content }};{% endif %}{% endfor %}"
+    )
+    assert render(alone, called('{"a": 1}', content="I look.")) == 'I look.;[{"a": 1}]'
+    assert render(alone, called('{"a": 1}')) == '[{"a": 1}]'
+
+
+def test_a_content_of_null_is_not_the_word_none() -> None:
+    prints = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}@{% endfor %}{% endfor %}"
+    assert render(prints.replace("@", KINDS["tojson"]), called({"a": 1}, content=None)) == '{"a": 1}'
+
+
+def test_results_are_told_by_the_user_where_turns_must_alternate() -> None:
+    alternates = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    user = {"role": "user", "content": "hi"}
+    results = [{"role": "tool", "tool_call_id": one, "content": one} for one in "12"]
+    out = render(alternates, user, {"role": "assistant", "content": "f()"}, *results)
+    assert out == "<user>hi<assistant>f()<user>1\n2"
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_a_thought_reaches_a_template_that_reads_it_under_any_name(name: str) -> None:
+    template = "{% for m in messages %}{% if m.NAME %}({{ m.NAME }}){% endif %}{{ m.content }}{% endfor %}"
+    template = template.replace("NAME", name)
+    for given in ("reasoning", "reasoning_content"):
+        assert render(template, {"role": "assistant", "content": "Hi", given: "Hm"}) == "(Hm)Hi"
+
+
+def test_an_empty_answer_is_a_blank_where_a_template_refuses_it() -> None:
+    template = (
+        "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}[{{ m.content }}]"
+        "{% endfor %}"
+    )
+    assert render(template, {"role": "assistant", "content": ""}) == "[ ]"
+    with pytest.raises(TemplateError, match="empty"):
+        render(template, {"role": "user", "content": ""})
+
+
+def test_a_refusal_is_rendered_as_text() -> None:
+    for message in ({"content": None, "refusal": "No."}, {"content": [{"type": "refusal", "refusal": "No."}]}):
+        assert render(TEXT_ONLY, {"role": "assistant", **message}) == "<assistant>No."

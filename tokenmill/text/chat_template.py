@@ -15,7 +15,8 @@ import jinja2
 
 from tokenmill.errors import TemplateError
 from tokenmill.text import sandbox
-from tokenmill.text.template_forms import Forms
+from tokenmill.text.history import normalized
+from tokenmill.text.template_forms import Forms, Verbatim
 from tokenmill.text.template_wants import wants_argument_objects
 
 _TRIAL_S = 0.2  # for each of the short conversations that show what a template takes
@@ -27,6 +28,9 @@ _OURS = frozenset(
     ).split()
 )
 """Names that a request may not set through `kwargs`: the server sets them, or transformers takes them itself."""
+
+
+_THINKING = re.compile(r"""\.thinking\b|\[\s*['"]thinking['"]\s*\]""")  # a message's thought under gpt-oss's name
 
 
 class _Fault(TemplateError):
@@ -92,21 +96,23 @@ class ChatTemplate:
         With neither flag given, a last message of the assistant is continued, and after any other the assistant's turn
         begins. TemplateError with message and line if the template raises, is wrong, takes too long or writes too much.
         """
+        messages = normalized(messages)
         continued, optional = self._continued(messages, add_generation_prompt, continue_final_message)
         begins = not continued if add_generation_prompt is None else add_generation_prompt
         given = _checked(kwargs or {})
         template = self._template(self._name(given.pop("chat_template", None), tools is not None))
         variables = {**self._tokens, "documents": documents, **given, "tools": None if tools is None else list(tools)}
-        chat = [template.forms.shaped(message) for message in messages]
+        verbatim = Verbatim()
+        chat = template.forms.conversation(messages, verbatim, continued=continued)
         if not continued:
-            return self._run(template, chat, begins, variables)
+            return verbatim.restored(self._run(template, chat, begins, variables))
         tagged, text = _tagged(chat)
         rendered = self._run(template, tagged, begins, variables)
         cut = _cut(rendered, text)
         if cut is not None:
-            return cut
+            return verbatim.restored(cut)
         if optional:  # nobody asked for it by name: TGI leaves such a prompt whole
-            return self._run(template, chat, True, variables)
+            return verbatim.restored(self._run(template, chat, True, variables))
         raise TemplateError(
             "continue_final_message: the last message's text is not in the prompt that the template makes"
         )
@@ -152,23 +158,26 @@ class ChatTemplate:
             def trial(chat: list[dict[str, Any]]) -> str:
                 return self._once(name, template, {**usual, "messages": chat}, _TRIAL_S)
 
-            found = _Compiled(name, template, Forms(trial, object_like=objects))
+            thinking = _THINKING.search(self.sources[name]) is not None
+            found = _Compiled(name, template, Forms(trial, object_like=objects, reads_thinking=thinking))
             self._compiled[name] = found
         return found
 
     def _run(self, found: _Compiled, chat: list[dict[str, Any]], begins: bool, variables: dict[str, Any]) -> str:
-        """Render. Where a template fails on a content that is null, as OpenAI writes one with calls, "" is tried."""
+        """Render. Where a template fails on a content that is null, as OpenAI writes one with calls, "" is tried, and
+        where it refuses an answer that was empty, a blank."""
         given = {"messages": chat, "add_generation_prompt": begins, **variables}
         try:
             return self._once(found.name, found.template, given)
-        except _Fault as fault:
-            filled = [found.forms.without_null(message) for message in chat]
-            if filled == chat:
+        except TemplateError as error:
+            null = isinstance(error, _Fault)
+            others = [found.forms.without_null(message) if null else _with_blank(message) for message in chat]
+            if others == chat:
                 raise
             try:
-                return self._once(found.name, found.template, {**given, "messages": filled})
+                return self._once(found.name, found.template, {**given, "messages": others})
             except TemplateError:
-                raise fault from None
+                raise error from None
 
     def _once(
         self, name: str, template: jinja2.Template, variables: dict[str, Any], seconds: float | None = None
@@ -214,6 +223,12 @@ def _text_of(message: Mapping[str, Any]) -> str | None:
         texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
         return texts[-1] if texts else None
     return None
+
+
+def _with_blank(message: dict[str, Any]) -> dict[str, Any]:
+    """The message; a blank for the content of an answer that was empty."""
+    empty = message.get("role") == "assistant" and message.get("content") == "" and not message.get("tool_calls")
+    return {**message, "content": " "} if empty else message
 
 
 def _tagged(chat: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

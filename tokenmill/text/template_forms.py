@@ -1,40 +1,81 @@
-"""Which forms of content and of arguments a chat template takes, found out by showing it both.
+"""Which forms of content, calls and turns a chat template takes, found out by showing it several.
 
 OpenAI's API sends a content as text or as a list of parts, and a tool call's arguments as JSON text. Most templates
 were written for one form; given another they fail, print a Python list or JSON inside of JSON, or leave the message
-out. Reading a template does not tell for sure, a trial does.
+out. Some take one call a message, or ids of one length, or no results of tools at all. Reading a template does not tell
+for sure, a trial does.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tokenmill.errors import TemplateError
+from tokenmill.text import template_turns
+from tokenmill.text.call_ids import IdForm, renamed
 
 Form = Literal["any", "text", "parts"]  # for arguments, "parts" means an object
 
 _MARK = "tokenmillmark"
 _NAME = "tokenmillcall"
-_ARGUMENTS = {"tokenmillkey": _MARK}
+_TEXT = "tokenmilltext"
 _MOST_ROLES = 64
 _ID = "abcdefghi"  # nine letters and digits, which some templates insist on
+_COUNTS = "<|tool_call_begin|>"  # of Kimi: behind it is nothing but the id
+_LONG_ID = "call_tokenmill0123456789"
 
 
 class _Calls(NamedTuple):
-    """`arguments`: their form, None if the template writes no calls. `beside_text`: also in messages with a content."""
+    """How a template writes tool calls. `arguments`: their form, None if it writes no calls. `takes_text`: arguments
+    that are no object, too. `beside_empty`, `beside_text`: in messages whose content is "", or a text. `prints_null`: a
+    content of null is the word None in the prompt. `several`: more than one of a message."""
 
     arguments: Form | None
-    beside_text: bool
+    takes_text: bool = True
+    beside_empty: bool = True
+    beside_text: bool = True
+    prints_null: bool = False
+    several: bool = True
+    ids: IdForm = "any"
+
+
+class Verbatim:
+    """Texts that a prompt has to hold as they are, whatever a template would make of them: it is given a word in the
+    place of each, and `restored` puts the texts back."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+        self._prefix = f"tokenmill{secrets.token_hex(8)}n"
+
+    def hidden(self, text: str) -> str:
+        """Return the word that stands for a text."""
+        word = f"{self._prefix}{len(self._texts)}x"
+        self._texts[word] = text
+        return word
+
+    def restored(self, prompt: str) -> str:
+        """Return the prompt with the texts in the place of their words: in JSON between quotes, and without escapes."""
+        for word, text in self._texts.items():
+            prompt = prompt.replace(word, text)
+        return prompt
 
 
 class Forms:
     """The forms of one template. `render` makes a prompt of a conversation, or raises TemplateError. `object_like`:
-    whether arguments should be objects where no trial says so."""
+    whether arguments should be objects where no trial says so. `reads_thinking`: it looks for a message's thought under
+    that name, too."""
 
-    def __init__(self, render: Callable[[list[dict[str, Any]]], str], *, object_like: bool) -> None:
-        self._render, self._object_like = render, object_like
+    def __init__(
+        self,
+        render: Callable[[list[dict[str, Any]]], str],
+        *,
+        object_like: bool,
+        reads_thinking: bool = False,
+    ) -> None:
+        self._render, self._object_like, self._reads_thinking = render, object_like, reads_thinking
         self._known: Mapping[str, Form | None] = {}  # replaced, never changed: threads share it
         self._calls: _Calls | None = None
 
@@ -52,18 +93,32 @@ class Forms:
     def of_calls(self) -> _Calls:
         """How tool calls are written. Renders when first asked."""
         if self._calls is None:
-            self._calls = _Calls("parts", True) if self._object_like else _Calls(None, True)
-            for content in ("", None):  # what stands beside calls; templates differ
-                as_text = self._with_call(content, json.dumps(_ARGUMENTS))
-                as_object = self._with_call(content, _ARGUMENTS)
-                text = _MARK in as_text and '\\"tokenmillkey' not in as_text
-                parts = _MARK in as_object and "{'tokenmillkey" not in as_object
-                if text or parts or _NAME in as_text:
-                    self._calls = _Calls("any" if text == parts else "text" if text else "parts", content == "")
-                    break
+            unknown = _Calls("parts" if self._object_like else None, takes_text=not self._object_like)
+            tried = map(self._tried, ("", None))  # what stands beside calls; templates differ
+            self._calls = next(filter(None, tried), unknown)
         return self._calls
 
-    def shaped(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def conversation(
+        self, messages: Sequence[dict[str, Any]], verbatim: Verbatim, *, continued: bool
+    ) -> list[dict[str, Any]]:
+        """The messages in forms and turns that the template takes. `continued`: the last one stays what it is."""
+        calls = self.of_calls() if any("tool_calls" in message for message in messages) else None
+        if calls is not None:
+            messages = renamed(messages, calls.ids)
+            last = messages[-1:] if continued else []
+            messages = messages[: len(messages) - len(last)]
+            if not calls.several:
+                messages = template_turns.one_by_one(messages)
+            if not calls.beside_text:
+                messages = template_turns.apart(messages, "" if calls.beside_empty else None)
+            messages = [*messages, *last]
+            if calls.prints_null:
+                messages = [self.without_null(message) for message in messages]
+        if any(message.get("role") == "tool" for message in messages) and self.of("tool") is None and self.of("user"):
+            messages = template_turns.told_by_user(messages)
+        return [self.shaped(message, verbatim) for message in messages]
+
+    def shaped(self, message: Mapping[str, Any], verbatim: Verbatim) -> dict[str, Any]:
         """The message in a form that the template takes, as it came if it takes that or if nothing is known.
 
         Calls that the template does not write become the message's content, as JSON, if it has none.
@@ -74,13 +129,15 @@ class Forms:
             form = self.of_calls().arguments
             if form is None and given.get("content") is None:
                 given["content"] = json.dumps(calls, ensure_ascii=False, separators=(",", ":"))
-            given["tool_calls"] = [_with_arguments(call, form) for call in calls]
+            given["tool_calls"] = [self._with_arguments(call, verbatim) for call in calls]
         self._shape_content(given)
+        if self._reads_thinking and "reasoning" in given and not (calls and given.get("content")):
+            given.setdefault("thinking", given["reasoning"])  # beside both, gpt-oss refuses it
         return given
 
     def without_null(self, message: dict[str, Any]) -> dict[str, Any]:
         """The message with "" for a content of null, unless the template would then leave its calls out."""
-        if message.get("content") is not None or (message.get("tool_calls") and not self.of_calls().beside_text):
+        if message.get("content") is not None or (message.get("tool_calls") and not self.of_calls().beside_empty):
             return message
         return {**message, "content": ""}
 
@@ -96,21 +153,93 @@ class Forms:
         elif isinstance(content, str) and form == "parts":
             given["content"] = [{"type": "text", "text": content}]
 
+    def _with_arguments(self, call: Any, verbatim: Verbatim) -> Any:
+        """A tool call with its arguments in the template's form. None at all are an empty object; those that are no
+        object, as of a call that was cut off, are the text that they were."""
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            return call
+        form, given = self.of_calls().arguments, function.get("arguments")
+        value = _value(given)
+        arguments: Any = given
+        if isinstance(value, Mapping):
+            if form == "parts":
+                arguments = value
+            elif form == "text" or not isinstance(given, str | Mapping) or (not value and isinstance(given, str)):
+                arguments = given if value and isinstance(given, str) else json.dumps(value, ensure_ascii=False)
+        else:
+            word = verbatim.hidden(given if isinstance(given, str) else json.dumps(given, ensure_ascii=False))
+            arguments = word if self.of_calls().takes_text else {"arguments": word}
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    def _tried(self, content: str | None) -> _Calls | None:
+        """How calls are written in messages with this content; None if they are not."""
+        as_text = self._with_calls(content, json.dumps(_marked(0)))
+        as_object = self._with_calls(content, _marked(0))
+        text = _MARK in as_text and '\\"tokenmillkey' not in as_text
+        parts = _MARK in as_object and "{'tokenmillkey" not in as_object
+        if not (text or parts or _NAME in as_text):
+            return None
+        form: Form = "any" if text == parts else "text" if text else "parts"
+        good: Any = _marked if form == "parts" else lambda i: json.dumps(_marked(i))
+        shown = f"{_MARK}0"
+        named = self._with_calls(content, good(0))
+        ids: IdForm = "any"
+        if shown in named and f"{_COUNTS}{_ID}" in named:
+            ids = "counted"
+        elif shown in named and shown not in self._with_calls(content, good(0), call_id=_LONG_ID):
+            ids = "short"
+        return _Calls(
+            form,
+            takes_text=_TEXT in self._with_calls(content, _TEXT),
+            beside_empty=content == "",
+            beside_text=content == "" and (shown not in named or shown in self._with_calls(_TEXT, good(0))),
+            prints_null=content == "" and "None" not in named and "None" in self._with_calls(None, good(0)),
+            several=shown not in named or f"{_MARK}1" in self._with_calls(content, good(0), good(1)),
+            ids=ids,
+        )
+
     def _shows(self, role: str, content: Any) -> bool:
         arguments = {} if self.of_calls().arguments == "parts" else "{}"
         out = self._rendered(_conversation(role, content, arguments))
         return _MARK in out and not any(f"{quote}type{quote}" in out for quote in "'\"")
 
-    def _with_call(self, content: Any, arguments: Any) -> str:
-        conversation = _conversation("tool", "x", arguments)
-        conversation[1]["content"] = content
-        return self._rendered(conversation)
+    def _with_calls(self, content: Any, *arguments: Any, call_id: str = _ID) -> str:
+        """The prompt of a short conversation with calls that have these arguments, and their results."""
+        ids = [call_id[:-1] + "ij"[i] for i in range(len(arguments))]
+        calls = [_call(one, given) for one, given in zip(ids, arguments, strict=True)]
+        results = [{"role": "tool", "content": "x", "tool_call_id": one} for one in ids]
+        asked = {"role": "assistant", "content": content, "tool_calls": calls}
+        return self._rendered([{"role": "user", "content": "x"}, asked, *results])
 
     def _rendered(self, conversation: list[dict[str, Any]]) -> str:
         try:
             return self._render(conversation)
         except TemplateError:
             return ""
+
+
+def _marked(number: int) -> dict[str, str]:
+    return {"tokenmillkey": f"{_MARK}{number}"}
+
+
+def _call(call_id: str, arguments: Any) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": _NAME, "arguments": arguments}}
+
+
+def _value(arguments: Any) -> Any:
+    """The object that arguments are, {} for none at all, or else None."""
+    if arguments is None or isinstance(arguments, Mapping):
+        return arguments or {}
+    if not isinstance(arguments, str):
+        return None
+    if arguments.strip() in ("", "null"):
+        return {}
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _conversation(role: str, content: Any, arguments: Any) -> list[dict[str, Any]]:
@@ -122,8 +251,7 @@ def _conversation(role: str, content: Any, arguments: Any) -> list[dict[str, Any
         return [message, user]
     if role == "assistant":
         return [user, message, user]
-    call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": arguments}}
-    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    asked = {"role": "assistant", "content": "", "tool_calls": [_call(_ID, arguments)]}
     return [user, asked, {**message, "name": _NAME, "tool_call_id": _ID}]
 
 
@@ -132,20 +260,3 @@ def _joined(parts: Sequence[Any]) -> Any:
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     whole = [text for text in texts if isinstance(text, str)]
     return "".join(whole) if len(whole) == len(texts) else parts
-
-
-def _with_arguments(call: Any, form: Form | None) -> Any:
-    """A tool call with its arguments in this form, if they can be so written."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        return call
-    arguments: Any = function.get("arguments")
-    if isinstance(arguments, str) and form == "parts":
-        try:
-            value = json.loads(arguments)
-        except ValueError:
-            return call
-        arguments = value if isinstance(value, dict) else arguments
-    elif isinstance(arguments, dict) and form == "text":
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}} if "arguments" in function else call

@@ -102,6 +102,9 @@ def _rendered(template: ChatTemplate, body: ChatRequest, tools: Tools | None) ->
     source = template.source if told is None else template.tool_source
     kwargs = {**template_fields(body, source), **(body.chat_template_kwargs or {})}
     messages = _named_for(source, newer(body.messages))
+    begins = body.add_generation_prompt
+    if messages[-1].get("tool_calls") and not body.continue_final_message and begins is None:
+        begins = True  # a call is whole, also where it is written out as text
     if "tool_calls" not in source:
         messages = written_out(messages)
     if told is not None:
@@ -110,7 +113,7 @@ def _rendered(template: ChatTemplate, body: ChatRequest, tools: Tools | None) ->
         messages,
         tools=told.given if told is not None and template.shows_tools else None,
         documents=body.documents,
-        add_generation_prompt=body.add_generation_prompt,
+        add_generation_prompt=begins,
         continue_final_message=body.continue_final_message,
         kwargs=kwargs,
     )

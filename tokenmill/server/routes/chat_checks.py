@@ -8,11 +8,15 @@ from typing import Any
 from tokenmill.errors import ValidationError
 from tokenmill.server.routes.openai import refuse
 from tokenmill.server.schema.openai import ChatRequest
+from tokenmill.text.history import REASONING
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates turn a model's thinking on and off."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", *REASONING)
+"""Fields of which one is enough for a message, as answers have them."""
 
 _RETENTIONS = (None, "in_memory", "in-memory")
 _TIERS = (None, "auto", "default", "flex", "scale", "priority")
@@ -88,13 +92,13 @@ def check_messages(messages: list[dict[str, Any]]) -> None:
         calls = message.get("tool_calls")
         if calls is not None:
             _check_calls(calls, f"{where}.tool_calls")
-        if content is None and not calls and not message.get("function_call"):
+        if content is None and not any(message.get(name) for name in _INSTEAD_OF_CONTENT):
             raise _invalid(f"{where}.content", "a text or a list of parts")
         if content is not None and not isinstance(content, str | list):
             raise _invalid(f"{where}.content", "a text or a list of parts")
         for part in content if isinstance(content, list) else ():
             _check_part(part, f"{where}.content")
-        for name in ("name", "tool_call_id"):
+        for name in ("name", "tool_call_id", "refusal", *REASONING):
             if not isinstance(message.get(name), str | None):
                 raise _invalid(f"{where}.{name}", "a text")
 
@@ -111,11 +115,12 @@ def _check_calls(calls: object, where: str) -> None:
 
 def _check_part(part: object, where: str) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part, dict) and isinstance(part.get("text"), str):
+    if kind in ("text", "refusal") and isinstance(part, dict) and isinstance(part.get(kind), str):
         return
     if kind in ("image_url", "image", "input_image", "input_audio", "audio_url", "video_url", "file"):
         raise ValidationError(f"`{kind}` parts are not supported: the model reads text only", where)
-    raise ValidationError(f"Invalid '{where}': its parts must be of type 'text' with a `text`", where)
+    allowed = "of type 'text' with a `text`, or 'refusal' with a `refusal`"
+    raise ValidationError(f"Invalid '{where}': its parts must be {allowed}", where)
 
 
 def _invalid(where: str, allowed: str) -> ValidationError:

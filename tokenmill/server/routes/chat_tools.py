@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -169,12 +168,19 @@ def written_out(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _written_out(message: dict[str, Any]) -> dict[str, Any]:
     texts = [message["content"]] if isinstance(message.get("content"), str) and message["content"] else []
-    for call in message["tool_calls"]:
-        arguments = call["function"].get("arguments", {})
-        if isinstance(arguments, str):
-            with suppress(msgspec.DecodeError):  # what is no JSON is kept as text
-                arguments = msgspec.json.decode(arguments)
-        made = {"name": call["function"]["name"], "parameters": arguments}
-        texts.append(json.dumps(made, ensure_ascii=False))
+    texts += [_text_of(call["function"]) for call in message["tool_calls"]]
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**rest, "content": "\n".join(texts)}
+
+
+def _text_of(function: dict[str, Any]) -> str:
+    """A call as JSON. Arguments that are no JSON, as of a call that was cut off, are the text that they were."""
+    arguments = function.get("arguments")
+    written = ""
+    if isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.decode(arguments.strip() or "{}")
+        except msgspec.DecodeError:
+            written = f'"{arguments}"'
+    written = written or json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    return f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "parameters": {written}}}'
