@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tokenmill.backends.base import Backend, StepLimits
@@ -17,12 +16,13 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Executor as AnyExecutor
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
-from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory
+from tokenmill.errors import NotEnoughMemory
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.cost import Load, cost
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
+from tokenmill.runtime import lengths
 from tokenmill.runtime.choice import (
     Choice,
     Computing,
@@ -35,8 +35,8 @@ from tokenmill.runtime.choice import (
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.guides import Guides
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks, count_device_blocks
-from tokenmill.weights.checkpoint import model_config, open_checkpoint
-from tokenmill.weights.source import ModelSource, read_json
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
 _MAX_BATCH_TOKENS = 512  # of a step on a CPU: a longer one only makes the running sequences wait
@@ -50,8 +50,6 @@ reading the weights. So many tokens take two of these: 2 x 650 TFLOP/s over 4.8 
 H100 of 3.35 TB/s."""
 _ATTENTION_EFFICIENCY = 0.5  # of a prompt's attention, beside its products
 _MOCK_CAPACITY = 1 << 20  # tokens
-_MOCK_LENGTH = 8192
-_NO_LENGTH = 10**9  # transformers writes 10^30 for "none"
 
 Report = Callable[[Progress], None]
 
@@ -98,8 +96,9 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     checkpoint = open_checkpoint(source)
     program = program_of(checkpoint.config)
     choice = choose(program, computing, wants.block_size, group.size)
-    longest = _longest(source, checkpoint.config, wants)
-    _max_input_tokens(wants.max_input_tokens, longest)  # before minutes of reading
+    length = lengths.of_model(checkpoint.config, program)
+    longest = lengths.longest(source, length, wants.max_total_tokens)
+    lengths.max_input_tokens(wants.max_input_tokens, longest, length)  # before minutes of reading
     needed = weight_bytes(choice, program, checkpoint, computing.dtype)
     check_weights(needed, room(choice, computing), wants.memory_limit)
     limits = _limits(choice, wants, longest)
@@ -124,7 +123,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             num_blocks=num_blocks,
             block_size=wants.block_size,
             vocab_size=program.output.width,
-            max_input_tokens=_max_input_tokens(wants.max_input_tokens, total),
+            max_input_tokens=lengths.max_input_tokens(wants.max_input_tokens, total, length),
             max_total_tokens=total,
             max_batch_tokens=limits.max_batch_tokens,
             max_batch_size=limits.max_batch_size,
@@ -133,6 +132,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             quantize=computing.quantize,
             isa=instruction_set(choice, computing),
         )
+        lengths.tell_prompt_limit(wants.max_input_tokens, total, length)
         scheduler = scheduler_of(info, program)
         guides = _guides(source, info, wants, resources) if group.rank == 0 else None
         executor = Executor(backend, limits.max_batch_size, guides)
@@ -154,7 +154,8 @@ def _guides(source: ModelSource, info: EngineInfo, wants: Wants, resources: Exit
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:
     """The same around an executor without a model. Reads at most the model's configuration."""
-    total = wants.max_total_tokens or min(_longest(source, _config_if_any(source), wants), _MOCK_LENGTH)
+    length = lengths.of_mock(source)
+    total = wants.max_total_tokens or min(lengths.longest(source, length, None), lengths.MOCK_LENGTH)
     info = EngineInfo(
         model_id=source.model_id,
         dtype=wants.computing.dtype or "float32",
@@ -163,7 +164,7 @@ def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any],
         num_blocks=max(_MOCK_CAPACITY, total) // wants.block_size + 1,
         block_size=wants.block_size,
         vocab_size=vocab_size,
-        max_input_tokens=_max_input_tokens(wants.max_input_tokens, total),
+        max_input_tokens=lengths.max_input_tokens(wants.max_input_tokens, total, length),
         max_total_tokens=total,
         max_batch_tokens=wants.max_batch_tokens or _MAX_BATCH_TOKENS,
         max_batch_size=wants.max_batch_size or _MAX_BATCH_SIZE,
@@ -241,42 +242,3 @@ def context_weight(program: Program) -> int:
 
 def _bits(weight: Weight) -> float:
     return 16.0  # operations are counted, not bytes
-
-
-def _longest(source: ModelSource, config: dict[str, Any], wants: Wants) -> int:
-    """Tokens of the longest sequence: as wanted, else what model and tokenizer were made for.
-
-    A config.json that does not say counts as the mock's.
-    """
-    given = config.get("max_position_embeddings", _MOCK_LENGTH)
-    if not isinstance(given, int) or given < 2:
-        raise ModelError(f"config.json: max_position_embeddings is {given!r}; expected a number of at least 2.")
-    wanted = wants.max_total_tokens
-    if wanted is None:
-        return min(given, _tokenizer_length(source) or given)
-    if wanted > given:
-        _log.warning("max_total_tokens is %d, but the model was made for %d tokens: answers may suffer.", wanted, given)
-    return wanted
-
-
-def _tokenizer_length(source: ModelSource) -> int | None:
-    """What tokenizer_config.json says of a sequence's length, if anything sensible."""
-    path = Path(source.path) / "tokenizer_config.json"
-    length = read_json(path).get("model_max_length") if path.is_file() else None
-    return int(length) if isinstance(length, int | float) and 2 <= length < _NO_LENGTH else None
-
-
-def _config_if_any(source: ModelSource) -> dict[str, Any]:
-    try:
-        return model_config(source)
-    except ModelError:  # a folder with a tokenizer and nothing else is enough for a mock
-        return {}
-
-
-def _max_input_tokens(wanted: int | None, total: int) -> int:
-    if wanted is not None and wanted >= total:
-        raise ArgumentError(
-            f"`max_input_tokens` ({wanted}) must be < `max_total_tokens`, which model and KV cache limit to {total}."
-        )
-    return wanted or total - 1
-
