@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -37,12 +38,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """`tokenmill serve` on a free port, with its output."""
 
-    def __init__(self, model: Path, *argv: str) -> None:
+    def __init__(self, model: Path, *argv: str, **environ: str) -> None:
         self.port = unused_port()
         command = [sys.executable, "-m", "tokenmill", "serve", "--mock", "--model-id", str(model), "--port",
                    str(self.port), "--hostname", "127.0.0.1", *argv]  # fmt: skip
         self.lines: list[str] = []
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environ}
+        )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -105,17 +108,13 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 def serve(model: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
-    def start(*argv: str) -> Server:
-        servers.append(Server(model, *argv))
+    def start(*argv: str, **environ: str) -> Server:
+        servers.append(Server(model, *argv, **environ))
         return servers[-1]
 
     yield start
     for server in servers:
         server.close()
-
-
-def run_dirs() -> set[Path]:
-    return set(Path("/tmp").glob("tokenmill-*"))
 
 
 def test_a_server_from_its_start_to_its_end(serve: Callable[..., Server], model: Path) -> None:
@@ -178,16 +177,80 @@ def test_an_engine_that_dies_too_often_ends_the_server(serve: Callable[..., Serv
     assert "Error: ShardFailed: The engine rank 0 has died" in server.output
 
 
-def test_sigterm_lets_running_streams_finish(serve: Callable[..., Server]) -> None:
-    server = serve("--mock-step-ms", "30")
+GENERATE = ("POST", "/generate", b'{"inputs": "hello"}')
+CHAT = ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "hello"}], "stream": true}')
+
+
+def ask(connection: http.client.HTTPConnection, call: tuple[str, str, bytes]) -> tuple[int, dict[str, str], Any]:
+    method, path, body = call
+    connection.request(method, path, body or None, {"Content-Type": "application/json"} if body else {})
+    response = connection.getresponse()
+    text = response.read()
+    return response.status, {name.lower(): value for name, value in response.getheaders()}, json.loads(text or b"null")
+
+
+def test_after_sigterm_streams_finish_and_new_requests_are_refused_with_the_time_to_come_back(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve("--mock-step-ms", "30", "--http-workers", "2")
     server.wait_ready()
-    stream = server.stream(40)
+    kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=10) for _ in range(6)]  # some to each worker
+    for connection in kept:
+        assert ask(connection, ("GET", "/info", b""))[0] == 200
+    stream = server.stream(60)
     assert stream.readline().startswith(b"data:")
-    server.process.terminate()
+    for process in (*server.children(), psutil.Process(server.process.pid)):  # as systemd and batch systems do
+        process.terminate()
+    until(lambda: server.get("/health")[0] == 503)
+    fresh = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=10) for _ in range(4)]
+    health = (("GET", path, b"") for path in ("/health", "/ping", "/v2/health/ready"))
+    calls = [GENERATE, CHAT, GENERATE, CHAT, ("GET", "/v1/models", b""), ("GET", "/info", b""), GENERATE, *health]
+    for connection, call in zip([*kept, *fresh], calls, strict=True):
+        status, headers, answer = ask(connection, call)
+        assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close"), call
+        if call[1].startswith("/v1"):
+            assert answer["error"] == {"message": "the server is shutting down", "type": "service_unavailable_error",
+                                       "param": None, "code": None}  # fmt: skip
+        elif not call[1].startswith("/v2"):
+            assert answer == {"error": "the server is shutting down", "error_type": "healthcheck"}
+    assert ask(http.client.HTTPConnection("127.0.0.1", server.port), ("GET", "/v2/health/live", b""))[0] == 200
     rest = stream.read()
     assert b"generated_text" in rest.splitlines()[-2] + rest.splitlines()[-1]
     assert b"error" not in rest
     assert server.wait() == 0
+    assert "ERROR" not in server.output
+
+
+def test_what_does_not_finish_in_time_ends_with_an_error(serve: Callable[..., Server]) -> None:
+    server = serve("--mock-step-ms", "100", "--mock-text", "hello " * 100, "--graceful-termination-timeout", "1")
+    server.wait_ready()
+    stream = server.stream(500)
+    assert stream.readline().startswith(b"data:")
+    server.process.send_signal(signal.SIGHUP)  # a terminal that goes sends it, perhaps twice
+    server.process.send_signal(signal.SIGHUP)
+    assert b'"error":"the server is shutting down"' in stream.read()
+    assert server.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGKILL])
+def test_a_signal_leaves_no_process_behind_while_a_stream_runs(number: int, serve: Callable[..., Server]) -> None:
+    server = serve("--mock-step-ms", "100", "--mock-text", "hello " * 100)
+    server.wait_ready()
+    assert server.stream(500).readline().startswith(b"data:")
+    children = server.children()
+    assert len(children) >= 2
+    server.process.send_signal(number)
+    assert server.wait() == (0 if number == signal.SIGQUIT else -signal.SIGKILL)
+    assert not psutil.wait_procs(children, 3)[1]
+
+
+def test_a_hang_up_that_nohup_has_turned_off_ends_nothing(model: Path) -> None:
+    run = "import signal, sys; from tokenmill.launcher import _wakeup; import os, time\n"
+    run += "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    run += "with _wakeup() as wakeup:\n os.kill(os.getpid(), signal.SIGHUP); os.kill(os.getpid(), signal.SIGTERM)\n"
+    run += " time.sleep(0.1); print(list(wakeup.recv(64)))"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    assert done.stdout == f"[{int(signal.SIGTERM)}]\n"
 
 
 def test_a_second_signal_stops_at_once(serve: Callable[..., Server]) -> None:
@@ -205,13 +268,16 @@ def test_a_second_signal_stops_at_once(serve: Callable[..., Server]) -> None:
     assert time.monotonic() - began < 3
 
 
-def test_a_signal_during_the_start_stops_at_once(serve: Callable[..., Server]) -> None:
-    before = run_dirs()  # the new server may remove some
-    server = serve()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_during_the_start_stops_at_once(number: int, serve: Callable[..., Server], run_dir: Path) -> None:
+    server = serve(TMPDIR=str(run_dir))
     until(lambda: len(server.children()) == 2)
-    server.process.terminate()
+    assert len(list(run_dir.glob("tokenmill-*"))) == 1
+    children = server.children()
+    server.process.send_signal(number)
     assert server.wait() == 0
-    assert run_dirs() <= before
+    assert not psutil.wait_procs(children, 3)[1]
+    assert not list(run_dir.iterdir())
 
 
 def test_a_taken_port_is_found_before_anything_else(model: Path) -> None:

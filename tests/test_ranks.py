@@ -185,7 +185,7 @@ def test_two_ranks_say_token_for_token_what_one_says_alone(tmp_path, run_dir):
             wants_prompt = request.sampling.prompt_logprobs >= 0
             assert len(prompt_details) == (len(request.prompt_ids) - 1 if wants_prompt else 0)
         for child in engine.children:
-            child.terminate()
+            child.stop()
         assert engine.wait_for_end() == [0, 0]
 
 

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokenmill import fetch, progress
-from tokenmill.child import die_with_parent
 from tokenmill.config import Settings
 from tokenmill.errors import StartError
 from tokenmill.options import Parser
+from tokenmill.parent import die_with_parent
 
 _HELP = """/clear forgets the conversation, /system TEXT begins a new one with a system message,
 /retry answers the last message again, /exit (or Ctrl-D) ends. Ctrl-C stops an answer."""

@@ -7,31 +7,22 @@ the kernel kills it, everywhere the end of its control pipe tells it.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
-import signal
 import sys
 
 from tokenmill import logs
 from tokenmill.errors import StartError
+from tokenmill.parent import die_with_parent, leave_signals_to_parent
 from tokenmill.wire.control import ChildControl, ParentGoneError
 from tokenmill.wire.messages import Failed
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the thread that started it ends. Elsewhere nothing happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(argv: list[str]) -> int:
     """Run the function named by `argv` and return the exit code: 0, or 1 after `Failed` was sent."""
     target, read_fd, write_fd = argv
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's; it tells its children what to do
+    leave_signals_to_parent()
     try:
         control = ChildControl(int(read_fd), int(write_fd))
     except ParentGoneError:

@@ -32,13 +32,14 @@ from tokenmill.listening import listen, place
 from tokenmill.process import Child
 from tokenmill.progress import Display, display
 from tokenmill.rundir import run_dir
-from tokenmill.wire.messages import Configure, Drain, EngineInfo, ModelReady, Phase, Progress, Ready, ToChild
+from tokenmill.wire.messages import Configure, Drain, Drained, EngineInfo, ModelReady, Phase, Progress, Ready, ToChild
 
 SERVER, ENGINE, FETCH = "tokenmill.server.worker:main", "tokenmill.runtime.worker:main", "tokenmill.fetch:main"
 RESTART_WINDOW_S = 600.0
 """Restarts are counted over this time; a process that ran this long starts with a clean slate."""
 STOP_S = 5.0
-"""How long a child may take to end after SIGTERM, or beyond the time that it had to drain."""
+"""How long a child may take to end after `Stop`, or beyond the time that it had to drain."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +157,16 @@ class Supervisor:
                     selector.register(child.control.fileno(), selectors.EVENT_READ)
             selector.select(max(0.0, until - now))
         with contextlib.suppress(BlockingIOError):
-            self.signals += sum(number in (signal.SIGINT, signal.SIGTERM) for number in wakeup.recv(64))
+            for number in wakeup.recv(64):
+                self._asked_to_stop(number)
+
+    def _asked_to_stop(self, number: int) -> None:
+        """SIGINT and SIGTERM: in order, the second time at once; SIGHUP, which may come twice: in order; SIGQUIT: at
+        once."""
+        if number == signal.SIGHUP:
+            self.signals = max(self.signals, 1)
+        elif number in _SIGNALS:
+            self.signals += 2 if number == signal.SIGQUIT else 1
 
     def _step(self) -> None:
         for child in self._children():
@@ -176,6 +186,8 @@ class Supervisor:
         elif isinstance(message, ModelReady):
             _log.info("Successfully downloaded weights for %s", message.source["model_id"])  # TGI's words
             self._model_is_here(message)
+        elif isinstance(message, Drained):
+            child.drained = True
         elif isinstance(message, Ready):
             child.ready = True
             self.info = message.info or self.info
@@ -278,17 +290,21 @@ class Supervisor:
             self.screen.line("Stopping.")
 
     def _stopped(self) -> bool:
-        return self.draining and (not self.workers or self.signals > 1 or time.monotonic() >= self.stop_by)
+        finished = all(worker.drained for worker in self.workers.values())
+        return self.draining and (finished or self.signals > 1 or time.monotonic() >= self.stop_by)
 
     def _kill_all(self) -> None:
-        """End every process: SIGTERM, a moment, SIGKILL; at once after a second signal."""
-        children = self._children()
-        for child in children:
-            child.terminate()
+        """End every process: in order if it does so in a moment (shorter after a second signal), else by SIGKILL."""
         deadline = time.monotonic() + (STOP_S if self.signals < 2 else 0.2)
-        while time.monotonic() < deadline and not all(child.dead for child in children):
-            time.sleep(0.02)
-        for child in children:
+        for children in (list(self.workers.values()), self._children()):  # an engine outlives its clients
+            for child in children:
+                if child.ready or child in self.workers.values():
+                    child.stop()
+                else:
+                    child.kill()  # it does not listen while it loads or downloads
+            while time.monotonic() < deadline and not all(child.dead for child in children):
+                time.sleep(0.02)
+        for child in self._children():
             child.kill()
 
 
@@ -305,7 +321,9 @@ def _wakeup() -> Iterator[socket.socket]:
     ours.setblocking(False)
     signals.setblocking(False)
     old_fd = signal.set_wakeup_fd(signals.fileno())
-    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+    numbers = [number for number in _SIGNALS if number != signal.SIGHUP or not ignored]
+    old = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield ours
     finally:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from tokenmill.wire.control import ParentControl
-from tokenmill.wire.messages import Configure, Failed, FromChild
+from tokenmill.wire.messages import Configure, Failed, FromChild, Stop
 
 
 class Child:
@@ -23,7 +23,7 @@ class Child:
     def __init__(self, name: str, target: str, configure: Configure, environment: Mapping[str, str],
                  pass_fds: Sequence[int] = ()) -> None:  # fmt: skip
         self.name, self.target = name, target
-        self.ready = False
+        self.ready = self.drained = False
         self.failure: Failed | None = None
         self._killed = False
         child_reads, we_write = os.pipe()
@@ -65,10 +65,9 @@ class Child:
         killed = f"killed by {signal.Signals(-code).name}"
         return f"{killed}; if nobody sent it, the system ran out of memory" if code == -signal.SIGKILL else killed
 
-    def terminate(self) -> None:
-        """Send SIGTERM. Does not wait."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.terminate()
+    def stop(self) -> None:
+        """Ask it to end in order. Does not wait."""
+        self.control.send(Stop())
 
     def kill(self) -> None:
         """Kill it and whatever it started, and wait for its end. Idempotent; closes the pipes."""

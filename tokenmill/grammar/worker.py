@@ -17,6 +17,7 @@ import msgspec
 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar.base import Backend, Vocabulary, new_backend
+from tokenmill.parent import die_with_parent, leave_signals_to_parent
 from tokenmill.wire.channel import Channel
 
 STACK_BYTES = 2 << 20
@@ -48,6 +49,8 @@ class Result(msgspec.Struct, frozen=True, array_like=True, tag="result"):
 
 def main(fd: int) -> None:
     """Serve until the pool is gone, on a thread with a small stack."""
+    die_with_parent()
+    leave_signals_to_parent()
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_serve, args=(fd,))
     thread.start()

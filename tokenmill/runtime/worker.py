@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -22,9 +19,10 @@ from tokenmill.runtime.choice import Computing
 from tokenmill.settle import settle
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
-from tokenmill.wire.messages import Configure, Ready
+from tokenmill.wire.messages import Configure, Ready, Stop
 
 _log = logging.getLogger(__name__)
+_STOP = Stop()
 
 
 def main(control: ChildControl) -> None:
@@ -32,7 +30,6 @@ def main(control: ChildControl) -> None:
 
     Raises a StartError if this rank can never serve, anything else if it failed.
     """
-    signal.signal(signal.SIGTERM, _leave)
     configure = control.configure
     settings = Settings.from_dict(configure.settings)
     source = msgspec.convert(control.wait_model(), ModelSource)
@@ -56,10 +53,10 @@ def main(control: ChildControl) -> None:
 
 
 def _work(engine: Engine[Any], control: ChildControl) -> None:
-    """Step until the supervisor is gone. A follower whose rank 0 is gone ends too, in order."""
+    """Step until the supervisor says so or is gone. A follower whose rank 0 is gone ends too, in order."""
     settle()
     try:
-        while control.poll() is not None:
+        while (messages := control.poll()) is not None and _STOP not in messages:
             engine.step()
     except ConnectionError as error:
         _log.info("This rank ends: %s.", error)  # if that is news, rank 0 has said why
@@ -133,7 +130,3 @@ def wants(settings: Settings) -> Wants:
         grammar_backend="" if settings.disable_grammar_support else settings.grammar_backend,
         memory_limit=memory_bytes(settings.memory_limit),
     )
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    sys.exit(0)

@@ -112,6 +112,8 @@ class App:
         route = methods.get(method)
         request_id = _request_id(scope)
         common: Headers = [*self._cors.headers(scope), (b"x-request-id", request_id)]
+        if self._service.draining:  # the next request of this client is another server's
+            common.append((b"connection", b"close"))
         dialect = route.dialect if route else failures.dialect_of(scope["path"])
         call = Call(self._service, scope, receive, _with_headers(send, common), dialect, rest)
         name = route.path.removesuffix("/*") if route else "other"

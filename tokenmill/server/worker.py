@@ -1,7 +1,7 @@
 """An HTTP worker: from the supervisor's settings to a serving socket. The composition root of this process.
 
 The port answers from the first moment; the tokenizer is loaded when the model is on disk, and the engine is connected
-when it listens. The supervisor ends the worker: by `Drain` in order, by SIGTERM at once, by its own death too.
+when it listens. The supervisor ends the worker: by `Drain` and `Stop`, by its own death too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -35,7 +34,7 @@ from tokenmill.settle import settle
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
-from tokenmill.wire.messages import Drain, ModelReady, Phase, Ready
+from tokenmill.wire.messages import Drain, Drained, ModelReady, Phase, Ready, Stop
 
 _KEEP_ALIVE_S = 75  # longer than the 60 s after which load balancers drop idle connections themselves
 
@@ -46,6 +45,7 @@ _COLLECT_AFTER = 20_000
 """New objects between two collections of garbage. A large body has more than Python's 700 many hundred times over, all
 alive, and a collection looks at each of them while everything waits."""
 
+_SHUTTING_DOWN = NotReady("the server is shutting down")
 _LAST_WORDS_S = 1.0  # to tell the clients of requests that did not finish in time
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,6 @@ class Worker:
         )
         self._config, self._server = config, _HttpServer(config)
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop_now)
         loop.add_reader(self._control.fileno(), self._hear)
         self._hear()
         try:
@@ -127,7 +126,10 @@ class Worker:
             elif isinstance(message, Phase):
                 self._set_phase(message)
             elif isinstance(message, Drain):
-                self._drain(message.timeout_s)
+                self._service.draining = True
+                self._begin(self._finish(message.timeout_s))
+            elif isinstance(message, Stop):
+                self._stop()
 
     def _set_phase(self, phase: Phase) -> None:
         if self._service.client.info is None and phase.name != "ready":
@@ -160,16 +162,33 @@ class Worker:
         await self._service.became_ready.wait()
         self._control.send(Ready())
 
-    def _drain(self, timeout_s: float) -> None:
+    async def _finish(self, timeout_s: float) -> None:
+        """Wait for the requests that run now, and until their clients have what was sent, then tell the supervisor.
+
+        The port stays open, and so do connections: what comes meanwhile is refused with the time to come back.
+        """
         log.info("Finishing %d running requests, for at most %g s", self._service.in_flight, timeout_s)
+        loop, state = asyncio.get_running_loop(), self._server.server_state
+        loop.call_later(timeout_s, self._service.client.abort_all, _SHUTTING_DOWN)
+        deadline = loop.time() + timeout_s + _LAST_WORDS_S
+        if running := set(state.tasks):
+            await asyncio.wait(running, timeout=deadline - loop.time())
+        while loop.time() < deadline and any(map(_has_unsent, state.connections)):
+            await asyncio.sleep(0.02)
+        self._control.send(Drained())
+
+    def _stop(self) -> None:
         self._service.draining = True
-        late = NotReady("the server is shutting down")
-        asyncio.get_running_loop().call_later(timeout_s, self._service.client.abort_all, late)
-        self._config.timeout_graceful_shutdown = timeout_s + _LAST_WORDS_S  # type: ignore[assignment]  # or a fraction
+        self._service.client.abort_all(_SHUTTING_DOWN)
+        self._config.timeout_graceful_shutdown = _LAST_WORDS_S  # type: ignore[assignment]  # may be a fraction
         self._server.should_exit = True
 
     def _stop_now(self) -> None:
         self._server.should_exit = self._server.force_exit = True
+
+
+def _has_unsent(connection: Any) -> bool:
+    return bool(connection.transport.get_write_buffer_size())
 
 
 def _load(source: ModelSource) -> Tokenizer:

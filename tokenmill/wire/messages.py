@@ -3,8 +3,8 @@
 HTTP worker -> engine:  `Request`, `Abort`
 engine -> HTTP worker:  `EngineInfo` (first on every connection), then one `StepOutputs` a step
 rank 0 -> other ranks:  what the HTTP workers said, and `Extend`
-child -> supervisor:    `Progress`, `Ready`, `Failed`; `ModelReady` from the one that fetches it
-supervisor -> child:    `Configure` (first), `ModelReady`, `Phase`, `Drain`
+child -> supervisor:    `Progress`, `Ready`, `Drained`, `Failed`; `ModelReady` from the one that fetches it
+supervisor -> child:    `Configure` (first), `ModelReady`, `Phase`, `Drain`, `Stop`
 
 Every field is final: `text/prepare.py` filled defaults in, so no None means "default". Token ids only: the engine knows
 no text.
@@ -254,10 +254,18 @@ class Phase(msgspec.Struct, frozen=True, tag="phase"):
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
-    """Take no new requests, finish what runs within `timeout_s`, then exit 0."""
+    """Finish what runs within `timeout_s` and send `Drained`; refuse new requests until `Stop`."""
 
     timeout_s: float
 
 
-FromChild = Progress | Ready | Failed | ModelReady
-ToChild = Configure | ModelReady | Phase | Drain
+class Drained(msgspec.Struct, frozen=True, tag="drained"):
+    """No request is left that began before `Drain`."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Exit 0 now; a request that still runs ends with an error."""
+
+
+FromChild = Progress | Ready | Failed | ModelReady | Drained
+ToChild = Configure | ModelReady | Phase | Drain | Stop

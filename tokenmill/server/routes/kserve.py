@@ -49,8 +49,8 @@ async def ready(call: Call) -> None:
     """GET /v2/health/ready: 503 until requests are served."""
     try:
         call.service.check_health()
-    except NotReady:
-        await call.answer(_encode(KserveLive(False)), status=503)
+    except NotReady as error:
+        await call.answer(_encode(KserveLive(False)), failures.headers(error), status=503)
         return
     await live(call)
 

@@ -1,0 +1,32 @@
+"""A process and the one that started it: it ends when that ends, and leaves signals to it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when the thread that started it ends. Elsewhere nothing happens.
+
+    `parent`: the process id of the parent; this process exits at once if that has ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
+
+
+def leave_signals_to_parent() -> None:
+    """Do nothing on a signal that asks to stop: the parent, which gets it as well, stops this process in order.
+
+    A terminal sends SIGINT to a group of processes; systemd and batch systems send SIGTERM to all of a service or job.
+    What this process starts has the usual handlers.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: None)
