@@ -178,13 +178,13 @@ def test_what_a_template_raises_is_the_clients_error() -> None:
     turns = [{"role": "assistant", "content": "no"}, {"role": "user", "content": "x"}]
     with pytest.raises(TemplateError, match=r"^Roles must alternate! \(line 1 of the chat template\)$"):
         ours(LLAMA2, turns)
-    with pytest.raises(TemplateError, match="list object has no element 5"):
+    with pytest.raises(TemplateError, match="a list has no element 5"):
         ours("{{ messages[5].content.x }}", CHATS["one"])
-    with pytest.raises(TemplateError, match="wrong in line 2"):
+    with pytest.raises(TemplateError, match=r"wrong in line 2: `{% if %}`$"):
         ours("\n{% if %}", CHATS["one"])
     with pytest.raises(TemplateError, match="TypeError"):
         ours("{{ 'a' + 1 }}", CHATS["one"])
-    with pytest.raises(TemplateError, match=r"ZeroDivisionError: .* \(line 3 of the chat template 'tool_use'\)$"):
+    with pytest.raises(TemplateError, match=r"ZeroDivisionError: `{{ 1 / x }}{% endmacro %}` \(line 3 of the chat template 'tool_use'\)$"):
         ChatTemplate({"default": "", "tool_use": "{% macro f(x) %}\n\n{{ 1 / x }}{% endmacro %}\n\n{{ f(0) }}"}).render(
             CHATS["one"], tools=[TOOL]
         )

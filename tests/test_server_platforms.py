@@ -96,14 +96,14 @@ def test_vertex_without_instances_is_refused_as_tgi_does(server: Server) -> None
     "instance, told",
     [
         ({}, "`inputs` or `messages`"),
-        ({"inputs": 1}, "instances[1]: Expected `str`"),
+        ({"inputs": 1}, "instances[1]: `inputs` must be a string. Given: 1"),
         ({"inputs": "x", "parameters": {"top_p": 3}}, "`top_p` must be"),
         ({"inputs": "x", "parameters": {"details": True}}, "`details` is not supported here"),
         ({"inputs": "x", "parameters": {"best_of": 2}}, "`best_of` != 1 is not allowed for this endpoint"),
         ({**CHAT, "stream": True}, "`stream` is not supported here"),
         ({**CHAT, "n": 2}, "`n` must be 1"),
         ({**CHAT, "logprobs": True}, "`logprobs` is not supported here"),
-        ({"messages": "x"}, "instances[1]: Expected `array`"),
+        ({"messages": "x"}, "instances[1]: `messages` must be a list of objects. Given: x"),
     ],
 )
 def test_vertex_names_what_is_wrong_with_an_instance(server: Server, instance: dict[str, Any], told: str) -> None:

@@ -120,7 +120,7 @@ def test_a_content_of_null_is_empty_where_the_template_fails_on_it() -> None:
         "{% endfor %}{% endif %}{% endfor %}"
     )
     assert render(only_null, {**message, "tool_calls": [{**call, "id": "7"}]}) == "7{}"
-    with pytest.raises(TemplateError, match="no attribute 'id'"):  # with "" the call would be lost without a word
+    with pytest.raises(TemplateError, match="an object has no 'id'"):  # with "" the call would be lost without a word
         render(only_null, message)
 
 

@@ -19,6 +19,7 @@ import msgspec
 
 from tokenmill.config import Settings
 from tokenmill.errors import ArgumentError, BatchError, GenerationError, GrammarError, TemplateError, ValidationError
+from tokenmill.misfit import misfit
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
@@ -272,8 +273,9 @@ def _settings(model: str | None, options: dict[str, Any]) -> Settings:
     settings = Settings.from_env(None, **options, **given)
     try:
         return Settings.from_dict(settings.to_dict())  # checks the types
-    except msgspec.ValidationError as error:
-        raise ArgumentError(f"An option of LLM has a wrong type: {error}.") from None
+    except msgspec.ValidationError:
+        why = misfit(settings.to_dict(), Settings).sentence()
+        raise ArgumentError(f"An option of LLM has a wrong type: {why}.") from None
 
 
 def _source(settings: Settings) -> ModelSource:
@@ -300,8 +302,10 @@ def _chosen(options: Options | None, params: dict[str, Any]) -> Options:
     merged = {**msgspec.structs.asdict(options or Options()), **params}
     try:
         return msgspec.convert(merged, Options)
-    except msgspec.ValidationError as error:
-        raise ValidationError(f"An option of the generation has a wrong type: {error}.") from None
+    except msgspec.ValidationError:
+        found = misfit(merged, Options)
+        message = f"An option of the generation has a wrong type: {found.sentence()}."
+        raise ValidationError(message, found.param) from None
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -142,9 +142,9 @@ class CompilePool:
             return self._backend.finish(answer.prepared)
         except GrammarError as error:
             return error
-        except Exception as error:  # whatever a library raises must not end this thread
+        except Exception:  # whatever a library raises must not end this thread
             log.exception("A grammar that was prepared cannot be finished")
-            return GenerationError(f"The grammar cannot be used: {error}")
+            return GenerationError("The grammar cannot be used: its compiler failed; the server's log says more.")
 
     def _finish(self, key: _Key, result: Grammar | Exception) -> None:
         with self._lock:

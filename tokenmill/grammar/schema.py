@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from tokenmill import jsontext
 from tokenmill.errors import GrammarError
 from tokenmill.grammar import cases, closed
 from tokenmill.grammar.disjoint import Prover
@@ -89,8 +90,9 @@ def decode(text: str, param: str | None = None) -> Json:
         return json.loads(text)
     except RecursionError:
         raise GrammarError(f"The JSON schema is nested more than {MAX_DEPTH} levels deep.", param) from None
-    except ValueError as error:
-        raise GrammarError(f"The JSON schema is not JSON: {error}", param) from None
+    except ValueError:
+        why = jsontext.fault(text.encode(errors="replace")) or "it cannot be read"
+        raise GrammarError(f"The JSON schema is not JSON: {why}", param) from None
 
 
 def needs_unicode_escapes(source: str) -> bool:

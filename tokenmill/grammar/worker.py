@@ -82,7 +82,7 @@ def _run(backend: Backend, job: Job) -> Result:
     except (MemoryError, RecursionError) as error:
         return Result(error=f"The grammar is too large to compile ({type(error).__name__}).")
     except Exception as error:  # noqa: BLE001 - a library's failure is the grammar's, and the process goes on
-        return Result(error=f"The grammar cannot be compiled: {str(error)[:300]}")
+        return Result(error=f"The grammar cannot be compiled: its compiler failed ({type(error).__name__}).")
 
 
 def _limit_memory(extra: int) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from tokenmill import plugins
 from tokenmill.errors import ModelError
 from tokenmill.layers.scope import Scope
+from tokenmill.misfit import misfit
 from tokenmill.program.value import Inputs, Program, Value, record
 
 _ROPE_PLACES = ("rope_scaling", "rope_parameters")
@@ -34,8 +35,12 @@ def config_of(config: dict[str, Any]) -> Any:
     """config.json as the `Config` of its model type; Unsupported and ModelError as `make`."""
     module = _module(config)
     try:
-        return msgspec.convert(_without_nulls(normalized(config), module.Config), module.Config, strict=False)
-    except (msgspec.ValidationError, ValueError) as e:
+        given = _without_nulls(normalized(config), module.Config)
+        return msgspec.convert(given, module.Config, strict=False)
+    except msgspec.ValidationError:
+        why = misfit(given, module.Config, strict=False).sentence("its content")
+        raise ModelError(f"config.json of the {config['model_type']} model cannot be used: {why}.") from None
+    except ValueError as e:
         raise ModelError(f"config.json of the {config['model_type']} model cannot be used: {e}.") from e
 
 

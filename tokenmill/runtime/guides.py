@@ -278,4 +278,4 @@ def _why(error: Exception) -> str:
     if isinstance(error, GrammarError | GenerationError):
         return str(error)
     _log.error("A grammar failed.", exc_info=error)
-    return f"the grammar that was asked for failed: {error}"
+    return "the grammar that was asked for failed; the server's log says more"

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import re
 import time
 from collections.abc import Callable, Sequence
-from itertools import takewhile
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
+from tokenmill import jsontext
 from tokenmill.errors import RequestError
+from tokenmill.misfit import misfit
 from tokenmill.server import failures
 from tokenmill.server.generation import Generation
 from tokenmill.server.repeated import Repeated, repeated_key
@@ -26,11 +26,6 @@ from tokenmill.server.sse import Headers
 from tokenmill.text import limits
 
 T = TypeVar("T")
-
-_PATH = re.compile(r" - at `\$([^`]*)`$")
-_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
-_BYTE = re.compile(r" \(byte (\d+)\)$")
-_MISSING = re.compile(r"^Object missing required field `([^`]+)`")
 
 KEYS = dict[str, msgspec.Raw]
 """The kind of a body of which only the keys are looked at, to see what else to decode it as."""
@@ -187,13 +182,8 @@ def parse(body: bytes, kind: type[T]) -> T:
         if kind is not KEYS and (repeated := repeated_key(body.decode())) is not None:
             raise _given_twice(repeated)
         return value
-    except msgspec.ValidationError as error:
-        param, given = _culprit(body, str(error))
-        message = f"Failed to deserialize the JSON body into the target type: {error}{given}"
-        raise failures.BodyError(422, message, param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        message = f"Failed to parse the request body as JSON: {_unreadable(body, error)}"
-        raise failures.BodyError(400, message) from None
+        raise _refusal(body, kind, error) from None
     finally:
         if collects:
             gc.enable()
@@ -207,43 +197,12 @@ def _given_twice(repeated: Repeated) -> failures.BodyError:
     return failures.BodyError(422, f"Failed to deserialize the JSON body into the target type: {message}", param)
 
 
-def _unreadable(body: bytes, error: Exception) -> str:
-    """Why a body is no JSON, and where: line and column, from 1."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8: {error.reason}"
-    found = _BYTE.search(str(error))
-    reason, at = (str(error)[: found.start()], int(found[1])) if found else (str(error), len(body))
-    line = body.count(b"\n", 0, at) + 1
-    column = at - (body.rfind(b"\n", 0, at) + 1) + 1
-    return f"{reason} at line {line} column {column}"
-
-
-def _culprit(body: bytes, message: str) -> tuple[str | None, str]:
-    """The field that msgspec complains about, and what it held."""
-    found, missing = _PATH.search(message), _MISSING.search(message)
-    steps = (name or index for name, index in _STEP.findall(found[1] if found else ""))
-    names = list(takewhile(lambda step: step != "...", steps))  # a key or value of an object has no name there
-    if missing:
-        return ".".join([*names, missing[1]]), ""
-    if not names:
-        return None, ""
-    try:
-        part: bytes | msgspec.Raw = body
-        for name in names:  # only what is on the path is decoded, for a body may be long
-            if _first(part) == b"[":
-                part = msgspec.json.decode(part, type=list[msgspec.Raw])[int(name)]
-            else:
-                part = msgspec.json.decode(part, type=dict[str, msgspec.Raw])[name]
-        if _first(part) in (b"[", b"{"):
-            return ".".join(names), ""
-        value = msgspec.json.decode(part)
-        return ".".join(names), ". Given: " + limits.shown(value if isinstance(value, str) else json.dumps(value))
-    except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):  # the rest is no JSON either
-        return ".".join(names), ""
-
-
-def _first(text: bytes | msgspec.Raw) -> bytes:
-    """The first byte of JSON text, behind white space."""
-    return bytes(text).lstrip()[:1]
+def _refusal(body: bytes, kind: Any, error: Exception) -> failures.BodyError:
+    """What to answer where msgspec refused a body, in our own words."""
+    if isinstance(error, msgspec.ValidationError):
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            found = misfit(msgspec.json.decode(body, type=msgspec.Raw), kind)
+            message = f"Failed to deserialize the JSON body into the target type: {found.sentence('the body')}"
+            return failures.BodyError(422, message, found.param)
+    why = "it is nested too deeply" if isinstance(error, RecursionError) else jsontext.fault(body)
+    return failures.BodyError(400, f"Failed to parse the request body as JSON: {why or 'it cannot be read'}")

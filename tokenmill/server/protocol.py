@@ -104,7 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._reads_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response("The request's headers are too long.")
+                self._refuse(400, "The request's headers are too long.")
             elif self._reads != "head":
                 self._wait_for("head", HEAD_TIMEOUT_S)
         elif self._reads != "body":
@@ -155,8 +155,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Called where a request cannot be parsed, or was refused for its head."""
-        self._refuse(400, self._fault or msg)
+        """Called where a request cannot be parsed, or was refused for its head; `msg` is the parser's."""
+        malformed = "The request is malformed: its first line or one of its headers is not as RFC 9112 has it."
+        self._refuse(400, self._fault or malformed)
 
     def _unsupported_upgrade_warning(self) -> None:
         """Called where the parser stops because it has seen an offer after all: what follows cannot be told apart."""

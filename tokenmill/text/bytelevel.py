@@ -109,7 +109,8 @@ def load_tekken(path: Path) -> tokenizers.Tokenizer:
         ranks = {base64.b64decode(token["token_bytes"]): int(token["rank"]) + reserved for token in ordinary}
         expression = str(config["pattern"])
     except (KeyError, TypeError, ValueError) as e:
-        raise ModelError(f"{path} is no tekken file: {type(e).__name__}: {e}. Download the file again.") from None
+        why = f"an entry lacks {e}" if isinstance(e, KeyError) else "an entry is none of a token"
+        raise ModelError(f"{path} is no tekken file: {why}. Download the file again.") from None
     special = special or dict(enumerate(_TEKKEN_SPECIAL))
     named = {i: special.get(i, f"<SPECIAL_{i}>") for i in range(reserved)}
     with reading(path):

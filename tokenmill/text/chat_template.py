@@ -20,6 +20,7 @@ from tokenmill.text.template_forms import Forms, Verbatim
 from tokenmill.text.template_wants import wants_argument_objects
 
 _TRIAL_S = 0.2  # for each of the short conversations that show what a template takes
+_MAX_LINE = 120  # characters of a template's line in a message
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with its space: where a template trims, the space is gone
 _OURS = frozenset(
     (
@@ -151,7 +152,8 @@ class ChatTemplate:
                 objects = wants_argument_objects(tree)
                 template = self._environment.from_string(tree)
             except jinja2.TemplateSyntaxError as e:
-                raise TemplateError(f"the model's chat template is wrong in line {e.lineno}: {e.message}") from None
+                shown = self._line_of(name, e.lineno)
+                raise TemplateError(f"the model's chat template is wrong in line {e.lineno}{shown}") from None
 
             usual = {**self._tokens, "tools": None if name == "default" else [], "add_generation_prompt": True}
 
@@ -162,6 +164,11 @@ class ChatTemplate:
             found = _Compiled(name, template, Forms(trial, object_like=objects, reads_thinking=thinking))
             self._compiled[name] = found
         return found
+
+    def _line_of(self, name: str, number: int) -> str:
+        """A line of a template, from 1, behind what is said of it; "" if there is none."""
+        lines = self.sources[name].splitlines()
+        return f": `{lines[number - 1].strip()[:_MAX_LINE]}`" if 0 < number <= len(lines) else ""
 
     def _run(self, found: _Compiled, chat: list[dict[str, Any]], begins: bool, variables: dict[str, Any]) -> str:
         """Render. Where a template fails on a content that is null, as OpenAI writes one with calls, "" is tried, and
@@ -185,22 +192,27 @@ class ChatTemplate:
         try:
             return sandbox.run(template, variables, seconds)
         except jinja2.UndefinedError as e:
-            raise _Fault(f"{e.message}{_place(e, name)}") from None
+            raise _Fault(f"{sandbox.reason(e)}{_place(_line(e), name)}") from None
         except jinja2.TemplateError as e:
-            raise TemplateError(f"{e.message or type(e).__name__}{_place(e, name)}") from None
+            raise TemplateError(f"{sandbox.reason(e)}{_place(_line(e), name)}") from None
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as e:
-            raise _Fault(f"{type(e).__name__}: {e}{_place(e, name)}") from None
+            shown = self._line_of(name, _line(e))
+            raise _Fault(f"the chat template fails with {type(e).__name__}{shown}{_place(_line(e), name)}") from None
         except MemoryError:
             raise TemplateError("the chat template needs too much memory for these messages") from None
 
 
-def _place(error: BaseException, name: str) -> str:
-    """Where in the template an error was raised, in brackets; "" if that is not known."""
+def _line(error: BaseException) -> int:
+    """The line of the template where an error was raised, from 1; 0 if that is not known."""
     line, at = 0, error.__traceback__
     while at is not None:
         if at.tb_frame.f_code.co_filename == "<template>":  # Jinja writes the template's lines into its tracebacks
             line = at.tb_lineno
         at = at.tb_next
+    return line
+
+
+def _place(line: int, name: str) -> str:
     of = "" if name == "default" else f" {name!r}"
     return f" (line {line} of the chat template{of})" if line else ""
 

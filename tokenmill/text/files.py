@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 
+from tokenmill import jsontext
 from tokenmill.errors import ModelError
 from tokenmill.weights.source import refuse_pointer
 
@@ -17,10 +19,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; {} if there is no such file. ModelError if it is anything else."""
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except ValueError as e:
-        raise ModelError(f"{path} is not valid JSON: {e}. Download the file again.") from None
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        why = jsontext.fault(text.encode(), sys.maxsize) or "it cannot be read"
+        raise ModelError(f"{path} is not valid JSON: {why}. Download the file again.") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -31,8 +35,10 @@ def read_text(path: Path) -> str:
     refuse_pointer(path)
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise ModelError(f"{path} cannot be read: {e}.") from None
+    except UnicodeDecodeError as e:
+        raise ModelError(f"{path} is not UTF-8: byte {e.start} cannot stand there. Download the file again.") from None
 
 
 def content_of(token: Any) -> str | None:

@@ -22,10 +22,14 @@ _PADDING = frozenset({"center", "ljust", "rjust", "zfill"})
 _WIDE = regex(r"\d{5}|\*|:[^}]*\{")  # a width of five digits, or one that an argument gives
 
 
+class Refused(TemplateRuntimeError):
+    """A template goes beyond its limits; the message is ours, unlike that of Jinja's own errors."""
+
+
 def check_size(count: int) -> None:
-    """TemplateRuntimeError for more characters, or items, than a prompt can have."""
+    """Refused for more characters, or items, than a prompt can have."""
     if count > MAX_CHARACTERS:
-        raise TemplateRuntimeError(f"the chat template writes more than {MAX_CHARACTERS} characters for these messages")
+        raise Refused(f"the chat template writes more than {MAX_CHARACTERS} characters for these messages")
 
 
 def check_tree(value: Any) -> Any:
@@ -57,7 +61,7 @@ def check_arithmetic(operator: str, left: Any, right: Any) -> None:
         check_size(_length(left) + _length(right))
     elif operator == "**":
         if _whole(right) > _MAX_POWER:
-            raise TemplateRuntimeError(f"the power of {right} is too large for a chat template")
+            raise Refused(f"the power of {right} is too large for a chat template")
         _check_bits(_bits(left) * max(_whole(right), 1))
     elif operator == "%" and isinstance(left, str):
         check_widths(left)
@@ -87,9 +91,9 @@ def check_call(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def check_widths(pattern: str) -> None:
-    """TemplateRuntimeError for a format that pads without measure."""
+    """Refused for a format that pads without measure."""
     if _WIDE.search(pattern):
-        raise TemplateRuntimeError("a chat template may not format to such a width")
+        raise Refused("a chat template may not format to such a width")
 
 
 def guarded(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
@@ -117,7 +121,7 @@ def _join(value: Any, d: Any = "", attribute: Any = None) -> list[Any]:
 def _sum(iterable: Any, attribute: Any = None, start: Any = 0) -> list[Any]:
     parts = list(iterable)
     if not isinstance(start, (int, float)):
-        raise TemplateRuntimeError("a chat template may only sum up numbers")
+        raise Refused("a chat template may only sum up numbers")
     return parts
 
 
@@ -144,13 +148,13 @@ def _format(value: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _slices(value: Any, count: Any, fill_with: Any = None) -> Any:
     if _whole(count) > _MAX_WIDTH:
-        raise TemplateRuntimeError(f"a chat template may not cut into {count} parts")
+        raise Refused(f"a chat template may not cut into {count} parts")
     return value
 
 
 def _round(value: Any, precision: Any = 0, method: Any = "common") -> Any:
     if _whole(precision) > _MAX_PRECISION:
-        raise TemplateRuntimeError(f"a chat template may not round to {precision} digits")
+        raise Refused(f"a chat template may not round to {precision} digits")
     return value
 
 
@@ -180,7 +184,7 @@ def _check_replace(text: str, old: Any = "", new: Any = "") -> None:
 
 def _check_bits(bits: int) -> None:
     if bits > _MAX_BITS:
-        raise TemplateRuntimeError("a number is too large for a chat template")
+        raise Refused("a number is too large for a chat template")
 
 
 def _length(value: Any) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from tokenmill.errors import ValidationError
+from tokenmill.misfit import shown as shown
 
 if TYPE_CHECKING:
     from tokenmill.text.prepare import Dialect, Options, RequestLimits
@@ -25,7 +26,6 @@ MAX_GRAMMAR_BYTES = 320 << 10  # of a field that holds one: a schema may take 25
 MAX_TEMPLATE_BYTES = 512 << 10  # of a field that a chat template walks through
 MAX_TOOLS = 128  # OpenAI's
 MAX_TOOL_NAME = 256  # characters
-MAX_SHOWN = 64  # characters of a value that a message repeats
 
 GRAMMAR_FIELDS = (
     "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
@@ -41,14 +41,6 @@ OPENAI_NAMES = {
     "adapter_id": "model",
 }
 """Fields that OpenAI's API calls otherwise."""
-
-
-def shown(value: object) -> str:
-    """A value as a message may repeat it: short, however long it is."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    text = str(value)
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
 def refuse(dialect: Dialect, name: str, native: str, allowed: str, given: object = None) -> ValidationError:

@@ -12,12 +12,14 @@ from datetime import datetime
 from time import thread_time
 from typing import Any, cast
 
-from jinja2 import TemplateError, TemplateRuntimeError, nodes
+from jinja2 import TemplateError, Undefined, UndefinedError, nodes
 from jinja2.environment import Template
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import missing
 from jinja2.visitor import NodeTransformer
 
 from tokenmill.text import growth
@@ -38,10 +40,10 @@ class Budget:
         self._ends = thread_time() + seconds
 
     def charge(self) -> None:
-        """Count one step; TemplateRuntimeError once the time is over."""
+        """Count one step; Refused once the time is over."""
         self._charges += 1
         if self._charges % _CHECK_EVERY == 0 and thread_time() > self._ends:
-            raise TemplateRuntimeError(f"the chat template takes longer than {self._seconds:g} s for these messages")
+            raise growth.Refused(f"the chat template takes longer than {self._seconds:g} s for these messages")
 
 
 def environment() -> ImmutableSandboxedEnvironment:
@@ -51,6 +53,7 @@ def environment() -> ImmutableSandboxedEnvironment:
         lstrip_blocks=True,
         extensions=[_Charger, _Generation, loopcontrols],
         finalize=growth.check_tree,
+        undefined=_Missing,
     )
     made.filters |= growth.guarded(made.filters)
     made.filters["tojson"] = _tojson
@@ -72,6 +75,40 @@ def run(template: Template, variables: Mapping[str, Any], seconds: float | None 
     return "".join(out)
 
 
+def reason(error: TemplateError) -> str:
+    """Why a rendering ended: the template's own words or ours; of Jinja's own errors the kind alone."""
+    ours = isinstance(error, growth.Refused | UndefinedError) or type(error) is TemplateError
+    return (error.message if ours else "") or f"the chat template fails with {type(error).__name__}"
+
+
+class _Missing(Undefined):
+    """What a template finds where nothing is, with a message of ours for where it is used."""
+
+    @property
+    def _undefined_message(self) -> str:
+        if isinstance(self._undefined_hint, _Hint):
+            return self._undefined_hint
+        name: Any = self._undefined_name  # of a list: a number
+        if name is None:
+            return "a value is used that is not there"
+        if self._undefined_obj is missing:
+            return f"{name!r} is not defined"
+        owner = _KINDS.get(type(self._undefined_obj), type(self._undefined_obj).__name__)
+        return f"{owner} has no {'element ' if isinstance(name, int) else ''}{name!r}"
+
+
+class _Hint(str):
+    """A message of ours about what is missing."""
+
+    __slots__ = ()
+
+
+_KINDS: dict[type, str] = {
+    dict: "an object", list: "a list", tuple: "a list", str: "a text", int: "a number", float: "a number",
+    bool: "a truth value", type(None): "null",
+}  # fmt: skip
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """Charges for turns of loops and macros, and refuses to build what would fill the memory."""
 
@@ -87,6 +124,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         rewritten = _Joins().visit(tree)
         rewritten.set_environment(self)
         return cast(nodes.Template, rewritten)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """What stands for an attribute that templates must not see."""
+        hint = _Hint(f"a chat template may not read {attribute!r}")
+        return self.undefined(hint, name=attribute, obj=obj, exc=SecurityError)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Arithmetic, once its result is known to be small."""
@@ -159,7 +201,7 @@ def _tojson(
     """Plain JSON: Jinja's own filter escapes HTML."""
     growth.check_tree(value)
     if isinstance(indent, int) and indent > _MAX_INDENT:
-        raise TemplateRuntimeError(f"a chat template may not indent JSON by {indent}")
+        raise growth.Refused(f"a chat template may not indent JSON by {indent}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -56,7 +56,8 @@ def load(path: Path, *, legacy: bool = True) -> tokenizers.Tokenizer:
     except OSError as e:
         raise ModelError(f"{path} cannot be read: {e}.") from None
     except ValueError as e:
-        raise ModelError(f"{path} is no SentencePiece model: {e}. Download the file again.") from None
+        why = "text that is no UTF-8" if isinstance(e, UnicodeDecodeError) else e
+        raise ModelError(f"{path} is no SentencePiece model: {why}. Download the file again.") from None
     if not vocabulary.pieces:
         raise ModelError(f"{path} is no SentencePiece model: it has no pieces. Download the file again.")
     with reading(path):

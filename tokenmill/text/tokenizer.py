@@ -6,6 +6,7 @@ SentencePiece's `tokenizer.model` (`sentencepiece.py`). Encoding lets other thre
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,9 @@ from tokenmill.text.pieces import Pieces, spelling
 if TYPE_CHECKING:
     from tokenmill.text.chat_template import ChatTemplate
     from tokenmill.weights.source import ModelSource
+
+
+_log = logging.getLogger(__name__)
 
 
 class Offset(NamedTuple):
@@ -146,7 +150,8 @@ class Tokenizer:
         except BaseException as error:
             if not is_library_error(error):
                 raise
-            raise ValidationError(f"tokenizer error {error}") from None
+            _log.debug("The library tokenizers cannot cut a text", exc_info=error)
+            raise ValidationError("tokenizer error: the model's tokenizer cannot cut this text") from None
 
 
 def _byte_positions(text: str) -> list[int] | None:

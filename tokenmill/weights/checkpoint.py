@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmill import jsontext
 from tokenmill.errors import ModelError
 from tokenmill.weights.choice import indexed_files
 from tokenmill.weights.source import ModelSource, read_json, refuse_pointer, unreadable, weights_in
@@ -187,8 +188,9 @@ def read_header(path: Path) -> dict[str, _Entry]:
         )
     try:
         header = json.loads(mapped[8 : 8 + length].tobytes())
-    except (ValueError, RecursionError) as e:
-        raise ModelError(f"{path} has an unreadable header: {e}. Download the file again.") from e
+    except (ValueError, RecursionError):
+        why = jsontext.fault(mapped[8 : 8 + length].tobytes()) or "it cannot be read"
+        raise ModelError(f"{path} has an unreadable header: {why}. Download the file again.") from None
     if not isinstance(header, dict):
         raise ModelError(f"{path} has an unreadable header: not a JSON object. Download the file again.")
     entries = {

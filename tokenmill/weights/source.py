@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from tokenmill import jsontext
 from tokenmill.errors import MissingFiles, ModelError
 from tokenmill.weights.choice import ADAPTER_CONFIG, Weights, choose, indexed_files, parts_of
 
@@ -122,13 +124,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model's folder; ModelError if it is missing or something else."""
     refuse_pointer(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text := path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{path} is missing.") from None
     except OSError as e:
         raise unreadable(path, e) from None
-    except (ValueError, RecursionError) as e:
-        raise ModelError(f"{path} is not valid JSON: {e}. Download the file again.") from None
+    except (ValueError, RecursionError):
+        why = jsontext.fault(text, sys.maxsize) or "it cannot be read"
+        raise ModelError(f"{path} is not valid JSON: {why}. Download the file again.") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object. Download the file again.")
     return content

@@ -79,7 +79,7 @@ class FrameReader(Generic[T]):
         try:
             return self._decoder.decode(body)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise ChannelError(f"a frame that cannot be understood: {error}") from error
+            raise ChannelError(f"a frame of {len(body)} bytes that is no message of this version") from error
 
 
 class Channel(Generic[T]):

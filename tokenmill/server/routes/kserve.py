@@ -106,7 +106,8 @@ def _text(one: KserveInput, where: str) -> str:
     try:
         return bytes(data).decode()  # type: ignore[arg-type]  # a string among numbers is a TypeError
     except UnicodeDecodeError as error:
-        raise Utf8Error(f"`{where}.data` is no UTF-8 text: {error.reason} at byte {error.start}", where) from None
+        fault = f"byte {error.start} is {data[error.start]}"
+        raise Utf8Error(f"`{where}.data` is no UTF-8 text: {fault}, which cannot stand there", where) from None
     except (TypeError, ValueError):
         raise ValidationError(f"`{where}.data` must be bytes, numbers from 0 to 255, or one string", where) from None
 

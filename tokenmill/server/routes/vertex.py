@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from tokenmill.errors import ValidationError
+from tokenmill.misfit import misfit
 from tokenmill.server import failures
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
@@ -114,5 +115,5 @@ class _Called:
 def _converted(instance: dict[str, Any], kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(instance, kind)
-    except msgspec.ValidationError as error:
-        raise failures.BodyError(422, f"{where}: {error}", where) from None
+    except msgspec.ValidationError:
+        raise failures.BodyError(422, f"{where}: {misfit(instance, kind).sentence()}", where) from None
