@@ -99,4 +99,4 @@ class CpuDriver(CpuBackend):
 
     def logits(self, rows: int) -> NDArray[np.float32]:
         """Of the last step."""
-        return self._memory.view(self.program.output, rows).copy()
+        return self._memory.view(self.program.logits, rows).copy()

@@ -11,7 +11,7 @@ from support_models import Driver, steps
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
-from tokenmill.backends.cuda.prepare import refusal
+from tokenmill.backends.cuda.prepare import fused, refusal
 from tokenmill.backends.cuda.products import Product, Scratch
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.engine.block_pool import BlockPool
@@ -130,7 +130,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     program = program_of(open_checkpoint(local_source(tmp_path)).config)
     assert refusal(program, "bfloat16", 1) == ""
     assert "several devices" in refusal(program, "", 2)
-    assert "heads of 300" in refusal(altered(program, head_dim=300), "", 1)
+    assert "heads of 300" in refusal(altered(fused(program), head_dim=300), "", 1)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 33, 64, 90, 150])

@@ -149,7 +149,7 @@ def test_rows_that_something_later_needs_are_not_left_out() -> None:
     program = Draw(2).program()
     take = next(i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows))
     assert passes.take_rows_early(program).ops != program.ops
-    hidden = replace(program, output=program.ops[take].reads()["x"])
+    hidden = replace(program, outputs={"logits": program.logits, "hidden": program.ops[take].reads()["x"]})
     assert passes.take_rows_early(hidden) is hidden
 
 

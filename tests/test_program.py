@@ -91,7 +91,7 @@ def test_a_residual_is_not_fused_into_a_product_that_something_else_reads() -> N
     x = tape.record(ops.Embed, "tokens", 8, ids=ids, table=ops.Weight((ops.Part("e", 4),), 8))
     y = tape.record(ops.Linear, "tokens", 8, x=x, weight=ops.Weight((ops.Part("l", 8),), 8))
     z = (x + y) + y
-    program = passes.fuse(Program(tuple(tape.ops), Inputs(ids, ids), z), passes.residual_into_linear)
+    program = passes.fuse(Program(tuple(tape.ops), Inputs(ids, ids), {"logits": z}), passes.residual_into_linear)
     assert [type(op) for op in program.ops] == [ops.Embed, ops.Linear, ops.Add, ops.Add]
 
 
@@ -211,7 +211,7 @@ def test_two_ranks_halve_all_but_the_norms() -> None:
     assert of_kind(two, ops.Linear, load).weights * 2 == of_kind(one, ops.Linear, load).weights
     assert total(two, load).cache * 2 == total(one, load).cache
     assert sum(isinstance(op, ops.AllReduce) for op in two.ops) == 65
-    assert cache_layout(two)[0] == (4, 128, 0)
+    assert cache_layout(two)[0] == (0, (("key", 4, 128), ("value", 4, 128)), 0)
 
 
 # ---- buffers -------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_what_a_late_norm_reads_is_not_written_over_by_the_next_operation(summed
     y = tape.record(ops.Norm, "tokens", 64, x=x, weight=ops.Weight((ops.Part("n", 64),)), eps=1e-5)
     product = ops.Weight((ops.Part("l", 64),), 64)
     z = tape.record(ops.Linear, "tokens", 64, x=y, weight=product, residual=x if summed else None)
-    program = Program(tuple(tape.ops), Inputs(ids, ids), z)
+    program = Program(tuple(tape.ops), Inputs(ids, ids), {"logits": z})
     for late in (False, True):
         offsets = plan_buffers(program, lambda b: 64, lambda op, late=late: late and isinstance(op, ops.Norm)).offsets
         assert (offsets[z.buffer] != offsets[x.buffer]) == late

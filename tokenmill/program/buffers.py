@@ -59,12 +59,12 @@ def plan_buffers(
 
 
 def last_uses(program: Program, late: Callable[[Op], bool] = lambda op: False) -> dict[int, int]:
-    """By buffer: the last operation that needs it. The output outlives all."""
+    """By buffer: the last operation that needs it. Outputs outlive all."""
     last: dict[int, int] = {}
     for i, op in enumerate(program.ops):
         for v in (*op.reads().values(), *op.results().values()):
             last[v.buffer] = max(last.get(v.buffer, 0), i + late(op))
-    last[program.output.buffer] = len(program.ops) + 1
+    last |= {value.buffer: len(program.ops) + 1 for value in program.outputs.values()}
     return last
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tokenmill.program import ops
-from tokenmill.program.ops import Op, Weight
+from tokenmill.program.ops import CacheSpec, Op, Weight
 from tokenmill.program.value import Program
 
 
@@ -68,8 +67,8 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
     if isinstance(op, ops.Linear):
         return Cost(size(op.weight) + (size(op.bias) if op.bias else 0), 0, moved, 2 * n * op.weight.size)
     if isinstance(op, ops.Attention):
-        one = 2 * op.k.width * cache_bytes  # a token's key and value
-        return Cost(0, one * (load.context + load.tokens), moved, 4 * op.q.width * load.pairs)
+        entries = load.context + load.tokens
+        return Cost(0, op.keeps().width * cache_bytes * entries, moved, 4 * op.q.width * load.pairs)
     if isinstance(op, ops.Experts):
         each, k, e = op.gate_up[0].size + op.down[0].size, op.top_k, len(op.down)
         touched = e * (1 - (1 - k / e) ** n)  # if rows choose alike and by chance
@@ -84,21 +83,14 @@ def total(
     return sum((cost(op, load, bits, cache_bytes, activation_bytes) for op in program.ops), Cost())
 
 
-class LayerCache(NamedTuple):
-    """What a layer keeps of each token: a key and a value of `heads` × `head_dim`. `window` 0: of all tokens."""
-
-    heads: int
-    head_dim: int
-    window: int
-
-
-def cache_layout(program: Program) -> dict[int, LayerCache]:
-    """By layer: what to allocate, read off the program."""
-    return {
-        op.layer: LayerCache(op.k.width // op.head_dim, op.head_dim, op.window)
-        for op in program.ops
-        if isinstance(op, ops.Attention)
-    }
+def cache_layout(program: Program) -> dict[int, CacheSpec]:
+    """Return the cache to allocate for each layer."""
+    found: dict[int, CacheSpec] = {}
+    for op in program.ops:
+        if (spec := op.keeps()) is not None:
+            assert spec.layer not in found, "two operations keep the same layer's cache"
+            found[spec.layer] = spec
+    return found
 
 
 def weights_of(program: Program) -> list[Weight]:

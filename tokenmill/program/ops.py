@@ -1,13 +1,16 @@
 """The kinds of operation, and the weights they name. Records only: nothing runs here.
 
-The fields of type Value are read, those named in `writes` are written; everything else is known before the first step.
-An optional Value, Weight or `act` is what a fusing pass fills in (passes.py): a backend with such a kernel asks for it.
+Fields of type Value are read, those named in `writes` are written; everything else is known before the first step. An
+optional Value, Weight or `act` is filled in by a fusing pass (passes.py), for backends that have such a kernel.
+
+An operation describes itself: `rowwise`, `sharded_by` and `keeps` answer what passes and backends need to know, so a
+new kind needs no change in them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, dataclass_transform
+from typing import Any, ClassVar, Literal, NamedTuple, dataclass_transform
 
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Value
@@ -58,6 +61,27 @@ class Weight:
         return self.parts[0].name
 
 
+class CachePart(NamedTuple):
+    """One tensor of a layer's cache: `heads` rows of `width` elements for every token."""
+
+    name: str  # "key", "value"
+    heads: int
+    width: int
+
+
+class CacheSpec(NamedTuple):
+    """Cache that an operation keeps between steps for every token, on one rank."""
+
+    layer: int  # unique over a program
+    parts: tuple[CachePart, ...]
+    window: int = 0  # tokens that are looked back at, the row's own included; 0: all
+
+    @property
+    def width(self) -> int:
+        """Elements of one token."""
+        return sum(part.heads * part.width for part in self.parts)
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Op:
@@ -65,6 +89,10 @@ class Op:
 
     out: Value
     writes: ClassVar[tuple[str, ...]] = ("out",)
+    rowwise: ClassVar[bool] = True
+    """True if a row of the results depends on that row of the inputs alone, whatever its position."""
+    sharded_by: ClassVar[str] = ""
+    """Field of the weight whose sharding decides the operation's; "": none"""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
@@ -89,10 +117,14 @@ class Op:
                 found[f.name] = value
         return found
 
+    def keeps(self) -> CacheSpec | None:
+        """Return what the operation keeps between steps; None if it has no memory."""
+        return None
+
     @property
-    def main(self) -> Weight | None:
-        """The weight whose sharding decides the operation's."""
-        return next((ws[0] for name, ws in self.weights().items() if name in ("weight", "table", "down")), None)
+    def shard(self) -> Shard:
+        """How the operation is shared over ranks."""
+        return self.weights()[self.sharded_by][0].shard if self.sharded_by else "none"
 
     def __str__(self) -> str:
         told = [
@@ -113,6 +145,8 @@ def _show(v: Any) -> str:
 class Embed(Op):
     """Rows of a table, by token id or by position."""
 
+    rowwise = False  # its input is no value of which rows can be taken
+    sharded_by = "table"
     ids: Value
     table: Weight
     scale: float = 1.0
@@ -121,6 +155,7 @@ class Embed(Op):
 class Linear(Op):
     """act(x · weightᵀ + bias), times the other half if gated (the outputs are gate | up), plus residual."""
 
+    sharded_by = "weight"
     x: Value
     weight: Weight
     bias: Weight | None = None
@@ -151,6 +186,7 @@ class AddNorm(Norm):
 class Rope(Op):
     """Rotate the first rotary_dim columns of each head by the row's position, halves split."""
 
+    rowwise = False
     x: Value
     rope: RopeTable
     head_dim: int
@@ -159,6 +195,7 @@ class Rope(Op):
 class Attention(Op):
     """Write k and v to the paged cache of `layer`, then attend causally. Fused: norm of heads and rope, before both."""
 
+    rowwise = False
     q: Value
     k: Value
     v: Value
@@ -171,6 +208,12 @@ class Attention(Op):
     k_norm: Weight | None = None
     eps: float = 0.0
     rope: RopeTable | None = None
+
+    def keeps(self) -> CacheSpec:
+        """Return the spec of a key and a value of every head."""
+        heads = self.k.width // self.head_dim
+        parts = CachePart("key", heads, self.head_dim), CachePart("value", heads, self.v.width // heads)
+        return CacheSpec(self.layer, parts, self.window)
 
 
 class GatedAct(Op):
@@ -205,12 +248,14 @@ class SoftCap(Op):
 class TakeRows(Op):
     """The rows that sample."""
 
+    rowwise = False
     x: Value
 
 
 class Experts(Op):
     """Each row through its top_k experts by `scores`, weighted by the softmax (over the chosen, if renormalize)."""
 
+    sharded_by = "down"
     x: Value
     scores: Value
     gate_up: tuple[Weight, ...]

@@ -27,7 +27,7 @@ class Graph(NamedTuple):
     def of(cls, program: Program) -> Graph:
         """Index a program."""
         producers = {value.buffer: op for op in program.ops for value in op.results().values()}
-        return cls(producers, readers_of(program.ops), frozenset({program.output.buffer}))
+        return cls(producers, readers_of(program.ops), frozenset(value.buffer for value in program.outputs.values()))
 
     def read_by_only(self, value: Value, op: Op) -> bool:
         """True if `op` alone reads the buffer of `value`, in however many fields."""
@@ -144,25 +144,22 @@ def add_into_norm(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
     return both, [add]
 
 
-ROWWISE = (ops.Norm, ops.Linear, ops.Add, ops.Act, ops.GatedAct, ops.AllReduce, ops.Experts)
-
-
 def take_rows_early(program: Program) -> Program:
-    """After the last attention only the rows that sample matter: choose them there.
+    """After the last operation that looks across rows only the rows that sample matter: choose them there.
 
-    Left as it is if there is no attention, no TakeRows, something between them that looks across rows, or something
-    after them that needs all rows of what lies between.
+    The program is left as it is if there is not exactly one TakeRows, or if something later needs all rows of a value
+    between the two.
     """
-    attentions = [i for i, op in enumerate(program.ops) if isinstance(op, ops.Attention)]
     takes = [i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)]
-    if not attentions or len(takes) != 1 or takes[0] < attentions[-1]:
+    if len(takes) != 1:
         return program
-    first, take = attentions[-1] + 1, takes[0]
-    if not all(isinstance(op, ROWWISE) for op in program.ops[first:take]):
+    take = takes[0]
+    first = next((i + 1 for i in range(take - 1, -1, -1) if not program.ops[i].rowwise), 0)
+    if first == take:
         return program
     between = {v.buffer for op in program.ops[first:take] for v in op.results().values()}
     later = [v for op in program.ops[take + 1 :] for v in op.reads().values()]
-    if any(v.buffer in between for v in (*later, program.output)):
+    if any(v.buffer in between for v in (*later, *program.outputs.values())):
         return program
     tape = program.tape()
     taken: dict[int, Value] = {}  # buffer -> its rows that sample
@@ -187,7 +184,8 @@ def take_rows_early(program: Program) -> Program:
         return replace(new, start=new.start + v.start, width=v.width) if v.buffer == old.buffer else v
 
     rest = [replace(op, **{name: instead(v) for name, v in op.reads().items()}) for op in program.ops[take + 1 :]]
-    return replace(program, ops=(*program.ops[:first], *tape.ops, *rest), output=instead(program.output))
+    outputs = {name: instead(value) for name, value in program.outputs.items()}
+    return replace(program, ops=(*program.ops[:first], *tape.ops, *rest), outputs=outputs)
 
 
 def quantize_inputs(program: Program, wants: Callable[[ops.Linear], bool], fuses: Callable[[Op], bool]) -> Program:

@@ -35,7 +35,8 @@ class _Sharder:
         for op in self.program.ops:
             self.rewrite(op)
         sharded = Inputs(self.at(inputs.ids), self.at(inputs.positions))
-        return Program(tuple(self.tape.ops), sharded, self.at(self.program.output))
+        outputs = {name: self.at(value) for name, value in self.program.outputs.items()}
+        return Program(tuple(self.tape.ops), sharded, outputs)
 
     def at(self, v: Value) -> Value:
         parts = self.made[v.buffer]
@@ -67,7 +68,7 @@ class _Sharder:
         out = self.tape.new(op.out.spec.rows, width)
         new = replace(op, out=out, **reads, **weights)
         self.tape.ops.append(new)
-        kind = new.main.shard if new.main else "none"
+        kind = new.shard
         if kind == "row" or (kind == "vocab" and isinstance(op, ops.Embed)):
             out = out.record(ops.AllReduce, x=out)
         if kind == "vocab" and is_linear:

@@ -97,7 +97,12 @@ class Program:
 
     ops: tuple[Op, ...]
     inputs: Inputs
-    output: Value  # logits of the rows that sample
+    outputs: dict[str, Value]  # by name; "logits": of the rows that sample
+
+    @property
+    def logits(self) -> Value:
+        """The output of the rows that sample, (samples, vocabulary)."""
+        return self.outputs["logits"]
 
     def tape(self) -> Tape:
         """An empty one whose new values do not clash with this program's."""
@@ -112,5 +117,5 @@ def record(model: Callable[[Inputs], Value]) -> Program:
     """Call `model` once on symbolic inputs; needs no weights, only what config.json says."""
     tape = Tape()
     inputs = Inputs(tape.new("tokens", 1, "ids"), tape.new("tokens", 1, "ids"))
-    output = model(inputs)
-    return Program(tuple(tape.ops), inputs, output)
+    logits = model(inputs)
+    return Program(tuple(tape.ops), inputs, {"logits": logits})

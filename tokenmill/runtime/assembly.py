@@ -18,7 +18,6 @@ from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.parallel.group import Group
-from tokenmill.program import ops
 from tokenmill.program.cost import Load, cost
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
@@ -122,7 +121,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             backend=choice.name,
             num_blocks=num_blocks,
             block_size=wants.block_size,
-            vocab_size=program.output.width,
+            vocab_size=program.logits.width,
             max_input_tokens=lengths.max_input_tokens(wants.max_input_tokens, total, length),
             max_total_tokens=total,
             max_batch_tokens=limits.max_batch_tokens,
@@ -234,9 +233,9 @@ def context_weight(program: Program) -> int:
     What lies within windows is not counted.
     """
     token, pair = Load(tokens=1, samples=0, context=0, pairs=0), Load(tokens=0, samples=0, context=0, pairs=1)
-    attentions = [op for op in program.ops if isinstance(op, ops.Attention)]
-    products = sum(cost(op, token, _bits).flops for op in program.ops if not isinstance(op, ops.Attention))
-    attention = sum(cost(op, pair, _bits).flops for op in attentions if not op.window)
+    products = sum(cost(op, token, _bits).flops for op in program.ops if op.keeps() is None)
+    unbounded = [op for op in program.ops if (spec := op.keeps()) is not None and not spec.window]
+    attention = sum(cost(op, pair, _bits).flops for op in unbounded)
     return int(products * _ATTENTION_EFFICIENCY / attention) if attention else 0
 
 

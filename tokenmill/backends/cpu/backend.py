@@ -87,7 +87,7 @@ class CpuBackend:
         self.num_blocks = 0
         prepared = prepare(program, source, read, self.isa, threads, report)
         self.program = prepared.program
-        self.vocab_size = self.program.output.width
+        self.vocab_size = self.program.logits.width
         sizes = Sizes(
             limits.max_batch_tokens, max(limits.max_batch_size, _PROMPT_ROWS), limits.max_total_tokens, threads,
             KV_DTYPES[kv_dtype],
@@ -111,7 +111,7 @@ class CpuBackend:
         self._last: CpuStep | None = None
 
     def _sample_line(self) -> Line:
-        at = self._memory.place(self.program.output)
+        at = self._memory.place(self.program.logits)
         row = np.zeros(t.COLUMNS, np.int64)
         row[[t.ROWS, t.X, t.X_STRIDE, t.WIDTH]] = 1, at.address, at.stride, self.vocab_size
         return Line(None, "sample", row)

@@ -209,7 +209,8 @@ class Memory:
     def _layer_bytes(self) -> dict[int, int]:
         """Of 16 tokens in each layer."""
         form = self.sizes.kv_dtype
-        return {index: layer.heads * page_bytes(layer.head_dim, form) for index, layer in self.layout.items()}
+        keys = {layer: spec.parts[0] for layer, spec in self.layout.items()}  # values are alike
+        return {layer: key.heads * page_bytes(key.width, form) for layer, key in keys.items()}
 
     def allocate(self, num_pages: int) -> None:
         """Make the cache, all layers of a block together: memory is taken as blocks are first used.

@@ -38,6 +38,7 @@ from tokenmill.backends.torch.slots import PromptPositions
 from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
+from tokenmill.program.cost import cache_layout
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader
 from tokenmill.weights.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ class CudaBackend:
             raise Unsupported("CUDA backend", "cuda", (), f"Of this model, {why}. Use --backend torch.")
         self.limits, self.group, self.num_blocks = limits, group, 0
         self.program = fused(program)
-        self.vocab_size = self.program.output.width
+        self.vocab_size = self.program.logits.width
         self._device, self._dtype, self._report = Device(device), _DTYPES[dtype], report
         about = (self.program, limits, dtype, graphs, kv_cache_dtype, deterministic, attention)
         self._kernels = Kernels(kernel_cache, jobs, about)  # its helpers start while weights are read
@@ -90,7 +91,7 @@ class CudaBackend:
             cache_dtype = CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else None
             self._memory = Memory(self.program, limits, self._dtype, self._device, cache_dtype)
             self._slots = CudaSlots(limits, self.vocab_size, self._device)
-            self.logits = self._memory.value(self.program.output)
+            self.logits = self._memory.value(self.program.logits)
             self._sampler = Sampler(self.logits, self._slots, self._device, deterministic)
             self._manner = self._manner_of(source, kv_cache_dtype, deterministic, attention)
             self._lowering = Lowering(self._memory, self._weights, self._slots, self._manner)
@@ -111,7 +112,7 @@ class CudaBackend:
 
     def _manner_of(self, source: Checkpoint, kv_cache_dtype: str, deterministic: bool, attention: str) -> Manner:
         """How attention is computed and its keys and values kept."""
-        layers = [op.layer for op in self.program.ops if isinstance(op, ops.Attention)]
+        layers = list(cache_layout(self.program))
         scales = kv_scales(source, layers, kv_cache_dtype) if kv_cache_dtype else {}
         flash = None
         if attention == "flashinfer" and not deterministic:

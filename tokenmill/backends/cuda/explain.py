@@ -12,6 +12,7 @@ from tokenmill.backends.cuda.products import MANY, MOST, few_shape, row_shape
 from tokenmill.backends.cuda.scales import SCALED, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
 from tokenmill.program import ops
+from tokenmill.program.cost import cache_layout
 from tokenmill.program.ops import Op
 from tokenmill.program.value import Program
 from tokenmill.weights.checkpoint import Checkpoint
@@ -83,7 +84,7 @@ def _whose(program: Program, how: How) -> str:
 def _cache(program: Program, checkpoint: Checkpoint, how: How) -> str:
     if how.kv_cache_dtype != SCALED:
         return how.kv_cache_dtype or how.dtype
-    layers = [op.layer for op in program.ops if isinstance(op, ops.Attention)]
+    layers = list(cache_layout(program))
     scaled = sum(pair != (1.0, 1.0) for pair in kv_scales(checkpoint, layers).values())
     return f"{SCALED}, scales of the checkpoint for {scaled} of {len(layers)} layers"
 

@@ -74,13 +74,13 @@ class Memory:
 
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers."""
-        per_token = sum(2 * layer.heads * layer.head_dim for layer in self._layout.values())
+        per_token = sum(spec.width for spec in self._layout.values())
         return per_token * self.cache_dtype.itemsize * self.limits.block_size
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache; the block after the last one is nobody's."""
-        for layer, kept in self._layout.items():
-            shape = 2, (num_blocks + 1) * self.limits.block_size, kept.heads * kept.head_dim
+        for layer, spec in self._layout.items():
+            shape = 2, (num_blocks + 1) * self.limits.block_size, spec.width // 2
             self._cache[layer] = torch.zeros(shape, dtype=self.cache_dtype, device=self.device.torch)
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:

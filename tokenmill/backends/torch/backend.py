@@ -93,7 +93,7 @@ class TorchBackend:
         self.limits, self.group = limits, group
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
         self.program = take_rows_early(shard(program, group.size))
-        self.vocab_size = program.output.width
+        self.vocab_size = program.logits.width
         self.num_blocks = 0
         self._interpreter = Interpreter(self.program)
         self._layout = cache_layout(self.program)
@@ -107,7 +107,7 @@ class TorchBackend:
 
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers of this rank."""
-        per_token = sum(2 * layer.heads * layer.head_dim for layer in self._layout.values())
+        per_token = sum(spec.width for spec in self._layout.values())
         return per_token * self.dtype.itemsize * self.limits.block_size
 
     def step_bytes(self) -> int:
@@ -117,7 +117,7 @@ class TorchBackend:
         def size(buffer: Buffer) -> int:
             return rows[buffer.rows] * buffer.width * self.dtype.itemsize
 
-        widest = max((layer.heads * layer.head_dim for layer in self._layout.values()), default=0)
+        widest = max((spec.width // 2 for spec in self._layout.values()), default=0)
         gathered = attention.scratch_bytes(
             self.limits.max_total_tokens, self.limits.max_batch_tokens, widest, self.dtype.itemsize
         )
@@ -128,8 +128,8 @@ class TorchBackend:
         """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
         places = num_blocks * self.limits.block_size
         try:
-            for layer, kept in self._layout.items():
-                shape = 2, places, kept.heads * kept.head_dim
+            for layer, spec in self._layout.items():
+                shape = 2, places, spec.width // 2
                 self._cache[layer] = _zeros(shape, self.dtype, self.device)
         except (RuntimeError, MemoryError) as e:  # torch has no narrower one on every device
             wanted = num_blocks * self.block_bytes()

@@ -66,7 +66,7 @@ class Interpreter:
         """Logits (R, vocabulary) of the rows `step.samples`; `env` stays as it is."""
         env = dict(env)
         _run(self._tail, step, env)
-        return _view(env, self.program.output)
+        return _view(env, self.program.logits)
 
 
 def _run(lines: list[_Line], step: StepState, env: Env) -> None:
