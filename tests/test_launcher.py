@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from support_server import byte_model
 import tokenmill
 from tokenmill import rundir
 from tokenmill.config import Settings
-from tokenmill.errors import AddressInUse
+from tokenmill.errors import AddressInUse, StartError
 from tokenmill.launcher import Restarts, readiness
 from tokenmill.listening import listen, place
 from tokenmill.wire.control import ChildControl, ParentControl, ParentGoneError
@@ -366,6 +368,46 @@ def test_a_taken_port_of_an_ipv6_address_is_named_with_brackets() -> None:
     with listen("::1", 0) as taken, pytest.raises(AddressInUse, match=r"Port \d+ of \[::1\] is in use"):
         listen("::1", taken.getsockname()[1])
     assert place("::1", 80) == "[::1]:80"
+
+
+def test_a_run_folder_is_where_a_socket_can_be(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = run_dir / ("x" * 190)
+    deep.mkdir()
+    (run_dir / ("ü" * 40)).mkdir()
+    for folder in (deep, run_dir / ("ü" * 40), run_dir / "missing", run_dir):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with rundir.run_dir() as ours, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{ours}/engine.sock")
+            assert (Path(ours).parent == folder) == (folder == run_dir)
+            assert Path(ours).stat().st_mode & 0o777 == 0o700
+        assert not Path(ours).exists()
+
+
+def test_no_place_for_a_run_folder_is_explained(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(run_dir / "missing"))
+    monkeypatch.setattr(rundir, "_SHORT", (str(run_dir / "none"),))
+    with (
+        pytest.raises(StartError, match=r"missing: No such file or directory; .*/none: .* Set TMPDIR"),
+        rundir.run_dir(),
+    ):
+        pass
+
+
+def test_a_file_system_without_locks_holds_a_run_folder_that_nobody_takes_for_abandoned(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(run_dir))
+    with monkeypatch.context() as without_locks:
+        without_locks.setattr(rundir.fcntl, "flock", refuses)
+        manager = rundir.run_dir()
+        ours = manager.__enter__()
+    rundir.remove_abandoned()
+    assert Path(ours).is_dir()
+    manager.__exit__(None, None, None)
+    assert not Path(ours).exists()
 
 
 def test_the_folder_of_a_killed_server_is_removed_by_the_next_and_that_of_a_living_one_is_not(

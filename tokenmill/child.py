@@ -11,7 +11,7 @@ import importlib
 import logging
 import sys
 
-from tokenmill import logs
+from tokenmill import logs, streams
 from tokenmill.errors import StartError
 from tokenmill.parent import die_with_parent, leave_signals_to_parent
 from tokenmill.wire.control import ChildControl, ParentGoneError
@@ -21,6 +21,7 @@ from tokenmill.wire.messages import Failed
 def main(argv: list[str]) -> int:
     """Run the function named by `argv` and return the exit code: 0, or 1 after `Failed` was sent."""
     target, read_fd, write_fd = argv
+    streams.install(lossy=True)
     die_with_parent()
     leave_signals_to_parent()
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenmill
-from tokenmill import options
+from tokenmill import options, streams
 from tokenmill.config import Settings
 from tokenmill.errors import StartError
 
@@ -30,7 +30,10 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`tokenmill COMMAND …`; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return _explained(_command, _words(argv))
+
+
+def _command(words: list[str]) -> int:
     commands = _commands()
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview(commands))
@@ -44,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         guess = f"; did you mean `tokenmill {near[0]}`?" if near else ""
         print(f"error: unknown command {words[0]!r}{guess}\n\n{_overview(commands)}", file=sys.stderr)
         return 2
-    return _explained(command.run, words[1:])
+    return command.run(words[1:])
 
 
 def text_generation_launcher(argv: Sequence[str] | None = None) -> int:
     """`text-generation-launcher`: TGI's name for `tokenmill serve`, with the same options."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _words(argv)
     if words in (["-V"], ["--version"]):
         print(f"text-generation-launcher {tokenmill.__version__} (tokenmill)")
         return 0
@@ -58,7 +61,7 @@ def text_generation_launcher(argv: Sequence[str] | None = None) -> int:
 
 def text_generation_server(argv: Sequence[str] | None = None) -> int:
     """`text-generation-server serve|download-weights|quantize MODEL_ID …`, TGI's Python command."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _words(argv)
     commands = {"serve": _serve_positional, "download-weights": download_weights, "quantize": _quantize}
     if not words or words[0] in ("-h", "--help"):
         print("usage: text-generation-server {serve,download-weights,quantize} MODEL_ID [OPTIONS]")
@@ -71,7 +74,7 @@ def text_generation_server(argv: Sequence[str] | None = None) -> int:
 
 def text_generation_benchmark(argv: Sequence[str] | None = None) -> int:
     """`text-generation-benchmark`: TGI's name for measuring the engine without HTTP."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _words(argv)
     return _explained(lambda rest: int(_load("tokenmill.benchmark:main")(rest)), words)
 
 
@@ -97,9 +100,20 @@ def _overview(commands: dict[str, Command]) -> str:
     ])  # fmt: skip
 
 
+def _words(argv: Sequence[str] | None) -> list[str]:
+    """The words of a command; those of this process, whose streams are then made fit, if none are given."""
+    if argv is not None:
+        return list(argv)
+    streams.install(lossy=False)
+    return sys.argv[1:]
+
+
 def _explained(run: Callable[[list[str]], int], words: list[str]) -> int:
     try:
-        return run(words)
+        try:
+            return run(words)
+        finally:
+            sys.stdout.flush()  # what it does not take is explained as well
     except StartError as error:
         print(f"Error: {error.variant}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

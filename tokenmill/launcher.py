@@ -24,7 +24,7 @@ from pathlib import Path
 
 import msgspec
 
-from tokenmill import config, fetch, logs
+from tokenmill import config, fetch, logs, streams
 from tokenmill.config import Settings
 from tokenmill.errors import StartError
 from tokenmill.extras import need_opentelemetry
@@ -367,6 +367,7 @@ def serve(settings: Settings, environment: str = "") -> int:
 
     `environment`: what runs here, to be logged first (`--env`).
     """
+    streams.install(lossy=True)
     logs.set_up(settings.log_level, json=settings.json_output, colors=settings.log_colorize)
     not_understood = [f"`LOG_LEVEL`: {part!r} is not understood" for part in logs.parse_levels(settings.log_level)[1]]
     if environment:

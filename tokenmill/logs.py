@@ -83,11 +83,12 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line, in the shape of TGI's `--json-output`.
 
     `flat`: as TGI's router writes, message and fields beside the time; else as its launcher does, under `fields`.
+    `ascii_only`: other characters are escaped as JSON does it.
     """
 
-    def __init__(self, process: str, *, flat: bool = False) -> None:
+    def __init__(self, process: str, *, flat: bool = False, ascii_only: bool = False) -> None:
         super().__init__()
-        self._process, self._flat = process, flat
+        self._process, self._flat, self._ascii_only = process, flat, ascii_only
 
     def format(self, record: logging.LogRecord) -> str:
         """`{"timestamp", "level", "message", …, "target", "filename", "line_number", "span", "spans"}`."""
@@ -102,7 +103,7 @@ class JsonFormatter(logging.Formatter):
             line |= {"span": span, "spans": [span]}
         if self._process:
             line["process"] = self._process
-        return jsonlib.dumps(line, ensure_ascii=False, default=str, separators=(",", ":"))
+        return jsonlib.dumps(line, ensure_ascii=self._ascii_only, default=str, separators=(",", ":"))
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
@@ -125,7 +126,9 @@ def set_up(level: str = "info", *, json: bool = False, process: str = "", flat: 
     """
     handler = logging.StreamHandler(sys.stdout)
     colors = sys.stdout.isatty() if colors is None else colors
-    handler.setFormatter(JsonFormatter(process, flat=flat) if json else TextFormatter(process, colors=colors))
+    ascii_only = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
+    shape = JsonFormatter(process, flat=flat, ascii_only=ascii_only) if json else TextFormatter(process, colors=colors)
+    handler.setFormatter(shape)
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
