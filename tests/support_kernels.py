@@ -31,9 +31,7 @@ def walk(function, row, context, threads=1):
             array[column] = word
     args = [address(a) for a in (*words, counter)]
     returned = []
-    walkers = [
-        threading.Thread(target=lambda tid=tid: returned.append(function(tid, *args))) for tid in range(threads)
-    ]
+    walkers = [threading.Thread(target=lambda tid=tid: returned.append(function(tid, *args))) for tid in range(threads)]
     for walker in walkers:
         walker.start()
     for walker in walkers:

@@ -156,7 +156,7 @@ def test_every_offline_workload_gives_its_figures(capsys):
     assert busy > quiet
 
 
-FAKE_VLLM = '''
+FAKE_VLLM = """
 import time
 from types import SimpleNamespace as Some
 
@@ -195,7 +195,7 @@ class LLM:
     def generate(self, prompts, params, use_tqdm):
         time.sleep(0.002 * max(one.max_tokens for one in params))
         return [Some(outputs=[Some(token_ids=[7] * one.max_tokens)]) for one in params]
-'''
+"""
 
 
 @pytest.mark.slow

@@ -65,26 +65,42 @@ class Bench:
         }
         context = {
             **{column: address(array) for column, array in scratch.items()},
-            t.TILE_SIZE: scratch[t.TILE].strides[0], t.ROW_SIZE: scratch[t.ROW].strides[0],
-            t.SCORES_SIZE: CONTEXT * 4, t.TOKENS: n, t.ITEMS: len(first), t.APART: len(set(slots)) == n,
-            t.TABLES: address(self.tables), t.TABLE_STRIDE: self.tables.strides[0],
-            t.POSITIONS: address(positions), t.SEQUENCES: address(slots),
-            t.FIRST: address(first), t.COUNT: address(count),
+            t.TILE_SIZE: scratch[t.TILE].strides[0],
+            t.ROW_SIZE: scratch[t.ROW].strides[0],
+            t.SCORES_SIZE: CONTEXT * 4,
+            t.TOKENS: n,
+            t.ITEMS: len(first),
+            t.APART: len(set(slots)) == n,
+            t.TABLES: address(self.tables),
+            t.TABLE_STRIDE: self.tables.strides[0],
+            t.POSITIONS: address(positions),
+            t.SEQUENCES: address(slots),
+            t.FIRST: address(first),
+            t.COUNT: address(count),
         }
         half = self.rope.rotary_dim // 2
         turning = {t.OUT: address(turns), t.OUT_STRIDE: turns.strides[0], t.ROPE_HALF: half}
         turning |= {t.FREQUENCIES: address(self.frequencies), t.MAGNITUDE: t.float_bits(1.0)}
         assert walk(self.turn, turning, context, threads) == 1
         row = {
-            t.X: address(x), t.X_STRIDE: x.strides[0], t.WIDTH: KV_HEADS,
-            t.OUT: address(out), t.OUT_STRIDE: out.strides[0], t.CACHE: address(self.cache),
+            t.X: address(x),
+            t.X_STRIDE: x.strides[0],
+            t.WIDTH: KV_HEADS,
+            t.OUT: address(out),
+            t.OUT_STRIDE: out.strides[0],
+            t.CACHE: address(self.cache),
             t.PAGE_STRIDE: self.cache.strides[0],
             t.OUT_SCALES: address(out_scales) if quantize else 0,
             t.KEYS: address(x) + self.kept * 4,
             t.VALUES: address(x) + (self.kept + KV_HEADS * heads.dim) * 4,
-            t.ROPE: address(turns), t.ROPE_HALF: half, t.ROPE_STRIDE: turns.strides[0],
-            t.ATTENTION_SCALE: t.float_bits(0.3), t.ATTENTION_CAP: t.float_bits(CAP), t.WINDOW: self.window,
-            t.HEAD_EPS: t.float_bits(EPS), t.AT_ONCE: heads.at_once,
+            t.ROPE: address(turns),
+            t.ROPE_HALF: half,
+            t.ROPE_STRIDE: turns.strides[0],
+            t.ATTENTION_SCALE: t.float_bits(0.3),
+            t.ATTENTION_CAP: t.float_bits(CAP),
+            t.WINDOW: self.window,
+            t.HEAD_EPS: t.float_bits(EPS),
+            t.AT_ONCE: heads.at_once,
             **{c: 0 if w is None else address(w) for c, w in zip((t.Q_NORM, t.K_NORM), self.norms, strict=True)},
         }
         assert walk(self.write, row, context, threads) == context[t.APART]
@@ -196,7 +212,10 @@ def test_numbers_that_are_none_stay_in_their_sequence(pool):
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
         {"rope_type": "factors", "factors": [1.0 + i / 8 for i in range(28)]},
         {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 1024,
         },
     ],

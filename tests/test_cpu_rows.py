@@ -22,8 +22,11 @@ def code(request):
 def from_to(x, out, scales=None):
     """The columns of every kind."""
     return {
-        t.X: address(x), t.X_STRIDE: x.strides[0], t.WIDTH: x.shape[1],
-        t.OUT: address(out), t.OUT_STRIDE: out.strides[0],
+        t.X: address(x),
+        t.X_STRIDE: x.strides[0],
+        t.WIDTH: x.shape[1],
+        t.OUT: address(out),
+        t.OUT_STRIDE: out.strides[0],
         t.OUT_SCALES: 0 if scales is None else address(scales),
     }
 

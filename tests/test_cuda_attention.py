@@ -148,5 +148,3 @@ def test_a_row_of_a_product_is_the_same_whatever_rows_are_beside_it(act: str) ->
         expected = torch.nn.functional.silu(gate) * up
     rough = 100 if ON_GPU else 1
     np.testing.assert_allclose(made[-1].float().cpu(), expected.cpu(), rtol=2e-4 * rough, atol=1e-3 * rough)
-
-

@@ -137,8 +137,7 @@ def test_on_a_gpu_each_operation_has_its_kernels_and_each_rule_its_reason(tiny: 
     assert found.text.startswith("cuda, Some GPU (compute capability 9.0), bfloat16, weights ")
     told = {line[:13].strip(): line[13:].strip() for line in found.details}
     assert told["Linear"] == (
-        "one_row at 1 row, few_rows up to 32, cuBLAS above × 7, "
-        "one_row at 1 row, few_rows above × 2"
+        "one_row at 1 row, few_rows up to 32, cuBLAS above × 7, one_row at 1 row, few_rows above × 2"
     )
     assert told["GatedAct"] == "in the product × 2"
     assert told["Attention"].startswith("single tokens decode (split 32 up to 4 rows, ")

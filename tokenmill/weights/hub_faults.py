@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from tokenmill.errors import DownloadError
@@ -117,6 +118,10 @@ def _of_repository(kinds: set[str], status: int, target: Target) -> HubFault | N
             f"{model} is not on the Hub, or is private. Look for a misspelling; for a private model set "
             "HF_TOKEN to a token that may read it. (A folder of that name does not exist here either.)"
         )
+    if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
+        return HubFault(
+            f"A file of {target.model_id!r} is gone from {target.endpoint}. Start again, or see {at}/tree/main."
+        )
     if "HFValidationError" in kinds:
         return HubFault(f"{model} is no name that the Hub allows (owner/name, no -- or .. in it).", definite=True)
     return None
@@ -124,12 +129,9 @@ def _of_repository(kinds: set[str], status: int, target: Target) -> HubFault | N
 
 def _of_status(response: Any, chain: list[BaseException], target: Target) -> HubFault | None:
     status, model, hub = int(response.status_code), repr(target.model_id), target.endpoint
-    told = (
-        next((m for each in chain if (m := getattr(each, "server_message", None))), None)
-        or getattr(response, "reason", "")
-        or ""
-    )
-    told = f": {str(told).splitlines()[0][:200]}" if str(told).strip() else ""
+    phrase = HTTPStatus(status).phrase if status in list(HTTPStatus) else ""
+    told = str(next((m for each in chain if (m := getattr(each, "server_message", None))), phrase)).strip()
+    told = f": {told.splitlines()[0][:200]}" if told else ""
     if status == 401:
         token = "the token that is sent (HF_TOKEN) is wrong or expired" if target.token else "a token is needed"
         return HubFault(f"{hub} answers 401 for {model}: {token}. Set HF_TOKEN to a valid one, or unset it.")
@@ -164,11 +166,15 @@ def _seconds(response: Any) -> float:
 
 def _of_connection(kinds: set[str], chain: list[BaseException], target: Target) -> HubFault | None:
     hub, last = target.endpoint, str(chain[-1])[:200]
-    if {"SSLError", "SSLCertVerificationError"} & kinds or any("CERTIFICATE_VERIFY" in str(each) for each in chain):
+    if any("CERTIFICATE_VERIFY" in str(each) for each in chain):
         return HubFault(
             f"The certificate of {hub} is not accepted ({last}). If a proxy of your own signs connections, name its "
             "certificates with REQUESTS_CA_BUNDLE and SSL_CERT_FILE; else look at the machine's clock and its "
             "ca-certificates."
+        )
+    if {"SSLError", "SSLEOFError"} & kinds or any("[SSL" in str(each) for each in chain):
+        return HubFault(
+            f"{hub} does not speak TLS as it should ({last}). Look at HF_ENDPOINT and HTTPS_PROXY.", again=True
         )
     if "ProxyError" in kinds:
         return HubFault(f"The proxy on the way to {hub} fails ({last}). Look at HTTPS_PROXY and NO_PROXY.", again=True)
@@ -180,7 +186,7 @@ def _of_connection(kinds: set[str], chain: list[BaseException], target: Target) 
         return HubFault("The token (HF_TOKEN) holds characters that no token has. Set it again.")
     if {"JSONDecodeError", "FileMetadataError"} & kinds:
         return None
-    if {"Timeout", "TimeoutException", "TimeoutError"} & kinds:
+    if {"Timeout", "TimeoutException", "TimeoutError"} & kinds and "NewConnectionError" not in kinds:
         return HubFault(
             f"{hub} did not answer in time. Look at the network, or give more time (HF_HUB_DOWNLOAD_TIMEOUT, "
             "HF_HUB_ETAG_TIMEOUT; seconds).", again=True,
@@ -202,8 +208,6 @@ def _of_answer(kinds: set[str], error: Exception, target: Target) -> HubFault | 
         return unusable("a file without the Hub's headers", target)
     if "JSONDecodeError" in kinds:
         return unusable("no JSON", target)
-    if "EntryNotFoundError" in kinds:
-        return HubFault(f"A file of {target.model_id!r} is gone from the Hub: {str(error).splitlines()[-1][:200]}.")
     if {"TypeError", "KeyError", "AttributeError", "ValueError"} & kinds:
         return unusable(f"{type(error).__name__}: {str(error)[:100]}", target)
     if "RuntimeError" in kinds:  # hf_xet and hf_transfer
