@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+
+from tokenmill.text.tools import by_name
+from tokenmill.text.tools._xml_style import XmlStyle
 
 Call = tuple[str, dict[str, Any]]
 
@@ -185,3 +189,42 @@ WRITERS: dict[str, Callable[[list[Call]], str]] = {
 }  # fmt: skip
 BARE = {"llama", "generic", "pythonic"}
 """Formats whose calls are the whole answer."""
+
+
+def marks_of(name: str) -> list[str]:
+    """A format's own marks, and texts that look like them or like what they stand around."""
+    form = by_name(name)
+    style = getattr(form, "style", None)
+    inner: list[str] = []
+    if isinstance(style, XmlStyle):
+        another = f"{style.key}other{style.key_end}"
+        inner = [style.head, style.head_end, another, style.value, style.value_end, style.body_end]
+    found = [*form.markers, *form.starts, *inner, "</tool_call>", "```", '"""', "'''"]
+    others = ['{"name": "now", "arguments": {}}', "now(a=1)", "null", "1", "\\n", "é", "日", "😀", "\u2028"]
+    return [*dict.fromkeys(filter(None, found)), *others, *"{}[]()\"',:=\\\n <>"]
+
+
+def ambiguous(name: str, made: list[Call]) -> bool:
+    """True for calls that a format cannot express, by the rule in its style's docstring."""
+    form = by_name(name)
+    style = getattr(form, "style", None)
+    if name == "functiongemma":
+        return any(re.search(r"<escape>\s*[,:)\]}]", text) for text in texts_in([given for _, given in made]))
+    if not isinstance(style, XmlStyle):
+        return False
+    end, starts = form.ends[0], "|".join(map(re.escape, form.starts))
+    finish = style.body_end or end
+    tags = "|".join(map(re.escape, (style.key, finish, end, *form.starts)))
+    closed = rf"{re.escape(style.value_end)}\s*({tags})|{re.escape(end)}\s*({starts})"
+    finished = rf"{re.escape(finish)}\s*({re.escape(end)}|{starts})"
+    plain_texts = [value for _, given in made for value in given.values() if isinstance(value, str)]
+    return any(re.search(f"{closed}|{finished}", text) for text in plain_texts)
+
+
+def texts_in(value: Any) -> list[str]:
+    """All texts in a value, keys too."""
+    if isinstance(value, dict):
+        return [text for key, inner in value.items() for text in (key, *texts_in(inner))]
+    if isinstance(value, list):
+        return [text for inner in value for text in texts_in(inner)]
+    return [value] if isinstance(value, str) else []

@@ -45,7 +45,9 @@ def reworded(text: str, draw: random.Random) -> str:
         ('"name"', '"n\\u0061me"'), ("get_weather", "get\\u005fweather"), ('"name": ', '"name" :\n'), ('{"', '{ "'),
         ('{"name"', '{"type": "function", "name"'), ('{"name"', '{"id": 1, "name"'), ("<tool_call>\n", ""), ("[", "[ "),
         ("<|tool_call|>", "functools"), ('"arguments"', '"parameters"'), ("}}", "}"), ("(", " ("),
-        ("to=functions.", "to="),
+        ("to=functions.", "to="), ('"name"', "'name'"), ('"get_weather"', "'get_weather'"), ("}", "}}"),
+        ("}, {", "}\n{"), ('"city"', "'city'"), ("}\n</tool_call>\n<tool_call>", "}"), ("</parameter>", ""),
+        ("</function>", ""),
         ('{"name": "get_weather", ', '{"arguments": {"days": "x"}, "name": "get_weather", '),
     ):  # fmt: skip
         if draw.random() < 0.15:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from typing import Any
 
 import pytest
 
-from tests.support_tools import BARE, WRITERS, Call, text_of
+from tests.support_tools import BARE, WRITERS, Call, marks_of, text_of
 from tests.support_walks import Tokens, compiled, special_markers
 from tokenmill.errors import ToolError
-from tokenmill.text.router import router_of
+from tokenmill.text.machine import Held
+from tokenmill.text.router import fold, router_of
 from tokenmill.text.tools import by_name
 from tokenmill.text.tools.base import Asked, Extent
 
+EXAMPLES = int(os.environ.get("EXAMPLES", "30"))
 TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
@@ -110,6 +114,31 @@ def test_what_a_model_writes_fits_and_is_read_back(name: str, special: bool) -> 
         answer = [router.push(text), router.finish()]
         pieces = [call for delta in answer for call in delta.calls]
         assert [(call.name, json.loads(call.arguments)) for call in pieces] == made
+
+
+@pytest.mark.parametrize(("extent", "special"), [("calls", False), ("answer", True)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_grammar_allows_is_read_back_whatever_marks_are_in_it(name: str, extent: Held, special: bool) -> None:
+    draw, num_read = random.Random(name), 0
+    tokens = Tokens(special_markers(name) if special or name == "harmony" else ())
+    assert extent
+    grammar = compiled(by_name(name).grammar(Asked(TOOLS, extent, True, tokens.ids)), tokens)
+    marks = [mark for mark in (*marks_of(name), ">", "</") if mark != "null"]  # `written` makes that None
+    for _ in range(EXAMPLES):
+        city, tag = ("x" + "".join(draw.choices(marks, k=draw.randint(0, 5))) for _ in range(2))
+        weather: Call = ("get_weather", {"city": city, "unit": "C", "tags": [tag, city]})
+        made = draw.choice([[weather], [("note", {"text": tag}), weather], [weather, ("now", {})]])
+        made = made[:1] if name == "harmony" else made
+        text, matcher = written(name, made), grammar.matcher()
+        if not all(matcher.accept(i) for i in (*tokens.encode(text), tokens.end)):
+            continue
+        num_read += 1
+        for pieces in ([text], list(text)):
+            router = router_of("", parser=name, tools=TOOLS, held=extent)
+            answer = fold([*map(router.push, pieces), router.finish()])
+            assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == made, text
+            assert answer.content == ""
+    assert num_read > EXAMPLES / 20
 
 
 @pytest.mark.parametrize("name", FORMATS)

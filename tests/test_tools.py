@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support_tools import BARE, WRITERS, Call, cut
+from tests.support_tools import BARE, WRITERS, Call, ambiguous, cut, marks_of
 from tokenmill.errors import Unsupported
 from tokenmill.text.machine import Held
 from tokenmill.text.router import Delta, Router, fold, router_of
@@ -39,6 +41,7 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "now"}},
 ]
+EXAMPLES = int(os.environ.get("EXAMPLES", "2"))
 TEMPLATES = {name: by_name(name) for name in WRITERS}
 text = st.text(max_size=20)
 words = st.text(alphabet="abcXYZ 0189.,:;{}[]()\"'\\/\n\t<>_-é日😀|&=", max_size=30)
@@ -73,13 +76,6 @@ def read(router: Router, pieces: list[str]) -> tuple[list[Delta], Delta]:
     deltas = [router.push(piece) for piece in pieces]
     deltas.append(router.finish())
     return deltas, fold(deltas)
-
-
-def ambiguous(name: str, made: list[Call]) -> bool:
-    """What a format cannot express: its own closing tags inside of a text."""
-    tags = {"glm": "</arg_value>", "functiongemma": "<escape>",
-            **dict.fromkeys(("qwen3_coder", "seed_oss", "minimax"), "</parameter>")}  # fmt: skip
-    return name in tags and tags[name] in json.dumps(made, ensure_ascii=False)
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
@@ -126,7 +122,9 @@ def test_a_broken_answer_loses_no_byte(
         again = reader(name, held=held)
         assert read(again, pieces)[1] == plain
         assert again.complete_calls == router.complete_calls
-    if router.complete_calls == 0 and name != "harmony":
+    called = [(call.name, json.loads(call.arguments)) for call in plain.calls]
+    assert len(called) == router.complete_calls
+    if not called and name != "harmony":
         assert plain.content == whole
 
 
@@ -163,10 +161,70 @@ def test_garbage_in_is_content_out(name: str, data: st.DataObject) -> None:
     _, plain = read(router, [whole])
     assert read(reader(name, held=held), cut(whole, places))[1] == plain
     assert read(reader(name, held=held), list(whole))[1] == plain
-    for call in plain.calls[: router.complete_calls if len(plain.calls) == router.complete_calls else 0]:
+    assert len(plain.calls) == router.complete_calls
+    for call in plain.calls:
         assert isinstance(json.loads(call.arguments), dict)
     if not plain.calls and name != "harmony":
         assert plain.content == whole
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(data=st.data())
+def test_values_may_hold_the_formats_own_marks_at_every_cut(name: str, data: st.DataObject) -> None:
+    """And where an answer is cut off, there is no other call in it than those that were made."""
+    texts = st.lists(st.sampled_from(marks_of(name)), max_size=4).map("".join)
+    given_ = st.fixed_dictionaries(
+        {"city": texts},
+        optional={"tags": st.lists(texts, max_size=2), "more": st.dictionaries(keys, texts, max_size=1)},
+    )
+    made = [("get_weather", data.draw(given_)), ("now", {})]
+    if ambiguous(name, made):
+        return
+    whole = WRITERS[name](made)
+    plain = read(reader(name), [whole])[1]
+    assert [(call.name, json.loads(call.arguments)) for call in plain.calls] == made
+    assert plain.content == ""
+    assert read(reader(name), list(whole))[1] == plain
+    for place in range(1, len(whole)):
+        router = reader(name)
+        assert fold([router.push(whole[:place]), router.push(whole[place:]), router.finish()]) == plain
+        if place % 3:
+            continue
+        router = reader(name)
+        begun = fold([router.push(whole[:place]), router.finish()])
+        assert [(call.name, json.loads(call.arguments)) for call in begun.calls] == made[: router.complete_calls]
+        assert begun.calls or name == "harmony" or begun.content == whole[:place]
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_a_mark_in_a_value_may_come_in_three_pieces(name: str) -> None:
+    style = getattr(by_name(name), "style", None)
+    mark = getattr(style, "value_end", "") or getattr(by_name(name), "ends", ()) or by_name(name).markers or "'"
+    mark = mark if isinstance(mark, str) else mark[0]
+    made: list[Call] = [("get_weather", {"city": f"a{mark}b"}), ("now", {})]
+    whole = WRITERS[name](made)
+    plain = read(reader(name), [whole])[1]
+    assert [(call.name, json.loads(call.arguments)) for call in plain.calls] == made
+    begin = whole.index(mark, whole.index("city"))
+    places = range(begin - 1, min(begin + len(mark) + 24, len(whole)))
+    for first in places[::2]:
+        for second in places:
+            assert read(reader(name), cut(whole, [first, second]))[1] == plain
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_of_a_value_no_more_is_held_back_than_may_be_a_mark(name: str) -> None:
+    """Where a letter follows that no mark begins with, all has been told."""
+    value = "".join(f"{mark}w{i}x " for i, mark in enumerate(marks_of(name)) if mark != "\\n")
+    made: list[Call] = [("get_weather", {"city": value})]
+    whole, router, told = WRITERS[name](made), reader(name), ""
+    assert not ambiguous(name, made)
+    for place, character in enumerate(whole):
+        told += "".join(call.arguments for call in router.push(character).calls)
+        if (word := re.search(r"w\d+x$", whole[: place + 1])) is not None:
+            assert word.group() in told
+    assert json.loads(told) == {"city": value}
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))

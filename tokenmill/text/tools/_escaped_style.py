@@ -1,4 +1,7 @@
-"""Calls as call:name{key:value}, where strings stand between <escape> tags and keys need no quotes."""
+"""Calls as call:name{key:value}, where strings stand between <escape> tags and keys need no quotes.
+
+A string may hold the tag: it ends at one with a comma or a closing bracket behind it, a key at one with a colon.
+"""
 
 from __future__ import annotations
 

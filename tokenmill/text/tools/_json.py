@@ -2,7 +2,7 @@
 
 What is emitted is a beginning of valid JSON at any time. Models write more than JSON, and it is read as they mean it:
 a control character inside of a string; unless the reading is exact, also Python's words and strings in single quotes, a
-comma behind the last item, and a mark of the format where the closing brackets are missing.
+comma behind the last item, and an outer bracket or a mark of the format where closing brackets are missing.
 """
 
 from __future__ import annotations
@@ -106,11 +106,12 @@ class _Value:
             if not self._marks:
                 return self._structure(char, ",", following)
             return (yield from self._comma(following))
-        if not self._marks or not (yield from ahead(self._r, *self._marks)):
+        outer = next((opening for opening in set(self._stack) if _CLOSES[opening] == char), "")
+        if not self._marks or not (outer or (yield from ahead(self._r, *self._marks))):
             raise Broken
-        while self._stack:
+        while self._stack and self._stack[-1] != outer:  # brackets that are missing
             self._emit(_CLOSES[self._stack.pop()])
-        return _AFTER
+        return self._close() if outer else _AFTER
 
     def _comma(self, following: int) -> Reading[int]:
         """A comma, which is not emitted where nothing follows it."""

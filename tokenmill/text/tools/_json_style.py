@@ -1,4 +1,4 @@
-"""Calls as JSON objects with a name and arguments, alone or in a list."""
+"""Calls as JSON objects with a name and arguments, alone or in a list. Marks inside of strings mean nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class JsonStyle(Style):
         listed = bool((yield from take(r, "[")))
         while True:
             yield from spaces(r)
-            yield from self._object(r, out, known, marks)
+            yield from self._object(r, out, known, (*marks, "]") if marks and listed else marks)
             r.settle()
             if marks:
                 yield from surplus(r, (*marks, *self.separators, "{", *("]" if listed else ())), _CURLY)

@@ -1,4 +1,7 @@
-"""Calls as Python writes them: [name(key=value, …), …]."""
+"""Calls as Python writes them: [name(key=value, …), …].
+
+Quotes inside of a string need no backslash: it ends at one with a comma, a colon or a closing bracket behind it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Calls as tags: a function, and each parameter in tags of its own, its value as plain text."""
+"""Calls as tags: a function, and each parameter in tags of its own, its value as plain text.
+
+A value may hold any text, the format's own tags too. Its closing tag ends it where another tag or the answer's end
+follows. Where that tag is missing, the tag of another of the function's parameters ends it, or the end of the call with
+the call's closing mark, or another call, behind it. A value that holds one of these cannot be told from calls, and is
+read as calls. Under a grammar, the first closing tag ends a value.
+"""
 
 from __future__ import annotations
 

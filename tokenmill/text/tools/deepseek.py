@@ -23,7 +23,7 @@ def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
     first = yield from word(r, _NAME)
     yield from expect(r, SEPARATOR)
     yield from spaces(r)
-    if (yield from peek(r)) in ("{", '"'):
+    if first.strip() != "function" or (yield from peek(r)) in ("{", '"'):
         return first.strip(), None
     name = yield from word(r, _NAME)
     yield from spaces(r)
