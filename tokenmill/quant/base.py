@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokenmill import plugins
 from tokenmill.errors import ModelError, Unsupported
 from tokenmill.program.ops import Part, Weight
+from tokenmill.quant._unread import cure_of_missing, unread
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress
 
@@ -253,22 +254,31 @@ def for_each(
 
 
 def check(weights: Iterable[Weight], source: Checkpoint) -> None:
-    """Compare the sizes that a program names with the checkpoint's headers; ModelError names the first that differs."""
-    wanted: dict[str, int] = {}
+    """Compare the tensors that a program names with the checkpoint's headers.
+
+    ModelError names the first that is missing, of another size, or there for nothing although it belongs to what the
+    program computes.
+    """
+    weights, wanted = list(weights), dict[str, int]()
     for weight in weights:
         for part in weight.parts:
             wanted[part.name] = max(wanted.get(part.name, 0), part.start + part.rows)
     for weight in weights:
         for part in weight.parts:
-            _check(weight, part.name, wanted[part.name], source.shape(part.name))
+            _check(weight, part.name, wanted[part.name], source)
+    unread(wanted.keys(), source)
 
 
-def _check(weight: Weight, name: str, rows: int, found: tuple[int, ...] | None) -> None:
+def _check(weight: Weight, name: str, rows: int, source: Checkpoint) -> None:
+    found = source.shape(name)
     expected = (rows, weight.columns) if weight.columns else (rows,)
     if weight.transposed:
         expected = expected[::-1]
     if found is None:
-        raise ModelError(f"The weights have no tensor {name!r}, which config.json's model needs with shape {expected}.")
+        cure = cure_of_missing(name, source)
+        raise ModelError(
+            f"The weights have no tensor {name!r}, which config.json's model needs with shape {expected}.{cure}"
+        )
     if tuple(found) != expected:
         raise ModelError(f"The tensor {name!r} has shape {tuple(found)}; config.json says {expected}.")
 

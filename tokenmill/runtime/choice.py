@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,15 @@ from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.extras import need_torch
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
+from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
+from tokenmill.quant._unread import another_head, unread
 from tokenmill.quant.base import check, reader_of
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress
 
 Report = Callable[[Progress], None]
+_FLOATS = ("F16", "BF16", "F32")
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _log = logging.getLogger(__name__)
@@ -169,17 +172,42 @@ def weight_bytes(choice: Choice, program: Program, checkpoint: Checkpoint, dtype
     """Of all ranks together, as the backend keeps them. ModelError if the checkpoint lacks one, or of another shape."""
     weights = weights_of(program)
     check(weights, checkpoint)
+    _tell_unread(weights, checkpoint)
     if choice.name == "cpu":  # packed as stored
         return sum(checkpoint.nbytes(name) for name in dict.fromkeys(p.name for w in weights for p in w.parts))
     return sum(weight.size for weight in weights) * _ITEM_BYTES[dtype_of(choice, checkpoint, dtype)]
+
+
+def _tell_unread(weights: Iterable[Weight], checkpoint: Checkpoint) -> None:
+    """Log what the checkpoint has and the model does not read."""
+    names = {part.name for weight in weights for part in weight.parts}
+    table = next((weight.name for weight in weights if weight.table), "")
+    left = [name for name in unread(names, checkpoint) if name != "lm_head.weight"]
+    if left:
+        shown = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
+        _log.warning("The model does not read %d of the tensors in its files: %s.", len(left), shown)
+    if table and another_head(names, table, checkpoint):
+        _log.warning(
+            "lm_head.weight differs from the embedding and is not read, for config.json says tie_word_embeddings. Set "
+            "that to false to use it."
+        )
 
 
 def dtype_of(choice: Choice, checkpoint: Checkpoint, wanted: str) -> str:
     """What is computed in: as wanted, else on a GPU as the weights are stored (but in 16 bits), else float32."""
     if wanted or choice.name != "cuda":
         return wanted or "float32"
-    stored = str(checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype") or "")
-    return "float16" if stored == "float16" else "bfloat16"
+    return "float16" if _stored_dtype(checkpoint) == "float16" else "bfloat16"
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that config.json names in either spelling, else that of the first tensor of floats, as transformers."""
+    for key in ("dtype", "torch_dtype"):
+        named = str(checkpoint.config.get(key) or "").removeprefix("torch.")
+        if named in _ITEM_BYTES:
+            return named
+    kinds = (checkpoint[name].kind for name in checkpoint.names())
+    return {"F16": "float16", "F32": "float32"}.get(next((kind for kind in kinds if kind in _FLOATS), ""), "bfloat16")
 
 
 def instruction_set(choice: Choice, wants: Computing) -> str:

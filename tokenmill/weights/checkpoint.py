@@ -132,6 +132,9 @@ class Safetensors:
             name: file for name, file in listed.items() if name not in self._entries and name != "lm_head.weight"
         }
         self._refuse_mistral()
+        if "embed_tokens.weight" in self._entries and not any(name.startswith("model.") for name in self._entries):
+            self._entries = {_of_whole_model(name): entry for name, entry in self._entries.items()}
+            self._lost = {_of_whole_model(name): file for name, file in self._lost.items()}
 
     def _refuse_mistral(self) -> None:
         if "tok_embeddings.weight" in self._entries:
@@ -173,6 +176,11 @@ class Safetensors:
             f"{self.folder / file} lacks the tensor {name!r} that the index says it holds. Download the file and the "
             "index again."
         )
+
+
+def _of_whole_model(name: str) -> str:
+    """The name that a tensor of a bare model, saved without its head, has in the whole one."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def read_header(path: Path) -> dict[str, _Entry]:

@@ -249,21 +249,28 @@ class Gguf:
         return self._config
 
     def names(self) -> Iterator[str]:
-        """All tensors that have a name in transformers."""
-        return (name for stored in self._entries if (name := _their_name(stored)))
+        """All tensors but rotary factors that `config` holds; of one without a name in transformers the file's."""
+        heeded = {"rope_freqs.weight"} if self._architecture == "llama" else ()
+        return (_their_name(stored) or stored for stored in self._entries if stored not in heeded)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """What the header says of a tensor; None if there is none of this name."""
-        entry = self._entries.get(_our_name(name))
-        return None if entry is None else entry.shape
+        """What the header says of a tensor; None if there is none of this name.
+
+        A bias that other layers or products have is one of zeros where it is left out.
+        """
+        entry = self._find(name)
+        return self._left_out(name) if entry is None else entry.shape
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the file."""
-        return self._entries[_our_name(name)].nbytes
+        entry = self._find(name)
+        return 0 if entry is None else entry.nbytes
 
     def __getitem__(self, name: str) -> Stored:
         """The tensor; ModelError if there is none of this name, or if its kind cannot be read."""
-        entry = self._entries.get(_our_name(name))
+        entry, absent = self._find(name), self._left_out(name)
+        if entry is None and absent is not None:
+            return Stored(name, "F32", absent, np.zeros((*absent, 4), np.uint8))
         if entry is None:
             raise ModelError(f"{self.path} has no tensor {_our_name(name)!r} ({name}).")
         if entry.kind not in BLOCKS:
@@ -271,9 +278,27 @@ class Gguf:
             raise ModelError(f"{self.path}: {_our_name(name)!r} is stored as {entry.kind}. Readable: {known}.")
         data = self._bytes(entry)
         which = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if which and self.metadata.get("general.architecture") == "llama":
+        if which and self._architecture == "llama":
             data = _halves(data, int(self.config[which]), name)
         return Stored(name, entry.kind, entry.shape, data)
+
+    @property
+    def _architecture(self) -> Any:
+        return self.metadata.get("general.architecture")
+
+    def _find(self, name: str) -> _Entry | None:
+        return self._entries.get(_our_name(name)) or self._entries.get(name)
+
+    def _left_out(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a bias that the file leaves out, though it has others of attention or of feed-forward layers.
+
+        llama.cpp adds nothing there.
+        """
+        match = re.fullmatch(r"(blk\.\d+\.(attn|ffn)_\w+)\.bias", _our_name(name))
+        weight = self._entries.get(f"{match[1]}.weight") if match else None
+        if match is None or weight is None or not gguf_config.has_bias(self._entries, match[2]):
+            return None
+        return None if match[0] in self._entries else weight.shape[:1]
 
     def _bytes(self, entry: _Entry) -> NDArray[np.uint8]:
         raw = entry.mapped[entry.start : entry.start + entry.nbytes]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import log
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from math import inf, log
 from typing import Any
 
 from tokenmill.errors import ModelError, Unsupported
@@ -11,82 +13,158 @@ from tokenmill.errors import ModelError, Unsupported
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """general.architecture -> model_type"""
 
+_NOT_NUMBERS = ("vocab_size", "tensor_data_layout", "pooling_type", "rope.scaling.finetuned", "expert_used_count")
+"""Keys of an architecture that do not change what a model computes."""
+
+_OF_NUMBERS = re.compile(r"attention\.|rope\.|scale|softcap|parallel|norm|act(ivation)?$|expert")
+"""Keys that may, by the names that llama.cpp has for them."""
+
+_log = logging.getLogger(__name__)
+
 
 def config_of(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: list[float] | None, path: str
 ) -> dict[str, Any]:
-    """`shapes`: of all tensors by the file's names. `rope_factors`: the tensor rope_freqs.weight, if there."""
+    """`shapes`: of all tensors by the file's names. `rope_factors`: the tensor rope_freqs.weight, if there.
+
+    Unsupported or ModelError, with the key, for what llama.cpp refuses as well, and for keys that would change numbers
+    in a way that is not computed here. A key of the architecture that is not known is logged.
+    """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise Unsupported("GGUF architecture", str(architecture), ARCHITECTURES)
     read = _Reader(metadata, architecture, path)
     if read("expert_count", 0):
         raise Unsupported("GGUF architecture", f"{architecture} with experts", ARCHITECTURES)
-    heads, hidden = read("attention.head_count"), read("embedding_length")
-    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
-        raise ModelError(f"{path}: head_count {heads!r} or embedding_length {hidden!r} is not a number to be used.")
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{path} has no tensor 'token_embd.weight': it is no language model.")
-    context = read("context_length")
-    window = read("attention.sliding_window", 0) if architecture == "llama" else 0
-    return {
-        "model_type": "mistral" if window else ARCHITECTURES[architecture],
+    heads, hidden = read.number("attention.head_count"), read.number("embedding_length")
+    head_dim = read.number("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if read.number(key, head_dim) != head_dim:
+            raise ModelError(
+                f"{path}: '{architecture}.{key}' is {read.number(key)}, but heads have {head_dim} numbers. llama.cpp "
+                f"serves no such {architecture} model either; convert it again from its original."
+            )
+    window, context = read("attention.sliding_window", 0), read.number("context_length")
+    if window and window < context:
+        raise Unsupported(
+            "GGUF key", f"{architecture}.attention.sliding_window", (), f"It is {window}, and llama.cpp does not heed "
+            "it for this architecture. Serve the model's original (safetensors), whose config.json names the layers."
+        )  # fmt: skip
+    config = {
+        "model_type": ARCHITECTURES[architecture],
         "hidden_size": hidden,
-        "intermediate_size": read("feed_forward_length"),
-        "num_hidden_layers": read("block_count"),
+        "intermediate_size": read.number("feed_forward_length"),
+        "num_hidden_layers": read.number("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": read("attention.head_count_kv", heads),
-        "head_dim": read("attention.key_length", hidden // heads),
+        "num_key_value_heads": read.number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
         "rms_norm_eps": read("attention.layer_norm_rms_epsilon"),
         "rope_theta": read("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(read, rope_factors),
         "max_position_embeddings": context,
-        "sliding_window": window or None,
         "vocab_size": shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "attention_bias": has_bias(shapes, "attn"),
+        "mlp_bias": has_bias(shapes, "ffn"),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_ids(metadata),
         "torch_dtype": "float16",  # nobody says; what its scales are in
     }
+    read.refuse_others()
+    return config
+
+
+def has_bias(names: Iterable[str], group: str) -> bool:
+    """True if a tensor of any layer is a bias of attention ("attn") or of a feed-forward layer ("ffn")."""
+    return any(re.fullmatch(rf"blk\.\d+\.{group}_\w+\.bias", name) for name in names)
 
 
 class _Reader:
-    """Keys of one architecture."""
+    """Keys of one architecture, and which of them were asked for."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str, path: str) -> None:
         self.metadata, self.architecture, self.path = metadata, architecture, path
+        self._seen = set(_NOT_NUMBERS)
 
     def __call__(self, key: str, default: Any = None) -> Any:
         """The key's value, or the default; ModelError if there is neither."""
+        self._seen.add(key)
         found = self.metadata.get(f"{self.architecture}.{key}", default)
         if found is None:
             raise ModelError(f"{self.path} lacks the key '{self.architecture}.{key}'.")
         return found
 
+    def number(self, key: str, default: int | None = None) -> int:
+        """A positive whole number, of all layers: a list by layer has to hold the same one for each."""
+        found = self(key, default)
+        if isinstance(found, list):
+            layers = self("block_count")
+            if len(found) != layers:
+                raise self._wrong(key, f"a list of {len(found)} numbers for {layers} layers")
+            if len(set(found)) != 1:
+                raise Unsupported(
+                    "GGUF model", f"{self.architecture}.{key} = {found}", (), "Layers have to be of one shape here."
+                )
+            found = found[0]
+        if type(found) is not int or found < 1:
+            raise self._wrong(key, f"{found!r}, not a whole number above 0")
+        return found
+
+    def refuse_others(self) -> None:
+        """Refuse a key that was not asked for and may change numbers; log one that is not known."""
+        prefix, unknown = f"{self.architecture}.", []
+        for name, value in self.metadata.items():
+            key = name.removeprefix(prefix)
+            if key == name or key in self._seen or _neutral(key, value):
+                continue
+            if _OF_NUMBERS.search(key):
+                raise Unsupported(
+                    "GGUF key", name, (), f"It is {value!r}, and the {self.architecture} model is computed without it. "
+                    "Convert the model again from its original."
+                )  # fmt: skip
+            unknown.append(name)
+        if unknown:
+            _log.warning("%s has keys that are not known here, and not heeded: %s.", self.path, ", ".join(unknown))
+
+    def _wrong(self, key: str, why: str) -> ModelError:
+        return ModelError(f"{self.path}: '{self.architecture}.{key}' is {why}.")
+
+
+def _neutral(key: str, value: Any) -> bool:
+    """True of a value that changes nothing."""
+    if key == "attention.causal":
+        return value is True
+    return value in (0, "", None) or (key.endswith(("scale", "factor")) and value == 1)
+
 
 def _rope_scaling(read: _Reader, factors: list[float] | None) -> dict[str, Any] | None:
-    if factors is not None:  # how llama.cpp's converter writes Llama 3's scaling
-        return {"rope_type": "factors", "factors": factors}
-    kind, factor = read("rope.scaling.type", "none"), read("rope.scaling.factor", 0.0) or read("rope.scale_linear", 0.0)
-    if kind == "none" or (not factor and kind == "linear"):
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
+    """llama.cpp's reading: without a type a factor is linear, and a tensor of factors divides besides."""
+    kind = read("rope.scaling.type", "linear")
+    factor = read("rope.scaling.factor", read("rope.scale_linear", 0.0)) or 1.0
+    extra = read("rope.scaling.attn_factor", 0.0) or 1.0
+    original = read("rope.scaling.original_context_length", 0)
+    betas = {key: read(f"rope.scaling.yarn_{key}", 0.0) for key in ("beta_fast", "beta_slow")}
+    if kind not in ("none", "linear", "yarn"):
         raise Unsupported("rope scaling", str(kind), ("none", "linear", "yarn"))
-    if not isinstance(factor, float) or not factor > 0:
+    if not isinstance(factor, int | float) or not 0 < factor < inf:
         raise ModelError(f"{read.path}: rope.scaling.factor is {factor!r}, not a number above 0.")
+    if kind != "yarn" and extra != 1:
+        raise Unsupported("GGUF key", "rope.scaling.attn_factor", (), f"It is {extra!r}, without yarn scaling.")
+    if factors is not None:  # how llama.cpp's converter writes Llama 3's scaling
+        if kind == "yarn" and factor != 1:
+            raise Unsupported("rope scaling", "yarn beside rope_freqs.weight", ("none", "linear"))
+        return {"rope_type": "factors", "factors": [f * (factor if kind == "linear" else 1) for f in factors]}
+    if kind == "none" or (factor == 1 and kind == "linear"):
+        return None
     context = read("context_length")
-    scaling = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": read("rope.scaling.original_context_length", context),
-    }
-    for key in ("beta_fast", "beta_slow"):
-        if value := read(f"rope.scaling.yarn_{key}", 0.0):
-            scaling[key] = value
-    if extra := read("rope.scaling.attn_factor", 0.0):  # theirs is on top of YaRN's own, transformers' in its place
+    if kind == "linear":  # context_length is the stretched one, unless both are told
+        original = original or context / factor
+        return {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": original}
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original or context}
+    scaling |= {key: value for key, value in betas.items() if value}
+    if extra != 1:  # theirs is on top of YaRN's own, transformers' in its place
         scaling["attention_factor"] = extra * (0.1 * log(factor) + 1.0 if factor > 1 else 1.0)
     return scaling
 

@@ -1,0 +1,64 @@
+"""Tensors of a checkpoint that a program does not read: what they would have changed is refused, the rest is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Set
+
+from tokenmill.errors import ModelError
+from tokenmill.weights.checkpoint import Checkpoint
+
+_LAYER = re.compile(r".*?\.\d+\.")
+_HEAD = "lm_head.weight"
+_NO_WEIGHT = re.compile(r".*(\.rotary_emb\.\w+|\.((kv?|v|q|output|prob_output)_scale))")
+"""Frequencies that old versions of transformers stored, and scales of a quantized cache."""
+
+
+def unread(wanted: Set[str], source: Checkpoint) -> list[str]:
+    """The tensors beside those of `wanted` that a model computed without them does not need, such as another head.
+
+    ModelError names one that belongs to what the program computes: to a layer, or to a product, norm or table of it.
+    Of a GGUF file that is every one, as for llama.cpp. A bias of zeros counts as none. Tensors of a quantization method
+    are up to the method.
+    """
+    if source.config.get("quantization_config") is not None:
+        return []
+    layers = {match[0] for name in wanted if (match := _LAYER.match(name))}
+    modules = {name.rpartition(".")[0] for name in wanted} | {_HEAD.rpartition(".")[0]}
+    left = []
+    for name in source.names():
+        zeros = name not in wanted and name.endswith(".bias") and not source[name].data.any()
+        if name in wanted or zeros or _NO_WEIGHT.fullmatch(name):
+            continue
+        match = _LAYER.match(name)
+        computed = match[0] in layers if match else name.rpartition(".")[0] in modules and name != _HEAD
+        if computed or source.format == "gguf":
+            raise ModelError(
+                f"The weights have a tensor {name!r}, which the {source.config.get('model_type')} model that their "
+                "configuration describes does not read: answers would not be those that it was trained for. Set what "
+                "belongs to it in config.json (a bias: attention_bias or mlp_bias), or the model_type that has it."
+            )
+        left.append(name)
+    return left
+
+
+def another_head(wanted: Set[str], table: str, source: Checkpoint) -> bool:
+    """True if a tied model's checkpoint has an output matrix of its own that differs from the embedding `table`."""
+    if _HEAD in wanted or source.shape(_HEAD) is None:
+        return False
+    own, tied = source[_HEAD], source[table]
+    return (own.kind, own.shape) != (tied.kind, tied.shape) or own.data.tobytes() != tied.data.tobytes()
+
+
+def cure_of_missing(name: str, source: Checkpoint) -> str:
+    """What to do about a tensor that the checkpoint lacks, with a blank before it; "" if nothing is known."""
+    if name == _HEAD:
+        return (
+            " If the embedding is the output matrix too, set tie_word_embeddings to true in config.json; transformers "
+            "would fill it with random numbers."
+        )
+    wrapped = next((other for other in source.names() if other.endswith(f".{name}")), None)
+    if wrapped is not None:
+        prefix = wrapped.removesuffix(name)
+        return f" There is {wrapped!r}: save the model without its wrapper, so that names do not begin with {prefix!r}."
+    return ""
