@@ -7,7 +7,7 @@ CLIENTS ?= .venv-clients
 ARGS ?=
 export VENV
 
-.PHONY: help serve chat torch test test-without-torch test-clients lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
+.PHONY: help serve chat torch test test-without-torch test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -29,6 +29,17 @@ test-without-torch: $(VENV)/.installed-test-without-torch  ## the tests that nee
 # TOKENMILL_PYTHON: who runs the server. --confcutdir: the other tests' conftest needs their environment.
 test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed tests/clients/node/node_modules  ## the clients that people use, Python's in .venv-clients and Node's
 	@TOKENMILL_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest --confcutdir=tests/clients tests/clients --disable-warnings $(ARGS)
+
+# From nothing, so that pip keeps no version that is there already. A Makefile's variables reach it by the environment.
+test-newest:  ## all tests, and the clients', with the newest of everything that pyproject.toml allows, in .venv-newest
+	@rm -rf .venv-newest .venv-newest-clients
+	@LOCKED=no TORCH="$${TORCH:-torch}" $(MAKE) --no-print-directory .venv-newest/.installed-test VENV=.venv-newest
+	@.venv-newest/bin/python -m pip freeze --disable-pip-version-check
+	@LOCKED=no $(MAKE) --no-print-directory test VENV=.venv-newest
+	@LOCKED=no $(MAKE) --no-print-directory test-clients VENV=.venv-newest CLIENTS=.venv-newest-clients
+
+lock:  ## write locks/*.txt anew: the newest of everything, or ARGS="--upgrade-package NAME"
+	@VENV=.venv-lock scripts/lock.sh $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
@@ -68,7 +79,7 @@ wheel: $(VENV)/.installed  ## dist/tokenmill-….whl
 clean:  ## remove what was made, the environment too
 	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-$(VENV)/.installed: pyproject.toml scripts/install.sh
+$(VENV)/.installed: pyproject.toml scripts/install.sh locks/torch.txt locks/without-torch.txt
 	@scripts/install.sh -e .
 	@touch $@
 
@@ -88,10 +99,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@scripts/install.sh -e '.[test,torch,dev]'
 	@touch $@
 
-$(CLIENTS)/.installed: tests/clients/requirements.txt | $(VENV)/.installed
+$(CLIENTS)/.installed: tests/clients/requirements.txt locks/clients.txt | $(VENV)/.installed
 	@echo "Installing the clients into $(CLIENTS)"
 	@$(BIN)/python -m venv $(CLIENTS)
-	@$(CLIENTS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-input -r $<
+	@$(CLIENTS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-input -r $< \
+		$(if $(filter no,$(LOCKED)),,-c locks/clients.txt)
 	@touch $@
 
 tests/clients/node/node_modules: tests/clients/node/package-lock.json
