@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -108,6 +109,37 @@ def test_a_stop_string_is_found_wherever_the_text_is_cut(
     out += matcher.finish()
     before, with_it, stop = first_stop(text, stops)
     assert (out, stopped) == (with_it if include else before, stop)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=3),
+       st.lists(st.integers(1, 4), max_size=12), st.integers(0, 12), st.booleans())  # fmt: skip
+def test_a_stop_string_ends_nothing_before_the_least_number_of_tokens(
+    text: str, stops: list[str], cuts: list[int], early: int, include: bool
+) -> None:
+    places = [0, *(sum(cuts[: i + 1]) for i in range(len(cuts))), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(place for place in places if place <= len(text)) if a < b]
+    matcher, out, stopped = StopMatcher(stops), "", None
+    for i, piece in enumerate(pieces):
+        emitted, stopped = matcher.push(piece, True, include, ends=i >= early)
+        out += emitted
+        if stopped is not None:
+            break
+    least = len("".join(pieces[:early]))
+    found = [
+        (start + len(stop), start, stop)
+        for stop in stops
+        for start in range(len(text))
+        if text.startswith(stop, start) and start + len(stop) > least
+    ]
+    end, start, stop = min(found, default=(len(text), len(text), None))
+    assert (out + matcher.finish(), stopped) == (text[: end if include else start], stop)
+
+
+def test_a_stop_string_that_is_complete_too_early_stays_in_the_text() -> None:
+    ids = [BYTES.encode(letter)[0] for letter in "ababab"]
+    for least, out in ((0, "a"), (1, "a"), (2, "aba"), (3, "aba"), (4, "ababa"), (40, "ababab")):
+        assert run(BYTES, ids, ["b"], min_tokens=least)[0] == out, least
 
 
 def test_nothing_is_held_back_that_can_be_part_of_no_stop_string() -> None:

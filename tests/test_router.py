@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 
-from tests.support_tools import WRITERS, cut
+from tests.support_tools import BARE, WRITERS, Call, cut
 from tests.test_tools import TOOLS, reader
 from tokenmill.text.reasoning import reasoning_of
-from tokenmill.text.router import CallDelta, Delta, fold, router_of
+from tokenmill.text.router import CallDelta, Delta, Router, fold, router_of
 from tokenmill.text.tools import formats, of_template
 
 THINK = '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call> {{ \'</think>\' }}'
@@ -61,18 +62,174 @@ def test_thought_content_and_call_come_apart_wherever_the_text_is_cut() -> None:
         assert router.complete_calls == 1
 
 
-def test_a_call_is_not_searched_for_in_a_thought_nor_without_tools() -> None:
+def test_a_call_is_not_searched_for_without_tools() -> None:
     router = router_of(THINK)
     assert fold([router.push(CALL), router.finish()]) == Delta(content=CALL)
-    router = router_of(THINK, tools=TOOLS, reasoning=reasoning_of(THINK, "<think>\n"))
+    router = router_of(THINK, reasoning=reasoning_of(THINK, "<think>\n"))
     assert fold([router.push(CALL), router.finish()]) == Delta(reasoning=CALL)
 
 
-def test_without_parallel_calls_a_second_one_is_content() -> None:
+def thinking(name: str, **more: Any) -> Router:
+    """The router of an answer that begins inside of a thought between <think> tags, with calls of that format."""
+    return router_of(
+        "", parser=name, tools=TOOLS, reasoning=reasoning_of(THINK, "<think>\n"), new_id=lambda: "id0", **more
+    )
+
+
+ASIDE = "Let me look. [1] {a} <tool_call> or [TOOL_CALLS]?\n\n"
+OSLO: Call = ("get_weather", {"city": "Oslo"})
+
+
+@pytest.mark.parametrize("name", sorted(set(WRITERS) - {"harmony"}))
+def test_a_call_ends_the_thought_that_it_begins_in(name: str) -> None:
+    for calls in ([OSLO], [OSLO, ("now", {})]):
+        whole = ASIDE + WRITERS[name](calls)
+        for pieces in ([whole], list(whole), *(cut(whole, [place]) for place in range(0, len(whole), 3))):
+            router = thinking(name)
+            answer = fold([*map(router.push, pieces), router.finish()])
+            assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == calls
+            assert (answer.reasoning, answer.content) == (ASIDE.strip(), "")
+            assert router.complete_calls == len(calls)
+
+
+@pytest.mark.parametrize("name", sorted(set(WRITERS) - {"harmony"}))
+@pytest.mark.parametrize("call", [("unheard_of", {"city": "Oslo"}), OSLO])
+def test_what_is_no_call_of_a_given_function_stays_in_the_thought(name: str, call: Call) -> None:
+    text = WRITERS[name]([call])
+    text = text if call[0] == "unheard_of" else text[: text.index("get_weather")] + "?"
+    whole = f"Is it\n{text}\nor not?\n</think>\n\nNo."
+    for pieces in ([whole], list(whole)):
+        router = thinking(name)
+        answer = fold([*map(router.push, pieces), router.finish()])
+        assert answer == Delta(f"Is it\n{text}\nor not?", "No.")
+
+
+@pytest.mark.parametrize("name", sorted(BARE))
+def test_a_call_without_a_mark_ends_no_thought_that_goes_on(name: str) -> None:
+    whole = f"I could write\n{WRITERS[name]([OSLO])}\nbut I will not.\n</think>\n\nNo."
+    for pieces in ([whole], list(whole)):
+        router = thinking(name)
+        answer = fold([*map(router.push, pieces), router.finish()])
+        assert answer == Delta(whole.partition("\n</think>")[0], "No.")
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS.keys() - {"harmony"}))
+def test_a_thought_may_be_nothing_but_a_call(name: str) -> None:
+    whole = WRITERS[name]([OSLO])
+    for pieces in ([whole], list(whole), ["\n", whole]):
+        router = thinking(name)
+        answer = fold([*map(router.push, pieces), router.finish()])
+        assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == [OSLO]
+        assert (answer.reasoning, answer.content) == ("", "")
+
+
+def test_the_mark_that_would_have_ended_a_thought_is_no_content() -> None:
+    for behind, content in (("</think>\n\nDone.", "Done."), ("\n</think>", ""), ("Done. </think>", "Done. </think>")):
+        for pieces in ([f"Hm\n{CALL}{behind}"], list(f"Hm\n{CALL}{behind}")):
+            router = thinking("hermes")
+            answer = fold([*map(router.push, pieces), router.finish()])
+            assert (answer.reasoning, answer.content, len(answer.calls)) == ("Hm", content, 1), behind
+
+
+def test_a_call_that_is_cut_off_in_an_open_thought_is_content() -> None:
+    begun = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Os'
+    for pieces in ([f"Hm\n{begun}"], list(f"Hm\n{begun}")):
+        router = thinking("hermes")
+        assert fold([*map(router.push, pieces), router.finish()]) == Delta("Hm", begun)
+        assert router.complete_calls == 0
+
+
+def test_tokens_of_a_call_in_an_open_thought_are_none_of_the_thought() -> None:
+    router = thinking("hermes")
+    told = [(router.push(character), router.in_reasoning)[1] for character in f"Hm {CALL}"]
+    assert told == [True, True, *[True] * len(" <tool_call"), *[False] * (len(CALL) - len("<tool_call"))]
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_without_parallel_calls_an_answer_is_over_with_the_first(name: str) -> None:
+    first = WRITERS[name]([OSLO])
+    for whole in (WRITERS[name]([OSLO, ("now", {})]), f"{first}\nDone: {WRITERS[name]([('now', {})])}"):
+        for pieces in ([whole], list(whole)):
+            router = reader(name, parallel=False)
+            deltas, size = [], 0
+            for piece in pieces:
+                deltas.append(router.push(piece))
+                size += len(piece)
+                if router.over:
+                    break
+            answer = fold([*deltas, router.finish()])
+            assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == [OSLO]
+            assert (answer.content, router.over, router.complete_calls) == ("", True, 1)
+            assert size <= (len(first) if len(pieces) > 1 else len(whole))
+    router = reader(name)
+    router.push(first)
+    assert not router.over
+
+
+def test_text_before_a_last_call_is_content_and_without_tools_nothing_is_ever_over() -> None:
     router = reader("hermes", parallel=False)
-    answer = fold([router.push(f"{CALL}\n{CALL}"), router.finish()])
-    assert len(answer.calls) == 1
-    assert answer.content.strip() == CALL
+    assert fold([router.push(f"I look.\n{CALL}\n<tool_call>"), router.finish()]).content == "I look."
+    router = router_of(EXCERPTS["harmony"], parallel=False, reasoning=reasoning_of(EXCERPTS["harmony"], ""))
+    assert fold([router.push("<|channel|>final<|message|>Hi"), router.finish()]).content == "Hi"
+    assert not router.over
+
+
+STOPS = ["\n\n", "STOP"]
+FINAL = "<|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(
+    ("template", "whole", "thought", "answer"),
+    [
+        (THINK, "One.\n\nSTOP, two.\n</think>\n\nYes STOP no", "One.\n\nSTOP, two.", "Yes "),
+        (EXCERPTS["harmony"], "<|channel|>analysis<|message|>One.\n\nSTOP<|end|><|start|>assistant"
+         "<|channel|>final<|message|>Yes STOP no<|return|>", "One.\n\nSTOP", "Yes "),
+        ("<|START_THINKING|> <|END_THINKING|> <|START_RESPONSE|> <|END_RESPONSE|>",
+         "<|START_THINKING|>One.\n\nSTOP<|END_THINKING|>\n\n<|START_RESPONSE|>Yes STOP no<|END_RESPONSE|>",
+         "One.\n\nSTOP", "Yes "),
+    ],
+)  # fmt: skip
+def test_stop_strings_end_the_answer_and_not_the_thought(
+    template: str, whole: str, thought: str, answer: str, include: bool
+) -> None:
+    for pieces in ([whole], list(whole), *(cut(whole, [place]) for place in range(len(whole)))):
+        router = router_of(template, reasoning=reasoning_of(template, "<think>"))
+        router.end_at(STOPS, include=include)
+        deltas = [router.push(piece) for piece in pieces]
+        assert fold([*deltas, router.finish()]) == Delta(thought, answer + "STOP" * include)
+        assert (router.stopped, router.over) == ("STOP", True)
+
+
+def test_a_stop_string_that_never_comes_holds_nothing_back_in_the_end() -> None:
+    for template, before in ((THINK, "STO</think>"), (EXCERPTS["harmony"], "<|channel|>final<|message|>")):
+        router = router_of(template, reasoning=reasoning_of(template, "<think>"))
+        router.end_at(STOPS)
+        answer = fold([router.push(f"{before}Yes STO"), router.finish()])
+        assert (answer.content, router.stopped) == ("Yes STO", None)
+
+
+def test_a_token_that_is_not_shown_completes_a_stop_string_of_the_answer_alone() -> None:
+    for template, thought, behind in (
+        (THINK, "Hm", "</think>"), (EXCERPTS["harmony"], "<|channel|>analysis<|message|>Hm", "<|end|>" + FINAL)
+    ):  # fmt: skip
+        router = router_of(template, reasoning=reasoning_of(template, "<think>"))
+        router.end_at(["<|user|>"])
+        deltas = [router.push(thought), router.push("", "<|user|>"), router.push(behind), router.push("Yes")]
+        assert router.stopped is None
+        deltas += [router.push("", "<|user|>"), router.push("no")]
+        assert fold([*deltas, router.finish()]) == Delta("Hm", "Yes")
+        assert router.stopped == "<|user|>"
+
+
+def test_the_least_number_of_tokens_before_a_stop_string_is_the_answers() -> None:
+    for template, thought in ((THINK, list("a b STOP c</think>")), ("", [])):
+        for least, text in ((0, "1"), (2, "1"), (3, "1STOP2"), (6, "1STOP2STOP3")):
+            reasoning = reasoning_of(template, "<think>") if template else None
+            router = router_of(template, tools=TOOLS, reasoning=reasoning, parser="hermes")
+            router.end_at(["STOP"], min_tokens=least)
+            deltas = [router.push(piece) for piece in (*thought, "1", "ST", "OP", "2", "STO", "P", "3")]
+            assert fold([*deltas, router.finish()]).content == text, (template, least)
 
 
 def test_name_and_id_come_first_and_once() -> None:

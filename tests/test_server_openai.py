@@ -273,6 +273,18 @@ def test_bytes_that_are_no_text_are_written_as_openai_writes_them(server: Server
     assert held["text_offset"] == [0, 1, 2, 2, 3, 4, 5, 6, 7]  # though "Bo" may have become a stop string
 
 
+def test_no_stop_string_ends_an_answer_before_its_least_number_of_tokens(server: Server) -> None:
+    """"ö" are two bytes, and so is each token one."""
+    for least, text in ((0, "Zw"), (3, "Zw"), (4, "Zwölf Boxk"), (13, "Zwölf Boxk"), (500 - 40, TEXT)):
+        fields = {"stop": ["ö", "ämp"], "min_tokens": least, "max_tokens": 460}
+        choice = chat(server, **fields)["choices"][0]
+        assert choice["message"]["content"][: len(text)] == text
+        assert len(choice["message"]["content"]) == len(text) or least > NUM_TOKENS
+        assert complete(server, **fields)["choices"][0]["text"] == choice["message"]["content"]
+        *chunks, _ = server.events("/v1/chat/completions", {"messages": USER, **fields, "stream": True})
+        assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == choice["message"]["content"]
+
+
 def test_a_stop_string_is_kept_if_asked(server: Server) -> None:
     choice = chat(server, stop="ämp", include_stop_str_in_output=True)["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Zwölf Boxkämp", "stop")

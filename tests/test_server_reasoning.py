@@ -63,7 +63,8 @@ def test_a_thought_is_told_apart_under_both_names(server: Server) -> None:
     assert usage["completion_tokens"] > thought + len(ANSWER.encode())
 
 
-@pytest.mark.parametrize("fields", [{}, {"max_tokens": 10}, {"max_tokens": 21}, {"stop": "Gott"}, {"stop": "greet"}])
+@pytest.mark.parametrize("fields", [{}, {"max_tokens": 10}, {"max_tokens": 21}, {"stop": "Gott"}, {"stop": "greet"},
+                                    {"stop": ["ß"], "min_tokens": 12}])
 def test_the_plain_answer_is_the_fold_of_the_stream(server: Server, fields: Any) -> None:
     plain = chat(server, **fields)
     message = plain["choices"][0]["message"]
@@ -77,6 +78,20 @@ def test_the_plain_answer_is_the_fold_of_the_stream(server: Server, fields: Any)
     assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert usage["usage"]["completion_tokens_details"] == plain["usage"]["completion_tokens_details"]
     assert chunks[-1]["choices"][0]["finish_reason"] == plain["choices"][0]["finish_reason"]
+
+
+def test_stop_strings_and_the_least_number_of_tokens_are_about_the_answer(server: Server) -> None:
+    for stop in ("greet", ["y", "\n", "so"]):
+        message = chat(server, stop=stop)["choices"][0]["message"]
+        assert (message["reasoning"], message["content"]) == (THOUGHT, ANSWER)
+    for stop, content in (("Gott", "Grüß "), (["Gott", "ß"], "Grü"), ("!", "Grüß Gott")):
+        choice = chat(server, stop=stop)["choices"][0]
+        assert (choice["message"]["reasoning"], choice["message"]["content"]) == (THOUGHT, content)
+        assert choice["finish_reason"] == "stop"
+    for least, content in ((1, "Grü"), (20, ANSWER)):
+        assert chat(server, stop=["ß"], min_tokens=least)["choices"][0]["message"]["content"] == content
+    kept = chat(server, stop="Gott", include_stop_str_in_output=True)["choices"][0]["message"]
+    assert (kept["reasoning"], kept["content"]) == (THOUGHT, "Grüß Gott")
 
 
 def test_where_the_prompt_says_not_to_think_marks_are_content(server: Server) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from support_server import TEMPLATE, Server, scripted
+from support_server import TEMPLATE, Server, eventually, scripted
 
 from tokenmill.errors import ToolError, ValidationError
 from tokenmill.server.routes.chat_tools import newer, tools_of, with_tool_prompt, written_out
@@ -246,9 +246,35 @@ def test_the_plain_answer_is_the_fold_of_the_stream(server: Server) -> None:
         assert reasons == [None] * (len(reasons) - 1) + [choice["finish_reason"]]
 
 
-def test_one_call_only_if_so_asked(server: Server) -> None:
-    (choice,) = chat(server, tools=TOOLS, parallel_tool_calls=False)["choices"]
-    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["get_weather"]
+def test_one_call_only_if_so_asked_and_nothing_is_generated_behind_it(server: Server) -> None:
+    last = SAID.index("}}") + 1  # its arguments are whole
+    for fields in ({}, {"tool_choice": "auto"}, {"n": 2}, {"functions": [tool["function"] for tool in TOOLS]}):
+        fields = {"parallel_tool_calls": False, **({} if "functions" in fields else {"tools": TOOLS}), **fields}
+        body = chat(server, **fields)
+        for choice in body["choices"]:
+            message = choice["message"]
+            assert message["content"] == "Let me look."
+            calls = [call["function"] for call in message.get("tool_calls", [])] or [message["function_call"]]
+            assert [call["name"] for call in calls] == ["get_weather"]
+            assert choice["finish_reason"] == ("function_call" if "functions" in fields else "tool_calls")
+        written = SAID[:last].replace("<tool_call>", "T")  # one token
+        assert body["usage"]["completion_tokens"] == len(written.encode()) * len(body["choices"])
+    eventually(lambda: server.metric("tgi_batch_current_size") == 0)
+
+
+@pytest.mark.parametrize("choice", ["required", "get_time", {"type": "function", "function": {"name": "get_time"}}])
+def test_one_call_only_where_it_is_forced(tmp_path: Any, choice: Any) -> None:
+    call = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+    with scripted(tmp_path, text=f"{call}\n{call}", template=HERMES, special=("<tool_call>", "</tool_call>"),
+                  total=3000) as running:  # fmt: skip
+        fields = {"tools": [TIME], "tool_choice": choice, "parallel_tool_calls": False}
+        (plain,) = chat(running, **fields)["choices"]
+        choices, whole = streamed(running, **fields)
+        wanted = {"name": "get_time", "arguments": "{}"}
+        assert [made["function"] for made in plain["message"]["tool_calls"]] == [wanted]
+        assert list(whole["tool_calls"].values()) == [wanted]
+        assert (plain["message"]["content"], whole["content"]) == (None, "")
+        assert plain["finish_reason"] == choices[-1]["finish_reason"] == "tool_calls"
 
 
 def test_an_answer_that_is_cut_off_in_a_call_has_ended_by_length(server: Server) -> None:

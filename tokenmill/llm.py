@@ -206,7 +206,9 @@ class _Answer:
 
     def __init__(self, engine: OfflineEngine, tokenizer: Tokenizer, prepared: Prepared) -> None:
         self._engine, self._prepared = engine, prepared
-        self._detokenizer = Detokenizer(tokenizer, prepared.stop, prompt_ids=prepared.prompt_ids)
+        self._detokenizer = Detokenizer(
+            tokenizer, prepared.stop, min_tokens=prepared.stopping.min_new_tokens, prompt_ids=prepared.prompt_ids
+        )
         self._id = engine.submit(prepared.prompt_ids, prepared.sampling, prepared.stopping, grammar=prepared.grammar)
         self._token_ids: list[int] = []
         self._details: list[TokenDetails] = []

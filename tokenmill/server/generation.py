@@ -1,7 +1,8 @@
 """Generation: one sequence on its way from the engine to a client, as text.
 
-It turns token ids into text, finds stop strings, keeps the times that headers, logs and metrics need, and hands each
-token to the answer that it is part of. Everything happens in the callback that read the engine's frame.
+It turns token ids into text, finds stop strings, reads thoughts and calls out of it if it has a router, keeps the times
+that headers, logs and metrics need, and hands each token to the answer that it is part of. Everything happens in the
+callback that read the engine's frame.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Literal, Protocol
 import msgspec
 
 from tokenmill.errors import GenerationError, GrammarError, RequestError
-from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.detokenizer import Detokenizer, Piece
 from tokenmill.text.prepare import Prepared
+from tokenmill.text.router import Delta, Router, fold
 from tokenmill.wire.messages import Facts, Output, TokenDetails
 
 Finish = Literal["", "eos", "stop", "length"]
@@ -23,7 +25,8 @@ class GeneratedToken(msgspec.Struct, gc=False):
     """One token of the answer. `text` is what it adds to the answer, `token_text` what it is by itself.
 
     The last token's `text` ends with everything that was held back. `finish`: "eos" an end-of-sequence id, "stop" a
-    stop string, "length"; "" unless it is the last.
+    stop string or the last call that an answer may have, "length"; "" unless it is the last. `read`: what a router
+    makes of `text`, if there is one.
     """
 
     index: int  # from 1
@@ -33,6 +36,7 @@ class GeneratedToken(msgspec.Struct, gc=False):
     special: bool
     finish: Finish
     details: TokenDetails | None
+    read: Delta | None = None
 
 
 class Timings(msgspec.Struct):
@@ -56,11 +60,12 @@ class Listener(Protocol):
 
 
 class Generation:
-    """A `client.Sink`. `index`: the choice of the answer that it is, `observe_gap` takes seconds between two tokens."""
+    """A `client.Sink`. `index`: the choice of the answer that it is, `observe_gap` takes seconds between two tokens.
+    `router`: reads the text, and finds the stop strings in the place of the detokenizer."""
 
     __slots__ = (
         "_listener", "_observe_gap", "detokenizer", "facts", "finish", "id", "index", "num_cached", "num_generated",
-        "prepared", "prompt_details", "prompt_index", "sum_logprobs", "timings",
+        "num_reasoning", "prepared", "prompt_details", "prompt_index", "router", "sum_logprobs", "timings",
     )  # fmt: skip
 
     def __init__(
@@ -74,12 +79,15 @@ class Generation:
         *,
         index: int = 0,
         prompt_index: int = 0,
+        router: Router | None = None,
     ) -> None:
         self.id, self.prepared, self.detokenizer = request_id, prepared, detokenizer
         self._listener, self.timings, self._observe_gap = listener, timings, observe_gap
         self.index, self.prompt_index = index, prompt_index
         self.finish: Finish = ""
+        self.router = router
         self.num_generated = 0
+        self.num_reasoning = 0  # tokens of thoughts
         self.num_cached = 0
         self.sum_logprobs = 0.0
         self.prompt_details: list[TokenDetails] = []
@@ -139,18 +147,32 @@ class Generation:
         self.num_generated += 1
         finish: Finish = ""
         text = piece.text
+        read = self._read(piece) if self.router is not None else None
         if output.finish_reason == "stop" and position == len(output.token_ids) - 1:
             finish = "eos"
-        elif piece.stopped is not None:
+        elif piece.stopped is not None or (self.router is not None and self.router.over):
             finish = "stop"
         elif output.finish_reason and position == len(output.token_ids) - 1:
             finish = "length"
         if finish:
-            self.finish = finish
             text += self.detokenizer.finish()
-        token = GeneratedToken(self.num_generated, token_id, text, piece.token_text, piece.special, finish, details)
+            if self.router is not None and read is not None:
+                read = fold((read, self.router.finish()))
+                finish = "stop" if finish == "length" and self.router.over else finish
+            self.finish = finish
+        token = GeneratedToken(
+            self.num_generated, token_id, text, piece.token_text, piece.special, finish, details, read
+        )
         self._listener.token(self, token)
         return bool(finish)
+
+    def _read(self, piece: Piece) -> Delta:
+        """What the router makes of a token, which is counted if it is a thought's."""
+        assert self.router is not None
+        read = self.router.push(piece.text, "" if piece.text else piece.token_text)
+        if read.reasoning or self.router.in_reasoning:
+            self.num_reasoning += 1
+        return read
 
 
 class MeasuredGeneration(Generation):

@@ -39,11 +39,11 @@ class Detokenizer:
 
     `stop`: strings that end the answer, wherever they are in the text; the text before one is emitted, and the string
     itself if `include_stop`. Of several, the one that is complete first. Text of special tokens takes part in the
-    comparison though it is not emitted. After a stop nothing more is emitted. `shown_ids`: special tokens that are
-    emitted all the same.
+    comparison though it is not emitted. After a stop nothing more is emitted. `min_tokens`: no string that is complete
+    with one of so many first tokens ends the answer. `shown_ids`: special tokens that are emitted all the same.
     """
 
-    __slots__ = ("_decoder", "_hidden", "_include", "_matcher", "_parts", "_special", "_text_of")
+    __slots__ = ("_decoder", "_early", "_hidden", "_include", "_matcher", "_parts", "_special", "_text_of")
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
         shown_ids: frozenset[int] = frozenset(),
     ) -> None:
@@ -63,7 +64,7 @@ class Detokenizer:
         self._special = tokenizer.special_ids
         self._hidden: frozenset[int] = self._special - shown_ids if skip_special_tokens else frozenset()
         self._matcher = StopMatcher(stop) if stop else None
-        self._include = include_stop
+        self._include, self._early = include_stop, min_tokens
         self._parts: list[str] = []
 
     @property
@@ -81,7 +82,8 @@ class Detokenizer:
         if self._matcher is None:
             text, stopped = token_text if shown else "", None
         else:
-            text, stopped = self._matcher.push(token_text, shown, self._include)
+            text, stopped = self._matcher.push(token_text, shown, self._include, ends=self._early <= 0)
+            self._early -= 1
         if text:
             self._parts.append(text)
         return Piece(text, token_text, special, stopped)
@@ -101,28 +103,32 @@ class StopMatcher:
     end together the longer one.
     """
 
-    __slots__ = ("_done", "_first", "_held", "_longest", "_parts", "_stops")
+    __slots__ = ("_done", "_early", "_first", "_held", "_longest", "_parts", "_stops")
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)  # none of them empty
         self._first = frozenset(stop[0] for stop in self._stops)
         self._longest = max(len(stop) for stop in self._stops)
         self._held = ""  # a beginning of some stop string
+        self._early = 0  # characters of it that came when no string could end the text
         self._parts: list[tuple[str, bool]] = []  # the same, and whether each part is shown
         self._done = False
 
-    def push(self, text: str, shown: bool, include: bool) -> tuple[str, str | None]:
-        """What may be emitted now, and the stop string that was found. `shown` False: `text` is compared only."""
+    def push(self, text: str, shown: bool, include: bool, *, ends: bool = True) -> tuple[str, str | None]:
+        """What may be emitted now, and the stop string that was found. `shown` False: `text` is compared only. `ends`
+        False: no string that is complete with it ends the text."""
         if self._done or not text:
             return "", None
         if not self._held and not any(character in text for character in self._first):
             return text if shown else "", None
         held = self._held + text
         self._parts.append((text, shown))
+        if not ends:
+            self._early = len(held)
         found = self._find(held)
         if found is None:
             kept = self._undecided(held)
-            self._held = held[kept:]
+            self._held, self._early = held[kept:], max(self._early - kept, 0)
             return self._take(kept), None
         start, end, stop = found
         emitted = self._take(end if include else start)
@@ -136,10 +142,11 @@ class StopMatcher:
         return text
 
     def _find(self, held: str) -> tuple[int, int, str] | None:
-        found = [(held.find(stop), stop) for stop in self._stops if stop in held]
+        starts = ((held.find(stop, max(self._early - len(stop) + 1, 0)), stop) for stop in self._stops)
+        found = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
         if not found:
             return None
-        end, start, stop = min((start + len(stop), start, stop) for start, stop in found)
+        end, start, stop = min(found)
         return start, end, stop
 
     def _undecided(self, held: str) -> int:

@@ -51,6 +51,11 @@ class Machine:
         return self._out.complete
 
     @property
+    def over(self) -> bool:
+        """True once nothing more can be part of the answer: it has all the calls that it may have."""
+        return self._out.over
+
+    @property
     def in_reasoning(self) -> bool:
         """True while the newest text is a thought, for a format that reads them."""
         return self._out.thinking

@@ -95,13 +95,20 @@ class Output:
         """True if the answer may have no further call."""
         return self.most is not None and self.complete >= self.most
 
+    @property
+    def over(self) -> bool:
+        """True once the answer has all the calls that it may have: nothing behind them is part of it."""
+        return self.full and self.complete > 0
+
     def content(self, text: str) -> None:
         """Text for the user."""
-        self._content.append(text)
+        if not self.over:
+            self._content.append(text)
 
     def reasoning(self, text: str) -> None:
         """Text of a thought."""
-        self._reasoning.append(text)
+        if not self.over:
+            self._reasoning.append(text)
 
     def check(self, name: str, known: bool = False) -> str:
         """`name`, if it can be a function's; with `known`, if it is one of the functions given. Raises Broken."""

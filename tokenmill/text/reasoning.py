@@ -10,7 +10,8 @@ import msgspec
 
 from tokenmill.errors import Unsupported
 from tokenmill.text.output import Output
-from tokenmill.text.reader import Broken, Markers, Reader, Reading, expect, spaces, take
+from tokenmill.text.reader import Broken, Markers, Reader, Reading, expect, peek, spaces, take
+from tokenmill.text.reasoning_calls import Caller
 
 _MOST_SPACE = 32  # characters of white space that wait for the mark behind them
 
@@ -106,17 +107,47 @@ def reasoning_of(template: str, prompt: str, parser: str = "") -> ReasoningForma
     return msgspec.structs.replace(form, already_open=True) if tail.endswith(form.start) else form
 
 
+class Stray:
+    """Takes a mark off the beginning of a text that comes in pieces: a thought's end where a call has ended it."""
+
+    __slots__ = ("_held", "_mark", "_passed")
+
+    def __init__(self, mark: str) -> None:
+        self._mark, self._held, self._passed = mark, "", False
+
+    def push(self, text: str) -> str:
+        """What `text` adds."""
+        if self._passed:
+            return text
+        self._held += text
+        begun = self._held.lstrip()
+        if self._mark.startswith(begun[: len(self._mark)]):
+            if len(begun) <= len(self._mark) or begun[len(self._mark) :].isspace():
+                return ""
+            self._held = begun[len(self._mark) :].lstrip()
+        self._passed = True
+        return self.finish()
+
+    def finish(self) -> str:
+        """What was held back."""
+        text, self._held = self._held, ""
+        return "" if text.lstrip().startswith(self._mark) else text
+
+
 class Splitter:
-    """Splits one answer. `push` text as it comes, then `finish` once; both give (thought, rest)."""
+    """Splits one answer. `push` text as it comes, then `finish` once; both give (thought, rest). With a `caller`, a
+    call inside of a thought ends it as its end mark does."""
 
-    __slots__ = ("_end", "_form", "_out", "_reader", "_run", "inside", "passed")
+    __slots__ = ("_caller", "_form", "_marks", "_out", "_reader", "_run", "called", "end", "inside", "passed")
 
-    def __init__(self, form: ReasoningFormat) -> None:
-        self._form = form
-        self._end = Markers(form.end)
+    def __init__(self, form: ReasoningFormat, caller: Caller | None = None) -> None:
+        self._form, self.end = form, form.end
+        self._caller = caller
+        self._marks = Markers(form.end, *(caller.starts if caller else ()))
         self._reader = Reader()
         self._out = Output({}, str)
         self.inside = form.already_open  # the text now is a thought
+        self.called = False  # a call has ended the thought
         self.passed = False  # no thought can come any more: `push` gives its text back
         self._run = self._answer()
         next(self._run, None)
@@ -158,30 +189,62 @@ class Splitter:
             yield from self._wrapped(form.wrap)
 
     def _thought(self) -> Reading[None]:
-        """Text up to the end mark, without the white space around it."""
+        """Text up to the end mark or a call, without the white space around it."""
         r = self._reader
         if self._form.already_open:  # models that were taught to open it do so again
             yield from spaces(r)
             yield from take(r, self._form.start)
         yield from spaces(r)
+        if self._caller is not None and self._caller.begins((yield from peek(r))) and (yield from self._calls(r.pos)):
+            return
         while True:
-            found = self._end.search(r.text, r.pos)
-            stop = found.start() if found else len(r.text) - (0 if r.ended else self._end.held(r.text, r.pos))
+            found = self._search(r.text, r.pos)
+            stop = found[0] if found else len(r.text) - (0 if r.ended else self._marks.held(r.text, r.pos))
             if found or not r.ended:
                 begin = max(r.pos, stop - _MOST_SPACE)
                 stop = begin + len(r.text[begin:stop].rstrip())
-            if stop > r.pos:
-                self._out.reasoning(r.text[r.pos : stop])
-                r.pos = stop
-            if found:
-                r.pos = found.end()
+            self._tell(stop)
+            if found and found[1] == self.end:
+                r.pos = found[0] + len(self.end)
                 self.inside = False
                 yield from spaces(r)
+            elif found:
+                behind = found[0] + len(found[1]) - r.pos
+                if not (yield from self._calls(found[0])):
+                    self._tell(behind)
+                    continue
             if found or r.ended:
                 r.settle()
                 return
             r.settle()
             yield
+
+    def _search(self, text: str, pos: int) -> tuple[int, str] | None:
+        """The first mark and where it is."""
+        if self._caller is not None:
+            return self._caller.search(self._marks, text, pos)
+        found = self._marks.search(text, pos)
+        return (found.start(), found.group()) if found else None
+
+    def _tell(self, stop: int) -> None:
+        r = self._reader
+        if stop > r.pos:
+            self._out.reasoning(r.text[r.pos : stop])
+            r.pos = stop
+
+    def _calls(self, at: int) -> Reading[bool]:
+        """True if a call begins at a place, from where the text is then read on. While that is open, it is no thought.
+        """
+        r, caller = self._reader, self._caller
+        assert caller is not None
+        at -= r.pos
+        r.settle()
+        self.inside = False
+        self.called = yield from caller.calls(r, at)
+        self.inside = not self.called
+        r.pos = at if self.called else 0
+        r.settle()
+        return self.called
 
     def _wrapped(self, wrap: tuple[str, str]) -> Reading[None]:
         """The answer without the marks around it. One that is not at its beginning or end is text."""

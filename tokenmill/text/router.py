@@ -1,4 +1,4 @@
-"""Routes an answer's text: thoughts, then calls, then content.
+"""Routes an answer's text: thoughts, then calls, then content, up to where it ends.
 
 A router belongs to one answer of one request. It is total: it takes any text in any pieces and raises nothing, and all
 its deltas, joined, do not depend on the pieces. So the plain answer is the fold of the stream.
@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from tokenmill.text.detokenizer import StopMatcher
 from tokenmill.text.functions import Tool, schemas_of
 from tokenmill.text.machine import Held, Machine
 from tokenmill.text.output import fold
-from tokenmill.text.reasoning import ReasoningFormat, Splitter
+from tokenmill.text.reasoning import ReasoningFormat, Splitter, Stray
+from tokenmill.text.reasoning_calls import Caller
 from tokenmill.text.tools import by_name, of_template
 from tokenmill.text.tools.base import CallDelta, Delta, ToolFormat
 from tokenmill.text.tools.harmony import FORMAT as HARMONY
@@ -22,18 +24,33 @@ __all__ = ["CallDelta", "Delta", "Router", "fold", "router_of"]
 
 
 class Router:
-    """Splits one answer. `push` text as it comes, then `finish` once.
+    """Splits one answer. `push` each token's text as it comes, then `finish` once.
 
     The text must hold the special tokens that are among `markers`, as they are the delimiters of thoughts and calls;
     others are best left out of it.
     """
 
-    __slots__ = ("_machine", "_splitter", "markers")
+    __slots__ = ("_early", "_include", "_machine", "_matcher", "_splitter", "_stray", "markers", "stopped")
 
     def __init__(self, splitter: Splitter | None, machine: Machine | None, markers: frozenset[str]) -> None:
         self._splitter = splitter
         self._machine = machine
+        self._matcher: StopMatcher | None = None
+        self._include, self._early = False, 0
+        self._stray = Stray(splitter.end) if splitter and machine else None
         self.markers = markers
+        self.stopped: str | None = None  # the stop string that ended the answer
+
+    def end_at(self, stops: Sequence[str], *, include: bool = False, min_tokens: int = 0) -> None:
+        """Let the first of some strings end the answer, though not its thoughts. See `Detokenizer`; here `min_tokens`
+        are those behind the thought. Call before the first `push`."""
+        self._matcher = StopMatcher(stops) if stops else None
+        self._include, self._early = include, min_tokens
+
+    @property
+    def over(self) -> bool:
+        """True once nothing more can be part of the answer: a stop string came, or all the calls that it may have."""
+        return self.stopped is not None or (self._machine is not None and self._machine.over)
 
     @property
     def complete_calls(self) -> int:
@@ -47,24 +64,59 @@ class Router:
             return self._machine.in_reasoning
         return self._splitter is not None and self._splitter.inside
 
-    def push(self, text: str) -> Delta:
-        """What `text` adds."""
+    def push(self, text: str, hidden: str = "") -> Delta:
+        """What a token adds. `hidden`: the text of one that is not shown, with which a stop string may be complete."""
+        if self._machine is not None and self._machine.format.own_loop:
+            found = self._machine.push(text)
+            return self._with_content(found, self._unstopped(found.content, "" if self.in_reasoning else hidden))
         if self._splitter is None:
-            return self._machine.push(text) if self._machine else Delta(content=text)
+            return self._routed("", self._unstopped(text, hidden))
+        begun = self._splitter.passed
         reasoning, rest = self._splitter.push(text)
-        return self._routed(reasoning, rest)
+        return self._routed(reasoning, self._unstopped(rest, hidden) if begun or rest else "")
 
     def finish(self) -> Delta:
         """What was held back: it is over."""
+        if self._machine is not None and self._machine.format.own_loop:
+            found = self._machine.finish()
+            return self._with_content(found, self._unstopped(found.content) + self._released())
         reasoning, rest = self._splitter.finish() if self._splitter else ("", "")
-        delta = self._routed(reasoning, rest)
-        return fold((delta, self._machine.finish())) if self._machine else delta
+        delta = self._routed(reasoning, self._unstopped(rest) + self._released())
+        if self._machine is None:
+            return delta
+        last = self._without_stray(self._machine.finish())
+        return fold((delta, last, Delta(content=self._stray.finish() if self._stray else "")))
 
     def _routed(self, reasoning: str, rest: str) -> Delta:
         if self._machine is None or not rest:
             return Delta(reasoning, rest)
-        found = self._machine.push(rest)
+        found = self._without_stray(self._machine.push(rest))
         return msgspec.structs.replace(found, reasoning=reasoning) if reasoning else found
+
+    def _without_stray(self, delta: Delta) -> Delta:
+        """The delta without the mark that would have ended a thought, if a call has ended it."""
+        if self._stray is None or self._splitter is None or not self._splitter.called:
+            return delta
+        return self._with_content(delta, self._stray.push(delta.content))
+
+    def _unstopped(self, text: str, hidden: str = "") -> str:
+        """What stop strings let through of the answer's text. Counts a token."""
+        if self._matcher is None:
+            return text
+        ends = self._early <= 0
+        self._early -= 1
+        if self.stopped is not None:
+            return ""
+        text, self.stopped = self._matcher.push(text or hidden, bool(text), self._include, ends=ends)
+        return text
+
+    def _released(self) -> str:
+        """What was held back as the beginning of a stop string."""
+        return self._matcher.finish() if self._matcher is not None else ""
+
+    @staticmethod
+    def _with_content(delta: Delta, content: str) -> Delta:
+        return delta if content == delta.content else msgspec.structs.replace(delta, content=content)
 
 
 def router_of(
@@ -90,7 +142,8 @@ def router_of(
     if form is not None:
         most = (None if parallel else 1) if tools else 0
         machine = Machine(form, schemas_of(tools), new_id, most, held)
-    splitter = Splitter(reasoning) if reasoning is not None and not channels else None
+    caller = Caller(form, schemas_of(tools), held) if form is not None and not channels else None
+    splitter = Splitter(reasoning, caller) if reasoning is not None and not channels else None
     markers = (*(form.markers if form else ()), *(reasoning.markers if reasoning and not channels else ()))
     return Router(splitter, machine, frozenset(markers))
 

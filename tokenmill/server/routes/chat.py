@@ -70,6 +70,7 @@ async def prepare_chat(call: Call, body: ChatRequest) -> Prompted:
         keep_stop=bool(body.include_stop_str_in_output),
         num_characters=len(prompt),
         receipt=receipt.wanted(call, body.receipt),
+        router=speech.router,
         shown_ids=speech.shown_ids,
     )
     return Prompted(sequences, speech)

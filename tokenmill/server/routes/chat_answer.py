@@ -1,6 +1,6 @@
 """OpenAI's chat shapes: each token's chunk, and the plain answer that all chunks add up to.
 
-Models that think or call functions write that into their text; a `Router` for each choice takes it apart. Tokens that
+Models that think or call functions write that into their text; the sequence's router has taken it apart. Tokens that
 so far belong to nothing, as those of a call's delimiters, make no chunk: their log-probabilities come with the next
 one. A choice's first token always makes one, which has the role, as OpenAI's first chunk does: so choices begin in
 order, and clients that add deltas up find the role once. TGI's rules hold beside that: content or calls in every
@@ -31,32 +31,9 @@ from tokenmill.server.schema.openai import (
     TopLogprob,
     Usage,
 )
-from tokenmill.text.router import Delta, Router, fold
+from tokenmill.text.router import Delta, fold
 
 _encode = msgspec.json.Encoder().encode
-
-
-class _Reading:
-    """One choice as it is read: its router, and what of its tokens no chunk has carried yet."""
-
-    __slots__ = ("_called_word", "_router", "logprobs", "num_reasoning")
-
-    def __init__(self, router: Router, called_word: str) -> None:
-        self._router, self._called_word = router, called_word
-        self.num_reasoning = 0  # tokens of it
-        self.logprobs: list[TokenLogprob] = []
-
-    def push(self, token: GeneratedToken) -> Delta:
-        """What a token adds; the last one with all that was held back."""
-        delta = self._router.push(token.text)
-        if delta.reasoning or self._router.in_reasoning:
-            self.num_reasoning += 1
-        return fold((delta, self._router.finish())) if token.finish else delta
-
-    def finish_reason(self, finish: str) -> str | None:
-        """OpenAI's word for how the choice ended."""
-        called = self._router.complete_calls and finish in ("eos", "stop")
-        return self._called_word if called else FINISH[finish]
 
 
 class ChatAnswer:
@@ -67,22 +44,20 @@ class ChatAnswer:
         self._envelope, self._num_top, self._with_logprobs = envelope, num_top, num_top is not None
         self._speech = speech
         self._head, self._tail = frame_of(_encode(self._chunk([], None)))
-        self._readings: dict[int, _Reading] = {}
+        self._waiting: dict[int, list[TokenLogprob]] = {}  # of a choice: those of tokens that made no chunk
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
         """See `answering.Answer`."""
         logprobs = [self._logprob(token)] if self._with_logprobs else []
         role = "assistant" if token.index == 1 else msgspec.UNSET
-        if self._speech.router is None:
+        if token.read is None:
             delta, finish = ChatMessage(role, token.text), FINISH[token.finish]
         else:
-            reading = self._reading(generation)
-            read = reading.push(token)
-            reading.logprobs += logprobs
-            if not (read or token.finish or token.index == 1):
+            logprobs = self._waiting.pop(generation.index, []) + logprobs
+            if not (token.read or token.finish or token.index == 1):
+                self._waiting[generation.index] = logprobs
                 return b""
-            delta, finish = self._delta(role, read), reading.finish_reason(token.finish)
-            logprobs, reading.logprobs = reading.logprobs, []
+            delta, finish = self._delta(role, token.read), self._finish_reason(generation, token.finish)
         choice = ChatChunkChoice(
             generation.index, delta, ChatLogprobs(logprobs) if self._with_logprobs else None, finish
         )
@@ -99,13 +74,11 @@ class ChatAnswer:
         for generation in generations:
             its_tokens = tokens[generation.index]
             logprobs = ChatLogprobs([self._logprob(t) for t in its_tokens]) if self._with_logprobs else None
-            if self._speech.router is None:
+            if generation.router is None:
                 message = ChatMessage("assistant", "".join(t.text for t in its_tokens))
-                finish = FINISH[generation.finish]
             else:
-                reading = self._reading(generation)
-                message = self._message(fold([reading.push(token) for token in its_tokens]))
-                finish = reading.finish_reason(generation.finish)
+                message = self._message(fold([token.read for token in its_tokens if token.read is not None]))
+            finish = self._finish_reason(generation, generation.finish)
             choices.append(ChatChoice(generation.index, message, logprobs, finish or "stop"))
         usage = self._usage(generations)
         return _encode(
@@ -114,19 +87,16 @@ class ChatAnswer:
             )
         )
 
-    def _reading(self, generation: Generation) -> _Reading:
-        reading = self._readings.get(generation.index)
-        if reading is None:
-            assert self._speech.router is not None
-            word = "function_call" if self._speech.older else "tool_calls"
-            reading = self._readings[generation.index] = _Reading(self._speech.router(), word)
-        return reading
+    def _finish_reason(self, generation: Generation, finish: str) -> str | None:
+        """OpenAI's word for how a choice ended."""
+        called = generation.router is not None and generation.router.complete_calls and finish in ("eos", "stop")
+        return ("function_call" if self._speech.older else "tool_calls") if called else FINISH[finish]
 
     def _usage(self, generations: Sequence[Generation]) -> Usage:
         usage = self._envelope.usage(generations)
         if not self._speech.thinks:
             return usage
-        count = sum(reading.num_reasoning for reading in self._readings.values())
+        count = sum(generation.num_reasoning for generation in generations)
         return msgspec.structs.replace(usage, completion_tokens_details={"reasoning_tokens": count})
 
     def _delta(self, role: str | msgspec.UnsetType, read: Delta) -> ChatMessage:

@@ -101,8 +101,9 @@ class _Called:
             return generation.text
         one, router = generation.prepared, self._speech.router()
         marked = Detokenizer(
-            self._tokenizer, one.stop, include_stop=True, prompt_ids=one.prompt_ids, shown_ids=self._speech.shown_ids
-        )
+            self._tokenizer, one.stop, include_stop=True, min_tokens=one.stopping.min_new_tokens,
+            prompt_ids=one.prompt_ids, shown_ids=self._speech.shown_ids,
+        )  # fmt: skip
         deltas = [router.push(marked.push(token.id).text) for token in tokens]
         made = fold([*deltas, router.push(marked.finish()), router.finish()])
         for found in made.calls if router.complete_calls else ():

@@ -43,7 +43,9 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     temperature: Annotated[Number, _("Divides the logits; 0: the likeliest token is taken. Default 1.")] = None
     top_p: Annotated[Number, _("Keep the likeliest tokens that have this probability together; 1: off.")] = None
-    stop: Annotated[str | list[str] | None, _("Strings that end the text, which they are no part of.")] = None
+    stop: Annotated[
+        str | list[str] | None, _("Strings that end the text, though not a thought, and are no part of it.")
+    ] = None
     stream: Annotated[Flag, _("Send chunks as server-sent events.")] = None
     stream_options: Annotated[StreamOptions | None, _("Only with `stream`.")] = None
     seed: Annotated[Whole, _("Makes sampling repeatable; choice i uses seed + i. Default: drawn.")] = None
@@ -61,7 +63,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     top_k: Annotated[Whole, _("Keep so many of the likeliest tokens; 0 or -1: all.")] = None
     min_p: Annotated[Number, _("Drop tokens that are less likely than this share of the likeliest.")] = None
     typical_p: Annotated[Number, _("Keep the tokens nearest to the expected surprise; 1: off.")] = None
-    min_tokens: Annotated[Uint | None, _("No end of the text before so many tokens.")] = None
+    min_tokens: Annotated[Uint | None, _("No end of the text before so many tokens, by a stop string neither.")] = None
     ignore_eos: Annotated[Flag, _("Go on after the model's end of text.")] = None
     response_format: Annotated[
         Json | None,
@@ -97,7 +99,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     tool_prompt: Annotated[
         Text, _("Put behind the last message; without it, a template that knows no tools gets a text of ours.")
     ] = None
-    parallel_tool_calls: Annotated[Flag, _("false: at most one call in an answer. Default true.")] = None
+    parallel_tool_calls: Annotated[Flag, _("false: an answer ends with its first call. Default true.")] = None
     metadata: Annotated[dict[str, str] | None, _("Changes nothing. At most 16 pairs, of 64 and 512 characters.")] = None
     store: Annotated[Flag, _("Refused if true: answers are not kept.")] = None
     service_tier: Annotated[
