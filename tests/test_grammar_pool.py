@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import psutil
 import pytest
@@ -128,6 +130,47 @@ def test_large_sources_are_refused_without_a_process(pool: CompilePool) -> None:
     future = pool.submit(GrammarSpec("lark", "x" * 1_000_000))
     assert future.done()
     assert "at most" in fault(future, 0.1)
+
+
+def own_workers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "tokenmill.grammar.worker" in p.cmdline()]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="threads of one process have one priority here")
+def test_a_process_starts_with_the_time_that_nobody_else_wants_and_compiles_like_everybody() -> None:
+    before = {p.pid for p in own_workers()}
+    lazy = CompilePool("llguidance", backend("llguidance"), PoolLimits(processes=1))
+    try:
+        until = time.monotonic() + 60
+        policies: list[int] = []
+        while os.SCHED_IDLE not in policies and time.monotonic() < until:
+            time.sleep(0.002)
+            for process in own_workers():
+                if process.pid not in before:
+                    threads = sorted(int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir())
+                    policies = [os.sched_getscheduler(thread) for thread in threads]
+        assert policies == [os.SCHED_IDLE, os.SCHED_OTHER]
+    finally:
+        lazy.close()
+
+
+def test_a_grammar_that_comes_before_a_lazy_start_is_over_gets_a_process_that_does_not_give_way() -> None:
+    before = {p.pid for p in own_workers()}
+    pool = CompilePool("llguidance", backend("llguidance"), PoolLimits(processes=1))
+    try:
+        assert accepts(pool.submit(GrammarSpec("regex", "at once")).result(60), "at once")
+        (process,) = [p for p in own_workers() if p.pid not in before]
+        assert process.cmdline()[-1] == "now"
+        assert accepts(pool.submit(GrammarSpec("regex", "later")).result(60), "later")
+        assert process.is_running()
+    finally:
+        pool.close()
+
+
+def test_a_process_that_ended_while_it_waited_is_replaced(pool: CompilePool) -> None:
+    for process in own_workers():
+        process.kill()
+    assert accepts(pool.submit(GrammarSpec("regex", "behind the dead")).result(60), "behind the dead")
 
 
 def test_a_cancelled_request_harms_nobody(pool: CompilePool) -> None:

@@ -3,27 +3,33 @@
 `CompilePool.submit` returns at once. A process prepares the grammar within its limits of CPU time, memory and clock
 time, or is killed and replaced; then a thread of the pool finishes it here. Results are cached by content up to a
 number of bytes, refusals too. Equal grammars that come at the same time are compiled once.
+
+Processes start with the time that nobody else wants. If a grammar comes before that is over, one is started that does
+not give way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future
+from typing import IO
 
 import msgspec
 
 from tokenmill.errors import GenerationError, GrammarError
 from tokenmill.grammar.base import Backend, Grammar
-from tokenmill.grammar.worker import Job, Result, Setup
+from tokenmill.grammar.jobs import Job, Result, Setup
 from tokenmill.wire.channel import Channel, ChannelError
 from tokenmill.wire.messages import GrammarSpec
 
@@ -58,7 +64,8 @@ class CompilePool:
         self.limits = limits or PoolLimits()
         self.num_compiled = self.num_refused = self.num_killed = self.num_cached = 0
         self._backend = backend
-        self._setup = Setup(backend_name, backend.vocabulary, self.limits.cpu_s, self.limits.memory_bytes)
+        setup = Setup(backend_name, backend.vocabulary, self.limits.cpu_s, self.limits.memory_bytes)
+        self._setup = _as_file(msgspec.msgpack.encode(setup))
         self._lock = threading.Lock()
         self._closed = False
         self._cache = _Cache(self.limits.cache_bytes)
@@ -108,17 +115,19 @@ class CompilePool:
         for waiting in left.values():
             for future in waiting:
                 _settle(future, GenerationError("The server is stopping."))
+        self._setup.close()
 
     def _serve(self) -> None:
         process: _Process | None = None
         while True:
-            try:
-                process = process or _Process(self._setup)
-            except (OSError, ChannelError) as error:
-                log.error("A process that compiles grammars does not start: %s", error)
+            process = process or self._begin(lazy=True)
             key = self._jobs.get()
             if key is None:
                 break
+            if process is not None and not process.started(0.0):  # it has ended, or may never get its turn
+                process.end()
+                process = None
+            process = process or self._begin(lazy=False)
             result: Grammar | Exception
             if process is None:
                 result = GenerationError("The server cannot compile grammars at the moment.")
@@ -128,6 +137,20 @@ class CompilePool:
             self._finish(key, result)
         if process is not None:
             process.end()
+
+    def _begin(self, *, lazy: bool) -> _Process | None:
+        """A new process; None if it cannot be had. A lazy one is returned at once, another when it has started."""
+        why: object = f"it ended, or has not started after {_START_S:g} s"
+        try:
+            process = _Process(self._setup.fileno(), self.limits, lazy=lazy)
+            if lazy or process.started(_START_S):
+                return process
+            process.end()
+        except OSError as error:
+            why = error
+        if not lazy:  # else it is tried once more when it is needed
+            log.error("A process that compiles grammars does not start: %s", why)
+        return None
 
     def _compile(self, process: _Process, key: _Key) -> Grammar | Exception:
         try:
@@ -155,6 +178,15 @@ class CompilePool:
             self.num_compiled += not isinstance(result, Exception)
         for future in waiting:
             _settle(future, result)
+
+
+def _as_file(content: bytes) -> IO[bytes]:
+    """A file without a name that holds `content`, for processes that read it when they come to it."""
+    in_memory = hasattr(os, "memfd_create")  # Linux
+    file: IO[bytes] = open(os.memfd_create("setup"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(content)
+    file.flush()
+    return file
 
 
 def _settle(future: Future[Grammar], result: Grammar | Exception) -> None:
@@ -197,25 +229,24 @@ class _Killed(Exception):
 class _Process:
     """One process that compiles, as a thread of the pool sees it."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup_fd: int, limits: PoolLimits, *, lazy: bool) -> None:
         ours, theirs = socket.socketpair()
-        self.ended = False
+        self.ended, self._started, self._limits = False, False, limits
         with theirs:
+            fds = theirs.fileno(), setup_fd
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tokenmill.grammar.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), process_group=0,
+                [sys.executable, "-m", "tokenmill.grammar.worker", *map(str, fds), "lazy" if lazy else "now"],
+                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=fds, process_group=0,
             )  # fmt: skip
         self._channel: Channel[Result] = Channel(ours, Result)
-        self._memory_bytes = setup.memory_bytes
-        self._cpu_s = setup.cpu_s
-        try:
-            self._channel.set_timeout(_START_S)
-            self._channel.send(setup)
-            if self._channel.receive() is None:
-                raise ChannelError("it ended at once")
-        except (OSError, ChannelError):
-            self.end()
-            raise
+
+    def started(self, timeout_s: float) -> bool:
+        """Whether its start is over, within so many seconds; also False if it has ended."""
+        if not self._started:
+            self._channel.set_timeout(timeout_s)
+            with contextlib.suppress(OSError, ChannelError):
+                self._started = self._channel.receive() is not None
+        return self._started and self._process.poll() is None
 
     def run(self, job: Job, clock_s: float) -> Result:
         """Blocks until the job is done. _Killed: the process has ended, by itself or because it took too long."""
@@ -248,7 +279,7 @@ class _Process:
         code = self._process.returncode
         self.end()
         if code == -signal.SIGPROF:
-            return f"took more than {self._cpu_s:g} s of CPU time"
+            return f"took more than {self._limits.cpu_s:g} s of CPU time"
         if code == -signal.SIGSEGV:
             return "has too many levels or optional parts"
-        return f"took more than {self._memory_bytes >> 20} MB of memory"
+        return f"took more than {self._limits.memory_bytes >> 20} MB of memory"

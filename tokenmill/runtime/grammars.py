@@ -1,14 +1,16 @@
 """A model's grammars, as an engine gets them: compiled by a pool of processes, masks filled on several threads.
 
-Reading the tokenizer and handing it to a grammar library takes a second or two for a large vocabulary, so it is done
-beside everything else, when `start` is called or a first grammar is wanted.
+Reading the tokenizer and handing it to a grammar library takes a second or two for a large vocabulary, and holds
+Python's lock for most of that. So it is done when a first grammar is wanted, or before, piece by piece, by `prepare`,
+which is to be called while nobody waits for an answer.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -46,13 +48,22 @@ class ModelGrammars:
         self._source, self._size, self._name = source, size, name
         self._threads = max(1, min(cpus, _MOST_THREADS))
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._started: Future[_Parts] | None = None
+        self._made: Future[_Parts] = Future()
+        self._pieces = self._make()
+        self._piece: Future[None] | None = None
+        self._hurried = False
+
+    def prepare(self) -> None:
+        """Begin the next piece of what a first grammar would wait for, if none is being done; never waits."""
+        if not self._hurried and (self._piece is None or self._piece.done()):
+            self._piece = self._executor.submit(self._go_on, 1)
 
     def start(self) -> Future[_Parts]:
-        """Begin with what a first grammar would wait for. Idempotent; never waits."""
-        if self._started is None:
-            self._started = self._executor.submit(self._start)
-        return self._started
+        """Begin with all that is left of it. Idempotent; never waits."""
+        if not self._hurried:
+            self._hurried = True
+            self._executor.submit(self._go_on, None)
+        return self._made
 
     @property
     def _parts(self) -> _Parts:
@@ -68,7 +79,7 @@ class ModelGrammars:
         if self.start().done():
             return self._parts.pool.submit(spec)
         found: Future[Grammar] = Future()
-        self.start().add_done_callback(lambda _: self._submit(spec, found))
+        self._made.add_done_callback(lambda _: self._submit(spec, found))
         return found
 
     def fill(self, matchers: Sequence[Matcher], mask: NDArray[np.uint32], rows: Sequence[int]) -> None:
@@ -77,22 +88,32 @@ class ModelGrammars:
 
     def close(self) -> None:
         """End the processes. Idempotent; blocks until they have ended."""
+        self._hurried = True
         self._executor.shutdown(wait=True, cancel_futures=True)
-        started, self._started = self._started, None
-        if started is not None and not started.cancelled() and started.exception() is None:
-            started.result().pool.close()
+        self._made.cancel()  # if it is not there yet, it never will be
+        if not self._made.cancelled() and self._made.exception() is None:
+            self._made.result().pool.close()
 
-    def _start(self) -> _Parts:
-        size, name = self._size, self._name
+    def _go_on(self, most: int | None) -> None:
+        """Do so many pieces. Whatever goes wrong in one is told to whoever waits for the last."""
         try:
-            tokenizer = Tokenizer.load(self._source)
-            if not any(token_id < size for token_id in tokenizer.eos_ids):
-                raise GrammarError("this model has no token that ends an answer, so no grammar can be followed")
-            backend = new_backend(name, vocabulary_of(tokenizer, size), _encode_of(tokenizer))
-            return _Parts(backend, CompilePool(name, backend), backend.filler(self._threads))
-        except Exception as error:
+            for made in islice(self._pieces, most):
+                if made is not None:
+                    self._made.set_result(made)
+        except Exception as error:  # noqa: BLE001  who asks for a grammar is told
             _log.error("Requests with a grammar are refused: %s", error)
-            raise
+            self._made.set_exception(error)
+
+    def _make(self) -> Iterator[_Parts | None]:
+        """What a grammar needs, after None for each piece of the way there: half a second of this process each, in
+        which a request that comes must wait."""
+        tokenizer = Tokenizer.load(self._source)
+        if not any(token_id < self._size for token_id in tokenizer.eos_ids):
+            raise GrammarError("this model has no token that ends an answer, so no grammar can be followed")
+        yield None
+        backend = new_backend(self._name, vocabulary_of(tokenizer, self._size), _encode_of(tokenizer))
+        yield None
+        yield _Parts(backend, CompilePool(self._name, backend), backend.filler(self._threads))
 
     def _submit(self, spec: GrammarSpec, found: Future[Grammar]) -> None:
         """Let `found` become what the pool gives."""

@@ -53,8 +53,8 @@ class Grammars(Protocol):
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end a text. Asked for when a grammar is there."""
 
-    def start(self) -> object:
-        """Begin with what a first grammar would wait for; never waits."""
+    def prepare(self) -> object:
+        """Begin the next piece of what a first grammar would wait for; never waits."""
 
     def compile(self, spec: GrammarSpec) -> Compiling:
         """Begin to compile a grammar; never waits."""
@@ -82,10 +82,10 @@ class Guides:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
 
-    def start(self) -> None:
-        """Begin with what a first request with a grammar would wait for; never waits."""
+    def prepare(self) -> None:
+        """Begin the next piece of what a first request with a grammar would wait for; never waits."""
         if self._grammars is not None:
-            self._grammars.start()
+            self._grammars.prepare()
 
     def close(self) -> None:
         """Forget everything. Idempotent."""

@@ -12,6 +12,7 @@ import msgspec
 from tokenmill.config import Settings, graph_sizes, memory_bytes, usable_cpus
 from tokenmill.engine.engine import Engine, Link
 from tokenmill.engine.facts import FactsLink
+from tokenmill.engine.idle import IdleLink
 from tokenmill.engine.intake import Follower, Intake, RankServer
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
@@ -45,8 +46,9 @@ def main(control: ChildControl) -> None:
             intake = Intake(address, parts.info, ranks=ranks, gate=parts.guides, watch=watch)
             resources.callback(intake.close)
             link = FactsLink(intake, parts.scheduler)
-        if parts.guides is not None:
-            parts.guides.start()
+            if parts.guides is not None:
+                link = IdleLink(link, parts.guides.prepare)
+        settle()  # before, for the first request comes at once
         control.send(Ready(parts.info if configure.index == 0 else None))
         engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)
         _work(engine, control)
@@ -54,7 +56,6 @@ def main(control: ChildControl) -> None:
 
 def _work(engine: Engine[Any], control: ChildControl) -> None:
     """Step until the supervisor says so or is gone. A follower whose rank 0 is gone ends too, in order."""
-    settle()
     try:
         while (messages := control.poll()) is not None and _STOP not in messages:
             engine.step()

@@ -1,0 +1,108 @@
+"""A model's grammars: made in pieces while nobody asks, all at once for the first that asks, and never twice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support_server import byte_model
+
+from tokenmill.errors import GrammarError
+from tokenmill.runtime import grammars
+from tokenmill.runtime.grammars import ModelGrammars
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.weights.source import ModelSource
+from tokenmill.wire.messages import GrammarSpec
+
+SPEC = GrammarSpec("regex", "ab+")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ModelSource:
+    return ModelSource("bytes", str(byte_model(tmp_path)), "safetensors")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was made, in order."""
+    found: list[str] = []
+    load, backend, pool = Tokenizer.load, grammars.new_backend, grammars.CompilePool
+    monkeypatch.setattr(Tokenizer, "load", lambda source: found.append("tokenizer") or load(source))
+    monkeypatch.setattr(grammars, "new_backend", lambda *given: found.append("backend") or backend(*given))
+    monkeypatch.setattr(grammars, "CompilePool", lambda *given: found.append("pool") or pool(*given))
+    return found
+
+
+def wait_for(found: list[str], count: int) -> None:
+    until = time.monotonic() + 60
+    while len(found) < count and time.monotonic() < until:
+        time.sleep(0.002)
+
+
+def test_nothing_is_made_before_somebody_says_so(source: ModelSource, made: list[str]) -> None:
+    ModelGrammars(source, 258, "llguidance").close()
+    assert made == []
+
+
+def test_a_call_begins_one_piece_and_no_second_beside_it(
+    source: ModelSource, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, load = threading.Event(), Tokenizer.load
+    monkeypatch.setattr(Tokenizer, "load", lambda source: held.wait(60) and load(source))
+    model = ModelGrammars(source, 258, "llguidance")
+    try:
+        for _ in range(5):
+            model.prepare()
+        held.set()
+        wait_for(made, 1)
+        assert made == ["tokenizer"]
+        for piece in ("backend", "pool"):
+            while made[-1] != piece:
+                model.prepare()
+                time.sleep(0.002)
+        for _ in range(5):
+            model.prepare()
+        assert model.compile(SPEC).result(60).nbytes > 0
+        assert made == ["tokenizer", "backend", "pool"]
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2])
+def test_the_first_grammar_has_the_rest_made_at_once(source: ModelSource, made: list[str], pieces: int) -> None:
+    model = ModelGrammars(source, 258, "llguidance")
+    try:
+        for count in range(pieces):
+            while len(made) == count:
+                model.prepare()
+                time.sleep(0.002)
+        both = [model.compile(SPEC), model.compile(GrammarSpec("regex", "c"))]
+        assert both[0].result(60).nbytes > 0
+        assert both[1].result(60).nbytes > 0
+        assert made == ["tokenizer", "backend", "pool"]
+    finally:
+        model.close()
+
+
+def test_a_piece_that_fails_is_told_to_whoever_asks_for_a_grammar(source: ModelSource) -> None:
+    model = ModelGrammars(source, 0, "llguidance")  # the end's id is beyond the logits
+    model.prepare()
+    for _ in range(2):
+        with pytest.raises(GrammarError, match="no token that ends an answer"):
+            model.compile(SPEC).result(60)
+    model.close()
+
+
+def test_closing_fails_what_waits(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, load = threading.Event(), Tokenizer.load
+    monkeypatch.setattr(Tokenizer, "load", lambda source: begun.set() or time.sleep(0.2) or load(source))
+    model = ModelGrammars(source, 258, "llguidance")
+    model.prepare()
+    begun.wait(60)
+    waiting = model.compile(SPEC)
+    model.close()
+    model.close()
+    assert waiting.done()
+    assert waiting.exception(0) is not None
