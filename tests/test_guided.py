@@ -78,6 +78,7 @@ def test_plain_text_is_no_grammar() -> None:
         ({"type": "json", "value": "{"}, "not JSON"),
         ({"type": "json", "value": {"type": "thing"}}, "#/type"),
         ({"type": "json_schema", "value": {"name": "x"}}, "`value` must have a `schema`"),
+        ({"type": "json", "value": '{"properties": {"a": {}, "a": 1}}'}, "#/properties/a: the key is given twice"),
         ({"type": "json", "value": {"properties": {"a": {"uniqueItems": True}}}}, "#/properties/a/uniqueItems"),
     ],
 )

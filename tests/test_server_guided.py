@@ -120,6 +120,47 @@ def test_chats_follow_a_schema_however_it_is_asked_for(server: Server, fields: d
     assert said == body["choices"][0]["message"]["content"]
 
 
+GUIDE = {
+    "properties": {
+        "location": {"title": "Location", "maxLength": 10},
+        "activity": {"enum": ["bike", "walk"]},
+        "animals_seen": {"format": "int32", "minimum": 1, "maximum": 5},
+        "animals": {"items": {"properties": {"legs": {"minimum": 0}}, "required": ["legs"]}, "maxItems": 2},
+    },
+    "required": ["location", "activity", "animals_seen", "animals"],
+}
+
+
+def is_guides(text: str) -> bool:
+    pytest.importorskip("jsonschema").Draft202012Validator(GUIDE).validate(found := json.loads(text))
+    legs = [animal["legs"] for animal in found["animals"]]
+    kinds = isinstance(found["location"], str), type(found["animals_seen"]) is int
+    return all(kinds) and all(isinstance(number, int | float) for number in legs)
+
+
+def test_a_schema_without_types_gives_what_its_keywords_mean_however_it_is_sent(server: Server) -> None:
+    """TGI's first documented example, in small."""
+    for seed, grammar in enumerate((
+        {"type": "json", "value": GUIDE}, {"type": "json", "value": json.dumps(GUIDE)},
+        {"type": "json_schema", "value": {"schema": {"allOf": [{"$ref": "#/$defs/g"}], "$defs": {"g": GUIDE}}}},
+    )):  # fmt: skip
+        parameters = {"grammar": grammar, "max_new_tokens": 200, "do_sample": True, "seed": seed}
+        plain = server.post("/generate", {"inputs": "I saw a puppy", "parameters": parameters}).json()
+        assert is_guides(plain["generated_text"])
+    for fields in ({"response_format": {"type": "json_object", "schema": GUIDE}}, {"guided_json": GUIDE},
+                   {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": GUIDE}}},
+                   {"structured_outputs": {"json": GUIDE}}):  # fmt: skip
+        (choice,) = chat(server, **fields, temperature=1.0, seed=1, max_tokens=200)["choices"]
+        assert is_guides(choice["message"]["content"])
+    for parameters in (GUIDE, {"anyOf": [GUIDE]}, {"$ref": "#/$defs/g", "$defs": {"g": GUIDE}}):
+        tools = [{"type": "function", "function": {"name": "see", "parameters": parameters}}]
+        (choice,) = chat(server, tools=tools, tool_choice="see", max_tokens=200)["choices"]
+        assert is_guides(choice["message"]["tool_calls"][0]["function"]["arguments"])
+    tools = [{"type": "function", "function": {"name": "see", "parameters": {"description": "Anything."}}}]
+    (choice,) = chat(server, tools=tools, tool_choice="see", max_tokens=200)["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"].startswith("{")
+
+
 def test_any_object_is_an_object(server: Server) -> None:
     (choice,) = chat(server, response_format={"type": "json_object"}, temperature=0)["choices"]
     if choice["finish_reason"] == "stop":

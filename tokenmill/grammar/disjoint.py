@@ -22,9 +22,12 @@ class Prover:
     def __init__(self, resolve: Resolve) -> None:
         self._resolve, self._left, self._values_left = resolve, MAX_COMPARISONS, MAX_VALUES
 
-    def exclusive(self, schemas: list[Json]) -> bool:
-        """True only if no value is valid under two of these well-formed schemas."""
+    def exclusive(self, schemas: list[Json], among: list[str] | None = None) -> bool:
+        """True only if no value of the types `among`, None: of any type, is valid under two of these well-formed
+        schemas."""
         shown = [self._behind_refs(schema) for schema in schemas]
+        if among is not None:
+            shown = [_of_types(schema, among) for schema in shown]
         if self._share_none(shown):
             return True
         objects = all(isinstance(schema, dict) and types(schema) == ["object"] for schema in shown)
@@ -108,6 +111,13 @@ class Prover:
         if "anyOf" in schema:
             return all(self._refuses(part, value, depth - 1) for part in schema["anyOf"])
         return _out_of_range(schema, value)
+
+
+def _of_types(schema: Json, kinds: list[str]) -> Json:
+    """A schema of these types, unless it names its own."""
+    if schema is True:
+        return {"type": kinds}
+    return {**schema, "type": kinds} if isinstance(schema, dict) and "type" not in schema else schema
 
 
 def _types(schema: dict[str, Json]) -> set[str]:

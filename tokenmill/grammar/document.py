@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar import formats
+from tokenmill.grammar.implied import meant_by
 from tokenmill.grammar.patterns import PatternError, conjuncts, rewrite
 from tokenmill.grammar.values import Json, children, types
 
@@ -49,13 +50,15 @@ def pointer(path: str, *keys: str | int) -> str:
 class Document:
     """Goes through every schema that the root holds or refers to, rewriting in place. GrammarError at the first fault.
 
-    `nodes`: all schemas that are objects, each with its path, outer ones before those in them. `controls`: where a
-    control character is spoken of that JSON writes as \\u00XX, or "".
+    `nodes`: all schemas that are objects, each with its path, outer ones before those in them. `meant`: the types that
+    each one's keywords belong to, by its id. `controls`: where a control character is spoken of that JSON writes as
+    \\u00XX, or "".
     """
 
     def __init__(self, root: Json, param: str | None) -> None:
         self.root = root
         self.nodes: list[tuple[str, dict[str, Json]]] = []
+        self.meant: dict[int, frozenset[str]] = {}
         self.controls = ""
         self._param = param
         self._todo: list[tuple[str, Json]] = [("#", root)]
@@ -71,6 +74,7 @@ class Document:
             self._visit(path, node)
 
     def _visit(self, path: str, node: dict[str, Json]) -> None:
+        self.meant[id(node)] = meant_by(node)
         for key in _DROPPED:
             node.pop(key, None)
         self._drop_what_says_nothing(path, node)
@@ -80,8 +84,12 @@ class Document:
             if check is not None:
                 check(self, pointer(path, key), value)
         self._patterns(path, node)
-        self._format(path, node)
-        self._bounds(path, node)
+
+    def rewrite_for_types(self) -> None:
+        """Rewrite what depends on the types that a schema names. Call once, when these are settled."""
+        for path, node in self.nodes:
+            self._format(path, node)
+            self._bounds(path, node)
 
     def _drop_what_says_nothing(self, path: str, node: dict[str, Json]) -> None:
         if node.get("not") is True or node.get("not") == {}:  # zod's way to say that nothing is valid

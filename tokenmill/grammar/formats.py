@@ -28,7 +28,8 @@ PATTERNS = {
 KEPT = frozenset(("duration", "email", "ipv4", "ipv6", "uri", "uuid"))
 """Those that the grammar libraries serve exactly."""
 
-OF_NUMBERS = frozenset(("int32", "int64", "uint32", "uint64", "float", "double", "int8", "int16", "decimal"))
+OF_INTEGERS = frozenset(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
+OF_NUMBERS = OF_INTEGERS | {"float", "double", "decimal"}
 """How a number is stored: they say nothing of strings."""
 
 ANY_TEXT = frozenset(("binary", "password", "path", "file-path", "directory-path"))

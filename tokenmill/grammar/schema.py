@@ -5,7 +5,7 @@ rewritten by cases where these are few (`cases.py`), else refused with its JSON 
 (`uniqueItems: false`). What the grammar libraries read loosely is rewritten (dates, patterns, lists under `items`,
 large bounds). Narrower than the schema is allowed, and this is where: keys come in the order of `properties`, then
 other required ones, then the rest; integers have no fraction, numbers with bounds no exponent; strings escape only what
-they must.
+they must; and, where that is asked for, what `closed.py` and `implied.py` describe.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from typing import Any
 
 from tokenmill import jsontext
 from tokenmill.errors import GrammarError
-from tokenmill.grammar import cases, closed
+from tokenmill.grammar import cases, closed, implied
 from tokenmill.grammar.disjoint import Prover
 from tokenmill.grammar.document import Document, pointer
 from tokenmill.grammar.values import Json, children
+from tokenmill.repeated import repeated_key
 
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_DEPTH = 100
 """Levels of JSON, not of schemas: one schema inside another takes two or three."""
 
 
-def canonical(schema: Json, param: str | None = None, *, close: bool = False) -> str:
+def canonical(schema: Json, param: str | None = None, *, close: bool = False, imply: bool = False) -> str:
     """The schema's canonical text: equal schemas written alike have one. `schema` is decoded JSON and is not changed.
 
-    `close`: objects that name their keys have no others, see `closed.py`. GrammarError names keyword and path of what
+    `close`: objects that name their keys have no others, see `closed.py`. `imply`: a schema that names no type is of
+    the types that its keywords belong to, see `implied.py`. GrammarError names keyword and path of what
     is malformed or cannot be served exactly.
     """
     source = _encode(schema, param)
@@ -39,6 +41,9 @@ def canonical(schema: Json, param: str | None = None, *, close: bool = False) ->
     if schema is True:
         return "{}"
     document = Document(json.loads(source), param)
+    if imply and document.nodes:
+        implied.imply([node for _, node in document.nodes], document.resolve, document.meant)
+    document.rewrite_for_types()
     budget = cases.Budget(MAX_SCHEMA_BYTES)
     _say_otherwise(document, budget)
     if close:
@@ -84,9 +89,13 @@ def _exactly(document: Document, path: str, key: str, rule: Callable[..., None],
 
 
 def decode(text: str, param: str | None = None) -> Json:
-    """A schema sent as JSON text. GrammarError if it is none."""
+    """A schema sent as JSON text. GrammarError if it is none, or gives a key twice."""
     _check_size(len(text), param)
     try:
+        found = repeated_key(text)
+        if found is not None:
+            where = pointer("#", *found.steps, found.key)
+            raise GrammarError(f"The JSON schema cannot be used: at {where}: the key is given twice.", param)
         return json.loads(text)
     except RecursionError:
         raise GrammarError(f"The JSON schema is nested more than {MAX_DEPTH} levels deep.", param) from None

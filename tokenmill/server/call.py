@@ -18,9 +18,9 @@ from starlette.types import Message, Receive, Scope, Send
 from tokenmill import jsontext
 from tokenmill.errors import RequestError
 from tokenmill.misfit import misfit
+from tokenmill.repeated import Repeated, repeated_key
 from tokenmill.server import failures
 from tokenmill.server.generation import Generation
-from tokenmill.server.repeated import Repeated, repeated_key
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
 from tokenmill.text import limits

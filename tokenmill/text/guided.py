@@ -99,11 +99,11 @@ def _response_format(given: Mapping[str, Any]) -> GrammarSpec | None:
 
 
 def json_grammar(schema: Any, param: str) -> GrammarSpec:
-    """The grammar of a JSON schema, an object or its text, of which an object has no keys but those it names. Raises
-    GrammarError that names keyword and path."""
+    """The grammar of a JSON schema, an object or its text, as it is meant: an object has no keys but those it names,
+    and where no type is named the keywords imply it. Raises GrammarError that names keyword and path."""
     if isinstance(schema, str):
         schema = schemas.decode(schema, param)
-    return GrammarSpec("json_schema", schemas.canonical(schema, param, close=True))
+    return GrammarSpec("json_schema", schemas.canonical(schema, param, close=True, imply=True))
 
 
 def _structured(given: Any) -> GrammarSpec | None:

@@ -87,7 +87,7 @@ def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, An
     if not (forced or is_strict(tool)):
         return dict(tool)
     function = tool["function"]
-    parameters = function.get("parameters") or _NO_PARAMETERS
+    parameters = {"type": "object", **(function.get("parameters") or _NO_PARAMETERS)}
     return {**tool, "function": {**function, "parameters": _lark_schema(json_grammar(parameters, param).source)}}
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenmill.server.repeated import Repeated, repeated_key
+from tokenmill.repeated import Repeated, repeated_key
 
 NAMES = st.sampled_from(["a", "b", "é", 'q"', "\\", ":", "", "{"])
 VALUES = st.recursive(
