@@ -293,6 +293,16 @@ def test_a_taken_port_is_found_before_anything_else(model: Path) -> None:
     assert "--port" in done.stderr
 
 
+@pytest.mark.parametrize("files", [10, 16])  # where the supervisor, or a child, is the first to meet it
+def test_too_few_open_files_are_named_with_the_cure(files: int, model: Path) -> None:
+    command = f'ulimit -n {files}; exec "$0" -m tokenmill serve --mock --port 0 --model-id "$1"'
+    done = subprocess.run(["bash", "-c", command, sys.executable, str(model)], capture_output=True, text=True,
+                          timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert f"No more files can be opened: the limit is {files}. Raise it (`ulimit -n`" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_what_a_rank_cannot_do_reaches_the_user_in_its_words(serve: Callable[..., Server]) -> None:
     server = serve("--mock-fault", "explode@now")
     assert server.wait() == 1

@@ -1,5 +1,8 @@
 """How many blocks fit."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tokenmill import LLM
@@ -170,3 +173,15 @@ def test_limits_that_memory_cannot_hold_are_refused_with_the_cure(embedded_model
     monkeypatch.setattr("tokenmill.runtime.assembly.make_backend", full)
     with pytest.raises(NotEnoughMemory, match=r"128 requests of 8192 tokens \(Unable .*\)\. Give a smaller"):
         LLM(str(embedded_model))
+
+
+@pytest.mark.parametrize("letter, name", [("v", "VmSize"), ("d", "VmData")])
+def test_limits_of_this_process_leave_what_it_has_not_taken(letter, name):
+    code = (
+        "from tokenmill.runtime.memory import available_bytes\nfree = available_bytes()\n"
+        f"taken = next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('{name}'))\n"
+        "print((2_000_000 - taken) * 1024 - free)"
+    )
+    command = ["bash", "-c", f'ulimit -{letter} 2000000; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert abs(int(done.stdout)) < 8 << 20  # what it took between the two looks

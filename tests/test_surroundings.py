@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -159,3 +161,55 @@ def test_without_any_folder_for_temporary_files_shared_memory_is_one(
     monkeypatch.setattr(surroundings, "_MEMORY_FOLDERS", ())
     with pytest.raises(FileNotFoundError):
         mend(environ)
+
+
+# Limits
+
+
+def limits(monkeypatch: pytest.MonkeyPatch, **given: int) -> None:
+    """Limits of this process as `resource` tells them; those not given are none."""
+    kinds = {getattr(resource, f"RLIMIT_{name}"): (value, value) for name, value in given.items()}
+    none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(surroundings.resource, "getrlimit", lambda kind: kinds.get(kind, none))
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.EMFILE, "Too many open files"), ("the limit is 16.", "`ulimit -n`")),
+    (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), ("user's limit is 5.", "`ulimit -u`", "pids")),
+    (RuntimeError("can't start new thread"), ("`ulimit -u`", "--cpu-threads", "`ulimit -v` is 4096")),
+    (MemoryError(), ("--memory-limit", "`ulimit -v` is 4096")),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), ("--memory-limit", "`ulimit -v`")),
+    (ImportError("libx.so: failed to map segment from shared object"), ("--memory-limit", "`ulimit -v`")),
+    (OSError("Could not find/load shared object file 'libx.so'"), ("--memory-limit", "`ulimit -v`")),
+])  # fmt: skip
+def test_an_error_that_is_a_limit_names_the_limit_and_the_cure(
+    error: BaseException, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits(monkeypatch, NOFILE=16, NPROC=5, AS=4096 << 10)
+    why = surroundings.shortage(error) or ""
+    assert all(word in why for word in words), why
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("x"), OSError(errno.ENOENT, "No such file or directory"), ImportError("no module named x"),
+    RuntimeError("a thread"), OSError("broken"),
+])  # fmt: skip
+def test_other_errors_are_no_limit(error: BaseException) -> None:
+    assert surroundings.shortage(error) is None
+
+
+def test_memory_that_is_not_limited_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits(monkeypatch)
+    assert surroundings.memory_limits() == ""
+    limits(monkeypatch, DATA=1 << 20)
+    assert surroundings.memory_limits() == " This process's memory is limited (`ulimit -d` is 1024): raise that."
+
+
+def test_a_soft_limit_of_open_files_is_raised_to_what_is_allowed() -> None:
+    code = (
+        "import resource; from tokenmill.surroundings import raise_open_files\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 777)); raise_open_files()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "(777, 777)\n"

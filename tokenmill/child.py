@@ -7,13 +7,16 @@ the kernel kills it, everywhere the end of its control pipe tells it.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import os
 import sys
 
 from tokenmill import logs, streams
-from tokenmill.errors import StartError
+from tokenmill.errors import NotEnoughMemory, StartError
 from tokenmill.parent import die_with_parent, leave_signals_to_parent
+from tokenmill.surroundings import memory_limits, shortage
 from tokenmill.wire.control import ChildControl, ParentGoneError
 from tokenmill.wire.messages import Failed
 
@@ -41,9 +44,13 @@ def main(argv: list[str]) -> int:
     except ParentGoneError:
         return 1
     except StartError as error:
-        control.send(Failed(error.variant, str(error), fatal=True))
+        short = isinstance(error, NotEnoughMemory) or os.strerror(errno.ENOMEM) in str(error)
+        control.send(Failed(error.variant, f"{error}{memory_limits() if short else ''}", fatal=True))
         return 1
     except Exception as error:
+        if why := shortage(error):
+            control.send(Failed(NotEnoughMemory.variant, f"{name}: {why}", fatal=True))
+            return 1
         logging.getLogger(__name__).exception("%s ends after an error that nobody expected", name)
         control.send(Failed("ShardFailed", f"{type(error).__name__}: {error}", fatal=False))
         return 1

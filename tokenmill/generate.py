@@ -16,7 +16,7 @@ _PARAMS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
 def main(words: list[str]) -> int:
     """Parse, generate, print; returns the exit code. Raises StartError if there is no model to run."""
     given = _parser().parse_args(words)
-    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+    prompt = _prompt(given.prompt)
     params: dict[str, Any] = {name: getattr(given, name) for name in _PARAMS if getattr(given, name) is not None}
     if given.stop:
         params["stop"] = tuple(given.stop)
@@ -32,6 +32,16 @@ def main(words: list[str]) -> int:
             raise StartError(str(error)) from None
     print()
     return 0
+
+
+def _prompt(given: str) -> str:
+    """The prompt, read from stdin if it is `-`. Raises StartError if it is no text."""
+    try:
+        prompt = sys.stdin.read() if given == "-" else given
+        prompt.encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise StartError(f"The prompt is not UTF-8 ({error.reason} at {error.start}).") from None
+    return prompt
 
 
 def _parser() -> argparse.ArgumentParser:

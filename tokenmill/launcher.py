@@ -32,6 +32,7 @@ from tokenmill.listening import listen, place
 from tokenmill.process import Child
 from tokenmill.progress import Display, display
 from tokenmill.rundir import run_dir
+from tokenmill.surroundings import raise_open_files, shortage
 from tokenmill.wire.messages import Configure, Drain, Drained, EngineInfo, ModelReady, Phase, Progress, Ready, ToChild
 
 SERVER, ENGINE, FETCH = "tokenmill.server.worker:main", "tokenmill.runtime.worker:main", "tokenmill.fetch:main"
@@ -298,10 +299,10 @@ class Supervisor:
         deadline = time.monotonic() + (STOP_S if self.signals < 2 else 0.2)
         for children in (list(self.workers.values()), self._children()):  # an engine outlives its clients
             for child in children:
-                if child.ready or child in self.workers.values():
+                if child.ready:
                     child.stop()
                 else:
-                    child.kill()  # it does not listen while it loads or downloads
+                    child.kill()  # it has no request yet, and does not listen while it loads or downloads
             while time.monotonic() < deadline and not all(child.dead for child in children):
                 time.sleep(0.02)
         for child in self._children():
@@ -368,6 +369,7 @@ def serve(settings: Settings, environment: str = "") -> int:
     `environment`: what runs here, to be logged first (`--env`).
     """
     streams.install(lossy=True)
+    raise_open_files()
     logs.set_up(settings.log_level, json=settings.json_output, colors=settings.log_colorize)
     not_understood = [f"`LOG_LEVEL`: {part!r} is not understood" for part in logs.parse_levels(settings.log_level)[1]]
     if environment:
@@ -383,3 +385,8 @@ def serve(settings: Settings, environment: str = "") -> int:
     except StartError as error:
         print(f"Error: {error.variant}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (why := shortage(error)) is None:
+            raise
+        print(f"Error: {StartError.variant}: {why}", file=sys.stderr, flush=True)
+        return StartError.exit_code

@@ -1,9 +1,13 @@
-"""A process and the one that started it: it ends when that ends, and leaves signals to it."""
+"""A process and the one that started it: it ends when that ends, and leaves signals to it.
+
+`python -m tokenmill.parent PID MODULE ARGUMENT…` runs a module so, from before the first of its imports.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
 
@@ -30,3 +34,9 @@ def leave_signals_to_parent() -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    del sys.argv[:2]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -6,10 +6,12 @@ so that neither a library nor a look for the user's home ends a start.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import pwd
 import re
+import resource
 import stat
 import tempfile
 from collections.abc import Mapping, MutableMapping
@@ -27,6 +29,8 @@ _NUMBERS_OF_LIBRARIES: dict[str, type[int] | type[float]] = {
     "NUMBA_NUM_THREADS": int,
 }
 """Variables of libraries that raise while they are imported or set up if one of these is no number."""
+_MOST_FILES = 1 << 16
+_NOT_MAPPED = ("failed to map segment", "annot allocate memory", "load shared object")  # as loaders word it
 _MEMORY_FOLDERS = ("/dev/shm",)
 """Where a file may still be written if no usual folder for temporary files can: a container's read-only root."""
 
@@ -111,6 +115,49 @@ def private_folder() -> Path:
         return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
     trusted = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
     return folder if trusted else Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+
+
+def raise_open_files() -> None:
+    """Allow this process, and what it starts, as many open files as the system lets it: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def shortage(error: BaseException) -> str | None:
+    """The cure, if an error means that a limit of the system is reached: open files, processes, memory; else None."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number in (errno.EMFILE, errno.ENFILE):
+        return (
+            f"No more files can be opened: the limit is {_limit(resource.RLIMIT_NOFILE)}. Raise it (`ulimit -n`, "
+            "`docker run --ulimit nofile=…`, systemd's LimitNOFILE)."
+        )
+    if isinstance(error, BlockingIOError) or "can't start new thread" in text:
+        return (
+            f"No more processes or threads can be started: the user's limit is {_limit(resource.RLIMIT_NPROC)}. Raise "
+            "it (`ulimit -u`) or that of the container (`docker run --pids-limit`, pids.max), or lower --cpu-threads "
+            f"or --http-workers.{memory_limits()}"
+        )
+    failed_import = isinstance(error, ImportError | OSError) and any(words in text for words in _NOT_MAPPED)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or failed_import:
+        return (
+            f"There is not enough memory ({type(error).__name__}: {text or 'nothing is left'}).{memory_limits()} "
+            "Lower --memory-limit or --max-total-tokens, which the KV cache follows, or serve a smaller model."
+        )
+    return None
+
+
+def _limit(kind: int) -> str:
+    soft, _ = resource.getrlimit(kind)
+    return "none" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+def memory_limits() -> str:
+    """A sentence, after a blank, on limits of this process's memory that free memory hides; "" if there are none."""
+    limits = ((resource.RLIMIT_AS, "v"), (resource.RLIMIT_DATA, "d"))
+    given = [f"`ulimit -{letter}` is {int(_limit(kind)) >> 10}" for kind, letter in limits if _limit(kind) != "none"]
+    return f" This process's memory is limited ({', '.join(given)}): raise that." if given else ""
 
 
 def mend(environ: MutableMapping[str, str]) -> list[str]:

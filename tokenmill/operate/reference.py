@@ -40,6 +40,18 @@ can be written to, downloads and compiled kernels go to a private folder among t
 """
 
 _CLI_TAIL = """\
+## Signals
+
+After SIGTERM, SIGINT or SIGHUP (unless `nohup` has turned it off) running requests have
+`--graceful-termination-timeout` seconds to finish; what has not finished then ends with an error. The port stays open
+meanwhile: new requests, on new and on kept connections, get 503 with `Retry-After` and `Connection: close`, `/health`
+too; `/metrics` and `/v2/health/live` answer. A second SIGTERM or SIGINT, or SIGQUIT, ends all at once. It does not
+matter whether the signal reaches the server's first process only or all of them. However the first process ends, no
+other is left.
+
+A server goes on when its output is closed, full, or of a reader that has gone or does not read: lines are lost. What
+the output's encoding has not is written as escapes.
+
 ## Logs
 
 Lines go to stdout: text, or one JSON object each with `--json-output`. `LOG_LEVEL` is a level (`trace`, `debug`,
@@ -133,7 +145,7 @@ def cli(commands: Mapping[str, str]) -> str:
     parts += ["### Variables without effect\n", "They are TGI's; a warning names each that is set.\n"]
     parts.append(_table(("Variable", "Why"), [(f"`{name}`", why) for name, why in WITHOUT_EFFECT.items()]))
     parts += ["## Exit codes\n", _table(("Code", "Meaning"), [
-        ("0", "done, or stopped by SIGTERM or SIGINT"), ("1", "an error, explained on stderr as `Error: <kind>: …`"),
+        ("0", "done, or stopped by a signal"), ("1", "an error, explained on stderr as `Error: <kind>: …`"),
         ("2", "wrong usage: an unknown option, a value of the wrong kind"), ("130", "interrupted before serving"),
     ])]  # fmt: skip
     parts.append(_table(("Kind", "Meaning"), sorted(_variants(errors.StartError))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +115,24 @@ def size(num_bytes: int) -> str:
 
 
 def available_bytes(root: str = "/") -> int:
-    """Bytes that this process may still take: of the machine's memory and of every cgroup that it is in.
+    """Bytes that this process may still take: of the machine's memory, of its cgroups and of its own limits.
 
     `root`: where /proc and /sys are, for tests.
     """
-    return min([int(psutil.virtual_memory().available), *_cgroup_rooms(Path(root))])
+    return min([int(psutil.virtual_memory().available), *_cgroup_rooms(Path(root)), *_own_rooms(Path(root))])
+
+
+def _own_rooms(root: Path) -> Iterator[int]:
+    """What limits of address space (`ulimit -v`) and data (`ulimit -d`) leave this process; none if there are none."""
+    try:
+        lines = (root / "proc/self/status").read_text().splitlines()
+    except OSError:
+        return
+    used = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB")}
+    for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY and name in used:
+            yield max(limit - used[name], 0)
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:

@@ -132,7 +132,9 @@ class CpuBackend:
             self._memory.allocate(num_blocks * (self.limits.block_size // t.BLOCK))
         except (MemoryError, OSError, ValueError, OverflowError) as e:
             wanted = num_blocks * self.block_bytes()
-            raise NotEnoughMemory(f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}") from e
+            raise NotEnoughMemory(
+                f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}. Lower --memory-limit or --max-total-tokens."
+            ) from e
         self.num_blocks = num_blocks
         rows = [line.row for line in self._lines]
         for line in self._lines:

@@ -26,7 +26,6 @@ from llvmlite import binding
 from tokenmill.backends import sampling
 from tokenmill.backends.cpu.isa import Isa, detect
 from tokenmill.errors import StartError
-from tokenmill.parent import die_with_parent
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("numba", "llvmlite")
@@ -178,8 +177,8 @@ def _cost(name: str) -> float:
 
 def _helper(folder: Path, isa: Isa, names: list[str]) -> subprocess.Popen[bytes]:
     """A process that compiles some kernels into the folder."""
-    words = [sys.executable, "-m", "tokenmill.backends.cpu.cache", str(os.getpid()), str(folder.parent), isa.name]
-    words += names
+    module = "tokenmill.backends.cpu.cache"
+    words = [sys.executable, "-m", "tokenmill.parent", str(os.getpid()), module, str(folder.parent), isa.name, *names]
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -211,8 +210,7 @@ def main(words: list[str]) -> None:
     """A helper: compile kernels of an instruction set into a folder."""
     from tokenmill.backends.cpu.compiler import compile_kernels
 
-    parent, folder, isa, *names = words
-    die_with_parent(int(parent))
+    folder, isa, *names = words
     cache = KernelCache(Path(folder), detect(isa))
     compile_kernels(names, cache.isa, cache.write)
     os._exit(0)  # somebody waits for it

@@ -133,7 +133,9 @@ class TorchBackend:
                 self._cache[layer] = _zeros(shape, self.dtype, self.device)
         except (RuntimeError, MemoryError) as e:  # torch has no narrower one on every device
             wanted = num_blocks * self.block_bytes()
-            raise NotEnoughMemory(f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}") from e
+            raise NotEnoughMemory(
+                f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}. Lower --memory-limit or --max-total-tokens."
+            ) from e
         self.num_blocks = num_blocks
 
     def warm_up(self) -> None:
