@@ -142,6 +142,29 @@ def test_an_object_of_any_kind_may_stand_beside_functions_that_are_not_strict(tm
     assert router.push('{"name": "f", "age": 3}').calls == router.finish().calls == ()
 
 
+@pytest.mark.parametrize("special", [("<tool_call>", "</tool_call>"), ()])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_only_allowed_tools_are_called(tmp_path: Path, name: str, special: tuple[str, ...]) -> None:
+    made = voice(tmp_path, CHAT + TEMPLATES[name], special)
+    loose = {"type": "function", "function": {**STRICT["function"], "strict": False}}
+    call = CALLS[name]
+    other = call.replace("=f", "=now").replace('"f"', '"now"').replace("f(", "now(")
+    for mode in ("auto", "required"):
+        among = {"mode": mode, "tools": [{"type": "function", "function": {"name": "f"}}]}
+        found = speech(made, tools=[loose, FREE], tool_choice={"type": "allowed_tools", "allowed_tools": among})
+        assert found.grammar is not None
+        assert found.grammar_field == "tool_choice"
+        assert follows(made, found.grammar, call)
+        assert found.grammar.after or follows(made, found.grammar, "Hello") == (mode == "auto")
+        assert found.router is not None
+        router = found.router()
+        made_up = fold([router.push(other), router.finish()]).calls
+        assert not follows(made, found.grammar, other) or not made_up  # it may be text, but is no call
+    everything = speech(made, tools=[loose, FREE], tool_choice={"type": "allowed_tools", "allowed_tools": {
+        "mode": "auto", "tools": [loose, FREE]}})  # fmt: skip
+    assert everything.grammar is None
+
+
 def test_both_come_through_the_server(tmp_path: Path) -> None:
     body = {"messages": USER, "tools": [STRICT], **FORMAT}
     content = json.dumps({"a": 1, "b": CALLS["hermes"]})

@@ -31,6 +31,12 @@ TOOLS: list[dict[str, Any]] = [WEATHER, TIME]
 USER = [{"role": "user", "content": "hi"}]
 
 
+def only(mode: str, *names: str) -> Any:
+    """OpenAI's choice among some of the tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def asked(**fields: Any) -> ChatRequest:
     return msgspec.convert({"messages": USER, **fields}, ChatRequest)
 
@@ -38,21 +44,23 @@ def asked(**fields: Any) -> ChatRequest:
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (None, ("auto", "")),
-        ("auto", ("auto", "")),
-        ("none", ("none", "")),
-        ("required", ("required", "")),
-        ("get_time", ("function", "get_time")),
-        ({"type": "function", "function": {"name": "get_time"}}, ("function", "get_time")),
-        ({"function": {"name": "get_time"}}, ("function", "get_time")),
+        (None, ("auto", ["get_weather", "get_time"])),
+        ("auto", ("auto", ["get_weather", "get_time"])),
+        ("none", ("none", [])),
+        ("required", ("required", ["get_weather", "get_time"])),
+        ("get_time", ("function", ["get_time"])),
+        ({"type": "function", "function": {"name": "get_time"}}, ("function", ["get_time"])),
+        ({"function": {"name": "get_time"}}, ("function", ["get_time"])),
+        ({"type": "function", "name": "get_time"}, ("function", ["get_time"])),
+        (only("auto", "get_time"), ("auto", ["get_time"])),
+        (only("required", "get_time", "get_weather"), ("required", ["get_weather", "get_time"])),
+        ({"type": "allowed_tools", **only("required", "get_time")["allowed_tools"]}, ("required", ["get_time"])),
     ],
 )
-def test_a_choice_is_a_mode_or_a_function(choice: Any, expected: tuple[str, str]) -> None:
+def test_a_choice_is_a_mode_or_functions(choice: Any, expected: tuple[str, list[str]]) -> None:
     tools = tools_of(asked(tools=TOOLS, tool_choice=choice))
     assert tools is not None
-    assert (tools.choice, tools.name) == expected
-    names = {"none": [], "function": ["get_time"]}.get(tools.choice, ["get_weather", "get_time"])
-    assert [tool["function"]["name"] for tool in tools.allowed] == names
+    assert (tools.choice, [tool["function"]["name"] for tool in tools.allowed]) == expected
     assert tools.given == TOOLS
 
 
@@ -70,6 +78,13 @@ def test_no_tools_are_none_whatever_else_is_said() -> None:
          "Tool with name x not found"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "`name`"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "allowed_tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice", "'custom'"),
+        ({"tools": TOOLS, "tool_choice": only("none", "get_time")}, "tool_choice", "`mode`, 'auto' or 'required'"),
+        ({"tools": TOOLS, "tool_choice": only("auto")}, "tool_choice", "a list of functions"),
+        ({"tools": TOOLS, "tool_choice": only("auto", "get_time", "x")}, "tool_choice", "Tool with name x not found"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": ["x"]}}},
+         "tool_choice", "`name`"),
+        ({"tool_choice": only("auto", "get_time")}, "tool_choice", "only allowed with `tools`"),
         ({"tool_choice": "required"}, "tool_choice", "only allowed with `tools`"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "only allowed with `tools`"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0]", "`function`"),

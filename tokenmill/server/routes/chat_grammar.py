@@ -57,7 +57,8 @@ def shape_of(voice: Voice, tools: Tools | None, wanted: Wanted | None, reasoning
     """The shape of an answer that may think as `reasoning` says. GrammarError, ToolError for what cannot be served."""
     if tools is None:
         return Shape(wanted.grammar, wanted.field) if wanted else Shape()
-    if not tools.forced and wanted is None and not any(map(is_strict, tools.given)):
+    free = not tools.forced and not tools.restricted
+    if free and wanted is None and not any(map(is_strict, tools.given)):
         return Shape()
     form = format_of(voice.template, voice.tool_call_parser)
     spoken = reasoning.markers if reasoning else ()
@@ -76,10 +77,11 @@ def shape_of(voice: Voice, tools: Tools | None, wanted: Wanted | None, reasoning
         source = form.grammar(asked._replace(extent="choice", instead=instead))
         return Shape(GrammarSpec("lark", source), wanted.field, "choice")
     trigger = fixed_ids(voice.tokenizer, form.trigger) if form.trigger and not form.bare else None
+    field = "tool_choice" if tools.restricted else "tools"
     if trigger is None:
-        return Shape(GrammarSpec("lark", form.grammar(asked)), "tools", "answer")
+        return Shape(GrammarSpec("lark", form.grammar(asked)), field, "answer")
     source = form.grammar(asked._replace(extent="behind"))
-    return Shape(GrammarSpec("lark", source, (trigger,)), "tools", "answer", waits=True)
+    return Shape(GrammarSpec("lark", source, (trigger,)), field, "answer", waits=True)
 
 
 def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def speech_of(voice: Voice, body: ChatRequest, prompt: str, tools: Tools | None,
     def router() -> Router:
         return router_of(
             voice.template,
-            tools=tools.given if tools else (),
+            tools=tools.allowed if tools else (),
             parallel=tools is None or tools.parallel,
             held=shape.held,
             parser=voice.tool_call_parser,

@@ -20,11 +20,12 @@ _MODES = ("auto", "none", "required")
 
 
 class Tools(NamedTuple):
-    """The tools of a request, at least one. `given`: as its client sent them, in OpenAI's newer form."""
+    """The tools of a request, at least one. `given`: as its client sent them, in OpenAI's newer form, and as the model
+    is told of them. `names`: of those that it may call, if not of all."""
 
     given: list[dict[str, Any]]
     choice: str  # "auto", "none", "required", or the function that must be called, as "function"
-    name: str = ""  # that function's
+    names: tuple[str, ...] = ()
     parallel: bool = True  # an answer may have several calls
     older: bool = False  # asked for as `functions`: the answer has a `function_call`
 
@@ -38,7 +39,12 @@ class Tools(NamedTuple):
         """Those that the answer may call."""
         if self.choice == "none":
             return []
-        return [tool for tool in self.given if tool["function"]["name"] == self.name or self.choice != "function"]
+        return [tool for tool in self.given if not self.names or tool["function"]["name"] in self.names]
+
+    @property
+    def restricted(self) -> bool:
+        """True if the model is told of functions that it may not call."""
+        return len(self.allowed) < len(self.given)
 
 
 def tools_of(body: ChatRequest) -> Tools | None:
@@ -52,8 +58,8 @@ def tools_of(body: ChatRequest) -> Tools | None:
             raise ToolError("`tool_choice` is only allowed with `tools`", "tool_choice")
         return None
     given = _checked(body.tools, "tools")
-    choice, name = _choice(body.tool_choice, given)
-    return Tools(given, choice, name, body.parallel_tool_calls is not False)
+    choice, names = _choice(body.tool_choice, given)
+    return Tools(given, choice, names, body.parallel_tool_calls is not False)
 
 
 def _older(body: ChatRequest) -> Tools:
@@ -63,25 +69,44 @@ def _older(body: ChatRequest) -> Tools:
     given = _checked([{"type": "function", "function": function} for function in body.functions or ()], "functions")
     wished = body.function_call
     if isinstance(wished, dict):
-        return Tools(given, "function", _known(wished.get("name"), given, "function_call"), False, True)
+        return Tools(given, "function", (_known(wished.get("name"), given, "function_call"),), False, True)
     if wished not in (None, "auto", "none"):
         raise ToolError(
             f"Invalid 'function_call': it must be 'auto', 'none' or an object with a `name`. Given: {shown(wished)!r}",
             "function_call",
         )
-    return Tools(given, wished or "auto", "", False, True)
+    return Tools(given, wished or "auto", (), False, True)
 
 
-def _choice(wished: Any, given: list[dict[str, Any]]) -> tuple[str, str]:
+def _choice(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
+    """The choice, and the names of the functions that it is among, () for all."""
     if wished is None:
-        return "auto", ""
+        return "auto", ()
     if isinstance(wished, str):
-        return (wished, "") if wished in _MODES else ("function", _known(wished, given, "tool_choice"))
+        return (wished, ()) if wished in _MODES else ("function", (_known(wished, given, "tool_choice"),))
     kind = wished.get("type", "function")
+    if kind == "allowed_tools":
+        return _allowed(wished.get(kind, wished), given)
     if kind != "function":
-        raise refuse("tool_choice", f"its type must be 'function'. Given: {shown(kind)!r}")
-    function = wished.get("function")
-    return "function", _known(function.get("name") if isinstance(function, dict) else None, given, "tool_choice")
+        raise refuse("tool_choice", f"its type must be 'function' or 'allowed_tools'. Given: {shown(kind)!r}")
+    return "function", (_known(_name_in(wished), given, "tool_choice"),)
+
+
+def _allowed(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
+    """OpenAI's `allowed_tools`: a mode, and the functions that it is among."""
+    mode, tools = (wished.get("mode"), wished.get("tools")) if isinstance(wished, dict) else (None, None)
+    if mode not in ("auto", "required") or not isinstance(tools, list) or not tools:
+        allowed = "its `allowed_tools` must have a `mode`, 'auto' or 'required', and `tools`, a list of functions"
+        raise ToolError(f"Invalid 'tool_choice': {allowed}", "tool_choice")
+    return mode, tuple(_known(_name_in(tool), given, "tool_choice") for tool in tools)
+
+
+def _name_in(tool: Any) -> Any:
+    """The name in {"type": "function", "function": {"name"}}, or without the inner object; None if there is none."""
+    if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+        return None
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def _known(name: Any, given: list[dict[str, Any]], param: str) -> str:

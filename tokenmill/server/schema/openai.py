@@ -94,7 +94,8 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     top_logprobs: Annotated[Whole, _("So many of the likeliest tokens at each place, too: 0 to 20.")] = None
     tools: Annotated[list[Json] | None, _("Functions that the model may call, as OpenAI describes them.")] = None
     tool_choice: Annotated[
-        str | Json | None, _('"auto", "none", "required", a function as OpenAI names it, or just its name.')
+        str | Json | None,
+        _('"auto", "none", "required", a function as OpenAI names it, just its name, or OpenAI\'s `allowed_tools`.'),
     ] = None
     tool_prompt: Annotated[
         Text, _("Put behind the last message; without it, a template that knows no tools gets a text of ours.")
