@@ -126,7 +126,7 @@ class PagedOracle:
             raise OutOfMemory("no room for a step")
         return self.run(step)
 
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         assert not self.queue or all(step.failed for step in self.queue), "a step is on the device"
         self.rests.append(len(self.batches))
         return len(self.rests) < self.num_rests

@@ -16,6 +16,7 @@ from support_text import byte_level
 
 from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
 from tokenmill.backends.cpu import isa
+from tokenmill.backends.kind import BackendOptions
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
@@ -24,7 +25,6 @@ from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, Wants, assemble
-from tokenmill.runtime.choice import Computing
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.guides import Guides
 from tokenmill.runtime.offline import OfflineEngine
@@ -166,8 +166,8 @@ def test_answers_follow_a_grammar_over_the_models_own_tokenizer(tmp_path: Path) 
     tokenizer = byte_level()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    computing = Computing(backend="torch", dtype="float32")
-    wants = Wants(computing=computing, max_total_tokens=200, grammar_backend="llguidance", memory_limit=1 << 28)
+    options = BackendOptions(backend="torch", dtype="float32")
+    wants = Wants(backend=options, max_total_tokens=200, grammar_backend="llguidance", memory_limit=1 << 28)
     schema = {"type": "object", "properties": {"color": {"enum": ["red", "green"]}}, "required": ["color"],
               "additionalProperties": False}  # fmt: skip
     spec = GrammarSpec("json_schema", json.dumps(schema, separators=(",", ":")))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support_backends import choice_of, make
 from support_cpu import CpuDriver, kernel_folder
 from support_models import Driver, make_checkpoint, prompts
 
@@ -18,10 +19,10 @@ from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.isa import available
 from tokenmill.backends.cpu.memory import Heads, page_bytes
 from tokenmill.backends.cpu.prepare import refusal
+from tokenmill.backends.kind import BackendOptions
 from tokenmill.errors import NotEnoughMemory, StartError, Unsupported
 from tokenmill.models.base import program_of
-from tokenmill.parallel.group import Group
-from tokenmill.runtime.choice import Choice, Computing, choose, make_backend, weight_bytes
+from tokenmill.runtime.choice import choose
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import SamplingParams
@@ -164,44 +165,39 @@ def test_a_block_that_is_no_page_is_refused(folder: Path) -> None:
 
 
 def test_torch_is_chosen_with_the_reason_where_the_cpu_backend_cannot(folder: Path) -> None:
-    assert choose(program(folder), Computing(), 16, 1) == Choice("cpu")
-    assert choose(program(folder), Computing(backend="torch"), 16, 1) == Choice("torch")
-    several = choose(program(folder), Computing(), 16, 2)
+    assert choose(program(folder), BackendOptions(), 16, 1) == choice_of("cpu")
+    assert choose(program(folder), BackendOptions(backend="torch"), 16, 1) == choice_of("torch")
+    several = choose(program(folder), BackendOptions(), 16, 2)
     assert several.name == "torch"
     assert "several processes" in several.reason
     with pytest.raises(Unsupported, match="or a multiple"):
-        choose(program(folder), Computing(backend="cpu"), 8, 1)
+        choose(program(folder), BackendOptions(backend="cpu"), 8, 1)
 
 
 def test_an_instruction_set_that_is_wrong_is_an_error_not_a_reason(folder: Path) -> None:
     with pytest.raises(StartError, match="TOKENMILL_ISA"):
-        choose(program(folder), Computing(cpu_isa="mmx"), 16, 1)
+        choose(program(folder), BackendOptions(cpu_isa="mmx"), 16, 1)
 
 
 def test_the_reason_for_torch_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = open_checkpoint(local_source(folder))
     with caplog.at_level(logging.WARNING):
-        backend = make_backend(
-            Choice("torch", "it has no kernel for Experts"), program(folder), source, StepLimits(64, 4, 64, 16),
-            Computing(), Group(), lambda progress: None,
-        )  # fmt: skip
+        backend = make(choice_of("torch", "it has no kernel for Experts"), program(folder), source)
     backend.close()
     assert "no kernel for Experts" in caplog.text
 
 
 def test_weights_count_as_the_backend_keeps_them(folder: Path) -> None:
     source = open_checkpoint(local_source(folder))
-    floats = weight_bytes(Choice("cpu"), program(folder), source, "")
-    assert floats == weight_bytes(Choice("torch"), program(folder), source, "float32")
-    assert floats == 2 * weight_bytes(Choice("torch"), program(folder), source, "bfloat16")
+    cpu, torch = choice_of("cpu").kind, choice_of("torch").kind
+    floats = cpu.weight_bytes(program(folder), source, "float32")
+    assert floats == torch.weight_bytes(program(folder), source, "float32")
+    assert floats == 2 * torch.weight_bytes(program(folder), source, "bfloat16")
 
 
 def test_loading_reports_bytes_and_then_kernels(folder: Path) -> None:
     source, seen = open_checkpoint(local_source(folder)), []
-    backend = make_backend(
-        Choice("cpu"), program(folder), source, StepLimits(64, 4, 64, 16), Computing(kernel_cache=str(kernel_folder())),
-        Group(), seen.append,
-    )  # fmt: skip
+    backend = make(choice_of("cpu"), program(folder), source, seen.append, kernel_cache=str(kernel_folder()))
     backend.close()
     loaded = [p for p in seen if p.phase == "load"]
     assert [p.done for p in loaded] == sorted(p.done for p in loaded)

@@ -120,7 +120,7 @@ def test_capturing_between_steps_harms_nobody(driver: CudaDriver, tmp_path: Path
         spare = driver._slots.spare
         caches = [cache[:, :-16].clone() for cache in driver._memory._cache.values()]
         before = [driver._slots.tokens[:spare].clone(), driver._slots.tables.clone(), *caches]
-        more = driver.rest()
+        more = driver.idle_work()
         caches = [cache[:, :-16] for cache in driver._memory._cache.values()]
         for then, now in zip(before, [driver._slots.tokens[:spare], driver._slots.tables, *caches], strict=True):
             assert torch.equal(then, now)
@@ -128,7 +128,7 @@ def test_capturing_between_steps_harms_nobody(driver: CudaDriver, tmp_path: Path
         np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
         steps += 1
     assert steps == len(driver._graphs.later)
-    assert not driver.rest()
+    assert not driver.idle_work()
     assert ON_GPU or sum(graph.replays for graph in driver._graphs._captured.values()) == steps  # type: ignore[attr-defined]
     assert [driver._graphs.padded(rows) for rows in (3, 6, 9)] == [3, 6, 9]
 
@@ -140,9 +140,9 @@ def test_graphs_that_find_no_memory_are_given_up(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     driver._graphs.later = [12, 9]
-    assert driver.rest()
+    assert driver.idle_work()
     monkeypatch.setattr(driver._graphs, "capture", full)
-    assert not driver.rest()
+    assert not driver.idle_work()
     assert "1 more graphs" in caplog.text
-    assert not driver.rest()
+    assert not driver.idle_work()
     assert driver._graphs.padded(9) == 12

@@ -34,7 +34,7 @@ def test_what_is_counted_as_taken_is_what_is_held(family: str, tmp_path: Path) -
     counted = account.weights + account.step + account.sampler + cache
     assert abs(new - counted) < 0.01 * counted, (new, counted)
     assert driver.step_bytes() == account.step + account.sampler + account.to_come
-    assert driver.taken_bytes() == account.step + account.sampler
+    assert driver.claimed_bytes() == account.step + account.sampler
     assert min(account.weights, account.step, account.sampler, account.passing) > 0
 
 
@@ -72,7 +72,7 @@ def test_what_is_kept_for_graphs_and_libraries_is_enough(tmp_path: Path) -> None
     driver = CudaDriver(tmp_path, dtype="bfloat16", graphs=None, limits=StepLimits(2048, 256, 2048, 16))
     free = driver._device.free_bytes()
     driver.warm_up()
-    while driver.rest():
+    while driver.idle_work():
         pass
     torch.cuda.empty_cache()
     assert free - driver._device.free_bytes() < driver._account.to_come

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support_backends import choice_of, make
 from support_cpu import kernel_folder
 from support_cuda import ON_GPU, program, torch
 
-from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda import detect, explain, prepare
 from tokenmill.backends.cuda.explain import How, kernels_of, product_of, rules_of
+from tokenmill.backends.cuda.kind import attention
 from tokenmill.backends.cuda.products import Product, Scratch
+from tokenmill.backends.kind import BackendOptions
 from tokenmill.errors import ArgumentError, Unsupported
-from tokenmill.parallel.group import Group
 from tokenmill.program.value import Program
-from tokenmill.runtime import choice
-from tokenmill.runtime.choice import Choice, Computing, choose
+from tokenmill.runtime.choice import Choice, choose
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 
@@ -43,18 +43,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def chosen(made: Program, ranks: int = 1, **wants: Any) -> Choice:
-    return choose(made, Computing(**wants), 16, ranks)
+    return choose(made, BackendOptions(**wants), 16, ranks)
 
 
 def test_an_fp8_cache_is_a_gpus_from_compute_capability_8_9_on(gpu: SimpleNamespace, tmp_path: Path) -> None:
     made = program(tmp_path)
     for name in prepare.KV_DTYPES:
         gpu.capability = (8, 9)
-        assert chosen(made, kv_cache_dtype=name) == Choice("cuda", device="cuda")
+        assert chosen(made, kv_cache_dtype=name) == choice_of("cuda", device="cuda")
         gpu.capability = (8, 6)
         with pytest.raises(Unsupported, match=r"FP8 needs compute capability 8\.9; Some GPU has 8\.6\. Leave the opt"):
             chosen(made, kv_cache_dtype=name)
-    assert chosen(made) == Choice("cuda", device="cuda")
+    assert chosen(made) == choice_of("cuda", device="cuda")
 
 
 @pytest.mark.parametrize("wants, words", [
@@ -71,7 +71,7 @@ def test_a_cache_that_the_backend_lacks_is_refused_with_what_it_has(
 
 
 def test_each_backend_takes_its_own_cache(gpu: SimpleNamespace, tmp_path: Path) -> None:
-    assert chosen(program(tmp_path), device="cpu", kv_cache_dtype="int8") == Choice("cpu")
+    assert chosen(program(tmp_path), device="cpu", kv_cache_dtype="int8") == choice_of("cpu")
     assert chosen(program(tmp_path), kv_cache_dtype="fp8_e5m2").name == "cuda"
 
 
@@ -142,7 +142,7 @@ def test_what_became_of_a_name_is_logged(
 ) -> None:
     made = program(tmp_path, head_dim=64)
     with caplog.at_level(logging.INFO):
-        assert choice._attention(made, Computing(attention=name), "float32") == "triton"
+        assert attention(made, BackendOptions(attention=name), "float32") == "triton"
     (record,) = caplog.records
     assert record.levelno == level
     assert words in record.getMessage()
@@ -153,17 +153,16 @@ def test_other_backends_say_that_attention_is_their_own(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = program(tmp_path)
-    wants = Computing(attention="paged", cpu_threads=1, kernel_cache=str(kernel_folder()))
-    source, limits = open_checkpoint(local_source(tmp_path)), StepLimits(64, 4, 64, 16)
-    choice.make_backend(Choice(name), made, source, limits, wants, Group(), lambda progress: None).close()
+    source, folder = open_checkpoint(local_source(tmp_path)), str(kernel_folder())
+    make(choice_of(name), made, source, attention="paged", cpu_threads=1, kernel_cache=folder).close()
     (record,) = caplog.records
     assert record.getMessage() == f"`attention` paged has no effect: the {name} backend has its own."
 
 
 def test_nothing_is_logged_where_nothing_was_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert choice._attention(program(tmp_path), Computing(), "float32") == "triton"
-        assert choice._attention(program(tmp_path), Computing(attention="triton"), "float32") == "triton"
+        assert attention(program(tmp_path), BackendOptions(), "float32") == "triton"
+        assert attention(program(tmp_path), BackendOptions(attention="triton"), "float32") == "triton"
     assert not caplog.records
 
 

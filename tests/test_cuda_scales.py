@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support_backends import choice_of, make
 from support_cpu import kernel_folder
 from support_cuda import CudaDriver, torch, write_random
 from support_models import steps
 
-from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.scales import kv_scales
 from tokenmill.models.base import program_of
-from tokenmill.parallel.group import Group
-from tokenmill.runtime.choice import Choice, Computing, make_backend
 from tokenmill.weights.checkpoint import Safetensors, open_checkpoint
 from tokenmill.weights.source import local_source
 
@@ -89,8 +87,7 @@ def test_a_checkpoint_with_scales_is_served_by_every_backend_without_a_complaint
     with caplog.at_level(logging.WARNING):
         source = open_checkpoint(local_source(tmp_path))
         for name in ("cpu", "torch"):
-            how = Computing(kernel_cache=str(kernel_folder()), cpu_threads=1)
-            limits, program = StepLimits(64, 4, 64, 16), program_of(source.config)
-            make_backend(Choice(name), program, source, limits, how, Group(), lambda progress: None).close()
+            folder = str(kernel_folder())
+            make(choice_of(name), program_of(source.config), source, kernel_cache=folder, cpu_threads=1).close()
         assert (CudaDriver(tmp_path).feed(steps()[0]) == plain).all()
     assert caplog.text == ""

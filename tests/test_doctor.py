@@ -91,7 +91,7 @@ def test_what_the_cpu_backend_lacks_is_named_with_the_backend_that_is_taken(
     monkeypatch.setattr(extras, "has_torch", lambda: True)
     found = findings("--block-size", "7")["backend"]
     assert found.verdict == "note"
-    assert re.match(r"torch, weights .* because the CPU backend cannot serve this: .* not 7$", found.text)
+    assert re.match(r"torch, float32, weights .* because the CPU backend cannot serve this: .* not 7$", found.text)
     assert findings("--block-size", "7", "--backend", "cpu")["backend"].verdict == "bad"
     assert findings("--backend", "torch")["backend"].verdict == "ok"
 

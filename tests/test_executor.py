@@ -70,6 +70,9 @@ class HashBackend:
     def warm_up(self) -> None:
         pass
 
+    def idle_work(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.thread.shutdown()
 

@@ -90,12 +90,12 @@ def test_a_gpus_memory_is_the_caches_but_for_the_step_and_a_little():
 
 
 def test_a_gpus_limit_covers_weights_step_and_cache():
-    asked = demand(step_bytes=GIB, taken_bytes=GIB // 2, max_total_tokens=131072)
+    asked = demand(step_bytes=GIB, claimed_bytes=GIB // 2, max_total_tokens=131072)
     assert count_device_blocks(asked, 70 * GIB, weight_bytes=3 * GIB, limit=10 * GIB) == 6 * 1024
 
 
 def test_what_a_step_has_taken_on_a_gpu_is_not_left_free_once_more():
-    rest = [demand(step_bytes=3 * GIB, taken_bytes=taken * GIB, max_total_tokens=131072) for taken in (0, 2)]
+    rest = [demand(step_bytes=3 * GIB, claimed_bytes=taken * GIB, max_total_tokens=131072) for taken in (0, 2)]
     less, more = (count_device_blocks(asked, 40 * GIB) for asked in rest)
     assert more - less == 2 * 1024
 

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support_models import Driver, make_checkpoint, prompts, reference, steps
 
+from tokenmill.backends.accounts import stored_dtype
+from tokenmill.backends.cuda import KIND as CUDA
 from tokenmill.errors import ModelError
 from tokenmill.models.base import program_of
-from tokenmill.runtime.choice import Choice, dtype_of, weight_bytes
+from tokenmill.program.cost import weights_of
+from tokenmill.quant._unread import warn_of_unread
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 
@@ -35,8 +38,8 @@ def warnings_of(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
     """What a start logs about the checkpoint's tensors."""
     caplog.clear()
     source = open_checkpoint(local_source(folder))
-    with caplog.at_level(logging.WARNING, "tokenmill.runtime.choice"):
-        weight_bytes(Choice("torch"), program_of(source.config), source, "")
+    with caplog.at_level(logging.WARNING, "tokenmill.quant"):
+        warn_of_unread(weights_of(program_of(source.config)), source)
     return caplog.text
 
 
@@ -173,4 +176,4 @@ def test_a_gpus_dtype_is_the_configs_in_either_spelling_else_that_of_the_weights
         {"a": torch.zeros(2, dtype=torch.int8), "b": torch.zeros(2, dtype=stored)}, tmp_path / "model.safetensors"
     )
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert dtype_of(Choice("cuda"), open_checkpoint(local_source(tmp_path)), "") == dtype
+    assert CUDA.dtype(stored_dtype(open_checkpoint(local_source(tmp_path))), "") == dtype

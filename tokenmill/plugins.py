@@ -37,5 +37,7 @@ def find(kind: str, name: str) -> Any:
 def names(kind: str) -> list[str]:
     """Every name that `find` knows, sorted."""
     package = importlib.import_module(f"tokenmill.{kind}")
-    ours = {found.name for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_")}
+    modules = [found for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_")]
+    folders = {found.name for found in modules if found.ispkg}
+    ours = folders or {found.name for found in modules}  # where there are folders, files are what they share
     return sorted((ours | {entry.name for entry in entry_points(group=f"tokenmill.{kind}")}) - _NO_PLUGINS)

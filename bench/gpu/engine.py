@@ -15,12 +15,14 @@ import torch
 from bench.gpu.shapes import SHAPES
 from bench.gpu.tell import tell
 from tokenmill.backends.base import Backend, Step, StepInputs, StepLimits
+from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Job
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
+from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, scheduler_of
-from tokenmill.runtime.choice import Computing, choose, make_backend
+from tokenmill.runtime.choice import choose, make_backend
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import Stored
@@ -31,7 +33,7 @@ _LEFT_FREE = 6 << 30  # bytes of the device that the cache does not take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is built. `options`: fields of `Computing` that are not its defaults."""
+    """What is built. `options`: fields of `BackendOptions` that are not its defaults."""
 
     shape: str = "1b"
     layers: int = 0  # 0: the shape's own
@@ -121,7 +123,7 @@ class Built:
             "bench", "bfloat16", "cuda", "cuda", blocks, size, config["vocab_size"], setup.max_total_tokens - 1,
             setup.max_total_tokens, setup.max_batch_tokens, setup.max_batch_size,
         )  # fmt: skip
-        self.scheduler = scheduler_of(info, program)  # the server's own choices
+        self.scheduler = scheduler_of(info, GPU_DEFAULTS, program)  # the server's own choices
         if setup.beside is not None:
             self.set_beside(setup.beside)
         parts = Assembled(self.scheduler, Executor(self.timed, setup.max_batch_size), info)  # type: ignore[arg-type]
@@ -153,6 +155,8 @@ def _backend(setup: Setup, program: Program, weights: RandomWeights, limits: Ste
     """What the server would make. A StartError names what it has not."""
     name = "cuda" if setup.device == "cuda" else "torch"
     cores = os.cpu_count() or 1
-    computing = Computing(backend=name, device=setup.device, dtype="bfloat16", cpus=cores, **setup.options)
-    choice = choose(program, computing, setup.block_size, 1)
-    return make_backend(choice, program, weights, limits, computing, Group(), lambda progress: None)
+    options = BackendOptions(backend=name, device=setup.device, dtype="bfloat16", cpus=cores, **setup.options)
+    choice = choose(program, options, setup.block_size, 1)
+    read = reader_of(weights, options.quantize)
+    job = Job(program, weights, read, limits, Group(), options, choice.placement, options.dtype, lambda progress: None)
+    return make_backend(choice, job)

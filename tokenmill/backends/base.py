@@ -105,12 +105,7 @@ class Step(Protocol):
 
 
 class Backend(Protocol):
-    """Runs a recorded program. Built from (program, checkpoint, reader, limits, group): see `backends/torch`.
-
-    One that puts work off until no step is on the device has a method `rest` beside: it does a piece of that, a tenth
-    of a second at most, and returns True while more remains. One whose `step_bytes` are partly taken by its constructor
-    says so by a method `taken_bytes`.
-    """
+    """Runs a recorded program. Made by a `backends.kind.Kind`."""
 
     @property
     def num_blocks(self) -> int:
@@ -122,6 +117,9 @@ class Backend(Protocol):
     def step_bytes(self) -> int:
         """Bytes that the largest step needs besides weights and cache."""
 
+    def claimed_bytes(self) -> int:
+        """Bytes of `step_bytes` that the constructor has taken already."""
+
     def allocate(self, num_blocks: int) -> None:
         """Make the cache, once, before the first step."""
 
@@ -130,6 +128,12 @@ class Backend(Protocol):
 
     def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once. OutOfMemory, as of `Step`: nothing was launched."""
+
+    def idle_work(self) -> bool:
+        """Do a piece of work that was put off, a tenth of a second at most; True while more remains.
+
+        Called only while no step is on the device.
+        """
 
     def close(self) -> None:
         """Free what outlives the process's own memory. Idempotent."""

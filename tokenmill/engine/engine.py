@@ -18,8 +18,8 @@ from tokenmill.wire.messages import Abort, Output, Request, Stats, ToScheduler
 
 StepT = TypeVar("StepT")
 
-_TURNS = 1000
-"""Turns without rest, if work is left for it, after which the device takes one: who is never idle gains by it, too."""
+_IDLE_WORK_AFTER = 1000
+"""After this many consecutive steps, run one piece of pending idle work even if the engine is busy."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Executor(Protocol[StepT]):
         OutOfMemory: it did not run, nor did or will those launched behind it, which say the same.
         """
 
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         """Do a piece of work that was put off, a tenth of a second at most; True while more remains.
 
         Called only while no step is on the device.
@@ -73,7 +73,7 @@ class Engine(Generic[StepT]):
         self._compare_plans = compare_plans
         self._plan = b""
         self._last_collected = 0.0
-        self._may_rest, self._turns = True, 0  # since the last rest
+        self._has_idle_work, self._steps_since = True, 0  # steps since the last piece of it
 
     @property
     def idle(self) -> bool:
@@ -83,16 +83,16 @@ class Engine(Generic[StepT]):
     def step(self) -> None:
         """One turn. The device works on step N + 1 while the host handles the tokens of step N."""
         scheduler = self.scheduler
-        for message in self.link.receive(self.idle and not self._may_rest, self._plan):
+        for message in self.link.receive(self.idle and not self._has_idle_work, self._plan):
             if isinstance(message, Request):
                 scheduler.add(message)
             elif isinstance(message, Abort):
                 scheduler.abort(message.id)
             else:
                 scheduler.extend(message)
-        self._turns += 1
-        restless = self._may_rest and self._turns >= _TURNS
-        batch = None if restless else scheduler.schedule()
+        self._steps_since += 1
+        overdue = self._has_idle_work and self._steps_since >= _IDLE_WORK_AFTER
+        batch = None if overdue else scheduler.schedule()
         if self._compare_plans:
             self._plan = digest(batch)
         flying, self._in_flight = self._in_flight, self._launch(batch) if batch else None
@@ -102,8 +102,8 @@ class Engine(Generic[StepT]):
             self._complete()
             outputs, done, step_s = [], None, 0.0
         self.link.send(scheduler.notices() + outputs, scheduler.stats(done, step_s))
-        if self._may_rest and self._in_flight is None and (restless or not scheduler.has_work):
-            self._may_rest, self._turns = self.executor.rest(), 0
+        if self._has_idle_work and self._in_flight is None and (overdue or not scheduler.has_work):
+            self._has_idle_work, self._steps_since = self.executor.idle_work(), 0
 
     def _launch(self, batch: Batch) -> tuple[Batch, StepT, float] | None:
         """The batch on the device since when; None if it found no memory there."""

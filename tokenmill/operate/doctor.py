@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -21,17 +19,20 @@ import psutil
 
 import tokenmill
 from tokenmill import fetch
+from tokenmill.backends.accounts import stored_dtype
+from tokenmill.backends.kind import BackendOptions
 from tokenmill.config import Settings, memory_bytes
 from tokenmill.errors import DownloadError, StartError
 from tokenmill.extras import has_torch
 from tokenmill.models.base import program_of
 from tokenmill.operate.env import cpu_name
+from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
-from tokenmill.quant.base import reader_of
+from tokenmill.quant._unread import warn_of_unread
 from tokenmill.runtime.assembly import room
-from tokenmill.runtime.choice import Choice, Computing, choose, dtype_of, weight_bytes
+from tokenmill.runtime.choice import choose
 from tokenmill.runtime.memory import available_bytes, check_weights, size
-from tokenmill.runtime.worker import computing as computing_of
+from tokenmill.runtime.worker import backend_options
 from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint
 from tokenmill.weights.source import ModelSource
 
@@ -123,85 +124,30 @@ def _backend(settings: Settings) -> Finding:
     if source is None:
         return Finding("backend", "note", "is chosen when the model is here")
     checkpoint = open_checkpoint(source)
-    program, computing = program_of(checkpoint.config), computing_of(settings)
+    program, options = program_of(checkpoint.config), backend_options(settings)
     try:
-        choice = choose(program, computing, settings.block_size, settings.num_shard or 1)
+        choice = choose(program, options, settings.block_size, settings.num_shard or 1)
     except StartError as error:
-        return Finding("backend", "bad", str(error), _elsewhere(program, checkpoint, computing))
-    needed = weight_bytes(choice, program, checkpoint, computing.dtype)
-    check_weights(needed, room(choice, computing), memory_bytes(settings.memory_limit))
-    if choice.name == "cuda":
-        return _cuda_backend(program, checkpoint, computing, f"weights {size(needed)}")
-    if choice.name != "cpu":
-        device = choice.device.upper()
-        why = f", because the {device} backend cannot serve this: {choice.reason}" if choice.reason else ""
-        return Finding("backend", "note" if why else "ok", f"{choice.name}, weights {size(needed)}{why}")
-    return _cpu_backend(program, checkpoint, computing, f"weights {size(needed)}")
+        return Finding("backend", "bad", str(error), _elsewhere(program, checkpoint, options))
+    dtype = choice.kind.dtype(stored_dtype(checkpoint), options.dtype)
+    needed = choice.kind.weight_bytes(program, checkpoint, dtype)
+    warn_of_unread(weights_of(program), checkpoint)
+    check_weights(needed, room(choice, options), memory_bytes(settings.memory_limit))
+    found = choice.kind.describe(program, checkpoint, options, dtype)
+    why = f"because the {choice.device.upper()} backend cannot serve this: {choice.reason}" if choice.reason else ""
+    text = "; ".join(filter(None, [f"{choice.name}, {found.text}, weights {size(needed)}", found.state, found.flaw, why]))
+    return Finding("backend", "note" if found.flaw or why else "ok", text, found.details)
 
 
-def _cpu_backend(program: Program, checkpoint: Checkpoint, computing: Computing, weights: str) -> Finding:
-    from tokenmill.backends.cpu.backend import KV_DTYPES
-    from tokenmill.backends.cpu.cache import KernelCache
-    from tokenmill.backends.cpu.explain import kernels_of
-    from tokenmill.backends.cpu.isa import detect
-    from tokenmill.backends.cpu.threads import default_threads
-
-    read, kv_dtype = reader_of(checkpoint, computing.quantize), KV_DTYPES[computing.kv_cache_dtype]
-    isa = detect(computing.cpu_isa)
-    kinds = kernels_of(program, checkpoint, read, isa, kv_dtype)
-    names = ["walk", "serve", *(name for kernels in kinds.values() for name in kernels)]
-    missing = KernelCache(Path(computing.kernel_cache), isa).missing(names)
-    cached = f"{len(missing)} of {len(names)} kernels are still to be compiled" if missing else "kernels are compiled"
-    threads = computing.cpu_threads or default_threads(computing.cpus)
-    width = max(map(len, kinds))
-    details = [f"{kind.ljust(width)}  {_times(kernels)}" for kind, kernels in kinds.items()]
-    on = f"{threads} thread{'s' if threads > 1 else ''} of {computing.cpus} usable CPUs"
-    return Finding("backend", "ok", f"cpu, {on}, {weights}; {cached}", tuple(details))
-
-
-def _cuda_backend(program: Program, checkpoint: Checkpoint, computing: Computing, weights: str) -> Finding:
-    from tokenmill.backends.cuda.detect import capability, device_name, not_compilable
-
-    dtype = dtype_of(Choice("cuda"), checkpoint, computing.dtype)
-    (major, minor), why = capability(), not_compilable()
-    text = f"cuda, {device_name()} (compute capability {major}.{minor}), {dtype}, {weights}"
-    kernels = _cuda_kernels(program, checkpoint, computing, copies=(major, minor) >= (9, 0))
-    return Finding("backend", "note" if why else "ok", f"{text}; {why}" if why else text, kernels)
-
-
-def _cuda_kernels(
-    program: Program, checkpoint: Checkpoint, computing: Computing, *, copies: bool = True
-) -> tuple[str, ...]:
-    """`copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
-    from tokenmill.backends.cuda.explain import How, kernels_of, rules_of
-
-    how = How(
-        dtype=dtype_of(Choice("cuda"), checkpoint, computing.dtype),
-        kv_cache_dtype=computing.kv_cache_dtype,
-        deterministic=computing.deterministic,
-        attention=computing.attention,
-        copies=copies,
-    )
-    told = {kind: _times(kernels) for kind, kernels in kernels_of(program, how).items()}
-    told |= rules_of(program, checkpoint, how)
-    width = max(map(len, told))
-    return tuple(f"{name.ljust(width)}  {text}" for name, text in told.items())
-
-
-def _elsewhere(program: Program, checkpoint: Checkpoint, computing: Computing) -> tuple[str, ...]:
+def _elsewhere(program: Program, checkpoint: Checkpoint, options: BackendOptions) -> tuple[str, ...]:
     """What would serve on a machine with a GPU, if one was asked for and this machine has none."""
-    from tokenmill.backends.cuda.detect import missing
-    from tokenmill.backends.cuda.prepare import refusal
+    from tokenmill.backends.cuda.kind import KIND
 
-    if "cuda" not in (computing.device, computing.backend) or not missing():
+    if "cuda" not in (options.device, options.backend) or not KIND.missing():
         return ()
-    if refusal(program, computing.dtype, 1, computing.deterministic) or not (has_torch() and find_spec("triton")):
-        return ()
-    return ("Where there is one, it would be:", *_cuda_kernels(program, checkpoint, computing))
-
-
-def _times(kernels: Counter[str]) -> str:
-    return ", ".join(f"{name} × {count}" if count > 1 else name for name, count in kernels.items())
+    dtype = KIND.dtype(stored_dtype(checkpoint), options.dtype)
+    details = KIND.describe_elsewhere(program, checkpoint, options, dtype)
+    return ("Where there is one, it would be:", *details) if details else ()
 
 
 def _torch(settings: Settings) -> Finding:

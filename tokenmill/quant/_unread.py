@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
 from tokenmill.errors import ModelError
+from tokenmill.program.ops import Weight
 from tokenmill.weights.checkpoint import Checkpoint
 
 _LAYER = re.compile(r".*?\.\d+\.")
 _HEAD = "lm_head.weight"
 _NO_WEIGHT = re.compile(r".*(\.rotary_emb\.\w+|\.((kv?|v|q|output|prob_output)_scale))")
 """Frequencies that old versions of transformers stored, and scales of a quantized cache."""
+
+
+_log = logging.getLogger(__name__)
+
+
+def warn_of_unread(weights: Iterable[Weight], source: Checkpoint) -> None:
+    """Log what the checkpoint has and the model does not read; ModelError as `unread`."""
+    weights = list(weights)
+    names = {part.name for weight in weights for part in weight.parts}
+    table = next((weight.name for weight in weights if weight.table), "")
+    left = [name for name in unread(names, source) if name != _HEAD]
+    if left:
+        shown = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
+        _log.warning("The model does not read %d of the tensors in its files: %s.", len(left), shown)
+    if table and another_head(names, table, source):
+        _log.warning(
+            "lm_head.weight differs from the embedding and is not read, for config.json says tie_word_embeddings. Set "
+            "that to false to use it."
+        )
 
 
 def unread(wanted: Set[str], source: Checkpoint) -> list[str]:

@@ -6,31 +6,26 @@ Every number that was left open is settled here, once, and told in `EngineInfo`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenmill.backends.accounts import stored_dtype
 from tokenmill.backends.base import Backend, StepLimits
+from tokenmill.backends.kind import CPU_DEFAULTS, BackendOptions, Defaults, Job, Report
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Executor as AnyExecutor
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.parallel.group import Group
-from tokenmill.program.cost import Load, cost
+from tokenmill.program.cost import Load, cost, weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
+from tokenmill.quant._unread import warn_of_unread
+from tokenmill.quant.base import reader_of
 from tokenmill.runtime import lengths
-from tokenmill.runtime.choice import (
-    Choice,
-    Computing,
-    choose,
-    dtype_of,
-    instruction_set,
-    make_backend,
-    weight_bytes,
-)
+from tokenmill.runtime.choice import Choice, choose, make_backend
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.guides import Guides
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks, count_device_blocks
@@ -38,19 +33,8 @@ from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
-_MAX_BATCH_TOKENS = 512  # of a step on a CPU: a longer one only makes the running sequences wait
-_PREFILL_BESIDE = 32  # prompt tokens: on a CPU each lengthens the step that the others wait for
-_MAX_BATCH_SIZE = 128
-_GPU_BATCH_TOKENS = 8192  # on an H200 longer steps give nothing, and shorter ones down to 2,048 cost 2 %
-_GPU_BATCH_SIZE = 256
-_GPU_PREFILL_BESIDE = 320
-"""Prompt tokens: the step that others wait for may take three times as long as theirs alone, which is the time of
-reading the weights. So many tokens take two of these: 2 x 650 TFLOP/s over 4.8 TB/s are 270 on an H200, 390 on an
-H100 of 3.35 TB/s."""
 _ATTENTION_EFFICIENCY = 0.5  # of a prompt's attention, beside its products
 _MOCK_CAPACITY = 1 << 20  # tokens
-
-Report = Callable[[Progress], None]
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +43,7 @@ _log = logging.getLogger(__name__)
 class Wants:
     """What a user may say of an engine; None and "": not said."""
 
-    computing: Computing = field(default_factory=Computing)
+    backend: BackendOptions = field(default_factory=BackendOptions)
     block_size: int = 16
     max_batch_tokens: int | None = None
     max_batch_size: int | None = None
@@ -91,19 +75,24 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     """
     from tokenmill.models.base import program_of
 
-    computing = wants.computing
+    options = wants.backend
     checkpoint = open_checkpoint(source)
     program = program_of(checkpoint.config)
-    choice = choose(program, computing, wants.block_size, group.size)
+    choice = choose(program, options, wants.block_size, group.size)
+    defaults = choice.kind.defaults(choice.device)
+    dtype = choice.kind.dtype(stored_dtype(checkpoint), options.dtype)
     length = lengths.of_model(checkpoint.config, program)
     longest = lengths.longest(source, length, wants.max_total_tokens)
     lengths.max_input_tokens(wants.max_input_tokens, longest, length)  # before minutes of reading
-    needed = weight_bytes(choice, program, checkpoint, computing.dtype)
-    check_weights(needed, room(choice, computing), wants.memory_limit)
-    limits = _limits(choice, wants, longest)
+    needed = choice.kind.weight_bytes(program, checkpoint, dtype)
+    warn_of_unread(weights_of(program), checkpoint)
+    check_weights(needed, room(choice, options), wants.memory_limit)
+    limits = _limits(defaults, wants, longest)
+    read = reader_of(checkpoint, options.quantize)
+    job = Job(program, checkpoint, read, limits, group, options, choice.placement, dtype, report)
     with ExitStack() as resources:
         try:
-            backend = make_backend(choice, program, checkpoint, limits, computing, group, report)
+            backend = make_backend(choice, job)
         except MemoryError as error:  # what the weights leave is less than what the limits ask for beside them
             raise NotEnoughMemory(
                 f"There is no memory for {limits.max_batch_size} requests of {longest} tokens ({error}). "
@@ -116,7 +105,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
         total = min(longest, num_blocks * wants.block_size)
         info = EngineInfo(
             model_id=source.model_id,
-            dtype=dtype_of(choice, checkpoint, computing.dtype),
+            dtype=dtype,
             device=choice.device,
             backend=choice.name,
             num_blocks=num_blocks,
@@ -128,11 +117,11 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
             max_batch_size=limits.max_batch_size,
             num_shard=group.size,
             revision=source.revision,
-            quantize=computing.quantize,
-            isa=instruction_set(choice, computing),
+            quantize=options.quantize,
+            isa=choice.kind.instruction_set(options),
         )
         lengths.tell_prompt_limit(wants.max_input_tokens, total, length)
-        scheduler = scheduler_of(info, program)
+        scheduler = scheduler_of(info, defaults, program)
         guides = _guides(source, info, wants, resources) if group.rank == 0 else None
         executor = Executor(backend, limits.max_batch_size, guides)
         return Assembled(scheduler, executor, info, guides, resources.pop_all())
@@ -144,7 +133,7 @@ def _guides(source: ModelSource, info: EngineInfo, wants: Wants, resources: Exit
     if wants.grammar_backend:
         from tokenmill.runtime.grammars import ModelGrammars
 
-        grammars = ModelGrammars(source, info.vocab_size, wants.grammar_backend, wants.computing.cpus)
+        grammars = ModelGrammars(source, info.vocab_size, wants.grammar_backend, wants.backend.cpus)
         resources.callback(grammars.close)
     guides = Guides(info.vocab_size, grammars)
     resources.callback(guides.close)
@@ -157,7 +146,7 @@ def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any],
     total = wants.max_total_tokens or min(lengths.longest(source, length, None), lengths.MOCK_LENGTH)
     info = EngineInfo(
         model_id=source.model_id,
-        dtype=wants.computing.dtype or "float32",
+        dtype=wants.backend.dtype or "float32",
         device="mock",
         backend="mock",
         num_blocks=max(_MOCK_CAPACITY, total) // wants.block_size + 1,
@@ -165,28 +154,22 @@ def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any],
         vocab_size=vocab_size,
         max_input_tokens=lengths.max_input_tokens(wants.max_input_tokens, total, length),
         max_total_tokens=total,
-        max_batch_tokens=wants.max_batch_tokens or _MAX_BATCH_TOKENS,
-        max_batch_size=wants.max_batch_size or _MAX_BATCH_SIZE,
+        max_batch_tokens=wants.max_batch_tokens or CPU_DEFAULTS.batch_tokens,
+        max_batch_size=wants.max_batch_size or CPU_DEFAULTS.batch_size,
         revision=source.revision,
     )
-    return Assembled(scheduler_of(info), executor, info)
+    return Assembled(scheduler_of(info, CPU_DEFAULTS._replace(prefill_beside=0)), executor, info)
 
 
-def _limits(choice: Choice, wants: Wants, longest: int) -> StepLimits:
-    on_gpu = choice.device == "cuda"
-    tokens = wants.max_batch_tokens or (_GPU_BATCH_TOKENS if on_gpu else _MAX_BATCH_TOKENS)
-    rows = wants.max_batch_size or (_GPU_BATCH_SIZE if on_gpu else _MAX_BATCH_SIZE)
+def _limits(defaults: Defaults, wants: Wants, longest: int) -> StepLimits:
+    tokens, rows = wants.max_batch_tokens or defaults.batch_tokens, wants.max_batch_size or defaults.batch_size
     return StepLimits(tokens, rows, longest, wants.block_size)
 
 
-def room(choice: Choice, computing: Computing) -> int:
+def room(choice: Choice, options: BackendOptions) -> int:
     """Bytes that may still be taken, where weights and cache will be."""
-    if choice.device != "cuda":
-        return available_bytes()
-    from tokenmill.backends.cuda.memory import free_bytes
-
-    free, total = free_bytes(choice.device)
-    return min(free, int(total * computing.cuda_memory_fraction) - (total - free))
+    found = choice.kind.room(options, choice.device)
+    return available_bytes() if found is None else found
 
 
 def _allocate(
@@ -199,30 +182,30 @@ def _allocate(
         limits.block_size,
         limits.max_batch_size,
         limits.max_total_tokens,
-        getattr(backend, "taken_bytes", int)(),
+        backend.claimed_bytes(),
         wants.max_total_tokens or 2,
     )
     group.minimum(0)  # nobody looks at what is free before all have read their weights
     limit = None if wants.memory_limit is None else wants.memory_limit // group.size
-    if choice.device == "cuda":
-        num_blocks = count_device_blocks(demand, room(choice, wants.computing), weight_bytes, limit)
+    free = room(choice, wants.backend)
+    if choice.kind.defaults(choice.device).owns_memory:
+        num_blocks = count_device_blocks(demand, free, weight_bytes, limit)
     else:
-        num_blocks = count_blocks(demand, available_bytes() // group.size, weight_bytes, limit, group.size)
+        num_blocks = count_blocks(demand, free // group.size, weight_bytes, limit, group.size)
     num_blocks = group.minimum(num_blocks)
     backend.allocate(num_blocks)
     return num_blocks
 
 
-def scheduler_of(info: EngineInfo, program: Program | None = None) -> Scheduler:
+def scheduler_of(info: EngineInfo, defaults: Defaults, program: Program | None = None) -> Scheduler:
     """A scheduler for such an engine, with the numbers that suit its device. `program`: None for a mock."""
-    on_gpu = info.device == "cuda"  # on a CPU products are the slower part, however long the context
     limits = SchedulerLimits(
         info.max_batch_tokens,
         info.max_batch_size,
         info.max_total_tokens,
         info.block_size,
-        prefill_beside={"cpu": _PREFILL_BESIDE, "cuda": _GPU_PREFILL_BESIDE}.get(info.device, 0),
-        context_weight=context_weight(program) if on_gpu and program is not None else 0,
+        prefill_beside=defaults.prefill_beside,
+        context_weight=context_weight(program) if defaults.counts_attention and program is not None else 0,
     )
     return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,7 +38,6 @@ class Executor:
     def __init__(self, backend: Backend, max_batch_size: int, guiding: Guiding | None = None) -> None:
         self._backend, self._guiding = backend, guiding
         self._builder = StepBuilder(max_batch_size)
-        self._rest: Callable[[], bool] = getattr(backend, "rest", lambda: False)
 
     def launch(self, batch: Batch) -> Launched:
         """Start a step behind those before it and return at once. Raises what `Backend.run` does."""
@@ -58,6 +56,6 @@ class Executor:
             self._guiding.observe(step.batch, result.token_ids)
         return result
 
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         """Do a piece of the work that the backend has put off; True while more remains."""
-        return self._rest()
+        return self._backend.idle_work()

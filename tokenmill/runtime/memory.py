@@ -31,7 +31,7 @@ class Demand:
     block_size: int  # tokens
     max_batch_size: int  # sequences at once
     max_total_tokens: int  # of the longest sequence
-    taken_bytes: int = 0  # of `step_bytes`: no longer free
+    claimed_bytes: int = 0  # of `step_bytes`: no longer free
     wanted_tokens: int = 2  # a sequence of this length must fit: what the user asked for, else the least that is of use
 
     def blocks_of(self, tokens: int) -> int:
@@ -81,7 +81,7 @@ def count_device_blocks(demand: Demand, room: int, weight_bytes: int = 0, limit:
     `room`: bytes that may still be taken now that the weights are there; `limit` as for `count_blocks`. Kept free: the
     step, and a little that nobody counts. Raises NotEnoughMemory as `count_blocks` does.
     """
-    budget = room - (demand.step_bytes - demand.taken_bytes) - DEVICE_RESERVE - room // 100
+    budget = room - (demand.step_bytes - demand.claimed_bytes) - DEVICE_RESERVE - room // 100
     if limit is not None:
         budget = min(budget, limit - weight_bytes - demand.step_bytes)
     needed = demand.blocks_of(demand.wanted_tokens)

@@ -107,7 +107,7 @@ class MockExecutor:
                 return StepResult([-1, *step.result.token_ids[1:]], step.result.details, step.result.prompt_details)
         return step.result
 
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         """See `engine.Executor`."""
         return False
 

@@ -72,7 +72,7 @@ class OfflineEngine:
         self._link = _LocalLink(parts.guides)
         self._engine = Engine(parts.scheduler, parts.executor, FactsLink(self._link, parts.scheduler))
         self._last_id = 0
-        while parts.executor.rest():  # between two readers nobody steps: it is never idle
+        while parts.executor.idle_work():  # between two readers nobody steps: it is never idle
             pass
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from tokenmill.backends.kind import BackendOptions
 from tokenmill.config import Settings, graph_sizes, memory_bytes, usable_cpus
 from tokenmill.engine.engine import Engine, Link
 from tokenmill.engine.facts import FactsLink
@@ -16,7 +17,6 @@ from tokenmill.engine.idle import IdleLink
 from tokenmill.engine.intake import Follower, Intake, RankServer
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
-from tokenmill.runtime.choice import Computing
 from tokenmill.settle import settle
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
@@ -100,9 +100,9 @@ def _mock(source: ModelSource, settings: Settings) -> Assembled:
     return assemble_mock(source, wants(settings), executor, tokenizer.vocab_size)
 
 
-def computing(settings: Settings) -> Computing:
-    """What the user said of who computes."""
-    return Computing(
+def backend_options(settings: Settings) -> BackendOptions:
+    """Return the options that select and configure the backend."""
+    return BackendOptions(
         backend=settings.backend,
         dtype=settings.dtype,
         quantize=settings.quantize,
@@ -122,7 +122,7 @@ def computing(settings: Settings) -> Computing:
 def wants(settings: Settings) -> Wants:
     """What the user said of an engine."""
     return Wants(
-        computing=computing(settings),
+        backend=backend_options(settings),
         block_size=settings.block_size,
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_size=settings.max_batch_size,

@@ -126,6 +126,10 @@ class CpuBackend:
         """Bytes that the largest step needs besides weights and cache."""
         return self._memory.plan.size + self._scratch.nbytes
 
+    def claimed_bytes(self) -> int:
+        """None of them: memory is taken as it is first written to."""
+        return 0
+
     def allocate(self, num_blocks: int) -> None:
         """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
         try:
@@ -157,6 +161,10 @@ class CpuBackend:
         masks, plan = AwaitedMasks(inputs.late), self._scratch.plan(self._slots.places(inputs))
         self._last = CpuStep(self._thread.submit(self._step, inputs, plan, masks), masks)
         return self._last
+
+    def idle_work(self) -> bool:
+        """Nothing is put off."""
+        return False
 
     def close(self) -> None:
         """End the threads after the step that they run. Idempotent."""

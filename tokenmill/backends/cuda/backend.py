@@ -127,9 +127,9 @@ class CudaBackend:
 
     def step_bytes(self) -> int:
         """Bytes that are needed besides weights and cache: by a step, by graphs, by libraries."""
-        return self.taken_bytes() + self._account.to_come
+        return self.claimed_bytes() + self._account.to_come
 
-    def taken_bytes(self) -> int:
+    def claimed_bytes(self) -> int:
         """How many of them are taken already."""
         return self._account.step + self._account.sampler
 
@@ -217,7 +217,7 @@ class CudaBackend:
                 seen.add(matrix)
 
     @torch.inference_mode()
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         """Capture one more graph, some tens of milliseconds; True while more remain.
 
         Slots and cache may be in use: what it runs are rows of nobody's.

@@ -124,6 +124,10 @@ class TorchBackend:
         sampled = 4 * rows["samples"] * self.vocab_size * 4  # float32 copies that a full tail makes
         return plan_buffers(self.program, size).size + gathered + sampled
 
+    def claimed_bytes(self) -> int:
+        """None of them: memory is taken as it is first written to."""
+        return 0
+
     def allocate(self, num_blocks: int) -> None:
         """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
         places = num_blocks * self.limits.block_size
@@ -149,6 +153,10 @@ class TorchBackend:
             lambda masks: self._step_or_out_of_memory(inputs, masks), self._thread, before, inputs.late
         )
         return self._last
+
+    def idle_work(self) -> bool:
+        """Nothing is put off."""
+        return False
 
     def close(self) -> None:
         """End the thread after the step that it runs. Idempotent."""

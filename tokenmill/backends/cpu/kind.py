@@ -1,0 +1,141 @@
+"""The CPU backend as a choice: what it can run, on which processors, and how it is made."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenmill.backends.accounts import listed, stored_bytes
+from tokenmill.backends.kind import CPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
+from tokenmill.errors import Unsupported
+from tokenmill.program.value import Program
+from tokenmill.quant.base import reader_of
+from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.wire.messages import Progress
+
+if TYPE_CHECKING:
+    from tokenmill.backends.base import Backend
+    from tokenmill.backends.cpu.cache import KernelCache
+
+_CACHES = ("int8",)
+
+_log = logging.getLogger(__name__)
+
+
+class CpuKind:
+    """Implements `backends.kind.Kind`."""
+
+    name, devices, preference = "cpu", ("cpu",), 0
+
+    def missing(self) -> str:
+        """See `Kind`."""
+        return ""
+
+    def refusal(self, program: Program, options: BackendOptions, placement: Placement) -> str:
+        """See `Kind`."""
+        if placement.ranks > 1:
+            return "it does not share a model over several processes"
+        if importlib.util.find_spec("llvmlite") is None or importlib.util.find_spec("numba") is None:
+            return "numba is not installed"
+        from tokenmill.backends.cpu.isa import detect
+        from tokenmill.backends.cpu.prepare import refusal
+
+        try:
+            detect(options.cpu_isa)
+        except Unsupported as e:
+            return f"its kernels are not written for this processor ({e.name})"
+        return refusal(program, placement.block_size)
+
+    def check(self, options: BackendOptions, placement: Placement, reason: str) -> None:
+        """See `Kind`."""
+        if options.kv_cache_dtype not in ("", *_CACHES):
+            cure = "The CPU backend's cache is float16 or int8; FP8 is for GPUs. Give `--kv-cache-dtype int8`, or none."
+            raise Unsupported("KV cache dtype", options.kv_cache_dtype, _CACHES, cure)
+
+    def defaults(self, device: str) -> Defaults:
+        """See `Kind`."""
+        return CPU_DEFAULTS
+
+    def dtype(self, stored: str, wanted: str) -> str:
+        """See `Kind`. Products of weights in 16 bits are summed in float32 as well."""
+        return wanted or "float32"
+
+    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
+        """See `Kind`. Weights are packed as they are stored."""
+        return stored_bytes(program, source)
+
+    def room(self, options: BackendOptions, device: str) -> int | None:
+        """See `Kind`."""
+        return None
+
+    def instruction_set(self, options: BackendOptions) -> str:
+        """See `Kind`."""
+        from tokenmill.backends.cpu.isa import detect
+
+        return detect(options.cpu_isa).name
+
+    def make(self, job: Job) -> Backend:
+        """See `Kind`."""
+        from tokenmill.backends.cpu.backend import CpuBackend
+        from tokenmill.backends.cpu.cache import user_folder
+        from tokenmill.backends.cpu.threads import default_threads
+
+        options = job.options
+        if (dtype := options.dtype) in ("bfloat16", "float16"):
+            _log.info("The CPU backend keeps weights as they are stored and computes in float32, not %s.", dtype)
+        return CpuBackend(
+            job.program,
+            job.source,
+            job.read,
+            job.limits,
+            job.group,
+            threads=options.cpu_threads or default_threads(options.cpus),
+            isa=options.cpu_isa,
+            kv_dtype=options.kv_cache_dtype,
+            kernel_cache=Path(options.kernel_cache) if options.kernel_cache else user_folder(),
+            report=job.report,
+        )
+
+    def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
+        """See `Kind`."""
+        from tokenmill.backends.cpu.threads import default_threads
+
+        kinds, names, cache = _kernels(program, source, options)
+        missing = cache.missing(names)
+        cached = "kernels are compiled"
+        if missing:
+            cached = f"{len(missing)} of {len(names)} kernels are still to be compiled"
+        threads = options.cpu_threads or default_threads(options.cpus)
+        on = f"{threads} thread{'s' if threads > 1 else ''} of {options.cpus} usable CPUs"
+        return Description(on, listed(kinds), cached)
+
+    def compile(self, program: Program, source: Checkpoint, options: BackendOptions, report: Report) -> str | None:
+        """See `Kind`."""
+        _, names, cache = _kernels(program, source, options)
+        began = time.monotonic()
+        compiled = cache.fill(names, lambda done, total: report(Progress("compile", done, total, "kernels")))
+        took = f"{compiled} compiled in {time.monotonic() - began:.1f} s" if compiled else "all were there"
+        return f"{len(set(names))} kernels for {cache.isa.name} in {cache.folder}; {took}."
+
+
+def _kernels(
+    program: Program, source: Checkpoint, options: BackendOptions
+) -> tuple[dict[str, Counter[str]], list[str], KernelCache]:
+    """Kernels by kind of operation, all names, and the cache that has them or not."""
+    from tokenmill.backends.cpu.backend import KV_DTYPES
+    from tokenmill.backends.cpu.cache import KernelCache, user_folder
+    from tokenmill.backends.cpu.explain import kernels_of
+    from tokenmill.backends.cpu.isa import detect
+
+    read, isa = reader_of(source, options.quantize), detect(options.cpu_isa)
+    kinds = kernels_of(program, source, read, isa, KV_DTYPES[options.kv_cache_dtype])
+    names = ["walk", "serve", *(name for kernels in kinds.values() for name in kernels)]
+    folder = Path(options.kernel_cache) if options.kernel_cache else user_folder()
+    return kinds, names, KernelCache(folder, isa, jobs=options.cpus)
+
+
+KIND = CpuKind()

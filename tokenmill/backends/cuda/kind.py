@@ -1,0 +1,165 @@
+"""The CUDA backend as a choice: what it can run, on which devices, and how it is made."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from tokenmill.backends.accounts import dense_bytes, listed
+from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
+from tokenmill.errors import Unsupported
+from tokenmill.extras import has_torch
+from tokenmill.program.value import Program
+from tokenmill.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from tokenmill.backends.base import Backend
+
+_log = logging.getLogger(__name__)
+
+
+class CudaKind:
+    """Implements `backends.kind.Kind`."""
+
+    name, devices, preference = "cuda", ("cuda",), 0
+
+    def missing(self) -> str:
+        """See `Kind`."""
+        from tokenmill.backends.cuda.detect import missing
+
+        return missing()
+
+    def refusal(self, program: Program, options: BackendOptions, placement: Placement) -> str:
+        """See `Kind`."""
+        from tokenmill.backends.cuda.detect import capability
+        from tokenmill.backends.cuda.prepare import LEAST_CAPABILITY, refusal
+
+        reason, found = refusal(program, options.dtype, placement.ranks, options.deterministic), capability()
+        if not reason and found < LEAST_CAPABILITY:
+            reason = f"it needs compute capability {_dotted(LEAST_CAPABILITY)}, this device has {_dotted(found)}"
+        return reason
+
+    def check(self, options: BackendOptions, placement: Placement, reason: str) -> None:
+        """See `Kind`."""
+        from tokenmill.backends.cuda.detect import capability, device_name
+        from tokenmill.backends.cuda.prepare import FP8_CAPABILITY, KV_DTYPES
+
+        wanted = options.kv_cache_dtype
+        if not wanted:
+            return
+        if wanted not in KV_DTYPES:
+            cure = "On a GPU the cache has the computation's dtype, or FP8."
+            raise Unsupported("KV cache dtype", wanted, KV_DTYPES, cure)
+        if capability() < FP8_CAPABILITY:
+            cure = (
+                f"FP8 needs compute capability {_dotted(FP8_CAPABILITY)}; {device_name()} has {_dotted(capability())}. "
+                "Leave the option out: the cache then has the computation's dtype."
+            )
+            raise Unsupported("KV cache dtype", wanted, (), cure)
+
+    def defaults(self, device: str) -> Defaults:
+        """See `Kind`."""
+        return GPU_DEFAULTS
+
+    def dtype(self, stored: str, wanted: str) -> str:
+        """See `Kind`. The stored dtype, in 16 bits."""
+        return wanted or ("float16" if stored == "float16" else "bfloat16")
+
+    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
+        """See `Kind`."""
+        return dense_bytes(program, source, dtype)
+
+    def room(self, options: BackendOptions, device: str) -> int | None:
+        """See `Kind`. Imports torch."""
+        from tokenmill.backends.torch.devices import room
+
+        return room(options, device)
+
+    def instruction_set(self, options: BackendOptions) -> str:
+        """See `Kind`. Imports torch."""
+        import torch
+
+        return str(torch.backends.cpu.get_cpu_capability()).lower()
+
+    def make(self, job: Job) -> Backend:
+        """See `Kind`. Imports torch and triton."""
+        from tokenmill.backends.cuda.backend import CudaBackend
+
+        options = job.options
+        return CudaBackend(
+            job.program,
+            job.source,
+            job.read,
+            job.limits,
+            job.group,
+            dtype=job.dtype,
+            device="cuda",
+            graphs=options.cuda_graphs,
+            kv_cache_dtype=options.kv_cache_dtype,
+            deterministic=options.deterministic,
+            attention=attention(job.program, options, job.dtype),
+            kernel_cache=options.kernel_cache,
+            jobs=options.cpus,
+            report=job.report,
+        )
+
+    def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
+        """See `Kind`."""
+        from tokenmill.backends.cuda.detect import capability, device_name, not_compilable
+
+        found = capability()
+        text = f"{device_name()} (compute capability {_dotted(found)}), {dtype}"
+        kernels = _kernels(program, source, options, dtype, copies=found >= (9, 0))
+        return Description(text, kernels, flaw=not_compilable())
+
+    def describe_elsewhere(
+        self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str
+    ) -> tuple[str, ...]:
+        """Return the details of `describe` on a newer GPU, for a machine that has none; () if that cannot be told."""
+        from tokenmill.backends.cuda.prepare import refusal
+
+        if refusal(program, options.dtype, 1, options.deterministic) or not (has_torch() and find_spec("triton")):
+            return ()
+        return _kernels(program, source, options, dtype, copies=True)
+
+    def compile(self, program: Program, source: Checkpoint, options: BackendOptions, report: Report) -> str | None:
+        """See `Kind`."""
+        return None
+
+
+def attention(program: Program, options: BackendOptions, dtype: str) -> str:
+    """Return whose kernels attend to runs of tokens. Logs what became of the user's wish."""
+    from tokenmill.backends.cuda.prepare import attention_of
+
+    chosen, why_not = attention_of(program, options.attention, dtype, options.deterministic)
+    if why_not:
+        _log.warning("`attention` is %s, but Triton's kernels attend: %s.", options.attention, why_not)
+    elif options.attention not in ("", chosen):
+        _log.info("`attention` is %s: Triton's kernels are the nearest to it here, and attend.", options.attention)
+    elif chosen == "flashinfer":
+        _log.info("flashinfer attends to runs of tokens, Triton's kernels to single ones.")
+    return chosen
+
+
+def _kernels(
+    program: Program, source: Checkpoint, options: BackendOptions, dtype: str, *, copies: bool
+) -> tuple[str, ...]:
+    """Lines of kernels and rules. `copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
+    from tokenmill.backends.cuda.explain import How, kernels_of, rules_of
+
+    how = How(
+        dtype=dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
+        deterministic=options.deterministic,
+        attention=options.attention,
+        copies=copies,
+    )
+    return listed(kernels_of(program, how), rules_of(program, source, how))
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+KIND = CudaKind()

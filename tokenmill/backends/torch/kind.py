@@ -1,0 +1,108 @@
+"""The torch backend as a choice: it runs every program, on any device, where nothing faster does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenmill.backends.accounts import dense_bytes
+from tokenmill.backends.kind import (
+    CPU_DEFAULTS,
+    GPU_DEFAULTS,
+    BackendOptions,
+    Defaults,
+    Description,
+    Job,
+    Placement,
+    Report,
+)
+from tokenmill.errors import ArgumentError, Unsupported
+from tokenmill.extras import need_torch
+from tokenmill.program.value import Program
+from tokenmill.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from tokenmill.backends.base import Backend
+
+
+class TorchKind:
+    """Implements `backends.kind.Kind`."""
+
+    name, devices, preference = "torch", ("cpu", "cuda"), 9
+
+    def missing(self) -> str:
+        """See `Kind`."""
+        return ""
+
+    def refusal(self, program: Program, options: BackendOptions, placement: Placement) -> str:
+        """See `Kind`."""
+        return ""
+
+    def check(self, options: BackendOptions, placement: Placement, reason: str) -> None:
+        """See `Kind`."""
+        device = placement.device.upper()
+        instead = f"The {device} backend cannot serve this ({reason}); the" if reason else "The"
+        need_torch(f"{instead} torch backend")
+        if options.kv_cache_dtype:
+            cure = "The torch backend's cache has the computation's dtype: leave the option out."
+            raise Unsupported("KV cache dtype", options.kv_cache_dtype, (), cure)
+        if options.deterministic:
+            why = f" It would serve because the {device} backend cannot: {reason}." if reason else ""
+            raise ArgumentError(
+                "`deterministic` is given, but the torch backend's sums depend on how many rows a step has."
+                f"{why} Leave the option out."
+            )
+
+    def defaults(self, device: str) -> Defaults:
+        """See `Kind`."""
+        return GPU_DEFAULTS if device == "cuda" else CPU_DEFAULTS
+
+    def dtype(self, stored: str, wanted: str) -> str:
+        """See `Kind`."""
+        return wanted or "float32"
+
+    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
+        """See `Kind`."""
+        return dense_bytes(program, source, dtype)
+
+    def room(self, options: BackendOptions, device: str) -> int | None:
+        """See `Kind`. Imports torch for a GPU."""
+        if device != "cuda":
+            return None
+        from tokenmill.backends.torch.devices import room
+
+        return room(options, device)
+
+    def instruction_set(self, options: BackendOptions) -> str:
+        """See `Kind`. Imports torch."""
+        import torch
+
+        return str(torch.backends.cpu.get_cpu_capability()).lower()
+
+    def make(self, job: Job) -> Backend:
+        """See `Kind`. Imports torch."""
+        from tokenmill.backends.torch.backend import TorchBackend
+        from tokenmill.backends.torch.threads import set_threads
+
+        if job.options.cpu_threads is not None:
+            set_threads(job.options.cpu_threads)
+        return TorchBackend(
+            job.program,
+            job.source,
+            job.read,
+            job.limits,
+            job.group,
+            dtype=job.dtype,
+            device=job.placement.device,
+            report=job.report,
+        )
+
+    def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
+        """See `Kind`."""
+        return Description(dtype)
+
+    def compile(self, program: Program, source: Checkpoint, options: BackendOptions, report: Report) -> str | None:
+        """See `Kind`."""
+        return ""
+
+
+KIND = TorchKind()
