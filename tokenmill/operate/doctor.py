@@ -135,8 +135,9 @@ def _backend(settings: Settings) -> Finding:
     check_weights(needed, room(choice, options), memory_bytes(settings.memory_limit))
     found = choice.kind.describe(program, checkpoint, options, dtype)
     why = f"because the {choice.device.upper()} backend cannot serve this: {choice.reason}" if choice.reason else ""
-    text = "; ".join(filter(None, [f"{choice.name}, {found.text}, weights {size(needed)}", found.state, found.flaw, why]))
-    return Finding("backend", "note" if found.flaw or why else "ok", text, found.details)
+    parts = [f"{choice.name}, {found.text}, weights {size(needed)}", found.state, found.flaw, why]
+    verdict: Verdict = "note" if found.flaw or why else "ok"
+    return Finding("backend", verdict, "; ".join(filter(None, parts)), found.details)
 
 
 def _elsewhere(program: Program, checkpoint: Checkpoint, options: BackendOptions) -> tuple[str, ...]:
