@@ -7,7 +7,7 @@ CLIENTS ?= .venv-clients
 ARGS ?=
 export VENV
 
-.PHONY: help serve chat torch test test-without-torch test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-scheduler bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
+.PHONY: help serve chat torch test test-without-torch test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ bench-cpu: $(VENV)/.installed-test  ## tokens/s and latencies of the default mod
 
 bench-cpu-peers: $(VENV)/.installed-test  ## the same beside llama.cpp and OpenVINO, interleaved (ARGS="--help")
 	$(BIN)/python -m bench.peers $(ARGS)
+
+bench-first: $(VENV)/.installed-test  ## the first answer after a start, beside the later ones
+	$(BIN)/python -m bench.first $(ARGS)
 
 bench-scheduler: $(VENV)/.installed-test  ## time of a scheduler step
 	$(BIN)/python bench/scheduler.py $(ARGS)

@@ -167,9 +167,22 @@ def test_a_grammar_that_comes_before_a_lazy_start_is_over_gets_a_process_that_do
         pool.close()
 
 
+def test_where_a_grammar_is_waited_for_one_process_does_not_give_way() -> None:
+    before = {p.pid for p in own_workers()}
+    pool = CompilePool("llguidance", backend("llguidance"), PoolLimits(processes=2), awaited=True)
+    try:
+        assert accepts(pool.submit(GrammarSpec("regex", "awaited")).result(60), "awaited")
+        started = [p.cmdline()[-1] for p in own_workers() if p.pid not in before]
+        assert "now" in started
+    finally:
+        pool.close()
+
+
 def test_a_process_that_ended_while_it_waited_is_replaced(pool: CompilePool) -> None:
     for process in own_workers():
         process.kill()
+        while process.status() != psutil.STATUS_ZOMBIE:  # the pool's to wait for
+            time.sleep(0.001)
     assert accepts(pool.submit(GrammarSpec("regex", "behind the dead")).result(60), "behind the dead")
 
 

@@ -31,7 +31,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     load, backend, pool = Tokenizer.load, grammars.new_backend, grammars.CompilePool
     monkeypatch.setattr(Tokenizer, "load", lambda source: found.append("tokenizer") or load(source))
     monkeypatch.setattr(grammars, "new_backend", lambda *given: found.append("backend") or backend(*given))
-    monkeypatch.setattr(grammars, "CompilePool", lambda *given: found.append("pool") or pool(*given))
+    monkeypatch.setattr(grammars, "CompilePool", lambda *given, **more: found.append("pool") or pool(*given, **more))
     return found
 
 

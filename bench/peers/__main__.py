@@ -23,7 +23,7 @@ from tokenmill.config import default_cache_dir, usable_cpus
 from tokenmill.weights import embedded
 from tokenmill.weights.source import ModelSource
 
-ROWS = ("streams", "standard", "mixed", "long", "sampling", "http")
+ROWS = ("first", "streams", "standard", "mixed", "long", "sampling", "http")
 _IDLE_PERCENT = 15.0
 
 
@@ -58,6 +58,8 @@ def _one_pass(
 def _measure(row: rows.Row, server: Server, done: int, seed: int, wait_s: float) -> dict[str, Any]:
     _wait_until_idle(wait_s)
     with server.start(row.needs) as running:
+        if row.settled:
+            running.settle()
         figures = row.measure(running, seed)
         figures |= {"start_s": running.start_s, "rss_mb": running.rss_mb()}
     return _entry(row.name, server.name, done, figures)
@@ -93,6 +95,8 @@ def _servers(options: argparse.Namespace, gguf: Path) -> list[Server]:
 
 def _rows(options: argparse.Namespace) -> list[rows.Row]:
     wanted: list[rows.Row] = []
+    if "first" in options.rows:
+        wanted.append(rows.first_row())
     if "streams" in options.rows:
         wanted += rows.stream_rows([int(n) for n in options.streams.split(",")])
     if "standard" in options.rows:
@@ -141,7 +145,7 @@ def _options() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--peers", nargs="*", default=["llamacpp", "openvino"], choices=["llamacpp", "openvino"])
     parser.add_argument("--flash", nargs="+", default=["off", "on"], choices=["off", "on"], help="llama.cpp's setting")
-    parser.add_argument("--rows", nargs="+", default=["streams", "standard"], choices=ROWS)
+    parser.add_argument("--rows", nargs="+", default=["first", "streams", "standard"], choices=ROWS)
     parser.add_argument("--streams", default="1,4,16,32")
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--wait-idle", type=float, default=20, metavar="S", help="before each measurement, at most")

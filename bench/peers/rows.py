@@ -24,12 +24,14 @@ SAMPLED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line. `measure` gets a ready server and a number that makes its prompts its own."""
+    """One line. `measure` gets a ready server, if `settled` one that has also done what it puts off until nobody asks,
+    and a number that makes its prompts its own."""
 
     name: str
     needs: Needs
     measure: Measure
     ours_only: bool = False
+    settled: bool = True
 
 
 def asks(number: int, group: int, words: int = _SHORT, new_tokens: int = _NEW, **more: Any) -> list[Ask]:
@@ -84,6 +86,15 @@ def _arrivals(streams: int, words: int, arrivals: int, new_tokens: int) -> Measu
 def stream_rows(numbers: list[int]) -> list[Row]:
     """Decoding: so many greedy streams of 128 tokens after prompts of about 125 that share no prefix."""
     return [Row(f"streams {n}", Needs(n, 320), _streams(n)) for n in numbers]
+
+
+def first_row() -> Row:
+    """The first answer of a server that has just become ready: one stream, asked at once."""
+
+    def measure(server: Running, seed: int) -> Figures:
+        return _figures(server.round(asks(1, seed * 10)))
+
+    return Row("first answer", Needs(1, 320), measure, settled=False)
 
 
 def standard_rows() -> list[Row]:
@@ -143,9 +154,11 @@ def http_cost(server: Server, source: ModelSource, seed: int) -> Figures:
         asked = asks(32, seed * 10 + k)
         warm = asks(32, seed * 10 + 7 + k, 20, 8)
         with server.start(Needs(32, 320)) as running:
+            running.settle()
             running.round(warm)
             http.append(running.round(asked).tokens_per_s)
         with server.in_process() as engine:
+            engine.settle()
             for wanted in (warm, asked):
                 found = engine.ask(
                     {"prompts": [tokenizer.encode(str(a.prompt)) for a in wanted], "new_tokens": wanted[0].new_tokens}

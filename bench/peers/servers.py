@@ -23,6 +23,7 @@ import psutil
 import uvloop
 
 from bench.peers import environments
+from bench.settle import settle
 from tokenmill.bench.client import Answer, Ask
 from tokenmill.bench.load import Disturbed, Report, disturbed, report, run_disturbed, run_round
 
@@ -49,6 +50,9 @@ class Running(Protocol):
     def disturbed(self, streams: list[Ask], arrivals: list[Ask]) -> Disturbed:
         """As `load.run_disturbed`."""
 
+    def settle(self) -> float:
+        """Wait until it does nothing more of its own; the CPU seconds that it took meanwhile."""
+
     def rss_mb(self) -> float:
         """The largest resident set so far, summed over the processes (shared pages count in each)."""
 
@@ -68,6 +72,9 @@ class _Process:
     def __init__(self, child: subprocess.Popen[str], started: float) -> None:
         self._child = child
         self.start_s = time.perf_counter() - started
+
+    def settle(self) -> float:
+        return settle(self._child.pid)
 
     def rss_mb(self) -> float:
         total = 0.0

@@ -56,11 +56,14 @@ _Key = tuple[str, str]
 class CompilePool:
     """Compiles for one backend. `submit` may be called from any thread; close it when done.
 
-    `backend_name` is what `new_backend` made `backend` of: the processes make their own. `num_compiled`, `num_refused`,
-    `num_killed`, `num_cached`: counters for metrics.
+    `backend_name` is what `new_backend` made `backend` of: the processes make their own. `awaited`: a grammar is
+    waited for already, so that one of them does not give way. `num_compiled`, `num_refused`, `num_killed`,
+    `num_cached`: counters for metrics.
     """
 
-    def __init__(self, backend_name: str, backend: Backend, limits: PoolLimits | None = None) -> None:
+    def __init__(
+        self, backend_name: str, backend: Backend, limits: PoolLimits | None = None, *, awaited: bool = False
+    ) -> None:
         self.limits = limits or PoolLimits()
         self.num_compiled = self.num_refused = self.num_killed = self.num_cached = 0
         self._backend = backend
@@ -72,7 +75,8 @@ class CompilePool:
         self._running: dict[_Key, list[Future[Grammar]]] = {}
         self._jobs: queue.SimpleQueue[_Key | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._serve, name=f"grammar {i}", daemon=True) for i in range(self.limits.processes)
+            threading.Thread(target=self._serve, args=(i > 0 or not awaited,), name=f"grammar {i}", daemon=True)
+            for i in range(self.limits.processes)
         ]
         for thread in self._threads:
             thread.start()
@@ -117,10 +121,10 @@ class CompilePool:
                 _settle(future, GenerationError("The server is stopping."))
         self._setup.close()
 
-    def _serve(self) -> None:
+    def _serve(self, lazy: bool) -> None:
         process: _Process | None = None
         while True:
-            process = process or self._begin(lazy=True)
+            process, lazy = process or self._begin(lazy=lazy), True
             key = self._jobs.get()
             if key is None:
                 break

@@ -113,7 +113,8 @@ class ModelGrammars:
         yield None
         backend = new_backend(self._name, vocabulary_of(tokenizer, self._size), _encode_of(tokenizer))
         yield None
-        yield _Parts(backend, CompilePool(self._name, backend), backend.filler(self._threads))
+        pool = CompilePool(self._name, backend, awaited=self._hurried)
+        yield _Parts(backend, pool, backend.filler(self._threads))
 
     def _submit(self, spec: GrammarSpec, found: Future[Grammar]) -> None:
         """Let `found` become what the pool gives."""
