@@ -81,9 +81,7 @@ def tagged(calls: list[Call], mark: str, line: str) -> str:
     """Qwen3-Coder's tags. `line`: what stands on both sides of a value."""
     written = []
     for name, given in calls:
-        tags = "".join(
-            f"<parameter={key}>{line}{plain(value)}{line}</parameter>\n" for key, value in given.items()
-        )
+        tags = "".join(f"<parameter={key}>{line}{plain(value)}{line}</parameter>\n" for key, value in given.items())
         written.append(f"<{mark}>\n<function={name}>\n{tags}</function>\n</{mark}>")
     return "\n".join(written)
 

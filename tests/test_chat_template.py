@@ -184,7 +184,10 @@ def test_what_a_template_raises_is_the_clients_error() -> None:
         ours("\n{% if %}", CHATS["one"])
     with pytest.raises(TemplateError, match="TypeError"):
         ours("{{ 'a' + 1 }}", CHATS["one"])
-    with pytest.raises(TemplateError, match=r"ZeroDivisionError: `{{ 1 / x }}{% endmacro %}` \(line 3 of the chat template 'tool_use'\)$"):
+    with pytest.raises(
+        TemplateError,
+        match=r"ZeroDivisionError: `{{ 1 / x }}{% endmacro %}` \(line 3 of the chat template 'tool_use'\)$",
+    ):
         ChatTemplate({"default": "", "tool_use": "{% macro f(x) %}\n\n{{ 1 / x }}{% endmacro %}\n\n{{ f(0) }}"}).render(
             CHATS["one"], tools=[TOOL]
         )

@@ -159,6 +159,7 @@ SMALL = ["config.json", "tokenizer.json"]
             ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
         ),
         (["model.safetensors", "x-Q4_K_M.gguf"], ("model.safetensors",)),
+        (["weights.safetensors", "consolidated.safetensors", "optimizer.safetensors"], ("weights.safetensors",)),
         (["optimizer.bin", "scheduler.bin", "model.safetensors"], ("model.safetensors",)),
     ],
 )

@@ -261,12 +261,12 @@ def test_every_cut_of_a_file_is_refused_and_no_flipped_byte_does_worse(tmp_path:
             pass
 
 
-def write_split(folder: Path, name: str = "m", tensors_of_a_part: int = 2, **how: Any) -> dict[str, np.ndarray]:
-    """A model of five tensors in parts, as the `gguf` package splits it."""
+def write_split(folder: Path, layers: int = 4, **how: Any) -> dict[str, np.ndarray]:
+    """A model of one tensor a layer and one more, two in a part, as the `gguf` package splits it."""
     rng = np.random.default_rng(4)
     tensors = {"token_embd.weight": rng.normal(size=(7, 64)).astype(np.float32)}
-    tensors |= {f"blk.{i}.attn_norm.weight": rng.normal(size=64).astype(np.float32) for i in range(4)}
-    writer = gguf.GGUFWriter(folder / f"{name}.gguf", "llama", split_max_tensors=tensors_of_a_part, **how)
+    tensors |= {f"blk.{i}.attn_norm.weight": rng.normal(size=64).astype(np.float32) for i in range(layers)}
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=2, **how)
     metadata(writer)
     for key, array in tensors.items():
         writer.add_tensor(key, array)
@@ -321,6 +321,13 @@ def test_parts_that_are_missing_exchanged_or_renamed_are_named(tmp_path: Path) -
     with pytest.raises(ModelError, match=rf"{second.name} is no readable GGUF file.*download it again"):
         Gguf(first)
     second.write_bytes(whole)
+    (tmp_path / "other").mkdir()
+    write_split(tmp_path / "other", layers=5)
+    last = third.read_bytes()
+    third.write_bytes((tmp_path / "other" / third.name).read_bytes())
+    with pytest.raises(ModelError, match="5 tensors in all are announced, its 3 parts have 6"):
+        Gguf(first)
+    third.write_bytes(last)
     blob = tmp_path / "0a1b2c"
     first.rename(blob)
     with pytest.raises(

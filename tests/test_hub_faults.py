@@ -274,9 +274,9 @@ def test_a_file_that_comes_with_another_size_is_fetched_anew_and_then_named(clie
     client.hub.override = other_size
     source = client.get()
     assert (Path(source.path) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
-    client.hub.add("owner/tiny", FILES | {"model.safetensors": EMPTY + b" "})
+    client.hub.add("owner/other", FILES | {"model.safetensors": EMPTY + b" "})
     answers = iter([b"short"] * 20)
-    assert "sent a file of another size than it said (" in client.fault()
+    assert "sent 5 bytes of a file that has 11" in client.fault("owner/other")
 
 
 @pytest.mark.parametrize("answer, message", [
@@ -294,6 +294,68 @@ def test_names_of_files_that_lead_elsewhere_are_not_fetched(client: Client, run_
     client.hub.add("owner/bad", FILES | {"additional_chat_templates/../../../../../x": b"x"})
     assert "x" not in client.get("owner/bad").path.split("/")
     assert all(".." not in request for request in client.hub.requests)
+
+
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("HTTP_PROXY", "http://127.0.0.1:1", r"The proxy on the way to http.* fails|cannot be reached"),
+        ("HTTP_PROXY", "socks5://127.0.0.1:1", "HTTPS_PROXY, or another variable of its kind, cannot be used"),
+        (
+            "REQUESTS_CA_BUNDLE",
+            "/no/such/file",
+            "REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names no file of certificates|TLS",
+        ),
+    ],
+)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_named(
+    client: Client, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv(variable.lower(), value)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    if "CA" in variable:
+        monkeypatch.setattr(hub, "_endpoint", lambda: client.hub.url.replace("http", "https"))
+    open_sessions_anew()
+    said = client.fault()
+    assert re.search(message, said), said
+
+
+def test_a_token_file_or_cache_of_another_user_is_named(
+    client: Client, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.get()
+    for path in [client.cache, *client.cache.rglob("*")]:
+        path.chmod(0o755)
+    (run_dir / "token").write_text("hf_x")
+    (run_dir / "token").chmod(0o600)
+    with another_user():
+        assert client.get().format == "safetensors"
+    assert "cannot be read" in caplog.text
+    for folder in (client.cache, client.cache / "models--owner--tiny" / "snapshots"):
+        folder.chmod(0o700)
+        for offline in (True, False):
+            with another_user(), pytest.raises(ModelError, match=rf"{folder} cannot be read by the user with id 65534"):
+                client.get(offline=offline)
+        folder.chmod(0o755)
+
+
+def test_a_cache_that_is_a_file_is_named(client: Client) -> None:
+    client.cache.write_text("")
+    with pytest.raises(ModelError, match=rf"{client.cache} cannot be read: Not a directory"):
+        client.get()
+
+
+def test_a_newer_commit_that_cannot_be_fetched_leaves_the_cached_one(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = client.get()
+    client.hub.add("owner/tiny", FILES | {"config.json": b'{"a": 2}'})
+    client.hub.override = lambda request: Answer(403, b"{}", {CODE: "GatedRepo"}) if "/resolve/" in request else None
+    assert client.get() == first
+    assert "is gated: ask for access" in caplog.records[-1].getMessage()
+    assert "Serving the one that is in the cache" in caplog.records[-1].getMessage()
 
 
 def tree(folder: Path) -> set[tuple[str, int, int]]:
@@ -348,7 +410,7 @@ def test_what_cannot_be_stored_is_no_matter_of_the_network(number: int) -> None:
     target = Target("owner/tiny", "", "https://huggingface.co", False)
     fault = fault_of(OSError(number, os.strerror(number), "/cache/blobs/0"), target)
     assert fault is not None
-    assert fault.storage
+    assert not fault.again
     assert "HF_HOME or --huggingface-hub-cache" in str(fault)
 
 

@@ -63,8 +63,17 @@ def test_a_thought_is_told_apart_under_both_names(server: Server) -> None:
     assert usage["completion_tokens"] > thought + len(ANSWER.encode())
 
 
-@pytest.mark.parametrize("fields", [{}, {"max_tokens": 10}, {"max_tokens": 21}, {"stop": "Gott"}, {"stop": "greet"},
-                                    {"stop": ["ß"], "min_tokens": 12}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"max_tokens": 10},
+        {"max_tokens": 21},
+        {"stop": "Gott"},
+        {"stop": "greet"},
+        {"stop": ["ß"], "min_tokens": 12},
+    ],
+)
 def test_the_plain_answer_is_the_fold_of_the_stream(server: Server, fields: Any) -> None:
     plain = chat(server, **fields)
     message = plain["choices"][0]["message"]

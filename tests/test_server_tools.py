@@ -349,6 +349,7 @@ def test_a_last_message_with_calls_is_whole_and_a_new_turn_begins(tmp_path: Any)
     older = {"role": "assistant", "content": None, "function_call": call["function"]}
     with scripted(tmp_path, text=SAID, total=3000) as running:
         for message, text in (({**turn, "content": None}, ""), ({**turn, "content": "So:"}, "So:\n"), (older, "")):
+
             def templated(**fields: Any) -> str:
                 body = {"messages": [*USER, message], **fields}  # noqa: B023 called at once
                 return str(running.post("/chat_tokenize", body).json()["templated_text"])

@@ -241,9 +241,7 @@ def test_several_calls_come_one_by_one_where_a_template_takes_one() -> None:
     results = [{"role": "tool", "tool_call_id": one, "content": one} for one in "12"]
     for template in (single, first_only):
         out = render(template, message, *results)
-        assert out == (
-            '[{"name": "f", "arguments": {"a": 1}}]tool:1;[{"name": "g", "arguments": {"b": 2}}]tool:2;'
-        )
+        assert out == ('[{"name": "f", "arguments": {"a": 1}}]tool:1;[{"name": "g", "arguments": {"b": 2}}]tool:2;')
 
 
 def test_calls_beside_a_text_are_not_lost_where_a_template_wants_them_alone() -> None:

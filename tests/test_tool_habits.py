@@ -100,7 +100,7 @@ def test_text_around_calls_is_content_once_and_behind_them_to_the_byte() -> None
             for pieces in ([whole], list(whole)):
                 _, answer = read(reader("hermes"), pieces)
                 assert ([one.name for one in answer.calls], answer.content) == (["now", "now"], f"a b{tail}")
-    for tail, content in (("; then", "; then"), ("\n\n{\"x\": 1}", "\n\n{\"x\": 1}"), ("}", ""), ("\n", "")):
+    for tail, content in (("; then", "; then"), ('\n\n{"x": 1}', '\n\n{"x": 1}'), ("}", ""), ("\n", "")):
         _, answer = read(reader("llama"), [call.replace("arguments", "parameters") + tail])
         assert ([one.name for one in answer.calls], answer.content) == (["now"], content)
 
@@ -123,7 +123,7 @@ def test_a_closing_tag_that_is_missing_swallows_nothing(name: str) -> None:
             assert answer.content == ""
     unknown = first.replace("days", "else")  # no parameter of the function: its tag is text
     _, answer = read(reader(name), [unknown])
-    (key, value), = json.loads(answer.calls[0].arguments).items()
+    ((key, value),) = json.loads(answer.calls[0].arguments).items()
     assert (key, value[:4], "else" in value) == ("city", "Oslo", True)
 
 

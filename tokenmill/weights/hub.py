@@ -76,6 +76,7 @@ def resolve(
     access = _access(cache_dir, token)
     name = named(model_id, access.endpoint)
     model = _Model(name, _revision(name, revision.strip()), access)
+    model.cache.check_readable()
     folder = model.cached_offline() if offline else model.fetched(report)
     shown = str(name) if "://" in model_id or name.revision else model_id.strip()
     source = _opened(folder, shown, name.wanted, report, convert)
@@ -92,7 +93,12 @@ def wanted_files(names: Iterable[str], weights: Weights) -> list[str]:
 def _access(cache_dir: str, token: str) -> HubAccess:
     from huggingface_hub import constants, get_token
 
-    token = _clean(token) or ("" if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else _clean(get_token() or ""))
+    token = _clean(token)
+    if not token and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        try:
+            token = _clean(get_token() or "")
+        except (OSError, ValueError) as error:
+            _log.warning("The token of the Hub in %s cannot be read (%s): none is sent", constants.HF_TOKEN_PATH, error)
     if token and not _TOKEN.fullmatch(token):
         raise DownloadError(
             "The token of the Hub (HF_TOKEN) has blanks or characters inside that no token has. Set it again."
@@ -147,8 +153,7 @@ class _Model:
         try:
             folder = self._downloaded(sha, sizes, report)
         except HubFault as fault:
-            older = self.cache.commit(self.revision)
-            if not fault.storage or older in (None, sha):
+            if self.cache.commit(self.revision) in (None, sha):
                 raise
             folder = self._cached(str(fault))
             _log.warning("%s The Hub has the newer commit %s. Serving the one that is in the cache: %s",

@@ -7,12 +7,13 @@ models--owner--name/blobs/…              their contents
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenmill.errors import MissingFiles
-from tokenmill.weights.source import weights_in
+from tokenmill.weights.source import unreadable, weights_in
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TOKENIZER = re.compile(
@@ -43,7 +44,7 @@ class CachedRepository:
             known = (self.folder / "refs" / revision).read_text().strip()
         except (OSError, ValueError):
             known = revision if _COMMIT.fullmatch(revision) else self._beginning(revision)
-        return known if known and self.snapshot(known).is_dir() else None
+        return known if known and os.path.isdir(self.snapshot(known)) else None
 
     def _beginning(self, revision: str) -> str:
         found = [commit for commit in self.commits() if commit.startswith(revision)]
@@ -51,8 +52,21 @@ class CachedRepository:
 
     def commits(self) -> list[str]:
         """All commits of which there is any file."""
-        folder = self.folder / "snapshots"
-        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        try:
+            return sorted(path.name for path in (self.folder / "snapshots").iterdir())
+        except OSError:
+            return []
+
+    def check_readable(self) -> None:
+        """Raise ModelError if the repository's folder is there and may not be read."""
+        for folder in (self.root, self.folder, self.folder / "snapshots"):
+            try:
+                with os.scandir(folder):
+                    pass
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                raise unreadable(folder, error) from None
 
     def lacking(self, commit: str, wanted: str) -> list[str]:
         """Names of files that serving needs and that are not there. ModelError if no download would help."""

@@ -7,14 +7,15 @@ in common: they are told apart by the names of their classes and by the errors t
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from tokenmill.errors import DownloadError
 
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _CONNECTION = {
     "ConnectionError": "the connection failed",
@@ -40,16 +41,16 @@ class Target:
 class HubFault(DownloadError):
     """One request to the Hub failed. `again`: the next try may succeed. `afresh`: only if it begins anew.
 
-    `storage`: what came could not be stored here. `definite`: the Hub itself answered that there is nothing to be had.
+    `definite`: the Hub itself answered that there is nothing to be had.
     `wait_s`: seconds the server asks to wait.
     """
 
     def __init__(
-        self, message: str, *, again: bool = False, afresh: bool = False, storage: bool = False, definite: bool = False,
+        self, message: str, *, again: bool = False, afresh: bool = False, definite: bool = False,
         wait_s: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(message)
-        self.again, self.afresh, self.storage, self.definite, self.wait_s = again, afresh, storage, definite, wait_s
+        self.again, self.afresh, self.definite, self.wait_s = again, afresh, definite, wait_s
 
 
 def fault_of(error: Exception, target: Target) -> HubFault | None:
@@ -61,6 +62,7 @@ def fault_of(error: Exception, target: Target) -> HubFault | None:
         _stored(chain, target)
         or _of_repository(kinds, getattr(response, "status_code", 0), target)
         or (_of_status(response, chain, target) if response is not None and "HfHubHTTPError" in kinds else None)
+        or _of_settings(kinds, chain, target)
         or _of_connection(kinds, chain, target)
         or _of_answer(kinds, error, target)
     )
@@ -89,7 +91,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _stored(chain: list[BaseException], target: Target) -> HubFault | None:
-    found = next((e for e in chain if isinstance(e, OSError) and e.errno in _STORAGE and e.filename is not None), None)
+    found = next((e for e in chain if isinstance(e, OSError) and e.errno and isinstance(e.filename, str | Path)), None)
     found = found or next((e for e in chain if isinstance(e, OSError) and e.errno in _FULL), None)
     if found is None:
         return None
@@ -98,7 +100,7 @@ def _stored(chain: list[BaseException], target: Target) -> HubFault | None:
         why = f"No space is left on the disk for {target.model_id!r}{where}: make room"
     else:
         why = f"{target.model_id!r} cannot be stored{where}: {found.strerror}. Make the Hub's cache writable"
-    return HubFault(f"{why}, or name another folder with HF_HOME or --huggingface-hub-cache.", storage=True)
+    return HubFault(f"{why}, or name another folder with HF_HOME or --huggingface-hub-cache.")
 
 
 def _of_repository(kinds: set[str], status: int, target: Target) -> HubFault | None:
@@ -164,7 +166,8 @@ def _seconds(response: Any) -> float:
     return min(float(text), 30.0) if text.isdigit() else 0.0
 
 
-def _of_connection(kinds: set[str], chain: list[BaseException], target: Target) -> HubFault | None:
+def _of_settings(kinds: set[str], chain: list[BaseException], target: Target) -> HubFault | None:
+    """Faults of certificates, proxies and addresses: what is set here must change."""
     hub, last = target.endpoint, str(chain[-1])[:200]
     if any("CERTIFICATE_VERIFY" in str(each) for each in chain):
         return HubFault(
@@ -172,29 +175,38 @@ def _of_connection(kinds: set[str], chain: list[BaseException], target: Target) 
             "certificates with REQUESTS_CA_BUNDLE and SSL_CERT_FILE; else look at the machine's clock and its "
             "ca-certificates."
         )
-    if {"SSLError", "SSLEOFError"} & kinds or any("[SSL" in str(each) for each in chain):
-        return HubFault(
-            f"{hub} does not speak TLS as it should ({last}). Look at HF_ENDPOINT and HTTPS_PROXY.", again=True
-        )
-    if "ProxyError" in kinds:
-        return HubFault(f"The proxy on the way to {hub} fails ({last}). Look at HTTPS_PROXY and NO_PROXY.", again=True)
+    if any("CA certificate bundle" in str(each) for each in chain):
+        return HubFault(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names no file of certificates ({last}).")
+    if any("SOCKS" in str(each) for each in chain) or "InvalidProxyURL" in kinds:
+        return HubFault(f"HTTPS_PROXY, or another variable of its kind, cannot be used ({last}).")
     if {"MissingSchema", "InvalidSchema", "InvalidURL", "UnsupportedProtocol", "LocationParseError"} & kinds:
         return HubFault(
             f"HF_ENDPOINT is {hub!r}, which is no address of a server. Expected one as https://huggingface.co."
         )
     if {"InvalidHeader", "UnicodeEncodeError", "LocalProtocolError"} & kinds:
         return HubFault("The token (HF_TOKEN) holds characters that no token has. Set it again.")
+    return None
+
+
+def _of_connection(kinds: set[str], chain: list[BaseException], target: Target) -> HubFault | None:
+    hub, last = target.endpoint, str(chain[-1])[:200]
     if {"JSONDecodeError", "FileMetadataError"} & kinds:
         return None
+    if {"SSLError", "SSLEOFError"} & kinds or any("[SSL" in str(each) for each in chain):
+        message = f"{hub} does not speak TLS as it should ({last}). Look at HF_ENDPOINT and HTTPS_PROXY."
+        return HubFault(message, again=True)
+    if "ProxyError" in kinds:
+        return HubFault(f"The proxy on the way to {hub} fails ({last}). Look at HTTPS_PROXY and NO_PROXY.", again=True)
     if {"Timeout", "TimeoutException", "TimeoutError"} & kinds and "NewConnectionError" not in kinds:
         return HubFault(
             f"{hub} did not answer in time. Look at the network, or give more time (HF_HUB_DOWNLOAD_TIMEOUT, "
             "HF_HUB_ETAG_TIMEOUT; seconds).", again=True,
         )  # fmt: skip
     for each in chain:
-        if isinstance(each, OSError) and "Consistency check failed" in str(each):
-            size = str(each).partition(":")[2].split("\n")[0].strip()
-            return HubFault(f"{hub} sent a file of another size than it said ({size}).", again=True, afresh=True)
+        sizes = re.search(r"Consistency check failed\D*(\d+)\D*(\d+)", str(each))
+        if sizes:
+            message = f"{hub} sent {sizes[2]} bytes of a file that has {sizes[1]}. Is a proxy in between?"
+            return HubFault(message, again=True, afresh=True)
     what = next((text for kind, text in _CONNECTION.items() if kind in kinds), None)
     if what is None:
         return None
@@ -215,4 +227,6 @@ def _of_answer(kinds: set[str], error: Exception, target: Target) -> HubFault | 
             f"The transfer of {target.model_id!r} failed: {str(error)[:200]}. Without these libraries it is plainer: "
             "HF_HUB_DISABLE_XET=1, HF_HUB_ENABLE_HF_TRANSFER=0.", again=True,
         )  # fmt: skip
+    if {"OSError", "HTTPError"} & kinds:
+        return HubFault(f"{target.endpoint} cannot be asked for {target.model_id!r}: {str(error)[:200]}.", again=True)
     return None

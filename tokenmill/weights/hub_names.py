@@ -54,8 +54,7 @@ def named(text: str, endpoint: str = "") -> HubName:
 
 def _address(rest: str) -> HubName | None:
     """The path of a page: owner/name, then perhaps /tree/revision or /blob/revision/file."""
-    rest, _, _ = re.split("[?#]", rest, maxsplit=1)[0].strip("/").partition("\0")
-    rest, colon, wanted = rest.partition(":")
+    rest, colon, wanted = re.split("[?#]", rest, maxsplit=1)[0].strip("/").partition(":")
     parts = [unquote(part) for part in rest.split("/")]
     at = next((i for i in (1, 2) if len(parts) > i and parts[i] in _VIEWS), len(parts))
     repo, view = parts[:at], parts[at + 1 :]
