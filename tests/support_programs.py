@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from support_models import Driver
 
+from tokenmill.backends.torch.interpreter import Interpreter
 from tokenmill.program import ops
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.rope import RopeTable
@@ -220,3 +222,21 @@ class Draw:
             else:
                 self.linear(y, WIDTH)
         return y
+
+
+def steps() -> list[list[tuple[int, list[int]]]]:
+    ids = np.random.default_rng(7).integers(0, VOCABULARY, 20).tolist()
+    return [[(0, ids[:9]), (1, ids[9:14])], [(0, [ids[14]]), (1, ids[15:18])]]
+
+
+def logits_of(program: Program, source: Arrays) -> list[np.ndarray]:
+    """Of the program as it is, without the backend's own passes."""
+    backend = Driver(program, source)
+    backend._interpreter = Interpreter(program)
+    made = [backend.feed(rows) for rows in steps()]
+    backend.close()
+    return made
+
+
+def same(got: list[np.ndarray], want: list[np.ndarray], most: float = 1e-4) -> bool:
+    return all(np.allclose(g, w, rtol=most, atol=most) for g, w in zip(got, want, strict=True))

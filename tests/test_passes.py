@@ -13,10 +13,9 @@ import pytest
 import torch
 from support_cpu import CpuDriver
 from support_models import Driver
-from support_programs import VOCABULARY, Arrays, Draw
+from support_programs import Arrays, Draw, logits_of, same, steps
 
 from tokenmill.backends.cpu import prepare
-from tokenmill.backends.torch.interpreter import Interpreter
 from tokenmill.errors import Unsupported
 from tokenmill.program import ops, passes
 from tokenmill.program.shard import shard
@@ -47,24 +46,6 @@ PASSES: dict[str, Rewrite] = {
     "a GPU's": lambda p: passes.fuse(passes.take_rows_early(p), passes.add_into_norm, passes.heads_into_attention),
     "rows late": lambda p: passes.take_rows_early(passes.fuse(p, *FUSIONS.values())),
 }
-
-
-def steps() -> list[list[tuple[int, list[int]]]]:
-    ids = np.random.default_rng(7).integers(0, VOCABULARY, 20).tolist()
-    return [[(0, ids[:9]), (1, ids[9:14])], [(0, [ids[14]]), (1, ids[15:18])]]
-
-
-def logits_of(program: Program, source: Arrays) -> list[np.ndarray]:
-    """Of the program as it is, without the backend's own passes."""
-    backend = Driver(program, source)
-    backend._interpreter = Interpreter(program)
-    made = [backend.feed(rows) for rows in steps()]
-    backend.close()
-    return made
-
-
-def same(got: list[np.ndarray], want: list[np.ndarray], most: float = 1e-4) -> bool:
-    return all(np.allclose(g, w, rtol=most, atol=most) for g, w in zip(got, want, strict=True))
 
 
 @pytest.fixture(scope="module")
