@@ -28,6 +28,4 @@ def make(
     """The backend of a choice, in float32."""
     given = BackendOptions(**options)
     read = reader_of(source, given.quantize)
-    return make_backend(
-        choice, Job(program, source, read, LIMITS, Group(), given, choice.placement, "float32", report)
-    )
+    return make_backend(choice, Job(program, source, read, LIMITS, Group(), given, choice.placement, "float32", report))

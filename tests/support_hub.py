@@ -95,6 +95,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             hub.tokens.add(self.headers.get("Authorization", ""))
             answer = hub.answer(self.command, self.path)
+            start = self.headers.get("Range", "").removeprefix("bytes=").partition("-")[0]
+            if start and answer.status == 200 and "ETag" in answer.headers:
+                answer = Answer(206, answer.body[int(start) :], answer.headers)
             if answer.silent:
                 threading.Event().wait(answer.silent)
                 self.close_connection = True

@@ -210,6 +210,10 @@ def test_what_is_cached_is_served_with_a_warning_that_names_the_fault(
 def test_a_revision_that_the_hub_does_not_have_is_no_matter_for_the_cache(client: Client) -> None:
     client.get()
     assert "has no revision 'v9'" in client.fault("owner/tiny", "v9")
+    client.hub.add("owner/tiny", FILES, "v9")
+    client.get("owner/tiny", "v9")
+    del client.hub.repositories["owner/tiny"]["v9"]
+    assert "has no revision 'v9'" in client.fault("owner/tiny", "v9")
 
 
 def test_a_token_that_is_not_accepted_is_named(client: Client) -> None:
@@ -264,11 +268,11 @@ def test_a_certificate_that_is_not_accepted_is_named(
 
 
 def test_a_file_that_comes_with_another_size_is_fetched_anew_and_then_named(client: Client) -> None:
-    answers = iter([b"short", FILES["model.safetensors"]])
+    answers = iter([b"short"])
 
     def other_size(request: str) -> Answer | None:
-        if request.startswith("GET") and request.endswith("model.safetensors"):
-            return Answer(200, next(answers))
+        if request.startswith("GET") and request.endswith("model.safetensors") and (body := next(answers, None)):
+            return Answer(200, body)
         return None
 
     client.hub.override = other_size
@@ -469,6 +473,9 @@ def test_a_model_that_is_not_cached_offline_names_the_commits_that_are(client: C
     assert client.get("owner/tiny", sha, offline=True).revision == sha
     assert client.get("owner/tiny", sha[:8], offline=True).revision == sha
     assert "download-weights owner/else`" in client.fault("owner/else", offline=True)
+    client.get()
+    shutil.rmtree(client.cache / "models--owner--tiny" / "snapshots")
+    assert "is not in the Hub's cache" in client.fault(offline=True)
 
 
 @pytest.mark.parametrize("revision", ["v1.0", "feature/x", "refs/pr/1", "0123abc"])

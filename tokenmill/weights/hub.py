@@ -192,7 +192,7 @@ class _Model:
         from huggingface_hub import HfApi, constants
 
         api = HfApi(endpoint=self.access.endpoint, token=self.access.token or False)
-        info = self._insistently(
+        info = self.insistently(
             lambda _: api.model_info(
                 self.name.repo,
                 revision=self.revision or None,
@@ -242,8 +242,11 @@ class _Model:
         except OSError as error:
             _log.warning("The Hub's cache cannot be written to (%s): offline, %s will not be known", error, revision)
 
-    def _insistently(self, call: Callable[[bool], T]) -> T:
-        """Call with "begin anew", again after a pause where that may help. HubFault if it is vain."""
+    def insistently(self, call: Callable[[bool], T]) -> T:
+        """Call, again after a pause where that may help. Raises HubFault if it is vain.
+
+        `call` is told whether to begin anew in place of continuing.
+        """
         afresh = False
         for attempt in range(1, _TRIES + 1):
             try:
@@ -281,7 +284,7 @@ class _Download:
         if there.is_file():
             return there
         access = self.model.access
-        path = self.model._insistently(lambda afresh: hf_hub_download(
+        path = self.model.insistently(lambda afresh: hf_hub_download(
             self.model.name.repo, name, revision=self.sha, cache_dir=access.cache, token=access.token or False,
             endpoint=access.endpoint, force_download=afresh))  # fmt: skip
         return Path(path)
