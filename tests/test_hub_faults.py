@@ -465,6 +465,14 @@ def test_half_a_cache_offline_names_what_is_missing_and_the_command_that_complet
     assert "Missing: the weights, config.json, the tokenizer." in client.fault("owner/split", "v1", offline=True)
 
 
+def test_a_first_download_that_did_not_end_is_half_a_cache(client: Client) -> None:
+    client.hub.override = lambda request: Answer(403) if request.endswith("model.safetensors") else None
+    client.fault()
+    said = client.fault(offline=True)
+    assert "has a part only" in said
+    assert "Missing: the weights" in said
+
+
 def test_a_model_that_is_not_cached_offline_names_the_commits_that_are(client: Client) -> None:
     sha = client.get("owner/tiny", client.hub.repositories["owner/tiny"]["main"][0]).revision
     said = client.fault(offline=True)

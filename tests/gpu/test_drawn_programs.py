@@ -25,7 +25,14 @@ class Drawn(CudaDriver):
     def __init__(self, program: Program, source: Arrays) -> None:
         limits = StepLimits(64, 4, 256, 16)
         CudaBackend.__init__(
-            self, program, source, reader_of(source), limits, Group(), dtype="float32", graphs=()  # type: ignore[arg-type]
+            self,
+            program,
+            source,
+            reader_of(source),
+            limits,
+            Group(),
+            dtype="float32",
+            graphs=(),  # type: ignore[arg-type]
         )
         self.allocate(64)
         self.free = np.random.default_rng(3).permutation(64).tolist()

@@ -164,7 +164,7 @@ class _Model:
 
     def _cached(self, why: str) -> Path:
         """The cache's snapshot, whole. DownloadError names what is missing; `why`: it cannot be fetched now."""
-        commit = self.cache.commit(self.revision)
+        commit = self.cache.commit(self.revision) or self._interrupted()
         if commit is None:
             others = ", ".join(f"--revision {each}" for each in self.cache.commits()[:4])
             others = f" The cache has other commits of it: give {others}." if others else ""
@@ -179,6 +179,12 @@ class _Model:
                 f"{', '.join(lacking[:8])}. {why} {self._cure()}."
             )
         return self.cache.snapshot(commit)
+
+    def _interrupted(self) -> str | None:
+        """The commit whose first download did not end: the only one, incomplete, and no revision refers to it."""
+        commits = self.cache.commits()
+        only = len(commits) == 1 and not self.revision and self.cache.lacking(commits[0], self.name.wanted)
+        return commits[0] if only else None
 
     def _called(self) -> str:
         return f"{str(self.name)!r}" + (f" at revision {self.revision!r}" if self.revision else "")
