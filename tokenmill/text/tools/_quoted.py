@@ -38,10 +38,10 @@ def quoted_text(r: Reader, emit: Emit, behind: tuple[str, ...]) -> Reading[None]
         if char == "\\":
             r.pos += 1
             emit((yield from _escaped(r)))
-        elif (yield from _closes(r, quote, behind)):
+        elif char == quote[0] and (yield from _closes(r, quote, behind)):
             r.pos += len(quote)
             return
-        else:
+        elif char in (quote[0], "\n"):
             emit(char)
             r.pos += 1
 
