@@ -100,6 +100,14 @@ def test_text_around_calls_is_content_once_and_behind_them_to_the_byte() -> None
             for pieces in ([whole], list(whole)):
                 _, answer = read(reader("hermes"), pieces)
                 assert ([one.name for one in answer.calls], answer.content) == (["now", "now"], f"a b{tail}")
+    for name, whole in (
+        ("pythonic", "[now()]]"), ("lfm2", "<|tool_call_start|>[now()])]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now()"),
+        ("mistral", f"[TOOL_CALLS] [{call}] [/TOOL_CALLS]"), ("mistral_args", "[TOOL_CALLS]now[ARGS]{}[/TOOL"),
+    ):  # fmt: skip
+        for pieces in ([whole], list(whole)):
+            _, answer = read(reader(name), pieces)
+            assert ([one.name for one in answer.calls], answer.content) == (["now"], ""), whole
     for tail, content in (("; then", "; then"), ('\n\n{"x": 1}', '\n\n{"x": 1}'), ("}", ""), ("\n", "")):
         _, answer = read(reader("llama"), [call.replace("arguments", "parameters") + tail])
         assert ([one.name for one in answer.calls], answer.content) == (["now"], content)

@@ -189,12 +189,15 @@ def test_values_may_hold_the_formats_own_marks_at_every_cut(name: str, data: st.
     for place in range(1, len(whole)):
         router = reader(name)
         assert fold([router.push(whole[:place]), router.push(whole[place:]), router.finish()]) == plain
-        if place % 3:
+        if place % 3 and len(whole) - place > 30:
+            continue
+        if name == "glm" and whole[:place].endswith("</tool_call>"):  # as a call whose last tag is missing
             continue
         router = reader(name)
         begun = fold([router.push(whole[:place]), router.finish()])
         assert [(call.name, json.loads(call.arguments)) for call in begun.calls] == made[: router.complete_calls]
         assert begun.calls or name == "harmony" or begun.content == whole[:place]
+        assert begun.content == "" or len(begun.calls) < len(made)
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))

@@ -16,6 +16,7 @@ Reading = Generator[None, None, T]
 Emit = Callable[[str], None]
 
 _SPACES = re.compile(r"\s*")
+_CLOSING = re.compile(r"[\s}\]]*")
 NOTHING = re.compile("")
 _MOST_WORD = 512  # characters of a name or a key: more is no call
 
@@ -145,12 +146,29 @@ def ahead(r: Reader, *options: str, offset: int = 0, skipped: re.Pattern[str] = 
     return max((option for option in options if rest.startswith(option)), key=len, default=None)
 
 
+def take_end(r: Reader, *options: str) -> Reading[None]:
+    """Reads white space and one of `options`, if it comes next, or as much of one as the answer has."""
+    yield from spaces(r)
+    found = yield from take(r, *options)
+    rest = r.text[r.pos :]
+    if not found and rest and any(option.startswith(rest) for option in options):
+        r.pos = len(r.text)
+
+
 def expect(r: Reader, *options: str) -> Reading[str]:
     """Reads one of `options`; Broken if none comes next."""
     found = yield from take(r, *options)
     if not found:
         raise Broken
     return found
+
+
+def surplus(r: Reader, marks: tuple[str, ...], brackets: re.Pattern[str] = _CLOSING) -> Reading[None]:
+    """Reads closing brackets that are too many, if one of `marks` follows or the answer is over."""
+    if (yield from ahead(r, *marks, skipped=brackets)) is not None:
+        found = brackets.match(r.text, r.pos)
+        assert found is not None
+        r.pos = found.end()
 
 
 def word(r: Reader, pattern: re.Pattern[str]) -> Reading[str]:

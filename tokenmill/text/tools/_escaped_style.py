@@ -25,7 +25,7 @@ from tokenmill.text.reader import (
     expect,
     peek,
     spaces,
-    take,
+    take_end,
     word,
 )
 from tokenmill.text.tools._calls import Calls, Style, entries
@@ -92,8 +92,7 @@ class EscapedStyle(Style):
         yield from _LITERALS.entries(r, out.arguments)
         out.done()
         r.settle()
-        yield from spaces(r)
-        yield from take(r, *form.ends)
+        yield from take_end(r, *form.ends)
 
     def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
         """See Style. A strict function's schema may only say what these literals can be held to."""

@@ -9,10 +9,10 @@ from typing import ClassVar
 from tokenmill.text.functions import Tool, name_of
 from tokenmill.text.lark import Lark
 from tokenmill.text.output import Output
-from tokenmill.text.reader import Reader, Reading, expect, spaces, take
+from tokenmill.text.reader import Reader, Reading, expect, spaces, surplus, take, take_end
 from tokenmill.text.tools._calls import Calls, Style
 from tokenmill.text.tools._json import EXACT
-from tokenmill.text.tools._json_style import surplus, tell_arguments
+from tokenmill.text.tools._json_style import tell_arguments
 from tokenmill.text.tools.base import Asked
 
 
@@ -46,14 +46,13 @@ class HeadedStyle(Style):
             if marks:
                 yield from surplus(r, marks)
             for tail in self.tails:
-                yield from spaces(r)
-                yield from take(r, tail)
+                yield from take_end(r, tail)
             r.settle()
             yield from spaces(r)
             if not (yield from take(r, form.trigger)):
                 break
         if form.ends:
-            yield from take(r, *form.ends)
+            yield from take_end(r, *form.ends)
 
     def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
         """See Style."""

@@ -9,7 +9,19 @@ from tokenmill.grammar.patterns import literal
 from tokenmill.text.functions import Tool, moved, name_of
 from tokenmill.text.lark import SPACES, Lark, quoted
 from tokenmill.text.output import Output
-from tokenmill.text.reader import Broken, Reader, Reading, ahead, collected, expect, peek, spaces, take
+from tokenmill.text.reader import (
+    Broken,
+    Reader,
+    Reading,
+    ahead,
+    collected,
+    expect,
+    peek,
+    spaces,
+    surplus,
+    take,
+    take_end,
+)
 from tokenmill.text.tools._calls import Bare, Calls, Style
 from tokenmill.text.tools._json import EXACT, json_value, read_arguments, read_string
 from tokenmill.text.tools.base import Asked
@@ -17,7 +29,7 @@ from tokenmill.text.tools.base import Asked
 _COLON, _COMMA = f"{SPACES}:{SPACES}", f"{SPACES},{SPACES}"
 _KEY = ('"', "'", "}")
 _BESIDE = frozenset({"name", "tool_name", "type", "id", "tool_call_id", "index"})  # keys of calls without arguments
-_CURLY, _CLOSING = re.compile(r"[\s}]*"), re.compile(r"[\s}\]]*")
+_CURLY = re.compile(r"[\s}]*")
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,8 @@ class JsonStyle(Style):
             yield from take(r, "]")
         if marks:
             yield from surplus(r, marks)
-        yield from spaces(r)
         if form.ends:
-            yield from take(r, *form.ends)
+            yield from take_end(r, *form.ends)
 
     def _object(self, r: Reader, out: Output, known: bool, marks: tuple[str, ...]) -> Reading[None]:
         """One call. Once its arguments are whole it is one, whatever follows. Where no mark tells it from other JSON,
@@ -160,14 +171,6 @@ def _string(r: Reader, known: bool, marks: tuple[str, ...]) -> Reading[str]:
     if known and not marks and quoted(value) != text:
         raise Broken
     return value
-
-
-def surplus(r: Reader, marks: tuple[str, ...], brackets: re.Pattern[str] = _CLOSING) -> Reading[None]:
-    """Reads closing brackets that are too many, if one of `marks` follows or the answer is over."""
-    if (yield from ahead(r, *marks, skipped=brackets)) is not None:
-        found = brackets.match(r.text, r.pos)
-        assert found is not None
-        r.pos = found.end()
 
 
 def tell_arguments(

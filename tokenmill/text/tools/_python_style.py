@@ -5,6 +5,7 @@ Quotes inside of a string need no backslash: it ends at one with a comma, a colo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ from tokenmill.grammar.patterns import literal
 from tokenmill.text.functions import Tool, alone, keys_of, name_of, others_of
 from tokenmill.text.lark import SPACES, Lark
 from tokenmill.text.output import Output
-from tokenmill.text.reader import Reader, Reading, expect, spaces, take
+from tokenmill.text.reader import Reader, Reading, ahead, expect, spaces, surplus, take, take_end
 from tokenmill.text.tools._calls import Bare, Calls, Style, entries
 from tokenmill.text.tools._part import Part
 from tokenmill.text.tools._python import PRINT, read_call
 from tokenmill.text.tools.base import Asked
+
+_CLOSING = re.compile(r"[\s)\]]*")
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,16 @@ class PythonStyle(Style):
             yield from spaces(r)
             yield from read_call(r, out, known=not marked)
             yield from spaces(r)
-            if form.ends and (yield from take(r, *form.ends)):
-                return
-            if listed:
-                if not (yield from take(r, ",")):
-                    break
-            elif not (yield from self._another(r)):
-                return
-        yield from expect(r, "]")
-        yield from spaces(r)
+            if form.ends and (yield from ahead(r, *form.ends)):
+                break
+            if not ((yield from take(r, ",")) if listed else (yield from self._another(r))):
+                break
+        if listed:
+            yield from take(r, "]")
+        if not out.held:
+            yield from surplus(r, form.ends or ("]",), _CLOSING)
         if form.ends:
-            yield from take(r, *form.ends)
+            yield from take_end(r, *form.ends)
 
     def _another(self, r: Reader) -> Reading[bool]:
         """True if a further call may follow without a list."""

@@ -30,6 +30,7 @@ from tokenmill.text.reader import (
     expect,
     spaces,
     take,
+    take_end,
     until,
     word,
 )
@@ -85,8 +86,7 @@ class XmlStyle(Style):
         out.done()
         r.settle()
         if tag != end:
-            yield from spaces(r)
-            yield from take(r, end)
+            yield from take_end(r, end)
 
     def _parameter(self, form: Calls, r: Reader, out: Output, name: str, given: list[str]) -> Reading[None]:
         """A key and its value. Strings are told as they come, everything else once it is whole. `given`: the keys

@@ -15,10 +15,23 @@ from tokenmill.errors import ToolError
 from tokenmill.text.functions import name_of
 from tokenmill.text.lark import Lark, quoted
 from tokenmill.text.output import Output
-from tokenmill.text.reader import Broken, Emit, Markers, Reader, Reading, before, collected, spaces, take, until
+from tokenmill.text.reader import (
+    Broken,
+    Emit,
+    Markers,
+    Reader,
+    Reading,
+    before,
+    collected,
+    spaces,
+    surplus,
+    take,
+    take_end,
+    until,
+)
 from tokenmill.text.tools._calls import random_id
 from tokenmill.text.tools._json import EXACT
-from tokenmill.text.tools._json_style import surplus, tell_arguments
+from tokenmill.text.tools._json_style import tell_arguments
 from tokenmill.text.tools.base import Asked
 
 _START, _CHANNEL, _MESSAGE, _CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
@@ -136,8 +149,7 @@ def _message(r: Reader, out: Output) -> Reading[None]:
         yield from tell_arguments(r, out, out.check(head.function), marks=marks)
         if marks:
             yield from surplus(r, marks)
-        yield from spaces(r)
-        yield from take(r, _CALL, _END, _RETURN)
+        yield from take_end(r, _CALL, _END, _RETURN)
     elif head.addressed:  # to a tool that nobody here has
         raise Broken
     else:

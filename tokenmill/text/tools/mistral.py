@@ -16,6 +16,7 @@ from tokenmill.text.tools._headed_style import HeadedStyle
 from tokenmill.text.tools._json_style import JsonStyle
 
 _START, _ID, _ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+_END = "[/TOOL_CALLS]"  # of some models that were tuned further
 _NAME = re.compile(r"[\w.:/\-]+")
 new_id = partial(random_id, 9, "")  # nine letters and digits: Mistral's templates refuse anything else
 
@@ -74,6 +75,7 @@ FORMAT = Calls(
     closing="]",
     trigger=_START,
     starts=(_START,),
+    ends=(_END,),
     extra=(_ID, _ARGS),
     new_id=new_id,
 )
@@ -86,6 +88,7 @@ ARGS = Calls(
     between=_START,
     trigger=_START,
     starts=(_START,),
+    ends=(_END,),
     extra=(_ID, _ARGS),
     new_id=new_id,
 )
