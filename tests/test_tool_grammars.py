@@ -17,7 +17,7 @@ from tokenmill.text.router import fold, router_of
 from tokenmill.text.tools import by_name
 from tokenmill.text.tools.base import Asked, Extent
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "12"))
 TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",

@@ -144,6 +144,23 @@ def test_a_closing_tag_with_a_tag_behind_it_is_one(name: str) -> None:
     assert json.loads(answer.calls[0].arguments) == {"city": "a", "days": 1}
 
 
+@pytest.mark.parametrize("name", ["functiongemma", "pythonic", "gemma", "lfm2"])
+def test_a_quote_without_a_separator_behind_it_is_a_part_of_the_text(name: str) -> None:
+    quote = "<escape>" if name == "functiongemma" else "'"
+    for city in (f"a{quote}b", f"{quote}a{quote} b{quote}{quote}c", f"it{quote}s", f"x {quote} y"):
+        for tags in ([], [f"p{quote}q", "r"]):
+            whole = WRITERS[name]([("get_weather", {"city": "CITY", "tags": ["TAG" for _ in tags]}), ("now", {})])
+            whole = whole.replace("CITY", city)
+            for tag in tags:
+                whole = whole.replace("TAG", tag, 1)
+            for pieces in ([whole], list(whole)):
+                _, answer = read(reader(name), pieces)
+                calls = [(call.name, json.loads(call.arguments)) for call in answer.calls]
+                assert calls == [("get_weather", {"city": city, "tags": tags}), ("now", {})], whole
+    _, answer = read(reader("pythonic"), ['[get_weather(city="""say "hi", he said""", tags=["""a""", ""])]'])
+    assert json.loads(answer.calls[0].arguments) == {"city": 'say "hi", he said', "tags": ["a", ""]}
+
+
 @pytest.mark.parametrize("name", [*TAGS, "functiongemma", "hermes", "pythonic"])
 def test_a_text_stays_one_if_its_schema_says_so(name: str) -> None:
     for value in ("12", "1.50", "true", "null", "None", '{"a": 1}', "[1]", '"x"', "", " 1 ", "\n1\n"):

@@ -212,7 +212,7 @@ def test_a_mark_in_a_value_may_come_in_three_pieces(name: str) -> None:
     begin = whole.index(mark, whole.index("city"))
     places = range(begin - 1, min(begin + len(mark) + 24, len(whole)))
     for first in places[::2]:
-        for second in places:
+        for second in places[::2]:
             assert read(reader(name), cut(whole, [first, second]))[1] == plain
 
 
