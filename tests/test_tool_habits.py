@@ -167,3 +167,14 @@ def test_a_text_stays_one_if_its_schema_says_so(name: str) -> None:
         made: list[Call] = [("get_weather", {"city": value})]
         _, answer = read(reader(name), [WRITERS[name](made)])
         assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == made
+
+
+@pytest.mark.parametrize(
+    "body", ['{"name": "get_weather", "city": "Oslo"}', f'{{"name": "now", "arguments": {{"a": {"1" * 2000}}}}}']
+)
+def test_arguments_that_have_no_key_or_no_end_are_content(body: str) -> None:
+    """A call without them would be another one."""
+    whole = f"<tool_call>{body}</tool_call>"
+    for pieces in ([whole], list(whole)):
+        _, answer = read(reader("hermes"), pieces)
+        assert (answer.content, answer.calls) == (whole, ())
