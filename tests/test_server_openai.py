@@ -189,7 +189,7 @@ def test_the_last_message_of_the_assistant_is_continued(server: Server) -> None:
         ({"verbosity": "low"}, "verbosity"),
         ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
-        ({"metadata": {"x": 1}}, "metadata"),
+        ({"metadata": {"x": 1}}, "metadata.x"),
         ({"metadata": {"x": "y" * 513}}, "metadata"),
         ({"model": "m" * 1025}, "model"),
         ({"response_format": {}}, "response_format"),
