@@ -136,7 +136,7 @@ class PagedOracle:
         for slot, _, token_ids in step.admitted:
             self.tokens[slot][:] = token_ids + [None] * (len(self.tokens[slot]) - len(token_ids))
             self.tables[slot] = {}
-        for slot, position, token_id in batch.known.tolist():
+        for slot, position, token_id in batch.host_tokens.tolist():
             self.tokens[slot][position] = token_id
         for slot, index, block in batch.blocks.tolist():
             assert index == len(self.tables[slot]), "a table's entries come in order, once"

@@ -1,4 +1,4 @@
-"""Late steps on real backends: masks, what is forced, and rows beside that want neither."""
+"""Deferred steps on real backends: masks, what is forced, and rows beside that want neither."""
 
 from __future__ import annotations
 
@@ -138,25 +138,25 @@ def test_a_crowd_with_rules_gets_what_each_gets_alone(kind: str, folder: Path) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_late_step_waits_for_its_masks_and_is_given_up_without(kind: str, folder: Path) -> None:
+def test_a_deferred_step_waits_for_its_masks_and_is_given_up_without(kind: str, folder: Path) -> None:
     backend = backend_of(kind, folder)
     request = Request(1, (5, 6, 7), SamplingParams(), StoppingParams(9))
     admitted = (Admitted(0, request, np.array([5, 6, 7], np.int32)),)
     row = [np.array([n], np.int32) for n in (0, 0, 3, 0)]
-    inputs = StepInputs(*row, admitted, np.array([(0, 0, 3)], np.int32), late=True)
+    inputs = StepInputs(*row, admitted, np.array([(0, 0, 3)], np.int32), deferred=True)
     step = backend.run(inputs)
     step.sample(Masks(np.array([0], np.int32), np.array([[0, 0, 1 << 9, 0]], np.uint32)))
     assert step.result().token_ids == [64 + 9]
-    known = np.array([(0, 3, 11), (0, 4, 12)], np.int32)
+    host_tokens = np.array([(0, 3, 11), (0, 4, 12)], np.int32)
     row = [np.array([n], np.int32) for n in (0, 3, 2, 0)]
-    mixed = backend.run(StepInputs(*row, known=known)).result().token_ids
+    mixed = backend.run(StepInputs(*row, host_tokens=host_tokens)).result().token_ids
     fresh = (Admitted(0, request, np.array([5, 6, 7, 11, 12], np.int32)),)
     row = [np.array([n], np.int32) for n in (0, 0, 5, 0)]
-    again = replace(inputs, counts=np.array([5], np.int32), admitted=fresh, late=False)
-    assert backend.run(again).result().token_ids == mixed, "what was known was computed, not what was sampled"
+    again = replace(inputs, counts=np.array([5], np.int32), admitted=fresh, deferred=False)
+    assert backend.run(again).result().token_ids == mixed, "tokens from the host were computed, not sampled ones"
     with pytest.raises(OutOfMemory):
-        backend.run(replace(again, late=True)).result()
-    backend.run(replace(again, late=True))
+        backend.run(replace(again, deferred=True)).result()
+    backend.run(replace(again, deferred=True))
     backend.close()
 
 

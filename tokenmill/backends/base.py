@@ -1,8 +1,8 @@
-"""What a step is, as arrays, and what a backend is. No torch here.
+"""The interface between the engine and a device: a step as arrays, its result, and `Backend`. No torch here.
 
-A backend keeps everything that lasts by *slot* (a row of its per-sequence state): the tokens known so far, the block
-table, the sampling parameters. The host sends only differences, so a decode step in which nobody joined and nobody
-crossed a block border carries three short arrays, and a token sampled in step N feeds step N + 1 without the host.
+A backend keeps all lasting state by *slot* (a row of its per-sequence state): the tokens so far, the block table, the
+sampling parameters. The host sends only differences. So a decode step that admits no sequence and adds no block
+carries three short arrays, and a token sampled in step N feeds step N + 1 without the host.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from tokenmill.wire.messages import Request, TokenDetails
 
 Tail = Literal["greedy", "plain", "full"]
-"""How rows that sample get their token. greedy: the likeliest; plain: temperature only; full: everything."""
+"""The sampling work of a step. greedy: argmax; plain: temperature only; full: every parameter."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """The largest step, and how much a backend must keep. Known before weights are read."""
+    """Size of the largest step and of the lasting state, fixed before weights are read."""
 
     max_batch_tokens: int  # tokens of a step
     max_batch_size: int  # slots
@@ -31,10 +31,10 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A slot begins anew: what was kept of it is forgotten.
+    """A sequence that takes a slot: the state of the slot's previous sequence is dropped.
 
-    `token_ids`: prompt and, after a preemption, what was generated before. Randomness is a function of the position in
-    the sequence, so a resumed sequence goes on as if nothing had happened.
+    `token_ids`: the prompt and, after a preemption, the tokens generated before. Randomness is a function of the
+    position in the sequence, so a resumed sequence continues as if it had not been preempted.
     """
 
     slot: int
@@ -47,41 +47,41 @@ _NOTHING = np.zeros((0, 3), np.int32)
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """One step. Arrays are the step's own: nobody writes to them after the launch.
+    """One step: S rows, which are sequences in the scheduler's order; R of them sample.
 
-    Rows are sequences, in the scheduler's order; S rows, R of them sample.
+    Invariant: the arrays belong to the step; they are not written to after the launch.
     """
 
     slots: NDArray[np.int32]  # (S,)
     starts: NDArray[np.int32]  # (S,) first position to compute
-    counts: NDArray[np.int32]  # (S,) how many tokens, >= 1; position p's token is the slot's p-th
+    counts: NDArray[np.int32]  # (S,) number of tokens, >= 1; position p's token is the slot's p-th
     samples: NDArray[np.int32]  # (R,) rows whose next token is sampled, ascending; it is the slot's at start + count
     admitted: tuple[Admitted, ...] = ()  # applied first
     # applied second: (n, 3) slot, index in its table, block
     blocks: NDArray[np.int32] = field(default_factory=lambda: _NOTHING)
-    # applied third: (n, 3) slot, position, token id that was not sampled, or not this one
-    known: NDArray[np.int32] = field(default_factory=lambda: _NOTHING)
+    # applied third: (n, 3) slot, position, token id. Such a token was not sampled, or replaces the sampled one
+    host_tokens: NDArray[np.int32] = field(default_factory=lambda: _NOTHING)
     tail: Tail = "greedy"
-    logprobs: int = -1  # the most that any sampling row wants: -1 none, n >= 0
+    logprobs: int = -1  # the largest number that a sampling row asks for: -1 none, n >= 0
     prompt_logprobs: int = -1  # the same over all rows that compute prompt tokens
-    late: bool = False  # it samples when it is told by `Step.sample`; on rank 0 only
+    deferred: bool = False  # the step samples when `Step.sample` is called; on rank 0 only
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a step, on the host."""
+    """The output of a step, on the host."""
 
     token_ids: list[int]  # one a sampling row, in the order of `samples`; -1: the row's logits were not finite
-    details: list[TokenDetails | None] | None = None  # one a sampling row; None if nobody asked
-    # row -> of the tokens at positions start + 1 … (prompt only)
+    details: list[TokenDetails | None] | None = None  # one a sampling row; None if no row asked
+    # row -> details of its prompt tokens, those at positions start + 1 …
     prompt_details: dict[int, tuple[TokenDetails, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Which ids some of a step's sampling rows may choose: at least one each."""
+    """Logits masks of some of a step's sampling rows. Each allows at least one id."""
 
-    rows: NDArray[np.int32]  # (M,) places in `StepInputs.samples`, ascending; the others may choose any
+    rows: NDArray[np.int32]  # (M,) places in `StepInputs.samples`, ascending; the other rows may choose any id
     bits: NDArray[np.uint32]  # (M, ceil(vocabulary / 32)) id i is allowed if bit i % 32 of word i // 32 is 1
 
 
@@ -89,18 +89,18 @@ class Step(Protocol):
     """A launched step."""
 
     def sample(self, masks: Masks) -> None:
-        """Of a step that is `late`: choose its tokens. Called once, before `result` and before the next launch,
-        unless the step before found no memory.
+        """Choose the tokens of a deferred step.
 
-        OutOfMemory, as of `Backend.run`: nothing of the step counts.
+        Call once, before `result` and before the next launch, unless the step before raised OutOfMemory. Raise
+        OutOfMemory as `Backend.run` does: nothing of the step counts.
         """
 
     def result(self) -> StepResult:
-        """Wait for it. Called once, on every rank; the same token ids on all of them.
+        """Wait for the step and return its output: the same token ids on every rank. Call once, on every rank.
 
-        OutOfMemory if it found none on the device, and of every step launched behind it: nothing of them counts. With
-        several ranks, which cannot agree on that, it is any other error. OutOfMemory, too, of a late step that was
-        never told to sample.
+        Raise OutOfMemory if the device had no memory for this step or for one before it whose error was not raised
+        yet: nothing of the step counts. With several ranks, which cannot agree on that, any other error is raised.
+        Raise OutOfMemory, too, for a deferred step whose `sample` was not called.
         """
 
 
@@ -124,13 +124,13 @@ class Backend(Protocol):
         """Make the cache, once, before the first step."""
 
     def warm_up(self) -> None:
-        """Run what a first step would otherwise pay for; leaves no trace in slots or cache."""
+        """Run the work that a first step would otherwise pay for. Slots and cache are empty afterwards."""
 
     def run(self, inputs: StepInputs) -> Step:
-        """Launch a step behind those before it and return at once. OutOfMemory, as of `Step`: nothing was launched."""
+        """Launch a step behind those before it and return at once. Raise OutOfMemory if nothing was launched."""
 
     def idle_work(self) -> bool:
-        """Do a piece of work that was put off, a tenth of a second at most; True while more remains.
+        """Do a piece of postponed work, a tenth of a second at most; return True while more remains.
 
         Called only while no step is on the device.
         """

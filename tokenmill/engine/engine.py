@@ -152,7 +152,7 @@ def digest(batch: Batch | None) -> bytes:
     """16 bytes that differ if two ranks plan differently."""
     content = blake2b(digest_size=16)
     if batch:
-        for array in (batch.slots, batch.starts, batch.counts, batch.samples, batch.blocks, batch.known):
+        for array in (batch.slots, batch.starts, batch.counts, batch.samples, batch.blocks, batch.host_tokens):
             content.update(array.tobytes() + b"|")
         content.update(",".join(str(seq.id) for seq in batch.sequences).encode())
         content.update(",".join(str(seq.id) for seq in batch.admitted).encode())

@@ -335,10 +335,10 @@ class Scheduler:
         self._num_planned += 1
         return Batch(
             slots, starts, counts, samples, rows, admitted, entries, num_tokens, num_prefill_rows, self._num_planned,
-            self._known(),
+            self._host_tokens(),
         )  # fmt: skip
 
-    def _known(self) -> Int32:
+    def _host_tokens(self) -> Int32:
         """The tokens that `extend` brought since the last batch, of those who still run."""
         extended, self._extended = self._extended, []
         entries = [entry for seq, start in extended if seq.slot >= 0 for entry in seq.entries(start)]

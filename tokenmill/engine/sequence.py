@@ -128,7 +128,7 @@ class Batch:
     num_tokens: int  # sum of `counts`
     num_prefill_rows: int  # rows that compute more than one token or do not sample
     number: int  # batches are counted as they are planned
-    known: Int32  # (n, 3) slot, position, id: tokens that were not sampled, new since the last step
+    host_tokens: Int32  # (n, 3) slot, position, id: not sampled on the device; new since the last step
 
 
 class StepResult(Protocol):

@@ -26,8 +26,8 @@ class StepBuilder:
     def __init__(self, max_batch_size: int) -> None:
         self._needs = np.zeros(max_batch_size, _NEEDS)
 
-    def build(self, batch: Batch, late: bool = False) -> StepInputs:
-        """The inputs of `batch`; costs a few array operations when nobody was admitted. `late`: as of `StepInputs`."""
+    def build(self, batch: Batch, deferred: bool = False) -> StepInputs:
+        """Return the inputs of `batch`; a few array operations if none was admitted. `deferred`: as in `StepInputs`."""
         slots = batch.slots
         admitted = tuple(self._admit(batch)) if batch.admitted else ()
         needs = self._needs[slots]
@@ -40,11 +40,11 @@ class StepBuilder:
             batch.samples,
             admitted,
             batch.blocks,
-            batch.known,
+            batch.host_tokens,
             _tail(sampling["full"], sampling["random"]),
             _most(sampling["logprobs"]),
             _most(prompts),
-            late,
+            deferred,
         )
 
     def _admit(self, batch: Batch) -> list[Admitted]:

@@ -27,7 +27,7 @@ from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.scratch import zeros
 from tokenmill.backends.cpu.slots import Places, PromptPositions, Slots
 from tokenmill.backends.cpu.threads import Walkers
-from tokenmill.backends.late import AwaitedMasks
+from tokenmill.backends.deferred import AwaitedMasks
 from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
@@ -158,7 +158,7 @@ class CpuBackend:
 
         What needs nothing of the steps before is done here, while they run.
         """
-        masks, plan = AwaitedMasks(inputs.late), self._scratch.plan(self._slots.places(inputs))
+        masks, plan = AwaitedMasks(inputs.deferred), self._scratch.plan(self._slots.places(inputs))
         self._last = CpuStep(self._thread.submit(self._step, inputs, plan, masks), masks)
         return self._last
 
@@ -177,7 +177,7 @@ class CpuBackend:
 
     def _step(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks) -> StepResult:
         self._slots.apply(inputs)
-        token_ids = self._compute(inputs, plan, masks if inputs.late else None)
+        token_ids = self._compute(inputs, plan, masks if inputs.deferred else None)
         details = self._sampler.details() if token_ids else None
         prompt = self._prompt_details(inputs) if inputs.prompt_logprobs >= 0 else None
         return StepResult(token_ids, details, prompt)

@@ -70,8 +70,8 @@ class Slots:
             slots, indices, blocks = inputs.blocks.T
             for page in range(self._pages):
                 self.tables[slots, indices * self._pages + page] = blocks * self._pages + page
-        if len(inputs.known):
-            slots, positions, token_ids = inputs.known.T
+        if len(inputs.host_tokens):
+            slots, positions, token_ids = inputs.host_tokens.T
             self.tokens[slots, positions] = token_ids
 
     def places(self, inputs: StepInputs) -> Places:

@@ -255,7 +255,7 @@ class CudaBackend:
             sizes = self._sizes(inputs.slots, inputs.starts, inputs.counts, inputs.samples)
             self._forward(sizes)
         step = CudaStep(lambda masks: or_out_of_memory(lambda: self._sample(inputs, sizes, decodes, masks)))
-        if not inputs.late:
+        if not inputs.deferred:
             step.sample(None)
         return step
 

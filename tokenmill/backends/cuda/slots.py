@@ -60,8 +60,8 @@ class CudaSlots(Slots):
             self.sampling[self._device.send(slots)] = self._device.send(rows)
         if len(inputs.blocks):
             self._write(last_of_each(inputs.blocks))
-        if len(inputs.known):
-            slots, positions, token_ids = self._device.send(last_of_each(inputs.known).T.astype(np.int64))
+        if len(inputs.host_tokens):
+            slots, positions, token_ids = self._device.send(last_of_each(inputs.host_tokens).T.astype(np.int64))
             self.tokens[slots, positions] = token_ids.to(torch.int32)
 
     def set_blocks(self, slot: int, blocks: NDArray[np.int32]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
-from tokenmill.backends.late import AwaitedMasks
+from tokenmill.backends.deferred import AwaitedMasks
 from tokenmill.backends.torch import attention
 from tokenmill.backends.torch.interpreter import Env, Interpreter
 from tokenmill.backends.torch.kinds import StepState
@@ -46,10 +46,10 @@ class TorchStep:
         run: Callable[[AwaitedMasks], StepResult],
         thread: ThreadPoolExecutor,
         before: TorchStep | None,
-        late: bool,
+        deferred: bool,
     ) -> None:
         self._run, self._before, self.told = run, before, False
-        self.masks = AwaitedMasks(late)
+        self.masks = AwaitedMasks(deferred)
         self._future: Future[StepResult] = thread.submit(self._start)
 
     def sample(self, masks: Masks) -> None:
@@ -103,7 +103,7 @@ class TorchBackend:
         self._slots = Slots(limits, self.vocab_size, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
         self._last: TorchStep | None = None
-        self._masks = AwaitedMasks(late=False)  # of the step that runs
+        self._masks = AwaitedMasks(deferred=False)  # of the step that runs
 
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers of this rank."""
@@ -150,7 +150,7 @@ class TorchBackend:
         """Launch a step behind those before it and return at once."""
         before = None if self._last is None or self._last.told else self._last
         self._last = TorchStep(
-            lambda masks: self._step_or_out_of_memory(inputs, masks), self._thread, before, inputs.late
+            lambda masks: self._step_or_out_of_memory(inputs, masks), self._thread, before, inputs.deferred
         )
         return self._last
 

@@ -54,8 +54,8 @@ class Slots:
         if len(inputs.blocks):
             slot, index, block = self._indices(last_of_each(inputs.blocks)).unbind(1)
             self.tables[slot, index] = block.to(torch.int32)
-        if len(inputs.known):
-            slot, position, token_id = self._indices(inputs.known).unbind(1)
+        if len(inputs.host_tokens):
+            slot, position, token_id = self._indices(inputs.host_tokens).unbind(1)
             self.tokens[slot, position] = token_id.to(torch.int32)
 
     def record(self, inputs: StepInputs, token_ids: Tensor) -> None:

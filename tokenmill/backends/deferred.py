@@ -1,4 +1,4 @@
-"""How a backend with a thread of its own waits, in the middle of a late step, for what the host says of sampling."""
+"""Logits masks that a backend's own thread awaits in the middle of a deferred step."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from tokenmill.errors import OutOfMemory
 
 
 class AwaitedMasks:
-    """A step's masks: given by one thread, awaited by another. Of a step that is not late there are none."""
+    """Masks of one step, set by one thread and awaited by another. A step that is not deferred has none."""
 
-    def __init__(self, late: bool) -> None:
+    def __init__(self, deferred: bool) -> None:
         self._future: Future[Masks | None] = Future()
-        if not late:
+        if not deferred:
             self._future.set_result(None)
 
     def give(self, masks: Masks) -> None:
-        """They are these. Once."""
+        """Set the masks; call once."""
         self._future.set_result(masks)
 
     def give_up(self) -> None:
-        """They will never come, unless they have: who waits gets an OutOfMemory."""
+        """Fail the wait with OutOfMemory unless the masks were set."""
         if not self._future.done():
             self._future.set_exception(OutOfMemory("The step before found no memory: this one was given up."))
 
     def wait(self) -> Masks | None:
-        """Blocks until they are known."""
+        """Block until the masks are set and return them; None if the step is not deferred."""
         return self._future.result()
