@@ -45,7 +45,8 @@ def byte_model(folder: Path, template: str = TEMPLATE, special: Sequence[str] = 
         "tokenizer_class": "PreTrainedTokenizer",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 0, "bos_token_id": 1}))
+    model = {"model_type": "llama", "eos_token_id": 0, "bos_token_id": 1, "max_position_embeddings": 8192}
+    (folder / "config.json").write_text(json.dumps(model))
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
 
