@@ -185,6 +185,10 @@ class ListLink:
         self.outputs: dict[int, list[Output]] = {}
         self.stats = Stats()
         self.idle_turns = 0
+        self.wakes = 0
+
+    def wake(self) -> None:
+        self.wakes += 1
 
     def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
         self.idle_turns += block

@@ -10,20 +10,22 @@ import msgspec
 import numpy as np
 import pytest
 from oracle import EOS, VOCAB, Case, ListLink, check_details, check_request, random_case, request
-from support_guides import ENDS, Automaton, Follower, House, guided_reference
+from support_constraints import ENDS, Automaton, Follower, House, guided_reference
 
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Engine
+from tokenmill.engine.gated import Gated
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
-from tokenmill.runtime.guide import Guide
-from tokenmill.runtime.guides import Guides
+from tokenmill.runtime.constraint import Constraint
+from tokenmill.runtime.constraints import Constraints
 from tokenmill.wire.messages import (
     Abort,
     Extend,
     GrammarSpec,
     Request,
     SamplingParams,
+    Stats,
     StoppingParams,
     ToEngine,
 )
@@ -48,7 +50,7 @@ def guided(seed: int, r: Request, rng: random.Random) -> Request:
         stopping = msgspec.structs.replace(stopping, min_new_tokens=rng.randint(1, 6))
     stop_ids = rng.choice([(), ENDS, (EOS,), (EOS, 20)])
     stopping = msgspec.structs.replace(stopping, stop_ids=stop_ids)
-    return msgspec.structs.replace(r, stopping=stopping, grammar=spec, wants_facts=rng.random() < 0.5)
+    return msgspec.structs.replace(r, stopping=stopping, grammar=spec, wants_timings=rng.random() < 0.5)
 
 
 def guided_case(seed: int, aborts: bool = True, share: float = 0.6) -> tuple[Case, set[int]]:
@@ -92,8 +94,9 @@ def test_rules_are_followed_and_the_others_get_what_they_get_without_them(part: 
             else:
                 check_request(r, case, house.link)
         assert not any(house.scheduler.pool.refs), "blocks leaked"
-        assert not house.guides._guides, "guides leaked"
-        assert not house.guides._found
+        assert not house.constraints.active, "constraints leaked"
+        assert not house.constraints.found
+        assert not house.extended._ended
         check_follower(case, house)
 
 
@@ -101,7 +104,7 @@ def check_follower(case: Case, house: House) -> None:
     """Another rank, told what rank 0 was told and sampled, plans the same."""
     oracle = Follower(case.num_blocks, case.limits, house.oracle.chosen)
     scheduler, link = Scheduler(BlockPool(case.num_blocks, case.limits.block_size), case.limits), ListLink([])
-    link.script = [list(turn) for turn in house.link.told]  # type: ignore[misc]
+    link.script = [list(turn) for turn in house.told.messages]  # type: ignore[misc]
     engine = Engine(scheduler, oracle, link)  # type: ignore[arg-type]
     while link.script:
         engine.step()
@@ -139,7 +142,7 @@ def test_the_random_histories_meet_what_they_are_for() -> None:
         met["preempted"] += sum(house.link.outputs[i][-1].num_preemptions for i in rules)
         met["hits"] += stats.cached_tokens
         met["chunks"] += sum(len(batch.slots) - len(batch.samples) for batch in house.oracle.batches)
-        told = [m for turn in house.link.told for m in turn if isinstance(m, Extend)]
+        told = [m for turn in house.told.messages for m in turn if isinstance(m, Extend)]
         met["void"] += sum(not m.token_ids and not m.finish_reason for m in told)
         for i in rules - case.hopeless:
             met[house.reason(i)] += 1
@@ -149,7 +152,7 @@ def test_the_random_histories_meet_what_they_are_for() -> None:
 def test_what_must_come_next_is_appended_and_costs_no_step_of_its_own() -> None:
     forced = (30, 31, 32, 33, 34, 35)
     stopping = StoppingParams(20, force_after=3, forced_ids=forced)
-    r = Request(0, (5, 6, 7), SamplingParams(), stopping, wants_facts=True)
+    r = Request(0, (5, 6, 7), SamplingParams(), stopping, wants_timings=True)
     house = House([[r]], 32, LIMITS)
     house.run()
     want, _ = guided_reference(r)
@@ -158,8 +161,8 @@ def test_what_must_come_next_is_appended_and_costs_no_step_of_its_own() -> None:
     outputs = [o for o in house.link.outputs[0] if o.token_ids]
     assert [len(o.token_ids) for o in outputs] == [1, 1, 1, 6, *[1] * 11]
     assert len(house.oracle.batches) == 20 - 6 + 1, "a step a token that was sampled, and one that was overtaken"
-    assert outputs[-1].facts is not None
-    assert outputs[-1].facts.num_forced == house.link.stats.forced_tokens == 6
+    assert outputs[-1].timings is not None
+    assert outputs[-1].timings.num_forced == house.link.stats.forced_tokens == 6
 
 
 @pytest.mark.parametrize("what", ["launch", "collect"])
@@ -202,7 +205,7 @@ def test_a_request_that_waits_for_its_grammar_holds_up_nobody() -> None:
     house.compiler.rng.randint = lambda a, b: 5  # type: ignore[method-assign]
     house.run()
     assert list(house.link.outputs) == [1, 0]
-    first = next(turn for turn, told in enumerate(house.link.told) if any(m.id == 0 for m in told))
+    first = next(turn for turn, told in enumerate(house.told.messages) if any(m.id == 0 for m in told))
     assert first == 5
     assert house.link.tokens(0) == guided_reference(slow)[0]
 
@@ -218,12 +221,12 @@ def test_a_grammar_that_is_none_ends_its_request_alone() -> None:
 
 
 def test_without_a_compiler_a_grammar_is_refused_and_not_ignored() -> None:
-    guides = Guides(VOCAB)
-    spec = GrammarSpec("fake", "1")
-    assert guides.take([msgspec.structs.replace(request(0, [3], 5), grammar=spec)]) == []
-    (output,) = guides.tell([])
-    assert output.finish_reason == "error"
-    guides.close()
+    link = ListLink([[msgspec.structs.replace(request(0, [3], 5), grammar=GrammarSpec("fake", "1"))]])
+    gated = Gated(link, [Constraints(VOCAB)])
+    assert gated.receive(False) == []
+    gated.send([], Stats())
+    ((output,),) = link.outputs.values()
+    assert (output.finish_reason, output.message) == ("error", "this engine has no grammars")
 
 
 @pytest.mark.parametrize("turns", range(1, 12))
@@ -233,7 +236,7 @@ def test_an_abort_at_any_time_leaves_nothing_behind(turns: int) -> None:
     script: list[list[ToEngine]] = [[r, request(1, [5, 6], 25)], *([] for _ in range(turns)), [Abort(0)]]
     house = House(script, 32, LIMITS, most_turns=3, seed=turns)
     house.run()
-    assert not house.guides._guides
+    assert not house.constraints.active
     got = house.link.tokens(0)
     assert got == guided_reference(r)[0][: len(got)]
     assert house.link.tokens(1) == guided_reference(request(1, [5, 6], 25))[0]
@@ -302,15 +305,15 @@ def test_only_steps_with_a_row_that_needs_it_wait() -> None:
     house.run()
     want, _ = guided_reference(thinking)
     begins = want.index(49) if 49 in want else len(want)
-    assert sum(house.oracle.late.values()) == max(0, len(want) - 1 - begins), "before its grammar it waits for nothing"
+    assert sum(house.oracle.deferred.values()) == max(0, len(want) - 1 - begins), "none before its grammar"
 
 
 def test_end_ids_that_the_request_does_not_stop_at_are_never_allowed() -> None:
     for seed in range(40):
         grammar = Automaton(seed, dead=0.0)
         r = msgspec.structs.replace(request(0, [3], 40), grammar=GrammarSpec("fake", str(seed)))
-        guide = Guide(r, grammar.matcher(), ENDS)  # type: ignore[arg-type]
+        constraint = Constraint(r, grammar.matcher(), ENDS)  # type: ignore[arg-type]
         bits = np.zeros((1, 2), np.uint32)
         grammar.matcher().fill_mask(bits, 0)
-        guide.restrict(bits[0])
+        constraint.restrict(bits[0])
         assert not bits[0, 0] & 0b11 or bits[0, 0] == 0xFFFFFFFF

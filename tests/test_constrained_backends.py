@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support_constraints import Compiler
 from support_cuda import ON_GPU, CudaDriver, torch, write_random
-from support_guides import Compiler
 from support_text import byte_level
 
 from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
@@ -25,8 +25,8 @@ from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, Wants, assemble
+from tokenmill.runtime.constraints import Constraints
 from tokenmill.runtime.executor import Executor
-from tokenmill.runtime.guides import Guides
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
@@ -74,15 +74,14 @@ class Ready(Compiler):
 
 def engine_of(backend: Any, grammars: Any) -> OfflineEngine:
     limits = backend.limits
-    guides = Guides(VOCAB, grammars)
+    constraints = Constraints(VOCAB, grammars)
     scheduler = Scheduler(
         BlockPool(backend.num_blocks, 16),
         SchedulerLimits(limits.max_batch_tokens, limits.max_batch_size, limits.max_total_tokens, 16),
     )
     info = EngineInfo("tiny", "float32", "cpu", "x", backend.num_blocks, 16, VOCAB, 63, 64, 16, 4)
-    parts = Assembled(scheduler, Executor(backend, limits.max_batch_size, guides), info, guides)
+    parts = Assembled(scheduler, Executor(backend, limits.max_batch_size, constraints), info, constraints)
     parts._resources.callback(backend.close)
-    parts._resources.callback(guides.close)
     return OfflineEngine(parts)
 
 

@@ -109,7 +109,7 @@ def test_shared_files_say_that_features_go_elsewhere() -> None:
 @pytest.mark.parametrize("modules, never", [
     ("tokenmill.cli tokenmill.launcher", "torch numpy starlette uvicorn tokenizers huggingface_hub rich.progress"),
     ("tokenmill.server.worker", "torch transformers"),
-    ("tokenmill.engine.engine tokenmill.engine.intake", "torch starlette tokenizers"),
+    ("tokenmill.engine.engine tokenmill.engine.border", "torch starlette tokenizers"),
     ("tokenmill.runtime.worker", "torch starlette uvicorn"),
 ])  # fmt: skip
 def test_a_process_imports_only_what_it_needs(modules: str, never: str) -> None:

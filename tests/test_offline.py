@@ -209,14 +209,14 @@ def test_a_watermark_is_made_with_the_servers_options(folder, llm):
         assert all(new in green_ids(before, 0.1, 260) for before, new in itertools.pairwise(ids))
 
 
-def test_facts_come_with_every_token_if_they_are_wanted(folder):
+def test_timings_come_with_every_token_if_they_are_wanted(folder):
     parts = assemble(local_source(folder), Wants(max_total_tokens=100), Group(), lambda _: None)
     with OfflineEngine(parts) as engine:
-        quiet, asking = engine.submit([1, 2], None, StoppingParams(5)), engine.submit([3], None, wants_facts=True)
-        told = [output.facts for output in engine.outputs(asking) if output.token_ids]
+        quiet, asking = engine.submit([1, 2], None, StoppingParams(5)), engine.submit([3], None, wants_timings=True)
+        told = [output.timings for output in engine.outputs(asking) if output.token_ids]
         assert len(told) == 16
-        assert all(fact and fact.largest_batch == 2 and fact.prefill_s > 0 for fact in told)
-        assert not any(output.facts for output in engine.outputs(quiet))
+        assert all(t and t.largest_batch == 2 and t.prefill_s > 0 for t in told)
+        assert not any(output.timings for output in engine.outputs(quiet))
 
 
 def test_a_second_prompt_finds_its_beginning_in_the_cache(llm):

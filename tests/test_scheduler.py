@@ -355,7 +355,7 @@ def test_work_that_was_put_off_is_done_a_piece_a_turn_while_nobody_asks_for_anyt
 
 
 def test_a_device_that_is_never_idle_rests_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_TURNS", 20)
+    monkeypatch.setattr(engine_module, "_IDLE_WORK_AFTER", 20)
     requests = [request(i, range(10 * i + 1, 10 * i + 9), 100) for i in range(3)]
     engine, oracle, link = build([requests], 128, LIMITS)
     oracle.num_rests = 3

@@ -6,6 +6,7 @@ Shared by every model and feature: features go elsewhere, none is named here.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from time import perf_counter
@@ -52,7 +53,7 @@ class Executor(Protocol[StepT]):
 class Link(Protocol):
     """Where messages come from and outputs go: the same messages on every rank, in the same order."""
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
+    def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToScheduler]:
         """The messages that the next step begins with. Waits for one, a second at most, if `block`.
 
         `plan` is the digest of the plan before, compared over the ranks; b"": do not compare.

@@ -6,7 +6,7 @@ Measured around the engine, at the link, so that the loop does not know of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tokenmill.engine.engine import Link
 from tokenmill.wire.messages import Output, Stats, ToScheduler
@@ -31,7 +31,7 @@ class IdleLink:
         self._link, self._piece, self._after_s, self._clock = link, piece, after_s, clock
         self._busy = clock()  # when there last was something to do
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
+    def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToScheduler]:
         """See `engine.Link`. Only an engine without work lets it block."""
         messages = self._link.receive(block, plan)
         if messages or not block:

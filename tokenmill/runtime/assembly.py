@@ -26,8 +26,8 @@ from tokenmill.quant._unread import warn_of_unread
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime import lengths
 from tokenmill.runtime.choice import Choice, choose, make_backend
+from tokenmill.runtime.constraints import Constraints
 from tokenmill.runtime.executor import Executor
-from tokenmill.runtime.guides import Guides
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks, count_device_blocks
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import ModelSource
@@ -60,7 +60,7 @@ class Assembled:
     scheduler: Scheduler
     executor: AnyExecutor[Any]
     info: EngineInfo
-    guides: Guides | None = None  # on rank 0: belongs between requests and scheduler, and to the executor
+    constraints: Constraints | None = None  # on rank 0: for the links and for the executor
     _resources: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:
@@ -122,22 +122,20 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
         )
         lengths.tell_prompt_limit(wants.max_input_tokens, total, length)
         scheduler = scheduler_of(info, defaults, program)
-        guides = _guides(source, info, wants, resources) if group.rank == 0 else None
-        executor = Executor(backend, limits.max_batch_size, guides)
-        return Assembled(scheduler, executor, info, guides, resources.pop_all())
+        constraints = _constraints(source, info, wants, resources) if group.rank == 0 else None
+        executor = Executor(backend, limits.max_batch_size, constraints)
+        return Assembled(scheduler, executor, info, constraints, resources.pop_all())
 
 
-def _guides(source: ModelSource, info: EngineInfo, wants: Wants, resources: ExitStack) -> Guides:
-    """Who makes sequences follow their grammar; it is closed with `resources`."""
+def _constraints(source: ModelSource, info: EngineInfo, wants: Wants, resources: ExitStack) -> Constraints:
+    """Make what constrains sequences by their grammar; `resources` closes it."""
     grammars = None
     if wants.grammar_backend:
         from tokenmill.runtime.grammars import ModelGrammars
 
         grammars = ModelGrammars(source, info.vocab_size, wants.grammar_backend, wants.backend.cpus)
         resources.callback(grammars.close)
-    guides = Guides(info.vocab_size, grammars)
-    resources.callback(guides.close)
-    return guides
+    return Constraints(info.vocab_size, grammars)
 
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:

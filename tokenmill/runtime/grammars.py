@@ -38,7 +38,7 @@ class _Parts(NamedTuple):
 
 
 class ModelGrammars:
-    """`runtime.guides.Grammars` of a model on disk.
+    """`runtime.constraints.Grammars` of a model on disk.
 
     `size`: of its logits. `name`: of a grammar backend. `cpus`: that may be used. Every method but `compile` is called
     when a grammar was compiled.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import select
 from collections import deque
 from collections.abc import Generator, Sequence
+from threading import Event
 from types import TracebackType
 
 from tokenmill.engine.engine import Engine
-from tokenmill.engine.facts import FactsLink
 from tokenmill.errors import GenerationError, GrammarError
 from tokenmill.runtime.assembly import Assembled
-from tokenmill.runtime.guides import Guides
+from tokenmill.runtime.links import links_of
 from tokenmill.wire.messages import (
     Abort,
     EngineInfo,
@@ -22,40 +21,35 @@ from tokenmill.wire.messages import (
     Stats,
     StoppingParams,
     ToEngine,
-    ToScheduler,
 )
 
+_MAX_WAIT_S = 1.0
 
-class _LocalLink:
-    """An `engine.Link` to the caller in the same thread."""
 
-    def __init__(self, guides: Guides | None) -> None:
+class Local:
+    """The outermost link of an engine in this process: a `gated.Source` to the caller, in the same thread."""
+
+    def __init__(self) -> None:
         self.messages: list[ToEngine] = []
-        self.guides = guides
-        self.queues: dict[int, deque[Output]] = {}  # by request: outputs that nobody has fetched
+        self.queues: dict[int, deque[Output]] = {}  # by request: outputs that were not read yet
         self.stats = Stats()
+        self._woken = Event()
 
-    @property
-    def has_work(self) -> bool:
-        """Whether something was said, or a request waits that will be ready."""
-        return bool(self.messages or (self.guides is not None and self.guides.holds))
-
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
-        """What was said since the last step; waits only for requests that will be ready."""
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
+        """Return the messages since the last step. There can be none during a wait, so that ends by `wake` alone."""
         messages, self.messages = self.messages, []
-        if self.guides is None:
-            return list(messages)
-        taken = self.guides.take(messages)
-        if block and not taken and self.guides.holds:
-            select.select([self.guides], [], [], 1.0)
-            taken = self.guides.take([])
-        return taken
+        if block and not messages:
+            self._woken.wait(_MAX_WAIT_S)
+        self._woken.clear()
+        return messages
+
+    def wake(self) -> None:
+        """See `gated.Source`."""
+        self._woken.set()
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
-        """Put each output where its request's reader looks."""
+        """Append each output to the queue of its request."""
         self.stats = stats
-        if self.guides is not None:
-            outputs = self.guides.tell(outputs)
         for output in outputs:
             if (queue := self.queues.get(output.request_id)) is not None:
                 queue.append(output)
@@ -69,27 +63,28 @@ class OfflineEngine:
 
     def __init__(self, parts: Assembled) -> None:
         self._parts = parts
-        self._link = _LocalLink(parts.guides)
-        self._engine = Engine(parts.scheduler, parts.executor, FactsLink(self._link, parts.scheduler))
+        self._local = Local()
+        link, self._gated = links_of(self._local, parts)
+        self._engine = Engine(parts.scheduler, parts.executor, link)
         self._last_id = 0
         while parts.executor.idle_work():  # between two readers nobody steps: it is never idle
             pass
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine is, and its limits."""
+        """The description of the engine, with its limits."""
         return self._parts.info
 
     @property
     def stats(self) -> Stats:
         """The books after the last step."""
-        return self._link.stats
+        return self._local.stats
 
     def compile(self, grammar: GrammarSpec) -> None:
         """Wait until a grammar is compiled; requests that follow it need not wait then. GrammarError: it is none."""
-        if self._parts.guides is None:
+        if self._parts.constraints is None:
             raise GrammarError("this engine has no grammars")
-        self._parts.guides.compile(grammar).result()
+        self._parts.constraints.compile(grammar).result()
 
     def submit(
         self,
@@ -98,7 +93,7 @@ class OfflineEngine:
         stopping: StoppingParams | None = None,
         salt: bytes = b"",
         *,
-        wants_facts: bool = False,
+        wants_timings: bool = False,
         grammar: GrammarSpec | None = None,
     ) -> int:
         """Queue a request and return its id, for `outputs` or `abort`. Greedy, 16 tokens, if nothing else is said."""
@@ -106,23 +101,23 @@ class OfflineEngine:
         request_id = self._last_id
         sampling, stopping = sampling or SamplingParams(), stopping or StoppingParams(16)
         request = Request(
-            request_id, tuple(prompt_ids), sampling, stopping, salt, wants_facts=wants_facts, grammar=grammar
+            request_id, tuple(prompt_ids), sampling, stopping, salt, wants_timings=wants_timings, grammar=grammar
         )
-        self._link.messages.append(request)
-        self._link.queues[request_id] = deque()
+        self._local.messages.append(request)
+        self._local.queues[request_id] = deque()
         return request_id
 
     def abort(self, request_id: int) -> None:
         """Forget a request; what it had to say is lost. Unknown ids are ignored."""
-        if self._link.queues.pop(request_id, None) is not None:
-            self._link.messages.append(Abort(request_id))
+        if self._local.queues.pop(request_id, None) is not None:
+            self._local.messages.append(Abort(request_id))
 
     def outputs(self, request_id: int) -> Generator[Output]:
-        """What a request gives, as it comes, to the output with a finish reason. Closing the iterator aborts it.
+        """Yield the outputs of a request as they come, to the one with a finish reason. Closing the iterator aborts it.
 
         Raises GenerationError if the engine gave up on it.
         """
-        queue = self._link.queues[request_id]
+        queue = self._local.queues[request_id]
         try:
             while True:
                 while not queue:
@@ -132,7 +127,7 @@ class OfflineEngine:
                     raise GenerationError(output.message)
                 yield output
                 if output.finish_reason:
-                    self._link.queues.pop(request_id, None)
+                    self._local.queues.pop(request_id, None)
                     return
         finally:
             self.abort(request_id)
@@ -153,13 +148,14 @@ class OfflineEngine:
 
     def step(self) -> bool:
         """One turn of the engine; False, doing nothing, if there is nothing to do."""
-        if self._engine.idle and not self._link.has_work:
+        if self._engine.idle and not (self._local.messages or self._gated.holds):
             return False
         self._engine.step()
         return True
 
     def close(self) -> None:
         """Free the backend. Idempotent."""
+        self._gated.close()
         self._parts.close()
 
     def __enter__(self) -> OfflineEngine:

@@ -11,12 +11,13 @@ import msgspec
 
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.config import Settings, graph_sizes, memory_bytes, usable_cpus
+from tokenmill.engine.border import Border
 from tokenmill.engine.engine import Engine, Link
-from tokenmill.engine.facts import FactsLink
 from tokenmill.engine.idle import IdleLink
-from tokenmill.engine.intake import Follower, Intake, RankServer
+from tokenmill.engine.ranks import Follower, RankServer
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
+from tokenmill.runtime.links import links_of
 from tokenmill.settle import settle
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
@@ -42,12 +43,12 @@ def main(control: ChildControl) -> None:
         if link is None:
             if ranks is not None:
                 ranks.wait()
-            address, watch = configure.engine_address, control.fileno()
-            intake = Intake(address, parts.info, ranks=ranks, gate=parts.guides, watch=watch)
-            resources.callback(intake.close)
-            link = FactsLink(intake, parts.scheduler)
-            if parts.guides is not None:
-                link = IdleLink(link, parts.guides.prepare)
+            border = Border(configure.engine_address, parts.info, watch=control.fileno())
+            resources.callback(border.close)
+            link, gated = links_of(border, parts, ranks)
+            resources.callback(gated.close)
+            if parts.constraints is not None:
+                link = IdleLink(link, parts.constraints.prepare)
         settle()  # before, for the first request comes at once
         control.send(Ready(parts.info if configure.index == 0 else None))
         engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)

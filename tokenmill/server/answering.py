@@ -99,7 +99,7 @@ class _Listener(ABC):
             p = generation.prepared
             request = Request(
                 generation.id, p.prompt_ids, p.sampling, p.stopping,
-                wants_facts=sequences.receipt, sent_at=generation.timings.submitted, grammar=p.grammar,
+                wants_timings=sequences.receipt, sent_at=generation.timings.submitted, grammar=p.grammar,
             )  # fmt: skip
             service.client.submit(request, generation)
 

@@ -16,7 +16,7 @@ from tokenmill.errors import GenerationError, GrammarError, RequestError
 from tokenmill.text.detokenizer import Detokenizer, Piece
 from tokenmill.text.prepare import Prepared
 from tokenmill.text.router import Delta, Router, fold
-from tokenmill.wire.messages import Facts, Output, TokenDetails
+from tokenmill.wire.messages import Output, RequestTimings, TokenDetails
 
 Finish = Literal["", "eos", "stop", "length"]
 
@@ -64,8 +64,9 @@ class Generation:
     `router`: reads the text, and finds the stop strings in the place of the detokenizer."""
 
     __slots__ = (
-        "_listener", "_observe_gap", "detokenizer", "facts", "finish", "id", "index", "num_cached", "num_generated",
-        "num_reasoning", "prepared", "prompt_details", "prompt_index", "router", "sum_logprobs", "timings",
+        "_listener", "_observe_gap", "detokenizer", "engine_timings", "finish", "id", "index", "num_cached",
+        "num_generated", "num_reasoning", "prepared", "prompt_details", "prompt_index", "router", "sum_logprobs",
+        "timings",
     )  # fmt: skip
 
     def __init__(
@@ -91,7 +92,7 @@ class Generation:
         self.num_cached = 0
         self.sum_logprobs = 0.0
         self.prompt_details: list[TokenDetails] = []
-        self.facts: Facts | None = None  # what the engine measured, if asked
+        self.engine_timings: RequestTimings | None = None  # if asked for
 
     @property
     def text(self) -> str:
@@ -176,11 +177,11 @@ class Generation:
 
 
 class MeasuredGeneration(Generation):
-    """A generation whose request asked for facts; it keeps the newest. One of its own so that others pay nothing."""
+    """A generation whose request asked for timings; it keeps the newest. One of its own so that others pay nothing."""
 
     __slots__ = ()
 
     def push(self, output: Output, now: float) -> bool:
         """See `Generation.push`."""
-        self.facts = output.facts or self.facts
+        self.engine_timings = output.timings or self.engine_timings
         return super().push(output, now)

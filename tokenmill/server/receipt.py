@@ -15,7 +15,7 @@ import msgspec
 from tokenmill.server.call import Call
 from tokenmill.server.generation import Generation
 from tokenmill.server.schema.receipts import Receipt, SequenceReceipt
-from tokenmill.wire.messages import Facts
+from tokenmill.wire.messages import RequestTimings
 
 _OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _encode = msgspec.json.Encoder().encode
@@ -65,7 +65,7 @@ def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
 
 
 def _sequence(generation: Generation) -> SequenceReceipt:
-    facts = generation.facts or Facts()
+    timings = generation.engine_timings or RequestTimings()
     return SequenceReceipt(
         index=generation.index,
         prompt=generation.prompt_index,
@@ -74,12 +74,12 @@ def _sequence(generation: Generation) -> SequenceReceipt:
         prompt_tokens=generation.prepared.num_prompt,
         cached_tokens=generation.num_cached,
         generated_tokens=generation.num_generated,
-        queue_ms=_milliseconds(facts.queue_s),
-        prefill_ms=_milliseconds(facts.prefill_s),
-        decode_ms=_milliseconds(facts.decode_s),
-        forced_tokens=facts.num_forced,
-        preemptions=facts.num_preemptions,
-        largest_batch=facts.largest_batch,
+        queue_ms=_milliseconds(timings.queue_s),
+        prefill_ms=_milliseconds(timings.prefill_s),
+        decode_ms=_milliseconds(timings.decode_s),
+        forced_tokens=timings.num_forced,
+        preemptions=timings.num_preemptions,
+        largest_batch=timings.largest_batch,
     )
 
 

@@ -74,7 +74,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     sampling: SamplingParams
     stopping: StoppingParams
     salt: bytes = b""  # where the prefix cache's hash chain begins: requests of other salts never share blocks
-    wants_facts: bool = False  # every output with tokens carries `Facts`
+    wants_timings: bool = False  # every output with tokens carries `RequestTimings`
     sent_at: float = 0.0  # of time.monotonic, which processes of a machine share: where its queue begins; 0: on arrival
     grammar: GrammarSpec | None = None  # None: any text
 
@@ -118,9 +118,9 @@ class TokenDetails(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...] = ()
 
 
-class Facts(msgspec.Struct, frozen=True, array_like=True):
-    """What the engine measured of one request, up to the output that carries it. A wait after a preemption counts as
-    part of what it interrupted."""
+class RequestTimings(msgspec.Struct, frozen=True, array_like=True):
+    """Times and counts of one request, up to the output that carries them. A wait after a preemption counts as part of
+    the phase that it interrupted."""
 
     queue_s: float = 0.0  # from when it was sent to the engine until its first step began
     prefill_s: float = 0.0  # from then until its first token
@@ -146,7 +146,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     num_cached: int = 0
     num_preemptions: int = 0  # on the last one
     message: str = ""  # why, if the reason is "error"
-    facts: Facts | None = None  # so far, with every token: a stop string may end the request at any; if it asked
+    timings: RequestTimings | None = None  # with every token, if asked for: a stop string may end the request at any
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True):

@@ -1,69 +1,66 @@
-"""Where an engine's messages come from and its outputs go.
+"""Rank 0's sockets to the HTTP workers: reads their requests, writes each a frame a step.
 
-Rank 0 has an `Intake`: it listens for HTTP workers, reads their requests, writes each a frame a step, and hands every
-step's messages on to the other ranks, which have a `Follower` each. No thread: sockets are looked at once a step, and
-waited for only when the engine is idle. Nothing an HTTP worker does or fails to do stops the engine: one that sends
-nonsense, or does not read, is cut off, and its requests are aborted.
+No thread: sockets are looked at once a step, and waited for only when the engine is idle. Nothing that an HTTP worker
+does or fails to do stops the engine: one that sends nonsense, or does not read, is cut off; its requests are aborted.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import selectors
 import socket
+import threading
 import time
 from collections.abc import Iterable
-from typing import Protocol
+from contextlib import suppress
 
 import msgspec
 
-from tokenmill.wire.channel import Channel, ChannelError, FrameReader, Listener, frame
-from tokenmill.wire.messages import Abort, EngineInfo, Output, Request, Stats, StepOutputs, ToEngine, ToScheduler
+from tokenmill.wire.channel import ChannelError, FrameReader, Listener, frame
+from tokenmill.wire.messages import Abort, EngineInfo, Output, Request, Stats, StepOutputs, ToEngine
 
 HEARTBEAT_S = 1.0
-"""How long an engine is silent at most, if no step takes longer."""
+"""The longest silence of an engine whose steps are short, in seconds."""
 
 MAX_UNREAD_BYTES = 16 << 20
-"""What an HTTP worker may leave unread before it is cut off: minutes of tokens."""
+"""Bytes that an HTTP worker may leave unread before it is cut off: minutes of tokens."""
 
 _READ_BYTES = 1 << 20
-_JOIN_S = 600.0
 
 _log = logging.getLogger(__name__)
 
 
-class RanksDiverged(RuntimeError):
-    """Two ranks planned different steps. A bug; the engine must be started anew."""
+class _Waker:
+    """A pipe that makes a selector return. `wake` may be called from any thread, also after `close`."""
 
-
-class FollowerFrame(msgspec.Struct, frozen=True, array_like=True):
-    """What rank 0 sends the others before each step."""
-
-    messages: tuple[ToScheduler, ...]
-    plan: bytes = b""  # digest of the plan before; b"": not compared
-
-
-class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """The first frame of a follower."""
-
-    rank: int
-
-
-class Gate(Protocol):
-    """Stands between rank 0's border and the schedulers: requests may wait there, and messages of its own come in."""
+    def __init__(self) -> None:
+        self._closing = threading.Lock()  # a closed descriptor is not written to: its number may be another file's
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
 
     def fileno(self) -> int:
-        """Readable when a request that waits may go on."""
+        return self._read
 
-    def take(self, messages: list[ToEngine]) -> list[ToScheduler]:
-        """What the schedulers get of these, of what waits, and of its own. Called once a turn, at least."""
+    def wake(self) -> None:
+        with self._closing, suppress(OSError):  # full: the reader wakes anyway; closed: nothing waits
+            os.write(self._write, b"\0")
 
-    def tell(self, outputs: list[Output]) -> list[Output]:
-        """The outputs of a turn, behind its own."""
+    def drain(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._read, 4096)
+
+    def close(self) -> None:
+        with self._closing:
+            if self._read >= 0:
+                os.close(self._read)
+                os.close(self._write)
+                self._read = self._write = -1
 
 
 class _Worker:
-    """A connected HTTP worker: what it has sent and not read, and the requests it waits for."""
+    """A connected HTTP worker: the bytes it has not read yet, and the requests it waits for."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -83,11 +80,11 @@ class _Worker:
             del self.unsent[:sent]
 
 
-class Intake:
-    """Rank 0's link. `address` is the Unix socket to listen on; `info` is the first frame of every connection.
+class Border:
+    """The outermost link of rank 0: a `gated.Source` on the Unix socket `address`.
 
-    `watch` is a file descriptor that ends a wait when it becomes readable; reading it is the caller's business. The
-    `gate` stays the caller's to close.
+    `info`: the first frame of every connection. `watch`: a file descriptor that ends a wait when it becomes readable;
+    reading it is the caller's business.
     """
 
     def __init__(
@@ -95,41 +92,41 @@ class Intake:
         address: str,
         info: EngineInfo,
         *,
-        ranks: RankServer | None = None,
-        gate: Gate | None = None,
         watch: int | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
     ) -> None:
-        self._info, self._ranks, self._gate, self._watch = info, ranks, gate, watch
+        self._info = info
         self._heartbeat_s, self._max_unread_bytes = heartbeat_s, max_unread_bytes
         self._encoder = msgspec.msgpack.Encoder()
         self._workers: set[_Worker] = set()
         self._owner_of: dict[int, _Worker] = {}
-        self._watched = False  # `watch` was readable at the last look
+        self._woken = False  # `watch` was readable at the last look, or `wake` was called
         self._orphans: list[ToEngine] = []  # aborts of the requests of workers that are gone
         self._listener = Listener(address)
         self._listener.set_blocking(False)
+        self._waker = _Waker()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        for waker in (watch, gate):
-            if waker is not None:
-                self._selector.register(waker, selectors.EVENT_READ)
+        self._selector.register(self._waker, selectors.EVENT_READ)
+        if watch is not None:
+            self._selector.register(watch, selectors.EVENT_READ)
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
-        """See `engine.Link`. What it returns has been handed to the followers."""
-        messages = self._admit(self._read(0.0))
-        if block and not messages:
-            messages = self._wait()
-        if self._ranks is not None:
-            self._ranks.broadcast(FollowerFrame(tuple(messages), plan))
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
+        """See `engine.Link`. A wait ends with the first message, when a heartbeat is due, by `watch` or by `wake`."""
+        messages = self._read(0.0)
+        deadline = time.monotonic() + self._heartbeat_s
+        while block and not messages and not self._woken and (left := deadline - time.monotonic()) > 0:
+            messages = self._read(left)
         return messages
 
+    def wake(self) -> None:
+        """See `gated.Source`."""
+        self._waker.wake()
+
     def send(self, outputs: list[Output], stats: Stats) -> None:
-        """See `engine.Link`. One frame for each worker that has outputs or was not told anything for a heartbeat."""
+        """See `engine.Link`. One frame for each worker that has outputs or was sent nothing for a heartbeat."""
         now = time.monotonic()
-        if self._gate is not None:
-            outputs = self._gate.tell(outputs)
         for worker, own in self._by_worker(outputs):
             self._send(worker, StepOutputs(tuple(own), stats), now)
         for worker in [worker for worker in self._workers if now - worker.last_sent >= self._heartbeat_s]:
@@ -141,30 +138,18 @@ class Intake:
             self._drop(worker, "")
         self._listener.close()
         self._selector.close()
-        if self._ranks is not None:
-            self._ranks.close()
-
-    def _admit(self, messages: list[ToEngine]) -> list[ToScheduler]:
-        return list(messages) if self._gate is None else self._gate.take(messages)
-
-    def _wait(self) -> list[ToScheduler]:
-        """The messages of the first worker that says something; none if a heartbeat is due or `watch` comes first."""
-        deadline = time.monotonic() + self._heartbeat_s
-        while (left := deadline - time.monotonic()) > 0:
-            if messages := self._admit(self._read(left)):
-                return messages
-            if self._watched:
-                break
-        return []
+        self._waker.close()
 
     def _read(self, timeout_s: float) -> list[ToEngine]:
-        self._watched = False
+        self._woken = False
         messages: list[ToEngine] = []
         for key, events in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
                 self._accept()
             elif key.data is None:
-                self._watched = True
+                self._woken = True
+                if key.fileobj is self._waker:
+                    self._waker.drain()
             else:
                 if events & selectors.EVENT_WRITE:
                     self._flush(key.data)
@@ -273,66 +258,3 @@ class Intake:
             self._owner_of.pop(request_id, None)
             self._orphans.append(Abort(request_id))
         worker.requests.clear()
-
-
-class RankServer:
-    """Rank 0's connections to the other ranks. If one dies, `broadcast` raises OSError: the engine must end."""
-
-    def __init__(self, address: str, size: int) -> None:
-        self._listener = Listener(address)
-        self._size = size
-        self._followers: dict[int, Channel[Hello]] = {}
-        self._encoder = msgspec.msgpack.Encoder()
-
-    def wait(self, timeout_s: float = _JOIN_S) -> None:
-        """Wait until every other rank has connected. Raises TimeoutError naming those that have not."""
-        deadline = time.monotonic() + timeout_s
-        while missing := sorted(set(range(1, self._size)) - set(self._followers)):
-            left = max(0.001, deadline - time.monotonic())
-            self._listener.set_timeout(left)
-            try:
-                channel: Channel[Hello] = Channel(self._listener.accept(), Hello)
-                channel.set_timeout(left)
-                hello = channel.receive()
-            except TimeoutError:
-                raise TimeoutError(f"ranks {missing} did not connect to rank 0 within {timeout_s:.0f} s") from None
-            channel.set_timeout(None)
-            if hello is not None:
-                self._followers[hello.rank] = channel
-
-    def broadcast(self, message: FollowerFrame) -> None:
-        """Give every follower the step's messages."""
-        data = frame(self._encoder, message)
-        for rank in range(1, self._size):
-            self._followers[rank].send_bytes(data)
-
-    def close(self) -> None:
-        """Close all. Idempotent."""
-        for channel in self._followers.values():
-            channel.close()
-        self._listener.close()
-
-
-class Follower:
-    """The link of a rank other than 0: reads one frame a step, says nothing."""
-
-    def __init__(self, address: str, rank: int, timeout_s: float = _JOIN_S) -> None:
-        self._rank = rank
-        self._channel: Channel[FollowerFrame] = Channel.connect(address, FollowerFrame, timeout_s=timeout_s)
-        self._channel.send(Hello(rank))
-
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
-        """See `engine.Link`; always waits for rank 0. Raises ConnectionError if that is gone."""
-        message = self._channel.receive()
-        if message is None:
-            raise ConnectionError("rank 0 has closed the connection")
-        if message.plan and plan and message.plan != plan:
-            raise RanksDiverged(f"rank {self._rank} planned another step than rank 0")
-        return list(message.messages)
-
-    def send(self, outputs: list[Output], stats: Stats) -> None:
-        """Nothing: rank 0 tells the HTTP workers."""
-
-    def close(self) -> None:
-        """Close the connection. Idempotent."""
-        self._channel.close()

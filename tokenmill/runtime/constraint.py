@@ -1,6 +1,6 @@
-"""What one sequence's next tokens must be: by a grammar, or because a thought has taken too long.
+"""The constraint on one sequence's next tokens: a grammar, a reasoning budget, or both.
 
-Token ids only; knows no step. `Guides` tells it of every token and says to the scheduler what it finds.
+Token ids only, no steps: `Constraints` calls `observe` with every token and sends on the messages that come back.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _NO_WAY_ON = "no token can follow by the grammar that was asked for"
 _REFUSED = "the grammar that was asked for does not allow the token that was sampled"
 
 
-class Guide:
-    """One sequence's rules.
+class Constraint:
+    """One sequence's constraint.
 
-    `matcher`: of its grammar, at its beginning; None: it has none. `end_ids`: tokens that end a text, which a matcher
+    `matcher`: of its grammar, at its beginning; None: no grammar. `end_ids`: tokens that end a text, which a matcher
     allows where its grammar may end, whether or not the request stops at them.
     """
 
     def __init__(self, request: Request, matcher: Matcher | None, end_ids: tuple[int, ...]) -> None:
         stopping, grammar = request.stopping, request.grammar
         self.id, self.matcher = request.id, matcher
-        self.known = self._begin = len(request.prompt_ids)  # tokens that it has seen, or need not see
+        self.num_tokens = self._begin = len(request.prompt_ids)  # of the sequence, as far as observed
         self.valid_from = 0  # number of the first batch whose tokens count
         self.ended = False
-        self._last = self.known + stopping.max_new_tokens
-        self._free_to_end = self.known + stopping.min_new_tokens
+        self._last = self.num_tokens + stopping.max_new_tokens
+        self._free_to_end = self.num_tokens + stopping.min_new_tokens
         self._stop_ids, self._end_ids = frozenset(stopping.stop_ids), end_ids
         self._ends = [i for i in end_ids if i in self._stop_ids]
         self._appends = request.sampling.logprobs < 0  # else each token is sampled, for what is told of it
@@ -51,7 +51,7 @@ class Guide:
             self._pending.extend(forced[:1] if self._appends else forced)
 
     @property
-    def waits(self) -> bool:
+    def deferred(self) -> bool:
         """True if its next token cannot be sampled before the one before is known."""
         return (self._begun or bool(self._pending)) and not self.ended
 
@@ -61,14 +61,14 @@ class Guide:
         return self._begun and not self._pending
 
     def observe(self, token_id: int, free: bool) -> Extend | None:
-        """Take in the token that was sampled; what the scheduler must be told, if anything.
+        """Take in the token that was sampled. Return the message that the scheduler must get, if any.
 
-        `free`: the step behind samples as if this sequence did not wait.
+        `free`: the step behind samples without masks.
         """
         if self._pending:
             self._pending.popleft()
         self._take(token_id)
-        position = self.known
+        position = self.num_tokens
         token_ids: list[int] = []
         while not (self.ended or self._refused or self._pending) and (forced := self._forced()):
             if not self._appends or (len(forced) == 1 and self._begun and not free and not token_ids):
@@ -76,15 +76,15 @@ class Guide:
             else:
                 token_ids += self._append(forced)
         reason = self._reason()
-        if not (token_ids or reason or (free and self.waits)):
+        if not (token_ids or reason or (free and self.deferred)):
             return None
         self.ended |= bool(reason)
         return Extend(self.id, position, tuple(token_ids), reason, _REFUSED if reason == "error" else "")
 
     def restrict(self, bits: NDArray[np.uint32]) -> Extend | None:
-        """Make a row of a mask, which its matcher has filled if `asks_matcher`, what may come next.
+        """Restrict a row of a mask, which its matcher has filled if `asks_matcher`, to the tokens that may come next.
 
-        If nothing may, the row allows everything, and what the scheduler must be told is returned.
+        If none may, the row allows everything, and the message that the scheduler must get is returned.
         """
         if self._pending:
             bits[:] = 0
@@ -96,7 +96,7 @@ class Guide:
         elif self.matcher is not None and self.matcher.done:
             bits[:] = 0
             may_end = True
-        if self.known < self._free_to_end:
+        if self.num_tokens < self._free_to_end:
             self._forbid(bits, tuple(self._stop_ids))
         elif may_end:
             for token_id in self._ends:
@@ -105,12 +105,12 @@ class Guide:
             return None
         bits[:] = 0xFFFFFFFF
         self.ended = True
-        return Extend(self.id, self.known, (), "stop" if may_end else "error", "" if may_end else why)
+        return Extend(self.id, self.num_tokens, (), "stop" if may_end else "error", "" if may_end else why)
 
     def _take(self, token_id: int) -> None:
-        """The next token is this."""
-        self.known += 1
-        if token_id in self._stop_ids or self.known == self._last:
+        """Append one token."""
+        self.num_tokens += 1
+        if token_id in self._stop_ids or self.num_tokens == self._last:
             self.ended = True
             return
         self._tail.append(token_id)
@@ -123,7 +123,7 @@ class Guide:
             self._budget = 0
 
     def _append(self, token_ids: list[int]) -> list[int]:
-        """Take these in, up to the first that ends it; those."""
+        """Append tokens up to the first that ends the sequence; return those that were appended."""
         taken = []
         for token_id in token_ids:
             if self.ended or self._refused:
@@ -133,20 +133,20 @@ class Guide:
         return taken
 
     def _forced(self) -> list[int]:
-        """What must come next, if there is no choice."""
-        if self._budget and self.known - self._begin >= self._budget:
+        """The tokens that must come next, if there is no choice."""
+        if self._budget and self.num_tokens - self._begin >= self._budget:
             self._budget = 0
             if self._accepts(self._forced_ids):
                 return list(self._forced_ids)
         if not self._begun or self.matcher is None or self.matcher.done:
             return []
-        forced = self.matcher.forced(self._last - self.known)
-        early = self._free_to_end - self.known  # so many must not be stop ids
+        forced = self.matcher.forced(self._last - self.num_tokens)
+        early = self._free_to_end - self.num_tokens  # so many must not be stop ids
         ends = (i for i, t in enumerate(forced) if t in self._end_ids or (i < early and t in self._stop_ids))
         return forced[: next(ends, len(forced))]  # a mask sees to how it ends
 
     def _accepts(self, token_ids: tuple[int, ...]) -> bool:
-        """Whether they may come next."""
+        """True if they may come next."""
         if not self._begun or self.matcher is None:
             return True
         taken = sum(1 for _ in takewhile(self.matcher.accept, token_ids))
@@ -154,13 +154,13 @@ class Guide:
         return taken == len(token_ids)
 
     def _reason(self) -> str:
-        """Why the sequence ends here, for a reason that the scheduler does not see; "" if it does not."""
+        """The reason to end here that the scheduler cannot see; "" if there is none."""
         if self._refused:
             return "error"
         complete = self._begun and self.matcher is not None and self.matcher.done
         if self.ended or self._pending or not complete:
             return ""
-        return "stop" if not self._ends or self.known < self._free_to_end else ""
+        return "stop" if not self._ends or self.num_tokens < self._free_to_end else ""
 
     def _has_seen(self, endings: tuple[tuple[int, ...], ...]) -> bool:
         tail = list(self._tail)
@@ -168,7 +168,7 @@ class Guide:
 
     @staticmethod
     def _forbid(bits: NDArray[np.uint32], token_ids: tuple[int, ...]) -> bool:
-        """Whether any of them was allowed."""
+        """Forbid these tokens. True if any of them was allowed."""
         found = False
         for token_id in token_ids:
             bit = np.uint32(1 << token_id % 32)

@@ -1,4 +1,4 @@
-"""Random little grammars, what a request must give under one, and an engine over the oracle that follows them."""
+"""Random little grammars, the answer to a request under one, and an engine over the oracle that follows them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from oracle import EOS, POISON, VOCAB, ListLink, OracleStep, PagedOracle, cache_
 
 from tokenmill.backends.base import Masks, StepResult
 from tokenmill.engine.block_pool import BlockPool
-from tokenmill.engine.engine import Engine
-from tokenmill.engine.facts import FactsLink
+from tokenmill.engine.engine import Engine, Link
+from tokenmill.engine.extended import Extended
+from tokenmill.engine.gated import Gated
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.sequence import Batch
+from tokenmill.engine.timed import Timed
 from tokenmill.errors import GrammarError
-from tokenmill.runtime.guides import Guides
+from tokenmill.runtime.constraints import Constraints
 from tokenmill.wire.messages import GrammarSpec, Output, Request, Stats, ToEngine, ToScheduler
 
 ENDS = (EOS, 1)  # ids that end a text
@@ -152,29 +154,29 @@ def pick(entries: list[int], allowed: list[int]) -> int:
 
 
 class Guided(PagedOracle):
-    """The oracle as an executor with guides: a step that waits samples from masks, or was given up."""
+    """The oracle as an executor with constraints: a deferred step samples from masks, or was given up."""
 
-    def __init__(self, num_blocks: int, limits: SchedulerLimits, guides: Guides) -> None:
+    def __init__(self, num_blocks: int, limits: SchedulerLimits, constraints: Constraints) -> None:
         super().__init__(num_blocks, limits)
-        self.guides = guides
-        self.late: dict[int, bool] = {}
+        self.constraints = constraints
+        self.deferred: dict[int, bool] = {}
         self.masks: dict[int, Masks] = {}
         self.chosen: dict[tuple[int, int], int] = {}
         self.num_masks = self.num_launched = self.num_collected = 0
         self.fails: tuple[str, int] = "", 0  # which launch or collect finds no memory
 
     def launch(self, batch: Batch) -> OracleStep:
-        late = self.guides.waits(batch)
+        deferred = self.constraints.defers(batch)
         self.num_launched += 1
         with self.failing("launch", self.num_launched):
             step = super().launch(batch)
-        self.late[batch.number] = late
+        self.deferred[batch.number] = deferred
         return step
 
     def complete(self, step: OracleStep) -> None:
         super().complete(step)
-        if self.late[step.batch.number]:
-            masks = self.guides.masks(step.batch)
+        if self.deferred[step.batch.number]:
+            masks = self.constraints.masks(step.batch)
             assert masks.bits.any(1).all(), "no row without a choice"
             assert (np.diff(masks.rows) > 0).all()
             self.masks[step.batch.number] = masks
@@ -184,7 +186,7 @@ class Guided(PagedOracle):
         self.num_collected += 1
         with self.failing("collect", self.num_collected):
             result = super().collect(step)
-        self.guides.observe(step.batch, result.token_ids)
+        self.constraints.observe(step.batch, result.token_ids)
         return result
 
     @contextmanager
@@ -221,21 +223,30 @@ class Follower(PagedOracle):
         return self.chosen[step.batch.number, row]
 
 
-class GatedLink(ListLink):
-    """Behind the gate, as rank 0's border is; `told`: what every rank is told, by turn."""
+class Turning(ListLink):
+    """A script during which grammars become ready."""
 
-    def __init__(self, script: list[list[ToEngine]], guides: Guides, compiler: Compiler) -> None:
+    def __init__(self, script: list[list[ToEngine]], compiler: Compiler) -> None:
         super().__init__(script)
-        self.guides, self.compiler = guides, compiler
-        self.told: list[list[ToScheduler]] = []
+        self.compiler = compiler
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:  # type: ignore[override]
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
         self.compiler.turn()
-        self.told.append(self.guides.take(super().receive(block, plan)))
-        return list(self.told[-1])
+        return super().receive(block, plan)
+
+
+class Told:
+    """A link that keeps what every rank is told, by turn, as `Broadcast` hands it on."""
+
+    def __init__(self, inner: Link) -> None:
+        self.inner, self.messages = inner, list[list[ToScheduler]]()
+
+    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
+        self.messages.append(list(self.inner.receive(block, plan)))
+        return list(self.messages[-1])
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
-        super().send(self.guides.tell(outputs), stats)
+        self.inner.send(outputs, stats)
 
 
 class Compiler:
@@ -271,19 +282,22 @@ class Compiler:
 
 
 class House:
-    """An engine with guides over the oracle."""
+    """An engine with constraints over the oracle, its links in the order of `runtime.links`."""
 
     def __init__(
         self, script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, seed: int = 0,
         full_rate: float = 0.0, **how: Any,
     ) -> None:  # fmt: skip
         self.compiler = Compiler(random.Random(seed), **how)
-        self.guides = Guides(VOCAB, self.compiler)
-        self.link = GatedLink(script, self.guides, self.compiler)
-        self.oracle = Guided(num_blocks, limits, self.guides)
+        self.constraints = Constraints(VOCAB, self.compiler)
+        self.link = Turning(script, self.compiler)
+        self.gated = Gated(self.link, [self.constraints])
+        self.extended = Extended(self.gated, self.constraints)
+        self.told = Told(self.extended)
+        self.oracle = Guided(num_blocks, limits, self.constraints)
         self.oracle.full_rate = full_rate
         self.scheduler = Scheduler(BlockPool(num_blocks, limits.block_size), limits)
-        self.engine = Engine(self.scheduler, self.oracle, FactsLink(self.link, self.scheduler))
+        self.engine = Engine(self.scheduler, self.oracle, Timed(self.told, self.scheduler))
 
     def run(self, check: Callable[[], None] = lambda: None) -> None:
         """Until everything is answered; the books are looked at after every step."""
@@ -291,9 +305,9 @@ class House:
             self.engine.step()
             check_books(self.scheduler)
             check()
-            if not self.link.script and self.engine.idle and not self.guides.holds:
+            if not self.link.script and self.engine.idle and not self.gated.holds:
                 self.engine.step()  # the last refusals
-                self.guides.close()
+                self.gated.close()
                 return
         raise AssertionError("the engine does not come to rest")
 

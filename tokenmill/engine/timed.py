@@ -1,21 +1,22 @@
-"""What single requests ask to know of their own run: measured around the engine, at the link, so that neither the loop
-nor the scheduler knows of it, and the requests that did not ask pay nothing.
+"""Per-request timings, recorded at the link for requests that ask for them.
+
+Neither the loop nor the scheduler has a part in it, and the other requests cost nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from tokenmill.engine.engine import Link
 from tokenmill.engine.scheduler import Scheduler
-from tokenmill.wire.messages import Extend, Facts, Output, Request, Stats, ToScheduler
+from tokenmill.wire.messages import Extend, Output, Request, RequestTimings, Stats, ToScheduler
 
 
 class _Run:
-    """One request's times in seconds, None: not yet; and what else is counted."""
+    """One request's times in seconds, None: not yet; and its counts."""
 
     __slots__ = ("arrived", "began", "first", "largest_batch", "num_cached", "num_forced")
 
@@ -26,24 +27,24 @@ class _Run:
         self.num_cached = self.largest_batch = self.num_forced = 0
 
 
-class FactsLink:
-    """The link of rank 0, through which every output with tokens gets `Facts` if its request wants them.
+class Timed:
+    """The link behind `inner` that adds `RequestTimings` to every output with tokens whose request asked for them.
 
-    `scheduler` is the engine's and only read. A step's tokens are taken as made when `send` is called. `clock` is
-    that of `Request.sent_at`.
+    `scheduler`: the engine's, only read. `clock`: that of `Request.sent_at`. A step's tokens count as made when `send`
+    is called.
     """
 
-    def __init__(self, link: Link, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic) -> None:
-        self._link, self._scheduler, self._clock = link, scheduler, clock
+    def __init__(self, inner: Link, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic) -> None:
+        self._inner, self._scheduler, self._clock = inner, scheduler, clock
         self._runs: dict[int, _Run] = {}  # of the requests that asked and have not ended
-        self._in_step: list[_Run] = []  # those that ran when the step was planned that is told of next
+        self._in_step: list[_Run] = []  # those that ran when the step was planned whose outputs are sent next
 
-    def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
+    def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToScheduler]:
         """See `engine.Link`."""
-        messages = self._link.receive(block, plan)
+        messages = self._inner.receive(block, plan)
         for message in messages:
             if isinstance(message, Request):
-                if message.wants_facts:
+                if message.wants_timings:
                     self._runs[message.id] = _Run(message.sent_at or self._clock())
             elif isinstance(message, Extend):
                 if run := self._runs.get(message.id):
@@ -61,10 +62,10 @@ class FactsLink:
             outputs = [self._complete(output, now) for output in outputs]
             running = self._scheduler.running
             self._in_step = [run for request_id, run in self._runs.items() if request_id in running]
-        self._link.send(outputs, stats)
+        self._inner.send(outputs, stats)
 
     def _complete(self, output: Output, now: float) -> Output:
-        """`output` with its request's facts, if it asked and there are tokens."""
+        """`output` with its request's timings, if it asked for them and there are tokens."""
         run = self._runs.get(output.request_id)
         if run is None:
             return output
@@ -76,7 +77,7 @@ class FactsLink:
             return output
         if run.first is None:
             run.first = now
-        facts = Facts(
+        timings = RequestTimings(
             run.began - run.arrived,
             run.first - run.began,
             now - run.first,
@@ -85,7 +86,7 @@ class FactsLink:
             run.largest_batch,
             run.num_forced,
         )
-        return msgspec.structs.replace(output, facts=facts)
+        return msgspec.structs.replace(output, timings=timings)
 
     def _num_preemptions(self, output: Output) -> int:
         if output.finish_reason:

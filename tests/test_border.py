@@ -13,8 +13,9 @@ import pytest
 
 from tokenmill.backends.base import StepResult
 from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.border import Border
 from tokenmill.engine.engine import Engine, Link
-from tokenmill.engine.intake import Follower, Intake, RanksDiverged, RankServer
+from tokenmill.engine.ranks import Broadcast, Follower, RanksDiverged, RankServer
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
 from tokenmill.runtime.mock import MockExecutor, MockStep
 from tokenmill.wire.channel import Channel, connect
@@ -28,8 +29,6 @@ from tokenmill.wire.messages import (
     Stats,
     StepOutputs,
     StoppingParams,
-    ToEngine,
-    ToScheduler,
 )
 
 INFO = EngineInfo("model", "float32", "mock", "mock", 64, 4, 100, 99, 100, 64, 8)
@@ -46,23 +45,23 @@ def engine_on(link: Link, num_blocks: int = 64, compare_plans: bool = False) -> 
 
 
 class House:
-    """An intake with workers to talk to it."""
+    """A border with workers to talk to it."""
 
     def __init__(self, run_dir: Path) -> None:
         self.address = str(run_dir / "engine.sock")
-        self.intake = Intake(self.address, INFO, heartbeat_s=0.2, max_unread_bytes=1 << 16)
+        self.border = Border(self.address, INFO, heartbeat_s=0.2, max_unread_bytes=1 << 16)
         self.channels: list[Channel[FromEngine]] = []
 
     def worker(self) -> Channel[FromEngine]:
         channel: Channel[FromEngine] = Channel.connect(self.address, FromEngine)
         channel.set_timeout(10)
         self.channels.append(channel)
-        self.intake.receive(False)  # accepts it
+        self.border.receive(False)  # accepts it
         assert channel.receive() == INFO
         return channel
 
     def close(self) -> None:
-        self.intake.close()
+        self.border.close()
         for channel in self.channels:
             channel.close()
 
@@ -84,10 +83,10 @@ def test_requests_arrive_in_order_and_each_worker_gets_only_its_own_outputs(hous
     a, b = house.worker(), house.worker()
     a.send([request(1), request(3), Abort(3)])
     b.send([request(2)])
-    messages = house.intake.receive(True) + house.intake.receive(False)
+    messages = house.border.receive(True) + house.border.receive(False)
     assert [m.id for m in messages if m.id != 2] == [1, 3, 3]
     assert isinstance(messages[-1 if messages[-1].id == 3 else -2], Abort)
-    house.intake.send([Output(2, (9,)), Output(1, (8,)), Output(77, (7,)), Output(3, (6,))], Stats(steps=1))
+    house.border.send([Output(2, (9,)), Output(1, (8,)), Output(77, (7,)), Output(3, (6,))], Stats(steps=1))
     assert outputs_of(a) == (Output(1, (8,)),)
     assert outputs_of(b) == (Output(2, (9,)),)
 
@@ -95,23 +94,23 @@ def test_requests_arrive_in_order_and_each_worker_gets_only_its_own_outputs(hous
 def test_an_abort_of_another_workers_request_is_ignored(house: House) -> None:
     a, b = house.worker(), house.worker()
     a.send([request(1)])
-    assert house.intake.receive(True) == [request(1)]
+    assert house.border.receive(True) == [request(1)]
     b.send([Abort(1), Abort(99)])
-    assert house.intake.receive(True) == []
+    assert house.border.receive(True) == []
     b.send([request(2)])
-    assert house.intake.receive(True) == [request(2)]
+    assert house.border.receive(True) == [request(2)]
 
 
 def test_a_worker_that_goes_away_has_its_requests_aborted(house: House) -> None:
     a, b = house.worker(), house.worker()
     a.send([request(1), request(4), request(2)])
-    house.intake.receive(True)
+    house.border.receive(True)
     b.send([request(3)])
-    house.intake.receive(True)
-    house.intake.send([Output(4, (1,), "stop")], Stats())
+    house.border.receive(True)
+    house.border.send([Output(4, (1,), "stop")], Stats())
     a.close()
-    assert house.intake.receive(True) == [Abort(1), Abort(2)]
-    house.intake.send([Output(3, (9,)), Output(1, (9,))], Stats())
+    assert house.border.receive(True) == [Abort(1), Abort(2)]
+    house.border.send([Output(3, (9,)), Output(1, (9,))], Stats())
     assert outputs_of(b) == (Output(3, (9,)),)
 
 
@@ -122,54 +121,54 @@ def test_a_worker_that_goes_away_has_its_requests_aborted(house: House) -> None:
 def test_nonsense_closes_that_connection_only(house: House, nonsense: bytes) -> None:
     good, bad = house.worker(), house.worker()
     bad.send([request(1)])
-    assert house.intake.receive(True) == [request(1)]
+    assert house.border.receive(True) == [request(1)]
     bad.send_bytes(nonsense)
-    assert house.intake.receive(True) == [Abort(1)]
+    assert house.border.receive(True) == [Abort(1)]
     assert bad.receive() is None
     good.send([request(2)])
-    assert house.intake.receive(True) == [request(2)]
+    assert house.border.receive(True) == [request(2)]
 
 
 def test_an_id_that_is_in_use_closes_the_connection_that_sent_it_again(house: House) -> None:
     a, b = house.worker(), house.worker()
     a.send([request(1)])
-    house.intake.receive(True)
+    house.border.receive(True)
     b.send([request(2), request(1)])
-    assert house.intake.receive(True) == [request(2), Abort(2)]
+    assert house.border.receive(True) == [request(2), Abort(2)]
     assert b.receive() is None
-    house.intake.send([Output(1, (5,))], Stats())
+    house.border.send([Output(1, (5,))], Stats())
     assert outputs_of(a) == (Output(1, (5,)),)
 
 
 def test_a_worker_that_does_not_read_is_cut_off_and_never_blocks_the_engine(house: House) -> None:
     reading, stuck = house.worker(), house.worker()
     stuck.send([request(1)])
-    house.intake.receive(True)
+    house.border.receive(True)
     began = time.monotonic()
     messages: list[object] = []
     for _ in range(100_000):
-        house.intake.send([Output(1, tuple(range(1000)))], Stats())
-        if messages := list(house.intake.receive(False)):
+        house.border.send([Output(1, tuple(range(1000)))], Stats())
+        if messages := list(house.border.receive(False)):
             break
     assert messages == [Abort(1)]
     assert time.monotonic() - began < 20
     reading.send([request(2)])
-    assert house.intake.receive(True) == [request(2)]
+    assert house.border.receive(True) == [request(2)]
 
 
 def test_a_slow_worker_gets_everything_in_the_end(house: House) -> None:
     slow = house.worker()
     slow.send([request(1)])
-    house.intake.receive(True)
-    house.intake._max_unread_bytes = 1 << 30
+    house.border.receive(True)
+    house.border._max_unread_bytes = 1 << 30
     frames = [StepOutputs((Output(1, tuple(range(step, step + 1000))),), Stats(steps=step)) for step in range(1000)]
     for sent in frames:
-        house.intake.send(list(sent.outputs), sent.stats)
+        house.border.send(list(sent.outputs), sent.stats)
     received: list[object] = []
     reader = threading.Thread(target=lambda: received.extend(slow.receive() for _ in frames))
     reader.start()
     while reader.is_alive():
-        house.intake.receive(False)
+        house.border.receive(False)
         time.sleep(0.001)
     assert received == frames
 
@@ -177,39 +176,39 @@ def test_a_slow_worker_gets_everything_in_the_end(house: House) -> None:
 def test_an_idle_engine_waits_and_tells_that_it_lives(house: House) -> None:
     worker = house.worker()
     began = time.monotonic()
-    assert house.intake.receive(True) == []
+    assert house.border.receive(True) == []
     assert 0.1 < time.monotonic() - began < 2
-    house.intake.send([], Stats(steps=5))
+    house.border.send([], Stats(steps=5))
     assert worker.receive() == StepOutputs((), Stats(steps=5))
-    house.intake.send([], Stats(steps=6))
+    house.border.send([], Stats(steps=6))
     worker.send([request(1)])
-    house.intake.receive(True)
-    house.intake.send([Output(1)], Stats(steps=7))
+    house.border.receive(True)
+    house.border.send([Output(1)], Stats(steps=7))
     assert outputs_of(worker) == (Output(1),), "no second heartbeat so soon"
 
 
 def test_a_wait_ends_when_the_watched_descriptor_becomes_readable(run_dir: Path) -> None:
     read_end, write_end = os.pipe()
-    intake = Intake(str(run_dir / "e"), INFO, watch=read_end, heartbeat_s=30)
+    border = Border(str(run_dir / "e"), INFO, watch=read_end, heartbeat_s=30)
     threading.Timer(0.05, os.close, (write_end,)).start()
     began = time.monotonic()
-    assert intake.receive(True) == []
+    assert border.receive(True) == []
     assert time.monotonic() - began < 10
-    intake.close()
+    border.close()
     os.close(read_end)
 
 
 def test_a_connection_that_is_gone_before_it_is_accepted_does_no_harm(house: House) -> None:
     connect(house.address).close()
-    house.intake.receive(False)
-    house.intake.receive(False)
+    house.border.receive(False)
+    house.border.receive(False)
     worker = house.worker()
     worker.send([request(1)])
-    assert house.intake.receive(True) == [request(1)]
+    assert house.border.receive(True) == [request(1)]
 
 
 def test_an_engine_answers_over_the_socket(house: House) -> None:
-    engine = engine_on(house.intake)
+    engine = engine_on(house.border)
     worker = house.worker()
     worker.send([request(1), request(2, 2)])
     for _ in range(6):
@@ -225,7 +224,7 @@ def test_an_engine_answers_over_the_socket(house: House) -> None:
 
 
 def test_a_workers_death_frees_the_blocks_within_a_step(house: House) -> None:
-    engine = engine_on(house.intake)
+    engine = engine_on(house.border)
     worker = house.worker()
     worker.send([request(1, 200)])
     for _ in range(5):
@@ -253,8 +252,8 @@ class Ranks:
             thread.start()
         server = RankServer(address, size)
         server.wait(10)
-        self.intake = Intake(str(run_dir / "engine.sock"), INFO, ranks=server, heartbeat_s=0.05)
-        self.engine = self.record(0, engine_on(self.intake, blocks(0), compare_plans=True))
+        self.server, self.border = server, Border(str(run_dir / "engine.sock"), INFO, heartbeat_s=0.05)
+        self.engine = self.record(0, engine_on(Broadcast(self.border, server), blocks(0), compare_plans=True))
 
     def record(self, rank: int, engine: Engine[MockStep]) -> Engine[MockStep]:
         plans = self.plans[rank] = []
@@ -280,64 +279,41 @@ class Ranks:
             follower.close()
 
     def close(self) -> None:
-        self.intake.close()
+        self.border.close()
+        self.server.close()
         for thread in self.threads:
             thread.join(10)
             assert not thread.is_alive()
 
 
-class Slow:
-    """A gate at which requests wait until `open` is called; odd ones are refused then."""
-
-    def __init__(self) -> None:
-        self.read, self.write = os.pipe()
-        self.held: list[Request] = []
-        self.opened = False
-
-    def fileno(self) -> int:
-        return self.read
-
-    def open(self) -> None:
-        self.opened = True
-        os.write(self.write, b"x")
-
-    def take(self, messages: list[ToEngine]) -> list[ToScheduler]:
-        self.held += [message for message in messages if isinstance(message, Request)]
-        passed: list[ToScheduler] = [message for message in messages if isinstance(message, Abort)]
-        if self.opened and self.held:
-            os.read(self.read, 1)
-            ready, self.held = [r for r in self.held if r.id % 2 == 0], [r for r in self.held if r.id % 2]
-            passed += ready
-        return passed
-
-    def tell(self, outputs: list[Output]) -> list[Output]:
-        if not self.opened:
-            return outputs
-        refused, self.held = [Output(r.id, finish_reason="error", message="odd") for r in self.held], []
-        return refused + outputs
-
-
-def test_a_request_that_waits_at_the_gate_wakes_an_idle_engine_when_it_may_go_on(run_dir: Path) -> None:
-    gate = Slow()
-    intake = Intake(str(run_dir / "engine.sock"), INFO, gate=gate, heartbeat_s=30.0)
-    worker: Channel[FromEngine] = Channel.connect(str(run_dir / "engine.sock"), FromEngine)
-    worker.set_timeout(10)
-    intake.receive(False)
-    assert worker.receive() == INFO
-    worker.send([request(1), request(2)])
-    assert intake.receive(False) == []
-    opener = threading.Timer(0.1, gate.open)
-    opener.start()
+def test_a_wait_is_ended_by_a_wake_of_another_thread_and_by_one_that_came_before_it(house: House) -> None:
+    house.border._heartbeat_s = 30.0
     began = time.monotonic()
-    assert intake.receive(True) == [request(2)]
-    assert time.monotonic() - began < 5
-    intake.send([Output(2, (9,), "stop")], Stats())
-    assert outputs_of(worker) == (Output(1, finish_reason="error", message="odd"), Output(2, (9,), "stop"))
-    opener.join()
-    worker.close()
-    intake.close()
-    os.close(gate.read)
-    os.close(gate.write)
+    waker = threading.Timer(0.05, house.border.wake)
+    waker.start()
+    assert house.border.receive(True) == []
+    house.border.wake()
+    assert house.border.receive(True) == []
+    house.border._heartbeat_s = 0.05
+    assert time.monotonic() - began < 10
+    house.border.receive(True)
+    assert not house.border._woken, "a wake ends one wait"
+    waker.join()
+
+
+def test_a_wake_after_the_end_writes_to_no_descriptor(run_dir: Path) -> None:
+    border = Border(str(run_dir / "e"), INFO)
+    ends = border._waker._read, border._waker._write
+    border.close()
+    others = os.pipe()
+    assert set(others) & set(ends), "the numbers are in use again"
+    border.wake()
+    border.close()
+    os.set_blocking(others[0], False)
+    with pytest.raises(BlockingIOError):
+        os.read(others[0], 1)
+    os.close(others[0])
+    os.close(others[1])
 
 
 def test_all_ranks_plan_the_same_steps(run_dir: Path) -> None:
