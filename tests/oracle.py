@@ -62,6 +62,14 @@ def reference(request: Request) -> list[int]:
 
 
 @dataclass
+class Left:
+    """What stood in the scheduler when a batch had been planned."""
+
+    behind: int  # how many wait
+    filling: dict[int, int]  # by id, of those in the middle of their prompt, this step counted in: arrival
+
+
+@dataclass
 class OracleStep:
     batch: Batch
     admitted: list[tuple[int, Request, list[int]]]  # as a launch sees them: copies
@@ -85,8 +93,8 @@ class PagedOracle:
         self.queue: list[OracleStep] = []
         self.plans: list[bytes] = []
         self.batches: list[Batch] = []
-        self.behind: list[int] = []  # by batch: how many wait when it is planned
-        self.waiting: Callable[[], int] = lambda: 0
+        self.left: list[Left] = []  # by batch
+        self.look: Callable[[], Left] = lambda: Left(0, {})
         self.poison_rate, self.rng, self.num_poisoned = poison_rate, random.Random(seed), 0
         self.full_rate, self.most, self.num_full = 0.0, limits.max_batch_tokens, [0, 0]
         self.rests: list[int] = []  # after how many launches
@@ -97,7 +105,7 @@ class PagedOracle:
         step = OracleStep(batch, admitted, [seq.request for seq in batch.sequences])
         self.plans.append(digest(batch))
         self.batches.append(batch)
-        self.behind.append(self.waiting())
+        self.left.append(self.look())
         if batch.num_tokens > self.most or self.rng.random() < self.full_rate:
             self.num_full[0] += 1
             if self.rng.random() < 0.5:  # found out halfway: some of it runs, and nobody reads what came of it
@@ -263,7 +271,7 @@ def random_case(seed: int, aborts: bool = True) -> Case:
     size_limits = (max_batch_tokens, rng.randint(1, 8), longest, size)
     limits = SchedulerLimits(
         *size_limits, min_chunk=rng.choice([1, 1, 8]), prefill_beside=rng.choice([0, 8, 11]),
-        context_weight=rng.choice([0, 0, 1, 5, 40]),
+        context_weight=rng.choice([0, 0, 1, 5, 40]), max_chunk=rng.choice([0, 0, 2, 10]),
     )  # fmt: skip
     return Case(requests, aborted, script, -(-longest // size) + rng.randint(0, 3), limits, hopeless)
 
@@ -275,7 +283,7 @@ def build(
     oracle, link = PagedOracle(num_blocks, limits, poison_rate), ListLink(script)
     oracle.full_rate = full_rate
     scheduler = Scheduler(BlockPool(num_blocks, limits.block_size), limits)
-    oracle.waiting = lambda: len(scheduler.waiting)
+    oracle.look = lambda: left_by(scheduler)
     return Engine(scheduler, oracle, link), oracle, link
 
 
@@ -334,31 +342,63 @@ def prompt_cost(start: int, count: int, weight: int) -> float:
     return sum(1 + (position / weight if weight else 0) for position in range(start, start + count))
 
 
-def check_prompts_beside(batch: Batch, behind: int, limits: SchedulerLimits) -> None:
-    """Those that take part beside others that decode cost little, but for the first, which may get its least."""
+def left_by(scheduler: Scheduler) -> Left:
+    running = scheduler.running
+    filling = {seq.id: seq.arrival for seq in running.values() if running.computed_of(seq) < seq.fill_end}
+    return Left(len(scheduler.waiting), filling)
+
+
+def check_prompts_beside(batch: Batch, left: Left, limits: SchedulerLimits) -> None:
+    """Prompts computed beside others that decode cost little, but for the oldest, which may get its least."""
     first_new = len(batch.slots) - len(batch.admitted)
-    rows = list(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True))
-    decoding = sum(count == 1 for _, count in rows[:first_new])
-    prompts = [(start, count) for row, (start, count) in enumerate(rows) if row >= first_new or count > 1]
+    rows = list(zip(batch.starts.tolist(), batch.counts.tolist(), batch.sequences, strict=True))
+    decoding = sum(count == 1 for _, count, _ in rows[:first_new])
+    prompts = [row for index, row in enumerate(rows) if index >= first_new or row[1] > 1]
     if not decoding or not limits.prefill_beside or not prompts:
         return
-    costs = [prompt_cost(start, count, limits.context_weight) for start, count in prompts]
-    waiting = behind + len(prompts)
+    waiting = left.behind + len(prompts)
+    waiting += sum(i not in [seq.id for _, _, seq in prompts] for i in left.filling)
     allowed = limits.prefill_beside * max(1, waiting * waiting // decoding) + decoding
     least = max(limits.min_chunk, min(limits.block_size, limits.prefill_beside))
-    assert sum(costs) <= allowed + 1e-6 or (len(prompts) == 1 and prompts[0][1] <= least)
+    costs = {seq.arrival: prompt_cost(start, count, limits.context_weight) for start, count, seq in prompts}
+    total = sum(costs.values())
+    if total > allowed + 1e-6:
+        _, count, oldest = min(prompts, key=lambda row: row[2].arrival)
+        assert count <= least, "only its least is given whatever it costs"
+        assert total - costs[oldest.arrival] <= allowed / 2 + 1e-6
+
+
+def check_share_of_the_oldest(batch: Batch, left: Left, limits: SchedulerLimits) -> None:
+    """The oldest prompt gets as much of a step that does not finish it as all younger ones."""
+    first_new, weight = len(batch.slots) - len(batch.admitted), limits.context_weight
+    prompts = [
+        (seq.arrival, count, prompt_cost(start, count, weight), prompt_cost(start, count + 1, weight))
+        for row, (seq, start, count) in enumerate(
+            zip(batch.sequences, batch.starts.tolist(), batch.counts.tolist(), strict=True)
+        )
+        if row >= first_new or count > 1 or seq.id in left.filling
+    ]
+    if not left.filling or min(prompts, default=(0,))[0] < min(left.filling.values()):
+        return  # the oldest is finished
+    oldest, count, _, more = min(prompts)
+    assert oldest == min(left.filling.values()), "it is computed in every step"
+    others = [prompt for prompt in prompts if prompt[0] > oldest]
+    assert sum(p[1] for p in others) <= count + 1 or sum(p[2] for p in others) <= more + 1e-6
 
 
 def check_plans(oracle: PagedOracle, limits: SchedulerLimits) -> None:
-    for batch, behind in zip(oracle.batches, oracle.behind, strict=True):
+    for batch, left in zip(oracle.batches, oracle.left, strict=True):
         assert batch.num_tokens == batch.counts.sum() <= limits.max_batch_tokens
         assert batch.counts.min() >= 1
         assert 0 < len(batch.slots) == len(batch.sequences) <= limits.max_batch_size
         assert len(set(batch.slots.tolist())) == len(batch.slots)
         cut = np.setdiff1d(np.arange(len(batch.slots)), batch.samples)
         assert (batch.counts[cut] >= min(limits.min_chunk, limits.max_batch_tokens)).all()
-        assert set(cut.tolist()) <= {len(batch.slots) - 1}, "nobody computes behind a prompt that is cut"
-        check_prompts_beside(batch, behind, limits)
+        assert len(cut) <= 2, "the oldest, and one that may overtake it"
+        classes = limits.size_class(0, limits.max_total_tokens)
+        assert len(left.filling) <= classes + 2, "who begins is shorter than those in the middle"
+        check_prompts_beside(batch, left, limits)
+        check_share_of_the_oldest(batch, left, limits)
 
 
 def first_step_of(oracle: PagedOracle, request_id: int) -> tuple[int, int]:

@@ -6,9 +6,10 @@ import sys
 import pytest
 
 from tokenmill import LLM
+from tokenmill.backends.kind import CPU_DEFAULTS, GPU_DEFAULTS
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.models.base import program_of
-from tokenmill.runtime.assembly import context_weight
+from tokenmill.runtime.assembly import context_weight, scheduler_of
 from tokenmill.runtime.memory import (
     CACHE_BYTES,
     DEVICE_RESERVE,
@@ -19,6 +20,7 @@ from tokenmill.runtime.memory import (
     count_device_blocks,
     size,
 )
+from tokenmill.wire.messages import EngineInfo
 
 GIB = 1 << 30
 
@@ -164,6 +166,20 @@ def test_an_8bs_attention_is_as_dear_as_its_products_at_14k_tokens():
     assert 13_000 < context_weight(program_of(config)) < 14_000
     windowed = config | {"model_type": "mistral", "sliding_window": 4096}
     assert context_weight(program_of(windowed)) == 0
+
+
+@pytest.mark.parametrize("defaults, chunk", [(CPU_DEFAULTS, 128), (GPU_DEFAULTS, 2048)])
+def test_pieces_of_long_prompts_suit_the_device_and_are_weighed_on_each(defaults, chunk):
+    config = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 100, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 1024, "rope_theta": 1e4, "tie_word_embeddings": False,
+    }  # fmt: skip
+    program = program_of(config)
+    info = EngineInfo("m", "float32", "cpu", "cpu", 64, 16, 100, 1023, 1024, 512, 8)
+    limits = scheduler_of(info, defaults, program).limits
+    assert (limits.max_chunk, limits.context_weight) == (chunk, context_weight(program))
+    assert scheduler_of(info, defaults).limits.context_weight == 0
 
 
 def test_limits_that_memory_cannot_hold_are_refused_with_the_cure(embedded_model, monkeypatch):

@@ -52,7 +52,7 @@ class Defaults(NamedTuple):
     batch_tokens: int  # of a step
     batch_size: int  # sequences of a step
     prefill_beside: int  # prompt tokens of a step in which others decode; 0: no bound
-    counts_attention: bool  # a prompt token's cost grows with its position
+    max_chunk: int  # prompt tokens of a piece of a long prompt; 0: no bound
     owns_memory: bool  # all free memory of the device may be taken
 
 
@@ -60,7 +60,7 @@ CPU_DEFAULTS = Defaults(
     batch_tokens=512,  # a longer step only makes the running sequences wait
     batch_size=128,
     prefill_beside=32,  # each lengthens the step that the others wait for
-    counts_attention=False,  # products are the slower part, however long the context
+    max_chunk=128,  # a prompt that arrives meanwhile waits for two such steps; smaller than 512 costs nothing measurable
     owns_memory=False,
 )
 GPU_DEFAULTS = Defaults(
@@ -70,7 +70,7 @@ GPU_DEFAULTS = Defaults(
     # weights. So many tokens take two of these: 2 x 650 TFLOP/s over 4.8 TB/s are 270 on an H200, 390 on an H100 of
     # 3.35 TB/s.
     prefill_beside=320,
-    counts_attention=True,
+    max_chunk=2048,  # likewise: the smallest that costs the long prompt little
     owns_memory=True,
 )
 

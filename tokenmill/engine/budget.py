@@ -5,7 +5,7 @@ Pure integers: every rank counts the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 
 from tokenmill.engine.limits import SchedulerLimits
@@ -15,40 +15,69 @@ _PATIENCE = 1000
 
 
 @dataclass(slots=True)
-class Room:
-    """What is left of the step being planned. Made by `of`."""
+class PrefillBudget:
+    """What prompts may still take of the step being planned. Made by `of`.
+
+    `cost` and `chunk` count 1 / (2 · weight) tokens, or tokens if there is no weight.
+    """
 
     tokens: int
-    cost: int | None  # of prompts, in 1 / (2 · weight) tokens, or tokens if there is no weight; None: no bound
-    least: int  # tokens that the first prompt gets whatever they cost, so that it comes to an end
+    cost: int
+    chunk: int  # cost of a piece of a prompt that the step does not finish, at most; 0: no bound
+    least: int  # tokens that the next prompt gets whatever they cost, so that it comes to an end
     weight: int
+    held: tuple[int, int, int] = (0, 0, 0)  # tokens, cost and least, put aside by `hold`
 
     @classmethod
-    def of(cls, limits: SchedulerLimits, max_tokens: int, decoding: int, waiting: int) -> Room:
-        """A whole step's of so many tokens at most, in which so many sequences decode while so many wait for their
-        first token. In a burst prompts get more room, by its square over those that decode: it is over sooner for all.
+    def of(cls, limits: SchedulerLimits, max_tokens: int, decoding: int, waiting: int) -> PrefillBudget:
+        """A step's of so many tokens at most, in which so many sequences decode while so many wait for their first
+        token. In a burst prompts get more, by its square over those that decode: it is over sooner for all.
         """
         beside, weight = limits.prefill_beside, limits.context_weight
-        if not beside or not decoding:
-            return cls(max_tokens, None, 0, weight)
-        least = max(limits.min_chunk, min(limits.block_size, beside))
-        cost = beside * max(1, waiting * waiting // decoding) + decoding
-        return cls(max_tokens, cost * (2 * weight or 1), least, weight)
+        unit = 2 * weight or 1
+        least, cost = limits.min_chunk, 2 * max_tokens
+        if beside and decoding:
+            least = max(least, min(limits.block_size, beside))
+            cost = beside * max(1, waiting * waiting // decoding) + decoding
+        chunk = limits.max_chunk and max(limits.max_chunk, limits.min_chunk)
+        return cls(max_tokens, cost * unit, chunk * unit, least, weight)
 
-    def fit(self, start: int, wanted: int) -> int:
-        """How many of a prompt's `wanted` tokens from position `start` on may be computed. Takes nothing."""
-        count = min(wanted, self.tokens)
-        return count if self.cost is None else min(count, max(self.least, self._affordable(start, self.cost)))
+    def fit(self, start: int, wanted: int, begun: bool = False) -> int:
+        """How many of a prompt's `wanted` tokens from position `start` on may be computed. Takes nothing.
 
-    def take(self, start: int, count: int, wanted: int) -> None:
-        """Use room for `count` of the `wanted` tokens. If that is not all of them, nobody else gets any."""
-        self.tokens = self.tokens - count if count == wanted else 0
+        `begun`: it was cut in an earlier step, so it is a long one to the end.
+        """
+        count = min(wanted, self.tokens, self._affordable(start, self.cost))
+        if self.chunk and (begun or count < wanted):
+            count = min(count, self._affordable(start, self.chunk))
+        return min(wanted, self.tokens, max(self.least, count))
+
+    def take(self, start: int, count: int) -> None:
+        """Use the budget for `count` tokens from position `start` on."""
+        self.tokens -= count
+        self.cost = max(0, self.cost - self._cost(start, count))
         self.least = 0
-        if self.cost is not None:
-            self.cost = max(0, self.cost - self._cost(start, count))
+
+    def hold(self, start: int, wanted: int, begun: bool) -> None:
+        """Put aside for a prompt what it needs, or half of the budget if that is less, until `release`.
+
+        If a half does not finish it, those that go before it get no more than its piece costs.
+        """
+        most = min(self.cost, 2 * self.chunk) if self.chunk else self.cost
+        half = replace(self, tokens=self.tokens // 2, cost=most // 2)
+        kept = min(wanted, self.tokens, max(self.least, half.fit(start, wanted, begun)))
+        tokens = self.tokens - kept
+        cost = max(0, self.cost - self._cost(start, kept)) if kept == wanted else half.cost
+        self.held = self.tokens - tokens, self.cost - cost, self.least
+        self.tokens, self.cost, self.least = tokens, cost, 0
+
+    def release(self) -> None:
+        """Put back what was put aside."""
+        tokens, cost, self.least = self.held
+        self.tokens, self.cost = self.tokens + tokens, self.cost + cost
 
     def _cost(self, start: int, count: int) -> int:
-        """Of tokens at `start`, `start` + 1, …: one and position / weight each."""
+        """The sum over tokens at `start`, `start` + 1, …: one and position / weight each."""
         return count * (2 * (self.weight + start) + count - 1) if self.weight else count
 
     def _affordable(self, start: int, cost: int) -> int:
@@ -70,16 +99,16 @@ class StepBudget:
         self._num_good = 0
 
     def shrink(self, tokens: int) -> None:
-        """A step of so many, two at least, found no memory."""
+        """Halve it: a step of so many tokens, two at least, found no memory."""
         self.max_tokens = tokens // 2
         self._num_good = 0
 
     def restore(self) -> None:
-        """The limit holds again."""
+        """Go back to the limit."""
         self.max_tokens = self._limit
 
     def passed(self) -> None:
-        """A step ran."""
+        """Count a step that ran."""
         if self.max_tokens == self._limit:
             return
         self._num_good += 1

@@ -17,10 +17,21 @@ class SchedulerLimits:
     block_size: int = 16  # tokens of a cache block
     min_chunk: int = 1  # a prompt is not cut into pieces smaller than this; what is left over waits for the next step
     prefill_beside: int = 0  # prompt tokens of a step in which others decode: so many and one more for each of them, so
-    # that a long prompt holds them up little; at least `min_chunk`; more where many wait (see `Room.of`).
+    # that a long prompt holds them up little; at least `min_chunk`; more where many wait (see `PrefillBudget.of`).
     # 0: as many as the step holds
+    max_chunk: int = 0  # a prompt that a step does not finish gets no more of it, counted as in `prefill_beside`: one
+    # that arrives meanwhile waits for short steps only; at least `min_chunk`. 0: as many as the step holds
     context_weight: int = 0  # at this position a prompt's token counts twice in `prefill_beside`, at double of it three
     # times and so on: its attention then costs as much as its products. 0: every token counts once
+
+    def weigh(self, start: int, count: int) -> int:
+        """The cost of `count` tokens of a prompt from position `start` on, in tokens at position 0."""
+        weight = self.context_weight
+        return count + count * (2 * start + count - 1) // (2 * weight) if weight else count
+
+    def size_class(self, start: int, count: int) -> int:
+        """The size class of a prompt of which so many tokens from `start` on are to be computed: 1, 2-3, 4-7, …."""
+        return self.weigh(start, count).bit_length()
 
     def refusal(self, request: Request, num_blocks: int) -> str:
         """Why this request can never run where there are so many cache blocks; "" if it can."""

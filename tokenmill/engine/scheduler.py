@@ -12,16 +12,17 @@ whose plan is the last one's costs a few array operations, not a walk over the s
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from itertools import takewhile
-
 import numpy as np
 
 from tokenmill.engine.block_pool import BlockPool
-from tokenmill.engine.budget import Room, StepBudget
+from tokenmill.engine.budget import PrefillBudget, StepBudget
 from tokenmill.engine.counts import Counts
 from tokenmill.engine.limits import SchedulerLimits
+from tokenmill.engine.prefill import Prefill, Step
+from tokenmill.engine.prefixes import PrefixCache
+from tokenmill.engine.running import Running
 from tokenmill.engine.sequence import Batch, Int32, Sequence, StepResult
+from tokenmill.engine.waiting import Waiting
 from tokenmill.wire.messages import Extend, Output, Request, Stats, TokenDetails
 
 _NO_ENTRIES = np.zeros((0, 3), np.int32)
@@ -33,27 +34,16 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
         self.pool = pool
         self.limits = limits
-        self.waiting: OrderedDict[int, Sequence] = OrderedDict()
-        self.running: dict[int, Sequence] = {}  # the last is preempted first
+        self.waiting = Waiting()
+        self.running = Running(pool, limits.max_batch_size)  # the youngest by arrival is preempted first
         self.counts = Counts()
-        size = limits.max_batch_size
-        self._free_slots = list(range(size - 1, -1, -1))
-        self._tokens = np.zeros(size, np.int32)  # by slot: tokens known here or on the device
-        self._computed = np.zeros(size, np.int32)  # by slot: tokens whose cache entries a launched step has written
-        self._last = np.zeros(size, np.int32)  # by slot: tokens ever to compute; the last one is only sampled
-        self._held = np.zeros(size, np.int32)  # by slot: blocks
-        # `running` as a list and its slots: made anew when it changed, never written to, for batches hold them
-        self._rows: list[Sequence] = []
-        self._slots: Int32 = np.zeros(0, np.int32)
-        self._changed = False
+        self._prefixes = PrefixCache(pool)
+        self._prefill = Prefill(pool, self.waiting, self.running, self._prefixes)
         self._budget = StepBudget(limits.max_batch_tokens)
-        self._room = Room.of(limits, limits.max_batch_tokens, 0, 0)  # of the step being planned
-        self._entries: list[tuple[int, int, int]] = []  # of block tables, new in this step
+        self._num_added = 0  # requests
         self._num_planned = 0  # batches
         self._extended: list[tuple[Sequence, int]] = []  # new since the last batch: from which position on
         self._notices: list[Output] = []
-        self._coming: set[bytes] = set()  # hashes of blocks that the step being planned computes
-        self._offered: deque[list[int]] = deque()  # by step on the device: blocks published before it has filled them
 
     @property
     def has_work(self) -> bool:
@@ -68,7 +58,8 @@ class Scheduler:
         if refusal:
             self._notices.append(Output(request.id, finish_reason="error", message=refusal))
         else:
-            self.waiting[request.id] = Sequence(request)
+            self._num_added += 1
+            self._prefill.queue(Sequence(request, arrival=self._num_added), self.limits)
 
     def abort(self, request_id: int) -> None:
         """Forget a request and free its blocks at once; nothing comes of it any more. Unknown ids are ignored."""
@@ -90,8 +81,9 @@ class Scheduler:
         self.counts.forced_tokens += len(token_ids)
         known = seq.num_tokens = len(seq.token_ids)
         if seq.slot >= 0:
-            self._tokens[seq.slot] = known
-            self._computed[seq.slot] = min(int(self._computed[seq.slot]), known - 1)  # one must run, to sample
+            self.running.tokens[seq.slot] = known
+            computed = self.running.computed_of(seq)
+            self.running.computed[seq.slot] = min(computed, known - 1)  # one must run, to sample
             self._extended.append((seq, message.position))
         if reason := reason or message.finish_reason:
             self._finish(seq, reason)
@@ -105,17 +97,29 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Plan the next step and count it as done; None when nothing can run."""
-        self._entries = []
-        rows, slots, starts, counts, preempted = self._go_on()
+        running = self.running
+        running.refresh()
+        rows, slots = running.rows, running.slots
+        starts = running.computed[slots]
+        wanted = np.minimum(running.tokens[slots], running.last[slots]) - starts
+        counts, prompts, room = self._decode(starts, wanted)
+        preempted = running.changed
+        may_admit = not preempted and running.num_free > 0 and len(self.waiting) > 0
         admitted: list[Sequence] = []
-        if self.waiting and not preempted:
-            self._expect(rows, starts, counts)
-            admitted, fresh_counts = self._admit(self._room)
-            if admitted:
-                fresh = np.array([seq.slot for seq in admitted], np.int32)
-                rows, slots = rows + admitted, np.concatenate((slots, fresh))
-                starts = np.concatenate((starts, self._computed[fresh]))
-                counts = np.concatenate((counts, np.array(fresh_counts, np.int32)))
+        if prompts or may_admit:
+            step = Step(self.limits, self._budget.max_tokens, room, starts, wanted, counts, may_admit,
+                        self.pool.num_blocks)  # fmt: skip
+            self._prefill.share(step, prompts)
+            admitted = sorted(step.fresh, key=lambda seq: seq.arrival)
+        if preempted or not counts.all():
+            keep = np.array([row for row, n in enumerate(counts.tolist()) if n and rows[row].slot >= 0], np.intp)
+            rows, slots, starts, counts = [rows[row] for row in keep.tolist()], slots[keep], starts[keep], counts[keep]
+        if admitted:
+            new = np.array([seq.slot for seq in admitted], np.int32)
+            rows, slots = rows + admitted, np.concatenate((slots, new))
+            starts = np.concatenate((starts, running.computed[new]))
+            counts = np.concatenate((counts, np.array([step.fresh[seq] for seq in admitted], np.int32)))
+            self._welcome(admitted)
         if not rows:
             return None
         return self._commit(rows, slots, starts, counts, admitted)
@@ -124,7 +128,7 @@ class Scheduler:
         """Record what a step gave and say what came of it. Batches come back in the order they were planned."""
         outputs: list[Output] = []
         sequences = batch.sequences
-        self._offered.popleft()  # what it computed is there
+        self._prefixes.passed()
         self._budget.passed()
         self.counts.passed(batch)
         details, prompts, number = result.details, self._prompt_details(batch, result), batch.number
@@ -162,8 +166,7 @@ class Scheduler:
         are half as large as the one that failed, until many went well. If that was of a single token, its request can
         never run: its end is among the next notices.
         """
-        for _ in batches:
-            self.pool.unpublish(self._offered.pop())
+        self._prefixes.retract(len(batches))
         for seq in reversed(list(self.running.values())):
             self._preempt(seq)
         for batch in batches:
@@ -186,143 +189,54 @@ class Scheduler:
 
     # ---- planning
 
-    def _go_on(self) -> tuple[list[Sequence], Int32, Int32, Int32, bool]:
-        """The running sequences' part of the step: rows, slots, starts, counts; and whether one was preempted."""
-        if self._changed:
-            self._rows = list(self.running.values())
-            self._slots = np.array([seq.slot for seq in self._rows], np.int32)
-            self._changed = False
-        rows, slots = self._rows, self._slots
-        starts = self._computed[slots]
-        counts = np.minimum(self._tokens[slots], self._last[slots]) - starts
-        counts = self._within_budget(starts, counts)
-        need = -(-(starts + counts) // self.pool.block_size) - self._held[slots]
-        for row in np.flatnonzero(need > 0).tolist():
-            if rows[row].slot >= 0 and not self._grow(rows[row], int(need[row])):
-                break  # it was the youngest
-        if not self._changed and counts.all():
-            return rows, slots, starts, counts, False
-        keep = np.array([row for row, count in enumerate(counts.tolist()) if count and rows[row].slot >= 0], np.intp)
-        return [rows[row] for row in keep.tolist()], slots[keep], starts[keep], counts[keep], self._changed
-
-    def _within_budget(self, starts: Int32, wanted: Int32) -> Int32:
-        """How many of the wanted tokens each row gets: those that want one, then those in the middle of their prompt.
-
-        That is the youngest, if any, and those before it take a token each, as they did when it was admitted: what is
-        left for it does not shrink, so `min_chunk` needs no look here.
+    def _decode(self, starts: Int32, wanted: Int32) -> tuple[Int32, list[int], PrefillBudget]:
+        """Give a token to each row that wants one, and blocks to all: the counts, the rows that want more tokens, and
+        what is left of the step.
         """
-        decoding, long = int(np.count_nonzero(wanted == 1)), np.flatnonzero(wanted > 1).tolist()
-        waiting = len(self.waiting) + len(long)
-        self._room = room = Room.of(self.limits, self._budget.max_tokens, decoding, waiting)
-        if not long and decoding <= room.tokens:
-            room.tokens -= decoding
-            return wanted
-        given: Int32 = np.minimum(wanted, 1)
-        given[given.cumsum() > room.tokens] = 0
-        given[long] = 0
-        room.tokens -= int(given.sum())
-        for row in long:
-            start, count = int(starts[row]), int(wanted[row])
-            given[row] = fits = room.fit(start, count)
-            room.take(start, fits, count)
-        return given
+        running, prompts = self.running, np.flatnonzero(wanted > 1).tolist()
+        decoding = int(np.count_nonzero(wanted == 1))
+        waiting = len(self.waiting) + len(prompts)
+        room = PrefillBudget.of(self.limits, self._budget.max_tokens, decoding, waiting)
+        counts, reach = wanted, starts + wanted
+        if prompts or decoding > room.tokens:
+            counts = np.minimum(wanted, 1)
+            counts[prompts] = 0
+            counts[counts.cumsum() > room.tokens] = 0
+            reach[(counts == 0) & (wanted == 1)] = 0
+        room.tokens -= int(counts.sum())
+        need = -(-reach // self.pool.block_size) - running.held[running.slots]
+        rows = running.rows
+        for row in sorted(np.flatnonzero(need > 0).tolist(), key=lambda row: rows[row].arrival):
+            if rows[row].slot >= 0:  # the oldest first: who is preempted has not grown
+                self._grow(rows[row], int(need[row]))
+        return counts, prompts, room
 
-    def _expect(self, rows: list[Sequence], starts: Int32, counts: Int32) -> None:
-        """Note which blocks these rows compute: who needs one of them next shares it a step later instead."""
-        size = self.pool.block_size
-        self._coming.clear()
-        for row in np.flatnonzero(counts > 1).tolist():
-            self._coming.update(rows[row].hashes_of(starts[row] // size, (starts[row] + counts[row]) // size, size))
-
-    def _admit(self, room: Room) -> tuple[list[Sequence], list[int]]:
-        """Let waiting sequences run, in order, while there are slots, blocks and room; who, and their counts."""
-        admitted: list[Sequence] = []
-        counts: list[int] = []
-        while self.waiting and self._free_slots and room.tokens:
-            seq = next(iter(self.waiting.values()))
-            count = self._try_to_admit(seq, room)
-            if not count:
-                break
-            admitted.append(seq)
-            counts.append(count)
-        return admitted, counts
-
-    def _try_to_admit(self, seq: Sequence, room: Room) -> int:
-        """Give the head of the queue a slot, its cached prefix and blocks for all its tokens; how many it may compute
-        now.
-
-        0, and nothing done, if it must wait. A few blocks are left over for those that run already, lest they preempt
-        it in the next steps.
-        """
-        known = len(seq.token_ids)
-        if known < seq.num_tokens:  # preempted with a token on the device, which may be its last
-            return 0
-        pool, size = self.pool, self.pool.block_size
-        # at least one token must run, or there is nothing to sample from
-        sharable = 0 if seq.request.computes_whole_prompt else (known - 1) // size
-        cached = pool.match(seq.hashes_of(0, sharable, size))
-        coming = sum(1 for _ in takewhile(self._coming.__contains__, seq.hashes_of(len(cached), sharable, size)))
-        left = known - len(cached) * size
-        if 2 * coming * size >= left:  # another computes most of it in this very step
-            return 0
-        start = len(cached) * size
-        count = room.fit(start, left)
-        if count < max(1, min(left, self.limits.min_chunk, self._budget.max_tokens)):
-            return 0
-        need = -(-known // size) - len(cached)
-        reserve = min(len(self.running), pool.num_blocks // 8)
-        if need + reserve > pool.num_free - pool.unused(cached):
-            return 0
-        pool.share(cached)
-        fresh = pool.allocate(need)
-        assert fresh is not None
-        self._start(seq, cached, fresh)
-        room.take(start, count, left)
-        self._coming.update(seq.hashes_of(len(cached), len(cached) + count // size, size))
-        return count
-
-    def _start(self, seq: Sequence, cached: list[int], fresh: list[int]) -> None:
-        """Move `seq` from `waiting` to `running`."""
-        slot = self._free_slots.pop()
-        del self.waiting[seq.id]
-        self.running[seq.id] = seq
-        self._changed = True
-        num_cached = len(cached) * self.pool.block_size
-        seq.slot, seq.blocks = slot, cached + fresh
-        seq.num_published = len(cached)
-        seq.publish_at = num_cached + self.pool.block_size
-        self._tokens[slot] = seq.num_tokens
-        self._computed[slot] = num_cached
-        self._last[slot] = seq.max_tokens - 1
-        self._held[slot] = len(seq.blocks)
-        self._entries += [(slot, index, block) for index, block in enumerate(seq.blocks)]
-        if not seq.was_admitted:
-            seq.was_admitted = True
-            self.counts.cached_tokens += num_cached
-            self._notices.append(Output(seq.id, num_cached=num_cached))
-
-    def _grow(self, seq: Sequence, need: int) -> bool:
-        """Give `seq` that many more blocks, preempting the youngest for them; False if that was itself."""
-        while (fresh := self.pool.allocate(need)) is None:
-            victim = next(reversed(self.running.values()))
+    def _grow(self, seq: Sequence, need: int) -> None:
+        """Give `seq` that many more blocks, preempting the youngest for them, which may be itself."""
+        while not self.running.grow(seq, need):
+            victim = max(self.running.values(), key=lambda other: other.arrival)
             self._preempt(victim)
             if victim is seq:
-                return False
-        held = len(seq.blocks)
-        self._entries += [(seq.slot, held + index, block) for index, block in enumerate(fresh)]
-        seq.blocks += fresh
-        self._held[seq.slot] = held + need
-        return True
+                return
+
+    def _welcome(self, admitted: list[Sequence]) -> None:
+        """Tell of those that were admitted for the first time."""
+        for seq in admitted:
+            if not seq.was_admitted:
+                seq.was_admitted = True
+                num_cached = seq.num_published * self.pool.block_size
+                self.counts.cached_tokens += num_cached
+                self._notices.append(Output(seq.id, num_cached=num_cached))
 
     def _commit(
         self, rows: list[Sequence], slots: Int32, starts: Int32, counts: Int32, admitted: list[Sequence]
     ) -> Batch:
         """Count the step's tokens as computed."""
-        self._offered.append([])
+        self._prefixes.planned()
         computed = starts + counts
-        self._computed[slots] = computed
-        sampling = computed == self._tokens[slots]
-        self._tokens[slots] += sampling
+        self.running.computed[slots] = computed
+        sampling = computed == self.running.tokens[slots]
+        self.running.tokens[slots] += sampling
         long = counts > 1
         num_tokens = int(counts.sum())
         num_prefill_rows = int(np.count_nonzero(long | ~sampling))
@@ -330,7 +244,7 @@ class Scheduler:
             for row in np.flatnonzero(long).tolist():
                 # before it has run, for steps run in order: who finds these blocks reads them after the write
                 self._publish(rows[row])
-        entries = np.array(self._entries, np.int32) if self._entries else _NO_ENTRIES
+        entries = self.running.entries()
         samples = np.flatnonzero(sampling).astype(np.int32)
         self._num_planned += 1
         return Batch(
@@ -347,36 +261,17 @@ class Scheduler:
     # ---- one sequence
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the head of the queue as if new. Its blocks stay cached while nobody needs them."""
-        seq.num_tokens = int(self._tokens[seq.slot])
+        """Back into the queue, to its place, as if new. Its blocks stay cached while nobody needs them."""
+        seq.num_tokens = int(self.running.tokens[seq.slot])
         seq.num_preemptions += 1
         self.counts.preemptions += 1
-        self._release(seq)
-        self.waiting[seq.id] = seq
-        self.waiting.move_to_end(seq.id, last=False)
-
-    def _release(self, seq: Sequence) -> None:
-        # A launched step may still write to these blocks and this slot. They can be handed on all the same: steps
-        # run in order, so that write lands before any later step's.
-        del self.running[seq.id]
-        self._changed = True
-        self._free_slots.append(seq.slot)
-        self.pool.release(seq.blocks)
-        seq.slot, seq.blocks = -1, []
+        self.running.release(seq)
+        self._prefill.queue(seq, self.limits)
 
     def _publish(self, seq: Sequence) -> None:
         """Offer the blocks whose tokens are all known and computed."""
-        if seq.slot < 0:
-            return
-        size = self.pool.block_size
-        full = min(len(seq.token_ids), int(self._computed[seq.slot])) // size
-        seq.hash_blocks(full, size)
-        for index in range(seq.num_published, full):
-            self.pool.publish(seq.blocks[index], seq.hashes[index])
-        if self._offered:
-            self._offered[-1] += seq.blocks[seq.num_published : full]
-        seq.num_published = max(full, seq.num_published)
-        seq.publish_at = (seq.num_published + 1) * size
+        if seq.slot >= 0:
+            self._prefixes.publish(seq, self.running.computed_of(seq))
 
     def _fail(self, seq: Sequence, outputs: list[Output]) -> None:
         """End a sequence whose numbers are worthless, and let nobody find what it computed."""
@@ -387,9 +282,9 @@ class Scheduler:
     def _finish(self, seq: Sequence, reason: str) -> None:
         seq.finish_reason = reason
         if seq.slot >= 0:
-            self._release(seq)
+            self.running.release(seq)
         else:
-            del self.waiting[seq.id]
+            self.waiting.remove(seq)
 
     def _prompt_details(self, batch: Batch, result: StepResult) -> dict[int, tuple[TokenDetails, ...]]:
         """By row, if there are any that were not handed out before."""

@@ -31,9 +31,12 @@ class Sequence:
     max_tokens: int = field(init=False)  # prompt and wanted tokens
     stop_ids: frozenset[int] = field(init=False)
     num_tokens: int = field(init=False)  # while it waits: len(token_ids) + tokens still on the device
+    arrival: int = 0  # requests are counted as they are added: the smaller one is older
     slot: int = -1  # row of the device's per-sequence state; -1 while it waits
     blocks: list[int] = field(default_factory=list)
+    fill_end: int = 0  # tokens known at its last admission: until they are computed it does not sample
     hashes: list[bytes] = field(default_factory=list)  # of the first blocks of `token_ids`, as far as needed
+    num_found: int = 0  # leading blocks that were cached when this was last looked up
     num_published: int = 0  # leading blocks offered to the prefix cache
     publish_at: int = 0  # len(token_ids) at which there is another block to offer
     num_prompt_details: int = 0  # how many positions' details were handed out
@@ -65,6 +68,11 @@ class Sequence:
             made = self.hashes[first:last]
             yield from made
             first += len(made)
+
+    def hash_at(self, index: int, block_size: int) -> bytes:
+        """The hash of one block, which is full, made if need be together with those before it."""
+        self.hash_blocks(index + 1, block_size)
+        return self.hashes[index]
 
     def fresh(self, start: int, details: tuple[TokenDetails, ...]) -> tuple[TokenDetails, ...]:
         """Of the details of its prompt from `start` + 1 on, those that it was not given: it may be computed twice."""

@@ -33,7 +33,7 @@ from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
-_ATTENTION_EFFICIENCY = 0.5  # of a prompt's attention, beside its products
+_ATTENTION_EFFICIENCY = 0.5  # of a prompt's attention, beside its products; on a CPU with products of integers, too
 _MOCK_CAPACITY = 1 << 20  # tokens
 
 _log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any],
         max_batch_size=wants.max_batch_size or CPU_DEFAULTS.batch_size,
         revision=source.revision,
     )
-    return Assembled(scheduler_of(info, CPU_DEFAULTS._replace(prefill_beside=0)), executor, info)
+    return Assembled(scheduler_of(info, CPU_DEFAULTS._replace(prefill_beside=0, max_chunk=0)), executor, info)
 
 
 def _limits(defaults: Defaults, wants: Wants, longest: int) -> StepLimits:
@@ -203,7 +203,8 @@ def scheduler_of(info: EngineInfo, defaults: Defaults, program: Program | None =
         info.max_total_tokens,
         info.block_size,
         prefill_beside=defaults.prefill_beside,
-        context_weight=context_weight(program) if defaults.counts_attention and program is not None else 0,
+        max_chunk=defaults.max_chunk,
+        context_weight=context_weight(program) if program is not None else 0,
     )
     return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
 
