@@ -7,7 +7,7 @@ CLIENTS ?= .venv-clients
 ARGS ?=
 export VENV
 
-.PHONY: help serve chat torch test test-without-torch test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
+.PHONY: help serve chat torch test test-without-torch test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ bench-first: $(VENV)/.installed-test  ## the first answer after a start, beside 
 
 bench-scheduler: $(VENV)/.installed-test  ## time of a scheduler step
 	$(BIN)/python bench/scheduler.py $(ARGS)
+
+bench-mixed: $(VENV)/.installed-test  ## first tokens of short prompts beside a long one, by a cost model; ARGS="--real --long 6000"
+	$(BIN)/python -m bench.mixed_prompts $(ARGS)
 
 bench-frontend: $(VENV)/.installed-test  ## events a second of the HTTP front end
 	$(BIN)/python bench/frontend.py $(ARGS)

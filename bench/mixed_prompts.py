@@ -105,8 +105,8 @@ class StepTime:
 
     def __init__(self, program: Program, device: Device) -> None:
         self.device = device
-        attention = [op for op in program.ops if isinstance(op, ops.Attention)]
-        others = [op for op in program.ops if not isinstance(op, ops.Attention)]
+        attention = [op for op in program.ops if op.keeps() is not None]
+        others = [op for op in program.ops if op.keeps() is None]
         self._weights = _sum(others, Load(0, 0, 0, 0)).weights
         self._token = _sum(others, Load(1, 0, 0, 0)).flops
         self._sample = _sum(others, Load(0, 1, 0, 0)).flops
