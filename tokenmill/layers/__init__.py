@@ -1,1 +1,1 @@
-"""What models are written with. No torch."""
+"""Layers that models are composed of. They record operations and do not import torch."""

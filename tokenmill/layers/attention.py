@@ -1,4 +1,4 @@
-"""Rotary positions and attention over the paged cache."""
+"""Rotary position embedding, and attention over the paged KV cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenmill.program.value import Value
 
 
 class Rope:
-    """Rotate each head of x by the row's position. `scaling`: config.json's dictionary."""
+    """Rotate each head of x by the row's position. `scaling`: config.json's object; None for no scaling."""
 
     def __init__(
         self, head_dim: int, theta: float, max_position: int, scaling: dict[str, Any] | None = None, rotary_dim: int = 0
@@ -19,7 +19,7 @@ class Rope:
         self.table = RopeTable.of(rotary_dim or head_dim, theta, max_position, scaling)
 
     def __call__(self, x: Value) -> Value:
-        """(tokens, heads · head_dim), the same shape."""
+        """Rotate x, (tokens, heads · head_dim); the result has the same shape."""
         return x.record(ops.Rope, x=x, rope=self.table, head_dim=self.head_dim)
 
 
@@ -34,7 +34,7 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Value:
-    """Causal attention; query heads share key-value heads in groups. The widths say how many of each."""
+    """Record causal grouped-query attention. The numbers of heads follow from the widths of q, k and v."""
     return q.record(
         ops.Attention,
         q=q,

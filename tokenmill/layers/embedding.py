@@ -1,4 +1,4 @@
-"""Rows of a table by id or position."""
+"""Embedding tables, looked up by token id or position."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tokenmill.program.value import Value
 
 
 class Embedding:
-    """ids (tokens, 1) -> (tokens, width)."""
+    """Embedding table: ids (tokens, 1) -> (tokens, width)."""
 
     def __init__(self, scope: Scope, rows: int, width: int, *, shard: Shard = "vocab", scale: float = 1.0) -> None:
         self.weight, self.scale = Weight((Part(scope / "weight", rows),), width, shard, table=True), scale
 
     def __call__(self, ids: Value) -> Value:
-        """Look up."""
+        """Look up the rows of `ids`."""
         return ids.record(ops.Embed, self.weight.columns, ids=ids, table=self.weight, scale=self.scale)

@@ -1,4 +1,4 @@
-"""Linear layers: several named matrices as one product."""
+"""Linear layers. Several named matrices with the same input become one product."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tokenmill.program.value import Value
 
 
 class Linears:
-    """x (rows, width) -> the outputs of the named matrices, one value for each.
+    """Linear layer of several matrices: x (rows, width) -> one value for each matrix.
 
-    `outputs`: name -> its size, or several sizes of a matrix that is stored fused. `unit`: outputs that a rank may not
-    split.
+    `outputs`: name -> its size, or several sizes for a matrix that is stored fused. `unit`: number of adjacent outputs
+    that sharding must not separate.
     """
 
     def __init__(
@@ -40,16 +40,16 @@ class Linears:
         self.bias = Weight(parts("bias"), 0, shard, unit) if bias else None
 
     def product(self, x: Value) -> Value:
-        """The outputs side by side."""
+        """Return the outputs of all matrices, concatenated."""
         return x.record(ops.Linear, sum(self.widths), x=x, weight=self.weight, bias=self.bias)
 
     def __call__(self, x: Value) -> list[Value]:
-        """One value for each matrix, or each size of one."""
+        """Return one value for each matrix, or for each size of a fused one."""
         return self.product(x).split(*self.widths)
 
 
 class Linear:
-    """x (rows, width) -> (rows, outputs) by the matrix `name`."""
+    """Linear layer of the matrix `name`: x (rows, width) -> (rows, outputs)."""
 
     def __init__(
         self, scope: Scope, width: int, name: str, outputs: int, *, shard: Shard = "none", bias: bool = False
@@ -57,12 +57,12 @@ class Linear:
         self.many = Linears(scope, width, shard=shard, bias=bias, outputs={name: outputs})
 
     def __call__(self, x: Value) -> Value:
-        """The product."""
+        """Return the product."""
         return self.many.product(x)
 
 
 def head(scope: Scope, width: int, vocabulary: int, tied: Weight | None = None) -> Linear:
-    """The output matrix: its own, or the embedding's of a tied model."""
+    """Return the output layer. `tied`: the embedding's weight, for a model that has no output matrix of its own."""
     layer = Linear(scope, width, "lm_head", vocabulary, shard="vocab")
     layer.many.weight = tied or layer.many.weight
     return layer

@@ -1,4 +1,4 @@
-"""Feed-forward layers, and the small operations around them."""
+"""Feed-forward layers, and activation, soft cap and row selection as functions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from tokenmill.program.value import Value
 
 
 def act(x: Value, name: str) -> Value:
-    """name(x), an activation by transformers' name."""
+    """Apply the activation that transformers calls `name`."""
     return x.record(ops.Act, x=x, act=name)
 
 
 def soft_cap(x: Value, cap: float) -> Value:
-    """cap · tanh(x / cap)"""
+    """Return cap · tanh(x / cap)."""
     return x.record(ops.SoftCap, x=x, cap=cap)
 
 
 def take_rows(x: Value) -> Value:
-    """The rows that sample: only they need logits."""
+    """Select the rows that sample, because only they need logits."""
     return x.record(ops.TakeRows, rows="samples", x=x)
 
 
 class GatedMlp:
-    """down(act(gate(x)) · up(x))"""
+    """Gated feed-forward layer: down(act(gate(x)) · up(x))."""
 
     def __init__(self, scope: Scope, width: int, inner: int, act: str, *, bias: bool = False) -> None:
         self.gate_up = Linears(scope, width, shard="column", bias=bias, outputs={"gate_proj": inner, "up_proj": inner})
@@ -32,6 +32,6 @@ class GatedMlp:
         self.act = act
 
     def __call__(self, x: Value) -> Value:
-        """(rows, width), the same shape."""
+        """Apply the layer to x, (rows, width); the result has the same shape."""
         gate, up = self.gate_up(x)
         return self.down(gate.record(ops.GatedAct, gate=gate, up=up, act=self.act))

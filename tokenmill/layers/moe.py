@@ -1,4 +1,4 @@
-"""A mixture of experts in place of a feed-forward layer."""
+"""Mixture-of-experts feed-forward layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenmill.program.value import Value
 
 
 class MoeMlp:
-    """`names`: what the checkpoint calls the router, then an expert's gate, up and down."""
+    """Mixture of experts. `names`: the checkpoint's names of the router, then of an expert's gate, up and down."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class MoeMlp:
         self.top_k, self.act, self.renormalize = top_k, act, renormalize
 
     def __call__(self, x: Value) -> Value:
-        """(rows, width), the same shape."""
+        """Apply the layer to x, (rows, width); the result has the same shape."""
         return x.record(
             ops.Experts,
             x=x,

@@ -1,4 +1,4 @@
-"""Norms over the row, or over each head of it."""
+"""Normalization of each row, or of each head of a row."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from tokenmill.program.value import Value
 
 
 class RmsNorm:
-    """`add=1` where the checkpoint stores the weight minus one."""
+    """RMSNorm. `add`: 1 if the checkpoint stores the weight minus one, else 0."""
 
     def __init__(self, scope: Scope, width: int, eps: float, *, per_head: bool = False, add: float = 0.0) -> None:
         self.weight = Weight((Part(scope / "weight", width),), add=add)
         self.eps, self.head_dim = eps, width if per_head else 0
 
     def __call__(self, x: Value) -> Value:
-        """The same shape."""
+        """Normalize x; the result has the same shape."""
         return x.record(ops.Norm, x=x, weight=self.weight, eps=self.eps, head_dim=self.head_dim)
 
 
 class LayerNorm:
-    """Mean taken off, with a bias."""
+    """LayerNorm: RMSNorm after subtracting the mean, with a bias."""
 
     def __init__(self, scope: Scope, width: int, eps: float) -> None:
         self.weight, self.bias = (Weight((Part(scope / name, width),)) for name in ("weight", "bias"))
         self.eps = eps
 
     def __call__(self, x: Value) -> Value:
-        """The same shape."""
+        """Normalize x; the result has the same shape."""
         return x.record(ops.Norm, x=x, weight=self.weight, bias=self.bias, eps=self.eps, center=True)

@@ -1,10 +1,10 @@
-"""A place in the checkpoint's tensor names: `scope / "layers.3" / "mlp"`."""
+"""Prefixes of tensor names in the checkpoint: `scope / "layers.3" / "mlp"`."""
 
 from __future__ import annotations
 
 
 class Scope(str):
-    """A prefix. Layers name tensors with it; nothing is read."""
+    """Prefix of tensor names, from which layers form the names of their weights. Reads nothing."""
 
     __slots__ = ()
 

@@ -1,1 +1,1 @@
-"""One file per architecture, named after config.json's model_type. No torch."""
+"""Model architectures, one file each, named after config.json's `model_type`. They do not import torch."""

@@ -1,4 +1,4 @@
-"""From config.json to a recorded program: the model file is the one named after `model_type`."""
+"""Build a program from config.json, with the file of this package that is named after `model_type`."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
 
 
 class Model(Protocol):
-    """What a file of models/ defines besides its `Config`: names and sizes; it reads no weight and knows no rank.
+    """Interface of the class `Model` in a file of this package, which records names and sizes and reads no weights.
 
-    The fields of `Config` have the defaults of transformers' class. One that is bool, or whose type admits None, may be
-    null.
+    The file also defines `Config`, whose fields have the defaults of transformers' class. In config.json, a field that
+    is bool or whose type admits None may be null.
     """
 
     def __init__(self, config: Any, scope: Scope) -> None:
-        """`config`: the file's `Config`."""
+        """Build the layers. `config`: an instance of the file's `Config`."""
 
     def __call__(self, inputs: Inputs) -> Value:
-        """Record the model; the logits of the rows that sample, (samples, vocabulary)."""
+        """Record the model and return the logits of the rows that sample, (samples, vocabulary)."""
 
 
 def config_of(config: dict[str, Any]) -> Any:
-    """config.json as the `Config` of its model type; Unsupported and ModelError as `make`."""
+    """Convert config.json to the `Config` of its model type. Raises Unsupported and ModelError as `make` does."""
     module = _module(config)
     try:
         given = _without_nulls(normalized(config), module.Config)
@@ -45,23 +45,23 @@ def config_of(config: dict[str, Any]) -> Any:
 
 
 def make(config: dict[str, Any]) -> Callable[[Inputs], Value]:
-    """The model, weightless: cheap, and enough to record, plan and count.
+    """Build the model without weights, which is enough to record the program, plan memory and count parameters.
 
-    Unsupported for an unknown `model_type`, ModelError for a config.json that lacks something or makes no sense.
+    Raises Unsupported for an unknown `model_type`, and ModelError for an incomplete or inconsistent config.json.
     """
     model: Callable[[Inputs], Value] = _module(config).Model(config_of(config), Scope())
     return model
 
 
 def program_of(config: dict[str, Any]) -> Program:
-    """The program at full size; needs no weights."""
+    """Record the full-size program of a model. Requires no weights."""
     return record(make(config))
 
 
 def normalized(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json with its rope settings in one place: `rope_theta`, `rope_scaling`, `partial_rotary_factor`.
+    """Return config.json with its RoPE settings as `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
 
-    transformers 5 writes all of them into `rope_parameters`. ModelError if two places differ.
+    transformers 5 writes all three into `rope_parameters`. ModelError if both forms are present and differ.
     """
     found = {name: value for name, value in config.items() if name not in _ROPE_PLACES}
     for place in _ROPE_PLACES:
@@ -76,7 +76,7 @@ def normalized(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add(found: dict[str, Any], name: str, value: Any) -> None:
-    """Set a field that may stand in two places."""
+    """Set a field, or check that it equals the value already set."""
     before = found.get(name)
     if value is not None and before not in (None, value):
         raise ModelError(f"config.json has two values of {name}: {before!r} and {value!r}. Leave one of them out.")
@@ -92,7 +92,7 @@ def _module(config: dict[str, Any]) -> Any:
 
 
 def _without_nulls(config: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The fields of `kind`, null as the class of transformers takes it: false for a switch, itself where it may be."""
+    """Return the fields of `kind`, with null replaced by False for a bool, and kept where the type admits None."""
     found = {}
     for field in msgspec.structs.fields(kind):
         if field.encode_name not in config:

@@ -1,4 +1,4 @@
-"""Llama, and what every model that is Llama under another name begins with."""
+"""Llama, and the base of the architectures derived from it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _SAME_ACTS = {
     "swish": "silu", "gelu_python": "gelu", "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new",
     "gelu_python_tanh": "gelu_pytorch_tanh",
 }  # fmt: skip
-"""transformers' names of one function -> the one that backends know"""
+"""transformers' name of an activation -> the name that backends use"""
 
 
 class Biases(NamedTuple):
-    """Which products have a bias: attention's input and output projections, and the feed-forward layer's."""
+    """Flags of the products that have a bias: attention's input projections, its output projection, feed-forward."""
 
     qkv: bool = False
     output: bool = False
@@ -44,8 +44,8 @@ class Config(msgspec.Struct, kw_only=True):
     num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)] = 32
     num_attention_heads: Size = 32
     vocab_size: Size = 32000
-    num_key_value_heads: Size | None = None  # as many as heads
-    head_dim: HeadDim | None = None  # hidden_size / heads
+    num_key_value_heads: Size | None = None  # None: num_attention_heads
+    head_dim: HeadDim | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: Length | None = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: Annotated[float, msgspec.Meta(gt=0)] = 10000.0
@@ -57,7 +57,7 @@ class Config(msgspec.Struct, kw_only=True):
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers that do not fit each other, or that transformers' class has no use of."""
+        """Raise ValueError for numbers that are inconsistent, or that transformers' class does not support."""
         if self.head_dim is None and self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size} into even numbers"
@@ -75,38 +75,38 @@ class Config(msgspec.Struct, kw_only=True):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and of values."""
+        """Number of key-value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def head_size(self) -> int:
-        """Numbers of a head."""
+        """Number of columns of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def rope(self) -> Rope:
-        """How queries and keys are rotated."""
+        """Return the rotary embedding of queries and keys."""
         length = self.max_position_embeddings or type(self)().max_position_embeddings
         assert length is not None
         return Rope(self.head_size, self.rope_theta, length, self.rope_scaling)
 
     @property
     def act(self) -> str:
-        """The activation of the feed-forward layer."""
+        """Return the activation of the feed-forward layer."""
         return _SAME_ACTS.get(self.hidden_act, self.hidden_act)
 
     @property
     def biases(self) -> Biases:
-        """Which products have a bias."""
+        """Return the flags of the products that have a bias."""
         return Biases(self.attention_bias, self.attention_bias, self.mlp_bias)
 
     def window(self, layer: int) -> int:
-        """Tokens that a layer attends to; 0: all."""
+        """Return the sliding window of a layer in tokens; 0: all tokens."""
         return 0
 
 
 class Attention:
-    """Attention of grouped query heads with rotary positions."""
+    """Grouped-query attention with rotary position embedding."""
 
     def __init__(self, c: Config, scope: Scope, layer: int) -> None:
         d = c.head_size
@@ -118,11 +118,11 @@ class Attention:
         self.layer, self.head_dim, self.window = layer, d, c.window(layer)
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
-        """What some descendants do between projection and rotation."""
+        """Normalize queries and keys before the rotation. Returns them unchanged here; derived models override it."""
         return q, k
 
     def __call__(self, x: Value) -> Value:
-        """(tokens, hidden), the same shape."""
+        """Apply the layer to x, (tokens, hidden); the result has the same shape."""
         q, k, v = self.qkv(x)
         q, k = self.norm(q, k)
         heads = attend(self.rope(q), self.rope(k), v, layer=self.layer, head_dim=self.head_dim, window=self.window)
@@ -130,7 +130,7 @@ class Attention:
 
 
 class Layer:
-    """Attention and feed-forward, each behind a norm and added to what came in."""
+    """Decoder layer: attention and feed-forward layer, each with a norm before it and a residual connection."""
 
     attention = Attention
 
@@ -141,13 +141,13 @@ class Layer:
         self.mlp = GatedMlp(scope / "mlp", c.hidden_size, c.intermediate_size, c.act, bias=c.biases.mlp)
 
     def __call__(self, x: Value) -> Value:
-        """(tokens, hidden), the same shape."""
+        """Apply the layer to x, (tokens, hidden); the result has the same shape."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class Model:
-    """The whole: ids to logits of the rows that sample."""
+    """Complete model: from token ids to the logits of the rows that sample."""
 
     layer = Layer
 
@@ -159,7 +159,7 @@ class Model:
         self.head = head(scope, c.hidden_size, c.vocab_size, self.embed.weight if c.tie_word_embeddings else None)
 
     def __call__(self, inputs: Inputs) -> Value:
-        """Record it."""
+        """Record the model and return the logits of the rows that sample, (samples, vocabulary)."""
         x = self.embed(inputs.ids)
         for layer in self.layers:
             x = layer(x)

@@ -18,7 +18,7 @@ class Config(llama.Config, kw_only=True):
     layer_types: list[str] | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what does not fit, or needs a window on some layers alone."""
+        """Raise ValueError for inconsistent numbers, or for a sliding window on only some of the layers."""
         super().__post_init__()
         one = "full_attention" if self.sliding_window is None else "sliding_attention"
         if not set(self.layer_types or ()) <= {one}:
@@ -28,10 +28,10 @@ class Config(llama.Config, kw_only=True):
             )
 
     def window(self, layer: int) -> int:
-        """Tokens that a layer attends to; 0: all."""
+        """Return the sliding window of a layer in tokens; 0: all tokens."""
         return self.sliding_window or 0
 
     @property
     def biases(self) -> Biases:
-        """None, whatever config.json says."""
+        """Return that no product has a bias, regardless of config.json."""
         return Biases()

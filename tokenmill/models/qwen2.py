@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: Llama with biases on queries, keys and values, and perhaps a sliding window on the upper layers."""
+"""Qwen 2 and 2.5: Llama with biases on queries, keys and values, and an optional sliding window on the upper layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Config", "Model"]
 
 
 class Windows(llama.Config, kw_only=True):
-    """How Qwen's config.json tells which layers have a sliding window, and the defaults of its classes."""
+    """Sliding-window fields of Qwen's config.json, and the defaults of its classes."""
 
     intermediate_size: Size = 22016
     vocab_size: Size = 151936
@@ -23,7 +23,7 @@ class Windows(llama.Config, kw_only=True):
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
 
     def window(self, layer: int) -> int:
-        """Tokens that a layer attends to; 0: all."""
+        """Return the sliding window of a layer in tokens; 0: all tokens."""
         if not self.use_sliding_window or self.sliding_window is None:
             return 0
         if self.layer_types is not None:
@@ -32,7 +32,7 @@ class Windows(llama.Config, kw_only=True):
         return self.sliding_window if layer >= self.max_window_layers else 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what does not fit."""
+        """Raise ValueError for inconsistent numbers."""
         super().__post_init__()
         slides = self.use_sliding_window and self.sliding_window is not None
         if self.layer_types is None:
@@ -53,5 +53,5 @@ class Config(Windows, kw_only=True):
 
     @property
     def biases(self) -> Biases:
-        """Those of queries, keys and values: not up to config.json."""
+        """Return the biases of queries, keys and values, which config.json cannot change."""
         return Biases(qkv=True)

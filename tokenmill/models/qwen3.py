@@ -1,4 +1,4 @@
-"""Qwen 3: Llama with a norm on each query and key head."""
+"""Qwen 3: Llama with an RMSNorm on each query and key head."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Config(qwen2.Windows, kw_only=True):
 
     @property
     def biases(self) -> llama.Biases:
-        """Attention's are up to config.json, the feed-forward layer has none."""
+        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
         return llama.Biases(self.attention_bias, self.attention_bias)
 
 
 class Attention(llama.Attention):
-    """Llama's, with the norms."""
+    """Llama's attention, with norms on query and key heads."""
 
     def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
         super().__init__(c, scope, layer)
@@ -28,17 +28,17 @@ class Attention(llama.Attention):
         self.k_norm = RmsNorm(scope / "k_norm", c.head_size, c.rms_norm_eps, per_head=True)
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
-        """Each head by itself."""
+        """Normalize each head of queries and keys."""
         return self.q_norm(q), self.k_norm(k)
 
 
 class Layer(llama.Layer):
-    """Llama's, with this attention."""
+    """Llama's decoder layer, with this file's attention."""
 
     attention = Attention
 
 
 class Model(llama.Model):
-    """Llama's, of these layers."""
+    """Llama's model, with this file's decoder layers."""
 
     layer = Layer

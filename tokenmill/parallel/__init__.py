@@ -1,1 +1,1 @@
-"""Ranks: what they say to each other, and who holds what."""
+"""Communication between the ranks of a sharded model."""

@@ -1,7 +1,7 @@
-"""The ranks that share a model, and what they tell each other.
+"""Collective operations of the ranks that share a model.
 
-One rank alone needs no torch, and every call is the identity. All ranks make the same calls in the same order, each
-from one thread at a time.
+With one rank, every operation is the identity and torch is not needed. Invariant: all ranks make the same calls in the
+same order, each from one thread at a time.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from tokenmill.extras import need_torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TIMEOUT = timedelta(minutes=30)  # idle ranks wait in no collective; this ends what a dead peer left behind
+_TIMEOUT = timedelta(minutes=30)  # ends a collective whose peer died; idle ranks are not in a collective
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rank `rank` of `size`. More than one are made by `connect`."""
+    """Process group, seen from rank `rank` of `size`. `connect` creates a group of more than one rank."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def connect(cls, rank: int, size: int, init_method: str) -> Group:
-        """Meet the other ranks; blocks until all are there. `init_method`: as torch.distributed's, e.g. "file:///…".
+        """Join the other ranks; blocks until all have joined. `init_method`: as torch.distributed's, e.g. "file:///…".
 
-        Raises MissingPackage if there are others, but no torch.
+        Raises MissingPackage if `size` is more than one and torch is not installed.
         """
         if size > 1:
             need_torch(f"Sharing a model between {size} ranks (--num-shard)")
@@ -39,7 +39,7 @@ class Group:
         return cls(rank, size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, on every rank; `x` stays as it is."""
+        """Return the sum of `x` over the ranks, on every rank. `x` is not modified."""
         if self.size == 1:
             return x
         import torch.distributed as dist
@@ -49,7 +49,7 @@ class Group:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """The ranks' columns side by side, on every rank: (rows, width) -> (rows, width * size)."""
+        """Concatenate the ranks' columns, on every rank: (rows, width) -> (rows, width * size)."""
         if self.size == 1:
             return x
         import torch
@@ -61,7 +61,7 @@ class Group:
         return torch.cat(parts, dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's `x` on every rank. The others give a tensor of the same shape and type, which is written to."""
+        """Return rank 0's `x` on every rank. On other ranks, `x` has the same shape and type and is overwritten."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -69,7 +69,7 @@ class Group:
         return x
 
     def minimum(self, n: int) -> int:
-        """The least `n` of all ranks."""
+        """Return the minimum of `n` over the ranks."""
         if self.size == 1:
             return n
         import torch
@@ -80,7 +80,7 @@ class Group:
         return int(least.item())
 
     def close(self) -> None:
-        """Leave. Without it a rank that exits first can abort another (gloo). Idempotent."""
+        """Leave the group. With gloo, a rank that exits without it can abort another rank. Idempotent."""
         if self.size > 1:
             import torch.distributed as dist
 

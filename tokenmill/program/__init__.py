@@ -1,1 +1,1 @@
-"""A model as data: a recorded list of operations, and what can be done with it. No torch."""
+"""Represent a model as a recorded list of operations, and transform that list. Does not import torch."""

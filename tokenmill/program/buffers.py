@@ -1,4 +1,4 @@
-"""Where the values of a step live: one arena, known before the step runs."""
+"""Plan the buffers of a step: every value has a fixed offset in one arena before the step runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ALIGN = 64  # bytes: a cache line
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes. `offsets` by buffer id."""
+    """Layout of the arena in bytes. `offsets`: by buffer id."""
 
     offsets: dict[int, int]
     size: int
-    naive: int  # every buffer by itself
+    naive: int  # bytes if no two buffers shared memory
 
 
 def plan_buffers(
@@ -27,10 +27,10 @@ def plan_buffers(
     late: Callable[[Op], bool] = lambda op: False,
     lasting: Collection[int] = (),
 ) -> Plan:
-    """One arena: first fit over lifetimes; a sum is written over the term that dies in it.
+    """Assign arena offsets, first fit over lifetimes. A sum overwrites a term that has no later reader.
 
-    `late`: no barrier follows this operation, so what it reads must live through the next one too. `lasting`: buffers
-    that live to the end, for a part of the program that is run more than once.
+    `late`: true for operations without a barrier after them, so their inputs must also outlive the next operation.
+    `lasting`: buffers that live to the end, because the operations that read them may run more than once.
     """
     last = last_uses(program, late) | dict.fromkeys(lasting, len(program.ops) + 1)
     live: dict[int, tuple[int, int]] = {}  # buffer -> (start, end)
@@ -59,7 +59,7 @@ def plan_buffers(
 
 
 def last_uses(program: Program, late: Callable[[Op], bool] = lambda op: False) -> dict[int, int]:
-    """By buffer: the last operation that needs it. Outputs outlive all."""
+    """Return the index of the last operation that needs each buffer. Outputs outlive all operations."""
     last: dict[int, int] = {}
     for i, op in enumerate(program.ops):
         for v in (*op.reads().values(), *op.results().values()):
@@ -69,7 +69,7 @@ def last_uses(program: Program, late: Callable[[Op], bool] = lambda op: False) -
 
 
 def _written_over(op: Op, result: Value) -> Value | None:
-    """The term that a sum may be written over. Not a product's input: each output needs all of it."""
+    """Return the term that a sum may overwrite. A product's input is never one: each output reads all of it."""
     if result.buffer != op.out.buffer:
         return None
     if isinstance(op, ops.Linear):

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of a step, from the program alone: no weights, no device."""
+"""Estimate the bytes and FLOPs of a step from the program alone, without weights or a device."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from tokenmill.program.value import Program
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much a step has to do."""
+    """Size of a step: tokens, rows and context."""
 
     tokens: int
     samples: int
-    context: int  # cache entries read, summed over sequences, this step's included
+    context: int  # cache entries read, summed over sequences, including those that this step writes
     pairs: int  # (query, key) pairs
 
     @staticmethod
     def decode(rows: int, context: int) -> Load:
-        """One token for each of `rows` sequences that then have `context`."""
+        """Return the load of one token for each of `rows` sequences of `context` tokens, the new one included."""
         return Load(rows, rows, rows * context, rows * context)
 
     @staticmethod
     def prefill(tokens: int) -> Load:
-        """A whole prompt."""
+        """Return the load of a whole prompt of `tokens` tokens."""
         return Load(tokens, 1, tokens, tokens * (tokens + 1) // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Bytes moved and floating point operations."""
+    """Bytes moved, and floating-point operations."""
 
     weights: float = 0.0
     cache: float = 0.0
@@ -49,11 +49,11 @@ class Cost:
 
 
 Bits = Callable[[Weight], float]
-"""Of one element of a weight as stored, its scales included."""
+"""Weight -> bits per stored element, scales included."""
 
 
 def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes: int = 2) -> Cost:
-    """One operation's. A window is counted as if full."""
+    """Return the cost of one operation. A sliding window is counted as if it were full."""
     rows = {"tokens": load.tokens, "samples": load.samples}
     values = (*op.reads().values(), *op.results().values())
     moved = sum(v.width * rows[v.spec.rows] for v in values) * activation_bytes
@@ -71,7 +71,7 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
         return Cost(0, op.keeps().width * cache_bytes * entries, moved, 4 * op.q.width * load.pairs)
     if isinstance(op, ops.Experts):
         each, k, e = op.gate_up[0].size + op.down[0].size, op.top_k, len(op.down)
-        touched = e * (1 - (1 - k / e) ** n)  # if rows choose alike and by chance
+        touched = e * (1 - (1 - k / e) ** n)  # expected number, if every row chose at random
         return Cost(touched * (size(op.gate_up[0]) + size(op.down[0])), 0, moved, 2 * n * k * each)
     return Cost(sum(size(w) for ws in op.weights().values() for w in ws), 0, moved, n * op.out.width)
 
@@ -79,7 +79,7 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
 def total(
     program: Program, load: Load, bits: Bits = lambda w: 16, *, cache_bytes: int = 2, activation_bytes: int = 2
 ) -> Cost:
-    """A whole step's."""
+    """Return the cost of a whole step."""
     return sum((cost(op, load, bits, cache_bytes, activation_bytes) for op in program.ops), Cost())
 
 
@@ -94,5 +94,5 @@ def cache_layout(program: Program) -> dict[int, CacheSpec]:
 
 
 def weights_of(program: Program) -> list[Weight]:
-    """Every weight that the program names, once, in the order of use."""
+    """Return the weights that the program names, each once, in the order of first use."""
     return list(dict.fromkeys(w for op in program.ops for ws in op.weights().values() for w in ws))

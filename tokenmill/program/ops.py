@@ -1,10 +1,10 @@
-"""The kinds of operation, and the weights they name. Records only: nothing runs here.
+"""Operations of a program, and the weights that they name. Operations are records; backends execute them.
 
-Fields of type Value are read, those named in `writes` are written; everything else is known before the first step. An
-optional Value, Weight or `act` is filled in by a fusing pass (passes.py), for backends that have such a kernel.
+Fields of type Value are inputs, except those named in `writes`, which are results. All other fields are constant before
+the first step. An optional Value, Weight or `act` is set by a fusion (passes.py), for backends that have such a kernel.
 
-An operation describes itself: `rowwise`, `sharded_by` and `keeps` answer what passes and backends need to know, so a
-new kind needs no change in them.
+Passes and backends read the properties of an operation from `rowwise`, `sharded_by` and `keeps`, so a new kind of
+operation requires no change in them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Value
 
 Shard = Literal["none", "column", "row", "vocab"]
-"""vocab: column-parallel, and gathered (head) or summed (embedding)"""
+"""Axis that ranks share. column: outputs; row: inputs; vocab: outputs, then gathered (head) or summed (embedding)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +30,37 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A matrix (rows, columns) or a vector of the checkpoint, by name: parts stacked along the output. Not read yet."""
+    """Reference to a matrix (rows, columns) or vector of the checkpoint, as parts stacked along the output dimension.
+
+    It holds names and sizes only. `quant.base.load` reads the numbers.
+    """
 
     parts: tuple[Part, ...]
     columns: int = 0  # 0: a vector
     shard: Shard = "none"
-    unit: int = 1  # outputs that stay together: a head
+    unit: int = 1  # outputs that sharding must not separate, such as those of a head
     transposed: bool = False  # stored (columns, rows)
-    add: float = 0.0  # some models store a norm's weight minus one
-    table: bool = False  # looked up by row, too: worth more bits
-    ranks: int = 1  # how many share it: set by the pass `shard`
+    add: float = 0.0  # added when loading, because some models store a norm's weight minus one
+    table: bool = False  # also used as an embedding table, so quantization spends more bits on it
+    ranks: int = 1  # number of ranks that share it, set by the pass `shard`
 
     @property
     def rows(self) -> int:
-        """Rows that one rank holds."""
+        """Number of rows that one rank holds."""
         return sum(self.local(part) for part in self.parts)
 
     @property
     def size(self) -> int:
-        """Elements that one rank holds."""
+        """Number of elements that one rank holds."""
         return self.rows * max(1, self.columns // self.ranks if self.shard == "row" else self.columns)
 
     def local(self, part: Part) -> int:
-        """Rows of a part that one rank holds; heads fewer than ranks are repeated."""
+        """Return the rows of a part that one rank holds. If there are fewer heads than ranks, ranks share a head."""
         return max(part.rows // self.ranks, self.unit) if self.shard in ("column", "vocab") else part.rows
 
     @property
     def name(self) -> str:
-        """The first part's."""
+        """Name of the first part."""
         return self.parts[0].name
 
 
@@ -70,44 +73,44 @@ class CachePart(NamedTuple):
 
 
 class CacheSpec(NamedTuple):
-    """Cache that an operation keeps between steps for every token, on one rank."""
+    """Per-token cache that an operation keeps between steps, on one rank."""
 
-    layer: int  # unique over a program
+    layer: int  # unique within a program
     parts: tuple[CachePart, ...]
-    window: int = 0  # tokens that are looked back at, the row's own included; 0: all
+    window: int = 0  # size of the sliding window in tokens, the row's own included; 0: all tokens
 
     @property
     def width(self) -> int:
-        """Elements of one token."""
+        """Number of elements per token."""
         return sum(part.heads * part.width for part in self.parts)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """One operation. Subclasses are its kinds."""
+    """Operation of a program. Each subclass is a kind of operation."""
 
     out: Value
     writes: ClassVar[tuple[str, ...]] = ("out",)
     rowwise: ClassVar[bool] = True
-    """True if a row of the results depends on that row of the inputs alone, whatever its position."""
+    """True if each row of the results depends on the same row of the inputs only, and not on its position."""
     sharded_by: ClassVar[str] = ""
-    """Field of the weight whose sharding decides the operation's; "": none"""
+    """Name of the field whose weight determines how the operation is sharded; "": none"""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
 
     def reads(self) -> dict[str, Value]:
-        """Values by field name, in the order of the fields."""
+        """Return the input values by field name, in the order of the fields."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.writes}
         return {name: v for name, v in found.items() if isinstance(v, Value)}
 
     def results(self) -> dict[str, Value]:
-        """Values that are written, by field name."""
+        """Return the result values by field name."""
         return {name: getattr(self, name) for name in self.writes}
 
     def weights(self) -> dict[str, tuple[Weight, ...]]:
-        """Weights by field name."""
+        """Return the weights by field name."""
         found: dict[str, tuple[Weight, ...]] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -118,12 +121,12 @@ class Op:
         return found
 
     def keeps(self) -> CacheSpec | None:
-        """Return what the operation keeps between steps; None if it has no memory."""
+        """Return the cache that the operation keeps between steps; None if it is stateless."""
         return None
 
     @property
     def shard(self) -> Shard:
-        """How the operation is shared over ranks."""
+        """Axis along which ranks share the operation."""
         return self.weights()[self.sharded_by][0].shard if self.sharded_by else "none"
 
     def __str__(self) -> str:
@@ -143,9 +146,9 @@ def _show(v: Any) -> str:
 
 
 class Embed(Op):
-    """Rows of a table, by token id or by position."""
+    """Look up rows of a table, by token id or by position."""
 
-    rowwise = False  # its input is no value of which rows can be taken
+    rowwise = False  # TakeRows cannot be moved before it, because its input is the ids of all tokens
     sharded_by = "table"
     ids: Value
     table: Weight
@@ -153,7 +156,10 @@ class Embed(Op):
 
 
 class Linear(Op):
-    """act(x · weightᵀ + bias), times the other half if gated (the outputs are gate | up), plus residual."""
+    """Compute act(x · weightᵀ + bias) + residual.
+
+    If `gated`, the product's outputs are gate | up, and act(gate) · up takes the place of act.
+    """
 
     sharded_by = "weight"
     x: Value
@@ -165,7 +171,7 @@ class Linear(Op):
 
 
 class Norm(Op):
-    """RMS norm, or LayerNorm if `center`, of the row or of each `head_dim` columns."""
+    """Apply RMSNorm, or LayerNorm if `center`, to each row, or to each head of it if `head_dim` is set."""
 
     x: Value
     weight: Weight
@@ -176,7 +182,7 @@ class Norm(Op):
 
 
 class AddNorm(Norm):
-    """total = x + y; out = norm(total)."""
+    """Compute total = x + y and out = norm(total)."""
 
     y: Value
     total: Value
@@ -184,7 +190,7 @@ class AddNorm(Norm):
 
 
 class Rope(Op):
-    """Rotate the first rotary_dim columns of each head by the row's position, halves split."""
+    """Rotate the first `rotary_dim` columns of each head by the row's position, pairing column i with i + half."""
 
     rowwise = False
     x: Value
@@ -193,7 +199,10 @@ class Rope(Op):
 
 
 class Attention(Op):
-    """Write k and v to the paged cache of `layer`, then attend causally. Fused: norm of heads and rope, before both."""
+    """Write k and v to the paged cache of `layer`, then attend causally.
+
+    If set by fusion, `q_norm`, `k_norm` and `rope` are applied to q and k before that.
+    """
 
     rowwise = False
     q: Value
@@ -202,7 +211,7 @@ class Attention(Op):
     layer: int
     head_dim: int
     scale: float
-    window: int = 0  # keys seen, the token's own included; 0: all
+    window: int = 0  # size of the sliding window in tokens, the token's own included; 0: all tokens
     softcap: float = 0.0  # 0: none
     q_norm: Weight | None = None
     k_norm: Weight | None = None
@@ -210,14 +219,14 @@ class Attention(Op):
     rope: RopeTable | None = None
 
     def keeps(self) -> CacheSpec:
-        """Return the spec of a key and a value of every head."""
+        """Return the spec of one key and one value per head."""
         heads = self.k.width // self.head_dim
         parts = CachePart("key", heads, self.head_dim), CachePart("value", heads, self.v.width // heads)
         return CacheSpec(self.layer, parts, self.window)
 
 
 class GatedAct(Op):
-    """act(gate) · up"""
+    """Compute act(gate) · up."""
 
     gate: Value
     up: Value
@@ -225,35 +234,38 @@ class GatedAct(Op):
 
 
 class Act(Op):
-    """act(x)"""
+    """Compute act(x)."""
 
     x: Value
     act: str
 
 
 class Add(Op):
-    """x + y"""
+    """Compute x + y."""
 
     x: Value
     y: Value
 
 
 class SoftCap(Op):
-    """cap · tanh(x / cap)"""
+    """Compute cap · tanh(x / cap)."""
 
     x: Value
     cap: float
 
 
 class TakeRows(Op):
-    """The rows that sample."""
+    """Select the rows that sample."""
 
     rowwise = False
     x: Value
 
 
 class Experts(Op):
-    """Each row through its top_k experts by `scores`, weighted by the softmax (over the chosen, if renormalize)."""
+    """Route each row through the `top_k` experts of the highest `scores`, and sum their outputs.
+
+    Weights are the softmax of the scores over all experts, or over the chosen ones if `renormalize`.
+    """
 
     sharded_by = "down"
     x: Value
@@ -266,24 +278,27 @@ class Experts(Op):
 
 
 class Quantize(Op):
-    """Float to int8 with a scale per 32 columns. Most often fused: another operation writes an int8 buffer itself."""
+    """Quantize to int8 with one scale per 32 columns.
+
+    Fusion removes most of these operations: the producer then writes the int8 buffer directly.
+    """
 
     x: Value
 
 
 class AllReduce(Op):
-    """The sum over the ranks."""
+    """Sum over the ranks."""
 
     x: Value
 
 
 class Gather(Op):
-    """The ranks' columns side by side."""
+    """Concatenate the ranks' columns."""
 
     x: Value
 
 
 class ArgMax(Op):
-    """The id of the largest logit; ties go to the smaller id."""
+    """Return the id of the largest logit, and of equal ones the smallest id."""
 
     x: Value

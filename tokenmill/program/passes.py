@@ -1,6 +1,7 @@
-"""Rewrites, Program -> Program. Each leaves the numbers of the torch backend as they were (tests/test_program.py).
+"""Passes: rewrites of a program to an equivalent one.
 
-Memory is in `buffers.py`, tensor parallelism in `shard.py`.
+Invariant: a pass does not change the results of the torch backend (tests/test_program.py). Memory planning is in
+`buffers.py`, tensor parallelism in `shard.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ OpT = TypeVar("OpT", bound=Op)
 
 
 class Graph(NamedTuple):
-    """Producers and readers of a program's buffers, as they were before a fusion began."""
+    """Producers and readers of a program's buffers, indexed before a fusion begins."""
 
     producers: dict[int, Op]  # by buffer
-    readers: dict[int, list[Op]]  # by buffer, in program order: an operation once for every field that reads it
+    readers: dict[int, list[Op]]  # by buffer, in program order; an operation appears once per field that reads it
     outputs: frozenset[int]  # buffers that are read after the last operation
 
     @classmethod
@@ -30,14 +31,14 @@ class Graph(NamedTuple):
         return cls(producers, readers_of(program.ops), frozenset(value.buffer for value in program.outputs.values()))
 
     def read_by_only(self, value: Value, op: Op) -> bool:
-        """True if `op` alone reads the buffer of `value`, in however many fields."""
+        """Return True if `op` is the only reader of the buffer of `value`, in one or more fields."""
         return value.buffer not in self.outputs and all(reader is op for reader in self.readers.get(value.buffer, ()))
 
     def source(self, value: Value, kind: type[OpT], reader: Op) -> OpT | None:
-        """The producer of `value`, if a fusion may take it into `reader`.
+        """Return the producer of `value` if it may be fused into `reader`, else None.
 
-        That needs three things: its kind is exactly `kind`, `value` is all of its first result, and nothing else reads
-        that. The last keeps a fused operation from computing again what another one needs as well.
+        Fusion has three conditions: the producer's type is exactly `kind`, `value` is the whole of its first result,
+        and `reader` is the only reader of that result. Without the last, the result would be computed twice.
         """
         producer = self.producers.get(value.buffer)
         if type(producer) is not kind or not value.whole or not self.read_by_only(value, reader):
@@ -47,11 +48,11 @@ class Graph(NamedTuple):
 
 
 Fusion = Callable[[Op, Graph], tuple[Op, list[Op]] | None]
-"""(operation, graph) -> the operation that replaces it, and the producers that become needless"""
+"""(operation, graph) -> the replacing operation and the producers that it makes redundant; None: no match"""
 
 
 def readers_of(program_ops: tuple[Op, ...]) -> dict[int, list[Op]]:
-    """Operations that read each buffer, once for every field that does."""
+    """Return the readers of each buffer, in program order; an operation appears once per field that reads it."""
     out: dict[int, list[Op]] = {}
     for op in program_ops:
         for value in op.reads().values():
@@ -60,7 +61,7 @@ def readers_of(program_ops: tuple[Op, ...]) -> dict[int, list[Op]]:
 
 
 def fuse(program: Program, *fusions: Fusion) -> Program:
-    """Apply each fusion in turn wherever it fits."""
+    """Apply each fusion in turn, wherever it matches."""
     for fusion in fusions:
         graph = Graph.of(program)
         changed: dict[int, Op] = {}
@@ -75,7 +76,7 @@ def fuse(program: Program, *fusions: Fusion) -> Program:
 
 
 def residual_into_linear(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
-    """Fuse x + linear(y) into a product with a residual."""
+    """Fuse x + linear(y) into one product with a residual."""
     if not isinstance(op, ops.Add) or op.x.buffer == op.y.buffer:
         return None
     for own, other in ((op.x, op.y), (op.y, op.x)):
@@ -86,7 +87,7 @@ def residual_into_linear(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
 
 
 def act_into_linear(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
-    """Fuse act(linear(x)), or act(gate) · up of a product whose outputs are gate | up, into the product."""
+    """Fuse an activation into the product before it: act(linear(x)), or act(gate) · up with outputs gate | up."""
     if isinstance(op, ops.GatedAct):
         gate, up = op.gate, op.up
         halves = gate.buffer == up.buffer and (gate.start, up.start) == (0, gate.width)
@@ -104,9 +105,10 @@ def act_into_linear(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
 
 
 def heads_into_attention(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
-    """Fuse the rotation of queries and keys into attention, and the RMS norm of their heads before it.
+    """Fuse the rotation of queries and keys into attention, with the RMSNorm of their heads if there is one.
 
-    The fused operation has one rotation and one epsilon for both, so queries and keys must agree on them.
+    The fused operation has one rotation and one epsilon. If queries and keys differ in the rotation, nothing is fused;
+    if they differ in the epsilon, the norms are not.
     """
     if not isinstance(op, ops.Attention) or op.rope or op.q_norm or op.k_norm or op.q.buffer == op.k.buffer:
         return None
@@ -124,14 +126,14 @@ def heads_into_attention(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
 
 
 def _fusible_norm(norm: ops.Norm, attention: ops.Attention) -> bool:
-    """True for a norm that attention can apply itself: RMS, of its heads, no bias."""
+    """Return True for a norm that attention can apply: RMSNorm of each head, without bias."""
     return norm.head_dim == attention.head_dim and not norm.center and norm.bias is None
 
 
 def add_into_norm(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
-    """Fuse norm(x + y), keeping the sum: on a GPU this pays more than `residual_into_linear`.
+    """Fuse norm(x + y) and keep the sum as a second result. On a GPU this saves more than `residual_into_linear`.
 
-    The sum is then written where the norm is, so the norm must be its first reader.
+    The fused operation writes the sum at the place of the norm, so the norm must be the sum's first reader.
     """
     if type(op) is not ops.Norm or op.head_dim or not op.x.whole:
         return None
@@ -145,10 +147,10 @@ def add_into_norm(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
 
 
 def take_rows_early(program: Program) -> Program:
-    """After the last operation that looks across rows only the rows that sample matter: choose them there.
+    """Move TakeRows to just after the last operation that is not row-wise, so that later ones compute fewer rows.
 
-    The program is left as it is if there is not exactly one TakeRows, or if something later needs all rows of a value
-    between the two.
+    Leaves the program unchanged if it does not have exactly one TakeRows, or if an operation after TakeRows, or an
+    output, reads all rows of a value that is computed between the two places.
     """
     takes = [i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)]
     if len(takes) != 1:
@@ -189,7 +191,11 @@ def take_rows_early(program: Program) -> Program:
 
 
 def quantize_inputs(program: Program, wants: Callable[[ops.Linear], bool], fuses: Callable[[Op], bool]) -> Program:
-    """Give products that want them int8 inputs: written so by the producer if `fuses` allows it, else by a Quantize."""
+    """Give int8 inputs to the products that take them.
+
+    `wants`: true for a product that takes an int8 input. `fuses`: true for an operation that can write int8 directly;
+    after any other producer a Quantize is inserted.
+    """
     tape = program.tape()
     twins = {(buffer, 0, value.width): value for buffer, value in _written_as_int8(program, wants, fuses).items()}
     rewritten = {value.buffer for value in twins.values()}
@@ -211,9 +217,9 @@ def quantize_inputs(program: Program, wants: Callable[[ops.Linear], bool], fuses
 def _written_as_int8(
     program: Program, wants: Callable[[ops.Linear], bool], fuses: Callable[[Op], bool]
 ) -> dict[int, Value]:
-    """Int8 values by buffer, where the producer can write int8 itself and every reader wants that.
+    """Return the int8 values, by buffer, for buffers whose producer can write int8 and whose readers all take it.
 
-    Such a value keeps its buffer's id. A reader that takes the buffer as its residual, too, needs it as it is.
+    An int8 value keeps its buffer's id. A buffer that is also read as a residual stays in floating point.
     """
     graph = Graph.of(program)
     twins: dict[int, Value] = {}
@@ -228,5 +234,5 @@ def _written_as_int8(
 
 
 def _reads_as_input(op: ops.Linear, buffer: int) -> bool:
-    """True if a product reads `buffer` as its input and as nothing else."""
+    """Return True if a product reads `buffer` as its input only, not as its residual."""
     return op.x.buffer == buffer and (op.residual is None or op.residual.buffer != buffer)

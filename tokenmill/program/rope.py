@@ -1,8 +1,8 @@
-"""Rotary position embeddings: the frequencies of each scaling, from config.json's numbers alone.
+"""Compute the frequencies of rotary position embeddings (RoPE) for each kind of scaling, from config.json.
 
-Tables are not materialized: a step's cosines come from its positions and half a head's frequencies, so a context of a
-million tokens costs nothing. (Scalings: linear, kaiokendev 2023; dynamic NTK, emozilla 2023; YaRN, arXiv:2309.00071;
-llama3, Meta's Llama 3.1 reference.)
+There is no table of cosines by position: a step computes its cosines from its positions and the `rotary_dim / 2`
+frequencies, so memory does not grow with the context length. (Scalings: linear, kaiokendev 2023; dynamic NTK, emozilla
+2023; YaRN, arXiv:2309.00071; llama3, Meta's Llama 3.1 reference.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _CURES = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """cos and sin by position. `scaling`: config.json's object as sorted pairs, lists as tuples, for it is a key."""
+    """Parameters of a rotary embedding.
+
+    `scaling`: config.json's object as sorted pairs, with lists as tuples, so that the struct is hashable.
+    """
 
     rotary_dim: int
     theta: float
@@ -37,7 +40,7 @@ class RopeTable:
 
     @staticmethod
     def of(rotary_dim: int, theta: float, max_position: int, scaling: dict[str, Any] | None) -> RopeTable:
-        """Checked. Unsupported for a scaling that is not known, ModelError for one that lacks a number."""
+        """Check the parameters and return the table. Unsupported: unknown scaling; ModelError: a number is missing."""
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in (scaling or {}).items()}
         kind = _kind_of(given)
         if kind not in KINDS:
@@ -54,20 +57,20 @@ class RopeTable:
 
     @property
     def kind(self) -> str:
-        """The scaling's name."""
+        """Name of the scaling."""
         return str(dict(self.scaling).get("rope_type", "default"))
 
     @property
     def moves(self) -> bool:
-        """True if the frequencies depend on the position (dynamic): then use `frequencies_at`."""
+        """True if the frequencies depend on the position (dynamic scaling), so that `frequencies_at` must be used."""
         return self.kind == "dynamic"
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest context that the scaling makes of `max_position`.
+        """Longest context in tokens, with the scaling applied.
 
-        A factor stretches the original length, where there is one; `max_position` may be the product already. That of
-        llama3 always is.
+        A factor multiplies the original length if config.json states one. `max_position` may already be the scaled
+        length; with llama3 scaling it always is.
         """
         if self.kind not in ("linear", "dynamic", "yarn"):
             return self.max_position
@@ -77,15 +80,16 @@ class RopeTable:
 
     @property
     def exact_prompt(self) -> int:
-        """Tokens of the longest prompt whose numbers are transformers'.
+        """Longest prompt, in tokens, for which the results equal those of transformers.
 
-        Of a longer one dynamic scaling takes the whole length for every token's frequencies there, so that no two
-        prompts could share a block of the cache; here it is each token's own position.
+        With dynamic scaling, transformers computes all frequencies of a longer prompt from the prompt's whole length,
+        so that prompts of different lengths could not share cache blocks. Here each token's frequencies depend on its
+        own position.
         """
         return self.max_position if self.moves else self.longest
 
     def _factor(self, s: dict[str, Any]) -> float:
-        if self.kind == "yarn" and "factor" not in s:  # said by the two lengths
+        if self.kind == "yarn" and "factor" not in s:  # the factor is the ratio of the two lengths
             return float(self.max_position / s["original_max_position_embeddings"])
         factor = float(s["factor"])
         if not 0 < factor < inf:
@@ -93,7 +97,7 @@ class RopeTable:
         return factor
 
     def inverse_frequencies(self) -> NDArray[np.float32]:
-        """(rotary_dim / 2,) radians a position."""
+        """Return the frequencies, (rotary_dim / 2,), in radians per position."""
         s = dict(self.scaling)
         inv = self.theta ** (-np.arange(self.rotary_dim // 2) * 2.0 / self.rotary_dim)
         if self.kind == "linear":
@@ -102,7 +106,7 @@ class RopeTable:
             inv = _llama3(inv, s, self._factor(s))
         elif self.kind == "yarn":
             inv = self._yarn(inv, s)
-        elif self.kind == "factors":  # one divisor a frequency
+        elif self.kind == "factors":  # one divisor per frequency
             factors = np.asarray(s["factors"], np.float64)
             if factors.shape != inv.shape:
                 raise ValueError(f"{factors.size} factors for {inv.size} frequencies")
@@ -110,10 +114,11 @@ class RopeTable:
         return inv.astype(np.float32)
 
     def frequencies_at(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(positions, rotary_dim / 2) of a scaling that `moves`: each token's are those of a context that ends with it.
+        """Return the frequencies at `positions`, (positions, rotary_dim / 2), of a scaling with `moves`.
 
-        This is what transformers does to tokens generated behind a prompt of at most the model's length. Unlike there,
-        a longer prompt's frequencies do not depend on how it is cut into steps.
+        A token's frequencies are those of a context that ends with the token. transformers computes the same for tokens
+        generated after a prompt that fits the model's length. Unlike in transformers, the frequencies of a longer
+        prompt do not depend on how it is split into steps.
         """
         s, dim = dict(self.scaling), self.rotary_dim
         factor, length = self._factor(s), self.max_position
@@ -122,7 +127,7 @@ class RopeTable:
         return np.asarray(theta[:, None] ** (-np.arange(dim // 2) * 2.0 / dim), np.float32)
 
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Factor by which cosines and sines are multiplied."""
         s = dict(self.scaling)
         if self.kind != "yarn":
             return 1.0
@@ -140,19 +145,22 @@ class RopeTable:
     def _yarn(self, inv: Frequencies, s: dict[str, Any]) -> Frequencies:
         length, dim = s.get("original_max_position_embeddings") or self.max_position, self.rotary_dim
 
-        def turning(turns: float) -> float:  # the dimension that turns so often over the original length
+        def turning(turns: float) -> float:  # the dimension that rotates `turns` times in the original length
             return dim * log(length / (turns * 2 * pi)) / (2 * log(self.theta))
 
         low, high = turning(s.get("beta_fast") or 32), turning(s.get("beta_slow") or 1)
         if s.get("truncate", True):
             low, high = floor(low), ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)  # 0: fast, kept; 1: slow, stretched
+        ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)  # 0: kept; 1: interpolated
         return np.asarray(inv / self._factor(s) * ramp + inv * (1 - ramp))
 
 
 def _kind_of(scaling: dict[str, Any]) -> str:
-    """The type, in either spelling. ModelError if there are two, or none beside numbers that only a type explains."""
+    """Return the type of a scaling, under either key.
+
+    ModelError if the two keys differ, or if there are numbers but no type.
+    """
     named = {str(scaling[key]) for key in ("rope_type", "type") if scaling.get(key) is not None}
     if len(named) > 1:
         raise ModelError(f"config.json: rope_scaling {scaling!r} names two types. Leave one of them out.")
@@ -166,5 +174,5 @@ def _kind_of(scaling: dict[str, Any]) -> str:
 def _llama3(inv: Frequencies, s: dict[str, Any], factor: float) -> Frequencies:
     turns = s["original_max_position_embeddings"] * inv / (2 * pi)
     low, high = s["low_freq_factor"], s["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow waves, stretched; 1: fast waves, kept
+    smooth = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, interpolated; 1: fast, kept
     return np.asarray(inv * (smooth + (1 - smooth) / factor))

@@ -1,4 +1,4 @@
-"""Tensor parallelism as a pass: from the program at full size to what one of several ranks runs."""
+"""Tensor parallelism as a pass: from the full-size program to the program of one rank."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _ONE_RANK = "Serve this model on one device: leave `--num-shard` out."
 
 
 def shard(program: Program, size: int) -> Program:
-    """What one of `size` ranks runs; which one shows only when weights are read.
+    """Return the program that each of `size` ranks runs. It is the same for all; only the weights they read differ.
 
-    After a column-parallel product everything is narrower, until a row-parallel one sums the ranks. ArgumentError if
-    heads or inner sizes cannot be divided. A vocabulary that cannot be divided stays whole on every rank.
+    Values after a column-parallel product are narrower, up to the row-parallel product whose results are summed over
+    the ranks. A vocabulary that is not divisible by `size` is replicated on every rank. ArgumentError if heads or inner
+    sizes are not divisible.
     """
     return program if size == 1 else _Sharder(program, size).run()
 
@@ -25,7 +26,7 @@ def shard(program: Program, size: int) -> Program:
 class _Sharder:
     def __init__(self, program: Program, size: int) -> None:
         self.program, self.size, self.tape = program, size, Tape()
-        # old buffer -> {(old start, old width): new value}: the whole, and the parts of a product
+        # Old buffer -> {(old start, old width): new value}. The keys are the whole buffer and the parts of a product.
         self.made: dict[int, dict[tuple[int, int], Value]] = {}
 
     def run(self) -> Program:
@@ -86,7 +87,7 @@ class _Sharder:
 
 
 def check_divisible(w: Weight, size: int) -> None:
-    """ArgumentError if `size` ranks cannot share `w`. Heads fewer than ranks are repeated, if evenly."""
+    """Raise ArgumentError if `size` ranks cannot share `w`. Fewer heads than ranks must divide the ranks evenly."""
     if w.shard == "row":
         if w.columns and w.columns % size:
             raise _indivisible(w, w.columns, 1, size)

@@ -1,4 +1,7 @@
-"""A matrix as stored, and how a `Weight` becomes one. A method is a file with `read(source, piece) -> Matrix`."""
+"""Stored matrices, and loading a `Weight` into one.
+
+A quantization method is a file of this package with the function `read(source, piece) -> Matrix`.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ from tokenmill.wire.messages import Progress
 
 T = TypeVar("T")
 
-_CHUNK = 1 << 17  # elements converted at a time: what a core's cache holds
+_CHUNK = 1 << 17  # elements converted at a time, so that they fit a core's cache
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """One number an element: float32, float16, float64, or uint16 holding bfloat16."""
+    """Unquantized matrix or vector: float32, float16, float64, or uint16 holding bfloat16."""
 
     array: NDArray[Any]  # (rows, columns) or a vector
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows, columns), or (elements,)"""
+        """Shape: (rows, columns), or (elements,) for a vector."""
         return self.array.shape
 
     def fill(self, out: NDArray[np.float32]) -> None:
@@ -41,17 +44,17 @@ class Dense:
             np.copyto(out, self.array, casting="same_kind")
 
     def floats(self) -> NDArray[np.float32]:
-        """A new float32 array of the numbers."""
+        """Return the numbers as a new float32 array."""
         return _filled(self)
 
     def take(self, rows: slice, columns: slice) -> Dense:
-        """A part of it; a vector has no columns."""
+        """Return a part of the matrix, without a copy. `columns` is ignored for a vector."""
         return Dense(self.array[rows, columns] if self.array.ndim == 2 else self.array[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Scales and lows as the K types of GGUF hold them: int8 codes, times a float16 for each 256 columns."""
+    """Quantized scales and minima of GGUF's K types: int8 codes, times a float16 factor per 256 columns."""
 
     scale: NDArray[np.int8]  # (rows, blocks)
     scale_factor: NDArray[np.float16]  # (rows, columns // 256)
@@ -60,11 +63,11 @@ class Levels:
 
     @property
     def per(self) -> int:
-        """Blocks that share a factor."""
+        """Number of blocks that share a factor."""
         return int(self.scale.shape[1] // self.scale_factor.shape[1])
 
     def take(self, rows: slice, blocks: slice) -> Levels | None:
-        """A part of it; None if the blocks cut what shares a factor."""
+        """Return a part of it; None if `blocks` separates blocks that share a factor."""
         start, stop, _ = blocks.indices(self.scale.shape[1])
         if start % self.per or stop % self.per:
             return None
@@ -76,11 +79,12 @@ class Levels:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Columns in blocks that share a scale: scale · (code − offset) + low.
+    """Quantized matrix in blocks of columns that share a scale: number = scale · (code − offset) + low.
 
-    4 bits: blocks of 32, code k in byte k % 16, low nibble first, codes 0…15. 5, 6 and 8 bits: one int8 a code, blocks
-    of 32 or 16; of 5 bits 0…31 if there is a low, else −16…15; of 6 bits −32…31. Scales are float16 as stored, or
-    float32 where the format's own scale is a product; of what is then told by `levels`.
+    4 bits: blocks of 32, codes 0…15, code k in byte k % 16, the first 16 codes in the low nibbles. 5, 6 and 8 bits: one
+    int8 per code, blocks of 32 or 16. Codes of 5 bits are 0…31 with a low, else −16…15; codes of 6 bits are −32…31.
+    Scales are float16 as stored. Where the format stores a scale as a product, they are float32, and `levels` holds the
+    product's terms.
     """
 
     bits: int  # 4, 5, 6 or 8
@@ -92,12 +96,12 @@ class Blocks:
 
     @property
     def block(self) -> int:
-        """Columns of a block."""
+        """Number of columns of a block."""
         return int(self.codes.shape[2]) * (2 if self.bits == 4 else 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows, columns)"""
+        """Shape: (rows, columns)."""
         return self.codes.shape[0], self.codes.shape[1] * self.block
 
     def fill(self, out: NDArray[np.float32]) -> None:
@@ -121,11 +125,11 @@ class Blocks:
             out += self.low[rows].astype(np.float32)[..., None]
 
     def floats(self) -> NDArray[np.float32]:
-        """A new float32 array of the numbers."""
+        """Return the numbers as a new float32 array."""
         return _filled(self)
 
     def take(self, rows: slice, columns: slice) -> Matrix:
-        """A part of it; Dense if the columns cut a block."""
+        """Return a part of the matrix; Dense if `columns` cuts a block."""
         start, stop, _ = columns.indices(self.shape[1])
         if start % self.block or stop % self.block:
             return Dense(self._part(rows, slice(None)).floats()[:, columns])
@@ -143,7 +147,7 @@ Matrix = Dense | Blocks
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one rank wants of one tensor."""
+    """Part of one checkpoint tensor that one rank loads."""
 
     name: str
     rows: slice
@@ -155,9 +159,10 @@ Reader = Callable[[Checkpoint, Piece], Matrix]
 
 
 def reader_of(source: Checkpoint, quantize: str = "") -> Reader:
-    """The method that a checkpoint's weights were stored by. Unsupported if there is no file for it.
+    """Return the `read` function of the method that a checkpoint is stored in.
 
-    `quantize`: a method to apply at load, as a user named it; "" for as stored.
+    `quantize`: a method to apply while loading, as the user names it; "" to keep the stored form. Raises Unsupported if
+    the method has no file here, or if the checkpoint is already quantized in another way.
     """
     stored = source.config.get("quantization_config")
     method = "gguf" if source.format == "gguf" else "none"
@@ -172,21 +177,21 @@ def reader_of(source: Checkpoint, quantize: str = "") -> Reader:
 
 
 def load(weight: Weight, source: Checkpoint, read: Reader, rank: int = 0) -> Matrix:
-    """This rank's part of `weight`, its parts stacked."""
+    """Load the part of `weight` that `rank` holds, with the weight's parts stacked."""
     loaded = [read(source, piece_of(weight, part, rank)) for part in weight.parts]
     if weight.columns:
         return stack(loaded)
     vector = np.concatenate([m.floats().reshape(-1) for m in loaded]) + np.float32(weight.add)
-    if weight.shard == "row" and rank:  # the ranks add up: a bias behind a row-parallel product is rank 0's
+    if weight.shard == "row" and rank:  # the ranks' results are summed, so only rank 0 adds the bias
         vector[:] = 0
     return Dense(vector)
 
 
 def piece_of(weight: Weight, part: Part, rank: int) -> Piece:
-    """What `rank` holds of a part."""
+    """Return the piece of `part` that `rank` holds."""
     n, start, columns = weight.local(part), part.start, slice(None)
     if weight.shard in ("column", "vocab"):
-        start += rank * part.rows // weight.ranks // n * n  # heads fewer than ranks are repeated
+        start += rank * part.rows // weight.ranks // n * n  # with fewer heads than ranks, ranks share a head
     if weight.shard == "row" and weight.columns:
         width = weight.columns // weight.ranks
         columns = slice(rank * width, (rank + 1) * width)
@@ -194,7 +199,7 @@ def piece_of(weight: Weight, part: Part, rank: int) -> Piece:
 
 
 def stack(parts: list[Matrix]) -> Matrix:
-    """One above the other, as stored if all are stored alike."""
+    """Stack matrices along the rows. The result keeps the stored form if all have the same one, else it is float32."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -239,9 +244,9 @@ def for_each(
     threads: int,
     report: Callable[[Progress], None] | None,
 ) -> dict[Weight, T]:
-    """`one` of every weight, so many at a time: numpy lets go of the interpreter.
+    """Call `one` for every weight, `threads` at a time; numpy releases the interpreter lock meanwhile.
 
-    `report` is called from this thread, with bytes of the checkpoint.
+    `report`: called from this thread with the bytes of the checkpoint read so far; None for no reports.
     """
     sizes = [sum(source.nbytes(part.name) // weight.ranks for part in weight.parts) for weight in wanted]
     done, made = 0, {}
@@ -254,10 +259,10 @@ def for_each(
 
 
 def check(weights: Iterable[Weight], source: Checkpoint) -> None:
-    """Compare the tensors that a program names with the checkpoint's headers.
+    """Check the tensors that a program names against the checkpoint's headers.
 
-    ModelError names the first that is missing, of another size, or there for nothing although it belongs to what the
-    program computes.
+    Raises ModelError with the first tensor that is missing, has another shape, or belongs to a layer of the program but
+    is not read by it.
     """
     weights, wanted = list(weights), dict[str, int]()
     for weight in weights:

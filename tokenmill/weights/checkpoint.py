@@ -1,7 +1,7 @@
-"""A checkpoint: named tensors as raw rows over the mapped file, without a copy and without torch.
+"""Read checkpoints: named tensors as raw rows of a memory-mapped file, without copies and without torch.
 
-`Safetensors` is a folder of .safetensors files with config.json; `gguf.Gguf` is the other kind. Files are hostile until
-their header was checked: sizes, offsets and names are compared with the file before anything is believed.
+`Safetensors` reads a folder of .safetensors files with config.json; `gguf.Gguf` reads a GGUF file. Files are untrusted:
+sizes, offsets and names in a header are checked against the file before use.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _MAX_DIMS = 8
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor as the file holds it.
+    """Tensor in the form that the file stores.
 
-    `data` is (rows, bytes of a row), read-only and over the mapped file where possible; a vector has one element a row.
+    `data`: (rows, bytes per row), read-only, a view of the mapped file if possible. A vector has one element per row.
     """
 
     name: str
@@ -43,47 +43,47 @@ class Stored:
 
 
 class Checkpoint(Protocol):
-    """Tensors by transformers' names, and the model's config.json (or what stands for it)."""
+    """Checkpoint: tensors by transformers' names, and the model's config.json or its equivalent."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json's content."""
+        """Content of config.json."""
 
     @property
     def format(self) -> str:
-        """As in `ModelSource`."""
+        """File format, as in `ModelSource`."""
 
     def names(self) -> Iterator[str]:
-        """All tensors."""
+        """Return the names of all tensors."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """What the header says of a tensor; None if there is none of this name."""
+        """Return the shape of a tensor, from the header; None if there is no tensor of this name."""
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the file."""
+        """Return the size of a tensor in the file, in bytes."""
 
     def __getitem__(self, name: str) -> Stored:
-        """The tensor; ModelError if there is none of this name."""
+        """Return the tensor. ModelError if there is no tensor of this name."""
 
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:
-    """Open either format and check its headers; reads no tensor. ModelError if a file is not what it says."""
+    """Open a checkpoint of either format and check its headers; reads no tensor. ModelError if a file is invalid."""
     if source.format == "gguf":
-        from tokenmill.weights.gguf import Gguf  # imports this file
+        from tokenmill.weights.gguf import Gguf  # here, because gguf.py imports this file
 
         return Gguf(source.path, strings=False)
     return Safetensors(source.path)
 
 
 def model_config(source: ModelSource) -> dict[str, Any]:
-    """config.json, or the same made of a GGUF file's metadata."""
+    """Read config.json, or derive its equivalent from a GGUF file's metadata."""
     if source.format == "gguf":
         return open_checkpoint(source).config
     return read_json(Path(source.path) / "config.json")
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
-    """The file's bytes, mapped read-only. ModelError with the cure if it is unreadable, empty, or a Git LFS pointer."""
+    """Map a file read-only, as bytes. ModelError with the remedy if it is unreadable, empty, or a Git LFS pointer."""
     refuse_pointer(path)
     try:
         return np.memmap(path, np.uint8, "r")
@@ -105,9 +105,9 @@ class _Entry:
 
 
 class Safetensors:
-    """A folder of .safetensors files, one or sharded with an index.
+    """Checkpoint in a folder: one .safetensors file, or several with an index.
 
-    A tensor that the index lists and its file lacks is an error when it is asked for.
+    A tensor that the index lists but its file lacks raises ModelError on access, not on opening.
     """
 
     format = "safetensors"
@@ -144,23 +144,23 @@ class Safetensors:
             )
 
     def names(self) -> Iterator[str]:
-        """All tensors."""
+        """Return the names of all tensors."""
         return iter(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """What the header says of a tensor; None if there is none of this name."""
+        """Return the shape of a tensor, from the header; None if there is no tensor of this name."""
         entry = self._entries.get(name)
         if name in self._lost:
             raise self._missing(name)
         return None if entry is None else entry.shape
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the file."""
+        """Return the size of a tensor in the file, in bytes."""
         entry = self._entries[name]
         return entry.stop - entry.start
 
     def __getitem__(self, name: str) -> Stored:
-        """The tensor; ModelError if there is none of this name."""
+        """Return the tensor. ModelError if there is no tensor of this name."""
         entry = self._entries.get(name)
         if entry is None:
             raise self._missing(name)
@@ -179,12 +179,12 @@ class Safetensors:
 
 
 def _of_whole_model(name: str) -> str:
-    """The name that a tensor of a bare model, saved without its head, has in the whole one."""
+    """Return the full model's name of a tensor from a checkpoint that was saved without the output layer."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def read_header(path: Path) -> dict[str, _Entry]:
-    """A .safetensors file's tensors by name, all of them checked to lie within the file and beside each other."""
+    """Read the header of a .safetensors file: its tensors by name, checked to lie within the file without overlap."""
     mapped = map_file(path)
     if len(mapped) < 8:
         raise ModelError(f"{path} is cut off: {len(mapped)} bytes are no safetensors file. Download the file again.")
@@ -230,7 +230,7 @@ def _entry(path: Path, name: str, info: Any, mapped: NDArray[np.uint8], base: in
 
 
 def _sizes(value: Any) -> list[int] | None:
-    """`value` if it is a list of sizes."""
+    """Return `value` if it is a list of sizes, else None."""
     if isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value):
         return value
     return None

@@ -1,1 +1,1 @@
-"""What crosses a process border: typed messages and the channels that carry them. No torch, no HTTP."""
+"""Inter-process communication: typed messages and the channels that carry them. Imports neither torch nor HTTP."""
