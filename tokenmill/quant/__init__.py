@@ -1,1 +1,1 @@
-"""Quantizations, one file each: what it reads of a checkpoint as a Matrix. No torch."""
+"""Quantization methods, one file each, that read tensors of a checkpoint as a Matrix. They do not import torch."""

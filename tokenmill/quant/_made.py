@@ -1,4 +1,4 @@
-"""What the methods that quantize while loading share."""
+"""Functions shared by the methods that quantize while loading."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from tokenmill.quant import none
 from tokenmill.quant.base import Blocks, Dense, Matrix, Piece
 from tokenmill.weights.checkpoint import Checkpoint
 
-BLOCK = 32  # columns that share a scale
-_CHUNK = 1 << 18  # numbers quantized at a time: what a core's cache holds
+BLOCK = 32  # number of columns that share a scale
+_CHUNK = 1 << 18  # numbers quantized at a time, so that they fit a core's cache
 
 Floats = NDArray[np.float32]
 
 
 def read(source: Checkpoint, piece: Piece, make: Callable[[Floats], Blocks]) -> Matrix:
-    """The piece through `make`, which gets (rows, blocks, 32); as stored if it is a vector or has no whole blocks."""
+    """Read a piece and quantize it with `make`, a function of (rows, blocks, 32).
+
+    A vector, or a matrix whose columns are not whole blocks, stays as stored.
+    """
     stored = none.read(source, piece)
     rows, columns = stored.shape if isinstance(stored, Dense) and len(stored.shape) == 2 else (0, 1)
     if not isinstance(stored, Dense) or columns % BLOCK:
@@ -38,7 +41,7 @@ def read(source: Checkpoint, piece: Piece, make: Callable[[Floats], Blocks]) -> 
 
 
 def rounded(scale: Floats) -> tuple[NDArray[np.float16], Floats]:
-    """Scales as they will be stored, and what to multiply numbers with to get codes: 0 where the scale is."""
+    """Return the scales as stored, and the factors from numbers to codes: the reciprocals, or 0 where a scale is 0."""
     stored = np.minimum(scale, np.float32(65504)).astype(np.float16)
     wide = stored.astype(np.float32)
     return stored, np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)

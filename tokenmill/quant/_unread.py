@@ -1,4 +1,7 @@
-"""Tensors of a checkpoint that a program does not read: what they would have changed is refused, the rest is told."""
+"""Check for tensors of a checkpoint that a program does not read.
+
+A tensor that would change the results is an error; any other is logged.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from tokenmill.weights.checkpoint import Checkpoint
 _LAYER = re.compile(r".*?\.\d+\.")
 _HEAD = "lm_head.weight"
 _NO_WEIGHT = re.compile(r".*(\.rotary_emb\.\w+|\.((kv?|v|q|output|prob_output)_scale))")
-"""Frequencies that old versions of transformers stored, and scales of a quantized cache."""
+"""Tensors that are not weights: frequencies stored by old versions of transformers, scales of a quantized cache."""
 
 
 _log = logging.getLogger(__name__)
 
 
 def warn_of_unread(weights: Iterable[Weight], source: Checkpoint) -> None:
-    """Log what the checkpoint has and the model does not read; ModelError as `unread`."""
+    """Log the tensors that the model does not read. Raises ModelError as `unread` does."""
     weights = list(weights)
     names = {part.name for weight in weights for part in weight.parts}
     table = next((weight.name for weight in weights if weight.table), "")
@@ -36,11 +39,11 @@ def warn_of_unread(weights: Iterable[Weight], source: Checkpoint) -> None:
 
 
 def unread(wanted: Set[str], source: Checkpoint) -> list[str]:
-    """The tensors beside those of `wanted` that a model computed without them does not need, such as another head.
+    """Return the tensors that are not in `wanted` and do not change the results, such as those of another head.
 
-    ModelError names one that belongs to what the program computes: to a layer, or to a product, norm or table of it.
-    Of a GGUF file that is every one, as for llama.cpp. A bias of zeros counts as none. Tensors of a quantization method
-    are up to the method.
+    Raises ModelError with a tensor that belongs to something that the program computes: to a layer, or to one of its
+    products, norms or tables. For a GGUF file, as in llama.cpp, every tensor does. A bias of zeros is ignored. Tensors
+    of a quantization method are checked by the method.
     """
     if source.config.get("quantization_config") is not None:
         return []
@@ -64,7 +67,7 @@ def unread(wanted: Set[str], source: Checkpoint) -> list[str]:
 
 
 def another_head(wanted: Set[str], table: str, source: Checkpoint) -> bool:
-    """True if a tied model's checkpoint has an output matrix of its own that differs from the embedding `table`."""
+    """Return True if a tied model's checkpoint has an output matrix that differs from the embedding `table`."""
     if _HEAD in wanted or source.shape(_HEAD) is None:
         return False
     own, tied = source[_HEAD], source[table]
@@ -72,7 +75,7 @@ def another_head(wanted: Set[str], table: str, source: Checkpoint) -> bool:
 
 
 def cure_of_missing(name: str, source: Checkpoint) -> str:
-    """What to do about a tensor that the checkpoint lacks, with a blank before it; "" if nothing is known."""
+    """Return the remedy for a missing tensor as a sentence after a space; "" if there is no known remedy."""
     if name == _HEAD:
         return (
             " If the embedding is the output matrix too, set tie_word_embeddings to true in config.json; transformers "

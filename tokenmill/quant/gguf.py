@@ -1,7 +1,7 @@
-"""GGUF's types, as they are: nothing is quantized again.
+"""Read GGUF's quantized types without quantizing them again.
 
-Types of one scale per 32 columns stay `Blocks` whose scales are views of the file; the K types (defined by llama.cpp's
-ggml-quants.c) have superblocks of 256 whose scales are products, so theirs become float32.
+Types with one scale per 32 columns become `Blocks` whose scales are views of the file. The K types (defined by
+llama.cpp's ggml-quants.c) have superblocks of 256 columns whose scales are products, so they become float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 
 
 def read(source: Checkpoint, piece: Piece) -> Matrix:
-    """The piece: `Dense` of float types, else `Blocks`."""
+    """Read a piece: `Dense` for float types, else `Blocks`."""
     stored = source[piece.name]
     unpack = UNPACK.get(stored.kind)
     if unpack is None or not piece.weight.columns:
@@ -31,7 +31,7 @@ def read(source: Checkpoint, piece: Piece) -> Matrix:
 
 
 def _half(raw: Bytes) -> NDArray[np.float16]:
-    """(…, 2) bytes -> (…)"""
+    """Reinterpret bytes as float16: (…, 2) -> (…)."""
     return np.ascontiguousarray(raw).view(np.float16)[..., 0]
 
 
@@ -48,7 +48,7 @@ def _q8_0(raw: Bytes) -> Blocks:
 
 
 def _five_bits(high: Bytes, low: Bytes) -> NDArray[np.int8]:
-    """(…, 4) fifth bits and (…, 16) nibbles -> (…, 32) codes 0…31"""
+    """Combine fifth bits, (…, 4) bytes, and nibbles, (…, 16) bytes, to codes 0…31, (…, 32)."""
     bits = np.unpackbits(np.ascontiguousarray(high), axis=-1, bitorder="little")
     codes = np.concatenate([low & 15, low >> 4], -1) | bits << np.uint8(4)
     return np.asarray(codes).view(np.int8)
@@ -63,10 +63,12 @@ def _q5_1(raw: Bytes) -> Blocks:
 
 
 def _scales(raw: Bytes) -> tuple[Floats, Floats, Levels]:
-    """(rows, superblocks, 16: scale, least, 12 packed bytes) -> scale and low of each 32: (rows, 8 superblocks)
+    """Unpack the scales and minima of superblocks.
 
-    Six bits each: bytes 0…3 the first four scales, 4…7 the first four minima, with the high bits of the last four above
-    them, whose low nibbles are in bytes 8…11.
+    `raw`: (rows, superblocks, 16 bytes): factor of the scales, factor of the minima, 12 packed bytes. Returns the scale
+    and the low of each block of 32 columns, (rows, 8 · superblocks), and their terms. Scales and minima have six bits.
+    The low six bits of packed bytes 0…3 are the first four scales, those of bytes 4…7 the first four minima. Of the
+    last four, the low nibbles are in bytes 8…11, and the high bits are the top two bits of bytes 0…7.
     """
     packed = raw[..., 4:16]
     a, b, c = packed[..., :4], packed[..., 4:8], packed[..., 8:]
@@ -84,7 +86,7 @@ def _scales(raw: Bytes) -> tuple[Floats, Floats, Levels]:
 
 def _q4_k(raw: Bytes) -> Blocks:
     scale, low, levels = _scales(raw)
-    q = raw[..., 16:].reshape(*raw.shape[:2], 4, 32)  # low nibbles: 32 columns, high nibbles: the next 32
+    q = raw[..., 16:].reshape(*raw.shape[:2], 4, 32)  # low nibbles hold 32 columns, high nibbles the next 32
     first, second = (n[..., :16] | n[..., 16:] << np.uint8(4) for n in (q & 15, q >> 4))
     codes = np.stack([first, second], -2)  # (rows, superblocks, 4, 2, 16)
     return Blocks(4, codes.reshape(len(raw), -1, 16), scale, low, levels=levels)
@@ -94,7 +96,7 @@ def _q5_k(raw: Bytes) -> Blocks:
     scale, low, levels = _scales(raw)
     fifth, q = raw[..., 16:48], raw[..., 48:].reshape(*raw.shape[:2], 4, 32)
     nibbles = np.stack([q & 15, q >> 4], -2).reshape(*raw.shape[:2], 8, 32)
-    bit = np.arange(8, dtype=np.uint8)[:, None]  # bit i of byte j: column j of the i-th 32
+    bit = np.arange(8, dtype=np.uint8)[:, None]  # bit i of byte j belongs to column j of block i
     codes = nibbles | ((fifth[..., None, :] >> bit) & 1) << np.uint8(4)
     return Blocks(5, codes.view(np.int8).reshape(len(raw), -1, 32), scale, low, levels=levels)
 
@@ -103,7 +105,7 @@ def _q6_k(raw: Bytes) -> Blocks:
     low = raw[..., :128].reshape(*raw.shape[:2], 2, 1, 64)
     high = raw[..., 128:192].reshape(*raw.shape[:2], 2, 1, 32)
     nibbles = np.concatenate([low & 15, low >> 4], -2).reshape(*raw.shape[:2], 2, 4, 32)
-    pairs = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3  # two bits a column, four groups of 32 a byte
+    pairs = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3  # two bits per column, four blocks per byte
     codes = (nibbles | pairs << np.uint8(4)).view(np.int8) - np.int8(32)
     of_scale, factor = raw[..., 192:208].view(np.int8), _half(raw[..., 208:])
     scale = of_scale * factor.astype(np.float32)[..., None]
@@ -122,4 +124,4 @@ UNPACK: dict[str, Callable[[Bytes], Blocks]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
-"""How (rows, blocks or superblocks, their bytes) of each type become Blocks."""
+"""GGUF type -> function from (rows, blocks or superblocks, bytes of one) to Blocks"""

@@ -1,9 +1,9 @@
-"""int4 made while loading: float weights in blocks of 32 columns with a float16 scale and a float16 lowest value each.
+"""Quantize float weights to int4 while loading, in blocks of 32 columns with a float16 scale and minimum each.
 
-Codes come from the block's range; scale and lowest value are then fitted to the codes by least squares, which lowers
-the error from 7.8 % to 7.5 % on normally distributed weights (root of the mean square, relative). Tables that are
-looked up by row, and output layers tied to them, get int8: they need it most and take part in a step least. Norms
-and biases stay as they are.
+Codes are computed from the block's range. Scale and minimum are then fitted to the codes by least squares, which lowers
+the relative root-mean-square error on normally distributed weights from 7.8 % to 7.5 %. Embedding tables, and output
+layers tied to them, are quantized to int8: they lose most accuracy and take the smallest part of a step. Norms and
+biases stay as stored.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tokenmill.weights.checkpoint import Checkpoint
 
 
 def read(source: Checkpoint, piece: Piece) -> Matrix:
-    """The piece, quantized if it is a matrix of whole blocks."""
+    """Read a piece, and quantize it if it is a matrix whose columns are whole blocks."""
     return _made.read(source, piece, int8.blocks if piece.weight.table else blocks)
 
 
 def blocks(x: Floats) -> Blocks:
-    """(rows, blocks, 32) -> codes 0…15"""
+    """Quantize x, (rows, blocks, 32), to codes 0…15."""
     low = x.min(-1)
     codes = _codes(x, low, (x.max(-1) - low) / np.float32(15))
     scale, low = _fitted(x, codes)
     stored, low16 = _made.rounded(scale)[0], np.clip(low, -65504, 65504).astype(np.float16)
-    # once more with the numbers as they are stored, so that rounding them costs nothing but what it must
+    # Compute the codes again from the rounded scale and minimum, so that the codes compensate the rounding.
     codes = _codes(x, low16.astype(np.float32), stored.astype(np.float32))
     nibbles = codes.astype(np.uint8)
     return Blocks(4, nibbles[..., :16] | nibbles[..., 16:] << np.uint8(4), stored, low16)
@@ -40,7 +40,7 @@ def _codes(x: Floats, low: Floats, scale: Floats) -> Floats:
 
 
 def _fitted(x: Floats, codes: Floats) -> tuple[Floats, Floats]:
-    """The scale and lowest value with the least squared error."""
+    """Return the scale and minimum that minimize the squared error for given codes."""
     mean_x, mean_code = x.mean(-1), codes.mean(-1)
     away = codes - mean_code[..., None]
     spread = np.square(away).sum(-1)

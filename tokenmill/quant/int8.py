@@ -1,7 +1,7 @@
-"""int8 made while loading: float weights in blocks of 32 columns with a float16 scale each.
+"""Quantize float weights to int8 while loading, in blocks of 32 columns with a float16 scale each.
 
-A number is off by at most half of 1/127 of its block's largest: on normally distributed weights 0.5 % (root of the
-mean square, relative), like GGUF's Q8_0. Norms and biases stay as they are.
+The error is at most 1/254 of the block's largest magnitude. On normally distributed weights, the relative
+root-mean-square error is 0.5 %, as with GGUF's Q8_0. Norms and biases stay as stored.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tokenmill.weights.checkpoint import Checkpoint
 
 
 def read(source: Checkpoint, piece: Piece) -> Matrix:
-    """The piece, quantized if it is a matrix of whole blocks."""
+    """Read a piece, and quantize it if it is a matrix whose columns are whole blocks."""
     return _made.read(source, piece, blocks)
 
 
 def blocks(x: Floats) -> Blocks:
-    """(rows, blocks, 32) -> codes −127…127"""
+    """Quantize x, (rows, blocks, 32), to codes −127…127."""
     scale, inverse = _made.rounded(np.abs(x).max(-1) / np.float32(127))
     codes = np.clip(np.rint(x * inverse[..., None]), -127, 127).astype(np.int8)
     return Blocks(8, codes, scale)

@@ -1,4 +1,4 @@
-"""Not quantized: float32, float16 or bfloat16, as stored."""
+"""Read unquantized weights, float32, float16 or bfloat16, as stored."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.flo
 
 
 def read(source: Checkpoint, piece: Piece) -> Matrix:
-    """The piece, a view of the file."""
+    """Read a piece as a view of the file."""
     return dense(source[piece.name], piece)
 
 
 def dense(stored: Stored, piece: Piece) -> Dense:
-    """A tensor of floats. Unsupported for another kind."""
+    """Return the piece of a stored float tensor. Raises Unsupported for another type."""
     if stored.kind not in _TYPES:
         raise Unsupported("type of weights", stored.kind, _TYPES, f"It is what {stored.name!r} is stored in.")
     rows = np.ascontiguousarray(stored.data).view(_TYPES[stored.kind])

@@ -1,1 +1,1 @@
-"""Where weights come from: the Hub, the embedded model, safetensors and GGUF files. No torch but in convert.py."""
+"""Sources of weights: the Hub, the embedded model, safetensors and GGUF files. Only convert.py imports torch."""

@@ -1,8 +1,8 @@
-"""Which of a model's files are its weights: one rule for folders on this machine and repositories on the Hub.
+"""Choose the weight files among a model's files, by one rule for local folders and repositories on the Hub.
 
-The order is transformers': model.safetensors, the files that its index names, pytorch_model.bin, the files that its
-index names. Where it would find nothing, other .safetensors files, GGUF files and single variants follow. A name after
-the model's own (`owner/name:Q4_K_M`) selects a GGUF file. Names are all that is looked at here.
+The order is that of transformers: model.safetensors, the files in its index, pytorch_model.bin, the files in its index.
+If there are none of these, other .safetensors files, GGUF files and single variants follow. A name after the model's
+(`owner/name:Q4_K_M`) selects a GGUF file. The choice depends on file names only; no file is opened.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The files that hold a model's weights.
+    """Files that hold a model's weights.
 
     `format`: "safetensors", "pickled", "gguf", or "adapter" if there is only an adapter to another model. `files`:
-    names relative to the folder; of a GGUF model the parts in order; empty where `index`, a file's name, lists them.
+    names relative to the folder, for a GGUF model its parts in order; empty if `index` is set. `index`: name of the
+    index file that lists the weights; "" if there is none.
     """
 
     format: str
@@ -43,24 +44,24 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class FileSet:
-    """Files that are parts of one whole, or a single file. `missing`: names of parts that are not there."""
+    """Parts of one split file, or a single file. `missing`: names of absent parts."""
 
-    label: str  # the name without the number of a part and without suffix
+    label: str  # name without part number and suffix
     files: tuple[str, ...]
     missing: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The file's name, of several parts the first one's."""
+        """Name of the file, or of the first part."""
         return self.files[0]
 
 
 def choose(names: Iterable[str], where: str, wanted: str = "", explicit: str = "") -> Weights:
     """Choose the weights among `names`, paths relative to the model's folder or repository.
 
-    `where`: the model as the user gives it, for messages. `wanted`: a GGUF file's name or a part of it, as "Q4_K_M", or
-    "" for no choice. `explicit`: the file that config.json names as its "transformers_weights", or "".
-    Raises ModelError with the cure if there are none, if parts are missing, or if the choice is open.
+    `where`: the model as the user gives it, for messages. `wanted`: name of a GGUF file or a part of it, such as
+    "Q4_K_M"; "" for none. `explicit`: the file that config.json names as "transformers_weights"; "" for none.
+    Raises ModelError with the remedy if there are no weights, if parts are missing, or if the choice is ambiguous.
     """
     names = sorted(names)
     ggufs = _gguf_sets(names)
@@ -86,7 +87,7 @@ def choose(names: Iterable[str], where: str, wanted: str = "", explicit: str = "
 
 
 def indexed_files(content: Mapping[str, Any], index: str) -> dict[str, str]:
-    """Return an index's map of tensors to file names. ModelError if it has none, or names files elsewhere."""
+    """Return an index's map of tensors to file names. ModelError if it has none, or names files in other folders."""
     listed = content.get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise ModelError(f'{index} has no "weight_map" of file names. Download the file again.')
@@ -97,7 +98,7 @@ def indexed_files(content: Mapping[str, Any], index: str) -> dict[str, str]:
 
 
 def parts_of(name: str) -> list[str]:
-    """All parts of a split file by the name of one of them, in order; the name alone if it is no part."""
+    """Return the names of all parts of a split file, in order, given one of them; `name` alone if it is not a part."""
     match = _PART.fullmatch(name)
     if not match or not 1 <= int(match["number"]) <= int(match["count"]):
         return [name]
@@ -105,7 +106,7 @@ def parts_of(name: str) -> list[str]:
 
 
 def file_sets(names: Iterable[str]) -> list[FileSet]:
-    """Group files by the whole that they are parts of."""
+    """Group names by the split file that they are parts of."""
     parts: dict[tuple[str, str, str], list[re.Match[str]]] = {}
     found: list[FileSet] = []
     for name in sorted(names):
@@ -145,7 +146,7 @@ def _explicit(name: str, top: set[str], where: str) -> Weights:
 
 
 def _together(names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Files without an index: the one whole set of parts, or all single files."""
+    """Choose among files without an index: the only complete set of parts, or all single files."""
     sets = file_sets(names)
     whole = [each for each in sets if not each.missing]
     if not whole:
@@ -158,7 +159,7 @@ def _together(names: Sequence[str], where: str) -> tuple[str, ...]:
 
 
 def _last_resort(top: set[str], own: Sequence[str], where: str) -> Weights | None:
-    """A single variant or Mistral's own file, where nothing else is there."""
+    """Choose a single variant or Mistral's own file, if there are no other weights."""
     indexes = [
         name for name in top if re.fullmatch(r"(model\.safetensors|pytorch_model\.bin)\.index\.[\w-]+\.json", name)
     ]
@@ -179,7 +180,7 @@ def _last_resort(top: set[str], own: Sequence[str], where: str) -> Weights | Non
 
 
 def _gguf_sets(names: Iterable[str]) -> list[FileSet]:
-    """GGUF models among the files: projectors of images and calibration data are none."""
+    """Group the GGUF models among the files, leaving out image projectors and calibration data."""
     models = []
     for name in names:
         base = name.rpartition("/")[2].lower()

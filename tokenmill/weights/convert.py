@@ -1,7 +1,7 @@
-"""Pickled weights to safetensors: `python -m tokenmill.weights.convert FOLDER`. The only place that unpickles.
+"""Convert pickled weights to safetensors: `python -m tokenmill.weights.convert FOLDER`.
 
-It runs in a process of its own, reads with `weights_only=True` (tensors, no code), and writes one .safetensors file
-beside each file of the weights, and the index if there are several.
+Invariant: no other module unpickles. The conversion runs in its own process, reads with `weights_only=True` (tensors,
+no code), and writes one .safetensors file next to each pickled file, and an index if there are several.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _METADATA = {"format": "pt"}
 
 
 def convert_folder(folder: Path) -> list[Path]:
-    """Convert the pickled weights of `folder`; returns what was written. Names are unique over all files.
+    """Convert the pickled weights of `folder` and return the files written. Tensor names are unique over all files.
 
-    A tensor that shares its memory with one written before (tied weights) is left out: readers know it as tied. A file
-    appears whole or not at all.
+    A tensor that shares memory with one already written is left out, because readers treat it as tied. Each file is
+    written atomically.
     """
     weights = weights_in(folder)
     if weights.format != "pickled":

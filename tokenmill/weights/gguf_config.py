@@ -1,4 +1,4 @@
-"""From a GGUF file's metadata to what config.json would say."""
+"""Derive the equivalent of config.json from a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """general.architecture -> model_type"""
 
 _NOT_NUMBERS = ("vocab_size", "tensor_data_layout", "pooling_type", "rope.scaling.finetuned", "expert_used_count")
-"""Keys of an architecture that do not change what a model computes."""
+"""Keys of an architecture that do not change the results of a model."""
 
 _OF_NUMBERS = re.compile(r"attention\.|rope\.|scale|softcap|parallel|norm|act(ivation)?$|expert")
-"""Keys that may, by the names that llama.cpp has for them."""
+"""Keys that may change the results, by llama.cpp's naming."""
 
 _log = logging.getLogger(__name__)
 
@@ -25,10 +25,11 @@ _log = logging.getLogger(__name__)
 def config_of(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: list[float] | None, path: str
 ) -> dict[str, Any]:
-    """`shapes`: of all tensors by the file's names. `rope_factors`: the tensor rope_freqs.weight, if there.
+    """Derive the equivalent of config.json.
 
-    Unsupported or ModelError, with the key, for what llama.cpp refuses as well, and for keys that would change numbers
-    in a way that is not computed here. A key of the architecture that is not known is logged.
+    `shapes`: shapes of all tensors, by the file's names. `rope_factors`: content of the tensor rope_freqs.weight; None
+    if there is none. Raises Unsupported or ModelError, with the key, for values that llama.cpp also refuses, and for
+    keys that would change the results in an unsupported way. Other unknown keys of the architecture are logged.
     """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
@@ -70,26 +71,26 @@ def config_of(
         "mlp_bias": has_bias(shapes, "ffn"),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_ids(metadata),
-        "torch_dtype": "float16",  # nobody says; what its scales are in
+        "torch_dtype": "float16",  # not in the metadata; the type of the scales
     }
     read.refuse_others()
     return config
 
 
 def has_bias(names: Iterable[str], group: str) -> bool:
-    """True if a tensor of any layer is a bias of attention ("attn") or of a feed-forward layer ("ffn")."""
+    """Return True if any layer has a bias in `group`: "attn" (attention) or "ffn" (feed-forward)."""
     return any(re.fullmatch(rf"blk\.\d+\.{group}_\w+\.bias", name) for name in names)
 
 
 class _Reader:
-    """Keys of one architecture, and which of them were asked for."""
+    """Accessor of one architecture's keys that records which of them were read."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str, path: str) -> None:
         self.metadata, self.architecture, self.path = metadata, architecture, path
         self._seen = set(_NOT_NUMBERS)
 
     def __call__(self, key: str, default: Any = None) -> Any:
-        """The key's value, or the default; ModelError if there is neither."""
+        """Return the key's value, or the default; ModelError if there is neither."""
         self._seen.add(key)
         found = self.metadata.get(f"{self.architecture}.{key}", default)
         if found is None:
@@ -97,7 +98,7 @@ class _Reader:
         return found
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A positive whole number, of all layers: a list by layer has to hold the same one for each."""
+        """Return a positive integer. A list with one number per layer must hold the same number for each."""
         found = self(key, default)
         if isinstance(found, list):
             layers = self("block_count")
@@ -113,7 +114,7 @@ class _Reader:
         return found
 
     def refuse_others(self) -> None:
-        """Refuse a key that was not asked for and may change numbers; log one that is not known."""
+        """Raise Unsupported for an unread key that may change the results; log any other unread key."""
         prefix, unknown = f"{self.architecture}.", []
         for name, value in self.metadata.items():
             key = name.removeprefix(prefix)
@@ -133,14 +134,14 @@ class _Reader:
 
 
 def _neutral(key: str, value: Any) -> bool:
-    """True of a value that changes nothing."""
+    """Return True for a value that does not change the results."""
     if key == "attention.causal":
         return value is True
     return value in (0, "", None) or (key.endswith(("scale", "factor")) and value == 1)
 
 
 def _rope_scaling(read: _Reader, factors: list[float] | None) -> dict[str, Any] | None:
-    """llama.cpp's reading: without a type a factor is linear, and a tensor of factors divides besides."""
+    """Return the RoPE scaling as llama.cpp reads it: linear by default, and combined with a tensor of factors."""
     kind = read("rope.scaling.type", "linear")
     factor = read("rope.scaling.factor", read("rope.scale_linear", 0.0)) or 1.0
     extra = read("rope.scaling.attn_factor", 0.0) or 1.0
@@ -152,19 +153,19 @@ def _rope_scaling(read: _Reader, factors: list[float] | None) -> dict[str, Any] 
         raise ModelError(f"{read.path}: rope.scaling.factor is {factor!r}, not a number above 0.")
     if kind != "yarn" and extra != 1:
         raise Unsupported("GGUF key", "rope.scaling.attn_factor", (), f"It is {extra!r}, without yarn scaling.")
-    if factors is not None:  # how llama.cpp's converter writes Llama 3's scaling
+    if factors is not None:  # llama.cpp's converter stores Llama 3's scaling in this form
         if kind == "yarn" and factor != 1:
             raise Unsupported("rope scaling", "yarn beside rope_freqs.weight", ("none", "linear"))
         return {"rope_type": "factors", "factors": [f * (factor if kind == "linear" else 1) for f in factors]}
     if kind == "none" or (factor == 1 and kind == "linear"):
         return None
     context = read("context_length")
-    if kind == "linear":  # context_length is the stretched one, unless both are told
+    if kind == "linear":  # context_length is the scaled length unless both are given
         original = original or context / factor
         return {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": original}
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original or context}
     scaling |= {key: value for key, value in betas.items() if value}
-    if extra != 1:  # theirs is on top of YaRN's own, transformers' in its place
+    if extra != 1:  # it multiplies YaRN's factor in llama.cpp, but replaces it in transformers
         scaling["attention_factor"] = extra * (0.1 * log(factor) + 1.0 if factor > 1 else 1.0)
     return scaling
 

@@ -1,8 +1,8 @@
-"""Models on the Hugging Face Hub, or in a folder: get what serving needs onto the disk and say where it is.
+"""Locate a model on the Hugging Face Hub or in a folder, and download the files that serving needs.
 
-What is fetched: config, tokenizer and template files, and the weights that `choice` names, no others. Pickled weights
-are converted in a process of their own. The Hub's own cache layout is kept, so other tools see the same files, and
-nothing is written into a cache that has all that is needed.
+These are config, tokenizer and template files, and the weights that `choice` selects. Pickled weights are converted in
+a separate process. Downloads use the Hub's own cache layout, so other tools share the files. A complete cache is not
+written to.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class HubAccess:
-    """How to reach the Hub. `token`: "" for none. `cache`: the folder of its cache."""
+    """Access to the Hub. `token`: "" for none. `cache`: folder of the Hub's cache."""
 
     cache: Path
     token: str
@@ -64,11 +64,10 @@ class HubAccess:
 def resolve(
     model_id: str, *, revision: str, cache_dir: str, token: str, offline: bool, report: Report, convert: bool = True
 ) -> ModelSource:
-    """The model on disk. `model_id`: a folder, a file, or a name on the Hub; what is missing is downloaded unless
-    `offline`.
+    """Return the model on disk, downloading missing files unless `offline`.
 
-    Weights that are only there pickled are converted if `convert`. Blocks as long as all that takes and reports bytes.
-    DownloadError or ModelError with the cure.
+    `model_id`: a folder, a file, or a name on the Hub. `convert`: True to convert weights that exist only in pickled
+    form. `report`: called with the bytes so far. Blocks. Raises DownloadError or ModelError with the remedy.
     """
     here = on_this_machine(model_id)
     if here is not None:
@@ -84,7 +83,7 @@ def resolve(
 
 
 def wanted_files(names: Iterable[str], weights: Weights) -> list[str]:
-    """Of a repository's files those that serving needs, in order: `weights` and the small files beside."""
+    """Select the files of a repository that serving needs, in order: `weights`, and the small files next to them."""
     small = [name for name in names if _SMALL.fullmatch(name) and not _NOT_SMALL.search(name)]
     index = [weights.index] if weights.index else []
     return sorted({*small, *index, *weights.files})
@@ -108,14 +107,14 @@ def _access(cache_dir: str, token: str) -> HubAccess:
 
 
 def _endpoint() -> str:
-    """The Hub's address, or a mirror's from HF_ENDPOINT; set but empty it counts as not set."""
+    """Return the Hub's address, or the mirror's in HF_ENDPOINT. An empty variable counts as unset."""
     from huggingface_hub import constants
 
     return _clean(constants.ENDPOINT).rstrip("/") or "https://huggingface.co"
 
 
 def _clean(value: str) -> str:
-    """A setting without the white space and quotes that files of variables leave around it."""
+    """Strip the white space and quotes that env files may leave around a value."""
     return value.strip().strip("'\"").strip()
 
 
@@ -129,7 +128,7 @@ def _revision(name: HubName, revision: str) -> str:
 
 
 class _Model:
-    """A model of the Hub at one revision ("": the main branch)."""
+    """Model on the Hub at one revision ("": the main branch)."""
 
     def __init__(self, name: HubName, revision: str, access: HubAccess) -> None:
         self.name, self.revision, self.access = name, revision, access
@@ -137,11 +136,11 @@ class _Model:
         self.target = Target(name.repo, revision, access.endpoint, bool(access.token))
 
     def cached_offline(self) -> Path:
-        """The snapshot in the cache. DownloadError says what is missing and which command completes it."""
+        """Return the snapshot in the cache. DownloadError names the missing files and the command that gets them."""
         return self._cached("The network may not be used (offline).")
 
     def fetched(self, report: Report) -> Path:
-        """The newest snapshot of the revision, downloaded where need be; the cached one if that cannot be had."""
+        """Return the newest snapshot of the revision, downloading missing files; the cached one if the Hub fails."""
         try:
             sha, sizes = self._listed()
         except HubFault as fault:
@@ -163,7 +162,7 @@ class _Model:
         return folder
 
     def _cached(self, why: str) -> Path:
-        """The cache's snapshot, whole. DownloadError names what is missing; `why`: it cannot be fetched now."""
+        """Return the cache's complete snapshot. DownloadError names missing files. `why`: cause of not downloading."""
         commit = self.cache.commit(self.revision) or self._interrupted()
         if commit is None:
             others = ", ".join(f"--revision {each}" for each in self.cache.commits()[:4])
@@ -181,7 +180,10 @@ class _Model:
         return self.cache.snapshot(commit)
 
     def _interrupted(self) -> str | None:
-        """The commit whose first download did not end: the only one, incomplete, and no revision refers to it."""
+        """Return the commit of an interrupted first download, else None.
+
+        It is the only commit in the cache, it is incomplete, and no revision refers to it.
+        """
         commits = self.cache.commits()
         only = len(commits) == 1 and not self.revision and self.cache.lacking(commits[0], self.name.wanted)
         return commits[0] if only else None
@@ -194,7 +196,7 @@ class _Model:
         return f"Run `tokenmill download-weights {self.name}{revision}` once with a network"
 
     def _listed(self) -> tuple[str, dict[str, int]]:
-        """The commit, and the sizes of its files by name."""
+        """Return the commit, and the sizes of its files by name."""
         from huggingface_hub import HfApi, constants
 
         api = HfApi(endpoint=self.access.endpoint, token=self.access.token or False)
@@ -212,14 +214,14 @@ class _Model:
         return info.sha, sizes
 
     def _downloaded(self, sha: str, sizes: Mapping[str, int], report: Report) -> Path:
-        """Fetch what serving needs of a commit; returns its snapshot's folder."""
+        """Download the files of a commit that serving needs, and return the snapshot's folder."""
         fetch = _Download(self, sha)
         weights = self._weights(list(sizes), fetch)
         fetch.all({name: sizes[name] for name in wanted_files(sizes, weights)}, report)
         return self.cache.snapshot(sha)
 
     def _weights(self, names: Sequence[str], fetch: _Download) -> Weights:
-        """The repository's weights, after a look into the small files that tell them."""
+        """Choose the repository's weights, after downloading the small files that name them."""
         explicit: Any = None
         if "config.json" in names and not self.name.wanted:
             explicit = read_json(fetch.one("config.json")).get("transformers_weights")
@@ -237,7 +239,7 @@ class _Model:
         return Weights(weights.format, tuple(listed), weights.index)
 
     def _remember(self, sha: str) -> None:
-        """Write in the cache, as the Hub's library does, which commit a revision is: offline that is all there is."""
+        """Record the commit of the revision in the cache, as the Hub's library does, for later offline use."""
         revision = self.revision or "main"
         reference = self.cache.folder / "refs" / revision
         if revision == sha or self.cache.commit(revision) == sha:
@@ -249,15 +251,15 @@ class _Model:
             _log.warning("The Hub's cache cannot be written to (%s): offline, %s will not be known", error, revision)
 
     def insistently(self, call: Callable[[bool], T]) -> T:
-        """Call, again after a pause where that may help. Raises HubFault if it is vain.
+        """Call, and retry after a pause if the fault may be temporary. Raises HubFault if retries do not help.
 
-        `call` is told whether to begin anew in place of continuing.
+        `call`: its argument is True to restart a download, False to resume it.
         """
         afresh = False
         for attempt in range(1, _TRIES + 1):
             try:
                 return call(afresh)
-            except Exception as error:  # the errors of two HTTP libraries have no common base
+            except Exception as error:  # the errors of the two HTTP libraries have no common base class
                 fault = fault_of(error, self.target)
                 if fault is None:
                     raise
@@ -271,19 +273,19 @@ class _Model:
 
 
 class _Download:
-    """Files of one commit into the cache."""
+    """Download of one commit's files into the cache."""
 
     def __init__(self, model: _Model, sha: str) -> None:
         from huggingface_hub import constants
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         self.model, self.sha = model, sha
-        disable_progress_bars()  # ours counts all files together
-        if importlib.util.find_spec("hf_transfer") is None:  # TGI's images ask for it; without, the library refuses
+        disable_progress_bars()  # our own progress counts all files together
+        if importlib.util.find_spec("hf_transfer") is None:  # TGI's images enable it; the library fails without it
             constants.HF_HUB_ENABLE_HF_TRANSFER = False
 
     def one(self, name: str) -> Path:
-        """Fetch a file if the cache lacks it. Writes nothing if not."""
+        """Download a file if it is not in the cache. Writes nothing if it is."""
         from huggingface_hub import hf_hub_download
 
         there = self.model.cache.snapshot(self.sha) / name
@@ -296,7 +298,7 @@ class _Download:
         return Path(path)
 
     def all(self, sizes: Mapping[str, int], report: Report) -> None:
-        """Fetch files, several at a time, and report the sum of their bytes."""
+        """Download files, several at a time, and report the sum of their bytes."""
         total, model_id = sum(sizes.values()), self.model.name.repo
         blobs = self.model.cache.folder / "blobs"
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -328,19 +330,19 @@ def _incomplete(blobs: Path) -> int:
         try:
             total += path.stat().st_size
         except OSError:
-            continue  # it was completed meanwhile
+            continue  # the file was completed meanwhile
     return total
 
 
 def _opened(path: Path, model_id: str, wanted: str, report: Report, convert: bool) -> ModelSource:
-    """As `local_source`, after pickled weights, if there is nothing else, were converted beside themselves."""
+    """As `local_source`, but first convert pickled weights in place if there are no others."""
     if convert and is_pickled(path, wanted):
         convert_in_child(path, report)
     return local_source(path, model_id, wanted)
 
 
 def convert_in_child(folder: Path, report: Report) -> None:
-    """Write the folder's pickled weights as .safetensors beside them, in a child process. StartError if that fails."""
+    """Convert the folder's pickled weights to .safetensors files in a child process. StartError if that fails."""
     for name in weights_in(folder).files:
         refuse_pointer(folder / name)
     need_torch(f"{folder} has pickled weights only; converting them")

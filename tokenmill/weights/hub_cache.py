@@ -1,4 +1,4 @@
-"""The Hub's cache on disk, in the layout that all of the Hub's tools share. Read only: nothing here writes.
+"""Read the Hub's cache on disk, in the layout that all of the Hub's tools share. Writes nothing.
 
 models--owner--name/refs/main            the commit that a branch or tag was last seen at
 models--owner--name/snapshots/COMMIT/…   files by name, links to
@@ -23,22 +23,22 @@ _TOKENIZER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class CachedRepository:
-    """One repository's folder in the cache. It need not exist."""
+    """Folder of one repository in the cache. The folder need not exist."""
 
     root: Path
     repo: str
 
     @property
     def folder(self) -> Path:
-        """Where the repository's files are kept."""
+        """Folder that holds the repository's files."""
         return self.root / f"models--{self.repo.replace('/', '--')}"
 
     def snapshot(self, commit: str) -> Path:
-        """The folder of a commit's files."""
+        """Return the folder of a commit's files."""
         return self.folder / "snapshots" / commit
 
     def commit(self, revision: str) -> str | None:
-        """The commit that the cache has for a branch, a tag, a commit or its beginning ("": main), or None."""
+        """Return the cached commit of a branch, a tag, a commit or a prefix of one ("": main), or None."""
         revision = revision or "main"
         try:
             known = (self.folder / "refs" / revision).read_text().strip()
@@ -51,14 +51,14 @@ class CachedRepository:
         return found[0] if len(found) == 1 and re.fullmatch("[0-9a-f]{7,39}", revision) else ""
 
     def commits(self) -> list[str]:
-        """All commits of which there is any file."""
+        """Return all commits with at least one file in the cache."""
         try:
             return sorted(path.name for path in (self.folder / "snapshots").iterdir())
         except OSError:
             return []
 
     def check_readable(self) -> None:
-        """Raise ModelError if the repository's folder is there and may not be read."""
+        """Raise ModelError if the repository's folder exists but is not readable."""
         for folder in (self.root, self.folder, self.folder / "snapshots"):
             try:
                 with os.scandir(folder):
@@ -69,7 +69,7 @@ class CachedRepository:
                 raise unreadable(folder, error) from None
 
     def lacking(self, commit: str, wanted: str) -> list[str]:
-        """Names of files that serving needs and that are not there. ModelError if no download would help."""
+        """Return the names of missing files that serving needs. ModelError if a download would not help."""
         folder = self.snapshot(commit)
         missing: list[str] = []
         try:

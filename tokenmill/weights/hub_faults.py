@@ -1,7 +1,7 @@
-"""Faults on the way to the Hub, each named as what it is, with its cure.
+"""Translate errors of the Hub's library into messages with a cause and a remedy.
 
-The Hub's library raises errors of two HTTP libraries (requests before its version 1, httpx since), which have no base
-in common: they are told apart by the names of their classes and by the errors that caused them.
+The library raises errors of two HTTP libraries (requests before its version 1, httpx since) that have no common base
+class. They are distinguished by the names of their classes and by the errors that caused them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _CONNECTION = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is asked of which server: for messages."""
+    """Request that failed, for messages: the server, the model and the revision."""
 
     model_id: str
     revision: str
     endpoint: str
-    token: bool  # one is sent
+    token: bool  # True if a token is sent
 
 
 class HubFault(DownloadError):
-    """One request to the Hub failed. `again`: the next try may succeed. `afresh`: only if it begins anew.
+    """Failure of one request to the Hub.
 
-    `definite`: the Hub itself answered that there is nothing to be had.
-    `wait_s`: seconds the server asks to wait.
+    `again`: a retry may succeed. `afresh`: a retry may succeed only if it restarts the download. `definite`: the Hub
+    itself answered that the model or file is not available. `wait_s`: seconds that the server asks to wait.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class HubFault(DownloadError):
 
 
 def fault_of(error: Exception, target: Target) -> HubFault | None:
-    """Explain an error of the Hub's library; None if it is no fault of the Hub, the way to it, or the disk."""
+    """Explain an error of the Hub's library; None if its cause is not the Hub, the network or the disk."""
     chain = list(_chain(error))
     kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
     response = next((r for each in chain if (r := getattr(each, "response", None)) is not None), None)
@@ -69,7 +69,7 @@ def fault_of(error: Exception, target: Target) -> HubFault | None:
 
 
 def unusable(why: str, target: Target) -> HubFault:
-    """Explain an answer that no Hub gives."""
+    """Explain an answer that does not come from a Hub."""
     return HubFault(
         f"{target.endpoint} gave an answer about {target.model_id!r} that is not the Hub's ({why}). Is there a proxy, "
         "a login page or a wrong HF_ENDPOINT in between? Try the address in a browser."
@@ -77,7 +77,7 @@ def unusable(why: str, target: Target) -> HubFault:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that caused it, the outermost first."""
+    """Yield the error and its causes, the outermost first."""
     seen: set[int] = set()
     queue: list[BaseException] = [error]
     while queue:
@@ -115,7 +115,7 @@ def _of_repository(kinds: set[str], status: int, target: Target) -> HubFault | N
         return HubFault(f"{model} was disabled on the Hub: see {at}. Give another model.")
     if "RevisionNotFoundError" in kinds:
         return HubFault(f"{model} has no revision {target.revision!r} on the Hub. See {at}/tree/main.", definite=True)
-    if "RepositoryNotFoundError" in kinds and not (status == 401 and target.token):  # that is a token not accepted
+    if "RepositoryNotFoundError" in kinds and not (status == 401 and target.token):  # else the token is rejected
         return HubFault(
             f"{model} is not on the Hub, or is private. Look for a misspelling; for a private model set "
             "HF_TOKEN to a token that may read it. (A folder of that name does not exist here either.)"
@@ -167,7 +167,7 @@ def _seconds(response: Any) -> float:
 
 
 def _of_settings(kinds: set[str], chain: list[BaseException], target: Target) -> HubFault | None:
-    """Faults of certificates, proxies and addresses: what is set here must change."""
+    """Explain faults of certificates, proxies and addresses, which require a change of settings."""
     hub, last = target.endpoint, str(chain[-1])[:200]
     if any("CERTIFICATE_VERIFY" in str(each) for each in chain):
         return HubFault(
@@ -222,7 +222,7 @@ def _of_answer(kinds: set[str], error: Exception, target: Target) -> HubFault | 
         return unusable("no JSON", target)
     if {"TypeError", "KeyError", "AttributeError", "ValueError"} & kinds:
         return unusable(f"{type(error).__name__}: {str(error)[:100]}", target)
-    if "RuntimeError" in kinds:  # hf_xet and hf_transfer
+    if "RuntimeError" in kinds:  # raised by hf_xet and hf_transfer
         return HubFault(
             f"The transfer of {target.model_id!r} failed: {str(error)[:200]}. Without these libraries it is plainer: "
             "HF_HUB_DISABLE_XET=1, HF_HUB_ENABLE_HF_TRANSFER=0.", again=True,

@@ -1,4 +1,4 @@
-"""Names of models on the Hub as users write them: ids, ids with a file chosen, and addresses copied from a browser."""
+"""Parse names of models on the Hub as users write them: ids, ids with a file, and URLs copied from a browser."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _VIEWS = ("tree", "blob", "resolve", "raw", "commit")
 
 
 class HubName(NamedTuple):
-    """A repository, and what was chosen of it ("" for no choice)."""
+    """Repository, with an optional revision and file ("" for none)."""
 
     repo: str
     revision: str = ""
-    wanted: str = ""  # a GGUF file, or a part of its name
+    wanted: str = ""  # name of a GGUF file, or a part of it
 
     def __str__(self) -> str:
         return f"{self.repo}:{self.wanted}" if self.wanted else self.repo
 
 
 def parse(text: str, endpoint: str = "") -> HubName | None:
-    """Read `owner/name`, `owner/name:Q4_K_M`, `owner/name/file.gguf` or an address of the Hub; None for anything else.
+    """Parse `owner/name`, `owner/name:Q4_K_M`, `owner/name/file.gguf` or a URL of the Hub; None for anything else.
 
-    `endpoint`: the address of a mirror, whose pages are read as the Hub's.
+    `endpoint`: address of a mirror, whose URLs are parsed like the Hub's; "" for none.
     """
     text = text.strip().strip("'\"").strip()
     mirror = endpoint.rstrip("/") + "/"
@@ -44,7 +44,7 @@ def parse(text: str, endpoint: str = "") -> HubName | None:
 
 
 def named(text: str, endpoint: str = "") -> HubName:
-    """As `parse`, but DownloadError with what is allowed in place of None."""
+    """As `parse`, but raise DownloadError with the allowed forms instead of returning None."""
     found = parse(text, endpoint)
     if found is None:
         what = "folder or file that exists here nor an id on the Hub (owner/name, or owner/name:Q4_K_M for a GGUF file)"
@@ -53,7 +53,7 @@ def named(text: str, endpoint: str = "") -> HubName:
 
 
 def _address(rest: str) -> HubName | None:
-    """The path of a page: owner/name, then perhaps /tree/revision or /blob/revision/file."""
+    """Parse the path of a page: owner/name, optionally followed by /tree/revision or /blob/revision/file."""
     rest, colon, wanted = re.split("[?#]", rest, maxsplit=1)[0].strip("/").partition(":")
     parts = [unquote(part) for part in rest.split("/")]
     at = next((i for i in (1, 2) if len(parts) > i and parts[i] in _VIEWS), len(parts))
@@ -63,7 +63,7 @@ def _address(rest: str) -> HubName | None:
     revision = "" if not view or view[0] == "main" else view[0]
     file = "/".join(view[1:])
     if file and not file.lower().endswith(".gguf"):
-        file = ""  # a page of one of the model's files stands for the model
+        file = ""  # the page of a file that is not a GGUF file stands for the model
     return _checked(HubName("/".join(repo), revision, wanted or file))
 
 

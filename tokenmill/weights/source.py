@@ -1,4 +1,4 @@
-"""Where a model's files are on this machine, and in which format. Reads names, indexes and first bytes only."""
+"""Locate a model's files on this machine and determine their format. Reads names, indexes and first bytes only."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from tokenmill.weights.choice import ADAPTER_CONFIG, Weights, choose, indexed_fi
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER = 1024  # bytes; the format's own limit
-_DEPTH = 3  # folders below the model's that GGUF files are looked for in
-_SNIFFED = 200  # files without a telling suffix whose first bytes are read
+_DEPTH = 3  # levels of folders below the model's that are searched for GGUF files
+_SNIFFED = 200  # files without a known suffix whose first bytes are read
 _log = logging.getLogger(__name__)
 
 
 class ModelSource(msgspec.Struct, frozen=True):
-    """A model on disk, ready to be opened. Plain data: it crosses process borders as a dictionary."""
+    """Model on disk. Plain data, sent between processes as a dictionary."""
 
-    model_id: str  # as the user says it; shown by /info
-    path: str  # folder (safetensors and config.json) or a GGUF file, of a split one its first part
+    model_id: str  # as the user gives it; shown by /info
+    path: str  # folder (safetensors and config.json), or GGUF file or its first part
     format: str  # "safetensors" or "gguf"
     revision: str = ""  # commit sha if from the Hub
     tokenizer_config_path: str = ""
 
 
 def on_this_machine(model_id: str) -> tuple[Path, str] | None:
-    """The folder or file that `model_id` names here, and the GGUF file chosen after a colon ("" if none).
+    """Return the folder or file that `model_id` names, and the GGUF file named after a colon ("" if none).
 
-    None if there is no such path. ModelError if it may not be looked at.
+    None if there is no such path. ModelError if access to it is denied.
     """
     head, colon, wanted = model_id.rpartition(":")
     if _exists(model_id):
@@ -48,9 +48,9 @@ def on_this_machine(model_id: str) -> tuple[Path, str] | None:
 
 
 def local_source(path: str | Path, model_id: str | None = None, wanted: str = "") -> ModelSource:
-    """Tell what the folder or file at `path` holds. ModelError with the cure if there is nothing to serve.
+    """Determine the model in the folder or file at `path`. ModelError with the remedy if there is none.
 
-    `wanted`: which of a folder's GGUF files, by its name or a part of it.
+    `wanted`: name of a GGUF file in the folder, or a part of it; "" for none.
     """
     found, name = Path(path), model_id or str(path)
     if _exists(found) and not found.is_dir():
@@ -74,9 +74,9 @@ def local_source(path: str | Path, model_id: str | None = None, wanted: str = ""
 
 
 def weights_in(folder: Path, wanted: str = "") -> Weights:
-    """Choose a folder's weights, with the files that its index names. ModelError with the cure if there are none.
+    """Choose a folder's weights, with the files that its index names. ModelError with the remedy if there are none.
 
-    Never returns an adapter: that is an error which names its base model.
+    Never returns an adapter: for a folder that holds only one, the ModelError names its base model.
     """
     names, dangling = _listing(folder)
     explicit = _read(folder / "config.json").get("transformers_weights") if "config.json" in names else None
@@ -99,18 +99,18 @@ def weights_in(folder: Path, wanted: str = "") -> Weights:
 
 
 def is_pickled(path: Path, wanted: str = "") -> bool:
-    """True if a folder's weights are pickled, so that they must be converted first. ModelError as `weights_in`."""
+    """Return True if a folder's weights are pickled and must be converted. Raises ModelError as `weights_in` does."""
     return path.is_dir() and weights_in(path, wanted).format == "pickled"
 
 
 def source_files(source: ModelSource) -> list[Path]:
-    """All files of a GGUF model, of a split one every part; nothing of a folder."""
+    """Return all files of a GGUF model, every part of a split one; an empty list for a folder."""
     path = Path(source.path)
     return [path.with_name(name) for name in parts_of(path.name)] if source.format == "gguf" else []
 
 
 def adapter_error(where: str, config: Mapping[str, Any]) -> ModelError:
-    """Explain that `where` holds an adapter (LoRA, …) and no model. `config`: its adapter_config.json, or {}."""
+    """Explain that `where` holds an adapter (LoRA, …), not a model. `config`: its adapter_config.json, or {}."""
     base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
     of = f" to the model {base}" if isinstance(base, str) and base else ""
     kind = f"{kind} adapter" if isinstance(kind, str) and kind else "an adapter"
@@ -121,7 +121,7 @@ def adapter_error(where: str, config: Mapping[str, Any]) -> ModelError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's folder; ModelError if it is missing or something else."""
+    """Read a JSON object from a model's folder; ModelError if it is missing or not an object."""
     refuse_pointer(path)
     try:
         content = json.loads(text := path.read_bytes())
@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise ModelError with the cure if the file is a Git LFS pointer; whether it can be read is not looked at."""
+    """Raise ModelError with the remedy if the file is a Git LFS pointer. An unreadable file passes."""
     try:
         with path.open("rb") as file:
             start = file.read(_MAX_POINTER + 1)
@@ -152,7 +152,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 def unreadable(path: str | Path, error: OSError) -> ModelError:
-    """Explain why a file or folder cannot be read."""
+    """Return the error that explains why a file or folder cannot be read."""
     if isinstance(error, PermissionError):
         return ModelError(
             f"{path} cannot be read by the user with id {os.geteuid()}: {error.strerror}. Give that user the right to "
@@ -162,7 +162,7 @@ def unreadable(path: str | Path, error: OSError) -> ModelError:
 
 
 def is_gguf(path: Path) -> bool:
-    """True if the file begins as GGUF files do, whatever its name is."""
+    """Return True if the file begins with GGUF's magic number, regardless of its name."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
@@ -175,13 +175,13 @@ def _exists(path: str | Path) -> bool:
         Path(path).stat()
     except PermissionError as e:
         raise unreadable(path, e) from None
-    except (OSError, ValueError):  # too long, a NUL: no path
+    except (OSError, ValueError):  # the path is too long or has a NUL
         return False
     return True
 
 
 def _listing(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the files below `folder`, hidden folders left out, and of links to nothing."""
+    """Return the names of the files below `folder`, without hidden folders, and of dangling links."""
 
     def fail(error: OSError) -> None:
         if error.filename == str(folder):
@@ -199,7 +199,7 @@ def _listing(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _unnamed_ggufs(folder: Path, names: list[str]) -> dict[str, str]:
-    """GGUF files that are not named so, under the name that they should have, where no other name tells the weights."""
+    """Return GGUF files without the suffix, by the name they should have, if no other file name marks weights."""
     if any(name.lower().endswith((".gguf", ".safetensors")) or name.startswith("pytorch_model") for name in names):
         return {}
     others = [name for name in names if "/" not in name and not name.endswith(".json")]

@@ -1,9 +1,9 @@
-"""Frames on a Unix stream socket: four bytes of length (little-endian), then that much msgpack.
+"""Send and receive messages over a Unix stream socket, as frames of a four-byte little-endian length and msgpack.
 
-`FrameReader` and `frame` are the format itself, for any stream of bytes. `Channel` is the blocking side, `Listener`
-accepts, `AsyncChannel` is the asyncio side: it hands every message to a callback in the turn of the loop that read
-it, without waking a task. Types are checked while decoding: a peer that sends anything else gets a `ChannelError`,
-never an object of a kind that was not asked for.
+`FrameReader` and `frame` implement the format for any byte stream. `Channel` is the blocking end of a connection,
+`Listener` accepts connections, and `AsyncChannel` is the asyncio end. `AsyncChannel` calls back for every message in
+the event loop iteration that read it, without waking a task. Types are checked while decoding: anything else than the
+expected type raises `ChannelError`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, cast
 import msgspec
 
 MAX_FRAME_BYTES = 64 << 20
-"""The largest frame that is read; a prompt of a million tokens takes 5 MB."""
+"""Limit of a frame that is read; a prompt of a million tokens takes 5 MB."""
 
 _HEADER_BYTES = 4
 _READ_BYTES = 256 << 10
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 
 class ChannelError(Exception):
-    """The peer sent what is not a frame, or not of the type agreed on; the connection is of no more use."""
+    """Error for received bytes that are not a frame, or not of the expected type. The connection is unusable."""
 
 
 def frame(encoder: msgspec.msgpack.Encoder, message: object) -> bytearray:
-    """`message` with its length before it, ready to be written."""
+    """Encode `message` as a frame, with its length before it."""
     buffer = bytearray(_HEADER_BYTES)
     encoder.encode_into(message, buffer, _HEADER_BYTES)
     buffer[:_HEADER_BYTES] = (len(buffer) - _HEADER_BYTES).to_bytes(_HEADER_BYTES, "little")
@@ -41,9 +41,9 @@ def frame(encoder: msgspec.msgpack.Encoder, message: object) -> bytearray:
 
 
 class FrameReader(Generic[T]):
-    """Turns pieces of a byte stream, cut anywhere, into messages of one type.
+    """Decoder of a byte stream, cut into pieces anywhere, to messages of one type.
 
-    `kind` is a type as msgspec takes it: a struct, a union of tagged structs, a list of those.
+    `kind`: a type that msgspec accepts: a struct, a union of tagged structs, or a list of those.
     """
 
     def __init__(self, kind: Any, max_bytes: int = MAX_FRAME_BYTES) -> None:
@@ -52,7 +52,7 @@ class FrameReader(Generic[T]):
         self._buffer = bytearray()
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[T]:
-        """Yields the messages that `data` completes, in order; exhaust it. Raises ChannelError at the first bad one."""
+        """Yield the messages that `data` completes, in order. The caller must exhaust it. Raises ChannelError."""
         buffer = self._buffer
         buffer += data
         start = 0
@@ -72,7 +72,7 @@ class FrameReader(Generic[T]):
 
     @property
     def pending(self) -> int:
-        """Bytes of a frame that has begun and is not complete."""
+        """Number of bytes received of an incomplete frame."""
         return len(self._buffer)
 
     def _decode(self, body: bytearray) -> T:
@@ -83,9 +83,9 @@ class FrameReader(Generic[T]):
 
 
 class Channel(Generic[T]):
-    """The blocking end of a connection: sends anything msgspec encodes, receives messages of type `kind`.
+    """Blocking end of a connection: sends anything msgspec encodes, receives messages of type `kind`.
 
-    Owns the socket. `BrokenPipeError` and `ConnectionResetError` say that the peer is gone while sending.
+    Owns the socket. Sending raises `BrokenPipeError` or `ConnectionResetError` if the peer has closed.
     """
 
     def __init__(self, sock: socket.socket, kind: Any, max_bytes: int = MAX_FRAME_BYTES) -> None:
@@ -93,11 +93,11 @@ class Channel(Generic[T]):
         self._reader: FrameReader[T] = FrameReader(kind, max_bytes)
         self._encoder = msgspec.msgpack.Encoder()
         self._ready: deque[T] = deque()
-        self._error: ChannelError | None = None  # raised after what came before it was received
+        self._error: ChannelError | None = None  # raised after the messages before it were received
 
     @classmethod
     def connect(cls, address: str, kind: Any, *, timeout_s: float = 0.0) -> Channel[T]:
-        """Connect to the Unix socket at `address`, trying again until `timeout_s` is over. Raises OSError."""
+        """Connect to the Unix socket at `address`, retrying for `timeout_s` seconds. Raises OSError."""
         return cls(connect(address, timeout_s=timeout_s), kind)
 
     def send(self, message: object) -> None:
@@ -105,11 +105,11 @@ class Channel(Generic[T]):
         self._socket.sendall(frame(self._encoder, message))
 
     def send_bytes(self, data: bytes | bytearray) -> None:
-        """Write what `frame` made, so that one encoding serves several peers."""
+        """Write a result of `frame`, so that a message for several peers is encoded once."""
         self._socket.sendall(data)
 
     def receive(self) -> T | None:
-        """The next message; blocks. None: the peer closed between frames; inside a frame it is a ChannelError."""
+        """Return the next message; blocks. None if the peer closed between frames; ChannelError if within a frame."""
         while not self._ready:
             if self._error is not None:
                 raise self._error
@@ -126,11 +126,11 @@ class Channel(Generic[T]):
         return self._ready.popleft()
 
     def set_timeout(self, seconds: float | None) -> None:
-        """How long `send` and `receive` wait before they raise TimeoutError; None: for ever."""
+        """Set the time after which `send` and `receive` raise TimeoutError; None: never."""
         self._socket.settimeout(seconds)
 
     def fileno(self) -> int:
-        """For `select`. What was read ahead is not seen there: only `receive` knows."""
+        """Return the descriptor, for `select`. Messages that were read ahead do not make it readable."""
         return self._socket.fileno()
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class Channel(Generic[T]):
 
 
 class Listener:
-    """A Unix socket that only this user may connect to. Takes the path over from a dead process that left it."""
+    """Listening Unix socket that only this user may connect to. Replaces the stale socket of a dead process."""
 
     def __init__(self, address: str, backlog: int = 128) -> None:
         self.address = address
@@ -154,19 +154,19 @@ class Listener:
             raise
 
     def accept(self) -> socket.socket:
-        """The next connection; blocks, unless `set_blocking(False)`: then BlockingIOError if there is none."""
+        """Return the next connection; blocks. After `set_blocking(False)`, raises BlockingIOError if there is none."""
         return self._socket.accept()[0]
 
     def set_blocking(self, blocking: bool) -> None:
-        """Whether `accept` waits."""
+        """Set whether `accept` blocks."""
         self._socket.setblocking(blocking)
 
     def set_timeout(self, seconds: float | None) -> None:
-        """How long `accept` waits before it raises TimeoutError; None: for ever."""
+        """Set the time after which `accept` raises TimeoutError; None: never."""
         self._socket.settimeout(seconds)
 
     def fileno(self) -> int:
-        """For `select`: readable when `accept` has one."""
+        """Return the descriptor, for `select`. It is readable when a connection waits for `accept`."""
         return self._socket.fileno()
 
     def close(self) -> None:
@@ -177,7 +177,7 @@ class Listener:
 
 
 def connect(address: str, *, timeout_s: float = 0.0) -> socket.socket:
-    """A blocking socket connected to the Unix socket at `address`; tries until `timeout_s` is over. Raises OSError."""
+    """Connect a blocking socket to the Unix socket at `address`, retrying for `timeout_s` seconds. Raises OSError."""
     deadline = time.monotonic() + timeout_s
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -192,11 +192,11 @@ def connect(address: str, *, timeout_s: float = 0.0) -> socket.socket:
 
 
 class AsyncChannel(asyncio.Protocol, Generic[T]):
-    """The asyncio end of a connection. Made by `AsyncChannel.open`; used from its event loop only.
+    """Asyncio end of a connection, created by `AsyncChannel.open` and used only from its event loop.
 
-    Messages go to `on_message` in the turn of the loop that read them, in order. `on_close(error)` comes once, last:
-    error None if either side closed in order, else what went wrong. An exception of `on_message` is a bug and closes
-    the channel.
+    `on_message` is called for each message, in order, in the event loop iteration that read it. `on_close(error)` is
+    called once, last; its error is None if either side closed the channel in order. An exception in `on_message` is a
+    bug and closes the channel.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class AsyncChannel(asyncio.Protocol, Generic[T]):
         on_message: Callable[[T], None],
         on_close: Callable[[Exception | None], None] | None = None,
     ) -> AsyncChannel[T]:
-        """Connect to the Unix socket at `address`. Raises OSError if nobody listens."""
+        """Connect to the Unix socket at `address`. Raises OSError if no process listens on it."""
         loop = asyncio.get_running_loop()
         _, channel = await loop.create_unix_connection(lambda: cls(kind, on_message, on_close), address)
         return channel
@@ -229,7 +229,7 @@ class AsyncChannel(asyncio.Protocol, Generic[T]):
 
     @property
     def unsent(self) -> int:
-        """Bytes that wait for the peer to read."""
+        """Number of bytes that the peer has not read yet."""
         return self._transport.get_write_buffer_size() if self._transport else 0
 
     @property
@@ -238,16 +238,16 @@ class AsyncChannel(asyncio.Protocol, Generic[T]):
         return self._transport is not None and not self._transport.is_closing()
 
     def close(self) -> None:
-        """Close after what was sent is written; `on_close` follows. Idempotent."""
+        """Write the queued frames, then close; `on_close` follows. Idempotent."""
         if self._transport is not None:
             self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by asyncio."""
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by its class
+        """Store the transport. Called by asyncio."""
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's class does not derive from it
 
     def data_received(self, data: bytes) -> None:
-        """Called by asyncio: hands on the messages that `data` completes."""
+        """Pass on the messages that `data` completes. Called by asyncio."""
         try:
             for message in self._reader.feed(data):
                 self._on_message(message)
@@ -257,6 +257,6 @@ class AsyncChannel(asyncio.Protocol, Generic[T]):
                 self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called by asyncio, once."""
+        """Report the end of the connection. Called by asyncio, once."""
         if self._on_close is not None:
             self._on_close(self._error or exc)

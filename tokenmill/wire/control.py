@@ -1,7 +1,7 @@
-"""The control pipes between the supervisor and a child: frames of a 4-byte little-endian length and msgpack.
+"""Control pipes between the supervisor and a child: frames of a four-byte little-endian length and msgpack.
 
-Two pipes a child, so that each side sees at once, as end of file, that the other is gone. The supervisor never blocks
-on a child that does not read; a child may block on its supervisor.
+Each child has two pipes, so that either side gets an end of file when the other one ends. Invariant: the supervisor
+never blocks on a child that does not read. A child may block on its supervisor.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import msgspec
 from tokenmill.wire.messages import Configure, FromChild, ModelReady, ToChild
 
 MAX_FRAME_BYTES = 1 << 24
-"""A longer frame is an error of ours, not a message."""
+"""Limit of a frame; a longer one is a bug."""
 
 _Incoming = TypeVar("_Incoming")
 _Outgoing = TypeVar("_Outgoing")
 
 
 class ParentGoneError(Exception):
-    """The supervisor has died: the child has nobody to work for and must exit at once."""
+    """Raised when the supervisor has died. The child must exit at once."""
 
 
 class _Pipes(Generic[_Incoming, _Outgoing]):
-    """One end of a pair of pipes. Reading never blocks; `send` is safe from several threads."""
+    """One end of a pair of pipes. Reading never blocks; `send` is thread-safe."""
 
     def __init__(self, read_fd: int, write_fd: int, decoder: msgspec.msgpack.Decoder[_Incoming]) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
@@ -40,11 +40,11 @@ class _Pipes(Generic[_Incoming, _Outgoing]):
         os.set_blocking(read_fd, False)
 
     def fileno(self) -> int:
-        """The descriptor that is readable when `poll` has something new to say."""
+        """Return the descriptor that is readable when `poll` has new messages."""
         return self._read_fd
 
     def send(self, message: _Outgoing) -> None:
-        """Send a frame. If the other end is gone nothing happens: `poll` tells."""
+        """Send a frame. If the other end is closed, the frame is dropped; `poll` reports the end."""
         payload = self._encoder.encode(message)
         with self._lock:
             self._unsent += len(payload).to_bytes(4, "little") + payload
@@ -52,12 +52,12 @@ class _Pipes(Generic[_Incoming, _Outgoing]):
                 while self._unsent:
                     del self._unsent[: os.write(self._write_fd, self._unsent)]
             except BlockingIOError:
-                return  # the rest goes with the next frame
-            except OSError:  # the other end is gone, or this one was closed
+                return  # the remainder is written with the next frame
+            except OSError:  # either end is closed
                 self._unsent.clear()
 
     def _read(self) -> tuple[list[_Incoming], bool]:
-        """Messages that are complete, and whether the other end is still there."""
+        """Return the complete messages, and False if the other end is closed."""
         alive = True
         with contextlib.suppress(BlockingIOError):
             while alive:
@@ -84,22 +84,22 @@ class _Pipes(Generic[_Incoming, _Outgoing]):
 
 
 class ChildControl(_Pipes[ToChild, FromChild]):
-    """The child's end. Blocks until the supervisor's `Configure` is there, which `configure` then holds."""
+    """Child's end. Construction blocks until `Configure` arrives, which the attribute `configure` then holds."""
 
     configure: Configure
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__(read_fd, write_fd, msgspec.msgpack.Decoder(ToChild))
-        self._kept: list[ToChild] = []  # read while waiting for something else; the next `poll` returns them
+        self._kept: list[ToChild] = []  # read by `wait_model`; the next `poll` returns them
         first = self._wait()
         if not isinstance(first, Configure):
             raise ValueError(f"The first control frame is {type(first).__name__}, not Configure.")
         self.configure = first
 
     def wait_model(self) -> dict[str, Any]:
-        """Block until the model is on disk; its `weights.source.ModelSource` as plain data.
+        """Block until the model is on disk, and return its `weights.source.ModelSource` as plain data.
 
-        What else arrives meanwhile is kept for `poll`. Raises ParentGoneError if the supervisor dies.
+        Other messages that arrive are kept for `poll`. Raises ParentGoneError if the supervisor dies.
         """
         others: list[ToChild] = []
         try:
@@ -110,9 +110,10 @@ class ChildControl(_Pipes[ToChild, FromChild]):
         return message.source
 
     def poll(self) -> list[ToChild] | None:
-        """Messages since the last call, without blocking; None if the supervisor has died.
+        """Return the messages since the last call, without blocking; None if the supervisor has died.
 
-        Call it once before the first wait on `fileno()`: messages read by `wait_model` do not make that readable.
+        Call it once before the first wait on `fileno()`, because messages read by `wait_model` do not make the
+        descriptor readable.
         """
         messages, alive = self._read()
         if not alive:
@@ -131,7 +132,7 @@ class ChildControl(_Pipes[ToChild, FromChild]):
 
 
 class ParentControl(_Pipes[FromChild, ToChild]):
-    """The supervisor's end. `send` never blocks: what a child does not read waits here."""
+    """Supervisor's end. `send` never blocks: bytes that a child does not read are buffered here."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__(read_fd, write_fd, msgspec.msgpack.Decoder(FromChild))
@@ -139,7 +140,7 @@ class ParentControl(_Pipes[FromChild, ToChild]):
         self.closed = False
 
     def poll(self) -> list[FromChild]:
-        """Messages since the last call, without blocking. At the end of the stream sets `closed`."""
+        """Return the messages since the last call, without blocking. Sets `closed` at the end of the stream."""
         if self.closed:
             return []
         messages, alive = self._read()
@@ -147,6 +148,6 @@ class ParentControl(_Pipes[FromChild, ToChild]):
         return messages
 
     def close(self) -> None:
-        """Close both pipes; nothing is heard any more. Idempotent."""
+        """Close both pipes. No messages are received afterwards. Idempotent."""
         self.closed = True
         super().close()
