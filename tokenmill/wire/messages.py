@@ -154,7 +154,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     num_cached: int = 0
     num_preemptions: int = 0  # set on the last output only
     message: str = ""  # the cause, if `finish_reason` is "error"
-    # Set on every output with tokens if `Request.wants_timings`, because a stop string may end the request at any token.
+    # Set on all outputs with tokens if `Request.wants_timings`, because a stop string may end the request at any token.
     timings: RequestTimings | None = None
 
 
