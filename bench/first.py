@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,7 @@ import uvloop
 from bench.peers.servers import Http, Needs, Tokenmill
 from tokenmill.bench.client import Ask, complete
 from tokenmill.bench.load import make_prompt, percentile
+from tokenmill.config import usable_cpus
 
 Figures = dict[str, float]
 
@@ -49,7 +52,9 @@ def main() -> None:
                 record.append({**entry, **_measure(server, options, start, schema)})
                 print(json.dumps(record[-1]), file=sys.stderr, flush=True)
     if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        about = {"date": time.strftime("%Y-%m-%d"), "cpu": platform.processor() or platform.machine()}
+        about |= {"cpus": usable_cpus(), "servers": options.server}
+        options.json.write_text(json.dumps({**about, "starts": record}, indent=1) + "\n")
     for server in servers:
         for what in ("text", "schema") if options.schemas else ("text",):
             print(_table(server.name, what, [r for r in record if (r["server"], r["asked"]) == (server.name, what)]))

@@ -1,4 +1,4 @@
-"""Wait until a server has done what it puts off until nobody asks: figures of its first seconds are told as such."""
+"""Waits until a server has done what it puts off until nobody asks: figures of its first seconds are told as such."""
 
 from __future__ import annotations
 

@@ -3,9 +3,12 @@
 import asyncio
 import json
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from bench import first, settle
 from bench.peers import plot, tables
 from bench.peers.servers import split_command
 from tokenmill.bench.client import Answer, Ask, complete
@@ -120,3 +123,50 @@ def test_a_command_may_begin_with_variables():
 @pytest.mark.parametrize("values", [[], [math.nan]])
 def test_no_answers_make_no_figures(values):
     assert math.isnan(report([Answer(0.0, error="x") for _ in values], 1.0).ttft_p50_s)
+
+
+class Worked:
+    """A server whose CPU time grows as `busy` says of the seconds since it was first looked at, and a clock for it."""
+
+    def __init__(self, busy: Callable[[float], bool]) -> None:
+        self.now, self.cpu, self.busy = 0.0, 5.0, busy
+
+    def sleep(self, seconds: float) -> None:
+        self.cpu += seconds * 0.9 if self.busy(self.now) else seconds * 0.001
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    "busy, waited, cpu",
+    [
+        (lambda now: False, 6.0, 0.0),
+        (lambda now: 3 <= now < 4 or 5 <= now < 6, 12.0, 1.8),  # pieces with pauses
+        (lambda now: True, 60.0, 54.0),  # who never rests is not waited for
+    ],
+)
+def test_a_server_is_settled_when_it_has_done_nothing_for_a_while(
+    busy: Callable[[float], bool], waited: float, cpu: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Worked(busy)
+    monkeypatch.setattr(settle, "time", SimpleNamespace(monotonic=lambda: server.now, sleep=server.sleep))
+    monkeypatch.setattr(settle, "_cpu_s", lambda pid: server.cpu)
+    assert settle.settle(1) == pytest.approx(cpu, abs=0.05)
+    assert server.now == waited
+
+
+def test_a_first_answer_is_judged_by_its_ratio_to_the_later_ones_of_its_start() -> None:
+    def figures(tokens_per_s: float, p99: float) -> dict[str, float]:
+        return {"tokens_per_s": tokens_per_s, "itl_p50_s": 0.01, "itl_p99_s": p99, "gap_s": 0.02, "ttft_s": 0.03}
+
+    starts = [
+        {"first": figures(50, 0.02), "later": [figures(100, 0.01)] * 3},
+        {"first": figures(96, 0.011), "later": [figures(n, 0.01) for n in (10, 100, 500)]},
+        {"first": figures(288, 0.011), "later": [figures(300, 0.01)]},
+    ]
+    table = first._table("ours", "text", starts)
+    assert "| tok/s | 96 | 100 | 0.96 (goal met: within 15 %) |" in table
+    starts[1]["first"] = figures(80, 0.02)
+    table = first._table("ours", "text", starts)
+    assert "| tok/s | 80 | 100 | 0.80 (goal missed: within 15 %) |" in table
+    assert "| p99 ms | 20.0 | 10.0 | 2.00 (goal missed: within 15 %) |" in table
+    assert "goal" not in first._table("ours", "schema", starts)

@@ -1,4 +1,4 @@
-"""Why a text is no JSON, and where: in words that do not change with the library that refused it."""
+"""Explains why a text is no JSON, and where: in words that do not change with the library that refused it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _VALUE, _KEY, _COLON, _REST, _END = "a value", "a key in double quotes", "`:`", 
 
 
 def fault(text: bytes, most: int = MAX_TOKENS) -> str:
-    """What keeps `text` from being JSON in UTF-8, and its line and column, from 1; a clause without a full stop.
+    """Name what keeps `text` from being JSON in UTF-8, with line and column, from 1: a clause without a full stop.
 
-    No more than `most` parts are looked at; behind them only the place is told. "" if nothing is wrong.
+    Returns "" if nothing is wrong. Looks at `most` parts and no more; behind them only the place is told.
     """
     try:
         text.decode()

@@ -1,4 +1,4 @@
-"""What does not fit a type, and what would: in words that do not change with the library that checks types.
+"""Names what does not fit a type, and what would: in words that do not change with the library that checks types.
 
 msgspec alone decides what fits. Its messages are not read: the part at fault is found by asking it about the parts.
 """
@@ -18,7 +18,7 @@ _UNIONS = (Union, types.UnionType)
 
 
 class Misfit(NamedTuple):
-    """The innermost part that does not fit. `steps`: keys and places on the way there."""
+    """Innermost part of a value that does not fit. `steps`: keys and places on the way there."""
 
     steps: tuple[str | int, ...]
     allowed: str  # follows "must be"
@@ -38,7 +38,7 @@ class Misfit(NamedTuple):
         return text.removeprefix(".")
 
     def sentence(self, whole: str = "it") -> str:
-        """What is wrong, without a full stop. `whole`: how to call what was checked."""
+        """Say what is wrong, without a full stop. `whole`: how to call what was checked."""
         subject = f"`{self.path}`" if self.steps else whole
         if self.reason:
             return f"{subject}: {self.reason}" if self.steps else self.reason
@@ -48,7 +48,7 @@ class Misfit(NamedTuple):
 
 
 def misfit(value: Any, kind: Any, *, strict: bool = True) -> Misfit:
-    """The part of `value` that keeps it from being a `kind`, where msgspec has refused it.
+    """Find the part of `value` that keeps it from being a `kind`, where msgspec has refused it.
 
     `value` is plain data, or JSON as `msgspec.Raw`, of which only what is on the way is read; it must be well-formed.
     """
@@ -63,7 +63,7 @@ def misfit(value: Any, kind: Any, *, strict: bool = True) -> Misfit:
 
 
 def shown(value: object) -> str:
-    """A value as a message may repeat it: short, however long it is."""
+    """Write a value as a message may repeat it: short, however long it is."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     text = str(value)
@@ -107,7 +107,7 @@ def _read(value: Any, kind: Any, strict: bool) -> None:
 
 
 def _refusal(value: Any, kind: Any, strict: bool) -> str:
-    """The words of a struct that refuses its own fields, each of which fits."""
+    """Return the words of a struct that refuses its own fields, each of which fits."""
     try:
         _read(value, kind, strict)
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""What the processes of `pool.py` are asked and answer, and how they answer it."""
+"""Jobs of the processes that compile grammars for `pool.py`, and how they are done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenmill.wire.channel import Channel
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
-    """For whom to compile, within which limits."""
+    """Vocabulary to compile for, and the limits."""
 
     backend: str
     vocabulary: Vocabulary
@@ -32,7 +32,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a job, or of the start: prepared, or why not."""
+    """Outcome of a job, or of the start: prepared, or why not."""
 
     prepared: bytes = b""
     error: str = ""
@@ -47,7 +47,7 @@ class Compiler:
         self._backend = new_backend(self._setup.backend, self._setup.vocabulary)
 
     def serve(self, fd: int) -> None:
-        """Say on the socket that the start is over, then answer its jobs until the other end is closed."""
+        """Tell the pool, on the socket, that the start is over, then answer its jobs until the other end is closed."""
         channel: Channel[Job] = Channel(socket.socket(fileno=fd), Job)
         gc.freeze()
         _limit_memory(self._setup.memory_bytes)

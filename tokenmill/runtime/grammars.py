@@ -105,8 +105,8 @@ class ModelGrammars:
             self._made.set_exception(error)
 
     def _make(self) -> Iterator[_Parts | None]:
-        """What a grammar needs, after None for each piece of the way there: half a second of this process each, in
-        which a request that comes must wait."""
+        """Yield what a grammar needs, after None for each piece of the way there: half a second of this process each,
+        in which a request that comes must wait."""
         tokenizer = Tokenizer.load(self._source)
         if not any(token_id < self._size for token_id in tokenizer.eos_ids):
             raise GrammarError("this model has no token that ends an answer, so no grammar can be followed")

@@ -198,7 +198,7 @@ def _given_twice(repeated: Repeated) -> failures.BodyError:
 
 
 def _refusal(body: bytes, kind: Any, error: Exception) -> failures.BodyError:
-    """What to answer where msgspec refused a body, in our own words."""
+    """Make the answer to a body that msgspec refused, in our own words."""
     if isinstance(error, msgspec.ValidationError):
         with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = misfit(msgspec.json.decode(body, type=msgspec.Raw), kind)

@@ -42,7 +42,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _why(path: Path) -> str:
-    """What a user can do about a file that the library refuses."""
+    """Tell what a user can do about a file that the library refuses."""
     with contextlib.suppress(OSError):
         if path.suffix == ".json" and (fault := jsontext.fault(path.read_bytes(), sys.maxsize)):
             return f"it is not JSON: {fault}. Download the file again"

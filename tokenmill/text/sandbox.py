@@ -76,13 +76,13 @@ def run(template: Template, variables: Mapping[str, Any], seconds: float | None 
 
 
 def reason(error: TemplateError) -> str:
-    """Why a rendering ended: the template's own words or ours; of Jinja's own errors the kind alone."""
+    """Say why a rendering ended: the template's own words or ours; of Jinja's own errors the kind alone."""
     ours = isinstance(error, growth.Refused | UndefinedError) or type(error) is TemplateError
     return (error.message if ours else "") or f"the chat template fails with {type(error).__name__}"
 
 
 class _Missing(Undefined):
-    """What a template finds where nothing is, with a message of ours for where it is used."""
+    """Value that a template finds where nothing is, with a message of ours for where it is used."""
 
     @property
     def _undefined_message(self) -> str:
@@ -126,7 +126,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return cast(nodes.Template, rewritten)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        """What stands for an attribute that templates must not see."""
+        """Return what stands for an attribute that templates must not see."""
         hint = _Hint(f"a chat template may not read {attribute!r}")
         return self.undefined(hint, name=attribute, obj=obj, exc=SecurityError)
 
