@@ -1,6 +1,6 @@
 """Grammars: do answers obey them, and what do compiling and masking cost? A fixed sample of schemas, two vocabularies.
 
-    python -m bench.grammar [--schemas 240] [--answers 3] [--vocabulary 49k|128k|all|none] [--backend llguidance]
+    python -m bench.grammar [--schemas 240] [--answers 3] [--vocabulary 49k|128k|all|none]
                             [--serving URL|none] [--streams 32] [--new-tokens 64] [--passes 5]
 
 The model is the worst there can be: random weights, so every token is drawn from those allowed, with a bias towards
@@ -25,7 +25,8 @@ import numpy as np
 from bench.grammar_serving import serving
 from bench.serving import served
 from tokenmill.errors import GrammarError
-from tokenmill.grammar.base import Backend, Grammar, Vocabulary, new_backend
+from tokenmill.grammar.base import Backend, Grammar, Vocabulary
+from tokenmill.grammar.llguidance import LLGuidance
 from tokenmill.grammar.pool import CompilePool
 from tokenmill.text.guided import json_grammar
 
@@ -257,12 +258,12 @@ def percentile(seconds: list[float], share: float) -> float:
     return 1e3 * float(np.quantile(seconds, share)) if seconds else float("nan")
 
 
-def check(backend: Backend, name: str, sample: list[Any], answers: int) -> bool:
+def check(backend: Backend, sample: list[Any], answers: int) -> bool:
     """Prints the figures of one vocabulary. False if an answer was invalid."""
     from jsonschema import Draft202012Validator
 
     vocabulary = backend.vocabulary
-    pool = CompilePool(name, backend)
+    pool = CompilePool(backend)
     pool.submit(json_grammar({"type": "object"}, "schema")).result()  # until the processes have started
     compile_s: list[float] = []
     ready_s: list[float] = []
@@ -295,7 +296,7 @@ def check(backend: Backend, name: str, sample: list[Any], answers: int) -> bool:
                     invalid += 1
                     print(f"  INVALID: {play.text[:300]!r}: {fault[:200]} under {json.dumps(schema)[:600]}")
     pool.close()
-    print(f"{name}, {vocabulary.size} tokens: {len(sample)} schemas ({refused} refused), {finished} of "
+    print(f"{vocabulary.size} tokens: {len(sample)} schemas ({refused} refused), {finished} of "
           f"{len(ready_s) * answers} answers finished, {invalid} invalid; {tokens} tokens, {forced} of them forced")
     print(f"  compile: p50 {percentile(compile_s, 0.5):.2f} ms, p99 {percentile(compile_s, 0.99):.2f} ms; "
           f"ready: p50 {percentile(ready_s, 0.5):.2f} ms, p99 {percentile(ready_s, 0.99):.2f} ms")
@@ -340,7 +341,6 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=240)
     parser.add_argument("--answers", type=int, default=3, help="drawn for each schema")
     parser.add_argument("--vocabulary", choices=("49k", "128k", "all", "none"), default="all")
-    parser.add_argument("--backend", choices=("llguidance", "xgrammar"), default="llguidance")
     parser.add_argument("--serving", default="embedded", metavar="URL", help="of a server, `none` or `embedded`")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -353,11 +353,11 @@ def main() -> None:
         sample = list(schemas(chosen.schemas))
         for name, make in vocabularies.items():
             if chosen.vocabulary in (name, "all"):
-                good &= check(new_backend(chosen.backend, make()), chosen.backend, sample, chosen.answers)
+                good &= check(LLGuidance(make()), sample, chosen.answers)
     with contextlib.ExitStack() as stack:
         url = chosen.serving
         if url == "embedded":
-            url = stack.enter_context(served("--grammar-backend", chosen.backend))
+            url = stack.enter_context(served())
         if url != "none":
             serving(url, chosen.streams, chosen.new_tokens, chosen.passes)
     raise SystemExit(not good)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenmill.grammar.base import Backend, Grammar, Matcher, Vocabulary, new_backend
+from tokenmill.grammar.base import Backend, Grammar, Matcher, Vocabulary
+from tokenmill.grammar.llguidance import LLGuidance
 
 END, OTHER_END, SPECIAL = 256, 257, 258
 LONGER = ('{"', '":', '",', '"}', "ab", "abc", "foo", "bar", "name", "hello", " world", "12", "00", "true", "null", "é",
@@ -21,9 +22,9 @@ def small_vocabulary() -> Vocabulary:
     return Vocabulary.of(tokens.__getitem__, len(tokens), 320, (END, OTHER_END), (SPECIAL,))
 
 
-def backend(name: str, encode: Any = None) -> Backend:
-    """One of the two over the small vocabulary."""
-    return new_backend(name, small_vocabulary(), encode)
+def backend(encode: Any = None) -> Backend:
+    """The backend over the small vocabulary."""
+    return LLGuidance(small_vocabulary(), encode)
 
 
 def made(chosen: Backend, kind: str, source: str) -> Grammar:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from tests.support_grammar import made
-from tokenmill.grammar.base import Grammar, Matcher, Vocabulary, new_backend
+from tokenmill.grammar.base import Grammar, Matcher, Vocabulary
+from tokenmill.grammar.llguidance import LLGuidance
 from tokenmill.text.tools import by_name
 
 PLAIN = ("```", "```json", "```tool_code", "functools", "Action:\n```json", "Action: ```json", "<function=",
@@ -52,7 +53,7 @@ def special_markers(name: str) -> tuple[str, ...]:
 
 def compiled(source: str, tokens: Tokens) -> Grammar:
     """A grammar in Lark."""
-    return made(new_backend("llguidance", tokens.vocabulary), "lark", source)
+    return made(LLGuidance(tokens.vocabulary), "lark", source)
 
 
 def walk(matcher: Matcher, tokens: Tokens, wish: str, draw: random.Random, after: str = "", most: int = 400) -> str:

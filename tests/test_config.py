@@ -312,6 +312,19 @@ def test_the_format_of_logs_may_come_from_a_variable() -> None:
     assert Settings.from_args([], {}).log_colorize is None
 
 
+@pytest.mark.parametrize(("argv", "environ"), [
+    (["--grammar-backend", "xgrammar"], {}), (["--grammar-backend=xgrammar", "--disable-grammar-support"], {}),
+    ([], {"TOKENMILL_GRAMMAR_BACKEND": "xgrammar"}), ([], {"TOKENMILL_GRAMMAR_BACKEND": '"xgrammar"'}),
+    (["--grammar-backend", "xgrammar"], {"TOKENMILL_GRAMMAR_BACKEND": "llguidance"}),
+])  # fmt: skip
+def test_xgrammar_is_accepted_and_said_to_be_served_by_llguidance(argv: list[str], environ: dict[str, str]) -> None:
+    warning = Settings.from_args(argv, environ).warnings[-1]
+    assert warning == "`--grammar-backend xgrammar` has no effect: llguidance serves all grammars."
+    assert Settings.from_args(["--grammar-backend", "llguidance"], {}).warnings == ()
+    with pytest.raises(ArgumentError, match="not one of: llguidance, xgrammar"):
+        Settings.from_args([], {"TOKENMILL_GRAMMAR_BACKEND": "outlines"})
+
+
 def test_traces_and_watermarks_are_there() -> None:
     words = ["--otlp-endpoint", "http://localhost:4317", "--otlp-service-name", "x", "--watermark-gamma", "0.25"]
     settings = Settings.from_args([*words, "--watermark-delta", "1.5"], {})

@@ -166,7 +166,7 @@ def test_answers_follow_a_grammar_over_the_models_own_tokenizer(tmp_path: Path) 
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
     options = BackendOptions(backend="torch", dtype="float32")
-    wants = Wants(backend=options, max_total_tokens=200, grammar_backend="llguidance", memory_limit=1 << 28)
+    wants = Wants(backend=options, max_total_tokens=200, grammars=True, memory_limit=1 << 28)
     schema = {"type": "object", "properties": {"color": {"enum": ["red", "green"]}}, "required": ["color"],
               "additionalProperties": False}  # fmt: skip
     spec = GrammarSpec("json_schema", json.dumps(schema, separators=(",", ":")))

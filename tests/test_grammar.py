@@ -1,8 +1,7 @@
-"""Matchers of both libraries, against brute force: what a mask allows is what is accepted, and nothing is lost."""
+"""Matchers against brute force: a mask allows exactly the tokens that are accepted, and a rollback loses nothing."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 from support_grammar import END, OTHER_END, SPECIAL, accepts, allowed, backend, compact, made, small_vocabulary
 
-from tokenmill.errors import GrammarError, Unsupported
+from tokenmill.errors import GrammarError
 from tokenmill.grammar import schema
-from tokenmill.grammar.base import Backend, Vocabulary, exact, longest_tokens, new_backend
+from tokenmill.grammar.base import Backend, Vocabulary, exact, longest_tokens
 
 PERSON = {
     "type": "object",
@@ -36,11 +35,9 @@ SPECS = {
 }
 
 
-@pytest.fixture(scope="module", params=["llguidance", "xgrammar"])
-def chosen(request: pytest.FixtureRequest) -> Backend:
-    if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"{request.param} is not installed")
-    return backend(request.param)
+@pytest.fixture(scope="module")
+def chosen() -> Backend:
+    return backend()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +159,7 @@ def test_forced_tokens_are_the_only_text_that_may_come(chosen: Backend, vocabula
 
 def test_forced_text_is_cut_as_the_models_tokenizer_cuts_it() -> None:
     vocabulary = small_vocabulary()
-    matcher = made(backend("llguidance", lambda text: list(text)), "regex", "hello world").matcher()
+    matcher = made(backend(lambda text: list(text)), "regex", "hello world").matcher()
     assert matcher.forced(3) == list(b"hel")
     assert allowed(matcher, vocabulary) == {ord("h")}
     wrong = exact(lambda text: [vocabulary.tokens.index(b"x")], vocabulary)  # a tokenizer that changes the text
@@ -212,13 +209,8 @@ def test_what_cannot_be_compiled_says_why(chosen: Backend) -> None:
         assert len(str(caught.value)) > 20
 
 
-def test_unknown_backends_are_named() -> None:
-    with pytest.raises(Unsupported, match="llguidance, xgrammar"):
-        new_backend("outlines", small_vocabulary())
-
-
 def test_a_limit_met_in_the_middle_ends_its_own_row_alone() -> None:
-    chosen, vocabulary = backend("llguidance"), small_vocabulary()
+    chosen, vocabulary = backend(), small_vocabulary()
     costly = made(chosen, "lark", "start: /(a{1,1000}){1,1000}/").matcher()
     good = made(chosen, "regex", "a*").matcher()
     filler, mask = chosen.filler(2), vocabulary.new_mask(2)

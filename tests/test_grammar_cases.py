@@ -18,7 +18,7 @@ from tokenmill.grammar import schema  # noqa: E402
 from tokenmill.grammar.base import Grammar  # noqa: E402
 
 Oracle = jsonschema.Draft202012Validator
-GUIDANCE = backend("llguidance")
+GUIDANCE = backend()
 
 VALUES: list[Any] = [1, 2, 0, -3, 1.5, "a", "b", "ab", "", True, False, None]
 OBJECTS: list[Any] = [

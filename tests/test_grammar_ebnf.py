@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -19,11 +18,11 @@ from support_grammar import accepts, backend, made
 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar import ebnf
-from tokenmill.grammar.base import Backend, may_force
+from tokenmill.grammar.base import may_force
 from tokenmill.grammar.pool import CompilePool
 from tokenmill.wire.messages import GrammarSpec
 
-GUIDANCE = backend("llguidance")
+GUIDANCE = backend()
 
 ARITHMETIC = r"""
 root  ::= (expr "=" ws term "\n")+
@@ -68,23 +67,16 @@ CHARACTERS: list[tuple[str, list[str], list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llguidance", "xgrammar"])
-def chosen(request: pytest.FixtureRequest) -> Backend:
-    if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"{request.param} is not installed")
-    return backend(request.param)
-
-
 @pytest.mark.parametrize("text, good, bad", GRAMMARS)
-def test_grammars_of_llama_cpp_are_followed(chosen: Backend, text: str, good: list[str], bad: list[str]) -> None:
-    grammar = made(chosen, "grammar", text)
+def test_grammars_of_llama_cpp_are_followed(text: str, good: list[str], bad: list[str]) -> None:
+    grammar = made(GUIDANCE, "grammar", text)
     assert [one for one in good if not accepts(grammar, one)] == []
     assert [one for one in bad if accepts(grammar, one)] == []
 
 
 @pytest.mark.parametrize("text, good, bad", CHARACTERS)
-def test_characters_are_those_that_were_written(chosen: Backend, text: str, good: list[str], bad: list[str]) -> None:
-    grammar = made(chosen, "grammar", text)
+def test_characters_are_those_that_were_written(text: str, good: list[str], bad: list[str]) -> None:
+    grammar = made(GUIDANCE, "grammar", text)
     assert [one for one in good if not accepts(grammar, one)] == []
     assert [one for one in bad if accepts(grammar, one)] == []
 
@@ -198,7 +190,7 @@ def test_lark_stays_lark() -> None:
 
 
 def test_hostile_grammars_are_ended_by_the_pool_and_others_go_on() -> None:
-    pool = CompilePool("llguidance", GUIDANCE)
+    pool = CompilePool(GUIDANCE)
     try:
         pool.submit(GrammarSpec("regex", "warm")).result(60)
         chain = "\n".join(f'r{i} ::= "a" r{i + 1} | "c"' for i in range(3000))
@@ -219,34 +211,29 @@ def test_hostile_grammars_are_ended_by_the_pool_and_others_go_on() -> None:
 ENDLESS = """
 from support_grammar import backend, made
 for text in {texts!r}:
-    matcher = made(backend({name!r}), "grammar", text).matcher()
+    matcher = made(backend(), "grammar", text).matcher()
     assert matcher.accept(ord("x"))
     assert matcher.forced(10) == []
     assert matcher.accept(ord("a"))
 """
 
 
-@pytest.mark.parametrize("name, texts", [
-    ("llguidance", ['start: /[xy]/ A "b"\nA: /ab*/', 'start: /[xy]/ rec\nrec: "a" rec']),
-    ("xgrammar", ['root ::= [xy] rec\nrec ::= "a" rec']),
-])  # fmt: skip
-def test_text_without_choice_and_end_holds_up_nobody(name: str, texts: list[str]) -> None:
-    """The libraries would look for its end for ever."""
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
-    code, here = ENDLESS.format(name=name, texts=texts), Path(__file__).parent
+def test_text_without_choice_and_end_holds_up_nobody() -> None:
+    """The library would look for its end for ever."""
+    texts = ['start: /[xy]/ A "b"\nA: /ab*/', 'start: /[xy]/ rec\nrec: "a" rec']
+    code, here = ENDLESS.format(texts=texts), Path(__file__).parent
     env = {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=env)
 
 
-def test_long_text_without_choice_is_not_looked_through(chosen: Backend) -> None:
+def test_long_text_without_choice_is_not_looked_through() -> None:
     text = " ".join(random.Random(0).choices(["river", "stone", "lamp"], k=2_000))
     for kind, source in (
         ("choice", json.dumps([text])), ("json_schema", json.dumps({"const": text})), ("regex", text[:15_000]),
         ("regex", f"({text[:100]}){{99}}"),
     ):  # fmt: skip
         assert not may_force(kind, source)
-        matcher = made(chosen, kind, source).matcher()
+        matcher = made(GUIDANCE, kind, source).matcher()
         assert matcher.forced(100) == []
         for byte in (b'"' if kind == "json_schema" else b"") + text[:50].encode():
             assert matcher.accept(byte)

@@ -20,7 +20,7 @@ from tokenmill.grammar import schema  # noqa: E402
 from tokenmill.text.guided import json_grammar  # noqa: E402
 
 Oracle = jsonschema.Draft202012Validator
-GUIDANCE = backend("llguidance")
+GUIDANCE = backend()
 A, B = {"required": ["a"]}, {"required": ["b"]}
 LOCATION = {"properties": {"location": {"title": "Location", "type": "string"}, "n": {"type": "integer"}}}
 KIND = {"properties": {"kind": {"enum": ["x", "y"]}}, "required": ["kind"]}

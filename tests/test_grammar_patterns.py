@@ -15,10 +15,11 @@ from support_grammar import accepts, backend, made
 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar import schema
-from tokenmill.grammar.base import Backend, Vocabulary, new_backend
+from tokenmill.grammar.base import Backend, Vocabulary
+from tokenmill.grammar.llguidance import LLGuidance
 from tokenmill.grammar.patterns import PatternError, literal, rewrite
 
-GUIDANCE = backend("llguidance")
+GUIDANCE = backend()
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_patterns_with_too_many_states_are_refused_before_a_token_is_spent(patte
     words = ["".join(letters).encode() for size in (3, 5) for letters in itertools.product("abxy", repeat=size)]
     tokens = (*(bytes([i]) for i in range(256)), *words, b"<e>")
     end = (len(tokens) - 1,)
-    wide = new_backend("llguidance", Vocabulary(tokens, end, end, len(tokens)))
+    wide = LLGuidance(Vocabulary(tokens, end, end, len(tokens)))
     for kind, source in (("regex", pattern), ("json_schema", schema.canonical({"type": "string", "pattern": pattern}))):
         with pytest.raises(GrammarError, match="too many states"):
             wide.prepare(kind, source)

@@ -26,7 +26,7 @@ DEEP = GrammarSpec(
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[CompilePool]:
-    made = CompilePool("llguidance", backend("llguidance"), PoolLimits(cpu_s=0.5, clock_s=1.5, memory_bytes=256 << 20))
+    made = CompilePool(backend(), PoolLimits(cpu_s=0.5, clock_s=1.5, memory_bytes=256 << 20))
     made.submit(GrammarSpec("regex", "warm")).result(60)
     yield made
     made.close()
@@ -62,7 +62,7 @@ def test_what_costs_too_much_is_ended_within_two_seconds_and_others_go_on(pool: 
 
 
 def test_cpu_time_is_limited() -> None:
-    patient = CompilePool("llguidance", backend("llguidance"), PoolLimits(cpu_s=0.2, clock_s=30, processes=1))
+    patient = CompilePool(backend(), PoolLimits(cpu_s=0.2, clock_s=30, processes=1))
     try:
         patient.submit(GrammarSpec("regex", "warm")).result(60)
         assert "0.2 s of CPU time" in fault(patient.submit(SLOW), 10)
@@ -86,7 +86,7 @@ def test_a_large_schema_is_refused_for_what_is_wrong_and_not_for_its_size(pool: 
 
 def test_memory_is_limited() -> None:
     limits = PoolLimits(memory_bytes=48 << 20, processes=1, cpu_s=10, clock_s=15)
-    small = CompilePool("llguidance", backend("llguidance"), limits)
+    small = CompilePool(backend(), limits)
     try:
         message = fault(small.submit(SLOW), 16)
         assert "memory" in message or "too large" in message
@@ -114,8 +114,8 @@ def test_the_same_grammar_is_compiled_once_and_refusals_are_remembered(pool: Com
 
 
 def test_the_cache_forgets_what_was_used_least_recently() -> None:
-    chosen = backend("llguidance")
-    pool = CompilePool("llguidance", chosen, PoolLimits(cache_bytes=200_000, processes=1))
+    chosen = backend()
+    pool = CompilePool(chosen, PoolLimits(cache_bytes=200_000, processes=1))
     try:
         first, second, third = (GrammarSpec("regex", text * 50) for text in "abc")  # about 71 kB each
         for spec in (first, second, first, third):  # the second is the oldest when the third comes
@@ -139,7 +139,7 @@ def own_workers() -> list[psutil.Process]:
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="threads of one process have one priority here")
 def test_a_process_starts_with_the_time_that_nobody_else_wants_and_compiles_like_everybody() -> None:
     before = {p.pid for p in own_workers()}
-    lazy = CompilePool("llguidance", backend("llguidance"), PoolLimits(processes=1))
+    lazy = CompilePool(backend(), PoolLimits(processes=1))
     try:
         until = time.monotonic() + 60
         policies: list[int] = []
@@ -156,7 +156,7 @@ def test_a_process_starts_with_the_time_that_nobody_else_wants_and_compiles_like
 
 def test_a_grammar_that_comes_before_a_lazy_start_is_over_gets_a_process_that_does_not_give_way() -> None:
     before = {p.pid for p in own_workers()}
-    pool = CompilePool("llguidance", backend("llguidance"), PoolLimits(processes=1))
+    pool = CompilePool(backend(), PoolLimits(processes=1))
     try:
         assert accepts(pool.submit(GrammarSpec("regex", "at once")).result(60), "at once")
         (process,) = [p for p in own_workers() if p.pid not in before]
@@ -169,7 +169,7 @@ def test_a_grammar_that_comes_before_a_lazy_start_is_over_gets_a_process_that_do
 
 def test_where_a_grammar_is_waited_for_one_process_does_not_give_way() -> None:
     before = {p.pid for p in own_workers()}
-    pool = CompilePool("llguidance", backend("llguidance"), PoolLimits(processes=2), awaited=True)
+    pool = CompilePool(backend(), PoolLimits(processes=2), awaited=True)
     try:
         assert accepts(pool.submit(GrammarSpec("regex", "awaited")).result(60), "awaited")
         started = [p.cmdline()[-1] for p in own_workers() if p.pid not in before]
@@ -194,7 +194,7 @@ def test_a_cancelled_request_harms_nobody(pool: CompilePool) -> None:
 
 
 def test_closing_ends_the_processes_and_what_still_waits() -> None:
-    pool = CompilePool("llguidance", backend("llguidance"), PoolLimits(processes=1, cpu_s=0.5))
+    pool = CompilePool(backend(), PoolLimits(processes=1, cpu_s=0.5))
     pool.submit(GrammarSpec("regex", "a")).result(60)
     children = [p for p in psutil.Process().children() if "tokenmill.grammar.worker" in " ".join(p.cmdline())]
     assert children

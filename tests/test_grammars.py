@@ -10,6 +10,7 @@ import pytest
 from support_server import byte_model
 
 from tokenmill.errors import GrammarError
+from tokenmill.grammar import llguidance
 from tokenmill.runtime import grammars
 from tokenmill.runtime.grammars import ModelGrammars
 from tokenmill.text.tokenizer import Tokenizer
@@ -28,15 +29,15 @@ def source(tmp_path: Path) -> ModelSource:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was made, in order."""
     found: list[str] = []
-    load, backend, pool = Tokenizer.load, grammars.new_backend, grammars.CompilePool
+    load, backend, pool = Tokenizer.load, llguidance.LLGuidance, grammars.CompilePool
     monkeypatch.setattr(Tokenizer, "load", lambda source: found.append("tokenizer") or load(source))
-    monkeypatch.setattr(grammars, "new_backend", lambda *given: found.append("backend") or backend(*given))
+    monkeypatch.setattr(llguidance, "LLGuidance", lambda *given: found.append("backend") or backend(*given))
     monkeypatch.setattr(grammars, "CompilePool", lambda *given, **more: found.append("pool") or pool(*given, **more))
     return found
 
 
 def test_nothing_is_made_before_somebody_says_so(source: ModelSource, made: list[str]) -> None:
-    ModelGrammars(source, 258, "llguidance").close()
+    ModelGrammars(source, 258).close()
     assert made == []
 
 
@@ -45,7 +46,7 @@ def test_a_call_begins_one_piece_and_no_second_beside_it(
 ) -> None:
     held, load = threading.Event(), Tokenizer.load
     monkeypatch.setattr(Tokenizer, "load", lambda source: held.wait(60) and load(source))
-    model = ModelGrammars(source, 258, "llguidance")
+    model = ModelGrammars(source, 258)
     try:
         for _ in range(5):
             model.prepare()
@@ -66,7 +67,7 @@ def test_a_call_begins_one_piece_and_no_second_beside_it(
 
 @pytest.mark.parametrize("pieces", [0, 1, 2])
 def test_the_first_grammar_has_the_rest_made_at_once(source: ModelSource, made: list[str], pieces: int) -> None:
-    model = ModelGrammars(source, 258, "llguidance")
+    model = ModelGrammars(source, 258)
     try:
         for count in range(pieces):
             while len(made) == count:
@@ -81,7 +82,7 @@ def test_the_first_grammar_has_the_rest_made_at_once(source: ModelSource, made: 
 
 
 def test_a_piece_that_fails_is_told_to_whoever_asks_for_a_grammar(source: ModelSource) -> None:
-    model = ModelGrammars(source, 0, "llguidance")  # the end's id is beyond the logits
+    model = ModelGrammars(source, 0)  # the end's id is beyond the logits
     model.prepare()
     for _ in range(2):
         with pytest.raises(GrammarError, match="no token that ends an answer"):
@@ -92,7 +93,7 @@ def test_a_piece_that_fails_is_told_to_whoever_asks_for_a_grammar(source: ModelS
 def test_closing_fails_what_waits(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, load = threading.Event(), Tokenizer.load
     monkeypatch.setattr(Tokenizer, "load", lambda source: begun.set() or time.sleep(0.2) or load(source))
-    model = ModelGrammars(source, 258, "llguidance")
+    model = ModelGrammars(source, 258)
     model.prepare()
     begun.wait(60)
     waiting = model.compile(SPEC)

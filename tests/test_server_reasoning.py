@@ -13,7 +13,8 @@ from support_grammar import made as compiled
 from support_server import Server, byte_model, scripted
 
 from tokenmill.errors import Unsupported, ValidationError
-from tokenmill.grammar.base import Vocabulary, new_backend
+from tokenmill.grammar.base import Vocabulary
+from tokenmill.grammar.llguidance import LLGuidance
 from tokenmill.server.routes.chat_grammar import Voice, fixed_ids
 from tokenmill.server.routes.chat_speech import Speech, check_parsers, speech_of
 from tokenmill.server.routes.chat_tools import tools_of
@@ -167,7 +168,7 @@ def follows(made: Voice, grammar: GrammarSpec, text: str) -> bool:
     tokenizer = made.tokenizer
     size = tokenizer.vocab_size
     vocabulary = Vocabulary.of(tokenizer.token_bytes, size, size, tokenizer.eos_ids, sorted(tokenizer.special_ids))
-    matcher = compiled(new_backend("llguidance", vocabulary), grammar.kind, grammar.source).matcher()
+    matcher = compiled(LLGuidance(vocabulary), grammar.kind, grammar.source).matcher()
     begun = text
     for (after,) in grammar.after:
         begun = text.partition(tokenizer.decode([after], False))[2]

@@ -177,7 +177,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                                             env="TOKENMILL_PROTECT_METRICS")] = False
     strict_model_name: Annotated[bool, Option("Refuse unknown model names with 404.",
                                               env="TOKENMILL_STRICT_MODEL_NAME")] = False
-    grammar_backend: Annotated[str, Option("Who compiles grammars; xgrammar needs the extra `tokenmill[xgrammar]`.",
+    grammar_backend: Annotated[str, Option("Library that compiles grammars; xgrammar is served by llguidance.",
                                            choices=("llguidance", "xgrammar"),
                                            env="TOKENMILL_GRAMMAR_BACKEND")] = "llguidance"
     tool_call_parser: Annotated[str, Option("Format of the model's tool calls. Default: found from the chat template.",
@@ -316,6 +316,9 @@ def _odd(settings: Settings) -> list[str]:
         warnings.append(f"`LOG_FORMAT={settings.log_format}` has no effect: logs are `text` or `json`.")
     if settings.aip_http_port and not surroundings.is_port(settings.aip_http_port):
         warnings.append(f"`AIP_HTTP_PORT={settings.aip_http_port}` has no effect: it is not a number up to 65535.")
+    if settings.grammar_backend != "llguidance":
+        given = f"`--grammar-backend {settings.grammar_backend}`"
+        warnings.append(f"{given} has no effect: llguidance serves all grammars.")
     return warnings
 
 

@@ -17,7 +17,7 @@ from tokenmill.errors import Unsupported
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 _NO_PLUGINS = {"base"}
-_SPOKEN = {"models": "model type", "quant": "quantization", "backends": "backend", "grammar": "grammar backend"}
+_SPOKEN = {"models": "model type", "quant": "quantization", "backends": "backend"}
 
 
 def find(kind: str, name: str) -> Any:

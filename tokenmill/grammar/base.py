@@ -14,8 +14,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.errors import Unsupported
-
 Encode = Callable[[bytes], Sequence[int]]
 Mask = NDArray[np.uint32]
 
@@ -123,23 +121,6 @@ class Backend(Protocol):
 
     def filler(self, num_threads: int) -> MaskFiller:
         """A new filler. Make one and keep it."""
-
-
-def new_backend(name: str, vocabulary: Vocabulary, encode: Encode | None = None) -> Backend:
-    """The backend `name`: "llguidance" or "xgrammar".
-
-    `encode` gives the tokens that the model's tokenizer makes of some UTF-8, for forced text to be cut as the model has
-    learned it; None: the longest tokens. MissingPackage if its library is not installed.
-    """
-    if name == "llguidance":
-        from tokenmill.grammar.llguidance import LLGuidance
-
-        return LLGuidance(vocabulary, encode)
-    if name == "xgrammar":
-        from tokenmill.grammar.xgrammar import XGrammar
-
-        return XGrammar(vocabulary, encode)
-    raise Unsupported("grammar backend", name, ("llguidance", "xgrammar"))
 
 
 def needs_many_states(source: str) -> bool:

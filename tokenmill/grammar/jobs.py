@@ -11,14 +11,13 @@ import sys
 import msgspec
 
 from tokenmill.errors import GrammarError
-from tokenmill.grammar.base import Backend, Vocabulary, new_backend
+from tokenmill.grammar.base import Backend, Vocabulary
 from tokenmill.wire.channel import Channel
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
-    """Vocabulary to compile for, and the limits."""
+    """The vocabulary to compile for, and the limits of one job."""
 
-    backend: str
     vocabulary: Vocabulary
     cpu_s: float  # one job
     memory_bytes: int  # beyond what the process has after its start
@@ -43,8 +42,10 @@ class Compiler:
     second for a large vocabulary."""
 
     def __init__(self, setup: bytes) -> None:
+        from tokenmill.grammar.llguidance import LLGuidance
+
         self._setup = msgspec.msgpack.decode(setup, type=Setup)
-        self._backend = new_backend(self._setup.backend, self._setup.vocabulary)
+        self._backend: Backend = LLGuidance(self._setup.vocabulary)
 
     def serve(self, fd: int) -> None:
         """Tell the pool, on the socket, that the start is over, then answer its jobs until the other end is closed."""

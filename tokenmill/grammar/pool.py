@@ -56,18 +56,16 @@ _Key = tuple[str, str]
 class CompilePool:
     """Compiles for one backend. `submit` may be called from any thread; close it when done.
 
-    `backend_name` is what `new_backend` made `backend` of: the processes make their own. `awaited`: a grammar is
-    waited for already, so that one of them does not give way. `num_compiled`, `num_refused`, `num_killed`,
-    `num_cached`: counters for metrics.
+    The processes make backends of their own for the vocabulary of `backend`, which finishes what they prepare.
+    `awaited`: a grammar is waited for already, so that one of them does not give way. `num_compiled`, `num_refused`,
+    `num_killed`, `num_cached`: counters for metrics.
     """
 
-    def __init__(
-        self, backend_name: str, backend: Backend, limits: PoolLimits | None = None, *, awaited: bool = False
-    ) -> None:
+    def __init__(self, backend: Backend, limits: PoolLimits | None = None, *, awaited: bool = False) -> None:
         self.limits = limits or PoolLimits()
         self.num_compiled = self.num_refused = self.num_killed = self.num_cached = 0
         self._backend = backend
-        setup = Setup(backend_name, backend.vocabulary, self.limits.cpu_s, self.limits.memory_bytes)
+        setup = Setup(backend.vocabulary, self.limits.cpu_s, self.limits.memory_bytes)
         self._setup = _as_file(msgspec.msgpack.encode(setup))
         self._lock = threading.Lock()
         self._closed = False

@@ -49,7 +49,7 @@ class Wants:
     max_batch_size: int | None = None
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
-    grammar_backend: str = ""  # "": requests with a grammar are refused
+    grammars: bool = False  # False: requests with a grammar are refused
     memory_limit: int | None = None  # bytes of weights, step and cache together, over all ranks of this machine
 
 
@@ -130,10 +130,10 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
 def _constraints(source: ModelSource, info: EngineInfo, wants: Wants, resources: ExitStack) -> Constraints:
     """Make what constrains sequences by their grammar; `resources` closes it."""
     grammars = None
-    if wants.grammar_backend:
+    if wants.grammars:
         from tokenmill.runtime.grammars import ModelGrammars
 
-        grammars = ModelGrammars(source, info.vocab_size, wants.grammar_backend, wants.backend.cpus)
+        grammars = ModelGrammars(source, info.vocab_size, wants.backend.cpus)
         resources.callback(grammars.close)
     return Constraints(info.vocab_size, grammars)
 

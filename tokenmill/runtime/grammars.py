@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.errors import GrammarError
-from tokenmill.grammar.base import Backend, Encode, Grammar, MaskFiller, Matcher, Vocabulary, new_backend
+from tokenmill.grammar.base import Backend, Encode, Grammar, MaskFiller, Matcher, Vocabulary
 from tokenmill.grammar.pool import CompilePool
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
@@ -40,12 +40,12 @@ class _Parts(NamedTuple):
 class ModelGrammars:
     """`runtime.constraints.Grammars` of a model on disk.
 
-    `size`: of its logits. `name`: of a grammar backend. `cpus`: that may be used. Every method but `compile` is called
+    `size`: of its logits. `cpus`: that may be used. Every method but `compile` is called
     when a grammar was compiled.
     """
 
-    def __init__(self, source: ModelSource, size: int, name: str, cpus: int = 1) -> None:
-        self._source, self._size, self._name = source, size, name
+    def __init__(self, source: ModelSource, size: int, cpus: int = 1) -> None:
+        self._source, self._size = source, size
         self._threads = max(1, min(cpus, _MOST_THREADS))
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._made: Future[_Parts] = Future()
@@ -107,13 +107,15 @@ class ModelGrammars:
     def _make(self) -> Iterator[_Parts | None]:
         """Yield what a grammar needs, after None for each piece of the way there: half a second of this process each,
         in which a request that comes must wait."""
+        from tokenmill.grammar.llguidance import LLGuidance
+
         tokenizer = Tokenizer.load(self._source)
         if not any(token_id < self._size for token_id in tokenizer.eos_ids):
             raise GrammarError("this model has no token that ends an answer, so no grammar can be followed")
         yield None
-        backend = new_backend(self._name, vocabulary_of(tokenizer, self._size), _encode_of(tokenizer))
+        backend = LLGuidance(vocabulary_of(tokenizer, self._size), _encode_of(tokenizer))
         yield None
-        pool = CompilePool(self._name, backend, awaited=self._hurried)
+        pool = CompilePool(backend, awaited=self._hurried)
         yield _Parts(backend, pool, backend.filler(self._threads))
 
     def _submit(self, spec: GrammarSpec, found: Future[Grammar]) -> None:

@@ -129,6 +129,6 @@ def wants(settings: Settings) -> Wants:
         max_batch_size=settings.max_batch_size,
         max_input_tokens=settings.max_input_tokens,
         max_total_tokens=settings.max_total_tokens,
-        grammar_backend="" if settings.disable_grammar_support else settings.grammar_backend,
+        grammars=not settings.disable_grammar_support,
         memory_limit=memory_bytes(settings.memory_limit),
     )

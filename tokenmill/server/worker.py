@@ -226,5 +226,5 @@ def options_of(settings: Settings) -> ServiceOptions:
         tool_call_parser=settings.tool_call_parser,
         reasoning_parser=settings.reasoning_parser,
         numerics=f"{settings.kv_cache_dtype} {settings.cpu_isa} {settings.cpu_threads} {settings.attention} "
-        f"{settings.deterministic} {settings.grammar_backend}",
+        f"{settings.deterministic}",
     )
