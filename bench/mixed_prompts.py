@@ -52,7 +52,7 @@ class Arrival(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What arrives: streams at 0, the long prompt at `start`, short ones from there on, `rate` a second by chance."""
+    """A load: streams at 0, the long prompt at `start`, short ones from there on, `rate` a second by chance."""
 
     long: int
     shorts: tuple[int, int]
@@ -158,7 +158,7 @@ def _request(number: int, arrival: Arrival) -> Request:
 
 
 class _Seen:
-    """What has come of the arrivals, by number."""
+    """The first tokens of the arrivals, by number."""
 
     def __init__(self, arrivals: list[Arrival]) -> None:
         self._arrivals = arrivals

@@ -188,6 +188,17 @@ def test_the_youngest_by_arrival_is_preempted_and_comes_back_to_its_place() -> N
     assert all(link.tokens(r.id) == reference(r) for r in (fresh(0, 60, 60), fresh(2, 8, 60)))
 
 
+def test_a_sequence_that_was_passed_is_not_preempted_for_the_younger_one_that_passed_it() -> None:
+    limits = SchedulerLimits(64, 8, 200, block_size=4)
+    holder, long, short = fresh(0, 60, 8), fresh(1, 100, 60), fresh(2, 8, 60)
+    engine, oracle, link = build([[holder], [], [long], [short]], 40, limits)
+    run(engine, link)
+    assert [seq.id for batch in oracle.batches for seq in batch.admitted][:3] == [0, 2, 1], "the short one passes"
+    assert link.outputs[1][-1].num_preemptions == 0
+    assert link.outputs[2][-1].num_preemptions > 0
+    assert all(link.tokens(r.id) == reference(r) for r in (holder, long, short))
+
+
 # ---- pieces
 
 

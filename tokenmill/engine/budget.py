@@ -1,4 +1,4 @@
-"""How many tokens a step may have: by the limits, beside others that decode, and by what memory has shown to allow.
+"""Budgets of a step in tokens: by the limits, beside sequences that decode, and by what memory has shown to allow.
 
 Pure integers: every rank counts the same.
 """
@@ -16,7 +16,7 @@ _PATIENCE = 1000
 
 @dataclass(slots=True)
 class PrefillBudget:
-    """What prompts may still take of the step being planned. Made by `of`.
+    """The part of the step being planned that prompts may still take. Made by `of`.
 
     `cost` and `chunk` count 1 / (2 · weight) tokens, or tokens if there is no weight.
     """
@@ -43,7 +43,7 @@ class PrefillBudget:
         return cls(max_tokens, cost * unit, chunk * unit, least, weight)
 
     def fit(self, start: int, wanted: int, begun: bool = False) -> int:
-        """How many of a prompt's `wanted` tokens from position `start` on may be computed. Takes nothing.
+        """Return how many of a prompt's `wanted` tokens from position `start` on may be computed. Takes nothing.
 
         `begun`: it was cut in an earlier step, so it is a long one to the end.
         """
@@ -89,7 +89,7 @@ class PrefillBudget:
 
 
 class StepBudget:
-    """How many tokens a step may have by what memory allows: at first as many as the limits say.
+    """The number of tokens that memory allows a step: at first as many as the limits say.
 
     A step that found no memory halves it; many good ones give it back.
     """

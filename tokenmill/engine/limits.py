@@ -1,4 +1,4 @@
-"""What a step and a sequence may be at most. Known before the first request."""
+"""Limits of a step and of a sequence, known before the first request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenmill.wire.messages import Request
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What a step and a sequence may be at most. `block_size` is the pool's."""
+    """Limits of a step and of a sequence. `block_size` is the pool's."""
 
     max_batch_tokens: int  # of a step
     max_batch_size: int  # sequences that run at once: slots
@@ -25,12 +25,12 @@ class SchedulerLimits:
     # times and so on: its attention then costs as much as its products. 0: every token counts once
 
     def weigh(self, start: int, count: int) -> int:
-        """The cost of `count` tokens of a prompt from position `start` on, in tokens at position 0."""
+        """Return the cost of `count` tokens of a prompt from position `start` on, in tokens at position 0."""
         weight = self.context_weight
         return count + count * (2 * start + count - 1) // (2 * weight) if weight else count
 
     def size_class(self, start: int, count: int) -> int:
-        """The size class of a prompt of which so many tokens from `start` on are to be computed: 1, 2-3, 4-7, …."""
+        """Return the size class of a prompt of which so many tokens from `start` on are to be computed: 1, 2-3, 4-7, …."""
         return self.weigh(start, count).bit_length()
 
     def refusal(self, request: Request, num_blocks: int) -> str:

@@ -1,4 +1,4 @@
-"""Who of the prompts gets what of a step, and who of those that wait is admitted for it.
+"""The share of each prompt in a step, and the admission of those that wait.
 
 The shortest come first, by size class and then by arrival, but the oldest gets half of what there is at least,
 whoever else comes. In the order of arrival every prompt becomes the oldest: none starves, and none waits longer than
@@ -38,12 +38,12 @@ class Step:
     fresh: dict[Sequence, int] = field(default_factory=dict)  # admitted, and their counts
 
     def least(self, wanted: int) -> int:
-        """The smallest piece of a prompt that lacks so many tokens."""
+        """Return the smallest piece of a prompt that lacks so many tokens."""
         return max(1, min(wanted, self.limits.min_chunk, self.max_tokens))
 
 
 class Prefill:
-    """Shares out steps among prompts."""
+    """The rule that shares out steps among prompts."""
 
     def __init__(self, pool: BlockPool, waiting: Waiting, running: Running, prefixes: PrefixCache) -> None:
         self._pool, self._waiting, self._running, self._prefixes = pool, waiting, running, prefixes

@@ -1,4 +1,4 @@
-"""What of a sequence the prefix cache holds, or will hold soon. Pure bookkeeping over the block pool."""
+"""The blocks of sequences that the prefix cache holds, or will hold soon. Pure bookkeeping over the block pool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenmill.engine.sequence import Sequence
 
 
 class PrefixCache:
-    """Finds and offers the blocks of sequences, and takes back the offers of steps that did not run."""
+    """The blocks that sequences offer each other. Offers of steps that did not run are taken back."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
@@ -17,19 +17,19 @@ class PrefixCache:
         self.computing: list[Sequence] = []  # sequences that run and are not computed to `fill_end` yet
 
     def find(self, seq: Sequence) -> list[int]:
-        """The blocks of `seq` that are cached and need not be computed. Takes nothing."""
+        """Return the blocks of `seq` that are cached and need not be computed. Takes nothing."""
         found = self._pool.match(seq.hashes_of(0, self._sharable(seq), self._pool.block_size))
         seq.num_found = len(found)
         return found
 
     def has_more(self, seq: Sequence) -> bool:
-        """True if more blocks of `seq` are cached than `find` saw last."""
+        """Return True if more blocks of `seq` are cached than `find` saw last."""
         found = seq.num_found
         last = min(found + 1, self._sharable(seq))
         return bool(self._pool.match(seq.hashes_of(found, last, self._pool.block_size)))
 
     def comes(self, seq: Sequence, found: int) -> bool:
-        """True if one of `computing` will compute half at least of what `seq` lacks behind so many cached blocks."""
+        """Return True if one of `computing` will compute half at least of what `seq` lacks behind so many cached blocks."""
         size = self._pool.block_size
         half = -(-(len(seq.token_ids) - found * size) // (2 * size))
         last = found + half  # equal hashes of the last block mean that all before it are equal
@@ -68,5 +68,5 @@ class PrefixCache:
             self._pool.unpublish(self._offered.pop())
 
     def _sharable(self, seq: Sequence) -> int:
-        """How many blocks may be shared: one token must run at least, or there is nothing to sample from."""
+        """Return how many blocks may be shared: one token must run at least, or there is nothing to sample from."""
         return 0 if seq.request.computes_whole_prompt else (len(seq.token_ids) - 1) // self._pool.block_size

@@ -36,16 +36,16 @@ class Running:
         return request_id in self._by_id
 
     def get(self, request_id: int) -> Sequence | None:
-        """The sequence of this id; None if it does not run."""
+        """Return the sequence of this id; None if it does not run."""
         return self._by_id.get(request_id)
 
     def values(self) -> ValuesView[Sequence]:
-        """All of them, in order of admission."""
+        """Return all of them, in order of admission."""
         return self._by_id.values()
 
     @property
     def num_free(self) -> int:
-        """How many more may run."""
+        """The number of sequences that may join."""
         return len(self._free_slots)
 
     def refresh(self) -> None:
@@ -96,9 +96,9 @@ class Running:
         seq.slot, seq.blocks = -1, []
 
     def entries(self) -> Int32:
-        """(n, 3) slot, index in its table, block: entries of block tables that are new since `refresh`."""
+        """Return (n, 3) slot, index in its table, block: entries of block tables that are new since `refresh`."""
         return np.array(self._entries, np.int32) if self._entries else _NO_ENTRIES
 
     def computed_of(self, seq: Sequence) -> int:
-        """How many tokens of `seq` are computed once all planned steps have run."""
+        """Return how many tokens of `seq` are computed once all planned steps have run."""
         return int(self.computed[seq.slot])

@@ -41,11 +41,11 @@ class Waiting:
         return (seq.id for seq in sorted(self._by_id.values(), key=_arrival))
 
     def values(self) -> list[Sequence]:
-        """All of them, in no order."""
+        """Return all of them, in no order."""
         return list(self._by_id.values())
 
     def get(self, request_id: int) -> Sequence | None:
-        """The sequence of this id; None if it does not wait."""
+        """Return the sequence of this id; None if it does not wait."""
         return self._by_id.get(request_id)
 
     def add(self, seq: Sequence, size: int) -> None:
@@ -71,15 +71,15 @@ class Waiting:
             del self._lines[size]
 
     def heads(self) -> list[Sequence]:
-        """The first of each line."""
+        """Return the first of each line."""
         return [next(iter(line.values())) for line in self._lines.values()]
 
     def oldest(self) -> Sequence | None:
-        """The one that arrived first; None if nothing waits."""
+        """Return the one that arrived first; None if nothing waits."""
         return min(self.heads(), key=_arrival, default=None)
 
     def shortest_first(self, most: int) -> Iterator[Prompt]:
-        """The prompts as they are now, sorted; `most` of a line at most."""
+        """Return the prompts as they are now, sorted; `most` of a line at most."""
         lines = [
             [Prompt(size, seq.arrival, seq) for seq, _ in zip(line.values(), range(most), strict=False)]
             for size, line in self._lines.items()
