@@ -243,7 +243,7 @@ class _Process:
         self._channel: Channel[Result] = Channel(ours, Result)
 
     def started(self, timeout_s: float) -> bool:
-        """Whether its start is over, within so many seconds; also False if it has ended."""
+        """Tell if its start is over, within so many seconds; False also if it has ended."""
         if not self._started:
             self._channel.set_timeout(timeout_s)
             with contextlib.suppress(OSError, ChannelError):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tokenmill.errors import ModelError, StartError
 from tokenmill.weights.source import refuse_pointer, weights_in
 
 _METADATA = {"format": "pt"}
@@ -45,15 +46,23 @@ def _read(file: Path) -> dict[str, Any]:
     import torch
 
     refuse_pointer(file)
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{file.name} is cut off, or holds something else than tensors ({type(error).__name__}). Download the file "
+            "again, or look for a model with .safetensors files."
+        ) from error
     if not isinstance(state, dict):
-        raise TypeError(f"{file.name} holds a {type(state).__name__}, not named tensors")
+        raise ModelError(f"{file.name} holds a {type(state).__name__}, not named tensors.")
     state = state.get("state_dict", state)
     kept: dict[str, Any] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} in {file.name} is a {type(tensor).__name__}, not a tensor")
+            raise ModelError(f"{name} in {file.name} is a {type(tensor).__name__}, not a tensor.")
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in seen:
             continue
@@ -73,5 +82,5 @@ def _write(tensors: dict[str, Any], target: Path) -> None:
 if __name__ == "__main__":
     try:
         convert_folder(Path(sys.argv[1]))
-    except Exception as error:  # noqa: BLE001  the top of a process: one line for the parent
-        sys.exit(f"{type(error).__name__}: {error}".replace("\n", " "))
+    except StartError as error:  # what ends any other way is traced, of which the parent tells the last line
+        sys.exit(str(error).replace("\n", " "))
