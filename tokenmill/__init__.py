@@ -5,7 +5,7 @@
     with LLM("path/to/model") as llm:
         print(llm.generate("Once upon a time", max_new_tokens=20)[0].text)
 
-`LLM` is imported when it is first used: the command line and the supervisor stay light.
+`LLM` is imported on first use, because the command line and the supervisor do not need its imports.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m tokenmill`: the same as the `tokenmill` command."""
+"""Run `python -m tokenmill`, which is the same as the `tokenmill` command."""
 
 import sys
 

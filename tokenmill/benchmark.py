@@ -1,7 +1,7 @@
-"""`text-generation-benchmark`: the engine's own speed by batch size, without HTTP, as TGI's command measures it.
+"""`text-generation-benchmark`: measure the engine by batch size, without HTTP, as TGI's command does.
 
-For each batch size so many prompts of equal length are computed at once (prefill) and continued (decode), no matter
-what ends a text. TGI's command asks running shards; here the engine is loaded in this process. The tables are TGI's.
+For each batch size, that many prompts of equal length are prefilled together and then decoded, ignoring end-of-sequence
+tokens. TGI's command measures running shards; this one loads the engine in its own process. The tables have TGI's form.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of the command. Those of the model and its backend are variables, as for the server."""
+    """Options of the command. Model and backend are set by the server's environment variables."""
 
     # fmt: off
     tokenizer_name: Annotated[str, Option("The model: a Hub id, a folder or a .gguf file.", short="-t")] = ""
@@ -54,7 +54,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     # fmt: on
 
     def sampling(self) -> SamplingParams:
-        """How tokens are chosen; greedy unless something asks for sampling, as in TGI."""
+        """Sampling parameters; greedy unless an option of sampling is set, as in TGI."""
         asked = (self.temperature, self.top_k, self.top_p, self.typical_p)
         sampled = self.do_sample or any(value is not None for value in asked)
         return SamplingParams(
@@ -72,14 +72,14 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: seconds until every prompt has its first token, and from then to every last one."""
+    """Timings of one run in seconds: until every prompt has its first token, and from then to the last token."""
 
     prefill_s: float
     decode_s: float
 
 
 def main(words: Sequence[str]) -> int:
-    """Measure and print the tables; returns the exit code. Raises StartError if the model cannot be run."""
+    """Measure, print the tables and return the exit code. Raises StartError if the model cannot be run."""
     wanted, batch_sizes = _parse(words)
     settings = Settings.from_env(
         model_id=wanted.tokenizer_name, revision=wanted.revision, max_batch_size=max(batch_sizes)
@@ -128,7 +128,7 @@ def _measure(engine: OfflineEngine, prompt: Sequence[int], wanted: Wanted, size:
 
 
 def run_once(engine: OfflineEngine, prompt: Sequence[int], wanted: Wanted, size: int, number: int) -> Run:
-    """One run. No prompt shares the prefix cache with another, of this run or an earlier one."""
+    """Measure one run. Its prompts share no prefix with each other or with those of earlier runs."""
     stopping = StoppingParams(wanted.decode_length)
     salts = [f"benchmark {size} {number} {i}".encode() for i in range(size)]
     began = time.perf_counter()
@@ -143,7 +143,7 @@ def run_once(engine: OfflineEngine, prompt: Sequence[int], wanted: Wanted, size:
 
 
 def tables(model_id: str, wanted: Wanted, results: dict[int, list[Run]]) -> str:
-    """TGI's three tables in Markdown: parameters, latencies, throughput."""
+    """Format TGI's three tables in Markdown: parameters, latencies, throughput."""
     rest = wanted.decode_length - 1
     rows = [("Model", model_id), ("Sequence Length", wanted.sequence_length), ("Decode Length", wanted.decode_length),
             ("Top N Tokens", wanted.top_n_tokens), ("N Runs", wanted.runs), ("Warmups", wanted.warmups),

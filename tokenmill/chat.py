@@ -1,6 +1,6 @@
-"""`tokenmill chat`: a conversation in the terminal with a running server, or with one started for it.
+"""`tokenmill chat`: a conversation in the terminal with a running server, or with one that the command starts.
 
-Ctrl-C stops the answer, not the program; Ctrl-D or /exit ends it. Nothing but the standard library talks HTTP here.
+Ctrl-C stops the answer; Ctrl-D or /exit ends the program. HTTP requests use the standard library only.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _START_S = 300.0
 
 
 class ServerError(Exception):
-    """The server refused a request or broke off; the message is for the user."""
+    """Error for a request that the server refused or aborted. The message is for the user."""
 
 
 class Conversation:
-    """Messages so far, and the server that answers. `options` go into every request."""
+    """Messages of the conversation, and the server that answers. `options`: sent with every request."""
 
     def __init__(self, url: str, api_key: str, options: dict[str, Any]) -> None:
         self._url = urllib.parse.urlsplit(url)
@@ -44,7 +44,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
 
     def say(self, text: str) -> Iterator[str]:
-        """Send a message and yield the answer's pieces. What was received stays in the history, however it ends."""
+        """Send a message and yield the answer in pieces. Received pieces stay in the history, even after an error."""
         self.messages.append({"role": "user", "content": text})
         answer: list[str] = []
         try:
@@ -55,10 +55,10 @@ class Conversation:
             if answer:
                 self.messages.append({"role": "assistant", "content": "".join(answer)})
             else:
-                self.messages.pop()  # unanswered: as if it had not been said
+                self.messages.pop()  # a message without an answer leaves the history
 
     def take_back(self) -> str | None:
-        """Forget the last message and its answer; returns that message, or None if there is none."""
+        """Remove the last message and its answer from the history, and return the message; None if there is none."""
         while self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         return self.messages.pop()["content"] if self.messages and self.messages[-1]["role"] == "user" else None
@@ -77,13 +77,13 @@ class Conversation:
 
 
 def connect(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-    """A connection to the server of a URL, not opened yet."""
+    """Create a connection to the server of a URL, without opening it."""
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     return kind(url.hostname or "127.0.0.1", url.port, timeout=600)
 
 
 def deltas(lines: Iterator[bytes] | http.client.HTTPResponse) -> Iterator[str]:
-    """The content of a stream of chat completion chunks. Raises ServerError if an event is an error."""
+    """Yield the content of a stream of chat completion chunks. Raises ServerError if an event is an error."""
     for line in lines:
         data = line.removeprefix(b"data:").strip()
         if not line.startswith(b"data:") or data == b"[DONE]":
@@ -97,7 +97,7 @@ def deltas(lines: Iterator[bytes] | http.client.HTTPResponse) -> Iterator[str]:
 
 
 def reason(body: bytes) -> str:
-    """The message in an error body, of OpenAI's shape or TGI's."""
+    """Extract the message from an error body in OpenAI's or TGI's form."""
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
@@ -106,7 +106,7 @@ def reason(body: bytes) -> str:
 
 
 def health(url: str) -> int:
-    """The status of /health; 0 if nobody listens there."""
+    """Return the status of /health; 0 if no server listens there."""
     split = urllib.parse.urlsplit(url)
     try:
         with contextlib.closing(connect(split)) as connection:
@@ -119,7 +119,7 @@ def health(url: str) -> int:
 
 @contextlib.contextmanager
 def own_server(settings: Settings) -> Iterator[str]:
-    """A server of our own on a free port of this machine, ready; stopped at the end. Yields its URL."""
+    """Start a server on a free local port, yield its URL once it is ready, and stop it at the end."""
     screen = progress.display()
     try:
         source = fetch.fetch(settings, screen.progress)
@@ -152,7 +152,7 @@ def own_server(settings: Settings) -> Iterator[str]:
 
 
 def converse(conversation: Conversation) -> None:
-    """Read, send, print, until the input ends."""
+    """Read messages, send them and print the answers, until the input ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history for `input`
     print(_HELP, flush=True)
@@ -172,7 +172,7 @@ def converse(conversation: Conversation) -> None:
 
 
 def _command(conversation: Conversation, text: str) -> str:
-    """Do what a line that begins with a slash says; returns what is to be sent to the model, if anything."""
+    """Execute a line that begins with a slash, and return the text to send to the model; "" for none."""
     word, _, rest = text.partition(" ")
     if word in ("/clear", "/system"):
         conversation.messages = [{"role": "system", "content": rest}] if rest and word == "/system" else []
@@ -201,7 +201,7 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Parse, connect, talk; returns the exit code. Raises StartError if there is no server and none can be started."""
+    """Run the command and return the exit code. Raises StartError if no server runs and none can be started."""
     given = _parser().parse_args(words)
     wanted = {"max_tokens": given.max_tokens, "temperature": given.temperature, "seed": given.seed}
     options = {name: value for name, value in wanted.items() if value is not None}

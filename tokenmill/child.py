@@ -1,8 +1,8 @@
-"""How a child process begins: `python -m tokenmill.child MODULE:FUNCTION READ_FD WRITE_FD`.
+"""Entry point of a child process: `python -m tokenmill.child MODULE:FUNCTION READ_FD WRITE_FD`.
 
-The function gets a `ChildControl` and works until it returns. A `StartError` reaches the supervisor as `Failed` with
-the words meant for the user; anything else as a traceback in the log. A child never outlives its supervisor: on Linux
-the kernel kills it, everywhere the end of its control pipe tells it.
+The function is called with a `ChildControl`, and the process ends when it returns. A `StartError` is sent to the
+supervisor as `Failed`, with its message for the user; any other exception is logged with a traceback. Invariant: a
+child does not outlive its supervisor. On Linux the kernel kills it; on other systems its control pipe closes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     module_name, _, function = target.partition(":")
     settings = control.configure.settings
     name = f"{module_name.split('.')[-2]} {control.configure.index}"  # "server 0", "runtime 1"
-    serves = module_name.startswith("tokenmill.server")  # its lines look as those of TGI's router
+    serves = module_name.startswith("tokenmill.server")  # its log lines have the form of TGI's router
     logs.set_up(
         settings.get("log_level", "info"), json=bool(settings.get("json_output")), flat=serves,
         process="" if serves and settings.get("http_workers", 1) == 1 else name, colors=settings.get("log_colorize"),

@@ -1,4 +1,4 @@
-"""The commands. Each parses its arguments and calls; nothing here does the work or imports what is heavy.
+"""Commands of the command line. Each parses its arguments, then imports and calls the module that does the work.
 
 Exit codes: 0 done or asked to stop, 1 an error that was explained on stderr, 2 wrong usage, 130 interrupted.
 """
@@ -22,14 +22,14 @@ from tokenmill.errors import StartError
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A word after `tokenmill`, what runs, and a line of help."""
+    """Subcommand of `tokenmill`: its name, its function, and a line of help."""
 
     run: Callable[[list[str]], int]
     help: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`tokenmill COMMAND …`; returns the exit code."""
+    """Run `tokenmill COMMAND …` and return the exit code."""
     return _explained(_command, _words(argv))
 
 
@@ -51,7 +51,7 @@ def _command(words: list[str]) -> int:
 
 
 def text_generation_launcher(argv: Sequence[str] | None = None) -> int:
-    """`text-generation-launcher`: TGI's name for `tokenmill serve`, with the same options."""
+    """Run `text-generation-launcher`, TGI's name for `tokenmill serve`, with the same options."""
     words = _words(argv)
     if words in (["-V"], ["--version"]):
         print(f"text-generation-launcher {tokenmill.__version__} (tokenmill)")
@@ -60,7 +60,7 @@ def text_generation_launcher(argv: Sequence[str] | None = None) -> int:
 
 
 def text_generation_server(argv: Sequence[str] | None = None) -> int:
-    """`text-generation-server serve|download-weights|quantize MODEL_ID …`, TGI's Python command."""
+    """Run `text-generation-server serve|download-weights|quantize MODEL_ID …`, TGI's Python command."""
     words = _words(argv)
     commands = {"serve": _serve_positional, "download-weights": download_weights, "quantize": _quantize}
     if not words or words[0] in ("-h", "--help"):
@@ -73,7 +73,7 @@ def text_generation_server(argv: Sequence[str] | None = None) -> int:
 
 
 def text_generation_benchmark(argv: Sequence[str] | None = None) -> int:
-    """`text-generation-benchmark`: TGI's name for measuring the engine without HTTP."""
+    """Run `text-generation-benchmark`, TGI's name for measuring the engine without HTTP."""
     words = _words(argv)
     return _explained(lambda rest: int(_load("tokenmill.benchmark:main")(rest)), words)
 
@@ -101,7 +101,7 @@ def _overview(commands: dict[str, Command]) -> str:
 
 
 def _words(argv: Sequence[str] | None) -> list[str]:
-    """The words of a command; those of this process, whose streams are then made fit, if none are given."""
+    """Return the words of a command. None: those of this process, whose output streams are then set up too."""
     if argv is not None:
         return list(argv)
     streams.install(lossy=False)
@@ -113,24 +113,24 @@ def _explained(run: Callable[[list[str]], int], words: list[str]) -> int:
         try:
             return run(words)
         finally:
-            sys.stdout.flush()  # what it does not take is explained as well
+            sys.stdout.flush()  # here, so that a failed write is explained too
     except StartError as error:
         print(f"Error: {error.variant}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
-        return 1  # whoever read the output has gone
+        return 1  # the reader of the output has closed it
     except KeyboardInterrupt:
         return 130
 
 
 def _load(target: str) -> Any:
-    """What MODULE:NAME is, imported now: commands that need more than this file pay for it themselves."""
+    """Import MODULE:NAME. Called on use, so that each command imports only the modules that it needs."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def serve(words: list[str], prog: str = "tokenmill serve") -> int:
-    """Serve until a signal."""
+    """Serve until a signal stops the server."""
     return _serve(Settings.from_args(words, prog=prog))
 
 
@@ -140,7 +140,7 @@ def _serve(settings: Settings) -> int:
 
 
 def _serve_positional(words: list[str]) -> int:
-    """TGI's shard server took the model as its first argument; here the whole server is started."""
+    """Serve the model given as the first argument, as TGI's shard server does, but start the whole server."""
     prog = "text-generation-server serve"
     parser = options.Parser(prog=prog, usage=f"{prog} MODEL_ID [OPTIONS]", description="Serve a model over HTTP.")
     parser.add_argument("model", nargs="?", metavar="MODEL_ID", help="a Hub id, a folder, or a .gguf file")
@@ -152,7 +152,7 @@ def _serve_positional(words: list[str]) -> int:
         if value is not None:
             setattr(given, name, value)
     if not hasattr(given, "otlp_service_name") and not Settings.environ().get("OTLP_SERVICE_NAME"):
-        given.otlp_service_name = "text-generation-inference.server"  # as TGI's shards call themselves
+        given.otlp_service_name = "text-generation-inference.server"  # the service name of TGI's shards
     return _serve(Settings.from_namespace(given))
 
 
@@ -162,7 +162,7 @@ def _quantize(words: list[str]) -> int:
 
 
 def download_weights(words: list[str]) -> int:
-    """Get a model onto this machine; print where it is."""
+    """Download a model and print its path."""
     about = "Get a model (a Hub id; without one: the embedded default) onto this machine and print its path."
     parser = options.Parser(prog="tokenmill download-weights", description=about)
     parser.add_argument("model_id", nargs="?", default="", metavar="MODEL_ID")
@@ -199,7 +199,7 @@ def download_weights(words: list[str]) -> int:
 
 
 def warmup(words: list[str]) -> int:
-    """Fetch a model and compile its kernels."""
+    """Download a model and compile its kernels."""
     return int(_load("tokenmill.warmup:main")(words))
 
 
@@ -211,7 +211,7 @@ def env(words: list[str]) -> int:
 
 
 def doctor(words: list[str]) -> int:
-    """Look at everything that a start depends on."""
+    """Check everything that a start depends on."""
     return int(_load("tokenmill.operate.doctor:main")(words))
 
 

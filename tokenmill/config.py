@@ -1,7 +1,7 @@
-"""Every option once: its field, its default, its environment variable, its help. The only file that reads os.environ.
+"""Define every option: its field, default, environment variable and help. No other file reads os.environ.
 
-Names and defaults are TGI's launcher's; what is ours comes after them, with variables that begin with TOKENMILL_.
-An option whose machinery a later release brings is parsed and refused with a sentence, never ignored.
+Names and defaults are those of TGI's launcher. Additional options follow, with variables that begin with TOKENMILL_.
+An option that is not implemented yet is parsed and refused with a message, never ignored.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ WITHOUT_EFFECT = {
         ("USE_CUTLASS_W8A8", "EXLLAMA_VERSION", "DISABLE_EXLLAMA", "ROCM_USE_FLASH_ATTN_V2_TRITON",
          "ROCM_USE_CUSTOM_PAGED_ATTN", "ROCM_USE_SKINNY_GEMM"), "there are no such kernels."),
 }  # fmt: skip
-"""Variables of TGI that are no options, and why each does nothing here."""
+"""Variables of TGI that are not options of its launcher -> the reason why they have no effect here"""
 _LOCAL = "ranks meet in a private folder of this machine, not at an address."
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """All options of a server. None and "" mean "not given": what they become is decided at start, once."""
+    """Options of a server. None and "" mean "not given"; their effective values are determined once, at start."""
 
     # fmt: off
     # The model
@@ -152,7 +152,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                                     env="HF_TOKEN,HUGGING_FACE_HUB_TOKEN,HF_API_TOKEN")] = ""
     offline: Annotated[bool, Option("Use the cache only, never the network.", env="HF_HUB_OFFLINE")] = False
 
-    # Ours
+    # Additional options
     device: Annotated[str, Option("Where to compute.", choices=("auto", "cpu", "cuda"),
                                   env="TOKENMILL_DEVICE")] = "auto"
     backend: Annotated[str, Option("Who computes.", choices=("auto", "cpu", "cuda", "torch"),
@@ -199,30 +199,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # fmt: on
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a `Configure` frame, secrets included: it crosses inherited pipes only."""
+        """Return plain data for a `Configure` frame. Secrets are included, as it is sent over inherited pipes only."""
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
     @property
     def max_batch_tokens(self) -> int | None:
-        """The token budget of a step, if given: TGI's --max-batch-prefill-tokens."""
+        """Token budget of a step, TGI's --max-batch-prefill-tokens; None if not given."""
         return self.max_batch_prefill_tokens
 
     @staticmethod
     def environ() -> Mapping[str, str]:
-        """The environment, for a command that has options of its own."""
+        """Return the environment, for commands with options of their own."""
         return os.environ
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The settings that `to_dict` wrote."""
+        """Return the settings that `to_dict` was called on."""
         return msgspec.convert(dict(values), cls)
 
     @classmethod
     def from_args(cls, argv: Sequence[str], environ: Mapping[str, str] | None = None,
                   prog: str = "text-generation-launcher") -> Settings:  # fmt: skip
-        """Settings from a command line, then the environment, then the defaults; checked against each other.
+        """Build settings from the command line, then the environment, then the defaults, and check their consistency.
 
-        Usage errors exit with 2. Raises ArgumentError for values that contradict each other.
+        Usage errors exit with status 2. Raises ArgumentError for values that contradict each other.
         """
         about = "Serve a large language model over HTTP."
         parser = options.Parser(prog=prog, usage=f"{prog} [OPTIONS]", description=about)
@@ -231,9 +231,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_namespace(cls, namespace: Any, environ: Mapping[str, str] | None = None) -> Settings:
-        """As `from_args`, of options parsed already: an absent attribute is an option that was not given.
+        """As `from_args`, for parsed options. An absent attribute is an option that was not given.
 
-        `environ` None: this process's, of which what libraries could not read is taken out (see `surroundings.mend`).
+        `environ`: the environment; None: this process's, after `surroundings.mend` has removed values that libraries
+        cannot read.
         """
         warnings = _mended() if environ is None else []
         environ = os.environ if environ is None else environ
@@ -252,11 +253,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, /, **values: Any) -> Settings:
-        """Settings from the environment, `values` (by field name) beating it. Raises ArgumentError."""
+        """Build settings from `values`, by field name, and then the environment. Raises ArgumentError."""
         return cls.from_namespace(type("Given", (), values)(), environ)
 
     def shown(self) -> str:
-        """The options that differ from their defaults, for the log; secrets are hidden."""
+        """Format the options that differ from their defaults, for the log, with secrets hidden."""
         given = []
         for field in options.fields_of(type(self)):
             value = getattr(self, field.name)
@@ -266,7 +267,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _checked(settings: Settings) -> Settings:
-    """`settings` with what follows from one option for another filled in. Raises ArgumentError."""
+    """Return `settings` with options set that follow from others. Raises ArgumentError."""
     warnings = list(settings.warnings)
     max_input = settings.max_input_tokens
     if settings.max_input_length is not None:
@@ -293,7 +294,7 @@ def _checked(settings: Settings) -> Settings:
 
 
 def _check_limits(settings: Settings) -> None:
-    """The launcher's own checks of TGI. Raises ArgumentError."""
+    """Check the limits as TGI's launcher does. Raises ArgumentError."""
     most = settings.max_batch_total_tokens
     for name in ("max_total_tokens", "max_batch_prefill_tokens"):
         value = getattr(settings, name)
@@ -306,7 +307,7 @@ def _check_limits(settings: Settings) -> None:
 
 
 def _odd(settings: Settings) -> list[str]:
-    """What was asked for by variables of TGI and does nothing."""
+    """Return a warning for each option or variable of TGI that is set but has no effect."""
     warnings = []
     if not settings.prefix_caching:
         warnings.append("`PREFIX_CACHING=0` has no effect: the prefix cache costs nothing and changes no answer.")
@@ -323,7 +324,7 @@ def _odd(settings: Settings) -> list[str]:
 
 
 def _mended() -> list[str]:
-    """Mend this process's environment; what was changed. Raises ArgumentError if nothing can be written anywhere."""
+    """Repair this process's environment and return the changes. Raises ArgumentError if no folder is writable."""
     try:
         return surroundings.mend(os.environ)
     except OSError as error:
@@ -331,7 +332,7 @@ def _mended() -> list[str]:
 
 
 def _cpu_threads(wanted: int, said: bool, warnings: list[str]) -> int:
-    """`wanted` threads if there are so many CPUs. `said`: by the user to us, not to every program of this machine."""
+    """Limit `wanted` threads to the usable CPUs. `said`: True if set for this program, False if by OMP_NUM_THREADS."""
     most = usable_cpus()
     if wanted <= most:
         return wanted
@@ -353,7 +354,7 @@ def _num_shard(settings: Settings) -> int:
 
 
 def memory_bytes(text: str) -> int | None:
-    """Bytes that "8GiB", "500MB" or "1073741824" mean; None for "". Raises ArgumentError."""
+    """Parse a number of bytes: "8GiB", "500MB" or "1073741824"; None for "". Raises ArgumentError."""
     if not text:
         return None
     number = text.rstrip("BbIiKkMmGgTt ")
@@ -369,7 +370,7 @@ def memory_bytes(text: str) -> int | None:
 
 
 def graph_sizes(text: str) -> tuple[int, ...] | None:
-    """Batch sizes that "1,2,4" names; none of them for "0", None for "". Raises ArgumentError."""
+    """Parse batch sizes such as "1,2,4"; empty for "0", None for "". Raises ArgumentError."""
     if not text:
         return None
     words = [word.strip() for word in text.split(",") if word.strip()]
@@ -379,22 +380,22 @@ def graph_sizes(text: str) -> tuple[int, ...] | None:
 
 
 def default_cache_dir() -> str:
-    """Where the embedded default model is kept: XDG_CACHE_HOME/tokenmill or ~/.cache/tokenmill, if there can be one."""
+    """Return the folder of the embedded default model: XDG_CACHE_HOME/tokenmill or ~/.cache/tokenmill if usable."""
     return str(surroundings.cache_home(os.environ) / "tokenmill")
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The environment for a child that computes with `threads` threads: libraries read that when they are imported."""
+    """Return the environment for a child with `threads` compute threads, which libraries read on import."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: those it is bound to, cut by the control group's quota. At least 1."""
+    """Return the number of CPUs that this process may use: its affinity, limited by the cgroup's quota. At least 1."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, -(-int(quota) // int(period)))
     except (OSError, ValueError):
-        pass  # no control group, or "max"
+        pass  # no cgroup, or a quota of "max"
     return max(1, count)

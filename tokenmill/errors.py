@@ -1,4 +1,4 @@
-"""Every error that a user can meet, in one tree.
+"""Errors that are reported to users, in one tree.
 
 TokenmillError
 ├── StartError                 the server or a command cannot start; exit code 1, "Error: <variant>: <message>"
@@ -7,25 +7,24 @@ TokenmillError
 │   ├── DownloadError          weights could not be fetched
 │   ├── ModelError             weights, tokenizer or config.json are missing, unreadable or do not fit each other
 │   │   └── MissingFiles       some of a model's files are not there
-│   ├── Unsupported            nothing of that name exists: a model type, a quantization, an operation
-│   ├── MissingPackage         what was asked for needs a package that is not installed
+│   ├── Unsupported            unknown name of a model type, a quantization or an operation
+│   ├── MissingPackage         a requested feature needs a package that is not installed
 │   ├── NotEnoughMemory        the model or its cache does not fit
 │   └── AddressInUse           the port is taken
-├── OutOfMemory                a step found no memory on the device; the engine tries again with less
-└── RequestError               one request cannot be served; the others go on
+├── OutOfMemory                a step ran out of device memory; the engine retries with a smaller one
+└── RequestError               one request cannot be served; others are not affected
     ├── ValidationError        the request is wrong
-    │   ├── ContextLengthError prompt and wanted tokens exceed the context
+    │   ├── ContextLengthError prompt and requested tokens exceed the context
     │   ├── GrammarError       a schema, regex or grammar is wrong, too large, or cannot be served exactly
     │   ├── TemplateError      the chat template cannot render the messages
-    │   └── ToolError          the tools asked for do not exist or contradict each other
-    ├── Overloaded             refused at once; says when to come back
-    ├── GenerationError        the engine failed in the middle
-    │   └── BatchError         it did with some of several prompts; has the answers to the others
-    ├── IncompleteError        the stream ended without a last token
+    │   └── ToolError          the requested tools do not exist or contradict each other
+    ├── Overloaded             refused because of the limit of requests; states when to retry
+    ├── GenerationError        the engine failed during generation
+    │   └── BatchError         it failed for some of several prompts; holds the answers to the others
+    ├── IncompleteError        the stream ended without a finish reason
     └── NotReady               starting, draining or unhealthy
 
-`error_type` is TGI's name of the kind, which its clients look at. Which HTTP status a kind has is decided in
-`server/` alone.
+`error_type` is TGI's name of the kind of error, which clients of TGI read. HTTP statuses are defined in `server/` only.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from typing import Any
 
 
 class TokenmillError(Exception):
-    """Any failure that is explained to a user instead of being traced."""
+    """Base of all failures that are explained to the user, without a traceback."""
 
     error_type = "generation"
 
 
 class StartError(TokenmillError):
-    """A command cannot do its work. The message names the cause, what was given, what is allowed and the cure."""
+    """A command cannot start. The message names the cause, the given value, the allowed values and the remedy."""
 
     variant = "StartError"
     exit_code = 1
@@ -54,27 +53,27 @@ class ArgumentError(StartError):
 
 
 class UsageError(ArgumentError):
-    """An option's text is not of its kind: what a command line is refused for, in an environment variable."""
+    """An environment variable cannot be parsed as its option. On a command line, this is a usage error."""
 
     exit_code = 2
 
 
 class DownloadError(StartError):
-    """Weights could not be fetched: no network, no such model, no right to it, a checksum that differs."""
+    """Weights could not be downloaded: no network, no such model, no access to it, or a wrong checksum."""
 
     variant = "DownloadError"
 
 
 class ModelError(StartError):
-    """A model folder or file is missing, unreadable, or not what its header says."""
+    """A model folder or file is missing, unreadable, or inconsistent with its header."""
 
     variant = "ShardCannotStart"
 
 
 class MissingFiles(ModelError):
-    """Files of a model are not where they should be.
+    """Files of a model are missing.
 
-    `missing`: their names, or what they would hold.
+    `missing`: their names, or a description of their content.
     """
 
     def __init__(self, message: str, missing: Iterable[str]) -> None:
@@ -83,9 +82,9 @@ class MissingFiles(ModelError):
 
 
 class Unsupported(StartError):
-    """Nothing of this kind has this name.
+    """A name is unknown.
 
-    `kind` as a user would say it ("model", "quantization"), `known` the names that would have been found.
+    `kind`: what the name stands for, in the user's words ("model", "quantization"). `known`: the allowed names.
     """
 
     variant = "ShardCannotStart"
@@ -97,13 +96,13 @@ class Unsupported(StartError):
 
 
 class MissingPackage(StartError):
-    """Something needs a package that the base installation leaves out."""
+    """A feature needs a package that the base installation does not include."""
 
     variant = "ShardCannotStart"
 
 
 class NotEnoughMemory(StartError):
-    """The model, or one request of the wanted length, does not fit; both numbers are in the message."""
+    """The model, or one request of the maximum length, does not fit. The message has both numbers."""
 
     variant = "ShardCannotStart"
 
@@ -115,15 +114,15 @@ class AddressInUse(StartError):
 
 
 class OutOfMemory(TokenmillError):
-    """A step found no memory on the device. Nothing of it counts, and the device is as usable as before."""
+    """A step ran out of device memory. The step has no effect, and the device remains usable."""
 
 
 class RequestError(TokenmillError):
-    """One request fails; nobody else notices."""
+    """One request fails. Other requests are not affected."""
 
 
 class ValidationError(RequestError):
-    """The request breaks a rule. `param` names the field, in the words of the API that was called."""
+    """The request is invalid. `param`: name of the field, in the API that was called."""
 
     error_type = "validation"
 
@@ -133,30 +132,30 @@ class ValidationError(RequestError):
 
 
 class ContextLengthError(ValidationError):
-    """The prompt, or prompt and wanted tokens together, exceed the context; both numbers are in the message."""
+    """The prompt, or prompt and requested tokens together, exceed the context. The message has both numbers."""
 
 
 class GrammarError(ValidationError):
-    """A schema, regex or grammar that is malformed, too costly, or cannot be served exactly.
+    """A schema, regex or grammar is malformed, too costly, or cannot be enforced exactly.
 
-    The message names what is refused and, in a JSON schema, the path to it (`#/properties/name`).
+    The message names the refused part and, in a JSON schema, the path to it (`#/properties/name`).
     """
 
 
 class TemplateError(ValidationError):
-    """The chat template raised, is missing, or took too long."""
+    """The chat template failed, is missing, or took too long."""
 
     error_type = "template_error"
 
 
 class ToolError(ValidationError):
-    """Tools or a tool choice that cannot be followed."""
+    """The tools or the tool choice of a request are invalid."""
 
     error_type = "tool_error"
 
 
 class Overloaded(RequestError):
-    """Refused at once because the limit of requests is reached. `retry_after_s`: whole seconds, at least 1."""
+    """The limit of concurrent requests is reached. `retry_after_s`: time to wait, whole seconds, at least 1."""
 
     error_type = "overloaded"
 
@@ -166,14 +165,16 @@ class Overloaded(RequestError):
 
 
 class GenerationError(RequestError):
-    """The engine gave up on this request, or went away with it."""
+    """The engine failed on this request, or ended while it ran."""
 
     error_type = "generation"
 
 
 class BatchError(GenerationError):
-    """`tokenmill.LLM` answered some of several prompts only. `completions`: one a prompt, None where it failed;
-    `errors`: why, by the prompt's place."""
+    """`tokenmill.LLM` failed for some of several prompts.
+
+    `completions`: one per prompt, None where it failed. `errors`: the causes, by the prompt's index.
+    """
 
     def __init__(self, completions: Sequence[Any], errors: Mapping[int, GenerationError]) -> None:
         self.completions, self.errors = list(completions), dict(errors)
@@ -183,13 +184,13 @@ class BatchError(GenerationError):
 
 
 class IncompleteError(RequestError):
-    """The stream of tokens ended without a reason to finish."""
+    """The stream of tokens ended without a finish reason."""
 
     error_type = "incomplete_generation"
 
 
 class NotReady(RequestError):
-    """Starting, draining or unhealthy. `phase` says which, in words."""
+    """The server is starting, draining or unhealthy. `phase`: which of them, in words."""
 
     error_type = "healthcheck"
 

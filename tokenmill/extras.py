@@ -1,4 +1,4 @@
-"""Packages that the base installation leaves out, and what to say when one is needed."""
+"""Check for packages that the base installation does not include, and explain how to install a missing one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tokenmill.errors import MissingPackage
 
 
 def has_torch() -> bool:
-    """Whether torch is installed; looks, does not import."""
+    """Return True if torch is installed, without importing it."""
     return importlib.util.find_spec("torch") is not None
 
 
 def need_torch(what: str) -> None:
-    """Raise MissingPackage with the cure unless torch is installed. `what`: the sentence's subject."""
+    """Raise MissingPackage with the remedy unless torch is installed. `what`: subject of the message's sentence."""
     if not has_torch():
         raise MissingPackage(
             f"{what} needs torch, which is not installed. Install it with `pip install 'tokenmill[torch]'`, or in a "
@@ -22,7 +22,7 @@ def need_torch(what: str) -> None:
 
 
 def need_opentelemetry() -> None:
-    """Raise MissingPackage with the cure unless the packages that send traces are installed; looks, does not import."""
+    """Raise MissingPackage with the remedy unless the tracing packages are installed, without importing them."""
     for name in ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.exporter.otlp",
                  "opentelemetry.exporter.otlp.proto", "opentelemetry.exporter.otlp.proto.grpc"):  # fmt: skip
         if importlib.util.find_spec(name) is None:

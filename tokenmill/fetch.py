@@ -1,4 +1,4 @@
-"""Settings to a model on disk, in this process or as a child that the supervisor can stop."""
+"""Get the model of given settings onto the disk, in this process or in a child that the supervisor can stop."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tokenmill.wire.messages import ModelReady, Progress
 
 
 def on_disk(settings: Settings) -> ModelSource | None:
-    """The model if it is plainly here: a folder, a file, or the default model fetched before; else None.
+    """Return the model if it is local: a folder, a file, or the default model fetched before; else None.
 
-    Reads names only. Raises ModelError if what is here cannot be served, ArgumentError for wrong paths.
+    Reads file names only. Raises ModelError if the local files cannot be served, ArgumentError for wrong paths.
     """
     if settings.weights_cache_override:
         wanted = _chosen(settings.model_id)
@@ -34,9 +34,9 @@ def on_disk(settings: Settings) -> ModelSource | None:
 
 
 def fetch(settings: Settings, report: Callable[[Progress], None], *, convert: bool = True) -> ModelSource:
-    """The model on disk, downloaded if need be, and converted if `convert` and it is pickled; blocks.
+    """Return the model on disk, downloading it if necessary, and converting pickled weights if `convert`. Blocks.
 
-    Raises DownloadError or ModelError with the cure.
+    Raises DownloadError or ModelError with the remedy.
     """
     found = on_disk(settings)
     if found is not None:
@@ -51,7 +51,7 @@ def fetch(settings: Settings, report: Callable[[Progress], None], *, convert: bo
 
 
 def _chosen(model_id: str) -> str:
-    """The GGUF file that a name on the Hub selects, or ""."""
+    """Return the GGUF file that a name on the Hub selects, or ""."""
     name = parse(model_id)
     return name.wanted if name else ""
 
@@ -64,6 +64,6 @@ def _named(settings: Settings, source: ModelSource) -> ModelSource:
 
 
 def main(control: ChildControl) -> None:
-    """Fetch as a child: reports progress and ends with `ModelReady`."""
+    """Fetch the model in a child process: report progress, then send `ModelReady`."""
     source = fetch(Settings.from_dict(control.configure.settings), control.send)
     control.send(ModelReady(msgspec.to_builtins(source)))

@@ -1,4 +1,4 @@
-"""`tokenmill generate`: answer one prompt in this process, without a server, and print the text as it comes."""
+"""`tokenmill generate`: answer one prompt in this process, without a server, and print the text while it arrives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PARAMS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
 
 
 def main(words: list[str]) -> int:
-    """Parse, generate, print; returns the exit code. Raises StartError if there is no model to run."""
+    """Run the command and return the exit code. Raises StartError if the model cannot be run."""
     given = _parser().parse_args(words)
     prompt = _prompt(given.prompt)
     params: dict[str, Any] = {name: getattr(given, name) for name in _PARAMS if getattr(given, name) is not None}
@@ -35,7 +35,7 @@ def main(words: list[str]) -> int:
 
 
 def _prompt(given: str) -> str:
-    """The prompt, read from stdin if it is `-`. Raises StartError if it is no text."""
+    """Return the prompt, read from stdin for `-`. Raises StartError if it is not text."""
     try:
         prompt = sys.stdin.read() if given == "-" else given
         prompt.encode()

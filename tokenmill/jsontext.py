@@ -1,11 +1,11 @@
-"""Explains why a text is no JSON, and where: in words that do not change with the library that refused it."""
+"""Explain why a text is not JSON, and where, independently of the library that refused it."""
 
 from __future__ import annotations
 
 import re
 
 MAX_TOKENS = 20_000
-"""Parts of a text that are looked at, some milliseconds: a message may not cost more than reading the body does."""
+"""Limit of tokens that are scanned, some milliseconds, so that a message costs no more than reading the body."""
 
 _STRING = rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"'
 _NUMBER = rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?(?![0-9.eE])"
@@ -23,9 +23,10 @@ _VALUE, _KEY, _COLON, _REST, _END = "a value", "a key in double quotes", "`:`", 
 
 
 def fault(text: bytes, most: int = MAX_TOKENS) -> str:
-    """Name what keeps `text` from being JSON in UTF-8, with line and column, from 1: a clause without a full stop.
+    """Describe the first fault of `text` as JSON in UTF-8; "" for valid JSON.
 
-    Returns "" if nothing is wrong. Looks at `most` parts and no more; behind them only the place is told.
+    Returns a clause without a full stop, with line and column from 1. `most`: limit of tokens that are scanned; for a
+    fault beyond it, the clause has only the position.
     """
     try:
         text.decode()
@@ -69,7 +70,7 @@ def _syntax(text: bytes, most: int) -> str:
 
 
 def _expected(wanted: str, or_closed: bool, open_: list[bytes]) -> str:
-    """In words: what the next part may be."""
+    """Describe the tokens that are allowed next."""
     if wanted == _REST or or_closed:
         return f"{wanted} or `{'}' if open_[-1] == b'{' else ']'}`"
     return wanted
@@ -96,7 +97,7 @@ def _broken_string(text: bytes, begin: int) -> str:
 
 
 def _half_at(token: bytes) -> int | None:
-    """Where a string has half of a surrogate pair; None if it has none."""
+    """Return the position of half a surrogate pair in a string; None if there is none."""
     escapes = _ESCAPE.finditer(token) if b"\\u" in token else ()
     return next((found.start() for found in escapes if found["half"]), None)
 
@@ -107,7 +108,7 @@ def _after_space(text: bytes, at: int) -> int:
 
 
 def _place(text: bytes, at: int) -> str:
-    """Line and column, counted in characters."""
+    """Format line and column, counted in characters."""
     begin = text.rfind(b"\n", 0, at) + 1
     column = len(text[begin:at].decode(errors="replace")) + 1
     line = text.count(b"\n", 0, at) + 1

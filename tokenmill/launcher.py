@@ -1,11 +1,11 @@
-"""The supervisor: binds the port, starts the processes, watches them, restarts what dies, stops them in order.
+"""Supervisor: binds the port, starts the processes, watches them, restarts those that die, stops them in order.
 
-    supervisor ─┬─ HTTP worker 0 … W-1   server/worker.py    the port answers at once; /health tells the phase
+    supervisor ─┬─ HTTP worker 0 … W-1   server/worker.py    the port answers at once; /health reports the phase
                 ├─ fetching child        fetch.py            only if the model is not on disk
                 └─ engine rank 0 … N-1   runtime/worker.py   waits for the model, loads it
 
-It imports neither torch nor an HTTP server, holds no request, and does nothing but wait for one of: a child's message,
-a child's end, a signal, a moment for which something is planned.
+Invariant: it imports neither torch nor an HTTP server, and holds no requests. Its loop waits for one of four events: a
+message of a child, the end of a child, a signal, or the time of a planned start.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from tokenmill.wire.messages import Configure, Drain, Drained, EngineInfo, Model
 
 SERVER, ENGINE, FETCH = "tokenmill.server.worker:main", "tokenmill.runtime.worker:main", "tokenmill.fetch:main"
 RESTART_WINDOW_S = 600.0
-"""Restarts are counted over this time; a process that ran this long starts with a clean slate."""
+"""Period over which restarts are counted. Earlier ones do not count."""
 STOP_S = 5.0
-"""How long a child may take to end after `Stop`, or beyond the time that it had to drain."""
+"""Time for a child to end after `Stop`, or after its time to drain is over."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 _log = logging.getLogger(__name__)
 
 
 class ServerFailed(StartError):
-    """A process of the server keeps dying, or died for a reason that another start would meet again."""
+    """A process of the server has died too often, or for a reason that a restart would not remove."""
 
     def __init__(self, variant: str, message: str) -> None:
         super().__init__(message)
@@ -55,19 +55,19 @@ class ServerFailed(StartError):
 
 @dataclass
 class Restarts:
-    """How often something died lately, and how long to wait before it is started again: 1, 2, 4 … 60 seconds."""
+    """Recent deaths of a process, and the delay before its restart: 1, 2, 4 … 60 seconds."""
 
     allowed: int
     times: list[float] = field(default_factory=list)
 
     def delay(self, now: float) -> float | None:
-        """Seconds to wait after a death at `now`; None if it died too often."""
+        """Record a death at `now` and return the delay in seconds; None if there were too many deaths."""
         self.times = [time for time in self.times if now - time < RESTART_WINDOW_S] + [now]
         return None if len(self.times) > self.allowed else min(60.0, 2.0 ** (len(self.times) - 1))
 
 
 class Supervisor:
-    """One server, from its start to its end. `run` blocks; use it once, from the main thread."""
+    """One server, from its start to its end. Call `run` once, from the main thread; it blocks."""
 
     def __init__(self, settings: Settings, listener: socket.socket, run_dir: str, screen: Display) -> None:
         port = listener.getsockname()[1]
@@ -79,17 +79,17 @@ class Supervisor:
         self.model: ModelReady | None = None
         self.info: EngineInfo | None = None
         self.phase = Phase("starting")
-        self.generation = 0  # of the engine
-        self.planned: list[tuple[float, str, int]] = []  # when (monotonic), what to start ("worker", "engine"), which
+        self.generation = 0  # number of restarts of the engine
+        self.planned: list[tuple[float, str, int]] = []  # starts: monotonic time, "worker" or "engine", index
         self.restarts: dict[str, Restarts] = {}
         self.began = time.monotonic()
         self.signals = 0
-        self.stop_by = float("inf")  # draining: when what still runs is killed
+        self.stop_by = float("inf")  # deadline of draining, after which processes are killed; inf: not draining
 
     # Starting
 
     def run(self) -> int:
-        """Serve until a signal. Returns the exit code 0; raises StartError if the server cannot go on."""
+        """Serve until a signal and return the exit code 0. Raises StartError if the server cannot continue."""
         with _wakeup() as wakeup:
             try:
                 self._start()
@@ -148,7 +148,7 @@ class Supervisor:
         return [*self.workers.values(), *self.ranks.values(), *([self.fetcher] if self.fetcher else [])]
 
     def _wait(self, wakeup: socket.socket) -> None:
-        """Block until a child or a signal has something, a planned moment comes, or a second has passed."""
+        """Block until a message, the end of a child, a signal or a planned start, for a second at most."""
         now = time.monotonic()
         until = min([now + 1.0, self.stop_by, *(moment for moment, _, _ in self.planned)])
         with selectors.DefaultSelector() as selector:
@@ -162,8 +162,11 @@ class Supervisor:
                 self._asked_to_stop(number)
 
     def _asked_to_stop(self, number: int) -> None:
-        """SIGINT and SIGTERM: in order, the second time at once; SIGHUP, which may come twice: in order; SIGQUIT: at
-        once."""
+        """Handle a signal that asks to stop.
+
+        The first SIGINT or SIGTERM drains, the second stops at once. SIGHUP drains, however often it is sent, because a
+        closed terminal may send it twice. SIGQUIT stops at once.
+        """
         if number == signal.SIGHUP:
             self.signals = max(self.signals, 1)
         elif number in _SIGNALS:
@@ -171,7 +174,7 @@ class Supervisor:
 
     def _step(self) -> None:
         for child in self._children():
-            dead = child.dead  # before the last messages are read
+            dead = child.dead  # read before polling, so that no message before its end is missed
             for message in child.poll():
                 self._hear(child, message)
             if dead or child.control.closed:
@@ -185,7 +188,7 @@ class Supervisor:
             if child is self.fetcher or child is self.ranks.get(0):
                 self._show(message)
         elif isinstance(message, ModelReady):
-            _log.info("Successfully downloaded weights for %s", message.source["model_id"])  # TGI's words
+            _log.info("Successfully downloaded weights for %s", message.source["model_id"])  # TGI's log line
             self._model_is_here(message)
         elif isinstance(message, Drained):
             child.drained = True
@@ -224,10 +227,10 @@ class Supervisor:
     # Deaths
 
     def _bury(self, child: Child) -> None:
-        """Take note that a child has ended, and plan its successor if it is to have one."""
+        """Remove a child that has ended, and plan its restart if it may have one."""
         if child not in self._children():
-            return  # a rank that was ended with another
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may still be ending; how it ends is worth a moment
+            return  # a rank that was killed together with another
+        with contextlib.suppress(subprocess.TimeoutExpired):  # wait, so that its exit code can be reported
             child.process.wait(1.0)
         child.kill()
         if child is self.fetcher:
@@ -240,7 +243,7 @@ class Supervisor:
             self._succeed(child, "worker", index, "WebserverFailed")
         elif child in self.ranks.values():
             for rank in self.ranks.values():
-                rank.kill()  # the others wait in a collective for one that will not come
+                rank.kill()  # the other ranks wait in a collective for the dead one
             self.ranks.clear()
             self._succeed(child, "engine", 0, "ShardFailed")
 
@@ -279,7 +282,7 @@ class Supervisor:
         return self.stop_by != float("inf")
 
     def _drain(self) -> None:
-        """Let requests finish if there can be any; otherwise stop at once."""
+        """Let running requests finish; stop at once if the engine is not ready, because there are none."""
         self.planned.clear()
         self.screen.close()
         timeout = float(self.settings.graceful_termination_timeout) if self.info is not None and self.ranks else 0.0
@@ -295,14 +298,14 @@ class Supervisor:
         return self.draining and (finished or self.signals > 1 or time.monotonic() >= self.stop_by)
 
     def _kill_all(self) -> None:
-        """End every process: in order if it does so in a moment (shorter after a second signal), else by SIGKILL."""
+        """Stop every process; after `STOP_S` seconds, fewer after a second signal, kill the remaining ones."""
         deadline = time.monotonic() + (STOP_S if self.signals < 2 else 0.2)
-        for children in (list(self.workers.values()), self._children()):  # an engine outlives its clients
+        for children in (list(self.workers.values()), self._children()):  # workers first: the engine's clients
             for child in children:
                 if child.ready:
                     child.stop()
                 else:
-                    child.kill()  # it has no request yet, and does not listen while it loads or downloads
+                    child.kill()  # it has no requests, and reads no messages while it loads
             while time.monotonic() < deadline and not all(child.dead for child in children):
                 time.sleep(0.02)
         for child in self._children():
@@ -317,12 +320,12 @@ def _failure(child: Child, variant: str) -> ServerFailed:
 
 @contextlib.contextmanager
 def _wakeup() -> Iterator[socket.socket]:
-    """A socket on which the numbers of signals arrive as bytes, for the time of the block."""
+    """Yield a socket that receives the numbers of signals as bytes, within the block."""
     ours, signals = socket.socketpair()
     ours.setblocking(False)
     signals.setblocking(False)
     old_fd = signal.set_wakeup_fd(signals.fileno())
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # set by nohup
     numbers = [number for number in _SIGNALS if number != signal.SIGHUP or not ignored]
     old = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
@@ -336,7 +339,7 @@ def _wakeup() -> Iterator[socket.socket]:
 
 
 def readiness(info: EngineInfo, settings: Settings, took_s: float) -> list[str]:
-    """The line that says what is served and where, and a command to paste."""
+    """Return the lines that name the model, its address, and a command to try it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.hostname, settings.hostname)
     url = f"http://{place(host, settings.port)}"
     ranks = f", {info.num_shard} ranks" if info.num_shard > 1 else ""
@@ -352,7 +355,7 @@ def readiness(info: EngineInfo, settings: Settings, took_s: float) -> list[str]:
 
 
 def announce(info: EngineInfo, settings: Settings) -> None:
-    """Log what scripts wait for in TGI's log."""
+    """Log the lines that scripts wait for in TGI's log."""
     if info.revision:
         _log.info("Serving revision %s of model %s", info.revision, info.model_id)
     _log.info("Setting max batch total tokens to %d", info.capacity)
@@ -364,9 +367,9 @@ def announce(info: EngineInfo, settings: Settings) -> None:
 
 
 def serve(settings: Settings, environment: str = "") -> int:
-    """Run a server with these settings until it is told to stop; 0 then, 1 after printing `Error: …` on stderr.
+    """Run a server until a signal stops it; return 0, or 1 after printing `Error: …` on stderr.
 
-    `environment`: what runs here, to be logged first (`--env`).
+    `environment`: report of the runtime environment, logged first (`--env`); "" for none.
     """
     streams.install(lossy=True)
     raise_open_files()

@@ -1,4 +1,4 @@
-"""The port: a socket that listens on an address or a name, and how both are written."""
+"""Open the listening socket on an address or host name, and format both."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tokenmill.errors import AddressInUse
 
 
 def listen(hostname: str, port: int) -> socket.socket:
-    """A listening socket on an address, or on the first of a name's that this machine has, IPv4 first.
+    """Listen on an address, or on the first address of a host name that this machine has, IPv4 first.
 
-    Raises AddressInUse with the cure.
+    Raises AddressInUse with the remedy.
     """
     try:
         found = socket.getaddrinfo(hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -55,5 +55,5 @@ def _cannot_listen(where: str, error: OSError) -> str:
 
 
 def place(hostname: str, port: int) -> str:
-    """Host and port as in a URL: an IPv6 address stands in brackets."""
+    """Format host and port as in a URL, with an IPv6 address in brackets."""
     return f"[{hostname.replace('%', '%25')}]:{port}" if ":" in hostname else f"{hostname}:{port}"

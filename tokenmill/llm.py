@@ -1,11 +1,11 @@
-"""`LLM`: a model in this process, from text to text, on the same engine as the server's.
+"""`LLM`: a model in this process, from text to text, with the engine of the server.
 
     with LLM("path/to/model") as llm:
         for completion in llm.generate(["Once upon a time", "The capital of France is"], max_new_tokens=20):
             print(completion.text)
 
-Options of the model are the server's (`tokenmill serve --help`), with underscores; those of a generation are
-`text.prepare.Options`, by the names of TGI's API.
+Options of the model are those of the server (`tokenmill serve --help`), with underscores. Options of a generation are
+the fields of `text.prepare.Options`, with the names of TGI's API.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Output, Progress, Stats, TokenDetails
 
 Prompt = str | Sequence[int]
-"""Text, or token ids that go to the model as they are."""
+"""Text, or token ids that are passed to the model unchanged"""
 
 Message = Mapping[str, Any]
 """{"role": …, "content": …}, as the chat template expects it."""
 
 _SERVER_ONLY = ("num_shard", "sharded", "mock")
-_MOST = 1 << 20  # stop strings, alternatives of a token: the caller's own process needs no protection
+_MOST = 1 << 20  # stop strings, top tokens: no real limit, because the caller owns the process
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """One prompt's answer.
+    """Answer to one prompt.
 
-    `finish_reason`: "stop" (an end-of-sequence token), "stop_sequence" (then `stop` is the string) or "length".
-    `token_ids` holds every token that was generated, the last one included even where `text` leaves it out.
+    `finish_reason`: "stop" (an end-of-sequence token), "stop_sequence" (`stop` is the string) or "length".
+    `token_ids`: all generated tokens, including a last one that `text` omits.
     """
 
     prompt_ids: tuple[int, ...]
@@ -53,18 +53,18 @@ class Completion(msgspec.Struct, frozen=True):
     text: str
     finish_reason: str
     stop: str | None = None
-    seed: int | None = None  # with which it can be repeated; None if it was greedy
-    num_cached: int = 0  # prompt tokens that were not computed again
-    logprobs: tuple[TokenDetails, ...] = ()  # one a token, if `logprobs` was asked for
-    prompt_logprobs: tuple[TokenDetails, ...] = ()  # of the prompt's tokens from the second on, if asked for
+    seed: int | None = None  # seed that reproduces the answer; None if it was greedy
+    num_cached: int = 0  # prompt tokens found in the prefix cache
+    logprobs: tuple[TokenDetails, ...] = ()  # one per token, if requested
+    prompt_logprobs: tuple[TokenDetails, ...] = ()  # of prompt tokens from the second on, if requested
 
 
 class LLM:
-    """A model in this process. One thread at a time.
+    """Model in this process. Not thread-safe.
 
-    `model`: a folder, a .gguf file or a Hub id; None: the embedded default model. `options`: the server's, such as
-    `dtype`, `max_total_tokens`, `max_batch_size`, `memory_limit`, `cpu_threads`; environment variables count as there.
-    Blocks until the model is loaded. Raises a StartError that says what to do.
+    `model`: a folder, a .gguf file or a Hub id; None: the embedded default model. `options`: options of the server,
+    such as `dtype`, `max_total_tokens`, `max_batch_size`, `memory_limit`, `cpu_threads`; its environment variables
+    apply too. The constructor blocks until the model is loaded, and raises StartError with the remedy.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
@@ -87,23 +87,22 @@ class LLM:
 
     @property
     def info(self) -> EngineInfo:
-        """What was loaded, and its limits."""
+        """Description of the loaded model, and its limits."""
         return self._engine.info
 
     @property
     def stats(self) -> Stats:
-        """The engine's books after its last step."""
+        """Statistics of the engine after its last step."""
         return self._engine.stats
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], options: Options | None = None, **params: Any
     ) -> list[Completion]:
-        """Answer one prompt or many, all in one batch; the answers come in the order of the prompts.
+        """Answer one or several prompts in one batch, and return the answers in the order of the prompts.
 
-        `params` are fields of `Options` and beat those of `options`. Greedy, and until the model ends, if nothing is
-        said. Raises ValidationError, before anything runs, for a prompt or an option that cannot be served, of which
-        GrammarError for a grammar that cannot be compiled; BatchError, which has the other answers, if the engine
-        failed with a prompt.
+        `params`: fields of `Options`, which take precedence over `options`. By default the answer is greedy and ends
+        with the model's end-of-sequence token. Raises ValidationError before any generation, for an invalid prompt or
+        option (GrammarError for a grammar). Raises BatchError, with the other answers, if the engine fails on a prompt.
         """
         return self._answers(self._prepare(_as_list(prompts), _chosen(options, params), True))
 
@@ -115,9 +114,9 @@ class LLM:
         template: Mapping[str, Any] | None = None,
         **params: Any,
     ) -> list[Completion]:
-        """Answer one conversation or many. `template`: variables for the chat template.
+        """Answer one or several conversations. `template`: variables for the chat template.
 
-        Raises what `generate` does, and TemplateError if the model has no chat template or it refuses the messages.
+        Raises as `generate` does, and TemplateError if the model has no chat template or the template fails.
         """
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         chosen = _chosen(options, params)
@@ -125,9 +124,9 @@ class LLM:
         return self._answers(self._prepare(prompts, chosen, False))
 
     def stream(self, prompt: Prompt, options: Options | None = None, **params: Any) -> Iterator[str]:
-        """The answer's text, piece by piece as it is generated. Closing the iterator ends the generation.
+        """Yield the answer's text in pieces, as it is generated. Closing the iterator ends the generation.
 
-        ValidationError comes from the call, GenerationError from the iterator.
+        The call raises ValidationError, the iterator GenerationError.
         """
         return self._stream(prompt, _chosen(options, params), True)
 
@@ -139,11 +138,11 @@ class LLM:
         template: Mapping[str, Any] | None = None,
         **params: Any,
     ) -> Iterator[str]:
-        """`stream`, for a conversation."""
+        """As `stream`, for a conversation."""
         return self._stream(self.render(messages, template), _chosen(options, params), False)
 
     def render(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> str:
-        """The prompt that the model's chat template makes of a conversation. Raises TemplateError."""
+        """Render a conversation to a prompt with the model's chat template. Raises TemplateError."""
         if self.tokenizer.chat_template is None:
             raise TemplateError(f"The model {self.info.model_id} has no chat template: use `generate` with a prompt.")
         return self.tokenizer.chat_template.render([dict(m) for m in messages], kwargs=dict(template or {}))
@@ -161,7 +160,7 @@ class LLM:
         self.close()
 
     def _prepare(self, prompts: Sequence[Prompt], options: Options, add_special_tokens: bool) -> list[Prepared]:
-        """The requests, of which nothing is wrong. Waits for their grammar, which all of them share."""
+        """Validate the prompts and return their requests. Waits for the grammar, which all of them share."""
         prepared = [
             prepare(prompt, options, self._limits, self.tokenizer, add_special_tokens=add_special_tokens)
             for prompt in prompts
@@ -181,7 +180,7 @@ class LLM:
                 try:
                     for _ in answer.pieces():
                         pass
-                except GenerationError as error:  # it ends this prompt alone
+                except GenerationError as error:  # it affects this prompt only
                     errors[place] = error
         finally:
             for answer in answers:
@@ -202,7 +201,7 @@ class LLM:
 
 
 class _Answer:
-    """One request on its way from tokens to text. Submitted when made."""
+    """One running request and its detokenizer. The constructor submits the request."""
 
     def __init__(self, engine: OfflineEngine, tokenizer: Tokenizer, prepared: Prepared) -> None:
         self._engine, self._prepared = engine, prepared
@@ -218,7 +217,7 @@ class _Answer:
         self._stop: str | None = None
 
     def pieces(self) -> Generator[str]:
-        """The text as it comes, never empty; the engine steps meanwhile."""
+        """Step the engine and yield the text in non-empty pieces, as it is generated."""
         with contextlib.closing(self._engine.outputs(self._id)) as outputs:
             for output in outputs:
                 if text := self._take(output):
@@ -229,7 +228,7 @@ class _Answer:
             yield rest
 
     def completion(self) -> Completion:
-        """What came of it, after `pieces` has ended."""
+        """Return the result. Valid after `pieces` has ended."""
         return Completion(
             self._prepared.prompt_ids,
             tuple(self._token_ids),
@@ -243,11 +242,11 @@ class _Answer:
         )
 
     def abort(self) -> None:
-        """Stop generating, if it still is."""
+        """Stop the generation if it still runs."""
         self._engine.abort(self._id)
 
     def _take(self, output: Output) -> str:
-        """Keep what an output says; the text it adds."""
+        """Record an output and return the text that it adds."""
         self._num_cached += output.num_cached
         self._prompt_details += output.prompt_details
         text = ""
@@ -265,7 +264,7 @@ class _Answer:
 
 
 def _settings(model: str | None, options: dict[str, Any]) -> Settings:
-    """The server's settings that `options` give. Raises ArgumentError for those that nothing here reads."""
+    """Build the server's settings from `options`. Raises ArgumentError for options that `LLM` does not use."""
     for name in options:
         if name not in Settings.__struct_fields__ or name == "model_id":
             raise ArgumentError(f"LLM has no option {name!r}. Its options are those of `tokenmill serve --help`.")
@@ -311,7 +310,7 @@ def _chosen(options: Options | None, params: dict[str, Any]) -> Options:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many as many: a string, or a sequence of numbers, is one."""
+    """Return one or several prompts as a list. A string or a sequence of numbers is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
     many: list[Any] = list(prompts)
@@ -319,4 +318,4 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _say_nothing(progress: Progress) -> None:
-    """Progress is the server's to show."""
+    """Ignore progress, because only the server displays it."""

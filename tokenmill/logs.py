@@ -1,6 +1,6 @@
-"""Logging, set up once at the top of a process: text or JSON lines on stdout, in the shapes of TGI's.
+"""Set up logging, once per process: text or JSON lines on stdout, in TGI's formats.
 
-A caller may add fields that tools read, and say which span a line is of:
+A caller may add machine-readable fields and the span that a line belongs to:
 `logger.info("Success", extra={"span": {"name": "generate", "total_time": "1.2s"}})`.
 """
 
@@ -15,17 +15,17 @@ from typing import Any
 OFF = logging.CRITICAL + 10
 LEVELS = {"trace": logging.DEBUG, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
           "warning": logging.WARNING, "error": logging.ERROR, "off": OFF}  # fmt: skip
-"""Names of TGI's LOG_LEVEL, and Python's levels."""
+"""Name in TGI's LOG_LEVEL -> Python's level"""
 _OURS = ("tokenmill", "text_generation_launcher", "text_generation_router", "text_generation_server")
 _NAMES = {logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}
 _COLORS = {logging.DEBUG: "34", logging.INFO: "32", logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
 
 
 def parse_levels(text: str) -> tuple[dict[str, int], list[str]]:
-    """Levels by logger that LOG_LEVEL asks for, "" for the root, and the parts of it that are not understood.
+    """Parse LOG_LEVEL to levels by logger ("" is the root), and the parts that cannot be parsed.
 
-    A level alone is for our own lines, as in TGI: libraries stay at info. A part `target=level` is for that target;
-    TGI's own crates mean us.
+    A level alone applies to this package's lines, as in TGI; libraries stay at info. A part `target=level` applies to
+    that target. TGI's own crates stand for this package.
     """
     levels = {"": logging.INFO, "tokenmill": logging.INFO}
     wrong: list[str] = []
@@ -42,7 +42,7 @@ def parse_levels(text: str) -> tuple[dict[str, int], list[str]]:
 
 
 def level_of(text: str) -> int:
-    """The level of our own lines that LOG_LEVEL names."""
+    """Return the level that LOG_LEVEL sets for this package's lines."""
     return parse_levels(text)[0]["tokenmill"]
 
 
@@ -52,10 +52,10 @@ def _logger_of(target: str) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """`2025-01-31T12:00:00.000000Z  INFO tokenmill.launcher: message key=value`.
+    """Formatter of text lines: `2025-01-31T12:00:00.000000Z  INFO tokenmill.launcher: message key=value`.
 
-    Lines of a span, as "Success": `…  INFO generate{total_time="1.2s"}: tokenmill.server.access: …: message`, where the
-    second place is the file and line.
+    Lines of a span, such as "Success", have the form
+    `…  INFO generate{total_time="1.2s"}: tokenmill.server.access: FILE:LINE: message`.
     """
 
     def __init__(self, process: str, *, colors: bool = False) -> None:
@@ -64,7 +64,7 @@ class TextFormatter(logging.Formatter):
         self._colors = colors
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, or more if there is a traceback."""
+        """Format a record as one line, or as several if it has a traceback."""
         fields = "".join(f" {key}={_plain(value)}" for key, value in fields_of(record).items())
         span = span_of(record)
         context = f" {_span_text(span)}:" if span else ""
@@ -80,10 +80,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, in the shape of TGI's `--json-output`.
+    """Formatter of JSON lines, one object each, in the form of TGI's `--json-output`.
 
-    `flat`: as TGI's router writes, message and fields beside the time; else as its launcher does, under `fields`.
-    `ascii_only`: other characters are escaped as JSON does it.
+    `flat`: True for the form of TGI's router, with message and fields at the top level; False for that of its launcher,
+    with both under `fields`. `ascii_only`: True to escape other characters.
     """
 
     def __init__(self, process: str, *, flat: bool = False, ascii_only: bool = False) -> None:
@@ -91,7 +91,7 @@ class JsonFormatter(logging.Formatter):
         self._process, self._flat, self._ascii_only = process, flat, ascii_only
 
     def format(self, record: logging.LogRecord) -> str:
-        """`{"timestamp", "level", "message", …, "target", "filename", "line_number", "span", "spans"}`."""
+        """Format a record as `{"timestamp", "level", "message", …, "target", "filename", "line_number", "span", …}`."""
         fields: dict[str, Any] = {"message": record.getMessage(), **fields_of(record)}
         if record.exc_info:
             fields["error"] = self.formatException(record.exc_info)
@@ -107,22 +107,22 @@ class JsonFormatter(logging.Formatter):
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What the caller passed as `extra={"fields": …}`."""
+    """Return the fields that the caller passed as `extra={"fields": …}`."""
     fields = getattr(record, "fields", None)
     return fields if isinstance(fields, dict) else {}
 
 
 def span_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What the caller passed as `extra={"span": …}`: fields of the span, and its `name`."""
+    """Return the span that the caller passed as `extra={"span": …}`: its fields, and its `name`."""
     span = getattr(record, "span", None)
     return span if isinstance(span, dict) else {}
 
 
 def set_up(level: str = "info", *, json: bool = False, process: str = "", flat: bool = False,
            colors: bool | None = None) -> None:  # fmt: skip
-    """Send this process's log to stdout. Calling it again replaces what an earlier call set up.
+    """Send this process's log to stdout. A later call replaces the configuration of an earlier one.
 
-    `colors` None: where stdout is a terminal. `flat`: see `JsonFormatter`.
+    `colors`: None for colours only if stdout is a terminal. `flat`: see `JsonFormatter`.
     """
     handler = logging.StreamHandler(sys.stdout)
     colors = sys.stdout.isatty() if colors is None else colors
@@ -148,13 +148,13 @@ def _level(record: logging.LogRecord) -> str:
 
 
 def _file_of(record: logging.LogRecord) -> str:
-    """The source file, from the package's folder on: no path of this machine."""
+    """Return the source file relative to the package's parent folder, so that no local path is logged."""
     folder = record.name.rpartition(".")[0].replace(".", "/")
     return f"{folder}/{record.filename}" if folder.startswith("tokenmill") else record.filename
 
 
 def _span_text(span: dict[str, Any]) -> str:
-    """`generate{parameters=… total_time="1.2s"}`, as TGI's: what is a debug form is not quoted."""
+    """Format a span as TGI does: `generate{parameters=… total_time="1.2s"}`. Values in debug form are not quoted."""
     words = []
     for key, value in span.items():
         if key != "name":

@@ -1,6 +1,7 @@
-"""Names what does not fit a type, and what would: in words that do not change with the library that checks types.
+"""Explain which part of a value does not fit a type, and what is allowed, independently of the validating library.
 
-msgspec alone decides what fits. Its messages are not read: the part at fault is found by asking it about the parts.
+msgspec decides whether a value fits. Its messages are not parsed: the invalid part is found by validating the parts of
+the value one by one.
 """
 
 from __future__ import annotations
@@ -13,32 +14,32 @@ import msgspec
 from msgspec import inspect
 
 MAX_SHOWN = 64  # characters of a value that a message repeats
-_MAX_ITEMS = 10_000  # of a list or an object that are looked at one by one
+_MAX_ITEMS = 10_000  # items of a list or an object that are validated one by one
 _UNIONS = (Union, types.UnionType)
 
 
 class Misfit(NamedTuple):
-    """Innermost part of a value that does not fit. `steps`: keys and places on the way there."""
+    """Innermost part that does not fit. `steps`: keys and indices that lead to it."""
 
     steps: tuple[str | int, ...]
     allowed: str  # follows "must be"
-    given: str = ""  # as a message repeats it; "" for objects, lists and what is not there
+    given: str = ""  # value as shown in a message; "" for objects, lists and missing fields
     missing: bool = False
-    reason: str = ""  # what a struct's own `__post_init__` says of it
+    reason: str = ""  # message of a struct's `__post_init__`
 
     @property
     def param(self) -> str | None:
-        """The field's name with points, as errors of OpenAI's API have it; None for the whole."""
+        """Name of the field with dots, as in errors of OpenAI's API; None for the whole value."""
         return ".".join(map(str, self.steps)) or None
 
     @property
     def path(self) -> str:
-        """The same as people write it: `a.b[1]`."""
+        """Path to the part in common notation: `a.b[1]`."""
         text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in self.steps)
         return text.removeprefix(".")
 
     def sentence(self, whole: str = "it") -> str:
-        """Say what is wrong, without a full stop. `whole`: how to call what was checked."""
+        """Return the message without a full stop. `whole`: name of the whole value in it."""
         subject = f"`{self.path}`" if self.steps else whole
         if self.reason:
             return f"{subject}: {self.reason}" if self.steps else self.reason
@@ -48,14 +49,14 @@ class Misfit(NamedTuple):
 
 
 def misfit(value: Any, kind: Any, *, strict: bool = True) -> Misfit:
-    """Find the part of `value` that keeps it from being a `kind`, where msgspec has refused it.
+    """Find the part of `value` that does not fit `kind`. Call it after msgspec has refused the value.
 
-    `value` is plain data, or JSON as `msgspec.Raw`, of which only what is on the way is read; it must be well-formed.
+    `value`: plain data, or well-formed JSON as `msgspec.Raw`, of which only the path to the part is decoded.
     """
     steps, kind, value = _innermost((), kind, value, strict)
     if isinstance(kind, _Absent):
         return Misfit(steps, _allowed(kind.kind), missing=True)
-    if isinstance(value, msgspec.Raw) and not _fits(value, Any, strict):  # its text was found to be JSON
+    if isinstance(value, msgspec.Raw) and not _fits(value, Any, strict):  # well-formed JSON that msgspec cannot decode
         if _form(value):
             return Misfit(steps, "a value without numbers that 64 bits cannot hold")
         return Misfit(steps, "a number that 64 bits can hold", shown(_text(value)))
@@ -63,7 +64,7 @@ def misfit(value: Any, kind: Any, *, strict: bool = True) -> Misfit:
 
 
 def shown(value: object) -> str:
-    """Write a value as a message may repeat it: short, however long it is."""
+    """Format a value for a message, shortened if it is long."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     text = str(value)
@@ -94,7 +95,7 @@ def _fits(value: Any, kind: Any, strict: bool) -> bool:
         return False
     try:
         _read(value, kind, strict)
-    except (msgspec.DecodeError, RecursionError):  # ValidationError is one
+    except (msgspec.DecodeError, RecursionError):  # a base class of ValidationError
         return False
     return True
 
@@ -107,7 +108,7 @@ def _read(value: Any, kind: Any, strict: bool) -> None:
 
 
 def _refusal(value: Any, kind: Any, strict: bool) -> str:
-    """Return the words of a struct that refuses its own fields, each of which fits."""
+    """Return the message of a struct that refuses its fields although each of them fits."""
     try:
         _read(value, kind, strict)
     except msgspec.ValidationError as error:
@@ -118,7 +119,7 @@ def _refusal(value: Any, kind: Any, strict: bool) -> str:
 
 
 def _chosen(kind: Any, value: Any) -> Any:
-    """The one type of a union that takes objects, or lists, if the value is one; else `kind`."""
+    """Return the only type of a union for objects or lists, if the value is an object or a list; else `kind`."""
     plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if get_origin(plain) not in _UNIONS:
         return plain if _is_compound(plain) else kind
@@ -128,7 +129,7 @@ def _chosen(kind: Any, value: Any) -> Any:
 
 
 def _parts(kind: Any, value: Any) -> Iterator[tuple[str | int, Any, Any]]:
-    """Key or place, type and value of each part; `_Absent` types for fields that must be there and are not."""
+    """Yield key or index, type and value of each part; the type is `_Absent` for a required field that is missing."""
     arguments = get_args(kind)
     if isinstance(value, dict) and _is_struct(kind):
         for field in msgspec.structs.fields(kind):
@@ -167,7 +168,7 @@ def _form(value: Any) -> str:
 
 
 def _opened(value: Any) -> Any:
-    """JSON text as an object or a list of JSON texts; anything else as it is."""
+    """Decode a JSON text by one level, to an object or a list of JSON texts; return any other value unchanged."""
     form = _form(value) if isinstance(value, msgspec.Raw) else ""
     if not form:
         return value

@@ -1,7 +1,7 @@
-"""From a struct's fields to a command line: each field is an option and an environment variable.
+"""Build a command line from a struct: each field defines an option and an environment variable.
 
-A field says everything about its option: `port: Annotated[int, Option("Port to listen on.", at_most=65535)] = 3000` is
-`--port` and `PORT`. The command line beats the environment, which beats the default.
+For example, `port: Annotated[int, Option("Port to listen on.", at_most=65535)] = 3000` defines `--port` and `PORT`. The
+command line takes precedence over the environment, which takes precedence over the default.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _TRUE, _FALSE = ("true", "1", "yes", "y", "on", "t"), ("false", "0", "no", "n", 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a field's type and default do not say."""
+    """Properties of an option beyond the type and default of its field."""
 
     help: str
     choices: tuple[str, ...] = ()
     at_least: float | None = None
     at_most: float | None = None
-    env: str | None = None  # None: the field's name in capitals; "": no variable; aliases after commas, best first
+    env: str | None = None  # variables, separated by commas, highest precedence first; None: FIELD_NAME; "": none
     short: str = ""
     secret: bool = False
-    later: str = ""  # parsed, and refused with this sentence if it is given
-    later_choices: tuple[str, ...] = ()  # the choices that `later` is about; (): all
-    no_effect: str = ""  # parsed, and this reason logged if it is given
+    later: str = ""  # not implemented yet: a given value is refused with this sentence
+    later_choices: tuple[str, ...] = ()  # the choices that `later` applies to; (): all
+    no_effect: str = ""  # reason why the option has no effect, logged if it is given
     env_only: bool = False
-    shared_env: str = ""  # that of its variables which other programs read, too: what cannot be read of it is no error
+    shared_env: str = ""  # the variable that other programs read too, so an unreadable value is not an error
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One option, ready to be parsed: its name, its plain type (bool, int, float, str or tuple) and its default."""
+    """Option to parse: its name, its plain type (bool, int, float, str or tuple) and its default."""
 
     name: str
     kind: type
@@ -53,18 +53,18 @@ class Field:
 
     @property
     def flag(self) -> str:
-        """As typed on the command line."""
+        """Name on the command line, with its dashes."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Environment variables that set it, best first."""
+        """Environment variables that set the option, highest precedence first."""
         names = self.name.upper() if self.option.env is None else self.option.env
         return tuple(name for name in names.split(",") if name)
 
 
 def fields_of(struct: type[msgspec.Struct]) -> Iterator[Field]:
-    """The options that a struct's annotated fields are, in their order."""
+    """Yield the options that a struct's annotated fields define, in the order of the fields."""
     hints = typing.get_type_hints(struct, include_extras=True)
     for field in msgspec.structs.fields(struct):
         annotated = hints[field.name]
@@ -75,7 +75,7 @@ def fields_of(struct: type[msgspec.Struct]) -> Iterator[Field]:
 
 
 def boolean(text: str) -> bool:
-    """True or false as TGI's environment variables spell them. Raises ValueError."""
+    """Parse a boolean as spelled in TGI's environment variables. Raises ValueError."""
     if text.lower() in _TRUE:
         return True
     if text.lower() in _FALSE:
@@ -84,7 +84,7 @@ def boolean(text: str) -> bool:
 
 
 def value_of(field: Field, text: str) -> Any:
-    """A field's value from its text. Raises ValueError that says what is allowed."""
+    """Parse the value of a field. Raises ValueError that names the allowed values."""
     option, kind = field.option, field.kind
     if kind is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -110,14 +110,14 @@ def value_of(field: Field, text: str) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that knows no abbreviations and guesses what a misspelt option was meant to be."""
+    """Argument parser without abbreviations that suggests the nearest option for an unknown one."""
 
     def __init__(self, **keywords: Any) -> None:
         keywords.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **keywords)
 
     def error(self, message: str) -> NoReturn:
-        """Print usage in one line and the message, exit with 2."""
+        """Print a usage line and the message, and exit with status 2."""
         known = [flag for action in self._actions for flag in action.option_strings]
         if message.startswith("unrecognized arguments: "):
             wrong = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
@@ -132,9 +132,9 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def add_options(parser: argparse.ArgumentParser, struct: type[msgspec.Struct], *, flags: bool = False) -> None:
-    """Give `parser` every option of `struct`; absent ones leave no attribute, so that the environment can speak.
+    """Add every option of `struct` to `parser`. An option that is not given sets no attribute; see `collect`.
 
-    `flags`: booleans take no word but have a `--no-…`; for a command whose positional argument may follow them.
+    `flags`: True if booleans take no value and have a `--no-…` form, for commands whose positional argument may follow.
     """
     for field in fields_of(struct):
         if field.option.env_only:
@@ -184,9 +184,9 @@ def _text(value: Any) -> str:
 def collect(
     struct: type[msgspec.Struct], namespace: argparse.Namespace, environ: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Values given by command line or environment, and warnings about those that have no effect.
+    """Return the values given by command line or environment, and warnings about those without effect.
 
-    Raises UsageError for a wrong value in the environment, ArgumentError for an option that a later release brings.
+    Raises UsageError for an invalid value in the environment, ArgumentError for an option not implemented yet.
     """
     values: dict[str, Any] = {}
     warnings: list[str] = []
@@ -210,10 +210,10 @@ def collect(
 
 
 def _from_environment(field: Field, environ: Mapping[str, str], warnings: list[str]) -> tuple[Any, str] | None:
-    """The value of the first variable that has one, and that variable; None if none has.
+    """Return the value of the first variable that is set, and the variable's name; None if none is set.
 
-    What is odd about a value and does no harm is added to `warnings`. Raises UsageError for one that cannot be read,
-    unless it would have no effect or is meant for other programs as well.
+    Harmless oddities of a value are added to `warnings`. Raises UsageError for an unreadable value, unless the option
+    has no effect or the variable is shared with other programs.
     """
     for variable in field.variables:
         given = environ.get(variable, "")
@@ -221,7 +221,7 @@ def _from_environment(field: Field, environ: Mapping[str, str], warnings: list[s
         if text != given:
             warnings.append(f"`{variable}`: white space or quotes around its value are taken to be no part of it.")
         if variable == field.option.shared_env:
-            text = text.partition(",")[0]  # one number for each level of nesting
+            text = text.partition(",")[0]  # OMP_NUM_THREADS may hold one number per nesting level
         if not text:
             continue
         if field.kind not in (str, tuple) and is_service_link(text):

@@ -1,6 +1,6 @@
-"""A process and the one that started it: it ends when that ends, and leaves signals to it.
+"""Tie a process to its parent: it ends when the parent ends, and leaves signals to the parent.
 
-`python -m tokenmill.parent PID MODULE ARGUMENT…` runs a module so, from before the first of its imports.
+`python -m tokenmill.parent PID MODULE ARGUMENT…` runs a module in this way, set up before the module's imports.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to kill this process when the thread that started it ends. Elsewhere nothing happens.
+    """Ask Linux to kill this process when the thread that started it ends. Has no effect on other systems.
 
-    `parent`: the process id of the parent; this process exits at once if that has ended already.
+    `parent`: process id of the parent. If the parent has ended already, this process exits at once. None: no check.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -27,10 +27,10 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """Do nothing on a signal that asks to stop: the parent, which gets it as well, stops this process in order.
+    """Ignore signals that ask to stop. The parent receives them too, and stops this process in order.
 
     A terminal sends SIGINT to a group of processes; systemd and batch systems send SIGTERM to all of a service or job.
-    What this process starts has the usual handlers.
+    Children of this process have the default handlers.
     """
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)

@@ -1,7 +1,7 @@
-"""Find what extends the server by name: a module of ours, or an entry point of another package.
+"""Find plug-ins by name: modules of this package, or entry points of other packages.
 
 `find("models", "qwen3")` imports `tokenmill.models.qwen3`, or loads the entry point `qwen3` of the group
-`tokenmill.models`. There is no registry: a file in the folder is enough.
+`tokenmill.models`. There is no registry: a file in the folder is sufficient.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SPOKEN = {"models": "model type", "quant": "quantization", "backends": "backend
 
 
 def find(kind: str, name: str) -> Any:
-    """The module tokenmill/<kind>/<name>.py, or what the entry point of that name loads; hyphens mean underscores.
+    """Import tokenmill/<kind>/<name>.py, or load the entry point of that name. Hyphens count as underscores.
 
-    `name` may come from a file that anybody wrote. Raises Unsupported with the names that exist.
+    `name`: may be untrusted. Raises Unsupported with the existing names.
     """
     module = name.replace("-", "_").lower()
     if _NAME.fullmatch(module) and module not in _NO_PLUGINS:
@@ -35,9 +35,9 @@ def find(kind: str, name: str) -> Any:
 
 
 def names(kind: str) -> list[str]:
-    """Every name that `find` knows, sorted."""
+    """Return every name that `find` accepts, sorted."""
     package = importlib.import_module(f"tokenmill.{kind}")
     modules = [found for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_")]
     folders = {found.name for found in modules if found.ispkg}
-    ours = folders or {found.name for found in modules}  # where there are folders, files are what they share
+    ours = folders or {found.name for found in modules}  # if plug-ins are folders, files are code that they share
     return sorted((ours | {entry.name for entry in entry_points(group=f"tokenmill.{kind}")}) - _NO_PLUGINS)

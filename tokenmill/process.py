@@ -1,4 +1,4 @@
-"""One child process as its supervisor sees it."""
+"""Child process of the supervisor, with its control pipes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tokenmill.wire.messages import Configure, Failed, FromChild, Stop
 
 
 class Child:
-    """A running `python -m tokenmill.child TARGET`, with its control pipes.
+    """Running process `python -m tokenmill.child TARGET`, with its control pipes.
 
-    Start children from the main thread: on Linux the kernel kills a child when the thread that started it ends. A child
-    has its own process group, so that Ctrl-C in a terminal reaches the supervisor only.
+    Create children in the main thread, because on Linux the kernel kills a child when the thread that started it ends.
+    A child has its own process group, so that Ctrl-C in a terminal reaches the supervisor only.
     """
 
     def __init__(self, name: str, target: str, configure: Configure, environment: Mapping[str, str],
@@ -42,11 +42,11 @@ class Child:
 
     @property
     def dead(self) -> bool:
-        """True once the process has ended; what it said before can still be polled."""
+        """True once the process has ended. Its last messages can still be polled."""
         return self.process.poll() is not None
 
     def poll(self) -> list[FromChild]:
-        """What the child said since the last call; keeps a `Failed` in `failure`."""
+        """Return the child's messages since the last call. Stores a `Failed` in `failure`."""
         messages = self.control.poll()
         for message in messages:
             if isinstance(message, Failed):
@@ -54,7 +54,7 @@ class Child:
         return messages
 
     def how_it_ended(self) -> str:
-        """In words: its own message, else its exit code or the signal that killed it."""
+        """Describe the end of the process: by its own message, else by its exit code or the signal that killed it."""
         if self.failure is not None:
             return self.failure.message
         code = self.process.poll()
@@ -66,11 +66,11 @@ class Child:
         return f"{killed}; if nobody sent it, the system ran out of memory" if code == -signal.SIGKILL else killed
 
     def stop(self) -> None:
-        """Ask it to end in order. Does not wait."""
+        """Ask the process to end in order. Does not wait."""
         self.control.send(Stop())
 
     def kill(self) -> None:
-        """Kill it and whatever it started, and wait for its end. Idempotent; closes the pipes."""
+        """Kill the process and its descendants, wait for its end, and close the pipes. Idempotent."""
         if self._killed:
             return
         self._killed = True

@@ -1,4 +1,4 @@
-"""What a user sees while something takes long: bars on a terminal, plain lines elsewhere, log lines for JSON."""
+"""Display the progress of long operations: bars on a terminal, log lines for JSON output, else plain lines."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _log = logging.getLogger("tokenmill.start")
 
 
 class Display(Protocol):
-    """Where phases and lines go."""
+    """Interface of a progress display."""
 
     def line(self, text: str) -> None:
-        """Say something once."""
+        """Print a line of text."""
 
     def progress(self, progress: Progress) -> None:
-        """Show how far a phase is. A new phase ends the one before."""
+        """Show the progress of a phase. A new phase ends the previous one."""
 
     def close(self) -> None:
-        """Nothing is shown any more; what was shown stays. Idempotent."""
+        """Stop displaying progress, and leave the output in place. Idempotent."""
 
 
 def display(*, json: bool = False) -> Display:
-    """The display for this process's stdout."""
+    """Return the display that suits this process's stdout."""
     if json:
         return LogDisplay()
     return Bars() if sys.stdout.isatty() else Lines()
 
 
 def amount(count: float, unit: str) -> str:
-    """A number of bytes or items, short: `96.3 MB`, `12 items`."""
+    """Format a number of bytes or items: `96.3 MB`, `12 items`."""
     if unit != "bytes":
         return f"{count:.0f} {unit}"
     for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -48,13 +48,13 @@ def amount(count: float, unit: str) -> str:
 
 
 def title(progress: Progress) -> str:
-    """What is done, and to what: `Downloading owner/model`."""
+    """Format a phase and its object: `Downloading owner/model`."""
     verb = _VERBS.get(progress.phase, progress.phase.capitalize())
     return f"{verb} {progress.detail}".rstrip()
 
 
 class Lines:
-    """Plain lines: when a phase begins, every few seconds, and when it ends."""
+    """Display of plain lines: when a phase begins, every few seconds, and when it ends."""
 
     every_s = 5.0
 
@@ -64,11 +64,11 @@ class Lines:
         self._complete = False
 
     def line(self, text: str) -> None:
-        """Print it at once."""
+        """Print a line at once."""
         print(text, flush=True)
 
     def progress(self, progress: Progress) -> None:
-        """Print a line if the phase is new, complete, or was last heard of a while ago."""
+        """Print a line if the phase is new or complete, or if the last line is some seconds old."""
         now = time.monotonic()
         complete = 0 < progress.total <= progress.done
         if progress.phase != self._phase:
@@ -95,19 +95,19 @@ class Lines:
         return f"{share} % of {total}, {amount(rate, progress.unit)}/s, {left:.0f} s left"
 
     def close(self) -> None:
-        """Nothing to undo."""
+        """Do nothing."""
 
 
 class LogDisplay(Lines):
-    """The same lines as log records, for `--json-output`."""
+    """Display of the same lines as log records, for `--json-output`."""
 
     def line(self, text: str) -> None:
-        """Log it."""
+        """Log a line."""
         _log.info("%s", text)
 
 
 class Bars:
-    """A bar a phase, with rate and time left, above whatever else is printed."""
+    """Display of one bar per phase, with rate and remaining time."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -131,11 +131,11 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def line(self, text: str) -> None:
-        """Print it above the bars."""
+        """Print a line above the bars."""
         self._console.print(text, markup=False)
 
     def progress(self, progress: Progress) -> None:
-        """Move the phase's bar."""
+        """Update the phase's bar."""
         if progress.unit != "bytes" or not progress.total:
             if progress.phase not in self._tasks:
                 self.line(f"{title(progress)} …")

@@ -1,4 +1,4 @@
-"""Keys that are given twice in one object of a JSON body: decoders take the last value and say nothing."""
+"""Detect duplicate keys in the objects of a JSON body, because decoders silently take the last value."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ _Steps = tuple[str | int, ...]
 
 
 class Repeated(NamedTuple):
-    """A key given twice, and the keys and places in lists that lead to its object."""
+    """Duplicate key, and the keys and indices that lead to its object."""
 
     key: str
     steps: _Steps
 
 
 class _Found(Exception):
-    """Ends the reading of a body at the first repeated key."""
+    """Exception that ends the decoding of a body at the first duplicate key."""
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object as it is written."""
+    """Object as its list of key-value pairs."""
 
 
 def repeated_key(text: str) -> Repeated | None:
-    """Return the first key that an object of a JSON text gives twice, at any depth. Raises ValueError if it is no JSON,
-    RecursionError if it is nested too deeply.
+    """Return the first duplicate key of an object in a JSON text, at any depth; None if there is none.
 
-    Takes about as long as decoding the text. Runs Python for each object and number, so that other threads get on.
+    Raises ValueError if the text is not JSON, RecursionError if it is nested too deeply. Takes about as long as
+    decoding the text. Python code runs for each object and number, so that other threads are not blocked.
     """
     try:
         _CHECKING.decode(text)
@@ -42,7 +42,7 @@ def _check(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _nothing(_: str) -> None:
-    """A number's value does not matter; it may have more digits than Python converts."""
+    """Discard a number, because its value does not matter and it may have more digits than Python converts."""
 
 
 def _decoder(hook: Any) -> json.JSONDecoder:
@@ -55,7 +55,7 @@ _CHECKING, _KEEPING = _decoder(_check), _decoder(_Pairs)
 
 
 def _first(value: Any) -> Repeated | None:
-    """The outermost of the repeated keys that comes first in the text."""
+    """Return the outermost duplicate key that comes first in the text."""
     level: list[tuple[_Steps, Any]] = [((), value)]
     while level:
         inner: list[tuple[_Steps, Any]] = []

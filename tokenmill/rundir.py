@@ -1,4 +1,4 @@
-"""The private folder of a running server: its sockets and metrics. Removed at the end, or by the next server."""
+"""Create the private folder of a running server, for sockets and metrics; it or the next server removes it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from tokenmill.errors import StartError
 
 _PREFIX, _LOCK = "tokenmill-", "lock"
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
-_PROBE = "probe.socket"  # longer than the names of the sockets in it
+_PROBE = "probe.socket"  # longer than the names of the sockets in the folder
 
 
 @contextlib.contextmanager
 def run_dir() -> Iterator[str]:
-    """Make a folder of mode 0700 for the time of the block; first remove those of servers that were killed.
+    """Create a folder of mode 0700 for the duration of the block, after removing those of killed servers.
 
-    The folder is in use as long as its lock is held: the kernel frees that however the server ends. Its path is short
-    enough for Unix sockets, whatever TMPDIR is. Raises StartError if no such folder can be made.
+    A folder is in use while its lock is held; the kernel releases the lock when the server ends, in whatever way. The
+    path is short enough for Unix sockets, regardless of TMPDIR. Raises StartError if no folder can be created.
     """
     for place in _places():
         remove_abandoned(place)
     folder = _made()
     try:
         lock = _locked(Path(folder) / _LOCK, os.O_CREAT)
-    except OSError:  # a file system without locks: nothing there is ever taken to be abandoned
+    except OSError:  # without locks on this file system, folders never count as abandoned
         lock = None
         Path(folder, _LOCK).unlink(missing_ok=True)
     try:
@@ -42,7 +42,7 @@ def run_dir() -> Iterator[str]:
 
 
 def _places() -> list[str]:
-    """Folders to make it in, best first."""
+    """Return the candidate parent folders, best first."""
     with contextlib.suppress(FileNotFoundError):
         return list(dict.fromkeys((tempfile.gettempdir(), *_SHORT)))
     return list(_SHORT)
@@ -71,21 +71,21 @@ def _made() -> str:
 
 
 def remove_abandoned(place: str | None = None) -> None:
-    """Remove run folders of this user whose servers are gone. `place`: where; None: among the temporary files."""
+    """Remove run folders of this user whose servers have ended. `place`: parent folder; None: tempfile's default."""
     for folder in Path(place or tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
             lock = _locked(folder / _LOCK)
         except OSError:
-            continue  # no lock yet, or not ours to look at
+            continue  # no lock yet, or no permission
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 
 
 def _locked(path: Path, flags: int = 0) -> int | None:
-    """A descriptor that holds the lock, or None if another process does. Raises OSError if there is no such file."""
+    """Return a descriptor that holds the lock; None if another process holds it. OSError if the file is missing."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

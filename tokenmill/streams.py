@@ -1,6 +1,6 @@
-"""stdout and stderr as they are met in practice: closed, full, of few characters, or of a reader that has gone.
+"""Make stdout and stderr robust against closed descriptors, full disks, narrow encodings and readers that have gone.
 
-A command that cannot write its output ends with an error; a server goes on without it.
+A command that cannot write its output ends with an error; a server continues without it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, TextIO
 from tokenmill.errors import StartError
 
 _PATIENCE_S = 1.0
-"""How long a server waits for a reader that does not read. Lines are lost from then on until it reads again."""
+"""Time that a server waits for a reader that does not read. After it, lines are dropped until it reads again."""
 _AT_ONCE = 4096
-"""Bytes that a pipe which takes any takes without blocking."""
+"""Bytes that a writable pipe accepts without blocking (PIPE_BUF)."""
 
 
 def install(*, lossy: bool) -> None:
-    """Make this process's stdout and stderr take every character, and open those of 0, 1 and 2 that are closed.
+    """Make this process's stdout and stderr accept every character, and open closed descriptors of 0, 1 and 2.
 
-    `lossy`: what stdout does not take is dropped, and stderr is told once. Otherwise writing raises once: a
-    BrokenPipeError if the reader has gone, else a StartError with the reason. stderr is always lossy. Call it before
-    other files are opened, which would take the place of those that are closed.
+    `lossy`: True to drop output that stdout does not accept, with one message on stderr. False to raise once:
+    BrokenPipeError if the reader has gone, else StartError with the cause. stderr is always lossy. Call it before
+    opening other files, because they would get the numbers of closed descriptors.
     """
     for fd in (0, 1, 2):
         _occupy(fd)
@@ -53,7 +53,7 @@ def _text(old: TextIO | None, outlet: _Outlet) -> io.TextIOWrapper:
 
 
 def _drop(error: OSError) -> None:
-    """Go on without a word."""
+    """Ignore the error."""
 
 
 def _tell(error: OSError) -> None:
@@ -67,10 +67,10 @@ def _fail(error: OSError) -> None:
 
 
 class _Outlet(io.RawIOBase):
-    """A descriptor to write to, which is never closed. What it does not take is dropped.
+    """Writable stream on a descriptor that is never closed. Bytes that it does not accept are dropped.
 
-    `on_loss` is called for the first bytes that are lost and may raise. `patience_s`: how long to wait for a reader;
-    None: for ever.
+    `on_loss`: called when bytes are dropped for the first time; may raise. `patience_s`: time to wait for a reader,
+    seconds; None: unlimited.
     """
 
     def __init__(self, fd: int, on_loss: Callable[[OSError], None], patience_s: float | None = _PATIENCE_S) -> None:
@@ -101,7 +101,7 @@ class _Outlet(io.RawIOBase):
             return self._lose(view, error)
 
     def _wait(self) -> None:
-        """Wait for a reader. Raises TimeoutError if there is none for too long, then at once until there is."""
+        """Wait for a reader. Raises TimeoutError after `patience_s`, and then at once until the reader reads again."""
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         timeout_s = 0.0 if self._stalls else self._patience_s

@@ -1,7 +1,7 @@
-"""The process's surroundings: variables that containers, batch systems and shells set, and folders that may be missing.
+"""Handle the process environment: variables set by containers, batch systems and shells, and missing folders.
 
-Values from the environment are read as they were meant (`stripped`, `is_service_link`); `mend` changes an environment
-so that neither a library nor a look for the user's home ends a start.
+`stripped` and `is_service_link` interpret values of the environment. `mend` repairs an environment, so that neither a
+library nor a missing home folder prevents a start.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ _NUMBERS_OF_LIBRARIES: dict[str, type[int] | type[float]] = {
     "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": float,
     "NUMBA_NUM_THREADS": int,
 }
-"""Variables of libraries that raise while they are imported or set up if one of these is no number."""
+"""Variables that must be numbers, because libraries raise on import or set-up otherwise."""
 _MOST_FILES = 1 << 16
-_NOT_MAPPED = ("failed to map segment", "annot allocate memory", "load shared object")  # as loaders word it
+_NOT_MAPPED = ("failed to map segment", "annot allocate memory", "load shared object")  # messages of dynamic loaders
 _MEMORY_FOLDERS = ("/dev/shm",)
-"""Where a file may still be written if no usual folder for temporary files can: a container's read-only root."""
+"""Folders for temporary files if none of the usual ones is writable, as with a read-only container root."""
 
 
 def stripped(text: str) -> str:
-    """A variable's value without white space, line ends and a pair of quotes around it: some readers of env files keep
-    them."""
+    """Strip white space, line ends and a pair of quotes from a value, because some readers of env files keep them."""
     while True:
         text = text.strip()
         if len(text) < 2 or text[0] + text[-1] not in _QUOTES:
@@ -46,19 +45,19 @@ def stripped(text: str) -> str:
 
 
 def is_service_link(text: str) -> bool:
-    """True for `tcp://10.0.0.1:80`: Kubernetes and Docker set `<NAME>_PORT` so for each service called NAME."""
+    """Return True for values such as `tcp://10.0.0.1:80`, to which Kubernetes and Docker set `<SERVICE>_PORT`."""
     return _SERVICE_LINK.match(text) is not None
 
 
 def is_port(text: str) -> bool:
-    """True for a number that a port may have."""
+    """Return True for a valid port number."""
     return text.isdecimal() and len(text) < 6 and int(text) < 1 << 16
 
 
 def hostname(given: str, said: bool, warnings: list[str]) -> str:
-    """The address or name to listen on. `said`: on the command line; HOSTNAME is any container's own name.
+    """Return the address or host name to listen on. An address may be in brackets, as in a URL.
 
-    An address may stand in brackets, as in a URL.
+    `said`: True if given on the command line; False if from HOSTNAME, which containers set to their own name.
     """
     name = given.strip().removeprefix("[").removesuffix("]")
     try:
@@ -73,9 +72,9 @@ def hostname(given: str, said: bool, warnings: list[str]) -> str:
 
 
 def visible_devices(environ: Mapping[str, str]) -> int | None:
-    """The number of devices in the first of TGI's variables that names some; None if none does.
+    """Return the number of devices in the first of TGI's variables that lists any; None if none does.
 
-    As in CUDA, an entry that is no device ends the list: `-1`, or a batch system's `NoDevFiles`.
+    As in CUDA, an invalid entry ends the list: `-1`, or a batch system's `NoDevFiles`.
     """
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
         count = 0
@@ -89,13 +88,13 @@ def visible_devices(environ: Mapping[str, str]) -> int | None:
 
 
 def cache_home(environ: Mapping[str, str]) -> Path:
-    """The folder for what may be made again: XDG_CACHE_HOME, ~/.cache, or a private one where neither can be used."""
+    """Return the folder for caches: XDG_CACHE_HOME, ~/.cache, or a private temporary folder if neither is usable."""
     given = environ.get("XDG_CACHE_HOME") or _home(environ) / ".cache"
     return Path(given) if usable(Path(given)) else private_folder()
 
 
 def usable(folder: Path) -> bool:
-    """True if the folder is there, perhaps with something in it to be read, or could be made."""
+    """Return True if the folder is readable, or does not exist but could be created."""
     if folder.is_dir():
         return os.access(folder, os.R_OK | os.X_OK)
     above = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
@@ -103,9 +102,9 @@ def usable(folder: Path) -> bool:
 
 
 def private_folder() -> Path:
-    """A folder of this user alone among the temporary files: the same one each time if it can be trusted.
+    """Return a private folder of this user in the folder of temporary files, the same on each call if it is safe.
 
-    What it holds may be run (compiled kernels), so a folder that others own or may write to is not used.
+    Its content may be executed (compiled kernels), so a folder that others own or may write to is not used.
     """
     folder = Path(tempfile.gettempdir()) / f"cache-tokenmill-{os.getuid()}"
     try:
@@ -118,7 +117,7 @@ def private_folder() -> Path:
 
 
 def raise_open_files() -> None:
-    """Allow this process, and what it starts, as many open files as the system lets it: each connection is one."""
+    """Raise the limit of open files to the hard limit, for this process and its children: each connection is a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -126,7 +125,7 @@ def raise_open_files() -> None:
 
 
 def shortage(error: BaseException) -> str | None:
-    """The cure, if an error means that a limit of the system is reached: open files, processes, memory; else None."""
+    """Return the remedy if an error means that a system limit is reached (open files, processes, memory); else None."""
     number, text = getattr(error, "errno", None), str(error)
     if number in (errno.EMFILE, errno.ENFILE):
         return (
@@ -154,17 +153,16 @@ def _limit(kind: int) -> str:
 
 
 def memory_limits() -> str:
-    """A sentence, after a blank, on limits of this process's memory that free memory hides; "" if there are none."""
+    """Return a sentence, after a space, on memory limits of this process below the free memory; "" if none."""
     limits = ((resource.RLIMIT_AS, "v"), (resource.RLIMIT_DATA, "d"))
     given = [f"`ulimit -{letter}` is {int(_limit(kind)) >> 10}" for kind, letter in limits if _limit(kind) != "none"]
     return f" This process's memory is limited ({', '.join(given)}): raise that." if given else ""
 
 
 def mend(environ: MutableMapping[str, str]) -> list[str]:
-    """Take out of `environ` what a library could not read, put in what one needs; a warning for each change.
+    """Remove values that libraries cannot read from `environ`, add missing ones, and return a warning for each change.
 
-    Call it with a process's own environment before libraries are imported. Raises OSError if nothing can be written
-    anywhere.
+    Call it with the process's own environment, before importing libraries. Raises OSError if no folder is writable.
     """
     return [*_drop_unreadable(environ), *_find_temporary(environ), *_find_home(environ)]
 
@@ -214,7 +212,7 @@ def _find_home(environ: MutableMapping[str, str]) -> list[str]:
             "Set HOME or XDG_CACHE_HOME to a folder to keep."
         )
     if _entry() is None and not any(environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
-        environ["USER"] = f"uid{os.getuid()}"  # libraries ask for a name and take no for an error
+        environ["USER"] = f"uid{os.getuid()}"  # libraries ask for the user's name and fail without one
     return warnings
 
 
@@ -224,7 +222,7 @@ def _home(environ: Mapping[str, str]) -> Path:
 
 
 def _entry() -> pwd.struct_passwd | None:
-    """This user's line of the table of users: an arbitrary uid of a container has none."""
+    """Return this user's entry of the user database; None if there is none, as for an arbitrary uid in a container."""
     try:
         return pwd.getpwuid(os.getuid())
     except KeyError:

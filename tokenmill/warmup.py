@@ -1,7 +1,7 @@
-"""`tokenmill warmup`: what a first start on a machine would do before it is ready, done now.
+"""`tokenmill warmup`: do the work of a first start in advance, for container images and installers.
 
-It takes the options of `serve`, fetches the model if need be and compiles its kernels into the kernel cache. For images
-and installers; the kernels are for the processor that runs this command, or for its GPU: there a whole start is made.
+It takes the options of `serve`, downloads the model if necessary, and compiles its kernels into the kernel cache. The
+kernels are for the processor that runs this command. For a GPU, the whole engine is started once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenmill.weights.checkpoint import open_checkpoint
 
 
 def main(words: Sequence[str]) -> int:
-    """Print what was done; 0. Raises a StartError if these options cannot be served."""
+    """Run the command, print the results and return 0. Raises StartError if these options cannot be served."""
     settings = Settings.from_args(words, prog="tokenmill warmup")
     logs.set_up(settings.log_level, json=settings.json_output)
     screen = progress.display(json=settings.json_output)

@@ -15,10 +15,10 @@ from tokenmill.engine.border import Border
 from tokenmill.engine.engine import Engine, Link
 from tokenmill.engine.idle import IdleLink
 from tokenmill.engine.ranks import Follower, RankServer
+from tokenmill.freeze_gc import freeze_gc
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
 from tokenmill.runtime.links import links_of
-from tokenmill.settle import settle
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
 from tokenmill.wire.messages import Configure, Ready, Stop
@@ -49,7 +49,7 @@ def main(control: ChildControl) -> None:
             resources.callback(gated.close)
             if parts.constraints is not None:
                 link = IdleLink(link, parts.constraints.prepare)
-        settle()  # before, for the first request comes at once
+        freeze_gc()  # before, for the first request comes at once
         control.send(Ready(parts.info if configure.index == 0 else None))
         engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)
         _work(engine, control)

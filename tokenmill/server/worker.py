@@ -24,13 +24,13 @@ import uvloop
 from tokenmill import __version__
 from tokenmill.config import Settings
 from tokenmill.errors import NotReady, TemplateError
+from tokenmill.freeze_gc import freeze_gc
 from tokenmill.server.app import create_app
 from tokenmill.server.digests import model_digest
 from tokenmill.server.protocol import BoundedProtocol
 from tokenmill.server.routes.chat_speech import check_parsers
 from tokenmill.server.service import Model, Service, ServiceOptions
 from tokenmill.server.tracing import Tracer
-from tokenmill.settle import settle
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
@@ -154,7 +154,7 @@ class Worker:
         service.model = Model(
             id=source.model_id, revision=source.revision, tokenizer=tokenizer, created=int(time.time()), digest=digest
         )
-        settle()
+        freeze_gc()
         self._begin(self._tell_ready())
         await service.client.run()
 
