@@ -6,7 +6,7 @@ from support_kernels import ISAS, address, load, matrix, quantized, walk
 
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.attention_tiles import PAIR_BYTES, Heads
-from tokenmill.backends.cpu.rope import frequencies, turns_stride
+from tokenmill.backends.cpu.rope import cos_sin_stride, frequencies
 from tokenmill.program.rope import RopeTable
 
 KV_HEADS, BLOCKS, CONTEXT = 2, 40, 160
@@ -23,7 +23,7 @@ def rope_of(dim):
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1].name}")
 def pool(request):
     name, heads = request.param
-    code = load(name, [*heads.kernels, "turns"])
+    code = load(name, [*heads.kernels, "cos_sin"])
     yield heads, code
     del code
 
@@ -34,7 +34,7 @@ class Bench:
     def __init__(self, pool, window=0, filled=0, norms=True):
         self.heads, code = pool
         self.write, self.attend = (code.function(kernel) for kernel in self.heads.kernels)
-        self.turn, self.window = code.function("turns"), window
+        self.fill_cos_sin, self.window = code.function("cos_sin"), window
         self.cache = np.full((BLOCKS, KV_HEADS, self.heads.pages.size), filled, np.uint8)
         self.tables = np.random.default_rng(9).permutation(BLOCKS).astype(np.int32).reshape(4, -1)
         rng = np.random.default_rng(3)
@@ -51,13 +51,13 @@ class Bench:
         begins = [i for i in range(n) if not i or slots[i] != slots[i - 1]]
         first, count = [], []
         for a, b in zip(begins, [*begins[1:], n], strict=True):
-            first += range(a, b, heads.at_once)
-            count += [min(heads.at_once, b - r) for r in range(a, b, heads.at_once)]
+            first += range(a, b, heads.item_rows)
+            count += [min(heads.item_rows, b - r) for r in range(a, b, heads.item_rows)]
         first, count = np.array(first, np.int64), np.array(count, np.int64)
-        turns = np.zeros((n, turns_stride(self.rope.rotary_dim // 2) // 4), np.float32)
+        cos_sin = np.zeros((n, cos_sin_stride(self.rope.rotary_dim // 2) // 4), np.float32)
         out = np.zeros((n, self.kept), np.int8 if quantize else np.float32)
         out_scales = np.zeros((n, self.kept // 32, 2), np.float32)
-        pairs = heads.group * heads.at_once
+        pairs = heads.group * heads.item_rows
         scratch = {
             t.TILE: np.zeros((threads, pairs * heads.dim * 4), np.uint8),
             t.SCORES: np.zeros((threads, t.SCORE_ROWS, CONTEXT * 4), np.uint8),
@@ -70,7 +70,7 @@ class Bench:
             t.SCORES_SIZE: CONTEXT * 4,
             t.TOKENS: n,
             t.ITEMS: len(first),
-            t.APART: len(set(slots)) == n,
+            t.SINGLE_TOKEN: len(set(slots)) == n,
             t.TABLES: address(self.tables),
             t.TABLE_STRIDE: self.tables.strides[0],
             t.POSITIONS: address(positions),
@@ -79,9 +79,9 @@ class Bench:
             t.COUNT: address(count),
         }
         half = self.rope.rotary_dim // 2
-        turning = {t.OUT: address(turns), t.OUT_STRIDE: turns.strides[0], t.ROPE_HALF: half}
-        turning |= {t.FREQUENCIES: address(self.frequencies), t.MAGNITUDE: t.float_bits(1.0)}
-        assert walk(self.turn, turning, context, threads) == 1
+        cos_sin_row = {t.OUT: address(cos_sin), t.OUT_STRIDE: cos_sin.strides[0], t.ROPE_HALF: half}
+        cos_sin_row |= {t.FREQUENCIES: address(self.frequencies), t.MAGNITUDE: t.float_bits(1.0)}
+        assert walk(self.fill_cos_sin, cos_sin_row, context, threads) == 1
         row = {
             t.X: address(x),
             t.X_STRIDE: x.strides[0],
@@ -93,17 +93,17 @@ class Bench:
             t.OUT_SCALES: address(out_scales) if quantize else 0,
             t.KEYS: address(x) + self.kept * 4,
             t.VALUES: address(x) + (self.kept + KV_HEADS * heads.dim) * 4,
-            t.ROPE: address(turns),
+            t.ROPE: address(cos_sin),
             t.ROPE_HALF: half,
-            t.ROPE_STRIDE: turns.strides[0],
+            t.ROPE_STRIDE: cos_sin.strides[0],
             t.ATTENTION_SCALE: t.float_bits(0.3),
             t.ATTENTION_CAP: t.float_bits(CAP),
             t.WINDOW: self.window,
             t.HEAD_EPS: t.float_bits(EPS),
-            t.AT_ONCE: heads.at_once,
+            t.ITEM_ROWS: heads.item_rows,
             **{c: 0 if w is None else address(w) for c, w in zip((t.Q_NORM, t.K_NORM), self.norms, strict=True)},
         }
-        assert walk(self.write, row, context, threads) == context[t.APART]
+        assert walk(self.write, row, context, threads) == context[t.SINGLE_TOKEN]
         assert walk(self.attend, row, context, threads) == 0
         return (out, out_scales) if quantize else out
 
@@ -221,18 +221,18 @@ def test_numbers_that_are_none_stay_in_their_sequence(pool):
     ],
     ids=lambda s: s["rope_type"] if s else "default",
 )
-def test_turns_are_right_at_every_position(pool, scaling):
+def test_cosines_and_sines_are_right_at_every_position(pool, scaling):
     table = RopeTable.of(56, 1e4, 1024, scaling)
     positions = np.array([0, 1, 2, 1023, 1024, 5000, 131071, 1000003], np.int64)
     if table.moves:
         positions = np.minimum(positions, 5000)
     inverse = frequencies(table, 5001)
-    stride = turns_stride(28)
-    turns = np.full((len(positions), stride // 4), 7, np.float32)
-    row = {t.OUT: address(turns), t.OUT_STRIDE: stride, t.ROPE_HALF: 28, t.MAGNITUDE: t.float_bits(table.magnitude())}
+    stride = cos_sin_stride(28)
+    cos_sin = np.full((len(positions), stride // 4), 7, np.float32)
+    row = {t.OUT: address(cos_sin), t.OUT_STRIDE: stride, t.ROPE_HALF: 28, t.MAGNITUDE: t.float_bits(table.magnitude())}
     row |= {t.FREQUENCIES: address(inverse), t.FREQUENCY_STRIDE: inverse.strides[0] if table.moves else 0}
-    walk(pool[1].function("turns"), row, {t.TOKENS: len(positions), t.POSITIONS: address(positions)}, 2)
+    walk(pool[1].function("cos_sin"), row, {t.TOKENS: len(positions), t.POSITIONS: address(positions)}, 2)
     found = table.frequencies_at(positions) if table.moves else table.inverse_frequencies()
     angle = (positions.astype(np.float32)[:, None] * found).astype(np.float64)
     for at, function in ((0, np.cos), (32, np.sin)):
-        np.testing.assert_allclose(turns[:, at : at + 28], function(angle) * table.magnitude(), atol=2e-7)
+        np.testing.assert_allclose(cos_sin[:, at : at + 28], function(angle) * table.magnitude(), atol=2e-7)

@@ -258,7 +258,7 @@ def look_up(packed, ids: np.ndarray, factor: float = 1.0) -> np.ndarray:
         t.TABLE_SCALE: t.float_bits(factor), t.TABLE_PANEL_BYTES: packed.panel_bytes,
     }  # fmt: skip
     known, at = np.stack([np.full_like(ids, -1), ids]).astype(np.int32), np.arange(len(ids))
-    context = {t.KNOWN: known.ctypes.data, t.KNOWN_STRIDE: known.strides[0]}
+    context = {t.TOKEN_IDS: known.ctypes.data, t.TOKEN_IDS_STRIDE: known.strides[0]}
     slots = np.ones_like(at)
     context |= {t.POSITIONS: at.ctypes.data, t.SEQUENCES: slots.ctypes.data}
     run(f"embed_{packed.form}", len(ids), words, context_words=context, threads=2)

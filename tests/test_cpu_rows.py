@@ -159,10 +159,10 @@ def test_quantizing(code, rng):
 def test_heads_are_turned(code, rng):
     x, half = matrix(rng.standard_normal((ROWS, 3 * 32))), 11  # no whole vectors
     out = np.zeros_like(x)
-    turns = rng.standard_normal((ROWS, 2, 16)).astype(np.float32)
-    words = {t.ROPE: address(turns), t.ROPE_HALF: half, t.ROPE_STRIDE: turns.strides[0], t.HEAD_DIM: 32, t.HEADS: 3}
+    cos_sin = rng.standard_normal((ROWS, 2, 16)).astype(np.float32)
+    words = {t.ROPE: address(cos_sin), t.ROPE_HALF: half, t.ROPE_STRIDE: cos_sin.strides[0], t.HEAD_DIM: 32, t.HEADS: 3}
     walk(code.function("rope"), from_to(x, out) | words, {t.TOKENS: ROWS}, 2)
-    cos, sin = (turns[:, None, i, :half] for i in range(2))
+    cos, sin = (cos_sin[:, None, i, :half] for i in range(2))
     heads = x.reshape(ROWS, 3, 32)
     a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
     expected = np.concatenate([a * cos - b * sin, a * sin + b * cos, rest], -1).reshape(ROWS, -1)

@@ -67,8 +67,8 @@ class Bench:
     def sample(self, logits, inputs, masks=None):
         self.slots.apply(inputs)
         self.sampler.begin(inputs, masks)
-        places = self.slots.places(inputs)
-        ids = self._walk(logits, places.sampled_slots, places.sampled_positions)
+        step_tokens = self.slots.step_tokens(inputs)
+        ids = self._walk(logits, step_tokens.sampled_slots, step_tokens.sampled_positions)
         return ids, self.sampler.details()
 
     def score(self, logits, targets, wanted):

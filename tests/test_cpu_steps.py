@@ -17,7 +17,7 @@ from support_models import Driver, make_checkpoint, prompts
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.isa import available
-from tokenmill.backends.cpu.memory import Heads, page_bytes
+from tokenmill.backends.cpu.memory import AttentionShape, page_bytes
 from tokenmill.backends.cpu.prepare import refusal
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.errors import NotEnoughMemory, StartError, Unsupported
@@ -127,9 +127,9 @@ def test_pages_on_the_host_are_those_of_the_kernels() -> None:
 
     for kv_dtype in ("f16", "int8"):
         for dim, group in ((64, 3), (128, 4), (16, 1), (80, 7)):
-            mine, theirs = Heads(kv_dtype, dim, 2, group, False), attention_tiles.Heads(kv_dtype, dim, group)
+            mine, theirs = AttentionShape(kv_dtype, dim, 2, group, False), attention_tiles.Heads(kv_dtype, dim, group)
             assert page_bytes(dim, kv_dtype) == theirs.pages.size
-            assert (mine.name, mine.at_once) == (theirs.name, theirs.at_once)
+            assert (mine.name, mine.item_rows) == (theirs.name, theirs.item_rows)
 
 
 def test_a_cache_that_cannot_be_had_is_said_with_its_size(folder: Path) -> None:

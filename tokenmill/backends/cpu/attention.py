@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.attention_tiles import BEGIN, END, OUTPUT, PAIR_BYTES, QUERY, SCORES, Heads, Tile
 from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32, poke
 from tokenmill.backends.cpu.isa import Isa
@@ -21,23 +21,54 @@ __all__ = ["Heads", "attend", "named", "write_cache"]
 Body = Callable[..., int]
 
 (_X, _X_STRIDE, _OUT, _OUT_STRIDE, _OUT_SCALES, _HEADS, _CACHE, _KEYS, _VALUES) = (
-    8 * c for c in (t.X, t.X_STRIDE, t.OUT, t.OUT_STRIDE, t.OUT_SCALES, t.WIDTH, t.CACHE, t.KEYS, t.VALUES)
+    8 * c
+    for c in (
+        layout.X,
+        layout.X_STRIDE,
+        layout.OUT,
+        layout.OUT_STRIDE,
+        layout.OUT_SCALES,
+        layout.WIDTH,
+        layout.CACHE,
+        layout.KEYS,
+        layout.VALUES,
+    )
 )
 (_ROPE, _ROPE_HALF, _ROPE_STRIDE, _SCALE, _CAP, _WINDOW, _EPS, _Q_NORM, _K_NORM, _PAGE_STRIDE) = (
     8 * c
     for c in (
-        *(t.ROPE, t.ROPE_HALF, t.ROPE_STRIDE, t.ATTENTION_SCALE, t.ATTENTION_CAP),
-        *(t.WINDOW, t.HEAD_EPS, t.Q_NORM, t.K_NORM, t.PAGE_STRIDE),
+        *(layout.ROPE, layout.ROPE_HALF, layout.ROPE_STRIDE, layout.ATTENTION_SCALE, layout.ATTENTION_CAP),
+        *(layout.WINDOW, layout.HEAD_EPS, layout.Q_NORM, layout.K_NORM, layout.PAGE_STRIDE),
     )
 )
-_KEY_STRIDE, _VALUE_STRIDE = 8 * t.KEY_STRIDE, 8 * t.VALUE_STRIDE
-(_THREADS, _TOKENS, _ITEMS, _APART, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
-    8 * c for c in (t.THREADS, t.TOKENS, t.ITEMS, t.APART, t.TABLES, t.TABLE_STRIDE, t.TILE, t.TILE_SIZE)
+_KEY_STRIDE, _VALUE_STRIDE = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE
+(_THREADS, _TOKENS, _ITEMS, _SINGLE_TOKEN, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
+    8 * c
+    for c in (
+        layout.THREADS,
+        layout.TOKENS,
+        layout.ITEMS,
+        layout.SINGLE_TOKEN,
+        layout.TABLES,
+        layout.TABLE_STRIDE,
+        layout.TILE,
+        layout.TILE_SIZE,
+    )
 )
 (_SCORE_AT, _SCORE_SIZE, _ROW, _ROW_SIZE, _POSITIONS, _SEQUENCES, _FIRST, _COUNT) = (
-    8 * c for c in (t.SCORES, t.SCORES_SIZE, t.ROW, t.ROW_SIZE, t.POSITIONS, t.SEQUENCES, t.FIRST, t.COUNT)
+    8 * c
+    for c in (
+        layout.SCORES,
+        layout.SCORES_SIZE,
+        layout.ROW,
+        layout.ROW_SIZE,
+        layout.POSITIONS,
+        layout.SEQUENCES,
+        layout.FIRST,
+        layout.COUNT,
+    )
 )
-_SCORE_ROWS = t.SCORE_ROWS
+_SCORE_ROWS = layout.SCORE_ROWS
 
 
 @inline
@@ -79,7 +110,7 @@ def write_cache(isa: Isa, heads: Heads) -> Body:
     write, dim, group, vectors = _token_writer(isa, heads), heads.dim, heads.group, heads.dim // 16
 
     def body(tid: int, row: int, context: int, counter: int) -> int:
-        if peek(context + _APART):
+        if peek(context + _SINGLE_TOKEN):
             return 1
         rows, kv_heads = peek(context + _TOKENS), peek(row + _HEADS)
         many = min(16, max(1, rows // (2 * peek(context + _THREADS))))
@@ -126,7 +157,7 @@ def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
         for j in range(n * group):
             r, head, pair = r0 + j // group, h * group + j % group, pairs + j * PAIR_BYTES
             query, p = peek(row + _X) + r * peek(row + _X_STRIDE) + head * dim * 4, position + j // group
-            if peek(context + _APART):
+            if peek(context + _SINGLE_TOKEN):
                 prepare_head(row, r, query, vectors, peek(row + _Q_NORM))
             out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE) + head * dim * 4
             poke(pair + QUERY, query)
@@ -176,7 +207,7 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
     """(row, context, r0, n, h): ask for what an item reads first, unless it is of a prompt, whose pages are near."""
     begin, page = emit(5, Tile(isa, heads, 1).begin), heads.pages.size
 
-    def ask(row: int, context: int, r0: int, n: int, h: int) -> None:
+    def prefetch(row: int, context: int, r0: int, n: int, h: int) -> None:
         if n > 1:
             return
         position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
@@ -184,7 +215,7 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
         stride = peek(row + _PAGE_STRIDE)
         begin(p0, ((position + n + 15) >> 4) - p0, blocks_of(context, r0), peek(row + _CACHE) + h * page, stride)
 
-    return compiled(f"attend_begin_{heads.name}_{isa.name}", ask)
+    return compiled(f"attend_begin_{heads.name}_{isa.name}", prefetch)
 
 
 def attend(isa: Isa, heads: Heads) -> Body:
@@ -192,40 +223,40 @@ def attend(isa: Isa, heads: Heads) -> Body:
 
     While there are many, a thread takes an item when it still has one, to ask for its first pages early.
     """
-    item, write, ask = _item(isa, heads), _token_writer(isa, heads), _beginning(isa, heads)
+    item, write, prefetch = _item(isa, heads), _token_writer(isa, heads), _beginning(isa, heads)
 
     def body(tid: int, row: int, context: int, counter: int) -> int:
         kv_heads, first, count = peek(row + _HEADS), peek(context + _FIRST), peek(context + _COUNT)
         items = peek(context + _ITEMS) * kv_heads
         few = items - 2 * peek(context + _THREADS)
-        i, asked = atomic_add(counter, 1), False
+        i, prefetched = atomic_add(counter, 1), False
         while i < items:
             h, r0, n = i % kv_heads, peek(first + i // kv_heads * 8), peek(count + i // kv_heads * 8)
-            if not asked:
-                ask(row, context, r0, n, h)
-            following, asked = -1, i < few
-            if asked:
+            if not prefetched:
+                prefetch(row, context, r0, n, h)
+            following, prefetched = -1, i < few
+            if prefetched:
                 following = atomic_add(counter, 1)
                 at = following // kv_heads * 8
                 if following < items:
-                    ask(row, context, peek(first + at), peek(count + at), following % kv_heads)
-            if peek(context + _APART):
+                    prefetch(row, context, peek(first + at), peek(count + at), following % kv_heads)
+            if peek(context + _SINGLE_TOKEN):
                 write(row, context, r0, h, peek(peek(context + _POSITIONS) + r0 * 8))
             item(row, context, tid, r0, n, h)
-            i = following if asked else atomic_add(counter, 1)
+            i = following if prefetched else atomic_add(counter, 1)
         return 0
 
     name = heads.kernels[1]
     return kernel(name, compiled(f"{name}_{isa.name}", body))
 
 
-_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?")
+_KERNEL_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?")
 
 
 def named(name: str, isa: Isa) -> Body:
     """The kernel of that name. KeyError if there is none."""
-    told = _NAME.fullmatch(name)
-    if told is None:
+    match = _KERNEL_NAME.fullmatch(name)
+    if match is None:
         raise KeyError(name)
-    heads = Heads("f16" if told[2] == "f16" else "int8", int(told[3]), int(told[4]), bool(told[5]))
-    return write_cache(isa, heads) if told[1] == "write" else attend(isa, heads)
+    heads = Heads("f16" if match[2] == "f16" else "int8", int(match[3]), int(match[4]), bool(match[5]))
+    return write_cache(isa, heads) if match[1] == "write" else attend(isa, heads)

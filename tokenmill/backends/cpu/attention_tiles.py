@@ -12,18 +12,18 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.ir import G, V, Val, f32, i32, i64, vf
+from tokenmill.backends.cpu import layout
+from tokenmill.backends.cpu.ir import Emitter, Val, Vector, f32, f32x16, i32, i64
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.pages import KvForm, Pages
 from tokenmill.backends.cpu.rows import capped
 
-AHEAD = 4  # pages that are asked for before they are read: what a core's share of the memory's speed needs
+PAGES_AHEAD = 4  # pages that are asked for before they are read: what a core's share of the memory's speed needs
 PAIR_BYTES = 64
 QUERY, OUTPUT, SCORES, END, BEGIN, TOP, INVERSE = range(0, 56, 8)
 """A pair's words: addresses of query, output and scores; keys that it sees, behind the last and first; two float32."""
 _HIDDEN = -1e30  # score of a key that is not seen
-_NOTHING = -80.0  # e to less than this is zero
+_MIN_EXPONENT = -80.0  # e to less than this is zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +51,15 @@ class Heads:
         return Pages(self.form, self.dim)
 
     @property
-    def at_once(self) -> int:
+    def item_rows(self) -> int:
         """Rows of an item: their heads fill the registers. For AT_ONCE."""
-        return max(1, t.SCORE_ROWS // self.group)
+        return max(1, layout.SCORE_ROWS // self.group)
 
     def tiles(self, isa: Isa) -> tuple[int, int]:
         """Pairs of the tile for full items, and of the one for fewer rows."""
-        most = t.SCORE_ROWS if isa.lanes != 8 else 6  # whose sums fit the registers
+        most = layout.SCORE_ROWS if isa.lanes != 8 else 6  # whose sums fit the registers
 
-        return _even(self.group * self.at_once, most), _even(self.group, most)
+        return _even(self.group * self.item_rows, most), _even(self.group, most)
 
     def scored(self, isa: Isa, pairs: int) -> int:
         """Pairs of a tile whose scores are computed together: few registers are better spent on two pages."""
@@ -71,7 +71,7 @@ def _even(pairs: int, most: int) -> int:
     return -(-pairs // -(-pairs // most))
 
 
-def _larger(g: G, a: Val, b: Val) -> Val:
+def _larger(g: Emitter, a: Val, b: Val) -> Val:
     """The larger, b if a is no number: one instruction where maxnum takes three."""
     return g.b.select(g.b.fcmp_ordered(">", a, b), a, b)
 
@@ -87,10 +87,10 @@ class Tile:
         self.parts = 16 // isa.lanes
         registers = 31 if isa.lanes != 8 else 15
         widest = max(1, (registers - 1) // (pairs + 1))
-        self.two = 4 * pairs + 3 <= registers  # pages at once: a query's number is then read once for both
+        self.two_pages = 4 * pairs + 3 <= registers  # pages at once: a query's number is then read once for both
         self.wide = min(1 << (widest.bit_length() - 1), heads.dim // isa.lanes)  # vectors of a pass over the values
 
-    def _page(self, g: G, p0: Val, table: Val, kv: Val, stride: Val) -> Callable[[Val], Val]:
+    def _page(self, g: Emitter, p0: Val, table: Val, kv: Val, stride: Val) -> Callable[[Val], Val]:
         """Address of page p0 + i."""
 
         def at(i: Val) -> Val:
@@ -99,84 +99,86 @@ class Tile:
 
         return at
 
-    def _ahead(self, g: G, i: Val, n: Val, page: Callable[[Val], Val], then: int = 0) -> Val:
+    def _ahead(self, g: Emitter, i: Val, n: Val, page: Callable[[Val], Val], then: int = 0) -> Val:
         """What will be read AHEAD pages after page i: a page, or behind the last one `then` bytes into an early one."""
-        b, j = g.b, g.at(i, AHEAD)
+        b, j = g.b, g.at(i, PAGES_AHEAD)
         more, last = b.icmp_signed("<", j, n), g.at(n, -1)
         behind = b.sub(j, n) if then else last
         behind = b.select(b.icmp_signed("<", behind, n), behind, last)
         return g.at(page(b.select(more, j, behind)), b.select(more, g.c(0), g.c(then)))
 
-    def begin(self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val) -> None:
+    def begin(self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val) -> None:
         """Ask for the first keys."""
-        page, more = self._page(g, p0, table, kv, stride), g.b.icmp_signed("<", n, g.c(AHEAD))
+        page, more = self._page(g, p0, table, kv, stride), g.b.icmp_signed("<", n, g.c(PAGES_AHEAD))
 
         def one(i: Val, _: list[Val]) -> None:
             here = page(i)
             g.loop(g.c(self.pages.values // 64), (), lambda j, _: g.prefetch(here, g.b.shl(j, g.c(6))))
             self._scales(g, here)
 
-        g.loop(g.b.select(more, n, g.c(AHEAD)), (), one)
+        g.loop(g.b.select(more, n, g.c(PAGES_AHEAD)), (), one)
 
-    def _scales(self, g: G, page: Val) -> None:
+    def _scales(self, g: Emitter, page: Val) -> None:
         """Ask for a page's scales."""
         if self.heads.form == "int8":
             g.prefetch(page, self.pages.key_scales)
             g.prefetch(page, self.pages.value_scales)
 
-    def _words(self, g: G, pair: Val, word: int, ty: Val = i64) -> list[Val]:
+    def _words(self, g: Emitter, pair: Val, word: int, ty: Val = i64) -> list[Val]:
         return [g.ld(ty, pair, PAIR_BYTES * r + word) for r in range(self.pairs)]
 
     def scores(
-        self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val, factor: Val, cap: Val
+        self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val, factor: Val, cap: Val
     ) -> None:
         """Scores of all pairs and their largest; `factor`, `cap`: bits of floats."""
         page = self._page(g, p0, table, kv, stride)
-        hidden = g.k(V(f32, self.lanes), _HIDDEN)
+        hidden = g.k(Vector(f32, self.lanes), _HIDDEN)
         finish = self._finisher(g, p0, pair, factor, cap)
 
-        def some(first: Val, count: int, best: list[Val]) -> list[Val]:
+        def scores_of(first: Val, count: int, best: list[Val]) -> list[Val]:
             """`count` pages from the first on; the largest scores so far, by part and pair."""
-            places = [g.at(first, k) for k in range(count)]
-            here = [page(i) for i in places]
-            ahead = [self._ahead(g, i, n, page, self.pages.values) for i in places]
-            for i in places:
-                self._scales(g, page(g.b.select(g.b.icmp_signed("<", g.at(i, AHEAD), n), g.at(i, AHEAD), i)))
+            step_tokens = [g.at(first, k) for k in range(count)]
+            here = [page(i) for i in step_tokens]
+            ahead = [self._ahead(g, i, n, page, self.pages.values) for i in step_tokens]
+            for i in step_tokens:
+                self._scales(
+                    g, page(g.b.select(g.b.icmp_signed("<", g.at(i, PAGES_AHEAD), n), g.at(i, PAGES_AHEAD), i))
+                )
             best = list(best)
             for part in range(self.parts):
                 sums = self._products(g, here, self._words(g, pair, QUERY), part, ahead)
                 for k in range(count):
-                    for r, s in enumerate(finish(places[k], here[k], part, sums[k])):
+                    for r, s in enumerate(finish(step_tokens[k], here[k], part, sums[k])):
                         best[part * self.pairs + r] = _larger(g, s, best[part * self.pairs + r])
             return best
 
         best = [hidden] * (self.pairs * self.parts)
-        if self.two:
-            best = g.loop(g.b.lshr(n, g.c(1)), best, lambda i, best: some(g.b.shl(i, g.c(1)), 2, best))
-        rest = g.b.and_(n, g.c(1)) if self.two else n
-        best = g.loop(rest, best, lambda i, best: some(g.at(i, g.b.sub(n, rest)), 1, best))
+        if self.two_pages:
+            best = g.loop(g.b.lshr(n, g.c(1)), best, lambda i, best: scores_of(g.b.shl(i, g.c(1)), 2, best))
+        rest = g.b.and_(n, g.c(1)) if self.two_pages else n
+        best = g.loop(rest, best, lambda i, best: scores_of(g.at(i, g.b.sub(n, rest)), 1, best))
         for r in range(self.pairs):
             top = best[r]
             for part in range(1, self.parts):
                 top = _larger(g, top, best[part * self.pairs + r])
             g.st(g.rmax(top), pair, PAIR_BYTES * r + TOP)
 
-    def _finisher(self, g: G, p0: Val, pair: Val, factor: Val, cap: Val) -> Callable[..., list[Val]]:
+    def _finisher(self, g: Emitter, p0: Val, pair: Val, factor: Val, cap: Val) -> Callable[..., list[Val]]:
         """(page's number, address, part, sums) -> a part's scores: scaled, hidden where not seen, and stored."""
         ends, begins = ([g.b.trunc(w, i32) for w in self._words(g, pair, word)] for word in (END, BEGIN))
         scores, scale = self._words(g, pair, SCORES), g.splat(g.bits(factor), self.lanes)
-        floats, ints = V(f32, self.lanes), V(i32, self.lanes)
+        floats, ints = Vector(f32, self.lanes), Vector(i32, self.lanes)
 
         def finish(i: Val, here: Val, part: int, sums: list[Val]) -> list[Val]:
             b, out = g.b, []
             position = b.trunc(b.shl(g.at(p0, i), g.c(4)), i32)
             lane = ir.Constant(ints, list(range(part * self.lanes, (part + 1) * self.lanes)))
-            places, by = b.add(g.splat(position, self.lanes), lane), scale
+            step_tokens, by = b.add(g.splat(position, self.lanes), lane), scale
             if self.heads.form == "int8":
                 by = b.fmul(by, g.ld(floats, here, self.pages.key_scales + 4 * part * self.lanes))
             for r in range(self.pairs):
                 end, begin = (g.splat(w[r], self.lanes) for w in (ends, begins))
-                seen = b.and_(b.icmp_signed("<", places, end), b.icmp_signed(">=", places, begin))
+                seen = b.and_(b.icmp_signed("<", step_tokens, end), b.icmp_signed(">=", step_tokens, begin))
                 s = b.fmul(sums[r], by)
                 s = capped(g, s, g.splat(g.bits(cap), self.lanes)) if self.heads.capped else s
                 out.append(b.select(seen, s, g.k(floats, _HIDDEN)))
@@ -185,7 +187,9 @@ class Tile:
 
         return finish
 
-    def _products(self, g: G, pages: list[Val], queries: list[Val], part: int, ahead: list[Val]) -> list[list[Val]]:
+    def _products(
+        self, g: Emitter, pages: list[Val], queries: list[Val], part: int, ahead: list[Val]
+    ) -> list[list[Val]]:
         """Queries times one part of some pages' keys. Two sums a pair, or the loop waits for additions."""
         b, item, lanes, count = g.b, self.pages.item, self.lanes, len(pages)
 
@@ -204,12 +208,12 @@ class Tile:
                         sums[at] = g.fma(key, q, sums[at])
             return sums
 
-        zero = g.k(V(f32, lanes), 0.0)
+        zero = g.k(Vector(f32, lanes), 0.0)
         sums = g.loop(g.c(self.heads.dim // 4), [zero] * (2 * self.pairs * count), four)
         totals = [b.fadd(sums[i], sums[i + 1]) for i in range(0, len(sums), 2)]
         return [totals[k * self.pairs : (k + 1) * self.pairs] for k in range(count)]
 
-    def softmax(self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
+    def softmax(self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
         """Scores to e^(score − largest), times the values' scales if they have any; and one over their sum."""
         page = self._page(g, p0, table, kv, stride)
         scores = self._words(g, pair, SCORES)
@@ -217,18 +221,18 @@ class Tile:
 
         def one(i: Val, totals: list[Val]) -> list[Val]:
             b, out = g.b, []
-            scale = g.ld(vf, page(i), self.pages.value_scales) if self.heads.form == "int8" else None
+            scale = g.ld(f32x16, page(i), self.pages.value_scales) if self.heads.form == "int8" else None
             for r in range(self.pairs):
                 x = b.fsub(g.vec(scores[r], i), tops[r])
-                e = b.select(b.fcmp_ordered(">", x, g.k(vf, _NOTHING)), g.exp(x), g.k(vf, 0.0))
+                e = b.select(b.fcmp_ordered(">", x, g.k(f32x16, _MIN_EXPONENT)), g.exp(x), g.k(f32x16, 0.0))
                 g.put(e if scale is None else b.fmul(e, scale), scores[r], i)
                 out.append(b.fadd(totals[r], e))
             return out
 
-        for r, total in enumerate(g.loop(n, [g.k(vf, 0.0)] * self.pairs, one)):
+        for r, total in enumerate(g.loop(n, [g.k(f32x16, 0.0)] * self.pairs, one)):
             g.st(g.b.fdiv(g.f(1.0), g.rsum(total)), pair, PAIR_BYTES * r + INVERSE)
 
-    def values(self, g: G, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
+    def values(self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
         """Probabilities times values, to the outputs."""
         page = self._page(g, p0, table, kv, stride)
         vectors = self.heads.dim // self.lanes
@@ -240,7 +244,7 @@ class Tile:
         if rest := vectors % self.wide:
             self._columns(g, n, page, pair, g.c((vectors - rest) * self.lanes), rest)
 
-    def _columns(self, g: G, n: Val, page: Callable[[Val], Val], pair: Val, column: Val, wide: int) -> None:
+    def _columns(self, g: Emitter, n: Val, page: Callable[[Val], Val], pair: Val, column: Val, wide: int) -> None:
         """`wide` vectors of the outputs from `column` on."""
         b, item, lanes = g.b, self.pages.item, self.lanes
         scores, offset = self._words(g, pair, SCORES), g.at(b.mul(column, g.c(item)), self.pages.values)
@@ -262,7 +266,7 @@ class Tile:
 
             return g.loop(g.c(16), sums, token)
 
-        sums = g.loop(n, [g.k(V(f32, lanes), 0.0)] * (wide * self.pairs), one)
+        sums = g.loop(n, [g.k(Vector(f32, lanes), 0.0)] * (wide * self.pairs), one)
         for r in range(self.pairs):
             inverse = g.splat(g.ld(f32, pair, PAIR_BYTES * r + INVERSE), lanes)
             out = g.at(g.ld(i64, pair, PAIR_BYTES * r + OUTPUT), b.shl(column, g.c(2)))

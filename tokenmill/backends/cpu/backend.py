@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
-from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.isa import detect
 from tokenmill.backends.cpu.lower import Line, Lowering
-from tokenmill.backends.cpu.memory import Heads, Memory, Sizes
+from tokenmill.backends.cpu.memory import AttentionShape, Memory, Sizes
 from tokenmill.backends.cpu.prepare import prepare, refusal
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.scratch import zeros
-from tokenmill.backends.cpu.slots import Places, PromptPositions, Slots
-from tokenmill.backends.cpu.threads import Walkers
+from tokenmill.backends.cpu.slots import PromptPositions, Slots, StepTokens
+from tokenmill.backends.cpu.threads import WorkerThreads
 from tokenmill.backends.deferred import AwaitedMasks
 from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.parallel.group import Group
@@ -104,16 +104,16 @@ class CpuBackend:
             None if report is None else lambda done, total: report(Progress("compile", done, total, "kernels")),
         )
         self._scratch = Scratch(self._memory, self._slots, self._sampler, self._lines)
-        self._table = np.zeros((0, t.COLUMNS), np.int64)
+        self._table = np.zeros((0, layout.COLUMNS), np.int64)
         self._body = _body(self._lines)
-        self._walkers = Walkers(self._code, self._scratch.context, threads)
+        self._workers = WorkerThreads(self._code, self._scratch.context, threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cpu-backend")
         self._last: CpuStep | None = None
 
     def _sample_line(self) -> Line:
         at = self._memory.place(self.program.logits)
-        row = np.zeros(t.COLUMNS, np.int64)
-        row[[t.ROWS, t.X, t.X_STRIDE, t.WIDTH]] = 1, at.address, at.stride, self.vocab_size
+        row = np.zeros(layout.COLUMNS, np.int64)
+        row[[layout.ROWS, layout.X, layout.X_STRIDE, layout.WIDTH]] = 1, at.address, at.stride, self.vocab_size
         return Line(None, "sample", row)
 
     # ---- what Backend promises ----
@@ -133,7 +133,7 @@ class CpuBackend:
     def allocate(self, num_blocks: int) -> None:
         """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
         try:
-            self._memory.allocate(num_blocks * (self.limits.block_size // t.BLOCK))
+            self._memory.allocate(num_blocks * (self.limits.block_size // layout.BLOCK))
         except (MemoryError, OSError, ValueError, OverflowError) as e:
             wanted = num_blocks * self.block_bytes()
             raise NotEnoughMemory(
@@ -142,11 +142,11 @@ class CpuBackend:
         self.num_blocks = num_blocks
         rows = [line.row for line in self._lines]
         for line in self._lines:
-            line.row[t.KERNEL] = self._code[line.kernel]
+            line.row[layout.KERNEL] = self._code[line.kernel]
             if isinstance(line.op, ops.Attention):
                 columns = self._memory.cache(line.op.layer)
                 line.row[list(columns)] = list(columns.values())
-        self._table = zeros((len(rows), t.COLUMNS), np.int64)
+        self._table = zeros((len(rows), layout.COLUMNS), np.int64)
         self._table[:] = rows
 
     def warm_up(self) -> None:
@@ -158,7 +158,7 @@ class CpuBackend:
 
         What needs nothing of the steps before is done here, while they run.
         """
-        masks, plan = AwaitedMasks(inputs.deferred), self._scratch.plan(self._slots.places(inputs))
+        masks, plan = AwaitedMasks(inputs.deferred), self._scratch.plan(self._slots.step_tokens(inputs))
         self._last = CpuStep(self._thread.submit(self._step, inputs, plan, masks), masks)
         return self._last
 
@@ -171,7 +171,7 @@ class CpuBackend:
         if self._last is not None:
             self._last.masks.give_up()
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._walkers.close()
+        self._workers.close()
 
     # ---- a step, on the backend's thread ----
 
@@ -203,33 +203,33 @@ class CpuBackend:
     def _prompt_details(self, inputs: StepInputs) -> dict[int, tuple[TokenDetails, ...]] | None:
         """How likely the prompt's tokens were: the table's end over their positions, some at a time."""
         wanted = self._slots.prompt_positions(inputs)
-        most = self._slots.parameters.rows["prompt_logprobs"][inputs.slots[wanted.rows]]
-        found: dict[int, tuple[TokenDetails, ...]] = {}
+        max_listed = self._slots.parameters.rows["prompt_logprobs"][inputs.slots[wanted.rows]]
+        details: dict[int, tuple[TokenDetails, ...]] = {}
         for start in range(0, len(wanted.rows), _PROMPT_ROWS):
-            some = slice(start, start + _PROMPT_ROWS)
-            part = PromptPositions(wanted.rows[some], wanted.where[some], wanted.targets[some])
+            part_slice = slice(start, start + _PROMPT_ROWS)
+            part = PromptPositions(wanted.rows[part_slice], wanted.where[part_slice], wanted.targets[part_slice])
             self._scratch.sample(part.where)
-            self._sampler.begin_prompt(part.targets, most[some])
+            self._sampler.begin_prompt(part.targets, max_listed[part_slice])
             self._walk(self._body, len(self._table))
             for row, detail in zip(part.rows.tolist(), self._sampler.details() or (), strict=True):
                 if detail is not None:
-                    found[row] = (*found.get(row, ()), detail)
-        return found or None
+                    details[row] = (*details.get(row, ()), detail)
+        return details or None
 
     def _walk(self, first: int, last: int) -> None:
         base = self._table.ctypes.data
         self._scratch.counters[:] = 0
-        self._walkers.run(base + first * t.ROW_BYTES, base + last * t.ROW_BYTES)
+        self._workers.run(base + first * layout.ROW_BYTES, base + last * layout.ROW_BYTES)
 
     def _warm_up(self) -> None:
-        room = self.num_blocks * self.limits.block_size
-        size = min(self.limits.max_batch_tokens, self.limits.max_total_tokens, room, _WARM_TOKENS)
-        slots, pages = np.zeros(1, np.int32), -(-size // t.BLOCK)
+        capacity = self.num_blocks * self.limits.block_size
+        size = min(self.limits.max_batch_tokens, self.limits.max_total_tokens, capacity, _WARM_TOKENS)
+        slots, pages = np.zeros(1, np.int32), -(-size // layout.BLOCK)
         self._slots.tables[0, :pages] = np.arange(pages)
         for start, count in ((0, size), (size - 1, 1)):
             if count > 0:
                 inputs = StepInputs(slots, np.array([start], np.int32), np.array([count], np.int32), slots)
-                self._compute(inputs, self._scratch.plan(self._slots.places(inputs)))
+                self._compute(inputs, self._scratch.plan(self._slots.step_tokens(inputs)))
         self._slots.tables[0, :pages], self._slots.tokens[0, : size + 1] = 0, 0
         self._memory.clear_pages(slice(0, pages))
 
@@ -238,7 +238,7 @@ class StepPlan(NamedTuple):
     """A step's words, the arrays that they point to, and the one of them that the chosen ids come to."""
 
     words: NDArray[np.int64]
-    held: tuple[NDArray[np.int64], ...]
+    referenced: tuple[NDArray[np.int64], ...]
     chosen: NDArray[np.int64]
 
 
@@ -247,65 +247,73 @@ class Scratch:
 
     def __init__(self, memory: Memory, slots: Slots, sampler: Sampler, lines: list[Line]) -> None:
         sizes, n = memory.sizes, memory.sizes.threads
-        heads = [Heads.of(op, sizes.kv_dtype) for op in memory.program.ops if isinstance(op, ops.Attention)]
-        self._at_once = min((h.at_once for h in heads), default=1)
+        heads = [AttentionShape.of(op, sizes.kv_dtype) for op in memory.program.ops if isinstance(op, ops.Attention)]
+        self._item_rows = min((h.item_rows for h in heads), default=1)
         widest = max(v.width for op in memory.program.ops for v in op.results().values() if v.spec.rows == "tokens")
         tile = max([max(sizes.tokens, sizes.samples) * 256, *(h.pairs * h.dim * 4 for h in heads)])
         row = max([widest * 4, *((h.pairs + 2) * 128 for h in heads)])
-        scores = (sizes.context + 32) // t.BLOCK * 64
+        scores = (sizes.context + 32) // layout.BLOCK * 64
         self.counters = zeros((len(lines), 8), np.int64)
-        self.context = zeros((t.CONTEXT,), np.int64)
+        self.context = zeros((layout.CONTEXT,), np.int64)
         self._arrays = {
-            t.COUNTERS: self.counters,
-            t.TILE: zeros((n, -(-tile // 64) * 64)),
-            t.SCORES: zeros((n, t.SCORE_ROWS * scores)),
-            t.ROW: zeros((n, -(-row // 64) * 64)),
-            t.ZEROS: zeros((4096,)),
-            t.TABLES: slots.tables,
-            t.KNOWN: slots.tokens,
+            layout.COUNTERS: self.counters,
+            layout.TILE: zeros((n, -(-tile // 64) * 64)),
+            layout.SCORES: zeros((n, layout.SCORE_ROWS * scores)),
+            layout.ROW: zeros((n, -(-row // 64) * 64)),
+            layout.ZEROS: zeros((4096,)),
+            layout.TABLES: slots.tables,
+            layout.TOKEN_IDS: slots.tokens,
         }
-        if narrow := max((line.row[t.OUT_STRIDE] for line in lines if line.kernel == "narrow"), default=0):
-            self._arrays[t.NARROW] = zeros((max(sizes.tokens, sizes.samples, t.FEW * n), narrow))
-            self.context[t.NARROW_SIZE] = t.FEW * narrow
+        if narrow := max((line.row[layout.OUT_STRIDE] for line in lines if line.kernel == "narrow"), default=0):
+            self._arrays[layout.NARROW] = zeros((max(sizes.tokens, sizes.samples, layout.FEW * n), narrow))
+            self.context[layout.NARROW_SIZE] = layout.FEW * narrow
         for word, array in self._arrays.items():
             self.context[word] = array.ctypes.data
-        self.context[[t.TABLE_STRIDE, t.KNOWN_STRIDE]] = slots.tables.strides[0], slots.tokens.strides[0]
-        self.context[t.SAMPLING] = sampler.address
-        self.context[[t.TILE_SIZE, t.SCORES_SIZE, t.ROW_SIZE]] = (
-            self._arrays[t.TILE].strides[0], scores, self._arrays[t.ROW].strides[0],
+        self.context[[layout.TABLE_STRIDE, layout.TOKEN_IDS_STRIDE]] = slots.tables.strides[0], slots.tokens.strides[0]
+        self.context[layout.SAMPLING] = sampler.address
+        self.context[[layout.TILE_SIZE, layout.SCORES_SIZE, layout.ROW_SIZE]] = (
+            self._arrays[layout.TILE].strides[0], scores, self._arrays[layout.ROW].strides[0],
         )  # fmt: skip
         self.nbytes = sum(array.nbytes for array in self._arrays.values()) + sampler.nbytes
-        self._held: tuple[NDArray[np.int64], ...] = ()  # what the words of the step that runs point to
+        self._referenced: tuple[NDArray[np.int64], ...] = ()  # what the words of the step that runs point to
 
-    def plan(self, places: Places) -> StepPlan:
+    def plan(self, step_tokens: StepTokens) -> StepPlan:
         """A step's words. Touches nothing that steps use: any thread may ask, at any time."""
-        first, count = self._items(places)
-        chosen = np.zeros(len(places.samples), np.int64)
-        held = (
-            places.positions, places.slots, places.samples, first, count, chosen, places.sampled_slots,
-            places.sampled_positions,
-        )  # fmt: skip
-        numbers = len(places.positions), len(places.samples), len(first), int(places.apart)
-        return StepPlan(np.array([*numbers, *(array.ctypes.data for array in held)], np.int64), held, chosen)
+        first, count = self._items(step_tokens)
+        chosen = np.zeros(len(step_tokens.samples), np.int64)
+        referenced = (
+            step_tokens.positions,
+            step_tokens.slots,
+            step_tokens.samples,
+            first,
+            count,
+            chosen,
+            step_tokens.sampled_slots,
+            step_tokens.sampled_positions,
+        )
+        numbers = len(step_tokens.positions), len(step_tokens.samples), len(first), int(step_tokens.single_token)
+        return StepPlan(
+            np.array([*numbers, *(array.ctypes.data for array in referenced)], np.int64), referenced, chosen
+        )
 
     def begin(self, plan: StepPlan) -> None:
         """The step that runs from now on."""
-        self.context[t.STEP_WORDS], self._held = plan.words, plan.held
+        self.context[layout.STEP_WORDS], self._referenced = plan.words, plan.referenced
 
     def sample(self, where: NDArray[np.int64]) -> None:
         """Other rows of the step that runs now sample."""
-        self._held = (*self._held, np.ascontiguousarray(where))
-        self.context[t.SAMPLES], self.context[t.SAMPLED] = len(where), self._held[-1].ctypes.data
+        self._referenced = (*self._referenced, np.ascontiguousarray(where))
+        self.context[layout.SAMPLES], self.context[layout.SAMPLED] = len(where), self._referenced[-1].ctypes.data
 
-    def _items(self, places: Places) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _items(self, step_tokens: StepTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Attention's items: runs of at most so many rows of one sequence, (first row, rows)."""
-        if places.apart:
-            return places.firsts, np.ones(len(places.firsts), np.int64)
-        n = self._at_once
-        stops = np.append(places.firsts[1:], len(places.positions))
-        pieces = -(-(stops - places.firsts) // n)
+        if step_tokens.single_token:
+            return step_tokens.firsts, np.ones(len(step_tokens.firsts), np.int64)
+        n = self._item_rows
+        stops = np.append(step_tokens.firsts[1:], len(step_tokens.positions))
+        pieces = -(-(stops - step_tokens.firsts) // n)
         item = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        first = np.repeat(places.firsts, pieces) + item * n
+        first = np.repeat(step_tokens.firsts, pieces) + item * n
         return first, np.minimum(n, np.repeat(stops, pieces) - first)
 
 

@@ -29,7 +29,7 @@ from tokenmill.errors import StartError
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("numba", "llvmlite")
-_HOST = (  # emit no code
+_HOST_MODULES = (  # emit no code
     "backend.py", "cache.py", "explain.py", "lower.py", "memory.py", "prepare.py", "sampler.py", "scratch.py",
     "slots.py", "threads.py",
 )  # fmt: skip
@@ -41,7 +41,7 @@ _NEVER_CALLED = (
 
 _SECONDS = {"sample": 4.0, "attend": 1.5, "linear": 1.0, "norm": 0.6}
 _MOST_JOBS = 4
-_CURE = "Name another folder with --kernel-cache."
+_ADVICE = "Name another folder with --kernel-cache."
 
 Report = Callable[[int, int], None]
 """Kernels compiled so far, and in all."""
@@ -74,7 +74,7 @@ class KernelCache:
         """Compile what is missing; how many that were. StartError if it cannot be kept."""
         missing = self.missing(names)
         if missing and (why := self._make_folder()):
-            raise StartError(f"The kernel cache {self.folder} cannot be written to: {why}. {_CURE}")
+            raise StartError(f"The kernel cache {self.folder} cannot be written to: {why}. {_ADVICE}")
         if missing:
             self._compile(missing, report)
         return len(missing)
@@ -91,29 +91,29 @@ class KernelCache:
         if why:
             _log.warning(
                 "The kernel cache %s cannot be written to (%s): kernels are compiled at every start. %s",
-                self.folder, why, _CURE,
+                self.folder, why, _ADVICE,
             )  # fmt: skip
-        shares = _shared(names, self._jobs) if writable else []
+        shares = _balanced_shares(names, self._jobs) if writable else []
 
-        def said() -> None:
+        def report_progress() -> None:
             if report is not None:
                 report(len(names) - len(self.missing(names)) if writable else len(made), len(names))
 
         def done(name: str, data: bytes) -> None:
             made[name] = data
-            said()
+            report_progress()
 
-        said()
+        report_progress()
         with contextlib.ExitStack() as helpers:
             started = [helpers.enter_context(_helper(self.folder, self.isa, share)) for share in shares]
             while self.missing(names) and any(helper.poll() is None for helper in started):
                 time.sleep(0.05)
-                said()
+                report_progress()
         made |= {name: data for name in names if (data := self._read(name)) is not None}
-        if left := [name for name in names if name not in made]:
+        if remaining := [name for name in names if name not in made]:
             from tokenmill.backends.cpu.compiler import compile_kernels
 
-            compile_kernels(left, self.isa, done)
+            compile_kernels(remaining, self.isa, done)
         return made
 
     def _read(self, name: str) -> bytes | None:
@@ -159,7 +159,7 @@ class Code:
         return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(self.addresses[name])
 
 
-def _shared(names: list[str], jobs: int) -> list[list[str]]:
+def _balanced_shares(names: list[str], jobs: int) -> list[list[str]]:
     """The kernels for each of some processes, so that all take about as long."""
     shares: list[list[str]] = [[] for _ in range(max(1, min(jobs, _MOST_JOBS, len(names))))]
     spent = [0.0] * len(shares)
@@ -178,8 +178,17 @@ def _cost(name: str) -> float:
 def _helper(folder: Path, isa: Isa, names: list[str]) -> subprocess.Popen[bytes]:
     """A process that compiles some kernels into the folder."""
     module = "tokenmill.backends.cpu.cache"
-    words = [sys.executable, "-m", "tokenmill.parent", str(os.getpid()), module, str(folder.parent), isa.name, *names]
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = [
+        sys.executable,
+        "-m",
+        "tokenmill.parent",
+        str(os.getpid()),
+        module,
+        str(folder.parent),
+        isa.name,
+        *names,
+    ]
+    return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _engine() -> Any:
@@ -197,7 +206,7 @@ def _engine() -> Any:
 def _key(isa: Isa) -> str:
     """Of everything that a kernel's code depends on."""
     digest = hashlib.sha256()
-    kernels = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in _HOST)
+    kernels = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in _HOST_MODULES)
     for path in (*kernels, Path(sampling.__file__)):  # whose parameters the sampler's kernel reads by their offsets
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for library in _LIBRARIES:
@@ -206,11 +215,11 @@ def _key(isa: Isa) -> str:
     return digest.hexdigest()[:16]
 
 
-def main(words: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """A helper: compile kernels of an instruction set into a folder."""
     from tokenmill.backends.cpu.compiler import compile_kernels
 
-    folder, isa, *names = words
+    folder, isa, *names = arguments
     cache = KernelCache(Path(folder), detect(isa))
     compile_kernels(names, cache.isa, cache.write)
     os._exit(0)  # somebody waits for it

@@ -33,14 +33,14 @@ SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)
 
 def makers(isa: Isa) -> Makers:
     """Every kernel there is for an instruction set."""
-    found: Makers = {}
+    by_name: Makers = {}
     for name in MODULES:
         module = import_module(f"tokenmill.backends.cpu.{name}")
         for kernel_name, kernel in getattr(module, "KERNELS", {}).items():
-            found[kernel_name] = partial(_itself, kernel)
+            by_name[kernel_name] = partial(_itself, kernel)
         if hasattr(module, "kernels"):
-            found |= module.kernels(isa)
-    return found
+            by_name |= module.kernels(isa)
+    return by_name
 
 
 def _itself(kernel: Kernel) -> Kernel:
@@ -53,9 +53,9 @@ def compile_kernels(names: Iterable[str], isa: Isa, done: Callable[[str, bytes],
         vars(config)["CPU_FEATURES"] = features  # before numba's first compilation in this process
     vars(config)["OPT"] = type(vars(config)["OPT"])(0)  # else each function is optimized again in all that call it
     attention = import_module("tokenmill.backends.cpu.attention")
-    found, target = makers(isa), _target(isa)
+    by_name, target = makers(isa), _target(isa)
     for name in names:
-        done(name, object_file(name, found[name]() if name in found else attention.named(name, isa), target))
+        done(name, object_file(name, by_name[name]() if name in by_name else attention.named(name, isa), target))
 
 
 def object_file(name: str, kernel: Kernel, target: Any) -> bytes:
@@ -80,9 +80,9 @@ def object_file(name: str, kernel: Kernel, target: Any) -> bytes:
 def _llvm(kernel: Kernel) -> str:
     """LLVM's text of a kernel and all that it calls, not optimized yet."""
     options = {"error_model": "numpy", "nogil": True}
-    made: Any = ccallback.CFunc(kernel, (SIGNATURE.args, SIGNATURE.return_type), locals={}, options=options)
+    compiled: Any = ccallback.CFunc(kernel, (SIGNATURE.args, SIGNATURE.return_type), locals={}, options=options)
     with compiler_lock.global_compiler_lock:
-        library = made._compile_uncached().library
+        library = compiled._compile_uncached().library
         library.finalize()  # links what the kernel calls
     return str(library.get_llvm_str())
 

@@ -13,9 +13,9 @@ from functools import partial
 from llvmlite import ir
 
 from tokenmill.backends.cpu.forms import PAIRS, DenseForm
-from tokenmill.backends.cpu.ir import G, V, Val, f32, i16, i32, vf
+from tokenmill.backends.cpu.ir import Emitter, Val, Vector, f32, f32x16, i16, i32
 from tokenmill.backends.cpu.isa import Isa
-from tokenmill.backends.cpu.operands import Operands, far_ahead, panel_parts, store
+from tokenmill.backends.cpu.operands import Operands, panel_parts, prefetch_distance, store
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
@@ -39,11 +39,11 @@ _ROUND = "llvm.x86.avx512bf16.cvtneps2bf16.512"
 class DenseTile:
     """Code of a tile with a form of floats: `rows` rows of float32 by one panel. Two sums a row, by column's parity."""
 
-    def __init__(self, g: G, isa: Isa, form: DenseForm, rows: int, o: Operands) -> None:
+    def __init__(self, g: Emitter, isa: Isa, form: DenseForm, rows: int, o: Operands) -> None:
         self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
-        self.floats = V(f32, isa.lanes)
+        self.floats = Vector(f32, isa.lanes)
         self.xs = [g.at(o.x, g.b.mul(o.x_stride, g.c(r))) for r in range(rows)]
-        self.ahead = far_ahead(g, rows, g.b.mul(o.columns, g.c(form.size)))
+        self.ahead = prefetch_distance(g, rows, g.b.mul(o.columns, g.c(form.size)))
 
     def write(self) -> None:
         """The whole tile: four columns at a time, then those that are left."""
@@ -82,24 +82,24 @@ class PairTile:
     a sum waits for the one before it longer than it takes to multiply eight rows.
     """
 
-    def __init__(self, g: G, rows: int, o: Operands) -> None:
+    def __init__(self, g: Emitter, rows: int, o: Operands) -> None:
         self.g, self.rows, self.o = g, rows, o
         self.xs = [g.at(o.x, g.b.mul(o.x_stride, g.c(r))) for r in range(rows)]
         self.pairs = g.b.lshr(g.b.add(o.columns, g.c(1)), g.c(1))
-        self.ahead = far_ahead(g, rows, g.b.mul(self.pairs, g.c(PAIRS.group_size)))
+        self.ahead = prefetch_distance(g, rows, g.b.mul(self.pairs, g.c(PAIRS.group_size)))
 
     def write(self) -> None:
         """The whole tile: four pairs at a time, then those that are left."""
         g, b, rows, pairs = self.g, self.g.b, self.rows, self.pairs
         fours = b.lshr(pairs, g.c(2))
         done = b.shl(fours, g.c(2))
-        acc = g.loop(fours, [g.k(vf, 0.0)] * (2 * rows), partial(self._pairs, g.c(0), 4))
+        acc = g.loop(fours, [g.k(f32x16, 0.0)] * (2 * rows), partial(self._pairs, g.c(0), 4))
         acc = g.loop(b.sub(pairs, done), acc, partial(self._pairs, done, 1))
         store(g, self.o, [b.fadd(acc[2 * r], acc[2 * r + 1]) for r in range(rows)], 0)
 
     def _pairs(self, start: Val, count: int, i: Val, acc: list[Val]) -> list[Val]:
         """Add the i-th `count` pairs behind `start`."""
-        g, b, numbers = self.g, self.g.b, V(_BF16, 32)
+        g, b, numbers = self.g, self.g.b, Vector(_BF16, 32)
         new, pair = list(acc), b.add(start, b.mul(i, g.c(count)))
         weight, offset = g.at(self.o.weight, b.mul(pair, g.c(PAIRS.group_size))), b.shl(pair, g.c(2))
         for u in range(count):
@@ -108,11 +108,11 @@ class PairTile:
             for r in range(self.rows):
                 two = g.splat(g.ld(i32, g.at(self.xs[r], offset), 4 * u))
                 at = 2 * r + u % 2
-                new[at] = g.call(_DOT, vf, [new[at], w, b.bitcast(two, numbers)])
+                new[at] = g.call(_DOT, f32x16, [new[at], w, b.bitcast(two, numbers)])
         return new
 
 
-def narrow(g: G, columns: Val, x: Val, out: Val) -> None:
+def narrow(g: Emitter, columns: Val, x: Val, out: Val) -> None:
     """What `ir.emit` takes: a row of float32 to bfloat16, rounded to the nearest, ties to even; a zero behind it.
 
     What follows the row's columns is not looked at: it may be another value's.
@@ -122,7 +122,7 @@ def narrow(g: G, columns: Val, x: Val, out: Val) -> None:
     done = b.shl(whole, g.c(4))
 
     def rounded(v: Val) -> Val:
-        return b.bitcast(g.call(_ROUND, V(_BF16, 16), [v]), V(i16, 16))
+        return b.bitcast(g.call(_ROUND, Vector(_BF16, 16), [v]), Vector(i16, 16))
 
     def vector(i: Val, _: list[Val]) -> None:
         g.st(rounded(g.vec(x, i)), g.at(out, b.shl(i, g.c(5))))
@@ -136,12 +136,12 @@ def narrow(g: G, columns: Val, x: Val, out: Val) -> None:
     g.st(g.k(i16, 0), g.at(out, b.shl(columns, g.c(1))))
 
 
-def load_floats(g: G, form: DenseForm, address: Val, offset: int, lanes: int) -> Val:
+def load_floats(g: Emitter, form: DenseForm, address: Val, offset: int, lanes: int) -> Val:
     """`lanes` numbers of a dense form as float32."""
-    b, floats = g.b, V(f32, lanes)
+    b, floats = g.b, Vector(f32, lanes)
     if form.name == "f32":
         return g.ld(floats, address, offset)
     if form.name == "f16":
         return g.half(address, offset, lanes)
-    ints = V(i32, lanes)
-    return b.bitcast(b.shl(b.zext(g.ld(V(i16, lanes), address, offset), ints), g.k(ints, 16)), floats)
+    ints = Vector(i32, lanes)
+    return b.bitcast(b.shl(b.zext(g.ld(Vector(i16, lanes), address, offset), ints), g.k(ints, 16)), floats)

@@ -22,17 +22,17 @@ def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_
     `program`: as recorded, one that the backend does not refuse. `kv_dtype`: "f16" or "int8". Compiles nothing.
     """
 
-    def some(source: Checkpoint, piece: Piece) -> Matrix:
+    def read_some(source: Checkpoint, piece: Piece) -> Matrix:
         first, stop = piece.rows.start, piece.rows.stop
         return read(source, replace(piece, rows=slice(first, min(stop, first + _ROWS))))
 
-    prepared = prepare(program, source, some, isa, 1, None)
+    prepared = prepare(program, source, read_some, isa, 1, None)
     memory = Memory(
-        prepared.program, Sizes(1, 1, 1, 1, kv_dtype), prepared.panels, lambda w: load(w, source, some).floats(),
+        prepared.program, Sizes(1, 1, 1, 1, kv_dtype), prepared.panels, lambda w: load(w, source, read_some).floats(),
         prepared.private,
     )  # fmt: skip
-    found: dict[str, Counter[str]] = {}
+    kernels: dict[str, Counter[str]] = {}
     for line in Lowering(prepared.program, memory).lines():
         kind = type(line.op).__name__ if line.op is not None else "Rope"  # a step's angles, for all layers
-        found.setdefault(kind, Counter())[line.kernel] += 1
-    return found | {"Sample": Counter(["sample"])}
+        kernels.setdefault(kind, Counter())[line.kernel] += 1
+    return kernels | {"Sample": Counter(["sample"])}

@@ -28,11 +28,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 f16, f32, void = ir.HalfType(), ir.FloatType(), ir.VoidType()
-V = ir.VectorType
-vf, vi, vh = V(f32, 16), V(i32, 16), V(f16, 16)  # the vector of this backend: 16 lanes, whatever the registers are
+Vector = ir.VectorType
+f32x16, i32x16, f16x16 = (
+    Vector(f32, 16),
+    Vector(i32, 16),
+    Vector(f16, 16),
+)  # the vector of this backend: 16 lanes, whatever the registers are
 
 
-class G:
+class Emitter:
     """An llvmlite builder (`b`) with the operations that kernels need. Addresses and offsets are int64 in bytes."""
 
     def __init__(self, builder: Val) -> None:
@@ -50,7 +54,7 @@ class G:
 
     def k(self, ty: Val, v: float) -> Val:
         """A constant of a scalar or vector type, the same in all lanes."""
-        return ir.Constant(ty, [v] * ty.count) if isinstance(ty, V) else ir.Constant(ty, v)
+        return ir.Constant(ty, [v] * ty.count) if isinstance(ty, Vector) else ir.Constant(ty, v)
 
     def at(self, base: Val, offset: Val | int = 0) -> Val:
         """base + offset"""
@@ -72,7 +76,7 @@ class G:
 
     def vec(self, x: Val, i: Val, offset: int = 0) -> Val:
         """Vector i (16 float32) of the row at x."""
-        return self.ld(vf, self.at(x, self.b.mul(i, self.c(64))), offset)
+        return self.ld(f32x16, self.at(x, self.b.mul(i, self.c(64))), offset)
 
     def put(self, v: Val, x: Val, i: Val) -> None:
         """Store as vector i of the row at x."""
@@ -80,7 +84,7 @@ class G:
 
     def half(self, address: Val, offset: int = 0, lanes: int = 16) -> Val:
         """float16 in memory as float32."""
-        return self.b.fpext(self.ld(V(f16, lanes), address, offset), V(f32, lanes))
+        return self.b.fpext(self.ld(Vector(f16, lanes), address, offset), Vector(f32, lanes))
 
     def prefetch(self, address: Val, offset: Val | int = 0) -> None:
         """Ask for a cache line that will be read. May point anywhere."""
@@ -103,22 +107,22 @@ class G:
     def each_lane(self, name: str, *args: Val) -> Val:
         """LLVM's `name` for the type of its arguments, which is its result's too: sqrt, fabs, maxnum …"""
         ty = args[0].type
-        kind = f"v{ty.count}f32" if isinstance(ty, V) else "f32"
+        kind = f"v{ty.count}f32" if isinstance(ty, Vector) else "f32"
         return self.call(f"llvm.{name}.{kind}", ty, args)
 
     # ---- lanes ----
 
     def splat(self, v: Val, lanes: int = 16) -> Val:
         """The scalar in every lane."""
-        nothing = ir.Constant(V(v.type, lanes), ir.Undefined)
+        nothing = ir.Constant(Vector(v.type, lanes), ir.Undefined)
         one = self.b.insert_element(nothing, v, ir.Constant(i32, 0))
-        return self.b.shuffle_vector(one, nothing, ir.Constant(V(i32, lanes), [0] * lanes))
+        return self.b.shuffle_vector(one, nothing, ir.Constant(Vector(i32, lanes), [0] * lanes))
 
     def first(self, v: Val) -> Val:
         """Lane 0."""
         return self.b.extract_element(v, ir.Constant(i32, 0))
 
-    def lanes(self, ty: Val = vi) -> Val:
+    def lanes(self, ty: Val = i32x16) -> Val:
         """0, 1, 2 …"""
         return ir.Constant(ty, list(range(ty.count)))
 
@@ -140,7 +144,7 @@ class G:
         while count > 2:
             count //= 2
             low, high = (
-                b.shuffle_vector(v, v, ir.Constant(V(i32, count), list(range(start, start + count))))
+                b.shuffle_vector(v, v, ir.Constant(Vector(i32, count), list(range(start, start + count))))
                 for start in (0, count)
             )
             v = b.fadd(low, high)
@@ -164,7 +168,7 @@ class G:
     def exp(self, x: Val) -> Val:
         """e to the x of a vector, to some 2 units in the last place; x is held to ±87."""
         b, ty = self.b, x.type
-        ints = V(i32, ty.count)
+        ints = Vector(i32, ty.count)
         x = self.vmin(self.vmax(x, self.k(ty, -87.0)), self.k(ty, 87.0))
         n = self.each_lane("nearbyint", b.fmul(x, self.k(ty, 1.44269504)))
         r = self.fma(n, self.k(ty, -0.693145752), x)
@@ -213,7 +217,7 @@ def emit(arguments: int, generate: Callable[..., Any], result: Any = types.void)
 
     def signature() -> tuple[Any, Callable[..., Any]]:
         def codegen(context: Any, builder: Val, _: Any, args: Sequence[Val]) -> Val:
-            value = generate(G(builder), *args)
+            value = generate(Emitter(builder), *args)
             return context.get_dummy_value() if result == types.void else value
 
         return result(*([types.int64] * arguments)), codegen
@@ -230,7 +234,7 @@ def emit(arguments: int, generate: Callable[..., Any], result: Any = types.void)
 def each(arguments: int, body: Callable[..., None]) -> Callable[..., Any]:
     """f(n, *args): body(g, i, *args) for each of the n vectors of a row."""
 
-    def rows(g: G, n: Val, *args: Val) -> None:
+    def rows(g: Emitter, n: Val, *args: Val) -> None:
         def one(i: Val, _: list[Val]) -> None:
             body(g, i, *args)
 
@@ -275,19 +279,19 @@ def kernel(name: str, body: Callable[..., int]) -> Callable[..., int]:
 # ---- memory, atomics ----
 
 
-def _add(g: G, address: Val, v: Val) -> Val:
+def _add(g: Emitter, address: Val, v: Val) -> Val:
     return g.b.atomic_rmw("add", g.ptr(i64, address), v, "seq_cst")
 
 
-def _acquire(g: G, address: Val) -> Val:
+def _acquire(g: Emitter, address: Val) -> Val:
     return g.b.load_atomic(g.ptr(i64, address), "acquire", 8)
 
 
-def _peek32(g: G, address: Val) -> Val:
+def _peek32(g: Emitter, address: Val) -> Val:
     return g.b.sext(g.ld(i32, address), i64)
 
 
-def _pause(g: G) -> None:
+def _pause(g: Emitter) -> None:
     if "aarch64" in g.b.module.triple or "arm64" in g.b.module.triple:
         g.call("llvm.aarch64.hint", void, [ir.Constant(i32, 1)])
     else:

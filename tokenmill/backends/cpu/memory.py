@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.pack import Packed, pack_vector
 from tokenmill.backends.cpu.scratch import zeros
 from tokenmill.program import ops
@@ -47,7 +47,7 @@ class Sizes:
     def rows(self, buffer: Buffer) -> int:
         """Rows of a buffer: with few of them, each thread has some of its own."""
         rows = self.tokens if buffer.rows == "tokens" else self.samples
-        return max(rows, t.FEW * self.threads)
+        return max(rows, layout.FEW * self.threads)
 
     def bytes_of(self, buffer: Buffer) -> int:
         """Of a buffer with all its rows."""
@@ -57,7 +57,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
+class CosSinTable:
     """Of one rotation: a row of cosines, then sines, for each token of a step, both in whole vectors.
 
     `frequencies`: (1, n), or a row for each position if they depend on it.
@@ -68,23 +68,23 @@ class Turns:
     frequencies: Floats
 
     @staticmethod
-    def of(table: RopeTable, sizes: Sizes) -> Turns:
+    def of(table: RopeTable, sizes: Sizes) -> CosSinTable:
         """Room for the largest step."""
         found = table.frequencies_at(np.arange(sizes.context)) if table.moves else table.inverse_frequencies()[None]
         width = -(-found.shape[1] // 16) * 16
         frequencies: Floats = zeros((len(found), width), np.float32)
         frequencies[:, : found.shape[1]] = found
-        return Turns(table, zeros((sizes.tokens, 2 * width), np.float32), frequencies)
+        return CosSinTable(table, zeros((sizes.tokens, 2 * width), np.float32), frequencies)
 
     @property
     def columns(self) -> dict[int, int]:
         """Of a row that reads them."""
         half = self.table.rotary_dim // 2
-        return {t.ROPE: self.rows.ctypes.data, t.ROPE_HALF: half, t.ROPE_STRIDE: self.rows.strides[0]}
+        return {layout.ROPE: self.rows.ctypes.data, layout.ROPE_HALF: half, layout.ROPE_STRIDE: self.rows.strides[0]}
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class AttentionShape:
     """What attention of one shape is compiled for (`attention.py` has the same, with numba)."""
 
     kv_dtype: str
@@ -94,9 +94,11 @@ class Heads:
     capped: bool
 
     @staticmethod
-    def of(op: ops.Attention, kv_dtype: str) -> Heads:
+    def of(op: ops.Attention, kv_dtype: str) -> AttentionShape:
         """Of one operation."""
-        return Heads(kv_dtype, op.head_dim, op.k.width // op.head_dim, op.q.width // op.k.width, bool(op.softcap))
+        return AttentionShape(
+            kv_dtype, op.head_dim, op.k.width // op.head_dim, op.q.width // op.k.width, bool(op.softcap)
+        )
 
     @property
     def name(self) -> str:
@@ -104,19 +106,19 @@ class Heads:
         return f"{self.kv_dtype}_{self.dim}x{self.group}{'_capped' if self.capped else ''}"
 
     @property
-    def at_once(self) -> int:
+    def item_rows(self) -> int:
         """Query rows of an item: with their heads they fill the registers."""
-        return max(1, t.SCORE_ROWS // self.group)
+        return max(1, layout.SCORE_ROWS // self.group)
 
     @property
     def pairs(self) -> int:
         """(query row, head) pairs of an item."""
-        return self.at_once * self.group
+        return self.item_rows * self.group
 
 
 def page_bytes(head_dim: int, kv_dtype: str) -> int:
     """Of 16 tokens of one key-value head (`pages.py`)."""
-    return 2 * t.BLOCK * head_dim * 2 if kv_dtype == "f16" else 2 * t.BLOCK * (head_dim + 4)
+    return 2 * layout.BLOCK * head_dim * 2 if kv_dtype == "f16" else 2 * layout.BLOCK * (head_dim + 4)
 
 
 def plan_of(program: Program, sizes: Sizes, private: frozenset[int]) -> Plan:
@@ -147,7 +149,7 @@ class Memory:
         self._panels, self._read = panels, vector
         self._vectors: dict[tuple[Weight, bool], Floats] = {}
         self._no_bias: dict[int, Floats] = {}  # by width
-        self._turns: dict[RopeTable, Turns] = {}
+        self._cos_sin: dict[RopeTable, CosSinTable] = {}
         self._cache: Array = zeros((0,))
         self.num_pages = 0
 
@@ -190,21 +192,21 @@ class Memory:
             self._no_bias[width] = zeros((-(-width // 16) * 16,), np.float32)
         return self._no_bias[width].ctypes.data
 
-    def turns(self, table: RopeTable) -> Turns:
+    def cos_sin(self, table: RopeTable) -> CosSinTable:
         """Where a step's cosines and sines go, and what they are made of."""
-        if table not in self._turns:
-            self._turns[table] = Turns.of(table, self.sizes)
-        return self._turns[table]
+        if table not in self._cos_sin:
+            self._cos_sin[table] = CosSinTable.of(table, self.sizes)
+        return self._cos_sin[table]
 
-    def all_turns(self) -> list[Turns]:
+    def all_cos_sin(self) -> list[CosSinTable]:
         """Those that rows of the table use."""
-        return list(self._turns.values())
+        return list(self._cos_sin.values())
 
     # ---- cache ----
 
     def block_bytes(self, block_size: int) -> int:
         """Of one block over all layers."""
-        return block_size // t.BLOCK * sum(self._layer_bytes().values())
+        return block_size // layout.BLOCK * sum(self._layer_bytes().values())
 
     def _layer_bytes(self) -> dict[int, int]:
         """Of 16 tokens in each layer."""
@@ -223,9 +225,9 @@ class Memory:
     def cache(self, layer: int) -> dict[int, int]:
         """Columns of a row that reads a layer's cache; nothing in them before it is allocated."""
         if not len(self._cache):
-            return {t.CACHE: 0, t.PAGE_STRIDE: 0}
+            return {layout.CACHE: 0, layout.PAGE_STRIDE: 0}
         before = sum(size for index, size in self._layer_bytes().items() if index < layer)
-        return {t.CACHE: self._cache.ctypes.data + before, t.PAGE_STRIDE: self._cache.strides[0]}
+        return {layout.CACHE: self._cache.ctypes.data + before, layout.PAGE_STRIDE: self._cache.strides[0]}
 
     def clear_pages(self, pages: slice) -> None:
         """Zeros, as at first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenmill.backends.cpu.ir import G, Val
+from tokenmill.backends.cpu.ir import Emitter, Val
 
 _FAR = 1 << 15
 
@@ -25,15 +25,15 @@ class Operands:
     out_stride: Val
 
 
-def panel_parts(lanes: int, rows: int, at_once: int) -> list[list[int]]:
+def panel_parts(lanes: int, rows: int, parts_per_pass: int) -> list[list[int]]:
     """Which registers of a panel's 16 outputs are summed in one go over the columns; `at_once`: how many, with rows."""
     parts = list(range(16 // lanes))
     if rows == 1 or lanes == 16:
         return [parts]
-    return [parts[i : i + at_once] for i in range(0, len(parts), at_once)]
+    return [parts[i : i + parts_per_pass] for i in range(0, len(parts), parts_per_pass)]
 
 
-def far_ahead(g: G, rows: int, panel: Val) -> Val:
+def prefetch_distance(g: Emitter, rows: int, panel: Val) -> Val:
     """Where to ask for weights early, from those that are read: the same place of the next panel, or so far in a panel
     that does not fit a near cache. What was fastest: a single row waits for nothing but memory, and the panel behind
     a thread's last is another's, so what is read of it twice is time lost. `panel`: its bytes.
@@ -43,7 +43,7 @@ def far_ahead(g: G, rows: int, panel: Val) -> Val:
     return g.b.select(g.b.icmp_unsigned("<", panel, g.c(_FAR)), panel, g.c(_FAR))
 
 
-def store(g: G, o: Operands, sums: list[Val], offset: int) -> None:
+def store(g: Emitter, o: Operands, sums: list[Val], offset: int) -> None:
     """Each row's sums, plus its base, to out."""
     b = g.b
     for r, total in enumerate(sums):

@@ -17,7 +17,7 @@ from tokenmill.quant.base import Blocks, Dense, Matrix, Reader, load
 from tokenmill.weights.checkpoint import Checkpoint
 
 Array = NDArray[Any]
-Room = Callable[..., Array]
+Allocate = Callable[..., Array]
 """(shape, dtype) -> zeros that last"""
 
 GATE = 32  # gate and up alternate by so many outputs
@@ -60,24 +60,30 @@ def gates(rows: int) -> bool:
 
 
 def pack_weight(
-    weight: Weight, source: Checkpoint, read: Reader, *, gated: bool = False, pairs: bool = False, room: Room = zeros
+    weight: Weight,
+    source: Checkpoint,
+    read: Reader,
+    *,
+    gated: bool = False,
+    pairs: bool = False,
+    allocate: Allocate = zeros,
 ) -> tuple[Packed, ...]:
     """This rank's part of a weight. More than one if its parts are stored differently: one below the other.
 
     All of them want the same activations and begin at whole blocks of outputs. Unsupported if it is `gated` and its
     halves are no whole blocks. `pairs`: of bfloat16 (`Isa.pairs`). `room`: makes the arrays.
     """
-    groups = [weight] if gated or len(weight.parts) == 1 else _alike(weight, source)
+    groups = [weight] if gated or len(weight.parts) == 1 else _runs_of_one_kind(weight, source)
     out, start = [], 0
     for group in groups:
-        out.append(pack(load(group, source, read), gated=gated, start=start, pairs=pairs, room=room))
+        out.append(pack(load(group, source, read), gated=gated, start=start, pairs=pairs, allocate=allocate))
         start += out[-1].rows
     if any(p.start % BLOCK for p in out) or len({p.quantized for p in out}) > 1:
-        return (pack(load(weight, source, read), gated=gated, pairs=pairs, room=room),)
+        return (pack(load(weight, source, read), gated=gated, pairs=pairs, allocate=allocate),)
     return tuple(out)
 
 
-def _alike(weight: Weight, source: Checkpoint) -> list[Weight]:
+def _runs_of_one_kind(weight: Weight, source: Checkpoint) -> list[Weight]:
     """The weight as runs of parts that are stored in one kind."""
     runs: list[list[Part]] = []
     for part in weight.parts:
@@ -89,7 +95,7 @@ def _alike(weight: Weight, source: Checkpoint) -> list[Weight]:
 
 
 def pack(
-    matrix: Matrix, *, gated: bool = False, start: int = 0, pairs: bool = False, room: Room = zeros
+    matrix: Matrix, *, gated: bool = False, start: int = 0, pairs: bool = False, allocate: Allocate = zeros
 ) -> Packed:
     """Panels of a matrix. `gated`: rows are gate, then up; packed as 32 of gate, 32 of up and so on.
 
@@ -100,9 +106,11 @@ def pack(
         raise Unsupported("size of a gated product", str(rows // 2), (), f"It must be a multiple of {GATE}.")
     blocks = _as_blocks(matrix)
     if blocks is None:
-        return _pack_dense(matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start, pairs, room)
+        return _pack_dense(
+            matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start, pairs, allocate
+        )
     form = _form_of(blocks)
-    out = room((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
+    out = allocate((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
     body = out[..., form.factors :].reshape(*out.shape[:2], form.group, form.size)
     _write_codes(form, _panels(_codes(form, blocks), gated), body[..., : form.codes])
     scale, low, *factors = _numbers(form, blocks)
@@ -131,20 +139,20 @@ def _panels(a: Array, gated: bool) -> Array:
     return a.reshape(-1, PANEL, *a.shape[1:])
 
 
-def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool, room: Room) -> Packed:
+def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool, allocate: Allocate) -> Packed:
     array = matrix.array
-    brain = PAIRS.name if pairs else "bf16"
-    names = {np.dtype(np.uint16): brain, np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
+    bfloat16 = PAIRS.name if pairs else "bf16"
+    names = {np.dtype(np.uint16): bfloat16, np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
     if array.dtype not in names:
         array = array.astype(np.float32)
     panels, name = _panels(array, gated), names[array.dtype]
     rows, columns = array.shape
     if name == PAIRS.name:
-        out = room((len(panels), -(-columns // 2), PANEL, 2), array.dtype)
+        out = allocate((len(panels), -(-columns // 2), PANEL, 2), array.dtype)
         out[..., 0] = panels[..., ::2].swapaxes(1, 2)
         out[:, : columns // 2, :, 1] = panels[..., 1::2].swapaxes(1, 2)
     else:
-        out = room((len(panels), columns, PANEL), array.dtype)
+        out = allocate((len(panels), columns, PANEL), array.dtype)
         out[:] = panels.swapaxes(1, 2)
     return Packed(name, out.reshape(-1).view(np.uint8), rows, columns, start)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tokenmill.backends.cpu.ir import G, V, Val, f32, i8, i32, vf, vh, vi
+from tokenmill.backends.cpu.ir import Emitter, Val, Vector, f16x16, f32, f32x16, i8, i32, i32x16
 from tokenmill.backends.cpu.layout import BLOCK
 
 KvForm = Literal["f16", "int8"]
@@ -57,24 +57,26 @@ class Pages:
         """Bytes of a page, a multiple of 64."""
         return 2 * self.values + (0 if self.form == "f16" else _SCALES)
 
-    def load(self, g: G, address: Val, offset: int, lanes: int) -> Val:
+    def load(self, g: Emitter, address: Val, offset: int, lanes: int) -> Val:
         """Elements as float32, int8 ones not yet scaled; `offset` in bytes."""
         if self.form == "f16":
             return g.half(address, offset, lanes)
-        return g.b.sitofp(g.ld(V(i8, lanes), address, offset), V(f32, lanes))
+        return g.b.sitofp(g.ld(Vector(i8, lanes), address, offset), Vector(f32, lanes))
 
-    def store(self, g: G, key: Val, value: Val, page: Val, token: Val) -> None:
+    def store(self, g: Emitter, key: Val, value: Val, page: Val, token: Val) -> None:
         """One token's key and value (float32 rows) into a page, as its `token`th."""
         b = g.b
         columns = g.at(page, b.mul(token, g.c(self.item)))
         row = g.at(page, g.at(b.mul(token, g.c(self.dim * self.item)), self.values))
-        turn_key, turn_value = self._encoder(g, key), self._encoder(g, value)
+        key_encoder, value_encoder = self._encoder(g, key), self._encoder(g, value)
         if self.form == "int8":
-            g.st(turn_key[1], g.at(page, b.shl(token, g.c(2))), self.key_scales)
-            g.st(turn_value[1], g.at(page, b.shl(token, g.c(2))), self.value_scales)
+            g.st(key_encoder[1], g.at(page, b.shl(token, g.c(2))), self.key_scales)
+            g.st(value_encoder[1], g.at(page, b.shl(token, g.c(2))), self.value_scales)
 
         def sixteen(i: Val, _: list[Val]) -> None:
-            k, v = (self._encode(g, g.vec(x, i), turn) for x, turn in ((key, turn_key), (value, turn_value)))
+            k, v = (
+                self._encode(g, g.vec(x, i), encoder) for x, encoder in ((key, key_encoder), (value, value_encoder))
+            )
             down = g.at(columns, b.mul(i, g.c(16 * BLOCK * self.item)))
             for lane in range(16):
                 g.st(b.extract_element(k, i32(lane)), down, lane * BLOCK * self.item)
@@ -82,26 +84,26 @@ class Pages:
 
         g.loop(g.c(self.dim // 16), (), sixteen)
 
-    def _encoder(self, g: G, x: Val) -> tuple[Val, Val]:
+    def _encoder(self, g: Emitter, x: Val) -> tuple[Val, Val]:
         """(what to multiply with, the scale) of a row; unused in f16."""
         if self.form == "f16":
             return None, None
 
         def larger(i: Val, best: list[Val]) -> list[Val]:
-            return [g.vmax(best[0], g.each_lane("fabs", _held(g, g.vec(x, i))))]
+            return [g.vmax(best[0], g.each_lane("fabs", _clamped(g, g.vec(x, i))))]
 
-        top = g.rmax(g.loop(g.c(self.dim // 16), [g.k(vf, 0.0)], larger)[0])
-        some = g.b.fcmp_ordered(">", top, g.f(0.0))
-        inverse = g.b.select(some, g.b.fdiv(g.f(127.0), top), g.f(0.0))
+        top = g.rmax(g.loop(g.c(self.dim // 16), [g.k(f32x16, 0.0)], larger)[0])
+        nonzero = g.b.fcmp_ordered(">", top, g.f(0.0))
+        inverse = g.b.select(nonzero, g.b.fdiv(g.f(127.0), top), g.f(0.0))
         return g.splat(inverse), g.b.fmul(top, g.f(1 / 127.0))
 
-    def _encode(self, g: G, x: Val, encoder: tuple[Val, Val]) -> Val:
+    def _encode(self, g: Emitter, x: Val, encoder: tuple[Val, Val]) -> Val:
         """A vector as it is stored."""
         if self.form == "f16":
-            return g.b.fptrunc(_held(g, x), vh)
-        code = g.each_lane("nearbyint", g.b.fmul(_held(g, x), encoder[0]))
-        return g.b.trunc(g.b.fptosi(code, vi), V(i8, 16))
+            return g.b.fptrunc(_clamped(g, x), f16x16)
+        code = g.each_lane("nearbyint", g.b.fmul(_clamped(g, x), encoder[0]))
+        return g.b.trunc(g.b.fptosi(code, i32x16), Vector(i8, 16))
 
 
-def _held(g: G, x: Val) -> Val:
-    return g.vmin(g.vmax(x, g.k(vf, -_LARGEST)), g.k(vf, _LARGEST))
+def _clamped(g: Emitter, x: Val) -> Val:
+    return g.vmin(g.vmax(x, g.k(f32x16, -_LARGEST)), g.k(f32x16, _LARGEST))

@@ -59,11 +59,11 @@ def _heads_into_attention(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | 
     found = passes.heads_into_attention(op, graph)
     if found is None:
         return None
-    fused, needless = found
+    fused, removed = found
     assert isinstance(fused, ops.Attention)
-    mine = {id(op), *map(id, needless)}
+    consumed = {id(op), *map(id, removed)}
     for value in (fused.q, fused.k):
-        if value.buffer in graph.outputs or id(graph.readers[value.buffer][-1]) not in mine:
+        if value.buffer in graph.outputs or id(graph.readers[value.buffer][-1]) not in consumed:
             return None
     return found
 
@@ -122,7 +122,7 @@ def pack_all(
     arena = Arena()
 
     def one(weight: Weight) -> tuple[Packed, ...]:
-        return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs, room=arena.zeros)
+        return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs, allocate=arena.zeros)
 
     packed = for_each(wanted, source, one, max(1, threads), report)
     _one_form(program, packed)
@@ -164,5 +164,3 @@ def _all_products(buffer: int, readers: Iterable[Op]) -> bool:
 
 def _no_residual(op: ops.Linear, buffer: int) -> bool:
     return op.residual is None or op.residual.buffer != buffer
-
-

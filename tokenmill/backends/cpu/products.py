@@ -11,19 +11,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.dense_tiles import narrow
 from tokenmill.backends.cpu.forms import NAMES, PAIRS, DenseForm, Form, form_named
 from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.rows import activate, add, gate, quantize, scale
-from tokenmill.backends.cpu.tiles import look_up, most_rows, tile
+from tokenmill.backends.cpu.tiles import look_up, max_rows, tile
 
 Function = Callable[..., Any]
 
 _FAR = 1 << 18  # bytes of x that stay near a core while several panels are multiplied with them
-_FEW, _ROW = t.FEW, 8
-_TOKENS, _SAMPLES, _THREADS, _ZEROS = (8 * w for w in (t.TOKENS, t.SAMPLES, t.THREADS, t.ZEROS))
+_FEW, _ROW = layout.FEW, 8
+_TOKENS, _SAMPLES, _THREADS, _ZEROS = (8 * w for w in (layout.TOKENS, layout.SAMPLES, layout.THREADS, layout.ZEROS))
 
 
 @inline
@@ -35,25 +35,25 @@ def field(address: int, word: int) -> int:
 @inline
 def count_rows(row: int, context: int) -> int:
     """How many rows this row of the table goes over."""
-    return int(peek(context + _SAMPLES) if field(row, t.ROWS) else peek(context + _TOKENS))
+    return int(peek(context + _SAMPLES) if field(row, layout.ROWS) else peek(context + _TOKENS))
 
 
 @inline
-def own(row: int, tid: int, rows: int, column: int, base: int, size: int) -> int:
+def private_copy(row: int, tid: int, rows: int, column: int, base: int, size: int) -> int:
     """Address of a thread's own copy, if there is one."""
     return base + tid * _FEW * size if field(row, column) and rows <= _FEW else base
 
 
 @inline
-def _given(tid: int, row: int, rows: int, context: int) -> int:
+def _input_address(tid: int, row: int, rows: int, context: int) -> int:
     """Where a product's x is."""
-    return own(row, tid, rows, t.PRIVATE_X, field(row, t.X), field(row, t.X_STRIDE))
+    return private_copy(row, tid, rows, layout.PRIVATE_X, field(row, layout.X), field(row, layout.X_STRIDE))
 
 
 @inline
-def _narrowed(tid: int, row: int, rows: int, context: int) -> int:
+def _bf16_address(tid: int, row: int, rows: int, context: int) -> int:
     """Where it is in bfloat16."""
-    return field(context, t.NARROW) + (tid * field(context, t.NARROW_SIZE) if rows <= _FEW else 0)
+    return field(context, layout.NARROW) + (tid * field(context, layout.NARROW_SIZE) if rows <= _FEW else 0)
 
 
 def product(isa: Isa, form: Form | DenseForm) -> Function:
@@ -61,10 +61,10 @@ def product(isa: Isa, form: Form | DenseForm) -> Function:
 
     out = base + x · weightᵀ for panels of 16 outputs. `step`: bytes from a panel's base to the next one's, 0 or 64.
     """
-    most = most_rows(isa, form)
+    most = max_rows(isa, form)
     t1, t2, t4, t8 = (emit(10, tile(isa, form, min(rows, most))) for rows in (1, 2, 4, 8))
 
-    def some(rows, columns, w, x, xs, s, ss, base, bs, out, os) -> None:  # type: ignore[no-untyped-def]
+    def multiply_panel(rows, columns, w, x, xs, s, ss, base, bs, out, os) -> None:  # type: ignore[no-untyped-def]
         r = 0
         while rows - r >= most:
             t8(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
@@ -78,12 +78,12 @@ def product(isa: Isa, form: Form | DenseForm) -> Function:
         if rows - r >= 1:
             t1(columns, w, x + r * xs, xs, s + r * ss, ss, base + r * bs, bs, out + r * os, os)
 
-    panel: Function = compiled(f"panel_{form.name}_{isa.name}", some, inside=True)
+    panel: Function = compiled(f"panel_{form.name}_{isa.name}", multiply_panel, inside=True)
 
     def panels(rows, columns, w, size, count, x, xs, s, base, bs, step, out, os):  # type: ignore[no-untyped-def]
-        at_once = rows if rows * xs <= _FAR else max(_ROW, _FAR // xs // _ROW * _ROW)
-        for r in range(0, rows, at_once):
-            n, ss = min(at_once, rows - r), xs // 4
+        chunk_rows = rows if rows * xs <= _FAR else max(_ROW, _FAR // xs // _ROW * _ROW)
+        for r in range(0, rows, chunk_rows):
+            n, ss = min(chunk_rows, rows - r), xs // 4
             for p in range(count):
                 b, o = base + r * bs + p * step, out + r * os + p * 64
                 panel(n, columns, w + p * size, x + r * xs, xs, s + r * ss, ss, b, bs, o, os)
@@ -93,17 +93,17 @@ def product(isa: Isa, form: Form | DenseForm) -> Function:
 
 def _linear(isa: Isa, form: Form | DenseForm) -> Function:
     multiply: Function = product(isa, form)
-    find: Function = _narrowed if form == PAIRS else _given
+    address_of_x: Function = _bf16_address if form == PAIRS else _input_address
 
     def linear(tid, row, context, counter):  # type: ignore[no-untyped-def]
-        rows, columns, panels = count_rows(row, context), field(row, t.WIDTH), field(row, t.PANELS)
-        xs, out, os = field(row, t.X_STRIDE), field(row, t.OUT), field(row, t.OUT_STRIDE)
-        quantized, gated = field(row, t.OUT_SCALES), field(row, t.GATED)
-        x = find(tid, row, rows, context)
-        scales = own(row, tid, rows, t.PRIVATE_X, field(row, t.X_SCALES), xs // 4)
-        weight, size, act = field(row, t.WEIGHT), field(row, t.PANEL_BYTES), field(row, t.ACT)
-        residual, rs, bias = field(row, t.RESIDUAL), field(row, t.RESIDUAL_STRIDE), field(row, t.BIAS)
-        zeros, scratch = peek(context + _ZEROS), field(context, t.TILE) + tid * field(context, t.TILE_SIZE)
+        rows, columns, panels = count_rows(row, context), field(row, layout.WIDTH), field(row, layout.PANELS)
+        xs, out, os = field(row, layout.X_STRIDE), field(row, layout.OUT), field(row, layout.OUT_STRIDE)
+        quantized, gated = field(row, layout.OUT_SCALES), field(row, layout.GATED)
+        x = address_of_x(tid, row, rows, context)
+        scales = private_copy(row, tid, rows, layout.PRIVATE_X, field(row, layout.X_SCALES), xs // 4)
+        weight, size, act = field(row, layout.WEIGHT), field(row, layout.PANEL_BYTES), field(row, layout.ACT)
+        residual, rs, bias = field(row, layout.RESIDUAL), field(row, layout.RESIDUAL_STRIDE), field(row, layout.BIAS)
+        zeros, scratch = peek(context + _ZEROS), field(context, layout.TILE) + tid * field(context, layout.TILE_SIZE)
         grain = 4 if gated else _grain(rows, panels, quantized)
         while True:
             p = atomic_add(counter, 1) * grain
@@ -166,13 +166,17 @@ def _embed(isa: Isa, form: Form | DenseForm) -> Function:
     take = emit(5, look_up(form))
 
     def embed(tid, row, context, counter):  # type: ignore[no-untyped-def]
-        rows, columns = count_rows(row, context), field(row, t.WIDTH)
-        table, size, factor = field(row, t.TABLE), field(row, t.TABLE_PANEL_BYTES), field(row, t.TABLE_SCALE)
-        positions, slots = field(context, t.POSITIONS), field(context, t.SEQUENCES)
-        known, stride = field(context, t.KNOWN), field(context, t.KNOWN_STRIDE)
+        rows, columns = count_rows(row, context), field(row, layout.WIDTH)
+        table, size, factor = (
+            field(row, layout.TABLE),
+            field(row, layout.TABLE_PANEL_BYTES),
+            field(row, layout.TABLE_SCALE),
+        )
+        positions, slots = field(context, layout.POSITIONS), field(context, layout.SEQUENCES)
+        known, stride = field(context, layout.TOKEN_IDS), field(context, layout.TOKEN_IDS_STRIDE)
         for r in range(tid, rows, peek(context + _THREADS)):
-            out, index = field(row, t.OUT) + r * field(row, t.OUT_STRIDE), peek(positions + 8 * r)
-            if not field(row, t.BY_POSITION):
+            out, index = field(row, layout.OUT) + r * field(row, layout.OUT_STRIDE), peek(positions + 8 * r)
+            if not field(row, layout.BY_POSITION):
                 index = peek32(known + peek(slots + 8 * r) * stride + index * 4)
             take(index, columns, size, table, out)
             if factor:
@@ -186,8 +190,12 @@ def _narrow(isa: Isa) -> Function:
     to_bf16 = emit(3, narrow)
 
     def rows_to_bf16(tid, row, context, counter):  # type: ignore[no-untyped-def]
-        rows, columns, stride = count_rows(row, context), field(row, t.WIDTH), field(row, t.OUT_STRIDE)
-        x, xs, out = _given(tid, row, rows, context), field(row, t.X_STRIDE), _narrowed(tid, row, rows, context)
+        rows, columns, stride = count_rows(row, context), field(row, layout.WIDTH), field(row, layout.OUT_STRIDE)
+        x, xs, out = (
+            _input_address(tid, row, rows, context),
+            field(row, layout.X_STRIDE),
+            _bf16_address(tid, row, rows, context),
+        )
         if rows <= _FEW:
             for r in range(rows):
                 to_bf16(columns, x + r * xs, out + r * stride)

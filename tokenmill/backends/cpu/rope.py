@@ -14,17 +14,17 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.ir import G, V, Val, compiled, copy, emit, f32, i32, inline, kernel, peek
+from tokenmill.backends.cpu import layout
+from tokenmill.backends.cpu.ir import Emitter, Val, Vector, compiled, copy, emit, f32, i32, inline, kernel, peek
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.program.rope import RopeTable
 
 _LANES = 8
-_f64x8, _f32x8, _i32x8 = V(ir.DoubleType(), _LANES), V(f32, _LANES), V(i32, _LANES)
+f64x8, f32x8, i32x8 = Vector(ir.DoubleType(), _LANES), Vector(f32, _LANES), Vector(i32, _LANES)
 _BELOW_HALF_PI = 6.123233995736766e-17  # π / 2 minus its float64
 
 
-def turns_stride(half: int) -> int:
+def cos_sin_stride(half: int) -> int:
     """Bytes of a row of turns: `half` cosines and as many sines, each padded to whole vectors."""
     return -(-half // 16) * 128
 
@@ -37,24 +37,24 @@ def frequencies(table: RopeTable, max_positions: int) -> NDArray[np.float32]:
     return out
 
 
-def _double(g: G, name: str, *args: Val) -> Val:
-    return g.call(f"llvm.{name}.v{_LANES}f64", _f64x8, args)
+def _double(g: Emitter, name: str, *args: Val) -> Val:
+    return g.call(f"llvm.{name}.v{_LANES}f64", f64x8, args)
 
 
-def _series(g: G, x2: Val, terms: list[float]) -> Val:
+def _series(g: Emitter, x2: Val, terms: list[float]) -> Val:
     """The polynomial in x2 with these coefficients, lowest first."""
-    p = g.k(_f64x8, terms[-1])
+    p = g.k(f64x8, terms[-1])
     for term in reversed(terms[:-1]):
-        p = _double(g, "fma", p, x2, g.k(_f64x8, term))
+        p = _double(g, "fma", p, x2, g.k(f64x8, term))
     return p
 
 
-def sine_cosine(g: G, x: Val) -> tuple[Val, Val]:
+def sine_cosine(g: Emitter, x: Val) -> tuple[Val, Val]:
     """Of 8 float64, as float32. Exact to float32's last bit but one for |x| up to 2^30."""
     b = g.b
 
     def k(v: float) -> Val:
-        return g.k(_f64x8, v)
+        return g.k(f64x8, v)
 
     n = _double(g, "nearbyint", b.fmul(x, k(2 / pi)))
     r = _double(g, "fma", n, k(-pi / 2), x)
@@ -62,49 +62,49 @@ def sine_cosine(g: G, x: Val) -> tuple[Val, Val]:
     r2 = b.fmul(r, r)
     sine = b.fmul(r, _series(g, r2, [(-1) ** i / factorial(2 * i + 1) for i in range(7)]))
     cosine = _series(g, r2, [(-1) ** i / factorial(2 * i) for i in range(8)])
-    quarter, one, two = b.fptosi(n, _i32x8), g.k(_i32x8, 1), g.k(_i32x8, 2)
+    quarter, one, two = b.fptosi(n, i32x8), g.k(i32x8, 1), g.k(i32x8, 2)
 
-    def told(v: Val) -> Val:
-        return b.icmp_signed("!=", v, g.k(_i32x8, 0))
+    def nonzero(v: Val) -> Val:
+        return b.icmp_signed("!=", v, g.k(i32x8, 0))
 
-    odd = told(b.and_(quarter, one))
+    odd = nonzero(b.and_(quarter, one))
     s, c = b.select(odd, cosine, sine), b.select(odd, sine, cosine)
-    s = b.select(told(b.and_(quarter, two)), b.fneg(s), s)
-    c = b.select(told(b.and_(b.add(quarter, one), two)), b.fneg(c), c)
-    return b.fptrunc(s, _f32x8), b.fptrunc(c, _f32x8)
+    s = b.select(nonzero(b.and_(quarter, two)), b.fneg(s), s)
+    c = b.select(nonzero(b.and_(b.add(quarter, one), two)), b.fneg(c), c)
+    return b.fptrunc(s, f32x8), b.fptrunc(c, f32x8)
 
 
-def _turns(g: G, n: Val, position: Val, frequency: Val, magnitude: Val, cosines: Val, sines: Val) -> None:
+def _cos_sin(g: Emitter, n: Val, position: Val, frequency: Val, magnitude: Val, cosines: Val, sines: Val) -> None:
     b, at = g.b, g.splat(g.b.sitofp(position, f32), _LANES)
     size = g.splat(g.bits(magnitude), _LANES)
 
     def eight(i: Val, _: list[Val]) -> None:
         offset = b.mul(i, g.c(4 * _LANES))
-        angle = b.fmul(at, g.ld(_f32x8, frequency, offset))
-        s, c = sine_cosine(g, b.fpext(angle, _f64x8))
+        angle = b.fmul(at, g.ld(f32x8, frequency, offset))
+        s, c = sine_cosine(g, b.fpext(angle, f64x8))
         g.st(b.fmul(c, size), cosines, offset)
         g.st(b.fmul(s, size), sines, offset)
 
     g.loop(n, (), eight)
 
 
-def _rotate(g: G, x: Val, turns: Val, half: Val) -> None:
+def _rotate(g: Emitter, x: Val, cos_sin: Val, half: Val) -> None:
     b = g.b
-    far = b.shl(half, g.c(2))
+    second_half = b.shl(half, g.c(2))
     sines = b.shl(b.lshr(g.at(half, 15), g.c(4)), g.c(6))
 
-    def turn(ty: Val, o: Val) -> None:
-        c, s = g.ld(ty, turns, o), g.ld(ty, turns, g.at(sines, o))
-        u, v = g.ld(ty, x, o), g.ld(ty, x, g.at(far, o))
+    def rotate_pair(ty: Val, o: Val) -> None:
+        c, s = g.ld(ty, cos_sin, o), g.ld(ty, cos_sin, g.at(sines, o))
+        u, v = g.ld(ty, x, o), g.ld(ty, x, g.at(second_half, o))
         g.st(b.fsub(b.fmul(u, c), b.fmul(v, s)), x, o)
-        g.st(b.fadd(b.fmul(u, s), b.fmul(v, c)), x, g.at(far, o))
+        g.st(b.fadd(b.fmul(u, s), b.fmul(v, c)), x, g.at(second_half, o))
 
     whole = b.lshr(half, g.c(3))
-    g.loop(whole, (), lambda i, _: turn(_f32x8, b.mul(i, g.c(32))))
-    g.loop(b.and_(half, g.c(7)), (), lambda i, _: turn(f32, g.at(b.mul(whole, g.c(32)), b.mul(i, g.c(4)))))
+    g.loop(whole, (), lambda i, _: rotate_pair(f32x8, b.mul(i, g.c(32))))
+    g.loop(b.and_(half, g.c(7)), (), lambda i, _: rotate_pair(f32, g.at(b.mul(whole, g.c(32)), b.mul(i, g.c(4)))))
 
 
-turns_of = emit(6, _turns)
+write_cos_sin = emit(6, _cos_sin)
 """(vectors of 8, position, frequencies, bits of the magnitude, cosines, sines)"""
 rotate = emit(3, _rotate)
 """(head, its row's turns, half of the rotary columns): in place"""
@@ -114,21 +114,31 @@ rotate = emit(3, _rotate)
 (_FREQUENCIES, _FREQUENCY_STRIDE, _MAGNITUDE, _HALF, _OUT, _OUT_STRIDE, _X, _X_STRIDE, _WIDTH) = (
     8 * c
     for c in (
-        *(t.FREQUENCIES, t.FREQUENCY_STRIDE, t.MAGNITUDE, t.ROPE_HALF, t.OUT, t.OUT_STRIDE, t.X, t.X_STRIDE, t.WIDTH),
+        *(
+            layout.FREQUENCIES,
+            layout.FREQUENCY_STRIDE,
+            layout.MAGNITUDE,
+            layout.ROPE_HALF,
+            layout.OUT,
+            layout.OUT_STRIDE,
+            layout.X,
+            layout.X_STRIDE,
+            layout.WIDTH,
+        ),
     )
 )
-(_ROPE, _STRIDE, _HEAD_DIM, _HEADS) = (8 * c for c in (t.ROPE, t.ROPE_STRIDE, t.HEAD_DIM, t.HEADS))
-_THREADS, _TOKENS, _POSITIONS = 8 * t.THREADS, 8 * t.TOKENS, 8 * t.POSITIONS
+(_ROPE, _STRIDE, _HEAD_DIM, _HEADS) = (8 * c for c in (layout.ROPE, layout.ROPE_STRIDE, layout.HEAD_DIM, layout.HEADS))
+_THREADS, _TOKENS, _POSITIONS = 8 * layout.THREADS, 8 * layout.TOKENS, 8 * layout.POSITIONS
 
 
-def _turns_rows(tid: int, row: int, context: int, counter: int) -> int:
+def _cos_sin_rows(tid: int, row: int, context: int, counter: int) -> int:
     """The step's cosines and sines. No barrier: that of Embed, which stands after it, serves both."""
     vectors = (peek(row + _HALF) + 15) // 16
     for r in range(tid, peek(context + _TOKENS), peek(context + _THREADS)):
         position = peek(peek(context + _POSITIONS) + r * 8)
         out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
         found = peek(row + _FREQUENCIES) + position * peek(row + _FREQUENCY_STRIDE)
-        turns_of(2 * vectors, position, found, peek(row + _MAGNITUDE), out, out + vectors * 64)
+        write_cos_sin(2 * vectors, position, found, peek(row + _MAGNITUDE), out, out + vectors * 64)
     return 1
 
 
@@ -153,6 +163,6 @@ def _rope_rows(tid: int, row: int, context: int, counter: int) -> int:
 def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
     """turns, rope: written alike for every instruction set."""
     return {
-        "turns": lambda: kernel("turns", compiled("rope_turns_rows", _turns_rows)),
+        "cos_sin": lambda: kernel("cos_sin", compiled("rope_cos_sin_rows", _cos_sin_rows)),
         "rope": lambda: kernel("rope", compiled("rope_rope_rows", _rope_rows)),
     }

@@ -9,19 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.ir import G, Val, atomic_add, compiled, copy, each, emit, f32, inline, kernel, peek, vf
+from tokenmill.backends.cpu import layout
+from tokenmill.backends.cpu.ir import (
+    Emitter,
+    Val,
+    atomic_add,
+    compiled,
+    copy,
+    each,
+    emit,
+    f32,
+    f32x16,
+    inline,
+    kernel,
+    peek,
+)
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.vectors import ACTS, quantize_block
 
 # ---- activations ----
 
 
-def _activating(act: int) -> Callable[[G, Val, Val, Val], None]:
+def _activating(act: int) -> Callable[[Emitter, Val, Val, Val], None]:
     return lambda g, i, x, out: g.put(ACTS[act](g, g.vec(x, i)), out, i)
 
 
-def _gating(act: int) -> Callable[[G, Val, Val, Val, Val], None]:
+def _gating(act: int) -> Callable[[Emitter, Val, Val, Val, Val], None]:
     return lambda g, i, x, y, out: g.put(g.b.fmul(ACTS[act](g, g.vec(x, i)), g.vec(y, i)), out, i)
 
 
@@ -59,10 +72,10 @@ def gate(act: int, n: int, x: int, y: int, out: int) -> None:
 # ---- quantization ----
 
 
-def _quantize(g: G, n: Val, x: Val, codes: Val, scales: Val) -> None:
+def _quantize(g: Emitter, n: Val, x: Val, codes: Val, scales: Val) -> None:
     def block(i: Val, _: list[Val]) -> None:
         at = g.at(x, g.b.mul(i, g.c(128)))
-        low, high = g.ld(vf, at), g.ld(vf, at, 64)
+        low, high = g.ld(f32x16, at), g.ld(f32x16, at, 64)
         quantize_block(g, low, high, g.at(codes, g.b.mul(i, g.c(32))), g.at(scales, g.b.mul(i, g.c(8))))
 
     g.loop(n, (), block)
@@ -74,27 +87,27 @@ quantize = emit(4, _quantize)
 # ---- norms: two passes over the row (three if centered), then one that writes ----
 
 
-def _statistics(g: G, n: Val, x: Val, eps: Val, center: bool) -> tuple[Val, Val]:
+def _statistics(g: Emitter, n: Val, x: Val, eps: Val, center: bool) -> tuple[Val, Val]:
     """(mean, 1 / deviation) in all lanes, of n vectors."""
     b = g.b
     width = b.sitofp(b.mul(n, g.c(16)), f32)
-    mean = g.k(vf, 0.0)
+    mean = g.k(f32x16, 0.0)
     if center:
-        total = g.loop(n, [g.k(vf, 0.0)], lambda i, p: [b.fadd(p[0], g.vec(x, i))])
+        total = g.loop(n, [g.k(f32x16, 0.0)], lambda i, p: [b.fadd(p[0], g.vec(x, i))])
         mean = g.splat(b.fdiv(g.rsum(total[0]), width))
 
     def square(i: Val, p: list[Val]) -> list[Val]:
         v = b.fsub(g.vec(x, i), mean) if center else g.vec(x, i)
         return [g.fma(v, v, p[0])]
 
-    squares = g.rsum(g.loop(n, [g.k(vf, 0.0)], square)[0])
+    squares = g.rsum(g.loop(n, [g.k(f32x16, 0.0)], square)[0])
     return mean, g.splat(b.fdiv(g.f(1.0), g.each_lane("sqrt", b.fadd(b.fdiv(squares, width), g.bits(eps)))))
 
 
 Normed = Callable[[Val, int], Val]
 
 
-def _normed(g: G, n: Val, x: Val, weight: Val, bias: Val | None, eps: Val) -> Normed:
+def _normed(g: Emitter, n: Val, x: Val, weight: Val, bias: Val | None, eps: Val) -> Normed:
     """What gives vector i + k of the normed row; LayerNorm if there is a bias, else RMS."""
     b = g.b
     mean, factor = _statistics(g, n, x, eps, bias is not None)
@@ -108,12 +121,12 @@ def _normed(g: G, n: Val, x: Val, weight: Val, bias: Val | None, eps: Val) -> No
     return at
 
 
-def _to_floats(g: G, n: Val, x: Val, weight: Val, bias: Val | None, out: Val, eps: Val) -> None:
+def _to_floats(g: Emitter, n: Val, x: Val, weight: Val, bias: Val | None, out: Val, eps: Val) -> None:
     at = _normed(g, n, x, weight, bias, eps)
     g.loop(n, (), lambda i, _: g.put(at(i, 0), out, i))
 
 
-def _to_codes(g: G, n: Val, x: Val, weight: Val, bias: Val | None, codes: Val, scales: Val, eps: Val) -> None:
+def _to_codes(g: Emitter, n: Val, x: Val, weight: Val, bias: Val | None, codes: Val, scales: Val, eps: Val) -> None:
     b, at = g.b, _normed(g, n, x, weight, bias, eps)
 
     def block(i: Val, _: list[Val]) -> None:
@@ -137,7 +150,7 @@ scale = each(3, lambda g, i, x, s, out: g.put(g.b.fmul(g.vec(x, i), g.splat(g.bi
 """(vectors, x, bits of a float, out)"""
 
 
-def capped(g: G, x: Val, cap: Val) -> Val:
+def capped(g: Emitter, x: Val, cap: Val) -> Val:
     """cap · tanh(x / cap), vectors."""
     return g.b.fmul(g.tanh(g.b.fdiv(x, cap)), cap)
 
@@ -148,16 +161,32 @@ _cap = each(3, lambda g, i, x, cap, out: g.put(capped(g, g.vec(x, i), g.splat(g.
 
 # what compiled Python reads of the layout, as globals of this module
 (_ROWS, _X, _X_STRIDE, _OUT, _OUT_STRIDE, _OUT_SCALES, _WIDTH, _PRIVATE_OUT) = (
-    8 * c for c in (t.ROWS, t.X, t.X_STRIDE, t.OUT, t.OUT_STRIDE, t.OUT_SCALES, t.WIDTH, t.PRIVATE_OUT)
+    8 * c
+    for c in (
+        layout.ROWS,
+        layout.X,
+        layout.X_STRIDE,
+        layout.OUT,
+        layout.OUT_STRIDE,
+        layout.OUT_SCALES,
+        layout.WIDTH,
+        layout.PRIVATE_OUT,
+    )
 )
 (_WEIGHT, _BIAS, _EPS, _CENTER, _HEADS, _Y, _Y_STRIDE, _TOTAL, _TOTAL_STRIDE, _ACT, _CAP) = (
     8 * c
     for c in (
-        *(t.NORM_WEIGHT, t.NORM_BIAS, t.NORM_EPS, t.CENTER, t.HEADS),
-        *(t.Y, t.Y_STRIDE, t.TOTAL, t.TOTAL_STRIDE, t.ACT, t.CAP),
+        *(layout.NORM_WEIGHT, layout.NORM_BIAS, layout.NORM_EPS, layout.CENTER, layout.HEADS),
+        *(layout.Y, layout.Y_STRIDE, layout.TOTAL, layout.TOTAL_STRIDE, layout.ACT, layout.CAP),
     )
 )
-_THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = 8 * t.THREADS, 8 * t.TOKENS, 8 * t.SAMPLES, 8 * t.SAMPLED, t.FEW
+_THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = (
+    8 * layout.THREADS,
+    8 * layout.TOKENS,
+    8 * layout.SAMPLES,
+    8 * layout.SAMPLED,
+    layout.FEW,
+)
 
 
 @inline

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.base import Masks, StepInputs
-from tokenmill.backends.cpu import sampling_layout as w
+from tokenmill.backends.cpu import sampling_layout
 from tokenmill.backends.cpu.scratch import zeros
 from tokenmill.backends.sampling import MOST_TIES, Parameters
 from tokenmill.wire.messages import TokenDetails
@@ -26,17 +26,17 @@ class Sampler:
 
     def __init__(self, tokens: NDArray[np.int32], parameters: Parameters, vocab_size: int, threads: int) -> None:
         self._tokens, self._parameters = tokens, parameters
-        self._words = zeros((w.WORDS,), np.int64)
+        self._words = zeros((sampling_layout.WORDS,), np.int64)
         self._scratch = _scratch(vocab_size, tokens.shape[1], threads)
-        self._held: list[NDArray[np.generic]] = []  # what the words point to, for this step
-        self._most = -1
+        self._referenced: list[NDArray[np.generic]] = []  # what the words point to, for this step
+        self._max_listed = -1
         self._write(
             {
-                w.PARAMETER_ROWS: parameters.rows.ctypes.data,
-                w.TOKENS: tokens.ctypes.data,
-                w.TOKENS_STRIDE: tokens.strides[0],
-                w.SCRATCH: self._scratch.ctypes.data,
-                w.SCRATCH_SIZE: self._scratch.strides[0],
+                sampling_layout.PARAMETER_ROWS: parameters.rows.ctypes.data,
+                sampling_layout.TOKENS: tokens.ctypes.data,
+                sampling_layout.TOKENS_STRIDE: tokens.strides[0],
+                sampling_layout.SCRATCH: self._scratch.ctypes.data,
+                sampling_layout.SCRATCH_SIZE: self._scratch.strides[0],
             }
         )
 
@@ -53,56 +53,64 @@ class Sampler:
     def begin(self, inputs: StepInputs, masks: Masks | None = None) -> None:
         """The step chooses tokens for the rows `inputs.samples`, after the slots took in what is new."""
         p = self._parameters
-        self._held = []
+        self._referenced = []
         if masks is not None:
             bits, of_rows = np.ascontiguousarray(masks.bits), np.zeros(len(inputs.samples), np.int64)
             of_rows[masks.rows] = bits.ctypes.data + bits.strides[0] * np.arange(len(masks.rows))
-            self._held = [bits, of_rows]
+            self._referenced = [bits, of_rows]
         self._write(
             {
-                w.MODE: w.SAMPLE,
-                w.BIAS_IDS: p.bias_ids.ctypes.data,
-                w.BIAS_VALUES: p.bias_values.ctypes.data,
-                w.BIAS_UNTIL: p.bias_until.ctypes.data,
-                w.BIAS_STRIDE: p.bias_ids.strides[0],
-                w.MASKS: self._held[1].ctypes.data if self._held else 0,
+                sampling_layout.MODE: sampling_layout.SAMPLE,
+                sampling_layout.BIAS_IDS: p.bias_ids.ctypes.data,
+                sampling_layout.BIAS_VALUES: p.bias_values.ctypes.data,
+                sampling_layout.BIAS_UNTIL: p.bias_until.ctypes.data,
+                sampling_layout.BIAS_STRIDE: p.bias_ids.strides[0],
+                sampling_layout.MASKS: self._referenced[1].ctypes.data if self._referenced else 0,
             }
         )
-        self._list(len(inputs.samples), inputs.logprobs + MOST_TIES if inputs.logprobs > 0 else inputs.logprobs)
+        self._allocate_lists(
+            len(inputs.samples), inputs.logprobs + MOST_TIES if inputs.logprobs > 0 else inputs.logprobs
+        )
 
     def begin_prompt(self, targets: NDArray[np.int64], wanted: NDArray[np.integer]) -> None:
         """The step's rows (P,) say how likely `targets` are, and list the `wanted` likeliest ids; -1: nothing."""
         targets, counts = np.ascontiguousarray(targets, np.int64), wanted.astype(np.int64)
-        self._write({w.MODE: w.SCORE, w.TARGETS: targets.ctypes.data, w.WANTED: counts.ctypes.data})
-        self._list(len(targets), max(int(counts.max(initial=0)), 0))
-        self._held = [targets, counts]
+        self._write(
+            {
+                sampling_layout.MODE: sampling_layout.SCORE,
+                sampling_layout.TARGETS: targets.ctypes.data,
+                sampling_layout.WANTED: counts.ctypes.data,
+            }
+        )
+        self._allocate_lists(len(targets), max(int(counts.max(initial=0)), 0))
+        self._referenced = [targets, counts]
 
     def details(self) -> list[TokenDetails | None] | None:
         """Of the step's rows, in their order; None if nobody asked."""
-        if self._most < 0:
+        if self._max_listed < 0:
             return None
-        made: list[TokenDetails | None] = []
+        details: list[TokenDetails | None] = []
         columns = (a.tolist() for a in (self._listed, self._chosen, self._ids, self._logprobs))
         for listed, chosen, ids, logprobs in zip(*columns, strict=True):
-            made.append(None if listed < 0 else TokenDetails(chosen, tuple(ids[:listed]), tuple(logprobs[:listed])))
-        return made
+            details.append(None if listed < 0 else TokenDetails(chosen, tuple(ids[:listed]), tuple(logprobs[:listed])))
+        return details
 
-    def _list(self, rows: int, most: int) -> None:
+    def _allocate_lists(self, rows: int, max_listed: int) -> None:
         """Room for what `rows` rows list."""
-        self._most = most
-        self._write({w.MOST: most})
-        if most < 0:
+        self._max_listed = max_listed
+        self._write({sampling_layout.MAX_LISTED: max_listed})
+        if max_listed < 0:
             return
         self._listed = np.full(rows, -1, np.int32)
         self._chosen = np.zeros(rows, np.float32)
-        self._ids = np.zeros((rows, most), np.int32)
-        self._logprobs = np.zeros((rows, most), np.float32)
+        self._ids = np.zeros((rows, max_listed), np.int32)
+        self._logprobs = np.zeros((rows, max_listed), np.float32)
         self._write(
             {
-                w.LISTED: self._listed.ctypes.data,
-                w.CHOSEN: self._chosen.ctypes.data,
-                w.TOP_IDS: self._ids.ctypes.data,
-                w.TOP_LOGPROBS: self._logprobs.ctypes.data,
+                sampling_layout.LISTED: self._listed.ctypes.data,
+                sampling_layout.CHOSEN: self._chosen.ctypes.data,
+                sampling_layout.TOP_IDS: self._ids.ctypes.data,
+                sampling_layout.TOP_LOGPROBS: self._logprobs.ctypes.data,
             }
         )
 
@@ -114,18 +122,23 @@ class Sampler:
 def _scratch(vocab_size: int, max_tokens: int, threads: int) -> NDArray[np.uint8]:
     """(threads, bytes): each thread's begins with the addresses of its parts."""
     row = -(-vocab_size // 64) * 256  # bytes of a number for each id
-    sizes = dict.fromkeys(range(0, 8 * w.PARTS, 8), row)
-    sizes |= {w.TOUCHED: -(-min(max_tokens, vocab_size) // 16) * 64, w.HISTOGRAM: 8 * w.BUCKETS}
-    sizes |= dict.fromkeys((w.MASSES, w.DEPTHS, w.FIRST_DEPTHS, w.KEPT), 64)
-    sizes[w.TWISTER] = w.TWISTER_BYTES
-    sizes[w.MAXIMA] = -(-row // 4096) * 64
+    sizes = dict.fromkeys(range(0, 8 * sampling_layout.PARTS, 8), row)
+    sizes |= {
+        sampling_layout.TOUCHED: -(-min(max_tokens, vocab_size) // 16) * 64,
+        sampling_layout.HISTOGRAM: 8 * sampling_layout.BUCKETS,
+    }
+    sizes |= dict.fromkeys(
+        (sampling_layout.MASSES, sampling_layout.DEPTHS, sampling_layout.FIRST_DEPTHS, sampling_layout.KEPT), 64
+    )
+    sizes[sampling_layout.TWISTER] = sampling_layout.TWISTER_BYTES
+    sizes[sampling_layout.MAXIMA] = -(-row // 4096) * 64
     scratch: NDArray[np.uint8] = zeros((threads, 128 + sum(sizes.values())))
     for own in scratch:
         at = own.ctypes.data + 128
         for part, size in sizes.items():
             own[part : part + 8].view(np.int64)[0] = at
-            if part == w.FIRST_DEPTHS:
+            if part == sampling_layout.FIRST_DEPTHS:
                 depths = at - own.ctypes.data
-                own[depths : depths + 32].view(np.float32)[:] = w.FIRST_DEPTHS_OF_ALL
+                own[depths : depths + 32].view(np.float32)[:] = sampling_layout.INITIAL_DEPTHS
             at += size
     return scratch

@@ -17,9 +17,9 @@ from tokenmill.backends.cpu.sampling_layout import (
     LISTED,
     LOGPROBS,
     MASKS,
+    MAX_LISTED,
     MIN_P,
     MODE,
-    MOST,
     NUM_BIASES,
     NUM_PROMPT,
     PARAMETER_ROWS,
@@ -86,8 +86,8 @@ _WIDTH = 8 * layout.WIDTH
 _X = 8 * layout.X
 _X_STRIDE = 8 * layout.X_STRIDE
 _ONE = np.float32(1.0)
-_COLDEST = np.float32(1e-6)
-_NOTHING = np.float32(-np.inf)
+_MIN_TEMPERATURE = np.float32(1e-6)
+_MINUS_INFINITY = np.float32(-np.inf)
 
 
 @inline
@@ -101,7 +101,7 @@ def _sample(tid: int, row: int, context: int, counter: int) -> int:
             return 0
         x = logits + r * stride
         for i in range(vocab, (vocab + 15) // 16 * 16):
-            poke_float(x + 4 * i, word(_NOTHING))
+            poke_float(x + 4 * i, word(_MINUS_INFINITY))
         if peek(words + MODE) == SCORE:
             _score_row(words, s, x, vocab, r)
         else:
@@ -118,7 +118,7 @@ def _score_row(words: int, s: int, x: int, vocab: int, r: int) -> None:
     """SCORE: the log-probabilities of the row's target and of the likeliest."""
     wanted = peek(peek(words + WANTED) + 8 * r)
     if wanted < 0:
-        _set_nothing(words, r)
+        _set_none(words, r)
         return
     best = find_maxima(s, x, (vocab + 15) // 16)
     normal = _list_row(words, s, x, vocab, r, wanted, 0, _ONE, best, LOWEST)
@@ -130,8 +130,8 @@ def _score_row(words: int, s: int, x: int, vocab: int, r: int) -> None:
 def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, position: int) -> int:
     """The row's next token, -1 if its logits are not finite."""
     p = peek(words + PARAMETER_ROWS) + slot * ROW_BYTES
-    most = peek(words + MOST)
-    wanted = min(peek32(p + LOGPROBS), most) if most >= 0 else -1
+    max_listed = peek(words + MAX_LISTED)
+    wanted = min(peek32(p + LOGPROBS), max_listed) if max_listed >= 0 else -1
     raw = wanted >= 0 and peek_byte(p + RAW_LOGPROBS) != 0
     y, normal = x, 0.0
     if raw:
@@ -146,13 +146,13 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
     _process(words, s, y, vocab, p, slot, position)
     best = find_maxima(s, y, (vocab + 15) // 16)
     if best <= LOWEST or wanted < 0:
-        _set_nothing(words, r)
+        _set_none(words, r)
     if best <= LOWEST:
         return -1
     t, n = peek_float(p + TEMPERATURE), -1
     poke_float(peek(s + KEPT) + 8, word(LOWEST))
     if t > 0:
-        t = max(t, _COLDEST)
+        t = max(t, _MIN_TEMPERATURE)
         token, n = _draw(s, y, vocab, t, best / t, p, position)
     else:
         t = _ONE
@@ -225,7 +225,7 @@ def _list_row(
 @inline
 def _list(words: int, s: int, n: int, r: int, wanted: int, ties: int, normal: float) -> None:
     """Of the n collected the likeliest, and at most so many more as tie with the last of them."""
-    at = 4 * r * peek(words + MOST)
+    at = 4 * r * peek(words + MAX_LISTED)
     ids, logprobs = peek(words + TOP_IDS) + at, peek(words + TOP_LOGPROBS) + at
     listed = list_likeliest(s, n, wanted + ties if wanted > 0 else 0, normal, ids, logprobs)
     while listed > wanted and peek_float(logprobs + 4 * (listed - 1)) < peek_float(logprobs + 4 * (wanted - 1)):
@@ -234,8 +234,8 @@ def _list(words: int, s: int, n: int, r: int, wanted: int, ties: int, normal: fl
 
 
 @inline
-def _set_nothing(words: int, r: int) -> None:
-    if peek(words + MOST) >= 0:
+def _set_none(words: int, r: int) -> None:
+    if peek(words + MAX_LISTED) >= 0:
         poke32(peek(words + LISTED) + 4 * r, -1)
 
 

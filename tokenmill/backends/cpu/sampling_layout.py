@@ -15,7 +15,7 @@ BIAS_UNTIL = 48
 BIAS_STRIDE = 56  # bytes from slot to slot, of each of the three
 SCRATCH = 64  # of each thread: SCRATCH + tid * SCRATCH_SIZE
 SCRATCH_SIZE = 72
-MOST = 80  # the most of the likeliest ids that a row lists; -1: no log-probabilities in this step
+MAX_LISTED = 80  # the most of the likeliest ids that a row lists; -1: no log-probabilities in this step
 LISTED = 88  # int32 a row: how many it lists; -1: no log-probabilities
 CHOSEN = 96  # float32 a row: log-probability of its token
 TOP_IDS = 104  # int32, MOST a row, best first
@@ -47,7 +47,7 @@ KEPT = 112  # when the ids that are left are not collected: float64, their mass;
 TWISTER = 120  # the state of a random generator (sampling_watermark.py)
 PARTS = 16
 TWISTER_BYTES = 2560
-FIRST_DEPTHS_OF_ALL = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 11.0, 14.0)
+INITIAL_DEPTHS = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 11.0, 14.0)
 """How far below the best score the mass is measured first."""
 BUCKETS = 256
 

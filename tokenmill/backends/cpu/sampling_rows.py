@@ -52,15 +52,15 @@ from tokenmill.backends.cpu.sampling_vectors import (
     word,
 )
 
-_SHY = 0.999  # what rounding may take from a weight
-_MARGIN = 1.0001  # the same of a mass
-_MANY = 2000  # ids that are collected; of more, only those that are in doubt
-_BOTTOM = np.float32(88.0)  # so far below the best nothing has a mass
-_HIDDEN = np.float32(-26.0)  # with noise in [-2.82, 22.2], nothing so far below the best is chosen
+_WEIGHT_SLACK = 0.999  # what rounding may take from a weight
+_MASS_MARGIN = 1.0001  # the same of a mass
+_MAX_COLLECTED = 2000  # ids that are collected; of more, only those that are in doubt
+_MAX_DEPTH = np.float32(88.0)  # so far below the best nothing has a mass
+_NOISE_REACH = np.float32(-26.0)  # with noise in [-2.82, 22.2], nothing so far below the best is chosen
 
 
 @inline
-def _area(x: float) -> float:
+def _atanh(x: float) -> float:
     """atanh(x) of |x| < 0.172, to 14 digits."""
     y = x * x
     tail = 1 / 7 + y * (1 / 9 + y * (1 / 11 + y * (1 / 13 + y * (1 / 15 + y / 17))))
@@ -78,7 +78,7 @@ def logarithm(x: float) -> float:
     if fraction > 1.4142135623730951:
         fraction *= 0.5
         exponent += 1
-    return 2.0 * _area((fraction - 1.0) / (fraction + 1.0)) + exponent * 0.6931471805599453
+    return 2.0 * _atanh((fraction - 1.0) / (fraction + 1.0)) + exponent * 0.6931471805599453
 
 
 @inline
@@ -222,7 +222,7 @@ def _measure(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top
     depths, found = peek(s + FIRST_DEPTHS), peek(s + MASSES)
     masses(vectors, x, word(t), word(best), word(least), depths, found)
     whole = np.float64(peek_float(found))
-    step = _step_of(s, (top_p if top_p < 1 else typical_p) * whole * _MARGIN)
+    step = _step_of(s, (top_p if top_p < 1 else typical_p) * whole * _MASS_MARGIN)
     if step == STEPS:
         return least
     reach = np.float64(peek_float(depths + 4 * step))
@@ -241,7 +241,7 @@ def filter_row(s: int, x: int, vocab: int, t: Real, best: Real, p: int) -> int:
     k, min_p, vectors = peek32(p + TOP_K), peek_float(p + MIN_P), (vocab + 15) // 16
     top_p, typical_p = np.float64(peek_float(p + TOP_P)), np.float64(peek_float(p + TYPICAL_P))
     least = start = best + np.float32(logarithm(np.float64(min_p))) if min_p > 0 else LOWEST
-    counted, most = 0 < k < vocab, _MANY if typical_p >= 1 else vocab
+    counted, most = 0 < k < vocab, _MAX_COLLECTED if typical_p >= 1 else vocab
     if counted:
         start, most = max(least, kth_bound(s, (vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS, k) / t), vocab
     elif top_p < 1 or typical_p < 1:
@@ -275,7 +275,7 @@ def _narrow(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top_
     kept, depths, found = peek(s + KEPT), peek(s + FIRST_DEPTHS), peek(s + MASSES)
     if top_p >= 1:
         masses(vectors, x, word(t), word(best), word(least), depths, found)
-    whole, low, high, above = np.float64(peek_float(found)), np.float32(-1.0), _BOTTOM, 0.0
+    whole, low, high, above = np.float64(peek_float(found)), np.float32(-1.0), _MAX_DEPTH, 0.0
     poke(kept, word(whole))
     poke_float(kept + 8, word(least))
     if top_p >= 1:
@@ -324,10 +324,10 @@ def _keep_typical(s: int, n: int, best: Real, p: float) -> int:
 
 
 @inline
-def waiting(key: int, token: int) -> float:
+def exponential_noise(key: int, token: int) -> float:
     """e^(−noise): −log1p(−u), exponentially distributed."""
     u = np.float64(uniform(key, token))
-    return 2.0 * _area(u / (2.0 - u)) if u < 0.25 else -logarithm(1.0 - u)
+    return 2.0 * _atanh(u / (2.0 - u)) if u < 0.25 else -logarithm(1.0 - u)
 
 
 @inline
@@ -338,10 +338,10 @@ def choose_collected(s: int, n: int, key: int) -> int:
     for i in range(n):
         token, weight = peek32(ids + 4 * i), np.float64(peek_float(weights + 4 * i))
         if weight >= bound * np.float64(uniform(key, token)):
-            e = waiting(key, token)
+            e = exponential_noise(key, token)
             value = np.float64(peek_float(scores + 4 * i)) - logarithm(e)
             if value > most:
-                chosen, most, bound = token, value, weight / e * _SHY
+                chosen, most, bound = token, value, weight / e * _WEIGHT_SLACK
     return chosen
 
 
@@ -351,18 +351,18 @@ def choose_any(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, k
     maxima, chosen, most, bound = peek(s + MAXIMA), 0, -np.inf, np.float32(0.0)
     for first in range(0, vectors, BLOCK_VECTORS):
         highest = peek_float(maxima + first // BLOCK_VECTORS * 4) / t
-        if highest < least or highest - best < _HIDDEN:
+        if highest < least or highest - best < _NOISE_REACH:
             continue
         for v in range(first, min(first + BLOCK_VECTORS, vectors)):
             mask = contenders(x + 64 * v, v * 16, word(t), word(best), word(least), key, word(bound))
             while mask != 0:
                 token = v * 16 + lowest_bit(mask)
                 mask &= mask - 1
-                score, e = peek_float(x + 4 * token) / t, waiting(key, token)
+                score, e = peek_float(x + 4 * token) / t, exponential_noise(key, token)
                 value = np.float64(score) - logarithm(e)
                 if value > most:
                     chosen, most = token, value
-                    bound = np.float32(np.float64(exponential(word(score - best))) / e * _SHY)
+                    bound = np.float32(np.float64(exponential(word(score - best))) / e * _WEIGHT_SLACK)
     return chosen
 
 

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tokenmill.backends.cpu.ir import G, V, Val, emit, f32, i1, i8, i16, i32, i64, vf
+from tokenmill.backends.cpu.ir import Emitter, Val, Vector, emit, f32, f32x16, i1, i8, i16, i32, i64
 
 f64 = ir.DoubleType()
 Real = Any
@@ -42,11 +42,11 @@ word: Callable[[Any], int] = cast("Callable[[Any], int]", intrinsic(_word))
 """(float32 or float64) -> its bits in an int64"""
 
 
-def _lanes(g: G, bits: Val) -> Val:
+def _lanes(g: Emitter, bits: Val) -> Val:
     return g.splat(g.bits(bits))
 
 
-def _mask(g: G, lanes: Val) -> Val:
+def _mask(g: Emitter, lanes: Val) -> Val:
     """16 booleans as the bits of an int64."""
     return g.b.zext(g.b.bitcast(lanes, i16), i64)
 
@@ -72,16 +72,16 @@ lowest_bit = emit(1, lambda g, mask: g.call("llvm.cttz.i64", i64, [mask, ir.Cons
 # ---- a row ----
 
 
-def _block_maximum(g: G, vectors: Val, x: Val, out: Val) -> Val:
-    b, zero = g.b, ir.Constant(V(i1, 16), [0] * 16)
+def _block_maximum(g: Emitter, vectors: Val, x: Val, out: Val) -> Val:
+    b, zero = g.b, ir.Constant(Vector(i1, 16), [0] * 16)
 
     def one(i: Val, carried: list[Val]) -> list[Val]:
         v = g.vec(x, i)
         best = b.select(b.fcmp_ordered(">", v, carried[0]), v, carried[0])
-        return [best, b.or_(carried[1], b.fcmp_unordered("uge", v, g.k(vf, float("inf"))))]
+        return [best, b.or_(carried[1], b.fcmp_unordered("uge", v, g.k(f32x16, float("inf"))))]
 
-    best, broken = g.loop(vectors, [g.k(vf, float(LOWEST)), zero], one)
-    g.st(g.rmax(g.vmin(best, g.k(vf, -float(LOWEST)))), out)  # which may assume that there is no infinity
+    best, broken = g.loop(vectors, [g.k(f32x16, float(LOWEST)), zero], one)
+    g.st(g.rmax(g.vmin(best, g.k(f32x16, -float(LOWEST)))), out)  # which may assume that there is no infinity
     return _mask(g, broken)
 
 
@@ -89,20 +89,20 @@ block_maximum = emit(3, _block_maximum, types.int64)
 """(vectors, x, out): stores the maximum, at least LOWEST; not 0 if there is a NaN or an infinity above."""
 
 
-def _masses(g: G, vectors: Val, x: Val, t: Val, best: Val, least: Val, depths: Val, out: Val) -> None:
+def _masses(g: Emitter, vectors: Val, x: Val, t: Val, best: Val, least: Val, depths: Val, out: Val) -> None:
     b = g.b
     limits = [g.splat(g.ld(f32, depths, 4 * i)) for i in range(STEPS)]
     t_, best_, least_ = _lanes(g, t), _lanes(g, best), _lanes(g, least)
 
     def one(i: Val, sums: list[Val]) -> list[Val]:
         below = b.fsub(best_, s := b.fdiv(g.vec(x, i), t_))
-        counts, zero = b.fcmp_ordered(">=", s, least_), g.k(vf, 0.0)
+        counts, zero = b.fcmp_ordered(">=", s, least_), g.k(f32x16, 0.0)
         e = b.select(counts, g.exp(b.fneg(below)), zero)
         moment = b.select(counts, b.fmul(e, below), zero)  # 0 times infinity is no number
         within = [b.select(b.fcmp_ordered("<=", below, limit), e, zero) for limit in limits]
         return [b.fadd(total, v) for total, v in zip(sums, [e, moment, *within], strict=True)]
 
-    sums = g.loop(vectors, [g.k(vf, 0.0)] * (2 + STEPS), one)
+    sums = g.loop(vectors, [g.k(f32x16, 0.0)] * (2 + STEPS), one)
     for i, total in enumerate(sums):
         g.st(g.rsum(total), out, 4 * i)
 
@@ -112,11 +112,11 @@ masses = emit(7, _masses)
 of e^(s − best) where best − s is at most each of the STEPS depths."""
 
 
-def _total(g: G, vectors: Val, x: Val, t: Val, best: Val) -> Val:
+def _total(g: Emitter, vectors: Val, x: Val, t: Val, best: Val) -> Val:
     b, t_, best_ = g.b, _lanes(g, t), _lanes(g, best)
     sums = g.loop(
         vectors,
-        [g.k(vf, 0.0)],
+        [g.k(f32x16, 0.0)],
         lambda i, p: [b.fadd(p[0], g.exp(b.fsub(b.fdiv(g.vec(x, i), t_), best_)))],
     )
     return g.rsum(sums[0])
@@ -126,16 +126,16 @@ total = emit(4, _total, types.float32)
 """(vectors, x, t, best): the sum of e^(s − best)"""
 
 
-def _reaching(g: G, x: Val, t: Val, least: Val) -> Val:
-    return _mask(g, g.b.fcmp_ordered(">=", g.b.fdiv(g.ld(vf, x), _lanes(g, t)), _lanes(g, least)))
+def _reaching(g: Emitter, x: Val, t: Val, least: Val) -> Val:
+    return _mask(g, g.b.fcmp_ordered(">=", g.b.fdiv(g.ld(f32x16, x), _lanes(g, t)), _lanes(g, least)))
 
 
 reaching = emit(3, _reaching, types.int64)
 """(x, t, least): which of one vector's scores are at least that; never a minus infinity"""
 
 
-def _between(g: G, x: Val, t: Val, best: Val, low: Val, high: Val) -> Val:
-    below = g.b.fsub(_lanes(g, best), g.b.fdiv(g.ld(vf, x), _lanes(g, t)))
+def _between(g: Emitter, x: Val, t: Val, best: Val, low: Val, high: Val) -> Val:
+    below = g.b.fsub(_lanes(g, best), g.b.fdiv(g.ld(f32x16, x), _lanes(g, t)))
     beyond, within = (g.b.fcmp_ordered(*how) for how in ((">", below, _lanes(g, low)), ("<=", below, _lanes(g, high))))
     return _mask(g, g.b.and_(beyond, within))
 
@@ -144,7 +144,7 @@ between = emit(5, _between, types.int64)
 """(x, t, best, low, high): of which of one vector's scores low < best − s <= high"""
 
 
-def _weigh(g: G, vectors: Val, scores: Val, best: Val, out: Val) -> None:
+def _weigh(g: Emitter, vectors: Val, scores: Val, best: Val, out: Val) -> None:
     best_ = _lanes(g, best)
     g.loop(vectors, (), lambda i, _: g.put(g.exp(g.b.fsub(g.vec(scores, i), best_)), out, i))
 
@@ -160,7 +160,7 @@ exponential = emit(1, lambda g, x: g.first(g.exp(_lanes(g, x))), types.float32)
 # ---- noise: backends/sampling.py defines it ----
 
 
-def _mix(g: G, x: Val) -> Val:
+def _mix(g: Emitter, x: Val) -> Val:
     b, ty = g.b, x.type
     x = b.xor(x, b.lshr(x, g.k(ty, 16)))
     for factor, shift in ((0x7FEB352D, 15), (0x846CA68B, 16)):
@@ -169,7 +169,7 @@ def _mix(g: G, x: Val) -> Val:
     return x
 
 
-def _noise_key(g: G, low: Val, high: Val, position: Val) -> Val:
+def _noise_key(g: Emitter, low: Val, high: Val, position: Val) -> Val:
     b = g.b
     low, high, position = (b.trunc(v, i32) for v in (low, high, position))
     return b.zext(_mix(g, b.xor(low, _mix(g, b.xor(high, _mix(g, position))))), i64)
@@ -179,14 +179,14 @@ noise_key = emit(3, _noise_key, types.int64)
 """(low half of the seed, high half, position)"""
 
 
-def _uniform_of(g: G, ids: Val, key: Val, floats: Val) -> Val:
+def _uniform_of(g: Emitter, ids: Val, key: Val, floats: Val) -> Val:
     b, ty = g.b, ids.type
     bits = _mix(g, b.add(b.mul(ids, g.k(ty, 0x9E3779B9)), key))
     drawn = b.sitofp(b.and_(bits, g.k(ty, 0x7FFFFFFF)), floats)
     return g.vmin(b.fmul(b.fadd(drawn, g.k(floats, 0.5)), g.k(floats, 2.0**-31)), g.k(floats, 1 - 2.0**-24))
 
 
-def _uniform(g: G, key: Val, token: Val) -> Val:
+def _uniform(g: Emitter, key: Val, token: Val) -> Val:
     return _uniform_of(g, g.b.trunc(token, i32), g.b.trunc(key, i32), f32)
 
 
@@ -194,12 +194,12 @@ uniform = emit(2, _uniform, types.float32)
 """(key, id): in (0, 1); the noise is −log(−log1p(−u))"""
 
 
-def _contenders(g: G, x: Val, first: Val, t: Val, best: Val, least: Val, key: Val, bound: Val) -> Val:
+def _contenders(g: Emitter, x: Val, first: Val, t: Val, best: Val, least: Val, key: Val, bound: Val) -> Val:
     b = g.b
-    s = b.fdiv(g.ld(vf, x), _lanes(g, t))
+    s = b.fdiv(g.ld(f32x16, x), _lanes(g, t))
     e = g.exp(b.fsub(s, _lanes(g, best)))
     ids = b.add(g.splat(b.trunc(first, i32)), g.lanes())
-    u = _uniform_of(g, ids, g.splat(b.trunc(key, i32)), vf)
+    u = _uniform_of(g, ids, g.splat(b.trunc(key, i32)), f32x16)
     may = b.fcmp_ordered(">=", e, b.fmul(_lanes(g, bound), u))
     return _mask(g, b.and_(may, b.fcmp_ordered(">=", s, _lanes(g, least))))
 
@@ -209,4 +209,3 @@ contenders = emit(7, _contenders, types.int64)
 have e^(score + noise − best) >= bound.
 
 −log1p(−u) is at least u, so logarithms are only needed where e^(s − best) >= bound · u: for few ids of a row."""
-

@@ -33,7 +33,7 @@ class PromptPositions:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class StepTokens:
     """A step's T tokens, row after row, and its R rows that sample."""
 
     positions: Ints  # (T,)
@@ -42,7 +42,7 @@ class Places:
     samples: Ints  # (R,) place of each sampling row's last token
     sampled_slots: Ints  # (R,)
     sampled_positions: Ints  # (R,) of the tokens that are being sampled
-    apart: bool  # every row has one token
+    single_token: bool  # every row has one token
 
 
 class Slots:
@@ -74,13 +74,13 @@ class Slots:
             slots, positions, token_ids = inputs.host_tokens.T
             self.tokens[slots, positions] = token_ids
 
-    def places(self, inputs: StepInputs) -> Places:
+    def step_tokens(self, inputs: StepInputs) -> StepTokens:
         """Where the step's tokens stand. Reads nothing that steps write: any thread may ask, at any time."""
         slots, starts, samples = (a.astype(np.int64) for a in (inputs.slots, inputs.starts, inputs.samples))
         counts = inputs.counts.astype(np.int64)
         ends = starts + counts
-        apart = len(counts) == int(counts.sum())
-        if apart:
+        single_token = len(counts) == int(counts.sum())
+        if single_token:
             firsts, token_slots, positions, last = np.arange(len(slots)), slots, starts, samples
         else:
             stops = np.cumsum(counts)
@@ -88,7 +88,7 @@ class Slots:
             rows = np.repeat(np.arange(len(counts)), counts)
             token_slots, positions = slots[rows], np.arange(len(rows)) + (starts - firsts)[rows]
             last = (stops - 1)[samples]
-        return Places(positions, token_slots, firsts, last, slots[samples], ends[samples], apart)
+        return StepTokens(positions, token_slots, firsts, last, slots[samples], ends[samples], single_token)
 
     def prompt_positions(self, inputs: StepInputs) -> PromptPositions:
         """Where this step computes prompt tokens of sequences that want their prompt's log-probabilities."""

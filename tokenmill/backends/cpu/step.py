@@ -10,25 +10,25 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.ir import G, Val, acquire, atomic_add, emit, i32, i64, inline, kernel, pause, peek
+from tokenmill.backends.cpu import layout
+from tokenmill.backends.cpu.ir import Emitter, Val, acquire, atomic_add, emit, i32, i64, inline, kernel, pause, peek
 
 _SPINS = 500  # looks at a barrier, some 20 µs, before the core is offered to others
 _IDLE_SPINS = 200  # looks for the next step before a worker sleeps
-_ROW_BYTES = t.ROW_BYTES
+_ROW_BYTES = layout.ROW_BYTES
 
 
-def _call_kernel(g: G, address: Val, tid: Val, row: Val, context: Val, counter: Val) -> Val:
+def _call_kernel(g: Emitter, address: Val, tid: Val, row: Val, context: Val, counter: Val) -> Val:
     kind = ir.FunctionType(i64, [i64] * 4).as_pointer()
     return g.b.call(g.b.inttoptr(address, kind), [tid, row, context, counter])
 
 
-def _call_wait(g: G, address: Val, semaphore: Val) -> None:
+def _call_wait(g: Emitter, address: Val, semaphore: Val) -> None:
     kind = ir.FunctionType(i32, [i64, i64]).as_pointer()
     g.b.call(g.b.inttoptr(address, kind), [semaphore, g.c(-1)])
 
 
-def _call_yield(g: G, address: Val) -> None:
+def _call_yield(g: Emitter, address: Val) -> None:
     g.b.call(g.b.inttoptr(address, ir.FunctionType(i32, []).as_pointer()), [])
 
 
@@ -39,32 +39,32 @@ address_of = emit(1, lambda g, pointer: pointer, types.int64)
 
 
 @inline
-def barrier(address: int, target: int, offer: int) -> None:
+def barrier(address: int, target: int, yield_address: int) -> None:
     """Wait until all threads have come. A pure spin would make a step 200 times slower once a core is shared."""
     atomic_add(address, 1)
-    looks = 0
+    spins = 0
     while acquire(address) < target:
         pause()
-        looks += 1
-        if looks > _SPINS:
-            call_yield(offer)
+        spins += 1
+        if spins > _SPINS:
+            call_yield(yield_address)
 
 
 @inline
 def walk_rows(tid: int, context: int) -> int:
     """All rows of the step's part of the table; what the barrier stands at when it is over."""
-    threads, target = peek(context + 8 * t.THREADS), peek(context + 8 * t.BARRIER_BASE)
-    row, last = peek(context + 8 * t.FIRST_ROW), peek(context + 8 * t.LAST_ROW)
-    counter, meet = peek(context + 8 * t.COUNTERS), peek(context + 8 * t.BARRIER)
-    offer = peek(context + 8 * t.YIELD)
+    threads, target = peek(context + 8 * layout.THREADS), peek(context + 8 * layout.BARRIER_BASE)
+    row, last = peek(context + 8 * layout.FIRST_ROW), peek(context + 8 * layout.LAST_ROW)
+    counter, barrier_address = peek(context + 8 * layout.COUNTERS), peek(context + 8 * layout.BARRIER)
+    yield_address = peek(context + 8 * layout.YIELD)
     while row < last:
         if call_kernel(peek(row), tid, row, context, counter) == 0:
             target += threads
-            barrier(meet, target, offer)
+            barrier(barrier_address, target, yield_address)
         row += _ROW_BYTES
         counter += 64
     target += threads
-    barrier(meet, target, offer)
+    barrier(barrier_address, target, yield_address)
     return int(target)
 
 
@@ -77,14 +77,14 @@ def _walk(tid: int, row: int, context: int, counter: int) -> int:
 def _serve(tid: int, row: int, context: int, semaphore: int) -> int:
     seen = 0
     while True:
-        looks = 0
-        while acquire(context + 8 * t.GENERATION) == seen:
+        spins = 0
+        while acquire(context + 8 * layout.GENERATION) == seen:
             pause()
-            looks += 1
-            if looks > _IDLE_SPINS:
-                call_wait(peek(context + 8 * t.WAIT), semaphore)
-        seen = acquire(context + 8 * t.GENERATION)
-        if peek(context + 8 * t.STOP) != 0:
+            spins += 1
+            if spins > _IDLE_SPINS:
+                call_wait(peek(context + 8 * layout.WAIT), semaphore)
+        seen = acquire(context + 8 * layout.GENERATION)
+        if peek(context + 8 * layout.STOP) != 0:
             return 0
         walk_rows(tid, context)
 

@@ -13,17 +13,17 @@ import threading
 
 import numpy as np
 
-from tokenmill.backends.cpu import layout as t
+from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.cache import Code
 from tokenmill.backends.cpu.scratch import zeros
 
 _SEMAPHORE_BYTES = 64  # more than any system's sem_t
-_MANY = 4  # with more CPUs than this, one is left to HTTP and the rest of the engine
+_MANY_CPUS = 4  # with more CPUs than this, one is left to HTTP and the rest of the engine
 
 
 def default_threads(cpus: int) -> int:
     """How many compute, of `cpus` that this process may use."""
-    return cpus - 1 if cpus > _MANY else cpus
+    return cpus - 1 if cpus > _MANY_CPUS else cpus
 
 
 class Semaphores:
@@ -34,8 +34,8 @@ class Semaphores:
         self._apple = sys.platform == "darwin"
         names = ("dispatch_semaphore_wait", "dispatch_semaphore_signal") if self._apple else ("sem_wait", "sem_post")
         wait, self._post = (getattr(self._libc, name) for name in names)
-        self.wait = _address(wait)
-        self.offer = _address(self._libc.sched_yield)
+        self.wait_address = _address(wait)
+        self.yield_address = _address(self._libc.sched_yield)
         self._post.argtypes = [ctypes.c_void_p]
         self._memory = zeros((count, _SEMAPHORE_BYTES))
         self.addresses = [self._make(row.ctypes.data) for row in self._memory]
@@ -54,7 +54,7 @@ class Semaphores:
         self._post(self.addresses[i])
 
 
-class Walkers:
+class WorkerThreads:
     """All threads of a backend: the caller's, which is thread 0, and `threads - 1` of their own.
 
     `context`: the words (`layout.py`), whose THREADS, BARRIER and the like are written here. One caller at a time.
@@ -65,8 +65,13 @@ class Walkers:
         self._context, self._code = context, code
         self._barrier = zeros((16,), np.int64)
         self._semaphores = Semaphores(threads - 1)
-        context[[t.THREADS, t.BARRIER, t.GENERATION, t.STOP]] = threads, self._barrier.ctypes.data, 0, 0
-        context[[t.WAIT, t.YIELD]] = self._semaphores.wait, self._semaphores.offer
+        context[[layout.THREADS, layout.BARRIER, layout.GENERATION, layout.STOP]] = (
+            threads,
+            self._barrier.ctypes.data,
+            0,
+            0,
+        )
+        context[[layout.WAIT, layout.YIELD]] = self._semaphores.wait_address, self._semaphores.yield_address
         self._threads = [
             threading.Thread(target=serve, args=(i + 1, 0, context.ctypes.data, at), name=f"cpu-{i + 1}", daemon=True)
             for i, at in enumerate(self._semaphores.addresses)
@@ -77,26 +82,26 @@ class Walkers:
     def run(self, first: int, last: int) -> None:
         """Walk the rows of the table at addresses [first, last), with all threads; returns when all are done."""
         context = self._context
-        context[t.FIRST_ROW], context[t.LAST_ROW] = first, last
+        context[layout.FIRST_ROW], context[layout.LAST_ROW] = first, last
         self._wake()
-        context[t.BARRIER_BASE] = self._walk(0, 0, context.ctypes.data, 0)
+        context[layout.BARRIER_BASE] = self._walk(0, 0, context.ctypes.data, 0)
 
     def close(self) -> None:
         """End the threads. Idempotent."""
-        if not self._context[t.STOP]:
-            self._context[t.STOP] = 1
+        if not self._context[layout.STOP]:
+            self._context[layout.STOP] = 1
             self._wake()
             for thread in self._threads:
                 thread.join()
 
     def _wake(self) -> None:
-        self._context[t.GENERATION] += 1
+        self._context[layout.GENERATION] += 1
         for i in range(len(self._threads)):
             self._semaphores.post(i)
 
 
 def _address(function: object) -> int:
-    found = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
-    if found is None:
+    address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    if address is None:
         raise RuntimeError("a function of the C library has no address")
-    return found
+    return address

@@ -14,9 +14,9 @@ from llvmlite import ir
 
 from tokenmill.backends.cpu.dense_tiles import DenseTile, PairTile, load_floats
 from tokenmill.backends.cpu.forms import PAIRS, PANEL, DenseForm, Form
-from tokenmill.backends.cpu.ir import G, V, Val, f16, f32, i1, i8, i16, i32, i64
+from tokenmill.backends.cpu.ir import Emitter, Val, Vector, f16, f32, i1, i8, i16, i32, i64
 from tokenmill.backends.cpu.isa import Isa
-from tokenmill.backends.cpu.operands import Operands, far_ahead, panel_parts, store
+from tokenmill.backends.cpu.operands import Operands, panel_parts, prefetch_distance, store
 
 Act = Callable[[int, int], Val]
 """(row, j) -> four int8 activations, columns 4 · j …, in every int32 lane"""
@@ -32,9 +32,9 @@ Factors = dict[tuple[int, int], Val]
 """(byte of a block at which int8 numbers stand, register of the panel) -> what they are multiplied with"""
 
 
-def codes_at(g: G, form: Form, address: Val, offset: int, size: int) -> Codes:
+def codes_at(g: Emitter, form: Form, address: Val, offset: int, size: int) -> Codes:
     """A block's unsigned codes: `size` bytes of each vector, from byte `offset` on."""
-    b, ty, wide = g.b, V(i8, size), V(i16, size // 2)
+    b, ty, wide = g.b, Vector(i8, size), Vector(i16, size // 2)
     if form.bits == 8:
         return lambda j: g.ld(ty, address, 64 * j + offset)
 
@@ -63,13 +63,13 @@ def codes_at(g: G, form: Form, address: Val, offset: int, size: int) -> Codes:
 class Dots:
     """Integer products of a block's codes with the activations of several rows, by instruction set."""
 
-    def __init__(self, g: G, isa: Isa, form: Form) -> None:
+    def __init__(self, g: Emitter, isa: Isa, form: Form) -> None:
         self.g, self.isa, self.bits = g, isa, form.bits
-        self.ints, self.bytes = V(i32, isa.lanes), V(i8, 4 * isa.lanes)
+        self.ints, self.bytes = Vector(i32, isa.lanes), Vector(i8, 4 * isa.lanes)
         self.signed = form.bits == 8 and isa.name in ("avx2", "neon")
         """Whether codes of 8 bits are made signed, so that no offset is left to subtract."""
 
-    def ready(self, codes: Codes) -> Codes:
+    def prepared(self, codes: Codes) -> Codes:
         """Codes as `sums` wants them."""
         return (lambda j: self.g.b.xor(codes(j), self.g.k(self.bytes, -128))) if self.signed else codes
 
@@ -93,20 +93,16 @@ class Dots:
     def _dot(self, total: Val, codes: Val, four: Val) -> Val:
         g, b = self.g, self.g.b
         if self.isa.name == "neon":
-            return g.call(
-                "llvm.aarch64.neon.sdot.v4i32.v16i8", self.ints, [total, codes, b.bitcast(four, self.bytes)]
-            )
+            return g.call("llvm.aarch64.neon.sdot.v4i32.v16i8", self.ints, [total, codes, b.bitcast(four, self.bytes)])
         bits = 32 * self.isa.lanes  # VNNI, of AVX-512 or AVX
         return g.call(f"llvm.x86.avx512.vpdpbusd.{bits}", self.ints, [total, b.bitcast(codes, self.ints), four])
 
     def _pairs(self, codes: Val, four: Val) -> Val:
         """Sums of two products, int16."""
-        return self.g.call(
-            "llvm.x86.avx2.pmadd.ub.sw", V(i16, 16), [codes, self.g.b.bitcast(four, self.bytes)]
-        )
+        return self.g.call("llvm.x86.avx2.pmadd.ub.sw", Vector(i16, 16), [codes, self.g.b.bitcast(four, self.bytes)])
 
     def _widen(self, pairs: Val) -> Val:
-        return self.g.call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.g.k(V(i16, 16), 1)])
+        return self.g.call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.g.k(Vector(i16, 16), 1)])
 
     def _in_pairs(self, parts: Sequence[Codes], columns: Sequence[int], act: Act, rows: int) -> list[list[Val]]:
         """As many sums of pairs are added in int16 as cannot overflow: 2 · 127 · (2^bits − 1) each."""
@@ -145,19 +141,19 @@ class Dots:
 class BlockTile:
     """Code of a tile with a block form: `rows` rows of int8 by one panel."""
 
-    def __init__(self, g: G, isa: Isa, form: Form, rows: int, o: Operands) -> None:
+    def __init__(self, g: Emitter, isa: Isa, form: Form, rows: int, o: Operands) -> None:
         self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
-        self.floats, self.dots = V(f32, isa.lanes), Dots(g, isa, form)
+        self.floats, self.dots = Vector(f32, isa.lanes), Dots(g, isa, form)
         self.blocks = g.b.lshr(o.columns, g.c(5))
         self.factors: Factors = {}
-        self.held = _on_stack(g, 8 * rows * isa.lanes) if isa.lanes == 8 and rows > 2 else None
+        self.spilled = _on_stack(g, 8 * rows * isa.lanes) if isa.lanes == 8 and rows > 2 else None
         """Where sums stand between blocks, if registers are too few for them beside a block's integers."""
 
     def write(self) -> None:
         """The whole tile. A set with short registers goes over the panel once for some of its outputs."""
         g, o, lanes = self.g, self.o, self.isa.lanes
         for parts in panel_parts(lanes, self.rows, 2 if lanes == 4 or 2 < self.rows < 8 else 1):
-            zero = self._hold([g.k(self.floats, 0.0)] * (len(parts) * self.rows))
+            zero = self._spill([g.k(self.floats, 0.0)] * (len(parts) * self.rows))
             if self.form.group == 1:
                 sums = g.loop(self.blocks, zero, partial(self._block, parts, o.weight, g.c(0), {}))
             else:
@@ -165,20 +161,20 @@ class BlockTile:
             for n, part in enumerate(parts):
                 store(g, o, self._sums_of(sums, n), 4 * lanes * part)
 
-    def _hold(self, sums: list[Val], first: int = 0) -> list[Val]:
+    def _spill(self, sums: list[Val], first: int = 0) -> list[Val]:
         """Put sums where they stand between blocks: nothing is left to carry if that is the stack."""
-        if self.held is None:
+        if self.spilled is None:
             return sums
         for i, total in enumerate(sums):
-            self.g.st(total, self.held, 4 * self.isa.lanes * (first + i))
+            self.g.st(total, self.spilled, 4 * self.isa.lanes * (first + i))
         return []
 
     def _sums_of(self, carried: list[Val], n: int) -> list[Val]:
         """Every row's sum of the n-th of the parts that are summed now."""
-        if self.held is None:
+        if self.spilled is None:
             return carried[n * self.rows : (n + 1) * self.rows]
         first = n * self.rows
-        return [self.g.ld(self.floats, self.held, 4 * self.isa.lanes * (first + r)) for r in range(self.rows)]
+        return [self.g.ld(self.floats, self.spilled, 4 * self.isa.lanes * (first + r)) for r in range(self.rows)]
 
     def _group(self, parts: Sequence[int], i: Val, acc: list[Val]) -> list[Val]:
         """Eight blocks that share factors."""
@@ -211,25 +207,25 @@ class BlockTile:
             return g.splat(g.ld(i32, xs[r], 4 * j), self.isa.lanes)
 
         size = 4 * self.isa.lanes
-        codes = [self.dots.ready(codes_at(g, self.form, weight, size * part, size)) for part in parts]
+        codes = [self.dots.prepared(codes_at(g, self.form, weight, size * part, size)) for part in parts]
         sums = [self.dots.sums(codes, columns, act, self.rows) for columns in halves_of(self.form)]
         if self.form.halves == 2:
-            heads = self.dots.sums([lambda _: g.k(self.dots.bytes, 1)], range(4), act, self.rows)[0]
+            first_sums = self.dots.sums([lambda _: g.k(self.dots.bytes, 1)], range(4), act, self.rows)[0]
         out: list[Val] = []
         for n, part in enumerate(parts):
             old = self._sums_of(acc, n)
             if self.form.halves == 2:
-                new = self._halves(weight, part, sums[0][n], sums[1][n], heads, scales, old)
+                new = self._halves(weight, part, sums[0][n], sums[1][n], first_sums, scales, old)
             else:
                 new = self._whole(weight, part, sums[0][n], scales, old)
-            out += self._hold(new, n * self.rows)
+            out += self._spill(new, n * self.rows)
         return out
 
     def _prefetch(self, weight: Val) -> None:
         """Ask for a block of what is read next."""
         g = self.g
         groups = g.b.lshr(self.blocks, g.c(self.form.group.bit_length() - 1))
-        ahead = far_ahead(g, self.rows, g.b.mul(groups, g.c(self.form.group_size)))
+        ahead = prefetch_distance(g, self.rows, g.b.mul(groups, g.c(self.form.group_size)))
         for line in range(0, self.form.size, 64):
             g.prefetch(weight, g.at(ahead, line))
 
@@ -238,7 +234,7 @@ class BlockTile:
         g, lanes = self.g, self.isa.lanes
         at = offset + item * lanes * part
         if item == 1:
-            codes = g.b.sext(g.ld(V(i8, lanes), weight, at), V(i32, lanes))
+            codes = g.b.sext(g.ld(Vector(i8, lanes), weight, at), Vector(i32, lanes))
             return g.b.fmul(g.b.sitofp(codes, self.floats), self.factors[offset, part])
         return g.half(weight, at, lanes) if item == 2 else g.ld(self.floats, weight, at)
 
@@ -267,7 +263,7 @@ class BlockTile:
         part: int,
         first: list[Val],
         second: list[Val],
-        head: list[Val],
+        first_sums: list[Val],
         scales: list[tuple[Val, Val]],
         acc: list[Val],
     ) -> list[Val]:
@@ -276,7 +272,7 @@ class BlockTile:
         d0, d1 = (self._numbers(weight, form.codes + PANEL * form.scale * n, form.scale, part) for n in range(2))
         out = []
         for r, (s, s_sum) in enumerate(scales):
-            mine = b.fmul(b.sitofp(head[r], self.floats), g.splat(b.fmul(s, g.f(form.offset)), lanes))
+            mine = b.fmul(b.sitofp(first_sums[r], self.floats), g.splat(b.fmul(s, g.f(form.offset)), lanes))
             rest = b.fsub(g.splat(b.fmul(s_sum, g.f(form.offset)), lanes), mine)
             t0, t1 = (
                 g.fma(b.sitofp(total, self.floats), g.splat(s, lanes), b.fneg(less))
@@ -286,12 +282,12 @@ class BlockTile:
         return out
 
 
-def _on_stack(g: G, size: int) -> Val:
+def _on_stack(g: Emitter, size: int) -> Val:
     """Address of so many bytes, of whole vectors, that last as long as the function."""
     with g.b.goto_entry_block():
-        room = g.b.alloca(ir.ArrayType(i8, size))
-        room.align = 64
-        return g.b.ptrtoint(room, i64)
+        buffer = g.b.alloca(ir.ArrayType(i8, size))
+        buffer.align = 64
+        return g.b.ptrtoint(buffer, i64)
 
 
 def halves_of(form: Form) -> list[Sequence[int]]:
@@ -301,7 +297,7 @@ def halves_of(form: Form) -> list[Sequence[int]]:
     return [range(8) if form.bits == 8 else _BY_BYTE]
 
 
-def most_rows(isa: Isa, form: Form | DenseForm) -> int:
+def max_rows(isa: Isa, form: Form | DenseForm) -> int:
     """Rows of a form's largest tile. Dense ones have two sums a row, which must stay in registers."""
     return isa.rows if isinstance(form, Form) or isa.lanes == 16 else min(isa.rows, 4)
 
@@ -309,7 +305,7 @@ def most_rows(isa: Isa, form: Form | DenseForm) -> int:
 def tile(isa: Isa, form: Form | DenseForm, rows: int) -> Callable[..., None]:
     """What `ir.emit` takes: (columns, weight, x, its stride, scales, stride, base, stride, out, stride)."""
 
-    def write(g: G, *args: Val) -> None:
+    def write(g: Emitter, *args: Val) -> None:
         o = Operands(*args)
         if isinstance(form, Form):
             BlockTile(g, isa, form, rows, o).write()
@@ -324,7 +320,7 @@ def tile(isa: Isa, form: Form | DenseForm, rows: int) -> Callable[..., None]:
 def look_up(form: Form | DenseForm) -> Callable[..., None]:
     """What `ir.emit` takes: (row of the matrix, columns, bytes of a panel, weight, out): that row as float32 to out."""
 
-    def write(g: G, row: Val, columns: Val, panel: Val, weight: Val, out: Val) -> None:
+    def write(g: Emitter, row: Val, columns: Val, panel: Val, weight: Val, out: Val) -> None:
         b = g.b
         lane, base = b.and_(row, g.c(15)), g.at(weight, b.mul(b.lshr(row, g.c(4)), panel))
         if isinstance(form, Form):
@@ -335,7 +331,7 @@ def look_up(form: Form | DenseForm) -> Callable[..., None]:
     return write
 
 
-def _look_up_number(g: G, form: DenseForm, base: Val, lane: Val, i: Val, out: Val) -> None:
+def _look_up_number(g: Emitter, form: DenseForm, base: Val, lane: Val, i: Val, out: Val) -> None:
     b = g.b
     group, place = b.udiv(i, g.c(form.together)), b.urem(i, g.c(form.together))
     column = g.at(base, b.mul(group, g.c(form.group_size)))
@@ -343,8 +339,8 @@ def _look_up_number(g: G, form: DenseForm, base: Val, lane: Val, i: Val, out: Va
     g.st(g.first(load_floats(g, form, address, 0, 1)), g.at(out, b.mul(i, g.c(4))))
 
 
-def _look_up_block(g: G, form: Form, base: Val, lane: Val, i: Val, out: Val) -> None:
-    b, four = g.b, V(f32, 4)
+def _look_up_block(g: Emitter, form: Form, base: Val, lane: Val, i: Val, out: Val) -> None:
+    b, four = g.b, Vector(f32, 4)
     group = g.at(base, b.mul(b.udiv(i, g.c(form.group)), g.c(form.group_size)))
     block = g.at(g.at(group, form.factors), b.mul(b.urem(i, g.c(form.group)), g.c(form.size)))
 
@@ -360,7 +356,7 @@ def _look_up_block(g: G, form: Form, base: Val, lane: Val, i: Val, out: Val) -> 
     low = number(form.codes + form.scales, form.low, 2 * PANEL) if form.low else None
     codes = codes_at(g, form, g.at(block, b.mul(lane, g.c(4))), 0, 4)
     for j in range(8):
-        exact = b.sitofp(b.sub(b.zext(codes(j), V(i32, 4)), g.k(V(i32, 4), form.offset)), four)
+        exact = b.sitofp(b.sub(b.zext(codes(j), Vector(i32, 4)), g.k(Vector(i32, 4), form.offset)), four)
         scale = g.splat(scales[j * form.halves // 8], 4)
         value = b.fmul(exact, scale) if low is None else g.fma(exact, scale, g.splat(low, 4))
         g.st(value, g.at(out, b.mul(i, g.c(128))), 16 * j)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from functools import partial
 
-from tokenmill.backends.cpu import layout as t
-from tokenmill.backends.cpu.ir import G, V, Val, f32, i8, i32, vi
+from tokenmill.backends.cpu import layout
+from tokenmill.backends.cpu.ir import Emitter, Val, Vector, f32, i8, i32, i32x16
 
 
-def silu(g: G, x: Val) -> Val:
+def silu(g: Emitter, x: Val) -> Val:
     """x / (1 + e^−x)"""
     return g.b.fdiv(x, g.b.fadd(g.k(x.type, 1.0), g.exp(g.b.fneg(x))))
 
 
-def gelu_tanh(g: G, x: Val) -> Val:
+def gelu_tanh(g: Emitter, x: Val) -> Val:
     """GELU by its usual approximation with tanh."""
     b, k = g.b, partial(g.k, x.type)
     inner = b.fmul(b.fmul(x, k(0.7978845608)), g.fma(b.fmul(x, x), k(0.044715), k(1.0)))
     return b.fmul(b.fmul(x, k(0.5)), b.fadd(g.tanh(inner), k(1.0)))
 
 
-def erf(g: G, x: Val) -> Val:
+def erf(g: Emitter, x: Val) -> Val:
     """The error function, to some 2e-7 (Abramowitz and Stegun 7.1.26)."""
     b, k = g.b, partial(g.k, x.type)
     size = g.each_lane("fabs", x)
@@ -32,43 +32,43 @@ def erf(g: G, x: Val) -> Val:
     return g.each_lane("copysign", y, x)
 
 
-def gelu_erf(g: G, x: Val) -> Val:
+def gelu_erf(g: Emitter, x: Val) -> Val:
     """x · Φ(x)"""
     b = g.b
     return b.fmul(b.fmul(x, g.k(x.type, 0.5)), b.fadd(erf(g, b.fmul(x, g.k(x.type, 0.70710678))), g.k(x.type, 1.0)))
 
 
-def relu(g: G, x: Val) -> Val:
+def relu(g: Emitter, x: Val) -> Val:
     """max(x, 0), NaN where x is"""
     zero = g.k(x.type, 0.0)
     return g.b.select(g.b.fcmp_ordered("<", x, zero), zero, x)
 
 
-ACTS = {t.SILU: silu, t.GELU_TANH: gelu_tanh, t.GELU_ERF: gelu_erf, t.RELU: relu}
+ACTS = {layout.SILU: silu, layout.GELU_TANH: gelu_tanh, layout.GELU_ERF: gelu_erf, layout.RELU: relu}
 """What `layout.ACTS` numbers, as code for a vector."""
 
 
-_NOTHING = 1e-30  # a block whose largest is not above this is zero
+_MIN_MAGNITUDE = 1e-30  # a block whose largest is not above this is zero
 
 
-def quantize_block(g: G, x0: Val, x1: Val, codes: Val, scales: Val) -> None:
+def quantize_block(g: Emitter, x0: Val, x1: Val, codes: Val, scales: Val) -> None:
     """Two vectors to 32 int8 at `codes`; their scale s and s · sum of codes, float32, at `scales`.
 
     One NaN makes s a NaN, and so whatever is computed with it.
     """
-    b, bytes16 = g.b, V(i8, 16)
-    size0, size1 = (b.and_(b.bitcast(x, vi), g.k(vi, 0x7FFFFFFF)) for x in (x0, x1))  # as integers a NaN is largest
-    top_bits = g.call("llvm.vector.reduce.smax.v16i32", i32, [g.call("llvm.smax.v16i32", vi, [size0, size1])])
+    b, bytes16 = g.b, Vector(i8, 16)
+    size0, size1 = (
+        b.and_(b.bitcast(x, i32x16), g.k(i32x16, 0x7FFFFFFF)) for x in (x0, x1)
+    )  # as integers a NaN is largest
+    top_bits = g.call("llvm.vector.reduce.smax.v16i32", i32, [g.call("llvm.smax.v16i32", i32x16, [size0, size1])])
     top = b.bitcast(top_bits, f32)
-    some = b.fcmp_unordered(">", top, g.f(_NOTHING))
-    inverse = g.splat(b.select(some, b.fdiv(g.f(127.0), top), g.f(0.0)))
+    nonzero = b.fcmp_unordered(">", top, g.f(_MIN_MAGNITUDE))
+    inverse = g.splat(b.select(nonzero, b.fdiv(g.f(127.0), top), g.f(0.0)))
     r0, r1 = (g.each_lane("nearbyint", b.fmul(x, inverse)) for x in (x0, x1))
-    q0, q1 = (b.fptosi(r, vi) for r in (r0, r1))
+    q0, q1 = (b.fptosi(r, i32x16) for r in (r0, r1))
     fit, norm = (g.rsum(g.fma(r0, u0, b.fmul(r1, u1))) for u0, u1 in ((x0, x1), (r0, r1)))
-    scale = b.select(some, b.fdiv(fit, norm), g.f(0.0))
+    scale = b.select(nonzero, b.fdiv(fit, norm), g.f(0.0))
     g.st(b.trunc(q0, bytes16), codes)
     g.st(b.trunc(q1, bytes16), codes, 16)
     g.st(scale, scales)
     g.st(b.fmul(scale, b.sitofp(g.rsum_int(b.add(q0, q1)), f32)), scales, 4)
-
-
