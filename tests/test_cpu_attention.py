@@ -85,6 +85,8 @@ class Bench:
         row = {
             t.X: address(x),
             t.X_STRIDE: x.strides[0],
+            t.KEY_STRIDE: x.strides[0],
+            t.VALUE_STRIDE: x.strides[0],
             t.WIDTH: KV_HEADS,
             t.OUT: address(out),
             t.OUT_STRIDE: out.strides[0],
