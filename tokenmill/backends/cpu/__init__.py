@@ -1,4 +1,4 @@
-"""The CPU backend: kernels compiled by numba from LLVM vector code, and a step as a table of them. No torch."""
+"""The CPU backend: vector kernels compiled with numba and LLVM, and a step table that calls them. It needs no torch."""
 
 from tokenmill.backends.cpu.kind import KIND
 

@@ -1,7 +1,8 @@
-"""Kernels of attention: writing keys and values to the paged cache, and attending, with norm and rotation before both.
+"""Attention kernels: write keys and values to the paged KV cache, then attend. Both apply norms and rotation first.
 
-An item is one key-value head and up to AT_ONCE consecutive rows of one sequence. Its (row, query head) pairs go in
-tiles (`attention_tiles.py`). How rows are cut into items, and which thread takes which, changes no bit.
+A work item is one key-value head and up to ITEM_ROWS consecutive rows of one sequence. Its (row, query head) pairs are
+computed in tiles (`attention_tiles.py`). Invariant: results are bitwise independent of the division into items and of
+the assignment of items to threads.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ _SCORE_ROWS = layout.SCORE_ROWS
 
 @inline
 def prepare_head(row: int, r: int, x: int, vectors: int, weight: int) -> None:
-    """Norm and rotation of one head of row r, in place."""
+    """Normalize and rotate one head of row r in place."""
     if weight:
         rms_norm(vectors, x, weight, x, peek(row + _EPS))
     if peek(row + _ROPE):
@@ -82,12 +83,12 @@ def prepare_head(row: int, r: int, x: int, vectors: int, weight: int) -> None:
 
 @inline
 def blocks_of(context: int, r: int) -> int:
-    """The block table of row r's sequence."""
+    """Return the address of the block table of row r's sequence."""
     return int(peek(context + _TABLES) + peek(peek(context + _SEQUENCES) + r * 8) * peek(context + _TABLE_STRIDE))
 
 
 def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
-    """(row, context, r, h, position): key and value of head h of row r to the cache."""
+    """Make a function (row, context, r, h, position) that writes key and value of head h of row r to the cache."""
     pages, vectors, dim, size = heads.pages, heads.dim // 16, heads.dim, heads.pages.size
     store = emit(4, pages.store)
 
@@ -103,9 +104,10 @@ def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
 
 
 def write_cache(isa: Isa, heads: Heads) -> Body:
-    """Kernel: keys and values of all rows to the cache, before attention, if a row may see another's; else nothing.
+    """Make the kernel that writes keys and values of all rows to the cache before attention.
 
-    Neighbours share a page, so an item is up to 16 rows that follow each other.
+    It does nothing if every sequence has one row: then `attend` writes them. Adjacent rows share a page, so an item is
+    up to 16 consecutive rows.
     """
     write, dim, group, vectors = _token_writer(isa, heads), heads.dim, heads.group, heads.dim // 16
 
@@ -131,7 +133,10 @@ def write_cache(isa: Isa, heads: Heads) -> Body:
 
 
 def _tile(isa: Isa, heads: Heads, pairs: int) -> Callable[..., None]:
-    """(p0, n, table, kv, stride, pair, scores, bytes of a row of them, factor, cap) for `pairs` pairs."""
+    """Make a function that attends for `pairs` pairs.
+
+    Its parameters: (p0, n, table, kv, stride, pair, scores, bytes of a row of scores, factor, cap).
+    """
     code, few = Tile(isa, heads, pairs), heads.scored(isa, pairs)
     scores, softmax, values = emit(8, Tile(isa, heads, few).scores), emit(6, code.softmax), emit(6, code.values)
 
@@ -149,7 +154,7 @@ def _tile(isa: Isa, heads: Heads, pairs: int) -> Callable[..., None]:
 
 
 def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
-    """(row, context, r0, n, h, pairs, tile): the words of an item's pairs."""
+    """Make a function (row, context, r0, n, h, pairs, tile) that writes the words of an item's pairs."""
     group, dim, vectors = heads.group, heads.dim, heads.dim // 16
 
     def write(row: int, context: int, r0: int, n: int, h: int, pairs: int, tile: int) -> None:
@@ -169,7 +174,7 @@ def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
 
 
 def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
-    """(row, context, tid, r0, n, h): attention of head h for rows r0 … r0 + n."""
+    """Make a function (row, context, tid, r0, n, h) that computes attention of head h for rows [r0, r0 + n)."""
     group, dim, page = heads.group, heads.dim, heads.pages.size
     big, small = heads.tiles(isa)
     many, few, write_pairs = _tile(isa, heads, big), _tile(isa, heads, small), _pair_writer(isa, heads)
@@ -185,7 +190,7 @@ def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
         scores = peek(context + _SCORE_AT) + tid * _SCORE_ROWS * size
         j = 0
         while j < n * group:
-            # the last tile overlaps the one before it: the same numbers twice cost less than a tile of every size
+            # The last tile may overlap the one before it: computing pairs twice is cheaper than a tile of every size.
             if n * group >= big:
                 j = min(j, n * group - big)
                 many(p0, count, table, kv, stride, pairs + j * PAIR_BYTES, scores, size, factor, cap)
@@ -204,7 +209,10 @@ def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
 
 
 def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
-    """(row, context, r0, n, h): ask for what an item reads first, unless it is of a prompt, whose pages are near."""
+    """Make a function (row, context, r0, n, h) that prefetches the first pages of an item.
+
+    It skips items of several rows: these belong to a prompt, whose pages are in the processor's cache already.
+    """
     begin, page = emit(5, Tile(isa, heads, 1).begin), heads.pages.size
 
     def prefetch(row: int, context: int, r0: int, n: int, h: int) -> None:
@@ -219,9 +227,9 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
 
 
 def attend(isa: Isa, heads: Heads) -> Body:
-    """Kernel: attention of all items; where every sequence has one row, it writes their keys and values first.
+    """Make the kernel that computes attention of all items. If every sequence has one row, it also writes the cache.
 
-    While there are many, a thread takes an item when it still has one, to ask for its first pages early.
+    While many items are left, a thread takes its next item early and prefetches its first pages.
     """
     item, write, prefetch = _item(isa, heads), _token_writer(isa, heads), _beginning(isa, heads)
 
@@ -254,7 +262,7 @@ _KERNEL_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?")
 
 
 def named(name: str, isa: Isa) -> Body:
-    """The kernel of that name. KeyError if there is none."""
+    """Make the kernel of a name. Raises KeyError for a name that does not describe an attention kernel."""
     match = _KERNEL_NAME.fullmatch(name)
     if match is None:
         raise KeyError(name)

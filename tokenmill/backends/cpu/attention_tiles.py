@@ -1,8 +1,8 @@
-"""The code of attention's inner loops: several (query row, head) pairs at once against the pages of a sequence.
+"""Code of attention's inner loops: several (query row, head) pairs at once against the pages of a sequence.
 
-Two passes, scores to scratch, then softmax, then probabilities times values: nothing is rescaled. All pairs of a tile
-share every load of a key or a value, and pages are asked for well before they are read. A pair's numbers never depend
-on what else is in its tile, on the size of the tile or on pages that it does not see: those add exact zeros.
+Scores go to scratch, then softmax, then probabilities times values, so no partial sums are rescaled. All pairs of a
+tile share each load of a key or a value. Pages are prefetched. Invariant: the result of a pair does not depend on the
+other pairs or the size of its tile, nor on masked positions, which add exact zeros.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.pages import KvForm, Pages
 from tokenmill.backends.cpu.rows import capped
 
-PAGES_AHEAD = 4  # pages that are asked for before they are read: what a core's share of the memory's speed needs
+PAGES_AHEAD = 4  # prefetch distance in pages, chosen for a core's share of the memory bandwidth
 PAIR_BYTES = 64
 QUERY, OUTPUT, SCORES, END, BEGIN, TOP, INVERSE = range(0, 56, 8)
-"""A pair's words: addresses of query, output and scores; keys that it sees, behind the last and first; two float32."""
-_HIDDEN = -1e30  # score of a key that is not seen
-_MIN_EXPONENT = -80.0  # e to less than this is zero
+"""A pair's words: addresses of query, output, scores; visible keys [BEGIN, END); largest score and 1 / sum."""
+_HIDDEN = -1e30  # score of a masked key
+_MIN_EXPONENT = -80.0  # e^x counts as 0 below this x
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What attention kernels are compiled for."""
+    """The shape that attention kernels are compiled for."""
 
     form: KvForm
     dim: int  # a multiple of 16
@@ -37,49 +37,53 @@ class Heads:
 
     @property
     def name(self) -> str:
-        """Part of the kernels' names."""
+        """The shape as a part of the kernels' names."""
         return f"{self.form}_{self.dim}x{self.group}{'_capped' if self.capped else ''}"
 
     @property
     def kernels(self) -> tuple[str, str]:
-        """Names of those to run, in this order."""
+        """Names of the kernels, in the order of execution."""
         return f"write_{self.name}", f"attend_{self.name}"
 
     @property
     def pages(self) -> Pages:
-        """The cache's."""
+        """The layout of cache pages."""
         return Pages(self.form, self.dim)
 
     @property
     def item_rows(self) -> int:
-        """Rows of an item: their heads fill the registers. For AT_ONCE."""
+        """Query rows of an item: as many as fill the registers together with their heads."""
         return max(1, layout.SCORE_ROWS // self.group)
 
     def tiles(self, isa: Isa) -> tuple[int, int]:
-        """Pairs of the tile for full items, and of the one for fewer rows."""
-        most = layout.SCORE_ROWS if isa.lanes != 8 else 6  # whose sums fit the registers
+        """Return the pairs of the tile for full items and of the tile for fewer rows."""
+        most = layout.SCORE_ROWS if isa.lanes != 8 else 6  # more sums do not fit the registers
 
         return _even(self.group * self.item_rows, most), _even(self.group, most)
 
     def scored(self, isa: Isa, pairs: int) -> int:
-        """Pairs of a tile whose scores are computed together: few registers are better spent on two pages."""
+        """Return the pairs whose scores are computed together.
+
+        With few registers, fewer pairs of two pages at once are faster.
+        """
         return _even(pairs, 3 if isa.lanes == 8 else pairs)
 
 
 def _even(pairs: int, most: int) -> int:
-    """Pairs of each piece if they are cut into the fewest pieces of at most `most`."""
+    """Return the pairs of each piece if `pairs` is cut into the fewest pieces of at most `most`."""
     return -(-pairs // -(-pairs // most))
 
 
 def _larger(g: Emitter, a: Val, b: Val) -> Val:
-    """The larger, b if a is no number: one instruction where maxnum takes three."""
+    """Emit the maximum; b if a is NaN. It takes one instruction where maxnum takes three."""
     return g.b.select(g.b.fcmp_ordered(">", a, b), a, b)
 
 
 class Tile:
-    """Writes the code for `pairs` pairs at once. Methods take (p0, n, table, kv, stride, pair, …): pages p0 … p0 + n.
+    """The code generator for a tile of `pairs` pairs. Methods take (p0, n, table, kv, stride, pair, …).
 
-    `table`: the sequence's blocks; `kv`: the head's page of block 0; `stride`: bytes of a block; `pair`: the words.
+    They process pages [p0, p0 + n). `table`: block table; `kv`: the head's page of block 0; `stride`: bytes from page
+    to page; `pair`: the words of the first pair. All but p0 and n are addresses or bytes.
     """
 
     def __init__(self, isa: Isa, heads: Heads, pairs: int) -> None:
@@ -87,11 +91,12 @@ class Tile:
         self.parts = 16 // isa.lanes
         registers = 31 if isa.lanes != 8 else 15
         widest = max(1, (registers - 1) // (pairs + 1))
-        self.two_pages = 4 * pairs + 3 <= registers  # pages at once: a query's number is then read once for both
-        self.wide = min(1 << (widest.bit_length() - 1), heads.dim // isa.lanes)  # vectors of a pass over the values
+        self.two_pages = 4 * pairs + 3 <= registers  # a loaded query element then serves two pages
+        # output vectors computed in one pass over the values
+        self.wide = min(1 << (widest.bit_length() - 1), heads.dim // isa.lanes)
 
     def _page(self, g: Emitter, p0: Val, table: Val, kv: Val, stride: Val) -> Callable[[Val], Val]:
-        """Address of page p0 + i."""
+        """Return a function that emits the address of page p0 + i."""
 
         def at(i: Val) -> Val:
             block = g.ld(i32, g.at(table, g.b.shl(g.at(p0, i), g.c(2))))
@@ -100,7 +105,10 @@ class Tile:
         return at
 
     def _ahead(self, g: Emitter, i: Val, n: Val, page: Callable[[Val], Val], then: int = 0) -> Val:
-        """What will be read AHEAD pages after page i: a page, or behind the last one `then` bytes into an early one."""
+        """Emit the address to prefetch at page i: page i + PAGES_AHEAD.
+
+        Beyond the last page it is `then` bytes into an early page, or the last page if `then` is 0.
+        """
         b, j = g.b, g.at(i, PAGES_AHEAD)
         more, last = b.icmp_signed("<", j, n), g.at(n, -1)
         behind = b.sub(j, n) if then else last
@@ -108,7 +116,7 @@ class Tile:
         return g.at(page(b.select(more, j, behind)), b.select(more, g.c(0), g.c(then)))
 
     def begin(self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val) -> None:
-        """Ask for the first keys."""
+        """Emit prefetches of the first keys."""
         page, more = self._page(g, p0, table, kv, stride), g.b.icmp_signed("<", n, g.c(PAGES_AHEAD))
 
         def one(i: Val, _: list[Val]) -> None:
@@ -119,7 +127,7 @@ class Tile:
         g.loop(g.b.select(more, n, g.c(PAGES_AHEAD)), (), one)
 
     def _scales(self, g: Emitter, page: Val) -> None:
-        """Ask for a page's scales."""
+        """Emit prefetches of a page's scales."""
         if self.heads.form == "int8":
             g.prefetch(page, self.pages.key_scales)
             g.prefetch(page, self.pages.value_scales)
@@ -130,17 +138,17 @@ class Tile:
     def scores(
         self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val, factor: Val, cap: Val
     ) -> None:
-        """Scores of all pairs and their largest; `factor`, `cap`: bits of floats."""
+        """Emit the scores of all pairs and the largest score of each pair. `factor`, `cap`: bits of float32."""
         page = self._page(g, p0, table, kv, stride)
         hidden = g.k(Vector(f32, self.lanes), _HIDDEN)
         finish = self._finisher(g, p0, pair, factor, cap)
 
         def scores_of(first: Val, count: int, best: list[Val]) -> list[Val]:
-            """`count` pages from the first on; the largest scores so far, by part and pair."""
-            step_tokens = [g.at(first, k) for k in range(count)]
-            here = [page(i) for i in step_tokens]
-            ahead = [self._ahead(g, i, n, page, self.pages.values) for i in step_tokens]
-            for i in step_tokens:
+            """Emit the scores of `count` pages from `first` on. Returns the largest scores so far, by part and pair."""
+            page_indices = [g.at(first, k) for k in range(count)]
+            here = [page(i) for i in page_indices]
+            ahead = [self._ahead(g, i, n, page, self.pages.values) for i in page_indices]
+            for i in page_indices:
                 self._scales(
                     g, page(g.b.select(g.b.icmp_signed("<", g.at(i, PAGES_AHEAD), n), g.at(i, PAGES_AHEAD), i))
                 )
@@ -148,7 +156,7 @@ class Tile:
             for part in range(self.parts):
                 sums = self._products(g, here, self._words(g, pair, QUERY), part, ahead)
                 for k in range(count):
-                    for r, s in enumerate(finish(step_tokens[k], here[k], part, sums[k])):
+                    for r, s in enumerate(finish(page_indices[k], here[k], part, sums[k])):
                         best[part * self.pairs + r] = _larger(g, s, best[part * self.pairs + r])
             return best
 
@@ -164,7 +172,7 @@ class Tile:
             g.st(g.rmax(top), pair, PAIR_BYTES * r + TOP)
 
     def _finisher(self, g: Emitter, p0: Val, pair: Val, factor: Val, cap: Val) -> Callable[..., list[Val]]:
-        """(page's number, address, part, sums) -> a part's scores: scaled, hidden where not seen, and stored."""
+        """Return a function (page index, address, part, sums) that scales, masks and stores the scores of a part."""
         ends, begins = ([g.b.trunc(w, i32) for w in self._words(g, pair, word)] for word in (END, BEGIN))
         scores, scale = self._words(g, pair, SCORES), g.splat(g.bits(factor), self.lanes)
         floats, ints = Vector(f32, self.lanes), Vector(i32, self.lanes)
@@ -173,12 +181,12 @@ class Tile:
             b, out = g.b, []
             position = b.trunc(b.shl(g.at(p0, i), g.c(4)), i32)
             lane = ir.Constant(ints, list(range(part * self.lanes, (part + 1) * self.lanes)))
-            step_tokens, by = b.add(g.splat(position, self.lanes), lane), scale
+            positions, by = b.add(g.splat(position, self.lanes), lane), scale
             if self.heads.form == "int8":
                 by = b.fmul(by, g.ld(floats, here, self.pages.key_scales + 4 * part * self.lanes))
             for r in range(self.pairs):
                 end, begin = (g.splat(w[r], self.lanes) for w in (ends, begins))
-                seen = b.and_(b.icmp_signed("<", step_tokens, end), b.icmp_signed(">=", step_tokens, begin))
+                seen = b.and_(b.icmp_signed("<", positions, end), b.icmp_signed(">=", positions, begin))
                 s = b.fmul(sums[r], by)
                 s = capped(g, s, g.splat(g.bits(cap), self.lanes)) if self.heads.capped else s
                 out.append(b.select(seen, s, g.k(floats, _HIDDEN)))
@@ -190,7 +198,10 @@ class Tile:
     def _products(
         self, g: Emitter, pages: list[Val], queries: list[Val], part: int, ahead: list[Val]
     ) -> list[list[Val]]:
-        """Queries times one part of some pages' keys. Two sums a pair, or the loop waits for additions."""
+        """Emit queries times one part of the keys of some pages.
+
+        Each pair has two sums: with one, the loop would wait for the latency of additions.
+        """
         b, item, lanes, count = g.b, self.pages.item, self.lanes, len(pages)
 
         def four(j: Val, sums: list[Val]) -> list[Val]:
@@ -214,7 +225,7 @@ class Tile:
         return [totals[k * self.pairs : (k + 1) * self.pairs] for k in range(count)]
 
     def softmax(self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
-        """Scores to e^(score − largest), times the values' scales if they have any; and one over their sum."""
+        """Emit e^(score − largest), times the scales of int8 values, and the inverse of the sum."""
         page = self._page(g, p0, table, kv, stride)
         scores = self._words(g, pair, SCORES)
         tops = [g.splat(top) for top in self._words(g, pair, TOP, f32)]
@@ -233,7 +244,7 @@ class Tile:
             g.st(g.b.fdiv(g.f(1.0), g.rsum(total)), pair, PAIR_BYTES * r + INVERSE)
 
     def values(self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
-        """Probabilities times values, to the outputs."""
+        """Emit probabilities times values and store the outputs."""
         page = self._page(g, p0, table, kv, stride)
         vectors = self.heads.dim // self.lanes
 
@@ -245,7 +256,7 @@ class Tile:
             self._columns(g, n, page, pair, g.c((vectors - rest) * self.lanes), rest)
 
     def _columns(self, g: Emitter, n: Val, page: Callable[[Val], Val], pair: Val, column: Val, wide: int) -> None:
-        """`wide` vectors of the outputs from `column` on."""
+        """Emit `wide` vectors of the outputs from `column` on."""
         b, item, lanes = g.b, self.pages.item, self.lanes
         scores, offset = self._words(g, pair, SCORES), g.at(b.mul(column, g.c(item)), self.pages.values)
 

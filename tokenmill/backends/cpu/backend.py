@@ -1,9 +1,10 @@
-"""The CPU backend: lowers a program to a table of compiled kernels and walks it, a step at a time. No torch, and no
-numba either unless a kernel has to be compiled.
+"""The CPU backend: lower a program to a table of compiled kernels and execute the table once a step.
 
-A thread of its own stands for a device's queue: `run` hands a step over and returns, and the engine plans the next one
-meanwhile. Everything by slot belongs to that thread. A row's numbers never depend on what else is in its step: tokens
-are the same alone, in a batch, in chunks, behind a cached prefix and after a preemption.
+It needs no torch, and numba only if a kernel is missing from the kernel cache.
+
+One thread plays the part of a device queue: `run` submits a step and returns, so the engine plans the next step
+meanwhile. Invariant: only this thread writes per-slot state. Invariant: results are batch-invariant. A sequence gets
+the same tokens alone, in a batch, in prompt chunks, behind a cached prefix and after a preemption.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from tokenmill.wire.messages import Progress, TokenDetails
 
 Report = Callable[[Progress], None]
 KV_DTYPES = {"": "f16", "float16": "f16", "int8": "int8"}
-_PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
-_WARM_TOKENS = 32
+_PROMPT_ROWS = 128  # prompt positions whose logits are computed at a time: bounds the size of the logits buffer
+_WARM_TOKENS = 32  # prompt tokens of the warm-up step
 
 
 class CpuStep:
-    """A step on the backend's thread."""
+    """A step submitted to the backend's thread."""
 
     def __init__(self, future: Future[StepResult], masks: AwaitedMasks) -> None:
         self._future, self.masks = future, masks
@@ -61,9 +62,11 @@ class CpuStep:
 class CpuBackend:
     """Implements `backends.base.Backend` for one rank.
 
-    The constructor reads and packs the weights, compiles what is not in the kernel cache, and calls `report` meanwhile.
-    `isa` "": the best of this machine. `threads`: that compute, the backend's own among them. `kv_dtype`: a key of
-    KV_DTYPES. Unsupported, with the reason, for a program that has to be run by another backend.
+    The constructor reads and packs the weights, compiles the kernels that the cache lacks, and reports progress through
+    `report`. It raises Unsupported, with the reason, for a program that this backend cannot run.
+
+    `threads`: compute threads, including the backend's own. `isa`: name of an instruction set; "" selects the best one
+    of this machine. `kv_dtype`: dtype of the KV cache, a key of KV_DTYPES.
     """
 
     def __init__(
@@ -116,22 +119,22 @@ class CpuBackend:
         row[[layout.ROWS, layout.X, layout.X_STRIDE, layout.WIDTH]] = 1, at.address, at.stride, self.vocab_size
         return Line(None, "sample", row)
 
-    # ---- what Backend promises ----
+    # ---- the Backend protocol ----
 
     def block_bytes(self) -> int:
-        """Bytes of one cache block over all layers."""
+        """Return the bytes of one cache block over all layers."""
         return self._memory.block_bytes(self.limits.block_size)
 
     def step_bytes(self) -> int:
-        """Bytes that the largest step needs besides weights and cache."""
+        """Return the bytes that the largest step needs besides weights and KV cache."""
         return self._memory.plan.size + self._scratch.nbytes
 
     def claimed_bytes(self) -> int:
-        """None of them: memory is taken as it is first written to."""
+        """Return 0: the system commits memory when it is first written to, not when it is allocated."""
         return 0
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
+        """Allocate the KV cache. Call once, before the first step. Raises NotEnoughMemory if it does not fit."""
         try:
             self._memory.allocate(num_blocks * (self.limits.block_size // layout.BLOCK))
         except (MemoryError, OSError, ValueError, OverflowError) as e:
@@ -150,24 +153,24 @@ class CpuBackend:
         self._table[:] = rows
 
     def warm_up(self) -> None:
-        """Run a small prompt and a decode step on the first blocks, which are empty again afterwards."""
+        """Run a short prompt and a decode step in the first blocks, then clear these blocks."""
         self._thread.submit(self._warm_up).result()
 
     def run(self, inputs: StepInputs) -> Step:
-        """Launch a step behind those before it and return at once.
+        """Submit a step behind the ones before it and return immediately.
 
-        What needs nothing of the steps before is done here, while they run.
+        The plan of a step needs no result of earlier steps, so it is built here while they run.
         """
         masks, plan = AwaitedMasks(inputs.deferred), self._scratch.plan(self._slots.step_tokens(inputs))
         self._last = CpuStep(self._thread.submit(self._step, inputs, plan, masks), masks)
         return self._last
 
     def idle_work(self) -> bool:
-        """Nothing is put off."""
+        """Return False: this backend defers no work."""
         return False
 
     def close(self) -> None:
-        """End the threads after the step that they run. Idempotent."""
+        """Stop the threads once the current step ends. Idempotent."""
         if self._last is not None:
             self._last.masks.give_up()
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -183,9 +186,10 @@ class CpuBackend:
         return StepResult(token_ids, details, prompt)
 
     def _compute(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks | None = None) -> list[int]:
-        """All rows of the table, or those before rows are taken if nobody samples. The sampled ids.
+        """Execute the table and return the sampled ids, one for each sampling row.
 
-        The last row, which samples, waits for masks if there will be some.
+        A step without sampling rows stops before TakeRows. The last row samples: it waits for deferred masks, and the
+        rows before it run meanwhile.
         """
         self._scratch.begin(plan)
         if not len(plan.chosen):
@@ -201,7 +205,10 @@ class CpuBackend:
         return ids
 
     def _prompt_details(self, inputs: StepInputs) -> dict[int, tuple[TokenDetails, ...]] | None:
-        """How likely the prompt's tokens were: the table's end over their positions, some at a time."""
+        """Return the prompt log-probabilities that this step computes, by row of the step.
+
+        The rows of the table from TakeRows on run again, for _PROMPT_ROWS positions at a time.
+        """
         wanted = self._slots.prompt_positions(inputs)
         max_listed = self._slots.parameters.rows["prompt_logprobs"][inputs.slots[wanted.rows]]
         details: dict[int, tuple[TokenDetails, ...]] = {}
@@ -235,7 +242,11 @@ class CpuBackend:
 
 
 class StepPlan(NamedTuple):
-    """A step's words, the arrays that they point to, and the one of them that the chosen ids come to."""
+    """The context words of one step and the arrays that they point to.
+
+    `words`: values of `layout.STEP_WORDS`. `referenced`: arrays that must stay alive while the step runs. `chosen`: the
+    one of them that receives the sampled ids.
+    """
 
     words: NDArray[np.int64]
     referenced: tuple[NDArray[np.int64], ...]
@@ -243,7 +254,7 @@ class StepPlan(NamedTuple):
 
 
 class Scratch:
-    """A step's context and what its words point to."""
+    """The context of a step and the scratch memory that its words point to."""
 
     def __init__(self, memory: Memory, slots: Slots, sampler: Sampler, lines: list[Line]) -> None:
         sizes, n = memory.sizes, memory.sizes.threads
@@ -275,10 +286,10 @@ class Scratch:
             self._arrays[layout.TILE].strides[0], scores, self._arrays[layout.ROW].strides[0],
         )  # fmt: skip
         self.nbytes = sum(array.nbytes for array in self._arrays.values()) + sampler.nbytes
-        self._referenced: tuple[NDArray[np.int64], ...] = ()  # what the words of the step that runs point to
+        self._referenced: tuple[NDArray[np.int64], ...] = ()  # keeps the arrays of the current step alive
 
     def plan(self, step_tokens: StepTokens) -> StepPlan:
-        """A step's words. Touches nothing that steps use: any thread may ask, at any time."""
+        """Build the words of a step. Reads no state that a step writes, so any thread may call it at any time."""
         first, count = self._items(step_tokens)
         chosen = np.zeros(len(step_tokens.samples), np.int64)
         referenced = (
@@ -297,16 +308,16 @@ class Scratch:
         )
 
     def begin(self, plan: StepPlan) -> None:
-        """The step that runs from now on."""
+        """Write the words of the next step into the context."""
         self.context[layout.STEP_WORDS], self._referenced = plan.words, plan.referenced
 
     def sample(self, where: NDArray[np.int64]) -> None:
-        """Other rows of the step that runs now sample."""
+        """Make other tokens of the current step the sampling rows. `where`: indices of these tokens."""
         self._referenced = (*self._referenced, np.ascontiguousarray(where))
         self.context[layout.SAMPLES], self.context[layout.SAMPLED] = len(where), self._referenced[-1].ctypes.data
 
     def _items(self, step_tokens: StepTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Attention's items: runs of at most so many rows of one sequence, (first row, rows)."""
+        """Cut the step into attention items, runs of rows of one sequence. Returns first rows and lengths."""
         if step_tokens.single_token:
             return step_tokens.firsts, np.ones(len(step_tokens.firsts), np.int64)
         n = self._item_rows
@@ -318,6 +329,6 @@ class Scratch:
 
 
 def _body(lines: list[Line]) -> int:
-    """How many rows of the table stand before rows are taken."""
+    """Return the number of table rows before TakeRows: a step without sampling rows runs only these."""
     takes = (i for i, line in enumerate(lines) if isinstance(line.op, ops.TakeRows))
     return next(takes, len(lines) - 1)

@@ -1,8 +1,8 @@
-"""Kernels on disk: object files in a folder of the user's, and how they get into this process.
+"""The on-disk cache of compiled kernels: object files in a user folder, loaded into this process.
 
-A file belongs to exact sources, library versions, CPU and instruction set: all are part of the folder's name, so
-nothing stale is ever loaded, and machines that share a home folder do not disturb each other. What is missing is
-compiled (`compiler.py`, some seconds for a model) before the server is ready, in several processes if there are cores.
+The folder's name is a hash of the sources, library versions, CPU and instruction set. So no stale kernel is ever
+loaded, and machines may share a home folder. Missing kernels are compiled before the server is ready (`compiler.py`,
+some seconds for a model), in several processes if there are cores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tokenmill.errors import StartError
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("numba", "llvmlite")
-_HOST_MODULES = (  # emit no code
+_HOST_MODULES = (  # modules that emit no machine code, so editing them keeps the cache valid
     "backend.py", "cache.py", "explain.py", "lower.py", "memory.py", "prepare.py", "sampler.py", "scratch.py",
     "slots.py", "threads.py",
 )  # fmt: skip
@@ -37,33 +37,33 @@ _NEVER_CALLED = (
     "numba_gil_ensure", "numba_gil_release", "numba_do_raise", "numba_unpickle", "numba_runtime_build_excinfo_struct",
     "NRT_Free", "NRT_MemInfo_call_dtor",
 )  # fmt: skip
-"""numba's ways to raise an exception. Kernels raise none, but the code for it is there."""
+"""Functions of numba that raise exceptions. Kernels raise none, but their object files refer to these symbols."""
 
-_SECONDS = {"sample": 4.0, "attend": 1.5, "linear": 1.0, "norm": 0.6}
+_COMPILE_S = {"sample": 4.0, "attend": 1.5, "linear": 1.0, "norm": 0.6}
 _MOST_JOBS = 4
 _ADVICE = "Name another folder with --kernel-cache."
 
 Report = Callable[[int, int], None]
-"""Kernels compiled so far, and in all."""
+"""(kernels compiled so far, kernels to compile)"""
 
 
 def user_folder() -> Path:
-    """Where kernels are kept if nobody says otherwise."""
+    """Return the default cache folder."""
     return Path.home() / ".cache" / "tokenmill" / "kernels"
 
 
 class KernelCache:
-    """Compiled kernels of one instruction set.
+    """The cached kernels of one instruction set.
 
-    `folder`: under which they are kept. One that cannot be written to is said in the log; everything is then compiled
-    anew at every start. `jobs`: processes that compile, at most.
+    `folder`: parent of the cache folder. If it is not writable, a warning is logged and kernels are compiled at every
+    start. `jobs`: maximum number of compiling processes.
     """
 
     def __init__(self, folder: Path, isa: Isa, jobs: int = 1) -> None:
         self.isa, self.folder, self._jobs = isa, folder / f"{isa.name}-{_key(isa)}", jobs
 
     def load(self, names: Iterable[str], report: Report | None = None) -> Code:
-        """The kernels as callable addresses; those that are missing are compiled first."""
+        """Load kernels into this process; compile missing ones first."""
         wanted = list(dict.fromkeys(names))
         objects = {name: data for name in wanted if (data := self._read(name)) is not None}
         if missing := [name for name in wanted if name not in objects]:
@@ -71,7 +71,7 @@ class KernelCache:
         return Code([(name, objects[name]) for name in wanted])
 
     def fill(self, names: Iterable[str], report: Report | None = None) -> int:
-        """Compile what is missing; how many that were. StartError if it cannot be kept."""
+        """Compile the missing kernels and return their number. Raises StartError if the folder is not writable."""
         missing = self.missing(names)
         if missing and (why := self._make_folder()):
             raise StartError(f"The kernel cache {self.folder} cannot be written to: {why}. {_ADVICE}")
@@ -80,11 +80,15 @@ class KernelCache:
         return len(missing)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Which of them would have to be compiled."""
+        """Return the names that are not in the cache."""
         return [name for name in dict.fromkeys(names) if not (self.folder / f"{name}.o").is_file()]
 
     def _compile(self, names: list[str], report: Report | None) -> dict[str, bytes]:
-        """In helpers, which leave them in the folder, so that numba's memory goes with them; else here."""
+        """Compile kernels and return their object files.
+
+        Helper processes compile them into the folder, so that numba's memory is freed when they exit. This process
+        compiles the rest: all of them if the folder is not writable.
+        """
         made: dict[str, bytes] = {}
         why = self._make_folder()
         writable = not why
@@ -123,7 +127,7 @@ class KernelCache:
             return None
 
     def _make_folder(self) -> str:
-        """Why it cannot be written to; "" if it can."""
+        """Create the folder. Returns the reason why it is not writable; "" if it is."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -132,14 +136,14 @@ class KernelCache:
             return e.strerror or str(e)
 
     def write(self, name: str, data: bytes) -> None:
-        """Keep a kernel; in one go, for others may be reading."""
+        """Write a kernel to the cache, atomically because other processes may be reading."""
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
             file.write(data)
         Path(file.name).replace(self.folder / f"{name}.o")
 
 
 class Code:
-    """Machine code in this process, and where it begins. Keep it as long as an address is in use."""
+    """Machine code loaded into this process, by kernel name. Keep this object alive while an address is in use."""
 
     def __init__(self, objects: list[tuple[str, bytes]]) -> None:
         self._engine = _engine()
@@ -151,16 +155,16 @@ class Code:
         }
 
     def __getitem__(self, name: str) -> int:
-        """A kernel's address."""
+        """Return a kernel's address."""
         return self.addresses[name]
 
     def function(self, name: str) -> Callable[[int, int, int, int], int]:
-        """A kernel to call from Python, which lets go of the interpreter meanwhile."""
+        """Return a kernel as a Python callable, which releases the global interpreter lock during the call."""
         return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(self.addresses[name])
 
 
 def _balanced_shares(names: list[str], jobs: int) -> list[list[str]]:
-    """The kernels for each of some processes, so that all take about as long."""
+    """Divide kernels among processes so that all take about the same time."""
     shares: list[list[str]] = [[] for _ in range(max(1, min(jobs, _MOST_JOBS, len(names))))]
     spent = [0.0] * len(shares)
     for name in sorted(names, key=_cost, reverse=True):
@@ -171,12 +175,12 @@ def _balanced_shares(names: list[str], jobs: int) -> list[list[str]]:
 
 
 def _cost(name: str) -> float:
-    """Seconds that a kernel takes to compile, roughly."""
-    return next((seconds for kind, seconds in _SECONDS.items() if name.startswith(kind)), 0.3)
+    """Estimate the compile time of a kernel in seconds."""
+    return next((seconds for kind, seconds in _COMPILE_S.items() if name.startswith(kind)), 0.3)
 
 
 def _helper(folder: Path, isa: Isa, names: list[str]) -> subprocess.Popen[bytes]:
-    """A process that compiles some kernels into the folder."""
+    """Start a process that compiles kernels into the folder."""
     module = "tokenmill.backends.cpu.cache"
     arguments = [
         sys.executable,
@@ -204,10 +208,10 @@ def _engine() -> Any:
 
 
 def _key(isa: Isa) -> str:
-    """Of everything that a kernel's code depends on."""
+    """Hash everything that the code of a kernel depends on."""
     digest = hashlib.sha256()
     kernels = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in _HOST_MODULES)
-    for path in (*kernels, Path(sampling.__file__)):  # whose parameters the sampler's kernel reads by their offsets
+    for path in (*kernels, Path(sampling.__file__)):  # the sampling kernel reads its parameters by offset
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for library in _LIBRARIES:
         digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
@@ -216,13 +220,13 @@ def _key(isa: Isa) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """A helper: compile kernels of an instruction set into a folder."""
+    """Run a helper process: compile kernels of an instruction set into a folder."""
     from tokenmill.backends.cpu.compiler import compile_kernels
 
     folder, isa, *names = arguments
     cache = KernelCache(Path(folder), detect(isa))
     compile_kernels(names, cache.isa, cache.write)
-    os._exit(0)  # somebody waits for it
+    os._exit(0)  # skips the interpreter's slow shutdown, because the parent waits for this process
 
 
 if __name__ == "__main__":

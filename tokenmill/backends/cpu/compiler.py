@@ -1,12 +1,12 @@
-"""From a kernel's name to machine code. Needs numba; a start whose kernels are all in the cache never comes here.
+"""Compilation of kernels, by name, to object files. Needs numba: imported only if a kernel is missing from the cache.
 
-A module of kernels has `KERNELS: dict[str, Kernel]` for those whose code is the same for every instruction set, and
-`kernels(isa) -> dict[str, Callable[[], Kernel]]` for the others: names to makers, of which only those that a program
-names are called. Attention's kernels are for exact sizes, which their names tell (`attention.named`). All take (thread,
-address of the row, address of the context, address of the counter), all int64.
+A kernel module defines `KERNELS: dict[str, Kernel]` for kernels with the same source for every instruction set, and
+`kernels(isa) -> dict[str, Callable[[], Kernel]]` for the others. The latter maps names to makers, and only the makers
+of the requested kernels are called. Attention kernels are specialized for the sizes in their names (`attention.named`).
+All kernels take (thread, address of the row, address of the context, address of the counter), all int64.
 
-What is compiled leaves numba as LLVM's text and becomes an object file of ours with one
-symbol, `tokenmill_kernel_<name>`, everything else private to it: so nothing that two kernels share by name can meet.
+numba's LLVM text becomes an object file with one external symbol, `tokenmill_kernel_<name>`. All its other symbols are
+internal, so equal names in two kernels cannot collide.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)
 
 
 def makers(isa: Isa) -> Makers:
-    """Every kernel there is for an instruction set."""
+    """Return the makers of all kernels for an instruction set, except attention's."""
     by_name: Makers = {}
     for name in MODULES:
         module = import_module(f"tokenmill.backends.cpu.{name}")
@@ -48,10 +48,10 @@ def _itself(kernel: Kernel) -> Kernel:
 
 
 def compile_kernels(names: Iterable[str], isa: Isa, done: Callable[[str, bytes], None]) -> None:
-    """Compile each; `done` gets its name and object file. Takes some tenths of a second a kernel."""
+    """Compile kernels and pass the name and object file of each to `done`. Takes some tenths of a second a kernel."""
     if (features := target_features(isa)) is not None:
-        vars(config)["CPU_FEATURES"] = features  # before numba's first compilation in this process
-    vars(config)["OPT"] = type(vars(config)["OPT"])(0)  # else each function is optimized again in all that call it
+        vars(config)["CPU_FEATURES"] = features  # must precede numba's first compilation in this process
+    vars(config)["OPT"] = type(vars(config)["OPT"])(0)  # else a function is optimized again in each of its callers
     attention = import_module("tokenmill.backends.cpu.attention")
     by_name, target = makers(isa), _target(isa)
     for name in names:
@@ -59,7 +59,7 @@ def compile_kernels(names: Iterable[str], isa: Isa, done: Callable[[str, bytes],
 
 
 def object_file(name: str, kernel: Kernel, target: Any) -> bytes:
-    """The kernel's machine code, as an object file."""
+    """Return the machine code of a kernel as an object file."""
     module = binding.parse_assembly(_llvm(kernel))
     for function in module.functions:
         if not function.is_declaration:
@@ -78,12 +78,12 @@ def object_file(name: str, kernel: Kernel, target: Any) -> bytes:
 
 
 def _llvm(kernel: Kernel) -> str:
-    """LLVM's text of a kernel and all that it calls, not optimized yet."""
+    """Return the LLVM text of a kernel and all functions that it calls, before optimization."""
     options = {"error_model": "numpy", "nogil": True}
     compiled: Any = ccallback.CFunc(kernel, (SIGNATURE.args, SIGNATURE.return_type), locals={}, options=options)
     with compiler_lock.global_compiler_lock:
         library = compiled._compile_uncached().library
-        library.finalize()  # links what the kernel calls
+        library.finalize()  # links the functions that the kernel calls
     return str(library.get_llvm_str())
 
 

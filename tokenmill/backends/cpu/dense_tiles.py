@@ -1,8 +1,8 @@
-"""The innermost loops of products with floats, as LLVM code: some rows of x times one panel of 16 outputs.
+"""Code of the innermost loops of products with unquantized weights: rows of x times one panel of 16 outputs.
 
-As in `tiles.py` columns are summed in one order, whatever the number of rows. Floats are multiplied in float32;
-bfloat16 also as such, where a CPU can: both factors are then bfloat16, so x is rounded to it first (`narrow`), and two
-products are added to a float32 at once.
+Invariant: columns are summed in the same order for every number of rows (see `tiles.py`). Products are computed in
+float32. With bfloat16 dot products (AVX-512 BF16), bfloat16 weights are multiplied by x rounded to bfloat16 (`narrow`),
+and each instruction adds two products to a float32 sum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenmill.backends.cpu.operands import Operands, panel_parts, prefetch_dist
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
-    """LLVM's bfloat, which llvmlite has no type for."""
+    """The LLVM type bfloat, which llvmlite lacks."""
 
     def __str__(self) -> str:
         return "bfloat"
@@ -37,7 +37,10 @@ _ROUND = "llvm.x86.avx512bf16.cvtneps2bf16.512"
 
 
 class DenseTile:
-    """Code of a tile with a form of floats: `rows` rows of float32 by one panel. Two sums a row, by column's parity."""
+    """The code generator of a tile: `rows` rows of float32 by one panel of a dense form.
+
+    Each row has two sums, for even and odd columns.
+    """
 
     def __init__(self, g: Emitter, isa: Isa, form: DenseForm, rows: int, o: Operands) -> None:
         self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
@@ -46,7 +49,7 @@ class DenseTile:
         self.ahead = prefetch_distance(g, rows, g.b.mul(o.columns, g.c(form.size)))
 
     def write(self) -> None:
-        """The whole tile: four columns at a time, then those that are left."""
+        """Emit the tile: four columns at a time, then the remaining columns."""
         g, b, o, lanes, rows = self.g, self.g.b, self.o, self.isa.lanes, self.rows
         fours = b.lshr(o.columns, g.c(2))
         done = b.shl(fours, g.c(2))
@@ -59,7 +62,7 @@ class DenseTile:
                 store(g, o, [b.fadd(mine[2 * r], mine[2 * r + 1]) for r in range(rows)], 4 * lanes * part)
 
     def _columns(self, parts: Sequence[int], start: Val, count: int, i: Val, acc: list[Val]) -> list[Val]:
-        """Add the i-th `count` columns behind `start`."""
+        """Emit the addition of the i-th group of `count` columns from `start` on."""
         g, b, rows = self.g, self.g.b, self.rows
         new, column = list(acc), b.add(start, b.mul(i, g.c(count)))
         weight = g.at(self.o.weight, b.mul(column, g.c(self.form.size)))
@@ -78,8 +81,9 @@ class DenseTile:
 
 
 class PairTile:
-    """Code of a tile with pairs of bfloat16: `rows` rows of narrowed x by one panel. Two sums a row, by pair's parity:
-    a sum waits for the one before it longer than it takes to multiply eight rows.
+    """The code generator of a tile: `rows` rows of x in bfloat16 by one panel of bfloat16 pairs.
+
+    Each row has two sums, for even and odd pairs: the latency of a dot product exceeds the time to multiply eight rows.
     """
 
     def __init__(self, g: Emitter, rows: int, o: Operands) -> None:
@@ -89,7 +93,7 @@ class PairTile:
         self.ahead = prefetch_distance(g, rows, g.b.mul(self.pairs, g.c(PAIRS.group_size)))
 
     def write(self) -> None:
-        """The whole tile: four pairs at a time, then those that are left."""
+        """Emit the tile: four pairs at a time, then the remaining pairs."""
         g, b, rows, pairs = self.g, self.g.b, self.rows, self.pairs
         fours = b.lshr(pairs, g.c(2))
         done = b.shl(fours, g.c(2))
@@ -98,7 +102,7 @@ class PairTile:
         store(g, self.o, [b.fadd(acc[2 * r], acc[2 * r + 1]) for r in range(rows)], 0)
 
     def _pairs(self, start: Val, count: int, i: Val, acc: list[Val]) -> list[Val]:
-        """Add the i-th `count` pairs behind `start`."""
+        """Emit the addition of the i-th group of `count` pairs from `start` on."""
         g, b, numbers = self.g, self.g.b, Vector(_BF16, 32)
         new, pair = list(acc), b.add(start, b.mul(i, g.c(count)))
         weight, offset = g.at(self.o.weight, b.mul(pair, g.c(PAIRS.group_size))), b.shl(pair, g.c(2))
@@ -113,9 +117,9 @@ class PairTile:
 
 
 def narrow(g: Emitter, columns: Val, x: Val, out: Val) -> None:
-    """What `ir.emit` takes: a row of float32 to bfloat16, rounded to the nearest, ties to even; a zero behind it.
+    """Emit the conversion of a float32 row to bfloat16, with a trailing zero. For `ir.emit`.
 
-    What follows the row's columns is not looked at: it may be another value's.
+    Rounding is to nearest, ties to even. Nothing beyond the row's columns is read: it may belong to another value.
     """
     b = g.b
     whole = b.lshr(columns, g.c(4))
@@ -137,7 +141,7 @@ def narrow(g: Emitter, columns: Val, x: Val, out: Val) -> None:
 
 
 def load_floats(g: Emitter, form: DenseForm, address: Val, offset: int, lanes: int) -> Val:
-    """`lanes` numbers of a dense form as float32."""
+    """Load `lanes` elements of a dense form and convert them to float32."""
     b, floats = g.b, Vector(f32, lanes)
     if form.name == "f32":
         return g.ld(floats, address, offset)

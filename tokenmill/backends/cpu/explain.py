@@ -1,4 +1,4 @@
-"""Which kernels a model is run by, told without reading its weights: for `tokenmill doctor`."""
+"""The list of kernels that a model needs, found without reading its weights: for `tokenmill doctor`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tokenmill.program.value import Program
 from tokenmill.quant.base import Matrix, Piece, Reader, load
 from tokenmill.weights.checkpoint import Checkpoint
 
-_ROWS = 64  # of each tensor: enough to tell how it is packed, and whole blocks of gate and of up
+_ROWS = 64  # rows read of each tensor: enough to determine its packing, and whole blocks of gate and of up
 
 
 def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_dtype: str) -> dict[str, Counter[str]]:
-    """Kind of operation -> how often each of its kernels stands in the table, in the order of the program.
+    """Count the rows of the step table by kind of operation and kernel, in the order of the program. Compiles nothing.
 
-    `program`: as recorded, one that the backend does not refuse. `kv_dtype`: "f16" or "int8". Compiles nothing.
+    `program`: as recorded; the backend must not refuse it. `kv_dtype`: "f16" or "int8".
     """
 
     def read_some(source: Checkpoint, piece: Piece) -> Matrix:
@@ -33,6 +33,6 @@ def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_
     )  # fmt: skip
     kernels: dict[str, Counter[str]] = {}
     for line in Lowering(prepared.program, memory).lines():
-        kind = type(line.op).__name__ if line.op is not None else "Rope"  # a step's angles, for all layers
+        kind = type(line.op).__name__ if line.op is not None else "Rope"  # the cosines and sines of a step
         kernels.setdefault(kind, Counter())[line.kernel] += 1
     return kernels | {"Sample": Counter(["sample"])}

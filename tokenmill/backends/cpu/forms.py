@@ -1,21 +1,20 @@
-"""How weights lie in memory: panels of 16 outputs, of blocks one layout for every instruction set.
+"""Memory layouts of packed weights: panels of 16 outputs. A block form has the same layout for every instruction set.
 
-A block form holds, for each 32 columns of a panel, in this order:
+A quantized form stores, for each 32 columns of a panel, in this order:
 
-* codes, unsigned, in planes of 64 bytes. Byte v of vector j stands for output v // 4 and column 4 · j + v % 4.
-  4 bits: four vectors of nibbles, low ones vectors j = 0 … 3, high ones j = 4 … 7.
+* unsigned codes, in planes of 64 bytes. Byte v of vector j is the code of output v // 4 and column 4 · j + v % 4.
+  4 bits: four planes of nibbles; low nibbles are vectors j = 0 … 3, high nibbles j = 4 … 7.
   5 bits: the same, then a plane whose bit j is bit 4 of vector j's byte.
-  6 bits: the same, then two planes, of vectors 0 … 3 and 4 … 7, with two bits for each vector.
-  8 bits: eight vectors.
-* a scale for each output, twice if scales belong to 16 columns;
-* what is added for each output (`low`), if the form has it. Else `offset` is subtracted from every code.
+  6 bits: the same, then two planes, for vectors 0 … 3 and 4 … 7, with two bits for each vector.
+  8 bits: eight planes, one for each vector.
+* a scale for each output; two if a scale covers 16 columns;
+* an addend for each output (`low`), if the form has one. Otherwise `offset` is subtracted from every code.
 
-A weight is scale · (code − offset) + low. In forms of two levels (GGUF's K types) scales and lows are int8, and in
-front of every eight blocks stand float16 factors of each output: of the scales, then of the lows.
+Dequantized weight: scale · (code − offset) + low. Two-level forms (GGUF's K types) have int8 scales and lows. There,
+every group of eight blocks begins with float16 factors for each output: those of the scales, then those of the lows.
 
-Dense forms hold, for each column, one number for each of the 16 outputs. Instruction sets that multiply bfloat16 as
-such have it in pairs: for each two columns, two numbers for each of the 16 outputs; an odd last column is paired with
-zeros.
+Dense forms store, for each column, one number for each of the 16 outputs. Instruction sets with bfloat16 dot products
+use pairs: for each two columns, two numbers for each of the 16 outputs. An odd last column is paired with zeros.
 """
 
 from __future__ import annotations
@@ -23,58 +22,58 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PANEL = 16  # outputs of a panel
-BLOCK = 32  # columns that share an activation's scale
+BLOCK = 32  # columns that share a scale of the activations
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A layout of quantized weights."""
+    """The layout of quantized weights."""
 
     name: str
-    bits: int  # of a code: 4, 5, 6 or 8
+    bits: int  # bits of a code: 4, 5, 6 or 8
     scale: int  # bytes of a scale: 1, 2 or 4 (int8, float16, float32)
-    low: int = 0  # bytes of what is added: 0 (nothing), 1, 2 or 4
+    low: int = 0  # bytes of an addend: 0 (no addends), 1, 2 or 4
     offset: int = 0
-    halves: int = 1  # 2: scales of 16 columns
+    halves: int = 1  # scales for each 32 columns: 1, or 2 of 16 columns each
 
     @property
     def codes(self) -> int:
-        """Bytes of the codes of 32 columns of a panel."""
+        """Bytes of the codes of a block, which is also the offset of the scales."""
         return 64 * self.bits
 
     @property
     def scales(self) -> int:
-        """Where the scales begin is `codes`; their bytes."""
+        """Bytes of the scales of a block."""
         return PANEL * self.scale * self.halves
 
     @property
     def size(self) -> int:
-        """Bytes of 32 columns of a panel, factors apart."""
+        """Bytes of a block, without factors. A block is 32 columns of a panel."""
         return self.codes + self.scales + PANEL * self.low
 
     @property
     def group(self) -> int:
-        """Blocks that share factors."""
+        """The number of blocks that share factors."""
         return 8 if self.scale == 1 else 1
 
     @property
     def factors(self) -> int:
-        """Bytes in front of each group."""
+        """Bytes of the factors at the beginning of each group."""
         return 2 * PANEL * (1 + (self.low > 0)) if self.group > 1 else 0
 
     @property
     def group_size(self) -> int:
-        """Bytes of a group of blocks."""
+        """Bytes of a group of blocks with its factors."""
         return self.factors + self.group * self.size
 
 
 @dataclass(frozen=True, slots=True)
 class DenseForm:
-    """A layout of floats."""
+    """The layout of unquantized weights."""
 
     name: str
     item: int  # bytes of a number
-    together: int = 1  # columns whose numbers for an output lie side by side
+    together: int = 1  # adjacent columns that an output stores side by side
 
     @property
     def size(self) -> int:
@@ -83,7 +82,7 @@ class DenseForm:
 
     @property
     def group_size(self) -> int:
-        """Bytes of the columns that lie together."""
+        """Bytes of a group of `together` columns."""
         return self.together * self.size
 
 
@@ -91,30 +90,30 @@ BLOCK_FORMS = {
     form.name: form
     for form in (
         Form("int4", 4, scale=2, low=2),  # Q4_1
-        Form("int4even", 4, scale=2, offset=8),  # Q4_0, int4 made at load
-        Form("int4wide", 4, scale=4, low=4),  # scales or zeros that float16 does not hold
+        Form("int4even", 4, scale=2, offset=8),  # Q4_0; int4 quantized at load
+        Form("int4wide", 4, scale=4, low=4),  # scales or zeros beyond float16
         Form("int4k", 4, scale=1, low=1),  # Q4_K
         Form("int5", 5, scale=2, low=2),  # Q5_1
         Form("int5even", 5, scale=2, offset=16),  # Q5_0
         Form("int5wide", 5, scale=4, low=4),
         Form("int5k", 5, scale=1, low=1),  # Q5_K
         Form("int6k", 6, scale=1, offset=32, halves=2),  # Q6_K
-        Form("int8", 8, scale=2, offset=128),  # Q8_0, int8 made at load
-        Form("int8wide", 8, scale=4, low=4, offset=128),  # anything else
+        Form("int8", 8, scale=2, offset=128),  # Q8_0; int8 quantized at load
+        Form("int8wide", 8, scale=4, low=4, offset=128),  # every other kind of blocks
     )
 }
-PAIRS = DenseForm("bf16pairs", 2, together=2)  # whose products take activations in bfloat16, too
+PAIRS = DenseForm("bf16pairs", 2, together=2)  # its products take bfloat16 activations as well
 DENSE_FORMS = {form.name: form for form in (DenseForm("f32", 4), DenseForm("f16", 2), DenseForm("bf16", 2), PAIRS)}
 NAMES = (*BLOCK_FORMS, *DENSE_FORMS)
 
 
 def form_named(name: str) -> Form | DenseForm:
-    """By its name; KeyError for no form's."""
+    """Return a form by its name. Raises KeyError for an unknown name."""
     return BLOCK_FORMS[name] if name in BLOCK_FORMS else DENSE_FORMS[name]
 
 
 def panel_bytes(form: Form | DenseForm, columns: int) -> int:
-    """Bytes of a panel."""
+    """Return the bytes of a panel."""
     if isinstance(form, Form):
         return columns // (BLOCK * form.group) * form.group_size
     return -(-columns // form.together) * form.group_size

@@ -1,13 +1,13 @@
-"""Writing LLVM vector code from Python: what every kernel of this backend is made with.
+"""Generation of LLVM vector code from Python, used by all kernels of this backend.
 
-Three layers. `G` wraps llvmlite's builder with loads, stores, loops and vector arithmetic on addresses that are int64.
-`emit` makes of a function that writes code with a `G` an operation that compiled Python can call. `compiled` and
-`kernel` compile Python (numba) around those operations; a `kernel` can stand in a step's table and is kept in numba's
-cache on disk.
+There are three layers. `Emitter` wraps llvmlite's builder with loads, stores, loops and vector arithmetic; addresses
+are int64. `emit` turns a function that generates code with an `Emitter` into an operation that compiled Python can
+call. `compiled` and `kernel` compile Python functions around such operations with numba. A `kernel` can be called from
+a step table.
 
-About that cache, both learned the hard way: its key sees neither what an intrinsic emits nor the globals of a function
-(the folder must be keyed by a hash of the sources: `cache.py`), and two cached kernels that hold inner functions of the
-same name can get each other's code (so every compiled function here has a name of its own).
+Invariant: every compiled function has a unique name. numba looks functions up by name, so two kernels with inner
+functions of the same name could call each other's code. The kernel cache is keyed by a hash of the sources
+(`cache.py`), because neither generated code nor the globals of a function show in their bytecode.
 """
 
 from __future__ import annotations
@@ -23,21 +23,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 Val = Any
-"""A value of LLVM's (llvmlite has no types)."""
+"""An LLVM value. llvmlite is untyped, so it is Any for type checkers."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 f16, f32, void = ir.HalfType(), ir.FloatType(), ir.VoidType()
 Vector = ir.VectorType
-f32x16, i32x16, f16x16 = (
-    Vector(f32, 16),
-    Vector(i32, 16),
-    Vector(f16, 16),
-)  # the vector of this backend: 16 lanes, whatever the registers are
+f32x16, i32x16, f16x16 = Vector(f32, 16), Vector(i32, 16), Vector(f16, 16)
+"""Vectors have 16 lanes on every machine; LLVM splits them for narrower registers."""
 
 
 class Emitter:
-    """An llvmlite builder (`b`) with the operations that kernels need. Addresses and offsets are int64 in bytes."""
+    """An llvmlite builder (`b`) with the operations that kernels need. Addresses and offsets are int64, in bytes."""
 
     def __init__(self, builder: Val) -> None:
         self.b = builder
@@ -45,49 +42,49 @@ class Emitter:
     # ---- constants and addresses ----
 
     def c(self, v: int) -> Val:
-        """An int64 constant."""
+        """Make an int64 constant."""
         return ir.Constant(i64, v)
 
     def f(self, v: float) -> Val:
-        """A float32 constant."""
+        """Make a float32 constant."""
         return ir.Constant(f32, float(v))
 
     def k(self, ty: Val, v: float) -> Val:
-        """A constant of a scalar or vector type, the same in all lanes."""
+        """Make a constant of a scalar or vector type, equal in all lanes."""
         return ir.Constant(ty, [v] * ty.count) if isinstance(ty, Vector) else ir.Constant(ty, v)
 
     def at(self, base: Val, offset: Val | int = 0) -> Val:
-        """base + offset"""
+        """Add an offset to an address."""
         return self.b.add(base, self.c(offset) if isinstance(offset, int) else offset)
 
     def ptr(self, ty: Val, address: Val) -> Val:
-        """A pointer to `ty`."""
+        """Convert an address to a pointer to `ty`."""
         return self.b.inttoptr(address, ty.as_pointer())
 
     def ld(self, ty: Val, address: Val, offset: Val | int = 0) -> Val:
-        """Load, of any alignment."""
+        """Load a value. The address may have any alignment."""
         loaded = self.b.load(self.ptr(ty, self.at(address, offset)))
         loaded.align = 1
         return loaded
 
     def st(self, v: Val, address: Val, offset: Val | int = 0) -> None:
-        """Store, of any alignment."""
+        """Store a value. The address may have any alignment."""
         self.b.store(v, self.ptr(v.type, self.at(address, offset))).align = 1
 
     def vec(self, x: Val, i: Val, offset: int = 0) -> Val:
-        """Vector i (16 float32) of the row at x."""
+        """Load vector i (16 float32) of the row at x."""
         return self.ld(f32x16, self.at(x, self.b.mul(i, self.c(64))), offset)
 
     def put(self, v: Val, x: Val, i: Val) -> None:
-        """Store as vector i of the row at x."""
+        """Store vector i of the row at x."""
         self.st(v, self.at(x, self.b.mul(i, self.c(64))))
 
     def half(self, address: Val, offset: int = 0, lanes: int = 16) -> Val:
-        """float16 in memory as float32."""
+        """Load float16 and convert them to float32."""
         return self.b.fpext(self.ld(Vector(f16, lanes), address, offset), Vector(f32, lanes))
 
     def prefetch(self, address: Val, offset: Val | int = 0) -> None:
-        """Ask for a cache line that will be read. May point anywhere."""
+        """Prefetch a cache line for reading. Any address is allowed."""
         pointer = i8.as_pointer()
         f = self._function("llvm.prefetch.p0", void, [pointer, i32, i32, i32])
         read, near, data = (ir.Constant(i32, v) for v in (0, 3, 1))
@@ -100,12 +97,12 @@ class Emitter:
         return insert(self.b.module, ir.FunctionType(result, arguments), name)
 
     def call(self, name: str, result: Val, arguments: Sequence[Val], fast: bool = False) -> Val:
-        """Call a function of LLVM's or of libc by name."""
+        """Call an LLVM intrinsic or a libc function by name. `fast`: with fast-math flags."""
         f = self._function(name, result, [a.type for a in arguments])
         return self.b.call(f, list(arguments), fastmath=("fast",)) if fast else self.b.call(f, list(arguments))
 
     def each_lane(self, name: str, *args: Val) -> Val:
-        """LLVM's `name` for the type of its arguments, which is its result's too: sqrt, fabs, maxnum …"""
+        """Call the LLVM intrinsic `name` (sqrt, fabs, maxnum …) whose arguments and result share one type."""
         ty = args[0].type
         kind = f"v{ty.count}f32" if isinstance(ty, Vector) else "f32"
         return self.call(f"llvm.{name}.{kind}", ty, args)
@@ -113,33 +110,33 @@ class Emitter:
     # ---- lanes ----
 
     def splat(self, v: Val, lanes: int = 16) -> Val:
-        """The scalar in every lane."""
+        """Broadcast a scalar to all lanes."""
         nothing = ir.Constant(Vector(v.type, lanes), ir.Undefined)
         one = self.b.insert_element(nothing, v, ir.Constant(i32, 0))
         return self.b.shuffle_vector(one, nothing, ir.Constant(Vector(i32, lanes), [0] * lanes))
 
     def first(self, v: Val) -> Val:
-        """Lane 0."""
+        """Extract lane 0."""
         return self.b.extract_element(v, ir.Constant(i32, 0))
 
     def lanes(self, ty: Val = i32x16) -> Val:
-        """0, 1, 2 …"""
+        """Make the vector 0, 1, 2 …"""
         return ir.Constant(ty, list(range(ty.count)))
 
     def fma(self, a: Val, b: Val, c: Val) -> Val:
-        """a · b + c, rounded once."""
+        """Emit a · b + c with one rounding."""
         return self.each_lane("fma", a, b, c)
 
     def vmax(self, a: Val, b: Val) -> Val:
-        """The larger; of a number and a NaN, the number."""
+        """Emit the lane-wise maximum; of a number and a NaN, the number."""
         return self.each_lane("maxnum", a, b)
 
     def vmin(self, a: Val, b: Val) -> Val:
-        """The smaller; of a number and a NaN, the number."""
+        """Emit the lane-wise minimum; of a number and a NaN, the number."""
         return self.each_lane("minnum", a, b)
 
     def rsum(self, v: Val) -> Val:
-        """The sum of the lanes of floats: halves added to each other, in one order on every machine."""
+        """Sum the lanes of a float vector by adding halves. Invariant: the order is the same on every machine."""
         b, count = self.b, v.type.count
         while count > 2:
             count //= 2
@@ -152,21 +149,21 @@ class Emitter:
         return b.fadd(first, second)
 
     def rmax(self, v: Val) -> Val:
-        """The largest lane of floats."""
+        """Return the largest lane of a float vector without NaN or infinities."""
         return self.call(f"llvm.vector.reduce.fmax.v{v.type.count}f32", f32, [v], fast=True)
 
     def rsum_int(self, v: Val) -> Val:
-        """The sum of the lanes of int32."""
+        """Sum the lanes of an int32 vector."""
         return self.call(f"llvm.vector.reduce.add.v{v.type.count}i32", i32, [v])
 
     def bits(self, word: Val) -> Val:
-        """The float32 that travels in the low half of an int64."""
+        """Return the float32 whose bits are the low half of an int64."""
         return self.b.bitcast(self.b.trunc(word, i32), f32)
 
     # ---- functions ----
 
     def exp(self, x: Val) -> Val:
-        """e to the x of a vector, to some 2 units in the last place; x is held to ±87."""
+        """Emit e^x with an error of about 2 ulp. x is clamped to ±87."""
         b, ty = self.b, x.type
         ints = Vector(i32, ty.count)
         x = self.vmin(self.vmax(x, self.k(ty, -87.0)), self.k(ty, 87.0))
@@ -180,14 +177,14 @@ class Emitter:
         return b.fmul(p, b.bitcast(exponent, ty))
 
     def tanh(self, x: Val) -> Val:
-        """1 − 2 / (e^2x + 1): absolute error some 1e-7."""
+        """Emit tanh x as 1 − 2 / (e^2x + 1), absolute error about 1e-7."""
         b, one, two = self.b, self.k(x.type, 1.0), self.k(x.type, 2.0)
         return b.fsub(one, b.fdiv(two, b.fadd(self.exp(b.fmul(x, two)), one)))
 
     # ---- control ----
 
     def loop(self, n: Val, carried: Sequence[Val], body: Callable[[Val, list[Val]], Sequence[Val] | None]) -> list[Val]:
-        """for i in range(n): carried = body(i, carried). Returns the last."""
+        """Emit `for i in range(n): carried = body(i, carried)`. Returns the final carried values."""
         b = self.b
         before = b.block
         head, inside, after = (b.append_basic_block(name) for name in ("head", "inside", "after"))
@@ -213,7 +210,7 @@ class Emitter:
 
 
 def emit(arguments: int, generate: Callable[..., Any], result: Any = types.void) -> Callable[..., Any]:
-    """An operation on int64 arguments for compiled Python: `generate(G, *args)` writes its code."""
+    """Make an operation on int64 arguments for compiled Python. `generate(emitter, *args)` generates its code."""
 
     def signature() -> tuple[Any, Callable[..., Any]]:
         def codegen(context: Any, builder: Val, _: Any, args: Sequence[Val]) -> Val:
@@ -225,14 +222,14 @@ def emit(arguments: int, generate: Callable[..., Any], result: Any = types.void)
     def operation(typing_context: Any, *_: Any) -> tuple[Any, Callable[..., Any]]:
         return signature()
 
-    names = ["typing_context", *(f"a{i}" for i in range(arguments))]  # numba looks at the number of parameters
+    names = ["typing_context", *(f"a{i}" for i in range(arguments))]  # numba inspects the number of parameters
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     operation.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
     return cast("Callable[..., Any]", intrinsic(operation))
 
 
 def each(arguments: int, body: Callable[..., None]) -> Callable[..., Any]:
-    """f(n, *args): body(g, i, *args) for each of the n vectors of a row."""
+    """Make an operation f(n, *args) that runs body(g, i, *args) for each of the n vectors of a row."""
 
     def rows(g: Emitter, n: Val, *args: Val) -> None:
         def one(i: Val, _: list[Val]) -> None:
@@ -244,9 +241,9 @@ def each(arguments: int, body: Callable[..., None]) -> Callable[..., Any]:
 
 
 def compiled(name: str, function: F, *, inside: bool = False) -> F:
-    """A Python function for compiled code to call. `name` must be its own in the whole program.
+    """Compile a Python function for calls from compiled code. `name` must be unique in the whole program.
 
-    `inside`: it becomes part of its callers instead of being compiled, and optimized, by itself first.
+    `inside`: inline the function into its callers instead of compiling and optimizing it separately.
     """
     function.__name__ = function.__qualname__ = name
     options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # never called from Python
@@ -256,7 +253,7 @@ def compiled(name: str, function: F, *, inside: bool = False) -> F:
 
 
 def inline(function: F) -> F:
-    """Decorator: a function at the top of a module for compiled code to call, named after both."""
+    """Decorate a module-level function for calls from compiled code. Its name is made of the module's and its own."""
     return compiled(f"{function.__module__}.{function.__name__}".replace(".", "_"), function)
 
 
@@ -265,11 +262,11 @@ def _template(tid: int, row: Any, context: Any, counter: int) -> int:
 
 
 def kernel(name: str, body: Callable[..., int]) -> Callable[..., int]:
-    """A function that `step.compiled` can compile and keep on disk; `body` comes from `compiled`.
+    """Make a kernel that `compiler.compile_kernels` can compile. `body` comes from `compiled`.
 
-    numba caches functions of a file by their name and calls others by their global name: so this is one function of
-    this file under many names, each with globals of its own. `name` must be its own among all kernels, and end with
-    the instruction set's if its code depends on it.
+    numba identifies a function by file and name, and resolves calls through globals. So each kernel is a copy of
+    `_template` with its own name and its own globals. `name` must be unique among all kernels. It must end with the
+    name of the instruction set if the code depends on it.
     """
     function = python.FunctionType(_template.__code__, {"body": body, "int": int, "__name__": __name__}, name)
     function.__qualname__, function.__module__ = name, __name__
@@ -299,16 +296,16 @@ def _pause(g: Emitter) -> None:
 
 
 atomic_add = emit(2, _add, types.int64)
-"""(address of an int64, value) -> what stood there before"""
+"""(address of an int64, value) -> its previous value"""
 acquire = emit(1, _acquire, types.int64)
-"""(address) -> its int64; nothing after it is read before it"""
+"""(address) -> its int64; later loads are not moved before it"""
 pause = emit(0, _pause)
-"""Spinning politely."""
+"""(): hint to the processor that this is a spin loop"""
 peek = emit(1, lambda g, address: g.ld(i64, address), types.int64)
 """(address) -> its int64"""
 peek32 = emit(1, _peek32, types.int64)
 """(address) -> its int32"""
 poke = emit(2, lambda g, address, v: g.st(v, address))
-"""(address, int64)"""
+"""(address, int64): store it"""
 copy = each(2, lambda g, i, x, out: g.put(g.vec(x, i), out, i))
-"""(vectors, from, to)"""
+"""(vectors, source, destination): copy a row"""

@@ -1,7 +1,7 @@
-"""Instruction sets that the kernels are written for, and which of them this machine has.
+"""Instruction sets that kernels are written for, and detection of those that this machine supports.
 
-Everything that emits code takes an `Isa`; nothing is read from the machine at import. A kernel compiled for one set
-never meets one compiled for another, for its name ends with the set's (`ir.kernel`).
+All code generation takes an `Isa`; importing reads nothing from the machine. The names of functions whose code depends
+on the set end with the name of the set (`ir.kernel`), so code for two sets is never mixed up.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from tokenmill.errors import ArgumentError, Unsupported
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """An instruction set: what its products of int8 are made of, and how wide its vectors are."""
+    """An instruction set: its vector width, int8 dot product and required CPU features."""
 
     name: str
-    lanes: int  # float32 of a register: 16, 8 or 4
-    rows: int  # the most rows of a product's tile: what was fastest
-    needs: tuple[str, ...]  # LLVM's names of what a CPU must have
-    lacks: tuple[str, ...] = ()  # prefixes of features that must not be used when this set is forced
-    pairs: bool = False  # whether bfloat16 is multiplied as such, two columns at once
+    lanes: int  # float32 elements of a register: 16, 8 or 4
+    rows: int  # maximum rows of a product's tile, chosen by measurement
+    needs: tuple[str, ...]  # required CPU features, by LLVM's names
+    lacks: tuple[str, ...] = ()  # prefixes of features to disable when this set is forced
+    pairs: bool = False  # True: bfloat16 dot products of two columns at once
 
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", *_AVX2)
 ALL = (
-    Isa("avx512bf16", 16, 8, ("avx512bf16", *_AVX512), pairs=True),  # else the same as the next
+    Isa("avx512bf16", 16, 8, ("avx512bf16", *_AVX512), pairs=True),  # otherwise the same as avx512vnni
     Isa("avx512vnni", 16, 8, _AVX512, ("avx512bf16",)),
     Isa("avxvnni", 8, 4, ("avxvnni", *_AVX2), ("avx512", "evex512")),
     Isa("avx2", 8, 8, _AVX2, ("avx512", "evex512", "avxvnni", "avxvnniint")),
     Isa("neon", 4, 4, ("neon", "dotprod", "fullfp16")),
 )
-"""Best first."""
+"""All instruction sets, best first"""
 _BY_NAME = {isa.name: isa for isa in ALL}
 
 
 @cache
 def features() -> frozenset[str]:
-    """LLVM's names of what this machine's CPU has: "avx512bf16", "f16c", "fma" …"""
+    """Return the features of this machine's CPU by LLVM's names: "avx512bf16", "f16c", "fma" …"""
     return frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
 
 
 def available() -> tuple[Isa, ...]:
-    """The sets that this machine can run, best first; empty on a CPU that the kernels are not written for."""
+    """Return the sets that this machine supports, best first; empty on a CPU without kernels."""
     return tuple(isa for isa in ALL if features().issuperset(isa.needs))
 
 
 def detect(forced: str = "") -> Isa:
-    """The best set of this machine, or the one that the user names (TOKENMILL_ISA).
+    """Return the best set of this machine, or the one that the user forces (TOKENMILL_ISA).
 
-    ArgumentError for an unknown name or a set that the machine lacks; Unsupported if there is none for this CPU.
+    Raises ArgumentError if the forced set is unknown or not supported by this machine, Unsupported if no set is.
     """
     here = available()
     if not forced:
@@ -78,9 +78,9 @@ def detect(forced: str = "") -> Isa:
 
 
 def target_features(isa: Isa) -> str | None:
-    """What to tell LLVM (numba's CPU_FEATURES) so that it uses nothing beyond `isa` in the code around the kernels.
+    """Return LLVM's feature string (numba's CPU_FEATURES) that limits generated code to `isa`.
 
-    None: all that the machine has.
+    None: `isa` is the best set, so all features of the machine may be used.
     """
     if isa not in available()[1:]:
         return None

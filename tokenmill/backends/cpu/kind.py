@@ -1,4 +1,4 @@
-"""The CPU backend as a choice: what it can run, on which processors, and how it is made."""
+"""The CPU backend's entry in the list of backends: which programs and processors it supports, and its construction."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class CpuKind:
         return CPU_DEFAULTS
 
     def dtype(self, stored: str, wanted: str) -> str:
-        """See `Kind`. Products of weights in 16 bits are summed in float32 as well."""
+        """See `Kind`. Products with 16-bit weights accumulate in float32 as well."""
         return wanted or "float32"
 
     def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
-        """See `Kind`. Weights are packed as they are stored."""
+        """See `Kind`. Packed weights take as many bytes as stored ones."""
         return stored_bytes(program, source)
 
     def room(self, options: BackendOptions, device: str) -> int | None:
@@ -125,7 +125,7 @@ class CpuKind:
 def _kernels(
     program: Program, source: Checkpoint, options: BackendOptions
 ) -> tuple[dict[str, Counter[str]], list[str], KernelCache]:
-    """Kernels by kind of operation, all names, and the cache that has them or not."""
+    """Return the kernels by kind of operation, the names of all kernels, and the kernel cache."""
     from tokenmill.backends.cpu.backend import KV_DTYPES
     from tokenmill.backends.cpu.cache import KernelCache, user_folder
     from tokenmill.backends.cpu.explain import kernels_of

@@ -1,27 +1,27 @@
-"""What kernels and lowering agree on: the columns of a table's row and the words of a step's context.
+"""The interface between kernels and lowering: columns of the step table and words of the step context.
 
-A step is a table of int64 words, a row an operation. Every thread walks it (`step.py`) and calls the kernel whose
-address is the row's first word:
+A step is a table of int64 words with a row for each operation. Every thread walks the table (`step.py`) and calls the
+kernel whose address is the first word of the row:
 
     kernel(tid, row, context, counter) -> int64
 
-with addresses as int64. `counter` is the row's own int64 in a cache line of its own, zero at the step's beginning:
-threads take items from it with an atomic add. A kernel returns 0 if a barrier must follow, 1 if every thread did all
-of the work for itself (or there was none) and nothing must wait.
+Addresses are int64. `counter` is an int64 for each row, in a cache line of its own and 0 at the start of a step:
+threads take work items from it with an atomic add. A kernel returns 0 if a barrier must follow. It returns 1 if no
+barrier is needed, because every thread did all the work for its private copy or there was no work.
 
-Values are matrices, float32 or int8, rows at multiples of a stride in bytes, 64-byte aligned. float32 rows are padded
-to whole vectors of 16. int8 rows have scales: two float32 (s, s times the sum of codes) for each 32 columns, so a row
-of scales is `stride of x / 4` bytes, in the same order. Float fields travel as the bits of a float32 in a word's low
-half (`float_bits`).
+Values are float32 or int8 matrices with 64-byte aligned rows at multiples of a stride in bytes. float32 rows are padded
+to a multiple of 16 columns. int8 rows have scales: two float32 (s, s times the sum of codes) for each 32 columns, so a
+row of scales has `stride of x / 4` bytes. Float fields are stored as the bits of a float32 in the low half of a word
+(`float_bits`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# ---- columns of a row: those of every kind ----
+# ---- columns of a row that all kinds share ----
 KERNEL = 0  # the kernel's address
-ROWS = 1  # how many rows: 0 the step's tokens, 1 its rows that sample
+ROWS = 1  # rows to process: 0 the tokens of the step, 1 its sampling rows
 X = 2  # input
 X_STRIDE = 3  # bytes from row to row
 X_SCALES = 4  # 0: x is float32
@@ -29,29 +29,29 @@ OUT = 5  # output
 OUT_STRIDE = 6
 OUT_SCALES = 7  # 0: out is float32
 WIDTH = 8  # columns of x, unless the kernel says otherwise
-PRIVATE_X = 9  # 1: with at most FEW rows, each thread has a copy of x of its own (see `own`)
-PRIVATE_OUT = 10  # 1: with at most FEW rows, each thread writes a copy of its own, all rows of it
-# from here on each kind has its own
-# Linear, plain and gated (gated: out is half as wide; panels come as 2 of gate, 2 of up)
+PRIVATE_X = 9  # 1: with at most FEW rows, each thread has a private copy of x (`products.private_copy`)
+PRIVATE_OUT = 10  # 1: with at most FEW rows, each thread writes all rows of a private copy
+# The columns from here on depend on the kind.
+# Linear, plain and gated (gated: out is half as wide; 2 panels of gate alternate with 2 of up)
 WEIGHT = 11  # address of the panels
 PANEL_BYTES = 12
 PANELS = 13  # of 16 outputs
-RESIDUAL = 14  # 0: none; added to the product
+RESIDUAL = 14  # 0: none; otherwise added to the product
 RESIDUAL_STRIDE = 15
 BIAS = 16  # 0: none; float32, padded
-ACT = 17  # one of the numbers below
+ACT = 17  # an activation, numbered below
 GATED = 18  # 1: act(gate) · up
 # Embed
 TABLE = 11  # address of the panels
 TABLE_PANEL_BYTES = 12
 TABLE_SCALE = 13  # bits of a float; 0: none
-BY_POSITION = 14  # 1: rows are looked up by position instead of id
-# Norm (WIDTH: columns of a row, or of a head with HEADS of them)
+BY_POSITION = 14  # 1: rows are looked up by position instead of token id
+# Norm (WIDTH: columns of a row, or of a head if HEADS is not 0)
 NORM_WEIGHT = 11
 NORM_BIAS = 12  # 0: none
 NORM_EPS = 13
 CENTER = 14  # 1: LayerNorm
-HEADS = 15  # 0: of the whole row; else of each of so many heads
+HEADS = 15  # 0: one norm over the row; otherwise the number of heads, each with its own norm
 Y = 18  # AddNorm, Add: the other term
 Y_STRIDE = 19
 TOTAL = 20  # AddNorm: the sum
@@ -62,75 +62,75 @@ GROUP = 12  # query heads of a kv head
 CACHE = 13  # the layer's part of block 0
 KEYS = 14
 VALUES = 15
-ROPE = 16  # 0: none; the step's turns: a row each token, cosines, then sines, each padded to whole vectors, float32
+ROPE = 16  # 0: none; cosines and sines: for each token a row of cosines, then sines, each padded to 16, float32
 ROPE_HALF = 17  # half of the rotary columns
-ROPE_STRIDE = 18  # bytes from row to row (`rope.turns_stride`)
+ROPE_STRIDE = 18  # bytes from row to row (`rope.cos_sin_stride`)
 ATTENTION_SCALE = 19
 ATTENTION_CAP = 20  # 0: none
 WINDOW = 21  # 0: none
 HEAD_EPS = 22
 Q_NORM = 23  # 0: none
 K_NORM = 24
-ITEM_ROWS = 25  # query rows of an item, at most
-PAGE_STRIDE = 26  # bytes from a head's page of a block to the one of the next block
+ITEM_ROWS = 25  # maximum query rows of an item
+PAGE_STRIDE = 26  # bytes from a page to the same head's page of the next block
 KEY_STRIDE = 27  # bytes from row to row of KEYS
 VALUE_STRIDE = 28
-# Turns: a step's cosines and sines, one row of the table before Embed for each RopeTable (OUT, OUT_STRIDE: the turns)
-FREQUENCIES = 11  # float32, padded to whole vectors: `rope.frequencies`
-FREQUENCY_STRIDE = 12  # bytes from position to position; 0: the same at all (all scalings but dynamic)
+# CosSin: one row of the table before Embed for each RopeTable (OUT, OUT_STRIDE: the cosines and sines)
+FREQUENCIES = 11  # float32, padded to a multiple of 16 (`rope.frequencies`)
+FREQUENCY_STRIDE = 12  # bytes from position to position; 0: independent of it (all scalings but dynamic)
 MAGNITUDE = 13  # bits of a float
-# ROPE_HALF as of attention
-# Rope by itself (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, HEAD_DIM as of attention; HEADS
+# ROPE_HALF: as for attention
+# Rope (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, HEAD_DIM: as for attention; HEADS
 # Act, GatedAct (X gate, Y up): ACT
 CAP = 11  # SoftCap
-# Sample (X: logits, which it owns; WIDTH: the vocabulary, without padding; ROWS 1): no columns of its own
+# Sample (X: logits, which it overwrites; WIDTH: vocabulary size, without padding; ROWS: 1): no other columns
 COLUMNS = 32
 ROW_BYTES = COLUMNS * 8
 
 # ---- words of the context ----
 THREADS = 0  # threads that walk the table
-TOKEN_IDS = 3  # the ids known so far: int32, a row a slot
+TOKEN_IDS = 3  # address of the token ids so far: int32, a row for each slot
 TOKEN_IDS_STRIDE = 4  # bytes
 BARRIER = 5  # address of the barrier's int64
 COUNTERS = 6  # address of the rows' counters, 64 bytes each
-TABLES = 7  # block tables: int32, a row a slot
+TABLES = 7  # address of the block tables: int32, a row for each slot
 TABLE_STRIDE = 8  # bytes
-TILE = 9  # scratch of each thread: TILE + tid * TILE_SIZE
+TILE = 9  # scratch of each thread, at TILE + tid * TILE_SIZE
 TILE_SIZE = 10
-SCORES = 11  # attention's scores: SCORES + (tid * SCORE_ROWS + row) * SCORES_SIZE
+SCORES = 11  # attention scores, at SCORES + (tid * SCORE_ROWS + row) * SCORES_SIZE
 SCORES_SIZE = 12  # bytes of one row of scores
-ROW = 13  # scratch of each thread for one row: ROW + tid * ROW_SIZE
+ROW = 13  # scratch of each thread for one row, at ROW + tid * ROW_SIZE
 ROW_SIZE = 14
 ZEROS = 15  # 4,096 bytes of zeros
-NARROW = 16  # a product's activations in bfloat16: rows of `narrow_stride`; 0 in programs that have none
-NARROW_SIZE = 17  # with at most FEW rows, each thread has its own: NARROW + tid * NARROW_SIZE
-SAMPLING = 25  # address of the sampler's own words (sampling.py: Sampler.address); set once
+NARROW = 16  # activations of a product in bfloat16: rows of `narrow_stride` bytes; 0: not used
+NARROW_SIZE = 17  # with at most FEW rows, each thread has a private copy at NARROW + tid * NARROW_SIZE
+SAMPLING = 25  # address of the sampler's words (`sampler.Sampler.address`); set once
 FIRST_ROW = 26  # address of the first row of the table to walk
-LAST_ROW = 27  # and the one behind the last
-BARRIER_BASE = 28  # what the barrier's int64 was when the step began: it is never set back
-GENERATION = 29  # steps begun so far; workers look at it
-STOP = 30  # 1: workers leave
-WAIT = 31  # address of a function (semaphore, unused) that sleeps until the semaphore is posted
-YIELD = 32  # address of a function () that offers the core to others
-# from here on words of one step, which are written in one go (`backend.StepPlan`)
-TOKENS = 40  # rows of values of tokens
-SAMPLES = 41  # rows of values of rows that sample
-ITEMS = 42  # of attention: runs of consecutive rows of one sequence
-SINGLE_TOKEN = 43  # 1: no row sees another's key of this step (every sequence has one row)
-POSITIONS = 44  # int64 a token: position in its sequence
-SEQUENCES = 45  # int64 a token: its slot, which is the row of TABLES and KNOWN
-SAMPLED = 46  # int64 a sampling row: its place among the tokens
-FIRST = 47  # int64 an item of attention: its first row
-COUNT = 48  # int64 an item: its rows
-RESULT = 49  # int64 a sampling row: the id that was chosen
-SAMPLED_SLOTS = 50  # int64 a sampling row: its slot
-SAMPLED_POSITIONS = 51  # int64 a sampling row: position of the token that is being sampled
+LAST_ROW = 27  # address behind the last row to walk
+BARRIER_BASE = 28  # value of the barrier's int64 at the start of the step; it only grows
+GENERATION = 29  # steps begun so far; workers poll it
+STOP = 30  # 1: workers exit
+WAIT = 31  # address of a function (semaphore, unused) that waits for the semaphore
+YIELD = 32  # address of a function () that yields the core
+# The words from here on change every step and are written together (`backend.StepPlan`).
+TOKENS = 40  # number of tokens
+SAMPLES = 41  # number of sampling rows
+ITEMS = 42  # number of attention items: runs of consecutive rows of one sequence
+SINGLE_TOKEN = 43  # 1: every sequence has one token, so no row attends to another key of this step
+POSITIONS = 44  # int64 for each token: its position in the sequence
+SEQUENCES = 45  # int64 for each token: its slot, which is its row of TABLES and TOKEN_IDS
+SAMPLED = 46  # int64 for each sampling row: its index among the tokens
+FIRST = 47  # int64 for each attention item: its first row
+COUNT = 48  # int64 for each attention item: its number of rows
+RESULT = 49  # int64 for each sampling row: the sampled token id
+SAMPLED_SLOTS = 50  # int64 for each sampling row: its slot
+SAMPLED_POSITIONS = 51  # int64 for each sampling row: position of the sampled token
 STEP_WORDS = slice(TOKENS, SAMPLED_POSITIONS + 1)
 CONTEXT = 64
 
-FEW = 4  # up to so many rows every thread computes norms for itself: cheaper than a barrier
-SCORE_ROWS = 8  # (query row, head) pairs that attention handles at once, at most
-BLOCK = 16  # tokens of a cache page: one vector
+FEW = 4  # up to this many rows, each thread computes norms into a private copy: cheaper than a barrier
+SCORE_ROWS = 8  # maximum (query row, head) pairs of an attention tile
+BLOCK = 16  # tokens of a cache page: the elements of one vector
 NO_ACT, SILU, GELU_TANH, GELU_ERF, RELU = range(5)  # activations
 ACTS: dict[str | None, int] = {
     None: NO_ACT,
@@ -140,16 +140,17 @@ ACTS: dict[str | None, int] = {
     "gelu_pytorch_tanh": GELU_TANH,
     "relu": RELU,
 }
-"""Numbers of activations by transformers' names."""
+"""Activation numbers by transformers' names"""
 
 
 def narrow_stride(columns: int) -> int:
-    """Bytes of a row of bfloat16, with room for a zero behind it. An odd number of cache lines for most widths: rows
-    a power of two apart would push each other out of the cache.
+    """Return the bytes of a row of `columns` bfloat16 and a trailing zero.
+
+    For most widths this is an odd number of cache lines: rows at a power of two would evict each other from the cache.
     """
     return (columns // 32 + 1) * 64
 
 
 def float_bits(x: float) -> int:
-    """How a float travels in a word."""
+    """Return the bits of a float32, as a word of a row or of the context."""
     return int(np.float32(x).view(np.uint32))

@@ -1,7 +1,7 @@
-"""From operations to rows of a step's table: which kernel, and what stands in its columns.
+"""Lowering of operations to rows of the step table: the kernel to call and the words of its columns.
 
-`Lowering` knows where values, weights and caches lie; a function a kind (`KINDS`) fills in the columns that are the
-kind's own and names its kernels. Another kind of operation is another function here and a kernel; nothing else changes.
+`Lowering` writes the columns that all kinds of operations share. One function for each kind (`KINDS`) names the kernels
+and returns the columns of that kind. A new kind of operation needs such a function and a kernel, nothing else.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from tokenmill.program.value import Program, Value
 
 Row = NDArray[np.int64]
 Fields = dict[int, int]
-"""Column -> its word"""
+"""A word by column of the table"""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row of the table and the kernel whose address becomes its first word."""
+    """A row of the table and the name of its kernel, whose address becomes the first word."""
 
-    op: Op | None  # None: not the program's
+    op: Op | None  # None: the backend added the row, not the program
     kernel: str
     row: Row
 
 
 class Lowering:
-    """Lowers one program whose values and weights have their places."""
+    """The lowering of one program, after memory was assigned to its values and weights."""
 
     def __init__(self, program: Program, memory: Memory) -> None:
         self.program, self.memory = program, memory
 
     def lines(self) -> list[Line]:
-        """The whole table; kernels' addresses are still to be written."""
+        """Return all rows of the table. The addresses of kernels are not set yet."""
         lines = [line for op in self.program.ops for line in self.lower(op)]
         return [*map(self._cos_sin, self.memory.all_cos_sin()), *lines]
 
     def lower(self, op: Op) -> list[Line]:
-        """Rows of one operation. Unsupported if there is no kernel for its kind."""
+        """Return the rows of one operation. Raises Unsupported if its kind has no kernel."""
         kind = KINDS.get(type(op))
         if kind is None:
             raise Unsupported("operation", type(op).__name__, [k.__name__ for k in KINDS])
@@ -55,7 +55,7 @@ class Lowering:
         return [Line(op, kernel, _row(common | fields)) for kernel, fields in kind(self, op)]
 
     def _common(self, op: Op) -> Fields:
-        """The columns that every kind has."""
+        """Return the columns that all kinds share."""
         out = self.memory.place(op.out)
         fields = {
             layout.ROWS: int(op.out.spec.rows == "samples"),
@@ -93,7 +93,7 @@ def _row(fields: Fields) -> Row:
 
 
 Lowered = list[tuple[str, Fields]]
-"""Kernels in the order in which they run, each with the columns of its own."""
+"""Kernels in the order of execution, each with the columns of its kind"""
 
 
 def _embed(lower: Lowering, op: ops.Embed) -> Lowered:
@@ -109,9 +109,9 @@ def _embed(lower: Lowering, op: ops.Embed) -> Lowered:
 
 
 def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
-    """A row for each part of the weight that is stored in a way of its own; they write side by side.
+    """Return one row for each part of the weight that has a storage format of its own. They write side by side.
 
-    In front of them one that makes x bfloat16 for those that are multiplied so.
+    A row that converts x to bfloat16 comes first if a part multiplies in bfloat16.
     """
     out = lower.memory.place(op.out)
     residual = lower.memory.place(op.residual) if op.residual else None
@@ -139,7 +139,7 @@ def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
 
 
 def _norm(lower: Lowering, op: ops.Norm) -> Lowered:
-    without = op.center and op.bias is None  # a LayerNorm's kernel always adds one
+    without = op.center and op.bias is None  # the LayerNorm kernel always adds a bias
     fields = {
         layout.NORM_WEIGHT: lower.memory.vector(op.weight),
         layout.NORM_BIAS: lower.memory.no_bias(op.head_dim or op.x.width) if without else lower.memory.vector(op.bias),
@@ -232,4 +232,4 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     ops.TakeRows: _take_rows,
     ops.Quantize: _quantize,
 }
-"""What this backend runs."""
+"""The kinds of operations that this backend runs"""

@@ -1,6 +1,6 @@
-"""Where everything lies that a table's rows point to: values, panels of weights, vectors, rotations, caches, scratch.
+"""Memory that the rows of a step table point to: values, weight panels, vectors, cosines and sines, and the KV cache.
 
-All of it is allocated once; addresses never change, so the table is written once, too.
+Invariant: everything is allocated once and addresses never change, so the table is written only once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Floats = NDArray[np.float32]
 
 
 class Place(NamedTuple):
-    """A value: its first row, bytes from row to row, and its scales if it is int8."""
+    """The address of a value's first row, the bytes from row to row, and the address of its scales (0 if float32)."""
 
     address: int
     stride: int
@@ -36,21 +36,21 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What decides how much memory a step needs."""
+    """The dimensions that determine a step's memory."""
 
-    tokens: int  # of a step, at most
-    samples: int  # rows that sample, at most
+    tokens: int  # maximum of a step
+    samples: int  # maximum of sampling rows
     context: int  # tokens of the longest sequence
     threads: int
     kv_dtype: str  # "f16" or "int8"
 
     def rows(self, buffer: Buffer) -> int:
-        """Rows of a buffer: with few of them, each thread has some of its own."""
+        """Return the rows of a buffer. There are at least FEW for each thread, for its private copy of few rows."""
         rows = self.tokens if buffer.rows == "tokens" else self.samples
         return max(rows, layout.FEW * self.threads)
 
     def bytes_of(self, buffer: Buffer) -> int:
-        """Of a buffer with all its rows."""
+        """Return the bytes of a buffer with all its rows."""
         if buffer.dtype == "int8":
             return self.rows(buffer) * (buffer.width + buffer.width // 4)
         return self.rows(buffer) * _stride(buffer)
@@ -58,9 +58,10 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class CosSinTable:
-    """Of one rotation: a row of cosines, then sines, for each token of a step, both in whole vectors.
+    """The cosines and sines of one rotary embedding, for the tokens of a step.
 
-    `frequencies`: (1, n), or a row for each position if they depend on it.
+    `rows`: (tokens, 2 · n), for each token n cosines, then n sines; n is padded to a multiple of 16. `frequencies`:
+    (1, n), or (positions, n) if frequencies depend on the position.
     """
 
     table: RopeTable
@@ -69,7 +70,7 @@ class CosSinTable:
 
     @staticmethod
     def of(table: RopeTable, sizes: Sizes) -> CosSinTable:
-        """Room for the largest step."""
+        """Allocate rows for the largest step and compute the frequencies."""
         found = table.frequencies_at(np.arange(sizes.context)) if table.moves else table.inverse_frequencies()[None]
         width = -(-found.shape[1] // 16) * 16
         frequencies: Floats = zeros((len(found), width), np.float32)
@@ -78,14 +79,14 @@ class CosSinTable:
 
     @property
     def columns(self) -> dict[int, int]:
-        """Of a row that reads them."""
+        """Columns of a table row that reads this table."""
         half = self.table.rotary_dim // 2
         return {layout.ROPE: self.rows.ctypes.data, layout.ROPE_HALF: half, layout.ROPE_STRIDE: self.rows.strides[0]}
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What attention of one shape is compiled for (`attention.py` has the same, with numba)."""
+    """The shape that attention kernels are compiled for: `attention_tiles.Heads` for code without numba."""
 
     kv_dtype: str
     dim: int
@@ -95,43 +96,46 @@ class AttentionShape:
 
     @staticmethod
     def of(op: ops.Attention, kv_dtype: str) -> AttentionShape:
-        """Of one operation."""
+        """Return the shape of one operation."""
         return AttentionShape(
             kv_dtype, op.head_dim, op.k.width // op.head_dim, op.q.width // op.k.width, bool(op.softcap)
         )
 
     @property
     def name(self) -> str:
-        """Part of the kernels' names."""
+        """The shape as a part of the kernels' names."""
         return f"{self.kv_dtype}_{self.dim}x{self.group}{'_capped' if self.capped else ''}"
 
     @property
     def item_rows(self) -> int:
-        """Query rows of an item: with their heads they fill the registers."""
+        """Query rows of an item: as many as fill the registers together with their heads."""
         return max(1, layout.SCORE_ROWS // self.group)
 
     @property
     def pairs(self) -> int:
-        """(query row, head) pairs of an item."""
+        """The number of (query row, head) pairs of an item."""
         return self.item_rows * self.group
 
 
 def page_bytes(head_dim: int, kv_dtype: str) -> int:
-    """Of 16 tokens of one key-value head (`pages.py`)."""
+    """Return the bytes of a page: 16 tokens of one key-value head (`pages.py`)."""
     return 2 * layout.BLOCK * head_dim * 2 if kv_dtype == "f16" else 2 * layout.BLOCK * (head_dim + 4)
 
 
 def plan_of(program: Program, sizes: Sizes, private: frozenset[int]) -> Plan:
-    """Places of the values within an arena. The values that rows are taken from live to the end of the step."""
+    """Assign offsets within the arena to all values.
+
+    The inputs of TakeRows stay alive to the end of the step, because prompt log-probabilities take rows again.
+    """
     taken = frozenset(op.x.buffer for op in program.ops if isinstance(op, ops.TakeRows))
     return plan_buffers(program, sizes.bytes_of, lambda op: op.out.buffer in private, taken)
 
 
 class Memory:
-    """Of one program on this machine.
+    """The memory of one program.
 
-    `panels`: weights, packed. `vector`: reads one that is a vector. `private`: buffers of which each thread has a copy
-    of its own while rows are few. The cache comes later (`allocate`): its rows of the table are written then.
+    `panels`: packed weights. `vector`: reads a weight that is a vector. `private`: buffers of which each thread holds a
+    private copy while rows are few. The KV cache is allocated later (`allocate`), and its columns are written then.
     """
 
     def __init__(
@@ -154,20 +158,20 @@ class Memory:
         self.num_pages = 0
 
     def close_source(self) -> None:
-        """Forget the checkpoint, so that its file need not stay mapped: everything was read."""
+        """Release the checkpoint, so that its file need not stay mapped. Call after all weights were read."""
         self._read = _closed
 
     # ---- values ----
 
     def place(self, v: Value) -> Place:
-        """Where a value is."""
+        """Return the location of a value."""
         base = self.arena.ctypes.data + self.plan.offsets[v.buffer]
         if v.spec.dtype == "int8":
             return Place(base, v.spec.width, base + self.sizes.rows(v.spec) * v.spec.width)
         return Place(base + v.start * 4, _stride(v.spec), 0)
 
     def view(self, v: Value, rows: int) -> Floats:
-        """A float value's first rows, (rows, width)."""
+        """Return the first rows of a float32 value, (rows, width)."""
         at, stride = self.plan.offsets[v.buffer], _stride(v.spec)
         whole = self.arena[at : at + rows * stride].view(np.float32).reshape(rows, -1)
         return whole[:, v.start : v.start + v.width]
@@ -175,11 +179,14 @@ class Memory:
     # ---- weights ----
 
     def panels(self, weight: Weight) -> tuple[Packed, ...]:
-        """A matrix; in several parts, one below the other, if they are stored differently."""
+        """Return a packed matrix; several parts, one below the other, if parts are stored differently."""
         return self._panels[weight]
 
     def vector(self, weight: Weight | None, gated: bool = False) -> int:
-        """Address of a vector, in whole vectors of 16; 0 for none. `gated`: 32 of gate, 32 of up, and so on."""
+        """Return the address of a vector, padded to a multiple of 16; 0 for None.
+
+        `gated`: 32 elements of gate alternate with 32 of up.
+        """
         if weight is None:
             return 0
         if (weight, gated) not in self._vectors:
@@ -187,50 +194,50 @@ class Memory:
         return self._vectors[weight, gated].ctypes.data
 
     def no_bias(self, width: int) -> int:
-        """Address of a vector of zeros, for a kernel that always adds a bias."""
+        """Return the address of a vector of zeros, for a kernel that always adds a bias."""
         if width not in self._no_bias:
             self._no_bias[width] = zeros((-(-width // 16) * 16,), np.float32)
         return self._no_bias[width].ctypes.data
 
     def cos_sin(self, table: RopeTable) -> CosSinTable:
-        """Where a step's cosines and sines go, and what they are made of."""
+        """Return the cosines and sines of a rotary embedding; layers share them."""
         if table not in self._cos_sin:
             self._cos_sin[table] = CosSinTable.of(table, self.sizes)
         return self._cos_sin[table]
 
     def all_cos_sin(self) -> list[CosSinTable]:
-        """Those that rows of the table use."""
+        """Return all tables of cosines and sines that rows of the step table read."""
         return list(self._cos_sin.values())
 
     # ---- cache ----
 
     def block_bytes(self, block_size: int) -> int:
-        """Of one block over all layers."""
+        """Return the bytes of one block over all layers."""
         return block_size // layout.BLOCK * sum(self._layer_bytes().values())
 
     def _layer_bytes(self) -> dict[int, int]:
-        """Of 16 tokens in each layer."""
+        """Return the bytes of 16 tokens, by layer."""
         form = self.sizes.kv_dtype
-        keys = {layer: spec.parts[0] for layer, spec in self.layout.items()}  # values are alike
+        keys = {layer: spec.parts[0] for layer, spec in self.layout.items()}  # values have the same size
         return {layer: key.heads * page_bytes(key.width, form) for layer, key in keys.items()}
 
     def allocate(self, num_pages: int) -> None:
-        """Make the cache, all layers of a block together: memory is taken as blocks are first used.
+        """Allocate the KV cache, with all layers of a block side by side.
 
-        MemoryError if there is no room.
+        The system commits memory when a block is first written to. Raises MemoryError if the cache does not fit.
         """
         self._cache = zeros((num_pages, sum(self._layer_bytes().values())))
         self.num_pages = num_pages
 
     def cache(self, layer: int) -> dict[int, int]:
-        """Columns of a row that reads a layer's cache; nothing in them before it is allocated."""
+        """Return the columns of a table row that accesses a layer's cache; zeros before `allocate`."""
         if not len(self._cache):
             return {layout.CACHE: 0, layout.PAGE_STRIDE: 0}
         before = sum(size for index, size in self._layer_bytes().items() if index < layer)
         return {layout.CACHE: self._cache.ctypes.data + before, layout.PAGE_STRIDE: self._cache.strides[0]}
 
     def clear_pages(self, pages: slice) -> None:
-        """Zeros, as at first."""
+        """Reset pages to zeros."""
         self._cache[pages] = 0
 
 

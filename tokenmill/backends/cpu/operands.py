@@ -1,4 +1,4 @@
-"""What tiles of every kind of weights work on: addresses, and how a panel's 16 outputs are divided among registers."""
+"""Operands that tiles of all weight forms share, and the division of a panel's 16 outputs among registers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from tokenmill.backends.cpu.ir import Emitter, Val
 
-_FAR = 1 << 15
+_FAR = 1 << 15  # the maximum prefetch distance in bytes: a larger panel does not fit a near cache
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """Addresses and strides in bytes of a tile's operands; `scales` stays unread with float activations."""
+    """Addresses of a tile's operands and their strides in bytes. `scales` is unused with float activations."""
 
     columns: Val
     weight: Val
@@ -19,14 +19,17 @@ class Operands:
     x_stride: Val
     scales: Val
     scales_stride: Val
-    base: Val  # what is added to the product: float32, 16 a row
+    base: Val  # added to the product: float32, 16 for each row
     base_stride: Val
     out: Val
     out_stride: Val
 
 
 def panel_parts(lanes: int, rows: int, parts_per_pass: int) -> list[list[int]]:
-    """Which registers of a panel's 16 outputs are summed in one go over the columns; `at_once`: how many, with rows."""
+    """Divide the registers of a panel's 16 outputs into passes over the columns.
+
+    A single row and 16-lane registers need one pass. Otherwise a pass computes `parts_per_pass` registers.
+    """
     parts = list(range(16 // lanes))
     if rows == 1 or lanes == 16:
         return [parts]
@@ -34,9 +37,10 @@ def panel_parts(lanes: int, rows: int, parts_per_pass: int) -> list[list[int]]:
 
 
 def prefetch_distance(g: Emitter, rows: int, panel: Val) -> Val:
-    """Where to ask for weights early, from those that are read: the same place of the next panel, or so far in a panel
-    that does not fit a near cache. What was fastest: a single row waits for nothing but memory, and the panel behind
-    a thread's last is another's, so what is read of it twice is time lost. `panel`: its bytes.
+    """Return the prefetch distance in bytes: one panel ahead, at most _FAR. `panel`: bytes of a panel.
+
+    Distances were chosen by measurement. A single row is bound by memory alone, so it uses a short distance:
+    prefetching beyond a thread's last panel reads weights that another thread reads too.
     """
     if rows == 1:
         return g.c(2048)
@@ -44,7 +48,7 @@ def prefetch_distance(g: Emitter, rows: int, panel: Val) -> Val:
 
 
 def store(g: Emitter, o: Operands, sums: list[Val], offset: int) -> None:
-    """Each row's sums, plus its base, to out."""
+    """Store the sums of each row plus its base."""
     b = g.b
     for r, total in enumerate(sums):
         base = g.ld(total.type, g.at(o.base, b.mul(o.base_stride, g.c(r))), offset)

@@ -1,4 +1,4 @@
-"""Matrices to the panels of `forms.py`. Exact: a packed weight is the number that was stored."""
+"""Packing of weight matrices into the panels of `forms.py`. Invariant: packing is lossless."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from tokenmill.weights.checkpoint import Checkpoint
 
 Array = NDArray[Any]
 Allocate = Callable[..., Array]
-"""(shape, dtype) -> zeros that last"""
+"""(shape, dtype) -> a long-lived array of zeros"""
 
-GATE = 32  # gate and up alternate by so many outputs
+GATE = 32  # outputs of gate that alternate with as many of up
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Panels of a matrix, or of some of its rows; the memory is its own."""
+    """The panels of a matrix or of some of its rows."""
 
     form: str  # a name of `forms.py`
     panels: NDArray[np.uint8]  # flat, 64-byte aligned
     rows: int
     columns: int
-    start: int = 0  # output that the first row makes; a multiple of 32
+    start: int = 0  # index of the first row's output; a multiple of 32
 
     @property
     def address(self) -> int:
-        """Of the first panel."""
+        """The address of the first panel."""
         return int(self.panels.ctypes.data)
 
     @property
     def count(self) -> int:
-        """Panels; the last one's missing outputs are zero."""
+        """The number of panels. The last one is padded with outputs of zero."""
         return -(-self.rows // PANEL)
 
     @property
@@ -50,12 +50,12 @@ class Packed:
 
     @property
     def quantized(self) -> bool:
-        """Whether its products want int8 activations."""
+        """True if products with this matrix require int8 activations."""
         return self.form in BLOCK_FORMS
 
 
 def gates(rows: int) -> bool:
-    """Whether a matrix of gate above up, `rows` together, can be packed gated: halves of whole blocks."""
+    """Return True if a matrix of gate above up, `rows` in all, can be packed gated: its halves are whole blocks."""
     return rows % (2 * GATE) == 0
 
 
@@ -68,10 +68,11 @@ def pack_weight(
     pairs: bool = False,
     allocate: Allocate = zeros,
 ) -> tuple[Packed, ...]:
-    """This rank's part of a weight. More than one if its parts are stored differently: one below the other.
+    """Pack this rank's part of a weight. Returns several matrices, one below the other, if its parts differ in storage.
 
-    All of them want the same activations and begin at whole blocks of outputs. Unsupported if it is `gated` and its
-    halves are no whole blocks. `pairs`: of bfloat16 (`Isa.pairs`). `room`: makes the arrays.
+    All of them require the same kind of activations and begin at a multiple of 32 outputs. Raises Unsupported if the
+    weight is `gated` and its halves are not whole blocks. `pairs`: pack bfloat16 in pairs (`Isa.pairs`). `allocate`:
+    allocator of the arrays.
     """
     groups = [weight] if gated or len(weight.parts) == 1 else _runs_of_one_kind(weight, source)
     out, start = [], 0
@@ -84,7 +85,7 @@ def pack_weight(
 
 
 def _runs_of_one_kind(weight: Weight, source: Checkpoint) -> list[Weight]:
-    """The weight as runs of parts that are stored in one kind."""
+    """Split a weight into runs of parts with the same storage format."""
     runs: list[list[Part]] = []
     for part in weight.parts:
         if runs and source[runs[-1][0].name].kind == source[part.name].kind:
@@ -97,9 +98,10 @@ def _runs_of_one_kind(weight: Weight, source: Checkpoint) -> list[Weight]:
 def pack(
     matrix: Matrix, *, gated: bool = False, start: int = 0, pairs: bool = False, allocate: Allocate = zeros
 ) -> Packed:
-    """Panels of a matrix. `gated`: rows are gate, then up; packed as 32 of gate, 32 of up and so on.
+    """Pack a matrix into panels.
 
-    `pairs`: bfloat16 in pairs of columns. `room`: makes the array.
+    `gated`: the rows are gate, then up; 32 rows of gate then alternate with 32 of up. `pairs`: pack bfloat16 in pairs
+    of columns. `allocate`: allocator of the array.
     """
     rows, columns = matrix.shape
     if gated and not gates(rows):
@@ -122,7 +124,7 @@ def pack(
 
 
 def pack_vector(vector: NDArray[np.float32], *, gated: bool = False) -> NDArray[np.float32]:
-    """A bias in the order of the outputs of a product, padded with zeros to whole vectors."""
+    """Arrange a bias in the order of a product's outputs, padded with zeros to a multiple of 16."""
     return padded(np.ascontiguousarray(_interleaved(vector) if gated else vector))
 
 
@@ -131,7 +133,7 @@ def _interleaved(a: Array) -> Array:
 
 
 def _panels(a: Array, gated: bool) -> Array:
-    """(rows, …) -> (panels, 16, …)"""
+    """Reshape (rows, …) to (panels, 16, …), padding with zeros."""
     if gated:
         a = _interleaved(a)
     if short := -len(a) % PANEL:
@@ -161,7 +163,7 @@ def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool, allocate: A
 
 
 def _as_blocks(matrix: Matrix) -> Blocks | None:
-    """What a block form can hold: blocks of 32, or of 16 as Q6_K has them."""
+    """Return the matrix if a quantized form can store it: blocks of 32, or of 16 as in Q6_K. Otherwise None."""
     if not isinstance(matrix, Blocks) or matrix.shape[1] % BLOCK:
         return None
     return matrix if matrix.block == BLOCK or (matrix.bits == 6 and matrix.levels is not None) else None
@@ -183,14 +185,14 @@ def _form_of(m: Blocks) -> Form:
 
 
 def _shift(form: Form, m: Blocks) -> int:
-    """What is added to the codes to make them unsigned, as they lie in a panel."""
+    """Return the number that makes the codes unsigned, as panels store them, when added."""
     if form.offset:
         return form.offset if m.bits != 4 else 0
     return 16 if m.bits == 5 and m.low is None else 0
 
 
 def _codes(form: Form, m: Blocks) -> Array:
-    """(rows, blocks of 32, 16) nibbles as stored, or (rows, blocks of 32, 32) unsigned codes."""
+    """Return (rows, blocks of 32, 16) bytes of nibbles as stored, or (rows, blocks of 32, 32) unsigned codes."""
     if m.bits == 4:
         return m.codes
     codes = m.codes.reshape(len(m.codes), -1, BLOCK)
@@ -198,14 +200,14 @@ def _codes(form: Form, m: Blocks) -> Array:
 
 
 def _numbers(form: Form, m: Blocks) -> tuple[Array | None, ...]:
-    """Scales, what is added, and the factors of both: (rows, so many for a row), in the form's types."""
+    """Return scales, lows and the factors of both, each (rows, number for a row), in the types of the form."""
     if m.levels is not None:
         return m.levels.scale, m.levels.low, m.levels.scale_factor, m.levels.low_factor
     kinds = {2: np.float16, 4: np.float32}
     scale = m.scale.astype(kinds[form.scale], copy=False)
     if not form.low:
         return scale, None
-    # scale · (code − offset) + low = scale · (stored − form.offset) + what is to be added
+    # scale · (code − offset) + low = scale · (stored − form.offset) + (low − scale · stored_above)
     stored_above = m.offset + (_shift(form, m) if m.bits != 4 else 0) - form.offset
     low = np.zeros_like(scale) if m.low is None else m.low.astype(kinds[form.low], copy=False)
     if stored_above:
@@ -214,7 +216,7 @@ def _numbers(form: Form, m: Blocks) -> tuple[Array | None, ...]:
 
 
 def _write_codes(form: Form, codes: Array, out: Array) -> None:
-    """(panels, 16, blocks, 16 nibbles or 32 codes) to the planes (panels, groups, blocks, bytes)."""
+    """Write codes (panels, 16, blocks, 16 bytes of nibbles or 32 codes) to planes (panels, groups, blocks, bytes)."""
     shape = out.shape[:3]
     fours = np.ascontiguousarray(codes) if codes.strides[-1] != 1 else codes
     quads = fours.view(np.uint32).transpose(0, 2, 3, 1)  # (panels, blocks, vector, output) of 4 columns each
@@ -232,7 +234,7 @@ def _write_codes(form: Form, codes: Array, out: Array) -> None:
 
 
 def _put(out: Array, numbers: Array | None, gated: bool) -> None:
-    """Write numbers (rows, so many for a row) to the beginnings of out (panels, groups, blocks, bytes)."""
+    """Write numbers (rows, number for a row) to the first bytes of out (panels, groups, blocks, bytes)."""
     if numbers is None:
         return
     panels = _panels(numbers, gated).reshape(out.shape[0], PANEL, *out.shape[1:3], -1)

@@ -1,15 +1,14 @@
-"""The paged cache of keys and values: how a page lies in memory, and reading and writing it.
+"""The memory layout of KV cache pages, and code to read and write them.
 
-A page holds 16 tokens of one key-value head of one layer: keys transposed, [head size][16], so 16 scores come from one
-vector without horizontal sums, then values, [16][head size]. Pages of a block's heads follow each other; blocks follow
-each other. Two forms:
+A page holds 16 tokens of one key-value head of one layer. Keys come first and are transposed, [head size][16], so a
+vector of 16 scores needs no horizontal sums. Values follow, [16][head size]. The pages of a block's heads are adjacent,
+and so are blocks. There are two forms:
 
 * f16: float16.
-* int8: codes with a float32 scale for each token's key and one for each value: 16 of the keys' and 16 of the values'
-  stand behind the codes. A little over half the bytes of f16.
+* int8: codes, then a float32 scale for each of 16 keys and each of 16 values. It takes a little over half the bytes.
 
-What is written is held to ±65504 and NaN becomes a number, so that no page ever holds anything whose product with a
-probability of zero is not zero: pages are reused without being cleared.
+Invariant: pages hold only finite numbers, because pages are reused without being cleared and stale entries are
+multiplied by probabilities of 0. So written numbers are clamped to ±65504, and NaN is replaced.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _SCALES = 2 * BLOCK * 4
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Pages of heads of `dim` columns, a multiple of 16."""
+    """The layout of pages for heads of `dim` columns, a multiple of 16."""
 
     form: KvForm
     dim: int
@@ -39,17 +38,17 @@ class Pages:
 
     @property
     def values(self) -> int:
-        """Where values begin, which is also the bytes of the keys."""
+        """Offset of the values, which is also the bytes of the keys."""
         return BLOCK * self.dim * self.item
 
     @property
     def key_scales(self) -> int:
-        """Where they begin, in an int8 page."""
+        """Offset of the scales of keys in an int8 page."""
         return 2 * self.values
 
     @property
     def value_scales(self) -> int:
-        """Where they begin, in an int8 page."""
+        """Offset of the scales of values in an int8 page."""
         return 2 * self.values + BLOCK * 4
 
     @property
@@ -58,13 +57,13 @@ class Pages:
         return 2 * self.values + (0 if self.form == "f16" else _SCALES)
 
     def load(self, g: Emitter, address: Val, offset: int, lanes: int) -> Val:
-        """Elements as float32, int8 ones not yet scaled; `offset` in bytes."""
+        """Load elements as float32, without the scales of int8. `offset` is in bytes."""
         if self.form == "f16":
             return g.half(address, offset, lanes)
         return g.b.sitofp(g.ld(Vector(i8, lanes), address, offset), Vector(f32, lanes))
 
     def store(self, g: Emitter, key: Val, value: Val, page: Val, token: Val) -> None:
-        """One token's key and value (float32 rows) into a page, as its `token`th."""
+        """Store the key and value (float32 rows) of the page's `token`th token."""
         b = g.b
         columns = g.at(page, b.mul(token, g.c(self.item)))
         row = g.at(page, g.at(b.mul(token, g.c(self.dim * self.item)), self.values))
@@ -85,7 +84,7 @@ class Pages:
         g.loop(g.c(self.dim // 16), (), sixteen)
 
     def _encoder(self, g: Emitter, x: Val) -> tuple[Val, Val]:
-        """(what to multiply with, the scale) of a row; unused in f16."""
+        """Return (inverse scale in all lanes, scale) of a row; (None, None) for f16."""
         if self.form == "f16":
             return None, None
 
@@ -98,7 +97,7 @@ class Pages:
         return g.splat(inverse), g.b.fmul(top, g.f(1 / 127.0))
 
     def _encode(self, g: Emitter, x: Val, encoder: tuple[Val, Val]) -> Val:
-        """A vector as it is stored."""
+        """Convert a vector to its stored form."""
         if self.form == "f16":
             return g.b.fptrunc(_clamped(g, x), f16x16)
         code = g.each_lane("nearbyint", g.b.fmul(_clamped(g, x), encoder[0]))

@@ -1,6 +1,6 @@
-"""From a recorded program to the one that this backend lowers: rows taken early, fused, weights packed, int8 inputs.
+"""Preparation of a recorded program for lowering: fusion, weight packing and int8 activations.
 
-Also what can be said before any weight is read: whether a program can run here at all.
+`refusal` decides whether this backend can run a program before any weight is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _VECTOR = 16
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What is lowered, its matrices, and the buffers of which each thread has a copy of its own while rows are few."""
+    """A program ready for lowering.
+
+    `panels`: packed matrices. `private`: buffers of which each thread holds a private copy while rows are few.
+    """
 
     program: Program
     panels: dict[Weight, tuple[Packed, ...]]
@@ -35,7 +38,7 @@ class Prepared:
 
 
 def fused(program: Program) -> Program:
-    """The program with what this backend's kernels do at once. Needs no weights."""
+    """Fuse the operations that one kernel of this backend computes together. Needs no weights."""
     return passes.fuse(
         passes.take_rows_early(program),
         passes.residual_into_linear,
@@ -54,7 +57,7 @@ def _act_into_linear(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | None:
 def _heads_into_attention(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | None:
     """As `passes.heads_into_attention`, but skip queries and keys that something reads after attention.
 
-    The kernel normalizes and rotates them where they are.
+    The kernel normalizes and rotates queries and keys in place, so a later reader would get changed values.
     """
     found = passes.heads_into_attention(op, graph)
     if found is None:
@@ -69,7 +72,7 @@ def _heads_into_attention(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | 
 
 
 def refusal(program: Program, block_size: int) -> str:
-    """Why this backend cannot run a recorded program; "" if it can."""
+    """Return the reason why this backend cannot run a recorded program; "" if it can."""
     if block_size % BLOCK:
         return f"its cache blocks are of {BLOCK} tokens or a multiple, not {block_size}"
     for op in fused(program).ops:
@@ -98,9 +101,9 @@ def _refused(op: Op) -> str:
 def prepare(
     program: Program, source: Checkpoint, read: Reader, isa: Isa, threads: int, report: Report | None
 ) -> Prepared:
-    """Read and pack all matrices, as an instruction set wants them.
+    """Fuse a program, then read all its matrices and pack them for an instruction set.
 
-    ModelError if a tensor is missing or of another shape than expected.
+    Raises ModelError if a tensor is missing or has an unexpected shape.
     """
     program = fused(program)
     check(_weights(program), source)
@@ -116,7 +119,7 @@ def _weights(program: Program) -> list[Weight]:
 def pack_all(
     program: Program, source: Checkpoint, read: Reader, isa: Isa, threads: int, report: Report | None
 ) -> dict[Weight, tuple[Packed, ...]]:
-    """Every matrix, on several threads; `report` is called from this one, with bytes of the checkpoint."""
+    """Pack all matrices on several threads. `report` is called on the calling thread, with bytes of the checkpoint."""
     gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
     wanted = [w for w in _weights(program) if w.columns]
     arena = Arena()
@@ -130,23 +133,26 @@ def pack_all(
 
 
 def _one_form(program: Program, packed: dict[Weight, tuple[Packed, ...]]) -> None:
-    """Parts of a matrix are all for int8 activations, or all for floats."""
+    """Raise Unsupported if some parts of a matrix need int8 activations and others need floats."""
     for op in program.ops:
         if isinstance(op, ops.Linear) and len({part.quantized for part in packed[op.weight]}) > 1:
             raise Unsupported("mixture of weights", op.weight.name, (), "Use --backend torch.")
 
 
 def _writes_int8(op: Op) -> bool:
-    """Whether our kernel for this operation can quantize what it writes."""
+    """Return True if the kernel of this operation can write its output as int8."""
     if isinstance(op, ops.Attention):
-        return op.q.width // (op.k.width // op.head_dim) % 32 == 0  # the heads of one item are whole blocks of 32
+        return op.q.width // (op.k.width // op.head_dim) % 32 == 0  # the heads of one item must be whole blocks of 32
     if isinstance(op, ops.Linear):
         return op.act is not None and op.out.width % 32 == 0
     return isinstance(op, ops.Norm) and not isinstance(op, ops.AddNorm) and not op.head_dim and op.x.width % 32 == 0
 
 
 def private_outputs(program: Program) -> frozenset[int]:
-    """Buffers of norms that only products read: with few rows each thread computes its own copy."""
+    """Return the buffers of norms that only products read.
+
+    While rows are few each thread computes a private copy of them, which is cheaper than a barrier.
+    """
     graph = passes.Graph.of(program)
     return frozenset(
         op.out.buffer

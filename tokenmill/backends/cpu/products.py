@@ -1,8 +1,8 @@
-"""Kernels of products: plain, gated, and rows of a table looked up; for every form of weights.
+"""Matrix kernels for every form of weights: plain and gated products, and embedding lookup.
 
-Threads take panels from the row's counter, a few at a time. A form's tiles have 1, 2, 4 and (with long registers) 8
-rows; which of them compute a row changes nothing in it. Pairs of bfloat16 are multiplied with activations that a kernel
-in front of theirs has made bfloat16 (`narrow`).
+Threads take a few panels at a time from the counter of the table row. A form has tiles of 1, 2, 4 and (with long
+registers) 8 rows. Invariant: the result of a row does not depend on the tile that computes it. Products with bfloat16
+pairs read activations that the kernel `narrow` converted to bfloat16 before.
 """
 
 from __future__ import annotations
@@ -21,45 +21,46 @@ from tokenmill.backends.cpu.tiles import look_up, max_rows, tile
 
 Function = Callable[..., Any]
 
-_FAR = 1 << 18  # bytes of x that stay near a core while several panels are multiplied with them
+_FAR = 1 << 18  # bytes of x that stay in a near cache while several panels are multiplied with it
 _FEW, _ROW = layout.FEW, 8
 _TOKENS, _SAMPLES, _THREADS, _ZEROS = (8 * w for w in (layout.TOKENS, layout.SAMPLES, layout.THREADS, layout.ZEROS))
 
 
 @inline
 def field(address: int, word: int) -> int:
-    """A word of a row or of the context."""
+    """Read a word of a table row or of the context."""
     return int(peek(address + 8 * word))
 
 
 @inline
 def count_rows(row: int, context: int) -> int:
-    """How many rows this row of the table goes over."""
+    """Return the number of rows that a table row processes."""
     return int(peek(context + _SAMPLES) if field(row, layout.ROWS) else peek(context + _TOKENS))
 
 
 @inline
 def private_copy(row: int, tid: int, rows: int, column: int, base: int, size: int) -> int:
-    """Address of a thread's own copy, if there is one."""
+    """Return the address of a thread's private copy if there is one, else `base`. `size`: bytes of a row."""
     return base + tid * _FEW * size if field(row, column) and rows <= _FEW else base
 
 
 @inline
 def _input_address(tid: int, row: int, rows: int, context: int) -> int:
-    """Where a product's x is."""
+    """Return the address of a product's x."""
     return private_copy(row, tid, rows, layout.PRIVATE_X, field(row, layout.X), field(row, layout.X_STRIDE))
 
 
 @inline
 def _bf16_address(tid: int, row: int, rows: int, context: int) -> int:
-    """Where it is in bfloat16."""
+    """Return the address of a product's x in bfloat16."""
     return field(context, layout.NARROW) + (tid * field(context, layout.NARROW_SIZE) if rows <= _FEW else 0)
 
 
 def product(isa: Isa, form: Form | DenseForm) -> Function:
-    """Compiled: (rows, columns, weight, bytes of a panel, panels, x, stride, scales, base, stride, step, out, stride).
+    """Make a function that computes out = base + x · weightᵀ for panels of 16 outputs.
 
-    out = base + x · weightᵀ for panels of 16 outputs. `step`: bytes from a panel's base to the next one's, 0 or 64.
+    Its parameters: (rows, columns, weight, bytes of a panel, panels, x, stride, scales, base, stride, step, out,
+    stride). `step`: bytes from the base of a panel to the base of the next one, 0 or 64.
     """
     most = max_rows(isa, form)
     t1, t2, t4, t8 = (emit(10, tile(isa, form, min(rows, most))) for rows in (1, 2, 4, 8))
@@ -127,7 +128,10 @@ def _linear(isa: Isa, form: Form | DenseForm) -> Function:
 
 @inline
 def _grain(rows: int, panels: int, quantized: int) -> int:
-    """Panels that a thread takes at once: even, if outputs are quantized; few enough that none waits long."""
+    """Return the panels that a thread takes at a time: few, so that no thread waits long at the barrier.
+
+    The number is even if outputs are quantized, because a block of 32 outputs is two panels.
+    """
     if quantized:
         return 4 if rows > 64 and panels >= 64 else 2
     if panels > 1000:
@@ -139,7 +143,7 @@ def _grain(rows: int, panels: int, quantized: int) -> int:
 
 @inline
 def _finish(rows: int, p: int, n: int, o: int, s: int, act: int, bias: int, out: int, os: int, quantized: int) -> None:
-    """Bias, activation and quantization of n panels from p on, which are at o, rows s apart."""
+    """Apply bias, activation and quantization to n panels from p on. `o`: their address; `s`: bytes from row to row."""
     for r in range(rows):
         a = o + r * s
         if bias:
@@ -152,7 +156,10 @@ def _finish(rows: int, p: int, n: int, o: int, s: int, act: int, bias: int, out:
 
 @inline
 def _gate(rows: int, p: int, o: int, act: int, out: int, os: int, quantized: int) -> None:
-    """32 outputs of four panels from p on: two of gate, two of up, which are at o, rows 256 bytes apart."""
+    """Compute 32 gated outputs from the four panels from p on: two of gate, two of up.
+
+    `o`: their address; rows are 256 bytes apart.
+    """
     for r in range(rows):
         a, at = o + r * 256, r * os + p * 8
         if quantized:
@@ -218,7 +225,7 @@ def _make(kind: str, name: str, isa: Isa) -> Function:
 
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Function]]:
-    """linear_<form> (plain and gated) and embed_<form> for every form of `forms.py`; narrow in front of pairs'."""
+    """Return makers of linear_<form> (plain and gated), embed_<form> and, for bfloat16 pairs, narrow."""
     names = [name for name in NAMES if isa.pairs or name != PAIRS.name]
     made: dict[str, Callable[[], Function]] = {
         f"{kind}_{name}": partial(_make, kind, name, isa) for kind in _KINDS for name in names

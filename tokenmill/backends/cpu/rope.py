@@ -1,8 +1,8 @@
-"""Rotary positions: a step's cosines and sines, and turning heads by them.
+"""Rotary position embedding: the cosines and sines of a step, and rotation of heads.
 
-Nothing is kept by position: one row of the table computes the turns of a step's tokens from half a head's frequencies,
-and all layers use them, so a context of a million tokens costs nothing. The angle is a float32, position · frequency,
-as in the reference; its sine and cosine are computed in float64, so they are the same on every machine.
+There is no table by position. One row of the step table computes cosines and sines of the step's tokens for all layers,
+so their memory does not grow with the context. The angle is position · frequency in float32, as in the reference. Its
+sine and cosine are computed in float64, so they are equal on every machine.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ _BELOW_HALF_PI = 6.123233995736766e-17  # π / 2 minus its float64
 
 
 def cos_sin_stride(half: int) -> int:
-    """Bytes of a row of turns: `half` cosines and as many sines, each padded to whole vectors."""
+    """Return the bytes of a row: `half` cosines and as many sines, each padded to a multiple of 16."""
     return -(-half // 16) * 128
 
 
 def frequencies(table: RopeTable, max_positions: int) -> NDArray[np.float32]:
-    """(1, n) or, if they depend on the position, (max_positions, n): padded to whole vectors, for FREQUENCIES."""
+    """Return (1, n) frequencies for FREQUENCIES, or (max_positions, n) if they depend on the position.
+
+    n is padded to a multiple of 16.
+    """
     found = table.frequencies_at(np.arange(max_positions)) if table.moves else table.inverse_frequencies()[None]
     out = np.zeros((len(found), -(-found.shape[1] // 16) * 16), np.float32)
     out[:, : found.shape[1]] = found
@@ -42,7 +45,7 @@ def _double(g: Emitter, name: str, *args: Val) -> Val:
 
 
 def _series(g: Emitter, x2: Val, terms: list[float]) -> Val:
-    """The polynomial in x2 with these coefficients, lowest first."""
+    """Emit the polynomial in x2 with coefficients `terms`, lowest first."""
     p = g.k(f64x8, terms[-1])
     for term in reversed(terms[:-1]):
         p = _double(g, "fma", p, x2, g.k(f64x8, term))
@@ -50,7 +53,10 @@ def _series(g: Emitter, x2: Val, terms: list[float]) -> Val:
 
 
 def sine_cosine(g: Emitter, x: Val) -> tuple[Val, Val]:
-    """Of 8 float64, as float32. Exact to float32's last bit but one for |x| up to 2^30."""
+    """Emit sine and cosine of 8 float64, as float32.
+
+    For |x| up to 2^30 they are exact to the last but one bit of float32.
+    """
     b = g.b
 
     def k(v: float) -> Val:
@@ -105,9 +111,9 @@ def _rotate(g: Emitter, x: Val, cos_sin: Val, half: Val) -> None:
 
 
 write_cos_sin = emit(6, _cos_sin)
-"""(vectors of 8, position, frequencies, bits of the magnitude, cosines, sines)"""
+"""(vectors of 8, position, frequencies, bits of the magnitude, cosines, sines): those of one position"""
 rotate = emit(3, _rotate)
-"""(head, its row's turns, half of the rotary columns): in place"""
+"""(head, cosines and sines of its row, half of the rotary columns): rotate in place"""
 
 # ---- kernels ----
 
@@ -132,7 +138,7 @@ _THREADS, _TOKENS, _POSITIONS = 8 * layout.THREADS, 8 * layout.TOKENS, 8 * layou
 
 
 def _cos_sin_rows(tid: int, row: int, context: int, counter: int) -> int:
-    """The step's cosines and sines. No barrier: that of Embed, which stands after it, serves both."""
+    """Compute the cosines and sines of a step. The barrier of Embed, the next row of the table, serves this row too."""
     vectors = (peek(row + _HALF) + 15) // 16
     for r in range(tid, peek(context + _TOKENS), peek(context + _THREADS)):
         position = peek(peek(context + _POSITIONS) + r * 8)
@@ -144,13 +150,13 @@ def _cos_sin_rows(tid: int, row: int, context: int, counter: int) -> int:
 
 @inline
 def copy_row(vectors: int, x: int, out: int) -> None:
-    """Copy, unless it is the same place."""
+    """Copy a row, unless source and destination are the same."""
     if x != out:
         copy(vectors, x, out)
 
 
 def _rope_rows(tid: int, row: int, context: int, counter: int) -> int:
-    """Heads turned, for programs that do not turn them just before attention."""
+    """Rotate heads, for programs whose rotation is not fused into attention."""
     dim, heads = peek(row + _HEAD_DIM), peek(row + _HEADS)
     for r in range(tid, peek(context + _TOKENS), peek(context + _THREADS)):
         x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
@@ -161,7 +167,7 @@ def _rope_rows(tid: int, row: int, context: int, counter: int) -> int:
 
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
-    """turns, rope: written alike for every instruction set."""
+    """Return makers of cos_sin and rope, whose source is the same for every instruction set."""
     return {
         "cos_sin": lambda: kernel("cos_sin", compiled("rope_cos_sin_rows", _cos_sin_rows)),
         "rope": lambda: kernel("rope", compiled("rope_rope_rows", _rope_rows)),

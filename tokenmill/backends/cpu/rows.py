@@ -1,8 +1,7 @@
-"""Kernels that look at one row at a time: norms, activations, sums, quantization, and picking rows.
+"""Row-wise kernels: norms, activations, sums, quantization and selection of rows.
 
-Each is cut among the threads by rows, so none depends on how many rows a step has or who computes which. Operations
-(`quantize`, `rms_norm` …) are what other kernels call; kernels stand in a step's table, their columns are in
-`layout.py`.
+Threads divide the work by rows. Invariant: the result of a row does not depend on the other rows or on the thread.
+Other kernels call the operations (`quantize`, `rms_norm` …). The columns of the kernels' table rows are in `layout.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SILU, GELU_TANH, GELU_ERF, RELU = ACTS  # numba reads globals of this module
 
 @inline
 def activate(act: int, n: int, x: int, out: int) -> None:
-    """act(x) of n vectors; `out` may be `x`. NO_ACT does nothing."""
+    """Apply an activation to n vectors. `out` may be `x`. NO_ACT does nothing."""
     if act == SILU:
         _silu(n, x, out)
     elif act == GELU_TANH:
@@ -58,7 +57,7 @@ def activate(act: int, n: int, x: int, out: int) -> None:
 
 @inline
 def gate(act: int, n: int, x: int, y: int, out: int) -> None:
-    """act(x) · y of n vectors; `out` may be either."""
+    """Compute act(x) · y of n vectors. `out` may be `x` or `y`."""
     if act == SILU:
         _silu_gate(n, x, y, out)
     elif act == GELU_TANH:
@@ -82,13 +81,13 @@ def _quantize(g: Emitter, n: Val, x: Val, codes: Val, scales: Val) -> None:
 
 
 quantize = emit(4, _quantize)
-"""(blocks of 32, x, codes, scales)"""
+"""(blocks of 32, x, codes, scales): quantize float32 to int8, see `vectors.quantize_block`"""
 
 # ---- norms: two passes over the row (three if centered), then one that writes ----
 
 
 def _statistics(g: Emitter, n: Val, x: Val, eps: Val, center: bool) -> tuple[Val, Val]:
-    """(mean, 1 / deviation) in all lanes, of n vectors."""
+    """Emit mean and 1 / standard deviation of n vectors, in all lanes. Without `center` the mean is 0."""
     b = g.b
     width = b.sitofp(b.mul(n, g.c(16)), f32)
     mean = g.k(f32x16, 0.0)
@@ -108,7 +107,7 @@ Normed = Callable[[Val, int], Val]
 
 
 def _normed(g: Emitter, n: Val, x: Val, weight: Val, bias: Val | None, eps: Val) -> Normed:
-    """What gives vector i + k of the normed row; LayerNorm if there is a bias, else RMS."""
+    """Return a function that emits vector i + k of the normalized row: LayerNorm if there is a bias, else RMSNorm."""
     b = g.b
     mean, factor = _statistics(g, n, x, eps, bias is not None)
 
@@ -137,21 +136,21 @@ def _to_codes(g: Emitter, n: Val, x: Val, weight: Val, bias: Val | None, codes: 
 
 
 rms_norm = emit(5, lambda g, n, x, w, out, eps: _to_floats(g, n, x, w, None, out, eps))
-"""(vectors, x, weight, out, bits of eps); `out` may be `x`"""
+"""(vectors, x, weight, out, bits of eps): RMSNorm; `out` may be `x`"""
 layer_norm = emit(6, lambda g, n, x, w, bias, out, eps: _to_floats(g, n, x, w, bias, out, eps))
 _rms_codes = emit(6, lambda g, n, x, w, codes, scales, eps: _to_codes(g, n, x, w, None, codes, scales, eps))
 _layer_codes = emit(7, lambda g, n, x, w, bias, c, s, eps: _to_codes(g, n, x, w, bias, c, s, eps))
 
 add = each(3, lambda g, i, x, y, out: g.put(g.b.fadd(g.vec(x, i), g.vec(y, i)), out, i))
-"""(vectors, x, y, out)"""
+"""(vectors, x, y, out): x + y"""
 multiply = each(3, lambda g, i, x, y, out: g.put(g.b.fmul(g.vec(x, i), g.vec(y, i)), out, i))
-"""(vectors, x, y, out)"""
+"""(vectors, x, y, out): x · y"""
 scale = each(3, lambda g, i, x, s, out: g.put(g.b.fmul(g.vec(x, i), g.splat(g.bits(s))), out, i))
-"""(vectors, x, bits of a float, out)"""
+"""(vectors, x, bits of a float, out): multiply by a scalar"""
 
 
 def capped(g: Emitter, x: Val, cap: Val) -> Val:
-    """cap · tanh(x / cap), vectors."""
+    """Emit the soft cap: cap · tanh(x / cap)."""
     return g.b.fmul(g.tanh(g.b.fdiv(x, cap)), cap)
 
 
@@ -159,7 +158,7 @@ _cap = each(3, lambda g, i, x, cap, out: g.put(capped(g, g.vec(x, i), g.splat(g.
 
 # ---- kernels ----
 
-# what compiled Python reads of the layout, as globals of this module
+# Compiled Python reads byte offsets of the layout as globals of this module.
 (_ROWS, _X, _X_STRIDE, _OUT, _OUT_STRIDE, _OUT_SCALES, _WIDTH, _PRIVATE_OUT) = (
     8 * c
     for c in (
@@ -191,13 +190,13 @@ _THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = (
 
 @inline
 def rows_of(row: int, context: int) -> int:
-    """How many rows the operation goes over in this step."""
+    """Return the number of rows that a table row processes in this step."""
     return int(peek(context + _SAMPLES) if peek(row + _ROWS) else peek(context + _TOKENS))
 
 
 @inline
 def _norm_row(row: int, x: int, out: int, scales: int) -> None:
-    """One row; x is where it stands."""
+    """Normalize the row at x."""
     n, weight, eps = peek(row + _WIDTH) // 16, peek(row + _WEIGHT), peek(row + _EPS)
     bias, center = peek(row + _BIAS), peek(row + _CENTER)
     if peek(row + _OUT_SCALES):
@@ -214,7 +213,7 @@ def _norm_row(row: int, x: int, out: int, scales: int) -> None:
 
 
 def _norm(tid: int, row: int, context: int, counter: int) -> int:
-    """Norm, to float32 or int8; a row's own heads only to float32."""
+    """Normalize rows to float32 or int8; by heads only to float32."""
     rows, stride, width = rows_of(row, context), peek(row + _OUT_STRIDE), peek(row + _WIDTH)
     alone = peek(row + _PRIVATE_OUT) != 0 and rows <= _FEW
     out, scales = peek(row + _OUT), peek(row + _OUT_SCALES)
@@ -229,7 +228,7 @@ def _norm(tid: int, row: int, context: int, counter: int) -> int:
 
 
 def _add_norm(tid: int, row: int, context: int, counter: int) -> int:
-    """total = x + y, then its norm. `total` may be x or y; the norm is never private."""
+    """Compute total = x + y and its norm. `total` may be x or y. The norm never has private copies."""
     stride, width = peek(row + _OUT_STRIDE), peek(row + _WIDTH)
     for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
         x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
@@ -240,7 +239,7 @@ def _add_norm(tid: int, row: int, context: int, counter: int) -> int:
 
 
 def _add(tid: int, row: int, context: int, counter: int) -> int:
-    """x + y"""
+    """Add x and y."""
     for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
         x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
         add((peek(row + _WIDTH) + 15) // 16, x, y, peek(row + _OUT) + r * peek(row + _OUT_STRIDE))
@@ -248,7 +247,7 @@ def _add(tid: int, row: int, context: int, counter: int) -> int:
 
 
 def _act(tid: int, row: int, context: int, counter: int) -> int:
-    """act(x)"""
+    """Apply an activation."""
     for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
         x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
         activate(peek(row + _ACT), (peek(row + _WIDTH) + 15) // 16, x, out)
@@ -256,7 +255,7 @@ def _act(tid: int, row: int, context: int, counter: int) -> int:
 
 
 def _gated_act(tid: int, row: int, context: int, counter: int) -> int:
-    """act(x) · y"""
+    """Compute act(x) · y."""
     for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
         x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
         out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
@@ -265,7 +264,7 @@ def _gated_act(tid: int, row: int, context: int, counter: int) -> int:
 
 
 def _soft_cap(tid: int, row: int, context: int, counter: int) -> int:
-    """cap · tanh(x / cap); rows are long (logits), so items are of 64 vectors."""
+    """Apply the soft cap. Rows are long (logits), so a work item is 64 vectors of a row."""
     rows, n = rows_of(row, context), (peek(row + _WIDTH) + 15) // 16
     pieces = (n + 63) // 64
     while True:
@@ -278,7 +277,7 @@ def _soft_cap(tid: int, row: int, context: int, counter: int) -> int:
 
 
 def _take_rows(tid: int, row: int, context: int, counter: int) -> int:
-    """The rows that sample."""
+    """Copy the sampling rows."""
     for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
         x = peek(row + _X) + peek(peek(context + _SAMPLED) + r * 8) * peek(row + _X_STRIDE)
         copy((peek(row + _WIDTH) + 15) // 16, x, peek(row + _OUT) + r * peek(row + _OUT_STRIDE))
@@ -286,7 +285,7 @@ def _take_rows(tid: int, row: int, context: int, counter: int) -> int:
 
 
 def _quantize_rows(tid: int, row: int, context: int, counter: int) -> int:
-    """float32 to int8."""
+    """Quantize rows from float32 to int8."""
     width = peek(row + _WIDTH)
     for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
         x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
@@ -307,7 +306,7 @@ _BODIES: dict[str, Callable[..., int]] = {
 
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
-    """Names to makers. These are written alike for every instruction set."""
+    """Return makers by name. Their source is the same for every instruction set."""
 
     def maker(name: str, body: Callable[..., int]) -> Callable[[], Callable[..., int]]:
         return lambda: kernel(name, compiled(f"rows_{name}", body))

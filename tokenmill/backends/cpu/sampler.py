@@ -1,7 +1,7 @@
-"""Sampling as the host sees it: what the kernel `sample` (`sampling.py`) is told before a step, and what it leaves.
+"""The host side of sampling: inputs and outputs of the kernel `sample` (`sampling.py`). Needs no numba.
 
-The kernel does all that `backends/sampling.py` says, row by row on all threads, and writes each token behind its
-sequence, so that the next step finds it. Needs no numba.
+The kernel implements `backends/sampling.py`, row by row on all threads. It appends each token to its sequence, where
+the next step reads it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from tokenmill.wire.messages import TokenDetails
 
 
 class Sampler:
-    """What the kernel needs beside a step's context: `address` is for the context's word `layout.SAMPLING`.
+    """The words and scratch of the sampling kernel. `address` is for the word `layout.SAMPLING` of the context.
 
-    `tokens` (slots, positions) int32, by slot; the kernel reads what came before and writes what it chooses.
-    Before a step whose last operation is the kernel: `begin`, or `begin_prompt` to learn only how likely given tokens
-    are; after it, `details`.
+    `tokens` (slots, positions) int32: token ids by slot; the kernel reads earlier ids and writes sampled ones.
+
+    Call `begin` before a step that samples, or `begin_prompt` before one that computes only log-probabilities of given
+    tokens. Call `details` after the step.
     """
 
     def __init__(self, tokens: NDArray[np.int32], parameters: Parameters, vocab_size: int, threads: int) -> None:
         self._tokens, self._parameters = tokens, parameters
         self._words = zeros((sampling_layout.WORDS,), np.int64)
         self._scratch = _scratch(vocab_size, tokens.shape[1], threads)
-        self._referenced: list[NDArray[np.generic]] = []  # what the words point to, for this step
+        self._referenced: list[NDArray[np.generic]] = []  # keeps the arrays of the current step alive
         self._max_listed = -1
         self._write(
             {
@@ -42,16 +43,16 @@ class Sampler:
 
     @property
     def address(self) -> int:
-        """Of the kernel's words; never changes."""
+        """The address of the kernel's words, which never changes."""
         return int(self._words.ctypes.data)
 
     @property
     def nbytes(self) -> int:
-        """Of scratch, if all of it is touched."""
+        """Bytes of scratch memory, if all of it is in use."""
         return self._scratch.nbytes
 
     def begin(self, inputs: StepInputs, masks: Masks | None = None) -> None:
-        """The step chooses tokens for the rows `inputs.samples`, after the slots took in what is new."""
+        """Prepare sampling for the rows `inputs.samples`. Call after `Slots.apply`."""
         p = self._parameters
         self._referenced = []
         if masks is not None:
@@ -73,7 +74,10 @@ class Sampler:
         )
 
     def begin_prompt(self, targets: NDArray[np.int64], wanted: NDArray[np.integer]) -> None:
-        """The step's rows (P,) say how likely `targets` are, and list the `wanted` likeliest ids; -1: nothing."""
+        """Prepare log-probabilities of the P rows of a step.
+
+        `targets` (P,): token ids. `wanted` (P,): number of likeliest ids to list; -1: no log-probabilities of this row.
+        """
         targets, counts = np.ascontiguousarray(targets, np.int64), wanted.astype(np.int64)
         self._write(
             {
@@ -86,7 +90,7 @@ class Sampler:
         self._referenced = [targets, counts]
 
     def details(self) -> list[TokenDetails | None] | None:
-        """Of the step's rows, in their order; None if nobody asked."""
+        """Return the log-probabilities of the step's rows, in order; None if no row requests them."""
         if self._max_listed < 0:
             return None
         details: list[TokenDetails | None] = []
@@ -96,7 +100,7 @@ class Sampler:
         return details
 
     def _allocate_lists(self, rows: int, max_listed: int) -> None:
-        """Room for what `rows` rows list."""
+        """Allocate the outputs of `rows` rows; none if `max_listed` is negative."""
         self._max_listed = max_listed
         self._write({sampling_layout.MAX_LISTED: max_listed})
         if max_listed < 0:
@@ -120,7 +124,7 @@ class Sampler:
 
 
 def _scratch(vocab_size: int, max_tokens: int, threads: int) -> NDArray[np.uint8]:
-    """(threads, bytes): each thread's begins with the addresses of its parts."""
+    """Allocate scratch (threads, bytes). A thread's scratch begins with the addresses of its parts."""
     row = -(-vocab_size // 64) * 256  # bytes of a number for each id
     sizes = dict.fromkeys(range(0, 8 * sampling_layout.PARTS, 8), row)
     sizes |= {

@@ -1,4 +1,4 @@
-"""The kernel that takes the rows of logits of a step, each by one thread: to tokens, or to log-probabilities only."""
+"""The sampling kernel: sample a token from each row of logits or compute only log-probabilities. One thread a row."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _sample(tid: int, row: int, context: int, counter: int) -> int:
 
 @inline
 def _score_row(words: int, s: int, x: int, vocab: int, r: int) -> None:
-    """SCORE: the log-probabilities of the row's target and of the likeliest."""
+    """Compute the log-probabilities of a row's target and of its likeliest ids (mode SCORE)."""
     wanted = peek(peek(words + WANTED) + 8 * r)
     if wanted < 0:
         _set_none(words, r)
@@ -128,7 +128,7 @@ def _score_row(words: int, s: int, x: int, vocab: int, r: int) -> None:
 
 @inline
 def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, position: int) -> int:
-    """The row's next token, -1 if its logits are not finite."""
+    """Sample the next token of a row; -1 if its logits are not finite."""
     p = peek(words + PARAMETER_ROWS) + slot * ROW_BYTES
     max_listed = peek(words + MAX_LISTED)
     wanted = min(peek32(p + LOGPROBS), max_listed) if max_listed >= 0 else -1
@@ -172,7 +172,7 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
 
 @inline
 def _process(words: int, s: int, y: int, vocab: int, p: int, slot: int, position: int) -> None:
-    """Watermark, biases, penalties and bans, in place."""
+    """Apply watermark, biases, bans and penalties in place."""
     gamma, tokens = peek_double(p + WATERMARK_GAMMA), peek(words + TOKENS) + slot * peek(words + TOKENS_STRIDE)
     if gamma > 0:
         favour_green(s, y, vocab, peek32(tokens + 4 * (position - 1)), gamma, peek_float(p + WATERMARK_DELTA))
@@ -187,7 +187,10 @@ def _process(words: int, s: int, y: int, vocab: int, p: int, slot: int, position
 
 @inline
 def _draw(s: int, y: int, vocab: int, t: Real, best: Real, p: int, position: int) -> tuple[int, int]:
-    """An id, and how many the filters left (they are collected); -1: those whose score reaches the one in KEPT."""
+    """Draw an id. Also returns the number of ids that the filters keep, which are then collected.
+
+    The number is -1 if ids are not collected: then the filters keep all ids with at least the score in KEPT.
+    """
     key = noise_key(peek32(p + SEED_LOW), peek32(p + SEED_HIGH), position)
     k, n = peek32(p + TOP_K), -1
     if 0 < k < vocab or peek_float(p + TOP_P) < 1 or peek_float(p + TYPICAL_P) < 1 or peek_float(p + MIN_P) > 0:
@@ -204,10 +207,10 @@ def _draw(s: int, y: int, vocab: int, t: Real, best: Real, p: int, position: int
 def _list_row(
     words: int, s: int, x: int, vocab: int, r: int, wanted: int, ties: int, t: Real, best: Real, least: Real
 ) -> float:
-    """Lists the likeliest of all ids with scores of at least `least`; more than LOWEST: what KEPT says.
+    """List the likeliest of all ids with a score of at least `least`.
 
-    Returns what to take from a score to get its log-probability. `best`: the largest logit, whose block maxima are in
-    the scratch.
+    Returns the log of the normalizer, which turns a score into a log-probability when subtracted. If `least` is above
+    LOWEST, the mass is the one in KEPT. `best`: the largest logit. The block maxima are in the scratch.
     """
     vectors, n = (vocab + 15) // 16, 0
     if least > LOWEST:
@@ -224,7 +227,7 @@ def _list_row(
 
 @inline
 def _list(words: int, s: int, n: int, r: int, wanted: int, ties: int, normal: float) -> None:
-    """Of the n collected the likeliest, and at most so many more as tie with the last of them."""
+    """List the `wanted` likeliest of n collected ids, and at most `ties` more that tie with the last of them."""
     at = 4 * r * peek(words + MAX_LISTED)
     ids, logprobs = peek(words + TOP_IDS) + at, peek(words + TOP_LOGPROBS) + at
     listed = list_likeliest(s, n, wanted + ties if wanted > 0 else 0, normal, ids, logprobs)
@@ -245,4 +248,4 @@ def _set_chosen(words: int, r: int, score: Real, normal: float) -> None:
 
 
 KERNELS = {"sample": kernel("sample", _sample)}
-"""By name; the same for every instruction set."""
+"""Kernels by name; the same for every instruction set"""

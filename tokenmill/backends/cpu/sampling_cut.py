@@ -1,6 +1,6 @@
-"""Thresholds without sorting: the k-th largest of a list, and the least that a mass reaches. Compiled functions.
+"""Thresholds without sorting: the k-th largest key, and the key at which a cumulative weight reaches a target.
 
-`s` is a thread's scratch (`sampling_layout.py`). Keys and weights are addresses of float32.
+All functions are compiled. `s`: a thread's scratch (`sampling_layout.py`). Keys and weights are addresses of float32.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from tokenmill.backends.cpu.ir import inline, peek, poke
 from tokenmill.backends.cpu.sampling_layout import BUCKETS, HISTOGRAM, MEMBER_WEIGHTS, MEMBERS
 from tokenmill.backends.cpu.sampling_vectors import Real, peek_double, peek_float, poke_float, word
 
-_MAX_LINEAR = 24  # of so many a threshold is found by looking at each
+_MAX_LINEAR = 24  # up to this many keys, a linear search finds the threshold
 
 
 @inline
 def weight_of(weights: int, i: int) -> float:
-    """The i-th weight; 1 if there are none."""
+    """Return the i-th weight; 1 if `weights` is 0."""
     return 1.0 if weights == 0 else np.float64(peek_float(weights + 4 * i))
 
 
 @inline
 def find_cut(s: int, keys: int, weights: int, n: int, target: float) -> Real:
-    """The smallest key that is kept, where a key is kept if all that are larger weigh less than `target` together.
+    """Return the smallest kept key. A key is kept if all larger keys together weigh less than `target`.
 
-    `weights` 0: each weighs 1, and with a target of k that is the k-th largest key. The largest is always kept. Keys
-    are put into buckets, and the members of the one in which the sum gets there into buckets again. n >= 1, no NaN.
+    With `weights` 0 each key weighs 1, so a target of k gives the k-th largest key. The largest key is always kept.
+    Keys are divided into buckets, then the members of the bucket that reaches the target again. n >= 1, no NaN.
     """
     members, member_weights, weight_before = peek(s + MEMBERS), peek(s + MEMBER_WEIGHTS), 0.0
     while n > _MAX_LINEAR:
@@ -52,8 +52,11 @@ def find_cut(s: int, keys: int, weights: int, n: int, target: float) -> Real:
 
 @inline
 def _bucket_of(top: float, scale: float, key: Real) -> int:
-    """Rounded, so that the lowest key is in the last bucket whatever the division made of `scale`: if the target is
-    beyond the sum of all, by rounding, that is where the cut is."""
+    """Return the bucket of a key.
+
+    It is rounded, so that the lowest key is in the last bucket in spite of rounding errors of `scale`. The cut is there
+    if the target exceeds the sum of all weights by rounding.
+    """
     return int((top - np.float64(key)) * scale + 0.5)
 
 
@@ -61,7 +64,7 @@ def _bucket_of(top: float, scale: float, key: Real) -> int:
 def _bucket_of_cut(
     hist: int, keys: int, weights: int, n: int, top: float, scale: float, weight_before: float, target: float
 ) -> tuple[int, float]:
-    """The bucket in which the sum reaches the target, and the sum before it."""
+    """Return the bucket in which the cumulative weight reaches the target, and the weight before this bucket."""
     for i in range(BUCKETS):
         poke(hist + 8 * i, 0)
     for i in range(n):
@@ -76,7 +79,7 @@ def _bucket_of_cut(
 
 @inline
 def _cut_of_few(keys: int, weights: int, n: int, target: float) -> Real:
-    """As `find_cut`, key by key from the largest."""
+    """Return the cut like `find_cut`, with a linear search from the largest key."""
     last, weight_before = np.float32(np.inf), 0.0
     while True:
         best, mass = np.float32(-np.inf), 0.0
@@ -86,7 +89,7 @@ def _cut_of_few(keys: int, weights: int, n: int, target: float) -> Real:
                 best, mass = key, 0.0
             if key == best:
                 mass += weight_of(weights, i)
-        if best == -np.inf:  # the target is beyond the sum of all, by rounding or for real
+        if best == -np.inf:  # the target exceeds the sum of all weights
             return last
         last = best
         weight_before += mass

@@ -1,4 +1,4 @@
-"""What the sampler on the host and its kernels agree on: words and scratch."""
+"""The interface between the host's sampler and its kernel: words and scratch."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ BIAS_IDS = 32  # addresses of `Parameters.bias_ids` …
 BIAS_VALUES = 40
 BIAS_UNTIL = 48
 BIAS_STRIDE = 56  # bytes from slot to slot, of each of the three
-SCRATCH = 64  # of each thread: SCRATCH + tid * SCRATCH_SIZE
+SCRATCH = 64  # scratch of each thread, at SCRATCH + tid * SCRATCH_SIZE
 SCRATCH_SIZE = 72
-MAX_LISTED = 80  # the most of the likeliest ids that a row lists; -1: no log-probabilities in this step
-LISTED = 88  # int32 a row: how many it lists; -1: no log-probabilities
-CHOSEN = 96  # float32 a row: log-probability of its token
-TOP_IDS = 104  # int32, MOST a row, best first
-TOP_LOGPROBS = 112  # float32, MOST a row
-TARGETS = 120  # SCORE: int64 a row, the token whose log-probability is wanted
-WANTED = 128  # SCORE: int64 a row, how many it lists at most; -1: nothing
-MASKS = 136  # int64 a row: address of its mask, a bit an id; 0: it may choose any. 0: no row has one
-WORDS = 24  # of 8 bytes
+MAX_LISTED = 80  # maximum number of ids that a row lists; -1: no log-probabilities in this step
+LISTED = 88  # int32 for each row: number of listed ids; -1: no log-probabilities
+CHOSEN = 96  # float32 for each row: log-probability of its token
+TOP_IDS = 104  # int32, MAX_LISTED for each row, best first
+TOP_LOGPROBS = 112  # float32, MAX_LISTED for each row
+TARGETS = 120  # SCORE: int64 for each row, the token whose log-probability is computed
+WANTED = 128  # SCORE: int64 for each row, number of ids to list; -1: no log-probabilities
+MASKS = 136  # int64 for each row: address of its logits mask, one bit for each id, or 0. MASKS 0: no row has a mask
+WORDS = 24  # words of 8 bytes
 
 SAMPLE, SCORE = range(2)
-"""Modes: choose a row's next token; or only say how likely a given one is (prompts)."""
+"""Modes: sample a row's next token, or only compute the log-probability of a given one (prompts)"""
 
-# ---- scratch of a thread: offsets of the words that say where its parts are; float32 or int32 an id of the vocabulary
+# ---- scratch of a thread: offsets of the words with the addresses of its parts; 4 bytes for each id, if not stated
 WORK = 0  # a copy of the row
-COUNTS = 8  # zeros: how often an id was seen
-TOUCHED = 16  # ids that were seen
-MAXIMA = 24  # of blocks of the row
-SCORES = 32  # of the ids that were collected
-IDS = 40  # these ids
-WEIGHTS = 48  # e^(score - best)
-KEYS = 56  # what they are sorted by, if not by score
-MEMBERS = 64  # keys of a bucket
+COUNTS = 8  # occurrences of each id; zeros between uses
+TOUCHED = 16  # ids with occurrences
+MAXIMA = 24  # maxima of the row's blocks
+SCORES = 32  # scores of collected ids
+IDS = 40  # collected ids
+WEIGHTS = 48  # e^(score - best) of collected ids
+KEYS = 56  # sort keys of collected ids, where these are not the scores
+MEMBERS = 64  # keys in a bucket
 MEMBER_WEIGHTS = 72
 HISTOGRAM = 80  # BUCKETS float64
 MASSES = 88  # 16 float32
 DEPTHS = 96  # 8 float32
-FIRST_DEPTHS = 104  # the same, as below
-KEPT = 112  # when the ids that are left are not collected: float64, their mass; float32, their least score
-TWISTER = 120  # the state of a random generator (sampling_watermark.py)
+FIRST_DEPTHS = 104  # INITIAL_DEPTHS
+KEPT = 112  # if kept ids are not collected: float64, their mass; float32, their least score
+TWISTER = 120  # state of the Mersenne Twister (sampling_watermark.py)
 PARTS = 16
 TWISTER_BYTES = 2560
 INITIAL_DEPTHS = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 11.0, 14.0)
-"""How far below the best score the mass is measured first."""
+"""Depths below the best score at which the mass is measured first"""
 BUCKETS = 256
 
 # ---- a slot's parameters: offsets in a row of `Parameters.rows` ----

@@ -1,11 +1,11 @@
-"""Choosing from one row of scores: biases, penalties, filters, noise. What is computed: `backends/sampling.py`.
+"""Sampling from one row of scores: biases, penalties, filters and noise, as defined in `backends/sampling.py`.
 
-No vocabulary is sorted. The maximum of each block of 64 logits is taken first; the k-th largest of them bounds what the
-k likeliest can be, and the mass within some distances of the best bounds what top-p can keep. Only ids beyond such a
-bound are collected (some hundred, mostly), and the filters work on that list.
+The vocabulary is never sorted. The maximum of each block of 64 logits is computed first. The k-th largest maximum is a
+lower bound of the k likeliest logits, and the mass within some distances of the best score bounds the ids that top-p
+can keep. Only ids that reach such a bound are collected, usually some hundred, and the filters work on that list.
 
-All functions are compiled; arguments are int64, addresses among them, and float32. `s` is a thread's scratch: its first
-words are the addresses of its parts, see `sampling_layout.py`.
+All functions are compiled. Arguments are int64, which include addresses, and float32. `s`: a thread's scratch, whose
+first words are the addresses of its parts (`sampling_layout.py`).
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from tokenmill.backends.cpu.sampling_vectors import (
     word,
 )
 
-_WEIGHT_SLACK = 0.999  # what rounding may take from a weight
-_MASS_MARGIN = 1.0001  # the same of a mass
-_MAX_COLLECTED = 2000  # ids that are collected; of more, only those that are in doubt
-_MAX_DEPTH = np.float32(88.0)  # so far below the best nothing has a mass
-_NOISE_REACH = np.float32(-26.0)  # with noise in [-2.82, 22.2], nothing so far below the best is chosen
+_WEIGHT_SLACK = 0.999  # tolerance for rounding errors of a weight
+_MASS_MARGIN = 1.0001  # tolerance for rounding errors of a mass
+_MAX_COLLECTED = 2000  # maximum collected ids; of more ids, only those near the threshold are collected
+_MAX_DEPTH = np.float32(88.0)  # beyond this depth below the best score, e^x is 0
+_NOISE_REACH = np.float32(-26.0)  # noise is in [-2.82, 22.2], so no id this far below the best score is chosen
 
 
 @inline
 def _atanh(x: float) -> float:
-    """atanh(x) of |x| < 0.172, to 14 digits."""
+    """Compute atanh(x) for |x| < 0.172, to 14 digits."""
     y = x * x
     tail = 1 / 7 + y * (1 / 9 + y * (1 / 11 + y * (1 / 13 + y * (1 / 15 + y / 17))))
     return x * (1.0 + y * (1 / 3 + y * (1 / 5 + y * tail)))
@@ -69,7 +69,7 @@ def _atanh(x: float) -> float:
 
 @inline
 def logarithm(x: float) -> float:
-    """The natural logarithm of a positive float64, NaN of a NaN; written out, so that kernels need no library."""
+    """Compute the natural logarithm of a float64 without a library call. NaN gives NaN."""
     if not 0.0 < x < np.inf:
         return x - x if x != 0.0 else -np.inf
     bits = word(x)
@@ -83,7 +83,10 @@ def logarithm(x: float) -> float:
 
 @inline
 def penalize(s: int, x: int, vocab: int, tokens: int, end: int, num_prompt: int, p: int) -> None:
-    """The three penalties of ids among the `end` tokens, once each, in place. `p`: repetition, frequency, presence."""
+    """Apply the three penalties in place to all ids among the first `end` tokens, once for each id.
+
+    `p`: address of repetition, frequency and presence penalty.
+    """
     repetition, frequency, presence = peek_float(p), peek_float(p + 4), peek_float(p + 8)
     counts, touched, n = peek(s + COUNTS), peek(s + TOUCHED), 0
     for i in range(end):
@@ -108,7 +111,7 @@ def penalize(s: int, x: int, vocab: int, tokens: int, end: int, num_prompt: int,
 
 @inline
 def mask_ids(x: int, vocab: int, mask: int) -> None:
-    """Minus infinity where a bit of `mask` is 0, in place; what is not finite stays."""
+    """Set scores to minus infinity in place where the bit of `mask` is 0. Scores that are not finite stay."""
     for first in range(0, vocab, 32):
         bits = peek32(mask + first // 8)
         if bits == -1:
@@ -121,7 +124,7 @@ def mask_ids(x: int, vocab: int, mask: int) -> None:
 
 @inline
 def add_biases(x: int, vocab: int, n: int, ids: int, values: int, until: int, position: int) -> None:
-    """Those that still hold at `position`, in place."""
+    """Add the biases that are still active at `position`, in place."""
     for i in range(n):
         token = peek32(ids + 4 * i)
         if position < peek32(until + 4 * i) and 0 <= token < vocab:
@@ -130,7 +133,10 @@ def add_biases(x: int, vocab: int, n: int, ids: int, values: int, until: int, po
 
 @inline
 def find_maxima(s: int, x: int, vectors: int) -> Real:
-    """The maximum of each block, and returned, of all; LOWEST if one is NaN or infinite, or all are minus infinity."""
+    """Store the maximum of each block and return the maximum of the row.
+
+    Returns LOWEST if a score is NaN or plus infinity, or all are minus infinity.
+    """
     maxima, broken, best = peek(s + MAXIMA), 0, LOWEST
     for first in range(0, vectors, BLOCK_VECTORS):
         out = maxima + first // BLOCK_VECTORS * 4
@@ -141,7 +147,7 @@ def find_maxima(s: int, x: int, vectors: int) -> Real:
 
 @inline
 def find_first(s: int, x: int, vectors: int, best: Real) -> int:
-    """The lowest id whose logit is `best`, which is the maximum."""
+    """Return the lowest id whose logit is `best`, the maximum."""
     block, maxima = 0, peek(s + MAXIMA)
     while peek_float(maxima + 4 * block) < best:
         block += 1
@@ -153,13 +159,16 @@ def find_first(s: int, x: int, vectors: int, best: Real) -> int:
 
 @inline
 def kth_bound(s: int, blocks: int, k: int) -> Real:
-    """The k largest logits are at least this: the k-th largest maximum of a block."""
+    """Return a lower bound of the k largest logits: the k-th largest block maximum."""
     return LOWEST if k >= blocks else find_cut(s, peek(s + MAXIMA), 0, blocks, float(k))
 
 
 @inline
 def collect(s: int, x: int, vectors: int, t: Real, least: Real, most: int) -> int:
-    """How many scores are at least `least`, -1 if more than `most`; they and their ids are in SCORES and IDS, by id."""
+    """Collect the scores of at least `least` into SCORES and their ids into IDS, ordered by id.
+
+    Returns their number; -1 if it exceeds `most`.
+    """
     maxima, n = peek(s + MAXIMA), 0
     for first in range(0, vectors, BLOCK_VECTORS):
         if peek_float(maxima + first // BLOCK_VECTORS * 4) / t < least:
@@ -173,7 +182,7 @@ def collect(s: int, x: int, vectors: int, t: Real, least: Real, most: int) -> in
 
 @inline
 def _collect_some(s: int, x: int, n: int, v: int, t: Real, mask: int) -> int:
-    """Those of vector v that the mask names come behind the n collected. How many they are now."""
+    """Append the ids of vector v that `mask` selects to the n collected ones. Returns the new number."""
     scores, ids = peek(s + SCORES), peek(s + IDS)
     while mask != 0:
         token = v * 16 + lowest_bit(mask)
@@ -186,7 +195,7 @@ def _collect_some(s: int, x: int, n: int, v: int, t: Real, mask: int) -> int:
 
 @inline
 def _keep(s: int, keys: int, n: int, least: Real) -> int:
-    """Of the n collected, those whose key is at least `least` move to the front. How many they are."""
+    """Keep the collected ids whose key is at least `least`, in order. Returns their number."""
     scores, ids, weights, kept = peek(s + SCORES), peek(s + IDS), peek(s + WEIGHTS), 0
     for i in range(n):
         if peek_float(keys + 4 * i) >= least:
@@ -199,7 +208,7 @@ def _keep(s: int, keys: int, n: int, least: Real) -> int:
 
 @inline
 def mass(s: int, n: int) -> float:
-    """The sum of the weights of the n collected."""
+    """Sum the weights of the n collected ids."""
     weights, found = peek(s + WEIGHTS), 0.0
     for i in range(n):
         found += np.float64(peek_float(weights + 4 * i))
@@ -208,7 +217,7 @@ def mass(s: int, n: int) -> float:
 
 @inline
 def _step_of(s: int, target: float) -> int:
-    """The first depth within which there is a mass of `target`, STEPS if there is none; from MASSES."""
+    """Return the index of the first depth that holds a mass of `target`, according to MASSES; STEPS if none does."""
     found = peek(s + MASSES) + 8
     for i in range(STEPS):
         if np.float64(peek_float(found + 4 * i)) >= target:
@@ -218,7 +227,7 @@ def _step_of(s: int, target: float) -> int:
 
 @inline
 def _measure(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top_p: float, typical_p: float) -> Real:
-    """Scores below what is returned are beyond top-p, or without one, typical-p; MASSES as of FIRST_DEPTHS."""
+    """Measure MASSES at INITIAL_DEPTHS. Returns a lower bound of the scores that top-p (else typical-p) can keep."""
     depths, found = peek(s + FIRST_DEPTHS), peek(s + MASSES)
     masses(vectors, x, word(t), word(best), word(least), depths, found)
     whole = np.float64(peek_float(found))
@@ -226,7 +235,7 @@ def _measure(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top
     if step == STEPS:
         return least
     reach = np.float64(peek_float(depths + 4 * step))
-    if top_p >= 1:  # as far on the other side of the mean, and a little for rounding
+    if top_p >= 1:  # as far on the other side of the mean, with a tolerance for rounding
         mean = np.float64(peek_float(found + 4)) / whole
         reach = (max(mean, abs(reach - mean)) + mean) * 1.00001
     return max(least, best - np.float32(reach))
@@ -234,9 +243,10 @@ def _measure(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top
 
 @inline
 def filter_row(s: int, x: int, vocab: int, t: Real, best: Real, p: int) -> int:
-    """How many ids the filters of parameters `p` leave; they are collected, with their weights.
+    """Apply the filters of parameters `p`. Returns the number of kept ids, which are collected with their weights.
 
-    -1: too many to collect; those are left whose score reaches the least one in KEPT. `best`: the largest score.
+    Returns -1 if they are too many to collect: then all ids with at least the score in KEPT are kept. `best`: the
+    largest score.
     """
     k, min_p, vectors = peek32(p + TOP_K), peek_float(p + MIN_P), (vocab + 15) // 16
     top_p, typical_p = np.float64(peek_float(p + TOP_P)), np.float64(peek_float(p + TYPICAL_P))
@@ -267,10 +277,10 @@ def filter_row(s: int, x: int, vocab: int, t: Real, best: Real, p: int) -> int:
 
 @inline
 def _narrow(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top_p: float) -> None:
-    """The least score that is left by top-p and `least`, and the mass that is left, into KEPT.
+    """Store the least score that top-p and `least` keep, and the kept mass, in KEPT.
 
-    MASSES say between which depths it lies, if there is a top-p; measuring between them again, and again, leaves few
-    ids to be looked at one by one.
+    With top-p, MASSES give two depths between which the threshold lies. Measuring twice more between them leaves few
+    ids to collect and examine one by one.
     """
     kept, depths, found = peek(s + KEPT), peek(s + FIRST_DEPTHS), peek(s + MASSES)
     if top_p >= 1:
@@ -304,7 +314,10 @@ def _narrow(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, top_
 
 @inline
 def _mean_below(s: int, n: int, best: Real) -> float:
-    """How far the n collected lie below the best, by weight: the entropy less the best one's surprisal; times mass."""
+    """Return the weighted sum of the distances of the n collected scores from the best one.
+
+    Divided by the mass, it is the entropy minus the surprisal of the best id.
+    """
     scores, weights, found = peek(s + SCORES), peek(s + WEIGHTS), 0.0
     for i in range(n):
         found += np.float64(peek_float(weights + 4 * i)) * np.float64(best - peek_float(scores + 4 * i))
@@ -313,7 +326,7 @@ def _mean_below(s: int, n: int, best: Real) -> float:
 
 @inline
 def _keep_typical(s: int, n: int, best: Real, p: float) -> int:
-    """Of the n collected, those whose log-probability is nearest to minus the entropy. MASSES: of all."""
+    """Keep the collected ids whose log-probability is nearest to minus the entropy. MASSES: sums over all ids."""
     scores, weights, keys = peek(s + SCORES), peek(s + WEIGHTS), peek(s + KEYS)
     whole = np.float64(peek_float(peek(s + MASSES)))
     mean = np.float64(peek_float(peek(s + MASSES) + 4)) / whole
@@ -325,14 +338,14 @@ def _keep_typical(s: int, n: int, best: Real, p: float) -> int:
 
 @inline
 def exponential_noise(key: int, token: int) -> float:
-    """e^(−noise): −log1p(−u), exponentially distributed."""
+    """Return e^(−noise) = −log1p(−u), which is exponentially distributed."""
     u = np.float64(uniform(key, token))
     return 2.0 * _atanh(u / (2.0 - u)) if u < 0.25 else -logarithm(1.0 - u)
 
 
 @inline
 def choose_collected(s: int, n: int, key: int) -> int:
-    """Of the n collected, the one with the largest sum of score and noise."""
+    """Return the collected id with the largest sum of score and noise."""
     scores, ids, weights = peek(s + SCORES), peek(s + IDS), peek(s + WEIGHTS)
     chosen, most, bound = 0, -np.inf, 0.0
     for i in range(n):
@@ -347,7 +360,7 @@ def choose_collected(s: int, n: int, key: int) -> int:
 
 @inline
 def choose_any(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, key: int) -> int:
-    """Of all ids with a score of at least `least`, the one with the largest sum of score and noise."""
+    """Return the id with the largest sum of score and noise among all scores of at least `least`."""
     maxima, chosen, most, bound = peek(s + MAXIMA), 0, -np.inf, np.float32(0.0)
     for first in range(0, vectors, BLOCK_VECTORS):
         highest = peek_float(maxima + first // BLOCK_VECTORS * 4) / t
@@ -368,7 +381,7 @@ def choose_any(s: int, x: int, vectors: int, t: Real, best: Real, least: Real, k
 
 @inline
 def list_likeliest(s: int, n: int, most: int, shift: float, ids_out: int, logprobs_out: int) -> int:
-    """Of the n collected, the `most` likeliest, best first, a tie by id: their ids, and score - shift."""
+    """List the `most` likeliest of n collected ids, best first, ties by id: their ids, and score - shift."""
     scores, ids, listed = peek(s + SCORES), peek(s + IDS), 0
     for i in range(n):
         value = np.float32(np.float64(peek_float(scores + 4 * i)) - shift)

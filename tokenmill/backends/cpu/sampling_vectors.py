@@ -1,8 +1,8 @@
-"""Operations over a row of logits, 16 at a time: what sampling does to a whole vocabulary (see `sampling_rows.py`).
+"""Vector operations over a row of logits, for sampling (`sampling_rows.py`).
 
-Score: a logit over a temperature, `s = x / t`. A row is `x`, an address, and has whole vectors; beyond the vocabulary
-it holds minus infinity. Floats travel as words (`word`), results come as float32. Nothing here depends on the
-instruction set: LLVM halves the vectors where registers are narrower.
+A score is a logit divided by the temperature, `s = x / t`. `x` is the address of a row, padded with minus infinity to a
+multiple of 16. Float arguments are passed as words (`word`); results are float32. The code does not depend on the
+instruction set: LLVM splits vectors for narrower registers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tokenmill.backends.cpu.ir import Emitter, Val, Vector, emit, f32, f32x16, i
 
 f64 = ir.DoubleType()
 Real = Any
-"""A float32 of compiled code, which type checkers do not tell from Python's float; `float` is a float64 there."""
+"""A float32 in compiled code, where `float` is a float64. Type checkers do not distinguish the two."""
 LOWEST = np.float32(np.finfo(np.float32).min)
-"""Stands for minus infinity where there must be something to subtract from."""
+"""A finite stand-in for minus infinity, so that differences are not NaN"""
 BLOCK_VECTORS = 4
-"""Vectors of a block: the maximum of each is kept, so that most of a vocabulary is looked at once."""
+"""Vectors of a block. Block maxima are stored, so that most blocks are read only once."""
 STEPS = 8
-"""Depths below the best score at which `masses` measures."""
+"""Number of depths below the best score at which `masses` measures"""
 
 
 def _word(typing_context: Any, x: Any) -> Any:
@@ -47,7 +47,7 @@ def _lanes(g: Emitter, bits: Val) -> Val:
 
 
 def _mask(g: Emitter, lanes: Val) -> Val:
-    """16 booleans as the bits of an int64."""
+    """Pack 16 booleans into the bits of an int64."""
     return g.b.zext(g.b.bitcast(lanes, i16), i64)
 
 
@@ -56,15 +56,15 @@ def _mask(g: Emitter, lanes: Val) -> Val:
 peek_float = emit(1, lambda g, address: g.ld(f32, address), types.float32)
 """(address) -> its float32"""
 poke_float = emit(2, lambda g, address, v: g.st(g.bits(v), address))
-"""(address, word)"""
+"""(address, word): store a float32"""
 peek_double = emit(1, lambda g, address: g.ld(f64, address), types.float64)
 """(address) -> its float64; `poke` stores one"""
 double_of = emit(1, lambda g, v: g.b.bitcast(v, f64), types.float64)
-"""(word) -> the float64 that it is"""
+"""(word) -> the float64 with these bits"""
 peek_byte = emit(1, lambda g, address: g.b.zext(g.ld(i8, address), i64), types.int64)
 """(address) -> its byte"""
 poke32 = emit(2, lambda g, address, v: g.st(g.b.trunc(v, i32), address))
-"""(address, int64): its low half"""
+"""(address, int64): store its low half"""
 lowest_bit = emit(1, lambda g, mask: g.call("llvm.cttz.i64", i64, [mask, ir.Constant(i1, 1)]), types.int64)
 """(mask, not 0) -> the number of its lowest bit"""
 
@@ -81,12 +81,12 @@ def _block_maximum(g: Emitter, vectors: Val, x: Val, out: Val) -> Val:
         return [best, b.or_(carried[1], b.fcmp_unordered("uge", v, g.k(f32x16, float("inf"))))]
 
     best, broken = g.loop(vectors, [g.k(f32x16, float(LOWEST)), zero], one)
-    g.st(g.rmax(g.vmin(best, g.k(f32x16, -float(LOWEST)))), out)  # which may assume that there is no infinity
+    g.st(g.rmax(g.vmin(best, g.k(f32x16, -float(LOWEST)))), out)  # rmax requires finite lanes
     return _mask(g, broken)
 
 
 block_maximum = emit(3, _block_maximum, types.int64)
-"""(vectors, x, out): stores the maximum, at least LOWEST; not 0 if there is a NaN or an infinity above."""
+"""(vectors, x, out): store the maximum, at least LOWEST. Not 0 if an element is NaN or plus infinity."""
 
 
 def _masses(g: Emitter, vectors: Val, x: Val, t: Val, best: Val, least: Val, depths: Val, out: Val) -> None:
@@ -98,7 +98,7 @@ def _masses(g: Emitter, vectors: Val, x: Val, t: Val, best: Val, least: Val, dep
         below = b.fsub(best_, s := b.fdiv(g.vec(x, i), t_))
         counts, zero = b.fcmp_ordered(">=", s, least_), g.k(f32x16, 0.0)
         e = b.select(counts, g.exp(b.fneg(below)), zero)
-        moment = b.select(counts, b.fmul(e, below), zero)  # 0 times infinity is no number
+        moment = b.select(counts, b.fmul(e, below), zero)  # 0 times infinity is NaN
         within = [b.select(b.fcmp_ordered("<=", below, limit), e, zero) for limit in limits]
         return [b.fadd(total, v) for total, v in zip(sums, [e, moment, *within], strict=True)]
 
@@ -108,8 +108,8 @@ def _masses(g: Emitter, vectors: Val, x: Val, t: Val, best: Val, least: Val, dep
 
 
 masses = emit(7, _masses)
-"""(vectors, x, t, best, least, depths, out): stores sums over s >= least: of e^(s − best), of that times best − s, and
-of e^(s − best) where best − s is at most each of the STEPS depths."""
+"""(vectors, x, t, best, least, depths, out): store sums over s >= least: of e^(s − best); of e^(s − best) · (best − s);
+and, for each of the STEPS depths, of e^(s − best) where best − s is at most the depth."""
 
 
 def _total(g: Emitter, vectors: Val, x: Val, t: Val, best: Val) -> Val:
@@ -131,7 +131,7 @@ def _reaching(g: Emitter, x: Val, t: Val, least: Val) -> Val:
 
 
 reaching = emit(3, _reaching, types.int64)
-"""(x, t, least): which of one vector's scores are at least that; never a minus infinity"""
+"""(x, t, least): bits of the scores of one vector that are at least `least`; minus infinity never is"""
 
 
 def _between(g: Emitter, x: Val, t: Val, best: Val, low: Val, high: Val) -> Val:
@@ -141,7 +141,7 @@ def _between(g: Emitter, x: Val, t: Val, best: Val, low: Val, high: Val) -> Val:
 
 
 between = emit(5, _between, types.int64)
-"""(x, t, best, low, high): of which of one vector's scores low < best − s <= high"""
+"""(x, t, best, low, high): bits of the scores of one vector with low < best − s <= high"""
 
 
 def _weigh(g: Emitter, vectors: Val, scores: Val, best: Val, out: Val) -> None:
@@ -154,10 +154,10 @@ weigh = emit(4, _weigh)
 
 
 exponential = emit(1, lambda g, x: g.first(g.exp(_lanes(g, x))), types.float32)
-"""(x): e^x of one float"""
+"""(word) -> e^x of the float32"""
 
 
-# ---- noise: backends/sampling.py defines it ----
+# ---- noise, as defined in backends/sampling.py ----
 
 
 def _mix(g: Emitter, x: Val) -> Val:
@@ -176,7 +176,7 @@ def _noise_key(g: Emitter, low: Val, high: Val, position: Val) -> Val:
 
 
 noise_key = emit(3, _noise_key, types.int64)
-"""(low half of the seed, high half, position)"""
+"""(low half of the seed, high half, position) -> key of the noise at this position"""
 
 
 def _uniform_of(g: Emitter, ids: Val, key: Val, floats: Val) -> Val:
@@ -191,7 +191,7 @@ def _uniform(g: Emitter, key: Val, token: Val) -> Val:
 
 
 uniform = emit(2, _uniform, types.float32)
-"""(key, id): in (0, 1); the noise is −log(−log1p(−u))"""
+"""(key, id) -> u, uniform in (0, 1); the noise is −log(−log1p(−u))"""
 
 
 def _contenders(g: Emitter, x: Val, first: Val, t: Val, best: Val, least: Val, key: Val, bound: Val) -> Val:
@@ -205,7 +205,7 @@ def _contenders(g: Emitter, x: Val, first: Val, t: Val, best: Val, least: Val, k
 
 
 contenders = emit(7, _contenders, types.int64)
-"""(x, id of its first, t, best, least, key, bound): which of one vector's ids have a score of at least `least`, and may
-have e^(score + noise − best) >= bound.
+"""(x, first id, t, best, least, key, bound): bits of the ids of one vector whose score is at least `least` and
+for which e^(score + noise − best) >= bound is possible.
 
-−log1p(−u) is at least u, so logarithms are only needed where e^(s − best) >= bound · u: for few ids of a row."""
+−log1p(−u) is at least u, so only ids with e^(s − best) >= bound · u need a logarithm: few ids of a row."""

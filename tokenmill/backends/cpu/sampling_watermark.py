@@ -1,6 +1,6 @@
-"""The green ids of a watermark: `backends.sampling.green_ids`, compiled. Some tenths of a millisecond a row.
+"""The green list of a watermark: `backends.sampling.green_ids`, compiled. It takes some tenths of a millisecond a row.
 
-`s` is a thread's scratch (`sampling_layout.py`).
+`s`: a thread's scratch (`sampling_layout.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from tokenmill.backends.cpu.sampling_layout import IDS, TWISTER
 from tokenmill.backends.cpu.sampling_vectors import Real, peek_float, poke32, poke_float, word
 from tokenmill.backends.sampling import WATERMARK_KEY
 
-_WORDS, _MIDDLE = 624, 397  # of the Mersenne twister MT19937
+_WORDS, _MIDDLE = 624, 397  # constants of the Mersenne Twister MT19937
 _ALL = 0xFFFFFFFF
 _HIGH, _LOW = 0x80000000, 0x7FFFFFFF
 
@@ -45,7 +45,7 @@ def _tempered(value: int) -> int:
 
 @inline
 def favour_green(s: int, x: int, vocab: int, previous: int, gamma: float, delta: Real) -> None:
-    """`delta` is added to the logits of the ids that are green behind the token `previous`."""
+    """Add `delta` to the logits of the ids in the green list of the token `previous`."""
     state, ids, count = peek(s + TWISTER), peek(s + IDS), int(vocab * gamma)
     for i in range(vocab):
         poke32(ids + 4 * i, i)

@@ -1,4 +1,4 @@
-"""Memory that kernels work on: aligned, zero, and not taken from the system before it is used."""
+"""Allocation of kernel memory: aligned zeros that the system commits on first use."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 _HUGE = 2 << 20  # bytes of a huge page
-_MAPPED = 4 << 20  # arrays at least so large are mapped by themselves
-_CHUNK = 32 << 20  # bytes that an arena takes from the system at a time
+_MAPPED = 4 << 20  # bytes from which an array gets its own mapping
+_CHUNK = 32 << 20  # bytes that an arena allocates at a time
 
 
 def zeros(shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
-    """64-byte aligned zeros. Large ones lie on huge pages, each of which is made when it is first written to."""
+    """Allocate a 64-byte aligned array of zeros. Large arrays use huge pages, committed when first written to."""
     size = prod(shape) * np.dtype(dtype).itemsize
     if size < _MAPPED:
         array, align = np.zeros(size + 64, np.uint8), 64
     else:
-        # private: what is shared, as is mmap's default, gets no huge pages from most systems
+        # Private, because most systems give no huge pages to shared mappings, which are mmap's default.
         mapped = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapped.madvise(mmap.MADV_HUGEPAGE)
@@ -32,14 +32,14 @@ def zeros(shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
 
 
 class Arena:
-    """Room for arrays that last: small ones lie together, so that they are on huge pages, too. Any thread may ask."""
+    """A thread-safe allocator of long-lived arrays. Small ones are placed together, so that they use huge pages too."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: NDArray[np.uint8] = np.zeros(0, np.uint8)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
-        """As the function of that name."""
+        """Allocate like `scratch.zeros`."""
         size = prod(shape) * np.dtype(dtype).itemsize
         if size >= _MAPPED:
             return zeros(shape, dtype)
@@ -52,7 +52,7 @@ class Arena:
 
 
 def padded(floats: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A copy in whole vectors of 16, with zeros behind."""
+    """Copy a vector and pad it with zeros to a multiple of 16."""
     out: NDArray[np.float32] = zeros((-(-floats.size // 16) * 16,), np.float32)
     out[: floats.size] = floats.reshape(-1)
     return out

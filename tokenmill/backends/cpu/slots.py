@@ -1,8 +1,8 @@
-"""What the CPU backend keeps for each running sequence: its tokens, its block table, its sampling parameters.
+"""Per-slot state of running sequences: token ids, block tables and sampling parameters.
 
-Steps write to it in the order in which they run, on the backend's own thread: `apply` before a step, then the kernel
-that samples puts its tokens there. So step N + 1 finds the token of step N without the host. No lock: one thread only.
-Kernels use the arrays by address, which never changes.
+Only the backend's thread writes to it, in the order of the steps, so there is no lock: `apply` before a step, then the
+sampling kernel at its end. Step N + 1 therefore reads the token of step N without waiting for the host. Kernels access
+the arrays by address. Invariant: the addresses never change.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class PromptPositions:
-    """The positions of a step whose logits are wanted because they say how likely the prompt's next token was.
+    """The P positions of a step at which prompt log-probabilities are requested.
 
-    P positions, in the order of the step's rows and within a row of the positions; `where` indexes the step's T tokens
-    (row after row, each its count), `targets` are the ids of the tokens one position later.
+    They are ordered by row of the step, then by position. `where` indexes the step's T tokens. `targets` are the prompt
+    tokens one position later, whose log-probabilities the logits of these positions give.
     """
 
     rows: Ints  # (P,) row of the step
@@ -34,39 +34,39 @@ class PromptPositions:
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """A step's T tokens, row after row, and its R rows that sample."""
+    """The T tokens of a step, row after row, its S rows, and the R rows that sample."""
 
     positions: Ints  # (T,)
     slots: Ints  # (T,)
-    firsts: Ints  # (S,) place of each row's first token
-    samples: Ints  # (R,) place of each sampling row's last token
+    firsts: Ints  # (S,) index of each row's first token
+    samples: Ints  # (R,) index of each sampling row's last token
     sampled_slots: Ints  # (R,)
-    sampled_positions: Ints  # (R,) of the tokens that are being sampled
-    single_token: bool  # every row has one token
+    sampled_positions: Ints  # (R,) positions of the tokens that this step samples
+    single_token: bool  # every row has exactly one token
 
 
 class Slots:
-    """Per-slot state.
+    """Token ids, block tables and sampling parameters by slot.
 
-    `tokens` (slots, max_total_tokens + 1) int32: the ids known so far; a sampled one stands here before the host knows.
-    `tables` (slots, pages of the longest sequence) int32: cache pages of 16 tokens, of which a block is one or more;
-    entries not set yet are 0.
-    `parameters`: of sampling.
+    `tokens` (slots, max_total_tokens + 1) int32: token ids so far, including sampled ones not yet read by the host.
+    `tables` (slots, pages of the longest sequence) int32: cache pages of 16 tokens; a block is one or more pages.
+    Entries that are not set are 0.
+    `parameters`: sampling parameters.
     """
 
     def __init__(self, limits: StepLimits) -> None:
-        self._pages = limits.block_size // BLOCK  # of a block
+        self._pages = limits.block_size // BLOCK  # pages of a block
         num_pages = -(-limits.max_total_tokens // limits.block_size) * self._pages
         self.tokens = np.zeros((limits.max_batch_size, limits.max_total_tokens + 1), np.int32)
         self.tables = np.zeros((limits.max_batch_size, num_pages), np.int32)
         self.parameters = Parameters(limits.max_batch_size)
 
     def apply(self, inputs: StepInputs) -> None:
-        """Take in what is new since the step before: sequences first, then their blocks, then tokens."""
+        """Apply the changes since the previous step: admitted sequences first, then blocks, then token ids."""
         for admitted in inputs.admitted:
             self.tokens[admitted.slot, : len(admitted.token_ids)] = admitted.token_ids
             self.parameters.admit(admitted.slot, admitted.request)
-        if len(inputs.blocks):  # in order: of two entries for the same place the later one counts
+        if len(inputs.blocks):  # in order: the later of two entries for the same index wins
             slots, indices, blocks = inputs.blocks.T
             for page in range(self._pages):
                 self.tables[slots, indices * self._pages + page] = blocks * self._pages + page
@@ -75,7 +75,7 @@ class Slots:
             self.tokens[slots, positions] = token_ids
 
     def step_tokens(self, inputs: StepInputs) -> StepTokens:
-        """Where the step's tokens stand. Reads nothing that steps write: any thread may ask, at any time."""
+        """Expand a step's rows to tokens. Reads no state that a step writes, so any thread may call it at any time."""
         slots, starts, samples = (a.astype(np.int64) for a in (inputs.slots, inputs.starts, inputs.samples))
         counts = inputs.counts.astype(np.int64)
         ends = starts + counts
@@ -91,7 +91,7 @@ class Slots:
         return StepTokens(positions, token_slots, firsts, last, slots[samples], ends[samples], single_token)
 
     def prompt_positions(self, inputs: StepInputs) -> PromptPositions:
-        """Where this step computes prompt tokens of sequences that want their prompt's log-probabilities."""
+        """Return the positions of this step at which requests ask for prompt log-probabilities."""
         rows = self.parameters.rows[inputs.slots]
         ends = np.minimum(inputs.starts + inputs.counts, rows["num_prompt"] - 1)  # the last one predicts the output
         counts = np.where(rows["prompt_logprobs"] >= 0, np.maximum(ends - inputs.starts, 0), 0)

@@ -1,8 +1,8 @@
-"""A step as one table: every thread walks it and meets the others at barriers; nothing of it is Python.
+"""Execution of a step table: every thread walks the table and synchronizes with the others at barriers.
 
-`walk` runs a step on one thread. `serve` is a worker's whole life: it sleeps until a step begins, walks it, sleeps
-again. Both are compiled (`compiler.py`) and called by address, so that Python's lock is not held and not needed: a
-worker that had to wait for it would begin its step milliseconds late whenever the engine plans the next one.
+`walk` runs one step on one thread. `serve` is the main loop of a worker thread: sleep until a step begins, walk it,
+sleep again. Both are compiled (`compiler.py`) and called by address, so they run without Python's global interpreter
+lock. A worker that had to acquire the lock would start milliseconds late whenever the engine plans the next step.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from numba import types
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.ir import Emitter, Val, acquire, atomic_add, emit, i32, i64, inline, kernel, pause, peek
 
-_SPINS = 500  # looks at a barrier, some 20 µs, before the core is offered to others
-_IDLE_SPINS = 200  # looks for the next step before a worker sleeps
+_SPINS = 500  # polls of a barrier, some 20 µs, before the thread yields its core
+_IDLE_SPINS = 200  # polls for the next step before a worker sleeps
 _ROW_BYTES = layout.ROW_BYTES
 
 
@@ -40,7 +40,10 @@ address_of = emit(1, lambda g, pointer: pointer, types.int64)
 
 @inline
 def barrier(address: int, target: int, yield_address: int) -> None:
-    """Wait until all threads have come. A pure spin would make a step 200 times slower once a core is shared."""
+    """Wait until all threads have arrived.
+
+    Threads yield after _SPINS polls: pure spinning makes a step 200 times slower once another process shares a core.
+    """
     atomic_add(address, 1)
     spins = 0
     while acquire(address) < target:
@@ -52,7 +55,7 @@ def barrier(address: int, target: int, yield_address: int) -> None:
 
 @inline
 def walk_rows(tid: int, context: int) -> int:
-    """All rows of the step's part of the table; what the barrier stands at when it is over."""
+    """Execute the rows from FIRST_ROW to LAST_ROW. Returns the value of the barrier at the end."""
     threads, target = peek(context + 8 * layout.THREADS), peek(context + 8 * layout.BARRIER_BASE)
     row, last = peek(context + 8 * layout.FIRST_ROW), peek(context + 8 * layout.LAST_ROW)
     counter, barrier_address = peek(context + 8 * layout.COUNTERS), peek(context + 8 * layout.BARRIER)
@@ -90,5 +93,5 @@ def _serve(tid: int, row: int, context: int, semaphore: int) -> int:
 
 
 KERNELS = {"walk": kernel("walk", _walk), "serve": kernel("serve", _serve)}
-"""walk (tid, 0, context, 0): a step as thread `tid`, as all threads must. Returns the next step's BARRIER_BASE.
-serve (tid, 0, context, semaphore): every step from now on until STOP. The semaphore is posted once for each."""
+"""walk (tid, 0, context, 0): run one step as thread `tid`; all threads must call it. Returns the next BARRIER_BASE.
+serve (tid, 0, context, semaphore): run all steps until STOP. The caller posts the semaphore once for each step."""

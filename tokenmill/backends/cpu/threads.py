@@ -1,8 +1,8 @@
-"""The threads that walk a step beside the caller: asleep between steps, and never in need of Python's lock.
+"""Worker threads that execute a step together with the caller.
 
-Each is a Python thread that spends its life in the compiled `serve` (`step.py`), asleep on a semaphore of libc's. The
-system places them: the process's affinity holds for them, and nothing here binds a thread to a core, for a neighbour's
-work on that core would then stop every step.
+Each is a Python thread that runs the compiled `serve` (`step.py`) without the global interpreter lock and sleeps on a
+semaphore between steps. Threads are not pinned to cores: a pinned thread would delay every step while another process
+uses its core. The affinity of the process applies to them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.cache import Code
 from tokenmill.backends.cpu.scratch import zeros
 
-_SEMAPHORE_BYTES = 64  # more than any system's sem_t
-_MANY_CPUS = 4  # with more CPUs than this, one is left to HTTP and the rest of the engine
+_SEMAPHORE_BYTES = 64  # an upper bound of every system's sizeof(sem_t)
+_MANY_CPUS = 4  # with more CPUs than this, one is reserved for HTTP and the rest of the engine
 
 
 def default_threads(cpus: int) -> int:
-    """How many compute, of `cpus` that this process may use."""
+    """Return the default number of compute threads. `cpus`: CPUs that this process may use."""
     return cpus - 1 if cpus > _MANY_CPUS else cpus
 
 
 class Semaphores:
-    """One for each worker. Linux's and other systems' POSIX ones; Apple's own kind there."""
+    """One semaphore for each worker: POSIX semaphores, on macOS dispatch semaphores."""
 
     def __init__(self, count: int) -> None:
         self._libc = ctypes.CDLL(None)
@@ -50,14 +50,14 @@ class Semaphores:
         return place
 
     def post(self, i: int) -> None:
-        """Let worker i go on."""
+        """Wake worker i."""
         self._post(self.addresses[i])
 
 
 class WorkerThreads:
-    """All threads of a backend: the caller's, which is thread 0, and `threads - 1` of their own.
+    """The compute threads of a backend: the caller as thread 0, and `threads` - 1 workers.
 
-    `context`: the words (`layout.py`), whose THREADS, BARRIER and the like are written here. One caller at a time.
+    `context`: words of `layout.py`; this class writes those about threads, barrier and steps. One caller at a time.
     """
 
     def __init__(self, code: Code, context: np.ndarray[tuple[int], np.dtype[np.int64]], threads: int) -> None:
@@ -80,14 +80,14 @@ class WorkerThreads:
             thread.start()
 
     def run(self, first: int, last: int) -> None:
-        """Walk the rows of the table at addresses [first, last), with all threads; returns when all are done."""
+        """Execute the table rows at addresses [first, last) with all threads. Blocks until all threads are done."""
         context = self._context
         context[layout.FIRST_ROW], context[layout.LAST_ROW] = first, last
         self._wake()
         context[layout.BARRIER_BASE] = self._walk(0, 0, context.ctypes.data, 0)
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
+        """Stop the workers. Idempotent."""
         if not self._context[layout.STOP]:
             self._context[layout.STOP] = 1
             self._wake()

@@ -1,8 +1,8 @@
-"""The innermost loops of products, as LLVM code: some rows of x times one panel of 16 outputs.
+"""Code of the innermost loops of products with quantized weights: rows of x times one panel of 16 outputs.
 
-A tile sums over columns in one order, whatever its number of rows: so a row's numbers do not depend on its company.
-Block forms: activations int8, weights unsigned codes, both multiplied in integers within a block of 32 columns,
-scaled and added in float32. Which instruction multiplies is all that an instruction set changes.
+Invariant: a tile sums columns in the same order for every number of rows, so products are batch-invariant. int8
+activations and unsigned weight codes are multiplied in integers within a block of 32 columns, then scaled and summed in
+float32. Instruction sets differ only in the integer dot product.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.operands import Operands, panel_parts, prefetch_distance, store
 
 Act = Callable[[int, int], Val]
-"""(row, j) -> four int8 activations, columns 4 · j …, in every int32 lane"""
+"""(row, j) -> four int8 activations, columns [4 · j, 4 · j + 4), broadcast to every int32 lane"""
 
 
 Codes = Callable[[int], Val]
-"""j -> the j-th of a block's eight vectors of codes, of one register's outputs. Unpacked where it is asked for: held
-together they would fill the registers"""
+"""j -> the j-th of a block's eight vectors of codes, for the outputs of one register. Codes are unpacked at each call:
+all eight vectors together would fill the registers."""
 
-_BY_BYTE = (0, 4, 1, 5, 2, 6, 3, 7)  # vectors whose codes share bytes follow each other
+_BY_BYTE = (0, 4, 1, 5, 2, 6, 3, 7)  # an order in which vectors that share bytes are adjacent
 
 Factors = dict[tuple[int, int], Val]
-"""(byte of a block at which int8 numbers stand, register of the panel) -> what they are multiplied with"""
+"""(offset of int8 scales or lows in a block, register of the panel) -> their factor"""
 
 
 def codes_at(g: Emitter, form: Form, address: Val, offset: int, size: int) -> Codes:
-    """A block's unsigned codes: `size` bytes of each vector, from byte `offset` on."""
+    """Return the unsigned codes of a block: `size` bytes of each vector, from byte `offset` on."""
     b, ty, wide = g.b, Vector(i8, size), Vector(i16, size // 2)
     if form.bits == 8:
         return lambda j: g.ld(ty, address, 64 * j + offset)
 
     def shifted(v: Val, left: int) -> Val:
-        """Each byte shifted; what comes over from its neighbour is masked away by the caller."""
+        """Shift each byte. The caller masks the bits that come from the neighbouring byte."""
         if left == 0:
             return v
         v, by = b.bitcast(v, wide), g.k(wide, abs(left))
@@ -61,22 +61,22 @@ def codes_at(g: Emitter, form: Form, address: Val, offset: int, size: int) -> Co
 
 
 class Dots:
-    """Integer products of a block's codes with the activations of several rows, by instruction set."""
+    """Integer dot products of a block's codes with the activations of several rows, by instruction set."""
 
     def __init__(self, g: Emitter, isa: Isa, form: Form) -> None:
         self.g, self.isa, self.bits = g, isa, form.bits
         self.ints, self.bytes = Vector(i32, isa.lanes), Vector(i8, 4 * isa.lanes)
         self.signed = form.bits == 8 and isa.name in ("avx2", "neon")
-        """Whether codes of 8 bits are made signed, so that no offset is left to subtract."""
+        """True if 8-bit codes are converted to signed ones, so that no offset has to be subtracted."""
 
     def prepared(self, codes: Codes) -> Codes:
-        """Codes as `sums` wants them."""
+        """Convert codes to signed if needed, for `sums`."""
         return (lambda j: self.g.b.xor(codes(j), self.g.k(self.bytes, -128))) if self.signed else codes
 
     def sums(self, parts: Sequence[Codes], columns: Sequence[int], act: Act, rows: int) -> list[list[Val]]:
-        """Of each part of the panel, for each row, the int32 sums over vectors `columns`.
+        """Emit int32 sums over the vectors `columns`, for each part of the panel and each row.
 
-        An activation is loaded once for all parts: without long registers that is what a tile waits for.
+        An activation is loaded once for all parts: with short registers these loads are the bottleneck of a tile.
         """
         if self.isa.name == "avx2":
             kind = self._signed if self.signed else self._in_pairs
@@ -98,14 +98,17 @@ class Dots:
         return g.call(f"llvm.x86.avx512.vpdpbusd.{bits}", self.ints, [total, b.bitcast(codes, self.ints), four])
 
     def _pairs(self, codes: Val, four: Val) -> Val:
-        """Sums of two products, int16."""
+        """Emit sums of two products each, int16."""
         return self.g.call("llvm.x86.avx2.pmadd.ub.sw", Vector(i16, 16), [codes, self.g.b.bitcast(four, self.bytes)])
 
     def _widen(self, pairs: Val) -> Val:
         return self.g.call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.g.k(Vector(i16, 16), 1)])
 
     def _in_pairs(self, parts: Sequence[Codes], columns: Sequence[int], act: Act, rows: int) -> list[list[Val]]:
-        """As many sums of pairs are added in int16 as cannot overflow: 2 · 127 · (2^bits − 1) each."""
+        """Emit sums for AVX2 with unsigned codes.
+
+        A pair of products is at most 2 · 127 · (2^bits − 1), so only a few are added in int16 before widening.
+        """
         b, safe = self.g.b, {4: 8, 5: 4, 6: 2}[self.bits]
         out: list[list[Val]] = [[None] * rows for _ in parts]
         for start in range(0, len(columns), safe):
@@ -124,7 +127,10 @@ class Dots:
         return out
 
     def _signed(self, parts: Sequence[Codes], columns: Sequence[int], act: Act, rows: int) -> list[list[Val]]:
-        """|code| · (activation with the code's sign): 2 · 128 · 127 fits int16."""
+        """Emit sums for AVX2 with signed codes.
+
+        They are sums of |code| · (activation with the code's sign): a pair is at most 2 · 128 · 127, which fits int16.
+        """
         g, b = self.g, self.g.b
         out: list[list[Val]] = [[g.k(self.ints, 0)] * rows for _ in parts]
         for j in columns:
@@ -139,7 +145,7 @@ class Dots:
 
 
 class BlockTile:
-    """Code of a tile with a block form: `rows` rows of int8 by one panel."""
+    """The code generator of a tile: `rows` rows of int8 by one panel of a quantized form."""
 
     def __init__(self, g: Emitter, isa: Isa, form: Form, rows: int, o: Operands) -> None:
         self.g, self.isa, self.form, self.rows, self.o = g, isa, form, rows, o
@@ -147,10 +153,10 @@ class BlockTile:
         self.blocks = g.b.lshr(o.columns, g.c(5))
         self.factors: Factors = {}
         self.spilled = _on_stack(g, 8 * rows * isa.lanes) if isa.lanes == 8 and rows > 2 else None
-        """Where sums stand between blocks, if registers are too few for them beside a block's integers."""
+        """Address of the sums between blocks, on the stack; None if they fit the registers with a block's integers."""
 
     def write(self) -> None:
-        """The whole tile. A set with short registers goes over the panel once for some of its outputs."""
+        """Emit the tile. With short registers, each pass over the panel computes some of its outputs."""
         g, o, lanes = self.g, self.o, self.isa.lanes
         for parts in panel_parts(lanes, self.rows, 2 if lanes == 4 or 2 < self.rows < 8 else 1):
             zero = self._spill([g.k(self.floats, 0.0)] * (len(parts) * self.rows))
@@ -162,7 +168,7 @@ class BlockTile:
                 store(g, o, self._sums_of(sums, n), 4 * lanes * part)
 
     def _spill(self, sums: list[Val], first: int = 0) -> list[Val]:
-        """Put sums where they stand between blocks: nothing is left to carry if that is the stack."""
+        """Keep sums between blocks: return them as carried values, or store them on the stack and return []."""
         if self.spilled is None:
             return sums
         for i, total in enumerate(sums):
@@ -170,14 +176,14 @@ class BlockTile:
         return []
 
     def _sums_of(self, carried: list[Val], n: int) -> list[Val]:
-        """Every row's sum of the n-th of the parts that are summed now."""
+        """Return the sums of all rows for the n-th part of this pass."""
         if self.spilled is None:
             return carried[n * self.rows : (n + 1) * self.rows]
         first = n * self.rows
         return [self.g.ld(self.floats, self.spilled, 4 * self.isa.lanes * (first + r)) for r in range(self.rows)]
 
     def _group(self, parts: Sequence[int], i: Val, acc: list[Val]) -> list[Val]:
-        """Eight blocks that share factors."""
+        """Emit eight blocks that share factors."""
         g, form = self.g, self.form
         start = g.at(self.o.weight, g.b.mul(i, g.c(form.group_size)))
         factors = {}
@@ -192,7 +198,7 @@ class BlockTile:
     def _block(
         self, parts: Sequence[int], start: Val, first: Val, factors: Factors, i: Val, acc: list[Val]
     ) -> list[Val]:
-        """The i-th block of those at `start`, the first of which is the panel's block number `first`."""
+        """Emit the i-th block at `start`. `first`: index within the panel of the block at `start`."""
         g, b, o = self.g, self.g.b, self.o
         weight, n = g.at(start, b.mul(i, g.c(self.form.size))), b.add(first, i)
         column, scale = (g.at(address, b.mul(n, g.c(size))) for address, size in ((o.x, 32), (o.scales, 8)))
@@ -222,7 +228,7 @@ class BlockTile:
         return out
 
     def _prefetch(self, weight: Val) -> None:
-        """Ask for a block of what is read next."""
+        """Emit prefetches of one block of the weights to be read next."""
         g = self.g
         groups = g.b.lshr(self.blocks, g.c(self.form.group.bit_length() - 1))
         ahead = prefetch_distance(g, self.rows, g.b.mul(groups, g.c(self.form.group_size)))
@@ -230,7 +236,7 @@ class BlockTile:
             g.prefetch(weight, g.at(ahead, line))
 
     def _numbers(self, weight: Val, offset: int, item: int, part: int) -> Val:
-        """A number of each output, as float32: from byte `offset` of the block on."""
+        """Load one scale or low for each output, from byte `offset` of the block on, as float32."""
         g, lanes = self.g, self.isa.lanes
         at = offset + item * lanes * part
         if item == 1:
@@ -241,7 +247,7 @@ class BlockTile:
     def _whole(
         self, weight: Val, part: int, sums: list[Val], scales: list[tuple[Val, Val]], acc: list[Val]
     ) -> list[Val]:
-        """One scale for the block."""
+        """Emit the scaled sums of a block with one scale for each output."""
         g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
         d = self._numbers(weight, form.codes, form.scale, part)
         low = self._numbers(weight, form.codes + form.scales, form.low, part) if form.low else None
@@ -267,7 +273,10 @@ class BlockTile:
         scales: list[tuple[Val, Val]],
         acc: list[Val],
     ) -> list[Val]:
-        """A scale for each 16 columns: the offset needs the sum of the first 16 activations, `head`."""
+        """Emit the scaled sums of a block with a scale for each 16 columns.
+
+        `first_sums`: sums of the first 16 activations, which the offset is multiplied with.
+        """
         g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
         d0, d1 = (self._numbers(weight, form.codes + PANEL * form.scale * n, form.scale, part) for n in range(2))
         out = []
@@ -283,7 +292,7 @@ class BlockTile:
 
 
 def _on_stack(g: Emitter, size: int) -> Val:
-    """Address of so many bytes, of whole vectors, that last as long as the function."""
+    """Allocate bytes on the stack, 64-byte aligned, valid until the function returns."""
     with g.b.goto_entry_block():
         buffer = g.b.alloca(ir.ArrayType(i8, size))
         buffer.align = 64
@@ -291,19 +300,22 @@ def _on_stack(g: Emitter, size: int) -> Val:
 
 
 def halves_of(form: Form) -> list[Sequence[int]]:
-    """Vectors of columns that have a scale of their own."""
+    """Return the vectors of a block, grouped by scale."""
     if form.halves == 2:
         return [range(4), range(4, 8)]
     return [range(8) if form.bits == 8 else _BY_BYTE]
 
 
 def max_rows(isa: Isa, form: Form | DenseForm) -> int:
-    """Rows of a form's largest tile. Dense ones have two sums a row, which must stay in registers."""
+    """Return the rows of a form's largest tile. The two sums for each row of dense forms must stay in registers."""
     return isa.rows if isinstance(form, Form) or isa.lanes == 16 else min(isa.rows, 4)
 
 
 def tile(isa: Isa, form: Form | DenseForm, rows: int) -> Callable[..., None]:
-    """What `ir.emit` takes: (columns, weight, x, its stride, scales, stride, base, stride, out, stride)."""
+    """Make a generator for `ir.emit` of a tile.
+
+    Its parameters: (columns, weight, x, stride, scales, stride, base, stride, out, stride), see `Operands`.
+    """
 
     def write(g: Emitter, *args: Val) -> None:
         o = Operands(*args)
@@ -318,7 +330,10 @@ def tile(isa: Isa, form: Form | DenseForm, rows: int) -> Callable[..., None]:
 
 
 def look_up(form: Form | DenseForm) -> Callable[..., None]:
-    """What `ir.emit` takes: (row of the matrix, columns, bytes of a panel, weight, out): that row as float32 to out."""
+    """Make a generator for `ir.emit` that dequantizes one row of a matrix to `out`, float32.
+
+    Its parameters: (row of the matrix, columns, bytes of a panel, weight, out).
+    """
 
     def write(g: Emitter, row: Val, columns: Val, panel: Val, weight: Val, out: Val) -> None:
         b = g.b

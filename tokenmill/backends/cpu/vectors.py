@@ -1,4 +1,4 @@
-"""Vector code that several kernels share: activations, and quantizing 32 columns."""
+"""Vector code that several kernels share: activation functions and int8 quantization."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from tokenmill.backends.cpu.ir import Emitter, Val, Vector, f32, i8, i32, i32x16
 
 
 def silu(g: Emitter, x: Val) -> Val:
-    """x / (1 + e^−x)"""
+    """Emit SiLU: x / (1 + e^−x)."""
     return g.b.fdiv(x, g.b.fadd(g.k(x.type, 1.0), g.exp(g.b.fneg(x))))
 
 
 def gelu_tanh(g: Emitter, x: Val) -> Val:
-    """GELU by its usual approximation with tanh."""
+    """Emit the tanh approximation of GELU."""
     b, k = g.b, partial(g.k, x.type)
     inner = b.fmul(b.fmul(x, k(0.7978845608)), g.fma(b.fmul(x, x), k(0.044715), k(1.0)))
     return b.fmul(b.fmul(x, k(0.5)), b.fadd(g.tanh(inner), k(1.0)))
 
 
 def erf(g: Emitter, x: Val) -> Val:
-    """The error function, to some 2e-7 (Abramowitz and Stegun 7.1.26)."""
+    """Emit the error function, absolute error about 2e-7 (Abramowitz and Stegun 7.1.26)."""
     b, k = g.b, partial(g.k, x.type)
     size = g.each_lane("fabs", x)
     u = b.fdiv(k(1.0), g.fma(size, k(0.3275911), k(1.0)))
@@ -33,33 +33,34 @@ def erf(g: Emitter, x: Val) -> Val:
 
 
 def gelu_erf(g: Emitter, x: Val) -> Val:
-    """x · Φ(x)"""
+    """Emit exact GELU: x · Φ(x)."""
     b = g.b
     return b.fmul(b.fmul(x, g.k(x.type, 0.5)), b.fadd(erf(g, b.fmul(x, g.k(x.type, 0.70710678))), g.k(x.type, 1.0)))
 
 
 def relu(g: Emitter, x: Val) -> Val:
-    """max(x, 0), NaN where x is"""
+    """Emit ReLU: max(x, 0), NaN for NaN."""
     zero = g.k(x.type, 0.0)
     return g.b.select(g.b.fcmp_ordered("<", x, zero), zero, x)
 
 
 ACTS = {layout.SILU: silu, layout.GELU_TANH: gelu_tanh, layout.GELU_ERF: gelu_erf, layout.RELU: relu}
-"""What `layout.ACTS` numbers, as code for a vector."""
+"""Emitters of activations for one vector, by the numbers of `layout.ACTS`"""
 
 
-_MIN_MAGNITUDE = 1e-30  # a block whose largest is not above this is zero
+_MIN_MAGNITUDE = 1e-30  # a block whose largest magnitude is not above this quantizes to zeros
 
 
 def quantize_block(g: Emitter, x0: Val, x1: Val, codes: Val, scales: Val) -> None:
-    """Two vectors to 32 int8 at `codes`; their scale s and s · sum of codes, float32, at `scales`.
+    """Quantize a block of 32 float32, two vectors.
 
-    One NaN makes s a NaN, and so whatever is computed with it.
+    Stores 32 int8 at `codes`; the scale s and s · (sum of codes), float32, at `scales`. A NaN in the block makes s NaN,
+    so it propagates to every result.
     """
     b, bytes16 = g.b, Vector(i8, 16)
     size0, size1 = (
         b.and_(b.bitcast(x, i32x16), g.k(i32x16, 0x7FFFFFFF)) for x in (x0, x1)
-    )  # as integers a NaN is largest
+    )  # compared as integers, a NaN is the largest
     top_bits = g.call("llvm.vector.reduce.smax.v16i32", i32, [g.call("llvm.smax.v16i32", i32x16, [size0, size1])])
     top = b.bitcast(top_bits, f32)
     nonzero = b.fcmp_unordered(">", top, g.f(_MIN_MAGNITUDE))
