@@ -20,7 +20,7 @@ from tokenmill.backends.cpu.ir import Emitter, Val, Vector, f16x16, f32, f32x16,
 from tokenmill.backends.cpu.layout import BLOCK
 
 KvForm = Literal["f16", "int8"]
-_LARGEST = 65504.0  # of float16
+_LARGEST = 65504.0  # the largest float16
 _SCALES = 2 * BLOCK * 4
 
 

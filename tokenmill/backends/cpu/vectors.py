@@ -58,9 +58,8 @@ def quantize_block(g: Emitter, x0: Val, x1: Val, codes: Val, scales: Val) -> Non
     so it propagates to every result.
     """
     b, bytes16 = g.b, Vector(i8, 16)
-    size0, size1 = (
-        b.and_(b.bitcast(x, i32x16), g.k(i32x16, 0x7FFFFFFF)) for x in (x0, x1)
-    )  # compared as integers, a NaN is the largest
+    # Magnitudes are compared as integers, where a NaN is the largest.
+    size0, size1 = (b.and_(b.bitcast(x, i32x16), g.k(i32x16, 0x7FFFFFFF)) for x in (x0, x1))
     top_bits = g.call("llvm.vector.reduce.smax.v16i32", i32, [g.call("llvm.smax.v16i32", i32x16, [size0, size1])])
     top = b.bitcast(top_bits, f32)
     nonzero = b.fcmp_unordered(">", top, g.f(_MIN_MAGNITUDE))
