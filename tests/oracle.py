@@ -8,7 +8,7 @@ runs a step late, from what it was given at the launch: who writes to a launched
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -24,6 +24,8 @@ from tokenmill.errors import OutOfMemory
 from tokenmill.wire.messages import (
     Abort,
     Output,
+    Payload,
+    PromptDetails,
     Request,
     SamplingParams,
     Stats,
@@ -151,7 +153,7 @@ class PagedOracle:
             self.tables[slot][index] = block
         found: dict[int, int] = {}
         details: list[TokenDetails | None] = []
-        prompt_details: dict[int, tuple[TokenDetails, ...]] = {}
+        payloads: dict[int, Payload] = {}
         samples = set(batch.samples.tolist())
         rows = zip(batch.slots.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True)
         for row, (slot, start, count) in enumerate(rows):
@@ -162,9 +164,9 @@ class PagedOracle:
                 details.append(TokenDetails(float(end)) if request.sampling.logprobs >= 0 else None)
             positions = range(start + 1, min(end + 1, len(request.prompt_ids)))
             if request.sampling.prompt_logprobs >= 0 and positions:
-                prompt_details[row] = tuple(TokenDetails(float(position)) for position in positions)
+                payloads[row] = PromptDetails(start + 1, tuple(TokenDetails(float(p)) for p in positions))
         wanted = details if any(detail is not None for detail in details) else None
-        return StepResult([found[row] for row in batch.samples.tolist()], wanted, prompt_details or None)
+        return StepResult([found[row] for row in batch.samples.tolist()], wanted, payloads or None)
 
     def choose(self, step: OracleStep, row: int, entries: list[int]) -> int:
         return next_token(entries)
@@ -325,11 +327,21 @@ def check_request(r: Request, case: Case, link: ListLink) -> None:
         check_details(r, case, link)
 
 
+def prompt_details_of(outputs: Iterable[Output]) -> list[TokenDetails]:
+    """As every receiver puts them together."""
+    found: list[TokenDetails] = []
+    for output in outputs:
+        if output.payload is not None:
+            assert 1 <= output.payload.start <= len(found) + 1, "no position is left out"
+            found += output.payload.after(len(found))
+    return found
+
+
 def check_details(r: Request, case: Case, link: ListLink) -> None:
     outputs, n = link.outputs[r.id], len(r.prompt_ids)
     details = [detail.logprob for o in outputs for detail in o.details]
     assert details == ([n + i for i in range(len(link.tokens(r.id)))] if r.sampling.logprobs >= 0 else [])
-    prompt_details = [detail.logprob for o in outputs for detail in o.prompt_details]
+    prompt_details = [detail.logprob for detail in prompt_details_of(outputs)]
     if r.sampling.prompt_logprobs < 0:
         assert not prompt_details
     elif r.id in case.aborted:

@@ -74,10 +74,11 @@ def test_log_probabilities_of_prompt_and_output_are_torchs(folder: Path, cpu: Cp
     again = cpu.inputs([(1, ids)], sampling, logprobs=2, prompt_logprobs=3)
     want = torch_backend.run(again).result()
     assert got.token_ids == want.token_ids
-    assert got.prompt_details is not None
-    assert want.prompt_details is not None
-    assert len(got.prompt_details[0]) == len(ids) - 1
-    for mine, theirs in zip(got.prompt_details[0], want.prompt_details[0], strict=True):
+    assert got.payloads is not None
+    assert want.payloads is not None
+    assert got.payloads[0].start == want.payloads[0].start == 1
+    assert len(got.payloads[0].details) == len(ids) - 1
+    for mine, theirs in zip(got.payloads[0].details, want.payloads[0].details, strict=True):
         assert mine.logprob == pytest.approx(theirs.logprob, abs=0.02)
         assert mine.top_ids[0] == theirs.top_ids[0]
     assert got.details is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracle import prompt_details_of
 from support_cuda import DEVICE, ON_GPU, CudaDriver, torch, write_random
 from support_cuda_sampling import SLOTS, Bench, random_request, replaced, run, torch_run
 from support_sampling import (
@@ -348,8 +349,8 @@ def test_through_the_backend_answers_and_log_probabilities_are_the_torch_backend
                    for r in requests]  # fmt: skip
             outputs = [list(engine.outputs(i)) for i in ids]
             assert engine.stats.preemptions > 0
-        told.append([([t for o in row for t in o.token_ids], [d for o in row for d in (*o.prompt_details, *o.details)])
-                     for row in outputs])  # fmt: skip
+        details = [prompt_details_of(row) + [d for o in row for d in o.details] for row in outputs]
+        told.append(list(zip([[t for o in row for t in o.token_ids] for row in outputs], details, strict=True)))
     for (ids, details), (expected_ids, expected) in zip(*told, strict=True):
         assert ids == expected_ids
         assert [d.top_ids for d in details] == [d.top_ids for d in expected]

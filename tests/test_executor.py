@@ -13,9 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from oracle import prompt_details_of
 from support_sampling import log_softmax, reference_choice, reference_scores
 
-from tokenmill.backends.base import StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import StepInputs, StepLimits, StepResult, prompt_payloads
 from tokenmill.backends.torch.sampling import prompt_details, sample
 from tokenmill.backends.torch.slots import Slots
 from tokenmill.engine.block_pool import BlockPool
@@ -105,7 +106,7 @@ class HashBackend:
         if inputs.prompt_logprobs >= 0:
             positions = self.slots.prompt_positions(inputs)
             rows = np.array([logits_of(states[i]) for i in positions.where], np.float32).reshape(-1, VOCAB)
-            prompts = prompt_details(torch.tensor(rows), positions, self.slots, inputs)
+            prompts = prompt_payloads(prompt_details(torch.tensor(rows), positions, self.slots, inputs), inputs)
         details = sampled.logprobs.details() if sampled.logprobs else None
         return StepResult(sampled.token_ids.tolist(), details, prompts)
 
@@ -205,7 +206,7 @@ def test_any_crowd_in_any_limits_gets_what_each_gets_alone(seed):
         assert outputs[-1].finish_reason == ("stop" if output[-1] in stopping.stop_ids else "length")
         details: list[TokenDetails] = [d for o in outputs for d in o.details]
         assert [d.logprob for d in details] == pytest.approx(logprobs if params.logprobs >= 0 else [], abs=1e-4)
-        found = [d.logprob for o in outputs for d in o.prompt_details]
+        found = [d.logprob for d in prompt_details_of(outputs)]
         assert found == pytest.approx(prompt_logprobs if params.prompt_logprobs >= 0 else [], abs=1e-4)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from oracle import ListLink, request
+from oracle import ListLink, prompt_details_of, request
 
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Engine
@@ -55,9 +55,9 @@ def test_details_come_if_asked_for_one_a_token_and_one_a_prompt_position() -> No
     details = [detail for output in link.outputs[0] for detail in output.details]
     assert [detail.top_ids for detail in details] == [(11, 12), (12, 0), (0, 1)]
     assert all(detail.logprob == detail.top_logprobs[0] > detail.top_logprobs[1] for detail in details)
-    prompt = [detail for output in link.outputs[0] for detail in output.prompt_details]
+    prompt = prompt_details_of(link.outputs[0])
     assert [detail.top_ids for detail in prompt] == [(token_id,) for token_id in range(2, 9)]
-    assert not any(output.details or output.prompt_details for output in link.outputs[1])
+    assert not any(output.details or output.payload for output in link.outputs[1])
 
 
 def test_a_step_takes_its_time_and_steps_do_not_overlap_on_the_device() -> None:

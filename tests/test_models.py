@@ -148,12 +148,13 @@ def test_prompt_logprobs_are_those_of_one_forward(tmp_path: Path) -> None:
         want = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     backend.known, backend.tables = {}, {}
     inputs = backend.inputs([(1, ids)], prompt_logprobs=2)
-    details = backend.run(inputs).result().prompt_details
-    assert details is not None
-    assert [d.logprob for d in details[0]] == pytest.approx(
+    payloads = backend.run(inputs).result().payloads
+    assert payloads is not None
+    assert payloads[0].start == 1
+    assert [d.logprob for d in payloads[0].details] == pytest.approx(
         [float(want[i, t]) for i, t in enumerate(ids[1:])], abs=1e-4
     )
-    assert [d.top_ids for d in details[0]] == [tuple(row.topk(2).indices.tolist()) for row in want[:-1]]
+    assert [d.top_ids for d in payloads[0].details] == [tuple(row.topk(2).indices.tolist()) for row in want[:-1]]
 
 
 def test_a_sequence_of_nan_does_not_reach_those_that_use_its_blocks_later(tmp_path: Path) -> None:

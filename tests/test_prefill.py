@@ -5,7 +5,17 @@ from __future__ import annotations
 import random
 
 import pytest
-from oracle import build, check_books, check_plans, first_step_of, prompt_cost, reference, request, run
+from oracle import (
+    build,
+    check_books,
+    check_plans,
+    first_step_of,
+    prompt_cost,
+    prompt_details_of,
+    reference,
+    request,
+    run,
+)
 
 from tokenmill.engine.budget import PrefillBudget
 from tokenmill.engine.limits import SchedulerLimits
@@ -144,7 +154,7 @@ def test_a_whole_prompt_that_is_wanted_shares_nothing_and_passes_by_its_whole_si
     engine, oracle, link = build(script, 400, LIMITS)
     run(engine, link)
     assert first_step_of(oracle, 2) == (0, 8)
-    details = [detail.logprob for output in link.outputs[2] for detail in output.prompt_details]
+    details = [detail.logprob for detail in prompt_details_of(link.outputs[2])]
     assert details == list(range(1, 49))
 
 

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from oracle import prompt_details_of
 from support_models import make_checkpoint
 
 from tokenmill import config
@@ -181,7 +182,7 @@ def test_two_ranks_say_token_for_token_what_one_says_alone(tmp_path, run_dir):
             own = outputs[request.id]
             details = [d for o in own for d in o.details]
             assert len(details) == (len(expected[request.id]) if request.sampling.logprobs >= 0 else 0)
-            prompt_details = [d for o in own for d in o.prompt_details]
+            prompt_details = prompt_details_of(own)
             wants_prompt = request.sampling.prompt_logprobs >= 0
             assert len(prompt_details) == (len(request.prompt_ids) - 1 if wants_prompt else 0)
         for child in engine.children:

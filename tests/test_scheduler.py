@@ -25,7 +25,7 @@ from tokenmill.engine.block_pool import BlockPool, chain_hashes, chain_root
 from tokenmill.engine.engine import digest
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
-from tokenmill.wire.messages import Abort, Request, SamplingParams
+from tokenmill.wire.messages import Abort, Output, PromptDetails, Request, SamplingParams, TokenDetails
 
 LIMITS = SchedulerLimits(max_batch_tokens=100, max_batch_size=8, max_total_tokens=200, block_size=4)
 
@@ -206,6 +206,24 @@ def test_a_request_that_wants_something_of_every_prompt_token_skips_none() -> No
     engine, oracle, link = build([[request(0, prompt)], [], [request(1, prompt, sampling=sampling)]], 64, LIMITS)
     run(engine, link)
     assert first_step_of(oracle, 1) == (0, 32)
+
+
+def test_a_payload_reaches_its_request_with_the_token_or_without_one_and_never_an_ended_one() -> None:
+    scheduler = Scheduler(BlockPool(64, 4), SchedulerLimits(6, 4, 100, 4))
+    for request_id, length in ((0, 3), (1, 30)):
+        scheduler.add(request(request_id, range(1, length + 1), 5))
+    payloads = {row: PromptDetails(1 + row, (TokenDetails(0.0),)) for row in (0, 1)}
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert batch.samples.tolist() == [0]
+    result = StepResult([7], None, payloads)
+    assert scheduler.update(batch, result) == [Output(0, (7,), payload=payloads[0]), Output(1, payload=payloads[1])]
+    assert result.payloads == {0: payloads[0], 1: payloads[1]}, "the executor's own is left as it was"
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.abort(0)
+    scheduler.abort(1)
+    assert scheduler.update(batch, StepResult([8], None, payloads)) == []
 
 
 def test_the_tail_of_a_sequence_is_evicted_before_its_head() -> None:

@@ -23,7 +23,7 @@ from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Prepared
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import local_source
-from tokenmill.wire.messages import Output, SamplingParams, StoppingParams, TokenDetails
+from tokenmill.wire.messages import Output, PromptDetails, SamplingParams, StoppingParams, TokenDetails
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +152,13 @@ def test_openais_routes_tell_as_many_alternatives_as_asked_for_though_more_tie(t
         texts = list(found) if name == "top_logprobs" else [one["token"] for one in found["top_logprobs"]]
         assert texts[:2] == ["b", "c"]
         assert len(texts) == (3 if name == "top_logprobs" else 2)  # completions add the chosen one
+
+
+def test_details_of_a_prompt_that_is_computed_again_are_kept_once(tokenizer: Tokenizer) -> None:
+    generation, answer = generation_of(tokenizer)
+    parts = [(1, 3), (1, 5), (4, 2), (6, 2), (1, 7), (8, 0), (8, 1)]  # first position and number; preempted thrice
+    for start, count in parts:
+        details = tuple(TokenDetails(float(position)) for position in range(start, start + count))
+        assert not generation.push(Output(1, payload=PromptDetails(start, details)), 0.0)
+    assert [detail.logprob for detail in generation.prompt_details] == list(range(1, 9))
+    assert not answer.tokens

@@ -248,7 +248,8 @@ class _Answer:
     def _take(self, output: Output) -> str:
         """Record an output and return the text that it adds."""
         self._num_cached += output.num_cached
-        self._prompt_details += output.prompt_details
+        if output.payload is not None:
+            self._prompt_details += output.payload.after(len(self._prompt_details))
         text = ""
         for token_id, details in zip(output.token_ids, output.details or (None,) * len(output.token_ids), strict=True):
             self._token_ids.append(token_id)

@@ -23,7 +23,7 @@ from tokenmill.engine.prefixes import PrefixCache
 from tokenmill.engine.running import Running
 from tokenmill.engine.sequence import Batch, Int32, Sequence, StepResult
 from tokenmill.engine.waiting import Waiting
-from tokenmill.wire.messages import Extend, Output, Request, Stats, TokenDetails
+from tokenmill.wire.messages import Extend, Output, Request, Stats
 
 _NO_ENTRIES = np.zeros((0, 3), np.int32)
 
@@ -131,7 +131,7 @@ class Scheduler:
         self._prefixes.passed()
         self._budget.passed()
         self.counts.passed(batch)
-        details, prompts, number = result.details, self._prompt_details(batch, result), batch.number
+        details, payloads, number = result.details, dict(result.payloads or ()), batch.number
         for index, (row, token_id) in enumerate(zip(batch.samples.tolist(), result.token_ids, strict=True)):
             seq = sequences[row]
             if seq.finish_reason or number < seq.valid_from:  # ended, or overtaken, while the step was on the device
@@ -150,13 +150,13 @@ class Scheduler:
                 reason = "length"
             if reason:
                 self._finish(seq, reason)
-            if reason or details is not None or prompts:
-                outputs.append(seq.output((token_id,), details[index] if details else None, prompts.pop(row, ())))
+            if reason or details is not None or payloads:
+                outputs.append(seq.output((token_id,), details[index] if details else None, payloads.pop(row, None)))
             else:
                 outputs.append(Output(seq.id, (token_id,)))
-        for row, found in prompts.items():  # of rows that did not sample
+        for row, payload in payloads.items():  # of rows that did not sample
             if not sequences[row].finish_reason:
-                outputs.append(Output(sequences[row].id, prompt_details=found))
+                outputs.append(Output(sequences[row].id, payload=payload))
         return outputs
 
     def retract(self, batches: list[Batch]) -> None:
@@ -285,9 +285,3 @@ class Scheduler:
             self.running.release(seq)
         else:
             self.waiting.remove(seq)
-
-    def _prompt_details(self, batch: Batch, result: StepResult) -> dict[int, tuple[TokenDetails, ...]]:
-        """By row, if there are any that were not handed out before."""
-        found = result.prompt_details or {}
-        fresh = {row: batch.sequences[row].fresh(int(batch.starts[row]), details) for row, details in found.items()}
-        return {row: details for row, details in fresh.items() if details}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.engine.block_pool import chain_hashes, chain_root
-from tokenmill.wire.messages import Output, Request, TokenDetails
+from tokenmill.wire.messages import Output, Payload, Request, TokenDetails
 
 Int32 = NDArray[np.int32]
 
@@ -39,7 +39,6 @@ class Sequence:
     num_found: int = 0  # leading blocks that were cached when this was last looked up
     num_published: int = 0  # leading blocks offered to the prefix cache
     publish_at: int = 0  # len(token_ids) at which there is another block to offer
-    num_prompt_details: int = 0  # how many positions' details were handed out
     num_preemptions: int = 0
     valid_from: int = 0  # number of the first batch whose tokens count: earlier ones were overtaken by `Extend`
     was_admitted: bool = False
@@ -74,12 +73,6 @@ class Sequence:
         self.hash_blocks(index + 1, block_size)
         return self.hashes[index]
 
-    def fresh(self, start: int, details: tuple[TokenDetails, ...]) -> tuple[TokenDetails, ...]:
-        """Of the details of its prompt from `start` + 1 on, those that it was not given: it may be computed twice."""
-        fresh = details[max(0, self.num_prompt_details - start) :]
-        self.num_prompt_details += len(fresh)
-        return fresh
-
     def entries(self, start: int) -> list[tuple[int, int, int]]:
         """Its slot, position and token, for all that are known here from `start` on."""
         return [(self.slot, i, self.token_ids[i]) for i in range(start, len(self.token_ids))]
@@ -98,7 +91,7 @@ class Sequence:
         self,
         token_ids: tuple[int, ...],
         details: TokenDetails | None = None,
-        prompt_details: tuple[TokenDetails, ...] = (),
+        payload: Payload | None = None,
         message: str = "",
     ) -> Output:
         """What it was given."""
@@ -107,7 +100,7 @@ class Sequence:
             token_ids,
             self.finish_reason,
             () if details is None else (details,),
-            prompt_details,
+            payload,
             num_preemptions=self.num_preemptions if self.finish_reason else 0,
             message=message,
         )
@@ -151,5 +144,5 @@ class StepResult(Protocol):
         """One a sampling row, None where nobody asked."""
 
     @property
-    def prompt_details(self) -> dict[int, tuple[TokenDetails, ...]] | None:
-        """By row: of the tokens at positions start + 1 and on, as far as they belong to the prompt."""
+    def payloads(self) -> dict[int, Payload] | None:
+        """Results beside tokens, by row of the batch; handed on unread."""

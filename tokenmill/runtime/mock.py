@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tokenmill.backends.base import StepResult
 from tokenmill.engine.sequence import Batch, Sequence
 from tokenmill.errors import ArgumentError
-from tokenmill.wire.messages import TokenDetails
+from tokenmill.wire.messages import Payload, PromptDetails, TokenDetails
 
 FAULTS = ("raise", "nan", "hang", "exit")
 
@@ -104,7 +104,7 @@ class MockExecutor:
             case "exit":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "nan" if step.result.token_ids:
-                return StepResult([-1, *step.result.token_ids[1:]], step.result.details, step.result.prompt_details)
+                return StepResult([-1, *step.result.token_ids[1:]], step.result.details, step.result.payloads)
         return step.result
 
     def idle_work(self) -> bool:
@@ -124,7 +124,7 @@ class MockExecutor:
                 self._details(token_id, seq.request.sampling.logprobs)
                 for token_id, seq in zip(token_ids, sequences, strict=True)
             ]
-        return StepResult(token_ids, details, self._prompt_details(batch) or None)
+        return StepResult(token_ids, details, self._payloads(batch) or None)
 
     def _token(self, seq: Sequence, index: int) -> int:
         stopping = seq.request.stopping
@@ -140,14 +140,14 @@ class MockExecutor:
         logprobs = (_LOGPROB, *(_NEXT_LOGPROB - index for index in range(count - 1)))
         return TokenDetails(_LOGPROB, top_ids, logprobs[: len(top_ids)])
 
-    def _prompt_details(self, batch: Batch) -> dict[int, tuple[TokenDetails, ...]]:
+    def _payloads(self, batch: Batch) -> dict[int, Payload]:
         if not batch.num_prefill_rows and not batch.admitted:
             return {}
-        found: dict[int, tuple[TokenDetails, ...]] = {}
+        found: dict[int, Payload] = {}
         for row, seq in enumerate(batch.sequences):
             count = seq.request.sampling.prompt_logprobs
             start = int(batch.starts[row]) + 1
             own = seq.request.prompt_ids[start : start + int(batch.counts[row])]
             if count >= 0 and own:
-                found[row] = tuple(details for token_id in own if (details := self._details(token_id, count)))
+                found[row] = PromptDetails(start, tuple(d for token_id in own if (d := self._details(token_id, count))))
         return found

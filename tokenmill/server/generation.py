@@ -107,8 +107,8 @@ class Generation:
     def push(self, output: Output, now: float) -> bool:
         """Take one output; True if the sequence is over."""
         times = self.timings
-        if output.prompt_details:
-            self.prompt_details.extend(output.prompt_details)
+        if output.payload is not None:
+            self.prompt_details.extend(output.payload.after(len(self.prompt_details)))
         if output.finish_reason == "error":
             self.fail(self._error(output))
             return True

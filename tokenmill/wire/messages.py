@@ -124,6 +124,21 @@ class TokenDetails(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...] = ()
 
 
+class PromptDetails(msgspec.Struct, frozen=True, array_like=True):
+    """Details of neighbouring tokens of a prompt, of which the first is at position `start`."""
+
+    start: int  # 1 at least: nothing comes before the token at 0
+    details: tuple[TokenDetails, ...]
+
+    def after(self, num_received: int) -> tuple[TokenDetails, ...]:
+        """Return the details not yet among the `num_received` from position 1 on: a preempted prompt is recomputed."""
+        return self.details[max(0, num_received + 1 - self.start) :]
+
+
+Payload = PromptDetails
+"""A result of one row of a step beside its tokens, which the engine hands on unread."""
+
+
 class RequestTimings(msgspec.Struct, frozen=True, array_like=True):
     """Timings and counts of one request, up to the output that carries them.
 
@@ -150,7 +165,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""  # "", "stop" (a stop id), "length", "error"
     details: tuple[TokenDetails, ...] = ()  # one per token, if requested
-    prompt_details: tuple[TokenDetails, ...] = ()  # of prompt tokens from the second on, in order, as computed
+    payload: Payload | None = None  # parts of a prompt come in order; after a preemption, some come again
     num_cached: int = 0
     num_preemptions: int = 0  # set on the last output only
     message: str = ""  # the cause, if `finish_reason` is "error"

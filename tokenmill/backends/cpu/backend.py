@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult, prompt_payloads
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.isa import detect
@@ -35,7 +35,7 @@ from tokenmill.program import ops
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader, load
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import Progress, TokenDetails
+from tokenmill.wire.messages import Payload, Progress, TokenDetails
 
 Report = Callable[[Progress], None]
 KV_DTYPES = {"": "f16", "float16": "f16", "int8": "int8"}
@@ -204,7 +204,7 @@ class CpuBackend:
         ids: list[int] = plan.chosen.tolist()
         return ids
 
-    def _prompt_details(self, inputs: StepInputs) -> dict[int, tuple[TokenDetails, ...]] | None:
+    def _prompt_details(self, inputs: StepInputs) -> dict[int, Payload] | None:
         """Return the prompt log-probabilities that this step computes, by row of the step.
 
         The rows of the table from TakeRows on run again, for _PROMPT_ROWS positions at a time.
@@ -221,7 +221,7 @@ class CpuBackend:
             for row, detail in zip(part.rows.tolist(), self._sampler.details() or (), strict=True):
                 if detail is not None:
                     details[row] = (*details.get(row, ()), detail)
-        return details or None
+        return prompt_payloads(details, inputs)
 
     def _walk(self, first: int, last: int) -> None:
         base = self._table.ctypes.data

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits
+from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, prompt_payloads
 from tokenmill.backends.cuda import flashinfer
 from tokenmill.backends.cuda.account import Account, graph_bytes, library_bytes
 from tokenmill.backends.cuda.attention import Manner, tiles_of
@@ -42,7 +42,7 @@ from tokenmill.program.cost import cache_layout
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import Progress, TokenDetails
+from tokenmill.wire.messages import Payload, Progress, TokenDetails
 
 _DTYPES = {name: getattr(torch, name) for name in DTYPES}
 _log = logging.getLogger(__name__)
@@ -354,7 +354,7 @@ class CudaBackend:
         context = int((starts + counts)[runs].max(initial=0))
         return Sizes(tokens, len(samples), sent[0], sent[1], sent[2], held, context, long)
 
-    def _prompt_details(self, inputs: StepInputs, sizes: Sizes) -> dict[int, tuple[TokenDetails, ...]] | None:
+    def _prompt_details(self, inputs: StepInputs, sizes: Sizes) -> dict[int, Payload] | None:
         """How likely the prompt's tokens were, some positions at a time for the sake of the logits' size."""
         wanted = self._slots.prompt_positions(inputs)
         found: dict[int, tuple[TokenDetails, ...]] = {}
@@ -367,4 +367,4 @@ class CudaBackend:
                 launch.run(again)
             for row, details in prompt_details(self.logits[: len(rows)], part, self._slots, inputs).items():
                 found[row] = found.get(row, ()) + details
-        return found or None
+        return prompt_payloads(found, inputs)

@@ -14,7 +14,7 @@ from tokenmill.backends.base import Masks, StepResult
 from tokenmill.backends.cuda.device import Mark
 from tokenmill.backends.torch.sampling import Logprobs
 from tokenmill.errors import OutOfMemory
-from tokenmill.wire.messages import TokenDetails
+from tokenmill.wire.messages import Payload
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Sampling(NamedTuple):
 
     token_ids: Tensor | None
     logprobs: Logprobs | None
-    prompt: dict[int, tuple[TokenDetails, ...]] | None
+    prompt: dict[int, Payload] | None
     mark: Mark
 
 

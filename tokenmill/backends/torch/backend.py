@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult, prompt_payloads
 from tokenmill.backends.deferred import AwaitedMasks
 from tokenmill.backends.torch import attention
 from tokenmill.backends.torch.interpreter import Env, Interpreter
@@ -32,7 +32,7 @@ from tokenmill.program.shard import shard
 from tokenmill.program.value import Buffer, Program
 from tokenmill.quant.base import Reader
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import TokenDetails
+from tokenmill.wire.messages import Payload, TokenDetails
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
@@ -215,7 +215,7 @@ class TorchBackend:
 
     def _prompt_details(
         self, inputs: StepInputs, state: StepState, env: Env
-    ) -> dict[int, tuple[TokenDetails, ...]] | None:
+    ) -> dict[int, Payload] | None:
         """How likely the prompt's tokens were, some positions at a time for the sake of the logits' size."""
         wanted = self._slots.prompt_positions(inputs)
         found: dict[int, tuple[TokenDetails, ...]] = {}
@@ -226,7 +226,7 @@ class TorchBackend:
             if self.group.rank == 0:
                 for row, details in prompt_details(logits, part, self._slots, inputs).items():
                     found[row] = found.get(row, ()) + details
-        return found or None
+        return prompt_payloads(found, inputs)
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
