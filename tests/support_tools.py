@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+from tokenmill.text.router import Router, format_of, new_router
 from tokenmill.text.tools import by_name
 from tokenmill.text.tools._xml_style import XmlStyle
 
@@ -226,3 +227,8 @@ def texts_in(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for inner in value for text in texts_in(inner)]
     return [value] if isinstance(value, str) else []
+
+
+def router_of(template: str, *, parser: str = "", **more: Any) -> Router:
+    """The router of an answer, with the format of calls that a parser names or the template implies."""
+    return new_router(format_of(template, parser), **more)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.support_tools import BARE, WRITERS, Call, cut
+from tests.support_tools import BARE, WRITERS, Call, cut, router_of
 from tests.test_tools import TOOLS, reader
 from tokenmill.text.reasoning import reasoning_of
-from tokenmill.text.router import CallDelta, Delta, Router, fold, router_of
+from tokenmill.text.router import CallDelta, Delta, Router, fold
 from tokenmill.text.tools import formats, of_template
 
 THINK = '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call> {{ \'</think>\' }}'

@@ -12,8 +12,8 @@ import pytest
 from support_server import Server, scripted
 
 from tokenmill.errors import ValidationError
-from tokenmill.server.routes.chat_checks import template_fields
 from tokenmill.server.schema.openai import ChatRequest, CompletionRequest, SamplingFields
+from tokenmill.text.chat_request import Chat, template_fields
 from tokenmill.text.limits import LOGPROBS, OPENAI_TABLE, TABLE, Limit
 from tokenmill.text.prepare import RequestLimits
 
@@ -83,11 +83,11 @@ def test_a_bound_of_openais_holds_at_the_limit_and_not_beyond(limit: Limit) -> N
 
 
 def test_the_effort_of_reasoning_reaches_a_template_that_knows_it() -> None:
-    body = ChatRequest(messages=[], reasoning_effort="low")
-    assert template_fields(body, "{{ reasoning_effort }}") == {"reasoning_effort": "low"}
+    chat = Chat(messages=[], reasoning_effort="low")
+    assert template_fields(chat, "{{ reasoning_effort }}") == {"reasoning_effort": "low"}
     with pytest.raises(ValidationError, match="`reasoning_effort` is not supported"):
-        template_fields(body, "{{ messages }}")
-    assert template_fields(ChatRequest(messages=[]), "") == {}
+        template_fields(chat, "{{ messages }}")
+    assert template_fields(Chat(messages=[]), "") == {}
 
 
 def test_openais_own_numbers_hold_unless_the_server_allows_more() -> None:

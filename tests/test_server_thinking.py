@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support_chat import ASKS, MARKS, USER
 from support_models import make_checkpoint
 from support_ports import unused_port
 from support_server import Server, byte_model
-from test_server_reasoning import ASKS, MARKS, USER
 
 VOCABULARY = 264  # two ends, bytes, two marks, and ids that mean nothing
 OPENED = {"chat_template_kwargs": {"opened": True}}  # the template begins the thought

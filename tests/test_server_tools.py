@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 from support_server import TEMPLATE, Server, eventually, scripted
 
 from tokenmill.errors import ToolError, ValidationError
-from tokenmill.server.routes.chat_tools import newer, tools_of, with_tool_prompt, written_out
-from tokenmill.server.schema.openai import ChatRequest
+from tokenmill.text.chat import Chat
+from tokenmill.text.chat_prompt import newer, with_tool_prompt, written_out
+from tokenmill.text.chat_tools import tools_of
 
 WEATHER = {
     "type": "function",
@@ -37,8 +37,8 @@ def only(mode: str, *names: str) -> Any:
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
-def asked(**fields: Any) -> ChatRequest:
-    return msgspec.convert({"messages": USER, **fields}, ChatRequest)
+def asked(**fields: Any) -> Chat:
+    return Chat(messages=USER, **fields)
 
 
 @pytest.mark.parametrize(

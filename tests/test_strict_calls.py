@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.support_tools import BARE, WRITERS, Call
+from tests.support_tools import BARE, WRITERS, Call, router_of
 from tests.support_walks import Tokens, compiled, special_markers, walk
 from tests.test_tool_grammars import FORMATS, TOOLS, harmony, weather, written, wrong
-from tokenmill.text.router import fold, router_of
+from tokenmill.text.router import fold
 from tokenmill.text.tools import by_name
 from tokenmill.text.tools.base import Asked
 

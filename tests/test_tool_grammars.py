@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.support_tools import BARE, WRITERS, Call, marks_of, text_of
+from tests.support_tools import BARE, WRITERS, Call, marks_of, router_of, text_of
 from tests.support_walks import Tokens, compiled, special_markers
 from tokenmill.errors import ToolError
 from tokenmill.text.machine import Held
-from tokenmill.text.router import fold, router_of
+from tokenmill.text.router import fold
 from tokenmill.text.tools import by_name
 from tokenmill.text.tools.base import Asked, Extent
 

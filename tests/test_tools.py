@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support_tools import BARE, WRITERS, Call, ambiguous, cut, marks_of
+from tests.support_tools import BARE, WRITERS, Call, ambiguous, cut, marks_of, router_of
 from tokenmill.errors import Unsupported
 from tokenmill.text.machine import Held
-from tokenmill.text.router import Delta, Router, fold, router_of
+from tokenmill.text.router import Delta, Router, fold
 from tokenmill.text.tools import by_name, formats, of_template
 
 TOOLS = [

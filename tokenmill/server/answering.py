@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,9 +20,8 @@ from tokenmill.errors import RequestError
 from tokenmill.server import access, failures, receipt, sse
 from tokenmill.server.call import Call, ClientGone
 from tokenmill.server.generation import GeneratedToken, Generation, MeasuredGeneration, Timings
-from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.answer_reader import PLAIN, AnswerReader
 from tokenmill.text.prepare import Prepared
-from tokenmill.text.router import Router
 from tokenmill.wire.messages import Request
 
 log = logging.getLogger(__name__)
@@ -48,8 +47,8 @@ class Answer(Protocol):
 class Sequences(msgspec.Struct, frozen=True):
     """What to generate: prompts in order, each `copies` times (`n`, `best_of`).
 
-    `keep_stop`: stop strings are part of the text. `router`: makes what reads each sequence, if anything does, to which
-    the special tokens `shown_ids` are part of the text. `receipt`: see `receipt.py`.
+    `keep_stop`: stop strings are part of the text. `readers`: one for each prompt, or none: all text is content.
+    `receipt`: see `receipt.py`.
     """
 
     prompts: tuple[Prepared, ...]
@@ -57,8 +56,7 @@ class Sequences(msgspec.Struct, frozen=True):
     keep_stop: bool = False
     num_characters: int = 0  # of all prompts, as text
     receipt: bool = False
-    router: Callable[[], Router] | None = None
-    shown_ids: frozenset[int] = frozenset()
+    readers: tuple[AnswerReader, ...] = ()
 
 
 class _Listener(ABC):
@@ -78,16 +76,10 @@ class _Listener(ABC):
         kind = MeasuredGeneration if sequences.receipt else Generation
         for prompt_index, prepared in enumerate(sequences.prompts):
             service.count_prepared(prepared)
+            reader = sequences.readers[prompt_index] if sequences.readers else PLAIN
             for copy in range(sequences.copies):
                 one = prepared if copy == 0 else _reseeded(prepared, copy)
-                router = sequences.router() if sequences.router is not None else None
-                least = one.stopping.min_new_tokens
-                if router is not None:
-                    router.end_at(one.stop, include=sequences.keep_stop, min_tokens=least)
-                text = Detokenizer(
-                    model.tokenizer, one.stop if router is None else (), include_stop=sequences.keep_stop,
-                    min_tokens=least, prompt_ids=one.prompt_ids, shown_ids=sequences.shown_ids,
-                )  # fmt: skip
+                text, router = reader.begin(model.tokenizer, one, include_stop=sequences.keep_stop)
                 generation = kind(
                     service.client.new_id(), one, text, self, Timings(self.call.arrived, time.monotonic()),
                     service.observe_gap, index=len(self.generations), prompt_index=prompt_index,

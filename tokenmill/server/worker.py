@@ -28,9 +28,9 @@ from tokenmill.freeze_gc import freeze_gc
 from tokenmill.server.app import create_app
 from tokenmill.server.digests import model_digest
 from tokenmill.server.protocol import BoundedProtocol
-from tokenmill.server.routes.chat_speech import check_parsers
 from tokenmill.server.service import Model, Service, ServiceOptions
 from tokenmill.server.tracing import Tracer
+from tokenmill.text.chat import check_parsers
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl

@@ -52,6 +52,11 @@ def refuse(dialect: Dialect, name: str, native: str, allowed: str, given: object
     return ValidationError(f"Invalid '{field}': it must be {allowed}.{got}", field)
 
 
+def not_supported(param: str, reason: str) -> ValidationError:
+    """The error for a field that would change the answer and cannot be honoured."""
+    return ValidationError(f"`{param}` is not supported: {reason}", param)
+
+
 def _itself(value: Any) -> Any:
     return value
 
@@ -95,7 +100,7 @@ class Limit(NamedTuple):
     openai_least: float | None = None
     openai_most: int | None = None
 
-    def bounds(self, limits: RequestLimits, dialect: Dialect) -> tuple[float, float]:
+    def bounds(self, limits: RequestLimits | None, dialect: Dialect) -> tuple[float, float]:
         """The smallest value and the largest."""
         most = getattr(limits, self.most) if isinstance(self.most, str) else self.most
         if dialect == "native":
@@ -103,8 +108,10 @@ class Limit(NamedTuple):
         least = self.least if self.openai_least is None else self.openai_least
         return least, most if self.openai_most is None else max(most, self.openai_most)
 
-    def check(self, value: Any, limits: RequestLimits, dialect: Dialect) -> None:
-        """ValidationError that names the field if `value` is out of bounds. None, not given, is always allowed."""
+    def check(self, value: Any, limits: RequestLimits | None, dialect: Dialect) -> None:
+        """ValidationError that names the field if `value` is out of bounds. None, not given, is always allowed.
+
+        `limits`: None for a bound that names none of their fields."""
         if value is None:
             return
         size = self.measure(value)
@@ -136,6 +143,8 @@ def _number(value: float) -> str:
 _WARMEST = 1e6
 """Beyond any use, and far from where a float32 ends."""
 
+THINKING_BUDGET = Limit("thinking_budget", 0, 2**31 - 1)
+
 TABLE = (
     Limit("temperature", 0, native="`temperature` must be strictly positive"),
     Limit("temperature", 0, _WARMEST),
@@ -150,7 +159,7 @@ TABLE = (
     Limit("top_k", 1, 2**31 - 1, openai_least=-1),
     Limit("max_new_tokens", 1, native="`max_new_tokens` must be strictly positive"),
     Limit("max_new_tokens", 1, 2**32 - 1),
-    Limit("thinking_budget", 0, 2**31 - 1),
+    THINKING_BUDGET,
     Limit("min_new_tokens", 0, native="`min_new_tokens` must be >= 0. Given: {given}"),
     Limit("stop", 0, "max_stop_sequences", measure=len, unit="strings",
           native="`stop` supports up to {most} stop sequences. Given: {given}"),

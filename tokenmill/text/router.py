@@ -20,7 +20,7 @@ from tokenmill.text.tools import by_name, of_template
 from tokenmill.text.tools.base import CallDelta, Delta, ToolFormat
 from tokenmill.text.tools.harmony import FORMAT as HARMONY
 
-__all__ = ["CallDelta", "Delta", "Router", "fold", "router_of"]
+__all__ = ["CallDelta", "Delta", "Router", "fold", "format_of", "new_router"]
 
 
 class Router:
@@ -119,25 +119,23 @@ class Router:
         return delta if content == delta.content else msgspec.structs.replace(delta, content=content)
 
 
-def router_of(
-    template: str,
+def new_router(
+    calls: ToolFormat | None,
     *,
     tools: Sequence[Tool] = (),
     parallel: bool = True,
     held: Held = "",
-    parser: str = "",
     reasoning: ReasoningFormat | None = None,
     new_id: Callable[[], str] | None = None,
 ) -> Router:
-    """The router of an answer.
+    """Make the router of one answer.
 
-    `template`: the chat template's source, in which the format of calls is found unless `parser` names one (Unsupported
-    if there is none of that name). Without tools, calls are content. `held`: the grammar that the answer follows.
-    `reasoning`: what `reasoning_of` gave for the prompt. `new_id`: makes the calls' ids, by default as the format wants
-    them.
+    `calls`: the format that calls are written in; None, or no tools: calls are content. `held`: the grammar that the
+    answer follows. `reasoning`: what `reasoning_of` gave for the prompt. `new_id`: makes the calls' ids, by default as
+    the format wants them.
     """
     channels = reasoning is not None and reasoning.channels
-    form: ToolFormat | None = HARMONY if channels else format_of(template, parser) if tools else None
+    form = HARMONY if channels else calls if tools else None
     machine = None
     if form is not None:
         most = (None if parallel else 1) if tools else 0
@@ -149,5 +147,5 @@ def router_of(
 
 
 def format_of(template: str, parser: str = "") -> ToolFormat:
-    """The format that calls are written in: the one named, or the template's. Raises Unsupported."""
+    """The format that calls are written in: the one that `parser` names, or the template's. Raises Unsupported."""
     return by_name(parser) if parser else of_template(template)

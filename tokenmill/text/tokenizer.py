@@ -7,7 +7,7 @@ SentencePiece's `tokenizer.model` (`sentencepiece.py`). Encoding lets other thre
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,3 +164,16 @@ def _byte_positions(text: str) -> list[int] | None:
         at += 1 if code < 0x80 else 2 if code < 0x800 else 3 if code < 0x10000 else 4
         positions.append(at)
     return positions
+
+
+def fixed_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...] | None:
+    """The tokens that always stand for a text, whatever is around it; None if it may be cut otherwise."""
+    ids = tokenizer.encode(text, False)
+    fixed = len(ids) == 1 or (bool(ids) and tokenizer.is_special(ids[0]) and tokenizer.is_special(ids[-1]))
+    return tuple(ids) if fixed else None
+
+
+def special_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """The special tokens among some texts, by text."""
+    found = ((text, tokenizer.token_id(text)) for text in texts)
+    return {text: i for text, i in found if i is not None and tokenizer.is_special(i)}

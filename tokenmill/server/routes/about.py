@@ -8,10 +8,10 @@ import msgspec
 
 from tokenmill.errors import ValidationError
 from tokenmill.server.call import Call
-from tokenmill.server.routes.chat import render
-from tokenmill.server.routes.chat_tools import tools_of
+from tokenmill.server.routes.chat import plan_chat
 from tokenmill.server.schema.native import ChatTokenizeResponse, GenerateRequest, Info, SimpleToken
 from tokenmill.server.schema.openai import ChatRequest
+from tokenmill.text.prepare import Options
 from tokenmill.text.tokenizer import Tokenizer
 
 _PART = 10_000  # tokens
@@ -70,7 +70,7 @@ async def get_chat_tokenize(call: Call) -> None:
     """The prompt that a chat makes, and its tokens: what `/v1/chat/completions` would generate from."""
     body = await call.decode(ChatRequest)
     model, _, _ = call.service.ready()
-    text = await render(call, body, tools_of(body))
+    text = (await plan_chat(call, body, Options(thinking_budget=body.thinking_budget))).prompt
 
     def work() -> bytes:
         tokens = _tokens_of(model.tokenizer, text, add_special_tokens=False) if text else b"[]"

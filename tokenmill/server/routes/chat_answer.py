@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from tokenmill.server.generation import GeneratedToken, Generation
-from tokenmill.server.routes.chat_speech import Speech
 from tokenmill.server.routes.openai import FINISH, Envelope, frame_of, token_name
 from tokenmill.server.schema.openai import (
     CalledFunction,
@@ -31,18 +30,21 @@ from tokenmill.server.schema.openai import (
     TopLogprob,
     Usage,
 )
+from tokenmill.text.answer_reader import PLAIN, AnswerReader
 from tokenmill.text.router import Delta, fold
 
 _encode = msgspec.json.Encoder().encode
 
 
 class ChatAnswer:
-    """An `answering.Answer`. `num_top`: how many of the likeliest tokens to tell of each position; None: no
-    log-probabilities."""
+    """An `answering.Answer`. `num_top`: the number of likeliest tokens to list at each position; None: no
+    log-probabilities. `older`: calls are told as `function_call`, for a request that had `functions`."""
 
-    def __init__(self, envelope: Envelope, num_top: int | None, speech: Speech = Speech()) -> None:  # noqa: B008 frozen
+    def __init__(
+        self, envelope: Envelope, num_top: int | None, reader: AnswerReader = PLAIN, *, older: bool = False
+    ) -> None:
         self._envelope, self._num_top, self._with_logprobs = envelope, num_top, num_top is not None
-        self._speech = speech
+        self._thinks, self._older = reader.thinks, older
         self._head, self._tail = frame_of(_encode(self._chunk([], None)))
         self._waiting: dict[int, list[TokenLogprob]] = {}  # of a choice: those of tokens that made no chunk
 
@@ -90,11 +92,11 @@ class ChatAnswer:
     def _finish_reason(self, generation: Generation, finish: str) -> str | None:
         """OpenAI's word for how a choice ended."""
         called = generation.router is not None and generation.router.complete_calls and finish in ("eos", "stop")
-        return ("function_call" if self._speech.older else "tool_calls") if called else FINISH[finish]
+        return ("function_call" if self._older else "tool_calls") if called else FINISH[finish]
 
     def _usage(self, generations: Sequence[Generation]) -> Usage:
         usage = self._envelope.usage(generations)
-        if not self._speech.thinks:
+        if not self._thinks:
             return usage
         count = sum(generation.num_reasoning for generation in generations)
         return msgspec.structs.replace(usage, completion_tokens_details={"reasoning_tokens": count})
@@ -126,11 +128,9 @@ class ChatAnswer:
         ]
         return self._said("assistant", read.content or (None if calls else ""), read.reasoning, calls)
 
-    def _said(
-        self, role: str | msgspec.UnsetType, content: Any, reasoning: str, calls: list[ToolCall]
-    ) -> ChatMessage:
+    def _said(self, role: str | msgspec.UnsetType, content: Any, reasoning: str, calls: list[ToolCall]) -> ChatMessage:
         thought = reasoning or msgspec.UNSET
-        if calls and self._speech.older:
+        if calls and self._older:
             return ChatMessage(role, content, thought, thought, function_call=calls[0].function)
         return ChatMessage(role, content, thought, thought, calls or msgspec.UNSET)
 

@@ -1,10 +1,11 @@
-"""What chat and completions share: options, refusals by name, ids, usage, names of tokens, the list of models."""
+"""What chat and completions share: options, ids, usage, names of tokens, the list of models."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -48,11 +49,6 @@ def _model(call: Call) -> Model:
     return Model(model.id, "model", model.created, model.id)
 
 
-def refuse(param: str, reason: str) -> ValidationError:
-    """A field that would change the answer and cannot be honoured."""
-    return ValidationError(f"`{param}` is not supported: {reason}", param)
-
-
 def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> int:
     """Refuse what is not served, by name; the number of choices a prompt. ValidationError, NotFound."""
     limits = call.service.ready()[1]
@@ -71,9 +67,14 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
     return n
 
 
+def guided_fields(body: SamplingFields) -> dict[str, Any]:
+    """The fields of a body that ask for a grammar, by name."""
+    return {name: value for name in GRAMMAR_FIELDS if (value := getattr(body, name)) is not None}
+
+
 async def grammar_of(call: Call, body: SamplingFields) -> guided.Wanted | None:
     """What the answer is to follow, by whatever field; None if it is free. ValidationError, GrammarError."""
-    given = {name: value for name in GRAMMAR_FIELDS if (value := getattr(body, name)) is not None}
+    given = guided_fields(body)
     if not given:
         return None
     wanted = await call.work(lambda: guided.openai_grammar(given))
@@ -103,6 +104,7 @@ def options_of(body: SamplingFields, *, max_tokens: int | None, logprobs: int | 
         logprobs=logprobs,
         raw_logprobs=True,
         truncate=body.truncate,
+        thinking_budget=body.thinking_budget if isinstance(body, ChatRequest) else None,
     )
 
 

@@ -10,6 +10,7 @@ from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
 from tokenmill.server.routes.native import options_of
 from tokenmill.server.schema.native import GenerateParameters
+from tokenmill.text.answer_reader import AnswerReader
 from tokenmill.text.prepare import Prepared
 
 _SHAPING = ("details", "decoder_input_details", "top_n_tokens")
@@ -61,9 +62,12 @@ async def prepare_text(call: Call, inputs: str, given: GenerateParameters, where
     return await call.service.prepare(inputs, options_of(given), "native", stream=False)
 
 
-async def answer(call: Call, prompts: Sequence[Prepared], num_characters: int, texts: Texts) -> None:
-    """Generate for every prompt and answer. Permits must have been taken."""
+async def answer(
+    call: Call, prompts: Sequence[Prepared], num_characters: int, texts: Texts, readers: Sequence[AnswerReader] = ()
+) -> None:
+    """Generate for every prompt and answer. Permits must have been taken. `readers`: see `answering.Sequences`."""
     sequences = answering.Sequences(
-        tuple(prompts), keep_stop=True, num_characters=num_characters, receipt=receipt.wanted(call)
-    )
+        tuple(prompts), keep_stop=True, num_characters=num_characters, receipt=receipt.wanted(call),
+        readers=tuple(readers),
+    )  # fmt: skip
     await answering.fold(call, sequences, texts)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -16,12 +17,11 @@ from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
 from tokenmill.server.routes import texts
 from tokenmill.server.routes.chat import prepare_chat
-from tokenmill.server.routes.chat_speech import Speech
 from tokenmill.server.routes.native import parameters_of
 from tokenmill.server.schema.native import GenerateParameters
 from tokenmill.server.schema.openai import ChatRequest
 from tokenmill.server.schema.platforms import VertexInstance, VertexRequest, VertexResponse
-from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.answer_reader import PLAIN, AnswerReader, whole_text
 from tokenmill.text.prepare import Prepared
 from tokenmill.text.router import fold
 from tokenmill.text.tokenizer import Tokenizer
@@ -36,42 +36,41 @@ class EmptyError(ValidationError):
     error_type = "Input validation error"
 
 
+class _Instance(NamedTuple):
+    """One instance, ready to be generated. `tell`: makes its prediction; `num_characters`: of its prompt."""
+
+    prepared: Prepared
+    reader: AnswerReader
+    tell: texts.Tell
+    num_characters: int
+
+
 async def vertex_compatibility(call: Call) -> None:
     """Generate for each instance, a prompt or a chat."""
     body = await call.decode(VertexRequest)
     if not body.instances:
         raise EmptyError("Input validation error", "instances")
     texts.check_count(call, "instances", len(body.instances))
-    prepared, tell, num_characters = [], [], 0
+    made: list[_Instance] = []
     for i, instance in enumerate(body.instances):
-        if "inputs" in instance:
-            one, told, size = await _plain(call, instance, body.parameters, f"instances[{i}]")
-        else:
-            one, told, size = await _chat(call, instance, body.parameters, f"instances[{i}]")
-        prepared.append(one)
-        tell.append(told)
-        num_characters += size
-    answer = texts.Texts(tell, lambda predictions: _encode(VertexResponse(predictions)))
-    await texts.answer(call, prepared, num_characters, answer)
+        prepare = _plain if "inputs" in instance else _chat
+        made.append(await prepare(call, instance, body.parameters, f"instances[{i}]"))
+    answer = texts.Texts([one.tell for one in made], lambda predictions: _encode(VertexResponse(predictions)))
+    num_characters = sum(one.num_characters for one in made)
+    await texts.answer(call, [one.prepared for one in made], num_characters, answer, [one.reader for one in made])
 
 
-async def _plain(
-    call: Call, instance: dict[str, Any], common: GenerateParameters | None, where: str
-) -> tuple[Prepared, texts.Tell, int]:
-    """The prompt, how its answer is told, and its characters."""
+async def _plain(call: Call, instance: dict[str, Any], common: GenerateParameters | None, where: str) -> _Instance:
     body = await call.work(lambda: _converted(instance, VertexInstance, where))
     given = parameters_of(body.parameters if body.parameters is not None else common)
     if given.do_sample is None:  # TGI samples on this route
         given = msgspec.structs.replace(given, do_sample=True)
     call.take(1)
     prepared = await texts.prepare_text(call, body.inputs, given, where)
-    return prepared, texts.behind(body.inputs if given.return_full_text else ""), len(body.inputs)
+    return _Instance(prepared, PLAIN, texts.behind(body.inputs if given.return_full_text else ""), len(body.inputs))
 
 
-async def _chat(
-    call: Call, instance: dict[str, Any], common: GenerateParameters | None, where: str
-) -> tuple[Prepared, texts.Tell, int]:
-    """The same of a chat. Where it has tools, a call is told as TGI's models wrote one."""
+async def _chat(call: Call, instance: dict[str, Any], common: GenerateParameters | None, where: str) -> _Instance:
     if "messages" not in instance:
         raise failures.BodyError(422, f"{where}: an instance must have `inputs` or `messages`", where)
     if common is not None:
@@ -83,34 +82,23 @@ async def _chat(
         raise ValidationError(f"`n` must be 1 here. Given in {where}: {body.n}", "n")
     if body.logprobs:
         raise ValidationError(f"`logprobs` is not supported here: the answer is a text. Given in {where}", "logprobs")
-    sequences, speech = await prepare_chat(call, msgspec.structs.replace(body, parallel_tool_calls=False))
-    has_tools = bool(body.tools or body.functions)
-    told = _Called(call.service.ready()[0].tokenizer, speech).tell if has_tools else texts.behind("")
-    return sequences.prompts[0], told, sequences.num_characters
+    chat = await prepare_chat(call, msgspec.structs.replace(body, parallel_tool_calls=False))
+    tell = partial(_told, call.service.ready()[0].tokenizer, bool(body.tools or body.functions))
+    return _Instance(chat.prepared, chat.reader, tell, chat.num_characters)
 
 
-class _Called:
-    """Tells an answer that may be a call."""
-
-    def __init__(self, tokenizer: Tokenizer, speech: Speech) -> None:
-        self._tokenizer, self._speech = tokenizer, speech
-
-    def tell(self, generation: Generation, tokens: Sequence[GeneratedToken]) -> str:
-        """The call as JSON, {"function": {"_name": …, its arguments}}, alone; the text if there is none."""
-        if self._speech.router is None:
-            return generation.text
-        one, router = generation.prepared, self._speech.router()
-        marked = Detokenizer(
-            self._tokenizer, one.stop, include_stop=True, min_tokens=one.stopping.min_new_tokens,
-            prompt_ids=one.prompt_ids, shown_ids=self._speech.shown_ids,
-        )  # fmt: skip
-        deltas = [router.push(marked.push(token.id).text) for token in tokens]
-        made = fold([*deltas, router.push(marked.finish()), router.finish()])
-        for found in made.calls if router.complete_calls else ():
-            with suppress(ValueError):  # one that broke off
-                arguments = json.loads(found.arguments)
-                return json.dumps({"function": {"_name": found.name, **arguments}}, ensure_ascii=False)
+def _told(tokenizer: Tokenizer, has_tools: bool, generation: Generation, tokens: Sequence[GeneratedToken]) -> str:
+    """A chat's prediction: its call as JSON, {"function": {"_name": …, its arguments}}, as TGI's models wrote one; if
+    there is none, all that was generated as one text."""
+    router = generation.router
+    if router is None:
         return generation.text
+    made = fold([token.read for token in tokens if token.read is not None])
+    for found in made.calls if has_tools and router.complete_calls else ():
+        with suppress(ValueError):  # one that broke off
+            arguments = json.loads(found.arguments)
+            return json.dumps({"function": {"_name": found.name, **arguments}}, ensure_ascii=False)
+    return whole_text(tokenizer, generation.prepared.prompt_ids, [token.id for token in tokens], router.stopped)
 
 
 def _converted(instance: dict[str, Any], kind: type[T], where: str) -> T:

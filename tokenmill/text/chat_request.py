@@ -1,14 +1,18 @@
-"""What a chat request may say: every documented field works or is refused here by its name, and so are messages."""
+"""A chat as it is asked for, the facts of a model that its answer depends on, and the checks of its messages."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
 
 from tokenmill.errors import ValidationError
-from tokenmill.server.routes.openai import refuse
-from tokenmill.server.schema.openai import ChatRequest
 from tokenmill.text.history import REASONING
+from tokenmill.text.limits import not_supported
+from tokenmill.text.prepare import Options
+from tokenmill.text.tokenizer import Tokenizer
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates turn a model's thinking on and off."""
@@ -18,34 +22,47 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", *REASONING)
 """Fields of which one is enough for a message, as answers have them."""
 
-_RETENTIONS = (None, "in_memory", "in-memory")
-_TIERS = (None, "auto", "default", "flex", "scale", "priority")
-_NOT_IN_THIS_RELEASE = "it is not in this release"
-_UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("modalities", (None, [], ["text"]), "only text is generated"),
-    ("audio", (None,), "only text is generated"),
-    ("prediction", (None,), _NOT_IN_THIS_RELEASE),
-    ("web_search_options", (None,), _NOT_IN_THIS_RELEASE),
-    ("store", (None, False), "answers are not kept"),
-    ("service_tier", _TIERS, "OpenAI has no such tier; leave it out or send 'auto'"),
-    ("prompt_cache_retention", _RETENTIONS, "the cache of prompts is in memory; send 'in_memory' or leave it out"),
-)
-"""Field, the values that ask for nothing, and why others are refused."""
+
+class ChatModel(NamedTuple):
+    """A model as chats need it: its tokenizer with the chat template, and the parsers of its answers that the server
+    was started with, "" for those that the template implies. `grammars`: whether answers may follow one."""
+
+    tokenizer: Tokenizer
+    tool_call_parser: str = ""
+    reasoning_parser: str = ""
+    grammars: bool = True
 
 
-def check_fields(body: ChatRequest) -> None:
-    """Refuse what is not served. ValidationError that names the field."""
-    for name, harmless, reason in _UNSERVED:
-        if getattr(body, name) not in harmless:
-            raise refuse(name, reason)
+class Chat(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation, and what is asked of its answer; None: not given. Not checked yet.
+
+    Fields have the names and meanings of `/v1/chat/completions`. `options`: those of any generation; a chat's have
+    `thinking_budget`, and may have `grammar`. `guided`: the fields of OpenAI's routes that ask for a grammar, by name.
+    """
+
+    messages: list[dict[str, Any]]
+    options: Options = Options()
+    guided: Mapping[str, Any] = {}
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    tool_prompt: str | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
 
 
-def template_fields(body: ChatRequest, source: str) -> dict[str, Any]:
+def template_fields(chat: Chat, source: str) -> dict[str, Any]:
     """Fields that a model can only be told of by its template, for one with the text `source`. ValidationError if it
     does not know them."""
     told: dict[str, Any] = {}
     for name in ("reasoning_effort", "verbosity"):
-        value = getattr(body, name)
+        value = getattr(chat, name)
         if value is None:
             continue
         if name in source:
@@ -53,14 +70,14 @@ def template_fields(body: ChatRequest, source: str) -> dict[str, Any]:
         elif name == "reasoning_effort" and (switch := _switch(source)):
             told[switch] = value != "none"
         else:
-            raise refuse(name, "the model's chat template does not know it")
+            raise not_supported(name, "the model's chat template does not know it")
     return told
 
 
-def asks_to_think(body: ChatRequest) -> bool:
-    """Whether a request says that the model is to think, and not only may."""
-    kwargs = body.chat_template_kwargs or {}
-    asked = body.thinking_budget is not None or body.reasoning_effort not in (None, "none")
+def asks_to_think(chat: Chat) -> bool:
+    """True if a chat says that the model is to think, and not only may."""
+    kwargs = chat.chat_template_kwargs or {}
+    asked = chat.options.thinking_budget is not None or chat.reasoning_effort not in (None, "none")
     return asked or any(kwargs.get(switch) is True for switch in THINKING_SWITCHES)
 
 
@@ -70,13 +87,6 @@ def _switch(source: str) -> str | None:
         if re.search(rf"{{[{{%][^%}}]*\b{name}\b", source):
             return name
     return None
-
-
-def num_logprobs(body: ChatRequest) -> int | None:
-    """How many of the likeliest tokens are wanted of each position, None for no log-probabilities at all."""
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ValidationError("Invalid 'top_logprobs': it needs `logprobs: true`", "top_logprobs")
-    return (body.top_logprobs or 0) if body.logprobs else None
 
 
 def check_messages(messages: list[dict[str, Any]]) -> None:
@@ -104,7 +114,7 @@ def check_messages(messages: list[dict[str, Any]]) -> None:
 
 
 def _check_calls(calls: object, where: str) -> None:
-    """What an assistant called earlier in the conversation."""
+    """Check the calls that an assistant made earlier in the conversation."""
     if not isinstance(calls, list):
         raise _invalid(where, "a list of calls")
     for call in calls:

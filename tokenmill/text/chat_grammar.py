@@ -1,4 +1,4 @@
-"""Which grammar a chat's answer follows, for its tools and for what its client wants of its shape.
+"""The grammar that a chat's answer follows, for its tools and for the shape that its client asks for.
 
 Where the answer must be calls, it is that; where it may have some, text is free and calls are held as far as their
 functions are strict; where it is to have a shape, it is calls or has that shape.
@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 from tokenmill.errors import GrammarError, ToolError
 from tokenmill.grammar.patterns import PatternError, literal, rewrite
-from tokenmill.server.routes.chat_tools import Tools
+from tokenmill.text.chat_tools import Tools
 from tokenmill.text.functions import is_strict, resolved, types_of
 from tokenmill.text.guided import Wanted, json_grammar
 from tokenmill.text.lark import SPACES, slashed
 from tokenmill.text.machine import Held
 from tokenmill.text.reasoning import ReasoningFormat
-from tokenmill.text.router import format_of
-from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.text.tokenizer import Tokenizer, fixed_ids, special_ids
 from tokenmill.text.tools.base import Asked, ToolFormat
 from tokenmill.wire.messages import GrammarSpec
 
@@ -28,18 +27,9 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}  # what OpenAI takes a fun
 _MOST_DEPTH = 8
 
 
-class Voice(NamedTuple):
-    """What a model and its server say of speech: the template's text, and the parsers that were chosen, "" if none."""
-
-    tokenizer: Tokenizer
-    template: str
-    tool_call_parser: str
-    reasoning_parser: str
-
-
 class Shape(NamedTuple):
-    """What an answer must be. `field`: of the request, that asked for it. `held`: see Router. `waits`: the grammar
-    begins behind the beginning of a call, wherever that is. `calls`: nothing but calls."""
+    """The shape that an answer must have. `field`: of the request, that asked for it. `held`: see `new_router`.
+    `waits`: the grammar begins behind the beginning of a call, wherever that is. `calls`: nothing but calls."""
 
     grammar: GrammarSpec | None = None
     field: str = ""
@@ -53,21 +43,27 @@ class Shape(NamedTuple):
         return self.calls or bool(self.held)
 
 
-def shape_of(voice: Voice, tools: Tools | None, wanted: Wanted | None, reasoning: ReasoningFormat | None) -> Shape:
-    """The shape of an answer that may think as `reasoning` says. GrammarError, ToolError for what cannot be served."""
-    if tools is None:
+def shape_of(
+    tokenizer: Tokenizer,
+    tools: Tools | None,
+    form: ToolFormat | None,
+    wanted: Wanted | None,
+    reasoning: ReasoningFormat | None,
+) -> Shape:
+    """The shape of an answer that may call `tools`, written as `form` says, and think as `reasoning` says.
+    GrammarError, ToolError for what cannot be served."""
+    if tools is None or form is None:
         return Shape(wanted.grammar, wanted.field) if wanted else Shape()
     free = not tools.forced and not tools.restricted
     if free and wanted is None and not any(map(is_strict, tools.given)):
         return Shape()
-    form = format_of(voice.template, voice.tool_call_parser)
     spoken = reasoning.markers if reasoning else ()
     asked = Asked(
         [_exact(tool, f"tools[{i}].function.parameters", forced=tools.forced)
          for i, tool in enumerate(tools.given) if tool in tools.allowed],
         "calls" if tools.forced else "answer",
         parallel=tools.parallel and tools.choice != "function",
-        special_ids=special_ids(voice.tokenizer, (*form.markers, *spoken)),
+        special_ids=special_ids(tokenizer, (*form.markers, *spoken)),
         spoken=spoken,
     )  # fmt: skip
     if tools.forced:
@@ -76,7 +72,7 @@ def shape_of(voice: Voice, tools: Tools | None, wanted: Wanted | None, reasoning
         instead = _instead(form, tools, wanted)
         source = form.grammar(asked._replace(extent="choice", instead=instead))
         return Shape(GrammarSpec("lark", source), wanted.field, "choice")
-    trigger = fixed_ids(voice.tokenizer, form.trigger) if form.trigger and not form.bare else None
+    trigger = fixed_ids(tokenizer, form.trigger) if form.trigger and not form.bare else None
     field = "tool_choice" if tools.restricted else "tools"
     if trigger is None:
         return Shape(GrammarSpec("lark", form.grammar(asked)), field, "answer")
@@ -94,7 +90,7 @@ def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, An
 
 
 def _instead(form: ToolFormat, tools: Tools, wanted: Wanted) -> str:
-    """What may come instead of calls, as rules. ToolError where it could not be told from them."""
+    """The rules of what may come instead of calls. ToolError where it could not be told from them."""
     schema = json.loads(wanted.grammar.source) if wanted.grammar.kind == "json_schema" else None
     rules = as_lark(wanted.grammar, "instead", without=form.starts)
     if rules is None or (form.bare and schema is None):
@@ -115,7 +111,7 @@ def _instead(form: ToolFormat, tools: Tools, wanted: Wanted) -> str:
 
 
 def _may_have(key: str, schema: Any, root: Any, depth: int = 0) -> bool:
-    """Whether something that fits a schema may be an object with this key; true where that is hard to tell."""
+    """True if something that fits a schema may be an object with this key, and where that is hard to tell."""
     if not isinstance(schema, dict) or depth > _MOST_DEPTH:
         return schema is not False
     if "$ref" in schema:
@@ -159,16 +155,3 @@ def _lark_schema(canonical: str) -> Any:
     from tokenmill.grammar.llguidance import lark_json
 
     return json.loads(lark_json(canonical))
-
-
-def fixed_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...] | None:
-    """The tokens that always stand for a text, whatever is around it; None if it may be cut otherwise."""
-    ids = tokenizer.encode(text, False)
-    fixed = len(ids) == 1 or (bool(ids) and tokenizer.is_special(ids[0]) and tokenizer.is_special(ids[-1]))
-    return tuple(ids) if fixed else None
-
-
-def special_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
-    """Those of the texts that are special tokens."""
-    found = ((text, tokenizer.token_id(text)) for text in texts)
-    return {text: i for text, i in found if i is not None and tokenizer.is_special(i)}

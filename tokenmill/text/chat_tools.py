@@ -1,21 +1,13 @@
-"""Tools of a chat: what a request may say of them, in OpenAI's form, its older one, and TGI's."""
+"""Tools of a chat, in OpenAI's form, its older one, and TGI's, checked and in one form."""
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
-import msgspec
-
 from tokenmill.errors import ToolError
-from tokenmill.server.routes.openai import refuse
-from tokenmill.server.schema.openai import ChatRequest
-from tokenmill.text.limits import MAX_TOOL_NAME, MAX_TOOLS, shown
+from tokenmill.text.chat_request import Chat
+from tokenmill.text.limits import MAX_TOOL_NAME, MAX_TOOLS, not_supported, shown
 
-_DEFAULT_PROMPT = (
-    "\nIf one of these functions helps to answer, reply with nothing but a call of it, a JSON object of the form "
-    '{"name": name of the function, "parameters": its arguments by name}, with values and no variables in it.\n'
-)
 _MODES = ("auto", "none", "required")
 
 
@@ -36,7 +28,7 @@ class Tools(NamedTuple):
 
     @property
     def allowed(self) -> list[dict[str, Any]]:
-        """Those that the answer may call."""
+        """The functions that the answer may call."""
         if self.choice == "none":
             return []
         return [tool for tool in self.given if not self.names or tool["function"]["name"] in self.names]
@@ -47,27 +39,27 @@ class Tools(NamedTuple):
         return len(self.allowed) < len(self.given)
 
 
-def tools_of(body: ChatRequest) -> Tools | None:
+def tools_of(chat: Chat) -> Tools | None:
     """The tools that a request has, checked; None if none. ToolError, ValidationError that name the field."""
-    if body.functions:
-        return _older(body)
-    if body.function_call not in (None, "none", "auto"):
+    if chat.functions:
+        return _older(chat)
+    if chat.function_call not in (None, "none", "auto"):
         raise ToolError("`function_call` is only allowed with `functions`", "function_call")
-    if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
+    if not chat.tools:
+        if chat.tool_choice not in (None, "none", "auto"):
             raise ToolError("`tool_choice` is only allowed with `tools`", "tool_choice")
         return None
-    given = _checked(body.tools, "tools")
-    choice, names = _choice(body.tool_choice, given)
-    return Tools(given, choice, names, body.parallel_tool_calls is not False)
+    given = _checked(chat.tools, "tools")
+    choice, names = _choice(chat.tool_choice, given)
+    return Tools(given, choice, names, chat.parallel_tool_calls is not False)
 
 
-def _older(body: ChatRequest) -> Tools:
+def _older(chat: Chat) -> Tools:
     """`functions` and `function_call`."""
-    if body.tools:
+    if chat.tools:
         raise ToolError("`functions` is the older form of `tools`: send only one of them", "functions")
-    given = _checked([{"type": "function", "function": function} for function in body.functions or ()], "functions")
-    wished = body.function_call
+    given = _checked([{"type": "function", "function": function} for function in chat.functions or ()], "functions")
+    wished = chat.function_call
     if isinstance(wished, dict):
         return Tools(given, "function", (_known(wished.get("name"), given, "function_call"),), False, True)
     if wished not in (None, "auto", "none"):
@@ -88,7 +80,7 @@ def _choice(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, .
     if kind == "allowed_tools":
         return _allowed(wished.get(kind, wished), given)
     if kind != "function":
-        raise refuse("tool_choice", f"its type must be 'function' or 'allowed_tools'. Given: {shown(kind)!r}")
+        raise not_supported("tool_choice", f"its type must be 'function' or 'allowed_tools'. Given: {shown(kind)!r}")
     return "function", (_known(_name_in(wished), given, "tool_choice"),)
 
 
@@ -135,7 +127,7 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
     if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
         raise ToolError(f"Invalid '{where}': it must be an object with a `function`", where)
     if tool.get("type", "function") != "function":
-        raise refuse(where, f"its type must be 'function'. Given: {shown(tool.get('type'))!r}")
+        raise not_supported(where, f"its type must be 'function'. Given: {shown(tool.get('type'))!r}")
     function: dict[str, Any] = tool["function"]
     name = function.get("name")
     if not isinstance(name, str) or not 0 < len(name) <= MAX_TOOL_NAME:
@@ -149,63 +141,3 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
     if not isinstance(function.get("strict"), bool | None):
         raise ToolError(f"Invalid '{where}': its `strict` must be true or false", where)
     return {"type": "function", **tool, "function": function}
-
-
-def with_tool_prompt(
-    messages: list[dict[str, Any]], tools: Tools, prompt: str | None, *, template_knows: bool
-) -> list[dict[str, Any]]:
-    """The messages with TGI's `tool_prompt` behind the last one that the assistant has not written; for a template
-    that shows no tools, with the tools before it."""
-    if template_knows and not prompt:
-        return messages
-    text = prompt or _DEFAULT_PROMPT
-    if not template_knows:
-        text = json.dumps(tools.given, ensure_ascii=False, separators=(",", ":")) + "\n" + text
-    at = next((i for i in reversed(range(len(messages))) if messages[i].get("role") != "assistant"), None)
-    content = None if at is None else messages[at].get("content")
-    if at is None or content is None:
-        return messages
-    behind = f"\n---\n{text}"
-    added: Any = content + behind if isinstance(content, str) else [*content, {"type": "text", "text": behind}]
-    return [*messages[:at], {**messages[at], "content": added}, *messages[at + 1 :]]
-
-
-def newer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages, with calls and results of the older form (`function_call`, role `function`) in the newer one."""
-    if all("function_call" not in message and message.get("role") != "function" for message in messages):
-        return messages
-    made: list[dict[str, Any]] = []
-    for i, message in enumerate(messages):
-        function = message.get("function_call")
-        if isinstance(function, dict):
-            message = {key: value for key, value in message.items() if key != "function_call"}
-            message["tool_calls"] = [{"id": f"call_{i}", "type": "function", "function": function}]
-        elif message.get("role") == "function":
-            message = {**message, "role": "tool", "tool_call_id": f"call_{i - 1}"}
-        made.append(message)
-    return made
-
-
-def written_out(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages for a template that knows no calls: those that an assistant made become its text, as JSON."""
-    return [_written_out(message) if message.get("tool_calls") else message for message in messages]
-
-
-def _written_out(message: dict[str, Any]) -> dict[str, Any]:
-    texts = [message["content"]] if isinstance(message.get("content"), str) and message["content"] else []
-    texts += [_text_of(call["function"]) for call in message["tool_calls"]]
-    rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**rest, "content": "\n".join(texts)}
-
-
-def _text_of(function: dict[str, Any]) -> str:
-    """A call as JSON. Arguments that are no JSON, as of a call that was cut off, are the text that they were."""
-    arguments = function.get("arguments")
-    written = ""
-    if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments.strip() or "{}")
-        except msgspec.DecodeError:
-            written = f'"{arguments}"'
-    written = written or json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-    return f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "parameters": {written}}}'

@@ -1,0 +1,95 @@
+"""Reads the answers to one request: from token ids to text, and from text to thoughts, calls and content.
+
+The one place where it is decided what a stop string and `min_tokens` are about: where thoughts or calls are told apart,
+the router looks for stop strings in the content behind the thought and counts `min_tokens` from there; else the
+detokenizer looks for them in all of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.functions import Tool
+from tokenmill.text.machine import Held
+from tokenmill.text.prepare import Prepared
+from tokenmill.text.reasoning import ReasoningFormat
+from tokenmill.text.router import Router, new_router
+from tokenmill.text.tokenizer import Tokenizer, special_ids
+from tokenmill.text.tools.base import ToolFormat
+
+
+class AnswerReader(msgspec.Struct, frozen=True):
+    """The reader of all answers to one request. Holds no state of any of them.
+
+    `router`: makes the router of one answer; None: all text is content. `shown_ids`: special tokens that the router
+    reads as text. `thinks`: answers may have a thought, whose tokens are counted.
+    """
+
+    router: Callable[[], Router] | None = None
+    shown_ids: frozenset[int] = frozenset()
+    thinks: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        calls: ToolFormat | None,
+        *,
+        tools: Sequence[Tool],
+        parallel: bool,
+        held: Held,
+        reasoning: ReasoningFormat | None,
+    ) -> AnswerReader:
+        """The reader of answers that may call `tools`, written in the format `calls`, and think as `reasoning` says.
+        See `router.new_router`."""
+        if calls is None and reasoning is None:
+            return PLAIN
+
+        def router() -> Router:
+            return new_router(calls, tools=tools, parallel=parallel, held=held, reasoning=reasoning)
+
+        shown = frozenset(special_ids(tokenizer, router().markers).values())
+        return cls(router, shown, reasoning is not None)
+
+    def begin(
+        self, tokenizer: Tokenizer, prepared: Prepared, *, include_stop: bool = False
+    ) -> tuple[Detokenizer, Router | None]:
+        """The detokenizer and the router of one answer. `include_stop`: the stop string is part of the text."""
+        router = None if self.router is None else self.router()
+        least = prepared.stopping.min_new_tokens
+        if router is not None:
+            router.end_at(prepared.stop, include=include_stop, min_tokens=least)
+        detokenizer = Detokenizer(
+            tokenizer,
+            prepared.stop if router is None else (),
+            include_stop=include_stop,
+            min_tokens=least,
+            prompt_ids=prepared.prompt_ids,
+            shown_ids=self.shown_ids,
+        )
+        return detokenizer, router
+
+
+PLAIN = AnswerReader()
+"""The reader of answers whose text is content and nothing else."""
+
+
+def whole_text(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], token_ids: Sequence[int], stopped: str | None = None
+) -> str:
+    """An answer as one text, its thought included and special tokens left out. `stopped`: the stop string that was
+    complete with the last token; the text ends with it."""
+    plain = Detokenizer(tokenizer, prompt_ids=prompt_ids)
+    for token_id in token_ids[:-1]:
+        plain.push(token_id)
+    before = len(plain.text)
+    for token_id in token_ids[-1:]:
+        plain.push(token_id)
+    text = plain.text
+    if stopped is None:
+        return text
+    at = text.find(stopped, max(before - len(stopped) + 1, 0))
+    return text if at < 0 else text[: at + len(stopped)]

@@ -1,0 +1,90 @@
+"""From a chat to what is generated for it: one plan of prompt, options and reader, made without HTTP.
+
+`plan` is the whole way in. The functions and the grammar that a chat asks for are checked, its prompt is rendered, the
+answer's grammar is made and put behind the thought, and a reader is made for the answer's text.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from tokenmill.errors import GrammarError, TemplateError
+from tokenmill.text import chat_thought, guided
+from tokenmill.text import reasoning as thoughts
+from tokenmill.text.answer_reader import AnswerReader
+from tokenmill.text.chat_grammar import shape_of
+from tokenmill.text.chat_prompt import render
+from tokenmill.text.chat_request import Chat, ChatModel
+from tokenmill.text.chat_tools import tools_of
+from tokenmill.text.guided import Wanted
+from tokenmill.text.prepare import Options
+from tokenmill.text.router import format_of
+from tokenmill.wire.messages import GrammarSpec
+
+__all__ = ["Chat", "ChatModel", "ChatPlan", "check_parsers", "plan"]
+
+
+class ChatPlan(NamedTuple):
+    """One chat, ready for `prepare`: its prompt, which has all special tokens, its options and its answers' reader."""
+
+    prompt: str
+    options: Options
+    reader: AnswerReader
+
+
+def plan(chat: Chat, model: ChatModel) -> ChatPlan:
+    """Check a chat and plan its answer. Takes milliseconds where messages or functions' schemas are long; compiles no
+    grammar. ValidationError that names the field, of which ToolError, GrammarError; TemplateError."""
+    tools, wanted, template = tools_of(chat), _wanted(chat, model), model.tokenizer.chat_template
+    if template is None:
+        raise TemplateError("template not found")
+    prompt = render(chat, template, tools)
+    source = template.source if tools is None else template.tool_source
+    if tools is not None and tools.choice == "none":
+        tools = None
+    calls = None if tools is None else format_of(source, model.tool_call_parser)
+    form = chat_thought.reasoning_of(chat, model, source, prompt)
+    shape = shape_of(model.tokenizer, tools, calls, wanted, form)
+    thinking = chat_thought.begun(chat, model, source, form)
+    thinking, grammar = chat_thought.with_grammar(thinking, shape, chat, model.tokenizer)
+    options = msgspec.structs.replace(
+        chat.options,
+        grammar=grammar,
+        grammar_field=shape.field,
+        thought=chat_thought.limited(thinking, shape, chat.options.thinking_budget, model.tokenizer),
+    )
+    reader = AnswerReader.of(
+        model.tokenizer,
+        calls,
+        tools=() if tools is None else tools.allowed,
+        parallel=tools is None or tools.parallel,
+        held=shape.held,
+        reasoning=thinking.form,
+    )
+    return ChatPlan(prompt + thinking.opening, options, reader)
+
+
+def check_parsers(tool_call_parser: str, reasoning_parser: str) -> None:
+    """Raise Unsupported if there are no parsers of these names; "" is always fine, and so is no reasoning, "none"."""
+    format_of("", tool_call_parser)
+    if reasoning_parser not in ("", "none"):
+        thoughts.by_name(reasoning_parser)
+
+
+def _wanted(chat: Chat, model: ChatModel) -> Wanted | None:
+    """The grammar that a chat asks for, by whatever field; None if the answer is free. ValidationError."""
+    given, field = chat.options.grammar, chat.options.grammar_field
+    if given is not None:
+        wanted = Wanted(field, given if isinstance(given, GrammarSpec) else guided.native_grammar(given))
+    elif chat.guided:
+        found = guided.openai_grammar(chat.guided)
+        if found is None:
+            return None
+        wanted = found
+    else:
+        return None
+    if not model.grammars:
+        raise GrammarError("grammar is not supported", wanted.field)
+    return wanted

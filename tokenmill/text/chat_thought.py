@@ -1,0 +1,129 @@
+"""The thought before a chat's answer: where it is in the text, how long it may be, and the answer's grammar behind it.
+
+A grammar is for the answer, not for the thought before it. If the prompt ends inside of a thought, the grammar begins
+behind its end; if the model may open one itself, the thought becomes the optional beginning of the grammar. A thought
+whose end could not be told by tokens is closed in the prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import msgspec
+
+from tokenmill.text import reasoning as thoughts
+from tokenmill.text.chat_grammar import Shape, as_lark, renamed
+from tokenmill.text.chat_request import Chat, ChatModel, asks_to_think
+from tokenmill.text.lark import Lark
+from tokenmill.text.limits import THINKING_BUDGET, not_supported
+from tokenmill.text.prepare import Thought
+from tokenmill.text.reasoning import ReasoningFormat
+from tokenmill.text.tokenizer import Tokenizer, fixed_ids, special_ids
+from tokenmill.wire.messages import GrammarSpec
+
+
+class Thinking(NamedTuple):
+    """The thought that an answer may have. `form`: its marks; None: there is none. `opening`: the text that comes
+    behind the prompt, to begin the thought or to close it."""
+
+    form: ReasoningFormat | None
+    opening: str = ""
+
+    def opened(self) -> Thinking:
+        """The same thought, begun in the prompt."""
+        if self.form is None or self.form.already_open:
+            return self
+        return Thinking(msgspec.structs.replace(self.form, already_open=True), self.opening + self.form.start + "\n")
+
+    def closed(self) -> Thinking:
+        """No thought: it is closed in the prompt."""
+        return Thinking(None, self.opening + (self.form.closing if self.form else ""))
+
+
+def reasoning_of(chat: Chat, model: ChatModel, source: str, prompt: str) -> ReasoningFormat | None:
+    """The marks of the thought in an answer to `prompt`; None if it has none. `source`: the template's text."""
+    if model.reasoning_parser == "none":
+        return None
+    form = thoughts.reasoning_of(source, prompt, model.reasoning_parser)
+    if form is None or form.channels or form.already_open:
+        return form
+    last = chat.messages[-1]
+    said = last.get("content")
+    if last.get("role") == "assistant" and isinstance(said, str) and prompt.rstrip().endswith(said.rstrip()):
+        if said.rfind(form.start) > said.rfind(form.end):  # the answer goes on with a thought
+            return msgspec.structs.replace(form, already_open=True)
+        return None if said.strip() else form
+    return form
+
+
+def begun(chat: Chat, model: ChatModel, source: str, form: ReasoningFormat | None) -> Thinking:
+    """The thought of an answer with a budget for it, if the chat has one: a budget opens the thought, and one of 0
+    closes it. ValidationError if it is out of bounds or the model does not think at all."""
+    thinking, budget = Thinking(form), chat.options.thinking_budget
+    if budget is None:
+        return thinking
+    THINKING_BUDGET.check(budget, None, "openai")
+    if form is None:
+        if model.reasoning_parser == "none" or not (model.reasoning_parser or thoughts.of_template(source)):
+            raise not_supported("thinking_budget", "the model does not think, or not in a form that is known here")
+        return thinking
+    if form.channels:
+        return thinking
+    return thinking.opened() if budget else thinking.opened().closed()
+
+
+def with_grammar(
+    thinking: Thinking, shape: Shape, chat: Chat, tokenizer: Tokenizer
+) -> tuple[Thinking, GrammarSpec | None]:
+    """The answer's grammar, made to hold behind the thought, and the thought, which may have to be opened or closed for
+    that."""
+    form, grammar = thinking.form, shape.grammar
+    if form is None or grammar is None or shape.waits or (form.channels and shape.with_calls):
+        return thinking, grammar
+    if asks_to_think(chat) and not form.channels:
+        thinking = thinking.opened()
+    elif not form.already_open:
+        return thinking, _optional(form, grammar, shape, tokenizer)
+    ends = fixed_ids(tokenizer, form.answer)
+    if ends is None:
+        return thinking.closed(), grammar
+    return thinking, msgspec.structs.replace(grammar, after=(ends,))
+
+
+def limited(thinking: Thinking, shape: Shape, budget: int | None, tokenizer: Tokenizer) -> Thought | None:
+    """The end of a thought whose budget is spent; None without a budget. Where a grammar begins right behind the
+    thought, nothing more is forced. The header of a channel is no part of its thought."""
+    form = thinking.form
+    if budget is None or form is None:
+        return None
+    ends = fixed_ids(tokenizer, form.answer)
+    if ends is None:
+        raise not_supported("thinking_budget", "the end of the model's thoughts is no token of its own")
+    encode, closing = tokenizer.encode, form.closing
+    if shape.grammar is not None and not shape.waits:
+        closing = closing.rstrip()
+    if not form.channels:
+        return Thought(budget, tuple(encode(closing, False)), (ends,))
+    if shape.calls:
+        closing = closing.removesuffix(form.answer)
+    calls = tuple(encode("<|channel|>commentary", False))
+    return Thought(budget + len(encode(form.start, False)), tuple(encode(closing, False)), (ends, calls))
+
+
+def _optional(form: ReasoningFormat, grammar: GrammarSpec, shape: Shape, tokenizer: Tokenizer) -> GrammarSpec:
+    """The grammar with an optional thought before it."""
+    body = renamed(grammar.source, "answer") if shape.with_calls else as_lark(grammar, "answer")
+    if body is None:  # a grammar of the client's own: it says itself what may come
+        return grammar
+    end = form.closing if form.channels else form.end
+    texts = [form.start, end, form.answer]
+    lark = Lark(special_ids(tokenizer, re.findall(r"<\|[^|]*\|>", "".join(texts)) + texts))
+    lark.rule("thought", f"{lark.text(form.start)} {lark.free('thinking', (form.end,)).text} {lark.text(end)}")
+    if form.channels:
+        lark.rule("headed", lark.text(form.answer))
+        lark.rule("start", "(thought | headed) answer")
+    else:
+        lark.rule("THOUGHT_SPACE", r"/[ \n]{0,3}/")
+        lark.rule("start", "(thought THOUGHT_SPACE)? answer")
+    return GrammarSpec("lark", lark.source() + body)
