@@ -30,7 +30,7 @@ class SchedulerLimits:
         return count + count * (2 * start + count - 1) // (2 * weight) if weight else count
 
     def size_class(self, start: int, count: int) -> int:
-        """Return the size class of a prompt of which so many tokens from `start` on are to be computed: 1, 2-3, 4-7, …."""
+        """Return the size class, 1, 2-3, 4-7, …, of a prompt that lacks so many tokens from `start` on."""
         return self.weigh(start, count).bit_length()
 
     def refusal(self, request: Request, num_blocks: int) -> str:

@@ -29,7 +29,7 @@ class PrefixCache:
         return bool(self._pool.match(seq.hashes_of(found, last, self._pool.block_size)))
 
     def comes(self, seq: Sequence, found: int) -> bool:
-        """Return True if one of `computing` will compute half at least of what `seq` lacks behind so many cached blocks."""
+        """Return True if one of `computing` will compute half or more of what `seq` lacks behind its cached blocks."""
         size = self._pool.block_size
         half = -(-(len(seq.token_ids) - found * size) // (2 * size))
         last = found + half  # equal hashes of the last block mean that all before it are equal

@@ -1,4 +1,6 @@
-"""The choice of the sequences that run in the next step. Shared by every model and feature: features go elsewhere, none is named here.
+"""The choice of the sequences that run in the next step.
+
+Shared by every model and feature: features go elsewhere, none is named here.
 
 Pure: its state changes only by `add`, `abort`, `extend`, `schedule`, `update` and `retract`. Every tensor-parallel
 rank runs its own copy on the same messages and tokens and must reach the same plan, so nothing here reads a clock, an
