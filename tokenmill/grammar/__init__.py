@@ -1,1 +1,1 @@
-"""Constrained output: one file per library that compiles a grammar to masks of allowed tokens."""
+"""Constrained output: schemas, regular expressions, choices, Lark and EBNF compiled to masks of allowed tokens."""

@@ -1,7 +1,8 @@
-"""What a grammar is to the engine: masks of allowed tokens, one `Matcher` a sequence, whichever library computes them.
+"""Interface between the engine and a grammar library: masks of allowed tokens, with one `Matcher` per sequence.
 
 A `Backend` turns a `GrammarSpec` into a `Grammar` in two halves, so that the costly and dangerous one can run in
-another process (`pool.py`): `prepare` checks and compiles, `finish` makes what is left, where the masks are filled.
+another process (`pool.py`): `prepare` checks and compiles there, `finish` completes the grammar in the process that
+fills the masks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Encode = Callable[[bytes], Sequence[int]]
 Mask = NDArray[np.uint32]
 
 CLIENTS = "grammar"
-"""The kind of a grammar that a client wrote, in Lark or EBNF. The kind "lark" is for those that are made here."""
+"""The kind of a grammar written by a client, in Lark or EBNF. The kind "lark" is for grammars written by the server."""
 
 _WORD = 32
 _LONG_TEXT = re.compile(r'"(?:[^"\\]|\\.){2000}')
@@ -27,10 +28,10 @@ _MANY = re.compile(r"\{(\d+,)?\d{3,}|\)\{(\d+,)?\d{2,}")
 
 
 class Vocabulary(msgspec.Struct, frozen=True, array_like=True):
-    """What a grammar needs of a tokenizer: the bytes of each token, and which tokens are not text.
+    """The part of a tokenizer that grammars use: the bytes of each token, and the tokens that are not text.
 
-    `size` is the width of the logits and may exceed the number of tokens: the rest is never allowed. Special tokens
-    match no text of a grammar, whatever they look like; end tokens are special.
+    `size` is the width of the logits. It may exceed the number of tokens; the ids beyond are never allowed. Special
+    tokens match no text of a grammar, whatever they look like; end tokens are special.
     """
 
     tokens: tuple[bytes, ...]  # by id; b"": an id without text
@@ -41,23 +42,23 @@ class Vocabulary(msgspec.Struct, frozen=True, array_like=True):
     @classmethod
     def of(cls, token_bytes: Callable[[int], bytes], num_tokens: int, size: int, end_ids: Sequence[int],
            special_ids: Sequence[int]) -> Vocabulary:  # fmt: skip
-        """The vocabulary of a tokenizer with `num_tokens` ids. Ids beyond the logits are cut off."""
+        """Build the vocabulary of a tokenizer with `num_tokens` ids. Ids beyond the logits are cut off."""
         tokens = tuple(token_bytes(i) for i in range(min(num_tokens, size)))
         special = {i for i in (*special_ids, *end_ids) if i < size}
         return cls(tokens, tuple(i for i in dict.fromkeys(end_ids) if i < size), tuple(sorted(special)), size)
 
     @property
     def mask_words(self) -> int:
-        """32-bit words of one row of a mask."""
+        """Number of 32-bit words in one row of a mask."""
         return -(-self.size // _WORD)
 
     def new_mask(self, rows: int) -> Mask:
-        """A mask `(rows, mask_words)` that forbids everything."""
+        """Return a mask `(rows, mask_words)` that forbids everything."""
         return np.zeros((rows, self.mask_words), np.uint32)
 
 
 class Matcher(Protocol):
-    """One sequence's place in a grammar. Not thread-safe; different matchers may be used by different threads."""
+    """The position of one sequence in a grammar. Not thread-safe, but independent of other matchers."""
 
     def fill_mask(self, mask: Mask, row: int) -> None:
         """Overwrite one row: bit `id % 32` of word `id // 32` is 1 if the token may come next.
@@ -66,26 +67,26 @@ class Matcher(Protocol):
         """
 
     def accept(self, token_id: int) -> bool:
-        """Go on by one token. False, and nothing has changed, if the grammar does not allow it here."""
+        """Advance by one token. Return False, with the state unchanged, if the grammar does not allow it here."""
 
     def rollback(self, n: int) -> None:
-        """Take the last `n` accepted tokens back, end tokens too. `n` is at most what was accepted."""
+        """Undo the last `n` accepted tokens, including end tokens. `n` is at most the number of accepted tokens."""
 
     def forced(self, most: int) -> list[int]:
-        """Up to `most` tokens that must come next, in order; [] if there is a choice, or only the end may follow.
+        """Return up to `most` tokens that must come next, in order; [] if there is a choice, or only an end may follow.
 
-        They are not accepted yet.
+        The matcher does not advance.
         """
 
     @property
     def done(self) -> bool:
-        """True if only an end token may follow, or nothing."""
+        """True if only an end token, or nothing, may follow."""
 
     @property
     def failure(self) -> str:
-        """Why the grammar cannot go on (a limit of the library was met), or "". Look after a mask was filled.
+        """The reason why the grammar cannot go on (a limit of the library was met), or "". Read it after `fill_mask`.
 
-        Its rows then allow the end tokens only, and what was generated does not obey.
+        After a failure the rows allow the end tokens only, and the generated text does not obey the grammar.
         """
 
 
@@ -94,18 +95,20 @@ class Grammar(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Roughly the memory it takes."""
+        """Approximate memory use in bytes."""
 
     def matcher(self) -> Matcher:
-        """A new place at the beginning."""
+        """Return a new matcher at the beginning of the grammar."""
 
 
 class MaskFiller(Protocol):
-    """Fills rows of many matchers at once, on threads of its own that do not need the interpreter."""
+    """A filler of mask rows for many matchers at once, on its own threads, which do not hold the interpreter lock."""
 
     def fill(self, pairs: Sequence[tuple[Matcher, int]], mask: Mask) -> None:
-        """`fill_mask` for each matcher and its row, all at once; other rows are not touched. `mask` is contiguous, all
-        matchers come from this filler's backend. Blocks until all are filled."""
+        """Run `fill_mask` for each matcher and its row in parallel; other rows are not touched.
+
+        Blocks until all rows are filled. `mask` is contiguous; all matchers come from this filler's backend.
+        """
 
 
 class Backend(Protocol):
@@ -114,26 +117,26 @@ class Backend(Protocol):
     vocabulary: Vocabulary
 
     def prepare(self, kind: str, source: str) -> bytes:
-        """The costly half, for a process that may be killed. GrammarError says what is wrong or cannot be served."""
+        """Do the costly half, in a process that may be killed. Raises GrammarError if it cannot be served."""
 
     def finish(self, prepared: bytes) -> Grammar:
-        """The other half, where the grammar will be used: of what `prepare` returned."""
+        """Complete the grammar from the result of `prepare`, in the process that uses it."""
 
     def filler(self, num_threads: int) -> MaskFiller:
-        """A new filler. Make one and keep it."""
+        """Return a new filler. It owns threads: make one and keep it."""
 
 
 def needs_many_states(source: str) -> bool:
-    """Whether a grammar has repetitions that may need many states."""
+    """Return whether a grammar has repetitions that may need many states."""
     return _MANY.search(source) is not None
 
 
 def may_force(kind: str, source: str) -> bool:
-    """Whether a matcher may look for text that leaves no choice: such text is neither endless nor thousands of
-    characters long, which the libraries would all look at in one call.
+    """Return whether a matcher may look for forced text, that is, whether such text is surely short.
 
-    Endless it can be in a client's grammar alone: `a: "x" a`, or behind a lexeme that runs into what follows it. Takes
-    milliseconds for a large source.
+    The library follows forced text to its end in one call, so text of thousands of characters would delay a step, and
+    endless text would block it. Only a client's grammar can force endless text: `a: "x" a`, or a lexeme that runs into
+    the text after it. Takes milliseconds for a large source.
     """
     if kind == CLIENTS or needs_many_states(source):
         return False
@@ -141,7 +144,7 @@ def may_force(kind: str, source: str) -> bool:
 
 
 def only_ends(vocabulary: Vocabulary) -> NDArray[np.uint32]:
-    """A row that allows the end tokens alone."""
+    """Return a row that allows the end tokens only."""
     row: NDArray[np.uint32] = vocabulary.new_mask(1)[0]
     for token_id in vocabulary.end_ids:
         row[token_id // _WORD] |= np.uint32(1 << token_id % _WORD)
@@ -149,7 +152,7 @@ def only_ends(vocabulary: Vocabulary) -> NDArray[np.uint32]:
 
 
 def longest_tokens(vocabulary: Vocabulary) -> Encode:
-    """Cuts text into the longest tokens there are, from the left: close to what most tokenizers do."""
+    """Return an encoder that takes the longest matching token, from the left, as most tokenizers nearly do."""
     special = set(vocabulary.special_ids)
     id_of = {text: i for i, text in enumerate(vocabulary.tokens) if text and i not in special}
     longest = max(map(len, id_of), default=0)
@@ -164,16 +167,16 @@ def longest_tokens(vocabulary: Vocabulary) -> Encode:
                     at = end
                     break
             else:
-                break  # a byte that no token spells: what comes before it is all there is
+                break  # no token spells this byte, so the text ends before it
         return ids
 
     return encode
 
 
 def exact(encode: Encode | None, vocabulary: Vocabulary) -> Encode:
-    """`encode` where its tokens spell exactly what they were made of, else the longest tokens.
+    """Wrap `encode` so that a result which does not spell its input exactly is replaced by the longest tokens.
 
-    Some tokenizers put a space before a text, or normalize it.
+    Some tokenizers put a space before a text, or normalize it. `encode` None: always the longest tokens.
     """
     fallback = longest_tokens(vocabulary)
     if encode is None:

@@ -1,7 +1,7 @@
-"""Keywords that no grammar has, rewritten into those that it has, by cases; exactly, or not at all.
+"""Rewriting of keywords that grammars lack into those that they support, by enumerating cases, exactly or not at all.
 
-Every function takes a schema of which `schema.py` has made sure that it is well formed, and changes it in place.
-`Inexact` says why it cannot.
+Every function takes a schema that `schema.py` has found well formed, and changes it in place. It raises `Inexact` with
+the reason if an exact rewriting is not possible.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from itertools import combinations, permutations
 
 from tokenmill.grammar.patterns import rewrite
-from tokenmill.grammar.values import Json, Resolve, finite, identity, said, types
+from tokenmill.grammar.values import Json, Resolve, assertions, finite, identity, types
 
 MAX_ARRAYS = 2_000
 MAX_CASES = 64
@@ -21,27 +21,27 @@ _CONDITIONS = ("if", "then", "else")
 
 
 class Inexact(ValueError):
-    """A keyword that cannot be served exactly here; the message is the reason."""
+    """A keyword that cannot be rewritten exactly here; the message is the reason."""
 
 
 class Budget:
-    """How many characters a document may grow by, and values that it lists be looked at."""
+    """Limit on the work for one document: characters added to it, plus listed values examined."""
 
     def __init__(self, left: int) -> None:
         self._left = left
 
     def spend(self, num: int) -> None:
-        """Inexact if no so many are left."""
+        """Take `num` from the budget. Raises Inexact if fewer are left."""
         if num > self._left:
             raise Inexact("needs too many cases")
         self._left -= num
 
 
 def property_names(node: dict[str, Json], resolve: Resolve, budget: Budget) -> None:
-    """Names that are listed become properties, a pattern or a length becomes a pattern of properties; no others."""
+    """Rewrite `propertyNames` as `properties` (listed names) or `patternProperties`, and close the object."""
     names, others = node["propertyNames"], node.get("additionalProperties", True)
     allowed = finite(names, resolve)
-    if allowed is None and said(node) & {"properties", "patternProperties", "required"}:
+    if allowed is None and assertions(node) & {"properties", "patternProperties", "required"}:
         raise Inexact("can be served beside other keys only where it lists the names")
     if allowed is None:
         node["patternProperties"] = {_pattern_of_names(names, resolve): others}
@@ -60,11 +60,11 @@ def property_names(node: dict[str, Json], resolve: Resolve, budget: Budget) -> N
 
 
 def _pattern_of_names(names: Json, resolve: Resolve) -> str:
-    """The pattern, rewritten, of names that are not listed."""
-    if isinstance(names, dict) and said(names) == {"$ref"}:
+    """Return the rewritten pattern of names that are not listed."""
+    if isinstance(names, dict) and assertions(names) == {"$ref"}:
         names = resolve(names["$ref"])
     fits = isinstance(names, dict) and types(names) in (None, ["string"])
-    used = said(names) - {"type"} if fits else frozenset()
+    used = assertions(names) - {"type"} if fits else frozenset()
     if used == {"pattern"}:
         return str(names["pattern"])
     if used == {"format"} and names["format"] == "uuid":
@@ -76,12 +76,12 @@ def _pattern_of_names(names: Json, resolve: Resolve) -> str:
 
 
 def unique_items(node: dict[str, Json], resolve: Resolve, budget: Budget) -> None:
-    """Arrays of which each item is one of few values become a list of all of them; nothing is said of one item."""
+    """Replace `uniqueItems` by an `enum` of all valid arrays if items have few values; drop it for at most one item."""
     most = node.get("maxItems", math.inf)
     if most > 1:
         values = None if "prefixItems" in node else finite(node.get("items", True), resolve)
         arrays_only = types(node) in (["array"], ["array", "null"], ["null", "array"])
-        if values is None or not arrays_only or said(node) - _OF_ARRAYS:
+        if values is None or not arrays_only or assertions(node) - _OF_ARRAYS:
             raise Inexact("can be served only where the items are one of a few values, or at most one")
         budget.spend(len(values))
         most, least = int(min(most, len(values))), int(node.get("minItems", 0))
@@ -101,10 +101,10 @@ def unique_items(node: dict[str, Json], resolve: Resolve, budget: Budget) -> Non
 
 
 def property_counts(node: dict[str, Json]) -> None:
-    """`minProperties` and `maxProperties` of an object that names all its keys: which of them there are, or are not."""
+    """Rewrite `minProperties` and `maxProperties` of a closed object: enumerate the sets of keys."""
     named, required = node.get("properties", {}), node.get("required", [])
     if node.get("additionalProperties") is not False or node.get("patternProperties"):
-        if node.get("minProperties", 0) > len(required) + 1:  # keys that are not named may come twice and count twice
+        if node.get("minProperties", 0) > len(required) + 1:  # unnamed keys may be repeated, and count twice
             raise Inexact("above the number of required keys plus one cannot be served exactly")
         return
     optional = [name for name, one in named.items() if name not in required and one is not False]
@@ -112,7 +112,7 @@ def property_counts(node: dict[str, Json]) -> None:
     if least > len(optional) or most < 0:
         raise Inexact("is met by no object")
     cases: list[list[Json]] = []
-    if least == 1 and most >= len(optional):  # the libraries know "one more than is required"
+    if least == 1 and most >= len(optional):  # the library supports "one more than required"
         node.pop("maxProperties", None)
         return
     if least > 0:
@@ -120,7 +120,7 @@ def property_counts(node: dict[str, Json]) -> None:
     if most < len(optional):
         absent = _some(optional, len(optional) - int(most))
         cases.append([{"properties": dict.fromkeys(some, False)} for some in absent])
-    if least == most and len(cases) == 2:  # which are there says which are not
+    if least == most and len(cases) == 2:  # the present keys determine the absent ones
         cases = [[{**there, **absent} for there, absent in zip(cases[0], reversed(cases[1]), strict=True)]]
     _add(node, cases)
     for key in ("minProperties", "maxProperties"):
@@ -128,7 +128,7 @@ def property_counts(node: dict[str, Json]) -> None:
 
 
 def dependent_required(node: dict[str, Json], key: str) -> None:
-    """A key is not there, or the others are, too."""
+    """Rewrite dependent keys: either the key is absent, or the others are present."""
     cases: list[list[Json]] = []
     for name, others in node[key].items():
         if set(others) - set(node.get("required", ())):
@@ -138,12 +138,12 @@ def dependent_required(node: dict[str, Json], key: str) -> None:
 
 
 def has_condition(node: dict[str, Json]) -> bool:
-    """Whether a schema says `if`, itself or in a part of `allOf`."""
+    """Return whether a schema has `if`, itself or in a member of `allOf`."""
     return any(isinstance(part, dict) and "if" in part for part in [node, *node.get("allOf", ())])
 
 
 def conditions(node: dict[str, Json], resolve: Resolve, budget: Budget) -> None:
-    """`if` one property of an object has one of some values, where all values that it may have are listed."""
+    """Rewrite `if` on the value of one property, where all possible values of that property are listed."""
     found = [part for part in [node, *node.get("allOf", ())] if isinstance(part, dict) and "if" in part]
     if types(node) != ["object"] or any(part is not node and set(part) - set(_CONDITIONS) for part in found):
         raise Inexact("can be served for objects only, whose properties stand beside it")
@@ -159,7 +159,7 @@ def conditions(node: dict[str, Json], resolve: Resolve, budget: Budget) -> None:
 
 def _cases(part: dict[str, Json], node: dict[str, Json], resolve: Resolve, budget: Budget) -> list[Json]:
     condition = part["if"]
-    if not isinstance(condition, dict) or said(condition) - {"type", "properties", "required"}:
+    if not isinstance(condition, dict) or assertions(condition) - {"type", "properties", "required"}:
         raise Inexact("can be served where it looks at one property alone")
     tests = condition.get("properties", {})
     name = next(iter(tests), "")
@@ -189,7 +189,7 @@ def _some(names: list[str], count: int) -> list[tuple[str, ...]]:
 
 
 def _add(node: dict[str, Json], cases: list[list[Json]]) -> None:
-    """One case of each list must be met."""
+    """Require one case of each list."""
     if math.prod(map(len, cases)) > 4 * MAX_CASES:
         raise Inexact("needs too many cases")
     if cases:

@@ -1,15 +1,15 @@
-"""Whether schemas surely have no value in common: then `oneOf` says no more than `anyOf`."""
+"""Proofs that schemas have no value in common, in which case `oneOf` means the same as `anyOf`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
-from tokenmill.grammar.values import Json, Resolve, finite, identity, is_a, said, types
+from tokenmill.grammar.values import Json, Resolve, assertions, finite, identity, is_a, types
 
 MAX_COMPARISONS = 1_000
 MAX_VALUES = 100_000
-"""That are listed and looked at, in a document."""
+"""Limit on the listed values examined in one document."""
 
 _DEPTH = 12
 _TYPES = ("null", "boolean", "object", "array", "number", "string")
@@ -17,14 +17,16 @@ _SIZES = (("string", "minLength", "maxLength"), ("array", "minItems", "maxItems"
 
 
 class Prover:
-    """For one document. What is not proven within the limits is not proven."""
+    """A prover for the schemas of one document. Its work is limited; beyond the limits nothing is proven."""
 
     def __init__(self, resolve: Resolve) -> None:
         self._resolve, self._left, self._values_left = resolve, MAX_COMPARISONS, MAX_VALUES
 
     def exclusive(self, schemas: list[Json], among: list[str] | None = None) -> bool:
-        """True only if no value of the types `among`, None: of any type, is valid under two of these well-formed
-        schemas."""
+        """Return True only if no value is valid under two of these well-formed schemas.
+
+        among: the types of the values considered; None means all types.
+        """
         shown = [self._behind_refs(schema) for schema in schemas]
         if among is not None:
             shown = [_of_types(schema, among) for schema in shown]
@@ -38,13 +40,13 @@ class Prover:
 
     def _behind_refs(self, schema: Json) -> Json:
         for _ in range(_DEPTH):
-            if not isinstance(schema, dict) or said(schema) != {"$ref"}:
+            if not isinstance(schema, dict) or assertions(schema) != {"$ref"}:
                 break
             schema = self._resolve(schema["$ref"])
         return schema
 
     def _share_none(self, schemas: Iterable[Json]) -> bool:
-        """Whether all of them list their values, and no value is listed twice."""
+        """Return whether all schemas list their values, and no value is listed twice."""
         seen: set[object] = set()
         for schema in schemas:
             values = self._finite(schema)
@@ -68,10 +70,10 @@ class Prover:
             return False
         if self._part_disjoint(a, b, depth - 1) or self._part_disjoint(b, a, depth - 1):
             return True
-        return all(self._apart(kind, a, b, depth - 1) for kind in _types(a) & _types(b))
+        return all(self._disjoint_within(kind, a, b, depth - 1) for kind in _types(a) & _types(b))
 
     def _part_disjoint(self, a: dict[str, Json], b: Json, depth: int) -> bool:
-        """Whether a part of `a` that all its values obey has none that is valid under `b`."""
+        """Return whether some part of `a` that every value of `a` must match is disjoint from `b`."""
         if "$ref" in a and self._disjoint(self._resolve(a["$ref"]), b, depth):
             return True
         if any(self._disjoint(part, b, depth) for part in a.get("allOf", ())):
@@ -79,10 +81,10 @@ class Prover:
         if any(key in a and all(self._disjoint(part, b, depth) for part in a[key]) for key in ("anyOf", "oneOf")):
             return True
         values = self._finite({key: a[key] for key in ("type", "enum", "const") if key in a})
-        return values is not None and all(self._refuses(b, value, depth) for value in values)
+        return values is not None and all(self._surely_invalid(b, value, depth) for value in values)
 
-    def _apart(self, kind: str, a: dict[str, Json], b: dict[str, Json], depth: int) -> bool:
-        """Whether no value of this type is valid under both."""
+    def _disjoint_within(self, kind: str, a: dict[str, Json], b: dict[str, Json], depth: int) -> bool:
+        """Return whether no value of this type is valid under both."""
         if kind == "number":
             return _no_number(a, b)
         if kind == "object":
@@ -93,8 +95,8 @@ class Prover:
             for sized, least, most in _SIZES if sized == kind
         )  # fmt: skip
 
-    def _refuses(self, schema: Json, value: Json, depth: int) -> bool:
-        """True only if a value is invalid under a schema."""
+    def _surely_invalid(self, schema: Json, value: Json, depth: int) -> bool:
+        """Return True only if a value is invalid under a schema."""
         self._left -= 1
         if schema is False:
             return True
@@ -107,14 +109,14 @@ class Prover:
             listed = schema.get("enum", [schema.get("const")])
             return all(identity(value) != identity(one) for one in listed)
         if "$ref" in schema:
-            return self._refuses(self._resolve(schema["$ref"]), value, depth - 1)
+            return self._surely_invalid(self._resolve(schema["$ref"]), value, depth - 1)
         if "anyOf" in schema:
-            return all(self._refuses(part, value, depth - 1) for part in schema["anyOf"])
+            return all(self._surely_invalid(part, value, depth - 1) for part in schema["anyOf"])
         return _out_of_range(schema, value)
 
 
 def _of_types(schema: Json, kinds: list[str]) -> Json:
-    """A schema of these types, unless it names its own."""
+    """Return the schema restricted to these types, unless it names its own."""
     if schema is True:
         return {"type": kinds}
     return {**schema, "type": kinds} if isinstance(schema, dict) and "type" not in schema else schema
@@ -126,7 +128,7 @@ def _types(schema: dict[str, Json]) -> set[str]:
 
 
 def _property(schema: dict[str, Json], name: str) -> Json:
-    """What a schema says, at least, of a property of this name."""
+    """Return a schema that every value of this property matches."""
     named = schema.get("properties", {})
     if name in named:
         return named[name]
@@ -134,7 +136,7 @@ def _property(schema: dict[str, Json], name: str) -> Json:
 
 
 def _no_number(a: dict[str, Json], b: dict[str, Json]) -> bool:
-    """Whether no number is within the bounds of both."""
+    """Return whether no number is within the bounds of both."""
     low = max(bound for s in (a, b) for bound in (
         (s.get("minimum", -math.inf), False), (s.get("exclusiveMinimum", -math.inf), True)
     ))  # fmt: skip
@@ -145,7 +147,7 @@ def _no_number(a: dict[str, Json], b: dict[str, Json]) -> bool:
 
 
 def _out_of_range(schema: dict[str, Json], value: Json) -> bool:
-    """Whether a value is too small or too large for a schema."""
+    """Return whether a value is too small or too large for a schema."""
     if is_a(value, "number"):
         return _no_number(schema, {"minimum": value, "maximum": value})
     return any(

@@ -1,6 +1,7 @@
-"""A JSON schema as a document: every schema in it well formed, and what the grammar libraries read loosely rewritten.
+"""A JSON schema as a document: checks that every schema in it is well formed, and rewrites it for the grammar library.
 
-Rewritten are lists under `items`, patterns, formats, large bounds; left out what says nothing.
+Rewritten is all that the library reads loosely: lists under `items`, patterns, formats, large bounds. Keywords without
+effect are removed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from urllib.parse import unquote
 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar import formats
-from tokenmill.grammar.implied import meant_by
+from tokenmill.grammar.implied import keyword_types_of
 from tokenmill.grammar.patterns import PatternError, conjuncts, rewrite
 from tokenmill.grammar.values import Json, children, types
 
 _TYPES = frozenset(("null", "boolean", "object", "array", "number", "string", "integer"))
 
-_SAYS_NOTHING: dict[str, Callable[[Json], bool]] = {
+_WITHOUT_EFFECT: dict[str, Callable[[Json], bool]] = {
     "not": lambda value: value is False,
     "uniqueItems": lambda value: value is False,
     "propertyNames": lambda value: value is True or value == {} or value == {"type": "string"},
@@ -43,22 +44,22 @@ _DROPPED = ("x-guidance", "$schema", "$comment", "title", "description", "defaul
 
 
 def pointer(path: str, *keys: str | int) -> str:
-    """A JSON pointer one or more steps further."""
+    """Return a JSON pointer extended by one or more keys."""
     return "/".join([path, *(str(key).replace("~", "~0").replace("/", "~1") for key in keys)])
 
 
 class Document:
-    """Goes through every schema that the root holds or refers to, rewriting in place. GrammarError at the first fault.
+    """All schemas that a root schema contains or refers to. The constructor checks them and rewrites them in place.
 
-    `nodes`: all schemas that are objects, each with its path, outer ones before those in them. `meant`: the types that
-    each one's keywords belong to, by its id. `controls`: where a control character is spoken of that JSON writes as
-    \\u00XX, or "".
+    `nodes`: all schemas that are objects, each with its path, parents before children. `keyword_types`: the types that
+    the keywords of each schema belong to, by the schema's id. `controls`: the path of a control character that JSON
+    writes as \\u00XX, or "". The constructor raises GrammarError at the first fault.
     """
 
     def __init__(self, root: Json, param: str | None) -> None:
         self.root = root
         self.nodes: list[tuple[str, dict[str, Json]]] = []
-        self.meant: dict[int, frozenset[str]] = {}
+        self.keyword_types: dict[int, frozenset[str]] = {}
         self.controls = ""
         self._param = param
         self._todo: list[tuple[str, Json]] = [("#", root)]
@@ -74,10 +75,10 @@ class Document:
             self._visit(path, node)
 
     def _visit(self, path: str, node: dict[str, Json]) -> None:
-        self.meant[id(node)] = meant_by(node)
+        self.keyword_types[id(node)] = keyword_types_of(node)
         for key in _DROPPED:
             node.pop(key, None)
-        self._drop_what_says_nothing(path, node)
+        self._drop_without_effect(path, node)
         self._modernize(path, node)
         for key, value in list(node.items()):
             check = _CHECKS.get(key)
@@ -86,13 +87,13 @@ class Document:
         self._patterns(path, node)
 
     def rewrite_for_types(self) -> None:
-        """Rewrite what depends on the types that a schema names. Call once, when these are settled."""
+        """Rewrite keywords whose meaning depends on the schema's types. Call once, after types were implied."""
         for path, node in self.nodes:
             self._format(path, node)
             self._bounds(path, node)
 
-    def _drop_what_says_nothing(self, path: str, node: dict[str, Json]) -> None:
-        if node.get("not") is True or node.get("not") == {}:  # zod's way to say that nothing is valid
+    def _drop_without_effect(self, path: str, node: dict[str, Json]) -> None:
+        if node.get("not") is True or node.get("not") == {}:  # zod's spelling of a schema without valid values
             del node["not"]
             node["allOf"] = [*_list(node.get("allOf")), False]
         if "if" not in node:
@@ -101,14 +102,14 @@ class Document:
         if "contains" not in node:
             for key in ("minContains", "maxContains"):
                 node.pop(key, None)
-        for key in [key for key in node if key in _SAYS_NOTHING]:
-            if _SAYS_NOTHING[key](node[key]):
+        for key in [key for key in node if key in _WITHOUT_EFFECT]:
+            if _WITHOUT_EFFECT[key](node[key]):
                 del node[key]
             elif key not in _BY_CASES:
                 self.refuse(pointer(path, key), f"`{key}` cannot be served exactly")
 
     def _modernize(self, path: str, node: dict[str, Json]) -> None:
-        """Lists under `items` are `prefixItems` since 2020-12, and what was `additionalItems` is `items`."""
+        """Translate older drafts: a list under `items` becomes `prefixItems`, and `additionalItems` becomes `items`."""
         rest = node.pop("additionalItems", None)
         if isinstance(node.get("items"), list):
             if "prefixItems" in node:
@@ -149,11 +150,11 @@ class Document:
             return
         kinds = types(node)
         texts = kinds is None or "string" in kinds
-        told = "pattern" in node and name not in formats.KEPT | formats.REFUSED
+        pattern_decides = "pattern" in node and name not in formats.KEPT | formats.REFUSED
         if texts and name in formats.PATTERNS:
             self._also_matches(node, rewrite(formats.PATTERNS[name], search=True).text)
         numbers_too = name in formats.OF_NUMBERS and kinds is None
-        if not texts or told or numbers_too or name in formats.PATTERNS.keys() | formats.ANY_TEXT:
+        if not texts or pattern_decides or numbers_too or name in formats.PATTERNS.keys() | formats.ANY_TEXT:
             del node["format"]
         elif name not in formats.KEPT:
             supported = f"the format {name!r} is not supported. Supported: {formats.SUPPORTED}"
@@ -167,8 +168,7 @@ class Document:
             node["allOf"] = [*node.get("allOf", []), {"pattern": pattern}]
 
     def _bounds(self, path: str, node: dict[str, Json]) -> None:
-        """The libraries read bounds as floats, and integers of 64 bits: larger bounds are drawn in to where that is
-        exact."""
+        """Tighten large bounds to exact floats and 64-bit integers, which is what the library reads."""
         most = _EXACT if "number" in (types(node) or ("number",)) else _MOST_INTEGER
         for key, least in _BOUNDS:
             bound = node.get(key, 0)
@@ -181,7 +181,7 @@ class Document:
                 inward = math.nextafter(inward, math.inf if least else -math.inf)
             node[key] = int(inward)
 
-    # What a keyword's value must be. Each gets the keyword's path and value.
+    # Checks of keyword values. Each takes the keyword's path and value.
 
     def _schema(self, path: str, value: Json) -> None:
         self._todo.append((path, value))
@@ -265,7 +265,7 @@ class Document:
             self.refuse(path, f"{value!r} is not inside this schema; only references that begin with '#' are followed")
 
     def resolve(self, ref: str) -> Json:
-        """What a reference leads to; None if that is not followed here."""
+        """Return the target of a reference; None if the reference is not followed here."""
         found = self.root if ref == "#" else self._find(ref) if ref.startswith("#/") else None
         return None if found is _MISSING else found
 
@@ -286,7 +286,7 @@ class Document:
             self.refuse(path, "`$id` inside a schema is not supported")
 
     def refuse(self, path: str, why: str) -> NoReturn:
-        """GrammarError."""
+        """Raise GrammarError with the path and the reason."""
         raise GrammarError(f"The JSON schema cannot be used: at {path}: {why}.", self._param)
 
 

@@ -1,6 +1,6 @@
-"""EBNF as llama.cpp (GBNF) and xgrammar write it: `root ::= "a" [b-z]* | other{2,3}`.
+"""Parser for EBNF in the dialects of llama.cpp (GBNF) and xgrammar: `root ::= "a" [b-z]* | other{2,3}`.
 
-White space, newlines too, only separates. Lookaheads, macros and tokens (`<…>`) are refused.
+White space, including newlines, only separates. Lookaheads, macros and tokens (`<…>`) are refused.
 """
 
 from __future__ import annotations
@@ -33,31 +33,34 @@ _COUNTS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A part of a rule. `kind`: "char" (one character; `text`: its regular expression), "rule" (`text`: its name),
-    "all" (the parts in their order), "any" (one of the parts), "repeat" (the only part, `low` to `high` times)."""
+    """A part of a rule.
+
+    `kind`: "char" (one character; `text` is its regular expression), "rule" (a reference; `text` is the rule's name),
+    "all" (the parts in order), "any" (one of the parts), "repeat" (the only part, `low` to `high` times).
+    """
 
     kind: str
     text: str = ""
     parts: Sequence[Node] = ()
     low: int = 0
     high: int | None = None  # None: any number of times
-    wide: bool = False  # of a character: it may be outside of ASCII
-    regular: bool = False  # nothing in it names itself; `lexemes.py` finds out
+    wide: bool = False  # a character that may be outside of ASCII
+    regular: bool = False  # not recursive; set by `lexemes.py`
 
     def walk(self) -> Iterator[Node]:
-        """All nodes, inner ones first."""
+        """Yield all nodes, children before parents."""
         for part in self.parts:
             yield from part.walk()
         yield self
 
 
 def is_ebnf(text: str) -> bool:
-    """Whether a grammar has a rule of EBNF."""
+    """Return whether a grammar contains an EBNF rule."""
     return _RULE.search(text) is not None
 
 
 def parse(text: str) -> dict[str, Node]:
-    """The rules by name. `root` and all that are named are there. GrammarError names the line."""
+    """Parse into rules by name. `root` and all rules that are referred to exist. Raises GrammarError with the line."""
     return _Parser(text).rules()
 
 
@@ -191,5 +194,5 @@ class _Parser:
 
 
 def _one(code: int) -> str:
-    """One character's regular expression, in a class, too."""
+    """Return the regular expression of one character, valid inside a class too."""
     return chr(code) if chr(code).isalnum() and code < 0x80 else f"\\x{{{code:X}}}"

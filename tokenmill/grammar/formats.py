@@ -1,4 +1,4 @@
-"""Formats of strings: as patterns where the grammar libraries read them loosely or not at all."""
+"""String formats of JSON Schema: patterns for those that the grammar library reads loosely or not at all."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ PATTERNS = {
     "date-time": f"^{_DATE}T{_TIME}$",
     "hostname": f"^({_LONG}(\\.{_LONG}){{0,2}}|{_SHORT}(\\.{_SHORT}){{0,6}})$",  # a name has at most 253 characters
     "base64": _BASE64,
-    "byte": _BASE64,  # OpenAPI's word for it
+    "byte": _BASE64,  # OpenAPI's name for base64
     **{f"uuid{version}": _UUID % version for version in range(1, 9)},
 }
-"""Rewritten into these, in ECMA's dialect."""
+"""Formats that are rewritten into patterns, in ECMA's dialect."""
 
 KEPT = frozenset(("duration", "email", "ipv4", "ipv6", "uri", "uuid"))
-"""Those that the grammar libraries serve exactly."""
+"""Formats that the grammar library serves exactly."""
 
 OF_INTEGERS = frozenset(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
 OF_NUMBERS = OF_INTEGERS | {"float", "double", "decimal"}
-"""How a number is stored: they say nothing of strings."""
+"""Formats of numbers. They do not constrain strings."""
 
 ANY_TEXT = frozenset(("binary", "password", "path", "file-path", "directory-path"))
-"""What a text is for: any will do."""
+"""Formats that describe a use and allow any text."""
 
 REFUSED = frozenset(("idn-email", "idn-hostname", "iri", "iri-reference", "uri-reference", "uri-template", "regex",
                      "json-pointer", "relative-json-pointer"))  # fmt: skip
-"""JSON Schema's that nobody serves. Others are unknown to JSON Schema: a `pattern` beside them says what is meant."""
+"""Formats of JSON Schema that are refused. Other formats are not defined by it, so a `pattern` beside them decides."""
 
 SUPPORTED = ", ".join(sorted([*PATTERNS, *KEPT, *ANY_TEXT]))

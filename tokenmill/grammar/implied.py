@@ -1,10 +1,10 @@
-"""Types that schemas imply: one whose keywords speak of objects, and that names no type, means objects.
+"""Implied types: a schema that names no type gets the types that its keywords belong to.
 
-For JSON Schema `{"properties": …}` allows every number, too, and hardly anybody means it: TGI's guide, and what its
-clients send, leave `type` out. So a schema gets the types that its keywords belong to, several if they are mixed. It
-allows fewer values then, and none that it did not. It is left alone where its types are named otherwise (by `enum`,
-`const`, or what stands beside its keywords in `allOf`, `anyOf` or behind `$ref`), and where fewer values in it would be
-more outside of it: under `if`, and in a `oneOf` whose alternatives are not proven to exclude each other.
+JSON Schema reads `{"properties": …}` as allowing every number too, which clients rarely intend: TGI's guide and its
+clients leave `type` out. Keywords of several types imply all of these. Invariant: the schema then allows a subset of
+the values that it allowed before. A schema is left unchanged where its types are named otherwise (by `enum`, `const`,
+or beside its keywords in `allOf`, `anyOf` or behind `$ref`), and where fewer values inside would mean more values
+outside: under `if`, and in a `oneOf` whose alternatives are not proven exclusive.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from tokenmill.grammar import formats
 from tokenmill.grammar.disjoint import Prover
-from tokenmill.grammar.values import Json, Resolve, is_a, said, types
+from tokenmill.grammar.values import Json, Resolve, assertions, is_a, types
 
 Kinds = frozenset[str]
 
@@ -36,8 +36,8 @@ _STRICT = ("if", "propertyNames")
 _DEPTH = 12
 
 
-def meant_by(node: dict[str, Json]) -> Kinds:
-    """The types that the keywords of a schema belong to, its subschemas aside."""
+def keyword_types_of(node: dict[str, Json]) -> Kinds:
+    """Return the types that a schema's own keywords belong to, without its subschemas."""
     kinds = {_KIND_OF[key] for key in node.keys() & _KIND_OF.keys()}
     name = node.get("format")
     if not isinstance(name, str):
@@ -47,31 +47,33 @@ def meant_by(node: dict[str, Json]) -> Kinds:
     return frozenset(kinds | {"number" if name in formats.OF_NUMBERS else "string"})
 
 
-def imply(nodes: list[dict[str, Json]], resolve: Resolve, meant: dict[int, Kinds]) -> None:
-    """Give the schemas of a document the types that they imply, and make `anyOf` of each `oneOf` whose alternatives
-    exclude each other. In place.
+def imply(nodes: list[dict[str, Json]], resolve: Resolve, keyword_types: dict[int, Kinds]) -> None:
+    """Add the implied types to the schemas of a document, and turn each exclusive `oneOf` into `anyOf`. In place.
 
-    nodes: all schemas of the document, well formed, the root first. meant: `meant_by` each, by id, as it was sent.
+    nodes: all schemas of the document, well formed, the root first. keyword_types: `keyword_types_of` each
+    schema as it was sent, by its id.
     """
-    view = _View(resolve, meant)
+    view = _View(resolve, keyword_types)
     places = _Places(nodes, view)
-    proven, strict = _told_apart(nodes, view, places, Prover(resolve))
+    proven, strict = _find_exclusive(nodes, view, places, Prover(resolve))
     for node, kinds in proven:
         node["anyOf"] = node.pop("oneOf")
         if kinds:
             _add(node, kinds)
     if proven:
-        places = _Places(nodes, _View(resolve, meant))
+        places = _Places(nodes, _View(resolve, keyword_types))
     for node, kinds in [(node, places.to_add(node)) for node in nodes if id(node) not in strict]:
         if kinds:
             _add(node, kinds)
 
 
-def _told_apart(
+def _find_exclusive(
     nodes: list[dict[str, Json]], view: _View, places: _Places, prover: Prover
 ) -> tuple[list[tuple[dict[str, Json], Kinds]], set[int]]:
-    """The schemas whose `oneOf` is as good as `anyOf`, each with the types that it must name then; and, by id, those
-    that must stay as they are."""
+    """Find the schemas whose `oneOf` can become `anyOf`, and those that must not change.
+
+    Returns the former with the types that each must then name, and the ids of the latter.
+    """
     proven: list[tuple[dict[str, Json], Kinds]] = []
     open_ones: list[Json] = []
     for node in nodes:
@@ -91,20 +93,22 @@ def _add(node: dict[str, Json], kinds: Kinds) -> None:
 
 
 class _View:
-    """What the schemas of a document say of types, as long as they do not change."""
+    """Named and implied types of a document's schemas. Valid as long as the schemas do not change."""
 
-    def __init__(self, resolve: Resolve, meant: dict[int, Kinds]) -> None:
-        self._resolve, self._meant = resolve, meant
+    def __init__(self, resolve: Resolve, keyword_types: dict[int, Kinds]) -> None:
+        self._resolve, self._keyword_types = resolve, keyword_types
         self._named: dict[int, Kinds | None] = {}
         self._implied: dict[int, Kinds] = {}
 
     def named(self, node: Json, depth: int = _DEPTH) -> Kinds | None:
-        """The types that a schema names, itself or by what stands beside its keywords; None if it names none, or a
-        choice leaves them open."""
+        """Return the types that a schema names, itself or through `allOf`, `$ref` and choices.
+
+        None if it names none, or if an alternative of a choice names none.
+        """
         if not isinstance(node, dict) or depth == 0:
             return _NONE if node is False else None
         if id(node) not in self._named:
-            self._named[id(node)] = None  # of what refers to itself
+            self._named[id(node)] = None  # the value for a schema that refers to itself
             self._named[id(node)] = self._find_named(node, depth - 1)
         return self._named[id(node)]
 
@@ -122,35 +126,35 @@ class _View:
         return _common(firm) if firm else None
 
     def implied(self, node: Json, depth: int = _DEPTH) -> Kinds:
-        """The types that a schema names or implies, itself or by what stands beside its keywords."""
+        """Return the types that a schema names or implies, itself or through `allOf`, `$ref` and choices."""
         named = self.named(node)
         if named is not None or not isinstance(node, dict) or depth == 0:
             return named or _NONE
         if id(node) not in self._implied:
             self._implied[id(node)] = _NONE
             parts = [*self.parts(node), *(one for key in _CHOICES for one in node.get(key, ()))]
-            kinds = self.meant(node).union(*(self.implied(part, depth - 1) for part in parts))
+            kinds = self.keyword_types(node).union(*(self.implied(part, depth - 1) for part in parts))
             self._implied[id(node)] = kinds
         return self._implied[id(node)]
 
-    def meant(self, node: dict[str, Json]) -> Kinds:
-        """The types that a schema's own keywords belong to."""
-        return self._meant.get(id(node), _NONE)
+    def keyword_types(self, node: dict[str, Json]) -> Kinds:
+        """Return the types that a schema's own keywords belong to."""
+        return self._keyword_types.get(id(node), _NONE)
 
     def parts(self, node: dict[str, Json]) -> list[Json]:
-        """What a value must obey besides a schema's own keywords."""
+        """Return the schemas that a value must match besides a schema's own keywords."""
         return [*node.get("allOf", ()), *([self._resolve(node["$ref"])] if "$ref" in node else ())]
 
-    def other_name(self, node: dict[str, Json]) -> Json:
-        """The one schema that a schema stands for, as a reference does; None if it says something itself."""
+    def alias_target(self, node: dict[str, Json]) -> Json:
+        """Return the schema that this one is an alias of; None if it has assertions of its own."""
         refers = "$ref" in node or "allOf" in node
-        if not refers or len(said(node)) > 1 or self.meant(node):
+        if not refers or len(assertions(node)) > 1 or self.keyword_types(node):
             return None
         parts = self.parts(node)
         return parts[0] if len(parts) == 1 else None
 
     def all_in(self, nodes: Iterable[Json]) -> set[int]:
-        """The schemas, by id, that these hold at any depth or refer to."""
+        """Return the ids of all schemas that these contain, at any depth, or refer to."""
         found: set[int] = set()
         todo = list(nodes)
         while todo:
@@ -162,7 +166,7 @@ class _View:
         return found
 
     def children(self, node: dict[str, Json]) -> Iterator[tuple[Json, _Place]]:
-        """The schemas in a schema, or behind its reference, that may be narrowed for all that it says of them."""
+        """Yield the subschemas, or targets of references, that may be narrowed without changing a schema's meaning."""
         values = [node[key] for key in ("items", "additionalProperties") if key in node]
         values += [one for key in ("properties", "patternProperties") for one in node.get(key, {}).values()]
         values += node.get("prefixItems", ())
@@ -174,23 +178,26 @@ class _View:
 
 
 class _Place(NamedTuple):
-    """Where a schema stands in another one: for a value inside of its values, for these as one of several choices, or
-    for all of these."""
+    """The role of a schema in its parent.
+
+    `way`: "value" (it applies to a value inside the parent's value), "choice" (to the same value, as one of several
+    alternatives) or "part" (to the same value, always).
+    """
 
     way: Literal["value", "choice", "part"]
     parent: dict[str, Json]
 
 
 class _Places:
-    """Where the schemas of a document stand, and which types they can get there."""
+    """The places of all schemas of a document, and the types that can be added there."""
 
     def __init__(self, nodes: list[dict[str, Json]], view: _View) -> None:
         self._view = view
         self._of: dict[int, list[_Place]] = defaultdict(list)
-        self._outsides: dict[int, Kinds] = {}
+        self._left: dict[int, Kinds] = {}
         self._note(nodes[0], _Place("value", {}))
         for node in nodes:
-            if view.other_name(node) is None:
+            if view.alias_target(node) is None:
                 for child, place in view.children(node):
                     self._note(child, place)
 
@@ -199,13 +206,14 @@ class _Places:
             if not isinstance(node, dict):
                 break
             self._of[id(node)].append(place)
-            node = self._view.other_name(node)
+            node = self._view.alias_target(node)
 
     def to_add(self, node: dict[str, Json]) -> Kinds:
-        """The types that a schema is to get; none if it stays as it is."""
+        """Return the types to add to a schema; none if it stays unchanged."""
         view, places = self._view, self._of[id(node)]
-        passes_on = not view.meant(node) and said(node) in ({"anyOf"}, {"oneOf"})  # to its choices
-        if passes_on or view.other_name(node) is not None or view.named(node) is not None:
+        # A schema that is only a choice passes the types on to its alternatives.
+        passes_on = not view.keyword_types(node) and assertions(node) in ({"anyOf"}, {"oneOf"})
+        if passes_on or view.alias_target(node) is not None or view.named(node) is not None:
             return _NONE
         if all(place.way == "part" for place in places):
             return _NONE
@@ -213,8 +221,10 @@ class _Places:
         return kinds if all(self._fits(kinds, place) for place in places) else _NONE
 
     def chosen_among(self, node: dict[str, Json]) -> tuple[Kinds, Kinds]:
-        """The types of the values that `oneOf` chooses among, and the same if only its alternatives imply them, so that
-        the schema must name them for that to hold."""
+        """Return the types of the values that `oneOf` chooses among, and the types that the schema must name for that.
+
+        The second set is empty unless only the alternatives imply the types.
+        """
         named = self._view.named(node)
         if named is not None:
             return named, _NONE
@@ -226,25 +236,25 @@ class _Places:
         return (kinds, kinds) if fits else (_ALL, _NONE)
 
     def _fits(self, kinds: Kinds, place: _Place) -> bool:
-        """Whether a schema of these types leaves something at a place, and there all that its parent means."""
+        """Return whether a schema restricted to these types leaves values at a place, or all values in a part."""
         if place.way == "part":
             whole = self._view.implied(place.parent)
             return _common([kinds, whole]) == whole
-        return bool(_common([kinds, self._room(place)]))
+        return bool(_common([kinds, self._left_to_choice(place)]))
 
-    def _room(self, place: _Place) -> Kinds:
-        """The types that are left to a choice by what stands beside it and outside of it."""
+    def _left_to_choice(self, place: _Place) -> Kinds:
+        """Return the types that the surroundings of a choice leave to it."""
         if place.way == "value":
             return _ALL
         named = self._view.named(place.parent)
-        return _common([_ALL if named is None else named, self._outside(place.parent)])
+        return _common([_ALL if named is None else named, self._left_everywhere(place.parent)])
 
-    def _outside(self, node: dict[str, Json]) -> Kinds:
-        """The types that are left to a schema everywhere it stands."""
-        if id(node) not in self._outsides:
-            self._outsides[id(node)] = _ALL  # to what refers to itself
-            self._outsides[id(node)] = _common([_ALL, *map(self._room, self._of[id(node)])])
-        return self._outsides[id(node)]
+    def _left_everywhere(self, node: dict[str, Json]) -> Kinds:
+        """Return the types that are left to a schema at all of its places."""
+        if id(node) not in self._left:
+            self._left[id(node)] = _ALL  # the value for a schema that refers to itself
+            self._left[id(node)] = _common([_ALL, *map(self._left_to_choice, self._of[id(node)])])
+        return self._left[id(node)]
 
 
 def _kind_of(value: Json) -> str:
@@ -252,7 +262,7 @@ def _kind_of(value: Json) -> str:
 
 
 def _common(found: Iterable[Kinds]) -> Kinds:
-    """The types that all of these have, where an integer is a number. There is at least one."""
+    """Return the intersection of one or more sets of types, where an integer is a number."""
     common, *others = found
     for kinds in others:
         common = frozenset(kind for kind in common | kinds if _is_among(kind, common) and _is_among(kind, kinds))

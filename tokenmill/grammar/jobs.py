@@ -1,4 +1,4 @@
-"""Jobs of the processes that compile grammars for `pool.py`, and how they are done."""
+"""Jobs of the processes that compile grammars for `pool.py`: the messages, and the loop that serves them."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
-    """One grammar to prepare."""
+    """A request to prepare one grammar."""
 
     kind: str
     source: str
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
-    """Outcome of a job, or of the start: prepared, or why not."""
+    """Outcome of a job, or of the start: the prepared grammar, or an error."""
 
     prepared: bytes = b""
     error: str = ""
 
 
 class Compiler:
-    """A backend of the process's own, and the limits of its jobs. `setup` is an encoded Setup; building takes most of a
-    second for a large vocabulary."""
+    """A compiling process's own backend, and the limits of its jobs.
+
+    setup: an encoded Setup. Building takes most of a second for a large vocabulary.
+    """
 
     def __init__(self, setup: bytes) -> None:
         from tokenmill.grammar.llguidance import LLGuidance
@@ -67,13 +69,13 @@ def _run(backend: Backend, job: Job) -> Result:
         return Result(error=str(error))
     except (MemoryError, RecursionError) as error:
         return Result(error=f"The grammar is too large to compile ({type(error).__name__}).")
-    except Exception as error:  # noqa: BLE001 - a library's failure is the grammar's, and the process goes on
+    except Exception as error:  # noqa: BLE001 - a failure of the library fails this grammar only
         return Result(error=f"The grammar cannot be compiled: its compiler failed ({type(error).__name__}).")
 
 
 def _limit_memory(extra: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "linux":  # elsewhere address space is not counted so
+    if sys.platform != "linux":  # other systems count address space differently
         return
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()

@@ -1,9 +1,9 @@
-"""Rules without lexemes, as EBNF has them, as a grammar in llguidance's Lark that has the same language.
+"""Translation of EBNF, which has no lexemes, into a grammar of the same language in llguidance's Lark.
 
-Lark is read in two stages: a lexer cuts the text into the longest lexemes, and a parser sees only these. Which parts of
-the rules may be lexemes is found out here. A single character always may. A larger part may if nothing in it names
-itself, and no text of any lexeme, with the beginning of what may follow it, is the beginning of a text of this part:
-then the longest is the only one. Larger lexemes make faster masks.
+Lark is read in two stages: a lexer cuts the text into the longest lexemes, and a parser sees only these. This module
+chooses the parts of the rules that become lexemes. A single character always may. A larger part may if it is not
+recursive, and no text of any lexeme, followed by the beginning of a successor, is a prefix of a text of this part: then
+the longest match is the only one. Larger lexemes make faster masks.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from tokenmill.errors import GrammarError
 from tokenmill.grammar.ebnf import ROOT, Node
 
 _WIDE = r"[^\x00-\x7F]"
-_ROUNDS = 20  # of breaking lexemes up before only characters are lexemes
+_ROUNDS = 20  # attempts to split lexemes before all lexemes are single characters
 
 T = TypeVar("T")
 Characters = frozenset[str]
-"""Regular expressions of single characters. If one may be outside of ASCII, all that are belong to it: a lexer looks at
-bytes, and the first of them says too little."""
+"""Regular expressions of single characters. If one may be outside of ASCII, the set includes all characters outside of
+ASCII, because the lexer reads bytes and cannot tell these characters apart by the first byte."""
 
 
 def lark(rules: Mapping[str, Node], matches: Callable[[str], bool]) -> str:
-    """The rules, of which `root` is the whole, in Lark.
+    """Translate rules, of which `root` is the start, into Lark. Raises GrammarError if no text matches them.
 
-    `matches` tells of a Lark grammar whether any text matches it; called some ten times. GrammarError: none does.
+    matches: returns whether any text matches a Lark grammar; called about ten times.
     """
     grammar = _Grammar(rules)
     for _ in range(_ROUNDS):
@@ -41,7 +41,7 @@ def lark(rules: Mapping[str, Node], matches: Callable[[str], bool]) -> str:
 
 
 class _Grammar:
-    """Rules, and which of their parts are lexemes: the largest that are regular, but for those that are `broken`."""
+    """Rules and the choice of lexemes: the largest regular parts, except those in `broken`."""
 
     def __init__(self, rules: Mapping[str, Node]) -> None:
         self.rules = rules
@@ -52,17 +52,17 @@ class _Grammar:
         for name, rule in rules.items():
             for node in _named(rule):
                 self._users[node.text].add(name)
-        if not self._least(lambda node, found: _holds(node, found, char=True), False)[ROOT]:
+        if not self._least_fixed_point(lambda node, found: _holds(node, found, char=True), False)[ROOT]:
             raise GrammarError(f"The grammar cannot be used: nothing matches it, for `{ROOT}` never ends.")
-        regular = self._least(lambda node, found: all(found[named.text] for named in _named(node)), False)
+        regular = self._least_fixed_point(lambda node, found: all(found[named.text] for named in _named(node)), False)
         for rule in rules.values():
             for node in rule.walk():
                 node.regular = regular[node.text] if node.kind == "rule" else all(part.regular for part in node.parts)
-        self._empty = self._least(lambda node, found: _holds(node, found, char=False), False)
-        self._first = self._least(self._firsts, Characters())
+        self._empty = self._least_fixed_point(lambda node, found: _holds(node, found, char=False), False)
+        self._first = self._least_fixed_point(self._firsts, Characters())
 
-    def _least(self, value_of: Callable[[Node, Mapping[str, T]], T], start: T) -> dict[str, T]:
-        """What holds for each rule, out of what holds for those that it names."""
+    def _least_fixed_point(self, value_of: Callable[[Node, Mapping[str, T]], T], start: T) -> dict[str, T]:
+        """Compute the least fixed point of a property of rules that depends on the rules they refer to."""
         found, todo = dict.fromkeys(self.rules, start), dict.fromkeys(self.rules)
         while todo:
             name = todo.popitem()[0]
@@ -73,7 +73,7 @@ class _Grammar:
         return found
 
     def _firsts(self, node: Node, found: Mapping[str, Characters]) -> Characters:
-        """With what a text of the node may begin."""
+        """Return the characters with which a text of the node may begin."""
         if node.kind == "char":
             return Characters((node.text, _WIDE) if node.wide else (node.text,))
         if node.kind == "rule":
@@ -89,15 +89,17 @@ class _Grammar:
         return _holds(node, self._empty, char=False)
 
     def _lexeme(self, node: Node) -> Node | None:
-        """The node of the lexeme that this is, one for all places that name the same rule; None: it is none."""
+        """Return the node of this lexeme, the same for all references to a rule; None if it is no lexeme."""
         while node.kind == "rule" and node.regular:
             node = self.rules[node.text]
         whole = node.regular and node not in self.broken and not self.only_characters
         return node if whole or node.kind == "char" else None
 
     def _parts(self, node: Node) -> Sequence[Node]:
-        """What a node that is no lexeme is made of. A regular one loses its last part first, which is what runs into
-        what follows."""
+        """Return the parts of a node that is no lexeme.
+
+        A regular sequence is split before its last part, because that part is the one that overlaps its successor.
+        """
         if self.only_characters or not node.regular or node.kind != "all" or len(node.parts) < 3:
             return node.parts
         if all(part.kind == "char" for part in node.parts):
@@ -107,7 +109,7 @@ class _Grammar:
         return self._halves[node]
 
     def _followers(self) -> dict[Node, Characters]:
-        """Each lexeme, and with what that which comes behind it may begin."""
+        """Map each lexeme to the characters with which its successors may begin."""
         found: dict[Node, Characters] = {}
         behind_rule = {ROOT: Characters()}
         todo = [ROOT]
@@ -135,7 +137,7 @@ class _Grammar:
         return found
 
     def begun_by_others(self, matches: Callable[[str], bool]) -> set[Node]:
-        """The lexemes of several characters that a text of a lexeme begins, with the beginning of what follows it."""
+        """Return the lexemes of several characters of which a text begins with a lexeme and its successor."""
         terminals = _Terminals(self.rules)
         followers = self._followers()
         several = [node for node in followers if node.kind != "char"]
@@ -157,7 +159,7 @@ class _Grammar:
         return hit(several) if several and begun else set()
 
     def lark(self) -> str:
-        """The whole grammar."""
+        """Write the whole grammar in Lark."""
         terminals = _Terminals(self.rules)
         names = [ROOT]
         numbers = {ROOT: 0}
@@ -173,12 +175,12 @@ class _Grammar:
                 return f"r{numbers[node.text]}"
             return _joined(node, [expression(part) for part in self._parts(node)])
 
-        rules = "".join(f"r{numbers[name]}: {expression(self.rules[name])}\n" for name in names)  # it grows
+        rules = "".join(f"r{numbers[name]}: {expression(self.rules[name])}\n" for name in names)  # it grows meanwhile
         return f"start: r0\n{rules}{terminals.definitions()}"
 
 
 class _Terminals:
-    """Lark's terminals for regular nodes, each defined once."""
+    """Lark terminals for regular nodes, each defined once."""
 
     def __init__(self, rules: Mapping[str, Node]) -> None:
         self._rules = rules
@@ -186,7 +188,7 @@ class _Terminals:
         self._nodes: list[Node] = []
 
     def pattern(self, node: Node) -> str:
-        """What stands for a regular node: a name, or a character's regular expression."""
+        """Return the Lark text for a regular node: a terminal's name, or a character's regular expression."""
         while node.kind == "rule":
             node = self._rules[node.text]
         if node.kind == "char":
@@ -197,8 +199,8 @@ class _Terminals:
         return self._names[node]
 
     def definitions(self) -> str:
-        """The definitions of all that were named, and of what these name."""
-        return "".join(f"{self._names[node]}: {self._definition(node)}\n" for node in self._nodes)  # it grows
+        """Return the definitions of all terminals named so far, and of the terminals in these."""
+        return "".join(f"{self._names[node]}: {self._definition(node)}\n" for node in self._nodes)  # it grows meanwhile
 
     def _definition(self, node: Node) -> str:
         inner = (self.pattern(part) if part.kind in ("char", "rule") else self._definition(part) for part in node.parts)
@@ -206,7 +208,7 @@ class _Terminals:
 
 
 def _joined(node: Node, parts: list[str]) -> str:
-    """A node as Lark writes it; `parts`: its parts' text."""
+    """Return a node in Lark's syntax, given the text of its parts."""
     if node.kind == "repeat":
         return '""' if node.high == 0 else f"({parts[0]}){{{node.low},{'' if node.high is None else node.high}}}"
     text = (" | " if node.kind == "any" else " ").join(parts)
@@ -218,8 +220,10 @@ def _named(node: Node) -> list[Node]:
 
 
 def _holds(node: Node, found: Mapping[str, bool], *, char: bool) -> bool:
-    """What holds for a node if it holds for these rules, and for a character: one alternative is enough, all parts of
-    a sequence are needed, and nothing of what may be left out."""
+    """Return whether a property of the rules in `found` holds for a node; `char` is its value for a character.
+
+    It holds for a choice if it holds for one alternative, for a sequence if for all parts, always for an optional part.
+    """
     if node.kind == "char":
         return char
     if node.kind == "rule":

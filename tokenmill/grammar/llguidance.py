@@ -1,8 +1,8 @@
-"""Grammars by llguidance: an Earley parser over derivatives of regular expressions, computed as tokens come.
+"""The grammar backend on llguidance: an Earley parser over derivatives of regular expressions, evaluated lazily.
 
-Compiling is quick and lazy, so `prepare` compiles to see whether it can be done, and `finish` does it again in its own
+Compiling is quick and lazy, so `prepare` compiles to check the grammar, and `finish` compiles it again in the engine's
 process. `kind` "lark" is llguidance's dialect of Lark, with `%json {…}` and special tokens written `<|name|>`; clients
-write it, too, or EBNF.
+write this dialect or EBNF.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tokenmill.grammar.locate import locate
 from tokenmill.grammar.patterns import PatternError, literal, rewrite
 
 SPACE = r"[ \t]|\r?\n[ \t]{0,40}"
-"""White space inside JSON: one blank, or a line's end with an indentation. Bounded, or weak models never stop."""
+"""White space inside JSON: one blank, or a line end with an indentation. Bounded, because weak models never stop."""
 
 _NOTHING = "nothing matches it"
 _NAMES = {
@@ -47,12 +47,12 @@ _CLEARER = (
     ("Too many items", "it can be read in too many ways"),
 )
 _ESCAPES = 'nrbtf\\"'
-_TEXT = r'"\\<>=`\[\]\x00-\x1F\x7F'  # characters that end JSON's texts, or that a mark in free text begins or ends with
+_TEXT = r'"\\<>=`\[\]\x00-\x1F\x7F'  # ends of JSON strings, and first or last characters of markers in free text
 _SLICES = (r"[\x20\x0A\x0D\x09]+", rf"[^{_TEXT}]{{1,10}}", rf"[^{_TEXT}]{{1,30}}", r'[^"\\\x00-\x1F\x7F]+')
-"""Tokens that one look allows or not where a lexeme repeats characters; see text/lark.py."""
-_STEP_FUEL = 50_000  # of llguidance's measure: about 4 ms for one mask, which everybody else waits for
+"""Sets of tokens that are allowed or refused at once where a lexeme repeats characters; see text/lark.py."""
+_STEP_FUEL = 50_000  # in llguidance's unit: about 4 ms for one mask, for which the whole batch waits
 _STEPS = 32
-_LARGE_SOURCE = 8_000  # characters from which any grammar may need many states
+_LARGE_SOURCE = 8_000  # characters; a longer source of any kind may need many states
 _UNFORCED = '\n%llguidance {"no_forcing": true}\n'
 _MASK_ITEM_BYTES = 4
 _FIXED_BYTES = 64 << 10  # measured: a small grammar takes 66 kB, a large one a hundred times its text
@@ -60,7 +60,7 @@ _BYTES_PER_CHARACTER = 100
 
 
 class LLGuidance:
-    """The backend. Building one takes about 3 µs a token of the vocabulary."""
+    """The grammar backend. Building one takes about 3 µs per token of the vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, encode: Encode | None = None) -> None:
         self.vocabulary = vocabulary
@@ -70,7 +70,7 @@ class LLGuidance:
         self._ends = Ends(frozenset(vocabulary.end_ids), only_ends(vocabulary))
 
     def prepare(self, kind: str, source: str) -> bytes:
-        """Compile, and compute a mask or more. Returns the grammar as the library reads it."""
+        """Compile, and compute at least one mask. Returns the grammar in the library's syntax."""
         if kind == CLIENTS and ebnf.is_ebnf(source):
             source = lexemes.lark(ebnf.parse(source), self._matches)
         text = grammar_text(kind, source)
@@ -87,7 +87,7 @@ class LLGuidance:
         return text.encode()
 
     def _try_out(self, matcher: LLMatcher, mask: Mask) -> None:
-        """Some random steps: patterns with too many states are found before any token is spent on them."""
+        """Take some random steps, so that patterns with too many states are refused before anything is generated."""
         draw = np.random.default_rng(0)
         for _ in range(_STEPS):
             allowed = np.flatnonzero(np.unpackbits((mask[0] & ~self._ends.row).view(np.uint8), bitorder="little"))
@@ -96,12 +96,12 @@ class LLGuidance:
             matcher.fill_mask(mask, 0)
 
     def finish(self, prepared: bytes) -> Grammar:
-        """Compile again: less than a millisecond for most. Lets other threads run."""
+        """Compile again, which takes less than a millisecond for most grammars. Releases the interpreter lock."""
         text = prepared.decode()
         return LLGrammar(self._matcher(text), len(text), self._ends)
 
     def filler(self, num_threads: int) -> LLFiller:
-        """Masks on `num_threads` threads of llguidance."""
+        """Return a filler with `num_threads` threads of llguidance."""
         return LLFiller(num_threads)
 
     def _matcher(self, text: str) -> lib.LLMatcher:
@@ -115,7 +115,7 @@ class LLGuidance:
                 raise GrammarError(locate(source, self._fault, fault))
             raise GrammarError(_explain(kind, fault))
         if kind == "json_schema" and matcher.is_accepting():
-            raise GrammarError(_explain(kind, _NOTHING))  # no JSON is empty
+            raise GrammarError(_explain(kind, _NOTHING))  # JSON is never empty
         return matcher
 
     def _fault(self, source: str) -> str:
@@ -123,53 +123,53 @@ class LLGuidance:
         return _first_line(found.get_error()) if found.is_error() else ""
 
     def _matches(self, text: str) -> bool:
-        """Whether anything matches a grammar in Lark. True if that needs too many states to be found out."""
+        """Return whether any text matches a Lark grammar. True if deciding that needs too many states."""
         matcher = LLMatcher(self._matcher(text + _UNFORCED), self._ends)
         matcher.fill_mask(self.vocabulary.new_mask(1), 0)
         return matcher.failure != _NOTHING
 
 
 class Ends(NamedTuple):
-    """The end tokens: their ids, and the row of a mask that allows them alone."""
+    """The end tokens: their ids, and the mask row that allows only them."""
 
     ids: frozenset[int]
     row: NDArray[np.uint32]
 
 
 class LLGrammar:
-    """A compiled grammar; matchers are copies of one that has not begun."""
+    """A compiled grammar. Its matchers are copies of one at the beginning."""
 
     def __init__(self, start: lib.LLMatcher, num_characters: int, ends: Ends) -> None:
         self._start, self._ends = start, ends
         self.nbytes = _FIXED_BYTES + _BYTES_PER_CHARACTER * num_characters
 
     def matcher(self) -> LLMatcher:
-        """About 50 µs."""
+        """Copy the matcher at the beginning, in about 50 µs."""
         return LLMatcher(self._start, self._ends)
 
 
 class LLMatcher:
-    """`base.Matcher` over a copy of llguidance's. End tokens are counted here: llguidance takes one of several."""
+    """`base.Matcher` over a copy of llguidance's. Counts end tokens itself, for llguidance accepts one of several."""
 
     def __init__(self, start: lib.LLMatcher, ends: Ends) -> None:
         self.inner = start.deep_copy()
         self._start, self._ends = start, ends
-        self._accepted: list[int] = []  # for what llguidance cannot roll back: a lexeme with stop= or max_tokens=
+        self._accepted: list[int] = []  # llguidance cannot roll back a lexeme with stop= or max_tokens=
         self._num_ends = 0
 
     def fill_mask(self, mask: Mask, row: int) -> None:
-        """Lets other threads run."""
+        """Overwrite one row. Releases the interpreter lock."""
         target = mask[row]
         self.inner.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         self.mend(mask, row)
 
     def mend(self, mask: Mask, row: int) -> None:
-        """After the mask was computed: behind an end or a failure only the end is allowed."""
+        """Correct a computed row: after an end token or a failure, only end tokens are allowed."""
         if self.done or not mask[row].any():
             mask[row] = self._ends.row
 
     def accept(self, token_id: int) -> bool:
-        """A token that does not fit leaves the matcher as it was."""
+        """Advance by one token. A refused token leaves the matcher unchanged."""
         if token_id in self._ends.ids:
             if not self.inner.is_accepting():
                 return False
@@ -181,7 +181,7 @@ class LLMatcher:
         return True
 
     def rollback(self, n: int) -> None:
-        """By llguidance, or from the start if it cannot."""
+        """Roll back in llguidance or, where it cannot, replay from the beginning."""
         ends = min(n, self._num_ends)
         self._num_ends -= ends
         n -= ends
@@ -193,30 +193,30 @@ class LLMatcher:
             self.inner.try_consume_tokens(self._accepted)
 
     def forced(self, most: int) -> list[int]:
-        """As the model's tokenizer cuts the forced text."""
+        """Return forced tokens, split as by the model's tokenizer."""
         if self.done:
             return []
         return [int(i) for i in self.inner.compute_ff_tokens()[:most] if i not in self._ends.ids]
 
     @property
     def done(self) -> bool:
-        """True after a failure, too."""
+        """True after an end token, where only the end may follow, and after a failure."""
         return self._num_ends > 0 or bool(self.inner.is_stopped())
 
     @property
     def failure(self) -> str:
-        """llguidance's words, without the text that was generated."""
+        """llguidance's message, without the generated text."""
         return _first_line(self.inner.get_error()) if self.inner.is_error() else ""
 
 
 class LLFiller:
-    """`base.MaskFiller` on a pool of llguidance's own threads."""
+    """`base.MaskFiller` on a thread pool of llguidance."""
 
     def __init__(self, num_threads: int) -> None:
         self._executor = lib.LLExecutor(num_threads=num_threads)
 
     def fill(self, pairs: Sequence[tuple[Matcher, int]], mask: Mask) -> None:
-        """One call for all rows."""
+        """Fill all rows in one call."""
         ours = [(_ours(matcher), row) for matcher, row in pairs]
         row_bytes = mask.shape[1] * _MASK_ITEM_BYTES
         assert mask.flags.c_contiguous
@@ -228,7 +228,7 @@ class LLFiller:
 
 
 def grammar_text(kind: str, source: str) -> str:
-    """A spec as llguidance reads it. GrammarError for a kind that it does not know."""
+    """Return a grammar in llguidance's syntax. Raises GrammarError for an unknown kind."""
     forced = may_force(kind, source)
     if kind == "json_schema" and forced:
         return str(lib.LLMatcher.grammar_from_json_schema(source, overrides=json_options(source)))
@@ -244,7 +244,7 @@ def grammar_text(kind: str, source: str) -> str:
 
 
 def _pattern(kind: str, source: str) -> str:
-    """A regular expression for Lark, where a slash ends it: so here it is written otherwise."""
+    """Return a regular expression for Lark, where a slash would end it and is therefore escaped."""
     if kind == "choice":
         return "|".join(f"({literal(text)})" for text in json.loads(source))
     try:
@@ -254,7 +254,7 @@ def _pattern(kind: str, source: str) -> str:
 
 
 def json_options(source: str) -> Any:
-    """llguidance's options for a canonical schema: never lenient, bounded white space."""
+    """Return llguidance's options for a canonical schema: strict, with bounded white space."""
     options = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
     if not schema.needs_unicode_escapes(source):
         options["json_allowed_escapes"] = _ESCAPES
@@ -262,12 +262,12 @@ def json_options(source: str) -> Any:
 
 
 def lark_json(source: str) -> str:
-    """A canonical schema as it is written behind `%json` in a Lark grammar, with the same options."""
+    """Return a canonical schema for use after `%json` in a Lark grammar, with the same options."""
     return json.dumps({"x-guidance": json_options(source), **json.loads(source)}, ensure_ascii=False)
 
 
 class _Tokens:
-    """The vocabulary as llguidance's TokenizerWrapper wants it."""
+    """The vocabulary in the form that llguidance's TokenizerWrapper requires."""
 
     def __init__(self, vocabulary: Vocabulary, encode: Encode | None) -> None:
         self.eos_token_id = vocabulary.end_ids[0]

@@ -1,4 +1,4 @@
-"""Where in a JSON schema a library's complaint comes from: libraries say what they cannot do, seldom where."""
+"""Location of a library's error in a JSON schema, since the library's messages rarely contain a path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenmill.grammar.document import pointer
 
 MAX_TRIES = 200
 MAX_CPU_S = 0.3
-_FEW = 8  # parts, of which each is looked at alone
+_FEW = 8  # so many parts, or fewer, are tried one by one
 _Part = tuple[str, Any]
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
@@ -27,10 +27,10 @@ _HINTS = (("oneOf", "oneOf"), ("patternProperty", "patternProperties"), ("min/ma
 
 
 def locate(source: str, fault_of: Callable[[str], str], fault: str) -> str:
-    """A sentence with keyword, path and `fault`, for a canonical schema that `fault_of` refused.
+    """Return a message with keyword, path and `fault` for a canonical schema that `fault_of` refused.
 
-    `fault_of` compiles a schema's text and says what is wrong, or "". It is called at most MAX_TRIES times, for about
-    MAX_CPU_S: who asked waits for it, and a process that takes too long is killed.
+    fault_of: compiles a schema's text and returns the error, or "". It is called at most MAX_TRIES times, for about
+    MAX_CPU_S, because the client waits meanwhile and the pool kills a process that takes too long.
     """
     root = json.loads(source)
     path, node = "#", root
@@ -73,7 +73,7 @@ def _parts(path: str, node: Any) -> Iterator[_Part]:
 
 
 def _alone(root: Any, parts: list[_Part]) -> str:
-    """A schema of which only these parts count, while references into the whole still lead somewhere."""
+    """Return a schema that is the choice among these parts, in which references into the whole still resolve."""
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
     if "$ref" in json.dumps(root):
         alternatives = [{"$ref": "#/x-whole" + quote(where[1:])} for where, _ in parts]

@@ -1,8 +1,8 @@
-"""Regular expressions as people write them (ECMA-262, Python) in the dialect that the grammar libraries read (Rust's).
+"""Translation of regular expressions (ECMA-262, Python) into the dialect that the grammar library reads (Rust's).
 
-What the dialects read differently is rewritten; what no automaton can match, or what is read in two ways, is refused by
-name. `search` patterns are JSON Schema's: found anywhere in a string, `\\w` and `\\d` are ASCII. Others match
-a whole text.
+Constructs that the dialects read differently are rewritten. Constructs that no automaton can match, or that are
+ambiguous, are refused by name. `search` patterns are JSON Schema's: they match anywhere in a string, and their `\\w`
+and `\\d` are ASCII. Other patterns match a whole text.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _REFUSED_GROUPS = (
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be served; the message is the reason, without the pattern."""
+    """An unsupported pattern; the message is the reason, without the pattern."""
 
 
 class Pattern(NamedTuple):
-    """A rewritten pattern. `controls`: it names control characters for which JSON has no escape letter."""
+    """A rewritten pattern. `controls`: it contains control characters for which JSON has no escape letter."""
 
     text: str
     controls: bool
 
 
 def rewrite(pattern: str, search: bool) -> Pattern:
-    """The pattern in Rust's dialect. PatternError names what cannot be served."""
+    """Translate the pattern into Rust's dialect. Raises PatternError, which names the unsupported construct."""
     if len(pattern) > MAX_PATTERN_CHARS:
         raise PatternError(f"it has {len(pattern)} characters; at most {MAX_PATTERN_CHARS} are allowed")
     scanner = _Scanner(pattern, search)
@@ -51,7 +51,7 @@ def rewrite(pattern: str, search: bool) -> Pattern:
 
 
 def conjuncts(pattern: str) -> list[str]:
-    """Patterns that match together what a search pattern matches alone: `^(?=a)b` is `^a` and `^b`."""
+    """Split a search pattern into patterns that together mean the same: `^(?=a)b` is `^a` and `^b`."""
     found: list[str] = []
     rest = pattern if len(pattern) <= MAX_PATTERN_CHARS else ""
     while rest.startswith("^(?=") and len(found) < MAX_LOOKAHEADS:
@@ -67,7 +67,7 @@ _LEVELS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|([()|])", re.DOTALL)
 
 
 def _end_of_group(text: str, at: int) -> int:
-    """Behind the parenthesis that closes the one at `at`; -1 if none does."""
+    """Return the position after the parenthesis that closes the one at `at`; -1 if none does."""
     depth = 0
     for found in _LEVELS.finditer(text, at):
         depth += {"(": 1, ")": -1}.get(found[1], 0)
@@ -77,7 +77,7 @@ def _end_of_group(text: str, at: int) -> int:
 
 
 def _has_branches(text: str) -> bool:
-    """Whether there is an alternative outside of all groups."""
+    """Return whether there is an alternative outside of all groups."""
     depth = 0
     for found in _LEVELS.finditer(text):
         depth += {"(": 1, ")": -1}.get(found[1], 0)
@@ -87,7 +87,7 @@ def _has_branches(text: str) -> bool:
 
 
 def literal(text: str) -> str:
-    """A pattern that matches exactly `text`."""
+    """Return a pattern that matches exactly `text`."""
     return "".join(map(_char, map(ord, text)))
 
 
@@ -104,7 +104,7 @@ class _Scanner:
         self._at = 0
         self._out: list[str] = []
         self._heaviest = [1]  # per open group: the largest product of repetitions inside
-        self._atom = 0  # of the atom that a quantifier would repeat; 0: there is none
+        self._atom = 0  # weight of the atom that a quantifier would repeat; 0: there is none
         self._starts = True  # at the start of a branch outside of all groups
 
     def run(self) -> str:
@@ -200,7 +200,7 @@ class _Scanner:
 
     def _lazy(self) -> None:
         following = self._text[self._at : self._at + 1]
-        if following == "?":  # what matches is the same
+        if following == "?":  # a lazy quantifier matches the same texts
             self._at += 1
         elif following == "+":
             raise PatternError("a possessive repetition is not supported")
@@ -230,7 +230,7 @@ class _Scanner:
         self._one(text)
 
     def _escaped(self, inside: bool) -> tuple[str, int | None]:
-        """What stands behind a backslash: its text in Rust's dialect, and its code if it is one character."""
+        """Translate an escape after its backslash: the text in Rust's dialect, and the code if it is one character."""
         if self._at == len(self._text):
             raise PatternError("it ends with a backslash")
         character = self._text[self._at]

@@ -1,11 +1,12 @@
-"""Grammars compiled off the engine: in processes with limits, so that no grammar can hold up or harm anyone else.
+"""Compilation of grammars in separate processes with limits, so that no grammar can delay or harm other requests.
 
 `CompilePool.submit` returns at once. A process prepares the grammar within its limits of CPU time, memory and clock
-time, or is killed and replaced; then a thread of the pool finishes it here. Results are cached by content up to a
-number of bytes, refusals too. Equal grammars that come at the same time are compiled once.
+time, or is killed and replaced; then a thread of the pool finishes the grammar in the engine's process. Results,
+including refusals, are cached by content up to a number of bytes. Equal grammars submitted at the same time are
+compiled once.
 
-Processes start with the time that nobody else wants. If a grammar comes before that is over, one is started that does
-not give way.
+Processes start lazily, at idle priority. If a grammar is submitted before a lazy start is over, a process with normal
+priority is started instead.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from tokenmill.wire.messages import GrammarSpec
 
 log = logging.getLogger(__name__)
 
-_START_S = 60.0  # a process's start; the clock of a grammar begins after it
+_START_S = 60.0  # limit on a process's start, which does not count as a grammar's clock time
 _REFUSAL_BYTES = 1024
 
 
 class PoolLimits(msgspec.Struct, frozen=True):
-    """What one grammar may cost, and all together may keep."""
+    """Limits on the compilation of one grammar, and on the cache and processes of the pool."""
 
     cpu_s: float = 1.0
     clock_s: float = 1.8
@@ -54,11 +55,12 @@ _Key = tuple[str, str]
 
 
 class CompilePool:
-    """Compiles for one backend. `submit` may be called from any thread; close it when done.
+    """A pool of compiling processes for one backend. `submit` may be called from any thread; close the pool when done.
 
-    The processes make backends of their own for the vocabulary of `backend`, which finishes what they prepare.
-    `awaited`: a grammar is waited for already, so that one of them does not give way. `num_compiled`, `num_refused`,
-    `num_killed`, `num_cached`: counters for metrics.
+    The processes make their own backends for the vocabulary of `backend`, which finishes the grammars that they
+    prepare. `num_compiled`, `num_refused`, `num_killed`, `num_cached`: counters for metrics.
+
+    awaited: a request waits for a grammar already, so one process starts at normal priority.
     """
 
     def __init__(self, backend: Backend, limits: PoolLimits | None = None, *, awaited: bool = False) -> None:
@@ -80,9 +82,9 @@ class CompilePool:
             thread.start()
 
     def submit(self, spec: GrammarSpec) -> Future[Grammar]:
-        """The grammar, some time later; where it begins, `spec.after`, is the caller's to see to.
+        """Begin to compile a grammar; never blocks. `spec.after` is ignored here and applied by the caller.
 
-        The future fails with GrammarError, or GenerationError if no process starts.
+        The future fails with GrammarError, or with GenerationError if no process starts.
         """
         future: Future[Grammar] = Future()
         size = len(spec.source.encode())
@@ -93,19 +95,19 @@ class CompilePool:
             return future
         key = (spec.kind, spec.source)
         with self._lock:
-            known = GenerationError("The server is stopping.") if self._closed else self._cache.get(key)
-            if known is None:
+            cached = GenerationError("The server is stopping.") if self._closed else self._cache.get(key)
+            if cached is None:
                 waiting = self._running.setdefault(key, [])
                 waiting.append(future)
                 if len(waiting) == 1:
                     self._jobs.put(key)
                 return future
             self.num_cached += 1
-        _settle(future, known)
+        _resolve(future, cached)
         return future
 
     def close(self) -> None:
-        """End the processes and wait for them. What is still waiting fails."""
+        """End the processes and wait for them. Pending futures fail."""
         with self._lock:
             self._closed = True
         for _ in self._threads:
@@ -116,7 +118,7 @@ class CompilePool:
             left, self._running = self._running, {}
         for waiting in left.values():
             for future in waiting:
-                _settle(future, GenerationError("The server is stopping."))
+                _resolve(future, GenerationError("The server is stopping."))
         self._setup.close()
 
     def _serve(self, lazy: bool) -> None:
@@ -126,7 +128,7 @@ class CompilePool:
             key = self._jobs.get()
             if key is None:
                 break
-            if process is not None and not process.started(0.0):  # it has ended, or may never get its turn
+            if process is not None and not process.started(0.0):  # it has ended, or is starved at idle priority
                 process.end()
                 process = None
             process = process or self._begin(lazy=False)
@@ -141,7 +143,7 @@ class CompilePool:
             process.end()
 
     def _begin(self, *, lazy: bool) -> _Process | None:
-        """A new process; None if it cannot be had. A lazy one is returned at once, another when it has started."""
+        """Start a process; None if that fails. Returns at once if `lazy`, else when the process is ready."""
         why: object = f"it ended, or has not started after {_START_S:g} s"
         try:
             process = _Process(self._setup.fileno(), self.limits, lazy=lazy)
@@ -150,7 +152,7 @@ class CompilePool:
             process.end()
         except OSError as error:
             why = error
-        if not lazy:  # else it is tried once more when it is needed
+        if not lazy:  # a lazy start is tried once more when it is needed
             log.error("A process that compiles grammars does not start: %s", why)
         return None
 
@@ -167,7 +169,7 @@ class CompilePool:
             return self._backend.finish(answer.prepared)
         except GrammarError as error:
             return error
-        except Exception:  # whatever a library raises must not end this thread
+        except Exception:  # an error of the library must not end this thread
             log.exception("A grammar that was prepared cannot be finished")
             return GenerationError("The grammar cannot be used: its compiler failed; the server's log says more.")
 
@@ -179,11 +181,11 @@ class CompilePool:
             self.num_refused += isinstance(result, GrammarError)
             self.num_compiled += not isinstance(result, Exception)
         for future in waiting:
-            _settle(future, result)
+            _resolve(future, result)
 
 
 def _as_file(content: bytes) -> IO[bytes]:
-    """A file without a name that holds `content`, for processes that read it when they come to it."""
+    """Return an unnamed file that holds `content`, inherited by the processes as a descriptor."""
     in_memory = hasattr(os, "memfd_create")  # Linux
     file: IO[bytes] = open(os.memfd_create("setup"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
     file.write(content)
@@ -191,17 +193,17 @@ def _as_file(content: bytes) -> IO[bytes]:
     return file
 
 
-def _settle(future: Future[Grammar], result: Grammar | Exception) -> None:
+def _resolve(future: Future[Grammar], result: Grammar | Exception) -> None:
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(result, Exception):
-        future.set_exception(type(result)(str(result)))  # each its own: a raised exception collects tracebacks
+        future.set_exception(type(result)(str(result)))  # a new exception each, since a raised one collects tracebacks
     else:
         future.set_result(result)
 
 
 class _Cache:
-    """Least recently used first out, by bytes."""
+    """A cache that evicts the least recently used entries beyond a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
@@ -225,11 +227,11 @@ class _Cache:
 
 
 class _Killed(Exception):
-    """A process ended in the middle of a job; the message says why, after "it"."""
+    """The end of a process during a job; the message is the reason, to be put after "it"."""
 
 
 class _Process:
-    """One process that compiles, as a thread of the pool sees it."""
+    """A compiling process, used by one thread of the pool."""
 
     def __init__(self, setup_fd: int, limits: PoolLimits, *, lazy: bool) -> None:
         ours, theirs = socket.socketpair()
@@ -243,7 +245,7 @@ class _Process:
         self._channel: Channel[Result] = Channel(ours, Result)
 
     def started(self, timeout_s: float) -> bool:
-        """Tell if its start is over, within so many seconds; False also if it has ended."""
+        """Wait for the end of the start; return False after `timeout_s`, or if the process has ended."""
         if not self._started:
             self._channel.set_timeout(timeout_s)
             with contextlib.suppress(OSError, ChannelError):
@@ -251,7 +253,7 @@ class _Process:
         return self._started and self._process.poll() is None
 
     def run(self, job: Job, clock_s: float) -> Result:
-        """Blocks until the job is done. _Killed: the process has ended, by itself or because it took too long."""
+        """Run a job; blocks. Raises _Killed if the process has ended, by itself or because it took too long."""
         began = time.monotonic()
         try:
             self._channel.set_timeout(clock_s)

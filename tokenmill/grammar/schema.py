@@ -1,11 +1,11 @@
-"""JSON Schemas (draft 2020-12) made canonical, and refused where a grammar could not serve them exactly.
+"""Canonical form of JSON Schemas (draft 2020-12), and refusal of those that a grammar could not serve exactly.
 
-The rule: whatever an accepted schema lets through is valid under it. A keyword that a grammar cannot express is
-rewritten by cases where these are few (`cases.py`), else refused with its JSON path, unless it says nothing here
-(`uniqueItems: false`). What the grammar libraries read loosely is rewritten (dates, patterns, lists under `items`,
-large bounds). Narrower than the schema is allowed, and this is where: keys come in the order of `properties`, then
-other required ones, then the rest; integers have no fraction, numbers with bounds no exponent; strings escape only what
-they must; and, where that is asked for, what `closed.py` and `implied.py` describe.
+Invariant: every text that the grammar of an accepted schema allows is valid under that schema. A keyword that a grammar
+cannot express is rewritten by cases where these are few (`cases.py`), else refused with its JSON path, unless it has no
+effect (`uniqueItems: false`). Keywords that the grammar library reads loosely are rewritten (dates, patterns, lists
+under `items`, large bounds). The grammar may be narrower than the schema in these respects: keys come in the order of
+`properties`, then other required ones, then the rest; integers have no fraction, numbers with bounds no exponent;
+strings escape only what they must; and, on request, the rules of `closed.py` and `implied.py`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from tokenmill.repeated import repeated_key
 
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_DEPTH = 100
-"""Levels of JSON, not of schemas: one schema inside another takes two or three."""
+"""Levels of JSON, of which a schema inside another takes two or three."""
 
 
 def canonical(schema: Json, param: str | None = None, *, close: bool = False, imply: bool = False) -> str:
-    """The schema's canonical text: equal schemas written alike have one. `schema` is decoded JSON and is not changed.
+    """Return the schema's canonical text, the same for equal schemas with the same order of keys.
 
-    `close`: objects that name their keys have no others, see `closed.py`. `imply`: a schema that names no type is of
-    the types that its keywords belong to, see `implied.py`. GrammarError names keyword and path of what
-    is malformed or cannot be served exactly.
+    Raises GrammarError with keyword and path for a schema that is malformed or cannot be served exactly.
+
+    schema: decoded JSON; it is not changed. param: the request's field, for the error. close: forbid other keys in
+    objects with `properties`, see `closed.py`. imply: add implied types, see `implied.py`.
     """
     source = _encode(schema, param)
     _check_size(len(source.encode()), param)
@@ -42,10 +43,10 @@ def canonical(schema: Json, param: str | None = None, *, close: bool = False, im
         return "{}"
     document = Document(json.loads(source), param)
     if imply and document.nodes:
-        implied.imply([node for _, node in document.nodes], document.resolve, document.meant)
+        implied.imply([node for _, node in document.nodes], document.resolve, document.keyword_types)
     document.rewrite_for_types()
     budget = cases.Budget(MAX_SCHEMA_BYTES)
-    _say_otherwise(document, budget)
+    _rewrite_equivalently(document, budget)
     if close:
         closed.close([node for _, node in document.nodes], document.resolve)
     _by_cases(document, budget)
@@ -57,8 +58,8 @@ def canonical(schema: Json, param: str | None = None, *, close: bool = False, im
     return _encode(document.root, param)
 
 
-def _say_otherwise(document: Document, budget: cases.Budget) -> None:
-    """What no grammar has, in other words."""
+def _rewrite_equivalently(document: Document, budget: cases.Budget) -> None:
+    """Rewrite `propertyNames`, `uniqueItems` and exclusive `oneOf` by equivalent keywords."""
     prover = Prover(document.resolve)
     for path, node in document.nodes:
         for key, rule in (("propertyNames", cases.property_names), ("uniqueItems", cases.unique_items)):
@@ -69,7 +70,7 @@ def _say_otherwise(document: Document, budget: cases.Budget) -> None:
 
 
 def _by_cases(document: Document, budget: cases.Budget) -> None:
-    """What no grammar has, by cases: `anyOf` beside what there is."""
+    """Rewrite counts of keys, dependent keys and conditions by adding an `anyOf` of cases."""
     for path, node in document.nodes:
         for key in ("minProperties", "maxProperties"):
             if key in node:
@@ -89,7 +90,7 @@ def _exactly(document: Document, path: str, key: str, rule: Callable[..., None],
 
 
 def decode(text: str, param: str | None = None) -> Json:
-    """A schema sent as JSON text. GrammarError if it is none, or gives a key twice."""
+    """Decode a schema sent as JSON text. Raises GrammarError if it is not JSON, or contains a key twice."""
     _check_size(len(text), param)
     try:
         found = repeated_key(text)
@@ -105,10 +106,10 @@ def decode(text: str, param: str | None = None) -> Json:
 
 
 def needs_unicode_escapes(source: str) -> bool:
-    """Whether a canonical schema speaks of control characters that JSON writes as \\u00XX.
+    """Return whether a canonical schema contains control characters that JSON writes as \\u00XX.
 
-    Only then may the answer escape so, and no object may have keys that the schema does not name: a key of another
-    spelling would go past its own schema.
+    Only then may the answer contain such escapes, and all objects must be closed: a key spelled with escapes would
+    otherwise match as an additional key and bypass its own schema.
     """
     return any(mark in source for mark in _CONTROL_MARKS)
 

@@ -1,4 +1,4 @@
-"""JSON values: what JSON Schema takes for equal, of which type they are, and which a schema allows if these are few."""
+"""JSON values under JSON Schema: their types and equality, and the finite set of values that a schema lists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 Json = Any
 Resolve = Callable[[str], Json]
-"""What a `$ref` refers to; None if that is not inside of the schema."""
+"""A function from a `$ref` to its target; None if the target is not inside of the schema."""
 
 ASSERTIONS = frozenset((
     "type", "enum", "const", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "$ref", "$dynamicRef",
@@ -24,19 +24,19 @@ _DEPTH = 8
 
 
 def children(value: Json) -> list[Json]:
-    """The values in an object or a list."""
+    """Return the values in an object or a list; none for other values."""
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []
 
 
-def said(schema: dict[str, Json]) -> frozenset[str]:
-    """The keywords of a schema that may make a value invalid."""
+def assertions(schema: dict[str, Json]) -> frozenset[str]:
+    """Return the keywords of a schema that may make a value invalid."""
     return ASSERTIONS & schema.keys()
 
 
 def is_a(value: Json, kind: str) -> bool:
-    """Whether a value is of a type of JSON Schema: 1.0 is an integer, too."""
+    """Return whether a value is of a type of JSON Schema, for which 1.0 is an integer."""
     if kind in ("integer", "number"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and (kind == "number" or value == int(value))
@@ -44,13 +44,13 @@ def is_a(value: Json, kind: str) -> bool:
 
 
 def types(schema: dict[str, Json]) -> list[str] | None:
-    """The types that a schema names; None if it names none."""
+    """Return the value of `type` as a list; None if the schema has none."""
     kinds = schema.get("type")
     return [kinds] if isinstance(kinds, str) else kinds
 
 
 def identity(value: Json) -> Hashable:
-    """Equal for values that JSON Schema takes for equal: 1 and 1.0, but not 1 and true."""
+    """Return a key that is equal for values that are equal in JSON Schema: 1 and 1.0, but not 1 and true."""
     if isinstance(value, dict):
         return frozenset((key, identity(one)) for key, one in value.items())
     if isinstance(value, list):
@@ -59,13 +59,15 @@ def identity(value: Json) -> Hashable:
 
 
 def finite(schema: Json, resolve: Resolve, depth: int = _DEPTH) -> list[Json] | None:
-    """The values that a well-formed schema allows, each once, if it lists them in a way that is looked at here: `enum`,
-    `const`, booleans and null, behind `$ref` and `anyOf`. None if it does not."""
+    """Return the values that a well-formed schema allows, each once; None if it does not list them.
+
+    Lists are `enum`, `const`, booleans and null, also behind `$ref` and `anyOf`.
+    """
     if schema is False:
         return []
     if not isinstance(schema, dict) or depth == 0:
         return None
-    used = said(schema)
+    used = assertions(schema)
     if used == {"$ref"}:
         return finite(resolve(schema["$ref"]), resolve, depth - 1)
     if used == {"anyOf"}:

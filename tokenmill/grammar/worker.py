@@ -1,10 +1,10 @@
 """The process that compiles grammars for `pool.py`: `python -m tokenmill.grammar.worker SOCKET_FD SETUP_FD LAZY`.
 
-It may be killed at any time: by its own limits of CPU time and memory, or by the pool. It ends when the pool's end of
+It may be killed at any time, by its own limits of CPU time and memory or by the pool. It ends when the pool's end of
 the socket is closed.
 
-A lazy one makes its start, the better part of a second, in a thread that gets what time nobody else wants. Nobody may
-take a priority back that was given up; so its jobs are done by a thread that was there before. Imports nothing large.
+A lazy process starts up, which takes most of a second, in a thread at idle priority. A thread cannot raise its priority
+again, so another thread, created before, serves the jobs. Imports nothing large.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from tokenmill.grammar.jobs import Compiler
 
 STACK_BYTES = 2 << 20
-"""No more than the threads have that use the grammar later, so that what overflows a stack does it here."""
+"""At most the stack of the threads that use the grammar later, so that a grammar overflows the stack here first."""
 
 
 def main(fd: int, setup_fd: int, lazy: bool) -> None:
-    """Serve until the pool is gone, on a thread with a small stack. `setup_fd`: a file that holds the Setup."""
+    """Serve until the pool closes the socket, on a thread with a small stack. `setup_fd`: a file with the Setup."""
     die_with_parent()
     leave_signals_to_parent()
     threading.stack_size(STACK_BYTES)
@@ -43,7 +43,7 @@ def main(fd: int, setup_fd: int, lazy: bool) -> None:
 
 
 def give_way() -> None:
-    """Let this thread run when nobody else wants to, where the system can do that to one thread."""
+    """Give this thread idle priority, where the system supports that for one thread."""
     if hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # 0: the calling thread

@@ -1,9 +1,9 @@
-"""What a request wants of the shape of its answer, in every spelling, as one grammar.
+"""Translation of a request's grammar fields, in all accepted spellings, into one `GrammarSpec`.
 
 TGI's `grammar` and `response_format` are `{"type", "value"}`; OpenAI's `response_format` has a key named after the
-type; vLLM's users send `guided_json` and its like, or `structured_outputs`. Whether a grammar can be compiled is
-found where it is compiled; what is no grammar at all, and schemas that cannot be served exactly, are refused here.
-How many bytes a field may have was looked at before (`limits.py`).
+type; clients of vLLM send `guided_json` and its like, or `structured_outputs`. Malformed fields, and schemas that
+cannot be served exactly, are refused here; other faults of a grammar are found when it is compiled. `limits.py` has
+checked the size of each field before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STRUCTURED = ("json", "regex", "choice", "grammar", "json_object")
 
 
 def native_grammar(given: Any) -> GrammarSpec:
-    """The grammar that native routes' `grammar` is. ValidationError in TGI's words, about the field `grammar`."""
+    """Translate the field `grammar` of the native routes. Raises ValidationError with TGI's messages."""
     kind = given.get("type") if isinstance(given, dict) else None
     if kind not in KINDS:
         known = ", ".join(KINDS)
@@ -46,15 +46,19 @@ def native_grammar(given: Any) -> GrammarSpec:
 
 
 class Wanted(NamedTuple):
-    """What OpenAI's routes were asked for, and by which field."""
+    """A grammar requested on OpenAI's routes, and the field that contains it."""
 
     field: str
     grammar: GrammarSpec
 
 
 def openai_grammar(given: Mapping[str, Any]) -> Wanted | None:
-    """The one grammar that a request of OpenAI's routes asks for; None if any text will do. `given`: its fields by
-    name, of which `GRAMMAR_FIELDS` are looked at. ValidationError if there are several, or one is of the wrong form."""
+    """Translate the grammar fields of a request on OpenAI's routes; None if there is no grammar.
+
+    Raises ValidationError if there are several grammars, or one is malformed.
+
+    given: the request's fields by name; only `GRAMMAR_FIELDS` are read.
+    """
     found: list[Wanted] = []
     for field in GRAMMAR_FIELDS:
         value = given.get(field)
@@ -75,7 +79,7 @@ def openai_grammar(given: Mapping[str, Any]) -> Wanted | None:
 
 
 def _response_format(given: Mapping[str, Any]) -> GrammarSpec | None:
-    """None for plain text."""
+    """Translate `response_format`; None for plain text."""
     kind = given.get("type")
     if not isinstance(kind, str):
         raise ValidationError("Invalid 'response_format': it must have a `type`", "response_format")
@@ -91,7 +95,7 @@ def _response_format(given: Mapping[str, Any]) -> GrammarSpec | None:
         schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
         if schema is None and not (isinstance(wrapped, dict) and isinstance(wrapped.get("name"), str)):
             raise _invalid("response_format.json_schema", "it must have a `schema`")
-        return json_grammar(_ANY_OBJECT if schema is None else schema, "response_format")  # for OpenAI a name is enough
+        return json_grammar(_ANY_OBJECT if schema is None else schema, "response_format")  # a name is enough
     if kind == "regex":
         return _regex(given.get("value"), "response_format.value")
     known = "text, json_object, json_schema, json, regex"
@@ -99,15 +103,17 @@ def _response_format(given: Mapping[str, Any]) -> GrammarSpec | None:
 
 
 def json_grammar(schema: Any, param: str) -> GrammarSpec:
-    """The grammar of a JSON schema, an object or its text, as it is meant: an object has no keys but those it names,
-    and where no type is named the keywords imply it. Raises GrammarError that names keyword and path."""
+    """Return the grammar of a JSON schema with closed objects and implied types.
+
+    Raises GrammarError with keyword and path. schema: decoded, or its JSON text.
+    """
     if isinstance(schema, str):
         schema = schemas.decode(schema, param)
     return GrammarSpec("json_schema", schemas.canonical(schema, param, close=True, imply=True))
 
 
 def _structured(given: Any) -> GrammarSpec | None:
-    """vLLM's `structured_outputs`."""
+    """Translate vLLM's `structured_outputs`."""
     field = "structured_outputs"
     if not isinstance(given, dict):
         raise _invalid(field, "it must be an object")
@@ -152,7 +158,7 @@ def _choice(value: Any, param: str) -> GrammarSpec:
 
 
 def _utf8(text: str, param: str) -> str:
-    """The text. GrammarError for halves of surrogate pairs."""
+    """Return the text unchanged. Raises GrammarError for halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
