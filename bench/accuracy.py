@@ -1,12 +1,12 @@
-"""How near the answers are to the model's: `python -m bench.accuracy [--backend cpu] [--peers llamacpp openvino]`.
+"""Compare the results with a reference: `python -m bench.accuracy [--backend cpu] [--peers llamacpp openvino]`.
 
-The reference is transformers in float32 on the weights that the `gguf` package dequantizes; neither is this project's
-code. Two things are told:
+The reference is transformers in float32 on the weights that the `gguf` package dequantizes. Neither of them is code of
+this project. Two things are measured:
 
-* agreement: each engine answers the prompts greedily; at every token of its answer the reference, given the same
-  tokens before it, says which one it would have chosen. Where they differ, the gap is how much more the reference's
-  logits say for its own choice: a small one is a near tie.
-* perplexity of fixed texts, for this engine and the reference, and how far single log-probabilities lie apart.
+* agreement: each engine answers the prompts greedily. For every token of an answer, the reference chooses a token after
+  the same prefix. Where the two differ, the gap is the difference of the reference's logits of both tokens; a small gap
+  is a near tie.
+* perplexity of fixed texts, for this engine and the reference, and the differences of single log-probabilities.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
 def reference(path: Path) -> LlamaForCausalLM:
-    """The dequantized model in float32. Llama-like GGUF files only."""
+    """Load the dequantized model in float32. Supports GGUF files of Llama-like models only."""
     reader = GGUFReader(path)
 
     def field(name: str) -> Any:
@@ -83,7 +83,7 @@ def reference(path: Path) -> LlamaForCausalLM:
         place, _, rest = name.partition(".")
         if place == "blk":
             layer, kind, _ = rest.split(".")
-            if kind in ("attn_q", "attn_k"):  # GGUF interleaves the halves of each head that RoPE turns together
+            if kind in ("attn_q", "attn_k"):  # GGUF interleaves the halves of each head
                 count = heads if kind == "attn_q" else kv_heads
                 weight = weight.reshape(count, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
             state[f"model.layers.{layer}.{_LAYER[kind]}.weight"] = weight
@@ -99,7 +99,7 @@ def reference(path: Path) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def agreement(model: LlamaForCausalLM, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, Any]:
-    """How many tokens of `answers` the reference would have chosen too, and its logit gaps at the others."""
+    """Count the tokens of `answers` that the reference would choose too, and collect its logit gaps at the others."""
     same, gaps = 0, []
     for prompt, answer in zip(prompts, answers, strict=True):
         logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
@@ -119,7 +119,7 @@ def agreement(model: LlamaForCausalLM, prompts: list[list[int]], answers: list[l
 
 
 def logprobs(model: LlamaForCausalLM, llm: LLM, path: Path) -> tuple[Floats, Floats]:
-    """Of a text's tokens from the second on, by this engine and by the reference."""
+    """Return the log-probabilities of a text's tokens from the second on, by this engine and by the reference."""
     ids = list(llm.tokenizer.encode(path.read_text(), add_special_tokens=False))
     (found,) = llm.generate([ids], max_new_tokens=1, prompt_logprobs=0, ignore_eos=True)
     mine = np.array([details.logprob for details in found.prompt_logprobs])
@@ -130,7 +130,7 @@ def logprobs(model: LlamaForCausalLM, llm: LLM, path: Path) -> tuple[Floats, Flo
 
 
 def compared(text: str, mine: Floats, right: Floats) -> dict[str, Any]:
-    """The figures of one text's log-probabilities. `error`: what chance alone leaves of `difference`, one sigma."""
+    """Compare the log-probabilities of one text. `error`: standard error (one sigma) of `difference`."""
     ours, exact = math.exp(-mine.mean()), math.exp(-right.mean())
     return {
         "text": text,
@@ -144,7 +144,7 @@ def compared(text: str, mine: Floats, right: Floats) -> dict[str, Any]:
 
 
 def by_llamacpp(gguf: Path, flash: bool) -> Generate:
-    """llama.cpp's own greedy answers, through its native route, which takes and gives token ids."""
+    """Return a function that generates llama.cpp's greedy answers, through its native route with token ids."""
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         answers = []
@@ -163,7 +163,7 @@ def by_llamacpp(gguf: Path, flash: bool) -> Generate:
 
 
 def by_openvino(gguf: Path) -> Generate:
-    """OpenVINO's greedy answers."""
+    """Return a function that generates OpenVINO's greedy answers."""
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         with OpenVino(gguf, usable_cpus()).start(Needs(1, 1024)) as server:

@@ -1,8 +1,8 @@
-"""The first answer after a server is ready, beside its later ones: `python -m bench.first [--starts N]`.
+"""Compare the first answer of a server with its later ones: `python -m bench.first [--starts N]`.
 
-Each start asks one stream at once when `/health` says 200, lets the server settle, and asks the same again some times.
-A second round of starts asks first for an answer that follows a JSON schema. Several servers, as two checkouts, take
-turns: `--server before=PYTHONPATH=/old tokenmill serve --server after=tokenmill serve`.
+Each start sends one request as soon as `/health` returns 200, waits until the server is idle, and repeats the request
+several times. In a second round of starts, the first request is constrained by a JSON schema. Several servers, such as
+two checkouts, alternate: `--server before=PYTHONPATH=/old tokenmill serve --server after=tokenmill serve`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SHOWN = {
     "tokens_per_s": ("tok/s", 1.0, 0), "itl_p50_s": ("ITL p50 ms", 1e3, 1), "itl_p99_s": ("p99 ms", 1e3, 1),
     "gap_s": ("longest ms", 1e3, 0), "ttft_s": ("TTFT ms", 1e3, 0),
 }  # fmt: skip
-_ALLOWED = 1.15  # a first answer's tokens/s and p99 may be so much worse than a later one's
+_ALLOWED = 1.15  # factor by which a first answer's tokens/s and p99 may be worse than a later one's
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     record: list[dict[str, object]] = []
     for start in range(options.starts):
         for schema in (None, _SCHEMA) if options.schemas else (None,):
-            turn = start % len(servers)  # nobody is always the first
+            turn = start % len(servers)  # no server is always first
             for server in servers[turn:] + servers[:turn]:
                 what = "schema" if schema else "text"
                 entry = {"server": server.name, "start": start + 1, "asked": what, "load": psutil.getloadavg()[0]}
@@ -90,7 +90,7 @@ def _answer(running: Http, ask: Ask) -> Figures:
 
 
 def _table(name: str, what: str, entries: list[dict[str, object]]) -> str:
-    """Medians over the starts. A start's later answers count as their median, its ratio is within the start."""
+    """Format medians over the starts. Later answers of a start count as their median; ratios are within a start."""
     lines = [f"\n{name}, {what}: {len(entries)} starts, the median of each", "| | first | later | first to later |",
              "|---|---|---|---|"]  # fmt: skip
     for key, (title, scale, digits) in _SHOWN.items():

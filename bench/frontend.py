@@ -1,8 +1,8 @@
-"""How many events a second the front end sends: the real server with the mock engine, many streams, one worker.
+"""Measure the events per second that the front end sends: the real server with the mock engine and one HTTP worker.
 
     python bench/frontend.py [--streams 256] [--tokens 200] [--route chat|generate] [--model PATH]
 
-The client shares the machine's cores with server and engine, and only counts: what it reads are whole events.
+The client shares the machine's cores with server and engine, so it only counts events and does not parse them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def run(port: int, route: str, streams: int, tokens: int) -> tuple[int, float, float]:
-    """Events, seconds from the first event to the last, and seconds to the first."""
+    """Return the number of events, the seconds from the first event to the last, and the seconds to the first."""
     path, body_of = BODIES[route]
     body = json.dumps(body_of(tokens)).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -1,8 +1,8 @@
-"""Which sizes of tiles the GPU's kernels like best: `python -m bench.gpu_kernels --parts attention,products`.
+"""Tune the tile sizes of the GPU kernels: `python -m bench.gpu_kernels --parts attention,products`.
 
-Every variant is compared with torch in float32 and timed in a CUDA graph; a table of the best of each case comes last,
-all of them go to a file. Variants are compiled in several processes first. What wins goes by hand into `shapes.py` and
-`products.py` of `backends/cuda`.
+Variants are compiled in several processes first. Each is then compared with torch in float32 and timed in a CUDA graph.
+All results are written to a file; a table of the best variant of each case is printed last. The best variants are
+copied by hand into `shapes.py` and `products.py` of `backends/cuda`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _GATED = (
     (128, 128, 64, 1, 4, 8), (128, 128, 64, 1, 3, 8), (256, 64, 64, 1, 4, 8), (256, 64, 64, 1, 3, 8),
     (128, 128, 32, 1, 6, 8), (128, 64, 64, 1, 5, 4),
 )  # fmt: skip
-"""Of many rows: rows a tile, outputs, columns a round, splits, rounds in flight, warps."""
+"""Variants for many rows: rows per tile, outputs, columns per iteration, splits, pipeline stages, warps."""
 
 
 class Case(NamedTuple):
-    """What is timed. `bytes`: that it must read; `run(variant)`: one launch; `off()`: the last one's relative error."""
+    """Case to time. `bytes`: bytes it must read. `run(variant)`: one launch. `off()`: relative error of the last."""
 
     name: str
     bytes: int
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 def timed(run: Callable[[], None], repeats: int = 20, rounds: int = 5) -> float:
-    """Median microseconds of one of `repeats` calls in a graph."""
+    """Return the median time of one call in microseconds, measured over `repeats` calls in a CUDA graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -80,7 +80,7 @@ def timed(run: Callable[[], None], repeats: int = 20, rounds: int = 5) -> float:
 
 
 def contexts(kind: str, rows: int) -> np.ndarray:
-    """even: all at 576. crowd: prompts of 100–1024 and as many new tokens, somewhere on the way. long: up to 8,000."""
+    """Return context lengths. even: all 576. crowd: random points of requests of 100–1024 tokens. long: up to 8,000."""
     draw = np.random.default_rng(0)
     if kind == "even":
         return np.full(rows, 576)
@@ -90,7 +90,7 @@ def contexts(kind: str, rows: int) -> np.ndarray:
 
 
 class Pages:
-    """A cache of one layer with shuffled blocks, and tables."""
+    """KV cache of one layer with shuffled blocks, and its block tables."""
 
     def __init__(self, lengths: np.ndarray, head_dim: int, dtype: torch.dtype) -> None:
         counts = -(-(lengths + 1) // BLOCK)
@@ -105,7 +105,7 @@ class Pages:
         self.cache = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.5).to(dtype)
 
     def dense(self, row: int, length: int) -> torch.Tensor:
-        """(2, length, kv width) of a sequence, float32."""
+        """Return keys and values of a sequence, (2, length, kv width), float32."""
         blocks = self.table[row, : -(-length // BLOCK)].long()
         places = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device="cuda")).reshape(-1)[:length]
         return self.cache[:, places].float()
@@ -195,7 +195,7 @@ def prefill_case(length: int, prefix: int, rows: int, head_dim: int, variants: l
 
 def product_case(shape: str, matrix: str, rows: int, variants: list[Any]) -> Case:
     outputs, columns = MATRICES[shape][matrix]
-    copies = max(2, int(4e8 // (outputs * columns * 2)))  # more than the caches hold
+    copies = max(2, int(4e8 // (outputs * columns * 2)))  # more than the L2 cache holds
     weights = [torch.randn(outputs, columns, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
     most = max(256, rows)
     x = torch.randn(most, columns, device="cuda", dtype=torch.bfloat16)
@@ -264,7 +264,7 @@ def product_variants(rows: int, matrix: str, columns: int) -> list[Any]:
 
 
 def many_variants(matrix: str, columns: int) -> list[Any]:
-    """Of more rows than 128."""
+    """Return the variants for more than 128 rows."""
     found: list[Any] = ["cuBLAS"]
     sizes = (64, 64, 4, 4), (64, 64, 5, 4), (128, 64, 3, 8), (128, 64, 4, 8), (64, 128, 2, 4), (128, 32, 6, 8)
     for bm, (bn, bk, stages, warps) in itertools.product((128, 256), sizes):
@@ -293,7 +293,7 @@ def cases(parts: list[str], shapes: list[str], rows_of_products: list[int]) -> I
 
 
 def compile_some(parts: list[str], shapes: list[str], rows: list[int], which: int, of: int) -> None:
-    """Run a share of the variants once, for the sake of the cache on disk."""
+    """Run a share of the variants once, to fill the kernel cache on disk."""
     for case in itertools.islice(cases(parts, shapes, rows), which % 4, None, 4):
         made = case()
         for variant in made.variants[which // 4 :: of // 4]:

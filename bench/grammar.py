@@ -1,13 +1,13 @@
-"""Grammars: do answers obey them, and what do compiling and masking cost? A fixed sample of schemas, two vocabularies.
+"""Check that answers follow their grammars, and measure compiling and masking, with fixed schemas and two vocabularies.
 
     python -m bench.grammar [--schemas 240] [--answers 3] [--vocabulary 49k|128k|all|none]
                             [--serving URL|none] [--streams 32] [--new-tokens 64] [--passes 5]
 
-The model is the worst there can be: random weights, so every token is drawn from those allowed, with a bias towards
-what ends things, or nothing would ever finish. Finished answers are checked with `jsonschema`. Limits that the project
-holds itself to: no invalid answer; compile p50 3 ms and p99 20 ms; mask p99 1 ms a row. "compile" is one compilation;
-"ready" is from `submit` to the grammar, through a process of the pool: two compilations and the way there and back. At
-last streams that follow a schema beside as many that do not, over HTTP: at least 0.9 times as many tokens a second.
+The model is simulated as the worst case: every token is drawn at random from the allowed ones, with a bias towards
+tokens that end a value, so that answers finish. Finished answers are checked with `jsonschema`. The project's limits:
+no invalid answer; compile p50 3 ms and p99 20 ms; mask p99 1 ms per row. "compile" is one compilation. "ready" is the
+time from `submit` to the grammar, through a process of the pool: two compilations and the communication. Finally,
+streams with and without a schema are compared over HTTP; the limit is a ratio of 0.9 in tokens per second.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "hostna
 
 
 class Generator:
-    """Random schemas of what people use, from a seed. All can be served."""
+    """Generator of random schemas of commonly used keywords, from a seed. All of them are supported."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._defs: dict[str, Any] = {}
 
     def root(self) -> Any:
-        """A schema with its definitions."""
+        """Return a schema with its definitions."""
         made = self.object(3) if self._random.random() < 0.8 else self.any(3)
         return {**({"$defs": self._defs} if self._defs else {}), **made}
 
@@ -168,19 +168,19 @@ class Generator:
             }  # fmt: skip
             return {"$ref": "#/$defs/node"}
         name = f"d{len(self._defs)}"
-        self._defs[name] = True  # the name is taken
+        self._defs[name] = True  # reserves the name
         self._defs[name] = self.any(depth)
         return {"$ref": f"#/$defs/{name}"}
 
 
 def schemas(count: int, seed: int = 7) -> Iterator[Any]:
-    """The sample: always the same for the same arguments."""
+    """Yield the sample of schemas, which depends on the arguments only."""
     for number in range(count):
         yield Generator(seed * 100_003 + number).root()
 
 
 class Player:
-    """Draws answers as a model with random weights would, biased towards their end."""
+    """Sampler that simulates a model with random weights, biased towards the end of the answer."""
 
     def __init__(self, vocabulary: Vocabulary, seed: int) -> None:
         self._draw = np.random.default_rng(seed)
@@ -191,7 +191,7 @@ class Player:
         self._closing[: len(closing)] = closing
 
     def choose(self, row: np.ndarray) -> int:
-        """One allowed token."""
+        """Draw one allowed token."""
         allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")[: self._vocabulary.size])
         ends = [i for i in allowed[-8:].tolist() + allowed[:8].tolist() if i in self._ends]
         if ends and self._draw.random() < 0.5:
@@ -201,7 +201,7 @@ class Player:
 
 
 class Play:
-    """What one answer became: its text, whether it finished, seconds of each mask."""
+    """Simulated answer: its text, `finished`, and the seconds of each mask."""
 
     def __init__(self, grammar: Grammar, player: Player, vocabulary: Vocabulary, most: int = 300) -> None:
         self.seconds: list[float] = []
@@ -230,7 +230,7 @@ class Play:
 
 
 def embedded_vocabulary() -> Vocabulary:
-    """SmolLM2's 49,152 tokens, out of the embedded model."""
+    """Return SmolLM2's vocabulary of 49,152 tokens, from the embedded model."""
     from tokenmill.config import default_cache_dir
     from tokenmill.text.tokenizer import Tokenizer
     from tokenmill.weights import embedded
@@ -241,7 +241,7 @@ def embedded_vocabulary() -> Vocabulary:
 
 
 def large_vocabulary(small: Vocabulary, size: int = 128_256) -> Vocabulary:
-    """As wide as Llama 3's: the small one, then longer tokens made of pairs of its tokens."""
+    """Return a vocabulary of Llama 3's size: the small one, and longer tokens made of pairs of its tokens."""
     draw = random.Random(1)
     special = set(small.special_ids)
     texts = [text for i, text in enumerate(small.tokens) if text and i not in special]
@@ -259,12 +259,12 @@ def percentile(seconds: list[float], share: float) -> float:
 
 
 def check(backend: Backend, sample: list[Any], answers: int) -> bool:
-    """Prints the figures of one vocabulary. False if an answer was invalid."""
+    """Print the figures of one vocabulary; return False if an answer was invalid."""
     from jsonschema import Draft202012Validator
 
     vocabulary = backend.vocabulary
     pool = CompilePool(backend)
-    pool.submit(json_grammar({"type": "object"}, "schema")).result()  # until the processes have started
+    pool.submit(json_grammar({"type": "object"}, "schema")).result()  # wait until the processes have started
     compile_s: list[float] = []
     ready_s: list[float] = []
     mask_s: list[float] = []
@@ -315,7 +315,7 @@ def _fault(validator: Any, text: str) -> str:
 
 
 def _together(backend: Backend, sample: list[Any], vocabulary: Vocabulary, steps: int = 50) -> None:
-    """32 rows in one call, as an engine's step does it."""
+    """Measure masks of 32 rows in one call, as in a step of the engine."""
     matchers, filler = [], backend.filler(4)
     for schema in sample:
         try:

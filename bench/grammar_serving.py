@@ -1,4 +1,4 @@
-"""What grammars cost while serving: a part of `bench/grammar.py`."""
+"""Measure the cost of grammars while serving: a part of `bench/grammar.py`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LIST_OF_PEOPLE: dict[str, object] = {
         },
     },
 }  # fmt: skip
-"""Longer than any answer here, so that all have as many tokens as those that follow nothing."""
+"""Schema whose answers exceed the token limit, so that they have as many tokens as unconstrained answers."""
 
 
 def serving(base_url: str, streams: int, new_tokens: int, passes: int) -> None:
-    """Prints how many tokens a second streams have that follow a schema, and as many that do not, in turns."""
+    """Print the tokens per second of streams with a schema, and of as many without one, measured alternately."""
     rates: dict[str, list[float]] = {"free": [], "constrained": []}
     for number in range(passes + 1):
         for kind, found in rates.items():

@@ -1,10 +1,10 @@
-"""How long a running stream waits while the server reads another client's large or hostile body.
+"""Measure the delay of a running stream while the server reads another client's large or hostile body.
 
     python bench/hostile.py [--size 1000000] [--only schema] [--serve "--model-id …"] [--url http://…]
 
-Each body in turn is sent beside a stream. The table shows the answer's status, how long it took, and the longest gap
-between two events of the stream meanwhile; the first line, a small request, is what the machine does by itself. Without
-`--url` a server with the mock engine is started, whose steps take 5 ms.
+Each body in turn is sent while a stream runs. The table shows the answer's status, its duration, and the longest gap
+between two events of the stream in that time. The first line, of a small request, is the baseline of the machine.
+Without `--url`, a server with the mock engine is started, whose steps take 5 ms.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNITS = {
     "escapes": "\n\t\"\\\x01", "emoji": "👩‍👩‍👧‍👦", "tokens": "<|im_start|>", "think marks": "<think>",
     "surrogates": "\ud800",
 }  # fmt: skip
-"""What a text is made of, over and over."""
+"""Units that texts are repeated from"""
 
 
 def chat(**fields: Any) -> tuple[str, bytes]:
@@ -48,7 +48,7 @@ def shaped(schema: Any) -> tuple[str, bytes]:
 
 
 def nested(depth: int, size: int) -> Any:
-    """A schema so deep, with padding."""
+    """Return a schema of nesting depth `depth`, padded to `size`."""
     schema: Any = {"type": "string", "description": "x" * max(size - depth * 60, 0)}
     for _ in range(depth):
         schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
@@ -70,7 +70,7 @@ def filled(unit: str, size: int) -> str:
 
 
 def raw(path: str, field: str, unit: str, size: int, around: str = "[]") -> tuple[str, bytes]:
-    """A body whose `field` is JSON text made of one unit over and over."""
+    """Return path and body of a request whose `field` is JSON text of one repeated unit."""
     inner = ",".join([unit] * (size // (len(unit) + 1)))
     given = {"messages": HI} if path == CHAT else {"prompt": "hi"} if path == COMPLETIONS else {"inputs": "hi"}
     given.pop(field, None)
@@ -79,7 +79,7 @@ def raw(path: str, field: str, unit: str, size: int, around: str = "[]") -> tupl
 
 
 def bodies(size: int) -> Iterator[tuple[str, Callable[[], tuple[str, bytes]]]]:
-    """Names, and how each request's path and body are made."""
+    """Yield the name of each request, and a function that makes its path and body."""
     text = {"type": "string"}
     yield "a small request", lambda: chat()
     yield "schema: many properties", lambda: shaped(properties(size, text))
@@ -146,7 +146,7 @@ def bodies(size: int) -> Iterator[tuple[str, Callable[[], tuple[str, bytes]]]]:
 
 
 class Stream:
-    """A stream that runs until it is closed; notes when events came."""
+    """Stream that runs until it is closed, and records the times of its events."""
 
     def __init__(self, host: str, port: int, tokens: int) -> None:
         body = json.dumps({"inputs": "hi", "parameters": {"max_new_tokens": tokens, "ignore_eos": True}}).encode()
@@ -166,7 +166,7 @@ class Stream:
                     self.broken = data.decode(errors="replace")[-200:]
 
     def longest_gap(self, begin: float, end: float) -> float:
-        """Milliseconds, of gaps that touch the time between."""
+        """Return the longest gap in milliseconds, of gaps that overlap the time from `begin` to `end`."""
         times = [*self.times, time.perf_counter()]
         gaps = [(b - a) for a, b in pairwise(times) if b >= begin and a <= end]
         return 1000 * max(gaps, default=0.0)
@@ -176,7 +176,7 @@ class Stream:
 
 
 def post(host: str, port: int, path: str, body: bytes) -> tuple[int, str]:
-    """Status, and the beginning of the answer."""
+    """Send a request; return the status and the beginning of the answer."""
     connection = http.client.HTTPConnection(host, port, timeout=120)
     connection.request("POST", path, body, {"content-type": "application/json"})
     answer = connection.getresponse()
@@ -186,7 +186,7 @@ def post(host: str, port: int, path: str, body: bytes) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Send every body, print the table."""
+    """Send every body and print the table."""
     sys.setrecursionlimit(10_000)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server; else one is started")

@@ -1,9 +1,9 @@
-"""Host time of a step, without a device: plan, record the tokens, encode the frame for one HTTP worker.
+"""Measure the host time of a step, without a device: schedule, record the tokens, encode the frame for one HTTP worker.
 
     python bench/scheduler.py [--sequences 256] [--steps 2000]
 
-Three loads: steady (nobody joins, leaves or needs a block), decode (borders of blocks are crossed, by one row in
-sixteen a step) and churn (in each step one sequence in a hundred ends, and another takes its place).
+Three loads: steady (no sequence joins, ends or needs a block), decode (one row in sixteen needs a new block in each
+step) and churn (in each step, one sequence in a hundred ends and another one replaces it).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def request(request_id: int, max_new_tokens: int) -> Request:
 
 
 class Load:
-    """A scheduler whose queue is never empty, with one step on the device. No sequence is longer than `longest`."""
+    """Scheduler with a queue that is never empty and one step on the device. `longest`: limit of a sequence, tokens."""
 
     def __init__(self, sequences: int, block_size: int, longest: int, new_tokens: Callable[[int], int]) -> None:
         limits = SchedulerLimits(8192, sequences, longest, block_size)
@@ -49,7 +49,7 @@ class Load:
         self.next_id += 1
 
     def step(self) -> tuple[float, float, float]:
-        """Seconds of schedule, of update, of encoding."""
+        """Run one step; return the seconds of schedule, update and encoding."""
         scheduler = self.scheduler
         t0 = time.perf_counter()
         batch = scheduler.schedule()

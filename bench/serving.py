@@ -1,7 +1,7 @@
-"""Throughput and latency over HTTP at 1, 4, 16, 32 streams: `python bench/serving.py [--url URL] [--streams 1,4]`.
+"""Measure throughput and latency over HTTP at 1, 4, 16, 32 streams: `bench/serving.py [--url URL] [--streams 1,4]`.
 
-Without `--url` the embedded model is served for the time of the run. Each number of streams is measured in `--passes`
-rounds, interleaved, after one unmeasured round; the table shows the round of median throughput.
+Without `--url`, the embedded model is served for the duration of the run. Each number of streams is measured in
+`--passes` interleaved rounds, after one warm-up round. The table shows the round of median throughput.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tokenmill.bench.load import Report, make_prompt, run_round, table
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Return a free port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def served(*arguments: str, timeout_s: float = 120.0) -> Iterator[str]:
-    """A server started with `arguments` and stopped again; yields its base URL once it is ready."""
+    """Start a server with `arguments`, yield its base URL once it is ready, and stop it at the end."""
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "tokenmill", "serve", "--hostname", "127.0.0.1", "--port", str(port), *arguments],
@@ -64,12 +64,12 @@ def served(*arguments: str, timeout_s: float = 120.0) -> Iterator[str]:
 
 
 def median_report(reports: list[Report]) -> Report:
-    """The report whose throughput is the median."""
+    """Return the report of median throughput."""
     return sorted(reports, key=lambda r: r.tokens_per_s)[len(reports) // 2]
 
 
 def measure(base: str, streams: list[int], words: int, new_tokens: int, passes: int) -> list[Report]:
-    """One report a number of streams."""
+    """Measure each number of streams; return one report for each."""
     rounds: dict[int, list[Report]] = {n: [] for n in streams}
     seed = 0
     for done in range(passes + 1):
@@ -83,7 +83,7 @@ def measure(base: str, streams: list[int], words: int, new_tokens: int, passes: 
 
 
 def main() -> None:
-    """Measure, print the table, write the figures as JSON if asked."""
+    """Measure, print the table, and write the figures as JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="a running server; else the embedded model is served")
     parser.add_argument("--streams", default="1,4,16,32")

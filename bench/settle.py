@@ -1,4 +1,4 @@
-"""Waits until a server has done what it puts off until nobody asks: figures of its first seconds are told as such."""
+"""Wait until a server has finished its deferred idle work, which would otherwise disturb a measurement."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import time
 import psutil
 
 QUIET_S = 6.0
-"""Without work for so long, it is settled. tokenmill begins three seconds after a request, with pauses of one."""
+"""Idle time after which a server counts as settled. tokenmill's idle work begins 3 s after a request, 1 s apart."""
 
 _MOST_S = 60.0
 _LOOK_S = 0.5
-_QUIET_SHARE = 0.02  # of one CPU: heartbeats
+_QUIET_SHARE = 0.02  # of one CPU, for heartbeats
 
 
 def settle(pid: int) -> float:
-    """Wait until a process and its descendants are quiet, a minute at most. Returns the CPU seconds that they took."""
+    """Wait until a process and its descendants are idle, at most a minute; return the CPU seconds that they used."""
     began = time.monotonic()
     quiet_since, first = began, _cpu_s(pid)
     before = first

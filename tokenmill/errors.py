@@ -82,7 +82,7 @@ class MissingFiles(ModelError):
 
 
 class Unsupported(StartError):
-    """A name is unknown.
+    """The name of a model type, a quantization or another choice is unknown.
 
     `kind`: what the name stands for, in the user's words ("model", "quantization"). `known`: the allowed names.
     """

@@ -1,1 +1,1 @@
-"""Load generator and report."""
+"""Load generator for HTTP servers, and reports of its measurements."""

@@ -1,8 +1,8 @@
-"""One streaming completion over HTTP, timed event by event. Standard library only.
+"""Send one streaming completion over HTTP and time its events. Uses the standard library only.
 
-Speaks to any server with OpenAI's `/v1/completions`: the same client measures this server and its peers. Client and
-server often share the cores, so while a stream runs its bytes are only stored with their time; they are read when it
-has ended.
+The client works with any server that has OpenAI's `/v1/completions`, so the same client measures this server and its
+peers. Client and server often share the cores. For that reason, the bytes of a running stream are only stored with
+their arrival times, and are parsed after its end.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. `prompt` is text or token ids; `new_tokens` are generated where `ignore_eos` is known.
+    """Request to measure.
 
-    `schema`: a JSON schema that the answer follows; it ends where that does.
+    `prompt`: text or token ids. `new_tokens`: number of tokens to generate, exact if the server supports `ignore_eos`.
+    `schema`: a JSON schema that constrains the answer and ends it; None for none.
     """
 
     prompt: str | list[int]
@@ -34,7 +35,7 @@ class Ask:
     schema: dict[str, object] | None = None
 
     def body(self) -> bytes:
-        """The JSON body."""
+        """Encode the JSON body."""
         fields: dict[str, object] = {
             "model": self.model,
             "prompt": self.prompt,
@@ -60,9 +61,9 @@ class Ask:
 
 @dataclass(slots=True)
 class Answer:
-    """What came back and when. Times are `time.perf_counter()` seconds.
+    """Received answer and its times, in `time.perf_counter()` seconds.
 
-    `events`: one for each chunk with a choice; `texts`: what each of them added.
+    `events`: arrival time of each chunk with a choice. `texts`: text that each of these chunks added.
     """
 
     sent: float
@@ -74,7 +75,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """Complete text of the answer."""
         return "".join(self.texts)
 
     @property
@@ -89,16 +90,16 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """Generated tokens as the server counts them, else the chunks."""
+        """Number of generated tokens by the server's count, or of chunks if it sends no count."""
         return self.completion_tokens or len(self.events)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class How:
-    """How a stream is read.
+    """Options of reading a stream.
 
-    `started` is called once: at the first token, or at the end of a stream that had none. Setting `cut` ends the
-    stream from here; what came until then is its answer.
+    `started`: called once, at the first token, or at the end of a stream without tokens. `cut`: an event that ends the
+    stream when it is set; the bytes received so far are the answer.
     """
 
     api_key: str = ""
@@ -111,13 +112,13 @@ TO_THE_END = How()
 
 
 async def complete(base_url: str, ask: Ask, how: How = TO_THE_END) -> Answer:
-    """Send `ask` to `base_url` and read its stream. Failures are told in `Answer.error`, never raised."""
+    """Send `ask` to `base_url` and read its stream. Failures are stored in `Answer.error`, never raised."""
     return (await receive(base_url, ask, how)).answer()
 
 
 @dataclass(slots=True)
 class Received:
-    """A response's bytes, each piece with the time at which it came. Reading them as events is for later."""
+    """Bytes of a response, each piece with its arrival time. They are not parsed yet."""
 
     sent: float
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
@@ -125,7 +126,7 @@ class Received:
     error: str = ""
 
     def answer(self) -> Answer:
-        """What the bytes say."""
+        """Parse the bytes to an answer."""
         answer = Answer(self.sent, error=self.error)
         if not self.error:
             try:
@@ -136,7 +137,7 @@ class Received:
 
 
 async def receive(base_url: str, ask: Ask, how: How = TO_THE_END) -> Received:
-    """As `complete`, but the bytes are not read as events yet: that takes time that other streams would wait for."""
+    """As `complete`, but leave the bytes unparsed, because parsing would delay other streams."""
     receiver = _Receiver(how.started)
     received = Received(time.perf_counter(), receiver.pieces)
     try:
@@ -150,11 +151,11 @@ async def receive(base_url: str, ask: Ask, how: How = TO_THE_END) -> Received:
     return received
 
 
-_ROOM = 1 << 16  # bytes that one reading takes at most
+_ROOM = 1 << 16  # maximum bytes of one read
 
 
 class _Receiver(asyncio.BufferedProtocol):
-    """Keeps what arrives, and when. With a buffer of its own: asyncio's would be mapped anew for every reading."""
+    """Protocol that stores received bytes with their times, in its own buffer, as asyncio allocates one per read."""
 
     def __init__(self, started: Callable[[], None] | None) -> None:
         self.pieces: list[tuple[float, bytes]] = []
@@ -163,11 +164,11 @@ class _Receiver(asyncio.BufferedProtocol):
         self._buffer = bytearray(_ROOM)
 
     def get_buffer(self, sizehint: int) -> bytearray:
-        """Where the next bytes go."""
+        """Return the buffer for the next bytes."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Some came."""
+        """Store received bytes with the current time."""
         data = bytes(memoryview(self._buffer)[:nbytes])
         self.pieces.append((time.perf_counter(), data))
         if self._started is not None and b"data:" in data:
@@ -179,7 +180,7 @@ class _Receiver(asyncio.BufferedProtocol):
         self._end(exc)
 
     def tell(self) -> None:
-        """Call `started` unless it was called."""
+        """Call `started` if it has not been called yet."""
         if self._started is not None:
             self._started()
             self._started = None
@@ -224,7 +225,7 @@ async def _first(ended: asyncio.Future[None], cut: asyncio.Event | None) -> None
 
 
 def _read(pieces: list[tuple[float, bytes]], answer: Answer, cut: bool) -> None:
-    """Take the answer from a response's bytes, whole or cut. An event came when the piece with its line's end did."""
+    """Parse a complete or cut response into `answer`. The time of an event is that of the piece with its line's end."""
     everything = b"".join(data for _, data in pieces)
     ends: list[int] = []
     for _, data in pieces:
@@ -244,7 +245,7 @@ def _read(pieces: list[tuple[float, bytes]], answer: Answer, cut: bool) -> None:
 
 
 def _event(data: bytes, came: float, answer: Answer) -> bool:
-    """Take one event's payload; False when it was the last."""
+    """Parse the payload of one event into `answer`; return False for the last one."""
     if data == b"[DONE]":
         return False
     chunk = json.loads(data)

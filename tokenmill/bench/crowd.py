@@ -1,9 +1,9 @@
-"""Many streams at once, read by several processes, for servers that send more than one process can read.
+"""Measure many concurrent streams from several processes, for servers that send more than one process can read.
 
     report = run_crowd("http://127.0.0.1:3000", asks, clients=8)
 
-Each process reads its share of the streams as `client.receive` does, looks at the bytes when the last has ended, and
-tells how busy it was meanwhile, so that it is seen whether the clients were the limit. Processes talk in JSON.
+Each process reads its share of the streams with `client.receive`, and parses the bytes after the last stream has ended.
+It also reports its CPU time, which shows whether the clients were the bottleneck. Processes communicate in JSON.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from tokenmill.bench.load import percentile
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """One round of many streams. Seconds.
+    """Report of one round of concurrent streams; times in seconds.
 
-    `itl_*`: between neighbouring tokens of a stream; the tokens of one event came together, 0 apart. `gap_*`: between
-    neighbouring events. `client_busy`: the CPU time of the busiest client process by the round's time; near 1 it was
-    the limit.
+    `itl_*`: inter-token latency of a stream; tokens of the same event are 0 apart. `gap_*`: time between consecutive
+    events. `client_busy`: CPU time of the busiest client process, divided by the duration of the round; near 1, the
+    clients were the bottleneck.
     """
 
     streams: int
     clients: int
     tokens: int
     events: int
-    wall_s: float  # from the moment that all sent, to the last event
+    wall_s: float  # from sending all requests to the last event
     tokens_per_s: float
     ttft_p50_s: float
     ttft_p99_s: float
@@ -50,12 +50,12 @@ class Crowd:
 
     @property
     def tokens_per_event(self) -> float:
-        """On average."""
+        """Mean number of tokens per event."""
         return self.tokens / self.events if self.events else float("nan")
 
 
 class Share(msgspec.Struct, frozen=True):
-    """What a client process is told: at `start` (`time.perf_counter()`, the machine's) it sends its requests."""
+    """Requests that one client process sends."""
 
     base_url: str
     asks: list[Ask]
@@ -63,18 +63,18 @@ class Share(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What it says at the end."""
+    """Result of one client process."""
 
     answers: list[Answer]
-    cpu_s: float  # from the start to the last byte, before the bytes are read as events
+    cpu_s: float  # from the start to the last byte, without parsing
 
 
 def run_crowd(base_url: str, asks: list[Ask], *, clients: int = 1, timeout_s: float = 120.0, mark: str = "") -> Crowd:
     """Send all of `asks` at once from `clients` processes and wait for the last answer.
 
-    `mark`: what stands once in every token's text, for servers that put several tokens into an event; "": an event's
-    tokens are its stream's tokens by its events. A stream that fails or takes longer than `timeout_s` is an error in
-    the report.
+    `mark`: a text that occurs once in the text of every token, to count the tokens of an event; "": every event of a
+    stream counts as the stream's mean number of tokens. A stream that fails or takes longer than `timeout_s` seconds
+    counts as an error.
     """
     processes = [_start() for _ in range(min(clients, len(asks)))]
     try:
@@ -82,7 +82,7 @@ def run_crowd(base_url: str, asks: list[Ask], *, clients: int = 1, timeout_s: fl
             share = Share(base_url, asks[number :: len(processes)], timeout_s)
             _say(process, msgspec.json.encode(share))
         for process in processes:
-            _hear(process)  # it has read its share
+            _hear(process)  # wait until it has read its share
         start = time.perf_counter() + 0.05
         for process in processes:
             _say(process, msgspec.json.encode(start))
@@ -95,7 +95,7 @@ def run_crowd(base_url: str, asks: list[Ask], *, clients: int = 1, timeout_s: fl
 
 
 def fold(found: list[Found], start: float, mark: str = "") -> Crowd:
-    """The report of a round that began at `start`. Failed streams count as errors and nothing else."""
+    """Summarize a round that began at `start`. Failed streams count as errors only."""
     answers = [answer for one in found for answer in one.answers]
     good = [a for a in answers if not a.error and a.events]
     tokens = sum(a.tokens for a in good)
@@ -123,7 +123,7 @@ def fold(found: list[Found], start: float, mark: str = "") -> Crowd:
 
 
 def token_gaps(answer: Answer, mark: str) -> list[float]:
-    """Seconds between neighbouring tokens: an event of k tokens gives the gap before it and k - 1 of 0."""
+    """Return the seconds between consecutive tokens. An event of k tokens yields the gap before it and k - 1 zeros."""
     if mark:
         counts = [max(1, text.count(mark)) for text in answer.texts]
     else:
@@ -155,7 +155,7 @@ def _hear(process: subprocess.Popen[bytes]) -> bytes:
 
 
 async def _read_all(share: Share, start: float) -> Found:
-    """One process's part of a round."""
+    """Send the requests of one process and read their streams."""
     await asyncio.sleep(start - time.perf_counter())
     before = time.process_time()
     asked = [receive(share.base_url, ask, How(timeout_s=share.timeout_s)) for ask in share.asks]
@@ -165,16 +165,16 @@ async def _read_all(share: Share, start: float) -> Found:
 
 
 def main() -> None:
-    """A client process: a share, "ready", the time to start, what was found; each a line of JSON."""
+    """Run a client process: read a share, write "ready", read the start time, write the result; each a line of JSON."""
     import uvloop
 
     share = msgspec.json.decode(sys.stdin.buffer.readline(), type=Share)
-    gc.disable()  # a collection would hold all streams
+    gc.disable()  # a garbage collection would delay all streams
     print(0, flush=True)
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=float)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         found = runner.run(_read_all(share, start))
-    with open(sys.stdout.fileno(), "wb", closefd=False) as out:  # sys.stdout writes in part if Python is unbuffered
+    with open(sys.stdout.fileno(), "wb", closefd=False) as out:  # sys.stdout may write partially if unbuffered
         out.write(msgspec.json.encode(found) + b"\n")
 
 

@@ -1,4 +1,4 @@
-"""Load a server with N streams at once and say what it did: throughput, time to first token, inter-token latency."""
+"""Load a server with N concurrent streams and report throughput, time to first token and inter-token latency."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _WORDS = (
 
 
 def make_prompt(seed: int, words: int) -> str:
-    """Text of about `words` tokens whose first words differ from any other seed's, so that no prefix is shared."""
+    """Generate text of about `words` tokens. Texts of different seeds share no prefix."""
     rng = random.Random(seed)
     return f"Story {seed}. " + " ".join(rng.choice(_WORDS) for _ in range(words))
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One round of load. Seconds; `decode_tokens_per_s` counts from the last first token to the end."""
+    """Report of one round; times in seconds. `decode_tokens_per_s`: from the last first token to the end."""
 
     streams: int
     tokens: int
@@ -40,7 +40,7 @@ class Report:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value below which `share` (0 … 1) of them lie, by nearest rank; nan of none."""
+    """Return the percentile `share` (0 … 1) of `values`, by nearest rank; nan if there are none."""
     if not values:
         return float("nan")
     ordered = sorted(values)
@@ -48,7 +48,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def report(answers: list[Answer], wall_s: float) -> Report:
-    """Fold a round's answers. Failed ones count as errors and nothing else."""
+    """Summarize the answers of a round. Failed answers count as errors only."""
     good = [a for a in answers if not a.error and a.events]
     tokens = sum(a.tokens for a in good)
     decode = float("nan")
@@ -76,7 +76,7 @@ def report(answers: list[Answer], wall_s: float) -> Report:
 
 
 async def run_round(base_url: str, asks: list[Ask], *, api_key: str = "") -> Report:
-    """Send all of `asks` at once and wait for the last."""
+    """Send all of `asks` at once and wait for the last answer."""
     start = time.perf_counter()
     answers = await asyncio.gather(*(complete(base_url, ask, How(api_key=api_key)) for ask in asks))
     return report(list(answers), time.perf_counter() - start)
@@ -84,9 +84,9 @@ async def run_round(base_url: str, asks: list[Ask], *, api_key: str = "") -> Rep
 
 @dataclass(frozen=True, slots=True)
 class Disturbed:
-    """Streams that decode while prompts arrive one after another. Seconds; quiet: before the first arrival.
+    """Report of streams that decode while prompts arrive one after another; times in seconds.
 
-    `gaps_*`: inter-token latencies of the streams, of those gaps that overlap the time of the arrivals.
+    `quiet_*`: before the first arrival. `gaps_*`: inter-token latencies that overlap the time of the arrivals.
     """
 
     streams: int
@@ -97,13 +97,13 @@ class Disturbed:
     quiet_p99_s: float
     gaps_p50_s: float
     gaps_p99_s: float
-    errors: int  # streams and arrivals that failed, and streams that ended before the last arrival had its token
+    errors: int  # failed streams and arrivals, and streams that ended before the last arrival's token
 
 
 async def run_disturbed(base_url: str, streams: list[Ask], arrivals: list[Ask], quiet_s: float = 0.5) -> Disturbed:
-    """Start `streams`; `quiet_s` after all of them have a token send `arrivals`, each when the one before has ended.
+    """Start `streams`; `quiet_s` seconds after all of them have a token, send `arrivals`, each after the previous end.
 
-    The streams are cut after the last arrival, so they may be asked for more tokens than any server gives meanwhile.
+    The streams are cut after the last arrival, so they may request more tokens than a server generates in that time.
     """
     begun, cut = [asyncio.Event() for _ in streams], asyncio.Event()
     tasks = [
@@ -119,7 +119,7 @@ async def run_disturbed(base_url: str, streams: list[Ask], arrivals: list[Ask], 
 
 
 def disturbed(streams: list[Answer], arrivals: list[Answer]) -> Disturbed:
-    """Fold the answers of `run_disturbed`."""
+    """Summarize the answers of `run_disturbed`."""
     good, later = [a for a in streams if not a.error], [a for a in arrivals if not a.error and a.events]
     quiet, busy = [], []
     if good and later:
@@ -144,7 +144,7 @@ def disturbed(streams: list[Answer], arrivals: list[Answer]) -> Disturbed:
 
 
 def table(rows: list[Report]) -> str:
-    """Reports as a markdown table."""
+    """Format reports as a Markdown table."""
     head = "| streams | tok/s | decode tok/s | TTFT p50 ms | p99 | ITL p50 ms | p99 | errors |\n" + "|---" * 8 + "|"
     body = [
         f"| {r.streams} | {r.tokens_per_s:.0f} | {r.decode_tokens_per_s:.0f} | {r.ttft_p50_s * 1e3:.0f} "

@@ -1,1 +1,1 @@
-"""What an operator asks: what is installed, what will fit, what differs."""
+"""Commands for operators: diagnosis, runtime environment, and generated reference pages."""

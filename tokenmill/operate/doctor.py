@@ -1,7 +1,7 @@
-"""`tokenmill doctor`: what would be served here, by which backend and kernels, and what is in the way.
+"""`tokenmill doctor`: report the model, backend and kernels that would serve here, and the problems that prevent it.
 
-Takes the options of `serve` and looks at each thing that a start depends on, without starting anything: a finding each,
-so that one that is bad hides none of the others.
+Takes the options of `serve` and checks everything that a start depends on, without starting anything. Each check has
+its own finding, so that one problem does not hide another.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Verdict = Literal["ok", "note", "bad"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. `bad`: a server with these options cannot start."""
+    """Result of one check. `bad`: a server with these options cannot start."""
 
     name: str
     verdict: Verdict
@@ -50,7 +50,7 @@ class Finding:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print the findings; 1 if one is bad."""
+    """Print the findings and return the exit code: 1 if one of them is bad, else 0."""
     settings = Settings.from_args(words, prog="tokenmill doctor")
     print(f"tokenmill {tokenmill.__version__}, Python {sys.version.split()[0]}")
     bad = 0
@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Look at everything, cheap things first. Reads of a model its headers only."""
+    """Run all checks, cheap ones first. Reads only the headers of a model's files."""
     for name, look in _LOOKS.items():
         try:
             yield look(settings)
@@ -112,7 +112,7 @@ def _model(settings: Settings) -> Finding:
 
 
 def _source(settings: Settings) -> ModelSource | None:
-    """The model, if it is on this machine."""
+    """Return the model if it is on this machine, else None."""
     try:
         return fetch.fetch(msgspec.structs.replace(settings, offline=True), lambda progress: None, convert=False)
     except DownloadError:
@@ -141,7 +141,7 @@ def _backend(settings: Settings) -> Finding:
 
 
 def _elsewhere(program: Program, checkpoint: Checkpoint, options: BackendOptions) -> tuple[str, ...]:
-    """What would serve on a machine with a GPU, if one was asked for and this machine has none."""
+    """Return the refusals of the GPU backend, if one is requested and this machine has no GPU."""
     from tokenmill.backends.cuda.kind import KIND
 
     if "cuda" not in (options.device, options.backend) or not KIND.missing():
@@ -163,7 +163,7 @@ def _port(settings: Settings) -> Finding:
     try:
         listen(settings.hostname, settings.port).close()
     except StartError as error:
-        return Finding("port", "note", str(error))  # perhaps it is the server that is asked about
+        return Finding("port", "note", str(error))  # only a note, because the process may be the server itself
     return Finding("port", "ok", f"{place(settings.hostname, settings.port)} is free")
 
 

@@ -1,4 +1,4 @@
-"""What runs here: versions, processors, memory, accelerators. For bug reports; holds no secrets."""
+"""Report the runtime environment for bug reports: versions, processors, memory, accelerators. Contains no secrets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("numba", "llvmlite", "numpy", "torch", "msgspec", "tokenizers", "sa
 
 
 def report() -> str:
-    """The runtime environment, one `name: value` a line. Of the packages it names it imports llvmlite alone."""
+    """Return the runtime environment, one `name: value` per line. Imports none of the listed packages but llvmlite."""
     rows = {
         "tokenmill": tokenmill.__version__,
         "Python": f"{platform.python_version()} ({sys.executable})",
@@ -42,7 +42,7 @@ def _version(package: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself."""
+    """Return the processor's own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -52,7 +52,7 @@ def cpu_name() -> str:
 
 
 def _instruction_sets() -> str:
-    """Those that the CPU backend has kernels for, best first."""
+    """Return the processor's instruction sets that the CPU backend has kernels for, best first."""
     try:
         from tokenmill.backends.cpu.isa import available
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""The pages of docs/reference, made from the code that they describe: `tokenmill schema cli`, `… schema http-api`.
+"""Generate the pages of docs/reference from the code: `tokenmill schema cli`, `tokenmill schema http-api`.
 
-A test compares them with what is in the folder, so they cannot grow old.
+A test compares them with the files in the folder, so they stay current.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GROUPS = {
     "model_id": "The model", "sharded": "Devices", "max_concurrent_requests": "Limits", "hostname": "HTTP",
     "json_output": "Running", "device": "Not in TGI",
 }  # fmt: skip
-"""The first option of each group, and the group's title."""
+"""First option of each group -> the group's title"""
 
 _CLI_HEAD = """\
 # Command line
@@ -122,7 +122,7 @@ _ERRORS: tuple[tuple[errors.RequestError, str], ...] = (
 
 
 def cli(commands: Mapping[str, str]) -> str:
-    """docs/reference/cli.md. `commands`: each word after `tokenmill`, and its line of help."""
+    """Generate docs/reference/cli.md. `commands`: each subcommand -> its line of help."""
     words = [(f"`tokenmill {name}`", text) for name, text in commands.items()]
     parts = [_CLI_HEAD, "## Commands\n", _table(("Command", ""), words)]
     parts.append(_table(("TGI's name", "is"), [
@@ -188,7 +188,7 @@ def _variants(kind: type[errors.StartError]) -> Iterator[tuple[str, str]]:
 
 
 def http_api() -> str:
-    """docs/reference/http-api.md."""
+    """Generate docs/reference/http-api.md."""
     document = openapi.document()
     parts = [_HTTP_HEAD, "## Routes\n", _routes(document), "## Limits\n", _LIMITS_HEAD, _limits()]
     parts += ["## Errors\n", _ERRORS_HEAD, _errors(), "## Headers of answers\n"]
@@ -221,7 +221,7 @@ def _limits() -> str:
     for limit in table:
         if any(other.name == limit.name and other.measure == limit.measure and limit.most == inf != other.most
                for other in table):  # fmt: skip
-            continue  # TGI's own bound, with its message; another one for the same value is narrower
+            continue  # TGI's bound, kept for its message; another limit for the same value is narrower
         openai = limits.OPENAI_NAMES.get(limit.name, limit.name)
         upper = f"`--{limit.most.replace('_', '-')}`" if isinstance(limit.most, str) else _amount(limit.most)
         lower = f"{'more than ' if limit.above else ''}{_amount(limit.least)}"
@@ -282,7 +282,7 @@ def _json(value: Any) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """A JSON schema in words; that null is allowed goes without saying."""
+    """Describe the type of a JSON schema in words. An allowed null is not mentioned."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
