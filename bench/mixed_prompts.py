@@ -213,20 +213,18 @@ class Real:
                 new_tokens = min(arrivals[coming].new_tokens, 8000 - len(arrivals[coming].prompt))
                 ids[coming] = engine.submit(arrivals[coming].prompt, stopping=StoppingParams(new_tokens))
                 coming += 1
-            engine._engine.step()
+            engine.step()
             now = time.process_time() - begin
             for number, request_id in list(ids.items()):
-                queue = engine._link.queues[request_id]
-                while queue:
-                    output = queue.popleft()
+                for output in engine.poll(request_id):
                     if output.token_ids:
                         seen.tokens(number, now)
                     if output.finish_reason:
                         del ids[number]
         for request_id in ids.values():
             engine.abort(request_id)
-        while engine._link.messages or not engine._engine.idle:
-            engine._engine.step()
+        while engine.step():
+            pass
         return seen.times
 
 

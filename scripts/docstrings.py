@@ -23,7 +23,7 @@ def refused(source: str) -> Iterator[tuple[int, str]]:
             continue
         docstring = ast.get_docstring(node) or ""
         first = docstring.split(maxsplit=1)[0].rstrip(",.:;'s") if docstring.split() else ""
-        if first in REFUSED or docstring.split(maxsplit=1)[:1] and docstring.split()[0].split("'")[0] in REFUSED:
+        if first in REFUSED or (docstring.split(maxsplit=1)[:1] and docstring.split()[0].split("'")[0] in REFUSED):
             yield node.body[0].lineno, docstring.splitlines()[0][:80]
 
 

@@ -6,10 +6,12 @@ import ast
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # servers that tests start inherit what `nohup` has set
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy or torch: tests share few cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the Hub is marked `network` and undoes this itself
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

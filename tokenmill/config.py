@@ -318,8 +318,7 @@ def _odd(settings: Settings) -> list[str]:
     if settings.aip_http_port and not surroundings.is_port(settings.aip_http_port):
         warnings.append(f"`AIP_HTTP_PORT={settings.aip_http_port}` has no effect: it is not a number up to 65535.")
     if settings.grammar_backend != "llguidance":
-        given = f"`--grammar-backend {settings.grammar_backend}`"
-        warnings.append(f"{given} has no effect: llguidance serves all grammars.")
+        warnings.append(f"`--grammar-backend {settings.grammar_backend}` has no effect: llguidance serves all grammars.")
     return warnings
 
 

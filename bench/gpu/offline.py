@@ -189,9 +189,7 @@ class Steps:
             raise RuntimeError("the streams ended early: --max-total is too small")
 
     def tokens(self, request: int) -> int:
-        queue = self._engine._link.queues[request]
-        while queue:
-            self._counts[request] += len(queue.popleft().token_ids)
+        self._counts[request] += sum(len(output.token_ids) for output in self._engine.poll(request))
         return self._counts[request]
 
     def abort(self, request: int) -> None:

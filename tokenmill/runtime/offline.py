@@ -107,6 +107,11 @@ class OfflineEngine:
         self._local.queues[request_id] = deque()
         return request_id
 
+    def poll(self, request_id: int) -> list[Output]:
+        """Return the outputs of a request that were not read yet. Never steps."""
+        queue = self._local.queues[request_id]
+        return [queue.popleft() for _ in range(len(queue))]
+
     def abort(self, request_id: int) -> None:
         """Forget a request; what it had to say is lost. Unknown ids are ignored."""
         if self._local.queues.pop(request_id, None) is not None:

@@ -72,7 +72,7 @@ class CudaKind:
 
     def room(self, options: BackendOptions, device: str) -> int | None:
         """See `Kind`. Imports torch."""
-        from tokenmill.backends.torch.devices import room
+        from tokenmill.backends.cuda.room import room
 
         return room(options, device)
 

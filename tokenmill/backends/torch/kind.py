@@ -68,7 +68,7 @@ class TorchKind:
         """See `Kind`. Imports torch for a GPU."""
         if device != "cuda":
             return None
-        from tokenmill.backends.torch.devices import room
+        from tokenmill.backends.cuda.room import room
 
         return room(options, device)
 
