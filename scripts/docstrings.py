@@ -1,8 +1,8 @@
 """Refuse docstrings that begin with a word that hides the subject: `scripts/docstrings.py [FOLDER …]`.
 
-A docstring's first sentence has a verb: an imperative for a function, a noun phrase that names the thing for a type or a
-property. One that begins with the words below has neither. Prints a line each, and the number; exit code 1 if there are
-any.
+A docstring's first sentence has a verb: an imperative for a function, a noun phrase that names the thing for a type or
+a property. One that begins with the words below has neither. Prints a line each, and the number; exit code 1 if there
+are any.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # servers that tests start inherit what `nohup` has set
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy or torch: tests share few cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the Hub is marked `network` and undoes this itself
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -23,6 +22,8 @@ from support_ports import unused_port
 
 from tokenmill.config import default_cache_dir
 from tokenmill.weights import embedded
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # servers that tests start inherit what `nohup` has set
 
 FOLDER = Path(__file__).parent
 NEEDS_TORCH = ("torch", "tokenmill.backends.torch")

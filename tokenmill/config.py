@@ -16,7 +16,6 @@ import msgspec
 from tokenmill import options, surroundings
 from tokenmill.errors import ArgumentError
 from tokenmill.options import Option
-from tokenmill.surroundings import stripped
 
 _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
                   "bitsandbytes-fp4", "fp8")  # fmt: skip
@@ -247,7 +246,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if values.get("sharded") and "num_shard" not in values:
             values["num_shard"] = surroundings.visible_devices(environ)
         if "cpu_threads" in values:
-            said = hasattr(namespace, "cpu_threads") or bool(stripped(environ.get("TOKENMILL_CPU_THREADS", "")))
+            variable = surroundings.stripped(environ.get("TOKENMILL_CPU_THREADS", ""))
+            said = hasattr(namespace, "cpu_threads") or bool(variable)
             values["cpu_threads"] = _cpu_threads(values["cpu_threads"], said, warnings)
         return _checked(cls(**{**values, "warnings": tuple(warnings)}))
 
@@ -318,7 +318,7 @@ def _odd(settings: Settings) -> list[str]:
     if settings.aip_http_port and not surroundings.is_port(settings.aip_http_port):
         warnings.append(f"`AIP_HTTP_PORT={settings.aip_http_port}` has no effect: it is not a number up to 65535.")
     if settings.grammar_backend != "llguidance":
-        warnings.append(f"`--grammar-backend {settings.grammar_backend}` has no effect: llguidance serves all grammars.")
+        warnings.append("`--grammar-backend xgrammar` has no effect: llguidance serves all grammars.")
     return warnings
 
 
