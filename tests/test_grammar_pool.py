@@ -181,8 +181,7 @@ def test_where_a_grammar_is_waited_for_one_process_does_not_give_way() -> None:
 def test_a_process_that_ended_while_it_waited_is_replaced(pool: CompilePool) -> None:
     for process in own_workers():
         process.kill()
-        while process.status() != psutil.STATUS_ZOMBIE:  # the pool's to wait for
-            time.sleep(0.001)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # all its threads ended; the pool's to wait for
     assert accepts(pool.submit(GrammarSpec("regex", "behind the dead")).result(60), "behind the dead")
 
 
