@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: one measurement of this engine; with --parts a plan; with --checkpoint alone a checkpoint."""
+"""Run `python -m bench.gpu`: a measurement of this engine, with --parts a plan, with --checkpoint a checkpoint."""
 
 import sys
 

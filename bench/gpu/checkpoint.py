@@ -1,9 +1,8 @@
-"""A checkpoint on disk of a shape, with random bf16 weights and a tokenizer that fits, so that servers can load it.
+"""Write a checkpoint of a model shape, with random bf16 weights and a matching tokenizer, for servers to load.
 
     python -m bench.gpu --checkpoint FOLDER --shape 8b
 
-Norms are one; every matrix is a part of the same random numbers, each from another place. Files that are there and
-whole are left as they are.
+Norms are one. Every matrix is a slice of the same random numbers, from a different position. Complete files are kept.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from bench.gpu.tokenizer import write_tokenizer
 from tokenmill.models.base import program_of
 from tokenmill.program.cost import weights_of
 
-_SHARD = 2 << 30  # bytes of a file at most, if no tensor is larger
-_BLOCK = 1 << 24  # random numbers that are drawn
+_SHARD = 2 << 30  # maximum bytes of a file, unless a tensor is larger
+_BLOCK = 1 << 24  # random numbers drawn
 _ONE = 0x3F80  # bf16
 _SPREAD = 0.02
 Shapes = dict[str, tuple[int, ...]]
 
 
 def write_checkpoint(folder: str | Path, config: dict[str, Any], *, shard_bytes: int = _SHARD) -> bool:
-    """Write config.json, weights and tokenizer; False if they are there already. Takes seconds a 10 GB."""
+    """Write config.json, weights and tokenizer; return False if they exist already. Takes some seconds per 10 GB."""
     folder = Path(folder)
     shards = _shards(_shapes(config), shard_bytes)
     if _is_there(folder, config, shards):
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)  # written last: what has it is whole
+    (folder / "config.json").unlink(missing_ok=True)  # written last, to mark the folder complete
     block = _random(min(_BLOCK, max(math.prod(shape) for names in shards.values() for shape in names.values()) + 4096))
     with ThreadPoolExecutor(min(len(shards) + 1, os.cpu_count() or 1)) as threads:
         waiting = [threads.submit(_write_shard, folder / name, names, block) for name, names in shards.items()]
@@ -63,7 +62,7 @@ def write_checkpoint(folder: str | Path, config: dict[str, Any], *, shard_bytes:
 
 
 def _shapes(config: dict[str, Any]) -> Shapes:
-    """Of the tensors that this shape has, by transformers' names."""
+    """Return the shapes of all tensors, by transformers' names."""
     return {
         part.name: (part.rows, weight.columns) if weight.columns else (part.rows,)
         for weight in weights_of(program_of(config))
@@ -72,7 +71,7 @@ def _shapes(config: dict[str, Any]) -> Shapes:
 
 
 def _shards(shapes: Shapes, most: int) -> dict[str, Shapes]:
-    """File -> its tensors."""
+    """Distribute tensors over files: file -> its tensors."""
     groups: list[Shapes] = [{}]
     size = 0
     for name, shape in shapes.items():
@@ -88,7 +87,7 @@ def _shards(shapes: Shapes, most: int) -> dict[str, Shapes]:
 
 
 def _head(tensors: Shapes) -> bytes:
-    """What a safetensors file begins with."""
+    """Encode the header of a safetensors file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in tensors.items():
@@ -109,13 +108,13 @@ def _is_there(folder: Path, config: dict[str, Any], shards: dict[str, Shapes]) -
 
 
 def _random(count: int) -> NDArray[np.uint16]:
-    """`count` bf16 numbers around 0, as their bits."""
+    """Draw `count` bf16 numbers around 0, as bit patterns."""
     drawn = np.random.default_rng(0).standard_normal(count, np.float32) * _SPREAD
     return (drawn.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _pieces(name: str, shape: tuple[int, ...], block: NDArray[np.uint16]) -> Iterator[NDArray[np.uint16]]:
-    """A tensor's numbers, in parts."""
+    """Yield a tensor's numbers in pieces."""
     left = math.prod(shape)
     if len(shape) == 1 and name.endswith("norm.weight"):
         yield np.full(left, _ONE, np.uint16)

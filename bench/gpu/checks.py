@@ -1,4 +1,4 @@
-"""The CUDA backend's tests on this machine's card, as a figure: `python -m bench.gpu.checks tests/test_cuda.py`."""
+"""Run the CUDA backend's tests on this machine's card as a figure: `python -m bench.gpu.checks tests/test_cuda.py`."""
 
 from __future__ import annotations
 

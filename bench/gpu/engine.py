@@ -1,4 +1,4 @@
-"""The engine that is measured offline: random weights in memory, the CUDA backend, the server's own scheduler."""
+"""Build the engine for offline measurements: random weights in memory, the CUDA backend, the server's scheduler."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import Stored
 from tokenmill.wire.messages import EngineInfo
 
-_LEFT_FREE = 6 << 30  # bytes of the device that the cache does not take
+_LEFT_FREE = 6 << 30  # bytes of device memory that the cache leaves free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is built. `options`: fields of `BackendOptions` that are not its defaults."""
+    """Configuration of an engine. `options`: fields of `BackendOptions` that differ from its defaults."""
 
     shape: str = "1b"
-    layers: int = 0  # 0: the shape's own
-    device: str = "cuda"  # "cpu": the torch backend there, to try a measurement without a GPU
+    layers: int = 0  # 0: those of the shape
+    device: str = "cuda"  # "cpu": the torch backend, to try a measurement without a GPU
     max_batch_tokens: int = 8192
     max_batch_size: int = 256
     max_total_tokens: int = 4096
     block_size: int = 16
-    beside: int | None = None  # prompt tokens of a step beside decoding ones; None: as in the server
+    beside: int | None = None  # prompt tokens of a step with decoding rows; None: as in the server
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
-        """config.json's content."""
+        """Content of config.json."""
         return SHAPES[self.shape] | ({"num_hidden_layers": self.layers} if self.layers else {})
 
 
 class RandomWeights:
-    """A checkpoint of any size: every tensor is a part of the same random numbers."""
+    """Checkpoint of any size, whose tensors are slices of the same random numbers."""
 
     format = "safetensors"
 
@@ -82,7 +82,7 @@ class RandomWeights:
 
 
 class Timed:
-    """A backend whose launches are timed."""
+    """Backend wrapper that times launches."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.seconds, self.steps = backend, 0.0, 0
@@ -97,12 +97,12 @@ class Timed:
         return step
 
     def reset(self) -> None:
-        """Count from zero."""
+        """Reset the timings to zero."""
         self.seconds, self.steps = 0.0, 0
 
 
 class Built:
-    """Backend, scheduler and engine of a setup, warm. `start_s`: seconds of weights and of the warm-up."""
+    """Backend, scheduler and engine of a setup, after warm-up. `start_s`: seconds of loading and of warm-up."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -123,11 +123,11 @@ class Built:
             "bench", "bfloat16", "cuda", "cuda", blocks, size, config["vocab_size"], setup.max_total_tokens - 1,
             setup.max_total_tokens, setup.max_batch_tokens, setup.max_batch_size,
         )  # fmt: skip
-        self.scheduler = scheduler_of(info, GPU_DEFAULTS, program)  # the server's own choices
+        self.scheduler = scheduler_of(info, GPU_DEFAULTS, program)  # as in the server
         if setup.beside is not None:
             self.set_beside(setup.beside)
         parts = Assembled(self.scheduler, Executor(self.timed, setup.max_batch_size), info)  # type: ignore[arg-type]
-        self.engine = OfflineEngine(parts)  # does what the backend has put off, as graphs of the other sizes
+        self.engine = OfflineEngine(parts)  # runs the deferred idle work, such as capture of further graphs
         rested = time.perf_counter()
         tell(bench="start", shape=setup.shape, drawn_s=round(drawn - start, 2), weights_s=round(loaded - drawn, 2),
              warm_up_s=round(ready - loaded, 2), put_off_s=round(rested - ready, 2), blocks=blocks,
@@ -135,11 +135,11 @@ class Built:
 
     @property
     def beside(self) -> int:
-        """Prompt tokens that a step may compute beside decoding ones; 0: as many as it holds."""
+        """Limit of prompt tokens in a step with decoding rows; 0: no limit."""
         return self.scheduler.limits.prefill_beside
 
     def set_beside(self, tokens: int) -> None:
-        """Set `beside`. Only while nothing runs."""
+        """Set `beside`. Call it only while no request runs."""
         self.scheduler.limits = replace(self.scheduler.limits, prefill_beside=tokens)
 
     def finish(self) -> None:
@@ -152,7 +152,7 @@ class Built:
 
 
 def _backend(setup: Setup, program: Program, weights: RandomWeights, limits: StepLimits) -> Backend:
-    """What the server would make. A StartError names what it has not."""
+    """Create the backend as the server does. Raises StartError for unsupported features."""
     name = "cuda" if setup.device == "cuda" else "torch"
     cores = os.cpu_count() or 1
     options = BackendOptions(backend=name, device=setup.device, dtype="bfloat16", cpus=cores, **setup.options)

@@ -1,4 +1,4 @@
-"""(d) What a long prompt does to streams that decode: their inter-token latency before and while it is computed."""
+"""(d) Measure the inter-token latency of decoding streams before and while a long prompt is computed."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from tokenmill.bench.load import percentile
 
 @dataclass(frozen=True, slots=True)
 class LongPrompt:
-    """The workload: a prompt of so many tokens beside so many streams, whose own prompts have `context` tokens."""
+    """Workload: a prompt of `tokens` tokens while streams decode, whose own prompts have `context` tokens."""
 
     tokens: int = 32768
     streams: int = 32
     most_id: int = 10000
     context: int = 500
-    stream_tokens: int = 3000  # of a stream at most: more than the measurement takes
+    stream_tokens: int = 3000  # limit of a stream, more than the measurement needs
     quiet_steps: int = 100
     repeat: int = 3
 
     def prompt(self, seed: int, length: int) -> list[int]:
-        """Ids that no other seed's prompt begins with."""
+        """Return token ids that share no prefix with those of other seeds."""
         draw = random.Random(seed)
         return [draw.randint(0, self.most_id) for _ in range(length)]
 
 
 class Steps(Protocol):
-    """An engine that is stepped from here."""
+    """Interface of an engine that the measurement steps."""
 
     def submit(self, prompt: list[int], max_tokens: int) -> int:
-        """Queue a request; its number."""
+        """Queue a request and return its number."""
 
     def step(self) -> None:
-        """One step."""
+        """Run one step."""
 
     def tokens(self, request: int) -> int:
-        """Tokens that came of a request so far."""
+        """Return the number of tokens of a request so far."""
 
     def abort(self, request: int) -> None:
-        """Forget a request."""
+        """Abort a request."""
 
 
 @dataclass(slots=True)
 class Gaps:
-    """Seconds between neighbouring tokens of streams; tokens that come together count with gaps of 0."""
+    """Recorder of the seconds between consecutive tokens of streams; tokens of the same step have gaps of 0."""
 
     last: dict[int, float]
     seen: dict[int, int]
     gaps: list[float] = field(default_factory=list)
 
     def look(self, tokens_of: Callable[[int], int]) -> None:
-        """Note what has come since the last look."""
+        """Record the tokens since the last call."""
         now = time.perf_counter()
         for request, before in self.seen.items():
             count = tokens_of(request)
@@ -67,9 +67,9 @@ class Gaps:
 
 
 def measure(engine: Steps, shape: str, work: LongPrompt) -> None:
-    """Tell the figures of an engine. Requests are aborted at the end, not waited for."""
+    """Measure an engine and print the figures. Requests are aborted at the end."""
     streams = [engine.submit(work.prompt(i, work.context), work.stream_tokens) for i in range(work.streams)]
-    prompts = [work.prompt(1000 + i, work.tokens) for i in range(work.repeat)]  # to make one takes longer than a step
+    prompts = [work.prompt(1000 + i, work.tokens) for i in range(work.repeat)]  # in advance: longer than a step
     while not all(engine.tokens(stream) for stream in streams):
         engine.step()
     quiet, busy, ttft, slowest = [], [], [], []
@@ -96,7 +96,7 @@ def measure(engine: Steps, shape: str, work: LongPrompt) -> None:
 
 
 def _begin(engine: Steps, streams: list[int]) -> Gaps:
-    """Let some steps pass, then count from a step that gave every stream a token."""
+    """Run some steps, then start recording after a step in which every stream got a token."""
     for _ in range(10):
         engine.step()
     now = time.perf_counter()
@@ -104,7 +104,7 @@ def _begin(engine: Steps, streams: list[int]) -> Gaps:
 
 
 def _slowest(ends: list[float], most: int = 4) -> str:
-    """The longest steps of a prompt and how long they took: "of 220: 1: 20.1 ms, …"."""
+    """Format the longest steps of a prompt with their durations: "of 220: 1: 20.1 ms, …"."""
     took = sorted(((after - before, n) for n, (before, after) in enumerate(pairwise(ends), 1)), reverse=True)
     return f"of {len(took)}: " + ", ".join(f"{n}: {seconds * 1e3:.1f} ms" for seconds, n in took[:most])
 

@@ -1,4 +1,4 @@
-"""The machine that a run was on, for its record and its table."""
+"""Describe the machine of a run, for its record and its table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """Cards, driver, versions, cores; without importing torch or touching a card."""
+    """Return cards, driver, versions and cores, without importing torch or using a card."""
     rows = _smi("name,driver_version,memory.total")
     versions = {}
     for name in ("torch", "triton", "transformers", "tokenizers"):
@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
 
 
 def visible() -> list[str]:
-    """The cards that a program may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the usable cards, named as in CUDA_VISIBLE_DEVICES."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name for name in given.split(",") if name]
@@ -34,7 +34,7 @@ def visible() -> list[str]:
 
 
 def wait_until_free(card: str, most_mib: int = 3000, timeout_s: float = 20.0) -> None:
-    """Until a card's memory is given back by what used it, or the time is over. At once without a card."""
+    """Wait until a card's memory is free, for `timeout_s` seconds at most. Returns at once without a card."""
     until = time.monotonic() + timeout_s
     while card and time.monotonic() < until:
         rows = _smi("memory.used", card)

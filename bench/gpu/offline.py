@@ -1,10 +1,10 @@
-"""This engine without HTTP: decode, prefill, a crowd, a long prompt beside streams.
+"""Measure this engine without HTTP: decode, prefill, a crowd, a long prompt while streams decode.
 
     python -m bench.gpu --shape 8b --only b,c,a            engine and scheduler included, tokens in and out
     python -m bench.gpu --shape 1b --only b --profile F    kernels of decode steps, to a file
 
-(a) requests of 100–1024 tokens in and out, as many as --streams says; (b) decode behind 512-token prompts; (c) prefill
-of 8 × 2048 tokens; (d) 32 streams while a prompt of 32,768 tokens comes.
+(a) --streams requests of 100–1024 tokens in and out; (b) decode after 512-token prompts; (c) prefill of 8 × 2048
+tokens; (d) 32 streams while a prompt of 32,768 tokens is computed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LONG_TOTAL = 36864  # tokens of a sequence that (d) needs
 
 
 class Bench:
-    """An engine, and the workloads (a), (b), (c)."""
+    """Engine with the workloads (a), (b) and (c)."""
 
     def __init__(self, built: Built, rows: list[int], prompt_tokens: int = 512) -> None:
         self.built, self.rows, self.prompt_tokens = built, rows, prompt_tokens
@@ -43,7 +43,7 @@ class Bench:
         return [self.random.randint(0, self.most_id) for _ in range(length)]
 
     def run(self, prompts: list[list[int]], counts: list[int], temperature: float = 0.0) -> float:
-        """Seconds until all are done."""
+        """Run requests to their end and return the seconds."""
         self.built.finish()
         self.timed.reset()
         start = time.perf_counter()
@@ -60,7 +60,7 @@ class Bench:
         return time.perf_counter() - start
 
     def decode(self, repeat: int = 3) -> dict[int, float]:
-        """(b) ms a step, by batch size: over the steps in which all rows decode."""
+        """(b) Measure ms per step by batch size, over the steps in which all rows decode."""
         found, size, beside = {}, self.prompt_tokens, self.built.beside
         self.built.set_beside(0)  # all prompts at once, so that all rows have the same context
         for rows in self.rows:
@@ -79,7 +79,7 @@ class Bench:
         return found
 
     def steady(self, rows: int) -> float:
-        """ms a step of 100 steps with all rows about 64 tokens behind their prompts."""
+        """Return ms per step, over 100 steps with all rows about 64 tokens after their prompts."""
         ids = [
             self.engine.submit(self.prompt(self.prompt_tokens), SamplingParams(), StoppingParams(180))
             for _ in range(rows)
@@ -100,7 +100,7 @@ class Bench:
         return seconds * 10
 
     def device(self, rows: int) -> float | None:
-        """ms of a captured step alone, over and over, 64 tokens behind the prompt; None without graphs."""
+        """Return ms of a repeated captured step, 64 tokens after the prompt; None without CUDA graphs."""
         slots, backend = np.arange(rows, dtype=np.int32), self.backend
         if not self.built.real or not backend._graphs.padded(rows):
             return None
@@ -120,7 +120,7 @@ class Bench:
         return round(float(start.elapsed_time(end)) / 50, 3)
 
     def prefill(self, length: int = 2048) -> None:
-        """(c) prompt tokens a second: the median of those of 8 prompts."""
+        """(c) Measure prompt tokens per second: the median over 8 prompts."""
         rates = []
         for n in (8, 8, 8, 32):
             seconds = self.run([self.prompt(length) for _ in range(n)], [1] * n)
@@ -129,7 +129,7 @@ class Bench:
         figure(self.shape, "prefill", statistics.median(rates[:3]), "tok/s", runs=rates[:3], of_32_prompts=rates[3])
 
     def crowd(self, requests: int, longest: int, repeat: int) -> None:
-        """(a) output tokens a second: the median of `repeat`; then once with prompts in whole steps."""
+        """(a) Measure output tokens per second: the median of `repeat` runs, then once with unlimited prompt chunks."""
         rates = [self._crowd(requests, longest, self.built.beside, seed) for seed in range(repeat)]
         name = f"crowd of {requests}" + (f", up to {longest}" if longest != 1024 else "")
         figure(self.shape, name, statistics.median(rates), "tok/s", runs=rates, beside=self.built.beside)
@@ -152,7 +152,7 @@ class Bench:
         return rate
 
     def profile(self, path: str) -> None:
-        """Kernels of decode steps, by time."""
+        """Write the kernels of decode steps to a file, by time."""
         from torch.profiler import ProfilerActivity, profile
 
         with open(path, "w", encoding="utf-8") as out:
@@ -173,7 +173,7 @@ class Bench:
 
 
 class Steps:
-    """`longprompt.Steps` of this engine."""
+    """Implementation of `longprompt.Steps` for this engine."""
 
     def __init__(self, engine: OfflineEngine) -> None:
         self._engine = engine
@@ -197,7 +197,7 @@ class Steps:
 
 
 def options() -> argparse.ArgumentParser:
-    """The options of this measurement."""
+    """Return the parser of this measurement's options."""
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--shape", choices=SHAPES, default="1b")
@@ -224,7 +224,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def setup_of(args: argparse.Namespace) -> Setup:
-    """What the options ask for."""
+    """Return the setup that the options define."""
     given = {name: getattr(args, name) for name in ("kv_cache_dtype", "attention", "deterministic")}
     total = args.max_total or (_LONG_TOTAL if "d" in args.only else 4096)
     size = max(int(n) for n in [*args.batches.split(","), *args.streams.split(","), args.long_streams + 1])
@@ -241,7 +241,7 @@ def main(words: list[str] | None = None) -> None:
     size = 512 if args.shape != "tiny" else 16
     bench, found = Bench(built, [int(n) for n in args.batches.split(",")], size), {}
     gc.collect()
-    gc.freeze()  # as a server does
+    gc.freeze()  # as in the server
     with torch.inference_mode(), Turn(args.wait):
         if "b" in args.only:
             found = bench.decode(args.decode_repeat)

@@ -1,4 +1,4 @@
-"""vLLM without HTTP: the workloads of `bench.gpu.offline`, with the same names. Runs with vLLM's packages, not ours.
+"""Measure vLLM without HTTP, with the workloads of `bench.gpu.offline`. Runs with vLLM's packages, not this project's.
 
     PYTHONPATH=FOLDER_OF_VLLM:. python -m bench.gpu.peer --shape 8b --only b,c,a
 
@@ -26,7 +26,7 @@ _LONG_TOTAL = 36864
 
 
 class Peer:
-    """A vLLM engine, and the workloads (a), (b), (c)."""
+    """vLLM engine with the workloads (a), (b) and (c)."""
 
     def __init__(self, args: argparse.Namespace, folder: str) -> None:
         import vllm
@@ -48,7 +48,7 @@ class Peer:
         return [[self.random.randint(0, 10000) for _ in range(length)] for _ in range(count)]
 
     def run(self, prompts: list[list[int]], counts: list[int], temperature: float = 0.0) -> float:
-        """Seconds until all are done."""
+        """Run requests to their end and return the seconds."""
         params = [
             self._params(temperature=temperature, ignore_eos=True, max_tokens=n, min_tokens=n, detokenize=False)
             for n in counts
@@ -60,7 +60,7 @@ class Peer:
         return seconds
 
     def warm_up(self) -> None:
-        """Every kind of step once."""
+        """Run every kind of step once."""
         start = time.perf_counter()
         self.run(self.prompts(16, 512), [16] * 16)
         self.run(self.prompts(256, 64), [16] * 256, 0.6)
@@ -68,7 +68,7 @@ class Peer:
         tell(bench="warm-up", shape=self.shape, seconds=round(time.perf_counter() - start, 1))
 
     def decode(self, batches: list[int]) -> None:
-        """(b) ms a step: the time of 128 tokens less that of one, by 127; the median of three."""
+        """(b) Measure ms per step: (time of 128 tokens − time of one) / 127, the median of three."""
         for rows in batches:
             ms = []
             for _ in range(3):
@@ -78,12 +78,12 @@ class Peer:
             figure(self.shape, f"decode, batch {rows}", middle, "ms", runs=[round(m, 3) for m in ms])
 
     def prefill(self) -> None:
-        """(c) prompt tokens a second: the median of 5 times 8 × 2048."""
+        """(c) Measure prompt tokens per second: the median of 5 runs of 8 × 2048 tokens."""
         rates = [round(8 * 2048 / self.run(self.prompts(8, 2048), [1] * 8)) for _ in range(5)]
         figure(self.shape, "prefill", statistics.median(rates), "tok/s", runs=rates)
 
     def crowd(self, requests: int, repeat: int) -> None:
-        """(a) output tokens a second: the median of `repeat`."""
+        """(a) Measure output tokens per second: the median of `repeat` runs."""
         work = crowd(requests, min(100, self.longest), self.longest)
         rates = [round(sum(work.counts) / self.run(work.prompts, work.counts, 0.6)) for _ in range(repeat)]
         name = f"crowd of {requests}" + (f", up to {self.longest}" if self.longest != 1024 else "")
@@ -91,7 +91,7 @@ class Peer:
 
 
 class Steps:
-    """`longprompt.Steps` of a vLLM engine."""
+    """Implementation of `longprompt.Steps` for a vLLM engine."""
 
     def __init__(self, llm: Any, params: Any) -> None:
         from vllm.sampling_params import RequestOutputKind

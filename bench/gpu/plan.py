@@ -1,16 +1,16 @@
-"""A plan of measurements and one table, within a time: `python -m bench.gpu --parts offline-8b,http-8b,peer-8b …`.
+"""Run a plan of measurements within a time limit: `python -m bench.gpu --parts offline-8b,http-8b,peer-8b …`.
 
     tests                    the CUDA backend's tests
     offline-SHAPE            decode, prefill, crowds; (b), (c), (a)
-    long-SHAPE               a long prompt beside streams; (d)
+    long-SHAPE               a long prompt while streams decode; (d)
     http-SHAPE               the server: seconds to ready, many streams
-    variants-SHAPE           offline again with options of the backend, as --variant says
-    peer-SHAPE, peer-long-SHAPE, peer-http-SHAPE       the same of vLLM, whose packages are in --peer FOLDER
+    variants-SHAPE           offline again with the backend options of --variant
+    peer-SHAPE, peer-long-SHAPE, peer-http-SHAPE       the same for vLLM, whose packages are in --peer FOLDER
 
-Parts run in their order; with two cards the peer's run on the second, beside ours, and what HTTP is timed for has the
-host to itself. Lines go to gpu.jsonl in $OUT (or --out) as they come, logs beside it; --table FILE prints its table
-again. Checkpoints and the caches of compiled kernels stay in --work for the next run; http-SHAPE begins with an empty
-cache.
+Parts run in their order. With two cards, the peer's parts run on the second one, in parallel with ours; HTTP
+measurements have the host to themselves. Lines are written to gpu.jsonl in $OUT (or --out) at once, with logs next to
+it; --table FILE prints its table again. Checkpoints and caches of compiled kernels stay in --work for the next run;
+http-SHAPE begins with an empty cache.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ LIMITS = {
     "tests": 240, "offline-8b": 240, "offline-1b": 150, "long": 120, "http-8b": 200, "http-1b": 150, "variants": 150,
     "peer-8b": 320, "peer-1b": 170, "peer-long": 320, "peer-http-8b": 300, "peer-http-1b": 170,
 }  # fmt: skip
-"""Seconds that a part may take, turns waited for left out; by its name or the beginning of it."""
+"""Part's name or prefix of it -> time limit in seconds, without the time of waiting for the host"""
 VARIANTS = ("fp8=--kv-cache-dtype fp8_e4m3fn", "deterministic=--deterministic")
-_END_S = 8.0  # of the run's time, for the table
+_END_S = 8.0  # time reserved for the table
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 class Plan:
-    """Names of parts -> processes."""
+    """Plan: from names of parts to processes."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, empty: Path) -> None:
-        """`folder`: for logs. `empty`: for caches that this run begins with nothing in."""
+        """`folder`: for logs. `empty`: for caches that are empty at the start of this run."""
         self.args, self.folder, self.empty = args, folder, empty
         self.kept = args.work / "peer-cache"
         self.limits = LIMITS | {name: float(s) for name, _, s in (one.partition("=") for one in args.limit)}
@@ -60,7 +60,7 @@ class Plan:
         }  # fmt: skip
 
     def parts(self) -> list[Part]:
-        """All, in order. SystemExit names one that there is not."""
+        """Return all parts in order. Raises SystemExit for an unknown name."""
         found: list[Part] = []
         for name in filter(None, self.args.parts.split(",")):
             kind, _, shape = name.rpartition("-")
@@ -74,11 +74,11 @@ class Plan:
         return found
 
     def model(self, shape: str) -> Path:
-        """Where a shape's checkpoint is."""
+        """Return the folder of a shape's checkpoint."""
         return Path(self.args.checkpoint or self.args.work / "checkpoints") / shape
 
     def checkpoints(self, parts: list[Part]) -> list[Part]:
-        """What writes the files that `parts` need."""
+        """Return the parts that write the checkpoints which `parts` need."""
         shapes = dict.fromkeys(part.shape for part in parts if part.needs)
         return [
             Part(name=f"checkpoint-{shape}", who="files", shape=shape, limit_s=200, environment=self.ours,
@@ -140,7 +140,7 @@ class Plan:
             *(["--clients", str(self.args.clients)] if self.args.clients else []),
         ]  # fmt: skip
         part = self._part(name, shape, command, needs=f"checkpoint-{shape}")
-        more = words[words.index("--http-workers") + 1].count(",")  # servers after the first
+        more = words[words.index("--http-workers") + 1].count(",")  # number of servers after the first
         return replace(part, limit_s=part.limit_s * (1 + 0.4 * more))
 
     def _peer(self, name: str, shape: str, only: str) -> Part:
@@ -149,7 +149,7 @@ class Plan:
 
 
 def run(plan: Plan, record: Record, until: float) -> None:
-    """Run all parts; ours and the peer's side by side if there are two cards."""
+    """Run all parts; ours and the peer's in parallel if there are two cards."""
     parts, cards = plan.parts(), visible()
     record.add(machine=machine(), parts=[part.name for part in parts])
     runner = Runner(record, plan.folder, until - _END_S)
@@ -173,7 +173,7 @@ def run(plan: Plan, record: Record, until: float) -> None:
 
 
 def options() -> argparse.ArgumentParser:
-    """The options of a plan."""
+    """Return the parser of a plan's options."""
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--parts", default="", help="names with commas between")
@@ -203,7 +203,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who sends it may send it twice
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the signal may be sent twice
     raise KeyboardInterrupt
 
 

@@ -1,7 +1,7 @@
-"""Runs parts of a plan: each a process with a time limit, whose lines are written down the moment they come.
+"""Run the parts of a plan, each a process with a time limit, and record their lines at once.
 
-Parts of one lane run one after another, lanes side by side. Before what they time, processes ask for the host: several
-may have it shared, or one alone.
+Parts of one lane run one after another, lanes in parallel. Before a timed section, a process acquires the host, shared
+or exclusively.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.gpu.servers import last_line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A process to run, and what its figures are called. `needs`: the part that must have succeeded before."""
+    """Process to run, and the labels of its figures. `needs`: a part that must have succeeded before; "": none."""
 
     name: str
     who: str  # "ours", "peer"; "files": writes them
@@ -37,14 +37,14 @@ class Part:
 
 
 class Host:
-    """Who may time something: several that share, or one alone."""
+    """Lock of the host for timed sections, shared or exclusive."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._sharing, self._alone = 0, False
 
     def enter(self, alone: bool, until: float) -> bool:
-        """Wait for one's turn; False if it has not come by `until` (of time.monotonic())."""
+        """Acquire the lock; return False if that fails until `until` (time.monotonic()). `alone`: exclusively."""
 
         def free() -> bool:
             return not self._alone and not (alone and self._sharing)
@@ -56,7 +56,7 @@ class Host:
             return True
 
     def leave(self) -> None:
-        """Give the turn back."""
+        """Release the lock."""
         with self._changed:
             if self._alone:
                 self._alone = False
@@ -66,14 +66,14 @@ class Host:
 
 
 class Record:
-    """The lines of a run: in memory, and at the end of a file."""
+    """Lines of a run, in memory and appended to a file."""
 
     def __init__(self, path: Path) -> None:
         self.lines: list[dict[str, Any]] = []
         self._path, self._lock, self._began = path, threading.Lock(), time.monotonic()
 
     def add(self, **line: Any) -> None:
-        """Write a line down; figures are shown, too."""
+        """Record a line, and print it if it is a figure or a failure."""
         with self._lock:
             line["at"] = round(time.monotonic() - self._began, 1)
             self.lines.append(line)
@@ -85,12 +85,12 @@ class Record:
 
 
 class Runner:
-    """What lanes share. `until`: when the whole run ends, of time.monotonic()."""
+    """State that lanes share. `until`: end of the whole run, time.monotonic()."""
 
     def __init__(self, record: Record, folder: Path, until: float) -> None:
         self.record, self.folder, self.until = record, folder, until
         self.host, self.stopped = Host(), threading.Event()
-        self.doing: dict[str, str] = {}  # who -> what is being done, for the lines of the others
+        self.doing: dict[str, str] = {}  # owner -> its current activity, for the lines of the others
         self._ended: dict[str, bool] = {}  # part -> whether it succeeded
         self._changed = threading.Condition()
 
@@ -105,7 +105,7 @@ class Runner:
             wait_until_free(card, timeout_s=min(20.0, self._left()))
 
     def run(self, part: Part, card: str = "") -> bool:
-        """Run a part to its end or its limit; whether it succeeded. What went wrong is written down, never raised."""
+        """Run a part to its end or its limit and return True on success. Failures are recorded, never raised."""
         if part.needs and not self._wait_for(part.needs):
             why = f"not begun: {part.needs} is not there"
         elif self._left() < 5:
@@ -117,7 +117,7 @@ class Runner:
         return not why
 
     def _run(self, part: Part, card: str) -> str:
-        """Why it failed, or ""."""
+        """Run a part and return the cause of its failure, or ""."""
         log = self.folder / f"{part.name.replace(':', '-')}.log"
         self.doing[part.who] = f"{part.name}: start"
         environment = os.environ | part.environment | ({"CUDA_VISIBLE_DEVICES": card} if card else {})
@@ -128,7 +128,7 @@ class Runner:
                 why = _Following(self, part, process, err).follow()
             finally:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # what it left behind
+                    os.killpg(process.pid, signal.SIGKILL)  # kills remaining descendants
                 process.wait()
         return f"{why}; {last_line(log)}" if why else ""
 
@@ -143,7 +143,7 @@ class Runner:
 
 
 class _Following:
-    """Reads what a part's process says and gives it its turns."""
+    """Reader of a part's output that acquires the host on its request."""
 
     def __init__(self, runner: Runner, part: Part, process: subprocess.Popen[bytes], log: Any) -> None:
         self._runner, self._part, self._process, self._log = runner, part, process, log
@@ -153,7 +153,7 @@ class _Following:
         threading.Thread(target=self._read, daemon=True).start()
 
     def follow(self) -> str:
-        """Until it ends; why it failed, or ""."""
+        """Read until the process ends; return the cause of a failure, or ""."""
         try:
             while not self._runner.stopped.is_set():
                 left = min(self._limit, self._runner.until) - time.monotonic()

@@ -1,4 +1,4 @@
-"""Servers that are measured over HTTP: how each is started, when it is ready, what its processes cost."""
+"""Start servers for measurements over HTTP, wait until they are ready, and measure their CPU time."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ PEER_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
     "TOKENIZERS_PARALLELISM": "false", "FLASHINFER_DISABLE_VERSION_CHECK": "1", "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
 }  # fmt: skip
-"""What vLLM needs to know on a machine without a network; on Hopper."""
+"""Variables of vLLM on a Hopper machine without a network"""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A command with the places {python}, {model}, {port}, {workers}, {streams}, {room}, {total}, {more}."""
+    """Command with the placeholders {python}, {model}, {port}, {workers}, {streams}, {room}, {total}, {more}."""
 
     command: str
     model: Path
@@ -47,7 +47,7 @@ class Server:
     more: str = ""  # further options
 
     def words(self, port: int, workers: int) -> list[str]:
-        """The command line."""
+        """Return the command line."""
         places = {
             "python": sys.executable, "model": self.model, "port": port, "workers": workers, "streams": self.streams,
             "room": 2 * self.streams, "total": self.total, "more": self.more,
@@ -57,14 +57,14 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that is ready. `ready_s`: seconds from the start of its process to the first 200 of /health."""
+    """Ready server. `ready_s`: seconds from the start of its process to the first 200 of /health."""
 
     base_url: str
     ready_s: float
     pid: int
 
     def cpu_s(self) -> dict[str, dict[int, float]]:
-        """CPU seconds so far of its processes: {"engine": {process id: seconds}, "HTTP": {…}}."""
+        """Return the CPU seconds of its processes so far: {"engine": {process id: seconds}, "HTTP": {…}}."""
         found: dict[str, dict[int, float]] = {"engine": {}, "HTTP": {}}
         root = psutil.Process(self.pid)
         for process in [root, *root.children(recursive=True)]:
@@ -80,7 +80,7 @@ class Running:
 def running(
     server: Server, workers: int, log: Path, timeout_s: float, environment: dict[str, str]
 ) -> Iterator[Running]:
-    """Start it, wait until it is ready, stop it at the end. SystemExit, with its last line, if it does not come up."""
+    """Start a server, yield it once it is ready, and stop it. SystemExit with its last log line if it fails."""
     port = _free_port()
     with open(log, "ab") as out:
         start = time.perf_counter()
@@ -94,7 +94,7 @@ def running(
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something; its errors first."""
+    """Return the last error in a log, else the last line that is not empty."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-200:] if line.strip()]
     telling = [line for line in lines if "Error" in line or "error:" in line]
     return (telling or lines or ["nothing in the log"])[-1][:300]
@@ -121,7 +121,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, start: float, timeout_s: 
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End it and what it started."""
+    """Stop a process and its descendants."""
     with contextlib.suppress(psutil.Error):
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.send_signal(signal.SIGINT)

@@ -1,9 +1,9 @@
-"""A server over HTTP: seconds to ready, and many streams of token ids at once.
+"""Measure a server over HTTP: seconds to ready, and many concurrent streams.
 
     python -m bench.gpu.serving --shape 8b --model FOLDER --streams 64,256 --http-workers 4,1,2,8
 
-`--who peer` measures vLLM with the same clients. Prompts are token ids; lengths as in (a); every answer has all its
-tokens (`ignore_eos`), temperature 0.6. The folder's tokenizer is the made one, so an event's text tells its tokens.
+`--who peer` measures vLLM with the same clients. Prompts are token ids, with the lengths of (a); every answer has its
+full length (`ignore_eos`), at temperature 0.6. The tokenizer is generated, so that an event's text shows its tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokenmill.bench.crowd import Crowd, run_crowd
 
 
 class Load:
-    """The streams, by how many at once."""
+    """Load of concurrent streams."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.shape, self.longest, self.clients = args.shape, args.longest, args.clients
@@ -34,7 +34,7 @@ class Load:
         self._rounds = 0
 
     def asks(self, streams: int, new_tokens: int = 0) -> list[Ask]:
-        """Requests that no earlier round's prompts are prefixes of. `new_tokens`: of each; 0: as in (a)."""
+        """Return requests that share no prefix with earlier rounds. `new_tokens`: of each; 0: as in (a)."""
         self._rounds += 1
         work = crowd(streams, min(100, self.longest), self.longest, most_ids=self.most_id)
         prompts = unshared(work.prompts, self._rounds, self.most_id)
@@ -44,7 +44,7 @@ class Load:
         ]
 
     def measure(self, server: Running, suffix: str) -> None:
-        """Warm up, then tell the round of median throughput of each number of streams."""
+        """Warm up, measure each number of streams, and print its round of median throughput."""
         self._round(server, self.asks(max(self.streams), 16), "warm-up")
         for streams in self.streams:
             name = f"HTTP, {streams} streams{suffix}"
@@ -65,7 +65,7 @@ class Load:
         return found, cpu
 
     def _tell(self, name: str, told: tuple[Crowd, dict[str, list[float]]], rates: list[int], *, short: bool) -> None:
-        """The figures of a round; `short`: those that the number of HTTP processes changes. `rates`: of all rounds."""
+        """Print a round. `short`: only figures that depend on the HTTP processes. `rates`: those of all rounds."""
         found, cpu = told
         if not found.tokens:
             raise SystemExit(f"{name}: no stream was answered: {found.first_error[:300]}")
@@ -85,14 +85,14 @@ class Load:
 
 
 def _caches(folder: Path) -> dict[str, str]:
-    """Where both servers keep what they compile."""
+    """Return the variables that set the folders of compiled kernels, for both servers."""
     names = {"TRITON_CACHE_DIR": "triton", "TOKENMILL_KERNEL_CACHE": "kernels", "VLLM_CACHE_ROOT": "vllm",
              "FLASHINFER_WORKSPACE_BASE": "flashinfer", "TORCHINDUCTOR_CACHE_DIR": "inductor"}  # fmt: skip
     return {variable: str(folder / name) for variable, name in names.items()}
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Tell how soon the server is ready, first without compiled kernels, then what it does."""
+    """Measure the time to ready, first without compiled kernels, then the load."""
     load = Load(args)
     command = args.command or (OURS if args.who == "ours" else PEER)
     server = Server(command, args.model, max(load.streams), args.total, args.serve)
@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def options() -> argparse.ArgumentParser:
-    """The options of this measurement."""
+    """Return the parser of this measurement's options."""
     parser = argparse.ArgumentParser(prog="bench.gpu.serving", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--who", choices=("ours", "peer"), default="ours")

@@ -1,4 +1,4 @@
-"""What is measured: the models' shapes, the workloads, the goals, and what was measured elsewhere. Data only."""
+"""Data of the measurements: model shapes, workloads, goals, and reference figures."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ SHAPES: dict[str, dict[str, Any]] = {
                         "head_dim": 16, "intermediate_size": 128, "vocab_size": 2048, "max_position_embeddings": 4096,
                         "bos_token_id": 1792, "eos_token_id": 1793},
 }  # fmt: skip
-"""Configurations as transformers writes them. "tiny" is for tries without a GPU."""
+"""Configurations in transformers' form. "tiny" is for tests without a GPU."""
 
 BATCHES = (1, 8, 32, 64, 128, 256)
 
 
 class Workload(NamedTuple):
-    """Prompts as token ids, and how many tokens each answer has."""
+    """Prompts as token ids, and the number of tokens of each answer."""
 
     prompts: list[list[int]]
     counts: list[int]
 
 
 def crowd(requests: int, shortest: int = 100, longest: int = 1024, *, most_ids: int = 10000) -> Workload:
-    """(a) `requests` prompts and answers of lengths that are uniform between two bounds; always the same."""
+    """(a) Return `requests` prompts and answers of uniformly distributed lengths, the same on every call."""
     draw = random.Random(0)
     prompts = [[draw.randint(0, most_ids) for _ in range(draw.randint(shortest, longest))] for _ in range(requests)]
     return Workload(prompts, [draw.randint(shortest, longest) for _ in range(requests)])
 
 
 def unshared(prompts: list[list[int]], seed: int, most_ids: int = 10000) -> list[list[int]]:
-    """The same with other first tokens, no two alike: what an earlier round left in a prefix cache does not fit.
+    """Replace the first tokens, so that no prompt matches a prefix cached by an earlier round.
 
-    Nor what a round of another size with the same seed left: both begin with the same prompts.
+    This includes rounds of other sizes with the same seed, which begin with the same prompts.
     """
     firsts = random.Random(f"{seed} of {len(prompts)}").sample(range(most_ids), len(prompts))
     return [[first, *prompt[1:]] for first, prompt in zip(firsts, prompts, strict=True)]
 
 
 class Goal(NamedTuple):
-    """At most (`less`) or at least `value`; of the peer's figure if `of_peer`."""
+    """Goal of a figure: at most (`less`) or at least `value`, times the peer's figure if `of_peer`."""
 
     value: float
     less: bool = True
@@ -73,14 +73,14 @@ GOALS: dict[str, dict[str, Goal]] = {
         "ready, kernels cached": Goal(8), "long prompt: p99 to quiet p99": Goal(3),
     },
 }  # fmt: skip
-"""On any card: shape -> figure -> goal."""
+"""Goals on any card: shape -> figure -> goal"""
 
 H200_GOALS: dict[str, dict[str, Goal]] = {
     "8b": _decode(3.95, 4.45, 4.9, 5.65, 7.4, 11.9) | {"crowd of 256": Goal(11000, False)},
     "1b": _decode(0.88, 0.95, 1.16, 1.34, 1.78, 2.75)
     | {"crowd of 256": Goal(50000, False), "prefill": Goal(300000, False)},
 }
-"""On an H200 alone; in place of those above."""
+"""Goals on an H200 only, which replace those above"""
 
 
 def _row(*ms: float) -> dict[str, float]:
@@ -94,4 +94,4 @@ H200_REFERENCES: dict[str, dict[str, dict[str, float]]] = {
         "1b": _row(1.49, 1.57, 1.89, 2.49, 3.43, 5.07) | {"crowd of 256": 36865, "prefill": 247000},
     },
 }
-"""Measured on an H200 in other runs: a step of the device alone, and the peer."""
+"""Figures measured on an H200 in other runs: a step on the device alone, and the peer"""

@@ -1,4 +1,4 @@
-"""One table of a run: figures of this engine and of the peer, their ratio, the goal."""
+"""Format the table of a run: figures of this engine and of the peer, their ratio, and the goal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNCOMPARED = ("", "cores")
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a run; those that were cut off are left out."""
+    """Read the lines of a run, without truncated ones."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -26,7 +26,7 @@ def read(path: Path) -> list[Line]:
 
 
 def table(lines: Iterable[Line]) -> str:
-    """The table, what it was measured on, and what failed."""
+    """Format the table, the machine, and the failures."""
     lines = list(lines)
     about = next((line["machine"] for line in reversed(lines) if "machine" in line), {})
     on_h200 = any("H200" in card for card in about.get("cards", []))
@@ -48,7 +48,7 @@ Figures = dict[Key, dict[str, Line]]  # by who
 
 
 def _figures(lines: list[Line]) -> Figures:
-    """The last line of each figure."""
+    """Return the last line of each figure."""
     found: Figures = {}
     for line in lines:
         if "figure" in line:
@@ -61,7 +61,7 @@ def _figures(lines: list[Line]) -> Figures:
 
 
 def _with_shares(figures: Figures) -> Figures:
-    """And how much of the offline throughput comes through HTTP."""
+    """Add the ratio of HTTP throughput to offline throughput."""
     found: Figures = {}
     for key, values in figures.items():
         found[key] = values
@@ -111,7 +111,7 @@ def _number(line: Line | None) -> str:
 
 
 def _ratio(ours: Line | None, peer: Line | None) -> str:
-    """Above 1: this engine is better."""
+    """Format the ratio to the peer; above 1, this engine is better."""
     if not ours or not peer or not ours["value"] or not peer["value"] or ours["unit"] in _UNCOMPARED:
         return ""
     better = peer["value"] / ours["value"] if ours["less"] else ours["value"] / peer["value"]

@@ -1,6 +1,6 @@
-"""How a measurement is told: one JSON object a line on standard output, read by whoever started the process.
+"""Report a measurement to the parent process: one JSON object per line on standard output.
 
-A figure is what the table shows. Between `ready` and `go` a process waits until what it times may run.
+Figures are shown in the table. Before a timed section, a process waits until the parent has acquired the host for it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def tell(**what: Any) -> None:
 
 
 def figure(shape: str, name: str, value: float, unit: str, *, less: bool | None = None, **detail: Any) -> None:
-    """Tell a figure. `less`: whether less is better; it is, of times, if nothing is said."""
+    """Print a figure. `less`: True if less is better; None: True for times."""
     tell(figure=name, shape=shape, value=value, unit=unit, less=unit in ("ms", "s") if less is None else less, **detail)
 
 
 class Turn:
-    """When the timed part of a process may run. With `waits` it is asked for and given back, else always.
+    """Context of a timed section. `waits`: True to acquire the host from the parent process first.
 
-    `alone`: nothing else is timed meanwhile; else others that are not alone may be.
+    `alone`: True for exclusive use; False to share the host with other sections that are not exclusive.
     """
 
     def __init__(self, waits: bool, *, alone: bool = False) -> None:

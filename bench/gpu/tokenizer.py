@@ -1,7 +1,7 @@
-"""A byte-level BPE tokenizer of exactly as many ids as a model has, with made-up words.
+"""Generate a byte-level BPE tokenizer with the vocabulary size of a model and invented words.
 
-Ids: the 256 bytes, then words of one to four letters with a space before them, then special tokens. So nearly every id
-has text of its own, and the spaces of a text are its tokens.
+Ids are the 256 bytes, then words of one to four letters with a space before them, then special tokens. Nearly every id
+therefore has its own text, and the spaces of a text count its tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 MARK = " "
-"""Stands once in the text of every made-up word."""
+"""Text that occurs once in every invented word"""
 _SPACE = "Ġ"  # as byte-level BPE writes it
 _TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}{% endfor %}"
@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _words(count: int) -> list[str]:
-    """Words whose beginnings come before them."""
+    """Return words, each after all of its prefixes."""
     found: list[str] = []
     for length in range(1, 5):
         for letters in product(ascii_lowercase, repeat=length):

@@ -1,4 +1,4 @@
-"""`python -m bench.peers`: measure, print the tables, write the figures as JSON."""
+"""Run `python -m bench.peers`: measure, print the tables, write the figures as JSON."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _IDLE_PERCENT = 15.0
 
 def main() -> None:
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server of the moment is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running server is stopped too
     source = embedded.resolve(options.cache_dir, False, lambda _: None)
     servers, wanted = _servers(options, Path(source.path)), _rows(options)
     record: dict[str, Any] = {**_conditions(options, source), "rows": []}
     for done in range(options.passes):
         for taken in _one_pass(options, source, servers, wanted, done):
             record["rows"].append(taken)
-            if options.json:  # after each, so that a run that is ended early leaves what it has
+            if options.json:  # after each, so that an interrupted run keeps its results
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(record, indent=1) + "\n")
     print(tables.document(record))
@@ -46,7 +46,7 @@ def _one_pass(
     options: argparse.Namespace, source: ModelSource, servers: list[Server], wanted: list[rows.Row], done: int
 ) -> Iterator[dict[str, Any]]:
     for index, row in enumerate(wanted):
-        turn = (done + index) % len(servers)  # nobody is always the first
+        turn = (done + index) % len(servers)  # no server is always first
         for server in servers[turn:] + servers[:turn]:
             if isinstance(server, Tokenmill) or not row.ours_only:
                 yield _measure(row, server, done, 1 + done * 100 + index, options.wait_idle)
@@ -66,7 +66,7 @@ def _measure(row: rows.Row, server: Server, done: int, seed: int, wait_s: float)
 
 
 def _wait_until_idle(wait_s: float) -> None:
-    """Wait for others to leave the CPUs alone, so long at most."""
+    """Wait until the CPUs are idle, for `wait_s` seconds at most."""
     until = time.monotonic() + wait_s
     while time.monotonic() < until and psutil.cpu_percent(0.5) > _IDLE_PERCENT:
         time.sleep(0.5)
@@ -111,7 +111,7 @@ def _rows(options: argparse.Namespace) -> list[rows.Row]:
 
 
 def _conditions(options: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
-    """What must be known to judge the figures."""
+    """Return the conditions of the measurement: machine, versions, model."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", "bench.peers", *sys.argv[1:]]),

@@ -1,4 +1,4 @@
-"""An environment of its own for each peer, made on first use in the user's cache folder, never in the checkout."""
+"""Create a separate Python environment for each peer, on first use, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REQUIREMENTS = {
     "llamacpp": ("xllamacpp==2026.10.11549",),
     "openvino": ("openvino-genai==2026.4.1.0", "openvino==2026.4.1", "numpy==2.4.6"),
 }
-"""What is installed for a peer: versions are pinned, so that a figure says what it measured."""
+"""Packages of each peer, with pinned versions, so that figures are reproducible"""
 
 _CONVERT = """
 import sys, openvino_genai
@@ -21,12 +21,12 @@ openvino_genai.LLMPipeline(sys.argv[1], "CPU", enable_save_ov_model=True)
 
 
 def folder() -> Path:
-    """Where the environments are."""
+    """Return the folder of the environments."""
     return Path(default_cache_dir()) / "peers"
 
 
 def interpreter(peer: str) -> Path:
-    """The peer's Python; its environment is made if it is not there."""
+    """Return the peer's Python, creating its environment if necessary."""
     version = REQUIREMENTS[peer][0].partition("==")[2]
     home = folder() / f"{peer}-{version}"
     python = home / "bin" / "python"
@@ -40,7 +40,7 @@ def interpreter(peer: str) -> Path:
 
 
 def openvino_model(gguf: Path) -> Path:
-    """The folder of OpenVINO's own form of a GGUF file, which its converter writes beside a link to the file."""
+    """Return the folder of a GGUF file in OpenVINO's format, which its converter writes next to a link to the file."""
     version = REQUIREMENTS["openvino"][0].partition("==")[2]
     home = folder() / f"openvino-{version}-{gguf.stem}"
     if not (home / ".converted").exists():

@@ -1,4 +1,4 @@
-"""llama.cpp's HTTP server on one GGUF file. Runs under llama.cpp's own environment: knows nothing of this project.
+"""Run llama.cpp's HTTP server on one GGUF file, in llama.cpp's environment, without this project's code.
 
 `python llamacpp_server.py JSON` with gguf, slots, context (tokens of a slot), threads, flash (bool), port.
 """
@@ -20,7 +20,7 @@ def main() -> None:
     flash = "ENABLED" if asked["flash"] else "DISABLED"
     params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
     params.port = asked["port"]
-    params.cache_ram_mib = 0  # no cache of prompts beside the slots' own
+    params.cache_ram_mib = 0  # no prompt cache besides that of the slots
     params.verbosity = 0
     params.n_gpu_layers = 0
     server = xllamacpp.Server(params)

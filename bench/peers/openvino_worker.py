@@ -1,4 +1,4 @@
-"""OpenVINO's continuous batching pipeline in process. Runs under OpenVINO's own environment.
+"""Run OpenVINO's continuous batching pipeline in process, in OpenVINO's environment.
 
 `python openvino_worker.py JSON` with model (folder), cache_gb, threads; prints READY, then answers each
 JSON line with one.
@@ -16,7 +16,7 @@ import openvino_genai as genai
 
 
 class Worker:
-    """The pipeline and what runs on it."""
+    """Pipeline with its running requests."""
 
     def __init__(self, asked: dict) -> None:
         scheduler = genai.SchedulerConfig()
@@ -32,7 +32,7 @@ class Worker:
         self.last_id = 0
 
     def start(self, ask: dict) -> dict:
-        """Submit a request; its answer fills while `step` is called."""
+        """Submit a request and return its answer, which `step` fills."""
         config = genai.GenerationConfig()
         config.max_new_tokens, config.do_sample, config.ignore_eos = ask["new_tokens"], False, True
         if isinstance(ask["prompt"], str):
@@ -45,7 +45,7 @@ class Worker:
         return answer
 
     def step(self) -> None:
-        """One step of the pipeline; tokens go to their answers."""
+        """Run one step of the pipeline and append the tokens to their answers."""
         self.pipeline.step()
         now = time.perf_counter()
         for handle, answer in self.open:
@@ -55,7 +55,7 @@ class Worker:
                     answer["token_ids"] += output.generated_ids
 
     def drain(self, cut: bool) -> None:
-        """Step until nothing is left; `cut`: of the requests that still run nothing is wanted any more."""
+        """Step until no request is left. `cut`: True to cancel the running requests first."""
         for handle, _ in self.open if cut else ():
             handle.cancel()
         while self.pipeline.has_non_finished_requests():
@@ -63,7 +63,7 @@ class Worker:
         self.open.clear()
 
     def play(self, streams: list, arrivals: list, quiet_s: float) -> dict:
-        """Streams at once; when all have begun and `quiet_s` passed, the arrivals, one after another."""
+        """Start the streams; `quiet_s` seconds after all have begun, run the arrivals one after another."""
         begun = [self.start(ask) for ask in streams]
         late = []
         if arrivals:

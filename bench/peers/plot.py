@@ -1,4 +1,4 @@
-"""The picture of a measurement file: `python -m bench.peers.plot FILE.json FILE.svg`. Bars of tokens a second."""
+"""Plot a measurement file as bars of tokens per second: `python -m bench.peers.plot FILE.json FILE.svg`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TITLE = "Tokens a second over all streams, decoding; prefill: prompt tokens a s
 
 
 def svg(record: tables.Record) -> str:
-    """Groups of bars, one a row; the tallest bar of a group fills it, for the rows differ by orders of magnitude."""
+    """Draw one group of bars per row, each scaled to its tallest bar, as rows differ by orders of magnitude."""
     names = [n for n in dict.fromkeys(e["row"] for e in record["rows"]) if n.startswith(("streams", "prefill 512"))]
     servers = [s for s in tables.servers(record) if any(tables.best(record, n, s) for n in names)]
     parts = [

@@ -1,4 +1,4 @@
-"""The rows of the comparison: what is asked of a server, and which figures come of it."""
+"""Rows of the comparison: the requests to a server, and the resulting figures."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ SAMPLED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line. `measure` gets a ready server, if `settled` one that has also done what it puts off until nobody asks,
-    and a number that makes its prompts its own."""
+    """Row of the table.
+
+    `measure`: function of a ready server and a number that makes the prompts unique. `settled`: True if the server must
+    have finished its deferred idle work first.
+    """
 
     name: str
     needs: Needs
@@ -35,7 +38,7 @@ class Row:
 
 
 def asks(number: int, group: int, words: int = _SHORT, new_tokens: int = _NEW, **more: Any) -> list[Ask]:
-    """Requests without a common prefix; another `group` has other ones."""
+    """Return requests without a common prefix, different for each `group`."""
     return [Ask(make_prompt(group * 1000 + i, words), new_tokens, **more) for i in range(number)]
 
 
@@ -56,7 +59,7 @@ def _streams(number: int) -> Measure:
 
 
 def _prefill(words: int, rounds: int) -> Measure:
-    """One prompt and one token: the best of some rounds."""
+    """Measure one prompt with one new token: the best of some rounds."""
 
     def measure(server: Running, seed: int) -> Figures:
         _warm(server, seed)
@@ -73,7 +76,7 @@ def _prefill(words: int, rounds: int) -> Measure:
 
 
 def _arrivals(streams: int, words: int, arrivals: int, new_tokens: int) -> Measure:
-    """Prompts that arrive, one after another, while others decode."""
+    """Measure prompts that arrive one after another while streams decode."""
 
     def measure(server: Running, seed: int) -> Figures:
         _warm(server, seed)
@@ -84,12 +87,12 @@ def _arrivals(streams: int, words: int, arrivals: int, new_tokens: int) -> Measu
 
 
 def stream_rows(numbers: list[int]) -> list[Row]:
-    """Decoding: so many greedy streams of 128 tokens after prompts of about 125 that share no prefix."""
+    """Return the rows of decoding: greedy streams of 128 tokens after prompts of about 125 that share no prefix."""
     return [Row(f"streams {n}", Needs(n, 320), _streams(n)) for n in numbers]
 
 
 def first_row() -> Row:
-    """The first answer of a server that has just become ready: one stream, asked at once."""
+    """Return the row of the first answer: one stream, sent as soon as the server is ready."""
 
     def measure(server: Running, seed: int) -> Figures:
         return _figures(server.round(asks(1, seed * 10)))
@@ -98,7 +101,7 @@ def first_row() -> Row:
 
 
 def standard_rows() -> list[Row]:
-    """Prefill, and what a short or a long prompt does while eight streams decode."""
+    """Return the rows of prefill, and of short and long prompts that arrive while eight streams decode."""
     return [
         Row("prefill 512", Needs(1, 1024), _prefill(500, 3)),
         Row("TTFT under load", Needs(9, 1152), _arrivals(8, _SHORT, 8, 900)),
@@ -106,12 +109,12 @@ def standard_rows() -> list[Row]:
 
 
 def mixed_row() -> Row:
-    """Eight streams decode while prompts of 2,000 tokens arrive."""
+    """Return the row of eight decoding streams while prompts of 2,000 tokens arrive."""
     return Row("mixed", Needs(9, 2304), _arrivals(8, 1970, 3, 1900))
 
 
 def long_rows() -> list[Row]:
-    """Long contexts: 32 streams that have read 2,000 tokens each, and one prompt of 8,000."""
+    """Return the rows of long contexts: 32 streams after prompts of 2,000 tokens, and one prompt of 8,000."""
 
     def measure(server: Running, seed: int) -> Figures:
         _warm(server, seed)
@@ -124,7 +127,7 @@ def long_rows() -> list[Row]:
 
 
 def sampling_row() -> Row:
-    """32 streams that all sample, with top-p and penalties, against the same greedily, in neighbouring rounds."""
+    """Return the row of 32 streams with top-p and penalties, compared with greedy ones in alternating rounds."""
 
     def measure(server: Running, seed: int) -> Figures:
         _warm(server, seed)
@@ -146,7 +149,7 @@ def sampling_row() -> Row:
 
 
 def http_cost(server: Server, source: ModelSource, seed: int) -> Figures:
-    """32 streams through HTTP and in process, in neighbouring rounds: whole requests, the prompts included."""
+    """Compare 32 streams over HTTP and in process, in alternating rounds: whole requests, prompts included."""
     assert isinstance(server, Tokenmill)
     http, inside = [], []
     tokenizer = Tokenizer.load(source)

@@ -1,4 +1,4 @@
-"""What is compared: how each server is started, asked and stopped. A server lives as long as its `with` block."""
+"""Start, query and stop the servers of the comparison. A server runs as long as its `with` block."""
 
 from __future__ import annotations
 
@@ -33,41 +33,41 @@ _READY_S = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a row of the table wants a server to be made for."""
+    """Capacity of a server that a row of the table requires."""
 
-    slots: int  # requests at once
-    context: int  # tokens of each, prompt and answer
+    slots: int  # concurrent requests
+    context: int  # tokens of each request, prompt and answer
 
 
 class Running(Protocol):
-    """A server that is ready."""
+    """Ready server."""
 
     start_s: float  # from starting its process to ready
 
     def round(self, asks: list[Ask]) -> Report:
-        """All of `asks` at once."""
+        """Send all of `asks` at once and report."""
 
     def disturbed(self, streams: list[Ask], arrivals: list[Ask]) -> Disturbed:
         """As `load.run_disturbed`."""
 
     def settle(self) -> float:
-        """Wait until it does nothing more of its own; the CPU seconds that it took meanwhile."""
+        """Wait until the server has finished its idle work; return the CPU seconds that it used."""
 
     def rss_mb(self) -> float:
-        """The largest resident set so far, summed over the processes (shared pages count in each)."""
+        """Return the peak resident set, summed over the processes (shared pages count in each)."""
 
 
 class Server(Protocol):
-    """One that can be started."""
+    """Server that can be started."""
 
     name: str
 
     def start(self, needs: Needs) -> contextlib.AbstractContextManager[Running]:
-        """Ready when entered, gone when left."""
+        """Start the server; it is ready when the block begins and stopped when it ends."""
 
 
 class _Process:
-    """A child and its descendants."""
+    """Child process and its descendants."""
 
     def __init__(self, child: subprocess.Popen[str], started: float) -> None:
         self._child = child
@@ -93,18 +93,18 @@ def _peak_mb(pid: int) -> float:
 
 
 class Http(_Process):
-    """A server behind OpenAI's `/v1/completions`."""
+    """Server with OpenAI's `/v1/completions`."""
 
     def __init__(self, child: subprocess.Popen[str], started: float, base: str) -> None:
         super().__init__(child, started)
         self.base_url = base
 
     def round(self, asks: list[Ask]) -> Report:
-        """All at once."""
+        """Send all of `asks` at once and report."""
         return _run(run_round(self.base_url, asks))
 
     def disturbed(self, streams: list[Ask], arrivals: list[Ask]) -> Disturbed:
-        """Streams, and arrivals one after another."""
+        """Run the streams, and the arrivals one after another, and report."""
         return _run(run_disturbed(self.base_url, streams, arrivals))
 
 
@@ -116,10 +116,10 @@ def _run(waited: Awaitable[Any]) -> Any:
 
 
 class Lines(_Process):
-    """A child that answers a JSON line with a JSON line."""
+    """Child process that answers each JSON line with one."""
 
     def ask(self, question: object) -> Any:
-        """Its answer."""
+        """Send a question and return the answer."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._child.stdin.write(json.dumps(question) + "\n")
@@ -134,17 +134,17 @@ class OpenVinoRunning(Lines):
     """OpenVINO's pipeline in its own process, timed there."""
 
     def round(self, asks: list[Ask]) -> Report:
-        """All at once."""
+        """Send all of `asks` at once and report."""
         answers, _ = self._play(asks, [])
         wall = max(a.events[-1] for a in answers) - min(a.sent for a in answers)
         return report(answers, wall)
 
     def disturbed(self, streams: list[Ask], arrivals: list[Ask]) -> Disturbed:
-        """Streams, and arrivals one after another."""
+        """Run the streams, and the arrivals one after another, and report."""
         return disturbed(*self._play(streams, arrivals))
 
     def token_ids(self, ask: Ask) -> list[int]:
-        """The tokens of one answer."""
+        """Return the tokens of one answer."""
         found = self.ask({"streams": [asdict(ask)], "arrivals": [], "quiet_s": 0})
         return list(found["streams"][0]["token_ids"])
 
@@ -163,7 +163,7 @@ def _answer(found: dict[str, Any]) -> Answer:
 
 @contextlib.contextmanager
 def _child(command: list[str], variables: dict[str, str] | None = None) -> Iterator[tuple[subprocess.Popen[str], IO]]:
-    """A process in a group of its own, which is ended with it. Yields it and its standard error."""
+    """Start a process in its own group, yield it and its standard error, and kill the group at the end."""
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen(
             command,
@@ -209,7 +209,7 @@ def _wait_for_health(child: subprocess.Popen[str], said: IO, base: str) -> None:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Return a free port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -217,14 +217,14 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Tokenmill:
-    """This server, by a shell-like command: `TOKENMILL_ISA=avx2 tokenmill serve --backend cpu`."""
+    """This project's server, by a shell-like command: `TOKENMILL_ISA=avx2 tokenmill serve --backend cpu`."""
 
     name: str
     command: str
 
     @contextlib.contextmanager
     def start(self, needs: Needs) -> Iterator[Running]:
-        """Serve. The KV cache is the server's own choice."""
+        """Start the server, with its default size of the KV cache."""
         variables, arguments = split_command(self.command)
         port, started = free_port(), time.perf_counter()
         with _child([*arguments, "--hostname", "127.0.0.1", "--port", str(port)], variables) as (child, said):
@@ -235,7 +235,7 @@ class Tokenmill:
 
     @contextlib.contextmanager
     def in_process(self) -> Iterator[Lines]:
-        """The same engine with the same options, without HTTP: see `tokenmill_worker`."""
+        """Start the same engine with the same options without HTTP: see `tokenmill_worker`."""
         variables, arguments = split_command(self.command)
         options = arguments[arguments.index("serve") + 1 :] if "serve" in arguments else arguments[1:]
         started = time.perf_counter()
@@ -245,7 +245,7 @@ class Tokenmill:
 
 
 def split_command(command: str) -> tuple[dict[str, str], list[str]]:
-    """`A=1 program x` as {"A": "1"} and ["program", "x"]; `tokenmill` is this environment's."""
+    """Split `A=1 program x` into {"A": "1"} and ["program", "x"]; `tokenmill` is that of this environment."""
     words, variables = shlex.split(command), {}
     while words and "=" in words[0] and not words[0].startswith("-"):
         name, _, value = words.pop(0).partition("=")
@@ -256,14 +256,14 @@ def split_command(command: str) -> tuple[dict[str, str], list[str]]:
 
 
 def _drain(child: subprocess.Popen[str]) -> None:
-    """Nobody reads what the server prints: let it go nowhere."""
+    """Discard the server's output, so that its pipe does not fill."""
     assert child.stdout is not None
     threading.Thread(target=lambda stream: [None for _ in stream], args=(child.stdout,), daemon=True).start()
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """llama.cpp's HTTP server, made for as many slots and as much context as a row needs."""
+    """llama.cpp's HTTP server, with the slots and context that a row requires."""
 
     gguf: Path
     flash: bool
@@ -271,12 +271,12 @@ class LlamaCpp:
 
     @property
     def name(self) -> str:
-        """As the tables call it."""
+        """Name in the tables."""
         return f"llama.cpp, flash attention {'on' if self.flash else 'off'}"
 
     @contextlib.contextmanager
     def start(self, needs: Needs) -> Iterator[Http]:
-        """Serve with a slot for each request and no cache between requests."""
+        """Start the server with one slot per request and no cache between requests."""
         python, port = environments.interpreter("llamacpp"), free_port()
         asked = {"gguf": str(self.gguf), "slots": needs.slots, "context": needs.context, "threads": self.threads,
                  "flash": self.flash, "port": port}  # fmt: skip
@@ -297,7 +297,7 @@ class OpenVino:
 
     @contextlib.contextmanager
     def start(self, needs: Needs) -> Iterator[OpenVinoRunning]:
-        """Load the converted model; its KV cache holds what the row needs."""
+        """Load the converted model, with a KV cache of the size that the row requires."""
         python, model = environments.interpreter("openvino"), environments.openvino_model(self.gguf)
         gigabytes = max(1, -(-needs.slots * needs.context * 24 // 1_000_000))
         asked = {"model": str(model), "cache_gb": gigabytes, "threads": self.threads}

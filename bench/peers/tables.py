@@ -1,4 +1,4 @@
-"""Tables of a measurement file: `python -m bench.peers.tables FILE…`. The best pass of each server counts."""
+"""Format the tables of measurement files, with each server's best pass: `python -m bench.peers.tables FILE…`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LOWER_IS_BETTER = ("arrival_ttft_p50_s",)
 
 
 def document(record: Record) -> str:
-    """The summary, every row's table, then the ratios of each of our servers to the peers."""
+    """Format the summary, a table per row, and the ratios of each of our servers to the peers."""
     names = list(dict.fromkeys(entry["row"] for entry in record["rows"]))
     parts = [summary(record), *(_row(record, name) for name in names)]
     parts += [table for ours in _ours(record) if (table := _ratios(record, ours, names))]
@@ -48,7 +48,7 @@ def document(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """One line a row: each server's leading figure, in its best pass."""
+    """Format one line per row: each server's leading figure in its best pass."""
     columns = servers(record)
     lines = []
     for name in dict.fromkeys(entry["row"] for entry in record["rows"]):
@@ -61,12 +61,12 @@ def summary(record: Record) -> str:
 
 
 def short(figures: dict[str, float]) -> str:
-    """The figures that say most, in one line."""
+    """Format the most important figures in one line."""
     return ", ".join(f"{title} {_cell(figures, key)}" for key, (title, _, _) in _SHOWN.items() if key in figures)
 
 
 def best(record: Record, row: str, server: str) -> dict[str, float] | None:
-    """The figures of the best pass by the row's leading figure; None if it was not measured."""
+    """Return the best pass by the row's leading figure; None if the row was not measured."""
     found = [e["figures"] for e in record["rows"] if e["row"] == row and e["server"] == server]
     if not found:
         return None
@@ -75,17 +75,17 @@ def best(record: Record, row: str, server: str) -> dict[str, float] | None:
 
 
 def leading(figures: dict[str, float]) -> str:
-    """The figure by which a row is judged."""
+    """Return the name of the figure by which a row is compared."""
     return next(key for key in _LEADING if key in figures)
 
 
 def servers(record: Record) -> list[str]:
-    """All names, ours first."""
+    """Return the names of all servers, ours first."""
     return list(dict.fromkeys([*_ours(record), *sorted(e["server"] for e in record["rows"])]))
 
 
 def ratio(record: Record, row: str, ours: str, peer: str) -> list[float]:
-    """Ours to the peer's by the leading figure, a ratio a pass; above 1 ours is better."""
+    """Return our ratio to the peer by the leading figure, one per pass; above 1, ours is better."""
     passes = sorted({e["pass"] for e in record["rows"]})
     found = []
     for number in passes:

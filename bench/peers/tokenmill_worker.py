@@ -1,4 +1,4 @@
-"""This engine in process, over token ids, without HTTP, tokenizer or detokenizer: what the HTTP path is compared with.
+"""Run this engine in process on token ids, without HTTP, tokenizer or detokenizer, as a baseline of the HTTP path.
 
 `python tokenmill_worker.py [options of tokenmill serve]`: prints READY, then answers each JSON line
 {"prompts": [ids…], "new_tokens": n} with {"wall_s": s, "tokens": n}.
