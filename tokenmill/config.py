@@ -232,8 +232,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def from_namespace(cls, namespace: Any, environ: Mapping[str, str] | None = None) -> Settings:
         """As `from_args`, for parsed options. An absent attribute is an option that was not given.
 
-        `environ`: the environment; None: this process's, after `surroundings.mend` has removed values that libraries
-        cannot read.
+        `environ`: the environment; None: this process's, repaired by `surroundings.mend`.
         """
         warnings = _mended() if environ is None else []
         environ = os.environ if environ is None else environ
