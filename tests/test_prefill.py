@@ -134,7 +134,7 @@ def test_who_shares_a_long_prompts_head_waits_for_no_more_than_that() -> None:
 
 
 def test_a_sibling_goes_before_another_long_prompt_once_its_head_is_there() -> None:
-    script = [[request(0, range(1, 200))], [request(1, LONG[::-1]), request(2, [*range(1, 200), 5])]]
+    script = [[request(0, range(1, 200))], [fresh(1, 230), request(2, [*range(1, 200), 5])]]  # one size class
     engine, oracle, link = build(script, 400, LIMITS)
     run(engine, link)
     assert steps_until(oracle, 2) <= steps_until(oracle, 0) + 1 < steps_until(oracle, 1)
