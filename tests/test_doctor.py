@@ -19,6 +19,7 @@ from tokenmill.models.base import program_of
 from tokenmill.operate import doctor
 from tokenmill.operate.doctor import Finding
 from tokenmill.program.cost import weights_of
+from tokenmill.runtime import assembly
 
 
 def findings(*words: str, **environ: str) -> dict[str, Finding]:
@@ -128,7 +129,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "device_name", lambda: "Some GPU")
     monkeypatch.setattr(detect, "capability", lambda: (9, 0))
     monkeypatch.setattr(detect, "not_compilable", lambda: "")
-    monkeypatch.setattr(doctor, "room", lambda choice, computing: 80 << 30)
+    monkeypatch.setattr(assembly, "room", lambda choice, options: 80 << 30)
 
 
 def test_on_a_gpu_each_operation_has_its_kernels_and_each_rule_its_reason(tiny: str, gpu: None) -> None:

@@ -62,6 +62,16 @@ def metadata(writer: gguf.GGUFWriter, architecture: str = "llama", heads: int = 
     writer.add_array("tokenizer.ggml.token_type", [3, 1, 1, 1])
 
 
+def finish(writer: gguf.GGUFWriter, tensors: dict[str, tuple[np.ndarray, Any]]) -> None:
+    """Write the file of a writer that has its metadata."""
+    for name, (array, kind) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write(
     path: Path, architecture: str, tensors: dict[str, tuple[np.ndarray, Any]], extra: Any = None, **how: Any
 ) -> None:
@@ -69,12 +79,7 @@ def write(
     metadata(writer, architecture, **how)
     if extra:
         extra(writer)
-    for name, (array, kind) in tensors.items():
-        writer.add_tensor(name, array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, tensors)
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support_models import Driver, make_checkpoint, reference, steps
-from test_gguf import of_transformers
+from test_gguf import finish, of_transformers
 
 from tokenmill.errors import ModelError, StartError, Unsupported
 from tokenmill.program.rope import RopeTable
@@ -42,12 +42,7 @@ def write(path: Path, architecture: str, tensors: dict[str, Any], **keys: Any) -
             writer.add_float32(name, value)
         elif value is not None:
             writer.add_uint32(name, value)
-    for name, (array, kind) in tensors.items():
-        writer.add_tensor(name, array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, tensors)
     return path
 
 

@@ -7,9 +7,7 @@ from collections.abc import ValuesView
 import numpy as np
 
 from tokenmill.engine.block_pool import BlockPool
-from tokenmill.engine.sequence import Int32, Sequence
-
-_NO_ENTRIES = np.zeros((0, 3), np.int32)
+from tokenmill.engine.sequence import Int32, Sequence, entries_array
 
 
 class Running:
@@ -97,7 +95,7 @@ class Running:
 
     def entries(self) -> Int32:
         """Return (n, 3) slot, index in its table, block: entries of block tables that are new since `refresh`."""
-        return np.array(self._entries, np.int32) if self._entries else _NO_ENTRIES
+        return entries_array(self._entries)
 
     def computed_of(self, seq: Sequence) -> int:
         """Return how many tokens of `seq` are computed once all planned steps have run."""

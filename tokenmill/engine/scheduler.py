@@ -23,11 +23,9 @@ from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.prefill import Prefill, Step
 from tokenmill.engine.prefixes import PrefixCache
 from tokenmill.engine.running import Running
-from tokenmill.engine.sequence import Batch, Int32, Sequence, StepResult
+from tokenmill.engine.sequence import Batch, Int32, Sequence, StepResult, entries_array
 from tokenmill.engine.waiting import Waiting
 from tokenmill.wire.messages import Extend, Output, Request, Stats
-
-_NO_ENTRIES = np.zeros((0, 3), np.int32)
 
 
 class Scheduler:
@@ -257,8 +255,7 @@ class Scheduler:
     def _host_tokens(self) -> Int32:
         """The tokens that `extend` brought since the last batch, of those who still run."""
         extended, self._extended = self._extended, []
-        entries = [entry for seq, start in extended if seq.slot >= 0 for entry in seq.entries(start)]
-        return np.array(entries, np.int32) if entries else _NO_ENTRIES
+        return entries_array([entry for seq, start in extended if seq.slot >= 0 for entry in seq.entries(start)])
 
     # ---- one sequence
 

@@ -14,7 +14,13 @@ from tokenmill.wire.messages import Output, Payload, Request, TokenDetails
 
 Int32 = NDArray[np.int32]
 
+_NO_ENTRIES = np.zeros((0, 3), np.int32)
 _AHEAD = 32  # blocks that are hashed together
+
+
+def entries_array(entries: list[tuple[int, int, int]]) -> Int32:
+    """Return a batch's entries as an array (n, 3); do not write to it, the one without entries is shared."""
+    return np.array(entries, np.int32) if entries else _NO_ENTRIES
 
 
 @dataclass(eq=False, slots=True)

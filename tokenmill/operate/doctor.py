@@ -26,12 +26,10 @@ from tokenmill.errors import DownloadError, StartError
 from tokenmill.extras import has_torch
 from tokenmill.models.base import program_of
 from tokenmill.operate.env import cpu_name
-from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
-from tokenmill.quant._unread import warn_of_unread
-from tokenmill.runtime.assembly import room
+from tokenmill.runtime.assembly import measure_weights
 from tokenmill.runtime.choice import choose
-from tokenmill.runtime.memory import available_bytes, check_weights, size
+from tokenmill.runtime.memory import available_bytes, size
 from tokenmill.runtime.worker import backend_options
 from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint
 from tokenmill.weights.source import ModelSource
@@ -129,10 +127,8 @@ def _backend(settings: Settings) -> Finding:
         choice = choose(program, options, settings.block_size, settings.num_shard or 1)
     except StartError as error:
         return Finding("backend", "bad", str(error), _elsewhere(program, checkpoint, options))
-    dtype = choice.kind.dtype(stored_dtype(checkpoint), options.dtype)
-    needed = choice.kind.weight_bytes(program, checkpoint, dtype)
-    warn_of_unread(weights_of(program), checkpoint)
-    check_weights(needed, room(choice, options), memory_bytes(settings.memory_limit))
+    limit = memory_bytes(settings.memory_limit)
+    dtype, needed = measure_weights(choice, program, checkpoint, options, limit)
     found = choice.kind.describe(program, checkpoint, options, dtype)
     why = f"because the {choice.device.upper()} backend cannot serve this: {choice.reason}" if choice.reason else ""
     parts = [f"{choice.name}, {found.text}, weights {size(needed)}", found.state, found.flaw, why]

@@ -29,7 +29,7 @@ from tokenmill.runtime.choice import Choice, choose, make_backend
 from tokenmill.runtime.constraints import Constraints
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks, count_device_blocks
-from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
@@ -80,13 +80,10 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     program = program_of(checkpoint.config)
     choice = choose(program, options, wants.block_size, group.size)
     defaults = choice.kind.defaults(choice.device)
-    dtype = choice.kind.dtype(stored_dtype(checkpoint), options.dtype)
     length = lengths.of_model(checkpoint.config, program)
     longest = lengths.longest(source, length, wants.max_total_tokens)
     lengths.max_input_tokens(wants.max_input_tokens, longest, length)  # before minutes of reading
-    needed = choice.kind.weight_bytes(program, checkpoint, dtype)
-    warn_of_unread(weights_of(program), checkpoint)
-    check_weights(needed, room(choice, options), wants.memory_limit)
+    dtype, needed = measure_weights(choice, program, checkpoint, options, wants.memory_limit)
     limits = _limits(defaults, wants, longest)
     read = reader_of(checkpoint, options.quantize)
     job = Job(program, checkpoint, read, limits, group, options, choice.placement, dtype, report)
@@ -162,6 +159,20 @@ def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any],
 def _limits(defaults: Defaults, wants: Wants, longest: int) -> StepLimits:
     tokens, rows = wants.max_batch_tokens or defaults.batch_tokens, wants.max_batch_size or defaults.batch_size
     return StepLimits(tokens, rows, longest, wants.block_size)
+
+
+def measure_weights(
+    choice: Choice, program: Program, checkpoint: Checkpoint, options: BackendOptions, memory_limit: int | None
+) -> tuple[str, int]:
+    """Return the dtype to compute in, and the bytes of all weights in the backend's format. Reads no weight.
+
+    Log tensors that the model does not read. Raise ModelError as `Kind.weight_bytes`, and NotEnoughMemory.
+    """
+    dtype = choice.kind.dtype(stored_dtype(checkpoint), options.dtype)
+    needed = choice.kind.weight_bytes(program, checkpoint, dtype)
+    warn_of_unread(weights_of(program), checkpoint)
+    check_weights(needed, room(choice, options), memory_limit)
+    return dtype, needed
 
 
 def room(choice: Choice, options: BackendOptions) -> int:

@@ -10,8 +10,8 @@ Everything runs on the engine's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,20 +25,11 @@ from tokenmill.runtime.constraint import Constraint
 from tokenmill.wire.messages import Extend, GrammarSpec, Request
 
 
-class Compiling(Protocol):
+class Compiling(Pending, Protocol):
     """A grammar that is there later. `concurrent.futures.Future` is one."""
-
-    def done(self) -> bool:
-        """True if `result` returns at once."""
 
     def result(self) -> Grammar:
         """Return the grammar. GrammarError: there is none."""
-
-    def add_done_callback(self, fn: Callable[[Any], object], /) -> None:
-        """Call `fn` on any thread when done, at once if it is."""
-
-    def cancel(self) -> bool:
-        """Stop compiling, if it has not begun."""
 
 
 class Grammars(Protocol):

@@ -27,7 +27,7 @@ from tokenmill.extras import need_torch
 from tokenmill.weights.choice import ADAPTER_CONFIG, Weights, choose, indexed_files
 from tokenmill.weights.hub_cache import CachedRepository
 from tokenmill.weights.hub_faults import HubFault, Target, fault_of, unusable
-from tokenmill.weights.hub_names import HubName, named
+from tokenmill.weights.hub_names import HubName, clean, named
 from tokenmill.weights.source import (
     ModelSource,
     adapter_error,
@@ -92,17 +92,17 @@ def wanted_files(names: Iterable[str], weights: Weights) -> list[str]:
 def _access(cache_dir: str, token: str) -> HubAccess:
     from huggingface_hub import constants, get_token
 
-    token = _clean(token)
+    token = clean(token)
     if not token and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
         try:
-            token = _clean(get_token() or "")
+            token = clean(get_token() or "")
         except (OSError, ValueError) as error:
             _log.warning("The token of the Hub in %s cannot be read (%s): none is sent", constants.HF_TOKEN_PATH, error)
     if token and not _TOKEN.fullmatch(token):
         raise DownloadError(
             "The token of the Hub (HF_TOKEN) has blanks or characters inside that no token has. Set it again."
         )
-    cache = Path(os.path.expandvars(_clean(cache_dir)) or constants.HF_HUB_CACHE).expanduser()
+    cache = Path(os.path.expandvars(clean(cache_dir)) or constants.HF_HUB_CACHE).expanduser()
     return HubAccess(cache, token, _endpoint())
 
 
@@ -110,12 +110,7 @@ def _endpoint() -> str:
     """Return the Hub's address, or the mirror's in HF_ENDPOINT. An empty variable counts as unset."""
     from huggingface_hub import constants
 
-    return _clean(constants.ENDPOINT).rstrip("/") or "https://huggingface.co"
-
-
-def _clean(value: str) -> str:
-    """Strip the white space and quotes that env files may leave around a value."""
-    return value.strip().strip("'\"").strip()
+    return clean(constants.ENDPOINT).rstrip("/") or "https://huggingface.co"
 
 
 def _revision(name: HubName, revision: str) -> str:

@@ -25,12 +25,17 @@ class HubName(NamedTuple):
         return f"{self.repo}:{self.wanted}" if self.wanted else self.repo
 
 
+def clean(value: str) -> str:
+    """Strip the white space and quotes that env files may leave around a value."""
+    return value.strip().strip("'\"").strip()
+
+
 def parse(text: str, endpoint: str = "") -> HubName | None:
     """Parse `owner/name`, `owner/name:Q4_K_M`, `owner/name/file.gguf` or a URL of the Hub; None for anything else.
 
     `endpoint`: address of a mirror, whose URLs are parsed like the Hub's; "" for none.
     """
-    text = text.strip().strip("'\"").strip()
+    text = clean(text)
     mirror = endpoint.rstrip("/") + "/"
     host = _HOST.match(text)
     if endpoint and text.startswith(mirror):

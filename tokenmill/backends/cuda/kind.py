@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokenmill.backends.accounts import dense_bytes, listed
 from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
+from tokenmill.backends.torch.kind import KIND as TORCH
 from tokenmill.errors import Unsupported
 from tokenmill.extras import has_torch
 from tokenmill.program.value import Program
@@ -77,10 +78,8 @@ class CudaKind:
         return room(options, device)
 
     def instruction_set(self, options: BackendOptions) -> str:
-        """See `Kind`. Imports torch."""
-        import torch
-
-        return str(torch.backends.cpu.get_cpu_capability()).lower()
+        """See `Kind`. Imports torch, whose kernels these are."""
+        return TORCH.instruction_set(options)
 
     def make(self, job: Job) -> Backend:
         """See `Kind`. Imports torch and triton."""
