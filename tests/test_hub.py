@@ -241,6 +241,7 @@ def test_a_python_without_pip_is_named(small_wheel: Path, tmp_path: Path, monkey
 
 
 def test_pickled_weights_in_a_folder_that_cannot_be_written_to_are_named(run_dir: Path) -> None:
+    pytest.importorskip("torch")
     run_dir.chmod(0o755)
     for name in ("config.json", "pytorch_model.bin"):
         (run_dir / name).write_text("{}")
