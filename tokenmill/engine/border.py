@@ -1,7 +1,9 @@
-"""Rank 0's sockets to the HTTP workers: reads their requests, writes each a frame a step.
+"""Rank 0's sockets to the HTTP workers: receive requests, and send each worker one frame per step.
 
-No thread: sockets are looked at once a step, and waited for only when the engine is idle. Nothing that an HTTP worker
-does or fails to do stops the engine: one that sends nonsense, or does not read, is cut off; its requests are aborted.
+There is no thread: sockets are polled once per step, and waited for only while the engine is idle.
+
+Invariant: no HTTP worker can stop the engine. A worker that sends invalid frames or does not read is disconnected, and
+its requests are aborted.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from tokenmill.wire.channel import ChannelError, FrameReader, Listener, frame
 from tokenmill.wire.messages import Abort, EngineInfo, Output, Request, Stats, StepOutputs, ToEngine
 
 HEARTBEAT_S = 1.0
-"""The longest silence of an engine whose steps are short, in seconds."""
+"""Seconds after which a worker without outputs gets an empty frame."""
 
 MAX_UNREAD_BYTES = 16 << 20
-"""Bytes that an HTTP worker may leave unread before it is cut off: minutes of tokens."""
+"""Unread bytes at which an HTTP worker is disconnected: minutes of tokens."""
 
 _READ_BYTES = 1 << 20
 
@@ -32,10 +34,10 @@ _log = logging.getLogger(__name__)
 
 
 class _Waker:
-    """A pipe that makes a selector return. `wake` may be called from any thread, also after `close`."""
+    """Pipe that makes a selector return. `wake` may be called from any thread, also after `close`."""
 
     def __init__(self) -> None:
-        self._closing = threading.Lock()  # a closed descriptor is not written to: its number may be another file's
+        self._closing = threading.Lock()  # never write to a closed descriptor: its number may have been reused
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
@@ -44,7 +46,7 @@ class _Waker:
         return self._read
 
     def wake(self) -> None:
-        with self._closing, suppress(OSError):  # full: the reader wakes anyway; closed: nothing waits
+        with self._closing, suppress(OSError):  # full: the selector returns anyway; closed: there is no wait to end
             os.write(self._write, b"\0")
 
     def drain(self) -> None:
@@ -60,7 +62,7 @@ class _Waker:
 
 
 class _Worker:
-    """A connected HTTP worker: the bytes it has not read yet, and the requests it waits for."""
+    """A connected HTTP worker, with its unsent bytes and its unfinished requests."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -71,7 +73,7 @@ class _Worker:
         self.last_sent = 0.0
 
     def flush(self) -> None:
-        """Write what the socket takes. Raises OSError if the worker is gone."""
+        """Write as much as the socket takes, without blocking. Raise OSError if the connection is broken."""
         while self.unsent:
             try:
                 sent = self.socket.send(self.unsent)
@@ -84,7 +86,8 @@ class Border:
     """The outermost link of rank 0: a `gated.Source` on the Unix socket `address`.
 
     `info`: the first frame of every connection. `watch`: a file descriptor that ends a wait when it becomes readable;
-    reading it is the caller's business.
+    the caller reads it. `heartbeat_s`: seconds without outputs after which a worker gets an empty frame.
+    `max_unread_bytes`: unread bytes at which a worker is disconnected.
     """
 
     def __init__(
@@ -101,8 +104,8 @@ class Border:
         self._encoder = msgspec.msgpack.Encoder()
         self._workers: set[_Worker] = set()
         self._owner_of: dict[int, _Worker] = {}
-        self._woken = False  # `watch` was readable at the last look, or `wake` was called
-        self._orphans: list[ToEngine] = []  # aborts of the requests of workers that are gone
+        self._woken = False  # `watch` was readable at the last poll, or `wake` was called
+        self._orphans: list[ToEngine] = []  # aborts for requests of disconnected workers
         self._listener = Listener(address)
         self._listener.set_blocking(False)
         self._waker = _Waker()
@@ -113,7 +116,7 @@ class Border:
             self._selector.register(watch, selectors.EVENT_READ)
 
     def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
-        """See `engine.Link`. A wait ends with the first message, when a heartbeat is due, by `watch` or by `wake`."""
+        """See `engine.Link`. A wait ends at the first message, at the next heartbeat, or through `watch` or `wake`."""
         messages = self._read(0.0)
         deadline = time.monotonic() + self._heartbeat_s
         while block and not messages and not self._woken and (left := deadline - time.monotonic()) > 0:
@@ -125,7 +128,7 @@ class Border:
         self._waker.wake()
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
-        """See `engine.Link`. One frame for each worker that has outputs or was sent nothing for a heartbeat."""
+        """See `engine.Link`. Send a frame to each worker that has outputs or whose heartbeat is due."""
         now = time.monotonic()
         for worker, own in self._by_worker(outputs):
             self._send(worker, StepOutputs(tuple(own), stats), now)
@@ -163,7 +166,7 @@ class Border:
     def _accept(self) -> None:
         try:
             worker = _Worker(self._listener.accept())
-        except OSError as error:  # gone again, or no file descriptor is left
+        except OSError as error:  # already disconnected, or no file descriptor is free
             _log.warning("A connection could not be accepted: %s", error)
             return
         self._workers.add(worker)
@@ -171,7 +174,7 @@ class Border:
         self._send(worker, self._info, time.monotonic())
 
     def _read_worker(self, worker: _Worker, messages: list[ToEngine]) -> None:
-        if worker not in self._workers:  # dropped by the write before
+        if worker not in self._workers:  # disconnected by the write before
             return
         try:
             data = worker.socket.recv(_READ_BYTES)
@@ -198,11 +201,11 @@ class Border:
         elif owner is worker:
             self._forget(message.id)
         else:
-            return  # it has ended in the meantime
+            return  # the request has ended in the meantime
         messages.append(message)
 
     def _by_worker(self, outputs: list[Output]) -> Iterable[tuple[_Worker, list[Output]]]:
-        """Each worker's part of `outputs`, in order; requests that end here are forgotten."""
+        """Divide `outputs` among the workers, keeping the order, and drop the state of requests that end."""
         if not outputs:
             return ()
         parts: dict[_Worker, list[Output]] = {}
@@ -246,7 +249,7 @@ class Border:
             self._selector.modify(worker.socket, wanted, worker)
 
     def _drop(self, worker: _Worker, why: str) -> None:
-        """Close a worker's connection; its requests are aborted by the next `receive`. `why`: what it did wrong."""
+        """Disconnect a worker; the next `receive` aborts its requests. `why`: the fault to log, "" for none."""
         if worker not in self._workers:
             return
         if why:

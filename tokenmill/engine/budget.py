@@ -1,6 +1,6 @@
-"""Budgets of a step in tokens: by the limits, beside sequences that decode, and by what memory has shown to allow.
+"""Token budgets: the prompts' part of one step, and the size of a step after the device ran out of memory.
 
-Pure integers: every rank counts the same.
+All arithmetic is on integers, so every rank gets the same result.
 """
 
 from __future__ import annotations
@@ -11,27 +11,30 @@ from math import isqrt
 from tokenmill.engine.limits import SchedulerLimits
 
 _PATIENCE = 1000
-"""Good steps after which a budget that memory has halved is doubled again: to try costs a preemption of everybody."""
+"""Successful steps after which a halved step budget is doubled. An attempt that fails preempts all sequences."""
 
 
 @dataclass(slots=True)
 class PrefillBudget:
-    """The part of the step being planned that prompts may still take. Made by `of`.
+    """Remaining prefill budget of the step being planned. Create it with `of`.
 
-    `cost` and `chunk` count 1 / (2 · weight) tokens, or tokens if there is no weight.
+    Unit of `cost` and `chunk`: 1 / (2 · weight) of a token at position 0; a token if `weight` is 0.
     """
 
     tokens: int
     cost: int
-    chunk: int  # cost of a piece of a prompt that the step does not finish, at most; 0: no bound
-    least: int  # tokens that the next prompt gets whatever they cost, so that it comes to an end
+    chunk: int  # maximum cost of a chunk that does not finish its prompt; 0: no maximum
+    least: int  # tokens that the next prompt gets whatever they cost, so that every prompt progresses
     weight: int
-    held: tuple[int, int, int] = (0, 0, 0)  # tokens, cost and least, put aside by `hold`
+    held: tuple[int, int, int] = (0, 0, 0)  # tokens, cost and least that `hold` has reserved
 
     @classmethod
     def of(cls, limits: SchedulerLimits, max_tokens: int, decoding: int, waiting: int) -> PrefillBudget:
-        """A step's of so many tokens at most, in which so many sequences decode while so many wait for their first
-        token. In a burst prompts get more, by its square over those that decode: it is over sooner for all.
+        """Return the prefill budget of a step of at most `max_tokens` tokens.
+
+        `decoding`: sequences that decode in the step. `waiting`: sequences that wait for their first token. A burst of
+        n waiting sequences multiplies the budget by n² / `decoding`, if that is more than 1: it delays the decoding
+        sequences more per step, but for fewer steps.
         """
         beside, weight = limits.prefill_beside, limits.context_weight
         unit = 2 * weight or 1
@@ -43,9 +46,9 @@ class PrefillBudget:
         return cls(max_tokens, cost * unit, chunk * unit, least, weight)
 
     def fit(self, start: int, wanted: int, begun: bool = False) -> int:
-        """Return how many of a prompt's `wanted` tokens from position `start` on may be computed. Takes nothing.
+        """Return how many of a prompt's `wanted` tokens from position `start` on fit. The budget does not change.
 
-        `begun`: it was cut in an earlier step, so it is a long one to the end.
+        `begun`: an earlier step computed a chunk of it; then `chunk` also limits its last chunk.
         """
         count = min(wanted, self.tokens, self._affordable(start, self.cost))
         if self.chunk and (begun or count < wanted):
@@ -53,15 +56,15 @@ class PrefillBudget:
         return min(wanted, self.tokens, max(self.least, count))
 
     def take(self, start: int, count: int) -> None:
-        """Use the budget for `count` tokens from position `start` on."""
+        """Subtract `count` tokens from position `start` on."""
         self.tokens -= count
         self.cost = max(0, self.cost - self._cost(start, count))
         self.least = 0
 
     def hold(self, start: int, wanted: int, begun: bool) -> None:
-        """Put aside for a prompt what it needs, or half of the budget if that is less, until `release`.
+        """Reserve what a prompt needs, at most half of the budget, until `release`.
 
-        If a half does not finish it, those that go before it get no more than its piece costs.
+        If half of the budget does not finish it, the prompts before it get at most the cost of its chunk.
         """
         most = min(self.cost, 2 * self.chunk) if self.chunk else self.cost
         half = replace(self, tokens=self.tokens // 2, cost=most // 2)
@@ -72,16 +75,16 @@ class PrefillBudget:
         self.tokens, self.cost, self.least = tokens, cost, 0
 
     def release(self) -> None:
-        """Put back what was put aside."""
+        """Return the reserved part to the budget."""
         tokens, cost, self.least = self.held
         self.tokens, self.cost = self.tokens + tokens, self.cost + cost
 
     def _cost(self, start: int, count: int) -> int:
-        """The sum over tokens at `start`, `start` + 1, …: one and position / weight each."""
+        """Return the cost of `count` tokens from `start` on: 1 + position / weight each, summed."""
         return count * (2 * (self.weight + start) + count - 1) if self.weight else count
 
     def _affordable(self, start: int, cost: int) -> int:
-        """The largest count whose `_cost` is at most `cost`: the root of a quadratic equation."""
+        """Return the largest count whose `_cost` is at most `cost`: the root of a quadratic equation."""
         if not self.weight:
             return cost
         linear = 2 * (self.weight + start) - 1
@@ -89,9 +92,9 @@ class PrefillBudget:
 
 
 class StepBudget:
-    """The number of tokens that memory allows a step: at first as many as the limits say.
+    """Maximum number of tokens of a step, initially `limit`.
 
-    A step that found no memory halves it; many good ones give it back.
+    A step that ran out of device memory halves it. After enough successful steps it is doubled again.
     """
 
     def __init__(self, limit: int) -> None:
@@ -99,16 +102,16 @@ class StepBudget:
         self._num_good = 0
 
     def shrink(self, tokens: int) -> None:
-        """Halve it: a step of so many tokens, two at least, found no memory."""
+        """Allow half of `tokens`, the size (at least 2) of a step that ran out of memory."""
         self.max_tokens = tokens // 2
         self._num_good = 0
 
     def restore(self) -> None:
-        """Go back to the limit."""
+        """Allow `limit` tokens again."""
         self.max_tokens = self._limit
 
     def passed(self) -> None:
-        """Count a step that ran."""
+        """Count a step that has run."""
         if self.max_tokens == self._limit:
             return
         self._num_good += 1

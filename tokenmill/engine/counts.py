@@ -1,4 +1,4 @@
-"""What an engine has done so far, in numbers that only grow."""
+"""Counters of an engine's work. They never decrease."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenmill.wire.messages import Stats
 
 @dataclass(slots=True)
 class Counts:
-    """Counters of a scheduler. Their names are those of `wire.messages.Stats`."""
+    """Counters of a scheduler, named as in `wire.messages.Stats`."""
 
     steps: int = 0
     retracted: int = 0  # steps
@@ -21,14 +21,18 @@ class Counts:
     forced_tokens: int = 0
 
     def passed(self, batch: Batch) -> None:
-        """A step has run."""
+        """Count a step that has run."""
         num_decode = len(batch.sequences) - batch.num_prefill_rows
         self.steps += 1
         self.decode_tokens += num_decode
         self.prefill_tokens += batch.num_tokens - num_decode
 
     def stats(self, now: tuple[int, int, int, int], batch: Batch | None, step_s: float) -> Stats:
-        """All of them; what waits, runs, is used of so many blocks `now`; and the step that has just ended."""
+        """Return the statistics after a step.
+
+        `now`: waiting sequences, running sequences, used blocks, all blocks. `batch`, `step_s`: the step that has just
+        ended and its duration in seconds; None and 0 if there was none.
+        """
         return Stats(
             *now,
             self.steps,

@@ -1,6 +1,6 @@
-"""The loop: take messages, plan a step, launch it, read back the one before.
+"""The engine's loop: receive messages, plan and launch a step, collect the previous step.
 
-Shared by every model and feature: features go elsewhere, none is named here.
+This file is shared by all models and features. It names none: a feature has its own file, such as a `Link`.
 """
 
 from __future__ import annotations
@@ -20,51 +20,61 @@ from tokenmill.wire.messages import Abort, Output, Request, Stats, ToScheduler
 StepT = TypeVar("StepT")
 
 _IDLE_WORK_AFTER = 1000
-"""After this many consecutive steps, run one piece of pending idle work even if the engine is busy."""
+"""After this many consecutive steps, run one unit of pending idle work even if the engine is busy."""
 
 _log = logging.getLogger(__name__)
 
 
 class Executor(Protocol[StepT]):
-    """What runs a step on the device."""
+    """Interface to the device: starts steps and collects their results."""
 
     def launch(self, batch: Batch) -> StepT:
-        """Start a step behind those before it and return at once. OutOfMemory: nothing was started."""
+        """Start a step and return at once; it runs after all earlier steps.
+
+        Raise OutOfMemory if it was not started for lack of device memory.
+        """
 
     def complete(self, step: StepT) -> None:
-        """Start what of a step had to wait until the one before was collected. OutOfMemory: it will not run.
+        """Start the deferred part of a step, which needs the tokens of the previous step. Does not block.
 
-        Called once for each step, before the next launch, unless the one before found no memory.
+        Called once for each step, after the previous step was collected and before the next launch; not called if the
+        previous step ran out of memory. Raise OutOfMemory if the step will not run.
         """
 
     def collect(self, step: StepT) -> StepResult:
-        """Wait for a step. Called once for each, in the order of the launches.
+        """Wait for a step and return its result. Called once for each step, in the order of the launches.
 
-        OutOfMemory: it did not run, nor did or will those launched behind it, which say the same.
+        Raise OutOfMemory if the step did not run. No later launched step runs then, and `collect` raises for each.
         """
 
     def idle_work(self) -> bool:
-        """Do a piece of work that was put off, a tenth of a second at most; True while more remains.
+        """Run one unit of idle work, in at most 0.1 s, and return True if more is left.
 
-        Called only while no step is on the device.
+        Idle work is optional: it makes later steps faster. Called only while no step is on the device.
         """
 
 
 class Link(Protocol):
-    """Where messages come from and outputs go: the same messages on every rank, in the same order."""
+    """Source of the engine's messages and destination of its outputs.
+
+    Invariant: every rank receives the same messages, in the same order and before the same steps.
+    """
 
     def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToScheduler]:
-        """The messages that the next step begins with. Waits for one, a second at most, if `block`.
+        """Return the messages to process before the next step. If `block`, wait up to a second for the first one.
 
-        `plan` is the digest of the plan before, compared over the ranks; b"": do not compare.
+        `plan`: digest of the previous plan, compared across the ranks; b"": not compared.
         """
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
-        """Hand on what a step gave; never blocks. Called every turn, also with nothing to say."""
+        """Send the outputs of a step, without blocking. Called in every `Engine.step`, also without outputs."""
 
 
 class Engine(Generic[StepT]):
-    """One rank's engine. `step` is called for ever; between two calls at most one step is on the device."""
+    """The engine of one rank. Its owner calls `step` in a loop.
+
+    Invariant: between two calls of `step`, at most one step is on the device.
+    """
 
     def __init__(
         self, scheduler: Scheduler, executor: Executor[StepT], link: Link, *, compare_plans: bool = False
@@ -74,15 +84,18 @@ class Engine(Generic[StepT]):
         self._compare_plans = compare_plans
         self._plan = b""
         self._last_collected = 0.0
-        self._has_idle_work, self._steps_since = True, 0  # steps since the last piece of it
+        self._has_idle_work, self._steps_since = True, 0  # steps since the last unit of idle work
 
     @property
     def idle(self) -> bool:
-        """True if nothing is to be done until the next message."""
+        """True if no sequence waits or runs and no step is on the device."""
         return self._in_flight is None and not self.scheduler.has_work
 
     def step(self) -> None:
-        """One turn. The device works on step N + 1 while the host handles the tokens of step N."""
+        """Launch step N + 1, then process the tokens of step N while the device computes.
+
+        Blocks until step N ends; if there is no work, until a message arrives, at most about a second.
+        """
         scheduler = self.scheduler
         for message in self.link.receive(self.idle and not self._has_idle_work, self._plan):
             if isinstance(message, Request):
@@ -107,7 +120,7 @@ class Engine(Generic[StepT]):
             self._has_idle_work, self._steps_since = self.executor.idle_work(), 0
 
     def _launch(self, batch: Batch) -> tuple[Batch, StepT, float] | None:
-        """The batch on the device since when; None if it found no memory there."""
+        """Launch `batch`. Return it with its step and launch time in seconds; None if the device was out of memory."""
         try:
             return batch, self.executor.launch(batch), perf_counter()
         except OutOfMemory as error:
@@ -115,7 +128,7 @@ class Engine(Generic[StepT]):
             return None
 
     def _complete(self) -> None:
-        """Let the step that was just launched go on, now that the tokens before it are known."""
+        """Complete the step that was just launched: the tokens of the previous step are on the host now."""
         if self._in_flight:
             batch, step, _ = self._in_flight
             try:
@@ -125,7 +138,10 @@ class Engine(Generic[StepT]):
                 self._take_back([batch], error)
 
     def _collect(self, batch: Batch, step: StepT, launch_time: float) -> tuple[list[Output], Batch | None, float]:
-        """What came of a step, the step, its seconds; nothing if it found no memory."""
+        """Wait for a step. Return its outputs, its batch and its duration in seconds.
+
+        Return no outputs, None and 0 if the device was out of memory.
+        """
         try:
             result = self.executor.collect(step)
         except OutOfMemory as error:
@@ -140,7 +156,7 @@ class Engine(Generic[StepT]):
             return [], None, 0.0
         now = perf_counter()
         self._complete()
-        step_s = now - max(launch_time, self._last_collected)  # a step begins when the one before has ended
+        step_s = now - max(launch_time, self._last_collected)  # a step starts when the previous one has ended
         self._last_collected = now
         return self.scheduler.update(batch, result), batch, step_s
 
@@ -150,7 +166,7 @@ class Engine(Generic[StepT]):
 
 
 def digest(batch: Batch | None) -> bytes:
-    """16 bytes that differ if two ranks plan differently."""
+    """Return a 16-byte digest of a plan. Two ranks compare digests to detect different plans."""
     content = blake2b(digest_size=16)
     if batch:
         for array in (batch.slots, batch.starts, batch.counts, batch.samples, batch.blocks, batch.host_tokens):

@@ -1,4 +1,4 @@
-"""Rank 0's own messages to the schedulers: tokens that come next without being sampled, and early ends."""
+"""Rank 0's own messages to the schedulers: tokens appended without sampling, and early ends."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from tokenmill.wire.messages import Abort, Extend, Output, Stats, ToScheduler
 
 
 class Extender(Protocol):
-    """A feature of rank 0 that extends or ends sequences by itself."""
+    """Interface to a feature of rank 0 that appends tokens to sequences or ends them."""
 
     found: dict[int, Extend]
-    """By request: the message that is due. The link takes it out when it is sent."""
+    """Message to send before the next step, by request id. The link removes the messages that it sends."""
 
     @property
     def active(self) -> bool:
-        """True if there is a sequence that it may extend."""
+        """True if there is a sequence that may be extended."""
 
     def forget(self, request_id: int) -> None:
-        """Drop all that is kept of a request, which has ended. Unknown ids are ignored."""
+        """Drop the state of a request, which has ended. Unknown ids are ignored."""
 
 
 class Extended:
-    """The link behind `inner` that puts the messages of `extender` before the clients'.
+    """Link around `inner` that adds the messages of `extender` before those of the clients.
 
-    A sequence that ends behind a token that has just been sampled is sent with its end at once: the scheduler learns of
-    the end with the next step only.
+    The scheduler ends an extended sequence in the next step. If that end follows a token that has just been sampled,
+    `send` adds it to the token's output at once, and later drops the output with the scheduler's own end.
     """
 
     def __init__(self, inner: Link, extender: Extender) -> None:
         self._inner, self._extender = inner, extender
-        self._ended: set[int] = set()  # their end was sent; the scheduler's own output of it is to be dropped
+        self._ended: set[int] = set()  # requests whose end was sent; the scheduler's own output of it is dropped
 
     def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
         """See `engine.Link`."""
@@ -53,7 +53,7 @@ class Extended:
         self._inner.send(outputs, stats)
 
     def _with_end(self, output: Output) -> Output | None:
-        """The output, with its end if that is the next message of its sequence; None if its end was sent before."""
+        """Return the output, with the end of its sequence if that is due next; None if the end was already sent."""
         request_id, found = output.request_id, self._extender.found.get(output.request_id)
         if request_id in self._ended:
             self._forget(request_id)

@@ -1,6 +1,6 @@
-"""Requests that wait for what they need before the scheduler sees them: a grammar that is being compiled, for example.
+"""Gate for requests with prerequisites, such as a compiled grammar: they wait here, outside of the scheduler.
 
-A feature takes part as a `Prerequisite`. Rank 0 alone waits: the other ranks learn of a request when it may run.
+A feature provides a `Prerequisite`. Requests wait on rank 0 only: the other ranks receive them when they may run.
 """
 
 from __future__ import annotations
@@ -16,35 +16,38 @@ _log = logging.getLogger(__name__)
 
 
 class Pending(Protocol):
-    """Something that will be there later."""
+    """A result that is being produced. `concurrent.futures.Future` implements it."""
 
     def done(self) -> bool:
-        """True if `result` returns at once."""
+        """Return True if `result` does not block."""
 
     def result(self) -> object:
-        """Hand it over. Called once, by the engine's thread. Raises if there is none: that ends the request alone."""
+        """Return the result. Called once, on the engine's thread.
+
+        Raise any exception if there is no result: it ends only the request that waits.
+        """
 
     def add_done_callback(self, fn: Callable[[Any], object], /) -> None:
-        """Call `fn` on any thread when done, at once if it is."""
+        """Call `fn` when done, on any thread; at once if it is done already."""
 
     def cancel(self) -> object:
-        """Give up what was begun; its request will not run. Also called after `result`."""
+        """Cancel the work: the request will not run. May be called after `result`."""
 
 
 class Prerequisite(Protocol):
-    """A kind of thing that requests may need before they run. `name`: the kind, in messages to users."""
+    """Interface to something that requests may need before they run. `name`: a noun for messages to users."""
 
     name: str
 
     def begin(self, request: Request) -> Pending | None:
-        """Begin to get what the request needs, without blocking; None if it may run at once.
+        """Begin to produce what the request needs, without blocking. Return None if it may run at once.
 
-        Called once for each request, by the engine's thread. Raises if it cannot be had: that ends the request alone.
+        Called once for each request, on the engine's thread. Raise any exception to end only this request.
         """
 
 
 class Source(Protocol):
-    """A link whose messages come from clients, and whose waits can be ended."""
+    """A link to the clients. `wake` ends its waits."""
 
     def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToEngine]:
         """See `engine.Link`."""
@@ -57,8 +60,9 @@ class Source(Protocol):
 
 
 class Gated:
-    """The link behind `inner` at which requests wait; the others pass. A request for which nothing can be had ends with
-    an error, and the scheduler never sees it.
+    """Link around `inner` that holds back requests until their prerequisites are there. Other messages pass.
+
+    A request whose prerequisite fails ends with an error, and never reaches the scheduler.
     """
 
     def __init__(self, inner: Source, prerequisites: Sequence[Prerequisite]) -> None:
@@ -68,11 +72,11 @@ class Gated:
 
     @property
     def holds(self) -> bool:
-        """True if a request waits."""
+        """True if a request is held back."""
         return bool(self._held)
 
     def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
-        """See `engine.Link`. Requests that waited come last."""
+        """See `engine.Link`. Requests that were held back come last."""
         passed: list[ToScheduler] = []
         for message in self._inner.receive(block, plan):
             if isinstance(message, Abort):
@@ -86,24 +90,24 @@ class Gated:
         return passed
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
-        """See `engine.Link`. Refusals come first."""
+        """See `engine.Link`. Errors of refused requests come first."""
         if self._refused:
             outputs, self._refused = self._refused + outputs, []
         self._inner.send(outputs, stats)
 
     def close(self) -> None:
-        """Give up what is waited for. Idempotent."""
+        """Cancel all pending prerequisites. Idempotent."""
         for _, pending in self._held.values():
             _cancel(pending)
         self._held.clear()
 
     def _waits(self, request: Request) -> bool:
-        """Begin to get what a request needs; False if it may run."""
+        """Begin the prerequisites of a request. Return False if it may run at once."""
         begun: dict[str, Pending] = {}
         for prerequisite in self._prerequisites:
             try:
                 pending = prerequisite.begin(request)
-            except Exception as error:  # noqa: BLE001  it ends this request alone
+            except Exception as error:  # noqa: BLE001  an error ends only this request
                 self._refuse(request.id, begun, explain(error, prerequisite.name))
                 return True
             if pending is not None:
@@ -116,7 +120,7 @@ class Gated:
         return True
 
     def _ready(self) -> list[Request]:
-        """The requests that need not wait any longer; those whose need cannot be met are refused."""
+        """Remove and return the requests whose prerequisites are there. Refuse those whose prerequisites failed."""
         ready = []
         for request_id, (request, begun) in list(self._held.items()):
             if not all(pending.done() for pending in begun.values()):
@@ -134,7 +138,7 @@ class Gated:
 
 
 def explain(error: Exception, name: str) -> str:
-    """The message that ends one request whose `name` ("grammar", …) failed. Errors that are bugs go to the log."""
+    """Return the message for a request whose prerequisite `name` ("grammar", …) failed. Log errors that are bugs."""
     if isinstance(error, RequestError):
         return str(error)
     _log.error("The %s of a request failed.", name, exc_info=error)
@@ -142,11 +146,11 @@ def explain(error: Exception, name: str) -> str:
 
 
 def _finish(begun: dict[str, Pending]) -> str:
-    """Take over all that was waited for; why that failed, or ""."""
+    """Get the results of finished prerequisites. Return the message of the first that failed, "" if none did."""
     for name, pending in begun.items():
         try:
             pending.result()
-        except Exception as error:  # noqa: BLE001  it ends this request alone
+        except Exception as error:  # noqa: BLE001  an error ends only this request
             return explain(error, name)
     return ""
 

@@ -1,6 +1,6 @@
-"""Work that nobody waits for, done while an engine has nothing else to do.
+"""Background work for idle periods of the engine.
 
-Measured around the engine, at the link, so that the loop does not know of it.
+Idle time is measured at the link, so the engine's loop has no code for it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from tokenmill.engine.engine import Link
 from tokenmill.wire.messages import Output, Stats, ToScheduler
 
 QUIET_S = 3.0
-"""How long nothing was asked for when the first piece is begun: who has just waited for a server asks it at once."""
+"""Idle seconds before the work starts. A client that waited for the start sends its request in this time."""
 
 
 class IdleLink:
-    """The link of rank 0, which calls `piece` between two waits for messages once nothing came for `after_s` seconds.
+    """Link around `link` that calls `piece` between two waits, once the engine was idle for `after_s` seconds.
 
-    `piece` begins the next piece of the work and returns at once; also called when nothing is left.
+    `piece`: starts the next unit of the work and returns at once; also called when no work is left. `clock`: seconds.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class IdleLink:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link, self._piece, self._after_s, self._clock = link, piece, after_s, clock
-        self._busy = clock()  # when there last was something to do
+        self._busy = clock()  # last time at which the engine had work
 
     def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToScheduler]:
-        """See `engine.Link`. Only an engine without work lets it block."""
+        """See `engine.Link`. The engine is idle if it asks for a blocking call."""
         messages = self._link.receive(block, plan)
         if messages or not block:
             self._busy = self._clock()

@@ -1,4 +1,4 @@
-"""Limits of a step and of a sequence, known before the first request."""
+"""Limits of a step and of a sequence, fixed at the start."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from tokenmill.wire.messages import Request
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Limits of a step and of a sequence. `block_size` is the pool's."""
+    """Limits of a step and of a sequence. `block_size` equals that of the block pool."""
 
     max_batch_tokens: int  # of a step
-    max_batch_size: int  # sequences that run at once: slots
-    max_total_tokens: int  # of a sequence, prompt and output
+    max_batch_size: int  # sequences that run at the same time: number of slots
+    max_total_tokens: int  # of a sequence: prompt and output
     block_size: int = 16  # tokens of a cache block
-    min_chunk: int = 1  # a prompt is not cut into pieces smaller than this; what is left over waits for the next step
-    prefill_beside: int = 0  # prompt tokens of a step in which others decode: so many and one more for each of them, so
-    # that a long prompt holds them up little; at least `min_chunk`; more where many wait (see `PrefillBudget.of`).
-    # 0: as many as the step holds
-    max_chunk: int = 0  # a prompt that a step does not finish gets no more of it, counted as in `prefill_beside`: one
-    # that arrives meanwhile waits for short steps only; at least `min_chunk`. 0: as many as the step holds
-    context_weight: int = 0  # at this position a prompt's token counts twice in `prefill_beside`, at double of it three
-    # times and so on: its attention then costs as much as its products. 0: every token counts once
+    min_chunk: int = 1  # minimum tokens of a chunk; a prompt that would get fewer waits for the next step
+    # Prompt tokens of a step in which n sequences decode: `prefill_beside` + n, so that a long prompt delays them
+    # little. At least `min_chunk`; more if many sequences wait (see `PrefillBudget.of`). 0: limited by the step only.
+    prefill_beside: int = 0
+    # Maximum tokens of a chunk that does not finish its prompt, so that a request that arrives meanwhile waits for
+    # short steps only. Weighted like `prefill_beside`; at least `min_chunk`. 0: limited by the step only.
+    max_chunk: int = 0
+    # Position at which the attention of a prompt token costs as much as its products. A token at position p counts as
+    # 1 + p / `context_weight` tokens in `prefill_beside` and `max_chunk`. 0: every token counts as one.
+    context_weight: int = 0
 
     def weigh(self, start: int, count: int) -> int:
         """Return the cost of `count` tokens of a prompt from position `start` on, in tokens at position 0."""
@@ -30,11 +32,14 @@ class SchedulerLimits:
         return count + count * (2 * start + count - 1) // (2 * weight) if weight else count
 
     def size_class(self, start: int, count: int) -> int:
-        """Return the size class, 1, 2-3, 4-7, …, of a prompt that lacks so many tokens from `start` on."""
+        """Return the size class of a prompt with `count` uncomputed tokens from `start` on.
+
+        Classes are costs of 1, 2-3, 4-7, … tokens at position 0.
+        """
         return self.weigh(start, count).bit_length()
 
     def refusal(self, request: Request, num_blocks: int) -> str:
-        """Why this request can never run where there are so many cache blocks; "" if it can."""
+        """Return the reason why a request can never run with `num_blocks` cache blocks; "" if it can."""
         prompt, wanted = len(request.prompt_ids), request.stopping.max_new_tokens
         if prompt < 1 or wanted < 1:
             return f"a request needs at least one prompt token and one new token; it has {prompt} and wants {wanted}"

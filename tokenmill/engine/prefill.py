@@ -1,9 +1,11 @@
-"""The share of each prompt in a step, and the admission of those that wait.
+"""Division of a step's prefill budget among prompts, and admission of waiting sequences.
 
-The shortest come first, by size class and then by arrival, but the oldest gets half of what there is at least,
-whoever else comes. In the order of arrival every prompt becomes the oldest: none starves, and none waits longer than
-twice the time of all before it. A prompt has blocks for all its tokens from its admission on, and the oldest is never
-preempted: several prompts in the middle cannot hold up each other for ever.
+The shortest prompts come first, by size class and then by arrival, but the oldest prompt gets at least half of the
+budget. Every prompt becomes the oldest eventually. So none starves, and none takes longer than twice the work of itself
+and all earlier ones.
+
+Partly computed prompts cannot deadlock: a prompt has blocks for all its tokens from its admission on, and the oldest is
+never preempted.
 """
 
 from __future__ import annotations
@@ -20,43 +22,43 @@ from tokenmill.engine.running import Running
 from tokenmill.engine.sequence import Int32, Sequence
 from tokenmill.engine.waiting import Prompt, Waiting
 
-_PASSED_OVER = 8  # of a line: sequences that wait for another's prefix and do not hold up those behind them
+_PASSED_OVER = 8  # per size class: sequences that may wait for another's prefix without delaying later ones
 
 
 @dataclass(slots=True)
 class Step:
-    """A step of which decoding rows have got their part: what prompts may take, and what they are given."""
+    """Plan of a step after its decoding rows: the budget of the prompts, and their numbers of tokens."""
 
     limits: SchedulerLimits
     max_tokens: int
     room: PrefillBudget
-    starts: Int32  # of the running rows
-    wanted: Int32
-    counts: Int32
+    starts: Int32  # by running row: first position to compute
+    wanted: Int32  # by running row: uncomputed tokens
+    counts: Int32  # by running row: tokens to compute in this step
     may_admit: bool
-    spare: int  # blocks that sequences admitted in it may hold
-    fresh: dict[Sequence, int] = field(default_factory=dict)  # admitted, and their counts
+    spare: int  # blocks that the sequences admitted from now on may hold
+    fresh: dict[Sequence, int] = field(default_factory=dict)  # tokens to compute of each newly admitted sequence
 
     def least(self, wanted: int) -> int:
-        """Return the smallest piece of a prompt that lacks so many tokens."""
+        """Return the minimum chunk of a prompt with `wanted` uncomputed tokens."""
         return max(1, min(wanted, self.limits.min_chunk, self.max_tokens))
 
 
 class Prefill:
-    """The rule that shares out steps among prompts."""
+    """Rule that divides steps among prompts. It has no state of its own."""
 
     def __init__(self, pool: BlockPool, waiting: Waiting, running: Running, prefixes: PrefixCache) -> None:
         self._pool, self._waiting, self._running, self._prefixes = pool, waiting, running, prefixes
 
     def queue(self, seq: Sequence, limits: SchedulerLimits) -> None:
-        """Let `seq` wait, in the line of what of it is not cached."""
+        """Queue `seq` by the number of its uncached tokens."""
         start = len(self._prefixes.find(seq)) * self._pool.block_size
         self._waiting.add(seq, limits.size_class(start, len(seq.token_ids) - start))
 
     def share(self, step: Step, rows: list[int]) -> None:
-        """Set the counts of `rows`, which want more than a token, and of sequences that it admits.
+        """Divide the rest of a step among the prompts in `rows` and waiting sequences, which it may admit.
 
-        Nothing is computed behind one that is cut.
+        Sets `step.counts` and `step.fresh`. No prompt is computed after a truncated one.
         """
         prompts = [Prompt(step.limits.size_class(int(step.starts[row]), int(step.wanted[row])), seq.arrival, seq, row)
                    for row in rows if (seq := self._running.rows[row]).slot >= 0]  # fmt: skip
@@ -84,10 +86,10 @@ class Prefill:
             self._serve(step, held)
 
     def _admit_oldest(self, step: Step, oldest: Prompt | None) -> Prompt | None:
-        """Admit the sequence that waits longest, if it is older than `oldest`, before any other takes slot or blocks.
+        """Admit the oldest waiting sequence, if it is older than `oldest`, before others take slots or blocks.
 
-        If it lacks blocks, others may pass it, but of the blocks that it needs they take none: those that run and are
-        older than it end some day, and then it has them.
+        If too few blocks are free, others may pass it, but may not take blocks that it needs. So it is admitted at the
+        latest when the running sequences that are older have ended.
         """
         for head in self._waiting.heads():
             if self._prefixes.has_more(head):
@@ -108,14 +110,14 @@ class Prefill:
         return None
 
     def _missing(self, step: Step, prompt: Prompt) -> tuple[int, int, bool]:
-        """Where a prompt that has its blocks goes on, how many tokens it lacks, and if it was begun before."""
+        """Return the first uncomputed position of an admitted prompt, its uncomputed tokens, and if it ran before."""
         if prompt.row >= 0:
             return int(step.starts[prompt.row]), int(step.wanted[prompt.row]), True
         start = self._running.computed_of(prompt.seq)
         return start, prompt.seq.num_tokens - start, False
 
     def _serve(self, step: Step, prompt: Prompt) -> bool:
-        """Give a prompt what it may have, admitting it if need be. False: nothing is for those behind it."""
+        """Plan a chunk of a prompt, which is admitted if it waits. Return False if no later prompt may be computed."""
         seq = prompt.seq
         if seq.slot < 0:
             if not step.may_admit:
@@ -138,14 +140,13 @@ class Prefill:
         return count == wanted
 
     def _admit(self, step: Step, seq: Sequence, found: list[int]) -> bool:
-        """Give a waiting sequence a slot, its cached prefix and blocks for all its tokens; False, and nothing done, if
-        it must wait.
+        """Admit a waiting sequence: assign a slot, its cached prefix `found`, and blocks for all its tokens.
 
-        A few blocks are left over for those that run already, lest they preempt it in the next steps; and room for a
-        piece of the prompts that are being computed, beside all that will decode.
+        Return False, without a change, if it must wait: a few blocks must stay free, so that running sequences do not
+        preempt it in the next steps, and each step must have room for a chunk beside all sequences that decode.
         """
         known, pool = len(seq.token_ids), self._pool
-        if known < seq.num_tokens or not self._running.num_free:  # preempted with a token on the device: maybe its last
+        if known < seq.num_tokens or not self._running.num_free:  # its newest token is on the device: maybe its last
             return False
         start = len(found) * pool.block_size
         least = step.least(known - start)

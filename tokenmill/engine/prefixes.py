@@ -1,4 +1,4 @@
-"""The blocks of sequences that the prefix cache holds, or will hold soon. Pure bookkeeping over the block pool."""
+"""Prefix cache lookups and publication by sequence. Pure bookkeeping on top of the block pool."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from tokenmill.engine.sequence import Sequence
 
 
 class PrefixCache:
-    """The blocks that sequences offer each other. Offers of steps that did not run are taken back."""
+    """Blocks of sequences in the prefix cache. Blocks published for steps that did not run are removed again."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._offered: deque[list[int]] = deque()  # by step on the device: blocks published before it has filled them
-        self.computing: list[Sequence] = []  # sequences that run and are not computed to `fill_end` yet
+        self._offered: deque[list[int]] = deque()  # by step on the device: blocks that it will fill
+        self.computing: list[Sequence] = []  # running sequences that are not computed up to `fill_end` yet
 
     def find(self, seq: Sequence) -> list[int]:
-        """Return the blocks of `seq` that are cached and need not be computed. Takes nothing."""
+        """Return the leading blocks of `seq` that are cached and may be shared. Reference counts do not change."""
         found = self._pool.match(seq.hashes_of(0, self._sharable(seq), self._pool.block_size))
         seq.num_found = len(found)
         return found
 
     def has_more(self, seq: Sequence) -> bool:
-        """Return True if more blocks of `seq` are cached than `find` saw last."""
+        """Return True if more blocks of `seq` are cached than at the last `find`."""
         found = seq.num_found
         last = min(found + 1, self._sharable(seq))
         return bool(self._pool.match(seq.hashes_of(found, last, self._pool.block_size)))
 
     def comes(self, seq: Sequence, found: int) -> bool:
-        """Return True if one of `computing` will compute half or more of what `seq` lacks behind its cached blocks."""
+        """Return True if a sequence of `computing` will compute at least half of the uncached tokens of `seq`.
+
+        `found`: number of its cached blocks.
+        """
         size = self._pool.block_size
         half = -(-(len(seq.token_ids) - found * size) // (2 * size))
-        last = found + half  # equal hashes of the last block mean that all before it are equal
+        last = found + half  # a hash covers all earlier blocks: comparing the last one suffices
         if last > self._sharable(seq):
             return False
         return any(
@@ -43,7 +46,7 @@ class PrefixCache:
         )
 
     def publish(self, seq: Sequence, computed: int) -> None:
-        """Offer the full blocks of the first `computed` tokens, as far as the tokens are known."""
+        """Publish the full blocks of the first `computed` tokens, as far as their ids are on the host."""
         size = self._pool.block_size
         full = min(len(seq.token_ids), computed) // size
         seq.hash_blocks(full, size)
@@ -55,18 +58,18 @@ class PrefixCache:
         seq.publish_at = (seq.num_published + 1) * size
 
     def planned(self) -> None:
-        """Count a step as planned: what is offered from now on is its."""
+        """Count a step as planned: blocks published from now on belong to it."""
         self._offered.append([])
 
     def passed(self) -> None:
-        """Count the oldest planned step as run: what it computed is there."""
+        """Count the oldest planned step as run: its blocks are written."""
         self._offered.popleft()
 
     def retract(self, steps: int) -> None:
-        """Take back what the newest planned steps offered."""
+        """Remove the blocks of the newest planned steps from the prefix cache."""
         for _ in range(steps):
             self._pool.unpublish(self._offered.pop())
 
     def _sharable(self, seq: Sequence) -> int:
-        """Return how many blocks may be shared: one token must run at least, or there is nothing to sample from."""
+        """Return how many blocks may be shared: at least one token must run, because sampling needs its logits."""
         return 0 if seq.request.computes_whole_prompt else (len(seq.token_ids) - 1) // self._pool.block_size

@@ -1,4 +1,4 @@
-"""Ranks that follow rank 0: it sends each step's messages on to them, so that all plan the same step."""
+"""Links between rank 0 and the other ranks: rank 0 forwards each step's messages, so all plan the same steps."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ _JOIN_S = 600.0
 
 
 class RanksDiverged(RuntimeError):
-    """Two ranks planned different steps. A bug; the engine must be started anew."""
+    """Two ranks planned different steps. This is a bug: the engine must be restarted."""
 
 
 class FollowerFrame(msgspec.Struct, frozen=True, array_like=True):
-    """The frame that rank 0 sends the others before each step."""
+    """Frame that rank 0 sends to the other ranks before each step."""
 
     messages: tuple[ToScheduler, ...]
-    plan: bytes = b""  # digest of the plan before; b"": not compared
+    plan: bytes = b""  # digest of the previous plan; b"": not compared
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """The first frame of a follower."""
+    """First frame of a follower."""
 
     rank: int
 
 
 class Broadcast:
-    """A link of rank 0 that hands the messages of `inner` to the other ranks before it returns them.
+    """Link around `inner` on rank 0 that sends the messages to the other ranks before it returns them.
 
-    `ranks` is the caller's to close.
+    The caller closes `ranks`.
     """
 
     def __init__(self, inner: Link, ranks: RankServer) -> None:
         self._inner, self._ranks = inner, ranks
 
     def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToScheduler]:
-        """See `engine.Link`. Raises OSError if another rank is gone."""
+        """See `engine.Link`. Raise OSError if the connection to another rank is broken."""
         messages = self._inner.receive(block, plan)
         self._ranks.broadcast(FollowerFrame(tuple(messages), plan))
         return messages
@@ -52,7 +52,10 @@ class Broadcast:
 
 
 class RankServer:
-    """Rank 0's connections to the other ranks. If one dies, `broadcast` raises OSError: the engine must end."""
+    """Rank 0's connections to the other ranks.
+
+    `address`: Unix socket to listen on. `size`: number of ranks, rank 0 included.
+    """
 
     def __init__(self, address: str, size: int) -> None:
         self._listener = Listener(address)
@@ -61,7 +64,7 @@ class RankServer:
         self._encoder = msgspec.msgpack.Encoder()
 
     def wait(self, timeout_s: float = _JOIN_S) -> None:
-        """Wait until every other rank has connected. Raises TimeoutError naming those that have not."""
+        """Wait until every other rank has connected. Raise TimeoutError with the missing ranks after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while missing := sorted(set(range(1, self._size)) - set(self._followers)):
             left = max(0.001, deadline - time.monotonic())
@@ -77,20 +80,20 @@ class RankServer:
                 self._followers[hello.rank] = channel
 
     def broadcast(self, message: FollowerFrame) -> None:
-        """Send the step's messages to every follower."""
+        """Send the messages of a step to every follower. Raise OSError if one is gone: the engine must end."""
         data = frame(self._encoder, message)
         for rank in range(1, self._size):
             self._followers[rank].send_bytes(data)
 
     def close(self) -> None:
-        """Close all. Idempotent."""
+        """Close all connections and stop listening. Idempotent."""
         for channel in self._followers.values():
             channel.close()
         self._listener.close()
 
 
 class Follower:
-    """The link of a rank other than 0: reads one frame a step, sends nothing."""
+    """Link of a rank other than 0: receives one frame per step and sends no outputs."""
 
     def __init__(self, address: str, rank: int, timeout_s: float = _JOIN_S) -> None:
         self._rank = rank
@@ -98,7 +101,10 @@ class Follower:
         self._channel.send(Hello(rank))
 
     def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
-        """See `engine.Link`; always waits for rank 0. ConnectionError: rank 0 is gone. RanksDiverged: plans differ."""
+        """See `engine.Link`. Always block until the frame of rank 0 arrives.
+
+        Raise ConnectionError if rank 0 is gone, and RanksDiverged if its plan was different.
+        """
         message = self._channel.receive()
         if message is None:
             raise ConnectionError("rank 0 has closed the connection")
@@ -107,7 +113,7 @@ class Follower:
         return list(message.messages)
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
-        """Do nothing: the outputs of rank 0 go to the HTTP workers."""
+        """Do nothing: only rank 0 sends outputs."""
 
     def close(self) -> None:
         """Close the connection. Idempotent."""

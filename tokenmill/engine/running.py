@@ -1,4 +1,4 @@
-"""Sequences that run: each has a slot and blocks; how far each is stands in arrays by slot. Pure bookkeeping."""
+"""Running sequences: their slots, their blocks, and their progress in arrays by slot. Pure bookkeeping."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tokenmill.engine.sequence import Int32, Sequence, entries_array
 
 
 class Running:
-    """The sequences by id, in order of admission, and their slots."""
+    """The running sequences in order of admission, with their slots and blocks."""
 
     def __init__(self, pool: BlockPool, size: int) -> None:
         self._pool = pool
         self._by_id: dict[int, Sequence] = {}
         self._free_slots = list(range(size - 1, -1, -1))
-        self.tokens = np.zeros(size, np.int32)  # by slot: tokens known here or on the device
-        self.computed = np.zeros(size, np.int32)  # by slot: tokens whose cache entries a launched step has written
-        self.last = np.zeros(size, np.int32)  # by slot: tokens ever to compute; the last one is only sampled
-        self.held = np.zeros(size, np.int32)  # by slot: blocks
-        # the sequences as a list and its slots: made anew when it changed, never written to, for batches hold them
+        self.tokens = np.zeros(size, np.int32)  # by slot: tokens that exist on the host or on the device
+        self.computed = np.zeros(size, np.int32)  # by slot: tokens whose KV entries a planned step writes
+        self.last = np.zeros(size, np.int32)  # by slot: tokens to compute until its end, all but the last one
+        self.held = np.zeros(size, np.int32)  # by slot: number of blocks
+        # Sequences and slots as of `refresh`. Replaced, never modified: batches keep references to them.
         self.rows: list[Sequence] = []
         self.slots: Int32 = np.zeros(0, np.int32)
-        self.changed = False  # since `refresh`
-        self._entries: list[tuple[int, int, int]] = []  # of block tables, new in the step being planned
+        self.changed = False  # True if a sequence joined or left since `refresh`
+        self._entries: list[tuple[int, int, int]] = []  # slot, index in its block table, block: added since `refresh`
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -34,20 +34,20 @@ class Running:
         return request_id in self._by_id
 
     def get(self, request_id: int) -> Sequence | None:
-        """Return the sequence of this id; None if it does not run."""
+        """Return the sequence with this id; None if it is not running."""
         return self._by_id.get(request_id)
 
     def values(self) -> ValuesView[Sequence]:
-        """Return all of them, in order of admission."""
+        """Return all running sequences, in order of admission."""
         return self._by_id.values()
 
     @property
     def num_free(self) -> int:
-        """The number of sequences that may join."""
+        """Number of free slots."""
         return len(self._free_slots)
 
     def refresh(self) -> None:
-        """Begin a step: `rows` and `slots` are those that run now, in order of admission."""
+        """Begin the plan of a step: update `rows` and `slots`, and clear the new block table entries."""
         self._entries = []
         if self.changed:
             self.rows = list(self._by_id.values())
@@ -55,7 +55,7 @@ class Running:
             self.changed = False
 
     def start(self, seq: Sequence, cached: list[int], fresh: list[int]) -> None:
-        """Give `seq` a slot, and blocks for all its tokens, of which the first are cached."""
+        """Start `seq`: assign a slot and its blocks, first those of the cached prefix, then newly allocated ones."""
         slot = self._free_slots.pop()
         self._by_id[seq.id] = seq
         self.changed = True
@@ -71,7 +71,7 @@ class Running:
         self._entries += [(slot, index, block) for index, block in enumerate(seq.blocks)]
 
     def grow(self, seq: Sequence, need: int) -> bool:
-        """Give `seq` that many more blocks; False, and nothing done, if there are too few."""
+        """Allocate `need` more blocks for `seq`. Return False, without a change, if too few are free."""
         fresh = self._pool.allocate(need)
         if fresh is None:
             return False
@@ -82,10 +82,10 @@ class Running:
         return True
 
     def release(self, seq: Sequence) -> None:
-        """Take slot and blocks from `seq`.
+        """Free the slot and the blocks of `seq`.
 
-        A launched step may still write to them. They can be handed on all the same: steps run in order, so that write
-        lands before any later step's.
+        A launched step may still write to them. They can be reused at once all the same: steps run in order, so that
+        write precedes all writes of later steps.
         """
         del self._by_id[seq.id]
         self.changed = True
@@ -94,9 +94,9 @@ class Running:
         seq.slot, seq.blocks = -1, []
 
     def entries(self) -> Int32:
-        """Return (n, 3) slot, index in its table, block: entries of block tables that are new since `refresh`."""
+        """Return (n, 3) slot, index in its block table, block: the entries added since `refresh`."""
         return entries_array(self._entries)
 
     def computed_of(self, seq: Sequence) -> int:
-        """Return how many tokens of `seq` are computed once all planned steps have run."""
+        """Return the number of tokens of `seq` that are computed once all planned steps have run."""
         return int(self.computed[seq.slot])

@@ -1,15 +1,15 @@
-"""The choice of the sequences that run in the next step.
+"""Scheduler: choose the sequences of the next step, and record the tokens of finished steps.
 
-Shared by every model and feature: features go elsewhere, none is named here.
+This file is shared by all models and features. It names none: a feature has its own file, around the scheduler.
 
-Pure: its state changes only by `add`, `abort`, `extend`, `schedule`, `update` and `retract`. Every tensor-parallel
-rank runs its own copy on the same messages and tokens and must reach the same plan, so nothing here reads a clock, an
-option, a random number or the device.
+Invariant: the scheduler is deterministic. Every tensor-parallel rank runs its own copy on the same messages and tokens,
+and all copies must plan the same steps. Nothing here reads a clock, an option, a random number or the device. State
+changes only in `add`, `abort`, `extend`, `schedule`, `update` and `retract`.
 
-There are no prefill and decode phases. A sequence has tokens of which some are computed; each step gives it as many
-as the budget allows. Chunked prefill, decode, a prefix-cache hit and the resumption after a preemption are the same
-case. (The idea is vLLM v1's.) What a step needs of every running sequence stands in arrays by slot, so that a step
-whose plan is the last one's costs a few array operations, not a walk over the sequences.
+There are no prefill and decode phases. Some tokens of a sequence are computed, and each step computes as many of the
+others as its budget allows. Chunked prefill, decode, a prefix cache hit and resumption after a preemption are the same
+case. (The idea is from vLLM v1.) The progress of running sequences is kept in arrays by slot, so a step with the same
+plan as the previous one costs a few array operations instead of a loop over the sequences.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from tokenmill.wire.messages import Extend, Output, Request, Stats
 
 
 class Scheduler:
-    """Sequences that wait, in order; sequences that run, in order of admission; and how far each is."""
+    """State of all sequences: those that wait, those that run, and the progress of each."""
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
         self.pool = pool
         self.limits = limits
         self.waiting = Waiting()
-        self.running = Running(pool, limits.max_batch_size)  # the youngest by arrival is preempted first
+        self.running = Running(pool, limits.max_batch_size)
         self.counts = Counts()
         self._prefixes = PrefixCache(pool)
         self._prefill = Prefill(pool, self.waiting, self.running, self._prefixes)
         self._budget = StepBudget(limits.max_batch_tokens)
-        self._num_added = 0  # requests
-        self._num_planned = 0  # batches
-        self._extended: list[tuple[Sequence, int]] = []  # new since the last batch: from which position on
+        self._num_added = 0  # requests so far; gives each its `arrival`
+        self._num_planned = 0  # batches so far; gives each its `number`
+        self._extended: list[tuple[Sequence, int]] = []  # extended since the last batch, each from this position on
         self._notices: list[Output] = []
 
     @property
     def has_work(self) -> bool:
-        """False if `schedule` has nothing to plan until the next `add`."""
+        """True if a sequence waits or runs. If False, `schedule` returns None until the next `add`."""
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Queue a request. One that can never run is refused: its end is among the next notices."""
+        """Queue a request. If it can never run, refuse it: the next `notices` contain its error."""
         refusal = self.limits.refusal(request, self.pool.num_blocks)
         if request.id in self.running or request.id in self.waiting:
             refusal = f"a request with the id {request.id} is being served"
@@ -62,15 +62,15 @@ class Scheduler:
             self._prefill.queue(Sequence(request, arrival=self._num_added), self.limits)
 
     def abort(self, request_id: int) -> None:
-        """Forget a request and free its blocks at once; nothing comes of it any more. Unknown ids are ignored."""
+        """Drop a request and free its blocks at once. It gets no further output. Unknown ids are ignored."""
         seq = self.running.get(request_id) or self.waiting.get(request_id)
         if seq is not None:
             self._finish(seq, "abort")
 
     def extend(self, message: Extend) -> None:
-        """Append tokens that nobody sampled; of what the device has sampled in their place nothing comes.
+        """Append tokens without sampling them. Tokens that the device samples at their positions are discarded.
 
-        What came of it is among the next notices.
+        The next `notices` contain the appended tokens. Unknown ids are ignored.
         """
         seq = self.running.get(message.id) or self.waiting.get(message.id)
         if seq is None:
@@ -83,7 +83,8 @@ class Scheduler:
         if seq.slot >= 0:
             self.running.tokens[seq.slot] = known
             computed = self.running.computed_of(seq)
-            self.running.computed[seq.slot] = min(computed, known - 1)  # one must run, to sample
+            # the last token must run: sampling needs its logits
+            self.running.computed[seq.slot] = min(computed, known - 1)
             self._extended.append((seq, message.position))
         if reason := reason or message.finish_reason:
             self._finish(seq, reason)
@@ -91,12 +92,15 @@ class Scheduler:
             self._notices.append(seq.output(token_ids, message=message.message))
 
     def notices(self) -> list[Output]:
-        """Admissions and refusals since the last call. They precede what `update` says of the same requests."""
+        """Return admissions, refusals and extensions since the last call.
+
+        Send them before the result of `update`: a request's admission precedes its tokens.
+        """
         notices, self._notices = self._notices, []
         return notices
 
     def schedule(self) -> Batch | None:
-        """Plan the next step and count it as done; None when nothing can run."""
+        """Plan the next step and count its tokens as computed. Return None if nothing can run."""
         running = self.running
         running.refresh()
         rows, slots = running.rows, running.slots
@@ -125,7 +129,10 @@ class Scheduler:
         return self._commit(rows, slots, starts, counts, admitted)
 
     def update(self, batch: Batch, result: StepResult) -> list[Output]:
-        """Record what a step gave and say what came of it. Batches come back in the order they were planned."""
+        """Record the result of a step and return one output for each request that got something.
+
+        Invariant: batches are passed in the order in which they were planned.
+        """
         outputs: list[Output] = []
         sequences = batch.sequences
         self._prefixes.passed()
@@ -134,7 +141,7 @@ class Scheduler:
         details, payloads, number = result.details, dict(result.payloads or ()), batch.number
         for index, (row, token_id) in enumerate(zip(batch.samples.tolist(), result.token_ids, strict=True)):
             seq = sequences[row]
-            if seq.finish_reason or number < seq.valid_from:  # ended, or overtaken, while the step was on the device
+            if seq.finish_reason or number < seq.valid_from:  # ended or extended while the step was on the device
                 continue
             if token_id < 0:
                 self._fail(seq, outputs)
@@ -154,17 +161,17 @@ class Scheduler:
                 outputs.append(seq.output((token_id,), details[index] if details else None, payloads.pop(row, None)))
             else:
                 outputs.append(Output(seq.id, (token_id,)))
-        for row, payload in payloads.items():  # of rows that did not sample
+        for row, payload in payloads.items():  # left over: payloads of rows that did not sample
             if not sequences[row].finish_reason:
                 outputs.append(Output(sequences[row].id, payload=payload))
         return outputs
 
     def retract(self, batches: list[Batch]) -> None:
-        """Take back the newest planned steps, all from the first that found no memory on: nothing of them counts.
+        """Undo the newest planned steps: `batches[0]`, which ran out of device memory, and all later ones.
 
-        Everybody waits again, in order, as after a preemption, and keeps the tokens of earlier steps. The next steps
-        are half as large as the one that failed, until many went well. If that was of a single token, its request can
-        never run: its end is among the next notices.
+        All running sequences are preempted. They keep the tokens of earlier steps. The next steps are at most half as
+        large as the one that failed, until enough of them have succeeded. If the failed step had a single token, its
+        request can never run, and the next `notices` contain its error.
         """
         self._prefixes.retract(len(batches))
         for seq in reversed(list(self.running.values())):
@@ -176,22 +183,23 @@ class Scheduler:
         if batches[0].num_tokens > 1:
             self._budget.shrink(batches[0].num_tokens)
             return
-        self._budget.restore()  # a request's own need says nothing of the others'
+        self._budget.restore()  # this request alone is too large; others may fit in full steps
         seq = batches[0].sequences[0]
         if not seq.finish_reason:
             self._finish(seq, "error")
             self._notices.append(seq.failure("the device has no memory for a single token of it"))
 
     def stats(self, batch: Batch | None = None, step_s: float = 0.0) -> Stats:
-        """The books as they stand; `batch` and `step_s` are the step they are told after."""
+        """Return the current statistics. `batch`, `step_s`: the step that has just ended and its duration."""
         now = len(self.waiting), len(self.running), self.pool.num_used, self.pool.num_blocks
         return self.counts.stats(now, batch, step_s)
 
     # ---- planning
 
     def _decode(self, starts: Int32, wanted: Int32) -> tuple[Int32, list[int], PrefillBudget]:
-        """Give a token to each row that wants one, and blocks to all: the counts, the rows that want more tokens, and
-        what is left of the step.
+        """Plan one token for each decoding row, and allocate the blocks that running rows need.
+
+        Return the number of tokens by row, the rows that are prompts, and the remaining budget.
         """
         running, prompts = self.running, np.flatnonzero(wanted > 1).tolist()
         decoding = int(np.count_nonzero(wanted == 1))
@@ -207,12 +215,12 @@ class Scheduler:
         need = -(-reach // self.pool.block_size) - running.held[running.slots]
         rows = running.rows
         for row in sorted(np.flatnonzero(need > 0).tolist(), key=lambda row: rows[row].arrival):
-            if rows[row].slot >= 0:  # the oldest first: who is preempted has not grown
+            if rows[row].slot >= 0:  # the oldest first, so no blocks go to a row that is preempted here
                 self._grow(rows[row], int(need[row]))
         return counts, prompts, room
 
     def _grow(self, seq: Sequence, need: int) -> None:
-        """Give `seq` that many more blocks, preempting the youngest for them, which may be itself."""
+        """Allocate `need` more blocks for `seq`. While too few are free, preempt the youngest sequence: maybe `seq`."""
         while not self.running.grow(seq, need):
             victim = max(self.running.values(), key=lambda other: other.arrival)
             self._preempt(victim)
@@ -220,7 +228,7 @@ class Scheduler:
                 return
 
     def _welcome(self, admitted: list[Sequence]) -> None:
-        """Tell of those that were admitted for the first time."""
+        """Add a notice for each sequence that is admitted for the first time."""
         for seq in admitted:
             if not seq.was_admitted:
                 seq.was_admitted = True
@@ -231,7 +239,7 @@ class Scheduler:
     def _commit(
         self, rows: list[Sequence], slots: Int32, starts: Int32, counts: Int32, admitted: list[Sequence]
     ) -> Batch:
-        """Count the step's tokens as computed."""
+        """Count the step's tokens as computed, and return the batch."""
         self._prefixes.planned()
         computed = starts + counts
         self.running.computed[slots] = computed
@@ -242,7 +250,8 @@ class Scheduler:
         num_prefill_rows = int(np.count_nonzero(long | ~sampling))
         if num_prefill_rows:
             for row in np.flatnonzero(long).tolist():
-                # before it has run, for steps run in order: who finds these blocks reads them after the write
+                # Before the step has run: steps run in order, so a later step that shares these blocks reads them
+                # after they are written.
                 self._publish(rows[row])
         entries = self.running.entries()
         samples = np.flatnonzero(sampling).astype(np.int32)
@@ -253,14 +262,14 @@ class Scheduler:
         )  # fmt: skip
 
     def _host_tokens(self) -> Int32:
-        """The tokens that `extend` brought since the last batch, of those who still run."""
+        """Return (n, 3) slot, position, id: tokens of running sequences that `extend` appended since the last batch."""
         extended, self._extended = self._extended, []
         return entries_array([entry for seq, start in extended if seq.slot >= 0 for entry in seq.entries(start)])
 
     # ---- one sequence
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back into the queue, to its place, as if new. Its blocks stay cached while nobody needs them."""
+        """Return `seq` to its place in the queue and release its blocks. They stay cached until they are reused."""
         seq.num_tokens = int(self.running.tokens[seq.slot])
         seq.num_preemptions += 1
         self.counts.preemptions += 1
@@ -268,12 +277,12 @@ class Scheduler:
         self._prefill.queue(seq, self.limits)
 
     def _publish(self, seq: Sequence) -> None:
-        """Offer the blocks whose tokens are all known and computed."""
+        """Publish the full blocks of `seq` whose tokens are all known and computed."""
         if seq.slot >= 0:
             self._prefixes.publish(seq, self.running.computed_of(seq))
 
     def _fail(self, seq: Sequence, outputs: list[Output]) -> None:
-        """End a sequence whose numbers are worthless, and let nobody find what it computed."""
+        """End a sequence whose logits are not finite, and remove its blocks from the prefix cache."""
         self.pool.unpublish(seq.blocks)
         self._finish(seq, "error")
         outputs.append(seq.failure("the model's output is not a finite number"))

@@ -1,4 +1,4 @@
-"""A request while it runs, and the plan of one step."""
+"""Sequence: a request with its progress. Batch: the plan of one step."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from tokenmill.wire.messages import Output, Payload, Request, TokenDetails
 Int32 = NDArray[np.int32]
 
 _NO_ENTRIES = np.zeros((0, 3), np.int32)
-_AHEAD = 32  # blocks that are hashed together
+_AHEAD = 32  # blocks hashed per call: few calls for a long prompt, little waste at a cache miss
 
 
 def entries_array(entries: list[tuple[int, int, int]]) -> Int32:
-    """Return a batch's entries as an array (n, 3); do not write to it, the one without entries is shared."""
+    """Return the entries as an array (n, 3). Do not write to it: all empty results are the same array."""
     return np.array(entries, np.int32) if entries else _NO_ENTRIES
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request's state. Only the scheduler changes it; how far it is on the device stands in the scheduler's arrays.
+    """State of one request, changed by the scheduler only. Its progress on the device is in the arrays of `Running`.
 
-    A token sampled on the device and not read back yet is not in `token_ids`: its value is not needed to plan the step
-    that consumes it.
+    A token that is sampled but not yet read back is not in `token_ids`: the plan of the step that consumes it does not
+    depend on its value.
     """
 
     request: Request
-    id: int = field(init=False)  # the request's
-    token_ids: list[int] = field(init=False)  # prompt and tokens read back
-    max_tokens: int = field(init=False)  # prompt and wanted tokens
+    id: int = field(init=False)  # equals `request.id`
+    token_ids: list[int] = field(init=False)  # of the prompt, then those read back from the device
+    max_tokens: int = field(init=False)  # length at which it ends: prompt and `max_new_tokens`
     stop_ids: frozenset[int] = field(init=False)
-    num_tokens: int = field(init=False)  # while it waits: len(token_ids) + tokens still on the device
-    arrival: int = 0  # requests are counted as they are added: the smaller one is older
-    slot: int = -1  # row of the device's per-sequence state; -1 while it waits
+    num_tokens: int = field(init=False)  # valid while it waits: len(token_ids) + tokens still on the device
+    arrival: int = 0  # ordinal of its request; smaller: older
+    slot: int = -1  # index of its state on the device; -1 while it waits
     blocks: list[int] = field(default_factory=list)
-    fill_end: int = 0  # tokens known at its last admission: until they are computed it does not sample
-    hashes: list[bytes] = field(default_factory=list)  # of the first blocks of `token_ids`, as far as needed
-    num_found: int = 0  # leading blocks that were cached when this was last looked up
-    num_published: int = 0  # leading blocks offered to the prefix cache
-    publish_at: int = 0  # len(token_ids) at which there is another block to offer
+    fill_end: int = 0  # tokens known at its last admission; it samples once all of them are computed
+    hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of `token_ids`, computed on demand
+    num_found: int = 0  # leading blocks that were cached at the last lookup
+    num_published: int = 0  # leading blocks published in the prefix cache
+    publish_at: int = 0  # len(token_ids) at which the next block is full
     num_preemptions: int = 0
-    valid_from: int = 0  # number of the first batch whose tokens count: earlier ones were overtaken by `Extend`
+    valid_from: int = 0  # number of the first batch whose sampled token counts; an `Extend` voids earlier ones
     was_admitted: bool = False
-    finish_reason: str = ""  # "" while it lives; "stop", "length", "error", "abort"
+    finish_reason: str = ""  # "": not finished; "stop", "length", "error", "abort"
 
     def __post_init__(self) -> None:
         self.id = self.request.id
@@ -58,14 +58,16 @@ class Sequence:
         self.stop_ids = frozenset(self.request.stopping.stop_ids)
 
     def hash_blocks(self, count: int, block_size: int) -> None:
-        """Make `hashes` of the first `count` blocks, which are full, unless it has been done."""
+        """Extend `hashes` to the first `count` blocks, which must be full."""
         begin = len(self.hashes)
         if begin < count:
             parent = self.hashes[-1] if begin else chain_root(self.request.salt)
             self.hashes += chain_hashes(parent, self.token_ids[begin * block_size : count * block_size], block_size)
 
     def hashes_of(self, first: int, last: int, block_size: int) -> Iterator[bytes]:
-        """Hashes of blocks in a row, up to the last full one, made as they are looked at: who misses one needs no more.
+        """Yield the hashes of the blocks `first` to `last` - 1, up to the last full block.
+
+        They are computed lazily, so a cache miss stops the hashing.
         """
         last = min(last, len(self.token_ids) // block_size)
         while first < last:
@@ -75,16 +77,19 @@ class Sequence:
             first += len(made)
 
     def hash_at(self, index: int, block_size: int) -> bytes:
-        """The hash of one block, which is full, made if need be together with those before it."""
+        """Return the hash of one block, which must be full. Missing hashes of earlier blocks are computed too."""
         self.hash_blocks(index + 1, block_size)
         return self.hashes[index]
 
     def entries(self, start: int) -> list[tuple[int, int, int]]:
-        """Its slot, position and token, for all that are known here from `start` on."""
+        """Return (slot, position, token id) for each entry of `token_ids` from position `start` on."""
         return [(self.slot, i, self.token_ids[i]) for i in range(start, len(self.token_ids))]
 
     def append(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
-        """Take in tokens up to the first that ends it: those that it took, and the reason, "" if it goes on."""
+        """Append tokens up to the first that ends the sequence.
+
+        Return the appended tokens and the finish reason, "" if the sequence continues.
+        """
         for count, token_id in enumerate(token_ids, 1):
             self.token_ids.append(token_id)
             if token_id in self.stop_ids:
@@ -100,7 +105,7 @@ class Sequence:
         payload: Payload | None = None,
         message: str = "",
     ) -> Output:
-        """What it was given."""
+        """Return the `Output` of a step that gave this sequence `token_ids`, `details` or `payload`."""
         return Output(
             self.id,
             token_ids,
@@ -112,43 +117,43 @@ class Sequence:
         )
 
     def failure(self, message: str) -> Output:
-        """Its end, for a reason of its own."""
+        """Return the last `Output` of a sequence that failed, with the cause."""
         return Output(self.id, finish_reason="error", num_preemptions=self.num_preemptions, message=message)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One step's plan, as arrays and differences. Nobody writes to it.
+    """Plan of one step: S rows, of which R sample, and the changes since the previous step. Never modified.
 
-    Rows are sequences in order of admission; S rows, R of them sample. While nobody joins or leaves, `slots` and
-    `sequences` are the same objects as in the step before. `sequences[i].slot` may already be another: `slots[i]`
-    counts.
+    Rows are sequences in order of admission. While no sequence joins or leaves, `slots` and `sequences` are the same
+    objects as in the previous step. Use `slots[i]`, not `sequences[i].slot`: the sequence may have left that slot
+    since.
     """
 
     slots: Int32  # (S,)
     starts: Int32  # (S,) first position to compute
-    counts: Int32  # (S,) how many, >= 1
+    counts: Int32  # (S,) number of positions to compute, >= 1
     samples: Int32  # (R,) rows whose next token is sampled, ascending
     sequences: list[Sequence]  # by row
-    admitted: list[Sequence]  # given a slot in this step; all of them are rows, the last ones
-    blocks: Int32  # (n, 3) slot, index in its table, block: entries new since the last step
+    admitted: list[Sequence]  # sequences that join in this step: the last rows
+    blocks: Int32  # (n, 3) slot, index in its block table, block: entries added since the last step
     num_tokens: int  # sum of `counts`
     num_prefill_rows: int  # rows that compute more than one token or do not sample
-    number: int  # batches are counted as they are planned
-    host_tokens: Int32  # (n, 3) slot, position, id: not sampled on the device; new since the last step
+    number: int  # ordinal of the batch, from 1
+    host_tokens: Int32  # (n, 3) slot, position, id: tokens not sampled on the device, added since the last step
 
 
 class StepResult(Protocol):
-    """What came of a step, on the host. `backends.base.StepResult` is one."""
+    """Result of a step, on the host. `backends.base.StepResult` implements it."""
 
     @property
     def token_ids(self) -> list[int]:
-        """One a sampling row, in the order of `Batch.samples`; -1: the row's logits were not finite."""
+        """One sampled id per entry of `Batch.samples`; -1: the logits of that row were not finite."""
 
     @property
     def details(self) -> list[TokenDetails | None] | None:
-        """One a sampling row, None where nobody asked."""
+        """Log-probabilities per entry of `Batch.samples`, None for rows that did not request them."""
 
     @property
     def payloads(self) -> dict[int, Payload] | None:
-        """Results beside tokens, by row of the batch; handed on unread."""
+        """Results other than tokens, by row of the batch. The engine passes them on without reading them."""

@@ -1,6 +1,6 @@
 """Per-request timings, recorded at the link for requests that ask for them.
 
-Neither the loop nor the scheduler has a part in it, and the other requests cost nothing.
+The loop and the scheduler have no code for timings, and other requests cost nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenmill.wire.messages import Extend, Output, Request, RequestTimings, Sta
 
 
 class _Run:
-    """One request's times in seconds, None: not yet; and its counts."""
+    """Times and counts of one request. Times are clock values in seconds; None: not reached yet."""
 
     __slots__ = ("arrived", "began", "first", "largest_batch", "num_cached", "num_forced")
 
@@ -28,16 +28,16 @@ class _Run:
 
 
 class Timed:
-    """The link behind `inner` that adds `RequestTimings` to every output with tokens whose request asked for them.
+    """Link around `inner` that adds `RequestTimings` to every output with tokens whose request asked for them.
 
-    `scheduler`: the engine's, only read. `clock`: that of `Request.sent_at`. A step's tokens count as made when `send`
-    is called.
+    `scheduler`: the engine's; only read. `clock`: the clock of `Request.sent_at`. The time of a step's tokens is that
+    of the call of `send`.
     """
 
     def __init__(self, inner: Link, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic) -> None:
         self._inner, self._scheduler, self._clock = inner, scheduler, clock
-        self._runs: dict[int, _Run] = {}  # of the requests that asked and have not ended
-        self._in_step: list[_Run] = []  # those that ran when the step was planned whose outputs are sent next
+        self._runs: dict[int, _Run] = {}  # unfinished requests with timings
+        self._in_step: list[_Run] = []  # runs in the planned step whose outputs are sent next
 
     def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToScheduler]:
         """See `engine.Link`."""
@@ -65,13 +65,13 @@ class Timed:
         self._inner.send(outputs, stats)
 
     def _complete(self, output: Output, now: float) -> Output:
-        """`output` with its request's timings, if it asked for them and there are tokens."""
+        """Return `output` with the timings of its request, if the request has timings and the output has tokens."""
         run = self._runs.get(output.request_id)
         if run is None:
             return output
         if output.finish_reason:
             del self._runs[output.request_id]
-        if run.began is None:  # the step before the one that it joined has just ended, if there was one
+        if run.began is None:  # admission: its first step starts now, as the previous one has just ended
             run.began, run.num_cached = now, output.num_cached
         if not output.token_ids:
             return output

@@ -1,6 +1,6 @@
-"""Sequences that wait to run, in lines of about the same size, and the order in which prompts are computed.
+"""Waiting sequences, by size class, and the order in which prompts are computed.
 
-A size class holds sizes of less than double its smallest: within it the order is that of arrival.
+A size class covers sizes from a power of two to less than the next one. Within a class the order is that of arrival.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from tokenmill.engine.sequence import Sequence
 
 
 class Prompt(NamedTuple):
-    """A sequence that is not computed as far as it is known. Sorted, the first to be computed come first."""
+    """A sequence with several known tokens to compute. The sort order is that in which prompts are computed."""
 
     size_class: int
     arrival: int
     seq: Sequence
-    row: int = -1  # of those that run; -1: it waits, or was admitted in this step
+    row: int = -1  # among the running rows; -1: it waits, or was admitted in this step
 
 
 class Waiting:
-    """The queue. A sequence keeps its place in the order of arrival when it comes back after a preemption."""
+    """Queue of the waiting sequences. A preempted sequence returns to its place in the order of arrival."""
 
     def __init__(self) -> None:
         self._by_id: dict[int, Sequence] = {}
-        self._lines: dict[int, OrderedDict[int, Sequence]] = {}  # by size class, in order of arrival; none is empty
+        self._lines: dict[int, OrderedDict[int, Sequence]] = {}  # by size class; in order of arrival, never empty
         self._class_of: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -37,24 +37,24 @@ class Waiting:
         return request_id in self._by_id
 
     def __iter__(self) -> Iterator[int]:
-        """Ids in order of arrival."""
+        """Iterate over the request ids, in order of arrival."""
         return (seq.id for seq in sorted(self._by_id.values(), key=_arrival))
 
     def values(self) -> list[Sequence]:
-        """Return all of them, in no order."""
+        """Return all waiting sequences, in no particular order."""
         return list(self._by_id.values())
 
     def get(self, request_id: int) -> Sequence | None:
-        """Return the sequence of this id; None if it does not wait."""
+        """Return the sequence with this id; None if it is not waiting."""
         return self._by_id.get(request_id)
 
     def add(self, seq: Sequence, size: int) -> None:
-        """Queue `seq`, which is of that size class."""
+        """Queue `seq` in the size class `size`."""
         line = self._lines.setdefault(size, OrderedDict())
         last = next(reversed(line.values()), None)
         line[seq.id] = self._by_id[seq.id] = seq
         self._class_of[seq.id] = size
-        if last is not None and seq.arrival < last.arrival:  # it was here before
+        if last is not None and seq.arrival < last.arrival:  # it was preempted: put it back in its place
             first = next(iter(line.values()))
             if seq.arrival < first.arrival:
                 line.move_to_end(seq.id, last=False)
@@ -62,7 +62,7 @@ class Waiting:
                 self._lines[size] = OrderedDict((other.id, other) for other in sorted(line.values(), key=_arrival))
 
     def remove(self, seq: Sequence) -> None:
-        """Take `seq` out."""
+        """Remove `seq` from the queue."""
         del self._by_id[seq.id]
         size = self._class_of.pop(seq.id)
         line = self._lines[size]
@@ -71,15 +71,18 @@ class Waiting:
             del self._lines[size]
 
     def heads(self) -> list[Sequence]:
-        """Return the first of each line."""
+        """Return the oldest sequence of each size class."""
         return [next(iter(line.values())) for line in self._lines.values()]
 
     def oldest(self) -> Sequence | None:
-        """Return the one that arrived first; None if nothing waits."""
+        """Return the oldest sequence; None if none waits."""
         return min(self.heads(), key=_arrival, default=None)
 
     def shortest_first(self, most: int) -> Iterator[Prompt]:
-        """Return the prompts as they are now, sorted; `most` of a line at most."""
+        """Return at most `most` prompts of each size class, in the order in which they are computed.
+
+        Later changes of the queue do not affect the iteration.
+        """
         lines = [
             [Prompt(size, seq.arrival, seq) for seq, _ in zip(line.values(), range(most), strict=False)]
             for size, line in self._lines.items()
