@@ -1,1 +1,1 @@
-"""Who runs when: the scheduler, the block pool, the loop and the sockets around it. Token ids only, no tensors."""
+"""Scheduling: the scheduler, its block pool, the engine's loop, and the links to HTTP workers and other ranks."""

@@ -1,1 +1,1 @@
-"""Runs steps on a backend. No text, no HTTP, no kernels."""
+"""Execution of planned steps on a backend. No text, no HTTP, no kernels."""

@@ -1,6 +1,7 @@
-"""From a model on disk to a scheduler and an executor that fit each other: what worker and offline engine share.
+"""Assembly of an engine from a model on disk: backend, executor and scheduler with matching limits.
 
-Every number that was left open is settled here, once, and told in `EngineInfo`.
+The engine worker and the offline engine share it. Limits that the user left open are computed here, once, and
+reported in `EngineInfo`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
 
-_ATTENTION_EFFICIENCY = 0.5  # of a prompt's attention, beside its products; on a CPU with products of integers, too
+_ATTENTION_EFFICIENCY = 0.5  # FLOP/s of a prompt's attention relative to its products, also int8 products on a CPU
 _MOCK_CAPACITY = 1 << 20  # tokens
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wants:
-    """What a user may say of an engine; None and "": not said."""
+    """User options of an engine. None and "": choose by model and device."""
 
     backend: BackendOptions = field(default_factory=BackendOptions)
     block_size: int = 16
@@ -55,23 +56,24 @@ class Wants:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """Parts of an engine that is ready to step. `close` frees the backend; idempotent."""
+    """Parts of an engine that is ready to run. The owner calls `close`."""
 
     scheduler: Scheduler
     executor: AnyExecutor[Any]
     info: EngineInfo
-    constraints: Constraints | None = None  # on rank 0: for the links and for the executor
+    constraints: Constraints | None = None  # on rank 0; shared by the links and the executor
     _resources: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:
-        """End the backend's threads and free its memory."""
+        """End the threads of the backend and free its memory. Idempotent."""
         self._resources.close()
 
 
 def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) -> Assembled:
-    """Read a model's weights into a backend, make the cache as large as memory allows, and warm up.
+    """Load a model into a backend, allocate as large a KV cache as memory allows, and warm up.
 
-    Blocks for as long as that takes. Raises a StartError that says what to do.
+    Blocks until all is done: seconds to minutes. `report`: receives the progress. Raise a StartError that explains the
+    remedy if the model cannot be served as requested.
     """
     from tokenmill.models.base import program_of
 
@@ -82,7 +84,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     defaults = choice.kind.defaults(choice.device)
     length = lengths.of_model(checkpoint.config, program)
     longest = lengths.longest(source, length, wants.max_total_tokens)
-    lengths.max_input_tokens(wants.max_input_tokens, longest, length)  # before minutes of reading
+    lengths.max_input_tokens(wants.max_input_tokens, longest, length)  # fail before minutes of loading
     dtype, needed = measure_weights(choice, program, checkpoint, options, wants.memory_limit)
     limits = _limits(defaults, wants, longest)
     read = reader_of(checkpoint, options.quantize)
@@ -90,7 +92,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     with ExitStack() as resources:
         try:
             backend = make_backend(choice, job)
-        except MemoryError as error:  # what the weights leave is less than what the limits ask for beside them
+        except MemoryError as error:  # beside the weights there is no memory for the state of so many sequences
             raise NotEnoughMemory(
                 f"There is no memory for {limits.max_batch_size} requests of {longest} tokens ({error}). "
                 "Give a smaller --max-total-tokens or --max-batch-size."
@@ -125,7 +127,7 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
 
 
 def _constraints(source: ModelSource, info: EngineInfo, wants: Wants, resources: ExitStack) -> Constraints:
-    """Make what constrains sequences by their grammar; `resources` closes it."""
+    """Create the constraints of the engine. `resources` closes the compiler of grammars."""
     grammars = None
     if wants.grammars:
         from tokenmill.runtime.grammars import ModelGrammars
@@ -136,7 +138,7 @@ def _constraints(source: ModelSource, info: EngineInfo, wants: Wants, resources:
 
 
 def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:
-    """The same around an executor without a model. Reads at most the model's configuration."""
+    """Assemble an engine around `executor`, which has no model. Read at most the configuration of the model."""
     length = lengths.of_mock(source)
     total = wants.max_total_tokens or min(lengths.longest(source, length, None), lengths.MOCK_LENGTH)
     info = EngineInfo(
@@ -176,7 +178,7 @@ def measure_weights(
 
 
 def room(choice: Choice, options: BackendOptions) -> int:
-    """Bytes that may still be taken, where weights and cache will be."""
+    """Return the free bytes of the memory in which weights and cache will be."""
     found = choice.kind.room(options, choice.device)
     return available_bytes() if found is None else found
 
@@ -184,7 +186,7 @@ def room(choice: Choice, options: BackendOptions) -> int:
 def _allocate(
     choice: Choice, backend: Backend, limits: StepLimits, wants: Wants, group: Group, weight_bytes: int
 ) -> int:
-    """Make the cache of the size that the tightest rank has room for."""
+    """Allocate the cache with as many blocks as fit on every rank. Return their number."""
     demand = Demand(
         backend.block_bytes(),
         backend.step_bytes(),
@@ -194,7 +196,7 @@ def _allocate(
         backend.claimed_bytes(),
         wants.max_total_tokens or 2,
     )
-    group.minimum(0)  # nobody looks at what is free before all have read their weights
+    group.minimum(0)  # a barrier: free memory is measured once all ranks have loaded their weights
     limit = None if wants.memory_limit is None else wants.memory_limit // group.size
     free = room(choice, wants.backend)
     if choice.kind.defaults(choice.device).owns_memory:
@@ -207,7 +209,10 @@ def _allocate(
 
 
 def scheduler_of(info: EngineInfo, defaults: Defaults, program: Program | None = None) -> Scheduler:
-    """A scheduler for such an engine, with the numbers that suit its device. `program`: None for a mock."""
+    """Return a scheduler for the engine `info`.
+
+    `defaults`: of its device. `program`: of its model, None for a mock engine.
+    """
     limits = SchedulerLimits(
         info.max_batch_tokens,
         info.max_batch_size,
@@ -221,9 +226,9 @@ def scheduler_of(info: EngineInfo, defaults: Defaults, program: Program | None =
 
 
 def context_weight(program: Program) -> int:
-    """The position at which a prompt's token costs as much attention as products; 0: none, as every layer has a window.
+    """Return the position at which the attention of a prompt token costs as much as its products.
 
-    What lies within windows is not counted.
+    Return 0 if all layers have sliding windows. The attention of such layers is not counted.
     """
     token, pair = Load(tokens=1, samples=0, context=0, pairs=0), Load(tokens=0, samples=0, context=0, pairs=1)
     products = sum(cost(op, token, _bits).flops for op in program.ops if op.keeps() is None)
@@ -233,4 +238,4 @@ def context_weight(program: Program) -> int:
 
 
 def _bits(weight: Weight) -> float:
-    return 16.0  # operations are counted, not bytes
+    return 16.0  # any value: only operations are counted, not bytes

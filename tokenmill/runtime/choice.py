@@ -1,7 +1,7 @@
-"""The backend of a program: the first kind of the device that does not refuse it.
+"""Choice of the backend for a program: the first kind for the device that supports it.
 
-Kinds are the folders of `backends/`. A GPU's kinds come first where there is one. A kind that has to stand in for the
-device's own says so in the log.
+Each folder of `backends/` is a kind. A GPU is preferred over the CPU. If the preferred kind for the device does not
+support the program, another one is used, and the log gives the reason.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.program.value import Program
 
 _DEVICES = ("cuda", "cpu")
-"""Devices in the order in which they are looked for."""
+"""Devices in order of preference."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A kind on a device.
+    """A kind of backend and the device to run on.
 
-    `reason`: why the device's own kind does not serve; "" if it does, or another was asked for.
+    `reason`: why the preferred kind is not used; "" if it is, or if the user chose this one.
     """
 
     kind: Kind
@@ -34,23 +34,26 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The kind's name."""
+        """Name of the kind."""
         return self.kind.name
 
     @property
     def device(self) -> str:
-        """The device's name."""
+        """Name of the device."""
         return self.placement.device
 
 
 def kinds() -> list[Kind]:
-    """Return every kind of backend, by preference."""
+    """Return all kinds of backends, in order of preference."""
     found: list[Kind] = [plugins.find("backends", name).KIND for name in plugins.names("backends")]
     return sorted(found, key=lambda kind: kind.preference)
 
 
 def choose(program: Program, options: BackendOptions, block_size: int, ranks: int) -> Choice:
-    """Return who serves a program. Needs no weights. Raise a StartError if what the user wants cannot be had."""
+    """Return the backend kind and device for a program, without reading weights.
+
+    Raise a StartError if the options cannot be met.
+    """
     placement = Placement(_device(options), block_size, ranks)
     reason = ""
     for kind in kinds():
@@ -67,7 +70,7 @@ def choose(program: Program, options: BackendOptions, block_size: int, ranks: in
 
 
 def make_backend(choice: Choice, job: Job) -> Backend:
-    """Read the weights and return the backend. Logs why it is not the device's own."""
+    """Load the weights and return the backend. Log the reason if it is not the preferred kind."""
     if job.options.attention and choice.name != "cuda":
         _log.warning("`attention` %s has no effect: the %s backend has its own.", job.options.attention, choice.name)
     if choice.reason:
@@ -77,7 +80,7 @@ def make_backend(choice: Choice, job: Job) -> Backend:
 
 
 def _device(options: BackendOptions) -> str:
-    """Return the device that computes. Unsupported if it is asked for and not here."""
+    """Return the device to use. Raise Unsupported if the requested one is not available."""
     own = next((kind.devices for kind in kinds() if kind.name == options.backend), _DEVICES)
     asked = options.device if options.device != "auto" else own[0] if len(own) == 1 else ""
     if asked and asked not in own:
@@ -94,6 +97,6 @@ def _device(options: BackendOptions) -> str:
 
 
 def _missing(device: str) -> str:
-    """Why no kind of its own can use the device; "" if one can."""
+    """Return why no kind made for `device` alone can use it; "" if one can."""
     own = [kind for kind in kinds() if kind.devices == (device,)]
     return next((why for why in (kind.missing() for kind in own) if why), "")

@@ -1,6 +1,7 @@
-"""The constraint on one sequence's next tokens: a grammar, a reasoning budget, or both.
+"""Constraint on the next tokens of one sequence: a grammar, a reasoning budget, or both.
 
-Token ids only, no steps: `Constraints` calls `observe` with every token and sends on the messages that come back.
+This file works on token ids only, not on steps: `Constraints` calls `observe` with every token and sends the returned
+messages.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ _REFUSED = "the grammar that was asked for does not allow the token that was sam
 
 
 class Constraint:
-    """One sequence's constraint.
+    """Constraint on one sequence.
 
-    `matcher`: of its grammar, at its beginning; None: no grammar. `end_ids`: tokens that end a text, which a matcher
-    allows where its grammar may end, whether or not the request stops at them.
+    `matcher`: of its grammar, in the initial state; None: no grammar. `end_ids`: tokens that end a text. A matcher
+    allows them where its grammar may end, even if the request does not stop at them.
     """
 
     def __init__(self, request: Request, matcher: Matcher | None, end_ids: tuple[int, ...]) -> None:
         stopping, grammar = request.stopping, request.grammar
         self.id, self.matcher = request.id, matcher
-        self.num_tokens = self._begin = len(request.prompt_ids)  # of the sequence, as far as observed
-        self.valid_from = 0  # number of the first batch whose tokens count
+        self.num_tokens = self._begin = len(request.prompt_ids)  # length of the sequence, as far as observed
+        self.valid_from = 0  # number of the first batch whose sampled token counts
         self.ended = False
         self._last = self.num_tokens + stopping.max_new_tokens
         self._free_to_end = self.num_tokens + stopping.min_new_tokens
         self._stop_ids, self._end_ids = frozenset(stopping.stop_ids), end_ids
         self._ends = [i for i in end_ids if i in self._stop_ids]
-        self._appends = request.sampling.logprobs < 0  # else each token is sampled, for what is told of it
+        self._appends = request.sampling.logprobs < 0  # False: logprobs need each token to be sampled
         self._after = grammar.after if grammar else ()
         self._unless, self._forced_ids = stopping.unless, stopping.forced_ids
         self._budget = stopping.force_after if stopping.forced_ids else 0
         self._tail: deque[int] = deque(maxlen=max((len(ids) for ids in (*self._after, *self._unless)), default=0))
-        self._pending: deque[int] = deque()  # must come next, and are sampled
+        self._pending: deque[int] = deque()  # must come next; each is sampled under a mask of its own
         self._refused = False
         self._begun = matcher is not None and not self._after
         if self._begun:
@@ -52,18 +53,18 @@ class Constraint:
 
     @property
     def deferred(self) -> bool:
-        """True if its next token cannot be sampled before the one before is known."""
+        """True if sampling its next token must wait until the previous token is known."""
         return (self._begun or bool(self._pending)) and not self.ended
 
     @property
     def asks_matcher(self) -> bool:
-        """True if its row of a mask is to be filled by its matcher before `restrict`."""
+        """True if its matcher must fill its row of the mask before `restrict`."""
         return self._begun and not self._pending
 
     def observe(self, token_id: int, free: bool) -> Extend | None:
-        """Take in the token that was sampled. Return the message that the scheduler must get, if any.
+        """Record a sampled token. Return the message for the scheduler, if any.
 
-        `free`: the step behind samples without masks.
+        `free`: the next step, already launched, samples without masks.
         """
         if self._pending:
             self._pending.popleft()
@@ -82,9 +83,10 @@ class Constraint:
         return Extend(self.id, position, tuple(token_ids), reason, _REFUSED if reason == "error" else "")
 
     def restrict(self, bits: NDArray[np.uint32]) -> Extend | None:
-        """Restrict a row of a mask, which its matcher has filled if `asks_matcher`, to the tokens that may come next.
+        """Restrict a row of a mask, which its matcher has filled if `asks_matcher`, to the tokens allowed next.
 
-        If none may, the row allows everything, and the message that the scheduler must get is returned.
+        If none is allowed, end the sequence: allow everything in the row, and return the message for the scheduler.
+        `bits`: a bit per token id, least significant first; modified in place.
         """
         if self._pending:
             bits[:] = 0
@@ -108,7 +110,7 @@ class Constraint:
         return Extend(self.id, self.num_tokens, (), "stop" if may_end else "error", "" if may_end else why)
 
     def _take(self, token_id: int) -> None:
-        """Append one token."""
+        """Advance by one token."""
         self.num_tokens += 1
         if token_id in self._stop_ids or self.num_tokens == self._last:
             self.ended = True
@@ -123,7 +125,7 @@ class Constraint:
             self._budget = 0
 
     def _append(self, token_ids: list[int]) -> list[int]:
-        """Append tokens up to the first that ends the sequence; return those that were appended."""
+        """Advance by tokens up to the first that ends the sequence. Return these tokens."""
         taken = []
         for token_id in token_ids:
             if self.ended or self._refused:
@@ -133,7 +135,7 @@ class Constraint:
         return taken
 
     def _forced(self) -> list[int]:
-        """The tokens that must come next, if there is no choice."""
+        """Return the tokens that must come next; [] if there is a choice."""
         if self._budget and self.num_tokens - self._begin >= self._budget:
             self._budget = 0
             if self._accepts(self._forced_ids):
@@ -141,12 +143,12 @@ class Constraint:
         if not self._begun or self.matcher is None or self.matcher.done:
             return []
         forced = self.matcher.forced(self._last - self.num_tokens)
-        early = self._free_to_end - self.num_tokens  # so many must not be stop ids
+        early = self._free_to_end - self.num_tokens  # number of next tokens that must not be stop ids
         ends = (i for i, t in enumerate(forced) if t in self._end_ids or (i < early and t in self._stop_ids))
-        return forced[: next(ends, len(forced))]  # a mask sees to how it ends
+        return forced[: next(ends, len(forced))]  # whether it may end here is decided by a mask
 
     def _accepts(self, token_ids: tuple[int, ...]) -> bool:
-        """True if they may come next."""
+        """Return True if the grammar allows `token_ids` next. The state does not change."""
         if not self._begun or self.matcher is None:
             return True
         taken = sum(1 for _ in takewhile(self.matcher.accept, token_ids))
@@ -154,7 +156,7 @@ class Constraint:
         return taken == len(token_ids)
 
     def _reason(self) -> str:
-        """The reason to end here that the scheduler cannot see; "" if there is none."""
+        """Return the finish reason if the sequence ends for a cause unknown to the scheduler; else ""."""
         if self._refused:
             return "error"
         complete = self._begun and self.matcher is not None and self.matcher.done
@@ -168,7 +170,7 @@ class Constraint:
 
     @staticmethod
     def _forbid(bits: NDArray[np.uint32], token_ids: tuple[int, ...]) -> bool:
-        """Forbid these tokens. True if any of them was allowed."""
+        """Forbid `token_ids`. Return True if any of them was allowed."""
         found = False
         for token_id in token_ids:
             bit = np.uint32(1 << token_id % 32)

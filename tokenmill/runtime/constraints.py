@@ -1,9 +1,11 @@
-"""The constraints of an engine's sequences, on rank 0, which samples.
+"""Constraints on the sequences of an engine, on rank 0, which samples. `runtime.constraint` has that on one sequence.
 
-They take part in three places. At the gate (`engine.gated.Prerequisite`) a request waits for its grammar. At the
-executor (`runtime.executor.Masking`) a step with constrained rows samples when the tokens of the step before are known,
-from masks that are made while the device computes. Before the scheduler (`engine.extended.Extender`) what a constraint
-decides by itself is sent to all ranks. `runtime.constraint.Constraint` is one sequence's.
+`Constraints` implements three interfaces:
+
+* `engine.gated.Prerequisite`: a request waits until its grammar is compiled.
+* `runtime.executor.Masking`: a step with constrained rows samples once the tokens of the previous step are known, from
+  masks that are filled while the device computes.
+* `engine.extended.Extender`: tokens without an alternative, and ends, are sent to the schedulers of all ranks.
 
 Everything runs on the engine's thread.
 """
@@ -26,33 +28,33 @@ from tokenmill.wire.messages import Extend, GrammarSpec, Request
 
 
 class Compiling(Pending, Protocol):
-    """A grammar that is there later. `concurrent.futures.Future` is one."""
+    """A grammar that is being compiled. `concurrent.futures.Future` implements it."""
 
     def result(self) -> Grammar:
-        """Return the grammar. GrammarError: there is none."""
+        """Return the grammar. Raise GrammarError if it is invalid."""
 
 
 class Grammars(Protocol):
-    """The grammars of a model."""
+    """Compiler of grammars for one model, and filler of their masks."""
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text. Read only after a grammar was compiled."""
+        """Tokens that end a text. Available once a grammar is compiled."""
 
     def prepare(self) -> object:
-        """Begin the next piece of the work that a first grammar would wait for, without blocking."""
+        """Start the next unit of the one-time work before a first grammar. Does not block."""
 
     def compile(self, spec: GrammarSpec) -> Compiling:
-        """Begin to compile a grammar, without blocking."""
+        """Start to compile a grammar. Does not block."""
 
     def fill(self, matchers: Sequence[Matcher], mask: NDArray[np.uint32], rows: Sequence[int]) -> None:
-        """Let each matcher fill the row of the mask whose index stands in the same place of `rows`."""
+        """Fill row `rows[i]` of the mask by `matchers[i]`, for each i."""
 
 
 class Constraints:
     """All constraints of an engine.
 
-    `grammars`: None refuses requests with a grammar. It stays the caller's to close.
+    `grammars`: closed by the caller; None: refuse requests with a grammar.
     """
 
     name = "grammar"
@@ -61,15 +63,15 @@ class Constraints:
         self._words, self._grammars = -(-vocab_size // 32), grammars
         self._constraints: dict[int, Constraint] = {}
         self.found: dict[int, Extend] = {}  # see `engine.extended.Extender`
-        self._newest, self._deferred = 0, False  # of the batches that were launched: its number, and how it samples
+        self._newest, self._deferred = 0, False  # of the last launched batch: its number, and if it is deferred
 
     def prepare(self) -> None:
-        """Begin the next piece of the work that a first request with a grammar would wait for, without blocking."""
+        """Start the next unit of the one-time work before a first grammar, if grammars are served. Does not block."""
         if self._grammars is not None:
             self._grammars.prepare()
 
     def compile(self, spec: GrammarSpec) -> Compiling:
-        """Begin to compile a grammar, without blocking. GrammarError: this engine serves none."""
+        """Start to compile a grammar. Does not block. Raise GrammarError if this engine serves no grammars."""
         if self._grammars is None:
             raise GrammarError("this engine has no grammars")
         return self._grammars.compile(spec)
@@ -85,7 +87,7 @@ class Constraints:
         return None
 
     def start(self, request: Request, grammar: Grammar) -> None:
-        """Constrain a request, which will run, by its grammar."""
+        """Constrain a request, which is about to run, by its compiled grammar."""
         assert self._grammars is not None
         self._constraints[request.id] = Constraint(request, grammar.matcher(), self._grammars.end_ids)
 
@@ -117,7 +119,7 @@ class Constraints:
         asking = [(row, constraint) for row, (_, constraint) in enumerate(rows) if constraint.asks_matcher]
         try:
             self._fill(asking, bits)
-        except Exception:  # noqa: BLE001  filling the rows one by one shows which one failed
+        except Exception:  # noqa: BLE001  fill the rows one by one to find the one that failed
             self._fill_alone(asking, bits)
         for row, (_, constraint) in enumerate(rows):
             if constraint.ended:
@@ -131,19 +133,19 @@ class Constraints:
         if not self._constraints:
             return
         for place, constraint in self._rows(batch):
-            if token_ids[place] < 0:  # its numbers are broken: it ends
+            if token_ids[place] < 0:  # its logits are not finite: the scheduler ends it
                 constraint.ended = True
                 continue
             try:
                 found = constraint.observe(token_ids[place], not self._deferred)
-            except Exception as error:  # noqa: BLE001  it ends this request alone
+            except Exception as error:  # noqa: BLE001  an error ends only this request
                 self._fail(constraint, error)
                 continue
             if found:
                 self._find(constraint, found)
 
     def _rows(self, batch: Batch) -> list[tuple[int, Constraint]]:
-        """The sampling rows that are constrained and count, by their place among the sampling rows."""
+        """Return the constrained sampling rows whose tokens count, as (index into `batch.samples`, constraint)."""
         constraints, sequences, number = self._constraints, batch.sequences, batch.number
         rows = []
         for place, row in enumerate(batch.samples.tolist()):
@@ -162,11 +164,11 @@ class Constraints:
             try:
                 bits[row] = 0
                 self._fill([(row, constraint)], bits)
-            except Exception as error:  # noqa: BLE001  it ends this request alone
+            except Exception as error:  # noqa: BLE001  an error ends only this request
                 self._fail(constraint, error)
 
     def _find(self, constraint: Constraint, found: Extend) -> None:
-        """Have a message sent before the next step. Steps that are on the device by then do not count."""
+        """Queue a message to send before the next step. It voids the sampled tokens of steps on the device."""
         self.found[constraint.id] = found
         constraint.valid_from = self._newest + 1
 
@@ -177,7 +179,7 @@ class Constraints:
 
 
 class _Compiled:
-    """A request's grammar as the gate waits for it: `result` makes the constraint."""
+    """`engine.gated.Pending` for the grammar of a request: `result` creates the constraint."""
 
     def __init__(self, constraints: Constraints, request: Request, compiling: Compiling) -> None:
         self._constraints, self._request, self._compiling = constraints, request, compiling

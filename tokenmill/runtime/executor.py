@@ -1,4 +1,7 @@
-"""Runs plans on a backend. Shared by every model and feature: features go elsewhere, none is named here."""
+"""Executor: run planned steps on a backend.
+
+This file is shared by all models and features. It names none: a feature has its own file, such as a `Masking`.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from tokenmill.runtime.inputs import StepBuilder
 
 
 class Masking(Protocol):
-    """Logits masks of a step, made on the host from the tokens of the steps before; on rank 0."""
+    """Interface to logits masks that the host computes from the tokens of earlier steps. Used on rank 0."""
 
     def defers(self, batch: Batch) -> bool:
-        """True if this step, which is launched next, must wait for `masks` before it samples."""
+        """Return True if this step, which is launched next, must wait for `masks` before it samples."""
 
     def masks(self, batch: Batch) -> Masks:
-        """The masks of a deferred step. Called when all steps before it were observed."""
+        """Return the masks of a deferred step. Called after `observe` of all earlier steps."""
 
     def observe(self, batch: Batch, token_ids: list[int]) -> None:
-        """Take in the tokens that a step sampled, as in `StepResult`. Called for each step, in their order."""
+        """Record the sampled tokens of a step, as in `StepResult`. Called for each step, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +36,29 @@ class Launched:
 
 
 class Executor:
-    """An `engine.Executor` over a backend whose cache is allocated. The backend stays the caller's to close."""
+    """Implementation of `engine.Executor` on a backend whose cache is allocated. The caller closes the backend."""
 
     def __init__(self, backend: Backend, max_batch_size: int, masking: Masking | None = None) -> None:
         self._backend, self._masking = backend, masking
         self._builder = StepBuilder(max_batch_size)
 
     def launch(self, batch: Batch) -> Launched:
-        """Start a step behind those before it and return at once. Raises what `Backend.run` does."""
+        """See `engine.Executor`. Raise the errors of `Backend.run`."""
         deferred = self._masking is not None and self._masking.defers(batch)
         return Launched(batch, self._backend.run(self._builder.build(batch, deferred)), deferred)
 
     def complete(self, step: Launched) -> None:
-        """Start the sampling of a step that had to wait for the tokens before it. Raises what `Step.sample` does."""
+        """See `engine.Executor`: start the sampling of a deferred step. Raise the errors of `Step.sample`."""
         if step.deferred and self._masking is not None:
             step.step.sample(self._masking.masks(step.batch))
 
     def collect(self, step: Launched) -> StepResult:
-        """Wait for a step. Raises what went wrong in it."""
+        """See `engine.Executor`. Raise the errors of `Step.result`."""
         result = step.step.result()
         if self._masking is not None:
             self._masking.observe(step.batch, result.token_ids)
         return result
 
     def idle_work(self) -> bool:
-        """Do a piece of the work that the backend has put off; True while more remains."""
+        """See `engine.Executor`."""
         return self._backend.idle_work()

@@ -1,8 +1,8 @@
-"""A model's grammars, as an engine gets them: compiled by a pool of processes, masks filled on several threads.
+"""Grammars of a model: compiled by a pool of processes; their masks are filled on several threads.
 
-Reading the tokenizer and handing it to a grammar library takes a second or two for a large vocabulary, and holds
-Python's lock for most of that. So it is done when a first grammar is wanted, or before, piece by piece, by `prepare`,
-which is to be called while nobody waits for an answer.
+Loading the tokenizer into the grammar library takes a second or two for a large vocabulary, most of it with Python's
+global lock held. So it is done at the first grammar, or earlier and in units by `prepare`, which should be called while
+the engine is idle.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import GrammarSpec
 
 _MOST_THREADS = 8
-"""That fill masks: with 256 rows of 50 µs each, more would not shorten a step any more."""
+"""Maximum threads that fill masks: with 256 rows of 50 µs each, more would not shorten a step."""
 
 _log = logging.getLogger(__name__)
 
 
 class _Parts(NamedTuple):
-    """What is there when the tokenizer was read."""
+    """Objects that exist once the tokenizer is loaded."""
 
     backend: Backend
     pool: CompilePool
@@ -38,10 +38,10 @@ class _Parts(NamedTuple):
 
 
 class ModelGrammars:
-    """`runtime.constraints.Grammars` of a model on disk.
+    """Implementation of `runtime.constraints.Grammars` for a model on disk.
 
-    `size`: of its logits. `cpus`: that may be used. Every method but `compile` is called
-    when a grammar was compiled.
+    `size`: number of logits. `cpus`: CPUs that may be used. Before the first grammar is compiled, `end_ids` and `fill`
+    block until the tokenizer is loaded.
     """
 
     def __init__(self, source: ModelSource, size: int, cpus: int = 1) -> None:
@@ -54,12 +54,12 @@ class ModelGrammars:
         self._hurried = False
 
     def prepare(self) -> None:
-        """Begin the next piece of what a first grammar would wait for, if none is being done; never waits."""
+        """See `runtime.constraints.Grammars`. Do nothing while a unit is running."""
         if not self._hurried and (self._piece is None or self._piece.done()):
             self._piece = self._executor.submit(self._go_on, 1)
 
     def start(self) -> Future[_Parts]:
-        """Begin with all that is left of it. Idempotent; never waits."""
+        """Start all the remaining one-time work. Idempotent; does not block."""
         if not self._hurried:
             self._hurried = True
             self._executor.submit(self._go_on, None)
@@ -75,7 +75,10 @@ class ModelGrammars:
         return self._parts.backend.vocabulary.end_ids
 
     def compile(self, spec: GrammarSpec) -> Future[Grammar]:
-        """Begin to compile a grammar; never waits. The future fails with GrammarError, or whatever went wrong."""
+        """Start to compile a grammar. Does not block.
+
+        The future fails with GrammarError, or with any error of the one-time work.
+        """
         if self.start().done():
             return self._parts.pool.submit(spec)
         found: Future[Grammar] = Future()
@@ -83,30 +86,32 @@ class ModelGrammars:
         return found
 
     def fill(self, matchers: Sequence[Matcher], mask: NDArray[np.uint32], rows: Sequence[int]) -> None:
-        """Each matcher's row of the mask, all at once."""
+        """See `runtime.constraints.Grammars`. Rows are filled in parallel."""
         self._parts.filler.fill(list(zip(matchers, rows, strict=True)), mask)
 
     def close(self) -> None:
-        """End the processes. Idempotent; blocks until they have ended."""
+        """End the compiling processes and wait until they have ended. Idempotent."""
         self._hurried = True
         self._executor.shutdown(wait=True, cancel_futures=True)
-        self._made.cancel()  # if it is not there yet, it never will be
+        self._made.cancel()  # has no effect if it is done
         if not self._made.cancelled() and self._made.exception() is None:
             self._made.result().pool.close()
 
     def _go_on(self, most: int | None) -> None:
-        """Do so many pieces. Whatever goes wrong in one is told to whoever waits for the last."""
+        """Run at most `most` units, all if None. An error fails the future of the parts."""
         try:
             for made in islice(self._pieces, most):
                 if made is not None:
                     self._made.set_result(made)
-        except Exception as error:  # noqa: BLE001  who asks for a grammar is told
+        except Exception as error:  # noqa: BLE001  each request with a grammar gets the error
             _log.error("Requests with a grammar are refused: %s", error)
             self._made.set_exception(error)
 
     def _make(self) -> Iterator[_Parts | None]:
-        """Yield what a grammar needs, after None for each piece of the way there: half a second of this process each,
-        in which a request that comes must wait."""
+        """Do the one-time work: yield None after each unit but the last, then the parts.
+
+        A unit takes about half a second, in which a request that arrives must wait.
+        """
         from tokenmill.grammar.llguidance import LLGuidance
 
         tokenizer = Tokenizer.load(self._source)
@@ -119,16 +124,16 @@ class ModelGrammars:
         yield _Parts(backend, pool, backend.filler(self._threads))
 
     def _submit(self, spec: GrammarSpec, found: Future[Grammar]) -> None:
-        """Let `found` become what the pool gives."""
+        """Compile a grammar in the pool; its result or error becomes that of `found`."""
         try:
             self._parts.pool.submit(spec).add_done_callback(lambda given: _copy(given, found))
-        except BaseException as error:  # noqa: BLE001  who waits for it is told
+        except BaseException as error:  # noqa: BLE001  it becomes the result of the future
             if found.set_running_or_notify_cancel():
                 found.set_exception(error)
 
 
 def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """What a grammar needs of a tokenizer whose model has so many logits."""
+    """Return the vocabulary of a tokenizer, for a model with `size` logits."""
     return Vocabulary.of(
         tokenizer.token_bytes, tokenizer.vocab_size, size, tokenizer.eos_ids, sorted(tokenizer.special_ids)
     )

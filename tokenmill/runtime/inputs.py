@@ -1,4 +1,4 @@
-"""A step's plan to what a backend runs: the same arrays, and which tail of the program its rows need."""
+"""Translation of a batch to `StepInputs`: its arrays, and the tail of the program that its rows need."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ _NEEDS = np.dtype(
 
 
 class StepBuilder:
-    """Builds every step's inputs, in the order of the launches; remembers what each slot's request needs."""
+    """Builder of step inputs, called in the order of the launches. Keeps the needs of each slot's request."""
 
     def __init__(self, max_batch_size: int) -> None:
         self._needs = np.zeros(max_batch_size, _NEEDS)
 
     def build(self, batch: Batch, deferred: bool = False) -> StepInputs:
-        """Return the inputs of `batch`; a few array operations if none was admitted. `deferred`: as in `StepInputs`."""
+        """Return the inputs of `batch`. Without admissions, this costs a few array operations.
+
+        `deferred`: as in `StepInputs`.
+        """
         slots = batch.slots
         admitted = tuple(self._admit(batch)) if batch.admitted else ()
         needs = self._needs[slots]
@@ -48,7 +51,7 @@ class StepBuilder:
         )
 
     def _admit(self, batch: Batch) -> list[Admitted]:
-        """Remember the needs of the rows that begin; they are the last of the batch."""
+        """Record the needs of the admitted rows, which are the last of the batch, and return them."""
         admitted = []
         slots = batch.slots[len(batch.slots) - len(batch.admitted) :].tolist()
         for slot, seq in zip(slots, batch.admitted, strict=True):

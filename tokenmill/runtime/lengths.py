@@ -1,4 +1,4 @@
-"""How long a sequence and its prompt may be, from what model, tokenizer and user name."""
+"""Maximum lengths of sequences and prompts, by model, tokenizer and user."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tokenmill.weights.checkpoint import model_config
 from tokenmill.weights.source import ModelSource, read_json
 
 MOCK_LENGTH = 8192
-_NO_LENGTH = 10**9  # transformers writes 10^30 for "none"
+_NO_LENGTH = 10**9  # transformers writes 10^30 for "no limit"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLength:
-    """What a model was made for, in tokens."""
+    """Lengths that a model supports, in tokens."""
 
     total: int  # of a sequence
-    prompt: int  # whose numbers are those of transformers
+    prompt: int  # longest prompt whose logits equal those of transformers
     unstretched: int  # of a sequence, before rope scaling
 
 
 def of_model(config: dict[str, Any], program: Program | None = None) -> ModelLength:
-    """The length of the model's rotary positions, stretched by their scaling, or else config.json's; else the mock's.
+    """Return the lengths of a model: of its rotary positions, else of config.json, else of a mock model.
 
-    `program`: the model's, None for a mock.
+    `config`: of config.json. `program`: None for a mock. Raise ModelError if the length in config.json is invalid.
     """
     tables = {op.rope for op in program.ops if isinstance(op, ops.Rope)} if program is not None else set()
     if tables:
@@ -52,7 +52,7 @@ def of_model(config: dict[str, Any], program: Program | None = None) -> ModelLen
 
 
 def of_mock(source: ModelSource) -> ModelLength:
-    """The same of a folder that may have a tokenizer and nothing else, or a model of a type that is not known."""
+    """Return the lengths for a mock engine. The folder may hold only a tokenizer, or a model of an unknown type."""
     from tokenmill.models.base import program_of
 
     try:
@@ -66,9 +66,9 @@ def of_mock(source: ModelSource) -> ModelLength:
 
 
 def longest(source: ModelSource, model: ModelLength, wanted: int | None) -> int:
-    """Tokens of the longest sequence: as wanted, else what model and tokenizer were made for.
+    """Return the maximum length of a sequence, in tokens: `wanted`, else that of model and tokenizer.
 
-    A tokenizer's length that is no more than the unstretched one was written before the model was stretched.
+    A tokenizer's length is ignored if it is at most the length before rope scaling: it was written before the scaling.
     """
     if wanted is not None:
         if wanted > model.total:
@@ -85,9 +85,10 @@ def longest(source: ModelSource, model: ModelLength, wanted: int | None) -> int:
 
 
 def max_input_tokens(wanted: int | None, total: int, model: ModelLength) -> int:
-    """Tokens of the longest prompt of sequences of `total` tokens: as wanted, else what is computed as by transformers.
+    """Return the maximum length of a prompt, in tokens, for sequences of at most `total` tokens.
 
-    ArgumentError if they leave no token for the answer.
+    `wanted`: None: the longest prompt whose logits equal those of transformers. Raise ArgumentError if `wanted` leaves
+    no token for the answer.
     """
     if wanted is not None and wanted >= total:
         raise ArgumentError(
@@ -97,7 +98,7 @@ def max_input_tokens(wanted: int | None, total: int, model: ModelLength) -> int:
 
 
 def tell_prompt_limit(wanted: int | None, total: int, model: ModelLength) -> None:
-    """Log what becomes of prompts that dynamic rope scaling would rotate otherwise than transformers does."""
+    """Log the limit of prompts, or the difference from transformers, under dynamic rope scaling."""
     if wanted is not None and wanted > model.prompt:
         _log.warning(
             "max_input_tokens is %d, but of prompts of more than %d tokens dynamic rope scaling rotates each token by "
@@ -111,7 +112,7 @@ def tell_prompt_limit(wanted: int | None, total: int, model: ModelLength) -> Non
 
 
 def _tokenizer_length(source: ModelSource) -> int | None:
-    """What tokenizer_config.json says of a sequence's length, if anything sensible."""
+    """Return the maximum length in tokenizer_config.json; None if there is none, or no plausible one."""
     path = Path(source.path) / "tokenizer_config.json"
     length = read_json(path).get("model_max_length") if path.is_file() else None
     return int(length) if isinstance(length, int | float) and 2 <= length < _NO_LENGTH else None

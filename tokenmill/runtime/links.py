@@ -1,4 +1,4 @@
-"""The links of rank 0 in their order, which worker and offline engine share."""
+"""Chain of links of rank 0, shared by the engine worker and the offline engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tokenmill.runtime.assembly import Assembled
 
 
 class Links(NamedTuple):
-    """The link that the engine gets, and the gate inside of it, which is the caller's to close."""
+    """The outermost link, for the engine, and the gate inside it. The caller closes the gate."""
 
     link: Link
     gated: Gated
 
 
 def links_of(source: Source, parts: Assembled, ranks: RankServer | None = None) -> Links:
-    """Put the links of rank 0 around `source`. `ranks`: the other ranks, if there are any."""
+    """Return the links of rank 0 around `source`. `ranks`: connections to the other ranks; None: one rank."""
     prerequisites = [] if parts.constraints is None else [parts.constraints]
     gated = Gated(source, prerequisites)
     link: Link = gated

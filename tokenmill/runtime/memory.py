@@ -1,4 +1,4 @@
-"""How many cache blocks fit: a pure rule over a few numbers, and the look at this machine that gives one of them."""
+"""Number of KV cache blocks that fit: a pure function of a few numbers, and the measurement of free memory."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ import psutil
 
 from tokenmill.errors import NotEnoughMemory
 
-SHARE = 0.5  # of free memory that a cache takes when nobody set a limit: a host's memory is not ours alone
-CACHE_BYTES = 4 << 30  # and no more than this, over all ranks, unless one sequence of full length needs more
-DEVICE_RESERVE = 256 << 20  # bytes of a GPU that nobody counts: what allocators round up, and fragments
+SHARE = 0.5  # of free memory for the cache if there is no limit: other processes use the host's memory too
+CACHE_BYTES = 4 << 30  # cap on the cache without a limit, over all ranks, unless one full sequence needs more
+DEVICE_RESERVE = 256 << 20  # bytes of a GPU kept free for rounding by allocators and for fragmentation
 _CURE = "Lower --max-total-tokens, raise --memory-limit, or serve a smaller model."
 _DEVICE_CURE = (
     "Lower --max-total-tokens, --max-batch-size or --max-batch-prefill-tokens, raise --cuda-memory-fraction or "
     "--memory-limit, or serve a smaller model."
 )
-_NO_LIMIT = 1 << 60  # what cgroup v1 says for none is near 2**63
+_NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What decides the number of blocks, besides the memory there is. Of one rank."""
+    """Memory demand of one rank."""
 
-    block_bytes: int  # of one block over all layers
+    block_bytes: int  # of one block in all layers
     step_bytes: int  # of the largest step, besides weights and cache
     block_size: int  # tokens
     max_batch_size: int  # sequences at once
     max_total_tokens: int  # of the longest sequence
-    claimed_bytes: int = 0  # of `step_bytes`: no longer free
-    wanted_tokens: int = 2  # a sequence of this length must fit: what the user asked for, else the least that is of use
+    claimed_bytes: int = 0  # part of `step_bytes` that is already allocated
+    wanted_tokens: int = 2  # a sequence of this length must fit: the user's `max_total_tokens`, or the least of use
 
     def blocks_of(self, tokens: int) -> int:
-        """Blocks that so many tokens of one sequence fill."""
+        """Return the number of blocks of a sequence of `tokens` tokens."""
         return -(-tokens // self.block_size)
 
 
 def check_weights(weight_bytes: int, available: int, limit: int | None = None) -> None:
-    """Raise NotEnoughMemory, before anything is read, if the weights of all ranks of this machine cannot fit."""
+    """Raise NotEnoughMemory if the weights of all ranks of this machine do not fit. Called before they are read."""
     room = available if limit is None else min(limit, available)
     if weight_bytes > room:
         what = "are free" if limit is None or limit > available else "are allowed by the memory limit"
@@ -53,12 +53,12 @@ def check_weights(weight_bytes: int, available: int, limit: int | None = None) -
 def count_blocks(
     demand: Demand, available: int, weight_bytes: int = 0, limit: int | None = None, ranks: int = 1
 ) -> int:
-    """The number of cache blocks to allocate.
+    """Return the number of KV cache blocks to allocate on a CPU.
 
-    `available`: bytes that are free now, after the weights were read. `limit`: what the user allows weights, step and
-    cache together; without one, a share of what is free, and no more than a machine's cap over the ranks it runs. More
-    than every slot at full length can use is not taken.
-    Raises NotEnoughMemory, with both numbers, if a sequence of `wanted_tokens` does not fit.
+    `available`: free bytes, after the weights were loaded. `limit`: bytes of weights, step and cache together; None:
+    the cache gets at most `SHARE` of the free memory, and `CACHE_BYTES` over all ranks. The result is at most the
+    number of blocks that all slots at full length use. Raise NotEnoughMemory, with both sizes, if a sequence of
+    `wanted_tokens` does not fit.
     """
     free = available - demand.step_bytes
     if limit is not None:
@@ -68,7 +68,7 @@ def count_blocks(
         budget = min(int(free * SHARE), max(CACHE_BYTES // ranks, least))
     needed = demand.blocks_of(demand.wanted_tokens)
     if limit is None and budget < needed * demand.block_bytes <= free * 0.9:
-        budget = needed * demand.block_bytes  # what was asked for is worth more than the share
+        budget = needed * demand.block_bytes  # the user's `max_total_tokens` takes precedence over the share
     blocks = max(budget, 0) // demand.block_bytes
     if blocks < needed:
         raise NotEnoughMemory(_refusal(demand, needed, budget, weight_bytes, limit))
@@ -76,10 +76,10 @@ def count_blocks(
 
 
 def count_device_blocks(demand: Demand, room: int, weight_bytes: int = 0, limit: int | None = None) -> int:
-    """The number of cache blocks on a GPU, whose memory is ours alone: all that is left of `room`.
+    """Return the number of KV cache blocks to allocate on a GPU: all of `room` but the step and a reserve.
 
-    `room`: bytes that may still be taken now that the weights are there; `limit` as for `count_blocks`. Kept free: the
-    step, and a little that nobody counts. Raises NotEnoughMemory as `count_blocks` does.
+    `room`: free bytes that may be used, after the weights were loaded. `limit`: as in `count_blocks`. Raise
+    NotEnoughMemory as `count_blocks`.
     """
     budget = room - (demand.step_bytes - demand.claimed_bytes) - DEVICE_RESERVE - room // 100
     if limit is not None:
@@ -105,7 +105,7 @@ def _refusal(
 
 
 def size(num_bytes: int) -> str:
-    """As a reader likes it: "1.5 GiB"."""
+    """Return a number of bytes as text for people: "1.5 GiB"."""
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:
@@ -115,15 +115,15 @@ def size(num_bytes: int) -> str:
 
 
 def available_bytes(root: str = "/") -> int:
-    """Bytes that this process may still take: of the machine's memory, of its cgroups and of its own limits.
+    """Return the bytes that this process may still allocate, by the machine's free memory, its cgroups and its ulimits.
 
-    `root`: where /proc and /sys are, for tests.
+    `root`: parent of /proc and /sys, for tests.
     """
     return min([int(psutil.virtual_memory().available), *_cgroup_rooms(Path(root)), *_own_rooms(Path(root))])
 
 
 def _own_rooms(root: Path) -> Iterator[int]:
-    """What limits of address space (`ulimit -v`) and data (`ulimit -d`) leave this process; none if there are none."""
+    """Yield the bytes left by the limits of address space (`ulimit -v`) and data (`ulimit -d`), if they are set."""
     try:
         lines = (root / "proc/self/status").read_text().splitlines()
     except OSError:
@@ -136,7 +136,7 @@ def _own_rooms(root: Path) -> Iterator[int]:
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """What each enclosing cgroup leaves, v2 or v1. File pages that can be dropped are not counted as used."""
+    """Yield the bytes left by each enclosing cgroup, v2 or v1. Reclaimable file pages do not count as used."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -160,12 +160,12 @@ def _cgroup_rooms(root: Path) -> Iterator[int]:
 
 
 def _room(group: Path, limit_name: str, usage_name: str, droppable: str) -> int | None:
-    """Bytes left in one cgroup; None if it has no limit (or, in a container, is not to be seen)."""
+    """Return the bytes left in one cgroup; None if it has no limit, or is not visible in a container."""
     try:
         limit = int((group / limit_name).read_text())
         usage = int((group / usage_name).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = usage - int(stat.get(droppable, 0))
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # no such file, or "max": no limit
         return None
     return limit - used if limit < _NO_LIMIT else None

@@ -1,7 +1,7 @@
-"""An executor without a model: scripted tokens, a set time a step, faults on demand.
+"""Executor without a model: scripted tokens, a fixed time per step, faults on demand.
 
-It stands behind the same engine, scheduler and sockets as a real one, so a client's tests and the front end's
-benchmarks see the real server.
+Engine, scheduler and sockets are those of a real model, so tests of clients and benchmarks of the front end run against
+the real server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEXT_LOGPROB = -2.5  # of the likeliest other one; each further one is a unit l
 
 @dataclass(frozen=True, slots=True)
 class MockStep:
-    """A step that was launched: it is done at `ready_at` (of time.monotonic)."""
+    """A launched step. `ready_at`: its end, in time.monotonic() seconds."""
 
     number: int
     ready_at: float
@@ -33,16 +33,17 @@ class MockStep:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong, at which step (from 1), for how many."""
+    """A fault to inject. `kind`: one of `FAULTS`. `step`: number of the step, from 1."""
 
     kind: str
     step: int
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
-    """`"nan@5,raise@100"`: nan: a row's numbers are not finite; raise: an exception; hang: for ever; exit: killed.
+    """Parse faults such as `"nan@5,raise@100"`.
 
-    Raises ArgumentError.
+    nan: the logits of a row are not finite; raise: an exception; hang: block for ever; exit: kill the process. Raise
+    ArgumentError if the text is invalid.
     """
     faults = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -57,10 +58,11 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
 
 
 class MockExecutor:
-    """Gives the k-th new token of every sequence as the k-th of `script_ids`.
+    """Executor whose k-th new token of every sequence is the k-th of `script_ids`.
 
-    After the script comes the request's first stop id, if it has one and may stop; else the script begins again. A step
-    takes `step_s` and `token_s` for each token of it, one step after the other, as on a device.
+    After the script comes the first stop id of the request, if it has one and may stop; otherwise the script begins
+    again. A step takes `step_s` seconds, plus `token_s` for each of its tokens. Steps run one after another, as on a
+    device.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class MockExecutor:
         return self._script[index % len(self._script)]
 
     def _details(self, token_id: int, count: int) -> TokenDetails | None:
-        """The token is the likeliest; the next ids of the vocabulary follow."""
+        """Return details in which `token_id` is the likeliest token, followed by the next ids of the vocabulary."""
         if count < 0:
             return None
         top_ids = tuple((token_id + index) % self._vocab_size for index in range(min(count, self._vocab_size)))

@@ -1,4 +1,4 @@
-"""The engine in this process, over token ids: for tests, benchmarks, notebooks, and under `tokenmill.LLM`."""
+"""Engine in the calling process, on token ids: for tests, benchmarks and notebooks, and for `tokenmill.LLM`."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _MAX_WAIT_S = 1.0
 
 
 class Local:
-    """The outermost link of an engine in this process: a `gated.Source` to the caller, in the same thread."""
+    """Source of messages in the calling process (`gated.Source`), for an engine on the same thread."""
 
     def __init__(self) -> None:
         self.messages: list[ToEngine] = []
-        self.queues: dict[int, deque[Output]] = {}  # by request: outputs that were not read yet
+        self.queues: dict[int, deque[Output]] = {}  # unread outputs by request id
         self.stats = Stats()
         self._woken = Event()
 
     def receive(self, block: bool, plan: bytes = b"") -> list[ToEngine]:
-        """Return the messages since the last step. There can be none during a wait, so that ends by `wake` alone."""
+        """Return the messages since the last step. Only `wake` ends a wait: the caller is on the same thread."""
         messages, self.messages = self.messages, []
         if block and not messages:
             self._woken.wait(_MAX_WAIT_S)
@@ -56,9 +56,9 @@ class Local:
 
 
 class OfflineEngine:
-    """Requests in, outputs out; the engine steps while somebody reads. One thread at a time; owns `parts`.
+    """Engine that steps while the caller reads outputs. Owns `parts`. To be used by one thread at a time.
 
-    Every request that was submitted runs whenever any is read, batched as in the server.
+    While the outputs of any request are read, all submitted requests run, batched as in the server.
     """
 
     def __init__(self, parts: Assembled) -> None:
@@ -67,21 +67,24 @@ class OfflineEngine:
         link, self._gated = links_of(self._local, parts)
         self._engine = Engine(parts.scheduler, parts.executor, link)
         self._last_id = 0
-        while parts.executor.idle_work():  # between two readers nobody steps: it is never idle
+        while parts.executor.idle_work():  # do all idle work now: without a reader the engine does not step
             pass
 
     @property
     def info(self) -> EngineInfo:
-        """The description of the engine, with its limits."""
+        """Properties and limits of the engine."""
         return self._parts.info
 
     @property
     def stats(self) -> Stats:
-        """The books after the last step."""
+        """Statistics after the last step."""
         return self._local.stats
 
     def compile(self, grammar: GrammarSpec) -> None:
-        """Wait until a grammar is compiled; requests that follow it need not wait then. GrammarError: it is none."""
+        """Compile a grammar and block until it is done. Later requests with it need not wait.
+
+        Raise GrammarError if it is invalid, or if this engine serves no grammars.
+        """
         if self._parts.constraints is None:
             raise GrammarError("this engine has no grammars")
         self._parts.constraints.compile(grammar).result()
@@ -96,7 +99,7 @@ class OfflineEngine:
         wants_timings: bool = False,
         grammar: GrammarSpec | None = None,
     ) -> int:
-        """Queue a request and return its id, for `outputs` or `abort`. Greedy, 16 tokens, if nothing else is said."""
+        """Queue a request and return its id, for `outputs`, `poll` and `abort`. Default: greedy, 16 tokens."""
         self._last_id += 1
         request_id = self._last_id
         sampling, stopping = sampling or SamplingParams(), stopping or StoppingParams(16)
@@ -108,19 +111,19 @@ class OfflineEngine:
         return request_id
 
     def poll(self, request_id: int) -> list[Output]:
-        """Return the outputs of a request that were not read yet. Never steps."""
+        """Return the unread outputs of a request, without running a step."""
         queue = self._local.queues[request_id]
         return [queue.popleft() for _ in range(len(queue))]
 
     def abort(self, request_id: int) -> None:
-        """Forget a request; what it had to say is lost. Unknown ids are ignored."""
+        """Cancel a request and drop its unread outputs. Unknown ids are ignored."""
         if self._local.queues.pop(request_id, None) is not None:
             self._local.messages.append(Abort(request_id))
 
     def outputs(self, request_id: int) -> Generator[Output]:
-        """Yield the outputs of a request as they come, to the one with a finish reason. Closing the iterator aborts it.
+        """Yield the outputs of a request, up to the one with a finish reason. Closing the iterator aborts the request.
 
-        Raises GenerationError if the engine gave up on it.
+        Runs steps, and blocks, while there is no output. Raise GenerationError if the request ended with an error.
         """
         queue = self._local.queues[request_id]
         try:
@@ -143,7 +146,7 @@ class OfflineEngine:
         sampling: SamplingParams | None = None,
         stopping: StoppingParams | None = None,
     ) -> list[list[int]]:
-        """The new token ids of each prompt, all run together."""
+        """Return the new token ids of each prompt. All prompts run together. Raise GenerationError as `outputs`."""
         ids = [self.submit(prompt, sampling, stopping) for prompt in prompts]
         try:
             return [[token for output in self.outputs(i) for token in output.token_ids] for i in ids]
@@ -152,7 +155,7 @@ class OfflineEngine:
                 self.abort(request_id)
 
     def step(self) -> bool:
-        """One turn of the engine; False, doing nothing, if there is nothing to do."""
+        """Run one step of the engine. Return False, without a step, if there is no work."""
         if self._engine.idle and not (self._local.messages or self._gated.holds):
             return False
         self._engine.step()

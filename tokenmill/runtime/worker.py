@@ -1,4 +1,4 @@
-"""An engine rank: from the supervisor's settings to a loop of steps. The composition root of this process."""
+"""Process of an engine rank: assemble an engine from the settings and run its steps. The composition root."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _STOP = Stop()
 
 
 def main(control: ChildControl) -> None:
-    """Serve as the rank that `control.configure` names, until the supervisor ends it or is gone.
+    """Run the rank `control.configure.index` until the supervisor stops it or is gone.
 
-    Raises a StartError if this rank can never serve, anything else if it failed.
+    Raise a StartError if a restart could not help, and any other exception if this rank failed.
     """
     configure = control.configure
     settings = Settings.from_dict(configure.settings)
@@ -49,25 +49,25 @@ def main(control: ChildControl) -> None:
             resources.callback(gated.close)
             if parts.constraints is not None:
                 link = IdleLink(link, parts.constraints.prepare)
-        freeze_gc()  # before, for the first request comes at once
+        freeze_gc()  # before `Ready`, because the first request may follow at once
         control.send(Ready(parts.info if configure.index == 0 else None))
         engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)
         _work(engine, control)
 
 
 def _work(engine: Engine[Any], control: ChildControl) -> None:
-    """Step until the supervisor says so or is gone. A follower whose rank 0 is gone ends too, in order."""
+    """Run steps until the supervisor sends `Stop` or is gone. Return also if rank 0 of a follower is gone."""
     try:
         while (messages := control.poll()) is not None and _STOP not in messages:
             engine.step()
     except ConnectionError as error:
-        _log.info("This rank ends: %s.", error)  # if that is news, rank 0 has said why
+        _log.info("This rank ends: %s.", error)  # INFO: rank 0 or the supervisor has reported the cause
 
 
 def _meet(
     configure: Configure, settings: Settings, resources: ExitStack
 ) -> tuple[Group, RankServer | None, Follower | None]:
-    """Join the other ranks: for tensors, if there are any, and for the messages that each step begins with."""
+    """Connect to the other ranks: the group for tensors, and the links for messages. None without other ranks."""
     rank, folder, size = configure.index, Path(configure.run_dir), settings.num_shard or 1
     if size == 1:
         return Group(), None, None
@@ -87,7 +87,7 @@ def _meet(
 
 
 def _mock(source: ModelSource, settings: Settings) -> Assembled:
-    """The same engine around scripted answers; imports no torch."""
+    """Assemble an engine with scripted answers. Does not import torch."""
     from tokenmill.runtime.mock import MockExecutor, parse_faults
     from tokenmill.text.tokenizer import Tokenizer
 
@@ -121,7 +121,7 @@ def backend_options(settings: Settings) -> BackendOptions:
 
 
 def wants(settings: Settings) -> Wants:
-    """What the user said of an engine."""
+    """Return the user's options of an engine."""
     return Wants(
         backend=backend_options(settings),
         block_size=settings.block_size,
