@@ -181,6 +181,16 @@ def test_chat_renders_the_models_template(llm):
     assert both[0].text == answer.text
 
 
+def test_a_chat_is_planned_as_the_servers_are(llm):
+    """Its fields are checked, and a thought is what the model's template says of it."""
+    message = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ValidationError, match="`thinking_budget` is not supported") as caught:
+        llm.chat(message, thinking_budget=3)
+    assert caught.value.param == "thinking_budget"
+    with pytest.raises(ValidationError, match="messages"):
+        llm.stream_chat([{"role": "nobody", "content": "Hi"}])
+
+
 def test_without_a_chat_template_chat_says_what_to_use(folder, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -24,6 +24,7 @@ from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.runtime.worker import wants
+from tokenmill.text.chat import Chat, ChatModel, plan
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Options, Prepared, RequestLimits, prepare
 from tokenmill.text.tokenizer import Tokenizer
@@ -104,7 +105,8 @@ class LLM:
         with the model's end-of-sequence token. Raises ValidationError before any generation, for an invalid prompt or
         option (GrammarError for a grammar). Raises BatchError, with the other answers, if the engine fails on a prompt.
         """
-        return self._answers(self._prepare(_as_list(prompts), _chosen(options, params), True))
+        chosen = _chosen(options, params)
+        return self._answers(self._prepare([(prompt, chosen) for prompt in _as_list(prompts)], True))
 
     def chat(
         self,
@@ -116,19 +118,20 @@ class LLM:
     ) -> list[Completion]:
         """Answer one or several conversations. `template`: variables for the chat template.
 
-        Raises as `generate` does, and TemplateError if the model has no chat template or the template fails.
+        A thought is part of the text; a grammar holds behind it, and `thinking_budget` ends it. Raises as `generate`
+        does, and TemplateError if the model has no chat template or the template fails.
         """
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         chosen = _chosen(options, params)
-        prompts = [self.render(conversation, template) for conversation in many]  # type: ignore[arg-type]
-        return self._answers(self._prepare(prompts, chosen, False))
+        planned = [self._plan(conversation, chosen, template) for conversation in many]  # type: ignore[arg-type]
+        return self._answers(self._prepare(planned, False))
 
     def stream(self, prompt: Prompt, options: Options | None = None, **params: Any) -> Iterator[str]:
         """Yield the answer's text in pieces, as it is generated. Closing the iterator ends the generation.
 
         The call raises ValidationError, the iterator GenerationError.
         """
-        return self._stream(prompt, _chosen(options, params), True)
+        return self._stream((prompt, _chosen(options, params)), True)
 
     def stream_chat(
         self,
@@ -139,13 +142,11 @@ class LLM:
         **params: Any,
     ) -> Iterator[str]:
         """As `stream`, for a conversation."""
-        return self._stream(self.render(messages, template), _chosen(options, params), False)
+        return self._stream(self._plan(messages, _chosen(options, params), template), False)
 
     def render(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> str:
         """Render a conversation to a prompt with the model's chat template. Raises TemplateError."""
-        if self.tokenizer.chat_template is None:
-            raise TemplateError(f"The model {self.info.model_id} has no chat template: use `generate` with a prompt.")
-        return self.tokenizer.chat_template.render([dict(m) for m in messages], kwargs=dict(template or {}))
+        return self._plan(messages, Options(), template)[0]
 
     def close(self) -> None:
         """Free the model. Idempotent."""
@@ -159,17 +160,29 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _prepare(self, prompts: Sequence[Prompt], options: Options, add_special_tokens: bool) -> list[Prepared]:
-        """Validate the prompts and return their requests. Waits for the grammar, which all of them share."""
+    def _plan(
+        self, messages: Sequence[Message], options: Options, template: Mapping[str, Any] | None
+    ) -> tuple[str, Options]:
+        """The prompt of a conversation, and its options. ValidationError, TemplateError."""
+        if self.tokenizer.chat_template is None:
+            raise TemplateError(f"The model {self.info.model_id} has no chat template: use `generate` with a prompt.")
+        chat = Chat(messages=[dict(message) for message in messages], options=options, chat_template_kwargs=template)
+        planned = plan(chat, ChatModel(self.tokenizer))
+        return planned.prompt, planned.options
+
+    def _prepare(self, asked: Sequence[tuple[Prompt, Options]], add_special_tokens: bool) -> list[Prepared]:
+        """Validate prompts with their options and return their requests. Waits for the grammars."""
         prepared = [
             prepare(prompt, options, self._limits, self.tokenizer, add_special_tokens=add_special_tokens)
-            for prompt in prompts
+            for prompt, options in asked
         ]
-        if prepared and (grammar := prepared[0].grammar) is not None:
+        for grammar, field in dict.fromkeys((one.grammar, one.grammar_field) for one in prepared):
+            if grammar is None:
+                continue
             try:
                 self._engine.compile(grammar)
             except GrammarError as error:
-                raise GrammarError(str(error), prepared[0].grammar_field) from None
+                raise GrammarError(str(error), field) from None
         return prepared
 
     def _answers(self, prepared: list[Prepared]) -> list[Completion]:
@@ -190,8 +203,8 @@ class LLM:
             raise BatchError(found, errors)
         return [answer.completion() for answer in answers]
 
-    def _stream(self, prompt: Prompt, options: Options, add_special_tokens: bool) -> Iterator[str]:
-        (prepared,) = self._prepare([prompt], options, add_special_tokens)
+    def _stream(self, asked: tuple[Prompt, Options], add_special_tokens: bool) -> Iterator[str]:
+        (prepared,) = self._prepare([asked], add_special_tokens)
         return self._pieces(prepared)
 
     def _pieces(self, prepared: Prepared) -> Iterator[str]:

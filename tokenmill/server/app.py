@@ -21,6 +21,7 @@ from tokenmill.server.protocol import ABORT
 from tokenmill.server.routes import about, chat, completions, documentation, kserve, native, openai, sagemaker, vertex
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
+from tokenmill.server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,9 @@ ROUTES = (
 )
 
 
-def create_app(service: Service) -> ASGIApp:
-    """The application for one worker."""
-    return App(service, ROUTES + _vertex_routes(service))
+def create_app(service: Service, tracer: Tracer | None = None) -> ASGIApp:
+    """The application for one worker. `tracer`: records each request that has ended; None: no spans are sent."""
+    return App(service, ROUTES + _vertex_routes(service), tracer)
 
 
 def _vertex_routes(service: Service) -> tuple[Route, ...]:
@@ -87,8 +88,8 @@ def _vertex_routes(service: Service) -> tuple[Route, ...]:
 class App:
     """Finds the route, checks the key, runs the handler, answers errors."""
 
-    def __init__(self, service: Service, routes: tuple[Route, ...]) -> None:
-        self._service = service
+    def __init__(self, service: Service, routes: tuple[Route, ...], tracer: Tracer | None) -> None:
+        self._service, self._tracer = service, tracer
         self._exact: dict[str, dict[str, Route]] = {}
         prefixes: dict[str, dict[str, Route]] = {}
         for route in routes:
@@ -135,8 +136,8 @@ class App:
             self._service.metrics.count_response(name, call.status)
             if call.status >= 400:
                 access.refused(call)
-            if self._service.tracer is not None:
-                self._service.tracer.record(call)
+            if self._tracer is not None:
+                self._tracer.record(call)
 
     async def _run(self, route: Route, call: Call) -> None:
         if not self._allowed(route, call):

@@ -18,7 +18,6 @@ from tokenmill.server import digests, failures
 from tokenmill.server.client import EngineClient
 from tokenmill.server.generation import Generation
 from tokenmill.server.metrics import Metrics
-from tokenmill.server.tracing import Tracer
 from tokenmill.text.prepare import Options, Prepared, RequestLimits, prepare
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.wire.messages import EngineInfo, Stats
@@ -75,7 +74,6 @@ class Service:
     def __init__(self, options: ServiceOptions, *, address: str, run_dir: str, index: int = 0) -> None:
         self.options = options
         self.metrics = Metrics(run_dir, index)
-        self.tracer: Tracer | None = None  # only if spans are to be sent
         self.client = EngineClient(address, self)
         self.model: Model | None = None
         self.limits: RequestLimits | None = None

@@ -84,12 +84,13 @@ class Worker:
         self._service = Service(
             options_of(settings), address=configure.engine_address, run_dir=configure.run_dir, index=configure.index
         )
+        tracer = None
         if settings.otlp_endpoint:
-            self._service.tracer = Tracer.to(
+            tracer = Tracer.to(
                 settings.otlp_endpoint, settings.otlp_service_name, sample_all=not settings.otel_traces_sampler
             )
         config = uvicorn.Config(
-            create_app(self._service),
+            create_app(self._service, tracer),
             http=BoundedProtocol,
             ws="none",
             lifespan="off",
@@ -111,8 +112,8 @@ class Worker:
             for task in self._tasks:
                 task.cancel()
             self._service.close()
-            if self._service.tracer is not None:
-                await asyncio.to_thread(self._service.tracer.close)
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
         if self._error is not None:
             raise self._error
 
