@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from support_chat import ASKS, CHAT, ids, model_of, planned
 
-from tokenmill.text.answer_reader import whole_text
+from tokenmill.text.answer_reader import WholeText, whole_text
 from tokenmill.text.prepare import Prepared
 
 
@@ -71,3 +71,31 @@ def test_what_follows_a_stop_string_within_its_token_is_cut_off() -> None:
 
     for stopped, text in (("so", "aa so"), (" s", "aa s"), ("!", "aa so so!"), ("a s", "aa s"), ("x", "aa so so!")):
         assert whole_text(Words(), (), (1, 2), stopped) == text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("stop", "stopped_at", "expected"), [
+    ((), None, ["a", " ", "b", " ", "c"]),
+    (("b c",), 4, ["", "", "a", " ", ""]),
+    (("zzzz",), None, ["", "", "", "a", " ", "b c"]),
+    (("c", "b "), 3, ["", "a", " ", ""]),
+    (("never",), 2, ["", "", "a b"]),
+])  # fmt: skip
+def test_a_whole_text_is_shown_up_to_where_a_stop_string_may_begin(
+    tmp_path: Path, stop: tuple[str, ...], stopped_at: int | None, expected: list[str]
+) -> None:
+    made = model_of(tmp_path, ASKS)
+    whole = WholeText(made.tokenizer, (1,), stop)
+    pieces = []
+    for i, token_id in enumerate(ids(made, "a b c")):
+        pieces.append(whole.push(token_id, stop[-1] if i == stopped_at else None))
+        if i == stopped_at:
+            break
+    rest = whole.finish()
+    assert pieces + ([rest] if rest else []) == expected
+
+
+def test_a_thought_is_shown_at_once(tmp_path: Path) -> None:
+    made = model_of(tmp_path, ASKS)
+    whole = WholeText(made.tokenizer, (1,), ("a long stop string",))
+    shown = [whole.push(token_id, in_reasoning=True) for token_id in ids(made, "a b")]
+    assert "".join(shown) == "a b"

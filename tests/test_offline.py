@@ -191,6 +191,77 @@ def test_a_chat_is_planned_as_the_servers_are(llm):
         llm.stream_chat([{"role": "nobody", "content": "Hi"}])
 
 
+THINKING_TEMPLATE = TEMPLATE.replace("a:", "a:<think>") + "{# a thought ends with </think> #}"
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def thinking_folder(folder, tmp_path_factory) -> Path:
+    """The same model with a template that begins a thought, whose marks are special tokens."""
+    path: Path = tmp_path_factory.mktemp("thinking")
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<think>", "</think>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": THINKING_TEMPLATE}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def thinker(thinking_folder):
+    with LLM(str(thinking_folder), cpu_threads=1, block_size=4) as model:
+        yield model
+
+
+@pytest.mark.parametrize(("stop", "least", "reason", "content"), [
+    ((), None, "length", "XXXXX"),
+    (("XX",), None, "stop_sequence", ""),
+    (("XX",), 2, "stop_sequence", "X"),
+    (("XX",), 4, "stop_sequence", "XXX"),
+    (("XXXXXX",), None, "length", "XXXXX"),
+    (("</think>",), None, "length", "XXXXX"),
+])  # fmt: skip
+def test_stop_strings_and_least_tokens_of_a_chat_are_about_what_is_behind_the_thought(
+    thinker, stop, least, reason, content
+):
+    """Four tokens of a thought, four that end it, and five of the answer: all X that are free."""
+    bias = {thinker.tokenizer.encode("X", False)[0]: 100.0}
+    options = Options(max_new_tokens=13, thinking_budget=4, logit_bias=bias, stop=stop, min_new_tokens=least)
+    [answer] = thinker.chat(MESSAGES, options)
+    assert (answer.reasoning, answer.content, answer.finish_reason) == ("XXXX", content, reason)
+    assert answer.text == "XXXX\n\n\n" + content  # marks are special tokens, which no text shows
+    assert answer.stop == (stop[0] if reason == "stop_sequence" else None)
+    pieces = list(thinker.stream_chat(MESSAGES, options))
+    assert "".join(pieces) == answer.text
+    assert pieces[:4] == ["X"] * 4  # a thought is not held back for a stop string
+
+
+def test_a_grammar_of_a_chat_holds_behind_the_thought(thinker):
+    [answer] = thinker.chat(
+        MESSAGES, max_new_tokens=20, thinking_budget=3, grammar={"type": "regex", "value": "yes|no"}
+    )
+    assert answer.content in ("yes", "no")
+    thought = answer.token_ids[: answer.token_ids.index(thinker.tokenizer.token_id("</think>"))]
+    assert answer.reasoning == thinker.tokenizer.decode(thought).strip()
+    assert answer.finish_reason == "stop"
+
+
+def test_without_a_reasoning_parser_a_thought_is_content(thinking_folder):
+    with LLM(str(thinking_folder), cpu_threads=1, reasoning_parser="none") as model:
+        bias = {model.tokenizer.encode("X", False)[0]: 100.0}
+        [answer] = model.chat(MESSAGES, max_new_tokens=9, logit_bias=bias, stop="XXX")
+        assert (answer.reasoning, answer.content, answer.text) == ("", "", "")
+    with pytest.raises(Unsupported, match="reasoning parser"):
+        LLM(str(thinking_folder), reasoning_parser="thinky")
+
+
+def test_a_completion_without_a_thought_is_all_content(llm):
+    [answer] = llm.generate("Hello", max_new_tokens=4, ignore_eos=True)
+    assert (answer.reasoning, answer.content) == ("", answer.text)
+
+
 def test_without_a_chat_template_chat_says_what_to_use(folder, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -24,8 +24,9 @@ from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.runtime.worker import wants
-from tokenmill.text.chat import Chat, ChatModel, plan
-from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.answer_reader import PLAIN, AnswerReader, WholeText
+from tokenmill.text.chat import Chat, ChatModel, check_parsers, plan
+from tokenmill.text.output import Delta, fold
 from tokenmill.text.prepare import Options, Prepared, RequestLimits, prepare
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights import embedded, hub
@@ -46,7 +47,8 @@ class Completion(msgspec.Struct, frozen=True):
     """Answer to one prompt.
 
     `finish_reason`: "stop" (an end-of-sequence token), "stop_sequence" (`stop` is the string) or "length".
-    `token_ids`: all generated tokens, including a last one that `text` omits.
+    `token_ids`: all generated tokens, including a last one that `text` omits. `text`: all that was generated, a thought
+    included; of a chat's answer `reasoning` is the thought alone, and `content` the answer behind it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -58,6 +60,24 @@ class Completion(msgspec.Struct, frozen=True):
     num_cached: int = 0  # prompt tokens found in the prefix cache
     logprobs: tuple[TokenDetails, ...] = ()  # one per token, if requested
     prompt_logprobs: tuple[TokenDetails, ...] = ()  # of prompt tokens from the second on, if requested
+    reasoning: str = ""
+    content: str = ""
+
+
+class _Question(NamedTuple):
+    """One prompt with its options, and the reader of its answer."""
+
+    prompt: Prompt
+    options: Options
+    reader: AnswerReader = PLAIN
+    add_special_tokens: bool = True
+
+
+class _Running(NamedTuple):
+    """One request, checked, and the reader of its answer."""
+
+    prepared: Prepared
+    reader: AnswerReader
 
 
 class LLM:
@@ -71,7 +91,9 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         settings = _settings(model, options)
         source = _source(settings)
+        check_parsers(settings.tool_call_parser, settings.reasoning_parser)
         self.tokenizer = Tokenizer.load(source)
+        self._chats = ChatModel(self.tokenizer, settings.tool_call_parser, settings.reasoning_parser)
         self._engine = OfflineEngine(assemble(source, wants(settings), Group(), _say_nothing))
         info = self._engine.info
         self._limits = RequestLimits(
@@ -106,7 +128,7 @@ class LLM:
         option (GrammarError for a grammar). Raises BatchError, with the other answers, if the engine fails on a prompt.
         """
         chosen = _chosen(options, params)
-        return self._answers(self._prepare([(prompt, chosen) for prompt in _as_list(prompts)], True))
+        return self._answers(self._prepare([_Question(prompt, chosen) for prompt in _as_list(prompts)]))
 
     def chat(
         self,
@@ -118,20 +140,21 @@ class LLM:
     ) -> list[Completion]:
         """Answer one or several conversations. `template`: variables for the chat template.
 
-        A thought is part of the text; a grammar holds behind it, and `thinking_budget` ends it. Raises as `generate`
-        does, and TemplateError if the model has no chat template or the template fails.
+        Stop strings, `min_new_tokens` and a grammar are about the answer behind the thought, as in the server;
+        `thinking_budget` ends the thought. Raises as `generate` does, and TemplateError if the model has no chat
+        template or the template fails.
         """
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         chosen = _chosen(options, params)
-        planned = [self._plan(conversation, chosen, template) for conversation in many]  # type: ignore[arg-type]
-        return self._answers(self._prepare(planned, False))
+        questions = [self._plan(conversation, chosen, template) for conversation in many]  # type: ignore[arg-type]
+        return self._answers(self._prepare(questions))
 
     def stream(self, prompt: Prompt, options: Options | None = None, **params: Any) -> Iterator[str]:
         """Yield the answer's text in pieces, as it is generated. Closing the iterator ends the generation.
 
         The call raises ValidationError, the iterator GenerationError.
         """
-        return self._stream((prompt, _chosen(options, params)), True)
+        return self._stream(_Question(prompt, _chosen(options, params)))
 
     def stream_chat(
         self,
@@ -141,12 +164,14 @@ class LLM:
         template: Mapping[str, Any] | None = None,
         **params: Any,
     ) -> Iterator[str]:
-        """As `stream`, for a conversation."""
-        return self._stream(self._plan(messages, _chosen(options, params), template), False)
+        """Stream the answer to a conversation, its thought included: see `stream` and `chat`."""
+        return self._stream(self._plan(messages, _chosen(options, params), template))
 
     def render(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> str:
-        """Render a conversation to a prompt with the model's chat template. Raises TemplateError."""
-        return self._plan(messages, Options(), template)[0]
+        """Render a conversation to a prompt with the model's chat template. Raises ValidationError, TemplateError."""
+        prompt = self._plan(messages, Options(), template).prompt
+        assert isinstance(prompt, str)
+        return prompt
 
     def close(self) -> None:
         """Free the model. Idempotent."""
@@ -160,33 +185,36 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _plan(
-        self, messages: Sequence[Message], options: Options, template: Mapping[str, Any] | None
-    ) -> tuple[str, Options]:
-        """The prompt of a conversation, and its options. ValidationError, TemplateError."""
+    def _plan(self, messages: Sequence[Message], options: Options, template: Mapping[str, Any] | None) -> _Question:
+        """Plan the answer to a conversation. Raises ValidationError, TemplateError."""
         if self.tokenizer.chat_template is None:
             raise TemplateError(f"The model {self.info.model_id} has no chat template: use `generate` with a prompt.")
         chat = Chat(messages=[dict(message) for message in messages], options=options, chat_template_kwargs=template)
-        planned = plan(chat, ChatModel(self.tokenizer))
-        return planned.prompt, planned.options
+        return _Question(*plan(chat, self._chats), add_special_tokens=False)
 
-    def _prepare(self, asked: Sequence[tuple[Prompt, Options]], add_special_tokens: bool) -> list[Prepared]:
+    def _prepare(self, questions: Sequence[_Question]) -> list[_Running]:
         """Validate prompts with their options and return their requests. Waits for the grammars."""
-        prepared = [
-            prepare(prompt, options, self._limits, self.tokenizer, add_special_tokens=add_special_tokens)
-            for prompt, options in asked
-        ]
-        for grammar, field in dict.fromkeys((one.grammar, one.grammar_field) for one in prepared):
+        made = [
+            _Running(
+                prepare(
+                    question.prompt, question.options, self._limits, self.tokenizer,
+                    add_special_tokens=question.add_special_tokens,
+                ),
+                question.reader,
+            )
+            for question in questions
+        ]  # fmt: skip
+        for grammar, field in dict.fromkeys((one.prepared.grammar, one.prepared.grammar_field) for one in made):
             if grammar is None:
                 continue
             try:
                 self._engine.compile(grammar)
             except GrammarError as error:
                 raise GrammarError(str(error), field) from None
-        return prepared
+        return made
 
-    def _answers(self, prepared: list[Prepared]) -> list[Completion]:
-        answers = [_Answer(self._engine, self.tokenizer, one) for one in prepared]
+    def _answers(self, requests: list[_Running]) -> list[Completion]:
+        answers = [_Answer(self._engine, self.tokenizer, *one) for one in requests]
         errors: dict[int, GenerationError] = {}
         try:
             for place, answer in enumerate(answers):
@@ -203,26 +231,27 @@ class LLM:
             raise BatchError(found, errors)
         return [answer.completion() for answer in answers]
 
-    def _stream(self, asked: tuple[Prompt, Options], add_special_tokens: bool) -> Iterator[str]:
-        (prepared,) = self._prepare([asked], add_special_tokens)
-        return self._pieces(prepared)
+    def _stream(self, question: _Question) -> Iterator[str]:
+        (request,) = self._prepare([question])
+        return self._pieces(request)
 
-    def _pieces(self, prepared: Prepared) -> Iterator[str]:
-        answer = _Answer(self._engine, self.tokenizer, prepared)
+    def _pieces(self, request: _Running) -> Iterator[str]:
+        answer = _Answer(self._engine, self.tokenizer, *request)
         with contextlib.closing(answer.pieces()) as pieces:
             yield from pieces
 
 
 class _Answer:
-    """One running request and its detokenizer. The constructor submits the request."""
+    """One running request and the text of its answer. The constructor submits the request."""
 
-    def __init__(self, engine: OfflineEngine, tokenizer: Tokenizer, prepared: Prepared) -> None:
+    def __init__(self, engine: OfflineEngine, tokenizer: Tokenizer, prepared: Prepared, reader: AnswerReader) -> None:
         self._engine, self._prepared = engine, prepared
-        self._detokenizer = Detokenizer(
-            tokenizer, prepared.stop, min_tokens=prepared.stopping.min_new_tokens, prompt_ids=prepared.prompt_ids
-        )
+        self._detokenizer, self._router = reader.begin(tokenizer, prepared)
+        self._whole = WholeText(tokenizer, prepared.prompt_ids, prepared.stop)  # if there is a router
+        self._deltas: list[Delta] = []
         self._id = engine.submit(prepared.prompt_ids, prepared.sampling, prepared.stopping, grammar=prepared.grammar)
         self._token_ids: list[int] = []
+        self._parts: list[str] = []
         self._details: list[TokenDetails] = []
         self._prompt_details: list[TokenDetails] = []
         self._num_cached = 0
@@ -237,21 +266,25 @@ class _Answer:
                     yield text
                 if self._finish_reason:
                     break
-        if rest := self._detokenizer.finish():
+        if rest := self._finish():
             yield rest
 
     def completion(self) -> Completion:
         """Return the result. Valid after `pieces` has ended."""
+        text = "".join(self._parts)
+        whole = Delta(content=text) if self._router is None else fold(self._deltas)
         return Completion(
             self._prepared.prompt_ids,
             tuple(self._token_ids),
-            self._detokenizer.text,
+            text,
             self._finish_reason,
             self._stop,
             self._prepared.seed,
             self._num_cached,
             tuple(self._details),
             tuple(self._prompt_details),
+            whole.reasoning,
+            whole.content,
         )
 
     def abort(self) -> None:
@@ -268,12 +301,34 @@ class _Answer:
             self._token_ids.append(token_id)
             if details is not None:
                 self._details.append(details)
-            piece = self._detokenizer.push(token_id)
-            text += piece.text
-            if piece.stopped is not None:
-                self._finish_reason, self._stop = "stop_sequence", piece.stopped
+            text += self._push(token_id)
+            if self._stop is not None:
+                self._finish_reason = "stop_sequence"
                 return text
         self._finish_reason = output.finish_reason
+        return text
+
+    def _push(self, token_id: int) -> str:
+        """Read a token, and return the text that may be shown."""
+        piece = self._detokenizer.push(token_id)
+        text, self._stop = piece.text, piece.stopped
+        if (router := self._router) is not None:
+            self._deltas.append(router.push(piece.text, "" if piece.text else piece.token_text))
+            self._stop = router.stopped
+            text = self._whole.push(token_id, router.stopped, in_reasoning=router.in_reasoning)
+        self._parts.append(text)
+        return text
+
+    def _finish(self) -> str:
+        """End the answer, and return the text that was held back."""
+        text = self._detokenizer.finish()
+        if (router := self._router) is not None:
+            before = router.stopped
+            self._deltas.append(router.finish())
+            if router.stopped != before:
+                self._finish_reason, self._stop = "stop_sequence", router.stopped
+            text = self._whole.finish(self._stop)
+        self._parts.append(text)
         return text
 
 

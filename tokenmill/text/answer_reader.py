@@ -77,19 +77,47 @@ PLAIN = AnswerReader()
 """The reader of answers whose text is content and nothing else."""
 
 
+class WholeText:
+    """One answer as one text, its thought included and special tokens left out, token by token.
+
+    For answers whose stop strings a router finds. Text that may belong to one is held back, so the joined pieces end
+    before the stop string, or with it if `include_stop`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = (), *, include_stop: bool = False
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids=prompt_ids)
+        self._most_held = max(map(len, stop), default=1) - 1  # characters
+        self._include_stop = include_stop
+        self._held = ""
+
+    def push(self, token_id: int, stopped: str | None = None, *, in_reasoning: bool = False) -> str:
+        """Return the text that may be shown. `stopped`: the stop string that was complete with this token;
+        `in_reasoning`: the text is a thought, which no stop string ends."""
+        begin = len(self._held)
+        self._held += self._detokenizer.push(token_id).text
+        if stopped is not None:
+            return self.finish(stopped, begin)
+        shown = max(len(self._held) - (0 if in_reasoning else self._most_held), 0)
+        text, self._held = self._held[:shown], self._held[shown:]
+        return text
+
+    def finish(self, stopped: str | None = None, begin: int = 0) -> str:
+        """Return what was held back, up to `stopped`, which ends behind character `begin` of it."""
+        text, self._held = self._held, ""
+        if stopped is None:
+            return text
+        at = text.find(stopped, max(begin - len(stopped) + 1, 0))
+        return text if at < 0 else text[: at + (len(stopped) if self._include_stop else 0)]
+
+
 def whole_text(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], token_ids: Sequence[int], stopped: str | None = None
 ) -> str:
-    """An answer as one text, its thought included and special tokens left out. `stopped`: the stop string that was
-    complete with the last token; the text ends with it."""
-    plain = Detokenizer(tokenizer, prompt_ids=prompt_ids)
-    for token_id in token_ids[:-1]:
-        plain.push(token_id)
-    before = len(plain.text)
-    for token_id in token_ids[-1:]:
-        plain.push(token_id)
-    text = plain.text
-    if stopped is None:
-        return text
-    at = text.find(stopped, max(before - len(stopped) + 1, 0))
-    return text if at < 0 else text[: at + len(stopped)]
+    """Return an answer as one text, its thought included and special tokens left out. `stopped`: the stop string that
+    was complete with the last token; the text ends with it."""
+    whole = WholeText(tokenizer, prompt_ids, () if stopped is None else (stopped,), include_stop=True)
+    last = len(token_ids) - 1
+    parts = [whole.push(token_id, stopped if i == last else None) for i, token_id in enumerate(token_ids)]
+    return "".join(parts) + whole.finish()
