@@ -232,10 +232,10 @@ class Play:
 def embedded_vocabulary() -> Vocabulary:
     """Return SmolLM2's vocabulary of 49,152 tokens, from the embedded model."""
     from tokenmill.config import default_cache_dir
-    from tokenmill.text.tokenizer import Tokenizer
+    from tokenmill.text.load import load_tokenizer
     from tokenmill.weights import embedded
 
-    tokenizer = Tokenizer.load(embedded.resolve(default_cache_dir(), False, lambda progress: None))
+    tokenizer = load_tokenizer(embedded.resolve(default_cache_dir(), False, lambda progress: None))
     size = tokenizer.vocab_size
     return Vocabulary.of(tokenizer.token_bytes, size, size, tokenizer.eos_ids, tuple(tokenizer.special_ids))
 

@@ -12,8 +12,8 @@ from tokenmill.grammar.base import Vocabulary
 from tokenmill.grammar.llguidance import LLGuidance
 from tokenmill.text.chat import Chat, ChatModel, ChatPlan, plan
 from tokenmill.text.limits import GRAMMAR_FIELDS
-from tokenmill.text.prepare import Options
-from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.text.load import load_tokenizer
+from tokenmill.text.options import Options
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import GrammarSpec
 
@@ -33,7 +33,7 @@ STRICT = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "s
 
 
 def model_of(folder: Path, template: str, special: tuple[str, ...] = MARKS, **more: Any) -> ChatModel:
-    return ChatModel(Tokenizer.load(local_source(byte_model(folder, template, special))), **more)
+    return ChatModel(load_tokenizer(local_source(byte_model(folder, template, special))), **more)
 
 
 def chat_of(**fields: Any) -> Chat:

@@ -29,7 +29,7 @@ from support_chat import (
 from tokenmill.errors import GrammarError, TemplateError, Unsupported, ValidationError
 from tokenmill.text.answer_reader import PLAIN
 from tokenmill.text.chat import ChatModel, ChatPlan, check_parsers, plan
-from tokenmill.text.prepare import Options
+from tokenmill.text.options import Options
 from tokenmill.text.tokenizer import fixed_ids
 from tokenmill.wire.messages import GrammarSpec
 

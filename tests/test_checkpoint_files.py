@@ -16,7 +16,7 @@ from support_models import make_checkpoint
 from support_users import another_user
 
 from tokenmill.errors import MissingFiles, ModelError
-from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.text.load import load_tokenizer
 from tokenmill.weights import hub
 from tokenmill.weights.checkpoint import Safetensors, open_checkpoint
 from tokenmill.weights.choice import Weights, choose, file_sets, parts_of
@@ -359,7 +359,7 @@ def test_a_git_lfs_pointer_in_place_of_a_tokenizers_file_is_named(tmp_path: Path
     (tmp_path / "merges.txt").write_text("")
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(ModelError, match=f"{name} is a Git LFS pointer .*`git lfs pull`"):
-        Tokenizer.load(ModelSource("m", str(tmp_path), "safetensors"))
+        load_tokenizer(ModelSource("m", str(tmp_path), "safetensors"))
 
 
 def test_a_text_about_git_lfs_is_no_pointer(tmp_path: Path) -> None:

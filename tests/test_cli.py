@@ -18,8 +18,8 @@ import tokenmill
 from tokenmill import chat, cli
 from tokenmill.config import Settings
 from tokenmill.progress import Lines, amount
-from tokenmill.server.app import ROUTES
 from tokenmill.server.openapi import BODIES
+from tokenmill.server.routes.table import ROUTES
 from tokenmill.wire.messages import Progress
 
 

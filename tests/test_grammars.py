@@ -13,7 +13,6 @@ from tokenmill.errors import GrammarError
 from tokenmill.grammar import llguidance
 from tokenmill.runtime import grammars
 from tokenmill.runtime.grammars import ModelGrammars
-from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import GrammarSpec
 
@@ -29,8 +28,8 @@ def source(tmp_path: Path) -> ModelSource:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was made, in order."""
     found: list[str] = []
-    load, backend, pool = Tokenizer.load, llguidance.LLGuidance, grammars.CompilePool
-    monkeypatch.setattr(Tokenizer, "load", lambda source: found.append("tokenizer") or load(source))
+    load, backend, pool = grammars.load_tokenizer, llguidance.LLGuidance, grammars.CompilePool
+    monkeypatch.setattr(grammars, "load_tokenizer", lambda source: found.append("tokenizer") or load(source))
     monkeypatch.setattr(llguidance, "LLGuidance", lambda *given: found.append("backend") or backend(*given))
     monkeypatch.setattr(grammars, "CompilePool", lambda *given, **more: found.append("pool") or pool(*given, **more))
     return found
@@ -44,8 +43,8 @@ def test_nothing_is_made_before_somebody_says_so(source: ModelSource, made: list
 def test_a_call_begins_one_piece_and_no_second_beside_it(
     source: ModelSource, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, load = threading.Event(), Tokenizer.load
-    monkeypatch.setattr(Tokenizer, "load", lambda source: held.wait(60) and load(source))
+    held, load = threading.Event(), grammars.load_tokenizer
+    monkeypatch.setattr(grammars, "load_tokenizer", lambda source: held.wait(60) and load(source))
     model = ModelGrammars(source, 258)
     try:
         for _ in range(5):
@@ -91,8 +90,8 @@ def test_a_piece_that_fails_is_told_to_whoever_asks_for_a_grammar(source: ModelS
 
 
 def test_closing_fails_what_waits(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, load = threading.Event(), Tokenizer.load
-    monkeypatch.setattr(Tokenizer, "load", lambda source: begun.set() or time.sleep(0.2) or load(source))
+    begun, load = threading.Event(), grammars.load_tokenizer
+    monkeypatch.setattr(grammars, "load_tokenizer", lambda source: begun.set() or time.sleep(0.2) or load(source))
     model = ModelGrammars(source, 258)
     model.prepare()
     begun.wait(60)

@@ -123,3 +123,51 @@ def test_imports_point_downwards() -> None:
     command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout
+
+
+ONE_TYPE = {
+    # `a + b` of two values records an operation, whose fields are values
+    ("tokenmill.program.value", "tokenmill.program.ops"),
+    # `open_checkpoint` makes the kind of checkpoint that the file is
+    ("tokenmill.weights.checkpoint", "tokenmill.weights.gguf"),
+    # lowering an attention needs the type of sizes that lowering a program has
+    ("tokenmill.backends.cuda.attention", "tokenmill.backends.cuda.lower"),
+}
+"""Imports, inside of a function or for type checking, that lead back: of two files that make one type."""
+
+
+def imports_of(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """The modules of ours that each module imports: at its top, inside of functions and for type checking."""
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: a relative import"
+                inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {full if full in modules else str(node.module) for full in inner.values()}
+        found[module] = (names & modules.keys()) - {module}
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What is left of imports without modules that import nothing left, or that nothing left imports."""
+    left = imports
+    while True:
+        imported = set().union(*left.values())
+        kept = {name: used & left.keys() for name, used in left.items() if used & left.keys() and name in imported}
+        if kept == left:
+            return left
+        left = kept
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Neither at their top nor inside of functions nor for type checking."""
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    imports = imports_of(modules)
+    for importer, imported in ONE_TYPE:
+        imports[importer].discard(imported)
+    assert not circles(imports)
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"a"}}).keys() == {"a", "b", "c"}

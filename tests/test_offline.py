@@ -39,7 +39,7 @@ from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, Wants, assemble
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
-from tokenmill.text.prepare import Options
+from tokenmill.text.options import Options
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import EngineInfo, GrammarSpec, SamplingParams, StoppingParams

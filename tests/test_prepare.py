@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from support_text import byte_level
 
 from tokenmill.errors import ContextLengthError, GrammarError, ValidationError
-from tokenmill.text.prepare import Options, Prepared, RequestLimits, Thought, check_before_queue, prepare
+from tokenmill.text.options import Options, RequestLimits, ThoughtLimit
+from tokenmill.text.prepare import Prepared, check_before_queue, prepare
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.wire.messages import GrammarSpec
 
@@ -122,7 +123,7 @@ def test_a_grammar_is_made_canonical_and_goes_on_as_it_is() -> None:
 
 
 def test_a_thought_that_takes_too_long_is_ended_as_the_options_say() -> None:
-    thought = Thought(3, (7, 8), ((8,),))
+    thought = ThoughtLimit(3, (7, 8), ((8,),))
     stopping = made(thought=thought, thinking_budget=3).stopping
     assert (stopping.force_after, stopping.forced_ids, stopping.unless) == (3, (7, 8), ((8,),))
     assert refused(thinking_budget=-1) == "`thinking_budget` must be between 0 and 2147483647. Given: -1"

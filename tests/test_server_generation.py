@@ -20,6 +20,7 @@ from tokenmill.server.routes.native import NativeAnswer
 from tokenmill.server.schema.native import GenerateParameters
 from tokenmill.server.schema.openai import CompletionRequest
 from tokenmill.text.detokenizer import Detokenizer
+from tokenmill.text.load import load_tokenizer
 from tokenmill.text.prepare import Prepared
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import local_source
@@ -35,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         content["model"]["merges"].append([left, right])
         content["model"]["vocab"][left + right] = len(content["model"]["vocab"])
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    return Tokenizer.load(local_source(folder))
+    return load_tokenizer(local_source(folder))
 
 
 class Answer:
@@ -130,7 +131,7 @@ def test_times_are_those_of_the_first_and_the_last_token(tokenizer: Tokenizer) -
 
 
 def test_a_folder_of_bytes_is_enough_for_a_tokenizer(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(local_source(byte_model(tmp_path)))
+    tokenizer = load_tokenizer(local_source(byte_model(tmp_path)))
     assert tokenizer.decode(tokenizer.encode("naïve 🦊")) == "naïve 🦊"
 
 

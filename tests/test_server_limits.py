@@ -14,10 +14,11 @@ from support_server import Server, scripted
 
 from tokenmill.errors import ValidationError
 from tokenmill.server.openapi import document
+from tokenmill.server.routes.table import ROUTES
 from tokenmill.server.schema.native import GenerateParameters
 from tokenmill.text import limits
 from tokenmill.text.limits import TABLE, Limit
-from tokenmill.text.prepare import RequestLimits
+from tokenmill.text.options import RequestLimits
 
 SERVER = RequestLimits(499, 500, max_stop_sequences=4, max_best_of=2, max_top_n_tokens=5, vocab_size=258)
 ALL = [*TABLE, limits.TRUNCATE, limits.BEST_OF, limits.GRAMMAR]
@@ -76,7 +77,7 @@ def test_a_message_repeats_little_of_what_was_given() -> None:
 
 
 def test_bounds_are_documented_where_they_are_checked() -> None:
-    shown = document()["components"]["schemas"]["GenerateParameters"]["properties"]
+    shown = document(ROUTES)["components"]["schemas"]["GenerateParameters"]["properties"]
     assert (shown["top_p"]["exclusiveMinimum"], shown["top_p"]["maximum"]) == (0, 1)
     assert shown["seed"]["maximum"] == 2**64 - 1
     for limit in TABLE:

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from support_ports import unused_port
 from support_server import Server, byte_model, eventually
 
-from tokenmill.server import app
-from tokenmill.server.metrics import CATALOG, ROUTES, Metrics
+from tokenmill.server.metrics import CATALOG, ROUTE_LABELS, Metrics
+from tokenmill.server.routes import table
 
 TGI = """tgi_request_count tgi_request_success tgi_request_failure tgi_request_duration tgi_request_validation_duration
 tgi_request_queue_duration tgi_request_inference_duration tgi_request_mean_time_per_token_duration
@@ -82,7 +82,7 @@ def test_bounds_have_the_digits_of_tgis(tmp_path: Path) -> None:
 
 def test_each_route_is_counted_under_a_name_of_its_own_or_its_familys(tmp_path: Path) -> None:
     metrics = Metrics(str(tmp_path), 0)
-    for route in app.ROUTES:
+    for route in table.ROUTES:
         metrics.count_response(route.path.removesuffix("/*"), 200)
     metrics.count_response("/a/path/of/vertex", 200)
     metrics.count_response("/generate", 599)
@@ -90,9 +90,9 @@ def test_each_route_is_counted_under_a_name_of_its_own_or_its_familys(tmp_path: 
     name = "tokenmill_http_responses_total|route="
     assert found[f"{name}other|status=200"] == 1
     assert found[f"{name}/generate|status=other"] == 1
-    families = {route.path for route in app.ROUTES if f"{name}{route.path}|status=200" in found}
-    assert families == set(ROUTES) - {"other"} & {route.path for route in app.ROUTES}
-    assert found[f"{name}/v2|status=200"] == sum(route.path.startswith("/v2") for route in app.ROUTES)
+    families = {route.path for route in table.ROUTES if f"{name}{route.path}|status=200" in found}
+    assert families == set(ROUTE_LABELS) - {"other"} & {route.path for route in table.ROUTES}
+    assert found[f"{name}/v2|status=200"] == sum(route.path.startswith("/v2") for route in table.ROUTES)
 
 
 def test_what_is_served_is_a_metric_with_escaped_words(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tokenmill.errors import ValidationError
 from tokenmill.server.schema.openai import ChatRequest, CompletionRequest, SamplingFields
 from tokenmill.text.chat_request import Chat, template_fields
 from tokenmill.text.limits import LOGPROBS, OPENAI_TABLE, TABLE, Limit
-from tokenmill.text.prepare import RequestLimits
+from tokenmill.text.options import RequestLimits
 
 SERVER = RequestLimits(499, 500, max_stop_sequences=4, max_best_of=2, max_top_n_tokens=5, vocab_size=258)
 GENEROUS = msgspec.structs.replace(SERVER, max_top_n_tokens=50)

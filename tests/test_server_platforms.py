@@ -13,7 +13,7 @@ import pytest
 from support_ports import unused_port
 from support_server import TEXT, Server, byte_model
 
-from tokenmill.server.app import ROUTES
+from tokenmill.server.routes.table import ROUTES
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 KEY = {"authorization": "Bearer secret"}

@@ -17,6 +17,7 @@ from support_server import Server, byte_model
 from support_text import recorded, sentencepiece_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from tokenmill.text.load import load_tokenizer
 from tokenmill.text.pieces import byte_characters
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
@@ -85,7 +86,7 @@ def served(
     text = family(request.param, folder)
     port = unused_port()
     server = Server(folder, port, "--mock-text", text, "--mock-step-ms", "0", "--max-total-tokens", "500")
-    yield server, Tokenizer.load(ModelSource(str(folder), str(folder), "safetensors"))
+    yield server, load_tokenizer(ModelSource(str(folder), str(folder), "safetensors"))
     server.stop()
 
 

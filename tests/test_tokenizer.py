@@ -16,6 +16,7 @@ from tokenmill.config import default_cache_dir
 from tokenmill.errors import ModelError, StartError, Unsupported, ValidationError
 from tokenmill.text import sentencepiece
 from tokenmill.text.library import reading
+from tokenmill.text.load import load_tokenizer
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights import embedded
 from tokenmill.weights.source import ModelSource, local_source
@@ -42,7 +43,7 @@ def write_folder(folder: Path, **files: Any) -> ModelSource:
 
 @pytest.mark.parametrize("pre", sorted(LLAMACPP["ids"]))
 def test_a_gguf_vocabulary_cuts_texts_as_llama_cpp_does(pre: str, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(local_source(write_gguf(tmp_path / "v.gguf", pre=pre)))
+    tokenizer = load_tokenizer(local_source(write_gguf(tmp_path / "v.gguf", pre=pre)))
     for text, ids in zip(LLAMACPP["texts"], LLAMACPP["ids"][pre], strict=True):
         assert tokenizer.encode(text, add_special_tokens=False) == ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -52,7 +53,7 @@ def test_the_embedded_models_vocabulary_cuts_texts_as_llama_cpp_does() -> None:
     path = embedded.find(default_cache_dir())
     if path is None:
         pytest.skip("the embedded model is not on this machine; `make serve` brings it")
-    tokenizer = Tokenizer.load(local_source(path))
+    tokenizer = load_tokenizer(local_source(path))
     for text, ids in zip(LLAMACPP["texts"], LLAMACPP["smollm2"], strict=True):
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -65,7 +66,7 @@ def test_the_embedded_models_vocabulary_cuts_texts_as_llama_cpp_does() -> None:
 @pytest.mark.parametrize("name", sorted(SENTENCEPIECE["models"]))
 def test_a_sentencepiece_model_cuts_texts_as_its_library_does(name: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(name))
-    tokenizer = Tokenizer.load(source_of(tmp_path))
+    tokenizer = load_tokenizer(source_of(tmp_path))
     expected = SENTENCEPIECE["models"][name]
     for text, ids, decoded in zip(SENTENCEPIECE["texts"], expected["ids"], expected["decoded"], strict=True):
         assert tokenizer.encode(text) == ids
@@ -75,7 +76,7 @@ def test_a_sentencepiece_model_cuts_texts_as_its_library_does(name: str, tmp_pat
 def test_a_gguf_file_with_scores_is_the_same_vocabulary_with_bos_in_front(tmp_path: Path) -> None:
     found = sentencepiece.parse(sentencepiece_model("bpe_identity"))
     path = write_sentencepiece_gguf(tmp_path / "v.gguf", found.pieces, found.scores, found.kinds)
-    tokenizer = Tokenizer.load(local_source(path))
+    tokenizer = load_tokenizer(local_source(path))
     for text, ids in zip(SENTENCEPIECE["texts"], SENTENCEPIECE["models"]["bpe_identity"]["ids"], strict=True):
         assert tokenizer.encode(text) == [1, *ids]
 
@@ -101,10 +102,10 @@ def test_pieces_merge_in_the_order_of_their_scores(tmp_path: Path) -> None:
 
 
 def test_bos_is_added_where_the_file_says_so(tmp_path: Path) -> None:
-    plain = Tokenizer.load(local_source(write_gguf(tmp_path / "a.gguf")))
-    llama3 = Tokenizer.load(local_source(write_gguf(tmp_path / "b.gguf", pre="llama-bpe")))
-    both = Tokenizer.load(local_source(write_gguf(tmp_path / "c.gguf", add_bos_token=True, add_eos_token=True)))
-    off = Tokenizer.load(local_source(write_gguf(tmp_path / "d.gguf", pre="llama-bpe", add_bos_token=False)))
+    plain = load_tokenizer(local_source(write_gguf(tmp_path / "a.gguf")))
+    llama3 = load_tokenizer(local_source(write_gguf(tmp_path / "b.gguf", pre="llama-bpe")))
+    both = load_tokenizer(local_source(write_gguf(tmp_path / "c.gguf", add_bos_token=True, add_eos_token=True)))
+    off = load_tokenizer(local_source(write_gguf(tmp_path / "d.gguf", pre="llama-bpe", add_bos_token=False)))
     ids = plain.encode("a b")
     assert llama3.encode("a b") == [1, *ids]
     assert both.encode("a b") == [1, *ids, 2]
@@ -114,8 +115,8 @@ def test_bos_is_added_where_the_file_says_so(tmp_path: Path) -> None:
 def test_llama_3_keeps_a_word_whole_that_its_merges_would_cut(tmp_path: Path) -> None:
     token = next(token for token in reversed(LLAMACPP["tokens"]) if token.isascii() and len(token) > 3)
     merges = [merge for merge in LLAMACPP["merges"] if merge.replace(" ", "") != token]
-    cut = Tokenizer.load(local_source(write_gguf(tmp_path / "a.gguf", merges=merges)))
-    whole = Tokenizer.load(local_source(write_gguf(tmp_path / "b.gguf", pre="llama-bpe", merges=merges)))
+    cut = load_tokenizer(local_source(write_gguf(tmp_path / "a.gguf", merges=merges)))
+    whole = load_tokenizer(local_source(write_gguf(tmp_path / "b.gguf", pre="llama-bpe", merges=merges)))
     assert len(cut.encode(token, add_special_tokens=False)) > 1
     assert whole.encode(token, add_special_tokens=False) == [LLAMACPP["tokens"].index(token)]
 
@@ -123,16 +124,16 @@ def test_llama_3_keeps_a_word_whole_that_its_merges_would_cut(tmp_path: Path) ->
 def test_merges_that_do_not_fit_the_vocabulary_are_a_model_error(tmp_path: Path) -> None:
     for merges in (["nonesuch x"], ["nospace"]):
         with pytest.raises(ModelError, match=r"(?i)merge"):
-            Tokenizer.load(local_source(write_gguf(tmp_path / "v.gguf", merges=merges)))
+            load_tokenizer(local_source(write_gguf(tmp_path / "v.gguf", merges=merges)))
 
 
 def test_a_pre_tokenizer_that_nobody_knows_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"'klingon'.*llama-bpe"):
-        Tokenizer.load(local_source(write_gguf(tmp_path / "v.gguf", pre="klingon")))
+        load_tokenizer(local_source(write_gguf(tmp_path / "v.gguf", pre="klingon")))
 
 
 def test_offsets_are_bytes_of_the_input_and_cover_it(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(local_source(write_gguf(tmp_path / "v.gguf", add_bos_token=True)))
+    tokenizer = load_tokenizer(local_source(write_gguf(tmp_path / "v.gguf", add_bos_token=True)))
     text = "Héllo 🙂 wörld<|im_end|>日本"
     bos, *rest = tokenizer.encode_with_offsets(text)
     assert bos == (1, "", 0, 0)
@@ -170,7 +171,7 @@ def test_what_a_saved_tokenizer_truncates_and_pads_is_forgotten(tmp_path: Path) 
     inner.enable_truncation(3)
     inner.enable_padding(length=8)
     inner.save(str(tmp_path / "tokenizer.json"))
-    assert len(Tokenizer.load(source_of(tmp_path)).encode("a b c d e f g")) == 7
+    assert len(load_tokenizer(source_of(tmp_path)).encode("a b c d e f g")) == 7
 
 
 @pytest.mark.parametrize(
@@ -197,23 +198,23 @@ def test_bos_and_eos_are_added_as_transformers_adds_them(
         pad_token=None,
         **flags,
     )
-    assert Tokenizer.load(source).encode("a b") == theirs("a b").input_ids
+    assert load_tokenizer(source).encode("a b") == theirs("a b").input_ids
 
 
 def test_every_file_that_names_an_end_is_heard(tmp_path: Path) -> None:
     config = {"eos_token": "<|im_end|>"}
-    only_tokenizer = Tokenizer.load(write_folder(tmp_path, tokenizer_config=config))
+    only_tokenizer = load_tokenizer(write_folder(tmp_path, tokenizer_config=config))
     assert only_tokenizer.eos_ids == (2,)
-    both = Tokenizer.load(write_folder(tmp_path, tokenizer_config=config, config={"text_config": {"eos_token_id": 7}}))
+    both = load_tokenizer(write_folder(tmp_path, tokenizer_config=config, config={"text_config": {"eos_token_id": 7}}))
     assert both.eos_ids == (7, 2)
-    assert Tokenizer.load(write_folder(tmp_path, config={"eos_token_id": 5})).eos_ids == (5, 2)
-    assert Tokenizer.load(write_folder(tmp_path, generation_config={"eos_token_id": [9, 8]})).eos_ids == (9, 8, 2)
+    assert load_tokenizer(write_folder(tmp_path, config={"eos_token_id": 5})).eos_ids == (5, 2)
+    assert load_tokenizer(write_folder(tmp_path, generation_config={"eos_token_id": [9, 8]})).eos_ids == (9, 8, 2)
 
 
 def test_tokens_that_only_the_configuration_knows_are_added(tmp_path: Path) -> None:
     added = {"600": {"content": "<tool>", "special": False}, "601": {"content": "<end>", "special": True}}
     config = {"eos_token": "<end>", "added_tokens_decoder": added, "model_max_length": 2048}
-    tokenizer = Tokenizer.load(write_folder(tmp_path, tokenizer_config=config))
+    tokenizer = load_tokenizer(write_folder(tmp_path, tokenizer_config=config))
     assert tokenizer.encode("a<tool>b<end>")[1::2] == [600, 601]
     assert tokenizer.decode([600, 601]) == "<tool>"
     assert (tokenizer.eos_ids, tokenizer.vocab_size, tokenizer.max_length) == ((601,), 602, 2048)
@@ -221,7 +222,7 @@ def test_tokens_that_only_the_configuration_knows_are_added(tmp_path: Path) -> N
 
 def test_chat_templates_are_found_where_transformers_finds_them(tmp_path: Path) -> None:
     def rendered(source: ModelSource, tools: Any = None) -> str:
-        template = Tokenizer.load(source).chat_template
+        template = load_tokenizer(source).chat_template
         assert template is not None
         return template.render([{"role": "user", "content": "x"}], tools=tools)
 
@@ -244,8 +245,8 @@ def test_chat_templates_are_found_where_transformers_finds_them(tmp_path: Path) 
 def test_a_gguf_files_template_gives_way_to_the_users_own(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "v.gguf", template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
     (tmp_path / "own.jinja").write_text("own")
-    found = Tokenizer.load(local_source(path)).chat_template
-    own = Tokenizer.load(
+    found = load_tokenizer(local_source(path)).chat_template
+    own = load_tokenizer(
         ModelSource("m", str(path), "gguf", tokenizer_config_path=str(tmp_path / "own.jinja"))
     ).chat_template
     assert found is not None
@@ -257,15 +258,15 @@ def test_a_gguf_files_template_gives_way_to_the_users_own(tmp_path: Path) -> Non
 def test_what_cannot_be_read_is_named_with_its_cure(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(ModelError, match=r"no tokenizer.json.*vocab.json.*save_pretrained"):
-        Tokenizer.load(source_of(tmp_path))
+        load_tokenizer(source_of(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match=r"tokenizer.json cannot be read: it is not JSON: it ends early"):
-        Tokenizer.load(source_of(tmp_path))
+        load_tokenizer(source_of(tmp_path))
     with pytest.raises(ModelError, match=r"nowhere.json does not exist"):
-        Tokenizer.load(source_of(tmp_path, tokenizer_config_path=str(tmp_path / "nowhere.json")))
+        load_tokenizer(source_of(tmp_path, tokenizer_config_path=str(tmp_path / "nowhere.json")))
     write_folder(tmp_path, tokenizer_config=[])
     with pytest.raises(ModelError, match=r"must hold a JSON object"):
-        Tokenizer.load(source_of(tmp_path))
+        load_tokenizer(source_of(tmp_path))
 
 
 @settings(max_examples=200, deadline=None)
@@ -284,7 +285,7 @@ def test_a_broken_sentencepiece_file_is_a_value_error_and_nothing_else(junk: byt
 def test_a_file_that_is_no_sentencepiece_model_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(StartError, match=r"tokenizer.model is no SentencePiece model"):
-        Tokenizer.load(source_of(tmp_path))
+        load_tokenizer(source_of(tmp_path))
 
 
 @pytest.mark.parametrize("unigram", [False, True])
@@ -302,7 +303,7 @@ def test_a_normalization_that_is_junk_ends_no_process(unigram: bool, tmp_path: P
 def test_reading_a_tokenizer_changes_no_file_and_asks_no_network(tmp_path: Path) -> None:
     source = write_folder(tmp_path, tokenizer_config={"tokenizer_class": "LlamaTokenizer", "bos_token": "<|im_start|>"})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    Tokenizer.load(source)
+    load_tokenizer(source)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).post_processor is None
 
@@ -320,9 +321,9 @@ def test_a_space_before_the_first_word_is_what_the_configuration_says(
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=saved)
     inner.save(str(tmp_path / "tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert Tokenizer.load(source).encode("the work") == theirs("the work").input_ids
+    assert load_tokenizer(source).encode("the work") == theirs("the work").input_ids
     (tmp_path / "tokenizer_config.json").unlink()
-    assert Tokenizer.load(source).encode("the work") == inner.encode("the work").ids
+    assert load_tokenizer(source).encode("the work") == inner.encode("the work").ids
 
 
 def test_templates_know_the_special_tokens_that_transformers_tells_them(tmp_path: Path) -> None:
@@ -341,7 +342,7 @@ def test_templates_know_the_special_tokens_that_transformers_tells_them(tmp_path
         "chat_template": template,
     }
     source = write_folder(tmp_path, tokenizer_config=config)
-    found = Tokenizer.load(source).chat_template
+    found = load_tokenizer(source).chat_template
     assert found is not None
     chat = [{"role": "user", "content": "x"}]
     theirs = AutoTokenizer.from_pretrained(tmp_path)

@@ -12,6 +12,7 @@ from support_text import recorded
 
 from tokenmill.errors import ModelError
 from tokenmill.text.cuts import TEKKEN
+from tokenmill.text.load import load_tokenizer
 from tokenmill.text.pieces import byte_characters
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
@@ -25,7 +26,7 @@ TOKENS = [bytes(BYTE_OF[character] for character in token) for token in LLAMACPP
 def load(folder: Path, **files: Any) -> Tokenizer:
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    return Tokenizer.load(ModelSource(str(folder), str(folder), "safetensors"))
+    return load_tokenizer(ModelSource(str(folder), str(folder), "safetensors"))
 
 
 def write_ranks(path: Path) -> None:

@@ -24,7 +24,7 @@ from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.runtime.worker import wants
-from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.text.load import load_tokenizer
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -85,7 +85,7 @@ def main(words: Sequence[str]) -> int:
         model_id=wanted.tokenizer_name, revision=wanted.revision, max_batch_size=max(batch_sizes)
     )
     source = fetch.fetch(settings, lambda progress: None)
-    tokenizer = Tokenizer.load(source)
+    tokenizer = load_tokenizer(source)
     prompt = tokenizer.encode(make_prompt(0, 2 * wanted.sequence_length))[: wanted.sequence_length]
     with OfflineEngine(assemble(source, wants(settings), Group(), lambda message: None)) as engine:
         needed, total = wanted.sequence_length + wanted.decode_length, engine.info.max_total_tokens

@@ -223,7 +223,7 @@ def schema(words: list[str]) -> int:
                         help="the document (openapi), docs/reference/http-api.md, docs/reference/cli.md")  # fmt: skip
     what = parser.parse_args(words).what
     if what == "openapi":
-        print(_load("tokenmill.server.openapi:document_json")())
+        print(_load("tokenmill.server.routes.table:document_json")())
     elif what == "http-api":
         print(_load("tokenmill.operate.reference:http_api")(), end="")
     else:

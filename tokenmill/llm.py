@@ -5,7 +5,7 @@
             print(completion.text)
 
 Options of the model are those of the server (`tokenmill serve --help`), with underscores. Options of a generation are
-the fields of `text.prepare.Options`, with the names of TGI's API.
+the fields of `text.options.Options`, with the names of TGI's API.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.runtime.worker import wants
 from tokenmill.text.answer_reader import PLAIN, AnswerReader, WholeText
 from tokenmill.text.chat import Chat, ChatModel, check_parsers, plan
+from tokenmill.text.load import load_tokenizer
+from tokenmill.text.options import Options, RequestLimits
 from tokenmill.text.output import Delta, fold
-from tokenmill.text.prepare import Options, Prepared, RequestLimits, prepare
+from tokenmill.text.prepare import Prepared, prepare
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights import embedded, hub
 from tokenmill.weights.source import ModelSource
@@ -92,7 +94,7 @@ class LLM:
         settings = _settings(model, options)
         source = _source(settings)
         check_parsers(settings.tool_call_parser, settings.reasoning_parser)
-        self.tokenizer = Tokenizer.load(source)
+        self.tokenizer = load_tokenizer(source)
         self._chats = ChatModel(self.tokenizer, settings.tool_call_parser, settings.reasoning_parser)
         self._engine = OfflineEngine(assemble(source, wants(settings), Group(), _say_nothing))
         info = self._engine.info
@@ -366,7 +368,7 @@ def _chosen(options: Options | None, params: dict[str, Any]) -> Options:
     unknown = set(params) - set(Options.__struct_fields__)
     if unknown:
         name = min(unknown)
-        raise ValidationError(f"There is no option {name!r} of a generation; see text.prepare.Options.", name)
+        raise ValidationError(f"There is no option {name!r} of a generation; see text.options.Options.", name)
     if isinstance(stop := params.get("stop"), str):
         params = {**params, "stop": (stop,)}
     merged = {**msgspec.structs.asdict(options or Options()), **params}

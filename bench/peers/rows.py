@@ -9,7 +9,7 @@ from typing import Any
 from bench.peers.servers import Needs, Running, Server, Tokenmill
 from tokenmill.bench.client import Ask
 from tokenmill.bench.load import Disturbed, Report, make_prompt
-from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.text.load import load_tokenizer
 from tokenmill.weights.source import ModelSource
 
 Figures = dict[str, float]
@@ -152,7 +152,7 @@ def http_cost(server: Server, source: ModelSource, seed: int) -> Figures:
     """Compare 32 streams over HTTP and in process, in alternating rounds: whole requests, prompts included."""
     assert isinstance(server, Tokenmill)
     http, inside = [], []
-    tokenizer = Tokenizer.load(source)
+    tokenizer = load_tokenizer(source)
     for k in range(2):
         asked = asks(32, seed * 10 + k)
         warm = asks(32, seed * 10 + 7 + k, 20, 8)

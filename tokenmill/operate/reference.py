@@ -13,6 +13,7 @@ from tokenmill import errors, options
 from tokenmill.config import WITHOUT_EFFECT, Settings
 from tokenmill.server import failures, openapi
 from tokenmill.server.metrics import CATALOG, Metric
+from tokenmill.server.routes.table import ROUTES
 from tokenmill.text import limits
 
 _GROUPS = {
@@ -189,7 +190,7 @@ def _variants(kind: type[errors.StartError]) -> Iterator[tuple[str, str]]:
 
 def http_api() -> str:
     """Generate docs/reference/http-api.md."""
-    document = openapi.document()
+    document = openapi.document(ROUTES)
     parts = [_HTTP_HEAD, "## Routes\n", _routes(document), "## Limits\n", _LIMITS_HEAD, _limits()]
     parts += ["## Errors\n", _ERRORS_HEAD, _errors(), "## Headers of answers\n"]
     parts.append(_table(("Header", "Value"), [(f"`{name}`", text) for name, text in _HEADERS.items()]))

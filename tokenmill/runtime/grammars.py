@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenmill.errors import GrammarError
 from tokenmill.grammar.base import Backend, Encode, Grammar, MaskFiller, Matcher, Vocabulary
 from tokenmill.grammar.pool import CompilePool
+from tokenmill.text.load import load_tokenizer
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import GrammarSpec
@@ -114,7 +115,7 @@ class ModelGrammars:
         """
         from tokenmill.grammar.llguidance import LLGuidance
 
-        tokenizer = Tokenizer.load(self._source)
+        tokenizer = load_tokenizer(self._source)
         if not any(token_id < self._size for token_id in tokenizer.eos_ids):
             raise GrammarError("this model has no token that ends an answer, so no grammar can be followed")
         yield None

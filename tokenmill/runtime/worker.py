@@ -89,9 +89,9 @@ def _meet(
 def _mock(source: ModelSource, settings: Settings) -> Assembled:
     """Assemble an engine with scripted answers. Does not import torch."""
     from tokenmill.runtime.mock import MockExecutor, parse_faults
-    from tokenmill.text.tokenizer import Tokenizer
+    from tokenmill.text.load import load_tokenizer
 
-    tokenizer = Tokenizer.load(source)
+    tokenizer = load_tokenizer(source)
     executor = MockExecutor(
         tuple(tokenizer.encode(settings.mock_text, add_special_tokens=False)),
         step_s=settings.mock_step_ms / 1000,

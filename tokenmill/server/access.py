@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from tokenmill.server.call import Call
+from tokenmill.server.generation import Generation
 from tokenmill.text.prepare import Prepared
-
-if TYPE_CHECKING:
-    from tokenmill.server.call import Call
-    from tokenmill.server.generation import Generation
 
 log = logging.getLogger(__name__)
 

@@ -1,16 +1,12 @@
-"""Every path of the server, and the ASGI application that finds them.
-
-The table is the whole of the routing. Around it: request ids, the API key, CORS, and errors as answers.
-"""
+"""The ASGI application: finds a request's route, and adds request ids, the API key, CORS, and errors as answers."""
 
 from __future__ import annotations
 
 import hmac
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable
 
-import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenmill.errors import GenerationError, RequestError
@@ -18,71 +14,19 @@ from tokenmill.server import access, failures
 from tokenmill.server.call import Call, ClientGone
 from tokenmill.server.cors import Cors
 from tokenmill.server.protocol import ABORT
-from tokenmill.server.routes import about, chat, completions, documentation, kserve, native, openai, sagemaker, vertex
+from tokenmill.server.routes.route import Route
+from tokenmill.server.routes.table import ROUTES, vertex_routes
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
 from tokenmill.server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[Call], Awaitable[None]]
-
-
-class Route(msgspec.Struct, frozen=True):
-    """One method of one path. A path that ends in "/*" takes whatever follows. `generates`: TGI counts it."""
-
-    method: str
-    path: str
-    handler: Handler
-    dialect: failures.Dialect = "native"
-    protected: bool = True
-    generates: bool = False
-
-
-ROUTES = (
-    Route("POST", "/", native.compat_generate, generates=True),
-    Route("POST", "/generate", native.generate, generates=True),
-    Route("POST", "/generate_stream", native.generate_stream, generates=True),
-    Route("POST", "/v1/chat/completions", chat.chat_completions, "openai", generates=True),
-    Route("POST", "/v1/completions", completions.completions, "openai", generates=True),
-    Route("GET", "/v1/models", openai.list_models, "openai"),
-    Route("GET", "/v1/models/*", openai.retrieve_model, "openai"),
-    Route("POST", "/invocations", sagemaker.sagemaker_compatibility, generates=True),
-    Route("POST", "/vertex", vertex.vertex_compatibility, generates=True),
-    Route("POST", "/tokenize", about.tokenize),
-    Route("POST", "/chat_tokenize", about.get_chat_tokenize, generates=True),
-    Route("GET", "/info", about.info),
-    Route("GET", "/health", about.health, protected=False),
-    Route("GET", "/ping", about.health, protected=False),
-    Route("GET", "/", about.health, protected=False),
-    Route("GET", "/metrics", about.metrics, protected=False),
-    Route("GET", "/docs", documentation.to_docs, protected=False),
-    Route("GET", "/docs/", documentation.docs, protected=False),
-    Route("GET", "/docs/*", documentation.docs, protected=False),
-    Route("GET", "/api-doc/openapi.json", documentation.document, protected=False),
-    Route("GET", "/v2", kserve.server),
-    Route("GET", "/v2/health/live", kserve.live),
-    Route("GET", "/v2/health/ready", kserve.ready),
-    Route("GET", "/v2/models/*", kserve.model),
-    Route("POST", "/v2/models/*", kserve.infer, generates=True),
-)
-
-
 def create_app(service: Service, tracer: Tracer | None = None) -> ASGIApp:
     """The application for one worker. `tracer`: records each request that has ended; None: no spans are sent."""
-    return App(service, ROUTES + _vertex_routes(service), tracer)
-
-
-def _vertex_routes(service: Service) -> tuple[Route, ...]:
-    """The paths that Vertex AI's variables name, beside our own."""
     options = service.options
-    routes = []
-    if options.aip_predict_route:
-        routes.append(Route("POST", options.aip_predict_route, vertex.vertex_compatibility, generates=True))
-    if options.aip_health_route:
-        routes.append(Route("GET", options.aip_health_route, about.health, protected=False))
-    known = {(route.method, route.path) for route in ROUTES}
-    return tuple(route for route in routes if (route.method, route.path) not in known)
+    routes = ROUTES + vertex_routes(options.aip_predict_route, options.aip_health_route)
+    return App(service, routes, tracer)
 
 
 class App:

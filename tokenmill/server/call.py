@@ -24,6 +24,7 @@ from tokenmill.server.generation import Generation
 from tokenmill.server.service import Service
 from tokenmill.server.sse import Headers
 from tokenmill.text import limits
+from tokenmill.text.options import Dialect
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Call:
     """One request. `dialect` decides what its errors look like; `path_rest` is what follows the route's prefix."""
 
     def __init__(
-        self, service: Service, scope: Scope, receive: Receive, send: Send, dialect: failures.Dialect, path_rest: str
+        self, service: Service, scope: Scope, receive: Receive, send: Send, dialect: Dialect, path_rest: str
     ) -> None:
         self.arrived = time.monotonic()
         self.service, self.scope, self.dialect, self.path_rest = service, scope, dialect, path_rest

@@ -6,15 +6,13 @@ Two dialects: "native" is TGI's (`{"error", "error_type"}`), "openai" is OpenAI'
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import msgspec
 
 from tokenmill import errors
 from tokenmill.server.schema import native, openai
 from tokenmill.text import limits
-
-Dialect = Literal["native", "openai"]
+from tokenmill.text.options import Dialect
 
 
 class BodyError(errors.ValidationError):

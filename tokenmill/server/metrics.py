@@ -26,9 +26,11 @@ _BATCH_SIZES = tuple(float(i) for i in range(1, 1025))
 _QUANTILES = ("0", "0.5", "0.9", "0.95", "0.99", "0.999", "1")
 _METHOD = (("method", ("prefill", "decode")),)
 
-ROUTES = ("/", "/generate", "/generate_stream", "/tokenize", "/chat_tokenize", "/info", "/health", "/ping", "/metrics",
-          "/v1/models", "/v1/chat/completions", "/v1/completions", "/invocations", "/vertex", "/docs",
-          "/api-doc/openapi.json", "/v2", "other")  # fmt: skip
+ROUTE_LABELS = (
+    "/", "/generate", "/generate_stream", "/tokenize", "/chat_tokenize", "/info", "/health", "/ping", "/metrics",
+    "/v1/models", "/v1/chat/completions", "/v1/completions", "/invocations", "/vertex", "/docs",
+    "/api-doc/openapi.json", "/v2", "other",
+)  # fmt: skip
 STATUSES = ("200", "204", "303", "307", "308", "400", "401", "404", "405", "408", "413", "415", "422", "424", "429",
             "431", "499", "500", "503", "other")  # fmt: skip
 
@@ -113,7 +115,7 @@ CATALOG: tuple[Metric, ...] = (
     _metric("tokenmill_generated_tokens_total", "counter", "Tokens sent to clients"),
     _metric("tokenmill_requests_in_flight", "gauge", "Sequences between admission and their last token"),
     _metric("tokenmill_http_responses_total", "counter", "Answers; status 499: the client left before",
-            labels=(("route", ROUTES), ("status", STATUSES))),
+            labels=(("route", ROUTE_LABELS), ("status", STATUSES))),
     _metric("tokenmill_prefill_tokens_total", "counter", "Prompt tokens computed", scope="engine"),
     _metric("tokenmill_decode_tokens_total", "counter", "Tokens computed one at a time", scope="engine"),
     _metric("tokenmill_preemptions_total", "counter", "Sequences set back for lack of memory", scope="engine"),
@@ -170,7 +172,7 @@ class Metrics:
 
     def count_response(self, route: str, status: int) -> None:
         """An answer was given; what has no cell of its own counts as "other"."""
-        known, text = route if route in ROUTES else _family(route), str(status)
+        known, text = route if route in ROUTE_LABELS else _family(route), str(status)
         self.add("tokenmill_http_responses_total", known, text if text in STATUSES else "other")
 
     def add(self, name: str, *values: str, amount: float = 1.0) -> None:
@@ -260,7 +262,7 @@ class Metrics:
 def _family(route: str) -> str:
     """The route that a longer one is counted with: `/v2/models/*` with `/v2`."""
     first = "/" + route.strip("/").partition("/")[0]
-    return first if first in ROUTES and first != "/" else "other"
+    return first if first in ROUTE_LABELS and first != "/" else "other"
 
 
 def _pairs(labels: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from functools import cache
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
@@ -13,7 +13,7 @@ import msgspec
 
 from tokenmill import __version__
 from tokenmill.server import access
-from tokenmill.server.app import ROUTES, Route
+from tokenmill.server.routes.route import Route
 from tokenmill.server.schema import native, openai, platforms
 from tokenmill.text import limits
 
@@ -100,8 +100,8 @@ _DOTTED = {
 _PREFIX = "#/components/schemas/"
 
 
-def document() -> dict[str, Any]:
-    """The document, as data for JSON."""
+def document(routes: Sequence[Route]) -> dict[str, Any]:
+    """Return the document of some routes, as data for JSON."""
     types = [kind for bodies in BODIES.values() for part in bodies for kind in _kinds(part)]
     types += [native.ErrorResponse, openai.ErrorResponse]
     schemas, components = msgspec.json.schema_components(types, ref_template=_PREFIX + "{name}")
@@ -110,7 +110,7 @@ def document() -> dict[str, Any]:
             component["description"] = inspect.cleandoc(component["description"])
     shown = {repr(kind): schema for kind, schema in zip(types, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
+    for route in routes:
         if route.path not in _LEFT_OUT:
             path = _PATHS.get((route.method, route.path), route.path)
             paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, shown)
@@ -129,10 +129,9 @@ def document() -> dict[str, Any]:
     return _with_bounds(_renamed(made))
 
 
-@cache
-def document_json() -> str:
-    """The document as indented JSON. Takes 50 ms once."""
-    return json.dumps(document(), indent=2)
+def document_json(routes: Sequence[Route]) -> str:
+    """Return the document of some routes as indented JSON."""
+    return json.dumps(document(routes), indent=2)
 
 
 def _kinds(part: Any) -> tuple[Any, ...]:

@@ -18,7 +18,8 @@ from tokenmill.server import digests, failures
 from tokenmill.server.client import EngineClient
 from tokenmill.server.generation import Generation
 from tokenmill.server.metrics import Metrics
-from tokenmill.text.prepare import Options, Prepared, RequestLimits, prepare
+from tokenmill.text.options import Dialect, Options, RequestLimits
+from tokenmill.text.prepare import Prepared, prepare
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.wire.messages import EngineInfo, Stats
 
@@ -196,7 +197,7 @@ class Service:
         self,
         prompt: str | list[int],
         options: Options,
-        dialect: failures.Dialect,
+        dialect: Dialect,
         *,
         stream: bool,
         add_special_tokens: bool = True,

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from tokenmill import __version__
 from tokenmill.server import access
+from tokenmill.server.call import Call
+from tokenmill.server.generation import Generation
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
-
-    from tokenmill.server.call import Call
-    from tokenmill.server.generation import Generation
 
 _FLUSH_MS = 3000
 

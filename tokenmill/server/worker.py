@@ -31,6 +31,7 @@ from tokenmill.server.protocol import BoundedProtocol
 from tokenmill.server.service import Model, Service, ServiceOptions
 from tokenmill.server.tracing import Tracer
 from tokenmill.text.chat import check_parsers
+from tokenmill.text.load import load_tokenizer
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
@@ -194,7 +195,7 @@ def _has_unsent(connection: Any) -> bool:
 
 def _load(source: ModelSource) -> Tokenizer:
     """The model's tokenizer, whose chat template is compiled. Raises ModelError, Unsupported."""
-    tokenizer = Tokenizer.load(source)
+    tokenizer = load_tokenizer(source)
     if tokenizer.chat_template is not None:
         with contextlib.suppress(TemplateError):  # which the requests that it fails for are told
             tokenizer.chat_template.render([{"role": "user", "content": "x"}])

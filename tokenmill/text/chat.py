@@ -19,7 +19,7 @@ from tokenmill.text.chat_prompt import render
 from tokenmill.text.chat_request import Chat, ChatModel
 from tokenmill.text.chat_tools import tools_of
 from tokenmill.text.guided import Wanted
-from tokenmill.text.prepare import Options
+from tokenmill.text.options import Options
 from tokenmill.text.router import format_of
 from tokenmill.wire.messages import GrammarSpec
 

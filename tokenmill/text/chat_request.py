@@ -11,7 +11,7 @@ import msgspec
 from tokenmill.errors import ValidationError
 from tokenmill.text.history import REASONING
 from tokenmill.text.limits import not_supported
-from tokenmill.text.prepare import Options
+from tokenmill.text.options import Options
 from tokenmill.text.tokenizer import Tokenizer
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")

@@ -17,7 +17,7 @@ from tokenmill.text.chat_grammar import Shape, as_lark, renamed
 from tokenmill.text.chat_request import Chat, ChatModel, asks_to_think
 from tokenmill.text.lark import Lark
 from tokenmill.text.limits import THINKING_BUDGET, not_supported
-from tokenmill.text.prepare import Thought
+from tokenmill.text.options import ThoughtLimit
 from tokenmill.text.reasoning import ReasoningFormat
 from tokenmill.text.tokenizer import Tokenizer, fixed_ids, special_ids
 from tokenmill.wire.messages import GrammarSpec
@@ -91,7 +91,7 @@ def with_grammar(
     return thinking, msgspec.structs.replace(grammar, after=(ends,))
 
 
-def limited(thinking: Thinking, shape: Shape, budget: int | None, tokenizer: Tokenizer) -> Thought | None:
+def limited(thinking: Thinking, shape: Shape, budget: int | None, tokenizer: Tokenizer) -> ThoughtLimit | None:
     """The end of a thought whose budget is spent; None without a budget. Where a grammar begins right behind the
     thought, nothing more is forced. The header of a channel is no part of its thought."""
     form = thinking.form
@@ -104,11 +104,11 @@ def limited(thinking: Thinking, shape: Shape, budget: int | None, tokenizer: Tok
     if shape.grammar is not None and not shape.waits:
         closing = closing.rstrip()
     if not form.channels:
-        return Thought(budget, tuple(encode(closing, False)), (ends,))
+        return ThoughtLimit(budget, tuple(encode(closing, False)), (ends,))
     if shape.calls:
         closing = closing.removesuffix(form.answer)
     calls = tuple(encode("<|channel|>commentary", False))
-    return Thought(budget + len(encode(form.start, False)), tuple(encode(closing, False)), (ends, calls))
+    return ThoughtLimit(budget + len(encode(form.start, False)), tuple(encode(closing, False)), (ends, calls))
 
 
 def _optional(form: ReasoningFormat, grammar: GrammarSpec, shape: Shape, tokenizer: Tokenizer) -> GrammarSpec:

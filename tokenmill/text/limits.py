@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from tokenmill.errors import ValidationError
 from tokenmill.misfit import shown as shown
-
-if TYPE_CHECKING:
-    from tokenmill.text.prepare import Dialect, Options, RequestLimits
+from tokenmill.text.options import Dialect, Options, RequestLimits
 
 MAX_STOP_CHARACTERS = 1024  # of one stop string; comparing costs their product with the text
 MAX_LOGIT_BIAS = 1024  # entries

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import msgspec
 
 from tokenmill.errors import ContextLengthError, ValidationError
 from tokenmill.text import rules
 from tokenmill.text.limits import BEST_OF, refuse
+from tokenmill.text.options import Dialect, Options, RequestLimits
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.wire.messages import GrammarSpec, SamplingParams, StoppingParams
-
-Dialect = Literal["native", "openai"]
 
 MAX_SEED = 2**64 - 1
 _CHECKED_NEW_TOKENS = 1024  # TGI checks that so many fit and lets longer wishes run until the context is full
@@ -27,64 +25,6 @@ _LONG = 4  # characters for each token that fits: in longer texts tokens are cou
 _PIECE = 32_768  # characters that are counted at a time
 _CUT = 64  # tokens that cutting a piece off may add
 _COLDEST = 1e-5  # a temperature below it divides logits out of float32's range
-
-
-class Thought(msgspec.Struct, frozen=True):
-    """How a thought is ended that takes too long. See `wire.messages.StoppingParams`, to which 0 tokens mean never: a
-    thought that may have none is closed in the prompt."""
-
-    force_after: int
-    forced_ids: tuple[int, ...]
-    unless: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self) -> None:
-        assert self.force_after > 0
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What one request wishes of its generation; None: not said. Not checked yet."""
-
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    typical_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logit_bias: dict[int, float] | None = None
-    logprobs: int | None = None  # of the chosen token and of so many of the likeliest
-    raw_logprobs: bool | None = None  # of the model's own distribution; OpenAI's routes do, TGI's do not
-    prompt_logprobs: int | None = None  # the same for the prompt's tokens
-    truncate: int | None = None  # keep only so many of the prompt's last tokens
-    best_of: int | None = None
-    watermark: bool = False
-    adapter_id: str | None = None
-    grammar: Any = None  # a `GrammarSpec`, or what native routes' `grammar` has: {"type", "value"}
-    grammar_field: str = "grammar"  # that it came from
-    thinking_budget: int | None = None  # tokens of reasoning, then it is ended; how, `thought` says
-    thought: Thought | None = None
-
-
-class RequestLimits(msgspec.Struct, frozen=True):
-    """What the server allows one request. `vocab_size`: ids that the model knows, from 0. The watermark is the
-    server's: share of the vocabulary that is favoured, and by how much."""
-
-    max_input_tokens: int
-    max_total_tokens: int
-    max_stop_sequences: int
-    max_best_of: int
-    max_top_n_tokens: int
-    vocab_size: int
-    watermark_gamma: float = 0.5
-    watermark_delta: float = 2.0
-    grammars: bool = False  # whether answers can be made to follow one
 
 
 class Prepared(msgspec.Struct, frozen=True):

@@ -5,16 +5,12 @@ The order is TGI's, for clients look at the first message. Backquoted names are 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tokenmill.errors import GrammarError, ValidationError
 from tokenmill.text import guided
 from tokenmill.text import limits as bounds
 from tokenmill.text.limits import refuse
+from tokenmill.text.options import Dialect, Options, RequestLimits
 from tokenmill.wire.messages import GrammarSpec
-
-if TYPE_CHECKING:
-    from tokenmill.text.prepare import Dialect, Options, RequestLimits
 
 
 def check_options(options: Options, limits: RequestLimits, dialect: Dialect) -> None:

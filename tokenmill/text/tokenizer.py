@@ -1,6 +1,6 @@
 """Strings to token ids and back, and what a model says of its special tokens.
 
-`Tokenizer.load` knows three origins: `tokenizer.json`, the metadata of a GGUF file (`gguf_vocabulary.py`) and
+`load.py` reads three origins: `tokenizer.json`, the metadata of a GGUF file (`gguf_vocabulary.py`) and
 SentencePiece's `tokenizer.model` (`sentencepiece.py`). Encoding lets other threads run and may be called from many.
 """
 
@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 
-from tokenmill.errors import ModelError, ValidationError
+from tokenmill.errors import ValidationError
+from tokenmill.text.chat_template import ChatTemplate
 from tokenmill.text.library import is_library_error
 from tokenmill.text.pieces import Pieces, spelling
-
-if TYPE_CHECKING:
-    from tokenmill.text.chat_template import ChatTemplate
-    from tokenmill.weights.source import ModelSource
-
 
 _log = logging.getLogger(__name__)
 
@@ -63,19 +58,6 @@ class Tokenizer:
         self.vocab_size: int = max([inner.get_vocab_size(True), *(token_id + 1 for token_id in added)])
         spell = spelling(inner.decoder)
         self.pieces: Pieces | None = Pieces(inner.id_to_token, spell) if spell else None
-
-    @classmethod
-    def load(cls, source: ModelSource) -> Tokenizer:
-        """Read the tokenizer of a model on disk. ModelError says what is missing or unreadable."""
-        from tokenmill.text.folder import load as load_folder
-        from tokenmill.text.gguf_vocabulary import load as load_gguf
-
-        path = Path(source.path)
-        if path.is_dir():
-            return load_folder(path, source.tokenizer_config_path)
-        if source.format == "gguf":
-            return load_gguf(path, source.tokenizer_config_path)
-        raise ModelError(f"{path} has no tokenizer: expected a folder with tokenizer.json, or a GGUF file.")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with BOS and the like where the model wants them if `add_special_tokens`.

@@ -11,7 +11,7 @@ from tokenmill.server.call import Call
 from tokenmill.server.routes.chat import plan_chat
 from tokenmill.server.schema.native import ChatTokenizeResponse, GenerateRequest, Info, SimpleToken
 from tokenmill.server.schema.openai import ChatRequest
-from tokenmill.text.prepare import Options
+from tokenmill.text.options import Options
 from tokenmill.text.tokenizer import Tokenizer
 
 _PART = 10_000  # tokens

@@ -13,7 +13,8 @@ from tokenmill.server.schema.openai import ChatRequest
 from tokenmill.text.answer_reader import AnswerReader
 from tokenmill.text.chat import Chat, ChatModel, ChatPlan, plan
 from tokenmill.text.limits import not_supported
-from tokenmill.text.prepare import Options, Prepared
+from tokenmill.text.options import Options
+from tokenmill.text.prepare import Prepared
 
 _CHAT_FIELDS = tuple(name for name in Chat.__struct_fields__ if name not in ("options", "guided"))
 

@@ -26,7 +26,8 @@ from tokenmill.server.service import ServiceOptions
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.guided import Wanted
 from tokenmill.text.limits import LOGPROBS
-from tokenmill.text.prepare import Options, Prepared, check_before_queue
+from tokenmill.text.options import Options
+from tokenmill.text.prepare import Prepared, check_before_queue
 from tokenmill.wire.messages import TokenDetails
 
 MAX_BEST_OF = 20  # OpenAI's; sampled ones are bounded by --max-best-of too

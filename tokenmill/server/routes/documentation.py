@@ -1,4 +1,4 @@
-"""The OpenAPI document, and Swagger UI to read it and try it: served from files of this package, nothing from afar."""
+"""Swagger UI, which shows the OpenAPI document: served from files of this package, nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -40,11 +40,3 @@ async def docs(call: Call) -> None:
         (b"x-content-type-options", b"nosniff"),
     ]
     await call.reply(200, content, headers)
-
-
-async def document(call: Call) -> None:
-    """GET /api-doc/openapi.json."""
-    from tokenmill.server.openapi import document_json  # it reads the route table, which names this module
-
-    text = await call.service.in_thread(document_json)
-    await call.answer(text.encode())

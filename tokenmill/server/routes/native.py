@@ -21,7 +21,8 @@ from tokenmill.server.schema.native import (
     StreamResponse,
     Token,
 )
-from tokenmill.text.prepare import Options, check_before_queue
+from tokenmill.text.options import Options
+from tokenmill.text.prepare import check_before_queue
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.wire.messages import TokenDetails
 

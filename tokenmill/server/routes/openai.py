@@ -23,7 +23,7 @@ from tokenmill.server.schema.openai import (
 )
 from tokenmill.text import guided
 from tokenmill.text.limits import GRAMMAR_FIELDS, OPENAI_TABLE
-from tokenmill.text.prepare import Options
+from tokenmill.text.options import Options
 from tokenmill.text.tokenizer import Tokenizer
 
 FINISH = {"": None, "eos": "stop", "stop": "stop", "length": "length"}

@@ -1,0 +1,20 @@
+"""Loads the tokenizer of a model from wherever the model keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenmill.errors import ModelError
+from tokenmill.text import folder, gguf_vocabulary
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.weights.source import ModelSource
+
+
+def load_tokenizer(source: ModelSource) -> Tokenizer:
+    """Read the tokenizer of a model on disk. Raises ModelError, which names what is missing or unreadable."""
+    path = Path(source.path)
+    if path.is_dir():
+        return folder.load(path, source.tokenizer_config_path)
+    if source.format == "gguf":
+        return gguf_vocabulary.load(path, source.tokenizer_config_path)
+    raise ModelError(f"{path} has no tokenizer: expected a folder with tokenizer.json, or a GGUF file.")
