@@ -356,7 +356,7 @@ def prompt_cost(start: int, count: int, weight: int) -> float:
 
 def left_by(scheduler: Scheduler) -> Left:
     running = scheduler.running
-    filling = {seq.id: seq.arrival for seq in running.values() if running.computed_of(seq) < seq.fill_end}
+    filling = {seq.id: seq.arrival for seq in running.values() if running.computed_of(seq) < seq.prefill_end}
     return Left(len(scheduler.waiting), filling)
 
 

@@ -95,7 +95,7 @@ def test_rules_are_followed_and_the_others_get_what_they_get_without_them(part: 
                 check_request(r, case, house.link)
         assert not any(house.scheduler.pool.refs), "blocks leaked"
         assert not house.constraints.active, "constraints leaked"
-        assert not house.constraints.found
+        assert not house.constraints.due
         assert not house.extended._ended
         check_follower(case, house)
 

@@ -24,7 +24,7 @@ from tokenmill.errors import GenerationError, OutOfMemory
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.quant.base import reader_of
-from tokenmill.runtime.assembly import Assembled, Wants, assemble
+from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble
 from tokenmill.runtime.constraints import Constraints
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
@@ -166,7 +166,7 @@ def test_answers_follow_a_grammar_over_the_models_own_tokenizer(tmp_path: Path) 
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
     options = BackendOptions(backend="torch", dtype="float32")
-    wants = Wants(backend=options, max_total_tokens=200, grammars=True, memory_limit=1 << 28)
+    wants = EngineOptions(backend=options, max_total_tokens=200, grammars=True, memory_limit=1 << 28)
     schema = {"type": "object", "properties": {"color": {"enum": ["red", "green"]}}, "required": ["color"],
               "additionalProperties": False}  # fmt: skip
     spec = GrammarSpec("json_schema", json.dumps(schema, separators=(",", ":")))

@@ -18,7 +18,7 @@ from tokenmill.errors import ModelError
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.runtime import lengths
-from tokenmill.runtime.assembly import Wants, assemble
+from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import EngineInfo
 
@@ -30,7 +30,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 
 def info_of(folder: Path, **wants: Any) -> EngineInfo:
     """What an engine of the torch backend tells."""
-    chosen = Wants(backend=BackendOptions(backend="torch", device="cpu"), memory_limit=64 << 20, **wants)
+    chosen = EngineOptions(backend=BackendOptions(backend="torch", device="cpu"), memory_limit=64 << 20, **wants)
     assembled = assemble(local_source(folder), chosen, Group(), lambda progress: None)
     assembled.close()
     return assembled.info

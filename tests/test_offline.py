@@ -36,7 +36,7 @@ from tokenmill.errors import (
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.quant.base import reader_of
-from tokenmill.runtime.assembly import Assembled, Wants, assemble
+from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.text.options import Options
@@ -291,7 +291,7 @@ def test_a_watermark_is_made_with_the_servers_options(folder, llm):
 
 
 def test_timings_come_with_every_token_if_they_are_wanted(folder):
-    parts = assemble(local_source(folder), Wants(max_total_tokens=100), Group(), lambda _: None)
+    parts = assemble(local_source(folder), EngineOptions(max_total_tokens=100), Group(), lambda _: None)
     with OfflineEngine(parts) as engine:
         quiet, asking = engine.submit([1, 2], None, StoppingParams(5)), engine.submit([3], None, wants_timings=True)
         told = [output.timings for output in engine.outputs(asking) if output.token_ids]
@@ -400,7 +400,8 @@ def test_half_precision_runs(folder):
 
 def test_the_cache_takes_no_more_than_memory_allows(folder):
     source = local_source(folder)
-    parts = assemble(source, Wants(block_size=8, max_batch_size=2, max_total_tokens=100), Group(), lambda _: None)
+    options = EngineOptions(block_size=8, max_batch_size=2, max_total_tokens=100)
+    parts = assemble(source, options, Group(), lambda _: None)
     with OfflineEngine(parts) as engine:
         assert engine.info.num_blocks == 2 * 13  # all that two sequences of full length can use
         assert engine.info.max_input_tokens == 99

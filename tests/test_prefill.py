@@ -244,7 +244,7 @@ def test_a_budget_keeps_half_for_one_and_has_it_back(weight: int, chunk: int) ->
         room = PrefillBudget.of(limits, 100, 3, 2)
         alone = PrefillBudget.of(limits, 100, 3, 2).fit(start, wanted, True)
         tokens, cost = room.tokens, room.cost
-        room.hold(start, wanted, True)
+        room.reserve(start, wanted, True)
         others = room.fit(0, 1000)
         room.take(0, others)
         room.release()

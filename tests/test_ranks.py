@@ -23,7 +23,7 @@ from tokenmill.parallel.group import Group
 from tokenmill.process import Child
 from tokenmill.program.cost import weights_of
 from tokenmill.quant.base import reader_of
-from tokenmill.runtime.assembly import Wants, assemble
+from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
@@ -118,7 +118,7 @@ def requests() -> list[Request]:
 
 def alone(folder: Path) -> dict[int, list[int]]:
     """The tokens of each request from one rank in this process, one request after another."""
-    wants = Wants(block_size=4, max_batch_size=1, max_total_tokens=64)
+    wants = EngineOptions(block_size=4, max_batch_size=1, max_total_tokens=64)
     with OfflineEngine(assemble(local_source(folder), wants, Group(), lambda _: None)) as engine:
         return {r.id: engine.generate([r.prompt_ids], r.sampling, r.stopping)[0] for r in requests()}
 

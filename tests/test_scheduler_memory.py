@@ -121,7 +121,7 @@ def test_steps_grow_again_after_many_good_ones() -> None:
     assert budget.max_tokens == 25
     steps = 0
     while budget.max_tokens < 100:
-        budget.passed()
+        budget.record_success()
         steps += 1
         assert budget.max_tokens in (25, 50, 100)
     assert steps == 2000

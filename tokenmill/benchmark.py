@@ -23,7 +23,7 @@ from tokenmill.options import Option
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
-from tokenmill.runtime.worker import wants
+from tokenmill.runtime.worker import engine_options
 from tokenmill.text.load import load_tokenizer
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
     source = fetch.fetch(settings, lambda progress: None)
     tokenizer = load_tokenizer(source)
     prompt = tokenizer.encode(make_prompt(0, 2 * wanted.sequence_length))[: wanted.sequence_length]
-    with OfflineEngine(assemble(source, wants(settings), Group(), lambda message: None)) as engine:
+    with OfflineEngine(assemble(source, engine_options(settings), Group(), lambda message: None)) as engine:
         needed, total = wanted.sequence_length + wanted.decode_length, engine.info.max_total_tokens
         if needed > total:
             raise ArgumentError(f"A prompt and its answer are {needed} tokens, but the model serves {total} at most.")

@@ -23,7 +23,7 @@ from tokenmill.misfit import misfit
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
-from tokenmill.runtime.worker import wants
+from tokenmill.runtime.worker import engine_options
 from tokenmill.text.answer_reader import PLAIN, AnswerReader, WholeText
 from tokenmill.text.chat import Chat, ChatModel, check_parsers, plan
 from tokenmill.text.load import load_tokenizer
@@ -96,7 +96,7 @@ class LLM:
         check_parsers(settings.tool_call_parser, settings.reasoning_parser)
         self.tokenizer = load_tokenizer(source)
         self._chats = ChatModel(self.tokenizer, settings.tool_call_parser, settings.reasoning_parser)
-        self._engine = OfflineEngine(assemble(source, wants(settings), Group(), _say_nothing))
+        self._engine = OfflineEngine(assemble(source, engine_options(settings), Group(), _say_nothing))
         info = self._engine.info
         self._limits = RequestLimits(
             max_input_tokens=info.max_input_tokens,

@@ -15,8 +15,7 @@ from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.choice import choose
-from tokenmill.runtime.worker import backend_options
-from tokenmill.runtime.worker import wants as wants_of
+from tokenmill.runtime.worker import backend_options, engine_options
 from tokenmill.weights.checkpoint import open_checkpoint
 
 
@@ -34,7 +33,7 @@ def main(words: Sequence[str]) -> int:
         done = choice.kind.compile(program, checkpoint, options, screen.progress)
         if done is None:
             began = time.monotonic()
-            assemble(source, wants_of(settings), Group(), screen.progress).close()
+            assemble(source, engine_options(settings), Group(), screen.progress).close()
             screen.line(f"{source.model_id}: ready on the GPU in {time.monotonic() - began:.1f} s; kernels are kept.")
         elif done:
             screen.line(f"{source.model_id}: {done}")

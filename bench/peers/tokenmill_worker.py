@@ -12,7 +12,7 @@ from tokenmill.config import Settings
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.offline import OfflineEngine
-from tokenmill.runtime.worker import wants
+from tokenmill.runtime.worker import engine_options
 from tokenmill.weights import embedded
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
@@ -20,7 +20,7 @@ from tokenmill.wire.messages import SamplingParams, StoppingParams
 def main() -> None:
     settings = Settings.from_args(sys.argv[1:])
     source = embedded.resolve(settings.cache_dir, True, lambda _: None)
-    with OfflineEngine(assemble(source, wants(settings), Group(), lambda _: None)) as engine:
+    with OfflineEngine(assemble(source, engine_options(settings), Group(), lambda _: None)) as engine:
         print("READY", flush=True)
         for line in sys.stdin:
             asked = json.loads(line)

@@ -13,7 +13,7 @@ from tokenmill.backends.base import StepLimits
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
-from tokenmill.runtime.assembly import Wants, assemble
+from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
@@ -51,7 +51,7 @@ def test_models_of_real_shape_in_half_precision_through_graphs(
 
 def test_where_there_is_a_gpu_it_serves(tmp_path: Path) -> None:
     write_random(tmp_path, "llama", dtype=torch.float16, torch_dtype="float16")
-    wants = Wants(backend=BackendOptions(cuda_memory_fraction=0.1, cuda_graphs=(1, 4)), max_batch_size=8)
+    wants = EngineOptions(backend=BackendOptions(cuda_memory_fraction=0.1, cuda_graphs=(1, 4)), max_batch_size=8)
     with OfflineEngine(assemble(local_source(tmp_path), wants, Group(), lambda progress: None)) as engine:
         info = engine.info
         assert (info.backend, info.device, info.dtype) == ("cuda", "cuda", "float16")

@@ -1,1 +1,1 @@
-"""Scheduling: the scheduler, its block pool, the engine's loop, and the links to HTTP workers and other ranks."""
+"""Scheduling: scheduler, block pool, the engine's loop, and its links. Works on token ids only, without tensors."""

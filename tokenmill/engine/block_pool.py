@@ -89,7 +89,7 @@ class BlockPool:
             return None
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
-            self._forget(block)
+            self._evict(block)
             self.refs[block] = 1
         return blocks
 
@@ -114,9 +114,9 @@ class BlockPool:
     def unpublish(self, blocks: Iterable[int]) -> None:
         """Remove blocks with invalid content from the prefix cache. Reference counts do not change."""
         for block in blocks:
-            self._forget(block)
+            self._evict(block)
 
-    def _forget(self, block: int) -> None:
+    def _evict(self, block: int) -> None:
         key = self._hash_of[block]
         if key is not None:
             self._hash_of[block] = None

@@ -105,7 +105,7 @@ class Border:
         self._workers: set[_Worker] = set()
         self._owner_of: dict[int, _Worker] = {}
         self._woken = False  # `watch` was readable at the last poll, or `wake` was called
-        self._orphans: list[ToEngine] = []  # aborts for requests of disconnected workers
+        self._aborts: list[ToEngine] = []  # aborts for requests of disconnected workers
         self._listener = Listener(address)
         self._listener.set_blocking(False)
         self._waker = _Waker()
@@ -158,9 +158,9 @@ class Border:
                     self._flush(key.data)
                 if events & selectors.EVENT_READ:
                     self._read_worker(key.data, messages)
-        if self._orphans:
-            messages += self._orphans
-            self._orphans = []
+        if self._aborts:
+            messages += self._aborts
+            self._aborts = []
         return messages
 
     def _accept(self) -> None:
@@ -183,7 +183,7 @@ class Border:
                 return
             for batch in worker.reader.feed(data):
                 for message in batch:
-                    self._take(worker, message, messages)
+                    self._route(worker, message, messages)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -191,7 +191,7 @@ class Border:
         except ChannelError as error:
             self._drop(worker, str(error))
 
-    def _take(self, worker: _Worker, message: ToEngine, messages: list[ToEngine]) -> None:
+    def _route(self, worker: _Worker, message: ToEngine, messages: list[ToEngine]) -> None:
         owner = self._owner_of.get(message.id)
         if isinstance(message, Request):
             if owner is not None:
@@ -248,16 +248,16 @@ class Border:
         if self._selector.get_key(worker.socket).events != wanted:
             self._selector.modify(worker.socket, wanted, worker)
 
-    def _drop(self, worker: _Worker, why: str) -> None:
-        """Disconnect a worker; the next `receive` aborts its requests. `why`: the fault to log, "" for none."""
+    def _drop(self, worker: _Worker, fault: str) -> None:
+        """Disconnect a worker; the next `receive` aborts its requests. `fault`: the fault to log, "" for none."""
         if worker not in self._workers:
             return
-        if why:
-            _log.error("The connection of an HTTP worker is closed: %s.", why)
+        if fault:
+            _log.error("The connection of an HTTP worker is closed: %s.", fault)
         self._workers.discard(worker)
         self._selector.unregister(worker.socket)
         worker.socket.close()
         for request_id in sorted(worker.requests):
             self._owner_of.pop(request_id, None)
-            self._orphans.append(Abort(request_id))
+            self._aborts.append(Abort(request_id))
         worker.requests.clear()

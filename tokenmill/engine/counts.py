@@ -20,7 +20,7 @@ class Counts:
     cached_tokens: int = 0
     forced_tokens: int = 0
 
-    def passed(self, batch: Batch) -> None:
+    def record(self, batch: Batch) -> None:
         """Count a step that has run."""
         num_decode = len(batch.sequences) - batch.num_prefill_rows
         self.steps += 1

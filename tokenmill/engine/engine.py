@@ -82,9 +82,9 @@ class Engine(Generic[StepT]):
         self.scheduler, self.executor, self.link = scheduler, executor, link
         self._in_flight: tuple[Batch, StepT, float] | None = None
         self._compare_plans = compare_plans
-        self._plan = b""
+        self._plan_digest = b""
         self._last_collected = 0.0
-        self._has_idle_work, self._steps_since = True, 0  # steps since the last unit of idle work
+        self._has_idle_work, self._steps_since_idle_work = True, 0  # steps since the last unit of idle work
 
     @property
     def idle(self) -> bool:
@@ -97,34 +97,34 @@ class Engine(Generic[StepT]):
         Blocks until step N ends; if there is no work, until a message arrives, at most about a second.
         """
         scheduler = self.scheduler
-        for message in self.link.receive(self.idle and not self._has_idle_work, self._plan):
+        for message in self.link.receive(self.idle and not self._has_idle_work, self._plan_digest):
             if isinstance(message, Request):
                 scheduler.add(message)
             elif isinstance(message, Abort):
                 scheduler.abort(message.id)
             else:
                 scheduler.extend(message)
-        self._steps_since += 1
-        overdue = self._has_idle_work and self._steps_since >= _IDLE_WORK_AFTER
+        self._steps_since_idle_work += 1
+        overdue = self._has_idle_work and self._steps_since_idle_work >= _IDLE_WORK_AFTER
         batch = None if overdue else scheduler.schedule()
         if self._compare_plans:
-            self._plan = digest(batch)
-        flying, self._in_flight = self._in_flight, self._launch(batch) if batch else None
-        if flying:
-            outputs, done, step_s = self._collect(*flying)
+            self._plan_digest = digest(batch)
+        in_flight, self._in_flight = self._in_flight, self._launch(batch) if batch else None
+        if in_flight:
+            outputs, done, step_s = self._collect(*in_flight)
         else:
             self._complete()
             outputs, done, step_s = [], None, 0.0
         self.link.send(scheduler.notices() + outputs, scheduler.stats(done, step_s))
         if self._has_idle_work and self._in_flight is None and (overdue or not scheduler.has_work):
-            self._has_idle_work, self._steps_since = self.executor.idle_work(), 0
+            self._has_idle_work, self._steps_since_idle_work = self.executor.idle_work(), 0
 
     def _launch(self, batch: Batch) -> tuple[Batch, StepT, float] | None:
         """Launch `batch`. Return it with its step and launch time in seconds; None if the device was out of memory."""
         try:
             return batch, self.executor.launch(batch), perf_counter()
         except OutOfMemory as error:
-            self._take_back([batch], error)
+            self._retract([batch], error)
             return None
 
     def _complete(self) -> None:
@@ -135,7 +135,7 @@ class Engine(Generic[StepT]):
                 self.executor.complete(step)
             except OutOfMemory as error:
                 self._in_flight = None
-                self._take_back([batch], error)
+                self._retract([batch], error)
 
     def _collect(self, batch: Batch, step: StepT, launch_time: float) -> tuple[list[Output], Batch | None, float]:
         """Wait for a step. Return its outputs, its batch and its duration in seconds.
@@ -147,12 +147,12 @@ class Engine(Generic[StepT]):
         except OutOfMemory as error:
             batches = [batch]
             if self._in_flight:
-                behind, step, _ = self._in_flight
+                next_batch, step, _ = self._in_flight
                 self._in_flight = None
                 with suppress(OutOfMemory):
                     self.executor.collect(step)
-                batches.append(behind)
-            self._take_back(batches, error)
+                batches.append(next_batch)
+            self._retract(batches, error)
             return [], None, 0.0
         now = perf_counter()
         self._complete()
@@ -160,7 +160,7 @@ class Engine(Generic[StepT]):
         self._last_collected = now
         return self.scheduler.update(batch, result), batch, step_s
 
-    def _take_back(self, batches: list[Batch], error: OutOfMemory) -> None:
+    def _retract(self, batches: list[Batch], error: OutOfMemory) -> None:
         self.scheduler.retract(batches)
         _log.warning("A step of %d tokens found no memory on the device: %s", batches[0].num_tokens, error)
 

@@ -13,7 +13,7 @@ from tokenmill.wire.messages import Abort, Extend, Output, Stats, ToScheduler
 class Extender(Protocol):
     """Interface to a feature of rank 0 that appends tokens to sequences or ends them."""
 
-    found: dict[int, Extend]
+    due: dict[int, Extend]
     """Message to send before the next step, by request id. The link removes the messages that it sends."""
 
     @property
@@ -41,9 +41,9 @@ class Extended:
         for message in messages:
             if isinstance(message, Abort):
                 self._forget(message.id)
-        if found := self._extender.found:
-            messages[:0] = found.values()
-            found.clear()
+        if due := self._extender.due:
+            messages[:0] = due.values()
+            due.clear()
         return messages
 
     def send(self, outputs: list[Output], stats: Stats) -> None:
@@ -54,13 +54,13 @@ class Extended:
 
     def _with_end(self, output: Output) -> Output | None:
         """Return the output, with the end of its sequence if that is due next; None if the end was already sent."""
-        request_id, found = output.request_id, self._extender.found.get(output.request_id)
+        request_id, due = output.request_id, self._extender.due.get(output.request_id)
         if request_id in self._ended:
             self._forget(request_id)
             return None
         if output.finish_reason:
             self._forget(request_id)
-        elif found and found.finish_reason == "stop" and output.token_ids and not found.token_ids:
+        elif due and due.finish_reason == "stop" and output.token_ids and not due.token_ids:
             self._ended.add(request_id)
             return msgspec.structs.replace(output, finish_reason="stop")
         return output

@@ -83,7 +83,7 @@ class Gated:
                 if held := self._held.pop(message.id, None):
                     _cancel(held[1])
                 passed.append(message)
-            elif not self._waits(message):
+            elif not self._hold(message):
                 passed.append(message)
         if self._held:
             passed += self._ready()
@@ -101,7 +101,7 @@ class Gated:
             _cancel(pending)
         self._held.clear()
 
-    def _waits(self, request: Request) -> bool:
+    def _hold(self, request: Request) -> bool:
         """Begin the prerequisites of a request. Return False if it may run at once."""
         begun: dict[str, Pending] = {}
         for prerequisite in self._prerequisites:
@@ -126,7 +126,7 @@ class Gated:
             if not all(pending.done() for pending in begun.values()):
                 continue
             del self._held[request_id]
-            if why := _finish(begun):
+            if why := _failure(begun):
                 self._refuse(request_id, begun, why)
             else:
                 ready.append(request)
@@ -145,7 +145,7 @@ def explain(error: Exception, name: str) -> str:
     return f"the {name} that was asked for failed; the server's log says more"
 
 
-def _finish(begun: dict[str, Pending]) -> str:
+def _failure(begun: dict[str, Pending]) -> str:
     """Get the results of finished prerequisites. Return the message of the first that failed, "" if none did."""
     for name, pending in begun.items():
         try:

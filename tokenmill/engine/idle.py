@@ -16,28 +16,28 @@ QUIET_S = 3.0
 
 
 class IdleLink:
-    """Link around `link` that calls `piece` between two waits, once the engine was idle for `after_s` seconds.
+    """Link around `link` that calls `idle_work` between two waits, once the engine was idle for `after_s` seconds.
 
-    `piece`: starts the next unit of the work and returns at once; also called when no work is left. `clock`: seconds.
+    `idle_work`: starts the next unit of the work and returns at once; also called when no work is left.
     """
 
     def __init__(
         self,
         link: Link,
-        piece: Callable[[], object],
+        idle_work: Callable[[], object],
         after_s: float = QUIET_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._link, self._piece, self._after_s, self._clock = link, piece, after_s, clock
-        self._busy = clock()  # last time at which the engine had work
+        self._link, self._idle_work, self._after_s, self._clock = link, idle_work, after_s, clock
+        self._last_busy = clock()  # last time at which the engine had work
 
     def receive(self, block: bool, plan: bytes = b"") -> Sequence[ToScheduler]:
         """See `engine.Link`. The engine is idle if it asks for a blocking call."""
         messages = self._link.receive(block, plan)
         if messages or not block:
-            self._busy = self._clock()
-        elif self._clock() - self._busy >= self._after_s:
-            self._piece()
+            self._last_busy = self._clock()
+        elif self._clock() - self._last_busy >= self._after_s:
+            self._idle_work()
         return messages
 
     def send(self, outputs: list[Output], stats: Stats) -> None:

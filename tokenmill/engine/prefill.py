@@ -22,24 +22,24 @@ from tokenmill.engine.running import Running
 from tokenmill.engine.sequence import Int32, Sequence
 from tokenmill.engine.waiting import Prompt, Waiting
 
-_PASSED_OVER = 8  # per size class: sequences that may wait for another's prefix without delaying later ones
+_MAX_PASSED_OVER = 8  # per size class: sequences that may wait for another's prefix without delaying later ones
 
 
 @dataclass(slots=True)
-class Step:
+class StepPlan:
     """Plan of a step after its decoding rows: the budget of the prompts, and their numbers of tokens."""
 
     limits: SchedulerLimits
     max_tokens: int
-    room: PrefillBudget
+    budget: PrefillBudget
     starts: Int32  # by running row: first position to compute
     wanted: Int32  # by running row: uncomputed tokens
     counts: Int32  # by running row: tokens to compute in this step
     may_admit: bool
-    spare: int  # blocks that the sequences admitted from now on may hold
-    fresh: dict[Sequence, int] = field(default_factory=dict)  # tokens to compute of each newly admitted sequence
+    spare_blocks: int  # blocks that the sequences admitted from now on may hold
+    admitted: dict[Sequence, int] = field(default_factory=dict)  # tokens to compute of each newly admitted sequence
 
-    def least(self, wanted: int) -> int:
+    def min_chunk(self, wanted: int) -> int:
         """Return the minimum chunk of a prompt with `wanted` uncomputed tokens."""
         return max(1, min(wanted, self.limits.min_chunk, self.max_tokens))
 
@@ -52,17 +52,17 @@ class Prefill:
 
     def queue(self, seq: Sequence, limits: SchedulerLimits) -> None:
         """Queue `seq` by the number of its uncached tokens."""
-        start = len(self._prefixes.find(seq)) * self._pool.block_size
+        start = len(self._prefixes.match(seq)) * self._pool.block_size
         self._waiting.add(seq, limits.size_class(start, len(seq.token_ids) - start))
 
-    def share(self, step: Step, rows: list[int]) -> None:
+    def divide(self, step: StepPlan, rows: list[int]) -> None:
         """Divide the rest of a step among the prompts in `rows` and waiting sequences, which it may admit.
 
-        Sets `step.counts` and `step.fresh`. No prompt is computed after a truncated one.
+        Sets `step.counts` and `step.admitted`. No prompt is computed after a truncated one.
         """
         prompts = [Prompt(step.limits.size_class(int(step.starts[row]), int(step.wanted[row])), seq.arrival, seq, row)
                    for row in rows if (seq := self._running.rows[row]).slot >= 0]  # fmt: skip
-        begun = [prompt for prompt in prompts if step.starts[prompt.row] < prompt.seq.fill_end]
+        begun = [prompt for prompt in prompts if step.starts[prompt.row] < prompt.seq.prefill_end]
         oldest = min(begun, key=lambda prompt: prompt.arrival, default=None)
         self._prefixes.computing = [prompt.seq for prompt in begun]
         queue: Iterable[Prompt] = ()
@@ -71,21 +71,21 @@ class Prefill:
             if admitted:
                 oldest = admitted
                 prompts.append(admitted)
-            queue = self._waiting.shortest_first(min(self._running.num_free, step.room.tokens) + _PASSED_OVER)
+            queue = self._waiting.shortest_first(min(self._running.num_free, step.budget.tokens) + _MAX_PASSED_OVER)
         if oldest:
-            step.room.hold(*self._missing(step, oldest))
-        held = oldest
+            step.budget.reserve(*self._remaining(step, oldest))
+        reserved = oldest
         for prompt in heapq.merge(sorted(prompts), queue):
-            if prompt is held:
-                step.room.release()
-                held = None
-            if not self._serve(step, prompt):
+            if prompt is reserved:
+                step.budget.release()
+                reserved = None
+            if not self._plan_chunk(step, prompt):
                 break
-        if held:
-            step.room.release()
-            self._serve(step, held)
+        if reserved:
+            step.budget.release()
+            self._plan_chunk(step, reserved)
 
-    def _admit_oldest(self, step: Step, oldest: Prompt | None) -> Prompt | None:
+    def _admit_oldest(self, step: StepPlan, oldest: Prompt | None) -> Prompt | None:
         """Admit the oldest waiting sequence, if it is older than `oldest`, before others take slots or blocks.
 
         If too few blocks are free, others may pass it, but may not take blocks that it needs. So it is admitted at the
@@ -98,72 +98,72 @@ class Prefill:
         seq = self._waiting.oldest()
         if seq is None or (oldest and oldest.arrival < seq.arrival):
             return None
-        found = self._prefixes.find(seq)
-        if self._prefixes.comes(seq, len(found)):
+        cached = self._prefixes.match(seq)
+        if self._prefixes.is_being_computed(seq, len(cached)):
             return None
-        if self._admit(step, seq, found):
+        if self._admit(step, seq, cached):
             start = self._running.computed_of(seq)
             return Prompt(step.limits.size_class(start, seq.num_tokens - start), seq.arrival, seq)
         younger = sum(len(other.blocks) for other in self._running.values() if other.arrival > seq.arrival)
         need = -(-len(seq.token_ids) // self._pool.block_size) + self._pool.num_blocks // 8
-        step.spare = 0 if seq.num_preemptions else self._pool.num_blocks - need - younger
+        step.spare_blocks = 0 if seq.num_preemptions else self._pool.num_blocks - need - younger
         return None
 
-    def _missing(self, step: Step, prompt: Prompt) -> tuple[int, int, bool]:
+    def _remaining(self, step: StepPlan, prompt: Prompt) -> tuple[int, int, bool]:
         """Return the first uncomputed position of an admitted prompt, its uncomputed tokens, and if it ran before."""
         if prompt.row >= 0:
             return int(step.starts[prompt.row]), int(step.wanted[prompt.row]), True
         start = self._running.computed_of(prompt.seq)
         return start, prompt.seq.num_tokens - start, False
 
-    def _serve(self, step: Step, prompt: Prompt) -> bool:
+    def _plan_chunk(self, step: StepPlan, prompt: Prompt) -> bool:
         """Plan a chunk of a prompt, which is admitted if it waits. Return False if no later prompt may be computed."""
         seq = prompt.seq
         if seq.slot < 0:
             if not step.may_admit:
                 return True
-            found = self._prefixes.find(seq)
-            if self._prefixes.comes(seq, len(found)):
+            cached = self._prefixes.match(seq)
+            if self._prefixes.is_being_computed(seq, len(cached)):
                 return True
-            step.may_admit = self._admit(step, seq, found)
+            step.may_admit = self._admit(step, seq, cached)
             if not step.may_admit:
                 return True
-        start, wanted, begun = self._missing(step, prompt)
-        count = step.room.fit(start, wanted, begun)
-        if count < (step.least(wanted) if start < seq.fill_end else 1):
+        start, wanted, begun = self._remaining(step, prompt)
+        count = step.budget.fit(start, wanted, begun)
+        if count < (step.min_chunk(wanted) if start < seq.prefill_end else 1):
             return False
-        step.room.take(start, count)
+        step.budget.take(start, count)
         if prompt.row >= 0:
             step.counts[prompt.row] = count
         else:
-            step.fresh[seq] = count
+            step.admitted[seq] = count
         return count == wanted
 
-    def _admit(self, step: Step, seq: Sequence, found: list[int]) -> bool:
-        """Admit a waiting sequence: assign a slot, its cached prefix `found`, and blocks for all its tokens.
+    def _admit(self, step: StepPlan, seq: Sequence, cached: list[int]) -> bool:
+        """Admit a waiting sequence: assign a slot, its cached prefix `cached`, and blocks for all its tokens.
 
         Return False, without a change, if it must wait: a few blocks must stay free, so that running sequences do not
         preempt it in the next steps, and each step must have room for a chunk beside all sequences that decode.
         """
-        known, pool = len(seq.token_ids), self._pool
-        if known < seq.num_tokens or not self._running.num_free:  # its newest token is on the device: maybe its last
+        num_tokens, pool = len(seq.token_ids), self._pool
+        if num_tokens < seq.num_tokens or not self._running.num_free:  # its last token may be on the device
             return False
-        start = len(found) * pool.block_size
-        least = step.least(known - start)
-        if step.room.fit(start, known - start) < least:
+        start = len(cached) * pool.block_size
+        min_chunk = step.min_chunk(num_tokens - start)
+        if step.budget.fit(start, num_tokens - start) < min_chunk:
             return False
-        if self._prefixes.computing and len(self._running) + step.least(known) > step.max_tokens:
+        if self._prefixes.computing and len(self._running) + step.min_chunk(num_tokens) > step.max_tokens:
             return False
-        blocks = -(-known // pool.block_size)
-        need = blocks - len(found)
+        blocks = -(-num_tokens // pool.block_size)
+        need = blocks - len(cached)
         reserve = min(len(self._running), pool.num_blocks // 8)
-        if blocks > step.spare or need + reserve > pool.num_free - pool.unused(found):
+        if blocks > step.spare_blocks or need + reserve > pool.num_free - pool.unused(cached):
             return False
-        pool.share(found)
+        pool.share(cached)
         fresh = pool.allocate(need)
         assert fresh is not None
-        step.spare -= blocks
+        step.spare_blocks -= blocks
         self._waiting.remove(seq)
-        self._running.start(seq, found, fresh)
+        self._running.start(seq, cached, fresh)
         self._prefixes.computing.append(seq)
         return True

@@ -13,34 +13,34 @@ class PrefixCache:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._offered: deque[list[int]] = deque()  # by step on the device: blocks that it will fill
-        self.computing: list[Sequence] = []  # running sequences that are not computed up to `fill_end` yet
+        self._published: deque[list[int]] = deque()  # by step on the device: blocks that it will fill
+        self.computing: list[Sequence] = []  # running sequences that are not computed up to `prefill_end` yet
 
-    def find(self, seq: Sequence) -> list[int]:
+    def match(self, seq: Sequence) -> list[int]:
         """Return the leading blocks of `seq` that are cached and may be shared. Reference counts do not change."""
-        found = self._pool.match(seq.hashes_of(0, self._sharable(seq), self._pool.block_size))
-        seq.num_found = len(found)
-        return found
+        cached = self._pool.match(seq.hashes_of(0, self._num_sharable(seq), self._pool.block_size))
+        seq.num_matched = len(cached)
+        return cached
 
     def has_more(self, seq: Sequence) -> bool:
-        """Return True if more blocks of `seq` are cached than at the last `find`."""
-        found = seq.num_found
-        last = min(found + 1, self._sharable(seq))
-        return bool(self._pool.match(seq.hashes_of(found, last, self._pool.block_size)))
+        """Return True if more blocks of `seq` are cached than at the last `match`."""
+        num_cached = seq.num_matched
+        last = min(num_cached + 1, self._num_sharable(seq))
+        return bool(self._pool.match(seq.hashes_of(num_cached, last, self._pool.block_size)))
 
-    def comes(self, seq: Sequence, found: int) -> bool:
+    def is_being_computed(self, seq: Sequence, num_cached: int) -> bool:
         """Return True if a sequence of `computing` will compute at least half of the uncached tokens of `seq`.
 
-        `found`: number of its cached blocks.
+        `num_cached`: number of its cached blocks.
         """
         size = self._pool.block_size
-        half = -(-(len(seq.token_ids) - found * size) // (2 * size))
-        last = found + half  # a hash covers all earlier blocks: comparing the last one suffices
-        if last > self._sharable(seq):
+        half = -(-(len(seq.token_ids) - num_cached * size) // (2 * size))
+        last = num_cached + half  # a hash covers all earlier blocks: comparing the last one suffices
+        if last > self._num_sharable(seq):
             return False
         return any(
-            last <= other.fill_end // size
-            and other.hash_at(found, size) == seq.hash_at(found, size)
+            last <= other.prefill_end // size
+            and other.hash_at(num_cached, size) == seq.hash_at(num_cached, size)
             and other.hash_at(last - 1, size) == seq.hash_at(last - 1, size)
             for other in self.computing
         )
@@ -52,24 +52,24 @@ class PrefixCache:
         seq.hash_blocks(full, size)
         for index in range(seq.num_published, full):
             self._pool.publish(seq.blocks[index], seq.hashes[index])
-        if self._offered:
-            self._offered[-1] += seq.blocks[seq.num_published : full]
+        if self._published:
+            self._published[-1] += seq.blocks[seq.num_published : full]
         seq.num_published = max(full, seq.num_published)
         seq.publish_at = (seq.num_published + 1) * size
 
-    def planned(self) -> None:
+    def begin_step(self) -> None:
         """Count a step as planned: blocks published from now on belong to it."""
-        self._offered.append([])
+        self._published.append([])
 
-    def passed(self) -> None:
+    def end_step(self) -> None:
         """Count the oldest planned step as run: its blocks are written."""
-        self._offered.popleft()
+        self._published.popleft()
 
     def retract(self, steps: int) -> None:
         """Remove the blocks of the newest planned steps from the prefix cache."""
         for _ in range(steps):
-            self._pool.unpublish(self._offered.pop())
+            self._pool.unpublish(self._published.pop())
 
-    def _sharable(self, seq: Sequence) -> int:
+    def _num_sharable(self, seq: Sequence) -> int:
         """Return how many blocks may be shared: at least one token must run, because sampling needs its logits."""
         return 0 if seq.request.computes_whole_prompt else (len(seq.token_ids) - 1) // self._pool.block_size

@@ -19,8 +19,8 @@ class Running:
         self._free_slots = list(range(size - 1, -1, -1))
         self.tokens = np.zeros(size, np.int32)  # by slot: tokens that exist on the host or on the device
         self.computed = np.zeros(size, np.int32)  # by slot: tokens whose KV entries a planned step writes
-        self.last = np.zeros(size, np.int32)  # by slot: tokens to compute until its end, all but the last one
-        self.held = np.zeros(size, np.int32)  # by slot: number of blocks
+        self.max_computed = np.zeros(size, np.int32)  # by slot: tokens to compute until its end, all but the last one
+        self.num_blocks = np.zeros(size, np.int32)  # by slot: number of blocks
         # Sequences and slots as of `refresh`. Replaced, never modified: batches keep references to them.
         self.rows: list[Sequence] = []
         self.slots: Int32 = np.zeros(0, np.int32)
@@ -61,13 +61,13 @@ class Running:
         self.changed = True
         num_cached = len(cached) * self._pool.block_size
         seq.slot, seq.blocks = slot, cached + fresh
-        seq.fill_end = seq.num_tokens
+        seq.prefill_end = seq.num_tokens
         seq.num_published = len(cached)
         seq.publish_at = num_cached + self._pool.block_size
         self.tokens[slot] = seq.num_tokens
         self.computed[slot] = num_cached
-        self.last[slot] = seq.max_tokens - 1
-        self.held[slot] = len(seq.blocks)
+        self.max_computed[slot] = seq.max_tokens - 1
+        self.num_blocks[slot] = len(seq.blocks)
         self._entries += [(slot, index, block) for index, block in enumerate(seq.blocks)]
 
     def grow(self, seq: Sequence, need: int) -> bool:
@@ -78,7 +78,7 @@ class Running:
         held = len(seq.blocks)
         self._entries += [(seq.slot, held + index, block) for index, block in enumerate(fresh)]
         seq.blocks += fresh
-        self.held[seq.slot] = held + need
+        self.num_blocks[seq.slot] = held + need
         return True
 
     def release(self, seq: Sequence) -> None:

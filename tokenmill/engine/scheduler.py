@@ -20,7 +20,7 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.budget import PrefillBudget, StepBudget
 from tokenmill.engine.counts import Counts
 from tokenmill.engine.limits import SchedulerLimits
-from tokenmill.engine.prefill import Prefill, Step
+from tokenmill.engine.prefill import Prefill, StepPlan
 from tokenmill.engine.prefixes import PrefixCache
 from tokenmill.engine.running import Running
 from tokenmill.engine.sequence import Batch, Int32, Sequence, StepResult, entries_array
@@ -79,12 +79,12 @@ class Scheduler:
         seq.valid_from = self._num_planned + 1
         token_ids, reason = seq.append(message.token_ids)
         self.counts.forced_tokens += len(token_ids)
-        known = seq.num_tokens = len(seq.token_ids)
+        num_tokens = seq.num_tokens = len(seq.token_ids)
         if seq.slot >= 0:
-            self.running.tokens[seq.slot] = known
+            self.running.tokens[seq.slot] = num_tokens
             computed = self.running.computed_of(seq)
             # the last token must run: sampling needs its logits
-            self.running.computed[seq.slot] = min(computed, known - 1)
+            self.running.computed[seq.slot] = min(computed, num_tokens - 1)
             self._extended.append((seq, message.position))
         if reason := reason or message.finish_reason:
             self._finish(seq, reason)
@@ -105,16 +105,16 @@ class Scheduler:
         running.refresh()
         rows, slots = running.rows, running.slots
         starts = running.computed[slots]
-        wanted = np.minimum(running.tokens[slots], running.last[slots]) - starts
-        counts, prompts, room = self._decode(starts, wanted)
+        wanted = np.minimum(running.tokens[slots], running.max_computed[slots]) - starts
+        counts, prompts, budget = self._plan_decode(starts, wanted)
         preempted = running.changed
         may_admit = not preempted and running.num_free > 0 and len(self.waiting) > 0
         admitted: list[Sequence] = []
         if prompts or may_admit:
-            step = Step(self.limits, self._budget.max_tokens, room, starts, wanted, counts, may_admit,
+            step = StepPlan(self.limits, self._budget.max_tokens, budget, starts, wanted, counts, may_admit,
                         self.pool.num_blocks)  # fmt: skip
-            self._prefill.share(step, prompts)
-            admitted = sorted(step.fresh, key=lambda seq: seq.arrival)
+            self._prefill.divide(step, prompts)
+            admitted = sorted(step.admitted, key=lambda seq: seq.arrival)
         if preempted or not counts.all():
             keep = np.array([row for row, n in enumerate(counts.tolist()) if n and rows[row].slot >= 0], np.intp)
             rows, slots, starts, counts = [rows[row] for row in keep.tolist()], slots[keep], starts[keep], counts[keep]
@@ -122,8 +122,8 @@ class Scheduler:
             new = np.array([seq.slot for seq in admitted], np.int32)
             rows, slots = rows + admitted, np.concatenate((slots, new))
             starts = np.concatenate((starts, running.computed[new]))
-            counts = np.concatenate((counts, np.array([step.fresh[seq] for seq in admitted], np.int32)))
-            self._welcome(admitted)
+            counts = np.concatenate((counts, np.array([step.admitted[seq] for seq in admitted], np.int32)))
+            self._report_admissions(admitted)
         if not rows:
             return None
         return self._commit(rows, slots, starts, counts, admitted)
@@ -135,9 +135,9 @@ class Scheduler:
         """
         outputs: list[Output] = []
         sequences = batch.sequences
-        self._prefixes.passed()
-        self._budget.passed()
-        self.counts.passed(batch)
+        self._prefixes.end_step()
+        self._budget.record_success()
+        self.counts.record(batch)
         details, payloads, number = result.details, dict(result.payloads or ()), batch.number
         for index, (row, token_id) in enumerate(zip(batch.samples.tolist(), result.token_ids, strict=True)):
             seq = sequences[row]
@@ -196,7 +196,7 @@ class Scheduler:
 
     # ---- planning
 
-    def _decode(self, starts: Int32, wanted: Int32) -> tuple[Int32, list[int], PrefillBudget]:
+    def _plan_decode(self, starts: Int32, wanted: Int32) -> tuple[Int32, list[int], PrefillBudget]:
         """Plan one token for each decoding row, and allocate the blocks that running rows need.
 
         Return the number of tokens by row, the rows that are prompts, and the remaining budget.
@@ -204,20 +204,20 @@ class Scheduler:
         running, prompts = self.running, np.flatnonzero(wanted > 1).tolist()
         decoding = int(np.count_nonzero(wanted == 1))
         waiting = len(self.waiting) + len(prompts)
-        room = PrefillBudget.of(self.limits, self._budget.max_tokens, decoding, waiting)
+        budget = PrefillBudget.of(self.limits, self._budget.max_tokens, decoding, waiting)
         counts, reach = wanted, starts + wanted
-        if prompts or decoding > room.tokens:
+        if prompts or decoding > budget.tokens:
             counts = np.minimum(wanted, 1)
             counts[prompts] = 0
-            counts[counts.cumsum() > room.tokens] = 0
+            counts[counts.cumsum() > budget.tokens] = 0
             reach[(counts == 0) & (wanted == 1)] = 0
-        room.tokens -= int(counts.sum())
-        need = -(-reach // self.pool.block_size) - running.held[running.slots]
+        budget.tokens -= int(counts.sum())
+        need = -(-reach // self.pool.block_size) - running.num_blocks[running.slots]
         rows = running.rows
         for row in sorted(np.flatnonzero(need > 0).tolist(), key=lambda row: rows[row].arrival):
             if rows[row].slot >= 0:  # the oldest first, so no blocks go to a row that is preempted here
                 self._grow(rows[row], int(need[row]))
-        return counts, prompts, room
+        return counts, prompts, budget
 
     def _grow(self, seq: Sequence, need: int) -> None:
         """Allocate `need` more blocks for `seq`. While too few are free, preempt the youngest sequence: maybe `seq`."""
@@ -227,7 +227,7 @@ class Scheduler:
             if victim is seq:
                 return
 
-    def _welcome(self, admitted: list[Sequence]) -> None:
+    def _report_admissions(self, admitted: list[Sequence]) -> None:
         """Add a notice for each sequence that is admitted for the first time."""
         for seq in admitted:
             if not seq.was_admitted:
@@ -240,7 +240,7 @@ class Scheduler:
         self, rows: list[Sequence], slots: Int32, starts: Int32, counts: Int32, admitted: list[Sequence]
     ) -> Batch:
         """Count the step's tokens as computed, and return the batch."""
-        self._prefixes.planned()
+        self._prefixes.begin_step()
         computed = starts + counts
         self.running.computed[slots] = computed
         sampling = computed == self.running.tokens[slots]

@@ -40,9 +40,9 @@ class Sequence:
     arrival: int = 0  # ordinal of its request; smaller: older
     slot: int = -1  # index of its state on the device; -1 while it waits
     blocks: list[int] = field(default_factory=list)
-    fill_end: int = 0  # tokens known at its last admission; it samples once all of them are computed
+    prefill_end: int = 0  # tokens known at its last admission; it samples once all of them are computed
     hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of `token_ids`, computed on demand
-    num_found: int = 0  # leading blocks that were cached at the last lookup
+    num_matched: int = 0  # leading blocks that were cached at the last lookup
     num_published: int = 0  # leading blocks published in the prefix cache
     publish_at: int = 0  # len(token_ids) at which the next block is full
     num_preemptions: int = 0

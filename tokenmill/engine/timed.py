@@ -59,12 +59,12 @@ class Timed:
             now = self._clock()
             for run in self._in_step:
                 run.largest_batch = max(run.largest_batch, stats.batch_size)
-            outputs = [self._complete(output, now) for output in outputs]
+            outputs = [self._with_timings(output, now) for output in outputs]
             running = self._scheduler.running
             self._in_step = [run for request_id, run in self._runs.items() if request_id in running]
         self._inner.send(outputs, stats)
 
-    def _complete(self, output: Output, now: float) -> Output:
+    def _with_timings(self, output: Output, now: float) -> Output:
         """Return `output` with the timings of its request, if the request has timings and the output has tokens."""
         run = self._runs.get(output.request_id)
         if run is None:

@@ -27,7 +27,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self._by_id: dict[int, Sequence] = {}
-        self._lines: dict[int, OrderedDict[int, Sequence]] = {}  # by size class; in order of arrival, never empty
+        self._queues: dict[int, OrderedDict[int, Sequence]] = {}  # by size class; in order of arrival, never empty
         self._class_of: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -50,44 +50,44 @@ class Waiting:
 
     def add(self, seq: Sequence, size: int) -> None:
         """Queue `seq` in the size class `size`."""
-        line = self._lines.setdefault(size, OrderedDict())
-        last = next(reversed(line.values()), None)
-        line[seq.id] = self._by_id[seq.id] = seq
+        queue = self._queues.setdefault(size, OrderedDict())
+        last = next(reversed(queue.values()), None)
+        queue[seq.id] = self._by_id[seq.id] = seq
         self._class_of[seq.id] = size
         if last is not None and seq.arrival < last.arrival:  # it was preempted: put it back in its place
-            first = next(iter(line.values()))
+            first = next(iter(queue.values()))
             if seq.arrival < first.arrival:
-                line.move_to_end(seq.id, last=False)
+                queue.move_to_end(seq.id, last=False)
             else:
-                self._lines[size] = OrderedDict((other.id, other) for other in sorted(line.values(), key=_arrival))
+                self._queues[size] = OrderedDict((other.id, other) for other in sorted(queue.values(), key=_arrival))
 
     def remove(self, seq: Sequence) -> None:
         """Remove `seq` from the queue."""
         del self._by_id[seq.id]
         size = self._class_of.pop(seq.id)
-        line = self._lines[size]
-        del line[seq.id]
-        if not line:
-            del self._lines[size]
+        queue = self._queues[size]
+        del queue[seq.id]
+        if not queue:
+            del self._queues[size]
 
     def heads(self) -> list[Sequence]:
         """Return the oldest sequence of each size class."""
-        return [next(iter(line.values())) for line in self._lines.values()]
+        return [next(iter(queue.values())) for queue in self._queues.values()]
 
     def oldest(self) -> Sequence | None:
         """Return the oldest sequence; None if none waits."""
         return min(self.heads(), key=_arrival, default=None)
 
-    def shortest_first(self, most: int) -> Iterator[Prompt]:
-        """Return at most `most` prompts of each size class, in the order in which they are computed.
+    def shortest_first(self, limit: int) -> Iterator[Prompt]:
+        """Return at most `limit` prompts of each size class, in the order in which they are computed.
 
         Later changes of the queue do not affect the iteration.
         """
-        lines = [
-            [Prompt(size, seq.arrival, seq) for seq, _ in zip(line.values(), range(most), strict=False)]
-            for size, line in self._lines.items()
+        queues = [
+            [Prompt(size, seq.arrival, seq) for seq, _ in zip(queue.values(), range(limit), strict=False)]
+            for size, queue in self._queues.items()
         ]
-        return merge(*lines)
+        return merge(*queues)
 
 
 def _arrival(seq: Sequence) -> int:

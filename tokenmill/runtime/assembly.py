@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wants:
+class EngineOptions:
     """User options of an engine. None and "": choose by model and device."""
 
     backend: BackendOptions = field(default_factory=BackendOptions)
@@ -69,7 +69,7 @@ class Assembled:
         self._resources.close()
 
 
-def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) -> Assembled:
+def assemble(source: ModelSource, options: EngineOptions, group: Group, report: Report) -> Assembled:
     """Load a model into a backend, allocate as large a KV cache as memory allows, and warm up.
 
     Blocks until all is done: seconds to minutes. `report`: receives the progress. Raise a StartError that explains the
@@ -77,18 +77,18 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
     """
     from tokenmill.models.base import program_of
 
-    options = wants.backend
+    backend_options = options.backend
     checkpoint = open_checkpoint(source)
     program = program_of(checkpoint.config)
-    choice = choose(program, options, wants.block_size, group.size)
+    choice = choose(program, backend_options, options.block_size, group.size)
     defaults = choice.kind.defaults(choice.device)
     length = lengths.of_model(checkpoint.config, program)
-    longest = lengths.longest(source, length, wants.max_total_tokens)
-    lengths.max_input_tokens(wants.max_input_tokens, longest, length)  # fail before minutes of loading
-    dtype, needed = measure_weights(choice, program, checkpoint, options, wants.memory_limit)
-    limits = _limits(defaults, wants, longest)
-    read = reader_of(checkpoint, options.quantize)
-    job = Job(program, checkpoint, read, limits, group, options, choice.placement, dtype, report)
+    longest = lengths.longest(source, length, options.max_total_tokens)
+    lengths.max_input_tokens(options.max_input_tokens, longest, length)  # fail before minutes of loading
+    dtype, needed = measure_weights(choice, program, checkpoint, backend_options, options.memory_limit)
+    limits = _limits(defaults, options, longest)
+    read = reader_of(checkpoint, backend_options.quantize)
+    job = Job(program, checkpoint, read, limits, group, backend_options, choice.placement, dtype, report)
     with ExitStack() as resources:
         try:
             backend = make_backend(choice, job)
@@ -98,69 +98,71 @@ def assemble(source: ModelSource, wants: Wants, group: Group, report: Report) ->
                 "Give a smaller --max-total-tokens or --max-batch-size."
             ) from None
         resources.callback(backend.close)
-        num_blocks = _allocate(choice, backend, limits, wants, group, needed // group.size)
+        num_blocks = _allocate(choice, backend, limits, options, group, needed // group.size)
         report(Progress("warmup", unit="items"))
         backend.warm_up()
-        total = min(longest, num_blocks * wants.block_size)
+        total = min(longest, num_blocks * options.block_size)
         info = EngineInfo(
             model_id=source.model_id,
             dtype=dtype,
             device=choice.device,
             backend=choice.name,
             num_blocks=num_blocks,
-            block_size=wants.block_size,
+            block_size=options.block_size,
             vocab_size=program.logits.width,
-            max_input_tokens=lengths.max_input_tokens(wants.max_input_tokens, total, length),
+            max_input_tokens=lengths.max_input_tokens(options.max_input_tokens, total, length),
             max_total_tokens=total,
             max_batch_tokens=limits.max_batch_tokens,
             max_batch_size=limits.max_batch_size,
             num_shard=group.size,
             revision=source.revision,
-            quantize=options.quantize,
-            isa=choice.kind.instruction_set(options),
+            quantize=backend_options.quantize,
+            isa=choice.kind.instruction_set(backend_options),
         )
-        lengths.tell_prompt_limit(wants.max_input_tokens, total, length)
+        lengths.log_prompt_limit(options.max_input_tokens, total, length)
         scheduler = scheduler_of(info, defaults, program)
-        constraints = _constraints(source, info, wants, resources) if group.rank == 0 else None
+        constraints = _constraints(source, info, options, resources) if group.rank == 0 else None
         executor = Executor(backend, limits.max_batch_size, constraints)
         return Assembled(scheduler, executor, info, constraints, resources.pop_all())
 
 
-def _constraints(source: ModelSource, info: EngineInfo, wants: Wants, resources: ExitStack) -> Constraints:
+def _constraints(source: ModelSource, info: EngineInfo, options: EngineOptions, resources: ExitStack) -> Constraints:
     """Create the constraints of the engine. `resources` closes the compiler of grammars."""
     grammars = None
-    if wants.grammars:
+    if options.grammars:
         from tokenmill.runtime.grammars import ModelGrammars
 
-        grammars = ModelGrammars(source, info.vocab_size, wants.backend.cpus)
+        grammars = ModelGrammars(source, info.vocab_size, options.backend.cpus)
         resources.callback(grammars.close)
     return Constraints(info.vocab_size, grammars)
 
 
-def assemble_mock(source: ModelSource, wants: Wants, executor: AnyExecutor[Any], vocab_size: int) -> Assembled:
+def assemble_mock(
+    source: ModelSource, options: EngineOptions, executor: AnyExecutor[Any], vocab_size: int
+) -> Assembled:
     """Assemble an engine around `executor`, which has no model. Read at most the configuration of the model."""
     length = lengths.of_mock(source)
-    total = wants.max_total_tokens or min(lengths.longest(source, length, None), lengths.MOCK_LENGTH)
+    total = options.max_total_tokens or min(lengths.longest(source, length, None), lengths.MOCK_LENGTH)
     info = EngineInfo(
         model_id=source.model_id,
-        dtype=wants.backend.dtype or "float32",
+        dtype=options.backend.dtype or "float32",
         device="mock",
         backend="mock",
-        num_blocks=max(_MOCK_CAPACITY, total) // wants.block_size + 1,
-        block_size=wants.block_size,
+        num_blocks=max(_MOCK_CAPACITY, total) // options.block_size + 1,
+        block_size=options.block_size,
         vocab_size=vocab_size,
-        max_input_tokens=lengths.max_input_tokens(wants.max_input_tokens, total, length),
+        max_input_tokens=lengths.max_input_tokens(options.max_input_tokens, total, length),
         max_total_tokens=total,
-        max_batch_tokens=wants.max_batch_tokens or CPU_DEFAULTS.batch_tokens,
-        max_batch_size=wants.max_batch_size or CPU_DEFAULTS.batch_size,
+        max_batch_tokens=options.max_batch_tokens or CPU_DEFAULTS.batch_tokens,
+        max_batch_size=options.max_batch_size or CPU_DEFAULTS.batch_size,
         revision=source.revision,
     )
     return Assembled(scheduler_of(info, CPU_DEFAULTS._replace(prefill_beside=0, max_chunk=0)), executor, info)
 
 
-def _limits(defaults: Defaults, wants: Wants, longest: int) -> StepLimits:
-    tokens, rows = wants.max_batch_tokens or defaults.batch_tokens, wants.max_batch_size or defaults.batch_size
-    return StepLimits(tokens, rows, longest, wants.block_size)
+def _limits(defaults: Defaults, options: EngineOptions, longest: int) -> StepLimits:
+    tokens, rows = options.max_batch_tokens or defaults.batch_tokens, options.max_batch_size or defaults.batch_size
+    return StepLimits(tokens, rows, longest, options.block_size)
 
 
 def measure_weights(
@@ -173,18 +175,18 @@ def measure_weights(
     dtype = choice.kind.dtype(stored_dtype(checkpoint), options.dtype)
     needed = choice.kind.weight_bytes(program, checkpoint, dtype)
     warn_of_unread(weights_of(program), checkpoint)
-    check_weights(needed, room(choice, options), memory_limit)
+    check_weights(needed, free_bytes(choice, options), memory_limit)
     return dtype, needed
 
 
-def room(choice: Choice, options: BackendOptions) -> int:
+def free_bytes(choice: Choice, options: BackendOptions) -> int:
     """Return the free bytes of the memory in which weights and cache will be."""
-    found = choice.kind.room(options, choice.device)
-    return available_bytes() if found is None else found
+    free = choice.kind.room(options, choice.device)
+    return available_bytes() if free is None else free
 
 
 def _allocate(
-    choice: Choice, backend: Backend, limits: StepLimits, wants: Wants, group: Group, weight_bytes: int
+    choice: Choice, backend: Backend, limits: StepLimits, options: EngineOptions, group: Group, weight_bytes: int
 ) -> int:
     """Allocate the cache with as many blocks as fit on every rank. Return their number."""
     demand = Demand(
@@ -194,11 +196,11 @@ def _allocate(
         limits.max_batch_size,
         limits.max_total_tokens,
         backend.claimed_bytes(),
-        wants.max_total_tokens or 2,
+        options.max_total_tokens or 2,
     )
     group.minimum(0)  # a barrier: free memory is measured once all ranks have loaded their weights
-    limit = None if wants.memory_limit is None else wants.memory_limit // group.size
-    free = room(choice, wants.backend)
+    limit = None if options.memory_limit is None else options.memory_limit // group.size
+    free = free_bytes(choice, options.backend)
     if choice.kind.defaults(choice.device).owns_memory:
         num_blocks = count_device_blocks(demand, free, weight_bytes, limit)
     else:

@@ -18,7 +18,7 @@ from tokenmill.wire.messages import Extend, Request
 if TYPE_CHECKING:
     from tokenmill.grammar.base import Matcher
 
-_NO_WAY_ON = "no token can follow by the grammar that was asked for"
+_NO_NEXT_TOKEN = "no token can follow by the grammar that was asked for"
 _REFUSED = "the grammar that was asked for does not allow the token that was sampled"
 
 
@@ -32,34 +32,34 @@ class Constraint:
     def __init__(self, request: Request, matcher: Matcher | None, end_ids: tuple[int, ...]) -> None:
         stopping, grammar = request.stopping, request.grammar
         self.id, self.matcher = request.id, matcher
-        self.num_tokens = self._begin = len(request.prompt_ids)  # length of the sequence, as far as observed
+        self.num_tokens = self._prompt_length = len(request.prompt_ids)  # length of the sequence, as far as observed
         self.valid_from = 0  # number of the first batch whose sampled token counts
         self.ended = False
-        self._last = self.num_tokens + stopping.max_new_tokens
-        self._free_to_end = self.num_tokens + stopping.min_new_tokens
+        self._max_length = self.num_tokens + stopping.max_new_tokens
+        self._min_length = self.num_tokens + stopping.min_new_tokens
         self._stop_ids, self._end_ids = frozenset(stopping.stop_ids), end_ids
-        self._ends = [i for i in end_ids if i in self._stop_ids]
-        self._appends = request.sampling.logprobs < 0  # False: logprobs need each token to be sampled
+        self._final_ids = [i for i in end_ids if i in self._stop_ids]
+        self._may_append = request.sampling.logprobs < 0  # False: logprobs need each token to be sampled
         self._after = grammar.after if grammar else ()
         self._unless, self._forced_ids = stopping.unless, stopping.forced_ids
-        self._budget = stopping.force_after if stopping.forced_ids else 0
+        self._force_after = stopping.force_after if stopping.forced_ids else 0
         self._tail: deque[int] = deque(maxlen=max((len(ids) for ids in (*self._after, *self._unless)), default=0))
         self._pending: deque[int] = deque()  # must come next; each is sampled under a mask of its own
         self._refused = False
-        self._begun = matcher is not None and not self._after
-        if self._begun:
-            forced = self._forced()
-            self._pending.extend(forced[:1] if self._appends else forced)
+        self._grammar_active = matcher is not None and not self._after
+        if self._grammar_active:
+            forced = self._forced_tokens()
+            self._pending.extend(forced[:1] if self._may_append else forced)
 
     @property
     def deferred(self) -> bool:
         """True if sampling its next token must wait until the previous token is known."""
-        return (self._begun or bool(self._pending)) and not self.ended
+        return (self._grammar_active or bool(self._pending)) and not self.ended
 
     @property
-    def asks_matcher(self) -> bool:
+    def needs_matcher(self) -> bool:
         """True if its matcher must fill its row of the mask before `restrict`."""
-        return self._begun and not self._pending
+        return self._grammar_active and not self._pending
 
     def observe(self, token_id: int, free: bool) -> Extend | None:
         """Record a sampled token. Return the message for the scheduler, if any.
@@ -68,11 +68,11 @@ class Constraint:
         """
         if self._pending:
             self._pending.popleft()
-        self._take(token_id)
+        self._advance(token_id)
         position = self.num_tokens
         token_ids: list[int] = []
-        while not (self.ended or self._refused or self._pending) and (forced := self._forced()):
-            if not self._appends or (len(forced) == 1 and self._begun and not free and not token_ids):
+        while not (self.ended or self._refused or self._pending) and (forced := self._forced_tokens()):
+            if not self._may_append or (len(forced) == 1 and self._grammar_active and not free and not token_ids):
                 self._pending.extend(forced)
             else:
                 token_ids += self._append(forced)
@@ -83,7 +83,7 @@ class Constraint:
         return Extend(self.id, position, tuple(token_ids), reason, _REFUSED if reason == "error" else "")
 
     def restrict(self, bits: NDArray[np.uint32]) -> Extend | None:
-        """Restrict a row of a mask, which its matcher has filled if `asks_matcher`, to the tokens allowed next.
+        """Restrict a row of a mask, which its matcher has filled if `needs_matcher`, to the tokens allowed next.
 
         If none is allowed, end the sequence: allow everything in the row, and return the message for the scheduler.
         `bits`: a bit per token id, least significant first; modified in place.
@@ -92,16 +92,16 @@ class Constraint:
             bits[:] = 0
             _allow(bits, self._pending[0])
             return None
-        may_end, why = self._forbid(bits, self._end_ids), _NO_WAY_ON
+        may_end, why = self._forbid(bits, self._end_ids), _NO_NEXT_TOKEN
         if self.matcher is not None and self.matcher.failure:
             bits[:], may_end, why = 0, False, self.matcher.failure
         elif self.matcher is not None and self.matcher.done:
             bits[:] = 0
             may_end = True
-        if self.num_tokens < self._free_to_end:
+        if self.num_tokens < self._min_length:
             self._forbid(bits, tuple(self._stop_ids))
         elif may_end:
-            for token_id in self._ends:
+            for token_id in self._final_ids:
                 _allow(bits, token_id)
         if bits.any():
             return None
@@ -109,20 +109,20 @@ class Constraint:
         self.ended = True
         return Extend(self.id, self.num_tokens, (), "stop" if may_end else "error", "" if may_end else why)
 
-    def _take(self, token_id: int) -> None:
+    def _advance(self, token_id: int) -> None:
         """Advance by one token."""
         self.num_tokens += 1
-        if token_id in self._stop_ids or self.num_tokens == self._last:
+        if token_id in self._stop_ids or self.num_tokens == self._max_length:
             self.ended = True
             return
         self._tail.append(token_id)
-        if self._begun:
+        if self._grammar_active:
             assert self.matcher is not None
             self._refused = not self.matcher.accept(token_id)
         elif self.matcher is not None:
-            self._begun = self._has_seen(self._after)
-        if self._budget and self._has_seen(self._unless):
-            self._budget = 0
+            self._grammar_active = self._has_seen(self._after)
+        if self._force_after and self._has_seen(self._unless):
+            self._force_after = 0
 
     def _append(self, token_ids: list[int]) -> list[int]:
         """Advance by tokens up to the first that ends the sequence. Return these tokens."""
@@ -130,26 +130,26 @@ class Constraint:
         for token_id in token_ids:
             if self.ended or self._refused:
                 break
-            self._take(token_id)
+            self._advance(token_id)
             taken.append(token_id)
         return taken
 
-    def _forced(self) -> list[int]:
+    def _forced_tokens(self) -> list[int]:
         """Return the tokens that must come next; [] if there is a choice."""
-        if self._budget and self.num_tokens - self._begin >= self._budget:
-            self._budget = 0
+        if self._force_after and self.num_tokens - self._prompt_length >= self._force_after:
+            self._force_after = 0
             if self._accepts(self._forced_ids):
                 return list(self._forced_ids)
-        if not self._begun or self.matcher is None or self.matcher.done:
+        if not self._grammar_active or self.matcher is None or self.matcher.done:
             return []
-        forced = self.matcher.forced(self._last - self.num_tokens)
-        early = self._free_to_end - self.num_tokens  # number of next tokens that must not be stop ids
+        forced = self.matcher.forced(self._max_length - self.num_tokens)
+        early = self._min_length - self.num_tokens  # number of next tokens that must not be stop ids
         ends = (i for i, t in enumerate(forced) if t in self._end_ids or (i < early and t in self._stop_ids))
         return forced[: next(ends, len(forced))]  # whether it may end here is decided by a mask
 
     def _accepts(self, token_ids: tuple[int, ...]) -> bool:
         """Return True if the grammar allows `token_ids` next. The state does not change."""
-        if not self._begun or self.matcher is None:
+        if not self._grammar_active or self.matcher is None:
             return True
         taken = sum(1 for _ in takewhile(self.matcher.accept, token_ids))
         self.matcher.rollback(taken)
@@ -159,10 +159,10 @@ class Constraint:
         """Return the finish reason if the sequence ends for a cause unknown to the scheduler; else ""."""
         if self._refused:
             return "error"
-        complete = self._begun and self.matcher is not None and self.matcher.done
+        complete = self._grammar_active and self.matcher is not None and self.matcher.done
         if self.ended or self._pending or not complete:
             return ""
-        return "stop" if not self._ends or self.num_tokens < self._free_to_end else ""
+        return "stop" if not self._final_ids or self.num_tokens < self._min_length else ""
 
     def _has_seen(self, endings: tuple[tuple[int, ...], ...]) -> bool:
         tail = list(self._tail)
@@ -171,12 +171,12 @@ class Constraint:
     @staticmethod
     def _forbid(bits: NDArray[np.uint32], token_ids: tuple[int, ...]) -> bool:
         """Forbid `token_ids`. Return True if any of them was allowed."""
-        found = False
+        allowed = False
         for token_id in token_ids:
             bit = np.uint32(1 << token_id % 32)
-            found |= bool(bits[token_id // 32] & bit)
+            allowed |= bool(bits[token_id // 32] & bit)
             bits[token_id // 32] &= ~bit
-        return found
+        return allowed
 
 
 def _allow(bits: NDArray[np.uint32], token_id: int) -> None:

@@ -60,10 +60,10 @@ class Constraints:
     name = "grammar"
 
     def __init__(self, vocab_size: int, grammars: Grammars | None = None) -> None:
-        self._words, self._grammars = -(-vocab_size // 32), grammars
+        self._row_words, self._grammars = -(-vocab_size // 32), grammars
         self._constraints: dict[int, Constraint] = {}
-        self.found: dict[int, Extend] = {}  # see `engine.extended.Extender`
-        self._newest, self._deferred = 0, False  # of the last launched batch: its number, and if it is deferred
+        self.due: dict[int, Extend] = {}  # see `engine.extended.Extender`
+        self._last_number, self._last_deferred = 0, False  # of the last launched batch
 
     def prepare(self) -> None:
         """Start the next unit of the one-time work before a first grammar, if grammars are served. Does not block."""
@@ -101,57 +101,57 @@ class Constraints:
     def forget(self, request_id: int) -> None:
         """See `engine.extended.Extender`."""
         self._constraints.pop(request_id, None)
-        self.found.pop(request_id, None)
+        self.due.pop(request_id, None)
 
     # ---- at the executor
 
     def defers(self, batch: Batch) -> bool:
         """See `runtime.executor.Masking`."""
-        self._newest, self._deferred = batch.number, False
+        self._last_number, self._last_deferred = batch.number, False
         if self._constraints:
-            self._deferred = any(constraint.deferred for _, constraint in self._rows(batch))
-        return self._deferred
+            self._last_deferred = any(constraint.deferred for _, constraint in self._rows(batch))
+        return self._last_deferred
 
     def masks(self, batch: Batch) -> Masks:
         """See `runtime.executor.Masking`."""
-        rows = [(place, constraint) for place, constraint in self._rows(batch) if constraint.deferred]
-        bits = np.zeros((len(rows), self._words), np.uint32)
-        asking = [(row, constraint) for row, (_, constraint) in enumerate(rows) if constraint.asks_matcher]
+        rows = [(index, constraint) for index, constraint in self._rows(batch) if constraint.deferred]
+        bits = np.zeros((len(rows), self._row_words), np.uint32)
+        unfilled = [(row, constraint) for row, (_, constraint) in enumerate(rows) if constraint.needs_matcher]
         try:
-            self._fill(asking, bits)
+            self._fill(unfilled, bits)
         except Exception:  # noqa: BLE001  fill the rows one by one to find the one that failed
-            self._fill_alone(asking, bits)
+            self._fill_alone(unfilled, bits)
         for row, (_, constraint) in enumerate(rows):
             if constraint.ended:
                 bits[row] = 0xFFFFFFFF
-            elif found := constraint.restrict(bits[row]):
-                self._find(constraint, found)
-        return Masks(np.array([place for place, _ in rows], np.int32), bits)
+            elif message := constraint.restrict(bits[row]):
+                self._queue(constraint, message)
+        return Masks(np.array([index for index, _ in rows], np.int32), bits)
 
     def observe(self, batch: Batch, token_ids: list[int]) -> None:
         """See `runtime.executor.Masking`."""
         if not self._constraints:
             return
-        for place, constraint in self._rows(batch):
-            if token_ids[place] < 0:  # its logits are not finite: the scheduler ends it
+        for index, constraint in self._rows(batch):
+            if token_ids[index] < 0:  # its logits are not finite: the scheduler ends it
                 constraint.ended = True
                 continue
             try:
-                found = constraint.observe(token_ids[place], not self._deferred)
+                message = constraint.observe(token_ids[index], not self._last_deferred)
             except Exception as error:  # noqa: BLE001  an error ends only this request
                 self._fail(constraint, error)
                 continue
-            if found:
-                self._find(constraint, found)
+            if message:
+                self._queue(constraint, message)
 
     def _rows(self, batch: Batch) -> list[tuple[int, Constraint]]:
         """Return the constrained sampling rows whose tokens count, as (index into `batch.samples`, constraint)."""
         constraints, sequences, number = self._constraints, batch.sequences, batch.number
         rows = []
-        for place, row in enumerate(batch.samples.tolist()):
+        for index, row in enumerate(batch.samples.tolist()):
             constraint = constraints.get(sequences[row].id)
             if constraint is not None and number >= constraint.valid_from and not constraint.ended:
-                rows.append((place, constraint))
+                rows.append((index, constraint))
         return rows
 
     def _fill(self, rows: list[tuple[int, Constraint]], bits: NDArray[np.uint32]) -> None:
@@ -167,15 +167,15 @@ class Constraints:
             except Exception as error:  # noqa: BLE001  an error ends only this request
                 self._fail(constraint, error)
 
-    def _find(self, constraint: Constraint, found: Extend) -> None:
+    def _queue(self, constraint: Constraint, message: Extend) -> None:
         """Queue a message to send before the next step. It voids the sampled tokens of steps on the device."""
-        self.found[constraint.id] = found
-        constraint.valid_from = self._newest + 1
+        self.due[constraint.id] = message
+        constraint.valid_from = self._last_number + 1
 
     def _fail(self, constraint: Constraint, error: Exception) -> None:
         constraint.ended = True
         message = explain(error, self.name)
-        self._find(constraint, Extend(constraint.id, constraint.num_tokens, (), "error", message))
+        self._queue(constraint, Extend(constraint.id, constraint.num_tokens, (), "error", message))
 
 
 class _Compiled:

@@ -24,7 +24,7 @@ from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import GrammarSpec
 
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 """Maximum threads that fill masks: with 256 rows of 50 µs each, more would not shorten a step."""
 
 _log = logging.getLogger(__name__)
@@ -47,24 +47,24 @@ class ModelGrammars:
 
     def __init__(self, source: ModelSource, size: int, cpus: int = 1) -> None:
         self._source, self._size = source, size
-        self._threads = max(1, min(cpus, _MOST_THREADS))
+        self._threads = max(1, min(cpus, _MAX_THREADS))
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._made: Future[_Parts] = Future()
-        self._pieces = self._make()
-        self._piece: Future[None] | None = None
-        self._hurried = False
+        self._parts_future: Future[_Parts] = Future()
+        self._units = self._build()
+        self._unit: Future[None] | None = None
+        self._all_submitted = False
 
     def prepare(self) -> None:
         """See `runtime.constraints.Grammars`. Do nothing while a unit is running."""
-        if not self._hurried and (self._piece is None or self._piece.done()):
-            self._piece = self._executor.submit(self._go_on, 1)
+        if not self._all_submitted and (self._unit is None or self._unit.done()):
+            self._unit = self._executor.submit(self._run_units, 1)
 
     def start(self) -> Future[_Parts]:
         """Start all the remaining one-time work. Idempotent; does not block."""
-        if not self._hurried:
-            self._hurried = True
-            self._executor.submit(self._go_on, None)
-        return self._made
+        if not self._all_submitted:
+            self._all_submitted = True
+            self._executor.submit(self._run_units, None)
+        return self._parts_future
 
     @property
     def _parts(self) -> _Parts:
@@ -82,9 +82,9 @@ class ModelGrammars:
         """
         if self.start().done():
             return self._parts.pool.submit(spec)
-        found: Future[Grammar] = Future()
-        self._made.add_done_callback(lambda _: self._submit(spec, found))
-        return found
+        target: Future[Grammar] = Future()
+        self._parts_future.add_done_callback(lambda _: self._submit_to_pool(spec, target))
+        return target
 
     def fill(self, matchers: Sequence[Matcher], mask: NDArray[np.uint32], rows: Sequence[int]) -> None:
         """See `runtime.constraints.Grammars`. Rows are filled in parallel."""
@@ -92,23 +92,23 @@ class ModelGrammars:
 
     def close(self) -> None:
         """End the compiling processes and wait until they have ended. Idempotent."""
-        self._hurried = True
+        self._all_submitted = True
         self._executor.shutdown(wait=True, cancel_futures=True)
-        self._made.cancel()  # has no effect if it is done
-        if not self._made.cancelled() and self._made.exception() is None:
-            self._made.result().pool.close()
+        self._parts_future.cancel()  # has no effect if it is done
+        if not self._parts_future.cancelled() and self._parts_future.exception() is None:
+            self._parts_future.result().pool.close()
 
-    def _go_on(self, most: int | None) -> None:
-        """Run at most `most` units, all if None. An error fails the future of the parts."""
+    def _run_units(self, limit: int | None) -> None:
+        """Run at most `limit` units, all if None. An error fails the future of the parts."""
         try:
-            for made in islice(self._pieces, most):
-                if made is not None:
-                    self._made.set_result(made)
+            for parts in islice(self._units, limit):
+                if parts is not None:
+                    self._parts_future.set_result(parts)
         except Exception as error:  # noqa: BLE001  each request with a grammar gets the error
             _log.error("Requests with a grammar are refused: %s", error)
-            self._made.set_exception(error)
+            self._parts_future.set_exception(error)
 
-    def _make(self) -> Iterator[_Parts | None]:
+    def _build(self) -> Iterator[_Parts | None]:
         """Do the one-time work: yield None after each unit but the last, then the parts.
 
         A unit takes about half a second, in which a request that arrives must wait.
@@ -121,16 +121,16 @@ class ModelGrammars:
         yield None
         backend = LLGuidance(vocabulary_of(tokenizer, self._size), _encode_of(tokenizer))
         yield None
-        pool = CompilePool(backend, awaited=self._hurried)
+        pool = CompilePool(backend, awaited=self._all_submitted)
         yield _Parts(backend, pool, backend.filler(self._threads))
 
-    def _submit(self, spec: GrammarSpec, found: Future[Grammar]) -> None:
-        """Compile a grammar in the pool; its result or error becomes that of `found`."""
+    def _submit_to_pool(self, spec: GrammarSpec, target: Future[Grammar]) -> None:
+        """Compile a grammar in the pool; its result or error becomes that of `target`."""
         try:
-            self._parts.pool.submit(spec).add_done_callback(lambda given: _copy(given, found))
+            self._parts.pool.submit(spec).add_done_callback(lambda source: _copy_result(source, target))
         except BaseException as error:  # noqa: BLE001  it becomes the result of the future
-            if found.set_running_or_notify_cancel():
-                found.set_exception(error)
+            if target.set_running_or_notify_cancel():
+                target.set_exception(error)
 
 
 def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
@@ -144,10 +144,10 @@ def _encode_of(tokenizer: Tokenizer) -> Encode:
     return lambda text: tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False)
 
 
-def _copy(given: Future[Grammar], found: Future[Grammar]) -> None:
-    if not found.set_running_or_notify_cancel():
+def _copy_result(source: Future[Grammar], target: Future[Grammar]) -> None:
+    if not target.set_running_or_notify_cancel():
         return
-    if (error := given.exception()) is not None:
-        found.set_exception(error)
+    if (error := source.exception()) is not None:
+        target.set_exception(error)
     else:
-        found.set_result(given.result())
+        target.set_result(source.result())

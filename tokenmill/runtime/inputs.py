@@ -45,8 +45,8 @@ class StepBuilder:
             batch.blocks,
             batch.host_tokens,
             _tail(sampling["full"], sampling["random"]),
-            _most(sampling["logprobs"]),
-            _most(prompts),
+            _max_logprobs(sampling["logprobs"]),
+            _max_logprobs(prompts),
             deferred,
         )
 
@@ -73,5 +73,5 @@ def _tail(full: NDArray[np.bool_], random: NDArray[np.bool_]) -> Tail:
     return "plain" if random.any() else "greedy"
 
 
-def _most(wanted: NDArray[np.int32]) -> int:
+def _max_logprobs(wanted: NDArray[np.int32]) -> int:
     return int(wanted.max(initial=-1))

@@ -35,7 +35,7 @@ def of_model(config: dict[str, Any], program: Program | None = None) -> ModelLen
     """
     tables = {op.rope for op in program.ops if isinstance(op, ops.Rope)} if program is not None else set()
     if tables:
-        found = ModelLength(
+        length = ModelLength(
             min(table.longest for table in tables),
             min(table.exact_prompt for table in tables),
             min(table.max_position for table in tables),
@@ -45,10 +45,10 @@ def of_model(config: dict[str, Any], program: Program | None = None) -> ModelLen
         given = MOCK_LENGTH if given is None else given
         if not isinstance(given, int):
             raise ModelError(f"config.json: max_position_embeddings is {given!r}; expected a number of at least 2.")
-        found = ModelLength(given, given, given)
-    if found.total < 2:
-        raise ModelError(f"config.json: max_position_embeddings is {found.total}; expected a number of at least 2.")
-    return found
+        length = ModelLength(given, given, given)
+    if length.total < 2:
+        raise ModelError(f"config.json: max_position_embeddings is {length.total}; expected a number of at least 2.")
+    return length
 
 
 def of_mock(source: ModelSource) -> ModelLength:
@@ -97,7 +97,7 @@ def max_input_tokens(wanted: int | None, total: int, model: ModelLength) -> int:
     return wanted or min(total - 1, model.prompt)
 
 
-def tell_prompt_limit(wanted: int | None, total: int, model: ModelLength) -> None:
+def log_prompt_limit(wanted: int | None, total: int, model: ModelLength) -> None:
     """Log the limit of prompts, or the difference from transformers, under dynamic rope scaling."""
     if wanted is not None and wanted > model.prompt:
         _log.warning(

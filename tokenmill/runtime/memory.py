@@ -41,11 +41,11 @@ class Demand:
 
 def check_weights(weight_bytes: int, available: int, limit: int | None = None) -> None:
     """Raise NotEnoughMemory if the weights of all ranks of this machine do not fit. Called before they are read."""
-    room = available if limit is None else min(limit, available)
-    if weight_bytes > room:
+    free = available if limit is None else min(limit, available)
+    if weight_bytes > free:
         what = "are free" if limit is None or limit > available else "are allowed by the memory limit"
         raise NotEnoughMemory(
-            f"The model's weights need {size(weight_bytes)}, but {size(room)} {what}. Serve a smaller or a "
+            f"The model's weights need {size(weight_bytes)}, but {size(free)} {what}. Serve a smaller or a "
             "quantized model."
         )
 
@@ -75,13 +75,13 @@ def count_blocks(
     return min(blocks, demand.blocks_of(demand.max_total_tokens) * demand.max_batch_size)
 
 
-def count_device_blocks(demand: Demand, room: int, weight_bytes: int = 0, limit: int | None = None) -> int:
-    """Return the number of KV cache blocks to allocate on a GPU: all of `room` but the step and a reserve.
+def count_device_blocks(demand: Demand, free: int, weight_bytes: int = 0, limit: int | None = None) -> int:
+    """Return the number of KV cache blocks to allocate on a GPU: all of `free` but the step and a reserve.
 
-    `room`: free bytes that may be used, after the weights were loaded. `limit`: as in `count_blocks`. Raise
+    `free`: free bytes that may be used, after the weights were loaded. `limit`: as in `count_blocks`. Raise
     NotEnoughMemory as `count_blocks`.
     """
-    budget = room - (demand.step_bytes - demand.claimed_bytes) - DEVICE_RESERVE - room // 100
+    budget = free - (demand.step_bytes - demand.claimed_bytes) - DEVICE_RESERVE - free // 100
     if limit is not None:
         budget = min(budget, limit - weight_bytes - demand.step_bytes)
     needed = demand.blocks_of(demand.wanted_tokens)
@@ -119,10 +119,10 @@ def available_bytes(root: str = "/") -> int:
 
     `root`: parent of /proc and /sys, for tests.
     """
-    return min([int(psutil.virtual_memory().available), *_cgroup_rooms(Path(root)), *_own_rooms(Path(root))])
+    return min([int(psutil.virtual_memory().available), *_free_in_cgroups(Path(root)), *_free_in_ulimits(Path(root))])
 
 
-def _own_rooms(root: Path) -> Iterator[int]:
+def _free_in_ulimits(root: Path) -> Iterator[int]:
     """Yield the bytes left by the limits of address space (`ulimit -v`) and data (`ulimit -d`), if they are set."""
     try:
         lines = (root / "proc/self/status").read_text().splitlines()
@@ -135,7 +135,7 @@ def _own_rooms(root: Path) -> Iterator[int]:
             yield max(limit - used[name], 0)
 
 
-def _cgroup_rooms(root: Path) -> Iterator[int]:
+def _free_in_cgroups(root: Path) -> Iterator[int]:
     """Yield the bytes left by each enclosing cgroup, v2 or v1. Reclaimable file pages do not count as used."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -153,13 +153,13 @@ def _cgroup_rooms(root: Path) -> Iterator[int]:
             continue
         folder = base / own.lstrip("/")
         for group in (folder, *folder.parents):
-            if (room := _room(group, *names)) is not None:
-                yield room
+            if (free := _free_in_cgroup(group, *names)) is not None:
+                yield free
             if group == base:
                 break
 
 
-def _room(group: Path, limit_name: str, usage_name: str, droppable: str) -> int | None:
+def _free_in_cgroup(group: Path, limit_name: str, usage_name: str, droppable: str) -> int | None:
     """Return the bytes left in one cgroup; None if it has no limit, or is not visible in a container."""
     try:
         limit = int((group / limit_name).read_text())

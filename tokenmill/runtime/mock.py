@@ -145,11 +145,12 @@ class MockExecutor:
     def _payloads(self, batch: Batch) -> dict[int, Payload]:
         if not batch.num_prefill_rows and not batch.admitted:
             return {}
-        found: dict[int, Payload] = {}
+        payloads: dict[int, Payload] = {}
         for row, seq in enumerate(batch.sequences):
             count = seq.request.sampling.prompt_logprobs
             start = int(batch.starts[row]) + 1
             own = seq.request.prompt_ids[start : start + int(batch.counts[row])]
             if count >= 0 and own:
-                found[row] = PromptDetails(start, tuple(d for token_id in own if (d := self._details(token_id, count))))
-        return found
+                details = (self._details(token_id, count) for token_id in own)
+                payloads[row] = PromptDetails(start, tuple(filter(None, details)))
+        return payloads

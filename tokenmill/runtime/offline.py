@@ -26,7 +26,7 @@ from tokenmill.wire.messages import (
 _MAX_WAIT_S = 1.0
 
 
-class Local:
+class LocalSource:
     """Source of messages in the calling process (`gated.Source`), for an engine on the same thread."""
 
     def __init__(self) -> None:
@@ -63,8 +63,8 @@ class OfflineEngine:
 
     def __init__(self, parts: Assembled) -> None:
         self._parts = parts
-        self._local = Local()
-        link, self._gated = links_of(self._local, parts)
+        self._source = LocalSource()
+        link, self._gated = links_of(self._source, parts)
         self._engine = Engine(parts.scheduler, parts.executor, link)
         self._last_id = 0
         while parts.executor.idle_work():  # do all idle work now: without a reader the engine does not step
@@ -78,7 +78,7 @@ class OfflineEngine:
     @property
     def stats(self) -> Stats:
         """Statistics after the last step."""
-        return self._local.stats
+        return self._source.stats
 
     def compile(self, grammar: GrammarSpec) -> None:
         """Compile a grammar and block until it is done. Later requests with it need not wait.
@@ -106,26 +106,26 @@ class OfflineEngine:
         request = Request(
             request_id, tuple(prompt_ids), sampling, stopping, salt, wants_timings=wants_timings, grammar=grammar
         )
-        self._local.messages.append(request)
-        self._local.queues[request_id] = deque()
+        self._source.messages.append(request)
+        self._source.queues[request_id] = deque()
         return request_id
 
     def poll(self, request_id: int) -> list[Output]:
         """Return the unread outputs of a request, without running a step."""
-        queue = self._local.queues[request_id]
+        queue = self._source.queues[request_id]
         return [queue.popleft() for _ in range(len(queue))]
 
     def abort(self, request_id: int) -> None:
         """Cancel a request and drop its unread outputs. Unknown ids are ignored."""
-        if self._local.queues.pop(request_id, None) is not None:
-            self._local.messages.append(Abort(request_id))
+        if self._source.queues.pop(request_id, None) is not None:
+            self._source.messages.append(Abort(request_id))
 
     def outputs(self, request_id: int) -> Generator[Output]:
         """Yield the outputs of a request, up to the one with a finish reason. Closing the iterator aborts the request.
 
         Runs steps, and blocks, while there is no output. Raise GenerationError if the request ended with an error.
         """
-        queue = self._local.queues[request_id]
+        queue = self._source.queues[request_id]
         try:
             while True:
                 while not queue:
@@ -135,7 +135,7 @@ class OfflineEngine:
                     raise GenerationError(output.message)
                 yield output
                 if output.finish_reason:
-                    self._local.queues.pop(request_id, None)
+                    self._source.queues.pop(request_id, None)
                     return
         finally:
             self.abort(request_id)
@@ -156,7 +156,7 @@ class OfflineEngine:
 
     def step(self) -> bool:
         """Run one step of the engine. Return False, without a step, if there is no work."""
-        if self._engine.idle and not (self._local.messages or self._gated.holds):
+        if self._engine.idle and not (self._source.messages or self._gated.holds):
             return False
         self._engine.step()
         return True

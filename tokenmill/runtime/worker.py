@@ -17,7 +17,7 @@ from tokenmill.engine.idle import IdleLink
 from tokenmill.engine.ranks import Follower, RankServer
 from tokenmill.freeze_gc import freeze_gc
 from tokenmill.parallel.group import Group
-from tokenmill.runtime.assembly import Assembled, Wants, assemble, assemble_mock
+from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble, assemble_mock
 from tokenmill.runtime.links import links_of
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
@@ -36,8 +36,11 @@ def main(control: ChildControl) -> None:
     settings = Settings.from_dict(configure.settings)
     source = msgspec.convert(control.wait_model(), ModelSource)
     with ExitStack() as resources:
-        group, ranks, follower = _meet(configure, settings, resources)
-        parts = _mock(source, settings) if settings.mock else assemble(source, wants(settings), group, control.send)
+        group, ranks, follower = _connect(configure, settings, resources)
+        if settings.mock:
+            parts = _assemble_mock(source, settings)
+        else:
+            parts = assemble(source, engine_options(settings), group, control.send)
         resources.callback(parts.close)
         link: Link | None = follower
         if link is None:
@@ -52,10 +55,10 @@ def main(control: ChildControl) -> None:
         freeze_gc()  # before `Ready`, because the first request may follow at once
         control.send(Ready(parts.info if configure.index == 0 else None))
         engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)
-        _work(engine, control)
+        _run(engine, control)
 
 
-def _work(engine: Engine[Any], control: ChildControl) -> None:
+def _run(engine: Engine[Any], control: ChildControl) -> None:
     """Run steps until the supervisor sends `Stop` or is gone. Return also if rank 0 of a follower is gone."""
     try:
         while (messages := control.poll()) is not None and _STOP not in messages:
@@ -64,7 +67,7 @@ def _work(engine: Engine[Any], control: ChildControl) -> None:
         _log.info("This rank ends: %s.", error)  # INFO: rank 0 or the supervisor has reported the cause
 
 
-def _meet(
+def _connect(
     configure: Configure, settings: Settings, resources: ExitStack
 ) -> tuple[Group, RankServer | None, Follower | None]:
     """Connect to the other ranks: the group for tensors, and the links for messages. None without other ranks."""
@@ -86,7 +89,7 @@ def _meet(
     return group, ranks, follower
 
 
-def _mock(source: ModelSource, settings: Settings) -> Assembled:
+def _assemble_mock(source: ModelSource, settings: Settings) -> Assembled:
     """Assemble an engine with scripted answers. Does not import torch."""
     from tokenmill.runtime.mock import MockExecutor, parse_faults
     from tokenmill.text.load import load_tokenizer
@@ -98,7 +101,7 @@ def _mock(source: ModelSource, settings: Settings) -> Assembled:
         vocab_size=tokenizer.vocab_size,
         faults=parse_faults(settings.mock_fault),
     )
-    return assemble_mock(source, wants(settings), executor, tokenizer.vocab_size)
+    return assemble_mock(source, engine_options(settings), executor, tokenizer.vocab_size)
 
 
 def backend_options(settings: Settings) -> BackendOptions:
@@ -120,9 +123,9 @@ def backend_options(settings: Settings) -> BackendOptions:
     )
 
 
-def wants(settings: Settings) -> Wants:
+def engine_options(settings: Settings) -> EngineOptions:
     """Return the user's options of an engine."""
-    return Wants(
+    return EngineOptions(
         backend=backend_options(settings),
         block_size=settings.block_size,
         max_batch_tokens=settings.max_batch_tokens,
