@@ -1,6 +1,6 @@
-"""Run by test_cuda_compile.py in a process of its own, for Triton interprets kernels in the others: prints JSON.
+"""Script run by test_cuda_compile.py in a process of its own, because Triton is interpreted in the others. Prints JSON.
 
-There need not be a GPU: Triton compiles for one, and what would be launched is looked up in the cache instead.
+It needs no GPU: Triton compiles for one, and launches are looked up in the cache instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tokenmill.weights.source import local_source
 
 
 class NoDevice:
-    """Stands for Triton's driver."""
+    """Substitute for Triton's driver."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -39,7 +39,7 @@ class NoDevice:
 
 
 class Lookup:
-    """What Triton would do at a launch, but for the launch."""
+    """Substitute for a launch of Triton, which does all of it except the launch itself."""
 
     def __init__(self) -> None:
         self.hits: list[str] = []

@@ -1,8 +1,8 @@
-"""An executor whose cache entries are hashes of everything before them.
+"""Executor whose cache entries are hashes of everything before them: an oracle for the scheduler.
 
-Any mistake in scheduling, paging, prefix sharing, preemption or overlap shows as a wrong token, on a CPU in
-milliseconds. It keeps its state by slot and learns of it only by a batch's differences, as a backend does, and it
-runs a step late, from what it was given at the launch: who writes to a launched batch is found out.
+Any mistake in scheduling, paging, prefix sharing, preemption or overlap produces a wrong token, on a CPU in
+milliseconds. As a backend, it keeps state by slot and reads only the changes in a batch. It computes a step only when
+the next one is launched, from the arrays of the launch, so a change of a launched batch is detected.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def number(*items: object) -> int:
 
 
 def cache_entry(token_id: int, earlier: list[int], salt: bytes) -> int:
-    """What the model keeps of a token: like a key and value, it depends on the whole context (and on the adapter)."""
+    """Return the cache entry of a token. Like a key and value, it depends on the whole context (and on the adapter)."""
     return POISON if POISON in earlier else number(token_id, earlier, salt)
 
 
@@ -51,7 +51,7 @@ def next_token(entries: list[int]) -> int:
 
 
 def reference(request: Request) -> list[int]:
-    """What a request must give: one sequence, no paging."""
+    """Return the tokens of a request, computed as one sequence without paging."""
     entries: list[int] = []
     for token_id in request.prompt_ids:
         entries.append(cache_entry(token_id, entries, request.salt))
@@ -65,25 +65,25 @@ def reference(request: Request) -> list[int]:
 
 @dataclass
 class Left:
-    """What stood in the scheduler when a batch had been planned."""
+    """State of the scheduler after a batch was planned."""
 
-    behind: int  # how many wait
-    filling: dict[int, int]  # by id, of those in the middle of their prompt, this step counted in: arrival
+    behind: int  # number of waiting sequences
+    filling: dict[int, int]  # arrival by id, of sequences with partly computed prompts, this step included
 
 
 @dataclass
 class OracleStep:
     batch: Batch
-    admitted: list[tuple[int, Request, list[int]]]  # as a launch sees them: copies
+    admitted: list[tuple[int, Request, list[int]]]  # copies as of the launch
     requests: list[Request]
     failed: bool = False
 
 
 class PagedOracle:
-    """Reads and writes its cache through block tables, as attention would.
+    """Executor that reads and writes its cache through block tables, as attention does.
 
-    `poison_rate`: how often a row breaks. `full_rate`: how often a launch, and a collect, finds no memory; `most`: and
-    every launch of more tokens does.
+    `poison_rate`: probability that a row fails. `full_rate`: probability that a launch, or a collect, is out of memory.
+    `most`: a launch of more tokens always is.
     """
 
     def __init__(self, num_blocks: int, limits: SchedulerLimits, poison_rate: float = 0.0, seed: int = 0) -> None:
@@ -99,8 +99,8 @@ class PagedOracle:
         self.look: Callable[[], Left] = lambda: Left(0, {})
         self.poison_rate, self.rng, self.num_poisoned = poison_rate, random.Random(seed), 0
         self.full_rate, self.most, self.num_full = 0.0, limits.max_batch_tokens, [0, 0]
-        self.rests: list[int] = []  # after how many launches
-        self.num_rests = self.rng.randint(0, 9)  # pieces of work put off
+        self.rests: list[int] = []  # number of launches before each unit of idle work
+        self.num_rests = self.rng.randint(0, 9)  # units of idle work left
 
     def launch(self, batch: Batch) -> OracleStep:
         admitted = [(seq.slot, seq.request, list(seq.token_ids)) for seq in batch.admitted]
@@ -110,7 +110,7 @@ class PagedOracle:
         self.left.append(self.look())
         if batch.num_tokens > self.most or self.rng.random() < self.full_rate:
             self.num_full[0] += 1
-            if self.rng.random() < 0.5:  # found out halfway: some of it runs, and nobody reads what came of it
+            if self.rng.random() < 0.5:  # fails halfway: a part runs, and its results are not read
                 step.failed = True
                 self.queue.append(step)
             raise OutOfMemory("no room for a launch")
@@ -172,7 +172,7 @@ class PagedOracle:
         return next_token(entries)
 
     def compute(self, slot: int, start: int, end: int, salt: bytes) -> list[int]:
-        """The cache entries [0, end), of which those from `start` on are written now."""
+        """Return the cache entries [0, end). Entries from `start` on are written now."""
         assert end > start
         tokens, table = self.tokens[slot], self.tables[slot]
         where = [table[i // self.size] * self.size + i % self.size for i in range(end)]
@@ -188,7 +188,7 @@ class PagedOracle:
 
 
 class ListLink:
-    """Messages from a script, one list a turn; outputs into lists by request."""
+    """Link with scripted messages, one list per step. Outputs are collected in lists by request."""
 
     def __init__(self, script: list[list[ToEngine]]) -> None:
         self.script = [list(messages) for messages in script]
@@ -215,7 +215,7 @@ class ListLink:
 
 @dataclass
 class Case:
-    """A random history: who asks what, who is aborted when, and the limits."""
+    """A random history: requests, aborts, and limits."""
 
     requests: list[Request]
     aborted: set[int]
@@ -239,7 +239,7 @@ def request(
 
 
 def random_case(seed: int, aborts: bool = True) -> Case:
-    """Few blocks, long outputs, prompts sharing heads and repeating inside: preemption and hits are common."""
+    """Return a case with few blocks, long outputs, shared and repetitive prompts: preemption and hits are common."""
     rng = random.Random(seed)
     size, longest = rng.choice([1, 2, 4, 16]), rng.randint(2, 60)
     alphabet, salts = rng.choice([2, VOCAB]), rng.choice([[b""], [b"", b"a", b"b"]])
@@ -290,7 +290,7 @@ def build(
 
 
 def run(engine: Engine[OracleStep], link: ListLink, max_steps: int = 20_000) -> None:
-    """Step until everything is answered; the books are looked at after every step."""
+    """Step until every request has ended, and check the books after every step."""
     for _ in range(max_steps):
         engine.step()
         check_books(engine.scheduler)
@@ -328,7 +328,7 @@ def check_request(r: Request, case: Case, link: ListLink) -> None:
 
 
 def prompt_details_of(outputs: Iterable[Output]) -> list[TokenDetails]:
-    """As every receiver puts them together."""
+    """Return the prompt details of a request, assembled as every receiver does."""
     found: list[TokenDetails] = []
     for output in outputs:
         if output.payload is not None:
@@ -361,7 +361,7 @@ def left_by(scheduler: Scheduler) -> Left:
 
 
 def check_prompts_beside(batch: Batch, left: Left, limits: SchedulerLimits) -> None:
-    """Prompts computed beside others that decode cost little, but for the oldest, which may get its least."""
+    """Assert that prompts beside decoding sequences cost little, except for the guaranteed part of the oldest."""
     first_new = len(batch.slots) - len(batch.admitted)
     rows = list(zip(batch.starts.tolist(), batch.counts.tolist(), batch.sequences, strict=True))
     decoding = sum(count == 1 for _, count, _ in rows[:first_new])
@@ -381,7 +381,7 @@ def check_prompts_beside(batch: Batch, left: Left, limits: SchedulerLimits) -> N
 
 
 def check_share_of_the_oldest(batch: Batch, left: Left, limits: SchedulerLimits) -> None:
-    """The oldest prompt gets as much of a step that does not finish it as all younger ones."""
+    """Assert that the oldest prompt gets at least as much of a step that does not finish it as all younger ones."""
     first_new, weight = len(batch.slots) - len(batch.admitted), limits.context_weight
     prompts = [
         (seq.arrival, count, prompt_cost(start, count, weight), prompt_cost(start, count + 1, weight))
@@ -414,7 +414,7 @@ def check_plans(oracle: PagedOracle, limits: SchedulerLimits) -> None:
 
 
 def first_step_of(oracle: PagedOracle, request_id: int) -> tuple[int, int]:
-    """Start and count of a request's first row."""
+    """Return start and count of the first row of a request."""
     for batch in oracle.batches:
         for row, seq in enumerate(batch.sequences):
             if seq.id == request_id:

@@ -1,4 +1,4 @@
-"""Backends by name, as the engine makes them."""
+"""Backends selected by name, created as the engine creates them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LIMITS = StepLimits(64, 4, 64, 16)
 
 
 def choice_of(name: str, reason: str = "", device: str = "cpu") -> Choice:
-    """As `choose` returns it."""
+    """Return the choice of a backend, as `runtime.choice.choose` does."""
     return Choice(plugins.find("backends", name).KIND, Placement(device, LIMITS.block_size, 1), reason)
 
 
 def make(
     choice: Choice, program: Program, source: Checkpoint, report: Callable[[Any], None] = print, **options: Any
 ) -> Backend:
-    """The backend of a choice, in float32."""
+    """Return the backend of a choice, in float32."""
     given = BackendOptions(**options)
     read = reader_of(source, given.quantize)
     return make_backend(choice, Job(program, source, read, LIMITS, Group(), given, choice.placement, "float32", report))

@@ -1,4 +1,4 @@
-"""Models of bytes with chat templates of several kinds, plans of chats with them, and what their grammars accept."""
+"""Byte-level models with several kinds of chat templates, chat plans with them, and checks against their grammars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenmill.wire.messages import GrammarSpec
 
 USER = [{"role": "user", "content": "hi"}]
 CHAT = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
-ASKS = (  # as Qwen 3: the model thinks unless it is told not to
+ASKS = (  # as Qwen 3: the model reasons by default
     CHAT + "{% if add_generation_prompt %}<|assistant|>"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
@@ -37,7 +37,7 @@ def model_of(folder: Path, template: str, special: tuple[str, ...] = MARKS, **mo
 
 
 def chat_of(**fields: Any) -> Chat:
-    """A chat by the names of the fields of OpenAI's route."""
+    """Return a chat from keyword arguments named as the fields of OpenAI's route."""
     guided = {name: fields.pop(name) for name in GRAMMAR_FIELDS if name in fields}
     options = fields.pop("options", Options(thinking_budget=fields.pop("thinking_budget", None)))
     return Chat(**{"messages": USER, **fields}, options=options, guided=guided)
@@ -52,7 +52,10 @@ def ids(model: ChatModel, text: str) -> tuple[int, ...]:
 
 
 def follows(model: ChatModel, grammar: GrammarSpec, text: str) -> bool:
-    """Whether a text is a whole answer under a grammar. Where that begins behind some token, the text has one."""
+    """Return True if `text` is a complete answer under the grammar.
+
+    If the grammar applies only after a token sequence, `text` contains that sequence.
+    """
     tokenizer = model.tokenizer
     size = tokenizer.vocab_size
     vocabulary = Vocabulary.of(tokenizer.token_bytes, size, size, tokenizer.eos_ids, sorted(tokenizer.special_ids))

@@ -1,4 +1,4 @@
-"""Random little grammars, the answer to a request under one, and an engine over the oracle that follows them."""
+"""Small random grammars, a reference for constrained requests, and an engine over the oracle with constraints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WORDS = -(-VOCAB // 32)
 
 
 class Automaton:
-    """States with few ways on, often one; some may end; the last one must; some are dead ends."""
+    """A random automaton: states have few transitions, often a single one. Some are final, some are dead ends."""
 
     nbytes = 100
 
@@ -50,7 +50,7 @@ class Automaton:
 
 
 class AutomatonMatcher:
-    """A `grammar.base.Matcher`."""
+    """Implementation of `grammar.base.Matcher` over an automaton."""
 
     failure = ""
 
@@ -93,7 +93,7 @@ class AutomatonMatcher:
 
 
 class Thought:
-    """The rule of a thought that takes too long, a token at a time."""
+    """Reference for the reasoning budget, one token at a time."""
 
     def __init__(self, request: Request) -> None:
         self.stopping, self.open, self.queue = request.stopping, request.stopping.force_after > 0, list[int]()
@@ -110,7 +110,7 @@ def ends_with(out: list[int], endings: tuple[tuple[int, ...], ...]) -> bool:
 
 
 def guided_reference(request: Request) -> tuple[list[int], str]:
-    """What a request must give, and why it ends: one sequence, a token at a time, no paging, nothing ahead."""
+    """Return tokens and finish reason of a request: one sequence, one token at a time, no paging, no overlap."""
     entries: list[int] = []
     for token_id in request.prompt_ids:
         entries.append(cache_entry(token_id, entries, request.salt))
@@ -142,7 +142,7 @@ def guided_reference(request: Request) -> tuple[list[int], str]:
         elif spec and ends_with(out, spec.after):
             begun = True
         thought.after(out)
-        if begun and thought.queue:  # only what the grammar takes is forced
+        if begun and thought.queue:  # tokens that the grammar refuses are not forced
             assert matcher is not None
             taken = sum(1 for _ in itertools.takewhile(matcher.accept, thought.queue))
             matcher.rollback(taken)
@@ -154,7 +154,7 @@ def pick(entries: list[int], allowed: list[int]) -> int:
 
 
 class Guided(PagedOracle):
-    """The oracle as an executor with constraints: a deferred step samples from masks, or was given up."""
+    """The oracle as an executor with constraints. A deferred step samples from masks, unless it was given up."""
 
     def __init__(self, num_blocks: int, limits: SchedulerLimits, constraints: Constraints) -> None:
         super().__init__(num_blocks, limits)
@@ -163,7 +163,7 @@ class Guided(PagedOracle):
         self.masks: dict[int, Masks] = {}
         self.chosen: dict[tuple[int, int], int] = {}
         self.num_masks = self.num_launched = self.num_collected = 0
-        self.fails: tuple[str, int] = "", 0  # which launch or collect finds no memory
+        self.fails: tuple[str, int] = "", 0  # the launch or collect that runs out of memory
 
     def launch(self, batch: Batch) -> OracleStep:
         deferred = self.constraints.defers(batch)
@@ -213,7 +213,7 @@ class Guided(PagedOracle):
 
 
 class Follower(PagedOracle):
-    """Another rank's: it is told the tokens, and knows no grammar."""
+    """Executor of another rank: it gets the sampled tokens and has no grammars."""
 
     def __init__(self, num_blocks: int, limits: SchedulerLimits, chosen: dict[tuple[int, int], int]) -> None:
         super().__init__(num_blocks, limits)
@@ -224,7 +224,7 @@ class Follower(PagedOracle):
 
 
 class Turning(ListLink):
-    """A script during which grammars become ready."""
+    """Script of messages during which pending grammars become ready."""
 
     def __init__(self, script: list[list[ToEngine]], compiler: Compiler) -> None:
         super().__init__(script)
@@ -236,7 +236,7 @@ class Turning(ListLink):
 
 
 class Told:
-    """A link that keeps what every rank is told, by turn, as `Broadcast` hands it on."""
+    """Link that records the messages for all ranks, by step, as `Broadcast` sends them."""
 
     def __init__(self, inner: Link) -> None:
         self.inner, self.messages = inner, list[list[ToScheduler]]()
@@ -250,7 +250,7 @@ class Told:
 
 
 class Compiler:
-    """Grammars that are ready some turns later, out of order; a `source` that is no number is none."""
+    """Compiler whose grammars are ready some steps later, out of order. A `source` that is not a number is invalid."""
 
     end_ids = ENDS
 
@@ -282,7 +282,7 @@ class Compiler:
 
 
 class House:
-    """An engine with constraints over the oracle, its links in the order of `runtime.links`."""
+    """An engine with constraints over the oracle, with its links in the order of `runtime.links`."""
 
     def __init__(
         self, script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, seed: int = 0,
@@ -300,13 +300,13 @@ class House:
         self.engine = Engine(self.scheduler, self.oracle, Timed(self.told, self.scheduler))
 
     def run(self, check: Callable[[], None] = lambda: None) -> None:
-        """Until everything is answered; the books are looked at after every step."""
+        """Step until every request has ended, and check the books after every step."""
         for _ in range(20_000):
             self.engine.step()
             check_books(self.scheduler)
             check()
             if not self.link.script and self.engine.idle and not self.gated.holds:
-                self.engine.step()  # the last refusals
+                self.engine.step()  # sends the last refusals
                 self.gated.close()
                 return
         raise AssertionError("the engine does not come to rest")

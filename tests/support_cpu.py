@@ -1,4 +1,4 @@
-"""The CPU backend, fed steps by hand. No torch."""
+"""Driver that feeds steps to the CPU backend. No torch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Rows = list[tuple[int, list[int]]]
 
 @cache
 def kernel_folder() -> Path:
-    """Where tests keep compiled kernels: one folder a user, for compiling takes seconds."""
+    """Return the folder of compiled kernels, one per user: compiling takes seconds, so tests share it."""
     return Path(tempfile.gettempdir()) / f"tokenmill-test-kernels-{Path.home().name}"
 
 
 class CpuDriver(CpuBackend):
-    """A backend whose logits of the last step can be looked at. Blocks are scattered over the cache.
+    """A CPU backend with access to the logits of its last step. Its blocks are scattered over the cache.
 
-    Each row's last token samples.
+    The last token of each row samples.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class CpuDriver(CpuBackend):
 
     @classmethod
     def of(cls, path: str | Path, **options: Any) -> CpuDriver:
-        """Of a model on disk."""
+        """Return a driver for a model on disk."""
         return cls(open_checkpoint(local_source(path)), **options)
 
     def forget(self, slot: int, keep: int = 0) -> None:
-        """Give a slot up, but for its first `keep` tokens, which stay cached."""
+        """Free a slot. Its first `keep` tokens stay in the cache."""
         self.known[slot] = self.known.get(slot, [])[:keep]
         used = -(-keep // self.limits.block_size)
         self.free += self.blocks.get(slot, [])[used:]
         self.blocks[slot] = self.blocks.get(slot, [])[:used]
 
     def inputs(self, rows: Rows, sampling: SamplingParams | None = None, **options: Any) -> StepInputs:
-        """The step that computes these ids; every slot is admitted anew with what it knows."""
+        """Return the step that computes these ids. Every slot is admitted anew with its known tokens."""
         admitted, blocks, starts = [], [], []
         for slot, ids in rows:
             known = self.known.setdefault(slot, [])
@@ -89,14 +89,14 @@ class CpuDriver(CpuBackend):
         )
 
     def feed(self, rows: Rows, sampling: SamplingParams | None = None, **options: Any) -> NDArray[np.float32]:
-        """Run a step; logits of each row's last token (rows, vocabulary)."""
+        """Run a step and return the logits of each row's last token, (rows, vocabulary)."""
         self.step(rows, sampling, **options)
         return self.logits(len(rows))
 
     def step(self, rows: Rows, sampling: SamplingParams | None = None, **options: Any) -> StepResult:
-        """Run a step."""
+        """Run a step and return its result."""
         return self.run(self.inputs(rows, sampling, **options)).result()
 
     def logits(self, rows: int) -> NDArray[np.float32]:
-        """Of the last step."""
+        """Logits of the last step."""
         return self._memory.view(self.program.logits, rows).copy()

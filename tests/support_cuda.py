@@ -1,4 +1,4 @@
-"""The CUDA backend where there is no GPU: under Triton's interpreter, fed by hand. Import it before any kernel."""
+"""Driver for the CUDA backend without a GPU, under Triton's interpreter. Import it before any kernel."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ torch = pytest.importorskip("torch")
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
     interpreter = pytest.importorskip("triton.runtime.interpreter")
 
     def patched(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
-        """Triton 3.6 makes range() of arrays of one element, which numpy 2.4 refuses."""
+        """Work around Triton 3.6's range() over arrays of one element, which numpy 2.4 refuses."""
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
 
     def rounded(x: Any, kind: Any, to: Any, mode: Any, convert: Any = interpreter._convert_float) -> Any:
-        """Triton 3.6 loses the carry where rounding to 8 bits reaches the next power of two."""
+        """Work around Triton 3.6's lost carry when rounding to 8 bits reaches the next power of two."""
         made = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}.get(str(to))
         if made is None or str(kind) != "fp32":
             return convert(x, kind, to, mode)
@@ -35,8 +35,8 @@ if not ON_GPU:
 
     interpreter._convert_float = rounded
 
-    # What takes most of the interpreter's time, and changes nothing: it replaces its language's functions anew at every
-    # call of one, computes overflows that nobody is told of, and makes a table for each look into it.
+    # Skip work that takes most of the interpreter's time without an effect on results: it patches the functions of
+    # its language at every call, computes overflow checks that are not reported, and rebuilds a table at each lookup.
     language = pytest.importorskip("triton.language")
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
@@ -70,7 +70,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 def write_random(folder: Path, family: str, *, dtype: Any = torch.float32, spread: float = 0.2, **changes: Any) -> None:
-    """A tiny random checkpoint of a family; needs no transformers."""
+    """Write a tiny random checkpoint of a family. Needs no transformers."""
     model_type, own = FAMILIES[family]
     config = SIZES | {"model_type": model_type} | own | changes
     folder.mkdir(exist_ok=True, parents=True)
@@ -85,19 +85,19 @@ def write_random(folder: Path, family: str, *, dtype: Any = torch.float32, sprea
 
 
 def altered(program: Program, **fields: Any) -> Program:
-    """With other attributes of attention, which no family here has."""
+    """Return the program with changed attention attributes, which no family here uses."""
     changed = tuple(replace(op, **fields) if isinstance(op, ops.Attention) else op for op in program.ops)
     return replace(program, ops=changed)
 
 
 def program(folder: Path, family: str = "llama", **changes: Any) -> Program:
-    """That of a tiny random checkpoint, written to `folder`."""
+    """Return the program of a tiny random checkpoint, written to `folder`."""
     write_random(folder, family, **{"num_hidden_layers": 2} | changes)
     return program_of(open_checkpoint(local_source(folder)).config)
 
 
 class CudaDriver(CudaBackend):
-    """As `support_models.Driver`: fed ids by slot, blocks scattered over the cache."""
+    """Driver like `support_models.Driver`: fed with ids by slot, blocks scattered over the cache."""
 
     known: dict[int, list[int]]
 
@@ -124,7 +124,10 @@ class CudaDriver(CudaBackend):
     inputs = Driver.inputs
 
     def feed(self, rows: list[tuple[int, list[int]]]) -> np.ndarray:
-        """Run a step; logits of each row's last token (rows, vocabulary). Its tokens must be the likeliest."""
+        """Run a step and return the logits of each row's last token, (rows, vocabulary).
+
+        Assert that its sampled tokens are the likeliest ones.
+        """
         token_ids = self.run(self.inputs(rows)).result().token_ids  # type: ignore[arg-type]
         logits = self.logits[: len(rows)].float().cpu().numpy().copy()
         assert token_ids == logits.argmax(-1).tolist()

@@ -1,4 +1,4 @@
-"""The CUDA backend's sampler over logits that a test gives, and what is expected of it."""
+"""The CUDA backend's sampler over given logits, and its expected results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ random_request = partial(support_sampling.random_request, most_k=100, watermarke
 
 
 class Bench:
-    """Slots and a sampler as the backend has them, over logits that a test gives."""
+    """Slots and a sampler as in the backend, over given logits."""
 
     def __init__(
         self, logits: Any, *, slots: int = SLOTS, max_total: int = MAX_TOTAL, dtype: Any = torch.float32,
@@ -40,7 +40,7 @@ class Bench:
         self.vocab = self.logits.shape[1]
 
     def sizes(self, inputs: StepInputs, some: bool = False) -> Sizes:
-        """The step as launches see it; `some`: beside tokens of other sequences that do not sample."""
+        """Return the sizes of the step for launches. `some`: beside tokens of sequences that do not sample."""
         rows = np.stack([inputs.slots, inputs.starts + inputs.counts - 1], 1)[inputs.samples].astype(np.int32)
         if not some:
             return Sizes(len(rows), len(rows), torch.tensor(rows.ravel()).to(DEVICE))
@@ -52,7 +52,7 @@ class Bench:
     def run(
         self, inputs: StepInputs, *, some: bool = False, chosen: bool = False, masks: Masks | None = None
     ) -> tuple[list[int], list[Any]]:
-        """Tokens and details of a step, as its result tells them."""
+        """Return the tokens and details of a step, as its result does."""
         self.slots.apply(inputs)
         sizes = self.sizes(inputs, some)
         if chosen:
@@ -67,7 +67,7 @@ class Bench:
         return token_ids, replace(logprobs, wanted=wanted).details()
 
     def assert_clean(self, inputs: StepInputs, token_ids: list[int]) -> None:
-        """What has to be zero between steps is, and tokens stand in their slots."""
+        """Assert that the buffers which must be zero between steps are zero, and that slots hold the tokens."""
         assert int(self.sampler._counts.abs().max()) == 0
         assert int(self.sampler._done.abs().max()) == 0
         ends = (inputs.starts + inputs.counts)[inputs.samples]
@@ -81,7 +81,7 @@ def run(logits: Any, requests: list[Request], outputs: Any = None, slots: Any = 
 
 
 def torch_run(logits: Any, requests: list[Request], outputs: Any = None) -> Any:
-    """The torch backend's tokens and details."""
+    """Return the torch backend's tokens and details."""
     inputs = make_step(requests, outputs)
     slots = Slots(StepLimits(64, max(SLOTS, len(requests)), MAX_TOTAL, 16), logits.shape[1])
     slots.apply(inputs)

@@ -23,13 +23,13 @@ TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output"
 
 
 def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo GGUF's order of a head's rows (pairs side by side) for transformers' (first halves, then second halves)."""
+    """Undo GGUF's order of the rows of a head: interleaved pairs become first halves, then second halves."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def reference_model(path: Path) -> Any:
-    """transformers' Llama in float32 over the dequantized tensors of the GGUF file at `path`."""
+    """Return transformers' Llama in float32 over the dequantized tensors of the GGUF file at `path`."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,20 +63,22 @@ def reference_model(path: Path) -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True, strict=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no weights
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are not weights
     return model.eval()
 
 
 @torch.inference_mode()
 def behind(model: Any, prompt_ids: list[int], ids: list[int]) -> list[float]:
-    """How far in logits each of `ids`, which follow the prompt, is behind the likeliest token; 0: it is that one."""
+    """Return by how many logits each of `ids`, which follow the prompt, is below the likeliest token."""
     logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
     return [float(row.max() - row[token]) for row, token in zip(logits, ids, strict=True)]
 
 
 @torch.inference_mode()
 def likeliest(model: Any, prompt_ids: list[int], ids: list[int]) -> tuple[list[int], list[float]]:
-    """The likeliest token in the place of each of `ids`, which follow the prompt, and its lead over the second in
-    logits."""
+    """Return the likeliest token at the place of each of `ids`, and its lead in logits over the second.
+
+    `ids` follow the prompt.
+    """
     top = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1].topk(2)
     return top.indices[:, 0].tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()

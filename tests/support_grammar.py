@@ -1,4 +1,4 @@
-"""A small vocabulary, and walks through grammars token by token."""
+"""A small vocabulary, and checks of grammars token by token."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ LONGER = ('{"', '":', '",', '"}', "ab", "abc", "foo", "bar", "name", "hello", " 
 
 
 def small_vocabulary() -> Vocabulary:
-    """All bytes, two ends, a special token that looks like text, longer tokens, and logits wider than that."""
+    """Return all bytes, two end tokens, a special token that looks like text, longer tokens, and unused logits."""
     tokens = [bytes([i]) for i in range(256)] + [b"<end>", b"<stop>", b"abc"] + [text.encode() for text in LONGER]
     return Vocabulary.of(tokens.__getitem__, len(tokens), 320, (END, OTHER_END), (SPECIAL,))
 
 
 def backend(encode: Any = None) -> Backend:
-    """The backend over the small vocabulary."""
+    """Return the grammar backend over the small vocabulary."""
     return LLGuidance(small_vocabulary(), encode)
 
 
 def made(chosen: Backend, kind: str, source: str) -> Grammar:
-    """A grammar compiled in this process."""
+    """Return a grammar compiled in this process."""
     return chosen.finish(chosen.prepare(kind, source))
 
 
 def allowed(matcher: Matcher, vocabulary: Vocabulary) -> set[int]:
-    """The ids that the mask allows. The row was dirty before, and its neighbours stay as they were."""
+    """Return the ids that the mask allows. Assert that only its own row changed, from dirty contents."""
     mask = np.full((3, vocabulary.mask_words), 0xDEADBEEF, np.uint32)
     matcher.fill_mask(mask, 1)
     assert (mask[[0, 2]] == 0xDEADBEEF).all()
@@ -42,13 +42,13 @@ def allowed(matcher: Matcher, vocabulary: Vocabulary) -> set[int]:
 
 
 def accepts(grammar: Grammar, text: str) -> bool:
-    """Whether `text` is a whole answer, byte by byte."""
+    """Return True if `text` is a complete answer, byte by byte."""
     matcher = grammar.matcher()
     return all(matcher.accept(byte) for byte in text.encode()) and matcher.accept(END)
 
 
 def mutated(value: Any, draw: random.Random) -> Any:
-    """A JSON value that is a little different, often no longer valid."""
+    """Return a slightly changed JSON value, often no longer valid."""
     if isinstance(value, dict) and value and draw.random() < 0.7:
         out, key = dict(value), draw.choice(list(value))
         what = draw.randrange(4)
@@ -70,5 +70,5 @@ def mutated(value: Any, draw: random.Random) -> Any:
 
 
 def compact(value: Any) -> str:
-    """JSON without white space."""
+    """Return JSON text without white space."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

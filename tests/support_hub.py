@@ -1,4 +1,4 @@
-"""A small Hub on this machine that can be told to misbehave."""
+"""A small local Hub that can be set to misbehave."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Answer:
-    """`length`: what Content-Length says; None: the body's. `cut`: bytes of the body after which the connection is
-    reset; None: it is sent whole. `silent`: no answer at all, for so many seconds."""
+    """A response of the Hub.
+
+    `length`: value of Content-Length; None: that of the body. `cut`: bytes of the body after which the connection is
+    reset; None: send the whole body. `silent`: seconds without any response.
+    """
 
     status: int = 200
     body: bytes = b""
@@ -30,8 +33,10 @@ Override = Callable[[str], Answer | None]
 
 
 class FakeHub:
-    """Repositories by name and revision. `override`: gets a request's method and path, and answers in the Hub's place
-    unless it returns None."""
+    """Repositories by name and revision.
+
+    `override`: called with the method and path of a request; its answer replaces the Hub's, unless it is None.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, tuple[str, dict[str, bytes]]]] = {}
@@ -43,7 +48,7 @@ class FakeHub:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def add(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
-        """Make a commit; returns its id."""
+        """Make a commit and return its id."""
         sha = hashlib.sha1(repr((repo, revision, sorted(files.items()))).encode()).hexdigest()
         revisions = self.repositories.setdefault(repo, {})
         revisions[revision] = revisions[sha] = (sha, files)
@@ -59,7 +64,7 @@ class FakeHub:
         self.server.server_close()
 
     def answer(self, method: str, path: str) -> Answer:
-        """What the Hub says to a request."""
+        """Return the Hub's response to a request."""
         self.requests.append(f"{method} {path}")
         found = self.override(f"{method} {path}")
         if found is not None:

@@ -1,4 +1,4 @@
-"""Calling single kernels of the CPU backend: compiled for each instruction set that this machine can run."""
+"""Calls of single kernels of the CPU backend, for each instruction set that this machine can run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ISAS = [i.name for i in isa.available()]
 
 
 def load(name, kernels):
-    """Compiled kernels, kept between runs; what this returns must outlive their use."""
+    """Return compiled kernels, cached between runs. The result must outlive their use."""
     return KernelCache(kernel_folder(), isa.detect(name), jobs=2).load(kernels)
 
 
@@ -23,7 +23,7 @@ def address(array):
 
 
 def walk(function, row, context, threads=1):
-    """Run a kernel on some threads; what it returned. `row`, `context`: words by column."""
+    """Run a kernel on some threads and return its result. `row`, `context`: words by column."""
     counter = np.zeros(8, np.int64)
     words = [np.zeros(size, np.int64) for size in (layout.COLUMNS, layout.CONTEXT)]
     for array, given in zip(words, (row, context | {layout.THREADS: threads}), strict=True):
@@ -41,7 +41,7 @@ def walk(function, row, context, threads=1):
 
 
 def matrix(values, dtype=np.float32):
-    """A 64-byte aligned copy with rows of whole vectors (of 16), and the bytes of a row."""
+    """Return a 64-byte aligned copy with rows padded to whole vectors of 16, and the bytes of a row."""
     rows, width = values.shape
     padded = -(-width // 16) * 16
     whole = np.zeros(rows * padded * np.dtype(dtype).itemsize + 64, np.uint8)
@@ -52,7 +52,7 @@ def matrix(values, dtype=np.float32):
 
 
 def quantized(x):
-    """(rows, width) float32 to codes and (rows, blocks, 2) scales, as `vectors.quantize_block` defines them."""
+    """Quantize (rows, width) to codes and (rows, blocks, 2) scales, as `vectors.quantize_block` defines them."""
     blocks = x.astype(np.float32).reshape(len(x), -1, 32)
     top = np.abs(blocks).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, and a driver that feeds a backend steps by hand."""
+"""Tiny random checkpoints of every family, and a driver that feeds steps to a backend."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def make_checkpoint(
     shard_size: str = "5GB",
     **changes: Any,
 ) -> Any:
-    """Write a tiny random model to `folder`; transformers' model of the same weights, in float32, ready to be called.
+    """Write a tiny random model to `folder`. Return transformers' model of the same weights, in float32.
 
-    Norms and biases are random too, so that a missing one shows. `changes`: to the configuration.
+    Norms and biases are random too, so that a missing one is detected. `changes`: to the configuration.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,14 +65,14 @@ def make_checkpoint(
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for p in model.parameters():
         p.data = (torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)).to(dtype).float()
-    deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard_size)  # `to` rounds rope's buffers, too
+    deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard_size)  # a copy: `to` rounds rope's buffers
     return model
 
 
 class Driver(TorchBackend):
-    """A backend whose `logits` of the last step can be looked at, and that is fed ids by slot.
+    """A backend with access to the `logits` of its last step, fed with ids by slot.
 
-    Blocks are scattered over the cache. `rows`: (slot, new ids to compute); each row's last token samples.
+    Blocks are scattered over the cache. `rows`: (slot, new ids to compute). The last token of each row samples.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Driver(TorchBackend):
 
     @classmethod
     def of(cls, folder: str | Path, **options: Any) -> Driver:
-        """Of a model on disk."""
+        """Return a driver for a model on disk."""
         source = open_checkpoint(local_source(folder))
         return cls(program_of(source.config), source, **options)
 
     def inputs(self, rows: list[tuple[int, list[int]]], prompt_logprobs: int = -1) -> StepInputs:
-        """The step that computes these ids; slots not seen before are admitted."""
+        """Return the step that computes these ids. New slots are admitted."""
         admitted, blocks, starts = [], [], []
         for slot, ids in rows:
             known = self.known.setdefault(slot, [])
@@ -121,7 +121,7 @@ class Driver(TorchBackend):
         )  # fmt: skip
 
     def feed(self, rows: list[tuple[int, list[int]]]) -> np.ndarray:
-        """Run a step; logits of each row's last token (rows, vocabulary)."""
+        """Run a step and return the logits of each row's last token, (rows, vocabulary)."""
         self.run(self.inputs(rows)).result()
         return self.logits
 
@@ -131,12 +131,12 @@ class Driver(TorchBackend):
 
 
 def prompts(vocab_size: int = 128) -> list[list[int]]:
-    """Three prompts of different lengths."""
+    """Return three prompts of different lengths."""
     return [np.random.default_rng(i).integers(0, vocab_size, n).tolist() for i, n in enumerate((5, 37, 20))]
 
 
 def steps() -> list[list[tuple[int, list[int]]]]:
-    """Prefill of one, a chunk of another; its rest beside a decode and a third; decodes, one of two tokens."""
+    """Return steps: a prefill and a chunk; the other chunk beside a decode and a third; decodes, one of two tokens."""
     a, b, c = prompts()
     return [
         [(0, a), (1, b[:16])],
@@ -148,7 +148,7 @@ def steps() -> list[list[tuple[int, list[int]]]]:
 
 
 def reference(model: Any, rows_of_steps: list[list[tuple[int, list[int]]]]) -> list[np.ndarray]:
-    """What transformers' model says after each row of each step, every time from the beginning."""
+    """Return the logits of transformers' model after each row of each step, each computed from the beginning."""
     seen: dict[int, list[int]] = {}
     made = []
     for rows in rows_of_steps:

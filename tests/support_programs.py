@@ -1,4 +1,4 @@
-"""Random programs with random weights: what passes, sharding and backends are compared on."""
+"""Random programs with random weights, to compare passes, sharding and backends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCABULARY, WIDTH, HEAD, HEADS, KV_HEADS, INNER = 64, 64, 16, 4, 2, 96
 
 
 class Arrays:
-    """A checkpoint of arrays made on the spot."""
+    """A checkpoint of arrays in memory."""
 
     format = "safetensors"
 
@@ -41,9 +41,9 @@ class Arrays:
 
 
 class Draw:
-    """Draws a program of one to two layers: each choice is an attribute or an edge that some model has.
+    """Generator of a random program of one or two layers. Each choice is an attribute or an edge that some model has.
 
-    `plain`: only graphs that can be shared over ranks, with the sharding that models give their weights.
+    `plain`: only graphs that can be sharded over ranks, with the sharding that models give their weights.
     """
 
     def __init__(self, seed: int, plain: bool = False) -> None:
@@ -91,7 +91,7 @@ class Draw:
 
     def any_norm(self, x: Value) -> Value:
         center = self.chance(0.4)
-        bias = self.chance(0.5 if center else 0.07)  # no CPU kernel has the latter
+        bias = self.chance(0.5 if center else 0.07)  # rare: no CPU kernel supports a bias without centring
         return self.norm(x, center=center, bias=bias, eps=self.one_of(1e-5, 0.5))
 
     # ---- the model
@@ -118,7 +118,7 @@ class Draw:
         if kind == "view":  # a part of a product
             return x + self.linear(y, WIDTH, WIDTH)[self.one_of(0, 1)]
         total = y + x if kind == "swapped" else x + y
-        if kind == "later":  # something reads the sum after its norm
+        if kind == "later":  # a later operation reads the sum after its norm
             normed = self.any_norm(total)
             return self.linear(total, WIDTH)[0] + normed
         if kind == "sooner":
@@ -136,7 +136,7 @@ class Draw:
         if self.chance(0.8):
             q, k = self._rotated(q, k)
         reads = "nothing" if self.plain else self.one_of("nothing", "nothing", "nothing", "before", "after", "raw")
-        if reads == "before":  # something else reads what a fusion would take away
+        if reads == "before":  # another operation reads the value that a fusion would remove
             (extra,) = self.linear(self.one_of(q, k), WIDTH)
         y = x.record(
             ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=layer, head_dim=HEAD, scale=HEAD**-0.5,
@@ -149,7 +149,7 @@ class Draw:
         return out if extra is None else out + extra
 
     def _heads(self, q: Value, k: Value) -> tuple[Value, Value]:
-        """Norms of heads that are alike, or differ in one thing; of queries alone; of whole rows."""
+        """Apply equal or slightly different norms to heads, to queries only, or to whole rows."""
         kind = self.one_of("alike", "alike", "eps", "center", "bias", "q", "rows", "small", "halves")
         if kind in ("alike", "rows" if self.plain else "alike"):
             return self.norm(q, HEAD), self.norm(k, HEAD)
@@ -168,7 +168,7 @@ class Draw:
         return self.norm(q, HEAD), self.norm(k, HEAD // 2)
 
     def _rotated(self, q: Value, k: Value) -> tuple[Value, Value]:
-        """Rotations that are the same, or not; of queries alone; of parts of heads."""
+        """Apply equal or different rotations, to queries only, or to parts of heads."""
         first = RopeTable.of(HEAD, 1e4, 256, None)
         kind = self.one_of("same", "same", "same", "theta", "q", "part", "narrow")
         tables = {
@@ -213,7 +213,7 @@ class Draw:
             return y.record(ops.SoftCap, x=y, cap=2.0)
         if kind == "acted":
             return y.record(ops.Act, x=y, act="relu")
-        if kind == "before":  # the output is not the last operation's: what follows must not take it away
+        if kind == "before":  # the output is not that of the last operation: later ones must not overwrite it
             after = self.one_of("sum", "act", "product")
             if after == "sum":
                 self.norm(x + y)
@@ -230,7 +230,7 @@ def steps() -> list[list[tuple[int, list[int]]]]:
 
 
 def logits_of(program: Program, source: Arrays) -> list[np.ndarray]:
-    """Of the program as it is, without the backend's own passes."""
+    """Return the logits of the program as it is, without the backend's own passes."""
     backend = Driver(program, source)
     backend._interpreter = Interpreter(program)
     made = [backend.feed(rows) for rows in steps()]

@@ -1,6 +1,6 @@
-"""The rules of sampling, written a second time: one row, float64, Python integers. An oracle for tests.
+"""Second implementation of the sampling rules, an oracle: one row, float64, Python integers.
 
-And what the tests of every backend ask it about: requests of all parameters, the step that samples for them.
+Also the inputs for the tests of every backend: random requests with all parameters, and steps that sample them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def reference_noise(seed: int, position: int, token_id: int) -> float:
 
 
 def reference_green(previous_id: int, gamma: float, vocab_size: int) -> list[int]:
-    """The watermark's green ids, by Python's own Mersenne twister."""
+    """Return the watermark's green ids, by Python's own Mersenne twister."""
     state = [15485863 * previous_id & MASK]
     for i in range(1, 624):
         state.append(1812433253 * (state[-1] ^ state[-1] >> 30) + i & MASK)
@@ -48,7 +48,7 @@ def a_request(prompt=(1, 2, 3), stopping=None, **params) -> Request:
 
 
 def random_request(rng, vocab: int, *, most_k: int = 10**6, watermarked: float = 0.25) -> Request:
-    """Any parameters; a watermark with that probability, for its oracle is slow."""
+    """Return a request with random parameters, and a watermark with that probability: its oracle is slow."""
 
     def maybe(value, off, p=0.35):
         return value if rng.random() < p else off
@@ -76,7 +76,7 @@ def random_request(rng, vocab: int, *, most_k: int = 10**6, watermarked: float =
 
 
 def make_step(requests, outputs=None, slots=None, tail="full") -> StepInputs:
-    """A step that samples each request's next token."""
+    """Return a step that samples the next token of each request."""
     outputs = outputs or [[] for _ in requests]
     number = np.array(slots if slots is not None else range(len(requests)), np.int32)
     ids = [np.array([*r.prompt_ids, *o], np.int32) for r, o in zip(requests, outputs, strict=True)]
@@ -93,7 +93,7 @@ def make_step(requests, outputs=None, slots=None, tail="full") -> StepInputs:
 
 
 def assert_the_rules(logits, requests, outputs, found, allowed=None) -> None:
-    """Tokens and details of a step, None if no row has any, are those of the rules."""
+    """Assert that tokens and details of a step follow the rules. `details`: None if no row requested any."""
     token_ids, details = found
     details = details or [None] * len(requests)
     for i, (request, token_id, detail) in enumerate(zip(requests, token_ids, details, strict=True)):
@@ -117,7 +117,7 @@ def softmax(x):
 
 
 def random_masks(rng, rows: int, vocab: int) -> tuple[Masks, list[np.ndarray]]:
-    """Masks for some of the rows, none of them empty; and for every row which ids it may choose."""
+    """Return non-empty masks for some of the rows, and the allowed ids of every row."""
     allowed = [np.ones(vocab, bool) for _ in range(rows)]
     chosen = np.flatnonzero(rng.random(rows) < 0.7)
     for row in chosen:
@@ -128,12 +128,12 @@ def random_masks(rng, rows: int, vocab: int) -> tuple[Masks, list[np.ndarray]]:
         for i in np.flatnonzero(allowed[row]).tolist():
             words[m, i // 32] |= np.uint32(1 << i % 32)
     if vocab % 32:
-        words[:, -1] |= np.uint32(0xFFFFFFFF << vocab % 32 & 0xFFFFFFFF)  # behind the vocabulary nothing counts
+        words[:, -1] |= np.uint32(0xFFFFFFFF << vocab % 32 & 0xFFFFFFFF)  # bits beyond the vocabulary must be ignored
     return Masks(chosen.astype(np.int32), words), allowed
 
 
 def reference_scores(logits, prompt, output, params: SamplingParams, stopping: StoppingParams, allowed=None):
-    """What is sampled from (before noise), in float64. `allowed`: a mask, as booleans."""
+    """Return the scores to sample from, before noise, in float64. `allowed`: a mask, as booleans."""
     x = np.array(logits, np.float64)
     if allowed is not None:
         x[~allowed] = -np.inf
@@ -182,7 +182,7 @@ def log_softmax(x):
 
 
 def chi_square(counts, probabilities) -> float:
-    """The statistic over its degrees of freedom, of bins that expect at least 5."""
+    """Return the statistic divided by its degrees of freedom. Bins that expect fewer than 5 are merged."""
     expected = probabilities * counts.sum()
     big = expected >= 5
     bins = [*counts[big], counts[~big].sum()], [*expected[big], expected[~big].sum()]

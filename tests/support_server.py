@@ -1,4 +1,4 @@
-"""A real server in processes of its own, with the mock engine and a tokenizer of bytes, for tests of the HTTP side."""
+"""A real server in processes of its own, with the mock engine and a byte-level tokenizer, for tests of HTTP."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ TEMPLATE = (
 
 
 def byte_model(folder: Path, template: str = TEMPLATE, special: Sequence[str] = ()) -> Path:
-    """A model folder with a tokenizer of bytes (`</s>` is 0, `<s>` is 1, byte b is somewhere above, then further
-    `special` tokens) and no weights."""
+    """Write a model folder with a byte-level tokenizer and no weights.
+
+    `</s>` is 0, `<s>` is 1; the bytes follow, then `special` further tokens.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"</s>": 0, "<s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -91,7 +93,7 @@ class Server:
         return httpx.post(self.url + path, json=body, timeout=30, **more)
 
     def events(self, path: str, body: Any) -> list[Any]:
-        """The events of a stream, decoded; "[DONE]" stays a string."""
+        """Return the decoded events of a stream. "[DONE]" stays a string."""
         with httpx.stream("POST", self.url + path, json=body, timeout=30) as response:
             assert response.status_code == 200, response.read()
             assert response.headers["content-type"] == "text/event-stream"
@@ -101,14 +103,14 @@ class Server:
         return [b if (b := block.removeprefix("data: ")) == "[DONE]" else json.loads(b) for block in blocks]
 
     def metric(self, name: str) -> float:
-        """One line's value in /metrics; `name` with its labels."""
+        """Return the value of one line in /metrics. `name`: with labels."""
         for line in httpx.get(self.url + "/metrics", timeout=5).text.splitlines():
             if line.startswith(name + " "):
                 return float(line.rsplit(" ", 1)[1])
         raise KeyError(name)
 
     def children(self) -> dict[str, int]:
-        """Process ids of the supervisor's children by what they run: "server" and "runtime"."""
+        """Return process ids of the supervisor's children by their role: "server" and "runtime"."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -121,13 +123,13 @@ class Server:
         return found
 
     def log(self) -> str:
-        """What it wrote, when it has ended. TimeoutExpired if it does not within 30 s."""
+        """Return the output once the server has ended. Raise TimeoutExpired after 30 s."""
         self.process.wait(30)
         self._output.seek(0)
         return self._output.read()
 
     def stop(self) -> str:
-        """End the server now; its log."""
+        """End the server now and return its log."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             self.process.send_signal(signal.SIGINT)
@@ -148,7 +150,10 @@ def scripted(
     special: Sequence[str] = (),
     total: int = 500,
 ) -> Iterator[Server]:
-    """A server whose engine answers `text`, a byte every `step_ms`, of a model in `folder`; ends with the block."""
+    """Run a server for the model in `folder` whose engine answers `text`, a byte every `step_ms`.
+
+    The server ends with the block.
+    """
     told = ("--mock-text", text, "--mock-step-ms", str(step_ms), "--max-total-tokens", str(total))
     running = Server(byte_model(folder, template, special), unused_port(), *told, *options)
     try:

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot, and what other programs make of the same vocabularies."""
+"""Small tokenizers, and recorded results of other programs for the same vocabularies."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DATA = Path(__file__).parent / "data" / "text"
 
 
 def recorded(name: str) -> Any:
-    """What another program was seen to do: llamacpp.json or sentencepiece.json."""
+    """Return recorded results of another program: llamacpp.json, sentencepiece.json or tiktoken.json."""
     return json.loads((DATA / name).read_text())
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """A byte-level BPE of 600 tokens, of which the first three are special."""
+    """Return a byte-level BPE tokenizer of 600 tokens, of which the first three are special."""
     data = recorded("llamacpp.json")
     vocabulary = {token: i for i, token in enumerate(data["tokens"])}
     inner = tokenizers.Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in data["merges"]]))
@@ -33,14 +33,14 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def sentencepiece_model(name: str) -> bytes:
-    """The content of a tokenizer.model."""
+    """Return the content of a tokenizer.model."""
     return zlib.decompress(base64.b64decode(recorded("sentencepiece.json")["models"][name]["file"]))
 
 
 def write_gguf(
     path: Path, *, pre: str = "gpt-2", template: str | None = None, merges: list[str] | None = None, **metadata: Any
 ) -> Path:
-    """A GGUF file with a vocabulary and hardly anything else."""
+    """Write a GGUF file with a vocabulary and almost nothing else."""
     data = recorded("llamacpp.json")
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_tokenizer_model("gpt2")
@@ -58,7 +58,7 @@ def write_gguf(
 
 
 def write_sentencepiece_gguf(path: Path, pieces: list[str], scores: list[float], kinds: list[int]) -> Path:
-    """The same for a vocabulary of the "llama" kind."""
+    """Write a GGUF file with a vocabulary of the "llama" kind."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)

@@ -1,4 +1,4 @@
-"""Writes tool calls as the models of each format write them: the other side of what `text/tools` reads."""
+"""Writers of tool calls in the format of each model: the inverse of the parsers in `text/tools`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Call = tuple[str, dict[str, Any]]
 
 
 def cut(whole: str, places: list[int]) -> list[str]:
-    """`whole` in pieces."""
+    """Cut `whole` into pieces."""
     edges = [0, *sorted(place % (len(whole) + 1) for place in places), len(whole)]
     return [whole[a:b] for a, b in pairwise(edges)]
 
@@ -79,7 +79,7 @@ def plain(value: Any) -> str:
 
 
 def tagged(calls: list[Call], mark: str, line: str) -> str:
-    """Qwen3-Coder's tags. `line`: what stands on both sides of a value."""
+    """Write a call with Qwen3-Coder's tags. `line`: text on both sides of a value."""
     written = []
     for name, given in calls:
         tags = "".join(f"<parameter={key}>{line}{plain(value)}{line}</parameter>\n" for key, value in given.items())
@@ -191,7 +191,7 @@ BARE = {"llama", "generic", "pythonic"}
 
 
 def marks_of(name: str) -> list[str]:
-    """A format's own marks, and texts that look like them or like what they stand around."""
+    """Return the marks of a format, and texts that look like them or like their surroundings."""
     form = by_name(name)
     style = getattr(form, "style", None)
     inner: list[str] = []
@@ -204,7 +204,7 @@ def marks_of(name: str) -> list[str]:
 
 
 def ambiguous(name: str, made: list[Call]) -> bool:
-    """True for calls that a format cannot express, by the rule in its style's docstring."""
+    """Return True for calls that a format cannot express, by the rule in the docstring of its style."""
     form = by_name(name)
     style = getattr(form, "style", None)
     if name == "functiongemma":
@@ -221,7 +221,7 @@ def ambiguous(name: str, made: list[Call]) -> bool:
 
 
 def texts_in(value: Any) -> list[str]:
-    """All texts in a value, keys too."""
+    """Yield all texts in a value, keys included."""
     if isinstance(value, dict):
         return [text for key, inner in value.items() for text in (key, *texts_in(inner))]
     if isinstance(value, list):
@@ -230,5 +230,5 @@ def texts_in(value: Any) -> list[str]:
 
 
 def router_of(template: str, *, parser: str = "", **more: Any) -> Router:
-    """The router of an answer, with the format of calls that a parser names or the template implies."""
+    """Return the router of an answer, with the format of calls named by a parser or implied by the template."""
     return new_router(format_of(template, parser), **more)

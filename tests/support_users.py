@@ -1,4 +1,4 @@
-"""Another user of this machine, for whom permissions count: root is denied nothing."""
+"""Switch to an unprivileged user: permissions are not enforced for root."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ OTHER = 65534
 
 @contextmanager
 def another_user() -> Iterator[None]:
-    """Be another user than root for a while; skips the test if this process is not root's.
+    """Run as another user than root until the block ends. Skip the test if this process is not root's.
 
-    Nothing may be imported meanwhile: the interpreter's own files may be root's alone.
+    Do not import anything in the block: the interpreter's files may be readable by root only.
     """
     if os.geteuid():
         pytest.skip("only root can become another user")

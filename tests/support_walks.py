@@ -1,4 +1,4 @@
-"""A model that writes at random, or wants to write a given text, and a grammar that holds it."""
+"""A simulated model that writes at random, or towards a given text, under a grammar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = ('{"', '":', '",', '"}', "}}", ": ", ", ", "get_weather", "now", "name",
 
 
 class Tokens:
-    """Bytes and some words as tokens, an end, and the markers that are special ones."""
+    """Tokenizer of bytes, some words, an end token, and the markers that are special tokens."""
 
     end = 256
 
@@ -34,7 +34,7 @@ class Tokens:
         self.vocabulary = Vocabulary(tuple(self.texts), (self.end,), specials, len(self.texts))
 
     def encode(self, text: str) -> list[int]:
-        """Bytes and special tokens."""
+        """Encode text as special tokens and bytes."""
         found: list[int] = []
         while text:
             marker = next((marker for marker in sorted(self.ids, key=len, reverse=True) if text.startswith(marker)), "")
@@ -47,18 +47,20 @@ class Tokens:
 
 
 def special_markers(name: str) -> tuple[str, ...]:
-    """The markers of a format that its models have as special tokens."""
+    """Return the markers of a format that its models have as special tokens."""
     return tuple(marker for marker in by_name(name).markers if marker not in PLAIN)
 
 
 def compiled(source: str, tokens: Tokens) -> Grammar:
-    """A grammar in Lark."""
+    """Return a compiled Lark grammar."""
     return made(LLGuidance(tokens.vocabulary), "lark", source)
 
 
 def walk(matcher: Matcher, tokens: Tokens, wish: str, draw: random.Random, after: str = "", most: int = 400) -> str:
-    """What a model writes that wants to write `wish`, and does something else where it must, and sometimes because it
-    can. `after`: a special token behind which it is held, and not before."""
+    """Return the output of a model that aims at `wish`, but deviates where it must, and sometimes where it can.
+
+    `after`: a special token behind which the grammar applies.
+    """
     mask, ids = tokens.vocabulary.new_mask(1), list[int]()
     wished, careful = tokens.encode(wish)[::-1], draw.choice((1.0, 0.997, 0.97))
     begins = tokens.ids.get(after)

@@ -1,4 +1,4 @@
-"""Reading answers: what stop strings and `min_tokens` are about, and an answer as one text."""
+"""Readers of answers: the scope of stop strings and `min_tokens`, and an answer as one text."""
 
 from __future__ import annotations
 

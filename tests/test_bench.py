@@ -1,4 +1,4 @@
-"""The load generator: what it reads of a stream, and what it makes of the times."""
+"""The load generator: parsing of streams, and computation of its figures."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens
 
 
 def with_server(pieces, use, forever=False):
-    """What `use(base URL)` gives, of a server that sends `pieces` with a pause after each."""
+    """Return the result of `use(base URL)` for a server that sends `pieces` with a pause after each."""
 
     async def serve(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
@@ -126,7 +126,7 @@ def test_no_answers_make_no_figures(values):
 
 
 class Worked:
-    """A server whose CPU time grows as `busy` says of the seconds since it was first looked at, and a clock for it."""
+    """A server with scripted CPU time, and a clock. `busy`: true at seconds since the first call at which it works."""
 
     def __init__(self, busy: Callable[[float], bool]) -> None:
         self.now, self.cpu, self.busy = 0.0, 5.0, busy
@@ -141,7 +141,7 @@ class Worked:
     [
         (lambda now: False, 6.0, 0.0),
         (lambda now: 3 <= now < 4 or 5 <= now < 6, 12.0, 1.8),  # pieces with pauses
-        (lambda now: True, 60.0, 54.0),  # who never rests is not waited for
+        (lambda now: True, 60.0, 54.0),  # a server that never rests is not waited for
     ],
 )
 def test_a_server_is_settled_when_it_has_done_nothing_for_a_while(

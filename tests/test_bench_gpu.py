@@ -1,4 +1,4 @@
-"""The benchmark of GPU machines, as far as it runs without one: files, clients, servers, the plan and its table."""
+"""The benchmark of GPU machines, as far as it runs without a GPU: files, clients, servers, the plan and its table."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ MOCK = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint of the tiny shape."""
+    """Write a checkpoint of the tiny shape."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     assert write_checkpoint(path, TINY)
     return path
 
 
 def told(capsys):
-    """What was printed as JSON, figures by name."""
+    """Return the figures printed as JSON, by name."""
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     return {line["figure"]: line for line in lines if "figure" in line}, lines
 
@@ -330,7 +330,7 @@ def line(name, value, unit="ms", *, who="ours", shape="8b", less=True, **more):
 
 
 def cells(text, *words):
-    """The cells of the row that has all words."""
+    """Return the cells of the row that contains all words."""
     (row,) = [row for row in text.splitlines() if row.startswith("|") and all(word in row for word in words)]
     return [cell.strip() for cell in row.strip("|").split("|")]
 

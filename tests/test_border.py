@@ -1,4 +1,4 @@
-"""The sockets around the engine: HTTP workers that come, go, send nonsense or do not read, and ranks that follow."""
+"""Sockets around the engine: HTTP workers that come, go, send invalid frames or do not read; follower ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def engine_on(link: Link, num_blocks: int = 64, compare_plans: bool = False) -> 
 
 
 class House:
-    """A border with workers to talk to it."""
+    """A border, and connections of HTTP workers to it."""
 
     def __init__(self, run_dir: Path) -> None:
         self.address = str(run_dir / "engine.sock")
@@ -56,7 +56,7 @@ class House:
         channel: Channel[FromEngine] = Channel.connect(self.address, FromEngine)
         channel.set_timeout(10)
         self.channels.append(channel)
-        self.border.receive(False)  # accepts it
+        self.border.receive(False)  # accepts the connection
         assert channel.receive() == INFO
         return channel
 
@@ -240,7 +240,7 @@ def test_a_workers_death_frees_the_blocks_within_a_step(house: House) -> None:
 
 
 class Ranks:
-    """Rank 0 and followers, each an engine in a thread of its own but rank 0, which the test drives."""
+    """Rank 0, driven by the test, and followers, each an engine in a thread of its own."""
 
     def __init__(self, run_dir: Path, size: int, blocks: Callable[[int], int] = lambda rank: 12) -> None:
         self.errors: dict[int, Exception] = {}
@@ -343,7 +343,7 @@ def test_ranks_that_plan_differently_are_found_out(run_dir: Path) -> None:
     ranks = Ranks(run_dir, 2, blocks=lambda rank: 12 if rank == 0 else 11)
     worker: Channel[FromEngine] = Channel.connect(str(run_dir / "engine.sock"), FromEngine)
     worker.send([request(i, 20) for i in range(7)])
-    with pytest.raises(OSError):  # the follower that found it out is gone
+    with pytest.raises(OSError):  # the follower that detected it is gone
         turn(ranks.engine, 200)
     assert isinstance(ranks.errors[1], RanksDiverged)
     worker.close()

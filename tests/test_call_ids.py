@@ -1,4 +1,4 @@
-"""Ids of calls as a template takes them."""
+"""Ids of tool calls in the form that a template takes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tokenmill.text.call_ids import IdForm, renamed
 
 
 def turn(*ids: str | None, name: str = "f") -> list[dict[str, Any]]:
-    """A message with calls, and their results."""
+    """Return a message with calls, and their results."""
     calls = [{"function": {"name": name}, **({"id": one} if one else {})} for one in ids]
     results = [{"role": "tool", "content": "x", **({"tool_call_id": one} if one else {})} for one in ids]
     return [{"role": "assistant", "content": None, "tool_calls": calls}, *results]
 
 
 def ids_of(messages: list[dict[str, Any]], form: IdForm) -> list[str]:
-    """The new ids of the calls, of which the results must be told in their order."""
+    """Return the new ids of the calls. Assert that the results have the same ids in the same order."""
     made = renamed(messages, form)
     calls = [call["id"] for message in made for call in message.get("tool_calls", ())]
     assert [message["tool_call_id"] for message in made if message.get("role") == "tool"] == calls

@@ -1,4 +1,4 @@
-"""Frames over Unix sockets, however the stream is cut and whatever a peer sends."""
+"""Frames over Unix sockets, for any cut of the stream and any bytes from a peer."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_connecting_waits_for_a_listener_that_comes_late(run_dir: Path) -> None:
 
 
 class Peer:
-    """What an AsyncChannel told."""
+    """Recorder of the calls of an AsyncChannel."""
 
     def __init__(self) -> None:
         self.messages: list[object] = []

@@ -35,7 +35,7 @@ from tokenmill.wire.messages import GrammarSpec
 
 
 def opening(made: ChatModel, found: ChatPlan, **fields: Any) -> str:
-    """The text that a plan put behind the prompt that the template makes."""
+    """Return the text that a plan appends to the prompt of the template."""
     template = made.tokenizer.chat_template
     assert template is not None
     rendered = template.render(fields.get("messages", USER), kwargs=fields.get("chat_template_kwargs"))
@@ -127,7 +127,7 @@ def test_a_strict_call_is_held_to_behind_thoughts_and_text(tmp_path: Path, speci
     for text in (f"Well. {CALL} And {CALL}\nDone.", f"<think>\nf?\n</think>\n\n{CALL}", CALL):
         assert follows(made, found.options.grammar, text), text
         assert not follows(made, found.options.grammar, text.replace(CALL, bad)), text
-    if TAGS[0] not in special:  # else it waits for a call and has no say in the end before
+    if TAGS[0] not in special:  # otherwise the grammar applies only after a call begins
         for text in ("", "Hello", "<think>\nf?\n</think>\n\nNo <tool_cal"):
             assert follows(made, found.options.grammar, text), text
 

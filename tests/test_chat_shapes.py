@@ -1,4 +1,4 @@
-"""Tools and a response format in one request: calls, or an answer of that shape."""
+"""Tools and a response format in one request: the answer is calls, or text of that format."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ CALLS = [
 
 
 def theirs(template: str, chat: list[dict[str, Any]], **more: Any) -> str:
-    """transformers' rendering."""
+    """Return transformers' rendering."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""Which files are the weights: what transformers loads of a folder is loaded here, and other contents are named."""
+"""Choice of the weight files in a folder: the same as transformers', and other contents are named."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the same tiny model with other numbers: `new` and `old` whole, `split` and `older` in parts."""
+    """Write folders of one tiny model with different weights: `new` and `old` whole, `split` and `older` in parts."""
     folders = {}
     for name, size in (("new", "5GB"), ("old", "5GB"), ("split", "150KB"), ("older", "100KB")):
         folder = folders[name] = tmp_path_factory.mktemp(name)
         make_checkpoint(folder, num_hidden_layers=2, shard_size=size)
-        for file in folder.glob("*.safetensors"):  # every folder's numbers are its own
+        for file in folder.glob("*.safetensors"):  # give every folder different weights
             tensors = {key: value + len(folders) for key, value in load_file(file).items()}
             save_file(tensors, file, metadata={"format": "pt"})
     return folders
@@ -259,7 +259,7 @@ def test_an_adapter_is_named_with_its_base_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(about))
     with pytest.raises(ModelError, match=r"a LORA adapter to the model meta-llama/Llama-3\.2-1B.*merge_and_unload"):
         local_source(tmp_path)
-    (tmp_path / "config.json").write_text("{}")  # some keep the base model's
+    (tmp_path / "config.json").write_text("{}")  # some repositories keep the base model's
     (tmp_path / "training_args.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="a LORA adapter"):
         local_source(tmp_path)

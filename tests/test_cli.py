@@ -1,4 +1,4 @@
-"""The commands, as a user types them."""
+"""The commands, as users type them."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_schema_prints_an_openapi_document_of_every_route() -> None:
 
 
 class _Api(BaseHTTPRequestHandler):
-    """Says the number of messages it was sent, in two pieces."""
+    """API whose answer is the number of messages that it received, in two pieces."""
 
     asked: list[bytes]
 

@@ -1,4 +1,4 @@
-"""The clients that people use, against the real server with the mock engine."""
+"""Clients in common use, against the real server with the mock engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a key, which takes one request at a time."""
+    """Run a server with a key, which serves one request at a time."""
     running = start(tmp_path_factory, "--mock-step-ms", "20", "--api-key", "secret", "--max-concurrent-requests", "1")
     yield running
     running.stop()
@@ -39,7 +39,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def busy(narrow: Server) -> Iterator[openai.OpenAI]:
-    """A client of `narrow`, which is busy with another's stream for a second or so."""
+    """Return a client of `narrow` while another's stream keeps it busy for about a second."""
     client = openai.OpenAI(base_url=narrow.url + "/v1", api_key="secret", max_retries=0)
     begun = threading.Event()
 
@@ -133,7 +133,7 @@ def test_openai_async_streams_at_once(server: Server) -> None:
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Other tests keep huggingface_hub from using any network, even this machine's own."""
+    """Allow huggingface_hub to use the network: the other tests forbid it, even on this machine."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     huggingface_hub.utils._http.reset_sessions()
     yield

@@ -1,4 +1,4 @@
-"""Options: TGI's names and defaults, the order of sources, checks, refusals."""
+"""Options: TGI's names and defaults, precedence of sources, checks, refusals."""
 
 from __future__ import annotations
 

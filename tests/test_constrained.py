@@ -1,4 +1,4 @@
-"""Sequences whose tokens are not the model's choice alone, among others: under the oracle, on random histories."""
+"""Constrained sequences among others, under the oracle, on random histories."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ THINK_ENDS = ((7, 8), (9,))
 
 
 def guided(seed: int, r: Request, rng: random.Random) -> Request:
-    """The request, of other rules."""
+    """Return the request with other rules."""
     stopping, spec = r.stopping, None
     kind = rng.choice(["grammar", "grammar", "after", "budget", "both", "within"])
     if kind != "budget":
@@ -54,7 +54,7 @@ def guided(seed: int, r: Request, rng: random.Random) -> Request:
 
 
 def guided_case(seed: int, aborts: bool = True, share: float = 0.6) -> tuple[Case, set[int]]:
-    """A random history in which that share of the requests has rules; which these are."""
+    """Return a random history in which that share of the requests has rules, and these rules."""
     case, rng = random_case(seed, aborts), random.Random(seed)
     rules = {r.id: guided(seed, r, rng) for r in case.requests if rng.random() < share}
     case.requests = [rules.get(r.id, r) for r in case.requests]
@@ -101,7 +101,7 @@ def test_rules_are_followed_and_the_others_get_what_they_get_without_them(part: 
 
 
 def check_follower(case: Case, house: House) -> None:
-    """Another rank, told what rank 0 was told and sampled, plans the same."""
+    """Assert that another rank plans the same steps from rank 0's messages and sampled tokens."""
     oracle = Follower(case.num_blocks, case.limits, house.oracle.chosen)
     scheduler, link = Scheduler(BlockPool(case.num_blocks, case.limits.block_size), case.limits), ListLink([])
     link.script = [list(turn) for turn in house.told.messages]  # type: ignore[misc]
@@ -243,7 +243,7 @@ def test_an_abort_at_any_time_leaves_nothing_behind(turns: int) -> None:
 
 
 class Refusing:
-    """A matcher of which something fails."""
+    """A matcher of which one method fails."""
 
     done, failure = False, ""
 

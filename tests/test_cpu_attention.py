@@ -1,4 +1,4 @@
-"""Attention, the paged cache and rotations of the CPU backend, against numpy; and that no bit depends on the batch."""
+"""Attention, the paged cache and rotations of the CPU backend, against numpy; results are batch-invariant."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ CAP, EPS = 5.0, 1e-5
 
 
 def rope_of(dim):
-    """Of most of a head's columns."""
+    """Return a rotation of most columns of a head."""
     return RopeTable.of(dim * 3 // 4 // 2 * 2, 1e4, 4096, None)
 
 
@@ -44,7 +44,7 @@ class Bench:
         self.kept = self.heads.group * self.heads.dim * KV_HEADS
 
     def step(self, rows, x, threads=1, quantize=False):
-        """(rows, width) for `x` (rows, q | k | v); int8: (codes, scales)."""
+        """Run a step for `x` (rows, q | k | v) and return (rows, width); int8: (codes, scales)."""
         heads, n = self.heads, len(rows)
         x = matrix(x)
         slots, positions = (np.array(column, np.int64) for column in zip(*rows, strict=True))
@@ -110,7 +110,7 @@ class Bench:
         return (out, out_scales) if quantize else out
 
     def reference(self, x):
-        """Attention over one sequence from its beginning, in float64."""
+        """Return attention over one sequence from its beginning, in float64."""
         heads, n = self.heads, len(x)
         q, k, v = np.split(x.astype(np.float64), [self.kept, self.kept + KV_HEADS * heads.dim], 1)
         q, k = (self._turned(a.reshape(n, -1, heads.dim), w) for a, w in zip((q, k), self.norms, strict=True))
@@ -188,7 +188,7 @@ def test_an_int8_result_is_the_float_result_quantized(pool):
     rows = [(0, p) for p in range(20)]
     codes, scales = quantized(bench.step(rows, x))
     made, made_scales = bench.step(rows, x, quantize=True)
-    assert np.abs(made.astype(int) - codes).max() <= 1  # x · (127 / max) may round once more
+    assert np.abs(made.astype(int) - codes).max() <= 1  # x · (127 / max) rounds once more than x / scale
     assert (made != codes).mean() < 1e-3
     np.testing.assert_allclose(made_scales[..., 0], scales[..., 0], rtol=1e-6)
     sums = made.reshape(20, -1, 32).astype(np.float32).sum(-1)

@@ -1,4 +1,4 @@
-"""The CPU backend computes what the torch backend does, for every family of models."""
+"""The CPU backend against the torch backend, for every family of models."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_a_bfloat16_checkpoint_is_as_near_to_float32_as_transformers_is_in_bfloa
     backend = CpuDriver.of(tmp_path)
     got = np.concatenate([backend.feed(rows) for rows in steps()])
     backend.close()
-    # only a product's factors are rounded, at most by a part in 256; transformers rounds sums and norms, too
+    # Only the factors of products are rounded, by at most 1/256; transformers also rounds sums and norms.
     assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
     assert np.square(got - want).mean() < np.square(theirs - want).mean()

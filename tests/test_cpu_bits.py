@@ -1,6 +1,6 @@
-"""A row's logits are the same bits whatever is computed beside it, however its prompt was cut, and by any threads.
+"""Batch invariance: a row's logits are the same bits in any batch, for any chunks of its prompt and number of threads.
 
-Models of two kinds of weights: blocks of 4 bits as in the embedded model, and bfloat16, whose activations are rounded.
+Models of two kinds of weights: blocks of 4 bits as in the embedded model, and bfloat16 with rounded activations.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def prompt(i: int, length: int = PROMPT) -> list[int]:
 
 @pytest.fixture(scope="module")
 def alone(backend: CpuDriver) -> NDArray[np.float32]:
-    """Logits behind prompts 0 … 4 and a decode of one more token, each by itself."""
+    """Return the logits after prompts 0 … 4 and after one more decoded token, each computed by itself."""
     found = []
     for i in range(5):
         backend.forget(0)

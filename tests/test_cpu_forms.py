@@ -1,4 +1,4 @@
-"""Whole models in every kind of weights: the CPU backend's logits beside those of the same weights as floats."""
+"""Whole models in every form of weights: the CPU backend's logits against those of the same weights as floats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROJECTIONS = {
 
 
 class Made:
-    """A checkpoint of one layer in memory. `kinds`: GGUF's name of a type by the last words of a tensor's name."""
+    """A checkpoint of one layer in memory. `kinds`: GGUF type names by the last words of a tensor's name."""
 
     format = "gguf"
 
@@ -62,7 +62,7 @@ class Made:
         return Stored(name, kind, shape, np.zeros((1, 1), np.uint8))
 
     def read(self, source: Any, piece: Piece) -> Matrix:
-        """Numbers that are the same for a name whoever asks."""
+        """Return random numbers that depend on the name of the tensor only."""
         shape = self.shapes[piece.name]
         if len(shape) == 1:
             return Dense(np.ones(shape, np.float32)[piece.rows])
@@ -70,7 +70,7 @@ class Made:
         return matrix(self[piece.name].kind, *shape, rng).take(piece.rows, piece.columns)
 
     def read_floats(self, source: Any, piece: Piece) -> Matrix:
-        """The same numbers, not in blocks."""
+        """Return the same numbers as floats, not in blocks."""
         return Dense(self.read(source, piece).floats())
 
 
@@ -84,7 +84,7 @@ def _config() -> dict[str, Any]:
 
 
 def matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Matrix:
-    """Numbers of some 1 / √columns, stored as `kind`."""
+    """Return random numbers of about 1 / √columns, stored as `kind`."""
     x = (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
     if kind in ("int4", "int8"):
         return {"int4": int4, "int8": int8}[kind].blocks(x.reshape(rows, -1, 32))
@@ -142,8 +142,8 @@ def test_a_model_in_blocks_gives_the_logits_of_its_numbers(kinds: dict[str, str]
     made = Made(kinds, default)
     for got, want in zip(logits(made, made.read), logits(made, made.read_floats), strict=True):
         assert np.isfinite(got).all()
-        # activations have 8 bits where weights are in blocks: about a hundredth of what a row's logits spread over;
-        # also those of bfloat16, where a CPU multiplies that as such: 8 significant ones, each with its own exponent
+        # Activations have 8 bits if weights are in blocks: an error of about 1/100 of the spread of a row's logits. So
+        # have those of bfloat16 on a CPU with bfloat16 products: 8 significant bits, each with its own exponent.
         bound = 0.02 if default == "BF16" and PAIRED else 1e-5 if default in ("F16", "BF16") else 0.05
         assert np.abs(got - want).max() < bound * np.abs(want).max()
         assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.999

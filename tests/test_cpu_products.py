@@ -1,4 +1,4 @@
-"""Products of the CPU backend against integers in numpy, for every form of weights and instruction set there is."""
+"""Products of the CPU backend against integers in numpy, for every form of weights and instruction set."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ HERE = isa.available()
 BEST = HERE[:1]
 PAIRED = any(i.pairs for i in HERE)
 FORMS = tuple(form for form in (*BLOCK_FORMS, *DENSE_FORMS) if PAIRED or form != "bf16pairs")
-FEW_FORMS = ("int4", "bf16pairs") if PAIRED else ("int4",)  # of which other things than the product are tested
+FEW_FORMS = ("int4", "bf16pairs") if PAIRED else ("int4",)  # forms for the tests of other things than the product
 SETS = [(i.name, form) for i in HERE for form in (FEW_FORMS if i.pairs else FORMS) if i.pairs or form != "bf16pairs"]
 """A set with pairs has the code of AVX-512 VNNI but for them."""
 
 
 def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
-    """A matrix that is packed in that form."""
+    """Return a random matrix that is packed in that form."""
     if form in DENSE_FORMS:
         array = rng.standard_normal((rows, columns)).astype(np.float32)
         kinds = {"f32": array, "f16": array.astype(np.float16)}
@@ -52,7 +52,7 @@ def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
-    """float32 rounded to the nearest bfloat16, ties to even; what is smaller than normal numbers to zero."""
+    """Round float32 to the nearest bfloat16, ties to even; flush subnormal numbers to zero."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     small = np.abs(x) < np.finfo(np.float32).tiny
@@ -61,12 +61,12 @@ def bf16(x: np.ndarray) -> np.ndarray:
 
 
 def widened(x: np.ndarray) -> np.ndarray:
-    """bfloat16 as float32."""
+    """Return bfloat16 as float32."""
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
 def random_k_matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Blocks:
-    """Any bytes but for the factors are a matrix of GGUF's K types."""
+    """Return a random matrix of GGUF's K types: any bytes are valid but those of the factors."""
     size, factors = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}[kind]
     raw = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
     raw[0, :, 16:] = 255  # the ends, where sums of pairs might overflow
@@ -77,7 +77,7 @@ def random_k_matrix(kind: str, rows: int, columns: int, rng: np.random.Generator
 
 
 def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 of blocks of 32, and (s, s · sum) of each."""
+    """Quantize to int8 in blocks of 32. Return the codes, and (s, s · sum) of each block."""
     blocks = x.reshape(len(x), -1, 32)
     s = np.abs(blocks).max(-1) / np.float32(127)
     q = np.rint(blocks / np.where(s, s, 1)[..., None]).astype(np.int8)
@@ -87,7 +87,7 @@ def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def activations(form: str, rows: int, columns: int, rng: np.random.Generator):
-    """x as a kernel reads it, its scales, and the numbers that it stands for, float64."""
+    """Return x in a kernel's format, its scales, and the represented numbers in float64."""
     x = rng.standard_normal((rows, columns)).astype(np.float32)
     if form in DENSE_FORMS:
         exact = widened(bf16(x)) if form == "bf16pairs" else x
@@ -99,7 +99,7 @@ def activations(form: str, rows: int, columns: int, rng: np.random.Generator):
 
 
 def columns_of(form: str) -> int:
-    """Several blocks or groups; of floats not a whole vector."""
+    """Return a number of columns with several blocks or groups; for floats, not whole vectors."""
     if form in DENSE_FORMS:
         return 99
     return 512 if BLOCK_FORMS[form].group > 1 else 160
@@ -107,7 +107,7 @@ def columns_of(form: str) -> int:
 
 @functools.cache
 def code(set_name: str):
-    """The kernels of products that are tested."""
+    """Compile the kernels of products that are tested."""
     names = [f"linear_{form}" for name, form in SETS if name == set_name]
     if set_name == BEST[0].name:
         names += [f"embed_{form}" for form in FORMS] + ["narrow"] * PAIRED
@@ -131,7 +131,7 @@ def run(name: str, rows: int, words: dict[int, int], set_name: str = "", threads
 
 
 def packed_as(form: str, matrix, **options):
-    """The matrix in panels of a form."""
+    """Pack the matrix in panels of a form."""
     return pack(matrix, pairs=form == "bf16pairs", **options)
 
 
@@ -144,11 +144,11 @@ def linear_words(packed, x, scales, out) -> dict[int, int]:
 
 
 def run_linear(packed, rows: int, words: dict[int, int], set_name: str = "", threads: int = 1) -> None:
-    """The kernel of a form, and before it the one that rounds its activations, if it wants that."""
+    """Run the kernel of a form, after the kernel that rounds its activations if there is one."""
     context = {}
     if packed.form == "bf16pairs":
         stride = t.narrow_stride(packed.columns)
-        narrowed = np.full((max(rows, t.FEW * threads), stride), 255, np.uint8)  # none of them a number
+        narrowed = np.full((max(rows, t.FEW * threads), stride), 255, np.uint8)  # NaN
         context = {t.NARROW: narrowed.ctypes.data, t.NARROW_SIZE: t.FEW * stride}
         run("narrow", rows, words | {t.OUT_STRIDE: stride}, set_name, threads, context)
         words = words | {t.X_STRIDE: stride}
@@ -156,7 +156,7 @@ def run_linear(packed, rows: int, words: dict[int, int], set_name: str = "", thr
 
 
 def multiply(set_name: str, packed, x, scales, base) -> np.ndarray:
-    """x · weightᵀ + base, by the kernel."""
+    """Return x · weightᵀ + base, by the kernel."""
     out = np.full((len(x), packed.count * 16), np.nan, np.float32)
     words = linear_words(packed, x, scales, out)
     words |= {t.RESIDUAL: base.ctypes.data, t.RESIDUAL_STRIDE: base.strides[0]}
@@ -175,7 +175,7 @@ def test_products_are_exact_and_a_row_does_not_depend_on_its_company(set_name, f
     base = rng.standard_normal((rows, packed.count * 16)).astype(np.float32)
     got = multiply(set_name, packed, x, scales, base)
     wanted = exact @ matrix.floats().astype(np.float64).T
-    # products are exact in a register; a pair's two are added to a sum with one rounding or with two
+    # Products are exact. The two of a pair are added to a sum with one rounding or with two.
     error = np.abs(got[:, :outputs] - base[:, :outputs] - wanted).max() / np.abs(wanted).max()
     assert error < 1e-6
     assert np.array_equal(got[:, outputs:], base[:, outputs:])

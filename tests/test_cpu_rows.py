@@ -20,7 +20,7 @@ def code(request):
 
 
 def from_to(x, out, scales=None):
-    """The columns of every kind."""
+    """Return the column ranges of every kind."""
     return {
         t.X: address(x),
         t.X_STRIDE: x.strides[0],

@@ -1,4 +1,4 @@
-"""The sampling kernel against the rules written a second time (support_sampling.py): rows of a batch, one by one."""
+"""The sampling kernel against the oracle of support_sampling.py, row by row."""
 
 import threading
 
@@ -36,7 +36,7 @@ def kernel(request):
 
 
 class Bench:
-    """Slots, a sampler, and a step's words, as the backend has them."""
+    """Slots, a sampler, and the words of a step, as in the backend."""
 
     def __init__(self, kernel, vocab=VOCAB, slots=SLOTS, max_total=MAX_TOTAL):
         self.kernel, self.vocab = kernel, vocab
@@ -108,7 +108,7 @@ def test_a_mask_hides_no_broken_number_and_one_that_allows_nothing_breaks_its_ro
 
 
 def test_bits_of_the_noise_are_the_published_function_of_seed_position_and_id(kernel):
-    """Two ids as likely as each other: noise decides."""
+    """Two ids are equally likely, so the noise decides."""
     logits = np.zeros((200, 2), np.float32)
     seeds = [0, 1, 2**63 - 1, 2**62 + 12345, *range(1000, 1196)]
     requests = [a_request(prompt=[1] * (1 + i % 30), temperature=1.0, seed=s) for i, s in enumerate(seeds)]
@@ -163,7 +163,7 @@ def test_filters_of_flat_and_steep_distributions_over_many_ids_keep_what_a_sort_
 
 
 def sorted_scores(logits, temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
-    """As `reference_scores`, but in n log n; one filter."""
+    """Return the same as `reference_scores` in n log n, for a single filter."""
     x = logits.astype(np.float64) / temperature
     p = softmax(x)
     if min_p:

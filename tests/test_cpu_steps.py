@@ -1,4 +1,4 @@
-"""What steps of the CPU backend give besides logits: tokens, log-probabilities, prompts; and what it refuses."""
+"""Results of the CPU backend's steps besides logits: tokens, log-probabilities, prompt details; and refusals."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_room_for_rounded_activations_is_made_and_counted_only_where_weights_are
     paired.close()
 
 
-# ---- who runs what ----
+# ---- choice of the backend ----
 
 
 def program(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The CUDA backend against the torch backend: on a GPU where there is one, else under Triton's interpreter."""
+"""The CUDA backend against the torch backend: on a GPU if there is one, else under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def torch_driver(folder: Path, **attention: object) -> Driver:
 
 
 def assert_same(folder: Path, rows_of_steps: list[list[tuple[int, list[int]]]], **how: object) -> None:
-    """Logits of every step, in float32."""
+    """Assert that the logits of every step are equal, in float32."""
     driver = CudaDriver(folder, **how)  # type: ignore[arg-type]
     attention = {name: how[name] for name in ("window", "softcap") if name in how}
     expected = torch_driver(folder, **attention)
@@ -149,7 +149,7 @@ def test_products_of_few_rows_are_products(rows: int, act: str, outputs: int, co
         assert not product.fits(rows)
         return
     assert product.fits(rows)
-    for _ in range(2):  # counters are left as they were found
+    for _ in range(2):  # the second run finds counters as the first one did
         product.run(rows)
     expected = x.float() @ weight.float().T + bias.float()
     if act:

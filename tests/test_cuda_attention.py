@@ -1,4 +1,4 @@
-"""Attention of the CUDA backend: splits by list, caches of 8-bit floats, tokens that get the same numbers anywhere."""
+"""Attention of the CUDA backend: splits by list, caches of 8-bit floats, batch-invariant results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_keys_of_few_tiles_are_shared_by_several_programs_and_added_up(tmp_path:
 
 
 def assert_alike(some: Any, other: Any) -> None:
-    """Bit by bit; but numpy, on which the interpreter stands, sums a product of another shape in another order."""
+    """Assert equal bits; under the interpreter nearly equal numbers, as numpy's order of sums depends on shapes."""
     if ON_GPU:
         assert torch.equal(some, other)
     np.testing.assert_allclose(some.float().cpu(), other.float().cpu(), rtol=1e-4, atol=1e-4)

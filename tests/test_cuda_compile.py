@@ -1,4 +1,4 @@
-"""Kernels are compiled by helpers before the first step, and found by the launches that follow."""
+"""Kernels are compiled by helper processes before the first step, and found by the launches that follow."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="Triton needs
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """What tests/compile_kernels.py found out."""
+    """Run tests/compile_kernels.py and return its results."""
     folder, cache = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("cache")
     write_random(folder, "llama", num_hidden_layers=1, hidden_size=64, intermediate_size=96)
     library = tmp_path_factory.mktemp("library")
-    if not ON_GPU:  # something to link launchers with
+    if not ON_GPU:  # a compiler that links launchers
         code = "".join(f"void {name}(void) {{}}\n" for name in USED_BY_LAUNCHERS)
         build = ["cc", "-shared", "-fPIC", "-o", str(library / "libcuda.so.1"), "-xc", "-"]
         subprocess.run(build, input=code, text=True, check=True)

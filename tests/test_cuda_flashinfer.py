@@ -1,4 +1,4 @@
-"""Attention by flashinfer in place of the CUDA backend's own: a package that does as it does, and the real one."""
+"""Attention by flashinfer instead of the CUDA backend's own: a substitute of the package, and the real one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAKE, REAL = "a package that does as flashinfer", "flashinfer"
 
 
 class Wrapper:
-    """Attends as flashinfer's wrapper does, from the same arguments: pages by number, runs at the end of theirs."""
+    """Substitute for flashinfer's wrapper, with its arguments: pages by number, runs at the end of their contexts."""
 
     made: list[Wrapper]
 
@@ -71,7 +71,7 @@ class Wrapper:
 
 @pytest.fixture
 def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """flashinfer itself where the parameter says so."""
+    """Return flashinfer itself if the parameter says so."""
     if request.param == REAL:
         yield pytest.importorskip("flashinfer")
         return
@@ -80,7 +80,7 @@ def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def attended(memory: Memory, slots: CudaSlots, op: ops.Attention, rows: list[tuple[int, int, int]], scales: Any) -> Any:
-    """What attention is of each token of the rows (slot, start, count), in float64 and token by token."""
+    """Return attention of each token of the rows (slot, start, count), in float64 and token by token."""
     heads, shared = op.q.width // op.head_dim, op.q.width // op.k.width
     keys, values = (part.double().cpu().view(-1, heads // shared, op.head_dim) for part in memory.cache(op.layer))
     queries = memory.queries.view(-1)[: memory.rows["tokens"] * op.q.width].view(-1, heads, op.head_dim).double().cpu()

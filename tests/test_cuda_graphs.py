@@ -1,5 +1,7 @@
-"""Graphs of decode steps: which sizes, when, and that capturing one harms nobody. Graphs that are recorded are real
-only on a GPU; elsewhere their launches are repeated by hand."""
+"""CUDA graphs of decode steps: which sizes, when, and that a capture has no side effects.
+
+Graphs are real only on a GPU; elsewhere a substitute repeats the recorded launches.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ torch.set_num_threads(1)
 
 
 class Recorded:
-    """Stands for torch.cuda.CUDAGraph: replays by running again."""
+    """Substitute for torch.cuda.CUDAGraph: replays by running the launches again."""
 
     def __init__(self) -> None:
         self.run: Callable[[], None] | None = None
@@ -35,7 +37,7 @@ class Recorded:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Graphs]:
-    """Makes `Graphs` as on a GPU."""
+    """Return a function that makes `Graphs` as on a GPU."""
 
     @contextlib.contextmanager
     def record(graph: Recorded, pool: object) -> Iterator[None]:

@@ -1,11 +1,11 @@
-"""Launches of kernels, where there is no GPU."""
+"""Launches of kernels, without a GPU."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from support_cuda import torch as torch  # Triton, interpreted, or none of this
+from support_cuda import torch as torch  # Triton under its interpreter, or a skip
 from triton.runtime.errors import OutOfResources
 
 from tokenmill.backends.cuda.launch import Site
@@ -15,7 +15,7 @@ def test_a_kernel_that_needs_more_shared_memory_than_there_is_keeps_fewer_rounds
     launched: list[tuple[Any, ...]] = []
 
     class Kernel:
-        """Fits with two."""
+        """A kernel that fits with two."""
 
         needs = 2
 

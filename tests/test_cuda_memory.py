@@ -1,4 +1,4 @@
-"""What the CUDA backend counts before the cache gets the rest of a GPU's memory."""
+"""Memory that the CUDA backend counts before the cache gets the rest of a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenmill.errors import NotEnoughMemory
 
 
 def held() -> dict[int, int]:
-    """Bytes of every tensor's memory on the device, by address."""
+    """Return the bytes of every tensor's memory on the device, by address."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
     there = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == DEVICE]
@@ -30,7 +30,7 @@ def test_what_is_counted_as_taken_is_what_is_held(family: str, tmp_path: Path) -
     driver = CudaDriver(tmp_path, limits=StepLimits(512, 24, 1024, 16), num_blocks=70)
     new = sum(size for address, size in held().items() if address not in before)
     account = driver._account
-    cache = 71 * driver.block_bytes()  # one is nobody's
+    cache = 71 * driver.block_bytes()  # 70 and the padding block
     counted = account.weights + account.step + account.sampler + cache
     assert abs(new - counted) < 0.01 * counted, (new, counted)
     assert driver.step_bytes() == account.step + account.sampler + account.to_come

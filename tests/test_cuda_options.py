@@ -1,4 +1,4 @@
-"""Options of the CUDA backend, from what a user says to what is chosen; flashinfer in place of its own attention."""
+"""Options of the CUDA backend, from the user's choice to the backend's; flashinfer instead of its own attention."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tokenmill.weights.source import local_source
 HAS_FLASHINFER = ON_GPU and find_spec("flashinfer") is not None
 
 
-# What is chosen
+# Choice of the backend
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A machine with a GPU as `detect` would find it; what it finds can be changed."""
+    """Return a machine with a GPU as seen by `detect`. Its properties can be changed."""
     found = SimpleNamespace(capability=(9, 0))
     monkeypatch.setattr(detect, "missing", lambda: "")
     monkeypatch.setattr(detect, "device_name", lambda: "Some GPU")
@@ -98,7 +98,7 @@ def test_deterministic_is_a_promise_that_torch_cannot_give(gpu: SimpleNamespace,
     assert chosen(odd).name == "cuda"
 
 
-# Whose kernels attend
+# Choice of the attention
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_nothing_is_logged_where_nothing_was_asked_for(tmp_path: Path, caplog: p
     assert not caplog.records
 
 
-# What the doctor tells
+# Findings of the doctor
 
 
 def test_each_choice_is_told_with_its_rule(tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA backend's sampling against the rules written a second time, and against the torch backend's."""
+"""The CUDA backend's sampling against the oracle of support_sampling.py, and against the torch backend's."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_batch_of_unlike_rows_chooses_what_the_rules_choose_row_by_row(vocab: 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_logits_of_half_precision_tie_and_ties_are_kept(dtype: str) -> None:
-    """Three digits: of a thousand logits many are the same."""
+    """With three digits, many of a thousand logits are equal."""
     rng, vocab = np.random.default_rng(3), 997
     for _ in range(20 if ON_GPU else 2):
         requests = [random_request(rng, vocab) for _ in range(6)]
@@ -104,7 +104,7 @@ FILTERS = [
 def test_filters_of_flat_and_steep_rows_keep_what_a_sort_says(
     spread: float, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of several tiles. Ids at the edge may come of rounding: those of one logit, or that nobody ever draws."""
+    """Rows have several tiles. Ids at the edge may differ by rounding: those of one logit, or of probability zero."""
     vocab = 20011 if ON_GPU else 701
     if not ON_GPU:
         for name, value in {"GROUPS": 60, "GROUP_LOGITS": (8, 32), "TILE_LOGITS": 256}.items():
@@ -218,7 +218,7 @@ def test_ids_beyond_the_vocabulary_change_nothing() -> None:
     "params", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.95}, {"presence_penalty": 0.5, "min_p": 0.1}]
 )
 def test_log_probabilities_are_the_torch_backends_ties_with_the_last_one_too(params: Any, asking: Any) -> None:
-    """Of all rows, or of few, whose scores are copied."""
+    """All rows request them, or few, whose scores are copied."""
     rng, rows = np.random.default_rng(10), 21
     logits = (np.round(rng.normal(size=(rows, 61)) * 2)).astype(np.float32)
     logits += np.arange(61, dtype=np.float32) * 1e-3 * (np.arange(rows) % 7 == 0)[:, None]  # rows whose ties are cut
@@ -269,7 +269,7 @@ def test_a_graph_may_choose_what_a_step_then_only_fetches_or_chooses_anew(tail: 
     bench = Bench(np.concatenate([logits, rng.normal(size=(2, 61))]).astype(np.float32))
     bench.slots.apply(inputs)
     bench.sampler.launch(replace(sizes, tokens=6, sampling=6, pairs=padded.contiguous()))
-    bench.logits.fill_(float("nan"))  # nothing looks at them again
+    bench.logits.fill_(float("nan"))  # NaN: they must not be read again
     fetched, _ = bench.sampler.sample(inputs, sizes, chosen=True)
     bench.device.finish()
     assert fetched.tolist() == expected
@@ -281,7 +281,7 @@ def test_a_graph_may_choose_what_a_step_then_only_fetches_or_chooses_anew(tail: 
 
 
 def test_a_step_takes_no_more_memory_than_it_says() -> None:
-    """Whatever it makes, added up; and beside the logits it holds scores and counts."""
+    """Add up all its allocations; beside the logits it holds scores and counts."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Made(TorchDispatchMode):
@@ -336,7 +336,7 @@ def test_the_host_waits_for_nothing_but_a_watermark() -> None:
 
 
 def test_through_the_backend_answers_and_log_probabilities_are_the_torch_backends(tmp_path: Path) -> None:
-    """Crowds of unlike requests, chunked and preempted, each with everything that a request may ask for."""
+    """Many different requests, chunked and preempted, each with all options of a request."""
     vocab, size = 128, 12 if ON_GPU else 5
     write_random(tmp_path, "llama", num_hidden_layers=1)
     rng, told = np.random.default_rng(21), []

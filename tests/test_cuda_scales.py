@@ -1,4 +1,4 @@
-"""Scales of an FP8 cache, read from real files under every name that is in use."""
+"""Scales of an FP8 cache, read from real files under every name in use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenmill.weights.source import local_source
 
 
 def checkpoint(folder: Path, **scales: object) -> Safetensors:
-    """Of scales alone. `scales`: by name, with `__` for a point."""
+    """Write a checkpoint of scales alone. `scales`: by name, with `__` for a dot."""
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tensors = {name.replace("__", "."): torch.as_tensor(value) for name, value in scales.items()}
     save_file(tensors | {"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}, folder / "model.safetensors")

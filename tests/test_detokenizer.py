@@ -24,7 +24,7 @@ texts = st.lists(st.sampled_from([*WORDS, " "]), max_size=20).map(" ".join)
 
 
 def run(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = (), **more: Any) -> tuple[str, str, str | None]:
-    """The answer, the tokens' own texts, and the stop string."""
+    """Return the answer, the texts of its tokens, and the stop string."""
     decoder, out, own = Detokenizer(tokenizer, stop, **more), "", ""
     for token_id in ids:
         piece = decoder.push(token_id)
@@ -80,7 +80,7 @@ def test_what_follows_a_prompt_is_the_rest_of_decoding_both(ids: list[int], cut:
 
 
 def first_stop(text: str, stops: Sequence[str]) -> tuple[str, str, str | None]:
-    """Character by character: what comes before the stop string, and with it."""
+    """Return the text before the first stop string, and with it, by a search character by character."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -200,7 +200,7 @@ def test_words_without_marks_get_their_spaces_from_the_words_before() -> None:
 
 
 def family(name: str) -> Tokenizer:
-    """A tokenizer with each kind of decoder that models have. Bytes, words and special tokens are in all of them."""
+    """Return a tokenizer with each kind of decoder in use. All of them have bytes, words and special tokens."""
     if name in SENTENCEPIECE:
         return Tokenizer(sentencepiece.build(sentencepiece.parse(sentencepiece_model(name))))
     inner = byte_level()

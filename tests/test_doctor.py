@@ -1,4 +1,4 @@
-"""`tokenmill doctor`: a finding for each thing that a start depends on, the cure where something is in the way."""
+"""`tokenmill doctor`: a finding for each requirement of a start, with the remedy if it is not met."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_what_needs_torch_is_bad_where_torch_is_absent(embedded_model: Path, mon
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    """A model that the CUDA backend takes."""
+    """Write a model that the CUDA backend supports."""
     pytest.importorskip("triton")
     config = {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 96,
@@ -124,7 +124,7 @@ def tiny(tmp_path: Path) -> str:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with one, as far as it is looked at."""
+    """Return a machine with a GPU, as far as it is examined."""
     monkeypatch.setattr(detect, "missing", lambda: "")
     monkeypatch.setattr(detect, "device_name", lambda: "Some GPU")
     monkeypatch.setattr(detect, "capability", lambda: (9, 0))

@@ -1,4 +1,4 @@
-"""The main job on real input: the embedded model behind HTTP, against an independent reference and the real clients."""
+"""The embedded model behind HTTP, against an independent reference and the real clients."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tokenmill.weights import embedded
 
 torch.set_num_threads(2)
 QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "List three prime numbers.")
-CLEAR = 1e-3  # a lead in logits that the order of a sum does not turn round
-NEAR = 0.6  # a lead that rounding activations to 8 bits may turn round
+CLEAR = 1e-3  # a lead in logits that the order of a sum cannot reverse
+NEAR = 0.6  # a lead that 8-bit activations may reverse
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_32_streams_at_once_give_what_each_gives_alone(server: Server) -> None:
 
 
 def same_as_far_as_clear(ids: list[int], alone: Any) -> None:
-    """Equal, or parted at a token where two were as likely: the order of a sum may differ with the batch."""
+    """Assert equality up to the first near tie: the order of a sum may differ with the batch."""
     for got, want, top in zip(ids, ids_of(alone), alone["details"]["top_tokens"], strict=False):
         if got != want:
             assert top[0]["logprob"] - top[1]["logprob"] < CLEAR
@@ -186,7 +186,7 @@ def test_huggingfaces_clients_stream_and_ask(server: Server, monkeypatch: pytest
 
 
 def test_a_long_prompt_does_not_stop_those_who_are_decoding(server: Server) -> None:
-    """Chunks of 64 tokens: a stream gets tokens all the while a prompt of many chunks is computed."""
+    """With chunks of 64 tokens, a stream gets tokens while a prompt of many chunks is computed."""
     decoding = threading.Event()
     seen: list[float] = []
 

@@ -1,7 +1,7 @@
 """Executor, slots and sampling under the real scheduler, on a backend whose logits are hashes of everything before.
 
-A wrong block, a stale slot, a token that comes a step late or a parameter of somebody else's changes the hash, and with
-it every token that follows. The reference runs each request alone, without slots, blocks or batches.
+A wrong block, a stale slot, a token one step late or another request's parameter changes the hash, and with it every
+later token. The reference runs each request alone, without slots, blocks or batches.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class HashStep:
 
 
 class HashBackend:
-    """A cache entry is the hash of its token and of the entry before it, found through the block table."""
+    """Backend whose cache entry is the hash of a token and of the previous entry, read through the block table."""
 
     def __init__(self, limits: StepLimits, poison: int = -1, delay_s: float = 0.0) -> None:
         self.limits, self.poison, self.delay_s = limits, poison, delay_s
@@ -88,7 +88,7 @@ class HashBackend:
     def compute(self, inputs: StepInputs) -> StepResult:
         time.sleep(self.delay_s)
         self.slots.apply(inputs)
-        states: list[bytes] = []  # of the step's tokens
+        states: list[bytes] = []  # of the tokens of the step
         for slot, start, count in zip(
             inputs.slots.tolist(), inputs.starts.tolist(), inputs.counts.tolist(), strict=True
         ):
@@ -126,7 +126,7 @@ def make_engine(num_blocks=64, block_size=4, max_batch_tokens=16, max_batch_size
 
 
 def alone(prompt, params: SamplingParams, stopping: StoppingParams):
-    """The answer to one request, and the log-probabilities of its tokens and of its prompt's, without any engine."""
+    """Return the answer to one request, and the log-probabilities of its tokens and prompt, without an engine."""
     state, states = b"", []
     for token_id in prompt:
         state = chain(state, token_id)
@@ -190,13 +190,13 @@ def test_any_crowd_in_any_limits_gets_what_each_gets_alone(seed):
             stopping = StoppingParams(int(rng.integers(1, min(room, 20) + 1)), int(rng.integers(0, 2)), stop_ids)
             request_id = engine.submit(prompt, params, stopping)
             wanted[request_id] = prompt, params, stopping
-            if turn % 4 == 3:  # one that is gone before it ends
+            if turn % 4 == 3:  # cancelled before its end
                 engine.abort(engine.submit(prompt, params, stopping))
             for _ in range(rng.integers(0, 4)):
                 engine.step()
         for request_id in wanted:
             got[request_id] = list(engine.outputs(request_id))
-        while engine.step():  # the step behind the last token
+        while engine.step():  # the step launched before the last token was known
             pass
         assert engine.stats.running == engine.stats.blocks_used == 0
     for request_id, (prompt, params, stopping) in wanted.items():
@@ -211,7 +211,7 @@ def test_any_crowd_in_any_limits_gets_what_each_gets_alone(seed):
 
 
 def test_the_crowds_meet_preemption_cache_hits_and_chunks():
-    """Or the test above shows less than it says."""
+    """Otherwise the test above covers less than it claims."""
     preemptions = cached = chunks = 0
     for seed in range(6):
         rng = np.random.default_rng(seed)
@@ -235,7 +235,7 @@ def test_the_device_computes_a_step_while_the_host_handles_the_one_before():
         for output in engine.outputs(request_id):
             if output.token_ids:
                 launched.append(len(backend.inputs))
-    assert launched == [2, 3, 4, 5, 6, 6]  # when token n is told, step n + 1 runs
+    assert launched == [2, 3, 4, 5, 6, 6]  # when token n is sent, step n + 1 runs
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_the_device_computes_a_step_while_the_host_handles_the_one_before():
     [
         ({}, "greedy"),
         ({"logprobs": 3}, "greedy"),
-        ({"top_p": 0.5}, "greedy"),  # a filter means nothing without randomness
+        ({"top_p": 0.5}, "greedy"),  # filters have no effect on greedy sampling
         ({"temperature": 1.0}, "plain"),
         ({"temperature": 1.0, "top_k": 5}, "full"),
         ({"repetition_penalty": 1.1}, "full"),
@@ -266,7 +266,7 @@ def test_the_tail_is_that_of_the_rows_that_sample_not_of_who_else_runs():
         list(engine.outputs(greedy))
         list(engine.outputs(long))
     tails = [i.tail for i in backend.inputs]
-    assert tails[0] == "greedy"  # the long prompt is on its way
+    assert tails[0] == "greedy"  # the long prompt is being computed
     assert "full" in tails
 
 
@@ -287,7 +287,7 @@ def test_closing_the_reader_aborts_its_request_and_frees_its_blocks():
         outputs = engine.outputs(engine.submit([1, 2, 3], None, StoppingParams(50)))
         next(outputs), next(outputs)
         outputs.close()
-        assert engine.step()  # takes the abort, and the step that was launched
+        assert engine.step()  # processes the abort, and the launched step
         assert not engine.step()
         assert engine.stats.blocks_used == engine.stats.running == 0
 

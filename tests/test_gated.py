@@ -1,4 +1,4 @@
-"""Requests wait for what they need, and for nothing else; the others pass."""
+"""Requests wait for their prerequisites only; others pass."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ INFO = EngineInfo("model", "float32", "mock", "mock", 64, 4, 100, 99, 100, 64, 8
 
 
 class Thing(Future[str]):
-    """Something that is there later; `taken` and `given_up` note what the gate does with it."""
+    """A `Pending` that records its calls: `taken` and `given_up`."""
 
     taken = given_up = False
 
     def result(self, timeout: float | None = None) -> str:
         self.taken = True
-        return super().result(0)  # the gate asks only once it is there: a broken one fails, and does not hang
+        return super().result(0)  # the gate calls it when done: a wrong call fails instead of blocking
 
     def cancel(self) -> bool:
         self.given_up = True
@@ -35,7 +35,7 @@ class Thing(Future[str]):
 
 
 class Needed:
-    """A `Prerequisite`: requests whose id has the digit need something."""
+    """A `Prerequisite` of requests whose id contains the digit."""
 
     def __init__(self, name: str, digit: str) -> None:
         self.name, self.digit = name, digit

@@ -28,7 +28,7 @@ TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "
 
 
 def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
-    """Random bytes whose scales are sane: every code, scale and minimum of the format appears."""
+    """Return random bytes with valid scales: every code, scale and minimum of the format appears."""
     rng = np.random.default_rng(0)
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (rows, columns // elements, size), dtype=np.uint8)
@@ -98,11 +98,11 @@ def test_every_type_equals_the_gguf_packages_dequantization(tmp_path: Path, name
     np.testing.assert_array_equal(got(), want)
     np.testing.assert_array_equal(got(shard="vocab", ranks=2), want[12:])
     np.testing.assert_array_equal(got(shard="row", ranks=4), want[:, 128:256])
-    np.testing.assert_array_equal(got(shard="row", ranks=64), want[:, 8:16])  # cuts blocks
+    np.testing.assert_array_equal(got(shard="row", ranks=64), want[:, 8:16])  # the shards cut blocks
 
 
 def of_transformers(model: Any, heads: int, kv: int, permuted: bool) -> dict[str, tuple[np.ndarray, Any]]:
-    """The model's tensors under GGUF's names; llama.cpp's converter reorders queries and keys of Llama."""
+    """Return the model's tensors under GGUF's names, in the order of rows of llama.cpp's converter."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     qwen = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3)
     made: dict[str, tuple[np.ndarray, Any]] = {}
@@ -267,7 +267,7 @@ def test_every_cut_of_a_file_is_refused_and_no_flipped_byte_does_worse(tmp_path:
 
 
 def write_split(folder: Path, layers: int = 4, **how: Any) -> dict[str, np.ndarray]:
-    """A model of one tensor a layer and one more, two in a part, as the `gguf` package splits it."""
+    """Write a model of one tensor per layer and one more, two per part, split as by the `gguf` package."""
     rng = np.random.default_rng(4)
     tensors = {"token_embd.weight": rng.normal(size=(7, 64)).astype(np.float32)}
     tensors |= {f"blk.{i}.attn_norm.weight": rng.normal(size=64).astype(np.float32) for i in range(layers)}
@@ -342,7 +342,7 @@ def test_parts_that_are_missing_exchanged_or_renamed_are_named(tmp_path: Path) -
 
 
 def test_a_link_to_a_part_is_read_among_the_links_beside_it(tmp_path: Path) -> None:
-    """As in the Hub's cache, where the files behind the links have other names."""
+    """In the Hub's cache, the files behind the links have other names."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     write_split(tmp_path / "blobs")

@@ -1,4 +1,4 @@
-"""GGUF keys and tensors as llama.cpp reads them: served with transformers' numbers, or refused by name."""
+"""GGUF keys and tensors as llama.cpp reads them: the same results as transformers', or a refusal by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EMBED = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
 
 
 def write(path: Path, architecture: str, tensors: dict[str, Any], **keys: Any) -> Path:
-    """A file of these tensors and KEYS with `keys` in their place; None: without the key, `__` is a dot."""
+    """Write a file of these tensors and KEYS, changed by `keys`. None: leave out the key. `__`: a dot."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (KEYS | {key.replace("__", "."): value for key, value in keys.items()}).items():
         name = f"{architecture}.{key}"
@@ -167,7 +167,7 @@ def test_a_key_that_is_not_known_is_named_and_one_of_no_effect_is_not(
 def ggml_angles(
     dim: int, base: float, scale: float, original: int, kind: str, factors: Any = 1.0, betas: Any = (32, 1)
 ) -> np.ndarray:
-    """Radians a position of ggml's rope kernel: each frequency from its pair's index, interpolated and ramped."""
+    """Return radians per position of ggml's rope kernel: by pair, interpolated and ramped."""
     pair = np.arange(dim // 2)
     extrapolated = base ** (-2.0 * pair / dim) / factors
     interpolated = scale * extrapolated
