@@ -14,7 +14,7 @@ from support_cpu import CpuDriver
 
 from tokenmill.backends.cpu.isa import available
 from tokenmill.quant import gguf, int4, int8
-from tokenmill.quant.base import Dense, Matrix, Piece
+from tokenmill.quant.base import Coded, Piece, dense
 from tokenmill.weights.checkpoint import Stored
 
 PAIRED = available()[0].pairs
@@ -61,17 +61,17 @@ class Made:
         kind = next((k for end, k in self.kinds.items() if end in name), self.default)
         return Stored(name, kind, shape, np.zeros((1, 1), np.uint8))
 
-    def read(self, source: Any, piece: Piece) -> Matrix:
+    def read(self, source: Any, piece: Piece) -> Coded:
         """Return random numbers that depend on the name of the tensor only."""
         shape = self.shapes[piece.name]
         if len(shape) == 1:
-            return Dense(np.ones(shape, np.float32)[piece.rows])
+            return dense(np.ones(shape, np.float32)[piece.rows])
         rng = np.random.default_rng(sorted(self.shapes).index(piece.name))
         return matrix(self[piece.name].kind, *shape, rng).take(piece.rows, piece.columns)
 
-    def read_floats(self, source: Any, piece: Piece) -> Matrix:
+    def read_floats(self, source: Any, piece: Piece) -> Coded:
         """Return the same numbers as floats, not in blocks."""
-        return Dense(self.read(source, piece).floats())
+        return dense(self.read(source, piece).floats())
 
 
 def _config() -> dict[str, Any]:
@@ -83,17 +83,17 @@ def _config() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Matrix:
+def matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Coded:
     """Return random numbers of about 1 / √columns, stored as `kind`."""
     x = (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
     if kind in ("int4", "int8"):
         return {"int4": int4, "int8": int8}[kind].blocks(x.reshape(rows, -1, 32))
     if kind == "F32":
-        return Dense(x)
+        return dense(x)
     if kind == "F16":
-        return Dense(x.astype(np.float16))
+        return dense(x.astype(np.float16))
     if kind == "BF16":
-        return Dense((x.view(np.uint32) >> 16).astype(np.uint16))
+        return dense((x.view(np.uint32) >> 16).astype(np.uint16))
     size, block, at = {
         "Q4_0": (18, 32, {0: 0.01}), "Q4_1": (20, 32, {0: 0.01, 2: -0.075}), "Q5_0": (22, 32, {0: 0.005}),
         "Q5_1": (24, 32, {0: 0.005, 2: -0.0775}), "Q8_0": (34, 32, {0: 0.0007}),
@@ -160,10 +160,10 @@ def test_without_bfloat16_products_activations_stay_float32() -> None:
 def test_one_number_that_is_none_shows_in_the_logits(kind: str) -> None:
     made = Made({}, kind)
 
-    def read(source: Any, piece: Piece) -> Matrix:
+    def read(source: Any, piece: Piece) -> Coded:
         numbers = made.read(source, piece)
-        if "post_attention" in piece.name and isinstance(numbers, Dense):
-            numbers.array[3] = np.nan
+        if "post_attention" in piece.name and numbers.dense:
+            numbers.codes[3] = np.nan
         return numbers
 
     for got in logits(made, read):

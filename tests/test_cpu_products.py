@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from tokenmill.backends.cpu.forms import BLOCK_FORMS, DENSE_FORMS
 from tokenmill.backends.cpu.pack import gates, pack, pack_vector
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.quant import gguf
-from tokenmill.quant.base import Blocks, Dense
+from tokenmill.quant.base import Coded, dense
+from tokenmill.quant.formats import FORMATS
 
 HERE = isa.available()
 BEST = HERE[:1]
@@ -33,7 +35,7 @@ def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
     if form in DENSE_FORMS:
         array = rng.standard_normal((rows, columns)).astype(np.float32)
         kinds = {"f32": array, "f16": array.astype(np.float16)}
-        return Dense(kinds[form] if form in kinds else bf16(array))
+        return dense(kinds[form] if form in kinds else bf16(array))
     kind = BLOCK_FORMS[form]
     if kind.group > 1:
         return random_k_matrix({"int4k": "Q4_K", "int5k": "Q5_K", "int6k": "Q6_K"}[form], rows, columns, rng)
@@ -44,11 +46,11 @@ def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
         low = rng.uniform(-1, 1, (rows, blocks)).astype({2: np.float16, 4: np.float32}[kind.low])
     if kind.bits == 4:
         codes = rng.integers(0, 256, (rows, blocks, 16), dtype=np.uint8)
-        return Blocks(4, codes, scale, low, offset=kind.offset)
+        return Coded(codes, "u4", scale, (1, 32), zero=np.full((1, 1), kind.offset), low=low)
     first, last = {5: (0, 31) if kind.low else (-16, 15), 8: (-128, 127)}[kind.bits]
     codes = rng.integers(first, last + 1, (rows, blocks, columns // blocks)).astype(np.int8)
     codes[0], codes[1] = first, last  # the ends, where sums of pairs might overflow
-    return Blocks(kind.bits, codes, scale, low)
+    return Coded(codes, {5: "u5" if kind.low else "i5", 8: "i8"}[kind.bits], scale, (1, 32), low=low)
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
@@ -65,7 +67,7 @@ def widened(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
-def random_k_matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Blocks:
+def random_k_matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Coded:
     """Return a random matrix of GGUF's K types: any bytes are valid but those of the factors."""
     size, factors = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}[kind]
     raw = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
@@ -280,7 +282,7 @@ def test_pairs_of_an_odd_number_of_columns_end_with_zeros(columns):
     panels = packed.panels.view(np.uint16).reshape(3, -1, 16, 2)
     assert packed.panel_bytes == panels[0].nbytes
     laid = panels.transpose(0, 2, 1, 3).reshape(48, -1)
-    assert np.array_equal(laid[:33, :columns], matrix.array)
+    assert np.array_equal(laid[:33, :columns], matrix.codes)
     assert not laid[33:].any()
     assert not laid[:, columns:].any()
 
@@ -322,24 +324,59 @@ def test_of_bfloat16_what_is_no_number_stays_in_its_row(bad):
     np.testing.assert_allclose(np.delete(got, 3, 0), wanted, atol=1e-6 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+FIRST = {"u4": 0, "u5": 0, "i5": -16, "i6": -32, "i8": -128}
+
+
+def coded(name: str, rows: int, columns: int, kind: type, block: tuple[int, int], rng: np.random.Generator) -> Coded:
+    """Integers of a format with a scale for each block, one code an element, not packed."""
+    bits = FORMATS[name].bits
+    codes = rng.integers(FIRST[name], FIRST[name] + (1 << bits), (rows, columns)).astype(FORMATS[name].dtype)
+    height, width = block[0] or rows, block[1] or columns
+    shape = -(-rows // height), -(-columns // width)
+    return Coded(codes, name, rng.uniform(0.01, 0.02, shape).astype(kind), block)
+
+
+@pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
-@pytest.mark.parametrize("offset", [0, 3, 8])
+@pytest.mark.parametrize("zero", [None, 3, 8, "each"])
 @pytest.mark.parametrize("with_low", [False, True])
-def test_blocks_of_any_scale_offset_and_low_are_packed_without_loss(bits, kind, offset, with_low):
+def test_blocks_of_any_scale_zero_and_low_are_packed_without_loss(name, kind, zero, with_low):
     rng = np.random.default_rng(6)
-    first, last = {5: (0, 32) if with_low else (-16, 16), 6: (-32, 32), 8: (-128, 128)}.get(bits, (0, 256))
-    codes = rng.integers(first, last, (33, 2, 16 if bits == 4 else 32)).astype(np.uint8 if bits == 4 else np.int8)
-    scale, low = (rng.uniform(0.01, 0.02, (33, 2)).astype(kind) for _ in range(2))
-    matrix = Blocks(bits, codes, scale, low if with_low else None, offset=offset)
-    ids = np.arange(33)
-    np.testing.assert_allclose(look_up(pack(matrix), ids), matrix.floats(), rtol=1e-5, atol=1e-6)
+    matrix = coded(name, 33, 64, kind, (1, 32), rng)
+    low = rng.uniform(0.01, 0.02, (33, 2)).astype(kind) if with_low else None
+    zeros = {"each": rng.integers(0, 16, (33, 2)), None: None}.get(zero, np.full((1, 1), zero))
+    matrix = replace(matrix, zero=zeros, low=low)
+    packed = pack(matrix)
+    assert packed.quantized
+    np.testing.assert_allclose(look_up(packed, np.arange(33)), matrix.floats(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (8, 64), (1, 0), (0, 0)])
+def test_larger_blocks_are_packed_as_blocks_of_32_columns(name, block):
+    rng = np.random.default_rng(6)
+    matrix = coded(name, 33, 192, np.float16, block, rng)
+    packed = pack(replace(matrix, zero=rng.integers(0, 9, matrix.scale.shape)))
+    assert packed.quantized
+    matrix = replace(matrix, zero=np.full((1, 1), 2))
+    np.testing.assert_allclose(look_up(pack(matrix), np.arange(33)), matrix.floats(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_no_panel_stores_as_codes_is_packed_as_floats():
+    rng = np.random.default_rng(6)
+    eights = coded("i8", 33, 64, np.float32, (1, 16), rng)
+    ordered = replace(coded("i8", 33, 64, np.float32, (1, 32), rng), order=rng.permutation(64))
+    table = Coded(rng.integers(0, 127, (33, 64), dtype=np.uint8), "e4m3", eights.scale, (1, 16))
+    for matrix in (eights, ordered, table):
+        packed = pack(matrix)
+        assert packed.form == "f32"
+        np.testing.assert_array_equal(look_up(packed, np.arange(33)), matrix.floats())
 
 
 def test_halves_of_a_gated_product_are_whole_blocks():
     assert gates(128)
     with pytest.raises(Unsupported):
-        pack(Dense(np.zeros((96, 32), np.float32)), gated=True)
+        pack(dense(np.zeros((96, 32), np.float32)), gated=True)
 
 
 def test_an_instruction_set_is_forced_by_name():

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from tokenmill.errors import ModelError, Unsupported
 from tokenmill.program.ops import Part, Weight
-from tokenmill.quant.base import Blocks, Dense, check, load, reader_of, stack
+from tokenmill.quant.base import Coded, check, dense, load, reader_of, stack
 from tokenmill.weights.checkpoint import Safetensors, open_checkpoint
 from tokenmill.weights.source import local_source
 
@@ -68,22 +68,24 @@ def test_each_float_type_is_read_exactly(tmp_path: Path) -> None:
 def test_stacking_keeps_what_is_alike_and_makes_floats_of_what_is_not() -> None:
     rng = np.random.default_rng(0)
 
-    def four() -> Blocks:
+    def four() -> Coded:
         codes = rng.integers(0, 256, (2, 1, 16), dtype=np.uint8)
-        return Blocks(4, codes, rng.normal(size=(2, 1)).astype(np.float16), rng.normal(size=(2, 1)).astype(np.float16))
+        scale, low = rng.normal(size=(2, 2, 1)).astype(np.float16)
+        return Coded(codes, "u4", scale, (1, 32), low=low)
 
-    a, b, c = four(), four(), Dense(rng.normal(size=(3, 32)).astype(np.float32))
+    a, b, c = four(), four(), dense(rng.normal(size=(3, 32)).astype(np.float32))
     both = stack([a, b])
-    assert isinstance(both, Blocks)
+    assert both.format == "u4"
     np.testing.assert_array_equal(both.floats(), np.concatenate([a.floats(), b.floats()]))
     mixed = stack([a, c])
-    assert isinstance(mixed, Dense)
+    assert mixed.dense
     np.testing.assert_array_equal(mixed.floats(), np.concatenate([a.floats(), c.floats()]))
 
 
 def test_four_bit_codes_mean_what_the_docstring_says() -> None:
     codes = np.arange(16, dtype=np.uint8)[None, None]  # low nibble k, high nibble 0
-    blocks = Blocks(4, codes, np.full((1, 1), 0.5, np.float16), np.full((1, 1), 3.0, np.float16))
+    scale, low = np.array([[[0.5]], [[3.0]]], np.float16)
+    blocks = Coded(codes, "u4", scale, (1, 32), low=low)
     assert blocks.floats()[0].tolist() == [k * 0.5 + 3 for k in range(16)] + [3.0] * 16
 
 

@@ -1,1 +1,1 @@
-"""Quantization methods, one file each, that read tensors of a checkpoint as a Matrix. They do not import torch."""
+"""Quantization methods, one file each, that read tensors of a checkpoint as `Coded` matrices. No torch is imported."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.quant import none
-from tokenmill.quant.base import Blocks, Dense, Matrix, Piece
+from tokenmill.quant.base import Coded, Piece, stack
 from tokenmill.weights.checkpoint import Checkpoint
 
 BLOCK = 32  # number of columns that share a scale
@@ -17,27 +17,21 @@ _CHUNK = 1 << 18  # numbers quantized at a time, so that they fit a core's cache
 Floats = NDArray[np.float32]
 
 
-def read(source: Checkpoint, piece: Piece, make: Callable[[Floats], Blocks]) -> Matrix:
+def read(source: Checkpoint, piece: Piece, make: Callable[[Floats], Coded]) -> Coded:
     """Read a piece and quantize it with `make`, a function of (rows, blocks, 32).
 
     A vector, or a matrix whose columns are not whole blocks, stays as stored.
     """
     stored = none.read(source, piece)
-    rows, columns = stored.shape if isinstance(stored, Dense) and len(stored.shape) == 2 else (0, 1)
-    if not isinstance(stored, Dense) or columns % BLOCK:
+    if len(stored.shape) != 2 or stored.shape[1] % BLOCK:
         return stored
+    rows, columns = stored.shape
     step = max(1, _CHUNK // columns)
     parts = []
     for start in range(0, rows, step):
         some = stored.take(slice(start, start + step), slice(None)).floats()
         parts.append(make(some.reshape(len(some), -1, BLOCK)))
-    lows = [p.low for p in parts if p.low is not None]
-    return Blocks(
-        parts[0].bits,
-        np.concatenate([p.codes for p in parts]),
-        np.concatenate([p.scale for p in parts]),
-        np.concatenate(lows) if lows else None,
-    )
+    return stack(parts)
 
 
 def rounded(scale: Floats) -> tuple[NDArray[np.float16], Floats]:

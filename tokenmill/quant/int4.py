@@ -12,16 +12,17 @@ import numpy as np
 
 from tokenmill.quant import _made, int8
 from tokenmill.quant._made import Floats
-from tokenmill.quant.base import Blocks, Matrix, Piece
+from tokenmill.quant.base import Coded, Piece
+from tokenmill.quant.formats import nibbles
 from tokenmill.weights.checkpoint import Checkpoint
 
 
-def read(source: Checkpoint, piece: Piece) -> Matrix:
+def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece, and quantize it if it is a matrix whose columns are whole blocks."""
     return _made.read(source, piece, int8.blocks if piece.weight.table else blocks)
 
 
-def blocks(x: Floats) -> Blocks:
+def blocks(x: Floats) -> Coded:
     """Quantize x, (rows, blocks, 32), to codes 0…15."""
     low = x.min(-1)
     codes = _codes(x, low, (x.max(-1) - low) / np.float32(15))
@@ -29,8 +30,7 @@ def blocks(x: Floats) -> Blocks:
     stored, low16 = _made.rounded(scale)[0], np.clip(low, -65504, 65504).astype(np.float16)
     # Compute the codes again from the rounded scale and minimum, so that the codes compensate the rounding.
     codes = _codes(x, low16.astype(np.float32), stored.astype(np.float32))
-    nibbles = codes.astype(np.uint8)
-    return Blocks(4, nibbles[..., :16] | nibbles[..., 16:] << np.uint8(4), stored, low16)
+    return Coded(nibbles(codes.astype(np.uint8)), "u4", stored, (1, _made.BLOCK), low=low16)
 
 
 def _codes(x: Floats, low: Floats, scale: Floats) -> Floats:

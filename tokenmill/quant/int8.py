@@ -10,17 +10,17 @@ import numpy as np
 
 from tokenmill.quant import _made
 from tokenmill.quant._made import Floats
-from tokenmill.quant.base import Blocks, Matrix, Piece
+from tokenmill.quant.base import Coded, Piece
 from tokenmill.weights.checkpoint import Checkpoint
 
 
-def read(source: Checkpoint, piece: Piece) -> Matrix:
+def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece, and quantize it if it is a matrix whose columns are whole blocks."""
     return _made.read(source, piece, blocks)
 
 
-def blocks(x: Floats) -> Blocks:
+def blocks(x: Floats) -> Coded:
     """Quantize x, (rows, blocks, 32), to codes −127…127."""
     scale, inverse = _made.rounded(np.abs(x).max(-1) / np.float32(127))
     codes = np.clip(np.rint(x * inverse[..., None]), -127, 127).astype(np.int8)
-    return Blocks(8, codes, scale)
+    return Coded(codes, "i8", scale, (1, _made.BLOCK))

@@ -5,22 +5,23 @@ from __future__ import annotations
 import numpy as np
 
 from tokenmill.errors import Unsupported
-from tokenmill.quant.base import Dense, Matrix, Piece
+from tokenmill.quant import base
+from tokenmill.quant.base import Coded, Piece
 from tokenmill.weights.checkpoint import Checkpoint, Stored
 
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
 
 
-def read(source: Checkpoint, piece: Piece) -> Matrix:
+def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece as a view of the file."""
     return dense(source[piece.name], piece)
 
 
-def dense(stored: Stored, piece: Piece) -> Dense:
+def dense(stored: Stored, piece: Piece) -> Coded:
     """Return the piece of a stored float tensor. Raises Unsupported for another type."""
     if stored.kind not in _TYPES:
         raise Unsupported("type of weights", stored.kind, _TYPES, f"It is what {stored.name!r} is stored in.")
     rows = np.ascontiguousarray(stored.data).view(_TYPES[stored.kind])
     if not piece.weight.columns:
-        return Dense(rows.reshape(-1)[piece.rows])
-    return Dense(rows.T if piece.weight.transposed else rows).take(piece.rows, piece.columns)
+        return base.dense(rows.reshape(-1)[piece.rows])
+    return base.dense(rows.T if piece.weight.transposed else rows).take(piece.rows, piece.columns)

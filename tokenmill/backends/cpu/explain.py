@@ -10,7 +10,7 @@ from tokenmill.backends.cpu.lower import Lowering
 from tokenmill.backends.cpu.memory import Memory, Sizes
 from tokenmill.backends.cpu.prepare import prepare
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Matrix, Piece, Reader, load
+from tokenmill.quant.base import Coded, Piece, Reader, load
 from tokenmill.weights.checkpoint import Checkpoint
 
 _ROWS = 64  # rows read of each tensor: enough to determine its packing, and whole blocks of gate and of up
@@ -22,7 +22,7 @@ def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_
     `program`: as recorded; the backend must not refuse it. `kv_dtype`: "f16" or "int8".
     """
 
-    def read_some(source: Checkpoint, piece: Piece) -> Matrix:
+    def read_some(source: Checkpoint, piece: Piece) -> Coded:
         first, stop = piece.rows.start, piece.rows.stop
         return read(source, replace(piece, rows=slice(first, min(stop, first + _ROWS))))
 

@@ -13,7 +13,8 @@ from tokenmill.backends.cpu.forms import BLOCK, BLOCK_FORMS, PAIRS, PANEL, Form,
 from tokenmill.backends.cpu.scratch import padded, zeros
 from tokenmill.errors import Unsupported
 from tokenmill.program.ops import Part, Weight
-from tokenmill.quant.base import Blocks, Dense, Matrix, Reader, load
+from tokenmill.quant.base import Coded, Reader, dense, load
+from tokenmill.quant.formats import FORMATS, nibbles, packed
 from tokenmill.weights.checkpoint import Checkpoint
 
 Array = NDArray[Any]
@@ -96,7 +97,7 @@ def _runs_of_one_kind(weight: Weight, source: Checkpoint) -> list[Weight]:
 
 
 def pack(
-    matrix: Matrix, *, gated: bool = False, start: int = 0, pairs: bool = False, allocate: Allocate = zeros
+    matrix: Coded, *, gated: bool = False, start: int = 0, pairs: bool = False, allocate: Allocate = zeros
 ) -> Packed:
     """Pack a matrix into panels.
 
@@ -108,14 +109,13 @@ def pack(
         raise Unsupported("size of a gated product", str(rows // 2), (), f"It must be a multiple of {GATE}.")
     blocks = _as_blocks(matrix)
     if blocks is None:
-        return _pack_dense(
-            matrix if isinstance(matrix, Dense) else Dense(matrix.floats()), gated, start, pairs, allocate
-        )
+        return _pack_dense(matrix if matrix.dense else dense(matrix.floats()), gated, start, pairs, allocate)
     form = _form_of(blocks)
+    shift = _shift(form, blocks)
     out = allocate((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
     body = out[..., form.factors :].reshape(*out.shape[:2], form.group, form.size)
-    _write_codes(form, _panels(_codes(form, blocks), gated), body[..., : form.codes])
-    scale, low, *factors = _numbers(form, blocks)
+    _write_codes(form, _panels(_codes(blocks, shift), gated), body[..., : form.codes])
+    scale, low, *factors = _numbers(form, blocks, shift)
     _put(body[..., form.codes :], scale, gated)
     _put(body[..., form.codes + form.scales :], low, gated)
     for n, factor in enumerate(factors):
@@ -141,8 +141,8 @@ def _panels(a: Array, gated: bool) -> Array:
     return a.reshape(-1, PANEL, *a.shape[1:])
 
 
-def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool, allocate: Allocate) -> Packed:
-    array = matrix.array
+def _pack_dense(matrix: Coded, gated: bool, start: int, pairs: bool, allocate: Allocate) -> Packed:
+    array = matrix.codes
     bfloat16 = PAIRS.name if pairs else "bf16"
     names = {np.dtype(np.uint16): bfloat16, np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
     if array.dtype not in names:
@@ -162,56 +162,84 @@ def _pack_dense(matrix: Dense, gated: bool, start: int, pairs: bool, allocate: A
 # ---- blocks ----
 
 
-def _as_blocks(matrix: Matrix) -> Blocks | None:
-    """Return the matrix if a quantized form can store it: blocks of 32, or of 16 as in Q6_K. Otherwise None."""
-    if not isinstance(matrix, Blocks) or matrix.shape[1] % BLOCK:
+def _as_blocks(matrix: Coded) -> Coded | None:
+    """Return the matrix with a scale for each 32 columns, or 16 as in Q6_K; None if no quantized form can store it."""
+    columns = matrix.shape[1]
+    if matrix.scale is None or matrix.order is not None or columns % BLOCK or not FORMATS[matrix.format].integer:
         return None
-    return matrix if matrix.block == BLOCK or (matrix.bits == 6 and matrix.levels is not None) else None
+    if matrix.block == (1, BLOCK) or (matrix.block == (1, BLOCK // 2) and matrix.levels is not None):
+        return matrix
+    width = matrix.block[1] or columns
+    if width % BLOCK:
+        return None
+    by_rows = matrix.by_rows()
+
+    def repeated(numbers: Array | None) -> Array | None:
+        if numbers is None or (numbers is by_rows.zero and numbers.shape == (1, 1)):
+            return numbers
+        return np.repeat(numbers, width // BLOCK, 1)[:, : columns // BLOCK]
+
+    return replace(
+        by_rows, scale=repeated(by_rows.scale), zero=repeated(by_rows.zero), low=repeated(by_rows.low),
+        block=(1, BLOCK), levels=None,
+    )  # fmt: skip
 
 
-def _form_of(m: Blocks) -> Form:
+def _zero(m: Coded) -> float | None:
+    """Return the zero of all blocks; None if they differ."""
+    if m.zero is None:
+        return 0.0
+    return float(m.zero[0, 0]) if m.zero.shape == (1, 1) else None
+
+
+_EVEN = {"u4": 8, "u5": 16, "i5": 0, "i6": 0, "i8": 0}
+"""Format -> the zero with which a form without addends can store it"""
+
+
+def _form_of(m: Coded) -> Form:
+    bits, zero = FORMATS[m.format].bits, _zero(m)
     if m.levels is not None:
-        return BLOCK_FORMS[f"int{m.bits}k"]
-    name = f"int{8 if m.bits == 6 else m.bits}"
-    half = m.scale.dtype == np.float16
+        return BLOCK_FORMS[f"int{bits}k"]
+    name = f"int{8 if bits == 6 else bits}"
+    half = m.scale is not None and m.scale.dtype == np.float16
     if m.low is not None:
-        narrow = half and m.low.dtype == np.float16 and m.bits in (4, 5)
-        return BLOCK_FORMS[name if narrow and m.offset == 0 else f"{name}wide"]
-    if m.bits == 4:
-        return BLOCK_FORMS["int4even" if half and m.offset == 8 else "int4wide"]
-    if m.bits == 5:
-        return BLOCK_FORMS["int5even" if half and m.offset == 0 else "int5wide"]
-    return BLOCK_FORMS["int8" if half and m.offset == 0 else "int8wide"]
+        narrow = half and m.low.dtype == np.float16 and m.format in ("u4", "u5")
+        return BLOCK_FORMS[name if narrow and zero == 0 else f"{name}wide"]
+    even = name if bits in (6, 8) else f"{name}even"
+    return BLOCK_FORMS[even if half and zero == _EVEN[m.format] else f"{name}wide"]
 
 
-def _shift(form: Form, m: Blocks) -> int:
+def _shift(form: Form, m: Coded) -> int:
     """Return the number that makes the codes unsigned, as panels store them, when added."""
-    if form.offset:
-        return form.offset if m.bits != 4 else 0
-    return 16 if m.bits == 5 and m.low is None else 0
+    if m.format.startswith("u"):
+        return 0
+    return form.offset or 16
 
 
-def _codes(form: Form, m: Blocks) -> Array:
-    """Return (rows, blocks of 32, 16) bytes of nibbles as stored, or (rows, blocks of 32, 32) unsigned codes."""
-    if m.bits == 4:
+def _codes(m: Coded, shift: int) -> Array:
+    """Return (rows, blocks of 32, 16) bytes of nibbles, or (rows, blocks of 32, 32) unsigned codes."""
+    if packed(m.codes, m.format):
         return m.codes
     codes = m.codes.reshape(len(m.codes), -1, BLOCK)
-    return np.asarray(codes.view(np.uint8) + np.uint8(_shift(form, m)))
+    if m.format == "u4":
+        return nibbles(codes)
+    return np.asarray(codes.view(np.uint8) + np.uint8(shift))
 
 
-def _numbers(form: Form, m: Blocks) -> tuple[Array | None, ...]:
+def _numbers(form: Form, m: Coded, shift: int) -> tuple[Array | None, ...]:
     """Return scales, lows and the factors of both, each (rows, number for a row), in the types of the form."""
     if m.levels is not None:
         return m.levels.scale, m.levels.low, m.levels.scale_factor, m.levels.low_factor
+    assert m.scale is not None
     kinds = {2: np.float16, 4: np.float32}
     scale = m.scale.astype(kinds[form.scale], copy=False)
     if not form.low:
         return scale, None
-    # scale · (code − offset) + low = scale · (stored − form.offset) + (low − scale · stored_above)
-    stored_above = m.offset + (_shift(form, m) if m.bits != 4 else 0) - form.offset
+    # scale · (code − zero) + low = scale · (stored − form.offset) + (low − scale · above)
+    above = (0 if m.zero is None else m.zero.astype(scale.dtype)) + scale.dtype.type(shift - form.offset)
     low = np.zeros_like(scale) if m.low is None else m.low.astype(kinds[form.low], copy=False)
-    if stored_above:
-        low = low - scale * scale.dtype.type(stored_above)
+    if np.any(above):
+        low = low - scale * above
     return scale, low
 
 

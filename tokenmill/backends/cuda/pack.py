@@ -20,7 +20,7 @@ from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Dense, Matrix, Reader, check, for_each, load, piece_of
+from tokenmill.quant.base import Coded, Reader, check, for_each, load, piece_of
 from tokenmill.weights.checkpoint import Checkpoint
 
 _LANES = 8  # copies at a time: one core fills a pinned buffer slower than the bus empties it
@@ -126,6 +126,6 @@ def _pack(weight: Weight, to: Tensor, source: Checkpoint, read: Reader, rank: in
         first += matrix.shape[0]
 
 
-def _as_stored(matrix: Matrix, dtype: torch.dtype) -> NDArray[np.generic] | None:
+def _as_stored(matrix: Coded, dtype: torch.dtype) -> NDArray[np.generic] | None:
     """The numbers, if they are stored in this format."""
-    return matrix.array if isinstance(matrix, Dense) and matrix.array.dtype == _STORED[dtype] else None
+    return matrix.codes if matrix.dense and matrix.codes.dtype == _STORED[dtype] else None

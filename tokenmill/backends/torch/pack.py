@@ -12,7 +12,7 @@ from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Dense, Matrix, Reader, check, for_each, load
+from tokenmill.quant.base import Coded, Reader, check, for_each, load
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress
 
@@ -41,10 +41,10 @@ def pack(
     return for_each(wanted, source, one, max(1, min(4, torch.get_num_threads())), report)
 
 
-def to_tensor(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+def to_tensor(matrix: Coded, dtype: torch.dtype) -> Tensor:
     """A tensor of its own memory."""
-    if isinstance(matrix, Dense) and matrix.array.dtype == np.uint16 and dtype == torch.bfloat16:
-        return torch.from_numpy(matrix.array.view(np.int16).copy()).view(torch.bfloat16)
+    if matrix.dense and matrix.format == "bf16" and dtype == torch.bfloat16:
+        return torch.from_numpy(matrix.codes.view(np.int16).copy()).view(torch.bfloat16)
     out = torch.empty(matrix.shape, dtype=torch.float32)
     matrix.fill(out.numpy())
     return out.to(dtype)
