@@ -1,4 +1,4 @@
-"""Matchers against brute force: a mask allows exactly the tokens that are accepted, and a rollback loses nothing."""
+"""Matchers against brute force: a mask allows exactly the accepted tokens, and a rollback restores the state."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_mask_allows_exactly_what_is_accepted(chosen: Backend, vocabulary: Voc
                     brute.add(token_id)
                     matcher.rollback(1)
             forced = matcher.forced(1)
-            if forced and len(found) == 1:  # of several cuts of a forced text, the tokenizer's alone is allowed
+            if forced and len(found) == 1:  # of several tokenizations of a forced text, only the tokenizer's is allowed
                 assert found == set(forced)
                 assert found <= brute
             else:

@@ -1,4 +1,4 @@
-"""Keywords that no grammar has are served by cases: exactly what `jsonschema` takes for valid, or they are refused."""
+"""Keywords without a grammar are served by enumeration of cases, exactly as `jsonschema` validates, or refused."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def served(value: Any, *, close: bool = False) -> Grammar:
 
 
 def accepts_in_some_order(grammar: Grammar, instance: Any) -> bool:
-    """Objects have their keys in the order of the schema, which is one of all."""
+    """Return True if a grammar accepts the value. Its objects have their keys in the order of the schema."""
     if not isinstance(instance, dict):
         return accepts(grammar, compact(instance))
     return any(accepts(grammar, compact(dict(items))) for items in itertools.permutations(instance.items()))
 
 
 def check_exact(value: Any, universe: list[Any]) -> tuple[int, int]:
-    """How many instances are valid and invalid, of which the grammar takes exactly the valid ones."""
+    """Assert that the grammar accepts exactly the valid instances. Return the numbers of valid and invalid ones."""
     grammar = served(value)
     oracle = (jsonschema.Draft7Validator if "dependencies" in value else Oracle)(value)
     valid = [instance for instance in universe if oracle.is_valid(instance)]
@@ -78,12 +78,12 @@ CASES: list[dict[str, Any]] = [
     {"type": "array", "uniqueItems": True, "items": {"enum": [1, 1.0, True, "a"]}},
     {"type": "array", "uniqueItems": True, "maxItems": 1, "items": TEXT},
     {"type": "array", "uniqueItems": False, "items": TEXT},
-    # how many keys
+    # number of keys
     {**CLOSED, "minProperties": 1}, {**CLOSED, "minProperties": 2, "required": ["b"]}, {**CLOSED, "maxProperties": 1},
     {**CLOSED, "minProperties": 1, "maxProperties": 1}, {**CLOSED, "minProperties": 3}, {**CLOSED, "maxProperties": 2},
     {**CLOSED, "minProperties": 1, "maxProperties": 2}, {**CLOSED, "maxProperties": 0},
     {**CLOSED, "minProperties": 2, "anyOf": [{"required": ["a"]}, {"properties": {"b": NUMBER}}]},
-    # which keys
+    # names of keys
     {**CLOSED, "dependentRequired": {"a": ["b"]}}, {**CLOSED, "dependencies": {"a": ["b"], "b": ["a", "c"]}},
     {"type": "object", "properties": {"a": NUMBER, "b": NUMBER}, "dependentRequired": {"a": ["b"]}},
     {**CLOSED, "required": ["a"], "dependentRequired": {"a": ["c"]}},
@@ -96,7 +96,7 @@ CASES: list[dict[str, Any]] = [
         {"if": {"properties": {"c": {"const": 1}}}, "then": {"required": ["a"]}},
         {"if": {"properties": {"c": {"const": "a"}}}, "then": {"properties": {"b": {"type": "boolean"}}}},
     ]},
-    # one of several that exclude each other
+    # mutually exclusive alternatives
     {"oneOf": [NUMBER, TEXT, {"type": "null"}]}, {"oneOf": [{"const": "a"}, {"enum": ["b", 1]}, {"type": "boolean"}]},
     {"oneOf": [{"type": "integer", "maximum": 0}, {"type": "number", "exclusiveMinimum": 0}]},
     {"oneOf": [{"type": "string", "maxLength": 1}, {"type": "string", "minLength": 2}]},
@@ -107,7 +107,7 @@ CASES: list[dict[str, Any]] = [
                {"type": "object", "properties": {"a": {"const": "a"}, "b": NUMBER}, "required": ["a", "b"]}]},
     {"oneOf": [{"$ref": "#/$defs/color"}, {"anyOf": [NUMBER, {"type": "array", "items": {"const": 1}}]}], **COLOR},
     {"oneOf": [{"type": "string", "enum": ["a"]}, {"type": "string", "const": "b"}], "anyOf": [{"const": "a"}, NUMBER]},
-    # nothing is valid
+    # no instance is valid
     {"type": "array", "items": {"not": {}}}, {**CLOSED, "properties": {"a": {"not": True}, "b": NUMBER}},
 ]  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_alternatives_that_may_share_a_value_stay_one_of(alternatives: Any) -> N
 
 
 def random_schema(draw: random.Random) -> dict[str, Any]:
-    """An object's or array's schema of the keywords above."""
+    """Return the schema of an object or array with the keywords above."""
     simple: list[Any] = [NUMBER, TEXT, {"enum": [1, "a"]}, {"const": True}, True, {"type": ["boolean", "integer"]}]
     if draw.random() < 0.25:
         made: dict[str, Any] = {"type": "array", "uniqueItems": draw.random() < 0.8}
@@ -251,7 +251,7 @@ def test_names_in_a_format_are_a_pattern() -> None:
 def test_formats_that_say_nothing_of_a_text_are_left_out() -> None:
     for name in ("password", "binary", "path", "file-path"):
         assert schema.canonical({"type": "string", "format": name}) == '{"type":"string"}'
-    told = {"type": "string", "format": "ulid", "pattern": "^[0-7][0-9A-Z]{25}$"}  # zod says what it means
+    told = {"type": "string", "format": "ulid", "pattern": "^[0-7][0-9A-Z]{25}$"}  # zod writes the pattern
     assert json.loads(schema.canonical(told)) == {"type": "string", "pattern": "^[0-7][0-9A-Z]{25}$"}
     grammar = served({"type": "string", "format": "uuid4"})
     assert accepts(grammar, '"f47ac10b-58cc-4372-a567-0e02b2c3d479"')

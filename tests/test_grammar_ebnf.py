@@ -1,4 +1,4 @@
-"""Grammars that clients write, in EBNF or Lark: the language is the one that was written, and nothing takes long."""
+"""Grammars of clients, in EBNF or Lark: they accept exactly the language as written, and nothing takes long."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def random_part(depth: int, names: list[str], draw: random.Random) -> str:
 
 
 def language(rules: dict[str, ebnf.Node], most: int) -> set[str]:
-    """Every text of up to so many of the letters a, b, c: what the rules say, until they say nothing new."""
+    """Return all texts of at most `most` letters a, b, c in the language: the fixed point of the rules."""
     found: dict[str, frozenset[str]] = {name: frozenset() for name in rules}
 
     def joined(first: frozenset[str], second: frozenset[str]) -> frozenset[str]:
@@ -144,7 +144,7 @@ def test_random_grammars_have_the_language_that_was_written(part: int) -> None:
         wanted = language(ebnf.parse(text), 5)
         try:
             grammar = made(GUIDANCE, "grammar", text)
-        except GrammarError:  # nothing that ends
+        except GrammarError:  # no finite text
             assert not wanted, text
             continue
         assert [word for word in words if accepts(grammar, word) != (word in wanted)] == [], text
@@ -219,7 +219,7 @@ for text in {texts!r}:
 
 
 def test_text_without_choice_and_end_holds_up_nobody() -> None:
-    """The library would look for its end for ever."""
+    """The library would search for its end for ever."""
     texts = ['start: /[xy]/ A "b"\nA: /ab*/', 'start: /[xy]/ rec\nrec: "a" rec']
     code, here = ENDLESS.format(texts=texts), Path(__file__).parent
     env = {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])}

@@ -1,4 +1,4 @@
-"""A schema without `type` is of the types that its keywords belong to, and lets nothing through that it forbade."""
+"""A schema without `type` gets the types that its keywords imply, and still rejects all that it rejected."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ OF = {"properties": "object", "required": "object", "items": "array", "prefixIte
 
 
 def holds(value: Any, node: Any, root: Any) -> bool:
-    """Whether a value has, at every depth, the type of the first keyword of the schemas that it is checked by."""
+    """Return True if a value has, at every depth, the type implied by the first keyword of its schemas."""
     if "$ref" in node:
         node = root["$defs"][node["$ref"].rpartition("/")[2]]
     if "anyOf" in node:
@@ -152,7 +152,7 @@ def holds(value: Any, node: Any, root: Any) -> bool:
 
 @pytest.mark.parametrize("value", GUIDES)
 def test_answers_are_valid_and_of_the_types_that_are_meant(value: Any) -> None:
-    """Random answers: TGI's first documented example gave numbers and null."""
+    """Check random answers. TGI's first documented example gave numbers and null."""
     vocabulary = small_vocabulary()
     grammar = made(GUIDANCE, "json_schema", json_grammar(value, "grammar").source)
     finished = 0
@@ -167,7 +167,7 @@ def test_answers_are_valid_and_of_the_types_that_are_meant(value: Any) -> None:
 
 
 def without_types(node: Any, keep: bool = False) -> Any:
-    """A schema without the types that its keywords imply. `keep`: it is a part or an alternative of another one."""
+    """Return a schema without the types that its keywords imply. `keep`: for a part or an alternative of another."""
     if isinstance(node, list):
         return [without_types(one, keep) for one in node]
     if not isinstance(node, dict):
@@ -203,7 +203,7 @@ KEYWORDS = ("properties", "required", "items", "additionalProperties", "prefixIt
 
 
 def random_schema(draw: random.Random, depth: int) -> Any:
-    """A schema of all that may stand together, mostly without a type."""
+    """Return a schema of keywords that may be combined, mostly without a type."""
     kinds = ["object", "string", "number", "array", "null", ["object", "null"], ["string", "integer"]]
     made: dict[str, Any] = {"type": draw.choice(kinds)} if draw.random() < 0.25 else {}
 

@@ -1,4 +1,4 @@
-"""Regular expressions: they mean what Python takes them for, or are refused by the name of what cannot be served."""
+"""Regular expressions: they mean the same as in Python, or are refused with the name of the unsupported part."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_regular_expressions_match_the_whole_text(guidance: Backend, pattern: st
 
 
 def pieces() -> st.SearchStrategy[str]:
-    """Patterns out of small parts, most of them well formed."""
+    """Return patterns made of small parts, most of them well formed."""
     one = st.sampled_from(["a", "b", "-", "]", "}", "{", ".", "\\d", "\\w", "\\s", "\\.", "\\-", "\\/", "\\x41", "é",
                            "[ab]", "[^a]", "[a-c-]", "[\\d.]", "[[&~|]", "[\\]\\\\]", "(?i)", "^", "$", "~", " ",
                            "&&", "#"])  # fmt: skip
@@ -66,7 +66,7 @@ def test_patterns_mean_what_python_takes_them_for(pattern: str, texts: list[str]
         warnings.simplefilter("ignore")
         try:
             compiled = re.compile(pattern)
-        except re.error:  # written for other dialects
+        except re.error:  # of another dialect
             return
     for text in texts:
         assert accepts(grammar, text) == bool(compiled.fullmatch(text)), (pattern, text)

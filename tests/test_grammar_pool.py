@@ -1,4 +1,4 @@
-"""The compile pool: costly grammars are ended by their limits, everybody else goes on, nothing is compiled twice."""
+"""The compile pool: costly grammars are ended by their limits, other ones go on, none is compiled twice."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_same_grammar_is_compiled_once_and_refusals_are_remembered(pool: Com
     grammars = [future.result(10) for future in futures]
     assert pool.num_compiled == before[0] + 1
     assert accepts(grammars[0], "same1")
-    assert all(grammar is grammars[0] for grammar in grammars)  # where it begins is not the pool's to know
+    assert all(grammar is grammars[0] for grammar in grammars)  # `after` does not matter to the pool
     bad = GrammarSpec("regex", "(broken")
     errors = {fault(pool.submit(bad), 2) for _ in range(3)}
     assert len(errors) == 1
@@ -181,7 +181,7 @@ def test_where_a_grammar_is_waited_for_one_process_does_not_give_way() -> None:
 def test_a_process_that_ended_while_it_waited_is_replaced(pool: CompilePool) -> None:
     for process in own_workers():
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # all its threads ended; the pool's to wait for
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # all its threads have ended; the pool reaps it
     assert accepts(pool.submit(GrammarSpec("regex", "behind the dead")).result(60), "behind the dead")
 
 

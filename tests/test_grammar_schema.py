@@ -1,4 +1,4 @@
-"""What is served is exact: nothing that a grammar accepts is invalid under its schema; the rest is refused by name."""
+"""Schemas are served exactly: no accepted answer is invalid under its schema; the others are refused by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def guidance() -> Backend:
 
 
 def test_random_answers_and_their_mutants_are_accepted_only_if_valid(guidance: Backend) -> None:
-    """Answers drawn from the masks, then changed a little: whatever the grammar takes, the oracle must take."""
+    """Draw answers from the masks and change them a little: each one accepted by the grammar is valid by the oracle."""
     draw, vocabulary = random.Random(1), small_vocabulary()
     finished = invalid_mutants = 0
     for number, value in enumerate(SAMPLE):
@@ -224,7 +224,7 @@ JSONS = st.recursive(
 @settings(max_examples=400, deadline=None)
 @given(JSONS)
 def test_any_json_is_a_schema_or_refused(value: Any) -> None:
-    """Never another error; and what is served accepts nothing that the oracle refuses."""
+    """No other error occurs, and the grammar accepts nothing that the oracle refuses."""
     try:
         grammar = made(GUIDANCE, "json_schema", schema.canonical(value))
     except GrammarError:
@@ -232,7 +232,7 @@ def test_any_json_is_a_schema_or_refused(value: Any) -> None:
     try:
         Oracle.check_schema(value)
     except jsonschema.SchemaError:
-        return  # older drafts, and what a keyword that says nothing may hold
+        return  # older drafts, and values of keywords without an effect
     for instance in (None, 0, 1, 2.5, "", "a", "2024-02-29", [], [0, "a"], {}, {"a": 0}, {"type": "a", "a": []}):
         if accepts(grammar, compact(instance)):
             try:

@@ -1,4 +1,4 @@
-"""A model's grammars: made in pieces while nobody asks, all at once for the first that asks, and never twice."""
+"""Grammars of a model: prepared in units while idle, at once for the first request, and never twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def source(tmp_path: Path) -> ModelSource:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was made, in order."""
+    """Return the list of objects made, in order."""
     found: list[str] = []
     load, backend, pool = grammars.load_tokenizer, llguidance.LLGuidance, grammars.CompilePool
     monkeypatch.setattr(grammars, "load_tokenizer", lambda source: found.append("tokenizer") or load(source))
@@ -50,7 +50,7 @@ def test_a_call_begins_one_piece_and_no_second_beside_it(
         for _ in range(5):
             model.prepare()
         held.set()
-        model._executor.submit(int).result(60)  # what was begun before is done
+        model._executor.submit(int).result(60)  # waits for the unit that was begun
         assert made == ["tokenizer"]
         for piece in ("backend", "pool"):
             while made[-1] != piece:
@@ -81,7 +81,7 @@ def test_the_first_grammar_has_the_rest_made_at_once(source: ModelSource, made: 
 
 
 def test_a_piece_that_fails_is_told_to_whoever_asks_for_a_grammar(source: ModelSource) -> None:
-    model = ModelGrammars(source, 0)  # the end's id is beyond the logits
+    model = ModelGrammars(source, 0)  # the id of the end token is beyond the logits
     model.prepare()
     for _ in range(2):
         with pytest.raises(GrammarError, match="no token that ends an answer"):

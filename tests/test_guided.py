@@ -1,4 +1,4 @@
-"""What clients send as a grammar: every spelling is one grammar, and what is none is refused by its field."""
+"""Grammars as clients send them: all spellings give one grammar, and invalid ones are refused by their field."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_an_object_that_names_its_keys_has_no_others(schema: Any, expected: Any)
         {"allOf": [OPEN, {"properties": {"b": {}}, "required": ["b"]}]},
         {"$ref": "#/$defs/a", "properties": {"b": {}}, "$defs": {"a": OPEN}},
         {"anyOf": [OPEN, {"properties": {"b": {}}}], "required": ["c"]},
-        {"oneOf": [OPEN, {"properties": {"b": {}}, "required": ["b"]}]},  # closed ones exclude each other, these do not
+        {"oneOf": [OPEN, {"properties": {"b": {}}, "required": ["b"]}]},  # open, so not mutually exclusive
         {**OPEN, "required": ["name", "other"]},
         {"properties": {"a": {}}, "required": ["a"], "minProperties": 2},
         {**OPEN, "const": {"name": "a", "other": 1}},

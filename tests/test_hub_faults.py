@@ -1,4 +1,4 @@
-"""Models from a Hub that misbehaves, from caches that are old, half or read-only, and by names of all kinds."""
+"""Models from a misbehaving Hub, from outdated, partial or read-only caches, and by names of all kinds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GGUF = b"GGUF"
 
 
 class Client:
-    """What a user has: a cache, a token, and a Hub."""
+    """The user's side: a cache, a token, and a Hub."""
 
     def __init__(self, fake: FakeHub, cache: Path) -> None:
         self.hub, self.cache = fake, cache
@@ -43,7 +43,7 @@ class Client:
         )
 
     def fault(self, *words: str, **how: bool) -> str:
-        """The message of the error that the model cannot be had; nothing of it is "the network" unless it is."""
+        """Return the message of the error for a missing model. Assert that it blames "the network" only if true."""
         with pytest.raises(DownloadError) as caught:
             self.get(*words, **how)
         return str(caught.value)
@@ -57,7 +57,7 @@ def open_sessions_anew() -> None:
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> Iterator[Client]:
-    """Of a Hub that has `owner/tiny`, without pauses between tries."""
+    """Return a client of a Hub with `owner/tiny`, without pauses between retries."""
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
@@ -458,7 +458,7 @@ def test_half_a_cache_offline_names_what_is_missing_and_the_command_that_complet
     client.get("owner/split", "v1")
     assert client.get("owner/split", "v1", offline=True).path == str(folder)
     blob = (folder / "model-a.safetensors").resolve()
-    blob.unlink()  # a link to nothing is no file
+    blob.unlink()  # a dangling link is not a file
     assert "Missing: model-a.safetensors." in client.fault("owner/split", "v1", offline=True)
     for path in folder.iterdir():
         path.unlink()

@@ -1,4 +1,4 @@
-"""Work that nobody waits for is done in pieces, while the engine has had nothing to do for a while."""
+"""Idle work is done in units once the engine has been idle for a while."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Clock:
 
 
 class Inner:
-    """A link on which nothing comes unless it was put into `coming`. A wait takes a second."""
+    """A link that receives only the messages in `coming`. A wait takes a second."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.coming, self.sent = clock, [], []  # type: ignore[var-annotated]

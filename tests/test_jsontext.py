@@ -1,4 +1,4 @@
-"""Why a text is no JSON: exactly where msgspec refuses it, in words of ours, at the right place."""
+"""Errors in JSON text: the same texts are refused as by msgspec, with our message, at the right position."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MARKS = st.sampled_from([b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\", b"\\u"
 
 
 def is_json(text: bytes) -> bool:
-    """By msgspec, and by Python where a string of wrong bytes is not even looked at."""
+    """Return True if msgspec accepts the text; Python decides for strings with invalid bytes, which msgspec skips."""
     try:
         text.decode()
         msgspec.json.decode(text)
-    except msgspec.ValidationError:  # a number of a size that nothing holds
+    except msgspec.ValidationError:  # a number too large for any type
         return True
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False

@@ -1,4 +1,4 @@
-"""The supervisor and real processes (mock engine): start, deaths, drain, and that nothing is left behind."""
+"""The supervisor and real processes (mock engine): start, deaths, drain; no process is left behind."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_after_sigterm_streams_finish_and_new_requests_are_refused_with_the_time
 ) -> None:
     server = serve("--mock-step-ms", "30", "--http-workers", "2")
     server.wait_ready()
-    kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=10) for _ in range(6)]  # some to each worker
+    kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=10) for _ in range(6)]  # each worker gets some
     for connection in kept:
         assert ask(connection, ("GET", "/info", b""))[0] == 200
     stream = server.stream(60)
@@ -228,7 +228,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error(serve: Callable[..., Se
     server.wait_ready()
     stream = server.stream(500)
     assert stream.readline().startswith(b"data:")
-    server.process.send_signal(signal.SIGHUP)  # a terminal that goes sends it, perhaps twice
+    server.process.send_signal(signal.SIGHUP)  # a closing terminal sends it, possibly twice
     server.process.send_signal(signal.SIGHUP)
     assert b'"error":"the server is shutting down"' in stream.read()
     assert server.wait() == 0
@@ -293,7 +293,7 @@ def test_a_taken_port_is_found_before_anything_else(model: Path) -> None:
     assert "--port" in done.stderr
 
 
-@pytest.mark.parametrize("files", [10, 16])  # where the supervisor, or a child, is the first to meet it
+@pytest.mark.parametrize("files", [10, 16])  # the supervisor, or a child, reaches the limit first
 def test_too_few_open_files_are_named_with_the_cure(files: int, model: Path) -> None:
     command = f'ulimit -n {files}; exec "$0" -m tokenmill serve --mock --port 0 --model-id "$1"'
     done = subprocess.run(["bash", "-c", command, sys.executable, str(model)], capture_output=True, text=True,

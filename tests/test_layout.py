@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: imports, lengths, no hidden state, no pickle, light processes."""
+"""House rules that are checked automatically: imports, lengths, no hidden state, no pickle, light processes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ VENDORS_WORDS = ("libcuda", "nvml", "nccl", "rccl", "nvidia-smi")
 
 
 def vendors_names(node: ast.AST) -> Iterator[str]:
-    """What a node names that one maker's devices have alone."""
+    """Return names in a node that only one vendor's devices have."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
         yield from (name for name in names if name.split(".")[0] in VENDORS or f"{name}.".startswith(VENDORS_PARTS))
@@ -90,15 +90,15 @@ def vendors_names(node: ast.AST) -> Iterator[str]:
 
 
 def test_only_the_cuda_backend_knows_one_makers_devices() -> None:
-    """Elsewhere "cuda" is a device's name, which torch's builds for AMD use as well."""
-    everywhere = {"torch.cuda.empty_cache"}  # does nothing where there is no such device
+    """Elsewhere "cuda" is the name of a device, which torch's builds for AMD use as well."""
+    everywhere = {"torch.cuda.empty_cache"}  # has no effect without such a device
     found = {
         (file, name)
         for file, node in nodes((ast.Import, ast.ImportFrom, ast.Attribute, ast.Constant))
         for name in vendors_names(node)
         if name not in everywhere and not file.startswith(("tokenmill/backends/cuda/", "tokenmill/parallel/"))
     }
-    assert found == {("tokenmill/operate/env.py", "nvidia-smi")}  # a tool that is asked if it is there
+    assert found == {("tokenmill/operate/env.py", "nvidia-smi")}  # a tool that is used if it is installed
 
 
 def test_shared_files_say_that_features_go_elsewhere() -> None:
@@ -137,7 +137,7 @@ ONE_TYPE = {
 
 
 def imports_of(modules: dict[str, Path]) -> dict[str, set[str]]:
-    """The modules of ours that each module imports: at its top, inside of functions and for type checking."""
+    """Return the project's modules imported by each module: at its top, inside functions and for type checking."""
     found: dict[str, set[str]] = {}
     for module, path in modules.items():
         names: set[str] = set()
@@ -153,7 +153,7 @@ def imports_of(modules: dict[str, Path]) -> dict[str, set[str]]:
 
 
 def circles(imports: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What is left of imports without modules that import nothing left, or that nothing left imports."""
+    """Return the imports that are left after removing modules without imports, or without importers, repeatedly."""
     left = imports
     while True:
         imported = set().union(*left.values())
@@ -164,7 +164,7 @@ def circles(imports: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Neither at their top nor inside of functions nor for type checking."""
+    """Imports at the top, inside functions and for type checking count."""
     modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
     imports = imports_of(modules)
     for importer, imported in ONE_TYPE:

@@ -1,4 +1,4 @@
-"""The longest sequence and prompt: rope scaling stretches them, tokenizers and users shorten them, in the open."""
+"""Maximum lengths of sequences and prompts: rope scaling extends them, tokenizers and users limit them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 
 
 def info_of(folder: Path, **wants: Any) -> EngineInfo:
-    """What an engine of the torch backend tells."""
+    """Return the `EngineInfo` of an engine with the torch backend."""
     chosen = EngineOptions(backend=BackendOptions(backend="torch", device="cpu"), memory_limit=64 << 20, **wants)
     assembled = assemble(local_source(folder), chosen, Group(), lambda progress: None)
     assembled.close()
@@ -69,7 +69,7 @@ def test_a_stretched_context_is_the_limit_without_being_asked_and_no_warning_fol
     [
         (None, None, 64), (None, 1e30, 64), (None, 32, 32), (None, 128, 64),
         (YARN, None, 256), (YARN, 1e30, 256), (YARN, 200, 200),
-        (YARN, 64, 256), (LINEAR, 64, 256), (LINEAR, 32, 256),  # written before the model was stretched
+        (YARN, 64, 256), (LINEAR, 64, 256), (LINEAR, 32, 256),  # the tokenizer's length is from before the scaling
     ],
 )  # fmt: skip
 def test_a_tokenizers_length_counts_unless_it_is_that_of_the_unstretched_model(

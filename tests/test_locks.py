@@ -1,4 +1,4 @@
-"""The locks: every package that make installs has one version, within pyproject.toml's range, wherever it runs."""
+"""Lock files: every package that make installs has one version, within pyproject.toml's range, on every platform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many blocks fit."""
+"""The number of cache blocks that fit into memory."""
 
 import subprocess
 import sys
@@ -200,4 +200,4 @@ def test_limits_of_this_process_leave_what_it_has_not_taken(letter, name):
     )
     command = ["bash", "-c", f'ulimit -{letter} 2000000; exec "$0" -c "$1"', sys.executable, code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert abs(int(done.stdout)) < 8 << 20  # what it took between the two looks
+    assert abs(int(done.stdout)) < 8 << 20  # allocated between the two measurements

@@ -1,4 +1,4 @@
-"""What does not fit a type is named by path, with what is allowed and what was given, whatever msgspec's words are."""
+"""Values that do not fit a type are named by path, with the allowed and the given, for all of msgspec's messages."""
 
 from __future__ import annotations
 

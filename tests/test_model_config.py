@@ -1,4 +1,4 @@
-"""config.json as transformers' classes read it: every field left out, null or set, against the class and its model."""
+"""config.json as transformers' classes read it: each field missing, null or set, against the class and its model."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ VALUES: dict[str, list[Any]] = {
 
 
 def drawn(model_type: str, seed: int) -> dict[str, Any]:
-    """A random config.json."""
+    """Return a random config.json."""
     rng = random.Random(f"{model_type} {seed}")
     chosen = {name: rng.choice(values) for name, values in VALUES.items() if rng.random() < 0.6}
     return {"model_type": model_type, **chosen}
 
 
 def of_class(config: dict[str, Any]) -> Any:
-    """transformers' object of the same file."""
+    """Return transformers' configuration object of the same file."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[config["model_type"]].from_dict({k: v for k, v in config.items() if k != "model_type"})
 
 
 def as_transformers_models_use_it(theirs: Any) -> dict[str, Any]:
-    """The numbers that a model of transformers takes out of its configuration."""
+    """Return the numbers that a model of transformers takes from its configuration."""
     of = theirs.model_type
     layers = range(theirs.num_hidden_layers)
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if of == "mistral" else ""] * len(layers)
@@ -78,7 +78,7 @@ def test_fields_left_out_null_or_set_are_what_transformers_class_makes_of_them(m
     for seed in range(100):
         config = drawn(model_type, seed)
         theirs = as_transformers_models_use_it(of_class(config))
-        if theirs["heads"] % theirs["kv"]:  # their class takes it, their model fails
+        if theirs["heads"] % theirs["kv"]:  # accepted by the class, but the model fails
             with pytest.raises(StartError, match="key-value heads"):
                 config_of(config)
             continue
@@ -177,7 +177,7 @@ IDS = [5, 9, 100, 3, 77, 2, 61, 8, 9, 4, 120, 33]
 
 
 def their_model(config: dict[str, Any]) -> tuple[Any, np.ndarray] | None:
-    """transformers' model of random weights and its logits; None if it cannot be made or run."""
+    """Return transformers' model with random weights and its logits; None if it cannot be made or run."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -205,7 +205,7 @@ def test_logits_of_random_configs_equal_transformers_and_what_fails_there_is_ref
         for name in rng.sample(sorted(CHOICES.keys() - {"num_key_value_heads"}), 4):
             config.pop(name, None)
         if model_type == "mistral":
-            config.pop("layer_types", None)  # refused above; transformers warns that it does not heed it
+            config.pop("layer_types", None)  # refused above; transformers warns that it is ignored
         made = their_model(json.loads(json.dumps(config)))
         folder = tmp_path / str(seed)
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Every family against transformers, on tiny random checkpoints: paged, chunked and mixed equals one dense forward."""
+"""Every family against transformers, on tiny random checkpoints: paged, chunked, mixed steps equal a dense forward."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ TEMPLATE = (
 
 
 def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits) -> OfflineEngine:
-    """An engine whose cache is far too small for its slots."""
+    """Return an engine whose cache is far too small for its slots."""
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
     backend = TorchBackend(program, source, reader_of(source), limits, Group(), dtype="float32")
@@ -102,7 +102,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd_that_is_preempted(tmp_p
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny Llama with a tokenizer of bytes; id 256 ends an answer."""
+    """Write a tiny Llama with a byte-level tokenizer; id 256 ends an answer."""
     path: Path = tmp_path_factory.mktemp("tiny")
     make_checkpoint(path, "llama", vocab_size=260, eos_token_id=256, bos_token_id=257)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -148,7 +148,7 @@ def test_closing_a_stream_frees_what_it_held(llm):
     stream = llm.stream("Once", max_new_tokens=50, temperature=1.0, seed=1, ignore_eos=True)
     next(stream)
     stream.close()
-    assert llm._engine.step()  # takes the abort, and the step that was launched
+    assert llm._engine.step()  # processes the abort, and the launched step
     assert not llm._engine.step()
     assert llm.stats.blocks_used == llm.stats.running == 0
 
@@ -182,7 +182,7 @@ def test_chat_renders_the_models_template(llm):
 
 
 def test_a_chat_is_planned_as_the_servers_are(llm):
-    """Its fields are checked, and a thought is what the model's template says of it."""
+    """Its fields are checked, and the model's template defines the reasoning."""
     message = [{"role": "user", "content": "Hi"}]
     with pytest.raises(ValidationError, match="`thinking_budget` is not supported") as caught:
         llm.chat(message, thinking_budget=3)
@@ -197,7 +197,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture(scope="module")
 def thinking_folder(folder, tmp_path_factory) -> Path:
-    """The same model with a template that begins a thought, whose marks are special tokens."""
+    """Write the same model with a template that begins the reasoning; its marks are special tokens."""
     path: Path = tmp_path_factory.mktemp("thinking")
     for file in folder.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
@@ -226,16 +226,16 @@ def thinker(thinking_folder):
 def test_stop_strings_and_least_tokens_of_a_chat_are_about_what_is_behind_the_thought(
     thinker, stop, least, reason, content
 ):
-    """Four tokens of a thought, four that end it, and five of the answer: all X that are free."""
+    """Four tokens of reasoning, four that end it, and five of the answer. All that are not forced are X."""
     bias = {thinker.tokenizer.encode("X", False)[0]: 100.0}
     options = Options(max_new_tokens=13, thinking_budget=4, logit_bias=bias, stop=stop, min_new_tokens=least)
     [answer] = thinker.chat(MESSAGES, options)
     assert (answer.reasoning, answer.content, answer.finish_reason) == ("XXXX", content, reason)
-    assert answer.text == "XXXX\n\n\n" + content  # marks are special tokens, which no text shows
+    assert answer.text == "XXXX\n\n\n" + content  # marks are special tokens, which are not shown in text
     assert answer.stop == (stop[0] if reason == "stop_sequence" else None)
     pieces = list(thinker.stream_chat(MESSAGES, options))
     assert "".join(pieces) == answer.text
-    assert pieces[:4] == ["X"] * 4  # a thought is not held back for a stop string
+    assert pieces[:4] == ["X"] * 4  # reasoning is not held back for a stop string
 
 
 def test_a_grammar_of_a_chat_holds_behind_the_thought(thinker):
@@ -381,7 +381,7 @@ def test_a_prompt_that_fails_takes_no_other_with_it(folder, tmp_path, llm):
 
 
 def test_the_engine_says_for_which_instruction_set_it_computes(folder, llm):
-    assert llm.info.isa == torch.backends.cpu.get_cpu_capability().lower()  # its blocks are too small for the other one
+    assert llm.info.isa == torch.backends.cpu.get_cpu_capability().lower()  # the CPU backend refuses such small blocks
     with LLM(str(folder), backend="cpu", cpu_threads=1) as model:
         assert model.info.isa == isa.detect("").name
 

@@ -1,4 +1,4 @@
-"""Backends that find no memory in the middle of a step, at any place of it: no token of anybody changes."""
+"""Backends that run out of memory at any point of a step: no request's tokens change."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def engine_of(backend: Any) -> OfflineEngine:
 
 
 class Faults:
-    """Makes a method of a backend raise what torch raises, before or after it has done its work.
+    """Wrapper that makes a method of a backend raise torch's error, before or after it has done its work.
 
-    `place`: "part.method" or "method". `least`: tokens of a step that may fail.
+    `place`: "part.method" or "method". `least`: minimum tokens of a step that may fail.
     """
 
     def __init__(self, backend: Any, place: str, rate: float, seed: int = 0, least: int = 1) -> None:

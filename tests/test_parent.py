@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Child processes end with their parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every pass leaves the numbers as they were, for programs drawn at random; and does something for many of them."""
+"""Every pass preserves the numbers of random programs, and changes many of these programs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_pass_leaves_the_numbers_of_any_program_as_they_were(name: str, drawn:
 
 
 def test_a_fusion_is_refused_as_well_as_applied_in_the_draws(drawn: Any) -> None:
-    """What is never refused is not tried: for each fusion, operations that it takes and those that it must not."""
+    """A fusion that is never refused is not tested: each must meet operations to apply to and operations to refuse."""
     taken: Counter[str] = Counter()
     left: Counter[str] = Counter()
     kinds = {"residual into linear": ops.Add, "act into linear": ops.GatedAct | ops.Act,
@@ -85,7 +85,7 @@ def test_a_fusion_is_refused_as_well_as_applied_in_the_draws(drawn: Any) -> None
 
 
 def test_int8_inputs_are_the_same_whoever_writes_them(drawn: Any) -> None:
-    """Against the plainest way: a Quantize of its own before every product that wants one."""
+    """Compare with the simplest way: a separate Quantize before every product with an int8 input."""
 
     def wants(op: ops.Linear) -> bool:
         return op.x.width % 32 == 0 and op.x.start % 32 == 0
@@ -111,7 +111,7 @@ def test_int8_inputs_are_the_same_whoever_writes_them(drawn: Any) -> None:
 
 
 def test_the_cpu_backend_computes_a_drawn_program_or_refuses_it(drawn: Any) -> None:
-    """Kernels that ignore an attribute would be wrong in silence: what is not refused equals torch."""
+    """A kernel that ignores an attribute would be silently wrong: each program is refused or equals torch."""
     refused: Counter[str] = Counter()
     for seed, program, source, want in drawn[::2]:
         if why := prepare.refusal(program, 16):
@@ -126,7 +126,7 @@ def test_the_cpu_backend_computes_a_drawn_program_or_refuses_it(drawn: Any) -> N
 
 
 def test_rows_that_something_later_needs_are_not_left_out() -> None:
-    """An output of all tokens, a hidden state, keeps the rows that do not sample."""
+    """An output of all tokens, such as a hidden state, keeps the rows that do not sample."""
     program = Draw(2).program()
     take = next(i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows))
     assert passes.take_rows_early(program).ops != program.ops
@@ -138,7 +138,7 @@ def test_rows_that_something_later_needs_are_not_left_out() -> None:
 
 
 class Meeting:
-    """Ranks as threads of this process: what one gives, all have once all have given."""
+    """Ranks as threads of this process: each gives a value, and all get all values once every rank has given one."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -154,7 +154,7 @@ class Meeting:
 
 
 class Rank:
-    """A `parallel.group.Group` of threads."""
+    """Implementation of `parallel.group.Group` with threads."""
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.size, self.meeting = rank, meeting.size, meeting
@@ -207,7 +207,7 @@ def test_ranks_give_the_numbers_of_one(size: int) -> None:
 
 
 def test_a_norm_across_what_ranks_share_is_refused_by_name() -> None:
-    """A norm of all heads at once needs a sum over the ranks, which no pass makes yet: no wrong numbers in silence."""
+    """A norm over all heads needs a sum over the ranks, which no pass inserts yet: it must not give wrong numbers."""
     draw = Draw(0, plain=True)
     draw._heads = lambda q, k: (draw.norm(q), draw.norm(k))  # type: ignore[method-assign]
     draw.chance = lambda share: share >= 0.5  # type: ignore[method-assign]

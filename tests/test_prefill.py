@@ -1,4 +1,4 @@
-"""Who of several prompts is computed in a step, against the oracle: short ones pass a long one, and none starves."""
+"""Division of steps among prompts, against the oracle: short prompts pass a long one, and none starves."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LONG = range(1, 401)
 
 
 def fresh(request_id: int, tokens: int, new_tokens: int = 1) -> Request:
-    """A prompt that begins like no other."""
+    """Return a request whose prompt shares no prefix with another."""
     return request(request_id, [1000 + request_id, *range(1, tokens)], new_tokens)
 
 
 def steps_until(oracle, request_id: int) -> int:
-    """Batches planned up to the one that computes the end of a prompt."""
+    """Return the batches up to the one that computes the end of a prompt."""
     for index, (batch, left) in enumerate(zip(oracle.batches, oracle.left, strict=True)):
         if any(seq.id == request_id for seq in batch.sequences) and request_id not in left.filling:
             return index + 1
@@ -163,7 +163,7 @@ def test_a_whole_prompt_that_is_wanted_shares_nothing_and_passes_by_its_whole_si
 
 def test_short_prompts_pass_a_long_one_that_lacks_blocks_but_take_none_that_it_needs() -> None:
     limits = SchedulerLimits(64, 8, 400, block_size=4)
-    holder = fresh(0, 200, 100)  # 75 of 100 blocks in the end
+    holder = fresh(0, 200, 100)  # needs 75 of 100 blocks at its end
     stream = [[fresh(2 + i, 8, 30)] for i in range(150)]
     engine, oracle, link = build([[holder], [], [], [fresh(1, 240, 2)], *stream], 100, limits)
     run(engine, link)

@@ -1,5 +1,7 @@
-"""Passes leave the numbers alone, ranks equal one, costs equal hand counts, buffers do not overlap; kinds that no model
-uses yet equal their formula."""
+"""Passes preserve numbers, ranks equal one, costs equal hand counts, buffers do not overlap.
+
+Operations that no model uses yet equal their formula.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def logits_of(folder: Path, rewrite: Callable[[Program], Program], group: Group | None = None) -> list[np.ndarray]:
-    """Of the program as it was rewritten, without the backend's own passes but sharding."""
+    """Return the logits of the program as rewritten, with no other passes of the backend than sharding."""
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
     backend = Driver(program, source, group=group)
@@ -147,7 +149,7 @@ def run_ranks(size: int, folders: list[Path], run_dir: Path) -> None:
 def test_two_ranks_equal_one_for_every_kind_of_model(tmp_path: Path, run_dir: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
         ("llama_tied_with_biases", {}),
-        ("qwen2", {"vocab_size": 129}),  # a vocabulary that two do not divide stays whole
+        ("qwen2", {"vocab_size": 129}),  # an odd vocabulary is not sharded
         ("qwen3", {}),
         ("mistral_window", {"num_key_value_heads": 1}),  # fewer heads than ranks: repeated
     ]
@@ -230,10 +232,10 @@ def test_no_two_live_buffers_overlap(case: tuple[Path, Any], late: Callable[[ops
 
 
 def replay(program: Program, plan: Plan, late: Callable[[ops.Op], bool]) -> None:
-    """A second, plain way: remember who wrote each place, and see that what is read is still there."""
+    """Check buffers by a second method: record the writer of each place, and check that values read are still there."""
     owner: dict[int, int] = {}
     specs: dict[int, Buffer] = {}
-    stale: list[tuple[int, int]] = []  # what may still be read, no barrier having come
+    stale: list[tuple[int, int]] = []  # places read since the last barrier
     for op in program.ops:
         for v in op.reads().values():
             assert v.spec.dtype == "ids" or owner[plan.offsets[v.buffer]] == v.buffer
@@ -260,7 +262,7 @@ def test_what_a_late_norm_reads_is_not_written_over_by_the_next_operation(summed
         assert (offsets[z.buffer] != offsets[x.buffer]) == late
 
 
-# ---- kinds that no model of today uses -----------------------------------------------------------------------------
+# ---- operations that no model uses yet -----------------------------------------------------------------------------
 
 
 def test_a_mixture_of_experts_equals_transformers(tmp_path: Path, run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Matrices as stored, pieces of them for each rank, and safetensors headers that lie."""
+"""Matrices as stored, shards of them for each rank, and invalid safetensors headers."""
 
 from __future__ import annotations
 

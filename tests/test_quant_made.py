@@ -1,4 +1,4 @@
-"""int8 and int4 made while loading: how far numbers move, and what is left alone."""
+"""int8 and int4 quantization while loading: error bounds, and the weights that stay as they are."""
 
 from __future__ import annotations
 

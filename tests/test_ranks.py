@@ -1,4 +1,4 @@
-"""Engine processes as the supervisor starts them: two ranks over gloo say token for token what one says alone."""
+"""Engine processes as the supervisor starts them: two ranks over gloo give the same tokens as one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ NUM_BLOCKS = 24  # far fewer than six sequences need
 
 
 class Engine:
-    """The processes of an engine, and a connection as an HTTP worker has one."""
+    """The processes of an engine, and a connection of an HTTP worker."""
 
     def __init__(self, settings: Settings, folder: Path, run_dir: Path) -> None:
         self.address = str(run_dir / "engine.sock")
@@ -62,7 +62,7 @@ class Engine:
             self.children.append(child)
 
     def wait_for(self, kind: type, timeout_s: float = 90.0) -> list[object]:
-        """The first message of this type from each child."""
+        """Return the first message of this type from each child."""
         found: dict[str, object] = {}
         deadline = time.monotonic() + timeout_s
         while len(found) < len(self.children):
@@ -96,7 +96,7 @@ def running(settings: Settings, folder: Path, run_dir: Path) -> Iterator[Engine]
 
 
 def requests() -> list[Request]:
-    """Greedy and sampled ones, with shared beginnings, all kinds of filters, and log-probabilities."""
+    """Return greedy and sampled requests, with shared prefixes, all kinds of filters, and log-probabilities."""
     rng = np.random.default_rng(5)
     head = rng.integers(0, 128, 14).tolist()
     made = []
@@ -117,14 +117,14 @@ def requests() -> list[Request]:
 
 
 def alone(folder: Path) -> dict[int, list[int]]:
-    """The tokens of each request from one rank in this process, one request after another."""
+    """Return the tokens of each request from one rank in this process, one request after another."""
     wants = EngineOptions(block_size=4, max_batch_size=1, max_total_tokens=64)
     with OfflineEngine(assemble(local_source(folder), wants, Group(), lambda _: None)) as engine:
         return {r.id: engine.generate([r.prompt_ids], r.sampling, r.stopping)[0] for r in requests()}
 
 
 def memory_limit(folder: Path, ranks: int) -> str:
-    """What leaves each rank `NUM_BLOCKS` blocks."""
+    """Return the limit that leaves each rank `NUM_BLOCKS` blocks."""
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
     backend = TorchBackend(program, source, reader_of(source), LIMITS, Group(0, ranks), dtype="float32")
@@ -135,7 +135,7 @@ def memory_limit(folder: Path, ranks: int) -> str:
 
 
 def serve(channel: Channel[FromEngine], wanted: list[Request]) -> tuple[dict[int, list[Output]], StepOutputs]:
-    """Send requests a few at a time, one of them aborted; all outputs, and the last frame."""
+    """Send requests a few at a time, and abort one of them. Return all outputs, and the last frame."""
     info = channel.receive()
     assert isinstance(info, EngineInfo)
     outputs: dict[int, list[Output]] = {r.id: [] for r in wanted}

@@ -1,4 +1,4 @@
-"""Thoughts: found from the template and the prompt, split from the answer wherever it is cut."""
+"""Reasoning: detected from the template and the prompt, split from the answer for any cut of the text."""
 
 from __future__ import annotations
 

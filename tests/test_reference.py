@@ -1,4 +1,4 @@
-"""docs/reference is what the code says, and links to nothing that is not there."""
+"""docs/reference matches the code, and has no broken links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys that are given twice are found at any depth, and nothing else is."""
+"""Repeated keys are detected at any depth, and nothing else is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_what_an_encoder_writes_repeats_no_key(value: Any, plain: bool) -> None:
 @settings(max_examples=150, deadline=None)
 @given(VALUES, st.data())
 def test_a_key_that_is_added_again_is_found_where_it_is(value: Any, data: st.DataObject) -> None:
-    """One object of any depth gets one of its keys once more, in another spelling."""
+    """An object at any depth gets one of its keys again, in another spelling."""
     objects = list(_objects(value, ()))
     if not objects:
         return
@@ -47,7 +47,7 @@ def _objects(value: Any, steps: tuple[str | int, ...]) -> Any:
 
 
 def _written(value: Any, chosen: Any, more: str) -> str:
-    """JSON text with `more` at the beginning of the object `chosen`."""
+    """Return JSON text with `more` at the beginning of the object `chosen`."""
     if isinstance(value, dict):
         parts = [f"{json.dumps(key)}: {_written(child, chosen, more)}" for key, child in value.items()]
         return "{" + (more if value is chosen else "") + ", ".join(parts) + "}"

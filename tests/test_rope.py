@@ -1,4 +1,4 @@
-"""Rotary frequencies of every scaling against transformers' functions, and the lengths that scalings make."""
+"""Rotary frequencies of every scaling against transformers' functions, and the resulting lengths."""
 
 from __future__ import annotations
 

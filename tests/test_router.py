@@ -1,4 +1,4 @@
-"""The router: thoughts first, then calls, then content; and the formats of real templates."""
+"""The router: reasoning first, then calls, then content; and the formats of real templates."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_call_is_not_searched_for_without_tools() -> None:
 
 
 def thinking(name: str, **more: Any) -> Router:
-    """The router of an answer that begins inside of a thought between <think> tags, with calls of that format."""
+    """Return the router of an answer that begins inside <think> tags, with calls of that format."""
     return router_of(
         "", parser=name, tools=TOOLS, reasoning=reasoning_of(THINK, "<think>\n"), new_id=lambda: "id0", **more
     )
@@ -245,7 +245,7 @@ def test_name_and_id_come_first_and_once() -> None:
     ("broken", "behind"), [('{"a": tru]}', " tru]}"), ('{"a": "b', ""), ('{"a": [1, {"b": 2}', "")]
 )
 def test_a_call_that_breaks_or_is_cut_off_is_content_once(broken: str, behind: str) -> None:
-    """A client that was sent its beginning is not sent that again."""
+    """A client that got its beginning does not get it again."""
     text = f'Hm. <tool_call>\n{{"name": "now", "arguments": {broken}'
     for pieces in ([text], list(text), [text[:60], text[60:]]):
         router = reader("hermes")

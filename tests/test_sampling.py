@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 VOCAB, SLOTS, MAX_TOTAL = 61, 12, 64
 
 
-# Bringing rows before the code under test.
+# Set-up of rows for the code under test.
 
 
 def tail_of(requests) -> str:
@@ -39,7 +39,7 @@ def tail_of(requests) -> str:
 
 
 def prepared(requests, outputs=None, slots=None, vocab=VOCAB, tail=None):
-    """Slots that hold prompt and output of each request, and the step that samples each one's next token."""
+    """Return slots with prompt and output of each request, and the step that samples the next token of each."""
     state = Slots(StepLimits(64, max(SLOTS, len(requests)), MAX_TOTAL, 4), vocab)
     inputs = make_step(requests, outputs, slots, tail or tail_of(requests))
     state.apply(inputs)

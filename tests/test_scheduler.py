@@ -1,4 +1,4 @@
-"""The scheduler and the loop against an oracle that turns any mistake into a wrong token."""
+"""The scheduler and the loop against an oracle in which any mistake gives a wrong token."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ def test_nobody_is_admitted_into_blocks_that_the_running_ones_need_next() -> Non
     assert link.stats.preemptions == 0
 
 
-# ---- work that was put off
+# ---- idle work
 
 
 def test_work_that_was_put_off_is_done_a_piece_a_turn_while_nobody_asks_for_anything() -> None:
@@ -382,7 +382,7 @@ def test_a_device_that_is_never_idle_rests_now_and_then(monkeypatch: pytest.Monk
     assert [link.tokens(i) for i in range(3)] == [reference(r) for r in requests]
 
 
-# ---- what a backend sees
+# ---- batches as a backend sees them
 
 
 def test_rows_are_the_same_objects_while_nobody_joins_or_leaves() -> None:

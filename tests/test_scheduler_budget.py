@@ -1,4 +1,4 @@
-"""How much of a long prompt is computed beside others that decode."""
+"""The prefill budget beside sequences that decode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that find no memory on the device are taken back, against the oracle: no token changes."""
+"""Steps that run out of device memory are retracted, against the oracle: no token changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From sequences to answers: places that calls take, long answers, what is refused while others run."""
+"""From sequences to answers: permits of calls, long answers, refusals under load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong around a request: clients that leave or do not read, too many of them, engines that die, the end."""
+"""Faults around a request: clients that disconnect or do not read, overload, engines that die, shutdown."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KEY = {"authorization": "Bearer Secret"}
 
 
 def raw_stream(server: Server, path: str = "/generate_stream", body: Any = FOREVER) -> socket.socket:
-    """A connection on which a stream has been asked for and nothing read."""
+    """Return a connection with a requested stream of which nothing was read."""
     sock = socket.create_connection(("127.0.0.1", server.port))
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer Secret\r\ncontent-type: application/json\r\n"
@@ -107,7 +107,7 @@ def test_a_client_that_does_not_read_is_cut_off(server: Server) -> None:
     while part := sock.recv(1 << 20):
         size, tail = size + len(part), part
     sock.close()
-    assert not tail.endswith(b"0\r\n\r\n")  # a client can tell that this is not the end
+    assert not tail.endswith(b"0\r\n\r\n")  # without the last chunk, clients detect that it is cut off
     assert size < 4 * 8000 * 500
 
 
@@ -203,7 +203,7 @@ def test_others_are_answered_while_a_large_body_is_read(server: Server) -> None:
 
 
 def three_endless(server: Server) -> tuple[dict[str, list[Any]], list[httpx.Response], list[threading.Thread]]:
-    """Two streams, "native" and "chat", and a plain answer, all without end: what comes of them, and who waits."""
+    """Request endless streams, "native" and "chat", and an endless plain answer. Return their results and threads."""
     events: dict[str, list[Any]] = {}
     plain: list[httpx.Response] = []
     chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8000, "ignore_eos": True, "stream": True}
@@ -305,7 +305,7 @@ def test_what_does_not_finish_in_time_is_told_so(model: Path) -> None:
 
 def test_two_workers_answer_for_each_other(model: Path) -> None:
     server = Server(model, unused_port(), "--mock-text", TEXT, "--mock-step-ms", "1", "--http-workers", "2")
-    try:  # the second worker may be a moment behind the first
+    try:  # the second worker may start a moment later
         eventually(lambda: all(httpx.get(server.url + "/health").status_code == 200 for _ in range(8)))
         for _ in range(20):  # each on its own connection, so on either worker
             assert server.post("/generate", {"inputs": "x"}).json() == {"generated_text": TEXT}

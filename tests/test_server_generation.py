@@ -1,4 +1,4 @@
-"""One sequence from the engine's outputs to tokens of an answer, whatever way the outputs are cut."""
+"""One sequence from the engine's outputs to tokens of an answer, for any division into outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tokenmill.wire.messages import Output, PromptDetails, SamplingParams, Stopp
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Bytes, and the words that a few merges make: "quick" is one token."""
+    """Return a tokenizer of bytes, and of words that a few merges make: "quick" is one token."""
     folder = byte_model(tmp_path_factory.mktemp("model"))
     content = json.loads((folder / "tokenizer.json").read_text())
     for left, right in (("q", "u"), ("qu", "i"), ("qui", "c"), ("quic", "k")):
@@ -40,7 +40,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 class Answer:
-    """Keeps what a generation tells."""
+    """Recorder of a generation's results."""
 
     def __init__(self) -> None:
         self.tokens: list[GeneratedToken] = []
@@ -152,7 +152,7 @@ def test_openais_routes_tell_as_many_alternatives_as_asked_for_though_more_tie(t
         found = choice["logprobs"][name][index]
         texts = list(found) if name == "top_logprobs" else [one["token"] for one in found["top_logprobs"]]
         assert texts[:2] == ["b", "c"]
-        assert len(texts) == (3 if name == "top_logprobs" else 2)  # completions add the chosen one
+        assert len(texts) == (3 if name == "top_logprobs" else 2)  # completions also list the chosen one
 
 
 def test_details_of_a_prompt_that_is_computed_again_are_kept_once(tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Answers that follow a grammar, the whole way with the embedded model; what is refused, and how."""
+"""Answers under a grammar, end to end with the embedded model; refusals and their messages."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def is_guides(text: str) -> bool:
 
 
 def test_a_schema_without_types_gives_what_its_keywords_mean_however_it_is_sent(server: Server) -> None:
-    """TGI's first documented example, in small."""
+    """A small form of TGI's first documented example."""
     for seed, grammar in enumerate((
         {"type": "json", "value": GUIDE}, {"type": "json", "value": json.dumps(GUIDE)},
         {"type": "json_schema", "value": {"schema": {"allOf": [{"$ref": "#/$defs/g"}], "$defs": {"g": GUIDE}}}},
@@ -271,8 +271,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_grammars_are_refused_soon_and_disturb_nobody(server: Server, stream: bool) -> None:
-    """While another stream goes on, which pauses for no refusal."""
-    chat(server, guided_regex="a")  # the pool has started
+    """Meanwhile another stream goes on without a pause."""
+    chat(server, guided_regex="a")  # starts the pool
     gaps: list[float] = []
 
     def listen() -> None:

@@ -25,7 +25,7 @@ ALL = [*TABLE, limits.TRUNCATE, limits.BEST_OF, limits.GRAMMAR]
 
 
 def of_size(limit: Limit, size: float) -> Any:
-    """A value of the field that measures `size`."""
+    """Return a value of the field that measures `size`."""
     if limit.name == "stop":
         return ("a",) * int(size) if limit.measure is len else ("a" * int(size),)
     if limit.unit == "bytes of JSON":
@@ -34,7 +34,7 @@ def of_size(limit: Limit, size: float) -> Any:
 
 
 def beyond(limit: Limit, bound: float, way: float) -> float:
-    """The next value past `bound`, upwards or downwards."""
+    """Return the next value past `bound`, upwards or downwards."""
     whole = limit.name in ("top_k", "max_new_tokens", "min_new_tokens", "seed", "truncate", "best_of")
     if whole or limit.unit or isinstance(limit.most, str) or limit.name == "prompt_logprobs":
         return int(bound) + (1 if way > 0 else -1)
@@ -49,7 +49,7 @@ def test_a_bound_holds_at_the_limit_and_not_beyond(limit: Limit, dialect: Any) -
     assert edges
     for bound, way in edges:
         if limit.unit and bound == 0:
-            continue  # nothing is shorter than nothing
+            continue  # no value is shorter than an empty one
         inside = beyond(limit, bound, inf) if limit.above and way < 0 else bound
         outside = bound if limit.above and way < 0 else beyond(limit, bound, way)
         limit.check(of_size(limit, inside), SERVER, dialect)
@@ -111,7 +111,7 @@ def test_a_wrong_type_or_value_is_refused_quickly_in_json_and_by_name(server: Se
                 assert answer["error_type"] == "validation"
                 assert name in answer["error"] or "inputs" in answer["error"], answer
         assert client.post("/generate", json={"inputs": "x", "parameters": {name: None}}).status_code == 200
-    assert slowest < 2  # alone on a machine: 0.05; neighbours and collections of garbage are not what is tested
+    assert slowest < 2  # 0.05 on an idle machine; the margin is for other load and garbage collection
 
 
 EDGES: list[tuple[str, list[Any], list[Any]]] = [

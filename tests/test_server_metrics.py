@@ -27,7 +27,7 @@ tgi_batch_concat tgi_batch_next_size tgi_batch_current_size tgi_batch_current_ma
 
 
 def samples(text: str) -> dict[str, float]:
-    """Every line as `name|label=value`. (Prometheus' own parser would add `_total` to counters.)"""
+    """Return every line as `name|label=value`. (Prometheus' own parser would add `_total` to counters.)"""
     found = {}
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -132,8 +132,8 @@ def test_workers_add_up_and_the_engine_is_counted_once(tmp_path: Path) -> None:
         found = samples(metrics.text())
         assert found["tgi_request_success"] == 5
         assert found["tgi_request_failure|err=dropped"] == 5
-        assert found["tgi_batch_inference_count|method=decode"] == 30  # who counted most
-        assert found["tgi_queue_size"] == 2  # who heard last
+        assert found["tgi_batch_inference_count|method=decode"] == 30  # the largest count
+        assert found["tgi_queue_size"] == 2  # the latest value
 
 
 def test_a_restarted_worker_goes_on_counting_but_holds_no_requests(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_there_are() -> None:
     assert len(shown) > 20
 
 
-# What a real server counts
+# Metrics of a real server
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 class Counts:
-    """What the metrics of a server grew by since this was made."""
+    """Increase of a server's metrics since this object was made."""
 
     def __init__(self, server: Server) -> None:
         self.server, self.before = server, self.now(server)

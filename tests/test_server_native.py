@@ -1,4 +1,4 @@
-"""TGI's own routes, against the real server with the mock engine, whose answer is known to the letter."""
+"""TGI's own routes, against the real server with the mock engine, whose answer is known exactly."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def test_bytes_that_are_no_text_are_written_as_openai_writes_them(server: Server
 
 
 def test_no_stop_string_ends_an_answer_before_its_least_number_of_tokens(server: Server) -> None:
-    """ "ö" are two bytes, and so is each token one."""
+    """Each of the two bytes of "ö" is a token."""
     for least, text in ((0, "Zw"), (3, "Zw"), (4, "Zwölf Boxk"), (13, "Zwölf Boxk"), (500 - 40, TEXT)):
         fields = {"stop": ["ö", "ämp"], "min_tokens": least, "max_tokens": 460}
         choice = chat(server, **fields)["choices"][0]

@@ -54,11 +54,11 @@ def test_any_value_works_or_is_refused_by_name_and_quickly(
         if name not in ("messages", "prompt"):
             assert client.post(path, json={**base, name: None}).status_code == 200
     assert refused >= 6
-    assert slowest < 2  # alone on a machine: 0.05; neighbours and collections of garbage are not what is tested
+    assert slowest < 2  # 0.05 on an idle machine; the margin is for other load and garbage collection
 
 
 def of_size(limit: Limit, size: int) -> Any:
-    """A value of the field that measures `size`."""
+    """Return a value of the field that measures `size`."""
     if limit.name == "metadata":
         by_unit = {"pairs": {str(i): "" for i in range(size)}, "characters in each key": {"k" * size: "v"}}
         return by_unit.get(limit.unit, {"k": "v" * size})
@@ -76,7 +76,7 @@ def test_a_bound_of_openais_holds_at_the_limit_and_not_beyond(limit: Limit) -> N
         limit.check(of_size(limit, inside), SERVER, "openai")
     for outside in (least - 1, most + 1):
         if outside < 0 and limit.unit:
-            continue  # nothing is shorter than nothing
+            continue  # no value is shorter than an empty one
         with pytest.raises(ValidationError, match=f"Invalid '{limit.name}'.* Given: {outside}") as caught:
             limit.check(of_size(limit, outside), SERVER, "openai")
         assert caught.value.param == limit.name

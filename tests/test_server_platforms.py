@@ -1,4 +1,4 @@
-"""The routes that clouds prescribe (SageMaker, Vertex AI, KServe), and the documentation that the server shows."""
+"""Routes required by cloud platforms (SageMaker, Vertex AI, KServe), and the documentation that the server shows."""
 
 from __future__ import annotations
 

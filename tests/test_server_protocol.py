@@ -1,4 +1,4 @@
-"""How requests arrive: too slowly, in pieces, side by side, with offers of other protocols. Against uvicorn itself."""
+"""Arrival of requests: slow, in pieces, concurrent, with offers of other protocols. Tests uvicorn itself."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BIG = 30_000_000
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the path and the body."""
-    if scope["path"] == "/no":  # answered without its body
+    """Answer with the path and the body."""
+    if scope["path"] == "/no":  # answers before the body is read
         await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
         return
@@ -77,7 +77,7 @@ def connect(port: int) -> socket.socket:
 
 
 def rest(sock: socket.socket) -> bytes:
-    """Everything until the server closes."""
+    """Return everything until the server closes."""
     answer = b""
     try:
         while part := sock.recv(65536):
@@ -88,7 +88,7 @@ def rest(sock: socket.socket) -> bytes:
 
 
 def answered(sock: socket.socket, count: int) -> bytes:
-    """What came until `count` answers were complete."""
+    """Return everything until `count` answers are complete."""
     answer = b""
     while answer.count(b"HTTP/1.1 200") < count or not answer.endswith(b"."):
         part = sock.recv(65536)
@@ -146,7 +146,7 @@ def test_a_kept_connection_may_rest_longer_than_a_head_may_take(port: int) -> No
             sock.sendall(POST)
             answered(sock, 1)
             time.sleep(0.6)
-        sock.sendall(b"GET")  # and then its next head has its deadline
+        sock.sendall(b"GET")  # the deadline of the next head begins
         assert rest(sock).startswith(b"HTTP/1.1 408 ")
 
 
@@ -201,7 +201,7 @@ def test_an_answer_that_nobody_takes_is_not_kept(port: int, ending: bytes) -> No
     with connect(port) as sock:
         sock.sendall(b"GET /big HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         size = 0
-        while part := sock.recv(2_000_000):  # slowly, but it does
+        while part := sock.recv(2_000_000):  # reads slowly, but steadily
             size += len(part)
             time.sleep(0.05)
         assert size > BIG

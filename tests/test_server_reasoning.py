@@ -1,4 +1,4 @@
-"""Thoughts before the answer: told apart in streams and plain answers, counted, bounded, and free of grammars."""
+"""Reasoning before the answer: separated in streams and plain answers, counted, limited, and free of grammars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Receipts and fingerprints: what an answer took and what made it, told to those who ask and to no one else."""
+"""Receipts and fingerprints: costs and origin of an answer, for requests that ask for them only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_who_does_not_ask_gets_none(server: Server) -> None:
     assert "receipt" not in chat(server)
     assert "receipt" not in chat(server, receipt=False)
     assert "receipt" not in chat(server, {"x-receipt": "0"})
-    assert "receipt" not in chat(server, {"x-receipt": "1"}, receipt=False)  # the body has the last word
+    assert "receipt" not in chat(server, {"x-receipt": "1"}, receipt=False)  # the body takes precedence
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_of_a_long_file_parts_are_read(tmp_path: Path) -> None:
     whole = digest(0, b"\0")
     assert digest(0, b"x") != whole
     assert digest((100 << 20) - 1, b"x") != whole
-    assert digest(100 << 20, b"x") != whole  # longer by one
+    assert digest(100 << 20, b"x") != whole  # one byte longer
     assert digest(0, b"\0") == whole
 
 

@@ -1,4 +1,4 @@
-"""Event streams over an ASGI `send` that may wait, may fail, and may never come back."""
+"""Event streams over an ASGI `send` that blocks, fails, or never returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenmill.server.sse import MAX_BUFFERED_BYTES, EventStream, event
 
 
 class Client:
-    """An ASGI `send` that keeps what it gets; while `gate` is shut it waits in the middle of sending."""
+    """ASGI `send` that records messages. While `gate` is shut, it blocks in the middle of sending."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()

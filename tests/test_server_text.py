@@ -1,4 +1,4 @@
-"""The whole way of a text through the server, with vocabularies of several families: streams equal plain answers."""
+"""Text through the whole server, with vocabularies of several families: streams equal plain answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def word_pieces(folder: Path) -> str:
 
 
 def family(name: str, folder: Path) -> str:
-    """Put the files of a vocabulary into a model's folder; the text that the model is to say."""
+    """Write the files of a vocabulary into a model's folder. Return the text that the model answers."""
     (folder / "tokenizer.json").unlink()
     config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
     text = TEXT
@@ -70,7 +70,7 @@ def post(server: Server, path: str, body: Any) -> httpx.Response:
 
 
 def events(server: Server, path: str, body: Any) -> list[Any]:
-    """The events of a stream, without its end."""
+    """Return the events of a stream, without its end."""
     found = post(server, path, body).text.split("\n\n")
     return [json.loads(event.removeprefix("data: ")) for event in found if event not in ("", "data: [DONE]")]
 

@@ -1,4 +1,4 @@
-"""Thoughts end to end: a tiny random model thinks until its budget is spent, through a server and its engine."""
+"""Reasoning end to end: a tiny random model reasons until its budget is spent, through a server and its engine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from support_models import make_checkpoint
 from support_ports import unused_port
 from support_server import Server, byte_model
 
-VOCABULARY = 264  # two ends, bytes, two marks, and ids that mean nothing
-OPENED = {"chat_template_kwargs": {"opened": True}}  # the template begins the thought
+VOCABULARY = 264  # two end tokens, bytes, two marks, and unused ids
+OPENED = {"chat_template_kwargs": {"opened": True}}  # the template begins the reasoning
 SHAPE = {"type": "object", "properties": {"a": {"enum": ["x", "yz"]}}, "required": ["a"], "additionalProperties": False}
 FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SHAPE}}}
 STRICT = {"type": "function", "function": {"name": "f", "parameters": SHAPE, "strict": True}}
@@ -36,7 +36,7 @@ def asked(**fields: Any) -> dict[str, Any]:
 
 
 def chat(server: Server, **fields: Any) -> tuple[dict[str, Any], list[str], int]:
-    """The message, its tokens, and how many of them are a thought's."""
+    """Return the message, its tokens, and the number of reasoning tokens."""
     response = server.post("/v1/chat/completions", asked(**fields))
     assert response.status_code == 200, response.text
     (choice,) = response.json()["choices"]

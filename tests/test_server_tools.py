@@ -1,4 +1,4 @@
-"""Tools of a chat: what a request may say, what the template gets, and how calls come back, streamed and plain."""
+"""Tools of a chat: allowed fields, inputs of the template, and calls in streams and plain answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 def only(mode: str, *names: str) -> Any:
-    """OpenAI's choice among some of the tools."""
+    """Return OpenAI's choice among some of the tools."""
     tools = [{"type": "function", "function": {"name": name}} for name in names]
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
@@ -178,7 +178,7 @@ def test_calls_become_text_where_a_template_knows_none() -> None:
     }
 
 
-# --- the whole way, with an engine that says what it is told --------------------------------------------------------
+# --- end to end, with an engine of scripted answers -----------------------------------------------------------------
 
 HERMES = (
     "{% if tools %}{{ tools | tojson }} <tool_call>{name, arguments}</tool_call>\n{% endif %}"
@@ -208,7 +208,7 @@ def chat(server: Server, **fields: Any) -> Any:
 
 
 def streamed(server: Server, **fields: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The chunks' choices, and what their deltas add up to."""
+    """Return the choices of the chunks, and the concatenation of their deltas."""
     *chunks, done = server.events("/v1/chat/completions", {"messages": USER, "stream": True, **fields})
     assert done == "[DONE]"
     choices = [chunk["choices"][0] for chunk in chunks]
@@ -251,7 +251,7 @@ def test_the_plain_answer_is_the_fold_of_the_stream(server: Server) -> None:
         plain = [call["function"] for call in message.get("tool_calls", [])]
         told = [whole["tool_calls"][i] for i in sorted(whole["tool_calls"])]
         content = message["content"] or ""
-        if fields.get("max_tokens") == 60:  # a call was told as far as it came; in the plain answer it is content
+        if fields.get("max_tokens") == 60:  # the stream has an incomplete call; in the plain answer it is content
             assert told.pop()["arguments"] in content
             assert content.startswith(whole["content"])
         else:
@@ -262,7 +262,7 @@ def test_the_plain_answer_is_the_fold_of_the_stream(server: Server) -> None:
 
 
 def test_one_call_only_if_so_asked_and_nothing_is_generated_behind_it(server: Server) -> None:
-    last = SAID.index("}}") + 1  # its arguments are whole
+    last = SAID.index("}}") + 1  # its arguments are complete
     for fields in ({}, {"tool_choice": "auto"}, {"n": 2}, {"functions": [tool["function"] for tool in TOOLS]}):
         fields = {"parallel_tool_calls": False, **({} if "functions" in fields else {"tools": TOOLS}), **fields}
         body = chat(server, **fields)
@@ -295,7 +295,7 @@ def test_one_call_only_where_it_is_forced(tmp_path: Any, choice: Any) -> None:
 def test_an_answer_that_is_cut_off_in_a_call_has_ended_by_length(server: Server) -> None:
     (choice,) = chat(server, tools=TOOLS, max_tokens=45)["choices"]
     assert choice["finish_reason"] == "length"
-    assert "get_weather" in choice["message"]["content"]  # what is no whole call is not lost
+    assert "get_weather" in choice["message"]["content"]  # an incomplete call becomes content
 
 
 def test_no_log_probability_is_lost_where_tokens_make_no_chunk(server: Server) -> None:
@@ -383,7 +383,7 @@ def test_the_older_form_has_a_function_call(server: Server) -> None:
 
 
 def test_a_call_is_told_as_json_where_the_answer_is_a_text(server: Server) -> None:
-    """Vertex AI's predictions: what TGI's clients read there. A text beside it has its own instance's form."""
+    """TGI's clients of Vertex AI read calls in predictions. A text has the form of its own instance."""
     chat_alone = {"messages": USER, "max_tokens": 200}
     instances = [{**chat_alone, "tools": TOOLS}, chat_alone, {**chat_alone, "tools": TOOLS, "max_tokens": 20},
                  {**chat_alone, "functions": [tool["function"] for tool in TOOLS], "tool_choice": "auto"},

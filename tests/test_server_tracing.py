@@ -1,4 +1,4 @@
-"""Traces, as a collector gets them over OTLP from a real server; and what is said where the packages are missing."""
+"""Traces as received by a collector over OTLP from a real server; messages if the packages are missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 class Collector:
-    """Keeps the spans that are sent to it, by name in the order of arrival."""
+    """Collector that keeps its spans by name, in the order of arrival."""
 
     def __init__(self) -> None:
         import grpc
@@ -47,7 +47,7 @@ class Collector:
         self.server.start()
 
     def trace(self, name: str) -> dict[str, Any]:
-        """The last trace whose outermost span has this name: its spans by name."""
+        """Return the last trace whose outermost span has this name: its spans by name."""
         root = [span for span in self.spans if span.name == name][-1]
         return {span.name: span for span in self.spans if span.trace_id == root.trace_id}
 
@@ -67,7 +67,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> tuple[Collector, str]:
-    """A collector that got the traces of some requests, and the log of the server that sent them."""
+    """Return a collector with the traces of some requests, and the log of their server."""
     port = unused_port()
     model = byte_model(tmp_path_factory.mktemp("model"))
     endpoint = f"http://127.0.0.1:{collector.port}"

@@ -1,4 +1,4 @@
-"""stdout and stderr that are closed, full, of few characters, or of a reader that has gone."""
+"""stdout and stderr that are closed, full, of a small encoding, or without a reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FULL = "/dev/full"
 
 
 def shell(redirection: str, code: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Python code under a shell's redirections."""
+    """Run Python code under a shell's redirections."""
     command = f'"$0" -c "$1" {redirection}'
     env = {**os.environ, **environ}
     return subprocess.run(
@@ -113,7 +113,7 @@ def test_a_command_ends_without_a_traceback_whatever_its_output_is(
 
 
 class Poll:
-    """`select.poll`, which notes how long it was to wait."""
+    """`select.poll` that records its timeouts."""
 
     waits: ClassVar[list[float | None]] = []
 

@@ -1,4 +1,4 @@
-"""Strict functions under `tool_choice: auto`: whatever a model does, what is read as a call of one fits its schema."""
+"""Strict functions under `tool_choice: auto`: every call that is read fits its schema, for any output of a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROSE = ("", "Hello <b>you</b> [1] ```py\nx\n``` ", "\n\n", '{"a": [1]} ', '[{"n
 
 
 def tempting(name: str, draw: random.Random) -> str:
-    """Prose and calls, right and wrong ones, in spellings that the reader knows and others that look like them."""
+    """Return prose and calls, valid and invalid, in spellings that the parser reads and in similar ones."""
     good = draw.choice([weather(name), (weather(name)[0], {**weather(name)[1], "tags": ["x", "</parameter>"]})])
     others: list[Call] = [("now", {}), ("note", {"days": "x", "deep": [good[1]]}), ("other", {"a": 1})]
     calls = [*wrong(name), *others]
@@ -40,7 +40,7 @@ def tempting(name: str, draw: random.Random) -> str:
 
 
 def reworded(text: str, draw: random.Random) -> str:
-    """The same in another spelling, now and then."""
+    """Return the same text, sometimes in another spelling."""
     for before, behind in (
         ('"name"', '"n\\u0061me"'), ("get_weather", "get\\u005fweather"), ('"name": ', '"name" :\n'), ('{"', '{ "'),
         ('{"name"', '{"type": "function", "name"'), ('{"name"', '{"id": 1, "name"'), ("<tool_call>\n", ""), ("[", "[ "),

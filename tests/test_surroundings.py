@@ -1,4 +1,4 @@
-"""Variables and folders of containers and batch systems: what is taken out of an environment, what is put in."""
+"""Variables and folders of containers and batch systems: removed from, or added to, the environment."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tokenmill.surroundings import cache_home, mend, private_folder, usable
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of temporary files of the test's own."""
+    """Return a folder for temporary files of this test."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user without a line in the table of users."""
+    """Run as a user without an entry in the user database."""
 
     def unknown(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -81,7 +81,7 @@ def test_without_home_the_table_of_users_says_where_it_is() -> None:
 
 @pytest.fixture
 def read_only(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that cannot be written to, for root as well."""
+    """Return a folder that cannot be written to, even by root."""
     folder = tmp_path_factory.mktemp("read-only")
     really = os.access
 
@@ -121,7 +121,7 @@ def test_a_private_folder_is_the_same_each_time_and_its_owners_alone(temporary: 
     assert folder.stat().st_mode & 0o777 == 0o700
     (folder / "kernel").touch()
     assert private_folder() == folder
-    folder.chmod(0o777)  # others may have put something in
+    folder.chmod(0o777)  # world-writable: its content cannot be trusted
     other = private_folder()
     assert other != folder
     assert other.stat().st_mode & 0o777 == 0o700
@@ -167,7 +167,7 @@ def test_without_any_folder_for_temporary_files_shared_memory_is_one(
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, **given: int) -> None:
-    """Limits of this process as `resource` tells them; those not given are none."""
+    """Set limits of this process as `resource` returns them; others are unlimited."""
     kinds = {getattr(resource, f"RLIMIT_{name}"): (value, value) for name, value in given.items()}
     none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(surroundings.resource, "getrlimit", lambda kind: kinds.get(kind, none))

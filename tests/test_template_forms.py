@@ -1,4 +1,4 @@
-"""What a template cannot take is brought into the form that it was written for."""
+"""Messages that a template does not support are converted to the form that it was written for."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_content_of_null_is_empty_where_the_template_fails_on_it() -> None:
         "{% endfor %}{% endif %}{% endfor %}"
     )
     assert render(only_null, {**message, "tool_calls": [{**call, "id": "7"}]}) == "7{}"
-    with pytest.raises(TemplateError, match="an object has no 'id'"):  # with "" the call would be lost without a word
+    with pytest.raises(TemplateError, match="an object has no 'id'"):  # an empty id would lose the call silently
         render(only_null, message)
 
 

@@ -1,4 +1,4 @@
-"""Turns of a conversation spread over those that a template takes."""
+"""Turns of a conversation are split into turns that a template supports."""
 
 from __future__ import annotations
 

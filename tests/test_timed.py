@@ -1,4 +1,4 @@
-"""What a request learns of its own run: durations in turns of the engine, counts against the batches that ran."""
+"""Per-request timings: durations in steps of the engine, and counts compared with the batches that ran."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenmill.wire.messages import Abort, Output, Request, RequestTimings, ToEn
 
 
 class House:
-    """An engine whose clock counts its turns."""
+    """An engine whose clock counts its steps."""
 
     def __init__(self, script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits) -> None:
         self.turn = 0
@@ -115,7 +115,7 @@ def test_over_random_histories_durations_add_up_and_counts_are_those_of_the_batc
         last, rows = timings[-1], house.oracle.batches
         own = [i for i, batch in enumerate(rows) if request_id in {seq.id for seq in batch.sequences}]
         sampled = [i for i in own if request_id in {rows[i].sequences[row].id for row in rows[i].samples}]
-        own = own[: own.index(sampled[len(timings) - 1]) + 1]  # it may be part of one more, before its end was known
+        own = own[: own.index(sampled[len(timings) - 1]) + 1]  # it may run in one more step, before its end is known
         assert last.largest_batch >= max(len(rows[i].slots) for i in own)
         assert last.largest_batch <= max(len(batch.slots) for batch in rows[own[0] : own[-1] + 1])
         assert last.num_preemptions == told[-1].num_preemptions

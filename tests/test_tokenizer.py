@@ -31,7 +31,7 @@ def source_of(folder: Path, **more: Any) -> ModelSource:
 
 
 def write_folder(folder: Path, **files: Any) -> ModelSource:
-    """A model's folder with tokenizer.json and these JSON files (or texts)."""
+    """Write a model's folder with tokenizer.json and these JSON files (or texts)."""
     byte_level().save(str(folder / "tokenizer.json"))
     for name, content in files.items():
         if isinstance(content, str):

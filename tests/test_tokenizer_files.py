@@ -1,4 +1,4 @@
-"""Vocabularies that come without tokenizer.json: merges, tiktoken's ranks, tekken.json, vocab.txt."""
+"""Vocabularies without tokenizer.json: merges, tiktoken's ranks, tekken.json, vocab.txt."""
 
 from __future__ import annotations
 

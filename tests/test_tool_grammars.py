@@ -1,4 +1,4 @@
-"""Grammars of tool calls: llguidance takes them, what models write fits them, and what is no call does not."""
+"""Grammars of tool calls: llguidance compiles them; they accept calls as models write them, and nothing else."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fits(
     name: str, text: str, special: bool, extent: Extent = "calls", *, parallel: bool = True, tools: Any = None,
     instead: str = "",
 ) -> bool:  # fmt: skip
-    """True if the whole text, and then the end, is what the grammar allows."""
+    """Return True if the grammar allows the whole text followed by the end."""
     tokens = Tokens(special_markers(name) if special else ())
     asked = Asked(tools or TOOLS, extent, parallel, tokens.ids, instead=instead)
     matcher = compiled(by_name(name).grammar(asked), tokens).matcher()
@@ -73,7 +73,7 @@ def fits(
 
 
 def written(name: str, calls: list[Call]) -> str:
-    """As the model is made to write them: canonical where a format reads more than it writes."""
+    """Return calls as the grammar makes a model write them: canonical, even if the parser reads more spellings."""
     if name == "smollm":
         return WRITERS["hermes"](calls)
     if name == "generic":
@@ -95,7 +95,7 @@ def weather(name: str) -> Call:
 
 
 def wrong(name: str) -> list[Call]:
-    """Calls of a strict function that do not fit its schema."""
+    """Return calls of a strict function that do not fit its schema."""
     called, given = weather(name)
     changes: list[dict[str, Any]] = [{"days": "x"}, {"days": 15}, {"unit": "K"}, {"more": 1}, {"place": {"y": 1}}]
     return [(called, {"unit": "C"}), *((called, {**given, **change}) for change in changes)]
@@ -189,7 +189,7 @@ def test_in_an_answer_there_is_text_and_strict_calls_are_held_to(name: str, spec
 
 
 def said(name: str, text: str, called: bool) -> str:
-    """An answer as the format writes it."""
+    """Return an answer as the format writes it."""
     return text if name != "harmony" or (called and text.startswith("<|")) else harmony(text)
 
 

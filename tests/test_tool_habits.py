@@ -1,4 +1,4 @@
-"""What models write that is not quite in their format, and is read as they mean it."""
+"""Frequent deviations of models from their call format, which are read as intended."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_brackets_that_are_missing_are_closed_by_an_outer_one_or_a_mark(name: st
         ('{"more": {"a": [{"b": "}]"}]', {"more": {"a": [{"b": "}]"}]}}),
     ):
         whole = AROUND[name].format(written)
-        if name == "llama" and written[-1] == "]":  # nothing tells this from an answer that is cut off
+        if name == "llama" and written[-1] == "]":  # not distinguishable from a truncated answer
             continue
         for pieces in ([whole], list(whole)):
             _, answer = read(reader(name), pieces)
@@ -129,7 +129,7 @@ def test_a_closing_tag_that_is_missing_swallows_nothing(name: str) -> None:
             _, answer = read(reader(name), pieces)
             assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == made, text
             assert answer.content == ""
-    unknown = first.replace("days", "else")  # no parameter of the function: its tag is text
+    unknown = first.replace("days", "else")  # not a parameter of the function: its tag is text
     _, answer = read(reader(name), [unknown])
     ((key, value),) = json.loads(answer.calls[0].arguments).items()
     assert (key, value[:4], "else" in value) == ("city", "Oslo", True)
@@ -137,7 +137,7 @@ def test_a_closing_tag_that_is_missing_swallows_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", TAGS)
 def test_a_closing_tag_with_a_tag_behind_it_is_one(name: str) -> None:
-    """The rule where a value cannot be told from what follows it."""
+    """This is the rule for values that look like their surroundings."""
     style = by_name(name).style  # type: ignore[attr-defined]
     value = f"a{style.value_end}\n{style.key}days{style.key_end}{style.value}1"
     _, answer = read(reader(name), [WRITERS[name]([("get_weather", {"city": value})])])
@@ -173,7 +173,7 @@ def test_a_text_stays_one_if_its_schema_says_so(name: str) -> None:
     "body", ['{"name": "get_weather", "city": "Oslo"}', f'{{"name": "now", "arguments": {{"a": {"1" * 2000}}}}}']
 )
 def test_arguments_that_have_no_key_or_no_end_are_content(body: str) -> None:
-    """A call without them would be another one."""
+    """A call without them would be a different call."""
     whole = f"<tool_call>{body}</tool_call>"
     for pieces in ([whole], list(whole)):
         _, answer = read(reader("hermes"), pieces)

@@ -1,4 +1,4 @@
-"""Tool-call formats: what models write is read whole and in pieces alike, and nothing is lost."""
+"""Tool-call formats: calls are read equally whole and in pieces, and no text is lost."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_calls_are_read_as_they_were_made_wherever_the_text_is_cut(
 def test_a_broken_answer_loses_no_byte(
     name: str, made: list[Call], stop: int, junk: str, places: list[int], held: Held
 ) -> None:  # fmt: skip
-    """Cut off anywhere, with something else behind: pieces do not matter, and what is no complete call is content."""
+    """Truncated anywhere, with other text appended: cuts do not matter, and an incomplete call is content."""
     whole = WRITERS[name](made)
     whole = whole[: stop % (len(whole) + 1)] + junk
     router = reader(name, held=held)
@@ -143,7 +143,7 @@ def test_what_follows_complete_calls_is_kept_to_the_byte(
     _, answer = read(router, cut(WRITERS[name](made) + tail, places))
     if router.complete_calls == len(made):
         assert answer.content == tail
-    else:  # the broken one was whole up to its end mark
+    else:  # the broken call was complete up to its end mark
         assert answer.content.startswith("So:")
 
 
@@ -151,7 +151,7 @@ def test_what_follows_complete_calls_is_kept_to_the_byte(
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_garbage_in_is_content_out(name: str, data: st.DataObject) -> None:
-    """Delimiters in any order: nothing is raised, and pieces do not matter; without a call all of it is content."""
+    """Delimiters in any order raise nothing, and cuts do not matter. Without a call, all of it is content."""
     form = by_name(name)
     bits = st.sampled_from([*form.markers, "{", "}", "[", "]", '"', ":", ",", "\n", " ", '"name"', '"arguments"', "now",
                             "get_weather", "(", ")", "=", "functions.", "call:", "1", "null", "\\", "a"])  # fmt: skip
@@ -172,7 +172,7 @@ def test_garbage_in_is_content_out(name: str, data: st.DataObject) -> None:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_values_may_hold_the_formats_own_marks_at_every_cut(name: str, data: st.DataObject) -> None:
-    """And where an answer is cut off, there is no other call in it than those that were made."""
+    """A truncated answer has no other calls than those that were written."""
     texts = st.lists(st.sampled_from(marks_of(name)), max_size=4).map("".join)
     given_ = st.fixed_dictionaries(
         {"city": texts},
@@ -191,7 +191,7 @@ def test_values_may_hold_the_formats_own_marks_at_every_cut(name: str, data: st.
         assert fold([router.push(whole[:place]), router.push(whole[place:]), router.finish()]) == plain
         if place % 3 and len(whole) - place > 30:
             continue
-        if name == "glm" and whole[:place].endswith("</tool_call>"):  # as a call whose last tag is missing
+        if name == "glm" and whole[:place].endswith("</tool_call>"):  # read as a call without its last tag
             continue
         router = reader(name)
         begun = fold([router.push(whole[:place]), router.finish()])
@@ -218,7 +218,7 @@ def test_a_mark_in_a_value_may_come_in_three_pieces(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
 def test_of_a_value_no_more_is_held_back_than_may_be_a_mark(name: str) -> None:
-    """Where a letter follows that no mark begins with, all has been told."""
+    """Before a letter that begins no mark, all text has been emitted."""
     value = "".join(f"{mark}w{i}x " for i, mark in enumerate(marks_of(name)) if mark != "\\n")
     made: list[Call] = [("get_weather", {"city": value})]
     whole, router, told = WRITERS[name](made), reader(name), ""
@@ -256,7 +256,7 @@ def test_a_thousand_tokens_cost_20_microseconds_each(name: str) -> None:
         for piece in pieces:
             router.push(piece)
         best = min(best, (time.perf_counter() - begun) / len(pieces))
-    assert best < 60e-6, f"{best * 1e6:.1f} µs"  # three times the aim: the machine is shared
+    assert best < 60e-6, f"{best * 1e6:.1f} µs"  # three times the target: the machine is shared
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))

@@ -1,4 +1,4 @@
-"""What a checkpoint has and a program does not read, and what it lacks: as transformers, told or refused."""
+"""Unused and missing tensors of a checkpoint: reported or refused as by transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 
 def changed(folder: Path, tensors: Any = None, **fields: Any) -> None:
-    """Rewrite a checkpoint: `tensors` makes new ones of the old, `fields` go into config.json."""
+    """Rewrite a checkpoint. `tensors`: makes the new tensors from the old. `fields`: change config.json."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))
     if tensors is not None:
@@ -35,7 +35,7 @@ def changed(folder: Path, tensors: Any = None, **fields: Any) -> None:
 
 
 def warnings_of(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
-    """What a start logs about the checkpoint's tensors."""
+    """Return the warnings of a start about the checkpoint's tensors."""
     caplog.clear()
     source = open_checkpoint(local_source(folder))
     with caplog.at_level(logging.WARNING, "tokenmill.quant"):
@@ -44,7 +44,7 @@ def warnings_of(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
 
 
 def of_transformers(folder: Path) -> np.ndarray:
-    """The logits of what transformers loads."""
+    """Return the logits of transformers' model of the same folder."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
@@ -158,7 +158,7 @@ def test_tensors_beside_what_is_computed_are_told_and_those_that_change_nothing_
     [
         ({"torch_dtype": "float16"}, torch.bfloat16, "float16"),
         ({"dtype": "float16"}, torch.bfloat16, "float16"),
-        ({"dtype": "bfloat16", "torch_dtype": "float16"}, torch.float16, "bfloat16"),  # the newer name counts
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, torch.float16, "bfloat16"),  # the newer name takes precedence
         ({"dtype": None, "torch_dtype": "float16"}, torch.bfloat16, "float16"),
         ({"torch_dtype": "torch.float16"}, torch.bfloat16, "float16"),
         ({"torch_dtype": "float32"}, torch.float16, "bfloat16"),

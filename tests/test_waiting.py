@@ -1,4 +1,4 @@
-"""The queue: by arrival within a size class, the shortest class first."""
+"""The queue: in order of arrival within a size class, the shortest class first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tokenmill warmup`: compiles once, says where; a start after it compiles nothing."""
+"""`tokenmill warmup`: compiles once and prints the folder; a later start compiles nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A CPU is served without torch: here it cannot be imported, wherever the tests run."""
+"""A CPU is served without torch. Here torch cannot be imported, on whatever machine the tests run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenmill.errors import StartError
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder for PYTHONPATH with a torch that ends whoever imports it."""
+    """Return a folder for PYTHONPATH with a torch that ends any process importing it."""
     folder = tmp_path_factory.mktemp("poison")
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')\n")
@@ -41,7 +41,7 @@ def run(*words: str, python_path: str = "", **environ: str) -> subprocess.Comple
 
 
 def ask(server: Server) -> str:
-    """What follows a beginning that leaves no doubt."""
+    """Return the continuation of a prompt that leaves no doubt."""
     body = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}}
     text: str = server.post("/generate", body).json()["generated_text"]
     return text

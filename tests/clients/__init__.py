@@ -1,1 +1,1 @@
-"""A package, so that its server ends with its last test."""
+"""Package of the clients' tests, so that its server ends with its last test."""

@@ -1,7 +1,7 @@
-"""One server with the embedded model, which all clients ask; or the one at TOKENMILL_URL, which runs already.
+"""One server with the embedded model for all clients; or the running one at TOKENMILL_URL.
 
 These tests need nothing of tokenmill in their own environment: TOKENMILL_PYTHON names the interpreter that runs the
-server (this one, if it is not set). So clients whose requirements fight with others' have an environment of their own.
+server (default: this one). So clients with conflicting requirements can have an environment of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # no list of prices is fetched
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # do not download a list of prices
 os.environ["LANGSMITH_TRACING"] = "false"
 
 import pytest
@@ -24,7 +24,7 @@ SERVER_PYTHON = os.environ.get("TOKENMILL_PYTHON", sys.executable)
 
 
 def start(*options: str) -> Server:
-    """A server with the embedded model on a free port."""
+    """Start a server with the embedded model on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -39,7 +39,7 @@ def start(*options: str) -> Server:
 
 @pytest.fixture(scope="package")
 def url() -> Iterator[str]:
-    """Where the server answers: TGI's routes."""
+    """Return the address of the server: TGI's routes."""
     if running := os.environ.get("TOKENMILL_URL"):
         yield running.rstrip("/")
         return
@@ -50,15 +50,15 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def v1(url: str) -> str:
-    """Where OpenAI's routes begin."""
+    """Return the base address of OpenAI's routes."""
     return url + "/v1"
 
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests keep huggingface_hub from using any network, even this machine's own."""
+    """Allow huggingface_hub to use the network: the other tests forbid it, even on this machine."""
     from huggingface_hub.utils import _http
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    if hasattr(_http, "reset_sessions"):  # until huggingface_hub 1.0; sessions remember that they were offline
+    if hasattr(_http, "reset_sessions"):  # before huggingface_hub 1.0, sessions stay offline
         _http.reset_sessions()

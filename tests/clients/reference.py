@@ -1,8 +1,8 @@
-"""What transformers makes of the embedded model, for tests in environments without torch.
+"""Results of transformers for the embedded model, for tests in environments without torch.
 
-`python reference.py FOLDER`: writes the tokenizer into FOLDER; then, for each line of standard input, a JSON list
-[context ids, continuation ids], prints a line [log-likelihood, greedy]: the continuation's, and whether each of its
-tokens is the likeliest.
+`python reference.py FOLDER` writes the tokenizer into FOLDER. Then, for each line of standard input, a JSON list
+[context ids, continuation ids], it prints a line [log-likelihood, greedy] of the continuation. greedy: true if each of
+its tokens is the likeliest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The examples that ask a server run as they are."""
+"""Examples that query a server run unchanged."""
 
 from __future__ import annotations
 

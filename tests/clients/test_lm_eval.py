@@ -1,7 +1,7 @@
-"""lm-eval's `local-completions` over echo and logprobs: its scores are those that transformers gives.
+"""lm-eval's `local-completions` over echo and logprobs: its scores equal those of transformers.
 
-The tasks in `lm_eval_tasks/` are multiple choice, perplexity of whole texts, and generation up to a stop string. What
-lm-eval asked for is computed again by transformers over the dequantized weights (`reference.py`).
+The tasks in `lm_eval_tasks/` are multiple choice, perplexity of whole texts, and generation up to a stop string. The
+results are computed again by transformers over the dequantized weights (`reference.py`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity", reason="lm-eval's extra `api` is not installed")
 
 HERE = Path(__file__).resolve().parent
-FRONT = [1]  # <|im_start|>: what lm-eval puts before a text that nothing precedes
+FRONT = [1]  # <|im_start|>: lm-eval puts it before a text without a context
 
 
 class Reference(NamedTuple):
-    """transformers, in a process of its own. `tokenizer`: a folder with its tokenizer; `known`: past answers."""
+    """transformers in a process of its own. `tokenizer`: a folder with its tokenizer. `known`: cached answers."""
 
     process: subprocess.Popen[str]
     tokenizer: Path
     known: dict[str, tuple[float, bool]]
 
     def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """The continuation's log-likelihood after the context, and whether it is what greedy search gives."""
+        """Return the log-likelihood of the continuation after the context, and True if greedy search gives it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         line = json.dumps([context, continuation])
@@ -65,9 +65,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
 
 
 def evaluate(url: str, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """lm-eval's results and samples of the three tasks."""
+    """Return lm-eval's results and samples of the three tasks."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.chdir(HERE / "lm_eval_tasks")  # from which the tasks name their data
+    monkeypatch.chdir(HERE / "lm_eval_tasks")  # the tasks name their data relative to it
     return lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
@@ -85,7 +85,7 @@ def evaluate(url: str, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def check(found: Any, reference: Reference, near: float) -> None:
-    """Log-likelihoods lie within `near` a token of transformers', a tenth of it over long texts; scores are equal."""
+    """Assert equal scores, and log-likelihoods within `near` per token of transformers', over long texts a tenth."""
     import tokenizers
 
     encode = tokenizers.Tokenizer.from_file(str(reference.tokenizer / "tokenizer.json")).encode

@@ -1,4 +1,4 @@
-"""Node's clients (openai, @huggingface/inference, Vercel's AI SDK): each file of `node/` under `node --test`."""
+"""Node's clients (openai, @huggingface/inference, Vercel's AI SDK): each file of `node/`, run by `node --test`."""
 
 from __future__ import annotations
 

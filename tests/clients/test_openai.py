@@ -1,4 +1,4 @@
-"""openai, the Python package: plain, streamed, its helpers, its errors."""
+"""The Python package openai: plain answers, streams, helpers, errors."""
 
 from __future__ import annotations
 

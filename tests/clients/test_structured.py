@@ -1,6 +1,6 @@
-"""Answers of a given shape and calls of tools, by the helpers of openai, instructor and langchain.
+"""Structured answers and tool calls, by the helpers of openai, instructor and langchain.
 
-The model is small, so only shapes are looked at, and the shapes leave it little room to go on for ever.
+The model is small, so only the structure is checked, and the schemas limit the lengths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ pydantic = pytest.importorskip("pydantic")
 
 
 class Size(StrEnum):
-    """How large a city is."""
+    """The size of a city."""
 
     small = "small"
     large = "large"

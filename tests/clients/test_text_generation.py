@@ -1,4 +1,4 @@
-"""text-generation, the client of TGI's first days: Client and AsyncClient."""
+"""text-generation, TGI's first client: Client and AsyncClient."""
 
 from __future__ import annotations
 

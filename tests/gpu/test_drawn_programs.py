@@ -1,4 +1,4 @@
-"""The CUDA backend computes every program that a model may record, or refuses it: random ones, beside torch."""
+"""The CUDA backend against torch, on random programs: each is computed correctly or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 
 class Drawn(CudaDriver):
-    """The backend of a program, and not of a checkpoint on disk."""
+    """The backend of a program without a checkpoint on disk."""
 
     def __init__(self, program: Program, source: Arrays) -> None:
         limits = StepLimits(64, 4, 256, 16)

@@ -1,4 +1,4 @@
-"""Launches that go past Triton's own way launch the same."""
+"""Launches that bypass Triton's launcher give the same results."""
 
 from __future__ import annotations
 

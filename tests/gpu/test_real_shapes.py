@@ -1,4 +1,4 @@
-"""The CUDA backend on a real GPU: models of real shape in half precision, through graphs; and the engine around it."""
+"""The CUDA backend on a GPU: models of real shapes in half precision, through graphs; and the engine with it."""
 
 from __future__ import annotations
 

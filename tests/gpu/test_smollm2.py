@@ -1,4 +1,4 @@
-"""The default model on a GPU: what it says there is what it says on a CPU."""
+"""The default model on a GPU: the same answers as on a CPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(**options: Any) -> LLM:
 
 
 def answers(llm: LLM, *, alike: bool) -> list[tuple[int, ...]]:
-    """Greedy ones. `alike`: company must not change them."""
+    """Return greedy answers. `alike`: they must be batch-invariant."""
     together = [a.token_ids for a in llm.chat(CHATS, max_new_tokens=60)]
     if alike:
         assert [llm.chat(chat, max_new_tokens=60)[0].token_ids for chat in CHATS] == together
@@ -39,7 +39,7 @@ def answers(llm: LLM, *, alike: bool) -> list[tuple[int, ...]]:
 
 
 def log_probabilities(llm: LLM) -> np.ndarray[Any, Any]:
-    """Of the tokens of a text, by the model."""
+    """Return the model's log-probabilities of the tokens of a text."""
     (found,) = llm.generate(TEXT, max_new_tokens=1, prompt_logprobs=0)
     return np.array([detail.logprob for detail in found.prompt_logprobs if detail is not None])
 
@@ -58,5 +58,5 @@ def test_in_half_precision_a_text_is_as_likely_as_on_the_cpu(options: dict[str, 
         answers(gpu, alike=bool(options.get("deterministic")))
         assert gpu.chat(BEGUN, max_new_tokens=2)[0].text.strip() == "is Paris"
         error = np.abs(log_probabilities(gpu) - expected)
-    assert error.mean() < 0.08  # rounding alone, on the CPU: 0.03
+    assert error.mean() < 0.08  # 0.03 by rounding alone, on the CPU
     assert error.max() < 0.5
