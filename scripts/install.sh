@@ -1,14 +1,14 @@
 #!/bin/sh
-# Make a virtual environment and install into it: scripts/install.sh WHAT…   (what pip shall install, as `-e .`)
+# Make a virtual environment and install into it: scripts/install.sh WHAT…   (arguments of pip, such as `-e .`)
 #
 #   VENV    the environment's folder   (.venv)
 #   PYTHON  the interpreter            (the newest of python3.13, python3.12, python3.11, python3 that is at least 3.11)
-#   TORCH   what to install as torch   (torch==2.13.0, where torch is wanted)
-#   LOCKED  which versions             (yes: those of locks/*.txt; no: the newest within pyproject.toml's ranges)
+#   TORCH   requirement of torch       (torch==2.13.0, if torch is installed)
+#   LOCKED  versions to install        (yes: those of locks/*.txt; no: the newest within pyproject.toml's ranges)
 #
-# torch is installed where TORCH is given, where WHAT names the extra `torch`, and where there is an NVIDIA GPU: a CPU is
-# served without it. On Linux without an NVIDIA GPU it is a CPU build: gigabytes of CUDA help nobody there.
-# A version with a suffix, as 2.13.0+cpu, serves as well; so torch is in no lock.
+# torch is installed if TORCH is given, if WHAT names the extra `torch`, or if there is an NVIDIA GPU: the CPU backend
+# does not need it. On Linux without an NVIDIA GPU it is a CPU build, which saves gigabytes of CUDA libraries.
+# No lock file contains torch, because a version with a suffix, such as 2.13.0+cpu, is accepted too.
 set -eu
 locks=$(dirname "$0")/../locks
 venv=${VENV:-.venv}
@@ -45,14 +45,14 @@ lock=
 if [ "${LOCKED:-yes}" = yes ]; then
     lock=$locks/without-torch.txt
     if [ -n "$torch" ] || has torch; then lock=$locks/torch.txt; fi
-    # What builds the package is locked, too: older versions of pip look at the first variable, newer ones at the second.
+    # Lock the build requirements too: older versions of pip read the first variable, newer ones the second.
     case "$lock" in
-        *[[:space:]]*) ;;  # pip would take such a path for several
+        *[[:space:]]*) ;;  # pip would split a path with white space
         *) export PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$lock"
            export PIP_BUILD_CONSTRAINT="${PIP_BUILD_CONSTRAINT:+$PIP_BUILD_CONSTRAINT }$lock" ;;
     esac
 fi
-# --no-compile: modules are compiled when they are first imported, which most never are.
+# --no-compile: most modules are never imported, and the others are compiled at their first import.
 install() {
     pip install --quiet --quiet --no-compile ${lock:+--constraint "$lock"} "$@" || {
         echo "pip could not install $*; see above." >&2
@@ -66,7 +66,7 @@ install() {
 if [ -n "$torch" ] && ! has torch; then
     index=
     if [ "$(uname -s)" = Linux ] && [ -z "$gpu" ]; then
-        # Which build would the configured index give? One that needs NVIDIA's packages is not wanted here.
+        # Use the index of CPU builds if the configured index has a build that requires NVIDIA's packages.
         if pip install --quiet --dry-run --no-deps --report - "$torch" 2>/dev/null | "$venv/bin/python" -P -c '
 import json, sys
 requires = json.load(sys.stdin)["install"][0]["metadata"].get("requires_dist", [])
@@ -75,14 +75,14 @@ sys.exit(not any(name.startswith(("nvidia-", "cuda-")) for name in requires))' 2
         fi
     fi
     echo "Installing $torch${index:+ (CPU build)}"
-    # What torch needs comes from the index that is configured: that of the CPU builds has few versions of it.
+    # Requirements of torch come from the configured index: the index of CPU builds has few versions of them.
     # shellcheck disable=SC2086  # the option and its value are two words
     if [ -n "$index" ]; then install $index --no-deps "$torch"; fi
     install "$torch"
 fi
 echo "Installing tokenmill"
 install "$@"
-# Compile what a server imports, so that the second start is a fast one even where Python may not write bytecode.
+# Compile the modules of a server now, so that starts are fast even if Python may not write bytecode.
 modules="tokenmill.backends.cpu.backend, tokenmill.launcher, tokenmill.llm, tokenmill.server.worker"
 if has torch; then modules="$modules, tokenmill.backends.torch.backend"; fi
 env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -P -c "import $modules" || {

@@ -2,10 +2,10 @@
 # Write locks/*.txt: one version of every package that make installs, for each supported Python, on Linux and macOS.
 #
 #   scripts/lock.sh                              the newest of everything within the ranges of pyproject.toml
-#   scripts/lock.sh --upgrade-package NAME…      the newest of that; what need not change stays
+#   scripts/lock.sh --upgrade-package NAME…      the newest of that package; others change only if necessary
 #
-# torch and what only its CUDA builds need are left out: scripts/install.sh decides which build a machine gets. No
-# address of an index is written, so that a mirror serves as well.
+# torch and the requirements of its CUDA builds are left out: scripts/install.sh chooses the build. The files contain no
+# address of an index, so mirrors work too.
 set -eu
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-lock}
@@ -21,7 +21,7 @@ trap 'exit 130' INT TERM
 echo 'torch==2.13.0' > "$scratch/torch.in"
 echo 'setuptools>=77' > "$scratch/build.in"  # as pyproject.toml's build-system
 
-# compile NAME WHAT… -- OPTIONS…: locks/NAME.txt of WHAT
+# compile NAME ARGUMENT…: write locks/NAME.txt from the arguments of `uv pip compile`
 compile() {
     name=$1
     shift
@@ -37,7 +37,7 @@ compile() {
 }
 
 mkdir -p locks
-# triton: the version that tests want is pinned in pyproject.toml, and another than torch's.
+# triton: the version for tests is pinned in pyproject.toml, and differs from that of torch.
 echo 'triton; sys_platform == "never"' > "$scratch/without-triton.in"
 compile torch pyproject.toml "$scratch/torch.in" "$scratch/build.in" \
     --extra torch --extra test --extra dev --override "$scratch/without-triton.in" "$@"

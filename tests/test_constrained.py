@@ -197,7 +197,7 @@ def test_a_thought_that_ends_in_time_is_left_alone() -> None:
     assert house.link.tokens(0)[:6] == [*free[:4], 30, 31]
 
 
-def test_a_request_that_waits_for_its_grammar_holds_up_nobody() -> None:
+def test_a_request_that_waits_for_its_grammar_delays_no_other() -> None:
     spec = GrammarSpec("fake", "5")
     slow = msgspec.structs.replace(request(0, [3, 4], 5), grammar=spec)
     house = House([[slow, request(1, [5, 6], 8)]], 32, LIMITS, most_turns=0)

@@ -99,7 +99,7 @@ def test_a_cache_of_8_bit_floats_holds_rounded_keys_and_values(
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3"] if ON_GPU else ["mistral_window"])
-def test_logits_do_not_depend_on_how_a_prompt_is_cut_nor_on_who_shares_the_step(family: str, tmp_path: Path) -> None:
+def test_logits_do_not_depend_on_chunks_nor_on_other_sequences_in_the_step(family: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"num_hidden_layers": 2}
     if ON_GPU:
         sizes |= {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}

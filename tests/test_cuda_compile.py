@@ -72,7 +72,7 @@ def test_a_kernel_that_is_compiled_in_a_step_is_told_once(start: SimpleNamespace
 
 
 @pytest.mark.slow
-def test_helpers_that_fail_or_die_harm_nobody(start: SimpleNamespace) -> None:
+def test_helpers_that_fail_or_die_are_reported(start: SimpleNamespace) -> None:
     ((name, error),) = start.broken
     assert name == "nothing_of_this_name"
     assert "AttributeError" in error

@@ -185,7 +185,7 @@ def test_huggingfaces_clients_stream_and_ask(server: Server, monkeypatch: pytest
     assert streamed[-1].generated_text == details.generated_text
 
 
-def test_a_long_prompt_does_not_stop_those_who_are_decoding(server: Server) -> None:
+def test_a_long_prompt_does_not_stop_sequences_that_decode(server: Server) -> None:
     """With chunks of 64 tokens, a stream gets tokens while a prompt of many chunks is computed."""
     decoding = threading.Event()
     seen: list[float] = []

@@ -258,7 +258,7 @@ def test_a_step_runs_the_shortest_tail_that_its_rows_allow(params, tail):
     assert {i.logprobs for i in backend.inputs} == {params.get("logprobs", -1)}
 
 
-def test_the_tail_is_that_of_the_rows_that_sample_not_of_who_else_runs():
+def test_the_tail_is_chosen_by_the_rows_that_sample_only():
     engine, backend = make_engine(max_batch_tokens=6)
     with engine:
         greedy = engine.submit([1, 2], None, StoppingParams(12))

@@ -218,7 +218,7 @@ for text in {texts!r}:
 """
 
 
-def test_text_without_choice_and_end_holds_up_nobody() -> None:
+def test_endless_text_without_a_choice_does_not_block() -> None:
     """The library would search for its end for ever."""
     texts = ['start: /[xy]/ A "b"\nA: /ab*/', 'start: /[xy]/ rec\nrec: "a" rec']
     code, here = ENDLESS.format(texts=texts), Path(__file__).parent

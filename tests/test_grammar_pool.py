@@ -137,7 +137,7 @@ def own_workers() -> list[psutil.Process]:
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="threads of one process have one priority here")
-def test_a_process_starts_with_the_time_that_nobody_else_wants_and_compiles_like_everybody() -> None:
+def test_a_process_starts_at_idle_priority_and_compiles_at_normal_priority() -> None:
     before = {p.pid for p in own_workers()}
     lazy = CompilePool(backend(), PoolLimits(processes=1))
     try:
@@ -185,7 +185,7 @@ def test_a_process_that_ended_while_it_waited_is_replaced(pool: CompilePool) -> 
     assert accepts(pool.submit(GrammarSpec("regex", "behind the dead")).result(60), "behind the dead")
 
 
-def test_a_cancelled_request_harms_nobody(pool: CompilePool) -> None:
+def test_a_cancelled_request_does_not_cancel_another_with_the_same_grammar(pool: CompilePool) -> None:
     spec = GrammarSpec("regex", "cancelled")
     first, second = pool.submit(spec), pool.submit(spec)
     first.cancel()

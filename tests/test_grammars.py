@@ -35,7 +35,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_nothing_is_made_before_somebody_says_so(source: ModelSource, made: list[str]) -> None:
+def test_nothing_is_loaded_before_the_first_request_or_idle_time(source: ModelSource, made: list[str]) -> None:
     ModelGrammars(source, 258).close()
     assert made == []
 
@@ -80,7 +80,7 @@ def test_the_first_grammar_has_the_rest_made_at_once(source: ModelSource, made: 
         model.close()
 
 
-def test_a_piece_that_fails_is_told_to_whoever_asks_for_a_grammar(source: ModelSource) -> None:
+def test_each_request_for_a_grammar_gets_the_error_of_its_preparation(source: ModelSource) -> None:
     model = ModelGrammars(source, 0)  # the id of the end token is beyond the logits
     model.prepare()
     for _ in range(2):

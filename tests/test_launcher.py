@@ -403,7 +403,7 @@ def test_no_place_for_a_run_folder_is_explained(run_dir: Path, monkeypatch: pyte
         pass
 
 
-def test_a_file_system_without_locks_holds_a_run_folder_that_nobody_takes_for_abandoned(
+def test_a_run_folder_on_a_file_system_without_locks_is_not_taken_for_abandoned(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(fd: int, operation: int) -> None:

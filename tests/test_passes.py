@@ -84,7 +84,7 @@ def test_a_fusion_is_refused_as_well_as_applied_in_the_draws(drawn: Any) -> None
     assert all(taken[name] >= 10 and left[name] >= 5 for name in FUSIONS), (taken, left)
 
 
-def test_int8_inputs_are_the_same_whoever_writes_them(drawn: Any) -> None:
+def test_int8_inputs_are_equal_whichever_operation_writes_them(drawn: Any) -> None:
     """Compare with the simplest way: a separate Quantize before every product with an int8 input."""
 
     def wants(op: ops.Linear) -> bool:

@@ -158,7 +158,7 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, listed: str)
         open_checkpoint(local_source(folder))
 
 
-def test_a_shard_that_the_index_names_and_nobody_has_is_refused(tmp_path: Path) -> None:
+def test_a_missing_shard_that_the_index_names_is_refused(tmp_path: Path) -> None:
     folder_of(tmp_path, {"a": np.ones(2, np.float32)})
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"b": "model-2.safetensors"}}))

@@ -166,7 +166,7 @@ def test_siblings_of_a_prompt_that_takes_several_steps_wait_for_its_last_one() -
     assert [len(batch.sequences) for batch in oracle.batches[:4]] == [1, 1, 1, 2]
 
 
-def test_who_shares_but_a_little_waits_for_nobody() -> None:
+def test_a_prompt_that_shares_less_than_half_does_not_wait_for_another() -> None:
     head = [1, 2, 3, 4]
     requests = [request(i, [*head, *range(10 * i + 10, 10 * i + 20)], 3) for i in range(4)]
     engine, oracle, link = build([requests], 64, LIMITS)
@@ -201,7 +201,7 @@ def test_requests_of_different_salts_share_nothing() -> None:
     assert first_step_of(oracle, 2)[0] == 28
 
 
-def test_a_request_that_wants_something_of_every_prompt_token_skips_none() -> None:
+def test_a_request_for_prompt_log_probabilities_skips_no_cached_token() -> None:
     prompt, sampling = range(1, 33), SamplingParams(prompt_logprobs=0)
     engine, oracle, link = build([[request(0, prompt)], [], [request(1, prompt, sampling=sampling)]], 64, LIMITS)
     run(engine, link)
@@ -293,7 +293,7 @@ def test_an_aborted_id_may_come_back() -> None:
 
 
 @pytest.mark.parametrize("max_total_tokens, num_blocks", [(40, 100), (200, 8)])
-def test_a_request_that_can_never_fit_is_refused_and_holds_up_nobody(max_total_tokens: int, num_blocks: int) -> None:
+def test_a_request_that_can_never_fit_is_refused_and_delays_no_other(max_total_tokens: int, num_blocks: int) -> None:
     limits = SchedulerLimits(100, 8, max_total_tokens, block_size=4)
     engine, _, link = build([[request(0, range(1, 31), 30), request(1, range(1, 9), 2)]], num_blocks, limits)
     run(engine, link)
@@ -346,7 +346,7 @@ def test_a_preempted_sequence_goes_before_those_that_have_not_run() -> None:
     assert set.union(*steps[first:]) <= steps[first], "those that were preempted run again by then, or have ended"
 
 
-def test_nobody_is_admitted_into_blocks_that_the_running_ones_need_next() -> None:
+def test_no_sequence_is_admitted_into_blocks_that_running_ones_need_next() -> None:
     engine, _, link = build([[request(i, range(40 * i + 1, 40 * i + 16), 4) for i in range(6)]], 16, LIMITS)
     run(engine, link)
     assert link.stats.preemptions == 0
@@ -355,7 +355,7 @@ def test_nobody_is_admitted_into_blocks_that_the_running_ones_need_next() -> Non
 # ---- idle work
 
 
-def test_work_that_was_put_off_is_done_a_piece_a_turn_while_nobody_asks_for_anything() -> None:
+def test_idle_work_is_done_one_unit_a_step_while_there_are_no_requests() -> None:
     script = [[], [], [request(0, range(1, 9), 4)], *([] for _ in range(9)), [request(1, range(20, 28), 3)]]
     engine, oracle, link = build(script, 16, LIMITS)
     oracle.num_rests = 100
@@ -385,7 +385,7 @@ def test_a_device_that_is_never_idle_rests_now_and_then(monkeypatch: pytest.Monk
 # ---- batches as a backend sees them
 
 
-def test_rows_are_the_same_objects_while_nobody_joins_or_leaves() -> None:
+def test_rows_are_the_same_objects_while_no_sequence_joins_or_leaves() -> None:
     engine, oracle, link = build([[request(i, range(5 * i + 1, 5 * i + 6), 20) for i in range(4)]], 64, LIMITS)
     run(engine, link)
     decode = [batch for batch in oracle.batches if not batch.num_prefill_rows]

@@ -270,7 +270,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_grammars_are_refused_soon_and_disturb_nobody(server: Server, stream: bool) -> None:
+def test_invalid_grammars_are_refused_soon_and_delay_no_stream(server: Server, stream: bool) -> None:
     """Meanwhile another stream goes on without a pause."""
     chat(server, guided_regex="a")  # starts the pool
     gaps: list[float] = []

@@ -239,7 +239,7 @@ def test_fields_that_change_nothing_are_taken(server: Server) -> None:
          prompt_cache_retention="in_memory", functions=[], function_call="none", model="m" * 1024)  # fmt: skip
 
 
-def test_the_tier_is_told_to_those_who_name_one(server: Server) -> None:
+def test_the_service_tier_is_returned_if_the_request_names_one(server: Server) -> None:
     assert "service_tier" not in chat(server, max_tokens=1)
     assert chat(server, max_tokens=1, service_tier="flex")["service_tier"] == "default"
     *chunks, _ = server.events(

@@ -193,7 +193,7 @@ def test_a_body_is_never_read_as_a_request(port: int) -> None:
 
 
 @pytest.mark.parametrize("ending", [b"", b"connection: close\r\n"])
-def test_an_answer_that_nobody_takes_is_not_kept(port: int, ending: bytes) -> None:
+def test_a_connection_that_does_not_read_its_answer_is_closed(port: int, ending: bytes) -> None:
     with connect(port) as sock:
         sock.sendall(b"GET /big HTTP/1.1\r\nhost: x\r\n" + ending + b"\r\n")
         time.sleep(1)

@@ -50,7 +50,7 @@ def test_the_timings_of_a_lone_request_are_its_turns():
     ]
 
 
-def test_a_request_that_waits_for_a_slot_says_for_how_long_and_who_ran_beside_it():
+def test_timings_of_a_request_that_waited_for_a_slot_have_its_queue_time_and_largest_batch():
     script: list[list[ToEngine]] = [[request(0, [1], 9), request(1, [2], 4)], [asking(request(2, [3], 9))]]
     last = House(script, 32, LIMITS).run()[2][-1]
     assert last.timings is not None

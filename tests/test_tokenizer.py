@@ -127,7 +127,7 @@ def test_merges_that_do_not_fit_the_vocabulary_are_a_model_error(tmp_path: Path)
             load_tokenizer(local_source(write_gguf(tmp_path / "v.gguf", merges=merges)))
 
 
-def test_a_pre_tokenizer_that_nobody_knows_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_pre_tokenizer_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"'klingon'.*llama-bpe"):
         load_tokenizer(local_source(write_gguf(tmp_path / "v.gguf", pre="klingon")))
 

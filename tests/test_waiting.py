@@ -15,7 +15,7 @@ def sequence(arrival: int, request_id: int | None = None) -> Sequence:
     return Sequence(request(arrival if request_id is None else request_id, [1]), arrival=arrival)
 
 
-def test_the_shortest_class_comes_first_and_within_it_who_came_first() -> None:
+def test_the_shortest_class_comes_first_and_within_it_the_oldest() -> None:
     waiting = Waiting()
     for arrival, size in [(1, 5), (2, 3), (3, 5), (4, 3), (5, 9)]:
         waiting.add(sequence(arrival), size)

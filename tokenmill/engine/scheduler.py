@@ -112,7 +112,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         if prompts or may_admit:
             step = StepPlan(self.limits, self._budget.max_tokens, budget, starts, wanted, counts, may_admit,
-                        self.pool.num_blocks)  # fmt: skip
+                            self.pool.num_blocks)  # fmt: skip
             self._prefill.divide(step, prompts)
             admitted = sorted(step.admitted, key=lambda seq: seq.arrival)
         if preempted or not counts.all():
