@@ -38,6 +38,7 @@ EOS, VOCAB, POISON = 0, 50, -1
 
 
 def number(*items: object) -> int:
+    """Return a 64-bit hash of the items."""
     return int.from_bytes(blake2b(repr(items).encode(), digest_size=8).digest(), "little")
 
 
@@ -47,6 +48,7 @@ def cache_entry(token_id: int, earlier: list[int], salt: bytes) -> int:
 
 
 def next_token(entries: list[int]) -> int:
+    """Return the token that follows these cache entries; -1 if one of them is poisoned."""
     return -1 if POISON in entries else number(entries) % VOCAB
 
 
@@ -73,6 +75,8 @@ class Left:
 
 @dataclass
 class OracleStep:
+    """A launched step, with copies of its inputs."""
+
     batch: Batch
     admitted: list[tuple[int, Request, list[int]]]  # copies as of the launch
     requests: list[Request]
@@ -142,6 +146,7 @@ class PagedOracle:
         return len(self.rests) < self.num_rests
 
     def run(self, step: OracleStep) -> StepResult:
+        """Compute a step from the changes in its batch."""
         batch = step.batch
         for slot, _, token_ids in step.admitted:
             self.tokens[slot][:] = token_ids + [None] * (len(self.tokens[slot]) - len(token_ids))
@@ -169,6 +174,7 @@ class PagedOracle:
         return StepResult([found[row] for row in batch.samples.tolist()], wanted, payloads or None)
 
     def choose(self, step: OracleStep, row: int, entries: list[int]) -> int:
+        """Return the sampled token of a row. Overridden by executors with constraints."""
         return next_token(entries)
 
     def compute(self, slot: int, start: int, end: int, salt: bytes) -> list[int]:
@@ -234,6 +240,7 @@ def request(
     salt: bytes = b"",
     sampling: SamplingParams | None = None,
 ) -> Request:
+    """Return a greedy request, unless `sampling` is given."""
     stopping = StoppingParams(max_new_tokens, stop_ids=stop_ids)
     return Request(request_id, tuple(prompt), sampling or SamplingParams(), stopping, salt)
 
@@ -282,6 +289,7 @@ def build(
     script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, poison_rate: float = 0.0,
     full_rate: float = 0.0,
 ) -> tuple[Engine[OracleStep], PagedOracle, ListLink]:  # fmt: skip
+    """Return an engine over a new oracle, with messages from `script`."""
     oracle, link = PagedOracle(num_blocks, limits, poison_rate), ListLink(script)
     oracle.full_rate = full_rate
     scheduler = Scheduler(BlockPool(num_blocks, limits.block_size), limits)
@@ -300,6 +308,7 @@ def run(engine: Engine[OracleStep], link: ListLink, max_steps: int = 20_000) -> 
 
 
 def check_books(scheduler: Scheduler) -> None:
+    """Assert that running sequences hold exactly the used blocks and distinct slots, and waiting ones hold none."""
     pool = scheduler.pool
     pool.check()
     used = [block for seq in scheduler.running.values() for block in seq.blocks]
@@ -311,6 +320,7 @@ def check_books(scheduler: Scheduler) -> None:
 
 
 def check_request(r: Request, case: Case, link: ListLink) -> None:
+    """Assert that a request got the tokens and the end of its reference, or the refusal that it must get."""
     outputs, got, want = link.outputs.get(r.id, []), link.tokens(r.id), reference(r)
     if r.id in case.hopeless and outputs:
         assert [o.finish_reason for o in outputs] == ["error"]
@@ -338,6 +348,7 @@ def prompt_details_of(outputs: Iterable[Output]) -> list[TokenDetails]:
 
 
 def check_details(r: Request, case: Case, link: ListLink) -> None:
+    """Assert that log-probabilities of tokens and prompt are complete, in order, and only as requested."""
     outputs, n = link.outputs[r.id], len(r.prompt_ids)
     details = [detail.logprob for o in outputs for detail in o.details]
     assert details == ([n + i for i in range(len(link.tokens(r.id)))] if r.sampling.logprobs >= 0 else [])
@@ -351,10 +362,12 @@ def check_details(r: Request, case: Case, link: ListLink) -> None:
 
 
 def prompt_cost(start: int, count: int, weight: int) -> float:
+    """Return the cost of prompt tokens from `start` on, in tokens at position 0."""
     return sum(1 + (position / weight if weight else 0) for position in range(start, start + count))
 
 
 def left_by(scheduler: Scheduler) -> Left:
+    """Return the state of the scheduler."""
     running = scheduler.running
     filling = {seq.id: seq.arrival for seq in running.values() if running.computed_of(seq) < seq.prefill_end}
     return Left(len(scheduler.waiting), filling)
@@ -399,6 +412,7 @@ def check_share_of_the_oldest(batch: Batch, left: Left, limits: SchedulerLimits)
 
 
 def check_plans(oracle: PagedOracle, limits: SchedulerLimits) -> None:
+    """Assert that every batch respects the limits and the rules for prompts."""
     for batch, left in zip(oracle.batches, oracle.left, strict=True):
         assert batch.num_tokens == batch.counts.sum() <= limits.max_batch_tokens
         assert batch.counts.min() >= 1

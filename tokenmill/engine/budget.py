@@ -75,7 +75,7 @@ class PrefillBudget:
         self.tokens, self.cost, self.guaranteed = tokens, cost, 0
 
     def release(self) -> None:
-        """Return the reserved part to the budget."""
+        """Put the reserved part back into the budget."""
         tokens, cost, self.guaranteed = self.reserved
         self.tokens, self.cost = self.tokens + tokens, self.cost + cost
 

@@ -1,6 +1,6 @@
 """The engine's loop: receive messages, plan and launch a step, collect the previous step.
 
-This file is shared by all models and features. It names none: a feature has its own file, such as a `Link`.
+This file is shared by all models and features, and names none. The code of a feature belongs elsewhere: in a `Link`.
 """
 
 from __future__ import annotations

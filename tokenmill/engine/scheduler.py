@@ -1,6 +1,6 @@
 """Scheduler: choose the sequences of the next step, and record the tokens of finished steps.
 
-This file is shared by all models and features. It names none: a feature has its own file, around the scheduler.
+This file is shared by all models and features, and names none. The code of a feature belongs elsewhere.
 
 Invariant: the scheduler is deterministic. Every tensor-parallel rank runs its own copy on the same messages and tokens,
 and all copies must plan the same steps. Nothing here reads a clock, an option, a random number or the device. State

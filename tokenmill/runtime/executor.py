@@ -1,6 +1,6 @@
 """Executor: run planned steps on a backend.
 
-This file is shared by all models and features. It names none: a feature has its own file, such as a `Masking`.
+This file is shared by all models and features, and names none. The code of a feature belongs elsewhere.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ def count_blocks(
     """Return the number of KV cache blocks to allocate on a CPU.
 
     `available`: free bytes, after the weights were loaded. `limit`: bytes of weights, step and cache together; None:
-    the cache gets at most `SHARE` of the free memory, and `CACHE_BYTES` over all ranks. The result is at most the
-    number of blocks that all slots at full length use. Raise NotEnoughMemory, with both sizes, if a sequence of
-    `wanted_tokens` does not fit.
+    the cache gets at most `SHARE` of the free memory, and at most `CACHE_BYTES` over all ranks unless one sequence of
+    full length needs more. The result is at most the number of blocks that all slots at full length use. Raise
+    NotEnoughMemory, with both sizes, if a sequence of `wanted_tokens` does not fit.
     """
     free = available - demand.step_bytes
     if limit is not None:
