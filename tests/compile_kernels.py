@@ -18,6 +18,7 @@ from triton.backends.nvidia.driver import CudaLauncher
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
 from tokenmill.backends.cuda.compile import Kernels
+from tokenmill.backends.kind import BackendOptions, Job, Placement
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.quant.base import reader_of
@@ -70,9 +71,12 @@ class Lookup:
 
 def backend_of(folder: str, cache: str, jobs: int) -> CudaBackend:
     source = open_checkpoint(local_source(folder))
+    options = BackendOptions(cuda_graphs=(), kernel_cache=cache, cpus=jobs)
     backend = CudaBackend(
-        program_of(source.config), source, reader_of(source), StepLimits(64, 4, 64, 16), Group(), dtype="bfloat16",
-        device="cpu", graphs=(), kernel_cache=cache, jobs=jobs,
+        Job(
+            program_of(source.config), source, reader_of(source), StepLimits(64, 4, 64, 16), Group(), options,
+            Placement("cpu", 16, 1), "bfloat16", lambda progress: None,
+        )
     )  # fmt: skip
     backend.allocate(8)
     return backend
@@ -106,7 +110,7 @@ def main(folder: str, cache: str, jobs: int) -> None:
 
     def run() -> None:
         with torch.inference_mode():
-            driver._decode(driver._nobodys(3, False))
+            driver._decode(driver._padding_step(3, False))
 
     driver._kernels.prepare(run, lambda done, total: told.append((done, total)))
     run()
@@ -116,7 +120,7 @@ def main(folder: str, cache: str, jobs: int) -> None:
     driver._kernels.watch()
     run()
     for _ in range(2):
-        driver._decode(driver._nobodys(1, False))  # of another class
+        driver._decode(driver._padding_step(1, False))  # of another class
     for about in (("a",), ("a",), ("b",)):
         kernels = Kernels(cache, jobs, about)
         started.append(kernels._helpers is not None)

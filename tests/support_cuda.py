@@ -57,6 +57,7 @@ from support_models import FAMILIES, SIZES, Driver  # noqa: E402
 
 from tokenmill.backends.base import StepLimits  # noqa: E402
 from tokenmill.backends.cuda.backend import CudaBackend  # noqa: E402
+from tokenmill.backends.kind import BackendOptions, Job, Placement  # noqa: E402
 from tokenmill.models.base import program_of  # noqa: E402
 from tokenmill.parallel.group import Group  # noqa: E402
 from tokenmill.program import ops  # noqa: E402
@@ -96,6 +97,13 @@ def program(folder: Path, family: str = "llama", **changes: Any) -> Program:
     return program_of(open_checkpoint(local_source(folder)).config)
 
 
+def cuda_job(program: Program, source: Any, limits: StepLimits, dtype: str = "float32", **options: Any) -> Job:
+    """A CUDA backend's; `options`: of BackendOptions."""
+    placement = Placement(DEVICE, limits.block_size, 1)
+    made = BackendOptions(**options)
+    return Job(program, source, reader_of(source), limits, Group(), made, placement, dtype, lambda progress: None)
+
+
 class CudaDriver(CudaBackend):
     """Driver like `support_models.Driver`: fed with ids by slot, blocks scattered over the cache."""
 
@@ -110,11 +118,13 @@ class CudaDriver(CudaBackend):
         limits = limits or StepLimits(256, 4, 256, 16)
         program = altered(program_of(source.config), **attention)
         super().__init__(
-            program, source, reader_of(source), limits, Group(), dtype=dtype, device=DEVICE, graphs=graphs,
-            kv_cache_dtype=kv_cache_dtype, deterministic=deterministic,
+            cuda_job(
+                program, source, limits, dtype, cuda_graphs=graphs, kv_cache_dtype=kv_cache_dtype,
+                deterministic=deterministic,
+            )
         )  # fmt: skip
         if kv_cache_dtype:
-            self._manner.scales.update(dict.fromkeys(range(8), (scale, scale)))
+            self._attention.scales.update(dict.fromkeys(range(8), (scale, scale)))
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known, self.tables = {}, {}

@@ -13,8 +13,8 @@ from support_sampling import make_step
 
 from tokenmill.backends.base import Masks, StepInputs, StepLimits
 from tokenmill.backends.cuda.device import Device
-from tokenmill.backends.cuda.lower import Sizes
 from tokenmill.backends.cuda.sampler import Sampler
+from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.torch import sampling
 from tokenmill.backends.torch.slots import Slots
@@ -30,13 +30,13 @@ class Bench:
 
     def __init__(
         self, logits: Any, *, slots: int = SLOTS, max_total: int = MAX_TOTAL, dtype: Any = torch.float32,
-        alike: bool = False,
+        batch_invariant: bool = False,
     ) -> None:  # fmt: skip
         self.device = device = Device(DEVICE)
         self.limits = StepLimits(64, slots, max_total, 16)
         self.logits = torch.tensor(np.asarray(logits)).to(dtype).to(device.torch)
-        self.slots = CudaSlots(self.limits, self.logits.shape[1], device)
-        self.sampler = Sampler(self.logits, self.slots, device, alike)
+        self.slots = CudaSlots(self.limits, device)
+        self.sampler = Sampler(self.logits, self.slots, device, batch_invariant)
         self.vocab = self.logits.shape[1]
 
     def sizes(self, inputs: StepInputs, some: bool = False) -> Sizes:
@@ -45,7 +45,7 @@ class Bench:
         if not some:
             return Sizes(len(rows), len(rows), torch.tensor(rows.ravel()).to(DEVICE))
         order = np.random.default_rng(0).permutation(2 * len(rows))[: len(rows)].astype(np.int32)
-        pairs = np.full((2 * len(rows), 2), (self.slots.spare, 3), np.int32)
+        pairs = np.full((2 * len(rows), 2), (self.slots.padding, 3), np.int32)
         pairs[order] = rows
         return Sizes(len(pairs), len(rows), torch.tensor(pairs.ravel()).to(DEVICE), torch.tensor(order).to(DEVICE))
 
@@ -83,7 +83,7 @@ def run(logits: Any, requests: list[Request], outputs: Any = None, slots: Any = 
 def torch_run(logits: Any, requests: list[Request], outputs: Any = None) -> Any:
     """Return the torch backend's tokens and details."""
     inputs = make_step(requests, outputs)
-    slots = Slots(StepLimits(64, max(SLOTS, len(requests)), MAX_TOTAL, 16), logits.shape[1])
+    slots = Slots(StepLimits(64, max(SLOTS, len(requests)), MAX_TOTAL, 16))
     slots.apply(inputs)
     sampled = sampling.sample(torch.tensor(logits), slots, inputs)
     return sampled.token_ids.tolist(), sampled.logprobs.details() if sampled.logprobs else None

@@ -23,6 +23,7 @@ from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.slots import Slots
 from tokenmill.backends.sampling import MOST_TIES
+from tokenmill.backends.steps import step_tokens
 from tokenmill.wire.messages import SamplingParams, StoppingParams, TokenDetails
 
 VOCAB, SLOTS, MAX_TOTAL, THREADS = 61, 12, 64, 2
@@ -67,8 +68,8 @@ class Bench:
     def sample(self, logits, inputs, masks=None):
         self.slots.apply(inputs)
         self.sampler.begin(inputs, masks)
-        step_tokens = self.slots.step_tokens(inputs)
-        ids = self._walk(logits, step_tokens.sampled_slots, step_tokens.sampled_positions)
+        tokens = step_tokens(inputs)
+        ids = self._walk(logits, tokens.sampled_slots, tokens.sampled_positions)
         return ids, self.sampler.details()
 
     def score(self, logits, targets, wanted):
@@ -268,7 +269,7 @@ def test_over_a_real_vocabulary_tokens_and_log_probabilities_are_the_torch_backe
         spread = rng.uniform(0.5, 4, (SLOTS, 1))
         logits = (rng.normal(size=(SLOTS, vocab)) * spread).astype(np.float32)
         inputs = make_step(requests, outputs)
-        state = TorchSlots(StepLimits(64, SLOTS, MAX_TOTAL, 4), vocab)
+        state = TorchSlots(StepLimits(64, SLOTS, MAX_TOTAL, 4))
         state.apply(inputs)
         expected = sampling.sample(torch.tensor(logits), state, inputs)
         ids, details = Bench(kernel, vocab).sample(logits, inputs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support_cuda import DEVICE, ON_GPU, CudaDriver, altered, torch, write_random
+from support_cuda import DEVICE, ON_GPU, CudaDriver, altered, cuda_job, torch, write_random
 from support_models import Driver, steps
 
 from tokenmill.backends.base import StepLimits
@@ -75,12 +76,14 @@ def test_long_contexts_are_split_and_added_up(tmp_path: Path) -> None:
         np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
 
 
-def engine_of(folder: Path, kind: str, num_blocks: int, limits: StepLimits, **how: object) -> OfflineEngine:
+def engine_of(folder: Path, kind: str, num_blocks: int, limits: StepLimits, **how: Any) -> OfflineEngine:
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
-    make = CudaBackend if kind == "cuda" else TorchBackend
-    device = DEVICE if kind == "cuda" else "cpu"
-    backend = make(program, source, reader_of(source), limits, Group(), dtype="float32", device=device, **how)  # type: ignore[operator]
+    backend: Any
+    if kind == "cuda":
+        backend = CudaBackend(cuda_job(program, source, limits, **how))
+    else:
+        backend = TorchBackend(program, source, reader_of(source), limits, Group(), dtype="float32")
     backend.allocate(num_blocks)
     if kind == "cuda" and ON_GPU:
         backend.warm_up()

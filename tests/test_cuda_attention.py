@@ -135,7 +135,7 @@ def test_a_row_of_a_product_is_the_same_whatever_rows_are_beside_it(act: str) ->
     made = []
     for rows in (1, 2, 17, 33, 64, 65, most):
         out = torch.full((most, outputs // (2 if act else 1)), float("nan"), dtype=dtype, device=DEVICE)
-        product = Product(x, weight, None, out, act, None, alike=True)
+        product = Product(x, weight, None, out, act, None, batch_invariant=True)
         assert product.fits(rows)
         product.run(rows)
         assert torch.equal(out[rows:].isnan(), torch.ones_like(out[rows:], dtype=torch.bool))

@@ -117,7 +117,7 @@ def test_runs_are_attended_to_over_scattered_pages_behind_their_prefix(
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     memory = Memory(made, limits, dtype, device, getattr(torch, cache) if cache else None)
     memory.allocate(num_blocks)
-    slots, rng = CudaSlots(limits, 128, device), np.random.default_rng(4)
+    slots, rng = CudaSlots(limits, device), np.random.default_rng(4)
     for slot in range(8):
         slots.set_blocks(slot, rng.permutation(num_blocks)[:64].astype(np.int32))
     (op,) = (op for op in made.ops if isinstance(op, ops.Attention))
@@ -148,7 +148,7 @@ def test_runs_are_attended_to_over_scattered_pages_behind_their_prefix(
 def test_layers_of_a_kind_share_a_plan_and_kinds_have_their_own(package: Any, tmp_path: Path) -> None:
     made = prepare.fused(program(tmp_path, "qwen2_window", num_hidden_layers=3))
     memory = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu"))
-    slots = CudaSlots(memory.limits, 128, memory.device)
+    slots = CudaSlots(memory.limits, memory.device)
     flash = FlashInfer(package, memory, slots)
     assert flash.num_kinds == len(Wrapper.made) == 2
     flash.plan(*np.array([(0, 0, 5), (1, 20, 1)], np.int32).T)
@@ -176,7 +176,7 @@ def test_a_plan_waits_for_what_the_one_before_sent_even_if_that_failed(
 
     monkeypatch.setattr(Wrapper, "plan", plan)
     memory = Memory(prepare.fused(program(tmp_path)), StepLimits(64, 4, 256, 16), torch.float32, Watched("cpu"))
-    flash = FlashInfer(package, memory, CudaSlots(memory.limits, 128, memory.device))
+    flash = FlashInfer(package, memory, CudaSlots(memory.limits, memory.device))
     rows = np.array([(0, 0, 5)], np.int32).T
     flash.plan(*rows)
     with pytest.raises(torch.OutOfMemoryError):
@@ -196,7 +196,7 @@ def test_a_package_that_fails_leaves_attention_to_triton_and_names_the_cure(
 
     made = prepare.fused(program(tmp_path))
     memory = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu"))
-    slots = CudaSlots(memory.limits, 128, memory.device)
+    slots = CudaSlots(memory.limits, memory.device)
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Broken))
     assert flashinfer.load(memory, slots) is None
     monkeypatch.setitem(sys.modules, "flashinfer", None)  # not installed
@@ -213,6 +213,6 @@ def test_loading_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Wrapper))
     made = prepare.fused(program(tmp_path, "qwen2_window", num_hidden_layers=3))
     memory, seen = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu")), []
-    slots = CudaSlots(memory.limits, 128, memory.device)
+    slots = CudaSlots(memory.limits, memory.device)
     assert flashinfer.load(memory, slots, report=seen.append) is not None
     assert [(p.phase, p.done, p.total) for p in seen] == [("compile", 1, 2), ("compile", 2, 2)]

@@ -119,12 +119,12 @@ def test_a_capture_between_steps_changes_no_state_and_no_result(driver: CudaDriv
     expected.feed(prompts)
     more, steps = True, 0
     while more:
-        spare = driver._slots.spare
+        padding = driver._slots.padding
         caches = [cache[:, :-16].clone() for cache in driver._memory._cache.values()]
-        before = [driver._slots.tokens[:spare].clone(), driver._slots.tables.clone(), *caches]
+        before = [driver._slots.tokens[:padding].clone(), driver._slots.tables.clone(), *caches]
         more = driver.idle_work()
         caches = [cache[:, :-16] for cache in driver._memory._cache.values()]
-        for then, now in zip(before, [driver._slots.tokens[:spare], driver._slots.tables, *caches], strict=True):
+        for then, now in zip(before, [driver._slots.tokens[:padding], driver._slots.tables, *caches], strict=True):
             assert torch.equal(then, now)
         rows = [(slot, [int(rng.integers(128))]) for slot in rng.permutation(9)[: rng.integers(1, 10)].tolist()]
         np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)

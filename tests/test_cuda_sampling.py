@@ -245,10 +245,10 @@ def test_a_seed_gives_the_same_tokens_in_any_company_and_any_slot() -> None:
     assert together == [run(logits[i : i + 1], [requests[i]], slots=[3])[0][0] for i in range(8)]
 
 
-def test_if_rows_are_to_be_alike_a_penalty_beside_them_changes_no_sum() -> None:
+def test_with_batch_invariant_rows_a_penalty_beside_them_changes_no_sum() -> None:
     logits = torch.tensor(np.random.default_rng(6).normal(size=(3, 997)) * 3).bfloat16().float()
     filtered = [a_request(temperature=1.0, top_p=0.8, seed=1), a_request(temperature=0.7, typical_p=0.6, top_k=90)]
-    alone, beside = (Bench(logits, dtype=torch.bfloat16, alike=True) for _ in range(2))
+    alone, beside = (Bench(logits, dtype=torch.bfloat16, batch_invariant=True) for _ in range(2))
     ids, _ = alone.run(make_step(filtered))
     assert beside.run(make_step([*filtered, a_request(presence_penalty=1.0)]))[0][:2] == ids
     assert alone.sampler._kept[:2].tolist() == beside.sampler._kept[:2].tolist()
@@ -265,7 +265,7 @@ def test_a_graph_may_choose_what_a_step_then_only_fetches_or_chooses_anew(tail: 
     inputs = replace(make_step(requests), tail=tail)
     bench.slots.apply(inputs)
     sizes = bench.sizes(inputs)
-    padded = torch.cat([sizes.pairs, torch.tensor([bench.slots.spare, 0] * 2, device=DEVICE, dtype=torch.int32)])
+    padded = torch.cat([sizes.pairs, torch.tensor([bench.slots.padding, 0] * 2, device=DEVICE, dtype=torch.int32)])
     bench = Bench(np.concatenate([logits, rng.normal(size=(2, 61))]).astype(np.float32))
     bench.slots.apply(inputs)
     bench.sampler.launch(replace(sizes, tokens=6, sampling=6, pairs=padded.contiguous()))

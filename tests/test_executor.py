@@ -16,8 +16,9 @@ import torch
 from oracle import prompt_details_of
 from support_sampling import log_softmax, reference_choice, reference_scores
 
-from tokenmill.backends.base import StepInputs, StepLimits, StepResult, prompt_payloads
-from tokenmill.backends.torch.sampling import prompt_details, sample
+from tokenmill.backends.base import StepInputs, StepLimits, StepResult
+from tokenmill.backends.steps import PromptPositions, prompt_payloads
+from tokenmill.backends.torch.sampling import sample, score
 from tokenmill.backends.torch.slots import Slots
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
@@ -53,7 +54,7 @@ class HashBackend:
 
     def __init__(self, limits: StepLimits, poison: int = -1, delay_s: float = 0.0) -> None:
         self.limits, self.poison, self.delay_s = limits, poison, delay_s
-        self.slots = Slots(limits, VOCAB)
+        self.slots = Slots(limits)
         self.num_blocks = 0
         self.thread = ThreadPoolExecutor(1)
         self.inputs: list[StepInputs] = []
@@ -102,11 +103,12 @@ class HashBackend:
         logits[np.argwhere(inputs.slots[inputs.samples] == self.poison)] = np.nan
         sampled = sample(torch.tensor(logits), self.slots, inputs)
         self.slots.record(inputs, sampled.token_ids)
-        prompts = None
-        if inputs.prompt_logprobs >= 0:
-            positions = self.slots.prompt_positions(inputs)
-            rows = np.array([logits_of(states[i]) for i in positions.where], np.float32).reshape(-1, VOCAB)
-            prompts = prompt_payloads(prompt_details(torch.tensor(rows), positions, self.slots, inputs), inputs)
+
+        def score_part(part: PromptPositions) -> list[TokenDetails | None]:
+            rows = np.array([logits_of(states[i]) for i in part.tokens], np.float32).reshape(-1, VOCAB)
+            return score(torch.tensor(rows), self.slots.tokens[part.slots, part.targets].long(), part.top)
+
+        prompts = prompt_payloads(inputs, self.slots.parameters.rows, score_part)
         details = sampled.logprobs.details() if sampled.logprobs else None
         return StepResult(sampled.token_ids.tolist(), details, prompts)
 

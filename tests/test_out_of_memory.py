@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support_cuda import DEVICE, ON_GPU, torch, write_random
+from support_cuda import ON_GPU, cuda_job, torch, write_random
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
@@ -34,10 +34,12 @@ Fault = Callable[[StepInputs], bool]
 
 def backend_of(kind: str, folder: Path) -> Any:
     source = open_checkpoint(local_source(folder))
-    make, device = (CudaBackend, DEVICE) if kind == "cuda" else (TorchBackend, "cpu")
-    backend = make(
-        program_of(source.config), source, reader_of(source), LIMITS, Group(), dtype="float32", device=device
-    )
+    program = program_of(source.config)
+    backend: Any
+    if kind == "cuda":
+        backend = CudaBackend(cuda_job(program, source, LIMITS))
+    else:
+        backend = TorchBackend(program, source, reader_of(source), LIMITS, Group(), dtype="float32")
     backend.allocate(30)
     return backend
 

@@ -19,9 +19,9 @@ from support_sampling import (
 )
 
 from tokenmill.backends import sampling as rules
+from tokenmill.backends import steps
 from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
 from tokenmill.backends.torch import sampling
-from tokenmill.backends.torch import slots as slots_module
 from tokenmill.backends.torch.slots import Slots
 from tokenmill.wire.messages import Request, SamplingParams, StoppingParams, TokenDetails
 
@@ -33,21 +33,19 @@ VOCAB, SLOTS, MAX_TOTAL = 61, 12, 64
 
 
 def tail_of(requests) -> str:
-    if any(rules.needs_full(r.sampling, r.stopping.min_new_tokens) for r in requests):
-        return "full"
-    return "greedy" if all(r.sampling.greedy for r in requests) else "plain"
+    return rules.tail_of(np.concatenate([rules.row_of(r) for r in requests]))
 
 
-def prepared(requests, outputs=None, slots=None, vocab=VOCAB, tail=None):
+def prepared(requests, outputs=None, slots=None, tail=None):
     """Return slots with prompt and output of each request, and the step that samples the next token of each."""
-    state = Slots(StepLimits(64, max(SLOTS, len(requests)), MAX_TOTAL, 4), vocab)
+    state = Slots(StepLimits(64, max(SLOTS, len(requests)), MAX_TOTAL, 4))
     inputs = make_step(requests, outputs, slots, tail or tail_of(requests))
     state.apply(inputs)
     return state, inputs
 
 
 def run(logits, requests, outputs=None, masks=None, **how):
-    state, inputs = prepared(requests, outputs, vocab=logits.shape[1], **how)
+    state, inputs = prepared(requests, outputs, **how)
     return sampling.sample(torch.tensor(logits), state, inputs, masks)
 
 
@@ -96,7 +94,7 @@ def test_green_ids_are_the_head_of_the_permutation_that_torch_seeds_with_the_tok
         expected = torch.randperm(vocab, generator=generator)[: int(gamma * vocab)].tolist()
         assert rules.green_ids(previous_id, gamma, vocab).tolist() == expected
         assert reference_green(previous_id, gamma, vocab) == expected
-        assert sampling._green_ids(previous_id, gamma, vocab).tolist() == expected
+        assert sampling.green_ids(previous_id, gamma, vocab).tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -194,7 +192,7 @@ def test_top_k_keeps_ties_and_may_exceed_the_vocabulary():
 def test_top_p_of_a_flat_distribution_wider_than_the_first_look_is_exact():
     vocab = 4 * sampling._LIKELY
     logits = (np.random.default_rng(5).normal(size=(1, vocab)) * 0.05).astype(np.float32)
-    state, inputs = prepared([a_request(temperature=1.0, top_p=0.8, logprobs=vocab)], vocab=vocab)
+    state, inputs = prepared([a_request(temperature=1.0, top_p=0.8, logprobs=vocab)])
     kept = sampling.sample(torch.tensor(logits), state, inputs).logprobs.details()[0].top_ids
     expected = reference_scores(logits[0], [1], [], SamplingParams(temperature=1.0, top_p=0.8), StoppingParams(1))
     assert abs(len(kept) - np.isfinite(expected).sum()) <= 1  # float32 against float64 on the last one
@@ -225,18 +223,23 @@ def test_prompt_logprobs_are_the_models_own_of_the_prompts_next_tokens_in_every_
     prompt = tuple(int(i) for i in rng.integers(0, VOCAB, 11))
     wants, silent = a_request(prompt, prompt_logprobs=3), a_request((5, 6, 7))
     logits = rng.normal(size=(11, VOCAB)).astype(np.float32)
-    state = Slots(StepLimits(64, SLOTS, MAX_TOTAL, 4), VOCAB)
+    state = Slots(StepLimits(64, SLOTS, MAX_TOTAL, 4))
     found, admitted = [], (Admitted(2, silent, np.array([5, 6, 7])), Admitted(4, wants, np.array(prompt)))
     for start, count in ((0, 4), (4, 5), (9, 2)):
         rows = (np.array(a, np.int32) for a in ([2, 4], [0, start], [3, count], [0, 1]))
         inputs = StepInputs(*rows, admitted=admitted, prompt_logprobs=3)
         state.apply(inputs)
-        positions = state.prompt_positions(inputs)
-        assert positions.where.tolist() == [3 + i for i in range(count) if start + i + 1 < len(prompt)]
-        chunk = torch.tensor(logits[[start + int(w) - 3 for w in positions.where]])
-        details = sampling.prompt_details(chunk, positions, state, inputs)
+        seen = []
+
+        def score(part: steps.PromptPositions, start=start, seen=seen):
+            seen += part.tokens.tolist()
+            chunk = torch.tensor(logits[[start + int(w) - 3 for w in part.tokens]])
+            return sampling.score(chunk, state.tokens[part.slots, part.targets].long(), part.top)
+
+        details = steps.prompt_payloads(inputs, state.parameters.rows, score)
+        assert seen == [3 + i for i in range(count) if start + i + 1 < len(prompt)]
         assert set(details) == {1}
-        found += details[1]
+        found += details[1].details
         admitted = ()
     reference = [log_softmax(row) for row in logits]
     assert [d.logprob for d in found] == pytest.approx([reference[i][prompt[i + 1]] for i in range(10)], abs=1e-5)
@@ -261,7 +264,7 @@ def test_of_entries_for_the_same_place_in_a_table_the_last_one_counts():
     state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=blocks))
     expected = {(s, i): b for s, i, b in blocks.tolist()}
     assert {place: int(state.tables[place]) for place in expected} == expected
-    kept = slots_module.last_of_each(blocks)
+    kept = steps.last_of_each(blocks)
     assert {(s, i): b for s, i, b in kept.tolist()} == expected
     assert len(kept) == len(expected)
 
@@ -306,3 +309,44 @@ def test_penalty_and_filters_are_those_of_transformers_in_the_order_of_tgi(seed)
     best = [int(i) for i in probabilities.argsort(descending=True) if probabilities[i] > -torch.inf]
     assert list(detail.top_ids) == best
     assert detail.top_logprobs == pytest.approx(probabilities[best].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("params", "tail", "active"),
+    [
+        ({}, "greedy", []),
+        ({"temperature": 0.7}, "plain", []),
+        ({"top_k": 3, "top_p": 0.5, "typical_p": 0.5, "min_p": 0.1}, "greedy", []),
+        ({"temperature": 0.7, "top_p": 0.9, "min_p": 0.1}, "full", ["min_p", "top_p"]),
+        ({"temperature": 0.7, "top_k": 3, "typical_p": 0.9}, "full", ["top_k", "typical_p"]),
+        ({"temperature": 0.7, "top_k": 1000}, "full", []),
+        ({"repetition_penalty": 1.1}, "full", ["penalties"]),
+        ({"frequency_penalty": -0.1, "watermark_gamma": 0.5}, "full", ["watermark", "penalties"]),
+        ({"presence_penalty": 0.1, "logit_bias": ((1, 2.0),)}, "full", ["biases", "penalties"]),
+    ],
+)
+def test_a_step_does_the_work_that_a_row_needs_in_the_order_of_the_rules(params, tail, active):
+    row = rules.row_of(a_request(**params))
+    assert rules.tail_of(row) == tail
+    found = rules.active_steps(row, VOCAB)
+    assert tuple(found) == rules.STEPS
+    assert [name for name, needed in found.items() if needed[0]] == active
+
+
+def test_the_tail_of_a_step_is_that_of_its_row_with_the_most_work():
+    plain, full = a_request(temperature=0.5), a_request(stopping=StoppingParams(9, 2, (7,)))
+    rows = [rules.row_of(request) for request in (a_request(), plain, full)]
+    assert [rules.tail_of(np.concatenate(rows[:n])) for n in (1, 2, 3)] == ["greedy", "plain", "full"]
+    assert rules.tail_of(np.zeros(0, rules.PARAMETERS)) == "greedy"
+
+
+def test_a_device_gets_the_parameters_that_its_kernels_read_by_their_columns():
+    row = rules.row_of(a_request(prompt=(1, 2, 3), temperature=0.5, seed=-1, top_k=9, top_p=0.25, raw_logprobs=True))
+    made = rules.device_rows(row)
+    assert made.shape == (1, rules.COLUMNS)
+    columns = {name: made[0, rules.column(name)] for name in ("top_k", "num_prompt", "raw_logprobs", "seed_high")}
+    assert columns == {"top_k": 9, "num_prompt": 3, "raw_logprobs": 1, "seed_high": -1}
+    floats = made.view(np.float32)[0, [rules.column("temperature"), rules.column("top_p"), rules.column("repetition")]]
+    assert floats.tolist() == [0.5, 0.25, 1.0]
+    made[:] = 0
+    assert row["top_k"][0] == 9, "it is a copy"

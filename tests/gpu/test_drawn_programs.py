@@ -6,15 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from support_cuda import ON_GPU, CudaDriver
+from support_cuda import ON_GPU, CudaDriver, cuda_job
 from support_programs import Arrays, Draw, logits_of, same, steps
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
 from tokenmill.backends.cuda.prepare import refusal
-from tokenmill.parallel.group import Group
 from tokenmill.program.value import Program
-from tokenmill.quant.base import reader_of
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
@@ -24,16 +22,7 @@ class Drawn(CudaDriver):
 
     def __init__(self, program: Program, source: Arrays) -> None:
         limits = StepLimits(64, 4, 256, 16)
-        CudaBackend.__init__(
-            self,
-            program,
-            source,
-            reader_of(source),
-            limits,
-            Group(),
-            dtype="float32",
-            graphs=(),  # type: ignore[arg-type]
-        )
+        CudaBackend.__init__(self, cuda_job(program, source, limits, cuda_graphs=()))
         self.allocate(64)
         self.free = np.random.default_rng(3).permutation(64).tolist()
         self.known, self.tables = {}, {}

@@ -1,1 +1,1 @@
-"""Who runs programs, one folder each. The only place of kernels."""
+"""Backends, which run programs: one folder each. The only place of kernels."""

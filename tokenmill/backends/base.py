@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.wire.messages import Payload, PromptDetails, Request, TokenDetails
+from tokenmill.wire.messages import Payload, Request, TokenDetails
 
 Tail = Literal["greedy", "plain", "full"]
 """The sampling work of a step. greedy: argmax; plain: temperature only; full: every parameter."""
@@ -74,11 +74,6 @@ class StepResult:
     token_ids: list[int]  # one a sampling row, in the order of `samples`; -1: the row's logits were not finite
     details: list[TokenDetails | None] | None = None  # one a sampling row; None if no row asked
     payloads: dict[int, Payload] | None = None  # by row; today details of the prompt tokens at start + 1 …
-
-
-def prompt_payloads(details: dict[int, tuple[TokenDetails, ...]], inputs: StepInputs) -> dict[int, Payload] | None:
-    """Return the payloads of rows whose prompt tokens, from the row's start + 1 on, have these details."""
-    return {row: PromptDetails(int(inputs.starts[row]) + 1, own) for row, own in details.items()} or None
 
 
 @dataclass(frozen=True, slots=True)

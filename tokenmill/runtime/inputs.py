@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.base import Admitted, StepInputs, Tail
-from tokenmill.backends.sampling import needs_full
+from tokenmill.backends.base import Admitted, StepInputs
+from tokenmill.backends.sampling import TAILS, row_of, tail_of
 from tokenmill.engine.sequence import Batch
 
 _NEEDS = np.dtype(
     [
-        ("full", np.bool_),
-        ("random", np.bool_),
+        ("tail", np.int32),  # place in TAILS
         ("logprobs", np.int32),
         ("prompt_logprobs", np.int32),
         ("num_prompt", np.int32),
@@ -44,7 +43,7 @@ class StepBuilder:
             admitted,
             batch.blocks,
             batch.host_tokens,
-            _tail(sampling["full"], sampling["random"]),
+            TAILS[sampling["tail"].max(initial=0)],
             _max_logprobs(sampling["logprobs"]),
             _max_logprobs(prompts),
             deferred,
@@ -56,21 +55,10 @@ class StepBuilder:
         slots = batch.slots[len(batch.slots) - len(batch.admitted) :].tolist()
         for slot, seq in zip(slots, batch.admitted, strict=True):
             request, p = seq.request, seq.request.sampling
-            self._needs[slot] = (
-                needs_full(p, request.stopping.min_new_tokens),
-                not p.greedy,
-                p.logprobs,
-                p.prompt_logprobs,
-                len(request.prompt_ids),
-            )
+            tail = TAILS.index(tail_of(row_of(request)))
+            self._needs[slot] = tail, p.logprobs, p.prompt_logprobs, len(request.prompt_ids)
             admitted.append(Admitted(slot, request, np.array(seq.token_ids, np.int32)))
         return admitted
-
-
-def _tail(full: NDArray[np.bool_], random: NDArray[np.bool_]) -> Tail:
-    if full.any():
-        return "full"
-    return "plain" if random.any() else "greedy"
 
 
 def _max_logprobs(wanted: NDArray[np.int32]) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult, prompt_payloads
+from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.cache import KernelCache
 from tokenmill.backends.cpu.isa import detect
@@ -26,21 +26,28 @@ from tokenmill.backends.cpu.memory import AttentionShape, Memory, Sizes
 from tokenmill.backends.cpu.prepare import prepare, refusal
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.scratch import zeros
-from tokenmill.backends.cpu.slots import PromptPositions, Slots, StepTokens
+from tokenmill.backends.cpu.slots import Slots
 from tokenmill.backends.cpu.threads import WorkerThreads
 from tokenmill.backends.deferred import AwaitedMasks
+from tokenmill.backends.steps import (
+    PromptPositions,
+    StepTokens,
+    most_rows,
+    prompt_payloads,
+    step_tokens,
+    warm_up_steps,
+    warm_up_tokens,
+)
 from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader, load
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import Payload, Progress, TokenDetails
+from tokenmill.wire.messages import Progress, TokenDetails
 
 Report = Callable[[Progress], None]
 KV_DTYPES = {"": "f16", "float16": "f16", "int8": "int8"}
-_PROMPT_ROWS = 128  # prompt positions whose logits are computed at a time: bounds the size of the logits buffer
-_WARM_TOKENS = 32  # prompt tokens of the warm-up step
 
 
 class CpuStep:
@@ -91,10 +98,8 @@ class CpuBackend:
         prepared = prepare(program, source, read, self.isa, threads, report)
         self.program = prepared.program
         self.vocab_size = self.program.logits.width
-        sizes = Sizes(
-            limits.max_batch_tokens, max(limits.max_batch_size, _PROMPT_ROWS), limits.max_total_tokens, threads,
-            KV_DTYPES[kv_dtype],
-        )  # fmt: skip
+        rows = most_rows(limits)
+        sizes = Sizes(rows["tokens"], rows["samples"], limits.max_total_tokens, threads, KV_DTYPES[kv_dtype])
         self._memory = Memory(
             self.program, sizes, prepared.panels, lambda w: load(w, source, read).floats(), prepared.private
         )
@@ -161,7 +166,7 @@ class CpuBackend:
 
         The plan of a step needs no result of earlier steps, so it is built here while they run.
         """
-        masks, plan = AwaitedMasks(inputs.deferred), self._scratch.plan(self._slots.step_tokens(inputs))
+        masks, plan = AwaitedMasks(inputs.deferred), self._scratch.plan(step_tokens(inputs))
         self._last = CpuStep(self._thread.submit(self._step, inputs, plan, masks), masks)
         return self._last
 
@@ -182,7 +187,7 @@ class CpuBackend:
         self._slots.apply(inputs)
         token_ids = self._compute(inputs, plan, masks if inputs.deferred else None)
         details = self._sampler.details() if token_ids else None
-        prompt = self._prompt_details(inputs) if inputs.prompt_logprobs >= 0 else None
+        prompt = prompt_payloads(inputs, self._slots.parameters.rows, self._score)
         return StepResult(token_ids, details, prompt)
 
     def _compute(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks | None = None) -> list[int]:
@@ -204,24 +209,12 @@ class CpuBackend:
         ids: list[int] = plan.chosen.tolist()
         return ids
 
-    def _prompt_details(self, inputs: StepInputs) -> dict[int, Payload] | None:
-        """Return the prompt log-probabilities that this step computes, by row of the step.
-
-        The rows of the table from TakeRows on run again, for _PROMPT_ROWS positions at a time.
-        """
-        wanted = self._slots.prompt_positions(inputs)
-        max_listed = self._slots.parameters.rows["prompt_logprobs"][inputs.slots[wanted.rows]]
-        details: dict[int, tuple[TokenDetails, ...]] = {}
-        for start in range(0, len(wanted.rows), _PROMPT_ROWS):
-            part_slice = slice(start, start + _PROMPT_ROWS)
-            part = PromptPositions(wanted.rows[part_slice], wanted.where[part_slice], wanted.targets[part_slice])
-            self._scratch.sample(part.where)
-            self._sampler.begin_prompt(part.targets, max_listed[part_slice])
-            self._walk(self._body, len(self._table))
-            for row, detail in zip(part.rows.tolist(), self._sampler.details() or (), strict=True):
-                if detail is not None:
-                    details[row] = (*details.get(row, ()), detail)
-        return prompt_payloads(details, inputs)
+    def _score(self, part: PromptPositions) -> list[TokenDetails | None]:
+        """Return the details of some positions' targets: run the rows of the table from TakeRows on again."""
+        self._scratch.sample(part.tokens)
+        self._sampler.begin_prompt(self._slots.tokens[part.slots, part.targets].astype(np.int64), part.top)
+        self._walk(self._body, len(self._table))
+        return self._sampler.details() or []
 
     def _walk(self, first: int, last: int) -> None:
         base = self._table.ctypes.data
@@ -229,16 +222,12 @@ class CpuBackend:
         self._workers.run(base + first * layout.ROW_BYTES, base + last * layout.ROW_BYTES)
 
     def _warm_up(self) -> None:
-        capacity = self.num_blocks * self.limits.block_size
-        size = min(self.limits.max_batch_tokens, self.limits.max_total_tokens, capacity, _WARM_TOKENS)
-        slots, pages = np.zeros(1, np.int32), -(-size // layout.BLOCK)
-        self._slots.tables[0, :pages] = np.arange(pages)
-        for start, count in ((0, size), (size - 1, 1)):
-            if count > 0:
-                inputs = StepInputs(slots, np.array([start], np.int32), np.array([count], np.int32), slots)
-                self._compute(inputs, self._scratch.plan(self._slots.step_tokens(inputs)))
-        self._slots.tables[0, :pages], self._slots.tokens[0, : size + 1] = 0, 0
-        self._memory.clear_pages(slice(0, pages))
+        for inputs in warm_up_steps(self.limits, self.num_blocks):
+            self._slots.apply(inputs)
+            self._compute(inputs, self._scratch.plan(step_tokens(inputs)))
+        size = warm_up_tokens(self.limits, self.num_blocks)
+        self._slots.tables[0], self._slots.tokens[0, : size + 1] = 0, 0
+        self._memory.clear_pages(slice(0, -(-size // layout.BLOCK)))
 
 
 class StepPlan(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenmill.backends.sampling import PARAMETERS
+from tokenmill.backends.sampling import PARAMETERS, offset
 
 # ---- the sampler's words: offsets from their address, which is `layout.SAMPLING` of the context ----
 MODE = 0  # SAMPLE or SCORE
@@ -52,17 +52,11 @@ INITIAL_DEPTHS = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 11.0, 14.0)
 BUCKETS = 256
 
 # ---- a slot's parameters: offsets in a row of `Parameters.rows` ----
-
-
-def _offset(name: str) -> int:
-    return next(int(field[1]) for known, field in (PARAMETERS.fields or {}).items() if known == name)
-
-
 ROW_BYTES = PARAMETERS.itemsize
-TEMPERATURE, TOP_K, TOP_P = _offset("temperature"), _offset("top_k"), _offset("top_p")
-TYPICAL_P, MIN_P = _offset("typical_p"), _offset("min_p")
-REPETITION, FREQUENCY, PRESENCE = _offset("repetition"), _offset("frequency"), _offset("presence")
-SEED_LOW, SEED_HIGH = _offset("seed_low"), _offset("seed_high")
-NUM_PROMPT, NUM_BIASES = _offset("num_prompt"), _offset("num_biases")
-LOGPROBS, RAW_LOGPROBS = _offset("logprobs"), _offset("raw_logprobs")
-WATERMARK_GAMMA, WATERMARK_DELTA = _offset("watermark_gamma"), _offset("watermark_delta")
+TEMPERATURE, TOP_K, TOP_P = offset("temperature"), offset("top_k"), offset("top_p")
+TYPICAL_P, MIN_P = offset("typical_p"), offset("min_p")
+REPETITION, FREQUENCY, PRESENCE = offset("repetition"), offset("frequency"), offset("presence")
+SEED_LOW, SEED_HIGH = offset("seed_low"), offset("seed_high")
+NUM_PROMPT, NUM_BIASES = offset("num_prompt"), offset("num_biases")
+LOGPROBS, RAW_LOGPROBS = offset("logprobs"), offset("raw_logprobs")
+WATERMARK_GAMMA, WATERMARK_DELTA = offset("watermark_gamma"), offset("watermark_delta")

@@ -7,42 +7,12 @@ the arrays by address. Invariant: the addresses never change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cpu.layout import BLOCK
 from tokenmill.backends.sampling import Parameters
-
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptPositions:
-    """The P positions of a step at which prompt log-probabilities are requested.
-
-    They are ordered by row of the step, then by position. `where` indexes the step's T tokens. `targets` are the prompt
-    tokens one position later, whose log-probabilities the logits of these positions give.
-    """
-
-    rows: Ints  # (P,) row of the step
-    where: Ints  # (P,)
-    targets: Ints  # (P,)
-
-
-@dataclass(frozen=True, slots=True)
-class StepTokens:
-    """The T tokens of a step, row after row, its S rows, and the R rows that sample."""
-
-    positions: Ints  # (T,)
-    slots: Ints  # (T,)
-    firsts: Ints  # (S,) index of each row's first token
-    samples: Ints  # (R,) index of each sampling row's last token
-    sampled_slots: Ints  # (R,)
-    sampled_positions: Ints  # (R,) positions of the tokens that this step samples
-    single_token: bool  # every row has exactly one token
+from tokenmill.backends.steps import state_shape
 
 
 class Slots:
@@ -55,11 +25,11 @@ class Slots:
     """
 
     def __init__(self, limits: StepLimits) -> None:
+        shape = state_shape(limits)
         self._pages = limits.block_size // BLOCK  # pages of a block
-        num_pages = -(-limits.max_total_tokens // limits.block_size) * self._pages
-        self.tokens = np.zeros((limits.max_batch_size, limits.max_total_tokens + 1), np.int32)
-        self.tables = np.zeros((limits.max_batch_size, num_pages), np.int32)
-        self.parameters = Parameters(limits.max_batch_size)
+        self.tokens = np.zeros((shape.slots, shape.tokens), np.int32)
+        self.tables = np.zeros((shape.slots, shape.blocks * self._pages), np.int32)
+        self.parameters = Parameters(shape.slots)
 
     def apply(self, inputs: StepInputs) -> None:
         """Apply the changes since the previous step: admitted sequences first, then blocks, then token ids."""
@@ -73,30 +43,3 @@ class Slots:
         if len(inputs.host_tokens):
             slots, positions, token_ids = inputs.host_tokens.T
             self.tokens[slots, positions] = token_ids
-
-    def step_tokens(self, inputs: StepInputs) -> StepTokens:
-        """Expand a step's rows to tokens. Reads no state that a step writes, so any thread may call it at any time."""
-        slots, starts, samples = (a.astype(np.int64) for a in (inputs.slots, inputs.starts, inputs.samples))
-        counts = inputs.counts.astype(np.int64)
-        ends = starts + counts
-        single_token = len(counts) == int(counts.sum())
-        if single_token:
-            firsts, token_slots, positions, last = np.arange(len(slots)), slots, starts, samples
-        else:
-            stops = np.cumsum(counts)
-            firsts = stops - counts
-            rows = np.repeat(np.arange(len(counts)), counts)
-            token_slots, positions = slots[rows], np.arange(len(rows)) + (starts - firsts)[rows]
-            last = (stops - 1)[samples]
-        return StepTokens(positions, token_slots, firsts, last, slots[samples], ends[samples], single_token)
-
-    def prompt_positions(self, inputs: StepInputs) -> PromptPositions:
-        """Return the positions of this step at which requests ask for prompt log-probabilities."""
-        rows = self.parameters.rows[inputs.slots]
-        ends = np.minimum(inputs.starts + inputs.counts, rows["num_prompt"] - 1)  # the last one predicts the output
-        counts = np.where(rows["prompt_logprobs"] >= 0, np.maximum(ends - inputs.starts, 0), 0)
-        row = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        first = (np.cumsum(inputs.counts) - inputs.counts)[row]
-        targets = self.tokens[inputs.slots[row], inputs.starts[row] + within + 1].astype(np.int64)
-        return PromptPositions(row, first + within, targets)

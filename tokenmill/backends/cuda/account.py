@@ -1,4 +1,4 @@
-"""Where a GPU's memory goes besides the KV cache: counted before the cache gets the rest, and told in one line."""
+"""Account of a GPU's memory besides the KV cache: counted before the cache gets the rest, and logged in one line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Bytes. What is taken: `weights`; `step`, all that a step finds in its place; `sampler`.
+    """Bytes. Taken already: `weights`; `step`, the lasting memory of steps; `sampler`.
 
-    What is not taken yet: `passing`, what a step takes for a while, `graphs`, and what `libraries` take.
+    Not taken yet: `passing`, the temporary memory of a step; `graphs`; `libraries`.
     """
 
     weights: int
@@ -32,8 +32,10 @@ class Account:
         return self.passing + self.graphs + self.libraries
 
     def tell(self, cache_bytes: int, tokens: int, taken: int, free: int) -> None:
-        """In the log. `tokens`: that the cache holds; `taken`: bytes that graphs and libraries have taken by now;
-        `free`: those of the device that are left.
+        """Log the account.
+
+        `tokens`: capacity of the cache. `taken`: bytes that graphs and libraries have taken by now. `free`: bytes of
+        the device that are left.
         """
         parts = (self.weights, self.step, self.sampler, taken, cache_bytes)
         _log.info(
@@ -44,10 +46,10 @@ class Account:
 
 
 def graph_bytes(graphs: int, launches: int) -> int:
-    """Of so many graphs of so many launches each."""
+    """Return the bytes of so many graphs of so many launches each."""
     return graphs * launches * _NODE_BYTES
 
 
 def library_bytes(real: bool) -> int:
-    """Of a GPU's libraries."""
+    """Return the bytes that libraries take on a GPU; 0 without one."""
     return _LIBRARY_BYTES if real else 0

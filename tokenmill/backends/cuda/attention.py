@@ -1,24 +1,22 @@
-"""Attention as launches: one for tokens that stand alone, two for runs of tokens, whatever mix of them a step has.
+"""Attention as launches: one for all single tokens of a step, two for all runs of several tokens.
 
-Or, where a token shall get the same numbers in whatever step it is computed (`alike`), all as tiles of one kernel.
+Batch-invariant attention computes all of them as tiles of one kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.cuda.flashinfer import FlashInfer
 from tokenmill.backends.cuda.kernels.decode import decode, list_splits
 from tokenmill.backends.cuda.kernels.heads import write_heads
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles, tile_each
-from tokenmill.backends.cuda.launch import Site
+from tokenmill.backends.cuda.launch import Run, Site
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import ahead
 from tokenmill.backends.cuda.shapes import (
@@ -31,53 +29,62 @@ from tokenmill.backends.cuda.shapes import (
     tile_shape,
     tile_splits,
 )
+from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
 from tokenmill.program.ops import Weight
-
-if TYPE_CHECKING:
-    from tokenmill.backends.cuda.lower import Sizes
 
 _LOG2E = 1.4426950408889634
 
 
 Scales = dict[int, tuple[float, float]]
-"""By layer: what a key and a value of the cache are multiplied by."""
+"""Layer -> factors that a key and a value of the cache are multiplied by."""
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
-    """How a program is run, where there is a choice.
+class AttentionOptions:
+    """User options of attention, resolved.
 
-    `alike`: what is computed of a token does not depend on the other tokens of its step, nor on how many there are.
-    `scales`: of the layers whose cache has any. `flash`: attends to runs in place of this backend's own kernel; it must
-    have planned the step.
+    `batch_invariant`: the numbers of a token do not depend on the other tokens of its step, nor on their number.
+    `scales`: of the layers whose cache has any. `flash`: computes runs in place of this backend's own kernel; its
+    `plan` must have been called for the step.
     """
 
-    alike: bool = False
+    batch_invariant: bool = False
     scales: Scales = field(default_factory=dict)
     flash: FlashInfer | None = None
 
 
-class AttentionLowering:
-    """Lowers every Attention of a program; they share scratch."""
+class ScratchSizes(NamedTuple):
+    """Numbers of scratch that the kernels of an operation need. Single tokens: the most over the classes of rows."""
 
-    def __init__(self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots, manner: Manner) -> None:
+    parts: int  # of single tokens: partial results
+    sums: int  # of single tokens: sums of partial results
+    counts: int  # of single tokens: counters
+    splits: int  # of single tokens, all rows together
+    tile_rows: int  # of a tile
+    tile_parts: int  # of a tile: partial results
+
+
+class AttentionLowering:
+    """Lowers the attention of a program. All layers share scratch."""
+
+    def __init__(
+        self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots, options: AttentionOptions
+    ) -> None:
         self._memory, self._weights, self._slots = memory, weights, slots
-        self._cache_scales, self._alike, self._flash = manner.scales, manner.alike, manner.flash
+        self._cache_scales, self._invariant, self._flash = options.scales, options.batch_invariant, options.flash
         found = [op for op in memory.program.ops if isinstance(op, ops.Attention)]
-        sizes = [self._scratch_of(op) for op in found]
-        device = memory.device.torch
-        self._part = torch.empty(max((s[0] for s in sizes), default=0), device=device)
-        self._sums = torch.empty(max((s[1] for s in sizes), default=0), device=device)
-        self._counts = torch.zeros(max((s[2] for s in sizes), default=0), dtype=torch.int32, device=device)
-        rows = max((s[4] for s in sizes), default=0)
-        self._tile_part = torch.empty(BUSY * max((s[4] * s[5] for s in sizes), default=0), device=device)
-        self._tile_sums = torch.empty(BUSY * rows, device=device)
+        most, device = _most_of([self._scratch_of(op) for op in found]), memory.device.torch
+        self._part = torch.empty(most.parts, device=device)
+        self._sums = torch.empty(most.sums, device=device)
+        self._counts = torch.zeros(most.counts, dtype=torch.int32, device=device)
+        self._tile_part = torch.empty(BUSY * most.tile_parts, device=device)
+        self._tile_sums = torch.empty(BUSY * most.tile_rows, device=device)
         self._tile_counts = torch.zeros(BUSY, dtype=torch.int32, device=device)
         self._lists: dict[tuple[int, ...], Tensor] = {}
-        self._listed = 1 + max((s[3] for s in sizes), default=0)
-        rows = memory.rows["tokens"] if manner.alike else 0
+        self._listed = 1 + most.splits
+        rows = memory.rows["tokens"] if options.batch_invariant else 0
         self._tiles = torch.zeros(rows, 4, dtype=torch.int32, device=device)
         self.tile_tokens = {self._tile_tokens(op) for op in found}
 
@@ -88,9 +95,9 @@ class AttentionLowering:
         scratch += (self._tile_part, self._tile_sums, self._tile_counts)
         return sum(tensor.nbytes for tensor in scratch)
 
-    def lower(self, op: ops.Attention) -> Callable[[Sizes], None]:
-        """The launches of one layer."""
-        if self._alike:
+    def lower(self, op: ops.Attention) -> Run:
+        """Return the launches of one layer."""
+        if self._invariant:
             return self._tiled(op)
         alone, write, runs = self._alone(op), self._writes(op), self._runs(op)
         flash = None if self._flash is None else self._flash.lower(op)
@@ -107,7 +114,7 @@ class AttentionLowering:
 
         return run
 
-    def _tiled(self, op: ops.Attention) -> Callable[[Sizes], None]:
+    def _tiled(self, op: ops.Attention) -> Run:
         write, runs, each = self._writes(op), self._runs(op), Site(tile_each)
 
         def run(n: Sizes) -> None:
@@ -123,14 +130,11 @@ class AttentionLowering:
         return run
 
     def _most_rows(self) -> int:
-        """Tokens that stand alone in a step, at most."""
+        """Return the most single tokens of a step."""
         most = max(self._memory.rows["tokens"], self._memory.rows["samples"])
         return min(most, max(self._memory.limits.max_batch_size, 1))
 
-    def _scratch_of(self, op: ops.Attention) -> tuple[int, int, int, int, int, int]:
-        """Of single tokens: numbers of partial results, sums, counters and splits, over the classes of rows. Of tiles:
-        rows and columns.
-        """
+    def _scratch_of(self, op: ops.Attention) -> ScratchSizes:
         kv_heads, shared = op.k.width // op.head_dim, op.q.width // op.k.width
         most = self._most_rows()
         splits = max(
@@ -138,8 +142,9 @@ class AttentionLowering:
             for rows in CLASSES
         )
         groups = splits * kv_heads * shared
-        shape = tile_shape(op.head_dim, shared, self._item, self._alike)
-        return groups * op.head_dim, groups, most * kv_heads, splits, shape.rows, 2 * self._common(op)["HALF"]
+        rows = tile_shape(op.head_dim, shared, self._item, self._invariant).rows
+        columns = 2 * self._common(op)["HALF"]
+        return ScratchSizes(groups * op.head_dim, groups, most * kv_heads, splits, rows, rows * columns)
 
     @property
     def _item(self) -> int:
@@ -147,10 +152,10 @@ class AttentionLowering:
 
     def _tile_tokens(self, op: ops.Attention) -> int:
         shared = op.q.width // op.k.width
-        return tile_shape(op.head_dim, shared, self._item, self._alike).rows // shared
+        return tile_shape(op.head_dim, shared, self._item, self._invariant).rows // shared
 
     def _common(self, op: ops.Attention) -> dict[str, Any]:
-        """What the kernels of a layer have in common."""
+        """Return the constants that the kernels of a layer share."""
         half = power(op.head_dim // 2)
         return {
             "KV_HEADS": op.k.width // op.head_dim,
@@ -160,19 +165,19 @@ class AttentionLowering:
         }
 
     def _scales(self, op: ops.Attention) -> tuple[float, float, float]:
-        """What products of queries and kept keys are multiplied by, what a capped one is, and kept values."""
+        """Return the factors of products of queries and cached keys, of a capped product, and of cached values."""
         key, value = self._cache_scales.get(op.layer, (1.0, 1.0))
         if op.softcap:
             return op.scale * key / op.softcap, op.softcap * _LOG2E, value
         return op.scale * key * _LOG2E, 1.0, value
 
     def _fits(self, op: ops.Attention) -> tuple[float, float]:
-        """What keys and values are multiplied by before they are kept."""
+        """Return the factors of keys and values before they are cached."""
         key, value = self._cache_scales.get(op.layer, (1.0, 1.0))
         return 1.0 / key, 1.0 / value
 
-    def _turns(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
-        return self._memory.turns(op.rope) if op.rope is not None else (self._sums, self._sums)
+    def _cos_sin(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
+        return self._memory.cos_sin(op.rope) if op.rope is not None else (self._sums, self._sums)
 
     def _norms(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
         if op.q_norm is None or op.k_norm is None:
@@ -196,11 +201,11 @@ class AttentionLowering:
 
         return items, make
 
-    def _alone(self, op: ops.Attention) -> Callable[[Sizes], None]:
+    def _alone(self, op: ops.Attention) -> Run:
         q, k, v, out = (self._memory.value(x) for x in (op.q, op.k, op.v, op.out))
         keys, values = self._memory.cache(op.layer)
         tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
-        (cos, sin), (q_norm, k_norm), (scale, cap, v_scale) = self._turns(op), self._norms(op), self._scales(op)
+        (cos, sin), (q_norm, k_norm), (scale, cap, v_scale) = self._cos_sin(op), self._norms(op), self._scales(op)
         (k_fit, v_fit), (items, make_list) = self._fits(op), self._lister(op)
         kv_heads, launch = op.k.width // op.head_dim, Site(decode)
 
@@ -222,12 +227,12 @@ class AttentionLowering:
 
         return run
 
-    def _writes(self, op: ops.Attention) -> Callable[[Sizes], None]:
-        """Keys and values of all tokens to the cache, their queries turned."""
+    def _writes(self, op: ops.Attention) -> Run:
+        """Write keys and values of all tokens to the cache, and their rotated queries to `Memory.queries`."""
         q, k, v, turned = (*(self._memory.value(x) for x in (op.q, op.k, op.v)), self._memory.queries.view(-1))
         keys, values = self._memory.cache(op.layer)
         tables, common = self._slots.tables, self._common(op)
-        (cos, sin), (q_norm, k_norm), (k_fit, v_fit) = self._turns(op), self._norms(op), self._fits(op)
+        (cos, sin), (q_norm, k_norm), (k_fit, v_fit) = self._cos_sin(op), self._norms(op), self._fits(op)
         kv_heads, heads, launch = op.k.width // op.head_dim, op.q.width // op.head_dim, Site(write_heads)
 
         def run(n: Sizes) -> None:
@@ -241,32 +246,26 @@ class AttentionLowering:
         return run
 
     def _runs(self, op: ops.Attention) -> Callable[[Tensor, int], None]:
-        """Attention of tiles, whose queries and keys are written; the longest looks at so many keys."""
+        """Attend from tiles, whose queries and keys are written; the longest tile attends to so many keys."""
         out, turned = self._memory.value(op.out), self._memory.queries.view(-1)
         keys, values = self._memory.cache(op.layer)
         tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
         kv_heads, (scale, cap, v_scale) = op.k.width // op.head_dim, self._scales(op)
-        shape, launch = tile_shape(op.head_dim, shared, self._item, self._alike), Site(attend_tiles)
+        shape, launch = tile_shape(op.head_dim, shared, self._item, self._invariant), Site(attend_tiles)
 
         def run(tiles: Tensor, keys_of_longest: int) -> None:
-            splits = 1 if self._alike else tile_splits(len(tiles), kv_heads, keys_of_longest)
+            splits = 1 if self._invariant else tile_splits(len(tiles), kv_heads, keys_of_longest)
             launch(
                 (len(tiles), kv_heads, splits),
                 turned, keys, values, out, tiles, tables, self._tile_part, self._tile_sums, self._tile_counts,
                 tables.stride(0), splits, scale, cap, v_scale, **common, G=shared, BM=shape.rows, BN=shape.keys,
-                LEAST=LEAST_KEYS, WINDOW=op.window, CAPPED=op.softcap > 0, ALIKE=self._alike, SPLIT=splits > 1,
+                LEAST=LEAST_KEYS, WINDOW=op.window, CAPPED=op.softcap > 0, INVARIANT=self._invariant, SPLIT=splits > 1,
                 STAGES=shape.stages, num_warps=shape.warps,
             )  # fmt: skip
 
         return run
 
 
-def tiles_of(
-    firsts: NDArray[np.int64], starts: NDArray[np.int32], counts: NDArray[np.int32], slots: NDArray[np.int32], most: int
-) -> NDArray[np.int32]:
-    """Runs of tokens cut into tiles of at most `most`: (n, 4) first token of the step, its position, tokens, slot."""
-    pieces = -(-counts // most)
-    row = np.repeat(np.arange(len(counts)), pieces)
-    done = (np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most
-    made = (firsts[row] + done, starts[row] + done, np.minimum(most, counts[row] - done), slots[row])
-    return np.stack(made, 1).astype(np.int32)
+def _most_of(scratches: list[ScratchSizes]) -> ScratchSizes:
+    """Return the most of each number; zeros for a program without attention."""
+    return ScratchSizes(*map(max, zip(*scratches, strict=True))) if scratches else ScratchSizes(0, 0, 0, 0, 0, 0)

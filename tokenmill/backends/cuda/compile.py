@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tokenmill.backends import sampling
 from tokenmill.backends.cuda.compiler import MOST_BYTES
 
 _MOST_HELPERS = 16
@@ -32,10 +33,11 @@ Report = Callable[[int, int], None]
 
 
 class Kernels:
-    """Those of one backend. `about`: what decides which kernels there are, besides the sources.
+    """The kernels of one backend. `about`: the values that, besides the sources, select them.
 
-    `folder`: for the cache; "" for Triton's own. A folder that the environment names to Triton goes before. `jobs`:
-    processes that compile; with fewer than two, or a Triton without such hooks, kernels are compiled as they come.
+    `folder`: for the cache; "" for Triton's own. A folder that Triton's environment variable names is preferred.
+    `jobs`: processes that compile. With fewer than two, or a Triton without such hooks, a kernel is compiled at its
+    first launch.
     """
 
     def __init__(self, folder: str, jobs: int, about: Iterable[object]) -> None:
@@ -51,7 +53,7 @@ class Kernels:
             self._helpers = _Helpers(min(jobs, _MOST_HELPERS), cache)
 
     def prepare(self, run: Callable[[], object], report: Report | None = None) -> None:
-        """Compile the kernels that `run` would launch, if that may be worth it; what else it does is done."""
+        """Compile the kernels that `run` launches, without launching them. Other effects of `run` happen."""
         helpers, self._helpers = self._helpers, None
         if helpers is None:
             return
@@ -77,7 +79,7 @@ class Kernels:
         _log.info("%d kernels were compiled in %.1f s.", len(noted) - len(failures), time.perf_counter() - start)
 
     def watch(self) -> None:
-        """Everything has been launched once: leave a note, and from now on warn of what is compiled all the same."""
+        """Leave a note that all kernels are compiled, and warn of each that is compiled from now on."""
         if self._hooks is None or self._note is None:
             return
         with contextlib.suppress(OSError):  # Triton has said what there is to say of the folder
@@ -124,7 +126,7 @@ class _Helpers:
 
     def send(self, module: str, name: str, data: str) -> None:
         """Have a kernel compiled; waits only if they are far behind."""
-        with contextlib.suppress(OSError):  # nobody is left, or they hang: `wait` says so
+        with contextlib.suppress(OSError):  # the helpers are dead or hang, which `wait` reports
             self._socket.send(json.dumps({"module": module, "name": name, "data": data}).encode())
         self._sent += 1
 
@@ -200,19 +202,19 @@ def _use(folder: str) -> Path:
 
 
 def _target() -> Any:
-    """What is compiled for: a kind of GPU."""
+    """Return the kind of GPU that kernels are compiled for."""
     from triton.runtime import driver
 
     return driver.active.get_current_target()
 
 
 def _digest(about: Iterable[object]) -> str:
-    """Of everything that decides which kernels a start needs."""
+    """Return a digest of everything that decides which kernels a start needs."""
     import torch
     import triton
 
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in (*sorted(Path(__file__).parent.rglob("*.py")), Path(sampling.__file__)):  # the columns of parameters
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for item in (triton.__version__, torch.__version__, _target(), sys.version, *about):
         digest.update(repr(item).encode() + b"\0")

@@ -25,7 +25,7 @@ class _NoDevice:
         self._target = target
 
     def get_current_target(self) -> Any:
-        """What is compiled for."""
+        """Return the target of compilation."""
         return self._target
 
     def get_current_device(self) -> int:
@@ -47,7 +47,7 @@ def compile_one(job: dict[str, str], make_launcher: Callable[[Any, Any], object]
 
 
 def _launcher_of(target: Any) -> Callable[[Any, Any], object]:
-    """What makes a kernel's launcher, from C; nothing where Triton has it ready."""
+    """Return the class that compiles a kernel's launcher from C; None where Triton has launchers ready."""
     from triton.backends import backends
 
     (backend,) = [each for each in backends.values() if each.compiler.supports_target(target)]

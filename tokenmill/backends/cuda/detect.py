@@ -1,4 +1,4 @@
-"""What this machine has for computing on an NVIDIA GPU: asks the driver's library, imports no torch."""
+"""Detection of an NVIDIA GPU and of the packages for it, by the driver's library. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def missing() -> str:
 
 
 def device_name(index: int = 0) -> str:
-    """What the driver calls a device. Call it where nothing is `missing`."""
+    """Return the driver's name of a device. Call only if nothing is `missing`."""
     driver = ctypes.CDLL("libcuda.so.1")
     device, name = ctypes.c_int(0), ctypes.create_string_buffer(128)
     driver.cuInit(0)

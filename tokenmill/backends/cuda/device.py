@@ -27,12 +27,12 @@ class Device:
         self.launches_ahead = self.real and torch.cuda.get_device_capability(self.torch) >= (9, 0)
 
     def send(self, array: NDArray[np.generic]) -> Tensor:
-        """A copy on the device, behind what was launched before; the host goes on at once."""
+        """Return a copy on the device, made behind all earlier launches. The host does not wait."""
         host = torch.from_numpy(np.ascontiguousarray(array))
         return host.pin_memory().to(self.torch, non_blocking=True) if self.real else host.clone()
 
     def send_into(self, buffer: Tensor, sections: Sequence[NDArray[np.int32]]) -> list[Tensor]:
-        """The sections one after another, each aligned, in `buffer` (n,) int32: one copy. Views of them."""
+        """Copy the sections, each aligned, into `buffer` (n,) int32 by one copy, and return views of them."""
         sizes = [len(section) for section in sections]
         starts = [0]
         for size in sizes:
@@ -44,12 +44,12 @@ class Device:
         return [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """A copy in pinned memory, there when an event after it has passed."""
+        """Return a copy in pinned memory, complete when a later mark has passed."""
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.real)
         return host.copy_(tensor, non_blocking=True)
 
     def mark(self) -> Mark:
-        """A point behind everything launched so far."""
+        """Return a point behind all launches so far."""
         if not self.real:
             return Mark(None)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -57,11 +57,11 @@ class Device:
         return Mark(event)
 
     def free_bytes(self) -> int:
-        """Of a GPU's memory."""
+        """Return the free bytes of a GPU's memory; 0 without a GPU."""
         return int(torch.cuda.mem_get_info(self.torch)[0]) if self.real else 0
 
     def finish(self) -> None:
-        """Wait for everything launched so far."""
+        """Wait for all launches so far."""
         if self.real:
             torch.cuda.synchronize(self.torch)
 
@@ -73,6 +73,6 @@ class Mark:
         self._event = event
 
     def wait(self) -> None:
-        """Until it is passed."""
+        """Wait until the device has passed this point."""
         if self._event is not None:
             self._event.synchronize()

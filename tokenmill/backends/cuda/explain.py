@@ -22,7 +22,7 @@ _NAMES = {ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "tak
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class How:
-    """What a GPU is asked for: `dtype` of the computation, the others as the user gave them."""
+    """Options that decide which kernels run: `dtype` of the computation, the others as the user gave them."""
 
     dtype: str
     kv_cache_dtype: str = ""
@@ -32,12 +32,12 @@ class How:
 
     @property
     def item_bytes(self) -> int:
-        """Of a number of the computation."""
+        """Bytes of a number of the computation."""
         return 4 if self.dtype == "float32" else 2
 
 
 def kernels_of(program: Program, how: How) -> dict[str, Counter[str]]:
-    """By kind of operation: the kernels, and how many operations each serves. Needs no weights and no device.
+    """Return the kernels by kind of operation, with the number of operations of each. Needs no weights, no device.
 
     `program`: as recorded, one that the backend does not refuse.
     """
@@ -58,9 +58,9 @@ def kernels_of(program: Program, how: How) -> dict[str, Counter[str]]:
 
 
 def rules_of(program: Program, checkpoint: Checkpoint, how: How) -> dict[str, str]:
-    """What holds for the whole program, by its name: whose attention and why, the cache's format, determinism.
+    """Return the rules of the whole program by name: whose attention and why, the cache's format, determinism.
 
-    Reads of the checkpoint the scales of an FP8 cache.
+    Read the scales of an FP8 cache from the checkpoint.
     """
     return {
         "attention": _whose(program, how),
@@ -90,7 +90,7 @@ def _cache(program: Program, checkpoint: Checkpoint, how: How) -> str:
 
 
 def _is_gated(op: ops.Linear, behind: Op | None) -> bool:
-    """Whether the next operation is an activation of both halves of a product, which its kernel then does."""
+    """Return True if the next operation is an activation of both halves of a product: the product's kernel does it."""
     return isinstance(behind, ops.GatedAct) and behind.gate.buffer == behind.up.buffer == op.out.buffer
 
 
@@ -118,7 +118,7 @@ def product_of(outputs: int, columns: int, gated: bool, how: How) -> str:
 
 
 def _behind(product: str) -> str:
-    """What becomes of an activation behind a product of these kernels, all but cuBLAS of which do it themselves."""
+    """Return the kernel of an activation behind a product: all products' kernels but cuBLAS's do it themselves."""
     if product == "cuBLAS":
         return "gate_rows"
     return "in the product" + (", gate_rows behind cuBLAS" if "cuBLAS" in product else "")
@@ -135,7 +135,7 @@ def _attention(op: ops.Attention, runs: str, how: How) -> str:
 
 
 def _splits(op: ops.Attention, how: How) -> str:
-    """How many programs share a sequence of a short context, by rows."""
+    """Return the number of programs that share a sequence of a short context, by rows."""
     shared = op.q.width // op.k.width
     by_rows = [decode_shape(rows, op.head_dim, shared, False, how.item_bytes).splits for rows in CLASSES]
     return f"(split {_steps(by_rows, CLASSES)})"

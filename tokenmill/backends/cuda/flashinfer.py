@@ -111,7 +111,7 @@ class FlashInfer:
         return len(self._plans)
 
     def _work_bytes(self, kinds: dict[Kind, None], whole: bool) -> int:
-        """Of partial results: what two tiles on each multiprocessor may leave."""
+        """Return the bytes of partial results: those of two tiles on each multiprocessor."""
         device = self._memory.device
         if whole or not device.real:
             return _LEAST_BYTES
@@ -178,7 +178,7 @@ class FlashInfer:
 
     def compile(self) -> Iterator[int]:
         """Have the kernels of each kind compiled or loaded; how many kinds are done, after each."""
-        spare = np.array([self._slots.spare], np.int32)
+        spare = np.array([self._slots.padding], np.int32)
         for done, kind in enumerate(self._plans, 1):
             self._plan((kind,), spare, spare * 0, spare * 0 + 2)
             yield done

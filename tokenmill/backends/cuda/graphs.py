@@ -15,9 +15,10 @@ from tokenmill.backends.cuda.shapes import differs_if_long, graph_sizes
 
 
 class Graphs:
-    """`wanted`: sizes to capture, all of them at once, None: a choice of its own, empty: none.
+    """Captured decode steps by size. A device without graphs has none.
 
-    On a device without graphs there are none. `first` and `later`: sizes, the largest first.
+    `wanted`: sizes, all captured before the first step; None: `graph_sizes`; empty: none. `first`: sizes captured
+    before the first step; `later`: sizes captured in idle time; the largest first.
     """
 
     def __init__(self, device: Device, most: int, wanted: tuple[int, ...] | None) -> None:
@@ -30,15 +31,15 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if sizes else None
 
     def __len__(self) -> int:
-        """Graphs that there are or will be."""
+        """Number of graphs once all are captured."""
         return sum(len(variants(size)) for size in (*self.first, *self.later))
 
     def padded(self, rows: int) -> int:
-        """The size that a step of so many rows is run at; 0: there is no graph for it."""
+        """Return the size that a step of so many rows is padded to; 0 without a graph for it."""
         return self._next[rows]
 
     def missing(self, sizes: list[int]) -> list[tuple[int, bool]]:
-        """What is still to be captured for `sizes`, in order: a size, and whether of long sequences."""
+        """Return the variants of `sizes` not captured yet, in order: a size, and whether sequences are long."""
         return [(size, long) for size in sizes for long in variants(size) if (size, long) not in self._captured]
 
     def capture(self, size: int, long: bool, run: Callable[[], None]) -> None:
@@ -54,16 +55,16 @@ class Graphs:
         self._next = [min((s for s in ready if s >= rows > 0), default=0) for rows in range(len(self._next))]
 
     def replay(self, size: int, long: bool) -> None:
-        """Launch all that was recorded. `long`: a sequence is."""
+        """Launch a captured step. `long`: some sequence is long."""
         self._captured[size, long and differs_if_long(size)].replay()
 
     def clear(self) -> None:
-        """Forget the graphs. Idempotent."""
+        """Drop the graphs. Idempotent."""
         self.first, self.later = [], []
         self._captured.clear()
         self._next = [0] * len(self._next)
 
 
 def variants(size: int) -> tuple[bool, ...]:
-    """For long sequences, and for others if that makes a difference."""
+    """Return the variants of a size: whether sequences are long, if that makes a difference."""
     return (False, True) if differs_if_long(size) else (False,)

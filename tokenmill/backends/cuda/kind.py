@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -85,23 +86,8 @@ class CudaKind:
         """See `Kind`. Imports torch and triton."""
         from tokenmill.backends.cuda.backend import CudaBackend
 
-        options = job.options
-        return CudaBackend(
-            job.program,
-            job.source,
-            job.read,
-            job.limits,
-            job.group,
-            dtype=job.dtype,
-            device="cuda",
-            graphs=options.cuda_graphs,
-            kv_cache_dtype=options.kv_cache_dtype,
-            deterministic=options.deterministic,
-            attention=attention(job.program, options, job.dtype),
-            kernel_cache=options.kernel_cache,
-            jobs=options.cpus,
-            report=job.report,
-        )
+        chosen = attention(job.program, job.options, job.dtype)
+        return CudaBackend(job._replace(options=replace(job.options, attention=chosen)))
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """See `Kind`."""

@@ -7,12 +7,29 @@ what was found the first time is launched from then on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import triton
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 from triton.runtime.errors import OutOfResources
+
+from tokenmill.backends.cuda.sizes import Sizes
+from tokenmill.program.ops import Op
+
+Run = Callable[[Sizes], None]
+"""Launches for a step of these sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One operation, ready to run."""
+
+    op: Op
+    run: Run
+
 
 _KNOWN = ("3.4", "3.5", "3.6", "3.7")
 """Tritons whose compiled kernels are launched as here; with another, each launch goes Triton's own way."""

@@ -1,4 +1,4 @@
-"""From a program to a list of launches whose addresses are fixed: made once, run for every step or captured.
+"""Lowering of a program to a list of launches with fixed addresses: made once, run for every step or captured.
 
 A launch takes the step's sizes and nothing else. Products are cuBLAS's.
 """
@@ -6,24 +6,23 @@ A launch takes the step's sizes and nothing else. Products are cuBLAS's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from tokenmill.backends.cuda.attention import AttentionLowering, Manner
+from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
 from tokenmill.backends.cuda.kernels import rows as kernels
-from tokenmill.backends.cuda.launch import Site
+from tokenmill.backends.cuda.launch import Launch, Run, Site
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import Product, Scratch, ahead, largest
 from tokenmill.backends.cuda.shapes import power
+from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.passes import readers_of
-from tokenmill.program.value import Value
 
 _BLOCK = 1024
 _ACTS: dict[str, Callable[..., Tensor]] = {
@@ -33,51 +32,15 @@ _ACTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """A step as its launches see it, all arrays on the device.
-
-    `pairs` (T, 2): slot and position of each token. `samples` (R,): the tokens whose rows sample; None: all of them.
-    `singles`: tokens that are their sequence's only one, None: all are. `tiles`: (n, 4) of the other tokens, by how
-    many of them make a tile at most. `context`: keys that the last of them looks at, at most. `long`: a sequence of a
-    single token has many tokens before it. `early`: kernels that can are launched before the one before them has ended.
-    """
-
-    tokens: int
-    sampling: int
-    pairs: Tensor
-    samples: Tensor | None = None
-    singles: Tensor | None = None
-    tiles: dict[int, Tensor] = field(default_factory=dict)
-    context: int = 0
-    long: bool = False
-    early: bool = False
-
-    def of(self, v: Value) -> int:
-        """Rows of a value."""
-        return self.tokens if v.spec.rows == "tokens" else self.sampling
-
-
-Run = Callable[[Sizes], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One operation, ready to run."""
-
-    op: Op
-    run: Run
-
-
 class Lowering:
-    """The launches of a prepared program. The cache must have been allocated."""
+    """Lowers a prepared program. The cache must be allocated before `launches`."""
 
     def __init__(
-        self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots, manner: Manner | None = None
+        self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots, options: AttentionOptions | None = None
     ) -> None:
-        manner = manner or Manner()
-        self._memory, self._weights, self._slots, self._alike = memory, weights, slots, manner.alike
-        self._attention = AttentionLowering(memory, weights, slots, manner)
+        options = options or AttentionOptions()
+        self._memory, self._weights, self._slots, self._invariant = memory, weights, slots, options.batch_invariant
+        self._attention = AttentionLowering(memory, weights, slots, options)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit
@@ -86,7 +49,7 @@ class Lowering:
 
     @property
     def tile_tokens(self) -> set[int]:
-        """How many tokens make a tile at most, of every kind of attention that there is."""
+        """The most tokens of a tile, for every kind of attention in the program."""
         return self._attention.tile_tokens
 
     @property
@@ -95,7 +58,7 @@ class Lowering:
         return self._attention.nbytes + (0 if self._scratch is None else self._scratch.part.nbytes)
 
     def launches(self) -> list[Launch]:
-        """In the order of the program."""
+        """Return the launches in the order of the program."""
         return [Launch(op, self._lower(op)) for op in self._memory.program.ops]
 
     def _lower(self, op: Op) -> Run:
@@ -115,7 +78,7 @@ class Lowering:
         return lowered[type(op)](op)
 
     def weight(self, weight: Weight) -> Tensor:
-        """On the device."""
+        """Return a weight on the device."""
         return self._weights[weight]
 
     def _optional(self, weight: Weight | None) -> Tensor | None:
@@ -136,14 +99,14 @@ class Lowering:
         return run
 
     def product(self, op: ops.Linear) -> Product:
-        """Of a product alone, or with the gated activation behind it."""
+        """Return the kernels of a product, with the gated activation behind it if there is one."""
         gate = self.gate_of(op)
         out, act = (op.out, "") if gate is None else (gate.out, gate.act)
         x, made = self._memory.value(op.x), self._memory.value(out)
-        return Product(x, self._weights[op.weight], self._optional(op.bias), made, act, self._scratch, self._alike)
+        return Product(x, self._weights[op.weight], self._optional(op.bias), made, act, self._scratch, self._invariant)
 
     def gate_of(self, op: ops.Linear) -> ops.GatedAct | None:
-        """The activation that alone reads the halves of a product, right behind it."""
+        """Return the activation right behind a product that alone reads its halves, or None."""
         readers = self._readers.get(op.out.buffer, [])
         first = readers[0] if readers else None
         if not isinstance(first, ops.GatedAct) or any(reader is not first for reader in readers):

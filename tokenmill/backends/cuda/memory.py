@@ -1,4 +1,4 @@
-"""Where a step's values and the cache live: addresses that never change, so that a captured graph may name them."""
+"""Memory of a step's values and of the cache. Invariant: addresses never change, for captured graphs hold them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from torch import Tensor
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.steps import block_bytes, most_rows
 from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Buffer, Program, Value
 
-PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
-
 
 class Memory:
-    """Of one program at its largest step: T tokens, R rows that sample. `cache_dtype`: of keys and values kept."""
+    """Values of a program at its largest step, and its cache. `cache_dtype`: None for the computation's."""
 
     def __init__(
         self,
@@ -29,17 +28,17 @@ class Memory:
     ) -> None:
         self.program, self.limits, self.dtype, self.device = program, limits, dtype, device
         self.cache_dtype = cache_dtype or dtype
-        self.rows = {"tokens": limits.max_batch_tokens, "samples": max(limits.max_batch_size, PROMPT_ROWS)}
+        self.rows = most_rows(limits)
         first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
         lasting = {v.buffer for op in program.ops[first:] for v in op.reads().values()}
         lasting &= {v.buffer for op in program.ops[:first] for v in op.results().values()}
-        # `late`: a product may write what the next operation would have made of it, and read what a norm read
+        # A product may write the output of the next operation, and read the input of the norm before.
         self._plan = plan_buffers(program, self._bytes, lambda op: isinstance(op, ops.Linear | ops.Norm), lasting)
         self._arena = torch.empty(self._plan.size, dtype=torch.uint8, device=device.torch)
         self._buffers: dict[int, Tensor] = {}
         self._layout = cache_layout(program)
         self._cache: dict[int, Tensor] = {}
-        self._turns: dict[RopeTable, tuple[Tensor, Tensor]] = {}
+        self._cos_sin_of: dict[RopeTable, tuple[Tensor, Tensor]] = {}
         queries = max((op.q.width for op in program.ops if isinstance(op, ops.Attention)), default=0)
         self.queries = torch.empty(self.rows["tokens"], queries, dtype=dtype, device=device.torch)
 
@@ -48,11 +47,11 @@ class Memory:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of values."""
+        """Bytes of values and of rotated queries."""
         return self._plan.size + self.queries.nbytes
 
     def value(self, v: Value) -> Tensor:
-        """Its rows at the largest step; a smaller one has the first of them."""
+        """Return a value's rows at the largest step; a smaller step uses the first of them."""
         if v.buffer not in self._buffers:
             start, size = self._plan.offsets[v.buffer], self._bytes(v.spec)
             flat = self._arena[start : start + size].view(self.dtype)
@@ -60,36 +59,35 @@ class Memory:
         whole = self._buffers[v.buffer]
         return whole if v.whole else whole[:, v.start : v.start + v.width]
 
-    def turns(self, table: RopeTable) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (positions, half a head), float32."""
-        if table not in self._turns:
+    def cos_sin(self, table: RopeTable) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (positions, half a head), float32."""
+        if table not in self._cos_sin_of:
             positions = torch.arange(self.limits.max_total_tokens + 1)
             if table.moves:
                 inverse = torch.from_numpy(table.frequencies_at(positions.numpy()))
             else:
                 inverse = torch.from_numpy(table.inverse_frequencies())[None]
             angle = positions.to(self.device.torch)[:, None].float() * inverse.to(self.device.torch)
-            self._turns[table] = angle.cos() * table.magnitude(), angle.sin() * table.magnitude()
-        return self._turns[table]
+            self._cos_sin_of[table] = angle.cos() * table.magnitude(), angle.sin() * table.magnitude()
+        return self._cos_sin_of[table]
 
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers."""
-        per_token = sum(spec.width for spec in self._layout.values())
-        return per_token * self.cache_dtype.itemsize * self.limits.block_size
+        return block_bytes(self._layout, self.cache_dtype.itemsize, self.limits.block_size)
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the cache; the block after the last one is nobody's."""
+        """Make the cache, with a padding block behind the last one."""
         for layer, spec in self._layout.items():
             shape = 2, (num_blocks + 1) * self.limits.block_size, spec.width // 2
             self._cache[layer] = torch.zeros(shape, dtype=self.cache_dtype, device=self.device.torch)
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (places, heads · head size)."""
+        """Return keys and values (places, heads · head size)."""
         keys, values = self._cache[layer].unbind(0)
         return keys, values
 
     def clear(self, num_blocks: int) -> None:
-        """Empty the first blocks, and nobody's."""
+        """Clear the first blocks and the padding block."""
         size = self.limits.block_size
         for cache in self._cache.values():
             cache[:, : num_blocks * size].zero_()
@@ -97,6 +95,6 @@ class Memory:
 
 
 def free_bytes(device: str) -> tuple[int, int]:
-    """Of a CUDA device: bytes that are free, and all that there are."""
+    """Return a CUDA device's free bytes and all its bytes."""
     free, total = torch.cuda.mem_get_info(device)
     return int(free), int(total)

@@ -1,4 +1,4 @@
-"""What this backend can run, said before any weight is read, the program as it runs it, and whose kernels attend."""
+"""Checks before any weight is read: whether this backend can run a program, in which form, with whose attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = (
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
-"""Of a cache, besides the computation's."""
+"""Dtypes of a cache, besides the computation's."""
 ATTENTIONS = {
     "triton": "triton", "flashinfer": "flashinfer", "flashdecoding": "triton", "flashdecoding-ipex": "triton",
     "paged": "triton",
@@ -23,28 +23,28 @@ ATTENTIONS = {
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
 _HEAD_SIZES = range(16, 257)
 _WIDEST_NORM = 1 << 16
-_ALIKE_COLUMNS = 16
+_INVARIANT_COLUMNS = 16
 _FLASHINFER_HEADS = (64, 128, 256)
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 
 
 def fused(program: Program) -> Program:
-    """With what this backend's kernels do at once. Needs no weights."""
+    """Return the program with the fusions that this backend's kernels implement. Needs no weights."""
     return passes.fuse(passes.take_rows_early(program), passes.add_into_norm, passes.heads_into_attention)
 
 
 def refusal(program: Program, dtype: str, ranks: int, deterministic: bool = False) -> str:
-    """Why this backend cannot run a program; "" if it can."""
+    """Return why this backend cannot run a program; "" if it can."""
     if ranks > 1:
         return "it does not share a model over several devices"
     if dtype and dtype not in DTYPES:
         return f"it has no {dtype}"
-    whys = (_why_not(op) or (deterministic and _not_alike(op)) or "" for op in fused(program).ops)
+    whys = (_why_not(op) or (deterministic and _not_invariant(op)) or "" for op in fused(program).ops)
     return next((why for why in whys if why), "")
 
 
 def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool = False) -> tuple[str, str]:
-    """Whose kernels attend to runs of tokens, "triton" or "flashinfer", and why it is not flashinfer though `wanted`.
+    """Return whose kernels compute runs of tokens, "triton" or "flashinfer", and why not flashinfer if it is `wanted`.
 
     The rule: flashinfer only if it is asked for. Single tokens are attended to by Triton in either case: its kernel
     rotates, writes and attends at once, and was faster than FlashAttention 3 at every batch and length measured.
@@ -86,7 +86,8 @@ def _attention_refusal(op: ops.Attention) -> str:
     return ""
 
 
-def _not_alike(op: Op) -> str:
-    if isinstance(op, ops.Linear) and op.x.width % _ALIKE_COLUMNS:
-        return f"its products that do not depend on the batch are of whole {_ALIKE_COLUMNS} columns, not {op.x.width}"
+def _not_invariant(op: Op) -> str:
+    if isinstance(op, ops.Linear) and op.x.width % _INVARIANT_COLUMNS:
+        columns = _INVARIANT_COLUMNS
+        return f"its products that do not depend on the batch are of whole {columns} columns, not {op.x.width}"
     return ""

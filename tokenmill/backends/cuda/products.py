@@ -24,12 +24,12 @@ _TILES = (16, 32, 64, MOST)  # rows of a tile
 
 
 def ahead(early: bool) -> dict[str, bool]:
-    """How a kernel is launched that waits for the one before by itself."""
+    """Return the launch options of a kernel that itself waits for the one before."""
     return {"launch_pdl": True} if early else {}
 
 
 class RowShape(NamedTuple):
-    """Of one row: outputs of a program, columns of a round, rounds in flight, warps."""
+    """Sizes for one row: outputs of a program, columns of a round, rounds in flight, warps."""
 
     outputs: int
     columns: int
@@ -38,7 +38,7 @@ class RowShape(NamedTuple):
 
 
 class FewShape(NamedTuple):
-    """Of few rows: outputs a tile, columns a round, splits, rounds in flight, warps; by the copy engine or not."""
+    """Sizes for few rows: outputs a tile, columns a round, splits, rounds in flight, warps; copy engine or not."""
 
     outputs: int
     columns: int
@@ -49,7 +49,7 @@ class FewShape(NamedTuple):
 
 
 def row_shape(outputs: int, columns: int, gated: bool) -> RowShape | None:
-    """Of a matrix (outputs, columns); None if no size fits it."""
+    """Return the sizes for a matrix (outputs, columns); None if none fits it."""
     if columns < 4096:
         shape = RowShape(4, 512, 1, 2) if outputs >= 1 << 16 else RowShape(4, 1024, 1, 4)
     elif gated:
@@ -66,7 +66,10 @@ def row_shape(outputs: int, columns: int, gated: bool) -> RowShape | None:
 
 
 def few_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape | None:
-    """Of a matrix (outputs, columns) and so many rows; None if cuBLAS is better. Above MOST it needs a copy engine."""
+    """Return the sizes for a matrix (outputs, columns) and so many rows; None if cuBLAS is better.
+
+    Above MOST rows the kernel needs a copy engine.
+    """
     if columns % 128:
         return None
     if rows > MOST:
@@ -91,7 +94,7 @@ def few_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape | 
 
 
 def _shape_of_many(outputs: int, columns: int, gated: bool) -> FewShape | None:
-    """Of more than FEW rows."""
+    """Return the sizes for more than FEW rows."""
     if outputs >= 1 << 16:
         return FewShape(128, 128, 1, 3, 4, True) if columns >= 4096 else FewShape(64, 128, 1, 4, 4, True)
     if gated:
@@ -100,8 +103,8 @@ def _shape_of_many(outputs: int, columns: int, gated: bool) -> FewShape | None:
     return FewShape(64, 128, 2, 4, 4, True) if deep else None
 
 
-def alike_shape(rows: int, columns: int, item_bytes: int = 2) -> FewShape:
-    """Of any number of rows where an output shall not depend on it: never split, always summed in the same order."""
+def invariant_shape(rows: int, columns: int, item_bytes: int = 2) -> FewShape:
+    """Return batch-invariant sizes for so many rows: never split, always summed in the same order."""
     at_once = next(n for n in (64, 32, 16) if columns % n == 0)
     if item_bytes > 2:
         return FewShape(64, min(at_once, 32), 1, 2, 4)
@@ -129,16 +132,16 @@ class Product:
         out: Tensor,
         act: str,
         scratch: Scratch | None,
-        alike: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         self._x, self._weight, self._bias, self._out, self._act, self._scratch = x, weight, bias, out, act, scratch
         self._outputs, self._columns = weight.shape[0] // (2 if act else 1), weight.shape[1]
-        self._alike, self._one, self._few = alike, Site(one_row), Site(few_rows)
+        self._invariant, self._one, self._few = batch_invariant, Site(one_row), Site(few_rows)
         self._descriptors: dict[tuple[int, int, int], tuple[TensorDescriptor, TensorDescriptor]] = {}
 
     def fits(self, rows: int) -> bool:
-        """Whether `run` has a kernel for so many rows, rather than cuBLAS."""
-        if self._alike:
+        """Return True if `run` has a kernel for so many rows, False if cuBLAS is better."""
+        if self._invariant:
             return True
         if self._scratch is None:
             return False
@@ -148,7 +151,7 @@ class Product:
         return shape is not None and (rows <= MOST or self._copies(shape))
 
     def _copies(self, shape: FewShape) -> bool:
-        """Whether tiles are read by the copy engine."""
+        """Return True if the copy engine reads the tiles."""
         return shape.tma and self._scratch is not None and self._scratch.tma and self._x.stride(0) % 8 == 0
 
     @property
@@ -157,7 +160,7 @@ class Product:
 
     def run(self, rows: int, early: bool = False) -> None:
         """`fits(rows)` must be true."""
-        if rows == 1 and not self._alike:
+        if rows == 1 and not self._invariant:
             self.one(early=early)
             return
         shape = self._shape(rows)
@@ -184,8 +187,8 @@ class Product:
         return self._descriptors[key]
 
     def _shape(self, rows: int) -> FewShape:
-        if self._alike:
-            return alike_shape(rows, self._columns, self._x.element_size())
+        if self._invariant:
+            return invariant_shape(rows, self._columns, self._x.element_size())
         shape = few_shape(rows, self._outputs, self._columns, bool(self._act))
         assert shape is not None
         return shape
@@ -196,7 +199,7 @@ class Product:
         residual: tuple[Tensor, Tensor] | None = None,
         early: bool = False,
     ) -> None:
-        """Of one row. `norm`: (in place of x, weight, eps). `residual`: (what is added, in place of out)."""
+        """Launch one row. `norm`: (in place of x, weight, eps). `residual`: (addend, in place of out)."""
         shape = self._row
         assert shape is not None
         x, norm_weight, eps = norm or (self._x, self._weight, 0.0)

@@ -8,6 +8,6 @@ from tokenmill.backends.kind import BackendOptions
 
 
 def room(options: BackendOptions, device: str) -> int:
-    """Return the bytes that may still be taken of a device: of all of it the user's share, less what is used."""
+    """Return the bytes of a device that may still be taken: the user's share of its memory, less the bytes in use."""
     free, total = torch.cuda.mem_get_info(device)
     return min(int(free), int(total * options.cuda_memory_fraction) - int(total - free))

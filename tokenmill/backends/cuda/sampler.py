@@ -1,9 +1,9 @@
-"""From logits to tokens on the device, and a step's tokens to pinned memory, without the host waiting for anything.
+"""Sampling on the device, and copies of the tokens to pinned memory. The host does not wait.
 
-Rows that want the likeliest token, or one drawn at a temperature, cost one launch, which a CUDA graph may hold. Masks,
-biases and penalties make float32 scores of the logits first; filters choose in two launches; log-probabilities cost one
-more and torch's top-k. Only a watermark makes the host wait: its green ids are a permutation that the token before
-seeds, drawn by a generator of random numbers that runs on the host.
+Greedy rows and rows with a temperature alone cost one launch, which a CUDA graph may hold. Masks, biases and penalties
+first copy the logits to float32 scores; filters choose in two launches; log-probabilities cost one launch more and
+torch's top-k. Only a watermark makes the host wait: the token before seeds a permutation that a generator on the host
+draws.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tokenmill.backends.cuda.kernels.filtered import choose_filtered, summarize
 from tokenmill.backends.cuda.kernels.masks import forbid
 from tokenmill.backends.cuda.kernels.penalties import count_tokens, penalize
 from tokenmill.backends.cuda.kernels.report import report
-from tokenmill.backends.cuda.lower import Sizes
 from tokenmill.backends.cuda.shapes import CLASSES, ChooseShape, choose_shape, power
+from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
-from tokenmill.backends.sampling import MOST_TIES, WATERMARK_KEY
-from tokenmill.backends.torch.sampling import Logprobs
+from tokenmill.backends.sampling import FILTERS, active_steps, num_listed
+from tokenmill.backends.torch.sampling import Logprobs, green_ids
 
 _SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """Low bits of a logit, as float32, that are always the same."""
@@ -48,46 +48,35 @@ _FOUND = 64  # the likeliest ids of a row, at most: TGI and OpenAI allow fewer
 
 
 @dataclass(frozen=True, slots=True)
-class _Wants:
-    """What the rows of a step want, on the host. p: their parameters (R,); `full`: more than a temperature may be."""
+class _Needs:
+    """Rules that apply to the R rows of a step, on the host."""
 
-    p: NDArray[np.void]
-    full: bool
+    p: NDArray[np.void]  # (R,) parameters
+    watermarked: NDArray[np.int64]  # rows
+    biased: bool = False  # any row is; likewise below
+    penalized: bool = False
+    filtered: bool = False
 
-    @property
-    def watermarked(self) -> NDArray[np.int64]:
-        """Which rows are."""
-        return np.flatnonzero(self.p["watermark_gamma"] > 0) if self.full else np.zeros(0, np.int64)
-
-    @property
-    def biased(self) -> bool:
-        """Whether any is."""
-        return self.full and bool((self.p["num_biases"] > 0).any())
-
-    @property
-    def penalized(self) -> bool:
-        """Whether any is."""
-        p = self.p
-        penalty = (p["repetition"] != 1) | (p["frequency"] != 0) | (p["presence"] != 0)
-        return self.full and bool(penalty.any())
-
-    @property
-    def filtered(self) -> bool:
-        """Whether any is."""
-        p = self.p
-        some = (p["top_k"] > 0) | (p["top_p"] < 1) | (p["min_p"] > 0) | (p["typical_p"] < 1)
-        return self.full and bool((some & (p["temperature"] > 0)).any())
+    @classmethod
+    def of(cls, p: NDArray[np.void], full: bool) -> _Needs:
+        """Return the needs of rows with parameters `p` (R,). `full`: the tail of the step is."""
+        if not full:
+            return cls(p, np.zeros(0, np.int64))
+        active = active_steps(p)
+        needed = {name: bool(rows.any()) for name, rows in active.items()}
+        filtered = any(needed[name] for name in FILTERS)
+        return cls(p, np.flatnonzero(active["watermark"]), needed["biases"], needed["penalties"], filtered)
 
 
 class Sampler:
-    """Chooses the next token of the rows of `logits` (R, V). What it needs for that it takes once, here.
+    """Chooses the next token of the rows of `logits` (R, V). The constructor takes all lasting memory.
 
-    `alike`: a row's token depends on nothing but its logits and its sequence. Without, masses are added up in an order
-    that depends on whether another row of the step has a bias or a penalty, and rounding may move a filter's edge.
+    `batch_invariant`: a row's token depends on its logits and its sequence only. Otherwise the order in which masses
+    are added depends on whether another row of the step has a bias or a penalty, and rounding may move a filter's edge.
     """
 
-    def __init__(self, logits: Tensor, slots: CudaSlots, device: Device, alike: bool = False) -> None:
-        self._logits, self._slots, self._device, self._alike = logits, slots, device, alike
+    def __init__(self, logits: Tensor, slots: CudaSlots, device: Device, batch_invariant: bool = False) -> None:
+        self._logits, self._slots, self._device, self._invariant = logits, slots, device, batch_invariant
         rows, vocab = self._rows, self._vocab = logits.shape
         self._words = -(-vocab // 32)  # of a row of a mask
         least, most = GROUP_LOGITS
@@ -110,13 +99,13 @@ class Sampler:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Bytes of the sampler's lasting memory."""
         return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor)) - self._logits.nbytes
 
     @property
     def step_bytes(self) -> int:
-        """Bytes that a step may take besides: what torch's top-k works in, the rows that it looks at if these are few,
-        what it finds, a watermark's green ids, and masks."""
+        """Bytes of a step's temporary memory: torch's top-k, copies of few rows for it and its results, a watermark's
+        green ids, and masks."""
         row = 4 * self._vocab
         masks = 3 * self._rows * -(-self._vocab // 8)
         return (-(-self._rows // _FEW) + -(-self._rows // 8) + 8) * row + self._rows * _FOUND * 48 + masks
@@ -128,23 +117,23 @@ class Sampler:
     def sample(
         self, inputs: StepInputs, sizes: Sizes, chosen: bool = False, masks: Masks | None = None
     ) -> tuple[Tensor, Logprobs | None]:
-        """The tokens of a step's sampling rows, to their slots and to pinned memory; and what is asked for of them.
+        """Sample a step's rows: write the tokens to their slots, and return them and their log-probabilities.
 
-        Both are there when a mark set afterwards is passed. `chosen`: the step has launched `launch` already, whose
-        tokens are overwritten where they are not the right ones.
+        Both are in pinned memory, complete when a later mark has passed. `chosen`: `launch` was called for the step;
+        its tokens are overwritten where they are not the right ones.
         """
         rows = len(inputs.samples)
-        wants = _Wants(self._slots.parameters.rows[inputs.slots[inputs.samples]], inputs.tail == "full")
-        source = self._processed(inputs, sizes, wants, masks)
-        if wants.filtered:
+        needs = _Needs.of(self._slots.parameters.rows[inputs.slots[inputs.samples]], inputs.tail == "full")
+        source = self._processed(inputs, sizes, needs, masks)
+        if needs.filtered:
             self._choose_filtered(source, sizes, rows)
         elif not chosen or source is not self._logits:
             self._choose(source, sizes, rows)
-        logprobs = None if inputs.logprobs < 0 else self._logprobs(source, sizes, wants, inputs.logprobs)
+        logprobs = None if inputs.logprobs < 0 else self._logprobs(source, sizes, needs, inputs.logprobs)
         return self._device.fetch(self._chosen[:rows]), logprobs
 
     def warm_up(self, sizes: Sizes) -> None:
-        """Compile what decode steps of this size need; leaves no trace but in the rows of `sizes`."""
+        """Launch the kernels that decode steps of this size may need. Only the rows of `sizes` are changed."""
         rows = sizes.sampling
         scores = self._scores[:rows].copy_(self._logits[:rows])
         self._forbid(Masks(np.zeros(1, np.int32), np.full((1, self._words), 0xFFFFFFFF, np.uint32)))
@@ -158,32 +147,32 @@ class Sampler:
         scores.topk(min(_FOUND, self._vocab))
 
     def warm_up_some(self, step: Tensor) -> None:
-        """Compile what other steps need; `step` holds pairs of nobody's slot."""
+        """Launch the kernels that other steps may need, on the padding slot. `step`: an int buffer to overwrite."""
         for most in {min(most, len(self._chosen)) for most in CLASSES}:
-            step[: 2 * most : 2], step[1 : 2 * most : 2] = self._slots.spare, 0
+            step[: 2 * most : 2], step[1 : 2 * most : 2] = self._slots.padding, 0
             rows = torch.zeros(most, dtype=torch.int32, device=self._device.torch)
             self.warm_up(Sizes(most, most, step[: 2 * most], rows))
 
     # ---- scores ----
 
-    def _processed(self, inputs: StepInputs, sizes: Sizes, wants: _Wants, masks: Masks | None) -> Tensor:
-        """The logits, or if a row has a mask, a watermark, a bias or a penalty, float32 scores."""
-        rows, marked, biased, penalized = len(wants.p), wants.watermarked, wants.biased, wants.penalized
+    def _processed(self, inputs: StepInputs, sizes: Sizes, needs: _Needs, masks: Masks | None) -> Tensor:
+        """Return the logits, or float32 scores if a row has a mask, a watermark, a bias or a penalty."""
+        rows, marked, biased, penalized = len(needs.p), needs.watermarked, needs.biased, needs.penalized
         masked = masks is not None and len(masks.rows) > 0
-        if not (masked or len(marked) or biased or penalized or (self._alike and wants.filtered)):
+        if not (masked or len(marked) or biased or penalized or (self._invariant and needs.filtered)):
             return self._logits
         self._scores[:rows].copy_(self._logits[:rows])
         if masks is not None and masked:
             self._forbid(masks)
         ends = (inputs.starts + inputs.counts)[inputs.samples]
         if len(marked):
-            self._mark(marked, inputs.slots[inputs.samples][marked], ends[marked] - 1, wants.p[marked])
+            self._mark(marked, inputs.slots[inputs.samples][marked], ends[marked] - 1, needs.p[marked])
         if biased or penalized:
             self._count(sizes, rows, int(ends.max()) if penalized else 1, penalized)
         return self._scores
 
     def _forbid(self, masks: Masks) -> None:
-        """Of the scores, those that a mask does not allow."""
+        """Set the scores that a mask does not allow to minus infinity."""
         rows, bits = self._device.send(masks.rows), self._device.send(masks.bits.view(np.int32))
         forbid[(len(masks.rows), triton.cdiv(self._vocab, MASKED))](
             self._scores, rows, bits, VOCAB=self._vocab, WORDS=self._words, BLOCK=MASKED
@@ -192,17 +181,16 @@ class Sampler:
     def _mark(
         self, rows: NDArray[np.int64], slots: NDArray[np.int32], lasts: NDArray[np.int32], p: NDArray[np.void]
     ) -> None:
-        """Add to the scores of green ids; waits for the token at `lasts`. See `backends.sampling.green_ids`."""
+        """Add to the scores of green ids. Wait for the token at `lasts`."""
         previous = self._slots.tokens[self._device.send(slots), self._device.send(lasts)].tolist()
         for row, before, gamma, delta in zip(
             rows.tolist(), previous, p["watermark_gamma"].tolist(), p["watermark_delta"].tolist(), strict=True
         ):
-            generator = torch.Generator().manual_seed(WATERMARK_KEY * before)
-            green = torch.randperm(self._vocab, generator=generator)[: int(self._vocab * gamma)]
-            self._scores[row][self._device.send(green.numpy())] += delta
+            green = green_ids(before, gamma, self._vocab).numpy()
+            self._scores[row][self._device.send(green)] += delta
 
     def _count(self, sizes: Sizes, rows: int, longest: int, penalized: bool) -> None:
-        """Biases and penalties; `longest`: tokens of the longest sequence."""
+        """Apply biases and penalties. `longest`: tokens of the longest sequence."""
         slots, places = self._slots, (sizes.pairs, self._samples(sizes), self._slots.sampling)
         grid = rows, max(1, min(triton.cdiv(longest, TOKENS), MOST_COUNTING // rows))
         count_tokens[grid](
@@ -242,20 +230,18 @@ class Sampler:
         )  # fmt: skip
 
     def _samples(self, sizes: Sizes) -> Tensor:
-        """Which token of the step each row is."""
+        """Return each sampling row's index among the step's tokens."""
         return self._all if sizes.samples is None else sizes.samples
 
     # ---- log-probabilities ----
 
-    def _logprobs(self, source: Tensor, sizes: Sizes, wants: _Wants, most: int) -> Logprobs:
-        """In pinned memory; `source` may be lost. `most`: the likeliest that any row wants."""
-        rows, wanted = len(wants.p), np.minimum(wants.p["logprobs"], most).astype(np.int32)
-        ties = ~wants.p["raw_logprobs"]
+    def _logprobs(self, source: Tensor, sizes: Sizes, needs: _Needs, most: int) -> Logprobs:
+        """Return log-probabilities in pinned memory. May overwrite `source`. `most`: the most ids that a row lists."""
+        rows, wanted = len(needs.p), np.minimum(needs.p["logprobs"], most).astype(np.int32)
+        ties = needs.p["raw_logprobs"] == 0
         asked = np.flatnonzero(wanted >= 0)
-        places = self._report(source, sizes, asked, wants.filtered)
-        number = max(int(wanted.max(initial=0)), 0)
-        if number and ties.any():
-            number = min(number + MOST_TIES, self._vocab)
+        places = self._report(source, sizes, asked, needs.filtered)
+        number = num_listed(wanted, ties, self._vocab)
         if len(asked) * _FEW <= rows:
             ids = torch.zeros(rows, number, dtype=torch.int64, device=self._device.torch)
             top = torch.zeros(rows, number, device=self._device.torch)
@@ -269,7 +255,7 @@ class Sampler:
         return Logprobs(fetch(self._logprob[:rows]), fetch(ids), fetch(top), wanted, ties)
 
     def _report(self, source: Tensor, sizes: Sizes, asked: NDArray[np.int64], filtered: bool) -> Tensor:
-        """Scores and totals of the rows that ask; which these are, on the device."""
+        """Compute scores and totals of the rows `asked`, and return these rows on the device."""
         places = self._device.send(asked)
         report[(len(asked),)](
             places, self._logits, source, sizes.pairs, self._samples(sizes), self._slots.sampling, self._kept,
@@ -280,7 +266,7 @@ class Sampler:
 
 
 def _shape(rows: int, vocab: int) -> ChooseShape:
-    """Of choosing tokens without filters."""
+    """Return the sizes of choosing tokens without filters."""
     shape = choose_shape(rows, vocab)
     chunks = max(1, min(shape.chunks, power(vocab) // LEAST_LOGITS))
     block = power(-(-vocab // chunks))

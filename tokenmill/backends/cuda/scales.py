@@ -30,10 +30,10 @@ _log = logging.getLogger(__name__)
 def kv_scales(
     checkpoint: Checkpoint, layers: Iterable[int], kv_cache_dtype: str = SCALED
 ) -> dict[int, tuple[float, float]]:
-    """Of each of `layers`: the scale of its keys and that of its values; 1 where the checkpoint has none.
+    """Return for each of `layers` the scales of its keys and of its values; 1 where the checkpoint has none.
 
-    Reads the tensors of those names and nothing else. Of one number a head the largest is taken, which fits all heads.
-    A scale that is no positive number counts as none, which is logged.
+    Reads only the tensors of these names. If there is a number for each head, the largest is taken, which fits all
+    heads. A scale that is not a positive number counts as none, which is logged.
     """
     wanted = set(layers)
     found: dict[tuple[int, str], float] = {}

@@ -13,7 +13,7 @@ CLASSES = (4, 16, 48, 96, 1 << 30)  # rows: a class holds those up to here
 
 
 class DecodeShape(NamedTuple):
-    """Of decode attention: keys of a round, splits, least keys of a split, rounds in flight, warps."""
+    """Sizes for decode attention: keys of a round, splits, least keys of a split, rounds in flight, warps."""
 
     keys: int
     splits: int
@@ -23,7 +23,7 @@ class DecodeShape(NamedTuple):
 
 
 class TileShape(NamedTuple):
-    """Of attention of runs: rows of a tile, keys of a round, rounds in flight, warps."""
+    """Sizes for attention of runs: rows of a tile, keys of a round, rounds in flight, warps."""
 
     rows: int
     keys: int
@@ -50,7 +50,9 @@ LONG = 2048  # tokens: from here on a sequence is split even among many
 
 
 def decode_shape(rows: int, head_dim: int, shared: int, long: bool, item_bytes: int = 2) -> DecodeShape:
-    """Of `rows` sequences. `shared`: query heads of a key-value head; `long`: the longest has LONG tokens or more.
+    """Return the sizes for `rows` sequences.
+
+    `shared`: query heads of a key-value head. `long`: the longest sequence has LONG tokens or more.
 
     Among many sequences up to LONG tokens, however uneven, whole ones keep an H100's memory as busy as any split.
     """
@@ -65,13 +67,13 @@ def decode_shape(rows: int, head_dim: int, shared: int, long: bool, item_bytes: 
 
 
 def differs_if_long(rows: int) -> bool:
-    """Whether `decode_shape` does."""
+    """Return True if `decode_shape` depends on `long` for so many rows."""
     return decode_shape(rows, 128, 1, False) != decode_shape(rows, 128, 1, True)
 
 
-def tile_shape(head_dim: int, shared: int, item_bytes: int = 2, alike: bool = False) -> TileShape:
-    """Of runs of any length. `alike`: single tokens are such runs, too."""
-    if alike and head_dim <= 128 and item_bytes == 2:
+def tile_shape(head_dim: int, shared: int, item_bytes: int = 2, batch_invariant: bool = False) -> TileShape:
+    """Return the sizes for runs of any length. `batch_invariant`: single tokens are such runs, too."""
+    if batch_invariant and head_dim <= 128 and item_bytes == 2:
         return TileShape(64, 64, 3, 4)
     if head_dim > 128 or item_bytes > 2:
         return TileShape(64, 32, 2, 4)
@@ -83,12 +85,15 @@ LEAST_KEYS = 512  # of a part of a tile's keys
 
 
 def tile_splits(tiles: int, kv_heads: int, keys: int) -> int:
-    """Into how many parts keys of tiles are split, if the longest has so many: few tiles leave most of a GPU idle."""
+    """Return the number of parts that keys of tiles are split into. `keys`: of the longest tile.
+
+    Few tiles without splits would leave most of a GPU idle.
+    """
     return max(1, min(BUSY // max(1, tiles * kv_heads), keys // LEAST_KEYS, 16))
 
 
 class ChooseShape(NamedTuple):
-    """Of choosing tokens: programs a row, logits of a round, rounds, warps."""
+    """Sizes for choosing tokens: programs a row, logits of a round, rounds, warps."""
 
     chunks: int
     block: int
@@ -97,19 +102,19 @@ class ChooseShape(NamedTuple):
 
 
 def choose_shape(rows: int, vocab_size: int) -> ChooseShape:
-    """Of `rows` rows of logits."""
+    """Return the sizes for `rows` rows of logits."""
     chunks = (32, 16, 8, 8, 4)[class_of(rows)]
     block = min(4096, power(-(-vocab_size // chunks)))
     return ChooseShape(chunks, block, -(-vocab_size // (chunks * block)), 8)
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Batch sizes that are captured, the largest first: a step is padded to the next one."""
+    """Return the batch sizes to capture, the largest first. A step is padded to the next one."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32)]
     return sorted({*(size for size in steps if size < most), min(most, 1024)}, reverse=True)
 
 
 def library_sizes(most: int) -> list[int]:
-    """Rows of products that meet every kernel cuBLAS has for a matrix, as it chooses by them: odd and even ones."""
+    """Return rows of products that use every kernel of cuBLAS for a matrix. It chooses by rows, odd or even."""
     steps = [*range(8, 512, 16), *range(512, 2048, 64), *range(2048, most, 512)]
     return sorted({size for step in (*steps, most - 1) for size in (step, step + 1) if 0 < size <= most})

@@ -1,13 +1,10 @@
-"""What lasts by slot, on the device: tokens, block tables, sampling parameters, biases. Written by difference, in step
-order.
+"""Per-slot state of the CUDA backend: token ids, block tables, sampling parameters and biases.
 
-Copies go through fresh pinned buffers and the queue in which the steps run: a slot that is given to another sequence is
-written to behind the last step of the one before, without the host waiting for that.
+It is written by difference, in step order. Copies go through fresh pinned buffers and the queue in which the steps run:
+a slot that is given to another sequence is written behind the last step of the one before, and the host does not wait.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,35 +15,36 @@ from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.rows import write_blocks
 from tokenmill.backends.cuda.shapes import power
-from tokenmill.backends.torch.slots import Slots, last_of_each
+from tokenmill.backends.sampling import Parameters, column, device_rows
+from tokenmill.backends.steps import last_of_each, state_shape
 from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
 
-COLUMNS = 16
-"""Numbers of a slot's row of `sampling`, floats by their bits; `_rows` says which they are."""
-
-_FLOATS = ("top_p", "min_p", "typical_p", "repetition", "frequency", "presence")
 _FEW_BIASES = 16  # a slot has room for at first
 _WRITTEN_AT_ONCE = 256
 
 
-class CudaSlots(Slots):
-    """Per-slot state; the slot after the last one is nobody's: rows that only pad a step belong to it.
+class CudaSlots:
+    """Token ids, block tables, sampling parameters and biases by slot.
 
-    `sampling` (slots, COLUMNS) int32. `biases` (slots, room, 3) int32: id, value by its bits, position where it ends;
-    as many as the row of `sampling` says. Room grows when a sequence brings more than there ever were: another tensor.
+    `padding`: the last slot, for rows that only pad a step. `tokens` and `tables`: as `backends.torch.slots.Slots`.
+    `parameters`: on the host. `sampling` (slots, `sampling.COLUMNS`) int32: the same on the device. `biases` (slots,
+    room, 3) int32: id, value by its bits, position where it ends; as many as the row of `sampling` has. Room grows when
+    a sequence brings more than any before: another tensor.
     """
 
-    def __init__(self, limits: StepLimits, vocab_size: int, device: Device) -> None:
-        super().__init__(replace(limits, max_batch_size=limits.max_batch_size + 1), vocab_size, str(device.torch))
-        self.spare = limits.max_batch_size
-        self._device = device
-        self.parameters.admit(self.spare, Request(0, (0,), SamplingParams(), StoppingParams(1)))
-        nobodys = torch.from_numpy(self._rows(np.array([self.spare])))
-        self.sampling = nobodys.to(device.torch).repeat(limits.max_batch_size + 1, 1)
-        self.biases = torch.zeros(limits.max_batch_size + 1, _FEW_BIASES, 3, dtype=torch.int32, device=device.torch)
+    def __init__(self, limits: StepLimits, device: Device) -> None:
+        shape = state_shape(limits)
+        self._device, self.padding, slots = device, shape.slots, shape.slots + 1
+        self.tokens = torch.zeros(slots, shape.tokens, dtype=torch.int32, device=device.torch)
+        self.tables = torch.zeros(slots, shape.blocks, dtype=torch.int32, device=device.torch)
+        self.parameters = Parameters(slots)
+        self.parameters.admit(self.padding, Request(0, (0,), SamplingParams(), StoppingParams(1)))
+        row = torch.from_numpy(device_rows(self.parameters.rows[self.padding :]))
+        self.sampling = row.to(device.torch).repeat(slots, 1)
+        self.biases = torch.zeros(slots, _FEW_BIASES, 3, dtype=torch.int32, device=device.torch)
 
     def apply(self, inputs: StepInputs) -> None:
-        """Take in what is new since the step before: sequences first, then their blocks, then tokens."""
+        """Apply the changes since the previous step: admitted sequences first, then blocks, then token ids."""
         for admitted in inputs.admitted:
             self.parameters.admit(admitted.slot, admitted.request)
             self.tokens[admitted.slot, : len(admitted.token_ids)] = self._device.send(
@@ -54,9 +52,8 @@ class CudaSlots(Slots):
             )
         if inputs.admitted:
             slots = np.unique([admitted.slot for admitted in inputs.admitted])
-            rows = self._rows(slots)
-            for slot, row in zip(slots.tolist(), rows, strict=True):
-                row[11] = self._send_biases(slot)
+            rows = device_rows(self.parameters.rows[slots])
+            rows[:, column("num_biases")] = [self._send_biases(slot) for slot in slots.tolist()]
             self.sampling[self._device.send(slots)] = self._device.send(rows)
         if len(inputs.blocks):
             self._write(last_of_each(inputs.blocks))
@@ -65,7 +62,7 @@ class CudaSlots(Slots):
             self.tokens[slots, positions] = token_ids.to(torch.int32)
 
     def set_blocks(self, slot: int, blocks: NDArray[np.int32]) -> None:
-        """A slot's table, from its beginning."""
+        """Write the first blocks of a slot's table."""
         self.tables[slot, : len(blocks)] = self._device.send(blocks)
 
     def _write(self, changes: NDArray[np.int32]) -> None:
@@ -74,7 +71,7 @@ class CudaSlots(Slots):
         write_blocks[grid](sent, self.tables, self.tables.stride(0), len(changes), BLOCK=_WRITTEN_AT_ONCE)
 
     def _send_biases(self, slot: int) -> int:
-        """What is biased in a slot, added up by id and end; how many entries that makes."""
+        """Send a slot's biases, added up by id and end, and return the number of entries."""
         held, n = self.parameters, int(self.parameters.rows["num_biases"][slot])
         if not n:
             return 0
@@ -89,11 +86,3 @@ class CudaSlots(Slots):
             self.biases = wider
         self.biases[slot, : len(places)] = self._device.send(np.stack(columns, 1).astype(np.int32))
         return len(places)
-
-    def _rows(self, slots: NDArray[np.integer]) -> NDArray[np.int32]:
-        """0 temperature, 1, 2 seed, 3 top_k, from 4 on `_FLOATS`, 10 num_prompt, 11 biases, 12 raw_logprobs."""
-        rows, made = self.parameters.rows[slots], np.zeros((len(slots), COLUMNS), np.int32)
-        for i, name in enumerate(("temperature", "seed_low", "seed_high", "top_k", *_FLOATS, "num_prompt")):
-            made[:, i] = np.ascontiguousarray(rows[name]).view(np.int32)
-        made[:, 12] = rows["raw_logprobs"]
-        return made

@@ -1,4 +1,4 @@
-"""A step that was launched, and its end, which may be launched later."""
+"""A launched step, whose sampling may be launched later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Sampling(NamedTuple):
-    """What a step gives: pinned buffers that are filled when the mark is passed; and of the prompt, at once."""
+    """Output of a step: pinned buffers, complete when the mark has passed; prompt details, complete at once."""
 
     token_ids: Tensor | None
     logprobs: Logprobs | None
@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
 
 
 class CudaStep:
-    """A launched step. `sampling` launches its end."""
+    """A launched step. `sampling` launches its sampling."""
 
     def __init__(self, sampling: Callable[[Masks | None], Sampling]) -> None:
         self._launch = sampling
@@ -56,10 +56,10 @@ class CudaStep:
 
 
 def or_out_of_memory(launch: Callable[[], T]) -> T:
-    """What it returns; torch's error as ours."""
+    """Call `launch` and return its result. Raise torch's OutOfMemoryError as OutOfMemory."""
     try:
         return launch()
     except torch.OutOfMemoryError as error:
         why = str(error)
-    torch.cuda.empty_cache()  # here, where no frame of the error holds a tensor any more
+    torch.cuda.empty_cache()  # Here no frame of the error holds a tensor any more.
     raise OutOfMemory(why)

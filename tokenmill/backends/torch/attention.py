@@ -74,7 +74,7 @@ class Bucket:
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """What all layers share. `places` (T,): where each token's key and value go in the cache."""
+    """Attention's part of a step, shared by all layers. `places` (T,): each token's place in the cache."""
 
     places: Tensor
     buckets: list[Bucket] = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""The reference backend: runs any program on any torch device, on a thread of its own.
+"""The reference backend: run any program on any torch device, on one thread.
 
-The thread is what the device's stream is elsewhere: `run` hands a step over and returns, so the host plans the next one
-meanwhile (torch lets go of the interpreter while it computes). Everything by slot belongs to that thread.
+The thread plays the part of a device's stream: `run` submits a step and returns, so the host plans the next one
+meanwhile (torch releases the interpreter's lock while it computes). Invariant: only this thread writes per-slot state.
 """
 
 from __future__ import annotations
@@ -15,14 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult, prompt_payloads
+from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
 from tokenmill.backends.deferred import AwaitedMasks
+from tokenmill.backends.steps import (
+    PromptPositions,
+    block_bytes,
+    most_rows,
+    prompt_payloads,
+    rows_of_tokens,
+    step_tokens,
+    warm_up_steps,
+    warm_up_tokens,
+)
 from tokenmill.backends.torch import attention
 from tokenmill.backends.torch.interpreter import Env, Interpreter
 from tokenmill.backends.torch.kinds import StepState
 from tokenmill.backends.torch.pack import Report, pack
-from tokenmill.backends.torch.sampling import Sampled, prompt_details, sample
-from tokenmill.backends.torch.slots import PromptPositions, Slots
+from tokenmill.backends.torch.sampling import Sampled, sample, score
+from tokenmill.backends.torch.slots import Slots
 from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
 from tokenmill.parallel.group import Group
 from tokenmill.program.buffers import plan_buffers
@@ -32,14 +42,13 @@ from tokenmill.program.shard import shard
 from tokenmill.program.value import Buffer, Program
 from tokenmill.quant.base import Reader
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import Payload, TokenDetails
+from tokenmill.wire.messages import TokenDetails
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PROMPT_ROWS = 128  # prompt positions whose logits are held at a time
 
 
 class TorchStep:
-    """A step on the backend's thread. `before`: the one launched before it, if nobody has been told of its end."""
+    """A step on the backend's thread. `before`: the step launched before it, if its result was not read yet."""
 
     def __init__(
         self,
@@ -48,7 +57,7 @@ class TorchStep:
         before: TorchStep | None,
         deferred: bool,
     ) -> None:
-        self._run, self._before, self.told = run, before, False
+        self._run, self._before, self.was_read = run, before, False
         self.masks = AwaitedMasks(deferred)
         self._future: Future[StepResult] = thread.submit(self._start)
 
@@ -58,14 +67,14 @@ class TorchStep:
 
     def result(self) -> StepResult:
         """See `backends.base.Step`."""
-        self.told = True
+        self.was_read = True
         self.masks.give_up()
         return self._future.result()
 
     def _start(self) -> StepResult:
         before, self._before = self._before, None
         if before is not None and isinstance(before._future.exception(), OutOfMemory):
-            raise OutOfMemory("The step before found no memory.")  # this one would read what that one should have left
+            raise OutOfMemory("The step before found no memory.")  # This step would read what that one did not write.
         return self._run(self.masks)
 
 
@@ -100,19 +109,18 @@ class TorchBackend:
         self._weights = pack(self.program, source, read, group, self.dtype, self.device, report)
         self._cache: dict[int, Tensor] = {}
         self._scratch = attention.Scratch()
-        self._slots = Slots(limits, self.vocab_size, device)
+        self._slots = Slots(limits, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
         self._last: TorchStep | None = None
         self._masks = AwaitedMasks(deferred=False)  # of the step that runs
 
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers of this rank."""
-        per_token = sum(spec.width for spec in self._layout.values())
-        return per_token * self.dtype.itemsize * self.limits.block_size
+        return block_bytes(self._layout, self.dtype.itemsize, self.limits.block_size)
 
     def step_bytes(self) -> int:
         """Bytes that the largest step needs besides weights and cache: values, what attention gathers, logits."""
-        rows = {"tokens": self.limits.max_batch_tokens, "samples": max(self.limits.max_batch_size, _PROMPT_ROWS)}
+        rows = most_rows(self.limits)
 
         def size(buffer: Buffer) -> int:
             return rows[buffer.rows] * buffer.width * self.dtype.itemsize
@@ -125,11 +133,11 @@ class TorchBackend:
         return plan_buffers(self.program, size).size + gathered + sampled
 
     def claimed_bytes(self) -> int:
-        """None of them: memory is taken as it is first written to."""
+        """Return 0: memory is taken when it is first written to."""
         return 0
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the cache, once, before the first step. NotEnoughMemory if there is no room."""
+        """Make the cache, once, before the first step. Raise NotEnoughMemory if it does not fit."""
         places = num_blocks * self.limits.block_size
         try:
             for layer, spec in self._layout.items():
@@ -143,23 +151,23 @@ class TorchBackend:
         self.num_blocks = num_blocks
 
     def warm_up(self) -> None:
-        """Run a small prompt and a decode step on the first blocks, which are empty again afterwards."""
+        """Run a short prompt and a decode step in the first blocks, then clear these blocks."""
         self._thread.submit(self._warm_up).result()
 
     def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once."""
-        before = None if self._last is None or self._last.told else self._last
+        before = None if self._last is None or self._last.was_read else self._last
         self._last = TorchStep(
             lambda masks: self._step_or_out_of_memory(inputs, masks), self._thread, before, inputs.deferred
         )
         return self._last
 
     def idle_work(self) -> bool:
-        """Nothing is put off."""
+        """Return False: no work is postponed."""
         return False
 
     def close(self) -> None:
-        """End the thread after the step that it runs. Idempotent."""
+        """End the thread after its current step. Idempotent."""
         if self._last is not None:
             self._last.masks.give_up()
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -172,7 +180,7 @@ class TorchBackend:
             if self.group.size > 1:  # the other ranks may have had room: no plan that all agree on follows
                 raise
             why = str(error)
-        torch.cuda.empty_cache()  # here, where no frame of the error holds a tensor any more
+        torch.cuda.empty_cache()  # Here no frame of the error holds a tensor any more.
         raise OutOfMemory(why)
 
     @torch.inference_mode()
@@ -181,26 +189,22 @@ class TorchBackend:
         state, ids = self._state(inputs)
         env = self._interpreter.body(state, ids)
         token_ids, sampled = self._sample(inputs, state, env)
-        prompt = self._prompt_details(inputs, state, env) if inputs.prompt_logprobs >= 0 else None
+        prompt = prompt_payloads(inputs, self._slots.parameters.rows, lambda part: self._score(part, state, env))
         details = sampled.logprobs.details() if sampled and sampled.logprobs else None
         return StepResult(token_ids, details, prompt)
 
     def _state(self, inputs: StepInputs) -> tuple[StepState, Tensor]:
-        """The step on the device, and its tokens (T,)."""
-        counts = inputs.counts.astype(np.int64)
-        ends = np.cumsum(counts)
-        rows = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(len(rows)) - np.repeat(ends - counts, counts)
-        slots = self._to_device(inputs.slots)
-        row, positions = self._to_device(rows), self._to_device(inputs.starts.astype(np.int64)[rows] + within)
-        tables = self._slots.tables[slots]
-        plan = attention.plan(inputs, tables, self.limits.block_size, positions, row)
-        samples = self._to_device((ends - 1)[inputs.samples])
+        """Return the step on the device, and its token ids (T,)."""
+        tokens = step_tokens(inputs)
+        rows, positions = self._to_device(rows_of_tokens(inputs.counts)), self._to_device(tokens.positions)
+        tables = self._slots.tables[self._to_device(inputs.slots)]
+        plan = attention.plan(inputs, tables, self.limits.block_size, positions, rows)
+        samples = self._to_device(tokens.samples)
         state = StepState(self._weights, self._cache, self.group, positions, plan, samples, self._scratch)
-        return state, self._slots.tokens[slots[row], positions].long()
+        return state, self._slots.tokens[self._to_device(tokens.slots), positions].long()
 
     def _sample(self, inputs: StepInputs, state: StepState, env: Env) -> tuple[list[int], Sampled | None]:
-        """The tokens of the rows that sample: chosen by rank 0, known to all, written to their slots."""
+        """Return the sampled tokens, after writing them to their slots. Rank 0 chooses; all ranks get the ids."""
         if not len(inputs.samples):
             return [], None
         logits = self._interpreter.tail(state, env)
@@ -213,44 +217,30 @@ class TorchBackend:
         self._slots.record(inputs, token_ids)
         return token_ids.tolist(), sampled
 
-    def _prompt_details(
-        self, inputs: StepInputs, state: StepState, env: Env
-    ) -> dict[int, Payload] | None:
-        """How likely the prompt's tokens were, some positions at a time for the sake of the logits' size."""
-        wanted = self._slots.prompt_positions(inputs)
-        found: dict[int, tuple[TokenDetails, ...]] = {}
-        for start in range(0, len(wanted.rows), _PROMPT_ROWS):
-            some = slice(start, start + _PROMPT_ROWS)
-            part = PromptPositions(wanted.rows[some], wanted.where[some], wanted.targets[some])
-            logits = self._interpreter.tail(replace(state, samples=self._to_device(part.where)), env)
-            if self.group.rank == 0:
-                for row, details in prompt_details(logits, part, self._slots, inputs).items():
-                    found[row] = found.get(row, ()) + details
-        return prompt_payloads(found, inputs)
+    def _score(self, part: PromptPositions, state: StepState, env: Env) -> list[TokenDetails | None]:
+        """Return the details of some positions' targets, on rank 0. All ranks compute the logits."""
+        logits = self._interpreter.tail(replace(state, samples=self._to_device(part.tokens)), env)
+        if self.group.rank:
+            return [None] * len(part.rows)
+        targets = self._slots.tokens[self._to_device(part.slots), self._to_device(part.targets)].long()
+        return score(logits, targets, part.top)
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        size = min(self.limits.max_batch_tokens, self.limits.max_total_tokens, self.num_blocks * self.limits.block_size)
-        slots = np.zeros(1, np.int32)
-        first = np.zeros(self._slots.tables.shape[1], np.int32)
-        first[: self.num_blocks] = np.arange(min(self.num_blocks, len(first)))
-        self._slots.tables[0] = torch.from_numpy(first).to(self.device)
-        for start, count in ((0, min(size, 32)), (min(size, 32) - 1, 1)):
-            if count < 1:
-                return
-            inputs = StepInputs(slots, np.array([start], np.int32), np.array([count], np.int32), slots)
+        for inputs in warm_up_steps(self.limits, self.num_blocks):
+            self._slots.apply(inputs)
             state, ids = self._state(inputs)
             self._interpreter.tail(state, self._interpreter.body(state, ids))
         self._slots.tables.zero_()
         for cache in self._cache.values():
-            cache[:, : self.limits.block_size * (1 + 32 // self.limits.block_size)].zero_()
+            cache[:, : warm_up_tokens(self.limits, self.num_blocks)].zero_()
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As `torch.zeros`, but a CPU makes the pages when they are first written to: a large cache costs no start."""
+    """Return `torch.zeros`, on a CPU without touching the pages: a large cache does not slow the start."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Walks a program with torch: the plain loop. Values are dropped after their last reader."""
+"""Interpreter of a program with torch: a plain loop. Values are dropped after their last reader."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Env = dict[int, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """One operation, ready: what it runs, reads, writes, and whose last use it was."""
+    """One operation, resolved: its kernel, inputs, outputs, and the buffers to drop afterwards."""
 
     op: Op
     kernel: Callable[..., Any]
@@ -33,10 +33,10 @@ class _Line:
 
 
 class Interpreter:
-    """Runs one program, in two parts: up to where rows are taken, and behind that.
+    """Runs one program in two parts, split where rows are taken.
 
-    The second part may be run several times over other rows of the same step. Unsupported for an operation that has
-    no kernel here.
+    The second part may run several times, over other rows of the same step. The constructor raises Unsupported for an
+    operation without a kernel.
     """
 
     def __init__(self, program: Program) -> None:
@@ -55,7 +55,7 @@ class Interpreter:
 
     @torch.inference_mode()
     def body(self, step: StepState, ids: Tensor) -> Env:
-        """Run all tokens `ids` (T,); what the second part needs."""
+        """Run all tokens `ids` (T,) and return the values that the second part reads."""
         inputs = self.program.inputs
         env = {inputs.ids.buffer: ids[:, None], inputs.positions.buffer: step.positions[:, None]}
         _run(self._body, step, env)
@@ -63,7 +63,7 @@ class Interpreter:
 
     @torch.inference_mode()
     def tail(self, step: StepState, env: Env) -> Tensor:
-        """Logits (R, vocabulary) of the rows `step.samples`; `env` stays as it is."""
+        """Return logits (R, vocabulary) of the rows `step.samples`. Does not change `env`."""
         env = dict(env)
         _run(self._tail, step, env)
         return _view(env, self.program.logits)

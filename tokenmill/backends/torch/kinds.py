@@ -25,7 +25,7 @@ Act = Callable[[Tensor], Tensor]
 
 @dataclass(slots=True)
 class StepState:
-    """What the operations of one step share besides values."""
+    """State that the operations of one step share, besides values."""
 
     weights: dict[Weight, Tensor]
     cache: dict[int, Tensor]  # by layer: (2, places, key-value heads · head size)
@@ -34,23 +34,23 @@ class StepState:
     attention: AttentionPlan
     samples: Tensor  # (R,) places among the T tokens
     scratch: Scratch
-    turns: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of cos_sin
 
     def optional(self, weight: Weight | None) -> Tensor | None:
-        """The weight, if there is one."""
+        """Return the weight, or None for None."""
         return None if weight is None else self.weights[weight]
 
     def cos_sin(self, table: RopeTable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Each (T, 1, rotary_dim / 2), made once a step."""
-        if table not in self.turns:
+        """Return cosines and sines, each (T, 1, rotary_dim / 2), made once a step."""
+        if table not in self.tables:
             if table.moves:
                 inverse = torch.from_numpy(table.frequencies_at(self.positions.cpu().numpy()))
             else:
                 inverse = torch.from_numpy(table.inverse_frequencies())[None]
             angle = self.positions[:, None].float() * inverse.to(self.positions.device)
             cos, sin = (t[:, None] * table.magnitude() for t in (angle.cos(), angle.sin()))
-            self.turns[table] = cos.to(dtype), sin.to(dtype)
-        return self.turns[table]
+            self.tables[table] = cos.to(dtype), sin.to(dtype)
+        return self.tables[table]
 
 
 def activation(name: str) -> Act:
@@ -196,7 +196,7 @@ def rotated(x: Tensor, table: RopeTable, head_dim: int, step: StepState) -> Tens
 
 
 def rounded(x: Tensor) -> Tensor:
-    """What is left of x in an int8 buffer: codes with a scale per 32 columns."""
+    """Return x after rounding to int8 codes with a scale per 32 columns."""
     blocks = x.reshape(len(x), -1, 32)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     return ((blocks / scale.clamp(min=1e-30)).round() * scale).flatten(1)

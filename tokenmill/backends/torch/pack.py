@@ -1,4 +1,4 @@
-"""Weights from a checkpoint to tensors of the backend: this rank's share only, in parallel, with progress."""
+"""Read this rank's share of the weights into tensors, in parallel, with progress."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pack(
     device: torch.device,
     report: Report | None = None,
 ) -> dict[Weight, Tensor]:
-    """Every weight of a (sharded) program. ModelError if a tensor is missing or of another shape than expected.
+    """Return every weight of a (sharded) program. Raise ModelError if a tensor is missing or has another shape.
 
     `report` is called from this thread, with bytes of the checkpoint.
     """
@@ -42,7 +42,7 @@ def pack(
 
 
 def to_tensor(matrix: Coded, dtype: torch.dtype) -> Tensor:
-    """A tensor of its own memory."""
+    """Return a tensor with its own memory."""
     if matrix.dense and matrix.format == "bf16" and dtype == torch.bfloat16:
         return torch.from_numpy(matrix.codes.view(np.int16).copy()).view(torch.bfloat16)
     out = torch.empty(matrix.shape, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""How many threads torch's operations may use in this process."""
+"""Number of threads of torch's operations in this process."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def set_threads(count: int) -> None:
-    """For every thread that begins to compute from now on. Call it before a backend is made."""
+    """Set the number for threads that begin to compute from now on. Call before a backend is made."""
     torch.set_num_threads(count)

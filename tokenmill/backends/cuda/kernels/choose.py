@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from tokenmill.backends.cuda.kernels.parameters import LEAST_TEMPERATURE, SEED_HIGH, SEED_LOW, TEMPERATURE
+
 
 @triton.jit
 def mix(x):
@@ -84,10 +86,10 @@ def choose(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, out_ptr,
     slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
     position = tl.load(pairs_ptr + 2 * t + 1) + 1
     at = parameters_ptr + slot * parameters_stride
-    temperature = tl.load(at).to(tl.float32, bitcast=True)
+    temperature = tl.load(at + TEMPERATURE).to(tl.float32, bitcast=True)
     if temperature > 0.0:
-        key = noise_key(tl.load(at + 1), tl.load(at + 2), position)
-        scale = 1.0 / tl.maximum(temperature, 1e-6)
+        key = noise_key(tl.load(at + SEED_LOW), tl.load(at + SEED_HIGH), position)
+        scale = 1.0 / tl.maximum(temperature, LEAST_TEMPERATURE)
         most, found = best_of_chunk(row, x, first, end, scale, key, True, BLOCK, ROUNDS)
     else:
         most, found = best_of_chunk(row, x, first, end, 1.0, tl.full([], 0, tl.uint32), False, BLOCK, ROUNDS)

@@ -154,7 +154,7 @@ def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr,
 @triton.jit(do_not_specialize=["n"])
 def list_splits(items_ptr, pairs_ptr, rows_ptr, n, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
                 WINDOW: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """What `decode` is to do for n rows: items[0] says how many splits there are in all, each of the next is
+    """List the work of `decode` for n rows: items[0] is the number of splits in all, each of the next is
     row · 256 + split. Whole splits come first, the rows' last ones, which are shorter, behind them: so the device is
     busy to the end. Grid (1,); BLOCK >= n.
     """

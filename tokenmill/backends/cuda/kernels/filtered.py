@@ -8,6 +8,16 @@ import triton
 import triton.language as tl
 
 from tokenmill.backends.cuda.kernels.choose import noise_key, noise_of
+from tokenmill.backends.cuda.kernels.parameters import (
+    LEAST_TEMPERATURE,
+    MIN_P,
+    SEED_HIGH,
+    SEED_LOW,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    TYPICAL_P,
+)
 from tokenmill.backends.cuda.kernels.penalties import place_of
 from tokenmill.backends.cuda.kernels.search import (
     COUNT,
@@ -31,9 +41,9 @@ _LEAST: tl.constexpr = tl.constexpr(1e-30)
 
 @triton.jit
 def scale_of(at):
-    """Of a row of parameters: one over the temperature, 1 if that is 0; and whether it is not."""
-    temperature = tl.load(at).to(tl.float32, bitcast=True)
-    return tl.where(temperature > 0.0, 1.0 / tl.maximum(temperature, 1e-6), 1.0), temperature > 0.0
+    """Return the factor of a row's scores, one over the temperature or 1 if that is 0; and whether the row samples."""
+    temperature = tl.load(at + TEMPERATURE).to(tl.float32, bitcast=True)
+    return tl.where(temperature > 0.0, 1.0 / tl.maximum(temperature, LEAST_TEMPERATURE), 1.0), temperature > 0.0
 
 
 @triton.jit
@@ -48,7 +58,8 @@ def summarize(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, maxima_ptr, sums_
     slot, _ = place_of(pairs_ptr, rows_ptr, r)
     at = parameters_ptr + slot * parameters_stride
     scale, random = scale_of(at)
-    top_p, typical_p = tl.load(at + 4).to(tl.float32, bitcast=True), tl.load(at + 6).to(tl.float32, bitcast=True)
+    top_p = tl.load(at + TOP_P).to(tl.float32, bitcast=True)
+    typical_p = tl.load(at + TYPICAL_P).to(tl.float32, bitcast=True)
     broken = tl.max((x != x).to(tl.int32), 1)
     most = tl.where(broken > 0, float("inf"), tl.max(x, 1))
     tl.store(maxima_ptr + r * GROUPS + g, most, mask=g < GROUPS)
@@ -113,10 +124,10 @@ def typical(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.
 def filters(row, groups_ptr, keys, tops, wholes, at, most, scale, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
             GROUPS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """The least and the largest key that the parameters at `at` keep of a row."""
-    k = tl.load(at + 3)
-    top_p = tl.maximum(tl.load(at + 4).to(tl.float32, bitcast=True), _LEAST)
-    min_p = tl.load(at + 5).to(tl.float32, bitcast=True)
-    typical_p = tl.maximum(tl.load(at + 6).to(tl.float32, bitcast=True), _LEAST)
+    k = tl.load(at + TOP_K)
+    top_p = tl.maximum(tl.load(at + TOP_P).to(tl.float32, bitcast=True), _LEAST)
+    min_p = tl.load(at + MIN_P).to(tl.float32, bitcast=True)
+    typical_p = tl.maximum(tl.load(at + TYPICAL_P).to(tl.float32, bitcast=True), _LEAST)
     low = key_of(tl.full([], float("-inf"), tl.float32), SHIFT)
     high = tl.full([], 2147483647 >> SHIFT, tl.int32)
     if min_p > 0.0:
@@ -188,7 +199,7 @@ def choose_filtered(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr,
             tops = tl.exp((maxima - most) * scale)
             wholes = tops * tl.load(sums_ptr + r * GROUPS + g, mask=g < GROUPS, other=0.0)
             low, high = filters(row, groups, keys, tops, wholes, at, most, scale, VOCAB, SHIFT, GROUPS, GROUP, TILE)
-        noise = noise_key(tl.load(at + 1), tl.load(at + 2), position)
+        noise = noise_key(tl.load(at + SEED_LOW), tl.load(at + SEED_HIGH), position)
         found = drawn(row, groups, keys, noise, random, most, scale, low, high, VOCAB, SHIFT, GROUP, TILE)
         found = tl.where(found < VOCAB, found, -1)
     tl.store(kept_ptr + 2 * r, low << SHIFT)

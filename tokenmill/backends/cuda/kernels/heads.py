@@ -19,7 +19,7 @@ def columns(j, D: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def real(j, D: tl.constexpr, HALF: tl.constexpr):
-    """Whether column j of a padded head is no padding."""
+    """Return True for a column j of a padded head that is not padding."""
     return j % HALF < D // 2
 
 
@@ -64,7 +64,7 @@ def write_heads(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, t
                 HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS2: tl.constexpr, KV_HEADS2: tl.constexpr,
                 D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr,
                 ROPE: tl.constexpr):  # fmt: skip
-    """Of each token: queries, normed and rotated, to `out`; keys likewise and values to its place in the cache.
+    """Write each token's queries, normed and rotated, to `out`; keys likewise and values to its place in the cache.
 
     HEADS2, KV_HEADS2: powers of two at least HEADS, KV_HEADS. Grid (T,).
     """

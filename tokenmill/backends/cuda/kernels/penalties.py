@@ -8,6 +8,8 @@ is all zero again: nothing as long as the vocabulary is read or cleared.
 import triton
 import triton.language as tl
 
+from tokenmill.backends.cuda.kernels.parameters import FREQUENCY, NUM_BIASES, NUM_PROMPT, PRESENCE, REPETITION
+
 IN_PROMPT: tl.constexpr = tl.constexpr(1 << 30)
 """A note's bit for ids of the prompt; the bits below count the id in the output."""
 
@@ -22,9 +24,9 @@ def place_of(pairs_ptr, rows_ptr, r):
 @triton.jit
 def penalties_of(at):
     """Repetition, frequency and presence penalty of a row of parameters, and whether there is any."""
-    repetition = tl.load(at + 7).to(tl.float32, bitcast=True)
-    frequency = tl.load(at + 8).to(tl.float32, bitcast=True)
-    presence = tl.load(at + 9).to(tl.float32, bitcast=True)
+    repetition = tl.load(at + REPETITION).to(tl.float32, bitcast=True)
+    frequency = tl.load(at + FREQUENCY).to(tl.float32, bitcast=True)
+    presence = tl.load(at + PRESENCE).to(tl.float32, bitcast=True)
     return repetition, frequency, presence, (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0)
 
 
@@ -42,7 +44,7 @@ def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, co
     slot, position = place_of(pairs_ptr, rows_ptr, r)
     at = parameters_ptr + slot * parameters_stride
     if c == 0:
-        num_biases = tl.load(at + 11)
+        num_biases = tl.load(at + NUM_BIASES)
         for start in range(0, num_biases, BLOCK):
             i = start + tl.arange(0, BLOCK)
             bias = biases_ptr + slot * biases_stride + 3 * i
@@ -52,7 +54,7 @@ def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, co
             tl.atomic_add(scores_ptr + r.to(tl.int64) * VOCAB + ids, value, mask=holds, sem="relaxed")
     _, _, _, penalized = penalties_of(at)
     end = tl.where(penalized, position, 0)
-    num_prompt = tl.load(at + 10)
+    num_prompt = tl.load(at + NUM_PROMPT)
     for start in range(c * BLOCK, end, tl.num_programs(1) * BLOCK):
         i = start + tl.arange(0, BLOCK)
         ids = tl.load(tokens_ptr + slot * tokens_stride + i, mask=i < end, other=-1)

@@ -53,7 +53,7 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
 
 @triton.jit
 def part_of(start, count, splits, WINDOW: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, SPLIT: tl.constexpr):
-    """Of the keys that a tile looks at: the first and the end of this program's part, and how many parts there are."""
+    """Return the first and the end of this program's part of a tile's keys, and the number of parts."""
     low = start * 0
     if WINDOW:
         low = tl.maximum(start + 1 - WINDOW, 0) // BN * BN
@@ -97,12 +97,12 @@ def added(acc, sums, part_ptr, sum_ptr, count_ptr, active, splits, BM: tl.conste
 def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, part_ptr, sum_ptr, count_ptr,
                  table_stride, splits, scale, cap, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                  HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, ALIKE: tl.constexpr,
+                 LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, INVARIANT: tl.constexpr,
                  SPLIT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Tiles (first token of the step, its position, tokens, slot), at most BM // G tokens each. Grid (tiles, KV_HEADS),
     with SPLIT times `splits`: a tile's keys are then shared by several programs.
 
-    `scale` and `v_scale`: as for `decode`. ALIKE: what a token gets does not depend on the tile that it is in: keys
+    `scale` and `v_scale`: as for `decode`. INVARIANT: what a token gets does not depend on the tile that it is in: keys
     that all see are not treated apart, for the compiler would round there otherwise.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -126,7 +126,7 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, pa
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, 2 * HALF], tl.float32)
     table = tables_ptr + slot * table_stride
-    if not WINDOW and not ALIKE:
+    if not WINDOW and not INVARIANT:
         seen = tl.maximum(tl.minimum(start // BN * BN, stop), begin)  # all queries see all keys before it
         acc, m, total = rounds(
             acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, seen, scale, cap, KV_HEADS, D, HALF,

@@ -16,7 +16,7 @@ from tokenmill.backends.cuda.kernels.rows import activated
 @triton.jit
 def finished(y, up, rows, n_ok, bias_ptr, residual_ptr, N, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
              ACT: tl.constexpr):  # fmt: skip
-    """Of sums (N,): bias, act(gate) · up if ACT is one, residual."""
+    """Finish sums (N,): add the bias, apply act(gate) · up if ACT is one, add the residual."""
     if BIAS:
         y += tl.load(bias_ptr + rows, mask=n_ok, other=0.0).to(tl.float32)
         if ACT != "":
@@ -102,7 +102,7 @@ def summed(x_ptr, weight_ptr, x_stride, M, tile, split, block, N: tl.constexpr, 
 @triton.jit
 def gathered(sums, ups, part_ptr, count_ptr, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
              GATED: tl.constexpr):  # fmt: skip
-    """Whether this is the last split of a tile to arrive, and the sums of all of them, added in order."""
+    """Return True for the last split of a tile to arrive, with the sums of all splits, added in order."""
     place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
     tiles = tl.num_programs(0)
     tl.store(part_ptr + (split * tiles + tile) * (BN * BM) + place, sums)

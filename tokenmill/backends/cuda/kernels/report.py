@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from tokenmill.backends.cuda.kernels.filtered import scale_of
+from tokenmill.backends.cuda.kernels.parameters import RAW_LOGPROBS
 from tokenmill.backends.cuda.kernels.penalties import place_of
 from tokenmill.backends.cuda.kernels.search import key_of
 
@@ -21,8 +22,8 @@ def processed(source, logits, raw, scale, low, high):
 def report(asked_ptr, logits_ptr, source_ptr, pairs_ptr, rows_ptr, parameters_ptr, kept_ptr, chosen_ptr, scores_ptr,
            logprob_ptr, total_ptr, parameters_stride, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
            FILTERED: tl.constexpr):  # fmt: skip
-    """Of rows r = asked[…]: scores[r] as `processed`, total[r]: the logarithm of the sum of e^scores, logprob[r]: of
-    chosen[r].
+    """Report rows r = asked[…]: scores[r] as `processed`, total[r]: the logarithm of the sum of e^scores, logprob[r]:
+    the log-probability of chosen[r].
 
     source (R, VOCAB): logits, or scores with penalties, which may be `scores` itself. FILTERED: kept[r] says between
     which keys a filter left them. Grid (rows that ask,).
@@ -31,7 +32,7 @@ def report(asked_ptr, logits_ptr, source_ptr, pairs_ptr, rows_ptr, parameters_pt
     slot, _ = place_of(pairs_ptr, rows_ptr, r)
     at = parameters_ptr + slot * parameters_stride
     scale, _ = scale_of(at)
-    raw = tl.load(at + 12) != 0
+    raw = tl.load(at + RAW_LOGPROBS) != 0
     low, high = -2147483648, 2147483647
     if FILTERED:
         low, high = tl.load(kept_ptr + 2 * r), tl.load(kept_ptr + 2 * r + 1)

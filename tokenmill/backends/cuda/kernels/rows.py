@@ -1,4 +1,4 @@
-"""What happens to each row by itself: look up, norm, activation, choice of rows; and writes to the state of slots."""
+"""Kernels of single rows: look up, norm, activation, choice of rows; and writes to the state of slots."""
 
 import triton
 import triton.language as tl

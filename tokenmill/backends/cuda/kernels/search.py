@@ -25,7 +25,7 @@ _COARSE: tl.constexpr = tl.constexpr(1 << 16)
 
 @triton.jit
 def key_of(x, SHIFT: tl.constexpr):
-    """Of a float32; zeros of both signs have the same one. SHIFT: low bits that are left out."""
+    """Return a float32's key; zeros of both signs have the same one. SHIFT: low bits that are left out."""
     i = (x + 0.0).to(tl.int32, bitcast=True)
     return (i ^ ((i >> 31) & 0x7FFFFFFF)) >> SHIFT
 
@@ -48,7 +48,7 @@ def key_from(x, SHIFT: tl.constexpr):
 def list_groups(groups_ptr, keys, least):
     """Write down, in order, which groups have a largest key of at least `least`; how many they are."""
     take = (keys >= least).to(tl.int32)
-    tl.debug_barrier()  # nobody reads the list before any more
+    tl.debug_barrier()  # all threads have read the list before
     tl.store(groups_ptr + tl.cumsum(take, 0) - 1, tl.arange(0, keys.shape[0]), mask=take > 0)
     tl.debug_barrier()
     return tl.sum(take, 0)

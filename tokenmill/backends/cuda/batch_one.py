@@ -1,20 +1,23 @@
-"""A step of one token: the same program in fewer launches. Norms are done by the products behind them, sums by those
-before; so a layer is five kernels, each launched while the one before ends.
+"""A step of one token in fewer launches: products do the norms before them and the sums behind them.
+
+So a layer is five kernels, each launched while the one before ends.
 """
 
 from __future__ import annotations
 
-from tokenmill.backends.cuda.lower import Launch, Lowering, Run, Sizes
+from tokenmill.backends.cuda.launch import Launch, Run
+from tokenmill.backends.cuda.lower import Lowering
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products import Product
+from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.program import ops
 from tokenmill.program.ops import Op
 from tokenmill.program.passes import readers_of
 from tokenmill.program.value import Value
 
 
-class Single:
-    """Of a lowering, whose launches serve what is not fused."""
+class BatchOneFusion:
+    """Fusions of a lowered program at batch size one. The lowering's launches serve what is not fused."""
 
     def __init__(self, lowering: Lowering, memory: Memory) -> None:
         self._lowering, self._memory = lowering, memory
@@ -26,7 +29,7 @@ class Single:
             self._look(before, op)
 
     def launches(self) -> list[Launch]:
-        """In order; those whose work another one does are left out."""
+        """Return the launches in order, without those whose work is done by another one."""
         made = []
         gates = {id(g) for op in self._ops if isinstance(op, ops.Linear) and (g := self._gate(op))}
         for launch in self._lowering.launches():
@@ -38,7 +41,7 @@ class Single:
         return made
 
     def _look(self, before: Op | None, op: Op) -> None:
-        """Note a norm that its readers can do, if the sum in it, too, can be done by the product before."""
+        """Note a norm that its readers can do. Its sum, if it has one, must be fusable into the product before."""
         if not isinstance(op, ops.Norm) or op.head_dim or op.center or op.bias:
             return
         readers = self._readers.get(op.out.buffer, [])

@@ -1,0 +1,92 @@
+"""The sizes and int arrays of a step as its launches read them, and the device buffer that holds the arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenmill.backends.base import StepInputs, StepLimits
+from tokenmill.backends.cuda.device import ALIGNED, Device
+from tokenmill.backends.cuda.shapes import LONG
+from tokenmill.backends.steps import step_tokens
+from tokenmill.program.value import Value
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes and arrays of a step; all arrays are on the device.
+
+    `pairs` (T, 2): slot and position of each token. `samples` (R,): tokens whose rows sample; None: all of them.
+    `singles`: tokens that are their row's only one; None: all are. `tiles`: (n, 4) tiles of the other tokens, by the
+    most tokens of a tile. `context`: the most keys that one of the other tokens attends to. `long`: a single token has
+    LONG tokens or more before it. `early`: kernels that can are launched before the one before has ended.
+    """
+
+    tokens: int
+    sampling: int
+    pairs: Tensor
+    samples: Tensor | None = None
+    singles: Tensor | None = None
+    tiles: dict[int, Tensor] = field(default_factory=dict)
+    context: int = 0
+    long: bool = False
+    early: bool = False
+
+    def of(self, v: Value) -> int:
+        """Return the rows of a value."""
+        return self.tokens if v.spec.rows == "tokens" else self.sampling
+
+
+class StepArrays:
+    """The int arrays of the step that is launched next, in one buffer: captured graphs hold its address.
+
+    `padding`: the slot of rows that only pad. `tile_tokens`: the most tokens of a tile, for each kind of attention.
+    """
+
+    def __init__(self, limits: StepLimits, device: Device, padding: int, tile_tokens: Iterable[int]) -> None:
+        self._device, self._padding, self._tile_tokens = device, padding, sorted(tile_tokens)
+        most = limits.max_batch_tokens + limits.max_batch_size + 4 * ALIGNED  # and the gaps between aligned sections
+        pairs, samples_and_singles, tiles = 2 * most, most, 4 * most
+        self.buffer = torch.zeros(pairs + samples_and_singles + tiles, dtype=torch.int32, device=device.torch)
+
+    def decode(self, slots: NDArray[np.int32], starts: NDArray[np.int32], padded: int) -> Sizes:
+        """Send a step of one token a row, all sampling, padded to so many rows."""
+        pairs = np.zeros((padded, 2), np.int32)
+        pairs[:, 0] = self._padding
+        pairs[: len(slots), 0], pairs[: len(slots), 1] = slots, starts
+        (sent,) = self._device.send_into(self.buffer, [pairs.reshape(-1)])
+        return Sizes(padded, padded, sent, long=len(starts) > 0 and int(starts.max()) >= LONG)
+
+    def mixed(self, inputs: StepInputs) -> Sizes:
+        """Send a step of any rows: single tokens and runs of several, sampling or not."""
+        slots, starts, counts = inputs.slots, inputs.starts, inputs.counts
+        tokens = step_tokens(inputs)
+        pairs = np.stack((tokens.slots, tokens.positions), 1).astype(np.int32)
+        single, runs = counts == 1, np.flatnonzero(counts > 1)
+        kinds = self._tile_tokens if len(runs) else []
+        tiles = [tiles_of(tokens.firsts[runs], starts[runs], counts[runs], slots[runs], most) for most in kinds]
+        sections = [
+            pairs.reshape(-1), tokens.samples.astype(np.int32), tokens.firsts[single].astype(np.int32),
+            *(tile.reshape(-1) for tile in tiles),
+        ]  # fmt: skip
+        sent = self._device.send_into(self.buffer, sections)
+        held = {most: made.view(-1, 4) for most, made in zip(kinds, sent[3:], strict=True)}
+        long = int(starts[single].max(initial=0)) >= LONG
+        context = int((starts + counts)[runs].max(initial=0))
+        return Sizes(len(pairs), len(tokens.samples), sent[0], sent[1], sent[2], held, context, long)
+
+
+def tiles_of(
+    firsts: NDArray[np.int64], starts: NDArray[np.int32], counts: NDArray[np.int32], slots: NDArray[np.int32], most: int
+) -> NDArray[np.int32]:
+    """Cut runs of tokens into tiles of at most `most`: (n, 4) first token of the step, its position, tokens, slot."""
+    pieces = -(-counts // most)
+    row = np.repeat(np.arange(len(counts)), pieces)
+    done = (np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most
+    made = (firsts[row] + done, starts[row] + done, np.minimum(most, counts[row] - done), slots[row])
+    return np.stack(made, 1).astype(np.int32)
