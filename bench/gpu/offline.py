@@ -109,7 +109,7 @@ class Bench:
         for slot in range(rows):
             first = slot * blocks
             backend._slots.set_blocks(slot, np.arange(first, first + blocks, dtype=np.int32) % backend.num_blocks)
-        sizes = backend._sizes_of_decode(slots, np.full(rows, tokens, np.int32), backend._graphs.padded(rows))
+        sizes = backend._arrays.decode(slots, np.full(rows, tokens, np.int32), backend._graphs.padded(rows))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for i in range(60):
             if i == 10:
