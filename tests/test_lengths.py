@@ -15,7 +15,7 @@ from support_models import SIZES, Driver, make_checkpoint, reference
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.errors import ModelError
-from tokenmill.models.base import program_of
+from tokenmill.models.base import config_of
 from tokenmill.parallel.group import Group
 from tokenmill.runtime import lengths
 from tokenmill.runtime.assembly import EngineOptions, assemble
@@ -129,7 +129,7 @@ def test_a_length_that_is_left_out_or_null_is_the_default_of_the_models_class() 
         config = {"model_type": model_type, **SIZES}
         del config["max_position_embeddings"]
         for more in ({}, {"max_position_embeddings": None}):
-            assert lengths.of_model(config, program_of(config | more)).total == length
+            assert lengths.of_model(config_of(config | more)).total == length
 
 
 def test_a_mock_takes_the_length_of_a_model_that_is_not_known_and_of_none(tmp_path: Path) -> None:
@@ -138,6 +138,9 @@ def test_a_mock_takes_the_length_of_a_model_that_is_not_known_and_of_none(tmp_pa
     assert lengths.of_mock(local_source(tmp_path)).total == 77
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "max_position_embeddings": null}')
     assert lengths.of_mock(local_source(tmp_path)).total == lengths.MOCK_LENGTH
+    scaled = {"model_type": "llama", **SIZES, "max_position_embeddings": 78, "rope_scaling": {"rope_type": "new"}}
+    (tmp_path / "config.json").write_text(json.dumps(scaled))
+    assert lengths.of_mock(local_source(tmp_path)).total == 78
     for wrong in ('"77"', "1", "true", "7.5"):
         (tmp_path / "config.json").write_text(f'{{"max_position_embeddings": {wrong}}}')
         with pytest.raises(ModelError, match="expected a number of at least 2"):

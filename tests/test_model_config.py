@@ -91,7 +91,8 @@ def test_fields_left_out_null_or_set_are_what_transformers_class_makes_of_them(m
 def test_an_empty_config_is_the_classs_default_in_every_field(model_type: str) -> None:
     config = {"model_type": model_type}
     assert as_read_here(config_of(config)) == as_transformers_models_use_it(of_class(config))
-    assert set(plugins.find("models", model_type).Config.__struct_fields__) <= {*VALUES, "partial_rotary_factor"}
+    fields = set(plugins.find("models", model_type).Config.__struct_fields__)
+    assert fields <= {*VALUES, "partial_rotary_factor", "dtype"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from support_models import Driver, make_checkpoint, prompts, reference, steps
 from tokenmill.backends.accounts import stored_dtype
 from tokenmill.backends.cuda import KIND as CUDA
 from tokenmill.errors import ModelError
-from tokenmill.models.base import program_of
+from tokenmill.models.base import config_of, program_of
 from tokenmill.program.cost import weights_of
 from tokenmill.quant._unread import warn_of_unread
 from tokenmill.weights.checkpoint import open_checkpoint
@@ -175,5 +175,6 @@ def test_a_gpus_dtype_is_the_configs_in_either_spelling_else_that_of_the_weights
     save_file(
         {"a": torch.zeros(2, dtype=torch.int8), "b": torch.zeros(2, dtype=stored)}, tmp_path / "model.safetensors"
     )
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert CUDA.dtype(stored_dtype(open_checkpoint(local_source(tmp_path))), "") == dtype
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    source = open_checkpoint(local_source(tmp_path))
+    assert CUDA.dtype(stored_dtype(config_of(source.config).dtype, source), "") == dtype

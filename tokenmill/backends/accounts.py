@@ -14,12 +14,10 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
-def stored_dtype(source: Checkpoint) -> str:
-    """Return the dtype that config.json names in either spelling, else that of the first tensor of floats."""
-    for key in ("dtype", "torch_dtype"):
-        named = str(source.config.get(key) or "").removeprefix("torch.")
-        if named in _ITEM_BYTES:
-            return named
+def stored_dtype(named: str | None, source: Checkpoint) -> str:
+    """Return the dtype that config.json names, else that of the first tensor of floats."""
+    if named is not None:
+        return named
     kinds = (source[name].kind for name in source.names())
     return next((_FLOATS[kind] for kind in kinds if kind in _FLOATS), "bfloat16")
 

@@ -1,27 +1,60 @@
-"""Build a program from config.json, with the file of this package that is named after `model_type`."""
+"""Build a program from config.json, with the file of this package that is named after `model_type`.
+
+A multimodal model's `text_config` describes its language part, which is what is built.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any, Protocol, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
 
 import msgspec
 
 from tokenmill import plugins
-from tokenmill.errors import ModelError
+from tokenmill.errors import ModelError, StartError
 from tokenmill.layers.scope import Scope
 from tokenmill.misfit import misfit
 from tokenmill.program.value import Inputs, Program, Value, record
 
 _ROPE_PLACES = ("rope_scaling", "rope_parameters")
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
+_DTYPES = ("float32", "bfloat16", "float16")
+_INHERITED = ("tie_word_embeddings",)  # by the language part of a multimodal model
+
+_log = logging.getLogger(__name__)
+
+Length = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+
+
+class Config(msgspec.Struct, kw_only=True):
+    """Facts of a model of any type. Base of the class `Config` in each file of this package."""
+
+    max_position_embeddings: Length | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: not named
+
+    @property
+    def max_positions(self) -> int:
+        """Maximum length of a sequence in tokens, with RoPE scaling applied."""
+        assert self.max_position_embeddings is not None
+        return self.max_position_embeddings
+
+    @property
+    def exact_prompt(self) -> int:
+        """Longest prompt, in tokens, whose logits equal those of transformers."""
+        return self.max_positions
+
+    @property
+    def unstretched(self) -> int:
+        """Maximum length of a sequence in tokens, before RoPE scaling."""
+        return self.max_positions
 
 
 class Model(Protocol):
     """Interface of the class `Model` in a file of this package, which records names and sizes and reads no weights.
 
-    The file also defines `Config`, whose fields have the defaults of transformers' class. In config.json, a field that
-    is bool or whose type admits None may be null.
+    The file also defines `Config`, derived from the one here, whose fields have the defaults of transformers' class. In
+    config.json, a field that is bool or whose type admits None may be null.
     """
 
     def __init__(self, config: Any, scope: Scope) -> None:
@@ -31,8 +64,16 @@ class Model(Protocol):
         """Record the model and return the logits of the rows that sample, (samples, vocabulary)."""
 
 
+class Programs(NamedTuple):
+    """Programs of a model, and its facts."""
+
+    decoder: Program
+    config: Config
+
+
 def config_of(config: dict[str, Any]) -> Any:
     """Convert config.json to the `Config` of its model type. Raises Unsupported and ModelError as `make` does."""
+    config = language_part(config)
     module = _module(config)
     try:
         given = _without_nulls(normalized(config), module.Config)
@@ -44,24 +85,67 @@ def config_of(config: dict[str, Any]) -> Any:
         raise ModelError(f"config.json of the {config['model_type']} model cannot be used: {e}.") from e
 
 
+def facts_of(config: dict[str, Any]) -> Config:
+    """Return the facts of a model that may be of an unknown type. ModelError if they are invalid."""
+    try:
+        known: Config = config_of(config)
+        assert known.max_positions  # read here, because an unknown kind of RoPE scaling raises
+        return known
+    except StartError:
+        part = language_part(config)
+    length = part.get("max_position_embeddings")
+    try:
+        return msgspec.convert({"max_position_embeddings": length, "dtype": _dtype(part)}, Config)
+    except msgspec.ValidationError:
+        expected = "expected a number of at least 2"
+        raise ModelError(f"config.json: max_position_embeddings is {length!r}; {expected}.") from None
+
+
+def language_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of a multimodal model's language part; `config` itself if the model is not multimodal.
+
+    The dtype is that of the whole model. What `text_config` does not state of `_INHERITED` is inherited.
+    """
+    nested = config.get("text_config")
+    if not isinstance(nested, dict) or not isinstance(nested.get("model_type"), str):
+        return config
+    inherited = {name: config[name] for name in _INHERITED if name in config}
+    return {**inherited, **nested, "dtype": _dtype(config) or _dtype(nested)}
+
+
 def make(config: dict[str, Any]) -> Callable[[Inputs], Value]:
     """Build the model without weights, which is enough to record the program, plan memory and count parameters.
 
     Raises Unsupported for an unknown `model_type`, and ModelError for an incomplete or inconsistent config.json.
     """
-    model: Callable[[Inputs], Value] = _module(config).Model(config_of(config), Scope())
+    model: Callable[[Inputs], Value] = _module(language_part(config)).Model(config_of(config), Scope())
     return model
 
 
 def program_of(config: dict[str, Any]) -> Program:
-    """Record the full-size program of a model. Requires no weights."""
+    """Record the full-size program of a model. Requires no weights. Raises as `make` does."""
     return record(make(config))
 
 
-def normalized(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json with its RoPE settings as `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
+def programs_of(config: dict[str, Any]) -> Programs:
+    """Record the full-size programs of a model, and return them with its facts. Raises as `make` does.
 
-    transformers 5 writes all three into `rope_parameters`. ModelError if both forms are present and differ.
+    Logs a warning if only a part of the model is recorded.
+    """
+    programs, part = Programs(program_of(config), config_of(config)), language_part(config)
+    if part is not config:
+        _log.warning(
+            "The %s model is multimodal. Its language part, a %s model, is served; it reads text only.",
+            config.get("model_type"), part["model_type"],
+        )  # fmt: skip
+    return programs
+
+
+def normalized(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with `rope_theta`, `rope_scaling`, `partial_rotary_factor` and `dtype`, in any version's form.
+
+    transformers 5 writes the first three into `rope_parameters`. ModelError if both forms are present and differ. A
+    dtype in which no model is computed becomes None.
     """
     found = {name: value for name, value in config.items() if name not in _ROPE_PLACES}
     for place in _ROPE_PLACES:
@@ -72,7 +156,13 @@ def normalized(config: dict[str, Any]) -> dict[str, Any]:
             _add(found, name, rope.get(name))
         rope = {"rope_type" if k == "type" and "rope_type" not in rope else k: v for k, v in rope.items()}
         _add(found, "rope_scaling", {k: v for k, v in rope.items() if k not in _BESIDE_ROPE} or None)
-    return {"rope_scaling": None, **found}
+    return {"rope_scaling": None, **found, "dtype": _dtype(config)}
+
+
+def _dtype(config: dict[str, Any]) -> str | None:
+    """Return the dtype that config.json names in either spelling."""
+    named = (str(config.get(key) or "").removeprefix("torch.") for key in ("dtype", "torch_dtype"))
+    return next((name for name in named if name in _DTYPES), None)
 
 
 def _add(found: dict[str, Any], name: str, value: Any) -> None:

@@ -12,11 +12,12 @@ from tokenmill.layers.linear import Linear, Linears, head
 from tokenmill.layers.mlp import GatedMlp, take_rows
 from tokenmill.layers.norm import RmsNorm
 from tokenmill.layers.scope import Scope
+from tokenmill.models import base
+from tokenmill.models.base import Length
 from tokenmill.program.value import Inputs, Value
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 HeadDim = Annotated[int, msgspec.Meta(ge=2, le=1 << 12, multiple_of=2)]
-Length = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Act = Literal[
     "silu", "swish", "relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
     "gelu_python_tanh",
@@ -36,7 +37,7 @@ class Biases(NamedTuple):
     mlp: bool = False
 
 
-class Config(msgspec.Struct, kw_only=True):
+class Config(base.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' LlamaConfig."""
 
     hidden_size: Size = 4096
@@ -89,6 +90,21 @@ class Config(msgspec.Struct, kw_only=True):
         length = self.max_position_embeddings or type(self)().max_position_embeddings
         assert length is not None
         return Rope(self.head_size, self.rope_theta, length, self.rope_scaling)
+
+    @property
+    def max_positions(self) -> int:
+        """See `base.Config`."""
+        return self.rope.table.longest
+
+    @property
+    def exact_prompt(self) -> int:
+        """See `base.Config`."""
+        return self.rope.table.exact_prompt
+
+    @property
+    def unstretched(self) -> int:
+        """See `base.Config`."""
+        return self.rope.table.max_position
 
     @property
     def act(self) -> str:

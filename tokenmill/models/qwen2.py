@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from tokenmill.models import llama
-from tokenmill.models.llama import Biases, Length, Model, Size
+from tokenmill.models.base import Length
+from tokenmill.models.llama import Biases, Model, Size
 
 __all__ = ["Config", "Model"]
 

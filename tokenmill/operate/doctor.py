@@ -24,9 +24,8 @@ from tokenmill.backends.kind import BackendOptions
 from tokenmill.config import Settings, memory_bytes
 from tokenmill.errors import DownloadError, StartError
 from tokenmill.extras import has_torch
-from tokenmill.models.base import program_of
+from tokenmill.models.base import Programs, programs_of
 from tokenmill.operate.env import cpu_name
-from tokenmill.program.value import Program
 from tokenmill.runtime.assembly import measure_weights
 from tokenmill.runtime.choice import choose
 from tokenmill.runtime.memory import available_bytes, size
@@ -122,28 +121,28 @@ def _backend(settings: Settings) -> Finding:
     if source is None:
         return Finding("backend", "note", "is chosen when the model is here")
     checkpoint = open_checkpoint(source)
-    program, options = program_of(checkpoint.config), backend_options(settings)
+    programs, options = programs_of(checkpoint.config), backend_options(settings)
     try:
-        choice = choose(program, options, settings.block_size, settings.num_shard or 1)
+        choice = choose(programs.decoder, options, settings.block_size, settings.num_shard or 1)
     except StartError as error:
-        return Finding("backend", "bad", str(error), _elsewhere(program, checkpoint, options))
+        return Finding("backend", "bad", str(error), _elsewhere(programs, checkpoint, options))
     limit = memory_bytes(settings.memory_limit)
-    dtype, needed = measure_weights(choice, program, checkpoint, options, limit)
-    found = choice.kind.describe(program, checkpoint, options, dtype)
+    dtype, needed = measure_weights(choice, programs, checkpoint, options, limit)
+    found = choice.kind.describe(programs.decoder, checkpoint, options, dtype)
     why = f"because the {choice.device.upper()} backend cannot serve this: {choice.reason}" if choice.reason else ""
     parts = [f"{choice.name}, {found.text}, weights {size(needed)}", found.state, found.flaw, why]
     verdict: Verdict = "note" if found.flaw or why else "ok"
     return Finding("backend", verdict, "; ".join(filter(None, parts)), found.details)
 
 
-def _elsewhere(program: Program, checkpoint: Checkpoint, options: BackendOptions) -> tuple[str, ...]:
+def _elsewhere(programs: Programs, checkpoint: Checkpoint, options: BackendOptions) -> tuple[str, ...]:
     """Return the refusals of the GPU backend, if one is requested and this machine has no GPU."""
     from tokenmill.backends.cuda.kind import KIND
 
     if "cuda" not in (options.device, options.backend) or not KIND.missing():
         return ()
-    dtype = KIND.dtype(stored_dtype(checkpoint), options.dtype)
-    details = KIND.describe_elsewhere(program, checkpoint, options, dtype)
+    dtype = KIND.dtype(stored_dtype(programs.config.dtype, checkpoint), options.dtype)
+    details = KIND.describe_elsewhere(programs.decoder, checkpoint, options, dtype)
     return ("Where there is one, it would be:", *details) if details else ()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenmill.backends.accounts import stored_dtype
 from tokenmill.backends.base import Backend, StepLimits
@@ -33,6 +33,9 @@ from tokenmill.runtime.memory import Demand, available_bytes, check_weights, cou
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
+
+if TYPE_CHECKING:
+    from tokenmill.models.base import Programs
 
 _ATTENTION_EFFICIENCY = 0.5  # FLOP/s of a prompt's attention relative to its products, also int8 products on a CPU
 _MOCK_CAPACITY = 1 << 20  # tokens
@@ -75,17 +78,18 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
     Blocks until all is done: seconds to minutes. `report`: receives the progress. Raise a StartError that explains the
     remedy if the model cannot be served as requested.
     """
-    from tokenmill.models.base import program_of
+    from tokenmill.models.base import programs_of
 
     backend_options = options.backend
     checkpoint = open_checkpoint(source)
-    program = program_of(checkpoint.config)
+    programs = programs_of(checkpoint.config)
+    program = programs.decoder
     choice = choose(program, backend_options, options.block_size, group.size)
     defaults = choice.kind.defaults(choice.device)
-    length = lengths.of_model(checkpoint.config, program)
+    length = lengths.of_model(programs.config)
     longest = lengths.longest(source, length, options.max_total_tokens)
     lengths.max_input_tokens(options.max_input_tokens, longest, length)  # fail before minutes of loading
-    dtype, needed = measure_weights(choice, program, checkpoint, backend_options, options.memory_limit)
+    dtype, needed = measure_weights(choice, programs, checkpoint, backend_options, options.memory_limit)
     limits = _limits(defaults, options, longest)
     read = reader_of(checkpoint, backend_options.quantize)
     job = Job(program, checkpoint, read, limits, group, backend_options, choice.placement, dtype, report)
@@ -166,15 +170,15 @@ def _limits(defaults: Defaults, options: EngineOptions, longest: int) -> StepLim
 
 
 def measure_weights(
-    choice: Choice, program: Program, checkpoint: Checkpoint, options: BackendOptions, memory_limit: int | None
+    choice: Choice, programs: Programs, checkpoint: Checkpoint, options: BackendOptions, memory_limit: int | None
 ) -> tuple[str, int]:
     """Return the dtype to compute in, and the bytes of all weights in the backend's format. Reads no weight.
 
     Log tensors that the model does not read. Raise ModelError as `Kind.weight_bytes`, and NotEnoughMemory.
     """
-    dtype = choice.kind.dtype(stored_dtype(checkpoint), options.dtype)
-    needed = choice.kind.weight_bytes(program, checkpoint, dtype)
-    warn_of_unread(weights_of(program), checkpoint)
+    dtype = choice.kind.dtype(stored_dtype(programs.config.dtype, checkpoint), options.dtype)
+    needed = choice.kind.weight_bytes(programs.decoder, checkpoint, dtype)
+    warn_of_unread(weights_of(programs.decoder), checkpoint)
     check_weights(needed, free_bytes(choice, options), memory_limit)
     return dtype, needed
 

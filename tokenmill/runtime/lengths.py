@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tokenmill.errors import ArgumentError, ModelError, StartError
-from tokenmill.program import ops
-from tokenmill.program.value import Program
+from tokenmill.errors import ArgumentError, ModelError
 from tokenmill.weights.checkpoint import model_config
 from tokenmill.weights.source import ModelSource, read_json
+
+if TYPE_CHECKING:
+    from tokenmill.models.base import Config
 
 MOCK_LENGTH = 8192
 _NO_LENGTH = 10**9  # transformers writes 10^30 for "no limit"
@@ -28,24 +29,9 @@ class ModelLength:
     unstretched: int  # of a sequence, before rope scaling
 
 
-def of_model(config: dict[str, Any], program: Program | None = None) -> ModelLength:
-    """Return the lengths of a model: of its rotary positions, else of config.json, else of a mock model.
-
-    `config`: of config.json. `program`: None for a mock. Raise ModelError if the length in config.json is invalid.
-    """
-    tables = {op.rope for op in program.ops if isinstance(op, ops.Rope)} if program is not None else set()
-    if tables:
-        length = ModelLength(
-            min(table.longest for table in tables),
-            min(table.exact_prompt for table in tables),
-            min(table.max_position for table in tables),
-        )
-    else:
-        given = config.get("max_position_embeddings")
-        given = MOCK_LENGTH if given is None else given
-        if not isinstance(given, int):
-            raise ModelError(f"config.json: max_position_embeddings is {given!r}; expected a number of at least 2.")
-        length = ModelLength(given, given, given)
+def of_model(config: Config) -> ModelLength:
+    """Return the lengths of a model. ModelError if there is no room for a prompt and an answer."""
+    length = ModelLength(config.max_positions, config.exact_prompt, config.unstretched)
     if length.total < 2:
         raise ModelError(f"config.json: max_position_embeddings is {length.total}; expected a number of at least 2.")
     return length
@@ -53,16 +39,16 @@ def of_model(config: dict[str, Any], program: Program | None = None) -> ModelLen
 
 def of_mock(source: ModelSource) -> ModelLength:
     """Return the lengths for a mock engine. The folder may hold only a tokenizer, or a model of an unknown type."""
-    from tokenmill.models.base import program_of
+    from tokenmill.models.base import Config, facts_of
 
     try:
-        config = model_config(source)
+        content = model_config(source)
     except ModelError:
-        return of_model({})
-    try:
-        return of_model(config, program_of(config))
-    except StartError:
-        return of_model(config)
+        content = {}
+    config = facts_of(content)
+    if type(config) is Config and config.max_position_embeddings is None:
+        config.max_position_embeddings = MOCK_LENGTH
+    return of_model(config)
 
 
 def longest(source: ModelSource, model: ModelLength, wanted: int | None) -> int:

@@ -7,7 +7,7 @@ sizes, offsets and names in a header are checked against the file before use.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,6 +27,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 _MAX_HEADER = 100 << 20  # the format's own limit
 _MAX_DIMS = 8
+_LANGUAGE_PREFIXES = ("language_model.", "model.language_model.", "text_model.", "model.text_model.")
+"""Prefixes of the language model's tensors in multimodal models, as transformers' versions have written them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,15 @@ class Safetensors:
         }
         self._refuse_mistral()
         if "embed_tokens.weight" in self._entries and not any(name.startswith("model.") for name in self._entries):
-            self._entries = {_of_whole_model(name): entry for name, entry in self._entries.items()}
-            self._lost = {_of_whole_model(name): file for name, file in self._lost.items()}
+            self._rename(_of_whole_model)
+        prefixed = any(name.startswith(_LANGUAGE_PREFIXES) for name in self._entries)
+        if prefixed and isinstance(self.config.get("text_config"), dict):
+            self._rename(_of_language_part)
+
+    def _rename(self, rule: Callable[[str], str]) -> None:
+        """Rename all tensors. Those whose new name is empty belong to another part of the model, and are left out."""
+        self._entries = {new: entry for name, entry in self._entries.items() if (new := rule(name))}
+        self._lost = {new: file for name, file in self._lost.items() if (new := rule(name))}
 
     def _refuse_mistral(self) -> None:
         if "tok_embeddings.weight" in self._entries:
@@ -181,6 +190,15 @@ class Safetensors:
 def _of_whole_model(name: str) -> str:
     """Return the full model's name of a tensor from a checkpoint that was saved without the output layer."""
     return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _of_language_part(name: str) -> str:
+    """Return the language model's name of a multimodal model's tensor; "" if it belongs to another part."""
+    prefix = next((prefix for prefix in _LANGUAGE_PREFIXES if name.startswith(prefix)), "")
+    if not prefix:
+        return name if name.startswith("lm_head.") else ""
+    own = name.removeprefix(prefix)
+    return own if own.startswith("model.") else _of_whole_model(own)
 
 
 def read_header(path: Path) -> dict[str, _Entry]:
