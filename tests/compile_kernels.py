@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 import triton
+from support_jobs import job_of
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
 from tokenmill.backends.cuda.compile import Kernels
-from tokenmill.backends.kind import BackendOptions, Job, Placement
 from tokenmill.models.base import program_of
-from tokenmill.parallel.group import Group
-from tokenmill.quant.base import reader_of
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 
@@ -71,13 +69,9 @@ class Lookup:
 
 def backend_of(folder: str, cache: str, jobs: int) -> CudaBackend:
     source = open_checkpoint(local_source(folder))
-    options = BackendOptions(cuda_graphs=(), kernel_cache=cache, cpus=jobs)
-    backend = CudaBackend(
-        Job(
-            program_of(source.config), source, reader_of(source), StepLimits(64, 4, 64, 16), Group(), options,
-            Placement("cpu", 16, 1), "bfloat16", lambda progress: None,
-        )
-    )  # fmt: skip
+    options: dict[str, Any] = {"cuda_graphs": (), "kernel_cache": cache, "cpus": jobs}
+    limits = StepLimits(64, 4, 64, 16)
+    backend = CudaBackend(job_of(program_of(source.config), source, limits, dtype="bfloat16", **options))
     backend.allocate(8)
     return backend
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from support_jobs import job_of
 
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cpu.backend import CpuBackend
 from tokenmill.models.base import program_of
-from tokenmill.parallel.group import Group
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Reader, reader_of
+from tokenmill.quant.base import Reader
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
@@ -46,10 +46,10 @@ class CpuDriver(CpuBackend):
         limits: StepLimits | None = None,
         **options: Any,
     ) -> None:
-        options = {"threads": 2, "kernel_cache": kernel_folder()} | options
+        options = {"cpu_threads": 2, "kernel_cache": str(kernel_folder())} | options
         limits = limits or StepLimits(256, 4, 256, 16)
         program = program or program_of(source.config)
-        super().__init__(program, source, read or reader_of(source), limits, Group(), **options)
+        super().__init__(job_of(program, source, limits, read=read, **options))
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known: dict[int, list[int]] = {}  # by slot: ids that are computed

@@ -53,17 +53,16 @@ else:
     pytest.importorskip("triton")
 
 from safetensors.torch import save_file  # noqa: E402
+from support_jobs import job_of  # noqa: E402
 from support_models import FAMILIES, SIZES, Driver  # noqa: E402
 
 from tokenmill.backends.base import StepLimits  # noqa: E402
 from tokenmill.backends.cuda.backend import CudaBackend  # noqa: E402
-from tokenmill.backends.kind import BackendOptions, Job, Placement  # noqa: E402
+from tokenmill.backends.kind import Job  # noqa: E402
 from tokenmill.models.base import program_of  # noqa: E402
-from tokenmill.parallel.group import Group  # noqa: E402
 from tokenmill.program import ops  # noqa: E402
 from tokenmill.program.cost import weights_of  # noqa: E402
 from tokenmill.program.value import Program  # noqa: E402
-from tokenmill.quant.base import reader_of  # noqa: E402
 from tokenmill.weights.checkpoint import open_checkpoint  # noqa: E402
 from tokenmill.weights.source import local_source  # noqa: E402
 
@@ -99,9 +98,7 @@ def program(folder: Path, family: str = "llama", **changes: Any) -> Program:
 
 def cuda_job(program: Program, source: Any, limits: StepLimits, dtype: str = "float32", **options: Any) -> Job:
     """A CUDA backend's; `options`: of BackendOptions."""
-    placement = Placement(DEVICE, limits.block_size, 1)
-    made = BackendOptions(**options)
-    return Job(program, source, reader_of(source), limits, Group(), made, placement, dtype, lambda progress: None)
+    return job_of(program, source, limits, dtype=dtype, device=DEVICE, **options)
 
 
 class CudaDriver(CudaBackend):

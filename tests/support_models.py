@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from support_jobs import job_of
 
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program.value import Program
-from tokenmill.quant.base import reader_of
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
@@ -86,7 +86,7 @@ class Driver(TorchBackend):
         group: Group | None = None,
     ) -> None:
         limits = limits or StepLimits(256, 4, 256, 16)
-        super().__init__(program, source, reader_of(source), limits, group or Group(), dtype=dtype)
+        super().__init__(job_of(program, source, limits, group=group, dtype=dtype))
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known: dict[int, list[int]] = {}  # by slot: ids that are computed

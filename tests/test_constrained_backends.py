@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support_constraints import Compiler
 from support_cuda import ON_GPU, CudaDriver, torch, write_random
+from support_jobs import job_of
 from support_text import byte_level
 
 from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
@@ -23,7 +24,6 @@ from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
 from tokenmill.errors import GenerationError, OutOfMemory
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
-from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble
 from tokenmill.runtime.constraints import Constraints
 from tokenmill.runtime.executor import Executor
@@ -49,15 +49,15 @@ def backend_of(kind: str, folder: Path) -> Any:
     if kind == "cuda":
         return CudaDriver(folder, num_blocks=24, limits=LIMITS, graphs=(2, 4), warm=ON_GPU)
     source = open_checkpoint(local_source(folder))
-    program, read = program_of(source.config), reader_of(source)
+    program = program_of(source.config)
     if kind == "torch":
-        backend: Any = TorchBackend(program, source, read, LIMITS, Group(), dtype="float32")
+        backend: Any = TorchBackend(job_of(program, source, LIMITS))
     else:
         from support_cpu import kernel_folder
 
         from tokenmill.backends.cpu.backend import CpuBackend
 
-        backend = CpuBackend(program, source, read, LIMITS, Group(), kernel_cache=kernel_folder(), threads=1)
+        backend = CpuBackend(job_of(program, source, LIMITS, kernel_cache=str(kernel_folder()), cpu_threads=1))
     backend.allocate(24)
     return backend
 

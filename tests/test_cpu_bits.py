@@ -111,7 +111,7 @@ def test_a_preemption_changes_no_bit(backend: CpuDriver, alone: NDArray[np.float
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_another_number_of_threads_changes_no_bit(model: Path, alone: NDArray[np.float32], threads: int) -> None:
-    other = CpuDriver.of(model, limits=LIMITS, num_blocks=64, threads=threads)
+    other = CpuDriver.of(model, limits=LIMITS, num_blocks=64, cpu_threads=threads)
     other.feed([(i, prompt(i)) for i in range(5)])
     np.testing.assert_array_equal(other.feed([(i, [7 + i]) for i in range(5)]), alone)
     other.close()
@@ -122,7 +122,7 @@ def test_another_instruction_set_changes_nothing_but_the_last_bits_of_logits(
 ) -> None:
     if "avx2" not in [isa.name for isa in available()]:
         pytest.skip("this machine has no AVX2")
-    other = CpuDriver.of(model, limits=LIMITS, num_blocks=64, isa="avx2")
+    other = CpuDriver.of(model, limits=LIMITS, num_blocks=64, cpu_isa="avx2")
     other.feed([(0, prompt(0))])
     got = other.feed([(0, [7])])[0]
     rounded = backend.isa.pairs and any(line.kernel == "narrow" for line in backend._lines)

@@ -113,7 +113,7 @@ STEPS: list[list[tuple[int, list[int]]]] = [
 
 
 def logits(made: Made, read: Any, isa: str = "") -> list[np.ndarray]:
-    backend = CpuDriver(made, read=read, isa=isa)
+    backend = CpuDriver(made, read=read, cpu_isa=isa)
     out = [backend.feed(rows).copy() for rows in STEPS]
     backend.close()
     return out

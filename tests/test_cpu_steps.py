@@ -98,7 +98,7 @@ def test_a_seed_gives_the_tokens_that_it_gives_with_torch(folder: Path, cpu: Cpu
 @pytest.mark.parametrize("family", ["qwen3", "mistral_window"])
 def test_an_int8_cache_is_near_float16(tmp_path: Path, family: str) -> None:
     make_checkpoint(tmp_path, family)
-    exact, rounded = CpuDriver.of(tmp_path), CpuDriver.of(tmp_path, kv_dtype="int8")
+    exact, rounded = CpuDriver.of(tmp_path), CpuDriver.of(tmp_path, kv_cache_dtype="int8")
     for rows in ([(0, prompts()[1])], [(0, [3]), (1, prompts()[2])], [(1, [4])]):
         a, b = exact.feed(list(rows)), rounded.feed(list(rows))
         assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.999

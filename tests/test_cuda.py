@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support_cuda import DEVICE, ON_GPU, CudaDriver, altered, cuda_job, torch, write_random
+from support_jobs import job_of
 from support_models import Driver, steps
 
 from tokenmill.backends.base import StepLimits
@@ -18,8 +19,6 @@ from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
 from tokenmill.models.base import program_of
-from tokenmill.parallel.group import Group
-from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
@@ -83,7 +82,7 @@ def engine_of(folder: Path, kind: str, num_blocks: int, limits: StepLimits, **ho
     if kind == "cuda":
         backend = CudaBackend(cuda_job(program, source, limits, **how))
     else:
-        backend = TorchBackend(program, source, reader_of(source), limits, Group(), dtype="float32")
+        backend = TorchBackend(job_of(program, source, limits))
     backend.allocate(num_blocks)
     if kind == "cuda" and ON_GPU:
         backend.warm_up()

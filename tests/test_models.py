@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support_jobs import job_of
 from support_models import FAMILIES, LLAMA3, SIZES, YARN, Driver, make_checkpoint, prompts, reference, steps
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory, Unsupported
 from tokenmill.models.base import program_of
-from tokenmill.parallel.group import Group
 from tokenmill.program.cost import cache_layout
-from tokenmill.quant.base import reader_of
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import Progress
@@ -125,7 +124,7 @@ def test_loading_reports_every_byte_of_the_file(tmp_path: Path) -> None:
     source, seen = open_checkpoint(local_source(tmp_path)), list[Progress]()
     limits = StepLimits(64, 4, 64, 16)
     program = program_of(source.config)
-    TorchBackend(program, source, reader_of(source), limits, Group(), dtype="float32", report=seen.append).close()
+    TorchBackend(job_of(program, source, limits, report=seen.append)).close()
     assert {p.total for p in seen} == {sum(source.nbytes(name) for name in source.names())}
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert seen[-1].done == seen[-1].total

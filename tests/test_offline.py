@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 import torch
+from support_jobs import job_of
 from support_models import make_checkpoint
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -35,7 +36,6 @@ from tokenmill.errors import (
 )
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
-from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
@@ -55,7 +55,7 @@ def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits) -> Offline
     """Return an engine whose cache is far too small for its slots."""
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
-    backend = TorchBackend(program, source, reader_of(source), limits, Group(), dtype="float32")
+    backend = TorchBackend(job_of(program, source, limits))
     backend.allocate(num_blocks)
     scheduler = Scheduler(
         BlockPool(num_blocks, limits.block_size),

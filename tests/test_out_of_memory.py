@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support_cuda import ON_GPU, cuda_job, torch, write_random
+from support_jobs import job_of
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
@@ -19,7 +20,6 @@ from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import GenerationError, OutOfMemory
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
-from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
@@ -39,7 +39,7 @@ def backend_of(kind: str, folder: Path) -> Any:
     if kind == "cuda":
         backend = CudaBackend(cuda_job(program, source, LIMITS))
     else:
-        backend = TorchBackend(program, source, reader_of(source), LIMITS, Group(), dtype="float32")
+        backend = TorchBackend(job_of(program, source, LIMITS))
     backend.allocate(30)
     return backend
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import prompt_details_of
+from support_jobs import job_of
 from support_models import make_checkpoint
 
 from tokenmill import config
@@ -22,7 +23,6 @@ from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.process import Child
 from tokenmill.program.cost import weights_of
-from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import open_checkpoint
@@ -127,7 +127,7 @@ def memory_limit(folder: Path, ranks: int) -> str:
     """Return the limit that leaves each rank `NUM_BLOCKS` blocks."""
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
-    backend = TorchBackend(program, source, reader_of(source), LIMITS, Group(0, ranks), dtype="float32")
+    backend = TorchBackend(job_of(program, source, LIMITS, group=Group(0, ranks)))
     weights = sum(weight.size for weight in weights_of(program)) * 4 // ranks
     need = weights + backend.step_bytes() + NUM_BLOCKS * backend.block_bytes() + 10
     backend.close()

@@ -9,17 +9,15 @@ the same tokens alone, in a batch, in prompt chunks, behind a cached prefix and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Masks, Step, StepInputs, StepResult
 from tokenmill.backends.cpu import layout
-from tokenmill.backends.cpu.cache import KernelCache
+from tokenmill.backends.cpu.cache import KernelCache, cache_folder
 from tokenmill.backends.cpu.isa import detect
 from tokenmill.backends.cpu.lower import Line, Lowering
 from tokenmill.backends.cpu.memory import AttentionShape, Memory, Sizes
@@ -27,8 +25,9 @@ from tokenmill.backends.cpu.prepare import prepare, refusal
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.scratch import zeros
 from tokenmill.backends.cpu.slots import Slots
-from tokenmill.backends.cpu.threads import WorkerThreads
+from tokenmill.backends.cpu.threads import WorkerThreads, default_threads
 from tokenmill.backends.deferred import AwaitedMasks
+from tokenmill.backends.kind import Job
 from tokenmill.backends.steps import (
     PromptPositions,
     StepTokens,
@@ -39,14 +38,10 @@ from tokenmill.backends.steps import (
     warm_up_tokens,
 )
 from tokenmill.errors import NotEnoughMemory, Unsupported
-from tokenmill.parallel.group import Group
 from tokenmill.program import ops
-from tokenmill.program.value import Program
-from tokenmill.quant.base import Reader, load
-from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.quant.base import load
 from tokenmill.wire.messages import Progress, TokenDetails
 
-Report = Callable[[Progress], None]
 KV_DTYPES = {"": "f16", "float16": "f16", "int8": "int8"}
 
 
@@ -69,47 +64,39 @@ class CpuStep:
 class CpuBackend:
     """Implements `backends.base.Backend` for one rank.
 
-    The constructor reads and packs the weights, compiles the kernels that the cache lacks, and reports progress through
-    `report`. It raises Unsupported, with the reason, for a program that this backend cannot run.
-
-    `threads`: compute threads, including the backend's own. `isa`: name of an instruction set; "" selects the best one
-    of this machine. `kv_dtype`: dtype of the KV cache, a key of KV_DTYPES.
+    The constructor reads and packs the weights, compiles the kernels that the cache lacks, and calls the job's `report`
+    meanwhile. It raises Unsupported, with the reason, for a program that this backend cannot run. Of the job's options
+    it takes `cpu_threads` (compute threads, including the backend's own; None: `default_threads`), `cpus`, `cpu_isa`
+    ("": the best instruction set of this machine), `kv_cache_dtype` (a key of KV_DTYPES) and `kernel_cache` ("": the
+    user's).
     """
 
-    def __init__(
-        self,
-        program: Program,
-        source: Checkpoint,
-        read: Reader,
-        limits: StepLimits,
-        group: Group,
-        *,
-        kernel_cache: Path,
-        threads: int = 1,
-        isa: str = "",
-        kv_dtype: str = "",
-        report: Report | None = None,
-    ) -> None:
-        why = refusal(program, limits.block_size) if group.size == 1 else "it does not share a model over ranks"
+    def __init__(self, job: Job) -> None:
+        options, limits = job.options, job.limits
+        if job.group.size > 1:
+            why = "it does not share a model over ranks"
+        else:
+            why = refusal(job.program, limits.block_size)
         if why:
             raise Unsupported("CPU backend", "cpu", (), f"Of this model, {why}. Use --backend torch.")
-        self.limits, self.isa, self.threads = limits, detect(isa), threads
+        threads = options.cpu_threads or default_threads(options.cpus)
+        self.limits, self.isa, self.threads = limits, detect(options.cpu_isa), threads
         self.num_blocks = 0
-        prepared = prepare(program, source, read, self.isa, threads, report)
+        prepared = prepare(job.program, job.source, job.read, self.isa, threads, job.report)
         self.program = prepared.program
         self.vocab_size = self.program.logits.width
-        rows = most_rows(limits)
-        sizes = Sizes(rows["tokens"], rows["samples"], limits.max_total_tokens, threads, KV_DTYPES[kv_dtype])
+        rows, kv_dtype = most_rows(limits), KV_DTYPES[options.kv_cache_dtype]
+        sizes = Sizes(rows["tokens"], rows["samples"], limits.max_total_tokens, threads, kv_dtype)
         self._memory = Memory(
-            self.program, sizes, prepared.panels, lambda w: load(w, source, read).floats(), prepared.private
+            self.program, sizes, prepared.panels, lambda w: load(w, job.source, job.read).floats(), prepared.private
         )
         self._slots = Slots(limits)
         self._sampler = Sampler(self._slots.tokens, self._slots.parameters, self.vocab_size, threads)
         self._lines = [*Lowering(self.program, self._memory).lines(), self._sample_line()]
         self._memory.close_source()
-        self._code = KernelCache(kernel_cache, self.isa, jobs=threads).load(
+        self._code = KernelCache(cache_folder(options.kernel_cache), self.isa, jobs=threads).load(
             ["walk", "serve", *(line.kernel for line in self._lines)],
-            None if report is None else lambda done, total: report(Progress("compile", done, total, "kernels")),
+            lambda done, total: job.report(Progress("compile", done, total, "kernels")),
         )
         self._scratch = Scratch(self._memory, self._slots, self._sampler, self._lines)
         self._table = np.zeros((0, layout.COLUMNS), np.int64)

@@ -47,9 +47,9 @@ Report = Callable[[int, int], None]
 """(kernels compiled so far, kernels to compile)"""
 
 
-def user_folder() -> Path:
-    """Return the default cache folder."""
-    return Path.home() / ".cache" / "tokenmill" / "kernels"
+def cache_folder(given: str) -> Path:
+    """Return the folder of the user's option; "": one in the user's cache."""
+    return Path(given) if given else Path.home() / ".cache" / "tokenmill" / "kernels"
 
 
 class KernelCache:

@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import time
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenmill.backends.accounts import listed, stored_bytes
@@ -81,24 +80,10 @@ class CpuKind:
     def make(self, job: Job) -> Backend:
         """See `Kind`."""
         from tokenmill.backends.cpu.backend import CpuBackend
-        from tokenmill.backends.cpu.cache import user_folder
-        from tokenmill.backends.cpu.threads import default_threads
 
-        options = job.options
-        if (dtype := options.dtype) in ("bfloat16", "float16"):
+        if (dtype := job.options.dtype) in ("bfloat16", "float16"):
             _log.info("The CPU backend keeps weights as they are stored and computes in float32, not %s.", dtype)
-        return CpuBackend(
-            job.program,
-            job.source,
-            job.read,
-            job.limits,
-            job.group,
-            threads=options.cpu_threads or default_threads(options.cpus),
-            isa=options.cpu_isa,
-            kv_dtype=options.kv_cache_dtype,
-            kernel_cache=Path(options.kernel_cache) if options.kernel_cache else user_folder(),
-            report=job.report,
-        )
+        return CpuBackend(job)
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """See `Kind`."""
@@ -127,15 +112,14 @@ def _kernels(
 ) -> tuple[dict[str, Counter[str]], list[str], KernelCache]:
     """Return the kernels by kind of operation, the names of all kernels, and the kernel cache."""
     from tokenmill.backends.cpu.backend import KV_DTYPES
-    from tokenmill.backends.cpu.cache import KernelCache, user_folder
+    from tokenmill.backends.cpu.cache import KernelCache, cache_folder
     from tokenmill.backends.cpu.explain import kernels_of
     from tokenmill.backends.cpu.isa import detect
 
     read, isa = reader_of(source, options.quantize), detect(options.cpu_isa)
     kinds = kernels_of(program, source, read, isa, KV_DTYPES[options.kv_cache_dtype])
     names = ["walk", "serve", *(name for kernels in kinds.values() for name in kernels)]
-    folder = Path(options.kernel_cache) if options.kernel_cache else user_folder()
-    return kinds, names, KernelCache(folder, isa, jobs=options.cpus)
+    return kinds, names, KernelCache(cache_folder(options.kernel_cache), isa, jobs=options.cpus)
 
 
 KIND = CpuKind()

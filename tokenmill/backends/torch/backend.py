@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmill.backends.base import Masks, Step, StepInputs, StepLimits, StepResult
+from tokenmill.backends.base import Masks, Step, StepInputs, StepResult
 from tokenmill.backends.deferred import AwaitedMasks
+from tokenmill.backends.kind import Job
 from tokenmill.backends.steps import (
     PromptPositions,
     block_bytes,
@@ -30,18 +31,15 @@ from tokenmill.backends.steps import (
 from tokenmill.backends.torch import attention
 from tokenmill.backends.torch.interpreter import Env, Interpreter
 from tokenmill.backends.torch.kinds import StepState
-from tokenmill.backends.torch.pack import Report, pack
+from tokenmill.backends.torch.pack import pack
 from tokenmill.backends.torch.sampling import Sampled, sample, score
 from tokenmill.backends.torch.slots import Slots
 from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
-from tokenmill.parallel.group import Group
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.passes import take_rows_early
 from tokenmill.program.shard import shard
-from tokenmill.program.value import Buffer, Program
-from tokenmill.quant.base import Reader
-from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.program.value import Buffer
 from tokenmill.wire.messages import TokenDetails
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,35 +79,25 @@ class TorchStep:
 class TorchBackend:
     """Implements `backends.base.Backend`.
 
-    `program` at full size: it is sharded here. The constructor reads this rank's weights and calls `report` meanwhile.
-    All ranks of `group` make the same calls.
+    The constructor shards the program, reads this rank's weights and calls the job's `report` meanwhile. All ranks of
+    the job's group make the same calls. It takes none of the job's options.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        source: Checkpoint,
-        read: Reader,
-        limits: StepLimits,
-        group: Group,
-        *,
-        dtype: str,
-        device: str = "cpu",
-        report: Report | None = None,
-    ) -> None:
-        if dtype not in DTYPES:
-            raise ArgumentError(f"dtype {dtype!r} is not known. Allowed: {', '.join(DTYPES)}.")
+    def __init__(self, job: Job) -> None:
+        if job.dtype not in DTYPES:
+            raise ArgumentError(f"dtype {job.dtype!r} is not known. Allowed: {', '.join(DTYPES)}.")
+        limits, group = job.limits, job.group
         self.limits, self.group = limits, group
-        self.dtype, self.device = DTYPES[dtype], torch.device(device)
-        self.program = take_rows_early(shard(program, group.size))
-        self.vocab_size = program.logits.width
+        self.dtype, self.device = DTYPES[job.dtype], torch.device(job.placement.device)
+        self.program = take_rows_early(shard(job.program, group.size))
+        self.vocab_size = job.program.logits.width
         self.num_blocks = 0
         self._interpreter = Interpreter(self.program)
         self._layout = cache_layout(self.program)
-        self._weights = pack(self.program, source, read, group, self.dtype, self.device, report)
+        self._weights = pack(self.program, job.source, job.read, group, self.dtype, self.device, job.report)
         self._cache: dict[int, Tensor] = {}
         self._scratch = attention.Scratch()
-        self._slots = Slots(limits, device)
+        self._slots = Slots(limits, self.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
         self._last: TorchStep | None = None
         self._masks = AwaitedMasks(deferred=False)  # of the step that runs

@@ -80,21 +80,13 @@ class TorchKind:
 
     def make(self, job: Job) -> Backend:
         """See `Kind`. Imports torch."""
+        import torch
+
         from tokenmill.backends.torch.backend import TorchBackend
-        from tokenmill.backends.torch.threads import set_threads
 
         if job.options.cpu_threads is not None:
-            set_threads(job.options.cpu_threads)
-        return TorchBackend(
-            job.program,
-            job.source,
-            job.read,
-            job.limits,
-            job.group,
-            dtype=job.dtype,
-            device=job.placement.device,
-            report=job.report,
-        )
+            torch.set_num_threads(job.options.cpu_threads)  # of threads that begin to compute from now on
+        return TorchBackend(job)
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """See `Kind`."""

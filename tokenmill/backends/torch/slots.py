@@ -15,6 +15,8 @@ from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.sampling import Parameters
 from tokenmill.backends.steps import last_of_each, state_shape
 
+_CPU = torch.device("cpu")
+
 
 class Slots:
     """Token ids, block tables and sampling parameters by slot.
@@ -24,8 +26,8 @@ class Slots:
     `parameters`: on the host.
     """
 
-    def __init__(self, limits: StepLimits, device: str = "cpu") -> None:
-        self.device, shape = torch.device(device), state_shape(limits)
+    def __init__(self, limits: StepLimits, device: torch.device = _CPU) -> None:
+        self.device, shape = device, state_shape(limits)
         self.tokens = torch.zeros(shape.slots, shape.tokens, dtype=torch.int32, device=device)
         self.tables = torch.zeros(shape.slots, shape.blocks, dtype=torch.int32, device=device)
         self.parameters = Parameters(shape.slots)
