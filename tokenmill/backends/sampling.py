@@ -84,8 +84,8 @@ WATERMARK_KEY = 15_485_863
 """The seed of the green ids is this times the id of the token before."""
 
 MOST_TIES = 16
-"""The most ids that a row lists beyond the number asked for. They tie with the last one, and log-probabilities are not
-raw."""
+"""The most ids that a row lists beyond the requested number: ids that tie with the last one. Not with raw
+log-probabilities."""
 
 FOREVER = np.iinfo(np.int32).max
 _GOLDEN = np.uint32(0x9E3779B9)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-_NODE_BYTES = 16 << 10  # of a captured launch; drivers differ, and this is more than most take
-_LIBRARY_BYTES = 512 << 20  # of cuBLAS' workspaces, the code of kernels and their stacks
+_NODE_BYTES = 16 << 10  # of a captured launch. Drivers differ; this is more than most need.
+_LIBRARY_BYTES = 512 << 20  # workspaces of cuBLAS, code and stacks of kernels
 _GIB = float(1 << 30)
 
 _log = logging.getLogger(__name__)

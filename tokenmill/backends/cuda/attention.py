@@ -185,7 +185,7 @@ class AttentionLowering:
         return self._weights[op.q_norm], self._weights[op.k_norm]
 
     def _lister(self, op: ops.Attention) -> tuple[Tensor, Callable[[Sizes, int, DecodeShape], None] | None]:
-        """The list of splits that a layer reads, and what makes it: None if a layer before does."""
+        """Return the list of splits that a layer reads, and its launch; None if an earlier layer launches it."""
         key = op.window, op.head_dim, op.q.width // op.k.width
         if key in self._lists:
             return self._lists[key], None

@@ -92,7 +92,7 @@ class CudaBackend:
         self._batch_one: list[Launch] = []
         self._graphs, self._free = Graphs(self._device, limits.max_batch_size, options.cuda_graphs), 0
         self._account = self._count()
-        torch.cuda.empty_cache()  # so that the memory free now is the memory that a cache can have
+        torch.cuda.empty_cache()  # The free memory is then the memory that a cache can have.
 
     def _attention_options(self, job: Job) -> AttentionOptions:
         options = job.options
@@ -136,7 +136,7 @@ class CudaBackend:
     def warm_up(self) -> None:
         """Compile every kernel that a step may need and capture the graphs; slots and cache are empty afterwards.
 
-        Raise NotEnoughMemory if there is less than was counted on.
+        Raise NotEnoughMemory if there is less memory than `step_bytes` counted on.
         """
         report = self._report
         try:
@@ -165,7 +165,7 @@ class CudaBackend:
         nothing = np.zeros(0, np.int32)
         work = warm_up_of(self.limits, self.num_blocks, self._slots.padding, self._graphs.first)
         self._slots.apply(StepInputs(nothing, nothing, nothing, nothing, blocks=work.blocks))
-        self._sampler.warm_up_some(self._arrays.buffer)  # first: the compiler needs longest for its kernels
+        self._sampler.warm_up_some(self._arrays.buffer)  # First, because its kernels take longest to compile.
         for inputs in work.runs:
             self._forward(self._mixed(inputs))
         for inputs, long in work.mixed:
@@ -179,7 +179,7 @@ class CudaBackend:
         return work.tokens
 
     def _load_library(self) -> None:
-        """Let cuBLAS load its kernels: the first use of each takes some 10 ms."""
+        """Load the kernels of cuBLAS by using each once: a first use takes some 10 ms."""
         seen = set()
         for launch in (*self._body, *self._tail):
             if isinstance(launch.op, ops.Linear):

@@ -1,6 +1,6 @@
-"""A step of one token in fewer launches: products do the norms before them and the sums behind them.
+"""Decode at batch size one in fewer launches: products include the norm before them and the sum behind them.
 
-So a layer is five kernels, each launched while the one before ends.
+A layer is then five kernels, each launched while the one before ends.
 """
 
 from __future__ import annotations

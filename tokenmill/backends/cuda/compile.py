@@ -1,9 +1,10 @@
-"""Triton's kernels: compiled by several processes before the first step, and watched afterwards.
+"""Compilation of Triton's kernels by several processes before the first step, and a watch for late ones.
 
-Triton compiles a kernel when it is first launched, one after another: half a minute for a model whose kernels are not
-in the cache on disk. So everything is run once without launching anything: a hook of Triton's notes each kernel and
-skips it. Helpers, which were started while weights were read, compile what was noted into the cache, where the first
-real launch finds it. A start like an earlier one, which left a note beside the cache, needs none of that.
+Triton compiles kernels one after another, each at its first launch: half a minute for a model whose kernels are not in
+the cache on disk. Therefore the warm-up first runs without launching anything: a hook of Triton records each kernel and
+skips its launch. Helper processes, started while weights are read, compile the recorded kernels into the cache, from
+which the first real launch loads them. A marker file beside the cache records that the kernels of such a start are
+compiled, and the next one like it skips all of this.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ _PATIENCE_S = 120.0  # for one kernel
 _log = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]
-"""Kernels compiled so far, and noted so far."""
+"""Called with the numbers of kernels compiled and recorded so far."""
 
 
 class Kernels:
     """The kernels of one backend. `about`: the values that, besides the sources, select them.
 
-    `folder`: for the cache; "" for Triton's own. A folder that Triton's environment variable names is preferred.
-    `jobs`: processes that compile. With fewer than two, or a Triton without such hooks, a kernel is compiled at its
-    first launch.
+    `folder`: for the cache; "": Triton's own. The folder that Triton's environment variable names has precedence.
+    `jobs`: number of compiling processes. With fewer than two, or with a Triton without such hooks, a kernel is
+    compiled at its first launch.
     """
 
     def __init__(self, folder: str, jobs: int, about: Iterable[object]) -> None:
@@ -53,7 +54,7 @@ class Kernels:
             self._helpers = _Helpers(min(jobs, _MOST_HELPERS), cache)
 
     def prepare(self, run: Callable[[], object], report: Report | None = None) -> None:
-        """Compile the kernels that `run` launches, without launching them. Other effects of `run` happen."""
+        """Compile the kernels that `run` launches, without launching them. Its other effects take place."""
         helpers, self._helpers = self._helpers, None
         if helpers is None:
             return
@@ -70,7 +71,7 @@ class Kernels:
             try:
                 with self._hooked(note):
                     run()
-            except (AttributeError, KeyError, TypeError) as error:  # hooks are no settled part of Triton
+            except (AttributeError, KeyError, TypeError) as error:  # Hooks are not a stable part of Triton.
                 _log.warning("Kernels are compiled one after another, for Triton's hook failed: %s", error)
                 return
             failures = helpers.wait(report)
@@ -79,10 +80,10 @@ class Kernels:
         _log.info("%d kernels were compiled in %.1f s.", len(noted) - len(failures), time.perf_counter() - start)
 
     def watch(self) -> None:
-        """Leave a note that all kernels are compiled, and warn of each that is compiled from now on."""
+        """Write the marker that all kernels are compiled, and log a warning for each one compiled from now on."""
         if self._hooks is None or self._note is None:
             return
-        with contextlib.suppress(OSError):  # Triton has said what there is to say of the folder
+        with contextlib.suppress(OSError):  # Triton has logged why the folder is not writable.
             self._note.parent.mkdir(parents=True, exist_ok=True)
             self._note.touch()
         seen = set[str]()
@@ -113,7 +114,7 @@ class Kernels:
 
 
 class _Helpers:
-    """Processes that take jobs from one socket."""
+    """Compiling processes, which take jobs from one socket."""
 
     def __init__(self, count: int, cache: Path) -> None:
         target = _target()
@@ -125,13 +126,13 @@ class _Helpers:
             self._processes = [_start(words, theirs) for _ in range(count)]
 
     def send(self, module: str, name: str, data: str) -> None:
-        """Have a kernel compiled; waits only if they are far behind."""
-        with contextlib.suppress(OSError):  # the helpers are dead or hang, which `wait` reports
+        """Queue a kernel for compilation. Blocks only while the queue is full."""
+        with contextlib.suppress(OSError):  # The helpers are dead or hang, which `wait` reports.
             self._socket.send(json.dumps({"module": module, "name": name, "data": data}).encode())
         self._sent += 1
 
     def wait(self, report: Report | None) -> list[tuple[str, str]]:
-        """Until all is done: names of those that could not be compiled, and why."""
+        """Block until all kernels are compiled, and return the names of those that failed, with the reasons."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
         failures: list[tuple[str, str]] = []
@@ -152,7 +153,7 @@ class _Helpers:
         return failures
 
     def close(self) -> None:
-        """End them. Idempotent."""
+        """End the processes. Idempotent."""
         self._socket.close()
         for process in self._processes:
             process.kill()
@@ -166,7 +167,7 @@ class _Helpers:
 
 
 def _start(words: list[str], jobs: socket.socket) -> subprocess.Popen[bytes]:
-    """A helper, which finds modules where this process does."""
+    """Start a helper with the module search path of this process."""
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; "
         f"from tokenmill.backends.cuda.compiler import main; main({words!r})"
@@ -176,7 +177,7 @@ def _start(words: list[str], jobs: socket.socket) -> subprocess.Popen[bytes]:
 
 
 def _hooks() -> Any:
-    """Triton's place for hooks; None where it is another, or kernels are interpreted."""
+    """Return Triton's namespace of hooks; None if this version has none, or if kernels are interpreted."""
     import triton
 
     runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
@@ -185,7 +186,7 @@ def _hooks() -> Any:
 
 
 def _use(folder: str) -> Path:
-    """Have Triton keep its cache in a folder of `folder`, unless the environment says where; where it then is."""
+    """Set Triton's cache to a subfolder of `folder`, unless the environment sets it, and return the cache's path."""
     import triton
 
     cache = triton.knobs.cache
@@ -214,7 +215,7 @@ def _digest(about: Iterable[object]) -> str:
     import triton
 
     digest = hashlib.blake2b(digest_size=16)
-    for path in (*sorted(Path(__file__).parent.rglob("*.py")), Path(sampling.__file__)):  # the columns of parameters
+    for path in (*sorted(Path(__file__).parent.rglob("*.py")), Path(sampling.__file__)):  # The columns of parameters.
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for item in (triton.__version__, torch.__version__, _target(), sys.version, *about):
         digest.update(repr(item).encode() + b"\0")

@@ -1,4 +1,4 @@
-"""A process that compiles Triton's kernels into its cache on disk. It needs no GPU and never looks for one.
+"""A process that compiles Triton's kernels into its cache on disk. It needs no GPU.
 
     python -m tokenmill.backends.cuda.compiler FOLDER TARGET
 
@@ -19,7 +19,7 @@ MOST_BYTES = 1 << 20  # of a packet
 
 
 class _NoDevice:
-    """Stands for a device of which only the kind is known."""
+    """A stand-in for Triton's driver that has a target but no device."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -29,19 +29,19 @@ class _NoDevice:
         return self._target
 
     def get_current_device(self) -> int:
-        """Any number: nothing is launched."""
+        """Return 0; nothing is launched."""
         return 0
 
 
 def compile_one(job: dict[str, str], make_launcher: Callable[[Any, Any], object]) -> str:
-    """Compile a kernel and the code that launches it, unless the cache has them.
+    """Compile a kernel and its launcher unless they are cached. Return the reason of a failure, or "".
 
-    `job`: `module` and `name` of the function, `data` of Triton's hook. Why that was not possible; "" if it was.
+    `job`: `module` and `name` of the function, `data` of Triton's hook.
     """
     try:
         kernel = getattr(importlib.import_module(job["module"]), job["name"]).preload(job["data"])
         make_launcher(kernel.src, kernel.metadata)
-    except Exception as error:  # noqa: BLE001  whatever a compiler may raise: the engine then compiles that itself
+    except Exception as error:  # noqa: BLE001  A compiler may raise anything. The engine then compiles this kernel.
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -56,7 +56,7 @@ def _launcher_of(target: Any) -> Callable[[Any, Any], object]:
 
 
 def main(words: list[str]) -> None:
-    """Serve until the other side closes."""
+    """Compile jobs from the socket until the other side closes it."""
     folder, target = words
     import triton
     from triton.backends.compiler import GPUTarget

@@ -15,7 +15,7 @@ _COMPILERS = ("nvcc", "ninja")
 
 
 def missing() -> str:
-    """Why no CUDA device can be used here; "" if one can."""
+    """Return why no CUDA device can be used here; "" if one can."""
     if not sys.platform.startswith("linux"):
         return "it runs on Linux only"
     try:
@@ -44,7 +44,7 @@ def device_name(index: int = 0) -> str:
 
 
 def capability(index: int = 0) -> tuple[int, int]:
-    """A device's compute capability; (0, 0) if the driver does not say. Call it where nothing is `missing`."""
+    """Return a device's compute capability; (0, 0) if the driver has none. Call only if nothing is `missing`."""
     driver = ctypes.CDLL("libcuda.so.1")
     device, parts = ctypes.c_int(0), (ctypes.c_int(0), ctypes.c_int(0))
     driver.cuInit(0)
@@ -55,9 +55,9 @@ def capability(index: int = 0) -> tuple[int, int]:
 
 
 def not_compilable() -> str:
-    """Why Triton could not compile the few lines of C that it calls the driver by, and the cure; "" if it can.
+    """Return why Triton cannot compile its C launchers here, with the cure; "" if it can.
 
-    It does so once on a machine, and keeps them. A compiler that CC names is not looked for.
+    Triton compiles them once on a machine and caches them. A compiler named by CC is not checked.
     """
     if shutil.which("gcc") is None and shutil.which("clang") is None:
         return "no C compiler is on PATH, which Triton needs at the first start: install gcc or clang, or set CC"
@@ -68,7 +68,7 @@ def not_compilable() -> str:
 
 
 def flashinfer_missing() -> str:
-    """Why flashinfer cannot be imported here, and the cure; "" if it can. Whether it can compile is another matter."""
+    """Return why flashinfer cannot be imported here, with the cure; "" if it can. Its compilers are not checked."""
     for name, package in (("flashinfer", "flashinfer-python"), ("tvm_ffi", "apache-tvm-ffi")):
         if importlib.util.find_spec(name) is None:
             return f"{package} is not installed (`pip install {package}`)"
@@ -76,7 +76,7 @@ def flashinfer_missing() -> str:
 
 
 def flashinfer_told() -> str:
-    """Which flashinfer is installed, and whether it finds what it compiles its kernels with. Call it if it is there."""
+    """Return the installed version of flashinfer, and the compilers that it lacks. Call only if it is installed."""
     version = importlib.metadata.version("flashinfer-python")
     if importlib.util.find_spec("flashinfer_jit_cache") is not None:
         return f"{version}, its kernels from flashinfer-jit-cache"

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ALIGNED = 16  # int32 numbers: sections of a buffer begin where every kernel may load whole vectors
+ALIGNED = 16  # int32 numbers. Sections of a buffer are aligned, so that every kernel may load whole vectors.
 
 
 class Device:
@@ -23,7 +23,7 @@ class Device:
         self.real = self.torch.type == "cuda"
         if self.real:
             torch.cuda.set_device(self.torch)
-        # whether a kernel may begin while the one before it ends (programmatic dependent launch)
+        # A kernel may begin while the one before it ends (programmatic dependent launch).
         self.launches_ahead = self.real and torch.cuda.get_device_capability(self.torch) >= (9, 0)
 
     def send(self, array: NDArray[np.generic]) -> Tensor:

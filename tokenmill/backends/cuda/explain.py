@@ -1,4 +1,4 @@
-"""Which kernel serves which operation of a program here, and by which rule: what `tokenmill doctor` prints."""
+"""The kernels that serve each kind of operation of a program, and the rules behind them, for `tokenmill doctor`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class How:
     kv_cache_dtype: str = ""
     deterministic: bool = False
     attention: str = ""
-    copies: bool = True  # it has a copy engine for tiles: Hopper and later
+    copies: bool = True  # The GPU has a copy engine for tiles: Hopper and later.
 
     @property
     def item_bytes(self) -> int:
@@ -99,7 +99,7 @@ def _linear(op: ops.Linear, gated: bool, how: How) -> str:
 
 
 def product_of(outputs: int, columns: int, gated: bool, how: How) -> str:
-    """The kernels of a product by rows. `gated`: of two matrices, with an activation behind."""
+    """Return the kernels of a product by rows. `gated`: of two matrices, with an activation behind."""
     if how.deterministic:
         return "few_rows at any number of rows"
     if how.item_bytes > 2:
@@ -142,7 +142,7 @@ def _splits(op: ops.Attention, how: How) -> str:
 
 
 def _steps(values: Sequence[int], mosts: Sequence[int]) -> str:
-    """ "32 up to 4 rows, 4 up to 16, 1 above": neighbours of the same value as one."""
+    """Return text such as "32 up to 4 rows, 4 up to 16, 1 above". Neighbours of the same value are merged."""
     ends = [i for i in range(len(values)) if i + 1 == len(values) or values[i] != values[i + 1]]
     parts = [f"{values[i]} up to {mosts[i]}{' rows' if i == ends[0] else ''}" for i in ends[:-1]]
     return ", ".join([*parts, f"{values[-1]} above" if parts else str(values[-1])])

@@ -1,8 +1,8 @@
-"""Runs of tokens attended to by flashinfer's kernels instead of this backend's own, where a user asks for them.
+"""Attention of runs of tokens by flashinfer's kernels instead of this backend's own, at the user's choice.
 
-flashinfer compiles a kernel with nvcc when it is first planned for, which takes a minute or two and happens once on a
-machine: in `load`, before a server is ready. The host knows lengths, the device the block tables: page numbers are
-gathered there, so that planning a step waits for nothing.
+flashinfer compiles a kernel with nvcc when it is first planned, once on a machine, in a minute or two. `load` does this
+before a server is ready. Lengths are on the host, block tables on the device: page numbers are gathered on the device,
+so planning a step does not wait.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tokenmill.wire.messages import Progress
 
 Ints = NDArray[np.int32]
 
-_TILE = 128  # queries of a tile, at most: decides how much a split run leaves to be added up
+_TILE = 128  # the most queries of a tile, which bounds the partial results of a split run
 _LEAST_BYTES = 1 << 20
 _HOPPER = 9
 _FAILURES = (
     AssertionError, AttributeError, ImportError, OSError, RuntimeError, SubprocessError, TypeError, ValueError,
 )  # fmt: skip
-"""What a foreign package may raise while it looks for a compiler, compiles, and loads what came of it."""
+"""Errors that a foreign package may raise while it looks for a compiler, compiles, and loads the result."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, op: ops.Attention) -> Kind:
-        """A layer's."""
+        """Return the kind of a layer."""
         heads, kv_heads = op.q.width // op.head_dim, op.k.width // op.head_dim
         return cls(heads, kv_heads, op.head_dim, op.scale, op.window, op.softcap)
 
@@ -60,7 +60,7 @@ def load(
     scales: dict[int, tuple[float, float]] | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> FlashInfer | None:
-    """flashinfer, its kernels compiled; None, said in the log with the cure, where it cannot be had. Blocks meanwhile.
+    """Return flashinfer with its kernels compiled; None, with the cure in the log, if that fails. Blocks meanwhile.
 
     `scales`: see `FlashInfer`.
     """
@@ -84,9 +84,9 @@ def load(
 class FlashInfer:
     """Attention of the runs of a step: planned once, launched layer by layer. For one program and one device.
 
-    `package`: flashinfer. `scales`: by layer, what a key and a value of the cache are multiplied by. Queries, turned,
-    and keys and values, in the cache, must have been written. Tokens of the step that stand between two runs are
-    attended to as well, the same as by anybody else.
+    `package`: flashinfer. `scales`: layer -> factors that a key and a value of the cache are multiplied by. Rotated
+    queries (`Memory.queries`) and cached keys and values must have been written. Single tokens between two runs are
+    computed too, with the same result as by the kernel for single tokens.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FlashInfer:
         device = memory.device
         kinds = dict.fromkeys(Kind.of(op) for op in memory.program.ops if isinstance(op, ops.Attention))
         hopper = device.real and torch.cuda.get_device_capability(device.torch)[0] == _HOPPER
-        whole = hopper and memory.cache_dtype == memory.dtype  # FlashAttention 3, which splits nothing
+        whole = hopper and memory.cache_dtype == memory.dtype  # FlashAttention 3, which does not split keys
         self._work = torch.empty(self._work_bytes(kinds, whole), dtype=torch.uint8, device=device.torch)
         self._plans = {
             kind: package.BatchPrefillWithPagedKVCacheWrapper(self._work, "NHD", backend="fa3" if whole else "fa2")
@@ -107,7 +107,7 @@ class FlashInfer:
 
     @property
     def num_kinds(self) -> int:
-        """Kinds of layers, each with kernels of its own."""
+        """Number of kinds of layers; each has kernels of its own."""
         return len(self._plans)
 
     def _work_bytes(self, kinds: dict[Kind, None], whole: bool) -> int:
@@ -122,7 +122,7 @@ class FlashInfer:
     def plan(self, slots: Ints, starts: Ints, counts: Ints) -> None:
         """Plan a step of rows (S,) as in `StepInputs`, at least one of several tokens, before its layers are launched.
 
-        Waits until what the plan before sent has arrived, in front of that step: as a rule it has. Not for graphs.
+        Waits until the copies of the plan before have arrived, which they usually have. Not for captured graphs.
         """
         self._plan(self._plans, slots, starts, counts)
 
@@ -137,7 +137,7 @@ class FlashInfer:
         queries, places = _bounds(counts[rows]), _bounds(pages)
         sent = [self._staged(array) for array in (queries, places, lengths - (pages - 1) * size)]
         numbers = self._page_numbers(slots[rows], pages, places)
-        self._copied.wait()  # flashinfer stages its plans in the same pinned buffer each time
+        self._copied.wait()  # flashinfer stages all its plans in one pinned buffer.
         try:
             for kind in kinds:
                 self._plans[kind].plan(
@@ -145,16 +145,16 @@ class FlashInfer:
                     sm_scale=kind.scale, window_left=kind.window - 1, logits_soft_cap=kind.softcap,
                     q_data_type=self._memory.dtype, kv_data_type=self._memory.cache_dtype,
                 )  # fmt: skip
-        finally:  # the first kinds' copies are on their way even if a later one found no memory
+        finally:  # The copies of earlier kinds are under way even if a later kind found no memory.
             self._copied = self._memory.device.mark()
 
     def _staged(self, array: Ints) -> Tensor:
-        """On the host, where flashinfer plans, and pinned, since it copies it to the device, too."""
+        """Return a copy on the host, where flashinfer plans, pinned because flashinfer also copies it to the device."""
         host = torch.from_numpy(array.astype(np.int32))
         return host.pin_memory() if self._memory.device.real else host
 
     def _page_numbers(self, slots: Ints, pages: Ints, places: Ints) -> Tensor:
-        """The first `pages` of each slot's table, one slot behind the other, (places[-1],) on the device."""
+        """Return the first `pages` of each slot's table, slot after slot: (places[-1],) on the device."""
         device, tables, total = self._memory.device, self._slots.tables, int(places[-1])
         shifts = device.send(slots.astype(np.int64) * tables.stride(0) - places[:-1])
         at = torch.repeat_interleave(shifts, device.send(pages.astype(np.int64)), output_size=total)
@@ -162,7 +162,7 @@ class FlashInfer:
         return tables.view(-1).index_select(0, at)
 
     def lower(self, op: ops.Attention) -> Callable[[], None]:
-        """The launch of one layer, for the step that was planned last. The cache must have been allocated."""
+        """Return the launch of one layer for the last planned step. The cache must have been allocated."""
         memory, kind = self._memory, Kind.of(op)
         plan, tokens = self._plans[kind], memory.rows["tokens"]
         queries = memory.queries.view(-1)[: tokens * op.q.width].view(tokens, kind.heads, kind.head_dim)
@@ -177,7 +177,7 @@ class FlashInfer:
         return run
 
     def compile(self) -> Iterator[int]:
-        """Have the kernels of each kind compiled or loaded; how many kinds are done, after each."""
+        """Compile or load the kernels of each kind, and yield the number of kinds done after each."""
         spare = np.array([self._slots.padding], np.int32)
         for done, kind in enumerate(self._plans, 1):
             self._plan((kind,), spare, spare * 0, spare * 0 + 2)
@@ -185,5 +185,5 @@ class FlashInfer:
 
 
 def _bounds(counts: Ints) -> Ints:
-    """Where each of consecutive pieces begins, and where the last one ends."""
+    """Return the begin of each of consecutive pieces, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

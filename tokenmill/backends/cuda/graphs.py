@@ -1,7 +1,7 @@
-"""Decode steps as CUDA graphs, one for each batch size of a list, sharing one pool of memory.
+"""Decode steps captured as CUDA graphs, one for each batch size of a list, which share one pool of memory.
 
-Some sizes are captured before the first step, the largest and powers of two, so that no step is padded to more than
-about twice its rows; the others when there is nothing else to do.
+The largest size and powers of two are captured before the first step, so that no step is padded to more than about
+twice its rows; the other sizes in idle time.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Graphs:
         return [(size, long) for size in sizes for long in variants(size) if (size, long) not in self._captured]
 
     def capture(self, size: int, long: bool, run: Callable[[], None]) -> None:
-        """Record what `run` launches; it must have run once before, and nothing else may run on the device.
+        """Capture the launches of `run`, which must have run once before. The device must be idle.
 
-        Steps use the size when all its variants are there. torch.OutOfMemoryError leaves the others as they were.
+        Steps use a size once all its variants are captured. A torch.OutOfMemoryError leaves the other graphs intact.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

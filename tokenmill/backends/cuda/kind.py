@@ -79,7 +79,7 @@ class CudaKind:
         return room(options, device)
 
     def instruction_set(self, options: BackendOptions) -> str:
-        """See `Kind`. Imports torch, whose kernels these are."""
+        """See `Kind`. Imports torch, which has these kernels."""
         return TORCH.instruction_set(options)
 
     def make(self, job: Job) -> Backend:
@@ -101,7 +101,7 @@ class CudaKind:
     def describe_elsewhere(
         self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str
     ) -> tuple[str, ...]:
-        """Return the details of `describe` on a newer GPU, for a machine that has none; () if that cannot be told."""
+        """Return the details of `describe` on a newer GPU, for a machine without one; () without torch and triton."""
         from tokenmill.backends.cuda.prepare import refusal
 
         if refusal(program, options.dtype, 1, options.deterministic) or not (has_torch() and find_spec("triton")):
@@ -114,7 +114,7 @@ class CudaKind:
 
 
 def attention(program: Program, options: BackendOptions, dtype: str) -> str:
-    """Return whose kernels attend to runs of tokens. Logs what became of the user's wish."""
+    """Return the kernels of runs of tokens, "triton" or "flashinfer". Logs a choice other than the user's."""
     from tokenmill.backends.cuda.prepare import attention_of
 
     chosen, why_not = attention_of(program, options.attention, dtype, options.deterministic)
@@ -130,7 +130,7 @@ def attention(program: Program, options: BackendOptions, dtype: str) -> str:
 def _kernels(
     program: Program, source: Checkpoint, options: BackendOptions, dtype: str, *, copies: bool
 ) -> tuple[str, ...]:
-    """Lines of kernels and rules. `copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
+    """Return lines of kernels and rules. `copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
     from tokenmill.backends.cuda.explain import How, kernels_of, rules_of
 
     how = How(

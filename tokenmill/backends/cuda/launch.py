@@ -1,8 +1,8 @@
-"""Launches of Triton's kernels that cost the host little.
+"""Launches of Triton's kernels at little cost to the host.
 
-Triton looks at every argument of every launch to find the compiled kernel that fits: 20–70 µs, and an eager step has
-hundreds of launches. Here a place in the program that launches a kernel always gives arguments of the same kinds, so
-what was found the first time is launched from then on.
+Triton inspects every argument of every launch to find the matching compiled kernel: 20–70 µs, and an eager step has
+hundreds of launches. Here a site of the program that launches a kernel always passes arguments of the same kinds, so
+the kernel found at its first launch is launched from then on.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Launch:
 
 
 _KNOWN = ("3.4", "3.5", "3.6", "3.7")
-"""Tritons whose compiled kernels are launched as here; with another, each launch goes Triton's own way."""
+"""Versions of Triton whose compiled kernels can be launched as here. With others, Triton does each launch."""
 
 
 class Site:
-    """A place that launches `kernel`: `site(grid, *arguments, **constants)`.
+    """A launch site of `kernel`: `site(grid, *arguments, **constants)`.
 
-    The arguments of two launches with the same constants have the same types, and the same alignment and integer
-    values wherever the kernel may be specialized for them; constants come in the same order.
+    Invariant: the arguments of two launches with the same constants have the same types, and the same alignment and
+    integer values wherever the kernel may be specialized for them; constants come in the same order.
     """
 
     __slots__ = ("_found", "_kernel", "_names")
@@ -50,14 +50,14 @@ class Site:
         self._found: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch. Tensors, descriptors, numbers; then what is known when the kernel is compiled."""
+        """Launch the kernel. `arguments`: tensors, descriptors, numbers. `constants`: of its compilation."""
         found = self._found.get(tuple(constants.values()))
         if found is None:
             self._first(grid, arguments, constants)
             return
         compiled, rest = found
         size = len(grid)
-        numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]  # Triton would ask the driver
+        numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]  # Triton calls the driver for each.
         compiled.run(
             grid[0], grid[1] if size > 1 else 1, grid[2] if size > 2 else 1, _stream(), compiled.function,
             compiled.packed_metadata, None, None, None, *numbers, *rest,
@@ -69,18 +69,18 @@ class Site:
             try:
                 compiled = self._kernel[grid](*arguments, **constants)
                 break
-            except OutOfResources:  # sizes are those of cards with much shared memory; fewer rounds in flight need less
+            except OutOfResources:  # Sizes suit cards with much shared memory; fewer stages need less.
                 if constants.get("STAGES", 1) == 1:
                     raise
                 constants = {**constants, "STAGES": constants["STAGES"] - 1}
         known = isinstance(self._kernel, JITFunction) and triton.__version__.startswith(_KNOWN)
-        if known and compiled is not None:  # None: a hook has kept Triton from compiling
+        if known and compiled is not None:  # None: a hook kept Triton from compiling.
             rest = tuple(constants[name] for name in self._names[len(arguments) :])
             self._found[told] = compiled, rest
 
 
 def _stream() -> int:
-    """The current one: while a graph is captured, that of the capture."""
+    """Return the current stream, which is the capture's while a graph is captured."""
     active = driver.active
     stream: int = active.get_current_stream(active.get_current_device())
     return stream

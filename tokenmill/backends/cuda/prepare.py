@@ -1,4 +1,4 @@
-"""Checks before any weight is read: whether this backend can run a program, in which form, with whose attention."""
+"""Decisions before any weight is read: support for a program, its fused form, the kernels of its attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ATTENTIONS = {
     "triton": "triton", "flashinfer": "flashinfer", "flashdecoding": "triton", "flashdecoding-ipex": "triton",
     "paged": "triton",
 }  # fmt: skip
-"""Names of attention, TGI's among them, and whose kernels are the nearest here."""
+"""User's name of an attention, TGI's included -> the nearest kernels here."""
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
 _HEAD_SIZES = range(16, 257)
 _WIDEST_NORM = 1 << 16
@@ -44,10 +44,10 @@ def refusal(program: Program, dtype: str, ranks: int, deterministic: bool = Fals
 
 
 def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool = False) -> tuple[str, str]:
-    """Return whose kernels compute runs of tokens, "triton" or "flashinfer", and why not flashinfer if it is `wanted`.
+    """Return the kernels of runs of tokens, "triton" or "flashinfer", and why not flashinfer if it is `wanted`.
 
-    The rule: flashinfer only if it is asked for. Single tokens are attended to by Triton in either case: its kernel
-    rotates, writes and attends at once, and was faster than FlashAttention 3 at every batch and length measured.
+    The rule: flashinfer only at the user's wish. Single tokens use Triton in either case: its kernel rotates, caches
+    and attends in one launch, and was faster than FlashAttention 3 at every batch and length measured.
     """
     if ATTENTIONS.get(wanted) != "flashinfer":
         return "triton", ""

@@ -1,4 +1,4 @@
-"""Memory of CUDA devices that may still be taken, for every backend that computes on one."""
+"""Free memory of a CUDA device, for every backend that computes on one."""
 
 from __future__ import annotations
 

@@ -30,21 +30,21 @@ from tokenmill.backends.sampling import FILTERS, active_steps, num_listed
 from tokenmill.backends.torch.sampling import Logprobs, green_ids
 
 _SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
-"""Low bits of a logit, as float32, that are always the same."""
+"""Low bits that are the same in all logits of a dtype, as float32."""
 
-GROUPS = 1024  # groups of a row, about: as many as one program looks at at once
-GROUP_LOGITS = (16, 128)  # of a group, at least and at most: what one read of memory brings, a warp's vector
-TILE_LOGITS = 8192  # that a program searches at a time
-SUMMARY_LOGITS = 4096  # that a program summarizes
+GROUPS = 1024  # approximate number of groups of a row, which one program reads at once
+GROUP_LOGITS = (16, 128)  # least and most logits of a group: one memory transaction, one vector of a warp
+TILE_LOGITS = 8192  # logits that a program searches at a time
+SUMMARY_LOGITS = 4096  # logits that a program summarizes
 FILTER_WARPS, SUMMARY_WARPS, REPORT_WARPS = 16, 4, 16
-TOKENS = 1024  # of a sequence that a program counts at a time
-MASKED = 2048  # ids that a program looks at
-MOST_COUNTING = 4096  # programs that count tokens
-REPORT_LOGITS = 8192  # of a row that are looked at at a time
-LEAST_LOGITS, MOST_LOGITS = 256, 4096  # of a program that chooses in one round
-ROUND_LOGITS = 2048  # of a round of several: with more, registers leave room for two programs only
-_FEW = 8  # if one row of so many asks for log-probabilities, those rows are copied
-_FOUND = 64  # the likeliest ids of a row, at most: TGI and OpenAI allow fewer
+TOKENS = 1024  # tokens of a sequence that a program counts at a time
+MASKED = 2048  # ids that a program masks
+MOST_COUNTING = 4096  # most programs that count tokens
+REPORT_LOGITS = 8192  # logits of a row that a program reports at a time
+LEAST_LOGITS, MOST_LOGITS = 256, 4096  # least and most logits of a program that chooses in one round
+ROUND_LOGITS = 2048  # logits of one of several rounds. More would leave registers for two programs only.
+_FEW = 8  # rows that ask for log-probabilities are copied if they are at most one in so many
+_FOUND = 64  # most likeliest ids of a row; TGI and OpenAI allow fewer
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""Scales of an FP8 cache from a checkpoint that was calibrated for one: what a stored number is multiplied by.
+"""Scales of an FP8 KV cache, from a checkpoint calibrated for one. A stored number is multiplied by its scale.
 
-Read under the names that their makers write: a number for a layer's keys and one for its values, or one for both.
+The names are those of the usual calibration tools: a number for a layer's keys and one for its values, or one for both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenmill.quant.none import read
 from tokenmill.weights.checkpoint import Checkpoint
 
 SCALED = "fp8_e4m3fn"
-"""The one format that has scales: with its five bits of exponent the other reaches as far as float16."""
+"""The only format with scales. The other one, with five bits of exponent, has the range of float16."""
 
 _NAME = re.compile(
     r"(?:.*\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\.(?:self_attn|self_attention|attn|attention)\."

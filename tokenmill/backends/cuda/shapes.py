@@ -1,7 +1,6 @@
-"""Sizes of tiles by shape and number of rows, so that the host computes nothing in a step: those that an H100 and an
-H200 liked best (`bench/gpu_kernels.py`).
+"""Sizes of tiles by shape and number of rows: the fastest ones on an H100 and an H200 (`bench/gpu_kernels.py`).
 
-A class of rows has one set of sizes: so many kernels are compiled at start, and none later.
+Each class of rows has one set of sizes, so a fixed set of kernels is compiled at the start and none later.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MOST_SHARED = 64  # query heads of a key-value head
-CLASSES = (4, 16, 48, 96, 1 << 30)  # rows: a class holds those up to here
+CLASSES = (4, 16, 48, 96, 1 << 30)  # upper bounds of the classes of rows
 
 
 class DecodeShape(NamedTuple):
@@ -32,12 +31,12 @@ class TileShape(NamedTuple):
 
 
 def power(n: int) -> int:
-    """The least power of two that is at least n."""
+    """Return the least power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def class_of(rows: int) -> int:
-    """Which class `rows` belongs to."""
+    """Return the class of `rows`."""
     return next(i for i, most in enumerate(CLASSES) if rows <= most)
 
 
@@ -46,7 +45,7 @@ _SHORT = (
     DecodeShape(64, 1, 64, 3, 4), DecodeShape(64, 1, 64, 3, 4),
 )  # fmt: skip
 _SPLITS_OF_LONG = 8
-LONG = 2048  # tokens: from here on a sequence is split even among many
+LONG = 2048  # tokens from which a sequence is split even among many
 
 
 def decode_shape(rows: int, head_dim: int, shared: int, long: bool, item_bytes: int = 2) -> DecodeShape:
@@ -80,7 +79,7 @@ def tile_shape(head_dim: int, shared: int, item_bytes: int = 2, batch_invariant:
     return TileShape(64, 64, 3, 4) if head_dim > 64 else TileShape(128, 64, 3, 8)
 
 
-BUSY = 528  # programs of tiles that keep a GPU busy: four for each multiprocessor of an H100
+BUSY = 528  # programs of tiles that keep a GPU busy: four on each multiprocessor of an H100
 LEAST_KEYS = 512  # of a part of a tile's keys
 
 
@@ -115,6 +114,6 @@ def graph_sizes(most: int) -> list[int]:
 
 
 def library_sizes(most: int) -> list[int]:
-    """Return rows of products that use every kernel of cuBLAS for a matrix. It chooses by rows, odd or even."""
+    """Return numbers of rows that together use every kernel of cuBLAS for a matrix. It chooses by rows, odd or even."""
     steps = [*range(8, 512, 16), *range(512, 2048, 64), *range(2048, most, 512)]
     return sorted({size for step in (*steps, most - 1) for size in (step, step + 1) if 0 < size <= most})

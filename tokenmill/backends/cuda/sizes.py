@@ -21,10 +21,10 @@ from tokenmill.program.value import Value
 class Sizes:
     """Sizes and arrays of a step; all arrays are on the device.
 
-    `pairs` (T, 2): slot and position of each token. `samples` (R,): tokens whose rows sample; None: all of them.
-    `singles`: tokens that are their row's only one; None: all are. `tiles`: (n, 4) tiles of the other tokens, by the
-    most tokens of a tile. `context`: the most keys that one of the other tokens attends to. `long`: a single token has
-    LONG tokens or more before it. `early`: kernels that can are launched before the one before has ended.
+    `pairs` (T, 2): slot and position of each token. `samples` (R,): tokens whose rows sample; None: all tokens.
+    `singles`: tokens that are the only one of their row; None: all tokens. `tiles`: most tokens of a tile -> tiles
+    (n, 4) of the other tokens. `context`: the most keys that one of these attends to. `long`: a single token has LONG
+    or more tokens before it. `early`: kernels that support it are launched before the one before has ended.
     """
 
     tokens: int

@@ -1,7 +1,7 @@
-"""Attention over the paged cache, vectorized: what a step needs for it is planned once and used by every layer.
+"""Attention over the paged KV cache, vectorized: planned once a step, used by every layer.
 
-Sequences are cut into runs of at most `RUN` queries, runs of like size and context share a bucket, and a bucket is one
-gather of keys and values and one attention call. So a layer costs a few calls, whatever the number of sequences.
+Sequences are cut into runs of at most `RUN` queries. Runs of similar size and context share a bucket, and a bucket is
+one gather of keys and values and one attention call. A layer therefore costs a few calls for any number of sequences.
 
 T tokens of the step, B runs of a bucket, Q queries of its longest run, L keys of its longest context, H heads,
 G key-value heads, D head size.
@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812  # as everybody calls it
+import torch.nn.functional as F  # noqa: N812  # the customary name
 from torch import Tensor
 
 from tokenmill.backends.base import StepInputs
 from tokenmill.program import ops
 
-RUN = 128  # queries of a run: long prompts do not look at keys that are still to come
-KEYS = 1 << 16  # keys of a bucket: bounds what is gathered
+RUN = 128  # queries of a run. Shorter runs compute fewer scores of later keys, which are masked.
+KEYS = 1 << 16  # keys of a bucket: bounds the memory of the gather
 MASK = 1 << 22  # elements of a bucket's mask
-KEPT = 1 << 24  # elements of masks that are kept from layer to layer; beyond it they are made again
+KEPT = 1 << 24  # elements of masks that all layers share; with more, each layer makes its own
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Queries of one sequence that stand together: `first` is the first one's place among the step's tokens."""
+    """Consecutive queries of one sequence. `first`: index of the first one among the step's tokens."""
 
     row: int
     first: int
@@ -36,25 +36,25 @@ class Run:
 
     @property
     def context(self) -> int:
-        """Keys that its last query sees."""
+        """Number of keys that the last query attends to."""
         return self.start + self.count
 
 
 @dataclass(slots=True)
 class Bucket:
-    """Runs of like size. Padding repeats a run's last query and its last key: nothing foreign is ever touched."""
+    """Runs of similar size. Padding repeats a run's last query and last key, so it reads nothing of other sequences."""
 
-    queries: Tensor  # (B, Q) places among the T tokens
+    queries: Tensor  # (B, Q) indices among the T tokens
     positions: Tensor  # (B, Q) of the queries
     keys: Tensor  # (B · L,) places in the cache
-    real: Tensor | None  # which of the B · Q queries are no padding, None: all
-    tokens: Tensor  # their places among the T tokens
-    kept: dict[int, Tensor | None] | None  # window -> mask; None: too large to keep
+    real: Tensor | None  # indices of the B · Q queries that are not padding; None: all
+    tokens: Tensor  # their indices among the T tokens
+    kept: dict[int, Tensor | None] | None  # window -> mask, shared by all layers; None: too large to share
     widest: int = 0  # L
     uneven: bool = True  # a mask is needed even without a window
 
     def mask(self, window: int, dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, Q, L): 0 where a query sees a key, else minus infinity. None if all see all."""
+        """Return (B, 1, Q, L): 0 where a query attends to a key, else minus infinity. None if no mask is needed."""
         if self.kept is not None and window in self.kept:
             return self.kept[window]
         made = self._mask(window, dtype)
@@ -74,14 +74,14 @@ class Bucket:
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """Attention's part of a step, shared by all layers. `places` (T,): each token's place in the cache."""
+    """Plan of a step's attention, shared by all layers. `places` (T,): place of each token in the cache."""
 
     places: Tensor
     buckets: list[Bucket] = field(default_factory=list)
 
 
 def plan(inputs: StepInputs, tables: Tensor, block_size: int, positions: Tensor, rows: Tensor) -> AttentionPlan:
-    """`tables` (S, blocks): of the step's rows. `positions` (T,), `rows` (T,): of its tokens."""
+    """Plan a step. `tables` (S, blocks): block tables of its rows. `positions` (T,), `rows` (T,): of its tokens."""
     blocks = tables[rows, positions // block_size].long()
     made = AttentionPlan(blocks * block_size + positions % block_size)
     groups = bucketed(runs_of(inputs))
@@ -91,7 +91,7 @@ def plan(inputs: StepInputs, tables: Tensor, block_size: int, positions: Tensor,
 
 
 def runs_of(inputs: StepInputs) -> list[Run]:
-    """The step's rows, cut."""
+    """Cut the step's rows into runs."""
     runs: list[Run] = []
     first = 0
     for row, (start, count) in enumerate(zip(inputs.starts.tolist(), inputs.counts.tolist(), strict=True)):
@@ -103,11 +103,11 @@ def runs_of(inputs: StepInputs) -> list[Run]:
 
 
 def bucketed(runs: list[Run]) -> list[list[Run]]:
-    """Runs of like size and context together: at most half of a bucket's keys are padding, short contexts aside."""
+    """Group runs of similar size and context: at most half of a bucket's keys are padding, short contexts aside."""
     buckets: list[list[Run]] = []
     for run in sorted(runs, key=lambda r: (_size_class(r.count), r.context), reverse=True):
         if buckets:
-            top = buckets[-1][0]  # the longest context
+            top = buckets[-1][0]  # It has the longest context.
             n = len(buckets[-1]) + 1
             queries = max(r.count for r in buckets[-1])
             alike = _size_class(run.count) == _size_class(top.count) and run.context * 2 >= min(top.context, 256)
@@ -148,13 +148,13 @@ def _bucket(runs: list[Run], tables: Tensor, block_size: int, keep: bool) -> Buc
 
 
 class Scratch:
-    """Where keys and values are gathered, bucket after bucket: fresh memory each time would cost more than the rest."""
+    """Memory of the gathered keys and values, reused by all buckets: allocating it would cost more than the gather."""
 
     def __init__(self) -> None:
         self._held: Tensor | None = None
 
     def room(self, rows: int, like: Tensor) -> Tensor:
-        """(2, rows, width) as wide as `like`, valid until the next call."""
+        """Return (2, rows, width) as wide as `like`, valid until the next call."""
         size = 2 * rows * like.shape[-1]
         if self._held is None or self._held.numel() < size:
             self._held = torch.empty(size, dtype=like.dtype, device=like.device)
@@ -164,7 +164,7 @@ class Scratch:
 def attend(
     op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan, scratch: Scratch
 ) -> Tensor:
-    """Write k and v (T, G · D) to `cache` (2, places, G · D), then attend: (T, H · D)."""
+    """Write k and v (T, G · D) to `cache` (2, places, G · D), attend, and return (T, H · D)."""
     cache[0].index_copy_(0, plan.places, k)
     cache[1].index_copy_(0, plan.places, v)
     made = torch.empty_like(q)
@@ -193,7 +193,7 @@ def _scaled(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 
 def scratch_bytes(max_total_tokens: int, max_batch_tokens: int, widest_kv: int, item_bytes: int) -> int:
-    """The most that a step's buckets need at a time: keys and values gathered, and the masks."""
+    """Return the bytes that the buckets of a step need at most: gathered keys and values, and masks."""
     keys = max(KEYS, max_total_tokens) * widest_kv * 2
     mask = max(MASK, max_total_tokens)
     kept = min(KEPT, max_batch_tokens * max_total_tokens)

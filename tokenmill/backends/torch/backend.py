@@ -107,7 +107,7 @@ class TorchBackend:
         return block_bytes(self._layout, self.dtype.itemsize, self.limits.block_size)
 
     def step_bytes(self) -> int:
-        """Bytes that the largest step needs besides weights and cache: values, what attention gathers, logits."""
+        """Bytes that the largest step needs besides weights and cache: values, scratch of attention, logits."""
         rows = most_rows(self.limits)
 
         def size(buffer: Buffer) -> int:
@@ -117,7 +117,7 @@ class TorchBackend:
         gathered = attention.scratch_bytes(
             self.limits.max_total_tokens, self.limits.max_batch_tokens, widest, self.dtype.itemsize
         )
-        sampled = 4 * rows["samples"] * self.vocab_size * 4  # float32 copies that a full tail makes
+        sampled = 4 * rows["samples"] * self.vocab_size * 4  # float32 copies of logits in a full tail
         return plan_buffers(self.program, size).size + gathered + sampled
 
     def claimed_bytes(self) -> int:
@@ -131,7 +131,7 @@ class TorchBackend:
             for layer, spec in self._layout.items():
                 shape = 2, places, spec.width // 2
                 self._cache[layer] = _zeros(shape, self.dtype, self.device)
-        except (RuntimeError, MemoryError) as e:  # torch has no narrower one on every device
+        except (RuntimeError, MemoryError) as e:  # torch has no narrower error on every device.
             wanted = num_blocks * self.block_bytes()
             raise NotEnoughMemory(
                 f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}. Lower --memory-limit or --max-total-tokens."
@@ -165,7 +165,7 @@ class TorchBackend:
         try:
             return self._step(inputs)
         except torch.OutOfMemoryError as error:
-            if self.group.size > 1:  # the other ranks may have had room: no plan that all agree on follows
+            if self.group.size > 1:  # The other ranks may have had memory: their plans would differ.
                 raise
             why = str(error)
         torch.cuda.empty_cache()  # Here no frame of the error holds a tensor any more.

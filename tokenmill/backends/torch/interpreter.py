@@ -1,4 +1,4 @@
-"""Interpreter of a program with torch: a plain loop. Values are dropped after their last reader."""
+"""Interpreter of a program with torch: a plain loop, which drops each value after its last reader."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Line:
 
 
 class Interpreter:
-    """Runs one program in two parts, split where rows are taken.
+    """Runs one program in two parts, split at TakeRows.
 
     The second part may run several times, over other rows of the same step. The constructor raises Unsupported for an
     operation without a kernel.
@@ -55,7 +55,7 @@ class Interpreter:
 
     @torch.inference_mode()
     def body(self, step: StepState, ids: Tensor) -> Env:
-        """Run all tokens `ids` (T,) and return the values that the second part reads."""
+        """Run the first part for all tokens `ids` (T,) and return the values that the second part reads."""
         inputs = self.program.inputs
         env = {inputs.ids.buffer: ids[:, None], inputs.positions.buffer: step.positions[:, None]}
         _run(self._body, step, env)

@@ -1,4 +1,4 @@
-"""The torch backend as a choice: it runs every program, on any device, where nothing faster does."""
+"""The torch backend as a choice: it runs every program, on any device, if no faster backend does."""
 
 from __future__ import annotations
 

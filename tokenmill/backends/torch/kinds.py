@@ -1,7 +1,7 @@
 """Every kind of operation in a few lines of torch: the reference that other backends are compared with.
 
-A function a kind, named after it: `(operation, step, the values it reads in the order of its fields)`. Fused kinds are
-their parts in order.
+There is a function for each kind, named after it: `(operation, step, *values it reads, in the order of its fields)`. A
+fused kind runs its parts in order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StepState:
     group: Group
     positions: Tensor  # (T,)
     attention: AttentionPlan
-    samples: Tensor  # (R,) places among the T tokens
+    samples: Tensor  # (R,) indices among the T tokens
     scratch: Scratch
     tables: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of cos_sin
 
@@ -41,7 +41,7 @@ class StepState:
         return None if weight is None else self.weights[weight]
 
     def cos_sin(self, table: RopeTable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, each (T, 1, rotary_dim / 2), made once a step."""
+        """Return cosines and sines, each (T, 1, rotary_dim / 2). Computed once a step."""
         if table not in self.tables:
             if table.moves:
                 inverse = torch.from_numpy(table.frequencies_at(self.positions.cpu().numpy()))
@@ -54,7 +54,7 @@ class StepState:
 
 
 def activation(name: str) -> Act:
-    """By transformers' name."""
+    """Return an activation by its name in transformers."""
     acts: dict[str, Act] = {
         "silu": F.silu,
         "relu": F.relu,
@@ -66,7 +66,7 @@ def activation(name: str) -> Act:
 
 
 def embed(op: ops.Embed, step: StepState, ids: Tensor) -> Tensor:
-    """Rows of a table; with several ranks each looks up its own rows, and a sum follows."""
+    """Look up rows of a table. With several ranks each looks up its own rows, and an AllReduce follows."""
     table = step.weights[op.table]
     if op.table.ranks == 1:
         y = F.embedding(ids[:, 0], table)
@@ -78,7 +78,7 @@ def embed(op: ops.Embed, step: StepState, ids: Tensor) -> Tensor:
 
 
 def linear(op: ops.Linear, step: StepState, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """act(x · weightᵀ + bias), gated, plus residual."""
+    """Return act(x · weightᵀ + bias), gated, plus residual."""
     y = F.linear(x, step.weights[op.weight], step.optional(op.bias))
     if op.act and op.gated:
         gate, up = y.chunk(2, -1)
@@ -89,23 +89,23 @@ def linear(op: ops.Linear, step: StepState, x: Tensor, residual: Tensor | None =
 
 
 def norm(op: ops.Norm, step: StepState, x: Tensor) -> Tensor:
-    """RMS norm or LayerNorm, of the row or of each head."""
+    """Return the RMS norm or LayerNorm of each row or of each head."""
     return normed(x, step.weights[op.weight], step.optional(op.bias), op.eps, op.center, op.head_dim)
 
 
 def add_norm(op: ops.AddNorm, step: StepState, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm of the sum, and the sum."""
+    """Return the norm of the sum, and the sum."""
     total = x + y
     return norm(op, step, total), total
 
 
 def rope(op: ops.Rope, step: StepState, x: Tensor) -> Tensor:
-    """Heads rotated by position."""
+    """Rotate heads by position."""
     return rotated(x, op.rope, op.head_dim, step)
 
 
 def attention(op: ops.Attention, step: StepState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Cache, then attend."""
+    """Normalize and rotate queries and keys, write the cache, and attend."""
     if op.q_norm and op.k_norm:
         q, k = (
             normed(x, step.weights[w], None, op.eps, False, op.head_dim) for x, w in ((q, op.q_norm), (k, op.k_norm))
@@ -116,32 +116,32 @@ def attention(op: ops.Attention, step: StepState, q: Tensor, k: Tensor, v: Tenso
 
 
 def gated_act(op: ops.GatedAct, step: StepState, gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) · up"""
+    """Return act(gate) · up."""
     return activation(op.act)(gate) * up
 
 
 def act(op: ops.Act, step: StepState, x: Tensor) -> Tensor:
-    """act(x)"""
+    """Return act(x)."""
     return activation(op.act)(x)
 
 
 def add(op: ops.Add, step: StepState, x: Tensor, y: Tensor) -> Tensor:
-    """x + y"""
+    """Return x + y."""
     return x + y
 
 
 def soft_cap(op: ops.SoftCap, step: StepState, x: Tensor) -> Tensor:
-    """cap · tanh(x / cap)"""
+    """Return cap · tanh(x / cap)."""
     return op.cap * torch.tanh(x / op.cap)
 
 
 def take_rows(op: ops.TakeRows, step: StepState, x: Tensor) -> Tensor:
-    """The rows that sample."""
+    """Return the rows that sample."""
     return x[step.samples]
 
 
 def experts(op: ops.Experts, step: StepState, x: Tensor, scores: Tensor) -> Tensor:
-    """Each row through its experts; only experts that somebody chose are run."""
+    """Run each row through its top experts. Experts that no row routes to are not run."""
     weight, chosen = scores.float().softmax(-1).topk(op.top_k, -1)
     if op.renormalize:
         weight = weight / weight.sum(-1, keepdim=True)
@@ -155,27 +155,27 @@ def experts(op: ops.Experts, step: StepState, x: Tensor, scores: Tensor) -> Tens
 
 
 def quantize(op: ops.Quantize, step: StepState, x: Tensor) -> Tensor:
-    """Nothing: whatever goes into an int8 buffer is rounded there."""
+    """Return x: values written to an int8 buffer are rounded there."""
     return x
 
 
 def all_reduce(op: ops.AllReduce, step: StepState, x: Tensor) -> Tensor:
-    """The sum over the ranks."""
+    """Return the sum over the ranks."""
     return step.group.all_reduce(x)
 
 
 def gather(op: ops.Gather, step: StepState, x: Tensor) -> Tensor:
-    """The ranks' columns side by side."""
+    """Return the columns of all ranks side by side."""
     return step.group.gather(x)
 
 
 def arg_max(op: ops.ArgMax, step: StepState, x: Tensor) -> Tensor:
-    """The id of the largest."""
+    """Return the index of the largest value of each row."""
     return x.argmax(-1, keepdim=True)
 
 
 def normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool, head_dim: int) -> Tensor:
-    """In float32, whatever x is in."""
+    """Return the norm in x's dtype, computed in float32."""
     y = x.float()
     if head_dim:
         y = y.reshape(len(x), -1, head_dim)
@@ -187,7 +187,7 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: b
 
 
 def rotated(x: Tensor, table: RopeTable, head_dim: int, step: StepState) -> Tensor:
-    """(T, heads · head_dim), the first rotary_dim of each head rotated, halves split."""
+    """Rotate the first rotary_dim of each head of x (T, heads · head_dim), with split halves."""
     cos, sin = step.cos_sin(table, x.dtype)
     half = table.rotary_dim // 2
     heads = x.reshape(len(x), -1, head_dim)
@@ -203,7 +203,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
-    """The function of every kind."""
+    """Return the function of each kind."""
     return {
         ops.Embed: embed,
         ops.Linear: linear,
