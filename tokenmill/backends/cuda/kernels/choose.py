@@ -1,5 +1,4 @@
-"""The next token of rows that want the likeliest, or one drawn at a temperature. What is drawn: `backends/sampling.py`.
-"""
+"""The next token of greedy rows and of rows with a temperature alone. The rules: `backends/sampling.py`."""
 
 import triton
 import triton.language as tl
@@ -9,7 +8,7 @@ from tokenmill.backends.cuda.kernels.parameters import LEAST_TEMPERATURE, SEED_H
 
 @triton.jit
 def mix(x):
-    """lowbias32 of unsigned 32-bit integers."""
+    """Apply lowbias32 to unsigned 32-bit integers."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -19,14 +18,14 @@ def mix(x):
 
 @triton.jit
 def noise_key(low, high, position):
-    """The key of (seed, position), all int32 of the same bits."""
+    """Return the key of (seed, position), which are passed as int32 of the same bits."""
     low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
     return mix(low ^ mix(high ^ mix(position.to(tl.uint32, bitcast=True))))
 
 
 @triton.jit
 def noise_of(key, ids):
-    """Gumbel noise of token ids (int32) under a key."""
+    """Return the Gumbel noise of token ids (int32) under a key."""
     bits = mix(ids.to(tl.uint32, bitcast=True) * 0x9E3779B9 + key) & 0x7FFFFFFF
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.99999994)
     series = u * (1.0 + u * (0.5 + u * (0.3333333333 + u * 0.25)))  # -log1p(-u) where 1 - u would lose digits
@@ -35,16 +34,16 @@ def noise_of(key, ids):
 
 @triton.jit
 def best_of(values, ids):
-    """The largest value, and the smallest id that has it."""
+    """Return the largest value, and the smallest id that has it."""
     most = tl.max(values, 0)
     return most, tl.min(tl.where(values == most, ids, 2147483647), 0)
 
 
 @triton.jit
 def best_of_chunk(row, x, first, end, scale, key, NOISE: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
-    """`best_of` the logits first … end, times `scale` plus noise; infinity if one is NaN. `x`: the first BLOCK of them.
+    """Return `best_of` the logits [first, end), times `scale` plus noise; infinity if one is NaN.
 
-    A block is loaded while the one before is worked on.
+    `x`: the first BLOCK of them. Each block is loaded while the one before is processed.
     """
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     ids = tl.zeros([BLOCK], tl.int32)
@@ -67,19 +66,19 @@ def best_of_chunk(row, x, first, end, scale, key, NOISE: tl.constexpr, BLOCK: tl
 def choose(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, out_ptr, best_ptr, id_ptr, count_ptr,
            tokens_stride, parameters_stride, VOCAB: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
            ROUNDS: tl.constexpr, SOME: tl.constexpr):  # fmt: skip
-    """out[r]: the id of the largest logit, or if the row has a temperature, of logit over temperature plus noise; -1 if
-    a logit is not finite. To the slot, too.
+    """Set out[r] to the id of the largest logit; if the row has a temperature, of logit over temperature plus noise; to
+    -1 if a logit is not finite. Append it to the slot's tokens, too.
 
     SOME: row r is token rows[r] of the step. Grid (R, CHUNKS); CHUNKS · ROUNDS · BLOCK >= VOCAB. The last program of a
-    row ends it and leaves its count at zero. To be launched without contraction of products and sums, whose use the
-    compiler may decide otherwise for each size.
+    row combines the chunks and leaves the row's count at zero. Launch without contraction of products and sums, which
+    the compiler would apply differently at each size.
     """
     r, c = tl.program_id(0), tl.program_id(1)
     row = logits_ptr + r.to(tl.int64) * VOCAB
     first = c * (ROUNDS * BLOCK)
     end = tl.minimum(first + ROUNDS * BLOCK, VOCAB)
     o = first + tl.arange(0, BLOCK)
-    x = tl.load(row + o, mask=o < end, other=float("-inf"))  # under way while the row's parameters are looked up
+    x = tl.load(row + o, mask=o < end, other=float("-inf"))  # Under way while the row's parameters are read.
     t = r
     if SOME:
         t = tl.load(rows_ptr + r)

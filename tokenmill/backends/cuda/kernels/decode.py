@@ -1,8 +1,8 @@
-"""Attention of one new token a sequence, over pages: rotation, write of the new key and value, split, combine, at once.
+"""Attention of one new token per sequence over paged keys, with its rotation and cache write, in one launch.
 
 The query heads that share a key-value head are one tile. A sequence's keys may be split over several programs; the last
-one to arrive adds up what they found, always in the same order. Page numbers are read one round ahead: then the loads
-of keys and values are pipelined.
+one to finish merges the partial results, always in the same order. Page numbers are read one round ahead, so that the
+loads of keys and values are pipelined.
 """
 
 import triton
@@ -14,7 +14,7 @@ from tokenmill.backends.cuda.kernels.heads import columns, kept, place_of, real,
 
 @triton.jit
 def scored(s, scale, cap, CAPPED: tl.constexpr):
-    """Scores in units of log2(e): products times `scale`, or capped, where `scale` is over the cap."""
+    """Return scores in units of log2(e): products times `scale`, or capped, where `scale` is already over the cap."""
     if CAPPED:
         return (1.0 - 2.0 / (tl.exp2(s * scale * 2.8853900817779268) + 1.0)) * cap  # tanh
     else:
@@ -23,7 +23,7 @@ def scored(s, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
-    """First key that is looked at, keys of a split, and how many splits there are: of `position` older keys."""
+    """Return the first key in the window, the keys of a split, and the number of splits, for `position` older keys."""
     first = position * 0
     if WINDOW:
         first = tl.maximum(position + 1 - WINDOW, 0) // BN * BN
@@ -33,19 +33,19 @@ def spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr
 
 @triton.jit
 def shown(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """Where the numbers of G heads (GP, 2 · HALF) stand in a row of them."""
+    """Return the offsets of the columns of G padded heads, (GP, 2 · HALF), in a row of heads."""
     return tl.arange(0, GP)[:, None] * D + columns(tl.arange(0, 2 * HALF), D, HALF)[None, :]
 
 
 @triton.jit
 def there(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """Which of them are no padding."""
+    """Return which of these columns are not padding."""
     return (tl.arange(0, GP) < G)[:, None] & real(tl.arange(0, 2 * HALF), D, HALF)[None, :]
 
 
 @triton.jit
 def assigned(items_ptr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
-    """Row and split of this program; beyond the list: a split that no row has."""
+    """Return row and split of this program; beyond the list, a split that no row has."""
     item = tl.program_id(1)
     if LISTED:
         known = item < tl.load(items_ptr)
@@ -58,7 +58,7 @@ def assigned(items_ptr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
 @triton.jit
 def hand_in(part_ptr, sum_ptr, count_ptr, out_ptr, acc, sums, group, split, active, G: tl.constexpr, GP: tl.constexpr,
             D: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Leave a split's result; the last one of a group to arrive adds them up."""
+    """Store a split's result. The last split of a group to finish merges all of them."""
     g = tl.arange(0, GP)
     at = group * SPLITS + split
     tl.store(part_ptr + at * (G * D) + shown(G, GP, D, HALF), acc, mask=there(G, GP, D, HALF))
@@ -72,7 +72,7 @@ def hand_in(part_ptr, sum_ptr, count_ptr, out_ptr, acc, sums, group, split, acti
 @triton.jit
 def combine(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
             HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Add up `active` partial results (SPLITS, G, D), weighted by their sums (SPLITS, G), in order."""
+    """Merge `active` partial results (SPLITS, G, D), weighted by their sums (SPLITS, G), in order."""
     g = tl.arange(0, GP)
     ok = g < G
     most = tl.full([GP], -1e30, tl.float32)
@@ -95,7 +95,7 @@ def combine(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: tl.co
 def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, scale, cap, KV_HEADS: tl.constexpr,
                   D: tl.constexpr, HALF: tl.constexpr, GP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
                   WINDOW: tl.constexpr, CAPPED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Attend to the keys [first, stop) of a page table: largest score, sum and weighted values of each query."""
+    """Attend to the keys [first, stop) of a table. Return largest score, sum and weighted values of each query."""
     j = tl.arange(0, 2 * HALF)
     col = columns(j, D, HALF)
     n = tl.arange(0, BN)
@@ -131,7 +131,7 @@ def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, sc
 def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr, cos, sin, eps, scale, cap,
               k_fit, v_fit, D: tl.constexpr, HALF: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr,
               ROPE: tl.constexpr):  # fmt: skip
-    """Write the new token's key and value to the cache, and go on with them as they are there."""
+    """Write the new token's key and value to the cache, and attend to them as they are stored."""
     half = tl.arange(0, HALF)[None, :]
     half_ok = half < D // 2
     b1, b2 = turned(k_ptr + half * 0, half_ok, norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
@@ -154,9 +154,9 @@ def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr,
 @triton.jit(do_not_specialize=["n"])
 def list_splits(items_ptr, pairs_ptr, rows_ptr, n, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
                 WINDOW: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """List the work of `decode` for n rows: items[0] is the number of splits in all, each of the next is
-    row · 256 + split. Whole splits come first, the rows' last ones, which are shorter, behind them: so the device is
-    busy to the end. Grid (1,); BLOCK >= n.
+    """List the work of `decode` for n rows: items[0] is the number of all splits, each of the next is
+    row · 256 + split. Whole splits come first, then the rows' last ones, which are shorter, so that the device is busy
+    to the end. Grid (1,); BLOCK >= n.
     """
     row = tl.arange(0, BLOCK)
     ok = row < n
@@ -181,11 +181,10 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
            D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
            LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
            SOME: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Grid (KV_HEADS, rows · SPLITS). SOME: of the step's tokens those in `rows` only. LISTED: `items` says which split
-    of which row a program does. GP: at least 16 and G.
+    """Attend from single tokens: normalize, rotate and cache their keys and values on the way.
 
-    What the cache holds is the key times `k_fit` and the value times `v_fit`; `scale` makes up for the one, `v_scale`
-    for the other.
+    SOME: only the step's tokens in `rows`. LISTED: `items` assigns splits to programs. GP: at least 16 and G. The cache
+    holds keys times `k_fit` and values times `v_fit`, which `scale` and `v_scale` undo. Grid (KV_HEADS, rows · SPLITS).
     """
     head = tl.program_id(0)
     if PDL:

@@ -1,7 +1,7 @@
-"""The next token of rows with top-k, top-p, min-p or typical-p, without sorting. What each means:
-`backends/sampling.py`; how thresholds are found: `search.py`.
+"""The next token of rows with top-k, top-p, min-p or typical-p, without sorting. The rules: `backends/sampling.py`; the
+search of thresholds: `search.py`.
 
-Top-k, top-p and min-p keep what is above some logit, typical-p what is between two: a pair of keys says it all.
+Top-k, top-p and min-p keep the logits from a threshold on, typical-p those between two: a pair of keys describes both.
 """
 
 import triton
@@ -34,9 +34,9 @@ from tokenmill.backends.cuda.kernels.search import (
 )
 
 _HIDDEN: tl.constexpr = tl.constexpr(-25.5)
-"""With noise in [-2.82, 22.2], nothing so far below the best is chosen."""
+"""With noise in [-2.82, 22.2], no logit so far below the best is chosen."""
 _LEAST: tl.constexpr = tl.constexpr(1e-30)
-"""Of a share: something is kept."""
+"""Least share, so that at least one logit is kept."""
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def scale_of(at):
 @triton.jit
 def summarize(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, maxima_ptr, sums_ptr, parameters_stride,
               VOCAB: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """maxima[r, g]: the largest logit of a group, infinity if one is NaN. sums[r, g]: the sum of e^((logit − it) ·
-    scale), of rows that look at masses. Grid (R, GROUPS / TILE)."""
+    """Set maxima[r, g] to the largest logit of a group, infinity if one is NaN, and, for rows with top-p or typical-p,
+    sums[r, g] to the sum of e^((logit − maximum) · scale). Grid (R, GROUPS / TILE)."""
     r = tl.program_id(0)
     g = tl.program_id(1) * TILE + tl.arange(0, TILE)
     o = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -71,14 +71,14 @@ def summarize(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, maxima_ptr, sums_
 
 @triton.jit
 def cautious(p):
-    """A share a little larger than p, so that rounding of masses does not matter; more than 1 if p nearly is."""
+    """Return a share slightly larger than p, so that rounding of masses does not matter; above 1 if p is nearly 1."""
     return p + (1.0 - p) * 0.01 + 1e-5
 
 
 @triton.jit
 def likely(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
            GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """The least key that top-p keeps of those from `low` on."""
+    """Return the least key that top-p keeps of those from `low` on."""
     total = tl.sum(wholes, 0)
     if low > key_of(tl.full([], float("-inf"), tl.float32), SHIFT):
         n = list_groups(groups_ptr, keys, low)
@@ -93,17 +93,18 @@ def likely(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.c
 @triton.jit
 def typical(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
             GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """The least and the largest key that typical-p keeps of those from `low` on.
+    """Return the least and the largest key that typical-p keeps of those from `low` on.
 
-    A log-probability plus the entropy is a scaled logit less their mean by mass: that is the distance that is searched.
-    What makes up p from the likeliest on has distances up to those of its ends, so no other is larger than these.
+    A log-probability plus the entropy is a scaled logit minus the mean of scaled logits by mass. The threshold is
+    searched among these distances. The likeliest logits that together make up p bound it: their distances are at most
+    those of their two ends, so no kept logit is farther.
     """
     n = list_groups(groups_ptr, keys, low)
     total, mean = moments(row, groups_ptr, n, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
     center = mean / total
     end = bound(keys, tops, wholes, cautious(p) * total, most, scale, low, MASS, SHIFT, GROUP)
     far = 1.0001 * tl.maximum(-center, center - (value_of(end, SHIFT) - most) * scale)
-    beside = most + (center - far) / scale - tl.abs(most) * 1e-5  # rounding moves it by less
+    beside = most + (center - far) / scale - tl.abs(most) * 1e-5  # Rounding moves it by less.
     n = list_groups(groups_ptr, keys, tl.maximum(low, key_from(beside, SHIFT)))
     nearest = least_kept(
         row, groups_ptr, n, p * total, most, scale, center, low, key_of(-far, 0), tl.full([], 0, tl.int32), NEARNESS,
@@ -123,7 +124,7 @@ def typical(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.
 @triton.jit
 def filters(row, groups_ptr, keys, tops, wholes, at, most, scale, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
             GROUPS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """The least and the largest key that the parameters at `at` keep of a row."""
+    """Return the least and the largest key that the filters with the parameters at `at` keep of a row."""
     k = tl.load(at + TOP_K)
     top_p = tl.maximum(tl.load(at + TOP_P).to(tl.float32, bitcast=True), _LEAST)
     min_p = tl.load(at + MIN_P).to(tl.float32, bitcast=True)
@@ -150,9 +151,9 @@ def filters(row, groups_ptr, keys, tops, wholes, at, most, scale, VOCAB: tl.cons
 @triton.jit
 def drawn(row, groups_ptr, keys, noise, random, most, scale, low, high, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
           GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """The id of the largest scaled logit, plus noise if `random`, of those whose key is between `low` and `high`.
+    """Return the id of the largest scaled logit, plus noise if `random`, of those with keys between `low` and `high`.
 
-    The sum is `choose`'s to the bit: a row gets the same token whether or not others in its step want filters.
+    The sums are bitwise those of `choose`, so a row's token does not depend on the filters of other rows.
     """
     highest = tl.minimum(high, key_of(most, SHIFT))
     low = tl.maximum(low, tl.where(random, key_from(value_of(highest, SHIFT) + _HIDDEN / scale, SHIFT), highest))
@@ -176,11 +177,11 @@ def drawn(row, groups_ptr, keys, noise, random, most, scale, low, high, VOCAB: t
 def choose_filtered(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, out_ptr, kept_ptr, maxima_ptr,
                     sums_ptr, groups_ptr, tokens_stride, parameters_stride, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
                     GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """As `choose`, with the filters of the row, behind `summarize`. kept[r]: between which keys of all 32 bits they
-    left its logits.
+    """Choose as `choose` does, after the filters of the row; launch behind `summarize`. Set kept[r] to the bounds, as
+    keys of all 32 bits, of the logits that the filters keep.
 
-    Grid (R,). groups (R, WIDTH): scratch; WIDTH: the power of two from GROUPS on. SHIFT: of `search.key_of`. To be
-    launched without contraction of products and sums: a distance must be the same wherever it is computed.
+    Grid (R,). groups (R, WIDTH): scratch; WIDTH: the power of two from GROUPS on. SHIFT: of `search.key_of`. Launch
+    without contraction of products and sums: a distance must be the same wherever it is computed.
     """
     r = tl.program_id(0)
     slot, position = place_of(pairs_ptr, rows_ptr, r)

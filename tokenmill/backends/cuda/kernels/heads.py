@@ -1,7 +1,7 @@
-"""Heads of queries and keys: norm, rotation, and the write of keys and values to the pages.
+"""Heads of queries and keys: norm, rotation, and the write of keys and values to the paged cache.
 
-A head of D numbers is kept as two halves of HALF columns, a power of two at least D / 2; what is beyond D / 2 is
-padding. So column j of a padded head is number `columns(j)`.
+Kernels hold a head of D numbers as two halves of HALF columns, a power of two of at least D / 2. Columns of a half
+beyond D / 2 are padding. Column j of a padded head is number `columns(j)` of the head.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def columns(j, D: tl.constexpr, HALF: tl.constexpr):
-    """Where column j of a padded head stands in the head."""
+    """Return the offset in the head of column j of a padded head."""
     if D == 2 * HALF:
         return j
     else:
@@ -26,7 +26,7 @@ def real(j, D: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def turned(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
            ROPE: tl.constexpr):  # fmt: skip
-    """The halves (N, HALF), float32, of the heads at `x_ptr` (N, 1): normed and rotated, as asked."""
+    """Return the halves (N, HALF), float32, of the heads at `x_ptr` (N, 1), normalized with NORM, rotated with ROPE."""
     j = tl.arange(0, HALF)[None, :]
     ok = ok & (j < D // 2)
     a = tl.load(x_ptr + j, mask=ok, other=0.0).to(tl.float32)
@@ -42,8 +42,8 @@ def turned(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.constex
 
 @triton.jit
 def kept(x, fit, KIND: tl.constexpr):
-    """As the cache keeps it: times `fit`, within what an 8-bit float can say, rounded to KIND. Else as it is."""
-    if KIND == tl.float8e4nv:  # noqa: SIM300  # the other way round Triton does not look into KIND
+    """Convert to the cache's dtype KIND: 8-bit floats are scaled by `fit` and clamped to their range."""
+    if KIND == tl.float8e4nv:  # noqa: SIM300  # In the other order Triton does not unwrap KIND.
         return tl.clamp(x.to(tl.float32) * fit, -448.0, 448.0).to(KIND)
     elif KIND == tl.float8e5:  # noqa: SIM300
         return tl.clamp(x.to(tl.float32) * fit, -57344.0, 57344.0).to(KIND)
@@ -53,7 +53,7 @@ def kept(x, fit, KIND: tl.constexpr):
 
 @triton.jit
 def place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE: tl.constexpr):
-    """Which place of the cache holds a slot's position."""
+    """Return the place in the cache of a slot's position."""
     block = tl.load(tables_ptr + slot * table_stride + position // BLOCK_SIZE).to(tl.int64)
     return block * BLOCK_SIZE + position % BLOCK_SIZE
 

@@ -1,4 +1,4 @@
-"""Rows of scores of which a mask allows some ids only. The order: `backends/sampling.py`."""
+"""Logits masks on rows of scores. The order: `backends/sampling.py`."""
 
 import triton
 import triton.language as tl
@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def forbid(scores_ptr, rows_ptr, bits_ptr, VOCAB: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Minus infinity where bit id % 32 of bits[m, id // 32] is 0, in row rows[m] of scores (R, VOCAB) float32; what is
-    not finite stays.
+    """Set scores (R, VOCAB) float32 of row rows[m] to minus infinity where bit id % 32 of bits[m, id // 32] is 0.
+    Infinity and NaN stay, so that the row is still found not to be finite.
 
     bits (M, WORDS) int32. Grid (M, VOCAB / BLOCK).
     """

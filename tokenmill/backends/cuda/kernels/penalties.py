@@ -1,8 +1,8 @@
-"""Biases and penalties on rows of scores, from what is known of each slot. The order: `backends/sampling.py`.
+"""Biases and penalties on rows of scores, from the state of each slot. The order: `backends/sampling.py`.
 
-Two passes over a sequence's tokens, many programs a row. `count_tokens` notes in a workspace of the scores' shape which
-ids there are; `penalize` takes each id's note out and changes the score, so each id is changed once, and the workspace
-is all zero again: nothing as long as the vocabulary is read or cleared.
+There are two passes over a sequence's tokens, with many programs a row. `count_tokens` counts the ids in a workspace of
+the scores' shape. `penalize` takes each id's count, sets it to zero and changes the score. So each id is changed once,
+and the workspace is zero again without a pass over the vocabulary.
 """
 
 import triton
@@ -11,34 +11,34 @@ import triton.language as tl
 from tokenmill.backends.cuda.kernels.parameters import FREQUENCY, NUM_BIASES, NUM_PROMPT, PRESENCE, REPETITION
 
 IN_PROMPT: tl.constexpr = tl.constexpr(1 << 30)
-"""A note's bit for ids of the prompt; the bits below count the id in the output."""
+"""Bit of a count that is set for ids of the prompt; the bits below count the id in the output."""
 
 
 @triton.jit
 def place_of(pairs_ptr, rows_ptr, r):
-    """Slot and position of the token that is sampled in row r."""
+    """Return slot and position of the token that row r samples."""
     t = tl.load(rows_ptr + r)
     return tl.load(pairs_ptr + 2 * t).to(tl.int64), tl.load(pairs_ptr + 2 * t + 1) + 1
 
 
 @triton.jit
 def penalties_of(at):
-    """Repetition, frequency and presence penalty of a row of parameters, and whether there is any."""
+    """Return repetition, frequency and presence penalty of a row of parameters, and True if any has an effect."""
     repetition = tl.load(at + REPETITION).to(tl.float32, bitcast=True)
     frequency = tl.load(at + FREQUENCY).to(tl.float32, bitcast=True)
     presence = tl.load(at + PRESENCE).to(tl.float32, bitcast=True)
     return repetition, frequency, presence, (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0)
 
 
-@triton.jit(do_not_specialize=["biases_stride"])  # it changes when room for biases grows
+@triton.jit(do_not_specialize=["biases_stride"])  # It changes when room for biases grows.
 def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, counts_ptr, scores_ptr,
                  parameters_stride, biases_stride, tokens_stride, VOCAB: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
-    """counts[r, id]: IN_PROMPT if the sequence's prompt has it, plus how often its output has; for rows with a penalty.
-    scores[r, id] += what is biased at this position.
+    """Add biases to scores[r, id]. For rows with a penalty, set counts[r, id] to the number of times the id is in the
+    output, with the bit IN_PROMPT if it is in the prompt.
 
-    counts (R, VOCAB) are zero before. Biases of a slot: (id, value, position where it ends), no id twice but with an
-    infinite value, so the order does not matter. Grid (R, any).
+    counts (R, VOCAB) are zero before. Biases of a slot: (id, value, position where it ends). Only infinite ones have an
+    id twice, so the order does not matter. Grid (R, any).
     """
     r, c = tl.program_id(0), tl.program_id(1)
     slot, position = place_of(pairs_ptr, rows_ptr, r)
@@ -67,9 +67,9 @@ def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, co
 @triton.jit
 def penalize(pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, counts_ptr, scores_ptr, parameters_stride, tokens_stride,
              VOCAB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The three penalties on scores (R, VOCAB) of ids that `count_tokens` counted; counts are zero afterwards.
+    """Apply the three penalties to scores (R, VOCAB) of ids that `count_tokens` counted, and set the counts to zero.
 
-    Grid (R, any). To be launched without contraction of products and sums: ties between ids stay ties.
+    Grid (R, any). Launch without contraction of products and sums: ties between ids stay ties.
     """
     r, c = tl.program_id(0), tl.program_id(1)
     slot, position = place_of(pairs_ptr, rows_ptr, r)
@@ -81,7 +81,7 @@ def penalize(pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, counts_ptr, scores
         known = (ids >= 0) & (ids < VOCAB)
         place = r.to(tl.int64) * VOCAB + ids
         count = tl.atomic_xchg(counts_ptr + place, 0, mask=known, sem="relaxed")
-        mine = known & (count != 0)  # whoever takes the note out changes the score
+        mine = known & (count != 0)  # The program that takes the count changes the score.
         x = tl.load(scores_ptr + place, mask=mine, other=0.0)
         x = tl.where(x < 0.0, x * repetition, tl.div_rn(x, repetition))
         output = count & (IN_PROMPT - 1)

@@ -1,4 +1,4 @@
-"""Attention of runs of tokens over pages: keys and values of the run itself are there already, behind its prefix.
+"""Attention of runs of tokens over the paged cache, which already holds keys and values of the run itself.
 
 A tile is a few tokens of one sequence times the query heads that share a key-value head.
 """
@@ -14,8 +14,8 @@ from tokenmill.backends.cuda.kernels.heads import columns, real
 def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, first, stop, scale, cap,
            KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
            MASKED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Go on with the keys [first, stop). MASKED: not every query sees every one of them; else BN divides their number.
-    """
+    """Attend to the keys [first, stop) and update the results. MASKED: not every query attends to all of them; without
+    it BN divides their number."""
     j = tl.arange(0, 2 * HALF)
     col = columns(j, D, HALF)
     n = tl.arange(0, BN)
@@ -68,7 +68,7 @@ def part_of(start, count, splits, WINDOW: tl.constexpr, BN: tl.constexpr, LEAST:
 
 @triton.jit
 def added(acc, sums, part_ptr, sum_ptr, count_ptr, active, splits, BM: tl.constexpr, WIDTH: tl.constexpr):
-    """Leave a part's result; whether this was the last one to arrive, and the sum of all, in order."""
+    """Store a part's result. Return True for the last part to finish, with all parts merged in order."""
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     row = tl.arange(0, BM)
     at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -99,11 +99,11 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, pa
                  HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, INVARIANT: tl.constexpr,
                  SPLIT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Tiles (first token of the step, its position, tokens, slot), at most BM // G tokens each. Grid (tiles, KV_HEADS),
-    with SPLIT times `splits`: a tile's keys are then shared by several programs.
+    """Attend from tiles (first token of the step, its position, tokens, slot), of at most BM // G tokens each. Grid
+    (tiles, KV_HEADS), with SPLIT (tiles, KV_HEADS, splits): several programs then share the keys of a tile.
 
-    `scale` and `v_scale`: as for `decode`. INVARIANT: what a token gets does not depend on the tile that it is in: keys
-    that all see are not treated apart, for the compiler would round there otherwise.
+    `scale` and `v_scale`: as for `decode`. INVARIANT: a token's result does not depend on its tile. Keys that all
+    queries attend to then have no loop of their own, in which the compiler would round differently.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
@@ -127,7 +127,7 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, pa
     acc = tl.zeros([BM, 2 * HALF], tl.float32)
     table = tables_ptr + slot * table_stride
     if not WINDOW and not INVARIANT:
-        seen = tl.maximum(tl.minimum(start // BN * BN, stop), begin)  # all queries see all keys before it
+        seen = tl.maximum(tl.minimum(start // BN * BN, stop), begin)  # All queries attend to all keys before it.
         acc, m, total = rounds(
             acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, seen, scale, cap, KV_HEADS, D, HALF,
             BLOCK_SIZE, BN, False, WINDOW, CAPPED, STAGES,
@@ -147,7 +147,7 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, pa
 
 @triton.jit
 def tile_each(pairs_ptr, rows_ptr, tiles_ptr, SOME: tl.constexpr):
-    """A tile of its own for each token of a step, with SOME for those in `rows` only. Grid (tokens,)."""
+    """Write a tile for each token of a step, with SOME only for those in `rows`. Grid (tokens,)."""
     i = tl.program_id(0)
     t = i
     if SOME:

@@ -1,9 +1,9 @@
-"""Products with a matrix, most of them bound by reading it: of one row on the ordinary cores, of more on tensor cores
-with the operands swapped, so that few rows are not padded to 64.
+"""Products with a matrix, most of them bound by reading it: of one row on CUDA cores, of more rows on tensor cores with
+the operands swapped, so that few rows are not padded to 64.
 
-What stands around a product is done with it: the norm of its input, bias, residual, and act(gate) · up of a matrix of
-which one half is the gate and the other `up`. PDL: launched while the kernel before still runs; nothing but weights is
-touched before `gdc_wait`.
+Operations around a product are fused into it: the norm of its input, bias, residual, and act(gate) · up of a matrix
+with the gate in one half and `up` in the other. PDL: the kernel is launched while the one before still runs, so it
+reads nothing but weights before `gdc_wait`.
 """
 
 import triton
@@ -32,12 +32,12 @@ def finished(y, up, rows, n_ok, bias_ptr, residual_ptr, N, BIAS: tl.constexpr, R
 def one_row(x_ptr, weight_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, N: tl.constexpr, K: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
             ACT: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """out (N,) of x (K,); BK divides K. With ACT the matrix has 2 · N rows. Grid (N / BN,)."""
+    """Compute out (N,) of x (K,); BK divides K. With ACT the matrix has 2 · N rows. Grid (N / BN,)."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     n_ok = rows < N
     k = tl.arange(0, BK)
     at = weight_ptr + tl.where(n_ok, rows, 0).to(tl.int64)[:, None] * K + k[None, :]
-    first = tl.load(at)  # on its way before the wait
+    first = tl.load(at)  # Under way before the wait.
     second = first
     if ACT != "":
         second = tl.load(at + N * K)
@@ -72,7 +72,7 @@ def one_row(x_ptr, weight_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, N
 def summed(x_ptr, weight_ptr, x_stride, M, tile, split, block, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
            BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
            STAGES: tl.constexpr):  # fmt: skip
-    """A split's sums (BN, BM) of a tile, and with GATED those of the other half of the matrix."""
+    """Return a split's sums (BN, BM) of a tile, and with GATED those of the other half of the matrix."""
     rows = tile * BN + tl.arange(0, BN)
     m = block * BM + tl.arange(0, BM)
     k = tl.arange(0, BK)
@@ -102,7 +102,7 @@ def summed(x_ptr, weight_ptr, x_stride, M, tile, split, block, N: tl.constexpr, 
 @triton.jit
 def gathered(sums, ups, part_ptr, count_ptr, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
              GATED: tl.constexpr):  # fmt: skip
-    """Return True for the last split of a tile to arrive, with the sums of all splits, added in order."""
+    """Store a split's sums. Return True for the last split of a tile to finish, with the sums of all, in order."""
     place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
     tiles = tl.num_programs(0)
     tl.store(part_ptr + (split * tiles + tile) * (BN * BM) + place, sums)
@@ -125,13 +125,13 @@ def gathered(sums, ups, part_ptr, count_ptr, tile, split, BM: tl.constexpr, BN: 
 def few_rows(x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, x_stride, M, N: tl.constexpr, K: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
              ACT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """out (M, N) of x (M, K); BK · SPLITS divides K. Grid (N / BN, SPLITS, M / BM).
+    """Compute out (M, N) of x (M, K); BK · SPLITS divides K. Grid (N / BN, SPLITS, M / BM).
 
-    With splits, which are for M <= BM, the last program of a tile to arrive adds them up, in order. Without, an output
-    is the same whatever M and BM. TMA: `x_ptr` and `weight_ptr` are tensor descriptors of tiles (BM, BK) and (BN, BK).
+    With splits, which require M <= BM, the last program of a tile to finish adds them in order. Without, an output is
+    the same for any M and BM. TMA: `x_ptr` and `weight_ptr` are tensor descriptors of tiles (BM, BK) and (BN, BK).
     """
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if SPLITS == 1:  # neighbours share tiles of both operands
+    if SPLITS == 1:  # Neighbours share tiles of both operands.
         block, tile = tl.swizzle2d(block, tile, tl.num_programs(2), tl.num_programs(0), 16)
     if PDL:
         gdc_wait()

@@ -1,4 +1,4 @@
-"""Log-probabilities of a row: what the likeliest are looked for in, and how likely the chosen token was."""
+"""Log-probabilities of a row: the scores to find the likeliest ids in, and that of the chosen token."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ from tokenmill.backends.cuda.kernels.search import key_of
 
 @triton.jit
 def processed(source, logits, raw, scale, low, high):
-    """The score that was sampled from, minus infinity if a filter took it; or if `raw`, the model's logit."""
+    """Return the score that was sampled from, minus infinity if a filter removed it; if `raw`, the model's logit."""
     x = source.to(tl.float32)
     key = key_of(x, 0)
     x = tl.where((key >= low) & (key <= high), x * scale, float("-inf"))
@@ -25,8 +25,8 @@ def report(asked_ptr, logits_ptr, source_ptr, pairs_ptr, rows_ptr, parameters_pt
     """Report rows r = asked[…]: scores[r] as `processed`, total[r]: the logarithm of the sum of e^scores, logprob[r]:
     the log-probability of chosen[r].
 
-    source (R, VOCAB): logits, or scores with penalties, which may be `scores` itself. FILTERED: kept[r] says between
-    which keys a filter left them. Grid (rows that ask,).
+    source (R, VOCAB): logits, or scores with penalties, which may be `scores` itself. FILTERED: kept[r] has the bounds
+    of the keys that the filters kept. Grid (rows that ask,).
     """
     r = tl.load(asked_ptr + tl.program_id(0))
     slot, _ = place_of(pairs_ptr, rows_ptr, r)
@@ -40,7 +40,7 @@ def report(asked_ptr, logits_ptr, source_ptr, pairs_ptr, rows_ptr, parameters_pt
     token = tl.maximum(tl.load(chosen_ptr + r), 0)
     own = processed(tl.load(source_ptr + begin + token), tl.load(logits_ptr + begin + token), raw, scale, low, high)
     most = tl.full([BLOCK], float("-inf"), tl.float32)
-    tl.debug_barrier()  # `scores` may be what was just read
+    tl.debug_barrier()  # `scores` may be `source`, which was just read.
     for start in range(0, VOCAB, BLOCK):
         o = start + tl.arange(0, BLOCK)
         source = tl.load(source_ptr + begin + o, mask=o < VOCAB, other=0.0)
@@ -50,7 +50,7 @@ def report(asked_ptr, logits_ptr, source_ptr, pairs_ptr, rows_ptr, parameters_pt
         most = tl.maximum(most, tl.where(o < VOCAB, x, float("-inf")))
     best = tl.max(most, 0)
     mass = tl.zeros([BLOCK], tl.float32)
-    tl.debug_barrier()  # another thread may have written what this one reads
+    tl.debug_barrier()  # Another thread may have written the scores read below.
     for start in range(0, VOCAB, BLOCK):
         o = start + tl.arange(0, BLOCK)
         mass += tl.exp(tl.load(scores_ptr + begin + o, mask=o < VOCAB, other=float("-inf")) - best)

@@ -1,4 +1,4 @@
-"""Kernels of single rows: look up, norm, activation, choice of rows; and writes to the state of slots."""
+"""Kernels of single rows: embedding, norm, activation, selection of rows; and writes to block tables."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ ACTS = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 @triton.jit
 def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale,
                WIDTH: tl.constexpr, BLOCK: tl.constexpr, BY_POSITION: tl.constexpr):  # fmt: skip
-    """out[t] = table[id of token t] · scale; the id stands in its slot, at its position. Grid (T,)."""
+    """Set out[t] = table[id of token t] · scale, or with BY_POSITION table[position of token t] · scale. Grid (T,)."""
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
     row = tl.load(pairs_ptr + 2 * t + 1).to(tl.int64)
@@ -26,7 +26,7 @@ def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale,
 def norm_rows(x_ptr, y_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, x_stride, y_stride, eps,
               WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr,
               BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """out = norm(x), or with ADD total = x + y, out = norm(total). RMS, or LayerNorm if CENTER. Grid (rows,)."""
+    """Set out = norm(x), or with ADD total = x + y, out = norm(total). RMS, or LayerNorm if CENTER. Grid (rows,)."""
     r = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     ok = c < WIDTH
@@ -50,7 +50,7 @@ def norm_rows(x_ptr, y_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, x_stride, 
 @triton.jit
 def norm_heads(x_ptr, weight_ptr, out_ptr, x_stride, eps, HEADS: tl.constexpr, D: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
-    """RMS norm of each head by itself, where attention does not do it. Grid (rows, HEADS)."""
+    """Set out to the RMS norm of each head of x, if attention does not include it. Grid (rows, HEADS)."""
     r, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK)
     ok = c < D
@@ -61,7 +61,7 @@ def norm_heads(x_ptr, weight_ptr, out_ptr, x_stride, eps, HEADS: tl.constexpr, D
 
 @triton.jit
 def activated(x, ACT: tl.constexpr):
-    """By transformers' name."""
+    """Apply an activation, by its name in transformers."""
     if ACT == "silu":
         return x / (1.0 + tl.exp(-x))
     elif ACT == "relu":
@@ -76,7 +76,7 @@ def activated(x, ACT: tl.constexpr):
 @triton.jit
 def gate_rows(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
               ACT: tl.constexpr):  # fmt: skip
-    """out = act(gate) · up. Grid (rows, WIDTH / BLOCK)."""
+    """Set out = act(gate) · up. Grid (rows, WIDTH / BLOCK)."""
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = c < WIDTH
@@ -88,7 +88,7 @@ def gate_rows(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.const
 @triton.jit
 def take_rows(x_ptr, rows_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
               SOME: tl.constexpr):  # fmt: skip
-    """out[r] = x[rows[r]], or all rows. Grid (R, WIDTH / BLOCK)."""
+    """Set out[r] = x[rows[r]] with SOME, else x[r]. Grid (R, WIDTH / BLOCK)."""
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = r
@@ -100,7 +100,7 @@ def take_rows(x_ptr, rows_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl
 
 @triton.jit(do_not_specialize=["n"])
 def write_blocks(changes_ptr, tables_ptr, table_stride, n, BLOCK: tl.constexpr):
-    """tables[slot, index] = block for n rows (slot, index, block), no place twice. Grid (n / BLOCK,)."""
+    """Set tables[slot, index] = block for n distinct entries (slot, index, block). Grid (n / BLOCK,)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < n
     slot = tl.load(changes_ptr + 3 * i, mask=ok, other=0).to(tl.int64)

@@ -1,54 +1,54 @@
-"""Thresholds of a row of logits, without sorting it: the k-th largest, the least one that a share of the mass reaches.
+"""Thresholds of a row of logits without sorting: the k-th largest logit, or the least one of a share of the mass.
 
-A logit's key is an integer of the same order; of half precision the bits that are always the same are left out. A row
-is cut into groups of GROUP neighbours, of which the largest logit is known (`summarize` in `filtered.py`). From these
-maxima alone follows a key that the threshold is not below; only groups that reach it are listed and read. Of a model
-that is sure of itself that is a few thousand logits of a hundred thousand; of one that is not it is all, and exact.
+A logit's key is an integer with the same order, without the low bits that are constant in half precision. A row is cut
+into groups of GROUP neighbours, whose maxima are computed first (`summarize` in `filtered.py`). The maxima alone give a
+lower bound of the threshold, and only groups that reach it are listed and read: for a peaked distribution a few
+thousand logits of a hundred thousand, for a flat one all of them. The result is exact in either case.
 
-A threshold is the largest key such that the keys from it on are worth `need`: in number, or in mass. It is searched by
-quarters, three keys a look.
+A threshold is the largest key such that the worth of the keys from it on, their number or mass, is at least `need`. The
+search divides an interval by four, with three keys a pass.
 """
 
 import triton
 import triton.language as tl
 
 COUNT: tl.constexpr = tl.constexpr(0)
-"""What a key is worth: 1 for each logit."""
+"""Worth of a key: 1 for each logit."""
 MASS: tl.constexpr = tl.constexpr(1)
-"""Its probability, not normed."""
+"""Worth of a key: its probability, not normalized."""
 NEARNESS: tl.constexpr = tl.constexpr(2)
-"""The same, but keys say how near a scaled logit is to a centre."""
+"""Worth as MASS, but keys order scaled logits by nearness to a centre."""
 
 _COARSE: tl.constexpr = tl.constexpr(1 << 16)
-"""Keys of all 32 bits between which a bound need not decide."""
+"""Width of the interval of 32-bit keys at which a bound stops."""
 
 
 @triton.jit
 def key_of(x, SHIFT: tl.constexpr):
-    """Return a float32's key; zeros of both signs have the same one. SHIFT: low bits that are left out."""
+    """Return a float32's key, which is the same for both zeros. SHIFT: number of low bits to leave out."""
     i = (x + 0.0).to(tl.int32, bitcast=True)
     return (i ^ ((i >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @triton.jit
 def value_of(key, SHIFT: tl.constexpr):
-    """The float32 of a key: `key_of` backwards."""
+    """Return the float32 of a key, the inverse of `key_of`."""
     i = (key << SHIFT) | ((key >> 31) & ((1 << SHIFT) - 1))
     return (i ^ ((i >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def key_from(x, SHIFT: tl.constexpr):
-    """The smallest key of a logit that is at least x."""
+    """Return the smallest key of a logit that is at least x."""
     i = key_of(x, 0)
     return tl.where(i >= 0, i + ((1 << SHIFT) - 1), i) >> SHIFT
 
 
 @triton.jit
 def list_groups(groups_ptr, keys, least):
-    """Write down, in order, which groups have a largest key of at least `least`; how many they are."""
+    """List, in order, the groups whose largest key is at least `least`, and return their number."""
     take = (keys >= least).to(tl.int32)
-    tl.debug_barrier()  # all threads have read the list before
+    tl.debug_barrier()  # All threads have read the list before.
     tl.store(groups_ptr + tl.cumsum(take, 0) - 1, tl.arange(0, keys.shape[0]), mask=take > 0)
     tl.debug_barrier()
     return tl.sum(take, 0)
@@ -56,8 +56,8 @@ def list_groups(groups_ptr, keys, least):
 
 @triton.jit
 def tile_of(row, groups_ptr, i, n, VOCAB: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """Logits of TILE of the n listed groups, from the i-th on, and their ids: (TILE, GROUP). What is no logit is minus
-    infinity and has an id of VOCAB or more."""
+    """Return logits and ids (TILE, GROUP) of TILE of the n listed groups, from the i-th on. Padding is minus infinity
+    and has ids of VOCAB or more."""
     at = i + tl.arange(0, TILE)
     group = tl.load(groups_ptr + at, mask=at < n, other=VOCAB)
     o = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -66,13 +66,14 @@ def tile_of(row, groups_ptr, i, n, VOCAB: tl.constexpr, GROUP: tl.constexpr, TIL
 
 @triton.jit
 def quarter(at, end, part):
-    """The key `part` quarters of the way from `at` to `end`, both int64."""
+    """Return the key `part` quarters of the way from `at` to `end`, both int64."""
     return at + (((end - at) * part + 3) >> 2)
 
 
 @triton.jit
 def sure(keys, tops, wholes, key, most, scale, WHAT: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr):
-    """So much, at least, are logits from `key` on worth. `tops`, `wholes`: masses of a group's largest, and of all."""
+    """Return a lower bound of the worth of logits from `key` on. `tops`, `wholes`: the mass of a group's largest logit,
+    and of all its logits."""
     worth = tl.full(keys.shape, 1.0, tl.float32)
     if WHAT == MASS:
         worth = tl.maximum(tops, wholes - (GROUP - 1) * tl.exp((value_of(key, SHIFT) - most) * scale))
@@ -81,7 +82,7 @@ def sure(keys, tops, wholes, key, most, scale, WHAT: tl.constexpr, SHIFT: tl.con
 
 @triton.jit
 def bound(keys, tops, wholes, need, most, scale, low, WHAT: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr):
-    """A key that the threshold is not below, as far as the groups' maxima tell; `low`: one that is known before."""
+    """Return the largest lower bound of the threshold that the groups' maxima give. `low`: an earlier lower bound."""
     at, end = low.to(tl.int64), key_of(most, SHIFT).to(tl.int64) + 1
     while end - at > (_COARSE >> SHIFT):
         reached = tl.full([], 0, tl.int64)
@@ -95,7 +96,7 @@ def bound(keys, tops, wholes, need, most, scale, low, WHAT: tl.constexpr, SHIFT:
 @triton.jit
 def least_kept(row, groups_ptr, n, need, most, scale, center, floor, low, high, WHAT: tl.constexpr,
                VOCAB: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """The threshold among the n listed groups; it lies between `low` and `high`.
+    """Return the threshold among the n listed groups, which is between `low` and `high`.
 
     With NEARNESS to `center`, keys have all their bits, and only logits whose own key is at least `floor` count.
     """
@@ -126,7 +127,7 @@ def least_kept(row, groups_ptr, n, need, most, scale, center, floor, low, high, 
 @triton.jit
 def moments(row, groups_ptr, n, most, scale, floor, VOCAB: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr,
             TILE: tl.constexpr):  # fmt: skip
-    """The mass of logits whose key is at least `floor`, and the sum of scaled logits (the largest is 0) times mass."""
+    """Return the mass of logits with keys of at least `floor`, and the sum of scaled logits (largest: 0) times mass."""
     total = tl.zeros([TILE, GROUP], tl.float32)
     mean = tl.zeros([TILE, GROUP], tl.float32)
     for i in range(0, n, TILE):
