@@ -16,7 +16,7 @@ from support_cpu import kernel_folder
 from support_cuda import ON_GPU, program, torch
 
 from tokenmill.backends.cuda import detect, explain, prepare
-from tokenmill.backends.cuda.explain import How, kernels_of, product_of, rules_of
+from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, product_of, rules_of
 from tokenmill.backends.cuda.kind import attention
 from tokenmill.backends.cuda.products import Product, Scratch
 from tokenmill.backends.kind import BackendOptions
@@ -170,13 +170,13 @@ def test_nothing_is_logged_where_nothing_was_asked_for(tmp_path: Path, caplog: p
 
 
 def test_each_choice_is_told_with_its_rule(tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain, "flashinfer_told", lambda: "9.9")
+    monkeypatch.setattr(explain, "flashinfer_version", lambda: "9.9")
     monkeypatch.setattr(explain, "flashinfer_missing", lambda: "")
     made = program(tmp_path, head_dim=64)
     source = open_checkpoint(local_source(tmp_path))
 
     def told(**how: Any) -> tuple[dict[str, str], str, str]:
-        asked = How(**{"dtype": "bfloat16"} | how)
+        asked = KernelOptions(**{"dtype": "bfloat16"} | how)
         kernels = {kind: " / ".join(found) for kind, found in kernels_of(made, asked).items()}
         return rules_of(made, source, asked), kernels["Attention"], kernels["Linear"]
 
@@ -199,7 +199,8 @@ def test_each_choice_is_told_with_its_rule(tmp_path: Path, installed: None, monk
 def test_how_many_layers_have_scales_is_told(tmp_path: Path) -> None:
     made, file = program(tmp_path, num_hidden_layers=3), tmp_path / "model.safetensors"
     save_file(load_file(file) | {"model.layers.1.self_attn.k_scale": torch.tensor(0.5)}, file)
-    rules = rules_of(made, open_checkpoint(local_source(tmp_path)), How(dtype="bfloat16", kv_cache_dtype="fp8_e4m3fn"))
+    options = KernelOptions(dtype="bfloat16", kv_cache_dtype="fp8_e4m3fn")
+    rules = rules_of(made, open_checkpoint(local_source(tmp_path)), options)
     assert rules["KV cache"] == "fp8_e4m3fn, scales of the checkpoint for 1 of 3 layers"
 
 
@@ -218,7 +219,7 @@ def test_what_is_told_of_products_is_what_they_do(
         torch.empty(1, columns), torch.empty(outputs * (1 + gated), columns), None, torch.empty(1, outputs), act,
         scratch,
     )  # fmt: skip
-    told = product_of(outputs, columns, gated, How(dtype="bfloat16", copies=copies))
+    told = product_of(outputs, columns, gated, KernelOptions(dtype="bfloat16", copies=copies))
     few = re.search(r"few_rows (above|up to (\d+)(?: and from (\d+))?)", told)
     if rows == 1:
         expected = "one_row" in told

@@ -31,7 +31,7 @@ class Account:
         """Bytes to leave free beside the cache."""
         return self.passing + self.graphs + self.libraries
 
-    def tell(self, cache_bytes: int, tokens: int, taken: int, free: int) -> None:
+    def log(self, cache_bytes: int, tokens: int, taken: int, free: int) -> None:
         """Log the account.
 
         `tokens`: capacity of the cache. `taken`: bytes that graphs and libraries have taken by now. `free`: bytes of

@@ -229,7 +229,7 @@ class AttentionLowering:
 
     def _writes(self, op: ops.Attention) -> Run:
         """Write keys and values of all tokens to the cache, and their rotated queries to `Memory.queries`."""
-        q, k, v, turned = (*(self._memory.value(x) for x in (op.q, op.k, op.v)), self._memory.queries.view(-1))
+        q, k, v, rotated = (*(self._memory.value(x) for x in (op.q, op.k, op.v)), self._memory.queries.view(-1))
         keys, values = self._memory.cache(op.layer)
         tables, common = self._slots.tables, self._common(op)
         (cos, sin), (q_norm, k_norm), (k_fit, v_fit) = self._cos_sin(op), self._norms(op), self._fits(op)
@@ -238,7 +238,7 @@ class AttentionLowering:
         def run(n: Sizes) -> None:
             launch(
                 (n.tokens,),
-                q, k, v, keys, values, turned, n.pairs, tables, cos, sin, q_norm, k_norm, q.stride(0), k.stride(0),
+                q, k, v, keys, values, rotated, n.pairs, tables, cos, sin, q_norm, k_norm, q.stride(0), k.stride(0),
                 v.stride(0), tables.stride(0), op.eps, k_fit, v_fit, **common, HEADS=heads, HEADS2=power(heads),
                 KV_HEADS2=power(kv_heads), NORM=op.q_norm is not None, ROPE=op.rope is not None, num_warps=4,
             )  # fmt: skip
@@ -247,7 +247,7 @@ class AttentionLowering:
 
     def _runs(self, op: ops.Attention) -> Callable[[Tensor, int], None]:
         """Attend from tiles, whose queries and keys are written; the longest tile attends to so many keys."""
-        out, turned = self._memory.value(op.out), self._memory.queries.view(-1)
+        out, rotated = self._memory.value(op.out), self._memory.queries.view(-1)
         keys, values = self._memory.cache(op.layer)
         tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
         kv_heads, (scale, cap, v_scale) = op.k.width // op.head_dim, self._scales(op)
@@ -257,7 +257,7 @@ class AttentionLowering:
             splits = 1 if self._invariant else tile_splits(len(tiles), kv_heads, keys_of_longest)
             launch(
                 (len(tiles), kv_heads, splits),
-                turned, keys, values, out, tiles, tables, self._tile_part, self._tile_sums, self._tile_counts,
+                rotated, keys, values, out, tiles, tables, self._tile_part, self._tile_sums, self._tile_counts,
                 tables.stride(0), splits, scale, cap, v_scale, **common, G=shared, BM=shape.rows, BN=shape.keys,
                 LEAST=LEAST_KEYS, WINDOW=op.window, CAPPED=op.softcap > 0, INVARIANT=self._invariant, SPLIT=splits > 1,
                 STAGES=shape.stages, num_warps=shape.warps,

@@ -141,9 +141,9 @@ class CudaBackend:
         report = self._report
         try:
             self._kernels.prepare(
-                self._touch, lambda done, total: report(Progress("compile", done, total, "kernels"))
+                self._launch_all, lambda done, total: report(Progress("compile", done, total, "kernels"))
             )
-            used = self._touch()
+            used = self._launch_all()
             for rows, long in self._graphs.missing(self._graphs.first):
                 self._capture(rows, long)
         except torch.OutOfMemoryError as e:
@@ -158,9 +158,9 @@ class CudaBackend:
         self._kernels.watch()
         if self._device.real:
             free, cache = self._device.free_bytes(), self.num_blocks * self.block_bytes()
-            self._account.tell(cache, self.num_blocks * self.limits.block_size, self._free - free, free)
+            self._account.log(cache, self.num_blocks * self.limits.block_size, self._free - free, free)
 
-    def _touch(self) -> int:
+    def _launch_all(self) -> int:
         """Launch every kernel that a step may need, and return the number of cache places that were written to."""
         nothing = np.zeros(0, np.int32)
         work = warm_up_of(self.limits, self.num_blocks, self._slots.padding, self._graphs.first)

@@ -75,7 +75,7 @@ def flashinfer_missing() -> str:
     return ""
 
 
-def flashinfer_told() -> str:
+def flashinfer_version() -> str:
     """Return the installed version of flashinfer, and the compilers that it lacks. Call only if it is installed."""
     version = importlib.metadata.version("flashinfer-python")
     if importlib.util.find_spec("flashinfer_jit_cache") is not None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_told
+from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_version
 from tokenmill.backends.cuda.prepare import attention_of, fused
 from tokenmill.backends.cuda.products import MANY, MOST, few_shape, row_shape
 from tokenmill.backends.cuda.scales import SCALED, kv_scales
@@ -21,7 +21,7 @@ _NAMES = {ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "tak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class How:
+class KernelOptions:
     """Options that decide which kernels run: `dtype` of the computation, the others as the user gave them."""
 
     dtype: str
@@ -36,54 +36,54 @@ class How:
         return 4 if self.dtype == "float32" else 2
 
 
-def kernels_of(program: Program, how: How) -> dict[str, Counter[str]]:
+def kernels_of(program: Program, options: KernelOptions) -> dict[str, Counter[str]]:
     """Return the kernels by kind of operation, with the number of operations of each. Needs no weights, no device.
 
     `program`: as recorded, one that the backend does not refuse.
     """
     found: dict[str, Counter[str]] = {}
     prepared = fused(program).ops
-    runs, _ = attention_of(program, how.attention, how.dtype, how.deterministic)
+    runs, _ = attention_of(program, options.attention, options.dtype, options.deterministic)
     for before, op, behind in zip((None, *prepared), prepared, (*prepared[1:], None), strict=False):
         if isinstance(op, ops.Linear):
-            kernel = _linear(op, _is_gated(op, behind), how)
+            kernel = _linear(op, _is_gated(op, behind), options)
         elif isinstance(op, ops.Attention):
-            kernel = _attention(op, runs, how)
+            kernel = _attention(op, runs, options)
         elif isinstance(op, ops.GatedAct) and isinstance(before, ops.Linear) and _is_gated(before, op):
-            kernel = _behind(_linear(before, True, how))
+            kernel = _behind(_linear(before, True, options))
         else:
             kernel = _other(op)
         found.setdefault(type(op).__name__, Counter())[kernel] += 1
     return found
 
 
-def rules_of(program: Program, checkpoint: Checkpoint, how: How) -> dict[str, str]:
+def rules_of(program: Program, checkpoint: Checkpoint, options: KernelOptions) -> dict[str, str]:
     """Return the rules of the whole program by name: whose attention and why, the cache's format, determinism.
 
     Read the scales of an FP8 cache from the checkpoint.
     """
     return {
-        "attention": _whose(program, how),
-        "KV cache": _cache(program, checkpoint, how),
-        "deterministic": "yes: the same tokens whatever shares a step" if how.deterministic
+        "attention": _attention_rule(program, options),
+        "KV cache": _cache(program, checkpoint, options),
+        "deterministic": "yes: the same tokens whatever shares a step" if options.deterministic
         else "no: sums may differ in the last bit with the size of a step (--deterministic)",
     }  # fmt: skip
 
 
-def _whose(program: Program, how: How) -> str:
-    runs, why_not = attention_of(program, how.attention, how.dtype, how.deterministic)
+def _attention_rule(program: Program, options: KernelOptions) -> str:
+    runs, why_not = attention_of(program, options.attention, options.dtype, options.deterministic)
     if runs == "flashinfer":
-        return f"flashinfer {flashinfer_told()}; single tokens triton"
+        return f"flashinfer {flashinfer_version()}; single tokens triton"
     if why_not:
         return f"triton, not flashinfer: {why_not}"
-    other = f", the nearest to {how.attention}" if how.attention not in ("", "triton") else ""
+    other = f", the nearest to {options.attention}" if options.attention not in ("", "triton") else ""
     there = "" if flashinfer_missing() else "; --attention flashinfer for runs of tokens"
     return f"triton{other}{there}"
 
 
-def _cache(program: Program, checkpoint: Checkpoint, how: How) -> str:
-    if how.kv_cache_dtype != SCALED:
-        return how.kv_cache_dtype or how.dtype
+def _cache(program: Program, checkpoint: Checkpoint, options: KernelOptions) -> str:
+    if options.kv_cache_dtype != SCALED:
+        return options.kv_cache_dtype or options.dtype
     layers = list(cache_layout(program))
     scaled = sum(pair != (1.0, 1.0) for pair in kv_scales(checkpoint, layers).values())
     return f"{SCALED}, scales of the checkpoint for {scaled} of {len(layers)} layers"
@@ -94,22 +94,22 @@ def _is_gated(op: ops.Linear, behind: Op | None) -> bool:
     return isinstance(behind, ops.GatedAct) and behind.gate.buffer == behind.up.buffer == op.out.buffer
 
 
-def _linear(op: ops.Linear, gated: bool, how: How) -> str:
-    return product_of(op.out.width // (2 if gated else 1), op.x.width, gated, how)
+def _linear(op: ops.Linear, gated: bool, options: KernelOptions) -> str:
+    return product_of(op.out.width // (2 if gated else 1), op.x.width, gated, options)
 
 
-def product_of(outputs: int, columns: int, gated: bool, how: How) -> str:
+def product_of(outputs: int, columns: int, gated: bool, options: KernelOptions) -> str:
     """Return the kernels of a product by rows. `gated`: of two matrices, with an activation behind."""
-    if how.deterministic:
+    if options.deterministic:
         return "few_rows at any number of rows"
-    if how.item_bytes > 2:
+    if options.item_bytes > 2:
         return "cuBLAS"
     parts = []
     if row_shape(outputs, columns, gated) is not None:
         parts.append("one_row at 1 row")
-    last = MANY if how.copies else MOST
+    last = MANY if options.copies else MOST
     ours = [few_shape(rows, outputs, columns, gated) is not None for rows in range(2, last + 1)]
-    if all(ours) and how.copies:
+    if all(ours) and options.copies:
         return ", ".join([*parts, "few_rows above"])
     up_to = ours.index(False) + 1 if False in ours else last
     if up_to > 1:
@@ -124,20 +124,20 @@ def _behind(product: str) -> str:
     return "in the product" + (", gate_rows behind cuBLAS" if "cuBLAS" in product else "")
 
 
-def _attention(op: ops.Attention, runs: str, how: How) -> str:
-    does = ["norm"] * bool(op.q_norm) + ["rope"] * bool(op.rope)
-    does += [f"window of {op.window}"] * bool(op.window) + ["cap"] * bool(op.softcap)
-    of = f"heads of {op.head_dim}" + (f" with {', '.join(does)}" if does else "")
-    if how.deterministic:
+def _attention(op: ops.Attention, runs: str, options: KernelOptions) -> str:
+    parts = ["norm"] * bool(op.q_norm) + ["rope"] * bool(op.rope)
+    parts += [f"window of {op.window}"] * bool(op.window) + ["cap"] * bool(op.softcap)
+    of = f"heads of {op.head_dim}" + (f" with {', '.join(parts)}" if parts else "")
+    if options.deterministic:
         return f"attend_tiles, {of}"
     tiles = "flashinfer's prefill" if runs == "flashinfer" else "attend_tiles"
-    return f"single tokens decode {_splits(op, how)}, runs {tiles}; {of}"
+    return f"single tokens decode {_splits(op, options)}, runs {tiles}; {of}"
 
 
-def _splits(op: ops.Attention, how: How) -> str:
+def _splits(op: ops.Attention, options: KernelOptions) -> str:
     """Return the number of programs that share a sequence of a short context, by rows."""
     shared = op.q.width // op.k.width
-    by_rows = [decode_shape(rows, op.head_dim, shared, False, how.item_bytes).splits for rows in CLASSES]
+    by_rows = [decode_shape(rows, op.head_dim, shared, False, options.item_bytes).splits for rows in CLASSES]
     return f"(split {_steps(by_rows, CLASSES)})"
 
 

@@ -178,9 +178,9 @@ class FlashInfer:
 
     def compile(self) -> Iterator[int]:
         """Compile or load the kernels of each kind, and yield the number of kinds done after each."""
-        spare = np.array([self._slots.padding], np.int32)
+        padding = np.array([self._slots.padding], np.int32)
         for done, kind in enumerate(self._plans, 1):
-            self._plan((kind,), spare, spare * 0, spare * 0 + 2)
+            self._plan((kind,), padding, padding * 0, padding * 0 + 2)
             yield done
 
 

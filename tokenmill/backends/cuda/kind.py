@@ -131,16 +131,16 @@ def _kernels(
     program: Program, source: Checkpoint, options: BackendOptions, dtype: str, *, copies: bool
 ) -> tuple[str, ...]:
     """Return lines of kernels and rules. `copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
-    from tokenmill.backends.cuda.explain import How, kernels_of, rules_of
+    from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, rules_of
 
-    how = How(
+    chosen = KernelOptions(
         dtype=dtype,
         kv_cache_dtype=options.kv_cache_dtype,
         deterministic=options.deterministic,
         attention=options.attention,
         copies=copies,
     )
-    return listed(kernels_of(program, how), rules_of(program, source, how))
+    return listed(kernels_of(program, chosen), rules_of(program, source, chosen))
 
 
 def _dotted(capability: tuple[int, int]) -> str:

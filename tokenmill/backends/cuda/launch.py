@@ -64,7 +64,7 @@ class Site:
         )  # fmt: skip
 
     def _first(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        told = tuple(constants.values())
+        key = tuple(constants.values())
         while True:
             try:
                 compiled = self._kernel[grid](*arguments, **constants)
@@ -73,10 +73,10 @@ class Site:
                 if constants.get("STAGES", 1) == 1:
                     raise
                 constants = {**constants, "STAGES": constants["STAGES"] - 1}
-        known = isinstance(self._kernel, JITFunction) and triton.__version__.startswith(_KNOWN)
-        if known and compiled is not None:  # None: a hook kept Triton from compiling.
+        direct = isinstance(self._kernel, JITFunction) and triton.__version__.startswith(_KNOWN)
+        if direct and compiled is not None:  # None: a hook kept Triton from compiling.
             rest = tuple(constants[name] for name in self._names[len(arguments) :])
-            self._found[told] = compiled, rest
+            self._found[key] = compiled, rest
 
 
 def _stream() -> int:

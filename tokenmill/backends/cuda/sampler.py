@@ -44,7 +44,7 @@ REPORT_LOGITS = 8192  # logits of a row that a program reports at a time
 LEAST_LOGITS, MOST_LOGITS = 256, 4096  # least and most logits of a program that chooses in one round
 ROUND_LOGITS = 2048  # logits of one of several rounds. More would leave registers for two programs only.
 _FEW = 8  # rows that ask for log-probabilities are copied if they are at most one in so many
-_FOUND = 64  # most likeliest ids of a row; TGI and OpenAI allow fewer
+_MOST_LISTED = 64  # most likeliest ids of a row; TGI and OpenAI allow fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Sampler:
         green ids, and masks."""
         row = 4 * self._vocab
         masks = 3 * self._rows * -(-self._vocab // 8)
-        return (-(-self._rows // _FEW) + -(-self._rows // 8) + 8) * row + self._rows * _FOUND * 48 + masks
+        return (-(-self._rows // _FEW) + -(-self._rows // 8) + 8) * row + self._rows * _MOST_LISTED * 48 + masks
 
     def launch(self, sizes: Sizes) -> None:
         """Choose for all rows of `sizes`, by logits and temperature alone: one launch, which a graph may hold."""
@@ -144,7 +144,7 @@ class Sampler:
             self._choose_filtered(source, sizes, rows)
             for filtered in (False, True):
                 self._report(source, sizes, asked, filtered)
-        scores.topk(min(_FOUND, self._vocab))
+        scores.topk(min(_MOST_LISTED, self._vocab))
 
     def warm_up_some(self, step: Tensor) -> None:
         """Launch the kernels that other steps may need, on the padding slot. `step`: an int buffer to overwrite."""
@@ -157,16 +157,17 @@ class Sampler:
 
     def _processed(self, inputs: StepInputs, sizes: Sizes, needs: _Needs, masks: Masks | None) -> Tensor:
         """Return the logits, or float32 scores if a row has a mask, a watermark, a bias or a penalty."""
-        rows, marked, biased, penalized = len(needs.p), needs.watermarked, needs.biased, needs.penalized
+        rows, watermarked = len(needs.p), len(needs.watermarked) > 0
+        biased, penalized = needs.biased, needs.penalized
         masked = masks is not None and len(masks.rows) > 0
-        if not (masked or len(marked) or biased or penalized or (self._invariant and needs.filtered)):
+        if not (masked or watermarked or biased or penalized or (self._invariant and needs.filtered)):
             return self._logits
         self._scores[:rows].copy_(self._logits[:rows])
         if masks is not None and masked:
             self._forbid(masks)
         ends = (inputs.starts + inputs.counts)[inputs.samples]
-        if len(marked):
-            self._mark(marked, inputs.slots[inputs.samples][marked], ends[marked] - 1, needs.p[marked])
+        if watermarked:
+            self._watermark(inputs.slots[inputs.samples], ends - 1, needs)
         if biased or penalized:
             self._count(sizes, rows, int(ends.max()) if penalized else 1, penalized)
         return self._scores
@@ -178,11 +179,10 @@ class Sampler:
             self._scores, rows, bits, VOCAB=self._vocab, WORDS=self._words, BLOCK=MASKED
         )
 
-    def _mark(
-        self, rows: NDArray[np.int64], slots: NDArray[np.int32], lasts: NDArray[np.int32], p: NDArray[np.void]
-    ) -> None:
-        """Add to the scores of green ids. Wait for the token at `lasts`."""
-        previous = self._slots.tokens[self._device.send(slots), self._device.send(lasts)].tolist()
+    def _watermark(self, slots: NDArray[np.int32], lasts: NDArray[np.int32], needs: _Needs) -> None:
+        """Add to the scores of green ids. Wait for the rows' last tokens, which are at `lasts` of `slots`."""
+        rows, p = needs.watermarked, needs.p[needs.watermarked]
+        previous = self._slots.tokens[self._device.send(slots[rows]), self._device.send(lasts[rows])].tolist()
         for row, before, gamma, delta in zip(
             rows.tolist(), previous, p["watermark_gamma"].tolist(), p["watermark_delta"].tolist(), strict=True
         ):

@@ -110,8 +110,8 @@ def bucketed(runs: list[Run]) -> list[list[Run]]:
             top = buckets[-1][0]  # It has the longest context.
             n = len(buckets[-1]) + 1
             queries = max(r.count for r in buckets[-1])
-            alike = _size_class(run.count) == _size_class(top.count) and run.context * 2 >= min(top.context, 256)
-            if alike and n * top.context <= KEYS and n * queries * top.context <= MASK:
+            similar = _size_class(run.count) == _size_class(top.count) and run.context * 2 >= min(top.context, 256)
+            if similar and n * top.context <= KEYS and n * queries * top.context <= MASK:
                 buckets[-1].append(run)
                 continue
         buckets.append([run])

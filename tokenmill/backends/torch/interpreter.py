@@ -43,14 +43,14 @@ class Interpreter:
         self.program = program
         first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
         last = last_uses(program)
-        known = kinds.kernels()
+        kernels = kinds.kernels()
         lines: list[_Line] = []
         for i, op in enumerate(program.ops):
-            if type(op) not in known:
-                raise Unsupported("operation", type(op).__name__, [kind.__name__ for kind in known])
+            if type(op) not in kernels:
+                raise Unsupported("operation", type(op).__name__, [kind.__name__ for kind in kernels])
             reads, writes = tuple(op.reads().values()), tuple(op.results().values())
             gone = tuple({v.buffer for v in (*reads, *writes) if last[v.buffer] == i})
-            lines.append(_Line(op, known[type(op)], reads, writes, gone))
+            lines.append(_Line(op, kernels[type(op)], reads, writes, gone))
         self._body, self._tail = lines[:first], lines[first:]
 
     @torch.inference_mode()

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.backends.cuda.kernels.heads import columns, kept, place_of, real, turned
+from tokenmill.backends.cuda.kernels.heads import columns, in_head, place_of, rotated, to_stored
 
 
 @triton.jit
-def scored(s, scale, cap, CAPPED: tl.constexpr):
+def scaled_scores(s, scale, cap, CAPPED: tl.constexpr):
     """Return scores in units of log2(e): products times `scale`, or capped, where `scale` is already over the cap."""
     if CAPPED:
         return (1.0 - 2.0 / (tl.exp2(s * scale * 2.8853900817779268) + 1.0)) * cap  # tanh
@@ -22,7 +22,7 @@ def scored(s, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+def split_spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
     """Return the first key in the window, the keys of a split, and the number of splits, for `position` older keys."""
     first = position * 0
     if WINDOW:
@@ -32,46 +32,46 @@ def spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr
 
 
 @triton.jit
-def shown(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+def head_offsets(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
     """Return the offsets of the columns of G padded heads, (GP, 2 · HALF), in a row of heads."""
     return tl.arange(0, GP)[:, None] * D + columns(tl.arange(0, 2 * HALF), D, HALF)[None, :]
 
 
 @triton.jit
-def there(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+def head_mask(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
     """Return which of these columns are not padding."""
-    return (tl.arange(0, GP) < G)[:, None] & real(tl.arange(0, 2 * HALF), D, HALF)[None, :]
+    return (tl.arange(0, GP) < G)[:, None] & in_head(tl.arange(0, 2 * HALF), D, HALF)[None, :]
 
 
 @triton.jit
-def assigned(items_ptr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
+def assigned_split(items_ptr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
     """Return row and split of this program; beyond the list, a split that no row has."""
     item = tl.program_id(1)
     if LISTED:
-        known = item < tl.load(items_ptr)
-        item = tl.load(items_ptr + 1 + item, mask=known, other=255)
+        listed = item < tl.load(items_ptr)
+        item = tl.load(items_ptr + 1 + item, mask=listed, other=255)
         return item // 256, item % 256
     else:
         return item // SPLITS, item % SPLITS
 
 
 @triton.jit
-def hand_in(part_ptr, sum_ptr, count_ptr, out_ptr, acc, sums, group, split, active, G: tl.constexpr, GP: tl.constexpr,
-            D: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+def finish_split(part_ptr, sum_ptr, count_ptr, out_ptr, acc, sums, group, split, active, G: tl.constexpr,
+                 GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """Store a split's result. The last split of a group to finish merges all of them."""
     g = tl.arange(0, GP)
     at = group * SPLITS + split
-    tl.store(part_ptr + at * (G * D) + shown(G, GP, D, HALF), acc, mask=there(G, GP, D, HALF))
+    tl.store(part_ptr + at * (G * D) + head_offsets(G, GP, D, HALF), acc, mask=head_mask(G, GP, D, HALF))
     tl.store(sum_ptr + at * G + g, sums, mask=g < G)
     tl.debug_barrier()
     if tl.atomic_add(count_ptr + group, 1, sem="acq_rel") == active - 1:
         tl.store(count_ptr + group, 0)
-        combine(part_ptr, sum_ptr, out_ptr, group * SPLITS, active, G, GP, D, HALF, SPLITS)
+        merge_splits(part_ptr, sum_ptr, out_ptr, group * SPLITS, active, G, GP, D, HALF, SPLITS)
 
 
 @triton.jit
-def combine(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-            HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+def merge_splits(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+                 HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """Merge `active` partial results (SPLITS, G, D), weighted by their sums (SPLITS, G), in order."""
     g = tl.arange(0, GP)
     ok = g < G
@@ -80,14 +80,14 @@ def combine(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: tl.co
         most = tl.maximum(most, tl.load(sum_ptr + (base + s) * G + g, mask=ok, other=-1e30, cache_modifier=".cg"))
     total = tl.zeros([GP], tl.float32)
     made = tl.zeros([GP, 2 * HALF], tl.float32)
-    at = part_ptr + shown(G, GP, D, HALF)
-    both = there(G, GP, D, HALF)
+    at = part_ptr + head_offsets(G, GP, D, HALF)
+    both = head_mask(G, GP, D, HALF)
     for s in range(active):
         found = tl.load(sum_ptr + (base + s) * G + g, mask=ok, other=-1e30, cache_modifier=".cg")
         weight = tl.exp2(found - most)
         total += weight
         made += tl.load(at + (base + s) * (G * D), mask=both, other=0.0, cache_modifier=".cg") * weight[:, None]
-    to = out_ptr + shown(G, GP, D, HALF)
+    to = out_ptr + head_offsets(G, GP, D, HALF)
     tl.store(to, (made / total[:, None]).to(out_ptr.dtype.element_ty), mask=both)
 
 
@@ -108,11 +108,11 @@ def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, sc
         ok = t < stop
         there = ok[:, None]
         if D != 2 * HALF:
-            there = there & real(j, D, HALF)[None, :]
+            there = there & in_head(j, D, HALF)[None, :]
         place = block.to(tl.int64) * BLOCK_SIZE + t % BLOCK_SIZE
         at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
         keys = tl.load(keys_ptr + at, mask=there, other=0.0).to(q.dtype)
-        s = scored(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
+        s = scaled_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
         if WINDOW:
             ok = ok & (t >= low)
         s = tl.where(ok[None, :], s, -1e30)
@@ -128,23 +128,23 @@ def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, sc
 
 
 @triton.jit
-def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr, cos, sin, eps, scale, cap,
-              k_fit, v_fit, D: tl.constexpr, HALF: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr,
+def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr, cos, sin, eps, scale, cap, k_fit,
+              v_fit, D: tl.constexpr, HALF: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr,
               ROPE: tl.constexpr):  # fmt: skip
     """Write the new token's key and value to the cache, and attend to them as they are stored."""
     half = tl.arange(0, HALF)[None, :]
     half_ok = half < D // 2
-    b1, b2 = turned(k_ptr + half * 0, half_ok, norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
+    b1, b2 = rotated(k_ptr + half * 0, half_ok, norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
     stored: tl.constexpr = key_ptr.dtype.element_ty
-    b1, b2 = kept(b1.to(a1.dtype), k_fit, stored), kept(b2.to(a1.dtype), k_fit, stored)
+    b1, b2 = to_stored(b1.to(a1.dtype), k_fit, stored), to_stored(b2.to(a1.dtype), k_fit, stored)
     tl.store(key_ptr + half, b1, mask=half_ok)
     tl.store(key_ptr + D // 2 + half, b2, mask=half_ok)
     j = tl.arange(0, 2 * HALF)
     col = columns(j, D, HALF)
-    value = kept(tl.load(v_ptr + col, mask=real(j, D, HALF), other=0.0), v_fit, stored)
-    tl.store(value_ptr + col, value, mask=real(j, D, HALF))
+    value = to_stored(tl.load(v_ptr + col, mask=in_head(j, D, HALF), other=0.0), v_fit, stored)
+    tl.store(value_ptr + col, value, mask=in_head(j, D, HALF))
     s = tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1) + tl.sum(a2.to(tl.float32) * b2.to(tl.float32), 1)
-    s = scored(s, scale, cap, CAPPED)
+    s = scaled_scores(s, scale, cap, CAPPED)
     higher = tl.maximum(m, s)
     p = tl.exp2(s - higher)
     fade = tl.exp2(m - higher)
@@ -164,7 +164,7 @@ def list_splits(items_ptr, pairs_ptr, rows_ptr, n, BN: tl.constexpr, SPLITS: tl.
     if SOME:
         t = tl.load(rows_ptr + row, mask=ok, other=0)
     position = tl.load(pairs_ptr + 2 * t + 1, mask=ok, other=0)
-    _, _, active = spans(position, WINDOW, BN, SPLITS, LEAST)
+    _, _, active = split_spans(position, WINDOW, BN, SPLITS, LEAST)
     whole = tl.where(ok, active - 1, 0)
     before = tl.cumsum(whole, 0) - whole
     total = tl.sum(whole, 0)
@@ -189,14 +189,14 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     head = tl.program_id(0)
     if PDL:
         gdc_wait()
-    b, split = assigned(items_ptr, SPLITS, LISTED)
+    b, split = assigned_split(items_ptr, SPLITS, LISTED)
     t = b
     if SOME:
         t = tl.load(rows_ptr + b)
     slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
     position = tl.load(pairs_ptr + 2 * t + 1)
     t = t.to(tl.int64)
-    first, chunk, active = spans(position, WINDOW, BN, SPLITS, LEAST)
+    first, chunk, active = split_spans(position, WINDOW, BN, SPLITS, LEAST)
     if split >= active:
         return
     kind: tl.constexpr = out_ptr.dtype.element_ty
@@ -209,7 +209,7 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
         sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
     g = tl.arange(0, GP)
     q_at = q_ptr + t * q_stride + (head * G + g)[:, None] * D
-    a1, a2 = turned(q_at, (g < G)[:, None], q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
+    a1, a2 = rotated(q_at, (g < G)[:, None], q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
     a1, a2 = a1.to(kind), a2.to(kind)
     q = tl.reshape(tl.permute(tl.join(a1, a2), (0, 2, 1)), (GP, 2 * HALF))
     begin = first + split * chunk
@@ -228,9 +228,9 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     acc = acc * (v_scale / total)[:, None]
     out_at = out_ptr + (t * KV_HEADS + head) * (G * D)
     if active == 1:
-        tl.store(out_at + shown(G, GP, D, HALF), acc.to(kind), mask=there(G, GP, D, HALF))
+        tl.store(out_at + head_offsets(G, GP, D, HALF), acc.to(kind), mask=head_mask(G, GP, D, HALF))
     else:
-        hand_in(
+        finish_split(
             part_ptr, sum_ptr, count_ptr, out_at, acc, m + tl.log2(total), b * KV_HEADS + head, split, active, G, GP, D,
             HALF, SPLITS,
         )  # fmt: skip

@@ -26,9 +26,9 @@ from tokenmill.backends.cuda.kernels.search import (
     bound,
     key_from,
     key_of,
-    least_kept,
     list_groups,
     moments,
+    threshold,
     tile_of,
     value_of,
 )
@@ -76,8 +76,8 @@ def cautious(p):
 
 
 @triton.jit
-def likely(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
-           GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def top_p_key(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
+              GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Return the least key that top-p keeps of those from `low` on."""
     total = tl.sum(wholes, 0)
     if low > key_of(tl.full([], float("-inf"), tl.float32), SHIFT):
@@ -85,14 +85,14 @@ def likely(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.c
         total, _ = moments(row, groups_ptr, n, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
     low = bound(keys, tops, wholes, cautious(p) * total, most, scale, low, MASS, SHIFT, GROUP)
     n = list_groups(groups_ptr, keys, low)
-    return least_kept(
+    return threshold(
         row, groups_ptr, n, p * total, most, scale, 0.0, low, low, key_of(most, SHIFT), MASS, VOCAB, SHIFT, GROUP, TILE
     )
 
 
 @triton.jit
-def typical(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
-            GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def typical_keys(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
+                 GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Return the least and the largest key that typical-p keeps of those from `low` on.
 
     A log-probability plus the entropy is a scaled logit minus the mean of scaled logits by mass. The threshold is
@@ -106,7 +106,7 @@ def typical(row, groups_ptr, keys, tops, wholes, p, most, scale, low, VOCAB: tl.
     far = 1.0001 * tl.maximum(-center, center - (value_of(end, SHIFT) - most) * scale)
     beside = most + (center - far) / scale - tl.abs(most) * 1e-5  # Rounding moves it by less.
     n = list_groups(groups_ptr, keys, tl.maximum(low, key_from(beside, SHIFT)))
-    nearest = least_kept(
+    nearest = threshold(
         row, groups_ptr, n, p * total, most, scale, center, low, key_of(-far, 0), tl.full([], 0, tl.int32), NEARNESS,
         VOCAB, SHIFT, GROUP, TILE,
     )  # fmt: skip
@@ -138,19 +138,21 @@ def filters(row, groups_ptr, keys, tops, wholes, at, most, scale, VOCAB: tl.cons
         if k <= GROUPS:
             low = bound(keys, tops, wholes, need, most, scale, low, COUNT, SHIFT, GROUP)
         n = list_groups(groups_ptr, keys, low)
-        low = least_kept(
+        low = threshold(
             row, groups_ptr, n, need, most, scale, 0.0, low, low, key_of(most, SHIFT), COUNT, VOCAB, SHIFT, GROUP, TILE
         )
     if top_p < 1.0:
-        low = likely(row, groups_ptr, keys, tops, wholes, top_p, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
+        low = top_p_key(row, groups_ptr, keys, tops, wholes, top_p, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
     if typical_p < 1.0:
-        low, high = typical(row, groups_ptr, keys, tops, wholes, typical_p, most, scale, low, VOCAB, SHIFT, GROUP, TILE)
+        low, high = typical_keys(
+            row, groups_ptr, keys, tops, wholes, typical_p, most, scale, low, VOCAB, SHIFT, GROUP, TILE
+        )
     return low, high
 
 
 @triton.jit
-def drawn(row, groups_ptr, keys, noise, random, most, scale, low, high, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
-          GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def draw(row, groups_ptr, keys, noise, random, most, scale, low, high, VOCAB: tl.constexpr, SHIFT: tl.constexpr,
+         GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Return the id of the largest scaled logit, plus noise if `random`, of those with keys between `low` and `high`.
 
     The sums are bitwise those of `choose`, so a row's token does not depend on the filters of other rows.
@@ -201,7 +203,7 @@ def choose_filtered(logits_ptr, pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr,
             wholes = tops * tl.load(sums_ptr + r * GROUPS + g, mask=g < GROUPS, other=0.0)
             low, high = filters(row, groups, keys, tops, wholes, at, most, scale, VOCAB, SHIFT, GROUPS, GROUP, TILE)
         noise = noise_key(tl.load(at + SEED_LOW), tl.load(at + SEED_HIGH), position)
-        found = drawn(row, groups, keys, noise, random, most, scale, low, high, VOCAB, SHIFT, GROUP, TILE)
+        found = draw(row, groups, keys, noise, random, most, scale, low, high, VOCAB, SHIFT, GROUP, TILE)
         found = tl.where(found < VOCAB, found, -1)
     tl.store(kept_ptr + 2 * r, low << SHIFT)
     tl.store(kept_ptr + 2 * r + 1, (high << SHIFT) | ((1 << SHIFT) - 1))

@@ -18,14 +18,14 @@ def columns(j, D: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def real(j, D: tl.constexpr, HALF: tl.constexpr):
+def in_head(j, D: tl.constexpr, HALF: tl.constexpr):
     """Return True for a column j of a padded head that is not padding."""
     return j % HALF < D // 2
 
 
 @triton.jit
-def turned(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-           ROPE: tl.constexpr):  # fmt: skip
+def rotated(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+            ROPE: tl.constexpr):  # fmt: skip
     """Return the halves (N, HALF), float32, of the heads at `x_ptr` (N, 1), normalized with NORM, rotated with ROPE."""
     j = tl.arange(0, HALF)[None, :]
     ok = ok & (j < D // 2)
@@ -41,7 +41,7 @@ def turned(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.constex
 
 
 @triton.jit
-def kept(x, fit, KIND: tl.constexpr):
+def to_stored(x, fit, KIND: tl.constexpr):
     """Convert to the cache's dtype KIND: 8-bit floats are scaled by `fit` and clamped to their range."""
     if KIND == tl.float8e4nv:  # noqa: SIM300  # In the other order Triton does not unwrap KIND.
         return tl.clamp(x.to(tl.float32) * fit, -448.0, 448.0).to(KIND)
@@ -59,11 +59,10 @@ def place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE: tl.constexpr)
 
 
 @triton.jit
-def write_heads(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, tables_ptr, cos_ptr, sin_ptr,
-                q_norm_ptr, k_norm_ptr, q_stride, k_stride, v_stride, table_stride, eps, k_fit, v_fit,
-                HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS2: tl.constexpr, KV_HEADS2: tl.constexpr,
-                D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr,
-                ROPE: tl.constexpr):  # fmt: skip
+def write_heads(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, tables_ptr, cos_ptr, sin_ptr, q_norm_ptr,
+                k_norm_ptr, q_stride, k_stride, v_stride, table_stride, eps, k_fit, v_fit, HEADS: tl.constexpr,
+                KV_HEADS: tl.constexpr, HEADS2: tl.constexpr, KV_HEADS2: tl.constexpr, D: tl.constexpr,
+                HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
     """Write each token's queries, normed and rotated, to `out`; keys likewise and values to its place in the cache.
 
     HEADS2, KV_HEADS2: powers of two at least HEADS, KV_HEADS. Grid (T,).
@@ -79,20 +78,20 @@ def write_heads(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, t
         cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + j, mask=half_ok, other=0.0)
         sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + j, mask=half_ok, other=0.0)
     h = tl.arange(0, HEADS2)[:, None]
-    a, b = turned(q_ptr + t * q_stride + h * D, h < HEADS, q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
+    a, b = rotated(q_ptr + t * q_stride + h * D, h < HEADS, q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
     to = out_ptr + (t * HEADS + h) * D + j
     kind: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(to, a.to(kind), mask=(h < HEADS) & half_ok)
     tl.store(to + D // 2, b.to(kind), mask=(h < HEADS) & half_ok)
     g = tl.arange(0, KV_HEADS2)[:, None]
-    a, b = turned(k_ptr + t * k_stride + g * D, g < KV_HEADS, k_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
+    a, b = rotated(k_ptr + t * k_stride + g * D, g < KV_HEADS, k_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
     place = place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE)
     to = keys_ptr + (place * KV_HEADS + g) * D + j
     ok = (g < KV_HEADS) & half_ok
     stored: tl.constexpr = keys_ptr.dtype.element_ty
-    tl.store(to, kept(a.to(kind), k_fit, stored), mask=ok)
-    tl.store(to + D // 2, kept(b.to(kind), k_fit, stored), mask=ok)
+    tl.store(to, to_stored(a.to(kind), k_fit, stored), mask=ok)
+    tl.store(to + D // 2, to_stored(b.to(kind), k_fit, stored), mask=ok)
     v_at = v_ptr + t * v_stride + g * D + j
     to = values_ptr + (place * KV_HEADS + g) * D + j
-    tl.store(to, kept(tl.load(v_at, mask=ok, other=0.0), v_fit, stored), mask=ok)
-    tl.store(to + D // 2, kept(tl.load(v_at + D // 2, mask=ok, other=0.0), v_fit, stored), mask=ok)
+    tl.store(to, to_stored(tl.load(v_at, mask=ok, other=0.0), v_fit, stored), mask=ok)
+    tl.store(to + D // 2, to_stored(tl.load(v_at + D // 2, mask=ok, other=0.0), v_fit, stored), mask=ok)

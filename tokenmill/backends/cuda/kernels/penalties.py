@@ -31,9 +31,8 @@ def penalties_of(at):
 
 
 @triton.jit(do_not_specialize=["biases_stride"])  # It changes when room for biases grows.
-def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, counts_ptr, scores_ptr,
-                 parameters_stride, biases_stride, tokens_stride, VOCAB: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
+def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, counts_ptr, scores_ptr, parameters_stride,
+                 biases_stride, tokens_stride, VOCAB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Add biases to scores[r, id]. For rows with a penalty, set counts[r, id] to the number of times the id is in the
     output, with the bit IN_PROMPT if it is in the prompt.
 
@@ -58,10 +57,10 @@ def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, co
     for start in range(c * BLOCK, end, tl.num_programs(1) * BLOCK):
         i = start + tl.arange(0, BLOCK)
         ids = tl.load(tokens_ptr + slot * tokens_stride + i, mask=i < end, other=-1)
-        known = (ids >= 0) & (ids < VOCAB)
+        valid = (ids >= 0) & (ids < VOCAB)
         count = counts_ptr + r.to(tl.int64) * VOCAB + ids
-        tl.atomic_or(count, IN_PROMPT, mask=known & (i < num_prompt), sem="relaxed")
-        tl.atomic_add(count, 1, mask=known & (i >= num_prompt), sem="relaxed")
+        tl.atomic_or(count, IN_PROMPT, mask=valid & (i < num_prompt), sem="relaxed")
+        tl.atomic_add(count, 1, mask=valid & (i >= num_prompt), sem="relaxed")
 
 
 @triton.jit
@@ -78,10 +77,10 @@ def penalize(pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, counts_ptr, scores
     for start in range(c * BLOCK, end, tl.num_programs(1) * BLOCK):
         i = start + tl.arange(0, BLOCK)
         ids = tl.load(tokens_ptr + slot * tokens_stride + i, mask=i < end, other=-1)
-        known = (ids >= 0) & (ids < VOCAB)
+        valid = (ids >= 0) & (ids < VOCAB)
         place = r.to(tl.int64) * VOCAB + ids
-        count = tl.atomic_xchg(counts_ptr + place, 0, mask=known, sem="relaxed")
-        mine = known & (count != 0)  # The program that takes the count changes the score.
+        count = tl.atomic_xchg(counts_ptr + place, 0, mask=valid, sem="relaxed")
+        mine = valid & (count != 0)  # The program that takes the count changes the score.
         x = tl.load(scores_ptr + place, mask=mine, other=0.0)
         x = tl.where(x < 0.0, x * repetition, tl.div_rn(x, repetition))
         output = count & (IN_PROMPT - 1)

@@ -6,8 +6,8 @@ A tile is a few tokens of one sequence times the query heads that share a key-va
 import triton
 import triton.language as tl
 
-from tokenmill.backends.cuda.kernels.decode import scored
-from tokenmill.backends.cuda.kernels.heads import columns, real
+from tokenmill.backends.cuda.kernels.decode import scaled_scores
+from tokenmill.backends.cuda.kernels.heads import columns, in_head
 
 
 @triton.jit
@@ -26,12 +26,12 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
         at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
         there = (t < stop)[:, None]
         if D != 2 * HALF:
-            there = there & real(j, D, HALF)[None, :]
+            there = there & in_head(j, D, HALF)[None, :]
         if MASKED or D != 2 * HALF:
             keys = tl.load(keys_ptr + at, mask=there, other=0.0).to(q.dtype)
         else:
             keys = tl.load(keys_ptr + at).to(q.dtype)
-        s = scored(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
+        s = scaled_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
         if MASKED:
             seen = t[None, :] <= positions[:, None]
             if WINDOW:
@@ -67,7 +67,7 @@ def part_of(start, count, splits, WINDOW: tl.constexpr, BN: tl.constexpr, LEAST:
 
 
 @triton.jit
-def added(acc, sums, part_ptr, sum_ptr, count_ptr, active, splits, BM: tl.constexpr, WIDTH: tl.constexpr):
+def merge_splits(acc, sums, part_ptr, sum_ptr, count_ptr, active, splits, BM: tl.constexpr, WIDTH: tl.constexpr):
     """Store a part's result. Return True for the last part to finish, with all parts merged in order."""
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     row = tl.arange(0, BM)
@@ -96,9 +96,9 @@ def added(acc, sums, part_ptr, sum_ptr, count_ptr, active, splits, BM: tl.conste
 @triton.jit(do_not_specialize=["splits"])
 def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, part_ptr, sum_ptr, count_ptr,
                  table_stride, splits, scale, cap, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                 HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, INVARIANT: tl.constexpr,
-                 SPLIT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr,
+                 WINDOW: tl.constexpr, CAPPED: tl.constexpr, INVARIANT: tl.constexpr, SPLIT: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
     """Attend from tiles (first token of the step, its position, tokens, slot), of at most BM // G tokens each. Grid
     (tiles, KV_HEADS), with SPLIT (tiles, KV_HEADS, splits): several programs then share the keys of a tile.
 
@@ -119,7 +119,7 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, pa
     at = ((token + within) * KV_HEADS + head)[:, None] * (G * D) + g[:, None] * D + columns(j, D, HALF)[None, :]
     ok = (within < count)[:, None] & (within < BM // G)[:, None]
     if D != 2 * HALF:
-        ok = ok & real(j, D, HALF)[None, :]
+        ok = ok & in_head(j, D, HALF)[None, :]
     q = tl.load(q_ptr + at, mask=ok, other=0.0)
     positions = start + within
     m = tl.full([BM], -1e30, tl.float32)
@@ -140,7 +140,7 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, pa
     acc = acc * (v_scale / total)[:, None]
     last = True
     if SPLIT:
-        last, acc = added(acc, m + tl.log2(total), part_ptr, sum_ptr, count_ptr, active, splits, BM, 2 * HALF)
+        last, acc = merge_splits(acc, m + tl.log2(total), part_ptr, sum_ptr, count_ptr, active, splits, BM, 2 * HALF)
     if last:
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
 

@@ -71,7 +71,7 @@ def quarter(at, end, part):
 
 
 @triton.jit
-def sure(keys, tops, wholes, key, most, scale, WHAT: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr):
+def least_worth(keys, tops, wholes, key, most, scale, WHAT: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr):
     """Return a lower bound of the worth of logits from `key` on. `tops`, `wholes`: the mass of a group's largest logit,
     and of all its logits."""
     worth = tl.full(keys.shape, 1.0, tl.float32)
@@ -88,14 +88,14 @@ def bound(keys, tops, wholes, need, most, scale, low, WHAT: tl.constexpr, SHIFT:
         reached = tl.full([], 0, tl.int64)
         for part in tl.static_range(1, 4):
             key = quarter(at, end, part).to(tl.int32)
-            reached += (sure(keys, tops, wholes, key, most, scale, WHAT, SHIFT, GROUP) >= need).to(tl.int64)
+            reached += (least_worth(keys, tops, wholes, key, most, scale, WHAT, SHIFT, GROUP) >= need).to(tl.int64)
         at, end = quarter(at, end, reached), quarter(at, end, reached + 1)
     return at.to(tl.int32)
 
 
 @triton.jit
-def least_kept(row, groups_ptr, n, need, most, scale, center, floor, low, high, WHAT: tl.constexpr,
-               VOCAB: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def threshold(row, groups_ptr, n, need, most, scale, center, floor, low, high, WHAT: tl.constexpr, VOCAB: tl.constexpr,
+              SHIFT: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Return the threshold among the n listed groups, which is between `low` and `high`.
 
     With NEARNESS to `center`, keys have all their bits, and only logits whose own key is at least `floor` count.
