@@ -66,7 +66,6 @@ from tokenmill.backends.cpu.sampling_vectors import (
     LOWEST,
     Real,
     noise_key,
-    peek_byte,
     peek_double,
     peek_float,
     poke32,
@@ -75,7 +74,7 @@ from tokenmill.backends.cpu.sampling_vectors import (
     word,
 )
 from tokenmill.backends.cpu.sampling_watermark import favour_green
-from tokenmill.backends.sampling import MOST_TIES
+from tokenmill.backends.sampling import LEAST_TEMPERATURE, MOST_TIES
 
 _RESULT = 8 * layout.RESULT
 _SAMPLED_POSITIONS = 8 * layout.SAMPLED_POSITIONS
@@ -86,7 +85,7 @@ _WIDTH = 8 * layout.WIDTH
 _X = 8 * layout.X
 _X_STRIDE = 8 * layout.X_STRIDE
 _ONE = np.float32(1.0)
-_MIN_TEMPERATURE = np.float32(1e-6)
+_MIN_TEMPERATURE = np.float32(LEAST_TEMPERATURE)
 _MINUS_INFINITY = np.float32(-np.inf)
 
 
@@ -132,7 +131,7 @@ def _sample_row(words: int, s: int, x: int, vocab: int, r: int, slot: int, posit
     p = peek(words + PARAMETER_ROWS) + slot * ROW_BYTES
     max_listed = peek(words + MAX_LISTED)
     wanted = min(peek32(p + LOGPROBS), max_listed) if max_listed >= 0 else -1
-    raw = wanted >= 0 and peek_byte(p + RAW_LOGPROBS) != 0
+    raw = wanted >= 0 and peek32(p + RAW_LOGPROBS) != 0
     y, normal = x, 0.0
     if raw:
         best = find_maxima(s, x, (vocab + 15) // 16)

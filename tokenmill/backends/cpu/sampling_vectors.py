@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tokenmill.backends.cpu.ir import Emitter, Val, Vector, emit, f32, f32x16, i1, i8, i16, i32, i64
+from tokenmill.backends.cpu.ir import Emitter, Val, Vector, emit, f32, f32x16, i1, i16, i32, i64
 
 f64 = ir.DoubleType()
 Real = Any
@@ -61,8 +61,6 @@ peek_double = emit(1, lambda g, address: g.ld(f64, address), types.float64)
 """(address) -> its float64; `poke` stores one"""
 double_of = emit(1, lambda g, v: g.b.bitcast(v, f64), types.float64)
 """(word) -> the float64 with these bits"""
-peek_byte = emit(1, lambda g, address: g.b.zext(g.ld(i8, address), i64), types.int64)
-"""(address) -> its byte"""
 poke32 = emit(2, lambda g, address, v: g.st(g.b.trunc(v, i32), address))
 """(address, int64): store its low half"""
 lowest_bit = emit(1, lambda g, mask: g.call("llvm.cttz.i64", i64, [mask, ir.Constant(i1, 1)]), types.int64)
