@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokenmill.backends.cpu.isa import Isa
@@ -13,15 +13,14 @@ from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
 from tokenmill.backends.cpu.pack import Packed, gates, pack_weight
 from tokenmill.backends.cpu.scratch import Arena
+from tokenmill.backends.kind import Report
 from tokenmill.errors import Unsupported
 from tokenmill.program import ops, passes
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader, check, for_each
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import Progress
 
-Report = Callable[[Progress], None]
 _VECTOR = 16
 
 

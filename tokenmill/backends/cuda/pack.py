@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.cuda.device import Device
-from tokenmill.backends.torch.pack import Report, to_tensor
+from tokenmill.backends.kind import Report
+from tokenmill.backends.torch.pack import to_tensor
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight

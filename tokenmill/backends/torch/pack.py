@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokenmill.backends.kind import Report
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Coded, Reader, check, for_each, load
 from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.wire.messages import Progress
-
-Report = Callable[[Progress], None]
 
 
 def pack(
