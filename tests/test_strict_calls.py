@@ -15,7 +15,7 @@ from tests.support_walks import Tokens, compiled, special_markers, walk
 from tests.test_tool_grammars import FORMATS, TOOLS, harmony, weather, written, wrong
 from tokenmill.text.router import fold
 from tokenmill.text.tools import by_name
-from tokenmill.text.tools.base import Asked
+from tokenmill.text.tools.base import GrammarRequest
 
 SCHEMA = Draft202012Validator(TOOLS[0]["function"]["parameters"])
 WALKS, SEED = int(os.environ.get("WALKS", "15")), os.environ.get("SEED", "")
@@ -62,7 +62,7 @@ def test_every_call_of_a_strict_function_fits(name: str, special: bool) -> None:
         return
     tokens, form = Tokens(special_markers(name) if special else ()), by_name(name)
     after = form.trigger if form.trigger in tokens.ids and not form.bare else ""
-    source = form.grammar(Asked(TOOLS, "behind" if after else "answer", True, tokens.ids))
+    source = form.grammar(GrammarRequest(TOOLS, "behind" if after else "answer", True, tokens.ids))
     grammar = compiled(source, tokens)
     draw, called, text_alone = random.Random(SEED + f"{name} {special}"), 0, 0
     for _ in range(WALKS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenmill.text.template_turns import apart, one_by_one, told_by_user
+from tokenmill.text.template_turns import apart, one_by_one, results_as_user
 
 A: Any = {"id": "a", "function": {"name": "f"}}
 B: Any = {"id": "b", "function": {"name": "g"}}
@@ -35,9 +35,9 @@ def test_a_text_before_calls_becomes_a_message_of_its_own() -> None:
 
 def test_results_are_told_by_the_user_in_turns_that_alternate() -> None:
     answer = {"role": "assistant", "content": "So"}
-    made = told_by_user([USER, answer, result("a", "1"), result("b", "2"), USER, answer, USER, USER])
+    made = results_as_user([USER, answer, result("a", "1"), result("b", "2"), USER, answer, USER, USER])
     assert made == [USER, answer, {"role": "user", "content": "1\n2\nhi"}, answer, USER, USER]
     parts = [{"type": "text", "text": "1"}]
-    (both,) = told_by_user([result("a", parts), result("b", "2")])
+    (both,) = results_as_user([result("a", parts), result("b", "2")])
     assert [part["text"] for part in both["content"]] == ["1", "\n", "2"]
     assert parts == [{"type": "text", "text": "1"}]

@@ -15,7 +15,7 @@ from tokenmill.errors import ToolError
 from tokenmill.text.machine import Held
 from tokenmill.text.router import fold
 from tokenmill.text.tools import by_name
-from tokenmill.text.tools.base import Asked, Extent
+from tokenmill.text.tools.base import Extent, GrammarRequest
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "12"))
 TOOLS: list[dict[str, Any]] = [
@@ -67,7 +67,7 @@ def fits(
 ) -> bool:  # fmt: skip
     """Return True if the grammar allows the whole text followed by the end."""
     tokens = Tokens(special_markers(name) if special else ())
-    asked = Asked(tools or TOOLS, extent, parallel, tokens.ids, instead=instead)
+    asked = GrammarRequest(tools or TOOLS, extent, parallel, tokens.ids, instead=instead)
     matcher = compiled(by_name(name).grammar(asked), tokens).matcher()
     return all(matcher.accept(i) for i in (*tokens.encode(text), tokens.end))
 
@@ -122,7 +122,7 @@ def test_what_a_grammar_allows_is_read_back_whatever_marks_are_in_it(name: str, 
     draw, num_read = random.Random(name), 0
     tokens = Tokens(special_markers(name) if special or name == "harmony" else ())
     assert extent
-    grammar = compiled(by_name(name).grammar(Asked(TOOLS, extent, True, tokens.ids)), tokens)
+    grammar = compiled(by_name(name).grammar(GrammarRequest(TOOLS, extent, True, tokens.ids)), tokens)
     marks = [mark for mark in (*marks_of(name), ">", "</") if mark != "null"]  # `written` makes that None
     for _ in range(EXAMPLES):
         city, tag = ("x" + "".join(draw.choices(marks, k=draw.randint(0, 5))) for _ in range(2))

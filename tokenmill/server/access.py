@@ -32,7 +32,7 @@ def handler_name(method: str, route: str) -> str:
 def succeeded(call: Call, generations: Sequence[Generation], copies: int) -> None:
     """Count and log each prompt of the request; of `copies` the first."""
     for generation in generations[::copies]:
-        call.service.count_success(generation)
+        call.service.requests.success(generation)
     if not log.isEnabledFor(logging.INFO):
         return
     name = handler_name(call.scope["method"], call.route)

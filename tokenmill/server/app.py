@@ -22,6 +22,7 @@ from tokenmill.server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
+
 def create_app(service: Service, tracer: Tracer | None = None) -> ASGIApp:
     """The application for one worker. `tracer`: records each request that has ended; None: no spans are sent."""
     options = service.options
@@ -74,7 +75,7 @@ class App:
             call.status = 499
             scope.get(ABORT, _nothing)()
             if route and route.generates:
-                self._service.count_dropped()
+                self._service.requests.dropped()
         finally:
             call.close()
             self._service.metrics.count_response(name, call.status)

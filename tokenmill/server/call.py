@@ -130,7 +130,7 @@ class Call:
 
     def take(self, count: int) -> None:
         """Take permits for `count` sequences; they are given back when the call ends. Raises Overloaded."""
-        self.service.take(count)
+        self.service.permits.take(count)
         self._permits += count
 
     async def wait(self, done: asyncio.Future[None]) -> bool:
@@ -159,7 +159,7 @@ class Call:
     async def fail(self, error: RequestError) -> None:
         """Answer with an error, if no answer has begun."""
         if self.counts_failures:
-            self.service.count_failure(error)
+            self.service.requests.failure(error)
         if not self.status:
             headers = failures.headers(error)
             status = failures.status(error, self.dialect)
@@ -169,7 +169,7 @@ class Call:
 
     def close(self) -> None:
         """Give back what the call holds."""
-        self.service.release(self._permits)
+        self.service.permits.release(self._permits)
         self._permits = 0
 
 

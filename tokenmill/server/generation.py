@@ -49,7 +49,7 @@ class Timings(msgspec.Struct):
     last: float = 0.0
 
 
-class Listener(Protocol):
+class Answer(Protocol):
     """The answer that a generation is part of."""
 
     def token(self, generation: Generation, token: GeneratedToken) -> None:
@@ -64,7 +64,7 @@ class Generation:
     `router`: reads the text, and finds the stop strings in the place of the detokenizer."""
 
     __slots__ = (
-        "_listener", "_observe_gap", "detokenizer", "engine_timings", "finish", "id", "index", "num_cached",
+        "_answer", "_observe_gap", "detokenizer", "engine_timings", "finish", "id", "index", "num_cached",
         "num_generated", "num_reasoning", "prepared", "prompt_details", "prompt_index", "router", "sum_logprobs",
         "timings",
     )  # fmt: skip
@@ -74,7 +74,7 @@ class Generation:
         request_id: int,
         prepared: Prepared,
         detokenizer: Detokenizer,
-        listener: Listener,
+        answer: Answer,
         timings: Timings,
         observe_gap: Callable[[float], None],
         *,
@@ -83,7 +83,7 @@ class Generation:
         router: Router | None = None,
     ) -> None:
         self.id, self.prepared, self.detokenizer = request_id, prepared, detokenizer
-        self._listener, self.timings, self._observe_gap = listener, timings, observe_gap
+        self._answer, self.timings, self._observe_gap = answer, timings, observe_gap
         self.index, self.prompt_index = index, prompt_index
         self.finish: Finish = ""
         self.router = router
@@ -137,7 +137,7 @@ class Generation:
 
     def fail(self, error: RequestError) -> None:
         """The request is over without a result."""
-        self._listener.failed(self, error)
+        self._answer.failed(self, error)
 
     def _take(self, token_id: int, output: Output, position: int) -> bool:
         """Hand on the `position`-th token of `output`; True if it is the last."""
@@ -164,7 +164,7 @@ class Generation:
         token = GeneratedToken(
             self.num_generated, token_id, text, piece.token_text, piece.special, finish, details, read
         )
-        self._listener.token(self, token)
+        self._answer.token(self, token)
         return bool(finish)
 
     def _read(self, piece: Piece) -> Delta:

@@ -1,7 +1,7 @@
 """Receipts: what an answer took, and what made it. For requests that ask; nothing of it costs the others.
 
-A client asks by `"receipt": true` in the body or by the header `x-receipt: 1`. A route passes `wanted(...)` to
-`answering.Sequences`; the rest happens in `answering.py`, for every shape of answer: the receipt becomes the last key
+A client asks by `"receipt": true` in the body or by the header `x-receipt: 1`. A route passes `requested(...)` to
+`answering.Prompts`; the rest happens in `answering.py`, for every shape of answer: the receipt becomes the last key
 of a plain answer, or of the last event of a stream.
 """
 
@@ -21,7 +21,7 @@ _OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _encode = msgspec.json.Encoder().encode
 
 
-def wanted(call: Call, field: bool | None = None) -> bool:
+def requested(call: Call, field: bool | None = None) -> bool:
     """Whether the client asks for a receipt: by `field` of its body, or if that is silent by the header."""
     return call.header(b"x-receipt").lower() in (b"1", b"true") if field is None else field
 
@@ -35,8 +35,9 @@ def attach(answer: bytes, call: Call, generations: Sequence[Generation]) -> byte
 
 def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
     """The receipt of a call whose sequences, at least one, have ended."""
-    service, model = call.service, call.service.model
+    service, model, engine = call.service, call.service.model, call.service.status.engine
     assert model is not None  # it generated
+    assert engine is not None
     prompts = {g.prompt_index: g for g in reversed(generations)}.values()  # the first of each computed it
     sequences = [_sequence(g) for g in generations]
     times = [g.timings for g in generations]
@@ -45,8 +46,8 @@ def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
         model=model.id,
         model_revision=model.revision or None,
         model_digest=model.digest,
-        engine=service.engine_name,
-        engine_digest=service.engine_digest,
+        engine=engine.name,
+        engine_digest=engine.digest,
         version=service.options.version,
         queue_ms=max(s.queue_ms for s in sequences),
         prefill_ms=max(s.prefill_ms for s in sequences),

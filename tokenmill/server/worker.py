@@ -27,8 +27,9 @@ from tokenmill.errors import NotReady, TemplateError
 from tokenmill.freeze_gc import freeze_gc
 from tokenmill.server.app import create_app
 from tokenmill.server.digests import model_digest
+from tokenmill.server.options import ServiceOptions
 from tokenmill.server.protocol import BoundedProtocol
-from tokenmill.server.service import Model, Service, ServiceOptions
+from tokenmill.server.service import Model, Service
 from tokenmill.server.tracing import Tracer
 from tokenmill.text.chat import check_parsers
 from tokenmill.text.load import load_tokenizer
@@ -135,7 +136,7 @@ class Worker:
 
     def _set_phase(self, phase: Phase) -> None:
         if self._service.client.info is None and phase.name != "ready":
-            self._service.phase = phase.name if phase.percent < 0 else f"{phase.name} {phase.percent} %"
+            self._service.status.phase = phase.name if phase.percent < 0 else f"{phase.name} {phase.percent} %"
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -156,12 +157,13 @@ class Worker:
         service.model = Model(
             id=source.model_id, revision=source.revision, tokenizer=tokenizer, created=int(time.time()), digest=digest
         )
+        service.status.set_model(digest)
         freeze_gc()
         self._begin(self._tell_ready())
         await service.client.run()
 
     async def _tell_ready(self) -> None:
-        await self._service.became_ready.wait()
+        await self._service.status.became_ready.wait()
         self._control.send(Ready())
 
     async def _finish(self, timeout_s: float) -> None:
@@ -169,7 +171,7 @@ class Worker:
 
         The port stays open, and so do connections: what comes meanwhile is refused with the time to come back.
         """
-        log.info("Finishing %d running requests, for at most %g s", self._service.in_flight, timeout_s)
+        log.info("Finishing %d running requests, for at most %g s", self._service.permits.in_flight, timeout_s)
         loop, state = asyncio.get_running_loop(), self._server.server_state
         loop.call_later(timeout_s, self._service.client.abort_all, _SHUTTING_DOWN)
         deadline = loop.time() + timeout_s + _LAST_WORDS_S

@@ -14,11 +14,11 @@ from tokenmill.errors import GrammarError, TemplateError
 from tokenmill.text import chat_thought, guided
 from tokenmill.text import reasoning as thoughts
 from tokenmill.text.answer_reader import AnswerReader
-from tokenmill.text.chat_grammar import shape_of
+from tokenmill.text.chat_grammar import answer_grammar_of
 from tokenmill.text.chat_prompt import render
 from tokenmill.text.chat_request import Chat, ChatModel
 from tokenmill.text.chat_tools import tools_of
-from tokenmill.text.guided import Wanted
+from tokenmill.text.guided import RequestedGrammar
 from tokenmill.text.options import Options
 from tokenmill.text.router import format_of
 from tokenmill.wire.messages import GrammarSpec
@@ -37,7 +37,7 @@ class ChatPlan(NamedTuple):
 def plan(chat: Chat, model: ChatModel) -> ChatPlan:
     """Check a chat and plan its answer. Takes milliseconds where messages or functions' schemas are long; compiles no
     grammar. ValidationError that names the field, of which ToolError, GrammarError; TemplateError."""
-    tools, wanted, template = tools_of(chat), _wanted(chat, model), model.tokenizer.chat_template
+    tools, requested, template = tools_of(chat), _requested_grammar(chat, model), model.tokenizer.chat_template
     if template is None:
         raise TemplateError("template not found")
     prompt = render(chat, template, tools)
@@ -46,21 +46,21 @@ def plan(chat: Chat, model: ChatModel) -> ChatPlan:
         tools = None
     calls = None if tools is None else format_of(source, model.tool_call_parser)
     form = chat_thought.reasoning_of(chat, model, source, prompt)
-    shape = shape_of(model.tokenizer, tools, calls, wanted, form)
+    answer = answer_grammar_of(model.tokenizer, tools, calls, requested, form)
     thinking = chat_thought.begun(chat, model, source, form)
-    thinking, grammar = chat_thought.with_grammar(thinking, shape, chat, model.tokenizer)
+    thinking, grammar = chat_thought.with_grammar(thinking, answer, chat, model.tokenizer)
     options = msgspec.structs.replace(
         chat.options,
         grammar=grammar,
-        grammar_field=shape.field,
-        thought=chat_thought.limited(thinking, shape, chat.options.thinking_budget, model.tokenizer),
+        grammar_field=answer.field,
+        thought=chat_thought.limited(thinking, answer, chat.options.thinking_budget, model.tokenizer),
     )
     reader = AnswerReader.of(
         model.tokenizer,
         calls,
         tools=() if tools is None else tools.allowed,
         parallel=tools is None or tools.parallel,
-        held=shape.held,
+        held=answer.held,
         reasoning=thinking.form,
     )
     return ChatPlan(prompt + thinking.opening, options, reader)
@@ -73,18 +73,18 @@ def check_parsers(tool_call_parser: str, reasoning_parser: str) -> None:
         thoughts.by_name(reasoning_parser)
 
 
-def _wanted(chat: Chat, model: ChatModel) -> Wanted | None:
+def _requested_grammar(chat: Chat, model: ChatModel) -> RequestedGrammar | None:
     """The grammar that a chat asks for, by whatever field; None if the answer is free. ValidationError."""
     given, field = chat.options.grammar, chat.options.grammar_field
     if given is not None:
-        wanted = Wanted(field, given if isinstance(given, GrammarSpec) else guided.native_grammar(given))
+        requested = RequestedGrammar(field, given if isinstance(given, GrammarSpec) else guided.native_grammar(given))
     elif chat.guided:
         found = guided.openai_grammar(chat.guided)
         if found is None:
             return None
-        wanted = found
+        requested = found
     else:
         return None
     if not model.grammars:
-        raise GrammarError("grammar is not supported", wanted.field)
-    return wanted
+        raise GrammarError("grammar is not supported", requested.field)
+    return requested

@@ -15,19 +15,19 @@ from tokenmill.errors import GrammarError, ToolError
 from tokenmill.grammar.patterns import PatternError, literal, rewrite
 from tokenmill.text.chat_tools import Tools
 from tokenmill.text.functions import is_strict, resolved, types_of
-from tokenmill.text.guided import Wanted, json_grammar
+from tokenmill.text.guided import RequestedGrammar, json_grammar
 from tokenmill.text.lark import SPACES, slashed
 from tokenmill.text.machine import Held
 from tokenmill.text.reasoning import ReasoningFormat
 from tokenmill.text.tokenizer import Tokenizer, fixed_ids, special_ids
-from tokenmill.text.tools.base import Asked, ToolFormat
+from tokenmill.text.tools.base import GrammarRequest, ToolFormat
 from tokenmill.wire.messages import GrammarSpec
 
 _NO_PARAMETERS = {"type": "object", "properties": {}}  # what OpenAI takes a function without any for
 _MOST_DEPTH = 8
 
 
-class Shape(NamedTuple):
+class AnswerGrammar(NamedTuple):
     """The shape that an answer must have. `field`: of the request, that asked for it. `held`: see `new_router`.
     `waits`: the grammar begins behind the beginning of a call, wherever that is. `calls`: nothing but calls."""
 
@@ -43,22 +43,22 @@ class Shape(NamedTuple):
         return self.calls or bool(self.held)
 
 
-def shape_of(
+def answer_grammar_of(
     tokenizer: Tokenizer,
     tools: Tools | None,
     form: ToolFormat | None,
-    wanted: Wanted | None,
+    requested: RequestedGrammar | None,
     reasoning: ReasoningFormat | None,
-) -> Shape:
+) -> AnswerGrammar:
     """The shape of an answer that may call `tools`, written as `form` says, and think as `reasoning` says.
     GrammarError, ToolError for what cannot be served."""
     if tools is None or form is None:
-        return Shape(wanted.grammar, wanted.field) if wanted else Shape()
+        return AnswerGrammar(requested.grammar, requested.field) if requested else AnswerGrammar()
     free = not tools.forced and not tools.restricted
-    if free and wanted is None and not any(map(is_strict, tools.given)):
-        return Shape()
+    if free and requested is None and not any(map(is_strict, tools.given)):
+        return AnswerGrammar()
     spoken = reasoning.markers if reasoning else ()
-    asked = Asked(
+    request = GrammarRequest(
         [_exact(tool, f"tools[{i}].function.parameters", forced=tools.forced)
          for i, tool in enumerate(tools.given) if tool in tools.allowed],
         "calls" if tools.forced else "answer",
@@ -67,17 +67,17 @@ def shape_of(
         spoken=spoken,
     )  # fmt: skip
     if tools.forced:
-        return Shape(GrammarSpec("lark", form.grammar(asked)), "tool_choice", "calls", calls=True)
-    if wanted is not None:
-        instead = _instead(form, tools, wanted)
-        source = form.grammar(asked._replace(extent="choice", instead=instead))
-        return Shape(GrammarSpec("lark", source), wanted.field, "choice")
+        return AnswerGrammar(GrammarSpec("lark", form.grammar(request)), "tool_choice", "calls", calls=True)
+    if requested is not None:
+        instead = _instead(form, tools, requested)
+        source = form.grammar(request._replace(extent="choice", instead=instead))
+        return AnswerGrammar(GrammarSpec("lark", source), requested.field, "choice")
     trigger = fixed_ids(tokenizer, form.trigger) if form.trigger and not form.bare else None
     field = "tool_choice" if tools.restricted else "tools"
     if trigger is None:
-        return Shape(GrammarSpec("lark", form.grammar(asked)), field, "answer")
-    source = form.grammar(asked._replace(extent="behind"))
-    return Shape(GrammarSpec("lark", source, (trigger,)), field, "answer", waits=True)
+        return AnswerGrammar(GrammarSpec("lark", form.grammar(request)), field, "answer")
+    source = form.grammar(request._replace(extent="behind"))
+    return AnswerGrammar(GrammarSpec("lark", source, (trigger,)), field, "answer", waits=True)
 
 
 def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, Any]:
@@ -89,23 +89,23 @@ def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, An
     return {**tool, "function": {**function, "parameters": _lark_schema(json_grammar(parameters, param).source)}}
 
 
-def _instead(form: ToolFormat, tools: Tools, wanted: Wanted) -> str:
+def _instead(form: ToolFormat, tools: Tools, requested: RequestedGrammar) -> str:
     """The rules of what may come instead of calls. ToolError where it could not be told from them."""
-    schema = json.loads(wanted.grammar.source) if wanted.grammar.kind == "json_schema" else None
-    rules = as_lark(wanted.grammar, "instead", without=form.starts)
+    schema = json.loads(requested.grammar.source) if requested.grammar.kind == "json_schema" else None
+    rules = as_lark(requested.grammar, "instead", without=form.starts)
     if rules is None or (form.bare and schema is None):
         raise ToolError(
-            f"`{wanted.field}` cannot stand beside `tools` here, for such an answer cannot be told from a call. Use a "
-            "JSON schema, or send one of the two",
-            wanted.field,
+            f"`{requested.field}` cannot stand beside `tools` here, for such an answer cannot be told from a call. Use "
+            "a JSON schema, or send one of the two",
+            requested.field,
         )
     like_a_call = "{" in form.bare and _may_have("name", schema, schema)
     like_a_call = like_a_call and any(_may_have(key, schema, schema) for key in ("arguments", "parameters"))
     if like_a_call and any(map(is_strict, tools.given)):
         raise ToolError(
-            f"`{wanted.field}` cannot stand beside strict functions here: in this model's tool format an object with "
-            "`name` and `parameters` is a call. Let its schema have other keys",
-            wanted.field,
+            f"`{requested.field}` cannot stand beside strict functions here: in this model's tool format an object "
+            "with `name` and `parameters` is a call. Let its schema have other keys",
+            requested.field,
         )
     return rules
 

@@ -16,8 +16,8 @@ import jinja2
 from tokenmill.errors import TemplateError
 from tokenmill.text import sandbox
 from tokenmill.text.history import normalized
+from tokenmill.text.template_arguments import takes_argument_objects
 from tokenmill.text.template_forms import Forms, Verbatim
-from tokenmill.text.template_wants import wants_argument_objects
 
 _TRIAL_S = 0.2  # for each of the short conversations that show what a template takes
 _MAX_LINE = 120  # characters of a template's line in a message
@@ -149,7 +149,7 @@ class ChatTemplate:
                 raise TemplateError(f"the model has no chat template {name!r}, only {', '.join(sorted(self.sources))}")
             try:
                 tree = self._environment.parse(self.sources[name])
-                objects = wants_argument_objects(tree)
+                objects = takes_argument_objects(tree)
                 template = self._environment.from_string(tree)
             except jinja2.TemplateSyntaxError as e:
                 shown = self._line_of(name, e.lineno)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from tokenmill.text import reasoning as thoughts
-from tokenmill.text.chat_grammar import Shape, as_lark, renamed
+from tokenmill.text.chat_grammar import AnswerGrammar, as_lark, renamed
 from tokenmill.text.chat_request import Chat, ChatModel, asks_to_think
 from tokenmill.text.lark import Lark
 from tokenmill.text.limits import THINKING_BUDGET, not_supported
@@ -74,24 +74,24 @@ def begun(chat: Chat, model: ChatModel, source: str, form: ReasoningFormat | Non
 
 
 def with_grammar(
-    thinking: Thinking, shape: Shape, chat: Chat, tokenizer: Tokenizer
+    thinking: Thinking, answer: AnswerGrammar, chat: Chat, tokenizer: Tokenizer
 ) -> tuple[Thinking, GrammarSpec | None]:
     """The answer's grammar, made to hold behind the thought, and the thought, which may have to be opened or closed for
     that."""
-    form, grammar = thinking.form, shape.grammar
-    if form is None or grammar is None or shape.waits or (form.channels and shape.with_calls):
+    form, grammar = thinking.form, answer.grammar
+    if form is None or grammar is None or answer.waits or (form.channels and answer.with_calls):
         return thinking, grammar
     if asks_to_think(chat) and not form.channels:
         thinking = thinking.opened()
     elif not form.already_open:
-        return thinking, _optional(form, grammar, shape, tokenizer)
+        return thinking, _optional(form, grammar, answer, tokenizer)
     ends = fixed_ids(tokenizer, form.answer)
     if ends is None:
         return thinking.closed(), grammar
     return thinking, msgspec.structs.replace(grammar, after=(ends,))
 
 
-def limited(thinking: Thinking, shape: Shape, budget: int | None, tokenizer: Tokenizer) -> ThoughtLimit | None:
+def limited(thinking: Thinking, answer: AnswerGrammar, budget: int | None, tokenizer: Tokenizer) -> ThoughtLimit | None:
     """The end of a thought whose budget is spent; None without a budget. Where a grammar begins right behind the
     thought, nothing more is forced. The header of a channel is no part of its thought."""
     form = thinking.form
@@ -101,19 +101,19 @@ def limited(thinking: Thinking, shape: Shape, budget: int | None, tokenizer: Tok
     if ends is None:
         raise not_supported("thinking_budget", "the end of the model's thoughts is no token of its own")
     encode, closing = tokenizer.encode, form.closing
-    if shape.grammar is not None and not shape.waits:
+    if answer.grammar is not None and not answer.waits:
         closing = closing.rstrip()
     if not form.channels:
         return ThoughtLimit(budget, tuple(encode(closing, False)), (ends,))
-    if shape.calls:
+    if answer.calls:
         closing = closing.removesuffix(form.answer)
     calls = tuple(encode("<|channel|>commentary", False))
     return ThoughtLimit(budget + len(encode(form.start, False)), tuple(encode(closing, False)), (ends, calls))
 
 
-def _optional(form: ReasoningFormat, grammar: GrammarSpec, shape: Shape, tokenizer: Tokenizer) -> GrammarSpec:
+def _optional(form: ReasoningFormat, grammar: GrammarSpec, answer: AnswerGrammar, tokenizer: Tokenizer) -> GrammarSpec:
     """The grammar with an optional thought before it."""
-    body = renamed(grammar.source, "answer") if shape.with_calls else as_lark(grammar, "answer")
+    body = renamed(grammar.source, "answer") if answer.with_calls else as_lark(grammar, "answer")
     if body is None:  # a grammar of the client's own: it says itself what may come
         return grammar
     end = form.closing if form.channels else form.end

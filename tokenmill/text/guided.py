@@ -45,21 +45,21 @@ def native_grammar(given: Any) -> GrammarSpec:
         raise _not_valid(str(error)) from None
 
 
-class Wanted(NamedTuple):
+class RequestedGrammar(NamedTuple):
     """A grammar requested on OpenAI's routes, and the field that contains it."""
 
     field: str
     grammar: GrammarSpec
 
 
-def openai_grammar(given: Mapping[str, Any]) -> Wanted | None:
+def openai_grammar(given: Mapping[str, Any]) -> RequestedGrammar | None:
     """Translate the grammar fields of a request on OpenAI's routes; None if there is no grammar.
 
     Raises ValidationError if there are several grammars, or one is malformed.
 
     given: the request's fields by name; only `GRAMMAR_FIELDS` are read.
     """
-    found: list[Wanted] = []
+    found: list[RequestedGrammar] = []
     for field in GRAMMAR_FIELDS:
         value = given.get(field)
         if value is None:
@@ -71,9 +71,9 @@ def openai_grammar(given: Mapping[str, Any]) -> Wanted | None:
         else:
             grammar = _of_kind(field.removeprefix("guided_"), value, field)
         if grammar is not None:
-            found.append(Wanted(field, grammar))
+            found.append(RequestedGrammar(field, grammar))
     if len(found) > 1:
-        names = ", ".join(f"`{wanted.field}`" for wanted in found)
+        names = ", ".join(f"`{requested.field}`" for requested in found)
         raise ValidationError(f"An answer can follow one grammar only. Given: {names}", found[1].field)
     return found[0] if found else None
 
@@ -117,14 +117,14 @@ def _structured(given: Any) -> GrammarSpec | None:
     field = "structured_outputs"
     if not isinstance(given, dict):
         raise _invalid(field, "it must be an object")
-    wanted = {name: value for name, value in given.items() if value is not None and value is not False}
-    for name in wanted:
+    requested = {name: value for name, value in given.items() if value is not None and value is not False}
+    for name in requested:
         if name not in _STRUCTURED:
             raise ValidationError(f"`{field}.{shown(name)}` is not supported", field)
-    if len(wanted) != 1:
+    if len(requested) != 1:
         known = ", ".join(_STRUCTURED)
-        raise _invalid(field, f"it must have one of {known}. Given: {', '.join(wanted) or 'none'}")
-    ((name, value),) = wanted.items()
+        raise _invalid(field, f"it must have one of {known}. Given: {', '.join(requested) or 'none'}")
+    ((name, value),) = requested.items()
     if name == "json_object":
         return json_grammar(_ANY_OBJECT, f"{field}.json_object")
     return _of_kind(name, value, f"{field}.{name}")

@@ -19,7 +19,7 @@ def normalized(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for message in messages:
         one = _without_nothing(message)
-        _tell_refusal(one)
+        _refusal_as_text(one)
         if one.get("role") == "assistant":
             _name_thought(one)
         if "tool_calls" in one:
@@ -37,7 +37,7 @@ def _without_nothing(message: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _tell_refusal(message: dict[str, Any]) -> None:
+def _refusal_as_text(message: dict[str, Any]) -> None:
     """Make a refusal the text that it is."""
     content, refusal = message.get("content"), message.get("refusal")
     if isinstance(content, list):

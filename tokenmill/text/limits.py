@@ -188,8 +188,10 @@ OPENAI_TABLE = (
     Limit("user", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
     Limit("safety_identifier", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
     Limit("prompt_cache_key", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
-    *(Limit(name, 0, MAX_TEMPLATE_BYTES, measure=_num_bytes, unit="bytes of JSON")
-      for name in ("tools", "functions", "chat_template_kwargs")),
+    *(
+        Limit(name, 0, MAX_TEMPLATE_BYTES, measure=_num_bytes, unit="bytes of JSON")
+        for name in ("tools", "functions", "chat_template_kwargs")
+    ),
     Limit("logit_bias", 0, MAX_LOGIT_BIAS, measure=len, unit="tokens"),
     Limit("metadata", 0, 16, measure=len, unit="pairs"),
     Limit("metadata", 0, 64, measure=_longest, unit="characters in each key"),

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from tokenmill.text.output import Delta, Output
-from tokenmill.text.reader import Broken, Markers, Reader, Reading
+from tokenmill.text.output import Delta, DeltaBuilder
+from tokenmill.text.reader import Broken, Markers, Reading, TextCursor
 from tokenmill.text.tools.base import ToolFormat
 
 _MOST_SPACE = 32  # characters of white space that wait for a call behind them
@@ -37,8 +37,8 @@ class Machine:
         held: Held = "",
     ) -> None:
         self.format = form
-        self._reader = Reader()
-        self._out = Output(schemas, new_id or form.new_id, most, bool(held))
+        self._reader = TextCursor()
+        self._out = DeltaBuilder(schemas, new_id or form.new_id, most, bool(held))
         self._marks = Markers(*(form.held_starts if held else form.starts))
         self._only_calls = held == "choice"  # there was nothing else; once there is, there are none
         self._fresh = bool(form.bare)  # nothing but white space has come yet

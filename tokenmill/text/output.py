@@ -60,7 +60,7 @@ def fold(deltas: Sequence[Delta]) -> Delta:
     return Delta(reasoning, "".join(content), tuple(calls.values()), broken)
 
 
-class Output:
+class DeltaBuilder:
     """Collects content, thoughts and calls since the last `take`.
 
     `schemas`: the parameters' schema of each function by name; without any, every name is a function. `most`: how many

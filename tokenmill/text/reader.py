@@ -1,7 +1,7 @@
 """Text that comes in pieces, and small readers that wait for more of it.
 
 A reader is a generator: it yields when it needs more text, and its value is what it read. So formats are written as
-if all text were there, and read the same whatever the pieces are. `Reader.pos` moves back to 0 when text comes in:
+if all text were there, and read the same whatever the pieces are. `TextCursor.pos` moves back to 0 when text comes in:
 never keep a position across a `yield`.
 """
 
@@ -25,7 +25,7 @@ class Broken(Exception):
     """The text is not what the format says; nothing of it is lost."""
 
 
-class Reader:
+class TextCursor:
     """The text since the last `settle`: `kept` pieces that were read, then `text`, which is read up to `pos`.
     `checked`: how much of all that was read before the last `check`."""
 
@@ -97,7 +97,7 @@ class Markers:
         return 0
 
 
-def peek(r: Reader) -> Reading[str]:
+def peek(r: TextCursor) -> Reading[str]:
     """The next character, which stays; "" at the end."""
     while r.pos == len(r.text):
         if r.ended:
@@ -106,7 +106,7 @@ def peek(r: Reader) -> Reading[str]:
     return r.text[r.pos]
 
 
-def spaces(r: Reader) -> Reading[None]:
+def spaces(r: TextCursor) -> Reading[None]:
     """Reads white space, if there is any."""
     while True:
         found = _SPACES.match(r.text, r.pos)
@@ -117,7 +117,7 @@ def spaces(r: Reader) -> Reading[None]:
         yield
 
 
-def take(r: Reader, *options: str) -> Reading[str]:
+def take(r: TextCursor, *options: str) -> Reading[str]:
     """Reads the longest of `options` that comes next, and gives it; "" and nothing read if none does."""
     longest = max(map(len, options))
     while True:
@@ -130,7 +130,7 @@ def take(r: Reader, *options: str) -> Reading[str]:
     return found
 
 
-def ahead(r: Reader, *options: str, offset: int = 0, skipped: re.Pattern[str] = _SPACES) -> Reading[str | None]:
+def ahead(r: TextCursor, *options: str, offset: int = 0, skipped: re.Pattern[str] = _SPACES) -> Reading[str | None]:
     """Finds the longest of `options` behind `offset` characters and what `skipped` matches, and reads nothing; None if
     none stands there, "" if the answer ends there."""
     longest = max(map(len, options))
@@ -146,7 +146,7 @@ def ahead(r: Reader, *options: str, offset: int = 0, skipped: re.Pattern[str] = 
     return max((option for option in options if rest.startswith(option)), key=len, default=None)
 
 
-def take_end(r: Reader, *options: str) -> Reading[None]:
+def take_end(r: TextCursor, *options: str) -> Reading[None]:
     """Reads white space and one of `options`, if it comes next, or as much of one as the answer has."""
     yield from spaces(r)
     found = yield from take(r, *options)
@@ -155,7 +155,7 @@ def take_end(r: Reader, *options: str) -> Reading[None]:
         r.pos = len(r.text)
 
 
-def expect(r: Reader, *options: str) -> Reading[str]:
+def expect(r: TextCursor, *options: str) -> Reading[str]:
     """Reads one of `options`; Broken if none comes next."""
     found = yield from take(r, *options)
     if not found:
@@ -163,7 +163,7 @@ def expect(r: Reader, *options: str) -> Reading[str]:
     return found
 
 
-def surplus(r: Reader, marks: tuple[str, ...], brackets: re.Pattern[str] = _CLOSING) -> Reading[None]:
+def surplus(r: TextCursor, marks: tuple[str, ...], brackets: re.Pattern[str] = _CLOSING) -> Reading[None]:
     """Reads closing brackets that are too many, if one of `marks` follows or the answer is over."""
     if (yield from ahead(r, *marks, skipped=brackets)) is not None:
         found = brackets.match(r.text, r.pos)
@@ -171,7 +171,7 @@ def surplus(r: Reader, marks: tuple[str, ...], brackets: re.Pattern[str] = _CLOS
         r.pos = found.end()
 
 
-def word(r: Reader, pattern: re.Pattern[str]) -> Reading[str]:
+def word(r: TextCursor, pattern: re.Pattern[str]) -> Reading[str]:
     """Reads what `pattern`, a repeated class of characters, matches; Broken if that is nothing or very long."""
     while True:
         found = pattern.match(r.text, r.pos)
@@ -186,7 +186,7 @@ def word(r: Reader, pattern: re.Pattern[str]) -> Reading[str]:
         yield
 
 
-def before(r: Reader, ends: Markers, emit: Emit, *, told: bool = True) -> Reading[str]:
+def before(r: TextCursor, ends: Markers, emit: Emit, *, told: bool = True) -> Reading[str]:
     """Emits text up to the first of `ends`, which stays, and gives that; "" if the text is over before. `told`: what is
     emitted need not be read again."""
     while True:
@@ -202,7 +202,7 @@ def before(r: Reader, ends: Markers, emit: Emit, *, told: bool = True) -> Readin
         yield
 
 
-def until(r: Reader, ends: Markers, emit: Emit) -> Reading[str]:
+def until(r: TextCursor, ends: Markers, emit: Emit) -> Reading[str]:
     """Emits text up to the first of `ends`, reads that as well and gives it; "" if the text is over before."""
     end = yield from before(r, ends, emit, told=False)
     r.pos += len(end)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import msgspec
 
 from tokenmill.errors import Unsupported
-from tokenmill.text.output import Output
-from tokenmill.text.reader import Broken, Markers, Reader, Reading, expect, peek, spaces, take
-from tokenmill.text.reasoning_calls import Caller
+from tokenmill.text.output import DeltaBuilder
+from tokenmill.text.reader import Broken, Markers, Reading, TextCursor, expect, peek, spaces, take
+from tokenmill.text.reasoning_calls import CallFinder
 
 _MOST_SPACE = 32  # characters of white space that wait for the mark behind them
 
@@ -107,7 +107,7 @@ def reasoning_of(template: str, prompt: str, parser: str = "") -> ReasoningForma
     return msgspec.structs.replace(form, already_open=True) if tail.endswith(form.start) else form
 
 
-class Stray:
+class StrayEndMark:
     """Takes a mark off the beginning of a text that comes in pieces: a thought's end where a call has ended it."""
 
     __slots__ = ("_held", "_mark", "_passed")
@@ -140,12 +140,12 @@ class Splitter:
 
     __slots__ = ("_caller", "_form", "_marks", "_out", "_reader", "_run", "called", "end", "inside", "passed")
 
-    def __init__(self, form: ReasoningFormat, caller: Caller | None = None) -> None:
+    def __init__(self, form: ReasoningFormat, caller: CallFinder | None = None) -> None:
         self._form, self.end = form, form.end
         self._caller = caller
         self._marks = Markers(form.end, *(caller.starts if caller else ()))
-        self._reader = Reader()
-        self._out = Output({}, str)
+        self._reader = TextCursor()
+        self._out = DeltaBuilder({}, str)
         self.inside = form.already_open  # the text now is a thought
         self.called = False  # a call has ended the thought
         self.passed = False  # no thought can come any more: `push` gives its text back
@@ -233,8 +233,7 @@ class Splitter:
             r.pos = stop
 
     def _calls(self, at: int) -> Reading[bool]:
-        """True if a call begins at a place, from where the text is then read on. While that is open, it is no thought.
-        """
+        """True if a call begins at a place, from where the text is then read on. While that is open, it is no thought."""
         r, caller = self._reader, self._caller
         assert caller is not None
         at -= r.pos

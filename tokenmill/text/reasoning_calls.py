@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenmill.text.machine import Held, Machine
-from tokenmill.text.reader import Markers, Reader, Reading
+from tokenmill.text.reader import Markers, Reading, TextCursor
 from tokenmill.text.tools.base import ToolFormat
 
 
-class Caller:
+class CallFinder:
     """Tries texts of one answer as calls. `held`: see Router. `starts`: marks of calls."""
 
     def __init__(self, form: ToolFormat, schemas: Mapping[str, Any], held: Held) -> None:
@@ -35,7 +35,7 @@ class Caller:
             return line.start("begin"), line["begin"]
         return (mark.start(), mark.group()) if mark is not None else None
 
-    def calls(self, r: Reader, at: int) -> Reading[bool]:
+    def calls(self, r: TextCursor, at: int) -> Reading[bool]:
         """True if a call begins at a place of the text. Reads nothing of it. One that the end of the answer cuts off
         is one if it has a mark and a name."""
         marked = bool(self.starts) and r.text.startswith(self.starts, at)

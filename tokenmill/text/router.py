@@ -14,8 +14,8 @@ from tokenmill.text.detokenizer import StopMatcher
 from tokenmill.text.functions import Tool, schemas_of
 from tokenmill.text.machine import Held, Machine
 from tokenmill.text.output import fold
-from tokenmill.text.reasoning import ReasoningFormat, Splitter, Stray
-from tokenmill.text.reasoning_calls import Caller
+from tokenmill.text.reasoning import ReasoningFormat, Splitter, StrayEndMark
+from tokenmill.text.reasoning_calls import CallFinder
 from tokenmill.text.tools import by_name, of_template
 from tokenmill.text.tools.base import CallDelta, Delta, ToolFormat
 from tokenmill.text.tools.harmony import FORMAT as HARMONY
@@ -37,7 +37,7 @@ class Router:
         self._machine = machine
         self._matcher: StopMatcher | None = None
         self._include, self._early = False, 0
-        self._stray = Stray(splitter.end) if splitter and machine else None
+        self._stray = StrayEndMark(splitter.end) if splitter and machine else None
         self.markers = markers
         self.stopped: str | None = None  # the stop string that ended the answer
 
@@ -140,7 +140,7 @@ def new_router(
     if form is not None:
         most = (None if parallel else 1) if tools else 0
         machine = Machine(form, schemas_of(tools), new_id, most, held)
-    caller = Caller(form, schemas_of(tools), held) if form is not None and not channels else None
+    caller = CallFinder(form, schemas_of(tools), held) if form is not None and not channels else None
     splitter = Splitter(reasoning, caller) if reasoning is not None and not channels else None
     markers = (*(form.markers if form else ()), *(reasoning.markers if reasoning and not channels else ()))
     return Router(splitter, machine, frozenset(markers))

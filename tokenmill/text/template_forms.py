@@ -115,7 +115,7 @@ class Forms:
             if calls.prints_null:
                 messages = [self.without_null(message) for message in messages]
         if any(message.get("role") == "tool" for message in messages) and self.of("tool") is None and self.of("user"):
-            messages = template_turns.told_by_user(messages)
+            messages = template_turns.results_as_user(messages)
         return [self.shaped(message, verbatim) for message in messages]
 
     def shaped(self, message: Mapping[str, Any], verbatim: Verbatim) -> dict[str, Any]:

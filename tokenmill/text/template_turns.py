@@ -47,7 +47,7 @@ def apart(messages: Messages, empty: str | None) -> list[dict[str, Any]]:
     return made
 
 
-def told_by_user(messages: Messages) -> list[dict[str, Any]]:
+def results_as_user(messages: Messages) -> list[dict[str, Any]]:
     """Return the messages with results of tools told by the user, in one message with those next to it: templates
     without tools demand that turns alternate."""
     made: list[dict[str, Any]] = []

@@ -43,9 +43,9 @@ async def info(call: Call) -> None:
         version=options.version,
         sha=None,
         docker_label=options.docker_label or None,
-        model_dtype=engine.dtype,
-        model_device_type=engine.device,
-        max_batch_total_tokens=engine.capacity,
+        model_dtype=engine.info.dtype,
+        model_device_type=engine.info.device,
+        max_batch_total_tokens=engine.info.capacity,
         max_input_length=limits.max_input_tokens,
     )
     await call.answer(_encode(body))
@@ -60,7 +60,7 @@ async def metrics(call: Call) -> None:
 async def tokenize(call: Call) -> None:
     """Tokens of `inputs` with the bytes that each stands for; special tokens have none."""
     body = await call.decode(GenerateRequest)
-    model, _, _ = call.service.ready()
+    model = call.service.ready().model
     if not body.inputs:
         raise ValidationError("`inputs` cannot be empty", "inputs")
     await call.answer(await call.service.in_thread(lambda: _tokens_of(model.tokenizer, body.inputs)))
@@ -69,7 +69,7 @@ async def tokenize(call: Call) -> None:
 async def get_chat_tokenize(call: Call) -> None:
     """The prompt that a chat makes, and its tokens: what `/v1/chat/completions` would generate from."""
     body = await call.decode(ChatRequest)
-    model, _, _ = call.service.ready()
+    model = call.service.ready().model
     text = (await plan_chat(call, body, Options(thinking_budget=body.thinking_budget))).prompt
 
     def work() -> bytes:

@@ -50,17 +50,17 @@ async def chat_completions(call: Call) -> None:
 async def answer_chat(call: Call, body: ChatRequest) -> None:
     """Answer a chat that came by whatever route. The call's dialect should be "openai"."""
     chat = await prepare_chat(call, body)
-    sequences = answering.Sequences(
+    prompts = answering.Prompts(
         (chat.prepared,),
         chat.copies,
         keep_stop=bool(body.include_stop_str_in_output),
         num_characters=chat.num_characters,
-        receipt=receipt.wanted(call, body.receipt),
+        receipt=receipt.requested(call, body.receipt),
         readers=(chat.reader,),
     )
     envelope = Envelope(call, body, "chatcmpl-")
     answer = ChatAnswer(envelope, num_logprobs(body), chat.reader, older=bool(body.functions))
-    await (answering.stream if body.stream else answering.fold)(call, sequences, answer)
+    await (answering.stream if body.stream else answering.fold)(call, prompts, answer)
 
 
 async def prepare_chat(call: Call, body: ChatRequest) -> PreparedChat:
@@ -71,7 +71,7 @@ async def prepare_chat(call: Call, body: ChatRequest) -> PreparedChat:
     call.take(copies)
     prompt, options, reader = await plan_chat(call, body, options)
     try:
-        prepared = await call.service.prepare(
+        prepared = await call.service.encode(
             prompt, options, "openai", stream=bool(body.stream), add_special_tokens=False
         )
     except ValidationError as error:
@@ -85,7 +85,7 @@ async def plan_chat(call: Call, body: ChatRequest, options: Options) -> ChatPlan
     check_fields(body)
     service = call.service
     model = ChatModel(
-        service.ready()[0].tokenizer,
+        service.ready().model.tokenizer,
         service.options.tool_call_parser,
         service.options.reasoning_parser,
         service.options.grammars,

@@ -37,7 +37,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ChatAnswer:
-    """An `answering.Answer`. `num_top`: the number of likeliest tokens to list at each position; None: no
+    """An `answering.AnswerFormat`. `num_top`: the number of likeliest tokens to list at each position; None: no
     log-probabilities. `older`: calls are told as `function_call`, for a request that had `functions`."""
 
     def __init__(
@@ -49,7 +49,7 @@ class ChatAnswer:
         self._waiting: dict[int, list[TokenLogprob]] = {}  # of a choice: those of tokens that made no chunk
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
-        """See `answering.Answer`."""
+        """See `answering.AnswerFormat`."""
         logprobs = [self._logprob(token)] if self._with_logprobs else []
         role = "assistant" if token.index == 1 else msgspec.UNSET
         if token.read is None:
@@ -66,11 +66,11 @@ class ChatAnswer:
         return self._head + _encode(choice) + self._tail
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """See `answering.Answer`: the usage, if asked for."""
+        """See `answering.AnswerFormat`: the usage, if asked for."""
         return _encode(self._chunk([], self._usage(generations))) if self._envelope.include_usage else b""
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
-        """See `answering.Answer`."""
+        """See `answering.AnswerFormat`."""
         e = self._envelope
         choices = []
         for generation in generations:

@@ -12,6 +12,7 @@ from tokenmill.errors import ValidationError
 from tokenmill.server import answering, receipt
 from tokenmill.server.call import Call
 from tokenmill.server.generation import GeneratedToken, Generation
+from tokenmill.server.options import ServiceOptions
 from tokenmill.server.routes.openai import (
     FINISH,
     Envelope,
@@ -22,9 +23,8 @@ from tokenmill.server.routes.openai import (
     token_name,
 )
 from tokenmill.server.schema.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
-from tokenmill.server.service import ServiceOptions
 from tokenmill.text.detokenizer import Detokenizer
-from tokenmill.text.guided import Wanted
+from tokenmill.text.guided import RequestedGrammar
 from tokenmill.text.limits import LOGPROBS
 from tokenmill.text.options import Options
 from tokenmill.text.prepare import Prepared, check_before_queue
@@ -53,24 +53,24 @@ async def completions(call: Call) -> None:
 
 async def answer_completion(call: Call, body: CompletionRequest) -> None:
     """Answer a completion that came by whatever route. The call's dialect should be "openai"."""
-    prompts = await call.work(lambda: _prompts(call.service.options, body))
-    n = check_common(call, body, num_prompts=len(prompts))
+    given = await call.work(lambda: _prompts(call.service.options, body))
+    n = check_common(call, body, num_prompts=len(given))
     copies = _copies(body, n)
-    limits = call.service.ready()[1]
+    limits = call.service.ready().limits
     LOGPROBS.check(body.logprobs, limits, "openai")
     options = _options(body, copies if copies > n else None, await grammar_of(call, body))
     check_before_queue(options, limits, stream=bool(body.stream), dialect="openai")
-    call.take(len(prompts) * copies)
-    prepared = [await call.service.prepare(p, options, "openai", stream=bool(body.stream)) for p in prompts]
-    answer = CompletionAnswer(Envelope(call, body, "cmpl-"), body, prompts, prepared, Counts(n, copies))
-    sequences = answering.Sequences(
+    call.take(len(given) * copies)
+    prepared = [await call.service.encode(p, options, "openai", stream=bool(body.stream)) for p in given]
+    answer = CompletionAnswer(Envelope(call, body, "cmpl-"), body, given, prepared, Counts(n, copies))
+    prompts = answering.Prompts(
         tuple(prepared),
         copies,
         keep_stop=bool(body.include_stop_str_in_output),
-        num_characters=sum(len(prompt) for prompt in prompts if isinstance(prompt, str)),
-        receipt=receipt.wanted(call, body.receipt),
+        num_characters=sum(len(prompt) for prompt in given if isinstance(prompt, str)),
+        receipt=receipt.requested(call, body.receipt),
     )
-    await (answering.stream if body.stream else answering.fold)(call, sequences, answer)
+    await (answering.stream if body.stream else answering.fold)(call, prompts, answer)
 
 
 def _prompts(options: ServiceOptions, body: CompletionRequest) -> list[str | list[int]]:
@@ -109,7 +109,7 @@ def _copies(body: CompletionRequest, n: int) -> int:
     return n if body.temperature == 0.0 and best_of <= MAX_BEST_OF else best_of  # greedy ones are all alike
 
 
-def _options(body: CompletionRequest, best_of: int | None, wanted: Wanted | None) -> Options:
+def _options(body: CompletionRequest, best_of: int | None, requested: RequestedGrammar | None) -> Options:
     logprobs = body.logprobs
     max_tokens = 1 if body.max_tokens == 0 else body.max_tokens  # every step makes a token, which is hidden
     options = options_of(body, max_tokens=max_tokens, logprobs=0 if logprobs is None and best_of else logprobs)
@@ -117,8 +117,8 @@ def _options(body: CompletionRequest, best_of: int | None, wanted: Wanted | None
         options,
         best_of=best_of,
         prompt_logprobs=logprobs if body.echo else None,
-        grammar=wanted and wanted.grammar,
-        grammar_field=wanted.field if wanted else "",
+        grammar=requested and requested.grammar,
+        grammar_field=requested.field if requested else "",
     )
 
 
@@ -161,7 +161,7 @@ class CompletionAnswer:
         self._offsets: dict[int, int] = {}  # of a choice: characters of the tokens that its chunks carried
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
-        """See `answering.Answer`. An echo of the prompt comes with the first token."""
+        """See `answering.AnswerFormat`. An echo of the prompt comes with the first token."""
         text = "" if self._hides else token.text
         shown = () if self._hides else (token,)
         logprobs = None
@@ -175,11 +175,11 @@ class CompletionAnswer:
         return self._head + _encode(choice) + self._tail
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """See `answering.Answer`: the usage, if asked for."""
+        """See `answering.AnswerFormat`: the usage, if asked for."""
         return _encode(self._object([], self._usage(generations))) if self._envelope.include_usage else b""
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
-        """See `answering.Answer`. Choices are in the order of the prompts; of `best_of` copies the best `n`."""
+        """See `answering.AnswerFormat`. Choices are in the order of the prompts; of `best_of` copies the best `n`."""
         choices: list[CompletionChoice] = []
         for start in range(0, len(generations), self._copies):
             group = list(generations[start : start + self._copies])

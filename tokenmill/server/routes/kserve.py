@@ -94,8 +94,8 @@ async def infer(call: Call) -> None:
         outputs = [_output(wanted.name, text) for wanted, text in zip(body.outputs, answers, strict=True)]
         return _encode(KserveResponse(body.id, outputs))
 
-    tell = [texts.behind(prompt if given.return_full_text else "") for prompt in prompts]
-    await texts.answer(call, prepared, sum(map(len, prompts)), texts.Texts(tell, encode))
+    text_of = [texts.with_prompt(prompt if given.return_full_text else "") for prompt in prompts]
+    await texts.answer(call, prepared, sum(map(len, prompts)), texts.Texts(text_of, encode))
 
 
 def _text(one: KserveInput, where: str) -> str:

@@ -59,17 +59,17 @@ async def _generate(call: Call, body: GenerateRequest, *, stream: bool, compat: 
     options = options_of(given, stream=stream)
     check_before_queue(options, limits, stream=stream)
     call.take(copies)
-    prepared = await call.service.prepare(body.inputs, options, "native", stream=stream)
+    prepared = await call.service.encode(body.inputs, options, "native", stream=stream)
     full_text = compat if given.return_full_text is None else given.return_full_text
     answer = NativeAnswer(given, model.tokenizer, body.inputs if full_text else "", as_list=compat)
-    sequences = answering.Sequences(
+    prompts = answering.Prompts(
         (prepared,),
         copies,
         keep_stop=True,
         num_characters=len(body.inputs),
-        receipt=receipt.wanted(call, body.receipt),
+        receipt=receipt.requested(call, body.receipt),
     )
-    await (answering.stream if stream else answering.fold)(call, sequences, answer)
+    await (answering.stream if stream else answering.fold)(call, prompts, answer)
 
 
 def parameters_of(given: GenerateParameters | None) -> GenerateParameters:
@@ -120,7 +120,7 @@ class NativeAnswer:
         self._num_shown = 0  # characters of ordinary tokens in the events so far
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
-        """See `answering.Answer`."""
+        """See `answering.AnswerFormat`."""
         text = None
         details = None
         if token.finish:
@@ -141,11 +141,11 @@ class NativeAnswer:
         )
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """See `answering.Answer`: native streams just end."""
+        """See `answering.AnswerFormat`: native streams just end."""
         return b""
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
-        """See `answering.Answer`. The best is the one with the highest mean log-probability; of equals the first."""
+        """See `answering.AnswerFormat`. The best has the highest mean log-probability; of equals, the first."""
         best = max(generations, key=lambda g: g.mean_logprob)
         response = GenerateResponse(self._prefix + best.text)
         if self._details:

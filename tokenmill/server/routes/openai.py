@@ -45,13 +45,13 @@ async def retrieve_model(call: Call) -> None:
 
 
 def _model(call: Call) -> Model:
-    model, _, _ = call.service.ready()
+    model = call.service.ready().model
     return Model(model.id, "model", model.created, model.id)
 
 
 def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> int:
     """Refuse what is not served, by name; the number of choices a prompt. ValidationError, NotFound."""
-    limits = call.service.ready()[1]
+    limits = call.service.ready().limits
     for limit in OPENAI_TABLE:
         limit.check(getattr(body, limit.name, None), limits, "openai")
     n = 1 if body.n is None else body.n
@@ -61,7 +61,7 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
     if body.stream_options is not None and not body.stream:
         raise ValidationError("Invalid 'stream_options': it is only allowed with `stream: true`", "stream_options")
     if call.service.options.strict_model_name:
-        served = call.service.ready()[0].id
+        served = call.service.ready().model.id
         if body.model not in (None, "", "tgi", served):
             raise failures.NotFound(f"The model {body.model!r} does not exist; {served!r} is served", "model")
     return n
@@ -72,15 +72,15 @@ def guided_fields(body: SamplingFields) -> dict[str, Any]:
     return {name: value for name in GRAMMAR_FIELDS if (value := getattr(body, name)) is not None}
 
 
-async def grammar_of(call: Call, body: SamplingFields) -> guided.Wanted | None:
+async def grammar_of(call: Call, body: SamplingFields) -> guided.RequestedGrammar | None:
     """What the answer is to follow, by whatever field; None if it is free. ValidationError, GrammarError."""
     given = guided_fields(body)
     if not given:
         return None
-    wanted = await call.work(lambda: guided.openai_grammar(given))
-    if wanted is not None and not call.service.ready()[1].grammars:
-        raise GrammarError("grammar is not supported", wanted.field)
-    return wanted
+    requested = await call.work(lambda: guided.openai_grammar(given))
+    if requested is not None and not call.service.ready().limits.grammars:
+        raise GrammarError("grammar is not supported", requested.field)
+    return requested
 
 
 def options_of(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> Options:
@@ -127,12 +127,12 @@ class Envelope:
     """What every object of one answer repeats: id, time, names; and the usage at its end."""
 
     def __init__(self, call: Call, body: SamplingFields, prefix: str) -> None:
-        model, _, _ = call.service.ready()
+        model, _, engine = call.service.ready()
         self.tokenizer: Tokenizer = model.tokenizer
         self.id = prefix + secrets.token_hex(12)
         self.created = int(time.time())
         self.model = body.model if body.model and body.model != "tgi" else model.id
-        self.fingerprint = call.service.fingerprint
+        self.fingerprint = engine.fingerprint
         named_tier = isinstance(body, ChatRequest) and body.service_tier is not None
         self.service_tier: str | msgspec.UnsetType = "default" if named_tier else msgspec.UNSET
         stream_options = body.stream_options or StreamOptions()

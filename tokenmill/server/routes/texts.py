@@ -16,31 +16,32 @@ from tokenmill.text.prepare import Prepared
 _SHAPING = ("details", "decoder_input_details", "top_n_tokens")
 
 
-Tell = Callable[[Generation, Sequence[GeneratedToken]], str]
+TextOf = Callable[[Generation, Sequence[GeneratedToken]], str]
 """Makes the text of one sequence out of what was generated, and its tokens."""
 
 
 class Texts:
-    """An `answering.Answer` that is never streamed. `tell` makes the text of each sequence; `encode` makes the body."""
+    """An `answering.AnswerFormat` that is never streamed. `text_of`: for each sequence, makes its text; `encode`: makes
+    the body."""
 
-    def __init__(self, tell: Sequence[Tell], encode: Callable[[list[str]], bytes]) -> None:
-        self._tell, self._encode = tell, encode
+    def __init__(self, text_of: Sequence[TextOf], encode: Callable[[list[str]], bytes]) -> None:
+        self._text_of, self._encode = text_of, encode
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
-        """See `answering.Answer`."""
+        """See `answering.AnswerFormat`."""
         raise NotImplementedError("these answers are not streamed")
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """See `answering.Answer`."""
+        """See `answering.AnswerFormat`."""
         return b""
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
-        """See `answering.Answer`."""
-        told = zip(self._tell, generations, tokens, strict=True)
-        return self._encode([tell(generation, its_tokens) for tell, generation, its_tokens in told])
+        """See `answering.AnswerFormat`."""
+        each = zip(self._text_of, generations, tokens, strict=True)
+        return self._encode([text_of(generation, its_tokens) for text_of, generation, its_tokens in each])
 
 
-def behind(prompt: str) -> Tell:
+def with_prompt(prompt: str) -> TextOf:
     """A text with its prompt before it."""
     return lambda generation, tokens: prompt + generation.text
 
@@ -59,15 +60,15 @@ async def prepare_text(call: Call, inputs: str, given: GenerateParameters, where
             raise ValidationError(f"`{name}` is not supported here: the answer is a text. Given in {where}", name)
     if (given.best_of or 1) > 1:
         raise ValidationError(f"`best_of` != 1 is not allowed for this endpoint. Given in {where}", "best_of")
-    return await call.service.prepare(inputs, options_of(given), "native", stream=False)
+    return await call.service.encode(inputs, options_of(given), "native", stream=False)
 
 
 async def answer(
     call: Call, prompts: Sequence[Prepared], num_characters: int, texts: Texts, readers: Sequence[AnswerReader] = ()
 ) -> None:
-    """Generate for every prompt and answer. Permits must have been taken. `readers`: see `answering.Sequences`."""
-    sequences = answering.Sequences(
-        tuple(prompts), keep_stop=True, num_characters=num_characters, receipt=receipt.wanted(call),
+    """Generate for every prompt and answer. Permits must have been taken. `readers`: see `answering.Prompts`."""
+    made = answering.Prompts(
+        tuple(prompts), keep_stop=True, num_characters=num_characters, receipt=receipt.requested(call),
         readers=tuple(readers),
     )  # fmt: skip
-    await answering.fold(call, sequences, texts)
+    await answering.fold(call, made, texts)

@@ -37,11 +37,11 @@ class EmptyError(ValidationError):
 
 
 class _Instance(NamedTuple):
-    """One instance, ready to be generated. `tell`: makes its prediction; `num_characters`: of its prompt."""
+    """One instance, ready to be generated. `text_of`: makes its prediction; `num_characters`: of its prompt."""
 
     prepared: Prepared
     reader: AnswerReader
-    tell: texts.Tell
+    text_of: texts.TextOf
     num_characters: int
 
 
@@ -55,7 +55,7 @@ async def vertex_compatibility(call: Call) -> None:
     for i, instance in enumerate(body.instances):
         prepare = _plain if "inputs" in instance else _chat
         made.append(await prepare(call, instance, body.parameters, f"instances[{i}]"))
-    answer = texts.Texts([one.tell for one in made], lambda predictions: _encode(VertexResponse(predictions)))
+    answer = texts.Texts([one.text_of for one in made], lambda predictions: _encode(VertexResponse(predictions)))
     num_characters = sum(one.num_characters for one in made)
     await texts.answer(call, [one.prepared for one in made], num_characters, answer, [one.reader for one in made])
 
@@ -67,7 +67,8 @@ async def _plain(call: Call, instance: dict[str, Any], common: GenerateParameter
         given = msgspec.structs.replace(given, do_sample=True)
     call.take(1)
     prepared = await texts.prepare_text(call, body.inputs, given, where)
-    return _Instance(prepared, PLAIN, texts.behind(body.inputs if given.return_full_text else ""), len(body.inputs))
+    prefix = body.inputs if given.return_full_text else ""
+    return _Instance(prepared, PLAIN, texts.with_prompt(prefix), len(body.inputs))
 
 
 async def _chat(call: Call, instance: dict[str, Any], common: GenerateParameters | None, where: str) -> _Instance:
@@ -83,11 +84,11 @@ async def _chat(call: Call, instance: dict[str, Any], common: GenerateParameters
     if body.logprobs:
         raise ValidationError(f"`logprobs` is not supported here: the answer is a text. Given in {where}", "logprobs")
     chat = await prepare_chat(call, msgspec.structs.replace(body, parallel_tool_calls=False))
-    tell = partial(_told, call.service.ready()[0].tokenizer, bool(body.tools or body.functions))
-    return _Instance(chat.prepared, chat.reader, tell, chat.num_characters)
+    text_of = partial(_prediction, call.service.ready().model.tokenizer, bool(body.tools or body.functions))
+    return _Instance(chat.prepared, chat.reader, text_of, chat.num_characters)
 
 
-def _told(tokenizer: Tokenizer, has_tools: bool, generation: Generation, tokens: Sequence[GeneratedToken]) -> str:
+def _prediction(tokenizer: Tokenizer, has_tools: bool, generation: Generation, tokens: Sequence[GeneratedToken]) -> str:
     """A chat's prediction: its call as JSON, {"function": {"_name": …, its arguments}}, as TGI's models wrote one; if
     there is none, all that was generated as one text."""
     router = generation.router

@@ -16,9 +16,9 @@ from typing import ClassVar, NamedTuple
 
 from tokenmill.text.functions import Tool
 from tokenmill.text.lark import Lark, quoted
-from tokenmill.text.output import Output
-from tokenmill.text.reader import Reader, Reading
-from tokenmill.text.tools.base import Asked
+from tokenmill.text.output import DeltaBuilder
+from tokenmill.text.reader import Reading, TextCursor
+from tokenmill.text.tools.base import GrammarRequest
 
 _LETTERS = string.ascii_letters + string.digits
 
@@ -46,18 +46,18 @@ class Style(ABC):
     has_trigger: ClassVar[bool] = False
 
     @abstractmethod
-    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """See ToolFormat."""
 
     @abstractmethod
-    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """The body of a rule for one call. `rule`: its name, with which no other one begins."""
 
-    def beside_json(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def beside_json(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """`write` for a call without a mark where other JSON may stand instead: it must be the same lexemes."""
-        return self.write(lark, rule, tool, asked)
+        return self.write(lark, rule, tool, request)
 
-    def bare(self, form: Calls, lark: Lark, asked: Asked) -> Bare:
+    def bare(self, form: Calls, lark: Lark, request: GrammarRequest) -> Bare:
         """Calls without a mark, for formats that have such; `call` is a rule for any that follows another, and no text
         has the first characters of `triggers` in it."""
         raise AssertionError(f"{form.name} has no calls without a mark")
@@ -100,44 +100,45 @@ class Calls:
         """See ToolFormat."""
         return self.starts if self.style.has_trigger else self.triggers
 
-    def read(self, r: Reader, out: Output) -> Reading[None]:
+    def read(self, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """See ToolFormat."""
         return self.style.read(self, r, out)
 
-    def grammar(self, asked: Asked) -> str:
+    def grammar(self, request: GrammarRequest) -> str:
         """See ToolFormat."""
-        lark = Lark(asked.special_ids)
-        write = self.style.beside_json if self.bare and asked.extent == "choice" else self.style.write
-        rules = [lark.rule(f"call_{i}", write(lark, f"call_{i}", tool, asked)) for i, tool in enumerate(asked.tools)]
+        lark = Lark(request.special_ids)
+        write = self.style.beside_json if self.bare and request.extent == "choice" else self.style.write
+        names = [f"call_{i}" for i in range(len(request.tools))]
+        rules = [lark.rule(n, write(lark, n, tool, request)) for n, tool in zip(names, request.tools, strict=True)]
         lark.rule("call", " | ".join(rules))
-        if asked.extent in ("calls", "choice"):
-            lark.rule("start", self._group(lark, asked, self.opening) + (" | instead" * bool(asked.instead)))
+        if request.extent in ("calls", "choice"):
+            lark.rule("start", self._group(lark, request, self.opening) + (" | instead" * bool(request.instead)))
         else:
-            self._write_answer(lark, asked)
-        return lark.source() + asked.instead
+            self._write_answer(lark, request)
+        return lark.source() + request.instead
 
-    def _group(self, lark: Lark, asked: Asked, opening: str) -> str:
+    def _group(self, lark: Lark, request: GrammarRequest, opening: str) -> str:
         """Calls that begin with `opening`. Where text may come behind them, what closes a call does not open another:
         the lexer would have to tell which it is."""
-        apart = asked.extent in ("answer", "behind") and self.closing and self.between.startswith(self.closing)
-        many = f"call ({lark.text(self.between)} call)*" if asked.parallel and not apart else "call"
+        apart = request.extent in ("answer", "behind") and self.closing and self.between.startswith(self.closing)
+        many = f"call ({lark.text(self.between)} call)*" if request.parallel and not apart else "call"
         return f"{lark.text(opening)} {many} {lark.text(self.closing)}".strip()
 
-    def _write_answer(self, lark: Lark, asked: Asked) -> None:
+    def _write_answer(self, lark: Lark, request: GrammarRequest) -> None:
         """Rules for text and calls."""
-        free = lark.free("free", self.triggers, (*asked.spoken, *self.markers))
+        free = lark.free("free", self.triggers, (*request.spoken, *self.markers))
         triggers = " | ".join(map(lark.text, self.triggers))
         opening = self.opening.partition(self.trigger)[2] if self.trigger else self.opening
-        group, plain, begin = self._group(lark, asked, opening), free.plain, free.plain
+        group, plain, begin = self._group(lark, request, opening), free.plain, free.plain
         if self.bare:
-            bare = self.style.bare(self, lark, asked)
+            bare = self.style.bare(self, lark, request)
             if bare.glue:
                 plain = lark.rule("BEHIND", f"{free.plain} & ~/{bare.glue}(?s:.*)/")
             first = lark.rule("FIRST", f"{free.plain} & ~/{bare.head}(?s:.*)/")
             begin = " | ".join(filter(None, (f"({bare.group}) {plain}?", bare.other, first)))
         triggered = lark.rule("triggered", f"({begin})?" if self.known else f"{group} {plain}?")
         lark.rule("item", f"{free.more} | ({triggers}) {triggered}")
-        lark.rule("start", f"{triggered} item*" if asked.extent == "behind" else f"({begin})? item*")
+        lark.rule("start", f"{triggered} item*" if request.extent == "behind" else f"({begin})? item*")
 
 
 def entries(firm: Sequence[str], loose: Sequence[str], between: str) -> str:

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 from tokenmill.text.functions import ALL, Tool, keys_of, name_of, others_of
 from tokenmill.text.lark import Lark
-from tokenmill.text.output import Output
+from tokenmill.text.output import DeltaBuilder
 from tokenmill.text.reader import (
     Broken,
     Emit,
     Markers,
-    Reader,
     Reading,
+    TextCursor,
     ahead,
     before,
     expect,
@@ -32,7 +32,7 @@ from tokenmill.text.tools._calls import Calls, Style, entries
 from tokenmill.text.tools._literals import Literals
 from tokenmill.text.tools._part import Part
 from tokenmill.text.tools._values import dumps
-from tokenmill.text.tools.base import Asked
+from tokenmill.text.tools.base import GrammarRequest
 
 QUOTE = "<escape>"
 _NAME = re.compile(r"[^{}<>\s]+")
@@ -51,7 +51,7 @@ class _Escaped(Literals):
         """See Literals."""
         return char == QUOTE[0]
 
-    def text(self, r: Reader, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
+    def text(self, r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
         """See Literals."""
         yield from expect(r, QUOTE)
         while (yield from before(r, _QUOTES, emit, told=False)):
@@ -62,7 +62,7 @@ class _Escaped(Literals):
             r.pos += len(QUOTE)
         raise Broken
 
-    def key(self, r: Reader, emit: Emit) -> Reading[None]:
+    def key(self, r: TextCursor, emit: Emit) -> Reading[None]:
         """A text or a word."""
         if (yield from peek(r)) == QUOTE[0]:
             yield from self.quoted(r, emit, (":",))
@@ -79,7 +79,7 @@ class EscapedStyle(Style):
 
     has_trigger: ClassVar[bool] = True
 
-    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """See Style."""
         yield from spaces(r)
         yield from expect(r, form.trigger)
@@ -94,9 +94,9 @@ class EscapedStyle(Style):
         r.settle()
         yield from take_end(r, *form.ends)
 
-    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """See Style. A strict function's schema may only say what these literals can be held to."""
-        schema = asked.schema_of(tool)
+        schema = request.schema_of(tool)
         return f"{lark.text(f'call:{name_of(tool)}')} {_object(lark, rule, Part(tool, schema, schema), '')}"
 
 

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from tokenmill.text.functions import Tool, name_of
 from tokenmill.text.lark import Lark
-from tokenmill.text.output import Output
-from tokenmill.text.reader import Reader, Reading, expect, spaces, surplus, take, take_end
+from tokenmill.text.output import DeltaBuilder
+from tokenmill.text.reader import Reading, TextCursor, expect, spaces, surplus, take, take_end
 from tokenmill.text.tools._calls import Calls, Style
 from tokenmill.text.tools._json import EXACT
-from tokenmill.text.tools._json_style import tell_arguments
-from tokenmill.text.tools.base import Asked
+from tokenmill.text.tools._json_style import emit_call
+from tokenmill.text.tools.base import GrammarRequest
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class HeadedStyle(Style):
     name and, if the model chooses it, an id. `written`: what the model is made to write for a head, with {name} in it,
     and {index} for a number. `tails`: what is understood behind the arguments, in this order, each optional."""
 
-    head: Callable[[Reader], Reading[tuple[str, str | None]]]
+    head: Callable[[TextCursor], Reading[tuple[str, str | None]]]
     written: str
     tail: str = ""
     tails: tuple[str, ...] = ()
     has_trigger: ClassVar[bool] = True
 
-    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """What the calls' section begins with, if there is one, calls, and the section's end."""
         yield from spaces(r)
         if (yield from expect(r, *form.starts)) != form.trigger:
@@ -36,13 +36,13 @@ class HeadedStyle(Style):
             yield from expect(r, form.trigger)
         yield from self.read_calls(form, r, out)
 
-    def read_calls(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read_calls(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """What follows the first trigger."""
         marks = EXACT if out.held else (*self.tails, form.trigger, *form.ends)
         while True:
             yield from spaces(r)
             name, call_id = yield from self.head(r)
-            yield from tell_arguments(r, out, out.check(name), call_id, marks)
+            yield from emit_call(r, out, out.check(name), call_id, marks)
             if marks:
                 yield from surplus(r, marks)
             for tail in self.tails:
@@ -54,10 +54,10 @@ class HeadedStyle(Style):
         if form.ends:
             yield from take_end(r, *form.ends)
 
-    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """See Style."""
         before, index, after = self.written.replace("{name}", name_of(tool)).partition("{index}")
         head = lark.text(before)
         if index:
             head += f" {lark.rule('INDEX', '/[0-9]{1,3}/')} {lark.text(after)}"
-        return f"{head} {lark.json(f'{rule}_arguments', asked.schema_of(tool))} {lark.text(self.tail)}".rstrip()
+        return f"{head} {lark.json(f'{rule}_arguments', request.schema_of(tool))} {lark.text(self.tail)}".rstrip()

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from tokenmill.text.reader import Broken, Emit, Reader, Reading, ahead, collected, peek, spaces
+from tokenmill.text.reader import Broken, Emit, Reading, TextCursor, ahead, collected, peek, spaces
 from tokenmill.text.tools._quoted import quoted_text
 
 _SPACES = re.compile(r"[ \t\n\r]*")
@@ -33,7 +33,7 @@ _VALUE, _FIRST, _KEY, _COLON, _AFTER = range(5)
 EXACT: tuple[str, ...] = ()
 
 
-def json_value(r: Reader, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
+def json_value(r: TextCursor, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
     """Reads one JSON value, without white space around it. `marks`: texts that close what is open; with EXACT, nothing
     but JSON is read. Raises Broken."""
     yield from _Value(r, emit, marks).read()
@@ -42,7 +42,7 @@ def json_value(r: Reader, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading
 class _Value:
     """One value. `_stack`: the brackets that are open."""
 
-    def __init__(self, r: Reader, emit: Emit, marks: tuple[str, ...]) -> None:
+    def __init__(self, r: TextCursor, emit: Emit, marks: tuple[str, ...]) -> None:
         self._r, self._emit, self._marks = r, emit, marks
         self._stack: list[str] = []
 
@@ -144,7 +144,7 @@ class _Value:
         r.pos = found.end()
 
 
-def _white(r: Reader, emit: Emit) -> Reading[None]:
+def _white(r: TextCursor, emit: Emit) -> Reading[None]:
     """White space between a value's parts, emitted as it is."""
     while True:
         found = _SPACES.match(r.text, r.pos)
@@ -157,7 +157,7 @@ def _white(r: Reader, emit: Emit) -> Reading[None]:
         yield
 
 
-def json_string(r: Reader, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
+def json_string(r: TextCursor, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
     """Reads a string, its quotes included, and emits it in JSON's. `marks`: as of `json_value`."""
     if r.text[r.pos] == "'":
         assert marks
@@ -189,7 +189,7 @@ def json_string(r: Reader, emit: Emit, marks: tuple[str, ...] = EXACT) -> Readin
             yield
 
 
-def _escape(r: Reader, emit: Emit, marks: tuple[str, ...]) -> Reading[None]:
+def _escape(r: TextCursor, emit: Emit, marks: tuple[str, ...]) -> Reading[None]:
     """A backslash and what belongs to it, whole."""
     while True:
         length = len(r.text) - r.pos
@@ -215,7 +215,7 @@ def _escape(r: Reader, emit: Emit, marks: tuple[str, ...]) -> Reading[None]:
     r.pos += size
 
 
-def read_string(r: Reader, marks: tuple[str, ...] = EXACT) -> Reading[tuple[str, str]]:
+def read_string(r: TextCursor, marks: tuple[str, ...] = EXACT) -> Reading[tuple[str, str]]:
     """Reads a string and gives its JSON text and its value; Broken if none comes next."""
     char = yield from peek(r)
     if char != '"' and not (char == "'" and marks):
@@ -226,7 +226,7 @@ def read_string(r: Reader, marks: tuple[str, ...] = EXACT) -> Reading[tuple[str,
     return text, value
 
 
-def read_arguments(r: Reader, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
+def read_arguments(r: TextCursor, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
     """Reads an object and emits it. JSON text of an object inside a string is that object; nothing, an empty string,
     null and an empty list are an empty one."""
     yield from spaces(r)
@@ -269,7 +269,7 @@ def object_text(text: str, depth: int = 0) -> str:
 
 def _reread(text: str) -> str:
     """JSON of a value that was not written exactly. Raises Broken."""
-    r, parts = Reader(), list[str]()
+    r, parts = TextCursor(), list[str]()
     r.feed(text)
     r.ended = True
     for _ in json_value(r, parts.append, ("\0",)):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from tokenmill.grammar.patterns import literal
 from tokenmill.text.functions import Tool, moved, name_of
 from tokenmill.text.lark import SPACES, Lark, quoted
-from tokenmill.text.output import Output
+from tokenmill.text.output import DeltaBuilder
 from tokenmill.text.reader import (
     Broken,
-    Reader,
     Reading,
+    TextCursor,
     ahead,
     collected,
     expect,
@@ -24,7 +24,7 @@ from tokenmill.text.reader import (
 )
 from tokenmill.text.tools._calls import Bare, Calls, Style
 from tokenmill.text.tools._json import EXACT, json_value, read_arguments, read_string
-from tokenmill.text.tools.base import Asked
+from tokenmill.text.tools.base import GrammarRequest
 
 _COLON, _COMMA = f"{SPACES}:{SPACES}", f"{SPACES},{SPACES}"
 _KEY = ('"', "'", "}")
@@ -41,13 +41,13 @@ class JsonStyle(Style):
     separators: tuple[str, ...] = (",",)
     lead: str = ""  # of each object that the model is made to write, before its name; {index}: a number
 
-    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """A mark, calls, an end. Without a mark, only functions that exist are called."""
         yield from spaces(r)
         marked = bool((yield from take(r, *form.starts)))
         yield from self.read_calls(form, r, out, form.known or not marked)
 
-    def read_calls(self, form: Calls, r: Reader, out: Output, known: bool) -> Reading[None]:
+    def read_calls(self, form: Calls, r: TextCursor, out: DeltaBuilder, known: bool) -> Reading[None]:
         """Calls behind a mark, in a list or one behind the other. `known`: the mark proves nothing."""
         marks = EXACT if out.held else (*form.ends, *form.starts)
         yield from spaces(r)
@@ -71,7 +71,7 @@ class JsonStyle(Style):
         if form.ends:
             yield from take_end(r, *form.ends)
 
-    def _object(self, r: Reader, out: Output, known: bool, marks: tuple[str, ...]) -> Reading[None]:
+    def _object(self, r: TextCursor, out: DeltaBuilder, known: bool, marks: tuple[str, ...]) -> Reading[None]:
         """One call. Once its arguments are whole it is one, whatever follows. Where no mark tells it from other JSON,
         its name comes first, and it has arguments."""
         yield from expect(r, "{")
@@ -95,7 +95,7 @@ class JsonStyle(Style):
             elif name is None:
                 held, _ = yield from collected(lambda emit: read_arguments(r, emit, marks))
             else:
-                yield from tell_arguments(r, out, name, marks=marks)
+                yield from emit_call(r, out, name, marks=marks)
                 told = True
         if not told:
             if name is None or (held is None and (known or not _BESIDE.issuperset(keys))):
@@ -104,23 +104,23 @@ class JsonStyle(Style):
             out.arguments("{}" if held is None else held)
             out.done()
 
-    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """See Style."""
         before, index, after = self.lead.partition("{index}")
         head = f"{quoted('{' + before)} {lark.rule('INDEX', '/[0-9]{1,3}/')} " if index else ""
         named = f"{quoted(self.name_keys[0])}: {quoted(name_of(tool))}, {quoted(self.arguments_keys[0])}: "
         head += quoted(f"{after if index else '{' + before}{named}")
-        return f"{head} {lark.json(f'{rule}_arguments', asked.schema_of(tool))} {quoted('}')}"
+        return f"{head} {lark.json(f'{rule}_arguments', request.schema_of(tool))} {quoted('}')}"
 
-    def beside_json(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def beside_json(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """See Style."""
-        key, arguments, schema = self.name_keys[0], self.arguments_keys[0], asked.schema_of(tool)
+        key, arguments, schema = self.name_keys[0], self.arguments_keys[0], request.schema_of(tool)
         options = schema.pop("x-guidance", {})
         given = {key: {"const": name_of(tool)}, arguments: moved(schema, f"#/properties/{arguments}")}
         whole = {"type": "object", "properties": given, "required": list(given), "additionalProperties": False}
         return lark.json(f"{rule}_object", {**whole, "x-guidance": options})
 
-    def bare(self, form: Calls, lark: Lark, asked: Asked) -> Bare:
+    def bare(self, form: Calls, lark: Lark, request: GrammarRequest) -> Bare:
         """See Style. Whatever space there is."""
         kind = f'("type"{_COLON}"function"{_COMMA})?'
         begin = rf'{SPACES}\{{{SPACES}{kind}"({_any(self.name_keys)})"{_COLON}"'
@@ -128,13 +128,13 @@ class JsonStyle(Style):
         behind = f'{_COMMA}"({_any(self.arguments_keys)})"{_COLON}'
         lark.rule("HEAD", f"/{begin}/")
         lark.rule("LISTED", f"/{listed}/")
-        names = [quoted(name_of(tool))[1:-1] for tool in asked.tools]
+        names = [quoted(name_of(tool))[1:-1] for tool in request.tools]
         behind = f'"{_COMMA}"({_any(self.arguments_keys)})"{_COLON}'
         named = [lark.rule(f"NAMED_{i}", f"/{literal(name)}{behind}/") for i, name in enumerate(names)]
         lark.rule("first", " | ".join(f'{name} call_{i}_arguments "}}"' for i, name in enumerate(named)))
         groups = []
         for head, between, closing in ("HEAD", form.between, ""), ("LISTED", ", ", "]"):
-            more = f"({lark.text(between)} call)*" if asked.parallel else ""
+            more = f"({lark.text(between)} call)*" if request.parallel else ""
             groups.append(f"{head} first {more} {lark.text(closing)}".rstrip())
         firsts = "".join(literal(text[0]) for text in form.triggers)
         barred = "|".join(literal(name.partition('"')[0]) for name in names)
@@ -148,7 +148,7 @@ def _any(texts: tuple[str, ...]) -> str:
     return "|".join(map(literal, texts))
 
 
-def _has_more(r: Reader, behind: bool, told: bool, marks: tuple[str, ...]) -> Reading[bool]:
+def _has_more(r: TextCursor, behind: bool, told: bool, marks: tuple[str, ...]) -> Reading[bool]:
     """Reads what stands before an object's next key, or its end. `behind`: another key. `told`: its arguments are, so
     that its brace may be missing."""
     yield from spaces(r)
@@ -164,7 +164,7 @@ def _has_more(r: Reader, behind: bool, told: bool, marks: tuple[str, ...]) -> Re
     return True
 
 
-def _string(r: Reader, known: bool, marks: tuple[str, ...]) -> Reading[str]:
+def _string(r: TextCursor, known: bool, marks: tuple[str, ...]) -> Reading[str]:
     """Reads a string; Broken if none comes next. Where no mark tells a call from other JSON, a grammar cannot either
     if the string has escapes that need not be."""
     text, value = yield from read_string(r, marks)
@@ -173,8 +173,8 @@ def _string(r: Reader, known: bool, marks: tuple[str, ...]) -> Reading[str]:
     return value
 
 
-def tell_arguments(
-    r: Reader, out: Output, name: str, call_id: str | None = None, marks: tuple[str, ...] = EXACT
+def emit_call(
+    r: TextCursor, out: DeltaBuilder, name: str, call_id: str | None = None, marks: tuple[str, ...] = EXACT
 ) -> Reading[None]:
     """Reads JSON arguments and tells a call with them. It begins with their first character."""
     begun = False

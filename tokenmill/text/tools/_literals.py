@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
-from tokenmill.text.reader import Broken, Emit, Reader, Reading, expect, peek, spaces, take, word
+from tokenmill.text.reader import Broken, Emit, Reading, TextCursor, expect, peek, spaces, take, word
 from tokenmill.text.tools._values import inside, number
 
 _NUMBER = re.compile(r"[-+.\w]+")
@@ -25,15 +25,15 @@ class Literals(ABC):
         """True if a text begins with this character."""
 
     @abstractmethod
-    def text(self, r: Reader, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
+    def text(self, r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
         """Reads a text, its quotes included, and emits its characters. One of `behind` follows its closing quote:
         without that it is a part of the text."""
 
     @abstractmethod
-    def key(self, r: Reader, emit: Emit) -> Reading[None]:
+    def key(self, r: TextCursor, emit: Emit) -> Reading[None]:
         """Reads the key of an entry and emits it as JSON."""
 
-    def literal(self, r: Reader, emit: Emit, depth: int = 0) -> Reading[None]:
+    def literal(self, r: TextCursor, emit: Emit, depth: int = 0) -> Reading[None]:
         """Reads any. Raises Broken."""
         char = yield from peek(r)
         if depth > _MOST_DEPTH:
@@ -48,13 +48,13 @@ class Literals(ABC):
             found = yield from word(r, _NUMBER)
             emit(_WORDS[found] if found in _WORDS else number(found))
 
-    def quoted(self, r: Reader, emit: Emit, behind: tuple[str, ...] = (",", ")", "]", "}")) -> Reading[None]:
+    def quoted(self, r: TextCursor, emit: Emit, behind: tuple[str, ...] = (",", ")", "]", "}")) -> Reading[None]:
         """Reads a text and emits it as JSON. `behind`: see `text`."""
         emit('"')
         yield from self.text(r, lambda piece: emit(inside(piece)), behind)
         emit('"')
 
-    def entries(self, r: Reader, emit: Emit, depth: int = 0) -> Reading[None]:
+    def entries(self, r: TextCursor, emit: Emit, depth: int = 0) -> Reading[None]:
         """Reads keys and values between braces, of which the first comes next."""
 
         def entry() -> Reading[None]:
@@ -68,7 +68,7 @@ class Literals(ABC):
         yield from _separated(r, emit, "}", "{}", entry)
 
 
-def _separated(r: Reader, emit: Emit, close: str, brackets: str, one: Callable[[], Reading[None]]) -> Reading[None]:
+def _separated(r: TextCursor, emit: Emit, close: str, brackets: str, one: Callable[[], Reading[None]]) -> Reading[None]:
     """Reads what `one` reads, again and again, between a bracket that comes next and `close`."""
     r.pos += 1
     r.check()

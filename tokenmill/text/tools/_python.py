@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-from tokenmill.text.output import Output
-from tokenmill.text.reader import Broken, Emit, Reader, Reading, expect, peek, spaces, word
+from tokenmill.text.output import DeltaBuilder
+from tokenmill.text.reader import Broken, Emit, Reading, TextCursor, expect, peek, spaces, word
 from tokenmill.text.tools._literals import Literals
 from tokenmill.text.tools._quoted import QUOTES, quoted_text
 from tokenmill.text.tools._values import dumps
@@ -16,7 +16,7 @@ PRINT = "print"
 """A function that models put around a call: what it prints is the call."""
 
 
-def read_call(r: Reader, out: Output, known: bool) -> Reading[None]:
+def read_call(r: TextCursor, out: DeltaBuilder, known: bool) -> Reading[None]:
     """name(key=value, …). It is told once the first key or the closing bracket is there."""
     name = yield from word(r, _WORD)
     yield from spaces(r)
@@ -64,13 +64,13 @@ class _Python(Literals):
         """See Literals."""
         return char in QUOTES
 
-    def key(self, r: Reader, emit: Emit) -> Reading[None]:
+    def key(self, r: TextCursor, emit: Emit) -> Reading[None]:
         """A string; Python would take more."""
         if (yield from peek(r)) not in QUOTES:
             raise Broken
         yield from self.quoted(r, emit, (":",))
 
-    def text(self, r: Reader, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
+    def text(self, r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
         """A string in single, double or triple quotes."""
         yield from quoted_text(r, emit, behind)
 

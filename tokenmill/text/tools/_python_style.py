@@ -13,12 +13,12 @@ from typing import Any
 from tokenmill.grammar.patterns import literal
 from tokenmill.text.functions import Tool, alone, keys_of, name_of, others_of
 from tokenmill.text.lark import SPACES, Lark
-from tokenmill.text.output import Output
-from tokenmill.text.reader import Reader, Reading, ahead, expect, spaces, surplus, take, take_end
+from tokenmill.text.output import DeltaBuilder
+from tokenmill.text.reader import Reading, TextCursor, ahead, expect, spaces, surplus, take, take_end
 from tokenmill.text.tools._calls import Bare, Calls, Style, entries
 from tokenmill.text.tools._part import Part
 from tokenmill.text.tools._python import PRINT, read_call
-from tokenmill.text.tools.base import Asked
+from tokenmill.text.tools.base import GrammarRequest
 
 _CLOSING = re.compile(r"[\s)\]]*")
 
@@ -27,8 +27,7 @@ _CLOSING = re.compile(r"[\s)\]]*")
 class PythonStyle(Style):
     """name(key=value, …). Without a mark, calls stand in a list at the answer's beginning."""
 
-
-    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """A mark, calls in a list or one below the other, an end."""
         yield from spaces(r)
         marked = bool((yield from take(r, *form.starts)))
@@ -49,30 +48,30 @@ class PythonStyle(Style):
         if form.ends:
             yield from take_end(r, *form.ends)
 
-    def _another(self, r: Reader) -> Reading[bool]:
+    def _another(self, r: TextCursor) -> Reading[bool]:
         """True if a further call may follow without a list."""
         yield from take(r, ";", ",")
         yield from spaces(r)
         return r.pos < len(r.text) and (r.text[r.pos].isalpha() or r.text[r.pos] == "_")
 
-    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """See Style."""
-        return f"{lark.text(f'{name_of(tool)}(')} {self._arguments(lark, rule, tool, asked)}"
+        return f"{lark.text(f'{name_of(tool)}(')} {self._arguments(lark, rule, tool, request)}"
 
-    def bare(self, form: Calls, lark: Lark, asked: Asked) -> Bare:
+    def bare(self, form: Calls, lark: Lark, request: GrammarRequest) -> Bare:
         """See Style."""
         begin = rf"{SPACES}\[{SPACES}"
         heads = []
-        for i, tool in enumerate(asked.tools):
+        for i, tool in enumerate(request.tools):
             head = lark.rule(f"BARE_{i}", rf"/{begin}{literal(name_of(tool))}\(/")
-            heads.append(f"{head} {self._arguments(lark, f'call_{i}', tool, asked)}")
-        more = '(", " call)*' if asked.parallel else ""
-        names = "|".join(map(literal, (*map(name_of, asked.tools), PRINT)))
+            heads.append(f"{head} {self._arguments(lark, f'call_{i}', tool, request)}")
+        more = '(", " call)*' if request.parallel else ""
+        names = "|".join(map(literal, (*map(name_of, request.tools), PRINT)))
         return Bare(f'({" | ".join(heads)}) {more} "]"', rf"{begin}({names}){SPACES}\(")
 
-    def _arguments(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def _arguments(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """What follows the opening bracket."""
-        schema = asked.schema_of(tool)
+        schema = request.schema_of(tool)
         Part(tool, schema, schema).check_object()
         others = others_of(schema)
         if others is not False:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tokenmill.text.reader import NOTHING, Broken, Emit, Reader, Reading, ahead, peek, take
+from tokenmill.text.reader import NOTHING, Broken, Emit, Reading, TextCursor, ahead, peek, take
 
 _PLAIN = {'"': re.compile(r'[^"\\\n]*'), "'": re.compile(r"[^'\\\n]*")}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0", "/": "/",
@@ -13,7 +13,7 @@ _HEX = {"x": 2, "u": 4, "U": 8}
 QUOTES = frozenset(_PLAIN)
 
 
-def quoted_text(r: Reader, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
+def quoted_text(r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
     """Reads a text, its quotes included, and emits its characters. It ends at a quote with one of `behind` after it;
     other quotes are part of it. A line break inside, which Python forbids, is taken as one."""
     quote = yield from ahead(r, '"""', "'''", '""', "''", *QUOTES, skipped=NOTHING)
@@ -46,14 +46,14 @@ def quoted_text(r: Reader, emit: Emit, behind: tuple[str, ...]) -> Reading[None]
             r.pos += 1
 
 
-def _closes(r: Reader, quote: str, behind: tuple[str, ...]) -> Reading[bool]:
+def _closes(r: TextCursor, quote: str, behind: tuple[str, ...]) -> Reading[bool]:
     """True if a text ends here."""
     if not (yield from ahead(r, quote, skipped=NOTHING)):
         return False
     return (yield from ahead(r, *behind, offset=len(quote))) is not None
 
 
-def _escaped(r: Reader) -> Reading[str]:
+def _escaped(r: TextCursor) -> Reading[str]:
     """What stands behind a backslash. A pair of surrogates is one character."""
     char = yield from peek(r)
     if not char:
@@ -72,7 +72,7 @@ def _escaped(r: Reader) -> Reading[str]:
     return chr(code)
 
 
-def _hex(r: Reader, size: int) -> Reading[int]:
+def _hex(r: TextCursor, size: int) -> Reading[int]:
     while len(r.text) - r.pos < size:
         if r.ended:
             raise Broken

@@ -16,14 +16,14 @@ from typing import ClassVar, NamedTuple
 
 from tokenmill.text.functions import STRING, Tool, name_of, names_of, others_of, property_of, types_of
 from tokenmill.text.lark import Lark
-from tokenmill.text.output import Output
+from tokenmill.text.output import DeltaBuilder
 from tokenmill.text.reader import (
     NOTHING,
     Broken,
     Emit,
     Markers,
-    Reader,
     Reading,
+    TextCursor,
     ahead,
     before,
     collected,
@@ -37,7 +37,7 @@ from tokenmill.text.reader import (
 from tokenmill.text.tools._calls import Calls, Style
 from tokenmill.text.tools._part import Part
 from tokenmill.text.tools._values import dumps, ends_in_text, inside, to_json
-from tokenmill.text.tools.base import Asked
+from tokenmill.text.tools.base import GrammarRequest
 
 _NAME = re.compile(r"[^<>\"\n\r\t]+")
 _ANY_KEY = r'/[^<>"\s]+/'
@@ -59,7 +59,7 @@ class XmlStyle(Style):
     lines: bool = False
     has_trigger: ClassVar[bool] = True
 
-    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """One call. Without a mark, only functions that exist are called."""
         begin, end = form.starts[0], form.ends[0]
         yield from spaces(r)
@@ -88,7 +88,7 @@ class XmlStyle(Style):
         if tag != end:
             yield from take_end(r, end)
 
-    def _parameter(self, form: Calls, r: Reader, out: Output, name: str, given: list[str]) -> Reading[None]:
+    def _parameter(self, form: Calls, r: TextCursor, out: DeltaBuilder, name: str, given: list[str]) -> Reading[None]:
         """A key and its value. Strings are told as they come, everything else once it is whole. `given`: the keys
         before, to which this one is added."""
         key, end = yield from collected(lambda emit: until(r, Markers(self.key_end), emit))
@@ -114,9 +114,9 @@ class XmlStyle(Style):
             yield from ends.value(r, parts.append, lambda: in_json and ends_in_text("".join(parts)))
             out.arguments(to_json("".join(parts), types))
 
-    def write(self, lark: Lark, rule: str, tool: Tool, asked: Asked) -> str:
+    def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
         """See Style. A strict function may not ask of a text what tags cannot hold it to."""
-        schema = asked.schema_of(tool)
+        schema = request.schema_of(tool)
         Part(tool, schema, schema).check_object()
         parts = [lark.text(f"{name_of(tool)}{self.head_end}\n")]
         others, required = others_of(schema), schema.get("required")
@@ -153,7 +153,7 @@ class _Ends(NamedTuple):
     missing: frozenset[str]
     held: bool
 
-    def value(self, r: Reader, emit: Emit, in_text: Callable[[], bool]) -> Reading[None]:
+    def value(self, r: TextCursor, emit: Emit, in_text: Callable[[], bool]) -> Reading[None]:
         """Emits a value and reads its closing tag. `in_text`: true if what was emitted cannot be all of it."""
         marks = _marks(self.style, self.form.ends[0], self.held)
         while found := (yield from before(r, marks, emit, told=False)):
@@ -164,7 +164,7 @@ class _Ends(NamedTuple):
             r.pos += len(found)
         raise Broken
 
-    def _closes(self, r: Reader, found: str) -> Reading[bool]:
+    def _closes(self, r: TextCursor, found: str) -> Reading[bool]:
         """True if `found`, which comes next, is no part of the value."""
         tag, size, style = found.lstrip("\n"), len(found), self.style
         end, starts = self.form.ends[0], self.form.starts

@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from tokenmill.text.functions import Tool, is_strict, parameters_of
-from tokenmill.text.output import CallDelta, Delta, Output
-from tokenmill.text.reader import Reader, Reading
+from tokenmill.text.output import CallDelta, Delta, DeltaBuilder
+from tokenmill.text.reader import Reading, TextCursor
 
-__all__ = ["Asked", "CallDelta", "Delta", "Extent", "Output", "Tool", "ToolFormat"]
+__all__ = ["CallDelta", "Delta", "DeltaBuilder", "Extent", "GrammarRequest", "Tool", "ToolFormat"]
 
 Extent = Literal["calls", "answer", "behind", "choice"]
 """What a grammar describes: calls and nothing else; an answer, text with calls in it or not; what follows `trigger` in
 such an answer; calls or something else instead."""
 
 
-class Asked(NamedTuple):
+class GrammarRequest(NamedTuple):
     """What a grammar is asked for. `tools`: which may be called, at least one. Where the answer must be calls, all have
     their arguments held to their schema; else strict functions alone."""
 
@@ -77,11 +77,11 @@ class ToolFormat(Protocol):
     def new_id(self) -> str:
         """A fresh id for a call, as the model's template takes them."""
 
-    def read(self, reader: Reader, out: Output) -> Reading[None]:
+    def read(self, reader: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """Reads a group of calls from `reader`, which stands at one of `starts`, at `bare`, or at white space before;
         tells `out`. Raises Broken where the text is no call; the caller puts back what is not part of a complete one.
         """
 
-    def grammar(self, asked: Asked) -> str:
+    def grammar(self, request: GrammarRequest) -> str:
         """A grammar in llguidance's Lark. Whatever follows it, the calls of strict functions that `read` finds fit
         their schemas. Raises ToolError for what cannot be served so."""

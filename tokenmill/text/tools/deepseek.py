@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tokenmill.text.reader import Reader, Reading, expect, peek, spaces, take, word
+from tokenmill.text.reader import Reading, TextCursor, expect, peek, spaces, take, word
 from tokenmill.text.tools._calls import Calls
 from tokenmill.text.tools._headed_style import HeadedStyle
 
@@ -18,7 +18,7 @@ def matches(template: str) -> bool:
     return SECTION in template and "```json" in template
 
 
-def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
+def read_head(r: TextCursor) -> Reading[tuple[str, str | None]]:
     """function, separator, name and ```json; or, since V3.1, name and separator."""
     first = yield from word(r, _NAME)
     yield from expect(r, SEPARATOR)

@@ -14,13 +14,13 @@ from typing import NamedTuple
 from tokenmill.errors import ToolError
 from tokenmill.text.functions import name_of
 from tokenmill.text.lark import Lark, quoted
-from tokenmill.text.output import Output
+from tokenmill.text.output import DeltaBuilder
 from tokenmill.text.reader import (
     Broken,
     Emit,
     Markers,
-    Reader,
     Reading,
+    TextCursor,
     before,
     collected,
     spaces,
@@ -31,8 +31,8 @@ from tokenmill.text.reader import (
 )
 from tokenmill.text.tools._calls import random_id
 from tokenmill.text.tools._json import EXACT
-from tokenmill.text.tools._json_style import tell_arguments
-from tokenmill.text.tools.base import Asked
+from tokenmill.text.tools._json_style import emit_call
+from tokenmill.text.tools.base import GrammarRequest
 
 _START, _CHANNEL, _MESSAGE, _CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 _CALL, _END, _RETURN = "<|call|>", "<|end|>", "<|return|>"
@@ -55,7 +55,7 @@ class _Head(NamedTuple):
     addressed: bool
 
 
-def _parsed(text: str, out: Output) -> _Head:
+def _parsed(text: str, out: DeltaBuilder) -> _Head:
     """The header that stands before <|message|>. Raises Broken."""
     found = _HEAD.fullmatch(text)
     if not found:
@@ -86,7 +86,7 @@ class Harmony:
         """See ToolFormat."""
         return random_id()
 
-    def read(self, r: Reader, out: Output) -> Reading[None]:
+    def read(self, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         """A whole answer. Raises nothing."""
         begun = yield from take(r, " to=", "to=")  # the prompt ends inside of the first header
         r.pos -= len(begun)
@@ -107,21 +107,21 @@ class Harmony:
                     out.content(r.text[: r.pos])
             begun = ""
 
-    def grammar(self, asked: Asked) -> str:
+    def grammar(self, request: GrammarRequest) -> str:
         """See ToolFormat. Thoughts and preambles may come before; a message holds one call, and an answer ends with it.
         Headers are told from messages by special tokens only."""
-        lark = Lark(asked.special_ids)
+        lark = Lark(request.special_ids)
         missing = [mark for mark in self.markers if not lark.is_special(mark)]
-        if missing and asked.extent != "calls":
+        if missing and request.extent != "calls":
             raise ToolError(f"Calls cannot be held to a schema: {missing[0]} is no token of this model", "tools")
         channel, message, end = lark.text(_CHANNEL), lark.text(_MESSAGE), lark.text(_END)
         as_json = f'{lark.text(_CONSTRAIN)}? "json" {message}'
         calls = []
-        for i, tool in enumerate(asked.tools):
+        for i, tool in enumerate(request.tools):
             to = f"to=functions.{name_of(tool)}"
-            inside = f'{channel} {quoted(f"commentary {to} ")} {as_json}'
+            inside = f"{channel} {quoted(f'commentary {to} ')} {as_json}"
             ahead = f'{quoted(f" {to}")} {channel} "commentary " {as_json}'
-            calls.append(f"({inside} | {ahead}) {lark.json(f'call_{i}_arguments', asked.schema_of(tool))}")
+            calls.append(f"({inside} | {ahead}) {lark.json(f'call_{i}_arguments', request.schema_of(tool))}")
         lark.rule("call", f"({' | '.join(calls)}) {lark.text(_CALL)}")
         final = f'{channel} "final" (" "? {lark.text(_CONSTRAIN)} /[a-z]+/)? {message}'
         text = lark.free("text", (_START, _CHANNEL)).text
@@ -130,14 +130,14 @@ class Harmony:
         last = {
             "answer": f" | said ({end} | {lark.text(_RETURN)})?",
             "choice": f" | {final} instead",
-        }.get(asked.extent, "")
-        earlier = "said" if asked.extent == "answer" else "aside"
+        }.get(request.extent, "")
+        earlier = "said" if request.extent == "answer" else "aside"
         ahead = "" if missing else f'({earlier} {end} {lark.text(_START)} "assistant")*'
         lark.rule("start", f"{ahead} (call{last})")
-        return lark.source() + asked.instead
+        return lark.source() + request.instead
 
 
-def _message(r: Reader, out: Output) -> Reading[None]:
+def _message(r: TextCursor, out: DeltaBuilder) -> Reading[None]:
     """A header and its message."""
     text, end = yield from collected(lambda emit: _header(r, emit))
     if not end:
@@ -146,7 +146,7 @@ def _message(r: Reader, out: Output) -> Reading[None]:
     if head.function:
         yield from spaces(r)
         marks = EXACT if out.held else _ENDS.texts
-        yield from tell_arguments(r, out, out.check(head.function), marks=marks)
+        yield from emit_call(r, out, out.check(head.function), marks=marks)
         if marks:
             yield from surplus(r, marks)
         yield from take_end(r, _CALL, _END, _RETURN)
@@ -159,7 +159,7 @@ def _message(r: Reader, out: Output) -> Reading[None]:
         out.thinking = False
 
 
-def _header(r: Reader, emit: Emit) -> Reading[str]:
+def _header(r: TextCursor, emit: Emit) -> Reading[str]:
     """Text up to <|message|>."""
     size = 0
 

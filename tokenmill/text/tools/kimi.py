@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tokenmill.text.reader import Reader, Reading, expect, spaces, word
+from tokenmill.text.reader import Reading, TextCursor, expect, spaces, word
 from tokenmill.text.tools._calls import Calls
 from tokenmill.text.tools._headed_style import HeadedStyle
 
@@ -18,7 +18,7 @@ def matches(template: str) -> bool:
     return _BEGIN in template or ("tool_declare" in template and "<|im_middle|>" in template)
 
 
-def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
+def read_head(r: TextCursor) -> Reading[tuple[str, str | None]]:
     """The id; its name is what stands between "functions." and the number."""
     call_id = (yield from word(r, _ID)).strip()
     yield from expect(r, _ARGUMENTS)
@@ -31,9 +31,7 @@ FORMAT = Calls(
     name="kimi",
     matches=matches,
     aliases=("kimi_k2", "kimi-k2"),
-    style=HeadedStyle(
-        head=read_head, written=f"functions.{{name}}:{{index}}{_ARGUMENTS}", tail=_END, tails=(_END,)
-    ),
+    style=HeadedStyle(head=read_head, written=f"functions.{{name}}:{{index}}{_ARGUMENTS}", tail=_END, tails=(_END,)),
     opening=f"{_SECTION}{_BEGIN}",
     between=_BEGIN,
     closing=_SECTION_END,

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
-from tokenmill.text.output import Output
-from tokenmill.text.reader import Reader, Reading, expect, peek, spaces, take, word
+from tokenmill.text.output import DeltaBuilder
+from tokenmill.text.reader import Reading, TextCursor, expect, peek, spaces, take, word
 from tokenmill.text.tools._calls import Calls, random_id
 from tokenmill.text.tools._headed_style import HeadedStyle
 from tokenmill.text.tools._json_style import JsonStyle
@@ -31,7 +31,7 @@ def matches_args(template: str) -> bool:
     return _START in template and _ARGS in template
 
 
-def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
+def read_head(r: TextCursor) -> Reading[tuple[str, str | None]]:
     """name, [CALL_ID]id if there is one, [ARGS] or the arguments at once."""
     name = yield from word(r, _NAME)
     call_id: str | None = None
@@ -42,7 +42,7 @@ def read_head(r: Reader) -> Reading[tuple[str, str | None]]:
     return name, call_id
 
 
-def _read(form: Calls, r: Reader, out: Output) -> Reading[None]:
+def _read(form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
     """What follows the first marker tells the form."""
     yield from spaces(r)
     yield from expect(r, _START)
@@ -55,13 +55,13 @@ def _read(form: Calls, r: Reader, out: Output) -> Reading[None]:
 
 @dataclass(frozen=True)
 class _Listed(JsonStyle):
-    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         yield from _read(form, r, out)
 
 
 @dataclass(frozen=True)
 class _Headed(HeadedStyle):
-    def read(self, form: Calls, r: Reader, out: Output) -> Reading[None]:
+    def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         yield from _read(form, r, out)
 
 

@@ -13,7 +13,7 @@ from jinja2 import nodes
 _OBJECT_FILTERS = frozenset({"tojson", "items", "dictsort"})
 
 
-def wants_argument_objects(tree: nodes.Template) -> bool:
+def takes_argument_objects(tree: nodes.Template) -> bool:
     """True if a parsed template writes or walks over arguments as an object, and does not ask first whether they are
     text."""
     arguments = _Mentions(tree, "arguments")
