@@ -1,1 +1,1 @@
-"""HTTP: the only place that knows statuses, headers and event streams. No torch."""
+"""The HTTP server: routes, statuses, headers and event streams. Does not import torch."""

@@ -1,6 +1,7 @@
-"""What is said of a request that has ended: TGI's "Success" line, which people parse as an access log. Never texts.
+"""Logs requests that have ended, in the form of TGI's "Success" line, which users parse as an access log. Never logs
+texts.
 
-The line's fields are those of TGI's request span, by name and in form; `tracing.py` puts the same on its spans.
+The line's fields are those of TGI's request span, by name and form; `tracing.py` puts the same fields on its spans.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _PROBES = ("/health", "/ping", "/metrics", "/v2/health/live", "/v2/health/ready"
 
 
 def handler_name(method: str, route: str) -> str:
-    """What TGI calls the handler of a route: the name of its span."""
+    """Return TGI's name for the handler of a route, which is the name of its span."""
     name = _HANDLERS.get(route) or _HANDLERS.get(f"{method} {route}")
     return name or route.strip("/").replace("/", "_").replace("-", "_") or "health"
 
 
 def succeeded(call: Call, generations: Sequence[Generation], copies: int) -> None:
-    """Count and log each prompt of the request; of `copies` the first."""
+    """Count and log each answered prompt; of `copies` the first."""
     for generation in generations[::copies]:
         call.service.requests.success(generation)
     if not log.isEnabledFor(logging.INFO):
@@ -42,9 +43,9 @@ def succeeded(call: Call, generations: Sequence[Generation], copies: int) -> Non
 
 
 def refused(call: Call) -> None:
-    """Log an answer that is an error: where and which, not why, for the reason may repeat what the client sent.
+    """Log an error answer: where and which, not why, because the reason may repeat what the client sent.
 
-    Probes of a server that is not ready are no news.
+    Probes of a server that is not ready are not logged.
     """
     if call.route in _PROBES or not log.isEnabledFor(logging.INFO):
         return
@@ -54,7 +55,7 @@ def refused(call: Call) -> None:
 
 
 def fields(generation: Generation) -> dict[str, str]:
-    """What was asked of one generation and how long its parts took."""
+    """Return the parameters of one generation and the durations of its parts."""
     times, prepared = generation.timings, generation.prepared
     inference = times.last - times.admitted
     return {
@@ -69,7 +70,7 @@ def fields(generation: Generation) -> dict[str, str]:
 
 
 def parameters(prepared: Prepared) -> str:
-    """What holds for a generation after all defaults, in the form of TGI's log; stop strings are not shown."""
+    """Return the parameters of a generation after all defaults, in the form of TGI's log. Stop strings are masked."""
     sampling, stopping = prepared.sampling, prepared.stopping
     values = {
         "temperature": _some(sampling.temperature, 0.0),
@@ -90,12 +91,12 @@ def parameters(prepared: Prepared) -> str:
 
 
 def _some(value: float | None, off: float | None) -> str:
-    """A value as Rust prints an optional one; `off` is what means "not set"."""
+    """Return a value as Rust prints an optional one. `off`: the value that means "not set"."""
     return "None" if value is None or value == off else f"Some({value})"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as Rust prints them, to the nanosecond: 1.25s, 45.6ms, 12.3µs, 80ns."""
+    """Return seconds as Rust prints them, to the nanosecond: 1.25s, 45.6ms, 12.3µs, 80ns."""
     nanoseconds = max(round(seconds * 1e9), 0)
     for unit, scale, digits in (("s", 10**9, 9), ("ms", 10**6, 6), ("µs", 10**3, 3)):
         if nanoseconds >= scale:

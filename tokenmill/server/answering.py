@@ -54,7 +54,7 @@ class Prompts(msgspec.Struct, frozen=True):
     prepared: tuple[Prepared, ...]
     copies: int = 1
     keep_stop: bool = False
-    num_characters: int = 0  # of all prompts, as text
+    num_characters: int = 0  # characters of all prompts that are text
     receipt: bool = False
     readers: tuple[AnswerReader, ...] = ()
 
@@ -163,7 +163,7 @@ class _StreamedAnswer(_Answer):
         return b"".join(map(sse.event, payloads)) + self._end
 
     def failed(self, generation: Generation, error: RequestError) -> None:
-        """See `generation.Answer`. Before the first event there is still time for an ordinary error answer."""
+        """See `generation.Answer`. An error before the first event becomes an ordinary error answer."""
         if self.error is not None:
             return
         self.error = error
@@ -174,7 +174,7 @@ class _StreamedAnswer(_Answer):
 
 
 async def stream(call: Call, prompts: Prompts, answer_format: AnswerFormat) -> None:
-    """Generate and send events. Raises the error if there was one before the first event."""
+    """Generate, and send events. Raises an error that comes before the first event."""
     headers = [
         (b"x-compute-type", compute_type(call)),
         (b"x-compute-characters", b"%d" % prompts.num_characters),
@@ -216,7 +216,7 @@ async def fold(call: Call, prompts: Prompts, answer_format: AnswerFormat) -> Non
         answer.give_up()
     if answer.error is not None:
         raise answer.error
-    if sum(map(_num_entries, answer.generations)) > _LONG_ANSWER:  # a second of work for the longest ones
+    if sum(map(_num_entries, answer.generations)) > _LONG_ANSWER:  # up to a second of work
         body = await call.service.in_thread(lambda: answer_format.fold(answer.generations, answer.tokens))
     else:
         body = answer_format.fold(answer.generations, answer.tokens)
@@ -252,7 +252,8 @@ def compute_type(call: Call) -> bytes:
 
 
 def plain_headers(call: Call, prompts: Prompts, generations: Sequence[Generation]) -> sse.Headers:
-    """TGI's headers of a whole answer. Times of several prompts are added; of several copies the first counts."""
+    """Return TGI's headers of a whole answer. Times of several prompts are added; of several copies the first
+    counts."""
     first = [g for g in generations if g.index % prompts.copies == 0]
     total = sum(g.timings.last - g.timings.arrived for g in first)
     inference = sum(g.timings.last - g.timings.admitted for g in first)

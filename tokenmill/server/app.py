@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 
 def create_app(service: Service, tracer: Tracer | None = None) -> ASGIApp:
-    """The application for one worker. `tracer`: records each request that has ended; None: no spans are sent."""
+    """Return the application of one worker. `tracer`: records each request that has ended; None: no spans are sent."""
     options = service.options
     routes = ROUTES + vertex_routes(options.aip_predict_route, options.aip_health_route)
     return App(service, routes, tracer)
 
 
 class App:
-    """Finds the route, checks the key, runs the handler, answers errors."""
+    """ASGI application: finds the route, checks the key, runs the handler, answers errors."""
 
     def __init__(self, service: Service, routes: tuple[Route, ...], tracer: Tracer | None) -> None:
         self._service, self._tracer = service, tracer
@@ -47,7 +47,7 @@ class App:
         self._key = _words(f"bearer {service.options.api_key}".encode()) if service.options.api_key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Answer one request. See ASGI."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
@@ -58,7 +58,7 @@ class App:
         route = methods.get(method)
         request_id = _request_id(scope)
         common: Headers = [*self._cors.headers(scope), (b"x-request-id", request_id)]
-        if self._service.draining:  # the next request of this client is another server's
+        if self._service.draining:  # the client's next request goes to another server
             common.append((b"connection", b"close"))
         dialect = route.dialect if route else failures.dialect_of(scope["path"])
         call = Call(self._service, scope, receive, _with_headers(send, common), dialect, rest)
@@ -71,7 +71,7 @@ class App:
                 await _answer_nowhere(call, methods)
             else:
                 await self._run(route, call)
-        except ClientGone:  # or cut off: closing in order would wait until it has read what it does not read
+        except ClientGone:  # abort: an orderly close would wait for a client that does not read
             call.status = 499
             scope.get(ABORT, _nothing)()
             if route and route.generates:
@@ -126,12 +126,12 @@ class App:
 
 
 def _words(credentials: bytes) -> bytes:
-    """Credentials in lower case, as TGI compares them, with one blank between scheme and key."""
+    """Return credentials in lower case, as TGI compares them, with one blank between scheme and key."""
     return b" ".join(credentials.strip().split(None, 1)).lower()
 
 
 async def _answer_nowhere(call: Call, methods: Iterable[str]) -> None:
-    """Answer 404, or 405 where there are other `methods`. TGI's have no body; OpenAI's and KServe's have one."""
+    """Answer 404, or 405 if there are other `methods`. TGI's have no body; OpenAI's and KServe's have one."""
     path = call.scope["path"]
     error = failures.nowhere(call.scope["method"], path, methods)
     if call.dialect == "openai" or path == "/v2" or path.startswith("/v2/"):
@@ -141,7 +141,7 @@ async def _answer_nowhere(call: Call, methods: Iterable[str]) -> None:
 
 
 class InternalError(RequestError):
-    """A bug of ours in one request."""
+    """A bug of this server in one request."""
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
@@ -153,11 +153,11 @@ async def _lifespan(receive: Receive, send: Send) -> None:
 
 
 def _nothing() -> None:
-    """There is no connection of our own to drop."""
+    """Do nothing: for servers that give no way to drop a connection."""
 
 
 def _request_id(scope: Scope) -> bytes:
-    """The client's own id if it is a short word of visible ASCII, else a new one."""
+    """Return the client's own id if it is a short word of visible ASCII, else a new one."""
     for key, value in scope["headers"]:
         if key == b"x-request-id" and 0 < len(value) <= 128 and all(0x21 <= byte <= 0x7E for byte in value):
             return bytes(value)

@@ -1,6 +1,7 @@
 """Call: one HTTP request and its answer, between ASGI and a handler.
 
-A handler reads like what happens: decode, prepare, submit, answer. Errors are raised; `app.py` turns them into answers.
+A handler reads like a list of steps: decode, prepare, submit, answer. It raises errors; `app.py` turns them into
+answers.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ from tokenmill.text.options import Dialect
 T = TypeVar("T")
 
 KEYS = dict[str, msgspec.Raw]
-"""The kind of a body of which only the keys are looked at, to see what else to decode it as."""
+"""The kind of a body of which only the keys are decoded, to choose its kind."""
 
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 
 _LARGE = 4_000
-"""Bytes of a body from which it is read in a thread: below, handing it over would take longer than reading it."""
+"""Bytes of a body above which it is decoded in a thread; passing a smaller one on would take longer than decoding
+it."""
 
 
 class ClientGone(Exception):
-    """The client closed its connection; there is nobody to answer."""
+    """The client closed its connection before the answer was complete."""
 
 
 class Call:
-    """One request. `dialect` decides what its errors look like; `path_rest` is what follows the route's prefix."""
+    """One request. `dialect`: of its errors; `path_rest`: the path behind the route's prefix."""
 
     def __init__(
         self, service: Service, scope: Scope, receive: Receive, send: Send, dialect: Dialect, path_rest: str
@@ -53,32 +55,32 @@ class Call:
         self._permits = 0
         self._body: bytes | None = None
         self.request_id = ""
-        self.route = ""  # the path as the route table has it
-        self.generations: Sequence[Generation] = ()  # what was submitted for it, for log and traces
-        self.status = 0  # of the answer; 0: none yet
+        self.route = ""  # the path in the route table
+        self.generations: Sequence[Generation] = ()  # submitted sequences, for log and traces
+        self.status = 0  # status of the answer; 0: not sent yet
         self.counts_failures = False
 
     def header(self, name: bytes) -> bytes:
-        """A request header's value, or b""."""
+        """Return the value of a request header, or b""."""
         for key, value in self.scope["headers"]:
             if key == name:
                 return bytes(value)
         return b""
 
     async def send(self, message: Message) -> None:
-        """The ASGI `send`, which also notes the status."""
+        """Send an ASGI message, and record the status."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
 
     @property
     def raw_send(self) -> Send:
-        """The server's own `send`, for what is sent often."""
+        """ASGI's own `send`, for messages that are frequent."""
         return self._send
 
     async def decode(self, kind: type[T]) -> T:
-        """The body as a `kind`. Raises BodyError: 415, 413, 408, 400 for bad JSON, 422 for the wrong shape or a key
-        that is given twice."""
+        """Return the body as a `kind`. Raises BodyError: 415, 413, 408, 400 for invalid JSON, 422 for the wrong shape
+        or a key that is given twice."""
         self._check_encoding()
         media_type = self.header(b"content-type").split(b";")[0].strip().lower()
         is_json = media_type == b"application/json" or (
@@ -98,9 +100,10 @@ class Call:
             raise failures.EncodedBody(limits.shown(", ".join(names)))
 
     async def work(self, step: Callable[[], T]) -> T:
-        """What `step` returns, which is run in a thread if the body is large: other requests go on meanwhile.
+        """Return the result of `step`, which runs in a thread if the body is large, so that other requests go on
+        meanwhile.
 
-        It must touch nothing of the event loop's. While a single call into C runs, everybody waits.
+        `step` must not touch objects of the event loop. A single call into C blocks all threads.
         """
         if len(self._body or b"") <= _LARGE:
             return step()
@@ -129,7 +132,7 @@ class Call:
         return failures.BodyError(413, f"The request body is longer than the limit of {limit} bytes (--payload-limit)")
 
     def take(self, count: int) -> None:
-        """Take permits for `count` sequences; they are given back when the call ends. Raises Overloaded."""
+        """Take permits for `count` sequences, which are given back when the call ends. Raises Overloaded."""
         self.service.permits.take(count)
         self._permits += count
 
@@ -163,21 +166,21 @@ class Call:
         if not self.status:
             headers = failures.headers(error)
             status = failures.status(error, self.dialect)
-            if status in (408, 413):  # the rest of the body is not read
+            if status in (408, 413):  # because the rest of the body is not read
                 headers.append((b"connection", b"close"))
             await self.answer(failures.body(error, self.dialect), headers, status)
 
     def close(self) -> None:
-        """Give back what the call holds."""
+        """Give back the permits. Idempotent."""
         self.service.permits.release(self._permits)
         self._permits = 0
 
 
 def parse(body: bytes, kind: type[T]) -> T:
-    """JSON text as a `kind`. Raises BodyError: 400 for bad JSON, 422 for the wrong shape or a key given twice, which is
-    not looked for in a body of the kind `KEYS`."""
+    """Return JSON text as a `kind`. Raises BodyError: 400 for invalid JSON, 422 for the wrong shape or a key given
+    twice; the kind `KEYS` is not searched for such keys."""
     collects = gc.isenabled()
-    gc.disable()  # nothing of what is made can be garbage yet, and looking for some doubles the time
+    gc.disable()  # new objects are all alive, and a collection would double the time
     try:
         value = msgspec.json.decode(body, type=kind)
         if kind is not KEYS and (repeated := repeated_key(body.decode())) is not None:
@@ -199,7 +202,7 @@ def _given_twice(repeated: Repeated) -> failures.BodyError:
 
 
 def _refusal(body: bytes, kind: Any, error: Exception) -> failures.BodyError:
-    """Make the answer to a body that msgspec refused, in our own words."""
+    """Return the error for a body that msgspec refused, in this server's words."""
     if isinstance(error, msgspec.ValidationError):
         with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = misfit(msgspec.json.decode(body, type=msgspec.Raw), kind)

@@ -18,17 +18,17 @@ from tokenmill.server.generation import Generation
 from tokenmill.wire.channel import AsyncChannel
 from tokenmill.wire.messages import Abort, EngineInfo, FromEngine, Output, Request, StepOutputs, ToEngine
 
-_RETRY_S = (0.02, 0.05, 0.1)  # trying costs next to nothing
+_RETRY_S = (0.02, 0.05, 0.1)  # an attempt costs next to nothing
 _SILENCE_S = 60.0  # a heartbeat comes every second; a step that takes longer than this is a hung engine
 
 log = logging.getLogger(__name__)
 
 
 class EngineClient:
-    """Sends requests, hands out what comes back, reconnects. For one event loop; `run` must be running."""
+    """Sends requests, passes outputs to their generations, reconnects. For one event loop; `run` must be running."""
 
     def __init__(self, address: str, status: EngineStatus) -> None:
-        """`address`: path of the Unix socket that rank 0 listens on."""
+        """Make a client that is not connected. `address`: path of the Unix socket on which rank 0 listens."""
         self._address = address
         self._status = status
         self._channel: AsyncChannel[FromEngine] | None = None
@@ -41,40 +41,41 @@ class EngineClient:
 
     @property
     def healthy(self) -> bool:
-        """The engine is connected and was heard within the last minute."""
+        """True while the engine is connected and was heard within the last minute."""
         return self._channel is not None and self.info is not None and time.monotonic() - self._heard < _SILENCE_S
 
     def new_id(self) -> int:
-        """An id that no other worker, past or present, has given to a request."""
+        """Return an id that no other worker, past or present, has given to a request."""
         self._next_id += 1
         return self._next_id
 
     def submit(self, request: Request, generation: Generation) -> None:
-        """Send a request; its outputs go to `generation` until the last, an `abort` or a failure. Raises NotReady."""
+        """Send a request. Its outputs go to `generation` until the last one, an `abort` or a failure. Raises
+        NotReady."""
         if self._channel is None or self.info is None:
             raise NotReady("the engine is starting")
         self._generations[request.id] = generation
         self._post(request)
 
     def abort(self, request_id: int) -> None:
-        """Forget a request. Its generation hears nothing more. Unknown ids and finished requests are ignored."""
+        """Stop a request. Its generation gets nothing more. Unknown ids and finished requests are ignored."""
         if self._generations.pop(request_id, None) is not None:
             self._post(Abort(request_id))
 
     def abort_all(self, error: RequestError) -> None:
-        """Forget every request; their generations hear `error`."""
+        """Stop every request, and fail their generations with `error`."""
         for request_id, generation in list(self._generations.items()):
             self.abort(request_id)
             generation.fail(error)
 
     async def run(self) -> None:
-        """Connect, and again whenever the connection is lost. Ends only by cancellation."""
+        """Connect, and reconnect whenever the connection is lost. Ends only by cancellation."""
         while True:
             await self._connect()
             await self._closed.wait()
 
     def close(self) -> None:
-        """Close the connection; what is running fails."""
+        """Close the connection. Running requests fail."""
         if self._channel is not None:
             self._channel.close()
 

@@ -1,4 +1,5 @@
-"""Which browsers' pages may call: the headers of CORS. No cookies are ever asked for, so any header may be sent."""
+"""CORS: the headers that allow pages of other origins to call. Cookies are never asked for, so any header may be
+sent."""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ _USUAL = b"authorization, content-type, x-request-id, x-receipt"
 
 
 class Cors:
-    """The rules of one server. `origins`: who may call; none named: everybody."""
+    """CORS rules of one server. `origins`: origins that may call; empty: all."""
 
     def __init__(self, origins: Sequence[str]) -> None:
         self._origins = frozenset(origin.encode("latin-1", "replace") for origin in origins) - {b"*"}
         self._everybody = not origins or "*" in origins
 
     def headers(self, scope: Scope) -> Headers:
-        """What an answer to this request says."""
+        """Return the CORS headers of the answer to a request."""
         origin = _header(scope, b"origin")
         exposed = (b"access-control-expose-headers", _EXPOSED)
         if self._everybody:
@@ -34,7 +35,7 @@ class Cors:
         return [(b"access-control-allow-origin", origin), vary, exposed] if origin in self._origins else [vary]
 
     def preflight(self, scope: Scope) -> Headers:
-        """What the answer to OPTIONS says besides."""
+        """Return the further headers of the answer to OPTIONS."""
         asked = _header(scope, b"access-control-request-headers")
         plain = asked if 0 < len(asked) <= 2000 and asked.isascii() else _USUAL
         return [(b"access-control-allow-methods", b"GET,POST"), (b"access-control-allow-headers", plain)]

@@ -1,7 +1,7 @@
-"""Digests that tell two models, and two ways of computing them, apart.
+"""Digests that tell apart two models, or two ways of computing them.
 
-Short hexadecimal texts for receipts and `system_fingerprint`: equal for equal things on every machine, and changed by
-whatever may change an answer.
+Short hexadecimal texts for receipts and `system_fingerprint`. Invariant: they are equal for equal things on every
+machine, and change with anything that may change an answer.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import msgspec
 from tokenmill.weights.source import ModelSource, source_files
 from tokenmill.wire.messages import EngineInfo
 
-_WHOLE = 8 << 20  # bytes; of a longer file parts are read
+_WHOLE = 8 << 20  # bytes of a file that is read whole; of longer files parts are read
 _PART = 64 << 10
 _NUM_PARTS = 16
 _READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".tiktoken")
-_PACKAGES = {"torch": ("torch", "transformers")}  # by backend: what computes besides our own code
+_PACKAGES = {"torch": ("torch", "transformers")}  # by backend: packages that compute besides this one
 _CAPACITY = frozenset({"model_id", "revision", "num_blocks", "max_input_tokens", "max_total_tokens"})
-"""Fields of `EngineInfo` that say which model and how much of it at once, not how it computes."""
+"""Fields of `EngineInfo` that identify the model or bound its requests, and do not change what is computed."""
 
 
 def model_digest(source: ModelSource) -> str:
-    """Of the contents of a model's weights, configuration and tokenizer.
+    """Return the digest of a model's weights, configuration and tokenizer.
 
-    Files of up to 8 MiB are read whole; of longer ones the size, the beginning, the end and 14 parts between, so that
-    it takes no noticeable time. Blocks.
+    Files of up to 8 MiB are read whole. Of longer files the size, the beginning, the end and 14 parts between are read,
+    so that it takes no noticeable time. Blocks.
     """
     path = Path(source.path)
     files = sorted(p for p in path.iterdir() if p.suffix in _READ) if path.is_dir() else source_files(source)
@@ -58,8 +58,8 @@ def _file_digest(file: Path) -> str:
 
 
 def engine_digest(info: EngineInfo, version: str, settings: str = "") -> str:
-    """Of everything but the model that may change the numbers: our version, the backend and its packages, formats,
-    sizes of steps, number of ranks, the kind of machine, and `settings`."""
+    """Return the digest of everything besides the model that may change the numbers: version, backend and its packages,
+    formats, sizes of steps, number of ranks, kind of machine, and `settings`."""
     parts = [version, platform.machine(), settings]
     for name, value in sorted(msgspec.structs.asdict(info).items()):
         if name not in _CAPACITY:
@@ -73,5 +73,6 @@ def engine_digest(info: EngineInfo, version: str, settings: str = "") -> str:
 
 
 def fingerprint(version: str, label: str, model: str, engine: str) -> str:
-    """`system_fingerprint`: TGI's form, a version and a label, with one digest of `model` and `engine` between."""
+    """Return `system_fingerprint`: TGI's form, a version and a label, with one digest of `model` and `engine`
+    between."""
     return f"{version}+{sha256(f'{model} {engine}'.encode()).hexdigest()[:10]}-{label or 'native'}"

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: the only place where a kind of error gets its status and its body.
+"""Errors as HTTP answers: status, body and headers of each kind of error.
 
 Two dialects: "native" is TGI's (`{"error", "error_type"}`), "openai" is OpenAI's nested object with TGI's type beside.
 """
@@ -16,7 +16,8 @@ from tokenmill.text.options import Dialect
 
 
 class BodyError(errors.ValidationError):
-    """The body cannot be read: its form, not its values. `status` is TGI's; OpenAI routes answer 422 as 400."""
+    """A body that cannot be read: its form is wrong, not its values. `status`: TGI's; OpenAI routes answer 422 as
+    400."""
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message, param)
@@ -24,7 +25,7 @@ class BodyError(errors.ValidationError):
 
 
 class EncodedBody(BodyError):
-    """The body is compressed, which is not undone here: it could be a thousand times as long as it says."""
+    """A compressed body. It is refused, because it could be a thousand times as long as its Content-Length."""
 
     def __init__(self, encoding: str) -> None:
         super().__init__(
@@ -33,13 +34,13 @@ class EncodedBody(BodyError):
 
 
 class Unauthorized(errors.RequestError):
-    """The API key is missing or wrong."""
+    """A missing or wrong API key."""
 
     error_type = "authentication"
 
 
 class NotFound(errors.RequestError):
-    """Nothing of that name is served here."""
+    """A model, or another thing that is named, is not served here."""
 
     error_type = "not_found"
 
@@ -49,13 +50,13 @@ class NotFound(errors.RequestError):
 
 
 class UnknownPath(errors.RequestError):
-    """Nothing is at that path."""
+    """A path that no route has."""
 
     error_type = "not_found"
 
 
 class WrongMethod(errors.RequestError):
-    """The path is known, for the methods `allowed`."""
+    """A path that routes have for other methods only: `allowed`."""
 
     error_type = "method_not_allowed"
 
@@ -64,7 +65,7 @@ class WrongMethod(errors.RequestError):
         self.allowed = allowed
 
 
-# kind: (status of native routes, status of OpenAI routes, OpenAI's type); the most special kind first
+# kind: (status of native routes, status of OpenAI routes, OpenAI's type); the most specific kind first
 _KINDS: tuple[tuple[type[errors.RequestError], int, int, str], ...] = (
     (Unauthorized, 401, 401, "authentication_error"),
     (NotFound, 404, 404, "invalid_request_error"),
@@ -96,12 +97,12 @@ _CODES: tuple[tuple[type[errors.RequestError], str], ...] = (
 
 
 def dialect_of(path: str) -> Dialect:
-    """The dialect in which a path answers that no route is at."""
+    """Return the dialect of errors for a path that no route has."""
     return "openai" if path == "/v1" or path.startswith("/v1/") else "native"
 
 
 def nowhere(method: str, path: str, allowed: Iterable[str]) -> errors.RequestError:
-    """The error for a request to which no route leads, while those with the methods `allowed` lead somewhere."""
+    """Return the error for a request that no route matches. `allowed`: methods that the path has routes for."""
     where = limits.shown(path)
     names = ",".join(name for one in allowed for name in ((one, "HEAD") if one == "GET" else (one,)))
     if names:
@@ -117,7 +118,7 @@ def _kind(error: errors.RequestError) -> tuple[int, int, str]:
 
 
 def status(error: errors.RequestError, dialect: Dialect) -> int:
-    """The HTTP status that says what kind of error this is."""
+    """Return the HTTP status of an error."""
     if isinstance(error, BodyError):
         return 400 if dialect == "openai" and error.status == 422 else error.status
     native_status, openai_status, _ = _kind(error)
@@ -125,7 +126,7 @@ def status(error: errors.RequestError, dialect: Dialect) -> int:
 
 
 def text(error: errors.RequestError, dialect: Dialect) -> str:
-    """The message as a client reads it: native ones say what kind they are of, in TGI's words."""
+    """Return the message for a client. Native ones begin with the kind of error, in TGI's words."""
     message = str(error)
     if dialect == "openai" or isinstance(error, BodyError):
         return message
@@ -133,7 +134,7 @@ def text(error: errors.RequestError, dialect: Dialect) -> str:
 
 
 def body(error: errors.RequestError, dialect: Dialect) -> bytes:
-    """The JSON object of an error, the same in a plain answer and in a stream's event."""
+    """Return the JSON object of an error, the same in a whole answer and in a stream's event."""
     message = text(error, dialect)
     if dialect == "native":
         return msgspec.json.encode(native.ErrorResponse(message, error.error_type))
@@ -143,7 +144,7 @@ def body(error: errors.RequestError, dialect: Dialect) -> bytes:
 
 
 def headers(error: errors.RequestError) -> list[tuple[bytes, bytes]]:
-    """Headers that go with an error: when to come back, how to authenticate, what is allowed instead."""
+    """Return the headers of an error: when to retry, how to authenticate, what is allowed instead."""
     if isinstance(error, errors.Overloaded | errors.NotReady):
         return [(b"retry-after", b"%d" % error.retry_after_s)]
     if isinstance(error, Unauthorized):
@@ -156,7 +157,7 @@ def headers(error: errors.RequestError) -> list[tuple[bytes, bytes]]:
 
 
 def failure_label(error: errors.RequestError) -> str | None:
-    """The `err` label of `tgi_request_failure`, or None for what TGI does not count."""
+    """Return the `err` label of `tgi_request_failure`, or None for errors that TGI does not count."""
     if isinstance(error, errors.TemplateError):
         return "template"
     if isinstance(error, errors.ToolError | BodyError):

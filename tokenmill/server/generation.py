@@ -1,8 +1,8 @@
 """Generation: one sequence on its way from the engine to a client, as text.
 
-It turns token ids into text, finds stop strings, reads thoughts and calls out of it if it has a router, keeps the times
-that headers, logs and metrics need, and hands each token to the answer that it is part of. Everything happens in the
-callback that read the engine's frame.
+It detokenizes, finds stop strings, splits thoughts and calls from the text if it has a router, records times for
+headers, logs and metrics, and passes each token to its answer. All of it runs in the callback that read the engine's
+frame.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Finish = Literal["", "eos", "stop", "length"]
 
 
 class GeneratedToken(msgspec.Struct, gc=False):
-    """One token of the answer. `text` is what it adds to the answer, `token_text` what it is by itself.
+    """One token of the answer. `text`: its part of the answer; `token_text`: its own text.
 
     The last token's `text` ends with everything that was held back. `finish`: "eos" an end-of-sequence id, "stop" a
-    stop string or the last call that an answer may have, "length"; "" unless it is the last. `read`: what a router
-    makes of `text`, if there is one.
+    stop string or the last call that an answer may have, "length"; "" for all but the last token. `read`: `text` as its
+    router split it, if there is one.
     """
 
-    index: int  # from 1
+    index: int  # counted from 1
     id: int
     text: str
     token_text: str
@@ -40,7 +40,7 @@ class GeneratedToken(msgspec.Struct, gc=False):
 
 
 class Timings(msgspec.Struct):
-    """When what happened, in monotonic seconds; 0.0: not yet."""
+    """Times of a request's events, in monotonic seconds; 0.0: not yet."""
 
     arrived: float
     submitted: float = 0.0
@@ -50,18 +50,18 @@ class Timings(msgspec.Struct):
 
 
 class Answer(Protocol):
-    """The answer that a generation is part of."""
+    """Answer that a generation is part of. Called from the event loop; must not block."""
 
     def token(self, generation: Generation, token: GeneratedToken) -> None:
-        """The next token, in order."""
+        """Take the next token, in order."""
 
     def failed(self, generation: Generation, error: RequestError) -> None:
-        """There will be no more tokens, and no result."""
+        """Take an error: no more tokens and no result will come."""
 
 
 class Generation:
-    """A `client.Sink`. `index`: the choice of the answer that it is, `observe_gap` takes seconds between two tokens.
-    `router`: reads the text, and finds the stop strings in the place of the detokenizer."""
+    """One sequence. `index`: the choice of the answer that it is; `observe_gap`: takes the seconds between two tokens;
+    `router`: splits the text, and finds stop strings instead of the detokenizer."""
 
     __slots__ = (
         "_answer", "_observe_gap", "detokenizer", "engine_timings", "finish", "id", "index", "num_cached",
@@ -101,11 +101,11 @@ class Generation:
 
     @property
     def mean_logprob(self) -> float:
-        """By which the best of several is chosen."""
+        """Mean log-probability, by which the best of several sequences is chosen."""
         return self.sum_logprobs / self.num_generated if self.num_generated else float("-inf")
 
     def push(self, output: Output, now: float) -> bool:
-        """Take one output; True if the sequence is over."""
+        """Take one output, which came at `now` (monotonic seconds); True if the sequence is over."""
         times = self.timings
         if output.payload is not None:
             self.prompt_details.extend(output.payload.after(len(self.prompt_details)))
@@ -130,17 +130,18 @@ class Generation:
         return False
 
     def _error(self, output: Output) -> RequestError:
-        """Why the engine gave up. What has a grammar waits for it before it is admitted: it was refused for that."""
+        """Return the error of an output. A request waits for its grammar before it is admitted, so an error before that
+        is the grammar's."""
         if self.prepared.grammar is not None and not self.timings.admitted:
             return GrammarError(output.message, self.prepared.grammar_field)
         return GenerationError(f"Server error: {output.message or 'the engine gave up on the request'}")
 
     def fail(self, error: RequestError) -> None:
-        """The request is over without a result."""
+        """End the sequence without a result."""
         self._answer.failed(self, error)
 
     def _take(self, token_id: int, output: Output, position: int) -> bool:
-        """Hand on the `position`-th token of `output`; True if it is the last."""
+        """Pass on the `position`-th token of `output`; True if it is the last."""
         piece = self.detokenizer.push(token_id)
         details = output.details[position] if output.details else None
         if details is not None:
@@ -168,7 +169,7 @@ class Generation:
         return bool(finish)
 
     def _read(self, piece: Piece) -> Delta:
-        """What the router makes of a token, which is counted if it is a thought's."""
+        """Return a token's text as the router splits it, and count it if it belongs to a thought."""
         assert self.router is not None
         read = self.router.push(piece.text, "" if piece.text else piece.token_text)
         if read.reasoning or self.router.in_reasoning:
@@ -177,7 +178,8 @@ class Generation:
 
 
 class MeasuredGeneration(Generation):
-    """A generation whose request asked for timings; it keeps the newest. One of its own so that others pay nothing."""
+    """Generation whose request asked for timings; it keeps the newest. A separate class, so that others do not pay for
+    it."""
 
     __slots__ = ()
 

@@ -1,8 +1,8 @@
-"""Every Prometheus metric: name, help, labels, buckets. Nowhere else.
+"""Every Prometheus metric: name, help, labels, buckets.
 
-Names, labels and buckets of `tgi_*` are TGI's to the letter (no `_total` suffix); `tokenmill_*` are ours. Values lie in
-one memory-mapped file per HTTP worker in the server's private folder, so any worker can answer a scrape for all of
-them, and a restarted worker goes on counting where its predecessor stopped.
+Names, labels and buckets of `tgi_*` are TGI's to the letter (no `_total` suffix). Values are kept in one memory-mapped
+file per HTTP worker in the server's private folder, so any worker can answer a scrape for all of them, and a restarted
+worker goes on counting where its predecessor stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import msgspec
 Kind = Literal["counter", "gauge", "histogram", "summary"]
 Scope = Literal["workers", "engine"]
 
-_DURATIONS = tuple(accumulate([0.0001, *([1.5] * 35)], operator.mul))[1:]  # multiplied on, as TGI does: the same digits
+_DURATIONS = tuple(accumulate([0.0001, *([1.5] * 35)], operator.mul))[
+    1:
+]  # by repeated multiplication, as TGI does, for the same digits
 _LATENCIES = tuple(base * 10.0**e for e in range(-3, 2) for base in (1.0, 2.0, 3.0, 5.0, 7.5))
 _BATCH_SIZES = tuple(float(i) for i in range(1, 1025))
 _QUANTILES = ("0", "0.5", "0.9", "0.95", "0.99", "0.999", "1")
@@ -38,10 +40,10 @@ STATUSES = ("200", "204", "303", "307", "308", "400", "401", "404", "405", "408"
 class Metric(msgspec.Struct, frozen=True, kw_only=True):
     """One metric.
 
-    `labels`: name and every possible value, for cells are laid out beforehand. `buckets`: bounds, or "input"/"total": a
-    hundred equal steps up to the server's limit. `scope` "workers": the workers' values add up; "engine": every worker
-    sees the same engine, so for a gauge the one that heard from it last is right, for counts the one that counted most
-    (which never goes back, whatever worker is restarted).
+    `labels`: name and all possible values, because cells are laid out beforehand. `buckets`: bounds, or
+    "input"/"total": a hundred equal steps up to the server's limit. `scope` "workers": the values of the workers are
+    added. "engine": every worker sees the same engine. For a gauge the value of the worker that heard from it last is
+    used; for counts the largest, which never decreases when a worker is restarted.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_bounds(self) -> int:
-        """Upper bounds without +Inf."""
+        """Number of upper bounds without +Inf."""
         return 100 if isinstance(self.buckets, str) else len(self.buckets)
 
     @property
@@ -62,7 +64,7 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
         return {"counter": 1, "gauge": 1, "summary": 2, "histogram": self.num_bounds + 2}[self.kind]
 
     def combinations(self) -> Iterator[tuple[str, ...]]:
-        """Label values, in the order of their cells."""
+        """Yield label values, in the order of their cells."""
         return product(*(values for _, values in self.labels))
 
 
@@ -129,14 +131,14 @@ _HEADER_CELLS = 4  # [0] layout size, [1] when the engine was last heard, [2] ma
 
 
 class Metrics:
-    """The metrics of one HTTP worker, and the text of all workers in the same folder.
+    """Metrics of one HTTP worker, and the text of all workers in the same folder.
 
-    Values are float64 cells of a mapped file. One thread writes; readers may see a histogram between two of its
-    additions, which the next scrape mends.
+    Values are float64 cells of a mapped file. One thread writes. A reader may see a histogram between two of its
+    additions, which the next scrape corrects.
     """
 
     def __init__(self, folder: str, index: int) -> None:
-        """Open or go on with worker `index`'s file in `folder`."""
+        """Open the file of worker `index` in `folder`; an existing one is continued."""
         self._folder = Path(folder)
         self._metrics = {metric.name: metric for metric in CATALOG}
         self._offsets: dict[tuple[str, tuple[str, ...]], int] = {}
@@ -159,7 +161,7 @@ class Metrics:
         self.set_limits(int(self._cells[2]) or 100, int(self._cells[3]) or 100)
 
     def set_limits(self, max_input_tokens: int, max_total_tokens: int) -> None:
-        """The limits that some buckets are steps of; known once the engine is."""
+        """Set the engine's limits, of which some buckets are steps."""
         self._cells[2], self._cells[3] = float(max_input_tokens), float(max_total_tokens)
         for metric in CATALOG:
             if isinstance(metric.buckets, str):
@@ -167,11 +169,11 @@ class Metrics:
                 self._bounds[metric.name] = [top / 100 * k for k in range(1, 101)]
 
     def set_info(self, **labels: str) -> None:
-        """What `tokenmill_model_info` says of the server: a gauge of 1 whose labels hold the words."""
+        """Set the labels of `tokenmill_model_info`, a gauge of 1."""
         self._info = labels
 
     def count_response(self, route: str, status: int) -> None:
-        """An answer was given; what has no cell of its own counts as "other"."""
+        """Count an answer. A route or status without a cell of its own is counted as "other"."""
         known, text = route if route in ROUTE_LABELS else _family(route), str(status)
         self.add("tokenmill_http_responses_total", known, text if text in STATUSES else "other")
 
@@ -192,17 +194,17 @@ class Metrics:
         cells[offset + len(bounds) + 1] += value
 
     def add_summary(self, name: str, count: int, total: float) -> None:
-        """Add `count` values that sum up to `total` to a summary."""
+        """Add `count` values with the sum `total` to a summary."""
         offset = self._offsets[name, ()]
         self._cells[offset] += count
         self._cells[offset + 1] += total
 
     def heard(self, now: float) -> None:
-        """The engine was heard at `now` (monotonic seconds, the same clock in every worker)."""
+        """Record that the engine was heard at `now` (monotonic seconds, the same clock in every worker)."""
         self._cells[1] = now
 
     def text(self) -> str:
-        """All workers' metrics in Prometheus' text format."""
+        """Return the metrics of all workers in Prometheus' text format."""
         files = list(self._read_files())
         latest = max(files, key=lambda cells: cells[1])
         lines: list[str] = []
@@ -254,13 +256,13 @@ class Metrics:
             yield f"{metric.name}_count{labels} {_number(count)}"
 
     def close(self) -> None:
-        """Unmap the file. Nothing may be counted afterwards."""
+        """Unmap the file. No call may follow."""
         self._cells.release()
         self._map.close()
 
 
 def _family(route: str) -> str:
-    """The route that a longer one is counted with: `/v2/models/*` with `/v2`."""
+    """Return the label of a longer route: `/v2` for `/v2/models/*`."""
     first = "/" + route.strip("/").partition("/")[0]
     return first if first in ROUTE_LABELS and first != "/" else "other"
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: the route table, and the types that each route reads and writes."""
+"""The OpenAPI document: made of the route table, and of the types that each route reads and writes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ BODIES: dict[tuple[str, str], tuple[Any, Any, Any]] = {
     ("GET", "/v2/models/*"): (None, platforms.KserveServer, None),
     ("POST", "/v2/models/*"): (platforms.KserveRequest, platforms.KserveResponse, None),
 }
-"""By route: what is read, what a plain answer is, what an event of a stream is; a tuple: one of these. Other routes
-answer text or nothing."""
+"""By route: types of the body, of a whole answer, and of a stream's event; a tuple: one of these. Other routes answer
+text or nothing."""
 
 _PATHS = {
     ("GET", "/v1/models/*"): "/v1/models/{id}",
@@ -66,7 +66,7 @@ _OPERATIONS = {
     ("GET", "/docs/"): "docs",
     ("GET", "/api-doc/openapi.json"): "openapi_document",
 }
-"""Names of operations that TGI has none for; the others have TGI's."""
+"""Names of operations that TGI does not have; the others have TGI's names."""
 _LEFT_OUT = ("/docs", "/docs/*")
 
 _ERRORS = {
@@ -105,7 +105,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
     types = [kind for bodies in BODIES.values() for part in bodies for kind in _kinds(part)]
     types += [native.ErrorResponse, openai.ErrorResponse]
     schemas, components = msgspec.json.schema_components(types, ref_template=_PREFIX + "{name}")
-    for component in components.values():  # Python 3.13 takes the indentation off docstrings by itself
+    for component in components.values():  # Python 3.13 removes the indentation of docstrings itself
         if "description" in component:
             component["description"] = inspect.cleandoc(component["description"])
     shown = {repr(kind): schema for kind, schema in zip(types, schemas, strict=True)}
@@ -179,7 +179,7 @@ def _operation(route: Route, path: str, shown: dict[str, Any]) -> dict[str, Any]
 
 
 def _error_schema(route: Route, shown: dict[str, Any]) -> dict[str, Any]:
-    """What errors of a route look like; on SageMaker's the body decides."""
+    """Return the schema of a route's errors. On SageMaker's route it depends on the body."""
     ours, theirs = shown[repr(native.ErrorResponse)], shown[repr(openai.ErrorResponse)]
     if route.path == "/invocations":
         return {"anyOf": [ours, theirs]}
@@ -196,7 +196,7 @@ def _content(media_type: str, part: Any, shown: dict[str, Any]) -> dict[str, Any
 
 
 def _renamed(made: dict[str, Any]) -> dict[str, Any]:
-    """Components under the names that people look for."""
+    """Return the document with components under their usual names."""
     text = json.dumps(made)
     for kind, name in _DOTTED.items():
         text = text.replace(f'{_PREFIX}{kind.__module__}.{kind.__name__}"', f'{_PREFIX}{name}"')
@@ -206,7 +206,8 @@ def _renamed(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_bounds(made: dict[str, Any]) -> dict[str, Any]:
-    """The numbers' bounds, from the one table that checks them. Those that the server's options set are not in it."""
+    """Return the document with the bounds of numbers, from the table that checks them. Bounds that depend on the
+    server's options are left out."""
     for component, dialect in (("GenerateParameters", "native"), ("ChatRequest", "openai"),
                                ("CompletionRequest", "openai")):  # fmt: skip
         properties = made["components"]["schemas"][component]["properties"]

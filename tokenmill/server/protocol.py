@@ -1,8 +1,8 @@
-"""uvicorn's HTTP protocol with bounds on how long a request may be and may take to arrive, and strict where it is lax.
+"""uvicorn's HTTP protocol with bounds on the size and arrival time of a request, and stricter parsing.
 
-The parser keeps a request line and headers until they are complete, however long they are; so this counts what has
-arrived while they are not. A client that sends a few bytes now and then would hold its connection for ever; so a head
-has a deadline, and a body has one that grows with what has come. Requests that arrive in one piece cost nothing.
+The parser buffers a request line and headers of any length until they are complete, so this counts the bytes that have
+arrived. A client that sends a few bytes now and then would hold its connection for ever, so a head has a deadline, and
+a body has one that grows with the bytes received. Requests that arrive in one piece cost nothing.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from tokenmill.server import failures
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Request line and headers together."""
+"""Limit of request line and headers together."""
 
 HEAD_TIMEOUT_S = 10.0
-"""From a request's first byte to the end of its headers."""
+"""Time from a request's first byte to the end of its headers."""
 
 BODY_TIMEOUT_S = 30.0
-"""From then to the end of its body, if it is small."""
+"""Time from the end of the headers to the end of a small body."""
 
 MIN_BODY_RATE = 10_000
-"""Bytes of a body that buy another second."""
+"""Bytes of a body that extend its deadline by a second."""
 
 DRAIN_TIMEOUT_S = 30.0
-"""How long a client may take nothing of an answer that is complete here."""
+"""Time in which a client must read some of an answer that the server has completed."""
 
 IDLE_TIMEOUT_S = 75.0
-"""How long a new connection may say nothing."""
+"""Time in which a new connection must send its first byte."""
 
 
 ABORT = "tokenmill.abort"
-"""Where a request's scope has the function that drops its connection with all that is still to be sent."""
+"""Key of a request's scope: the function that drops its connection, with all data that is still to be sent."""
 
 _UPGRADE = b"\r\nupgrade"
 _OWS = b" \t"  # RFC 9110, 5.6.3: optional white space
@@ -46,12 +46,13 @@ _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 
 
 class _UntilTheEnd(RequestResponseCycle):
-    """An answer to HTTP/1.0, which knows no chunks: one of unknown length ends with the connection."""
+    """Answer to HTTP/1.0, which has no chunks: an answer of unknown length ends with the connection."""
 
     _endless = False
 
     async def send(self, message: Any) -> None:
-        """See ASGI. What uvicorn expects of a body's length is set to what is coming, and one more until the end."""
+        """See ASGI. Sets the body length that uvicorn expects to that of the next message, and one more until the
+        end."""
         if message["type"] == "http.response.start":
             self._endless = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
             self.chunked_encoding = False if self._endless else None
@@ -65,17 +66,18 @@ class _Refused(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Answers 400 and closes when a request's head is too long or wrong, 408 when a request takes too long to arrive.
+    """Protocol that answers 400 and closes when a request's head is too long or wrong, 408 when a request arrives too
+    slowly.
 
-    White space around the values of headers is no part of them. Every target is in the form that begins with "/".
+    White space around header values is removed. Every target is in the form that begins with "/".
     """
 
-    _fault = ""  # why the head of the request at hand was refused
+    _fault = ""  # reason why the current request's head was refused
     _head_bytes = 0
     _reads_head = True
-    _completed = False  # a request ended in the data at hand: what of it belongs to the next one is not known
-    _deadline: TimerHandle | None = None  # of what is being read
-    _reads: Literal["", "head", "body"] = ""  # what `_deadline` is for
+    _completed = False  # a request ended in this data; bytes behind it are of the next, their number is unknown
+    _deadline: TimerHandle | None = None  # of the part that is being read
+    _reads: Literal["", "head", "body"] = ""  # the part with the `_deadline`
     _begun = 0.0
     _body_bytes = 0
 
@@ -145,7 +147,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.loop.call_later(DRAIN_TIMEOUT_S, self._check_drained, self.cycle, left)
 
     def _check_drained(self, cycle: RequestResponseCycle, before: int) -> None:
-        """Drop a client that has taken nothing of an answer; a later answer of the connection has its own check."""
+        """Close the connection of a client that has read nothing of an answer. Later answers of the connection have
+        their own check."""
         left = self.transport.get_write_buffer_size()
         if not left or cycle is not self.cycle:
             return
@@ -160,7 +163,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(400, self._fault or malformed)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Called where the parser stops because it has seen an offer after all: what follows cannot be told apart."""
+        """Called where the parser stops at an upgrade: the bytes that follow cannot be attributed."""
         self._refuse(400, "Protocol upgrades are not supported.")
 
     def _wait_for(self, part: Literal["head", "body"], seconds: float) -> None:
@@ -174,7 +177,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deadline, self._reads = None, ""
 
     def _too_slow(self) -> None:
-        if self.flow.read_paused:  # by us, behind a request that is still being answered
+        if self.flow.read_paused:  # paused by the server, because an earlier request is still being answered
             self._wait_for("body" if self._reads == "body" else "head", BODY_TIMEOUT_S)
             return
         if self._reads == "body":
@@ -187,14 +190,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(408, f"The request's {self._reads} took too long to arrive.")
 
     def _may_answer(self) -> bool:
-        """True if what is being read is what the next bytes to the client would answer."""
+        """Return True if an answer to the request that is being read would come next on the connection."""
         answering = self.cycle is not None and not self.cycle.response_complete
         if self._reads_head:
             return not answering
         return answering and not self.cycle.response_started and not self.pipeline
 
     def _refuse(self, status: int, message: str) -> None:
-        """Say why, if no answer has begun, and close."""
+        """Answer with an error if no answer has begun, and close."""
         if self._may_answer():
             url = getattr(self, "url", b"")  # unset until a request has begun
             body = failures.body(failures.BodyError(status, message), failures.dialect_of(url.decode("latin-1")))
@@ -206,13 +209,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _without_upgrade(head: bytes) -> bytes:
-    """Headers without the offer to speak another protocol, which a server may ignore: Java's client makes it with every
-    first request, and the parser would take the body for that protocol."""
+    """Return headers without the offer of another protocol, which a server may ignore. Java's client makes it with
+    every first request, and the parser would take the body for that protocol."""
     return re.sub(rb"(?i)\r\nupgrade[ \t]*:", b"\r\nx-ignored-upgrade:", head)
 
 
 def _path_of(target: bytes) -> bytes:
-    """Path and query of a request's target in absolute form, as proxies send it; "*" as it is; b"" for others."""
+    """Return path and query of a target in absolute form, as proxies send it; "*" as it is; b"" for others."""
     try:
         found = httptools.parse_url(target)
     except httptools.HttpParserInvalidURLError:
@@ -223,7 +226,7 @@ def _path_of(target: bytes) -> bytes:
 
 
 def _fault(version: str, target: bytes, headers: list[tuple[bytes, bytes]]) -> str:
-    """Why a head must not be served (RFC 9112), or "". The parser has refused others."""
+    """Return why a head must not be served (RFC 9112), or "". The parser has refused others."""
     if version not in ("1.1", "1.0"):
         return f"HTTP/{version} is not supported. Use version 1.1 or 1.0."
     if not target:

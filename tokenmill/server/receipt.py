@@ -1,8 +1,8 @@
-"""Receipts: what an answer took, and what made it. For requests that ask; nothing of it costs the others.
+"""Receipts: timings, parameters and digests of an answer, for requests that ask for one. Others pay nothing for it.
 
 A client asks by `"receipt": true` in the body or by the header `x-receipt: 1`. A route passes `requested(...)` to
-`answering.Prompts`; the rest happens in `answering.py`, for every shape of answer: the receipt becomes the last key
-of a plain answer, or of the last event of a stream.
+`answering.Prompts`; `answering.py` does the rest, for every shape of answer: the receipt becomes the last key of a
+whole answer, or of the last event of a stream.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _encode = msgspec.json.Encoder().encode
 
 
 def requested(call: Call, field: bool | None = None) -> bool:
-    """Whether the client asks for a receipt: by `field` of its body, or if that is silent by the header."""
+    """Return True if the client asks for a receipt: by `field` of its body, or, if that is None, by the header."""
     return call.header(b"x-receipt").lower() in (b"1", b"true") if field is None else field
 
 
 def attach(answer: bytes, call: Call, generations: Sequence[Generation]) -> bytes:
-    """`answer`, the JSON text of an object or of a list of one, with the receipt as the object's last key."""
+    """Return `answer`, the JSON text of an object or of a list of one, with the receipt as the object's last key."""
     end = b"}]" if answer.endswith(b"]") else b"}"
     comma = b"" if answer[-len(end) - 1 :] == b"{" + end else b","
     return answer[: -len(end)] + comma + b'"receipt":' + _encode(receipt_of(call, generations)) + end
 
 
 def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
-    """The receipt of a call whose sequences, at least one, have ended."""
+    """Return the receipt of a call whose sequences, at least one, have ended."""
     service, model, engine = call.service, call.service.model, call.service.status.engine
-    assert model is not None  # it generated
+    assert model is not None  # because it has generated
     assert engine is not None
-    prompts = {g.prompt_index: g for g in reversed(generations)}.values()  # the first of each computed it
+    prompts = {g.prompt_index: g for g in reversed(generations)}.values()  # the first of each has computed it
     sequences = [_sequence(g) for g in generations]
     times = [g.timings for g in generations]
     return Receipt(
@@ -85,7 +85,7 @@ def _sequence(generation: Generation) -> SequenceReceipt:
 
 
 def _parameters(generation: Generation, openai: bool) -> dict[str, Any]:
-    """Everything that decided what was generated, by the names of the API that was called."""
+    """Return everything that decided the answer, by the names of the API that was called."""
     prepared = generation.prepared
     sampling: dict[str, Any] = {name: getattr(prepared.sampling, name) for name in prepared.sampling.__struct_fields__}
     sampling["logit_bias"] = {str(token_id): bias for token_id, bias in prepared.sampling.logit_bias}

@@ -1,9 +1,9 @@
 """Server-sent events without a task switch per event.
 
-The engine's reader pushes text into a stream from a callback. `send` of an ASGI server is a coroutine, but it waits
-only when the client reads too slowly; so it is driven by hand and finishes at once. When it does wait, what is left of
-it becomes a task and further events are kept, up to `MAX_BUFFERED_BYTES`; a client slower than that, or one that takes
-nothing for `STALL_S`, is cut off, for neither the memory nor the places of the server are its own.
+A callback of the engine's reader writes text into a stream. `send` of an ASGI server is a coroutine, but it waits only
+when the client reads too slowly, so it is driven by hand and finishes at once. If it does wait, its rest becomes a task
+and further events are buffered, up to `MAX_BUFFERED_BYTES`. A client that exceeds this, or that reads nothing for
+`STALL_S`, is cut off, because it would hold memory and permits of the server.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control",
 
 
 def event(payload: bytes) -> bytes:
-    """One event with this JSON text as its data."""
+    """Return one event with this JSON text as its data."""
     return b"data: " + payload + b"\n\n"
 
 
 class _Rest:
-    """Awaitable: the rest of a coroutine that was started by hand and waits for `waited_for`."""
+    """Awaitable rest of a coroutine that was started by hand and waits for `waited_for`."""
 
     __slots__ = ("_coroutine", "_waited_for")
 
@@ -44,7 +44,7 @@ class _Rest:
             try:
                 try:
                     value = yield waited_for
-                except asyncio.CancelledError as error:  # the coroutine must see it where it waits
+                except asyncio.CancelledError as error:  # raise it where the coroutine waits
                     waited_for = self._coroutine.throw(error)
                 else:
                     waited_for = self._coroutine.send(value)
@@ -57,7 +57,7 @@ class EventStream:
 
     `write` and `end` never wait. The response starts with the first of them, or with the first keep-alive comment, so
     an error before that can still be an ordinary answer (`started`). `done` is set when everything has been handed
-    over, or the client was cut off for reading too slowly (`overflowed`).
+    over, or the client was cut off because it read too slowly (`overflowed`).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EventStream:
         self._send = send
         self._headers = headers
         self._keep_alive_s, self._stall_s = keep_alive_s, stall_s
-        self._stall: asyncio.TimerHandle | None = None  # running while the client takes nothing
+        self._stall: asyncio.TimerHandle | None = None  # runs while the client reads nothing
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._flusher: asyncio.Task[None] | None = None
@@ -80,7 +80,7 @@ class EventStream:
         self.done: asyncio.Future[None] = self._loop.create_future()
 
     def write(self, data: bytes) -> None:
-        """Send whole events now, or keep them while the client does not read. Dropped after `end` or an overflow."""
+        """Send whole events, or buffer them while the client does not read. Dropped after `end` or an overflow."""
         if self._ended:
             return
         self._last_write = self._loop.time()
@@ -107,7 +107,7 @@ class EventStream:
             self._finish()
 
     def close(self) -> None:
-        """Send nothing more: the client is gone or cut off. Idempotent."""
+        """Stop sending, because the client is gone or cut off. Idempotent."""
         self._ended = True
         self._timer.cancel()
         self._watch(False)
@@ -134,7 +134,7 @@ class EventStream:
         self._flusher = self._loop.create_task(self._flush(_Rest(coroutine, waited_for)))
 
     async def _flush(self, rest: _Rest) -> None:
-        """Finish an interrupted send, then what gathered meanwhile, then go back to writing directly."""
+        """Finish an interrupted send, then the events that were buffered meanwhile, then return to writing directly."""
         try:
             await rest
             while self._pending:
@@ -155,7 +155,7 @@ class EventStream:
             self._finish()
 
     def _watch(self, waits: bool) -> None:
-        """Begin to count how long the client takes nothing, anew, or stop."""
+        """Restart the timer of a client that reads nothing, or stop it."""
         if self._stall is not None:
             self._stall.cancel()
         self._stall = self._loop.call_later(self._stall_s, self._cut_off) if waits else None

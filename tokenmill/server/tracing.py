@@ -29,7 +29,7 @@ class Tracer:
     """Sends spans to a collector by OTLP over gRPC, in batches, from a thread of its own."""
 
     def __init__(self, provider: Any) -> None:
-        """`provider`: a `TracerProvider` of OpenTelemetry's SDK; it is shut down with this."""
+        """Make a tracer. `provider`: a `TracerProvider` of OpenTelemetry's SDK, which is shut down with the tracer."""
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = provider
@@ -38,9 +38,10 @@ class Tracer:
 
     @classmethod
     def to(cls, endpoint: str, service_name: str, *, sample_all: bool = True) -> Tracer:
-        """A tracer for the collector at `endpoint` (http://host:4317: no TLS; https://…: TLS).
+        """Return a tracer for the collector at `endpoint` (http://host:4317: no TLS; https://…: TLS).
 
-        `sample_all`: as TGI does, whatever the caller's flags say; else the SDK's own rule, OTEL_TRACES_SAMPLER.
+        `sample_all`: sample every request, as TGI does, whatever the caller's flags are; else the SDK's rule,
+        OTEL_TRACES_SAMPLER.
         """
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -55,7 +56,7 @@ class Tracer:
         return cls(provider)
 
     def record(self, call: Call) -> None:
-        """Make the spans of a request that has ended now, however it did."""
+        """Make the spans of a request that has just ended, with or without success."""
         from opentelemetry.trace import SpanKind
 
         clock = _Clock()
@@ -77,7 +78,7 @@ class Tracer:
             one.end(clock.now)
 
     def close(self) -> None:
-        """Send what is left, for at most a few seconds, and stop. Blocks."""
+        """Send the remaining spans, for at most a few seconds, and stop. Blocks."""
         self._provider.force_flush(_FLUSH_MS)
         self._provider.shutdown()
 
@@ -100,7 +101,7 @@ class Tracer:
 
 
 class _Clock:
-    """Turns monotonic seconds of this process into nanoseconds since 1970."""
+    """Converter of this process' monotonic seconds to nanoseconds since 1970."""
 
     def __init__(self) -> None:
         self.now = time.time_ns()
@@ -111,7 +112,7 @@ class _Clock:
 
 
 def _parts(generation: Generation) -> Iterator[tuple[str, float, float]]:
-    """Name, start and end (0.0: never) of what has begun."""
+    """Yield name, start and end (0.0: not ended) of the parts that have begun."""
     times = generation.timings
     yield "validate", times.arrived, times.submitted
     yield "queued", times.submitted, times.admitted
@@ -134,7 +135,7 @@ def _text_headers(call: Call) -> Mapping[str, str]:
 
 
 def _http_attributes(call: Call) -> dict[str, Any]:
-    """OpenTelemetry's names of an HTTP request, those of TGI's time beside today's."""
+    """Return OpenTelemetry's attributes of an HTTP request, under the names of TGI's time and today's."""
     scope = call.scope
     return {
         "http.request.method": scope["method"],

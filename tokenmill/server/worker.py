@@ -1,7 +1,7 @@
 """An HTTP worker: from the supervisor's settings to a serving socket. The composition root of this process.
 
-The port answers from the first moment; the tokenizer is loaded when the model is on disk, and the engine is connected
-when it listens. The supervisor ends the worker: by `Drain` and `Stop`, by its own death too.
+The port is open from the start. The tokenizer is loaded when the model is on disk, and the engine is connected when it
+listens. The supervisor ends the worker: by `Drain` and `Stop`, and also by its own death.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ from tokenmill.wire.messages import Drain, Drained, ModelReady, Phase, Ready, St
 _KEEP_ALIVE_S = 75  # longer than the 60 s after which load balancers drop idle connections themselves
 
 _SWITCH_S = 0.001
-"""After so long a thread that reads a large body lets the event loop go on. It waits so long several times an event."""
+"""Time after which a thread that reads a large body yields to the event loop, which may wait that long several times
+for an event."""
 
 _COLLECT_AFTER = 20_000
-"""New objects between two collections of garbage. A large body has more than Python's 700 many hundred times over, all
-alive, and a collection looks at each of them while everything waits."""
+"""New objects between two garbage collections. A large body makes hundreds of times Python's default, 700. All of them
+are alive, and a collection visits each while all threads wait."""
 
 _SHUTTING_DOWN = NotReady("the server is shutting down")
-_LAST_WORDS_S = 1.0  # to tell the clients of requests that did not finish in time
+_LAST_WORDS_S = 1.0  # time to send errors for requests that did not finish
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def main(control: ChildControl) -> None:
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers: the supervisor speaks through the control pipe."""
+    """uvicorn without signal handlers, because the supervisor uses the control pipe."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -81,7 +82,7 @@ class Worker:
         self._error: BaseException | None = None
 
     async def run(self) -> None:
-        """Serve until told to stop."""
+        """Serve until a message of the supervisor ends it."""
         configure, settings = self._control.configure, self._settings
         self._service = Service(
             options_of(settings), address=configure.engine_address, run_dir=configure.run_dir, index=configure.index
@@ -121,7 +122,7 @@ class Worker:
 
     def _hear(self) -> None:
         messages = self._control.poll()
-        if messages is None:  # the supervisor has died, and with it whoever would restart or stop us
+        if messages is None:  # the supervisor, which would restart or stop this process, has died
             os._exit(1)
         for message in messages:
             if isinstance(message, ModelReady):
@@ -167,9 +168,10 @@ class Worker:
         self._control.send(Ready())
 
     async def _finish(self, timeout_s: float) -> None:
-        """Wait for the requests that run now, and until their clients have what was sent, then tell the supervisor.
+        """Wait for the running requests, and until their clients have received what was sent, then report it to the
+        supervisor.
 
-        The port stays open, and so do connections: what comes meanwhile is refused with the time to come back.
+        The port and connections stay open; requests that arrive meanwhile are refused with a time to retry.
         """
         log.info("Finishing %d running requests, for at most %g s", self._service.permits.in_flight, timeout_s)
         loop, state = asyncio.get_running_loop(), self._server.server_state
@@ -196,16 +198,16 @@ def _has_unsent(connection: Any) -> bool:
 
 
 def _load(source: ModelSource) -> Tokenizer:
-    """The model's tokenizer, whose chat template is compiled. Raises ModelError, Unsupported."""
+    """Return the model's tokenizer, with its chat template compiled. Raises ModelError, Unsupported."""
     tokenizer = load_tokenizer(source)
     if tokenizer.chat_template is not None:
-        with contextlib.suppress(TemplateError):  # which the requests that it fails for are told
+        with contextlib.suppress(TemplateError):  # requests for which it fails get the error
             tokenizer.chat_template.render([{"role": "user", "content": "x"}])
     return tokenizer
 
 
 def options_of(settings: Settings) -> ServiceOptions:
-    """What an HTTP worker needs of the settings. Permits are shared out among the workers."""
+    """Return the settings that an HTTP worker uses. Permits are divided among the workers."""
     return ServiceOptions(
         version=__version__,
         max_concurrent_requests=-(-settings.max_concurrent_requests // settings.http_workers),

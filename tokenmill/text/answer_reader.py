@@ -1,8 +1,8 @@
 """Reads the answers to one request: from token ids to text, and from text to thoughts, calls and content.
 
-The one place where it is decided what a stop string and `min_tokens` are about: where thoughts or calls are told apart,
-the router looks for stop strings in the content behind the thought and counts `min_tokens` from there; else the
-detokenizer looks for them in all of the text.
+This file decides to which text stop strings and `min_tokens` apply. If thoughts or calls are split off, the router
+searches the content behind the thought for stop strings and counts `min_tokens` from there. Else the detokenizer
+searches all of the text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tokenmill.text.tools.base import ToolFormat
 
 
 class AnswerReader(msgspec.Struct, frozen=True):
-    """The reader of all answers to one request. Holds no state of any of them.
+    """Reader of all answers to one request. Holds no state of any answer.
 
     `router`: makes the router of one answer; None: all text is content. `shown_ids`: special tokens that the router
     reads as text. `thinks`: answers may have a thought, whose tokens are counted.
@@ -43,8 +43,8 @@ class AnswerReader(msgspec.Struct, frozen=True):
         held: Held,
         reasoning: ReasoningFormat | None,
     ) -> AnswerReader:
-        """The reader of answers that may call `tools`, written in the format `calls`, and think as `reasoning` says.
-        See `router.new_router`."""
+        """Return the reader of answers that may call `tools`, written in the format `calls`, with thoughts marked as in
+        `reasoning`. See `router.new_router`."""
         if calls is None and reasoning is None:
             return PLAIN
 
@@ -57,7 +57,7 @@ class AnswerReader(msgspec.Struct, frozen=True):
     def begin(
         self, tokenizer: Tokenizer, prepared: Prepared, *, include_stop: bool = False
     ) -> tuple[Detokenizer, Router | None]:
-        """The detokenizer and the router of one answer. `include_stop`: the stop string is part of the text."""
+        """Return the detokenizer and the router of one answer. `include_stop`: the stop string is part of the text."""
         router = None if self.router is None else self.router()
         least = prepared.stopping.min_new_tokens
         if router is not None:
@@ -104,7 +104,7 @@ class WholeText:
         return text
 
     def finish(self, stopped: str | None = None, begin: int = 0) -> str:
-        """Return what was held back, up to `stopped`, which ends behind character `begin` of it."""
+        """Return the text that was held back, up to `stopped`, which ends behind character `begin` of it."""
         text, self._held = self._held, ""
         if stopped is None:
             return text

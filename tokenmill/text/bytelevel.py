@@ -1,8 +1,8 @@
-"""Byte-level BPE from the files in which it comes when there is no tokenizer.json.
+"""Byte-level BPE from files of models without a tokenizer.json.
 
 Three forms: GPT-2's vocab.json with merges.txt; tiktoken's list of tokens in base64, each with its rank; Mistral's
-tekken.json, which holds ranks, the expression that cuts texts, and the special tokens. Ranks become merges as
-`transformers` derives them: a token can be made of any two others, the lower ranks first.
+tekken.json, which has ranks, the expression that cuts texts, and the special tokens. Ranks become merges as in
+`transformers`: a token can be made of any two others, the lower ranks first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TEKKEN_SPECIAL = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
     "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
 ).split()
-"""What the first ids are where a tekken.json does not say so itself."""
+"""The first ids of a tekken.json that does not list its special tokens."""
 _QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
 _OPENAI_SPECIAL = {
     "cl100k_base": {
@@ -41,9 +41,10 @@ _OPENAI_SPECIAL = {
 
 
 def is_tiktoken(path: Path) -> bool:
-    """True if a file begins as tiktoken's do: a token in base64, a space, a number. `tokenizer.model` can be either.
+    """Return True if a file begins as tiktoken's do: a token in base64, a space, a number. `tokenizer.model` can be
+    either.
 
-    ModelError for a Git LFS pointer.
+    Raises ModelError for a Git LFS pointer.
     """
     refuse_pointer(path)
     with path.open("rb") as file:
@@ -57,7 +58,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def load_merges(vocabulary: Path, merges: Path, config: Mapping[str, Any], class_name: str) -> tokenizers.Tokenizer:
-    """vocab.json and merges.txt, with their class's way to cut words: GPT-2's unless it is Qwen's."""
+    """Read vocab.json and merges.txt, with the way in which their class cuts words: GPT-2's unless it is Qwen's."""
     ids = read_json(vocabulary)
     if not all(isinstance(token_id, int) for token_id in ids.values()):
         raise ModelError(f"{vocabulary} must map tokens to their ids. Download the file again.")
@@ -73,12 +74,13 @@ def load_merges(vocabulary: Path, merges: Path, config: Mapping[str, Any], class
     if qwen:
         return _finished(inner, cuts.QWEN2, nfc=True)
     _finished(inner, cuts.GPT2)
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(bool(config.get("add_prefix_space", False)))  # cuts so itself
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(bool(config.get("add_prefix_space", False)))  # includes the cutting
     return inner
 
 
 def load_tiktoken(path: Path, config: Mapping[str, Any], class_name: str) -> tokenizers.Tokenizer:
-    """A list of ranks. Special tokens: those of the configuration, else what is known of the file's name or class."""
+    """Read a list of ranks. Special tokens: those of the configuration, else the known ones of the file's name or
+    class."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line:
@@ -96,7 +98,7 @@ def load_tiktoken(path: Path, config: Mapping[str, Any], class_name: str) -> tok
 
 
 def load_tekken(path: Path) -> tokenizers.Tokenizer:
-    """A tekken.json. Its special tokens come first; as many ordinary ones follow as its vocabulary is said to have."""
+    """Read a tekken.json. Its special tokens come first, then as many ordinary ones as its configuration states."""
     found = read_json(path)
     config, listed = found.get("config"), found.get("vocab")
     if not isinstance(config, dict) or not isinstance(listed, list):
@@ -166,7 +168,7 @@ def _tokens_of(path: Path, config: Mapping[str, Any], class_name: str, following
 
 
 def _expression(path: Path, class_name: str) -> str:
-    """How texts are cut: tiktoken keeps that in code, so it goes by the class or the file's name."""
+    """Return the expression that cuts texts. tiktoken keeps it in code, so it is chosen by class or file name."""
     if class_name == "QWenTokenizer":
         return cuts.QWEN2
     if class_name == "TikTokenTokenizer":

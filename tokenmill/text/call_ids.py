@@ -1,7 +1,8 @@
-"""Ids of tool calls in a conversation, as a template takes them.
+"""Ids of tool calls in a conversation, in the form that a template requires.
 
-Clients bring calls of other providers into a conversation, each with ids of its own form. A template that insists on a
-form gets ids of it, made of the conversation up to the call: the prompt's beginning stays the same from turn to turn.
+Clients bring calls of other providers into a conversation, with ids of other forms. For a template that requires a
+form, ids of it are derived from the conversation up to the call, so the beginning of the prompt is the same in every
+turn.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _COUNTED = re.compile(r"functions\.(.+):\d+")
 
 
 def renamed(messages: Sequence[dict[str, Any]], form: IdForm) -> list[dict[str, Any]]:
-    """Return the messages with ids of that form, in calls and in their results alike. Takes nothing.
+    """Return the messages with ids of that form, in calls and in their results alike. The arguments are not changed.
 
-    An id that has the form already is kept. An id that a later call has again means that call from there on. A call
-    without one gets one, and so does the first result without one.
+    An id that has the form already is kept. If a later call has the same id again, the id means that call from there
+    on. A call without an id gets one, and so does the first result without one.
     """
     if form == "any":
         return list(messages)
@@ -55,7 +56,7 @@ def renamed(messages: Sequence[dict[str, Any]], form: IdForm) -> list[dict[str, 
 
 
 def _short(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """New ids by old ones. Which one is made depends on the old one alone, unless two are made alike."""
+    """Return new ids by old ones. A new id depends on the old one alone, unless two new ones would be equal."""
     old = dict.fromkeys(_ids(messages))
     taken = {call_id for call_id in old if _SHORT.fullmatch(call_id)}
     made: dict[str, str] = {}
@@ -79,18 +80,18 @@ def _ids(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _old(call: Mapping[str, Any], number: int) -> str:
-    """A call's id as its client knows it; one by its number if it has none."""
+    """Return a call's id as its client sent it; one made of its number if it has none."""
     return str(call.get("id") or f"call {number}")
 
 
 def _name_of(call: Any) -> str | None:
-    """The function's name; None for what is no call."""
+    """Return the function's name; None if the value is not a call."""
     function = call.get("function") if isinstance(call, Mapping) else None
     return str(function.get("name")) if isinstance(function, Mapping) else None
 
 
 def _digest(text: str) -> str:
-    """Nine letters and digits that stand for a text."""
+    """Return nine letters and digits that are the digest of a text."""
     number, letters = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()), []
     for _ in range(9):
         number, place = divmod(number, len(_LETTERS))

@@ -1,7 +1,7 @@
-"""From a chat to what is generated for it: one plan of prompt, options and reader, made without HTTP.
+"""From a chat to its generation: one plan of prompt, options and reader, made without HTTP.
 
-`plan` is the whole way in. The functions and the grammar that a chat asks for are checked, its prompt is rendered, the
-answer's grammar is made and put behind the thought, and a reader is made for the answer's text.
+`plan` is the whole path: it checks the functions and the grammar of a chat, renders the prompt, makes the answer's
+grammar and puts it behind the thought, and makes a reader of the answer's text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Chat", "ChatModel", "ChatPlan", "check_parsers", "plan"]
 
 
 class ChatPlan(NamedTuple):
-    """One chat, ready for `prepare`: its prompt, which has all special tokens, its options and its answers' reader."""
+    """Plan of one chat, ready for `prepare`. `prompt`: has all special tokens; `reader`: of its answers."""
 
     prompt: str
     options: Options
@@ -35,8 +35,8 @@ class ChatPlan(NamedTuple):
 
 
 def plan(chat: Chat, model: ChatModel) -> ChatPlan:
-    """Check a chat and plan its answer. Takes milliseconds where messages or functions' schemas are long; compiles no
-    grammar. ValidationError that names the field, of which ToolError, GrammarError; TemplateError."""
+    """Check a chat and plan its answer. Takes milliseconds if messages or functions' schemas are long; compiles no
+    grammar. Raises ValidationError that names the field, also ToolError and GrammarError; and TemplateError."""
     tools, requested, template = tools_of(chat), _requested_grammar(chat, model), model.tokenizer.chat_template
     if template is None:
         raise TemplateError("template not found")
@@ -67,14 +67,14 @@ def plan(chat: Chat, model: ChatModel) -> ChatPlan:
 
 
 def check_parsers(tool_call_parser: str, reasoning_parser: str) -> None:
-    """Raise Unsupported if there are no parsers of these names; "" is always fine, and so is no reasoning, "none"."""
+    """Raise Unsupported if there are no parsers of these names. "", and "none" for reasoning, are always allowed."""
     format_of("", tool_call_parser)
     if reasoning_parser not in ("", "none"):
         thoughts.by_name(reasoning_parser)
 
 
 def _requested_grammar(chat: Chat, model: ChatModel) -> RequestedGrammar | None:
-    """The grammar that a chat asks for, by whatever field; None if the answer is free. ValidationError."""
+    """Return the grammar that a chat asks for in any field; None if the answer is free. Raises ValidationError."""
     given, field = chat.options.grammar, chat.options.grammar_field
     if given is not None:
         requested = RequestedGrammar(field, given if isinstance(given, GrammarSpec) else guided.native_grammar(given))

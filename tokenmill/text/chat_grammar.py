@@ -1,7 +1,7 @@
-"""The grammar that a chat's answer follows, for its tools and for the shape that its client asks for.
+"""The grammar of a chat's answer, from its tools and from the grammar that its client asks for.
 
-Where the answer must be calls, it is that; where it may have some, text is free and calls are held as far as their
-functions are strict; where it is to have a shape, it is calls or has that shape.
+If the answer must be calls, the grammar has calls alone. If it may have some, text is free, and the calls of strict
+functions are constrained. If it must follow a client's grammar, it is either calls or that.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tokenmill.text.tokenizer import Tokenizer, fixed_ids, special_ids
 from tokenmill.text.tools.base import GrammarRequest, ToolFormat
 from tokenmill.wire.messages import GrammarSpec
 
-_NO_PARAMETERS = {"type": "object", "properties": {}}  # what OpenAI takes a function without any for
+_NO_PARAMETERS = {"type": "object", "properties": {}}  # OpenAI's meaning of a function without parameters
 _MOST_DEPTH = 8
 
 
 class AnswerGrammar(NamedTuple):
-    """The shape that an answer must have. `field`: of the request, that asked for it. `held`: see `new_router`.
-    `waits`: the grammar begins behind the beginning of a call, wherever that is. `calls`: nothing but calls."""
+    """The grammar of an answer; None: it is free. `field`: the request's field that asked for it. `held`: see
+    `new_router`. `waits`: the grammar begins behind the beginning of a call, wherever that is. `calls`: calls alone."""
 
     grammar: GrammarSpec | None = None
     field: str = ""
@@ -50,8 +50,8 @@ def answer_grammar_of(
     requested: RequestedGrammar | None,
     reasoning: ReasoningFormat | None,
 ) -> AnswerGrammar:
-    """The shape of an answer that may call `tools`, written as `form` says, and think as `reasoning` says.
-    GrammarError, ToolError for what cannot be served."""
+    """Return the grammar of an answer that may call `tools`, written in the format `form`, with thoughts marked as in
+    `reasoning`. Raises GrammarError, ToolError for grammars that are not supported."""
     if tools is None or form is None:
         return AnswerGrammar(requested.grammar, requested.field) if requested else AnswerGrammar()
     free = not tools.forced and not tools.restricted
@@ -81,7 +81,8 @@ def answer_grammar_of(
 
 
 def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, Any]:
-    """A tool whose arguments' schema is as a grammar wants it. GrammarError for what cannot be served exactly."""
+    """Return a tool with the schema of its arguments in canonical form. Raises GrammarError if it cannot be enforced
+    exactly."""
     if not (forced or is_strict(tool)):
         return dict(tool)
     function = tool["function"]
@@ -90,7 +91,7 @@ def _exact(tool: Mapping[str, Any], param: str, *, forced: bool) -> dict[str, An
 
 
 def _instead(form: ToolFormat, tools: Tools, requested: RequestedGrammar) -> str:
-    """The rules of what may come instead of calls. ToolError where it could not be told from them."""
+    """Return the rules of an answer that is not calls. Raises ToolError if it could not be distinguished from calls."""
     schema = json.loads(requested.grammar.source) if requested.grammar.kind == "json_schema" else None
     rules = as_lark(requested.grammar, "instead", without=form.starts)
     if rules is None or (form.bare and schema is None):
@@ -111,7 +112,7 @@ def _instead(form: ToolFormat, tools: Tools, requested: RequestedGrammar) -> str
 
 
 def _may_have(key: str, schema: Any, root: Any, depth: int = 0) -> bool:
-    """True if something that fits a schema may be an object with this key, and where that is hard to tell."""
+    """Return True if a value that fits a schema may be an object with this key, or if that is not certain."""
     if not isinstance(schema, dict) or depth > _MOST_DEPTH:
         return schema is not False
     if "$ref" in schema:
@@ -126,8 +127,8 @@ def _may_have(key: str, schema: Any, root: Any, depth: int = 0) -> bool:
 
 
 def as_lark(grammar: GrammarSpec, name: str, without: Iterable[str] = ()) -> str | None:
-    """Rules in Lark of which `name` is the grammar of what a client asked for; None for a client's own Lark, whose
-    names might be ours. `without`: texts that no answer but JSON may begin with."""
+    """Return rules in Lark in which `name` is the client's grammar; None for a client's own Lark, because its names
+    might collide. `without`: texts that only JSON may begin with."""
     source = grammar.source
     if grammar.kind == "json_schema":
         return f"{name}: %json {json.dumps(_lark_schema(source), ensure_ascii=False)}\n"
@@ -146,12 +147,12 @@ def as_lark(grammar: GrammarSpec, name: str, without: Iterable[str] = ()) -> str
 
 
 def renamed(source: str, name: str) -> str:
-    """A grammar of ours with its rule `start` under another name."""
+    """Return a grammar with its rule `start` under another name."""
     return re.sub(r"(?m)^start:", f"{name}:", source, count=1)
 
 
 def _lark_schema(canonical: str) -> Any:
-    """A canonical schema as it stands behind %json, with the options that all schemas have."""
+    """Return a canonical schema as it is written behind %json, with the options of all schemas."""
     from tokenmill.grammar.llguidance import lark_json
 
     return json.loads(lark_json(canonical))

@@ -18,7 +18,7 @@ _DEFAULT_PROMPT = (
 
 
 def render(chat: Chat, template: ChatTemplate, tools: Tools | None) -> str:
-    """The prompt that a chat template makes of a chat. ValidationError, TemplateError."""
+    """Return the prompt that a chat template makes of a chat. Raises ValidationError, TemplateError."""
     check_messages(chat.messages)
     told = tools if tools is not None and tools.choice != "none" else None
     source = template.source if told is None else template.tool_source
@@ -26,7 +26,7 @@ def render(chat: Chat, template: ChatTemplate, tools: Tools | None) -> str:
     messages = _named_for(source, newer(chat.messages))
     begins = chat.add_generation_prompt
     if messages[-1].get("tool_calls") and not chat.continue_final_message and begins is None:
-        begins = True  # a call is whole, also where it is written out as text
+        begins = True  # a call is complete, also when it is written out as text
     if "tool_calls" not in source:
         messages = written_out(messages)
     if told is not None:
@@ -42,7 +42,7 @@ def render(chat: Chat, template: ChatTemplate, tools: Tools | None) -> str:
 
 
 def _named_for(source: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages, with OpenAI's older name of the system's role where the template knows only that."""
+    """Return the messages, with OpenAI's older name of the system's role if the template has only that."""
     if all(message.get("role") != "developer" for message in messages) or "developer" in source:
         return messages
     return [{**message, "role": "system"} if message.get("role") == "developer" else message for message in messages]
@@ -51,8 +51,8 @@ def _named_for(source: str, messages: list[dict[str, Any]]) -> list[dict[str, An
 def with_tool_prompt(
     messages: list[dict[str, Any]], tools: Tools, prompt: str | None, *, template_knows: bool
 ) -> list[dict[str, Any]]:
-    """The messages with TGI's `tool_prompt` behind the last one that the assistant has not written; for a template
-    that shows no tools, with the tools before it."""
+    """Return the messages with TGI's `tool_prompt` behind the last one that is not the assistant's. If the template has
+    no tools, they are written before it."""
     if template_knows and not prompt:
         return messages
     text = prompt or _DEFAULT_PROMPT
@@ -68,7 +68,8 @@ def with_tool_prompt(
 
 
 def newer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages, with calls and results of the older form (`function_call`, role `function`) in the newer one."""
+    """Return the messages, with calls and results of the older form (`function_call`, role `function`) in the newer
+    one."""
     if all("function_call" not in message and message.get("role") != "function" for message in messages):
         return messages
     made: list[dict[str, Any]] = []
@@ -84,7 +85,7 @@ def newer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def written_out(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages for a template that knows no calls: those that an assistant made become its text, as JSON."""
+    """Return the messages for a template without calls: the assistant's calls become text, as JSON."""
     return [_written_out(message) if message.get("tool_calls") else message for message in messages]
 
 
@@ -96,7 +97,7 @@ def _written_out(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_of(function: dict[str, Any]) -> str:
-    """A call as JSON. Arguments that are no JSON, as of a call that was cut off, are the text that they were."""
+    """Return a call as JSON. Arguments that are not JSON, for example because they were cut off, are kept as text."""
     arguments = function.get("arguments")
     written = ""
     if isinstance(arguments, str):

@@ -1,4 +1,4 @@
-"""A chat as it is asked for, the facts of a model that its answer depends on, and the checks of its messages."""
+"""A chat's request, the properties of a model that its answer depends on, and the checks of its messages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ THINKING_SWITCHES = ("enable_thinking", "thinking")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", *REASONING)
-"""Fields of which one is enough for a message, as answers have them."""
+"""Fields with which a message may do without content, as answers have them."""
 
 
 class ChatModel(NamedTuple):
-    """A model as chats need it: its tokenizer with the chat template, and the parsers of its answers that the server
-    was started with, "" for those that the template implies. `grammars`: whether answers may follow one."""
+    """The properties of a model that chats depend on: the tokenizer with its chat template, and the names of the
+    parsers that the server was started with, "" for those that the template implies. `grammars`: True if answers may
+    follow one."""
 
     tokenizer: Tokenizer
     tool_call_parser: str = ""
@@ -34,7 +35,7 @@ class ChatModel(NamedTuple):
 
 
 class Chat(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation, and what is asked of its answer; None: not given. Not checked yet.
+    """A conversation, and the requirements of its answer, unchecked; None: not given.
 
     Fields have the names and meanings of `/v1/chat/completions`. `options`: those of any generation; a chat's have
     `thinking_budget`, and may have `grammar`. `guided`: the fields of OpenAI's routes that ask for a grammar, by name.
@@ -58,8 +59,8 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def template_fields(chat: Chat, source: str) -> dict[str, Any]:
-    """Fields that a model can only be told of by its template, for one with the text `source`. ValidationError if it
-    does not know them."""
+    """Return the fields that have an effect only through the template, for a template with the text `source`. Raises
+    ValidationError if the template does not use them."""
     told: dict[str, Any] = {}
     for name in ("reasoning_effort", "verbosity"):
         value = getattr(chat, name)
@@ -75,14 +76,14 @@ def template_fields(chat: Chat, source: str) -> dict[str, Any]:
 
 
 def asks_to_think(chat: Chat) -> bool:
-    """True if a chat says that the model is to think, and not only may."""
+    """Return True if a chat requires a thought, and does not only allow one."""
     kwargs = chat.chat_template_kwargs or {}
     asked = chat.options.thinking_budget is not None or chat.reasoning_effort not in (None, "none")
     return asked or any(kwargs.get(switch) is True for switch in THINKING_SWITCHES)
 
 
 def _switch(source: str) -> str | None:
-    """The variable that a template asks whether to let the model think."""
+    """Return the variable with which a template turns thinking on and off."""
     for name in THINKING_SWITCHES:
         if re.search(rf"{{[{{%][^%}}]*\b{name}\b", source):
             return name
@@ -90,7 +91,7 @@ def _switch(source: str) -> str | None:
 
 
 def check_messages(messages: list[dict[str, Any]]) -> None:
-    """Roles and contents that can be rendered. ValidationError that names the message."""
+    """Check roles and contents. Raises ValidationError that names the message."""
     if not messages:
         raise ValidationError("Invalid 'messages': it must have at least one message", "messages")
     for i, message in enumerate(messages):

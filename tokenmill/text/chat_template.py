@@ -1,7 +1,7 @@
 """A model's chat template: messages to one prompt, character for character as `transformers` renders it.
 
-Templates come with models, messages from strangers. So templates run in Jinja's immutable sandbox with a budget of time
-and output (`sandbox.py`), and what a request may set are plain variables.
+Templates come with models, and messages from strangers. So templates run in Jinja's immutable sandbox with a budget of
+time and output (`sandbox.py`), and requests may set plain variables only.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from tokenmill.text.history import normalized
 from tokenmill.text.template_arguments import takes_argument_objects
 from tokenmill.text.template_forms import Forms, Verbatim
 
-_TRIAL_S = 0.2  # for each of the short conversations that show what a template takes
+_TRIAL_S = 0.2  # for each trial conversation of `template_forms.py`
 _MAX_LINE = 120  # characters of a template's line in a message
-_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with its space: where a template trims, the space is gone
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # ends with a space: it is missing if the template trims the text
 _OURS = frozenset(
     (
         "messages tools add_generation_prompt continue_final_message conversation tokenize padding truncation "
         "max_length return_tensors return_dict tokenizer_kwargs"
     ).split()
 )
-"""Names that a request may not set through `kwargs`: the server sets them, or transformers takes them itself."""
+"""Names that a request may not set through `kwargs`: the server sets them, or they are parameters of transformers."""
 
 
 _THINKING = re.compile(r"""\.thinking\b|\[\s*['"]thinking['"]\s*\]""")  # a message's thought under gpt-oss's name
 
 
 class _Fault(TemplateError):
-    """Python failed on what the messages hold; the template did not refuse them itself."""
+    """Failure of Python on the contents of the messages; the template did not refuse them."""
 
 
 class _Compiled(NamedTuple):
-    """One template, and what shape of messages it takes."""
+    """One compiled template, and the forms of messages that it takes."""
 
     name: str
     template: jinja2.Template
@@ -47,10 +47,10 @@ class _Compiled(NamedTuple):
 
 
 class ChatTemplate:
-    """Renders conversations. `source`: the template's text, or several by name, of which "tool_use" serves requests
+    """Renderer of conversations. `source`: the template's text, or several by name, of which "tool_use" serves requests
     with tools and "default" the others. `special_tokens`: further variables such as "pad_token".
 
-    Compiled when first used. Safe to share between threads.
+    Compiled at first use. Safe to share between threads.
     """
 
     def __init__(
@@ -91,11 +91,12 @@ class ChatTemplate:
         continue_final_message: bool | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt. `kwargs`: further variables for the template; among them `documents` is the same as the argument,
-        and `chat_template` chooses one of several by name. Takes nothing: `messages` are copied if changed.
+        """Return the prompt. `kwargs`: further variables for the template. Among them `documents` equals the argument,
+        and `chat_template` chooses one of several templates by name. `messages` are not changed.
 
-        With neither flag given, a last message of the assistant is continued, and after any other the assistant's turn
-        begins. TemplateError with message and line if the template raises, is wrong, takes too long or writes too much.
+        If neither flag is given, a last message of the assistant is continued, and after any other the assistant's turn
+        begins. Raises TemplateError with message and line if the template raises, is wrong, takes too long or writes
+        too much.
         """
         messages = normalized(messages)
         continued, optional = self._continued(messages, add_generation_prompt, continue_final_message)
@@ -112,14 +113,14 @@ class ChatTemplate:
         cut = _cut(rendered, text)
         if cut is not None:
             return verbatim.restored(cut)
-        if optional:  # nobody asked for it by name: TGI leaves such a prompt whole
+        if optional:  # not requested explicitly: TGI leaves such a prompt whole
             return verbatim.restored(self._run(template, chat, True, variables))
         raise TemplateError(
             "continue_final_message: the last message's text is not in the prompt that the template makes"
         )
 
     def _name(self, wished: Any, with_tools: bool) -> str:
-        """Which template serves a request. A request may name one; what it cannot do is to bring its own."""
+        """Return the name of the template for a request. A request may choose a template by name, but not bring one."""
         if wished is None:
             return "tool_use" if with_tools and "tool_use" in self.sources else "default"
         if not isinstance(wished, str) or wished not in self.sources:
@@ -130,7 +131,7 @@ class ChatTemplate:
     def _continued(
         self, messages: Sequence[Mapping[str, Any]], begins: bool | None, continued: bool | None
     ) -> tuple[bool, bool]:
-        """Whether the last message is to be continued, and whether that is only a guess."""
+        """Return whether to continue the last message, and whether that was inferred and not requested."""
         if continued and begins:
             raise TemplateError("continue_final_message and add_generation_prompt cannot both be true")
         if continued:
@@ -166,13 +167,13 @@ class ChatTemplate:
         return found
 
     def _line_of(self, name: str, number: int) -> str:
-        """A line of a template, from 1, behind what is said of it; "" if there is none."""
+        """Return a line of a template, from 1, for the end of a message; "" if there is none."""
         lines = self.sources[name].splitlines()
         return f": `{lines[number - 1].strip()[:_MAX_LINE]}`" if 0 < number <= len(lines) else ""
 
     def _run(self, found: _Compiled, chat: list[dict[str, Any]], begins: bool, variables: dict[str, Any]) -> str:
-        """Render. Where a template fails on a content that is null, as OpenAI writes one with calls, "" is tried, and
-        where it refuses an answer that was empty, a blank."""
+        """Render. If the template fails on a content that is null, as OpenAI writes one with calls, retry with "". If
+        it refuses an empty answer, retry with a blank."""
         given = {"messages": chat, "add_generation_prompt": begins, **variables}
         try:
             return self._once(found.name, found.template, given)
@@ -203,7 +204,7 @@ class ChatTemplate:
 
 
 def _line(error: BaseException) -> int:
-    """The line of the template where an error was raised, from 1; 0 if that is not known."""
+    """Return the line of the template where an error was raised, from 1; 0 if it is unknown."""
     line, at = 0, error.__traceback__
     while at is not None:
         if at.tb_frame.f_code.co_filename == "<template>":  # Jinja writes the template's lines into its tracebacks
@@ -238,13 +239,13 @@ def _text_of(message: Mapping[str, Any]) -> str | None:
 
 
 def _with_blank(message: dict[str, Any]) -> dict[str, Any]:
-    """The message; a blank for the content of an answer that was empty."""
+    """Return the message, with a blank for the content of an empty answer."""
     empty = message.get("role") == "assistant" and message.get("content") == "" and not message.get("tool_calls")
     return {**message, "content": " "} if empty else message
 
 
 def _tagged(chat: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The conversation with a mark behind the text that is to be continued, and that text."""
+    """Return the conversation with a mark behind the text to continue, and that text."""
     last = deepcopy(chat[-1])
     text = _text_of(last) or ""
     if isinstance(last["content"], str):
@@ -256,7 +257,7 @@ def _tagged(chat: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
 
 
 def _cut(rendered: str, text: str) -> str | None:
-    """The prompt up to the mark; None if mark or text are not in it."""
+    """Return the prompt up to the mark; None if the mark or the text is not in it."""
     if text.strip() not in rendered or _TAG.strip() not in rendered:
         return None
     at = rendered.rindex(_TAG.strip())

@@ -1,8 +1,8 @@
-"""The thought before a chat's answer: where it is in the text, how long it may be, and the answer's grammar behind it.
+"""The thought before a chat's answer: its place in the text, its budget, and the answer's grammar behind it.
 
-A grammar is for the answer, not for the thought before it. If the prompt ends inside of a thought, the grammar begins
-behind its end; if the model may open one itself, the thought becomes the optional beginning of the grammar. A thought
-whose end could not be told by tokens is closed in the prompt.
+A grammar applies to the answer, not to the thought before it. If the prompt ends inside of a thought, the grammar
+begins behind its end. If the model may open one itself, the thought becomes the optional beginning of the grammar. A
+thought whose end cannot be recognized by tokens is closed in the prompt.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from tokenmill.wire.messages import GrammarSpec
 
 
 class Thinking(NamedTuple):
-    """The thought that an answer may have. `form`: its marks; None: there is none. `opening`: the text that comes
-    behind the prompt, to begin the thought or to close it."""
+    """The thought of an answer. `form`: its marks; None: there is none. `opening`: text behind the prompt that begins
+    or closes the thought."""
 
     form: ReasoningFormat | None
     opening: str = ""
 
     def opened(self) -> Thinking:
-        """The same thought, begun in the prompt."""
+        """Return the same thought, begun in the prompt."""
         if self.form is None or self.form.already_open:
             return self
         return Thinking(msgspec.structs.replace(self.form, already_open=True), self.opening + self.form.start + "\n")
 
     def closed(self) -> Thinking:
-        """No thought: it is closed in the prompt."""
+        """Return an absent thought: it is closed in the prompt."""
         return Thinking(None, self.opening + (self.form.closing if self.form else ""))
 
 
 def reasoning_of(chat: Chat, model: ChatModel, source: str, prompt: str) -> ReasoningFormat | None:
-    """The marks of the thought in an answer to `prompt`; None if it has none. `source`: the template's text."""
+    """Return the marks of the thought in an answer to `prompt`; None if it has none. `source`: the template's text."""
     if model.reasoning_parser == "none":
         return None
     form = thoughts.reasoning_of(source, prompt, model.reasoning_parser)
@@ -51,15 +51,15 @@ def reasoning_of(chat: Chat, model: ChatModel, source: str, prompt: str) -> Reas
     last = chat.messages[-1]
     said = last.get("content")
     if last.get("role") == "assistant" and isinstance(said, str) and prompt.rstrip().endswith(said.rstrip()):
-        if said.rfind(form.start) > said.rfind(form.end):  # the answer goes on with a thought
+        if said.rfind(form.start) > said.rfind(form.end):  # the answer continues a thought
             return msgspec.structs.replace(form, already_open=True)
         return None if said.strip() else form
     return form
 
 
 def begun(chat: Chat, model: ChatModel, source: str, form: ReasoningFormat | None) -> Thinking:
-    """The thought of an answer with a budget for it, if the chat has one: a budget opens the thought, and one of 0
-    closes it. ValidationError if it is out of bounds or the model does not think at all."""
+    """Return the thought of an answer. A budget opens the thought, and a budget of 0 closes it. Raises ValidationError
+    if the budget is out of bounds or the model does not think."""
     thinking, budget = Thinking(form), chat.options.thinking_budget
     if budget is None:
         return thinking
@@ -76,8 +76,8 @@ def begun(chat: Chat, model: ChatModel, source: str, form: ReasoningFormat | Non
 def with_grammar(
     thinking: Thinking, answer: AnswerGrammar, chat: Chat, tokenizer: Tokenizer
 ) -> tuple[Thinking, GrammarSpec | None]:
-    """The answer's grammar, made to hold behind the thought, and the thought, which may have to be opened or closed for
-    that."""
+    """Return the thought, opened or closed if the grammar requires that, and the answer's grammar, which applies behind
+    it."""
     form, grammar = thinking.form, answer.grammar
     if form is None or grammar is None or answer.waits or (form.channels and answer.with_calls):
         return thinking, grammar
@@ -92,8 +92,8 @@ def with_grammar(
 
 
 def limited(thinking: Thinking, answer: AnswerGrammar, budget: int | None, tokenizer: Tokenizer) -> ThoughtLimit | None:
-    """The end of a thought whose budget is spent; None without a budget. Where a grammar begins right behind the
-    thought, nothing more is forced. The header of a channel is no part of its thought."""
+    """Return how a thought ends whose budget is spent; None without a budget. If a grammar begins right behind the
+    thought, nothing behind its end is forced. The header of a channel is not part of its thought."""
     form = thinking.form
     if budget is None or form is None:
         return None
@@ -112,9 +112,9 @@ def limited(thinking: Thinking, answer: AnswerGrammar, budget: int | None, token
 
 
 def _optional(form: ReasoningFormat, grammar: GrammarSpec, answer: AnswerGrammar, tokenizer: Tokenizer) -> GrammarSpec:
-    """The grammar with an optional thought before it."""
+    """Return the grammar with an optional thought before it."""
     body = renamed(grammar.source, "answer") if answer.with_calls else as_lark(grammar, "answer")
-    if body is None:  # a grammar of the client's own: it says itself what may come
+    if body is None:  # a client's own grammar, which is not extended
         return grammar
     end = form.closing if form.channels else form.end
     texts = [form.start, end, form.answer]

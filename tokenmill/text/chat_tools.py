@@ -1,4 +1,4 @@
-"""Tools of a chat, in OpenAI's form, its older one, and TGI's, checked and in one form."""
+"""The tools of a chat, checked: OpenAI's form, its older one, and TGI's become one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _MODES = ("auto", "none", "required")
 
 
 class Tools(NamedTuple):
-    """The tools of a request, at least one. `given`: as its client sent them, in OpenAI's newer form, and as the model
-    is told of them. `names`: of those that it may call, if not of all."""
+    """The tools of a request, at least one. `given`: all of them, in OpenAI's newer form, as the model sees them.
+    `names`: of those that it may call, if not all."""
 
     given: list[dict[str, Any]]
     choice: str  # "auto", "none", "required", or the function that must be called, as "function"
     names: tuple[str, ...] = ()
     parallel: bool = True  # an answer may have several calls
-    older: bool = False  # asked for as `functions`: the answer has a `function_call`
+    older: bool = False  # requested as `functions`: the answer has a `function_call`
 
     @property
     def forced(self) -> bool:
@@ -35,12 +35,13 @@ class Tools(NamedTuple):
 
     @property
     def restricted(self) -> bool:
-        """True if the model is told of functions that it may not call."""
+        """True if the prompt shows functions that the model may not call."""
         return len(self.allowed) < len(self.given)
 
 
 def tools_of(chat: Chat) -> Tools | None:
-    """The tools that a request has, checked; None if none. ToolError, ValidationError that name the field."""
+    """Return the tools that a request has, checked; None if none. Raises ToolError, ValidationError that name the
+    field."""
     if chat.functions:
         return _older(chat)
     if chat.function_call not in (None, "none", "auto"):
@@ -55,7 +56,7 @@ def tools_of(chat: Chat) -> Tools | None:
 
 
 def _older(chat: Chat) -> Tools:
-    """`functions` and `function_call`."""
+    """Return the tools of `functions` and `function_call`."""
     if chat.tools:
         raise ToolError("`functions` is the older form of `tools`: send only one of them", "functions")
     given = _checked([{"type": "function", "function": function} for function in chat.functions or ()], "functions")
@@ -71,7 +72,7 @@ def _older(chat: Chat) -> Tools:
 
 
 def _choice(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
-    """The choice, and the names of the functions that it is among, () for all."""
+    """Return the choice, and the names of the functions that it is among, () for all."""
     if wished is None:
         return "auto", ()
     if isinstance(wished, str):
@@ -85,7 +86,7 @@ def _choice(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, .
 
 
 def _allowed(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
-    """OpenAI's `allowed_tools`: a mode, and the functions that it is among."""
+    """Return the mode of OpenAI's `allowed_tools`, and the names of the functions that it is among."""
     mode, tools = (wished.get("mode"), wished.get("tools")) if isinstance(wished, dict) else (None, None)
     if mode not in ("auto", "required") or not isinstance(tools, list) or not tools:
         allowed = "its `allowed_tools` must have a `mode`, 'auto' or 'required', and `tools`, a list of functions"
@@ -94,7 +95,8 @@ def _allowed(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, 
 
 
 def _name_in(tool: Any) -> Any:
-    """The name in {"type": "function", "function": {"name"}}, or without the inner object; None if there is none."""
+    """Return the name in {"type": "function", "function": {"name"}}, or without the inner object; None if there is
+    none."""
     if not isinstance(tool, dict) or tool.get("type", "function") != "function":
         return None
     function = tool.get("function", tool)
@@ -123,7 +125,7 @@ def _checked(tools: list[Any], field: str) -> list[dict[str, Any]]:
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
-    """One tool; TGI's name of `parameters`, `arguments`, becomes OpenAI's."""
+    """Return one tool. TGI's name of `parameters`, `arguments`, becomes OpenAI's."""
     if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
         raise ToolError(f"Invalid '{where}': it must be an object with a `function`", where)
     if tool.get("type", "function") != "function":

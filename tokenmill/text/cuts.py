@@ -1,4 +1,4 @@
-"""How byte-level vocabularies cut a text before they look for tokens: each family's expressions, by its names."""
+"""Expressions that cut a text before byte-level tokens are searched: of each family of vocabularies, by its names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CASED = (  # a word may begin with capitals, and carries its English ending
+_CASED = (  # a word may begin with capitals, and includes its English ending
     r"[^\r\n\p{L}\p{N}]?[%(upper)s]*[%(lower)s]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[%(upper)s]+[%(lower)s]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
 )

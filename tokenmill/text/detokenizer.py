@@ -1,7 +1,7 @@
-"""Text of one sequence, token by token: whole characters only, and held back while it may become a stop string.
+"""The text of one sequence, token by token: whole characters only, held back while it may become a stop string.
 
-The joined pieces are what one decoding of all tokens gives, wherever the tokens are cut. Bytes that can become no
-character any more turn into U+FFFD, as in any decoding; bytes that still can wait for the next token.
+Invariant: the joined pieces equal one decoding of all tokens, wherever the tokens are cut. Bytes that can no longer
+become a character turn into U+FFFD, as in any decoding; bytes that still can are held back for the next token.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import msgspec
 from tokenmill.text.pieces import Pieces
 from tokenmill.text.tokenizer import Tokenizer
 
-_WINDOW = 8  # tokens that a decoder without a table is shown besides the new ones
+_WINDOW = 8  # earlier tokens that a decoder without a table decodes again
 _MOST_WAITING = 3  # bytes of a character that is not whole yet; a decoder may write U+FFFD for each of them
 
 
 class Piece(msgspec.Struct, gc=False):
-    """What one token added.
+    """The text of one token.
 
-    `text` is for the answer: special tokens left out, stop strings respected. `token_text` is the token's own: nothing
-    left out or held back; "" while its characters are not whole, the token that completes them carries them. A token
-    that is left out of the answer is not part of its text: it may stand between the bytes of one character.
+    `text`: its part of the answer, without special tokens and stop strings. `token_text`: the token's own text,
+    complete; "" while its characters are not whole, and then the token that completes them has them. A token that is
+    left out of the answer does not separate the bytes of a character before and behind it.
     """
 
     text: str
@@ -34,13 +34,13 @@ class Piece(msgspec.Struct, gc=False):
 
 
 class Detokenizer:
-    """Decodes what follows a prompt. `push` ids in order, then `finish` once. A character that began in the prompt is
-    the answer's, whole.
+    """Decoder of the tokens behind a prompt. `push` ids in order, then `finish` once. A character that began in the
+    prompt is part of the answer, whole.
 
-    `stop`: strings that end the answer, wherever they are in the text; the text before one is emitted, and the string
-    itself if `include_stop`. Of several, the one that is complete first. Text of special tokens takes part in the
-    comparison though it is not emitted. After a stop nothing more is emitted. `min_tokens`: no string that is complete
-    with one of so many first tokens ends the answer. `shown_ids`: special tokens that are emitted all the same.
+    `stop`: strings that end the answer, wherever they are in the text. The text before one is emitted, and the string
+    itself if `include_stop`. Of several, the one that is complete first ends it. Text of special tokens is compared,
+    too, though it is not emitted. Nothing is emitted after a stop. `min_tokens`: a string that is complete with one of
+    this many first tokens does not end the answer. `shown_ids`: special tokens that are emitted all the same.
     """
 
     __slots__ = ("_decoder", "_early", "_hidden", "_include", "_matcher", "_parts", "_special", "_text_of")
@@ -69,7 +69,7 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """Everything emitted so far."""
+        """All text emitted so far."""
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
@@ -89,7 +89,7 @@ class Detokenizer:
         return Piece(text, token_text, special, stopped)
 
     def finish(self) -> str:
-        """The end of the answer: emit what was held back. A character whose bytes never came is left out."""
+        """End the answer, and emit the text that was held back. A character whose bytes never came is left out."""
         text = self._matcher.finish() if self._matcher is not None else ""
         if text:
             self._parts.append(text)
@@ -97,10 +97,10 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Looks for stop strings in a text that comes in parts, and lets through what can be part of none.
+    """Search for stop strings in a text that comes in parts. Text that cannot be part of one passes.
 
-    The answer does not depend on where the parts are cut: the string whose last character comes first wins, of two that
-    end together the longer one.
+    Invariant: the result does not depend on how the text is cut. The string whose last character comes first ends the
+    text; of two that end together, the longer one.
     """
 
     __slots__ = ("_done", "_early", "_first", "_held", "_longest", "_parts", "_stops")
@@ -109,14 +109,14 @@ class StopMatcher:
         self._stops = tuple(stops)  # none of them empty
         self._first = frozenset(stop[0] for stop in self._stops)
         self._longest = max(len(stop) for stop in self._stops)
-        self._held = ""  # a beginning of some stop string
-        self._early = 0  # characters of it that came when no string could end the text
-        self._parts: list[tuple[str, bool]] = []  # the same, and whether each part is shown
+        self._held = ""  # text that may begin a stop string
+        self._early = 0  # number of its characters before which no string may end
+        self._parts: list[tuple[str, bool]] = []  # the same text, and True for parts that are shown
         self._done = False
 
     def push(self, text: str, shown: bool, include: bool, *, ends: bool = True) -> tuple[str, str | None]:
-        """What may be emitted now, and the stop string that was found. `shown` False: `text` is compared only. `ends`
-        False: no string that is complete with it ends the text."""
+        """Return the text that may be emitted, and the stop string that was found. `shown` False: `text` is compared
+        only. `ends` False: a string that is complete with it does not end the text."""
         if self._done or not text:
             return "", None
         if not self._held and not any(character in text for character in self._first):
@@ -136,7 +136,7 @@ class StopMatcher:
         return emitted, stop
 
     def finish(self) -> str:
-        """The text ends here: what was held back."""
+        """End the text, and return what was held back."""
         text = self._take(len(self._held))
         self._held, self._done = "", True
         return text
@@ -150,14 +150,14 @@ class StopMatcher:
         return start, end, stop
 
     def _undecided(self, held: str) -> int:
-        """Where the longest ending begins that is a beginning of a stop string."""
+        """Return the beginning of the longest ending that is a beginning of a stop string."""
         for start in range(max(0, len(held) - self._longest + 1), len(held)):
             if held[start] in self._first and any(stop.startswith(held[start:]) for stop in self._stops):
                 return start
         return len(held)
 
     def _take(self, count: int) -> str:
-        """Remove that many characters from the front of what is held; those that are shown."""
+        """Remove that many characters from the front of the held text, and return those that are shown."""
         out: list[str] = []
         while count and self._parts:
             text, shown = self._parts[0]
@@ -176,14 +176,14 @@ class _Decoder(Protocol):
 
 
 class _PieceDecoder:
-    """By the table of pieces: most tokens are whole characters and cost one look-up."""
+    """Decoder with a table of pieces: most tokens are whole characters and cost one look-up."""
 
     __slots__ = ("_bytes_of", "_texts", "_waiting")
 
     def __init__(self, pieces: Pieces, prompt_ids: Sequence[int]) -> None:
         self._bytes_of, self._texts = pieces.bytes_of, pieces.texts
         self._waiting = b""  # the beginning of a character
-        if prompt_ids and self._texts[prompt_ids[-1]] is None:  # one begins in the prompt: the answer shows it whole
+        if prompt_ids and self._texts[prompt_ids[-1]] is None:  # a character begins in the prompt: show it whole
             for token_id in prompt_ids[-_MOST_WAITING:]:
                 self.push(token_id)
 
@@ -198,14 +198,14 @@ class _PieceDecoder:
 
 
 class _WindowDecoder:
-    """For decoders that look at several tokens: what one token more adds to the decoding of the last ones."""
+    """Decoder without a table: returns the text that one more token adds to the decoding of the last ones."""
 
     __slots__ = ("_decode", "_ids", "_read")
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._decode = tokenizer.decode
         self._ids = list(prompt_ids[-_WINDOW:])
-        self._read = _without_waiting(self._decode(self._ids, False))  # characters that are out already
+        self._read = _without_waiting(self._decode(self._ids, False))  # number of characters that were emitted
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
@@ -213,14 +213,14 @@ class _WindowDecoder:
         sure = _without_waiting(text)
         new = text[self._read : sure]
         self._read = max(self._read, sure)
-        if len(self._ids) > 2 * _WINDOW:  # far fewer than are kept can be in the middle of a character
+        if len(self._ids) > 2 * _WINDOW:  # a character has far fewer tokens than are kept
             del self._ids[:-_WINDOW]
             self._read = _without_waiting(self._decode(self._ids, False))
         return new
 
 
 def _without_waiting(text: str) -> int:
-    """Length of a text without the end that further tokens may change."""
+    """Return the length of a text without the end that further tokens may change."""
     end = len(text)
     while end and len(text) - end < _MOST_WAITING and text[end - 1] == "\ufffd":
         end -= 1

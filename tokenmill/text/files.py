@@ -1,4 +1,4 @@
-"""Reading the small files beside a model, and the ways in which they write tokens."""
+"""Reads the small files beside a model, and the forms in which they write tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenmill.weights.source import refuse_pointer
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; {} if there is no such file. ModelError if it is anything else."""
+    """Return the JSON object of a file; {} if there is no such file. Raises ModelError for anything else."""
     if not path.is_file():
         return {}
     text = read_text(path)
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A file's content. ModelError if it cannot be read, is no UTF-8, or is a Git LFS pointer."""
+    """Return a file's content. Raises ModelError if it cannot be read, is not UTF-8, or is a Git LFS pointer."""
     refuse_pointer(path)
     try:
         return path.read_text(encoding="utf-8")
@@ -42,13 +42,13 @@ def read_text(path: Path) -> str:
 
 
 def content_of(token: Any) -> str | None:
-    """Tokens are written as text, or as an object with their properties."""
+    """Return the text of a token, which is written as text or as an object with its properties."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
 
 
 def added_token(token: Any) -> AddedToken:
-    """A token as `tokenizers` takes it; written as text alone, it is not special."""
+    """Return a token for `tokenizers`; one that is written as text alone is not special."""
     if isinstance(token, str):
         return AddedToken(token, special=False, normalized=False)
     flags = {

@@ -1,7 +1,7 @@
-"""The tokenizer of a model folder: tokenizer.json, or the files of older kinds, and what stands beside them.
+"""The tokenizer of a model folder: tokenizer.json, or older vocabulary files, and the files beside them.
 
 tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json and config.json are all
-optional; what they say is applied as `transformers` applies it.
+optional, and are applied as `transformers` applies them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _WRITTEN_HERE = {
 
 
 def load(folder: Path, config_path: str = "") -> Tokenizer:
-    """Read a folder. `config_path`: a file to use for tokenizer_config.json, or "". ModelError names file and cure."""
+    """Read a folder. `config_path`: a file to use as tokenizer_config.json, or "". Raises ModelError with file and
+    remedy."""
     config = tokenizer_config(folder, config_path)
     inner = _inner(folder, config)
     special = _special_tokens(folder, config)
@@ -58,7 +59,7 @@ def load(folder: Path, config_path: str = "") -> Tokenizer:
 
 
 def tokenizer_config(folder: Path, config_path: str) -> dict[str, Any]:
-    """tokenizer_config.json, or the file that was given in its place (JSON, or a .jinja template alone)."""
+    """Return tokenizer_config.json, or the file that replaces it (JSON, or a .jinja template alone)."""
     if not config_path:
         return read_json(folder / "tokenizer_config.json")
     path = Path(config_path)
@@ -68,9 +69,10 @@ def tokenizer_config(folder: Path, config_path: str) -> dict[str, Any]:
 
 
 def chat_templates(folder: Path, config: Mapping[str, Any], preferred: bool) -> dict[str, str]:
-    """Templates by name from the first place that has any, of those where models keep them.
+    """Return the templates by name, from the first of the usual places that has any.
 
-    `preferred`: the configuration was named by the user, so its template comes first. ModelError for what is no text.
+    `preferred`: the user named the configuration, so its template comes first. Raises ModelError if a template is not
+    text.
     """
     found = (
         (preferred and _templates_in(config))
@@ -114,8 +116,8 @@ def _inner(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _set_prefix_space(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Whether a text's first word is read as if a space stood before it: the configuration's word counts, as it does
-    for `transformers`, and without it there is none."""
+    """Set whether a text's first word is read as if a space preceded it: as in the configuration, like `transformers`,
+    and without one never."""
     wished = bool(config.get("add_prefix_space", False))
     cutter = inner.pre_tokenizer
     if config and isinstance(cutter, pre_tokenizers.ByteLevel) and cutter.add_prefix_space != wished:
@@ -124,7 +126,7 @@ def _set_prefix_space(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and so on, as the configuration or special_tokens_map.json says; those that are set."""
+    """Return bos_token and so on that are set, from the configuration or special_tokens_map.json."""
     both = {**read_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
     if (folder / _TEKKEN).is_file() and not (folder / "tokenizer.json").is_file():
         both = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **both}
@@ -133,7 +135,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _variables(config: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
-    """Special tokens as templates know them; a model may have further ones with names of its own, as "image_token"."""
+    """Return the special tokens as variables of templates. A model may have more of them, such as "image_token"."""
     extra = config.get("extra_special_tokens")
     named = {name: content_of(token) for name, token in extra.items()} if isinstance(extra, dict) else {}
     more = [text for token in config.get("additional_special_tokens") or () if (text := content_of(token))]
@@ -144,7 +146,7 @@ def _variables(config: Mapping[str, Any], special: Mapping[str, str]) -> dict[st
 def _add_tokens(
     inner: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], special: Mapping[str, str]
 ) -> None:
-    """Tokens that only the configuration knows, or that only it calls special."""
+    """Add the tokens that only the configuration has, or that are special only there."""
     known = {token.content: token for token in inner.get_added_tokens_decoder().values()}
     listed = {int(token_id): token for token_id, token in (config.get("added_tokens_decoder") or {}).items()}
     listed |= {
@@ -167,7 +169,7 @@ def _add_tokens(
 def _write_post_processor(
     folder: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], bos: str | None, eos: str | None
 ) -> None:
-    """BOS and EOS where tokenizer.json does not say: there is none, or the class disregards what it says."""
+    """Add BOS and EOS where there is no tokenizer.json, or the tokenizer's class overrides it."""
     name = str(config.get("tokenizer_class", "")).removesuffix("Fast").removesuffix("Tokenizer")
     found = _WRITTEN_HERE.get(name)
     if found is None and (folder / "tokenizer.json").is_file():
@@ -180,7 +182,7 @@ def _write_post_processor(
 
 
 def set_post_processor(inner: tokenizers.Tokenizer, begin: str | None, end: str | None) -> None:
-    """Let encoding put these tokens around a text; none if both are None."""
+    """Make encoding put these tokens around a text; none if both are None."""
     around = [token for token in (begin, end) if token is not None and inner.token_to_id(token) is not None]
     single = [token for token in (begin, "$A", end) if token == "$A" or token in around]
     inner.post_processor = processors.TemplateProcessing(
@@ -191,7 +193,7 @@ def set_post_processor(inner: tokenizers.Tokenizer, begin: str | None, end: str 
 
 
 def _eos_ids(folder: Path, inner: tokenizers.Tokenizer, eos: str | None) -> tuple[int, ...]:
-    """Every id that ends an answer: generation_config.json's, else config.json's; and the tokenizer's."""
+    """Return all ids that end an answer: generation_config.json's, else config.json's; and the tokenizer's."""
     config = read_json(folder / "config.json")
     nested = config.get("text_config")
     told = (

@@ -1,4 +1,4 @@
-"""The functions that a chat's tools are: their names, the schemas of their arguments, and what those schemas say."""
+"""The functions of a chat's tools: their names, the schemas of their arguments, and properties of these schemas."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _VALUES = ("enum", "const", "default", "examples", "x-guidance")  # keywords tha
 
 
 def function_of(tool: Tool) -> Mapping[str, Any]:
-    """The function that a tool is: OpenAI's shape, or the function alone."""
+    """Return the function of a tool: in OpenAI's form, or the function alone."""
     inner = tool.get("function")
     return inner if isinstance(inner, Mapping) else tool
 
 
 def name_of(tool: Tool) -> str:
-    """The function's name."""
+    """Return the function's name."""
     return str(function_of(tool).get("name", ""))
 
 
 def is_strict(tool: Tool) -> bool:
-    """True if its arguments must fit their schema wherever it is called."""
+    """Return True if the function's arguments must fit their schema."""
     return bool(function_of(tool).get("strict"))
 
 
 def parameters_of(tool: Tool) -> dict[str, Any]:
-    """The schema of a function's arguments: always of an object."""
+    """Return the schema of a function's arguments, which is an object's."""
     found = function_of(tool).get("parameters")
     return {"type": "object", **found} if isinstance(found, Mapping) else {"type": "object"}
 
 
 def schemas_of(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The arguments' schemas by function."""
+    """Return the arguments' schemas by function."""
     return {name_of(tool): parameters_of(tool) for tool in tools}
 
 
 def keys_of(schema: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The properties that an object must have, and those that it may have, each in the schema's order."""
+    """Return the required properties of an object and its optional ones, each in the schema's order."""
     given, required = schema.get("properties"), schema.get("required")
     keys = list(given) if isinstance(given, Mapping) else []
     firm = [key for key in keys if isinstance(required, list) and key in required]
@@ -50,18 +50,18 @@ def keys_of(schema: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def others_of(schema: Mapping[str, Any]) -> Any:
-    """The schema of whatever an object holds, if it names no properties; else False: it holds what it names."""
+    """Return the schema of any property, if the schema names none; else False: there are only the named ones."""
     return False if schema.get("properties") else schema.get("additionalProperties", True)
 
 
 def names_of(schema: Any) -> frozenset[str]:
-    """The properties that a schema names."""
+    """Return the names of a schema's properties."""
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
     return frozenset(properties) if isinstance(properties, Mapping) else frozenset()
 
 
 def property_of(schema: Any, name: str) -> Any:
-    """The schema of a property; {} if nothing is said about it."""
+    """Return the schema of a property; {} if there is none."""
     if not isinstance(schema, Mapping):
         return {}
     properties = schema.get("properties")
@@ -72,7 +72,8 @@ def property_of(schema: Any, name: str) -> Any:
 
 
 def moved(schema: Any, place: str) -> Any:
-    """A schema for a place inside of another one: its references begin there. `place`: a JSON pointer, as "#/a/b"."""
+    """Return a schema for a place inside of another: its references begin there. `place`: a JSON pointer, as
+    "#/a/b"."""
     if isinstance(schema, list):
         return [moved(one, place) for one in schema]
     if not isinstance(schema, Mapping):
@@ -84,8 +85,8 @@ def moved(schema: Any, place: str) -> Any:
 
 
 def alone(schema: Any, root: Mapping[str, Any]) -> Any:
-    """A schema that stands inside of `root`, by itself: with all of `root` if it refers to a part of that, and with
-    the options for grammars that all of it has."""
+    """Return a schema from inside of `root` by itself: with all of `root` if it refers to a part of that, and with the
+    options for grammars of `root`."""
     if not isinstance(schema, Mapping):
         return schema
     options = {"x-guidance": root["x-guidance"]} if "x-guidance" in root else {}
@@ -108,7 +109,7 @@ def _refers(schema: Any) -> bool:
 
 
 def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
-    """The JSON types that a schema allows. `root`: the schema that its references point into."""
+    """Return the JSON types that a schema allows. `root`: the schema that its references point into."""
     if not isinstance(schema, Mapping) or depth > _MOST_REFERENCES:
         return ALL
     reference = schema.get("$ref")
@@ -130,7 +131,7 @@ def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
 
 
 def types_of_value(value: Any) -> frozenset[str]:
-    """The JSON types that a value has: a whole number has two."""
+    """Return the JSON types of a value: a whole number has two."""
     if isinstance(value, bool):
         return frozenset({"boolean"})
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
@@ -140,7 +141,7 @@ def types_of_value(value: Any) -> frozenset[str]:
 
 
 def resolved(reference: str, root: Any) -> Any:
-    """What a reference inside of the same schema points at; {} if there is no such thing."""
+    """Return the target of a reference inside of the same schema; {} if there is none."""
     place = root
     if not reference.startswith("#"):
         return {}

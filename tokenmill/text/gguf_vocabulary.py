@@ -1,7 +1,7 @@
-"""The tokenizer that a GGUF file carries in its metadata, as a tokenizer of the `tokenizers` library.
+"""The tokenizer in the metadata of a GGUF file, as a tokenizer of the `tokenizers` library.
 
-"gpt2": byte-level BPE with merges; `tokenizer.ggml.pre` names how text is cut into words before. "llama": SentencePiece
-with scores. What the files leave unsaid follows llama.cpp, whose format this is.
+"gpt2": byte-level BPE with merges; `tokenizer.ggml.pre` names the way in which text is cut into words before. "llama":
+SentencePiece with scores. Where files are silent, the defaults are llama.cpp's, whose format this is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.gguf import Gguf
 
 _WHOLE_WORDS_FIRST = frozenset("llama-bpe llama3 llama-v3 tekken falcon3 falcon-h1 pixtral midm-2.0 lfm2".split())
-"""A word that is a token stays one, whatever the merges say. These begin with BOS unless the file says otherwise."""
+"""Pre-tokenizers with which a word that is a token stays one, whatever its merges. BOS is added unless the file forbids
+it."""
 
 _ENDS = (
     "<|eot_id|>",
@@ -76,7 +77,7 @@ class _Metadata:
             raise ModelError(f"{path} has no vocabulary: the key 'tokenizer.ggml.tokens' is missing.")
 
     def take(self, key: str, kind: type, default: Any = None) -> Any:
-        """One value; the default if there is none. ModelError if it is of another type."""
+        """Return one value; the default if there is none. Raises ModelError for another type."""
         value = self._all.get(f"tokenizer.ggml.{key}", default)
         if value is None:
             raise ModelError(f"{self._path} lacks the key 'tokenizer.ggml.{key}'.")
@@ -95,11 +96,11 @@ class _Metadata:
         return value
 
     def scores(self) -> list[float]:
-        """One a token; zeros if the file has none."""
+        """Return a score for each token; zeros if the file has none."""
         return self._list("scores", float, len(self.tokens)) or [0.0] * len(self.tokens)
 
     def merges(self) -> list[tuple[str, str]]:
-        """Pairs of tokens, the first merged first."""
+        """Return pairs of tokens, in the order in which they are merged."""
         pairs: list[tuple[str, str]] = []
         for line in self._list("merges", str):
             left, space, right = line.partition(" ")
@@ -109,17 +110,17 @@ class _Metadata:
         return pairs
 
     def id(self, key: str) -> int | None:
-        """A token's id, or None if the file does not name one."""
+        """Return a token's id, or None if the file names none."""
         value = self._all.get(f"tokenizer.ggml.{key}")
         return value if isinstance(value, int) and 0 <= value < len(self.tokens) else None
 
     def token(self, key: str) -> str | None:
-        """The text of the token whose id the key names."""
+        """Return the text of the token whose id the key names."""
         token_id = self.id(key)
         return None if token_id is None else self.tokens[token_id]
 
     def templates(self) -> dict[str, str]:
-        """Chat templates by name."""
+        """Return the chat templates by name."""
         names = self._all.get("tokenizer.chat_templates") or []
         keys = {str(name): f"tokenizer.chat_template.{name}" for name in names}
         found = {name: self._all.get(key) for name, key in {**keys, "default": "tokenizer.chat_template"}.items()}

@@ -1,7 +1,7 @@
-"""Keeps a template's values small: what filters, methods and arithmetic would build is measured before it is built.
+"""Bounds the values of a template: the size of a result is computed before the result is built.
 
-A loop is ended by the budget of `sandbox.py`, but one call of Python's can fill the memory between two looks at it:
-`'a' * 10**12`, a replacement that is longer than the text, a list that holds itself twice at each of forty levels.
+The budget of `sandbox.py` ends a loop, but a single call of Python's can fill the memory between two checks of it: `'a'
+* 10**12`, a replacement that is longer than the text, a list that contains itself twice at each of forty levels.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import Any
 
 from jinja2 import TemplateRuntimeError
 
-MAX_CHARACTERS = 16 << 20  # of output, or of any one string on the way
-_MAX_WIDTH = 100_000  # what Jinja's sandbox allows a range
+MAX_CHARACTERS = 16 << 20  # of the output, or of any intermediate string
+_MAX_WIDTH = 100_000  # the limit of Jinja's sandbox for a range
 _MAX_PRECISION = 308
 _MAX_POWER = 64
 _MAX_BITS = 1 << 16  # of a whole number
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill"})
-_WIDE = regex(r"\d{5}|\*|:[^}]*\{")  # a width of five digits, or one that an argument gives
+_WIDE = regex(r"\d{5}|\*|:[^}]*\{")  # a width of five digits, or one from an argument
 
 
 class Refused(TemplateRuntimeError):
-    """A template goes beyond its limits; the message is ours, unlike that of Jinja's own errors."""
+    """Error of a template that exceeds its limits. The message is this server's, unlike that of Jinja's own errors."""
 
 
 def check_size(count: int) -> None:
-    """Refused for more characters, or items, than a prompt can have."""
+    """Raise Refused for more characters, or items, than a prompt can have."""
     if count > MAX_CHARACTERS:
         raise Refused(f"the chat template writes more than {MAX_CHARACTERS} characters for these messages")
 
 
 def check_tree(value: Any) -> Any:
-    """The value, once it is known that its text is not too long however often lists hold the same list."""
+    """Return the value. Raises Refused if its text is too long, also if lists contain the same list many times."""
     if not isinstance(value, (list, tuple, dict)):
         return value
     size = 0
@@ -53,7 +53,7 @@ def check_tree(value: Any) -> Any:
 
 
 def check_arithmetic(operator: str, left: Any, right: Any) -> None:
-    """What an operator would make of two values."""
+    """Raise Refused if the result of an operator would be too large."""
     if operator == "*":
         check_size(_length(left) * _whole(right) + _length(right) * _whole(left))
         _check_bits(_bits(left) + _bits(right))
@@ -68,7 +68,8 @@ def check_arithmetic(operator: str, left: Any, right: Any) -> None:
 
 
 def check_call(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A call of a string's method, as `method(*result, **kwargs)` once its result is known to be small."""
+    """Return arguments such that `method(*result, **kwargs)` is the call of a string's method. Raises Refused if its
+    result is too large."""
     owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
     if not isinstance(owner, str):
         return args
@@ -91,13 +92,13 @@ def check_call(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def check_widths(pattern: str) -> None:
-    """Refused for a format that pads without measure."""
+    """Raise Refused for a format with a large width, or one from an argument."""
     if _WIDE.search(pattern):
         raise Refused("a chat template may not format to such a width")
 
 
 def guarded(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """Those of Jinja's filters that can make much of little, each behind a look at its arguments."""
+    """Return the filters of Jinja's whose output can be much larger than their input, wrapped in argument checks."""
     return {name: _behind(check, filters[name]) for name, check in _CHECKS.items()}
 
 

@@ -1,7 +1,7 @@
-"""Earlier messages of a conversation in one form, whoever wrote them: other providers, SDKs that dump every field, or
-this server, whose own answers are sent back as they came.
+"""Earlier messages of a conversation in one form, whoever wrote them: other providers, SDKs that send every field, or
+this server, whose own answers are sent back unchanged.
 
-Nothing here depends on a template; `template_forms.py` brings the result into the form that one takes.
+Nothing here depends on a template; `template_forms.py` converts the result into the form of one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ REASONING = ("reasoning_content", "reasoning")
 
 
 def normalized(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages without empty fields, with refusals as text, thoughts under each name, and plain calls. Takes
-    nothing."""
+    """Return the messages without empty fields, with refusals as text, thoughts under each name, and plain calls. The
+    arguments are not changed."""
     made: list[dict[str, Any]] = []
     for message in messages:
         one = _without_nothing(message)
@@ -29,8 +29,8 @@ def normalized(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _without_nothing(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without fields that are null: SDKs send those that a message does not have, and templates ask whether they
-    are there. An empty list of calls is none."""
+    """Return a copy without fields that are null, because SDKs send null for absent fields, and templates test whether
+    fields are present. An empty list of calls is removed, too."""
     kept = {key: value for key, value in message.items() if value is not None or key == "content"}
     if not kept.get("tool_calls", True):
         del kept["tool_calls"]
@@ -38,7 +38,7 @@ def _without_nothing(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal_as_text(message: dict[str, Any]) -> None:
-    """Make a refusal the text that it is."""
+    """Make a refusal the text of its message."""
     content, refusal = message.get("content"), message.get("refusal")
     if isinstance(content, list):
         message["content"] = [_as_text(part) for part in content]
@@ -53,7 +53,7 @@ def _as_text(part: Any) -> Any:
 
 
 def _name_thought(message: dict[str, Any]) -> None:
-    """Give the thought each of its names. A message that is nothing else has an empty text."""
+    """Give the thought each of its names. A message with nothing else gets an empty text."""
     thought = next((text for name in REASONING if isinstance(text := message.get(name), str) and text), None)
     if thought is None:
         return
@@ -63,7 +63,7 @@ def _name_thought(message: dict[str, Any]) -> None:
 
 
 def _plain(call: Any) -> Any:
-    """A call without what SDKs add to it for themselves."""
+    """Return a call without the fields that SDKs add for themselves."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         return call

@@ -1,9 +1,8 @@
-"""Writes grammars in llguidance's Lark: texts with special tokens in them, JSON, and free text in which some texts do
-not occur.
+"""Writes grammars in llguidance's Lark: texts with special tokens, JSON, and free text without certain substrings.
 
-llguidance's lexer takes the longest lexeme and does not go back, and what a mask costs hangs on the shape of lexemes:
-where a state has one that is a repetition of characters, whole slices of the vocabulary are allowed at once. So free
-text is cut into such lexemes, at the characters that the texts it must not hold begin and end with.
+llguidance's lexer takes the longest lexeme and does not backtrack, and the cost of a mask depends on the form of the
+lexemes: in a state with a lexeme that is a repetition of characters, whole slices of the vocabulary are allowed at
+once. So free text is cut into such lexemes, at the characters with which forbidden substrings begin and end.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from tokenmill.text.reader import alternatives
 
 SPACES = r"[\s\x1C-\x1F]*"
 """A regular expression: white space as Python's `\\s` and `str.isspace` know it."""
-_SPACING = {"whitespace_pattern": "[ \\n\\t]{1,16}"}  # without a bound, a model can go on with spaces for ever
+_SPACING = {"whitespace_pattern": "[ \\n\\t]{1,16}"}  # without a bound, a model can write spaces for ever
 
 
 class Free(NamedTuple):
-    """Free text, which may end anywhere: `plain` or nothing, then any number of `more`. `plain`: a terminal, text
-    without the characters that what must not occur begins with."""
+    """Free text, which may end anywhere: `plain` or nothing, then any number of `more`. `plain`: a terminal for text
+    without the first characters of forbidden substrings."""
 
     plain: str
     more: str
@@ -35,7 +34,7 @@ class Free(NamedTuple):
 
 
 class Lark:
-    """Collects rules. `special_ids`: special tokens by text."""
+    """Grammar that is being written, rule by rule. `special_ids`: special tokens by text."""
 
     def __init__(self, special_ids: Mapping[str, int] | None = None) -> None:
         self._ids = special_ids or {}
@@ -43,30 +42,31 @@ class Lark:
         self._rules: dict[str, str] = {}
 
     def text(self, text: str) -> str:
-        """An expression for exactly this text: special tokens by id, the rest quoted."""
+        """Return an expression for exactly this text: special tokens by id, the rest quoted."""
         parts = [part for part in self._special.split(text) if part]
         return " ".join(f"<[{self._ids[part]}]>" if part in self._ids else quoted(part) for part in parts)
 
     def is_special(self, text: str) -> bool:
-        """True for the text of a special token."""
+        """Return True for the text of a special token."""
         return text in self._ids
 
     def rule(self, name: str, body: str) -> str:
-        """Adds a rule, or changes it; its name."""
+        """Add or change a rule, and return its name."""
         self._rules[name] = body
         return name
 
     def json(self, name: str, schema: Any) -> str:
-        """Adds a rule for JSON that fits `schema`."""
+        """Add a rule for JSON that fits `schema`, and return its name."""
         value = schema if isinstance(schema, dict) else {} if schema is True or schema is None else {"not": {}}
         options = value.get("x-guidance")
         merged = {**value, "x-guidance": {**_SPACING, **(options if isinstance(options, dict) else {})}}
         return self.rule(name, "%json " + json.dumps(merged, ensure_ascii=False))
 
     def free(self, name: str, without: Sequence[str], spoken: Iterable[str] = ()) -> Free:
-        """Adds rules for text that holds none of the texts `without`. `spoken`: special tokens that may stand in it.
+        """Add rules for text that contains none of the texts `without`. `spoken`: special tokens that it may contain.
 
-        None of `without` may have a character inside that one of them begins with, or one that begins alike ends with.
+        A text of `without` may not contain, behind its beginning, a character with which one of them begins, or with
+        which one of the same first character ends.
         """
         families: dict[str, list[str]] = {}
         for text in without:
@@ -87,14 +87,14 @@ class Lark:
         return Free(plain, " | ".join(options))
 
     def source(self) -> str:
-        """The grammar's text."""
+        """Return the grammar's text."""
         return "".join(f"{name}: {body}\n" for name, body in self._rules.items())
 
 
 def _family(first: str, texts: Sequence[str], firsts: str) -> tuple[str, str, int]:
-    """Two terminals for text that is none of `texts` but begins as they do: up to a character that could end one, so
-    that nothing plain follows, and with that. And how often all of them repeat their first character. `firsts`: what
-    such texts begin with, inside of a class of characters."""
+    """Return two terminals for text that is none of `texts` but begins like them: up to a character that could end one,
+    so that nothing plain follows, and with that. And return the least number of repetitions of their first character.
+    `firsts`: their first characters, inside of a class of characters."""
     lasts = {text[-1] for text in texts}
     runs = {text: len(text) - len(text.lstrip(first)) for text in texts}  # ``` begins with three
     ends = "".join(map(literal, sorted(lasts)))
@@ -107,10 +107,10 @@ def _family(first: str, texts: Sequence[str], firsts: str) -> tuple[str, str, in
 
 
 def quoted(text: str) -> str:
-    """A string as Lark writes it."""
+    """Return a string in Lark's notation."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def slashed(pattern: str) -> str:
-    """A regular expression as it stands between slashes."""
+    """Return a regular expression for use between slashes."""
     return re.sub(r"\\.|/", lambda found: "\\/" if found.group() == "/" else found.group(), pattern, flags=re.DOTALL)

@@ -1,6 +1,6 @@
-"""Errors of the `tokenizers` library: it raises plain Exception, and its panics are no Exception at all.
+"""Errors of the `tokenizers` library, which raises plain Exception, and whose panics are not even an Exception.
 
-What it writes into them changes from version to version; messages of ours do not repeat it, the debug log does.
+Their texts change from version to version, so messages to users do not repeat them; the debug log does.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 def is_library_error(error: BaseException) -> bool:
-    """True for anything but what ends a process on purpose (KeyboardInterrupt and its like)."""
+    """Return True for anything but errors that end a process on purpose, such as KeyboardInterrupt."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever the library makes of a bad file becomes a ModelError that names it, as does a Git LFS pointer."""
+    """Turn any error of the library into a ModelError that names the file, also for a Git LFS pointer."""
     refuse_pointer(path)
     try:
         yield
@@ -42,7 +42,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _why(path: Path) -> str:
-    """Tell what a user can do about a file that the library refuses."""
+    """Return the remedy for a file that the library refuses."""
     with contextlib.suppress(OSError):
         if path.suffix == ".json" and (fault := jsontext.fault(path.read_bytes(), sys.maxsize)):
             return f"it is not JSON: {fault}. Download the file again"

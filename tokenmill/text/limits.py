@@ -1,7 +1,7 @@
 """Every bound on a field of a request, in one table for both APIs: field, bounds, message.
 
-Native messages that TGI has are TGI's, word for word; what only we bound, and OpenAI's routes, say field, value and
-limit. The order is TGI's, for clients look at the first message.
+Native messages that TGI has are TGI's, word for word. Other bounds, and OpenAI's routes, name field, value and limit.
+The order is TGI's, because clients see the first message only.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from tokenmill.errors import ValidationError
 from tokenmill.misfit import shown as shown
 from tokenmill.text.options import Dialect, Options, RequestLimits
 
-MAX_STOP_CHARACTERS = 1024  # of one stop string; comparing costs their product with the text
+MAX_STOP_CHARACTERS = 1024  # of one stop string; the cost of comparing grows with it
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_NAME_CHARACTERS = 1024
 MAX_CHOICES = 1024  # of a guided choice
-MAX_GRAMMAR_BYTES = 320 << 10  # of a field that holds one: a schema may take 256 KiB (`grammar/schema.py`)
-MAX_TEMPLATE_BYTES = 512 << 10  # of a field that a chat template walks through
+MAX_GRAMMAR_BYTES = 320 << 10  # of a field with a grammar; a schema may have 256 KiB (`grammar/schema.py`)
+MAX_TEMPLATE_BYTES = 512 << 10  # of a field that a chat template iterates over
 MAX_TOOLS = 128  # OpenAI's
 MAX_TOOL_NAME = 256  # characters
 
 GRAMMAR_FIELDS = (
     "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
 )  # fmt: skip
-"""Where OpenAI's routes may be asked for a grammar."""
+"""Fields of OpenAI's routes that ask for a grammar."""
 
 OPENAI_NAMES = {
     "max_new_tokens": "max_tokens",
@@ -38,11 +38,12 @@ OPENAI_NAMES = {
     "grammar": "response_format",
     "adapter_id": "model",
 }
-"""Fields that OpenAI's API calls otherwise."""
+"""Fields with another name in OpenAI's API."""
 
 
 def refuse(dialect: Dialect, name: str, native: str, allowed: str, given: object = None) -> ValidationError:
-    """The error in the words of the API that was called. `native`: TGI's text, `allowed` follows "it must be"."""
+    """Return the error in the words of the API that was called. `native`: TGI's text; `allowed`: follows "it must
+    be"."""
     if dialect == "native":
         return ValidationError(native, name)
     field = OPENAI_NAMES.get(name, name)
@@ -51,7 +52,7 @@ def refuse(dialect: Dialect, name: str, native: str, allowed: str, given: object
 
 
 def not_supported(param: str, reason: str) -> ValidationError:
-    """The error for a field that would change the answer and cannot be honoured."""
+    """Return the error for a field that would change the answer and is not supported."""
     return ValidationError(f"`{param}` is not supported: {reason}", param)
 
 
@@ -68,7 +69,7 @@ def _longest_value(texts: Mapping[str, str]) -> int:
 
 
 def _num_bytes(value: Any) -> int:
-    """Of its JSON text; 0 for what is nested too deeply to be written, which is refused for that."""
+    """Return the length of the value's JSON text; 0 if it is nested too deeply, which is refused elsewhere."""
     try:
         return len(msgspec.json.encode(value))
     except RecursionError:
@@ -82,9 +83,9 @@ def _shortest(texts: tuple[str, ...]) -> int:
 class Limit(NamedTuple):
     """One bound. `most` may name a field of `RequestLimits`; `above`: `least` itself is not allowed.
 
-    `attribute`: where `Options` has the value, if not under its native name. `measure`: what of the value is bounded,
-    in `unit`s. `native`: TGI's message, with {most} and {given}; "" for a bound that is only ours. `openai_least`,
-    `openai_most`: where OpenAI's routes allow more.
+    `attribute`: the value's name in `Options`, if not its native name. `measure`: the bounded property of the value, in
+    `unit`s. `native`: TGI's message, with {most} and {given}; "" for a bound that TGI does not have. `openai_least`,
+    `openai_most`: wider bounds of OpenAI's routes.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Limit(NamedTuple):
     openai_most: int | None = None
 
     def bounds(self, limits: RequestLimits | None, dialect: Dialect) -> tuple[float, float]:
-        """The smallest value and the largest."""
+        """Return the smallest value and the largest."""
         most = getattr(limits, self.most) if isinstance(self.most, str) else self.most
         if dialect == "native":
             return self.least, most
@@ -107,14 +108,15 @@ class Limit(NamedTuple):
         return least, most if self.openai_most is None else max(most, self.openai_most)
 
     def check(self, value: Any, limits: RequestLimits | None, dialect: Dialect) -> None:
-        """ValidationError that names the field if `value` is out of bounds. None, not given, is always allowed.
+        """Raise ValidationError that names the field if `value` is out of bounds. None, not given, is always allowed.
 
-        `limits`: None for a bound that names none of their fields."""
+        `limits`: None for a bound that names none of their fields.
+        """
         if value is None:
             return
         size = self.measure(value)
         least, most = self.bounds(limits, dialect)
-        if (least < size if self.above else least <= size) and size <= most and -inf < size < inf:  # nor NaN
+        if (least < size if self.above else least <= size) and size <= most and -inf < size < inf:  # false for NaN
             return
         allowed = self._range(least, most)
         if self.native:
@@ -139,7 +141,7 @@ def _number(value: float) -> str:
 
 
 _WARMEST = 1e6
-"""Beyond any use, and far from where a float32 ends."""
+"""Above any useful temperature, and far below float32's largest number."""
 
 THINKING_BUDGET = Limit("thinking_budget", 0, 2**31 - 1)
 
@@ -153,7 +155,7 @@ TABLE = (
     Limit("top_p", 0, 1, above=True, native="`top_p` must be > 0.0 and < 1.0"),
     Limit("typical_p", 0, 1, above=True, native="`typical_p` must be > 0.0 and < 1.0"),
     Limit("min_p", 0, 1, native="`min_p` must be >= 0.0 and <= 1.0"),
-    Limit("top_k", 1, native="`top_k` must be strictly positive", openai_least=-1),  # others say 0 or -1 for "off"
+    Limit("top_k", 1, native="`top_k` must be strictly positive", openai_least=-1),  # 0 or -1: off
     Limit("top_k", 1, 2**31 - 1, openai_least=-1),
     Limit("max_new_tokens", 1, native="`max_new_tokens` must be strictly positive"),
     Limit("max_new_tokens", 1, 2**32 - 1),
@@ -171,7 +173,7 @@ TABLE = (
           native="`prompt_logprobs` must be >= 0 and <= {most}. Given: {given}"),
     Limit("adapter_id", 0, MAX_NAME_CHARACTERS, measure=len, unit="characters"),
 )  # fmt: skip
-"""What can be said without the prompt, in TGI's order. `rules.py` has what needs more than a number."""
+"""Bounds that do not depend on the prompt, in TGI's order. `rules.py` has rules beyond bounds."""
 
 TRUNCATE = Limit("truncate", 1, "max_input_tokens",
                  native="`truncate` must be strictly positive and less than {most}. Given: {given}")  # fmt: skip
@@ -197,12 +199,12 @@ OPENAI_TABLE = (
     Limit("metadata", 0, 64, measure=_longest, unit="characters in each key"),
     Limit("metadata", 0, 512, measure=_longest_value, unit="characters in each text"),
 )
-"""What only OpenAI's bodies have; the numbers are OpenAI's own, but for bytes, lengths of names, and `logit_bias`."""
+"""Bounds of fields of OpenAI's bodies. The numbers are OpenAI's, except bytes, lengths of names, and `logit_bias`."""
 
-LOGPROBS = Limit("logprobs", 0, "max_top_n_tokens", openai_most=5)  # of completions; a chat's is `top_logprobs`
+LOGPROBS = Limit("logprobs", 0, "max_top_n_tokens", openai_most=5)  # of completions; chats have `top_logprobs`
 
 
 def given_values(options: Options) -> Iterator[tuple[Limit, Any]]:
-    """Each bound with what `options` has for it, in order."""
+    """Yield each bound with its value in `options`, in order."""
     for limit in TABLE:
         yield limit, getattr(options, limit.attribute or limit.name)

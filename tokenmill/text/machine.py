@@ -1,11 +1,11 @@
-"""Reads an answer with a tool format: what is a call becomes calls, everything else stays content.
+"""Reads an answer with a tool format: calls become calls, all other text stays content.
 
-Total: any text may come, in any pieces; nothing is raised, and what comes out, joined, does not depend on the pieces.
-A call is told once its name and the beginning of its arguments are there. If it then turns out to be none, or the
-answer is cut off in it, it is taken back: a `Delta.broken` with its text, which is content. So content and the texts of
-complete calls are the answer. Reading goes on behind the last part of the broken call that was in order; where the
-answer was cut off nothing in its text is another call.
-White space before a group of calls, between and behind them belongs to the calls.
+Total: it takes any text in any pieces and raises nothing. Invariant: the joined output does not depend on the pieces. A
+call is emitted once its name and the beginning of its arguments are there. If it then turns out not to be one, or the
+answer is cut off in it, it is taken back by a `Delta.broken` with its text, which is content. So content and the texts
+of complete calls are the answer. Reading continues behind the last valid part of the broken call; if the answer was cut
+off, nothing in its text is another call. White space before a group of calls, between and behind them belongs to the
+calls.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tokenmill.text.output import Delta, DeltaBuilder
 from tokenmill.text.reader import Broken, Markers, Reading, TextCursor
 from tokenmill.text.tools.base import ToolFormat
 
-_MOST_SPACE = 32  # characters of white space that wait for a call behind them
+_MOST_SPACE = 32  # characters of white space that are held back, because a call may follow
 
 Held = Literal["", "calls", "answer", "choice"]
-"""By which grammar of calls the answer is held, if any (see base.Extent): then it is read to the letter."""
+"""Extent of the grammar that constrains the answer, if any (see base.Extent): then it is read exactly."""
 
 
 class Machine:
-    """One answer's reader. `push` text as it comes, then `finish` once."""
+    """Reader of one answer. `push` text as it comes, then `finish` once."""
 
     __slots__ = ("_fresh", "_marks", "_only_calls", "_out", "_reader", "_run", "format")
 
@@ -40,28 +40,28 @@ class Machine:
         self._reader = TextCursor()
         self._out = DeltaBuilder(schemas, new_id or form.new_id, most, bool(held))
         self._marks = Markers(*(form.held_starts if held else form.starts))
-        self._only_calls = held == "choice"  # there was nothing else; once there is, there are none
-        self._fresh = bool(form.bare)  # nothing but white space has come yet
+        self._only_calls = held == "choice"  # True until other text comes, after which nothing is a call
+        self._fresh = bool(form.bare)  # True while only white space has come
         self._run: Reading[None] = form.read(self._reader, self._out) if form.own_loop else self._answer()
         self._step()
 
     @property
     def complete(self) -> int:
-        """Calls that are whole."""
+        """Number of calls that are whole."""
         return self._out.complete
 
     @property
     def over(self) -> bool:
-        """True once nothing more can be part of the answer: it has all the calls that it may have."""
+        """True once the answer has all the calls that it may have, so that no further text belongs to it."""
         return self._out.over
 
     @property
     def in_reasoning(self) -> bool:
-        """True while the newest text is a thought, for a format that reads them."""
+        """True while the newest text is a thought, for a format that reads thoughts."""
         return self._out.thinking
 
     def push(self, text: str) -> Delta:
-        """What `text` adds."""
+        """Return the delta of `text`."""
         if not text or self._reader.ended:
             return Delta()
         self._reader.feed(text)
@@ -69,7 +69,7 @@ class Machine:
         return self._out.take()
 
     def finish(self) -> Delta:
-        """What is left when no more text comes."""
+        """End the answer, and return the last delta."""
         if not self._reader.ended:
             self._reader.ended = True
             self._step()
@@ -79,7 +79,7 @@ class Machine:
         next(self._run, None)
 
     def _answer(self) -> Reading[None]:
-        """Text and groups of calls, in turn."""
+        """Read text and groups of calls, in turn."""
         r = self._reader
         after_call = False
         while (yield from self._content(after_call)):
@@ -96,7 +96,7 @@ class Machine:
             self._fresh = False
 
     def _resume(self, after_call: bool) -> None:
-        """Goes on behind a broken call: never with the same text, which would break again."""
+        """Continue behind a broken call, never with the same text, which would break again."""
         r, out = self._reader, self._out
         over = self._only_calls or (r.ended and (out.held or out.begun))
         if out.begun:
@@ -112,7 +112,7 @@ class Machine:
             self._marks = Markers()
 
     def _content(self, after_call: bool) -> Reading[bool]:
-        """Emits text up to where a call may begin, and gives True; at the end False."""
+        """Emit text up to a place where a call may begin, and return True; at the end False."""
         r, out = self._reader, self._out
         while True:
             if self._only_calls and not self._may_begin(r.text[r.pos :].lstrip()):
@@ -138,7 +138,7 @@ class Machine:
             yield
 
     def _may_begin(self, text: str) -> bool:
-        """True if `text` is, or may become, the beginning of a group of calls."""
+        """Return True if `text` is, or may become, the beginning of a group of calls."""
         marked = any(mark.startswith(text[: len(mark)]) for mark in self._marks.texts)
         return marked or not text or (self._fresh and text[0] in self.format.bare)
 
@@ -151,6 +151,6 @@ class Machine:
 
 
 def _kept(text: str, start: int, stop: int) -> int:
-    """Where the white space begins that `text[start:stop]` ends with, of which only so much waits."""
+    """Return where the white space at the end of `text[start:stop]` begins, of which a bounded length is held back."""
     begin = max(start, stop - _MOST_SPACE)
     return begin + len(text[begin:stop].rstrip())

@@ -1,4 +1,4 @@
-"""Where formats tell what they read, and where the deltas of an answer are put together."""
+"""Deltas of an answer: their builder, which formats write to, and their fold."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _MOST_NAME = 256
 
 
 class CallDelta(msgspec.Struct, frozen=True, gc=False):
-    """More of one call. `id` and `name` come once, with the first delta of an index; `arguments` is a piece of JSON
-    text, and the joined pieces of a complete call are one JSON object."""
+    """A part of one call. `id` and `name` come once, with the first delta of an index. `arguments`: a piece of JSON
+    text; the joined pieces of a complete call are one JSON object."""
 
     index: int
     arguments: str = ""
@@ -23,10 +23,11 @@ class CallDelta(msgspec.Struct, frozen=True, gc=False):
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):
-    """What a piece of text added to the answer. In each field the order of the text is kept.
+    """The part of an answer that a piece of text added. In each field the order of the text is kept.
 
-    `broken`: the newest call of the deltas before is none, and this is its text. It is content, before `content`, for
-    a client that has not been sent the call's beginning; a client that has is sent nothing of it again."""
+    `broken`: the newest call of the earlier deltas is not one, and this is its text. It is content, before `content`,
+    for a client that has not received the call's beginning; a client that has gets none of it again.
+    """
 
     reasoning: str = ""
     content: str = ""
@@ -38,7 +39,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
 
 
 def fold(deltas: Sequence[Delta]) -> Delta:
-    """The deltas as one: texts joined, and each call whole. A call that began in them and broke is content."""
+    """Return the deltas as one: texts joined, and each call whole. A call that began in them and broke is content."""
     calls: dict[int, CallDelta] = {}
     content: list[str] = []
     broken, num_dropped = "", 0
@@ -61,11 +62,11 @@ def fold(deltas: Sequence[Delta]) -> Delta:
 
 
 class DeltaBuilder:
-    """Collects content, thoughts and calls since the last `take`.
+    """Builder of deltas: collects content, thoughts and calls since the last `take`.
 
     `schemas`: the parameters' schema of each function by name; without any, every name is a function. `most`: how many
-    calls an answer may have. `held`: a grammar holds it, so that a call breaks only where the answer is cut off; what
-    looks like another one in its texts is none.
+    calls an answer may have. `held`: a grammar constrains the answer, so a call breaks only where the answer is cut
+    off, and text in it that looks like another call is not one.
     """
 
     __slots__ = ("_args", "_broken", "_content", "_deltas", "_id", "_name", "_reasoning", "begun", "complete", "held",
@@ -79,8 +80,8 @@ class DeltaBuilder:
         self.most = most
         self.held = held
         self.complete = 0  # calls whose arguments are whole
-        self.begun = False  # the newest call has been told, and its arguments are not whole
-        self.thinking = False  # the newest text is a thought; kept by formats that read them
+        self.begun = False  # the newest call has been emitted, and its arguments are not whole
+        self.thinking = False  # the newest text is a thought; set by formats that read thoughts
         self.index = -1  # of the newest call
         self._broken = ""
         self._content: list[str] = []
@@ -97,21 +98,22 @@ class DeltaBuilder:
 
     @property
     def over(self) -> bool:
-        """True once the answer has all the calls that it may have: nothing behind them is part of it."""
+        """True once the answer has all the calls that it may have, so that nothing behind them belongs to it."""
         return self.full and self.complete > 0
 
     def content(self, text: str) -> None:
-        """Text for the user."""
+        """Add text for the user."""
         if not self.over:
             self._content.append(text)
 
     def reasoning(self, text: str) -> None:
-        """Text of a thought."""
+        """Add text of a thought."""
         if not self.over:
             self._reasoning.append(text)
 
     def check(self, name: str, known: bool = False) -> str:
-        """`name`, if it can be a function's; with `known`, if it is one of the functions given. Raises Broken."""
+        """Return `name`, if it can be a function's; with `known`, if it is one of the given functions'. Raises
+        Broken."""
         if not name or len(name) > _MOST_NAME or not name.isprintable() or self.full:
             raise Broken
         if known and self.schemas and name not in self.schemas:
@@ -119,23 +121,23 @@ class DeltaBuilder:
         return name
 
     def call(self, name: str, call_id: str | None = None) -> None:
-        """A call begins."""
+        """Begin a call."""
         self._flush()
         self.index += 1
         self.begun = True
         self._id, self._name = call_id or self.new_id(), name
 
     def arguments(self, piece: str) -> None:
-        """More of the newest call's arguments, as JSON text."""
+        """Add to the newest call's arguments, as JSON text."""
         self._args.append(piece)
 
     def done(self) -> None:
-        """The newest call's arguments are whole."""
+        """Mark the newest call's arguments as whole."""
         self.complete += 1
         self.begun = False
 
     def cancel(self, text: str) -> None:
-        """The newest call is none: `text` is content. If it has been taken in part, the next delta says so."""
+        """Take the newest call back: `text` is content. If a part of it has been taken, the next delta is `broken`."""
         taken = self._name is None and not any(delta.index == self.index and delta.name for delta in self._deltas)
         self._deltas = [delta for delta in self._deltas if delta.index != self.index]
         self._args.clear()
@@ -154,7 +156,7 @@ class DeltaBuilder:
             self._id = self._name = None
 
     def take(self) -> Delta:
-        """What was told since the last time."""
+        """Return what was added since the last time."""
         self._flush()
         delta = Delta("".join(self._reasoning), "".join(self._content), tuple(self._deltas), self._broken)
         self._broken = ""

@@ -1,9 +1,9 @@
-"""What each token of a vocabulary stands for, in bytes: the ground on which text is streamed without decoding twice.
+"""The bytes of each token of a vocabulary, with which text is streamed without decoding twice.
 
-Two families cover nearly all models. Byte-level BPE spells each byte as one printable character. SentencePiece writes a
-space as "▁" and a byte that is no character of its vocabulary as <0x0A>. In both, the bytes of a text are the bytes of
-its tokens one after another, so a token needs to be looked up once. Any other decoder has no such table and is served
-by the slower way of `detokenizer.py`.
+Two families cover nearly all models. Byte-level BPE writes each byte as one printable character. SentencePiece writes a
+space as "▁" and a byte that is not a character of its vocabulary as <0x0A>. In both, the bytes of a text are the bytes
+of its tokens one after another, so a token is looked up once. Other decoders have no such table; `detokenizer.py` has a
+slower way for them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_HARMLESS = {"Fuse", "ByteFallback"}  # decoders of SentencePiece's family that need no look at their fields
+_HARMLESS = {"Fuse", "ByteFallback"}  # decoders of SentencePiece's family whose fields do not matter
 
 
 def byte_characters() -> dict[str, int]:
-    """The character that GPT-2's byte-level BPE writes for each byte -> the byte."""
+    """Return the byte of each character with which GPT-2's byte-level BPE writes one."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     table = {chr(byte): byte for byte in printable}
@@ -26,7 +26,8 @@ def byte_characters() -> dict[str, int]:
 
 
 def spelling(decoder: Any) -> Callable[[str], bytes] | None:
-    """How a decoder of the `tokenizers` library spells a token, as a function; None if the token alone does not say."""
+    """Return a function from a token to its bytes for a decoder of `tokenizers`; None if they depend on its
+    neighbours."""
     if decoder is None:
         return None
     found = json.loads(decoder.__getstate__())
@@ -43,8 +44,8 @@ def spelling(decoder: Any) -> Callable[[str], bytes] | None:
 class Pieces:
     """Bytes and text of tokens, each looked up once. Safe to share between threads.
 
-    `texts[id]` is the token's text, or None if its bytes are not whole characters by themselves; `texts.get` must not
-    be used, for entries come by being asked for.
+    `texts[id]` is the token's text, or None if its bytes are not whole characters by themselves. Do not use
+    `texts.get`, because entries are made at their first access.
     """
 
     def __init__(self, token_of: Callable[[int], str | None], spell: Callable[[str], bytes]) -> None:
@@ -52,7 +53,7 @@ class Pieces:
         self.texts = _Texts(self)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The token's bytes; none for an id that the vocabulary lacks (a padded row of the embedding)."""
+        """Return the token's bytes; none for an id that the vocabulary lacks (a padded row of the embedding)."""
         token = self._token_of(token_id)
         return b"" if token is None else self._spell(token)
 
@@ -87,7 +88,7 @@ def _of_sentencepiece(step: dict[str, Any]) -> bool:
     kind = step["type"]
     if kind == "Replace":
         return bool(step["pattern"] == {"String": "▁"} and step["content"] == " ")
-    if kind == "Strip":  # the space that was put before the first word: none of a continuation's business
+    if kind == "Strip":  # the space before the first word, which a continuation does not have
         return bool(step["content"] == " " and not step["stop"])
     return kind in _HARMLESS or (kind == "Metaspace" and step["replacement"] == "▁")
 

@@ -1,8 +1,8 @@
-"""From what a client asked for to what the engine gets: every rule a request can break, in TGI's order and words.
+"""From a client's request to the engine's: all rules that a request can break, in TGI's order and words.
 
-`Options` speaks no dialect: both APIs fill it in, None where the client said nothing. After `prepare` every field is
-final. Messages for TGI's native routes are TGI's own, without its prefix "Input validation error: "; those for OpenAI's
-routes name the field as that API calls it.
+`Options` is independent of the API: both fill it in, None for fields that the client did not give. After `prepare`
+every field is final. Messages of TGI's native routes are TGI's own, without its prefix "Input validation error: ";
+those of OpenAI's routes use that API's names of fields.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.wire.messages import GrammarSpec, SamplingParams, StoppingParams
 
 MAX_SEED = 2**64 - 1
-_CHECKED_NEW_TOKENS = 1024  # TGI checks that so many fit and lets longer wishes run until the context is full
-_LONG = 4  # characters for each token that fits: in longer texts tokens are counted before all are encoded
+_CHECKED_NEW_TOKENS = 1024  # TGI checks that this many fit, and ends longer answers when the context is full
+_LONG = 4  # characters for each token that fits; longer texts are counted before they are encoded
 _PIECE = 32_768  # characters that are counted at a time
-_CUT = 64  # tokens that cutting a piece off may add
-_COLDEST = 1e-5  # a temperature below it divides logits out of float32's range
+_CUT = 64  # tokens that a cut may add
+_COLDEST = 1e-5  # at lower temperatures logits exceed float32's range
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A request that breaks no rule. `seed` None: greedy, no randomness. `stop`: strings, for the detokenizer.
-    `num_truncated`: tokens of the prompt that `truncate` cut off."""
+    """A valid request. `seed` None: greedy, without randomness. `stop`: strings, for the detokenizer. `num_truncated`:
+    tokens of the prompt that `truncate` cut off."""
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -38,16 +38,16 @@ class Prepared(msgspec.Struct, frozen=True):
     seed: int | None
     num_truncated: int = 0
     grammar: GrammarSpec | None = None
-    grammar_field: str = ""  # of the request, that errors are about
+    grammar_field: str = ""  # the request's field that errors name
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt, after truncation."""
+        """Number of tokens of the prompt, after truncation."""
         return len(self.prompt_ids)
 
 
 def check_before_queue(options: Options, limits: RequestLimits, *, stream: bool, dialect: Dialect = "native") -> None:
-    """The rules that TGI checks before a request may take a place in the queue. ValidationError."""
+    """Check the rules that TGI checks before a request may enter the queue. Raises ValidationError."""
     best_of = 1 if options.best_of is None else options.best_of
     if stream:
         if best_of != 1:
@@ -75,8 +75,8 @@ def prepare(
 ) -> Prepared:
     """Check a request and fill in every default. Encodes: call it outside of an event loop's thread.
 
-    ValidationError for the first rule broken, ContextLengthError if prompt and wished tokens do not fit. A seed is
-    drawn if none is given and tokens are sampled.
+    Raises ValidationError for the first broken rule, ContextLengthError if prompt and requested tokens do not fit. A
+    seed is drawn if none is given and tokens are sampled.
     """
     check_before_queue(options, limits, stream=stream, dialect=dialect)
     rules.check_options(options, limits, dialect)
@@ -125,7 +125,8 @@ def _prompt_ids(
 def _check_beginning(
     prompt: str, options: Options, limits: RequestLimits, tokenizer: Tokenizer, dialect: Dialect
 ) -> None:
-    """ContextLengthError for a text whose beginning alone does not fit: encoding megabytes takes seconds."""
+    """Raise ContextLengthError for a text whose beginning alone does not fit, because encoding megabytes takes
+    seconds."""
     least = 0
     for at in range(0, len(prompt), _PIECE):
         least += max(len(tokenizer.encode(prompt[at : at + _PIECE], False)) - _CUT, 0)
@@ -134,8 +135,8 @@ def _check_beginning(
 
 
 def _max_new_tokens(num_prompt: int, options: Options, limits: RequestLimits, dialect: Dialect, about: str = "") -> int:
-    """How many tokens may come. Native routes cut off what is wished beyond the context, as long as 1,024 fit; OpenAI's
-    refuse it. `about`: what messages say before `num_prompt`."""
+    """Return the number of tokens to generate at most. Native routes cut a request off at the context's end, if 1,024
+    tokens fit; OpenAI's refuse it. `about`: text before `num_prompt` in messages."""
     room = limits.max_total_tokens - num_prompt
     wished = max(room, 0) if options.max_new_tokens is None else options.max_new_tokens
     checked = wished if dialect == "openai" else min(wished, _CHECKED_NEW_TOKENS)
@@ -163,14 +164,14 @@ def _too_long_for_openai(
     else:
         asked = f"your prompt has {about}{num_prompt} tokens"
         also = f", and it takes prompts of at most {limits.max_input_tokens} tokens"
-    # clients look for the first words
+    # clients search for the first words
     limit = f"This model's maximum context length is {limits.max_total_tokens} tokens{also}"
     message = f"{limit}. However, {asked}. Please reduce the length of the prompt or completion."
     return ContextLengthError(message, "prompt")
 
 
 def _sampling(options: Options, limits: RequestLimits, dialect: Dialect) -> tuple[SamplingParams, int | None]:
-    """The parameters with every default filled in, and the seed if there is randomness."""
+    """Return the parameters with every default filled in, and the seed if there is randomness."""
     temperature, seed = _temperature(options, dialect), None
     if temperature:
         seed = secrets.randbits(64) if options.seed is None else options.seed & MAX_SEED
@@ -196,7 +197,7 @@ def _sampling(options: Options, limits: RequestLimits, dialect: Dialect) -> tupl
 
 
 def _temperature(options: Options, dialect: Dialect) -> float:
-    """0 if the likeliest token is to be taken."""
+    """Return the temperature; 0 for the likeliest token."""
     temperature = _or(options.temperature, 1.0)
     if temperature == 0.0:
         return 0.0

@@ -1,8 +1,8 @@
 """Text that comes in pieces, and small readers that wait for more of it.
 
-A reader is a generator: it yields when it needs more text, and its value is what it read. So formats are written as
-if all text were there, and read the same whatever the pieces are. `TextCursor.pos` moves back to 0 when text comes in:
-never keep a position across a `yield`.
+A reader is a generator: it yields when it needs more text, and its value is what it read. So formats are written as if
+all text were there, and read the same whatever the pieces are. `TextCursor.pos` returns to 0 when text comes in: never
+keep a position across a `yield`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Emit = Callable[[str], None]
 _SPACES = re.compile(r"\s*")
 _CLOSING = re.compile(r"[\s}\]]*")
 NOTHING = re.compile("")
-_MOST_WORD = 512  # characters of a name or a key: more is no call
+_MOST_WORD = 512  # characters of a name or a key; longer ones are not a call
 
 
 class Broken(Exception):
-    """The text is not what the format says; nothing of it is lost."""
+    """The text does not have the expected format. None of it is lost."""
 
 
 class TextCursor:
-    """The text since the last `settle`: `kept` pieces that were read, then `text`, which is read up to `pos`.
-    `checked`: how much of all that was read before the last `check`."""
+    """The text since the last `settle`, with a position: `kept` pieces that were read, then `text`, which is read up to
+    `pos`. `checked`: the length of the text that was read before the last `check`."""
 
     __slots__ = ("_size", "checked", "ended", "kept", "pos", "text")
 
@@ -40,7 +40,7 @@ class TextCursor:
         self._size = 0  # of `kept`, in characters
 
     def feed(self, text: str) -> None:
-        """Appends text."""
+        """Append text."""
         if self.pos:
             self.kept.append(self.text[: self.pos])
             self._size += self.pos
@@ -50,7 +50,7 @@ class TextCursor:
             self.text += text
 
     def settle(self) -> None:
-        """Forgets what was read: it has been told."""
+        """Discard the text that was read, because it has been emitted."""
         self.kept.clear()
         self._size = self.checked = 0
         if self.pos:
@@ -58,11 +58,11 @@ class TextCursor:
             self.pos = 0
 
     def check(self) -> None:
-        """Notes a place between two parts of a call: if the part that follows breaks, it may be something else."""
+        """Mark a place between two parts of a call: if the next part breaks, reading continues here."""
         self.checked = self._size + self.pos
 
     def rewind(self) -> None:
-        """Goes back to the last `settle`."""
+        """Return to the last `settle`."""
         if self.kept:
             self.text = "".join(self.kept) + self.text
             self.kept.clear()
@@ -71,7 +71,7 @@ class TextCursor:
 
 
 class Markers:
-    """Finds the first of several texts, and how much of a text's tail may be the beginning of one."""
+    """Search for the first of several texts, and for the beginning of one at a text's end."""
 
     __slots__ = ("_first", "_longest", "_regex", "texts")
 
@@ -82,11 +82,11 @@ class Markers:
         self._longest = len(self.texts[0]) if texts else 0
 
     def search(self, text: str, pos: int) -> re.Match[str] | None:
-        """The first marker at or behind `pos`."""
+        """Return the first marker at or behind `pos`."""
         return self._regex.search(text, pos)
 
     def held(self, text: str, pos: int) -> int:
-        """Length of the longest tail of `text[pos:]` that a marker begins with."""
+        """Return the length of the longest tail of `text[pos:]` with which a marker begins."""
         start = max(pos, len(text) - self._longest + 1)
         while found := self._first.search(text, start):
             start = found.start()
@@ -98,7 +98,7 @@ class Markers:
 
 
 def peek(r: TextCursor) -> Reading[str]:
-    """The next character, which stays; "" at the end."""
+    """Return the next character without reading it; "" at the end."""
     while r.pos == len(r.text):
         if r.ended:
             return ""
@@ -107,7 +107,7 @@ def peek(r: TextCursor) -> Reading[str]:
 
 
 def spaces(r: TextCursor) -> Reading[None]:
-    """Reads white space, if there is any."""
+    """Read white space, if there is any."""
     while True:
         found = _SPACES.match(r.text, r.pos)
         assert found is not None
@@ -118,7 +118,7 @@ def spaces(r: TextCursor) -> Reading[None]:
 
 
 def take(r: TextCursor, *options: str) -> Reading[str]:
-    """Reads the longest of `options` that comes next, and gives it; "" and nothing read if none does."""
+    """Read the longest of `options` that comes next, and return it; "" and nothing read if none does."""
     longest = max(map(len, options))
     while True:
         rest = r.text[r.pos : r.pos + longest]
@@ -131,8 +131,8 @@ def take(r: TextCursor, *options: str) -> Reading[str]:
 
 
 def ahead(r: TextCursor, *options: str, offset: int = 0, skipped: re.Pattern[str] = _SPACES) -> Reading[str | None]:
-    """Finds the longest of `options` behind `offset` characters and what `skipped` matches, and reads nothing; None if
-    none stands there, "" if the answer ends there."""
+    """Return the longest of `options` behind `offset` characters and a match of `skipped`, without reading it; None if
+    there is none, "" if the answer ends there."""
     longest = max(map(len, options))
     while True:
         found = skipped.match(r.text, r.pos + offset)
@@ -147,7 +147,7 @@ def ahead(r: TextCursor, *options: str, offset: int = 0, skipped: re.Pattern[str
 
 
 def take_end(r: TextCursor, *options: str) -> Reading[None]:
-    """Reads white space and one of `options`, if it comes next, or as much of one as the answer has."""
+    """Read white space and one of `options`, if it comes next, or the part of one with which the answer ends."""
     yield from spaces(r)
     found = yield from take(r, *options)
     rest = r.text[r.pos :]
@@ -156,7 +156,7 @@ def take_end(r: TextCursor, *options: str) -> Reading[None]:
 
 
 def expect(r: TextCursor, *options: str) -> Reading[str]:
-    """Reads one of `options`; Broken if none comes next."""
+    """Read one of `options`. Raises Broken if none comes next."""
     found = yield from take(r, *options)
     if not found:
         raise Broken
@@ -164,7 +164,7 @@ def expect(r: TextCursor, *options: str) -> Reading[str]:
 
 
 def surplus(r: TextCursor, marks: tuple[str, ...], brackets: re.Pattern[str] = _CLOSING) -> Reading[None]:
-    """Reads closing brackets that are too many, if one of `marks` follows or the answer is over."""
+    """Read surplus closing brackets, if one of `marks` follows or the answer is over."""
     if (yield from ahead(r, *marks, skipped=brackets)) is not None:
         found = brackets.match(r.text, r.pos)
         assert found is not None
@@ -172,7 +172,7 @@ def surplus(r: TextCursor, marks: tuple[str, ...], brackets: re.Pattern[str] = _
 
 
 def word(r: TextCursor, pattern: re.Pattern[str]) -> Reading[str]:
-    """Reads what `pattern`, a repeated class of characters, matches; Broken if that is nothing or very long."""
+    """Read a match of `pattern`, a repeated class of characters. Raises Broken if it is empty or very long."""
     while True:
         found = pattern.match(r.text, r.pos)
         if found is None:
@@ -187,8 +187,8 @@ def word(r: TextCursor, pattern: re.Pattern[str]) -> Reading[str]:
 
 
 def before(r: TextCursor, ends: Markers, emit: Emit, *, told: bool = True) -> Reading[str]:
-    """Emits text up to the first of `ends`, which stays, and gives that; "" if the text is over before. `told`: what is
-    emitted need not be read again."""
+    """Emit text up to the first of `ends`, which stays, and return that; "" if the text ends before. `told`: emitted
+    text need not be read again."""
     while True:
         found = ends.search(r.text, r.pos)
         stop = found.start() if found else len(r.text) - (0 if r.ended else ends.held(r.text, r.pos))
@@ -203,19 +203,19 @@ def before(r: TextCursor, ends: Markers, emit: Emit, *, told: bool = True) -> Re
 
 
 def until(r: TextCursor, ends: Markers, emit: Emit) -> Reading[str]:
-    """Emits text up to the first of `ends`, reads that as well and gives it; "" if the text is over before."""
+    """Emit text up to the first of `ends`, read that as well and return it; "" if the text ends before."""
     end = yield from before(r, ends, emit, told=False)
     r.pos += len(end)
     return end
 
 
 def collected(reading: Callable[[Emit], Reading[T]]) -> Reading[tuple[str, T]]:
-    """What `reading` emits, joined, and its value."""
+    """Return the text that `reading` emits, joined, and its value."""
     parts: list[str] = []
     value = yield from reading(parts.append)
     return "".join(parts), value
 
 
 def alternatives(texts: Sequence[str]) -> str:
-    """A regular expression of plain texts."""
+    """Return a regular expression of plain texts."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))

@@ -1,7 +1,7 @@
-"""How models mark their thoughts, found from the chat template, and what splits them from the answer.
+"""The marks of thoughts, found from the chat template, and the splitter of thoughts and answer.
 
-`reasoning_of` says whether an answer to a rendered prompt has thoughts and between which texts. `Splitter` reads an
-answer. White space next to the marks belongs to them, as templates write it.
+`reasoning_of` returns the marks of the thoughts in an answer to a rendered prompt. `Splitter` reads an answer. White
+space next to the marks belongs to them, as templates write it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from tokenmill.text.output import DeltaBuilder
 from tokenmill.text.reader import Broken, Markers, Reading, TextCursor, expect, peek, spaces, take
 from tokenmill.text.reasoning_calls import CallFinder
 
-_MOST_SPACE = 32  # characters of white space that wait for the mark behind them
+_MOST_SPACE = 32  # characters of white space that are held back, because a mark may follow
 
 
 class ReasoningFormat(msgspec.Struct, frozen=True):
     """The marks of a thought.
 
     `start` and `end` enclose it; with `already_open` the prompt ends inside of it. Behind the first `answer` the
-    answer's own text begins, and with it a grammar. `closing` is the text that ends a thought whose budget is spent.
-    `wrap`: marks around the answer that are no part of it. `channels`: thoughts are channels, which
-    tools/harmony.py reads.
+    answer's own text begins, and with it a grammar. `closing`: the text that ends a thought whose budget is spent.
+    `wrap`: marks around the answer that are not part of it. `channels`: thoughts are channels, which tools/harmony.py
+    reads.
     """
 
     name: str
@@ -36,7 +36,7 @@ class ReasoningFormat(msgspec.Struct, frozen=True):
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Texts that may be special tokens, and have to reach the splitter."""
+        """Texts that may be special tokens, and that the splitter must receive."""
         return (self.start, self.end, *(self.wrap or ()))
 
 
@@ -73,7 +73,7 @@ _ALIASES = {
 
 
 def by_name(parser: str) -> ReasoningFormat:
-    """The format of that name, as other servers take it in `--reasoning-parser`. Raises Unsupported."""
+    """Return the format of that name, as other servers take it in `--reasoning-parser`. Raises Unsupported."""
     wanted = _ALIASES.get(parser.lower(), parser.lower())
     for form in FORMATS:
         if form.name == wanted:
@@ -82,7 +82,7 @@ def by_name(parser: str) -> ReasoningFormat:
 
 
 def of_template(template: str) -> ReasoningFormat | None:
-    """The format whose marks a template's source holds; None if its model does not think."""
+    """Return the format whose marks are in a template's source; None if its model does not think."""
     for form in FORMATS:
         if form.channels:
             found = "<|channel|>" in template and "<|message|>" in template
@@ -96,8 +96,8 @@ def of_template(template: str) -> ReasoningFormat | None:
 
 
 def reasoning_of(template: str, prompt: str, parser: str = "") -> ReasoningFormat | None:
-    """What thoughts the answer to a prompt may have. None: the model does not think, or the prompt says that it does
-    not, as templates do which close the thought themselves."""
+    """Return the format of the thoughts in the answer to a prompt. None: the model does not think, or the prompt has
+    closed the thought, as templates do that turn thinking off."""
     form = by_name(parser) if parser else of_template(template)
     if form is None or form.channels:
         return form
@@ -108,7 +108,8 @@ def reasoning_of(template: str, prompt: str, parser: str = "") -> ReasoningForma
 
 
 class StrayEndMark:
-    """Takes a mark off the beginning of a text that comes in pieces: a thought's end where a call has ended it."""
+    """Remover of a mark at the beginning of a text in pieces: a thought's end mark after a call has ended the
+    thought."""
 
     __slots__ = ("_held", "_mark", "_passed")
 
@@ -116,7 +117,7 @@ class StrayEndMark:
         self._mark, self._held, self._passed = mark, "", False
 
     def push(self, text: str) -> str:
-        """What `text` adds."""
+        """Return the text to show."""
         if self._passed:
             return text
         self._held += text
@@ -129,31 +130,31 @@ class StrayEndMark:
         return self.finish()
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         text, self._held = self._held, ""
         return "" if text.lstrip().startswith(self._mark) else text
 
 
 class Splitter:
-    """Splits one answer. `push` text as it comes, then `finish` once; both give (thought, rest). With a `caller`, a
-    call inside of a thought ends it as its end mark does."""
+    """Splitter of one answer. `push` text as it comes, then `finish` once; both return (thought, rest). `finder`: finds
+    calls inside of a thought, which end it like its end mark."""
 
-    __slots__ = ("_caller", "_form", "_marks", "_out", "_reader", "_run", "called", "end", "inside", "passed")
+    __slots__ = ("_finder", "_form", "_marks", "_out", "_reader", "_run", "called", "end", "inside", "passed")
 
-    def __init__(self, form: ReasoningFormat, caller: CallFinder | None = None) -> None:
+    def __init__(self, form: ReasoningFormat, finder: CallFinder | None = None) -> None:
         self._form, self.end = form, form.end
-        self._caller = caller
-        self._marks = Markers(form.end, *(caller.starts if caller else ()))
+        self._finder = finder
+        self._marks = Markers(form.end, *(finder.starts if finder else ()))
         self._reader = TextCursor()
         self._out = DeltaBuilder({}, str)
-        self.inside = form.already_open  # the text now is a thought
+        self.inside = form.already_open  # the current text is a thought
         self.called = False  # a call has ended the thought
-        self.passed = False  # no thought can come any more: `push` gives its text back
+        self.passed = False  # no thought can come any more: `push` returns its text
         self._run = self._answer()
         next(self._run, None)
 
     def push(self, text: str) -> tuple[str, str]:
-        """What `text` adds."""
+        """Return the parts of `text`."""
         if self.passed and self._form.wrap is None:
             return "", text
         self._reader.feed(text)
@@ -162,7 +163,7 @@ class Splitter:
         return delta.reasoning, delta.content
 
     def finish(self) -> tuple[str, str]:
-        """What is left when no more text comes."""
+        """End the answer, and return the parts that were held back."""
         self._reader.ended = True
         next(self._run, None)
         delta = self._out.take()
@@ -189,13 +190,13 @@ class Splitter:
             yield from self._wrapped(form.wrap)
 
     def _thought(self) -> Reading[None]:
-        """Text up to the end mark or a call, without the white space around it."""
+        """Read text up to the end mark or a call, without the white space around it."""
         r = self._reader
-        if self._form.already_open:  # models that were taught to open it do so again
+        if self._form.already_open:  # some models open it again
             yield from spaces(r)
             yield from take(r, self._form.start)
         yield from spaces(r)
-        if self._caller is not None and self._caller.begins((yield from peek(r))) and (yield from self._calls(r.pos)):
+        if self._finder is not None and self._finder.begins((yield from peek(r))) and (yield from self._calls(r.pos)):
             return
         while True:
             found = self._search(r.text, r.pos)
@@ -220,9 +221,9 @@ class Splitter:
             yield
 
     def _search(self, text: str, pos: int) -> tuple[int, str] | None:
-        """The first mark and where it is."""
-        if self._caller is not None:
-            return self._caller.search(self._marks, text, pos)
+        """Return the place and text of the first mark."""
+        if self._finder is not None:
+            return self._finder.search(self._marks, text, pos)
         found = self._marks.search(text, pos)
         return (found.start(), found.group()) if found else None
 
@@ -233,20 +234,21 @@ class Splitter:
             r.pos = stop
 
     def _calls(self, at: int) -> Reading[bool]:
-        """True if a call begins at a place, from where the text is then read on. While that is open, it is no thought."""
-        r, caller = self._reader, self._caller
-        assert caller is not None
+        """Return True if a call begins at a place; the text is then read from there. While that is open, the text is
+        not a thought."""
+        r, finder = self._reader, self._finder
+        assert finder is not None
         at -= r.pos
         r.settle()
         self.inside = False
-        self.called = yield from caller.calls(r, at)
+        self.called = yield from finder.calls(r, at)
         self.inside = not self.called
         r.pos = at if self.called else 0
         r.settle()
         return self.called
 
     def _wrapped(self, wrap: tuple[str, str]) -> Reading[None]:
-        """The answer without the marks around it. One that is not at its beginning or end is text."""
+        """Read the answer without the marks around it. A mark that is not at its beginning or end is text."""
         r = self._reader
         yield from spaces(r)
         opened = bool((yield from take(r, wrap[0])))

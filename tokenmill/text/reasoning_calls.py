@@ -1,7 +1,7 @@
 """Finds the calls that a model makes inside of a thought which it has not closed: they end it.
 
-A thought may speak of calls, and even write a mark of one. So a call is one when a whole one of a function that was
-given stands there; without a mark, only at the beginning of a line, and when nothing but calls follows.
+A thought may mention calls, and even write a mark of one. So text is a call only if it is a whole call of a given
+function; without a mark, only at the beginning of a line and if nothing but calls follows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenmill.text.tools.base import ToolFormat
 
 
 class CallFinder:
-    """Tries texts of one answer as calls. `held`: see Router. `starts`: marks of calls."""
+    """Finder of calls in the thought of one answer. `held`: see `new_router`. `starts`: marks of calls."""
 
     def __init__(self, form: ToolFormat, schemas: Mapping[str, Any], held: Held) -> None:
         self._form, self._schemas, self._held = form, schemas, held
@@ -25,25 +25,25 @@ class CallFinder:
         self._line = re.compile(rf"\n[ \t]{{0,16}}(?P<begin>[{bare}])" if bare else r"(?!)")
 
     def begins(self, char: str) -> bool:
-        """True if a call without a mark may begin with this character."""
+        """Return True if a call without a mark may begin with this character."""
         return bool(char) and char in self._form.bare
 
     def search(self, marks: Markers, text: str, pos: int) -> tuple[int, str] | None:
-        """Return where the first of some marks is, or of the beginnings of a call without one, and its text."""
+        """Return the place and text of the first mark, or of the first beginning of a call without one."""
         mark, line = marks.search(text, pos), self._line.search(text, pos)
         if line is not None and (mark is None or line.start("begin") < mark.start()):
             return line.start("begin"), line["begin"]
         return (mark.start(), mark.group()) if mark is not None else None
 
     def calls(self, r: TextCursor, at: int) -> Reading[bool]:
-        """True if a call begins at a place of the text. Reads nothing of it. One that the end of the answer cuts off
-        is one if it has a mark and a name."""
+        """Return True if a call begins at a place of the text, without reading it. A call that the end of the answer
+        cuts off counts if it has a mark and a name."""
         marked = bool(self.starts) and r.text.startswith(self.starts, at)
         machine = Machine(self._form, self._schemas, lambda: "", None, self._held)
         known = broken = False
         while True:
             while at < len(r.text) and not broken:
-                delta = machine.push(r.text[at])  # one by one: what comes first decides
+                delta = machine.push(r.text[at])  # character by character, because the first result decides
                 at += 1
                 known = known or any(call.name in self._schemas for call in delta.calls)
                 broken = bool(delta.content or delta.broken)

@@ -1,7 +1,7 @@
-"""Routes an answer's text: thoughts, then calls, then content, up to where it ends.
+"""Routes an answer's text: thoughts, then calls, then content, up to the answer's end.
 
-A router belongs to one answer of one request. It is total: it takes any text in any pieces and raises nothing, and all
-its deltas, joined, do not depend on the pieces. So the plain answer is the fold of the stream.
+A router belongs to one answer of one request. It is total: it takes any text in any pieces and raises nothing.
+Invariant: its joined deltas do not depend on the pieces, so the whole answer is the fold of the stream.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["CallDelta", "Delta", "Router", "fold", "format_of", "new_router"]
 
 
 class Router:
-    """Splits one answer. `push` each token's text as it comes, then `finish` once.
+    """Router of one answer. `push` each token's text as it comes, then `finish` once.
 
-    The text must hold the special tokens that are among `markers`, as they are the delimiters of thoughts and calls;
-    others are best left out of it.
+    The text must contain the special tokens that are among `markers`, which delimit thoughts and calls; it should not
+    contain others.
     """
 
     __slots__ = ("_early", "_include", "_machine", "_matcher", "_splitter", "_stray", "markers", "stopped")
@@ -49,12 +49,12 @@ class Router:
 
     @property
     def over(self) -> bool:
-        """True once nothing more can be part of the answer: a stop string came, or all the calls that it may have."""
+        """True once no further text belongs to the answer: a stop string came, or all the calls that it may have."""
         return self.stopped is not None or (self._machine is not None and self._machine.over)
 
     @property
     def complete_calls(self) -> int:
-        """Calls whose arguments are whole. An answer with one of them ends for the reason "tool_calls"."""
+        """Number of calls whose arguments are whole. An answer with any of them ends for the reason "tool_calls"."""
         return self._machine.complete if self._machine else 0
 
     @property
@@ -65,7 +65,8 @@ class Router:
         return self._splitter is not None and self._splitter.inside
 
     def push(self, text: str, hidden: str = "") -> Delta:
-        """What a token adds. `hidden`: the text of one that is not shown, with which a stop string may be complete."""
+        """Return the delta of a token's text. `hidden`: the text of a token that is not shown, which may complete a
+        stop string."""
         if self._machine is not None and self._machine.format.own_loop:
             found = self._machine.push(text)
             return self._with_content(found, self._unstopped(found.content, "" if self.in_reasoning else hidden))
@@ -76,7 +77,7 @@ class Router:
         return self._routed(reasoning, self._unstopped(rest, hidden) if begun or rest else "")
 
     def finish(self) -> Delta:
-        """What was held back: it is over."""
+        """End the answer, and return the delta that was held back."""
         if self._machine is not None and self._machine.format.own_loop:
             found = self._machine.finish()
             return self._with_content(found, self._unstopped(found.content) + self._released())
@@ -94,13 +95,13 @@ class Router:
         return msgspec.structs.replace(found, reasoning=reasoning) if reasoning else found
 
     def _without_stray(self, delta: Delta) -> Delta:
-        """The delta without the mark that would have ended a thought, if a call has ended it."""
+        """Return the delta without the end mark of a thought that a call has ended."""
         if self._stray is None or self._splitter is None or not self._splitter.called:
             return delta
         return self._with_content(delta, self._stray.push(delta.content))
 
     def _unstopped(self, text: str, hidden: str = "") -> str:
-        """What stop strings let through of the answer's text. Counts a token."""
+        """Return the content that is no part of a stop string, and count a token."""
         if self._matcher is None:
             return text
         ends = self._early <= 0
@@ -111,7 +112,7 @@ class Router:
         return text
 
     def _released(self) -> str:
-        """What was held back as the beginning of a stop string."""
+        """Return the text that was held back as the beginning of a stop string."""
         return self._matcher.finish() if self._matcher is not None else ""
 
     @staticmethod
@@ -128,11 +129,11 @@ def new_router(
     reasoning: ReasoningFormat | None = None,
     new_id: Callable[[], str] | None = None,
 ) -> Router:
-    """Make the router of one answer.
+    """Return the router of one answer.
 
-    `calls`: the format that calls are written in; None, or no tools: calls are content. `held`: the grammar that the
-    answer follows. `reasoning`: what `reasoning_of` gave for the prompt. `new_id`: makes the calls' ids, by default as
-    the format wants them.
+    `calls`: the format of calls; None, or no tools: calls are content. `held`: the extent of the grammar that
+    constrains the answer. `reasoning`: the result of `reasoning_of` for the prompt. `new_id`: makes the calls' ids, by
+    default those of the format.
     """
     channels = reasoning is not None and reasoning.channels
     form = HARMONY if channels else calls if tools else None
@@ -140,12 +141,12 @@ def new_router(
     if form is not None:
         most = (None if parallel else 1) if tools else 0
         machine = Machine(form, schemas_of(tools), new_id, most, held)
-    caller = CallFinder(form, schemas_of(tools), held) if form is not None and not channels else None
-    splitter = Splitter(reasoning, caller) if reasoning is not None and not channels else None
+    finder = CallFinder(form, schemas_of(tools), held) if form is not None and not channels else None
+    splitter = Splitter(reasoning, finder) if reasoning is not None and not channels else None
     markers = (*(form.markers if form else ()), *(reasoning.markers if reasoning and not channels else ()))
     return Router(splitter, machine, frozenset(markers))
 
 
 def format_of(template: str, parser: str = "") -> ToolFormat:
-    """The format that calls are written in: the one that `parser` names, or the template's. Raises Unsupported."""
+    """Return the format of calls: the one that `parser` names, or the template's. Raises Unsupported."""
     return by_name(parser) if parser else of_template(template)

@@ -1,6 +1,6 @@
-"""What a request's options may be beyond plain bounds (`limits.py`): rules about several fields, refusals by name.
+"""Rules of a request's options beyond plain bounds (`limits.py`): rules about several fields, and refusals by name.
 
-The order is TGI's, for clients look at the first message. Backquoted names are part of TGI's texts.
+The order is TGI's, because clients see the first message only. Backquoted names are part of TGI's texts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenmill.wire.messages import GrammarSpec
 
 
 def check_options(options: Options, limits: RequestLimits, dialect: Dialect) -> None:
-    """Everything that can be said without the prompt. ValidationError for the first rule broken."""
+    """Check all rules that do not depend on the prompt. Raises ValidationError for the first broken rule."""
     if (options.best_of or 1) > 1 and (options.temperature == 0 or not _wants_sampling(options, dialect)):
         raise ValidationError("you must use sampling when `best_of` is > 1", "best_of")
     for limit, value in bounds.given_values(options):
@@ -27,12 +27,12 @@ def check_options(options: Options, limits: RequestLimits, dialect: Dialect) -> 
 
 
 def check_truncate(options: Options, limits: RequestLimits, dialect: Dialect) -> None:
-    """TGI looks at it only after it knows that there is a prompt."""
+    """Check `truncate`, which TGI does after it has seen that there is a prompt. Raises ValidationError."""
     bounds.TRUNCATE.check(options.truncate, limits, dialect)
 
 
 def grammar_of(options: Options, limits: RequestLimits, dialect: Dialect) -> GrammarSpec | None:
-    """TGI's last rule: what the answer must follow. ValidationError, GrammarError."""
+    """Return the grammar that the answer must follow: TGI's last rule. Raises ValidationError, GrammarError."""
     grammar = options.grammar
     if grammar is None:
         return None
@@ -42,14 +42,14 @@ def grammar_of(options: Options, limits: RequestLimits, dialect: Dialect) -> Gra
         bounds.GRAMMAR.check(grammar, limits, dialect)
     spec = grammar if isinstance(grammar, GrammarSpec) else guided.native_grammar(grammar)
     for name, given in (("ignore_eos", options.ignore_eos), ("min_new_tokens", options.min_new_tokens)):
-        if given:  # a grammar says itself where the answer ends
+        if given:  # a grammar decides where the answer ends
             native = f"`{name}` must not be set with a grammar. Given: {given}"
             raise refuse(dialect, name, native, "absent where the answer follows a grammar or calls a tool", given)
     return spec
 
 
 def warps(options: Options) -> bool:
-    """True if an option is set that only makes sense when tokens are sampled: TGI then samples unasked."""
+    """Return True if an option is set that has an effect only with sampling: TGI then samples without `do_sample`."""
     below_one = (options.top_p, options.typical_p)
     warm = options.temperature is not None and options.temperature != 1.0
     return warm or bool(options.top_k) or bool(options.min_p) or any(p is not None and p < 1.0 for p in below_one)
@@ -61,7 +61,7 @@ def _wants_sampling(options: Options, dialect: Dialect) -> bool:
 
 
 def _check_later_features(options: Options, dialect: Dialect) -> None:
-    """Parts of the API whose machinery is not here: refused by name, never ignored."""
+    """Refuse, by name, parts of the API that are not implemented."""
     if options.adapter_id:
         given = f"`adapter_id` {options.adapter_id!r} is unknown: no adapters are loaded"
         raise refuse(dialect, "adapter_id", given, "absent: no adapters are loaded", options.adapter_id)

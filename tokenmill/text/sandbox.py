@@ -1,7 +1,7 @@
-"""Jinja as `transformers` sets it up, inside a sandbox that ends what runs or grows without end.
+"""Jinja as `transformers` sets it up, inside a sandbox that ends templates which run or grow without end.
 
-The sandbox keeps templates from Python's inside. The budget, new for each rendering, is charged by every turn of a
-loop, every macro and every call, so a template ends within seconds however it was written.
+The sandbox hides Python's internals from templates. Each rendering has a new budget, which every turn of a loop, every
+macro and every call charges, so any template ends within seconds.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from jinja2.visitor import NodeTransformer
 
 from tokenmill.text import growth
 
-MAX_SECONDS = 5.0  # of the thread's own work, so that a busy machine fails nobody
-_BUDGET = "_tokenmill_budget"  # read from what rendering was given, so a template that sets it changes nothing
+MAX_SECONDS = 5.0  # CPU time of the thread, so that a busy machine causes no failure
+_BUDGET = "_tokenmill_budget"  # read from the given variables, so that a template cannot replace it
 _MAX_INDENT = 80
-_CHECK_EVERY = 16  # charges between two looks at the clock, which is a system call
+_CHECK_EVERY = 16  # charges between two reads of the clock, which are system calls
 
 
 class Budget:
-    """What one rendering may still use."""
+    """Remaining time of one rendering."""
 
     __slots__ = ("_charges", "_ends", "_seconds")
 
@@ -40,14 +40,14 @@ class Budget:
         self._ends = thread_time() + seconds
 
     def charge(self) -> None:
-        """Count one step; Refused once the time is over."""
+        """Count one step. Raises Refused once the time is over."""
         self._charges += 1
         if self._charges % _CHECK_EVERY == 0 and thread_time() > self._ends:
             raise growth.Refused(f"the chat template takes longer than {self._seconds:g} s for these messages")
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """An environment that renders what `transformers` renders. One for each set of templates."""
+    """Return an environment that renders as `transformers` does. Make one for each set of templates."""
     made = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -60,12 +60,13 @@ def environment() -> ImmutableSandboxedEnvironment:
     made.filters["center"] = _center
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = _strftime_now
-    del made.globals["lipsum"]  # text without end
+    del made.globals["lipsum"]  # endless text
     return made
 
 
 def run(template: Template, variables: Mapping[str, Any], seconds: float | None = None) -> str:
-    """Render within a new budget, of MAX_SECONDS if None. Jinja's errors, or what the template's objects raise."""
+    """Render within a new budget, of MAX_SECONDS if None. Raises Jinja's errors, and those of the template's
+    objects."""
     out: list[str] = []
     size = 0
     for part in template.generate({**variables, _BUDGET: Budget(MAX_SECONDS if seconds is None else seconds)}):
@@ -76,13 +77,13 @@ def run(template: Template, variables: Mapping[str, Any], seconds: float | None 
 
 
 def reason(error: TemplateError) -> str:
-    """Say why a rendering ended: the template's own words or ours; of Jinja's own errors the kind alone."""
+    """Return why a rendering ended: the template's message or this server's; of Jinja's own errors the kind alone."""
     ours = isinstance(error, growth.Refused | UndefinedError) or type(error) is TemplateError
     return (error.message if ours else "") or f"the chat template fails with {type(error).__name__}"
 
 
 class _Missing(Undefined):
-    """Value that a template finds where nothing is, with a message of ours for where it is used."""
+    """Undefined value of a template, with a message of this server's for its use."""
 
     @property
     def _undefined_message(self) -> str:
@@ -98,7 +99,7 @@ class _Missing(Undefined):
 
 
 class _Hint(str):
-    """A message of ours about what is missing."""
+    """A message of this server's about an undefined value."""
 
     __slots__ = ()
 
@@ -131,18 +132,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.undefined(hint, name=attribute, obj=obj, exc=SecurityError)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Arithmetic, once its result is known to be small."""
+        """Return the result of an operator, after a check of its size."""
         growth.check_arithmetic(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """A call, unless time is over or it would build what is too large."""
+        """Return a call, unless time is over or it would build what is too large."""
         _charge(__context)
         return super().call(__context, __obj, *growth.check_call(__obj, args, kwargs), **kwargs)
 
 
 class _Joins(NodeTransformer):
-    """Puts a call of ours in the place of `~`, which Jinja would not let us look at."""
+    """Replaces `~` by a call, because Jinja has no hook for it."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         """Its parts may hold further ones."""
@@ -156,7 +157,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """The statements between the tags, in a scope of their own as transformers has them."""
+        """Return the statements between the tags, in a scope of their own as transformers has them."""
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(lineno)
@@ -169,7 +170,7 @@ class _Charger(Extension):
     """Holds the functions that rewritten templates call: a template cannot rename an extension's methods."""
 
     def charge(self, context: Context) -> str:
-        """One step of the budget."""
+        """Return one step of the budget."""
         _charge(context)
         return ""
 

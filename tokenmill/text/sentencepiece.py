@@ -1,7 +1,7 @@
 """SentencePiece's vocabularies, without its library: `tokenizer.model` files, and the same content from GGUF metadata.
 
-A `tokenizer.model` is a protobuf message; the dozen fields that matter are read by hand. The vocabulary becomes a
-tokenizer of the `tokenizers` library: the BPE kind gets the merges that its scores imply, the unigram kind its scores.
+A `tokenizer.model` is a protobuf message, of which a dozen fields are read by hand. The vocabulary becomes a tokenizer
+of the `tokenizers` library: the BPE kind gets the merges that its scores imply, the unigram kind its scores.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tokenmill.text.library import reading
 from tokenmill.weights.source import refuse_pointer
 
 _UNIGRAM, _BPE = 1, 2
-_LONGEST_PIECE = 512  # characters; a piece's merges take the square of it
+_LONGEST_PIECE = 512  # characters; the time for a piece's merges grows with the square
 
 
 class Kind(IntEnum):
-    """What a piece is, in SentencePiece's numbers, which GGUF uses too."""
+    """Kinds of pieces, with SentencePiece's numbers, which GGUF uses too."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -35,7 +35,7 @@ class Kind(IntEnum):
 
 
 class Vocabulary(msgspec.Struct):
-    """Everything that decides how a text is cut. Lists have one entry a token, by id."""
+    """Everything that decides how a text is cut. Lists have one entry for each token, by id."""
 
     pieces: list[str]
     scores: list[float]
@@ -48,7 +48,8 @@ class Vocabulary(msgspec.Struct):
 
 
 def load(path: Path, *, legacy: bool = True) -> tokenizers.Tokenizer:
-    """Read a `tokenizer.model`. `legacy`: put a space before the text behind every special token, not just first."""
+    """Read a `tokenizer.model`. `legacy`: put a space before the text behind every special token, not only the
+    first."""
     refuse_pointer(path)
     try:
         raw = path.read_bytes()
@@ -65,7 +66,7 @@ def load(path: Path, *, legacy: bool = True) -> tokenizers.Tokenizer:
 
 
 def build(vocabulary: Vocabulary, *, legacy: bool = True) -> tokenizers.Tokenizer:
-    """A tokenizer that cuts as SentencePiece does. Its ids are the places in the lists."""
+    """Return a tokenizer that cuts as SentencePiece does. Its ids are the indices of the lists."""
     unknown = next((i for i, kind in enumerate(vocabulary.kinds) if kind == Kind.UNKNOWN), None)
     if vocabulary.unigram:
         model = models.Unigram(
@@ -91,7 +92,7 @@ def build(vocabulary: Vocabulary, *, legacy: bool = True) -> tokenizers.Tokenize
 
 
 def add_tokens(inner: tokenizers.Tokenizer, pieces: Sequence[str], kinds: Sequence[int]) -> None:
-    """Let control tokens and those of users be found in texts as a whole; the former are special."""
+    """Make control tokens and user-defined ones be found in texts as a whole; the former are special."""
     control = (Kind.CONTROL, Kind.UNKNOWN)
     added = [
         AddedToken(piece, special=kind in control, normalized=False)
@@ -103,7 +104,7 @@ def add_tokens(inner: tokenizers.Tokenizer, pieces: Sequence[str], kinds: Sequen
 
 
 def parse(raw: bytes) -> Vocabulary:
-    """The fields of a ModelProto that matter. ValueError if the bytes are none."""
+    """Return the relevant fields of a ModelProto. Raises ValueError if the bytes are not one."""
     found = Vocabulary([], [], [], byte_fallback=False)
     for field, value in _fields(raw):
         if field == 1:
@@ -131,7 +132,7 @@ def _piece(raw: bytes) -> tuple[str, float, int]:
 
 
 def _trainer(found: Vocabulary, raw: bytes) -> None:
-    kind = _UNIGRAM  # what absent means
+    kind = _UNIGRAM  # the default of an absent field
     for field, value in _fields(raw):
         if field == 3:
             kind = _number(value)
@@ -143,7 +144,7 @@ def _trainer(found: Vocabulary, raw: bytes) -> None:
 
 
 def _normalization(found: Vocabulary, raw: bytes) -> None:
-    found.remove_extra_whitespaces = True  # what absent means
+    found.remove_extra_whitespaces = True  # the default of an absent field
     for field, value in _fields(raw):
         if field == 2:
             found.charsmap = _bytes(value)
@@ -154,7 +155,7 @@ def _normalization(found: Vocabulary, raw: bytes) -> None:
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """The fields of a protobuf message: number and value, in order."""
+    """Yield the fields of a protobuf message: number and value, in order."""
     at = 0
     while at < len(raw):
         key, at = _varint(raw, at)
@@ -207,7 +208,8 @@ def _number(value: bytes | int) -> int:
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Which pairs become one piece, the best first: SentencePiece merges the neighbours whose union scores highest."""
+    """Return the pairs that become one piece, the best first: SentencePiece merges the neighbours whose union scores
+    highest."""
     usable = (Kind.NORMAL, Kind.USER_DEFINED)
     rows = zip(vocabulary.pieces, vocabulary.scores, vocabulary.kinds, strict=True)
     score_of = {piece: score for piece, score, kind in rows if kind in usable}

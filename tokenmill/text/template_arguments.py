@@ -1,7 +1,7 @@
-"""Whether a chat template wants a tool call's arguments as an object, read from its syntax.
+"""Reads from a chat template's syntax whether it takes a tool call's arguments as an object.
 
-OpenAI's API sends them as JSON text. Templates were written for one or the other, and most say nothing when they are
-given the wrong one: they print JSON inside of JSON. `transformers` leaves the choice to its caller.
+OpenAI's API sends them as JSON text. Templates were written for one or the other, and most do not fail if they get the
+wrong one: they print JSON inside of JSON. `transformers` leaves the choice to its caller.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _OBJECT_FILTERS = frozenset({"tojson", "items", "dictsort"})
 
 
 def takes_argument_objects(tree: nodes.Template) -> bool:
-    """True if a parsed template writes or walks over arguments as an object, and does not ask first whether they are
-    text."""
+    """Return True if a parsed template writes or iterates over arguments as an object, and does not test first whether
+    they are text."""
     arguments = _Mentions(tree, "arguments")
     objects = (
         any(node.name in _OBJECT_FILTERS and arguments.has(node.node) for node in tree.find_all(nodes.Filter))
@@ -27,7 +27,7 @@ def takes_argument_objects(tree: nodes.Template) -> bool:
 
 
 class _Mentions:
-    """Finds expressions that are a field of this name, or a variable that was set to one."""
+    """Search for expressions that are a field of this name, or a variable that was set to one."""
 
     def __init__(self, tree: nodes.Template, field: str) -> None:
         self.field = field
@@ -37,7 +37,7 @@ class _Mentions:
                 self.names.add(assign.target.name)
 
     def has(self, node: nodes.Node | None) -> bool:
-        """True if the value of `node` is the field's, but for filters, slices and methods on it."""
+        """Return True if the value of `node` is the field's, apart from filters, slices and methods on it."""
         if isinstance(node, nodes.Name):
             return node.name in self.names
         if isinstance(node, nodes.Getattr):

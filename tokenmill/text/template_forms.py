@@ -1,9 +1,9 @@
-"""Which forms of content, calls and turns a chat template takes, found out by showing it several.
+"""The forms of content, calls and turns that a chat template takes, found by rendering trials.
 
 OpenAI's API sends a content as text or as a list of parts, and a tool call's arguments as JSON text. Most templates
-were written for one form; given another they fail, print a Python list or JSON inside of JSON, or leave the message
-out. Some take one call a message, or ids of one length, or no results of tools at all. Reading a template does not tell
-for sure, a trial does.
+were written for one form; with another they fail, print a Python list or JSON inside of JSON, or leave the message out.
+Some take one call in a message, or ids of one length, or no results of tools. A template's source does not show this
+with certainty; a trial does.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _MARK = "tokenmillmark"
 _NAME = "tokenmillcall"
 _TEXT = "tokenmilltext"
 _MOST_ROLES = 64
-_ID = "abcdefghi"  # nine letters and digits, which some templates insist on
-_COUNTS = "<|tool_call_begin|>"  # of Kimi: behind it is nothing but the id
+_ID = "abcdefghi"  # nine letters and digits, which some templates require
+_COUNTS = "<|tool_call_begin|>"  # of Kimi: nothing but the id follows it
 _LONG_ID = "call_tokenmill0123456789"
 
 
 class _Calls(NamedTuple):
-    """How a template writes tool calls. `arguments`: their form, None if it writes no calls. `takes_text`: arguments
-    that are no object, too. `beside_empty`, `beside_text`: in messages whose content is "", or a text. `prints_null`: a
-    content of null is the word None in the prompt. `several`: more than one of a message."""
+    """Form in which a template writes tool calls. `arguments`: their form, None if it writes no calls. `takes_text`:
+    also arguments that are not an object. `beside_empty`, `beside_text`: in messages whose content is "", or a text.
+    `prints_null`: a content of null is printed as the word None. `several`: more than one call of a message."""
 
     arguments: Form | None
     takes_text: bool = True
@@ -43,8 +43,8 @@ class _Calls(NamedTuple):
 
 
 class Verbatim:
-    """Texts that a prompt has to hold as they are, whatever a template would make of them: it is given a word in the
-    place of each, and `restored` puts the texts back."""
+    """Texts that a prompt must contain unchanged, whatever the template would do to them. The template gets a word in
+    the place of each, and `restored` puts the texts back."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
@@ -64,9 +64,9 @@ class Verbatim:
 
 
 class Forms:
-    """The forms of one template. `render` makes a prompt of a conversation, or raises TemplateError. `object_like`:
-    whether arguments should be objects where no trial says so. `reads_thinking`: it looks for a message's thought under
-    that name, too."""
+    """The forms of one template. `render`: returns the prompt of a conversation, or raises TemplateError.
+    `object_like`: True if arguments should be objects where no trial decides. `reads_thinking`: it reads a message's
+    thought under that name, too."""
 
     def __init__(
         self,
@@ -76,32 +76,32 @@ class Forms:
         reads_thinking: bool = False,
     ) -> None:
         self._render, self._object_like, self._reads_thinking = render, object_like, reads_thinking
-        self._known: Mapping[str, Form | None] = {}  # replaced, never changed: threads share it
+        self._known: Mapping[str, Form | None] = {}  # replaced, never changed, because threads share it
         self._calls: _Calls | None = None
 
     def of(self, role: str) -> Form | None:
-        """How the role's contents may be written; None if the template shows neither. Renders when first asked."""
+        """Return the form of a role's contents; None if the template shows neither. Renders at the first call."""
         if role in self._known:
             return self._known[role]
         text = self._shows(role, _MARK)
         parts = self._shows(role, [{"type": "text", "text": _MARK}])
         form: Form | None = "any" if text and parts else "text" if text else "parts" if parts else None
-        if len(self._known) < _MOST_ROLES:  # clients make up roles
+        if len(self._known) < _MOST_ROLES:  # clients may invent roles
             self._known = {**self._known, role: form}
         return form
 
     def of_calls(self) -> _Calls:
-        """How tool calls are written. Renders when first asked."""
+        """Return the form of tool calls. Renders at the first call."""
         if self._calls is None:
             unknown = _Calls("parts" if self._object_like else None, takes_text=not self._object_like)
-            tried = map(self._tried, ("", None))  # what stands beside calls; templates differ
+            tried = map(self._tried, ("", None))  # the content beside calls; templates differ
             self._calls = next(filter(None, tried), unknown)
         return self._calls
 
     def conversation(
         self, messages: Sequence[dict[str, Any]], verbatim: Verbatim, *, continued: bool
     ) -> list[dict[str, Any]]:
-        """The messages in forms and turns that the template takes. `continued`: the last one stays what it is."""
+        """Return the messages in forms and turns that the template takes. `continued`: the last one stays unchanged."""
         calls = self.of_calls() if any("tool_calls" in message for message in messages) else None
         if calls is not None:
             messages = renamed(messages, calls.ids)
@@ -119,7 +119,7 @@ class Forms:
         return [self.shaped(message, verbatim) for message in messages]
 
     def shaped(self, message: Mapping[str, Any], verbatim: Verbatim) -> dict[str, Any]:
-        """The message in a form that the template takes, as it came if it takes that or if nothing is known.
+        """Return the message in a form that the template takes; unchanged if it takes that, or if no form is known.
 
         Calls that the template does not write become the message's content, as JSON, if it has none.
         """
@@ -132,11 +132,11 @@ class Forms:
             given["tool_calls"] = [self._with_arguments(call, verbatim) for call in calls]
         self._shape_content(given)
         if self._reads_thinking and "reasoning" in given and not (calls and given.get("content")):
-            given.setdefault("thinking", given["reasoning"])  # beside both, gpt-oss refuses it
+            given.setdefault("thinking", given["reasoning"])  # gpt-oss refuses it beside both
         return given
 
     def without_null(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with "" for a content of null, unless the template would then leave its calls out."""
+        """Return the message with "" for a content of null, unless the template would then leave its calls out."""
         if message.get("content") is not None or (message.get("tool_calls") and not self.of_calls().beside_empty):
             return message
         return {**message, "content": ""}
@@ -146,7 +146,7 @@ class Forms:
         if not isinstance(content, (str, list)):
             return
         if role == "developer" and self.of(role) is None and self.of("system") is not None:
-            given["role"] = role = "system"  # the same under its older name
+            given["role"] = role = "system"  # the older name of the same role
         form = self.of(role)
         if isinstance(content, list) and form != "any" and form != "parts":
             given["content"] = _joined(content)
@@ -154,8 +154,8 @@ class Forms:
             given["content"] = [{"type": "text", "text": content}]
 
     def _with_arguments(self, call: Any, verbatim: Verbatim) -> Any:
-        """A tool call with its arguments in the template's form. None at all are an empty object; those that are no
-        object, as of a call that was cut off, are the text that they were."""
+        """Return a tool call with its arguments in the template's form. Absent ones are an empty object. Arguments that
+        are not an object, for example because they were cut off, are kept as text."""
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
             return call
@@ -173,7 +173,7 @@ class Forms:
         return {**call, "function": {**function, "arguments": arguments}}
 
     def _tried(self, content: str | None) -> _Calls | None:
-        """How calls are written in messages with this content; None if they are not."""
+        """Return the form of calls in messages with this content; None if the template does not write them."""
         as_text = self._with_calls(content, json.dumps(_marked(0)))
         as_object = self._with_calls(content, _marked(0))
         text = _MARK in as_text and '\\"tokenmillkey' not in as_text
@@ -205,7 +205,7 @@ class Forms:
         return _MARK in out and not any(f"{quote}type{quote}" in out for quote in "'\"")
 
     def _with_calls(self, content: Any, *arguments: Any, call_id: str = _ID) -> str:
-        """The prompt of a short conversation with calls that have these arguments, and their results."""
+        """Return the prompt of a short conversation with calls that have these arguments, and their results."""
         ids = [call_id[:-1] + "ij"[i] for i in range(len(arguments))]
         calls = [_call(one, given) for one, given in zip(ids, arguments, strict=True)]
         results = [{"role": "tool", "content": "x", "tool_call_id": one} for one in ids]
@@ -228,7 +228,7 @@ def _call(call_id: str, arguments: Any) -> dict[str, Any]:
 
 
 def _value(arguments: Any) -> Any:
-    """The object that arguments are, {} for none at all, or else None."""
+    """Return the object that arguments are, {} for absent ones, else None."""
     if arguments is None or isinstance(arguments, Mapping):
         return arguments or {}
     if not isinstance(arguments, str):
@@ -243,7 +243,7 @@ def _value(arguments: Any) -> Any:
 
 
 def _conversation(role: str, content: Any, arguments: Any) -> list[dict[str, Any]]:
-    """A short one in which such a message has its usual place."""
+    """Return a short conversation in which such a message has its usual place."""
     user, message = {"role": "user", "content": "x"}, {"role": role, "content": content}
     if role == "user":
         return [message]
@@ -256,7 +256,7 @@ def _conversation(role: str, content: Any, arguments: Any) -> list[dict[str, Any
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """The text of a message's parts in one string; the list itself if a part is no text."""
+    """Return the text of a message's parts in one string; the list itself if a part is not text."""
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     whole = [text for text in texts if isinstance(text, str)]
     return "".join(whole) if len(whole) == len(texts) else parts

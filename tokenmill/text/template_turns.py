@@ -1,6 +1,6 @@
 """Turns of a conversation, for templates that take fewer kinds of them than OpenAI's API has.
 
-Nothing of a conversation is left out: what a template would not write in one message is spread over several.
+Nothing of a conversation is left out: a message that a template would not write is spread over several.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def one_by_one(messages: Messages) -> list[dict[str, Any]]:
 
 
 def apart(messages: Messages, empty: str | None) -> list[dict[str, Any]]:
-    """Return the messages with calls only where there is no content: a text before calls is a message of its own.
+    """Return the messages with calls only beside an empty content: a text before calls becomes a message of its own.
     `empty`: the content beside calls."""
     made: list[dict[str, Any]] = []
     for message in messages:
@@ -48,8 +48,8 @@ def apart(messages: Messages, empty: str | None) -> list[dict[str, Any]]:
 
 
 def results_as_user(messages: Messages) -> list[dict[str, Any]]:
-    """Return the messages with results of tools told by the user, in one message with those next to it: templates
-    without tools demand that turns alternate."""
+    """Return the messages with results of tools as messages of the user, joined with adjacent ones, because templates
+    without tools require alternating turns."""
     made: list[dict[str, Any]] = []
     open_turn = False  # the newest message is the user's, and has a result
     for message in messages:
@@ -66,7 +66,7 @@ def results_as_user(messages: Messages) -> list[dict[str, Any]]:
 
 
 def _together(first: Any, second: Any) -> Any:
-    """Two contents, texts or lists of parts, in one."""
+    """Return two contents, texts or lists of parts, as one."""
     if isinstance(first, str) and isinstance(second, str):
         return f"{first}\n{second}"
     parts = [[{"type": "text", "text": one}] if isinstance(one, str) else list(one or ()) for one in (first, second)]

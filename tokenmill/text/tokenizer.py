@@ -1,7 +1,7 @@
-"""Strings to token ids and back, and what a model says of its special tokens.
+"""Strings to token ids and back, and the model's special tokens.
 
-`load.py` reads three origins: `tokenizer.json`, the metadata of a GGUF file (`gguf_vocabulary.py`) and
-SentencePiece's `tokenizer.model` (`sentencepiece.py`). Encoding lets other threads run and may be called from many.
+`load.py` reads three origins: `tokenizer.json`, the metadata of a GGUF file (`gguf_vocabulary.py`) and SentencePiece's
+`tokenizer.model` (`sentencepiece.py`). Encoding releases the interpreter's lock and may be called from many threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Offset(NamedTuple):
-    """A token and the bytes of the UTF-8 input that it covers; "" and 0, 0 for one that was added."""
+    """A token and the bytes of the UTF-8 input that it covers; "" and 0, 0 for a token that was added."""
 
     id: int
     text: str
@@ -30,11 +30,11 @@ class Offset(NamedTuple):
 
 
 class Tokenizer:
-    """One model's vocabulary. Immutable after it was made; every method may be called from any thread.
+    """One model's vocabulary. Immutable; every method may be called from any thread.
 
-    `bos_token`, `eos_token`: their texts, or None. `eos_ids`: every id that ends an answer. `max_length`: tokens the
-    tokenizer's own configuration allows, or None. `chat_template`: None if the model has none. `vocab_size`: one more
-    than the highest id.
+    `bos_token`, `eos_token`: their texts, or None. `eos_ids`: all ids that end an answer. `max_length`: tokens that the
+    tokenizer's own configuration allows, or None. `chat_template`: None if the model has none. `vocab_size`: the
+    highest id plus one.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Tokenizer:
         max_length: int | None = None,
         chat_template: ChatTemplate | None = None,
     ) -> None:
-        inner.no_truncation()  # some tokenizer.json files are saved with their training's
+        inner.no_truncation()  # some tokenizer.json files have those of their training
         inner.no_padding()
         self._inner = inner
         self.bos_token, self.eos_token = bos_token, eos_token
@@ -60,20 +60,22 @@ class Tokenizer:
         self.pieces: Pieces | None = Pieces(inner.id_to_token, spell) if spell else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; with BOS and the like where the model wants them if `add_special_tokens`.
+        """Return the token ids of `text`. `add_special_tokens`: with BOS and the like, where the model has them.
 
-        Takes about 6 ms per 1,000 tokens, without holding the interpreter. ValidationError for what is no text.
+        Takes about 6 ms per 1,000 tokens, without holding the interpreter's lock. Raises ValidationError for invalid
+        text.
         """
         ids: list[int] = self._encodings(self._inner.encode_batch_fast, text, add_special_tokens).ids
         return ids
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> Iterator[Offset]:
-        """Tokens of `text` and where they are in its UTF-8 bytes, special tokens included. Encodes with the first."""
+        """Yield the tokens of `text` and their places in its UTF-8 bytes, special tokens included. Encodes at the first
+        one."""
         found = self._encodings(self._inner.encode_batch, text, add_special_tokens)
         byte_at = _byte_positions(text)
         raw = text.encode()
         for i, token_id in enumerate(found.ids):
-            at = found.token_to_chars(i)  # `found.offsets` of a million tokens would keep other threads waiting
+            at = found.token_to_chars(i)  # `found.offsets` of a million tokens would block other threads
             if at is None:
                 yield Offset(token_id, "", 0, 0)
                 continue
@@ -82,16 +84,16 @@ class Tokenizer:
             yield Offset(token_id, raw[first:last].decode(errors="replace"), first, last)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. Bytes that are no characters become U+FFFD, and no others are lost."""
+        """Return the text of a whole sequence. Bytes that are not characters become U+FFFD; no others are lost."""
         text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
         if "\ufffd" not in text or self.pieces is None:
             return text
         shown = [i for i in ids if not (skip_special_tokens and i in self._special)]
-        raw = b"".join(map(self.pieces.bytes_of, shown))  # the library gives up a whole run of byte tokens for one
+        raw = b"".join(map(self.pieces.bytes_of, shown))  # the library drops whole runs of bytes for an invalid one
         return self._without_lead(shown, raw.decode(errors="replace"))
 
     def _without_lead(self, ids: Sequence[int], text: str) -> str:
-        """`text` without the space that the decoder drops before a sequence's first word."""
+        """Return `text` without the space that the decoder drops before a sequence's first word."""
         if not ids:
             return text
         alone = self._inner.decode([ids[0]], skip_special_tokens=False)
@@ -99,23 +101,23 @@ class Tokenizer:
         return text[dropped:] if text[:dropped].isspace() else text
 
     def token_text(self, token_id: int) -> str:
-        """One token's text as it stands inside a sequence: with the space before a word; half a character is U+FFFD."""
+        """Return a token's text inside of a sequence: with the space before a word; half a character is U+FFFD."""
         if self.pieces is None:
             return self.decode([token_id], skip_special_tokens=False)
         whole = self.pieces.texts[token_id]
         return self.pieces.bytes_of(token_id).decode(errors="replace") if whole is None else whole
 
     def token_bytes(self, token_id: int) -> bytes:
-        """One token's bytes. Exact where a table of pieces exists, else those of `token_text`."""
+        """Return a token's bytes: exact where a table of pieces exists, else those of `token_text`."""
         return self.token_text(token_id).encode() if self.pieces is None else self.pieces.bytes_of(token_id)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token as the vocabulary writes it, or None."""
+        """Return the id of a token as the vocabulary writes it, or None."""
         found: int | None = self._inner.token_to_id(token)
         return found
 
     def is_special(self, token_id: int) -> bool:
-        """True for tokens that are left out of an answer's text."""
+        """Return True for tokens that are left out of an answer's text."""
         return token_id in self._special
 
     @property
@@ -124,7 +126,7 @@ class Tokenizer:
         return self._special
 
     def _encodings(self, encode_batch: Any, text: str, add_special_tokens: bool) -> Any:
-        # Batches of one, because only the batch calls let go of the interpreter's lock.
+        # Batches of one, because only the batch calls release the interpreter's lock.
         try:
             return encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except (TypeError, UnicodeEncodeError):  # lone surrogates, which JSON can carry
@@ -137,7 +139,7 @@ class Tokenizer:
 
 
 def _byte_positions(text: str) -> list[int] | None:
-    """Where each character begins in UTF-8, and where the last ends; None if characters and bytes are the same."""
+    """Return where each character begins in UTF-8, and where the last ends; None if all are one byte long."""
     if text.isascii():
         return None
     at, positions = 0, [0]
@@ -149,13 +151,13 @@ def _byte_positions(text: str) -> list[int] | None:
 
 
 def fixed_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...] | None:
-    """The tokens that always stand for a text, whatever is around it; None if it may be cut otherwise."""
+    """Return the tokens of a text that do not depend on the text around it; None if they may."""
     ids = tokenizer.encode(text, False)
     fixed = len(ids) == 1 or (bool(ids) and tokenizer.is_special(ids[0]) and tokenizer.is_special(ids[-1]))
     return tuple(ids) if fixed else None
 
 
 def special_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
-    """The special tokens among some texts, by text."""
+    """Return the special tokens among some texts, by text."""
     found = ((text, tokenizer.token_id(text)) for text in texts)
     return {text: i for text, i in found if i is not None and tokenizer.is_special(i)}

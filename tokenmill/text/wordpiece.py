@@ -1,4 +1,4 @@
-"""BERT's vocab.txt: one token a line, pieces inside of words marked by ##."""
+"""BERT's vocab.txt: one token on each line, pieces inside of words marked by ##."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPECIAL = {name: f"[{name[:-6].upper()}]" for name in (*_NEEDED, "pad_token", "
 
 
 def load(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Read a vocabulary, with the normalization that the configuration asks of BERT's tokenizer."""
+    """Read a vocabulary, with the normalization of BERT's tokenizer that the configuration sets."""
     lines = read_text(path).removesuffix("\n").split("\n")
     named = {name: content_of(config.get(name)) or default for name, default in _SPECIAL.items()}
     ids = {token.removesuffix("\r"): i for i, token in enumerate(lines)}

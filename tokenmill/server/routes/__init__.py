@@ -1,1 +1,1 @@
-"""Handlers, one file an API. Each is a function that reads like what happens: decode, render, prepare, answer."""
+"""Handlers, one file for each API. Each is a function that reads like its steps: decode, plan, prepare, answer."""

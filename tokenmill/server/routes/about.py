@@ -1,4 +1,4 @@
-"""What the server says of itself: `/info`, `/health`, `/ping`, GET `/`, `/metrics`; `/tokenize`, `/chat_tokenize`."""
+"""Routes about the server: `/info`, `/health`, `/ping`, GET `/`, `/metrics`; and `/tokenize`, `/chat_tokenize`."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ async def info(call: Call) -> None:
 
 
 async def metrics(call: Call) -> None:
-    """All workers' metrics in Prometheus' text format."""
+    """Metrics of all workers in Prometheus' text format."""
     text = call.service.metrics.text()
     await call.reply(200, text.encode(), [(b"content-type", b"text/plain; charset=utf-8")])
 
 
 async def tokenize(call: Call) -> None:
-    """Tokens of `inputs` with the bytes that each stands for; special tokens have none."""
+    """Tokens of `inputs`, with the bytes of each; special tokens that are added have none."""
     body = await call.decode(GenerateRequest)
     model = call.service.ready().model
     if not body.inputs:
@@ -67,20 +67,21 @@ async def tokenize(call: Call) -> None:
 
 
 async def get_chat_tokenize(call: Call) -> None:
-    """The prompt that a chat makes, and its tokens: what `/v1/chat/completions` would generate from."""
+    """The prompt of a chat, and its tokens: the input from which `/v1/chat/completions` would generate."""
     body = await call.decode(ChatRequest)
     model = call.service.ready().model
     text = (await plan_chat(call, body, Options(thinking_budget=body.thinking_budget))).prompt
 
     def work() -> bytes:
         tokens = _tokens_of(model.tokenizer, text, add_special_tokens=False) if text else b"[]"
-        return _encode(ChatTokenizeResponse(msgspec.Raw(tokens), text))  # type: ignore[arg-type]  # is JSON already
+        return _encode(ChatTokenizeResponse(msgspec.Raw(tokens), text))  # type: ignore[arg-type]  # `tokens` is JSON text
 
     await call.answer(await call.service.in_thread(work))
 
 
 def _tokens_of(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> bytes:
-    """The tokens of a text, as a JSON list. Encoded in parts, for other threads wait while one is encoded."""
+    """Return the tokens of a text, as a JSON list. Encoded in parts, because other threads wait while one is
+    encoded."""
     offsets = tokenizer.encode_with_offsets(text, add_special_tokens)
     parts = iter(lambda: _encode([SimpleToken(*offset) for offset in islice(offsets, _PART)])[1:-1], b"")
     return b"[" + b",".join(parts) + b"]"

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: decode, plan, prepare, answer. What a chat means is in `text/chat.py`."""
+"""POST /v1/chat/completions: decode, plan, prepare, answer. The meaning of a chat's fields is in `text/chat.py`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("service_tier", _TIERS, "OpenAI has no such tier; leave it out or send 'auto'"),
     ("prompt_cache_retention", _RETENTIONS, "the cache of prompts is in memory; send 'in_memory' or leave it out"),
 )
-"""Field, the values that ask for nothing, and why others are refused."""
+"""Field, the values that have no effect, and the reason why others are refused."""
 
 
 class PreparedChat(NamedTuple):
@@ -48,7 +48,7 @@ async def chat_completions(call: Call) -> None:
 
 
 async def answer_chat(call: Call, body: ChatRequest) -> None:
-    """Answer a chat that came by whatever route. The call's dialect should be "openai"."""
+    """Answer a chat that came by any route. The call's dialect should be "openai"."""
     chat = await prepare_chat(call, body)
     prompts = answering.Prompts(
         (chat.prepared,),
@@ -64,7 +64,7 @@ async def answer_chat(call: Call, body: ChatRequest) -> None:
 
 
 async def prepare_chat(call: Call, body: ChatRequest) -> PreparedChat:
-    """Check a chat, take its permits, plan it and encode its prompt. RequestError."""
+    """Check a chat, take its permits, plan it and encode its prompt. Raises RequestError."""
     copies = check_common(call, body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     options = options_of(body, max_tokens=max_tokens, logprobs=num_logprobs(body))
@@ -81,7 +81,7 @@ async def prepare_chat(call: Call, body: ChatRequest) -> PreparedChat:
 
 
 async def plan_chat(call: Call, body: ChatRequest, options: Options) -> ChatPlan:
-    """The plan of a chat, in a thread if its body is large. ValidationError, TemplateError."""
+    """Return the plan of a chat, made in a thread if its body is large. Raises ValidationError, TemplateError."""
     check_fields(body)
     service = call.service
     model = ChatModel(
@@ -94,26 +94,27 @@ async def plan_chat(call: Call, body: ChatRequest, options: Options) -> ChatPlan
 
 
 def chat_of(body: ChatRequest, options: Options) -> Chat:
-    """The chat that a body asks for."""
+    """Return the chat that a body describes."""
     return Chat(options=options, guided=guided_fields(body), **{name: getattr(body, name) for name in _CHAT_FIELDS})
 
 
 def check_fields(body: ChatRequest) -> None:
-    """Refuse what is not served. ValidationError that names the field."""
+    """Refuse fields that are not supported. Raises ValidationError that names the field."""
     for name, harmless, reason in _UNSERVED:
         if getattr(body, name) not in harmless:
             raise not_supported(name, reason)
 
 
 def num_logprobs(body: ChatRequest) -> int | None:
-    """The number of likeliest tokens to list at each position; None: no log-probabilities. ValidationError."""
+    """Return the number of likeliest tokens to list at each position; None: no log-probabilities. Raises
+    ValidationError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ValidationError("Invalid 'top_logprobs': it needs `logprobs: true`", "top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
 def _param(error: ValidationError, body: ChatRequest) -> str | None:
-    """The field of a chat that a rule about prompts and tokens is about."""
+    """Return the chat's name for the field that a rule about prompts and tokens names."""
     if error.param in (None, "prompt"):
         return "messages"
     if error.param == "max_tokens" and body.max_completion_tokens is not None:

@@ -1,10 +1,9 @@
-"""OpenAI's chat shapes: each token's chunk, and the plain answer that all chunks add up to.
+"""OpenAI's chat answers: each token's chunk, and the whole answer that all chunks add up to.
 
-Models that think or call functions write that into their text; the sequence's router has taken it apart. Tokens that
-so far belong to nothing, as those of a call's delimiters, make no chunk: their log-probabilities come with the next
-one. A choice's first token always makes one, which has the role, as OpenAI's first chunk does: so choices begin in
-order, and clients that add deltas up find the role once. TGI's rules hold beside that: content or calls in every
-delta, the finish reason on the last token's.
+The sequence's router has split thoughts and calls from the text. Tokens that belong to neither yet, such as the
+delimiters of a call, make no chunk; their log-probabilities come with the next one. A choice's first token always makes
+one, which has the role, as OpenAI's first chunk does: so choices begin in order, and clients that add deltas up find
+the role once. TGI's rules hold as well: content or calls in every delta, the finish reason on the last token's.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _encode = msgspec.json.Encoder().encode
 
 class ChatAnswer:
     """An `answering.AnswerFormat`. `num_top`: the number of likeliest tokens to list at each position; None: no
-    log-probabilities. `older`: calls are told as `function_call`, for a request that had `functions`."""
+    log-probabilities. `older`: calls are returned as `function_call`, for a request with `functions`."""
 
     def __init__(
         self, envelope: Envelope, num_top: int | None, reader: AnswerReader = PLAIN, *, older: bool = False
@@ -46,7 +45,7 @@ class ChatAnswer:
         self._envelope, self._num_top, self._with_logprobs = envelope, num_top, num_top is not None
         self._thinks, self._older = reader.thinks, older
         self._head, self._tail = frame_of(_encode(self._chunk([], None)))
-        self._waiting: dict[int, list[TokenLogprob]] = {}  # of a choice: those of tokens that made no chunk
+        self._waiting: dict[int, list[TokenLogprob]] = {}  # by choice: those of tokens without a chunk
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
         """See `answering.AnswerFormat`."""
@@ -90,7 +89,7 @@ class ChatAnswer:
         )
 
     def _finish_reason(self, generation: Generation, finish: str) -> str | None:
-        """OpenAI's word for how a choice ended."""
+        """Return OpenAI's word for the end of a choice."""
         called = generation.router is not None and generation.router.complete_calls and finish in ("eos", "stop")
         return ("function_call" if self._older else "tool_calls") if called else FINISH[finish]
 
@@ -117,7 +116,7 @@ class ChatAnswer:
         return self._said(role, content, read.reasoning, calls)
 
     def _message(self, read: Delta) -> ChatMessage:
-        """A whole choice."""
+        """Return the message of a whole choice."""
         calls = [
             ToolCall(
                 id=call.id or "",

@@ -30,18 +30,18 @@ from tokenmill.text.options import Options
 from tokenmill.text.prepare import Prepared, check_before_queue
 from tokenmill.wire.messages import TokenDetails
 
-MAX_BEST_OF = 20  # OpenAI's; sampled ones are bounded by --max-best-of too
+MAX_BEST_OF = 20  # OpenAI's; with sampling, --max-best-of applies, too
 _encode = msgspec.json.Encoder().encode
 
 
 class SuffixError(ValidationError):
-    """`suffix` was given; TGI has a type of its own for it."""
+    """`suffix` was given; TGI has an error type for it."""
 
     error_type = "suffix not supported"
 
 
 class BatchSizeError(ValidationError):
-    """Too many prompts; TGI has a type of its own for it."""
+    """Too many prompts; TGI has an error type for it."""
 
     error_type = "batch size exceeded"
 
@@ -52,7 +52,7 @@ async def completions(call: Call) -> None:
 
 
 async def answer_completion(call: Call, body: CompletionRequest) -> None:
-    """Answer a completion that came by whatever route. The call's dialect should be "openai"."""
+    """Answer a completion that came by any route. The call's dialect should be "openai"."""
     given = await call.work(lambda: _prompts(call.service.options, body))
     n = check_common(call, body, num_prompts=len(given))
     copies = _copies(body, n)
@@ -74,7 +74,7 @@ async def answer_completion(call: Call, body: CompletionRequest) -> None:
 
 
 def _prompts(options: ServiceOptions, body: CompletionRequest) -> list[str | list[int]]:
-    """The prompts, each a text or token ids. ValidationError for anything else and for too many."""
+    """Return the prompts, each a text or token ids. Raises ValidationError for anything else, and for too many."""
     if body.suffix:
         raise SuffixError("Suffix is not supported: put it into the prompt before the request", "suffix")
     given = body.prompt
@@ -95,18 +95,18 @@ def _prompts(options: ServiceOptions, body: CompletionRequest) -> list[str | lis
 
 
 def _are_ids(value: Any) -> bool:
-    """True for a list of whole numbers, at least one."""
+    """Return True for a list of whole numbers, at least one."""
     return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _copies(body: CompletionRequest, n: int) -> int:
-    """Sequences to generate a prompt, of which the best `n` are returned."""
+    """Return the number of sequences to generate for a prompt, of which the best `n` are returned."""
     best_of = n if body.best_of is None else body.best_of
     if best_of < n:
         raise ValidationError(f"Invalid 'best_of': it must be at least `n`. Given: {best_of}", "best_of")
     if body.stream and best_of > n:
         raise ValidationError("Invalid 'best_of': a stream cannot choose among more than `n`", "best_of")
-    return n if body.temperature == 0.0 and best_of <= MAX_BEST_OF else best_of  # greedy ones are all alike
+    return n if body.temperature == 0.0 and best_of <= MAX_BEST_OF else best_of  # greedy sequences are all equal
 
 
 def _options(body: CompletionRequest, best_of: int | None, requested: RequestedGrammar | None) -> Options:
@@ -123,14 +123,14 @@ def _options(body: CompletionRequest, best_of: int | None, requested: RequestedG
 
 
 class Counts(NamedTuple):
-    """Choices of each prompt in the answer, and sequences generated for them."""
+    """Numbers of choices for each prompt in the answer, and of sequences generated for them."""
 
     n: int
     copies: int
 
 
 class Row(NamedTuple):
-    """A token in the lists of log-probabilities, and the character of the text at which it begins."""
+    """A token in the lists of log-probabilities. `offset`: the character of the text at which it begins."""
 
     id: int
     offset: int
@@ -138,7 +138,7 @@ class Row(NamedTuple):
 
 
 class CompletionAnswer:
-    """OpenAI's completion shapes. With `max_tokens: 0` nothing but an echo is shown."""
+    """OpenAI's completions. With `max_tokens: 0` the text is the echo of the prompt alone."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class CompletionAnswer:
             for p, one in zip(prompts, prepared, strict=True)
         ]
         self._head, self._tail = frame_of(_encode(self._object([], None)))
-        self._offsets: dict[int, int] = {}  # of a choice: characters of the tokens that its chunks carried
+        self._offsets: dict[int, int] = {}  # by choice: number of characters of the tokens sent so far
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
         """See `answering.AnswerFormat`. An echo of the prompt comes with the first token."""
@@ -202,13 +202,13 @@ class CompletionAnswer:
         return msgspec.structs.replace(usage, completion_tokens=0, total_tokens=usage.prompt_tokens)
 
     def _rows(self, generation: Generation, tokens: Sequence[GeneratedToken]) -> list[Row]:
-        """All tokens of an answer from its beginning: of the prompt if it is echoed, and `tokens`."""
+        """Return the rows of an answer: of the prompt if it is echoed, then of `tokens`."""
         rows: list[Row] = []
         if self._echo:
             echo, ids = self._echoes[generation.prompt_index], generation.prepared.prompt_ids
             detokenizer = Detokenizer(self._envelope.tokenizer)
             texts = [detokenizer.push(token_id).text for token_id in ids]
-            added = "".join(texts).startswith(" ") and echo[:1] != " "  # before the first word, by its tokenizer
+            added = "".join(texts).startswith(" ") and echo[:1] != " "  # by the tokenizer, before the first word
             offset = -1 if added else 0
             for token_id, text, details in zip(ids, texts, [None, *generation.prompt_details], strict=False):
                 rows.append(Row(token_id, min(max(offset, 0), len(echo)), details))
@@ -236,12 +236,12 @@ class CompletionAnswer:
         return logprobs
 
     def _top(self, chosen: str, details: TokenDetails | None) -> dict[str, float] | None:
-        """The likeliest tokens by their texts, best first, and the chosen one, as OpenAI has it."""
+        """Return the likeliest tokens by their texts, best first, and the chosen one, as OpenAI does."""
         if details is None:
             return None
         top: dict[str, float] = {}
         for token_id, logprob in islice(zip(details.top_ids, details.top_logprobs, strict=True), self._num_top):
-            top.setdefault(self._name(token_id), logprob)  # of two ids with one text the likelier counts
+            top.setdefault(self._name(token_id), logprob)  # of two ids with the same text, the likelier one is kept
         top.setdefault(chosen, details.logprob)
         return top
 

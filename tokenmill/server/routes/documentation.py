@@ -15,7 +15,7 @@ _TYPES = {
     "LICENSE": b"text/plain; charset=utf-8",
     "NOTICE": b"text/plain; charset=utf-8",
 }
-"""The files that are served: no others, whatever path is asked for."""
+"""The files that are served; any other path is 404."""
 
 _POLICY = b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
 

@@ -1,7 +1,7 @@
 """KServe's Open Inference Protocol, version 2: `/v2/…`.
 
-Prompts are inputs of type BYTES, answers are outputs of it. Every model's and version's name stands for the one model
-that is served. Readiness is that of `/health`.
+Prompts are inputs of type BYTES, answers are outputs of that type. Every name of a model or version stands for the one
+served model. Readiness is that of `/health`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _encode = msgspec.json.Encoder().encode
 
 
 class LengthError(ValidationError):
-    """Inputs and outputs do not pair up; TGI has a type of its own for it."""
+    """Inputs and outputs do not pair up; TGI has an error type for it."""
 
     error_type = "length mismatch"
 
 
 class Utf8Error(ValidationError):
-    """An input's bytes are no text; TGI has a type of its own for it."""
+    """An input's bytes are not text; TGI has an error type for it."""
 
     error_type = "utf8"
 
@@ -56,13 +56,13 @@ async def ready(call: Call) -> None:
 
 
 async def server(call: Call) -> None:
-    """GET /v2: what this is."""
+    """GET /v2: name and extensions of the server."""
     body = KserveServer("text-generation-inference", call.service.options.version, ["health", "models", "metrics"])
     await call.answer(_encode(body))
 
 
 async def model(call: Call) -> None:
-    """GET /v2/models/{name}[/versions/{version}][/ready]: what the model can do, or whether it is ready."""
+    """GET /v2/models/{name}[/versions/{version}][/ready]: the model's extensions, or its readiness."""
     found = _MODEL.fullmatch(call.path_rest)
     if found is None or found["action"] == "/infer":
         raise failures.nowhere("GET", call.scope["path"], ["POST"] if found else [])
@@ -99,7 +99,7 @@ async def infer(call: Call) -> None:
 
 
 def _text(one: KserveInput, where: str) -> str:
-    """The prompt of an input. Utf8Error, ValidationError."""
+    """Return the prompt of an input. Raises Utf8Error, ValidationError."""
     data = one.data
     if len(data) == 1 and isinstance(data[0], str):
         return data[0]

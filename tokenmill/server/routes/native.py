@@ -37,18 +37,18 @@ async def generate(call: Call) -> None:
 
 
 async def generate_stream(call: Call) -> None:
-    """POST /generate_stream: an event a token."""
+    """POST /generate_stream: an event for each token."""
     body = await call.decode(GenerateRequest)
     await _generate(call, body, stream=True)
 
 
 async def compat_generate(call: Call) -> None:
-    """POST /: `stream` chooses. A plain answer is a list of one; the prompt is part of the text unless refused."""
+    """POST /: `stream` chooses. A whole answer is a list of one; the prompt is part of the text by default."""
     await answer_compat(call, await call.decode(CompatRequest))
 
 
 async def answer_compat(call: Call, body: CompatRequest) -> None:
-    """Answer such a body that came by whatever route."""
+    """Answer the body of POST `/` that came by any route."""
     await _generate(call, body, stream=bool(body.stream), compat=True)
 
 
@@ -73,12 +73,12 @@ async def _generate(call: Call, body: GenerateRequest, *, stream: bool, compat: 
 
 
 def parameters_of(given: GenerateParameters | None) -> GenerateParameters:
-    """What was asked for; TGI samples where no parameters are given at all."""
+    """Return the parameters of a request. TGI samples if none are given at all."""
     return GenerateParameters(do_sample=True) if given is None else given
 
 
 def options_of(given: GenerateParameters, *, stream: bool = False) -> Options:
-    """The parameters as options of a generation. In a stream every event has a log-probability."""
+    """Return the parameters as options of a generation. In a stream every event has a log-probability."""
     copies = max(given.best_of or 1, 1)
     top_n = given.top_n_tokens or 0
     needs_logprobs = stream or given.details or given.decoder_input_details or copies > 1
@@ -109,7 +109,7 @@ def options_of(given: GenerateParameters, *, stream: bool = False) -> Options:
 
 
 class NativeAnswer:
-    """TGI's shapes. `prefix` is put before the text, `as_list` is POST `/`'s."""
+    """TGI's answers. `prefix`: put before the text; `as_list`: the answer of POST `/`."""
 
     def __init__(self, given: GenerateParameters, tokenizer: Tokenizer, prefix: str, *, as_list: bool) -> None:
         self._tokenizer, self._prefix, self._as_list = tokenizer, prefix, as_list
@@ -117,7 +117,7 @@ class NativeAnswer:
         self._details = bool(given.details or given.decoder_input_details)
         self._prefill = bool(given.decoder_input_details)
         self._top_n = bool(given.top_n_tokens)
-        self._num_shown = 0  # characters of ordinary tokens in the events so far
+        self._num_shown = 0  # number of characters of ordinary tokens in the events so far
 
     def chunk(self, generation: Generation, token: GeneratedToken) -> bytes:
         """See `answering.AnswerFormat`."""
@@ -141,7 +141,7 @@ class NativeAnswer:
         )
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """See `answering.AnswerFormat`: native streams just end."""
+        """See `answering.AnswerFormat`: native streams have no event after the last token."""
         return b""
 
     def fold(self, generations: Sequence[Generation], tokens: Sequence[list[GeneratedToken]]) -> bytes:
@@ -195,7 +195,8 @@ class NativeAnswer:
 
 
 def _token(token: GeneratedToken, generation: Generation, num_shown: int) -> Token:
-    """The token as clients see it; what follows a stop string in its middle is cut off, for it is not in the text."""
+    """Return the token as clients see it. Text behind a stop string in the token's middle is cut off, as in the
+    answer."""
     text = token.token_text
     if token.finish == "stop" and not token.special:
         text = text[: max(len(generation.text) - num_shown, 0)]

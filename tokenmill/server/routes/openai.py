@@ -1,4 +1,4 @@
-"""What chat and completions share: options, ids, usage, names of tokens, the list of models."""
+"""Parts shared by chat and completions: options, ids, usage, names of tokens, the list of models."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 async def list_models(call: Call) -> None:
-    """GET /v1/models: the one that is served."""
+    """GET /v1/models: the served model."""
     await call.answer(_encode(ModelList("list", [_model(call)])))
 
 
 async def retrieve_model(call: Call) -> None:
-    """GET /v1/models/{id}: the served one under its name, else 404."""
+    """GET /v1/models/{id}: the served model under its name, else 404."""
     model = _model(call)
     if call.path_rest != model.id:
         raise failures.NotFound(f"The model {call.path_rest!r} does not exist; {model.id!r} is served", "model")
@@ -50,7 +50,8 @@ def _model(call: Call) -> Model:
 
 
 def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> int:
-    """Refuse what is not served, by name; the number of choices a prompt. ValidationError, NotFound."""
+    """Refuse values that are not supported, and return the number of choices for each prompt. Raises ValidationError,
+    NotFound."""
     limits = call.service.ready().limits
     for limit in OPENAI_TABLE:
         limit.check(getattr(body, limit.name, None), limits, "openai")
@@ -68,12 +69,13 @@ def check_common(call: Call, body: SamplingFields, *, num_prompts: int = 1) -> i
 
 
 def guided_fields(body: SamplingFields) -> dict[str, Any]:
-    """The fields of a body that ask for a grammar, by name."""
+    """Return the fields of a body that ask for a grammar, by name."""
     return {name: value for name in GRAMMAR_FIELDS if (value := getattr(body, name)) is not None}
 
 
 async def grammar_of(call: Call, body: SamplingFields) -> guided.RequestedGrammar | None:
-    """What the answer is to follow, by whatever field; None if it is free. ValidationError, GrammarError."""
+    """Return the grammar that the body asks for in any field; None if the answer is free. Raises ValidationError,
+    GrammarError."""
     given = guided_fields(body)
     if not given:
         return None
@@ -84,7 +86,7 @@ async def grammar_of(call: Call, body: SamplingFields) -> guided.RequestedGramma
 
 
 def options_of(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> Options:
-    """The fields that both APIs have, as options of a generation."""
+    """Return the fields that both APIs have, as options of a generation."""
     return Options(
         max_new_tokens=max_tokens,
         min_new_tokens=body.min_tokens,
@@ -124,7 +126,7 @@ def _logit_bias(given: dict[str, float] | list[float] | None) -> dict[int, float
 
 
 class Envelope:
-    """What every object of one answer repeats: id, time, names; and the usage at its end."""
+    """Fields that all objects of one answer repeat: id, time, names; and the usage at its end."""
 
     def __init__(self, call: Call, body: SamplingFields, prefix: str) -> None:
         model, _, engine = call.service.ready()
@@ -140,8 +142,8 @@ class Envelope:
         self._truncates = body.truncate is not None
 
     def usage(self, generations: Sequence[Generation]) -> Usage:
-        """Tokens of the whole call; a prompt counts once however many choices it has."""
-        prompts = {g.prompt_index: g for g in reversed(generations)}.values()  # the first of each computed it
+        """Return the tokens of the whole call. A prompt counts once, however many choices it has."""
+        prompts = {g.prompt_index: g for g in reversed(generations)}.values()  # the first of each has computed it
         prompt = sum(g.prepared.num_prompt for g in prompts)
         completion = sum(g.num_generated for g in generations)
         details = {"cached_tokens": sum(g.num_cached for g in prompts)}
@@ -151,7 +153,8 @@ class Envelope:
 
 
 def token_name(tokenizer: Tokenizer, token_id: int, prefix: str = "") -> str:
-    """A token in a list of log-probabilities: its text, or its bytes written as OpenAI writes what is no text."""
+    """Return a token's name in a list of log-probabilities: its text, or its bytes in OpenAI's notation if it is not
+    text."""
     text = tokenizer.token_text(token_id)
     if "\ufffd" not in text:
         return text
@@ -163,7 +166,7 @@ def token_name(tokenizer: Tokenizer, token_id: int, prefix: str = "") -> str:
 
 
 def frame_of(chunk: bytes) -> tuple[bytes, bytes]:
-    """What is before and behind the choice in every chunk of a stream, from one that has none: so that a token costs
-    the encoding of its choice alone."""
+    """Return the parts of a stream's chunk before and behind its choice, from a chunk without one. So only the choice
+    of a token has to be encoded."""
     head, _, tail = chunk.partition(_NO_CHOICES)  # a quote inside of a text is escaped and does not match
     return head + _NO_CHOICES[:-1], _NO_CHOICES[-1:] + tail

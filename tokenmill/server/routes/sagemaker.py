@@ -1,4 +1,4 @@
-"""POST /invocations: the one route of Amazon SageMaker. The body's shape says which API is meant."""
+"""POST /invocations: the one route of Amazon SageMaker. The body's keys choose the API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenmill.server.schema.openai import ChatRequest, CompletionRequest
 
 
 async def sagemaker_compatibility(call: Call) -> None:
-    """`inputs`: as POST `/`; `messages`: a chat; `prompt`: a completion. The first that is there decides."""
+    """`inputs`: as POST `/`; `messages`: a chat; `prompt`: a completion. The first key that is present decides."""
     body = await call.decode(KEYS)
     if "inputs" in body:
         await answer_compat(call, await call.decode(CompatRequest))

@@ -1,4 +1,4 @@
-"""Several prompts, one plain list of texts: what Vertex AI's and KServe's routes have in common."""
+"""Answers that are lists of texts: shared by Vertex AI's and KServe's routes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHAPING = ("details", "decoder_input_details", "top_n_tokens")
 
 
 TextOf = Callable[[Generation, Sequence[GeneratedToken]], str]
-"""Makes the text of one sequence out of what was generated, and its tokens."""
+"""Function from a sequence and its tokens to its text."""
 
 
 class Texts:
@@ -42,19 +42,19 @@ class Texts:
 
 
 def with_prompt(prompt: str) -> TextOf:
-    """A text with its prompt before it."""
+    """Return a function that puts `prompt` before the generated text."""
     return lambda generation, tokens: prompt + generation.text
 
 
 def check_count(call: Call, field: str, count: int) -> None:
-    """ValidationError if one call has no prompts, or more than could ever run."""
+    """Raise ValidationError if a call has more prompts than can run."""
     most = call.service.options.max_concurrent_requests
     if count > most:
         raise ValidationError(f"`{field}` supports up to {most} prompts. Given: {count}", field)
 
 
 async def prepare_text(call: Call, inputs: str, given: GenerateParameters, where: str) -> Prepared:
-    """One prompt, of which nothing but the text is wanted. ValidationError, also for what asks for more than that."""
+    """Prepare one prompt whose answer is a text. Raises ValidationError, also for options that ask for more."""
     for name in _SHAPING:
         if getattr(given, name):
             raise ValidationError(f"`{name}` is not supported here: the answer is a text. Given in {where}", name)
@@ -66,7 +66,7 @@ async def prepare_text(call: Call, inputs: str, given: GenerateParameters, where
 async def answer(
     call: Call, prompts: Sequence[Prepared], num_characters: int, texts: Texts, readers: Sequence[AnswerReader] = ()
 ) -> None:
-    """Generate for every prompt and answer. Permits must have been taken. `readers`: see `answering.Prompts`."""
+    """Generate for every prompt, and answer. Permits must have been taken. `readers`: see `answering.Prompts`."""
     made = answering.Prompts(
         tuple(prompts), keep_stop=True, num_characters=num_characters, receipt=receipt.requested(call),
         readers=tuple(readers),

@@ -1,4 +1,4 @@
-"""POST /vertex, and the path that Vertex AI names in AIP_PREDICT_ROUTE: many prompts, a list of texts."""
+"""POST /vertex, and the path in AIP_PREDICT_ROUTE that Vertex AI names: many prompts, a list of texts."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _encode = msgspec.json.Encoder().encode
 
 
 class EmptyError(ValidationError):
-    """There are no instances; TGI has a type of its own for it."""
+    """There are no instances; TGI has an error type for it."""
 
     error_type = "Input validation error"
 
 
 class _Instance(NamedTuple):
-    """One instance, ready to be generated. `text_of`: makes its prediction; `num_characters`: of its prompt."""
+    """One prepared instance. `text_of`: makes its prediction; `num_characters`: of its prompt."""
 
     prepared: Prepared
     reader: AnswerReader
@@ -89,14 +89,14 @@ async def _chat(call: Call, instance: dict[str, Any], common: GenerateParameters
 
 
 def _prediction(tokenizer: Tokenizer, has_tools: bool, generation: Generation, tokens: Sequence[GeneratedToken]) -> str:
-    """A chat's prediction: its call as JSON, {"function": {"_name": …, its arguments}}, as TGI's models wrote one; if
-    there is none, all that was generated as one text."""
+    """Return a chat's prediction: its call as JSON, {"function": {"_name": …, its arguments}}, in the form of TGI's
+    models; without a call, the whole generated text."""
     router = generation.router
     if router is None:
         return generation.text
     made = fold([token.read for token in tokens if token.read is not None])
     for found in made.calls if has_tools and router.complete_calls else ():
-        with suppress(ValueError):  # one that broke off
+        with suppress(ValueError):  # of a call that was cut off
             arguments = json.loads(found.arguments)
             return json.dumps({"function": {"_name": found.name, **arguments}}, ensure_ascii=False)
     return whole_text(tokenizer, generation.prepared.prompt_ids, [token.id for token in tokens], router.stopped)

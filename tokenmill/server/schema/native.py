@@ -1,6 +1,6 @@
 """The bodies of TGI's own routes: `/generate`, `/generate_stream`, `/`, `/tokenize`, `/chat_tokenize`, `/info`.
 
-Unknown fields are ignored at every level, as TGI does; null stands for the default everywhere.
+Unknown fields are ignored at every level, as TGI does; null stands for the default.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Uint = Annotated[int, msgspec.Meta(ge=0)]
 
 
 def _(description: str) -> msgspec.Meta:
-    """What the OpenAPI document says of a field."""
+    """Return a field's description for the OpenAPI document."""
     return msgspec.Meta(description=description)
 
 
 class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
-    """How to generate. None: not given. The last group is ours, TGI does not know it."""
+    """Parameters of a generation. None: not given. TGI does not have the last group."""
 
     best_of: Annotated[Uint | None, _("Sequences to generate; the one with the likeliest tokens is returned.")] = None
     temperature: Annotated[float | None, _("Divides the logits; 0: the likeliest token is taken. Default 1.")] = None
@@ -57,7 +57,7 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
-    """Body of `/generate`, `/generate_stream` and `/tokenize`. `receipt`: ours, whether the answer carries one."""
+    """Body of `/generate`, `/generate_stream` and `/tokenize`. `receipt`: add a receipt to the answer; not TGI's."""
 
     inputs: str
     parameters: GenerateParameters | None = None
@@ -65,13 +65,13 @@ class GenerateRequest(msgspec.Struct, frozen=True):
 
 
 class CompatRequest(GenerateRequest, frozen=True):
-    """Body of POST `/`: the same, and whether to stream."""
+    """Body of POST `/`: that of `/generate`, and `stream`."""
 
     stream: bool | None = None
 
 
 class Token(msgspec.Struct, frozen=True):
-    """A generated token, and what its alternatives look like in `top_tokens`."""
+    """A generated token, or one of its alternatives in `top_tokens`."""
 
     id: int
     text: str
@@ -80,7 +80,7 @@ class Token(msgspec.Struct, frozen=True):
 
 
 class PrefillToken(msgspec.Struct, frozen=True):
-    """A token of the prompt. The first has nothing before it, so no log-probability."""
+    """A token of the prompt. The first has no log-probability, because nothing precedes it."""
 
     id: int
     text: str
@@ -88,7 +88,7 @@ class PrefillToken(msgspec.Struct, frozen=True):
 
 
 class BestOfSequence(msgspec.Struct, frozen=True, kw_only=True):
-    """One of the sequences that `best_of` did not choose. `top_tokens` is absent unless asked for."""
+    """A sequence that `best_of` did not choose. `top_tokens` is absent unless requested."""
 
     generated_text: str
     finish_reason: str
@@ -100,7 +100,7 @@ class BestOfSequence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True):
-    """What `details: true` adds to a plain answer. The last two are absent unless asked for."""
+    """Details of a whole answer, with `details: true`. The last two are absent unless requested."""
 
     finish_reason: str
     generated_tokens: int
@@ -112,15 +112,15 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateResponse(msgspec.Struct, frozen=True):
-    """A plain answer. `details` is absent, not null, unless asked for."""
+    """A whole answer. `details` is absent, not null, unless requested."""
 
     generated_text: str
     details: Details | msgspec.UnsetType = msgspec.UNSET
-    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if the request asked
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if requested
 
 
 class StreamDetails(msgspec.Struct, frozen=True):
-    """What `details: true` adds to the last event of a stream."""
+    """Details in the last event of a stream, with `details: true`."""
 
     finish_reason: str
     generated_tokens: int
@@ -129,7 +129,7 @@ class StreamDetails(msgspec.Struct, frozen=True):
 
 
 class StreamResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """One event of a stream: one token. The last one carries the whole text."""
+    """One event of a stream, for one token. The last one has the whole text."""
 
     index: int
     token: Token
@@ -162,7 +162,7 @@ class ErrorResponse(msgspec.Struct, frozen=True):
 
 
 class Info(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of `/info`. The last group is ours or of older TGI versions, which some clients still look for."""
+    """Body of `/info`. The last group is of older TGI versions, which some clients still look for, or not TGI's."""
 
     model_id: str
     model_sha: str | None

@@ -1,6 +1,6 @@
 """The bodies of the `/v1` routes: OpenAI's, with TGI's extra fields.
 
-A field that OpenAI documents is here even where it is refused, so that it is refused by its name and never ignored.
+A field that OpenAI documents is declared even if it is not supported, so that it is refused by name and not ignored.
 Unknown fields are ignored. None: not given, or null.
 """
 
@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 
 def _(description: str) -> msgspec.Meta:
-    """What the OpenAPI document says of a field."""
+    """Return a field's description for the OpenAPI document."""
     return msgspec.Meta(description=description)
 
 
@@ -28,14 +28,15 @@ Number = float | None
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    """What a stream carries besides the text."""
+    """Options of a stream."""
 
     include_usage: Annotated[Flag, _("One more chunk, without choices, has the usage.")] = None
     include_obfuscation: Annotated[Flag, _("Padding against traffic analysis; none is added either way.")] = None
 
 
 class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
-    """What chat and completions have in common. The last group is not OpenAI's, but TGI's, other servers' or ours."""
+    """Fields of both chats and completions. The last group is not OpenAI's, but TGI's, other servers' or this
+    server's."""
 
     model: Annotated[Text, _("Repeated in the answer. Any name is served unless --strict-model-name is set.")] = None
     max_tokens: Annotated[
@@ -86,7 +87,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
-    """Body of `/v1/chat/completions`. What is refused for now is refused by its name."""
+    """Body of `/v1/chat/completions`. Fields that are not supported are refused by name."""
 
     messages: Annotated[list[Json], _("The conversation. A last message of the assistant is continued.")]
     max_completion_tokens: Annotated[Uint | None, _("The newer name of `max_tokens`; it has precedence.")] = None
@@ -142,7 +143,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of a whole call; a prompt shared by several choices counts once."""
+    """Tokens of a whole call. A prompt shared by several choices counts once."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -169,13 +170,13 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """One entry a token."""
+    """Log-probabilities of an answer, one entry for each token."""
 
     content: list[TokenLogprob]
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Parallel lists, one entry a token. `text_offset` in characters from the beginning of `text`."""
+    """Parallel lists, one entry for each token. `text_offset`: in characters from the beginning of `text`."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -191,7 +192,8 @@ class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A call of a function. In a stream `index` tells calls apart, and only a call's first piece has id and type."""
+    """A call of a function. In a stream calls are told apart by `index`, and only a call's first piece has id and
+    type."""
 
     index: int | msgspec.UnsetType = msgspec.UNSET
     id: str | msgspec.UnsetType = msgspec.UNSET
@@ -200,8 +202,8 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """What the assistant said, thought and called. `reasoning` is the same as `reasoning_content`: clients look for
-    either. In a stream only a choice's first delta has the role: clients add deltas up."""
+    """The assistant's text, thought and calls. `reasoning` equals `reasoning_content`, because clients look for either.
+    In a stream only a choice's first delta has the role, because clients add deltas up."""
 
     role: str | msgspec.UnsetType
     content: str | msgspec.UnsetType | None = msgspec.UNSET
@@ -221,7 +223,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
-    """A plain answer of `/v1/chat/completions`."""
+    """A whole answer of `/v1/chat/completions`."""
 
     object: str
     id: str
@@ -230,12 +232,12 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
-    service_tier: str | msgspec.UnsetType = msgspec.UNSET  # only if the request named one
-    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if the request asked
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET  # only if the request has one
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if requested
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
-    """What one token adds to one answer."""
+    """One token's part of one answer."""
 
     index: int
     delta: ChatMessage
@@ -244,7 +246,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatChunk(msgspec.Struct, frozen=True):
-    """One event of a chat stream. The last one, if usage was asked for, has no choices."""
+    """One event of a chat stream. The last one, if usage was requested, has no choices."""
 
     object: str
     id: str
@@ -253,12 +255,12 @@ class ChatChunk(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None
-    service_tier: str | msgspec.UnsetType = msgspec.UNSET  # only if the request named one
-    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if the request asked
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET  # only if the request has one
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if requested
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
-    """One text, or what one token adds to it (then `finish_reason` is null until the last)."""
+    """One text, or one token's part of it, whose `finish_reason` is null until the last."""
 
     index: int
     text: str
@@ -267,7 +269,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """A plain answer of `/v1/completions`, or one event of its stream."""
+    """A whole answer of `/v1/completions`, or one event of its stream."""
 
     object: str
     id: str
@@ -276,7 +278,7 @@ class Completion(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None
-    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if the request asked
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET  # only if requested
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -305,7 +307,7 @@ class ErrorDetails(msgspec.Struct, frozen=True):
 
 
 class ErrorResponse(msgspec.Struct, frozen=True):
-    """Any error of a `/v1` route; `error_type` is TGI's name of the kind."""
+    """Any error of a `/v1` route. `error_type`: TGI's name of the kind."""
 
     error: ErrorDetails
     error_type: str

@@ -12,7 +12,7 @@ from tokenmill.server.schema.native import GenerateParameters
 class VertexRequest(msgspec.Struct, frozen=True):
     """Body of `/vertex`. An instance has `inputs` and maybe `parameters`, or it is a chat body.
 
-    `parameters` hold for the instances with `inputs` that bring none of their own.
+    `parameters` apply to instances with `inputs` that have none of their own.
     """
 
     instances: list[dict[str, Any]]
@@ -33,7 +33,7 @@ class VertexResponse(msgspec.Struct, frozen=True):
 
 
 class KserveInput(msgspec.Struct, frozen=True):
-    """A prompt: the bytes of its UTF-8 text as numbers, or, as the protocol spells BYTES in JSON, one string."""
+    """A prompt: the bytes of its UTF-8 text as numbers, or one string, as the protocol writes BYTES in JSON."""
 
     name: str
     shape: list[int]
@@ -42,13 +42,13 @@ class KserveInput(msgspec.Struct, frozen=True):
 
 
 class KserveOutputName(msgspec.Struct, frozen=True):
-    """What an answer is to be called."""
+    """Name of a requested output."""
 
     name: str
 
 
 class KserveRequest(msgspec.Struct, frozen=True):
-    """Body of `/v2/models/{name}/versions/{version}/infer`: one prompt an input, and a name for each answer."""
+    """Body of `/v2/models/{name}/versions/{version}/infer`: inputs, each a prompt, and a name for each answer."""
 
     inputs: list[KserveInput]
     outputs: list[KserveOutputName]

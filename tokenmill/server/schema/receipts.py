@@ -1,4 +1,4 @@
-"""What a receipt holds. How one is made: `server/receipt.py`."""
+"""Types of a receipt, which `server/receipt.py` makes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class SequenceReceipt(msgspec.Struct, frozen=True):
-    """One of several sequences of an answer; see `Receipt`. `index`: its place among those that were generated."""
+    """One of several sequences of an answer; see `Receipt`. `index`: its place among the generated ones."""
 
     index: int
     prompt: int
@@ -26,19 +26,19 @@ class SequenceReceipt(msgspec.Struct, frozen=True):
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """What an answer took and what made it.
+    """Timings, token counts, parameters and digests of an answer.
 
-    Times in milliseconds: in the queue, until the first token, from the first to the last token; the longest of
-    all sequences, which run side by side. `total_ms` from the request's arrival to its last token. Tokens of a prompt
-    count once however many choices it has. `largest_batch`: the most sequences that shared a step with this answer.
-    `forced_tokens`: of the generated ones, those in whose places nothing else could stand, so that none was sampled.
-    `parameters`: as they held, after defaults and limits.
+    Times are in milliseconds: in the queue, until the first token, from the first to the last token. Sequences run side
+    by side, so each is that of the slowest one. `total_ms`: from the request's arrival to its last token. Tokens of a
+    prompt count once however many choices it has. `largest_batch`: the most sequences that shared a step with this
+    answer. `forced_tokens`: generated tokens that were the only possible ones, so that none was sampled. `parameters`:
+    as used, after defaults and limits.
     """
 
     request_id: str
     model: str
     model_revision: str | None
-    model_digest: str  # of what the files of the model hold
+    model_digest: str  # of the contents of the model's files
     engine: str
     engine_digest: str  # changes when the same model may compute other numbers
     version: str

@@ -1,7 +1,8 @@
-"""Tool-call formats, one file each: how a model family writes calls, found from its chat template or by name.
+"""Tool-call formats, one file for each: the way in which a model family writes calls, found from its chat template or
+by name.
 
-`tools/<name>.py` has a `FORMAT` (see base.ToolFormat) that says by `matches` which templates are written for it. At
-most one matches; where none does, `generic` reads JSON.
+`tools/<name>.py` has a `FORMAT` (see base.ToolFormat), whose `matches` recognizes templates that are written for it. At
+most one matches; if none does, `generic` reads JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _LAST = "generic"
 
 
 def by_name(parser: str) -> ToolFormat:
-    """The format of that name or alias, as other servers take it in `--tool-call-parser`. Raises Unsupported."""
+    """Return the format of that name or alias, as other servers take it in `--tool-call-parser`. Raises Unsupported."""
     wanted = parser.lower()
     for form in formats():
         if wanted in (form.name, *form.aliases) or wanted.replace("-", "_") == form.name:
@@ -26,12 +27,12 @@ def by_name(parser: str) -> ToolFormat:
 
 
 def of_template(template: str) -> ToolFormat:
-    """The format that a chat template is written for."""
+    """Return the format for which a chat template is written."""
     return next((form for form in formats() if form.matches(template)), by_name(_LAST))
 
 
 @cache
 def formats() -> tuple[ToolFormat, ...]:
-    """Every format, ours and those of other packages, by name."""
+    """Return every format, of this package and of others, by name."""
     found = [find(_KIND, name) for name in names(_KIND)]
     return tuple(getattr(one, "FORMAT", one) for one in found)

@@ -1,7 +1,8 @@
 """A format as a record: the texts around calls, and the style in which one call is written.
 
 Under the grammar of an answer there is text up to a trigger, then a group of calls, then text again; bare calls stand
-at the answer's beginning. Text holds no trigger and does not begin as bare calls do, so nothing in it is read as one.
+at the answer's beginning. Text contains no trigger and does not begin as bare calls do, so nothing in it is read as
+one.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _LETTERS = string.ascii_letters + string.digits
 
 
 def random_id(length: int = 24, prefix: str = "call_") -> str:
-    """A call's id that nobody can guess."""
+    """Return a call's id that cannot be guessed."""
     return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length))
 
 
 class Bare(NamedTuple):
     """Calls without a mark. `group`: an expression for some of them; `head`: a regular expression for a beginning that
-    no text has; `other`: an expression for what begins with it all the same, but not with a function's name; `glue`: a
-    regular expression for what goes between two calls, if nothing closes them."""
+    no text has; `other`: an expression for text that begins so, but not with a function's name; `glue`: a regular
+    expression for text between two calls, if nothing closes them."""
 
     group: str
     head: str
@@ -40,8 +41,8 @@ class Bare(NamedTuple):
 
 
 class Style(ABC):
-    """How calls are written between a format's marks. `has_trigger`: each call has the format's trigger before it,
-    whatever else it stands behind."""
+    """Way of writing calls between a format's marks. `has_trigger`: each call has the format's trigger before it,
+    whatever else precedes it."""
 
     has_trigger: ClassVar[bool] = False
 
@@ -51,22 +52,23 @@ class Style(ABC):
 
     @abstractmethod
     def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
-        """The body of a rule for one call. `rule`: its name, with which no other one begins."""
+        """Return the body of a rule for one call. `rule`: its name, which is no prefix of another name."""
 
     def beside_json(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
-        """`write` for a call without a mark where other JSON may stand instead: it must be the same lexemes."""
+        """Return `write` for a call without a mark where other JSON may stand instead: it must have the same
+        lexemes."""
         return self.write(lark, rule, tool, request)
 
     def bare(self, form: Calls, lark: Lark, request: GrammarRequest) -> Bare:
-        """Calls without a mark, for formats that have such; `call` is a rule for any that follows another, and no text
-        has the first characters of `triggers` in it."""
+        """Return calls without a mark, for formats that have such. `call` is a rule for any that follows another, and
+        no text contains the first characters of `triggers`."""
         raise AssertionError(f"{form.name} has no calls without a mark")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calls:
-    """The spec of a format. `opening`, `between` and `closing` are what the model is made to write around one call or
-    several; `trigger` is the part of `opening` by which calls are told from text. `starts` and `ends` are all that is
+    """A format. `opening`, `between` and `closing`: texts that the model is made to write around one call or several;
+    `trigger`: the part of `opening` that distinguishes calls from text. `starts` and `ends`: all texts that are
     understood around them."""
 
     name: str
@@ -81,7 +83,7 @@ class Calls:
     extra: tuple[str, ...] = ()  # marks inside of calls
     aliases: tuple[str, ...] = ()
     bare: str = ""
-    known: bool = False  # marks are no proof of a call: only functions that exist are called
+    known: bool = False  # marks do not prove a call: only functions that exist are called
     new_id: Callable[[], str] = field(default=random_id)
     own_loop: bool = False
 
@@ -92,7 +94,7 @@ class Calls:
 
     @cached_property
     def triggers(self) -> tuple[str, ...]:
-        """Texts of which one stands before each group of calls that a grammar allows, but for bare ones."""
+        """Texts of which one precedes each group of calls that a grammar allows, except bare ones."""
         return (self.trigger,) if self.trigger else self.starts
 
     @cached_property
@@ -118,14 +120,14 @@ class Calls:
         return lark.source() + request.instead
 
     def _group(self, lark: Lark, request: GrammarRequest, opening: str) -> str:
-        """Calls that begin with `opening`. Where text may come behind them, what closes a call does not open another:
-        the lexer would have to tell which it is."""
+        """Return calls that begin with `opening`. If text may follow them, the text that closes a call does not open
+        another, because the lexer would have to distinguish the two."""
         apart = request.extent in ("answer", "behind") and self.closing and self.between.startswith(self.closing)
         many = f"call ({lark.text(self.between)} call)*" if request.parallel and not apart else "call"
         return f"{lark.text(opening)} {many} {lark.text(self.closing)}".strip()
 
     def _write_answer(self, lark: Lark, request: GrammarRequest) -> None:
-        """Rules for text and calls."""
+        """Write the rules of text and calls."""
         free = lark.free("free", self.triggers, (*request.spoken, *self.markers))
         triggers = " | ".join(map(lark.text, self.triggers))
         opening = self.opening.partition(self.trigger)[2] if self.trigger else self.opening
@@ -142,7 +144,7 @@ class Calls:
 
 
 def entries(firm: Sequence[str], loose: Sequence[str], between: str) -> str:
-    """An expression for entries of an object in their order: all of `firm`, any of `loose`."""
+    """Return an expression for entries of an object in their order: all of `firm`, any of `loose`."""
     join = f" {quoted(between)} "
     options = ["".join(f" ({join}{later})?" for later in loose[i:]) for i in range(len(loose) + 1)]
     if firm:

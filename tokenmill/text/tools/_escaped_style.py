@@ -63,7 +63,7 @@ class _Escaped(Literals):
         raise Broken
 
     def key(self, r: TextCursor, emit: Emit) -> Reading[None]:
-        """A text or a word."""
+        """Read a text or a word. See Literals."""
         if (yield from peek(r)) == QUOTE[0]:
             yield from self.quoted(r, emit, (":",))
         else:
@@ -75,7 +75,7 @@ _LITERALS = _Escaped()
 
 @dataclass(frozen=True)
 class EscapedStyle(Style):
-    """One call, in the format's marks."""
+    """Style with one call between the format's marks."""
 
     has_trigger: ClassVar[bool] = True
 
@@ -95,13 +95,13 @@ class EscapedStyle(Style):
         yield from take_end(r, *form.ends)
 
     def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
-        """See Style. A strict function's schema may only say what these literals can be held to."""
+        """See Style. A strict function's schema may have only keywords that these literals can enforce."""
         schema = request.schema_of(tool)
         return f"{lark.text(f'call:{name_of(tool)}')} {_object(lark, rule, Part(tool, schema, schema), '')}"
 
 
 def _value(lark: Lark, rule: str, part: Part, path: str, depth: int) -> str:
-    """The expression for a value. `rule`: a name for rules of it."""
+    """Return the expression for a value. `rule`: a prefix for the names of its rules."""
     if values := part.values():
         return f"({' | '.join(lark.text(_written(value)) for value in values)})"
     schema = part.followed()
@@ -129,7 +129,7 @@ def _value(lark: Lark, rule: str, part: Part, path: str, depth: int) -> str:
 
 
 def _object(lark: Lark, rule: str, part: Part, path: str, depth: int = 0) -> str:
-    """The expression for an object: its properties in their order."""
+    """Return the expression for an object: its properties in their order."""
     part.check_object(path)
     others = others_of(part.schema)
     if others is not False:
@@ -146,12 +146,12 @@ def _object(lark: Lark, rule: str, part: Part, path: str, depth: int = 0) -> str
 
 
 def _any_text(lark: Lark) -> str:
-    """A rule for a text."""
+    """Return a rule for a text."""
     return lark.rule("any_text", f"{lark.text(QUOTE)} {lark.free('text', (QUOTE,)).text} {lark.text(QUOTE)}")
 
 
 def _any_value(lark: Lark) -> str:
-    """A rule for a value of which nothing is known."""
+    """Return a rule for any value."""
     lark.rule("ANY_KEY", _ANY_KEY)
     lark.rule("ANY_NUMBER", r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/")
     lark.rule("any_list", '"[" (any_value ("," any_value)*)? "]"')
@@ -165,7 +165,7 @@ def _written_key(key: str) -> str:
 
 
 def _written(value: Any) -> str:
-    """A value as the model writes it."""
+    """Return a value as the model writes it."""
     if isinstance(value, str):
         return f"{QUOTE}{value}{QUOTE}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Calls whose name stands before their JSON arguments."""
+"""Calls whose name precedes their JSON arguments."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from tokenmill.text.tools.base import GrammarRequest
 
 @dataclass(frozen=True)
 class HeadedStyle(Style):
-    """A head, arguments, a tail, behind the format's trigger. `head` reads from there up to the arguments and gives a
-    name and, if the model chooses it, an id. `written`: what the model is made to write for a head, with {name} in it,
-    and {index} for a number. `tails`: what is understood behind the arguments, in this order, each optional."""
+    """Style with a head, arguments and a tail, behind the format's trigger. `head`: reads up to the arguments and
+    returns a name and, if the model chooses it, an id. `written`: the head that the model is made to write, with {name}
+    in it, and {index} for a number. `tails`: texts that are understood behind the arguments, in this order, each
+    optional."""
 
     head: Callable[[TextCursor], Reading[tuple[str, str | None]]]
     written: str
@@ -29,7 +30,7 @@ class HeadedStyle(Style):
     has_trigger: ClassVar[bool] = True
 
     def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
-        """What the calls' section begins with, if there is one, calls, and the section's end."""
+        """Read the beginning of the calls' section, if there is one, then calls, and the section's end."""
         yield from spaces(r)
         if (yield from expect(r, *form.starts)) != form.trigger:
             yield from spaces(r)
@@ -37,7 +38,7 @@ class HeadedStyle(Style):
         yield from self.read_calls(form, r, out)
 
     def read_calls(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
-        """What follows the first trigger."""
+        """Read calls behind the first trigger."""
         marks = EXACT if out.held else (*self.tails, form.trigger, *form.ends)
         while True:
             yield from spaces(r)

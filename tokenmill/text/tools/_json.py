@@ -1,8 +1,9 @@
 """Reads JSON that comes in pieces, and emits it as it is read.
 
-What is emitted is a beginning of valid JSON at any time. Models write more than JSON, and it is read as they mean it:
-a control character inside of a string; unless the reading is exact, also Python's words and strings in single quotes, a
-comma behind the last item, and an outer bracket or a mark of the format where closing brackets are missing.
+Invariant: the emitted text is the beginning of valid JSON at any time. Models write more than JSON, and it is read as
+they mean it: a control character inside of a string; unless the reading is exact, also Python's words and strings in
+single quotes, a comma behind the last item, and an outer bracket or a mark of the format where closing brackets are
+missing.
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 _HEX4 = re.compile(r"[0-9a-fA-F]{4}")
 _ESCAPES = frozenset('"\\/bfnrt')
 _CLOSES = {"{": "}", "[": "]"}
-_BEHIND = (",", ":", "}", "]")  # what follows a string
+_BEHIND = (",", ":", "}", "]")  # texts that follow a string
 _MOST_DEPTH = 200
 _MOST_ATOM = 1000
-_MOST_ENCODED = 4  # strings in strings
+_MOST_ENCODED = 4  # nested strings
 
-# What may come next
+# States: the part that may come next.
 _VALUE, _FIRST, _KEY, _COLON, _AFTER = range(5)
 
 EXACT: tuple[str, ...] = ()
 
 
 def json_value(r: TextCursor, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
-    """Reads one JSON value, without white space around it. `marks`: texts that close what is open; with EXACT, nothing
-    but JSON is read. Raises Broken."""
+    """Read one JSON value, without white space around it. `marks`: texts that close open brackets; with EXACT, only
+    JSON is read. Raises Broken."""
     yield from _Value(r, emit, marks).read()
 
 
 class _Value:
-    """One value. `_stack`: the brackets that are open."""
+    """Reader of one value. `_stack`: the open brackets."""
 
     def __init__(self, r: TextCursor, emit: Emit, marks: tuple[str, ...]) -> None:
         self._r, self._emit, self._marks = r, emit, marks
         self._stack: list[str] = []
 
     def read(self) -> Reading[None]:
-        """Reads it, part by part."""
+        """Read the value, part by part."""
         state = _VALUE
         while self._stack or state is not _AFTER:
             if self._stack:
@@ -79,7 +80,7 @@ class _Value:
         return self._structure(closing, closing, _AFTER)
 
     def _begin(self, char: str) -> Reading[int]:
-        """A value, or its beginning."""
+        """Read a value, or its beginning."""
         if char in _CLOSES:
             if len(self._stack) >= _MOST_DEPTH:
                 raise Broken
@@ -98,7 +99,7 @@ class _Value:
         return _COLON
 
     def _after(self, char: str) -> Reading[int]:
-        """What follows an item."""
+        """Read the text behind an item."""
         if char == _CLOSES[self._stack[-1]]:
             return self._close()
         if char == ",":
@@ -109,12 +110,12 @@ class _Value:
         outer = next((opening for opening in set(self._stack) if _CLOSES[opening] == char), "")
         if not self._marks or not (outer or (yield from ahead(self._r, *self._marks))):
             raise Broken
-        while self._stack and self._stack[-1] != outer:  # brackets that are missing
+        while self._stack and self._stack[-1] != outer:  # missing brackets
             self._emit(_CLOSES[self._stack.pop()])
         return self._close() if outer else _AFTER
 
     def _comma(self, following: int) -> Reading[int]:
-        """A comma, which is not emitted where nothing follows it."""
+        """Read a comma, which is not emitted if nothing follows it."""
         self._r.pos += 1
         white, _ = yield from collected(lambda emit: _white(self._r, emit))
         if (yield from peek(self._r)) == _CLOSES[self._stack[-1]]:
@@ -125,7 +126,7 @@ class _Value:
         return following
 
     def _atom(self) -> Reading[None]:
-        """A number, true, false or null."""
+        """Read a number, true, false or null."""
         r = self._r
         while True:
             found = _ATOM.match(r.text, r.pos)
@@ -145,7 +146,7 @@ class _Value:
 
 
 def _white(r: TextCursor, emit: Emit) -> Reading[None]:
-    """White space between a value's parts, emitted as it is."""
+    """Read white space between a value's parts, and emit it unchanged."""
     while True:
         found = _SPACES.match(r.text, r.pos)
         assert found is not None
@@ -158,7 +159,7 @@ def _white(r: TextCursor, emit: Emit) -> Reading[None]:
 
 
 def json_string(r: TextCursor, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
-    """Reads a string, its quotes included, and emits it in JSON's. `marks`: as of `json_value`."""
+    """Read a string, its quotes included, and emit it as JSON. `marks`: see `json_value`."""
     if r.text[r.pos] == "'":
         assert marks
         emit('"')
@@ -190,7 +191,7 @@ def json_string(r: TextCursor, emit: Emit, marks: tuple[str, ...] = EXACT) -> Re
 
 
 def _escape(r: TextCursor, emit: Emit, marks: tuple[str, ...]) -> Reading[None]:
-    """A backslash and what belongs to it, whole."""
+    """Read a backslash and all that belongs to it."""
     while True:
         length = len(r.text) - r.pos
         second = r.text[r.pos + 1] if length > 1 else ""
@@ -216,7 +217,7 @@ def _escape(r: TextCursor, emit: Emit, marks: tuple[str, ...]) -> Reading[None]:
 
 
 def read_string(r: TextCursor, marks: tuple[str, ...] = EXACT) -> Reading[tuple[str, str]]:
-    """Reads a string and gives its JSON text and its value; Broken if none comes next."""
+    """Read a string and return its JSON text and its value. Raises Broken if none comes next."""
     char = yield from peek(r)
     if char != '"' and not (char == "'" and marks):
         raise Broken
@@ -227,8 +228,8 @@ def read_string(r: TextCursor, marks: tuple[str, ...] = EXACT) -> Reading[tuple[
 
 
 def read_arguments(r: TextCursor, emit: Emit, marks: tuple[str, ...] = EXACT) -> Reading[None]:
-    """Reads an object and emits it. JSON text of an object inside a string is that object; nothing, an empty string,
-    null and an empty list are an empty one."""
+    """Read an object and emit it. JSON text of an object inside a string is that object; nothing, an empty string, null
+    and an empty list are an empty one."""
     yield from spaces(r)
     char = yield from peek(r)
     if char == "{":
@@ -245,7 +246,7 @@ def read_arguments(r: TextCursor, emit: Emit, marks: tuple[str, ...] = EXACT) ->
 
 
 def object_text(text: str, depth: int = 0) -> str:
-    """`text`, if it is JSON of an object that can be sent; else Broken. As lenient as `read_arguments`."""
+    """Return `text`, if it is JSON of an object that can be sent. Raises Broken. As lenient as `read_arguments`."""
     text = text.strip()
     if not text:
         return "{}"
@@ -268,7 +269,7 @@ def object_text(text: str, depth: int = 0) -> str:
 
 
 def _reread(text: str) -> str:
-    """JSON of a value that was not written exactly. Raises Broken."""
+    """Return the JSON of a value that was not written exactly. Raises Broken."""
     r, parts = TextCursor(), list[str]()
     r.feed(text)
     r.ended = True
@@ -280,7 +281,8 @@ def _reread(text: str) -> str:
 
 
 def loads(text: str) -> Any:
-    """The value of JSON text; Broken if it is none: NaN, Infinity and what is too deep or long are none as well."""
+    """Return the value of JSON text. Raises Broken if it is not JSON, also for NaN, Infinity, and too deep or long
+    values."""
 
     def refuse(name: str) -> Any:
         raise ValueError(name)

@@ -34,21 +34,21 @@ _CURLY = re.compile(r"[\s}]*")
 
 @dataclass(frozen=True)
 class JsonStyle(Style):
-    """{"name": …, "arguments": …}. The first of the keys are those that the model is made to write."""
+    """Style {"name": …, "arguments": …}. The first of the keys are those that the model is made to write."""
 
     name_keys: tuple[str, ...] = ("name",)
     arguments_keys: tuple[str, ...] = ("arguments", "parameters")
     separators: tuple[str, ...] = (",",)
-    lead: str = ""  # of each object that the model is made to write, before its name; {index}: a number
+    lead: str = ""  # text before the name in each object that the model is made to write; {index}: a number
 
     def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
-        """A mark, calls, an end. Without a mark, only functions that exist are called."""
+        """Read a mark, calls, and an end. Without a mark, only functions that exist are called."""
         yield from spaces(r)
         marked = bool((yield from take(r, *form.starts)))
         yield from self.read_calls(form, r, out, form.known or not marked)
 
     def read_calls(self, form: Calls, r: TextCursor, out: DeltaBuilder, known: bool) -> Reading[None]:
-        """Calls behind a mark, in a list or one behind the other. `known`: the mark proves nothing."""
+        """Read calls behind a mark, in a list or one behind the other. `known`: the mark proves nothing."""
         marks = EXACT if out.held else (*form.ends, *form.starts)
         yield from spaces(r)
         listed = bool((yield from take(r, "[")))
@@ -72,8 +72,8 @@ class JsonStyle(Style):
             yield from take_end(r, *form.ends)
 
     def _object(self, r: TextCursor, out: DeltaBuilder, known: bool, marks: tuple[str, ...]) -> Reading[None]:
-        """One call. Once its arguments are whole it is one, whatever follows. Where no mark tells it from other JSON,
-        its name comes first, and it has arguments."""
+        """Read one call. Once its arguments are whole it is a call, whatever follows. If no mark distinguishes it from
+        other JSON, its name must come first, and it must have arguments."""
         yield from expect(r, "{")
         name: str | None = None
         held: str | None = None
@@ -121,7 +121,7 @@ class JsonStyle(Style):
         return lark.json(f"{rule}_object", {**whole, "x-guidance": options})
 
     def bare(self, form: Calls, lark: Lark, request: GrammarRequest) -> Bare:
-        """See Style. Whatever space there is."""
+        """See Style. Any white space is allowed."""
         kind = f'("type"{_COLON}"function"{_COMMA})?'
         begin = rf'{SPACES}\{{{SPACES}{kind}"({_any(self.name_keys)})"{_COLON}"'
         listed = rf"{SPACES}\[{begin}"
@@ -149,8 +149,8 @@ def _any(texts: tuple[str, ...]) -> str:
 
 
 def _has_more(r: TextCursor, behind: bool, told: bool, marks: tuple[str, ...]) -> Reading[bool]:
-    """Reads what stands before an object's next key, or its end. `behind`: another key. `told`: its arguments are, so
-    that its brace may be missing."""
+    """Read the text before an object's next key, or the object's end. `behind`: another key precedes. `told`: its
+    arguments are complete, so its brace may be missing."""
     yield from spaces(r)
     if (yield from take(r, "}")):
         return False
@@ -165,8 +165,8 @@ def _has_more(r: TextCursor, behind: bool, told: bool, marks: tuple[str, ...]) -
 
 
 def _string(r: TextCursor, known: bool, marks: tuple[str, ...]) -> Reading[str]:
-    """Reads a string; Broken if none comes next. Where no mark tells a call from other JSON, a grammar cannot either
-    if the string has escapes that need not be."""
+    """Read a string. Raises Broken if none comes next. If no mark distinguishes a call from other JSON, a grammar
+    cannot either if the string has escapes that are not necessary."""
     text, value = yield from read_string(r, marks)
     if known and not marks and quoted(value) != text:
         raise Broken
@@ -176,7 +176,7 @@ def _string(r: TextCursor, known: bool, marks: tuple[str, ...]) -> Reading[str]:
 def emit_call(
     r: TextCursor, out: DeltaBuilder, name: str, call_id: str | None = None, marks: tuple[str, ...] = EXACT
 ) -> Reading[None]:
-    """Reads JSON arguments and tells a call with them. It begins with their first character."""
+    """Read JSON arguments and emit a call with them. It begins with their first character."""
     begun = False
 
     def emit(piece: str) -> None:

@@ -16,25 +16,25 @@ _MOST_DEPTH = 40
 
 
 class Literals(ABC):
-    """A way to write them. `lists`: the brackets around items. A comma may stand behind the last item."""
+    """Way of writing literals. `lists`: the brackets around items. A comma may follow the last item."""
 
     lists: ClassVar[dict[str, str]] = {"[": "]"}
 
     @abstractmethod
     def begins_text(self, char: str) -> bool:
-        """True if a text begins with this character."""
+        """Return True if a text begins with this character."""
 
     @abstractmethod
     def text(self, r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
-        """Reads a text, its quotes included, and emits its characters. One of `behind` follows its closing quote:
-        without that it is a part of the text."""
+        """Read a text, its quotes included, and emit its characters. A closing quote has one of `behind` after it;
+        without that it is part of the text."""
 
     @abstractmethod
     def key(self, r: TextCursor, emit: Emit) -> Reading[None]:
-        """Reads the key of an entry and emits it as JSON."""
+        """Read the key of an entry and emit it as JSON."""
 
     def literal(self, r: TextCursor, emit: Emit, depth: int = 0) -> Reading[None]:
-        """Reads any. Raises Broken."""
+        """Read any literal. Raises Broken."""
         char = yield from peek(r)
         if depth > _MOST_DEPTH:
             raise Broken
@@ -49,13 +49,13 @@ class Literals(ABC):
             emit(_WORDS[found] if found in _WORDS else number(found))
 
     def quoted(self, r: TextCursor, emit: Emit, behind: tuple[str, ...] = (",", ")", "]", "}")) -> Reading[None]:
-        """Reads a text and emits it as JSON. `behind`: see `text`."""
+        """Read a text and emit it as JSON. `behind`: see `text`."""
         emit('"')
         yield from self.text(r, lambda piece: emit(inside(piece)), behind)
         emit('"')
 
     def entries(self, r: TextCursor, emit: Emit, depth: int = 0) -> Reading[None]:
-        """Reads keys and values between braces, of which the first comes next."""
+        """Read keys and values between braces, of which the first comes next."""
 
         def entry() -> Reading[None]:
             yield from self.key(r, emit)
@@ -69,7 +69,7 @@ class Literals(ABC):
 
 
 def _separated(r: TextCursor, emit: Emit, close: str, brackets: str, one: Callable[[], Reading[None]]) -> Reading[None]:
-    """Reads what `one` reads, again and again, between a bracket that comes next and `close`."""
+    """Read items with `one`, between a bracket that comes next and `close`."""
     r.pos += 1
     r.check()
     emit(brackets[0])

@@ -1,4 +1,4 @@
-"""A part of a tool's arguments, for formats that write texts without quotes: what can be held to its schema there."""
+"""A part of a tool's arguments, for formats that write texts without quotes, with the checks of its schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_DEPTH = 8
 
 
 class Part(NamedTuple):
-    """`root`: the schema of all arguments, which `schema` is in and its references point into."""
+    """A part of the arguments. `root`: the schema of all arguments, into which references of `schema` point."""
 
     tool: Tool
     root: Mapping[str, Any]
@@ -21,15 +21,15 @@ class Part(NamedTuple):
 
     @property
     def types(self) -> frozenset[str]:
-        """The JSON types that it may have."""
+        """The JSON types of the part."""
         return types_of(self.schema, self.root)
 
     def alone(self) -> Any:
-        """Its schema by itself."""
+        """Return the part's schema by itself."""
         return alone(self.schema, self.root)
 
     def followed(self) -> Any:
-        """The schema that it refers to, or its own."""
+        """Return the schema to which the part's refers, or its own."""
         schema = self.schema
         for _ in range(_MOST_DEPTH):
             reference = schema.get("$ref") if isinstance(schema, Mapping) else None
@@ -39,7 +39,7 @@ class Part(NamedTuple):
         return schema
 
     def values(self) -> list[Any]:
-        """What it is one of, if its schema lists that."""
+        """Return the values that the part's schema lists, if it lists any."""
         schema = self.followed()
         if not isinstance(schema, Mapping) or not schema.keys() <= {"enum", "const", *_SAYS_NOTHING}:
             return []
@@ -47,19 +47,19 @@ class Part(NamedTuple):
         return listed if isinstance(listed, list) else []
 
     def texts(self) -> list[str]:
-        """The texts that it is one of, if its schema lists nothing else."""
+        """Return the texts that the part's schema lists, if it lists nothing else."""
         values = self.values()
         return values if all(isinstance(value, str) for value in values) else []
 
     def check_object(self, path: str = "") -> None:
-        """`check` for an object whose entries are written one by one."""
+        """Check an object whose entries are written one by one. See `check`."""
         self.check(path, ("properties", "required", "additionalProperties", "$defs", "definitions", "x-guidance"))
         if set(self.schema.get("required") or ()) - (self.schema.get("properties") or {}).keys():
             self._refuse(path, "required")
 
     def check(self, path: str, served: Collection[str] = ()) -> None:
-        """Raises ToolError if the function is strict and its schema has keywords that are not `served`. `path`: where
-        it stands in the schema of the arguments."""
+        """Raise ToolError if the function is strict and the schema has keywords that are not `served`. `path`: its
+        place in the schema of the arguments."""
         found = _demand(self.schema, self.root, served)
         if found:
             self._refuse(path, found)
@@ -75,7 +75,7 @@ class Part(NamedTuple):
 
 
 def _demand(schema: Any, root: Mapping[str, Any], served: Collection[str], depth: int = 0) -> str:
-    """A keyword that says something and is not among those; "" if there is none."""
+    """Return a keyword that constrains values and is not `served`; "" if there is none."""
     if depth > _MOST_DEPTH:
         return "$ref"
     if not isinstance(schema, Mapping):

@@ -13,11 +13,11 @@ from tokenmill.text.tools._values import dumps
 
 _WORD = re.compile(r"[\w.]+")
 PRINT = "print"
-"""A function that models put around a call: what it prints is the call."""
+"""A function that models put around a call, which is its argument."""
 
 
 def read_call(r: TextCursor, out: DeltaBuilder, known: bool) -> Reading[None]:
-    """name(key=value, …). It is told once the first key or the closing bracket is there."""
+    """Read name(key=value, …). The call is emitted once the first key or the closing bracket is there."""
     name = yield from word(r, _WORD)
     yield from spaces(r)
     yield from expect(r, "(")
@@ -56,7 +56,7 @@ def read_call(r: TextCursor, out: DeltaBuilder, known: bool) -> Reading[None]:
 
 
 class _Python(Literals):
-    """Literals of Python, and those of JSON."""
+    """Literals of Python and of JSON."""
 
     lists: ClassVar[dict[str, str]] = {"[": "]", "(": ")"}
 
@@ -65,13 +65,13 @@ class _Python(Literals):
         return char in QUOTES
 
     def key(self, r: TextCursor, emit: Emit) -> Reading[None]:
-        """A string; Python would take more."""
+        """Read a string; other keys of Python are not supported."""
         if (yield from peek(r)) not in QUOTES:
             raise Broken
         yield from self.quoted(r, emit, (":",))
 
     def text(self, r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
-        """A string in single, double or triple quotes."""
+        """Read a string in single, double or triple quotes."""
         yield from quoted_text(r, emit, behind)
 
 

@@ -25,10 +25,10 @@ _CLOSING = re.compile(r"[\s)\]]*")
 
 @dataclass(frozen=True)
 class PythonStyle(Style):
-    """name(key=value, …). Without a mark, calls stand in a list at the answer's beginning."""
+    """Style name(key=value, …). Without a mark, calls stand in a list at the answer's beginning."""
 
     def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
-        """A mark, calls in a list or one below the other, an end."""
+        """Read a mark, calls in a list or one below the other, and an end."""
         yield from spaces(r)
         marked = bool((yield from take(r, *form.starts)))
         yield from spaces(r)
@@ -49,7 +49,7 @@ class PythonStyle(Style):
             yield from take_end(r, *form.ends)
 
     def _another(self, r: TextCursor) -> Reading[bool]:
-        """True if a further call may follow without a list."""
+        """Return True if a further call may follow without a list."""
         yield from take(r, ";", ",")
         yield from spaces(r)
         return r.pos < len(r.text) and (r.text[r.pos].isalpha() or r.text[r.pos] == "_")
@@ -70,7 +70,7 @@ class PythonStyle(Style):
         return Bare(f'({" | ".join(heads)}) {more} "]"', rf"{begin}({names}){SPACES}\(")
 
     def _arguments(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
-        """What follows the opening bracket."""
+        """Return the expression for the text behind the opening bracket."""
         schema = request.schema_of(tool)
         Part(tool, schema, schema).check_object()
         others = others_of(schema)
@@ -83,7 +83,7 @@ class PythonStyle(Style):
         return f'{entries(made[: len(firm)], made[len(firm) :], ", ")} ")"'.lstrip()
 
     def _argument(self, lark: Lark, rule: str, key: str, schema: Mapping[str, Any]) -> str:
-        """key=value; a value is written as JSON, but for a truth value."""
+        """Return the expression for key=value. A value is written as JSON, except a truth value."""
         value = schema["properties"][key]
         kind = value.get("type") if isinstance(value, Mapping) and not value.keys() & {"enum", "const"} else None
         written = '("True" | "False")' if kind == "boolean" else lark.json(rule, alone(value, schema))
@@ -91,7 +91,7 @@ class PythonStyle(Style):
 
 
 def _any_value(lark: Lark) -> str:
-    """A rule for a value of which nothing is known."""
+    """Return a rule for any value."""
     lark.rule("PY_TEXT", r"""/"([^"\\\n]|\\["\\nt])*"|'([^'\\\n]|\\['\\nt])*'/""")
     lark.rule("PY_NUMBER", r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/")
     lark.rule("py_list", '"[" (py_value (", " py_value)*)? "]"')

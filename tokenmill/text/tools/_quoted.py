@@ -14,8 +14,8 @@ QUOTES = frozenset(_PLAIN)
 
 
 def quoted_text(r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
-    """Reads a text, its quotes included, and emits its characters. It ends at a quote with one of `behind` after it;
-    other quotes are part of it. A line break inside, which Python forbids, is taken as one."""
+    """Read a text, its quotes included, and emit its characters. It ends at a quote with one of `behind` after it;
+    other quotes are part of it. A line break inside, which Python forbids, is part of it, too."""
     quote = yield from ahead(r, '"""', "'''", '""', "''", *QUOTES, skipped=NOTHING)
     if not quote:
         raise Broken
@@ -47,14 +47,14 @@ def quoted_text(r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[N
 
 
 def _closes(r: TextCursor, quote: str, behind: tuple[str, ...]) -> Reading[bool]:
-    """True if a text ends here."""
+    """Return True if a text ends here."""
     if not (yield from ahead(r, quote, skipped=NOTHING)):
         return False
     return (yield from ahead(r, *behind, offset=len(quote))) is not None
 
 
 def _escaped(r: TextCursor) -> Reading[str]:
-    """What stands behind a backslash. A pair of surrogates is one character."""
+    """Read the rest of an escape behind its backslash. A pair of surrogates is one character."""
     char = yield from peek(r)
     if not char:
         raise Broken

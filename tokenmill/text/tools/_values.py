@@ -19,7 +19,7 @@ _WORDS = {"true": ("boolean", "true"), "false": ("boolean", "false"), "none": ("
 
 
 def to_json(text: str, types: frozenset[str]) -> str:
-    """JSON of a value that was written without quotes: the first reading that `types` allow."""
+    """Return the JSON of a value that was written without quotes: the first reading that `types` allow."""
     if types == STRING:
         return dumps(text)
     trimmed = text.strip()
@@ -40,13 +40,13 @@ def to_json(text: str, types: frozenset[str]) -> str:
 
 
 def ends_in_text(text: str) -> bool:
-    """True for the beginning of a JSON value that is cut off inside of a text in it."""
+    """Return True for the beginning of a JSON value that is cut off inside of a text in it."""
     begun = text.lstrip()[:1]
     return begun in _OPENS and '"' in _TEXTS.sub("", text) and _literal(text.strip()) is None
 
 
 def _literal(text: str) -> Any:
-    """The value of a Python literal that JSON can express; None if it is none."""
+    """Return the value of a Python literal that JSON can express; None if it is not one."""
     if text[:1] not in ("{", "[", "("):
         return None
     try:
@@ -59,7 +59,7 @@ def _literal(text: str) -> Any:
 
 
 def number(text: str) -> str:
-    """JSON of a number as Python writes it. Raises Broken."""
+    """Return the JSON of a number as Python writes it. Raises Broken."""
     try:
         value = loads(text)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -76,7 +76,7 @@ def number(text: str) -> str:
 
 
 def dumps(value: Any) -> str:
-    """JSON text as models see it in prompts. Raises Broken for what JSON or UTF-8 cannot express."""
+    """Return JSON text as models see it in prompts. Raises Broken for values that JSON or UTF-8 cannot express."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
@@ -86,5 +86,5 @@ def dumps(value: Any) -> str:
 
 
 def inside(text: str) -> str:
-    """Text as it stands between the quotes of a JSON string."""
+    """Return text as it is written between the quotes of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -1,9 +1,9 @@
 """Calls as tags: a function, and each parameter in tags of its own, its value as plain text.
 
-A value may hold any text, the format's own tags too. Its closing tag ends it where another tag or the answer's end
-follows. Where that tag is missing, the tag of another of the function's parameters ends it, or the end of the call with
-the call's closing mark, or another call, behind it. A value that holds one of these cannot be told from calls, and is
-read as calls. Under a grammar, the first closing tag ends a value.
+A value may contain any text, also the format's own tags. Its closing tag ends it if another tag or the answer's end
+follows. If that tag is missing, the value ends at the tag of another of the function's parameters, or at the end of the
+call if the call's closing mark or another call follows. A value that contains one of these cannot be distinguished from
+calls, and is read as calls. Under a grammar, the first closing tag ends a value.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _ANY_KEY = r'/[^<>"\s]+/'
 
 @dataclass(frozen=True, kw_only=True)
 class XmlStyle(Style):
-    """`head` name `head_end`, then for each parameter `key` name `key_end` `value` text `value_end`, then `body_end`.
-    `lines`: one line break on both sides of a value belongs to the tags. A format's trigger is its `head`, or the
-    begin of a call where a name follows that at once."""
+    """Style `head` name `head_end`, then for each parameter `key` name `key_end` `value` text `value_end`, then
+    `body_end`. `lines`: one line break on both sides of a value belongs to the tags. A format's trigger is its `head`,
+    or the beginning of a call if a name follows that at once."""
 
     head: str = ""
     head_end: str = ""
@@ -60,7 +60,7 @@ class XmlStyle(Style):
     has_trigger: ClassVar[bool] = True
 
     def read(self, form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
-        """One call. Without a mark, only functions that exist are called."""
+        """Read one call. Without a mark, only functions that exist are called."""
         begin, end = form.starts[0], form.ends[0]
         yield from spaces(r)
         marked = bool((yield from take(r, begin)))
@@ -89,8 +89,8 @@ class XmlStyle(Style):
             yield from take_end(r, end)
 
     def _parameter(self, form: Calls, r: TextCursor, out: DeltaBuilder, name: str, given: list[str]) -> Reading[None]:
-        """A key and its value. Strings are told as they come, everything else once it is whole. `given`: the keys
-        before, to which this one is added."""
+        """Read a key and its value. Strings are emitted as they come, other values once they are whole. `given`: the
+        keys before, to which this one is added."""
         key, end = yield from collected(lambda emit: until(r, Markers(self.key_end), emit))
         if not end or "\n" in key:
             raise Broken
@@ -115,7 +115,7 @@ class XmlStyle(Style):
             out.arguments(to_json("".join(parts), types))
 
     def write(self, lark: Lark, rule: str, tool: Tool, request: GrammarRequest) -> str:
-        """See Style. A strict function may not ask of a text what tags cannot hold it to."""
+        """See Style. A strict function may not constrain a text in ways that tags cannot enforce."""
         schema = request.schema_of(tool)
         Part(tool, schema, schema).check_object()
         parts = [lark.text(f"{name_of(tool)}{self.head_end}\n")]
@@ -133,7 +133,7 @@ class XmlStyle(Style):
         return " ".join(parts)
 
     def _value_of(self, lark: Lark, rule: str, part: Part, path: str) -> str:
-        """The expression for what follows a parameter's name. `path`: of its schema."""
+        """Return the expression for the text behind a parameter's name. `path`: of its schema."""
         line = "\n" if self.lines or self.value else ""
         head, end = lark.text(f"{self.key_end}{line}{self.value}"), f"{self.value_end}\n"
         close = "\n" + end if self.lines else end
@@ -146,7 +146,7 @@ class XmlStyle(Style):
 
 
 class _Ends(NamedTuple):
-    """Where a value ends. `missing`: the names of parameters that may follow it without a closing tag."""
+    """Ends of a value. `missing`: the names of parameters that may follow it without a closing tag."""
 
     style: XmlStyle
     form: Calls
@@ -154,7 +154,7 @@ class _Ends(NamedTuple):
     held: bool
 
     def value(self, r: TextCursor, emit: Emit, in_text: Callable[[], bool]) -> Reading[None]:
-        """Emits a value and reads its closing tag. `in_text`: true if what was emitted cannot be all of it."""
+        """Emit a value and reads its closing tag. `in_text`: true if what was emitted cannot be all of it."""
         marks = _marks(self.style, self.form.ends[0], self.held)
         while found := (yield from before(r, marks, emit, told=False)):
             if (yield from self._closes(r, found)) and not in_text():
@@ -165,7 +165,7 @@ class _Ends(NamedTuple):
         raise Broken
 
     def _closes(self, r: TextCursor, found: str) -> Reading[bool]:
-        """True if `found`, which comes next, is no part of the value."""
+        """Return True if `found`, which comes next, is not part of the value."""
         tag, size, style = found.lstrip("\n"), len(found), self.style
         end, starts = self.form.ends[0], self.form.starts
         if tag == style.value_end:
@@ -180,7 +180,7 @@ class _Ends(NamedTuple):
 
 @cache
 def _marks(style: XmlStyle, end: str, held: bool) -> Markers:
-    """The tags that may close a value. With a grammar it is the closing tag alone."""
+    """Return the tags that may close a value. With a grammar it is the closing tag alone."""
     tags = () if held else (style.key, style.body_end or end, end)
     closing = (style.value_end, *([f"\n{style.value_end}"] if style.lines else []))
     return Markers(*dict.fromkeys((*closing, *tags, *(f"\n{tag}" for tag in tags))))

@@ -7,7 +7,7 @@ from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
-    """True for Cohere's templates."""
+    """Return True for Cohere's templates."""
     return "<|START_ACTION|>" in template or ("Action:" in template and "tool_name" in template)
 
 

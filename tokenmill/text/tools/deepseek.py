@@ -14,12 +14,12 @@ _NAME = re.compile(r"[^<\n]+")
 
 
 def matches(template: str) -> bool:
-    """True for templates that write arguments in a block."""
+    """Return True for templates that write arguments in a block."""
     return SECTION in template and "```json" in template
 
 
 def read_head(r: TextCursor) -> Reading[tuple[str, str | None]]:
-    """function, separator, name and ```json; or, since V3.1, name and separator."""
+    """Read function, separator, name and ```json; or, since V3.1, name and separator."""
     first = yield from word(r, _NAME)
     yield from expect(r, SEPARATOR)
     yield from spaces(r)

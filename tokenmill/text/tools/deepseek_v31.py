@@ -8,7 +8,7 @@ from tokenmill.text.tools.deepseek import BEGIN, END, SECTION, SECTION_END, SEPA
 
 
 def matches(template: str) -> bool:
-    """True for templates that write arguments without a block."""
+    """Return True for templates that write arguments without a block."""
     return SECTION in template and "```json" not in template
 
 

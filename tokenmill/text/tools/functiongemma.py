@@ -9,7 +9,7 @@ _START, _END = "<start_function_call>", "<end_function_call>"
 
 
 def matches(template: str) -> bool:
-    """True for templates with its tags."""
+    """Return True for templates with its tags."""
     return _START in template
 
 

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, which were given no format: Python calls in a ```tool_code block, or in a list."""
+"""Gemma 2 and 3, which were trained without a format: Python calls in a ```tool_code block, or in a list."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tokenmill.text.tools._python_style import PythonStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates that speak of tool_code."""
+    """Return True for templates that mention tool_code."""
     return "tool_code" in template
 
 

@@ -7,7 +7,7 @@ from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
-    """True for no template: it is what is left when nothing else matches."""
+    """Return True for no template: this format is used if no other matches."""
     return False
 
 

@@ -7,7 +7,7 @@ from tokenmill.text.tools._xml_style import XmlStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates with such tags."""
+    """Return True for templates with such tags."""
     return "<arg_key>" in template
 
 

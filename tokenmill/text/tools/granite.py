@@ -7,7 +7,7 @@ from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
-    """True for IBM's templates before Granite 4, which has Hermes' format."""
+    """Return True for IBM's templates before Granite 4, which has Hermes' format."""
     if "<|/tool" in template or "<tool_call>" in template:
         return False
     return any(sign in template for sign in ("<|tool_call|>", "<function_call>", "<|function_call_library|>"))

@@ -1,8 +1,8 @@
 """gpt-oss: messages in channels. Analysis is a thought, final and commentary are content, and commentary that is
 addressed to functions.name is a call.
 
-Here reading an answer is reading its messages, so thoughts, content and calls are told from one loop. Headers of
-messages are delimiters; whatever is not in a message is content.
+Reading an answer is reading its messages here, so one loop emits thoughts, content and calls. Headers of messages are
+delimiters; text outside of messages is content.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MOST_HEAD = 512
 
 
 class _Head(NamedTuple):
-    """A message's header: its channel, and the function it is addressed to."""
+    """A message's header: its channel, and the function to which it is addressed."""
 
     channel: str
     function: str
@@ -56,7 +56,7 @@ class _Head(NamedTuple):
 
 
 def _parsed(text: str, out: DeltaBuilder) -> _Head:
-    """The header that stands before <|message|>. Raises Broken."""
+    """Return the header before <|message|>. Raises Broken."""
     found = _HEAD.fullmatch(text)
     if not found:
         raise Broken
@@ -67,7 +67,7 @@ def _parsed(text: str, out: DeltaBuilder) -> _Head:
 
 @dataclass(frozen=True)
 class Harmony:
-    """The format; it has no variants."""
+    """The format, which has no variants."""
 
     name: str = "harmony"
     aliases: tuple[str, ...] = ("openai", "gpt-oss", "gptoss", "gpt_oss")
@@ -79,7 +79,7 @@ class Harmony:
     own_loop: bool = True
 
     def matches(self, template: str, /) -> bool:
-        """True for templates that write channels."""
+        """Return True for templates that write channels."""
         return _CHANNEL in template and _MESSAGE in template
 
     def new_id(self) -> str:
@@ -87,7 +87,7 @@ class Harmony:
         return random_id()
 
     def read(self, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
-        """A whole answer. Raises nothing."""
+        """Read a whole answer. Raises nothing."""
         begun = yield from take(r, " to=", "to=")  # the prompt ends inside of the first header
         r.pos -= len(begun)
         while begun or (yield from before(r, _HEADS, out.content)):
@@ -108,8 +108,8 @@ class Harmony:
             begun = ""
 
     def grammar(self, request: GrammarRequest) -> str:
-        """See ToolFormat. Thoughts and preambles may come before; a message holds one call, and an answer ends with it.
-        Headers are told from messages by special tokens only."""
+        """See ToolFormat. Thoughts and preambles may come before. A message has one call, and an answer ends with it.
+        Only special tokens distinguish headers from messages."""
         lark = Lark(request.special_ids)
         missing = [mark for mark in self.markers if not lark.is_special(mark)]
         if missing and request.extent != "calls":
@@ -138,7 +138,7 @@ class Harmony:
 
 
 def _message(r: TextCursor, out: DeltaBuilder) -> Reading[None]:
-    """A header and its message."""
+    """Read a header and its message."""
     text, end = yield from collected(lambda emit: _header(r, emit))
     if not end:
         raise Broken
@@ -150,7 +150,7 @@ def _message(r: TextCursor, out: DeltaBuilder) -> Reading[None]:
         if marks:
             yield from surplus(r, marks)
         yield from take_end(r, _CALL, _END, _RETURN)
-    elif head.addressed:  # to a tool that nobody here has
+    elif head.addressed:  # to a tool that the request does not have
         raise Broken
     else:
         out.thinking = head.channel == "analysis"
@@ -160,7 +160,7 @@ def _message(r: TextCursor, out: DeltaBuilder) -> Reading[None]:
 
 
 def _header(r: TextCursor, emit: Emit) -> Reading[str]:
-    """Text up to <|message|>."""
+    """Read text up to <|message|>."""
     size = 0
 
     def counted(piece: str) -> None:

@@ -7,7 +7,7 @@ from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates whose tags hold JSON."""
+    """Return True for templates whose tags hold JSON."""
     others = ("<function=", "<arg_key>", "<tool_call>[", "xml_tools")
     return "<tool_call>" in template and not any(other in template for other in others)
 

@@ -1,4 +1,4 @@
-"""Kimi K2: an id that holds the function's name, functions.name:0, then its arguments. The ids are kept."""
+"""Kimi K2: an id that contains the function's name, functions.name:0, then its arguments. The ids are kept."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _ID = re.compile(r"[^<\n]+")
 
 
 def matches(template: str) -> bool:
-    """True for Kimi's templates; the first of them show no call, only how tools are declared."""
+    """Return True for Kimi's templates; the first of them show no call, only how tools are declared."""
     return _BEGIN in template or ("tool_declare" in template and "<|im_middle|>" in template)
 
 
 def read_head(r: TextCursor) -> Reading[tuple[str, str | None]]:
-    """The id; its name is what stands between "functions." and the number."""
+    """Read the id. Its name is the text between "functions." and the number."""
     call_id = (yield from word(r, _ID)).strip()
     yield from expect(r, _ARGUMENTS)
     yield from spaces(r)

@@ -7,7 +7,7 @@ from tokenmill.text.tools._python_style import PythonStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates with such tags."""
+    """Return True for templates with such tags."""
     return "<|tool_call_start|>" in template
 
 

@@ -7,7 +7,7 @@ from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates that ask for a function's name and parameters as JSON."""
+    """Return True for templates that ask for a function's name and parameters as JSON."""
     asked = '{"name": function name, "parameters":' in template.replace('\\"', '"')
     return "[func_name1(" not in template and ("<|python_tag|>" in template or asked)
 

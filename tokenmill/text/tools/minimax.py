@@ -9,7 +9,7 @@ _BEGIN, _END, _HEAD = "<minimax:tool_call>", "</minimax:tool_call>", '<invoke na
 
 
 def matches(template: str) -> bool:
-    """True for templates with such tags."""
+    """Return True for templates with such tags."""
     return _BEGIN in template
 
 

@@ -1,6 +1,6 @@
 """Mistral: [TOOL_CALLS] and a list of JSON objects, or, since its eleventh tokenizer, [TOOL_CALLS]name[ARGS]{…}.
 
-Both formats read either form; they differ in what the model is made to write.
+Both formats read either form. They differ in the form that the model is made to write.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from tokenmill.text.tools._headed_style import HeadedStyle
 from tokenmill.text.tools._json_style import JsonStyle
 
 _START, _ID, _ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
-_END = "[/TOOL_CALLS]"  # of some models that were tuned further
+_END = "[/TOOL_CALLS]"  # of some fine-tuned models
 _NAME = re.compile(r"[\w.:/\-]+")
-new_id = partial(random_id, 9, "")  # nine letters and digits: Mistral's templates refuse anything else
+new_id = partial(random_id, 9, "")  # nine letters and digits, because Mistral's templates refuse others
 
 
 def matches(template: str) -> bool:
-    """True for templates of the list form."""
+    """Return True for templates of the list form."""
     return _START in template and _ARGS not in template
 
 
 def matches_args(template: str) -> bool:
-    """True for templates of the newer form."""
+    """Return True for templates of the newer form."""
     return _START in template and _ARGS in template
 
 
 def read_head(r: TextCursor) -> Reading[tuple[str, str | None]]:
-    """name, [CALL_ID]id if there is one, [ARGS] or the arguments at once."""
+    """Read name, [CALL_ID]id if there is one, and [ARGS] or the arguments at once."""
     name = yield from word(r, _NAME)
     call_id: str | None = None
     if (yield from take(r, _ID)):
@@ -43,7 +43,7 @@ def read_head(r: TextCursor) -> Reading[tuple[str, str | None]]:
 
 
 def _read(form: Calls, r: TextCursor, out: DeltaBuilder) -> Reading[None]:
-    """What follows the first marker tells the form."""
+    """Read calls of either form, which the text behind the first marker shows."""
     yield from spaces(r)
     yield from expect(r, _START)
     yield from spaces(r)

@@ -7,7 +7,7 @@ from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates with such tags."""
+    """Return True for templates with such tags."""
     return "<TOOLCALL>" in template
 
 

@@ -7,7 +7,7 @@ from tokenmill.text.tools._json_style import JsonStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates with Phi's tags for tools, or with the word."""
+    """Return True for templates with Phi's tags for tools, or with the word."""
     return any(sign in template for sign in ("<|/tool|>", "<|/tool_call|>", "functools["))
 
 

@@ -7,7 +7,7 @@ from tokenmill.text.tools._python_style import PythonStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates that show such a list."""
+    """Return True for templates that show such a list."""
     return "[func_name1(" in template or "<|python_start|>" in template
 
 

@@ -7,7 +7,7 @@ from tokenmill.text.tools._xml_style import XmlStyle
 
 
 def matches(template: str) -> bool:
-    """True for templates with such tags, and no others around them."""
+    """Return True for templates with such tags, and no others around them."""
     return "<function=" in template and "<parameter=" in template and "<seed:tool_call>" not in template
 
 

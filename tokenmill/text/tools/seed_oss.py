@@ -11,7 +11,7 @@ _BEGIN, _END = "<seed:tool_call>", "</seed:tool_call>"
 
 
 def matches(template: str) -> bool:
-    """True for templates with such tags."""
+    """Return True for templates with such tags."""
     return _BEGIN in template
 
 

@@ -8,7 +8,7 @@ from tokenmill.text.tools.hermes import FORMAT as HERMES
 
 
 def matches(template: str) -> bool:
-    """True for SmolLM3's template, and for prompts that ask for a list in the tags."""
+    """Return True for SmolLM3's template, and for prompts that ask for a list in the tags."""
     return "<tool_call>[" in template or ("xml_tools" in template and "<tool_call>" in template)
 
 
