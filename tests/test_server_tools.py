@@ -122,13 +122,13 @@ def test_tgis_name_of_the_parameters_is_understood() -> None:
 def test_a_template_without_tools_is_told_of_them_behind_the_last_message() -> None:
     tools = tools_of(asked(tools=TOOLS))
     assert tools is not None
-    (message,) = with_tool_prompt(USER, tools, None, template_knows=False)
+    (message,) = with_tool_prompt(USER, tools, None, template_has_tools=False)
     content, _, told = message["content"].partition("\n---\n")
     assert content == "hi"
     listed, _, prompt = told.partition("\n")
     assert json.loads(listed) == TOOLS
     assert '"parameters"' in prompt
-    (message,) = with_tool_prompt(USER, tools, "Call one.", template_knows=False)
+    (message,) = with_tool_prompt(USER, tools, "Call one.", template_has_tools=False)
     assert message["content"].endswith("]\nCall one.")
     assert USER == [{"role": "user", "content": "hi"}]
 
@@ -136,9 +136,9 @@ def test_a_template_without_tools_is_told_of_them_behind_the_last_message() -> N
 def test_a_template_with_tools_gets_only_a_prompt_that_was_asked_for() -> None:
     tools = tools_of(asked(tools=TOOLS))
     assert tools is not None
-    assert with_tool_prompt(USER, tools, None, template_knows=True) == USER
-    assert with_tool_prompt(USER, tools, "", template_knows=True) == USER
-    (message,) = with_tool_prompt(USER, tools, "Call one.", template_knows=True)
+    assert with_tool_prompt(USER, tools, None, template_has_tools=True) == USER
+    assert with_tool_prompt(USER, tools, "", template_has_tools=True) == USER
+    (message,) = with_tool_prompt(USER, tools, "Call one.", template_has_tools=True)
     assert message["content"] == "hi\n---\nCall one."
 
 
@@ -147,10 +147,10 @@ def test_the_prompt_goes_behind_what_the_assistant_has_not_written() -> None:
     assert tools is not None
     parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
     begun = {"role": "assistant", "content": "So"}
-    first, second = with_tool_prompt([parts, begun], tools, "Call.", template_knows=True)
+    first, second = with_tool_prompt([parts, begun], tools, "Call.", template_has_tools=True)
     assert first["content"] == [{"type": "text", "text": "hi"}, {"type": "text", "text": "\n---\nCall."}]
     assert second == begun
-    assert with_tool_prompt([begun], tools, "Call.", template_knows=True) == [begun]
+    assert with_tool_prompt([begun], tools, "Call.", template_has_tools=True) == [begun]
 
 
 def test_messages_of_the_older_form_become_newer_ones() -> None:

@@ -131,7 +131,7 @@ def _finished(inner: tokenizers.Tokenizer, expression: str, *, nfc: bool = False
 
 
 def _model(ranks: Mapping[bytes, int], more: Mapping[int, str] | None = None) -> models.BPE:
-    """BPE by ranks. `more`: further tokens, which nothing merges to. A word that is a token stays whole."""
+    """Return a BPE model of ranks. `more`: further tokens, which no merge makes. A word that is a token stays whole."""
     character_of = {byte: character for character, byte in byte_characters().items()}
     spelled = {token: "".join([character_of[byte] for byte in token]) for token in ranks}
     merges: list[tuple[int, int, int, str, str]] = []
@@ -146,7 +146,7 @@ def _model(ranks: Mapping[bytes, int], more: Mapping[int, str] | None = None) ->
 
 
 def _add_tokens(inner: tokenizers.Tokenizer, wanted: Mapping[int, AddedToken]) -> None:
-    """Tokens with ids of their own. The library counts ids up, so gaps between them are filled."""
+    """Add tokens with ids of their own. The library counts ids up, so gaps between them are filled."""
     ids = sorted({*wanted, *range(inner.get_vocab_size(True), max(wanted, default=0))})
     tokens = [wanted.get(i) or _special(f"<|unused_{i}|>") for i in ids]
     for special, run in groupby(tokens, lambda token: bool(token.special)):
@@ -158,7 +158,7 @@ def _special(text: str) -> AddedToken:
 
 
 def _tokens_of(path: Path, config: Mapping[str, Any], class_name: str, following: int) -> dict[int, AddedToken]:
-    """Tokens besides those with ranks. `following`: the first id behind these."""
+    """Return the tokens besides those with ranks. `following`: the first id behind these."""
     listed = config.get("added_tokens_decoder")
     if listed:
         return {int(i): added_token(token) for i, token in listed.items()}

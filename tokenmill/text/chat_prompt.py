@@ -20,8 +20,8 @@ _DEFAULT_PROMPT = (
 def render(chat: Chat, template: ChatTemplate, tools: Tools | None) -> str:
     """Return the prompt that a chat template makes of a chat. Raises ValidationError, TemplateError."""
     check_messages(chat.messages)
-    told = tools if tools is not None and tools.choice != "none" else None
-    source = template.source if told is None else template.tool_source
+    shown_tools = tools if tools is not None and tools.choice != "none" else None
+    source = template.source if shown_tools is None else template.tool_source
     kwargs = {**template_fields(chat, source), **(chat.chat_template_kwargs or {})}
     messages = _named_for(source, newer(chat.messages))
     begins = chat.add_generation_prompt
@@ -29,11 +29,11 @@ def render(chat: Chat, template: ChatTemplate, tools: Tools | None) -> str:
         begins = True  # a call is complete, also when it is written out as text
     if "tool_calls" not in source:
         messages = written_out(messages)
-    if told is not None:
-        messages = with_tool_prompt(messages, told, chat.tool_prompt, template_knows=template.shows_tools)
+    if shown_tools is not None:
+        messages = with_tool_prompt(messages, shown_tools, chat.tool_prompt, template_has_tools=template.shows_tools)
     return template.render(
         messages,
-        tools=told.given if told is not None and template.shows_tools else None,
+        tools=shown_tools.given if shown_tools is not None and template.shows_tools else None,
         documents=chat.documents,
         add_generation_prompt=begins,
         continue_final_message=chat.continue_final_message,
@@ -49,14 +49,14 @@ def _named_for(source: str, messages: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def with_tool_prompt(
-    messages: list[dict[str, Any]], tools: Tools, prompt: str | None, *, template_knows: bool
+    messages: list[dict[str, Any]], tools: Tools, prompt: str | None, *, template_has_tools: bool
 ) -> list[dict[str, Any]]:
     """Return the messages with TGI's `tool_prompt` behind the last one that is not the assistant's. If the template has
     no tools, they are written before it."""
-    if template_knows and not prompt:
+    if template_has_tools and not prompt:
         return messages
     text = prompt or _DEFAULT_PROMPT
-    if not template_knows:
+    if not template_has_tools:
         text = json.dumps(tools.given, ensure_ascii=False, separators=(",", ":")) + "\n" + text
     at = next((i for i in reversed(range(len(messages))) if messages[i].get("role") != "assistant"), None)
     content = None if at is None else messages[at].get("content")

@@ -61,18 +61,18 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
 def template_fields(chat: Chat, source: str) -> dict[str, Any]:
     """Return the fields that have an effect only through the template, for a template with the text `source`. Raises
     ValidationError if the template does not use them."""
-    told: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     for name in ("reasoning_effort", "verbosity"):
         value = getattr(chat, name)
         if value is None:
             continue
         if name in source:
-            told[name] = value
+            variables[name] = value
         elif name == "reasoning_effort" and (switch := _switch(source)):
-            told[switch] = value != "none"
+            variables[switch] = value != "none"
         else:
             raise not_supported(name, "the model's chat template does not know it")
-    return told
+    return variables
 
 
 def asks_to_think(chat: Chat) -> bool:

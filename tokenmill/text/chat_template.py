@@ -119,14 +119,14 @@ class ChatTemplate:
             "continue_final_message: the last message's text is not in the prompt that the template makes"
         )
 
-    def _name(self, wished: Any, with_tools: bool) -> str:
+    def _name(self, requested: Any, with_tools: bool) -> str:
         """Return the name of the template for a request. A request may choose a template by name, but not bring one."""
-        if wished is None:
+        if requested is None:
             return "tool_use" if with_tools and "tool_use" in self.sources else "default"
-        if not isinstance(wished, str) or wished not in self.sources:
+        if not isinstance(requested, str) or requested not in self.sources:
             known = ", ".join(sorted(self.sources))
             raise TemplateError(f"chat_template_kwargs may set 'chat_template' only to a name the model has: {known}")
-        return wished
+        return requested
 
     def _continued(
         self, messages: Sequence[Mapping[str, Any]], begins: bool | None, continued: bool | None

@@ -60,34 +60,35 @@ def _older(chat: Chat) -> Tools:
     if chat.tools:
         raise ToolError("`functions` is the older form of `tools`: send only one of them", "functions")
     given = _checked([{"type": "function", "function": function} for function in chat.functions or ()], "functions")
-    wished = chat.function_call
-    if isinstance(wished, dict):
-        return Tools(given, "function", (_known(wished.get("name"), given, "function_call"),), False, True)
-    if wished not in (None, "auto", "none"):
+    requested = chat.function_call
+    if isinstance(requested, dict):
+        return Tools(given, "function", (_known(requested.get("name"), given, "function_call"),), False, True)
+    if requested not in (None, "auto", "none"):
         raise ToolError(
-            f"Invalid 'function_call': it must be 'auto', 'none' or an object with a `name`. Given: {shown(wished)!r}",
+            "Invalid 'function_call': it must be 'auto', 'none' or an object with a `name`. "
+            f"Given: {shown(requested)!r}",
             "function_call",
         )
-    return Tools(given, wished or "auto", (), False, True)
+    return Tools(given, requested or "auto", (), False, True)
 
 
-def _choice(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
+def _choice(requested: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
     """Return the choice, and the names of the functions that it is among, () for all."""
-    if wished is None:
+    if requested is None:
         return "auto", ()
-    if isinstance(wished, str):
-        return (wished, ()) if wished in _MODES else ("function", (_known(wished, given, "tool_choice"),))
-    kind = wished.get("type", "function")
+    if isinstance(requested, str):
+        return (requested, ()) if requested in _MODES else ("function", (_known(requested, given, "tool_choice"),))
+    kind = requested.get("type", "function")
     if kind == "allowed_tools":
-        return _allowed(wished.get(kind, wished), given)
+        return _allowed(requested.get(kind, requested), given)
     if kind != "function":
         raise not_supported("tool_choice", f"its type must be 'function' or 'allowed_tools'. Given: {shown(kind)!r}")
-    return "function", (_known(_name_in(wished), given, "tool_choice"),)
+    return "function", (_known(_name_in(requested), given, "tool_choice"),)
 
 
-def _allowed(wished: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
+def _allowed(requested: Any, given: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
     """Return the mode of OpenAI's `allowed_tools`, and the names of the functions that it is among."""
-    mode, tools = (wished.get("mode"), wished.get("tools")) if isinstance(wished, dict) else (None, None)
+    mode, tools = (requested.get("mode"), requested.get("tools")) if isinstance(requested, dict) else (None, None)
     if mode not in ("auto", "required") or not isinstance(tools, list) or not tools:
         allowed = "its `allowed_tools` must have a `mode`, 'auto' or 'required', and `tools`, a list of functions"
         raise ToolError(f"Invalid 'tool_choice': {allowed}", "tool_choice")

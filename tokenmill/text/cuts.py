@@ -77,6 +77,6 @@ BY_NAME: Mapping[str, tuple[str, ...]] = {
 
 
 def splitter(expressions: Sequence[str]) -> pre_tokenizers.PreTokenizer:
-    """Cuts by each expression in turn what those before it left, then spells bytes as characters."""
+    """Return a pre-tokenizer that cuts by each expression in turn, and then writes bytes as characters."""
     cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
     return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

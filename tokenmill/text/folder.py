@@ -118,10 +118,10 @@ def _inner(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
 def _set_prefix_space(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
     """Set whether a text's first word is read as if a space preceded it: as in the configuration, like `transformers`,
     and without one never."""
-    wished = bool(config.get("add_prefix_space", False))
+    prefixed = bool(config.get("add_prefix_space", False))
     cutter = inner.pre_tokenizer
-    if config and isinstance(cutter, pre_tokenizers.ByteLevel) and cutter.add_prefix_space != wished:
-        cutter.add_prefix_space = wished
+    if config and isinstance(cutter, pre_tokenizers.ByteLevel) and cutter.add_prefix_space != prefixed:
+        cutter.add_prefix_space = prefixed
         inner.pre_tokenizer = cutter
 
 
@@ -152,10 +152,10 @@ def _add_tokens(
     listed |= {
         token_id: text for text, token_id in read_json(folder / "added_tokens.json").items() if token_id not in listed
     }
-    wanted = [added_token(token) for _, token in sorted(listed.items())]
+    tokens = [added_token(token) for _, token in sorted(listed.items())]
     more = [content_of(token) for token in config.get("additional_special_tokens") or ()]
-    wanted += [AddedToken(text, special=True, normalized=False) for text in [*special.values(), *more] if text]
-    for token in wanted:
+    tokens += [AddedToken(text, special=True, normalized=False) for text in [*special.values(), *more] if text]
+    for token in tokens:
         before = known.get(token.content)
         if before is None or (token.special and not before.special):
             (inner.add_special_tokens if token.special else inner.add_tokens)([token])
@@ -196,12 +196,12 @@ def _eos_ids(folder: Path, inner: tokenizers.Tokenizer, eos: str | None) -> tupl
     """Return all ids that end an answer: generation_config.json's, else config.json's; and the tokenizer's."""
     config = read_json(folder / "config.json")
     nested = config.get("text_config")
-    told = (
+    candidates = (
         read_json(folder / "generation_config.json").get("eos_token_id"),
         config.get("eos_token_id"),
         nested.get("eos_token_id") if isinstance(nested, dict) else None,
     )
-    first: Any = next((ids for ids in told if ids is not None), [])
+    first: Any = next((ids for ids in candidates if ids is not None), [])
     ids = list(first) if isinstance(first, list) else [first]
     own = inner.token_to_id(eos) if eos is not None else None
     return tuple(dict.fromkeys(i for i in [*ids, own] if isinstance(i, int)))

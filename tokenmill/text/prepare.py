@@ -138,8 +138,8 @@ def _max_new_tokens(num_prompt: int, options: Options, limits: RequestLimits, di
     """Return the number of tokens to generate at most. Native routes cut a request off at the context's end, if 1,024
     tokens fit; OpenAI's refuse it. `about`: text before `num_prompt` in messages."""
     room = limits.max_total_tokens - num_prompt
-    wished = max(room, 0) if options.max_new_tokens is None else options.max_new_tokens
-    checked = wished if dialect == "openai" else min(wished, _CHECKED_NEW_TOKENS)
+    requested = max(room, 0) if options.max_new_tokens is None else options.max_new_tokens
+    checked = requested if dialect == "openai" else min(requested, _CHECKED_NEW_TOKENS)
     if num_prompt + checked > limits.max_total_tokens:
         if dialect == "openai":
             raise _too_long_for_openai(num_prompt, options.max_new_tokens, limits, about)
@@ -151,7 +151,7 @@ def _max_new_tokens(num_prompt: int, options: Options, limits: RequestLimits, di
         if dialect == "openai":
             raise _too_long_for_openai(num_prompt, None, limits)
         raise ContextLengthError(f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {num_prompt}")
-    return min(wished, room)
+    return min(requested, room)
 
 
 def _too_long_for_openai(
@@ -208,8 +208,8 @@ def _temperature(options: Options, dialect: Dialect) -> float:
 
 
 def _top_k(options: Options, limits: RequestLimits) -> int:
-    wished = options.top_k or 0
-    return wished if 0 < wished < limits.vocab_size else 0
+    requested = options.top_k or 0
+    return requested if 0 < requested < limits.vocab_size else 0
 
 
 def _or(value: float | None, default: float) -> float:

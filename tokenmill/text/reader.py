@@ -186,8 +186,8 @@ def word(r: TextCursor, pattern: re.Pattern[str]) -> Reading[str]:
         yield
 
 
-def before(r: TextCursor, ends: Markers, emit: Emit, *, told: bool = True) -> Reading[str]:
-    """Emit text up to the first of `ends`, which stays, and return that; "" if the text ends before. `told`: emitted
+def before(r: TextCursor, ends: Markers, emit: Emit, *, settles: bool = True) -> Reading[str]:
+    """Emit text up to the first of `ends`, which stays, and return that; "" if the text ends before. `settles`: emitted
     text need not be read again."""
     while True:
         found = ends.search(r.text, r.pos)
@@ -195,7 +195,7 @@ def before(r: TextCursor, ends: Markers, emit: Emit, *, told: bool = True) -> Re
         if stop > r.pos:
             emit(r.text[r.pos : stop])
             r.pos = stop
-        if told:
+        if settles:
             r.settle()
         if found or r.ended:
             return found.group() if found else ""
@@ -204,7 +204,7 @@ def before(r: TextCursor, ends: Markers, emit: Emit, *, told: bool = True) -> Re
 
 def until(r: TextCursor, ends: Markers, emit: Emit) -> Reading[str]:
     """Emit text up to the first of `ends`, read that as well and return it; "" if the text ends before."""
-    end = yield from before(r, ends, emit, told=False)
+    end = yield from before(r, ends, emit, settles=False)
     r.pos += len(end)
     return end
 

@@ -204,7 +204,7 @@ class Splitter:
             if found or not r.ended:
                 begin = max(r.pos, stop - _MOST_SPACE)
                 stop = begin + len(r.text[begin:stop].rstrip())
-            self._tell(stop)
+            self._emit(stop)
             if found and found[1] == self.end:
                 r.pos = found[0] + len(self.end)
                 self.inside = False
@@ -212,7 +212,7 @@ class Splitter:
             elif found:
                 behind = found[0] + len(found[1]) - r.pos
                 if not (yield from self._calls(found[0])):
-                    self._tell(behind)
+                    self._emit(behind)
                     continue
             if found or r.ended:
                 r.settle()
@@ -227,7 +227,7 @@ class Splitter:
         found = self._marks.search(text, pos)
         return (found.start(), found.group()) if found else None
 
-    def _tell(self, stop: int) -> None:
+    def _emit(self, stop: int) -> None:
         r = self._reader
         if stop > r.pos:
             self._out.reasoning(r.text[r.pos : stop])

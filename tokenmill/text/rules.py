@@ -56,8 +56,8 @@ def warps(options: Options) -> bool:
 
 
 def _wants_sampling(options: Options, dialect: Dialect) -> bool:
-    told = dialect == "openai" if options.do_sample is None else options.do_sample
-    return told or options.temperature is not None or warps(options)
+    sampled = dialect == "openai" if options.do_sample is None else options.do_sample
+    return sampled or options.temperature is not None or warps(options)
 
 
 def _check_later_features(options: Options, dialect: Dialect) -> None:

@@ -111,7 +111,7 @@ _KINDS: dict[type, str] = {
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Charges for turns of loops and macros, and refuses to build what would fill the memory."""
+    """Environment that charges turns of loops and macros, and refuses to build values that would fill the memory."""
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
@@ -127,7 +127,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return cast(nodes.Template, rewritten)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        """Return what stands for an attribute that templates must not see."""
+        """Return the undefined value for an attribute that templates must not read."""
         hint = _Hint(f"a chat template may not read {attribute!r}")
         return self.undefined(hint, name=attribute, obj=obj, exc=SecurityError)
 
@@ -137,7 +137,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Return a call, unless time is over or it would build what is too large."""
+        """Call an object, unless the time is over or the result would be too large."""
         _charge(__context)
         return super().call(__context, __obj, *growth.check_call(__obj, args, kwargs), **kwargs)
 
@@ -146,18 +146,18 @@ class _Joins(NodeTransformer):
     """Replaces `~` by a call, because Jinja has no hook for it."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        """Its parts may hold further ones."""
+        """Replace one `~`, and those in its parts."""
         self.generic_visit(node)
         return _call("join", node.nodes, node.lineno)
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks an answer for training; when rendering it is nothing."""
+    """`{% generation %}…{% endgeneration %}`, which marks an answer for training and has no effect on rendering."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """Return the statements between the tags, in a scope of their own as transformers has them."""
+        """Return the statements between the tags, in a scope of their own, as in transformers."""
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(lineno)
@@ -167,15 +167,15 @@ class _Generation(Extension):
 
 
 class _Charger(Extension):
-    """Holds the functions that rewritten templates call: a template cannot rename an extension's methods."""
+    """Functions that rewritten templates call. They are an extension's methods, which a template cannot replace."""
 
     def charge(self, context: Context) -> str:
-        """Return one step of the budget."""
+        """Charge one step of the budget."""
         _charge(context)
         return ""
 
     def join(self, *parts: Any) -> str:
-        """Jinja's `~`, within limits."""
+        """Return the result of Jinja's `~`, after a check of its size."""
         texts = [str(growth.check_tree(part)) for part in parts]
         growth.check_size(sum(map(len, texts)))
         return "".join(texts)
@@ -199,7 +199,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes HTML."""
+    """Return plain JSON, because Jinja's own filter escapes HTML."""
     growth.check_tree(value)
     if isinstance(indent, int) and indent > _MAX_INDENT:
         raise growth.Refused(f"a chat template may not indent JSON by {indent}")

@@ -40,7 +40,7 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     )
     stop: Annotated[str | list[str] | None, _("Strings that end the text, which they are part of.")] = None
     truncate: Annotated[Uint | None, _("Keep so many of the prompt's last tokens.")] = None
-    watermark: Annotated[bool | None, _("Mark the text statistically, as the server is told to.")] = None
+    watermark: Annotated[bool | None, _("Mark the text statistically, as the server's options set.")] = None
     details: Annotated[bool | None, _("Say how the text ended, and each token.")] = None
     decoder_input_details: Annotated[bool | None, _("Say each token of the prompt, too. Not in streams.")] = None
     seed: Annotated[Uint | None, _("Makes sampling repeatable. Default: drawn.")] = None

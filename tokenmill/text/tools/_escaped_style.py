@@ -54,7 +54,7 @@ class _Escaped(Literals):
     def text(self, r: TextCursor, emit: Emit, behind: tuple[str, ...]) -> Reading[None]:
         """See Literals."""
         yield from expect(r, QUOTE)
-        while (yield from before(r, _QUOTES, emit, told=False)):
+        while (yield from before(r, _QUOTES, emit, settles=False)):
             if (yield from ahead(r, *behind, offset=len(QUOTE))) is not None:
                 r.pos += len(QUOTE)
                 return

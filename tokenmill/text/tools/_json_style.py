@@ -77,9 +77,9 @@ class JsonStyle(Style):
         yield from expect(r, "{")
         name: str | None = None
         held: str | None = None
-        told = False
+        emitted = False
         keys: list[str] = []
-        while (yield from _has_more(r, bool(keys), told, marks)):
+        while (yield from _has_more(r, bool(keys), emitted, marks)):
             key = yield from _string(r, known, marks)
             keys.append(key)
             yield from spaces(r)
@@ -90,14 +90,14 @@ class JsonStyle(Style):
             elif known and name is None:
                 if keys != ["type"] or (yield from _string(r, known, marks)) != "function":
                     raise Broken
-            elif key not in self.arguments_keys or told or held is not None:
+            elif key not in self.arguments_keys or emitted or held is not None:
                 yield from collected(lambda emit: json_value(r, emit, marks))
             elif name is None:
                 held, _ = yield from collected(lambda emit: read_arguments(r, emit, marks))
             else:
                 yield from emit_call(r, out, name, marks=marks)
-                told = True
-        if not told:
+                emitted = True
+        if not emitted:
             if name is None or (held is None and (known or not _BESIDE.issuperset(keys))):
                 raise Broken
             out.call(name)
@@ -148,14 +148,14 @@ def _any(texts: tuple[str, ...]) -> str:
     return "|".join(map(literal, texts))
 
 
-def _has_more(r: TextCursor, behind: bool, told: bool, marks: tuple[str, ...]) -> Reading[bool]:
-    """Read the text before an object's next key, or the object's end. `behind`: another key precedes. `told`: its
+def _has_more(r: TextCursor, behind: bool, emitted: bool, marks: tuple[str, ...]) -> Reading[bool]:
+    """Read the text before an object's next key, or the object's end. `behind`: another key precedes. `emitted`: its
     arguments are complete, so its brace may be missing."""
     yield from spaces(r)
     if (yield from take(r, "}")):
         return False
     if behind:
-        if told and not ((yield from peek(r)) == "," and (yield from ahead(r, *_KEY, offset=1))):
+        if emitted and not ((yield from peek(r)) == "," and (yield from ahead(r, *_KEY, offset=1))):
             return False
         yield from expect(r, ",")
         yield from spaces(r)

@@ -156,7 +156,7 @@ class _Ends(NamedTuple):
     def value(self, r: TextCursor, emit: Emit, in_text: Callable[[], bool]) -> Reading[None]:
         """Emit a value and reads its closing tag. `in_text`: true if what was emitted cannot be all of it."""
         marks = _marks(self.style, self.form.ends[0], self.held)
-        while found := (yield from before(r, marks, emit, told=False)):
+        while found := (yield from before(r, marks, emit, settles=False)):
             if (yield from self._closes(r, found)) and not in_text():
                 r.pos += len(found) if found.endswith(self.style.value_end) else 0
                 return
