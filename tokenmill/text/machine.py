@@ -26,7 +26,7 @@ Held = Literal["", "calls", "answer", "choice"]
 class Machine:
     """Reader of one answer. `push` text as it comes, then `finish` once."""
 
-    __slots__ = ("_fresh", "_marks", "_only_calls", "_out", "_reader", "_run", "format")
+    __slots__ = ("_cursor", "_fresh", "_marks", "_only_calls", "_out", "_run", "format")
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class Machine:
         held: Held = "",
     ) -> None:
         self.format = form
-        self._reader = TextCursor()
+        self._cursor = TextCursor()
         self._out = DeltaBuilder(schemas, new_id or form.new_id, most, bool(held))
         self._marks = Markers(*(form.held_starts if held else form.starts))
         self._only_calls = held == "choice"  # True until other text comes, after which nothing is a call
         self._fresh = bool(form.bare)  # True while only white space has come
-        self._run: Reading[None] = form.read(self._reader, self._out) if form.own_loop else self._answer()
+        self._run: Reading[None] = form.read(self._cursor, self._out) if form.own_loop else self._answer()
         self._step()
 
     @property
@@ -62,16 +62,16 @@ class Machine:
 
     def push(self, text: str) -> Delta:
         """Return the delta of `text`."""
-        if not text or self._reader.ended:
+        if not text or self._cursor.ended:
             return Delta()
-        self._reader.feed(text)
+        self._cursor.feed(text)
         self._step()
         return self._out.take()
 
     def finish(self) -> Delta:
         """End the answer, and return the last delta."""
-        if not self._reader.ended:
-            self._reader.ended = True
+        if not self._cursor.ended:
+            self._cursor.ended = True
             self._step()
         return self._out.take()
 
@@ -80,7 +80,7 @@ class Machine:
 
     def _answer(self) -> Reading[None]:
         """Read text and groups of calls, in turn."""
-        r = self._reader
+        r = self._cursor
         after_call = False
         while (yield from self._content(after_call)):
             before = self._out.complete
@@ -97,7 +97,7 @@ class Machine:
 
     def _resume(self, after_call: bool) -> None:
         """Continue behind a broken call, never with the same text, which would break again."""
-        r, out = self._reader, self._out
+        r, out = self._cursor, self._out
         over = self._only_calls or (r.ended and (out.held or out.begun))
         if out.begun:
             assert r.checked
@@ -113,7 +113,7 @@ class Machine:
 
     def _content(self, after_call: bool) -> Reading[bool]:
         """Emit text up to a place where a call may begin, and return True; at the end False."""
-        r, out = self._reader, self._out
+        r, out = self._cursor, self._out
         while True:
             if self._only_calls and not self._may_begin(r.text[r.pos :].lstrip()):
                 self._only_calls, self._marks = False, Markers()
@@ -143,7 +143,7 @@ class Machine:
         return marked or not text or (self._fresh and text[0] in self.format.bare)
 
     def _emit(self, stop: int) -> None:
-        r = self._reader
+        r = self._cursor
         if stop > r.pos:
             self._out.content(r.text[r.pos : stop])
             r.pos = stop

@@ -139,13 +139,13 @@ class Splitter:
     """Splitter of one answer. `push` text as it comes, then `finish` once; both return (thought, rest). `finder`: finds
     calls inside of a thought, which end it like its end mark."""
 
-    __slots__ = ("_finder", "_form", "_marks", "_out", "_reader", "_run", "called", "end", "inside", "passed")
+    __slots__ = ("_cursor", "_finder", "_form", "_marks", "_out", "_run", "called", "end", "inside", "passed")
 
     def __init__(self, form: ReasoningFormat, finder: CallFinder | None = None) -> None:
         self._form, self.end = form, form.end
         self._finder = finder
         self._marks = Markers(form.end, *(finder.starts if finder else ()))
-        self._reader = TextCursor()
+        self._cursor = TextCursor()
         self._out = DeltaBuilder({}, str)
         self.inside = form.already_open  # the current text is a thought
         self.called = False  # a call has ended the thought
@@ -157,20 +157,20 @@ class Splitter:
         """Return the parts of `text`."""
         if self.passed and self._form.wrap is None:
             return "", text
-        self._reader.feed(text)
+        self._cursor.feed(text)
         next(self._run, None)
         delta = self._out.take()
         return delta.reasoning, delta.content
 
     def finish(self) -> tuple[str, str]:
         """End the answer, and return the parts that were held back."""
-        self._reader.ended = True
+        self._cursor.ended = True
         next(self._run, None)
         delta = self._out.take()
         return delta.reasoning, delta.content
 
     def _answer(self) -> Reading[None]:
-        r, form = self._reader, self._form
+        r, form = self._cursor, self._form
         if not form.already_open:
             try:
                 yield from spaces(r)
@@ -191,7 +191,7 @@ class Splitter:
 
     def _thought(self) -> Reading[None]:
         """Read text up to the end mark or a call, without the white space around it."""
-        r = self._reader
+        r = self._cursor
         if self._form.already_open:  # some models open it again
             yield from spaces(r)
             yield from take(r, self._form.start)
@@ -228,7 +228,7 @@ class Splitter:
         return (found.start(), found.group()) if found else None
 
     def _emit(self, stop: int) -> None:
-        r = self._reader
+        r = self._cursor
         if stop > r.pos:
             self._out.reasoning(r.text[r.pos : stop])
             r.pos = stop
@@ -236,7 +236,7 @@ class Splitter:
     def _calls(self, at: int) -> Reading[bool]:
         """Return True if a call begins at a place; the text is then read from there. While that is open, the text is
         not a thought."""
-        r, finder = self._reader, self._finder
+        r, finder = self._cursor, self._finder
         assert finder is not None
         at -= r.pos
         r.settle()
@@ -249,7 +249,7 @@ class Splitter:
 
     def _wrapped(self, wrap: tuple[str, str]) -> Reading[None]:
         """Read the answer without the marks around it. A mark that is not at its beginning or end is text."""
-        r = self._reader
+        r = self._cursor
         yield from spaces(r)
         opened = bool((yield from take(r, wrap[0])))
         if not opened:

@@ -61,7 +61,7 @@ class ToolFormat(Protocol):
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """All texts that may be special tokens and that the reader must receive as text."""
+        """All texts that may be special tokens and that must be passed on as text."""
 
     @property
     def trigger(self) -> str:
@@ -77,8 +77,8 @@ class ToolFormat(Protocol):
     def new_id(self) -> str:
         """Return a new id for a call, in the form that the model's template takes."""
 
-    def read(self, reader: TextCursor, out: DeltaBuilder) -> Reading[None]:
-        """Read a group of calls from `reader`, which is at one of `starts`, at `bare`, or at white space before, and
+    def read(self, cursor: TextCursor, out: DeltaBuilder) -> Reading[None]:
+        """Read a group of calls from `cursor`, which is at one of `starts`, at `bare`, or at white space before, and
         write it to `out`. Raises Broken where the text is not a call; the caller puts back text that is not part of a
         complete one."""
 
