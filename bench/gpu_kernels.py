@@ -2,7 +2,7 @@
 
 Variants are compiled in several processes first. Each is then compared with torch in float32 and timed in a CUDA graph.
 All results are written to a file; a table of the best variant of each case is printed last. The best variants are
-copied by hand into `shapes.py` and `products.py` of `backends/cuda`.
+copied by hand into `shapes.py` and `products/dense.py` of `backends/cuda`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from support_models import Driver, steps
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
 from tokenmill.backends.cuda.prepare import fused, refusal
-from tokenmill.backends.cuda.products import Product, Scratch
+from tokenmill.backends.cuda.products.base import Operands, Scratch
+from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
@@ -123,7 +124,8 @@ def test_a_crowd_that_is_chunked_shared_and_preempted_gets_the_torch_backends_te
 def test_logits_that_are_not_finite_are_told(tmp_path: Path) -> None:
     write_random(tmp_path, "llama", num_hidden_layers=1)
     driver = CudaDriver(tmp_path)
-    driver._weights[next(w for w in driver._weights if w.name == "lm_head.weight")][77] = float("nan")
+    matrices = driver._weights.matrices
+    matrices[next(w for w in matrices if w.name == "lm_head.weight")]._matrix[77] = float("nan")
     assert driver.run(driver.inputs([(0, [1, 2, 3])])).result().token_ids == [-1]  # type: ignore[arg-type]
 
 
@@ -145,12 +147,12 @@ def test_products_of_few_rows_are_products(rows: int, act: str, outputs: int, co
         torch.randn(shape, generator=draw).to(dtype).to(DEVICE)
         for shape in ((rows, columns), (outputs * (2 if act else 1), columns), (outputs * (2 if act else 1),))
     )
-    out = torch.full((rows, outputs), float("nan"), dtype=dtype, device=DEVICE)
-    product = Product(x, weight, bias, out, act, Scratch(256, x.device))
-    if rows > 32 and not act:
-        assert not product.fits(rows)
-        return
-    assert product.fits(rows)
+    whole, gated = (torch.full((rows, n), float("nan"), dtype=dtype, device=DEVICE) for n in (len(weight), outputs))
+    operands = Operands(x, whole, bias, act, gated if act else None)
+    product = Dense(weight).product(operands, Scratch(256, x.device), False)
+    assert product.fits(rows) == (rows <= 32 or bool(act))
+    assert product.applies_act(rows) == bool(act)
+    out = gated if act else whole
     for _ in range(2):  # the second run finds counters as the first one did
         product.run(rows)
     expected = x.float() @ weight.float().T + bias.float()
@@ -165,6 +167,6 @@ def test_one_row_is_normed_before_and_added_to_behind() -> None:
     draw = torch.Generator().manual_seed(0)
     x, weight, norm, other = (torch.randn(s, generator=draw).to(DEVICE) for s in ((1, 128), (48, 128), (128,), (1, 48)))
     out = torch.empty(1, 48, device=DEVICE)
-    Product(x, weight, None, out * 0, "", Scratch(64, x.device)).one((x, norm, 1e-5), (other, out))
+    Dense(weight).product(Operands(x, out * 0), Scratch(64, x.device), False).one((x, norm, 1e-5), (other, out))
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm
     np.testing.assert_allclose(out.cpu(), (other + normed @ weight.T).cpu(), rtol=1e-4, atol=1e-4)

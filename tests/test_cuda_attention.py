@@ -12,7 +12,8 @@ from support_models import Driver, steps
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.kernels.decode import list_splits
-from tokenmill.backends.cuda.products import Product
+from tokenmill.backends.cuda.products.base import Operands
+from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.torch import kinds
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -135,7 +136,8 @@ def test_a_row_of_a_product_is_the_same_whatever_rows_are_beside_it(act: str) ->
     made = []
     for rows in (1, 2, 17, 33, 64, 65, most):
         out = torch.full((most, outputs // (2 if act else 1)), float("nan"), dtype=dtype, device=DEVICE)
-        product = Product(x, weight, None, out, act, None, batch_invariant=True)
+        operands = Operands(x, out) if not act else Operands(x, x.new_empty(most, outputs), None, act, out)
+        product = Dense(weight).product(operands, None, True)
         assert product.fits(rows)
         product.run(rows)
         assert torch.equal(out[rows:].isnan(), torch.ones_like(out[rows:], dtype=torch.bool))

@@ -18,7 +18,8 @@ from support_cuda import ON_GPU, program, torch
 from tokenmill.backends.cuda import detect, explain, prepare
 from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, product_of, rules_of
 from tokenmill.backends.cuda.kind import attention
-from tokenmill.backends.cuda.products import Product, Scratch
+from tokenmill.backends.cuda.products.base import Operands, Scratch
+from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.program.value import Program
@@ -215,10 +216,9 @@ def test_what_is_told_of_products_is_what_they_do(
 ) -> None:
     gated, scratch = bool(act), Scratch(64, torch.device("cpu"))
     scratch.tma = copies
-    product = Product(
-        torch.empty(1, columns), torch.empty(outputs * (1 + gated), columns), None, torch.empty(1, outputs), act,
-        scratch,
-    )  # fmt: skip
+    whole = outputs * (1 + gated)
+    operands = Operands(torch.empty(1, columns), torch.empty(1, whole), None, act, torch.empty(1, outputs))
+    product = Dense(torch.empty(whole, columns)).product(operands, scratch, False)
     told = product_of(outputs, columns, gated, KernelOptions(dtype="bfloat16", copies=copies))
     few = re.search(r"few_rows (above|up to (\d+)(?: and from (\d+))?)", told)
     if rows == 1:

@@ -129,7 +129,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "device_name", lambda: "Some GPU")
     monkeypatch.setattr(detect, "capability", lambda: (9, 0))
     monkeypatch.setattr(detect, "not_compilable", lambda: "")
-    monkeypatch.setattr(assembly, "room", lambda choice, options: 80 << 30)
+    monkeypatch.setattr(assembly, "free_bytes", lambda choice, options: 80 << 30)
 
 
 def test_on_a_gpu_each_operation_has_its_kernels_and_each_rule_its_reason(tiny: str, gpu: None) -> None:

@@ -16,9 +16,8 @@ from tokenmill.backends.cuda.flashinfer import FlashInfer
 from tokenmill.backends.cuda.kernels.decode import decode, list_splits
 from tokenmill.backends.cuda.kernels.heads import write_heads
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles, tile_each
-from tokenmill.backends.cuda.launch import Run, Site
+from tokenmill.backends.cuda.launch import Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
-from tokenmill.backends.cuda.products import ahead
 from tokenmill.backends.cuda.shapes import (
     BUSY,
     CLASSES,

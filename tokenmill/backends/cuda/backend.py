@@ -26,7 +26,7 @@ from tokenmill.backends.cuda.lower import Lowering
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
-from tokenmill.backends.cuda.products import FEW
+from tokenmill.backends.cuda.products.base import FEW
 from tokenmill.backends.cuda.sampler import Sampler
 from tokenmill.backends.cuda.scales import kv_scales
 from tokenmill.backends.cuda.shapes import library_sizes
@@ -252,7 +252,7 @@ class CudaBackend:
         tables = {op.rope for op in self.program.ops if isinstance(op, ops.Attention) and op.rope is not None}
         held += [self._arrays.buffer, *(part for table in tables for part in self._memory.cos_sin(table))]
         return Account(
-            weights=sum(weight.nbytes for weight in self._weights.values()),
+            weights=self._weights.nbytes,
             step=self._memory.step_bytes + self._lowering.nbytes + sum(tensor.nbytes for tensor in held),
             sampler=self._sampler.nbytes,
             # float32 logits of prompt positions, and two copies

@@ -8,7 +8,7 @@ from __future__ import annotations
 from tokenmill.backends.cuda.launch import Launch, Run
 from tokenmill.backends.cuda.lower import Lowering
 from tokenmill.backends.cuda.memory import Memory
-from tokenmill.backends.cuda.products import Product
+from tokenmill.backends.cuda.products.base import Product
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.program import ops
 from tokenmill.program.ops import Op
@@ -56,7 +56,7 @@ class BatchOneFusion:
         self._normed[op.out.buffer] = op
 
     def _fits(self, op: ops.Linear) -> bool:
-        return self._lowering.product(op).fits(1)
+        return self._lowering.product(op).fuses_one
 
     def _gate(self, op: ops.Linear) -> ops.GatedAct | None:
         return self._lowering.gate_of(op) if self._fits(op) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_version
 from tokenmill.backends.cuda.prepare import attention_of, fused
-from tokenmill.backends.cuda.products import MANY, MOST, few_shape, row_shape
+from tokenmill.backends.cuda.products.dense import MANY, MOST, few_shape, row_shape
 from tokenmill.backends.cuda.scales import SCALED, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
 from tokenmill.program import ops

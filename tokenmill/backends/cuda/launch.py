@@ -84,3 +84,8 @@ def _stream() -> int:
     active = driver.active
     stream: int = active.get_current_stream(active.get_current_device())
     return stream
+
+
+def ahead(early: bool) -> dict[str, bool]:
+    """Return the launch options of a kernel that itself waits for the one before."""
+    return {"launch_pdl": True} if early else {}

@@ -1,6 +1,6 @@
 """Lowering of a program to a list of launches with fixed addresses: made once, run for every step or captured.
 
-A launch takes the step's sizes and nothing else. Products are cuBLAS's.
+A launch takes the step's sizes and nothing else.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
 from tokenmill.backends.cuda.kernels import rows as kernels
-from tokenmill.backends.cuda.launch import Launch, Run, Site
+from tokenmill.backends.cuda.launch import Launch, Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
-from tokenmill.backends.cuda.products import Product, Scratch, ahead, largest
+from tokenmill.backends.cuda.pack import DeviceWeights
+from tokenmill.backends.cuda.products.base import Operands, Product, Scratch
+from tokenmill.backends.cuda.products.dense import largest
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
@@ -36,11 +38,11 @@ class Lowering:
     """Lowers a prepared program. The cache must be allocated before `launches`."""
 
     def __init__(
-        self, memory: Memory, weights: dict[Weight, Tensor], slots: CudaSlots, options: AttentionOptions | None = None
+        self, memory: Memory, weights: DeviceWeights, slots: CudaSlots, options: AttentionOptions | None = None
     ) -> None:
         options = options or AttentionOptions()
         self._memory, self._weights, self._slots, self._invariant = memory, weights, slots, options.batch_invariant
-        self._attention = AttentionLowering(memory, weights, slots, options)
+        self._attention = AttentionLowering(memory, weights.tensors, slots, options)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit
@@ -78,14 +80,14 @@ class Lowering:
         return lowered[type(op)](op)
 
     def weight(self, weight: Weight) -> Tensor:
-        """Return a weight on the device."""
-        return self._weights[weight]
+        """Return a vector or a table on the device."""
+        return self._weights.tensors[weight]
 
     def _optional(self, weight: Weight | None) -> Tensor | None:
-        return None if weight is None else self._weights[weight]
+        return None if weight is None else self.weight(weight)
 
     def _embed(self, op: ops.Embed) -> Run:
-        table, out, tokens = self._weights[op.table], self._memory.value(op.out), self._slots.tokens
+        table, out, tokens = self.weight(op.table), self._memory.value(op.out), self._slots.tokens
         width, by_position = op.out.width, op.ids.buffer == self._memory.program.inputs.positions.buffer
         launch = Site(kernels.embed_rows)
 
@@ -101,9 +103,10 @@ class Lowering:
     def product(self, op: ops.Linear) -> Product:
         """Return the kernels of a product, with the gated activation behind it if there is one."""
         gate = self.gate_of(op)
-        out, act = (op.out, "") if gate is None else (gate.out, gate.act)
-        x, made = self._memory.value(op.x), self._memory.value(out)
-        return Product(x, self._weights[op.weight], self._optional(op.bias), made, act, self._scratch, self._invariant)
+        operands = Operands(self._memory.value(op.x), self._memory.value(op.out), self._optional(op.bias))
+        if gate is not None:
+            operands = operands._replace(act=gate.act, gated=self._memory.value(gate.out))
+        return self._weights.matrices[op.weight].product(operands, self._scratch, self._invariant)
 
     def gate_of(self, op: ops.Linear) -> ops.GatedAct | None:
         """Return the activation right behind a product that alone reads its halves, or None."""
@@ -118,22 +121,15 @@ class Lowering:
     def _linear(self, op: ops.Linear) -> Run:
         if op.gated or op.act or op.residual:
             raise NotImplementedError("a fusion that prepare.py does not make")
-        x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self._weights[op.weight].t()
-        bias, product = self._optional(op.bias), self.product(op)
+        product = self.product(op)
 
         def run(n: Sizes) -> None:
-            rows = n.of(op.out)
-            if product.fits(rows):
-                product.run(rows, n.early)
-            elif bias is not None:
-                torch.addmm(bias, x[:rows], weight, out=out[:rows])
-            else:
-                torch.mm(x[:rows], weight, out=out[:rows])
+            product.run(n.of(op.out), n.early)
 
         return run
 
     def _norm(self, op: ops.Norm) -> Run:
-        x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self._weights[op.weight]
+        x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self.weight(op.weight)
         if op.head_dim:
             return self._norm_heads(op, x, out, weight)
         both = isinstance(op, ops.AddNorm)
@@ -169,7 +165,7 @@ class Lowering:
         product = self.product(made) if isinstance(made, ops.Linear) and self.gate_of(made) is op else None
 
         def run(n: Sizes) -> None:
-            if product is not None and product.fits(n.of(op.out)):
+            if product is not None and product.applies_act(n.of(op.out)):
                 return  # done with the product
             launch(
                 (n.of(op.out), columns),

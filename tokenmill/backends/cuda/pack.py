@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.products.base import Packed
+from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.kind import Report
 from tokenmill.backends.torch.pack import to_tensor
 from tokenmill.parallel.group import Group
+from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
@@ -27,6 +31,24 @@ from tokenmill.weights.checkpoint import Checkpoint
 _LANES = 8  # copies at a time: one core fills a pinned buffer slower than the bus empties it
 _CHUNK = 32 << 20  # bytes of a pinned buffer
 _STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWeights:
+    """Weights of a program on the device.
+
+    `tensors`: vectors and embedding tables, in the computation's dtype. `matrices`: the weights of products. A table
+    that is the output matrix too is in both, and in memory once.
+    """
+
+    tensors: dict[Weight, Tensor]
+    matrices: dict[Weight, Packed]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        own = [packed.nbytes for weight, packed in self.matrices.items() if weight not in self.tensors]
+        return sum(own) + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class _Lane:
@@ -81,8 +103,10 @@ def pack(
     dtype: torch.dtype,
     device: Device,
     report: Report | None = None,
-) -> dict[Weight, Tensor]:
-    """Every weight of a program, on the device. ModelError if one is missing or of another shape than expected.
+) -> DeviceWeights:
+    """Read the weights of a program into the device's memory.
+
+    Raise ModelError if one is missing or of another shape than expected.
 
     `report` is called from this thread, with bytes of the checkpoint.
     """
@@ -102,7 +126,12 @@ def pack(
 
     for_each(wanted, source, one, _LANES, report)
     device.finish()
-    return packed
+    multiplied = {op.weight for op in program.ops if isinstance(op, ops.Linear)}
+    looked_up = {op.table for op in program.ops if isinstance(op, ops.Embed)}
+    return DeviceWeights(
+        {w: tensor for w, tensor in packed.items() if w not in multiplied or w in looked_up},
+        {w: Dense(packed[w]) for w in multiplied},
+    )
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:

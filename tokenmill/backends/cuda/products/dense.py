@@ -1,4 +1,4 @@
-"""Products with a matrix, by rows: one row, few rows, or cuBLAS; and which sizes of tiles each takes.
+"""Products with a matrix in the computation's dtype: of one row, of few rows, or by cuBLAS; sizes of their tiles.
 
 The sizes are those that an H100 and an H200 liked best for the matrices of an 8B and a 1B model (many lie within 3 %);
 cuBLAS is kept where it was faster.
@@ -14,18 +14,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenmill.backends.cuda.kernels.products import few_rows, one_row
-from tokenmill.backends.cuda.launch import Site
+from tokenmill.backends.cuda.launch import Site, ahead
+from tokenmill.backends.cuda.products.base import FEW, Operands, Scratch
 from tokenmill.backends.cuda.shapes import power
 
-FEW = 64  # rows up to which kernels are launched ahead
 MOST = 128  # rows of a tile at most, and up to which products other than gated ones have a kernel of our own
 MANY = 1536  # rows from which that of a gated one is faster again, for it saves what the activation reads and writes
 _TILES = (16, 32, 64, MOST)  # rows of a tile
-
-
-def ahead(early: bool) -> dict[str, bool]:
-    """Return the launch options of a kernel that itself waits for the one before."""
-    return {"launch_pdl": True} if early else {}
 
 
 class RowShape(NamedTuple):
@@ -111,36 +106,55 @@ def invariant_shape(rows: int, columns: int, item_bytes: int = 2) -> FewShape:
     return FewShape(64, at_once, 1, 6, 4) if rows <= FEW else FewShape(128, at_once, 1, 3, 8)
 
 
-class Scratch:
-    """Partial sums and counters of split products; and whether the device has a copy engine for tiles."""
+class Dense:
+    """Implements `base.Packed` for a matrix in the computation's dtype."""
 
-    def __init__(self, outputs: int, device: torch.device) -> None:
-        tiles = triton.cdiv(outputs, 64)
-        self.part = torch.empty(4 * tiles * 64 * FEW, device=device)
-        self.counts = torch.zeros(tiles, dtype=torch.int32, device=device)
-        self.tma = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+
+    @property
+    def nbytes(self) -> int:
+        """See `Packed`."""
+        return self._matrix.nbytes
+
+    def product(self, operands: Operands, scratch: Scratch | None, batch_invariant: bool) -> DenseProduct:
+        """See `Packed`."""
+        return DenseProduct(self._matrix, operands, scratch, batch_invariant)
 
 
-class Product:
-    """x · weightᵀ + bias, or act(gate) · up of it."""
+class DenseProduct:
+    """Implements `base.Product`: kernels for few rows, cuBLAS for more."""
 
     def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        out: Tensor,
-        act: str,
-        scratch: Scratch | None,
-        batch_invariant: bool = False,
+        self, weight: Tensor, operands: Operands, scratch: Scratch | None, batch_invariant: bool = False
     ) -> None:
-        self._x, self._weight, self._bias, self._out, self._act, self._scratch = x, weight, bias, out, act, scratch
-        self._outputs, self._columns = weight.shape[0] // (2 if act else 1), weight.shape[1]
+        self._x, self._whole, self._bias, self._act, gated = operands
+        self._out = self._whole if gated is None else gated
+        self._weight, self._transposed, self._scratch = weight, weight.t(), scratch
+        self._outputs, self._columns = weight.shape[0] // (2 if self._act else 1), weight.shape[1]
         self._invariant, self._one, self._few = batch_invariant, Site(one_row), Site(few_rows)
         self._descriptors: dict[tuple[int, int, int], tuple[TensorDescriptor, TensorDescriptor]] = {}
 
+    @property
+    def fuses_one(self) -> bool:
+        """See `Product`."""
+        return self.fits(1)
+
+    def applies_act(self, rows: int) -> bool:
+        """See `Product`."""
+        return bool(self._act) and self.fits(rows)
+
+    def run(self, rows: int, early: bool = False) -> None:
+        """See `Product`."""
+        if self.fits(rows):
+            self._run(rows, early)
+        elif self._bias is not None:
+            torch.addmm(self._bias, self._x[:rows], self._transposed, out=self._whole[:rows])
+        else:
+            torch.mm(self._x[:rows], self._transposed, out=self._whole[:rows])
+
     def fits(self, rows: int) -> bool:
-        """Return True if `run` has a kernel for so many rows, False if cuBLAS is better."""
+        """Return True if there is a kernel for so many rows, False if cuBLAS is better."""
         if self._invariant:
             return True
         if self._scratch is None:
@@ -158,8 +172,7 @@ class Product:
     def _row(self) -> RowShape | None:
         return row_shape(self._outputs, self._columns, bool(self._act))
 
-    def run(self, rows: int, early: bool = False) -> None:
-        """`fits(rows)` must be true."""
+    def _run(self, rows: int, early: bool) -> None:
         if rows == 1 and not self._invariant:
             self.one(early=early)
             return
@@ -199,7 +212,7 @@ class Product:
         residual: tuple[Tensor, Tensor] | None = None,
         early: bool = False,
     ) -> None:
-        """Launch one row. `norm`: (in place of x, weight, eps). `residual`: (addend, in place of out)."""
+        """See `Product`."""
         shape = self._row
         assert shape is not None
         x, norm_weight, eps = norm or (self._x, self._weight, 0.0)

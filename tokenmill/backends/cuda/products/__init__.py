@@ -1,0 +1,1 @@
+"""Products with matrices, one file for each format that a matrix has on the device."""
