@@ -89,10 +89,11 @@ def facts_of(config: dict[str, Any]) -> Config:
     """Return the facts of a model that may be of an unknown type. ModelError if they are invalid."""
     try:
         known: Config = config_of(config)
-        assert known.max_positions  # read here, because an unknown kind of RoPE scaling raises
-        return known
+        _ = known.max_positions  # raises for an unknown kind of RoPE scaling
     except StartError:
         part = language_part(config)
+    else:
+        return known
     length = part.get("max_position_embeddings")
     try:
         return msgspec.convert({"max_position_embeddings": length, "dtype": _dtype(part)}, Config)
