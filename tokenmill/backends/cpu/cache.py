@@ -1,18 +1,21 @@
 """The on-disk cache of compiled kernels: object files in a user folder, loaded into this process.
 
-The folder's name is a hash of the sources, library versions, CPU and instruction set. So no stale kernel is ever
-loaded, and machines may share a home folder. Missing kernels are compiled before the server is ready (`compiler.py`,
-some seconds for a model), in several processes if there are cores.
+The folder's name is a hash of the library versions, CPU and instruction set; a file's name contains a hash of the
+modules that emit its kernel. So no stale kernel is ever loaded, an edit recompiles only the kernels that it can change,
+and machines may share a home folder. Missing kernels are compiled before the server is ready (`compiler.py`, some
+seconds for a model), in several processes if there are cores.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,16 +26,17 @@ from typing import Any
 
 from llvmlite import binding
 
-from tokenmill.backends import sampling
 from tokenmill.backends.cpu.isa import Isa, detect
 from tokenmill.errors import StartError
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("numba", "llvmlite")
-_HOST_MODULES = (  # modules that emit no machine code, so editing them keeps the cache valid
-    "backend.py", "cache.py", "explain.py", "lower.py", "memory.py", "prepare.py", "sampler.py", "scratch.py",
-    "slots.py", "threads.py",
-)  # fmt: skip
+_EMITTERS = {
+    "walk": "step", "serve": "step", "linear": "products", "embed": "products", "narrow": "products", "cos": "rope",
+    "rope": "rope", "sample": "sampling", "write": "attention", "attend": "attention",
+}  # fmt: skip
+"""Kernels whose names begin with this word, and the module that emits them; `rows` emits all others."""
+
 _NEVER_CALLED = (
     "numba_gil_ensure", "numba_gil_release", "numba_do_raise", "numba_unpickle", "numba_runtime_build_excinfo_struct",
     "NRT_Free", "NRT_MemInfo_call_dtor",
@@ -60,7 +64,8 @@ class KernelCache:
     """
 
     def __init__(self, folder: Path, isa: Isa, jobs: int = 1) -> None:
-        self.isa, self.folder, self._jobs = isa, folder / f"{isa.name}-{_key(isa)}", jobs
+        self.isa, self.folder, self._jobs = isa, folder / f"{isa.name}-{_machine_key(isa)}", jobs
+        self._files: dict[str, Path] = {}
 
     def load(self, names: Iterable[str], report: Report | None = None) -> Code:
         """Load kernels into this process; compile missing ones first."""
@@ -81,7 +86,13 @@ class KernelCache:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Return the names that are not in the cache."""
-        return [name for name in dict.fromkeys(names) if not (self.folder / f"{name}.o").is_file()]
+        return [name for name in dict.fromkeys(names) if not self.file(name).is_file()]
+
+    def file(self, name: str) -> Path:
+        """Return the path of a kernel's object file, which may not exist."""
+        if name not in self._files:
+            self._files[name] = self.folder / f"{name}-{source_key(emitter(name))}.o"
+        return self._files[name]
 
     def _compile(self, names: list[str], report: Report | None) -> dict[str, bytes]:
         """Compile kernels and return their object files.
@@ -122,7 +133,7 @@ class KernelCache:
 
     def _read(self, name: str) -> bytes | None:
         try:
-            return (self.folder / f"{name}.o").read_bytes()
+            return self.file(name).read_bytes()
         except OSError:
             return None
 
@@ -139,7 +150,7 @@ class KernelCache:
         """Write a kernel to the cache, atomically because other processes may be reading."""
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
             file.write(data)
-        Path(file.name).replace(self.folder / f"{name}.o")
+        Path(file.name).replace(self.file(name))
 
 
 class Code:
@@ -207,16 +218,50 @@ def _engine() -> Any:
     return binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
 
 
-def _key(isa: Isa) -> str:
-    """Hash everything that the code of a kernel depends on."""
+def emitter(name: str) -> str:
+    """Return the module of this package that emits a kernel."""
+    return _EMITTERS.get(name.partition("_")[0], "rows")
+
+
+@functools.cache
+def source_key(module: str) -> str:
+    """Hash the sources that a module's kernels depend on."""
     digest = hashlib.sha256()
-    kernels = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in _HOST_MODULES)
-    for path in (*kernels, Path(sampling.__file__)):  # the sampling kernel reads its parameters by offset
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    for library in _LIBRARIES:
-        digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
-    digest.update(f"{isa.name} {binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}".encode())
+    for name in sources(module):
+        digest.update(f"{name}\0{_source(name)}".encode())
     return digest.hexdigest()[:16]
+
+
+def sources(module: str) -> list[str]:
+    """Return the compiler, a module of this package and all modules of `tokenmill.backends` that they import."""
+    seen, remaining = set[str](), ["cpu.compiler", f"cpu.{module}"]
+    while remaining:
+        name = remaining.pop()
+        if name not in seen and _source(name):
+            seen.add(name)
+            remaining += _imports(_source(name))
+    return sorted(seen)
+
+
+@functools.cache
+def _source(module: str) -> str:
+    path = Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+    return path.read_text() if path.is_file() else ""
+
+
+def _imports(source: str) -> set[str]:
+    """Return what a source imports from `tokenmill.backends`: modules, and names that are none."""
+    found = set[str]()
+    for package, names in re.findall(r"^ *from tokenmill\.backends(\.[\w.]+)? import (.+)$", source, re.MULTILINE):
+        found |= {package[1:], *(f"{package}.{name}"[1:] for name in re.findall(r"\w+", names))}
+    return found
+
+
+def _machine_key(isa: Isa) -> str:
+    """Hash what all kernels of an instruction set depend on: the libraries and this CPU."""
+    libraries = [f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES]
+    features = binding.get_host_cpu_features().flatten()
+    return hashlib.sha256(repr((libraries, isa.name, binding.get_host_cpu_name(), features)).encode()).hexdigest()[:16]
 
 
 def main(arguments: list[str]) -> None:
