@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy or torch: tests share few cores
@@ -45,6 +45,20 @@ def needs_torch(path: Path) -> bool:
 collect_ignore = (
     [] if importlib.util.find_spec("torch") else [path.name for path in FOLDER.glob("test_*.py") if needs_torch(path)]
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options for long runs: `--histories 50 --first-seed 7000` tries fifty times as many random histories, others."""
+    group = parser.getgroup("tokenmill")
+    group.addoption("--histories", type=int, default=1, help="so many times as many random histories (default: 1)")
+    group.addoption("--first-seed", type=int, default=0, help="seed of the first random history (default: 0)")
+
+
+@pytest.fixture
+def histories(pytestconfig: pytest.Config) -> Callable[[int], range]:
+    """Return the seeds of so many random histories, more of them and others if the command line asks for it."""
+    times, first = pytestconfig.getoption("histories"), pytestconfig.getoption("first_seed")
+    return lambda count: range(first, first + count * times)
 
 
 def pytest_report_header() -> str:

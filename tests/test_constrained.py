@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +83,9 @@ def check_guided(r: Request, case: Case, house: House) -> None:
             check_details(r, case, link)
 
 
-@pytest.mark.parametrize("part", range(10))
-def test_rules_are_followed_and_the_others_get_what_they_get_without_them(part: int) -> None:
-    for seed in range(30 * part, 30 * part + 30):
+def test_rules_are_followed_and_the_others_get_what_they_get_without_them(histories: Callable[[int], range]) -> None:
+    met = dict.fromkeys(("masks", "forced", "preempted", "chunks", "hits", "void", "error", "stop", "length"), 0)
+    for seed in histories(50):
         case, rules = guided_case(seed)
         house = House(case.script, case.num_blocks, case.limits, seed=seed)
         house.run()
@@ -98,6 +99,17 @@ def test_rules_are_followed_and_the_others_get_what_they_get_without_them(part: 
         assert not house.constraints.due
         assert not house.extended._ended
         check_follower(case, house)
+        stats = house.link.stats
+        met["masks"] += house.oracle.num_masks
+        met["forced"] += stats.forced_tokens
+        met["preempted"] += sum(house.link.outputs[i][-1].num_preemptions for i in rules if i in house.link.outputs)
+        met["hits"] += stats.cached_tokens
+        met["chunks"] += sum(len(batch.slots) - len(batch.samples) for batch in house.oracle.batches)
+        told = [m for turn in house.told.messages for m in turn if isinstance(m, Extend)]
+        met["void"] += sum(not m.token_ids and not m.finish_reason for m in told)
+        for i in rules - case.hopeless - case.aborted:
+            met[house.reason(i)] += 1
+    assert min(met.values()) >= 8, f"the histories miss what they are for: {met}"
 
 
 def check_follower(case: Case, house: House) -> None:
@@ -111,10 +123,9 @@ def check_follower(case: Case, house: House) -> None:
     assert oracle.plans == house.oracle.plans
 
 
-@pytest.mark.parametrize("part", range(5))
-def test_steps_without_memory_change_no_token(part: int) -> None:
+def test_steps_without_memory_change_no_token(histories: Callable[[int], range]) -> None:
     retracted = 0
-    for seed in range(20 * part, 20 * part + 20):
+    for seed in histories(30):
         case, rules = guided_case(seed)
         house = House(case.script, case.num_blocks, case.limits, seed=seed, full_rate=0.05)
         house.run()
@@ -127,26 +138,7 @@ def test_steps_without_memory_change_no_token(part: int) -> None:
                 check_guided(r, case, house)
             else:
                 check_request(r, case, house.link)
-    assert retracted > 30
-
-
-def test_the_random_histories_meet_what_they_are_for() -> None:
-    met = dict.fromkeys(("masks", "forced", "preempted", "chunks", "hits", "void", "error", "stop", "length"), 0)
-    for seed in range(100):
-        case, rules = guided_case(seed, aborts=False)
-        house = House(case.script, case.num_blocks, case.limits, seed=seed)
-        house.run()
-        stats = house.link.stats
-        met["masks"] += house.oracle.num_masks
-        met["forced"] += stats.forced_tokens
-        met["preempted"] += sum(house.link.outputs[i][-1].num_preemptions for i in rules)
-        met["hits"] += stats.cached_tokens
-        met["chunks"] += sum(len(batch.slots) - len(batch.samples) for batch in house.oracle.batches)
-        told = [m for turn in house.told.messages for m in turn if isinstance(m, Extend)]
-        met["void"] += sum(not m.token_ids and not m.finish_reason for m in told)
-        for i in rules - case.hopeless:
-            met[house.reason(i)] += 1
-    assert min(met.values()) >= 15, met
+    assert retracted > 40
 
 
 def test_what_must_come_next_is_appended_and_costs_no_step_of_its_own() -> None:

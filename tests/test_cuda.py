@@ -51,18 +51,18 @@ def assert_same(folder: Path, rows_of_steps: list[list[tuple[int, list[int]]]], 
 
 @pytest.mark.parametrize("family", some_of(EVERYTHING, 3))
 def test_logits_of_mixed_steps_equal_the_torch_backends(family: str, tmp_path: Path) -> None:
-    write_random(tmp_path, family)
-    assert_same(tmp_path, steps())
+    write_random(tmp_path, family, num_hidden_layers=3 if ON_GPU else 2)
+    assert_same(tmp_path, steps() if ON_GPU else steps()[:4])
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256] if ON_GPU else [16, 80])
 def test_heads_of_any_size(head_dim: int, tmp_path: Path) -> None:
-    write_random(tmp_path, "qwen3", head_dim=head_dim, num_attention_heads=6, num_hidden_layers=2)
+    write_random(tmp_path, "qwen3", head_dim=head_dim, num_attention_heads=6, num_hidden_layers=2 if ON_GPU else 1)
     assert_same(tmp_path, steps() if ON_GPU else steps()[:3])
 
 
 def test_scores_are_capped(tmp_path: Path) -> None:
-    write_random(tmp_path, "llama", num_hidden_layers=2)
+    write_random(tmp_path, "llama", num_hidden_layers=2 if ON_GPU else 1)
     assert_same(tmp_path, steps()[:3], softcap=3.0, window=9)
 
 

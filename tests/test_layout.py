@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,20 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    """Parse a file, once for all tests."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def all_nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree(path)))
+
+
 def nodes(kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> Iterator[tuple[str, ast.AST]]:
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in all_nodes(path):
             if isinstance(node, kind):
                 yield name_of(path), node
 
@@ -42,7 +54,7 @@ def test_no_state_is_hidden_in_modules() -> None:
     assert not [(file, node.lineno) for file, node in nodes(ast.Global)]  # type: ignore[attr-defined]
     mutable = []
     for path in FILES:
-        for node in ast.parse(path.read_text()).body:
+        for node in tree(path).body:
             value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
             target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
             name = getattr(target, "id", "")
@@ -141,7 +153,7 @@ def imports_of(modules: dict[str, Path]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for module, path in modules.items():
         names: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in all_nodes(path):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

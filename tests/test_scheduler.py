@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 
 import pytest
 from oracle import (
@@ -30,9 +31,12 @@ from tokenmill.wire.messages import Abort, Output, PromptDetails, Request, Sampl
 LIMITS = SchedulerLimits(max_batch_tokens=100, max_batch_size=8, max_total_tokens=200, block_size=4)
 
 
-@pytest.mark.parametrize("part", range(10))
-def test_every_schedule_gives_the_reference_tokens(part: int) -> None:
-    for seed in range(30 * part, 30 * part + 30):
+Histories = Callable[[int], range]
+
+
+def test_every_schedule_gives_the_reference_tokens(histories: Histories) -> None:
+    met: Counter[str] = Counter()
+    for seed in histories(80):
         case = random_case(seed)
         engine, oracle, link = build(case.script, case.num_blocks, case.limits)
         run(engine, link)
@@ -44,31 +48,20 @@ def test_every_schedule_gives_the_reference_tokens(part: int) -> None:
         replica, other, _ = build(case.script, case.num_blocks, case.limits)
         run(replica, replica.link)
         assert other.plans == oracle.plans, "two ranks would disagree"
-
-
-def test_the_random_histories_meet_what_they_are_for() -> None:
-    preempted = hits = chunked = refused = 0
-    for seed in range(100):
-        case = random_case(seed)
-        engine, oracle, link = build(case.script, case.num_blocks, case.limits)
-        run(engine, link)
-        preempted += link.stats.preemptions
-        hits += link.stats.cached_tokens
-        chunked += sum(len(batch.slots) - len(batch.samples) for batch in oracle.batches)
-        refused += len(case.hopeless - case.aborted)
-    assert preempted > 300
-    assert hits > 300
-    assert chunked > 500
-    assert refused > 20
+        met["preempted"] += link.stats.preemptions
+        met["hits"] += link.stats.cached_tokens
+        met["chunked"] += sum(len(batch.slots) - len(batch.samples) for batch in oracle.batches)
+        met["refused"] += len(case.hopeless - case.aborted)
+    least = {"preempted": 200, "hits": 200, "chunked": 350, "refused": 14}
+    assert all(met[what] > count for what, count in least.items()), f"the histories miss what they are for: {met}"
 
 
 def short(case: Case) -> list[Request]:
     return [r for r in case.requests if r.id not in case.hopeless]
 
 
-@pytest.mark.parametrize("part", range(5))
-def test_a_broken_row_ends_alone_and_what_it_computed_is_never_found(part: int) -> None:
-    for seed in range(20 * part, 20 * part + 20):
+def test_a_broken_row_ends_alone_and_what_it_computed_is_never_found(histories: Histories) -> None:
+    for seed in histories(40):
         case = random_case(seed, aborts=False)
         engine, oracle, link = build(case.script, case.num_blocks, case.limits, poison_rate=0.01)
         run(engine, link)
@@ -103,8 +96,10 @@ def test_blocks_of_a_broken_prompt_are_not_found() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 3, 4])
-def test_the_tokens_do_not_depend_on_how_many_steps_are_on_the_device(depth: int) -> None:
-    for seed in range(40):
+def test_the_tokens_do_not_depend_on_how_many_steps_are_on_the_device(
+    depth: int, histories: Histories
+) -> None:
+    for seed in histories(20):
         case = random_case(seed)
         engine, oracle, link = build(case.script, case.num_blocks, case.limits)
         scheduler, flying = engine.scheduler, deque()
