@@ -5,9 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 ARGS ?=
+# All tests run in a process for each core, at most eight, with a file's tests in the same one. A part that ARGS names
+# runs in one process.
+ALL := -n auto --maxprocesses 8 --dist loadfile
 export VENV
 
-.PHONY: help serve chat torch test test-without-torch test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
+.PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -20,11 +23,14 @@ chat: $(VENV)/.installed  ## talk to the server that runs, or to one's own
 
 torch: $(VENV)/.installed-torch  ## install torch, for models that the CPU engine has no kernels for
 
-test: $(VENV)/.installed-test  ## all tests (installs torch, the reference of many)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test  ## all tests (installs torch, the reference of many), or ARGS="tests/test_scheduler.py"
+	@$(BIN)/python -m pytest $(or $(ARGS),$(ALL))
 
 test-without-torch: $(VENV)/.installed-test-without-torch  ## the tests that need no torch; PYTHON=… VENV=… for another Python
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),$(ALL))
+
+test-histories: $(VENV)/.installed-test  ## the random histories of scheduling, others and fifty times as many
+	@$(BIN)/python -m pytest --histories 50 --first-seed $$(date +%s) $(or $(ARGS),tests/test_scheduler.py tests/test_scheduler_memory.py tests/test_constrained.py)
 
 # TOKENMILL_PYTHON: who runs the server. --confcutdir: the other tests' conftest needs their environment.
 test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed tests/clients/node/node_modules  ## the clients that people use, Python's in .venv-clients and Node's
