@@ -1,4 +1,4 @@
-"""What every test may rely on: one thread, no network, short folders for Unix sockets, free ports."""
+"""Conditions of every test: one thread, no network, short folders for Unix sockets, free ports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NEEDS_TORCH = ("torch", "tokenmill.backends.torch")
 
 
 def needs_torch(path: Path) -> bool:
-    """Whether a file of this folder imports torch at its top, itself or through another file of this folder."""
+    """Return whether a file of this folder imports torch at its top, itself or through another file of this folder."""
     imported: set[str] = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
@@ -62,7 +62,7 @@ def histories(pytestconfig: pytest.Config) -> Callable[[int], range]:
 
 
 def pytest_report_header() -> str:
-    """Which tests an environment without torch leaves out."""
+    """Return which tests an environment without torch leaves out."""
     return f"torch is not installed; left out: {', '.join(sorted(collect_ignore))}" if collect_ignore else "with torch"
 
 
@@ -86,7 +86,7 @@ def run_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
+    """Return a TCP port of 127.0.0.1 that was unused a moment ago."""
     return unused_port()
 
 

@@ -344,8 +344,8 @@ def test_through_the_backend_answers_and_log_probabilities_are_the_torch_backend
     requests[1] = replaced(requests[1], watermark_gamma=0.5, temperature=1.0)
     for kind in ("cuda", "torch"):
         with engine_of(tmp_path, kind, 20 if ON_GPU else 9, StepLimits(13, 4, 64, 4)) as engine:
-            ids = [engine.submit(list(r.prompt_ids), r.sampling, StoppingParams(10 if ON_GPU else 6, 3, r.stopping.stop_ids))
-                   for r in requests]  # fmt: skip
+            stopping = [StoppingParams(10 if ON_GPU else 6, 3, r.stopping.stop_ids) for r in requests]
+            ids = [engine.submit(list(r.prompt_ids), r.sampling, s) for r, s in zip(requests, stopping, strict=True)]
             outputs = [list(engine.outputs(i)) for i in ids]
             assert engine.stats.preemptions > 0
         details = [prompt_details_of(row) + [d for o in row for d in o.details] for row in outputs]
