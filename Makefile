@@ -30,7 +30,7 @@ test-without-torch: $(VENV)/.installed-test-without-torch  ## the tests that nee
 	@$(BIN)/python -m pytest $(or $(ARGS),$(ALL))
 
 test-histories: $(VENV)/.installed-test  ## the random histories of scheduling, others and fifty times as many
-	@$(BIN)/python -m pytest --histories 50 --first-seed $$(date +%s) $(or $(ARGS),tests/test_scheduler.py tests/test_scheduler_memory.py tests/test_constrained.py)
+	$(BIN)/python -m pytest --histories 50 --first-seed $(shell date +%s) $(or $(ARGS),tests/test_scheduler.py tests/test_scheduler_memory.py tests/test_constrained.py)
 
 # TOKENMILL_PYTHON: who runs the server. --confcutdir: the other tests' conftest needs their environment.
 test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed tests/clients/node/node_modules  ## the clients that people use, Python's in .venv-clients and Node's
@@ -47,8 +47,9 @@ test-newest:  ## all tests, and the clients', with the newest of everything that
 lock:  ## write locks/*.txt anew: the newest of everything, or ARGS="--upgrade-package NAME"
 	@VENV=.venv-lock scripts/lock.sh $(ARGS)
 
-lint: $(VENV)/.installed-dev  ## ruff
+lint: $(VENV)/.installed-dev  ## ruff, and the first words of docstrings
 	$(BIN)/ruff check .
+	$(BIN)/python scripts/docstrings.py
 
 types: $(VENV)/.installed-dev  ## mypy --strict
 	$(BIN)/mypy

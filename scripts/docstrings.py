@@ -41,4 +41,4 @@ def main(folders: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["tokenmill", "bench", "scripts"]))
+    sys.exit(main(sys.argv[1:] or ["tokenmill", "bench", "scripts", "tests"]))
