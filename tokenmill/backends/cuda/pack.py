@@ -1,6 +1,6 @@
-"""Weights from a checkpoint to the device: raw bytes of the mapped files through pinned buffers, several at a time.
+"""Copy weights from a checkpoint to the device: raw bytes of the mapped files, through several pinned buffers at a time.
 
-What is stored in the computation's own format is never looked at on the way; anything else is converted by the host.
+Numbers stored in the computation's dtype are copied as they are. The host converts all others.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DeviceWeights:
 
 
 class _Lane:
-    """A pinned buffer and a stream of its own."""
+    """A pinned buffer and its stream."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -60,7 +60,7 @@ class _Lane:
         self._staged = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) if device.real else None
 
     def copy(self, rows: NDArray[np.generic], to: Tensor) -> None:
-        """Rows of contiguous numbers to as many rows of `to`, of the same format; done when it returns."""
+        """Copy rows of contiguous numbers to as many rows of `to`, of the same format. Blocks until the copy is done."""
         target = to.view(torch.uint8).view(-1)
         if self._stream is None or self._staged is None:
             target.copy_(torch.from_numpy(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).copy()))
@@ -79,9 +79,10 @@ class _Lane:
 
 
 def read_ahead(rows: NDArray[np.generic]) -> tuple[int, int] | None:
-    """Ask the system to read what lies in a mapped file and not in memory; returns at once. The file's bytes asked for.
+    """Advise the system to read a mapped file's pages that are not in memory, and return their bytes: (first, end).
 
-    Otherwise it reads a little at each missing page, while the thread that missed it waits.
+    Returns at once; None if the rows are not of a mapped file. Without the advice, each missing page is read when a
+    thread touches it, and the thread waits.
     """
     base: object = rows
     while isinstance(base, np.ndarray):
@@ -106,7 +107,7 @@ def pack(
 ) -> DeviceWeights:
     """Read the weights of a program into the device's memory.
 
-    Raise ModelError if one is missing or of another shape than expected.
+    Raises ModelError if one is missing or of another shape than expected.
 
     `report` is called from this thread, with bytes of the checkpoint.
     """
@@ -157,5 +158,5 @@ def _pack(weight: Weight, to: Tensor, source: Checkpoint, read: Reader, rank: in
 
 
 def _as_stored(matrix: Coded, dtype: torch.dtype) -> NDArray[np.generic] | None:
-    """The numbers, if they are stored in this format."""
+    """Return the numbers if they are stored in this format, else None."""
     return matrix.codes if matrix.dense and matrix.codes.dtype == _STORED[dtype] else None

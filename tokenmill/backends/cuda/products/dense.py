@@ -1,7 +1,7 @@
 """Products with a matrix in the computation's dtype: of one row, of few rows, or by cuBLAS; sizes of their tiles.
 
-The sizes are those that an H100 and an H200 liked best for the matrices of an 8B and a 1B model (many lie within 3 %);
-cuBLAS is kept where it was faster.
+The sizes were measured fastest on an H100 and an H200 for the matrices of an 8B and a 1B model, where many alternatives
+lie within 3 %. cuBLAS is used where it was faster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenmill.backends.cuda.products.base import FEW, Operands, Scratch
 from tokenmill.backends.cuda.shapes import power
 
 MOST = 128  # rows of a tile at most, and up to which products other than gated ones have a kernel of our own
-MANY = 1536  # rows from which that of a gated one is faster again, for it saves what the activation reads and writes
+MANY = 1536  # rows from which the fused kernel of a gated product is faster again: it saves the activation's traffic
 _TILES = (16, 32, 64, MOST)  # rows of a tile
 
 
@@ -190,7 +190,7 @@ class DenseProduct:
         )  # fmt: skip
 
     def _described(self, tile: int, shape: FewShape) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Inputs and weights as the copy engine wants to know them: made once, for addresses do not change."""
+        """Return the copy engine's descriptors of inputs and weights. They are made once, because addresses do not change."""
         key = tile, shape.outputs, shape.columns
         if key not in self._descriptors:
             self._descriptors[key] = (
@@ -227,5 +227,5 @@ class DenseProduct:
 
 
 def largest(*outputs: int) -> int:
-    """The most outputs that scratch must hold: those of matrices that are split."""
+    """Return the number of outputs that scratch must hold: the most of a matrix whose product is split."""
     return power(max([64, *(n for n in outputs if n < 1 << 16)]))
