@@ -1,4 +1,4 @@
-"""Copy weights from a checkpoint to the device: raw bytes of the mapped files, through several pinned buffers at a time.
+"""Copy weights from a checkpoint to the device: raw bytes of mapped files, through several pinned buffers at a time.
 
 Numbers stored in the computation's dtype are copied as they are. The host converts all others.
 """
@@ -60,7 +60,7 @@ class _Lane:
         self._staged = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) if device.real else None
 
     def copy(self, rows: NDArray[np.generic], to: Tensor) -> None:
-        """Copy rows of contiguous numbers to as many rows of `to`, of the same format. Blocks until the copy is done."""
+        """Copy contiguous rows to as many rows of `to`, of the same format. Blocks until the copy is done."""
         target = to.view(torch.uint8).view(-1)
         if self._stream is None or self._staged is None:
             target.copy_(torch.from_numpy(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).copy()))

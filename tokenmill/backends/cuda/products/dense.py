@@ -190,7 +190,7 @@ class DenseProduct:
         )  # fmt: skip
 
     def _described(self, tile: int, shape: FewShape) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Return the copy engine's descriptors of inputs and weights. They are made once, because addresses do not change."""
+        """Return the copy engine's descriptors of inputs and weights, made once because addresses stay."""
         key = tile, shape.outputs, shape.columns
         if key not in self._descriptors:
             self._descriptors[key] = (
