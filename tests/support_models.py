@@ -41,8 +41,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32, "num_attention_heads": 8}),
     "qwen3_yarn_tied": ("qwen3", {"head_dim": 16, "rope_scaling": YARN, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral_window": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 8}),
 }
 """Name -> (model_type, what differs from SIZES)."""
+
+BEYOND_CPU = dict.fromkeys(("mixtral", "mixtral_window"), "it has no kernel for Route")
+"""Families that the CPU backend refuses, with its reason."""
+
+UNSHARDED: dict[str, str] = {}
+"""Families that ranks cannot share, with a part of the reason."""
 
 
 def make_checkpoint(

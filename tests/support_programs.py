@@ -182,7 +182,39 @@ class Draw:
         rotated = q.record(ops.Rope, x=q, rope=of_q, head_dim=width)
         return rotated, k if kind == "q" else k.record(ops.Rope, x=k, rope=of_k, head_dim=width)
 
+    def _experts(self, x: Value) -> Value:
+        """Route rows to experts, with or without each attribute of the two operations."""
+        count, top_k, inner = 4, self.one_of(1, 2, 3), 32
+        ids, factors = (x.tape.new(x.spec.rows, top_k, kind) for kind in ("ids", "float"))
+        grouped = top_k < 3 and self.chance(0.3)
+        x.tape.ops.append(
+            ops.Route(
+                out=ids, factors=factors, x=x, weight=self.weight(count, WIDTH), top_k=top_k,
+                bias=self.weight(count) if self.chance(0.3) else None,
+                correction=self.weight(count) if self.chance(0.3) else None,
+                score=self.one_of("softmax", "softmax", "sigmoid", "sparsemixer"), margin=0.3,
+                groups=2 if grouped else 1, group_best=self.one_of(1, 2), renormalize=self.chance(0.5),
+                least_sum=self.one_of(0.0, 0.0, 2.0), scale=self.one_of(1.0, 2.5),
+            )
+        )  # fmt: skip
+
+        def halves(columns: int) -> Weight:
+            parts = [self.weight(inner, columns).parts[0] for _ in "gu"]
+            return Weight(tuple(parts), columns, "column")
+
+        biased = self.chance(0.3)
+        return x.record(
+            ops.Experts, x=x, ids=ids, factors=factors, act=self.one_of("silu", "relu", "gelu"),
+            gate_up=tuple(halves(WIDTH) for _ in range(count)),
+            down=tuple(self.weight(WIDTH, inner, shard="row") for _ in range(count)),
+            gate_up_bias=tuple(halves(0) for _ in range(count)) if biased else (),
+            down_bias=tuple(self.weight(WIDTH, shard="row") for _ in range(count)) if biased else (),
+            limit=self.one_of(0.0, 0.0, 0.5), up_offset=self.one_of(0.0, 0.0, 1.0), scale_inputs=self.chance(0.2),
+        )  # fmt: skip
+
     def _mlp(self, x: Value) -> Value:
+        if self.chance(0.2):
+            return self._experts(x)
         act = self.one_of("silu", "relu", "gelu")
         if self.chance(0.3):
             (inner,) = self.linear(x, INNER, shard="column")

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from support_jobs import job_of
-from support_models import FAMILIES, LLAMA3, SIZES, YARN, Driver, make_checkpoint, prompts, reference, steps
+from support_models import FAMILIES, LLAMA3, SIZES, UNSHARDED, YARN, Driver, make_checkpoint, prompts, reference, steps
+from support_ranks import of_ranks
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory, Unsupported
 from tokenmill.models.base import program_of
 from tokenmill.program.cost import cache_layout
+from tokenmill.program.shard import shard
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import Progress
@@ -26,7 +28,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("family") / request.param
     return folder, make_checkpoint(folder, request.param)
 
 
@@ -36,6 +38,18 @@ def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case
     for rows, want in zip(steps(), reference(model, steps()), strict=True):
         np.testing.assert_allclose(backend.feed(rows), want, rtol=1e-4, atol=1e-4 * np.abs(want).max() / 10)
     backend.close()
+
+
+def test_two_ranks_share_every_family_or_refuse_it_by_name(case: tuple[Path, Any]) -> None:
+    folder, model = case
+    source = open_checkpoint(local_source(folder))
+    if why := UNSHARDED.get(folder.name):
+        with pytest.raises(Unsupported, match=why):
+            shard(program_of(source.config), 2)
+        return
+    for got in of_ranks(program_of(source.config), source, 2, steps()):
+        for found, want in zip(got, reference(model, steps()), strict=True):
+            np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max() / 10)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 32])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from support_cpu import CpuDriver
-from support_models import Driver
 from support_programs import Arrays, Draw, logits_of, same, steps
+from support_ranks import of_ranks
 
 from tokenmill.backends.cpu import prepare
 from tokenmill.errors import Unsupported
@@ -137,72 +136,13 @@ def test_rows_that_something_later_needs_are_not_left_out() -> None:
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
 
-class Meeting:
-    """Ranks as threads of this process: each gives a value, and all get all values once every rank has given one."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=20)
-        self.given: list[Any] = [None] * size
-
-    def exchange(self, rank: int, x: Any) -> list[Any]:
-        self.given[rank] = x
-        self.barrier.wait()
-        found = list(self.given)
-        self.barrier.wait()
-        return found
-
-
-class Rank:
-    """Implementation of `parallel.group.Group` with threads."""
-
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.rank, self.size, self.meeting = rank, meeting.size, meeting
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.meeting.exchange(self.rank, x)).sum(0)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.meeting.exchange(self.rank, x), -1)
-
-    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        return self.meeting.exchange(self.rank, x)[0].clone()
-
-
-def logits_of_rank(program: Program, source: Arrays, group: Rank, found: list[Any]) -> None:
-    backend = Driver(program, source, group=group)  # type: ignore[arg-type]
-    try:
-        found[group.rank] = [backend.feed(rows) for rows in steps()]
-    except BaseException as error:  # noqa: BLE001  the main thread tells it
-        found[group.rank] = error
-        group.meeting.barrier.abort()
-    finally:
-        backend.close()
-
-
-def logits_of_ranks(program: Program, source: Arrays, size: int) -> list[list[np.ndarray]]:
-    meeting, found = Meeting(size), [None] * size
-    work = [
-        threading.Thread(target=logits_of_rank, args=(program, source, Rank(rank, meeting), found), daemon=True)
-        for rank in range(size)
-    ]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join(60)
-    for made in found:
-        if isinstance(made, BaseException):
-            raise made
-    return found  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_give_the_numbers_of_one(size: int) -> None:
     for seed in range(10):
         draw = Draw(1000 + seed, plain=True)
         program = draw.program()
         want = logits_of(program, draw.source())
-        for got in logits_of_ranks(program, draw.source(), size):
+        for got in of_ranks(program, draw.source(), size, steps()):
             assert same(got, want), f"seed {seed}, {size} ranks\n{program}\n--- one rank's\n{shard(program, size)}"
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,11 +20,9 @@ from tokenmill.backends.torch.interpreter import Interpreter
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.layers.attention import attend
 from tokenmill.layers.mlp import act, soft_cap
-from tokenmill.layers.moe import MoeMlp
 from tokenmill.layers.norm import LayerNorm
 from tokenmill.layers.scope import Scope
-from tokenmill.models import llama
-from tokenmill.models.base import normalized, program_of
+from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops, passes
 from tokenmill.program.buffers import Plan, plan_buffers
@@ -263,27 +260,6 @@ def test_what_a_late_norm_reads_is_not_written_over_by_the_next_operation(summed
 
 
 # ---- operations that no model uses yet -----------------------------------------------------------------------------
-
-
-def test_a_mixture_of_experts_equals_transformers(tmp_path: Path, run_dir: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    class Layer(llama.Layer):
-        def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
-            super().__init__(c, scope, layer)
-            self.mlp = MoeMlp(scope / "block_sparse_moe", 64, 128, "silu", experts=4, top_k=2)  # type: ignore[assignment]
-
-    class Model(llama.Model):
-        layer = Layer
-
-    torch.manual_seed(1)
-    model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **SIZES))
-    model.eval().save_pretrained(tmp_path)
-    source = open_checkpoint(local_source(tmp_path))
-    config = msgspec.convert(normalized(source.config), llama.Config, strict=False)
-    backend = Driver(record(Model(config, Scope())), source)
-    for rows, want in zip(steps(), reference(model, steps()), strict=True):
-        np.testing.assert_allclose(backend.feed(rows), want, rtol=1e-4, atol=1e-5)
 
 
 def test_soft_caps_layer_norms_and_activations_equal_their_formulas() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,27 @@ def test_a_file_with_flipped_bytes_is_read_or_refused_and_nothing_else(tmp_path:
         except ModelError:
             continue
     assert 0 < read < 400
+
+
+def test_a_stack_of_matrices_is_read_one_by_one(tmp_path: Path) -> None:
+    """As some checkpoints store a layer's experts: gate and up in one tensor, matrices transposed or not."""
+    stack3, flipped = np.random.default_rng(0).normal(size=(2, 3, 8, 4)).astype(np.float32)
+    source = folder_of(tmp_path, {"s": stack3, "t": flipped.transpose(0, 2, 1).copy(), "b": stack3[:, 0].copy()})
+    halves = [[Part("s", 4, start, index=index) for start in (0, 4)] for index in range(3)]
+    gate_up = [Weight(tuple(parts), 4, "column") for parts in halves]
+    down = [Weight((Part("t", 8, index=index),), 4, transposed=True) for index in range(3)]
+    rows = [Weight((Part("b", 4, index=index),)) for index in range(3)]
+    check([*gate_up, *down, *rows], source)
+    for index in range(3):
+        for rank in (0, 1):
+            want = np.concatenate([stack3[index, 2 * rank :][:2], stack3[index, 4 + 2 * rank :][:2]])
+            got = load(replace(gate_up[index], ranks=2), source, reader_of(source), rank)
+            np.testing.assert_array_equal(got.floats(), want)
+        np.testing.assert_array_equal(load(down[index], source, reader_of(source)).floats(), flipped[index])
+        np.testing.assert_array_equal(load(rows[index], source, reader_of(source)).floats(), stack3[index, 0])
+
+
+def test_a_stack_of_another_height_is_refused(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, {"s": np.zeros((3, 8, 4), np.float32)})
+    with pytest.raises(ModelError, match=r"'s' has shape \(3, 8, 4\); config.json says \(2, 8, 4\)"):
+        check([Weight((Part("s", 8, index=i),), 4) for i in range(2)], source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -154,7 +155,11 @@ class Layer:
         self.norm1 = RmsNorm(scope / "input_layernorm", c.hidden_size, c.rms_norm_eps)
         self.attn = self.attention(c, scope / "self_attn", layer)
         self.norm2 = RmsNorm(scope / "post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
-        self.mlp = GatedMlp(scope / "mlp", c.hidden_size, c.intermediate_size, c.act, bias=c.biases.mlp)
+        self.mlp = self.feed_forward(c, scope, layer)
+
+    def feed_forward(self, c: Any, scope: Scope, layer: int) -> Callable[[Value], Value]:
+        """Return the feed-forward layer. Derived models with experts override it."""
+        return GatedMlp(scope / "mlp", c.hidden_size, c.intermediate_size, c.act, bias=c.biases.mlp)
 
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""

@@ -70,9 +70,12 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
         entries = load.context + load.tokens
         return Cost(0, op.keeps().width * cache_bytes * entries, moved, 4 * op.q.width * load.pairs)
     if isinstance(op, ops.Experts):
-        each, k, e = op.gate_up[0].size + op.down[0].size, op.top_k, len(op.down)
+        k, e = op.ids.width, len(op.down)
         touched = e * (1 - (1 - k / e) ** n)  # expected number, if every row chose at random
-        return Cost(touched * (size(op.gate_up[0]) + size(op.down[0])), 0, moved, 2 * n * k * each)
+        each = sum(size(ws[0]) for ws in op.weights().values())
+        return Cost(touched * each, 0, moved, 2 * n * k * (op.gate_up[0].size + op.down[0].size))
+    if isinstance(op, ops.Route):
+        return Cost(sum(size(w) for ws in op.weights().values() for w in ws), 0, moved, 2 * n * op.weight.size)
     return Cost(sum(size(w) for ws in op.weights().values() for w in ws), 0, moved, n * op.out.width)
 
 

@@ -21,11 +21,15 @@ Shard = Literal["none", "column", "row", "vocab"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows [start, start + rows) of the checkpoint's tensor `name`."""
+    """Rows [start, start + rows) of the checkpoint's tensor `name`.
+
+    `index`: the matrix or vector of a tensor that stacks several, such as the experts of a layer; None: not stacked.
+    """
 
     name: str
     rows: int
     start: int = 0
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,8 @@ class Op:
 def _show(v: Any) -> str:
     if isinstance(v, Value):
         return f"%{v.buffer}" + ("" if v.whole else f"[{v.start}:{v.start + v.width}]")
+    if isinstance(v, tuple) and v and isinstance(v[0], Weight):
+        return f"{v[0].name} × {len(v)}"
     return v.name if isinstance(v, Weight) else str(v)
 
 
@@ -261,20 +267,54 @@ class TakeRows(Op):
     x: Value
 
 
-class Experts(Op):
-    """Route each row through the `top_k` experts of the highest `scores`, and sum their outputs.
+class Route(Op):
+    """Choose `top_k` experts for each row: out = their ids, factors = the factors of their outputs.
 
-    Weights are the softmax of the scores over all experts, or over the chosen ones if `renormalize`.
+    The scores are score(x · weightᵀ + bias). Those plus `correction` decide; the factors are without it. With several
+    `groups` of adjacent experts, only those in the `top_groups` best groups can be chosen; a group counts as the sum of
+    its `group_best` best. The factors are divided by their sum, no less than `least_sum`, if `renormalize`, and then
+    multiplied by `scale`.
+
+    "sparsemixer" (Phi-3.5-MoE) chooses one expert after another. A factor is the expert's share in the softmax over the
+    experts that are left and whose logits are near the best one's, in the sense of `margin`.
+    """
+
+    writes: ClassVar[tuple[str, ...]] = ("out", "factors")
+    x: Value
+    weight: Weight
+    bias: Weight | None = None
+    correction: Weight | None = None
+    top_k: int
+    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    renormalize: bool = False
+    least_sum: float = 0.0
+    scale: float = 1.0
+    margin: float = 0.0
+    factors: Value
+
+
+class Experts(Op):
+    """Sum factor · down(act(gate(x)) · up(x)) over the experts of each row. `ids` and `factors`: results of a Route.
+
+    There is a weight for each expert, with the outputs gate | up. If `limit`, gate is at most and up at most and at
+    least of this magnitude. `up_offset` is added to up. If `scale_inputs`, the factor multiplies x and not the output.
     """
 
     sharded_by = "down"
     x: Value
-    scores: Value
+    ids: Value
+    factors: Value
     gate_up: tuple[Weight, ...]
     down: tuple[Weight, ...]
-    top_k: int
+    gate_up_bias: tuple[Weight, ...] = ()
+    down_bias: tuple[Weight, ...] = ()
     act: str
-    renormalize: bool = True
+    limit: float = 0.0
+    up_offset: float = 0.0
+    scale_inputs: bool = False
 
 
 class Quantize(Op):

@@ -66,8 +66,10 @@ class _Sharder:
             raise Unsupported("norm over the whole row of a product that ranks share", op.weight.name, (), _ONE_RANK)
         is_linear = isinstance(op, ops.Linear)
         width = weights["weight"].rows if is_linear else op.out.width * reads[first].width // old.width
-        out = self.tape.new(op.out.spec.rows, width)
-        new = replace(op, out=out, **reads, **weights)
+        out = self.tape.new(op.out.spec.rows, width, op.out.spec.dtype)
+        others = {name: v for name, v in op.results().items() if name != "out"}
+        results = {name: self.tape.new(v.spec.rows, v.width, v.spec.dtype) for name, v in others.items()}
+        new = replace(op, out=out, **results, **reads, **weights)
         self.tape.ops.append(new)
         kind = new.shard
         if kind == "row" or (kind == "vocab" and isinstance(op, ops.Embed)):
@@ -75,6 +77,7 @@ class _Sharder:
         if kind == "vocab" and is_linear:
             out = out.record(ops.Gather, op.out.width, x=out)
         self.made[op.out.buffer] = {(0, op.out.width): out}
+        self.made |= {v.buffer: {(0, v.width): results[name]} for name, v in others.items()}
         if kind == "column" and isinstance(op, ops.Linear):
             self.remember_parts(op, weights["weight"], out)
 

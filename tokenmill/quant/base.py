@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from math import lcm
+from math import lcm, prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from tokenmill.errors import ModelError, Unsupported
 from tokenmill.program.ops import Part, Weight
 from tokenmill.quant import formats
 from tokenmill.quant._unread import cure_of_missing, unread
-from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.weights.checkpoint import Checkpoint, Stored
 from tokenmill.wire.messages import Progress
 
 T = TypeVar("T")
@@ -218,6 +218,11 @@ class Piece:
     rows: slice
     columns: slice
     weight: Weight
+    index: int | None = None  # as in `Part`
+
+    def stored(self, source: Checkpoint) -> Stored:
+        """Return the tensor, or the matrix or vector of a stack, that the piece is a part of."""
+        return source[self.name].at(self.index)
 
 
 Reader = Callable[[Checkpoint, Piece], Coded]
@@ -260,7 +265,7 @@ def piece_of(weight: Weight, part: Part, rank: int) -> Piece:
     if weight.shard == "row" and weight.columns:
         width = weight.columns // weight.ranks
         columns = slice(rank * width, (rank + 1) * width)
-    return Piece(part.name, slice(start, start + n), columns, weight)
+    return Piece(part.name, slice(start, start + n), columns, weight, part.index)
 
 
 def stack(parts: Sequence[Coded]) -> Coded:
@@ -318,7 +323,7 @@ def for_each(
 
     `report`: called from this thread with the bytes of the checkpoint read so far; None for no reports.
     """
-    sizes = [sum(source.nbytes(part.name) // weight.ranks for part in weight.parts) for weight in wanted]
+    sizes = [sum(_bytes(part, weight, source) // weight.ranks for part in weight.parts) for weight in wanted]
     done, made = 0, {}
     with ThreadPoolExecutor(threads) as pool:
         for weight, size, result in zip(wanted, sizes, pool.map(one, wanted), strict=True):
@@ -328,31 +333,40 @@ def for_each(
     return made
 
 
+def _bytes(part: Part, weight: Weight, source: Checkpoint) -> int:
+    """Return the bytes of a part in the checkpoint."""
+    elements = prod(source.shape(part.name) or ())
+    return source.nbytes(part.name) * part.rows * max(1, weight.columns) // max(1, elements)
+
+
 def check(weights: Iterable[Weight], source: Checkpoint) -> None:
     """Check the tensors that a program names against the checkpoint's headers.
 
     Raises ModelError with the first tensor that is missing, has another shape, or belongs to a layer of the program but
     is not read by it.
     """
-    weights, wanted = list(weights), dict[str, int]()
+    weights, wanted, stacked = list(weights), dict[str, int](), dict[str, int]()
+    for part in (part for weight in weights for part in weight.parts):
+        wanted[part.name] = max(wanted.get(part.name, 0), part.start + part.rows)
+        if part.index is not None:
+            stacked[part.name] = max(stacked.get(part.name, 0), part.index + 1)
     for weight in weights:
         for part in weight.parts:
-            wanted[part.name] = max(wanted.get(part.name, 0), part.start + part.rows)
-    for weight in weights:
-        for part in weight.parts:
-            _check(weight, part.name, wanted[part.name], source)
+            _check(weight, part.name, wanted[part.name], stacked.get(part.name), source)
     unread(wanted.keys(), source)
 
 
-def _check(weight: Weight, name: str, rows: int, source: Checkpoint) -> None:
+def _check(weight: Weight, name: str, rows: int, stacked: int | None, source: Checkpoint) -> None:
     found = source.shape(name)
-    expected = (rows, weight.columns) if weight.columns else (rows,)
+    expected: tuple[int, ...] = (rows, weight.columns) if weight.columns else (rows,)
     if weight.transposed:
         expected = expected[::-1]
+    if stacked is not None:
+        expected = stacked, *expected
     if found is None:
         cure = cure_of_missing(name, source)
         raise ModelError(
             f"The weights have no tensor {name!r}, which config.json's model needs with shape {expected}.{cure}"
         )
-    if tuple(found) != expected:
+    if tuple(found) != expected and (weight.columns or tuple(found) != (1, *expected)):
         raise ModelError(f"The tensor {name!r} has shape {tuple(found)}; config.json says {expected}.")

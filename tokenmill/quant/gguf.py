@@ -26,7 +26,7 @@ _EIGHT = np.full((1, 1), 8, np.uint8)
 
 def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece in the file's own codes."""
-    stored = source[piece.name]
+    stored = piece.stored(source)
     unpack = UNPACK.get(stored.kind)
     if unpack is None or not piece.weight.columns:
         return none.dense(stored, piece)

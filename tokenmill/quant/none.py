@@ -14,7 +14,7 @@ _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.flo
 
 def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece as a view of the file."""
-    return dense(source[piece.name], piece)
+    return dense(piece.stored(source), piece)
 
 
 def dense(stored: Stored, piece: Piece) -> Coded:

@@ -43,6 +43,14 @@ class Stored:
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
 
+    def at(self, index: int | None) -> Stored:
+        """Return the matrix or vector `index` of a tensor that stacks several; None: the tensor itself."""
+        if index is None:
+            return self
+        size, shape = prod(self.shape[1:-1]), self.shape[1:]
+        rows = self.data.reshape(self.shape[0] * size, -1)[index * size : (index + 1) * size]
+        return Stored(self.name, self.kind, shape, rows.reshape(shape[0], -1))
+
 
 class Checkpoint(Protocol):
     """Checkpoint: tensors by transformers' names, and the model's config.json or its equivalent."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend
+from tokenmill.backends.torch.experts import mixed, routed
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.ops import Weight
@@ -57,6 +58,7 @@ def activation(name: str) -> Act:
     """Return an activation by its name in transformers."""
     acts: dict[str, Act] = {
         "silu": F.silu,
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
         "relu": F.relu,
         "gelu": F.gelu,
         "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -140,18 +142,18 @@ def take_rows(op: ops.TakeRows, step: StepState, x: Tensor) -> Tensor:
     return x[step.samples]
 
 
-def experts(op: ops.Experts, step: StepState, x: Tensor, scores: Tensor) -> Tensor:
-    """Run each row through its top experts. Experts that no row routes to are not run."""
-    weight, chosen = scores.float().softmax(-1).topk(op.top_k, -1)
-    if op.renormalize:
-        weight = weight / weight.sum(-1, keepdim=True)
-    out = torch.zeros_like(x)
-    for e in sorted(set(chosen.flatten().tolist())):
-        row, place = (chosen == e).nonzero(as_tuple=True)
-        gate, up = F.linear(x[row], step.weights[op.gate_up[e]]).chunk(2, -1)
-        y = F.linear(activation(op.act)(gate) * up, step.weights[op.down[e]])
-        out.index_add_(0, row, y * weight[row, place, None].to(x.dtype))
-    return out
+def route(op: ops.Route, step: StepState, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids of each row's experts, and their factors."""
+    weight, bias = step.weights[op.weight].float(), step.optional(op.bias)
+    logits = F.linear(x.float(), weight, None if bias is None else bias.float())
+    correction = step.optional(op.correction)
+    ids, factors = routed(op, logits, None if correction is None else correction.float())
+    return ids, factors.to(x.dtype)
+
+
+def experts(op: ops.Experts, step: StepState, x: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
+    """Return the sum of the chosen experts' outputs."""
+    return mixed(op, x, ids, factors, step.weights, activation(op.act))
 
 
 def quantize(op: ops.Quantize, step: StepState, x: Tensor) -> Tensor:
@@ -216,6 +218,7 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.Add: add,
         ops.SoftCap: soft_cap,
         ops.TakeRows: take_rows,
+        ops.Route: route,
         ops.Experts: experts,
         ops.Quantize: quantize,
         ops.AllReduce: all_reduce,

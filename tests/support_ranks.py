@@ -1,0 +1,74 @@
+"""The ranks of a sharded model as threads of the test's process."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from support_models import Driver
+
+from tokenmill.program.value import Program
+
+Steps = list[list[tuple[int, list[int]]]]
+
+
+class Meeting:
+    """Ranks as threads of this process: each gives a value, and all get all values once every rank has given one."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=20)
+        self.given: list[Any] = [None] * size
+
+    def exchange(self, rank: int, x: Any) -> list[Any]:
+        self.given[rank] = x
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
+
+
+class Rank:
+    """Implementation of `parallel.group.Group` with threads."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank, self.size, self.meeting = rank, meeting.size, meeting
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.meeting.exchange(self.rank, x)).sum(0)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self.meeting.exchange(self.rank, x), -1)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        return self.meeting.exchange(self.rank, x)[0].clone()
+
+
+def logits_of_rank(program: Program, source: Any, group: Rank, steps: Steps, found: list[Any]) -> None:
+    backend = Driver(program, source, group=group)
+    try:
+        found[group.rank] = [backend.feed(rows) for rows in steps]
+    except BaseException as error:  # noqa: BLE001  the main thread tells it
+        found[group.rank] = error
+        group.meeting.barrier.abort()
+    finally:
+        backend.close()
+
+
+def of_ranks(program: Program, source: Any, size: int, steps: Steps) -> list[list[np.ndarray]]:
+    """Return the logits of each step, on each rank."""
+    meeting, found = Meeting(size), [None] * size
+    work = [
+        threading.Thread(target=logits_of_rank, args=(program, source, Rank(rank, meeting), steps, found), daemon=True)
+        for rank in range(size)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join(60)
+    for made in found:
+        if isinstance(made, BaseException):
+            raise made
+    return found  # type: ignore[return-value]
