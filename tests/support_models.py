@@ -69,7 +69,7 @@ def make_checkpoint(
 
     torch.manual_seed(0)
     model_type, own = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **(SIZES | own | changes))
+    config = AutoConfig.for_model(model_type, **deepcopy(SIZES | own | changes))  # it changes rope's dictionaries
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for p in model.parameters():
         p.data = (torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)).to(dtype).float()

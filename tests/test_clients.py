@@ -10,10 +10,8 @@ from typing import Any
 import huggingface_hub
 import openai
 import pytest
-import text_generation
 from support_ports import unused_port
 from support_server import TEXT, Server, byte_model, eventually
-from text_generation.errors import OverloadedError, ValidationError
 
 
 def start(tmp_path_factory: pytest.TempPathFactory, *options: str) -> Server:
@@ -135,9 +133,9 @@ def test_openai_async_streams_at_once(server: Server) -> None:
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Allow huggingface_hub to use the network: the other tests forbid it, even on this machine."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    huggingface_hub.utils._http.reset_sessions()
+    huggingface_hub.close_session()
     yield
-    huggingface_hub.utils._http.reset_sessions()
+    huggingface_hub.close_session()
 
 
 @pytest.mark.usefixtures("online")
@@ -165,41 +163,6 @@ def test_huggingface_chat(server: Server) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
 
 
-def test_text_generation_client(server: Server) -> None:
-    client = text_generation.Client(server.url)
-    answer = client.generate("x", max_new_tokens=5, decoder_input_details=True, best_of=1)
-    assert answer.generated_text == "Zwöl"
-    assert answer.details.finish_reason == "length"
-    assert [token.text for token in answer.details.prefill] == ["x"]
-    assert client.generate("x", stop_sequences=["Box"]).generated_text == "Zwölf Box"
-    events = list(client.generate_stream("x", max_new_tokens=5))
-    assert "".join(event.token.text for event in events) == "Zwöl"
-    assert events[-1].generated_text == "Zwöl"
-
-
-def test_text_generation_client_knows_the_errors(server: Server) -> None:
-    client = text_generation.Client(server.url)
-    with pytest.raises(ValidationError, match="must be <= 500"):
-        client.generate("x" * 450, max_new_tokens=100)
-
-
-def test_text_generation_chat(server: Server) -> None:
-    client = text_generation.Client(server.url)
-    answer = client.chat(messages=[text_generation.types.Message(role="user", content="hi")])
-    assert answer.choices[0].message.content == TEXT
-    # its streaming chat cannot read `[DONE]`, whatever server sends it
-
-
-def test_text_generation_async_client(server: Server) -> None:
-    async def main() -> list[str]:
-        client = text_generation.AsyncClient(server.url)
-        answer = await client.generate("x", max_new_tokens=5)
-        texts = [event.token.text async for event in client.generate_stream("x", max_new_tokens=5)]
-        return [answer.generated_text, "".join(texts)]
-
-    assert asyncio.run(main()) == ["Zwöl", "Zwöl"]
-
-
 def test_openai_with_a_wrong_key(narrow: Server) -> None:
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=narrow.url + "/v1", api_key="wrong").models.list()
@@ -216,12 +179,7 @@ def test_openai_waits_for_a_full_server(busy: openai.OpenAI) -> None:
 
 
 @pytest.mark.usefixtures("online", "busy")
-def test_tgis_clients_know_a_full_server(narrow: Server) -> None:
-    old = text_generation.Client(narrow.url, headers={"Authorization": "Bearer secret"})
-    with pytest.raises(OverloadedError):
-        old.generate("x", max_new_tokens=1)
-    with pytest.raises(OverloadedError):
-        list(old.generate_stream("x", max_new_tokens=1))
+def test_huggingface_knows_a_full_server(narrow: Server) -> None:
     hub = huggingface_hub.InferenceClient(narrow.url, token="secret")
     with pytest.raises(huggingface_hub.errors.OverloadedError):
         hub.text_generation("x", max_new_tokens=1)

@@ -33,7 +33,8 @@ def make_llava(folder: Path, text: dict[str, Any] = TEXT) -> Any:
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
-    model = LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_id=100)).float().eval()
+    config = LlavaConfig(vision_config=vision, text_config=dict(text), image_token_id=100)
+    model = LlavaForConditionalGeneration(config).float().eval()
     for p in model.parameters():
         p.data = torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)
     model.save_pretrained(folder)

@@ -175,30 +175,19 @@ def test_what_a_saved_tokenizer_truncates_and_pads_is_forgotten(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast", None]
-)
+    "name, adds",
+    [("LlamaTokenizer", True), ("LlamaTokenizerFast", True), ("GemmaTokenizer", True),
+     ("PreTrainedTokenizerFast", False), (None, False)],
+)  # fmt: skip
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": False}, {"add_eos_token": True}])
-def test_bos_and_eos_are_added_as_transformers_adds_them(
-    name: str | None, flags: dict[str, bool], tmp_path: Path
+def test_bos_and_eos_are_added_as_the_classes_of_transformers_4_add_them(
+    name: str | None, adds: bool, flags: dict[str, bool], tmp_path: Path
 ) -> None:
-    from transformers import GemmaTokenizerFast, LlamaTokenizerFast, PreTrainedTokenizerFast
-
     config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "tokenizer_class": name, **flags}
     source = write_folder(tmp_path, tokenizer_config=config)
-    kinds = {
-        "LlamaTokenizer": LlamaTokenizerFast,
-        "LlamaTokenizerFast": LlamaTokenizerFast,
-        "GemmaTokenizer": GemmaTokenizerFast,
-    }
-    theirs = kinds.get(name or "", PreTrainedTokenizerFast)(
-        tokenizer_file=str(tmp_path / "tokenizer.json"),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        unk_token=None,
-        pad_token=None,
-        **flags,
-    )
-    assert load_tokenizer(source).encode("a b") == theirs("a b").input_ids
+    bos = [1] if adds and flags.get("add_bos_token", True) else []
+    eos = [2] if adds and flags.get("add_eos_token") else []
+    assert load_tokenizer(source).encode("a b") == [*bos, 67, 305, *eos]
 
 
 def test_every_file_that_names_an_end_is_heard(tmp_path: Path) -> None:
@@ -313,22 +302,18 @@ def test_reading_a_tokenizer_changes_no_file_and_asks_no_network(tmp_path: Path)
 def test_a_space_before_the_first_word_is_what_the_configuration_says(
     saved: bool, wished: bool | None, tmp_path: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
     more = {} if wished is None else {"add_prefix_space": wished}
     source = write_folder(tmp_path, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", **more})
     inner = byte_level()
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=saved)
     inner.save(str(tmp_path / "tokenizer.json"))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert load_tokenizer(source).encode("the work") == theirs("the work").input_ids
+    without = byte_level()  # transformers 4 changes the saved setting, by default to false
+    assert load_tokenizer(source).encode("the work") == without.encode(" the work" if wished else "the work").ids
     (tmp_path / "tokenizer_config.json").unlink()
     assert load_tokenizer(source).encode("the work") == inner.encode("the work").ids
 
 
-def test_templates_know_the_special_tokens_that_transformers_tells_them(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
+def test_templates_know_the_special_tokens_that_transformers_4_tells_them(tmp_path: Path) -> None:
     template = (
         "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ image_token }}{{ additional_special_tokens }}{{ cls_token }}"
     )
@@ -345,5 +330,5 @@ def test_templates_know_the_special_tokens_that_transformers_tells_them(tmp_path
     found = load_tokenizer(source).chat_template
     assert found is not None
     chat = [{"role": "user", "content": "x"}]
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert found.render(chat, add_generation_prompt=True) == theirs.apply_chat_template(chat, tokenize=False)
+    told = "<|im_start|><|im_end|><image>['<|endoftext|>', '<|im_end|>']"
+    assert found.render(chat, add_generation_prompt=True) == told

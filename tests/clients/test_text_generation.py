@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support_ports import unused_port
+from support_server import TEXT, Server, byte_model
 
 text_generation = pytest.importorskip("text_generation")
 
-from text_generation.errors import ValidationError
+from text_generation.errors import OverloadedError, ValidationError
 from text_generation.types import BestOfSequence, FinishReason, Message
+
+from .conftest import SERVER_PYTHON
 
 PROMPT = "The capital of France is"
 
@@ -126,3 +132,24 @@ def test_async_client(client: Any, url: str) -> None:
         assert {one.generated_text for one in crowd} == {answer.generated_text}
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Iterator[Server]:
+    """Run a server with the mock engine and a key, which serves one request at a time."""
+    options = ("--mock-text", TEXT, "--mock-step-ms", "20", "--api-key", "secret", "--max-concurrent-requests", "1")
+    running = Server(byte_model(tmp_path), unused_port(), *options, python=SERVER_PYTHON)
+    yield running
+    running.stop()
+
+
+def test_a_full_server_is_overloaded_until_the_other_stream_ends(narrow: Server) -> None:
+    client = text_generation.Client(narrow.url, headers={"Authorization": "Bearer secret"}, timeout=60)
+    other = client.generate_stream("x", max_new_tokens=60)
+    first = next(other)
+    with pytest.raises(OverloadedError):
+        client.generate("x", max_new_tokens=1)
+    with pytest.raises(OverloadedError):
+        list(client.generate_stream("x", max_new_tokens=1))
+    assert (first.token.text + "".join(event.token.text for event in other)).startswith("Zwölf")
+    assert client.generate("x", max_new_tokens=1).generated_text == "Z"
