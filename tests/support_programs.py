@@ -80,6 +80,15 @@ class Draw:
             bias = Weight(tuple(p for w in biases for p in w.parts), 0, shard, unit)  # type: ignore[arg-type]
         return x.record(ops.Linear, sum(widths), x=x, weight=weight, bias=bias).split(*widths)
 
+    def interleaved(self, x: Value) -> list[Value]:
+        """Return queries, keys and values of one matrix that holds those of a key-value head after another."""
+        shared, step = HEADS // KV_HEADS * HEAD, (HEADS // KV_HEADS + 2) * HEAD
+        name = self.weight(KV_HEADS * step, x.width).name
+        widths, starts = (shared, HEAD, HEAD), (0, shared, shared + HEAD)
+        parts = tuple(Part(name, KV_HEADS * n, start, run=n, step=step) for n, start in zip(widths, starts, strict=True))
+        weight = Weight(parts, x.width, "column", HEAD)
+        return x.record(ops.Linear, KV_HEADS * step, x=x, weight=weight).split(*(part.rows for part in parts))
+
     def norm(
         self, x: Value, head_dim: int = 0, *, center: bool = False, bias: bool = False, eps: float = 1e-5
     ) -> Value:
@@ -129,7 +138,10 @@ class Draw:
         return total
 
     def _attention(self, x: Value, layer: int) -> Value:
-        q, k, v = self.linear(x, HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD, shard="column", unit=HEAD)
+        if self.chance(0.2):
+            q, k, v = self.interleaved(x)
+        else:
+            q, k, v = self.linear(x, HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD, shard="column", unit=HEAD)
         extra, raw = None, (q, k)
         if self.chance(0.8):
             q, k = self._heads(q, k)
@@ -141,6 +153,7 @@ class Draw:
         y = x.record(
             ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=layer, head_dim=HEAD, scale=HEAD**-0.5,
             window=self.one_of(0, 5), softcap=self.one_of(0.0, 3.0),
+            alibi=(0.5, 0.03, 1.0, 0.2) if self.chance(0.15) else (),
             rope=RopeTable.of(HEAD, 100.0, 256, None) if self.chance(0.15) else None,
         )  # fmt: skip
         (out,) = self.linear(y, WIDTH, shard="row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import floor, log2
 from typing import Any
 
 from tokenmill.program import ops
@@ -33,6 +34,7 @@ def attend(
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
+    alibi: tuple[float, ...] = (),
 ) -> Value:
     """Record causal grouped-query attention. The numbers of heads follow from the widths of q, k and v."""
     return q.record(
@@ -45,4 +47,14 @@ def attend(
         scale=scale or head_dim**-0.5,
         window=window,
         softcap=softcap,
+        alibi=alibi,
+    )
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Return the slopes of ALiBi (arXiv:2108.12409). Heads beyond a power of two get those between the others."""
+    power = 2 ** floor(log2(heads))
+    between = heads - power
+    return tuple(
+        [2 ** (-8 / power * (i + 1)) for i in range(power)] + [2 ** (-4 / power * (2 * i + 1)) for i in range(between)]
     )

@@ -35,3 +35,27 @@ class GatedMlp:
         """Apply the layer to x, (rows, width); the result has the same shape."""
         gate, up = self.gate_up(x)
         return self.down(gate.record(ops.GatedAct, gate=gate, up=up, act=self.act))
+
+
+class Mlp:
+    """Feed-forward layer without a gate: down(act(up(x))). `names`: the checkpoint's names of up and down."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        width: int,
+        inner: int,
+        act: str,
+        names: tuple[str, str],
+        *,
+        bias: bool = False,
+        transposed: bool = False,
+    ) -> None:
+        up, down = names
+        self.up = Linear(scope, width, up, inner, shard="column", bias=bias, transposed=transposed)
+        self.down = Linear(scope, inner, down, width, shard="row", bias=bias, transposed=transposed)
+        self.act = act
+
+    def __call__(self, x: Value) -> Value:
+        """Apply the layer to x, (rows, width); the result has the same shape."""
+        return self.down(act(self.up(x), self.act))

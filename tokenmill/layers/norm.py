@@ -21,12 +21,17 @@ class RmsNorm:
 
 
 class LayerNorm:
-    """LayerNorm: RMSNorm after subtracting the mean, with a bias."""
+    """LayerNorm: RMSNorm after subtracting the mean. `add`: 1 if the checkpoint stores the weight minus one, else 0."""
 
-    def __init__(self, scope: Scope, width: int, eps: float) -> None:
-        self.weight, self.bias = (Weight((Part(scope / name, width),)) for name in ("weight", "bias"))
-        self.eps = eps
+    def __init__(
+        self, scope: Scope, width: int, eps: float, *, bias: bool = True, per_head: bool = False, add: float = 0.0
+    ) -> None:
+        self.weight = Weight((Part(scope / "weight", width),), add=add)
+        self.bias = Weight((Part(scope / "bias", width),)) if bias else None
+        self.eps, self.head_dim = eps, width if per_head else 0
 
     def __call__(self, x: Value) -> Value:
         """Normalize x; the result has the same shape."""
-        return x.record(ops.Norm, x=x, weight=self.weight, bias=self.bias, eps=self.eps, center=True)
+        return x.record(
+            ops.Norm, x=x, weight=self.weight, bias=self.bias, eps=self.eps, center=True, head_dim=self.head_dim
+        )

@@ -24,12 +24,34 @@ class Part:
     """Rows [start, start + rows) of the checkpoint's tensor `name`.
 
     `index`: the matrix or vector of a tensor that stacks several, such as the experts of a layer; None: not stacked.
+
+    If `run` is set, the part is stored in runs of so many rows, of which one begins every `step` rows. That is how a
+    matrix is stored that holds query, key and value of the first head, then those of the second, and so on.
     """
 
     name: str
     rows: int
     start: int = 0
     index: int | None = None
+    run: int = 0
+    step: int = 0
+
+    @property
+    def end(self) -> int:
+        """Number of rows that the tensor has at least; of a part in runs, those of all other parts of its steps too."""
+        return self.start + self.rows if not self.run else self.rows // self.run * self.step
+
+    def slices(self, first: int, count: int) -> list[slice]:
+        """Return the places in the tensor of the part's rows [first, first + count), in order."""
+        if not self.run:
+            return [slice(self.start + first, self.start + first + count)]
+        found = []
+        while count:
+            index, within = divmod(first, self.run)
+            n, at = min(self.run - within, count), self.start + index * self.step + within
+            found.append(slice(at, at + n))
+            first, count = first + n, count - n
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +241,7 @@ class Attention(Op):
     scale: float
     window: int = 0  # size of the sliding window in tokens, the token's own included; 0: all tokens
     softcap: float = 0.0  # 0: none
+    alibi: tuple[float, ...] = ()  # slope of each query head of all ranks, times key − query position; (): none
     q_norm: Weight | None = None
     k_norm: Weight | None = None
     eps: float = 0.0

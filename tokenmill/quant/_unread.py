@@ -15,8 +15,12 @@ from tokenmill.weights.checkpoint import Checkpoint
 
 _LAYER = re.compile(r".*?\.\d+\.")
 _HEAD = "lm_head.weight"
-_NO_WEIGHT = re.compile(r".*(\.rotary_emb\.\w+|\.((kv?|v|q|output|prob_output)_scale))")
-"""Tensors that are not weights: frequencies stored by old versions of transformers, scales of a quantized cache."""
+_NO_WEIGHT = re.compile(
+    r".*(\.rotary_emb\.\w+|\.((kv?|v|q|output|prob_output)_scale)|\.(attn|attention)\.(bias|masked_bias|causal_mask))"
+)
+"""Tensors that are not weights: frequencies and causal masks that old versions of transformers stored, scales of a
+quantized cache.
+"""
 
 
 _log = logging.getLogger(__name__)

@@ -248,7 +248,7 @@ def reader_of(source: Checkpoint, quantize: str = "") -> Reader:
 
 def load(weight: Weight, source: Checkpoint, read: Reader, rank: int = 0) -> Coded:
     """Load the part of `weight` that `rank` holds, with the weight's parts stacked."""
-    loaded = [read(source, piece_of(weight, part, rank)) for part in weight.parts]
+    loaded = [read(source, piece) for part in weight.parts for piece in pieces_of(weight, part, rank)]
     if weight.columns:
         return stack(loaded)
     vector = np.concatenate([m.floats().reshape(-1) for m in loaded]) + np.float32(weight.add)
@@ -257,15 +257,15 @@ def load(weight: Weight, source: Checkpoint, read: Reader, rank: int = 0) -> Cod
     return dense(vector)
 
 
-def piece_of(weight: Weight, part: Part, rank: int) -> Piece:
-    """Return the piece of `part` that `rank` holds."""
-    n, start, columns = weight.local(part), part.start, slice(None)
+def pieces_of(weight: Weight, part: Part, rank: int) -> list[Piece]:
+    """Return the pieces of `part` that `rank` holds, in order: several if they are not adjacent in the tensor."""
+    n, first, columns = weight.local(part), 0, slice(None)
     if weight.shard in ("column", "vocab"):
-        start += rank * part.rows // weight.ranks // n * n  # with fewer heads than ranks, ranks share a head
+        first = rank * part.rows // weight.ranks // n * n  # with fewer heads than ranks, ranks share a head
     if weight.shard == "row" and weight.columns:
         width = weight.columns // weight.ranks
         columns = slice(rank * width, (rank + 1) * width)
-    return Piece(part.name, slice(start, start + n), columns, weight, part.index)
+    return [Piece(part.name, rows, columns, weight, part.index) for rows in part.slices(first, n)]
 
 
 def stack(parts: Sequence[Coded]) -> Coded:
@@ -347,7 +347,7 @@ def check(weights: Iterable[Weight], source: Checkpoint) -> None:
     """
     weights, wanted, stacked = list(weights), dict[str, int](), dict[str, int]()
     for part in (part for weight in weights for part in weight.parts):
-        wanted[part.name] = max(wanted.get(part.name, 0), part.start + part.rows)
+        wanted[part.name] = max(wanted.get(part.name, 0), part.end)
         if part.index is not None:
             stacked[part.name] = max(stacked.get(part.name, 0), part.index + 1)
     for weight in weights:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,16 @@ _MAX_HEADER = 100 << 20  # the format's own limit
 _MAX_DIMS = 8
 _LANGUAGE_PREFIXES = ("language_model.", "model.language_model.", "text_model.", "model.text_model.")
 """Prefixes of the language model's tensors in multimodal models, as transformers' versions have written them."""
+
+
+_BODIES = {
+    "embed_tokens.weight": "model.", "decoder.embed_tokens.weight": "model.", "wte.weight": "transformer.",
+    "word_embeddings.weight": "transformer.", "embed_in.weight": "gpt_neox.",
+}  # fmt: skip
+"""Embedding of a model that was saved without its output layer -> prefix of its tensors in the whole model."""
+
+_HEADS = ("lm_head.", "embed_out.")
+"""Prefixes of output layers, which lie beside the rest of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +153,9 @@ class Safetensors:
             name: file for name, file in listed.items() if name not in self._entries and name != "lm_head.weight"
         }
         self._refuse_mistral()
-        if "embed_tokens.weight" in self._entries and not any(name.startswith("model.") for name in self._entries):
-            self._rename(_of_whole_model)
+        for embedding, prefix in _BODIES.items():
+            if embedding in self._entries and not any(name.startswith(prefix) for name in self._entries):
+                self._rename(partial(_of_whole_model, prefix=prefix))
         prefixed = any(name.startswith(_LANGUAGE_PREFIXES) for name in self._entries)
         if prefixed and isinstance(self.config.get("text_config"), dict):
             self._rename(_of_language_part)
@@ -195,9 +207,9 @@ class Safetensors:
         )
 
 
-def _of_whole_model(name: str) -> str:
+def _of_whole_model(name: str, prefix: str = "model.") -> str:
     """Return the full model's name of a tensor from a checkpoint that was saved without the output layer."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    return name if name.startswith(_HEADS) else f"{prefix}{name}"
 
 
 def _of_language_part(name: str) -> str:

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable
 
 from tokenmill.backends.cpu import layout
-from tokenmill.backends.cpu.attention_tiles import BEGIN, END, OUTPUT, PAIR_BYTES, QUERY, SCORES, Heads, Tile
+from tokenmill.backends.cpu.attention_tiles import BEGIN, END, OUTPUT, PAIR_BYTES, QUERY, SCORES, SLOPE, Heads, Tile
 from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32, poke
 from tokenmill.backends.cpu.isa import Isa
+from tokenmill.backends.cpu.pages import KvForm
 from tokenmill.backends.cpu.rope import rotate
 from tokenmill.backends.cpu.rows import quantize, rms_norm
 
@@ -42,7 +43,7 @@ Body = Callable[..., int]
         *(layout.WINDOW, layout.HEAD_EPS, layout.Q_NORM, layout.K_NORM, layout.PAGE_STRIDE),
     )
 )
-_KEY_STRIDE, _VALUE_STRIDE = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE
+_KEY_STRIDE, _VALUE_STRIDE, _SLOPES = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE, 8 * layout.SLOPES
 (_THREADS, _TOKENS, _ITEMS, _SINGLE_TOKEN, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
     8 * c
     for c in (
@@ -155,7 +156,7 @@ def _tile(isa: Isa, heads: Heads, pairs: int) -> Callable[..., None]:
 
 def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
     """Make a function (row, context, r0, n, h, pairs, tile) that writes the words of an item's pairs."""
-    group, dim, vectors = heads.group, heads.dim, heads.dim // 16
+    group, dim, vectors, alibi = heads.group, heads.dim, heads.dim // 16, heads.alibi
 
     def write(row: int, context: int, r0: int, n: int, h: int, pairs: int, tile: int) -> None:
         position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
@@ -169,6 +170,8 @@ def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
             poke(pair + OUTPUT, tile + j * dim * 4 if peek(row + _OUT_SCALES) else out)
             poke(pair + END, p + 1)
             poke(pair + BEGIN, max(0, p - window + 1) if window else 0)
+            if alibi:
+                poke(pair + SLOPE, peek32(peek(row + _SLOPES) + head * 4))
 
     return compiled(f"write_pairs_{heads.name}_{isa.name}", write)
 
@@ -258,7 +261,7 @@ def attend(isa: Isa, heads: Heads) -> Body:
     return kernel(name, compiled(f"{name}_{isa.name}", body))
 
 
-_KERNEL_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?")
+_KERNEL_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?(_alibi)?")
 
 
 def named(name: str, isa: Isa) -> Body:
@@ -266,5 +269,6 @@ def named(name: str, isa: Isa) -> Body:
     match = _KERNEL_NAME.fullmatch(name)
     if match is None:
         raise KeyError(name)
-    heads = Heads("f16" if match[2] == "f16" else "int8", int(match[3]), int(match[4]), bool(match[5]))
+    form: KvForm = "f16" if match[2] == "f16" else "int8"
+    heads = Heads(form, int(match[3]), int(match[4]), bool(match[5]), bool(match[6]))
     return write_cache(isa, heads) if match[1] == "write" else attend(isa, heads)

@@ -20,8 +20,8 @@ from tokenmill.backends.cpu.rows import capped
 
 PAGES_AHEAD = 4  # prefetch distance in pages, chosen for a core's share of the memory bandwidth
 PAIR_BYTES = 64
-QUERY, OUTPUT, SCORES, END, BEGIN, TOP, INVERSE = range(0, 56, 8)
-"""A pair's words: addresses of query, output, scores; visible keys [BEGIN, END); largest score and 1 / sum."""
+QUERY, OUTPUT, SCORES, END, BEGIN, TOP, INVERSE, SLOPE = range(0, 64, 8)
+"""A pair's words: addresses of query, output, scores; visible keys [BEGIN, END); largest score, 1 / sum, slope."""
 _HIDDEN = -1e30  # score of a masked key
 _MIN_EXPONENT = -80.0  # e^x counts as 0 below this x
 
@@ -34,11 +34,13 @@ class Heads:
     dim: int  # a multiple of 16
     group: int  # query heads of a key-value head
     capped: bool = False
+    alibi: bool = False
 
     @property
     def name(self) -> str:
         """The shape as a part of the kernels' names."""
-        return f"{self.form}_{self.dim}x{self.group}{'_capped' if self.capped else ''}"
+        extras = f"{'_capped' if self.capped else ''}{'_alibi' if self.alibi else ''}"
+        return f"{self.form}_{self.dim}x{self.group}{extras}"
 
     @property
     def kernels(self) -> tuple[str, str]:
@@ -176,6 +178,7 @@ class Tile:
         ends, begins = ([g.b.trunc(w, i32) for w in self._words(g, pair, word)] for word in (END, BEGIN))
         scores, scale = self._words(g, pair, SCORES), g.splat(g.bits(factor), self.lanes)
         floats, ints = Vector(f32, self.lanes), Vector(i32, self.lanes)
+        slopes = self._words(g, pair, SLOPE, f32) if self.heads.alibi else []
 
         def finish(i: Val, here: Val, part: int, sums: list[Val]) -> list[Val]:
             b, out = g.b, []
@@ -189,6 +192,9 @@ class Tile:
                 seen = b.and_(b.icmp_signed("<", positions, end), b.icmp_signed(">=", positions, begin))
                 s = b.fmul(sums[r], by)
                 s = capped(g, s, g.splat(g.bits(cap), self.lanes)) if self.heads.capped else s
+                if self.heads.alibi:  # slope · (position of the key − that of the query)
+                    behind = b.sitofp(b.add(b.sub(positions, end), g.k(ints, 1)), floats)
+                    s = g.fma(behind, g.splat(slopes[r], self.lanes), s)
                 out.append(b.select(seen, s, g.k(floats, _HIDDEN)))
                 g.st(out[-1], g.at(scores[r], b.shl(i, g.c(6))), 4 * part * self.lanes)
             return out

@@ -75,6 +75,7 @@ ITEM_ROWS = 25  # maximum query rows of an item
 PAGE_STRIDE = 26  # bytes from a page to the same head's page of the next block
 KEY_STRIDE = 27  # bytes from row to row of KEYS
 VALUE_STRIDE = 28
+SLOPES = 29  # of ALiBi: float32 for each query head; 0: none
 # CosSin: one row of the table before Embed for each RopeTable (OUT, OUT_STRIDE: the cosines and sines)
 FREQUENCIES = 11  # float32, padded to a multiple of 16 (`rope.frequencies`)
 FREQUENCY_STRIDE = 12  # bytes from position to position; 0: independent of it (all scalings but dynamic)

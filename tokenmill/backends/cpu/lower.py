@@ -185,6 +185,7 @@ def _attention(lower: Lowering, op: ops.Attention) -> Lowered:
         layout.Q_NORM: lower.memory.vector(op.q_norm),
         layout.K_NORM: lower.memory.vector(op.k_norm),
         layout.ITEM_ROWS: heads.item_rows,
+        layout.SLOPES: lower.memory.slopes(op.alibi),
     }
     fields |= lower.memory.cache(op.layer)
     if op.rope:

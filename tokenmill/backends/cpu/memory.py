@@ -93,18 +93,19 @@ class AttentionShape:
     count: int  # key-value heads
     group: int  # query heads of each
     capped: bool
+    alibi: bool = False
 
     @staticmethod
     def of(op: ops.Attention, kv_dtype: str) -> AttentionShape:
         """Return the shape of one operation."""
-        return AttentionShape(
-            kv_dtype, op.head_dim, op.k.width // op.head_dim, op.q.width // op.k.width, bool(op.softcap)
-        )
+        count, group = op.k.width // op.head_dim, op.q.width // op.k.width
+        return AttentionShape(kv_dtype, op.head_dim, count, group, bool(op.softcap), bool(op.alibi))
 
     @property
     def name(self) -> str:
         """The shape as a part of the kernels' names."""
-        return f"{self.kv_dtype}_{self.dim}x{self.group}{'_capped' if self.capped else ''}"
+        extras = f"{'_capped' if self.capped else ''}{'_alibi' if self.alibi else ''}"
+        return f"{self.kv_dtype}_{self.dim}x{self.group}{extras}"
 
     @property
     def item_rows(self) -> int:
@@ -153,6 +154,7 @@ class Memory:
         self._panels, self._read = panels, vector
         self._vectors: dict[tuple[Weight, bool], Floats] = {}
         self._no_bias: dict[int, Floats] = {}  # by width
+        self._slopes: dict[tuple[float, ...], Floats] = {}
         self._cos_sin: dict[RopeTable, CosSinTable] = {}
         self._cache: Array = zeros((0,))
         self.num_pages = 0
@@ -198,6 +200,14 @@ class Memory:
         if width not in self._no_bias:
             self._no_bias[width] = zeros((-(-width // 16) * 16,), np.float32)
         return self._no_bias[width].ctypes.data
+
+    def slopes(self, alibi: tuple[float, ...]) -> int:
+        """Return the address of the slopes of ALiBi; 0 if there are none."""
+        if not alibi:
+            return 0
+        if alibi not in self._slopes:
+            self._slopes[alibi] = np.array(alibi, np.float32)
+        return self._slopes[alibi].ctypes.data
 
     def cos_sin(self, table: RopeTable) -> CosSinTable:
         """Return the cosines and sines of a rotary embedding; layers share them."""

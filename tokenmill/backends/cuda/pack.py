@@ -25,7 +25,7 @@ from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Coded, Reader, check, for_each, load, piece_of
+from tokenmill.quant.base import Coded, Reader, check, for_each, load, pieces_of
 from tokenmill.weights.checkpoint import Checkpoint
 
 _LANES = 8  # copies at a time: one core fills a pinned buffer slower than the bus empties it
@@ -146,8 +146,8 @@ def _pack(weight: Weight, to: Tensor, source: Checkpoint, read: Reader, rank: in
         to.copy_(to_tensor(load(weight, source, read, rank), to.dtype))
         return
     first = 0
-    for part in weight.parts:
-        matrix = read(source, piece_of(weight, part, rank))
+    for piece in (piece for part in weight.parts for piece in pieces_of(weight, part, rank)):
+        matrix = read(source, piece)
         rows = to[first : first + matrix.shape[0]]
         raw = _as_stored(matrix, to.dtype)
         if raw is not None:

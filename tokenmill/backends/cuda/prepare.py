@@ -79,6 +79,8 @@ def _attention_refusal(op: ops.Attention) -> str:
         return f"its attention has no heads of {op.head_dim}"
     if op.q.width // op.k.width > MOST_SHARED:
         return f"{op.q.width // op.k.width} query heads share a key-value head"
+    if op.alibi:
+        return "it has no ALiBi"
     if op.rope is not None and op.rope.rotary_dim != op.head_dim:
         return "its rotation is of whole heads"
     if bool(op.q_norm) != bool(op.k_norm):

@@ -62,6 +62,12 @@ class Bucket:
             self.kept[window] = made
         return made
 
+    def biased(self, mask: Tensor | None, slopes: Tensor) -> Tensor:
+        """Return `mask` plus ALiBi, (B, H, Q, L): slope of the head · (position of the key − that of the query)."""
+        keys = torch.arange(self.widest, device=self.positions.device)
+        bias = (keys - self.positions[:, None, :, None]) * slopes[:, None, None]
+        return bias if mask is None else bias + mask
+
     def _mask(self, window: int, dtype: torch.dtype) -> Tensor | None:
         if not self.uneven and not 0 < window < self.widest:
             return None
@@ -162,9 +168,16 @@ class Scratch:
 
 
 def attend(
-    op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan, scratch: Scratch
+    op: ops.Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    plan: AttentionPlan,
+    scratch: Scratch,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """Write k and v (T, G · D) to `cache` (2, places, G · D), attend, and return (T, H · D)."""
+    """Write k and v (T, G · D) to `cache` (2, places, G · D), attend, and return (T, H · D). `slopes` (H,): ALiBi's."""
     cache[0].index_copy_(0, plan.places, k)
     cache[1].index_copy_(0, plan.places, v)
     made = torch.empty_like(q)
@@ -175,7 +188,9 @@ def attend(
             torch.index_select(kept, 0, bucket.keys, out=out).view(b, bucket.widest, -1, op.head_dim).transpose(1, 2)
             for kept, out in zip(cache, scratch.room(len(bucket.keys), cache), strict=True)
         )  # (B, G, L, D)
-        y = _scaled(op, heads, keys, values, bucket.mask(op.window, q.dtype))
+        mask = bucket.mask(op.window, q.dtype)
+        mask = mask if slopes is None else bucket.biased(mask, slopes)
+        y = _scaled(op, heads, keys, values, mask)
         y = y.transpose(1, 2).reshape(b * n, -1)
         made[bucket.tokens] = y if bucket.real is None else y[bucket.real]
     return made

@@ -114,7 +114,10 @@ def attention(op: ops.Attention, step: StepState, q: Tensor, k: Tensor, v: Tenso
         )
     if op.rope:
         q, k = (rotated(x, op.rope, op.head_dim, step) for x in (q, k))
-    return attend(op, q, k, v, step.cache[op.layer], step.attention, step.scratch)
+    heads = q.shape[1] // op.head_dim
+    slopes = op.alibi[step.group.rank * heads :][:heads]
+    alibi = torch.tensor(slopes, dtype=q.dtype, device=q.device) if slopes else None
+    return attend(op, q, k, v, step.cache[op.layer], step.attention, step.scratch, alibi)
 
 
 def gated_act(op: ops.GatedAct, step: StepState, gate: Tensor, up: Tensor) -> Tensor:

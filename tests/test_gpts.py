@@ -1,0 +1,123 @@
+"""GPT-like architectures: defaults of their classes, names in published files, refusals, layouts of fused matrices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from support_models import FAMILIES, SIZES, Driver, make_checkpoint, reference, steps
+
+from tokenmill import plugins
+from tokenmill.errors import ModelError, StartError
+from tokenmill.layers.attention import alibi_slopes
+from tokenmill.models import _gpt
+from tokenmill.models.base import config_of, program_of
+from tokenmill.program.ops import Part
+
+torch.set_num_threads(1)
+TYPES = sorted(
+    {kind for kind, _ in FAMILIES.values() if issubclass(plugins.find("models", kind).Config, _gpt.Config)}
+)
+OF_ROPE = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
+OURS = {"dtype", "seq_length", "n_embed"}  # not fields of the class
+
+
+def their_default(model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]()
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_defaults_are_those_of_transformers_class(model_type: str) -> None:
+    config, theirs = config_of({"model_type": model_type}), their_default(model_type)
+    fields = [f for f in msgspec.structs.fields(type(config)) if f.encode_name not in OF_ROPE | OURS]
+    for field in fields:
+        default = getattr(theirs, field.encode_name)
+        assert getattr(config, field.name) in (default, None), field.encode_name
+    assert (config.kv_heads, config.head_size) == (
+        getattr(theirs, "num_key_value_heads", None) or config.num_attention_heads,
+        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+    )
+    rope = getattr(theirs, "rope_parameters", None)
+    if rope and config.rope is not None:
+        share = rope.get("partial_rotary_factor") or 1.0
+        assert config.rope.table.theta == rope["rope_theta"]
+        assert config.rope.table.rotary_dim == int(config.head_size * share)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_null_length_is_refused_by_every_type(model_type: str) -> None:
+    (name,) = (
+        field.encode_name
+        for field in msgspec.structs.fields(plugins.find("models", model_type).Config)
+        if field.name == "max_position_embeddings"
+    )
+    with pytest.raises(StartError, match="null; give a number"):
+        config_of({"model_type": model_type, name: None})
+
+
+@pytest.mark.parametrize(
+    "family, prefix", [("gpt2", "transformer."), ("bloom", "transformer."), ("gpt_neox", "gpt_neox.")]
+)
+def test_files_without_the_whole_models_prefix_and_with_old_masks_are_read(
+    tmp_path: Path, family: str, prefix: str
+) -> None:
+    model = make_checkpoint(tmp_path, family)
+    file = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}
+    layers = "layers" if family == "gpt_neox" else "h"
+    masks = {f"{layers}.0.attn.bias": np.ones((1, 1, 8, 8), np.uint8), f"{layers}.1.attention.masked_bias": np.ones(1)}
+    save_file(tensors | masks, file)
+    backend = Driver.of(tmp_path)
+    rows = steps()[0]
+    np.testing.assert_allclose(backend.feed(rows), reference(model, [rows])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_matrix_of_other_heads_is_refused_by_name(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "gpt_neox")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    with pytest.raises(ModelError, match=r"'gpt_neox.embed_in.weight' has shape \(128, 64\).*\(128, 32\)"):
+        Driver.of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"model_type": "gpt2", "n_head": 7}, "7 heads do not divide"),
+        ({"model_type": "gpt2", "activation_function": "mish"}, "activation_function"),
+        ({"model_type": "gpt_neox", **SIZES, "rotary_pct": 0.2}, "3 rotary columns"),
+        ({"model_type": "gpt_neox", **SIZES, "rotary_pct": 2.0}, "32 rotary columns of heads of 16"),
+        ({"model_type": "bloom", "n_embed": 60}, "8 heads do not divide"),
+    ],
+)
+def test_inconsistent_numbers_are_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(StartError) as found:
+        program_of(config)
+    assert words in str(found.value)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 7, 8, 12, 16, 71, 112])
+def test_slopes_of_any_number_of_heads_are_transformers(heads: int) -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)[:, 0, 1]
+    np.testing.assert_allclose(alibi_slopes(heads), theirs.numpy(), rtol=1e-6)
+
+
+def test_the_places_of_a_part_in_runs_are_those_of_a_reshape() -> None:
+    rows = np.arange(5 * 12).reshape(5, 12)
+    part = Part("w", 5 * 4, start=3, run=4, step=12)
+    want = rows[:, 3:7].ravel()
+    assert part.end == 60
+    for first in range(20):
+        for count in range(21 - first):
+            found = [i for s in part.slices(first, count) for i in range(s.start, s.stop)]
+            assert found == want[first : first + count].tolist()
