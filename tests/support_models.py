@@ -28,6 +28,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied_with_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -50,14 +51,47 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom_normed_residual": ("bloom", {"apply_residual_connection_post_layernorm": True, "n_head": 2}),
     "qwen3_yarn_tied": ("qwen3", {"head_dim": 16, "rope_scaling": YARN, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 5, **EXPERTS, "shared_expert_intermediate_size": 32}),
+    "qwen2_moe_mixed": ("qwen2_moe", {
+        "num_experts": 4, **EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1], "qkv_bias": False,
+        "shared_expert_intermediate_size": 32, "use_sliding_window": True, "sliding_window": 8,
+    }),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 8, **EXPERTS, "norm_topk_prob": True, "head_dim": 32}),
+    "qwen3_moe_window": ("qwen3_moe", {
+        "num_experts": 4, **EXPERTS, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 8,
+        "attention_bias": True,
+    }),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "phimoe": ("phimoe", {
+        "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.1,
+    }),
+    "glm4_moe": ("glm4_moe", {"n_routed_experts": 8, **EXPERTS, "attention_bias": True}),
+    "glm4_moe_groups": ("glm4_moe", {
+        "n_routed_experts": 8, **EXPERTS, "n_group": 4, "topk_group": 2, "use_qk_norm": True, "head_dim": 32,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": False,
+    }),
+    "dots1": ("dots1", {
+        "n_routed_experts": 4, **EXPERTS, "n_shared_experts": 2, "first_k_dense_replace": 1, "sliding_window": 8,
+        "max_window_layers": 2, "norm_topk_prob": True,
+    }),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {
+        "num_experts": 4, "moe_topk": [1, 3, 2], "head_dim": 16,
+        "rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    }),
+    "minimax_m2": ("minimax_m2", {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16,
+    }),
     "mixtral_window": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 8}),
 }
 """Name -> (model_type, what differs from SIZES)."""
 
-BEYOND_CPU = dict.fromkeys(("mixtral", "mixtral_window"), "it has no kernel for Route")
+BEYOND_CPU = dict.fromkeys(
+    (name for name, (kind, _) in FAMILIES.items() if "mo" in kind or kind in ("mixtral", "dots1", "minimax_m2")),
+    "it has no kernel for Route",
+)
 """Families that the CPU backend refuses, with its reason."""
 
-UNSHARDED: dict[str, str] = {}
+UNSHARDED = dict.fromkeys(("olmoe", "minimax_m2"), "norm over the whole row")
 """Families that ranks cannot share, with a part of the reason."""
 
 
@@ -81,6 +115,10 @@ def make_checkpoint(
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for p in model.parameters():
         p.data = (torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)).to(dtype).float()
+    kept = model.state_dict().keys()
+    for name, b in model.named_buffers():
+        if name in kept:  # corrections of the choice of experts, which are no parameters
+            b.copy_(torch.randn_like(b) * 0.2)
     deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard_size)  # a copy: `to` rounds rope's buffers
     return model
 

@@ -15,7 +15,7 @@ import torch
 from support_models import SIZES, Driver
 
 from tokenmill import plugins
-from tokenmill.errors import StartError
+from tokenmill.errors import ModelError, StartError
 from tokenmill.models.base import config_of, program_of
 
 torch.set_num_threads(1)
@@ -248,3 +248,26 @@ def test_logits_of_random_configs_equal_transformers_and_what_fails_there_is_ref
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=str(config))
         served += 1
     assert served > 8
+
+
+EXPERTS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "3 experts are to be chosen"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "8 experts are to be chosen for each token, but there are 4"),
+        ({"model_type": "qwen3_moe", "num_experts": 16, "num_local_experts": 8}, "`num_local_experts` 8"),
+        ({"model_type": "qwen2_moe", "layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
+        ({"model_type": "glm4_moe", "n_group": 3}, "1 of 3 groups of 128 experts"),
+        ({"model_type": "glm4_moe", "n_group": 64, "topk_group": 2}, "8 experts are to be chosen for each token"),
+        ({"model_type": "dots1", "num_experts_per_tok": 1, "n_shared_experts": 1}, "n_routed_experts"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "`clip_qkv` is 8.0"),
+        ({"model_type": "hunyuan_v1_moe", "moe_topk": [1]}, "1 numbers of moe_topk for 2 layers"),
+    ],
+)
+def test_experts_that_cannot_be_had_are_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError) as found:
+        program_of(EXPERTS | config)
+    assert words in str(found.value)

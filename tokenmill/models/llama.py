@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
@@ -28,6 +28,8 @@ _SAME_ACTS = {
     "gelu_python_tanh": "gelu_pytorch_tanh",
 }  # fmt: skip
 """transformers' name of an activation -> the name that backends use"""
+Apply = Callable[[Value], Value]
+"""A layer: it records its operations on a value and returns the result"""
 
 
 class Biases(NamedTuple):
@@ -40,6 +42,8 @@ class Biases(NamedTuple):
 
 class Config(base.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' LlamaConfig."""
+
+    rotates_whole_heads: ClassVar[bool] = True
 
     hidden_size: Size = 4096
     intermediate_size: Size = 11008
@@ -66,7 +70,7 @@ class Config(base.Config, kw_only=True):
             )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} key-value heads for {self.num_attention_heads} heads")
-        if self.partial_rotary_factor != 1:
+        if self.rotates_whole_heads and self.partial_rotary_factor != 1:
             raise ValueError(
                 f"`partial_rotary_factor` is {self.partial_rotary_factor}, but this model type rotates whole heads; "
                 "leave it out"
@@ -86,11 +90,16 @@ class Config(base.Config, kw_only=True):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def rotary_dim(self) -> int:
+        """Number of columns of a head that are rotated, from the left."""
+        return int(self.head_size * self.partial_rotary_factor)
+
+    @property
     def rope(self) -> Rope:
         """Return the rotary embedding of queries and keys."""
         length = self.max_position_embeddings or type(self)().max_position_embeddings
         assert length is not None
-        return Rope(self.head_size, self.rope_theta, length, self.rope_scaling)
+        return Rope(self.head_size, self.rope_theta, length, self.rope_scaling, self.rotary_dim)
 
     @property
     def max_positions(self) -> int:
@@ -152,12 +161,12 @@ class Layer:
     attention = Attention
 
     def __init__(self, c: Config, scope: Scope, layer: int) -> None:
-        self.norm1 = RmsNorm(scope / "input_layernorm", c.hidden_size, c.rms_norm_eps)
+        self.norm1: Apply = RmsNorm(scope / "input_layernorm", c.hidden_size, c.rms_norm_eps)
         self.attn = self.attention(c, scope / "self_attn", layer)
-        self.norm2 = RmsNorm(scope / "post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
+        self.norm2: Apply = RmsNorm(scope / "post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
         self.mlp = self.feed_forward(c, scope, layer)
 
-    def feed_forward(self, c: Any, scope: Scope, layer: int) -> Callable[[Value], Value]:
+    def feed_forward(self, c: Any, scope: Scope, layer: int) -> Apply:
         """Return the feed-forward layer. Derived models with experts override it."""
         return GatedMlp(scope / "mlp", c.hidden_size, c.intermediate_size, c.act, bias=c.biases.mlp)
 
@@ -176,7 +185,7 @@ class Model:
         body = scope / "model"
         self.embed = Embedding(body / "embed_tokens", c.vocab_size, c.hidden_size)
         self.layers = [self.layer(c, body / f"layers.{i}", i) for i in range(c.num_hidden_layers)]
-        self.norm = RmsNorm(body / "norm", c.hidden_size, c.rms_norm_eps)
+        self.norm: Apply = RmsNorm(body / "norm", c.hidden_size, c.rms_norm_eps)
         self.head = head(scope, c.hidden_size, c.vocab_size, self.embed.weight if c.tie_word_embeddings else None)
 
     def __call__(self, inputs: Inputs) -> Value:

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from tokenmill.layers.moe import MoeMlp, Router, separate
 from tokenmill.layers.scope import Scope
-from tokenmill.models import llama
+from tokenmill.models import _moe, llama
+from tokenmill.models._moe import Count
 from tokenmill.models.base import Length
 from tokenmill.models.llama import Biases, Size
 from tokenmill.program.value import Value
-
-Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-
-
-def check_top_k(top_k: int, experts: int) -> None:
-    """Raise ValueError if more experts are to be chosen than there are."""
-    if top_k > experts:
-        raise ValueError(f"`num_experts_per_tok` is {top_k}, but there are {experts} experts")
 
 
 class Config(llama.Config, kw_only=True):
@@ -38,7 +31,7 @@ class Config(llama.Config, kw_only=True):
     def __post_init__(self) -> None:
         """Raise ValueError for inconsistent numbers."""
         super().__post_init__()
-        check_top_k(self.num_experts_per_tok, self.num_local_experts)
+        _moe.check_top_k(self.num_experts_per_tok, self.num_local_experts)
 
     def window(self, layer: int) -> int:
         """Return the sliding window of a layer in tokens; 0: all tokens."""
@@ -49,12 +42,10 @@ class Config(llama.Config, kw_only=True):
         """Return that no product has a bias, regardless of config.json."""
         return Biases()
 
-
-def experts_of(c: Config, scope: Scope) -> MoeMlp:
-    """Return the mixture of experts of a layer, under Mixtral's names."""
-    router = Router(scope, c.hidden_size, c.num_local_experts, c.num_experts_per_tok, renormalize=True)
-    scopes = [scope / f"experts.{i}" for i in range(c.num_local_experts)]
-    return MoeMlp(router, separate(scopes, c.hidden_size, c.intermediate_size, ("w1", "w3", "w2")), c.act)
+    @property
+    def choice(self) -> dict[str, Any]:
+        """Return the fields of the routing, as of `ops.Route`."""
+        return {"renormalize": True}
 
 
 class Layer(llama.Layer):
@@ -62,7 +53,10 @@ class Layer(llama.Layer):
 
     def feed_forward(self, c: Config, scope: Scope, layer: int) -> Callable[[Value], Value]:
         """Return the experts."""
-        return experts_of(c, scope / "block_sparse_moe")
+        moe = scope / "block_sparse_moe"
+        router = Router(moe, c.hidden_size, c.num_local_experts, c.num_experts_per_tok, **c.choice)
+        scopes = _moe.numbered(moe, c.num_local_experts)
+        return MoeMlp(router, separate(scopes, c.hidden_size, c.intermediate_size, ("w1", "w3", "w2")), c.act)
 
 
 class Model(llama.Model):

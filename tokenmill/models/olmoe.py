@@ -1,0 +1,77 @@
+"""OLMoE: Llama with experts in every layer, and norms over whole rows of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import msgspec
+
+from tokenmill.layers.moe import MoeMlp, Router, separate
+from tokenmill.layers.norm import RmsNorm
+from tokenmill.layers.scope import Scope
+from tokenmill.models import _moe, llama
+from tokenmill.models._moe import Count
+from tokenmill.models.base import Length
+from tokenmill.models.llama import Biases, Size
+from tokenmill.program.value import Value
+
+
+class Config(llama.Config, kw_only=True):
+    """The fields of config.json that this file reads, with the defaults of transformers' OlmoeConfig."""
+
+    vocab_size: Size = 50304
+    hidden_size: Size = 2048
+    intermediate_size: Size = 2048
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)] = 16
+    num_attention_heads: Size = 16
+    max_position_embeddings: Length | None = 4096
+    rms_norm_eps: float = 1e-5
+    clip_qkv: float | None = None
+    num_experts_per_tok: Count = 8
+    num_experts: Count = 64
+    norm_topk_prob: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for inconsistent numbers, or for clipped queries, keys and values."""
+        super().__post_init__()
+        if self.clip_qkv is not None:
+            raise ValueError(f"`clip_qkv` is {self.clip_qkv}, but only null is supported")
+        _moe.check_top_k(self.num_experts_per_tok, self.num_experts)
+
+    @property
+    def biases(self) -> Biases:
+        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
+        return Biases(self.attention_bias, self.attention_bias)
+
+
+class Attention(llama.Attention):
+    """Llama's attention, with norms over all heads of queries and of keys together."""
+
+    def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
+        super().__init__(c, scope, layer)
+        self.q_norm = RmsNorm(scope / "q_norm", c.num_attention_heads * c.head_size, c.rms_norm_eps)
+        self.k_norm = RmsNorm(scope / "k_norm", c.kv_heads * c.head_size, c.rms_norm_eps)
+
+    def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
+        """Normalize queries and keys."""
+        return self.q_norm(q), self.k_norm(k)
+
+
+class Layer(llama.Layer):
+    """Llama's decoder layer, with this file's attention, and experts."""
+
+    attention = Attention
+
+    def feed_forward(self, c: Config, scope: Scope, layer: int) -> Callable[[Value], Value]:
+        """Return the experts."""
+        mlp = scope / "mlp"
+        router = Router(mlp, c.hidden_size, c.num_experts, c.num_experts_per_tok, renormalize=c.norm_topk_prob)
+        bank = separate(_moe.numbered(mlp, c.num_experts), c.hidden_size, c.intermediate_size)
+        return MoeMlp(router, bank, c.act)
+
+
+class Model(llama.Model):
+    """Llama's model, with this file's decoder layers."""
+
+    layer = Layer
