@@ -98,11 +98,15 @@ def matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Code
         "Q4_0": (18, 32, {0: 0.01}), "Q4_1": (20, 32, {0: 0.01, 2: -0.075}), "Q5_0": (22, 32, {0: 0.005}),
         "Q5_1": (24, 32, {0: 0.005, 2: -0.0775}), "Q8_0": (34, 32, {0: 0.0007}),
         "Q4_K": (144, 256, {0: 3e-4, 2: 22e-4}), "Q5_K": (176, 256, {0: 15e-5, 2: 23e-4}),
-        "Q6_K": (210, 256, {208: 4e-5}),
+        "Q6_K": (210, 256, {208: 4e-5}), "Q2_K": (84, 256, {80: 0.004, 82: 0.0008}), "Q3_K": (110, 256, {108: 5e-4}),
+        "IQ4_NL": (18, 32, {0: 8e-4}), "IQ4_XS": (136, 256, {0: 5e-5}), "TQ1_0": (54, 256, {52: 0.06}),
+        "TQ2_0": (66, 256, {64: 0.05}), "MXFP4": (17, 32, {}),
     }[kind]  # fmt: skip
     raw = rng.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
     for place, number in at.items():
         raw[..., place : place + 2] = np.float16([number]).view(np.uint8)
+    if kind == "MXFP4":
+        raw[..., 0] = rng.integers(120, 123, raw.shape[:2])
     return gguf.UNPACK[kind](raw)
 
 
@@ -130,6 +134,9 @@ MIXED = {"q_proj": "Q4_K", "k_proj": "Q4_K", "v_proj": "Q6_K", "down": "Q6_K", "
         ({"v_proj": "Q5_0", "lm_head": "Q5_0"}, "Q5_1"),
         (MIXED, "Q4_K"),
         ({"lm_head": "Q6_K"}, "Q5_K"),
+        ({"down": "Q3_K", "lm_head": "Q6_K"}, "Q2_K"),
+        ({"v_proj": "Q5_0", "lm_head": "IQ4_NL"}, "IQ4_XS"),
+        ({"embed": "TQ2_0", "v_proj": "MXFP4", "lm_head": "MXFP4"}, "TQ1_0"),
         ({"v_proj": "F16"}, "Q8_0"),
         ({}, "int8"),
         ({"embed": "int8"}, "int4"),

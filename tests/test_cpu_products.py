@@ -30,6 +30,11 @@ SETS = [(i.name, form) for i in HERE for form in (FEW_FORMS if i.pairs else FORM
 """A set with pairs has the code of AVX-512 VNNI but for them."""
 
 
+K_TYPES = {
+    "int2k": "Q2_K", "int3k": "Q3_K", "int4k": "Q4_K", "int5k": "Q5_K", "int6k": "Q6_K", "int8k": "IQ4_XS",
+}  # fmt: skip
+
+
 def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
     """Return a random matrix that is packed in that form."""
     if form in DENSE_FORMS:
@@ -38,8 +43,8 @@ def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
         return dense(kinds[form] if form in kinds else bf16(array))
     kind = BLOCK_FORMS[form]
     if kind.group > 1:
-        return random_k_matrix({"int4k": "Q4_K", "int5k": "Q5_K", "int6k": "Q6_K"}[form], rows, columns, rng)
-    blocks = columns // (16 if kind.halves == 2 else 32)
+        return random_k_matrix(K_TYPES[form], rows, columns, rng)
+    blocks = columns // 32
     scale = rng.uniform(0.001, 0.1, (rows, blocks)).astype({2: np.float16, 4: np.float32}[kind.scale])
     low = None
     if kind.low:
@@ -68,8 +73,11 @@ def widened(x: np.ndarray) -> np.ndarray:
 
 
 def random_k_matrix(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Coded:
-    """Return a random matrix of GGUF's K types: any bytes are valid but those of the factors."""
-    size, factors = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}[kind]
+    """Return a random matrix of GGUF's types with superblocks: any bytes are valid but those of the factors."""
+    size, factors = {
+        "Q2_K": (84, (80, 82)), "Q3_K": (110, (108,)), "Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)),
+        "Q6_K": (210, (208,)), "IQ4_XS": (136, (0,)),
+    }[kind]  # fmt: skip
     raw = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
     raw[0, :, 16:] = 255  # the ends, where sums of pairs might overflow
     for at in factors:

@@ -24,7 +24,10 @@ from tokenmill.weights.gguf import Gguf
 from tokenmill.weights.source import local_source
 
 torch.set_num_threads(1)
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+TYPES = [
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0",
+]  # fmt: skip
 
 
 def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
@@ -32,8 +35,11 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> n
     rng = np.random.default_rng(0)
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (rows, columns // elements, size), dtype=np.uint8)
-    halves = {"Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
-    for at in halves.get(kind.name, (208,)):
+    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
+              "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": ()}  # fmt: skip
+    if kind.name == "MXFP4":
+        raw[..., 0] = rng.integers(0, 252, raw.shape[:2])  # exponents of numbers that float32 holds
+    for at in halves.get(kind.name, (0,)):
         scale = rng.normal(size=raw.shape[:2]).astype(np.float16)
         raw[..., at : at + 2] = scale[..., None].view(np.uint8)
     return raw.reshape(rows, -1)
@@ -184,9 +190,9 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "d.gguf", "llama", {**embed, "rope_freqs.weight": (np.ones(8, np.float16), None)})
     with pytest.raises(ModelError, match=r"'rope_freqs.weight' is stored as F16"):
         model_config(local_source(tmp_path / "d.gguf"))
-    raw = np.zeros((7, 84), np.uint8)
-    write(tmp_path / "c.gguf", "llama", {"token_embd.weight": (raw, gguf.GGMLQuantizationType.Q2_K)})
-    with pytest.raises(ModelError, match=r"stored as Q2_K\. Readable: F32"):
+    raw = np.zeros((7, 292), np.uint8)
+    write(tmp_path / "c.gguf", "llama", {"token_embd.weight": (raw, gguf.GGMLQuantizationType.Q8_K)})
+    with pytest.raises(ModelError, match=r"stored as Q8_K\. Readable: F32.*, Q3_K,.*, TQ2_0\."):
         Gguf(tmp_path / "c.gguf")["model.embed_tokens.weight"]
     with pytest.raises(ModelError, match=r"no tensor .output_norm.weight."):
         Gguf(tmp_path / "c.gguf")["model.norm.weight"]

@@ -28,6 +28,14 @@ class Format(NamedTuple):
         """True if codes are integers."""
         return self.table is None and np.issubdtype(self.dtype, np.integer) and self.bits <= 8
 
+    @property
+    def integers(self) -> tuple[str, NDArray[np.int8]] | None:
+        """Integer format that holds the numbers of the table, and the numbers in it; None if they are no integers."""
+        if self.table is None or self.bits > 4 or not np.array_equal(self.table, np.rint(self.table)):
+            return None
+        least = next(name for name, size in (("i5", 16), ("i8", 128)) if np.abs(self.table).max() < size)
+        return least, self.table.astype(np.int8)
+
 
 def _e4m3() -> Floats:
     """Return the numbers of float8_e4m3fn, which has no infinities; 127 and 255 are NaN."""
@@ -43,6 +51,9 @@ def _e2m1() -> Floats:
     sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     return np.array([*sizes, *(-n for n in sizes)], np.float32)
 
+
+_IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+"""Levels of GGUF's IQ4 types, from ggml-common.h"""
 
 _E5M2 = (np.arange(256, dtype=np.uint16) << np.uint16(8)).view(np.float16).astype(np.float32)
 _NF4 = np.array(
@@ -60,6 +71,8 @@ FORMATS: dict[str, Format] = {
     "f64": Format(64, np.float64),
     "f16": Format(16, np.float16),
     "bf16": Format(16, np.uint16),  # numpy has no such type
+    "u2": Format(2, np.uint8),  # an element for each code, as with i3
+    "i3": Format(3, np.int8),  # −4…3
     "u4": Format(4, np.uint8),
     "u5": Format(5, np.int8),  # 0…31
     "i5": Format(5, np.int8),  # −16…15
@@ -68,7 +81,9 @@ FORMATS: dict[str, Format] = {
     "e4m3": Format(8, np.uint8, _e4m3()),
     "e5m2": Format(8, np.uint8, _E5M2),
     "e2m1": Format(4, np.uint8, _e2m1()),
+    "e2m1x2": Format(4, np.uint8, 2 * _e2m1()),  # as in GGUF's MXFP4, whose scales are halved for it
     "nf4": Format(4, np.uint8, _NF4),
+    "iq4": Format(4, np.uint8, _IQ4_NL),
 }
 """Name -> format. Integers are named by sign and bits, floats by the bits of exponent and mantissa."""
 

@@ -33,7 +33,8 @@ KINDS = {
 BLOCKS = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "F64": (1, 8), "I8": (1, 1), "I16": (1, 2), "I32": (1, 4),
     "I64": (1, 8), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
-    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17), "TQ1_0": (256, 54), "TQ2_0": (256, 66),
 }  # fmt: skip
 """type -> (elements of a block, bytes of a block). Other types have a name only, and are refused when read."""
 
@@ -277,7 +278,7 @@ class Gguf:
         if entry is None:
             raise ModelError(f"{self.path} has no tensor {_our_name(name)!r} ({name}).")
         if entry.kind not in BLOCKS:
-            known = ", ".join(k for k in BLOCKS if k[0] in "FBQ")
+            known = ", ".join(k for k in BLOCKS if not re.fullmatch(r"I\d+", k))
             raise ModelError(f"{self.path}: {_our_name(name)!r} is stored as {entry.kind}. Readable: {known}.")
         data = self._bytes(entry)
         which = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])

@@ -8,7 +8,8 @@ A quantized form stores, for each 32 columns of a panel, in this order:
   6 bits: the same, then two planes, for vectors 0 … 3 and 4 … 7, with two bits for each vector.
   8 bits: eight planes, one for each vector.
 * a scale for each output; two if a scale covers 16 columns;
-* an addend for each output (`low`), if the form has one. Otherwise `offset` is subtracted from every code.
+* an addend for each output (`low`), if the form has one; two, like scales. Otherwise `offset` is subtracted from every
+  code.
 
 Dequantized weight: scale · (code − offset) + low. Two-level forms (GGUF's K types) have int8 scales and lows. There,
 every group of eight blocks begins with float16 factors for each output: those of the scales, then those of the lows.
@@ -34,7 +35,7 @@ class Form:
     scale: int  # bytes of a scale: 1, 2 or 4 (int8, float16, float32)
     low: int = 0  # bytes of an addend: 0 (no addends), 1, 2 or 4
     offset: int = 0
-    halves: int = 1  # scales for each 32 columns: 1, or 2 of 16 columns each
+    halves: int = 1  # scales and addends for each 32 columns: 1, or 2 of 16 columns each
 
     @property
     def codes(self) -> int:
@@ -49,7 +50,7 @@ class Form:
     @property
     def size(self) -> int:
         """Bytes of a block, without factors. A block is 32 columns of a panel."""
-        return self.codes + self.scales + PANEL * self.low
+        return self.codes + self.scales + PANEL * self.low * self.halves
 
     @property
     def group(self) -> int:
@@ -89,16 +90,19 @@ class DenseForm:
 BLOCK_FORMS = {
     form.name: form
     for form in (
+        Form("int2k", 4, scale=1, low=1, halves=2),  # Q2_K
+        Form("int3k", 4, scale=1, offset=4, halves=2),  # Q3_K
         Form("int4", 4, scale=2, low=2),  # Q4_1
-        Form("int4even", 4, scale=2, offset=8),  # Q4_0; int4 quantized at load
+        Form("int4even", 4, scale=2, offset=8),  # Q4_0, TQ1_0, TQ2_0; int4 quantized at load
         Form("int4wide", 4, scale=4, low=4),  # scales or zeros beyond float16
         Form("int4k", 4, scale=1, low=1),  # Q4_K
         Form("int5", 5, scale=2, low=2),  # Q5_1
         Form("int5even", 5, scale=2, offset=16),  # Q5_0
-        Form("int5wide", 5, scale=4, low=4),
+        Form("int5wide", 5, scale=4, low=4),  # MXFP4
         Form("int5k", 5, scale=1, low=1),  # Q5_K
         Form("int6k", 6, scale=1, offset=32, halves=2),  # Q6_K
-        Form("int8", 8, scale=2, offset=128),  # Q8_0; int8 quantized at load
+        Form("int8", 8, scale=2, offset=128),  # Q8_0, IQ4_NL; int8 quantized at load
+        Form("int8k", 8, scale=1, offset=128),  # IQ4_XS
         Form("int8wide", 8, scale=4, low=4, offset=128),  # every other kind of blocks
     )
 }

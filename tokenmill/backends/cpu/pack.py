@@ -165,6 +165,7 @@ def _pack_dense(matrix: Coded, gated: bool, start: int, pairs: bool, allocate: A
 def _as_blocks(matrix: Coded) -> Coded | None:
     """Return the matrix with a scale for each 32 columns, or 16 as in Q6_K; None if no quantized form can store it."""
     columns = matrix.shape[1]
+    matrix = _as_integers(matrix)
     if matrix.scale is None or matrix.order is not None or columns % BLOCK or not FORMATS[matrix.format].integer:
         return None
     if matrix.block == (1, BLOCK) or (matrix.block == (1, BLOCK // 2) and matrix.levels is not None):
@@ -185,6 +186,16 @@ def _as_blocks(matrix: Coded) -> Coded | None:
     )  # fmt: skip
 
 
+def _as_integers(m: Coded) -> Coded:
+    """Return a matrix whose codes stand for integers of a table with these integers as codes; any other unchanged."""
+    found = FORMATS[m.format].integers
+    if found is None:
+        return m
+    name, table = found
+    codes = np.concatenate([m.codes & 15, m.codes >> 4], -1) if packed(m.codes, m.format) else m.codes
+    return replace(m, codes=table[codes], format=name)
+
+
 def _zero(m: Coded) -> float | None:
     """Return the zero of all blocks; None if they differ."""
     if m.zero is None:
@@ -192,7 +203,7 @@ def _zero(m: Coded) -> float | None:
     return float(m.zero[0, 0]) if m.zero.shape == (1, 1) else None
 
 
-_EVEN = {"u4": 8, "u5": 16, "i5": 0, "i6": 0, "i8": 0}
+_EVEN = {"i3": 0, "u4": 8, "u5": 16, "i5": 0, "i6": 0, "i8": 0}
 """Format -> the zero with which a form without addends can store it"""
 
 
@@ -200,7 +211,7 @@ def _form_of(m: Coded) -> Form:
     bits, zero = FORMATS[m.format].bits, _zero(m)
     if m.levels is not None:
         return BLOCK_FORMS[f"int{bits}k"]
-    name = f"int{8 if bits == 6 else bits}"
+    name = f"int{8 if bits == 6 else max(4, bits)}"
     half = m.scale is not None and m.scale.dtype == np.float16
     if m.low is not None:
         narrow = half and m.low.dtype == np.float16 and m.format in ("u4", "u5")
@@ -213,17 +224,15 @@ def _shift(form: Form, m: Coded) -> int:
     """Return the number that makes the codes unsigned, as panels store them, when added."""
     if m.format.startswith("u"):
         return 0
-    return form.offset or 16
+    return form.offset or 1 << form.bits - 1
 
 
 def _codes(m: Coded, shift: int) -> Array:
     """Return (rows, blocks of 32, 16) bytes of nibbles, or (rows, blocks of 32, 32) unsigned codes."""
     if packed(m.codes, m.format):
         return m.codes
-    codes = m.codes.reshape(len(m.codes), -1, BLOCK)
-    if m.format == "u4":
-        return nibbles(codes)
-    return np.asarray(codes.view(np.uint8) + np.uint8(shift))
+    codes = m.codes.reshape(len(m.codes), -1, BLOCK).view(np.uint8) + np.uint8(shift)
+    return nibbles(codes) if FORMATS[m.format].bits <= 4 else np.asarray(codes)
 
 
 def _numbers(form: Form, m: Coded, shift: int) -> tuple[Array | None, ...]:

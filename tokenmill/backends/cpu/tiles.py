@@ -189,9 +189,12 @@ class BlockTile:
         factors = {}
         for part in parts:
             offset = 2 * self.isa.lanes * part
-            factors[form.codes, part] = factors[form.codes + PANEL, part] = g.half(start, offset, self.isa.lanes)
-            if form.low:
-                factors[form.codes + form.scales, part] = g.half(start, 2 * PANEL + offset, self.isa.lanes)
+            scale = g.half(start, offset, self.isa.lanes)
+            low = g.half(start, 2 * PANEL + offset, self.isa.lanes) if form.low else None
+            for n in range(form.halves):
+                factors[form.codes + PANEL * n, part] = scale
+                if low is not None:
+                    factors[form.codes + form.scales + PANEL * n, part] = low
         first = g.b.shl(i, g.c(3))
         return g.loop(g.c(8), acc, partial(self._block, parts, g.at(start, form.factors), first, factors))
 
@@ -273,14 +276,24 @@ class BlockTile:
         scales: list[tuple[Val, Val]],
         acc: list[Val],
     ) -> list[Val]:
-        """Emit the scaled sums of a block with a scale for each 16 columns.
+        """Emit the scaled sums of a block with a scale, and an addend if the form has one, for each 16 columns.
 
-        `first_sums`: sums of the first 16 activations, which the offset is multiplied with.
+        `first_sums`: sums of the first 16 activations, which the offset or the first addend is multiplied with.
         """
         g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
         d0, d1 = (self._numbers(weight, form.codes + PANEL * form.scale * n, form.scale, part) for n in range(2))
+        if form.low:
+            at = form.codes + form.scales
+            lows = [self._numbers(weight, at + PANEL * form.low * n, form.low, part) for n in range(2)]
         out = []
         for r, (s, s_sum) in enumerate(scales):
+            if form.low:
+                mine = b.fmul(b.sitofp(first_sums[r], self.floats), g.splat(s, lanes))
+                rest = b.fsub(g.splat(s_sum, lanes), mine)
+                new = g.fma(lows[1], rest, g.fma(lows[0], mine, acc[r]))
+                t0, t1 = (b.fmul(b.sitofp(total[r], self.floats), g.splat(s, lanes)) for total in (first, second))
+                out.append(g.fma(t1, d1, g.fma(t0, d0, new)))
+                continue
             mine = b.fmul(b.sitofp(first_sums[r], self.floats), g.splat(b.fmul(s, g.f(form.offset)), lanes))
             rest = b.fsub(g.splat(b.fmul(s_sum, g.f(form.offset)), lanes), mine)
             t0, t1 = (
@@ -368,10 +381,12 @@ def _look_up_block(g: Emitter, form: Form, base: Val, lane: Val, i: Val, out: Va
         return b.fpext(value, f32) if item == 2 else value
 
     scales = [number(form.codes + PANEL * form.scale * n, form.scale, 0) for n in range(form.halves)]
-    low = number(form.codes + form.scales, form.low, 2 * PANEL) if form.low else None
+    at = form.codes + form.scales
+    lows = [number(at + PANEL * form.low * n, form.low, 2 * PANEL) for n in range(form.halves if form.low else 0)]
     codes = codes_at(g, form, g.at(block, b.mul(lane, g.c(4))), 0, 4)
     for j in range(8):
         exact = b.sitofp(b.sub(b.zext(codes(j), Vector(i32, 4)), g.k(Vector(i32, 4), form.offset)), four)
-        scale = g.splat(scales[j * form.halves // 8], 4)
-        value = b.fmul(exact, scale) if low is None else g.fma(exact, scale, g.splat(low, 4))
+        half = j * form.halves // 8
+        scale = g.splat(scales[half], 4)
+        value = g.fma(exact, scale, g.splat(lows[half], 4)) if lows else b.fmul(exact, scale)
         g.st(value, g.at(out, b.mul(i, g.c(128))), 16 * j)
