@@ -29,6 +29,10 @@ LLAMA3 = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LATENT = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied_with_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -78,6 +82,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_experts": 4, "moe_topk": [1, 3, 2], "head_dim": 16,
         "rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
     }),
+    "deepseek_v3": ("deepseek_v3", {
+        "n_routed_experts": 8, **EXPERTS, **LATENT, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "attention_bias": True,
+    }),
+    "deepseek_v3_halves": ("deepseek_v3", {
+        "n_routed_experts": 8, **EXPERTS, **LATENT, "q_lora_rank": None, "rope_interleave": False, "n_group": 1,
+        "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0, "n_shared_experts": 2,
+    }),
+    "deepseek_v2": ("deepseek_v2", {
+        "n_routed_experts": 8, **EXPERTS, **LATENT, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy",
+        "n_group": 4, "topk_group": 2, "routed_scaling_factor": 3.0,
+    }),
+    "deepseek_v2_greedy": ("deepseek_v2", {
+        "n_routed_experts": 4, **EXPERTS, **LATENT, "q_lora_rank": None, "rope_scaling": YARN | {"mscale": 0.7},
+    }),
     "minimax_m2": ("minimax_m2", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16,
     }),
@@ -88,7 +107,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 BEYOND_CPU = dict.fromkeys(
     (name for name, (kind, _) in FAMILIES.items() if "mo" in kind or kind in ("mixtral", "dots1", "minimax_m2")),
     "it has no kernel for Route",
-)
+) | dict.fromkeys((name for name in FAMILIES if "deepseek" in name), "it has no kernel for LatentAttention")
 """Families that the CPU backend refuses, with its reason."""
 
 UNSHARDED = dict.fromkeys(("olmoe", "minimax_m2"), "norm over the whole row")

@@ -137,7 +137,22 @@ class Draw:
             return self.linear(self.any_norm(total.split(32, WIDTH - 32)[0]), WIDTH)[0]
         return total
 
+    def _latent(self, x: Value, layer: int) -> Value:
+        """Attend to compressed rows: keys of 8 columns of their own and 4 or 8 rotated ones, values of 12."""
+        turned, rank, values = self.one_of(4, 8), 16, 12
+        (q,) = self.linear(x, HEADS * (8 + turned), shard="column", unit=8 + turned)
+        latent, key = self.linear(x, rank, turned)
+        y = q.record(
+            ops.LatentAttention, HEADS * values, q=q, latent=self.norm(latent) if self.chance(0.5) else latent, key=key,
+            expand=self.weight(HEADS * (8 + values), rank, shard="column", unit=8 + values), layer=layer,
+            head_dim=8 + turned, value_dim=values, scale=0.3, rope=RopeTable.of(turned, 1e4, 256, None),
+            interleaved=self.chance(0.5),
+        )  # fmt: skip
+        return self.linear(y, WIDTH, shard="row")[0]
+
     def _attention(self, x: Value, layer: int) -> Value:
+        if self.chance(0.08):
+            return self._latent(x, layer)
         if self.chance(0.2):
             q, k, v = self.interleaved(x)
         else:

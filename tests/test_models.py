@@ -235,3 +235,10 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
     source = open_checkpoint(local_source(tmp_path))
     with pytest.raises(ModelError, match=r"no tensor 'model.layers.3.input_layernorm.weight'"):
         Driver(program_of(source.config | {"num_hidden_layers": 4}), source)
+
+
+def test_the_cache_of_latent_attention_is_one_compressed_row_a_token(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3")
+    backend = Driver.of(tmp_path, num_blocks=8)
+    assert backend.block_bytes() * 8 == sum(cache.nbytes for cache in backend._cache.values())
+    assert backend.block_bytes() == 3 * (32 + 8) * 4 * 16  # layers, latent and rotated key, bytes, tokens

@@ -121,7 +121,7 @@ def test_the_cpu_backend_computes_a_drawn_program_or_refuses_it(drawn: Any) -> N
         backend.close()
         message = f"seed {seed}\n{program}\n--- lowered\n{backend.program}"
         assert same(got, want, 3e-3), message  # its activations are approximations
-    assert refused.total() < len(drawn[::2]) * 0.7, refused
+    assert refused.total() < len(drawn[::2]) * 0.8, refused
 
 
 def test_rows_that_something_later_needs_are_not_left_out() -> None:

@@ -69,6 +69,10 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
     if isinstance(op, ops.Attention):
         entries = load.context + load.tokens
         return Cost(0, op.keeps().width * cache_bytes * entries, moved, 4 * op.q.width * load.pairs)
+    if isinstance(op, ops.LatentAttention):
+        kept, heads = op.keeps().width, op.q.width // op.head_dim
+        products = 2 * n * op.expand.size + 2 * heads * (kept + op.latent.width) * load.pairs
+        return Cost(size(op.expand), kept * cache_bytes * (load.context + load.tokens), moved, products)
     if isinstance(op, ops.Experts):
         k, e = op.ids.width, len(op.down)
         touched = e * (1 - (1 - k / e) ** n)  # expected number, if every row chose at random

@@ -254,6 +254,33 @@ class Attention(Op):
         return CacheSpec(self.layer, parts, self.window)
 
 
+class LatentAttention(Op):
+    """Attend causally to keys and values that are expanded from one compressed row for each token (DeepSeek's MLA).
+
+    A head of `q` has columns that are not rotated, then `key.width` columns that are, by `rope`. The cache keeps
+    `latent` and the rotated `key`, which all heads share. `expand` makes each head's other key columns, and its
+    `value_dim` values, from `latent`. If `interleaved`, a rotation pairs columns 2i and 2i + 1 instead of halves.
+    """
+
+    rowwise = False
+    sharded_by = "expand"
+    q: Value
+    latent: Value
+    key: Value
+    expand: Weight
+    layer: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    rope: RopeTable
+    interleaved: bool = False
+
+    def keeps(self) -> CacheSpec:
+        """Return the spec of one row for all heads."""
+        parts = CachePart("latent", 1, self.latent.width), CachePart("key", 1, self.key.width)
+        return CacheSpec(self.layer, parts)
+
+
 class GatedAct(Op):
     """Compute act(gate) · up."""
 

@@ -63,20 +63,29 @@ def _heads_into_attention(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | 
         return None
     fused, removed = found
     assert isinstance(fused, ops.Attention)
-    consumed = {id(op), *map(id, removed)}
-    for value in (fused.q, fused.k):
-        if value.buffer in graph.outputs or id(graph.readers[value.buffer][-1]) not in consumed:
-            return None
-    return found
+    return None if _read_later(fused, graph, op, *removed) else found
+
+
+def _read_later(attention: ops.Attention, graph: passes.Graph, *consumers: Op) -> bool:
+    """Return True if something reads the queries or keys of `attention` after all of `consumers`."""
+    consumed = {id(op) for op in consumers}
+    return any(
+        value.buffer in graph.outputs or id(graph.readers[value.buffer][-1]) not in consumed
+        for value in (attention.q, attention.k)
+    )
 
 
 def refusal(program: Program, block_size: int) -> str:
     """Return the reason why this backend cannot run a recorded program; "" if it can."""
     if block_size % BLOCK:
         return f"its cache blocks are of {BLOCK} tokens or a multiple, not {block_size}"
-    for op in fused(program).ops:
+    lowered = fused(program)
+    graph = passes.Graph.of(lowered)
+    for op in lowered.ops:
         if type(op) not in KINDS:
             return f"it has no kernel for {type(op).__name__}"
+        if isinstance(op, ops.Attention) and (op.rope or op.q_norm) and _read_later(op, graph, op):
+            return "an operation reads queries or keys that its attention rotates in place"
         if why := _refused(op):
             return why
     return ""

@@ -196,6 +196,39 @@ def attend(
     return made
 
 
+def attend_latent(
+    op: ops.LatentAttention,
+    q: Tensor,
+    latent: Tensor,
+    key: Tensor,
+    expand: Tensor,
+    cache: Tensor,
+    plan: AttentionPlan,
+    scratch: Scratch,
+) -> Tensor:
+    """Write latent (T, R) and the rotated key (T, K) to `cache` (1, places, R + K), attend, and return (T, H · V).
+
+    The expansion of keys is applied to the queries, and that of values to the results, so that all heads attend to the
+    compressed rows. `q`: (T, H, D), rotated. `expand`: (H · (D − K + V), R).
+    """
+    cache[0].index_copy_(0, plan.places, torch.cat([latent, key], -1))
+    rank, plain = latent.shape[1], op.head_dim - key.shape[1]
+    of_heads = expand.view(q.shape[1], -1, rank)
+    of_keys, of_values = of_heads[:, :plain], of_heads[:, plain:]
+    queries = torch.cat([torch.einsum("thd,hdr->thr", q[..., :plain], of_keys), q[..., plain:]], -1)  # (T, H, R + K)
+    made = q.new_empty(*q.shape[:2], rank)
+    for bucket in plan.buckets:
+        room = scratch.room(len(bucket.keys), cache)[0]
+        keys = torch.index_select(cache[0], 0, bucket.keys, out=room).view(len(bucket.queries), 1, bucket.widest, -1)
+        mask = bucket.mask(0, q.dtype)
+        y = F.scaled_dot_product_attention(
+            queries[bucket.queries].transpose(1, 2), keys, keys[..., :rank], mask, scale=op.scale, enable_gqa=True
+        )
+        y = y.transpose(1, 2).flatten(0, 1)
+        made[bucket.tokens] = y if bucket.real is None else y[bucket.real]
+    return torch.einsum("thr,hvr->thv", made, of_values).flatten(1)
+
+
 def _scaled(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if not op.softcap:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=op.scale, enable_gqa=True)

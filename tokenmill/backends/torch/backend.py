@@ -35,6 +35,7 @@ from tokenmill.backends.torch.pack import pack
 from tokenmill.backends.torch.sampling import Sampled, sample, score
 from tokenmill.backends.torch.slots import Slots
 from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
+from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.passes import take_rows_early
@@ -113,12 +114,18 @@ class TorchBackend:
         def size(buffer: Buffer) -> int:
             return rows[buffer.rows] * buffer.width * self.dtype.itemsize
 
-        widest = max((spec.width // 2 for spec in self._layout.values()), default=0)
+        widest = max((-(-spec.width // 2) for spec in self._layout.values()), default=0)
         gathered = attention.scratch_bytes(
             self.limits.max_total_tokens, self.limits.max_batch_tokens, widest, self.dtype.itemsize
         )
         sampled = 4 * rows["samples"] * self.vocab_size * 4  # float32 copies of logits in a full tail
-        return plan_buffers(self.program, size).size + gathered + sampled
+        return plan_buffers(self.program, size).size + gathered + sampled + self._latent_bytes()
+
+    def _latent_bytes(self) -> int:
+        """Return the bytes of the largest step's queries and results in the compressed space."""
+        found = (op for op in self.program.ops if isinstance(op, ops.LatentAttention))
+        widths = (op.q.width // op.head_dim * (2 * op.latent.width + op.key.width) for op in found)
+        return 2 * self.limits.max_batch_tokens * max(widths, default=0) * self.dtype.itemsize
 
     def claimed_bytes(self) -> int:
         """Return 0: memory is taken when it is first written to."""
@@ -129,7 +136,8 @@ class TorchBackend:
         places = num_blocks * self.limits.block_size
         try:
             for layer, spec in self._layout.items():
-                shape = 2, places, spec.width // 2
+                halves = 2 if len({part.heads * part.width for part in spec.parts}) == 1 else 1
+                shape = halves, places, spec.width // halves
                 self._cache[layer] = _zeros(shape, self.dtype, self.device)
         except (RuntimeError, MemoryError) as e:  # torch has no narrower error on every device.
             wanted = num_blocks * self.block_bytes()

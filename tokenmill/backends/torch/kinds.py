@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend
+from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend, attend_latent
 from tokenmill.backends.torch.experts import mixed, routed
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
@@ -120,6 +120,19 @@ def attention(op: ops.Attention, step: StepState, q: Tensor, k: Tensor, v: Tenso
     return attend(op, q, k, v, step.cache[op.layer], step.attention, step.scratch, alibi)
 
 
+def latent_attention(op: ops.LatentAttention, step: StepState, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
+    """Rotate queries and the key, write the cache, and attend."""
+    turned = op.key.width
+    heads = q.view(len(q), -1, op.head_dim)
+    plain, last = heads[..., : op.head_dim - turned], heads[..., op.head_dim - turned :].flatten(1)
+    if op.interleaved:  # to halves, which changes no product of queries and keys
+        last, key = (x.reshape(len(x), -1, turned // 2, 2).transpose(-1, -2).flatten(1) for x in (last, key))
+    last, key = (rotated(x, op.rope, turned, step) for x in (last, key))
+    heads = torch.cat([plain, last.view(*heads.shape[:2], -1)], -1)
+    weight, cache = step.weights[op.expand], step.cache[op.layer]
+    return attend_latent(op, heads, latent, key, weight, cache, step.attention, step.scratch)
+
+
 def gated_act(op: ops.GatedAct, step: StepState, gate: Tensor, up: Tensor) -> Tensor:
     """Return act(gate) · up."""
     return activation(op.act)(gate) * up
@@ -216,6 +229,7 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.AddNorm: add_norm,
         ops.Rope: rope,
         ops.Attention: attention,
+        ops.LatentAttention: latent_attention,
         ops.GatedAct: gated_act,
         ops.Act: act,
         ops.Add: add,
