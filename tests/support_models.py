@@ -53,6 +53,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "bloom": ("bloom", {}),
     "bloom_normed_residual": ("bloom", {"apply_residual_connection_post_layernorm": True, "n_head": 2}),
+    "gptj": ("gptj", {"rotary_dim": 8}),
+    "codegen": ("codegen", {"rotary_dim": 16, "tie_word_embeddings": True}),
+    "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1], [["local"], 1]], "window_size": 8}),
+    "falcon": ("falcon", {}),
+    "falcon_grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon_grouped_one_norm": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 96},
+    ),
+    "falcon_alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "mpt": ("mpt", {}),
+    "mpt_three_heads": (
+        "mpt", {"num_attention_heads": 3, "hidden_size": 48, "attn_config": {"softmax_scale": 0.3}},
+    ),
+    "opt": ("opt", {"ffn_dim": 96}),
+    "opt_norms_behind": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "enable_bias": False}),
     "qwen3_yarn_tied": ("qwen3", {"head_dim": 16, "rope_scaling": YARN, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen2_moe": ("qwen2_moe", {"num_experts": 5, **EXPERTS, "shared_expert_intermediate_size": 32}),
@@ -131,7 +147,8 @@ def make_checkpoint(
     torch.manual_seed(0)
     model_type, own = FAMILIES[family]
     config = AutoConfig.for_model(model_type, **deepcopy(SIZES | own | changes))  # it changes rope's dictionaries
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    attention = "sdpa" if own.get("alibi") else "eager"  # Falcon's eager attention adds ALiBi twice
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     for p in model.parameters():
         p.data = (torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)).to(dtype).float()
     kept = model.state_dict().keys()

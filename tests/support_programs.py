@@ -85,8 +85,8 @@ class Draw:
         shared, step = HEADS // KV_HEADS * HEAD, (HEADS // KV_HEADS + 2) * HEAD
         name = self.weight(KV_HEADS * step, x.width).name
         widths, starts = (shared, HEAD, HEAD), (0, shared, shared + HEAD)
-        parts = tuple(Part(name, KV_HEADS * n, start, run=n, step=step) for n, start in zip(widths, starts, strict=True))
-        weight = Weight(parts, x.width, "column", HEAD)
+        parts = [Part(name, KV_HEADS * n, start, run=n, step=step) for n, start in zip(widths, starts, strict=True)]
+        weight = Weight(tuple(parts), x.width, "column", HEAD)
         return x.record(ops.Linear, KV_HEADS * step, x=x, weight=weight).split(*(part.rows for part in parts))
 
     def norm(
@@ -198,10 +198,13 @@ class Draw:
     def _rotated(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Apply equal or different rotations, to queries only, or to parts of heads."""
         first = RopeTable.of(HEAD, 1e4, 256, None)
-        kind = self.one_of("same", "same", "same", "theta", "q", "part", "narrow")
+        pairs = RopeTable.of(self.one_of(HEAD, HEAD // 2), 1e4, 256, None, interleaved=True)
+        kind = self.one_of("same", "same", "same", "theta", "q", "part", "narrow", "pairs", "some pairs")
         tables = {
             "theta": (first, RopeTable.of(HEAD, 5e5, 256, None)),
             "part": (RopeTable.of(HEAD // 2, 1e4, 256, None), first),
+            "pairs": (pairs, pairs),
+            "some pairs": (first, pairs),
         }
         width = HEAD // 2 if kind == "narrow" else HEAD
         if kind == "narrow":

@@ -25,7 +25,7 @@ TYPES = sorted(
     {kind for kind, _ in FAMILIES.values() if issubclass(plugins.find("models", kind).Config, _gpt.Config)}
 )
 OF_ROPE = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
-OURS = {"dtype", "seq_length", "n_embed"}  # not fields of the class
+OURS = {"dtype", "seq_length", "n_embed", "attn_config"}  # not fields of the class
 
 
 def their_default(model_type: str) -> Any:
@@ -41,8 +41,9 @@ def test_the_defaults_are_those_of_transformers_class(model_type: str) -> None:
     for field in fields:
         default = getattr(theirs, field.encode_name)
         assert getattr(config, field.name) in (default, None), field.encode_name
+    shared = 1 if getattr(theirs, "multi_query", False) else None
     assert (config.kv_heads, config.head_size) == (
-        getattr(theirs, "num_key_value_heads", None) or config.num_attention_heads,
+        shared or getattr(theirs, "num_key_value_heads", None) or config.num_attention_heads,
         getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
     )
     rope = getattr(theirs, "rope_parameters", None)
@@ -64,7 +65,8 @@ def test_a_null_length_is_refused_by_every_type(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "family, prefix", [("gpt2", "transformer."), ("bloom", "transformer."), ("gpt_neox", "gpt_neox.")]
+    "family, prefix",
+    [("gpt2", "transformer."), ("bloom", "transformer."), ("gpt_neox", "gpt_neox."), ("opt", "model.")],
 )
 def test_files_without_the_whole_models_prefix_and_with_old_masks_are_read(
     tmp_path: Path, family: str, prefix: str
@@ -72,7 +74,7 @@ def test_files_without_the_whole_models_prefix_and_with_old_masks_are_read(
     model = make_checkpoint(tmp_path, family)
     file = tmp_path / "model.safetensors"
     tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}
-    layers = "layers" if family == "gpt_neox" else "h"
+    layers = {"gpt_neox": "layers", "opt": "decoder.layers"}.get(family, "h")
     masks = {f"{layers}.0.attn.bias": np.ones((1, 1, 8, 8), np.uint8), f"{layers}.1.attention.masked_bias": np.ones(1)}
     save_file(tensors | masks, file)
     backend = Driver.of(tmp_path)
@@ -96,6 +98,18 @@ def test_a_fused_matrix_of_other_heads_is_refused_by_name(tmp_path: Path) -> Non
         ({"model_type": "gpt_neox", **SIZES, "rotary_pct": 0.2}, "3 rotary columns"),
         ({"model_type": "gpt_neox", **SIZES, "rotary_pct": 2.0}, "32 rotary columns of heads of 16"),
         ({"model_type": "bloom", "n_embed": 60}, "8 heads do not divide"),
+        ({"model_type": "codegen", "n_head": 2}, "2 heads cannot be in 4 groups"),
+        ({"model_type": "gptj", "rotary_dim": 512}, "512 rotary columns of heads of 256"),
+        ({"model_type": "gpt_neo", "num_layers": 3}, "`attention_types` names 24 layers, `num_layers` 3"),
+        ({"model_type": "gpt_neo", "attention_types": [[["far"], 24]]}, "attention_types"),
+        ({"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False}, "is parallel"),
+        ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
+        ({"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 8}, "8 key-value heads for 71"),
+        ({"model_type": "mpt", "attn_config": {"clip_qkv": 6}}, "clip_qkv"),
+        ({"model_type": "mpt", "attn_config": {"qk_ln": True}}, "qk_ln"),
+        ({"model_type": "mpt", "attn_config": {"attn_type": "multiquery_attention"}}, "attn_type"),
+        ({"model_type": "mpt", "attn_config": {"alibi": False}}, "alibi"),
+        ({"model_type": "opt", "layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
     ],
 )
 def test_inconsistent_numbers_are_refused(config: dict[str, Any], words: str) -> None:
@@ -110,6 +124,17 @@ def test_slopes_of_any_number_of_heads_are_transformers(heads: int) -> None:
 
     theirs = build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)[:, 0, 1]
     np.testing.assert_allclose(alibi_slopes(heads), theirs.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4, 6, 16])
+def test_slopes_of_mpt_are_transformers_and_heed_the_largest_exponent(heads: int) -> None:
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    for largest in (8, 16):  # transformers' model leaves out the second one, which MPT-7B-StoryWriter has
+        config = {"model_type": "mpt", "n_heads": heads, "d_model": heads * 16}
+        found = config_of(config | {"attn_config": {"alibi_bias_max": largest}}).alibi
+        theirs = build_mpt_alibi_tensor(heads, 2, largest)[:, 0, 0]
+        np.testing.assert_allclose(found, -theirs.numpy(), rtol=1e-6)
 
 
 def test_the_places_of_a_part_in_runs_are_those_of_a_reshape() -> None:

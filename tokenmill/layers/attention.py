@@ -11,13 +11,24 @@ from tokenmill.program.value import Value
 
 
 class Rope:
-    """Rotate each head of x by the row's position. `scaling`: config.json's object; None for no scaling."""
+    """Rotate each head of x by the row's position.
+
+    `scaling`: config.json's object; None for no scaling. `rotary_dim`: rotated columns of a head; 0: all of them.
+    `interleaved`: pairs are adjacent columns.
+    """
 
     def __init__(
-        self, head_dim: int, theta: float, max_position: int, scaling: dict[str, Any] | None = None, rotary_dim: int = 0
+        self,
+        head_dim: int,
+        theta: float,
+        max_position: int,
+        scaling: dict[str, Any] | None = None,
+        rotary_dim: int = 0,
+        *,
+        interleaved: bool = False,
     ) -> None:
         self.head_dim = head_dim
-        self.table = RopeTable.of(rotary_dim or head_dim, theta, max_position, scaling)
+        self.table = RopeTable.of(rotary_dim or head_dim, theta, max_position, scaling, interleaved)
 
     def __call__(self, x: Value) -> Value:
         """Rotate x, (tokens, heads · head_dim); the result has the same shape."""

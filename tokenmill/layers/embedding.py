@@ -9,10 +9,13 @@ from tokenmill.program.value import Value
 
 
 class Embedding:
-    """Embedding table: ids (tokens, 1) -> (tokens, width)."""
+    """Embedding table: ids (tokens, 1) -> (tokens, width). `offset`: stored rows before that of id 0."""
 
-    def __init__(self, scope: Scope, rows: int, width: int, *, shard: Shard = "vocab", scale: float = 1.0) -> None:
-        self.weight, self.scale = Weight((Part(scope / "weight", rows),), width, shard, table=True), scale
+    def __init__(
+        self, scope: Scope, rows: int, width: int, *, shard: Shard = "vocab", scale: float = 1.0, offset: int = 0
+    ) -> None:
+        self.weight = Weight((Part(scope / "weight", rows, offset),), width, shard, table=True)
+        self.scale = scale
 
     def __call__(self, ids: Value) -> Value:
         """Look up the rows of `ids`."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import msgspec
+from msgspec import field
 
 from tokenmill.layers.attention import Rope, attend
 from tokenmill.layers.embedding import Embedding
@@ -23,7 +24,7 @@ from tokenmill.models.llama import Biases, Size
 from tokenmill.program.ops import Part
 from tokenmill.program.value import Inputs, Value
 
-__all__ = ["Act", "Biases", "Config", "Gpt2Fields", "Layers", "Length", "Model", "Names", "Size"]
+__all__ = ["Act", "Biases", "Config", "Gpt2Fields", "Layers", "Length", "Model", "Names", "Size", "field"]
 
 Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 Act = Literal[
@@ -78,6 +79,12 @@ class Config(base.Config, kw_only=True):
         rotary = self.rope.table.rotary_dim if self.rope else 2
         if rotary % 2 or not 0 < rotary <= self.head_size:
             raise ValueError(f"{rotary} rotary columns of heads of {self.head_size}; give an even number of them")
+
+    @property
+    def length(self) -> int:
+        """Maximum length of a sequence in tokens, before RoPE scaling."""
+        assert self.max_position_embeddings is not None
+        return self.max_position_embeddings
 
     @property
     def kv_heads(self) -> int:
@@ -152,7 +159,7 @@ class Config(base.Config, kw_only=True):
     @property
     def unstretched(self) -> int:
         """See `base.Config`."""
-        return self.rope.table.max_position if self.rope else super().unstretched
+        return self.length
 
     def window(self, layer: int) -> int:
         """Return the sliding window of a layer in tokens; 0: all tokens."""
@@ -182,10 +189,10 @@ class Gpt2Fields(Config, kw_only=True):
     """Fields of config.json that GPT-2 introduced and later architectures kept, with GPT-2's defaults."""
 
     vocab_size: Size = 50257
-    hidden_size: Size = msgspec.field(default=768, name="n_embd")
-    num_hidden_layers: Layers = msgspec.field(default=12, name="n_layer")
-    num_attention_heads: Size = msgspec.field(default=12, name="n_head")
-    max_position_embeddings: Length | None = msgspec.field(default=1024, name="n_positions")
+    hidden_size: Size = field(default=768, name="n_embd")
+    num_hidden_layers: Layers = field(default=12, name="n_layer")
+    num_attention_heads: Size = field(default=12, name="n_head")
+    max_position_embeddings: Length | None = field(default=1024, name="n_positions")
     n_inner: Size | None = None
     activation_function: Act = "gelu_new"
     layer_norm_epsilon: float = 1e-5

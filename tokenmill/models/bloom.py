@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import msgspec
-
 from tokenmill.layers.attention import alibi_slopes
 from tokenmill.layers.norm import LayerNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import _gpt
-from tokenmill.models._gpt import Layers, Names, Size
-from tokenmill.models.base import Length
+from tokenmill.models._gpt import Layers, Length, Names, Size, field
 from tokenmill.program.ops import Part
 from tokenmill.program.value import Inputs, Value
 
@@ -26,9 +23,9 @@ class Config(_gpt.Config, kw_only=True):
     vocab_size: Size = 250880
     hidden_size: Size = 64
     n_embed: Size | None = None  # the name of hidden_size in old files; it wins
-    num_hidden_layers: Layers = msgspec.field(default=2, name="n_layer")
-    num_attention_heads: Size = msgspec.field(default=8, name="n_head")
-    max_position_embeddings: Length | None = msgspec.field(default=_TRAINED, name="seq_length")
+    num_hidden_layers: Layers = field(default=2, name="n_layer")
+    num_attention_heads: Size = field(default=8, name="n_head")
+    max_position_embeddings: Length | None = field(default=_TRAINED, name="seq_length")
     layer_norm_epsilon: float = 1e-5
     apply_residual_connection_post_layernorm: bool = False
     tie_word_embeddings: bool = True
@@ -37,11 +34,6 @@ class Config(_gpt.Config, kw_only=True):
         """Raise ValueError for numbers that are inconsistent."""
         self.hidden_size = self.n_embed or self.hidden_size
         super().__post_init__()
-
-    @property
-    def max_positions(self) -> int:
-        """See `base.Config`."""
-        return self.max_position_embeddings or _TRAINED
 
     @property
     def eps(self) -> float:

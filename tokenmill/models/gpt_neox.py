@@ -68,9 +68,7 @@ class Config(_gpt.Config, kw_only=True):
         """Rotary embedding of queries and keys."""
         share = self.rotary_pct if self.partial_rotary_factor is None else self.partial_rotary_factor
         theta = self.rope_theta or self.rotary_emb_base
-        assert self.max_position_embeddings is not None
-        rotary_dim = int(self.head_size * share)
-        return Rope(self.head_size, theta, self.max_position_embeddings, self.rope_scaling, rotary_dim)
+        return Rope(self.head_size, theta, self.length, self.rope_scaling, int(self.head_size * share))
 
     @property
     def qkv(self) -> Mapping[str, int | tuple[int, ...] | tuple[Part, ...]]:

@@ -218,7 +218,7 @@ class AddNorm(Norm):
 
 
 class Rope(Op):
-    """Rotate the first `rotary_dim` columns of each head by the row's position, pairing column i with i + half."""
+    """Rotate the first `rotary_dim` columns of each head by the row's position, in pairs as the table has them."""
 
     rowwise = False
     x: Value

@@ -31,22 +31,27 @@ class RopeTable:
     """Parameters of a rotary embedding.
 
     `scaling`: config.json's object as sorted pairs, with lists as tuples, so that the struct is hashable.
+    `interleaved`: adjacent columns are a pair; else column i and i + half of the rotary columns.
     """
 
     rotary_dim: int
     theta: float
     max_position: int
     scaling: Scaling = ()
+    interleaved: bool = False
 
     @staticmethod
-    def of(rotary_dim: int, theta: float, max_position: int, scaling: dict[str, Any] | None) -> RopeTable:
+    def of(
+        rotary_dim: int, theta: float, max_position: int, scaling: dict[str, Any] | None, interleaved: bool = False
+    ) -> RopeTable:
         """Check the parameters and return the table. Unsupported: unknown scaling; ModelError: a number is missing."""
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in (scaling or {}).items()}
         kind = _kind_of(given)
         if kind not in KINDS:
             raise Unsupported("rope scaling", str(kind), KINDS, _CURES.get(kind, ""))
         kept = {k: v for k, v in given.items() if k not in ("rope_type", "type") and (v is not None or k == "truncate")}
-        table = RopeTable(rotary_dim, theta, max_position, (("rope_type", kind), *sorted(kept.items())))
+        pairs = ("rope_type", kind), *sorted(kept.items())
+        table = RopeTable(rotary_dim, theta, max_position, pairs, interleaved)
         try:
             table.inverse_frequencies(), table.magnitude(), table.longest
             if table.moves:

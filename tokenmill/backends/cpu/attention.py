@@ -43,7 +43,8 @@ Body = Callable[..., int]
         *(layout.WINDOW, layout.HEAD_EPS, layout.Q_NORM, layout.K_NORM, layout.PAGE_STRIDE),
     )
 )
-_KEY_STRIDE, _VALUE_STRIDE, _SLOPES = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE, 8 * layout.SLOPES
+_KEY_STRIDE, _VALUE_STRIDE = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE
+_SLOPES, _ROPE_INTERLEAVED = 8 * layout.SLOPES, 8 * layout.ROPE_INTERLEAVED
 (_THREADS, _TOKENS, _ITEMS, _SINGLE_TOKEN, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
     8 * c
     for c in (
@@ -79,7 +80,8 @@ def prepare_head(row: int, r: int, x: int, vectors: int, weight: int) -> None:
     if weight:
         rms_norm(vectors, x, weight, x, peek(row + _EPS))
     if peek(row + _ROPE):
-        rotate(x, peek(row + _ROPE) + r * peek(row + _ROPE_STRIDE), peek(row + _ROPE_HALF))
+        cos_sin = peek(row + _ROPE) + r * peek(row + _ROPE_STRIDE)
+        rotate(x, cos_sin, peek(row + _ROPE_HALF), peek(row + _ROPE_INTERLEAVED))
 
 
 @inline

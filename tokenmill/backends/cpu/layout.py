@@ -75,13 +75,14 @@ ITEM_ROWS = 25  # maximum query rows of an item
 PAGE_STRIDE = 26  # bytes from a page to the same head's page of the next block
 KEY_STRIDE = 27  # bytes from row to row of KEYS
 VALUE_STRIDE = 28
+ROPE_INTERLEAVED = 30  # 1: pairs are adjacent columns
 SLOPES = 29  # of ALiBi: float32 for each query head; 0: none
 # CosSin: one row of the table before Embed for each RopeTable (OUT, OUT_STRIDE: the cosines and sines)
 FREQUENCIES = 11  # float32, padded to a multiple of 16 (`rope.frequencies`)
 FREQUENCY_STRIDE = 12  # bytes from position to position; 0: independent of it (all scalings but dynamic)
 MAGNITUDE = 13  # bits of a float
 # ROPE_HALF: as for attention
-# Rope (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, HEAD_DIM: as for attention; HEADS
+# Rope (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, ROPE_INTERLEAVED, HEAD_DIM: as for attention; HEADS
 # Act, GatedAct (X gate, Y up): ACT
 CAP = 11  # SoftCap
 # Sample (X: logits, which it overwrites; WIDTH: vocabulary size, without padding; ROWS: 1): no other columns

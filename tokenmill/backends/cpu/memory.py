@@ -81,7 +81,12 @@ class CosSinTable:
     def columns(self) -> dict[int, int]:
         """Columns of a table row that reads this table."""
         half = self.table.rotary_dim // 2
-        return {layout.ROPE: self.rows.ctypes.data, layout.ROPE_HALF: half, layout.ROPE_STRIDE: self.rows.strides[0]}
+        return {
+            layout.ROPE: self.rows.ctypes.data,
+            layout.ROPE_HALF: half,
+            layout.ROPE_STRIDE: self.rows.strides[0],
+            layout.ROPE_INTERLEAVED: int(self.table.interleaved),
+        }
 
 
 @dataclass(frozen=True, slots=True)

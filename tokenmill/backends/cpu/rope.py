@@ -110,10 +110,51 @@ def _rotate(g: Emitter, x: Val, cos_sin: Val, half: Val) -> None:
     g.loop(b.and_(half, g.c(7)), (), lambda i, _: rotate_pair(f32, g.at(b.mul(whole, g.c(32)), b.mul(i, g.c(4)))))
 
 
+def _rotate_pairs(g: Emitter, x: Val, cos_sin: Val, half: Val) -> None:
+    b = g.b
+    sines = b.shl(b.lshr(g.at(half, 15), g.c(4)), g.c(6))
+
+    def pick(a: Val, c: Val, first: int, step: int) -> Val:
+        """Emit every `step`th of the 16 elements of a and c, or alternating ones if `step` is 0."""
+        order = [first + step * i if step else first + i // 2 + _LANES * (i % 2) for i in range(_LANES)]
+        return b.shuffle_vector(a, c, ir.Constant(i32x8, order))
+
+    def eight(i: Val, _: list[Val]) -> None:
+        at, o = g.at(x, b.mul(i, g.c(64))), b.mul(i, g.c(32))
+        low, high = g.ld(f32x8, at), g.ld(f32x8, at, 32)
+        c, s = g.ld(f32x8, cos_sin, o), g.ld(f32x8, cos_sin, g.at(sines, o))
+        u, v = pick(low, high, 0, 2), pick(low, high, 1, 2)
+        first, second = b.fsub(b.fmul(u, c), b.fmul(v, s)), b.fadd(b.fmul(u, s), b.fmul(v, c))
+        g.st(pick(first, second, 0, 0), at)
+        g.st(pick(first, second, _LANES // 2, 0), at, 32)
+
+    def one(i: Val, _: list[Val]) -> None:
+        pair = g.at(b.mul(whole, g.c(8)), i)
+        at, o = g.at(x, b.shl(pair, g.c(3))), b.shl(pair, g.c(2))
+        c, s = g.ld(f32, cos_sin, o), g.ld(f32, cos_sin, g.at(sines, o))
+        u, v = g.ld(f32, at), g.ld(f32, at, 4)
+        g.st(b.fsub(b.fmul(u, c), b.fmul(v, s)), at)
+        g.st(b.fadd(b.fmul(u, s), b.fmul(v, c)), at, 4)
+
+    whole = b.lshr(half, g.c(3))
+    g.loop(whole, (), eight)
+    g.loop(b.and_(half, g.c(7)), (), one)
+
+
 write_cos_sin = emit(6, _cos_sin)
 """(vectors of 8, position, frequencies, bits of the magnitude, cosines, sines): those of one position"""
-rotate = emit(3, _rotate)
-"""(head, cosines and sines of its row, half of the rotary columns): rotate in place"""
+_split = emit(3, _rotate)
+_pairs = emit(3, _rotate_pairs)
+
+
+@inline
+def rotate(head: int, cos_sin: int, half: int, interleaved: int) -> None:
+    """Rotate a head in place. `cos_sin`: cosines and sines of its row. `half`: half of the rotary columns."""
+    if interleaved:
+        _pairs(head, cos_sin, half)
+    else:
+        _split(head, cos_sin, half)
+
 
 # ---- kernels ----
 
@@ -133,7 +174,8 @@ rotate = emit(3, _rotate)
         ),
     )
 )
-(_ROPE, _STRIDE, _HEAD_DIM, _HEADS) = (8 * c for c in (layout.ROPE, layout.ROPE_STRIDE, layout.HEAD_DIM, layout.HEADS))
+(_ROPE, _STRIDE, _INTERLEAVED) = (8 * c for c in (layout.ROPE, layout.ROPE_STRIDE, layout.ROPE_INTERLEAVED))
+_HEAD_DIM, _HEADS = 8 * layout.HEAD_DIM, 8 * layout.HEADS
 _THREADS, _TOKENS, _POSITIONS = 8 * layout.THREADS, 8 * layout.TOKENS, 8 * layout.POSITIONS
 
 
@@ -162,7 +204,8 @@ def _rope_rows(tid: int, row: int, context: int, counter: int) -> int:
         x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
         copy_row(heads * dim // 16, x, out)
         for h in range(heads):
-            rotate(out + h * dim * 4, peek(row + _ROPE) + r * peek(row + _STRIDE), peek(row + _HALF))
+            cos_sin = peek(row + _ROPE) + r * peek(row + _STRIDE)
+            rotate(out + h * dim * 4, cos_sin, peek(row + _HALF), peek(row + _INTERLEAVED))
     return 0
 
 

@@ -205,10 +205,14 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: b
 
 
 def rotated(x: Tensor, table: RopeTable, head_dim: int, step: StepState) -> Tensor:
-    """Rotate the first rotary_dim of each head of x (T, heads · head_dim), with split halves."""
+    """Rotate the first rotary_dim of each head of x (T, heads · head_dim), in split halves or adjacent pairs."""
     cos, sin = step.cos_sin(table, x.dtype)
     half = table.rotary_dim // 2
     heads = x.reshape(len(x), -1, head_dim)
+    if table.interleaved:
+        a, b, rest = heads[..., : 2 * half : 2], heads[..., 1 : 2 * half : 2], heads[..., 2 * half :]
+        pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        return torch.cat([pairs, rest], -1).flatten(1)
     a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).flatten(1)
 
