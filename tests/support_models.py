@@ -64,8 +64,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon_alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
     "mpt": ("mpt", {}),
-    "mpt_three_heads": (
-        "mpt", {"num_attention_heads": 3, "hidden_size": 48, "attn_config": {"softmax_scale": 0.3}},
+    "mpt_six_heads": (
+        "mpt", {"num_attention_heads": 6, "hidden_size": 96, "attn_config": {"softmax_scale": 0.3}},
     ),
     "opt": ("opt", {"ffn_dim": 96}),
     "opt_norms_behind": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "enable_bias": False}),
