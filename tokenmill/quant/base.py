@@ -359,7 +359,7 @@ def check(weights: Iterable[Weight], source: Checkpoint) -> None:
 def _check(weight: Weight, name: str, rows: int, stacked: int | None, source: Checkpoint) -> None:
     found = source.shape(name)
     expected: tuple[int, ...] = (rows, weight.columns) if weight.columns else (rows,)
-    if weight.transposed:
+    if weight.transposed and source.format != "gguf":  # whose rows are always outputs
         expected = expected[::-1]
     if stacked is not None:
         expected = stacked, *expected

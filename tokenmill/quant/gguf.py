@@ -7,6 +7,7 @@ llama.cpp's ggml-quants.c) have superblocks of 256 columns whose scales are prod
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,11 @@ _EIGHT = np.full((1, 1), 8, np.uint8)
 
 
 def read(source: Checkpoint, piece: Piece) -> Coded:
-    """Read a piece in the file's own codes."""
+    """Read a piece in the file's own codes. Rows are outputs in every matrix, whatever transformers' file has."""
     stored = piece.stored(source)
     unpack = UNPACK.get(stored.kind)
     if unpack is None or not piece.weight.columns:
-        return none.dense(stored, piece)
+        return none.dense(stored, replace(piece, weight=replace(piece.weight, transposed=False)))
     raw = stored.data[piece.rows]
     return unpack(raw.reshape(len(raw), -1, BLOCKS[stored.kind][1])).take(slice(None), piece.columns)
 

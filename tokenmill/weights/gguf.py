@@ -22,6 +22,7 @@ from tokenmill.errors import ModelError
 from tokenmill.weights import gguf_config
 from tokenmill.weights.checkpoint import Stored, map_file
 from tokenmill.weights.choice import parts_of
+from tokenmill.weights.gguf_architectures import ARCHITECTURES, Architecture, architecture_of
 from tokenmill.weights.source import adapter_error
 
 KINDS = {
@@ -41,13 +42,9 @@ BLOCKS = {
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
-_NAMES = {
-    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
-    "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-    "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
-}  # fmt: skip
-_STEMS = {ours: theirs for theirs, ours in _NAMES.items()}
+_HEADS = "num_attention_heads"
+_ONE_ROW = "shared_expert_gate.weight"  # a vector in the file, a matrix of one row in transformers
+_UNKNOWN = Architecture("", {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +210,8 @@ class Gguf:
     """GGUF model of an architecture that `gguf_config` supports.
 
     `path`: its file, or any part of a split one. `metadata`: all keys of the first header as plain Python; lists of
-    strings (the vocabulary) are None if `strings` is False. Tensors have transformers' names and, for `q_proj` and
-    `k_proj` of Llama, transformers' order of rows.
+    strings (the vocabulary) are None if `strings` is False. Tensors have transformers' names, order of rows and numbers
+    (Gemma's norms); the experts of a stack are tensors of their own. Rows are always a matrix's outputs.
     """
 
     format = "gguf"
@@ -242,63 +239,103 @@ class Gguf:
         """Equivalent of config.json. Unsupported for an unknown architecture."""
         if self._config is None:
             shapes = {name: entry.shape for name, entry in self._entries.items()}
-            factors = self._entries.get("rope_freqs.weight")
-            if factors is not None and factors.kind != "F32":
-                raise ModelError(f"{self.path}: 'rope_freqs.weight' is stored as {factors.kind}, not as F32.")
-            rope = None if factors is None else self._bytes(factors).view(np.float32).ravel().tolist()
-            self._config = gguf_config.config_of(self.metadata, shapes, rope, str(self.path))
+            self._config = gguf_config.config_of(self.metadata, shapes, dict(self._factors()), str(self.path))
         return self._config
+
+    def _factors(self) -> Iterator[tuple[str, list[float]]]:
+        """Return the content of the tensors that are part of the configuration, by name."""
+        for name in self._kind.factors:
+            entry = self._entries.get(name)
+            if entry is not None and entry.kind != "F32":
+                raise ModelError(f"{self.path}: {name!r} is stored as {entry.kind}, not as F32.")
+            if entry is not None:
+                yield name, self._bytes(entry).view(np.float32).ravel().tolist()
 
     def names(self) -> Iterator[str]:
         """Return the names of all tensors, except rotary factors, which `config` holds.
 
         A tensor without a name in transformers keeps the file's name.
         """
-        heeded = {"rope_freqs.weight"} if self._architecture == "llama" else ()
-        return (_their_name(stored) or stored for stored in self._entries if stored not in heeded)
+        for stored, entry in self._entries.items():
+            name = self._kind.theirs(stored) or stored
+            if stored in self._kind.factors or self._guesses(stored):
+                continue
+            yield from (name.replace("{}", str(i)) for i in range(entry.shape[0])) if "{}" in name else (name,)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a tensor, from the header; None if there is no tensor of this name.
 
         A missing bias counts as a bias of zeros if other layers or products have theirs.
         """
-        entry = self._find(name)
-        return self._left_out(name) if entry is None else entry.shape
+        entry, index = self._find(name)
+        if entry is None:
+            return self._left_out(name)
+        shape = entry.shape if index is None else entry.shape[1:]
+        return (1, *shape) if name.endswith(_ONE_ROW) and len(shape) == 1 else shape
 
     def nbytes(self, name: str) -> int:
         """Return the size of a tensor in the file, in bytes."""
-        entry = self._find(name)
-        return 0 if entry is None else entry.nbytes
+        entry, index = self._find(name)
+        return 0 if entry is None else entry.nbytes // (1 if index is None else entry.shape[0])
 
     def __getitem__(self, name: str) -> Stored:
         """Return the tensor. ModelError if there is no tensor of this name, or if its type is not supported."""
-        entry, absent = self._find(name), self._left_out(name)
+        (entry, index), absent = self._find(name), self._left_out(name)
         if entry is None and absent is not None:
             return Stored(name, "F32", absent, np.zeros((*absent, 4), np.uint8))
         if entry is None:
-            raise ModelError(f"{self.path} has no tensor {_our_name(name)!r} ({name}).")
+            raise ModelError(f"{self.path} has no tensor {self._stored_name(name)!r} ({name}).")
         if entry.kind not in BLOCKS:
             known = ", ".join(k for k in BLOCKS if not re.fullmatch(r"I\d+", k))
-            raise ModelError(f"{self.path}: {_our_name(name)!r} is stored as {entry.kind}. Readable: {known}.")
-        data = self._bytes(entry)
+            raise ModelError(f"{self.path}: {self._stored_name(name)!r} is stored as {entry.kind}. Readable: {known}.")
+        stored = Stored(name, entry.kind, entry.shape, self._bytes(entry)).at(index)
+        return self._as_transformers(stored)
+
+    def _as_transformers(self, stored: Stored) -> Stored:
+        """Return a tensor of the file with the order of rows and the numbers that transformers' files have."""
+        name, kind, data = stored.name, stored.kind, stored.data
         which = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if which and self._architecture == "llama":
+        if which and self._kind.pairs:
             data = _halves(data, int(self.config[which]), name)
-        return Stored(name, entry.kind, entry.shape, data)
+        if self._kind.by_head and name.split(".")[-2] == "query_key_value":
+            data = _by_head(data, int(self.config[self._kind.renamed.get(_HEADS, _HEADS)]), name)
+        if self._kind.above_one and name.endswith("norm.weight") and kind == "F32":
+            data = (data.view(np.float32) - np.float32(1)).view(np.uint8)
+        if name.endswith(_ONE_ROW) and len(stored.shape) == 1:
+            return Stored(name, kind, (1, *stored.shape), data.reshape(1, -1))
+        return Stored(name, kind, stored.shape, data)
+
+    def _guesses(self, stored: str) -> bool:
+        """Return True for a tensor of the layers that guess tokens beyond the next one, which are not computed."""
+        layers = self.metadata.get(f"{self.metadata.get('general.architecture')}.nextn_predict_layers")
+        match = re.match(r"blk\.(\d+)\.", stored)
+        return bool(layers and match and int(match[1]) >= self.config["num_hidden_layers"])
 
     @property
-    def _architecture(self) -> Any:
-        return self.metadata.get("general.architecture")
+    def _kind(self) -> Architecture:
+        return ARCHITECTURES.get(architecture_of(self.metadata), _UNKNOWN)
 
-    def _find(self, name: str) -> _Entry | None:
-        return self._entries.get(_our_name(name)) or self._entries.get(name)
+    def _stored_name(self, name: str) -> str:
+        """Return the file's name of a tensor."""
+        found = self._kind.ours(name)
+        return found.name if found else name
+
+    def _find(self, name: str) -> tuple[_Entry | None, int | None]:
+        """Return the tensor that holds the one of transformers' name `name`, and its index there."""
+        found = self._kind.ours(name)
+        entry = self._entries.get(found.name) if found else None
+        if found is None or entry is None:
+            return self._entries.get(name), None
+        if found.index is not None and (len(entry.shape) < 2 or found.index >= entry.shape[0]):
+            return None, None
+        return entry, found.index
 
     def _left_out(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a missing bias if the file has other biases of attention or feed-forward, else None.
 
         llama.cpp adds no bias there.
         """
-        match = re.fullmatch(r"(blk\.\d+\.(attn|ffn)_\w+)\.bias", _our_name(name))
+        match = re.fullmatch(r"(blk\.\d+\.(attn|ffn)_(?!.*norm)\w+)\.bias", self._stored_name(name))
         weight = self._entries.get(f"{match[1]}.weight") if match else None
         if match is None or weight is None or not gguf_config.has_bias(self._entries, match[2]):
             return None
@@ -317,25 +354,9 @@ def _halves(data: NDArray[np.uint8], heads: int, name: str) -> NDArray[np.uint8]
     return data.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def _our_name(name: str) -> str:
-    """Map transformers' name to the file's: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
-    parts = name.split(".")
-    layer = re.search(r"layers\.(\d+)\.", name)
-    if len(parts) < 2 or parts[-2] not in _NAMES:
-        return name
-    return (f"blk.{layer[1]}." if layer else "") + _NAMES[parts[-2]] + "." + parts[-1]
-
-
-def _their_name(name: str) -> str | None:
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in _STEMS:
-        return None
-    layer, stem = match[1], _STEMS[match[2]]
-    if layer is None:
-        return f"{stem}.{match[3]}" if stem == "lm_head" else f"model.{stem}.{match[3]}"
-    part = "self_attn."
-    if stem in ("gate_proj", "up_proj", "down_proj"):
-        part = "mlp."
-    elif stem.endswith("layernorm"):
-        part = ""
-    return f"model.layers.{layer}.{part}{stem}.{match[3]}"
+def _by_head(data: NDArray[np.uint8], heads: int, name: str) -> NDArray[np.uint8]:
+    """Reorder the rows of all queries, keys and values to those of one head after another."""
+    rows, width = data.shape
+    if rows % (heads * 3):
+        raise ModelError(f"{name} has {rows} rows, which {heads} heads do not divide.")
+    return data.reshape(3, heads, -1, width).swapaxes(0, 1).reshape(rows, width)

@@ -1,0 +1,150 @@
+"""Architectures of GGUF files: a model that is written as llama.cpp's converter does equals transformers' of the same
+weights."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from support_models import Driver, make_checkpoint, steps
+from test_gguf import interleaved
+from test_gguf_config import assert_equal_to, write
+
+from tokenmill.errors import ModelError, Unsupported
+from tokenmill.weights.gguf_architectures import ARCHITECTURES
+
+torch.set_num_threads(1)
+ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+EPS = {
+    "rms_norm_eps": "attention__layer_norm_rms_epsilon", "layer_norm_eps": "attention__layer_norm_epsilon",
+    "layer_norm_epsilon": "attention__layer_norm_epsilon", "norm_epsilon": "attention__layer_norm_epsilon",
+}  # fmt: skip
+"""Field of config.json -> key"""
+EXPERTS = {"expert_used_count": 2, "expert_feed_forward_length": 32}
+ROUTED = {
+    **EXPERTS, "expert_gating_func": 2, "expert_shared_count": 1, "expert_weights_scale": 2.5,
+    "expert_weights_norm": True, "leading_dense_block_count": 1,
+}  # fmt: skip
+CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "mixtral": ("llama", "mixtral", {}, {"expert_count": 4, "expert_used_count": 2}),
+    "qwen2moe": ("qwen2moe", "qwen2_moe", {}, {
+        "expert_count": 5, **EXPERTS, "expert_shared_feed_forward_length": 32, "feed_forward_length": 128}),
+    "qwen3moe": ("qwen3moe", "qwen3_moe", {}, {"expert_count": 8, **EXPERTS, "attention__key_length": 32,
+                                               "attention__value_length": 32}),
+    "olmoe": ("olmoe", "olmoe", {}, {"expert_count": 6, "expert_used_count": 3}),
+    "dots1": ("dots1", "dots1", {"routed_scaling_factor": 2.5, "sliding_window": None, "n_shared_experts": 1},
+              {"expert_count": 4, **ROUTED}),
+    "glm4moe": ("glm4moe", "glm4_moe", {"routed_scaling_factor": 2.5, "first_k_dense_replace": 1,
+                                        "partial_rotary_factor": 0.5},
+                {"expert_count": 8, **ROUTED, "rope__dimension_count": 8}),
+    "minimax-m2": ("minimax-m2", "minimax_m2", {"intermediate_size": 32},
+                   {"expert_count": 4, **EXPERTS, "expert_gating_func": 2, "attention__key_length": 32,
+                    "attention__value_length": 32, "rope__dimension_count": 16, "feed_forward_length": 32}),
+    "gpt2": ("gpt2", "gpt2", {}, {"feed_forward_length": 256}),
+    "starcoder": ("starcoder", "gpt_bigcode", {}, {"feed_forward_length": 256, "attention__head_count_kv": 1}),
+    "bloom": ("bloom", "bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 3}, {"feed_forward_length": 256}),
+    "gptneox": ("gptneox", "gpt_neox", {}, {"rope__dimension_count": 8, "use_parallel_residual": True}),
+}  # fmt: skip
+
+
+def told(config: Any) -> dict[str, Any]:
+    """Return keys of what the classes of configurations have different defaults for."""
+    fields = config.to_dict()
+    rope = fields.get("rope_parameters") or {}
+    eps = next((name, float(fields[name])) for name in EPS if name in fields)
+    return {"rope__freq_base": rope.get("rope_theta"), "attention__layer_norm_rms_epsilon": None, EPS[eps[0]]: eps[1]}
+
+
+def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: int, kv: int) -> np.ndarray:
+    """Return what the converter makes of one tensor of transformers."""
+    kind = ARCHITECTURES.get(f"{architecture} with experts", ARCHITECTURES[architecture])
+    if architecture in ("llama", "granite", "smollm3", "arcee"):
+        array = interleaved(array, heads) if ".q_proj." in name else array
+        array = interleaved(array, kv) if ".k_proj." in name else array
+    if architecture in ("bloom", "gptneox") and "query_key_value" in name:
+        array = array.reshape(heads, 3, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+    if architecture == "gpt2" and re.search(r"c_(attn|fc|proj)\.weight", name):
+        array = array.T
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        array = array + 1
+    assert kind.above_one == architecture.startswith("gemma")
+    return np.ascontiguousarray(array[0] if name.endswith("shared_expert_gate.weight") else array)
+
+
+def converted(folder: Path, architecture: str, heads: int = 4, kv: int = 2) -> dict[str, Any]:
+    """Return a checkpoint's tensors under GGUF's names, with experts stacked."""
+    names, layers = gguf.get_tensor_name_map(ARCH[architecture], 3), defaultdict[str, dict[int, np.ndarray]](dict)
+    made: dict[str, Any] = {}
+    for name, array in load_file(folder / "model.safetensors").items():
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name)
+        if expert:
+            layers[f"{expert[1]}.{expert[3]}"][int(expert[2])] = array
+        else:
+            made[name] = as_llama_cpp_stores(name, array, architecture, heads, kv)
+    made |= {name: np.stack([experts[i] for i in sorted(experts)]) for name, experts in layers.items()}
+    renamed = {}
+    for name, array in made.items():
+        short = name.removeprefix("transformer.") if architecture == "bloom" else name
+        theirs = names.get_name(short, (".weight", ".bias"))
+        if name.endswith("e_score_correction_bias"):
+            theirs = f"{names.get_name(name.removesuffix('_bias'))}.bias"
+        assert theirs, name
+        renamed[theirs] = array, None
+    return renamed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_of_each_architecture_equals_transformers(tmp_path: Path, case: str) -> None:
+    architecture, family, changes, keys = CASES[case]
+    model = make_checkpoint(tmp_path / "hf", family, **changes)
+    kv = keys.get("attention__head_count_kv", 2)
+    tensors = converted(tmp_path / "hf", architecture, kv=kv)
+    path = write(tmp_path / "m.gguf", architecture, tensors, **(told(model.config) | keys))
+    assert_equal_to(model, path)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gpt2", "gptneox"])
+def test_quantized_tensors_are_their_numbers_in_stacks_and_in_other_orders_of_rows_too(
+    tmp_path: Path, case: str
+) -> None:
+    architecture, family, changes, keys = CASES[case]
+    model = make_checkpoint(tmp_path / "hf", family, **changes)
+    coded, floats, kind = {}, {}, gguf.GGMLQuantizationType.Q8_0
+    for name, (array, _) in converted(tmp_path / "hf", architecture).items():
+        coded[name] = floats[name] = array, None
+        if array.ndim > 1:
+            coded[name] = gguf.quants.quantize(array, kind), kind
+            floats[name] = gguf.quants.dequantize(coded[name][0], kind), None
+    coded, floats = (
+        Driver.of(write(tmp_path / f"{name}.gguf", architecture, tensors, **(told(model.config) | keys)))
+        for name, tensors in (("coded", coded), ("floats", floats))
+    )
+    for rows in steps():
+        np.testing.assert_array_equal(coded.feed(rows), floats.feed(rows))
+
+
+def test_layers_that_guess_further_tokens_are_not_read(tmp_path: Path) -> None:
+    architecture, family, changes, keys = CASES["glm4moe"]
+    model = make_checkpoint(tmp_path / "hf", family, **changes)
+    tensors = converted(tmp_path / "hf", architecture)
+    tensors |= {"blk.3.attn_norm.weight": (np.ones(64, np.float32), None), "blk.3.nextn.eh_proj.weight": (
+        np.ones((64, 128), np.float32), None)}  # fmt: skip
+    keys = {**told(model.config), **keys, "block_count": 4}
+    with pytest.raises(ModelError, match=r"no tensor 'model\.layers\.3"):
+        Driver.of(write(tmp_path / "a.gguf", architecture, tensors, **keys))
+    assert_equal_to(model, write(tmp_path / "b.gguf", architecture, tensors, **keys, nextn_predict_layers=1))
+
+
+def test_experts_of_another_routing_are_refused(tmp_path: Path) -> None:
+    architecture, family, changes, keys = CASES["qwen3moe"]
+    make_checkpoint(tmp_path / "hf", family, **changes)
+    tensors = converted(tmp_path / "hf", architecture)
+    with pytest.raises(Unsupported, match=r"'qwen3moe\.expert_gating_func'.*It is 2"):
+        Driver.of(write(tmp_path / "m.gguf", architecture, tensors, **keys, expert_gating_func=2))
