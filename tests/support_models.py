@@ -33,6 +33,7 @@ LATENT = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
     "num_key_value_heads": 4,
 }  # fmt: skip
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied_with_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -40,6 +41,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_dynamic": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     "llama3": ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
     "llama_yarn": ("llama", {"rope_scaling": YARN}),
+    "ministral": ("ministral", {"head_dim": 16, "sliding_window": 8, "layer_types": KINDS}),
+    "seed_oss": ("seed_oss", {"head_dim": 32, "attention_out_bias": True, "mlp_bias": True}),
+    "smollm3": ("smollm3", {
+        "pad_token_id": 0, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8,
+    }),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {
+        "head_dim": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 9.0},
+    }),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 8, "layer_types": KINDS, "rope_scaling": YARN}),
+    "exaone4": ("exaone4", {"sliding_window": 8, "layer_types": KINDS}),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma2": ("gemma2", {
+        "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 2.0,
+    }),
+    "gemma3_text": ("gemma3_text", {
+        "head_dim": 16, "sliding_window": 8, "layer_types": KINDS,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral_window": ("mistral", {"sliding_window": 8}),
     "qwen2": ("qwen2", {}),
@@ -121,12 +142,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> (model_type, what differs from SIZES)."""
 
 BEYOND_CPU = dict.fromkeys(
-    (name for name, (kind, _) in FAMILIES.items() if "mo" in kind or kind in ("mixtral", "dots1", "minimax_m2")),
+    (name for name, (kind, _) in FAMILIES.items() if "moe" in kind or kind in ("mixtral", "dots1", "minimax_m2")),
     "it has no kernel for Route",
 ) | dict.fromkeys((name for name in FAMILIES if "deepseek" in name), "it has no kernel for LatentAttention")
 """Families that the CPU backend refuses, with its reason."""
 
-UNSHARDED = dict.fromkeys(("olmoe", "minimax_m2"), "norm over the whole row")
+UNSHARDED = dict.fromkeys(("olmoe", "minimax_m2", "olmo2", "olmo3"), "norm over the whole row")
 """Families that ranks cannot share, with a part of the reason."""
 
 

@@ -28,7 +28,10 @@ from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import EngineInfo, SamplingParams, StoppingParams
 
 torch.set_num_threads(1)
-EVERYTHING = ["llama_tied_with_biases", "llama_dynamic", "llama_yarn", "mistral_window", "qwen2_window", "qwen3"]
+EVERYTHING = [
+    "exaone4", "gemma2", "gemma3_text", "olmo2", "llama_tied_with_biases", "llama_dynamic", "llama_yarn",
+    "mistral_window", "qwen2_window", "qwen3",
+]  # fmt: skip
 
 
 def some_of(names: list[str], count: int) -> list[str]:

@@ -120,8 +120,8 @@ def test_tied_embeddings_are_stated_by_the_language_part_or_the_whole() -> None:
 
 
 def test_a_language_part_of_an_unknown_type_is_refused_by_name_and_its_length_known_to_a_mock() -> None:
-    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "max_position_embeddings": 77}}
-    with pytest.raises(Unsupported, match="gemma3_text"):
+    config = {"model_type": "gemma9", "text_config": {"model_type": "gemma9_text", "max_position_embeddings": 77}}
+    with pytest.raises(Unsupported, match="gemma9_text"):
         programs_of(config)
     assert facts_of(config).max_positions == 77
 

@@ -19,6 +19,7 @@ from tokenmill.program.value import Inputs, Program, Value, record
 
 _ROPE_PLACES = ("rope_scaling", "rope_parameters")
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
+_LAYER_KINDS = {"full_attention", "sliding_attention"}
 _DTYPES = ("float32", "bfloat16", "float16")
 _INHERITED = ("tie_word_embeddings",)  # by the language part of a multimodal model
 
@@ -76,7 +77,8 @@ def config_of(config: dict[str, Any]) -> Any:
     config = language_part(config)
     module = _module(config)
     try:
-        given = _without_nulls(normalized(config), module.Config)
+        layered = "rope_local_base_freq" in module.Config.__struct_fields__
+        given = _without_nulls(normalized(config, layered), module.Config)
         return msgspec.convert(given, module.Config, strict=False)
     except msgspec.ValidationError:
         why = misfit(given, module.Config, strict=False).sentence("its content")
@@ -142,15 +144,22 @@ def programs_of(config: dict[str, Any]) -> Programs:
     return programs
 
 
-def normalized(config: dict[str, Any]) -> dict[str, Any]:
+def normalized(config: dict[str, Any], layered: bool = False) -> dict[str, Any]:
     """Return config.json with `rope_theta`, `rope_scaling`, `partial_rotary_factor` and `dtype`, in any version's form.
 
     transformers 5 writes the first three into `rope_parameters`. ModelError if both forms are present and differ. A
     dtype in which no model is computed becomes None.
+
+    `layered`: the model type has a second rotation, for layers with a window. transformers 5 writes one object for each
+    kind of layer; the second becomes `rope_local_base_freq` and `rope_local_scaling`.
     """
     found = {name: value for name, value in config.items() if name not in _ROPE_PLACES}
     for place in _ROPE_PLACES:
         rope = config.get(place) or {}
+        if layered and isinstance(rope, dict) and rope and rope.keys() <= _LAYER_KINDS:
+            rope, local = (dict(rope.get(kind) or {}) for kind in ("full_attention", "sliding_attention"))
+            _add(found, "rope_local_base_freq", local.pop("rope_theta", None))
+            _add(found, "rope_local_scaling", local or None)
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
             raise ModelError(f"config.json: {place} is {rope!r}, not an object of one kind for all layers.")
         for name in _BESIDE_ROPE:

@@ -10,7 +10,7 @@ import msgspec
 from tokenmill.layers.attention import Rope, attend
 from tokenmill.layers.embedding import Embedding
 from tokenmill.layers.linear import Linear, Linears, head
-from tokenmill.layers.mlp import GatedMlp, take_rows
+from tokenmill.layers.mlp import GatedMlp, soft_cap, take_rows
 from tokenmill.layers.norm import RmsNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import base
@@ -18,6 +18,8 @@ from tokenmill.models.base import Length
 from tokenmill.program.value import Inputs, Value
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+Theta = Annotated[float, msgspec.Meta(gt=0)]
 HeadDim = Annotated[int, msgspec.Meta(ge=2, le=1 << 12, multiple_of=2)]
 Act = Literal[
     "silu", "swish", "relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
@@ -47,14 +49,14 @@ class Config(base.Config, kw_only=True):
 
     hidden_size: Size = 4096
     intermediate_size: Size = 11008
-    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)] = 32
+    num_hidden_layers: Layers = 32
     num_attention_heads: Size = 32
     vocab_size: Size = 32000
     num_key_value_heads: Size | None = None  # None: num_attention_heads
     head_dim: HeadDim | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: Length | None = 2048
     rms_norm_eps: float = 1e-6
-    rope_theta: Annotated[float, msgspec.Meta(gt=0)] = 10000.0
+    rope_theta: Theta = 10000.0
     rope_scaling: dict[str, Any] | None = None
     partial_rotary_factor: float = 1.0
     attention_bias: bool = False
@@ -116,6 +118,14 @@ class Config(base.Config, kw_only=True):
         """See `base.Config`."""
         return self.rope.table.max_position
 
+    def rope_of(self, layer: int) -> Rope | None:
+        """Return the rotary embedding of a layer; None if it has no positions."""
+        return self.rope
+
+    def norm(self, scope: Scope, width: int, *, per_head: bool = False) -> RmsNorm:
+        """Return a norm of this architecture."""
+        return RmsNorm(scope, width, self.rms_norm_eps, per_head=per_head)
+
     @property
     def act(self) -> str:
         """Return the activation of the feed-forward layer."""
@@ -130,6 +140,26 @@ class Config(base.Config, kw_only=True):
         """Return the sliding window of a layer in tokens; 0: all tokens."""
         return 0
 
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the products of queries and keys."""
+        return float(self.head_size**-0.5)
+
+    @property
+    def attention_cap(self) -> float:
+        """Soft cap of the products of queries and keys; 0: none."""
+        return 0.0
+
+    @property
+    def logit_cap(self) -> float:
+        """Soft cap of the logits; 0: none."""
+        return 0.0
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor of the embeddings."""
+        return 1.0
+
 
 class Attention:
     """Grouped-query attention with rotary position embedding."""
@@ -140,30 +170,40 @@ class Attention:
         outputs = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.qkv = Linears(scope, c.hidden_size, shard="column", unit=d, bias=c.biases.qkv, outputs=outputs)
         self.out = Linear(scope, q, "o_proj", c.hidden_size, shard="row", bias=c.biases.output)
-        self.rope = c.rope
+        self.rope = c.rope_of(layer)
         self.layer, self.head_dim, self.window = layer, d, c.window(layer)
+        self.scale, self.softcap = c.attention_scale, c.attention_cap
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Normalize queries and keys before the rotation. Returns them unchanged here; derived models override it."""
         return q, k
 
+    def heads(self, q: Value, k: Value) -> tuple[Value, Value]:
+        """Normalize and rotate queries and keys."""
+        q, k = self.norm(q, k)
+        return (q, k) if self.rope is None else (self.rope(q), self.rope(k))
+
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
         q, k, v = self.qkv(x)
-        q, k = self.norm(q, k)
-        heads = attend(self.rope(q), self.rope(k), v, layer=self.layer, head_dim=self.head_dim, window=self.window)
-        return self.out(heads)
+        q, k = self.heads(q, k)
+        return self.out(
+            attend(
+                q, k, v, layer=self.layer, head_dim=self.head_dim, scale=self.scale, window=self.window,
+                softcap=self.softcap,
+            )
+        )  # fmt: skip
 
 
 class Layer:
     """Decoder layer: attention and feed-forward layer, each with a norm before it and a residual connection."""
 
-    attention = Attention
+    attention: type[Attention] = Attention
 
     def __init__(self, c: Config, scope: Scope, layer: int) -> None:
-        self.norm1: Apply = RmsNorm(scope / "input_layernorm", c.hidden_size, c.rms_norm_eps)
+        self.norm1: Apply = c.norm(scope / "input_layernorm", c.hidden_size)
         self.attn = self.attention(c, scope / "self_attn", layer)
-        self.norm2: Apply = RmsNorm(scope / "post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
+        self.norm2: Apply = c.norm(scope / "post_attention_layernorm", c.hidden_size)
         self.mlp = self.feed_forward(c, scope, layer)
 
     def feed_forward(self, c: Any, scope: Scope, layer: int) -> Apply:
@@ -179,18 +219,20 @@ class Layer:
 class Model:
     """Complete model: from token ids to the logits of the rows that sample."""
 
-    layer = Layer
+    layer: type[Layer] = Layer
 
     def __init__(self, c: Config, scope: Scope) -> None:
         body = scope / "model"
-        self.embed = Embedding(body / "embed_tokens", c.vocab_size, c.hidden_size)
+        self.embed = Embedding(body / "embed_tokens", c.vocab_size, c.hidden_size, scale=c.embedding_scale)
         self.layers = [self.layer(c, body / f"layers.{i}", i) for i in range(c.num_hidden_layers)]
-        self.norm: Apply = RmsNorm(body / "norm", c.hidden_size, c.rms_norm_eps)
+        self.norm: Apply = c.norm(body / "norm", c.hidden_size)
         self.head = head(scope, c.hidden_size, c.vocab_size, self.embed.weight if c.tie_word_embeddings else None)
+        self.logit_cap = c.logit_cap
 
     def __call__(self, inputs: Inputs) -> Value:
         """Record the model and return the logits of the rows that sample, (samples, vocabulary)."""
         x = self.embed(inputs.ids)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(take_rows(x)))
+        logits = self.head(self.norm(take_rows(x)))
+        return soft_cap(logits, self.logit_cap) if self.logit_cap else logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tokenmill.layers.norm import RmsNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama, qwen2
 from tokenmill.program.value import Value
@@ -24,8 +23,8 @@ class Attention(llama.Attention):
 
     def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
         super().__init__(c, scope, layer)
-        self.q_norm = RmsNorm(scope / "q_norm", c.head_size, c.rms_norm_eps, per_head=True)
-        self.k_norm = RmsNorm(scope / "k_norm", c.head_size, c.rms_norm_eps, per_head=True)
+        self.q_norm = c.norm(scope / "q_norm", c.head_size, per_head=True)
+        self.k_norm = c.norm(scope / "k_norm", c.head_size, per_head=True)
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Normalize each head of queries and keys."""
