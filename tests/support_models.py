@@ -163,12 +163,24 @@ def make_checkpoint(
 
     Norms and biases are random too, so that a missing one is detected. `changes`: to the configuration.
     """
+    model_type, own = FAMILIES[family]
+    return write_model(folder, model_type, SIZES | own | changes, dtype=dtype, shard_size=shard_size)
+
+
+def write_model(
+    folder: str | Path,
+    model_type: str,
+    fields: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "5GB",
+) -> Any:
+    """Write a random model with these fields of the configuration, as `make_checkpoint`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model_type, own = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **deepcopy(SIZES | own | changes))  # it changes rope's dictionaries
-    attention = "sdpa" if own.get("alibi") else "eager"  # Falcon's eager attention adds ALiBi twice
+    config = AutoConfig.for_model(model_type, **deepcopy(fields))  # it changes rope's dictionaries
+    attention = "sdpa" if fields.get("alibi") else "eager"  # Falcon's eager attention adds ALiBi twice
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     for p in model.parameters():
         p.data = (torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)).to(dtype).float()

@@ -202,7 +202,7 @@ def test_a_window_shows_in_the_cache_layout() -> None:
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        ({"model_type": "mamba"}, Unsupported, "'mamba' is not supported. Supported:"),
+        ({"model_type": "unheard"}, Unsupported, "'unheard' is not supported. Supported:"),
         ({"model_type": None}, ModelError, "no model_type"),
         ({"hidden_size": "wide"}, ModelError, "hidden_size"),
         ({"num_hidden_layers": 1 << 40}, ModelError, "num_hidden_layers"),

@@ -5,6 +5,7 @@ All arrays here are numpy's, on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -12,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.base import StepInputs, StepLimits
-from tokenmill.program.ops import CacheSpec
+from tokenmill.program.ops import CacheSpec, StateSpec
 from tokenmill.wire.messages import Payload, PromptDetails, TokenDetails
 
 Ints = NDArray[np.int64]
 
 PROMPT_ROWS = 128
 """Prompt positions whose logits are held at a time."""
+
+STATE_RING = 2
+"""States of a slot: those before and after its last step, because that step's last position may be computed again."""
 
 WARM_TOKENS = 32
 """Length of the prompt that a warm-up runs."""
@@ -49,6 +53,12 @@ def most_rows(limits: StepLimits) -> dict[str, int]:
 def block_bytes(layout: Mapping[int, CacheSpec], item_bytes: int, block_size: int) -> int:
     """Return the bytes of a cache block over all layers, for a cache of plain numbers of `item_bytes`."""
     return sum(spec.width for spec in layout.values()) * item_bytes * block_size
+
+
+def state_bytes(layout: Mapping[tuple[int, str], StateSpec], item_bytes: int) -> int:
+    """Return the bytes of a slot's states over all layers, for numbers of `item_bytes` where none are specified."""
+    item = {"float": item_bytes, "float32": 4}
+    return STATE_RING * sum(math.prod(spec.shape) * item[spec.dtype] for spec in layout.values())
 
 
 # ---- tokens ----
@@ -161,13 +171,16 @@ def prompt_payloads(
 
 
 def warm_up_steps(limits: StepLimits, num_blocks: int) -> tuple[StepInputs, ...]:
-    """Return a small prompt and a decode step behind it, of slot 0 on the first of `num_blocks` cache blocks."""
+    """Return a small prompt and a decode step behind it, of slot 0 on the first of `num_blocks` cache blocks.
+
+    With room for a single token, both compute that.
+    """
     size = warm_up_tokens(limits, num_blocks)
     if not size:
         return ()
     slots = np.zeros(1, np.int32)
     blocks = np.array([(0, i, i) for i in range(-(-size // limits.block_size))], np.int32)
-    steps = ((0, size, blocks), (size - 1, 1, blocks[:0]))
+    steps = ((0, max(size - 1, 1), blocks), (size - 1, 1, blocks[:0]))
     return tuple(
         StepInputs(slots, np.array([start], np.int32), np.array([count], np.int32), slots, blocks=new)
         for start, count, new in steps

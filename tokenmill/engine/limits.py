@@ -25,6 +25,8 @@ class SchedulerLimits:
     # Position at which the attention of a prompt token costs as much as its products. A token at position p counts as
     # 1 + p / `context_weight` tokens in `prefill_beside` and `max_chunk`. 0: every token counts as one.
     context_weight: int = 0
+    # False: a sequence is computed from its first token on, because blocks do not hold all that later tokens need.
+    shares_prefixes: bool = True
 
     def weigh(self, start: int, count: int) -> int:
         """Return the cost of `count` tokens of a prompt from position `start` on, in tokens at position 0."""

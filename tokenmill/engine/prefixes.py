@@ -7,12 +7,18 @@ from collections import deque
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.sequence import Sequence
 
+NEVER = 1 << 62
+"""Length that no sequence reaches."""
+
 
 class PrefixCache:
-    """Blocks of sequences in the prefix cache. Blocks published for steps that did not run are removed again."""
+    """Blocks of sequences in the prefix cache. Blocks published for steps that did not run are removed again.
 
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+    If not `enabled`, nothing is published, so nothing is found.
+    """
+
+    def __init__(self, pool: BlockPool, enabled: bool = True) -> None:
+        self._pool, self._enabled = pool, enabled
         self._published: deque[list[int]] = deque()  # by step on the device: blocks that it will fill
         self.computing: list[Sequence] = []  # running sequences that are not computed up to `prefill_end` yet
 
@@ -48,6 +54,9 @@ class PrefixCache:
     def publish(self, seq: Sequence, computed: int) -> None:
         """Publish the full blocks of the first `computed` tokens, as far as their ids are on the host."""
         size = self._pool.block_size
+        if not self._enabled:
+            seq.publish_at = NEVER
+            return
         full = min(len(seq.token_ids), computed) // size
         seq.hash_blocks(full, size)
         for index in range(seq.num_published, full):
@@ -72,4 +81,6 @@ class PrefixCache:
 
     def _num_sharable(self, seq: Sequence) -> int:
         """Return how many blocks may be shared: at least one token must run, because sampling needs its logits."""
-        return 0 if seq.request.computes_whole_prompt else (len(seq.token_ids) - 1) // self._pool.block_size
+        if not self._enabled or seq.request.computes_whole_prompt:
+            return 0
+        return (len(seq.token_ids) - 1) // self._pool.block_size

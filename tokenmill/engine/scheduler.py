@@ -37,7 +37,7 @@ class Scheduler:
         self.waiting = Waiting()
         self.running = Running(pool, limits.max_batch_size)
         self.counts = Counts()
-        self._prefixes = PrefixCache(pool)
+        self._prefixes = PrefixCache(pool, limits.shares_prefixes)
         self._prefill = Prefill(pool, self.waiting, self.running, self._prefixes)
         self._budget = StepBudget(limits.max_batch_tokens)
         self._num_added = 0  # requests so far; gives each its `arrival`

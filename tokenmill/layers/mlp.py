@@ -18,6 +18,11 @@ def soft_cap(x: Value, cap: float) -> Value:
     return x.record(ops.SoftCap, x=x, cap=cap)
 
 
+def times(x: Value, y: Value) -> Value:
+    """Return x · y, column by column."""
+    return x.record(ops.GatedAct, gate=x, up=y, act="linear")
+
+
 def take_rows(x: Value) -> Value:
     """Select the rows that sample, because only they need logits."""
     return x.record(ops.TakeRows, rows="samples", x=x)
@@ -26,9 +31,19 @@ def take_rows(x: Value) -> Value:
 class GatedMlp:
     """Gated feed-forward layer: down(act(gate(x)) · up(x))."""
 
-    def __init__(self, scope: Scope, width: int, inner: int, act: str, *, bias: bool = False) -> None:
-        self.gate_up = Linears(scope, width, shard="column", bias=bias, outputs={"gate_proj": inner, "up_proj": inner})
-        self.down = Linear(scope, inner, "down_proj", width, shard="row", bias=bias)
+    def __init__(
+        self,
+        scope: Scope,
+        width: int,
+        inner: int,
+        act: str,
+        *,
+        bias: bool = False,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
+        gate, up, down = names
+        self.gate_up = Linears(scope, width, shard="column", bias=bias, outputs={gate: inner, up: inner})
+        self.down = Linear(scope, inner, down, width, shard="row", bias=bias)
         self.act = act
 
     def __call__(self, x: Value) -> Value:

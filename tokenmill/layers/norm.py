@@ -8,12 +8,23 @@ from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Value
 
 
-class RmsNorm:
-    """RMSNorm. `add`: 1 if the checkpoint stores the weight minus one, else 0."""
+def unweighted_norm(x: Value, eps: float) -> Value:
+    """Apply RMSNorm without a weight."""
+    return x.record(ops.Norm, x=x, weight=None, eps=eps)
 
-    def __init__(self, scope: Scope, width: int, eps: float, *, per_head: bool = False, add: float = 0.0) -> None:
+
+class RmsNorm:
+    """RMSNorm. `add`: 1 if the checkpoint stores the weight minus one, else 0.
+
+    `per_head`: of each head of `width` columns, by the same weight. `groups`: of so many parts of the row, each by its
+    own part of the weight.
+    """
+
+    def __init__(
+        self, scope: Scope, width: int, eps: float, *, per_head: bool = False, groups: int = 1, add: float = 0.0
+    ) -> None:
         self.weight = Weight((Part(scope / "weight", width),), add=add)
-        self.eps, self.head_dim = eps, width if per_head else 0
+        self.eps, self.head_dim = eps, width // groups if per_head or groups > 1 else 0
 
     def __call__(self, x: Value) -> Value:
         """Normalize x; the result has the same shape."""

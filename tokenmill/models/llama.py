@@ -34,6 +34,11 @@ Apply = Callable[[Value], Value]
 """A layer: it records its operations on a value and returns the result"""
 
 
+def act_of(name: str) -> str:
+    """Return the name that backends use of an activation of transformers."""
+    return _SAME_ACTS.get(name, name)
+
+
 class Biases(NamedTuple):
     """Flags of the products that have a bias: attention's input projections, its output projection, feed-forward."""
 
@@ -129,7 +134,7 @@ class Config(base.Config, kw_only=True):
     @property
     def act(self) -> str:
         """Return the activation of the feed-forward layer."""
-        return _SAME_ACTS.get(self.hidden_act, self.hidden_act)
+        return act_of(self.hidden_act)
 
     @property
     def biases(self) -> Biases:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenmill.program import ops
-from tokenmill.program.ops import CacheSpec, Op, Weight
+from tokenmill.program.ops import CacheSpec, Op, StateSpec, Weight
 from tokenmill.program.value import Program
 
 
@@ -48,12 +49,17 @@ class Cost:
         )
 
 
+_STATE_BYTES = 4
+
 Bits = Callable[[Weight], float]
 """Weight -> bits per stored element, scales included."""
 
 
 def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes: int = 2) -> Cost:
-    """Return the cost of one operation. A sliding window is counted as if it were full."""
+    """Return the cost of one operation.
+
+    A sliding window is counted as if it were full, and a state as read and written once for each row that samples.
+    """
     rows = {"tokens": load.tokens, "samples": load.samples}
     values = (*op.reads().values(), *op.results().values())
     moved = sum(v.width * rows[v.spec.rows] for v in values) * activation_bytes
@@ -80,7 +86,11 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
         return Cost(touched * each, 0, moved, 2 * n * k * (op.gate_up[0].size + op.down[0].size))
     if isinstance(op, ops.Route):
         return Cost(sum(size(w) for ws in op.weights().values() for w in ws), 0, moved, 2 * n * op.weight.size)
-    return Cost(sum(size(w) for ws in op.weights().values() for w in ws), 0, moved, n * op.out.width)
+    weights = sum(size(w) for ws in op.weights().values() for w in ws)
+    if (spec := op.state()) is not None:
+        elements = math.prod(spec.shape)
+        return Cost(weights, 2 * elements * load.samples * _STATE_BYTES, moved, 6 * elements * n)
+    return Cost(weights, 0, moved, n * op.out.width)
 
 
 def total(
@@ -97,6 +107,16 @@ def cache_layout(program: Program) -> dict[int, CacheSpec]:
         if (spec := op.keeps()) is not None:
             assert spec.layer not in found, "two operations keep the same layer's cache"
             found[spec.layer] = spec
+    return found
+
+
+def state_layout(program: Program) -> dict[tuple[int, str], StateSpec]:
+    """Return the states to keep for each sequence, by layer and name."""
+    found: dict[tuple[int, str], StateSpec] = {}
+    for op in program.ops:
+        if (spec := op.state()) is not None:
+            assert spec.key not in found, "two operations keep the same state"
+            found[spec.key] = spec
     return found
 
 

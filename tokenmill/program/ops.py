@@ -3,8 +3,8 @@
 Fields of type Value are inputs, except those named in `writes`, which are results. All other fields are constant before
 the first step. An optional Value, Weight or `act` is set by a fusion (passes.py), for backends that have such a kernel.
 
-Passes and backends read the properties of an operation from `rowwise`, `sharded_by` and `keeps`, so a new kind of
-operation requires no change in them.
+Passes and backends read the properties of an operation from `rowwise`, `sharded_by`, `keeps` and `state`, so a new
+kind of operation requires no change in them. Those with a state per sequence are in `recurrence.py`.
 """
 
 from __future__ import annotations
@@ -111,6 +111,20 @@ class CacheSpec(NamedTuple):
         return sum(part.heads * part.width for part in self.parts)
 
 
+class StateSpec(NamedTuple):
+    """State of fixed size that an operation keeps between steps for each sequence, on one rank."""
+
+    layer: int
+    name: str  # unique within a layer
+    shape: tuple[int, ...]
+    dtype: Literal["float", "float32"]  # float: the backend's compute type
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Layer and name, unique within a program."""
+        return self.layer, self.name
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Op:
@@ -147,7 +161,11 @@ class Op:
         return found
 
     def keeps(self) -> CacheSpec | None:
-        """Return the cache that the operation keeps between steps; None if it is stateless."""
+        """Return the cache that the operation keeps between steps; None if it has none."""
+        return None
+
+    def state(self) -> StateSpec | None:
+        """Return the state that the operation keeps between steps for each sequence; None if it has none."""
         return None
 
     @property
@@ -199,10 +217,13 @@ class Linear(Op):
 
 
 class Norm(Op):
-    """Apply RMSNorm, or LayerNorm if `center`, to each row, or to each head of it if `head_dim` is set."""
+    """Apply RMSNorm, or LayerNorm if `center`, to each row, or to each head of it if `head_dim` is set.
+
+    `weight`: a number for each column of a head, or for each column of the row; None: all ones.
+    """
 
     x: Value
-    weight: Weight
+    weight: Weight | None
     bias: Weight | None = None
     eps: float
     center: bool = False

@@ -126,8 +126,9 @@ def heads_into_attention(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
 
 
 def _fusible_norm(norm: ops.Norm, attention: ops.Attention) -> bool:
-    """Return True for a norm that attention can apply: RMSNorm of each head, without bias."""
-    return norm.head_dim == attention.head_dim and not norm.center and norm.bias is None
+    """Return True for a norm that attention can apply: RMSNorm of each head by the same weight, without bias."""
+    one = norm.weight is not None and norm.weight.rows == attention.head_dim
+    return one and norm.head_dim == attention.head_dim and not norm.center and norm.bias is None
 
 
 def add_into_norm(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:

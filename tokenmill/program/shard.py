@@ -63,7 +63,8 @@ class _Sharder:
                 (weights[name],) = weights[name]
         first, old = next(iter(op.reads().items()))
         if isinstance(op, ops.Norm) and not op.head_dim and reads[first].width != old.width:
-            raise Unsupported("norm over the whole row of a product that ranks share", op.weight.name, (), _ONE_RANK)
+            name = op.weight.name if op.weight else ""
+            raise Unsupported("norm over the whole row of a product that ranks share", name, (), _ONE_RANK)
         is_linear = isinstance(op, ops.Linear)
         width = weights["weight"].rows if is_linear else op.out.width * reads[first].width // old.width
         out = self.tape.new(op.out.spec.rows, width, op.out.spec.dtype)

@@ -356,6 +356,10 @@ def check(weights: Iterable[Weight], source: Checkpoint) -> None:
     unread(wanted.keys(), source)
 
 
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
 def _check(weight: Weight, name: str, rows: int, stacked: int | None, source: Checkpoint) -> None:
     found = source.shape(name)
     expected: tuple[int, ...] = (rows, weight.columns) if weight.columns else (rows,)
@@ -368,5 +372,5 @@ def _check(weight: Weight, name: str, rows: int, stacked: int | None, source: Ch
         raise ModelError(
             f"The weights have no tensor {name!r}, which config.json's model needs with shape {expected}.{cure}"
         )
-    if tuple(found) != expected and (weight.columns or tuple(found) != (1, *expected)):
+    if _without_ones(found) != _without_ones(expected):  # a convolution's weight is (columns, 1, kernel)
         raise ModelError(f"The tensor {name!r} has shape {tuple(found)}; config.json says {expected}.")

@@ -22,6 +22,7 @@ def dense(stored: Stored, piece: Piece) -> Coded:
     if stored.kind not in _TYPES:
         raise Unsupported("type of weights", stored.kind, _TYPES, f"It is what {stored.name!r} is stored in.")
     rows = np.ascontiguousarray(stored.data).view(_TYPES[stored.kind])
+    rows = rows.reshape(len(rows), -1)  # without the dimensions of size 1 that `base.check` accepts
     if not piece.weight.columns:
         return base.dense(rows.reshape(-1)[piece.rows])
     return base.dense(rows.T if piece.weight.transposed else rows).take(piece.rows, piece.columns)

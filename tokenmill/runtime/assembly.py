@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 from tokenmill.backends.accounts import stored_dtype
 from tokenmill.backends.base import Backend, StepLimits
 from tokenmill.backends.kind import CPU_DEFAULTS, BackendOptions, Defaults, Job, Report
+from tokenmill.backends.steps import state_bytes
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Executor as AnyExecutor
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.parallel.group import Group
-from tokenmill.program.cost import Load, cost, weights_of
+from tokenmill.program.cost import Load, cost, state_layout, weights_of
 from tokenmill.program.ops import Weight
+from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 from tokenmill.quant._unread import warn_of_unread
 from tokenmill.quant.base import reader_of
@@ -29,7 +31,15 @@ from tokenmill.runtime import lengths
 from tokenmill.runtime.choice import Choice, choose, make_backend
 from tokenmill.runtime.constraints import Constraints
 from tokenmill.runtime.executor import Executor
-from tokenmill.runtime.memory import Demand, available_bytes, check_weights, count_blocks, count_device_blocks
+from tokenmill.runtime.memory import (
+    Demand,
+    available_bytes,
+    check_weights,
+    count_blocks,
+    count_device_blocks,
+    fitting_states,
+    size,
+)
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
@@ -90,7 +100,8 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
     longest = lengths.longest(source, length, options.max_total_tokens)
     lengths.max_input_tokens(options.max_input_tokens, longest, length)  # fail before minutes of loading
     dtype, needed = measure_weights(choice, programs, checkpoint, backend_options, options.memory_limit)
-    limits = _limits(defaults, options, longest)
+    free = free_bytes(choice, backend_options) if options.memory_limit is None else options.memory_limit
+    limits = _limits(defaults, options, longest, slot_bytes(program, dtype, group.size), free - needed)
     read = reader_of(checkpoint, backend_options.quantize)
     job = Job(program, checkpoint, read, limits, group, backend_options, choice.placement, dtype, report)
     with ExitStack() as resources:
@@ -122,7 +133,10 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
             revision=source.revision,
             quantize=backend_options.quantize,
             isa=choice.kind.instruction_set(backend_options),
+            shares_prefixes=not state_layout(program),
         )
+        if not info.shares_prefixes:
+            _log.info("The prefix cache is off: the model keeps a state for each sequence, which blocks do not hold.")
         lengths.log_prompt_limit(options.max_input_tokens, total, length)
         scheduler = scheduler_of(info, defaults, program)
         constraints = _constraints(source, info, options, resources) if group.rank == 0 else None
@@ -164,9 +178,21 @@ def assemble_mock(
     return Assembled(scheduler_of(info, CPU_DEFAULTS._replace(prefill_beside=0, max_chunk=0)), executor, info)
 
 
-def _limits(defaults: Defaults, options: EngineOptions, longest: int) -> StepLimits:
+def _limits(
+    defaults: Defaults, options: EngineOptions, longest: int, state_bytes: int = 0, free: int = 0
+) -> StepLimits:
+    """Return the limits of a step. `state_bytes`: of a sequence; `free`: bytes for states and cache."""
     tokens, rows = options.max_batch_tokens or defaults.batch_tokens, options.max_batch_size or defaults.batch_size
+    if options.max_batch_size is None and (fit := fitting_states(state_bytes, free, rows)) < rows:
+        _log.info("The state of a sequence has %s: %d sequences run at once.", size(state_bytes), fit)
+        rows = fit
     return StepLimits(tokens, rows, longest, options.block_size)
+
+
+def slot_bytes(program: Program, dtype: str, ranks: int) -> int:
+    """Return the bytes of the state of a sequence, over all ranks."""
+    layout = state_layout(shard(program, ranks))
+    return state_bytes(layout, 4 if dtype == "float32" else 2) * ranks
 
 
 def measure_weights(
@@ -227,6 +253,7 @@ def scheduler_of(info: EngineInfo, defaults: Defaults, program: Program | None =
         prefill_beside=defaults.prefill_beside,
         max_chunk=defaults.max_chunk,
         context_weight=context_weight(program) if program is not None else 0,
+        shares_prefixes=info.shares_prefixes,
     )
     return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
 

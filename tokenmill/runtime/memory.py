@@ -61,6 +61,8 @@ def count_blocks(
     NotEnoughMemory, with both sizes, if a sequence of `wanted_tokens` does not fit.
     """
     free = available - demand.step_bytes
+    if not demand.block_bytes:
+        return _all_blocks(demand, free if limit is None else min(limit - weight_bytes - demand.step_bytes, free))
     if limit is not None:
         budget = min(limit - weight_bytes - demand.step_bytes, free)
     else:
@@ -84,6 +86,8 @@ def count_device_blocks(demand: Demand, free: int, weight_bytes: int = 0, limit:
     budget = free - (demand.step_bytes - demand.claimed_bytes) - DEVICE_RESERVE - free // 100
     if limit is not None:
         budget = min(budget, limit - weight_bytes - demand.step_bytes)
+    if not demand.block_bytes:
+        return _all_blocks(demand, budget)
     needed = demand.blocks_of(demand.wanted_tokens)
     blocks = max(budget, 0) // demand.block_bytes
     if blocks < needed:
@@ -91,9 +95,28 @@ def count_device_blocks(demand: Demand, free: int, weight_bytes: int = 0, limit:
     return min(blocks, demand.blocks_of(demand.max_total_tokens) * demand.max_batch_size)
 
 
-def _refusal(
-    demand: Demand, needed: int, budget: int, weight_bytes: int, limit: int | None, cure: str = _CURE
-) -> str:
+def _all_blocks(demand: Demand, budget: int) -> int:
+    """Return the number of blocks that all slots at full length use, for a model whose blocks hold nothing.
+
+    Raise NotEnoughMemory if `budget` is negative: the bytes left beside weights, states and a step.
+    """
+    if budget < 0:
+        raise NotEnoughMemory(
+            f"The states of {demand.max_batch_size} sequences and a step need {size(demand.step_bytes)}: "
+            f"{size(-budget)} more than there is beside the weights. Lower --max-batch-size, or serve a smaller model."
+        )
+    return demand.blocks_of(demand.max_total_tokens) * demand.max_batch_size
+
+
+def fitting_states(num_bytes: int, available: int, most: int) -> int:
+    """Return how many sequences of a state of `num_bytes` each may run at once: `most`, or fewer.
+
+    At least one. All states together get a quarter of the `available` bytes, so that a cache fits beside them.
+    """
+    return max(1, min(most, available // 4 // num_bytes)) if num_bytes else most
+
+
+def _refusal(demand: Demand, needed: int, budget: int, weight_bytes: int, limit: int | None, cure: str = _CURE) -> str:
     where = "are free after the weights were loaded"
     if limit is not None:
         taken = f"weights {size(weight_bytes)}, a step {size(demand.step_bytes)}"

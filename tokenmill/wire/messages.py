@@ -219,6 +219,7 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag="info"):
     revision: str = ""
     quantize: str = ""
     isa: str = ""  # instruction set that the kernels are compiled for
+    shares_prefixes: bool = True  # requests whose prompts begin alike share the work of it
 
     @property
     def capacity(self) -> int:

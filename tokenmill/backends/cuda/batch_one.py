@@ -65,6 +65,7 @@ class BatchOneFusion:
         product: Product = self._lowering.product(op)
         norm = residual = None
         if (found := self._normed.get(op.x.buffer)) is not None:
+            assert found.weight is not None, "refused by prepare.py"
             x: Value = found.total if isinstance(found, ops.AddNorm) else found.x
             norm = self._memory.value(x), self._lowering.weight(found.weight), found.eps
         if (total := self._summed.get(op.out.buffer)) is not None:

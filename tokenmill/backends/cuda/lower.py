@@ -129,6 +129,7 @@ class Lowering:
         return run
 
     def _norm(self, op: ops.Norm) -> Run:
+        assert op.weight is not None, "refused by prepare.py"
         x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self.weight(op.weight)
         if op.head_dim:
             return self._norm_heads(op, x, out, weight)

@@ -21,6 +21,7 @@ ATTENTIONS = {
 }  # fmt: skip
 """User's name of an attention, TGI's included -> the nearest kernels here."""
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
+_ACTS = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 _HEAD_SIZES = range(16, 257)
 _WIDEST_NORM = 1 << 16
 _INVARIANT_COLUMNS = 16
@@ -67,8 +68,12 @@ def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool 
 def _why_not(op: Op) -> str:
     if not isinstance(op, KINDS):
         return f"it has no kernel for {type(op).__name__}"
+    if isinstance(op, ops.Act | ops.GatedAct) and op.act not in _ACTS:
+        return f"it has no kernel for the activation {op.act}"
     if isinstance(op, ops.Norm) and op.out.width > _WIDEST_NORM:
         return f"a norm of {op.out.width} columns is too wide for it"
+    if isinstance(op, ops.Norm) and (op.weight is None or op.weight.rows != (op.head_dim or op.x.width)):
+        return "its norms have a weight, which all heads share"
     if isinstance(op, ops.Norm) and op.head_dim and (op.center or op.bias):
         return "it has no LayerNorm of heads"
     return _attention_refusal(op) if isinstance(op, ops.Attention) else ""

@@ -6,7 +6,6 @@ meanwhile (torch releases the interpreter's lock while it computes). Invariant: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +23,7 @@ from tokenmill.backends.steps import (
     most_rows,
     prompt_payloads,
     rows_of_tokens,
+    state_bytes,
     step_tokens,
     warm_up_steps,
     warm_up_tokens,
@@ -34,10 +34,11 @@ from tokenmill.backends.torch.kinds import StepState
 from tokenmill.backends.torch.pack import pack
 from tokenmill.backends.torch.sampling import Sampled, sample, score
 from tokenmill.backends.torch.slots import Slots
+from tokenmill.backends.torch.states import States, zeros
 from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
 from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
-from tokenmill.program.cost import cache_layout
+from tokenmill.program.cost import cache_layout, state_layout
 from tokenmill.program.passes import take_rows_early
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Buffer
@@ -99,6 +100,7 @@ class TorchBackend:
         self._cache: dict[int, Tensor] = {}
         self._scratch = attention.Scratch()
         self._slots = Slots(limits, self.device)
+        self._states = States(state_layout(self.program), limits.max_batch_size, self.dtype, self.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
         self._last: TorchStep | None = None
         self._masks = AwaitedMasks(deferred=False)  # of the step that runs
@@ -108,7 +110,7 @@ class TorchBackend:
         return block_bytes(self._layout, self.dtype.itemsize, self.limits.block_size)
 
     def step_bytes(self) -> int:
-        """Bytes that the largest step needs besides weights and cache: values, scratch of attention, logits."""
+        """Bytes that the largest step needs besides weights and cache: values, states, scratch of attention, logits."""
         rows = most_rows(self.limits)
 
         def size(buffer: Buffer) -> int:
@@ -119,7 +121,8 @@ class TorchBackend:
             self.limits.max_total_tokens, self.limits.max_batch_tokens, widest, self.dtype.itemsize
         )
         sampled = 4 * rows["samples"] * self.vocab_size * 4  # float32 copies of logits in a full tail
-        return plan_buffers(self.program, size).size + gathered + sampled + self._latent_bytes()
+        states = state_bytes(state_layout(self.program), self.dtype.itemsize) * self.limits.max_batch_size
+        return plan_buffers(self.program, size).size + states + gathered + sampled + self._latent_bytes()
 
     def _latent_bytes(self) -> int:
         """Return the bytes of the largest step's queries and results in the compressed space."""
@@ -138,7 +141,8 @@ class TorchBackend:
             for layer, spec in self._layout.items():
                 halves = 2 if len({part.heads * part.width for part in spec.parts}) == 1 else 1
                 shape = halves, places, spec.width // halves
-                self._cache[layer] = _zeros(shape, self.dtype, self.device)
+                self._cache[layer] = zeros(shape, self.dtype, self.device)
+            self._states.allocate()
         except (RuntimeError, MemoryError) as e:  # torch has no narrower error on every device.
             wanted = num_blocks * self.block_bytes()
             raise NotEnoughMemory(
@@ -196,7 +200,10 @@ class TorchBackend:
         tables = self._slots.tables[self._to_device(inputs.slots)]
         plan = attention.plan(inputs, tables, self.limits.block_size, positions, rows)
         samples = self._to_device(tokens.samples)
-        state = StepState(self._weights, self._cache, self.group, positions, plan, samples, self._scratch)
+        states = self._states.plan(inputs)
+        state = StepState(
+            self._weights, self._cache, self.group, positions, plan, samples, self._scratch, self._states, states
+        )
         return state, self._slots.tokens[self._to_device(tokens.slots), positions].long()
 
     def _sample(self, inputs: StepInputs, state: StepState, env: Env) -> tuple[list[int], Sampled | None]:
@@ -228,15 +235,9 @@ class TorchBackend:
             state, ids = self._state(inputs)
             self._interpreter.tail(state, self._interpreter.body(state, ids))
         self._slots.tables.zero_()
+        self._states.clear()
         for cache in self._cache.values():
             cache[:, : warm_up_tokens(self.limits, self.num_blocks)].zero_()
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return `torch.zeros`, on a CPU without touching the pages: a large cache does not slow the start."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

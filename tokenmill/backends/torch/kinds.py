@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from tokenmill.backends.torch import recurrence as recurrent
 from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend, attend_latent
 from tokenmill.backends.torch.experts import mixed, routed
+from tokenmill.backends.torch.states import StatePlan, States
 from tokenmill.parallel.group import Group
-from tokenmill.program import ops
+from tokenmill.program import ops, recurrence
 from tokenmill.program.ops import Weight
 from tokenmill.program.rope import RopeTable
 
@@ -35,6 +37,8 @@ class StepState:
     attention: AttentionPlan
     samples: Tensor  # (R,) indices among the T tokens
     scratch: Scratch
+    states: States
+    plan: StatePlan  # of the operations with a state
     tables: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of cos_sin
 
     def optional(self, weight: Weight | None) -> Tensor | None:
@@ -59,7 +63,9 @@ def activation(name: str) -> Act:
     acts: dict[str, Act] = {
         "silu": F.silu,
         "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+        "linear": lambda x: x,
         "relu": F.relu,
+        "sigmoid": torch.sigmoid,
         "gelu": F.gelu,
         "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
         "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -92,7 +98,7 @@ def linear(op: ops.Linear, step: StepState, x: Tensor, residual: Tensor | None =
 
 def norm(op: ops.Norm, step: StepState, x: Tensor) -> Tensor:
     """Return the RMS norm or LayerNorm of each row or of each head."""
-    return normed(x, step.weights[op.weight], step.optional(op.bias), op.eps, op.center, op.head_dim)
+    return normed(x, step.optional(op.weight), step.optional(op.bias), op.eps, op.center, op.head_dim)
 
 
 def add_norm(op: ops.AddNorm, step: StepState, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,16 +198,19 @@ def arg_max(op: ops.ArgMax, step: StepState, x: Tensor) -> Tensor:
     return x.argmax(-1, keepdim=True)
 
 
-def normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool, head_dim: int) -> Tensor:
-    """Return the norm in x's dtype, computed in float32."""
+def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool, head_dim: int) -> Tensor:
+    """Return the norm in x's dtype, computed in float32. Weight and bias: of a head, or of all heads."""
     y = x.float()
     if head_dim:
         y = y.reshape(len(x), -1, head_dim)
     if center:
         y = y - y.mean(-1, keepdim=True)
-    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-    y = y if bias is None else y + bias
-    return y.flatten(1) if head_dim else y
+    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if weight is not None:
+        y = y * weight.view(-1, y.shape[-1])
+    if bias is not None:
+        y = y + bias.view(-1, y.shape[-1])
+    return y.flatten(1)
 
 
 def rotated(x: Tensor, table: RopeTable, head_dim: int, step: StepState) -> Tensor:
@@ -245,4 +254,6 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.AllReduce: all_reduce,
         ops.Gather: gather,
         ops.ArgMax: arg_max,
+        recurrence.CausalConv: recurrent.causal_conv,
+        recurrence.StateSpace: recurrent.state_space,
     }

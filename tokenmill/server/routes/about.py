@@ -47,6 +47,7 @@ async def info(call: Call) -> None:
         model_device_type=engine.info.device,
         max_batch_total_tokens=engine.info.capacity,
         max_input_length=limits.max_input_tokens,
+        prefix_caching=engine.info.shares_prefixes,
     )
     await call.answer(_encode(body))
 

@@ -183,3 +183,4 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     model_device_type: str
     max_batch_total_tokens: int
     max_input_length: int
+    prefix_caching: bool

@@ -1,0 +1,60 @@
+"""Tiny random checkpoints of the families that keep a state per sequence, and ranks as threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from support_models import SIZES
+from torch import Tensor
+
+_MAMBA: dict[str, Any] = {
+    "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 128, "time_step_rank": 3,
+}  # fmt: skip
+_MAMBA2 = _MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16}
+_SMALL = SIZES | {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+STATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", _MAMBA),
+    "mamba_with_biases": ("mamba", _MAMBA | {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False}),
+    "falcon_mamba": ("falcon_mamba", _MAMBA),
+    "mamba2": ("mamba2", _MAMBA2),
+    "mamba2_limited": ("mamba2", _MAMBA2 | {"n_groups": 1, "time_step_limit": (0.2, 0.9), "use_bias": True}),
+    "lfm2": ("lfm2", _SMALL | {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
+    "lfm2_with_biases": (
+        "lfm2",
+        _SMALL | {"full_attn_idxs": [0], "conv_bias": True, "block_auto_adjust_ff_dim": False},
+    ),
+}
+"""Name -> (model_type, configuration)."""
+
+
+class ThreadGroup:
+    """A `Group` of a rank that is a thread of this process. All ranks share `places` and `barrier`."""
+
+    def __init__(self, rank: int, places: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self._places, self._barrier = rank, len(places), places, barrier
+
+    def _all(self, x: Any) -> list[Any]:
+        self._places[self.rank] = x
+        self._barrier.wait(30)
+        found = list(self._places)
+        self._barrier.wait(30)
+        return found
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.stack(self._all(x)).sum(0)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._all(x), -1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        found: Tensor = self._all(x)[0].clone()
+        return found
+
+    def minimum(self, value: int) -> int:
+        return min(self._all(value))
+
+    def close(self) -> None:
+        """Nothing is left."""

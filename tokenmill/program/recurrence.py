@@ -1,0 +1,56 @@
+"""Operations that keep a state of fixed size per sequence, instead of a cache that grows with it.
+
+A row of a step continues from the state that its sequence had before the row's first token. At position 0 the state is
+zero, so a sequence that is computed again from its beginning needs no other reset.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from tokenmill.program.ops import Op, StateSpec, Weight
+from tokenmill.program.value import Value
+
+
+class CausalConv(Op):
+    """Convolve each column over the last tokens of its sequence: out[t] = Σ weight[k] · x[t - kernel + 1 + k] + bias.
+
+    `weight`: (columns, kernel). The state is the last kernel - 1 inputs.
+    """
+
+    rowwise: ClassVar[bool] = False
+    x: Value
+    weight: Weight
+    bias: Weight | None = None
+    layer: int
+
+    def state(self) -> StateSpec:
+        """Return the spec of the last inputs."""
+        return StateSpec(self.layer, "conv", (self.weight.columns - 1, self.x.width), "float")
+
+
+class StateSpace(Op):
+    """Scan with input-dependent coefficients: the recurrence of Mamba and Mamba 2.
+
+    For each head, with step = softplus(dt + dt_bias) clamped to `limits` and decay = exp(-step · exp(a_log)):
+    state = decay · state + step · x ⊗ b, and out = state · c + d · x. `a_log`: one number for each head, or one for
+    each head and column of the state. `dt` has a number for each head; adjacent heads share one of the `groups` of b
+    and c. Mamba is the case of heads of a single column.
+    """
+
+    rowwise: ClassVar[bool] = False
+    x: Value
+    dt: Value
+    b: Value
+    c: Value
+    a_log: Weight
+    d: Weight
+    dt_bias: Weight | None = None
+    groups: int = 1
+    limits: tuple[float, float] = (0.0, float("inf"))
+    layer: int
+
+    def state(self) -> StateSpec:
+        """Return the spec of (heads, columns of a head, columns of the state)."""
+        heads = self.dt.width
+        return StateSpec(self.layer, "scan", (heads, self.x.width // heads, self.b.width // self.groups), "float32")
