@@ -134,9 +134,9 @@ def test_a_length_that_is_left_out_or_null_is_the_default_of_the_models_class() 
 
 def test_a_mock_takes_the_length_of_a_model_that_is_not_known_and_of_none(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").touch()
-    (tmp_path / "config.json").write_text('{"model_type": "mamba", "max_position_embeddings": 77}')
+    (tmp_path / "config.json").write_text('{"model_type": "unheard", "max_position_embeddings": 77}')
     assert lengths.of_mock(local_source(tmp_path)).total == 77
-    (tmp_path / "config.json").write_text('{"model_type": "mamba", "max_position_embeddings": null}')
+    (tmp_path / "config.json").write_text('{"model_type": "unheard", "max_position_embeddings": null}')
     assert lengths.of_mock(local_source(tmp_path)).total == lengths.MOCK_LENGTH
     scaled = {"model_type": "llama", **SIZES, "max_position_embeddings": 78, "rope_scaling": {"rope_type": "new"}}
     (tmp_path / "config.json").write_text(json.dumps(scaled))

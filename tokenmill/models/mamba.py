@@ -44,6 +44,11 @@ class Config(base.Config, kw_only=True):
     tie_word_embeddings: bool = True
 
     @property
+    def max_positions(self) -> int:
+        """Maximum length of a sequence in tokens."""
+        return self.max_position_embeddings or LENGTH
+
+    @property
     def inner(self) -> int:
         """Number of columns of the scan."""
         return int(self.expand * self.hidden_size)

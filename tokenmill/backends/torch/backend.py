@@ -201,9 +201,7 @@ class TorchBackend:
         plan = attention.plan(inputs, tables, self.limits.block_size, positions, rows)
         samples = self._to_device(tokens.samples)
         states = self._states.plan(inputs)
-        state = StepState(
-            self._weights, self._cache, self.group, positions, plan, samples, self._scratch, self._states, states
-        )
+        state = StepState(self._weights, self._cache, self.group, positions, plan, samples, self._scratch, states)
         return state, self._slots.tokens[self._to_device(tokens.slots), positions].long()
 
     def _sample(self, inputs: StepInputs, state: StepState, env: Env) -> tuple[list[int], Sampled | None]:

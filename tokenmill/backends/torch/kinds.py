@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenmill.backends.torch import recurrence as recurrent
 from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend, attend_latent
 from tokenmill.backends.torch.experts import mixed, routed
-from tokenmill.backends.torch.states import StatePlan, States
+from tokenmill.backends.torch.states import StatePlan
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops, recurrence
 from tokenmill.program.ops import Weight
@@ -37,8 +37,7 @@ class StepState:
     attention: AttentionPlan
     samples: Tensor  # (R,) indices among the T tokens
     scratch: Scratch
-    states: States
-    plan: StatePlan  # of the operations with a state
+    recurrent: StatePlan
     tables: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of cos_sin
 
     def optional(self, weight: Weight | None) -> Tensor | None:
@@ -178,6 +177,16 @@ def experts(op: ops.Experts, step: StepState, x: Tensor, ids: Tensor, factors: T
     return mixed(op, x, ids, factors, step.weights, activation(op.act))
 
 
+def causal_conv(op: recurrence.CausalConv, step: StepState, x: Tensor) -> Tensor:
+    """Convolve each row's tokens after the last inputs of its slot."""
+    return recurrent.causal_conv(op, step.recurrent, step.weights, x)
+
+
+def state_space(op: recurrence.StateSpace, step: StepState, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Continue the scan of each row from the state of its slot."""
+    return recurrent.state_space(op, step.recurrent, step.weights, x, dt, b, c)
+
+
 def quantize(op: ops.Quantize, step: StepState, x: Tensor) -> Tensor:
     """Return x: values written to an int8 buffer are rounded there."""
     return x
@@ -254,6 +263,6 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.AllReduce: all_reduce,
         ops.Gather: gather,
         ops.ArgMax: arg_max,
-        recurrence.CausalConv: recurrent.causal_conv,
-        recurrence.StateSpace: recurrent.state_space,
+        recurrence.CausalConv: causal_conv,
+        recurrence.StateSpace: state_space,
     }

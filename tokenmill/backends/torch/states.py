@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,9 +40,20 @@ class Group:
 
 @dataclass(slots=True)
 class StatePlan:
-    """Groups of a step, shared by all operations."""
+    """Groups of a step, shared by all operations, and the states that they continue from."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[Group]
+    rings: dict[Key, Tensor]
+
+    def read(self, spec: StateSpec, group: Group) -> Tensor:
+        """Return the states (B, …) before the first tokens of a group: zeros at position 0."""
+        states = self.rings[spec.key][group.slots, group.source]
+        return states.masked_fill_(group.fresh.view(-1, *[1] * (states.dim() - 1)), 0)
+
+    def write(self, spec: StateSpec, group: Group, states: Tensor) -> None:
+        """Keep the states (B, …) after the last tokens of a group."""
+        ring = self.rings[spec.key]
+        ring[group.slots, group.target] = states.to(ring.dtype)
 
 
 class States:
@@ -70,7 +81,7 @@ class States:
     def plan(self, inputs: StepInputs) -> StatePlan:
         """Plan a step, whose rows must continue where their slots' states are."""
         if not self._layout:
-            return StatePlan()
+            return StatePlan([], self._rings)
         counts = inputs.counts.astype(np.int64)
         firsts = np.cumsum(counts) - counts
         slots, starts = inputs.slots.astype(np.int64), inputs.starts.astype(np.int64)
@@ -80,7 +91,9 @@ class States:
             raise RuntimeError(f"slot {slots[row]} has no state after {starts[row]} tokens: {self._after[slots[row]]}")
         ends = starts + counts
         self._after[slots, ends % STATE_RING] = ends
-        return StatePlan([self._group(firsts, slots, starts, ends, counts == n, int(n)) for n in np.unique(counts)])
+        return StatePlan(
+            [self._group(firsts, slots, starts, ends, counts == n, int(n)) for n in np.unique(counts)], self._rings
+        )
 
     def _group(self, firsts: _Ints, slots: _Ints, starts: _Ints, ends: _Ints, rows: _Bools, count: int) -> Group:
         def tensor(array: NDArray[np.generic]) -> Tensor:
@@ -93,16 +106,6 @@ class States:
             tensor(ends[rows] % STATE_RING),
             tensor(starts[rows] == 0),
         )
-
-    def read(self, spec: StateSpec, group: Group) -> Tensor:
-        """Return the states (B, …) before the first tokens of a group: zeros at position 0."""
-        states = self._rings[spec.key][group.slots, group.source]
-        return states.masked_fill_(group.fresh.view(-1, *[1] * (states.dim() - 1)), 0)
-
-    def write(self, spec: StateSpec, group: Group, states: Tensor) -> None:
-        """Keep the states (B, …) after the last tokens of a group."""
-        ring = self._rings[spec.key]
-        ring[group.slots, group.target] = states.to(ring.dtype)
 
 
 _Ints = NDArray[np.int64]
