@@ -7,7 +7,7 @@ from support_sampling import a_request
 from tokenmill.backends import steps
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.sampling import Parameters
-from tokenmill.program.ops import CachePart, CacheSpec
+from tokenmill.program.keeps import CachePart, CacheSpec
 from tokenmill.wire.messages import PromptDetails, TokenDetails
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.base import StepInputs, StepLimits
-from tokenmill.program.ops import CacheSpec, StateSpec
+from tokenmill.program.keeps import CacheSpec, StateSpec
 from tokenmill.wire.messages import Payload, PromptDetails, TokenDetails
 
 Ints = NDArray[np.int64]

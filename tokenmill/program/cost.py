@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenmill.program import ops
-from tokenmill.program.ops import CacheSpec, Op, StateSpec, Weight
+from tokenmill.program.keeps import CacheSpec, StateSpec
+from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Program
 
 

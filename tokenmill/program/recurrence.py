@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenmill.program.ops import Op, StateSpec, Weight
+from tokenmill.program.keeps import StateSpec
+from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Value
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenmill.backends.base import StepInputs
 from tokenmill.backends.steps import STATE_RING
-from tokenmill.program.ops import StateSpec
+from tokenmill.program.keeps import StateSpec
 
 CHUNK = 64  # tokens of a prompt that are computed at once
 Key = tuple[int, str]
