@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from support_jobs import job_of
 
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits, StepResult
 from tokenmill.backends.cpu.backend import CpuBackend
+from tokenmill.config import default_cache_dir
 from tokenmill.models.base import program_of
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader
@@ -26,8 +26,8 @@ Rows = list[tuple[int, list[int]]]
 
 @cache
 def kernel_folder() -> Path:
-    """Return the folder of compiled kernels, one per user: compiling takes seconds, so tests share it."""
-    return Path(tempfile.gettempdir()) / f"tokenmill-test-kernels-{Path.home().name}"
+    """Return the folder of compiled kernels: the user's, as of servers that tests start. Compiling takes seconds."""
+    return Path(default_cache_dir()) / "kernels"
 
 
 class CpuDriver(CpuBackend):

@@ -211,7 +211,7 @@ def test_the_peer_is_measured_by_the_same_names(tmp_path):
     figures = {one["figure"]: one["value"] for one in lines if "figure" in one}
     assert 1.9 < figures["decode, batch 4"] < 4
     assert {"prefill", "crowd of 3, up to 24", "long prompt: first token"} <= figures.keys()
-    assert figures["long prompt: p99 to quiet p99"] > 3
+    assert figures["long prompt: p99 to quiet p99"] > 1.5
 
 
 def test_options_reach_the_backend():

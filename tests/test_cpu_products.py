@@ -26,8 +26,12 @@ BEST = HERE[:1]
 PAIRED = any(i.pairs for i in HERE)
 FORMS = tuple(form for form in (*BLOCK_FORMS, *DENSE_FORMS) if PAIRED or form != "bf16pairs")
 FEW_FORMS = ("int4", "bf16pairs") if PAIRED else ("int4",)  # forms for the tests of other things than the product
-SETS = [(i.name, form) for i in HERE for form in (FEW_FORMS if i.pairs else FORMS) if i.pairs or form != "bf16pairs"]
-"""A set with pairs has the code of AVX-512 VNNI but for them."""
+WITHOUT_PAIRS = [i for i in HERE if not i.pairs]  # a set with pairs has the code of AVX-512 VNNI but for them
+SETS = [(i.name, form) for i in HERE if i.pairs for form in FEW_FORMS] + [
+    (i.name, form) for at, i in enumerate(WITHOUT_PAIRS) for number, form in enumerate(FORMS)
+    if form != "bf16pairs" and (form in ("int4", "int8", "f32") or number % len(WITHOUT_PAIRS) == at)
+]  # fmt: skip
+"""Three forms with every set, the others with one of the sets each: compiling a product takes two seconds."""
 
 
 K_TYPES = {

@@ -61,7 +61,7 @@ def test_a_device_that_is_full_when_all_is_tried_is_told_with_the_cure(
 
     write_random(tmp_path, "llama", num_hidden_layers=1)
     driver = CudaDriver(tmp_path, limits=StepLimits(16, 2, 64, 16), num_blocks=4)
-    monkeypatch.setattr(driver, "_forward", full)
+    monkeypatch.setattr(driver, "_launch_all", full)
     with pytest.raises(NotEnoughMemory, match=r"no room for a step .* --cuda-memory-fraction"):
         driver.warm_up()
 

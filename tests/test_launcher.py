@@ -267,7 +267,7 @@ def test_a_second_signal_stops_at_once(serve: Callable[..., Server]) -> None:
     began = time.monotonic()
     server.process.send_signal(signal.SIGINT)
     assert server.wait() == 0
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])

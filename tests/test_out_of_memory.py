@@ -86,14 +86,14 @@ class Faults:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
 
-def answers(engine: OfflineEngine, seed: int, requests: int = 7) -> list[list[int]]:
+def answers(engine: OfflineEngine, seed: int, requests: int = 7, longest: int = 12) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     head = rng.integers(0, 128, 12).tolist()
     ids = []
     for i in range(requests):
         prompt = head[: rng.integers(0, 13)] + rng.integers(0, 128, rng.integers(1, 9)).tolist()
         params = SamplingParams(temperature=float(i % 2), seed=i, top_k=5 if i % 3 == 0 else 0)
-        ids.append(engine.submit(prompt, params, StoppingParams(int(rng.integers(3, 12)))))
+        ids.append(engine.submit(prompt, params, StoppingParams(int(rng.integers(3, longest)))))
     return [[t for o in engine.outputs(i) for t in o.token_ids] for i in ids]
 
 
@@ -107,13 +107,14 @@ PLACES = {
 def test_a_step_without_memory_changes_no_token(kind: str, place: str, tmp_path: Path) -> None:
     write_random(tmp_path, "llama", num_hidden_layers=1)
     fast = kind == "torch" or ON_GPU
+    requests, longest = (7, 12) if fast else (2, 6)
     with engine_of(backend_of("torch", tmp_path)) as engine:
-        wanted = [answers(engine, seed, 7 if fast else 2) for seed in range(6 if fast else 1)]
+        wanted = [answers(engine, seed, requests, longest) for seed in range(6 if fast else 1)]
     for seed, tokens in enumerate(wanted):
         backend = backend_of(kind, tmp_path)
         faults = Faults(backend, place, 0.25, seed, least=2)
         with engine_of(backend) as engine:
-            assert answers(engine, seed, len(tokens)) == tokens
+            assert answers(engine, seed, requests, longest) == tokens
             assert 0 < engine.stats.retracted == faults.count
             assert engine.stats.blocks_used == engine.stats.running == 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -109,9 +110,10 @@ def _what_pip_said(text: str) -> str:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip has moved the file meanwhile
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):  # it passes over folders that pip has removed meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):  # pip has moved the file meanwhile
+                total += os.lstat(os.path.join(place, name)).st_size
     return total
 
 
