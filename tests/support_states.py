@@ -14,6 +14,11 @@ _MAMBA: dict[str, Any] = {
 }  # fmt: skip
 _MAMBA2 = _MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16}
 _SMALL = SIZES | {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+_DELTA = _SMALL | {
+    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 4, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", _MAMBA),
@@ -26,6 +31,8 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         _SMALL | {"full_attn_idxs": [0], "conv_bias": True, "block_auto_adjust_ff_dim": False},
     ),
+    "qwen3_next": ("qwen3_next", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "qwen3_5": ("qwen3_5_text", _DELTA | {"linear_num_value_heads": 2}),
 }
 """Name -> (model_type, configuration)."""
 

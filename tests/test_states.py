@@ -40,7 +40,7 @@ from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import EngineInfo, GrammarSpec, SamplingParams, StoppingParams
 
 torch.set_num_threads(1)
-KINDS = ("mamba", "mamba2", "lfm2")
+KINDS = ("mamba", "mamba2", "lfm2", "qwen3_5")
 """A family of each kind of operation."""
 
 
@@ -245,14 +245,14 @@ def test_forced_tokens_and_masks_give_in_a_crowd_what_they_give_alone(family: st
     model = made(tmp_path, family)
     rng = random.Random(3)
     asked: list[dict[str, Any]] = []
-    for i in range(16):
+    for i in range(9):
         prompt = [rng.randrange(128) for _ in range(rng.randint(1, 20))]
-        how: dict[str, Any] = {"stopping": StoppingParams(16)}
+        how: dict[str, Any] = {"stopping": StoppingParams(9)}
         if i % 3 == 0:
             how["grammar"] = GrammarSpec("fake", str(rng.randrange(1000)), ((7,), (9,), (60,)) if i % 2 else ())
         elif i % 3 == 1:
             forced = (100, 101, 102)[: rng.randint(1, 3)]
-            how["stopping"] = StoppingParams(16, force_after=rng.randint(1, 9), forced_ids=forced, unless=((7,),))
+            how["stopping"] = StoppingParams(9, force_after=rng.randint(1, 4), forced_ids=forced, unless=((7,),))
         sampling = SamplingParams(temperature=float(i % 2), seed=i, top_k=9)
         asked.append({"prompt_ids": prompt, "sampling": sampling, **how})
     limits = StepLimits(16, 4, 64, 4)
@@ -300,8 +300,9 @@ def outputs_of(engine: OfflineEngine, request_id: int) -> list[int]:
         return []
 
 
-@pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("place", ["_slots.apply", "_interpreter.body", "_sample"])
+@pytest.mark.parametrize(
+    ("family", "place"), [("mamba2", "_slots.apply"), ("qwen3_5", "_interpreter.body"), ("lfm2", "_sample")]
+)
 def test_a_step_without_memory_changes_no_token(family: str, place: str, tmp_path: Path) -> None:
     made(tmp_path, family)
     limits = StepLimits(24, 5, 64, 4)
@@ -382,6 +383,8 @@ def test_an_engine_of_such_a_model_has_no_prefix_cache_and_says_so(
         ("mamba", {"hidden_act": "softsign"}, "hidden_act"),
         ("lfm2", {"layer_types": ["conv", "mamba", "conv"]}, "layer_types"),
         ("lfm2", {"layer_types": ["conv"]}, "expected 3 of"),
+        ("qwen3_5", {"layer_types": ["conv"] * 3}, "layer_types"),
+        ("qwen3_next", {"linear_num_key_heads": 3}, "3 key heads for 4 value heads"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused_by_name(name: str, change: dict[str, Any], words: str) -> None:

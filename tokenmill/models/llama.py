@@ -207,7 +207,7 @@ class Layer:
 
     def __init__(self, c: Config, scope: Scope, layer: int) -> None:
         self.norm1: Apply = c.norm(scope / "input_layernorm", c.hidden_size)
-        self.attn = self.attention(c, scope / "self_attn", layer)
+        self.attn: Apply = self.attention(c, scope / "self_attn", layer)
         self.norm2: Apply = c.norm(scope / "post_attention_layernorm", c.hidden_size)
         self.mlp = self.feed_forward(c, scope, layer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -90,17 +90,19 @@ def experts(c: Sparse, scope: Scope, shared: Callable[[Value], Value] | None = N
     return MoeMlp(router, bank, c.act, shared=shared)
 
 
+def with_shared(c: Any, scope: Scope) -> MoeMlp:
+    """Return the experts of a layer, and one that all rows share and a gate weighs: a mixture of one."""
+    gate = Router(scope, c.hidden_size, 1, 1, weight="shared_expert_gate.weight", score="sigmoid")
+    bank = separate([scope / "shared_expert"], c.hidden_size, c.shared_expert_intermediate_size)
+    return experts(c, scope, MoeMlp(gate, bank, c.act))
+
+
 class Layer(llama.Layer):
-    """Llama's decoder layer, with experts in some layers. The shared expert is a mixture of one."""
+    """Llama's decoder layer, with experts in some layers."""
 
     def feed_forward(self, c: Config, scope: Scope, layer: int) -> Callable[[Value], Value]:
         """Return the feed-forward layer."""
-        if not c.sparse(layer):
-            return super().feed_forward(c, scope, layer)
-        mlp = scope / "mlp"
-        gate = Router(mlp, c.hidden_size, 1, 1, weight="shared_expert_gate.weight", score="sigmoid")
-        bank = separate([mlp / "shared_expert"], c.hidden_size, c.shared_expert_intermediate_size)
-        return experts(c, mlp, MoeMlp(gate, bank, c.act))
+        return with_shared(c, scope / "mlp") if c.sparse(layer) else super().feed_forward(c, scope, layer)
 
 
 class Model(llama.Model):

@@ -55,3 +55,30 @@ class StateSpace(Op):
         """Return the spec of (heads, columns of a head, columns of the state)."""
         heads = self.dt.width
         return StateSpec(self.layer, "scan", (heads, self.x.width // heads, self.b.width // self.groups), "float32")
+
+
+class DeltaRule(Op):
+    """Keep a matrix for each head, and correct what it returns for a key: the gated delta rule.
+
+    For each head: state = decay · state, then state += k ⊗ (rate · (v - k · state)), and out = q · state. Queries and
+    keys are divided by their lengths, and queries by the root of `head_dim`, the columns of a key. Adjacent heads of v
+    share a head of q and k. decay = exp(-exp(a_log) · softplus(a + dt_bias)) for each head, or for each of its rows of
+    the state if `a` has as many columns; rate = `rate` · sigmoid(b).
+    """
+
+    rowwise: ClassVar[bool] = False
+    v: Value
+    q: Value
+    k: Value
+    a: Value
+    b: Value
+    a_log: Weight
+    dt_bias: Weight
+    head_dim: int
+    rate: float = 1.0
+    layer: int
+
+    def state(self) -> StateSpec:
+        """Return the spec of (heads, columns of a key, columns of a value)."""
+        heads = self.b.width
+        return StateSpec(self.layer, "delta", (heads, self.head_dim, self.v.width // heads), "float32")

@@ -187,6 +187,13 @@ def state_space(op: recurrence.StateSpace, step: StepState, x: Tensor, dt: Tenso
     return recurrent.state_space(op, step.recurrent, step.weights, x, dt, b, c)
 
 
+def delta_rule(
+    op: recurrence.DeltaRule, step: StepState, v: Tensor, q: Tensor, k: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
+    """Continue the delta rule of each row from the state of its slot."""
+    return recurrent.delta_rule(op, step.recurrent, step.weights, v, q, k, a, b)
+
+
 def quantize(op: ops.Quantize, step: StepState, x: Tensor) -> Tensor:
     """Return x: values written to an int8 buffer are rounded there."""
     return x
@@ -265,4 +272,5 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.ArgMax: arg_max,
         recurrence.CausalConv: causal_conv,
         recurrence.StateSpace: state_space,
+        recurrence.DeltaRule: delta_rule,
     }

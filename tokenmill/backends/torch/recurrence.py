@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmill.backends.torch.states import StatePlan, convolve, scan, steps_of
+from tokenmill.backends.torch.states import StatePlan, convolve, correct, scan, steps_of
 from tokenmill.program import recurrence
 from tokenmill.program.ops import Weight
 
@@ -39,3 +39,25 @@ def state_space(
         plan.write(spec, group, state)
         out[group.tokens] = (y + d * xs).to(x.dtype).flatten(2)
     return out
+
+
+def delta_rule(
+    op: recurrence.DeltaRule, plan: StatePlan, weights: Weights, v: Tensor, q: Tensor, k: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
+    """Continue the delta rule of each row from the state of its slot."""
+    out, spec = torch.empty_like(v), op.state()
+    heads, columns, width = spec.shape
+    speed, bias = -weights[op.a_log].float().exp(), weights[op.dt_bias]
+    for group in plan.groups:
+        size = group.tokens.shape
+        qs, ks = (_unit(x[group.tokens].float().view(*size, -1, columns)) for x in (q, k))
+        vs, rate = v[group.tokens].float().view(*size, heads, width), op.rate * b[group.tokens].float().sigmoid()
+        steps = steps_of(a[group.tokens], bias).view(*size, heads, -1)
+        y, state = correct(qs * columns**-0.5, ks, vs, steps * speed.view(-1, 1), rate, plan.read(spec, group))
+        plan.write(spec, group, state)
+        out[group.tokens] = y.to(v.dtype).flatten(2)
+    return out
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

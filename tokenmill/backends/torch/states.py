@@ -147,12 +147,10 @@ def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Te
 
 def _chunk(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `scan` returns, for a decay of whole heads: all tokens at once, as attention with a decaying mask."""
-    heads, count = x.shape[2], x.shape[1]
+    heads = x.shape[2]
     added = x * step[..., None]
     b, c = (_each(v, heads, 2) for v in (b, c))  # (B, n, H, N)
-    total = (step * decay).cumsum(1).transpose(1, 2)  # (B, H, n): logarithm of the decay up to each token
-    late = torch.ones(count, count, dtype=torch.bool, device=x.device).triu(1)
-    between = (total[..., None] - total[:, :, None]).masked_fill(late, -math.inf).exp()  # (B, H, n, n)
+    total, between = _decays(step * decay)
     scores = torch.einsum("bihn,bjhn->bhij", c, b) * between
     out = torch.einsum("bhij,bjhp->bihp", scores, added)
     out += torch.einsum("bihn,bhpn,bhi->bihp", c, state, total.exp())
@@ -166,7 +164,54 @@ def _each(v: Tensor, heads: int, dim: int = 1) -> Tensor:
     return v if v.shape[dim] in (1, heads) and dim == 1 else v.repeat_interleave(heads // v.shape[dim], dim)
 
 
-def steps_of(dt: Tensor, bias: Tensor | None, limits: tuple[float, float]) -> Tensor:
+def correct(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs (B, n, H, P) and the last state (B, H, N, P) of the delta rule.
+
+    q, k (B, n, G, N), v (B, n, H, P), decay: logarithms, (B, n, H, 1 or N), rate (B, n, H), state (B, H, N, P). All of
+    float32.
+    """
+    heads = v.shape[2]
+    q, k = (_each(x, heads, 2) for x in (q, k))
+    if v.shape[1] > 1 and decay.shape[-1] == 1:
+        parts = []
+        for first in range(0, v.shape[1], CHUNK):
+            some = slice(first, first + CHUNK)
+            part, state = _correct_chunk(q[:, some], k[:, some], v[:, some], decay[:, some, :, 0], rate[:, some], state)
+            parts.append(part)
+        return torch.cat(parts, 1), state
+    out = torch.empty_like(v)
+    for t in range(v.shape[1]):
+        state = state * decay[:, t].exp()[..., None]
+        error = (v[:, t] - torch.einsum("bhn,bhnp->bhp", k[:, t], state)) * rate[:, t, :, None]
+        state = state + k[:, t, :, :, None] * error[:, :, None]
+        out[:, t] = torch.einsum("bhn,bhnp->bhp", q[:, t], state)
+    return out, state
+
+
+def _correct_chunk(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, rate: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `correct` returns, for a decay of whole heads, (B, n, H): the corrections solve a linear system."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, n, …)
+    total, between = _decays(decay)
+    rate = rate.transpose(1, 2)[..., None]
+    grown = total.exp()[..., None]
+    system = (k @ k.transpose(-1, -2) * between * rate).tril(-1)  # and ones on the diagonal
+    errors = torch.linalg.solve_triangular(system, rate * (v - grown * (k @ state)), upper=False, unitriangular=True)
+    out = grown * (q @ state) + (q @ k.transpose(-1, -2) * between) @ errors
+    left = (total[..., -1:] - total).exp()[..., None]
+    state = state * grown[..., -1:, :] + (k * left).transpose(-1, -2) @ errors
+    return out.transpose(1, 2), state
+
+
+def _decays(decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logarithm of the decay up to each token, (B, H, n), and the decay between two, (B, H, n, n)."""
+    total, count = decay.cumsum(1).transpose(1, 2), decay.shape[1]
+    late = torch.ones(count, count, dtype=torch.bool, device=decay.device).triu(1)
+    return total, (total[..., None] - total[:, :, None]).masked_fill(late, -math.inf).exp()
+
+
+def steps_of(dt: Tensor, bias: Tensor | None, limits: tuple[float, float] = (0.0, math.inf)) -> Tensor:
     """Return softplus(dt + bias), clamped."""
     step = F.softplus(dt.float() if bias is None else dt.float() + bias.float())
     return step if limits == (0.0, math.inf) else step.clamp(*limits)
