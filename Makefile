@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 ARGS ?=
+# With a GPU, torch brings triton; without one, its interpreter runs the kernels in tests.
+COMMA := ,
+TEST_EXTRAS := test,torch$(if $(wildcard /dev/nvidiactl),,$(COMMA)interpreter)
 # All tests run in a process for each core, at most eight, with a file's tests in the same one. A part that ARGS names
 # runs in one process.
 ALL := -n auto --maxprocesses 8 --dist loadfile
@@ -101,7 +104,7 @@ $(VENV)/.installed-torch: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-torch
-	@scripts/install.sh -e '.[test,torch]'
+	@scripts/install.sh -e '.[$(TEST_EXTRAS)]'
 	@touch $@
 
 $(VENV)/.installed-test-without-torch: $(VENV)/.installed
@@ -109,7 +112,7 @@ $(VENV)/.installed-test-without-torch: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	@scripts/install.sh -e '.[test,torch,dev]'
+	@scripts/install.sh -e '.[$(TEST_EXTRAS),dev]'
 	@touch $@
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt locks/clients.txt | $(VENV)/.installed
