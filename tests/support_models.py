@@ -51,6 +51,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 8, "layer_types": KINDS, "rope_scaling": YARN}),
+    "granite": ("granite", {
+        "embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    }),
+    "arcee": ("arcee", {"mlp_bias": True}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 32, "use_bias": True}),
+    "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
+    "glm": ("glm", {"head_dim": 32, "pad_token_id": 0}),
+    "glm4": ("glm4", {"head_dim": 32, "pad_token_id": 0, "partial_rotary_factor": 0.25}),
     "exaone4": ("exaone4", {"sliding_window": 8, "layer_types": KINDS}),
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma2": ("gemma2", {

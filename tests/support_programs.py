@@ -117,6 +117,8 @@ class Draw:
         return self._head(x)
 
     def _add(self, x: Value, y: Value) -> Value:
+        if self.chance(0.1):
+            y = y.record(ops.Scale, x=y, factor=-0.7)
         if self.plain:
             return x + y
         kind = self.one_of("sum", "sum", "swapped", "twice", "double", "view", "later", "sooner", "half")
@@ -199,7 +201,7 @@ class Draw:
         """Apply equal or different rotations, to queries only, or to parts of heads."""
         first = RopeTable.of(HEAD, 1e4, 256, None)
         pairs = RopeTable.of(self.one_of(HEAD, HEAD // 2), 1e4, 256, None, interleaved=True)
-        kind = self.one_of("same", "same", "same", "theta", "q", "part", "narrow", "pairs", "some pairs")
+        kind = self.one_of(*["same"] * 5, "theta", "q", "part", "narrow", "pairs", "some pairs")
         tables = {
             "theta": (first, RopeTable.of(HEAD, 5e5, 256, None)),
             "part": (RopeTable.of(HEAD // 2, 1e4, 256, None), first),
@@ -246,7 +248,7 @@ class Draw:
     def _mlp(self, x: Value) -> Value:
         if self.chance(0.2):
             return self._experts(x)
-        act = self.one_of("silu", "relu", "gelu")
+        act = self.one_of("silu", "relu", "relu2", "gelu")
         if self.chance(0.3):
             (inner,) = self.linear(x, INNER, shard="column")
             y = inner.record(ops.Act, x=inner, act=act)
@@ -269,9 +271,11 @@ class Draw:
         if self.plain:
             return self.linear(x, VOCABULARY, shard="vocab")[0]
         (y,) = self.linear(x, WIDTH)
-        kind = self.one_of("plain", "before", "sum", "acted", "capped")
+        kind = self.one_of("plain", "before", "sum", "acted", "capped", "scaled")
         if kind == "sum":
             return x + y
+        if kind == "scaled":
+            return y.record(ops.Scale, x=y, factor=0.3)
         if kind == "capped":
             return y.record(ops.SoftCap, x=y, cap=2.0)
         if kind == "acted":

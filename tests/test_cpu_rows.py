@@ -8,7 +8,7 @@ from support_kernels import ISAS, address, load, matrix, quantized, walk
 
 from tokenmill.backends.cpu import layout as t
 
-NAMES = ["norm", "add_norm", "add", "act", "gated_act", "soft_cap", "take_rows", "quantize_rows", "rope"]
+NAMES = ["norm", "add_norm", "add", "act", "gated_act", "soft_cap", "scale", "take_rows", "quantize_rows", "rope"]
 ROWS, WIDTH, EPS = 7, 576, 1e-5
 
 
@@ -115,6 +115,7 @@ ACTS = {
     "gelu": gelu,
     "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 
 
@@ -128,6 +129,14 @@ def test_activations(code, rng, act):
     expected = ACTS[act](x.astype(np.float64))
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-6)
     np.testing.assert_allclose(gated, expected * y, atol=5e-6, rtol=5e-6)
+
+
+def test_a_row_times_a_constant(code, rng):
+    x = matrix(rng.standard_normal((3, 5000)))
+    out = np.zeros_like(x)
+    words = {t.FACTOR: t.float_bits(-0.3)}
+    walk(code.function("scale"), from_to(x, out) | words, {t.TOKENS: 3}, 2)
+    np.testing.assert_array_equal(out, x * np.float32(-0.3))
 
 
 def test_soft_cap(code, rng):

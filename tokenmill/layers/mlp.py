@@ -13,6 +13,11 @@ def act(x: Value, name: str) -> Value:
     return x.record(ops.Act, x=x, act=name)
 
 
+def scaled(x: Value, factor: float) -> Value:
+    """Return x · factor; x itself if the factor is 1."""
+    return x if factor == 1 else x.record(ops.Scale, x=x, factor=factor)
+
+
 def soft_cap(x: Value, cap: float) -> Value:
     """Return cap · tanh(x / cap)."""
     return x.record(ops.SoftCap, x=x, cap=cap)
@@ -29,7 +34,7 @@ def take_rows(x: Value) -> Value:
 
 
 class GatedMlp:
-    """Gated feed-forward layer: down(act(gate(x)) · up(x))."""
+    """Gated feed-forward layer: down(act(gate(x)) · up(x)). `fused`: name of a matrix that holds gate, then up."""
 
     def __init__(
         self,
@@ -40,9 +45,11 @@ class GatedMlp:
         *,
         bias: bool = False,
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        fused: str = "",
     ) -> None:
         gate, up, down = names
-        self.gate_up = Linears(scope, width, shard="column", bias=bias, outputs={gate: inner, up: inner})
+        stored = {fused: (inner, inner)} if fused else {gate: inner, up: inner}
+        self.gate_up = Linears(scope, width, shard="column", bias=bias, outputs=stored)
         self.down = Linear(scope, inner, down, width, shard="row", bias=bias)
         self.act = act
 

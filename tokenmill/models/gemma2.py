@@ -6,7 +6,6 @@ from typing import Annotated
 
 import msgspec
 
-from tokenmill.layers.mlp import GatedMlp
 from tokenmill.layers.scope import Scope
 from tokenmill.models import _windows, gemma, llama
 from tokenmill.models.base import Length
@@ -78,7 +77,7 @@ class Layer(llama.Layer):
             c.norm(scope / name, c.hidden_size) for name in self.norms
         )
         self.attn = self.attention(c, scope / "self_attn", layer)
-        self.mlp = GatedMlp(scope / "mlp", c.hidden_size, c.intermediate_size, c.act)
+        self.mlp = self.feed_forward(c, scope, layer)
 
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""

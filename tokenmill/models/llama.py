@@ -10,7 +10,7 @@ import msgspec
 from tokenmill.layers.attention import Rope, attend
 from tokenmill.layers.embedding import Embedding
 from tokenmill.layers.linear import Linear, Linears, head
-from tokenmill.layers.mlp import GatedMlp, soft_cap, take_rows
+from tokenmill.layers.mlp import GatedMlp, scaled, soft_cap, take_rows
 from tokenmill.layers.norm import RmsNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import base
@@ -22,8 +22,8 @@ Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 Theta = Annotated[float, msgspec.Meta(gt=0)]
 HeadDim = Annotated[int, msgspec.Meta(ge=2, le=1 << 12, multiple_of=2)]
 Act = Literal[
-    "silu", "swish", "relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
-    "gelu_python_tanh",
+    "silu", "swish", "relu", "relu2", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate",
+    "gelu_pytorch_tanh", "gelu_python_tanh",
 ]  # fmt: skip
 _SAME_ACTS = {
     "swish": "silu", "gelu_python": "gelu", "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new",
@@ -51,6 +51,7 @@ class Config(base.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' LlamaConfig."""
 
     rotates_whole_heads: ClassVar[bool] = True
+    rotates_neighbours: ClassVar[bool] = False  # a rotation pairs adjacent columns of a head instead of halves
 
     hidden_size: Size = 4096
     intermediate_size: Size = 11008
@@ -106,7 +107,8 @@ class Config(base.Config, kw_only=True):
         """Return the rotary embedding of queries and keys."""
         length = self.max_position_embeddings or type(self)().max_position_embeddings
         assert length is not None
-        return Rope(self.head_size, self.rope_theta, length, self.rope_scaling, self.rotary_dim)
+        size, scaling = self.head_size, self.rope_scaling
+        return Rope(size, self.rope_theta, length, scaling, self.rotary_dim, interleaved=self.rotates_neighbours)
 
     @property
     def max_positions(self) -> int:
@@ -165,6 +167,16 @@ class Config(base.Config, kw_only=True):
         """Factor of the embeddings."""
         return 1.0
 
+    @property
+    def branch_scale(self) -> float:
+        """Factor of the results of attention and feed-forward layer, before they are added."""
+        return 1.0
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the logits."""
+        return 1.0
+
 
 class Attention:
     """Grouped-query attention with rotary position embedding."""
@@ -210,6 +222,7 @@ class Layer:
         self.attn: Apply = self.attention(c, scope / "self_attn", layer)
         self.norm2: Apply = c.norm(scope / "post_attention_layernorm", c.hidden_size)
         self.mlp = self.feed_forward(c, scope, layer)
+        self.scale = c.branch_scale
 
     def feed_forward(self, c: Any, scope: Scope, layer: int) -> Apply:
         """Return the feed-forward layer. Derived models with experts override it."""
@@ -217,8 +230,8 @@ class Layer:
 
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + scaled(self.attn(self.norm1(x)), self.scale)
+        return x + scaled(self.mlp(self.norm2(x)), self.scale)
 
 
 class Model:
@@ -232,12 +245,12 @@ class Model:
         self.layers = [self.layer(c, body / f"layers.{i}", i) for i in range(c.num_hidden_layers)]
         self.norm: Apply = c.norm(body / "norm", c.hidden_size)
         self.head = head(scope, c.hidden_size, c.vocab_size, self.embed.weight if c.tie_word_embeddings else None)
-        self.logit_cap = c.logit_cap
+        self.logit_cap, self.logit_scale = c.logit_cap, c.logit_scale
 
     def __call__(self, inputs: Inputs) -> Value:
         """Record the model and return the logits of the rows that sample, (samples, vocabulary)."""
         x = self.embed(inputs.ids)
         for layer in self.layers:
             x = layer(x)
-        logits = self.head(self.norm(take_rows(x)))
+        logits = scaled(self.head(self.norm(take_rows(x))), self.logit_scale)
         return soft_cap(logits, self.logit_cap) if self.logit_cap else logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tokenmill.layers.mlp import GatedMlp
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama
 from tokenmill.models.base import Length
@@ -44,7 +43,7 @@ class Layer(llama.Layer):
     def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
         self.attn = self.attention(c, scope / "self_attn", layer)
         self.norm1 = c.norm(scope / "post_attention_layernorm", c.hidden_size)
-        self.mlp = GatedMlp(scope / "mlp", c.hidden_size, c.intermediate_size, c.act)
+        self.mlp = self.feed_forward(c, scope, layer)
         self.norm2 = c.norm(scope / "post_feedforward_layernorm", c.hidden_size)
 
     def __call__(self, x: Value) -> Value:

@@ -290,6 +290,13 @@ class Add(Op):
     y: Value
 
 
+class Scale(Op):
+    """Compute x · factor."""
+
+    x: Value
+    factor: float
+
+
 class SoftCap(Op):
     """Compute cap · tanh(x / cap)."""
 

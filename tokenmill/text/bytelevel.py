@@ -70,7 +70,7 @@ def load_merges(vocabulary: Path, merges: Path, config: Mapping[str, Any], class
         raise ModelError(f"{merges}: the merge {' '.join(wrong)!r} is not two tokens with a space between.")
     qwen = class_name in _NFC
     with reading(merges):
-        inner = tokenizers.Tokenizer(models.BPE(ids, pairs))
+        inner = tokenizers.Tokenizer(models.BPE(ids, [(left, right) for left, right in pairs]))
     if qwen:
         return _finished(inner, cuts.QWEN2, nfc=True)
     _finished(inner, cuts.GPT2)

@@ -161,9 +161,9 @@ def _add_tokens(
             (inner.add_special_tokens if token.special else inner.add_tokens)([token])
             known[token.content] = token
     for token_id, token in listed.items():
-        got = inner.token_to_id(content_of(token))
-        if got != token_id:
-            log.warning("The token %r should have the id %d but has %s.", content_of(token), token_id, got)
+        text = added_token(token).content
+        if (got := inner.token_to_id(text)) != token_id:
+            log.warning("The token %r should have the id %d but has %s.", text, token_id, got)
 
 
 def _write_post_processor(

@@ -68,6 +68,7 @@ def load(path: Path, *, legacy: bool = True) -> tokenizers.Tokenizer:
 def build(vocabulary: Vocabulary, *, legacy: bool = True) -> tokenizers.Tokenizer:
     """Return a tokenizer that cuts as SentencePiece does. Its ids are the indices of the lists."""
     unknown = next((i for i, kind in enumerate(vocabulary.kinds) if kind == Kind.UNKNOWN), None)
+    model: models.Model
     if vocabulary.unigram:
         model = models.Unigram(
             list(zip(vocabulary.pieces, vocabulary.scores, strict=True)), unknown, vocabulary.byte_fallback

@@ -276,7 +276,8 @@ class _Download:
 
         self.model, self.sha = model, sha
         disable_progress_bars()  # our own progress counts all files together
-        if importlib.util.find_spec("hf_transfer") is None:  # TGI's images enable it; the library fails without it
+        # TGI's images enable it; before huggingface_hub 1.0 the library fails without it
+        if importlib.util.find_spec("hf_transfer") is None and hasattr(constants, "HF_HUB_ENABLE_HF_TRANSFER"):
             constants.HF_HUB_ENABLE_HF_TRANSFER = False
 
     def one(self, name: str) -> Path:

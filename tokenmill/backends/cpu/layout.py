@@ -85,6 +85,7 @@ MAGNITUDE = 13  # bits of a float
 # Rope (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, ROPE_INTERLEAVED, HEAD_DIM: as for attention; HEADS
 # Act, GatedAct (X gate, Y up): ACT
 CAP = 11  # SoftCap
+FACTOR = 11  # Scale: bits of a float
 # Sample (X: logits, which it overwrites; WIDTH: vocabulary size, without padding; ROWS: 1): no other columns
 COLUMNS = 32
 ROW_BYTES = COLUMNS * 8
@@ -133,7 +134,7 @@ CONTEXT = 64
 FEW = 4  # up to this many rows, each thread computes norms into a private copy: cheaper than a barrier
 SCORE_ROWS = 8  # maximum (query row, head) pairs of an attention tile
 BLOCK = 16  # tokens of a cache page: the elements of one vector
-NO_ACT, SILU, GELU_TANH, GELU_ERF, RELU = range(5)  # activations
+NO_ACT, SILU, GELU_TANH, GELU_ERF, RELU, RELU2 = range(6)  # activations
 ACTS: dict[str | None, int] = {
     None: NO_ACT,
     "silu": SILU,
@@ -141,6 +142,7 @@ ACTS: dict[str | None, int] = {
     "gelu_new": GELU_TANH,
     "gelu_pytorch_tanh": GELU_TANH,
     "relu": RELU,
+    "relu2": RELU2,
 }
 """Activation numbers by transformers' names"""
 

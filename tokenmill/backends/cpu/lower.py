@@ -207,6 +207,10 @@ def _add(lower: Lowering, op: ops.Add) -> Lowered:
     return [("add", {layout.Y: y.address, layout.Y_STRIDE: y.stride})]
 
 
+def _scale(lower: Lowering, op: ops.Scale) -> Lowered:
+    return [("scale", {layout.FACTOR: float_bits(op.factor)})]
+
+
 def _soft_cap(lower: Lowering, op: ops.SoftCap) -> Lowered:
     return [("soft_cap", {layout.CAP: float_bits(op.cap)})]
 
@@ -229,6 +233,7 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     ops.GatedAct: _gated_act,
     ops.Act: _act,
     ops.Add: _add,
+    ops.Scale: _scale,
     ops.SoftCap: _soft_cap,
     ops.TakeRows: _take_rows,
     ops.Quantize: _quantize,

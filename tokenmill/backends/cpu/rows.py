@@ -37,9 +37,9 @@ def _gating(act: int) -> Callable[[Emitter, Val, Val, Val, Val], None]:
     return lambda g, i, x, y, out: g.put(g.b.fmul(ACTS[act](g, g.vec(x, i)), g.vec(y, i)), out, i)
 
 
-_silu, _gelu_tanh, _gelu_erf, _relu = (each(2, _activating(act)) for act in ACTS)
-_silu_gate, _gelu_tanh_gate, _gelu_erf_gate, _relu_gate = (each(3, _gating(act)) for act in ACTS)
-SILU, GELU_TANH, GELU_ERF, RELU = ACTS  # numba reads globals of this module
+_silu, _gelu_tanh, _gelu_erf, _relu, _relu2 = (each(2, _activating(act)) for act in ACTS)
+_silu_gate, _gelu_tanh_gate, _gelu_erf_gate, _relu_gate, _relu2_gate = (each(3, _gating(act)) for act in ACTS)
+SILU, GELU_TANH, GELU_ERF, RELU, RELU2 = ACTS  # numba reads globals of this module
 
 
 @inline
@@ -53,6 +53,8 @@ def activate(act: int, n: int, x: int, out: int) -> None:
         _gelu_erf(n, x, out)
     elif act == RELU:
         _relu(n, x, out)
+    elif act == RELU2:
+        _relu2(n, x, out)
 
 
 @inline
@@ -66,6 +68,8 @@ def gate(act: int, n: int, x: int, y: int, out: int) -> None:
         _gelu_erf_gate(n, x, y, out)
     elif act == RELU:
         _relu_gate(n, x, y, out)
+    elif act == RELU2:
+        _relu2_gate(n, x, y, out)
 
 
 # ---- quantization ----
@@ -172,11 +176,11 @@ _cap = each(3, lambda g, i, x, cap, out: g.put(capped(g, g.vec(x, i), g.splat(g.
         layout.PRIVATE_OUT,
     )
 )
-(_WEIGHT, _BIAS, _EPS, _CENTER, _HEADS, _Y, _Y_STRIDE, _TOTAL, _TOTAL_STRIDE, _ACT, _CAP) = (
+(_WEIGHT, _BIAS, _EPS, _CENTER, _HEADS, _Y, _Y_STRIDE, _TOTAL, _TOTAL_STRIDE, _ACT, _CAP, _FACTOR) = (
     8 * c
     for c in (
         *(layout.NORM_WEIGHT, layout.NORM_BIAS, layout.NORM_EPS, layout.CENTER, layout.HEADS),
-        *(layout.Y, layout.Y_STRIDE, layout.TOTAL, layout.TOTAL_STRIDE, layout.ACT, layout.CAP),
+        *(layout.Y, layout.Y_STRIDE, layout.TOTAL, layout.TOTAL_STRIDE, layout.ACT, layout.CAP, layout.FACTOR),
     )
 )
 _THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = (
@@ -276,6 +280,19 @@ def _soft_cap(tid: int, row: int, context: int, counter: int) -> int:
         _cap(min(64, n - p), x + p * 64, peek(row + _CAP), out + p * 64)
 
 
+def _scale(tid: int, row: int, context: int, counter: int) -> int:
+    """Multiply by a constant. The work is divided as that of the soft cap."""
+    rows, n = rows_of(row, context), (peek(row + _WIDTH) + 15) // 16
+    pieces = (n + 63) // 64
+    while True:
+        i = atomic_add(counter, 1)
+        if i >= rows * pieces:
+            return 0
+        r, p = i // pieces, i % pieces * 64
+        x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
+        scale(min(64, n - p), x + p * 64, peek(row + _FACTOR), out + p * 64)
+
+
 def _take_rows(tid: int, row: int, context: int, counter: int) -> int:
     """Copy the sampling rows."""
     for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
@@ -299,6 +316,7 @@ _BODIES: dict[str, Callable[..., int]] = {
     "add": _add,
     "act": _act,
     "gated_act": _gated_act,
+    "scale": _scale,
     "soft_cap": _soft_cap,
     "take_rows": _take_rows,
     "quantize_rows": _quantize_rows,

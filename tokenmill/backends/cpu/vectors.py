@@ -44,7 +44,15 @@ def relu(g: Emitter, x: Val) -> Val:
     return g.b.select(g.b.fcmp_ordered("<", x, zero), zero, x)
 
 
-ACTS = {layout.SILU: silu, layout.GELU_TANH: gelu_tanh, layout.GELU_ERF: gelu_erf, layout.RELU: relu}
+def relu2(g: Emitter, x: Val) -> Val:
+    """Emit the square of ReLU."""
+    y = relu(g, x)
+    return g.b.fmul(y, y)
+
+
+ACTS = {
+    layout.SILU: silu, layout.GELU_TANH: gelu_tanh, layout.GELU_ERF: gelu_erf, layout.RELU: relu, layout.RELU2: relu2,
+}  # fmt: skip
 """Emitters of activations for one vector, by the numbers of `layout.ACTS`"""
 
 

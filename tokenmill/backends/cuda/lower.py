@@ -30,6 +30,7 @@ _BLOCK = 1024
 _ACTS: dict[str, Callable[..., Tensor]] = {
     "silu": torch.nn.functional.silu,
     "relu": torch.nn.functional.relu,
+    "relu2": lambda x: torch.nn.functional.relu(x).square(),
     "gelu": torch.nn.functional.gelu,
 }
 
@@ -74,6 +75,7 @@ class Lowering:
             ops.GatedAct: self._gated,
             ops.Act: self._act,
             ops.Add: self._add,
+            ops.Scale: self._scale,
             ops.SoftCap: self._soft_cap,
             ops.TakeRows: self._take,
         }
@@ -191,6 +193,15 @@ class Lowering:
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
             torch.add(x[:rows], y[:rows], out=out[:rows])
+
+        return run
+
+    def _scale(self, op: ops.Scale) -> Run:
+        x, out = self._memory.value(op.x), self._memory.value(op.out)
+
+        def run(n: Sizes) -> None:
+            rows = n.of(op.out)
+            torch.mul(x[:rows], op.factor, out=out[:rows])
 
         return run
 

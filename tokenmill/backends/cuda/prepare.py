@@ -9,8 +9,8 @@ from tokenmill.program.ops import Op
 from tokenmill.program.value import Program
 
 KINDS = (
-    ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.SoftCap,
-    ops.TakeRows,
+    ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.Scale,
+    ops.SoftCap, ops.TakeRows,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
@@ -21,7 +21,7 @@ ATTENTIONS = {
 }  # fmt: skip
 """User's name of an attention, TGI's included -> the nearest kernels here."""
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
-_ACTS = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+_ACTS = ("silu", "relu", "relu2", "gelu", "gelu_new", "gelu_pytorch_tanh")
 _HEAD_SIZES = range(16, 257)
 _WIDEST_NORM = 1 << 16
 _INVARIANT_COLUMNS = 16

@@ -65,6 +65,7 @@ def activation(name: str) -> Act:
         "linear": lambda x: x,
         "relu": F.relu,
         "sigmoid": torch.sigmoid,
+        "relu2": lambda x: F.relu(x).square(),
         "gelu": F.gelu,
         "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
         "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -151,6 +152,11 @@ def act(op: ops.Act, step: StepState, x: Tensor) -> Tensor:
 def add(op: ops.Add, step: StepState, x: Tensor, y: Tensor) -> Tensor:
     """Return x + y."""
     return x + y
+
+
+def scale(op: ops.Scale, step: StepState, x: Tensor) -> Tensor:
+    """Return x · factor."""
+    return x * op.factor
 
 
 def soft_cap(op: ops.SoftCap, step: StepState, x: Tensor) -> Tensor:
@@ -262,6 +268,7 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.GatedAct: gated_act,
         ops.Act: act,
         ops.Add: add,
+        ops.Scale: scale,
         ops.SoftCap: soft_cap,
         ops.TakeRows: take_rows,
         ops.Route: route,

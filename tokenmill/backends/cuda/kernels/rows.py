@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ACTS = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+ACTS = ("silu", "relu", "relu2", "gelu", "gelu_new", "gelu_pytorch_tanh")
 
 
 @triton.jit
@@ -66,6 +66,8 @@ def activated(x, ACT: tl.constexpr):
         return x / (1.0 + tl.exp(-x))
     elif ACT == "relu":
         return tl.maximum(x, 0.0)
+    elif ACT == "relu2":
+        return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
     elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
