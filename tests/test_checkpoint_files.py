@@ -21,7 +21,7 @@ from tokenmill.weights import hub
 from tokenmill.weights.checkpoint import Safetensors, open_checkpoint
 from tokenmill.weights.choice import Weights, choose, file_sets, parts_of
 from tokenmill.weights.convert import convert_folder
-from tokenmill.weights.source import ModelSource, is_pickled, local_source, on_this_machine
+from tokenmill.weights.source import ModelSource, is_pickled, local_source, on_this_machine, weights_in
 
 torch.set_num_threads(1)
 INDEX = "model.safetensors.index.json"
@@ -251,22 +251,21 @@ def test_parts_are_named_by_any_of_them() -> None:
     ]
 
 
-def test_an_adapter_is_named_with_its_base_model(tmp_path: Path) -> None:
+def test_a_folder_of_an_adapter_only_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="is no model but an adapter: it has no weights of its own"):
-        local_source(tmp_path)
+    with pytest.raises(MissingFiles, match=r"is an adapter that lacks adapter_config\.json"):
+        weights_in(tmp_path)
     about = {"base_model_name_or_path": "meta-llama/Llama-3.2-1B", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(about))
-    with pytest.raises(ModelError, match=r"a LORA adapter to the model meta-llama/Llama-3\.2-1B.*merge_and_unload"):
-        local_source(tmp_path)
     (tmp_path / "config.json").write_text("{}")  # some repositories keep the base model's
     (tmp_path / "training_args.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match="a LORA adapter"):
+    assert weights_in(tmp_path) == Weights("adapter", ("adapter_model.safetensors",))
+    with pytest.raises(ModelError, match="is an adapter to another model"):
         local_source(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match="a LORA adapter"):
-        local_source(tmp_path)
+    assert weights_in(tmp_path).files == ("adapter_model.safetensors",)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert weights_in(tmp_path).files == ("adapter_model.bin",)
 
 
 def test_a_model_with_an_adapter_beside_it_is_served_without_and_this_is_said(

@@ -98,14 +98,18 @@ def test_the_shards_command_takes_its_model_anywhere(words: list[str], monkeypat
     assert settings.otlp_service_name == "text-generation-inference.server"
 
 
-def test_an_adapter_is_downloaded_and_its_merging_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("config.json", "adapter_config.json"):
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    words = ["download-weights", str(tmp_path), "--no-auto-convert", "--logger-level", "INFO", "--json-output"]
-    assert cli.text_generation_server(words) == 0
-    assert cli.text_generation_server([*words, "--merge-lora"]) == 1
-    assert "is a LoRA adapter: `--merge-lora` cannot be used yet. Merge it" in capsys.readouterr().err
+def test_an_adapter_is_downloaded_with_its_base_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    about = json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA"})
+    files = (base, "config.json", "{}"), (base, "model.safetensors", ""), (adapter, "adapter_model.safetensors", "")
+    for folder, name, content in (*files, (adapter, "adapter_config.json", about)):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    words = ["download-weights", str(adapter), "--no-auto-convert", "--logger-level", "INFO", "--json-output"]
+    assert cli.text_generation_server(words) == cli.text_generation_server([*words, "--merge-lora"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(adapter)] * 2
+    (base / "model.safetensors").unlink()
+    assert cli.text_generation_server(words) == 1
 
 
 def test_text_generation_server_refuses_to_quantize(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import pytest
 from support_hub import Answer, FakeHub
 from support_users import another_user
 
-from tokenmill.errors import DownloadError, MissingFiles, ModelError
+from tokenmill.errors import DownloadError, MissingFiles, ModelError, Unsupported
 from tokenmill.weights import hub
 from tokenmill.weights.hub_faults import Target, fault_of
 from tokenmill.weights.hub_names import HubName, parse
@@ -531,12 +531,22 @@ def test_a_gguf_file_of_a_repository_is_chosen_after_a_colon(client: Client) -> 
         client.get("owner/quants:Q5_K_M")
 
 
-def test_an_adapter_of_the_hub_is_named_with_its_base_model(client: Client) -> None:
+def test_an_adapter_of_the_hub_is_fetched_with_its_base_model(client: Client) -> None:
     about = b'{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}'
-    client.hub.add("owner/adapter", {"adapter_config.json": about, "adapter_model.safetensors": EMPTY})
-    with pytest.raises(ModelError, match="owner/adapter is no model but a LORA adapter to the model owner/base"):
+    client.hub.add("owner/adapter", {"adapter_config.json": about, "adapter_model.safetensors": EMPTY, "x.bin": b"x"})
+    with pytest.raises(DownloadError, match="owner/adapter is an adapter to the model owner/base, which cannot be had"):
         client.get("owner/adapter")
-    assert client.hub.fetched() == ["adapter_config.json"]
+    assert client.hub.fetched() == ["adapter_config.json", "adapter_model.safetensors"]
+    client.hub.add("owner/base", FILES)
+    source = client.get("owner/adapter")
+    assert source == client.get("owner/adapter", offline=True)
+    assert (source.model_id, source.format) == ("owner/adapter", "safetensors")
+    assert Path(source.path, "config.json").is_file()
+    assert Path(source.adapter, "adapter_config.json").is_file()
+    about = about.replace(b"LORA", b"IA3")
+    client.hub.add("owner/old", {"adapter_config.json": about, "adapter_model.safetensors": EMPTY})
+    with pytest.raises(Unsupported, match="peft_type of an adapter 'IA3'"):
+        client.get("owner/old")
 
 
 def test_an_index_that_names_a_file_that_the_repository_lacks_is_refused(client: Client) -> None:

@@ -129,7 +129,7 @@ def own_server(settings: Settings) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tokenmill", "serve", "--hostname", "127.0.0.1", "--port", str(port),
-               "--model-id", source.path, "--log-level", "error"]  # fmt: skip
+               "--model-id", source.given, "--log-level", "error"]  # fmt: skip
     print(f"Starting a server for {source.model_id} …", flush=True)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, process_group=0,
                                preexec_fn=die_with_parent)  # fmt: skip

@@ -11,7 +11,6 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tokenmill
@@ -173,7 +172,7 @@ def download_weights(words: list[str]) -> int:
     parser.add_argument("--auto-convert", action=argparse.BooleanOptionalAction, default=True,
                         help="convert pickled weights if there are no others")  # fmt: skip
     parser.add_argument("--merge-lora", action=argparse.BooleanOptionalAction, default=False,
-                        help="TGI: merge an adapter into its base; adapters are refused by name")  # fmt: skip
+                        help="TGI: merge an adapter into its base, which is done at every start anyway")  # fmt: skip
     parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction, default=False,
                         help="no effect: no such code is run")  # fmt: skip
     parser.add_argument("--logger-level", default="info", metavar="LEVEL")
@@ -189,12 +188,7 @@ def download_weights(words: list[str]) -> int:
         source = _load("tokenmill.fetch:fetch")(settings, screen.progress, convert=given.auto_convert)
     finally:
         screen.close()
-    if given.merge_lora and (Path(source.path) / "adapter_config.json").exists():
-        raise StartError(
-            f"{source.path} is a LoRA adapter: `--merge-lora` cannot be used yet. Merge it with peft first "
-            "(`merge_and_unload`, `save_pretrained`), and give the folder."
-        )
-    print(source.path)
+    print(source.given)
     return 0
 
 

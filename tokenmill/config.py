@@ -59,7 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rope_factor: Annotated[float | None, Option("Factor of --rope-scaling.", later=(
         "overriding RoPE is not in this release; the scaling in config.json is used."))] = None
     lora_adapters: Annotated[tuple[str, ...], Option("LoRA adapters, separated by commas.", later=(
-        "adapters are not in this release; merge the adapter into the model first."))] = ()
+        "adapters by request are not in this release; give an adapter as --model-id to merge it into its base."))] = ()
     speculate: Annotated[int | None, Option("Tokens to speculate.", at_least=0, later=(
         "speculation is not in this release; leave the option out."))] = None
     huggingface_hub_cache: Annotated[str, Option(

@@ -10,8 +10,9 @@ import msgspec
 from tokenmill.config import Settings
 from tokenmill.errors import ArgumentError
 from tokenmill.weights import embedded, hub
+from tokenmill.weights.adapter_config import base_of
 from tokenmill.weights.hub_names import parse
-from tokenmill.weights.source import ModelSource, is_pickled, local_source, on_this_machine
+from tokenmill.weights.source import ModelSource, is_adapter, is_pickled, local_source, on_this_machine
 from tokenmill.wire.control import ChildControl
 from tokenmill.wire.messages import ModelReady, Progress
 
@@ -30,6 +31,13 @@ def on_disk(settings: Settings) -> ModelSource | None:
     here = on_this_machine(settings.model_id)
     if here is None or is_pickled(*here):
         return None
+    if is_adapter(*here):
+        base = on_this_machine(base_of(here[0])[0])
+        if base is None or is_pickled(*base) or is_adapter(*base):
+            return None
+        return _named(
+            settings, hub.with_adapter(here[0], settings.model_id, lambda name, _: local_source(base[0], name, base[1]))
+        )
     return _named(settings, local_source(here[0], settings.model_id, here[1]))
 
 

@@ -105,7 +105,9 @@ def _model(settings: Settings) -> Finding:
         wanted = settings.model_id or "the embedded default"
         return Finding("model", "note", f"{wanted} is not on this machine: `serve` fetches it at its first start")
     config = model_config(source)
-    return Finding("model", "ok", f"{source.model_id}: {source.path} ({source.format}, {config.get('model_type')})")
+    merged = f" with the adapter {source.adapter}" if source.adapter else ""
+    facts = f"{source.path}{merged} ({source.format}, {config.get('model_type')})"
+    return Finding("model", "ok", f"{source.model_id}: {facts}")
 
 
 def _source(settings: Settings) -> ModelSource | None:

@@ -33,6 +33,8 @@ def model_digest(source: ModelSource) -> str:
     """
     path = Path(source.path)
     files = sorted(p for p in path.iterdir() if p.suffix in _READ) if path.is_dir() else source_files(source)
+    if source.adapter:
+        files += sorted(p for p in Path(source.adapter).iterdir() if p.suffix in _READ)
     if source.tokenizer_config_path:
         files.append(Path(source.tokenizer_config_path))
     total = sha256()

@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -89,6 +90,10 @@ class Checkpoint(Protocol):
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:
     """Open a checkpoint of either format and check its headers; reads no tensor. ModelError if a file is invalid."""
+    if source.adapter:
+        from tokenmill.weights.adapter import Merged  # here, because adapter.py imports this file
+
+        return Merged(open_checkpoint(msgspec.structs.replace(source, adapter="")), source.adapter)
     if source.format == "gguf":
         from tokenmill.weights.gguf import Gguf  # here, because gguf.py imports this file
 
@@ -98,7 +103,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
 
 def model_config(source: ModelSource) -> dict[str, Any]:
     """Read config.json, or derive its equivalent from a GGUF file's metadata."""
-    if source.format == "gguf":
+    if source.format == "gguf" or source.adapter:
         return open_checkpoint(source).config
     return read_json(Path(source.path) / "config.json")
 

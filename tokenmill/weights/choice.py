@@ -18,6 +18,7 @@ from tokenmill.errors import MissingFiles, ModelError
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_MODEL, ADAPTER_PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{3,5})-of-(?P<count>\d{3,5})(?P<suffix>(\.[^/]+)?)", re.S)
 _VARIANT = re.compile(r"(pytorch_)?model(\.[\w-]+(-\d+-of-\d+)?|-\d+-of-\d+\.[\w-]+)\.(safetensors|bin)")
@@ -82,8 +83,17 @@ def choose(names: Iterable[str], where: str, wanted: str = "", explicit: str = "
     if ggufs:
         return _gguf(_only([s for s in ggufs if "/" not in s.name] or ggufs, where), where)
     if any(_ADAPTER.fullmatch(name) for name in top):
-        return Weights("adapter")
+        return _adapter(top, where)
     return _last_resort(top, own, where) or _refuse(names, where)
+
+
+def _adapter(top: set[str], where: str) -> Weights:
+    """Return the file of an adapter. Raises MissingFiles if there is none, or no configuration that names the base."""
+    found = next((name for name in (ADAPTER_MODEL, ADAPTER_PICKLED) if name in top), None)
+    lacking = ADAPTER_CONFIG if found else ADAPTER_MODEL
+    if found is None or ADAPTER_CONFIG not in top:
+        raise MissingFiles(f"{where} is an adapter that lacks {lacking}. Copy the file there.", (lacking,))
+    return Weights("adapter", (found,))
 
 
 def indexed_files(content: Mapping[str, Any], index: str) -> dict[str, str]:

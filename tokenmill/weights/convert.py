@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenmill.errors import ModelError, StartError
+from tokenmill.weights.choice import ADAPTER_MODEL, ADAPTER_PICKLED
 from tokenmill.weights.source import refuse_pointer, weights_in
 
 _METADATA = {"format": "pt"}
@@ -24,6 +25,9 @@ def convert_folder(folder: Path) -> list[Path]:
     written atomically.
     """
     weights = weights_in(folder)
+    if weights.files == (ADAPTER_PICKLED,):
+        _write(_read(folder / ADAPTER_PICKLED), folder / ADAPTER_MODEL)
+        return [folder / ADAPTER_MODEL]
     if weights.format != "pickled":
         raise FileNotFoundError(f"{folder} has no pickled weights, or others beside them")
     files = [folder / name for name in weights.files]

@@ -24,13 +24,14 @@ import msgspec
 
 from tokenmill.errors import DownloadError, MissingFiles, ModelError
 from tokenmill.extras import need_torch
-from tokenmill.weights.choice import ADAPTER_CONFIG, Weights, choose, indexed_files
+from tokenmill.weights.adapter_config import base_of
+from tokenmill.weights.choice import Weights, choose, indexed_files
 from tokenmill.weights.hub_cache import CachedRepository
 from tokenmill.weights.hub_faults import HubFault, Target, fault_of, unusable
 from tokenmill.weights.hub_names import HubName, clean, named
 from tokenmill.weights.source import (
     ModelSource,
-    adapter_error,
+    is_adapter,
     is_pickled,
     local_source,
     on_this_machine,
@@ -62,23 +63,43 @@ class HubAccess:
 
 
 def resolve(
-    model_id: str, *, revision: str, cache_dir: str, token: str, offline: bool, report: Report, convert: bool = True
+    model_id: str,
+    *,
+    revision: str,
+    cache_dir: str,
+    token: str,
+    offline: bool,
+    report: Report,
+    convert: bool = True,
+    of_adapter: bool = False,
 ) -> ModelSource:
-    """Return the model on disk, downloading missing files unless `offline`.
+    """Return the model on disk, downloading missing files unless `offline`. Of an adapter, its base model as well.
 
     `model_id`: a folder, a file, or a name on the Hub. `convert`: True to convert weights that exist only in pickled
-    form. `report`: called with the bytes so far. Blocks. Raises DownloadError or ModelError with the remedy.
+    form. `of_adapter`: True if the model is an adapter's base, which may not be an adapter. `report`: called with the
+    bytes so far. Blocks. Raises DownloadError or ModelError with the remedy.
     """
+
+    def base(name: str, of: str) -> ModelSource:
+        if of_adapter:
+            raise ModelError(
+                f"{model_id} is the base model of an adapter, but an adapter itself. Merge them with peft."
+            )
+        return resolve(
+            name, revision=of, cache_dir=cache_dir, token=token, offline=offline, report=report, convert=convert,
+            of_adapter=True,
+        )  # fmt: skip
+
     here = on_this_machine(model_id)
     if here is not None:
-        return _opened(here[0], model_id, here[1], report, convert)
+        return _opened(here[0], model_id, here[1], report, convert, base)
     access = _access(cache_dir, token)
     name = named(model_id, access.endpoint)
     model = _Model(name, _revision(name, revision.strip()), access)
     model.cache.check_readable()
     folder = model.cached_offline() if offline else model.fetched(report)
     shown = str(name) if "://" in model_id or name.revision else model_id.strip()
-    source = _opened(folder, shown, name.wanted, report, convert)
+    source = _opened(folder, shown, name.wanted, report, convert, base)
     return msgspec.structs.replace(source, revision=folder.name)
 
 
@@ -221,9 +242,6 @@ class _Model:
         if "config.json" in names and not self.name.wanted:
             explicit = read_json(fetch.one("config.json")).get("transformers_weights")
         weights = choose(names, str(self.name.repo), self.name.wanted, explicit if isinstance(explicit, str) else "")
-        if weights.format == "adapter":
-            config = read_json(fetch.one(ADAPTER_CONFIG)) if ADAPTER_CONFIG in names else {}
-            raise adapter_error(self.name.repo, config)
         if not weights.index:
             return weights
         listed = sorted(set(indexed_files(read_json(fetch.one(weights.index)), weights.index).values()))
@@ -330,11 +348,31 @@ def _incomplete(blobs: Path) -> int:
     return total
 
 
-def _opened(path: Path, model_id: str, wanted: str, report: Report, convert: bool) -> ModelSource:
-    """As `local_source`, but first convert pickled weights in place if there are no others."""
+def _opened(
+    path: Path, model_id: str, wanted: str, report: Report, convert: bool, base: Callable[[str, str], ModelSource]
+) -> ModelSource:
+    """As `local_source`, but first convert pickled weights in place if there are no others.
+
+    `base`: function of a model's name and revision that returns the model, for an adapter's base.
+    """
     if convert and is_pickled(path, wanted):
         convert_in_child(path, report)
+    if is_adapter(path, wanted):
+        return with_adapter(path, model_id, base)
     return local_source(path, model_id, wanted)
+
+
+def with_adapter(path: Path, model_id: str, base: Callable[[str, str], ModelSource]) -> ModelSource:
+    """Return the base model of the adapter in the folder `path`, with the adapter to be merged into it.
+
+    `base`: function of a model's name and revision that returns the model.
+    """
+    name, revision = base_of(path)
+    try:
+        found = base(name, revision)
+    except DownloadError as error:
+        raise DownloadError(f"{model_id} is an adapter to the model {name}, which cannot be had. {error}") from None
+    return msgspec.structs.replace(found, model_id=model_id, adapter=str(path))
 
 
 def convert_in_child(folder: Path, report: Report) -> None:

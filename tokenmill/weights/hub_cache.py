@@ -74,7 +74,7 @@ class CachedRepository:
         missing: list[str] = []
         try:
             weights = weights_in(folder, wanted)
-            if weights.format == "gguf":
+            if weights.format in ("gguf", "adapter"):
                 return []
         except MissingFiles as error:
             missing += error.missing

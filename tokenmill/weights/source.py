@@ -15,7 +15,7 @@ import msgspec
 
 from tokenmill import jsontext
 from tokenmill.errors import MissingFiles, ModelError
-from tokenmill.weights.choice import ADAPTER_CONFIG, Weights, choose, indexed_files, parts_of
+from tokenmill.weights.choice import ADAPTER_CONFIG, ADAPTER_PICKLED, Weights, choose, indexed_files, parts_of
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER = 1024  # bytes; the format's own limit
@@ -32,6 +32,12 @@ class ModelSource(msgspec.Struct, frozen=True):
     format: str  # "safetensors" or "gguf"
     revision: str = ""  # commit sha if from the Hub
     tokenizer_config_path: str = ""
+    adapter: str = ""  # folder of a PEFT adapter that is merged into the model of `path`; "": none
+
+    @property
+    def given(self) -> str:
+        """Path that names the model as a whole: an adapter's folder, which names its base, or `path`."""
+        return self.adapter or self.path
 
 
 def on_this_machine(model_id: str) -> tuple[Path, str] | None:
@@ -58,6 +64,8 @@ def local_source(path: str | Path, model_id: str | None = None, wanted: str = ""
     if not found.is_dir():
         raise ModelError(f"{found} does not exist. Give a folder of .safetensors files, or a .gguf file.")
     weights = weights_in(found, wanted)
+    if weights.format == "adapter":
+        raise ModelError(f"{found} is an adapter to another model.")  # which `hub.resolve` and `fetch` look for
     if weights.format == "gguf":
         return ModelSource(name, str(found / weights.files[0]), "gguf")
     if weights.format == "pickled":
@@ -74,10 +82,7 @@ def local_source(path: str | Path, model_id: str | None = None, wanted: str = ""
 
 
 def weights_in(folder: Path, wanted: str = "") -> Weights:
-    """Choose a folder's weights, with the files that its index names. ModelError with the remedy if there are none.
-
-    Never returns an adapter: for a folder that holds only one, the ModelError names its base model.
-    """
+    """Choose a folder's weights, with the files that its index names. ModelError with the remedy if there are none."""
     names, dangling = _listing(folder)
     explicit = _read(folder / "config.json").get("transformers_weights") if "config.json" in names else None
     unnamed = _unnamed_ggufs(folder, names)
@@ -85,8 +90,6 @@ def weights_in(folder: Path, wanted: str = "") -> Weights:
         weights = choose([*names, *unnamed], str(folder), wanted, explicit if isinstance(explicit, str) else "")
     except ModelError as error:
         raise _explained(error, dangling) from None
-    if weights.format == "adapter":
-        raise adapter_error(str(folder), _read(folder / ADAPTER_CONFIG))
     if not weights.index:
         return Weights(weights.format, tuple(unnamed.get(name, name) for name in weights.files))
     index = folder / weights.index
@@ -100,7 +103,13 @@ def weights_in(folder: Path, wanted: str = "") -> Weights:
 
 def is_pickled(path: Path, wanted: str = "") -> bool:
     """Return True if a folder's weights are pickled and must be converted. Raises ModelError as `weights_in` does."""
-    return path.is_dir() and weights_in(path, wanted).format == "pickled"
+    weights = weights_in(path, wanted) if path.is_dir() else None
+    return weights is not None and (weights.format == "pickled" or weights.files == (ADAPTER_PICKLED,))
+
+
+def is_adapter(path: Path, wanted: str = "") -> bool:
+    """Return True if a folder holds an adapter to another model only. Raises ModelError as `weights_in` does."""
+    return path.is_dir() and weights_in(path, wanted).format == "adapter"
 
 
 def source_files(source: ModelSource) -> list[Path]:
