@@ -99,7 +99,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {"ffn_dim": 96}),
     "opt_norms_behind": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "enable_bias": False}),
     "qwen3_yarn_tied": ("qwen3", {"head_dim": 16, "rope_scaling": YARN, "tie_word_embeddings": True}),
-    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral": ("mixtral", {"num_local_experts": 6}),
     "qwen2_moe": ("qwen2_moe", {"num_experts": 5, **EXPERTS, "shared_expert_intermediate_size": 32}),
     "qwen2_moe_mixed": ("qwen2_moe", {
         "num_experts": 4, **EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1], "qkv_bias": False,
@@ -149,10 +149,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> (model_type, what differs from SIZES)."""
 
-BEYOND_CPU = dict.fromkeys(
-    (name for name, (kind, _) in FAMILIES.items() if "moe" in kind or kind in ("mixtral", "dots1", "minimax_m2")),
-    "it has no kernel for Route",
-) | dict.fromkeys((name for name in FAMILIES if "deepseek" in name), "it has no kernel for LatentAttention")
+BEYOND_CPU = {"phimoe": "it has no kernel for the choice of experts by sparsemixer"}
+BEYOND_CPU |= dict.fromkeys((name for name in FAMILIES if "deepseek" in name), "it has no kernel for LatentAttention")
 """Families that the CPU backend refuses, with its reason."""
 
 UNSHARDED = dict.fromkeys(("olmoe", "minimax_m2", "olmo2", "olmo3"), "norm over the whole row")

@@ -29,7 +29,7 @@ class Router:
         correction: str = "",
         **choice: Any,
     ) -> None:
-        self.weight = Weight((Part(scope / weight, experts),), width)
+        self.weight = Weight((Part(scope / weight, experts),), width, exact=True)
         self.bias, self.correction = (
             Weight((Part(scope / name, experts),)) if name else None for name in (bias, correction)
         )

@@ -69,6 +69,7 @@ class Weight:
     transposed: bool = False  # stored (columns, rows)
     add: float = 0.0  # added when loading, because some models store a norm's weight minus one
     table: bool = False  # also used as an embedding table, so quantization spends more bits on it
+    exact: bool = False  # not quantized while loading, because near results decide, such as a router's
     ranks: int = 1  # number of ranks that share it, set by the pass `shard`
 
     @property

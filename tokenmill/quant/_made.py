@@ -20,10 +20,10 @@ Floats = NDArray[np.float32]
 def read(source: Checkpoint, piece: Piece, make: Callable[[Floats], Coded]) -> Coded:
     """Read a piece and quantize it with `make`, a function of (rows, blocks, 32).
 
-    A vector, or a matrix whose columns are not whole blocks, stays as stored.
+    A vector, an `exact` matrix, or one whose columns are not whole blocks, stays as stored.
     """
     stored = none.read(source, piece)
-    if len(stored.shape) != 2 or stored.shape[1] % BLOCK:
+    if len(stored.shape) != 2 or stored.shape[1] % BLOCK or piece.weight.exact:
         return stored
     rows, columns = stored.shape
     step = max(1, _CHUNK // columns)

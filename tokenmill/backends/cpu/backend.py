@@ -119,7 +119,7 @@ class CpuBackend:
 
     def step_bytes(self) -> int:
         """Return the bytes that the largest step needs besides weights and KV cache."""
-        return self._memory.plan.size + self._scratch.nbytes
+        return self._memory.plan.size + self._memory.items.nbytes + self._scratch.nbytes
 
     def claimed_bytes(self) -> int:
         """Return 0: the system commits memory when it is first written to, not when it is allocated."""

@@ -209,20 +209,26 @@ class Emitter:
         return values
 
 
-def emit(arguments: int, generate: Callable[..., Any], result: Any = types.void) -> Callable[..., Any]:
-    """Make an operation on int64 arguments for compiled Python. `generate(emitter, *args)` generates its code."""
+def emit(
+    arguments: int | tuple[Any, ...], generate: Callable[..., Any], result: Any = types.void
+) -> Callable[..., Any]:
+    """Make an operation for compiled Python. `generate(emitter, *args)` generates its code.
+
+    `arguments`: their number if all are int64, or numba's types.
+    """
+    kinds = [types.int64] * arguments if isinstance(arguments, int) else list(arguments)
 
     def signature() -> tuple[Any, Callable[..., Any]]:
         def codegen(context: Any, builder: Val, _: Any, args: Sequence[Val]) -> Val:
             value = generate(Emitter(builder), *args)
             return context.get_dummy_value() if result == types.void else value
 
-        return result(*([types.int64] * arguments)), codegen
+        return result(*kinds), codegen
 
     def operation(typing_context: Any, *_: Any) -> tuple[Any, Callable[..., Any]]:
         return signature()
 
-    names = ["typing_context", *(f"a{i}" for i in range(arguments))]  # numba inspects the number of parameters
+    names = ["typing_context", *(f"a{i}" for i in range(len(kinds)))]  # numba inspects the number of parameters
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     operation.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
     return cast("Callable[..., Any]", intrinsic(operation))

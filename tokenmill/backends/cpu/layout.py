@@ -86,6 +86,24 @@ MAGNITUDE = 13  # bits of a float
 # Act, GatedAct (X gate, Y up): ACT
 CAP = 11  # SoftCap
 FACTOR = 11  # Scale: bits of a float
+# Experts. WEIGHT and BIAS: addresses of arrays with an address for each expert; PANEL_BYTES, PANELS, ACT, GATED: as for
+# products. An item is a (row, expert) pair; items are sorted by expert.
+EXPERTS = 11  # number of experts
+TOP_K = 12  # experts of a row
+SIGMOID = 13  # 1: scores are sigmoids, not a softmax
+CORRECTION = 14  # 0: none; added to the scores for the choice
+GROUPS = 15
+TOP_GROUPS = 16
+GROUP_BEST = 17  # best scores that make a group's, 1 or 2
+RENORMALIZE = 18
+LEAST_SUM = 19  # bits of a float
+FACTOR_SCALE = 20  # bits of a float
+FACTORS = 21  # float32 for each expert of a row
+FACTORS_STRIDE = 22  # bytes from row to row
+COUNTS = 23  # int64 for each expert, scratch
+ACTIVE = 24  # experts with items (`experts._sort`)
+SOURCE = 25  # int64 for each item: its row; 0: the input has a row for each item
+PLACE = 26  # int64 for each (row, expert): its item
 # Sample (X: logits, which it overwrites; WIDTH: vocabulary size, without padding; ROWS: 1): no other columns
 COLUMNS = 32
 ROW_BYTES = COLUMNS * 8

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu import layout
+from tokenmill.backends.cpu import items, layout
 from tokenmill.backends.cpu.forms import PAIRS
 from tokenmill.backends.cpu.layout import ACTS, float_bits
 from tokenmill.backends.cpu.memory import AttentionShape, CosSinTable, Memory
@@ -237,5 +237,7 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     ops.SoftCap: _soft_cap,
     ops.TakeRows: _take_rows,
     ops.Quantize: _quantize,
+    ops.Route: items.route,
+    ops.Experts: items.experts,
 }
 """The kinds of operations that this backend runs"""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.cpu import layout
+from tokenmill.backends.cpu.items import Items
 from tokenmill.backends.cpu.pack import Packed, pack_vector
 from tokenmill.backends.cpu.scratch import zeros
 from tokenmill.program import ops
@@ -156,6 +157,7 @@ class Memory:
         self.plan = plan_of(program, sizes, private)
         self.layout = cache_layout(program)
         self.arena = zeros((self.plan.size,))
+        self.items = Items(program, sizes.rows)
         self._panels, self._read = panels, vector
         self._vectors: dict[tuple[Weight, bool], Floats] = {}
         self._no_bias: dict[int, Floats] = {}  # by width

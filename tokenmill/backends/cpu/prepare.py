@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tokenmill.backends.cpu import items
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
-from tokenmill.backends.cpu.pack import Packed, gates, pack_weight
+from tokenmill.backends.cpu.pack import Packed, gates, pack, pack_weight
 from tokenmill.backends.cpu.scratch import Arena
 from tokenmill.backends.kind import Report
 from tokenmill.errors import Unsupported
 from tokenmill.program import ops, passes
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Reader, check, for_each
+from tokenmill.quant.base import Reader, check, dense, for_each, load
 from tokenmill.weights.checkpoint import Checkpoint
 
 _VECTOR = 16
@@ -86,7 +87,7 @@ def refusal(program: Program, block_size: int) -> str:
             return f"it has no kernel for {type(op).__name__}"
         if isinstance(op, ops.Attention) and (op.rope or op.q_norm) and _read_later(op, graph, op):
             return "an operation reads queries or keys that its attention rotates in place"
-        if why := _refused(op):
+        if why := _refused(op) or items.refused(op):
             return why
     return ""
 
@@ -131,10 +132,14 @@ def pack_all(
 ) -> dict[Weight, tuple[Packed, ...]]:
     """Pack all matrices on several threads. `report` is called on the calling thread, with bytes of the checkpoint."""
     gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
+    gated |= {weight for op in program.ops if isinstance(op, ops.Experts) for weight in op.gate_up}
+    routers = {op.weight for op in program.ops if isinstance(op, ops.Route)}
     wanted = [w for w in _weights(program) if w.columns]
     arena = Arena()
 
     def one(weight: Weight) -> tuple[Packed, ...]:
+        if weight in routers:  # in float32, because near scores decide
+            return (pack(dense(load(weight, source, read).floats()), allocate=arena.zeros),)
         return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs, allocate=arena.zeros)
 
     packed = for_each(wanted, source, one, max(1, threads), report)
@@ -147,6 +152,9 @@ def _one_form(program: Program, packed: dict[Weight, tuple[Packed, ...]]) -> Non
     for op in program.ops:
         if isinstance(op, ops.Linear) and len({part.quantized for part in packed[op.weight]}) > 1:
             raise Unsupported("mixture of weights", op.weight.name, (), "Use --backend torch.")
+        for bank in (op.gate_up, op.down) if isinstance(op, ops.Experts) else ():
+            if len({part.form for weight in bank for part in packed[weight]}) > 1:
+                raise Unsupported("mixture of weights of experts", bank[0].name, (), "Use --backend torch.")
 
 
 def _writes_int8(op: Op) -> bool:

@@ -119,7 +119,7 @@ def _linear(isa: Isa, form: Form | DenseForm) -> Function:
                 base, bs, step = bias + p * 64, 0, 64
             multiply(rows, columns, weight + p * size, size, n, x, xs, scales, base, bs, step, o, s)
             if gated:
-                _gate(rows, p, o, act, out, os, quantized)
+                gate_rows(rows, p, o, act, out, os, quantized)
             elif act or quantized or (bias and residual):
                 _finish(rows, p, n, o, s, act, bias if residual else 0, out, os, quantized)
 
@@ -155,7 +155,7 @@ def _finish(rows: int, p: int, n: int, o: int, s: int, act: int, bias: int, out:
 
 
 @inline
-def _gate(rows: int, p: int, o: int, act: int, out: int, os: int, quantized: int) -> None:
+def gate_rows(rows: int, p: int, o: int, act: int, out: int, os: int, quantized: int) -> None:
     """Compute 32 gated outputs from the four panels from p on: two of gate, two of up.
 
     `o`: their address; rows are 256 bytes apart.
