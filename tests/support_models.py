@@ -34,6 +34,9 @@ LATENT = {
     "num_key_value_heads": 4,
 }  # fmt: skip
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+ROTARY = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+PADS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied_with_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -98,6 +101,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "opt": ("opt", {"ffn_dim": 96}),
     "opt_norms_behind": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "enable_bias": False}),
+    "starcoder2": ("starcoder2", {}),
+    "starcoder2_window": ("starcoder2", {"sliding_window": 8, "use_bias": False}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "rope_parameters": ROTARY}),
+    "stablelm_parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "rope_parameters": ROTARY}),
+    "phi": ("phi", {}),
+    "phi_normed": ("phi", {"qk_layernorm": True}),
+    "phi3": ("phi3", PADS),
+    "phi3_longrope": (
+        "phi3",
+        PADS | {"original_max_position_embeddings": 128, "sliding_window": 16, "rope_parameters": LONGROPE | ROTARY},
+    ),
+    "cohere": ("cohere", PADS),
+    "cohere_normed": ("cohere", PADS | {"use_qk_norm": True, "attention_bias": True, "logit_scale": 2.0}),
+    "cohere2": ("cohere2", PADS | {"sliding_window": 8, "sliding_window_pattern": 2}),
+    "nemotron": ("nemotron", PADS | {"head_dim": 32}),
+    "nemotron_biases": ("nemotron", PADS | {"attention_bias": True, "mlp_bias": True}),
+    "persimmon": ("persimmon", {}),
     "qwen3_yarn_tied": ("qwen3", {"head_dim": 16, "rope_scaling": YARN, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 6}),
     "qwen2_moe": ("qwen2_moe", {"num_experts": 5, **EXPERTS, "shared_expert_intermediate_size": 32}),
@@ -153,7 +173,9 @@ BEYOND_CPU = {"phimoe": "it has no kernel for the choice of experts by sparsemix
 BEYOND_CPU |= dict.fromkeys((name for name in FAMILIES if "deepseek" in name), "it has no kernel for LatentAttention")
 """Families that the CPU backend refuses, with its reason."""
 
-UNSHARDED = dict.fromkeys(("olmoe", "minimax_m2", "olmo2", "olmo3"), "norm over the whole row")
+UNSHARDED = dict.fromkeys(("olmoe", "minimax_m2", "olmo2", "olmo3"), "norm over the whole row") | {
+    "stablelm_parallel": "norm by head"
+}
 """Families that ranks cannot share, with a part of the reason."""
 
 

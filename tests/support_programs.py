@@ -90,11 +90,14 @@ class Draw:
         return x.record(ops.Linear, KV_HEADS * step, x=x, weight=weight).split(*(part.rows for part in parts))
 
     def norm(
-        self, x: Value, head_dim: int = 0, *, center: bool = False, bias: bool = False, eps: float = 1e-5
+        self, x: Value, head_dim: int = 0, *, center: bool = False, bias: bool = False, eps: float = 1e-5,
+        each: bool = False,
     ) -> Value:
-        width = head_dim or x.width
+        width = x.width if each else head_dim or x.width
+        fields: dict[str, Any] = {"shard": "column", "unit": head_dim} if each else {}
         return x.record(
-            ops.Norm, x=x, weight=self.weight(width), bias=self.weight(width) if bias else None, eps=eps,
+            ops.Norm, x=x, weight=self.weight(width, **fields), bias=self.weight(width, **fields) if bias else None,
+            eps=eps,
             center=center, head_dim=head_dim,
         )  # fmt: skip
 
@@ -180,7 +183,10 @@ class Draw:
 
     def _heads(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Apply equal or slightly different norms to heads, to queries only, or to whole rows."""
-        kind = self.one_of("alike", "alike", "eps", "center", "bias", "q", "rows", "small", "halves")
+        kind = self.one_of("alike", "alike", "eps", "center", "bias", "q", "rows", "small", "halves", "each")
+        if kind == "each":  # each head has a weight of its own
+            center, bias = self.chance(0.5), self.chance(0.5)
+            return self.norm(q, HEAD, center=center, each=True), self.norm(k, HEAD, center=center, bias=bias, each=True)
         if kind in ("alike", "rows" if self.plain else "alike"):
             return self.norm(q, HEAD), self.norm(k, HEAD)
         if kind == "eps":
@@ -271,11 +277,9 @@ class Draw:
         if self.plain:
             return self.linear(x, VOCABULARY, shard="vocab")[0]
         (y,) = self.linear(x, WIDTH)
-        kind = self.one_of("plain", "before", "sum", "acted", "capped", "scaled")
+        kind = self.one_of("plain", "before", "sum", "acted", "capped")
         if kind == "sum":
             return x + y
-        if kind == "scaled":
-            return y.record(ops.Scale, x=y, factor=0.3)
         if kind == "capped":
             return y.record(ops.SoftCap, x=y, cap=2.0)
         if kind == "acted":

@@ -25,7 +25,7 @@ TYPES = sorted(
     {kind for kind, _ in FAMILIES.values() if issubclass(plugins.find("models", kind).Config, _gpt.Config)}
 )
 OF_ROPE = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
-OURS = {"dtype", "seq_length", "n_embed", "attn_config"}  # not fields of the class
+OURS = {"dtype", "seq_length", "n_embed", "attn_config", "sliding_window_pattern"}  # not fields of the class
 
 
 def their_default(model_type: str) -> Any:
@@ -39,7 +39,7 @@ def test_the_defaults_are_those_of_transformers_class(model_type: str) -> None:
     config, theirs = config_of({"model_type": model_type}), their_default(model_type)
     fields = [f for f in msgspec.structs.fields(type(config)) if f.encode_name not in OF_ROPE | OURS]
     for field in fields:
-        default = getattr(theirs, field.encode_name)
+        default = getattr(theirs, field.encode_name, None)  # None: its layers do not have it
         assert getattr(config, field.name) in (default, None), field.encode_name
     shared = 1 if getattr(theirs, "multi_query", False) else None
     assert (config.kv_heads, config.head_size) == (
@@ -109,6 +109,13 @@ def test_a_fused_matrix_of_other_heads_is_refused_by_name(tmp_path: Path) -> Non
         ({"model_type": "mpt", "attn_config": {"qk_ln": True}}, "qk_ln"),
         ({"model_type": "mpt", "attn_config": {"attn_type": "multiquery_attention"}}, "attn_type"),
         ({"model_type": "mpt", "attn_config": {"alibi": False}}, "alibi"),
+        ({"model_type": "cohere", "partial_rotary_factor": 0.5}, "rotates whole heads"),
+        ({"model_type": "cohere2", "layer_types": ["full_attention"]}, "1 layer_types for 40 layers"),
+        ({"model_type": "cohere2", "logit_scale": None}, "logit_scale"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "it has longrope"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}}, "incomplete or wrong"),
+        ({"model_type": "stablelm", "num_key_value_heads": 5}, "5 key-value heads for 32 heads"),
+        ({"model_type": "nemotron", "hidden_act": "softplus"}, "hidden_act"),
         ({"model_type": "opt", "layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
     ],
 )
@@ -146,3 +153,25 @@ def test_the_places_of_a_part_in_runs_are_those_of_a_reshape() -> None:
         for count in range(21 - first):
             found = [i for s in part.slices(first, count) for i in range(s.start, s.stop)]
             assert found == want[first : first + count].tolist()
+
+
+def test_a_longrope_models_frequencies_change_at_the_original_length(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "phi3_longrope")
+    config = config_of(json.loads((tmp_path / "config.json").read_text()))
+    assert (config.max_positions, config.exact_prompt) == (256, 128)
+    at = config.rope.table.frequencies_at(np.array([0, 127, 128]))
+    np.testing.assert_array_equal(at[0], at[1])
+    np.testing.assert_allclose(at[0] / at[2], [1.0, 2.0 / 1.5, 2.0, 8.0 / 3.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_every_name_of_phi3s_scaling_means_longrope(kind: str) -> None:
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    old = {"model_type": "phi3", "max_position_embeddings": 131072, "rope_scaling": {"type": kind, **factors}}
+    new = {
+        "model_type": "phi3", "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 4096, **factors},
+    }  # fmt: skip
+    assert str(program_of(old)) == str(program_of(new))
+    table = config_of(old).rope.table
+    assert (table.kind, table.exact_prompt, table.longest) == ("longrope", 4096, 131072)

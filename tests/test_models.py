@@ -209,7 +209,7 @@ def test_a_window_shows_in_the_cache_layout() -> None:
         ({"num_key_value_heads": 3}, ModelError, "3 key-value heads for 4 heads"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, ModelError, "5 heads do not divide hidden_size 64"),
         ({"hidden_act": "swish7"}, ModelError, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, Unsupported, "longrope"),
+        ({"rope_scaling": {"rope_type": "ntk"}}, Unsupported, "ntk"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, ModelError, "rope_scaling"),
         ({"rope_scaling": 7}, ModelError, "rope_scaling"),
     ],

@@ -20,6 +20,9 @@ NUMBERS: dict[str, dict[str, list[Any]]] = {
         "beta_fast": [None, 4, 32.0, 64], "beta_slow": [None, 1, 2.0], "mscale": [None, 0.0, 0.707, 1.0],
         "mscale_all_dim": [None, 0.0, 0.5, 1.0], "attention_factor": [None, 0.5, 1.2], "truncate": [None, True, False],
     },
+    "longrope": {
+        "factor": [None, 1.0, 4.0], "original_max_position_embeddings": [256, 2048], "attention_factor": [None, 1.2],
+    },
     "llama3": {
         "factor": [8.0, 32.0], "low_freq_factor": [1.0], "high_freq_factor": [4.0, 2.0],
         "original_max_position_embeddings": [128, 1024],
@@ -30,7 +33,8 @@ NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
 
 
 def drawn(kind: str, rng: random.Random) -> dict[str, Any]:
-    needed = NEEDED | ({"original_max_position_embeddings"} if kind == "llama3" else set())
+    needed = NEEDED - ({"factor"} if kind == "longrope" else set())
+    needed |= {ORIGINAL} if kind in ("llama3", "longrope") else set()
     chosen = {k: rng.choice(v) for k, v in NUMBERS[kind].items() if k in needed or rng.random() < 0.5}
     return {rng.choice(["rope_type", "type"]): kind, **chosen}
 
@@ -50,12 +54,14 @@ def test_frequencies_and_magnitudes_of_random_numbers_equal_transformers(kind: s
     rng = random.Random(kind)
     for _ in range(40):
         scaling, theta, dim = drawn(kind, rng), rng.choice([100.0, 1e4, 1e6]), rng.choice([16, 64, 96])
+        if kind == "longrope":
+            scaling |= {name: [rng.uniform(1, 9) for _ in range(dim // 2)] for name in ("short_factor", "long_factor")}
         table = RopeTable.of(dim, theta, 2048, scaling)
         config = LlamaConfig(
             hidden_size=dim * 2, num_attention_heads=2, rope_theta=theta, max_position_embeddings=2048,
             rope_scaling={k: v for k, v in scaling.items() if (k, v) != (ORIGINAL, None)},  # null fails there
         )  # fmt: skip
-        for length in (None, 2048, 5000) if kind == "dynamic" else (None,):
+        for length in (None, 256, 257, 2048, 5000) if table.moves else (None,):
             want, magnitude = functions[kind](config, torch.device("cpu"), seq_len=length)
             got = table.frequencies_at(np.array([(length or 1) - 1]))[0] if table.moves else table.inverse_frequencies()
             np.testing.assert_allclose(got, want.numpy(), rtol=1e-5, err_msg=str(scaling))
@@ -81,6 +87,8 @@ def test_frequencies_and_magnitudes_of_random_numbers_equal_transformers(kind: s
         ({"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}, 131072, 131072, 131072),  # Llama 3.2
         ({"rope_type": "linear", "factor": 0.5}, 4096, 4096, 4096),
+        ({"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 4096},
+         131072, 131072, 4096),  # Phi 3
         ({"rope_type": "factors", "factors": [2.0] * 8}, 4096, 4096, 4096),
     ],
 )  # fmt: skip

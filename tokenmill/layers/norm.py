@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenmill.layers.scope import Scope
 from tokenmill.program import ops
-from tokenmill.program.ops import Part, Weight
+from tokenmill.program.ops import Part, Shard, Weight
 from tokenmill.program.value import Value
 
 
@@ -32,13 +34,33 @@ class RmsNorm:
 
 
 class LayerNorm:
-    """LayerNorm: RMSNorm after subtracting the mean. `add`: 1 if the checkpoint stores the weight minus one, else 0."""
+    """LayerNorm: RMSNorm after subtracting the mean.
+
+    `per_head`: each head of `width` columns is normalized. `heads`: the number of heads, if each has a weight of its
+    own. `names`: modules that hold these weights, if each is a tensor of its own. `add`: 1 if the checkpoint stores the
+    weight minus one, else 0.
+    """
 
     def __init__(
-        self, scope: Scope, width: int, eps: float, *, bias: bool = True, per_head: bool = False, add: float = 0.0
+        self,
+        scope: Scope,
+        width: int,
+        eps: float,
+        *,
+        bias: bool = True,
+        per_head: bool = False,
+        heads: int = 1,
+        names: Sequence[str] = (),
+        add: float = 0.0,
     ) -> None:
-        self.weight = Weight((Part(scope / "weight", width),), add=add)
-        self.bias = Weight((Part(scope / "bias", width),)) if bias else None
+        def weight(suffix: str, add: float) -> Weight:
+            if names:
+                return Weight(tuple(Part(scope / name / suffix, width) for name in names), add=add)
+            shard: Shard = "column" if heads > 1 else "none"
+            return Weight((Part(scope / suffix, heads * width),), 0, shard, width if heads > 1 else 1, add=add)
+
+        self.weight = weight("weight", add)
+        self.bias = weight("bias", 0.0) if bias else None
         self.eps, self.head_dim = eps, width if per_head else 0
 
     def __call__(self, x: Value) -> Value:

@@ -7,7 +7,7 @@ method of a layer only where it computes something else.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 from msgspec import field
@@ -15,7 +15,7 @@ from msgspec import field
 from tokenmill.layers.attention import Rope, attend
 from tokenmill.layers.embedding import Embedding
 from tokenmill.layers.linear import Linear, Linears, head, interleaved
-from tokenmill.layers.mlp import GatedMlp, Mlp, take_rows
+from tokenmill.layers.mlp import GatedMlp, Mlp, scaled, take_rows
 from tokenmill.layers.norm import LayerNorm, RmsNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import base
@@ -24,8 +24,12 @@ from tokenmill.models.llama import Biases, Size
 from tokenmill.program.ops import Part
 from tokenmill.program.value import Inputs, Value
 
-__all__ = ["Act", "Biases", "Config", "Gpt2Fields", "Layers", "Length", "Model", "Names", "Size", "field"]
+__all__ = [
+    "Act", "Biases", "Config", "Gpt2Fields", "Layers", "Length", "Model", "Names", "RotaryFields", "Size", "Theta",
+    "field",
+]  # fmt: skip
 
+Theta = Annotated[float, msgspec.Meta(gt=0)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 Act = Literal[
     "silu", "swish", "relu", "relu2", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate",
@@ -72,7 +76,7 @@ class Config(base.Config, kw_only=True):
         """Raise ValueError for numbers that are inconsistent."""
         if self.max_position_embeddings is None:
             raise ValueError("the maximum number of positions is null; give a number")
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_size * self.num_attention_heads < self.hidden_size and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} key-value heads for {self.num_attention_heads} heads")
@@ -120,6 +124,11 @@ class Config(base.Config, kw_only=True):
     def head_bias(self) -> bool:
         """True if the output layer has a bias."""
         return False
+
+    @property
+    def logit_factor(self) -> float:
+        """Factor of the logits."""
+        return 1.0
 
     @property
     def rope(self) -> Rope | None:
@@ -177,12 +186,58 @@ class Config(base.Config, kw_only=True):
         """Return a norm of the model."""
         return LayerNorm(scope, width, self.eps)
 
+    def head_norms(self, scope: Scope) -> tuple[LayerNorm, LayerNorm] | None:
+        """Return the norms of queries and keys before the rotation; None if there are none."""
+        return None
+
     def mlp(self, scope: Scope) -> Mlp | GatedMlp:
         """Return the feed-forward layer."""
         return Mlp(
             scope, self.hidden_size, self.inner, same_act(self.activation), self.names.inner,
             bias=self.biases.mlp, transposed=self.transposed,
         )  # fmt: skip
+
+
+class RotaryFields(Config, kw_only=True):
+    """Fields of config.json that Llama introduced and later architectures kept. Derived classes give the defaults."""
+
+    interleaved: ClassVar[bool] = False  # the rotation pairs adjacent columns
+
+    intermediate_size: Size
+    hidden_act: Act
+    num_key_value_heads: Size | None = None  # None: num_attention_heads
+    rope_theta: Theta = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
+    tie_word_embeddings: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def inner(self) -> int:
+        """Number of columns within the feed-forward layer."""
+        return self.intermediate_size
+
+    @property
+    def activation(self) -> str:
+        """Activation of the feed-forward layer, by its name in transformers."""
+        return self.hidden_act
+
+    @property
+    def rope(self) -> Rope:
+        """Rotary embedding of queries and keys."""
+        rotary_dim = int(self.head_size * self.partial_rotary_factor)
+        return Rope(
+            self.head_size, self.rope_theta, self.length, self.rope_scaling, rotary_dim, interleaved=self.interleaved
+        )
+
+    @property
+    def biases(self) -> Biases:
+        """Flags of the products that have a bias."""
+        return Biases()
 
 
 class Gpt2Fields(Config, kw_only=True):
@@ -231,13 +286,14 @@ class Attention:
             scope, c.num_attention_heads * c.head_size, c.names.output, c.hidden_size, shard="row",
             bias=c.biases.output, transposed=c.transposed,
         )  # fmt: skip
+        self.norms = c.head_norms(scope)
         self.rope = c.rope if c.rotates(layer) else None
         self.layer, self.head_dim, self.alibi = layer, c.head_size, c.alibi
         self.window, self.scale = c.window(layer), c.scale(layer)
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
-        """Normalize queries and keys before the rotation. Returns them unchanged here; derived models override it."""
-        return q, k
+        """Normalize queries and keys before the rotation, if the model does."""
+        return (q, k) if self.norms is None else (self.norms[0](q), self.norms[1](k))
 
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
@@ -288,6 +344,7 @@ class Model:
         self.norm = c.norm(scope / names.norm, c.hidden_size)
         tied = self.embed.weight if c.tie_word_embeddings else None
         self.head = head(scope, c.hidden_size, c.vocab_size, tied, name=names.head, bias=c.head_bias)
+        self.logit_factor = c.logit_factor
 
     def begin(self, inputs: Inputs) -> Value:
         """Record the input of the first layer, (tokens, hidden)."""
@@ -299,4 +356,4 @@ class Model:
         x = self.begin(inputs)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(take_rows(x)))
+        return scaled(self.head(self.norm(take_rows(x))), self.logit_factor)

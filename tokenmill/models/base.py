@@ -20,6 +20,8 @@ from tokenmill.program.value import Inputs, Program, Value, record
 _ROPE_PLACES = ("rope_scaling", "rope_parameters")
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
 _LAYER_KINDS = {"full_attention", "sliding_attention"}
+_LONG_ROPES = ("longrope", "su")
+_ORIGINAL = "original_max_position_embeddings"
 _DTYPES = ("float32", "bfloat16", "float16")
 _INHERITED = ("tie_word_embeddings",)  # by the language part of a multimodal model
 
@@ -165,6 +167,9 @@ def normalized(config: dict[str, Any], layered: bool = False) -> dict[str, Any]:
         for name in _BESIDE_ROPE:
             _add(found, name, rope.get(name))
         rope = {"rope_type" if k == "type" and "rope_type" not in rope else k: v for k, v in rope.items()}
+        if rope.get("rope_type") in _LONG_ROPES:  # the length before scaling may be outside
+            lengths = (config.get(_ORIGINAL), rope.get(_ORIGINAL), config.get("max_position_embeddings"))
+            rope[_ORIGINAL] = next((length for length in lengths if length is not None), None)
         _add(found, "rope_scaling", {k: v for k, v in rope.items() if k not in _BESIDE_ROPE} or None)
     return {"rope_scaling": None, **found, "dtype": _dtype(config)}
 

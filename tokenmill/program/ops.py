@@ -186,7 +186,7 @@ class Linear(Op):
 class Norm(Op):
     """Apply RMSNorm, or LayerNorm if `center`, to each row, or to each head of it if `head_dim` is set.
 
-    `weight`: a number for each column of a head, or for each column of the row; None: all ones.
+    `weight`: a number for each column of a head, or for each column of the row, as the bias; None: all ones.
     """
 
     x: Value

@@ -7,8 +7,9 @@ frequencies, so memory does not grow with the context length. (Scalings: linear,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, inf, log, pi
+from math import ceil, floor, inf, log, pi, sqrt
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,8 @@ from tokenmill.errors import ModelError, Unsupported
 
 Scaling = tuple[tuple[str, Any], ...]
 Frequencies = NDArray[np.float64]
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "factors")
-_CURES = dict.fromkeys(
-    ("longrope", "su"),
-    "Its frequencies change when a sequence outgrows the original length, which a cache of keys cannot follow: "
-    "serve a model whose rope_scaling is of one of these types.",
-)
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "factors")
+_SAME_KINDS = {"su": "longrope"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class RopeTable:
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in (scaling or {}).items()}
         kind = _kind_of(given)
         if kind not in KINDS:
-            raise Unsupported("rope scaling", str(kind), KINDS, _CURES.get(kind, ""))
+            raise Unsupported("rope scaling", str(kind), KINDS)
         kept = {k: v for k, v in given.items() if k not in ("rope_type", "type") and (v is not None or k == "truncate")}
         pairs = ("rope_type", kind), *sorted(kept.items())
         table = RopeTable(rotary_dim, theta, max_position, pairs, interleaved)
@@ -67,8 +64,8 @@ class RopeTable:
 
     @property
     def moves(self) -> bool:
-        """True if the frequencies depend on the position (dynamic scaling), so that `frequencies_at` must be used."""
-        return self.kind == "dynamic"
+        """True if the frequencies depend on the position, so that `frequencies_at` must be used."""
+        return self.kind in ("dynamic", "longrope")
 
     @property
     def longest(self) -> int:
@@ -89,12 +86,20 @@ class RopeTable:
 
         With dynamic scaling, transformers computes all frequencies of a longer prompt from the prompt's whole length,
         so that prompts of different lengths could not share cache blocks. Here each token's frequencies depend on its
-        own position.
+        own position. With longrope, transformers rotates a sequence beyond the original length anew, with other
+        frequencies, which a cache of keys cannot follow.
         """
+        if self.kind == "longrope":
+            return min(self._original, self.max_position)
         return self.max_position if self.moves else self.longest
 
+    @property
+    def _original(self) -> int:
+        """Original length of a longrope model."""
+        return int(dict(self.scaling)["original_max_position_embeddings"])
+
     def _factor(self, s: dict[str, Any]) -> float:
-        if self.kind == "yarn" and "factor" not in s:  # the factor is the ratio of the two lengths
+        if self.kind in ("yarn", "longrope") and "factor" not in s:  # the factor is the ratio of the two lengths
             return float(self.max_position / s["original_max_position_embeddings"])
         factor = float(s["factor"])
         if not 0 < factor < inf:
@@ -111,21 +116,25 @@ class RopeTable:
             inv = _llama3(inv, s, self._factor(s))
         elif self.kind == "yarn":
             inv = self._yarn(inv, s)
+        elif self.kind == "longrope":
+            inv = self._divided(inv, s["short_factor"])
         elif self.kind == "factors":  # one divisor per frequency
-            factors = np.asarray(s["factors"], np.float64)
-            if factors.shape != inv.shape:
-                raise ValueError(f"{factors.size} factors for {inv.size} frequencies")
-            inv = inv / factors
+            inv = self._divided(inv, s["factors"])
         return inv.astype(np.float32)
 
     def frequencies_at(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the frequencies at `positions`, (positions, rotary_dim / 2), of a scaling with `moves`.
 
-        A token's frequencies are those of a context that ends with the token. transformers computes the same for tokens
+        longrope: those of short contexts up to the original length, those of long ones beyond it. dynamic: those of a
+        context that ends with the token. transformers computes the same for tokens
         generated after a prompt that fits the model's length. Unlike in transformers, the frequencies of a longer
         prompt do not depend on how it is split into steps.
         """
         s, dim = dict(self.scaling), self.rotary_dim
+        if self.kind == "longrope":
+            plain = self.theta ** (-np.arange(dim // 2) * 2.0 / dim)
+            short, long = self._divided(plain, s["short_factor"]), self._divided(plain, s["long_factor"])
+            return np.where(positions[:, None] < self._original, short, long).astype(np.float32)
         factor, length = self._factor(s), self.max_position
         seen = np.maximum(positions + 1, length)
         theta = self.theta * (factor * seen / length - (factor - 1)) ** (dim / (dim - 2))
@@ -134,11 +143,13 @@ class RopeTable:
     def magnitude(self) -> float:
         """Factor by which cosines and sines are multiplied."""
         s = dict(self.scaling)
-        if self.kind != "yarn":
+        if self.kind not in ("yarn", "longrope"):
             return 1.0
         if "attention_factor" in s:
             return float(s["attention_factor"])
         factor = self._factor(s)
+        if self.kind == "longrope":
+            return sqrt(1 + log(factor) / log(self._original)) if factor > 1 else 1.0
 
         def stretch(weight: float) -> float:
             return 0.1 * weight * log(factor) + 1.0 if factor > 1 else 1.0
@@ -146,6 +157,14 @@ class RopeTable:
         if s.get("mscale") and s.get("mscale_all_dim"):
             return stretch(s["mscale"]) / stretch(s["mscale_all_dim"])
         return stretch(1.0)
+
+    @staticmethod
+    def _divided(inv: Frequencies, divisors: Sequence[float]) -> Frequencies:
+        """Return the frequencies divided by one number each."""
+        found = np.asarray(divisors, np.float64)
+        if found.shape != inv.shape:
+            raise ValueError(f"{found.size} factors for {inv.size} frequencies")
+        return np.asarray(inv / found)
 
     def _yarn(self, inv: Frequencies, s: dict[str, Any]) -> Frequencies:
         length, dim = s.get("original_max_position_embeddings") or self.max_position, self.rotary_dim
@@ -173,7 +192,8 @@ def _kind_of(scaling: dict[str, Any]) -> str:
         raise ModelError(
             f"config.json: rope_scaling {scaling!r} has a factor but no rope_type. Add one of {', '.join(KINDS[1:5])}."
         )
-    return named.pop() if named else "default"
+    kind = named.pop() if named else "default"
+    return _SAME_KINDS.get(kind, kind)
 
 
 def _llama3(inv: Frequencies, s: dict[str, Any], factor: float) -> Frequencies:

@@ -65,6 +65,9 @@ class _Sharder:
         if isinstance(op, ops.Norm) and not op.head_dim and reads[first].width != old.width:
             name = op.weight.name if op.weight else ""
             raise Unsupported("norm over the whole row of a product that ranks share", name, (), _ONE_RANK)
+        shared = (op.head_dim or old.width, reads[first].width) if isinstance(op, ops.Norm) else ()
+        if isinstance(op, ops.Norm) and op.weight is not None and weights["weight"].rows not in shared:
+            raise Unsupported("norm by head of a product that ranks share", op.weight.name, (), _ONE_RANK)
         is_linear = isinstance(op, ops.Linear)
         width = weights["weight"].rows if is_linear else op.out.width * reads[first].width // old.width
         out = self.tape.new(op.out.spec.rows, width, op.out.spec.dtype)

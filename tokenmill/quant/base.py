@@ -372,5 +372,7 @@ def _check(weight: Weight, name: str, rows: int, stacked: int | None, source: Ch
         raise ModelError(
             f"The weights have no tensor {name!r}, which config.json's model needs with shape {expected}.{cure}"
         )
-    if _without_ones(found) != _without_ones(expected):  # a convolution's weight is (columns, 1, kernel)
+    by_head = (rows // weight.unit, weight.unit)  # of a vector
+    # A convolution's weight is (columns, 1, kernel).
+    if _without_ones(found) != _without_ones(expected) and (weight.columns or tuple(found) != by_head):
         raise ModelError(f"The tensor {name!r} has shape {tuple(found)}; config.json says {expected}.")

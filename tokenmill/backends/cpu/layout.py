@@ -56,6 +56,7 @@ Y = 18  # AddNorm, Add: the other term
 Y_STRIDE = 19
 TOTAL = 20  # AddNorm: the sum
 TOTAL_STRIDE = 21
+NORM_STEP = 22  # bytes from a head's weight and bias to those of the next one; 0: all heads share them
 # Attention (X: queries; WIDTH: kv heads)
 HEAD_DIM = 11
 GROUP = 12  # query heads of a kv head

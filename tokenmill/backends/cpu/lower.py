@@ -139,10 +139,12 @@ def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
 
 
 def _norm(lower: Lowering, op: ops.Norm) -> Lowered:
+    assert op.weight is not None, "prepare.py refuses it"
     without = op.center and op.bias is None  # the LayerNorm kernel always adds a bias
     fields = {
         layout.NORM_WEIGHT: lower.memory.vector(op.weight),
-        layout.NORM_BIAS: lower.memory.no_bias(op.head_dim or op.x.width) if without else lower.memory.vector(op.bias),
+        layout.NORM_BIAS: lower.memory.no_bias(op.weight.rows) if without else lower.memory.vector(op.bias),
+        layout.NORM_STEP: 4 * op.head_dim if op.weight.rows > op.head_dim > 0 else 0,
         layout.NORM_EPS: float_bits(op.eps),
         layout.CENTER: int(op.center),
     }
@@ -207,12 +209,12 @@ def _add(lower: Lowering, op: ops.Add) -> Lowered:
     return [("add", {layout.Y: y.address, layout.Y_STRIDE: y.stride})]
 
 
-def _scale(lower: Lowering, op: ops.Scale) -> Lowered:
-    return [("scale", {layout.FACTOR: float_bits(op.factor)})]
-
-
 def _soft_cap(lower: Lowering, op: ops.SoftCap) -> Lowered:
     return [("soft_cap", {layout.CAP: float_bits(op.cap)})]
+
+
+def _scale(lower: Lowering, op: ops.Scale) -> Lowered:
+    return [("scale", {layout.FACTOR: float_bits(op.factor)})]
 
 
 def _take_rows(lower: Lowering, op: ops.TakeRows) -> Lowered:

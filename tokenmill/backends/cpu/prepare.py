@@ -102,8 +102,8 @@ def _refused(op: Op) -> str:
         return f"it has no kernel for the activation {op.act}"
     if isinstance(op, ops.Norm) and (op.head_dim or op.x.width) % _VECTOR:
         return f"its norms are for multiples of {_VECTOR} columns, not {op.head_dim or op.x.width}"
-    if isinstance(op, ops.Norm) and (op.weight is None or op.weight.rows != (op.head_dim or op.x.width)):
-        return "its norms have a weight, which all heads share"
+    if isinstance(op, ops.Norm) and (op.weight is None or op.weight.rows not in (op.head_dim, op.x.width)):
+        return "its norms have a weight for each column"
     if isinstance(op, ops.Norm) and op.bias is not None and not op.center:
         return "it has no kernel for an RMS norm with a bias"
     return ""

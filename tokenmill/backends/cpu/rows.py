@@ -183,6 +183,7 @@ _cap = each(3, lambda g, i, x, cap, out: g.put(capped(g, g.vec(x, i), g.splat(g.
         *(layout.Y, layout.Y_STRIDE, layout.TOTAL, layout.TOTAL_STRIDE, layout.ACT, layout.CAP, layout.FACTOR),
     )
 )
+_NORM_STEP = 8 * layout.NORM_STEP
 _THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = (
     8 * layout.THREADS,
     8 * layout.TOKENS,
@@ -209,11 +210,12 @@ def _norm_row(row: int, x: int, out: int, scales: int) -> None:
         else:
             _rms_codes(n, x, weight, out, scales, eps)
         return
+    step = peek(row + _NORM_STEP)
     for h in range(max(1, peek(row + _HEADS))):
         if center:
-            layer_norm(n, x + h * n * 64, weight, bias, out + h * n * 64, eps)
+            layer_norm(n, x + h * n * 64, weight + h * step, bias + h * step, out + h * n * 64, eps)
         else:
-            rms_norm(n, x + h * n * 64, weight, out + h * n * 64, eps)
+            rms_norm(n, x + h * n * 64, weight + h * step, out + h * n * 64, eps)
 
 
 def _norm(tid: int, row: int, context: int, counter: int) -> int:
