@@ -19,6 +19,7 @@ _DELTA = _SMALL | {
     "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_MIXED = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 
 STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", _MAMBA),
@@ -33,6 +34,11 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_next": ("qwen3_next", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 24}),
     "qwen3_5": ("qwen3_5_text", _DELTA | {"linear_num_value_heads": 2}),
+    "bamba": ("bamba", _SMALL | _MIXED | {"attn_layer_indices": [1], "mamba_n_groups": 2}),
+    "bamba_with_biases": (
+        "bamba",
+        _SMALL | _MIXED | {"attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
+    ),
 }
 """Name -> (model_type, configuration)."""
 

@@ -1,4 +1,4 @@
-"""What an operation keeps between steps: a cache that grows with each token, or a state of fixed size."""
+"""The cache and the state that an operation keeps between steps."""
 
 from __future__ import annotations
 
