@@ -39,6 +39,10 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "bamba",
         _SMALL | _MIXED | {"attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
     ),
+    "jamba": (
+        "jamba",
+        _SMALL | {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8},
+    ),
 }
 """Name -> (model_type, configuration)."""
 

@@ -17,7 +17,7 @@ class Config(mamba.Config, kw_only=True):
 class Mixer(mamba.Mixer):
     """Mamba's mixer, with norms without weights."""
 
-    def __init__(self, c: mamba.Config, scope: Scope, layer: int) -> None:
+    def __init__(self, c: mamba.Sizes, scope: Scope, layer: int) -> None:
         super().__init__(c, scope, layer)
         assert isinstance(c, Config)
         self.eps = c.mixer_rms_eps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 
@@ -64,10 +64,32 @@ class Config(base.Config, kw_only=True):
         return llama.act_of(self.hidden_act)
 
 
+class Sizes(Protocol):
+    """Properties of a configuration that a mixer reads."""
+
+    hidden_size: int
+    state_size: int
+    conv_kernel: int
+    use_bias: bool
+    use_conv_bias: bool
+
+    @property
+    def inner(self) -> int:
+        """Number of columns of the scan."""
+
+    @property
+    def rank(self) -> int:
+        """Number of columns from which the steps are projected."""
+
+    @property
+    def act(self) -> str:
+        """Activation of convolution and gate."""
+
+
 class Mixer:
     """Selective scan: projection, convolution, steps and coefficients from its result, scan, gate, projection."""
 
-    def __init__(self, c: Config, scope: Scope, layer: int) -> None:
+    def __init__(self, c: Sizes, scope: Scope, layer: int) -> None:
         n, rank = c.inner, c.rank
         self.x_gate = Linears(scope, c.hidden_size, shard="column", bias=c.use_bias, outputs={"in_proj": (n, n)})
         self.conv = CausalConv(scope / "conv1d", n, c.conv_kernel, layer=layer, bias=c.use_conv_bias, shard="column")
