@@ -70,10 +70,8 @@ class Layer(llama.Layer):
 
     second_norm = "pre_ff_layernorm"
 
-    def __init__(self, c: Any, scope: Scope, layer: int) -> None:
-        attends = c.kinds[layer] == "full_attention"
-        self.norm1: Apply = c.norm(scope / "input_layernorm", c.hidden_size)
-        mixer = self.attention(c, scope / "self_attn", layer) if attends else Mamba2(c.sizes, scope / "mamba", layer)
-        self.attn: Apply = mixer
-        self.norm2: Apply = c.norm(scope / self.second_norm, c.hidden_size)
-        self.mlp = self.feed_forward(c, scope, layer)
+    def mixer(self, c: Any, scope: Scope, layer: int) -> Apply:
+        """Return Mamba 2 or attention."""
+        if c.kinds[layer] == "full_attention":
+            return super().mixer(c, scope, layer)
+        return Mamba2(c.sizes, scope / "mamba", layer)

@@ -84,16 +84,15 @@ class Mixer(mamba.Mixer):
 class Layer(llama.Layer):
     """Llama's decoder layer, with Mamba or attention, and experts in some layers."""
 
-    def __init__(self, c: Config, scope: Scope, layer: int) -> None:
-        self.norm1: Apply = c.norm(scope / "input_layernorm", c.hidden_size)
-        attends = c.attends(layer)
-        mixer = self.attention(c, scope / "self_attn", layer) if attends else Mixer(c, scope / "mamba", layer)
-        self.attn: Apply = mixer
-        self.norm2: Apply = c.norm(scope / "pre_ff_layernorm", c.hidden_size)
-        self.mlp = self.feed_forward(c, scope / "feed_forward", layer)
+    second_norm = "pre_ff_layernorm"
+
+    def mixer(self, c: Config, scope: Scope, layer: int) -> Apply:
+        """Return Mamba or attention."""
+        return super().mixer(c, scope, layer) if c.attends(layer) else Mixer(c, scope / "mamba", layer)
 
     def feed_forward(self, c: Config, scope: Scope, layer: int) -> Apply:
         """Return the feed-forward layer."""
+        scope = scope / "feed_forward"
         if not c.sparse(layer):
             return GatedMlp(scope, c.hidden_size, c.intermediate_size, c.act)
         router = Router(scope, c.hidden_size, c.num_experts, c.num_experts_per_tok, weight="router.weight")

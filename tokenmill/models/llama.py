@@ -216,13 +216,18 @@ class Layer:
     """Decoder layer: attention and feed-forward layer, each with a norm before it and a residual connection."""
 
     attention: type[Attention] = Attention
+    second_norm = "post_attention_layernorm"
 
     def __init__(self, c: Config, scope: Scope, layer: int) -> None:
         self.norm1: Apply = c.norm(scope / "input_layernorm", c.hidden_size)
-        self.attn: Apply = self.attention(c, scope / "self_attn", layer)
-        self.norm2: Apply = c.norm(scope / "post_attention_layernorm", c.hidden_size)
+        self.attn = self.mixer(c, scope, layer)
+        self.norm2: Apply = c.norm(scope / self.second_norm, c.hidden_size)
         self.mlp = self.feed_forward(c, scope, layer)
         self.scale = c.branch_scale
+
+    def mixer(self, c: Any, scope: Scope, layer: int) -> Apply:
+        """Return attention. Derived models that mix tokens in another way override it."""
+        return self.attention(c, scope / "self_attn", layer)
 
     def feed_forward(self, c: Any, scope: Scope, layer: int) -> Apply:
         """Return the feed-forward layer. Derived models with experts override it."""

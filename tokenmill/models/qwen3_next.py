@@ -80,7 +80,7 @@ class Config(Hybrid, kw_only=True):
 class Attention(llama.Attention):
     """Llama's attention, with norms on query and key heads, and a gate on the result."""
 
-    def __init__(self, c: Hybrid, scope: Scope, layer: int) -> None:
+    def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
         super().__init__(c, scope, layer)
         d, kv = c.head_size, c.kv_heads * c.head_size
         outputs: dict[str, int | tuple[Part, ...]] = {
@@ -144,15 +144,14 @@ class DeltaNet:
 class Mixed(llama.Layer):
     """Llama's decoder layer, with the delta rule or gated attention."""
 
+    attention = Attention
     delta: type[DeltaNet] = DeltaNet
 
-    def __init__(self, c: Any, scope: Scope, layer: int) -> None:
-        attends = c.kinds[layer] == "full_attention"
-        self.norm1: Apply = c.norm(scope / "input_layernorm", c.hidden_size)
-        mixer = Attention(c, scope / "self_attn", layer) if attends else self.delta(c, scope / "linear_attn", layer)
-        self.attn: Apply = mixer
-        self.norm2: Apply = c.norm(scope / "post_attention_layernorm", c.hidden_size)
-        self.mlp = self.feed_forward(c, scope, layer)
+    def mixer(self, c: Any, scope: Scope, layer: int) -> Apply:
+        """Return the delta rule or attention."""
+        if c.kinds[layer] == "full_attention":
+            return super().mixer(c, scope, layer)
+        return self.delta(c, scope / "linear_attn", layer)
 
 
 class Layer(Mixed):
