@@ -43,7 +43,22 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "jamba",
         _SMALL | {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8},
     ),
-}
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        _SMALL | _MIXED | {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 4,
+            "shared_intermediate_size": 24, "position_embedding_type": "rope", "residual_multiplier": 0.5,
+            "embedding_multiplier": 3.0, "attention_multiplier": 0.1, "logits_scaling": 2.0,
+        },
+    ),
+    "granitemoehybrid_dense": (
+        "granitemoehybrid",
+        _SMALL | _MIXED | {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+        },
+    ),
+}  # fmt: skip
 """Name -> (model_type, configuration)."""
 
 

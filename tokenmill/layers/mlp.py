@@ -23,6 +23,11 @@ def soft_cap(x: Value, cap: float) -> Value:
     return x.record(ops.SoftCap, x=x, cap=cap)
 
 
+def gated(gate: Value, up: Value, act: str) -> Value:
+    """Return act(gate) · up."""
+    return gate.record(ops.GatedAct, gate=gate, up=up, act=act)
+
+
 def times(x: Value, y: Value) -> Value:
     """Return x · y, column by column."""
     return x.record(ops.GatedAct, gate=x, up=y, act="linear")
