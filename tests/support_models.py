@@ -29,6 +29,9 @@ LLAMA3 = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+FACTORS = {
+    "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 3.0,
+}  # fmt: skip
 LATENT = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
     "num_key_value_heads": 4,
@@ -164,6 +167,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "minimax_m2": ("minimax_m2", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16,
+    }),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4, **FACTORS}),
+    "granitemoeshared": ("granitemoeshared", {"num_local_experts": 5, "shared_intermediate_size": 32, **FACTORS}),
+    "ernie4_5_moe": ("ernie4_5_moe", {
+        "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
     }),
     "mixtral_window": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 8}),
 }
