@@ -32,6 +32,7 @@ ROUTED = {
     **EXPERTS, "expert_gating_func": 2, "expert_shared_count": 1, "expert_weights_scale": 2.5,
     "expert_weights_norm": True, "leading_dense_block_count": 1,
 }  # fmt: skip
+HEADS_OF_32 = {"attention__key_length": 32, "attention__value_length": 32}
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "mixtral": ("llama", "mixtral", {}, {"expert_count": 4, "expert_used_count": 2}),
     "qwen2moe": ("qwen2moe", "qwen2_moe", {}, {
@@ -50,6 +51,24 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("gpt2", "gpt2", {}, {"feed_forward_length": 256}),
     "starcoder": ("starcoder", "gpt_bigcode", {}, {"feed_forward_length": 256, "attention__head_count_kv": 1}),
     "bloom": ("bloom", "bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 3}, {"feed_forward_length": 256}),
+    "gemma": ("gemma", "gemma", {"head_dim": 32, "tie_word_embeddings": True}, HEADS_OF_32),
+    "gemma2": ("gemma2", "gemma2", {"query_pre_attn_scalar": 16, "layer_types": None, "tie_word_embeddings": True}, {
+        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0, "attention__sliding_window": 8}),
+    "gemma3": ("gemma3", "gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": None, "num_hidden_layers": 7}, {
+        "block_count": 7, "attention__sliding_window": 8, "rope__scaling__factor": 8.0,
+        "rope__scaling__type": "linear", "rope__freq_base": 1e6}),
+    "olmo2": ("olmo2", "olmo2", {}, {}),
+    "smollm3": ("smollm3", "smollm3", {"use_sliding_window": False, "num_hidden_layers": 4,
+                                       "no_rope_layer_interval": 4}, {"block_count": 4}),
+    "seed_oss": ("seed_oss", "seed_oss", {"attention_out_bias": False, "mlp_bias": False}, HEADS_OF_32),
+    "granite": ("granite", "granite", {}, {
+        "attention__scale": 0.4, "embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0}),
+    "arcee": ("arcee", "arcee", {}, {}),
+    "ernie4_5": ("ernie4_5", "ernie4_5", {}, HEADS_OF_32),
+    "hunyuan-dense": ("hunyuan-dense", "hunyuan_v1_dense", {"rope_parameters": None, "rope_scaling": None}, {}),
+    "exaone4": ("exaone4", "exaone4", {"layer_types": None, "num_hidden_layers": 5},
+                {"block_count": 5, "attention__sliding_window": 8}),
+    "glm4": ("glm4", "glm4", {}, {**HEADS_OF_32, "rope__dimension_count": 8}),
     "gptneox": ("gptneox", "gpt_neox", {}, {"rope__dimension_count": 8, "use_parallel_residual": True}),
 }  # fmt: skip
 
@@ -80,7 +99,7 @@ def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: 
 
 def converted(folder: Path, architecture: str, heads: int = 4, kv: int = 2) -> dict[str, Any]:
     """Return a checkpoint's tensors under GGUF's names, with experts stacked."""
-    names, layers = gguf.get_tensor_name_map(ARCH[architecture], 3), defaultdict[str, dict[int, np.ndarray]](dict)
+    names, layers = gguf.get_tensor_name_map(ARCH[architecture], 7), defaultdict[str, dict[int, np.ndarray]](dict)
     made: dict[str, Any] = {}
     for name, array in load_file(folder / "model.safetensors").items():
         expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name)
