@@ -27,27 +27,29 @@ EPS = {
     "layer_norm_epsilon": "attention__layer_norm_epsilon", "norm_epsilon": "attention__layer_norm_epsilon",
 }  # fmt: skip
 """Field of config.json -> key"""
-EXPERTS = {"expert_used_count": 2, "expert_feed_forward_length": 32}
+COUNTS = {
+    "num_experts": "expert_count", "num_local_experts": "expert_count", "n_routed_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length",
+}  # fmt: skip
 ROUTED = {
-    **EXPERTS, "expert_gating_func": 2, "expert_shared_count": 1, "expert_weights_scale": 2.5,
+    "expert_gating_func": 2, "expert_shared_count": 1, "expert_weights_scale": 2.5,
     "expert_weights_norm": True, "leading_dense_block_count": 1,
 }  # fmt: skip
 HEADS_OF_32 = {"attention__key_length": 32, "attention__value_length": 32}
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "mixtral": ("llama", "mixtral", {}, {"expert_count": 4, "expert_used_count": 2}),
+    "mixtral": ("llama", "mixtral", {}, {}),
     "qwen2moe": ("qwen2moe", "qwen2_moe", {}, {
-        "expert_count": 5, **EXPERTS, "expert_shared_feed_forward_length": 32, "feed_forward_length": 128}),
-    "qwen3moe": ("qwen3moe", "qwen3_moe", {}, {"expert_count": 8, **EXPERTS, "attention__key_length": 32,
-                                               "attention__value_length": 32}),
-    "olmoe": ("olmoe", "olmoe", {}, {"expert_count": 6, "expert_used_count": 3}),
+        "expert_shared_feed_forward_length": 32, "feed_forward_length": 128}),
+    "qwen3moe": ("qwen3moe", "qwen3_moe", {}, HEADS_OF_32),
+    "olmoe": ("olmoe", "olmoe", {}, {}),
     "dots1": ("dots1", "dots1", {"routed_scaling_factor": 2.5, "sliding_window": None, "n_shared_experts": 1},
-              {"expert_count": 4, **ROUTED}),
+              ROUTED),
     "glm4moe": ("glm4moe", "glm4_moe", {"routed_scaling_factor": 2.5, "first_k_dense_replace": 1,
                                         "partial_rotary_factor": 0.5},
-                {"expert_count": 8, **ROUTED, "rope__dimension_count": 8}),
+                {**ROUTED, "rope__dimension_count": 8}),
     "minimax-m2": ("minimax-m2", "minimax_m2", {"intermediate_size": 32},
-                   {"expert_count": 4, **EXPERTS, "expert_gating_func": 2, "attention__key_length": 32,
-                    "attention__value_length": 32, "rope__dimension_count": 16, "feed_forward_length": 32}),
+                   {**HEADS_OF_32, "expert_gating_func": 2, "rope__dimension_count": 16, "feed_forward_length": 32,
+                    "expert_feed_forward_length": 32}),
     "gpt2": ("gpt2", "gpt2", {}, {"feed_forward_length": 256}),
     "starcoder": ("starcoder", "gpt_bigcode", {}, {"feed_forward_length": 256, "attention__head_count_kv": 1}),
     "bloom": ("bloom", "bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 3}, {"feed_forward_length": 256}),
@@ -78,7 +80,9 @@ def told(config: Any) -> dict[str, Any]:
     fields = config.to_dict()
     rope = fields.get("rope_parameters") or {}
     eps = next((name, float(fields[name])) for name in EPS if name in fields)
-    return {"rope__freq_base": rope.get("rope_theta"), "attention__layer_norm_rms_epsilon": None, EPS[eps[0]]: eps[1]}
+    experts = {key: fields[name] for name, key in COUNTS.items() if name in fields}
+    rms = {"attention__layer_norm_rms_epsilon": None}
+    return {"rope__freq_base": rope.get("rope_theta"), **rms, EPS[eps[0]]: eps[1], **experts}
 
 
 def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: int, kv: int) -> np.ndarray:
@@ -163,7 +167,8 @@ def test_layers_that_guess_further_tokens_are_not_read(tmp_path: Path) -> None:
 
 def test_experts_of_another_routing_are_refused(tmp_path: Path) -> None:
     architecture, family, changes, keys = CASES["qwen3moe"]
-    make_checkpoint(tmp_path / "hf", family, **changes)
+    model = make_checkpoint(tmp_path / "hf", family, **changes)
     tensors = converted(tmp_path / "hf", architecture)
     with pytest.raises(Unsupported, match=r"'qwen3moe\.expert_gating_func'.*It is 2"):
-        Driver.of(write(tmp_path / "m.gguf", architecture, tensors, **keys, expert_gating_func=2))
+        keys = {**told(model.config), **keys, "expert_gating_func": 2}
+        Driver.of(write(tmp_path / "m.gguf", architecture, tensors, **keys))
