@@ -65,6 +65,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
     "glm": ("glm", {"head_dim": 32, "pad_token_id": 0}),
     "glm4": ("glm4", {"head_dim": 32, "pad_token_id": 0, "partial_rotary_factor": 0.25}),
+    "olmo": ("olmo", {}),
+    "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": {
+        **YARN, "rope_theta": 1e4, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.3,
+    }}),
+    "apertus": ("apertus", {"rope_scaling": LLAMA3}),
     "exaone4": ("exaone4", {"sliding_window": 8, "layer_types": KINDS}),
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma2": ("gemma2", {
@@ -179,6 +184,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 BEYOND_CPU = {"phimoe": "it has no kernel for the choice of experts by sparsemixer"}
 BEYOND_CPU |= dict.fromkeys((name for name in FAMILIES if "deepseek" in name), "it has no kernel for LatentAttention")
+BEYOND_CPU |= {
+    "olmo": "its norms have a weight for each column", "ministral3": "it has no kernel for ScaleByPosition",
+    "apertus": "it has no kernel for XIelu",
+}  # fmt: skip
 """Families that the CPU backend refuses, with its reason."""
 
 UNSHARDED = dict.fromkeys(("olmoe", "minimax_m2", "olmo2", "olmo3"), "norm over the whole row") | {
@@ -222,7 +231,7 @@ def write_model(
         p.data = (torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)).to(dtype).float()
     kept = model.state_dict().keys()
     for name, b in model.named_buffers():
-        if name in kept:  # corrections of the choice of experts, which are no parameters
+        if name in kept and b.dim():  # corrections of the choice of experts, which are no parameters
             b.copy_(torch.randn_like(b) * 0.2)
     deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard_size)  # a copy: `to` rounds rope's buffers
     return model

@@ -17,6 +17,13 @@ class Config(llama.Config, kw_only=True):
     max_position_embeddings: Length | None = 2048
     rms_norm_eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for inconsistent numbers."""
+        super().__post_init__()
+        alpha = (self.rope_scaling or {}).get("alpha")
+        if alpha is not None and (not isinstance(alpha, int | float) or not 0 < alpha < 1 << 31):
+            raise ValueError(f"`alpha` of the rope scaling is {alpha!r}; give a positive number")
+
     @property
     def biases(self) -> Biases:
         """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
@@ -29,8 +36,6 @@ class Config(llama.Config, kw_only=True):
         alpha = scaling.get("alpha")
         if scaling.get("rope_type") != "dynamic" or not alpha:
             return super().rope
-        if not isinstance(alpha, int | float) or alpha <= 0:
-            raise ValueError(f"`alpha` of the rope scaling is {alpha!r}; give a positive number")
         length = self.max_position_embeddings or type(self)().max_position_embeddings
         assert length is not None
         return Rope(size, self.rope_theta * alpha ** (size / (size - 2)), length)

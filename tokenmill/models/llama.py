@@ -129,7 +129,7 @@ class Config(base.Config, kw_only=True):
         """Return the rotary embedding of a layer; None if it has no positions."""
         return self.rope
 
-    def norm(self, scope: Scope, width: int, *, per_head: bool = False) -> RmsNorm:
+    def norm(self, scope: Scope, width: int, *, per_head: bool = False) -> Apply:
         """Return a norm of this architecture."""
         return RmsNorm(scope, width, self.rms_norm_eps, per_head=per_head)
 

@@ -19,7 +19,7 @@ from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend, a
 from tokenmill.backends.torch.experts import mixed, routed
 from tokenmill.backends.torch.states import StatePlan
 from tokenmill.parallel.group import Group
-from tokenmill.program import ops, recurrence
+from tokenmill.program import ops, recurrence, special
 from tokenmill.program.ops import Weight
 from tokenmill.program.rope import RopeTable
 
@@ -159,6 +159,20 @@ def scale(op: ops.Scale, step: StepState, x: Tensor) -> Tensor:
     return x * op.factor
 
 
+def scale_by_position(op: special.ScaleByPosition, step: StepState, x: Tensor) -> Tensor:
+    """Return x times a factor that grows with the position."""
+    factor = 1 + op.beta * torch.log1p(torch.floor(step.positions / op.length))
+    return x * factor[:, None].to(x.dtype)
+
+
+def xielu(op: special.XIelu, step: StepState, x: Tensor) -> Tensor:
+    """Return xIELU, with the constants of its authors."""
+    beta, eps = 0.5, -1e-6
+    above = F.softplus(step.weights[op.alpha_p])
+    below = beta + F.softplus(step.weights[op.alpha_n])
+    return torch.where(x > 0, above * x * x, (torch.expm1(x.clamp(max=eps)) - x) * below) + beta * x
+
+
 def soft_cap(op: ops.SoftCap, step: StepState, x: Tensor) -> Tensor:
     """Return cap · tanh(x / cap)."""
     return op.cap * torch.tanh(x / op.cap)
@@ -269,6 +283,8 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.Act: act,
         ops.Add: add,
         ops.Scale: scale,
+        special.ScaleByPosition: scale_by_position,
+        special.XIelu: xielu,
         ops.SoftCap: soft_cap,
         ops.TakeRows: take_rows,
         ops.Route: route,

@@ -1,0 +1,64 @@
+"""Ministral 3: Mistral whose queries grow with the logarithm of the position."""
+
+from __future__ import annotations
+
+from tokenmill.layers.scope import Scope
+from tokenmill.models import llama, mistral
+from tokenmill.models.base import Length
+from tokenmill.models.llama import HeadDim, Size
+from tokenmill.program import special
+from tokenmill.program.value import Value
+
+_SCALING = {
+    "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0,
+    "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+_GROWTH = ("llama_4_scaling_beta", "original_max_position_embeddings")
+
+
+class Config(mistral.Config, kw_only=True):
+    """The fields of config.json that this file reads, with the defaults of transformers' Ministral3Config."""
+
+    vocab_size: Size = 131072
+    num_hidden_layers: llama.Layers = 34
+    head_dim: HeadDim | None = 128
+    max_position_embeddings: Length | None = 262144
+    rms_norm_eps: float = 1e-5
+    rope_theta: llama.Theta = 1000000.0
+    sliding_window: Length | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for inconsistent numbers, or if the growth of queries is not stated."""
+        if self.rope_scaling is None:
+            self.rope_scaling = dict(_SCALING)
+        missing = [name for name in _GROWTH if not isinstance(self.rope_scaling.get(name), int | float)]
+        if missing:
+            raise ValueError(f"the rope parameters have no number `{missing[0]}`, by which queries grow; add it")
+        super().__post_init__()
+
+
+class Attention(llama.Attention):
+    """Llama's attention, with queries that grow with the position."""
+
+    def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
+        super().__init__(c, scope, layer)
+        assert c.rope_scaling is not None
+        beta, length = (c.rope_scaling[name] for name in _GROWTH)
+        self.beta, self.length = float(beta), int(length)
+
+    def heads(self, q: Value, k: Value) -> tuple[Value, Value]:
+        """Rotate queries and keys, then scale the queries."""
+        q, k = super().heads(q, k)
+        return q.record(special.ScaleByPosition, x=q, beta=self.beta, length=self.length), k
+
+
+class Layer(llama.Layer):
+    """Llama's decoder layer, with this file's attention."""
+
+    attention = Attention
+
+
+class Model(llama.Model):
+    """Llama's model, with this file's decoder layers."""
+
+    layer = Layer

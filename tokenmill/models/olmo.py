@@ -1,0 +1,43 @@
+"""OLMo: Llama with LayerNorm that has no weights."""
+
+from __future__ import annotations
+
+from tokenmill.layers.scope import Scope
+from tokenmill.models import llama
+from tokenmill.models.base import Length
+from tokenmill.models.llama import Apply, Biases, Model, Size
+from tokenmill.program import ops
+from tokenmill.program.value import Value
+
+__all__ = ["Config", "Model"]
+
+
+class Config(llama.Config, kw_only=True):
+    """The fields of config.json that this file reads, with the defaults of transformers' OlmoConfig."""
+
+    vocab_size: Size = 50304
+    max_position_embeddings: Length | None = 2048
+    clip_qkv: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for inconsistent numbers, or for queries, keys and values that are clipped."""
+        super().__post_init__()
+        if self.clip_qkv is not None:
+            raise ValueError(
+                f"`clip_qkv` is {self.clip_qkv}, but no backend clips queries, keys and values; serve OLMo 2 or a "
+                "version without it"
+            )
+
+    def norm(self, scope: Scope, width: int, *, per_head: bool = False) -> Apply:
+        """Return the norm, which reads nothing of the checkpoint."""
+        return plain_norm
+
+    @property
+    def biases(self) -> Biases:
+        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
+        return Biases(self.attention_bias, self.attention_bias)
+
+
+def plain_norm(x: Value) -> Value:
+    """Apply LayerNorm without weight and bias."""
+    return x.record(ops.Norm, x=x, weight=None, eps=1e-5, center=True)
