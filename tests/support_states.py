@@ -58,6 +58,15 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_intermediate_size": 48,
         },
     ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 8, "vocab_size": 128, "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8,
+            "n_groups": 2, "chunk_size": 16, "time_step_min": 0.2,
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+        },
+    ),
 }  # fmt: skip
 """Name -> (model_type, configuration)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tokenmill.layers.norm import unweighted_norm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import mamba
+from tokenmill.models.llama import Apply
 from tokenmill.program.value import Value
 
 
@@ -31,7 +32,9 @@ class Mixer(mamba.Mixer):
 class Layer(mamba.Layer):
     """Mamba's layer, with this file's mixer."""
 
-    mixer = Mixer
+    def mixer(self, c: mamba.Sizes, scope: Scope, layer: int) -> Apply:
+        """Return the mixer."""
+        return Mixer(c, scope, layer)
 
 
 class Model(mamba.Model):

@@ -116,16 +116,17 @@ class Mixer:
 class Layer:
     """Decoder layer: norm, mixer and residual connection."""
 
-    mixer: type[Any] = Mixer
-
-    def __init__(self, c: Config, scope: Scope, layer: int) -> None:
+    def __init__(self, c: Any, scope: Scope, layer: int) -> None:
         self.norm = RmsNorm(scope / "norm", c.hidden_size, c.layer_norm_epsilon)
         self.mix = self.mixer(c, scope / "mixer", layer)
 
+    def mixer(self, c: Any, scope: Scope, layer: int) -> llama.Apply:
+        """Return the mixer. Derived models with another one override it."""
+        return Mixer(c, scope, layer)
+
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
-        mixed: Value = self.mix(self.norm(x))
-        return x + mixed
+        return x + self.mix(self.norm(x))
 
 
 class Model:
@@ -133,7 +134,7 @@ class Model:
 
     layer = Layer
 
-    def __init__(self, c: Config, scope: Scope) -> None:
+    def __init__(self, c: Any, scope: Scope) -> None:
         body = scope / "backbone"
         self.embed = Embedding(body / "embeddings", c.vocab_size, c.hidden_size)
         self.layers = [self.layer(c, body / f"layers.{i}", i) for i in range(c.num_hidden_layers)]

@@ -7,8 +7,7 @@ from typing import Any
 from tokenmill.layers.mamba2 import Mamba2, Sizes
 from tokenmill.layers.scope import Scope
 from tokenmill.models import mamba
-from tokenmill.models.llama import Size
-from tokenmill.program.value import Value
+from tokenmill.models.llama import Apply, Size
 
 
 def number(written: Any) -> float:
@@ -53,22 +52,12 @@ class Config(mamba.Config, kw_only=True):
         )  # fmt: skip
 
 
-class Mixer:
-    """Mamba 2's mixer with the sizes of this file's configuration."""
-
-    def __init__(self, c: mamba.Config, scope: Scope, layer: int) -> None:
-        assert isinstance(c, Config)
-        self.mixer = Mamba2(c.sizes, scope, layer)
-
-    def __call__(self, x: Value) -> Value:
-        """Apply the layer to x, (tokens, hidden); the result has the same shape."""
-        return self.mixer(x)
-
-
 class Layer(mamba.Layer):
-    """Mamba's layer, with this file's mixer."""
+    """Mamba's layer, with the mixer of Mamba 2."""
 
-    mixer = Mixer
+    def mixer(self, c: Config, scope: Scope, layer: int) -> Apply:
+        """Return the mixer."""
+        return Mamba2(c.sizes, scope, layer)
 
 
 class Model(mamba.Model):
