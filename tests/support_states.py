@@ -67,6 +67,17 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
         },
     ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "lfm2_moe": (
+        "lfm2_moe",
+        _SMALL | _EXPERTS | {
+            "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "routed_scaling_factor": 2.0,
+        },
+    ),
+    "lfm2_moe_without_correction": (
+        "lfm2_moe",
+        _SMALL | _EXPERTS | {"layer_types": ["conv"] * 3, "norm_topk_prob": False, "use_expert_bias": False},
+    ),
 }  # fmt: skip
 """Name -> (model_type, configuration)."""
 

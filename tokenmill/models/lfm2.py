@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tokenmill.layers.linear import Linear, Linears
 from tokenmill.layers.mlp import GatedMlp, times
@@ -11,7 +12,7 @@ from tokenmill.layers.recurrence import CausalConv
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Size
+from tokenmill.models.llama import Apply, Size
 from tokenmill.models.mamba import Kernel
 from tokenmill.program.value import Value
 
@@ -95,26 +96,27 @@ class ShortConv:
         return self.out(times(c, self.conv(times(b, x))))
 
 
-class Layer:
-    """Decoder layer: convolution or attention, and feed-forward layer, each with a norm and a residual connection."""
+class Layer(llama.Layer):
+    """Llama's decoder layer, with a convolution or attention."""
 
-    def __init__(self, c: Config, scope: Scope, layer: int) -> None:
-        attends = c.kinds[layer] == "full_attention"
-        self.norm1 = RmsNorm(scope / "operator_norm", c.hidden_size, c.norm_eps)
-        self.mix = Attention(c, scope / "self_attn", layer) if attends else ShortConv(c, scope / "conv", layer)
-        self.norm2 = RmsNorm(scope / "ffn_norm", c.hidden_size, c.norm_eps)
-        self.mlp = GatedMlp(scope / "feed_forward", c.hidden_size, c.inner, c.act, names=("w1", "w3", "w2"))
+    attention = Attention
+    first_norm, second_norm = "operator_norm", "ffn_norm"
 
-    def __call__(self, x: Value) -> Value:
-        """Apply the layer to x, (tokens, hidden); the result has the same shape."""
-        x = x + self.mix(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def mixer(self, c: Config, scope: Scope, layer: int) -> Apply:
+        """Return the convolution or attention."""
+        if c.kinds[layer] == "full_attention":
+            return super().mixer(c, scope, layer)
+        return ShortConv(c, scope / "conv", layer)
+
+    def feed_forward(self, c: Any, scope: Scope, layer: int) -> Apply:
+        """Return the feed-forward layer."""
+        return GatedMlp(scope / "feed_forward", c.hidden_size, c.inner, c.act, names=("w1", "w3", "w2"))
 
 
 class Model(llama.Model):
     """Llama's model, with this file's layers."""
 
-    layer = Layer  # type: ignore[assignment]
+    layer: type[llama.Layer] = Layer
 
     def __init__(self, c: Config, scope: Scope) -> None:
         c.tie_word_embeddings = c.tie_word_embeddings if c.tie_embedding is None else c.tie_embedding

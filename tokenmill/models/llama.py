@@ -216,10 +216,10 @@ class Layer:
     """Decoder layer: attention and feed-forward layer, each with a norm before it and a residual connection."""
 
     attention: type[Attention] = Attention
-    second_norm = "post_attention_layernorm"
+    first_norm, second_norm = "input_layernorm", "post_attention_layernorm"
 
     def __init__(self, c: Config, scope: Scope, layer: int) -> None:
-        self.norm1: Apply = c.norm(scope / "input_layernorm", c.hidden_size)
+        self.norm1: Apply = c.norm(scope / self.first_norm, c.hidden_size)
         self.attn = self.mixer(c, scope, layer)
         self.norm2: Apply = c.norm(scope / self.second_norm, c.hidden_size)
         self.mlp = self.feed_forward(c, scope, layer)
