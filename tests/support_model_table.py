@@ -1,0 +1,83 @@
+"""Table of docs/models.md, from the families that the tests compare with transformers.
+
+Run from the repository: PYTHONPATH=.:tests python tests/support_model_table.py > docs/models.md
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from support_models import FAMILIES, SIZES
+from support_states import STATES
+
+from tokenmill.backends.cpu import prepare as cpu
+from tokenmill.backends.cuda import prepare as cuda
+from tokenmill.errors import StartError
+from tokenmill.models.base import program_of
+from tokenmill.program.cost import cache_layout, state_layout
+from tokenmill.program.shard import shard
+from tokenmill.program.value import Program
+
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model type -> the one whose families it is tested with; transformers has no class of its own for it."""
+HEAD = """# Models
+
+This page is made from the list of families that the tests compare with transformers: see
+`tests/support_model_table.py`.
+
+The *model type* is `model_type` in config.json, or that of `text_config`: of a multimodal model the language part is
+served. "yes" in the columns *CPU* and *NVIDIA* means that the fast backend for that hardware has kernels for the
+architecture. Else `backends/torch` serves it on the same hardware, more slowly, for the reason in the cell; the log and
+`tokenmill doctor` report this for a given model, too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
+have a sliding window. *State*: layers that keep a state of fixed size for each sequence instead of keys and values.
+
+| Model type | CPU | NVIDIA | Ranks | Window | State |
+|---|---|---|---|---|---|
+"""
+
+
+def programs() -> dict[str, list[Program]]:
+    """Return the programs of all families, by model type."""
+    from transformers import AutoConfig
+
+    cases = [(kind, SIZES | own) for kind, own in FAMILIES.values()] + list(STATES.values())
+    found: dict[str, list[Program]] = {}
+    for kind, fields in cases:
+        config: dict[str, Any] = AutoConfig.for_model(kind, **deepcopy(fields)).to_dict()
+        found.setdefault(kind, []).append(program_of(config))
+        for alias in (alias for alias, of in ALIASES.items() if of == kind):
+            found.setdefault(alias, []).append(program_of(config | {"model_type": alias}))
+    return found
+
+
+def _best(reasons: list[str]) -> str:
+    return "yes" if "" in reasons else reasons[0]
+
+
+def _ranks(program: Program) -> str:
+    try:
+        shard(program, 2)
+    except StartError:
+        return "no"
+    return ""
+
+
+def row(kind: str, variants: list[Program]) -> str:
+    """Return the line of a model type. A property is stated if any of its variants has it."""
+    window = any(layer.window for p in variants for layer in cache_layout(p).values())
+    state = any(state_layout(p) for p in variants)
+    cells = (
+        _best([cpu.refusal(p, 16) for p in variants]), _best([cuda.refusal(p, "bfloat16", 1) for p in variants]),
+        _best([_ranks(p) for p in variants]), "yes" if window else "", "yes" if state else "",
+    )  # fmt: skip
+    return f"| `{kind}` | {' | '.join(cells)} |"
+
+
+def page() -> str:
+    """Return the page."""
+    return HEAD + "\n".join(row(kind, variants) for kind, variants in sorted(programs().items())) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
