@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 TYPES = sorted(
     {kind for kind, _ in FAMILIES.values() if issubclass(plugins.find("models", kind).Config, _gpt.Config)}
 )
+NUMBERS = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 24, "max_position_embeddings": 64}
 OF_ROPE = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
 OURS = {"dtype", "seq_length", "n_embed", "attn_config", "sliding_window_pattern"}  # not fields of the class
 
@@ -51,6 +52,18 @@ def test_the_defaults_are_those_of_transformers_class(model_type: str) -> None:
         share = rope.get("partial_rotary_factor") or 1.0
         assert config.rope.table.theta == rope["rope_theta"]
         assert config.rope.table.rotary_dim == int(config.head_size * share)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_field_may_have_the_general_name_that_transformers_class_maps_to_it(model_type: str) -> None:
+    kind = plugins.find("models", model_type).Config
+    names = {f.name: f.encode_name for f in msgspec.structs.fields(kind)}
+    theirs = type(their_default(model_type)).attribute_map
+    assert {name: names[name] for name in kind.mapped} == theirs
+    for name, old in theirs.items():  # as in bloom-560m's file; with both names the general one wins
+        config = {"model_type": model_type, "rotary_dim": 2, "hidden_size": 64, "num_attention_heads": 8}
+        config |= {name: NUMBERS[name], old: 4096}
+        assert getattr(config_of(config), name) == NUMBERS[name]
 
 
 @pytest.mark.parametrize("model_type", TYPES)

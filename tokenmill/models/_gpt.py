@@ -243,6 +243,8 @@ class RotaryFields(Config, kw_only=True):
 class Gpt2Fields(Config, kw_only=True):
     """Fields of config.json that GPT-2 introduced and later architectures kept, with GPT-2's defaults."""
 
+    mapped = frozenset({"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"})
+
     vocab_size: Size = 50257
     hidden_size: Size = field(default=768, name="n_embd")
     num_hidden_layers: Layers = field(default=12, name="n_layer")

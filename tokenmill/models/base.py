@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import msgspec
 
@@ -32,6 +32,9 @@ Length = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 class Config(msgspec.Struct, kw_only=True):
     """Facts of a model of any type. Base of the class `Config` in each file of this package."""
+
+    mapped: ClassVar[frozenset[str]] = frozenset()
+    """Fields with another name in config.json that may also have the name used here, which then wins"""
 
     max_position_embeddings: Length | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: not named
@@ -196,17 +199,18 @@ def _module(config: dict[str, Any]) -> Any:
     return plugins.find("models", model_type)
 
 
-def _without_nulls(config: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
+def _without_nulls(config: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
     """Return the fields of `kind`, with null replaced by False for a bool, and kept where the type admits None."""
     found = {}
     for field in msgspec.structs.fields(kind):
-        if field.encode_name not in config:
+        name = field.name if field.name in kind.mapped and field.name in config else field.encode_name
+        if name not in config:
             continue
-        value = config[field.encode_name]
+        value = config[name]
         if value is None and field.type is bool:
             value = False
         elif value is None and type(None) not in get_args(field.type):
             cure = "give it a value" if field.required else f"leave it out for its default, {field.default}"
-            raise ValueError(f"`{field.encode_name}` is null, which is no value of it; {cure}")
+            raise ValueError(f"`{name}` is null, which is no value of it; {cure}")
         found[field.encode_name] = value
     return found

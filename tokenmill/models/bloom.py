@@ -18,6 +18,7 @@ _TRAINED = 2048  # tokens, which most of these models' config.json do not name
 class Config(_gpt.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' BloomConfig."""
 
+    mapped = frozenset({"num_hidden_layers", "num_attention_heads"})
     names = Names("transformer.word_embeddings", "transformer.h", "transformer.ln_f", attention="self_attention")
 
     vocab_size: Size = 250880

@@ -18,6 +18,7 @@ Kinds = tuple[list[Literal["global", "local"]], Annotated[int, msgspec.Meta(ge=0
 class Config(_gpt.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' GPTNeoConfig."""
 
+    mapped = frozenset({"num_hidden_layers", "num_attention_heads"})
     names = Names(
         "transformer.wte", "transformer.h", "transformer.ln_f", positions="transformer.wpe", norm1="ln_1", norm2="ln_2",
         attention="attn.attention", qkv=("q_proj", "k_proj", "v_proj"), output="out_proj", inner=("c_fc", "c_proj"),

@@ -32,6 +32,7 @@ class Attention(msgspec.Struct, kw_only=True):
 class Config(_gpt.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' MptConfig."""
 
+    mapped = frozenset({"hidden_size", "num_hidden_layers", "num_attention_heads"})
     names = Names(
         "transformer.wte", "transformer.blocks", "transformer.norm_f", norm1="norm_1", norm2="norm_2",
         attention="attn", qkv=("Wqkv",), output="out_proj", mlp="ffn", inner=("up_proj", "down_proj"),
@@ -44,6 +45,7 @@ class Config(_gpt.Config, kw_only=True):
     max_position_embeddings: Length | None = field(default=2048, name="max_seq_len")
     attention: Attention = field(default_factory=Attention, name="attn_config")
     layer_norm_epsilon: float = 1e-5
+    logit_scale: Literal[1] | None = None
     tie_word_embeddings: bool = True
 
     @property
