@@ -76,11 +76,15 @@ def write_random(folder: Path, family: str, *, dtype: Any = torch.float32, sprea
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     draw, made = torch.Generator().manual_seed(0), {}
-    for weight in weights_of(program_of(config)):
-        for part in weight.parts:
-            shape = (part.rows, weight.columns) if weight.columns else (part.rows,)
+    weights = weights_of(program_of(config))
+    rows = {part.name: 0 for weight in weights for part in weight.parts}
+    for part in (part for weight in weights for part in weight.parts):
+        rows[part.name] = max(rows[part.name], part.end)  # several parts may be of one tensor
+    for weight in weights:
+        for name in {part.name for part in weight.parts} - made.keys():
+            shape = (rows[name], weight.columns) if weight.columns else (rows[name],)
             drawn = torch.randn(shape, generator=draw) * spread + (0.0 if weight.columns else 0.5)
-            made[part.name] = drawn.to(dtype)
+            made[name] = (drawn.T.contiguous() if weight.transposed else drawn).to(dtype)
     save_file(made, folder / "model.safetensors")
 
 
