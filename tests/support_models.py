@@ -175,6 +175,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "granitemoe": ("granitemoe", {"num_local_experts": 4, **FACTORS}),
     "granitemoeshared": ("granitemoeshared", {"num_local_experts": 5, "shared_intermediate_size": 32, **FACTORS}),
+    "gpt_oss": ("gpt_oss", {
+        "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8, "swiglu_limit": 1.5,
+    }),
     "ernie4_5_moe": ("ernie4_5_moe", {
         "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
     }),
@@ -183,6 +186,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> (model_type, what differs from SIZES)."""
 
 BEYOND_CPU = {"phimoe": "it has no kernel for the choice of experts by sparsemixer"}
+BEYOND_CPU["gpt_oss"] = "it has no attention with sinks"
 BEYOND_CPU |= dict.fromkeys((name for name in FAMILIES if "deepseek" in name), "it has no kernel for LatentAttention")
 BEYOND_CPU |= {
     "olmo": "its norms have a weight for each column", "ministral3": "it has no kernel for ScaleByPosition",

@@ -174,6 +174,7 @@ class Draw:
             ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=layer, head_dim=HEAD, scale=HEAD**-0.5,
             window=self.one_of(0, 5), softcap=self.one_of(0.0, 3.0),
             alibi=(0.5, 0.03, 1.0, 0.2) if self.chance(0.15) else (),
+            sinks=self.weight(HEADS, shard="column") if self.chance(0.06) else None,
             rope=RopeTable.of(HEAD, 100.0, 256, None) if self.chance(0.15) else None,
         )  # fmt: skip
         (out,) = self.linear(y, WIDTH, shard="row")

@@ -267,6 +267,8 @@ EXPERTS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2
         ({"model_type": "deepseek_v2"}, "num_experts_per_tok"),
         ({"model_type": "deepseek_v2", "num_experts_per_tok": 2, "mlp_bias": True}, "`mlp_bias` is true"),
         ({"model_type": "deepseek_v3", "n_group": 7}, "4 of 7 groups of 256 experts"),
+        ({"model_type": "gpt_oss", "swiglu_alpha": 1.0}, "`swiglu_alpha` is 1.0"),
+        ({"model_type": "gpt_oss", "num_experts_per_tok": 129}, "129 experts are to be chosen"),
         ({"model_type": "granitemoe", "num_experts_per_tok": 9}, "9 experts are to be chosen"),
         ({"model_type": "ernie4_5_moe", "use_bias": True}, "`use_bias` is true"),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "`clip_qkv` is 8.0"),

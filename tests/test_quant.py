@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from tokenmill.errors import ModelError, Unsupported
 from tokenmill.program.ops import Part, Weight
-from tokenmill.quant.base import Coded, check, dense, load, reader_of, stack
+from tokenmill.quant.base import Coded, check, dense, load, pieces_of, reader_of, stack
 from tokenmill.weights.checkpoint import Safetensors, open_checkpoint
 from tokenmill.weights.source import local_source
 
@@ -229,3 +229,21 @@ def test_a_stack_of_another_height_is_refused(tmp_path: Path) -> None:
     source = folder_of(tmp_path, {"s": np.zeros((3, 8, 4), np.float32)})
     with pytest.raises(ModelError, match=r"'s' has shape \(3, 8, 4\); config.json says \(2, 8, 4\)"):
         check([Weight((Part("s", 8, index=i),), 4) for i in range(2)], source)
+
+
+def test_rows_of_a_part_in_runs_of_one_are_one_piece(tmp_path: Path) -> None:
+    """As some checkpoints alternate the rows of gate and up: thousands of pieces would take minutes to read."""
+    a = np.arange(64, dtype=np.float32).reshape(16, 4)
+    source = folder_of(tmp_path, {"a": a, "b": a[:, 0].copy()})
+    halves = tuple(Part("a", 8, start, run=1, step=2) for start in (0, 1))
+    weight = Weight(halves, 4, "column", ranks=2)
+    vector = Weight((Part("b", 8, 1, run=1, step=2),), 0, "column", ranks=2)
+    check([replace(weight, ranks=1), replace(vector, ranks=1)], source)
+    for rank in (0, 1):
+        assert [len(pieces_of(weight, part, rank)) for part in halves] == [1, 1]
+        want = np.concatenate([a[8 * rank + start : 8 * rank + 8 : 2] for start in (0, 1)])
+        np.testing.assert_array_equal(load(weight, source, reader_of(source), rank).floats(), want)
+        got = load(vector, source, reader_of(source), rank)
+        np.testing.assert_array_equal(got.floats(), a[8 * rank + 1 : 8 * rank + 8 : 2, 0])
+    coded = Coded(np.arange(24, dtype=np.int8).reshape(8, 3), "i8", np.arange(8.0)[:, None], (1, 0))
+    np.testing.assert_array_equal(coded.take(slice(1, 8, 2), slice(None)).floats(), coded.floats()[1::2])

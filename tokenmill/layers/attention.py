@@ -6,6 +6,7 @@ from math import floor, log2
 from typing import Any
 
 from tokenmill.program import ops
+from tokenmill.program.ops import Weight
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Value
 
@@ -46,6 +47,7 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
     alibi: tuple[float, ...] = (),
+    sinks: Weight | None = None,
 ) -> Value:
     """Record causal grouped-query attention. The numbers of heads follow from the widths of q, k and v."""
     return q.record(
@@ -59,6 +61,7 @@ def attend(
         window=window,
         softcap=softcap,
         alibi=alibi,
+        sinks=sinks,
     )
 
 

@@ -46,6 +46,9 @@ class Part:
         """Return the places in the tensor of the part's rows [first, first + count), in order."""
         if not self.run:
             return [slice(self.start + first, self.start + first + count)]
+        if self.run == 1:
+            at = self.start + first * self.step
+            return [slice(at, at + (count - 1) * self.step + 1, self.step)]
         found = []
         while count:
             index, within = divmod(first, self.run)
@@ -230,6 +233,7 @@ class Attention(Op):
     window: int = 0  # size of the sliding window in tokens, the token's own included; 0: all tokens
     softcap: float = 0.0  # 0: none
     alibi: tuple[float, ...] = ()  # slope of each query head of all ranks, times key − query position; (): none
+    sinks: Weight | None = None  # score of each query head that takes a share of the softmax and has no value
     q_norm: Weight | None = None
     k_norm: Weight | None = None
     eps: float = 0.0

@@ -157,6 +157,8 @@ class Coded:
         """
         if self.codes.ndim == 1:
             return replace(self, codes=self.codes[rows])
+        if rows.step not in (None, 1) and not self.dense:
+            return dense(self.floats()[rows, columns])
         width = self.shape[1]
         start, stop, _ = columns.indices(width)
         each = lcm(self.group, self.block[1] or 1)

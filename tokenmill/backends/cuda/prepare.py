@@ -86,6 +86,8 @@ def _attention_refusal(op: ops.Attention) -> str:
         return f"{op.q.width // op.k.width} query heads share a key-value head"
     if op.alibi:
         return "it has no ALiBi"
+    if op.sinks is not None:
+        return "it has no attention with sinks"
     if op.rope is not None and op.rope.interleaved:
         return "its rotation pairs halves of a head, not adjacent columns"
     if op.rope is not None and op.rope.rotary_dim != op.head_dim:

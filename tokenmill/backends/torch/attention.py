@@ -176,8 +176,12 @@ def attend(
     plan: AttentionPlan,
     scratch: Scratch,
     slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Write k and v (T, G · D) to `cache` (2, places, G · D), attend, and return (T, H · D). `slopes` (H,): ALiBi's."""
+    """Write k and v (T, G · D) to `cache` (2, places, G · D), attend, and return (T, H · D).
+
+    `slopes` (H,): ALiBi's. `sinks` (H,): scores that take a share of the softmax and have no value.
+    """
     cache[0].index_copy_(0, plan.places, k)
     cache[1].index_copy_(0, plan.places, v)
     made = torch.empty_like(q)
@@ -190,7 +194,7 @@ def attend(
         )  # (B, G, L, D)
         mask = bucket.mask(op.window, q.dtype)
         mask = mask if slopes is None else bucket.biased(mask, slopes)
-        y = _scaled(op, heads, keys, values, mask)
+        y = _scaled(op, heads, keys, values, mask, sinks)
         y = y.transpose(1, 2).reshape(b * n, -1)
         made[bucket.tokens] = y if bucket.real is None else y[bucket.real]
     return made
@@ -229,14 +233,21 @@ def attend_latent(
     return torch.einsum("thr,hvr->thv", made, of_values).flatten(1)
 
 
-def _scaled(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if not op.softcap:
+def _scaled(
+    op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    if not op.softcap and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=op.scale, enable_gqa=True)
     group = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * op.scale
-    scores = op.softcap * torch.tanh(scores / op.softcap)
+    if op.softcap:
+        scores = op.softcap * torch.tanh(scores / op.softcap)
     if mask is not None:
         scores = scores + mask
+    if sinks is not None:
+        last = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        shares = torch.cat([scores, last.to(scores.dtype)], -1).float().softmax(-1)[..., :-1]
+        return shares.to(q.dtype) @ v.repeat_interleave(group, 1)
     return scores.float().softmax(-1).to(q.dtype) @ v.repeat_interleave(group, 1)
 
 

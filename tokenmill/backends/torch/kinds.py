@@ -123,7 +123,7 @@ def attention(op: ops.Attention, step: StepState, q: Tensor, k: Tensor, v: Tenso
     heads = q.shape[1] // op.head_dim
     slopes = op.alibi[step.group.rank * heads :][:heads]
     alibi = torch.tensor(slopes, dtype=q.dtype, device=q.device) if slopes else None
-    return attend(op, q, k, v, step.cache[op.layer], step.attention, step.scratch, alibi)
+    return attend(op, q, k, v, step.cache[op.layer], step.attention, step.scratch, alibi, step.optional(op.sinks))
 
 
 def latent_attention(op: ops.LatentAttention, step: StepState, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
