@@ -67,7 +67,9 @@ def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits) -> Offline
     return OfflineEngine(parts)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3_yarn_tied", "gpt2", "bloom", "gptj"])
+@pytest.mark.parametrize("family", [
+    "llama", "mistral_window", "qwen3_yarn_tied", "gpt2", "bloom", "gptj", "qwen2_moe", "deepseek_v3", "gpt_oss",
+])  # fmt: skip
 def test_chunked_shared_and_preempted_sequences_get_transformers_greedy_text(family, tmp_path):
     model = make_checkpoint(tmp_path, family)
     rng = np.random.default_rng(1)
