@@ -169,6 +169,7 @@ def test_experts_of_another_routing_are_refused(tmp_path: Path) -> None:
     architecture, family, changes, keys = CASES["qwen3moe"]
     model = make_checkpoint(tmp_path / "hf", family, **changes)
     tensors = converted(tmp_path / "hf", architecture)
+    keys = {**told(model.config), **keys, "expert_gating_func": 2}
+    path = write(tmp_path / "m.gguf", architecture, tensors, **keys)
     with pytest.raises(Unsupported, match=r"'qwen3moe\.expert_gating_func'.*It is 2"):
-        keys = {**told(model.config), **keys, "expert_gating_func": 2}
-        Driver.of(write(tmp_path / "m.gguf", architecture, tensors, **keys))
+        Driver.of(path)
