@@ -23,12 +23,14 @@ from tokenmill.weights.gguf_architectures import ARCHITECTURES
 torch.set_num_threads(1)
 ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 EPS = {
+    "norm_eps": "attention__layer_norm_epsilon",
     "rms_norm_eps": "attention__layer_norm_rms_epsilon", "layer_norm_eps": "attention__layer_norm_epsilon",
     "layer_norm_epsilon": "attention__layer_norm_epsilon", "norm_epsilon": "attention__layer_norm_epsilon",
 }  # fmt: skip
 """Field of config.json -> key"""
 COUNTS = {
     "num_experts": "expert_count", "num_local_experts": "expert_count", "n_routed_experts": "expert_count",
+    "moe_num_experts": "expert_count", "moe_k": "expert_used_count",
     "num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length",
 }  # fmt: skip
 ROUTED = {
@@ -52,7 +54,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
                     "expert_feed_forward_length": 32}),
     "gpt2": ("gpt2", "gpt2", {}, {"feed_forward_length": 256}),
     "starcoder": ("starcoder", "gpt_bigcode", {}, {"feed_forward_length": 256, "attention__head_count_kv": 1}),
-    "bloom": ("bloom", "bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 3}, {"feed_forward_length": 256}),
+    "bloom": ("bloom", "bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 3},
+              {"feed_forward_length": 256, "attention__head_count_kv": 4}),
     "gemma": ("gemma", "gemma", {"head_dim": 32, "tie_word_embeddings": True}, HEADS_OF_32),
     "gemma2": ("gemma2", "gemma2", {"query_pre_attn_scalar": 16, "layer_types": None, "tie_word_embeddings": True}, {
         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0, "attention__sliding_window": 8}),
@@ -71,7 +74,24 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "exaone4": ("exaone4", "exaone4", {"layer_types": None, "num_hidden_layers": 5},
                 {"block_count": 5, "attention__sliding_window": 8}),
     "glm4": ("glm4", "glm4", {}, {**HEADS_OF_32, "rope__dimension_count": 8}),
-    "gptneox": ("gptneox", "gpt_neox", {}, {"rope__dimension_count": 8, "use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", "starcoder2", {}, {}),
+    "phi2": ("phi2", "phi", {"tie_word_embeddings": False}, {"rope__dimension_count": 8}),
+    "phi3": ("phi3", "phi3", {"sliding_window": 8}, {"attention__sliding_window": 8}),
+    "stablelm": ("stablelm", "stablelm", {"rope_parameters": None, "partial_rotary_factor": 0.5},
+                 {"rope__dimension_count": 8, "use_parallel_residual": False}),
+    "nemotron": ("nemotron", "nemotron", {"partial_rotary_factor": 0.5},
+                 {**HEADS_OF_32, "rope__dimension_count": 16}),
+    "command-r": ("command-r", "cohere", {"tie_word_embeddings": True}, {"logit_scale": 0.0625}),
+    "cohere2": ("cohere2", "cohere2", {"tie_word_embeddings": True, "sliding_window_pattern": 4, "layer_types": None,
+                                       "num_hidden_layers": 5},
+                {"logit_scale": 0.0625, "attention__sliding_window": 8, "block_count": 5}),
+    "falcon": ("falcon", "falcon", {}, {"attention__head_count_kv": 1, "feed_forward_length": 256}),
+    "falcon-40b": ("falcon", "falcon_grouped", {"bias": False}, {"feed_forward_length": 256}),
+    "falcon2": ("falcon", "falcon_grouped_one_norm", {}, {"feed_forward_length": 96}),
+    "ernie4_5-moe": ("ernie4_5-moe", "ernie4_5_moe", {}, {
+        "leading_dense_block_count": 1, "expert_shared_count": 2, "interleave_moe_layer_step": 1}),
+    "gptneox": ("gptneox", "gpt_neox", {}, {
+        "rope__dimension_count": 8, "use_parallel_residual": True, "attention__head_count_kv": 4}),
 }  # fmt: skip
 
 
@@ -91,13 +111,15 @@ def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: 
     if architecture in ("llama", "granite", "smollm3", "arcee"):
         array = interleaved(array, heads) if ".q_proj." in name else array
         array = interleaved(array, kv) if ".k_proj." in name else array
-    if architecture in ("bloom", "gptneox") and "query_key_value" in name:
-        array = array.reshape(heads, 3, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+    if architecture in ("bloom", "gptneox", "falcon") and "query_key_value" in name:
+        kv = heads if architecture != "falcon" else kv
+        groups = array.reshape(kv, heads // kv + 2, -1, *array.shape[1:])
+        array = np.concatenate([part.reshape(-1, *array.shape[1:]) for part in np.split(groups, [-2, -1], 1)])
     if architecture == "gpt2" and re.search(r"c_(attn|fc|proj)\.weight", name):
         array = array.T
-    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+    if architecture.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         array = array + 1
-    assert kind.above_one == architecture.startswith("gemma")
+    assert kind.above_one == architecture.startswith(("gemma", "nemotron"))
     return np.ascontiguousarray(array[0] if name.endswith("shared_expert_gate.weight") else array)
 
 

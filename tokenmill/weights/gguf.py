@@ -42,7 +42,7 @@ BLOCKS = {
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
-_HEADS = "num_attention_heads"
+_HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
 _ONE_ROW = "shared_expert_gate.weight"  # a vector in the file, a matrix of one row in transformers
 _UNKNOWN = Architecture("", {})
 
@@ -298,7 +298,8 @@ class Gguf:
         if which and self._kind.pairs:
             data = _halves(data, int(self.config[which]), name)
         if self._kind.by_head and name.split(".")[-2] == "query_key_value":
-            data = _by_head(data, int(self.config[self._kind.renamed.get(_HEADS, _HEADS)]), name)
+            heads, kv = (int(self.config[self._kind.renamed.get(field, field)]) for field in (_HEADS, _KV_HEADS))
+            data = _by_head(data, heads, kv, name)
         if self._kind.above_one and name.endswith("norm.weight") and kind == "F32":
             data = (data.view(np.float32) - np.float32(1)).view(np.uint8)
         if name.endswith(_ONE_ROW) and len(stored.shape) == 1:
@@ -313,7 +314,7 @@ class Gguf:
 
     @property
     def _kind(self) -> Architecture:
-        return ARCHITECTURES.get(architecture_of(self.metadata), _UNKNOWN)
+        return ARCHITECTURES.get(architecture_of(self.metadata, self._entries), _UNKNOWN)
 
     def _stored_name(self, name: str) -> str:
         """Return the file's name of a tensor."""
@@ -354,9 +355,11 @@ def _halves(data: NDArray[np.uint8], heads: int, name: str) -> NDArray[np.uint8]
     return data.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def _by_head(data: NDArray[np.uint8], heads: int, name: str) -> NDArray[np.uint8]:
-    """Reorder the rows of all queries, keys and values to those of one head after another."""
+def _by_head(data: NDArray[np.uint8], heads: int, kv: int, name: str) -> NDArray[np.uint8]:
+    """Reorder the rows of all queries, keys and values to those of one key-value head after another."""
     rows, width = data.shape
-    if rows % (heads * 3):
-        raise ModelError(f"{name} has {rows} rows, which {heads} heads do not divide.")
-    return data.reshape(3, heads, -1, width).swapaxes(0, 1).reshape(rows, width)
+    if rows % (heads + 2 * kv) or heads % kv:
+        raise ModelError(f"{name} has {rows} rows, which {heads} heads and {kv} key-value heads do not divide.")
+    size = rows // (heads + 2 * kv)
+    parts = np.split(data, [heads * size, (heads + kv) * size])
+    return np.concatenate([part.reshape(kv, -1, size, width) for part in parts], 1).reshape(rows, width)

@@ -7,7 +7,7 @@ An architecture's tensors are those that llama.cpp's converter writes. Keys that
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,6 +147,12 @@ def _fused(layer: str, attention: str, mlp: str = "mlp", **more: str) -> dict[st
     )  # fmt: skip
 
 
+_FALCON = {
+    "token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head",
+    **_fused("transformer.h", "self_attention"),
+}  # fmt: skip
+_OF_FALCON = {"num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size", "use_bias": "bias"}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", _LLAMA, pairs=True, factors=_LLAMA3),
     "llama with experts": Architecture(
@@ -249,6 +255,47 @@ ARCHITECTURES: dict[str, Architecture] = {
         constants={"hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 6,
                    "rope_local_base_freq": 10000.0, "final_logit_softcapping": None, "attn_logit_softcapping": None},
     ),
+    "command-r": Architecture(
+        "cohere", _BODY | _ATTENTION | _GATED | _within("model.layers", attn_norm="input_layernorm"),
+        fields={"logit_scale": "logit_scale"}, norm="layer_norm_epsilon", eps="layer_norm_eps",
+    ),
+    "cohere2": Architecture(
+        "cohere2", _BODY | _ATTENTION | _GATED | _within("model.layers", attn_norm="input_layernorm"),
+        fields={"logit_scale": "logit_scale"}, constants={"sliding_window_pattern": 4}, windows=True,
+        norm="layer_norm_epsilon", eps="layer_norm_eps",
+    ),
+    "stablelm": Architecture(
+        "stablelm", _LLAMA, fields={"use_parallel_residual": "use_parallel_residual"}, scores_bias="use_qkv_bias",
+        norm="layer_norm_epsilon", eps="layer_norm_eps", partial=True,
+    ),
+    "nemotron": Architecture(
+        "nemotron",
+        _BODY | _ATTENTION | _NORMS | _within("model.layers", ffn_up="mlp.up_proj", ffn_down="mlp.down_proj"),
+        norm="layer_norm_epsilon", eps="norm_eps", above_one=True, partial=True,
+    ),
+    "phi2": Architecture(
+        "phi",
+        {"token_embd": "model.embed_tokens", "output_norm": "model.final_layernorm", "output": "lm_head",
+         **_ATTENTION, **_within("model.layers", attn_norm="input_layernorm", attn_output="self_attn.dense",
+                                 ffn_up="mlp.fc1", ffn_down="mlp.fc2")},
+        norm="layer_norm_epsilon", eps="layer_norm_eps", partial=True,
+    ),
+    "falcon": Architecture(
+        "falcon", _FALCON | _within("transformer.h", attn_norm="input_layernorm"), renamed=_OF_FALCON,
+        norm="layer_norm_epsilon", eps="layer_norm_epsilon", by_head=True,
+    ),
+    "falcon with two norms": Architecture(
+        "falcon", _FALCON | _within("transformer.h", attn_norm="ln_mlp", attn_norm_2="ln_attn"), renamed=_OF_FALCON,
+        norm="layer_norm_epsilon", eps="layer_norm_epsilon", by_head=True,
+    ),
+    "ernie4_5-moe": Architecture(
+        "ernie4_5_moe", _LLAMA | _EXPERTS | _SHARED
+        | {"exp_probs_b.bias": "model.layers.{}.mlp.moe_statics.e_score_correction_bias"},
+        fields={"moe_num_experts": "expert_count", "moe_k": "expert_used_count",
+                "moe_intermediate_size": "expert_feed_forward_length",
+                "moe_num_shared_experts": "expert_shared_count", "moe_layer_start_index": "leading_dense_block_count",
+                "moe_layer_interval": "interleave_moe_layer_step"},
+    ),
     "starcoder2": Architecture(
         "starcoder2",
         _BODY | _ATTENTION | _NORMS | _within("model.layers", ffn_up="mlp.c_fc", ffn_down="mlp.c_proj"),
@@ -275,12 +322,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="layer_norm_epsilon", eps="layer_norm_eps", by_head=True, partial=True,
     ),
 }  # fmt: skip
-"""general.architecture -> counterpart; " with experts" is appended for a file with experts if there is such an entry"""
+"""general.architecture, in some cases with what distinguishes two kinds of files -> counterpart"""
 
 
-def architecture_of(metadata: Mapping[str, Any]) -> str:
+def architecture_of(metadata: Mapping[str, Any], tensors: Container[str]) -> str:
     """Return the key of a file's architecture in `ARCHITECTURES`, which may have no such key."""
     name = str(metadata.get("general.architecture"))
+    if name == "falcon" and "blk.0.attn_norm_2.weight" in tensors:
+        return "falcon with two norms"
     experts = metadata.get(f"{name}.expert_count")
     kind = f"{name} with experts"
     return kind if experts and (kind in ARCHITECTURES or not _sparse(name)) else name

@@ -29,7 +29,7 @@ def config_of(
     as its `factors`. Raises Unsupported or ModelError, with the key, for values that llama.cpp also refuses, and for
     keys that would change the results in an unsupported way. Other unknown keys of the architecture are logged.
     """
-    key = architecture_of(metadata)
+    key = architecture_of(metadata, shapes)
     if key not in ARCHITECTURES:
         raise Unsupported("GGUF architecture", key, ARCHITECTURES)
     kind, read = ARCHITECTURES[key], _Reader(metadata, str(metadata["general.architecture"]), path)
@@ -126,8 +126,16 @@ def _multi_query(read: _Reader) -> dict[str, Any]:
     return {"multi_query": read.number("attention.head_count_kv", read.number("attention.head_count")) == 1}
 
 
+def _falcon(read: _Reader) -> dict[str, Any]:
+    """Return the generation: a model with one key-value head is of the first one."""
+    grouped = read.number("attention.head_count_kv", read.number("attention.head_count")) > 1
+    read("tensor_data_layout", "")
+    return {"multi_query": not grouped, "new_decoder_architecture": grouped, "num_ln_in_parallel_attn": 1}
+
+
 SPECIAL: Mapping[str, Callable[[_Reader], dict[str, Any]]] = {
-    "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query,
+    "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query, "falcon": _falcon,
+    "falcon with two norms": lambda read: {**_falcon(read), "num_ln_in_parallel_attn": 2},
 }  # fmt: skip
 """Architecture -> function that computes more fields of config.json"""
 
