@@ -78,6 +78,23 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2_moe",
         _SMALL | _EXPERTS | {"layer_types": ["conv"] * 3, "norm_topk_prob": False, "use_expert_bias": False},
     ),
+    "falcon_h1": (
+        "falcon_h1",
+        _SMALL | _MIXED | {
+            "mamba_d_ssm": 48, "ssm_multipliers": [0.5, 2.0, 0.7, 1.3, 0.9], "ssm_in_multiplier": 1.5,
+            "ssm_out_multiplier": 0.8, "key_multiplier": 0.3, "attention_in_multiplier": 1.2, "lm_head_multiplier": 0.5,
+            "attention_out_multiplier": 0.7, "mlp_multipliers": [0.6, 1.4], "embedding_multiplier": 3.0,
+        },
+    ),
+    "falcon_h1_normalized": (
+        "falcon_h1", _SMALL | _MIXED | {"mamba_d_ssm": None, "mamba_rms_norm": True, "mamba_n_groups": 2},
+    ),
+    "falcon_h1_normalized_last": (
+        "falcon_h1",
+        _SMALL | _MIXED | {
+            "mamba_d_ssm": 64, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "projectors_bias": True,
+        },
+    ),
 }  # fmt: skip
 """Name -> (model_type, configuration)."""
 

@@ -57,16 +57,15 @@ class Mamba2:
         """Gate the scan's result and normalize it."""
         return self.norm(y.record(ops.GatedAct, gate=gate, up=y, act=self.act))
 
-    def project(self, x: Value) -> list[Value]:
-        """Return the gate, the columns to convolve and the steps of x."""
-        return self.split(x)
-
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
-        gate, convolved, dt = self.project(x)
+        gate, convolved, dt = self.split(x)
         x, b, c = act(self.conv(convolved), self.act).split(self.inner, self.shared, self.shared)
-        y = x.record(
+        return self.out(self.gate(self.scan(x, b, c, dt), gate))
+
+    def scan(self, x: Value, b: Value, c: Value, dt: Value) -> Value:
+        """Scan x with steps from dt."""
+        return x.record(
             StateSpace, x=x, dt=dt, b=b, c=c, a_log=self.a_log, d=self.d, dt_bias=self.dt_bias, groups=self.groups,
             limits=self.limits, layer=self.layer,
         )  # fmt: skip
-        return self.out(self.gate(y, gate))

@@ -16,7 +16,7 @@ from tokenmill.program.value import Value
 class CausalConv(Op):
     """Convolve each column over the last tokens of its sequence: out[t] = Σ weight[k] · x[t - kernel + 1 + k] + bias.
 
-    `weight`: (columns, kernel). The state is the last kernel - 1 inputs.
+    `weight`: (columns, kernel). The state is the last kernel - 1 inputs. `name`: unique within a layer.
     """
 
     rowwise: ClassVar[bool] = False
@@ -24,10 +24,11 @@ class CausalConv(Op):
     weight: Weight
     bias: Weight | None = None
     layer: int
+    name: str = "conv"
 
     def state(self) -> StateSpec:
         """Return the spec of the last inputs."""
-        return StateSpec(self.layer, "conv", (self.weight.columns - 1, self.x.width), "float")
+        return StateSpec(self.layer, self.name, (self.weight.columns - 1, self.x.width), "float")
 
 
 class StateSpace(Op):
