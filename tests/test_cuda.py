@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support_cuda import DEVICE, ON_GPU, CudaDriver, altered, cuda_job, torch, write_random
 from support_jobs import job_of
-from support_models import Driver, steps
+from support_models import Driver, make_checkpoint, steps
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
@@ -63,6 +63,12 @@ def test_logits_of_mixed_steps_equal_the_torch_backends(family: str, tmp_path: P
 def test_heads_of_any_size(head_dim: int, tmp_path: Path) -> None:
     write_random(tmp_path, "qwen3", head_dim=head_dim, num_attention_heads=6, num_hidden_layers=2 if ON_GPU else 1)
     assert_same(tmp_path, steps() if ON_GPU else steps()[:3])
+
+
+@pytest.mark.parametrize("family", ["glm", "gpt_neox", "ernie4_5"])
+def test_a_part_of_a_head_is_rotated_and_pairs_are_halves_or_neighbours(family: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, family, num_hidden_layers=1)
+    assert_same(tmp_path, steps()[:3])
 
 
 def test_scores_are_capped(tmp_path: Path) -> None:

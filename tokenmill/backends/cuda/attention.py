@@ -176,7 +176,7 @@ class AttentionLowering:
         return 1.0 / key, 1.0 / value
 
     def _cos_sin(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
-        return self._memory.cos_sin(op.rope) if op.rope is not None else (self._sums, self._sums)
+        return self._memory.cos_sin(op.rope, op.head_dim) if op.rope is not None else (self._sums, self._sums)
 
     def _norms(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
         if op.q_norm is None or op.k_norm is None:
@@ -220,7 +220,7 @@ class AttentionLowering:
                 q_norm, k_norm, self._part, self._sums, self._counts, items, q.stride(0), k.stride(0), v.stride(0),
                 tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common, G=shared,
                 GP=max(16, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window,
-                CAPPED=op.softcap > 0, NORM=op.q_norm is not None, ROPE=op.rope is not None, SOME=n.singles is not None,
+                CAPPED=op.softcap > 0, NORM=op.q_norm is not None, ROPE=rotation(op), SOME=n.singles is not None,
                 LISTED=listed, PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **ahead(n.early),
             )  # fmt: skip
 
@@ -239,7 +239,7 @@ class AttentionLowering:
                 (n.tokens,),
                 q, k, v, keys, values, rotated, n.pairs, tables, cos, sin, q_norm, k_norm, q.stride(0), k.stride(0),
                 v.stride(0), tables.stride(0), op.eps, k_fit, v_fit, **common, HEADS=heads, HEADS2=power(heads),
-                KV_HEADS2=power(kv_heads), NORM=op.q_norm is not None, ROPE=op.rope is not None, num_warps=4,
+                KV_HEADS2=power(kv_heads), NORM=op.q_norm is not None, ROPE=rotation(op), num_warps=4,
             )  # fmt: skip
 
         return run
@@ -268,3 +268,10 @@ class AttentionLowering:
 def _most_of(scratches: list[ScratchSizes]) -> ScratchSizes:
     """Return the most of each number; zeros for a program without attention."""
     return ScratchSizes(*map(max, zip(*scratches, strict=True))) if scratches else ScratchSizes(0, 0, 0, 0, 0, 0)
+
+
+def rotation(op: ops.Attention) -> int:
+    """Return ROPE of the kernels: the number of rotated columns, negative if pairs are adjacent columns; 0: none."""
+    if op.rope is None:
+        return 0
+    return -op.rope.rotary_dim if op.rope.interleaved else op.rope.rotary_dim

@@ -249,8 +249,9 @@ class CudaBackend:
     def _count(self) -> Account:
         """Return the memory taken besides the cache."""
         held = [tensor for tensor in vars(self._slots).values() if isinstance(tensor, Tensor)]
-        tables = {op.rope for op in self.program.ops if isinstance(op, ops.Attention) and op.rope is not None}
-        held += [self._arrays.buffer, *(part for table in tables for part in self._memory.cos_sin(table))]
+        attentions = [op for op in self.program.ops if isinstance(op, ops.Attention)]
+        tables = {(op.rope, op.head_dim) for op in attentions if op.rope is not None}
+        held += [self._arrays.buffer, *(part for table in tables for part in self._memory.cos_sin(*table))]
         return Account(
             weights=self._weights.nbytes,
             step=self._memory.step_bytes + self._lowering.nbytes + sum(tensor.nbytes for tensor in held),

@@ -38,7 +38,7 @@ class Memory:
         self._buffers: dict[int, Tensor] = {}
         self._layout = cache_layout(program)
         self._cache: dict[int, Tensor] = {}
-        self._cos_sin_of: dict[RopeTable, tuple[Tensor, Tensor]] = {}
+        self._cos_sin_of: dict[tuple[RopeTable, int], tuple[Tensor, Tensor]] = {}
         queries = max((op.q.width for op in program.ops if isinstance(op, ops.Attention)), default=0)
         self.queries = torch.empty(self.rows["tokens"], queries, dtype=dtype, device=device.torch)
 
@@ -59,17 +59,21 @@ class Memory:
         whole = self._buffers[v.buffer]
         return whole if v.whole else whole[:, v.start : v.start + v.width]
 
-    def cos_sin(self, table: RopeTable) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (positions, half a head), float32."""
-        if table not in self._cos_sin_of:
+    def cos_sin(self, table: RopeTable, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (positions, half a head), float32: 1 and 0 for columns that are not rotated."""
+        if (table, head_dim) not in self._cos_sin_of:
             positions = torch.arange(self.limits.max_total_tokens + 1)
             if table.moves:
                 inverse = torch.from_numpy(table.frequencies_at(positions.numpy()))
             else:
                 inverse = torch.from_numpy(table.inverse_frequencies())[None]
             angle = positions.to(self.device.torch)[:, None].float() * inverse.to(self.device.torch)
-            self._cos_sin_of[table] = angle.cos() * table.magnitude(), angle.sin() * table.magnitude()
-        return self._cos_sin_of[table]
+            rest = 0, (head_dim - table.rotary_dim) // 2
+            self._cos_sin_of[table, head_dim] = (
+                torch.nn.functional.pad(angle.cos() * table.magnitude(), rest, value=1.0),
+                torch.nn.functional.pad(angle.sin() * table.magnitude(), rest),
+            )
+        return self._cos_sin_of[table, head_dim]
 
     def block_bytes(self) -> int:
         """Bytes of one cache block over all layers."""

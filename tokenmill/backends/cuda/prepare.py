@@ -88,10 +88,6 @@ def _attention_refusal(op: ops.Attention) -> str:
         return "it has no ALiBi"
     if op.sinks is not None:
         return "it has no attention with sinks"
-    if op.rope is not None and op.rope.interleaved:
-        return "its rotation pairs halves of a head, not adjacent columns"
-    if op.rope is not None and op.rope.rotary_dim != op.head_dim:
-        return "its rotation is of whole heads"
     if bool(op.q_norm) != bool(op.k_norm):
         return "it normalizes queries and keys or neither"
     return ""

@@ -204,7 +204,7 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     half_ok = half < D // 2
     cos = tl.zeros([1, HALF], tl.float32)
     sin = cos
-    if ROPE:
+    if ROPE != 0:
         cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
         sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
     g = tl.arange(0, GP)

@@ -26,16 +26,27 @@ def in_head(j, D: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def rotated(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
             ROPE: tl.constexpr):  # fmt: skip
-    """Return the halves (N, HALF), float32, of the heads at `x_ptr` (N, 1), normalized with NORM, rotated with ROPE."""
+    """Return the halves (N, HALF), float32, of the heads at `x_ptr` (N, 1), normalized with NORM, rotated with ROPE.
+
+    ROPE: 0 for no rotation, R for that of the first R columns in halves, −R for that in adjacent columns. Columns that
+    are a pair get the same place in both halves. Queries and keys are permuted alike, so their products are the same.
+    """
     j = tl.arange(0, HALF)[None, :]
     ok = ok & (j < D // 2)
-    a = tl.load(x_ptr + j, mask=ok, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + D // 2 + j, mask=ok, other=0.0).to(tl.float32)
+    first, second = j, D // 2 + j
+    if ROPE < 0:
+        first = tl.where(j < -ROPE // 2, 2 * j, -ROPE // 2 + j)
+        second = tl.where(j < -ROPE // 2, 2 * j + 1, second)
+    elif ROPE > 0:
+        first = tl.where(j < ROPE // 2, j, ROPE // 2 + j)
+        second = tl.where(j < ROPE // 2, ROPE // 2 + j, second)
+    a = tl.load(x_ptr + first, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + second, mask=ok, other=0.0).to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
-        a = a * scale * tl.load(norm_ptr + j, mask=j < D // 2, other=0.0).to(tl.float32)
-        b = b * scale * tl.load(norm_ptr + D // 2 + j, mask=j < D // 2, other=0.0).to(tl.float32)
-    if ROPE:
+        a = a * scale * tl.load(norm_ptr + first, mask=j < D // 2, other=0.0).to(tl.float32)
+        b = b * scale * tl.load(norm_ptr + second, mask=j < D // 2, other=0.0).to(tl.float32)
+    if ROPE != 0:
         a, b = a * cos - b * sin, b * cos + a * sin
     return a, b
 
@@ -74,7 +85,7 @@ def write_heads(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, t
     half_ok = j < D // 2
     cos = tl.zeros([1, HALF], tl.float32)
     sin = cos
-    if ROPE:
+    if ROPE != 0:
         cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + j, mask=half_ok, other=0.0)
         sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + j, mask=half_ok, other=0.0)
     h = tl.arange(0, HEADS2)[:, None]
