@@ -95,6 +95,14 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_ssm": 64, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "projectors_bias": True,
         },
     ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 1, "vocab_size": 128, "lru_width": 40, "attention_window_size": 8,
+            "block_types": ["recurrent", "attention"],
+        },
+    ),
 }  # fmt: skip
 """Name -> (model_type, configuration)."""
 

@@ -83,3 +83,25 @@ class DeltaRule(Op):
         """Return the spec of (heads, columns of a key, columns of a value)."""
         heads = self.b.width
         return StateSpec(self.layer, "delta", (heads, self.head_dim, self.v.width // heads), "float32")
+
+
+class RgLru(Op):
+    """Real-gated linear recurrent unit: the recurrence of Griffin, a number for each column.
+
+    gate = sigmoid(x · matrixᵀ + bias), with a matrix for each head and a row of the bias for each head. With
+    log decay = -8 · softplus(a) · recurrence gate: state = decay · state + √(1 - decay²) · input gate · x = out. At
+    position 0 the root is 1.
+    """
+
+    rowwise: ClassVar[bool] = False
+    x: Value
+    input_gate: tuple[Weight, ...]
+    input_bias: Weight
+    recurrence_gate: tuple[Weight, ...]
+    recurrence_bias: Weight
+    a: Weight
+    layer: int
+
+    def state(self) -> StateSpec:
+        """Return the spec of the last results."""
+        return StateSpec(self.layer, "lru", (self.x.width,), "float32")

@@ -214,6 +214,11 @@ def delta_rule(
     return recurrent.delta_rule(op, step.recurrent, step.weights, v, q, k, a, b)
 
 
+def rg_lru(op: recurrence.RgLru, step: StepState, x: Tensor) -> Tensor:
+    """Continue the recurrent unit of each row from the state of its slot."""
+    return recurrent.rg_lru(op, step.recurrent, step.weights, x)
+
+
 def quantize(op: ops.Quantize, step: StepState, x: Tensor) -> Tensor:
     """Return x: values written to an int8 buffer are rounded there."""
     return x
@@ -296,4 +301,5 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         recurrence.CausalConv: causal_conv,
         recurrence.StateSpace: state_space,
         recurrence.DeltaRule: delta_rule,
+        recurrence.RgLru: rg_lru,
     }

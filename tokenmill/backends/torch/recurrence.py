@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tokenmill.backends.torch.states import StatePlan, convolve, correct, scan, steps_of
@@ -61,3 +62,29 @@ def delta_rule(
 
 def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def rg_lru(op: recurrence.RgLru, plan: StatePlan, weights: Weights, x: Tensor) -> Tensor:
+    """Continue the recurrent unit of each row from the state of its slot."""
+    out, spec = torch.empty_like(x), op.state()
+
+    def gate(matrices: tuple[Weight, ...], bias: Weight) -> Tensor:
+        heads = x.view(len(x), len(matrices), -1).transpose(0, 1)
+        stacked = torch.stack([weights[matrix] for matrix in matrices])  # (heads, columns, columns)
+        y = torch.baddbmm(weights[bias][:, None], heads, stacked.transpose(1, 2))
+        return y.transpose(0, 1).reshape(x.shape).sigmoid()
+
+    inputs = gate(op.input_gate, op.input_bias) * x
+    logs = -8.0 * gate(op.recurrence_gate, op.recurrence_bias).float() * F.softplus(weights[op.a].float())
+    decays, roots = logs.exp(), torch.sqrt(1 - (2 * logs).exp())
+    for group in plan.groups:
+        decay, root = decays[group.tokens], roots[group.tokens]
+        root[:, 0].masked_fill_(group.fresh[:, None], 1)
+        added, state = inputs[group.tokens].float() * root, plan.read(spec, group)
+        y = torch.empty_like(added)
+        for t in range(added.shape[1]):
+            state = decay[:, t] * state + added[:, t]
+            y[:, t] = state
+        plan.write(spec, group, state)
+        out[group.tokens] = y.to(x.dtype)
+    return out
