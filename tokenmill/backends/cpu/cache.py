@@ -34,6 +34,7 @@ _LIBRARIES = ("numba", "llvmlite")
 _EMITTERS = {
     "walk": "step", "serve": "step", "linear": "products", "embed": "products", "narrow": "products", "cos": "rope",
     "rope": "rope", "sample": "sampling", "write": "attention", "attend": "attention",
+    **dict.fromkeys(("route", "sort", "spread", "experts", "combine"), "experts"),
 }  # fmt: skip
 """Kernels whose names begin with this word, and the module that emits them; `rows` emits all others."""
 
@@ -43,7 +44,7 @@ _NEVER_CALLED = (
 )  # fmt: skip
 """Functions of numba that raise exceptions. Kernels raise none, but their object files refer to these symbols."""
 
-_COMPILE_S = {"sample": 4.0, "attend": 1.5, "linear": 1.0, "norm": 0.6}
+_COMPILE_S = {"sample": 4.0, "attend": 1.5, "linear": 1.0, "experts": 1.0, "norm": 0.6}
 _MOST_JOBS = 4
 _ADVICE = "Name another folder with --kernel-cache."
 
