@@ -18,6 +18,7 @@ from tokenmill.models.base import program_of
 from tokenmill.program.cost import cache_layout, state_layout
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
+from tokenmill.weights.gguf_architectures import ARCHITECTURES
 
 ALIASES = {"kimi_k2": "deepseek_v3"}
 """Model type -> the one whose families it is tested with; transformers has no class of its own for it."""
@@ -27,13 +28,14 @@ This page is made from the list of families that the tests compare with transfor
 `tests/support_model_table.py`.
 
 The *model type* is `model_type` in config.json, or that of `text_config`: of a multimodal model the language part is
-served. "yes" in the columns *CPU* and *NVIDIA* means that the fast backend for that hardware has kernels for the
-architecture. Else `backends/torch` serves it on the same hardware, more slowly, for the reason in the cell; the log and
-`tokenmill doctor` report this for a given model, too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
+served. *GGUF*: `general.architecture` of GGUF files that are read as this type. "yes" in the columns *CPU* and *NVIDIA*
+means that the fast backend for that hardware has kernels for the architecture. Else `backends/torch` serves it on the
+same hardware, more slowly, for the reason in the cell; the log and `tokenmill doctor` report this for a given model,
+too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
 have a sliding window. *State*: layers that keep a state of fixed size for each sequence instead of keys and values.
 
-| Model type | CPU | NVIDIA | Ranks | Window | State |
-|---|---|---|---|---|---|
+| Model type | GGUF | CPU | NVIDIA | Ranks | Window | State |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -68,10 +70,17 @@ def row(kind: str, variants: list[Program]) -> str:
     window = any(layer.window for p in variants for layer in cache_layout(p).values())
     state = any(state_layout(p) for p in variants)
     cells = (
+        ggufs_of(kind),
         _best([cpu.refusal(p, 16) for p in variants]), _best([cuda.refusal(p, "bfloat16", 1) for p in variants]),
         _best([_ranks(p) for p in variants]), "yes" if window else "", "yes" if state else "",
     )  # fmt: skip
     return f"| `{kind}` | {' | '.join(cells)} |"
+
+
+def ggufs_of(kind: str) -> str:
+    """Return the architectures of GGUF files of a model type."""
+    names = {name.partition(" with ")[0] for name, found in ARCHITECTURES.items() if found.model_type == kind}
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def page() -> str:

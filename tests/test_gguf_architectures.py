@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from support_models import Driver, make_checkpoint, steps
+from support_models import LONGROPE, Driver, make_checkpoint, steps
 from test_gguf import interleaved
 from test_gguf_config import assert_equal_to, write
 
@@ -90,6 +90,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "falcon2": ("falcon", "falcon_grouped_one_norm", {}, {"feed_forward_length": 96}),
     "ernie4_5-moe": ("ernie4_5-moe", "ernie4_5_moe", {}, {
         "leading_dense_block_count": 1, "expert_shared_count": 2, "interleave_moe_layer_step": 1}),
+    "phimoe": ("phimoe", "phimoe", {"sliding_window": None, "router_jitter_noise": 0.01}, {}),
+    "hunyuan-moe": ("hunyuan-moe", "hunyuan_v1_moe", {"moe_topk": 2, "rope_scaling": None}, {
+        "expert_used_count": 2, "expert_feed_forward_length": 128}),
+    "phi3-longrope": ("phi3", "phi3_longrope", {"sliding_window": None}, {
+        "rope__scaling__original_context_length": 128, "rope__dimension_count": 8,
+        "rope__scaling__attn_factor": float(np.sqrt(1 + np.log(2) / np.log(128)))}),
     "gptneox": ("gptneox", "gpt_neox", {}, {
         "rope__dimension_count": 8, "use_parallel_residual": True, "attention__head_count_kv": 4}),
 }  # fmt: skip
@@ -151,6 +157,9 @@ def test_a_model_of_each_architecture_equals_transformers(tmp_path: Path, case: 
     model = make_checkpoint(tmp_path / "hf", family, **changes)
     kv = keys.get("attention__head_count_kv", 2)
     tensors = converted(tmp_path / "hf", architecture, kv=kv)
+    if "longrope" in case:
+        tensors |= {f"rope_factors_{name}.weight": (np.array(LONGROPE[f"{name}_factor"], np.float32), None)
+                    for name in ("long", "short")}  # fmt: skip
     path = write(tmp_path / "m.gguf", architecture, tensors, **(told(model.config) | keys))
     assert_equal_to(model, path)
 

@@ -54,6 +54,7 @@ def config_of(
         "attention_bias": has_bias(shapes, "attn"),
         "mlp_bias": has_bias(shapes, "ffn"),
         "use_bias": has_bias(shapes, "attn") or has_bias(shapes, "ffn"),
+        "lm_head_bias": "output.bias" in shapes,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_ids(metadata),
         "torch_dtype": "float16",  # not in the metadata; the type of the scales
