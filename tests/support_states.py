@@ -103,6 +103,17 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
             "block_types": ["recurrent", "attention"],
         },
     ),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "vocab_size": 128, "model_max_length": 256, "moe_intermediate_size": 16,
+            "num_experts": 4, "num_experts_per_token": 2, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8, "v_head_dim": 8, "linear_head_dim": 8, "linear_num_heads": 4, "pad_token_id": 0,
+            "mlp_layer_types": ["sparse"] * 3,  # transformers saves dense layers under a name of experts
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
 }  # fmt: skip
 """Name -> (model_type, configuration)."""
 

@@ -372,6 +372,15 @@ def test_an_engine_of_such_a_model_has_no_prefix_cache_and_says_so(
     assert "cannot: it has no kernel for CausalConv" in caplog.text
 
 
+def test_the_layers_of_kimis_own_configuration_are_counted_from_one() -> None:
+    model_type, fields = STATES["kimi_linear"]
+    own = {"full_attn_layers": [2], "kda_layers": [1, 3], "num_heads": 4, "head_dim": 8, "short_conv_kernel_size": 4}
+    left_out = {"layer_types": None, "linear_head_dim": 99, "mlp_layer_types": None}
+    old = program_of({"model_type": model_type, **fields, **left_out, "linear_attn_config": own})
+    new = program_of({"model_type": model_type, **fields, "mlp_layer_types": ["dense", "sparse", "sparse"]})
+    assert str(old) == str(new)
+
+
 @pytest.mark.parametrize(
     "name, change, words",
     [
@@ -384,6 +393,11 @@ def test_an_engine_of_such_a_model_has_no_prefix_cache_and_says_so(
         ("lfm2", {"layer_types": ["conv", "mamba", "conv"]}, "layer_types"),
         ("lfm2", {"layer_types": ["conv"]}, "expected 3 of"),
         ("qwen3_5", {"layer_types": ["conv"] * 3}, "layer_types"),
+        ("nemotron_h", {"layers_block_type": ["mlp", "moe"]}, "its layers are of moe, too"),
+        ("bamba", {"mamba_n_heads": 7}, "7 heads of auto columns are not 64"),
+        ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers"),
+        ("recurrent_gemma", {"lru_width": 33}, "4 heads do not divide `lru_width` 33"),
+        ("kimi_linear", {"layer_types": ["conv"] * 3}, "layer_types"),
         ("qwen3_next", {"linear_num_key_heads": 3}, "3 key heads for 4 value heads"),
     ],
 )

@@ -16,6 +16,7 @@ from tokenmill.models.base import Length
 from tokenmill.models.llama import HeadDim, Size
 from tokenmill.program import ops
 from tokenmill.program.ops import Part, Weight
+from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Value
 
 
@@ -90,7 +91,8 @@ class Attention:
         unit = nope + c.v_head_dim
         self.expand = Weight((Part(scope / "kv_b_proj" / "weight", heads * unit),), self.rank, "column", unit)
         self.out = Linear(scope, heads * c.v_head_dim, "o_proj", c.hidden_size, shard="row", bias=c.attention_bias)
-        self.layer, self.scale, self.rope, self.interleaved = layer, c.scale, c.rope, c.interleaved
+        self.layer, self.scale, self.interleaved = layer, c.scale, c.interleaved
+        self.table: RopeTable | None = c.rope.table
 
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
@@ -107,7 +109,7 @@ class Attention:
             head_dim=self.head_dim,
             value_dim=self.value_dim,
             scale=self.scale,
-            rope=self.rope.table,
+            rope=self.table,
             interleaved=self.interleaved,
         )
         return self.out(heads)

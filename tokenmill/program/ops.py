@@ -249,7 +249,7 @@ class Attention(Op):
 class LatentAttention(Op):
     """Attend causally to keys and values that are expanded from one compressed row for each token (DeepSeek's MLA).
 
-    A head of `q` has columns that are not rotated, then `key.width` columns that are, by `rope`. The cache keeps
+    A head of `q` has columns that are not rotated, then `key.width` columns that are, by `rope` if set. The cache keeps
     `latent` and the rotated `key`, which all heads share. `expand` makes each head's other key columns, and its
     `value_dim` values, from `latent`. If `interleaved`, a rotation pairs columns 2i and 2i + 1 instead of halves.
     """
@@ -264,7 +264,7 @@ class LatentAttention(Op):
     head_dim: int
     value_dim: int
     scale: float
-    rope: RopeTable
+    rope: RopeTable | None
     interleaved: bool = False
 
     def keeps(self) -> CacheSpec:

@@ -131,9 +131,10 @@ def latent_attention(op: ops.LatentAttention, step: StepState, q: Tensor, latent
     turned = op.key.width
     heads = q.view(len(q), -1, op.head_dim)
     plain, last = heads[..., : op.head_dim - turned], heads[..., op.head_dim - turned :].flatten(1)
-    if op.interleaved:  # to halves, which changes no product of queries and keys
+    if op.rope and op.interleaved:  # to halves, which changes no product of queries and keys
         last, key = (x.reshape(len(x), -1, turned // 2, 2).transpose(-1, -2).flatten(1) for x in (last, key))
-    last, key = (rotated(x, op.rope, turned, step) for x in (last, key))
+    if op.rope:
+        last, key = (rotated(x, op.rope, turned, step) for x in (last, key))
     heads = torch.cat([plain, last.view(*heads.shape[:2], -1)], -1)
     weight, cache = step.weights[op.expand], step.cache[op.layer]
     return attend_latent(op, heads, latent, key, weight, cache, step.attention, step.scratch)
