@@ -37,7 +37,9 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": ("bamba", _SMALL | _MIXED | {"attn_layer_indices": [1], "mamba_n_groups": 2}),
     "bamba_with_biases": (
         "bamba",
-        _SMALL | _MIXED | {"attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
+        _SMALL | _MIXED | {
+            "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True,
+        },
     ),
     "jamba": (
         "jamba",
