@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ EPS = {
 }  # fmt: skip
 """Field of config.json -> key"""
 COUNTS = {
+    "attention_multiplier": "attention__scale", "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
     "num_experts": "expert_count", "num_local_experts": "expert_count", "n_routed_experts": "expert_count",
     "moe_num_experts": "expert_count", "moe_k": "expert_used_count",
     "num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length",
@@ -96,6 +99,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "phi3-longrope": ("phi3", "phi3_longrope", {"sliding_window": None}, {
         "rope__scaling__original_context_length": 128, "rope__dimension_count": 8,
         "rope__scaling__attn_factor": float(np.sqrt(1 + np.log(2) / np.log(128)))}),
+    "gpt-oss": ("gpt-oss", "gpt_oss", {"swiglu_limit": 7.0, "layer_types": None, "intermediate_size": 32}, {
+        "attention__sliding_window": 8, "rope__scaling__type": "yarn", "rope__scaling__factor": 32.0,
+        "rope__scaling__original_context_length": 4096, "expert_feed_forward_length": 32, "rope__freq_base": 150000.0}),
+    "granitemoe": ("granitemoe", "granitemoe", {}, {}),
     "gptneox": ("gptneox", "gpt_neox", {}, {
         "rope__dimension_count": 8, "use_parallel_residual": True, "attention__head_count_kv": 4}),
 }  # fmt: skip
@@ -114,7 +121,7 @@ def told(config: Any) -> dict[str, Any]:
 def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: int, kv: int) -> np.ndarray:
     """Return what the converter makes of one tensor of transformers."""
     kind = ARCHITECTURES.get(f"{architecture} with experts", ARCHITECTURES[architecture])
-    if architecture in ("llama", "granite", "smollm3", "arcee"):
+    if architecture in ("llama", "granite", "granitemoe", "smollm3", "arcee"):
         array = interleaved(array, heads) if ".q_proj." in name else array
         array = interleaved(array, kv) if ".k_proj." in name else array
     if architecture in ("bloom", "gptneox", "falcon") and "query_key_value" in name:
@@ -129,11 +136,31 @@ def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: 
     return np.ascontiguousarray(array[0] if name.endswith("shared_expert_gate.weight") else array)
 
 
+def both(scope: str, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Return gate and up of a tensor that holds them for all experts."""
+    if name == "input_linear.weight":
+        parts = zip(("experts.w1.weight", "experts.w3.weight"), np.split(array, 2, 1), strict=True)
+    else:
+        end = ".bias" if name.endswith("bias") else ".weight"
+        turned = array if end == ".bias" else array.swapaxes(1, 2)
+        parts = zip((f"gate_proj{end}", f"up_proj{end}"), (turned[:, 0::2], turned[:, 1::2]), strict=True)
+    return ((scope + part, np.ascontiguousarray(values)) for part, values in parts)
+
+
 def converted(folder: Path, architecture: str, heads: int = 4, kv: int = 2) -> dict[str, Any]:
     """Return a checkpoint's tensors under GGUF's names, with experts stacked."""
     names, layers = gguf.get_tensor_name_map(ARCH[architecture], 7), defaultdict[str, dict[int, np.ndarray]](dict)
     made: dict[str, Any] = {}
     for name, array in load_file(folder / "model.safetensors").items():
+        split = re.fullmatch(r"(.*)(gate_up_proj|gate_up_proj_bias|input_linear\.weight)", name)
+        if split:
+            made |= dict(both(split[1], split[2], array))
+            continue
+        if "experts.down_proj" in name and not name.endswith(".weight"):
+            turned = array if name.endswith("_bias") else array.swapaxes(1, 2)
+            end = ".bias" if turned is array else ".weight"
+            made[name.removesuffix("_bias") + end] = np.ascontiguousarray(turned)
+            continue
         expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name)
         if expert:
             layers[f"{expert[1]}.{expert[3]}"][int(expert[2])] = array
@@ -147,6 +174,7 @@ def converted(folder: Path, architecture: str, heads: int = 4, kv: int = 2) -> d
         if name.endswith("e_score_correction_bias"):
             theirs = f"{names.get_name(name.removesuffix('_bias'))}.bias"
         assert theirs, name
+        theirs += ".weight" if theirs.endswith("attn_sinks") else ""
         renamed[theirs] = array, None
     return renamed
 

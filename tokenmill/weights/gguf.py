@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,7 @@ from tokenmill.weights import gguf_config
 from tokenmill.weights.checkpoint import Stored, map_file
 from tokenmill.weights.choice import parts_of
 from tokenmill.weights.gguf_architectures import ARCHITECTURES, Architecture, architecture_of
+from tokenmill.weights.gguf_rows import by_head, halves, joined
 from tokenmill.weights.source import adapter_error
 
 KINDS = {
@@ -44,6 +46,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
 _ONE_ROW = "shared_expert_gate.weight"  # a vector in the file, a matrix of one row in transformers
+_KEPT = 4  # joined tensors: a layer's matrices and biases of experts
 _UNKNOWN = Architecture("", {})
 
 
@@ -222,6 +225,8 @@ class Gguf:
         self.metadata: dict[str, Any] = {}
         self._entries: dict[str, _Entry] = {}
         self._config: dict[str, Any] | None = None
+        self._kept: dict[str, Stored] = {}  # joined tensors, which are read piece by piece
+        self._lock = threading.Lock()
         for number, part in enumerate(parts):
             metadata, entries = _read_part(part, number, len(parts), strings)
             twice = next((name for name in entries if name in self._entries), None)
@@ -258,6 +263,8 @@ class Gguf:
         """
         for stored, entry in self._entries.items():
             name = self._kind.theirs(stored) or stored
+            if "ffn_gate_exps" in stored and name.endswith(self._kind.joined or "\0"):
+                continue  # a part of the tensor of "ffn_up_exps"
             if stored in self._kind.factors or self._guesses(stored):
                 continue
             yield from (name.replace("{}", str(i)) for i in range(entry.shape[0])) if "{}" in name else (name,)
@@ -271,6 +278,8 @@ class Gguf:
         if entry is None:
             return self._left_out(name)
         shape = entry.shape if index is None else entry.shape[1:]
+        if name.endswith(self._kind.joined or "\0"):
+            return shape[0], 2 * shape[1], *shape[2:]
         return (1, *shape) if name.endswith(_ONE_ROW) and len(shape) == 1 else shape
 
     def nbytes(self, name: str) -> int:
@@ -288,18 +297,35 @@ class Gguf:
         if entry.kind not in BLOCKS:
             known = ", ".join(k for k in BLOCKS if not re.fullmatch(r"I\d+", k))
             raise ModelError(f"{self.path}: {self._stored_name(name)!r} is stored as {entry.kind}. Readable: {known}.")
+        if name.endswith(self._kind.joined or "\0"):
+            return self._joined(name, entry)
         stored = Stored(name, entry.kind, entry.shape, self._bytes(entry)).at(index)
         return self._as_transformers(stored)
+
+    def _joined(self, name: str, up: _Entry) -> Stored:
+        """Return gate and up of all experts, which transformers stores in one tensor. The last ones are kept."""
+        with self._lock:
+            if name not in self._kept:
+                gate = self._entries.get(self._stored_name(name).replace("ffn_up_exps", "ffn_gate_exps"))
+                if gate is None or (gate.kind, gate.shape) != (up.kind, up.shape):
+                    own = self._stored_name(name)
+                    raise ModelError(f"{self.path}: {own!r} and its gate are not of one shape and type.")
+                data = joined(self._bytes(gate), self._bytes(up), up.shape[1], self._kind.alternate)
+                shape = up.shape[0], 2 * up.shape[1], *up.shape[2:]
+                while len(self._kept) >= _KEPT:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[name] = Stored(name, up.kind, shape, data)
+            return self._kept[name]
 
     def _as_transformers(self, stored: Stored) -> Stored:
         """Return a tensor of the file with the order of rows and the numbers that transformers' files have."""
         name, kind, data = stored.name, stored.kind, stored.data
         which = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         if which and self._kind.pairs:
-            data = _halves(data, int(self.config[which]), name)
+            data = halves(data, int(self.config[which]), name)
         if self._kind.by_head and name.split(".")[-2] == "query_key_value":
             heads, kv = (int(self.config[self._kind.renamed.get(field, field)]) for field in (_HEADS, _KV_HEADS))
-            data = _by_head(data, heads, kv, name)
+            data = by_head(data, heads, kv, name)
         if self._kind.above_one and name.endswith("norm.weight") and kind == "F32":
             data = (data.view(np.float32) - np.float32(1)).view(np.uint8)
         if name.endswith(_ONE_ROW) and len(stored.shape) == 1:
@@ -345,21 +371,3 @@ class Gguf:
     def _bytes(self, entry: _Entry) -> NDArray[np.uint8]:
         raw = entry.mapped[entry.start : entry.start + entry.nbytes]
         return raw.reshape(entry.shape[0] if entry.shape else 1, -1) if entry.nbytes else raw.reshape(0, 0)
-
-
-def _halves(data: NDArray[np.uint8], heads: int, name: str) -> NDArray[np.uint8]:
-    """Reorder the rows of each head from adjacent pairs, as llama.cpp rotates them, to two halves."""
-    rows, width = data.shape
-    if rows % (heads * 2):
-        raise ModelError(f"{name} has {rows} rows, which {heads} heads do not divide.")
-    return data.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-def _by_head(data: NDArray[np.uint8], heads: int, kv: int, name: str) -> NDArray[np.uint8]:
-    """Reorder the rows of all queries, keys and values to those of one key-value head after another."""
-    rows, width = data.shape
-    if rows % (heads + 2 * kv) or heads % kv:
-        raise ModelError(f"{name} has {rows} rows, which {heads} heads and {kv} key-value heads do not divide.")
-    size = rows // (heads + 2 * kv)
-    parts = np.split(data, [heads * size, (heads + kv) * size])
-    return np.concatenate([part.reshape(kv, -1, size, width) for part in parts], 1).reshape(rows, width)

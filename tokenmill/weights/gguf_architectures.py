@@ -43,6 +43,8 @@ class Architecture(NamedTuple):
     above_one: bool = False  # transformers stores the weights of norms minus one
     partial: bool = False  # a part of a head may be rotated
     windows: bool = False  # `attention.sliding_window` is used
+    joined: tuple[str, ...] = ()  # ends of names of tensors that are gate and up of all experts in one
+    alternate: bool = False  # in which their rows alternate
     sigmoid: bool = False  # experts are weighed by the sigmoid of their scores, not by the softmax
     scores_bias: str = ""  # field that is True if the products of queries, keys and values have a bias
     factors: tuple[str, ...] = ()  # tensors that `gguf_config` reads
@@ -212,6 +214,31 @@ ARCHITECTURES: dict[str, Architecture] = {
         fields={"num_experts": "expert_count", "moe_topk": "expert_used_count",
                 "intermediate_size": "expert_feed_forward_length"},
     ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        _BODY | _ATTENTION | _within(
+            "model.layers", attn_norm="input_layernorm", post_attention_norm="post_attention_layernorm",
+            ffn_gate_inp="mlp.router") | {
+            "attn_sinks.weight": "model.layers.{}.self_attn.sinks",
+            "ffn_gate_exps.weight": "model.layers.{}.mlp.experts.gate_up_proj",
+            "ffn_up_exps.weight": "model.layers.{}.mlp.experts.gate_up_proj",
+            "ffn_down_exps.weight": "model.layers.{}.mlp.experts.down_proj",
+            "ffn_gate_exps.bias": "model.layers.{}.mlp.experts.gate_up_proj_bias",
+            "ffn_up_exps.bias": "model.layers.{}.mlp.experts.gate_up_proj_bias",
+            "ffn_down_exps.bias": "model.layers.{}.mlp.experts.down_proj_bias"},
+        fields={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+                "intermediate_size": "expert_feed_forward_length"},
+        windows=True, joined=("experts.gate_up_proj", "experts.gate_up_proj_bias"), alternate=True,
+    ),
+    "granitemoe": Architecture(
+        "granitemoe",
+        _BODY | _ATTENTION | _NORMS | _within(
+            "model.layers", ffn_gate_inp="block_sparse_moe.router.layer",
+            ffn_gate_exps="block_sparse_moe.input_linear", ffn_up_exps="block_sparse_moe.input_linear",
+            ffn_down_exps="block_sparse_moe.output_linear"),
+        fields={**_MULTIPLIERS, "num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+        pairs=True, factors=_LLAMA3, joined=("input_linear.weight",),
+    ),
     "granite": Architecture("granite", _LLAMA, fields=_MULTIPLIERS, pairs=True, factors=_LLAMA3),
     "smollm3": Architecture("smollm3", _LLAMA, constants={"no_rope_layer_interval": 4}, pairs=True),
     "arcee": Architecture(
@@ -336,4 +363,4 @@ def architecture_of(metadata: Mapping[str, Any], tensors: Container[str]) -> str
 
 
 def _sparse(name: str) -> bool:
-    return name not in ARCHITECTURES or any("experts.{}" in there for there in ARCHITECTURES[name].names.values())
+    return name not in ARCHITECTURES or any("_exps" in own for own in ARCHITECTURES[name].names)

@@ -134,8 +134,14 @@ def _falcon(read: _Reader) -> dict[str, Any]:
     return {"multi_query": not grouped, "new_decoder_architecture": grouped, "num_ln_in_parallel_attn": 1}
 
 
+def _gpt_oss(read: _Reader) -> dict[str, Any]:
+    """Return YaRN's scaling with a ramp whose ends are not rounded, as the model was trained."""
+    scaling = _rope_scaling(read, {})
+    return {"rope_scaling": {**scaling, "truncate": False} if scaling else {"rope_type": "default"}}
+
+
 SPECIAL: Mapping[str, Callable[[_Reader], dict[str, Any]]] = {
-    "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query, "falcon": _falcon,
+    "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query, "falcon": _falcon, "gpt-oss": _gpt_oss,
     "falcon with two norms": lambda read: {**_falcon(read), "num_ln_in_parallel_attn": 2},
 }  # fmt: skip
 """Architecture -> function that computes more fields of config.json"""
