@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -46,7 +46,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
 _ONE_ROW = "shared_expert_gate.weight"  # a vector in the file, a matrix of one row in transformers
-_KEPT = 4  # joined tensors: a layer's matrices and biases of experts
+_KEPT = 4  # reordered tensors: those of a layer
 _UNKNOWN = Architecture("", {})
 
 
@@ -225,7 +225,7 @@ class Gguf:
         self.metadata: dict[str, Any] = {}
         self._entries: dict[str, _Entry] = {}
         self._config: dict[str, Any] | None = None
-        self._kept: dict[str, Stored] = {}  # joined tensors, which are read piece by piece
+        self._kept: dict[str, NDArray[np.uint8]] = {}  # the last results of `_once`
         self._lock = threading.Lock()
         for number, part in enumerate(parts):
             metadata, entries = _read_part(part, number, len(parts), strings)
@@ -303,18 +303,21 @@ class Gguf:
         return self._as_transformers(stored)
 
     def _joined(self, name: str, up: _Entry) -> Stored:
-        """Return gate and up of all experts, which transformers stores in one tensor. The last ones are kept."""
+        """Return gate and up of all experts, which transformers stores in one tensor."""
+        own, alternate = self._stored_name(name), self._kind.alternate
+        gate = self._entries.get(own.replace("ffn_up_exps", "ffn_gate_exps"))
+        if gate is None or (gate.kind, gate.shape) != (up.kind, up.shape):
+            raise ModelError(f"{self.path}: {own!r} and its gate are not of one shape and type.")
+        data = self._once(name, lambda: joined(self._bytes(gate), self._bytes(up), up.shape[1], alternate))
+        return Stored(name, up.kind, (up.shape[0], 2 * up.shape[1], *up.shape[2:]), data)
+
+    def _once(self, name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return rows in another order than the file's. The last ones are kept, as they are read piece by piece."""
         with self._lock:
             if name not in self._kept:
-                gate = self._entries.get(self._stored_name(name).replace("ffn_up_exps", "ffn_gate_exps"))
-                if gate is None or (gate.kind, gate.shape) != (up.kind, up.shape):
-                    own = self._stored_name(name)
-                    raise ModelError(f"{self.path}: {own!r} and its gate are not of one shape and type.")
-                data = joined(self._bytes(gate), self._bytes(up), up.shape[1], self._kind.alternate)
-                shape = up.shape[0], 2 * up.shape[1], *up.shape[2:]
                 while len(self._kept) >= _KEPT:
                     del self._kept[next(iter(self._kept))]
-                self._kept[name] = Stored(name, up.kind, shape, data)
+                self._kept[name] = make()
             return self._kept[name]
 
     def _as_transformers(self, stored: Stored) -> Stored:
@@ -325,7 +328,7 @@ class Gguf:
             data = halves(data, int(self.config[which]), name)
         if self._kind.by_head and name.split(".")[-2] == "query_key_value":
             heads, kv = (int(self.config[self._kind.renamed.get(field, field)]) for field in (_HEADS, _KV_HEADS))
-            data = by_head(data, heads, kv, name)
+            data = self._once(name, lambda: by_head(data, heads, kv, name))
         if self._kind.above_one and name.endswith("norm.weight") and kind == "F32":
             data = (data.view(np.float32) - np.float32(1)).view(np.uint8)
         if name.endswith(_ONE_ROW) and len(stored.shape) == 1:
