@@ -142,6 +142,9 @@ ONE_TYPE = {
     ("tokenmill.program.value", "tokenmill.program.ops"),
     # `open_checkpoint` makes the kind of checkpoint that the file is
     ("tokenmill.weights.checkpoint", "tokenmill.weights.gguf"),
+    ("tokenmill.weights.checkpoint", "tokenmill.weights.adapter"),
+    # lowering experts needs the type of the lowering that has them among its kinds
+    ("tokenmill.backends.cpu.items", "tokenmill.backends.cpu.lower"),
     # lowering an attention needs the type of sizes that lowering a program has
     ("tokenmill.backends.cuda.attention", "tokenmill.backends.cuda.lower"),
 }
