@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -19,7 +19,7 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Engine, digest
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
-from tokenmill.engine.sequence import Batch
+from tokenmill.engine.sequence import Batch, Sequence
 from tokenmill.errors import OutOfMemory
 from tokenmill.wire.messages import (
     Abort,
@@ -43,7 +43,7 @@ def number(*items: object) -> int:
 
 
 def cache_entry(token_id: int, earlier: list[int], salt: bytes) -> int:
-    """Return the cache entry of a token. Like a key and value, it depends on the whole context (and on the adapter)."""
+    """Return the cache entry of a token in one table. Like a key and value, it depends on what the token attends to."""
     return POISON if POISON in earlier else number(token_id, earlier, salt)
 
 
@@ -52,16 +52,33 @@ def next_token(entries: list[int]) -> int:
     return -1 if POISON in entries else number(entries) % VOCAB
 
 
-def reference(request: Request) -> list[int]:
-    """Return the tokens of a request, computed as one sequence without paging."""
-    entries: list[int] = []
+def attended(position: int, window: int) -> range:
+    """Return the positions that a token at `position` attends to, without its own. `window` 0: all."""
+    return range(max(0, position + 1 - window) if window else 0, position)
+
+
+def salt_of(salt: bytes, table: int) -> bytes:
+    """Return the salt of a table: its entries are those of no other table."""
+    return salt + bytes(table)
+
+
+def reference(request: Request, windows: tuple[int, ...] = (0,)) -> list[int]:
+    """Return the tokens of a request, computed as one sequence without paging. `windows`: as in the limits."""
+    tables: list[list[int]] = [[] for _ in windows]
+
+    def add(token_id: int) -> None:
+        for table, (entries, window) in enumerate(zip(tables, windows, strict=True)):
+            seen = [entries[i] for i in attended(len(entries), window)]
+            entries.append(cache_entry(token_id, seen, salt_of(request.salt, table)))
+
     for token_id in request.prompt_ids:
-        entries.append(cache_entry(token_id, entries, request.salt))
+        add(token_id)
     out: list[int] = []
     stopping = request.stopping
     while len(out) < stopping.max_new_tokens and (not out or out[-1] not in stopping.stop_ids):
-        out.append(next_token(entries))
-        entries.append(cache_entry(out[-1], entries, request.salt))
+        views = [entries[-window:] for entries, window in zip(tables, windows, strict=True)]
+        out.append(next_token([entry for view in views for entry in view]))
+        add(out[-1])
     return out
 
 
@@ -92,10 +109,10 @@ class PagedOracle:
 
     def __init__(self, num_blocks: int, limits: SchedulerLimits, poison_rate: float = 0.0, seed: int = 0) -> None:
         size, slots = limits.block_size, limits.max_batch_size
-        self.size = size
+        self.size, self.windows = size, limits.windows
         self.cache: list[int | None] = [None] * (num_blocks * size)
         self.tokens: list[list[int | None]] = [[None] * (limits.max_total_tokens + 1) for _ in range(slots)]
-        self.tables: list[dict[int, int]] = [{} for _ in range(slots)]
+        self.tables: list[list[dict[int, int]]] = [[{} for _ in limits.windows] for _ in range(slots)]
         self.queue: list[OracleStep] = []
         self.plans: list[bytes] = []
         self.batches: list[Batch] = []
@@ -150,12 +167,14 @@ class PagedOracle:
         batch = step.batch
         for slot, _, token_ids in step.admitted:
             self.tokens[slot][:] = token_ids + [None] * (len(self.tokens[slot]) - len(token_ids))
-            self.tables[slot] = {}
+            self.tables[slot] = [{} for _ in self.windows]
         for slot, position, token_id in batch.host_tokens.tolist():
             self.tokens[slot][position] = token_id
-        for slot, index, block in batch.blocks.tolist():
-            assert index == len(self.tables[slot]), "a table's entries come in order, once"
-            self.tables[slot][index] = block
+        for which, slot, index, block in batch.blocks.tolist():
+            table = self.tables[slot][which]
+            assert index == max(table, default=index - 1) + 1, "a table's entries come in order, once"
+            assert index == 0 or table or self.windows[which], "only a table with a window has no first entry"
+            table[index] = block
         found: dict[int, int] = {}
         details: list[TokenDetails | None] = []
         payloads: dict[int, Payload] = {}
@@ -178,19 +197,29 @@ class PagedOracle:
         return next_token(entries)
 
     def compute(self, slot: int, start: int, end: int, salt: bytes) -> list[int]:
-        """Return the cache entries [0, end). Entries from `start` on are written now."""
+        """Return the cache entries that the last token attends to. Entries of [start, end) are written now."""
         assert end > start
-        tokens, table = self.tokens[slot], self.tables[slot]
-        where = [table[i // self.size] * self.size + i % self.size for i in range(end)]
-        entries = [self.cache[w] for w in where[:start]]
-        for i in range(start, end):
+        poisoned = self.rng.random() < self.poison_rate
+        self.num_poisoned += poisoned
+        seen: list[int] = []
+        for which, (table, window) in enumerate(zip(self.tables[slot], self.windows, strict=True)):
+            seen += self.compute_table(table, window, self.tokens[slot], range(start, end), salt_of(salt, which))
+            if poisoned:
+                self.cache[table[(end - 1) // self.size] * self.size + (end - 1) % self.size] = seen[-1] = POISON
+        return seen
+
+    def compute_table(
+        self, table: dict[int, int], window: int, tokens: list[int | None], positions: range, salt: bytes
+    ) -> list[int]:
+        """Write the entries of `positions` in one table. Return those that the last of them attends to, and its own."""
+        first = attended(positions[0], window).start
+        where = {i: table[i // self.size] * self.size + i % self.size for i in range(first, positions.stop)}
+        entries = {i: self.cache[where[i]] for i in range(first, positions[0])}
+        for i in positions:
             assert tokens[i] is not None, "computed before it was sampled"
-            entries.append(cache_entry(tokens[i], entries, salt))
-            self.cache[where[i]] = entries[-1]
-        if self.rng.random() < self.poison_rate:
-            self.num_poisoned += 1
-            self.cache[where[end - 1]] = entries[-1] = POISON
-        return entries
+            entries[i] = cache_entry(tokens[i], [entries[j] for j in attended(i, window)], salt)
+            self.cache[where[i]] = entries[i]
+        return [entries[j] for j in (*attended(positions[-1], window), positions[-1])]
 
 
 class ListLink:
@@ -285,6 +314,15 @@ def random_case(seed: int, aborts: bool = True) -> Case:
     return Case(requests, aborted, script, -(-longest // size) + rng.randint(0, 3), limits, hopeless)
 
 
+def windowed_case(seed: int, aborts: bool = True) -> Case:
+    """Return a random case whose sequences have several block tables, some with a window, or one with a window."""
+    case, rng = random_case(seed, aborts), random.Random(-1 - seed)
+    windows = tuple(rng.choice([0, 1, 2, 3, 5, 8, 17]) for _ in range(rng.randint(1, 3)))
+    limits = replace(case.limits, windows=windows if any(windows) else (*windows, 4))
+    blocks = limits.tables.blocks_of(limits.max_total_tokens) + rng.randint(0, 3)
+    return replace(case, limits=limits, num_blocks=blocks)
+
+
 def build(
     script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, poison_rate: float = 0.0,
     full_rate: float = 0.0,
@@ -307,21 +345,39 @@ def run(engine: Engine[OracleStep], link: ListLink, max_steps: int = 20_000) -> 
     raise AssertionError("the engine does not come to rest")
 
 
-def check_books(scheduler: Scheduler) -> None:
-    """Assert that running sequences hold exactly the used blocks and distinct slots, and waiting ones hold none."""
+def check_books(scheduler: Scheduler, depth: int = 1) -> None:
+    """Assert that running sequences hold exactly the used blocks and distinct slots, and waiting ones hold none.
+
+    `depth`: most steps on the device.
+    """
     pool = scheduler.pool
     pool.check()
-    used = [block for seq in scheduler.running.values() for block in seq.blocks]
+    used = [block for seq in scheduler.running.values() for blocks in seq.blocks for block in blocks]
     assert sum(pool.refs) == len(used), "a block is leaked or used after its release"
+    for seq in scheduler.running.values():
+        check_tables(seq, scheduler, depth)
     slots = [seq.slot for seq in scheduler.running.values()]
     assert len(set(slots)) == len(slots)
     assert min(slots, default=0) >= 0
     assert all(seq.slot == -1 and not seq.blocks for seq in scheduler.waiting.values())
 
 
+def check_tables(seq: Sequence, scheduler: Scheduler, depth: int) -> None:
+    """Assert that a running sequence holds the blocks that its next step needs, and few others."""
+    size, computed = scheduler.limits.block_size, scheduler.running.computed_of(seq)
+    step, late = -(-scheduler.limits.max_batch_tokens // size), -(-depth // size)
+    decoding = computed > seq.prefill_end
+    for first, blocks, window in zip(seq.firsts, seq.blocks, scheduler.limits.windows, strict=True):
+        assert len(set(blocks)) == len(blocks)
+        assert (first + len(blocks)) * size >= computed
+        assert first * size <= attended(computed, window).start
+        if window:
+            assert len(blocks) <= -(-(window - 1) // size) + 1 + (late if decoding else max(step, late) + step)
+
+
 def check_request(r: Request, case: Case, link: ListLink) -> None:
     """Assert that a request got the tokens and the end of its reference, or the refusal that it must get."""
-    outputs, got, want = link.outputs.get(r.id, []), link.tokens(r.id), reference(r)
+    outputs, got, want = link.outputs.get(r.id, []), link.tokens(r.id), reference(r, case.limits.windows)
     if r.id in case.hopeless and outputs:
         assert [o.finish_reason for o in outputs] == ["error"]
         assert str(len(r.prompt_ids) + r.stopping.max_new_tokens) in outputs[0].message

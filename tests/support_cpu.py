@@ -53,7 +53,7 @@ class CpuDriver(CpuBackend):
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known: dict[int, list[int]] = {}  # by slot: ids that are computed
-        self.blocks: dict[int, list[int]] = {}
+        self.blocks: dict[tuple[int, int], list[int]] = {}  # by slot and table
 
     @classmethod
     def of(cls, path: str | Path, **options: Any) -> CpuDriver:
@@ -64,8 +64,10 @@ class CpuDriver(CpuBackend):
         """Free a slot. Its first `keep` tokens stay in the cache."""
         self.known[slot] = self.known.get(slot, [])[:keep]
         used = -(-keep // self.limits.block_size)
-        self.free += self.blocks.get(slot, [])[used:]
-        self.blocks[slot] = self.blocks.get(slot, [])[:used]
+        for which in range(len(self.windows)):
+            table = self.blocks.get((slot, which), [])
+            self.free += table[used:]
+            self.blocks[slot, which] = table[:used]
 
     def inputs(self, rows: Rows, sampling: SamplingParams | None = None, **options: Any) -> StepInputs:
         """Return the step that computes these ids. Every slot is admitted anew with its known tokens."""
@@ -76,15 +78,16 @@ class CpuDriver(CpuBackend):
             known += ids
             request = Request(slot, tuple(known), sampling or SamplingParams(), StoppingParams(1 << 20))
             admitted.append(Admitted(slot, request, np.array(known, np.int32)))
-            table = self.blocks.setdefault(slot, [])
-            while len(table) * self.limits.block_size < len(known):
-                table.append(self.free.pop())
-            blocks += [(slot, i, block) for i, block in enumerate(table)]
+            for which in range(len(self.windows)):
+                table = self.blocks.setdefault((slot, which), [])
+                while len(table) * self.limits.block_size < len(known):
+                    table.append(self.free.pop())
+                blocks += [(which, slot, i, block) for i, block in enumerate(table)]
         slots, counts = [slot for slot, _ in rows], [len(ids) for _, ids in rows]
         return StepInputs(
             *(np.array(a, np.int32) for a in (slots, starts, counts, range(len(rows)))),
             tuple(admitted),
-            np.array(blocks, np.int32).reshape(-1, 3),
+            np.array(blocks, np.int32).reshape(-1, 4),
             **options,
         )
 

@@ -262,7 +262,7 @@ class Driver(TorchBackend):
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known: dict[int, list[int]] = {}  # by slot: ids that are computed
-        self.tables: dict[int, list[int]] = {}
+        self.tables: dict[tuple[int, int], list[int]] = {}  # by slot and table
         self.logits: np.ndarray = np.zeros((0, 0))
 
     @classmethod
@@ -281,14 +281,22 @@ class Driver(TorchBackend):
             sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
             request = Request(slot, tuple(known), sampling, StoppingParams(1 << 20))
             admitted.append(Admitted(slot, request, np.array(known, np.int32)))
-            table = self.tables.setdefault(slot, [])
-            while len(table) * self.limits.block_size < len(known):
-                blocks.append((slot, len(table), self.free.pop()))
-                table.append(blocks[-1][2])
+            for which, window in enumerate(self.windows):
+                table = self.tables.setdefault((slot, which), [])
+                if not starts[-1]:  # the slot's next sequence
+                    self.free += [block for block in table if block >= 0]
+                    table.clear()
+                if window:  # what is behind the window belongs to others
+                    unread = max(starts[-1] + 1 - window, 0) // self.limits.block_size
+                    self.free += [block for block in table[:unread] if block >= 0]
+                    table[:unread] = [-1] * min(unread, len(table))
+                while len(table) * self.limits.block_size < len(known):
+                    blocks.append((which, slot, len(table), self.free.pop()))
+                    table.append(blocks[-1][3])
         counts = [len(ids) for _, ids in rows]
         return StepInputs(
             np.array([slot for slot, _ in rows], np.int32), np.array(starts, np.int32), np.array(counts, np.int32),
-            np.arange(len(rows), dtype=np.int32), tuple(admitted), np.array(blocks, np.int32).reshape(-1, 3),
+            np.arange(len(rows), dtype=np.int32), tuple(admitted), np.array(blocks, np.int32).reshape(-1, 4),
             prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
 

@@ -142,7 +142,7 @@ def test_a_deferred_step_waits_for_its_masks_and_is_given_up_without(kind: str, 
     request = Request(1, (5, 6, 7), SamplingParams(), StoppingParams(9))
     admitted = (Admitted(0, request, np.array([5, 6, 7], np.int32)),)
     row = [np.array([n], np.int32) for n in (0, 0, 3, 0)]
-    inputs = StepInputs(*row, admitted, np.array([(0, 0, 3)], np.int32), deferred=True)
+    inputs = StepInputs(*row, admitted, np.array([(0, 0, 0, 3)], np.int32), deferred=True)
     step = backend.run(inputs)
     step.sample(Masks(np.array([0], np.int32), np.array([[0, 0, 1 << 9, 0]], np.uint32)))
     assert step.result().token_ids == [64 + 9]

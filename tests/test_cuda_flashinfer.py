@@ -115,7 +115,7 @@ def test_runs_are_attended_to_over_scattered_pages_behind_their_prefix(
     made = altered(prepare.fused(made), window=window, softcap=softcap)
     device, limits, num_blocks = Device(DEVICE), StepLimits(512, 8, 1024, 16), 200
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    memory = Memory(made, limits, dtype, device, getattr(torch, cache) if cache else None)
+    memory = Memory(made, limits, dtype, device, getattr(torch, cache) if cache else None, windows=False)
     memory.allocate(num_blocks)
     slots, rng = CudaSlots(limits, device), np.random.default_rng(4)
     for slot in range(8):
@@ -147,7 +147,7 @@ def test_runs_are_attended_to_over_scattered_pages_behind_their_prefix(
 @pytest.mark.parametrize("package", [FAKE], indirect=True)
 def test_layers_of_a_kind_share_a_plan_and_kinds_have_their_own(package: Any, tmp_path: Path) -> None:
     made = prepare.fused(program(tmp_path, "qwen2_window", num_hidden_layers=3))
-    memory = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu"))
+    memory = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu"), windows=False)
     slots = CudaSlots(memory.limits, memory.device)
     flash = FlashInfer(package, memory, slots)
     assert flash.num_kinds == len(Wrapper.made) == 2
@@ -195,7 +195,7 @@ def test_a_package_that_fails_leaves_attention_to_triton_and_names_the_cure(
             raise RuntimeError("Ninja build failed. Ninja output:\nnvcc: not found\n" * 50)
 
     made = prepare.fused(program(tmp_path))
-    memory = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu"))
+    memory = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu"), windows=False)
     slots = CudaSlots(memory.limits, memory.device)
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Broken))
     assert flashinfer.load(memory, slots) is None
@@ -212,7 +212,7 @@ def test_loading_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(Wrapper, "made", [], raising=False)
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Wrapper))
     made = prepare.fused(program(tmp_path, "qwen2_window", num_hidden_layers=3))
-    memory, seen = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu")), []
+    memory, seen = Memory(made, StepLimits(64, 4, 256, 16), torch.float32, Device("cpu"), windows=False), []
     slots = CudaSlots(memory.limits, memory.device)
     assert flashinfer.load(memory, slots, report=seen.append) is not None
     assert [(p.phase, p.done, p.total) for p in seen] == [("compile", 1, 2), ("compile", 2, 2)]

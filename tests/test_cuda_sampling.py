@@ -365,7 +365,7 @@ def test_tokens_of_plain_steps_of_the_backend_are_those_of_the_rules(tmp_path: P
     known = [[1, 2, 3, slot] for slot in range(4)]
     requests = [Request(i, tuple(known[i]), p, StoppingParams(9)) for i, p in enumerate(params)]
     admitted = tuple(Admitted(i, r, np.array(r.prompt_ids, np.int32)) for i, r in enumerate(requests))
-    rows, blocks = np.arange(4, dtype=np.int32), np.array([(i, 0, i) for i in range(4)], np.int32)
+    rows, blocks = np.arange(4, dtype=np.int32), np.array([(0, i, 0, i) for i in range(4)], np.int32)
     first = StepInputs(rows, rows * 0, rows * 0 + 4, rows, admitted, blocks, tail="plain")
     for step in range(3):
         inputs = first if step == 0 else StepInputs(rows, rows * 0 + 3 + step, rows * 0 + 1, rows, tail="plain")

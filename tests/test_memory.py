@@ -7,6 +7,7 @@ import pytest
 
 from tokenmill import LLM
 from tokenmill.backends.kind import CPU_DEFAULTS, GPU_DEFAULTS
+from tokenmill.engine.tables import Tables
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.models.base import program_of
 from tokenmill.runtime.assembly import context_weight, scheduler_of
@@ -29,7 +30,7 @@ def demand(**changes) -> Demand:
     values = {
         "block_bytes": 1 << 20,
         "step_bytes": 0,
-        "block_size": 16,
+        "tables": Tables.of((0,), 16, 512),
         "max_batch_size": 128,
         "max_total_tokens": 8192,
     }

@@ -52,24 +52,26 @@ TEMPLATE = (
 
 
 def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits) -> OfflineEngine:
-    """Return an engine whose cache is far too small for its slots."""
+    """Return an engine whose cache is far too small for its slots. `num_blocks`: more for a model with windows."""
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
     backend = TorchBackend(job_of(program, source, limits))
-    backend.allocate(num_blocks)
-    scheduler = Scheduler(
-        BlockPool(num_blocks, limits.block_size),
-        SchedulerLimits(limits.max_batch_tokens, limits.max_batch_size, limits.max_total_tokens, limits.block_size),
+    sizes = limits.max_batch_tokens, limits.max_batch_size, limits.max_total_tokens, limits.block_size
+    scheduler_limits = SchedulerLimits(*sizes, windows=backend.windows)
+    num_blocks += scheduler_limits.tables.blocks_of(limits.max_total_tokens) - SchedulerLimits(*sizes).tables.blocks_of(
+        limits.max_total_tokens
     )
+    backend.allocate(num_blocks)
+    scheduler = Scheduler(BlockPool(num_blocks, limits.block_size), scheduler_limits)
     info = EngineInfo("tiny", "float32", "cpu", "torch", num_blocks, limits.block_size, 128, 63, 64, 1, 1)
     parts = Assembled(scheduler, Executor(backend, limits.max_batch_size), info)
     parts._resources.callback(backend.close)
     return OfflineEngine(parts)
 
 
-@pytest.mark.parametrize("family", [
-    "llama", "mistral_window", "qwen3_yarn_tied", "gpt2", "bloom", "gptj", "qwen2_moe", "deepseek_v3", "gpt_oss",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral_window", "qwen3_yarn_tied", "gpt2", "bloom", "gptj", "qwen2_window", "gemma3_text"]
+)
 def test_chunked_shared_and_preempted_sequences_get_transformers_greedy_text(family, tmp_path):
     model = make_checkpoint(tmp_path, family)
     rng = np.random.default_rng(1)
@@ -79,7 +81,7 @@ def test_chunked_shared_and_preempted_sequences_get_transformers_greedy_text(fam
     with crowded_engine(tmp_path, 22, StepLimits(11, 5, 64, 4)) as engine:
         ids = [engine.submit(p, None, StoppingParams(n)) for p, n in zip(prompts, counts, strict=True)]
         found = [[t for o in engine.outputs(i) for t in o.token_ids] for i in ids]
-        assert engine.stats.preemptions > 0
+        assert engine.stats.preemptions > 0 or family == "mistral_window"  # is admitted with all that it ever needs
         assert engine.stats.cached_tokens > 0
     for prompt, count, tokens in zip(prompts, counts, found, strict=True):
         expected = model.generate(

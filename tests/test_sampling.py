@@ -249,7 +249,7 @@ def test_prompt_logprobs_are_the_models_own_of_the_prompts_next_tokens_in_every_
 
 def test_block_tables_and_tokens_follow_the_differences():
     state, inputs = prepared([a_request()])
-    blocks = np.array([[0, 0, 5], [0, 1, 9], [3, 2, 7]], np.int32)
+    blocks = np.array([[0, 0, 0, 5], [0, 0, 1, 9], [0, 3, 2, 7]], np.int32)
     state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=blocks))
     assert state.tables[0, :2].tolist() == [5, 9]
     assert state.tables[3, 2].item() == 7
@@ -260,8 +260,9 @@ def test_of_entries_for_the_same_place_in_a_table_the_last_one_counts():
     """A plan may give a slot to one sequence, preempt it, and give the slot to another."""
     rng = np.random.default_rng(7)
     blocks = rng.integers(0, 5, (200, 3)).astype(np.int32)
+    entries = np.insert(blocks, 0, 0, axis=1)
     state, inputs = prepared([a_request()])
-    state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=blocks))
+    state.apply(StepInputs(inputs.slots, inputs.starts, inputs.counts, inputs.samples, blocks=entries))
     expected = {(s, i): b for s, i, b in blocks.tolist()}
     assert {place: int(state.tables[place]) for place in expected} == expected
     kept = steps.last_of_each(blocks)

@@ -113,7 +113,7 @@ def test_the_tokens_do_not_depend_on_how_many_steps_are_on_the_device(
                 done, step = flying.popleft()
                 outputs += scheduler.update(done, oracle.collect(step))
             link.send(outputs, scheduler.stats())
-            check_books(scheduler)
+            check_books(scheduler, depth)
         for r in case.requests:
             check_request(r, case, link)
 

@@ -87,10 +87,52 @@ def test_a_warm_up_is_a_prompt_and_a_decode_step_that_fit_the_limits_and_the_cac
     made = steps.warm_up_steps(limits, num_blocks)
     assert [(int(s.starts[0]), int(s.counts[0]), len(s.blocks)) for s in made] == rows
     assert all(s.slots.tolist() == s.samples.tolist() == [0] for s in made)
-    assert not made or made[0].blocks.tolist() == [[0, i, i] for i in range(rows[0][2])]
+    assert not made or made[0].blocks.tolist() == [[0, 0, i, i] for i in range(rows[0][2])]
 
 
 def test_a_block_has_the_keys_and_values_of_its_tokens_in_every_layer():
     parts = {i: (CachePart("key", heads, 64), CachePart("value", heads, 64)) for i, heads in ((0, 2), (3, 1))}
     layout = {i: CacheSpec(i, both) for i, both in parts.items()}
-    assert steps.block_bytes(layout, 2, 16) == 16 * 2 * 2 * (2 + 1) * 64
+    assert steps.block_bytes(steps.cache_plan(layout, 100), 2, 16) == 16 * 2 * 2 * (2 + 1) * 64
+
+
+def layers(*windows, heads=1):
+    parts = CachePart("key", heads, 64), CachePart("value", heads, 64)
+    return {i: CacheSpec(i, parts, window) for i, window in enumerate(windows)}
+
+
+@pytest.mark.parametrize(
+    ("windows", "tables", "parts"),
+    [
+        ((0, 0, 0), (0,), 3),
+        ((8, 8, 8), (8,), 3),
+        ((8, 0, 8, 0), (0, 8), 2),
+        ((8, 8, 8, 8, 8, 0), (0, 8, 8, 8, 8, 8), 1),
+        ((8, 8, 0) * 4 + (8,), (0, 8, 8, 8), 4),  # the last has a part to spare
+        ((8, 16, 8, 16), (8, 16), 2),
+        ((100, 0, 100), (0,), 3),  # as long as the longest sequence: no window
+        ((100, 0, 8), (0, 0, 8), 1),
+        ((0, *[8] * 40), (0, *[8] * 14), 3),  # not 41 tables
+    ],
+)
+def test_layers_of_one_window_share_tables_of_blocks_as_large_as_the_smallest_kind(windows, tables, parts):
+    plan = steps.cache_plan(layers(*windows), 100)
+    assert plan.windows == tables
+    assert len(plan.parts) == parts
+    assert len(set(plan.places.values())) == len(windows), "no two layers have the same part of a block"
+    assert set(plan.places) == set(range(len(windows)))
+    for layer, (table, part) in plan.places.items():
+        assert tables[table] == (windows[layer] if windows[layer] < 100 else 0)
+        assert part < parts
+
+
+def test_layers_whose_caches_differ_in_size_share_one_table():
+    layout = layers(8, 8) | {2: CacheSpec(2, layers(0, heads=2)[0].parts)}
+    plan = steps.cache_plan(layout, 100)
+    assert plan == ((0,), {0: (0, 0), 1: (0, 1), 2: (0, 2)}, tuple(layout.values()))
+
+
+def test_the_tables_of_a_slot_are_side_by_side_and_the_last_entry_of_a_place_counts():
+    blocks = np.array([[0, 3, 1, 5], [1, 3, 1, 6], [0, 3, 1, 7], [2, 0, 0, 8]], np.int32)
+    made = steps.table_entries(blocks, 10)
+    assert sorted(made.tolist()) == [[0, 20, 8], [3, 1, 7], [3, 11, 6]]

@@ -123,7 +123,7 @@ class Built:
             "bench", "bfloat16", "cuda", "cuda", blocks, size, config["vocab_size"], setup.max_total_tokens - 1,
             setup.max_total_tokens, setup.max_batch_tokens, setup.max_batch_size,
         )  # fmt: skip
-        self.scheduler = scheduler_of(info, GPU_DEFAULTS, program)  # as in the server
+        self.scheduler = scheduler_of(info, GPU_DEFAULTS, program, self.backend.windows)  # as in the server
         if setup.beside is not None:
             self.set_beside(setup.beside)
         parts = Assembled(self.scheduler, Executor(self.timed, setup.max_batch_size), info)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """The interface between the engine and a device: a step as arrays, its result, and `Backend`. No torch here.
 
-A backend keeps all lasting state by *slot* (a row of its per-sequence state): the tokens so far, the block table, the
+A backend keeps all lasting state by *slot* (a row of its per-sequence state): the tokens so far, the block tables, the
 sampling parameters. The host sends only differences. So a decode step that admits no sequence and adds no block
 carries three short arrays, and a token sampled in step N feeds step N + 1 without the host.
 """
@@ -42,7 +42,8 @@ class Admitted:
     token_ids: NDArray[np.int32]
 
 
-_NOTHING = np.zeros((0, 3), np.int32)
+_NO_BLOCKS = np.zeros((0, 4), np.int32)
+_NO_TOKENS = np.zeros((0, 3), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,10 @@ class StepInputs:
     counts: NDArray[np.int32]  # (S,) number of tokens, >= 1; position p's token is the slot's p-th
     samples: NDArray[np.int32]  # (R,) rows whose next token is sampled, ascending; it is the slot's at start + count
     admitted: tuple[Admitted, ...] = ()  # applied first
-    # applied second: (n, 3) slot, index in its table, block
-    blocks: NDArray[np.int32] = field(default_factory=lambda: _NOTHING)
+    # applied second: (n, 4) table, slot, index in that table of the slot, block
+    blocks: NDArray[np.int32] = field(default_factory=lambda: _NO_BLOCKS)
     # applied third: (n, 3) slot, position, token id. Such a token was not sampled, or replaces the sampled one
-    host_tokens: NDArray[np.int32] = field(default_factory=lambda: _NOTHING)
+    host_tokens: NDArray[np.int32] = field(default_factory=lambda: _NO_TOKENS)
     tail: Tail = "greedy"
     logprobs: int = -1  # the largest number that a sampling row asks for: -1 none, n >= 0
     prompt_logprobs: int = -1  # the same over all rows that compute prompt tokens
@@ -110,8 +111,15 @@ class Backend(Protocol):
     def num_blocks(self) -> int:
         """Cache blocks that `allocate` made; 0 before."""
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Windows by block table of a slot: tokens that a token attends to there, its own included; 0: all tokens.
+
+        Entries of a table for blocks before the window are not read.
+        """
+
     def block_bytes(self) -> int:
-        """Bytes of one cache block over all layers of this rank."""
+        """Bytes of one cache block of this rank, which holds tokens of one table: over all layers if there is one."""
 
     def step_bytes(self) -> int:
         """Bytes that the largest step needs besides weights and cache."""

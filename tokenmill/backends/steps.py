@@ -27,6 +27,8 @@ STATE_RING = 2
 WARM_TOKENS = 32
 """Length of the prompt that a warm-up runs."""
 
+_MOST_TABLES = 16
+
 
 # ---- sizes ----
 
@@ -36,7 +38,7 @@ class StateShape(NamedTuple):
 
     slots: int
     tokens: int  # of a slot
-    blocks: int  # of a slot's block table
+    blocks: int  # of a block table
 
 
 def state_shape(limits: StepLimits) -> StateShape:
@@ -45,14 +47,58 @@ def state_shape(limits: StepLimits) -> StateShape:
     return StateShape(limits.max_batch_size, limits.max_total_tokens + 1, blocks)
 
 
+class CachePlan(NamedTuple):
+    """Placement of the layers' caches: which block table a layer reads, and which part of a block it uses there.
+
+    A block is as large as the caches of `parts`, and holds tokens of one table. Layers of several tables share a part.
+    """
+
+    windows: tuple[int, ...]  # by table: tokens that its layers attend to; 0: all
+    places: dict[int, tuple[int, int]]  # layer -> its table, and its part of a block
+    parts: tuple[CacheSpec, ...]  # by part of a block: its size, as the spec of one of its layers
+
+    def table(self, layer: int) -> int:
+        """Return the block table of a layer."""
+        return self.places[layer][0]
+
+
+def cache_plan(layout: Mapping[int, CacheSpec], max_total_tokens: int) -> CachePlan:
+    """Divide the layers among block tables, each for layers of one window, so that a short window holds few blocks.
+
+    There is one table for all layers if none has a window that is shorter than the longest sequence, or if their caches
+    differ in more than the window. Otherwise a block holds as many layers as the smallest kind has, so that few parts
+    of blocks stay unused. More than _MOST_TABLES tables are avoided by larger blocks: each costs time in every step.
+    """
+    windows = {layer: 0 if spec.window >= max_total_tokens else spec.window for layer, spec in layout.items()}
+    kinds: dict[int, list[int]] = {}
+    for layer, window in windows.items():
+        kinds.setdefault(window, []).append(layer)
+    if not any(kinds) or len({spec.parts for spec in layout.values()}) > 1:
+        return one_table(layout)
+    size = max(min(map(len, kinds.values())), -(-len(layout) // _MOST_TABLES))
+    tables = [
+        (window, layers[first : first + size])
+        for window, layers in sorted(kinds.items())
+        for first in range(0, len(layers), size)
+    ]
+    places = {layer: (table, part) for table, (_, held) in enumerate(tables) for part, layer in enumerate(held)}
+    widest = max((held for _, held in tables), key=len)
+    return CachePlan(tuple(window for window, _ in tables), places, tuple(layout[layer] for layer in widest))
+
+
 def most_rows(limits: StepLimits) -> dict[str, int]:
     """Return the rows of the largest step by `BufferSpec.rows`: its tokens, and the rows whose logits are made."""
     return {"tokens": limits.max_batch_tokens, "samples": max(limits.max_batch_size, PROMPT_ROWS)}
 
 
-def block_bytes(layout: Mapping[int, CacheSpec], item_bytes: int, block_size: int) -> int:
-    """Return the bytes of a cache block over all layers, for a cache of plain numbers of `item_bytes`."""
-    return sum(spec.width for spec in layout.values()) * item_bytes * block_size
+def one_table(layout: Mapping[int, CacheSpec]) -> CachePlan:
+    """Return the plan in which all layers share a table that holds the blocks of all tokens."""
+    return CachePlan((0,), {layer: (0, part) for part, layer in enumerate(layout)}, tuple(layout.values()))
+
+
+def block_bytes(plan: CachePlan, item_bytes: int, block_size: int) -> int:
+    """Return the bytes of a cache block over all its parts, for a cache of plain numbers of `item_bytes`."""
+    return sum(spec.width for spec in plan.parts) * item_bytes * block_size
 
 
 def state_bytes(layout: Mapping[tuple[int, str], StateSpec], item_bytes: int) -> int:
@@ -96,6 +142,15 @@ def step_tokens(inputs: StepInputs) -> StepTokens:
 def rows_of_tokens(counts: NDArray[np.int32]) -> Ints:
     """Return the row (T,) of each token of a step whose rows have so many tokens."""
     return np.repeat(np.arange(len(counts)), counts)
+
+
+def table_entries(blocks: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+    """Return `StepInputs.blocks` as (slot, column, block), where the tables of a slot are side by side.
+
+    `width`: columns of a table. Entries that a later one overwrites are dropped.
+    """
+    columns = blocks[:, 0] * width + blocks[:, 2]
+    return last_of_each(np.stack((blocks[:, 1], columns, blocks[:, 3]), 1))
 
 
 def last_of_each(entries: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -170,21 +225,26 @@ def prompt_payloads(
 # ---- warm-up ----
 
 
-def warm_up_steps(limits: StepLimits, num_blocks: int) -> tuple[StepInputs, ...]:
+def warm_up_steps(limits: StepLimits, num_blocks: int, num_tables: int = 1) -> tuple[StepInputs, ...]:
     """Return a small prompt and a decode step behind it, of slot 0 on the first of `num_blocks` cache blocks.
 
-    With room for a single token, both compute that.
+    With room for a single token, both compute that. All tables have the same blocks: what is computed is not read.
     """
     size = warm_up_tokens(limits, num_blocks)
     if not size:
         return ()
     slots = np.zeros(1, np.int32)
-    blocks = np.array([(0, i, i) for i in range(-(-size // limits.block_size))], np.int32)
+    blocks = first_blocks(-(-size // limits.block_size), num_tables)
     steps = ((0, max(size - 1, 1), blocks), (size - 1, 1, blocks[:0]))
     return tuple(
         StepInputs(slots, np.array([start], np.int32), np.array([count], np.int32), slots, blocks=new)
         for start, count, new in steps
     )
+
+
+def first_blocks(count: int, num_tables: int) -> NDArray[np.int32]:
+    """Return `StepInputs.blocks` that give slot 0 the first blocks of the cache in every table."""
+    return np.array([(t, 0, i, i) for t in range(num_tables) for i in range(count)], np.int32).reshape(-1, 4)
 
 
 def warm_up_tokens(limits: StepLimits, num_blocks: int) -> int:

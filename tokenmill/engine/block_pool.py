@@ -68,6 +68,10 @@ class BlockPool:
             found.append(block)
         return found
 
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """Return the cached blocks among those of `keys`."""
+        return [block for key in keys if (block := self._block_of.get(key)) is not None]
+
     def unused(self, blocks: Iterable[int]) -> int:
         """Return how many of `blocks` have no users: `share` would remove them from the free list."""
         refs = self.refs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenmill.engine.tables import Tables
 from tokenmill.wire.messages import Request
 
 
@@ -27,6 +28,13 @@ class SchedulerLimits:
     context_weight: int = 0
     # False: a sequence is computed from its first token on, because blocks do not hold all that later tokens need.
     shares_prefixes: bool = True
+    # By block table of a sequence: tokens that a token attends to there, its own included. 0: all tokens.
+    windows: tuple[int, ...] = (0,)
+
+    @property
+    def tables(self) -> Tables:
+        """Block tables of every sequence."""
+        return Tables.of(self.windows, self.block_size, self.max_batch_tokens)
 
     def weigh(self, start: int, count: int) -> int:
         """Return the cost of `count` tokens of a prompt from position `start` on, in tokens at position 0."""
@@ -50,8 +58,8 @@ class SchedulerLimits:
                 f"the request needs {prompt + wanted} tokens ({prompt} of the prompt, {wanted} new ones); "
                 f"a sequence may have {self.max_total_tokens}"
             )
-        capacity = num_blocks * self.block_size
-        if prompt + wanted - 1 > capacity:
+        if self.tables.blocks_of(prompt + wanted - 1) > num_blocks:
+            capacity = self.tables.longest(num_blocks, self.max_total_tokens)
             return (
                 f"the request needs room for {prompt + wanted - 1} tokens in the cache, which holds {capacity}; "
                 "ask for fewer tokens, or give the server more memory"

@@ -4,8 +4,9 @@ The shortest prompts come first, by size class and then by arrival, but the olde
 budget. Every prompt becomes the oldest eventually. So none starves, and none takes longer than twice the work of itself
 and all earlier ones.
 
-Partly computed prompts cannot deadlock: a prompt has blocks for all its tokens from its admission on, and the oldest is
-never preempted.
+Partly computed prompts cannot deadlock: the oldest is never preempted, and a prompt has blocks for all its tokens from
+its admission on. Tables with a window are the exception: there it has blocks for the largest step, and the scheduler
+allocates those of the following step, for which it may preempt younger sequences.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass, field
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.budget import PrefillBudget
 from tokenmill.engine.limits import SchedulerLimits
-from tokenmill.engine.prefixes import PrefixCache
+from tokenmill.engine.prefixes import Hit, PrefixCache
 from tokenmill.engine.running import Running
 from tokenmill.engine.sequence import Int32, Sequence
+from tokenmill.engine.tables import Tables
 from tokenmill.engine.waiting import Prompt, Waiting
 
 _MAX_PASSED_OVER = 8  # per size class: sequences that may wait for another's prefix without delaying later ones
@@ -47,12 +49,16 @@ class StepPlan:
 class Prefill:
     """Rule that divides steps among prompts. It has no state of its own."""
 
-    def __init__(self, pool: BlockPool, waiting: Waiting, running: Running, prefixes: PrefixCache) -> None:
-        self._pool, self._waiting, self._running, self._prefixes = pool, waiting, running, prefixes
+    def __init__(
+        self, pool: BlockPool, tables: Tables, waiting: Waiting, running: Running, prefixes: PrefixCache
+    ) -> None:
+        self._pool, self._tables, self._waiting, self._running, self._prefixes = (
+            pool, tables, waiting, running, prefixes,
+        )  # fmt: skip
 
     def queue(self, seq: Sequence, limits: SchedulerLimits) -> None:
         """Queue `seq` by the number of its uncached tokens."""
-        start = len(self._prefixes.match(seq)) * self._pool.block_size
+        start = self._prefixes.match(seq).length * self._pool.block_size
         self._waiting.add(seq, limits.size_class(start, len(seq.token_ids) - start))
 
     def divide(self, step: StepPlan, rows: list[int]) -> None:
@@ -98,14 +104,14 @@ class Prefill:
         seq = self._waiting.oldest()
         if seq is None or (oldest and oldest.arrival < seq.arrival):
             return None
-        cached = self._prefixes.match(seq)
-        if self._prefixes.is_being_computed(seq, len(cached)):
+        hit = self._prefixes.match(seq)
+        if self._prefixes.is_being_computed(seq, hit.length):
             return None
-        if self._admit(step, seq, cached):
+        if self._admit(step, seq, hit):
             start = self._running.computed_of(seq)
             return Prompt(step.limits.size_class(start, seq.num_tokens - start), seq.arrival, seq)
-        younger = sum(len(other.blocks) for other in self._running.values() if other.arrival > seq.arrival)
-        need = -(-len(seq.token_ids) // self._pool.block_size) + self._pool.num_blocks // 8
+        younger = sum(other.num_blocks for other in self._running.values() if other.arrival > seq.arrival)
+        need = self._tables.blocks_of(len(seq.token_ids)) + self._pool.num_blocks // 8
         step.spare_blocks = 0 if seq.num_preemptions else self._pool.num_blocks - need - younger
         return None
 
@@ -122,10 +128,10 @@ class Prefill:
         if seq.slot < 0:
             if not step.may_admit:
                 return True
-            cached = self._prefixes.match(seq)
-            if self._prefixes.is_being_computed(seq, len(cached)):
+            hit = self._prefixes.match(seq)
+            if self._prefixes.is_being_computed(seq, hit.length):
                 return True
-            step.may_admit = self._admit(step, seq, cached)
+            step.may_admit = self._admit(step, seq, hit)
             if not step.may_admit:
                 return True
         start, wanted, begun = self._remaining(step, prompt)
@@ -139,8 +145,8 @@ class Prefill:
             step.admitted[seq] = count
         return count == wanted
 
-    def _admit(self, step: StepPlan, seq: Sequence, cached: list[int]) -> bool:
-        """Admit a waiting sequence: assign a slot, its cached prefix `cached`, and blocks for all its tokens.
+    def _admit(self, step: StepPlan, seq: Sequence, hit: Hit) -> bool:
+        """Admit a waiting sequence: assign a slot, its cached prefix `hit`, and blocks for all its tokens.
 
         Return False, without a change, if it must wait: a few blocks must stay free, so that running sequences do not
         preempt it in the next steps, and each step must have room for a chunk beside all sequences that decode.
@@ -148,22 +154,21 @@ class Prefill:
         num_tokens, pool = len(seq.token_ids), self._pool
         if num_tokens < seq.num_tokens or not self._running.num_free:  # its last token may be on the device
             return False
-        start = len(cached) * pool.block_size
+        start = hit.length * pool.block_size
         min_chunk = step.min_chunk(num_tokens - start)
         if step.budget.fit(start, num_tokens - start) < min_chunk:
             return False
         if self._prefixes.computing and len(self._running) + step.min_chunk(num_tokens) > step.max_tokens:
             return False
-        blocks = -(-num_tokens // pool.block_size)
+        blocks, cached = self._tables.blocks_of(num_tokens), hit.all
         need = blocks - len(cached)
         reserve = min(len(self._running), pool.num_blocks // 8)
         if blocks > step.spare_blocks or need + reserve > pool.num_free - pool.unused(cached):
             return False
-        pool.share(cached)
-        fresh = pool.allocate(need)
-        assert fresh is not None
         step.spare_blocks -= blocks
         self._waiting.remove(seq)
-        self._running.start(seq, cached, fresh)
+        self._running.start(seq, hit)
+        grown = self._running.grow(seq, num_tokens)
+        assert grown, "the most that it may hold is free"
         self._prefixes.computing.append(seq)
         return True

@@ -3,36 +3,68 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.tables import UNBOUNDED, Tables
 
 NEVER = 1 << 62
 """Length that no sequence reaches."""
 
 
+class Hit(NamedTuple):
+    """The cached prefix of a sequence."""
+
+    length: int  # in blocks
+    blocks: list[list[int]]  # by table: the cached blocks that later tokens read, of which the last ends the prefix
+
+    @property
+    def all(self) -> list[int]:
+        """Blocks of all tables."""
+        return [block for blocks in self.blocks for block in blocks]
+
+
 class PrefixCache:
     """Blocks of sequences in the prefix cache. Blocks published for steps that did not run are removed again.
 
-    If not `enabled`, nothing is published, so nothing is found.
+    A block of the first table is cached under the hash of its tokens, one of another table under that hash and the
+    number of its table. If not `enabled`, nothing is published, so nothing is found.
     """
 
-    def __init__(self, pool: BlockPool, enabled: bool = True) -> None:
-        self._pool, self._enabled = pool, enabled
+    def __init__(self, pool: BlockPool, tables: Tables, enabled: bool = True) -> None:
+        self._pool, self._tables, self._enabled = pool, tables, enabled
         self._published: deque[list[int]] = deque()  # by step on the device: blocks that it will fill
         self.computing: list[Sequence] = []  # running sequences that are not computed up to `prefill_end` yet
 
-    def match(self, seq: Sequence) -> list[int]:
-        """Return the leading blocks of `seq` that are cached and may be shared. Reference counts do not change."""
-        cached = self._pool.match(seq.hashes_of(0, self._num_sharable(seq), self._pool.block_size))
-        seq.num_matched = len(cached)
-        return cached
+    def match(self, seq: Sequence) -> Hit:
+        """Return the longest prefix of `seq` that is cached and may be shared. Reference counts do not change.
+
+        All its blocks are cached in tables without a window. In those with one, the blocks of the last window are.
+        """
+        count, found = self._num_sharable(seq), {}
+        for table, behind in enumerate(self._tables.behind):
+            if behind == UNBOUNDED:
+                found[table] = self._pool.match(self._keys(seq, table, 0, count))
+                count = len(found[table])
+        if len(found) < len(self._tables.behind):
+            count = self._num_in_windows(seq, count)
+        seq.num_matched = count
+        firsts = self._tables.firsts(count * self._pool.block_size)
+        blocks = [
+            found[table][:count] if table in found else self._pool.match(self._keys(seq, table, first, count))
+            for table, first in enumerate(firsts)
+        ]
+        return Hit(count, blocks)
 
     def has_more(self, seq: Sequence) -> bool:
         """Return True if more blocks of `seq` are cached than at the last `match`."""
         num_cached = seq.num_matched
         last = min(num_cached + 1, self._num_sharable(seq))
-        return bool(self._pool.match(seq.hashes_of(num_cached, last, self._pool.block_size)))
+        return all(
+            self._pool.match(self._keys(seq, table, num_cached, last)) for table in range(len(self._tables.behind))
+        )
 
     def is_being_computed(self, seq: Sequence, num_cached: int) -> bool:
         """Return True if a sequence of `computing` will compute at least half of the uncached tokens of `seq`.
@@ -59,12 +91,22 @@ class PrefixCache:
             return
         full = min(len(seq.token_ids), computed) // size
         seq.hash_blocks(full, size)
-        for index in range(seq.num_published, full):
-            self._pool.publish(seq.blocks[index], seq.hashes[index])
-        if self._published:
-            self._published[-1] += seq.blocks[seq.num_published : full]
+        for table, (first, blocks) in enumerate(zip(seq.firsts, seq.blocks, strict=True)):
+            begin = max(seq.num_published, first)
+            new = blocks[begin - first : max(full - first, 0)]
+            for block, key in zip(new, self._keys(seq, table, begin, full), strict=True):
+                self._pool.publish(block, key)
+            if self._published:
+                self._published[-1] += new
         seq.num_published = max(full, seq.num_published)
         seq.publish_at = (seq.num_published + 1) * size
+
+    def unpublish(self, seq: Sequence) -> None:
+        """Remove the blocks that `seq` holds, and those that it held and released, from the prefix cache."""
+        for table, (first, blocks) in enumerate(zip(seq.firsts, seq.blocks, strict=True)):
+            self._pool.unpublish(blocks)
+            if first:
+                self._pool.unpublish(self._pool.find(self._keys(seq, table, 0, min(first, seq.num_published))))
 
     def begin_step(self) -> None:
         """Count a step as planned: blocks published from now on belong to it."""
@@ -84,3 +126,27 @@ class PrefixCache:
         if not self._enabled or seq.request.computes_whole_prompt:
             return 0
         return (len(seq.token_ids) - 1) // self._pool.block_size
+
+    def _num_in_windows(self, seq: Sequence, count: int) -> int:
+        """Return the largest number of blocks, at most `count`, whose last windows are cached in all tables."""
+        size, table = self._pool.block_size, 0
+        while count and table < len(self._tables.behind):
+            first = self._tables.firsts(count * size)[table]
+            missing = -1 if self._tables.behind[table] == UNBOUNDED else self._last_missing(seq, table, first, count)
+            # A prefix that ends behind a missing block has that block in its last window, unless it ends later.
+            count, table = (missing, 0) if missing >= 0 else (count, table + 1)
+        return count
+
+    def _last_missing(self, seq: Sequence, table: int, first: int, last: int) -> int:
+        """Return one of the blocks `first` to `last` - 1 that is not cached, preferably the first one; -1: none."""
+        if first < last and not self._is_cached(seq, table, first):
+            return first
+        return next((index for index in range(last - 1, first, -1) if not self._is_cached(seq, table, index)), -1)
+
+    def _is_cached(self, seq: Sequence, table: int, index: int) -> bool:
+        return bool(self._pool.match(self._keys(seq, table, index, index + 1)))
+
+    def _keys(self, seq: Sequence, table: int, first: int, last: int) -> Iterable[bytes]:
+        """Return the keys of the blocks `first` to `last` - 1 of a table, made as they are needed."""
+        hashes = seq.hashes_of(first, last, self._pool.block_size)
+        return (key + bytes((table,)) for key in hashes) if table else hashes

@@ -7,25 +7,29 @@ from collections.abc import ValuesView
 import numpy as np
 
 from tokenmill.engine.block_pool import BlockPool
-from tokenmill.engine.sequence import Int32, Sequence, entries_array
+from tokenmill.engine.prefixes import Hit
+from tokenmill.engine.sequence import Int32, Sequence, blocks_array
+from tokenmill.engine.tables import Tables
 
 
 class Running:
     """The running sequences in order of admission, with their slots and blocks."""
 
-    def __init__(self, pool: BlockPool, size: int) -> None:
+    def __init__(self, pool: BlockPool, tables: Tables, size: int) -> None:
         self._pool = pool
+        self._tables = tables
         self._by_id: dict[int, Sequence] = {}
         self._free_slots = list(range(size - 1, -1, -1))
         self.tokens = np.zeros(size, np.int32)  # by slot: tokens that exist on the host or on the device
         self.computed = np.zeros(size, np.int32)  # by slot: tokens whose KV entries a planned step writes
         self.max_computed = np.zeros(size, np.int32)  # by slot: tokens to compute until its end, all but the last one
-        self.num_blocks = np.zeros(size, np.int32)  # by slot: number of blocks
+        self.covered = np.zeros(size, np.int32)  # by slot: tokens that have a block in every table
+        self._expires_at = np.zeros(size, np.int32)  # by slot: computed tokens at which a block is not read any more
         # Sequences and slots as of `refresh`. Replaced, never modified: batches keep references to them.
         self.rows: list[Sequence] = []
         self.slots: Int32 = np.zeros(0, np.int32)
         self.changed = False  # True if a sequence joined or left since `refresh`
-        self._entries: list[tuple[int, int, int]] = []  # slot, index in its block table, block: added since `refresh`
+        self._entries: list[tuple[int, int, int, int]] = []  # table, slot, index, block: added since `refresh`
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -47,39 +51,65 @@ class Running:
         return len(self._free_slots)
 
     def refresh(self) -> None:
-        """Begin the plan of a step: update `rows` and `slots`, and clear the new block table entries."""
+        """Begin the plan of a step: update `rows` and `slots`, clear the new block table entries, trim the tables."""
         self._entries = []
         if self.changed:
             self.rows = list(self._by_id.values())
             self.slots = np.array([seq.slot for seq in self.rows], np.int32)
             self.changed = False
+        if self._tables.windowed:
+            for row in np.flatnonzero(self.computed[self.slots] >= self._expires_at[self.slots]).tolist():
+                self._trim(self.rows[row])
 
-    def start(self, seq: Sequence, cached: list[int], fresh: list[int]) -> None:
-        """Start `seq`: assign a slot and its blocks, first those of the cached prefix, then newly allocated ones."""
+    def start(self, seq: Sequence, hit: Hit) -> None:
+        """Start `seq` behind its cached prefix: assign a slot and share the prefix's blocks. `grow` must follow."""
+        self._pool.share(hit.all)
         slot = self._free_slots.pop()
         self._by_id[seq.id] = seq
         self.changed = True
-        num_cached = len(cached) * self._pool.block_size
-        seq.slot, seq.blocks = slot, cached + fresh
+        num_cached = hit.length * self._pool.block_size
+        seq.slot, seq.blocks, seq.firsts = slot, hit.blocks, self._tables.firsts(num_cached)
         seq.prefill_end = seq.num_tokens
-        seq.num_published = len(cached)
+        seq.num_published = hit.length
         seq.publish_at = num_cached + self._pool.block_size
         self.tokens[slot] = seq.num_tokens
         self.computed[slot] = num_cached
         self.max_computed[slot] = seq.max_tokens - 1
-        self.num_blocks[slot] = len(seq.blocks)
-        self._entries += [(slot, index, block) for index, block in enumerate(seq.blocks)]
+        self._expires_at[slot] = self._tables.expires_at(seq.firsts)
+        for table, (first, blocks) in enumerate(zip(seq.firsts, seq.blocks, strict=True)):
+            self._entries += [(table, slot, index, block) for index, block in enumerate(blocks, first)]
 
-    def grow(self, seq: Sequence, need: int) -> bool:
-        """Allocate `need` more blocks for `seq`. Return False, without a change, if too few are free."""
-        fresh = self._pool.allocate(need)
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Allocate the blocks that `seq` lacks in the next step of `num_tokens` tokens in all.
+
+        Return False, without a change, if too few are free.
+        """
+        slot, ends = seq.slot, self._tables.ends(self.computed_of(seq), num_tokens)
+        held = [first + len(blocks) for first, blocks in zip(seq.firsts, seq.blocks, strict=True)]
+        need = [max(end - begin, 0) for begin, end in zip(held, ends, strict=True)]
+        fresh = self._pool.allocate(sum(need))
         if fresh is None:
             return False
-        held = len(seq.blocks)
-        self._entries += [(seq.slot, held + index, block) for index, block in enumerate(fresh)]
-        seq.blocks += fresh
-        self.num_blocks[seq.slot] = held + need
+        for table, (begin, count) in enumerate(zip(held, need, strict=True)):
+            new, fresh = fresh[:count], fresh[count:]
+            self._entries += [(table, slot, index, block) for index, block in enumerate(new, begin)]
+            seq.blocks[table] += new
+        self.covered[slot] = min(map(max, held, ends)) * self._pool.block_size
         return True
+
+    def _trim(self, seq: Sequence) -> None:
+        """Release the blocks of `seq` that no token reads any more.
+
+        Steps that were launched may still read them. They can be reused at once all the same: steps run in order.
+        """
+        # An extension may void tokens that are not read back, and compute from the last known one on again.
+        firsts = self._tables.firsts(min(self.computed_of(seq), len(seq.token_ids) - 1))
+        for table, (before, first) in enumerate(zip(seq.firsts, firsts, strict=True)):
+            if first > before:
+                self._pool.release(seq.blocks[table][: first - before])
+                del seq.blocks[table][: first - before]
+                seq.firsts[table] = first
+        self._expires_at[seq.slot] = self._tables.expires_at(seq.firsts)
 
     def release(self, seq: Sequence) -> None:
         """Free the slot and the blocks of `seq`.
@@ -90,12 +120,13 @@ class Running:
         del self._by_id[seq.id]
         self.changed = True
         self._free_slots.append(seq.slot)
-        self._pool.release(seq.blocks)
-        seq.slot, seq.blocks = -1, []
+        for blocks in seq.blocks:
+            self._pool.release(blocks)
+        seq.slot, seq.blocks, seq.firsts = -1, [], []
 
     def entries(self) -> Int32:
-        """Return (n, 3) slot, index in its block table, block: the entries added since `refresh`."""
-        return entries_array(self._entries)
+        """Return (n, 4) table, slot, index in that table, block: the entries added since `refresh`."""
+        return blocks_array(self._entries)
 
     def computed_of(self, seq: Sequence) -> int:
         """Return the number of tokens of `seq` that are computed once all planned steps have run."""

@@ -35,10 +35,11 @@ class Scheduler:
         self.pool = pool
         self.limits = limits
         self.waiting = Waiting()
-        self.running = Running(pool, limits.max_batch_size)
+        tables = limits.tables
+        self.running = Running(pool, tables, limits.max_batch_size)
         self.counts = Counts()
-        self._prefixes = PrefixCache(pool, limits.shares_prefixes)
-        self._prefill = Prefill(pool, self.waiting, self.running, self._prefixes)
+        self._prefixes = PrefixCache(pool, tables, limits.shares_prefixes)
+        self._prefill = Prefill(pool, tables, self.waiting, self.running, self._prefixes)
         self._budget = StepBudget(limits.max_batch_tokens)
         self._num_added = 0  # requests so far; gives each its `arrival`
         self._num_planned = 0  # batches so far; gives each its `number`
@@ -212,16 +213,19 @@ class Scheduler:
             counts[counts.cumsum() > budget.tokens] = 0
             reach[(counts == 0) & (wanted == 1)] = 0
         budget.tokens -= int(counts.sum())
-        need = -(-reach // self.pool.block_size) - running.num_blocks[running.slots]
         rows = running.rows
-        for row in sorted(np.flatnonzero(need > 0).tolist(), key=lambda row: rows[row].arrival):
+        short = np.flatnonzero(reach > running.covered[running.slots]).tolist()
+        for row in sorted(short, key=lambda row: rows[row].arrival):
             if rows[row].slot >= 0:  # the oldest first, so no blocks go to a row that is preempted here
-                self._grow(rows[row], int(need[row]))
+                self._grow(rows[row], int(reach[row]))
         return counts, prompts, budget
 
-    def _grow(self, seq: Sequence, need: int) -> None:
-        """Allocate `need` more blocks for `seq`. While too few are free, preempt the youngest sequence: maybe `seq`."""
-        while not self.running.grow(seq, need):
+    def _grow(self, seq: Sequence, num_tokens: int) -> None:
+        """Allocate the blocks of `num_tokens` tokens for `seq`.
+
+        While too few are free, preempt the youngest sequence: maybe `seq`.
+        """
+        while not self.running.grow(seq, num_tokens):
             victim = max(self.running.values(), key=lambda other: other.arrival)
             self._preempt(victim)
             if victim is seq:
@@ -283,7 +287,7 @@ class Scheduler:
 
     def _fail(self, seq: Sequence, outputs: list[Output]) -> None:
         """End a sequence whose logits are not finite, and remove its blocks from the prefix cache."""
-        self.pool.unpublish(seq.blocks)
+        self._prefixes.unpublish(seq)
         self._finish(seq, "error")
         outputs.append(seq.failure("the model's output is not a finite number"))
 

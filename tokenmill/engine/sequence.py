@@ -15,12 +15,18 @@ from tokenmill.wire.messages import Output, Payload, Request, TokenDetails
 Int32 = NDArray[np.int32]
 
 _NO_ENTRIES = np.zeros((0, 3), np.int32)
+_NO_BLOCKS = np.zeros((0, 4), np.int32)
 _AHEAD = 32  # blocks hashed per call: few calls for a long prompt, little waste at a cache miss
 
 
 def entries_array(entries: list[tuple[int, int, int]]) -> Int32:
     """Return the entries as an array (n, 3). Do not write to it: all empty results are the same array."""
     return np.array(entries, np.int32) if entries else _NO_ENTRIES
+
+
+def blocks_array(entries: list[tuple[int, int, int, int]]) -> Int32:
+    """Return the entries as an array (n, 4), under the same condition."""
+    return np.array(entries, np.int32) if entries else _NO_BLOCKS
 
 
 @dataclass(eq=False, slots=True)
@@ -39,7 +45,8 @@ class Sequence:
     num_tokens: int = field(init=False)  # valid while it waits: len(token_ids) + tokens still on the device
     arrival: int = 0  # ordinal of its request; smaller: older
     slot: int = -1  # index of its state on the device; -1 while it waits
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)  # by table, from its entry of `firsts` on; none waiting
+    firsts: list[int] = field(default_factory=list)  # by table: blocks before it were released: no token reads them
     prefill_end: int = 0  # tokens known at its last admission; it samples once all of them are computed
     hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of `token_ids`, computed on demand
     num_matched: int = 0  # leading blocks that were cached at the last lookup
@@ -56,6 +63,11 @@ class Sequence:
         self.num_tokens = len(self.token_ids)
         self.max_tokens = self.num_tokens + self.request.stopping.max_new_tokens
         self.stop_ids = frozenset(self.request.stopping.stop_ids)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks that it holds, over all tables."""
+        return sum(map(len, self.blocks))
 
     def hash_blocks(self, count: int, block_size: int) -> None:
         """Extend `hashes` to the first `count` blocks, which must be full."""
@@ -136,7 +148,7 @@ class Batch:
     samples: Int32  # (R,) rows whose next token is sampled, ascending
     sequences: list[Sequence]  # by row
     admitted: list[Sequence]  # sequences that join in this step: the last rows
-    blocks: Int32  # (n, 3) slot, index in its block table, block: entries added since the last step
+    blocks: Int32  # (n, 4) table, slot, index in that table, block: entries added since the last step
     num_tokens: int  # sum of `counts`
     num_prefill_rows: int  # rows that compute more than one token or do not sample
     number: int  # ordinal of the batch, from 1

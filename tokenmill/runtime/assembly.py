@@ -19,6 +19,7 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.engine import Executor as AnyExecutor
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.tables import Tables
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import Load, cost, state_layout, weights_of
@@ -116,7 +117,8 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
         num_blocks = _allocate(choice, backend, limits, options, group, needed // group.size)
         report(Progress("warmup", unit="items"))
         backend.warm_up()
-        total = min(longest, num_blocks * options.block_size)
+        tables = _tables(backend, limits)
+        total = tables.longest(num_blocks, longest)
         info = EngineInfo(
             model_id=source.model_id,
             dtype=dtype,
@@ -134,11 +136,10 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
             quantize=backend_options.quantize,
             isa=choice.kind.instruction_set(backend_options),
             shares_prefixes=not state_layout(program),
+            long_capacity=num_blocks * total // tables.blocks_of(total) if tables.windowed else 0,
         )
-        if not info.shares_prefixes:
-            _log.info("The prefix cache is off: the model keeps a state for each sequence, which blocks do not hold.")
         lengths.log_prompt_limit(options.max_input_tokens, total, length)
-        scheduler = scheduler_of(info, defaults, program)
+        scheduler = scheduler_of(info, defaults, program, backend.windows)
         constraints = _constraints(source, info, options, resources) if group.rank == 0 else None
         executor = Executor(backend, limits.max_batch_size, constraints)
         return Assembled(scheduler, executor, info, constraints, resources.pop_all())
@@ -222,7 +223,7 @@ def _allocate(
     demand = Demand(
         backend.block_bytes(),
         backend.step_bytes(),
-        limits.block_size,
+        _tables(backend, limits),
         limits.max_batch_size,
         limits.max_total_tokens,
         backend.claimed_bytes(),
@@ -240,11 +241,20 @@ def _allocate(
     return num_blocks
 
 
-def scheduler_of(info: EngineInfo, defaults: Defaults, program: Program | None = None) -> Scheduler:
+def _tables(backend: Backend, limits: StepLimits) -> Tables:
+    """Return the block tables of a sequence."""
+    return Tables.of(backend.windows, limits.block_size, limits.max_batch_tokens)
+
+
+def scheduler_of(
+    info: EngineInfo, defaults: Defaults, program: Program | None = None, windows: tuple[int, ...] = (0,)
+) -> Scheduler:
     """Return a scheduler for the engine `info`.
 
-    `defaults`: of its device. `program`: of its model, None for a mock engine.
+    `defaults`: of its device. `program`: of its model, None for a mock engine. `windows`: of its backend's tables.
     """
+    if not info.shares_prefixes:
+        _log.info("The prefix cache is off: the model keeps a state for each sequence, which blocks do not hold.")
     limits = SchedulerLimits(
         info.max_batch_tokens,
         info.max_batch_size,
@@ -254,6 +264,7 @@ def scheduler_of(info: EngineInfo, defaults: Defaults, program: Program | None =
         max_chunk=defaults.max_chunk,
         context_weight=context_weight(program) if program is not None else 0,
         shares_prefixes=info.shares_prefixes,
+        windows=windows,
     )
     return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
 

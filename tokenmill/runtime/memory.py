@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from tokenmill.engine.tables import Tables
 from tokenmill.errors import NotEnoughMemory
 
 SHARE = 0.5  # of free memory for the cache if there is no limit: other processes use the host's memory too
@@ -26,9 +27,9 @@ _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 class Demand:
     """Memory demand of one rank."""
 
-    block_bytes: int  # of one block in all layers
+    block_bytes: int  # of one block
     step_bytes: int  # of the largest step, besides weights and cache
-    block_size: int  # tokens
+    tables: Tables  # of a sequence
     max_batch_size: int  # sequences at once
     max_total_tokens: int  # of the longest sequence
     claimed_bytes: int = 0  # part of `step_bytes` that is already allocated
@@ -36,7 +37,7 @@ class Demand:
 
     def blocks_of(self, tokens: int) -> int:
         """Return the number of blocks of a sequence of `tokens` tokens."""
-        return -(-tokens // self.block_size)
+        return self.tables.blocks_of(tokens)
 
 
 def check_weights(weight_bytes: int, available: int, limit: int | None = None) -> None:

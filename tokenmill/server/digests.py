@@ -21,7 +21,7 @@ _PART = 64 << 10
 _NUM_PARTS = 16
 _READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 _PACKAGES = {"torch": ("torch", "transformers")}  # by backend: packages that compute besides this one
-_CAPACITY = frozenset({"model_id", "revision", "num_blocks", "max_input_tokens", "max_total_tokens"})
+_CAPACITY = frozenset({"model_id", "revision", "num_blocks", "max_input_tokens", "max_total_tokens", "long_capacity"})
 """Fields of `EngineInfo` that identify the model or bound its requests, and do not change what is computed."""
 
 

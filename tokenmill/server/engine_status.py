@@ -86,12 +86,13 @@ class EngineStatus:
             before = _NO_STATS if stats.steps <= 1 else stats
         metrics = self._metrics
         metrics.heard(asyncio.get_running_loop().time())
-        block_size = self.engine.info.block_size if self.engine else 0
+        capacity = self.engine.info.capacity if self.engine else 0
+        used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
         metrics.set("tgi_queue_size", stats.waiting)
         metrics.set("tgi_batch_current_size", stats.running)
-        metrics.set("tgi_batch_current_max_tokens", stats.blocks_used * block_size)
+        metrics.set("tgi_batch_current_max_tokens", round(used * capacity))
         metrics.set("tokenmill_kv_blocks_used", stats.blocks_used)
-        metrics.set("tokenmill_kv_usage_ratio", stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0)
+        metrics.set("tokenmill_kv_usage_ratio", used)
         if failures := stats.retracted - before.retracted:
             metrics.add("tgi_batch_inference_failure", "prefill" if before.prefill_rows else "decode", amount=failures)
         if stats.steps > before.steps:

@@ -220,11 +220,12 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag="info"):
     quantize: str = ""
     isa: str = ""  # instruction set that the kernels are compiled for
     shares_prefixes: bool = True  # requests whose prompts begin alike share the work of it
+    long_capacity: int = 0  # tokens that the cache holds of the longest sequences; 0: as many as of any others
 
     @property
     def capacity(self) -> int:
-        """Capacity of the KV cache in tokens."""
-        return self.num_blocks * self.block_size
+        """Capacity of the KV cache in tokens. Where layers have windows: in tokens of the longest sequences."""
+        return self.long_capacity or self.num_blocks * self.block_size
 
 
 FromEngine = EngineInfo | StepOutputs

@@ -43,7 +43,7 @@ Body = Callable[..., int]
         *(layout.WINDOW, layout.HEAD_EPS, layout.Q_NORM, layout.K_NORM, layout.PAGE_STRIDE),
     )
 )
-_KEY_STRIDE, _VALUE_STRIDE = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE
+_KEY_STRIDE, _VALUE_STRIDE, _TABLE_AT = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE, 8 * layout.TABLE_AT
 _SLOPES, _ROPE_INTERLEAVED = 8 * layout.SLOPES, 8 * layout.ROPE_INTERLEAVED
 (_THREADS, _TOKENS, _ITEMS, _SINGLE_TOKEN, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
     8 * c
@@ -85,9 +85,10 @@ def prepare_head(row: int, r: int, x: int, vectors: int, weight: int) -> None:
 
 
 @inline
-def blocks_of(context: int, r: int) -> int:
-    """Return the address of the block table of row r's sequence."""
-    return int(peek(context + _TABLES) + peek(peek(context + _SEQUENCES) + r * 8) * peek(context + _TABLE_STRIDE))
+def blocks_of(row: int, context: int, r: int) -> int:
+    """Return the address of the layer's block table of row r's sequence."""
+    tables = peek(context + _TABLES) + peek(peek(context + _SEQUENCES) + r * 8) * peek(context + _TABLE_STRIDE)
+    return int(tables + peek(row + _TABLE_AT))
 
 
 def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
@@ -99,7 +100,7 @@ def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
         key = peek(row + _KEYS) + r * peek(row + _KEY_STRIDE) + h * dim * 4
         value = peek(row + _VALUES) + r * peek(row + _VALUE_STRIDE) + h * dim * 4
         prepare_head(row, r, key, vectors, peek(row + _K_NORM))
-        block = peek32(blocks_of(context, r) + (position >> 4) * 4)
+        block = peek32(blocks_of(row, context, r) + (position >> 4) * 4)
         page = peek(row + _CACHE) + block * peek(row + _PAGE_STRIDE) + h * size
         store(key, value, page, position & 15)
 
@@ -190,7 +191,7 @@ def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
         write_pairs(row, context, r0, n, h, pairs, tile)
         p0, last = peek(pairs + BEGIN) >> 4, peek(pairs + (n * group - 1) * PAIR_BYTES + END)
         stride = peek(row + _PAGE_STRIDE)
-        table, kv, count = blocks_of(context, r0), peek(row + _CACHE) + h * page, ((last + 15) >> 4) - p0
+        table, kv, count = blocks_of(row, context, r0), peek(row + _CACHE) + h * page, ((last + 15) >> 4) - p0
         size, factor, cap = peek(context + _SCORE_SIZE), peek(row + _SCALE), peek(row + _CAP)
         scores = peek(context + _SCORE_AT) + tid * _SCORE_ROWS * size
         j = 0
@@ -226,7 +227,7 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
         position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
         p0 = max(0, position - window + 1) >> 4 if window else 0
         stride = peek(row + _PAGE_STRIDE)
-        begin(p0, ((position + n + 15) >> 4) - p0, blocks_of(context, r0), peek(row + _CACHE) + h * page, stride)
+        begin(p0, ((position + n + 15) >> 4) - p0, blocks_of(row, context, r0), peek(row + _CACHE) + h * page, stride)
 
     return compiled(f"attend_begin_{heads.name}_{isa.name}", prefetch)
 

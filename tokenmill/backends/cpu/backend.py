@@ -90,7 +90,7 @@ class CpuBackend:
         self._memory = Memory(
             self.program, sizes, prepared.panels, lambda w: load(w, job.source, job.read).floats(), prepared.private
         )
-        self._slots = Slots(limits)
+        self._slots = Slots(limits, len(self.windows))
         self._sampler = Sampler(self._slots.tokens, self._slots.parameters, self.vocab_size, threads)
         self._lines = [*Lowering(self.program, self._memory).lines(), self._sample_line()]
         self._memory.close_source()
@@ -113,8 +113,13 @@ class CpuBackend:
 
     # ---- the Backend protocol ----
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Windows by block table: see `Backend`."""
+        return self._memory.cache_plan.windows
+
     def block_bytes(self) -> int:
-        """Return the bytes of one cache block over all layers."""
+        """Return the bytes of one cache block."""
         return self._memory.block_bytes(self.limits.block_size)
 
     def step_bytes(self) -> int:
@@ -140,6 +145,7 @@ class CpuBackend:
             line.row[layout.KERNEL] = self._code[line.kernel]
             if isinstance(line.op, ops.Attention):
                 columns = self._memory.cache(line.op.layer)
+                columns[layout.TABLE_AT] = self._memory.cache_plan.table(line.op.layer) * self._slots.table_bytes
                 line.row[list(columns)] = list(columns.values())
         self._table = zeros((len(rows), layout.COLUMNS), np.int64)
         self._table[:] = rows
@@ -209,7 +215,7 @@ class CpuBackend:
         self._workers.run(base + first * layout.ROW_BYTES, base + last * layout.ROW_BYTES)
 
     def _warm_up(self) -> None:
-        for inputs in warm_up_steps(self.limits, self.num_blocks):
+        for inputs in warm_up_steps(self.limits, self.num_blocks, len(self.windows)):
             self._slots.apply(inputs)
             self._compute(inputs, self._scratch.plan(step_tokens(inputs)))
         size = warm_up_tokens(self.limits, self.num_blocks)

@@ -16,6 +16,7 @@ from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.items import Items
 from tokenmill.backends.cpu.pack import Packed, pack_vector
 from tokenmill.backends.cpu.scratch import zeros
+from tokenmill.backends.steps import cache_plan
 from tokenmill.program import ops
 from tokenmill.program.buffers import Plan, plan_buffers
 from tokenmill.program.cost import cache_layout
@@ -155,7 +156,7 @@ class Memory:
     ) -> None:
         self.program, self.sizes, self.private = program, sizes, private
         self.plan = plan_of(program, sizes, private)
-        self.layout = cache_layout(program)
+        self.cache_plan = cache_plan(cache_layout(program), sizes.context)
         self.arena = zeros((self.plan.size,))
         self.items = Items(program, sizes.rows)
         self._panels, self._read = panels, vector
@@ -229,28 +230,28 @@ class Memory:
     # ---- cache ----
 
     def block_bytes(self, block_size: int) -> int:
-        """Return the bytes of one block over all layers."""
-        return block_size // layout.BLOCK * sum(self._layer_bytes().values())
+        """Return the bytes of one block over all its parts."""
+        return block_size // layout.BLOCK * sum(self._part_bytes())
 
-    def _layer_bytes(self) -> dict[int, int]:
-        """Return the bytes of 16 tokens, by layer."""
+    def _part_bytes(self) -> list[int]:
+        """Return the bytes of 16 tokens, by part of a block."""
         form = self.sizes.kv_dtype
-        keys = {layer: spec.parts[0] for layer, spec in self.layout.items()}  # values have the same size
-        return {layer: key.heads * page_bytes(key.width, form) for layer, key in keys.items()}
+        keys = [spec.parts[0] for spec in self.cache_plan.parts]  # values have the same size
+        return [key.heads * page_bytes(key.width, form) for key in keys]
 
     def allocate(self, num_pages: int) -> None:
-        """Allocate the KV cache, with all layers of a block side by side.
+        """Allocate the KV cache, with all parts of a block side by side.
 
         The system commits memory when a block is first written to. Raises MemoryError if the cache does not fit.
         """
-        self._cache = zeros((num_pages, sum(self._layer_bytes().values())))
+        self._cache = zeros((num_pages, sum(self._part_bytes())))
         self.num_pages = num_pages
 
     def cache(self, layer: int) -> dict[int, int]:
         """Return the columns of a table row that accesses a layer's cache; zeros before `allocate`."""
         if not len(self._cache):
             return {layout.CACHE: 0, layout.PAGE_STRIDE: 0}
-        before = sum(size for index, size in self._layer_bytes().items() if index < layer)
+        before = sum(self._part_bytes()[: self.cache_plan.places[layer][1]])
         return {layout.CACHE: self._cache.ctypes.data + before, layout.PAGE_STRIDE: self._cache.strides[0]}
 
     def clear_pages(self, pages: slice) -> None:

@@ -31,17 +31,17 @@ class Account:
         """Bytes to leave free beside the cache."""
         return self.passing + self.graphs + self.libraries
 
-    def log(self, cache_bytes: int, tokens: int, taken: int, free: int) -> None:
+    def log(self, cache_bytes: int, capacity: str, taken: int, free: int) -> None:
         """Log the account.
 
-        `tokens`: capacity of the cache. `taken`: bytes that graphs and libraries have taken by now. `free`: bytes of
-        the device that are left.
+        `capacity`: of the cache, with its unit. `taken`: bytes that graphs and libraries have taken by now. `free`:
+        bytes of the device that are left.
         """
         parts = (self.weights, self.step, self.sampler, taken, cache_bytes)
         _log.info(
             "GPU memory: weights %.1f GiB, step %.1f, sampler %.1f, graphs and libraries %.1f, KV cache %.1f GiB "
-            "(%s tokens), free %.1f, of which %.1f are kept for more graphs and what a step takes for a while.",
-            *(part / _GIB for part in parts), f"{tokens:,}", free / _GIB, max(0, self.to_come - taken) / _GIB,
+            "(%s), free %.1f, of which %.1f are kept for more graphs and what a step takes for a while.",
+            *(part / _GIB for part in parts), capacity, free / _GIB, max(0, self.to_come - taken) / _GIB,
         )  # fmt: skip
 
 

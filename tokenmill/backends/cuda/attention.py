@@ -175,6 +175,10 @@ class AttentionLowering:
         key, value = self._cache_scales.get(op.layer, (1.0, 1.0))
         return 1.0 / key, 1.0 / value
 
+    def _table(self, op: ops.Attention) -> Tensor:
+        """Return the block table of a layer, of all slots."""
+        return self._slots.table(self._memory.cache_plan.table(op.layer))
+
     def _cos_sin(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
         return self._memory.cos_sin(op.rope, op.head_dim) if op.rope is not None else (self._sums, self._sums)
 
@@ -203,7 +207,7 @@ class AttentionLowering:
     def _alone(self, op: ops.Attention) -> Run:
         q, k, v, out = (self._memory.value(x) for x in (op.q, op.k, op.v, op.out))
         keys, values = self._memory.cache(op.layer)
-        tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
+        tables, common, shared = self._table(op), self._common(op), op.q.width // op.k.width
         (cos, sin), (q_norm, k_norm), (scale, cap, v_scale) = self._cos_sin(op), self._norms(op), self._scales(op)
         (k_fit, v_fit), (items, make_list) = self._fits(op), self._lister(op)
         kv_heads, launch = op.k.width // op.head_dim, Site(decode)
@@ -230,7 +234,7 @@ class AttentionLowering:
         """Write keys and values of all tokens to the cache, and their rotated queries to `Memory.queries`."""
         q, k, v, rotated = (*(self._memory.value(x) for x in (op.q, op.k, op.v)), self._memory.queries.view(-1))
         keys, values = self._memory.cache(op.layer)
-        tables, common = self._slots.tables, self._common(op)
+        tables, common = self._table(op), self._common(op)
         (cos, sin), (q_norm, k_norm), (k_fit, v_fit) = self._cos_sin(op), self._norms(op), self._fits(op)
         kv_heads, heads, launch = op.k.width // op.head_dim, op.q.width // op.head_dim, Site(write_heads)
 
@@ -248,7 +252,7 @@ class AttentionLowering:
         """Attend from tiles, whose queries and keys are written; the longest tile attends to so many keys."""
         out, rotated = self._memory.value(op.out), self._memory.queries.view(-1)
         keys, values = self._memory.cache(op.layer)
-        tables, common, shared = self._slots.tables, self._common(op), op.q.width // op.k.width
+        tables, common, shared = self._table(op), self._common(op), op.q.width // op.k.width
         kv_heads, (scale, cap, v_scale) = op.k.width // op.head_dim, self._scales(op)
         shape, launch = tile_shape(op.head_dim, shared, self._item, self._invariant), Site(attend_tiles)
 

@@ -74,8 +74,11 @@ class CudaBackend:
         self._kernels = Kernels(options.kernel_cache, options.cpus, about)  # its helpers start while weights are read
         try:
             self._weights = pack(self.program, job.source, job.read, job.group, dtype, self._device, job.report)
-            self._memory = Memory(self.program, limits, dtype, self._device, CACHE_DTYPES.get(options.kv_cache_dtype))
-            self._slots = CudaSlots(limits, self._device)
+            self._memory = Memory(
+                self.program, limits, dtype, self._device, CACHE_DTYPES.get(options.kv_cache_dtype),
+                windows=options.attention != "flashinfer",
+            )  # fmt: skip
+            self._slots = CudaSlots(limits, self._device, len(self.windows))
             self.logits = self._memory.value(self.program.logits)
             self._sampler = Sampler(self.logits, self._slots, self._device, options.deterministic)
             self._attention = self._attention_options(job)
@@ -104,8 +107,13 @@ class CudaBackend:
 
     # ---- the Backend protocol ----
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Windows by block table: see `Backend`."""
+        return self._memory.cache_plan.windows
+
     def block_bytes(self) -> int:
-        """Return the bytes of one cache block over all layers."""
+        """Return the bytes of one cache block."""
         return self._memory.block_bytes()
 
     def step_bytes(self) -> int:
@@ -158,12 +166,14 @@ class CudaBackend:
         self._kernels.watch()
         if self._device.real:
             free, cache = self._device.free_bytes(), self.num_blocks * self.block_bytes()
-            self._account.log(cache, self.num_blocks * self.limits.block_size, self._free - free, free)
+            tokens, several = self.num_blocks * self.limits.block_size, len(self.windows) > 1
+            capacity = f"{self.num_blocks:,} blocks" if several else f"{tokens:,} tokens"
+            self._account.log(cache, capacity, self._free - free, free)
 
     def _launch_all(self) -> int:
         """Launch every kernel that a step may need, and return the number of cache places that were written to."""
         nothing = np.zeros(0, np.int32)
-        work = warm_up_of(self.limits, self.num_blocks, self._slots.padding, self._graphs.first)
+        work = warm_up_of(self.limits, self.num_blocks, self._slots.padding, self._graphs.first, len(self.windows))
         self._slots.apply(StepInputs(nothing, nothing, nothing, nothing, blocks=work.blocks))
         self._sampler.warm_up_some(self._arrays.buffer)  # First, because its kernels take longest to compile.
         for inputs in work.runs:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.device import Device
-from tokenmill.backends.steps import block_bytes, most_rows
+from tokenmill.backends.steps import block_bytes, cache_plan, most_rows, one_table
 from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout
@@ -16,7 +16,11 @@ from tokenmill.program.value import Buffer, Program, Value
 
 
 class Memory:
-    """Values of a program at its largest step, and its cache. `cache_dtype`: None for the computation's."""
+    """Values of a program at its largest step, and its cache.
+
+    `cache_dtype`: None for the computation's. `windows`: False if kernels may read blocks before a window, which then
+    keep their content.
+    """
 
     def __init__(
         self,
@@ -25,6 +29,7 @@ class Memory:
         dtype: torch.dtype,
         device: Device,
         cache_dtype: torch.dtype | None = None,
+        windows: bool = True,
     ) -> None:
         self.program, self.limits, self.dtype, self.device = program, limits, dtype, device
         self.cache_dtype = cache_dtype or dtype
@@ -36,7 +41,8 @@ class Memory:
         self._plan = plan_buffers(program, self._bytes, lambda op: isinstance(op, ops.Linear | ops.Norm), lasting)
         self._arena = torch.empty(self._plan.size, dtype=torch.uint8, device=device.torch)
         self._buffers: dict[int, Tensor] = {}
-        self._layout = cache_layout(program)
+        layout = cache_layout(program)
+        self.cache_plan = cache_plan(layout, limits.max_total_tokens) if windows else one_table(layout)
         self._cache: dict[int, Tensor] = {}
         self._cos_sin_of: dict[tuple[RopeTable, int], tuple[Tensor, Tensor]] = {}
         queries = max((op.q.width for op in program.ops if isinstance(op, ops.Attention)), default=0)
@@ -76,14 +82,16 @@ class Memory:
         return self._cos_sin_of[table, head_dim]
 
     def block_bytes(self) -> int:
-        """Bytes of one cache block over all layers."""
-        return block_bytes(self._layout, self.cache_dtype.itemsize, self.limits.block_size)
+        """Bytes of one cache block."""
+        return block_bytes(self.cache_plan, self.cache_dtype.itemsize, self.limits.block_size)
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache, with a padding block behind the last one."""
-        for layer, spec in self._layout.items():
+        parts = []
+        for spec in self.cache_plan.parts:
             shape = 2, (num_blocks + 1) * self.limits.block_size, spec.width // 2
-            self._cache[layer] = torch.zeros(shape, dtype=self.cache_dtype, device=self.device.torch)
+            parts.append(torch.zeros(shape, dtype=self.cache_dtype, device=self.device.torch))
+        self._cache = {layer: parts[part] for layer, (_, part) in self.cache_plan.places.items()}
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (places, heads · head size)."""

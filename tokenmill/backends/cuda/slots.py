@@ -10,17 +10,19 @@ import numpy as np
 import torch
 import triton
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.rows import write_blocks
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.sampling import Parameters, column, device_rows
-from tokenmill.backends.steps import last_of_each, state_shape
+from tokenmill.backends.steps import last_of_each, state_shape, table_entries
 from tokenmill.wire.messages import Request, SamplingParams, StoppingParams
 
 _FEW_BIASES = 16  # a slot has room for at first
 _WRITTEN_AT_ONCE = 256
+_ALIGNED = 4  # entries of a table: Triton compiles a kernel anew for addresses that are not divisible by 16
 
 
 class CudaSlots:
@@ -32,11 +34,12 @@ class CudaSlots:
     a sequence brings more than any before: another tensor.
     """
 
-    def __init__(self, limits: StepLimits, device: Device) -> None:
+    def __init__(self, limits: StepLimits, device: Device, num_tables: int = 1) -> None:
         shape = state_shape(limits)
+        self._width = shape.blocks if num_tables == 1 else -(-shape.blocks // _ALIGNED) * _ALIGNED  # of a table
         self._device, self.padding, slots = device, shape.slots, shape.slots + 1
         self.tokens = torch.zeros(slots, shape.tokens, dtype=torch.int32, device=device.torch)
-        self.tables = torch.zeros(slots, shape.blocks, dtype=torch.int32, device=device.torch)
+        self.tables = torch.zeros(slots, num_tables * self._width, dtype=torch.int32, device=device.torch)
         self.parameters = Parameters(slots)
         self.parameters.admit(self.padding, Request(0, (0,), SamplingParams(), StoppingParams(1)))
         row = torch.from_numpy(device_rows(self.parameters.rows[self.padding :]))
@@ -56,14 +59,18 @@ class CudaSlots:
             rows[:, column("num_biases")] = [self._send_biases(slot) for slot in slots.tolist()]
             self.sampling[self._device.send(slots)] = self._device.send(rows)
         if len(inputs.blocks):
-            self._write(last_of_each(inputs.blocks))
+            self._write(table_entries(inputs.blocks, self._width))
         if len(inputs.host_tokens):
             slots, positions, token_ids = self._device.send(last_of_each(inputs.host_tokens).T.astype(np.int64))
             self.tokens[slots, positions] = token_ids.to(torch.int32)
 
+    def table(self, number: int) -> Tensor:
+        """Return one table of all slots."""
+        return self.tables[:, number * self._width : (number + 1) * self._width]
+
     def set_blocks(self, slot: int, blocks: NDArray[np.int32]) -> None:
-        """Write the first blocks of a slot's table."""
-        self.tables[slot, : len(blocks)] = self._device.send(blocks)
+        """Write the same first blocks to each table of a slot."""
+        self.tables[slot].view(-1, self._width)[:, : len(blocks)] = self._device.send(blocks)
 
     def _write(self, changes: NDArray[np.int32]) -> None:
         grid = (triton.cdiv(len(changes), _WRITTEN_AT_ONCE),)

@@ -11,24 +11,27 @@ from numpy.typing import NDArray
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.graphs import variants
 from tokenmill.backends.cuda.shapes import CLASSES
+from tokenmill.backends.steps import first_blocks
 
 _RUNS = tuple(4 << i for i in range(16))  # tokens of steps that are one prompt or several
 
 
 class WarmUp(NamedTuple):
-    """Steps on slot 0 and the padding slot; slot 0 has the first blocks of the cache."""
+    """Steps on slot 0 and the padding slot; slot 0 has the first blocks of the cache in each of its tables."""
 
     tokens: int  # positions of slot 0, which hold the first places of the cache
-    blocks: NDArray[np.int32]  # (n, 3) as `StepInputs.blocks`
+    blocks: NDArray[np.int32]  # as `StepInputs.blocks`
     runs: tuple[StepInputs, ...]  # prompts, from short to long
     mixed: tuple[tuple[StepInputs, bool], ...]  # single tokens beside the end of a prompt; whether some are long
     decodes: tuple[int, ...]  # rows of decode steps, the largest first; each in all its variants
 
 
-def warm_up_of(limits: StepLimits, num_blocks: int, padding: int, graph_sizes: Iterable[int]) -> WarmUp:
+def warm_up_of(
+    limits: StepLimits, num_blocks: int, padding: int, graph_sizes: Iterable[int], num_tables: int = 1
+) -> WarmUp:
     """Return the warm-up of a backend. `padding`: its padding slot; `graph_sizes`: decode sizes captured at start."""
     tokens = min(num_blocks * limits.block_size, limits.max_total_tokens, limits.max_batch_tokens)
-    blocks = np.array([(0, block, block) for block in range(-(-tokens // limits.block_size))], np.int32)
+    blocks = first_blocks(-(-tokens // limits.block_size), num_tables)
     slots = max(limits.max_batch_size, 1)
     most = limits.max_batch_tokens // tokens * tokens
     runs = tuple(_runs(size, tokens) for size in sorted({min(size, most) for size in _RUNS}))

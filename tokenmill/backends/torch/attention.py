@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache, vectorized: planned once a step, used by every layer.
+"""Attention over the paged KV cache, vectorized: planned once a step for each block table, used by all its layers.
 
 Sequences are cut into runs of at most `RUN` queries. Runs of similar size and context share a bucket, and a bucket is
 one gather of keys and values and one attention call. A layer therefore costs a few calls for any number of sequences.
@@ -33,11 +33,12 @@ class Run:
     first: int
     start: int  # its position
     count: int
+    begin: int = 0  # position of the first key that a query attends to
 
     @property
     def context(self) -> int:
-        """Number of keys that the last query attends to."""
-        return self.start + self.count
+        """Number of keys that the queries attend to."""
+        return self.start + self.count - self.begin
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Bucket:
     """Runs of similar size. Padding repeats a run's last query and last key, so it reads nothing of other sequences."""
 
     queries: Tensor  # (B, Q) indices among the T tokens
-    positions: Tensor  # (B, Q) of the queries
+    positions: Tensor  # (B, Q) of the queries, counted from their run's first key
     keys: Tensor  # (B · L,) places in the cache
     real: Tensor | None  # indices of the B · Q queries that are not padding; None: all
     tokens: Tensor  # their indices among the T tokens
@@ -80,30 +81,36 @@ class Bucket:
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """Plan of a step's attention, shared by all layers. `places` (T,): place of each token in the cache."""
+    """Plan of a step's attention in one block table. `places` (T,): place of each token in the cache."""
 
     places: Tensor
     buckets: list[Bucket] = field(default_factory=list)
 
 
-def plan(inputs: StepInputs, tables: Tensor, block_size: int, positions: Tensor, rows: Tensor) -> AttentionPlan:
-    """Plan a step. `tables` (S, blocks): block tables of its rows. `positions` (T,), `rows` (T,): of its tokens."""
+def plan(
+    inputs: StepInputs, tables: Tensor, block_size: int, positions: Tensor, rows: Tensor, window: int = 0
+) -> AttentionPlan:
+    """Plan a step. `tables` (S, blocks): block tables of its rows. `positions` (T,), `rows` (T,): of its tokens.
+
+    `window`: of all layers of the table, whose earlier blocks are not read; 0: none.
+    """
     blocks = tables[rows, positions // block_size].long()
     made = AttentionPlan(blocks * block_size + positions % block_size)
-    groups = bucketed(runs_of(inputs))
+    groups = bucketed(runs_of(inputs, window))
     elements = sum(len(g) * max(r.count for r in g) * max(r.context for r in g) for g in groups)
     made.buckets = [_bucket(group, tables, block_size, elements <= KEPT) for group in groups]
     return made
 
 
-def runs_of(inputs: StepInputs) -> list[Run]:
+def runs_of(inputs: StepInputs, window: int = 0) -> list[Run]:
     """Cut the step's rows into runs."""
     runs: list[Run] = []
     first = 0
     for row, (start, count) in enumerate(zip(inputs.starts.tolist(), inputs.counts.tolist(), strict=True)):
         longest = max(1, min(RUN, MASK // (start + count)))
         for done in range(0, count, longest):
-            runs.append(Run(row, first + done, start + done, min(longest, count - done)))
+            begin = max(start + done - window + 1, 0) if window else 0
+            runs.append(Run(row, first + done, start + done, min(longest, count - done), begin))
         first += count
     return runs
 
@@ -130,14 +137,16 @@ def _size_class(count: int) -> int:
 
 def _bucket(runs: list[Run], tables: Tensor, block_size: int, keep: bool) -> Bucket:
     device = tables.device
-    first, start, count, row = (
-        np.array([getattr(r, name) for r in runs], np.int64)[:, None] for name in ("first", "start", "count", "row")
+    first, start, count, row, begin = (
+        np.array([getattr(r, name) for r in runs], np.int64)[:, None]
+        for name in ("first", "start", "count", "row", "begin")
     )
+    start -= begin
     contexts = start + count
     widest, deepest = int(contexts.max()), int(count.max())
     within = np.minimum(np.arange(deepest), count - 1)  # (B, Q)
     padded = np.arange(deepest) >= count
-    keys = torch.from_numpy(np.minimum(np.arange(widest), contexts - 1)).to(device)  # (B, L) positions
+    keys = torch.from_numpy(np.minimum(np.arange(widest), contexts - 1) + begin).to(device)  # (B, L) positions
     rows = torch.from_numpy(row).to(device)
     places = tables[rows, keys // block_size].long() * block_size + keys % block_size
     real = torch.from_numpy(np.flatnonzero(~padded)).to(device) if padded.any() else None

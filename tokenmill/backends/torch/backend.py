@@ -20,6 +20,7 @@ from tokenmill.backends.kind import Job
 from tokenmill.backends.steps import (
     PromptPositions,
     block_bytes,
+    cache_plan,
     most_rows,
     prompt_payloads,
     rows_of_tokens,
@@ -39,6 +40,7 @@ from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
 from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout, state_layout
+from tokenmill.program.keeps import CacheSpec
 from tokenmill.program.passes import take_rows_early
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Buffer
@@ -95,19 +97,24 @@ class TorchBackend:
         self.vocab_size = job.program.logits.width
         self.num_blocks = 0
         self._interpreter = Interpreter(self.program)
-        self._layout = cache_layout(self.program)
+        self._cache_plan = cache_plan(cache_layout(self.program), limits.max_total_tokens)
         self._weights = pack(self.program, job.source, job.read, group, self.dtype, self.device, job.report)
         self._cache: dict[int, Tensor] = {}
         self._scratch = attention.Scratch()
-        self._slots = Slots(limits, self.device)
+        self._slots = Slots(limits, self.device, len(self.windows))
         self._states = States(state_layout(self.program), limits.max_batch_size, self.dtype, self.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
         self._last: TorchStep | None = None
         self._masks = AwaitedMasks(deferred=False)  # of the step that runs
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Windows by block table: see `Backend`."""
+        return self._cache_plan.windows
+
     def block_bytes(self) -> int:
-        """Bytes of one cache block over all layers of this rank."""
-        return block_bytes(self._layout, self.dtype.itemsize, self.limits.block_size)
+        """Bytes of one cache block of this rank."""
+        return block_bytes(self._cache_plan, self.dtype.itemsize, self.limits.block_size)
 
     def step_bytes(self) -> int:
         """Bytes that the largest step needs besides weights and cache: values, states, scratch of attention, logits."""
@@ -116,7 +123,7 @@ class TorchBackend:
         def size(buffer: Buffer) -> int:
             return rows[buffer.rows] * buffer.width * self.dtype.itemsize
 
-        widest = max((-(-spec.width // 2) for spec in self._layout.values()), default=0)
+        widest = max((-(-spec.width // 2) for spec in self._cache_plan.parts), default=0)
         gathered = attention.scratch_bytes(
             self.limits.max_total_tokens, self.limits.max_batch_tokens, widest, self.dtype.itemsize
         )
@@ -138,16 +145,14 @@ class TorchBackend:
         """Make the cache, once, before the first step. Raise NotEnoughMemory if it does not fit."""
         places = num_blocks * self.limits.block_size
         try:
-            for layer, spec in self._layout.items():
-                halves = 2 if len({part.heads * part.width for part in spec.parts}) == 1 else 1
-                shape = halves, places, spec.width // halves
-                self._cache[layer] = zeros(shape, self.dtype, self.device)
+            parts = [zeros(_shape(spec, places), self.dtype, self.device) for spec in self._cache_plan.parts]
             self._states.allocate()
         except (RuntimeError, MemoryError) as e:  # torch has no narrower error on every device.
             wanted = num_blocks * self.block_bytes()
             raise NotEnoughMemory(
                 f"A cache of {num_blocks} blocks needs {wanted} bytes: {e}. Lower --memory-limit or --max-total-tokens."
             ) from e
+        self._cache = {layer: parts[part] for layer, (_, part) in self._cache_plan.places.items()}
         self.num_blocks = num_blocks
 
     def warm_up(self) -> None:
@@ -197,11 +202,15 @@ class TorchBackend:
         """Return the step on the device, and its token ids (T,)."""
         tokens = step_tokens(inputs)
         rows, positions = self._to_device(rows_of_tokens(inputs.counts)), self._to_device(tokens.positions)
-        tables = self._slots.tables[self._to_device(inputs.slots)]
-        plan = attention.plan(inputs, tables, self.limits.block_size, positions, rows)
+        tables = self._slots.tables[self._to_device(inputs.slots)].view(len(inputs.slots), len(self.windows), -1)
+        plans = [
+            attention.plan(inputs, tables[:, table], self.limits.block_size, positions, rows, window)
+            for table, window in enumerate(self.windows)
+        ]
+        by_layer = {layer: plans[table] for layer, (table, _) in self._cache_plan.places.items()}
         samples = self._to_device(tokens.samples)
         states = self._states.plan(inputs)
-        state = StepState(self._weights, self._cache, self.group, positions, plan, samples, self._scratch, states)
+        state = StepState(self._weights, self._cache, self.group, positions, by_layer, samples, self._scratch, states)
         return state, self._slots.tokens[self._to_device(tokens.slots), positions].long()
 
     def _sample(self, inputs: StepInputs, state: StepState, env: Env) -> tuple[list[int], Sampled | None]:
@@ -228,7 +237,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        for inputs in warm_up_steps(self.limits, self.num_blocks):
+        for inputs in warm_up_steps(self.limits, self.num_blocks, len(self.windows)):
             self._slots.apply(inputs)
             state, ids = self._state(inputs)
             self._interpreter.tail(state, self._interpreter.body(state, ids))
@@ -239,3 +248,9 @@ class TorchBackend:
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+
+def _shape(spec: CacheSpec, places: int) -> tuple[int, int, int]:
+    """Return the shape of a layer's cache: keys apart from values, where both have the same width."""
+    halves = 2 if len({part.heads * part.width for part in spec.parts}) == 1 else 1
+    return halves, places, spec.width // halves

@@ -34,7 +34,7 @@ class StepState:
     cache: dict[int, Tensor]  # by layer: (2, places, key-value heads · head size)
     group: Group
     positions: Tensor  # (T,)
-    attention: AttentionPlan
+    attention: dict[int, AttentionPlan]  # by layer
     samples: Tensor  # (R,) indices among the T tokens
     scratch: Scratch
     recurrent: StatePlan
@@ -123,7 +123,8 @@ def attention(op: ops.Attention, step: StepState, q: Tensor, k: Tensor, v: Tenso
     heads = q.shape[1] // op.head_dim
     slopes = op.alibi[step.group.rank * heads :][:heads]
     alibi = torch.tensor(slopes, dtype=q.dtype, device=q.device) if slopes else None
-    return attend(op, q, k, v, step.cache[op.layer], step.attention, step.scratch, alibi, step.optional(op.sinks))
+    plan, sinks = step.attention[op.layer], step.optional(op.sinks)
+    return attend(op, q, k, v, step.cache[op.layer], plan, step.scratch, alibi, sinks)
 
 
 def latent_attention(op: ops.LatentAttention, step: StepState, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def latent_attention(op: ops.LatentAttention, step: StepState, q: Tensor, latent
         last, key = (rotated(x, op.rope, turned, step) for x in (last, key))
     heads = torch.cat([plain, last.view(*heads.shape[:2], -1)], -1)
     weight, cache = step.weights[op.expand], step.cache[op.layer]
-    return attend_latent(op, heads, latent, key, weight, cache, step.attention, step.scratch)
+    return attend_latent(op, heads, latent, key, weight, cache, step.attention[op.layer], step.scratch)
 
 
 def gated_act(op: ops.GatedAct, step: StepState, gate: Tensor, up: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.sampling import Parameters
-from tokenmill.backends.steps import last_of_each, state_shape
+from tokenmill.backends.steps import state_shape, table_entries
 
 _CPU = torch.device("cpu")
 
@@ -22,14 +22,15 @@ class Slots:
     """Token ids, block tables and sampling parameters by slot.
 
     `tokens` (slots, max_total_tokens + 1) int32: token ids so far, including sampled ones not yet read by the host.
-    `tables` (slots, blocks of the longest sequence) int32: cache blocks; entries that are not set are 0.
+    `tables` (slots, tables · blocks of the longest sequence) int32: cache blocks; entries that are not set are 0.
     `parameters`: on the host.
     """
 
-    def __init__(self, limits: StepLimits, device: torch.device = _CPU) -> None:
+    def __init__(self, limits: StepLimits, device: torch.device = _CPU, num_tables: int = 1) -> None:
         self.device, shape = device, state_shape(limits)
+        self.blocks = shape.blocks  # of a table
         self.tokens = torch.zeros(shape.slots, shape.tokens, dtype=torch.int32, device=device)
-        self.tables = torch.zeros(shape.slots, shape.blocks, dtype=torch.int32, device=device)
+        self.tables = torch.zeros(shape.slots, num_tables * shape.blocks, dtype=torch.int32, device=device)
         self.parameters = Parameters(shape.slots)
 
     def apply(self, inputs: StepInputs) -> None:
@@ -39,7 +40,7 @@ class Slots:
             self.tokens[admitted.slot, : len(ids)] = ids.to(self.device)
             self.parameters.admit(admitted.slot, admitted.request)
         if len(inputs.blocks):
-            slot, index, block = self._indices(last_of_each(inputs.blocks)).unbind(1)
+            slot, index, block = self._indices(table_entries(inputs.blocks, self.blocks)).unbind(1)
             self.tables[slot, index] = block.to(torch.int32)
         if len(inputs.host_tokens):
             slot, position, token_id = self._indices(inputs.host_tokens).unbind(1)

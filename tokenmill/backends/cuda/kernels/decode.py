@@ -106,6 +106,8 @@ def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, sc
     for start in tl.range(first, stop, BN, num_stages=STAGES):
         t = start + n
         ok = t < stop
+        if WINDOW:  # blocks before it may be others'
+            ok = ok & (t >= low)
         there = ok[:, None]
         if D != 2 * HALF:
             there = there & in_head(j, D, HALF)[None, :]
@@ -113,8 +115,6 @@ def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, sc
         at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
         keys = tl.load(keys_ptr + at, mask=there, other=0.0).to(q.dtype)
         s = scaled_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
-        if WINDOW:
-            ok = ok & (t >= low)
         s = tl.where(ok[None, :], s, -1e30)
         higher = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])

@@ -25,6 +25,8 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
         place = block.to(tl.int64) * BLOCK_SIZE + t % BLOCK_SIZE
         at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
         there = (t < stop)[:, None]
+        if WINDOW:  # blocks before it may be others'
+            there = there & (t > tl.min(positions, 0) - WINDOW)[:, None]
         if D != 2 * HALF:
             there = there & in_head(j, D, HALF)[None, :]
         if MASKED or D != 2 * HALF:
