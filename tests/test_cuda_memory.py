@@ -43,7 +43,7 @@ def test_the_budget_is_told_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     account = Account(15 * gib, gib // 2, gib // 4, passing=gib // 8, graphs=gib // 4, libraries=gib // 2)
     assert account.to_come == 7 * gib // 8
-    account.log(110 * gib, 902144, gib // 2, 3 * gib // 2)
+    account.log(110 * gib, "902,144 tokens", gib // 2, 3 * gib // 2)
     assert "weights 15.0 GiB, step 0.5, sampler 0.2, graphs and libraries 0.5, KV cache 110.0 GiB" in caplog.text
     assert "(902,144 tokens), free 1.5, of which 0.4 are kept" in caplog.text
 
