@@ -43,20 +43,17 @@ class PrefixCache:
 
         All its blocks are cached in tables without a window. In those with one, the blocks of the last window are.
         """
-        count, found = self._num_sharable(seq), {}
+        count, found = self._num_sharable(seq), []
         for table, behind in enumerate(self._tables.behind):
-            if behind == UNBOUNDED:
-                found[table] = self._pool.match(self._keys(seq, table, 0, count))
-                count = len(found[table])
-        if len(found) < len(self._tables.behind):
+            blocks = self._pool.match(self._keys(seq, table, 0, count)) if behind == UNBOUNDED else []
+            count = len(blocks) if behind == UNBOUNDED else count
+            found.append(blocks)
+        if self._tables.windowed:
             count = self._num_in_windows(seq, count)
+            for table, first in enumerate(self._tables.firsts(count * self._pool.block_size)):
+                found[table] = self._pool.match(self._keys(seq, table, first, count))
         seq.num_matched = count
-        firsts = self._tables.firsts(count * self._pool.block_size)
-        blocks = [
-            found[table][:count] if table in found else self._pool.match(self._keys(seq, table, first, count))
-            for table, first in enumerate(firsts)
-        ]
-        return Hit(count, blocks)
+        return Hit(count, found)
 
     def has_more(self, seq: Sequence) -> bool:
         """Return True if more blocks of `seq` are cached than at the last `match`."""
@@ -94,8 +91,8 @@ class PrefixCache:
         for table, (first, blocks) in enumerate(zip(seq.firsts, seq.blocks, strict=True)):
             begin = max(seq.num_published, first)
             new = blocks[begin - first : max(full - first, 0)]
-            for block, key in zip(new, self._keys(seq, table, begin, full), strict=True):
-                self._pool.publish(block, key)
+            for block, key in zip(new, seq.hashes[begin:full], strict=True):
+                self._pool.publish(block, key + bytes((table,)) if table else key)
             if self._published:
                 self._published[-1] += new
         seq.num_published = max(full, seq.num_published)

@@ -9,7 +9,7 @@ import numpy as np
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.prefixes import Hit
 from tokenmill.engine.sequence import Int32, Sequence, blocks_array
-from tokenmill.engine.tables import Tables
+from tokenmill.engine.tables import UNBOUNDED, Tables
 
 
 class Running:
@@ -85,16 +85,22 @@ class Running:
         Return False, without a change, if too few are free.
         """
         slot, ends = seq.slot, self._tables.ends(self.computed_of(seq), num_tokens)
-        held = [first + len(blocks) for first, blocks in zip(seq.firsts, seq.blocks, strict=True)]
-        need = [max(end - begin, 0) for begin, end in zip(held, ends, strict=True)]
-        fresh = self._pool.allocate(sum(need))
+        lacking: list[tuple[int, int, int]] = []  # table, its first block that is lacking, number
+        covered, total = UNBOUNDED, 0
+        for table, end in enumerate(ends):
+            begin = seq.firsts[table] + len(seq.blocks[table])
+            if end > begin:
+                lacking.append((table, begin, end - begin))
+                total += end - begin
+            covered = min(covered, max(begin, end))
+        fresh = self._pool.allocate(total)
         if fresh is None:
             return False
-        for table, (begin, count) in enumerate(zip(held, need, strict=True)):
+        for table, begin, count in lacking:
             new, fresh = fresh[:count], fresh[count:]
             self._entries += [(table, slot, index, block) for index, block in enumerate(new, begin)]
             seq.blocks[table] += new
-        self.covered[slot] = min(map(max, held, ends)) * self._pool.block_size
+        self.covered[slot] = covered * self._pool.block_size
         return True
 
     def _trim(self, seq: Sequence) -> None:

@@ -101,6 +101,8 @@ class CudaBackend:
         options = job.options
         scales = _cache_scales(job.source, self.program, options.kv_cache_dtype)
         flash = None
+        if options.attention == "flashinfer" and any(spec.window for spec in cache_layout(self.program).values()):
+            _log.info("Layers with a window keep the blocks of all tokens, because flashinfer may read those before.")
         if options.attention == "flashinfer" and not options.deterministic:
             flash = flashinfer.load(self._memory, self._slots, scales, job.report)
         return AttentionOptions(options.deterministic, scales, flash)
