@@ -25,6 +25,10 @@ from tokenmill.weights import embedded
 def main() -> None:
     path = Path(embedded.resolve(default_cache_dir(), False, lambda progress: None).path)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(sys.argv[1])
+    written = Path(sys.argv[1]) / "tokenizer_config.json"
+    fields = json.loads(written.read_text())
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"  # the one that transformers 5 writes is unknown to 4
+    written.write_text(json.dumps(fields))
     print("tokenizer", flush=True)
     model = None
     for line in sys.stdin:
