@@ -8,6 +8,7 @@ the next one is launched, from the arrays of the launch, so a change of a launch
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -481,6 +482,24 @@ def check_plans(oracle: PagedOracle, limits: SchedulerLimits) -> None:
         assert len(left.filling) <= classes + 2, "who begins is shorter than those in the middle"
         check_prompts_beside(batch, left, limits)
         check_share_of_the_oldest(batch, left, limits)
+
+
+def check_history(case: Case, met: Counter[str]) -> PagedOracle:
+    """Check every token, plan and block of a history, and that a second rank plans the same. Count what it meets."""
+    engine, oracle, link = build(case.script, case.num_blocks, case.limits)
+    run(engine, link)
+    for r in case.requests:
+        check_request(r, case, link)
+    check_plans(oracle, case.limits)
+    assert not any(engine.scheduler.pool.refs), "blocks leaked"
+
+    replica, other, _ = build(case.script, case.num_blocks, case.limits)
+    run(replica, replica.link)
+    assert other.plans == oracle.plans, "two ranks would disagree"
+    met["preempted"] += link.stats.preemptions
+    met["hits"] += link.stats.cached_tokens
+    met["chunked"] += sum(len(batch.slots) - len(batch.samples) for batch in oracle.batches)
+    return oracle
 
 
 def first_step_of(oracle: PagedOracle, request_id: int) -> tuple[int, int]:

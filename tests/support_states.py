@@ -1,13 +1,10 @@
-"""Tiny random checkpoints of the families that keep a state per sequence, and ranks as threads."""
+"""Tiny random checkpoints of the families that keep a state per sequence."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-import torch
 from support_models import SIZES
-from torch import Tensor
 
 _MAMBA: dict[str, Any] = {
     "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 128, "time_step_rank": 3,
@@ -118,33 +115,3 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Name -> (model_type, configuration)."""
-
-
-class ThreadGroup:
-    """A `Group` of a rank that is a thread of this process. All ranks share `places` and `barrier`."""
-
-    def __init__(self, rank: int, places: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._places, self._barrier = rank, len(places), places, barrier
-
-    def _all(self, x: Any) -> list[Any]:
-        self._places[self.rank] = x
-        self._barrier.wait(30)
-        found = list(self._places)
-        self._barrier.wait(30)
-        return found
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self._all(x)).sum(0)
-
-    def gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._all(x), -1)
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        found: Tensor = self._all(x)[0].clone()
-        return found
-
-    def minimum(self, value: int) -> int:
-        return min(self._all(value))
-
-    def close(self) -> None:
-        """Nothing is left."""

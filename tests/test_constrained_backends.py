@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support_constraints import Compiler
+from support_constraints import Ready
 from support_cuda import ON_GPU, CudaDriver, torch, write_random
 from support_jobs import job_of
 from support_text import byte_level
@@ -60,16 +60,6 @@ def backend_of(kind: str, folder: Path) -> Any:
         backend = CpuBackend(job_of(program, source, LIMITS, kernel_cache=str(kernel_folder()), cpu_threads=1))
     backend.allocate(24)
     return backend
-
-
-class Ready(Compiler):
-    """A compiler whose grammars are ready in the next step."""
-
-    def compile(self, spec: GrammarSpec) -> Any:
-        future = super().compile(spec)
-        self.now += 100
-        self.turn()
-        return future
 
 
 def engine_of(backend: Any, grammars: Any) -> OfflineEngine:

@@ -11,7 +11,7 @@ from oracle import (
     Case,
     build,
     check_books,
-    check_plans,
+    check_history,
     check_request,
     first_step_of,
     random_case,
@@ -38,19 +38,7 @@ def test_every_schedule_gives_the_reference_tokens(histories: Histories) -> None
     met: Counter[str] = Counter()
     for seed in histories(80):
         case = random_case(seed)
-        engine, oracle, link = build(case.script, case.num_blocks, case.limits)
-        run(engine, link)
-        for r in case.requests:
-            check_request(r, case, link)
-        check_plans(oracle, case.limits)
-        assert not any(engine.scheduler.pool.refs), "blocks leaked"
-
-        replica, other, _ = build(case.script, case.num_blocks, case.limits)
-        run(replica, replica.link)
-        assert other.plans == oracle.plans, "two ranks would disagree"
-        met["preempted"] += link.stats.preemptions
-        met["hits"] += link.stats.cached_tokens
-        met["chunked"] += sum(len(batch.slots) - len(batch.samples) for batch in oracle.batches)
+        check_history(case, met)
         met["refused"] += len(case.hopeless - case.aborted)
     least = {"preempted": 200, "hits": 200, "chunked": 350, "refused": 14}
     assert all(met[what] > count for what, count in least.items()), f"the histories miss what they are for: {met}"

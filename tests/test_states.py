@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from oracle import check_request
-from support_constraints import Automaton, Compiler, House
+from support_constraints import Automaton, House, Ready
 from support_jobs import job_of
 from support_models import Driver, prompts, reference, steps, write_model
-from support_states import STATES, ThreadGroup
+from support_ranks import of_ranks
+from support_states import STATES
 from test_constrained import check_guided, guided_case
 from test_out_of_memory import Faults
 
@@ -67,20 +67,9 @@ def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case
 
 def test_two_ranks_equal_one(case: tuple[Path, Any]) -> None:
     folder, model = case
-    barrier, places = threading.Barrier(2), [None, None]
-    logits: dict[int, list[np.ndarray]] = {}
-
-    def work(rank: int) -> None:
-        backend = Driver.of(folder, group=ThreadGroup(rank, places, barrier))
-        logits[rank] = [backend.feed(rows) for rows in steps()]
-        backend.close()
-
-    ranks = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in ranks:
-        thread.start()
-    for thread in ranks:
-        thread.join(60)
-    for own in logits.values():
+    source = open_checkpoint(local_source(folder))
+    logits = of_ranks(program_of(source.config), source, 2, steps())
+    for own in logits:
         for found, want in zip(own, reference(model, steps()), strict=True):
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
     assert len(logits) == 2
@@ -206,16 +195,6 @@ def around(backend: Any, num_blocks: int, rules: bool = False) -> OfflineEngine:
     parts = Assembled(Scheduler(BlockPool(num_blocks, sized.block_size), limits), executor, info, constraints)
     parts._resources.callback(backend.close)
     return OfflineEngine(parts)
-
-
-class Ready(Compiler):
-    """A compiler whose grammars are ready in the next step."""
-
-    def compile(self, spec: GrammarSpec) -> Any:
-        future = super().compile(spec)
-        self.now += 100
-        self.turn()
-        return future
 
 
 def greedy(model: Any, prompt: list[int], tokens: list[int]) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from oracle import (
     build,
     check_books,
-    check_plans,
+    check_history,
     check_request,
     first_step_of,
     reference,
@@ -32,19 +32,7 @@ def test_every_schedule_of_tables_with_windows_gives_the_reference_tokens(histor
     met: Counter[str] = Counter()
     for seed in histories(80):
         case = windowed_case(seed)
-        engine, oracle, link = build(case.script, case.num_blocks, case.limits)
-        run(engine, link)
-        for r in case.requests:
-            check_request(r, case, link)
-        check_plans(oracle, case.limits)
-        assert not any(engine.scheduler.pool.refs), "blocks leaked"
-
-        replica, other, _ = build(case.script, case.num_blocks, case.limits)
-        run(replica, replica.link)
-        assert other.plans == oracle.plans, "two ranks would disagree"
-        met["preempted"] += link.stats.preemptions
-        met["hits"] += link.stats.cached_tokens
-        met["chunked"] += sum(len(batch.slots) - len(batch.samples) for batch in oracle.batches)
+        oracle = check_history(case, met)
         met["behind the window"] += sum(
             int(index) > 0 and batch.blocks[:i, :2].tolist().count([table, slot]) == 0
             for batch in oracle.batches if batch.admitted

@@ -240,7 +240,24 @@ class RotaryFields(Config, kw_only=True):
         return Biases()
 
 
-class Gpt2Fields(Config, kw_only=True):
+class Gpt2Names:
+    """Methods of configurations that name the activation and the norms' epsilon as GPT-2 does."""
+
+    activation_function: str
+    layer_norm_epsilon: float
+
+    @property
+    def activation(self) -> str:
+        """Activation of the feed-forward layer, by its name in transformers."""
+        return self.activation_function
+
+    @property
+    def eps(self) -> float:
+        """Epsilon of the norms."""
+        return self.layer_norm_epsilon
+
+
+class Gpt2Fields(Gpt2Names, Config, kw_only=True):
     """Fields of config.json that GPT-2 introduced and later architectures kept, with GPT-2's defaults."""
 
     mapped = frozenset({"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"})
@@ -259,16 +276,6 @@ class Gpt2Fields(Config, kw_only=True):
     def inner(self) -> int:
         """Number of columns within the feed-forward layer."""
         return self.n_inner or 4 * self.hidden_size
-
-    @property
-    def activation(self) -> str:
-        """Activation of the feed-forward layer, by its name in transformers."""
-        return self.activation_function
-
-    @property
-    def eps(self) -> float:
-        """Epsilon of the norms."""
-        return self.layer_norm_epsilon
 
 
 def same_act(name: str) -> str:

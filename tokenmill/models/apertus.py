@@ -8,7 +8,7 @@ from tokenmill.layers.linear import Linear
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama, qwen3
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Apply, Biases, Size
+from tokenmill.models.llama import Apply, Size
 from tokenmill.program import special
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Value
@@ -22,6 +22,8 @@ _SCALING = {
 class Config(llama.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' ApertusConfig."""
 
+    has_mlp_bias = False
+
     vocab_size: Size = 131072
     intermediate_size: Size = 14336
     hidden_act: Literal["xielu"] = "xielu"  # type: ignore[assignment]  # the only one that is published
@@ -34,11 +36,6 @@ class Config(llama.Config, kw_only=True):
         if self.rope_scaling is None:
             self.rope_scaling = dict(_SCALING)
         super().__post_init__()
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
 
 
 class Mlp:

@@ -9,13 +9,15 @@ import msgspec
 from tokenmill.models import _moe, llama, qwen3
 from tokenmill.models._moe import Count, Natural
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Biases, Size
+from tokenmill.models.llama import Size
 
 __all__ = ["Config", "Model"]
 
 
 class Config(_moe.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' Dots1Config."""
+
+    has_mlp_bias = False
 
     vocab_size: Size = 152064
     hidden_size: Size = 4608
@@ -38,11 +40,6 @@ class Config(_moe.Config, kw_only=True):
             raise ValueError(f"{len(self.layer_types)} layer_types for {self.num_hidden_layers} layers")
         if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
             raise ValueError("`layer_types` names sliding_attention, but `sliding_window` is null; give a number")
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
 
     def window(self, layer: int) -> int:
         """Return the sliding window of a layer in tokens; 0: all tokens."""

@@ -18,7 +18,7 @@ __all__ = ["Config", "Model"]
 _NAMES = Names("transformer.word_embeddings", "transformer.h", "transformer.ln_f", attention="self_attention")
 
 
-class Config(_gpt.Config, kw_only=True):
+class Config(_gpt.Gpt2Names, _gpt.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' FalconConfig."""
 
     vocab_size: Size = 65024
@@ -73,16 +73,6 @@ class Config(_gpt.Config, kw_only=True):
     def inner(self) -> int:
         """Number of columns within the feed-forward layer."""
         return self.ffn_hidden_size or 4 * self.hidden_size
-
-    @property
-    def activation(self) -> str:
-        """Activation of the feed-forward layer, by its name in transformers."""
-        return self.activation_function
-
-    @property
-    def eps(self) -> float:
-        """Epsilon of the norms."""
-        return self.layer_norm_epsilon
 
     @property
     def biases(self) -> Biases:

@@ -6,13 +6,15 @@ from tokenmill.layers.norm import RmsNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Act, Biases, HeadDim, Model, Size
+from tokenmill.models.llama import Act, HeadDim, Model, Size
 
 __all__ = ["Config", "Model"]
 
 
 class Norms:
     """Methods of the configurations of all Gemmas: their norms, scaled embeddings and biases."""
+
+    has_mlp_bias = False
 
     hidden_size: int
     rms_norm_eps: float
@@ -26,11 +28,6 @@ class Norms:
     def embedding_scale(self) -> float:
         """Factor of the embeddings."""
         return float(self.hidden_size**0.5)
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
 
 
 def check_direction(both: bool | None) -> None:

@@ -15,7 +15,7 @@ Kinds = tuple[list[Literal["global", "local"]], Annotated[int, msgspec.Meta(ge=0
 """Kinds of layers, and how often they are repeated"""
 
 
-class Config(_gpt.Config, kw_only=True):
+class Config(_gpt.Gpt2Names, _gpt.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' GPTNeoConfig."""
 
     mapped = frozenset({"num_hidden_layers", "num_attention_heads"})
@@ -52,16 +52,6 @@ class Config(_gpt.Config, kw_only=True):
     def inner(self) -> int:
         """Number of columns within the feed-forward layer."""
         return self.intermediate_size or 4 * self.hidden_size
-
-    @property
-    def activation(self) -> str:
-        """Activation of the feed-forward layer, by its name in transformers."""
-        return self.activation_function
-
-    @property
-    def eps(self) -> float:
-        """Epsilon of the norms."""
-        return self.layer_norm_epsilon
 
     @property
     def biases(self) -> Biases:

@@ -10,7 +10,7 @@ from tokenmill.layers.scope import Scope
 from tokenmill.models import _moe, _windows, llama
 from tokenmill.models._moe import Count
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Apply, Biases, HeadDim, Size
+from tokenmill.models.llama import Apply, HeadDim, Size
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Value
 
@@ -23,6 +23,8 @@ _ALPHA = 1.702  # of the activation quick_gelu
 
 class Config(_windows.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' GptOssConfig."""
+
+    has_mlp_bias = False
 
     vocab_size: Size = 201088
     hidden_size: Size = 2880
@@ -56,11 +58,6 @@ class Config(_windows.Config, kw_only=True):
     def default_kind(self, layer: int) -> _windows.Kind:
         """Return the kind of a layer of a config.json that names none."""
         return _windows.every(2, layer)
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them."""
-        return Biases(self.attention_bias, self.attention_bias)
 
 
 class Attention(llama.Attention):

@@ -14,13 +14,13 @@ __all__ = ["Config", "Model"]
 Divisor = Annotated[float, msgspec.Meta(gt=0)]
 
 
-class Config(llama.Config, kw_only=True):
-    """The fields of config.json that this file reads, with the defaults of transformers' GraniteConfig."""
+class Factors:
+    """Methods of the configurations of all Granites: their factors."""
 
-    embedding_multiplier: float = 1.0
-    attention_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logits_scaling: Divisor = 1.0
+    embedding_multiplier: float
+    attention_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float
 
     @property
     def embedding_scale(self) -> float:
@@ -41,3 +41,12 @@ class Config(llama.Config, kw_only=True):
     def logit_scale(self) -> float:
         """Factor of the logits, of which config.json states the reciprocal."""
         return 1 / self.logits_scaling
+
+
+class Config(Factors, llama.Config, kw_only=True):
+    """The fields of config.json that this file reads, with the defaults of transformers' GraniteConfig."""
+
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: Divisor = 1.0

@@ -8,11 +8,13 @@ from tokenmill.layers.moe import MoeMlp, Router, stacked
 from tokenmill.layers.scope import Scope
 from tokenmill.models import _moe, granite, llama
 from tokenmill.models._moe import Count
-from tokenmill.models.llama import Apply, Biases
+from tokenmill.models.llama import Apply
 
 
 class Config(granite.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' GraniteMoeConfig."""
+
+    has_mlp_bias = False
 
     num_local_experts: Count = 8
     num_experts_per_tok: Count = 2
@@ -21,11 +23,6 @@ class Config(granite.Config, kw_only=True):
         """Raise ValueError for inconsistent numbers."""
         super().__post_init__()
         _moe.check_top_k(self.num_experts_per_tok, self.num_local_experts)
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
 
 
 class Layer(llama.Layer):

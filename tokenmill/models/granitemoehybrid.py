@@ -11,12 +11,12 @@ from tokenmill.layers.moe import MoeMlp, Router, stacked
 from tokenmill.layers.scope import Scope
 from tokenmill.models import _mamba2, _moe, llama
 from tokenmill.models._moe import Count, Natural
-from tokenmill.models.granite import Divisor
+from tokenmill.models.granite import Divisor, Factors
 from tokenmill.models.llama import Apply, Size
 from tokenmill.program.value import Value
 
 
-class Config(_mamba2.Hybrid, kw_only=True):
+class Config(Factors, _mamba2.Hybrid, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' GraniteMoeHybridConfig."""
 
     num_key_value_heads: Size | None = None
@@ -46,26 +46,6 @@ class Config(_mamba2.Hybrid, kw_only=True):
     def rope_of(self, layer: int) -> Rope | None:
         """Return the rotary embedding, which not all of these models have."""
         return self.rope if self.position_embedding_type == "rope" else None
-
-    @property
-    def embedding_scale(self) -> float:
-        """Factor of the embeddings."""
-        return self.embedding_multiplier
-
-    @property
-    def attention_scale(self) -> float:
-        """Factor of the products of queries and keys."""
-        return self.attention_multiplier
-
-    @property
-    def branch_scale(self) -> float:
-        """Factor of the results of mixer and feed-forward layer, before they are added."""
-        return self.residual_multiplier
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor of the logits, of which config.json states the reciprocal."""
-        return 1 / self.logits_scaling
 
 
 class Mlp:

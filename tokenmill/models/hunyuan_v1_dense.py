@@ -6,12 +6,14 @@ from tokenmill.layers.attention import Rope
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Biases, Size
+from tokenmill.models.llama import Size
 from tokenmill.program.value import Value
 
 
 class Config(llama.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' HunYuanDenseV1Config."""
+
+    has_mlp_bias = False
 
     vocab_size: Size = 290943
     max_position_embeddings: Length | None = 2048
@@ -23,11 +25,6 @@ class Config(llama.Config, kw_only=True):
         alpha = (self.rope_scaling or {}).get("alpha")
         if alpha is not None and (not isinstance(alpha, int | float) or not 0 < alpha < 1 << 31):
             raise ValueError(f"`alpha` of the rope scaling is {alpha!r}; give a positive number")
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
 
     @property
     def rope(self) -> Rope:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
@@ -19,7 +18,7 @@ from tokenmill.models.mamba import Kernel
 from tokenmill.program.value import Value
 
 
-class Config(llama.Config, kw_only=True):
+class Config(mamba.Widths, llama.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' JambaConfig."""
 
     vocab_size: Size = 65536
@@ -43,16 +42,6 @@ class Config(llama.Config, kw_only=True):
         """Raise ValueError for inconsistent numbers."""
         super().__post_init__()
         _moe.check_top_k(self.num_experts_per_tok, self.num_experts)
-
-    @property
-    def inner(self) -> int:
-        """Number of columns of the scan."""
-        return int(self.expand * self.hidden_size)
-
-    @property
-    def rank(self) -> int:
-        """Number of columns from which the steps are projected."""
-        return math.ceil(self.hidden_size / 16) if self.time_step_rank == "auto" else self.time_step_rank
 
     def rope_of(self, layer: int) -> Rope | None:
         """Return None: the order of tokens is in the states."""

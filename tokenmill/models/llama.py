@@ -52,6 +52,7 @@ class Config(base.Config, kw_only=True):
 
     rotates_whole_heads: ClassVar[bool] = True
     rotates_neighbours: ClassVar[bool] = False  # a rotation pairs adjacent columns of a head instead of halves
+    has_mlp_bias: ClassVar[bool] = True  # False: `mlp_bias` is no field of the architecture, and is ignored
 
     hidden_size: Size = 4096
     intermediate_size: Size = 11008
@@ -141,7 +142,7 @@ class Config(base.Config, kw_only=True):
     @property
     def biases(self) -> Biases:
         """Return the flags of the products that have a bias."""
-        return Biases(self.attention_bias, self.attention_bias, self.mlp_bias)
+        return Biases(self.attention_bias, self.attention_bias, self.mlp_bias and self.has_mlp_bias)
 
     def window(self, layer: int) -> int:
         """Return the sliding window of a layer in tokens; 0: all tokens."""

@@ -26,7 +26,25 @@ LENGTH = 1 << 15
 Kernel = Annotated[int, msgspec.Meta(ge=2, le=1 << 8)]
 
 
-class Config(base.Config, kw_only=True):
+class Widths:
+    """Methods of the configurations of Mamba and its hybrids: the widths of a layer."""
+
+    hidden_size: int
+    expand: float
+    time_step_rank: int | Literal["auto"]
+
+    @property
+    def inner(self) -> int:
+        """Number of columns of the scan."""
+        return int(self.expand * self.hidden_size)
+
+    @property
+    def rank(self) -> int:
+        """Number of columns from which the steps are projected."""
+        return math.ceil(self.hidden_size / 16) if self.time_step_rank == "auto" else self.time_step_rank
+
+
+class Config(Widths, base.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' MambaConfig."""
 
     hidden_size: Size = 768
@@ -47,16 +65,6 @@ class Config(base.Config, kw_only=True):
     def max_positions(self) -> int:
         """Maximum length of a sequence in tokens."""
         return self.max_position_embeddings or LENGTH
-
-    @property
-    def inner(self) -> int:
-        """Number of columns of the scan."""
-        return int(self.expand * self.hidden_size)
-
-    @property
-    def rank(self) -> int:
-        """Number of columns from which the steps are projected."""
-        return math.ceil(self.hidden_size / 16) if self.time_step_rank == "auto" else self.time_step_rank
 
     @property
     def act(self) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
-from tokenmill.models import llama, mixtral, olmoe
+from tokenmill.models import llama, mixtral, olmo2
 from tokenmill.models._moe import Count
 from tokenmill.models.base import Length
 from tokenmill.models.llama import Size
@@ -48,7 +48,7 @@ class Config(mixtral.Config, kw_only=True):
 class Layer(mixtral.Layer):
     """Mixtral's decoder layer, with OLMoE's norms."""
 
-    attention = olmoe.Attention
+    attention = olmo2.Attention
 
 
 class Model(llama.Model):

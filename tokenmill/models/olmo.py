@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Apply, Biases, Model, Size
+from tokenmill.models.llama import Apply, Model, Size
 from tokenmill.program import ops
 from tokenmill.program.value import Value
 
@@ -14,6 +14,8 @@ __all__ = ["Config", "Model"]
 
 class Config(llama.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' OlmoConfig."""
+
+    has_mlp_bias = False
 
     vocab_size: Size = 50304
     max_position_embeddings: Length | None = 2048
@@ -31,11 +33,6 @@ class Config(llama.Config, kw_only=True):
     def norm(self, scope: Scope, width: int, *, per_head: bool = False) -> Apply:
         """Return the norm, which reads nothing of the checkpoint."""
         return plain_norm
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
 
 
 def plain_norm(x: Value) -> Value:

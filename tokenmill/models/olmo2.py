@@ -5,21 +5,18 @@ from __future__ import annotations
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Biases, Size
+from tokenmill.models.llama import Size
 from tokenmill.program.value import Value
 
 
 class Config(llama.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' Olmo2Config."""
 
+    has_mlp_bias = False
+
     vocab_size: Size = 50304
     max_position_embeddings: Length | None = 2048
     rms_norm_eps: float = 1e-5
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
 
 
 class Attention(llama.Attention):

@@ -7,7 +7,7 @@ from typing import Any
 from tokenmill.layers.attention import Rope
 from tokenmill.models import _windows, llama
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Biases, Size
+from tokenmill.models.llama import Size
 from tokenmill.models.olmo2 import Model
 
 __all__ = ["Config", "Model"]
@@ -15,6 +15,8 @@ __all__ = ["Config", "Model"]
 
 class Config(_windows.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' Olmo3Config."""
+
+    has_mlp_bias = False
 
     vocab_size: Size = 50304
     max_position_embeddings: Length | None = 2048
@@ -32,8 +34,3 @@ class Config(_windows.Config, kw_only=True):
         if self.kind(layer) == "full_attention":
             return self.rope
         return _windows.local_rope(self, self.rope_local_base_freq or self.rope_theta, self.rope_local_scaling)
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)

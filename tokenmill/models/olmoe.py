@@ -8,17 +8,18 @@ from typing import Annotated
 import msgspec
 
 from tokenmill.layers.moe import MoeMlp, Router, separate
-from tokenmill.layers.norm import RmsNorm
 from tokenmill.layers.scope import Scope
-from tokenmill.models import _moe, llama
+from tokenmill.models import _moe, llama, olmo2
 from tokenmill.models._moe import Count
 from tokenmill.models.base import Length
-from tokenmill.models.llama import Biases, Size
+from tokenmill.models.llama import Size
 from tokenmill.program.value import Value
 
 
 class Config(llama.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' OlmoeConfig."""
+
+    has_mlp_bias = False
 
     vocab_size: Size = 50304
     hidden_size: Size = 2048
@@ -39,29 +40,11 @@ class Config(llama.Config, kw_only=True):
             raise ValueError(f"`clip_qkv` is {self.clip_qkv}, but only null is supported")
         _moe.check_top_k(self.num_experts_per_tok, self.num_experts)
 
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
-
-
-class Attention(llama.Attention):
-    """Llama's attention, with norms over all heads of queries and of keys together."""
-
-    def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
-        super().__init__(c, scope, layer)
-        self.q_norm = RmsNorm(scope / "q_norm", c.num_attention_heads * c.head_size, c.rms_norm_eps)
-        self.k_norm = RmsNorm(scope / "k_norm", c.kv_heads * c.head_size, c.rms_norm_eps)
-
-    def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
-        """Normalize queries and keys."""
-        return self.q_norm(q), self.k_norm(k)
-
 
 class Layer(llama.Layer):
-    """Llama's decoder layer, with this file's attention, and experts."""
+    """Llama's decoder layer, with OLMo 2's attention, and experts."""
 
-    attention = Attention
+    attention = olmo2.Attention
 
     def feed_forward(self, c: Config, scope: Scope, layer: int) -> Callable[[Value], Value]:
         """Return the experts."""

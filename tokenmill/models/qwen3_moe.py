@@ -7,12 +7,14 @@ from collections.abc import Callable
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama, qwen2_moe, qwen3
 from tokenmill.models._moe import Count
-from tokenmill.models.llama import Biases, Size
+from tokenmill.models.llama import Size
 from tokenmill.program.value import Value
 
 
 class Config(qwen2_moe.Sparse, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' Qwen3MoeConfig."""
+
+    has_mlp_bias = False
 
     intermediate_size: Size = 6144
     num_key_value_heads: Size | None = 4
@@ -23,11 +25,6 @@ class Config(qwen2_moe.Sparse, kw_only=True):
     def experts(self) -> int:
         """Number of experts, under either of its names."""
         return self.num_experts or self.num_local_experts or 128
-
-    @property
-    def biases(self) -> Biases:
-        """Return the biases: those of attention as config.json sets them, none in the feed-forward layer."""
-        return Biases(self.attention_bias, self.attention_bias)
 
     def window(self, layer: int) -> int:
         """Return the sliding window, which is every layer's, in tokens; 0: all tokens."""
