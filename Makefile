@@ -44,7 +44,7 @@ test-newest:  ## all tests, and the clients', with the newest of everything that
 	@rm -rf .venv-newest .venv-newest-clients
 	@LOCKED=no TORCH="$${TORCH:-torch}" $(MAKE) --no-print-directory .venv-newest/.installed-test VENV=.venv-newest
 	@.venv-newest/bin/python -m pip freeze --disable-pip-version-check
-	@LOCKED=no $(MAKE) --no-print-directory test VENV=.venv-newest
+	@LOCKED=no $(MAKE) --no-print-directory test VENV=.venv-newest ARGS="$(ALL) --slow"
 	@LOCKED=no $(MAKE) --no-print-directory test-clients VENV=.venv-newest CLIENTS=.venv-newest-clients
 
 lock:  ## write locks/*.txt anew: the newest of everything, or ARGS="--upgrade-package NAME"

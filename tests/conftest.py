@@ -48,10 +48,11 @@ collect_ignore = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options for long runs: `--histories 50 --first-seed 7000` tries fifty times as many random histories, others."""
+    """Options for long runs: `--slow`; `--histories 50 --first-seed 7000` tries fifty times as many random histories, others."""
     group = parser.getgroup("tokenmill")
     group.addoption("--histories", type=int, default=1, help="so many times as many random histories (default: 1)")
     group.addoption("--first-seed", type=int, default=0, help="seed of the first random history (default: 0)")
+    group.addoption("--slow", action="store_true", help="run the tests that are marked slow, too: long forms of others")
 
 
 @pytest.fixture
@@ -67,7 +68,11 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need the Hub run only when asked for: `pytest -m network`."""
+    """Tests that need the Hub run only when asked for: `pytest -m network`; slow ones with `--slow`, as CI does."""
+    if not config.getoption("slow"):
+        slow = [item for item in items if "slow" in item.keywords]
+        items[:] = [item for item in items if "slow" not in item.keywords]
+        config.hook.pytest_deselected(items=slow)
     if "network" in (config.option.markexpr or ""):
         return
     skip = pytest.mark.skip(reason="needs the Hugging Face Hub; run with -m network")
