@@ -12,6 +12,7 @@ from support_grammar import END, OTHER_END, SPECIAL, accepts, allowed, backend, 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar import schema
 from tokenmill.grammar.base import Backend, Vocabulary, exact, longest_tokens
+from tokenmill.grammar.llguidance import LLGuidance
 
 PERSON = {
     "type": "object",
@@ -165,6 +166,24 @@ def test_forced_text_is_cut_as_the_models_tokenizer_cuts_it() -> None:
     wrong = exact(lambda text: [vocabulary.tokens.index(b"x")], vocabulary)  # a tokenizer that changes the text
     assert wrong(b"hello world") == longest_tokens(vocabulary)(b"hello world")
     assert [vocabulary.tokens[i] for i in wrong(b"hello world")] == [b"hello", b" world"]
+
+
+def test_text_that_no_token_spells_is_not_forced_and_masks_remain_exact() -> None:
+    whole = small_vocabulary()
+    quote, tokens = ord('"'), whole.tokens
+    vocabulary = Vocabulary.of(tokens.__getitem__, len(tokens), whole.size, (quote, END), whole.special_ids)
+    assert whole.complete
+    assert not vocabulary.complete
+    chosen, ids = LLGuidance(vocabulary, lambda text: list(text)), whole.tokens.index
+    matcher = made(chosen, *SPECS["person"]).matcher()
+    for token_id in map(ids, (b'{"', b"name", b'":', b" ", b'":', b'",')):
+        found = allowed(matcher, vocabulary)
+        assert matcher.forced(9) == []
+        assert quote not in found
+        for other in found:
+            assert matcher.accept(other)
+            matcher.rollback(1)
+        assert matcher.accept(token_id)
 
 
 def test_all_rows_are_filled_in_one_call(chosen: Backend, vocabulary: Vocabulary) -> None:

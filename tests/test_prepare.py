@@ -120,6 +120,9 @@ def test_a_grammar_is_made_canonical_and_goes_on_as_it_is() -> None:
         "json_schema", '{"type":"object"}'
     )
     assert made().grammar is None
+    tokenizer = Tokenizer(byte_level(), eos_ids=(64, 2))  # the first is a character, which grammars use as text
+    ends = [prepare("a", Options(grammar=g), LIMITS, tokenizer).stopping.stop_ids for g in (None, spec)]
+    assert ends == [(64, 2), (2,)]
 
 
 def test_a_thought_that_takes_too_long_is_ended_as_the_options_say() -> None:

@@ -200,6 +200,16 @@ def test_every_file_that_names_an_end_is_heard(tmp_path: Path) -> None:
     assert load_tokenizer(write_folder(tmp_path, generation_config={"eos_token_id": [9, 8]})).eos_ids == (9, 8, 2)
 
 
+def test_an_end_that_is_one_byte_of_text_is_text_in_a_grammar_unless_it_is_the_only_end(tmp_path: Path) -> None:
+    config = {"eos_token": "<|im_end|>"}
+    both = load_tokenizer(write_folder(tmp_path, tokenizer_config=config, config={"eos_token_id": [305, 64, 2, 9999]}))
+    assert (both.token_bytes(64), both.eos_ids) == (b"^", (305, 64, 2, 9999))
+    assert both.grammar_end_ids == (305, 2, 9999)
+    (tmp_path / "alone").mkdir()
+    alone = load_tokenizer(write_folder(tmp_path / "alone", config={"eos_token_id": 64}))
+    assert alone.grammar_end_ids == alone.eos_ids == (64,)
+
+
 def test_tokens_that_only_the_configuration_knows_are_added(tmp_path: Path) -> None:
     added = {"600": {"content": "<tool>", "special": False}, "601": {"content": "<end>", "special": True}}
     config = {"eos_token": "<end>", "added_tokens_decoder": added, "model_max_length": 2048}

@@ -24,6 +24,7 @@ CLIENTS = "grammar"
 _WORD = 32
 _LONG_TEXT = re.compile(r'"(?:[^"\\]|\\.){2000}')
 _LONG_PATTERN = 2000
+_UTF8_BYTES = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}
 _MANY = re.compile(r"\{(\d+,)?\d{3,}|\)\{(\d+,)?\d{2,}")
 
 
@@ -46,6 +47,13 @@ class Vocabulary(msgspec.Struct, frozen=True, array_like=True):
         tokens = tuple(token_bytes(i) for i in range(min(num_tokens, size)))
         special = {i for i in (*special_ids, *end_ids) if i < size}
         return cls(tokens, tuple(i for i in dict.fromkeys(end_ids) if i < size), tuple(sorted(special)), size)
+
+    @property
+    def complete(self) -> bool:
+        """True if each byte that UTF-8 uses is a token of its own, so that every text can be spelled."""
+        special = set(self.special_ids)
+        single = {text[0] for i, text in enumerate(self.tokens) if len(text) == 1 and i not in special}
+        return single >= _UTF8_BYTES
 
     @property
     def mask_words(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import llguidance as lib
@@ -63,7 +64,7 @@ class LLGuidance:
     """The grammar backend. Building one takes about 3 µs per token of the vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, encode: Encode | None = None) -> None:
-        self.vocabulary = vocabulary
+        self.vocabulary, self._forces = vocabulary, vocabulary.complete  # else forced text is lost where no token fits
         wrapped = lib.TokenizerWrapper(_Tokens(vocabulary, encode))
         self._tokenizer = lib.LLTokenizer(wrapped, eos_token=list(vocabulary.end_ids), slices=list(_SLICES))
         self._limits = lib.LLParserLimits(step_lexer_fuel=_STEP_FUEL, verbose_errors=False)
@@ -73,7 +74,7 @@ class LLGuidance:
         """Compile, and compute at least one mask. Returns the grammar in the library's syntax."""
         if kind == CLIENTS and ebnf.is_ebnf(source):
             source = lexemes.lark(ebnf.parse(source), self._matches)
-        text = grammar_text(kind, source)
+        text = grammar_text(kind, source, self._forces)
         matcher = self._compile(kind, source, text)
         mask = self.vocabulary.new_mask(1)
         first = LLMatcher(matcher, self._ends)
@@ -119,7 +120,7 @@ class LLGuidance:
         return matcher
 
     def _fault(self, source: str) -> str:
-        found = self._matcher(grammar_text("json_schema", source))
+        found = self._matcher(grammar_text("json_schema", source, self._forces))
         return _first_line(found.get_error()) if found.is_error() else ""
 
     def _matches(self, text: str) -> bool:
@@ -196,7 +197,7 @@ class LLMatcher:
         """Return forced tokens, split as by the model's tokenizer."""
         if self.done:
             return []
-        return [int(i) for i in self.inner.compute_ff_tokens()[:most] if i not in self._ends.ids]
+        return list(takewhile(lambda i: i not in self._ends.ids, map(int, self.inner.compute_ff_tokens()[:most])))
 
     @property
     def done(self) -> bool:
@@ -227,9 +228,12 @@ class LLFiller:
             matcher.mend(mask, row)
 
 
-def grammar_text(kind: str, source: str) -> str:
-    """Return a grammar in llguidance's syntax. Raises GrammarError for an unknown kind."""
-    forced = may_force(kind, source)
+def grammar_text(kind: str, source: str, forces: bool = True) -> str:
+    """Return a grammar in llguidance's syntax. Raises GrammarError for an unknown kind.
+
+    `forces`: False if matchers must not look for forced text, whatever the grammar.
+    """
+    forced = forces and may_force(kind, source)
     if kind == "json_schema" and forced:
         return str(lib.LLMatcher.grammar_from_json_schema(source, overrides=json_options(source)))
     if kind == "json_schema":

@@ -116,7 +116,7 @@ class ModelGrammars:
         from tokenmill.grammar.llguidance import LLGuidance
 
         tokenizer = load_tokenizer(self._source)
-        if not any(token_id < self._size for token_id in tokenizer.eos_ids):
+        if not any(token_id < self._size for token_id in tokenizer.grammar_end_ids):
             raise GrammarError("this model has no token that ends an answer, so no grammar can be followed")
         yield None
         backend = LLGuidance(vocabulary_of(tokenizer, self._size), _encode_of(tokenizer))
@@ -136,7 +136,7 @@ class ModelGrammars:
 def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """Return the vocabulary of a tokenizer, for a model with `size` logits."""
     return Vocabulary.of(
-        tokenizer.token_bytes, tokenizer.vocab_size, size, tokenizer.eos_ids, sorted(tokenizer.special_ids)
+        tokenizer.token_bytes, tokenizer.vocab_size, size, tokenizer.grammar_end_ids, sorted(tokenizer.special_ids)
     )
 
 

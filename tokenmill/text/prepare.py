@@ -89,7 +89,8 @@ def prepare(
         allowed = f"at most the number of tokens to generate, {max_new_tokens}"
         raise refuse(dialect, "min_new_tokens", native, allowed, min_new_tokens)
     grammar = rules.grammar_of(options, limits, dialect)
-    stop_ids = () if options.ignore_eos else tuple(i for i in tokenizer.eos_ids if i < limits.vocab_size)
+    ends = tokenizer.eos_ids if grammar is None else tokenizer.grammar_end_ids
+    stop_ids = () if options.ignore_eos else tuple(i for i in ends if i < limits.vocab_size)
     sampling, seed = _sampling(options, limits, dialect)
     thought = options.thought
     ending = (thought.force_after, thought.forced_ids, thought.unless) if thought else ()

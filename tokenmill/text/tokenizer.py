@@ -121,6 +121,19 @@ class Tokenizer:
         return token_id in self._special
 
     @property
+    def grammar_end_ids(self) -> tuple[int, ...]:
+        """All ids that end an answer that obeys a grammar.
+
+        They are those of `eos_ids` that are special or longer than a byte, or all if there are none of these: without
+        a token of one byte, such as a quotation mark that config.json names as the end, JSON could not be spelled.
+        """
+
+        def is_text(i: int) -> bool:
+            return i < self.vocab_size and i not in self._special and len(self.token_bytes(i)) == 1
+
+        return tuple(i for i in self.eos_ids if not is_text(i)) or self.eos_ids
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """All ids for which `is_special` is true."""
         return self._special
