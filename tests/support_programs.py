@@ -8,7 +8,7 @@ import numpy as np
 from support_models import Driver
 
 from tokenmill.backends.torch.interpreter import Interpreter
-from tokenmill.program import ops
+from tokenmill.program import ops, special
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Inputs, Program, Value, record
@@ -91,20 +91,19 @@ class Draw:
 
     def norm(
         self, x: Value, head_dim: int = 0, *, center: bool = False, bias: bool = False, eps: float = 1e-5,
-        each: bool = False,
+        each: bool = False, plain: bool = False,
     ) -> Value:
         width = x.width if each else head_dim or x.width
         fields: dict[str, Any] = {"shard": "column", "unit": head_dim} if each else {}
         return x.record(
-            ops.Norm, x=x, weight=self.weight(width, **fields), bias=self.weight(width, **fields) if bias else None,
-            eps=eps,
-            center=center, head_dim=head_dim,
+            ops.Norm, x=x, weight=None if plain else self.weight(width, **fields),
+            bias=self.weight(width, **fields) if bias else None, eps=eps, center=center, head_dim=head_dim,
         )  # fmt: skip
 
     def any_norm(self, x: Value) -> Value:
         center = self.chance(0.4)
         bias = self.chance(0.5 if center else 0.07)  # rare: no CPU kernel supports a bias without centring
-        return self.norm(x, center=center, bias=bias, eps=self.one_of(1e-5, 0.5))
+        return self.norm(x, center=center, bias=bias, eps=self.one_of(1e-5, 0.5), plain=self.chance(0.05))
 
     # ---- the model
 
@@ -167,6 +166,8 @@ class Draw:
             q, k = self._heads(q, k)
         if self.chance(0.8):
             q, k = self._rotated(q, k)
+        if self.chance(0.05):
+            q = q.record(special.ScaleByPosition, x=q, beta=0.4, length=3)
         reads = "nothing" if self.plain else self.one_of("nothing", "nothing", "nothing", "before", "after", "raw")
         if reads == "before":  # another operation reads the value that a fusion would remove
             (extra,) = self.linear(self.one_of(q, k), WIDTH)
@@ -184,7 +185,9 @@ class Draw:
 
     def _heads(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Apply equal or slightly different norms to heads, to queries only, or to whole rows."""
-        kind = self.one_of("alike", "alike", "eps", "center", "bias", "q", "rows", "small", "halves", "each")
+        kind = self.one_of("alike", "alike", "eps", "center", "bias", "q", "rows", "small", "halves", "each", "none")
+        if kind == "none":  # no weights
+            return self.norm(q, HEAD, plain=True), self.norm(k, HEAD, plain=True, center=self.chance(0.5))
         if kind == "each":  # each head has a weight of its own
             center, bias = self.chance(0.5), self.chance(0.5)
             return self.norm(q, HEAD, center=center, each=True), self.norm(k, HEAD, center=center, bias=bias, each=True)
@@ -255,10 +258,13 @@ class Draw:
     def _mlp(self, x: Value) -> Value:
         if self.chance(0.2):
             return self._experts(x)
-        act = self.one_of("silu", "relu", "relu2", "gelu")
+        act = self.one_of(*["silu", "relu", "relu2", "gelu"] * 3, "linear", "sigmoid", "quick_gelu", "gelu_new")
         if self.chance(0.3):
             (inner,) = self.linear(x, INNER, shard="column")
-            y = inner.record(ops.Act, x=inner, act=act)
+            if self.chance(0.15):
+                y = inner.record(special.XIelu, x=inner, alpha_p=self.weight(1), alpha_n=self.weight(1))
+            else:
+                y = inner.record(ops.Act, x=inner, act=act)
             if not self.plain and self.chance(0.3):
                 y = y + inner
         else:

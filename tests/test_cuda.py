@@ -30,6 +30,7 @@ from tokenmill.wire.messages import EngineInfo, SamplingParams, StoppingParams
 torch.set_num_threads(1)
 EVERYTHING = [
     "gpt2", "gpt_bigcode", "gpt_neo", "opt_norms_behind", "falcon_grouped", "starcoder2_window", "phi3",
+    "apertus", "hunyuan_v1_dense", "ministral3", "olmo", "persimmon",
     "exaone4", "gemma2", "gemma3_text", "olmo2", "llama_tied_with_biases", "llama_dynamic", "llama_yarn",
     "mistral_window", "qwen2_window", "qwen3",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from tokenmill.backends.cuda.kernels.heads import write_heads
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles, tile_each
 from tokenmill.backends.cuda.launch import Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.row_ops import rotation
 from tokenmill.backends.cuda.shapes import (
     BUSY,
     CLASSES,
@@ -224,7 +225,7 @@ class AttentionLowering:
                 q_norm, k_norm, self._part, self._sums, self._counts, items, q.stride(0), k.stride(0), v.stride(0),
                 tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common, G=shared,
                 GP=max(16, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window,
-                CAPPED=op.softcap > 0, NORM=op.q_norm is not None, ROPE=rotation(op), SOME=n.singles is not None,
+                CAPPED=op.softcap > 0, NORM=op.q_norm is not None, ROPE=rotation(op.rope), SOME=n.singles is not None,
                 LISTED=listed, PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **ahead(n.early),
             )  # fmt: skip
 
@@ -243,7 +244,7 @@ class AttentionLowering:
                 (n.tokens,),
                 q, k, v, keys, values, rotated, n.pairs, tables, cos, sin, q_norm, k_norm, q.stride(0), k.stride(0),
                 v.stride(0), tables.stride(0), op.eps, k_fit, v_fit, **common, HEADS=heads, HEADS2=power(heads),
-                KV_HEADS2=power(kv_heads), NORM=op.q_norm is not None, ROPE=rotation(op), num_warps=4,
+                KV_HEADS2=power(kv_heads), NORM=op.q_norm is not None, ROPE=rotation(op.rope), num_warps=4,
             )  # fmt: skip
 
         return run
@@ -272,10 +273,3 @@ class AttentionLowering:
 def _most_of(scratches: list[ScratchSizes]) -> ScratchSizes:
     """Return the most of each number; zeros for a program without attention."""
     return ScratchSizes(*map(max, zip(*scratches, strict=True))) if scratches else ScratchSizes(0, 0, 0, 0, 0, 0)
-
-
-def rotation(op: ops.Attention) -> int:
-    """Return ROPE of the kernels: the number of rotated columns, negative if pairs are adjacent columns; 0: none."""
-    if op.rope is None:
-        return 0
-    return -op.rope.rotary_dim if op.rope.interleaved else op.rope.rotary_dim

@@ -261,9 +261,7 @@ class CudaBackend:
     def _count(self) -> Account:
         """Return the memory taken besides the cache."""
         held = [tensor for tensor in vars(self._slots).values() if isinstance(tensor, Tensor)]
-        attentions = [op for op in self.program.ops if isinstance(op, ops.Attention)]
-        tables = {(op.rope, op.head_dim) for op in attentions if op.rope is not None}
-        held += [self._arrays.buffer, *(part for table in tables for part in self._memory.cos_sin(*table))]
+        held += [self._arrays.buffer, *self._memory.rotations()]
         return Account(
             weights=self._weights.nbytes,
             step=self._memory.step_bytes + self._lowering.nbytes + sum(tensor.nbytes for tensor in held),

@@ -42,7 +42,7 @@ class BatchOneFusion:
 
     def _look(self, before: Op | None, op: Op) -> None:
         """Note a norm that its readers can do. Its sum, if it has one, must be fusable into the product before."""
-        if not isinstance(op, ops.Norm) or op.head_dim or op.center or op.bias:
+        if not isinstance(op, ops.Norm) or op.head_dim or op.center or op.bias or op.weight is None:
             return
         readers = self._readers.get(op.out.buffer, [])
         if not readers or not all(isinstance(r, ops.Linear) and r.x.whole and self._fits(r) for r in readers):
@@ -65,7 +65,7 @@ class BatchOneFusion:
         product: Product = self._lowering.product(op)
         norm = residual = None
         if (found := self._normed.get(op.x.buffer)) is not None:
-            assert found.weight is not None, "refused by prepare.py"
+            assert found.weight is not None, "_look leaves it out"
             x: Value = found.total if isinstance(found, ops.AddNorm) else found.x
             norm = self._memory.value(x), self._lowering.weight(found.weight), found.eps
         if (total := self._summed.get(op.out.buffer)) is not None:

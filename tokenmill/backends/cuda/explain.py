@@ -11,13 +11,16 @@ from tokenmill.backends.cuda.prepare import attention_of, fused
 from tokenmill.backends.cuda.products.dense import MANY, MOST, few_shape, row_shape
 from tokenmill.backends.cuda.scales import SCALED, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
-from tokenmill.program import ops
+from tokenmill.program import ops, special
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.ops import Op
 from tokenmill.program.value import Program
 from tokenmill.weights.checkpoint import Checkpoint
 
-_NAMES = {ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "take_rows"}
+_NAMES: dict[type[Op], str] = {
+    ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "take_rows", ops.Rope: "rotate_heads",
+    special.ScaleByPosition: "scale_rows", special.XIelu: "xielu_rows",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

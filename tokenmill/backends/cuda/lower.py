@@ -19,6 +19,7 @@ from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import DeviceWeights
 from tokenmill.backends.cuda.products.base import Operands, Product, Scratch
 from tokenmill.backends.cuda.products.dense import largest
+from tokenmill.backends.cuda.row_ops import RowLowering
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
@@ -29,6 +30,9 @@ from tokenmill.program.passes import readers_of
 _BLOCK = 1024
 _ACTS: dict[str, Callable[..., Tensor]] = {
     "silu": torch.nn.functional.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "linear": lambda x: x,
+    "sigmoid": torch.sigmoid,
     "relu": torch.nn.functional.relu,
     "relu2": lambda x: torch.nn.functional.relu(x).square(),
     "gelu": torch.nn.functional.gelu,
@@ -78,6 +82,7 @@ class Lowering:
             ops.Scale: self._scale,
             ops.SoftCap: self._soft_cap,
             ops.TakeRows: self._take,
+            **RowLowering(self._memory, self._weights.tensors).by_kind(),
         }
         return lowered[type(op)](op)
 
@@ -131,10 +136,9 @@ class Lowering:
         return run
 
     def _norm(self, op: ops.Norm) -> Run:
-        assert op.weight is not None, "refused by prepare.py"
-        x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self.weight(op.weight)
         if op.head_dim:
-            return self._norm_heads(op, x, out, weight)
+            return self._norm_heads(op)
+        x, out, weight = self._memory.value(op.x), self._memory.value(op.out), self._optional(op.weight)
         both = isinstance(op, ops.AddNorm)
         y, total = (self._memory.value(op.y), self._memory.value(op.total)) if isinstance(op, ops.AddNorm) else (x, out)
         bias, width, launch = self._optional(op.bias), op.out.width, Site(kernels.norm_rows)
@@ -142,21 +146,27 @@ class Lowering:
         def run(n: Sizes) -> None:
             launch(
                 (n.of(op.out),),
-                x, y, weight, weight if bias is None else bias, total, out, x.stride(0), y.stride(0), op.eps,
-                WIDTH=width, BLOCK=power(width), ADD=both, CENTER=op.center, BIAS=bias is not None,
-                PDL=n.early, num_warps=4 if width <= 2048 else 8, **ahead(n.early),
+                x, y, x if weight is None else weight, x if bias is None else bias, total, out, x.stride(0),
+                y.stride(0), op.eps, WIDTH=width, BLOCK=power(width), ADD=both, CENTER=op.center,
+                WEIGHT=weight is not None, BIAS=bias is not None, PDL=n.early, num_warps=4 if width <= 2048 else 8,
+                **ahead(n.early),
             )  # fmt: skip
 
         return run
 
-    def _norm_heads(self, op: ops.Norm, x: Tensor, out: Tensor, weight: Tensor) -> Run:
+    def _norm_heads(self, op: ops.Norm) -> Run:
+        x, out, weight, bias = (
+            self._memory.value(op.x), self._memory.value(op.out), self._optional(op.weight), self._optional(op.bias)
+        )  # fmt: skip
         heads, launch = op.out.width // op.head_dim, Site(kernels.norm_heads)
+        steps = [0 if each is None or len(each) == op.head_dim else op.head_dim for each in (weight, bias)]
 
         def run(n: Sizes) -> None:
             launch(
                 (n.of(op.out), heads),
-                x, weight, out, x.stride(0), op.eps, HEADS=heads, D=op.head_dim,
-                BLOCK=power(op.head_dim), num_warps=1,
+                x, x if weight is None else weight, x if bias is None else bias, out, x.stride(0), *steps, op.eps,
+                HEADS=heads, D=op.head_dim, BLOCK=power(op.head_dim), CENTER=op.center, WEIGHT=weight is not None,
+                BIAS=bias is not None, num_warps=1,
             )  # fmt: skip
 
         return run

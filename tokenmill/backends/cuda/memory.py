@@ -81,6 +81,12 @@ class Memory:
             )
         return self._cos_sin_of[table, head_dim]
 
+    def rotations(self) -> list[Tensor]:
+        """Return the cosines and sines of all operations that rotate, each tensor once."""
+        rotating = [op for op in self.program.ops if isinstance(op, ops.Attention | ops.Rope)]
+        tables = {(op.rope, op.head_dim) for op in rotating if op.rope is not None}
+        return [part for table in tables for part in self.cos_sin(*table)]
+
     def block_bytes(self) -> int:
         """Bytes of one cache block."""
         return block_bytes(self.cache_plan, self.cache_dtype.itemsize, self.limits.block_size)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from tokenmill.backends.cuda.detect import flashinfer_missing
 from tokenmill.backends.cuda.shapes import MOST_SHARED
-from tokenmill.program import ops, passes
+from tokenmill.program import ops, passes, special
 from tokenmill.program.ops import Op
 from tokenmill.program.value import Program
 
 KINDS = (
     ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.Scale,
-    ops.SoftCap, ops.TakeRows,
+    ops.SoftCap, ops.TakeRows, ops.Rope, special.ScaleByPosition, special.XIelu,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
@@ -21,7 +21,9 @@ ATTENTIONS = {
 }  # fmt: skip
 """User's name of an attention, TGI's included -> the nearest kernels here."""
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
-_ACTS = ("silu", "relu", "relu2", "gelu", "gelu_new", "gelu_pytorch_tanh")
+_ACTS = (
+    "silu", "quick_gelu", "linear", "relu", "sigmoid", "relu2", "gelu", "gelu_new", "gelu_pytorch_tanh",
+)  # fmt: skip
 _HEAD_SIZES = range(16, 257)
 _WIDEST_NORM = 1 << 16
 _INVARIANT_COLUMNS = 16
@@ -72,10 +74,8 @@ def _why_not(op: Op) -> str:
         return f"it has no kernel for the activation {op.act}"
     if isinstance(op, ops.Norm) and op.out.width > _WIDEST_NORM:
         return f"a norm of {op.out.width} columns is too wide for it"
-    if isinstance(op, ops.Norm) and (op.weight is None or op.weight.rows != (op.head_dim or op.x.width)):
-        return "its norms have a weight, which all heads share"
-    if isinstance(op, ops.Norm) and op.head_dim and (op.center or op.bias):
-        return "it has no LayerNorm of heads"
+    if isinstance(op, ops.Rope) and op.head_dim % 2:
+        return f"it rotates no heads of {op.head_dim}"
     return _attention_refusal(op) if isinstance(op, ops.Attention) else ""
 
 
