@@ -8,9 +8,9 @@ ARGS ?=
 # With a GPU, torch brings triton; without one, its interpreter runs the kernels in tests.
 COMMA := ,
 TEST_EXTRAS := test,torch$(if $(wildcard /dev/nvidiactl),,$(COMMA)interpreter)
-# All tests run in a process for each core, at most eight, with a file's tests in the same one. A part that ARGS names
-# runs in one process.
-ALL := -n auto --maxprocesses 8 --dist loadfile
+# All tests run in one process more than there are cores, at most eight, with a file's tests in the same one. A part that
+# ARGS names runs in one process. MORE: pytest's options beside these.
+ALL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(MORE)
 export VENV
 
 .PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
@@ -44,7 +44,7 @@ test-newest:  ## all tests, and the clients', with the newest of everything that
 	@rm -rf .venv-newest .venv-newest-clients
 	@LOCKED=no TORCH="$${TORCH:-torch}" $(MAKE) --no-print-directory .venv-newest/.installed-test VENV=.venv-newest
 	@.venv-newest/bin/python -m pip freeze --disable-pip-version-check
-	@LOCKED=no $(MAKE) --no-print-directory test VENV=.venv-newest ARGS="$(ALL) --slow"
+	@LOCKED=no $(MAKE) --no-print-directory test VENV=.venv-newest MORE=--slow
 	@LOCKED=no $(MAKE) --no-print-directory test-clients VENV=.venv-newest CLIENTS=.venv-newest-clients
 
 lock:  ## write locks/*.txt anew: the newest of everything, or ARGS="--upgrade-package NAME"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 import shutil
 import signal
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +25,17 @@ from support_ports import unused_port
 from tokenmill.config import default_cache_dir
 from tokenmill.weights import embedded
 
+# Each request by `httpx.get` makes one, which takes 40 ms, though no test speaks TLS.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # servers that tests start inherit what `nohup` has set
 
 FOLDER = Path(__file__).parent
+LONGEST = (
+    "launcher", "server_faults", "models", "server_guided", "cuda", "cuda_sampling", "states", "cuda_attention",
+    "cuda_graphs", "cpu_sampling", "embedded", "without_torch", "scheduler", "tables", "passes", "program", "prefill",
+    "tool_grammars", "tools", "server_limits", "server_protocol", "server_tools", "hub", "offline", "out_of_memory",
+)  # fmt: skip
+"""Files that take long, the longest first, and begin first: else one that begins late is waited for alone."""
 NEEDS_TORCH = ("torch", "tokenmill.backends.torch")
 
 
@@ -48,7 +58,7 @@ collect_ignore = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options for long runs: `--slow`; `--histories 50 --first-seed 7000` tries fifty times as many random histories, others."""
+    """Options for long runs: `--slow`; `--histories 50 --first-seed 7000`: other random histories, and more of them."""
     group = parser.getgroup("tokenmill")
     group.addoption("--histories", type=int, default=1, help="so many times as many random histories (default: 1)")
     group.addoption("--first-seed", type=int, default=0, help="seed of the first random history (default: 0)")
@@ -62,6 +72,12 @@ def histories(pytestconfig: pytest.Config) -> Callable[[int], range]:
     return lambda count: range(first, first + count * times)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one process more than there are cores: tests wait for servers during a fourth of their time."""
+    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def pytest_report_header() -> str:
     """Return which tests an environment without torch leaves out."""
     return f"torch is not installed; left out: {', '.join(sorted(collect_ignore))}" if collect_ignore else "with torch"
@@ -69,6 +85,8 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need the Hub run only when asked for: `pytest -m network`; slow ones with `--slow`, as CI does."""
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
     if not config.getoption("slow"):
         slow = [item for item in items if "slow" in item.keywords]
         items[:] = [item for item in items if "slow" not in item.keywords]

@@ -186,6 +186,8 @@ WRITERS: dict[str, Callable[[list[Call]], str]] = {
         granite, command_r, pythonic, gemma, functiongemma, harmony, seed_oss, minimax, nemotron, lfm2,
     )
 }  # fmt: skip
+UNLIKE = ("hermes", "llama", "mistral", "qwen3_coder", "pythonic", "gemma", "harmony")
+"""A format of each style: JSON in marks, bare or headed, XML, Python, escaped texts, channels."""
 BARE = {"llama", "generic", "pythonic"}
 """Formats whose calls are the whole answer."""
 

@@ -17,6 +17,7 @@ from support_sampling import (
     reference_scores,
     softmax,
 )
+from support_slow import mostly_slow
 
 from tokenmill.backends.base import Masks, StepInputs, StepLimits
 from tokenmill.backends.cpu import layout
@@ -29,7 +30,7 @@ from tokenmill.wire.messages import SamplingParams, StoppingParams, TokenDetails
 VOCAB, SLOTS, MAX_TOTAL, THREADS = 61, 12, 64, 2
 
 
-@pytest.fixture(scope="module", params=ISAS)
+@pytest.fixture(scope="module", params=mostly_slow(ISAS, ISAS[:1]))
 def kernel(request):
     code = load(request.param, ["sample"])
     yield code.function("sample")  # the code must outlive its callers

@@ -10,6 +10,7 @@ import pytest
 from support_cuda import DEVICE, ON_GPU, CudaDriver, altered, cuda_job, torch, write_random
 from support_jobs import job_of
 from support_models import Driver, make_checkpoint, steps
+from support_slow import mostly_slow
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
@@ -54,19 +55,19 @@ def assert_same(folder: Path, rows_of_steps: list[list[tuple[int, list[int]]]], 
         np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", some_of(EVERYTHING, 3))
+@pytest.mark.parametrize("family", mostly_slow(some_of(EVERYTHING, 3), ["qwen3"]))
 def test_logits_of_mixed_steps_equal_the_torch_backends(family: str, tmp_path: Path) -> None:
     write_random(tmp_path, family, num_hidden_layers=3 if ON_GPU else 2)
     assert_same(tmp_path, steps() if ON_GPU else steps()[:4])
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256] if ON_GPU else [16, 80])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256] if ON_GPU else mostly_slow([16, 80], [80]))
 def test_heads_of_any_size(head_dim: int, tmp_path: Path) -> None:
     write_random(tmp_path, "qwen3", head_dim=head_dim, num_attention_heads=6, num_hidden_layers=2 if ON_GPU else 1)
     assert_same(tmp_path, steps() if ON_GPU else steps()[:3])
 
 
-@pytest.mark.parametrize("family", ["glm", "gpt_neox", "ernie4_5"])
+@pytest.mark.parametrize("family", mostly_slow(["glm", "gpt_neox", "ernie4_5"], ["gpt_neox", "ernie4_5"]))
 def test_a_part_of_a_head_is_rotated_and_pairs_are_halves_or_neighbours(family: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, family, num_hidden_layers=1)
     assert_same(tmp_path, steps()[:3])
@@ -77,6 +78,7 @@ def test_scores_are_capped(tmp_path: Path) -> None:
     assert_same(tmp_path, steps()[:3], softcap=3.0, window=9)
 
 
+@pytest.mark.slow
 def test_long_contexts_are_split_and_added_up(tmp_path: Path) -> None:
     write_random(tmp_path, "llama", num_hidden_layers=1, max_position_embeddings=1024)
     ids = np.random.default_rng(0).integers(0, 128, 700 if ON_GPU else 400).tolist()

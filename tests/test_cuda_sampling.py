@@ -20,6 +20,7 @@ from support_sampling import (
     reference_scores,
     softmax,
 )
+from support_slow import mostly_slow
 from test_cuda import engine_of
 
 from tokenmill.backends.base import Admitted, Masks, StepInputs, StepLimits
@@ -29,7 +30,7 @@ from tokenmill.wire.messages import Request, SamplingParams, StoppingParams, Tok
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize(("vocab", "batches"), [(61, 5), (997, 2), (5003, 1)])
+@pytest.mark.parametrize(("vocab", "batches"), mostly_slow([(61, 5), (997, 2), (5003, 1)], [(997, 2), (5003, 1)]))
 def test_a_batch_of_unlike_rows_chooses_what_the_rules_choose_row_by_row(vocab: int, batches: int) -> None:
     rng = np.random.default_rng(vocab)
     for _ in range(batches * (5 if ON_GPU else 1)):
@@ -54,7 +55,7 @@ def test_logits_of_half_precision_tie_and_ties_are_kept(dtype: str) -> None:
         assert_the_rules(exact.double().numpy(), requests, outputs, found)
 
 
-@pytest.mark.parametrize(("vocab", "batches"), [(61, 5), (997, 2), (5003, 1)])
+@pytest.mark.parametrize(("vocab", "batches"), mostly_slow([(61, 5), (997, 2), (5003, 1)], [(997, 2), (5003, 1)]))
 def test_rows_with_masks_choose_what_the_rules_choose(vocab: int, batches: int) -> None:
     rng = np.random.default_rng(vocab + 1)
     for _ in range(batches * (5 if ON_GPU else 1)):
@@ -99,7 +100,9 @@ FILTERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spread, dtype", [(0.05, "bfloat16"), (1.0, "float32"), (6.0, "bfloat16")])
+@pytest.mark.parametrize(
+    "spread, dtype", mostly_slow([(0.05, "bfloat16"), (1.0, "float32"), (6.0, "bfloat16")], [(6.0, "bfloat16")])
+)
 def test_filters_of_flat_and_steep_rows_keep_what_a_sort_says(
     spread: float, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +337,7 @@ def test_the_host_waits_for_nothing_but_a_watermark() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 def test_through_the_backend_answers_and_log_probabilities_are_the_torch_backends(tmp_path: Path) -> None:
     """Many different requests, chunked and preempted, each with all options of a request."""
     vocab, size = 128, 12 if ON_GPU else 4

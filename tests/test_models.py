@@ -12,6 +12,7 @@ import torch
 from support_jobs import job_of
 from support_models import FAMILIES, LLAMA3, SIZES, UNSHARDED, YARN, Driver, make_checkpoint, prompts, reference, steps
 from support_ranks import of_ranks
+from support_slow import mostly_slow
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.torch.backend import TorchBackend
@@ -24,6 +25,10 @@ from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import Progress
 
 torch.set_num_threads(1)
+
+
+SHARED = ("llama", "gpt_bigcode", "falcon", "gemma3_text", "qwen3_moe", "deepseek_v3")
+"""A family of each way to share weights."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -40,6 +45,7 @@ def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case
     backend.close()
 
 
+@pytest.mark.parametrize("case", mostly_slow(FAMILIES, SHARED), indirect=True)
 def test_two_ranks_share_every_family_or_refuse_it_by_name(case: tuple[Path, Any]) -> None:
     folder, model = case
     source = open_checkpoint(local_source(folder))

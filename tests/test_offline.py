@@ -13,6 +13,7 @@ import tokenizers
 import torch
 from support_jobs import job_of
 from support_models import make_checkpoint
+from support_slow import mostly_slow
 from tokenizers import decoders, models, pre_tokenizers
 
 import tokenmill
@@ -70,7 +71,11 @@ def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits) -> Offline
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral_window", "qwen3_yarn_tied", "gpt2", "bloom", "gptj", "qwen2_window", "gemma3_text"]
+    "family",
+    mostly_slow(
+        ["llama", "mistral_window", "qwen3_yarn_tied", "gpt2", "bloom", "gptj", "qwen2_window", "gemma3_text"],
+        ["llama", "bloom", "gemma3_text"],
+    ),
 )
 def test_chunked_shared_and_preempted_sequences_get_transformers_greedy_text(family, tmp_path):
     model = make_checkpoint(tmp_path, family)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from support_slow import mostly_slow
 from oracle import (
     build,
     check_books,
@@ -73,7 +74,7 @@ def test_a_short_prompt_behind_many_long_ones_waits_for_none_of_them() -> None:
     assert [steps_until(oracle, i) for i in range(5)] == [20, 38, 57, 76, 95], "they come one by one"
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", mostly_slow(range(30), range(10)))
 def test_no_prompt_ends_later_than_twice_the_work_of_itself_and_all_before_it(seed: int) -> None:
     rng = random.Random(seed)
     sizes = [rng.choice([1, 3, 10, 60, 300]) for _ in range(40)]
@@ -175,7 +176,7 @@ def test_short_prompts_pass_a_long_one_that_lacks_blocks_but_take_none_that_it_n
     assert link.outputs[1][-1].finish_reason == "length"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", mostly_slow(range(20), range(8)))
 def test_prompts_in_the_middle_that_hold_all_blocks_do_not_hold_up_each_other(seed: int) -> None:
     rng = random.Random(seed)
     limits = SchedulerLimits(rng.choice([4, 9, 16]), 8, 200, block_size=4, min_chunk=rng.choice([1, 4]))

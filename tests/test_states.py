@@ -16,6 +16,7 @@ from support_constraints import Automaton, House, Ready
 from support_jobs import job_of
 from support_models import Driver, prompts, reference, steps, write_model
 from support_ranks import of_ranks
+from support_slow import mostly_slow
 from support_states import STATES
 from test_constrained import check_guided, guided_case
 from test_out_of_memory import Faults
@@ -65,6 +66,7 @@ def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case
     backend.close()
 
 
+@pytest.mark.parametrize("case", mostly_slow(STATES, KINDS), indirect=True)
 def test_two_ranks_equal_one(case: tuple[Path, Any]) -> None:
     folder, model = case
     source = open_checkpoint(local_source(folder))
@@ -205,6 +207,7 @@ def greedy(model: Any, prompt: list[int], tokens: list[int]) -> list[int]:
     return chosen
 
 
+@pytest.mark.parametrize("case", mostly_slow(STATES, KINDS), indirect=True)
 def test_chunked_and_preempted_sequences_get_transformers_greedy_text(case: tuple[Path, Any]) -> None:
     folder, model = case
     rng = np.random.default_rng(1)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.support_tools import BARE, WRITERS, Call, router_of
+from tests.support_slow import mostly_slow
+from tests.support_tools import BARE, UNLIKE, WRITERS, Call, router_of
 from tests.support_walks import Tokens, compiled, special_markers, walk
 from tests.test_tool_grammars import FORMATS, TOOLS, harmony, weather, written, wrong
 from tokenmill.text.router import fold
@@ -56,7 +57,7 @@ def reworded(text: str, draw: random.Random) -> str:
 
 
 @pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", mostly_slow(FORMATS, UNLIKE))
 def test_every_call_of_a_strict_function_fits(name: str, special: bool) -> None:
     if name == "harmony" and not special:
         return

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.support_tools import BARE, WRITERS, Call, marks_of, router_of, text_of
+from tests.support_slow import mostly_slow
+from tests.support_tools import BARE, UNLIKE, WRITERS, Call, marks_of, router_of, text_of
 from tests.support_walks import Tokens, compiled, special_markers
 from tokenmill.errors import ToolError
 from tokenmill.text.machine import Held
@@ -141,7 +142,7 @@ def test_what_a_grammar_allows_is_read_back_whatever_marks_are_in_it(name: str, 
     assert num_read > EXAMPLES / 20
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", mostly_slow(FORMATS, UNLIKE))
 def test_what_is_no_call_does_not_fit(name: str) -> None:
     assert not fits(name, "Hello", True)
     assert not fits(name, "", True)
@@ -159,7 +160,7 @@ def test_a_named_function_and_a_single_call_are_held_to(name: str) -> None:
 
 
 @pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", mostly_slow(FORMATS, UNLIKE))
 def test_in_an_answer_there_is_text_and_strict_calls_are_held_to(name: str, special: bool) -> None:
     if name == "harmony" and not special:
         return
@@ -237,7 +238,7 @@ def test_a_block_of_json_may_hold_anything_but_a_wrong_call() -> None:
     assert not fits("generic", f"```json\n{call.replace('C', 'K')}\n```", True, "answer")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", mostly_slow(FORMATS, UNLIKE))
 def test_an_answer_may_be_held_to_a_shape_instead(name: str) -> None:
     shape = {
         "type": "object",

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support_tools import BARE, WRITERS, Call, ambiguous, cut, marks_of, router_of
+from tests.support_slow import mostly_slow
+from tests.support_tools import BARE, UNLIKE, WRITERS, Call, ambiguous, cut, marks_of, router_of
 from tokenmill.errors import Unsupported
 from tokenmill.text.machine import Held
 from tokenmill.text.router import Delta, Router, fold
@@ -78,7 +79,7 @@ def read(router: Router, pieces: list[str]) -> tuple[list[Delta], Delta]:
     return deltas, fold(deltas)
 
 
-@pytest.mark.parametrize("name", sorted(WRITERS))
+@pytest.mark.parametrize("name", mostly_slow(sorted(WRITERS), UNLIKE))
 @settings(max_examples=30, deadline=None)
 @given(
     made=calls_made, places=st.lists(st.integers(0, 10**4), max_size=30), before=st.sampled_from(["", "I look.", "é "])
@@ -101,7 +102,7 @@ def test_calls_are_read_as_they_were_made_wherever_the_text_is_cut(
         assert read(reader(name), pieces)[1] == plain
 
 
-@pytest.mark.parametrize("name", sorted(WRITERS))
+@pytest.mark.parametrize("name", mostly_slow(sorted(WRITERS), UNLIKE))
 @settings(max_examples=30, deadline=None)
 @given(
     made=calls_made,
@@ -147,7 +148,7 @@ def test_what_follows_complete_calls_is_kept_to_the_byte(
         assert answer.content.startswith("So:")
 
 
-@pytest.mark.parametrize("name", sorted(WRITERS))
+@pytest.mark.parametrize("name", mostly_slow(sorted(WRITERS), UNLIKE))
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_garbage_in_is_content_out(name: str, data: st.DataObject) -> None:
@@ -168,7 +169,7 @@ def test_garbage_in_is_content_out(name: str, data: st.DataObject) -> None:
         assert plain.content == whole
 
 
-@pytest.mark.parametrize("name", sorted(WRITERS))
+@pytest.mark.parametrize("name", mostly_slow(sorted(WRITERS), UNLIKE))
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_values_may_hold_the_formats_own_marks_at_every_cut(name: str, data: st.DataObject) -> None:
@@ -259,7 +260,7 @@ def test_a_thousand_tokens_cost_20_microseconds_each(name: str) -> None:
     assert best < 60e-6, f"{best * 1e6:.1f} µs"  # three times the target: the machine is shared
 
 
-@pytest.mark.parametrize("name", sorted(WRITERS))
+@pytest.mark.parametrize("name", mostly_slow(sorted(WRITERS), UNLIKE))
 def test_long_nonsense_takes_no_time(name: str) -> None:
     for bit in (*by_name(name).markers, "{", "[", '{"', "[f(", " ", '{"a":'):
         router = reader(name)
