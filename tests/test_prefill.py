@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from support_slow import mostly_slow
 from oracle import (
     build,
     check_books,
@@ -17,6 +16,7 @@ from oracle import (
     request,
     run,
 )
+from support_slow import mostly_slow
 
 from tokenmill.engine.budget import PrefillBudget
 from tokenmill.engine.limits import SchedulerLimits
