@@ -24,6 +24,7 @@ class Device:
         if self.real:
             torch.cuda.set_device(self.torch)
         # A kernel may begin while the one before it ends (programmatic dependent launch).
+        self.copies_tiles = not self.real or torch.cuda.get_device_capability(self.torch) >= (9, 0)  # copy engine
         self.launches_ahead = self.real and torch.cuda.get_device_capability(self.torch) >= (9, 0)
 
     def send(self, array: NDArray[np.generic]) -> Tensor:

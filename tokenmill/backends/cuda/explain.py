@@ -19,7 +19,7 @@ from tokenmill.weights.checkpoint import Checkpoint
 
 _NAMES: dict[type[Op], str] = {
     ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "take_rows", ops.Rope: "rotate_heads",
-    special.ScaleByPosition: "scale_rows", special.XIelu: "xielu_rows",
+    special.ScaleByPosition: "scale_rows", special.XIelu: "xielu_rows", ops.Route: "route",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def kernels_of(program: Program, options: KernelOptions) -> dict[str, Counter[st
         elif isinstance(op, ops.GatedAct) and isinstance(before, ops.Linear) and _is_gated(before, op):
             kernel = _behind(_linear(before, True, options))
         else:
-            kernel = _other(op)
+            kernel = _other(op, options)
         found.setdefault(type(op).__name__, Counter())[kernel] += 1
     return found
 
@@ -151,7 +151,9 @@ def _steps(values: Sequence[int], mosts: Sequence[int]) -> str:
     return ", ".join([*parts, f"{values[-1]} above" if parts else str(values[-1])])
 
 
-def _other(op: Op) -> str:
+def _other(op: Op, options: KernelOptions) -> str:
     if isinstance(op, ops.Norm):
         return "norm_heads" if op.head_dim else "norm_rows"
+    if isinstance(op, ops.Experts):
+        return "grouped at any number of rows" if options.deterministic else "one_row_up, one_row_down, grouped above"
     return _NAMES.get(type(op), "torch")

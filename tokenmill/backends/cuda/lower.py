@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
+from tokenmill.backends.cuda.experts import ExpertLowering
 from tokenmill.backends.cuda.kernels import rows as kernels
 from tokenmill.backends.cuda.launch import Launch, Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
@@ -48,6 +49,7 @@ class Lowering:
         options = options or AttentionOptions()
         self._memory, self._weights, self._slots, self._invariant = memory, weights, slots, options.batch_invariant
         self._attention = AttentionLowering(memory, weights.tensors, slots, options)
+        self._experts = ExpertLowering(memory, weights, options.batch_invariant)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit
@@ -62,7 +64,8 @@ class Lowering:
     @property
     def nbytes(self) -> int:
         """Bytes of scratch."""
-        return self._attention.nbytes + (0 if self._scratch is None else self._scratch.part.nbytes)
+        split = 0 if self._scratch is None else self._scratch.part.nbytes
+        return self._attention.nbytes + self._experts.nbytes + split
 
     def launches(self) -> list[Launch]:
         """Return the launches in the order of the program."""
@@ -82,6 +85,8 @@ class Lowering:
             ops.Scale: self._scale,
             ops.SoftCap: self._soft_cap,
             ops.TakeRows: self._take,
+            ops.Route: self._experts.route,
+            ops.Experts: self._experts.experts,
             **RowLowering(self._memory, self._weights.tensors).by_kind(),
         }
         return lowered[type(op)](op)

@@ -49,7 +49,10 @@ class Memory:
         self.queries = torch.empty(self.rows["tokens"], queries, dtype=dtype, device=device.torch)
 
     def _bytes(self, buffer: Buffer) -> int:
-        return self.rows[buffer.rows] * buffer.width * self.dtype.itemsize
+        return self.rows[buffer.rows] * buffer.width * self._dtype(buffer).itemsize
+
+    def _dtype(self, buffer: Buffer) -> torch.dtype:
+        return torch.int32 if buffer.dtype == "ids" else self.dtype
 
     @property
     def step_bytes(self) -> int:
@@ -60,7 +63,7 @@ class Memory:
         """Return a value's rows at the largest step; a smaller step uses the first of them."""
         if v.buffer not in self._buffers:
             start, size = self._plan.offsets[v.buffer], self._bytes(v.spec)
-            flat = self._arena[start : start + size].view(self.dtype)
+            flat = self._arena[start : start + size].view(self._dtype(v.spec))
             self._buffers[v.buffer] = flat.view(self.rows[v.spec.rows], v.spec.width)
         whole = self._buffers[v.buffer]
         return whole if v.whole else whole[:, v.start : v.start + v.width]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
@@ -37,18 +37,20 @@ _STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: 
 class DeviceWeights:
     """Weights of a program on the device.
 
-    `tensors`: vectors and embedding tables, in the computation's dtype. `matrices`: the weights of products. A table
-    that is the output matrix too is in both, and in memory once.
+    `tensors`: vectors, embedding tables and routers, in the computation's dtype, or float32 where near results decide.
+    `matrices`: the weights of products. A table that is the output matrix too is in both, and in memory once. `stacks`:
+    weights of a layer's experts as one tensor (experts, …), by the first expert's.
     """
 
     tensors: dict[Weight, Tensor]
     matrices: dict[Weight, Packed]
+    stacks: dict[Weight, Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         own = [packed.nbytes for weight, packed in self.matrices.items() if weight not in self.tensors]
-        return sum(own) + sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(own) + sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.stacks.values()))
 
 
 class _Lane:
@@ -113,7 +115,12 @@ def pack(
     """
     wanted = weights_of(program)
     check(wanted, source)
-    packed = {w: torch.empty(_shape(w), dtype=dtype, device=device.torch) for w in wanted}
+    stacks, packed = _stacks(program, dtype, device), dict[Weight, Tensor]()
+    for ws, stack in stacks.items():
+        packed.update(zip(ws, stack, strict=True))
+    exact = {op.correction for op in program.ops if isinstance(op, ops.Route)}
+    for w in (w for w in wanted if w not in packed):
+        packed[w] = torch.empty(_shape(w), dtype=torch.float32 if w in exact else dtype, device=device.torch)
     lanes: SimpleQueue[_Lane] = SimpleQueue()
     for _ in range(_LANES):
         lanes.put(_Lane(device))
@@ -129,10 +136,18 @@ def pack(
     device.finish()
     multiplied = {op.weight for op in program.ops if isinstance(op, ops.Linear)}
     looked_up = {op.table for op in program.ops if isinstance(op, ops.Embed)}
+    stacked = {w for ws in stacks for w in ws}
     return DeviceWeights(
-        {w: tensor for w, tensor in packed.items() if w not in multiplied or w in looked_up},
+        {w: tensor for w, tensor in packed.items() if (w not in multiplied or w in looked_up) and w not in stacked},
         {w: Dense(packed[w]) for w in multiplied},
+        {ws[0]: stack for ws, stack in stacks.items()},
     )
+
+
+def _stacks(program: Program, dtype: torch.dtype, device: Device) -> dict[tuple[Weight, ...], Tensor]:
+    """Return the memory of the weights of experts, by the weights that share a tensor."""
+    found = {ws for op in program.ops if isinstance(op, ops.Experts) for ws in op.weights().values()}
+    return {ws: torch.empty(len(ws), *_shape(ws[0]), dtype=dtype, device=device.torch) for ws in found}
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenmill.backends.cuda import expert_shapes
 from tokenmill.backends.cuda.detect import flashinfer_missing
 from tokenmill.backends.cuda.shapes import MOST_SHARED
 from tokenmill.program import ops, passes, special
@@ -10,7 +11,7 @@ from tokenmill.program.value import Program
 
 KINDS = (
     ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.Scale,
-    ops.SoftCap, ops.TakeRows, ops.Rope, special.ScaleByPosition, special.XIelu,
+    ops.SoftCap, ops.TakeRows, ops.Rope, special.ScaleByPosition, special.XIelu, ops.Route, ops.Experts,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
@@ -70,13 +71,13 @@ def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool 
 def _why_not(op: Op) -> str:
     if not isinstance(op, KINDS):
         return f"it has no kernel for {type(op).__name__}"
-    if isinstance(op, ops.Act | ops.GatedAct) and op.act not in _ACTS:
+    if isinstance(op, ops.Act | ops.GatedAct | ops.Experts) and op.act not in _ACTS:
         return f"it has no kernel for the activation {op.act}"
     if isinstance(op, ops.Norm) and op.out.width > _WIDEST_NORM:
         return f"a norm of {op.out.width} columns is too wide for it"
     if isinstance(op, ops.Rope) and op.head_dim % 2:
         return f"it rotates no heads of {op.head_dim}"
-    return _attention_refusal(op) if isinstance(op, ops.Attention) else ""
+    return _attention_refusal(op) if isinstance(op, ops.Attention) else expert_shapes.refusal(op)
 
 
 def _attention_refusal(op: ops.Attention) -> str:

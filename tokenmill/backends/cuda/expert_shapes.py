@@ -1,0 +1,103 @@
+"""Mixtures of experts before any weight is read: what the kernels support, and the sizes of their tiles.
+
+The sizes are the fastest ones measured on an H200 (`bench/gpu/experts.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tokenmill.backends.cuda.shapes import power
+from tokenmill.program import ops
+from tokenmill.program.ops import Op
+
+MOST_EXPERTS, MOST_CHOSEN = 512, 16
+SEGMENT = 4096  # pairs of a row and an expert that one program sorts
+LEAST_ITEMS = 16  # of a tile
+_SORTED_AT_ONCE = (64, 512, SEGMENT)
+_FEW = 256  # rows up to which routing is shared by many programs for each block of rows
+
+
+class RouteShape(NamedTuple):
+    """Sizes for routing: rows of a block, experts of a program, columns of a round, rounds in flight, warps."""
+
+    rows: int
+    experts: int
+    columns: int
+    stages: int
+    warps: int
+
+
+class RowShape(NamedTuple):
+    """Sizes for a single row: outputs of a program, columns of a round, rounds in flight, warps."""
+
+    outputs: int
+    columns: int
+    stages: int
+    warps: int
+
+
+class TileShape(NamedTuple):
+    """Sizes for several rows: items and outputs of a tile, columns of a round, rounds in flight, warps.
+
+    `spread`: rows are copied to the places of their items first, so that the copy engine reads them.
+    """
+
+    items: int
+    outputs: int
+    columns: int
+    stages: int
+    warps: int
+    spread: bool = False
+
+
+def refusal(op: Op) -> str:
+    """Return why the kernels cannot run an operation; "" if they can, or if it is of another kind."""
+    if isinstance(op, ops.Route):
+        if op.weight.rows > MOST_EXPERTS:
+            return f"it has kernels for {MOST_EXPERTS} experts at most, not {op.weight.rows}"
+        if op.top_k > MOST_CHOSEN:
+            return f"it has kernels for {MOST_CHOSEN} experts of a row at most, not {op.top_k}"
+    return ""
+
+
+def route_shape(rows: int, experts: int, columns: int, batch_invariant: bool = False) -> RouteShape:
+    """Return the sizes for so many rows. `columns`: of a row."""
+    if rows == 1 and not batch_invariant:
+        return RouteShape(1, 4, min(power(columns), 1024), 2, 4)
+    if rows <= _FEW or batch_invariant:
+        return RouteShape(16, 16, 128, 4, 4)
+    return RouteShape(max(16, min(64, 8192 // padded(experts))), min(padded(experts), 128), 64, 4, 4)
+
+
+def padded(experts: int) -> int:
+    """Return the size of a block that holds a number for each expert."""
+    return max(16, power(experts))
+
+
+def sort_size(pairs: int) -> int:
+    """Return the number of pairs that a program sorts."""
+    return next((size for size in _SORTED_AT_ONCE if pairs <= size), SEGMENT)
+
+
+def row_shape(outputs: int, columns: int, gated: bool) -> RowShape:
+    """Return the sizes for a single row. `gated`: the matrices of gate and up together."""
+    if gated:
+        return RowShape(4, min(power(columns), 1024), 2, 4)
+    return RowShape(4, min(power(columns), 512 if columns % 512 == 0 or columns > 2048 else 256), 4, 4)
+
+
+def tile_shape(
+    items: float, outputs: int, columns: int, gated: bool, item_bytes: int = 2, batch_invariant: bool = False
+) -> TileShape:
+    """Return the sizes for `items` items of an expert on average. Batch-invariant sums have rounds of one size."""
+    size = next((size for size, most in ((16, 8), (32, 20), (64, 160)) if items <= most), 128)
+    if item_bytes > 2:
+        return TileShape(min(size, 32), 32, 32, 2, 4)
+    if batch_invariant:
+        return TileShape(size, 64, 64, 4, 4) if size < 128 else TileShape(size, 128, 64, 3, 8)
+    if size < 64:
+        return TileShape(size, 64, 128, 4, 4)
+    if size == 64:
+        return TileShape(size, 128, 64, 4, 8 if gated else 4)
+    return TileShape(size, 128, 64, 4, 8, spread=gated)

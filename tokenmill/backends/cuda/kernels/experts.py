@@ -1,0 +1,222 @@
+"""Products of rows with the experts that were chosen for them, whose matrices are stacked: (experts, outputs, columns).
+
+A single row reads its experts' matrices on CUDA cores, each once. More rows are sorted by expert (`routing.py`), and
+tiles of items of one expert are multiplied on tensor cores, with the operands swapped as in `products.py`. Every pair
+has a result of its own, and `combine` adds those of a row in the order of choice: no sum depends on the order in which
+programs run.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tokenmill.backends.cuda.kernels.rows import activated
+
+
+@triton.jit
+def gated(gate, up, limit, offset, ACT: tl.constexpr, LIMIT: tl.constexpr):
+    """Return act(gate) · (up + offset), with LIMIT of bounded values."""
+    if LIMIT:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    return activated(gate, ACT) * (up + offset)
+
+
+@triton.jit
+def one_row_up(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, limit, offset, N: tl.constexpr,
+               K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
+               BIAS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Set out[j] (N,) to the inner values of the j-th expert of one row x (K,). Grid (N / BN, top_k).
+
+    Matrices have 2 · N rows: gate, then up. SCALED: the factors multiply x.
+    """
+    j = tl.program_id(1)
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    if PDL:
+        gdc_wait()
+    e = tl.load(ids_ptr + j).to(tl.int64)
+    at = weight_ptr + (e * (2 * N) + tl.where(n < N, n, 0))[:, None] * K + k[None, :]
+    gates = tl.zeros([BN, BK], tl.float32)
+    ups = tl.zeros([BN, BK], tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        ok = start + k < K
+        x = tl.load(x_ptr + start + k, mask=ok, other=0.0).to(tl.float32)[None, :]
+        gates += tl.load(at + start, mask=ok[None, :], other=0.0).to(tl.float32) * x
+        ups += tl.load(at + N * K + start, mask=ok[None, :], other=0.0).to(tl.float32) * x
+    if PDL:
+        gdc_launch_dependents()
+    gate, up = tl.sum(gates, 1), tl.sum(ups, 1)
+    if SCALED:
+        factor = tl.load(factors_ptr + j).to(tl.float32)
+        gate, up = gate * factor, up * factor
+    if BIAS:
+        gate += tl.load(bias_ptr + e * (2 * N) + n, mask=n < N, other=0.0).to(tl.float32)
+        up += tl.load(bias_ptr + e * (2 * N) + N + n, mask=n < N, other=0.0).to(tl.float32)
+    y = gated(gate, up, limit, offset, ACT, LIMIT)
+    tl.store(out_ptr + j * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def one_row_down(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr,
+                 TOP_K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+                 PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Set out (N,) to the sum of the products of x[j] (K,) with the j-th expert's matrix, times its factor unless
+    SCALED. Grid (N / BN,).
+
+    The ids are read before the wait: the kernel before has itself waited for the one that writes them.
+    """
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    rounds: tl.constexpr = (K + BK - 1) // BK
+    row = tl.where(n < N, n, 0)[:, None] * K + k[None, :]
+    e = tl.load(ids_ptr).to(tl.int64)
+    first = tl.load(weight_ptr + e * (N * K) + row, mask=k[None, :] < K, other=0.0)  # Under way before the wait.
+    if PDL:
+        gdc_wait()
+    factor = tl.load(factors_ptr).to(tl.float32)
+    if SCALED:
+        factor = 1.0
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32) * factor
+    sums = first.to(tl.float32) * x[None, :]
+    ahead = tl.load(ids_ptr + (1 // rounds) % TOP_K).to(tl.int64)  # Read a round ahead, so that loads are in flight.
+    for step in tl.range(1, TOP_K * rounds, num_stages=STAGES):
+        e = ahead
+        ahead = tl.load(ids_ptr + ((step + 1) // rounds) % TOP_K).to(tl.int64)
+        j, start = step // rounds, step % rounds * BK
+        ok = start + k < K
+        factor = tl.load(factors_ptr + j).to(tl.float32)
+        if SCALED:
+            factor = 1.0
+        x = tl.load(x_ptr + j * K + start + k, mask=ok, other=0.0).to(tl.float32) * factor
+        sums += tl.load(weight_ptr + e * (N * K) + row + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
+    if PDL:
+        gdc_launch_dependents()
+    y = tl.sum(sums, 1)
+    if BIAS:
+        for j in tl.static_range(TOP_K):
+            factor = tl.load(factors_ptr + j).to(tl.float32)
+            if SCALED:
+                factor = 1.0
+            y += tl.load(bias_ptr + tl.load(ids_ptr + j) * N + n, mask=n < N, other=0.0).to(tl.float32) * factor
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def tile_sums(x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N: tl.constexpr, K: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
+              TMA_X: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Return sums (BN, BM) of outputs `n` of one expert, whose matrix begins at row `base`, for rows `rows` of x.
+
+    With GATED also those of the other half of the matrix. TMA_X: the rows are those from `first` on.
+    """
+    k = tl.arange(0, BK)
+    if not TMA:
+        at = weight_ptr + (base.to(tl.int64) + tl.where(n < N, n, 0))[:, None] * K + k[None, :]
+    if not TMA_X:
+        x_at = x_ptr + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
+    sums = tl.zeros([BN, BM], tl.float32)
+    ups = tl.zeros([BN, BM], tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        if TMA:
+            w = weight_ptr.load([base + tile * BN, start])
+        elif K % BK == 0:
+            w = tl.load(at + start)
+        else:
+            w = tl.load(at + start, mask=(start + k < K)[None, :], other=0.0)
+        if TMA_X:
+            x = x_ptr.load([first, start])
+        elif K % BK == 0:
+            x = tl.load(x_at + start, mask=m_ok[:, None], other=0.0)
+        else:
+            x = tl.load(x_at + start, mask=m_ok[:, None] & (start + k < K)[None, :], other=0.0)
+        sums = tl.dot(w, x.T, sums, input_precision="ieee")
+        if GATED:
+            if TMA:
+                up = weight_ptr.load([base + N + tile * BN, start])
+            elif K % BK == 0:
+                up = tl.load(at + N * K + start)
+            else:
+                up = tl.load(at + N * K + start, mask=(start + k < K)[None, :], other=0.0)
+            ups = tl.dot(up, x.T, ups, input_precision="ieee")
+    return sums, ups
+
+
+@triton.jit
+def grouped(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, tiles_ptr, x_stride, limit, offset,
+            N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            BK: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+            SORTED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+            STAGES: tl.constexpr):  # fmt: skip
+    """Multiply each tile of items with its expert's matrix. Grid (N / BN, tiles).
+
+    With ACT, the matrices have 2 · N rows, gate and up, and out[item] (N,) are inner values. Without, out[pair] (N,)
+    are results. SORTED: x has a row for each item, else one for each row of the step. SCALED: the factor of a pair
+    multiplies its x. TMA: `weight_ptr`, TMA_X: `x_ptr` is a tensor descriptor of tiles (BN, BK), (BM, BK).
+    """
+    slot, tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
+    if PDL:
+        gdc_wait()
+    count = tl.load(tiles_ptr + slot * 4 + 2)
+    if count > 0:
+        e, first = tl.load(tiles_ptr + slot * 4), tl.load(tiles_ptr + slot * 4 + 1)
+        m = tl.arange(0, BM)
+        n = tile * BN + tl.arange(0, BN)
+        m_ok, n_ok = m < count, n < N
+        pair = tl.load(items_ptr + first + m, mask=m_ok, other=0)
+        rows = pair // TOP_K
+        if SORTED:
+            rows = first + m
+        base = e * N
+        if ACT != "":
+            base = e * (2 * N)
+        y, up = tile_sums(
+            x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N, K, BM, BN, BK, ACT != "", TMA, TMA_X,
+            STAGES,
+        )  # fmt: skip
+        if SCALED:
+            factor = tl.load(factors_ptr + pair, mask=m_ok, other=0.0).to(tl.float32)[None, :]
+            y, up = y * factor, up * factor
+        if BIAS:
+            y += tl.load(bias_ptr + base + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+            if ACT != "":
+                up += tl.load(bias_ptr + base + N + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+        to = pair
+        if ACT != "":
+            y = gated(y, up, limit, offset, ACT, LIMIT)
+            to = first + m
+        at = out_ptr + to.to(tl.int64)[None, :] * N + n[:, None]
+        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=n_ok[:, None] & m_ok[None, :])
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def spread(x_ptr, items_ptr, out_ptr, x_stride, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Set out[item] to the row of x of each item. Grid (items,)."""
+    item = tl.program_id(0).to(tl.int64)
+    row = (tl.load(items_ptr + item) // TOP_K).to(tl.int64)
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + item * WIDTH + c, tl.load(x_ptr + row * x_stride + c, mask=c < WIDTH), mask=c < WIDTH)
+
+
+@triton.jit
+def combine(y_ptr, factors_ptr, out_ptr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+            SCALED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Set out[r] to the sum of y[pair] (WIDTH,) over the pairs of row r, times their factors unless SCALED.
+
+    Grid (rows, WIDTH / BLOCK).
+    """
+    r = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = c < WIDTH
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in tl.static_range(TOP_K):
+        y = tl.load(y_ptr + (r * TOP_K + j) * WIDTH + c, mask=ok, other=0.0).to(tl.float32)
+        if SCALED:
+            total += y
+        else:
+            total += y * tl.load(factors_ptr + r * TOP_K + j).to(tl.float32)
+    tl.store(out_ptr + r * WIDTH + c, total.to(out_ptr.dtype.element_ty), mask=ok)
