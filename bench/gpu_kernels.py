@@ -134,12 +134,12 @@ def decode_case(kind: str, rows: int, head_dim: int, dtype: torch.dtype, variant
                 BLOCK=power(rows), num_warps=4,
             )  # fmt: skip
         decode[(KV_HEADS, rows * shape.splits)](
-            q, k, v, pages.cache[0], pages.cache[1], out, pairs, pairs, pages.table, cos, sin, sin, sin, part, sums,
-            counts, items, q.stride(0), k.stride(0), v.stride(0), pages.table.stride(0), 1e-5,
+            q, k, v, pages.cache[0], pages.cache[1], out, pairs, pairs, pages.table, cos, sin, sin, sin, sin, sin, part,
+            sums, counts, items, q.stride(0), k.stride(0), v.stride(0), pages.table.stride(0), 1e-5,
             head_dim**-0.5 * 1.4427, 1.0, 1.0, 1.0, 1.0, KV_HEADS=KV_HEADS, D=head_dim, HALF=head_dim // 2,
             BLOCK_SIZE=BLOCK, G=shared, GP=16, BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=0,
-            CAPPED=False, NORM=False, ROPE=True, SOME=False, LISTED=listed, PDL=False, STAGES=shape.stages,
-            num_warps=shape.warps,
+            CAPPED=False, SINKS=False, ALIBI=False, NORM=False, ROPE=True, SOME=False, LISTED=listed, PDL=False,
+            STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip
 
     def off() -> float:
@@ -172,10 +172,10 @@ def prefill_case(length: int, prefix: int, rows: int, head_dim: int, variants: l
     def run(shape: TileShape) -> None:
         some = held[shape.rows]
         attend_tiles[(len(some), KV_HEADS)](
-            q, pages.cache[0], pages.cache[1], out, some, pages.table, q, q, q, pages.table.stride(0), 1,
+            q, pages.cache[0], pages.cache[1], out, some, pages.table, q, q, q, q, q, pages.table.stride(0), 1,
             head_dim**-0.5 * 1.4427, 1.0, 1.0, KV_HEADS=KV_HEADS, D=head_dim, HALF=head_dim // 2, BLOCK_SIZE=BLOCK,
-            G=shared, BM=shape.rows, BN=shape.keys, LEAST=512, WINDOW=0, CAPPED=False, INVARIANT=False, SPLIT=False,
-            STAGES=shape.stages, num_warps=shape.warps,
+            G=shared, BM=shape.rows, BN=shape.keys, LEAST=512, WINDOW=0, CAPPED=False, SINKS=False, ALIBI=False,
+            INVARIANT=False, SPLIT=False, STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip
 
     def off() -> float:

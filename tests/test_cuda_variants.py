@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from support_cuda import CudaDriver, cuda_job, torch
-from support_programs import HEAD, HEADS, INNER, KV_HEADS, WIDTH, Arrays, Draw, logits_of, steps
+from support_models import Driver
+from support_programs import HEAD, HEADS, INNER, KV_HEADS, VOCABULARY, WIDTH, Arrays, Draw
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
+from tokenmill.backends.cuda.shapes import DecodeShape
 from tokenmill.program import ops, special
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Program, Value
@@ -18,32 +20,49 @@ from tokenmill.program.value import Program, Value
 torch.set_num_threads(1)
 
 
+STEPS = [[(0, 5), (1, 3)], [(0, 1), (1, 2)], [(1, 1)]]
+"""Rows of steps: slot and number of tokens."""
+
+
 class Drawn(CudaDriver):
     """The backend of a program without a checkpoint on disk."""
 
-    def __init__(self, program: Program, source: Arrays, **options: Any) -> None:
-        CudaBackend.__init__(self, cuda_job(program, source, StepLimits(64, 4, 256, 16), cuda_graphs=(), **options))
+    def __init__(self, program: Program, source: Arrays, limits: StepLimits, **options: Any) -> None:
+        CudaBackend.__init__(self, cuda_job(program, source, limits, cuda_graphs=(), **options))
+        self._lowering._attention._tile_sums.zero_()
         self.allocate(64)
         self.free = np.random.default_rng(3).permutation(64).tolist()
         self.known, self.tables = {}, {}
 
 
-def assert_equals_torch(draw: Draw, **options: Any) -> None:
-    program = draw.program()
-    want = logits_of(program, draw.source())
-    backend = Drawn(program, draw.source(), **options)
-    for rows, logits in zip(steps(), want, strict=True):
-        np.testing.assert_allclose(backend.feed(rows), logits, rtol=1e-3, atol=2e-4)
+def assert_equals_torch(
+    draw: Draw, steps: list[list[tuple[int, int]]] = STEPS, off: float = 2e-4, **options: Any
+) -> Drawn:
+    """Assert that the logits of every step are those of torch, and return the backend."""
+    program, rng, limits = draw.program(), np.random.default_rng(5), StepLimits(256, 4, 256, 16)
+    backend = Drawn(program, draw.source(), limits, **options)
+    expected = Driver(program, draw.source(), limits=limits)  # type: ignore[arg-type]
+    for step in steps:
+        rows = [(slot, rng.integers(0, VOCABULARY, count).tolist()) for slot, count in step]
+        np.testing.assert_allclose(backend.feed(rows), expected.feed(rows), rtol=1e-3, atol=off)
+    return backend
+
+
+def split_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split short contexts, too: long ones take the interpreter minutes."""
+    monkeypatch.setattr("tokenmill.backends.cuda.attention.LEAST_KEYS", 32)
+    monkeypatch.setattr("tokenmill.backends.cuda.shapes.LEAST_KEYS", 32)
+    monkeypatch.setattr("tokenmill.backends.cuda.shapes._SHORT", (DecodeShape(16, 4, 16, 1, 4),) * 5)
 
 
 class OneLayer(Draw):
     """A program of one layer whose attention and activation are those of a test."""
 
     def _model(self, inputs: Any) -> Value:
-        x = inputs.ids.record(ops.Embed, WIDTH, ids=inputs.ids, table=self.weight(64, WIDTH))
+        x = inputs.ids.record(ops.Embed, WIDTH, ids=inputs.ids, table=self.weight(VOCABULARY, WIDTH))
         y = x + self.attend(x)
         y = self.act(y.record(ops.Norm, x=y, weight=None, eps=1e-5, center=True))
-        return self.linear(y.record(ops.TakeRows, rows="samples", x=y), 64)[0]
+        return self.linear(y.record(ops.TakeRows, rows="samples", x=y), VOCABULARY)[0]
 
     def attend(self, x: Value) -> Value:
         raise NotImplementedError
@@ -83,3 +102,41 @@ class Rows(OneLayer):
 )  # fmt: skip
 def test_operations_on_rows_and_heads(rotary_dim: int, interleaved: bool, each: bool, act: str) -> None:
     assert_equals_torch(Rows(rotary_dim, interleaved, each, act))
+
+
+class Biased(OneLayer):
+    """Attention whose softmax has sinks, ALiBi or both."""
+
+    def __init__(self, sinks: bool, alibi: bool, window: int = 0, softcap: float = 0.0) -> None:
+        super().__init__(2)
+        self.sinks, self.alibi, self.window, self.softcap = sinks, alibi, window, softcap
+
+    def attend(self, x: Value) -> Value:
+        q, k, v = self.linear(x, HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD)
+        return q.record(
+            ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=0, head_dim=HEAD, scale=0.3, window=self.window,
+            softcap=self.softcap, sinks=self.weight(HEADS) if self.sinks else None,
+            alibi=(0.5, 0.03, 1.0, 0.2) if self.alibi else (),
+        )  # fmt: skip
+
+
+LONG = [[(0, 70), (1, 7)], [(0, 1)], [(0, 3), (1, 1)]]
+
+
+@pytest.mark.parametrize("sinks, alibi, window, softcap, deterministic", [
+    (True, True, 0, 0.0, False), pytest.param(True, False, 40, 2.0, False, marks=pytest.mark.slow),
+    pytest.param(True, True, 20, 0.0, True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_sinks_and_alibi_in_split_attention(
+    sinks: bool, alibi: bool, window: int, softcap: float, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_early(monkeypatch)
+    backend = assert_equals_torch(Biased(sinks, alibi, window, softcap), LONG, deterministic=deterministic)
+    found = backend._lowering._attention
+    assert found._tile_counts.sum() == found._counts.sum() == 0
+    assert bool(found._tile_sums.any()) != deterministic, "some runs were split"
+
+
+@pytest.mark.slow
+def test_sinks_beside_a_cache_of_8_bit_floats() -> None:
+    assert_equals_torch(Biased(True, True), off=0.1, kv_cache_dtype="fp8_e4m3fn")

@@ -47,12 +47,13 @@ class AttentionOptions:
 
     `batch_invariant`: the numbers of a token do not depend on the other tokens of its step, nor on their number.
     `scales`: of the layers whose cache has any. `flash`: computes runs in place of this backend's own kernel; its
-    `plan` must have been called for the step.
+    `plan` must have been called for the step. `rank`: of the device, whose heads are a part of the model's.
     """
 
     batch_invariant: bool = False
     scales: Scales = field(default_factory=dict)
     flash: FlashInfer | None = None
+    rank: int = 0
 
 
 class ScratchSizes(NamedTuple):
@@ -74,6 +75,7 @@ class AttentionLowering:
     ) -> None:
         self._memory, self._weights, self._slots = memory, weights, slots
         self._cache_scales, self._invariant, self._flash = options.scales, options.batch_invariant, options.flash
+        self._rank = options.rank
         found = [op for op in memory.program.ops if isinstance(op, ops.Attention)]
         most, device = _most_of([self._scratch_of(op) for op in found]), memory.device.torch
         self._part = torch.empty(most.parts, device=device)
@@ -188,6 +190,13 @@ class AttentionLowering:
             return self._sums, self._sums
         return self._weights[op.q_norm], self._weights[op.k_norm]
 
+    def _biases(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
+        """Return the sinks and the slopes of ALiBi of the layer's heads; any tensor where it has none."""
+        heads = op.q.width // op.head_dim
+        own = [slope * _LOG2E for slope in op.alibi[self._rank * heads :][:heads]]
+        slopes = torch.tensor(own, device=self._memory.device.torch) if own else self._sums
+        return self._sums if op.sinks is None else self._weights[op.sinks], slopes
+
     def _lister(self, op: ops.Attention) -> tuple[Tensor, Callable[[Sizes, int, DecodeShape], None] | None]:
         """Return the list of splits that a layer reads, and its launch; None if an earlier layer launches it."""
         key = op.window, op.head_dim, op.q.width // op.k.width
@@ -210,7 +219,7 @@ class AttentionLowering:
         keys, values = self._memory.cache(op.layer)
         tables, common, shared = self._table(op), self._common(op), op.q.width // op.k.width
         (cos, sin), (q_norm, k_norm), (scale, cap, v_scale) = self._cos_sin(op), self._norms(op), self._scales(op)
-        (k_fit, v_fit), (items, make_list) = self._fits(op), self._lister(op)
+        (k_fit, v_fit), (items, make_list), biases = self._fits(op), self._lister(op), self._biases(op)
         kv_heads, launch = op.k.width // op.head_dim, Site(decode)
 
         def run(n: Sizes) -> None:
@@ -222,11 +231,12 @@ class AttentionLowering:
             launch(
                 (kv_heads, rows * shape.splits),
                 q, k, v, keys, values, out, n.pairs, n.pairs if n.singles is None else n.singles, tables, cos, sin,
-                q_norm, k_norm, self._part, self._sums, self._counts, items, q.stride(0), k.stride(0), v.stride(0),
-                tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common, G=shared,
+                q_norm, k_norm, *biases, self._part, self._sums, self._counts, items, q.stride(0), k.stride(0),
+                v.stride(0), tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common, G=shared,
                 GP=max(16, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window,
-                CAPPED=op.softcap > 0, NORM=op.q_norm is not None, ROPE=rotation(op.rope), SOME=n.singles is not None,
-                LISTED=listed, PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **ahead(n.early),
+                CAPPED=op.softcap > 0, SINKS=op.sinks is not None, ALIBI=bool(op.alibi), NORM=op.q_norm is not None,
+                ROPE=rotation(op.rope), SOME=n.singles is not None, LISTED=listed, PDL=n.early, STAGES=shape.stages,
+                num_warps=shape.warps, **ahead(n.early),
             )  # fmt: skip
 
         return run
@@ -254,17 +264,18 @@ class AttentionLowering:
         out, rotated = self._memory.value(op.out), self._memory.queries.view(-1)
         keys, values = self._memory.cache(op.layer)
         tables, common, shared = self._table(op), self._common(op), op.q.width // op.k.width
-        kv_heads, (scale, cap, v_scale) = op.k.width // op.head_dim, self._scales(op)
+        kv_heads, (scale, cap, v_scale), biases = op.k.width // op.head_dim, self._scales(op), self._biases(op)
         shape, launch = tile_shape(op.head_dim, shared, self._item, self._invariant), Site(attend_tiles)
 
         def run(tiles: Tensor, keys_of_longest: int) -> None:
             splits = 1 if self._invariant else tile_splits(len(tiles), kv_heads, keys_of_longest)
             launch(
                 (len(tiles), kv_heads, splits),
-                rotated, keys, values, out, tiles, tables, self._tile_part, self._tile_sums, self._tile_counts,
+                rotated, keys, values, out, tiles, tables, *biases, self._tile_part, self._tile_sums, self._tile_counts,
                 tables.stride(0), splits, scale, cap, v_scale, **common, G=shared, BM=shape.rows, BN=shape.keys,
-                LEAST=LEAST_KEYS, WINDOW=op.window, CAPPED=op.softcap > 0, INVARIANT=self._invariant, SPLIT=splits > 1,
-                STAGES=shape.stages, num_warps=shape.warps,
+                LEAST=LEAST_KEYS, WINDOW=op.window, CAPPED=op.softcap > 0, SINKS=op.sinks is not None,
+                ALIBI=bool(op.alibi), INVARIANT=self._invariant, SPLIT=splits > 1, STAGES=shape.stages,
+                num_warps=shape.warps,
             )  # fmt: skip
 
         return run

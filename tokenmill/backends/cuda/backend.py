@@ -105,7 +105,7 @@ class CudaBackend:
             _log.info("Layers with a window keep the blocks of all tokens, because flashinfer may read those before.")
         if options.attention == "flashinfer" and not options.deterministic:
             flash = flashinfer.load(self._memory, self._slots, scales, job.report)
-        return AttentionOptions(options.deterministic, scales, flash)
+        return AttentionOptions(options.deterministic, scales, flash, self.group.rank)
 
     # ---- the Backend protocol ----
 

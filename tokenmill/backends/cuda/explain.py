@@ -130,6 +130,7 @@ def _behind(product: str) -> str:
 def _attention(op: ops.Attention, runs: str, options: KernelOptions) -> str:
     parts = ["norm"] * bool(op.q_norm) + ["rope"] * bool(op.rope)
     parts += [f"window of {op.window}"] * bool(op.window) + ["cap"] * bool(op.softcap)
+    parts += ["ALiBi"] * bool(op.alibi) + ["sinks"] * bool(op.sinks)
     of = f"heads of {op.head_dim}" + (f" with {', '.join(parts)}" if parts else "")
     if options.deterministic:
         return f"attend_tiles, {of}"

@@ -61,6 +61,9 @@ def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool 
         return "triton", "flashinfer splits a sequence by what else is in the step, and `--deterministic` is given"
     if dtype not in _FLASHINFER_DTYPES:
         return "triton", f"flashinfer has no {dtype} (give `--dtype bfloat16`)"
+    for op in program.ops:
+        if isinstance(op, ops.Attention) and (op.alibi or op.sinks is not None):
+            return "triton", "flashinfer is not used with ALiBi or sinks"
     sizes = {op.head_dim for op in program.ops if isinstance(op, ops.Attention)} - set(_FLASHINFER_HEADS)
     if sizes:
         allowed = ", ".join(map(str, _FLASHINFER_HEADS))
@@ -85,10 +88,6 @@ def _attention_refusal(op: ops.Attention) -> str:
         return f"its attention has no heads of {op.head_dim}"
     if op.q.width // op.k.width > MOST_SHARED:
         return f"{op.q.width // op.k.width} query heads share a key-value head"
-    if op.alibi:
-        return "it has no ALiBi"
-    if op.sinks is not None:
-        return "it has no attention with sinks"
     if bool(op.q_norm) != bool(op.k_norm):
         return "it normalizes queries and keys or neither"
     return ""

@@ -92,22 +92,35 @@ def merge_splits(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: 
 
 
 @triton.jit
-def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, scale, cap, KV_HEADS: tl.constexpr,
-                  D: tl.constexpr, HALF: tl.constexpr, GP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
-                  WINDOW: tl.constexpr, CAPPED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def before_keys(sinks_ptr, heads, ok, first, N: tl.constexpr, SINKS: tl.constexpr):
+    """Return largest score and sum of N queries that have attended to no key. With SINKS the sum already has the
+    share of their heads' sinks, in the `first` of several splits.
+    """
+    m = tl.full([N], -1e30, tl.float32)
+    total = tl.zeros([N], tl.float32)
+    if SINKS:
+        sink = tl.load(sinks_ptr + heads, mask=ok, other=0.0).to(tl.float32) * 1.4426950408889634
+        m = tl.where(first, sink, m)
+        total = tl.where(first, 1.0, total)
+    return m, total
+
+
+@triton.jit
+def decode_rounds(m, total, q, keys_ptr, values_ptr, table_ptr, head, first, stop, position, slopes, scale, cap,
+                  KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, GP: tl.constexpr,
+                  BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+                  ALIBI: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Attend to the keys [first, stop) of a table. Return largest score, sum and weighted values of each query."""
     j = tl.arange(0, 2 * HALF)
     col = columns(j, D, HALF)
     n = tl.arange(0, BN)
-    m = tl.full([GP], -1e30, tl.float32)
-    total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, 2 * HALF], tl.float32)
     block = tl.load(table_ptr + (first + n) // BLOCK_SIZE, mask=first + n < stop, other=0)
     for start in tl.range(first, stop, BN, num_stages=STAGES):
         t = start + n
         ok = t < stop
         if WINDOW:  # blocks before it may be others'
-            ok = ok & (t >= low)
+            ok = ok & (t > position - WINDOW)
         there = ok[:, None]
         if D != 2 * HALF:
             there = there & in_head(j, D, HALF)[None, :]
@@ -115,6 +128,8 @@ def decode_rounds(q, keys_ptr, values_ptr, table_ptr, head, first, stop, low, sc
         at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
         keys = tl.load(keys_ptr + at, mask=there, other=0.0).to(q.dtype)
         s = scaled_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
+        if ALIBI:
+            s += slopes[:, None] * (t - position).to(tl.float32)[None, :]
         s = tl.where(ok[None, :], s, -1e30)
         higher = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
@@ -176,15 +191,17 @@ def list_splits(items_ptr, pairs_ptr, rows_ptr, n, BN: tl.constexpr, SPLITS: tl.
 
 @triton.jit
 def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_ptr, tables_ptr, cos_ptr, sin_ptr,
-           q_norm_ptr, k_norm_ptr, part_ptr, sum_ptr, count_ptr, items_ptr, q_stride, k_stride, v_stride, table_stride,
-           eps, scale, cap, k_fit, v_fit, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-           D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-           LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-           SOME: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+           q_norm_ptr, k_norm_ptr, sinks_ptr, slopes_ptr, part_ptr, sum_ptr, count_ptr, items_ptr, q_stride, k_stride,
+           v_stride, table_stride, eps, scale, cap, k_fit, v_fit, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr,
+           GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
+           SPLITS: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+           ALIBI: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, SOME: tl.constexpr, LISTED: tl.constexpr,
+           PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Attend from single tokens: normalize, rotate and cache their keys and values on the way.
 
     SOME: only the step's tokens in `rows`. LISTED: `items` assigns splits to programs. GP: at least 16 and G. The cache
-    holds keys times `k_fit` and values times `v_fit`, which `scale` and `v_scale` undo. Grid (KV_HEADS, rows · SPLITS).
+    holds keys times `k_fit` and values times `v_fit`, which `scale` and `v_scale` undo. SINKS: a score by head that
+    takes a share of the softmax. ALIBI: slopes by head, in units of log2(e). Grid (KV_HEADS, rows · SPLITS).
     """
     head = tl.program_id(0)
     if PDL:
@@ -213,9 +230,14 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     a1, a2 = a1.to(kind), a2.to(kind)
     q = tl.reshape(tl.permute(tl.join(a1, a2), (0, 2, 1)), (GP, 2 * HALF))
     begin = first + split * chunk
+    m, total = before_keys(sinks_ptr, head * G + g, g < G, split == 0, GP, SINKS)
+    slopes = m
+    if ALIBI:
+        slopes = tl.load(slopes_ptr + head * G + g, mask=g < G, other=0.0)
     m, total, acc = decode_rounds(
-        q, keys_ptr, values_ptr, tables_ptr + slot * table_stride, head, begin, tl.minimum(begin + chunk, position),
-        position + 1 - WINDOW, scale, cap, KV_HEADS, D, HALF, GP, BLOCK_SIZE, BN, WINDOW, CAPPED, STAGES,
+        m, total, q, keys_ptr, values_ptr, tables_ptr + slot * table_stride, head, begin,
+        tl.minimum(begin + chunk, position), position, slopes, scale, cap, KV_HEADS, D, HALF, GP, BLOCK_SIZE, BN,
+        WINDOW, CAPPED, ALIBI, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()

@@ -6,14 +6,15 @@ A tile is a few tokens of one sequence times the query heads that share a key-va
 import triton
 import triton.language as tl
 
-from tokenmill.backends.cuda.kernels.decode import scaled_scores
+from tokenmill.backends.cuda.kernels.decode import before_keys, scaled_scores
 from tokenmill.backends.cuda.kernels.heads import columns, in_head
 
 
 @triton.jit
-def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, first, stop, scale, cap,
+def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, first, stop, slopes, scale, cap,
            KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
-           MASKED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+           MASKED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, ALIBI: tl.constexpr,
+           STAGES: tl.constexpr):  # fmt: skip
     """Attend to the keys [first, stop) and update the results. MASKED: not every query attends to all of them; without
     it BN divides their number."""
     j = tl.arange(0, 2 * HALF)
@@ -34,6 +35,8 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
         else:
             keys = tl.load(keys_ptr + at).to(q.dtype)
         s = scaled_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
+        if ALIBI:
+            s += slopes[:, None] * (t[None, :] - positions[:, None]).to(tl.float32)
         if MASKED:
             seen = t[None, :] <= positions[:, None]
             if WINDOW:
@@ -96,16 +99,16 @@ def merge_splits(acc, sums, part_ptr, sum_ptr, count_ptr, active, splits, BM: tl
 
 
 @triton.jit(do_not_specialize=["splits"])
-def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, part_ptr, sum_ptr, count_ptr,
-                 table_stride, splits, scale, cap, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                 HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr,
-                 WINDOW: tl.constexpr, CAPPED: tl.constexpr, INVARIANT: tl.constexpr, SPLIT: tl.constexpr,
-                 STAGES: tl.constexpr):  # fmt: skip
+def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, sinks_ptr, slopes_ptr, part_ptr, sum_ptr,
+                 count_ptr, table_stride, splits, scale, cap, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr,
+                 D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+                 ALIBI: tl.constexpr, INVARIANT: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Attend from tiles (first token of the step, its position, tokens, slot), of at most BM // G tokens each. Grid
     (tiles, KV_HEADS), with SPLIT (tiles, KV_HEADS, splits): several programs then share the keys of a tile.
 
-    `scale` and `v_scale`: as for `decode`. INVARIANT: a token's result does not depend on its tile. Keys that all
-    queries attend to then have no loop of their own, in which the compiler would round differently.
+    `scale`, `v_scale`, `sinks`, `slopes`: as for `decode`. INVARIANT: a token's result does not depend on its tile.
+    Keys that all queries attend to then have no loop of their own, in which the compiler would round differently.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
@@ -124,20 +127,22 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, pa
         ok = ok & in_head(j, D, HALF)[None, :]
     q = tl.load(q_ptr + at, mask=ok, other=0.0)
     positions = start + within
-    m = tl.full([BM], -1e30, tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    m, total = before_keys(sinks_ptr, head * G + g, g < G, tl.program_id(2) == 0, BM, SINKS)
+    slopes = m
+    if ALIBI:
+        slopes = tl.load(slopes_ptr + head * G + g)
     acc = tl.zeros([BM, 2 * HALF], tl.float32)
     table = tables_ptr + slot * table_stride
     if not WINDOW and not INVARIANT:
         seen = tl.maximum(tl.minimum(start // BN * BN, stop), begin)  # All queries attend to all keys before it.
         acc, m, total = rounds(
-            acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, seen, scale, cap, KV_HEADS, D, HALF,
-            BLOCK_SIZE, BN, False, WINDOW, CAPPED, STAGES,
+            acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, seen, slopes, scale, cap, KV_HEADS,
+            D, HALF, BLOCK_SIZE, BN, False, WINDOW, CAPPED, ALIBI, STAGES,
         )  # fmt: skip
         begin = seen
     acc, m, total = rounds(
-        acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, stop, scale, cap, KV_HEADS, D, HALF,
-        BLOCK_SIZE, BN, True, WINDOW, CAPPED, STAGES,
+        acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, stop, slopes, scale, cap, KV_HEADS, D,
+        HALF, BLOCK_SIZE, BN, True, WINDOW, CAPPED, ALIBI, STAGES,
     )  # fmt: skip
     acc = acc * (v_scale / total)[:, None]
     last = True
