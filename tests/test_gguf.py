@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support_gguf import interleaved
 from support_models import SIZES, Driver, make_checkpoint, reference, steps
 
 from tokenmill import fetch
@@ -125,10 +126,6 @@ def of_transformers(model: Any, heads: int, kv: int, permuted: bool) -> dict[str
     return made
 
 
-def interleaved(a: np.ndarray, heads: int) -> np.ndarray:
-    return a.reshape(heads, 2, a.shape[0] // heads // 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
-
-
 @pytest.mark.parametrize(
     "family, architecture", [("llama_tied_with_biases", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
 )
@@ -181,8 +178,8 @@ def test_rope_scaling_is_read_from_keys_and_from_the_tensor_of_factors(tmp_path:
 
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
     embed = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
-    write(tmp_path / "a.gguf", "mamba", embed)
-    with pytest.raises(Unsupported, match=r"'mamba' is not supported\. Supported: arcee, bloom,.*, qwen3,"):
+    write(tmp_path / "a.gguf", "rwkv7", embed)
+    with pytest.raises(Unsupported, match=r"'rwkv7' is not supported\. Supported: apertus, arcee,.*, qwen3,"):
         model_config(local_source(tmp_path / "a.gguf"))
     write(tmp_path / "b.gguf", "qwen2", embed, lambda w: w.add_expert_count(8))
     with pytest.raises(Unsupported, match="qwen2 with experts"):

@@ -3,9 +3,6 @@ weights."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +11,25 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from support_models import LONGROPE, Driver, make_checkpoint, steps
-from test_gguf import interleaved
+from support_gguf import activation, converted, told
+from support_models import LONGROPE, YARN, Driver, make_checkpoint, steps
+from support_slow import mostly_slow
 from test_gguf_config import assert_equal_to, write
 
-from tokenmill.errors import ModelError, Unsupported
-from tokenmill.weights.gguf_architectures import ARCHITECTURES
+from tokenmill.errors import ModelError, StartError, Unsupported
 
 torch.set_num_threads(1)
-ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-EPS = {
-    "norm_eps": "attention__layer_norm_epsilon",
-    "rms_norm_eps": "attention__layer_norm_rms_epsilon", "layer_norm_eps": "attention__layer_norm_epsilon",
-    "layer_norm_epsilon": "attention__layer_norm_epsilon", "norm_epsilon": "attention__layer_norm_epsilon",
-}  # fmt: skip
-"""Field of config.json -> key"""
-COUNTS = {
-    "attention_multiplier": "attention__scale", "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
-    "num_experts": "expert_count", "num_local_experts": "expert_count", "n_routed_experts": "expert_count",
-    "moe_num_experts": "expert_count", "moe_k": "expert_used_count",
-    "num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length",
-}  # fmt: skip
 ROUTED = {
     "expert_gating_func": 2, "expert_shared_count": 1, "expert_weights_scale": 2.5,
     "expert_weights_norm": True, "leading_dense_block_count": 1,
 }  # fmt: skip
 HEADS_OF_32 = {"attention__key_length": 32, "attention__value_length": 32}
+LATENT_KEYS = {
+    "attention__kv_lora_rank": 32, "attention__key_length": 40, "attention__value_length": 32,
+    "attention__key_length_mla": 24, "attention__value_length_mla": 24, "rope__dimension_count": 8,
+    "attention__head_count_kv": 1, "expert_shared_count": 1, "leading_dense_block_count": 1,
+}  # fmt: skip
+YARN_KEYS = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 64}
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "mixtral": ("llama", "mixtral", {}, {}),
     "qwen2moe": ("qwen2moe", "qwen2_moe", {}, {
@@ -103,83 +92,43 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "attention__sliding_window": 8, "rope__scaling__type": "yarn", "rope__scaling__factor": 32.0,
         "rope__scaling__original_context_length": 4096, "expert_feed_forward_length": 32, "rope__freq_base": 150000.0}),
     "granitemoe": ("granitemoe", "granitemoe", {}, {}),
+    "internlm2": ("internlm2", "llama", {}, {}),
+    "qwen2vl": ("qwen2vl", "qwen2", {}, {"rope__dimension_sections": [4, 2, 2, 0]}),
+    "qwen3vlmoe": ("qwen3vlmoe", "qwen3_moe", {}, {**HEADS_OF_32, "n_deepstack_layers": 3}),
+    "mistral3": ("mistral3", "ministral3", {}, {
+        "rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 8,
+        "attention__temperature_scale": 0.3}),
+    "granitemoeshared": ("granitemoe", "granitemoeshared", {}, {"expert_shared_feed_forward_length": 32}),
+    "olmo": ("olmo", "olmo", {}, {"attention__layer_norm_epsilon": 1e-5}),
+    "olmo3": ("olmo2", "olmo3", {}, {**YARN_KEYS, "attention__sliding_window": 8, "attention__sliding_window_pattern": [
+        True, False, True]}),
+    "mpt": ("mpt", "mpt", {}, {"feed_forward_length": 256, "attention__head_count_kv": 4,
+                               "attention__max_alibi_bias": 8.0}),
+    "apertus": ("apertus", "apertus", {"rope_scaling": {"rope_type": "default"}}, {}),
+    "deepseek2": ("deepseek2", "deepseek_v2", {}, {**LATENT_KEYS, "expert_group_count": 4, "expert_group_used_count": 2,
+                                                   "expert_weights_scale": 3.0, "attention__q_lora_rank": 32,
+                                                   "expert_shared_count": 2}),
+    "deepseek2-lite": ("deepseek2", "deepseek_v2_greedy", {
+        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}, {
+        **LATENT_KEYS, **YARN_KEYS, "expert_shared_count": 2, "rope__scaling__yarn_log_multiplier": 0.0707,
+        "leading_dense_block_count": 0}),
+    "deepseek3": ("deepseek2", "deepseek_v3", {
+        "attention_bias": False, "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, {
+        **LATENT_KEYS, **YARN_KEYS, "expert_group_count": 4, "expert_group_used_count": 2, "expert_gating_func": 2,
+        "attention__q_lora_rank": 32, "expert_weights_scale": 2.5, "expert_weights_norm": True,
+        "rope__scaling__yarn_log_multiplier": 0.1}),
     "gptneox": ("gptneox", "gpt_neox", {}, {
         "rope__dimension_count": 8, "use_parallel_residual": True, "attention__head_count_kv": 4}),
 }  # fmt: skip
+QUICK = (
+    "mixtral", "qwen2moe", "minimax-m2", "gpt2", "bloom", "gemma3", "cohere2", "falcon-40b", "gpt-oss", "phi3-longrope",
+    "apertus", "deepseek3", "mistral3", "olmo3",
+)
+"""Cases that run without --slow."""
 
 
-def told(config: Any) -> dict[str, Any]:
-    """Return keys of what the classes of configurations have different defaults for."""
-    fields = config.to_dict()
-    rope = fields.get("rope_parameters") or {}
-    eps = next((name, float(fields[name])) for name in EPS if name in fields)
-    experts = {key: fields[name] for name, key in COUNTS.items() if name in fields}
-    rms = {"attention__layer_norm_rms_epsilon": None}
-    return {"rope__freq_base": rope.get("rope_theta"), **rms, EPS[eps[0]]: eps[1], **experts}
 
-
-def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: int, kv: int) -> np.ndarray:
-    """Return what the converter makes of one tensor of transformers."""
-    kind = ARCHITECTURES.get(f"{architecture} with experts", ARCHITECTURES[architecture])
-    if architecture in ("llama", "granite", "granitemoe", "smollm3", "arcee"):
-        array = interleaved(array, heads) if ".q_proj." in name else array
-        array = interleaved(array, kv) if ".k_proj." in name else array
-    if architecture in ("bloom", "gptneox", "falcon") and "query_key_value" in name:
-        kv = heads if architecture != "falcon" else kv
-        groups = array.reshape(kv, heads // kv + 2, -1, *array.shape[1:])
-        array = np.concatenate([part.reshape(-1, *array.shape[1:]) for part in np.split(groups, [-2, -1], 1)])
-    if architecture == "gpt2" and re.search(r"c_(attn|fc|proj)\.weight", name):
-        array = array.T
-    if architecture.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
-        array = array + 1
-    assert kind.above_one == architecture.startswith(("gemma", "nemotron"))
-    return np.ascontiguousarray(array[0] if name.endswith("shared_expert_gate.weight") else array)
-
-
-def both(scope: str, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Return gate and up of a tensor that holds them for all experts."""
-    if name == "input_linear.weight":
-        parts = zip(("experts.w1.weight", "experts.w3.weight"), np.split(array, 2, 1), strict=True)
-    else:
-        end = ".bias" if name.endswith("bias") else ".weight"
-        turned = array if end == ".bias" else array.swapaxes(1, 2)
-        parts = zip((f"gate_proj{end}", f"up_proj{end}"), (turned[:, 0::2], turned[:, 1::2]), strict=True)
-    return ((scope + part, np.ascontiguousarray(values)) for part, values in parts)
-
-
-def converted(folder: Path, architecture: str, heads: int = 4, kv: int = 2) -> dict[str, Any]:
-    """Return a checkpoint's tensors under GGUF's names, with experts stacked."""
-    names, layers = gguf.get_tensor_name_map(ARCH[architecture], 7), defaultdict[str, dict[int, np.ndarray]](dict)
-    made: dict[str, Any] = {}
-    for name, array in load_file(folder / "model.safetensors").items():
-        split = re.fullmatch(r"(.*)(gate_up_proj|gate_up_proj_bias|input_linear\.weight)", name)
-        if split:
-            made |= dict(both(split[1], split[2], array))
-            continue
-        if "experts.down_proj" in name and not name.endswith(".weight"):
-            turned = array if name.endswith("_bias") else array.swapaxes(1, 2)
-            end = ".bias" if turned is array else ".weight"
-            made[name.removesuffix("_bias") + end] = np.ascontiguousarray(turned)
-            continue
-        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name)
-        if expert:
-            layers[f"{expert[1]}.{expert[3]}"][int(expert[2])] = array
-        else:
-            made[name] = as_llama_cpp_stores(name, array, architecture, heads, kv)
-    made |= {name: np.stack([experts[i] for i in sorted(experts)]) for name, experts in layers.items()}
-    renamed = {}
-    for name, array in made.items():
-        short = name.removeprefix("transformer.") if architecture == "bloom" else name
-        theirs = names.get_name(short, (".weight", ".bias"))
-        if name.endswith("e_score_correction_bias"):
-            theirs = f"{names.get_name(name.removesuffix('_bias'))}.bias"
-        assert theirs, name
-        theirs += ".weight" if theirs.endswith("attn_sinks") else ""
-        renamed[theirs] = array, None
-    return renamed
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, QUICK))
 def test_a_model_of_each_architecture_equals_transformers(tmp_path: Path, case: str) -> None:
     architecture, family, changes, keys = CASES[case]
     model = make_checkpoint(tmp_path / "hf", family, **changes)
@@ -188,11 +137,11 @@ def test_a_model_of_each_architecture_equals_transformers(tmp_path: Path, case: 
     if "longrope" in case:
         tensors |= {f"rope_factors_{name}.weight": (np.array(LONGROPE[f"{name}_factor"], np.float32), None)
                     for name in ("long", "short")}  # fmt: skip
-    path = write(tmp_path / "m.gguf", architecture, tensors, **(told(model.config) | keys))
-    assert_equal_to(model, path)
+    keys = {**told(model.config), **keys, **activation(tmp_path / "hf")}
+    assert_equal_to(model, write(tmp_path / "m.gguf", architecture, tensors, **keys))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gpt2", "gptneox"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gpt2", "gptneox", "deepseek3", "granitemoeshared"])
 def test_quantized_tensors_are_their_numbers_in_stacks_and_in_other_orders_of_rows_too(
     tmp_path: Path, case: str
 ) -> None:
@@ -201,7 +150,7 @@ def test_quantized_tensors_are_their_numbers_in_stacks_and_in_other_orders_of_ro
     coded, floats, kind = {}, {}, gguf.GGMLQuantizationType.Q8_0
     for name, (array, _) in converted(tmp_path / "hf", architecture).items():
         coded[name] = floats[name] = array, None
-        if array.ndim > 1:
+        if array.ndim > 1 and array.shape[-1] % 32 == 0:
             coded[name] = gguf.quants.quantize(array, kind), kind
             floats[name] = gguf.quants.dequantize(coded[name][0], kind), None
     coded, floats = (
@@ -210,6 +159,47 @@ def test_quantized_tensors_are_their_numbers_in_stacks_and_in_other_orders_of_ro
     )
     for rows in steps():
         np.testing.assert_array_equal(coded.feed(rows), floats.feed(rows))
+
+
+def test_compressed_attention_of_older_files_is_read_too(tmp_path: Path) -> None:
+    architecture, family, changes, keys = CASES["deepseek2-lite"]
+    model = make_checkpoint(tmp_path / "hf", family, **changes)
+    tensors = converted(tmp_path / "hf", architecture)
+    for name, array in load_file(tmp_path / "hf" / "model.safetensors").items():
+        if name.endswith("kv_b_proj.weight"):
+            block = f"blk.{name.split('.')[2]}"
+            tensors[f"{block}.attn_kv_b.weight"] = array, None
+            del tensors[f"{block}.attn_k_b.weight"], tensors[f"{block}.attn_v_b.weight"]
+    keys = {**told(model.config), **keys, "attention__key_length_mla": None, "attention__value_length_mla": None,
+            "attention__key_length": 24, "attention__value_length": 24, "attention__head_count_kv": 4}  # fmt: skip
+    assert_equal_to(model, write(tmp_path / "m.gguf", architecture, tensors, **keys))
+
+
+def test_norms_are_stored_in_any_type(tmp_path: Path) -> None:
+    architecture, family, changes, keys = CASES["gemma"]
+    model = make_checkpoint(tmp_path / "hf", family, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data = (parameter.data + 1).half().float() - 1
+    tensors = converted(tmp_path / "hf", architecture)
+    half = {name: (array.astype(np.float16) if "norm" in name else array, kind) for name, (array, kind) in
+            tensors.items()}  # fmt: skip
+    assert_equal_to(model, write(tmp_path / "m.gguf", architecture, half, **(told(model.config) | keys)))
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"xielu.beta": [0.5, 0.5, 0.75]}, r"'xielu.beta' is not supported. It has 0.75; only 0.5"),
+        ({"xielu.alpha_n": [0.5, 0.5]}, r"'xielu.alpha_n' is \[0.5, 0.5\], not 3 numbers"),
+    ],
+)
+def test_an_activation_of_other_constants_is_refused(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
+    right = {"xielu.alpha_p": [0.8] * 3, "xielu.alpha_n": [0.8] * 3, "xielu.beta": [0.5] * 3, "xielu.eps": [-1e-6] * 3}
+    tensors = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
+    path = write(tmp_path / "m.gguf", "apertus", tensors, **(right | keys))
+    with pytest.raises(StartError, match=words):
+        Driver.of(path)
 
 
 def test_layers_that_guess_further_tokens_are_not_read(tmp_path: Path) -> None:

@@ -28,10 +28,13 @@ EMBED = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
 
 
 def write(path: Path, architecture: str, tensors: dict[str, Any], **keys: Any) -> Path:
-    """Write a file of these tensors and KEYS, changed by `keys`. None: leave out the key. `__`: a dot."""
+    """Write a file of these tensors and KEYS, changed by `keys`. None: leave out the key. `__`: a dot.
+
+    Keys that begin with xielu are written without the architecture.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (KEYS | {key.replace("__", "."): value for key, value in keys.items()}).items():
-        name = f"{architecture}.{key}"
+        name = key if key.startswith("xielu.") else f"{architecture}.{key}"
         if isinstance(value, bool):
             writer.add_bool(name, value)
         elif isinstance(value, list):

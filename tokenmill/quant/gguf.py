@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from tokenmill.quant import none
 from tokenmill.quant.base import Coded, Levels, Piece
 from tokenmill.quant.formats import nibbles
-from tokenmill.weights.checkpoint import Checkpoint
-from tokenmill.weights.gguf import BLOCKS
+from tokenmill.weights.checkpoint import Checkpoint, Stored
+from tokenmill.weights.gguf_header import BLOCKS
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -28,11 +29,23 @@ _EIGHT = np.full((1, 1), 8, np.uint8)
 def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece in the file's own codes. Rows are outputs in every matrix, whatever transformers' file has."""
     stored = piece.stored(source)
+    if stored.numbers is not None:
+        computed = np.ascontiguousarray(stored.numbers([_floats(part) for part in stored.parts]), np.float32)
+        stored = replace(stored, data=computed.reshape(stored.shape[0], -1).view(np.uint8), numbers=None)
     unpack = UNPACK.get(stored.kind)
     if unpack is None or not piece.weight.columns:
         return none.dense(stored, replace(piece, weight=replace(piece.weight, transposed=False)))
     raw = stored.data[piece.rows]
     return unpack(raw.reshape(len(raw), -1, BLOCKS[stored.kind][1])).take(slice(None), piece.columns)
+
+
+def _floats(stored: Stored) -> Floats:
+    """Return the numbers of a tensor."""
+    rows = np.ascontiguousarray(stored.data).reshape(prod(stored.shape[:-1]), -1)
+    unpack = UNPACK.get(stored.kind)
+    if unpack is None:
+        return none.floats(replace(stored, data=rows)).reshape(stored.shape)
+    return unpack(rows.reshape(len(rows), -1, BLOCKS[stored.kind][1])).floats().reshape(stored.shape)
 
 
 def _half(raw: Bytes) -> NDArray[np.float16]:

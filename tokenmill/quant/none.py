@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from tokenmill.errors import Unsupported
 from tokenmill.quant import base
@@ -19,10 +22,20 @@ def read(source: Checkpoint, piece: Piece) -> Coded:
 
 def dense(stored: Stored, piece: Piece) -> Coded:
     """Return the piece of a stored float tensor. Raises Unsupported for another type."""
-    if stored.kind not in _TYPES:
-        raise Unsupported("type of weights", stored.kind, _TYPES, f"It is what {stored.name!r} is stored in.")
-    rows = np.ascontiguousarray(stored.data).view(_TYPES[stored.kind])
-    rows = rows.reshape(len(rows), -1)  # without the dimensions of size 1 that `base.check` accepts
+    rows = _rows(stored)
     if not piece.weight.columns:
         return base.dense(rows.reshape(-1)[piece.rows])
     return base.dense(rows.T if piece.weight.transposed else rows).take(piece.rows, piece.columns)
+
+
+def floats(stored: Stored) -> NDArray[np.float32]:
+    """Return the numbers of a stored float tensor, (rows, columns). Raises Unsupported for another type."""
+    return base.dense(_rows(stored)).floats()
+
+
+def _rows(stored: Stored) -> NDArray[Any]:
+    """Return the elements, without the dimensions of size 1 that `base.check` accepts."""
+    if stored.kind not in _TYPES:
+        raise Unsupported("type of weights", stored.kind, _TYPES, f"It is what {stored.name!r} is stored in.")
+    rows = np.ascontiguousarray(stored.data).view(_TYPES[stored.kind])
+    return rows.reshape(len(rows), -1)

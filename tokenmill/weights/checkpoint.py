@@ -7,7 +7,7 @@ sizes, offsets and names in a header are checked against the file before use.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -48,12 +48,16 @@ class Stored:
     """Tensor in the form that the file stores.
 
     `data`: (rows, bytes per row), read-only, a view of the mapped file if possible. A vector has one element per row.
+    `numbers`: function that computes the tensor from the numbers of `parts`, for one that is made of other tensors;
+    `data` is empty then.
     """
 
     name: str
     kind: str  # "F32", "BF16", "Q4_K", …
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
+    parts: tuple[Stored, ...] = ()
+    numbers: Callable[[Sequence[NDArray[np.float32]]], NDArray[np.float32]] | None = None
 
     def at(self, index: int | None) -> Stored:
         """Return the matrix or vector `index` of a tensor that stacks several; None: the tensor itself."""

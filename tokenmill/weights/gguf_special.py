@@ -1,0 +1,221 @@
+"""Fields of config.json that need more than the name of a key, by GGUF architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenmill.errors import ModelError, Unsupported
+from tokenmill.weights.gguf_reader import Reader
+from tokenmill.weights.gguf_rope import rope_scaling
+
+_ARBITRARY = 1 << 20
+"""Length that llama.cpp's converter writes for a model whose length nothing limits"""
+
+_LENGTH = 1 << 17  # of such a model here
+_XIELU = {"beta": 0.5, "eps": -1e-6}  # constants of xIELU
+
+
+def _gemma2(read: Reader) -> dict[str, Any]:
+    """Return the scale of attention's scores, which in llama.cpp follows from the size of the model."""
+    heads, hidden = read.number("attention.head_count"), read.number("embedding_length")
+    largest = {"gemma2": 46, "gemma3": 62}[read.architecture]  # layers of the 27B models
+    head_dim = read.number("attention.key_length", hidden // heads)
+    return {"query_pre_attn_scalar": hidden // heads if read.number("block_count") == largest else head_dim}
+
+
+def _multi_query(read: Reader) -> dict[str, Any]:
+    return {"multi_query": read.number("attention.head_count_kv", read.number("attention.head_count")) == 1}
+
+
+def _falcon(read: Reader) -> dict[str, Any]:
+    """Return the generation: a model with one key-value head is of the first one."""
+    grouped = read.number("attention.head_count_kv", read.number("attention.head_count")) > 1
+    read("tensor_data_layout", "")
+    return {"multi_query": not grouped, "new_decoder_architecture": grouped, "num_ln_in_parallel_attn": 1}
+
+
+def _gpt_oss(read: Reader) -> dict[str, Any]:
+    """Return YaRN's scaling with a ramp whose ends are not rounded, as the model was trained."""
+    scaling = rope_scaling(read, {})
+    return {"rope_scaling": {**scaling, "truncate": False} if scaling else {"rope_type": "default"}}
+
+
+def _olmo3(read: Reader) -> dict[str, Any]:
+    """Return the kinds of layers."""
+    pattern = read("attention.sliding_window_pattern", [])
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    return {"layer_types": kinds or None}
+
+
+def _mpt(read: Reader) -> dict[str, Any]:
+    slope, clip = read("attention.max_alibi_bias", 0.0), read("attention.clamp_kqv", 0.0)
+    return {"attn_config": {"alibi": slope > 0, "alibi_bias_max": slope or 8.0, "clip_qkv": clip or None}}
+
+
+def _apertus(read: Reader) -> dict[str, Any]:
+    """Return the trained numbers of the activation, of each layer."""
+    found: dict[str, Any] = {}
+    for name in ("alpha_p", "alpha_n", *_XIELU):
+        numbers = read.numbers_of_layers(f"xielu.{name}")
+        wrong = [n for n in numbers if abs(n - _XIELU.get(name, n)) > 1e-2 * abs(n)]
+        if wrong:
+            raise Unsupported("GGUF key", f"xielu.{name}", (), f"It has {wrong[0]!r}; only {_XIELU[name]} is computed.")
+        found[f"xielu_{name}"] = numbers
+    return found
+
+
+def _ministral3(read: Reader) -> dict[str, Any]:
+    """Return the growth of queries by position, which begins at the length before YaRN's scaling."""
+    mscale = read("rope.scaling.yarn_log_multiplier", 0.0)
+    beta = {"llama_4_scaling_beta": read("attention.temperature_scale"), **({"mscale": 1.0, "mscale_all_dim": mscale}
+                                                                         if mscale else {})}  # fmt: skip
+    return {"rope_scaling": {**(rope_scaling(read, {}) or {}), **beta}, "sliding_window": None}
+
+
+def _latent(read: Reader) -> dict[str, Any]:
+    """Return the sizes of attention to compressed rows, in files with absorbed matrices and in older ones."""
+    heads, rotated = read.number("attention.head_count"), read.number("rope.dimension_count")
+    absorbed = "_mla" if read.has("attention.key_length_mla") else ""
+    read.ignore("attention.head_count_kv", "attention.key_length", "attention.value_length")
+    groups, mscale = read("expert_group_count", 1), read("rope.scaling.yarn_log_multiplier", 0.0) * 10
+    scaling = rope_scaling(read, {})
+    if scaling and mscale:
+        scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": read.number("feed_forward_length"),
+        "kv_lora_rank": read.number("attention.kv_lora_rank"),
+        "q_lora_rank": read.number("attention.q_lora_rank") if read.has("attention.q_lora_rank") else None,
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": read.number(f"attention.key_length{absorbed}") - rotated,
+        "v_head_dim": read.number(f"attention.value_length{absorbed}"),
+        "rope_theta": read("rope.freq_base", 10000.0),
+        "rope_scaling": scaling,
+        "n_group": groups,
+        "topk_group": read("expert_group_used_count", 1),
+        "topk_method": "group_limited_greedy" if groups != 1 else "greedy",
+        "norm_topk_prob": read("expert_weights_norm", False),
+        "routed_scaling_factor": read("expert_weights_scale", 1.0),
+    }
+
+
+def _scan(read: Reader, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the sizes of a mixer of Mamba. `names`: field of config.json -> size."""
+    inner, steps = read.number("ssm.inner_size"), read.number("ssm.time_step_rank")
+    if steps > inner:
+        raise ModelError(f"{read.path}: '{read.architecture}.ssm.time_step_rank' is {steps}, of {inner} columns.")
+    sizes = {
+        "inner": inner,
+        "steps": steps,
+        "head": inner // steps,
+        "expand": inner / read.number("embedding_length"),
+        "state": read.number("ssm.state_size"),
+        "kernel": read.number("ssm.conv_kernel"),
+        "groups": read.number("ssm.group_count", 1),
+        "conv_bias": read.has_tensor(r"blk\.\d+\.ssm_conv1d\.bias"),
+        "bias": read.has_tensor(r"blk\.\d+\.ssm_in\.bias"),
+    }
+    return {field: sizes[size] for field, size in names.items()}
+
+
+def _length(read: Reader) -> int:
+    """Return the maximum length of a sequence, for a model that may have none."""
+    found = read.number("context_length")
+    return _LENGTH if found == _ARBITRARY else found
+
+
+def _mamba(read: Reader) -> dict[str, Any]:
+    names = {"expand": "expand", "state_size": "state", "conv_kernel": "kernel", "use_conv_bias": "conv_bias",
+             "use_bias": "bias"}  # fmt: skip
+    second = {"num_heads": "steps", "head_dim": "head", "n_groups": "groups"}
+    first = {"time_step_rank": "steps"}
+    read.ignore("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    own = second if read.architecture == "mamba2" else first
+    return {"max_position_embeddings": _length(read), **_scan(read, names | own)}
+
+
+_HYBRID = {
+    "mamba_n_heads": "steps", "mamba_d_head": "head", "mamba_n_groups": "groups", "mamba_d_state": "state",
+    "mamba_d_conv": "kernel", "mamba_expand": "expand", "mamba_conv_bias": "conv_bias", "mamba_proj_bias": "bias",
+}  # fmt: skip
+
+
+def _periodic(read: Reader, what: str, layers: Sequence[int], count: int) -> tuple[int, int]:
+    """Return period and offset of some layers. ModelError if they are not every so many of all `count` layers."""
+    period = layers[1] - layers[0] if len(layers) > 1 else count
+    if not layers or [i for i in range(count) if i % period == layers[0]] != list(layers) or layers[0] >= period:
+        raise ModelError(
+            f"{read.path}: the layers with {what} are {list(layers)} of {count}, not every so many. Convert the model "
+            "again from its original."
+        )
+    return period, layers[0]
+
+
+def _jamba(read: Reader) -> dict[str, Any]:
+    """Return sizes, and the layers with attention and with experts, which come at equal distances."""
+    counts = read.by_layer("attention.head_count_kv")
+    sparse = [i for i in range(len(counts)) if f"blk.{i}.ffn_gate_inp.weight" in read.shapes]
+    period, offset = _periodic(read, "attention", [i for i, n in enumerate(counts) if n], len(counts))
+    every, first = _periodic(read, "experts", sparse, len(counts)) if sparse else (1, 0)
+    names = {"mamba_d_state": "state", "mamba_d_conv": "kernel", "mamba_expand": "expand", "mamba_dt_rank": "steps",
+             "mamba_conv_bias": "conv_bias", "mamba_proj_bias": "bias"}  # fmt: skip
+    experts = {"expert_layer_period": every, "expert_layer_offset": first}
+    experts |= {} if sparse else {"num_experts": 1, "num_experts_per_tok": 1}
+    return {"attn_layer_period": period, "attn_layer_offset": offset, **experts, **_scan(read, names)}
+
+
+def _granite(read: Reader) -> dict[str, Any]:
+    read.ignore("rope.dimension_count", "rope.freq_base", "expert_shared_feed_forward_length")
+    dense = read.shapes.get("blk.0.ffn_up.weight")
+    return {
+        "max_position_embeddings": _length(read),
+        "layer_types": ["attention" if n else "mamba" for n in read.by_layer("attention.head_count_kv")],
+        **({"shared_intermediate_size": dense[0]} if dense else {}),
+        **_scan(read, _HYBRID),
+    }
+
+
+def _nemotron_h(read: Reader) -> dict[str, Any]:
+    """Return the kind of each layer: attention if it has key-value heads, else feed-forward if that has a width."""
+    counts, widths = read.by_layer("attention.head_count_kv"), read.by_layer("feed_forward_length")
+    kinds = ["attention" if n else "mlp" if w else "mamba" for n, w in zip(counts, widths, strict=True)]
+    names = {"mamba_num_heads": "steps", "mamba_head_dim": "head", "n_groups": "groups", "ssm_state_size": "state",
+             "conv_kernel": "kernel", "use_conv_bias": "conv_bias", "use_bias": "bias"}  # fmt: skip
+    return {"layers_block_type": kinds, "max_position_embeddings": _length(read), **_scan(read, names)}
+
+
+def _falcon_h1(read: Reader) -> dict[str, Any]:
+    """Return the sizes. The converter multiplies the weights by the model's factors."""
+    normalized, biased = (read.has_tensor(rf"blk\.\d+\.ssm_{name}") for name in (r"norm\.weight", r"out\.bias"))
+    return {"mamba_d_ssm": read.number("ssm.inner_size"), "mamba_rms_norm": normalized, "projectors_bias": biased,
+            **_scan(read, _HYBRID)}  # fmt: skip
+
+
+def _lfm2(read: Reader) -> dict[str, Any]:
+    """Return the kind of each layer."""
+    return {
+        "layer_types": ["full_attention" if n else "conv" for n in read.by_layer("attention.head_count_kv")],
+        "conv_L_cache": read.number("shortconv.l_cache"),
+        "use_expert_bias": read.has_tensor(r"blk\.\d+\.exp_probs_b\.bias"),
+    }
+
+
+def _delta(read: Reader) -> dict[str, Any]:
+    """Return the sizes of the delta rule."""
+    names = {"linear_num_value_heads": "steps", "linear_value_head_dim": "head", "linear_num_key_heads": "groups",
+             "linear_key_head_dim": "state", "linear_conv_kernel_dim": "kernel"}  # fmt: skip
+    return _scan(read, names)
+
+
+SPECIAL: Mapping[str, Callable[[Reader], dict[str, Any]]] = {
+    "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query, "falcon": _falcon, "gpt-oss": _gpt_oss,
+    "falcon with two norms": lambda read: {**_falcon(read), "num_ln_in_parallel_attn": 2},
+    "olmo2 with windows": _olmo3, "mpt": _mpt, "apertus": _apertus, "mistral3 with temperature": _ministral3,
+    "deepseek2": _latent, "deepseek2 with sigmoid": _latent,
+    "mamba": _mamba, "mamba with norms": _mamba, "mamba2": _mamba, "jamba": _jamba, "granitehybrid": _granite,
+    "granitehybrid with experts": _granite, "nemotron_h": _nemotron_h, "falcon-h1": _falcon_h1, "lfm2": _lfm2,
+    "lfm2moe": _lfm2, "qwen3next": _delta, "qwen35": _delta, "qwen35moe": _delta,
+}  # fmt: skip
+"""Architecture -> function that computes more fields of config.json"""
