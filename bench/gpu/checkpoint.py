@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from bench.gpu.shapes import SHAPES
 from bench.gpu.tell import tell
+from bench.gpu.tensors import shapes_of
 from bench.gpu.tokenizer import write_tokenizer
 from tokenmill.models.base import program_of
-from tokenmill.program.cost import weights_of
 
 _SHARD = 2 << 30  # maximum bytes of a file, unless a tensor is larger
 _BLOCK = 1 << 24  # random numbers drawn
@@ -37,7 +37,7 @@ Shapes = dict[str, tuple[int, ...]]
 def write_checkpoint(folder: str | Path, config: dict[str, Any], *, shard_bytes: int = _SHARD) -> bool:
     """Write config.json, weights and tokenizer; return False if they exist already. Takes some seconds per 10 GB."""
     folder = Path(folder)
-    shards = _shards(_shapes(config), shard_bytes)
+    shards = _shards(shapes_of(program_of(config)), shard_bytes)
     if _is_there(folder, config, shards):
         return False
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,15 +59,6 @@ def write_checkpoint(folder: str | Path, config: dict[str, Any], *, shard_bytes:
     (folder / "generation_config.json").write_text(json.dumps(ids))
     (folder / "config.json").write_text(json.dumps(config))
     return True
-
-
-def _shapes(config: dict[str, Any]) -> Shapes:
-    """Return the shapes of all tensors, by transformers' names."""
-    return {
-        part.name: (part.rows, weight.columns) if weight.columns else (part.rows,)
-        for weight in weights_of(program_of(config))
-        for part in weight.parts
-    }
 
 
 def _shards(shapes: Shapes, most: int) -> dict[str, Shapes]:

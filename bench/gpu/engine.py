@@ -14,11 +14,11 @@ import torch
 
 from bench.gpu.shapes import SHAPES
 from bench.gpu.tell import tell
+from bench.gpu.tensors import shapes_of
 from tokenmill.backends.base import Backend, Step, StepInputs, StepLimits
 from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Job
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
-from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, scheduler_of
@@ -57,10 +57,7 @@ class RandomWeights:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for weight in weights_of(program_of(config)):
-            for part in weight.parts:
-                self._shapes[part.name] = (part.rows, weight.columns) if weight.columns else (part.rows,)
+        self._shapes = shapes_of(program_of(config))
         most = max(int(np.prod(shape)) for shape in self._shapes.values())
         drawn = torch.randn(min(most, 1 << 24), generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
         self._numbers = np.resize(drawn.view(torch.int16).numpy(), most + 4096)

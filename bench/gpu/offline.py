@@ -19,9 +19,13 @@ import numpy as np
 import torch
 
 from bench.gpu.engine import Built, Setup
+from bench.gpu.floor import decode_ms, share_of_peak
 from bench.gpu.longprompt import LongPrompt, measure
 from bench.gpu.shapes import H200_GOALS, H200_REFERENCES, SHAPES, crowd, unshared
 from bench.gpu.tell import Turn, figure, tell
+from tokenmill.backends.cuda.sizes import Sizes
+from tokenmill.models.base import program_of
+from tokenmill.program import ops
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
@@ -35,7 +39,7 @@ class Bench:
         self.built, self.rows, self.prompt_tokens = built, rows, prompt_tokens
         self.shape, self.backend = built.setup.shape, built.backend
         self.timed, self.engine = built.timed, built.engine
-        self.random = random.Random(0)
+        self.random, self.program = random.Random(0), program_of(built.setup.config())
         self.most_id = min(10000, built.setup.config()["vocab_size"] - 1)
         self.by_batch: dict[int, list[float]] = {}
 
@@ -72,9 +76,12 @@ class Bench:
                 ms.append(self.steady(rows))
                 host.append(self.timed.seconds / self.timed.steps * 1e3)
             found[rows] = statistics.median(ms)
+            device_ms, chosen = self.device(rows), self.chosen(rows)
+            floor = decode_ms(self.program, rows, size + 114, chosen)
             figure(self.shape, f"decode, batch {rows}", round(found[rows], 3), "ms", runs=[round(m, 3) for m in ms],
                    by_difference=round(statistics.median(peer), 3), launch_ms=round(statistics.median(host), 3),
-                   device_ms=self.device(rows))  # fmt: skip
+                   device_ms=device_ms, floor_ms=round(floor, 3), of_floor=round(found[rows] / floor, 2),
+                   experts_chosen=chosen)  # fmt: skip
         self.built.set_beside(beside)
         return found
 
@@ -101,15 +108,10 @@ class Bench:
 
     def device(self, rows: int) -> float | None:
         """Return ms of a repeated captured step, 64 tokens after the prompt; None without CUDA graphs."""
-        slots, backend = np.arange(rows, dtype=np.int32), self.backend
+        backend = self.backend
         if not self.built.real or not backend._graphs.padded(rows):
             return None
-        tokens = self.prompt_tokens + 64
-        blocks = -(-(tokens + 24) // backend.limits.block_size)
-        for slot in range(rows):
-            first = slot * blocks
-            backend._slots.set_blocks(slot, np.arange(first, first + blocks, dtype=np.int32) % backend.num_blocks)
-        sizes = backend._arrays.decode(slots, np.full(rows, tokens, np.int32), backend._graphs.padded(rows))
+        sizes = self._step(rows)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for i in range(60):
             if i == 10:
@@ -119,6 +121,29 @@ class Bench:
         torch.cuda.synchronize()
         return round(float(start.elapsed_time(end)) / 50, 3)
 
+    def chosen(self, rows: int) -> float | None:
+        """Return the mean number of experts that the rows of a step choose in a layer; None without experts."""
+        backend, counts = self.backend, []
+        if not self.built.real or not any(isinstance(op, ops.Route) for op in backend.program.ops):
+            return None
+        sizes = self._step(rows)
+        for launch in (*backend._body, *backend._tail):
+            launch.run(sizes)
+            if isinstance(launch.op, ops.Route):
+                counts.append(len(backend._memory.value(launch.op.out)[:rows].unique()))
+        return round(statistics.mean(counts), 1)
+
+    def _step(self, rows: int) -> Sizes:
+        """Send a decode step, padded to a captured size, of sequences 64 tokens after their prompts."""
+        slots, backend = np.arange(rows, dtype=np.int32), self.backend
+        tokens = self.prompt_tokens + 64
+        blocks = -(-(tokens + 24) // backend.limits.block_size)
+        for slot in range(rows):
+            first = slot * blocks
+            backend._slots.set_blocks(slot, np.arange(first, first + blocks, dtype=np.int32) % backend.num_blocks)
+        sizes: Sizes = backend._arrays.decode(slots, np.full(rows, tokens, np.int32), backend._graphs.padded(rows))
+        return sizes
+
     def prefill(self, length: int = 2048) -> None:
         """(c) Measure prompt tokens per second: the median over 8 prompts."""
         rates = []
@@ -126,7 +151,9 @@ class Bench:
             seconds = self.run([self.prompt(length) for _ in range(n)], [1] * n)
             rates.append(round(n * length / seconds))
             tell(bench="prefill", shape=self.shape, prompts=n, tokens_s=rates[-1])
-        figure(self.shape, "prefill", statistics.median(rates[:3]), "tok/s", runs=rates[:3], of_32_prompts=rates[3])
+        share = share_of_peak(self.program, statistics.median(rates[:3]))
+        figure(self.shape, "prefill", statistics.median(rates[:3]), "tok/s", runs=rates[:3], of_32_prompts=rates[3],
+               of_peak=round(share, 3))  # fmt: skip
 
     def crowd(self, requests: int, longest: int, repeat: int) -> None:
         """(a) Measure output tokens per second: the median of `repeat` runs, then once with unlimited prompt chunks."""

@@ -13,10 +13,27 @@ LLAMA_8B: dict[str, Any] = {
     "bos_token_id": 128000, "eos_token_id": 128001, "torch_dtype": "bfloat16", "initializer_range": 0.02,
     "transformers_version": "5.0.0",
 }  # fmt: skip
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "intermediate_size": 6144,
+    "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 151643, "eos_token_id": 151645,
+    "torch_dtype": "bfloat16", "transformers_version": "5.0.0",
+}  # fmt: skip
+GPT_OSS_20B: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+    "num_experts_per_tok": 4, "intermediate_size": 2880, "vocab_size": 201088, "max_position_embeddings": 131072,
+    "sliding_window": 128, "rope_theta": 150000.0, "tie_word_embeddings": False, "bos_token_id": 199998,
+    "eos_token_id": 200002, "torch_dtype": "bfloat16", "transformers_version": "5.0.0",
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": LLAMA_8B,
     "1b": LLAMA_8B | {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "intermediate_size": 8192,
                       "tie_word_embeddings": True},
+    "30b-a3b": QWEN3_30B_A3B,
+    "gpt-oss-20b": GPT_OSS_20B,
     "tiny": LLAMA_8B | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                         "head_dim": 16, "intermediate_size": 128, "vocab_size": 2048, "max_position_embeddings": 4096,
                         "bos_token_id": 1792, "eos_token_id": 1793},

@@ -5,7 +5,6 @@ A single row takes two launches behind its routing. More rows are sorted by expe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tokenmill.backends.cuda.expert_shapes import (
     LEAST_ITEMS,
     SEGMENT,
+    RouteShape,
+    RowShape,
     TileShape,
     padded,
     route_shape,
@@ -111,42 +112,39 @@ class ExpertLowering:
 
     def route(self, op: ops.Route) -> Run:
         """Return the launch that chooses the experts of each row."""
-        x, ids, factors = (self._memory.value(v) for v in (op.x, op.out, op.factors))
-        tensors, scratch, launch = self._weights.tensors, self._scratch, Site(route)
-        weight = tensors[op.weight]
-        bias, correction = (None if w is None else tensors[w] for w in (op.bias, op.correction))
-        experts, columns = weight.shape
-        constants: dict[str, Any] = {
-            "EP": padded(experts), "TOP_K": op.top_k, "KP": power(op.top_k), "SCORE": op.score,
-            "GROUPS": op.groups, "GP": power(op.groups), "TOP_GROUPS": op.top_groups, "GROUP_BEST": op.group_best,
-            "RENORMALIZE": op.renormalize, "BIAS": bias is not None, "CORRECTION": correction is not None,
-        }  # fmt: skip
+        routing = self.routing(op)
 
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
-            shape = route_shape(rows, experts, columns, self._invariant)
-            launch(
-                (triton.cdiv(experts, shape.experts), triton.cdiv(rows, shape.rows)),
-                x, weight, weight if bias is None else bias, weight if correction is None else correction,
-                scratch.logits, scratch.finished, ids, factors, x.stride(0), rows, op.least_sum, op.scale, op.margin,
-                E=experts, K=columns, BM=shape.rows, BN=shape.experts, BK=shape.columns, **constants,
-                PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **ahead(n.early),
-            )  # fmt: skip
+            routing.run(rows, route_shape(rows, op.weight.rows, op.x.width, self._invariant), n.early)
 
         return run
 
     def experts(self, op: ops.Experts) -> Run:
         """Return the launches of a layer's products."""
-        one, several = one_row(op, self._bank(op), self._operands(op)), self.products(op)
+        one, several = self.one_row(op), self.products(op)
+        up, down = row_shape(_inner(op), op.x.width, True), row_shape(op.out.width, _inner(op), False)
 
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
             if rows == 1 and not self._invariant:
-                one(n.early)
+                one.gate_up(up, n.early)
+                one.down(down, n.early)
             else:
                 several.run(rows, *self.shapes(op, rows), n.early)
 
         return run
+
+    def routing(self, op: ops.Route) -> Routing:
+        """Return the launch of a routing, for blocks of any size."""
+        x, ids, factors = (self._memory.value(v) for v in (op.x, op.out, op.factors))
+        tensors = self._weights.tensors
+        bias, correction = (None if w is None else tensors[w] for w in (op.bias, op.correction))
+        return Routing(op, RouteOperands(x, ids, factors, tensors[op.weight], bias, correction), self._scratch)
+
+    def one_row(self, op: ops.Experts) -> OneRow:
+        """Return the launches of a single row, for programs of any size."""
+        return OneRow(op, self._bank(op), self._operands(op))
 
     def products(self, op: ops.Experts) -> GroupedProducts:
         """Return the launches of several rows, for tiles of any size."""
@@ -174,29 +172,70 @@ class ExpertLowering:
         return Operands(value(op.x), value(op.ids), value(op.factors), value(op.out), inner, results)
 
 
-def one_row(op: ops.Experts, bank: Bank, operands: Operands) -> Callable[[bool], None]:
-    """Return the launches of a single row."""
-    x, ids, factors, out, inner, _ = operands
-    width, top_k, inner_width = op.out.width, op.ids.width, _inner(op)
-    up, down = row_shape(inner_width, width, True), row_shape(width, inner_width, False)
-    make, finish = Site(kernels.one_row_up), Site(kernels.one_row_down)
+class RouteOperands(NamedTuple):
+    """Tensors of a routing at the largest step."""
 
-    def run(early: bool) -> None:
-        make(
-            (triton.cdiv(inner_width, up.outputs), top_k),
-            x, bank.gate_up, bank.gate_up if bank.gate_up_bias is None else bank.gate_up_bias, ids, factors, inner,
-            op.limit, op.up_offset, N=inner_width, K=width, BN=up.outputs, BK=up.columns, ACT=op.act,
-            LIMIT=op.limit > 0, BIAS=bank.gate_up_bias is not None, SCALED=op.scale_inputs, PDL=early,
-            STAGES=up.stages, num_warps=up.warps, **ahead(early),
-        )  # fmt: skip
-        finish(
-            (triton.cdiv(width, down.outputs),),
-            inner, bank.down, bank.down if bank.down_bias is None else bank.down_bias, ids, factors, out,
-            N=width, K=inner_width, TOP_K=top_k, BN=down.outputs, BK=down.columns, BIAS=bank.down_bias is not None,
-            SCALED=op.scale_inputs, PDL=early, STAGES=down.stages, num_warps=down.warps, **ahead(early),
+    x: Tensor  # (rows, width)
+    ids: Tensor  # (rows, top_k) int32
+    factors: Tensor  # (rows, top_k)
+    weight: Tensor  # (experts, width)
+    bias: Tensor | None
+    correction: Tensor | None
+
+
+class Routing:
+    """The launch of a routing."""
+
+    def __init__(self, op: ops.Route, operands: RouteOperands, scratch: _Scratch) -> None:
+        self._op, self._operands, self._scratch, self._launch = op, operands, scratch, Site(route)
+        self._constants: dict[str, Any] = {
+            "EP": padded(op.weight.rows), "TOP_K": op.top_k, "KP": power(op.top_k), "SCORE": op.score,
+            "GROUPS": op.groups, "GP": power(op.groups), "TOP_GROUPS": op.top_groups, "GROUP_BEST": op.group_best,
+            "RENORMALIZE": op.renormalize, "BIAS": op.bias is not None, "CORRECTION": op.correction is not None,
+        }  # fmt: skip
+
+    def run(self, rows: int, shape: RouteShape, early: bool) -> None:
+        """Launch the first rows."""
+        x, ids, factors, weight, bias, correction = self._operands
+        op, scratch, (experts, columns) = self._op, self._scratch, weight.shape
+        self._launch(
+            (triton.cdiv(experts, shape.experts), triton.cdiv(rows, shape.rows)),
+            x, weight, weight if bias is None else bias, weight if correction is None else correction, scratch.logits,
+            scratch.finished, ids, factors, x.stride(0), rows, op.least_sum, op.scale, op.margin, E=experts,
+            K=columns, BM=shape.rows, BN=shape.experts, BK=shape.columns, **self._constants, PDL=early,
+            STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
-    return run
+
+class OneRow:
+    """The launches of a layer's products for a single row."""
+
+    def __init__(self, op: ops.Experts, bank: Bank, operands: Operands) -> None:
+        self._op, self._bank, self._operands = op, bank, operands
+        self._up, self._down = Site(kernels.one_row_up), Site(kernels.one_row_down)
+
+    def gate_up(self, shape: RowShape, early: bool) -> None:
+        """Launch the inner values of the chosen experts."""
+        op, (x, ids, factors, _, inner, _) = self._op, self._operands
+        weight, bias = self._bank.gate_up, self._bank.gate_up_bias
+        outputs = _inner(op)
+        self._up(
+            (triton.cdiv(outputs, shape.outputs), op.ids.width),
+            x, weight, weight if bias is None else bias, ids, factors, inner, op.limit, op.up_offset, N=outputs,
+            K=op.x.width, BN=shape.outputs, BK=shape.columns, ACT=op.act, LIMIT=op.limit > 0, BIAS=bias is not None,
+            SCALED=op.scale_inputs, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+        )  # fmt: skip
+
+    def down(self, shape: RowShape, early: bool) -> None:
+        """Launch the sum of the chosen experts' outputs, right behind `gate_up`."""
+        op, (_, ids, factors, out, inner, _) = self._op, self._operands
+        weight, bias = self._bank.down, self._bank.down_bias
+        self._down(
+            (triton.cdiv(op.out.width, shape.outputs),),
+            inner, weight, weight if bias is None else bias, ids, factors, out, N=op.out.width, K=_inner(op),
+            TOP_K=op.ids.width, BN=shape.outputs, BK=shape.columns, BIAS=bias is not None, SCALED=op.scale_inputs,
+            PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+        )  # fmt: skip
 
 
 class Sort:
@@ -241,25 +280,42 @@ class GroupedProducts:
 
     def run(self, rows: int, up: TileShape, down: TileShape, early: bool) -> None:
         """Launch the first rows. `up`, `down`: sizes, with the same number of items of a tile."""
-        x, _, factors, out, inner, results = self._operands
-        op, top_k = self._op, self._op.ids.width
-        pairs = rows * top_k
-        self._sort.run(pairs, up.items, early)
-        if up.spread:
-            width = x.shape[1]
+        self.sort(rows, up.items, early)
+        self.gate_up(rows, up, early)
+        self.down(rows, down, early)
+        self.combine(rows, early)
+
+    def sort(self, rows: int, items: int, early: bool) -> None:
+        """Launch the sorting. `items`: of a tile."""
+        self._sort.run(rows * self._op.ids.width, items, early)
+
+    def gate_up(self, rows: int, shape: TileShape, early: bool) -> None:
+        """Launch the inner values of all items."""
+        x, results, top_k = self._operands.x, self._operands.results, self._op.ids.width
+        pairs, width = rows * top_k, x.shape[1]
+        if shape.spread:
             self._spread(
                 (pairs,), x, self._sort.items, results, x.stride(0), TOP_K=top_k, WIDTH=width,
                 BLOCK=min(power(width), 4096), num_warps=4,
             )  # fmt: skip
             x = results
-        self._multiply(self._up, x, inner, pairs, up, early, act=op.act, is_sorted=up.spread)
-        self._multiply(self._down, inner, results, pairs, down, early, is_sorted=True)
+        inner, act = self._operands.inner, self._op.act
+        self._multiply(self._up, x, inner, pairs, shape, early, act=act, is_sorted=shape.spread)
+
+    def down(self, rows: int, shape: TileShape, early: bool) -> None:
+        """Launch the results of all pairs."""
+        inner, results = self._operands.inner, self._operands.results
+        self._multiply(self._down, inner, results, rows * self._op.ids.width, shape, early, is_sorted=True)
+
+    def combine(self, rows: int, early: bool) -> None:
+        """Launch the sums of the pairs of each row."""
+        _, _, factors, out, _, results = self._operands
         width = out.shape[1]
         block = min(power(width), _BLOCK)
         self._combine(
             (rows, triton.cdiv(width, block)),
-            results, factors, out, TOP_K=top_k, WIDTH=width, BLOCK=block, SCALED=op.scale_inputs, PDL=early,
-            num_warps=4, **ahead(early),
+            results, factors, out, TOP_K=self._op.ids.width, WIDTH=width, BLOCK=block, SCALED=self._op.scale_inputs,
+            PDL=early, num_warps=4, **ahead(early),
         )  # fmt: skip
 
     def _multiply(
