@@ -51,7 +51,8 @@ def test_experts_are_one_tensor_and_interleaved_columns_are_transposed_on_the_de
     width, inner, count = 24, 16, 3
     draw = np.random.default_rng(0)
     shapes = {"gate_up_proj": (count, width, 2 * inner), "down_proj": (count, inner, width)}
-    shapes |= {"gate_up_proj_bias": (count, 2 * inner), "down_proj_bias": (count, width), "t": (8, width), "r": (count, width)}
+    shapes |= {"gate_up_proj_bias": (count, 2 * inner), "down_proj_bias": (count, width)}
+    shapes |= {"t": (8, width), "r": (count, width)}
     drawn = {name: draw.normal(size=size) for name, size in shapes.items()}
     arrays = Arrays({name if len(name) == 1 else f"e.{name}": numbers for name, numbers in drawn.items()})
     bank = bank_of(Scope("e"), count, width, inner)
