@@ -10,7 +10,7 @@ _MAMBA: dict[str, Any] = {
     "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 128, "time_step_rank": 3,
 }  # fmt: skip
 _MAMBA2 = _MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16}
-_SMALL = SIZES | {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+_SMALL = SIZES | {"intermediate_size": 64}
 _DELTA = _SMALL | {
     "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 4, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -61,7 +61,7 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "nemotron_h",
         {
             "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 8, "vocab_size": 128, "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8,
+            "head_dim": 16, "vocab_size": 128, "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8,
             "n_groups": 2, "chunk_size": 16, "time_step_min": 0.2,
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
         },
@@ -97,7 +97,7 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent_gemma": (
         "recurrent_gemma",
         {
-            "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_key_value_heads": 1, "vocab_size": 128, "lru_width": 40, "attention_window_size": 8,
             "block_types": ["recurrent", "attention"],
         },

@@ -143,7 +143,7 @@ def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
     cold, warm = Driver.of(tmp_path), Driver.of(tmp_path)
     warm.warm_up()
     assert not any(ring.any() for ring in warm._states._rings.values())
-    assert (warm._states._after < 0).all()
+    assert (warm._states._progress.after < 0).all()
     for rows in steps():
         np.testing.assert_array_equal(cold.feed(rows), warm.feed(rows))
 
@@ -377,7 +377,7 @@ def test_the_layers_of_kimis_own_configuration_are_counted_from_one() -> None:
         ("lfm2", {"layer_types": ["conv"]}, "expected 3 of"),
         ("qwen3_5", {"layer_types": ["conv"] * 3}, "layer_types"),
         ("nemotron_h", {"layers_block_type": ["mlp", "moe"]}, "its layers are of moe, too"),
-        ("bamba", {"mamba_n_heads": 7}, "7 heads of auto columns are not 64"),
+        ("bamba", {"mamba_n_heads": 7}, "7 heads of auto columns are not 128"),
         ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers"),
         ("recurrent_gemma", {"lru_width": 33}, "4 heads do not divide `lru_width` 33"),
         ("kimi_linear", {"layer_types": ["conv"] * 3}, "layer_types"),

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from tokenmill.program import ops
 from tokenmill.program.ops import Op
+from tokenmill.program.recurrence import CausalConv
 from tokenmill.program.value import Program, Value
 
 OpT = TypeVar("OpT", bound=Op)
@@ -102,6 +103,14 @@ def act_into_linear(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
     if product is None or product.act or product.residual is not None:
         return None
     return replace(product, out=op.out, act=op.act, gated=isinstance(op, ops.GatedAct)), [product]
+
+
+def act_into_conv(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:
+    """Fuse an activation into the convolution before it."""
+    if not isinstance(op, ops.Act):
+        return None
+    conv = graph.source(op.x, CausalConv, op)
+    return None if conv is None or conv.act else (replace(conv, out=op.out, act=op.act), [conv])
 
 
 def heads_into_attention(op: Op, graph: Graph) -> tuple[Op, list[Op]] | None:

@@ -16,7 +16,8 @@ from tokenmill.program.value import Value
 class CausalConv(Op):
     """Convolve each column over the last tokens of its sequence: out[t] = Σ weight[k] · x[t - kernel + 1 + k] + bias.
 
-    `weight`: (columns, kernel). The state is the last kernel - 1 inputs. `name`: unique within a layer.
+    `weight`: (columns, kernel). The state is the last kernel - 1 inputs. `name`: unique within a layer. `act`: applied
+    to the result, if set by fusion.
     """
 
     rowwise: ClassVar[bool] = False
@@ -25,6 +26,7 @@ class CausalConv(Op):
     bias: Weight | None = None
     layer: int
     name: str = "conv"
+    act: str | None = None
 
     def state(self) -> StateSpec:
         """Return the spec of the last inputs."""

@@ -14,7 +14,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Bytes. Taken already: `weights`; `step`, the lasting memory of steps; `sampler`.
+    """Bytes. Taken already: `weights`; `step`, the lasting memory of steps; `states`, those of
+    all sequences; `sampler`.
 
     Not taken yet: `passing`, the temporary memory of a step; `graphs`; `libraries`.
     """
@@ -25,6 +26,7 @@ class Account:
     passing: int
     graphs: int
     libraries: int
+    states: int = 0
 
     @property
     def to_come(self) -> int:
@@ -38,9 +40,11 @@ class Account:
         bytes of the device that are left.
         """
         parts = (self.weights, self.step, self.sampler, taken, cache_bytes)
+        states = f" states {self.states / _GIB:.1f}," if self.states else ""
         _log.info(
-            "GPU memory: weights %.1f GiB, step %.1f, sampler %.1f, graphs and libraries %.1f, KV cache %.1f GiB "
-            "(%s), free %.1f, of which %.1f are kept for more graphs and what a step takes for a while.",
+            f"GPU memory: weights %.1f GiB, step %.1f,{states} sampler %.1f, graphs and libraries %.1f, "
+            "KV cache %.1f GiB (%s), free %.1f, of which %.1f are kept for more graphs and what a step takes for a "
+            "while.",
             *(part / _GIB for part in parts), capacity, free / _GIB, max(0, self.to_come - taken) / _GIB,
         )  # fmt: skip
 

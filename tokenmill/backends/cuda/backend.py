@@ -32,6 +32,7 @@ from tokenmill.backends.cuda.scales import kv_scales
 from tokenmill.backends.cuda.shapes import library_sizes
 from tokenmill.backends.cuda.sizes import Sizes, StepArrays
 from tokenmill.backends.cuda.slots import CudaSlots
+from tokenmill.backends.cuda.states import CudaStates
 from tokenmill.backends.cuda.step import CudaStep, Sampling, or_out_of_memory
 from tokenmill.backends.cuda.warm_up import warm_up_of
 from tokenmill.backends.kind import Job
@@ -39,7 +40,7 @@ from tokenmill.backends.steps import PROMPT_ROWS, PromptPositions, prompt_payloa
 from tokenmill.backends.torch.sampling import Logprobs, score
 from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.program import ops
-from tokenmill.program.cost import cache_layout
+from tokenmill.program.cost import cache_layout, state_layout
 from tokenmill.program.value import Program
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress, TokenDetails
@@ -79,10 +80,11 @@ class CudaBackend:
                 windows=options.attention != "flashinfer",
             )  # fmt: skip
             self._slots = CudaSlots(limits, self._device, len(self.windows))
+            self._states = CudaStates(state_layout(self.program), self._slots.padding + 1, dtype, self._device)
             self.logits = self._memory.value(self.program.logits)
             self._sampler = Sampler(self.logits, self._slots, self._device, options.deterministic)
             self._attention = self._attention_options(job)
-            self._lowering = Lowering(self._memory, self._weights, self._slots, self._attention)
+            self._lowering = Lowering(self._memory, self._weights, self._slots, self._states, self._attention)
             self._arrays = StepArrays(limits, self._device, self._slots.padding, self._lowering.tile_tokens)
         except torch.OutOfMemoryError as e:
             self._kernels.close()
@@ -124,7 +126,7 @@ class CudaBackend:
 
     def claimed_bytes(self) -> int:
         """Return the bytes of `step_bytes` that are taken already."""
-        return self._account.step + self._account.sampler
+        return self._account.step + self._account.states + self._account.sampler
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache, once, before the first step. Raise NotEnoughMemory if it does not fit."""
@@ -163,6 +165,7 @@ class CudaBackend:
             ) from e
         self._slots.tables[0].zero_()
         self._slots.tokens.zero_()
+        self._states.clear()
         self._memory.clear(-(-used // self.limits.block_size))
         self._device.finish()
         self._kernels.watch()
@@ -226,6 +229,7 @@ class CudaBackend:
     @torch.inference_mode()
     def _run(self, inputs: StepInputs) -> Step:
         self._slots.apply(inputs)
+        self._states.advance(inputs)
         rows = len(inputs.slots)
         decodes = len(inputs.samples) == rows and int(inputs.counts.max()) == 1
         if decodes:
@@ -266,6 +270,7 @@ class CudaBackend:
             weights=self._weights.nbytes,
             step=self._memory.step_bytes + self._lowering.nbytes + sum(tensor.nbytes for tensor in held),
             sampler=self._sampler.nbytes,
+            states=self._states.nbytes,
             # float32 logits of prompt positions, and two copies
             passing=max(self._sampler.step_bytes, 3 * PROMPT_ROWS * self.vocab_size * 4),
             graphs=graph_bytes(len(self._graphs), len(self.program.ops)),

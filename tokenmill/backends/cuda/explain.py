@@ -11,7 +11,7 @@ from tokenmill.backends.cuda.prepare import attention_of, fused
 from tokenmill.backends.cuda.products.dense import MANY, MOST, few_shape, row_shape
 from tokenmill.backends.cuda.scales import SCALED, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
-from tokenmill.program import ops, special
+from tokenmill.program import ops, recurrence, special
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.ops import Op
 from tokenmill.program.value import Program
@@ -20,6 +20,8 @@ from tokenmill.weights.checkpoint import Checkpoint
 _NAMES: dict[type[Op], str] = {
     ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "take_rows", ops.Rope: "rotate_heads",
     special.ScaleByPosition: "scale_rows", special.XIelu: "xielu_rows", ops.Route: "route",
+    recurrence.CausalConv: "convolve", recurrence.RgLru: "single tokens lru_single, runs lru_runs",
+    recurrence.DeltaRule: "single tokens correct_rows, runs ready_chunks and correct_chunks",
 }  # fmt: skip
 
 
@@ -157,4 +159,6 @@ def _other(op: Op, options: KernelOptions) -> str:
         return "norm_heads" if op.head_dim else "norm_rows"
     if isinstance(op, ops.Experts):
         return "grouped at any number of rows" if options.deterministic else "one_row_up, one_row_down, grouped above"
+    if isinstance(op, recurrence.StateSpace):
+        return "scan_columns" if op.a_log.columns else "single tokens scan_heads, runs scan_chunks"
     return _NAMES.get(type(op), "torch")

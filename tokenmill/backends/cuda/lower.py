@@ -24,6 +24,7 @@ from tokenmill.backends.cuda.row_ops import RowLowering
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
+from tokenmill.backends.cuda.states import CudaStates, StateLowering
 from tokenmill.program import ops
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.passes import readers_of
@@ -44,12 +45,18 @@ class Lowering:
     """Lowers a prepared program. The cache must be allocated before `launches`."""
 
     def __init__(
-        self, memory: Memory, weights: DeviceWeights, slots: CudaSlots, options: AttentionOptions | None = None
+        self,
+        memory: Memory,
+        weights: DeviceWeights,
+        slots: CudaSlots,
+        states: CudaStates,
+        options: AttentionOptions | None = None,
     ) -> None:
         options = options or AttentionOptions()
         self._memory, self._weights, self._slots, self._invariant = memory, weights, slots, options.batch_invariant
         self._attention = AttentionLowering(memory, weights.tensors, slots, options)
         self._experts = ExpertLowering(memory, weights, options.batch_invariant)
+        self._states = StateLowering(memory, weights.tensors, states)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit
@@ -58,14 +65,14 @@ class Lowering:
 
     @property
     def tile_tokens(self) -> set[int]:
-        """The most tokens of a tile, for every kind of attention in the program."""
-        return self._attention.tile_tokens
+        """The most tokens of a tile, for every kind of attention and of state in the program."""
+        return self._attention.tile_tokens | self._states.tile_tokens
 
     @property
     def nbytes(self) -> int:
         """Bytes of scratch."""
         split = 0 if self._scratch is None else self._scratch.part.nbytes
-        return self._attention.nbytes + self._experts.nbytes + split
+        return self._attention.nbytes + self._experts.nbytes + self._states.nbytes + split
 
     def launches(self) -> list[Launch]:
         """Return the launches in the order of the program."""
@@ -88,6 +95,7 @@ class Lowering:
             ops.Route: self._experts.route,
             ops.Experts: self._experts.experts,
             **RowLowering(self._memory, self._weights.tensors).by_kind(),
+            **self._states.by_kind(),
         }
         return lowered[type(op)](op)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenmill.backends.cuda import expert_shapes
+from tokenmill.backends.cuda import expert_shapes, state_limits
 from tokenmill.backends.cuda.detect import flashinfer_missing
 from tokenmill.backends.cuda.shapes import MOST_SHARED
 from tokenmill.program import ops, passes, special
@@ -12,6 +12,7 @@ from tokenmill.program.value import Program
 KINDS = (
     ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.Scale,
     ops.SoftCap, ops.TakeRows, ops.Rope, special.ScaleByPosition, special.XIelu, ops.Route, ops.Experts,
+    *state_limits.KINDS,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
@@ -34,7 +35,8 @@ _FLASHINFER_DTYPES = ("bfloat16", "float16")
 
 def fused(program: Program) -> Program:
     """Return the program with the fusions that this backend's kernels implement. Needs no weights."""
-    return passes.fuse(passes.take_rows_early(program), passes.add_into_norm, passes.heads_into_attention)
+    fusions = passes.add_into_norm, passes.heads_into_attention, passes.act_into_conv
+    return passes.fuse(passes.take_rows_early(program), *fusions)
 
 
 def refusal(program: Program, dtype: str, ranks: int, deterministic: bool = False) -> str:
@@ -74,13 +76,16 @@ def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool 
 def _why_not(op: Op) -> str:
     if not isinstance(op, KINDS):
         return f"it has no kernel for {type(op).__name__}"
-    if isinstance(op, ops.Act | ops.GatedAct | ops.Experts) and op.act not in _ACTS:
-        return f"it has no kernel for the activation {op.act}"
+    act = getattr(op, "act", None)
+    if act and act not in _ACTS:
+        return f"it has no kernel for the activation {act}"
     if isinstance(op, ops.Norm) and op.out.width > _WIDEST_NORM:
         return f"a norm of {op.out.width} columns is too wide for it"
     if isinstance(op, ops.Rope) and op.head_dim % 2:
         return f"it rotates no heads of {op.head_dim}"
-    return _attention_refusal(op) if isinstance(op, ops.Attention) else expert_shapes.refusal(op)
+    if isinstance(op, ops.Attention):
+        return _attention_refusal(op)
+    return expert_shapes.refusal(op) or state_limits.refusal(op)
 
 
 def _attention_refusal(op: ops.Attention) -> str:
@@ -94,6 +99,8 @@ def _attention_refusal(op: ops.Attention) -> str:
 
 
 def _not_invariant(op: Op) -> str:
+    if op.state() is not None:
+        return "sums of its layers with a state depend on how a prompt is divided into steps"
     if isinstance(op, ops.Linear) and op.x.width % _INVARIANT_COLUMNS:
         columns = _INVARIANT_COLUMNS
         return f"its products that do not depend on the batch are of whole {columns} columns, not {op.x.width}"

@@ -201,7 +201,8 @@ def experts(op: ops.Experts, step: StepState, x: Tensor, ids: Tensor, factors: T
 
 def causal_conv(op: recurrence.CausalConv, step: StepState, x: Tensor) -> Tensor:
     """Convolve each row's tokens after the last inputs of its slot."""
-    return recurrent.causal_conv(op, step.recurrent, step.weights, x)
+    y = recurrent.causal_conv(op, step.recurrent, step.weights, x)
+    return activation(op.act)(y) if op.act else y
 
 
 def state_space(op: recurrence.StateSpace, step: StepState, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:

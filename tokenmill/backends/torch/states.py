@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.base import StepInputs
+from tokenmill.backends.rings import RingProgress
 from tokenmill.backends.steps import STATE_RING
 from tokenmill.program.keeps import StateSpec
 
@@ -64,17 +65,17 @@ class States:
     ) -> None:
         self._layout, self._device, self._dtype = layout, device, dtype
         self._rings: dict[Key, Tensor] = {}
-        self._after = np.full((num_slots, STATE_RING), -1, np.int64)  # number of tokens that each state is after
+        self._progress = RingProgress(num_slots)
 
     def allocate(self) -> None:
         """Make the states of all slots."""
         for key, spec in self._layout.items():
             dtype = torch.float32 if spec.dtype == "float32" else self._dtype
-            self._rings[key] = zeros((len(self._after), STATE_RING, *spec.shape), dtype, self._device)
+            self._rings[key] = zeros((len(self._progress.after), STATE_RING, *spec.shape), dtype, self._device)
 
     def clear(self) -> None:
         """Drop the states of the warm-up's slot."""
-        self._after[0] = -1
+        self._progress.clear(0)
         for ring in self._rings.values():
             ring[0].zero_()
 
@@ -85,12 +86,8 @@ class States:
         counts = inputs.counts.astype(np.int64)
         firsts = np.cumsum(counts) - counts
         slots, starts = inputs.slots.astype(np.int64), inputs.starts.astype(np.int64)
-        lost = (starts > 0) & (self._after[slots, starts % STATE_RING] != starts)
-        if lost.any():
-            row = int(np.flatnonzero(lost)[0])
-            raise RuntimeError(f"slot {slots[row]} has no state after {starts[row]} tokens: {self._after[slots[row]]}")
         ends = starts + counts
-        self._after[slots, ends % STATE_RING] = ends
+        self._progress.advance(inputs)
         return StatePlan(
             [self._group(firsts, slots, starts, ends, counts == n, int(n)) for n in np.unique(counts)], self._rings
         )

@@ -1,0 +1,172 @@
+"""Kernels of layers with a state against the torch backend, on a GPU or under Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from support_cuda import ON_GPU, CudaDriver, cuda_job, torch
+from support_models import Driver
+from support_programs import Arrays, Draw
+
+from tokenmill.backends.base import StepInputs, StepLimits
+from tokenmill.backends.cuda import states
+from tokenmill.backends.cuda.backend import CudaBackend
+from tokenmill.backends.cuda.prepare import refusal
+from tokenmill.program import ops, recurrence
+from tokenmill.program.ops import Weight
+from tokenmill.program.value import Inputs, Program, Value
+
+torch.set_num_threads(1)
+VOCABULARY, WIDTH = 64, 32
+
+
+class Layers(Draw):
+    """Programs of one layer with a state of each kind. `sizes`: of the kind."""
+
+    def __init__(self, kind: str, **sizes: Any) -> None:
+        super().__init__(0)
+        self.kind, self.sizes = kind, sizes
+
+    def _model(self, inputs: Inputs) -> Value:
+        table = self.weight(VOCABULARY, WIDTH, table=True)
+        x = inputs.ids.record(ops.Embed, WIDTH, ids=inputs.ids, table=table)
+        y = getattr(self, self.kind)(x, **self.sizes)
+        y = x + self.linear(y, WIDTH)[0]
+        return self.linear(y.record(ops.TakeRows, rows="samples", x=y), VOCABULARY)[0]
+
+    def conv(self, x: Value, taps: int = 4, act: str = "silu", bias: bool = True) -> Value:
+        _, y, _ = self.linear(x, 8, 40, 8)  # a view
+        y = y.record(
+            recurrence.CausalConv, x=y, weight=self.weight(40, taps), bias=self.weight(40) if bias else None, layer=0
+        )
+        return y.record(ops.Act, x=y, act=act) if act else y
+
+    def space(
+        self, x: Value, heads: int = 3, width: int = 8, columns: int = 8, groups: int = 1, each: bool = False,
+        limits: tuple[float, float] = (0.0, math.inf), bias: bool = True,
+    ) -> Value:  # fmt: skip
+        a, dt, b, c = self.linear(x, heads * width, heads, groups * columns, groups * columns)
+        return a.record(
+            recurrence.StateSpace, x=a, dt=dt, b=b, c=c, a_log=self.weight(heads, columns if each else 0),
+            d=self.weight(heads), dt_bias=self.weight(heads) if bias else None, groups=groups, limits=limits, layer=0,
+        )  # fmt: skip
+
+    def delta(
+        self, x: Value, heads: int = 4, shared: int = 2, columns: int = 8, width: int = 12, each: bool = False,
+        rate: float = 1.0,
+    ) -> Value:  # fmt: skip
+        keys = heads // shared * columns
+        decays = heads * columns if each else heads
+        q, k, v, a, b = self.linear(x, keys, keys, heads * width, decays, heads)
+        return v.record(
+            recurrence.DeltaRule, q=q, k=k, v=v, a=a, b=b, a_log=self.weight(heads), dt_bias=self.weight(decays),
+            head_dim=columns, rate=rate, layer=0,
+        )  # fmt: skip
+
+    def lru(self, x: Value, heads: int = 2, columns: int = 20) -> Value:
+        (y,) = self.linear(x, heads * columns)
+
+        def gate() -> tuple[Weight, ...]:
+            return tuple(self.weight(columns, columns) for _ in range(heads))
+
+        return y.record(
+            recurrence.RgLru, x=y, input_gate=gate(), input_bias=self.weight(heads, columns), recurrence_gate=gate(),
+            recurrence_bias=self.weight(heads, columns), a=self.weight(heads * columns), layer=0,
+        )  # fmt: skip
+
+
+class Drawn(CudaDriver):
+    """The backend of a program without a checkpoint on disk."""
+
+    def __init__(self, program: Program, source: Arrays, limits: StepLimits, dtype: str = "float32") -> None:
+        CudaBackend.__init__(self, cuda_job(program, source, limits, dtype, cuda_graphs=()))
+        self.allocate(64)
+        self.free = np.random.default_rng(3).permutation(64).tolist()
+        self.known, self.tables = {}, {}
+
+
+def both(kind: str, **sizes: Any) -> tuple[Drawn, Driver]:
+    """Return a layer on both backends."""
+    drawn = Layers(kind, **sizes)
+    program, limits = drawn.program(), StepLimits(256, 4, 256, 16)
+    assert refusal(program, "float32", 1) == ""
+    return Drawn(program, drawn.source(), limits), Driver(program, drawn.source(), limits=limits)
+
+
+IDS = np.random.default_rng(7).integers(0, VOCABULARY, 200).tolist()
+STEPS: list[list[tuple[int, list[int]]]] = [
+    [(0, IDS[:19]), (1, IDS[40:42])],
+    [(0, IDS[19:20]), (2, IDS[50:53]), (1, IDS[42:43])],
+    [(2, IDS[53:54]), (0, IDS[20:21]), (1, IDS[43:44])],
+    [(1, IDS[44:62]), (2, IDS[54:56]), (0, IDS[21:22])],
+    [(1, IDS[62:63]), (2, IDS[56:57])],
+]
+"""Runs that fill several chunks, runs shorter than a convolution and single tokens, mixed and alone."""
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a convolution": ("conv", {}),
+    "a convolution of two taps without an activation": ("conv", {"taps": 2, "act": "", "bias": False}),
+    "Mamba": ("space", {"heads": 12, "width": 1, "columns": 6, "each": True}),
+    "Mamba 2": ("space", {"heads": 2, "groups": 2, "limits": (0.2, 0.9), "width": 20}),
+    "Mamba 2 without biases": ("space", {"heads": 4, "bias": False}),
+    "the delta rule": ("delta", {"heads": 2}),
+    "the delta rule of wide heads": ("delta", {"heads": 2, "shared": 1, "columns": 20, "width": 40, "rate": 2.0}),
+    "the delta rule with a decay for each column": ("delta", {"heads": 2, "each": True, "shared": 1}),
+    "Griffin": ("lru", {"heads": 2, "columns": 10}),
+}
+SLOW = ("Mamba 2 without biases", "the delta rule of wide heads", "the delta rule with a decay for each column")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
+def test_runs_single_tokens_and_rewound_positions_equal_the_torch_backends(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not ON_GPU:
+        monkeypatch.setattr(states, "SHAPES_OF_FLOAT32", states.StateShapes(chunk=16, lru_chunk=16))
+    kind, sizes = CASES[name]
+    found, expected = both(kind, **sizes)
+    for ring in found._states._rings.values():
+        ring.fill_(math.nan)  # A slot begins at zero, whatever is in it.
+    for rows in STEPS:
+        np.testing.assert_allclose(found.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
+    for backend in (found, expected):
+        backend.known[1].pop()  # The last position is computed again with another token.
+        backend.known[2].pop()
+    again = [(1, [5]), (2, [6, 7, 8])]
+    np.testing.assert_allclose(found.feed(again), expected.feed(again), atol=2e-4, rtol=1e-3)
+
+
+def test_a_row_whose_state_is_lost_is_an_error() -> None:
+    backend, _ = both("conv")
+    backend._states.progress.after[1] = 3, 4
+    one = [np.array([n], np.int32) for n in (1, 5, 1, 0)]
+    with pytest.raises(RuntimeError, match="slot 1 has no state after 5 tokens"):
+        backend.run(StepInputs(*one))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "why"),
+    [
+        ("conv", {"taps": 17}, "no convolution over 17 tokens"),
+        ("space", {"heads": 4, "width": 2, "each": True}, "heads of one column only"),
+        ("space", {"columns": 257}, "no heads of 257 columns"),
+        ("delta", {"width": 300}, "no heads of 300 columns"),
+        ("lru", {"columns": 258}, "no heads of 258 columns"),
+        ("conv", {"act": "softsign"}, "no kernel for the activation softsign"),
+    ],
+)
+def test_layers_without_a_kernel_are_refused(kind: str, sizes: dict[str, Any], why: str) -> None:
+    assert why in refusal(Layers(kind, **sizes).program(), "float32", 1)
+
+
+def test_such_layers_are_refused_where_a_row_must_not_depend_on_its_step() -> None:
+    assert "how a prompt is divided" in refusal(Layers("lru").program(), "float32", 1, deterministic=True)
+
+
+def test_the_bytes_of_states_are_counted_apart_from_those_of_a_step() -> None:
+    backend, _ = both("conv")
+    assert backend._account.states == 5 * 2 * 3 * 40 * 4  # slots and one for padding, ring, inputs, columns, bytes
+    claimed = backend._account.step + backend._account.sampler
+    assert backend.claimed_bytes() == claimed + backend._account.states

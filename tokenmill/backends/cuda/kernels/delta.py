@@ -1,0 +1,205 @@
+"""Kernels of the gated delta rule (`program.recurrence.DeltaRule`)."""
+
+import triton
+import triton.language as tl
+
+from tokenmill.backends.cuda.kernels.states import row_of, sigmoid, softplus
+
+
+@triton.jit
+def unit(x):
+    """Divide a vector by its length."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+
+
+@triton.jit
+def correct_rows(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, ring_ptr, out_ptr, pairs_ptr, rows_ptr,
+                 runs_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate, scale, HEADS: tl.constexpr,
+                 SHARED: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+                 EACH: tl.constexpr, SOME: tl.constexpr, RUNS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Apply the rule to rows token by token. Grid (rows, HEADS, P / BP).
+
+    SHARED heads of v share a head of q and k. EACH: a decay for each of the N rows of the state. `ring` (slots, 2,
+    HEADS, N, P) float32.
+    """
+    first, start, count, slot = row_of(tl.program_id(0), pairs_ptr, rows_ptr, runs_ptr, SOME, RUNS)
+    h = tl.program_id(1)
+    p = tl.program_id(2) * BP + tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    p_ok, n_ok = p < P, n < N
+    ok = n_ok[:, None] & p_ok[None, :]
+    key = h // SHARED * N + n
+    speed = -tl.exp(tl.load(a_log_ptr + h).to(tl.float32))
+    bias = tl.load(bias_ptr + h * N + n, mask=n_ok, other=0.0).to(tl.float32) if EACH else tl.load(bias_ptr + h)
+    at = (h * N + n)[:, None] * P + p[None, :]
+    state = tl.load(ring_ptr + (slot * 2 + start % 2) * (HEADS * N * P) + at, mask=ok & (start > 0), other=0.0)
+    for i in tl.range(0, count, num_stages=STAGES):
+        t = first + i
+        q = unit(tl.load(q_ptr + t * q_stride + key, mask=n_ok, other=0.0).to(tl.float32)) * scale
+        k = unit(tl.load(k_ptr + t * k_stride + key, mask=n_ok, other=0.0).to(tl.float32))
+        v = tl.load(v_ptr + t * v_stride + h * P + p, mask=p_ok, other=0.0).to(tl.float32)
+        share = rate * sigmoid(tl.load(b_ptr + t * b_stride + h).to(tl.float32))
+        if EACH:
+            a = tl.load(a_ptr + t * a_stride + h * N + n, mask=n_ok, other=0.0).to(tl.float32)
+            state = state * tl.exp(softplus(a + bias) * speed)[:, None]
+        else:
+            a = tl.load(a_ptr + t * a_stride + h).to(tl.float32)
+            state = state * tl.exp(softplus(a + bias) * speed)
+        error = (v - tl.sum(k[:, None] * state, 0)) * share
+        state += k[:, None] * error[None, :]
+        y = tl.sum(q[:, None] * state, 0)
+        tl.store(out_ptr + (t * HEADS + h) * P + p, y.to(out_ptr.dtype.element_ty), mask=p_ok)
+    tl.store(ring_ptr + (slot * 2 + (start + count) % 2) * (HEADS * N * P) + at, state, mask=ok)
+
+
+@triton.jit
+def unit_inverse(lower, L: tl.constexpr):
+    """Return the inverse of 1 + `lower`, an (L, L) tile of zeros on and above the diagonal. L: 16, 32 or 64.
+
+    Blocks of 16 are inverted by substitution, all at once. With D their inverses and M = D · the other blocks, whose
+    fourth power is zero, the inverse is (1 - M)(1 + M²) D.
+    """
+    COUNT: tl.constexpr = L // 16
+    i, j = tl.arange(0, L), tl.arange(0, 16)
+    block = tl.arange(0, COUNT)
+    own = (block[:, None] == block[None, :])[:, None, :, None]
+    blocks = tl.sum(tl.where(own, tl.reshape(lower, (COUNT, 16, COUNT, 16)), 0.0), 2)
+    made = tl.zeros([COUNT, 16, 16], tl.float32) + tl.where(j[:, None] == j[None, :], 1.0, 0.0)[None, :, :]
+    for row in range(1, 16):
+        here = (j == row)[None, :, None]
+        factors = tl.sum(tl.where(here, blocks, 0.0), 1)
+        made = tl.where(here, made - tl.sum(factors[:, :, None] * made, 1)[:, None, :], made)
+    inverse = tl.reshape(tl.where(own, made[:, :, None, :], 0.0), (L, L))
+    if COUNT > 1:
+        others = tl.where((i // 16)[:, None] == (i // 16)[None, :], 0.0, lower)
+        m = tl.dot(inverse, others, input_precision="tf32x3")
+        if COUNT > 2:
+            inverse = tl.dot(tl.dot(m, m, input_precision="tf32x3"), inverse, inverse, input_precision="tf32x3")
+        inverse -= tl.dot(m, inverse, input_precision="tf32x3")
+    return inverse
+
+
+@triton.jit
+def decayed(q, k, total, L: tl.constexpr, KIND: tl.constexpr):
+    """Return k · kᵀ and q · kᵀ (L, L), below the diagonal, with a decay for each column: `total`, logarithms (L, N).
+
+    The decays between two tokens are products of two factors, with a token in the middle of each 16 as reference: both
+    stay in range for decays to e⁻¹⁰ per token. Clamping changes only products smaller than that. KIND: of the factors,
+    not float16, whose range is too small.
+    """
+    i = tl.arange(0, L)
+    keys = tl.zeros([L, L], tl.float32)
+    queries = tl.zeros([L, L], tl.float32)
+    for first in tl.static_range(0, L, 16):
+        reference = tl.sum(tl.where((i == first + 8)[:, None], total, 0.0), 0)[None, :]
+        own = ((i >= first) & (i < first + 16))[:, None]
+        late = tl.where(own, tl.exp(tl.minimum(total - reference, 80.0)), 0.0)
+        early = tl.where((i < first + 16)[:, None], tl.exp(tl.minimum(reference - total, 80.0)), 0.0)
+        other = tl.trans((k * early).to(KIND))
+        keys = tl.dot((k * late).to(KIND), other, keys, input_precision="tf32x3")
+        queries = tl.dot((q * late).to(KIND), other, queries, input_precision="tf32x3")
+    return keys, queries
+
+
+@triton.jit
+def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, w_ptr, u_ptr, queries_ptr,
+                 keys_ptr, scores_ptr, last_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate, scale,
+                 HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
+                 BN: tl.constexpr, BP: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+    """Compute the parts of chunks of at most L tokens that need no state. Grid (chunks, HEADS).
+
+    With S the state before a chunk, and (1 + R) the system that its errors solve: errors = u - w · S, out = queries · S
+    + scores · errors, new S = last · S + keysᵀ · errors. `w`, `queries`, `keys` (T, HEADS, N), `u` (T, HEADS, P),
+    `scores` (T, HEADS, L), `last` (chunks, HEADS, N or 1).
+    """
+    chunk = tl.program_id(0)
+    first, _, count, _ = row_of(chunk, chunks_ptr, chunks_ptr, chunks_ptr, False, True)
+    h = tl.program_id(1)
+    n, p, i = tl.arange(0, BN), tl.arange(0, BP), tl.arange(0, L)
+    there, n_ok, p_ok = i < count, n < N, p < P
+    ok = there[:, None] & n_ok[None, :]
+    t = first + i
+    key = (h // SHARED * N + n)[None, :]
+    kind = k_ptr.dtype.element_ty
+    speed = -tl.exp(tl.load(a_log_ptr + h).to(tl.float32))
+    share = rate * sigmoid(tl.load(b_ptr + t * b_stride + h, mask=there, other=0.0).to(tl.float32))
+    share = tl.where(there, share, 0.0)[:, None]
+    q = tl.load(q_ptr + t[:, None] * q_stride + key, mask=ok, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + t[:, None] * k_stride + key, mask=ok, other=0.0).to(tl.float32)
+    q = q * (tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * scale)[:, None]
+    k = k * tl.rsqrt(tl.sum(k * k, 1) + 1e-6)[:, None]
+    if EACH:
+        a = tl.load(a_ptr + t[:, None] * a_stride + (h * N + n)[None, :], mask=ok, other=0.0).to(tl.float32)
+        a += tl.load(bias_ptr + h * N + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+        total = tl.cumsum(tl.where(ok, softplus(a) * speed, 0.0), 0)  # (L, BN)
+        last = tl.sum(tl.where((i == L - 1)[:, None], total, 0.0), 0)
+        tl.store(last_ptr + (chunk * HEADS + h) * N + n, tl.exp(last), mask=n_ok)
+        system, scores = decayed(q, k, total, L, tl.float32 if kind == tl.float32 else tl.bfloat16)
+        diagonal = tl.sum(q * k, 1)[:, None]
+        scores = tl.where(i[:, None] == i[None, :], diagonal, scores)
+        grown, left = tl.exp(total), tl.exp(last[None, :] - total)
+    else:
+        a = tl.load(a_ptr + t * a_stride + h, mask=there, other=0.0).to(tl.float32)
+        a = softplus(a + tl.load(bias_ptr + h).to(tl.float32)) * speed
+        total = tl.cumsum(tl.where(there, a, 0.0), 0)  # (L,)
+        last = tl.sum(tl.where(i == L - 1, total, 0.0), 0)
+        tl.store(last_ptr + chunk * HEADS + h, tl.exp(last))
+        between = tl.exp(tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf")))
+        other = tl.trans(k.to(kind))
+        system = tl.dot(k.to(kind), other, input_precision="tf32x3") * between
+        scores = tl.dot(q.to(kind), other, input_precision="tf32x3") * between
+        grown, left = tl.exp(total)[:, None], tl.exp(last - total)[:, None]
+    row = (t * HEADS + h)[:, None]
+    tl.store(queries_ptr + row * N + n[None, :], (q * grown).to(kind), mask=ok)
+    tl.store(keys_ptr + row * N + n[None, :], (k * left).to(kind), mask=ok)
+    scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
+    tl.store(scores_ptr + row * L + i[None, :], scores.to(kind), mask=there[:, None])
+    system = tl.where(i[:, None] > i[None, :], share * system, 0.0)
+    inverse = unit_inverse(system, L).to(kind)
+    w = tl.dot(inverse, (k * grown * share).to(kind), input_precision="tf32x3")
+    tl.store(w_ptr + row * N + n[None, :], w.to(kind), mask=ok)
+    here = there[:, None] & p_ok[None, :]
+    v = tl.load(v_ptr + t[:, None] * v_stride + (h * P + p)[None, :], mask=here, other=0.0).to(tl.float32)
+    u = tl.dot(inverse, (v * share).to(kind), input_precision="tf32x3")
+    tl.store(u_ptr + row * P + p[None, :], u.to(kind), mask=here)
+
+
+@triton.jit
+def correct_chunks(w_ptr, u_ptr, queries_ptr, keys_ptr, scores_ptr, last_ptr, ring_ptr, out_ptr, runs_ptr,
+                   HEADS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, L: tl.constexpr, BN: tl.constexpr,
+                   BP: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Apply the rule to runs of tokens, L tokens at once, behind `ready_chunks`. Grid (runs, HEADS, P / BP)."""
+    r = tl.program_id(0)
+    first, start, count, slot = row_of(r, runs_ptr, runs_ptr, runs_ptr, False, True)
+    h = tl.program_id(1)
+    p = tl.program_id(2) * BP + tl.arange(0, BP)
+    n, i = tl.arange(0, BN), tl.arange(0, L)
+    p_ok, n_ok = p < P, n < N
+    ok = n_ok[:, None] & p_ok[None, :]
+    chunk = r * 0  # the first one of this run
+    for some in range(0, r, 128):
+        earlier = some + tl.arange(0, 128)
+        chunk += tl.sum((tl.load(runs_ptr + 4 * earlier + 2, mask=earlier < r, other=0) + L - 1) // L, 0)
+    at = (h * N + n)[:, None] * P + p[None, :]
+    state = tl.load(ring_ptr + (slot * 2 + start % 2) * (HEADS * N * P) + at, mask=ok & (start > 0), other=0.0)
+    kind = w_ptr.dtype.element_ty
+    for done in tl.range(0, count, L, num_stages=STAGES):
+        there = done + i < count
+        row = ((first + done + i) * HEADS + h)[:, None]
+        inside, here = there[:, None] & n_ok[None, :], there[:, None] & p_ok[None, :]
+        w = tl.load(w_ptr + row * N + n[None, :], mask=inside, other=0.0)
+        u = tl.load(u_ptr + row * P + p[None, :], mask=here, other=0.0)
+        queries = tl.load(queries_ptr + row * N + n[None, :], mask=inside, other=0.0)
+        keys = tl.load(keys_ptr + row * N + n[None, :], mask=inside, other=0.0)
+        scores = tl.load(scores_ptr + row * L + i[None, :], mask=there[:, None], other=0.0)
+        held = state.to(kind)
+        errors = (u.to(tl.float32) - tl.dot(w, held, input_precision="tf32x3")).to(kind)
+        y = tl.dot(queries, held, input_precision="tf32x3")
+        y = tl.dot(scores, errors, y, input_precision="tf32x3")
+        if EACH:
+            last = tl.load(last_ptr + ((chunk + done // L) * HEADS + h) * N + n, mask=n_ok, other=0.0)[:, None]
+        else:
+            last = tl.load(last_ptr + (chunk + done // L) * HEADS + h)
+        state = tl.dot(tl.trans(keys), errors, state * last, input_precision="tf32x3")
+        tl.store(out_ptr + row * P + p[None, :], y.to(out_ptr.dtype.element_ty), mask=here)
+    tl.store(ring_ptr + (slot * 2 + (start + count) % 2) * (HEADS * N * P) + at, state, mask=ok)
