@@ -14,28 +14,28 @@ from support_states import STATES
 from tokenmill.backends.cpu import prepare as cpu
 from tokenmill.backends.cuda import prepare as cuda
 from tokenmill.errors import StartError
+from tokenmill.models._aliases import ALIASES
 from tokenmill.models.base import program_of
 from tokenmill.program.cost import cache_layout, state_layout
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 from tokenmill.weights.gguf_architectures import ARCHITECTURES
 
-ALIASES = {"kimi_k2": "deepseek_v3"}
-"""Model type -> the one whose families it is tested with; transformers has no class of its own for it."""
 HEAD = """# Models
 
 This page is made from the list of families that the tests compare with transformers: see
 `tests/support_model_table.py`.
 
 The *model type* is `model_type` in config.json, or that of `text_config`: of a multimodal model the language part is
-served. *GGUF*: `general.architecture` of GGUF files that are read as this type. "yes" in the columns *CPU* and *NVIDIA*
+served. *Also*: model types that compute the same. *GGUF*: `general.architecture` of GGUF files that are read as this
+type. "yes" in the columns *CPU* and *NVIDIA*
 means that the fast backend for that hardware has kernels for the architecture. Else `backends/torch` serves it on the
 same hardware, more slowly, for the reason in the cell; the log and `tokenmill doctor` report this for a given model,
 too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
 have a sliding window. *State*: layers that keep a state of fixed size for each sequence instead of keys and values.
 
-| Model type | GGUF | CPU | NVIDIA | Ranks | Window | State |
-|---|---|---|---|---|---|---|
+| Model type | Also | GGUF | CPU | NVIDIA | Ranks | Window | State |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -45,12 +45,15 @@ def programs() -> dict[str, list[Program]]:
 
     cases = [(kind, SIZES | own) for kind, own in FAMILIES.values()] + list(STATES.values())
     found: dict[str, list[Program]] = {}
-    for kind, fields in cases:
+    for kind, fields in (case for case in cases if case[0] not in ALIASES):
         config: dict[str, Any] = AutoConfig.for_model(kind, **deepcopy(fields)).to_dict()
         found.setdefault(kind, []).append(program_of(config))
-        for alias in (alias for alias, of in ALIASES.items() if of == kind):
-            found.setdefault(alias, []).append(program_of(config | {"model_type": alias}))
     return found
+
+
+def aliases_of(kind: str) -> str:
+    """Return the model types that the file of another one builds."""
+    return ", ".join(f"`{name}`" for name, alias in ALIASES.items() if alias.of == kind)
 
 
 def _best(reasons: list[str]) -> str:
@@ -70,7 +73,7 @@ def row(kind: str, variants: list[Program]) -> str:
     window = any(layer.window for p in variants for layer in cache_layout(p).values())
     state = any(state_layout(p) for p in variants)
     cells = (
-        ggufs_of(kind),
+        aliases_of(kind), ggufs_of(kind),
         _best([cpu.refusal(p, 16) for p in variants]), _best([cuda.refusal(p, "bfloat16", 1) for p in variants]),
         _best([_ranks(p) for p in variants]), "yes" if window else "", "yes" if state else "",
     )  # fmt: skip

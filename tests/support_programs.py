@@ -177,7 +177,11 @@ class Draw:
             alibi=(0.5, 0.03, 1.0, 0.2) if self.chance(0.15) else (),
             sinks=self.weight(HEADS, shard="column") if self.chance(0.06) else None,
             rope=RopeTable.of(HEAD, 100.0, 256, None) if self.chance(0.15) else None,
+            chunk=4 if self.chance(0.03) else 0,
         )  # fmt: skip
+        if self.chance(0.1):  # a layer that uses the cache of another
+            fields = vars(x.tape.ops[-1]) | {"q": self.linear(x, HEADS * HEAD, shard="column", unit=HEAD)[0]}
+            y = y + y.record(ops.Attention, **{name: field for name, field in fields.items() if name != "out"})
         (out,) = self.linear(y, WIDTH, shard="row")
         if reads in ("after", "raw"):
             (extra,) = self.linear(self.one_of(*(raw if reads == "raw" else (q, k))), WIDTH)
@@ -191,7 +195,7 @@ class Draw:
         if kind == "each":  # each head has a weight of its own
             center, bias = self.chance(0.5), self.chance(0.5)
             return self.norm(q, HEAD, center=center, each=True), self.norm(k, HEAD, center=center, bias=bias, each=True)
-        if kind in ("alike", "rows" if self.plain else "alike"):
+        if kind == "alike":
             return self.norm(q, HEAD), self.norm(k, HEAD)
         if kind == "eps":
             return self.norm(q, HEAD), self.norm(k, HEAD, eps=0.5)

@@ -102,6 +102,20 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
             "block_types": ["recurrent", "attention"],
         },
     ),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        _SMALL | {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "pad_token_id": 0,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8,  # equal: transformers saves thirds of a convolution
+        },
+    ),
+    "olmo_hybrid_without_positions": (
+        "olmo_hybrid",
+        _SMALL | {
+            "pad_token_id": 0, "rope_parameters": {"rope_theta": None, "rope_type": "default"},
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_allow_neg_eigval": False,
+        },
+    ),
     "kimi_linear": (
         "kimi_linear",
         {

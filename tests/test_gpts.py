@@ -17,16 +17,21 @@ from tokenmill import plugins
 from tokenmill.errors import ModelError, StartError
 from tokenmill.layers.attention import alibi_slopes
 from tokenmill.models import _gpt
+from tokenmill.models._aliases import ALIASES
 from tokenmill.models.base import config_of, program_of
 from tokenmill.program.ops import Part
 
 torch.set_num_threads(1)
 TYPES = sorted(
-    {kind for kind, _ in FAMILIES.values() if issubclass(plugins.find("models", kind).Config, _gpt.Config)}
+    {
+        kind
+        for kind, _ in FAMILIES.values()
+        if kind not in ALIASES and issubclass(plugins.find("models", kind).Config, _gpt.Config)
+    }
 )
 NUMBERS = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 24, "max_position_embeddings": 64}
 OF_ROPE = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
-OURS = {"dtype", "seq_length", "n_embed", "attn_config", "sliding_window_pattern"}  # not fields of the class
+OURS = {"dtype", "seq_length", "n_embed", "attn_config", "ffn_config", "sliding_window_pattern"}  # not of the class
 
 
 def their_default(model_type: str) -> Any:
@@ -118,7 +123,9 @@ def test_a_fused_matrix_of_other_heads_is_refused_by_name(tmp_path: Path) -> Non
         ({"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False}, "is parallel"),
         ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
         ({"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 8}, "8 key-value heads for 71"),
-        ({"model_type": "mpt", "attn_config": {"clip_qkv": 6}}, "clip_qkv"),
+        ({"model_type": "mpt", "attn_config": {"clip_qkv": -6}}, "clip_qkv"),
+        ({"model_type": "dbrx", "ffn_config": {"moe_normalize_expert_weights": 2.0}}, "moe_normalize_expert_weights"),
+        ({"model_type": "dbrx", "ffn_config": {"moe_top_k": 5}}, "5 experts are to be chosen"),
         ({"model_type": "mpt", "attn_config": {"qk_ln": True}}, "qk_ln"),
         ({"model_type": "mpt", "attn_config": {"attn_type": "multiquery_attention"}}, "attn_type"),
         ({"model_type": "mpt", "attn_config": {"alibi": False}}, "alibi"),

@@ -114,7 +114,7 @@ def test_the_first_gemmas_name_an_approximation_gelu() -> None:
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "1 no_rope_layers for 3 layers"),
         ({"model_type": "smollm3", "layer_types": ["sliding_attention"] * 3, "sliding_window": 8}, "no window is used"),
         ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling"),
-        ({"model_type": "olmo", "clip_qkv": 8.0}, "`clip_qkv` is 8.0"),
+        ({"model_type": "olmo", "clip_qkv": -1.0}, "clip_qkv"),
         ({"model_type": "helium", "head_dim": 32}, "4 heads of 32 columns for hidden_size 64"),
         ({"model_type": "ministral3", "rope_parameters": {"rope_theta": 1e6, **YARN}}, "llama_4_scaling_beta"),
         ({"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": -1}}, "alpha"),

@@ -271,7 +271,7 @@ EXPERTS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2
         ({"model_type": "gpt_oss", "num_experts_per_tok": 129}, "129 experts are to be chosen"),
         ({"model_type": "granitemoe", "num_experts_per_tok": 9}, "9 experts are to be chosen"),
         ({"model_type": "ernie4_5_moe", "use_bias": True}, "`use_bias` is true"),
-        ({"model_type": "olmoe", "clip_qkv": 8.0}, "`clip_qkv` is 8.0"),
+        ({"model_type": "olmoe", "clip_qkv": -8.0}, "clip_qkv"),
         ({"model_type": "hunyuan_v1_moe", "moe_topk": [1]}, "1 numbers of moe_topk for 2 layers"),
     ],
 )

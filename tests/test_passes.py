@@ -121,7 +121,7 @@ def test_the_cpu_backend_computes_a_drawn_program_or_refuses_it(drawn: Any) -> N
         backend.close()
         message = f"seed {seed}\n{program}\n--- lowered\n{backend.program}"
         assert same(got, want, 3e-3), message  # its activations are approximations
-    assert refused.total() < len(drawn[::2]) * 0.8, refused
+    assert refused.total() < len(drawn[::2]) * 0.9, refused
 
 
 def test_rows_that_something_later_needs_are_not_left_out() -> None:
@@ -146,10 +146,10 @@ def test_ranks_give_the_numbers_of_one(size: int) -> None:
             assert same(got, want), f"seed {seed}, {size} ranks\n{program}\n--- one rank's\n{shard(program, size)}"
 
 
-def test_a_norm_across_what_ranks_share_is_refused_by_name() -> None:
-    """A norm over all heads needs a sum over the ranks, which no pass inserts yet: it must not give wrong numbers."""
+def test_a_layer_norm_across_what_ranks_share_is_refused_by_name() -> None:
+    """Its mean needs another sum over the ranks, which no pass inserts: it must not give wrong numbers."""
     draw = Draw(0, plain=True)
-    draw._heads = lambda q, k: (draw.norm(q), draw.norm(k))  # type: ignore[method-assign]
+    draw._heads = lambda q, k: (draw.norm(q, center=True), draw.norm(k))  # type: ignore[method-assign]
     draw.chance = lambda share: share >= 0.5  # type: ignore[method-assign]
-    with pytest.raises(Unsupported, match="norm over the whole row"):
+    with pytest.raises(Unsupported, match="operation on the whole row"):
         shard(draw.program(), 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenmill.layers.linear import Linear, Linears
 from tokenmill.layers.scope import Scope
-from tokenmill.program import ops
+from tokenmill.program import ops, special
 from tokenmill.program.value import Value
 
 
@@ -16,6 +16,11 @@ def act(x: Value, name: str) -> Value:
 def scaled(x: Value, factor: float) -> Value:
     """Return x · factor; x itself if the factor is 1."""
     return x if factor == 1 else x.record(ops.Scale, x=x, factor=factor)
+
+
+def clipped(x: Value, limit: float) -> Value:
+    """Return x, at least -limit and at most limit; x itself if the limit is 0."""
+    return x.record(special.Clip, x=x, limit=limit) if limit else x
 
 
 def soft_cap(x: Value, cap: float) -> Value:

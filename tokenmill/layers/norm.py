@@ -10,9 +10,9 @@ from tokenmill.program.ops import Part, Shard, Weight
 from tokenmill.program.value import Value
 
 
-def unweighted_norm(x: Value, eps: float) -> Value:
-    """Apply RMSNorm without a weight."""
-    return x.record(ops.Norm, x=x, weight=None, eps=eps)
+def unweighted_norm(x: Value, eps: float, head_dim: int = 0) -> Value:
+    """Apply RMSNorm without a weight, to each head if `head_dim` is set."""
+    return x.record(ops.Norm, x=x, weight=None, eps=eps, head_dim=head_dim)
 
 
 class RmsNorm:

@@ -15,7 +15,7 @@ from msgspec import field
 from tokenmill.layers.attention import Rope, attend
 from tokenmill.layers.embedding import Embedding
 from tokenmill.layers.linear import Linear, Linears, head, interleaved
-from tokenmill.layers.mlp import GatedMlp, Mlp, scaled, take_rows
+from tokenmill.layers.mlp import GatedMlp, Mlp, clipped, scaled, take_rows
 from tokenmill.layers.norm import LayerNorm, RmsNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import base
@@ -139,6 +139,11 @@ class Config(base.Config, kw_only=True):
     def alibi(self) -> tuple[float, ...]:
         """Slopes of ALiBi, one for each head; () if there is none."""
         return ()
+
+    @property
+    def clip(self) -> float:
+        """Bound of queries, keys and values; 0: none."""
+        return 0.0
 
     @property
     def qkv(self) -> Mapping[str, int | tuple[int, ...] | tuple[Part, ...]]:
@@ -297,7 +302,7 @@ class Attention:
         )  # fmt: skip
         self.norms = c.head_norms(scope)
         self.rope = c.rope if c.rotates(layer) else None
-        self.layer, self.head_dim, self.alibi = layer, c.head_size, c.alibi
+        self.layer, self.head_dim, self.alibi, self.clip = layer, c.head_size, c.alibi, c.clip
         self.window, self.scale = c.window(layer), c.scale(layer)
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
@@ -306,7 +311,7 @@ class Attention:
 
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
-        q, k, v = self.qkv(x)
+        q, k, v = (clipped(part, self.clip) for part in self.qkv(x))
         q, k = self.norm(q, k)
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)

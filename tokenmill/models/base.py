@@ -1,6 +1,7 @@
 """Build a program from config.json, with the file of this package that is named after `model_type`.
 
-A multimodal model's `text_config` describes its language part, which is what is built.
+A multimodal model's `text_config` describes its language part, which is what is built. `_aliases.py` names model types
+that are built by the file of another one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from tokenmill import plugins
 from tokenmill.errors import ModelError, StartError
 from tokenmill.layers.scope import Scope
 from tokenmill.misfit import misfit
+from tokenmill.models._aliases import ALIASES
 from tokenmill.program.value import Inputs, Program, Value, record
+from tokenmill.weights.checkpoint import language_config
 
 _ROPE_PLACES = ("rope_scaling", "rope_parameters")
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
@@ -82,8 +85,7 @@ def config_of(config: dict[str, Any]) -> Any:
     config = language_part(config)
     module = _module(config)
     try:
-        layered = "rope_local_base_freq" in module.Config.__struct_fields__
-        given = _without_nulls(normalized(config, layered), module.Config)
+        given = _without_nulls(_fields(config, module.Config), module.Config)
         return msgspec.convert(given, module.Config, strict=False)
     except msgspec.ValidationError:
         why = misfit(given, module.Config, strict=False).sentence("its content")
@@ -112,10 +114,10 @@ def facts_of(config: dict[str, Any]) -> Config:
 def language_part(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config.json of a multimodal model's language part; `config` itself if the model is not multimodal.
 
-    The dtype is that of the whole model. What `text_config` does not state of `_INHERITED` is inherited.
+    The dtype is that of the whole model. What the part does not state of `_INHERITED` is inherited.
     """
-    nested = config.get("text_config")
-    if not isinstance(nested, dict) or not isinstance(nested.get("model_type"), str):
+    nested = language_config(config)
+    if nested is config:
         return config
     inherited = {name: config[name] for name in _INHERITED if name in config}
     return {**inherited, **nested, "dtype": _dtype(config) or _dtype(nested)}
@@ -149,14 +151,15 @@ def programs_of(config: dict[str, Any]) -> Programs:
     return programs
 
 
-def normalized(config: dict[str, Any], layered: bool = False) -> dict[str, Any]:
+def normalized(config: dict[str, Any], layered: bool = False, unrotated: bool = False) -> dict[str, Any]:
     """Return config.json with `rope_theta`, `rope_scaling`, `partial_rotary_factor` and `dtype`, in any version's form.
 
     transformers 5 writes the first three into `rope_parameters`. ModelError if both forms are present and differ. A
     dtype in which no model is computed becomes None.
 
     `layered`: the model type has a second rotation, for layers with a window. transformers 5 writes one object for each
-    kind of layer; the second becomes `rope_local_base_freq` and `rope_local_scaling`.
+    kind of layer; the second becomes `rope_local_base_freq` and `rope_local_scaling`. `unrotated`: the model type may
+    have no rotation, which is meant if `rope_theta` is null.
     """
     found = {name: value for name, value in config.items() if name not in _ROPE_PLACES}
     for place in _ROPE_PLACES:
@@ -169,6 +172,8 @@ def normalized(config: dict[str, Any], layered: bool = False) -> dict[str, Any]:
             raise ModelError(f"config.json: {place} is {rope!r}, not an object of one kind for all layers.")
         for name in _BESIDE_ROPE:
             _add(found, name, rope.get(name))
+        if unrotated and "rope_theta" in rope:
+            found.setdefault("rope_theta", None)
         rope = {"rope_type" if k == "type" and "rope_type" not in rope else k: v for k, v in rope.items()}
         if rope.get("rope_type") in _LONG_ROPES:  # the length before scaling may be outside
             lengths = (config.get(_ORIGINAL), rope.get(_ORIGINAL), config.get("max_position_embeddings"))
@@ -196,7 +201,19 @@ def _module(config: dict[str, Any]) -> Any:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError("config.json names no model_type: it does not belong to a language model of transformers.")
-    return plugins.find("models", model_type)
+    alias = ALIASES.get(model_type)
+    return plugins.find("models", model_type if alias is None else alias.of)
+
+
+def _fields(config: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """Return config.json in any version's form, with the names and defaults of the file that builds the model."""
+    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    forms = "rope_local_base_freq" in types, type(None) in get_args(types.get("rope_theta"))
+    alias = ALIASES.get(config["model_type"])
+    if alias is None:
+        return normalized(config, *forms)
+    named = {alias.renamed.get(name, name): value for name, value in config.items()}
+    return {**alias.defaults, **normalized(named, *forms)}
 
 
 def _without_nulls(config: dict[str, Any], kind: type[Config]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import msgspec
 from tokenmill.layers.attention import Rope, attend
 from tokenmill.layers.embedding import Embedding
 from tokenmill.layers.linear import Linear, Linears, head
-from tokenmill.layers.mlp import GatedMlp, scaled, soft_cap, take_rows
+from tokenmill.layers.mlp import GatedMlp, clipped, scaled, soft_cap, take_rows
 from tokenmill.layers.norm import RmsNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models import base
@@ -159,6 +159,11 @@ class Config(base.Config, kw_only=True):
         return 0.0
 
     @property
+    def clip(self) -> float:
+        """Bound of queries, keys and values, after norms and before the rotation; 0: none."""
+        return 0.0
+
+    @property
     def logit_cap(self) -> float:
         """Soft cap of the logits; 0: none."""
         return 0.0
@@ -190,7 +195,7 @@ class Attention:
         self.out = Linear(scope, q, "o_proj", c.hidden_size, shard="row", bias=c.biases.output)
         self.rope = c.rope_of(layer)
         self.layer, self.head_dim, self.window = layer, d, c.window(layer)
-        self.scale, self.softcap = c.attention_scale, c.attention_cap
+        self.scale, self.softcap, self.clip = c.attention_scale, c.attention_cap, c.clip
 
     def norm(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Normalize queries and keys before the rotation. Returns them unchanged here; derived models override it."""
@@ -198,13 +203,14 @@ class Attention:
 
     def heads(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Normalize and rotate queries and keys."""
-        q, k = self.norm(q, k)
+        q, k = (clipped(x, self.clip) for x in self.norm(q, k))
         return (q, k) if self.rope is None else (self.rope(q), self.rope(k))
 
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
         q, k, v = self.qkv(x)
         q, k = self.heads(q, k)
+        v = clipped(v, self.clip)
         return self.out(
             attend(
                 q, k, v, layer=self.layer, head_dim=self.head_dim, scale=self.scale, window=self.window,
@@ -255,8 +261,12 @@ class Model:
 
     def __call__(self, inputs: Inputs) -> Value:
         """Record the model and return the logits of the rows that sample, (samples, vocabulary)."""
-        x = self.embed(inputs.ids)
-        for layer in self.layers:
-            x = layer(x)
+        x = self.run(inputs, self.embed(inputs.ids))
         logits = scaled(self.head(self.norm(take_rows(x))), self.logit_scale)
         return soft_cap(logits, self.logit_cap) if self.logit_cap else logits
+
+    def run(self, inputs: Inputs, x: Value) -> Value:
+        """Apply the layers to their first input, (tokens, hidden); the result has the same shape."""
+        for layer in self.layers:
+            x = layer(x)
+        return x

@@ -21,7 +21,7 @@ class Attention(msgspec.Struct, kw_only=True):
     """The object `attn_config`, with the defaults of transformers' MptAttentionConfig."""
 
     attn_type: Literal["multihead_attention"] = "multihead_attention"
-    clip_qkv: Literal[0] | None = None
+    clip_qkv: Annotated[float, msgspec.Meta(ge=0)] | None = None
     softmax_scale: Positive | None = None
     prefix_lm: Literal[False] = False
     qk_ln: Literal[False] = False
@@ -69,6 +69,11 @@ class Config(_gpt.Config, kw_only=True):
         heads, power = self.num_attention_heads, 2 ** ceil(log2(self.num_attention_heads))
         slopes = [2.0 ** (-self.attention.alibi_bias_max / power * (i + 1)) for i in range(power)]
         return tuple(slopes if power == heads else [*slopes[1::2], *slopes[::2]][:heads])
+
+    @property
+    def clip(self) -> float:
+        """Bound of queries, keys and values; 0: none."""
+        return self.attention.clip_qkv or 0.0
 
     def scale(self, layer: int) -> float:
         """Return the factor of a layer's attention scores."""

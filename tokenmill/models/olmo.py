@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama
 from tokenmill.models.base import Length
@@ -19,16 +23,12 @@ class Config(llama.Config, kw_only=True):
 
     vocab_size: Size = 50304
     max_position_embeddings: Length | None = 2048
-    clip_qkv: float | None = None
+    clip_qkv: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for inconsistent numbers, or for queries, keys and values that are clipped."""
-        super().__post_init__()
-        if self.clip_qkv is not None:
-            raise ValueError(
-                f"`clip_qkv` is {self.clip_qkv}, but no backend clips queries, keys and values; serve OLMo 2 or a "
-                "version without it"
-            )
+    @property
+    def clip(self) -> float:
+        """Bound of queries, keys and values, after norms and before the rotation; 0: none."""
+        return self.clip_qkv or 0.0
 
     def norm(self, scope: Scope, width: int, *, per_head: bool = False) -> Apply:
         """Return the norm, which reads nothing of the checkpoint."""

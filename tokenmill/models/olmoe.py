@@ -28,17 +28,20 @@ class Config(llama.Config, kw_only=True):
     num_attention_heads: Size = 16
     max_position_embeddings: Length | None = 4096
     rms_norm_eps: float = 1e-5
-    clip_qkv: float | None = None
+    clip_qkv: Annotated[float, msgspec.Meta(gt=0)] | None = None
     num_experts_per_tok: Count = 8
     num_experts: Count = 64
     norm_topk_prob: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for inconsistent numbers, or for clipped queries, keys and values."""
+        """Raise ValueError for inconsistent numbers."""
         super().__post_init__()
-        if self.clip_qkv is not None:
-            raise ValueError(f"`clip_qkv` is {self.clip_qkv}, but only null is supported")
         _moe.check_top_k(self.num_experts_per_tok, self.num_experts)
+
+    @property
+    def clip(self) -> float:
+        """Bound of queries, keys and values, after norms and before the rotation; 0: none."""
+        return self.clip_qkv or 0.0
 
 
 class Layer(llama.Layer):

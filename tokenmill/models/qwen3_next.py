@@ -106,6 +106,8 @@ class Attention(llama.Attention):
 class DeltaNet:
     """Gated delta rule behind a short convolution. Every rank computes all of it."""
 
+    rate = 1.0  # factor of the corrections
+
     def __init__(self, c: Hybrid, scope: Scope, layer: int) -> None:
         heads, self.keys = c.linear_num_value_heads, c.linear_num_key_heads * c.linear_key_head_dim
         self.values, self.head_dim = heads * c.linear_value_head_dim, c.linear_key_head_dim
@@ -135,7 +137,7 @@ class DeltaNet:
         q, k, v = act(self.conv(convolved), self.act).split(self.keys, self.keys, self.values)
         y = v.record(
             DeltaRule, q=q, k=k, v=v, a=a, b=b, a_log=self.a_log, dt_bias=self.dt_bias, head_dim=self.head_dim,
-            layer=self.layer,
+            rate=self.rate, layer=self.layer,
         )  # fmt: skip
         y = self.norm(y)
         return self.out(y.record(ops.GatedAct, gate=gate, up=y, act=self.act))

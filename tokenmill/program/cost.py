@@ -106,8 +106,7 @@ def cache_layout(program: Program) -> dict[int, CacheSpec]:
     found: dict[int, CacheSpec] = {}
     for op in program.ops:
         if (spec := op.keeps()) is not None:
-            assert spec.layer not in found, "two operations keep the same layer's cache"
-            found[spec.layer] = spec
+            assert found.setdefault(spec.layer, spec) == spec, "two operations keep different caches of a layer"
     return found
 
 

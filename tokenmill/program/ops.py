@@ -25,6 +25,7 @@ class Part:
     """Rows [start, start + rows) of the checkpoint's tensor `name`.
 
     `index`: the matrix or vector of a tensor that stacks several, such as the experts of a layer; None: not stacked.
+    `below`: number of matrices that lie below each other in a tensor of two axes; 0: it has an axis for them.
 
     If `run` is set, the part is stored in runs of so many rows, of which one begins every `step` rows. That is how a
     matrix is stored that holds query, key and value of the first head, then those of the second, and so on.
@@ -36,6 +37,7 @@ class Part:
     index: int | None = None
     run: int = 0
     step: int = 0
+    below: int = 0
 
     @property
     def end(self) -> int:
@@ -104,6 +106,8 @@ class Op:
     writes: ClassVar[tuple[str, ...]] = ("out",)
     rowwise: ClassVar[bool] = True
     """True if each row of the results depends on the same row of the inputs only, and not on its position."""
+    whole_rows: ClassVar[bool] = False
+    """True if a column of the results depends on all columns of an input, so that ranks cannot share that input."""
     sharded_by: ClassVar[str] = ""
     """Name of the field whose weight determines how the operation is sharded; "": none"""
 
@@ -220,6 +224,7 @@ class Rope(Op):
 class Attention(Op):
     """Write k and v to the paged cache of `layer`, then attend causally.
 
+    Layers that share a cache name the same `layer` and the same k and v, so they write what is there already.
     If set by fusion, `q_norm`, `k_norm` and `rope` are applied to q and k before that.
     """
 
@@ -231,6 +236,7 @@ class Attention(Op):
     head_dim: int
     scale: float
     window: int = 0  # size of the sliding window in tokens, the token's own included; 0: all tokens
+    chunk: int = 0  # attend within chunks of so many positions only, which do not overlap; 0: no chunks
     softcap: float = 0.0  # 0: none
     alibi: tuple[float, ...] = ()  # slope of each query head of all ranks, times key − query position; (): none
     sinks: Weight | None = None  # score of each query head that takes a share of the softmax and has no value
@@ -243,7 +249,7 @@ class Attention(Op):
         """Return the spec of one key and one value per head."""
         heads = self.k.width // self.head_dim
         parts = CachePart("key", heads, self.head_dim), CachePart("value", heads, self.v.width // heads)
-        return CacheSpec(self.layer, parts, self.window)
+        return CacheSpec(self.layer, parts, self.window or self.chunk)
 
 
 class LatentAttention(Op):

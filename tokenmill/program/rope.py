@@ -20,7 +20,9 @@ from tokenmill.errors import ModelError, Unsupported
 Scaling = tuple[tuple[str, Any], ...]
 Frequencies = NDArray[np.float64]
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "factors")
-_SAME_KINDS = {"su": "longrope"}
+_SAME_KINDS = {"su": "longrope", "deepseek_yarn": "yarn", "mrope": "default"}
+"""Name of a scaling -> that used here. mrope differs from no scaling at positions in images only."""
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class RopeTable:
         kind = _kind_of(given)
         if kind not in KINDS:
             raise Unsupported("rope scaling", str(kind), KINDS)
-        kept = {k: v for k, v in given.items() if k not in ("rope_type", "type") and (v is not None or k == "truncate")}
+        left_out = ("rope_type", "type", *_OF_IMAGES)
+        kept = {k: v for k, v in given.items() if k not in left_out and (v is not None or k == "truncate")}
         pairs = ("rope_type", kind), *sorted(kept.items())
         table = RopeTable(rotary_dim, theta, max_position, pairs, interleaved)
         try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tokenmill.errors import ArgumentError, Unsupported
-from tokenmill.program import ops
+from tokenmill.program import ops, special
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Inputs, Program, Tape, Value
 
@@ -28,6 +28,7 @@ class _Sharder:
         self.program, self.size, self.tape = program, size, Tape()
         # Old buffer -> {(old start, old width): new value}. The keys are the whole buffer and the parts of a product.
         self.made: dict[int, dict[tuple[int, int], Value]] = {}
+        self.units: dict[int, int] = {}  # by old buffer: columns that ranks must not separate
 
     def run(self) -> Program:
         inputs = self.program.inputs
@@ -62,9 +63,10 @@ class _Sharder:
             if isinstance(getattr(op, name), Weight):
                 (weights[name],) = weights[name]
         first, old = next(iter(op.reads().items()))
-        if isinstance(op, ops.Norm) and not op.head_dim and reads[first].width != old.width:
-            name = op.weight.name if op.weight else ""
-            raise Unsupported("norm over the whole row of a product that ranks share", name, (), _ONE_RANK)
+        whole = op.whole_rows or (isinstance(op, ops.Norm) and not op.head_dim)
+        if whole and any(reads[name].width != v.width for name, v in op.reads().items()):
+            self.made[op.out.buffer] = {(0, op.out.width): self.of_shared_row(op, reads[first], old)}
+            return
         shared = (op.head_dim or old.width, reads[first].width) if isinstance(op, ops.Norm) else ()
         if isinstance(op, ops.Norm) and op.weight is not None and weights["weight"].rows not in shared:
             raise Unsupported("norm by head of a product that ranks share", op.weight.name, (), _ONE_RANK)
@@ -83,7 +85,23 @@ class _Sharder:
         self.made[op.out.buffer] = {(0, op.out.width): out}
         self.made |= {v.buffer: {(0, v.width): results[name]} for name, v in others.items()}
         if kind == "column" and isinstance(op, ops.Linear):
+            self.units[op.out.buffer] = op.weight.unit
             self.remember_parts(op, weights["weight"], out)
+
+    def of_shared_row(self, op: Op, x: Value, old: Value) -> Value:
+        """Return the result of an operation that needs the sums of a row that ranks share."""
+        share = old.width / (x.width * self.size)  # below 1 if ranks share heads, which then count several times
+        is_norm = type(op) is ops.Norm and not op.center and op.bias is None
+        if not is_norm and not isinstance(op, special.Sparsify):
+            what = "operation on the whole row of a product that ranks share"
+            raise Unsupported(what, type(op).__name__, (), _ONE_RANK)
+        moments = x.record(special.Moments, 2, x=x, share=share)
+        moments = moments.record(ops.AllReduce, x=moments)
+        if isinstance(op, special.Sparsify):
+            return x.record(type(op), x=x, deviations=op.deviations, moments=moments, columns=old.width)
+        assert isinstance(op, ops.Norm)
+        weight = op.weight and self.cut(replace(op.weight, shard="column", unit=self.units.get(old.buffer, 1)))
+        return x.record(special.NormOfShare, x=x, moments=moments, weight=weight, eps=op.eps, columns=old.width)
 
     def remember_parts(self, op: ops.Linear, weight: Weight, out: Value) -> None:
         old = new = 0

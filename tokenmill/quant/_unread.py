@@ -11,7 +11,7 @@ from collections.abc import Iterable, Set
 
 from tokenmill.errors import ModelError
 from tokenmill.program.ops import Weight
-from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.weights.checkpoint import Checkpoint, language_config
 
 _LAYER = re.compile(r".*?\.\d+\.")
 _HEAD = "lm_head.weight"
@@ -54,10 +54,10 @@ def unread(wanted: Set[str], source: Checkpoint) -> list[str]:
         return []
     layers = {match[0] for name in wanted if (match := _LAYER.match(name))}
     modules = {name.rpartition(".")[0] for name in wanted} | {_HEAD.rpartition(".")[0]}
-    left = []
+    left, shared = [], _shared_layers(source)
     for name in source.names():
         zeros = name not in wanted and name.endswith(".bias") and not source[name].data.any()
-        if name in wanted or zeros or _NO_WEIGHT.fullmatch(name):
+        if name in wanted or zeros or _NO_WEIGHT.fullmatch(name) or shared.fullmatch(name):
             continue
         match = _LAYER.match(name)
         computed = match[0] in layers if match else name.rpartition(".")[0] in modules and name != _HEAD
@@ -69,6 +69,14 @@ def unread(wanted: Set[str], source: Checkpoint) -> list[str]:
             )
         left.append(name)
     return left
+
+
+def _shared_layers(source: Checkpoint) -> re.Pattern[str]:
+    """Return a pattern of the keys and values of layers that use those of others (Gemma 3n): no model reads them."""
+    part = language_config(source.config)
+    layers, shared = (int(part.get(name) or 0) for name in ("num_hidden_layers", "num_kv_shared_layers"))
+    numbers = "|".join(map(str, range(layers - shared, layers))) or "none"
+    return re.compile(rf".*\.layers\.({numbers})\.self_attn\.[kv]_(proj|norm)\.\w+")
 
 
 def another_head(wanted: Set[str], table: str, source: Checkpoint) -> bool:

@@ -221,10 +221,11 @@ class Piece:
     columns: slice
     weight: Weight
     index: int | None = None  # as in `Part`
+    below: int = 0  # as in `Part`
 
     def stored(self, source: Checkpoint) -> Stored:
         """Return the tensor, or the matrix or vector of a stack, that the piece is a part of."""
-        return source[self.name].at(self.index)
+        return source[self.name].at(self.index, self.below)
 
 
 Reader = Callable[[Checkpoint, Piece], Coded]
@@ -267,7 +268,7 @@ def pieces_of(weight: Weight, part: Part, rank: int) -> list[Piece]:
     if weight.shard == "row" and weight.columns:
         width = weight.columns // weight.ranks
         columns = slice(rank * width, (rank + 1) * width)
-    return [Piece(part.name, rows, columns, weight, part.index) for rows in part.slices(first, n)]
+    return [Piece(part.name, rows, columns, weight, part.index, part.below) for rows in part.slices(first, n)]
 
 
 def stack(parts: Sequence[Coded]) -> Coded:
@@ -348,13 +349,14 @@ def check(weights: Iterable[Weight], source: Checkpoint) -> None:
     is not read by it.
     """
     weights, wanted, stacked = list(weights), dict[str, int](), dict[str, int]()
+    below = {part.name: part.below for weight in weights for part in weight.parts if part.below}
     for part in (part for weight in weights for part in weight.parts):
         wanted[part.name] = max(wanted.get(part.name, 0), part.end)
         if part.index is not None:
             stacked[part.name] = max(stacked.get(part.name, 0), part.index + 1)
     for weight in weights:
         for part in weight.parts:
-            _check(weight, part.name, wanted[part.name], stacked.get(part.name), source)
+            _check(weight, part.name, wanted[part.name], stacked.get(part.name), below.get(part.name, 0), source)
     unread(wanted.keys(), source)
 
 
@@ -362,12 +364,14 @@ def _without_ones(shape: Sequence[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _check(weight: Weight, name: str, rows: int, stacked: int | None, source: Checkpoint) -> None:
+def _check(weight: Weight, name: str, rows: int, stacked: int | None, below: int, source: Checkpoint) -> None:
     found = source.shape(name)
     expected: tuple[int, ...] = (rows, weight.columns) if weight.columns else (rows,)
     if weight.transposed and source.format != "gguf":  # whose rows are always outputs
         expected = expected[::-1]
-    if stacked is not None:
+    if below:
+        expected = below * expected[0], *expected[1:]
+    elif stacked is not None:
         expected = stacked, *expected
     if found is None:
         cure = cure_of_missing(name, source)

@@ -20,6 +20,7 @@ from tokenmill.text.chat_template import ChatTemplate
 from tokenmill.text.files import added_token, content_of, read_json, read_text
 from tokenmill.text.library import reading
 from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.weights.checkpoint import language_config
 
 log = logging.getLogger(__name__)
 
@@ -195,11 +196,10 @@ def set_post_processor(inner: tokenizers.Tokenizer, begin: str | None, end: str 
 def _eos_ids(folder: Path, inner: tokenizers.Tokenizer, eos: str | None) -> tuple[int, ...]:
     """Return all ids that end an answer: generation_config.json's, else config.json's; and the tokenizer's."""
     config = read_json(folder / "config.json")
-    nested = config.get("text_config")
     candidates = (
         read_json(folder / "generation_config.json").get("eos_token_id"),
         config.get("eos_token_id"),
-        nested.get("eos_token_id") if isinstance(nested, dict) else None,
+        language_config(config).get("eos_token_id"),
     )
     first: Any = next((ids for ids in candidates if ids is not None), [])
     ids = list(first) if isinstance(first, list) else [first]

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from tokenmill import jsontext
 from tokenmill.errors import ModelError
+from tokenmill.weights import fused
 from tokenmill.weights.choice import indexed_files
 from tokenmill.weights.source import ModelSource, read_json, refuse_pointer, unreadable, weights_in
+from tokenmill.weights.tensor_names import read_name
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -29,7 +31,11 @@ ITEM_BYTES = {
 }  # fmt: skip
 _MAX_HEADER = 100 << 20  # the format's own limit
 _MAX_DIMS = 8
-_LANGUAGE_PREFIXES = ("language_model.", "model.language_model.", "text_model.", "model.text_model.")
+_LANGUAGE_PARTS = ("text_config", "llm_config", "thinker_config")
+"""Fields of a multimodal model's config.json that describe the language part."""
+_LANGUAGE_PREFIXES = (
+    "language_model.", "model.language_model.", "text_model.", "model.text_model.", "thinker.",
+)  # fmt: skip
 """Prefixes of the language model's tensors in multimodal models, as transformers' versions have written them."""
 
 
@@ -59,10 +65,17 @@ class Stored:
     parts: tuple[Stored, ...] = ()
     numbers: Callable[[Sequence[NDArray[np.float32]]], NDArray[np.float32]] | None = None
 
-    def at(self, index: int | None) -> Stored:
-        """Return the matrix or vector `index` of a tensor that stacks several; None: the tensor itself."""
+    def at(self, index: int | None, below: int = 0) -> Stored:
+        """Return the matrix or vector `index` of a tensor that stacks several; None: the tensor itself.
+
+        `below`: number of matrices that lie below each other; 0: the tensor has an axis for them.
+        """
         if index is None:
             return self
+        if below:
+            each = self.shape[0] // below
+            part = self.data[index * each : (index + 1) * each]
+            return Stored(self.name, self.kind, (each, *self.shape[1:]), part)
         size, shape = prod(self.shape[1:-1]), self.shape[1:]
         rows = self.data.reshape(self.shape[0] * size, -1)[index * size : (index + 1) * size]
         return Stored(self.name, self.kind, shape, rows.reshape(shape[0], -1))
@@ -112,6 +125,15 @@ def model_config(source: ModelSource) -> dict[str, Any]:
     return read_json(Path(source.path) / "config.json")
 
 
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the object of config.json that describes a model's language part; `config` if it has no other part."""
+    for name in _LANGUAGE_PARTS:
+        nested = config.get(name)
+        if isinstance(nested, dict) and isinstance(nested.get("model_type"), str):
+            return language_config(nested)
+    return config
+
+
 def map_file(path: Path) -> NDArray[np.uint8]:
     """Map a file read-only, as bytes. ModelError with the remedy if it is unreadable, empty, or a Git LFS pointer."""
     refuse_pointer(path)
@@ -132,6 +154,11 @@ class _Entry:
     mapped: NDArray[np.uint8]
     start: int
     stop: int
+
+    def part(self, shape: tuple[int, ...], at: int) -> _Entry:
+        """Return a tensor within this one that begins at byte `at` of it."""
+        start = self.start + at
+        return _Entry(self.kind, shape, self.mapped, start, start + prod(shape) * ITEM_BYTES[self.kind])
 
 
 class Safetensors:
@@ -166,13 +193,25 @@ class Safetensors:
             if embedding in self._entries and not any(name.startswith(prefix) for name in self._entries):
                 self._rename(partial(_of_whole_model, prefix=prefix))
         prefixed = any(name.startswith(_LANGUAGE_PREFIXES) for name in self._entries)
-        if prefixed and isinstance(self.config.get("text_config"), dict):
+        part = language_config(self.config)
+        if prefixed and part is not self.config:
             self._rename(_of_language_part)
+        self._divide(str(part.get("model_type")))
 
     def _rename(self, rule: Callable[[str], str]) -> None:
         """Rename all tensors. Those whose new name is empty belong to another part of the model, and are left out."""
         self._entries = {new: entry for name, entry in self._entries.items() if (new := rule(name))}
         self._lost = {new: file for name, file in self._lost.items() if (new := rule(name))}
+
+    def _divide(self, model_type: str) -> None:
+        """Divide tensors of all experts of a layer into those of each, and rename all as the models read them."""
+        shapes, whole = {name: entry.shape for name, entry in self._entries.items()}, self._entries
+        self._entries = {}
+        for name, entry in whole.items():
+            item = ITEM_BYTES[entry.kind]
+            parts = {part.name: entry.part(part.shape, part.start * item) for part in fused.parts_of(name, shapes)}
+            self._entries |= parts or {name: entry}
+        self._rename(partial(read_name, model_type=model_type))
 
     def _refuse_mistral(self) -> None:
         if "tok_embeddings.weight" in self._entries:
@@ -227,6 +266,8 @@ def _of_language_part(name: str) -> str:
     if not prefix:
         return name if name.startswith("lm_head.") else ""
     own = name.removeprefix(prefix)
+    if own.startswith(_LANGUAGE_PREFIXES):
+        return _of_language_part(own)
     return own if own.startswith("model.") else _of_whole_model(own)
 
 

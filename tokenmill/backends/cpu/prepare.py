@@ -98,6 +98,8 @@ def _refused(op: Op) -> str:
             return f"its attention is for heads of a multiple of {_VECTOR} columns, not {op.head_dim}"
         if op.sinks is not None:
             return "it has no attention with sinks"
+        if op.chunk:
+            return "it has no attention within chunks"
         if op.q.width % op.k.width:
             return "query heads must be a multiple of key-value heads"
     if isinstance(op, ops.Linear | ops.Act | ops.GatedAct) and op.act not in ACTS:

@@ -93,6 +93,8 @@ def _attention_refusal(op: ops.Attention) -> str:
         return f"its attention has no heads of {op.head_dim}"
     if op.q.width // op.k.width > MOST_SHARED:
         return f"{op.q.width // op.k.width} query heads share a key-value head"
+    if op.chunk:
+        return "it has no attention within chunks"
     if bool(op.q_norm) != bool(op.k_norm):
         return "it normalizes queries and keys or neither"
     return ""

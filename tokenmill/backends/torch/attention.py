@@ -50,17 +50,19 @@ class Bucket:
     keys: Tensor  # (B · L,) places in the cache
     real: Tensor | None  # indices of the B · Q queries that are not padding; None: all
     tokens: Tensor  # their indices among the T tokens
-    kept: dict[int, Tensor | None] | None  # window -> mask, shared by all layers; None: too large to share
+    begins: Tensor  # (B, 1) positions of the runs' first keys
+    kept: dict[tuple[int, int], Tensor | None] | None  # (window, chunk) -> mask of layers; None: too large to share
     widest: int = 0  # L
     uneven: bool = True  # a mask is needed even without a window
 
-    def mask(self, window: int, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, window: int, dtype: torch.dtype, chunk: int = 0) -> Tensor | None:
         """Return (B, 1, Q, L): 0 where a query attends to a key, else minus infinity. None if no mask is needed."""
-        if self.kept is not None and window in self.kept:
-            return self.kept[window]
-        made = self._mask(window, dtype)
+        key = window, chunk
+        if self.kept is not None and key in self.kept:
+            return self.kept[key]
+        made = self._mask(window, chunk, dtype)
         if self.kept is not None:
-            self.kept[window] = made
+            self.kept[key] = made
         return made
 
     def biased(self, mask: Tensor | None, slopes: Tensor) -> Tensor:
@@ -69,12 +71,14 @@ class Bucket:
         bias = (keys - self.positions[:, None, :, None]) * slopes[:, None, None]
         return bias if mask is None else bias + mask
 
-    def _mask(self, window: int, dtype: torch.dtype) -> Tensor | None:
-        if not self.uneven and not 0 < window < self.widest:
+    def _mask(self, window: int, chunk: int, dtype: torch.dtype) -> Tensor | None:
+        if not self.uneven and not 0 < window < self.widest and not chunk:
             return None
         keys = torch.arange(self.widest, device=self.positions.device)
         behind = self.positions[..., None] - keys  # (B, Q, L)
         hidden = (behind < 0) | (behind >= window) if window else behind < 0
+        if chunk:
+            hidden |= behind > ((self.positions + self.begins) % chunk)[..., None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         return mask.masked_fill_(hidden, -torch.inf)[:, None]
 
@@ -156,6 +160,7 @@ def _bucket(runs: list[Run], tables: Tensor, block_size: int, keep: bool) -> Buc
         keys=places.reshape(-1),
         real=real,
         tokens=torch.from_numpy((first + within)[~padded]).to(device),
+        begins=torch.from_numpy(begin).to(device),
         kept={} if keep else None,
         widest=widest,
         uneven=deepest > 1 or bool((contexts != widest).any()),
@@ -201,7 +206,7 @@ def attend(
             torch.index_select(kept, 0, bucket.keys, out=out).view(b, bucket.widest, -1, op.head_dim).transpose(1, 2)
             for kept, out in zip(cache, scratch.room(len(bucket.keys), cache), strict=True)
         )  # (B, G, L, D)
-        mask = bucket.mask(op.window, q.dtype)
+        mask = bucket.mask(op.window, q.dtype, op.chunk)
         mask = mask if slopes is None else bucket.biased(mask, slopes)
         y = _scaled(op, heads, keys, values, mask, sinks)
         y = y.transpose(1, 2).reshape(b * n, -1)

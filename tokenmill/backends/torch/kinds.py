@@ -15,11 +15,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tokenmill.backends.torch import recurrence as recurrent
+from tokenmill.backends.torch import special
 from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend, attend_latent
 from tokenmill.backends.torch.experts import mixed, routed
 from tokenmill.backends.torch.states import StatePlan
 from tokenmill.parallel.group import Group
-from tokenmill.program import ops, recurrence, special
+from tokenmill.program import ops, recurrence
 from tokenmill.program.ops import Weight
 from tokenmill.program.rope import RopeTable
 
@@ -161,20 +162,6 @@ def scale(op: ops.Scale, step: StepState, x: Tensor) -> Tensor:
     return x * op.factor
 
 
-def scale_by_position(op: special.ScaleByPosition, step: StepState, x: Tensor) -> Tensor:
-    """Return x times a factor that grows with the position."""
-    factor = 1 + op.beta * torch.log1p(torch.floor(step.positions / op.length))
-    return x * factor[:, None].to(x.dtype)
-
-
-def xielu(op: special.XIelu, step: StepState, x: Tensor) -> Tensor:
-    """Return xIELU, with the constants of its authors."""
-    beta, eps = 0.5, -1e-6
-    above = F.softplus(step.weights[op.alpha_p])
-    below = beta + F.softplus(step.weights[op.alpha_n])
-    return torch.where(x > 0, above * x * x, (torch.expm1(x.clamp(max=eps)) - x) * below) + beta * x
-
-
 def soft_cap(op: ops.SoftCap, step: StepState, x: Tensor) -> Tensor:
     """Return cap · tanh(x / cap)."""
     return op.cap * torch.tanh(x / op.cap)
@@ -291,8 +278,7 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.Act: act,
         ops.Add: add,
         ops.Scale: scale,
-        special.ScaleByPosition: scale_by_position,
-        special.XIelu: xielu,
+        **special.KERNELS,
         ops.SoftCap: soft_cap,
         ops.TakeRows: take_rows,
         ops.Route: route,
