@@ -13,7 +13,7 @@ TEST_EXTRAS := test,torch$(if $(wildcard /dev/nvidiactl),,$(COMMA)interpreter)
 ALL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(MORE)
 export VENV
 
-.PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-gpu wheel clean
+.PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-loading bench-gpu wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -85,6 +85,9 @@ bench-hostile: $(VENV)/.installed-test  ## how long a stream waits while a large
 
 bench-grammar: $(VENV)/.installed-test  ## do answers obey their schemas, and what do grammars cost
 	$(BIN)/python -m bench.grammar $(ARGS)
+
+bench-loading: $(VENV)/.installed-test  ## GB/s of loading weights, beside safetensors' load_file (ARGS="--gigabytes 3")
+	$(BIN)/python -m bench.loading $(ARGS)
 
 bench-gpu: $(VENV)/.installed-test  ## what a GPU does; with ARGS="--parts offline-8b,http-8b" a plan and one table
 	$(BIN)/python -m bench.gpu $(ARGS)

@@ -15,10 +15,10 @@ from support_kernels import load
 from tokenmill.backends.cpu import isa
 from tokenmill.backends.cpu import layout as t
 from tokenmill.backends.cpu.forms import BLOCK_FORMS, DENSE_FORMS
-from tokenmill.backends.cpu.pack import gates, pack, pack_vector
+from tokenmill.backends.cpu.pack import _pack_parts, gates, pack, pack_vector
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.quant import gguf
-from tokenmill.quant.base import Coded, dense
+from tokenmill.quant.base import Coded, dense, stack
 from tokenmill.quant.formats import FORMATS
 
 HERE = isa.available()
@@ -285,6 +285,17 @@ def test_a_table_is_looked_up_from_the_same_panels(form):
     ids = np.array([49, 0, 17, 17, 31], np.int64)
     wanted = matrix.floats()[ids] * np.float32(0.5)
     np.testing.assert_allclose(look_up(packed_as(form, matrix), ids, 0.5), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("gated, rows", [(False, (48, 16, 17)), (False, (17, 16)), (True, (64, 64)), (True, (32, 96))])
+def test_parts_are_packed_as_if_they_were_stacked_before(gated, rows, pairs):
+    rng = np.random.default_rng(9)
+    for form, columns in (("bf16", 33), ("f16", 32), ("f32", 16)):
+        parts = [random_matrix(form, n, columns, rng) for n in rows]
+        got, want = _pack_parts(parts, gated, 0, pairs, np.zeros), pack(stack(parts), gated=gated, pairs=pairs)
+        assert (got.form, got.rows, got.columns) == (want.form, want.rows, want.columns)
+        assert np.array_equal(got.panels, want.panels)
 
 
 @pytest.mark.parametrize("columns", [99, 96, 17, 1])

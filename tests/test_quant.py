@@ -247,3 +247,21 @@ def test_rows_of_a_part_in_runs_of_one_are_one_piece(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got.floats(), a[8 * rank + 1 : 8 * rank + 8 : 2, 0])
     coded = Coded(np.arange(24, dtype=np.int8).reshape(8, 3), "i8", np.arange(8.0)[:, None], (1, 0))
     np.testing.assert_array_equal(coded.take(slice(1, 8, 2), slice(None)).floats(), coded.floats()[1::2])
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("wanted", ["float32", "float16", "bfloat16"])
+def test_stacked_matrices_become_a_tensor_rounded_as_by_torch(
+    stored: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from tokenmill.backends.torch import pack
+
+    monkeypatch.setattr(pack, "_CHUNK", 40)  # several chunks of rows
+    parts = [torch.randn(rows, 16, dtype=torch.float64).to(getattr(torch, stored)) for rows in (5, 1, 7)]
+    arrays = [a.view(torch.int16).numpy().view(np.uint16) if stored == "bfloat16" else a.numpy() for a in parts]
+    for a in arrays:
+        a.flags.writeable = False  # as views of a file
+    got = pack.stacked([dense(a) for a in arrays], getattr(torch, wanted))
+    assert torch.equal(got, torch.cat(parts).float().to(getattr(torch, wanted)))
+    assert torch.equal(pack.to_tensor(dense(arrays[0][0]), torch.float32), parts[0][0].float())

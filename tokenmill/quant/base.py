@@ -19,7 +19,7 @@ from tokenmill.errors import ModelError, Unsupported
 from tokenmill.program.ops import Part, Weight
 from tokenmill.quant import formats
 from tokenmill.quant._unread import cure_of_missing, unread
-from tokenmill.weights.checkpoint import Checkpoint, Stored
+from tokenmill.weights.checkpoint import Checkpoint, Stored, read_ahead
 from tokenmill.wire.messages import Progress
 
 T = TypeVar("T")
@@ -251,13 +251,21 @@ def reader_of(source: Checkpoint, quantize: str = "") -> Reader:
 
 def load(weight: Weight, source: Checkpoint, read: Reader, rank: int = 0) -> Coded:
     """Load the part of `weight` that `rank` holds, with the weight's parts stacked."""
-    loaded = [read(source, piece) for part in weight.parts for piece in pieces_of(weight, part, rank)]
+    loaded = load_parts(weight, source, read, rank)
     if weight.columns:
         return stack(loaded)
     vector = np.concatenate([m.floats().reshape(-1) for m in loaded]) + np.float32(weight.add)
     if weight.shard == "row" and rank:  # the ranks' results are summed, so only rank 0 adds the bias
         vector[:] = 0
     return dense(vector)
+
+
+def load_parts(weight: Weight, source: Checkpoint, read: Reader, rank: int = 0) -> list[Coded]:
+    """Load the pieces of `weight` that `rank` holds, in order, and let the system read them from the disk meanwhile."""
+    loaded = [read(source, piece) for part in weight.parts for piece in pieces_of(weight, part, rank)]
+    for each in loaded:
+        read_ahead(each.codes)
+    return loaded
 
 
 def pieces_of(weight: Weight, part: Part, rank: int) -> list[Piece]:

@@ -6,7 +6,9 @@ sizes, offsets and names in a header are checked against the file before use.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -145,6 +147,24 @@ def map_file(path: Path) -> NDArray[np.uint8]:
         raise unreadable(path, e) from None
     except ValueError:
         raise ModelError(f"{path} is empty. Download the file again.") from None
+
+
+def read_ahead(rows: NDArray[np.generic]) -> tuple[int, int] | None:
+    """Advise the system to read a mapped file's pages that are not in memory, and return their bytes: (first, end).
+
+    Returns at once; None if the rows are not of a mapped file. Without the advice, each missing page is read when a
+    thread touches it, and the thread waits.
+    """
+    base: object = rows
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not rows.nbytes:
+        return None
+    first = rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    start = first // mmap.PAGESIZE * mmap.PAGESIZE
+    with contextlib.suppress(OSError):  # it is advice
+        base.madvise(mmap.MADV_WILLNEED, start, first + rows.nbytes - start)
+    return first, first + rows.nbytes
 
 
 @dataclass(frozen=True, slots=True)

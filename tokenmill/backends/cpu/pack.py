@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from tokenmill.backends.cpu.forms import BLOCK, BLOCK_FORMS, PAIRS, PANEL, Form,
 from tokenmill.backends.cpu.scratch import padded, zeros
 from tokenmill.errors import Unsupported
 from tokenmill.program.ops import Part, Weight
-from tokenmill.quant.base import Coded, Reader, dense, load
+from tokenmill.quant.base import Coded, Reader, dense, load_parts, stack
 from tokenmill.quant.formats import FORMATS, nibbles, packed
 from tokenmill.weights.checkpoint import Checkpoint
 
@@ -78,11 +78,29 @@ def pack_weight(
     groups = [weight] if gated or len(weight.parts) == 1 else _runs_of_one_kind(weight, source)
     out, start = [], 0
     for group in groups:
-        out.append(pack(load(group, source, read), gated=gated, start=start, pairs=pairs, allocate=allocate))
+        out.append(_pack_parts(load_parts(group, source, read), gated, start, pairs, allocate))
         start += out[-1].rows
     if any(p.start % BLOCK for p in out) or len({p.quantized for p in out}) > 1:
-        return (pack(load(weight, source, read), gated=gated, pairs=pairs, allocate=allocate),)
+        return (_pack_parts(load_parts(weight, source, read), gated, 0, pairs, allocate),)
     return tuple(out)
+
+
+def _pack_parts(parts: Sequence[Coded], gated: bool, start: int, pairs: bool, allocate: Allocate) -> Packed:
+    """Pack matrices that are one below the other."""
+    if _as_they_are(parts, gated):
+        return _pack_dense([part.codes for part in parts], gated, start, pairs, allocate)
+    return pack(stack(parts), gated=gated, start=start, pairs=pairs, allocate=allocate)
+
+
+def _as_they_are(parts: Sequence[Coded], gated: bool) -> bool:
+    """Return True if parts are of one unquantized type, and can be packed without being stacked before."""
+    first = parts[0]
+    if not first.dense or any(not part.dense or part.format != first.format for part in parts):
+        return False
+    rows = [part.shape[0] for part in parts]
+    if gated and len(parts) > 1:
+        return len(parts) == 2 and rows[0] == rows[1] and rows[0] % GATE == 0
+    return all(n % PANEL == 0 for n in rows[:-1]) and (not gated or gates(rows[0]))
 
 
 def _runs_of_one_kind(weight: Weight, source: Checkpoint) -> list[Weight]:
@@ -109,7 +127,8 @@ def pack(
         raise Unsupported("size of a gated product", str(rows // 2), (), f"It must be a multiple of {GATE}.")
     blocks = _as_blocks(matrix)
     if blocks is None:
-        return _pack_dense(matrix if matrix.dense else dense(matrix.floats()), gated, start, pairs, allocate)
+        floats = matrix if matrix.dense else dense(matrix.floats())
+        return _pack_dense([floats.codes], gated, start, pairs, allocate)
     form = _form_of(blocks)
     shift = _shift(form, blocks)
     out = allocate((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
@@ -141,22 +160,39 @@ def _panels(a: Array, gated: bool) -> Array:
     return a.reshape(-1, PANEL, *a.shape[1:])
 
 
-def _pack_dense(matrix: Coded, gated: bool, start: int, pairs: bool, allocate: Allocate) -> Packed:
-    array = matrix.codes
-    bfloat16 = PAIRS.name if pairs else "bf16"
-    names = {np.dtype(np.uint16): bfloat16, np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
-    if array.dtype not in names:
-        array = array.astype(np.float32)
-    panels, name = _panels(array, gated), names[array.dtype]
-    rows, columns = array.shape
-    if name == PAIRS.name:
-        out = allocate((len(panels), -(-columns // 2), PANEL, 2), array.dtype)
-        out[..., 0] = panels[..., ::2].swapaxes(1, 2)
-        out[:, : columns // 2, :, 1] = panels[..., 1::2].swapaxes(1, 2)
+def _pack_dense(parts: Sequence[Array], gated: bool, start: int, pairs: bool, allocate: Allocate) -> Packed:
+    """Pack matrices that are one below the other. Each number is copied once."""
+    names = {"uint16": PAIRS.name if pairs else "bf16", "float16": "f16", "float32": "f32"}
+    parts = [part if part.dtype.name in names else part.astype(np.float32) for part in parts]
+    rows, columns = sum(map(len, parts)), parts[0].shape[1]
+    form, paired = names[parts[0].dtype.name], names[parts[0].dtype.name] == PAIRS.name
+    width = columns + columns % 2 if paired else columns
+    out = allocate((-(-rows // PANEL), width * PANEL), parts[0].dtype)
+    if paired and columns % 2:
+        parts = [np.concatenate([part, np.zeros((len(part), 1), part.dtype)], 1) for part in parts]
+    wide = [np.ascontiguousarray(part).view(np.uint32) if paired else part for part in parts]
+    panels = out.view(wide[0].dtype).reshape(len(out), -1, PANEL)
+    if gated and len(parts) == 1:
+        wide = list(wide[0].reshape(2, rows // 2, -1))
+    if gated:
+        pairs_of_blocks = panels.reshape(-1, 2, GATE // PANEL, *panels.shape[1:])
+        for which, part in enumerate(wide):
+            pairs_of_blocks[:, which] = part.reshape(-1, GATE // PANEL, PANEL, part.shape[1]).swapaxes(-1, -2)
     else:
-        out = allocate((len(panels), columns, PANEL), array.dtype)
-        out[:] = panels.swapaxes(1, 2)
-    return Packed(name, out.reshape(-1).view(np.uint8), rows, columns, start)
+        _put_panels(wide, panels)
+    return Packed(form, out.reshape(-1).view(np.uint8), rows, columns, start)
+
+
+def _put_panels(parts: Sequence[Array], panels: Array) -> None:
+    """Write matrices one below the other to panels (panels, columns, 16). All but the last have whole panels."""
+    first = 0
+    for part in parts:
+        whole, rest = divmod(len(part), PANEL)
+        columns = part.shape[1]
+        panels[first : first + whole] = part[: whole * PANEL].reshape(whole, PANEL, columns).swapaxes(1, 2)
+        first += whole
+        if rest:
+            panels[first, :, :rest] = part[whole * PANEL :].T
 
 
 # ---- blocks ----

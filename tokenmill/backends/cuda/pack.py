@@ -6,7 +6,6 @@ Numbers stored in the computation's dtype are copied as they are. The host conve
 from __future__ import annotations
 
 import contextlib
-import mmap
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
@@ -26,7 +25,7 @@ from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Coded, Piece, Reader, check, for_each, load, pieces_of
-from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.weights.checkpoint import Checkpoint, read_ahead
 
 _LANES = 8  # copies at a time: one core fills a pinned buffer slower than the bus empties it
 _CHUNK = 32 << 20  # bytes of a pinned buffer
@@ -96,24 +95,6 @@ class _Lane:
                     to[:, first : first + len(some)].copy_(staged[:, rows].t())
                 if self._stream is not None:
                     self._stream.synchronize()
-
-
-def read_ahead(rows: NDArray[np.generic]) -> tuple[int, int] | None:
-    """Advise the system to read a mapped file's pages that are not in memory, and return their bytes: (first, end).
-
-    Returns at once; None if the rows are not of a mapped file. Without the advice, each missing page is read when a
-    thread touches it, and the thread waits.
-    """
-    base: object = rows
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, mmap.mmap) or not rows.nbytes:
-        return None
-    first = rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    start = first // mmap.PAGESIZE * mmap.PAGESIZE
-    with contextlib.suppress(OSError):  # it is advice
-        base.madvise(mmap.MADV_WILLNEED, start, first + rows.nbytes - start)
-    return first, first + rows.nbytes
 
 
 def pack(
