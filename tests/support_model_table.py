@@ -34,6 +34,25 @@ same hardware, more slowly, for the reason in the cell; the log and `tokenmill d
 too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
 have a sliding window. *State*: layers that keep a state of fixed size for each sequence instead of keys and values.
 
+## Other models
+
+A model type that is not in the table is served by the library transformers, if it defines a causal language model of
+that type (`pip install 'tokenmill[transformers]'`). The layers are transformers', but attention, cache, scheduling and
+sampling are tokenmill's, so continuous batching, chunked prompts, the prefix cache, constrained output and
+log-probabilities work as with other models. It is slower, and takes one device: no `--num-shard`, no `--quantize`, no
+quantized weights, no GGUF. The log, `/info` (`backend`) and `tokenmill doctor` report it. `--backend transformers`
+serves a model type of the table in this way, for a comparison.
+
+A model is refused, with the reason, if its attention cannot be replaced, if its layers keep a state beside keys and
+values, if its mask is neither causal nor a sliding window, or if it is an encoder and a decoder. At the start, its
+logits with tokenmill's attention are compared with those of transformers alone; if they differ, it is refused.
+
+If transformers does not define the type either, the model's repository may bring Python code that does (`auto_map` in
+config.json). That code is run with `--trust-remote-code` only, under the same conditions: its attention must be called
+through transformers' interface for attention functions.
+
+## Model types
+
 | Model type | Also | GGUF | CPU | NVIDIA | Ranks | Window | State |
 |---|---|---|---|---|---|---|---|
 """

@@ -41,7 +41,7 @@ from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.text.options import Options
-from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import EngineInfo, GrammarSpec, SamplingParams, StoppingParams
 
@@ -52,11 +52,13 @@ TEMPLATE = (
 )
 
 
-def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits) -> OfflineEngine:
+def torch_backend(source: Checkpoint, limits: StepLimits) -> TorchBackend:
+    return TorchBackend(job_of(program_of(source.config), source, limits))
+
+
+def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits, make=torch_backend) -> OfflineEngine:
     """Return an engine whose cache is far too small for its slots. `num_blocks`: more for a model with windows."""
-    source = open_checkpoint(local_source(folder))
-    program = program_of(source.config)
-    backend = TorchBackend(job_of(program, source, limits))
+    backend = make(open_checkpoint(local_source(folder)), limits)
     sizes = limits.max_batch_tokens, limits.max_batch_size, limits.max_total_tokens, limits.block_size
     scheduler_limits = SchedulerLimits(*sizes, windows=backend.windows)
     num_blocks += scheduler_limits.tables.blocks_of(limits.max_total_tokens) - SchedulerLimits(*sizes).tables.blocks_of(

@@ -174,7 +174,7 @@ def download_weights(words: list[str]) -> int:
     parser.add_argument("--merge-lora", action=argparse.BooleanOptionalAction, default=False,
                         help="TGI: merge an adapter into its base, which is done at every start anyway")  # fmt: skip
     parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction, default=False,
-                        help="no effect: no such code is run")  # fmt: skip
+                        help="get a repository's Python files too")  # fmt: skip
     parser.add_argument("--logger-level", default="info", metavar="LEVEL")
     parser.add_argument("--json-output", action=argparse.BooleanOptionalAction, default=False,
                         help="progress as JSON log lines")  # fmt: skip

@@ -51,8 +51,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         later="this release quantizes to int8 and int4 only. Use one of these, or serve a quantized GGUF file.")] = ""
     kv_cache_dtype: Annotated[str, Option("Number format of the KV cache: int8 on a CPU, FP8 on a GPU. Default: "
                                           "float16 on a CPU, the computation's on a GPU.", choices=_KV_DTYPES)] = ""
-    trust_remote_code: Annotated[bool, Option("Allow a model repository's own Python code.", no_effect=(
-        "no code of a model repository is ever run; a model that needs it is refused by its model_type."))] = False
+    trust_remote_code: Annotated[bool, Option(
+        "Run a model repository's own Python code, if it defines the model and neither tokenmill nor transformers "
+        "does.")] = False
     tokenizer_config_path: Annotated[str, Option("A tokenizer_config.json in place of the model's.")] = ""
     rope_scaling: Annotated[str, Option("Override the model's RoPE scaling.", choices=("linear", "dynamic"), later=(
         "overriding RoPE is not in this release; the scaling in config.json is used."))] = ""
@@ -154,7 +155,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Additional options
     device: Annotated[str, Option("Where to compute.", choices=("auto", "cpu", "cuda"),
                                   env="TOKENMILL_DEVICE")] = "auto"
-    backend: Annotated[str, Option("Who computes.", choices=("auto", "cpu", "cuda", "torch"),
+    backend: Annotated[str, Option("Who computes.", choices=("auto", "cpu", "cuda", "torch", "transformers"),
                                    env="TOKENMILL_BACKEND")] = "auto"
     cpu_isa: Annotated[str, Option("Instruction set of the CPU backend, one that this machine has. Default: the best.",
                                    env="TOKENMILL_ISA")] = ""

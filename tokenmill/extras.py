@@ -6,6 +6,10 @@ import importlib.util
 
 from tokenmill.errors import MissingPackage
 
+_INSTALL = "Install both with `pip install 'tokenmill[transformers]'`."
+TRANSFORMERS_MAY = f"The library transformers may define it, but it or torch is not installed. {_INSTALL}"
+"""Remedy for a model type that tokenmill does not have, where transformers is not installed."""
+
 
 def has_torch() -> bool:
     """Return True if torch is installed, without importing it."""
@@ -19,6 +23,11 @@ def need_torch(what: str) -> None:
             f"{what} needs torch, which is not installed. Install it with `pip install 'tokenmill[torch]'`, or in a "
             "checkout with `make torch`."
         )
+
+
+def has_transformers() -> bool:
+    """Return True if torch and transformers are installed, without importing them."""
+    return has_torch() and importlib.util.find_spec("transformers") is not None
 
 
 def need_opentelemetry() -> None:

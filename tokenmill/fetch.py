@@ -54,6 +54,7 @@ def fetch(settings: Settings, report: Callable[[Progress], None], *, convert: bo
     source = hub.resolve(
         settings.model_id, revision=settings.revision, cache_dir=settings.huggingface_hub_cache,
         token=settings.hf_token, offline=settings.offline, report=report, convert=convert,
+        code=settings.trust_remote_code,
     )  # fmt: skip
     return _named(settings, source)
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from tokenmill import fetch, logs, progress
 from tokenmill.config import Settings
-from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import assemble
 from tokenmill.runtime.choice import choose
+from tokenmill.runtime.programs import programs_for
 from tokenmill.runtime.worker import backend_options, engine_options
 from tokenmill.weights.checkpoint import open_checkpoint
 
@@ -28,7 +28,7 @@ def main(words: Sequence[str]) -> int:
         source = fetch.fetch(settings, screen.progress)
         options = backend_options(settings)
         checkpoint = open_checkpoint(source)
-        program = program_of(checkpoint.config)
+        program = programs_for(checkpoint, options).decoder
         choice = choose(program, options, settings.block_size, settings.num_shard or 1)
         done = choice.kind.compile(program, checkpoint, options, screen.progress)
         if done is None:

@@ -10,7 +10,8 @@ from tokenmill.program.value import Program
 from tokenmill.quant.base import check
 from tokenmill.weights.checkpoint import Checkpoint
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number, by dtype of a computation."""
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
@@ -33,7 +34,7 @@ def dense_bytes(program: Program, source: Checkpoint, dtype: str) -> int:
     """Return the bytes of a program's weights in a computation's dtype; ModelError as `quant.base.check`."""
     weights = weights_of(program)
     check(weights, source)
-    return sum(weight.size for weight in weights) * _ITEM_BYTES[dtype]
+    return sum(weight.size for weight in weights) * ITEM_BYTES[dtype]
 
 
 def listed(kernels: Mapping[str, Counter[str]], more: Mapping[str, str] | None = None) -> tuple[str, ...]:

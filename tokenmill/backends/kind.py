@@ -36,6 +36,7 @@ class BackendOptions:
     kernel_cache: str = ""  # folder; "": in the user's cache
     cuda_graphs: tuple[int, ...] | None = None  # batch sizes
     cuda_memory_fraction: float = 1.0  # of the device's memory
+    trust_remote_code: bool = False  # Python code of a model's folder may be run
 
 
 class Placement(NamedTuple):

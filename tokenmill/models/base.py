@@ -105,7 +105,7 @@ def facts_of(config: dict[str, Any]) -> Config:
         return known
     length = part.get("max_position_embeddings")
     try:
-        return msgspec.convert({"max_position_embeddings": length, "dtype": _dtype(part)}, Config)
+        return msgspec.convert({"max_position_embeddings": length, "dtype": dtype_of(part)}, Config)
     except msgspec.ValidationError:
         expected = "expected a number of at least 2"
         raise ModelError(f"config.json: max_position_embeddings is {length!r}; {expected}.") from None
@@ -120,7 +120,7 @@ def language_part(config: dict[str, Any]) -> dict[str, Any]:
     if nested is config:
         return config
     inherited = {name: config[name] for name in _INHERITED if name in config}
-    return {**inherited, **nested, "dtype": _dtype(config) or _dtype(nested)}
+    return {**inherited, **nested, "dtype": dtype_of(config) or dtype_of(nested)}
 
 
 def make(config: dict[str, Any]) -> Callable[[Inputs], Value]:
@@ -179,10 +179,10 @@ def normalized(config: dict[str, Any], layered: bool = False, unrotated: bool = 
             lengths = (config.get(_ORIGINAL), rope.get(_ORIGINAL), config.get("max_position_embeddings"))
             rope[_ORIGINAL] = next((length for length in lengths if length is not None), None)
         _add(found, "rope_scaling", {k: v for k, v in rope.items() if k not in _BESIDE_ROPE} or None)
-    return {"rope_scaling": None, **found, "dtype": _dtype(config)}
+    return {"rope_scaling": None, **found, "dtype": dtype_of(config)}
 
 
-def _dtype(config: dict[str, Any]) -> str | None:
+def dtype_of(config: dict[str, Any]) -> str | None:
     """Return the dtype that config.json names in either spelling."""
     named = (str(config.get(key) or "").removeprefix("torch.") for key in ("dtype", "torch_dtype"))
     return next((name for name in named if name in _DTYPES), None)

@@ -24,11 +24,12 @@ from tokenmill.backends.kind import BackendOptions
 from tokenmill.config import Settings, memory_bytes
 from tokenmill.errors import DownloadError, StartError
 from tokenmill.extras import has_torch
-from tokenmill.models.base import Programs, programs_of
+from tokenmill.models.base import Programs
 from tokenmill.operate.env import cpu_name
 from tokenmill.runtime.assembly import measure_weights
 from tokenmill.runtime.choice import choose
 from tokenmill.runtime.memory import available_bytes, size
+from tokenmill.runtime.programs import programs_for
 from tokenmill.runtime.worker import backend_options
 from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint
 from tokenmill.weights.source import ModelSource
@@ -71,7 +72,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 def _processor(settings: Settings) -> Finding:
     from tokenmill.backends.cpu.isa import available, detect
 
-    if settings.backend == "torch":
+    if settings.backend in ("torch", "transformers"):
         return Finding("processor", "ok", cpu_name())
     isa = detect(settings.cpu_isa)
     others = ", ".join(other.name for other in available() if other != isa)
@@ -123,7 +124,8 @@ def _backend(settings: Settings) -> Finding:
     if source is None:
         return Finding("backend", "note", "is chosen when the model is here")
     checkpoint = open_checkpoint(source)
-    programs, options = programs_of(checkpoint.config), backend_options(settings)
+    options = backend_options(settings)
+    programs = programs_for(checkpoint, options)
     try:
         choice = choose(programs.decoder, options, settings.block_size, settings.num_shard or 1)
     except StartError as error:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tokenmill.program import ops
+from tokenmill.program import foreign, ops
 from tokenmill.program.keeps import CacheSpec, StateSpec
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Program
@@ -76,6 +76,11 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
     if isinstance(op, ops.Attention):
         entries = load.context + load.tokens
         return Cost(0, op.keeps().width * cache_bytes * entries, moved, 4 * op.q.width * load.pairs)
+    if isinstance(op, foreign.TransformersAttention):
+        entries = load.context + load.tokens
+        return Cost(0, op.keeps().width * cache_bytes * entries, 0, 4 * op.heads * op.head_dim * load.pairs)
+    if isinstance(op, foreign.TransformersBody | foreign.TransformersHead):
+        return Cost(op.parameters * activation_bytes, 0, moved, 2 * n * op.parameters)
     if isinstance(op, ops.LatentAttention):
         kept, heads = op.keeps().width, op.q.width // op.head_dim
         products = 2 * n * op.expand.size + 2 * heads * (kept + op.latent.width) * load.pairs

@@ -48,9 +48,9 @@ def unread(wanted: Set[str], source: Checkpoint) -> list[str]:
 
     Raises ModelError with a tensor that belongs to something that the program computes: to a layer, or to one of its
     products, norms or tables. For a GGUF file, as in llama.cpp, every tensor does. A bias of zeros is ignored. Tensors
-    of a quantization method are checked by the method.
+    of a quantization method are checked by the method. If `wanted` is empty, a library computes the model and checks.
     """
-    if source.config.get("quantization_config") is not None:
+    if not wanted or source.config.get("quantization_config") is not None:
         return []
     layers = {match[0] for name in wanted if (match := _LAYER.match(name))}
     modules = {name.rpartition(".")[0] for name in wanted} | {_HEAD.rpartition(".")[0]}

@@ -41,6 +41,7 @@ from tokenmill.runtime.memory import (
     fitting_states,
     size,
 )
+from tokenmill.runtime.programs import programs_for
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
@@ -89,11 +90,9 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
     Blocks until all is done: seconds to minutes. `report`: receives the progress. Raise a StartError that explains the
     remedy if the model cannot be served as requested.
     """
-    from tokenmill.models.base import programs_of
-
     backend_options = options.backend
     checkpoint = open_checkpoint(source)
-    programs = programs_of(checkpoint.config)
+    programs = programs_for(checkpoint, backend_options)
     program = programs.decoder
     choice = choose(program, backend_options, options.block_size, group.size)
     defaults = choice.kind.defaults(choice.device)

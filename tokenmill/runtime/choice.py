@@ -13,6 +13,7 @@ from tokenmill import plugins
 from tokenmill.backends.base import Backend
 from tokenmill.backends.kind import BackendOptions, Job, Kind, Placement
 from tokenmill.errors import ArgumentError, Unsupported
+from tokenmill.program.foreign import body_of
 from tokenmill.program.value import Program
 
 _DEVICES = ("cuda", "cpu")
@@ -62,9 +63,11 @@ def choose(program: Program, options: BackendOptions, block_size: int, ranks: in
         why = kind.refusal(program, options, placement)
         if not why:
             kind.check(options, placement, reason)
-            return Choice(kind, placement, reason)
+            return Choice(kind, placement, "" if body_of(program) else reason)  # only one kind is for such a program
         if options.backend == kind.name:
-            raise Unsupported("backend", kind.name, ("torch",), f"It cannot serve this: {why}.")
+            others = [other for other in kinds() if placement.device in other.devices]
+            able = [other.name for other in others if not other.refusal(program, options, placement)]
+            raise Unsupported("backend", kind.name, able, f"It cannot serve this: {why}.")
         reason = reason or why
     raise Unsupported("backend", options.backend, [kind.name for kind in kinds()])
 

@@ -120,6 +120,7 @@ def backend_options(settings: Settings) -> BackendOptions:
         device=settings.device,
         cuda_graphs=graph_sizes(settings.cuda_graphs),
         cuda_memory_fraction=settings.cuda_memory_fraction,
+        trust_remote_code=settings.trust_remote_code,
     )
 
 

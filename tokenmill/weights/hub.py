@@ -60,6 +60,7 @@ class HubAccess:
     cache: Path
     token: str
     endpoint: str
+    code: bool = False  # a model's Python files are downloaded too
 
 
 def resolve(
@@ -72,12 +73,13 @@ def resolve(
     report: Report,
     convert: bool = True,
     of_adapter: bool = False,
+    code: bool = False,
 ) -> ModelSource:
     """Return the model on disk, downloading missing files unless `offline`. Of an adapter, its base model as well.
 
     `model_id`: a folder, a file, or a name on the Hub. `convert`: True to convert weights that exist only in pickled
     form. `of_adapter`: True if the model is an adapter's base, which may not be an adapter. `report`: called with the
-    bytes so far. Blocks. Raises DownloadError or ModelError with the remedy.
+    bytes so far. `code`: True to download Python files, too. Blocks. Raises DownloadError or ModelError with the cure.
     """
 
     def base(name: str, of: str) -> ModelSource:
@@ -87,13 +89,13 @@ def resolve(
             )
         return resolve(
             name, revision=of, cache_dir=cache_dir, token=token, offline=offline, report=report, convert=convert,
-            of_adapter=True,
+            of_adapter=True, code=code,
         )  # fmt: skip
 
     here = on_this_machine(model_id)
     if here is not None:
         return _opened(here[0], model_id, here[1], report, convert, base)
-    access = _access(cache_dir, token)
+    access = _access(cache_dir, token, code)
     name = named(model_id, access.endpoint)
     model = _Model(name, _revision(name, revision.strip()), access)
     model.cache.check_readable()
@@ -103,14 +105,17 @@ def resolve(
     return msgspec.structs.replace(source, revision=folder.name)
 
 
-def wanted_files(names: Iterable[str], weights: Weights) -> list[str]:
-    """Select the files of a repository that serving needs, in order: `weights`, and the small files next to them."""
-    small = [name for name in names if _SMALL.fullmatch(name) and not _NOT_SMALL.search(name)]
+def wanted_files(names: Iterable[str], weights: Weights, code: bool = False) -> list[str]:
+    """Select the files of a repository that serving needs, in order: `weights`, and the small files next to them.
+
+    `code`: the Python files as well.
+    """
+    taken = [n for n in names if (code and n.endswith(".py")) or (_SMALL.fullmatch(n) and not _NOT_SMALL.search(n))]
     index = [weights.index] if weights.index else []
-    return sorted({*small, *index, *weights.files})
+    return sorted({*taken, *index, *weights.files})
 
 
-def _access(cache_dir: str, token: str) -> HubAccess:
+def _access(cache_dir: str, token: str, code: bool) -> HubAccess:
     from huggingface_hub import constants, get_token
 
     token = clean(token)
@@ -124,7 +129,7 @@ def _access(cache_dir: str, token: str) -> HubAccess:
             "The token of the Hub (HF_TOKEN) has blanks or characters inside that no token has. Set it again."
         )
     cache = Path(os.path.expandvars(clean(cache_dir)) or constants.HF_HUB_CACHE).expanduser()
-    return HubAccess(cache, token, _endpoint())
+    return HubAccess(cache, token, _endpoint(), code)
 
 
 def _endpoint() -> str:
@@ -233,7 +238,7 @@ class _Model:
         """Download the files of a commit that serving needs, and return the snapshot's folder."""
         fetch = _Download(self, sha)
         weights = self._weights(list(sizes), fetch)
-        fetch.all({name: sizes[name] for name in wanted_files(sizes, weights)}, report)
+        fetch.all({name: sizes[name] for name in wanted_files(sizes, weights, self.access.code)}, report)
         return self.cache.snapshot(sha)
 
     def _weights(self, names: Sequence[str], fetch: _Download) -> Weights:

@@ -207,7 +207,7 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag="info"):
     model_id: str
     dtype: str
     device: str  # "cpu", "cuda", "mock"
-    backend: str  # "torch", "cpu", "cuda", "mock"
+    backend: str  # "torch", "cpu", "cuda", "transformers", "mock"
     num_blocks: int
     block_size: int  # tokens
     vocab_size: int  # columns of the logits

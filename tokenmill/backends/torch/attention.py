@@ -10,6 +10,7 @@ G key-value heads, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -181,8 +182,28 @@ class Scratch:
         return self._held[:size].view(2, rows, like.shape[-1])
 
 
+class Heads(Protocol):
+    """The fields of an attention that decide how it attends, as in `ops.Attention`."""
+
+    @property
+    def head_dim(self) -> int:
+        """Columns of a head."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores."""
+
+    @property
+    def window(self) -> int:
+        """Size of the sliding window; 0: none."""
+
+    @property
+    def softcap(self) -> float:
+        """Soft cap of the scores; 0: none."""
+
+
 def attend(
-    op: ops.Attention,
+    op: Heads,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -248,7 +269,7 @@ def attend_latent(
 
 
 def _scaled(
-    op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None
+    op: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None
 ) -> Tensor:
     if not op.softcap and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=op.scale, enable_gqa=True)

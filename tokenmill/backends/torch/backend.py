@@ -6,9 +6,10 @@ meanwhile (torch releases the interpreter's lock while it computes). Invariant: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout, state_layout
 from tokenmill.program.keeps import CacheSpec
+from tokenmill.program.ops import Op
 from tokenmill.program.passes import take_rows_early
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Buffer
@@ -96,7 +98,7 @@ class TorchBackend:
         self.program = take_rows_early(shard(job.program, group.size))
         self.vocab_size = job.program.logits.width
         self.num_blocks = 0
-        self._interpreter = Interpreter(self.program)
+        self._interpreter = Interpreter(self.program, self.more_kernels())
         self._cache_plan = cache_plan(cache_layout(self.program), limits.max_total_tokens)
         self._weights = pack(self.program, job.source, job.read, group, self.dtype, self.device, job.report)
         self._cache: dict[int, Tensor] = {}
@@ -129,9 +131,13 @@ class TorchBackend:
         )
         sampled = 4 * rows["samples"] * self.vocab_size * 4  # float32 copies of logits in a full tail
         states = state_bytes(state_layout(self.program), self.dtype.itemsize) * self.limits.max_batch_size
-        return plan_buffers(self.program, size).size + states + gathered + sampled + self._latent_bytes()
+        return plan_buffers(self.program, size).size + states + gathered + sampled + self.more_bytes()
 
-    def _latent_bytes(self) -> int:
+    def more_kernels(self) -> Mapping[type[Op], Callable[..., Any]]:
+        """Return kernels of operations that only a derived backend has."""
+        return {}
+
+    def more_bytes(self) -> int:
         """Return the bytes of the largest step's queries and results in the compressed space."""
         found = (op for op in self.program.ops if isinstance(op, ops.LatentAttention))
         widths = (op.q.width // op.head_dim * (2 * op.latent.width + op.key.width) for op in found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +36,14 @@ class Interpreter:
     """Runs one program in two parts, split at TakeRows.
 
     The second part may run several times, over other rows of the same step. The constructor raises Unsupported for an
-    operation without a kernel.
+    operation without a kernel. `more`: kernels besides those of `kinds`.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, more: Mapping[type[Op], Callable[..., Any]] | None = None) -> None:
         self.program = program
         first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
         last = last_uses(program)
-        kernels = kinds.kernels()
+        kernels = kinds.kernels() | dict(more or {})
         lines: list[_Line] = []
         for i, op in enumerate(program.ops):
             if type(op) not in kernels:

@@ -17,6 +17,7 @@ from tokenmill.backends.kind import (
 )
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.extras import need_torch
+from tokenmill.program.foreign import body_of
 from tokenmill.program.value import Program
 from tokenmill.weights.checkpoint import Checkpoint
 
@@ -35,20 +36,20 @@ class TorchKind:
 
     def refusal(self, program: Program, options: BackendOptions, placement: Placement) -> str:
         """See `Kind`."""
-        return ""
+        return "transformers computes this model" if body_of(program) else ""
 
     def check(self, options: BackendOptions, placement: Placement, reason: str) -> None:
         """See `Kind`."""
         device = placement.device.upper()
         instead = f"The {device} backend cannot serve this ({reason}); the" if reason else "The"
-        need_torch(f"{instead} torch backend")
+        need_torch(f"{instead} {self.name} backend")
         if options.kv_cache_dtype:
-            cure = "The torch backend's cache has the computation's dtype: leave the option out."
+            cure = f"The {self.name} backend's cache has the computation's dtype: leave the option out."
             raise Unsupported("KV cache dtype", options.kv_cache_dtype, (), cure)
         if options.deterministic:
             why = f" It would serve because the {device} backend cannot: {reason}." if reason else ""
             raise ArgumentError(
-                "`deterministic` is given, but the torch backend's sums depend on how many rows a step has."
+                f"`deterministic` is given, but the {self.name} backend's sums depend on how many rows a step has."
                 f"{why} Leave the option out."
             )
 

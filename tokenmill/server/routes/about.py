@@ -48,6 +48,7 @@ async def info(call: Call) -> None:
         max_batch_total_tokens=engine.info.capacity,
         max_input_length=limits.max_input_tokens,
         prefix_caching=engine.info.shares_prefixes,
+        backend=engine.info.backend,
     )
     await call.answer(_encode(body))
 

@@ -184,3 +184,4 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_total_tokens: int
     max_input_length: int
     prefix_caching: bool
+    backend: str
