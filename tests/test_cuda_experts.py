@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support_cuda import DEVICE, ON_GPU, CudaDriver, cuda_job, torch
+from support_cuda import DEVICE, ON_GPU, CudaDriver, cuda_job, torch, write_random
+from support_models import Driver
 from support_programs import VOCABULARY, Arrays, Draw, logits_of, same, steps
 from test_cpu_experts import CHOICES, layer
 
@@ -232,6 +234,20 @@ class Drawn(CudaDriver):
         self.allocate(16)
         self.free = np.random.default_rng(3).permutation(16).tolist()
         self.known, self.tables = {}, {}
+
+
+def test_a_single_row_is_normed_and_summed_in_the_launches_of_its_experts(tmp_path: Path) -> None:
+    write_random(
+        tmp_path, "qwen3_moe", num_hidden_layers=2, head_dim=16, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, moe_intermediate_size=16, num_experts=4, vocab_size=64, spread=0.2,
+    )  # fmt: skip
+    backend = CudaDriver(tmp_path, limits=StepLimits(16, 2, 64, 16), num_blocks=4)
+    fused = [type(launch.op).__name__ for launch in backend._batch_one]
+    assert fused[:8] == ["Embed", "Linear", "Attention", "Linear", "Route", "Experts", "Linear", "Attention"]
+    assert fused[-3:] == ["Route", "Experts", "Linear"]
+    expected = Driver.of(tmp_path)
+    for rows in ([(0, [3, 4])], [(0, [5])], [(0, [6])]):
+        np.testing.assert_allclose(backend.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
 
 
 def with_experts(count: int) -> list[Draw]:

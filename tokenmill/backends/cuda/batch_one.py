@@ -1,9 +1,11 @@
 """Decode at batch size one in fewer launches: products include the norm before them and the sum behind them.
 
-A layer is then five kernels, each launched while the one before ends.
+A layer is then five kernels, six with a mixture of experts, each launched while the one before ends.
 """
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from tokenmill.backends.cuda.launch import Launch, Run
 from tokenmill.backends.cuda.lower import Lowering
@@ -36,6 +38,11 @@ class BatchOneFusion:
             op = launch.op
             if isinstance(op, ops.Linear) and self._fits(op):
                 made.append(Launch(op, self._product(op)))
+            elif isinstance(op, ops.Route) and (norm := self._norm_before(op)) is not None:
+                made.append(Launch(op, self._lowering.mixtures.route_one(op, norm)))
+            elif isinstance(op, ops.Experts):
+                run = self._lowering.mixtures.experts_one(op, self._norm_before(op), self._sum_behind(op))
+                made.append(Launch(op, run))
             elif id(op) not in gates and not (isinstance(op, ops.Norm) and op.out.buffer in self._normed):
                 made.append(launch)
         return made
@@ -45,15 +52,51 @@ class BatchOneFusion:
         if not isinstance(op, ops.Norm) or op.head_dim or op.center or op.bias or op.weight is None:
             return
         readers = self._readers.get(op.out.buffer, [])
-        if not readers or not all(isinstance(r, ops.Linear) and r.x.whole and self._fits(r) for r in readers):
+        if not readers or not all(self._norms(r) for r in readers) or not self._outlives(op, readers[-1]):
             return
         if isinstance(op, ops.AddNorm):
-            if not isinstance(before, ops.Linear) or not self._fits(before) or self._gate(before) is not None:
+            if before is None or not self._sums(before):
                 return
             if before.out.buffer not in (op.x.buffer, op.y.buffer) or len(self._readers[before.out.buffer]) != 1:
                 return
             self._summed[before.out.buffer] = op
         self._normed[op.out.buffer] = op
+
+    def _norms(self, op: Op) -> bool:
+        """Return True if an operation can norm its input itself."""
+        if isinstance(op, ops.Route | ops.Experts):
+            return op.x.whole
+        return isinstance(op, ops.Linear) and op.x.whole and self._fits(op)
+
+    def _sums(self, op: Op) -> bool:
+        """Return True if an operation can add another term to its result."""
+        return (isinstance(op, ops.Linear) and self._fits(op) and self._gate(op) is None) or isinstance(op, ops.Experts)
+
+    def _outlives(self, norm: ops.Norm, reader: Op) -> bool:
+        """Return True if the input of a norm is still in memory at the last reader of its result."""
+        last = self._readers.get(self._source(norm).buffer, [norm])[-1]
+        at, used = self._ops.index(reader), self._ops.index(last)
+        return at <= used or self._ops[at - 1] is norm
+
+    @staticmethod
+    def _source(norm: ops.Norm) -> Value:
+        return norm.total if isinstance(norm, ops.AddNorm) else norm.x
+
+    def _norm_before(self, op: ops.Linear | ops.Route | ops.Experts) -> tuple[Tensor, Tensor, float] | None:
+        """Return the row before the norm that an operation does itself, the norm's weight and epsilon; None: none."""
+        found = self._normed.get(op.x.buffer)
+        if found is None:
+            return None
+        assert found.weight is not None, "_look leaves it out"
+        return self._memory.value(self._source(found)), self._lowering.weight(found.weight), found.eps
+
+    def _sum_behind(self, op: Op) -> tuple[Tensor, Tensor] | None:
+        """Return the term that an operation adds itself, and the sum's place; None: none."""
+        total = self._summed.get(op.out.buffer)
+        if total is None:
+            return None
+        other = total.y if total.x.buffer == op.out.buffer else total.x
+        return self._memory.value(other), self._memory.value(total.total)
 
     def _fits(self, op: ops.Linear) -> bool:
         return self._lowering.product(op).fuses_one
@@ -63,14 +106,7 @@ class BatchOneFusion:
 
     def _product(self, op: ops.Linear) -> Run:
         product: Product = self._lowering.product(op)
-        norm = residual = None
-        if (found := self._normed.get(op.x.buffer)) is not None:
-            assert found.weight is not None, "_look leaves it out"
-            x: Value = found.total if isinstance(found, ops.AddNorm) else found.x
-            norm = self._memory.value(x), self._lowering.weight(found.weight), found.eps
-        if (total := self._summed.get(op.out.buffer)) is not None:
-            other = total.y if total.x.buffer == op.out.buffer else total.x
-            residual = self._memory.value(other), self._memory.value(total.total)
+        norm, residual = self._norm_before(op), self._sum_behind(op)
 
         def run(n: Sizes) -> None:
             product.one(norm, residual, n.early)

@@ -39,6 +39,10 @@ _GROUP = 16  # tiles of items whose programs run side by side, so that they shar
 LAUNCHES = 4  # of `ops.Experts`, at most in a captured step
 
 
+Normed = tuple[Tensor, Tensor, float]
+"""A row before its RMS norm, the norm's weight and its epsilon."""
+
+
 class _Scratch:
     """Scratch of the largest step, which all layers share."""
 
@@ -122,16 +126,38 @@ class ExpertLowering:
 
     def experts(self, op: ops.Experts) -> Run:
         """Return the launches of a layer's products."""
-        one, several = self.one_row(op), self.products(op)
-        up, down = row_shape(_inner(op), op.x.width, True), row_shape(op.out.width, _inner(op), False)
+        one, several = self.experts_one(op, None, None), self.products(op)
 
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
             if rows == 1 and not self._invariant:
-                one.gate_up(up, n.early)
-                one.down(down, n.early)
+                one(n)
             else:
                 several.run(rows, *self.shapes(op, rows), n.early)
+
+        return run
+
+    def route_one(self, op: ops.Route, norm: Normed) -> Run:
+        """Return the launch of a single row, which includes the norm of its input."""
+        routing = self.routing(op)
+        shape = route_shape(1, op.weight.rows, op.x.width)
+
+        def run(n: Sizes) -> None:
+            routing.run(1, shape, n.early, norm)
+
+        return run
+
+    def experts_one(self, op: ops.Experts, norm: Normed | None, residual: tuple[Tensor, Tensor] | None) -> Run:
+        """Return the launches of a single row, which include the norm of its input, and the sum behind them.
+
+        `residual`: (addend, in place of out).
+        """
+        one = self.one_row(op)
+        up, down = row_shape(_inner(op), op.x.width, True), row_shape(op.out.width, _inner(op), False)
+
+        def run(n: Sizes) -> None:
+            one.gate_up(up, n.early, norm)
+            one.down(down, n.early, residual)
 
         return run
 
@@ -194,16 +220,17 @@ class Routing:
             "RENORMALIZE": op.renormalize, "BIAS": op.bias is not None, "CORRECTION": op.correction is not None,
         }  # fmt: skip
 
-    def run(self, rows: int, shape: RouteShape, early: bool) -> None:
-        """Launch the first rows."""
+    def run(self, rows: int, shape: RouteShape, early: bool, norm: Normed | None = None) -> None:
+        """Launch the first rows. `norm`: in place of x, of a single row."""
         x, ids, factors, weight, bias, correction = self._operands
         op, scratch, (experts, columns) = self._op, self._scratch, weight.shape
+        x, norm_weight, eps = norm or (x, weight, 0.0)
         self._launch(
             (triton.cdiv(experts, shape.experts), triton.cdiv(rows, shape.rows)),
-            x, weight, weight if bias is None else bias, weight if correction is None else correction, scratch.logits,
-            scratch.finished, ids, factors, x.stride(0), rows, op.least_sum, op.scale, op.margin, E=experts,
-            K=columns, BM=shape.rows, BN=shape.experts, BK=shape.columns, **self._constants, PDL=early,
-            STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            x, weight, weight if bias is None else bias, weight if correction is None else correction, norm_weight,
+            scratch.logits, scratch.finished, ids, factors, x.stride(0), rows, op.least_sum, op.scale, op.margin, eps,
+            E=experts, K=columns, BM=shape.rows, BN=shape.experts, BK=shape.columns, **self._constants,
+            NORM=norm is not None, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
 
@@ -214,27 +241,28 @@ class OneRow:
         self._op, self._bank, self._operands = op, bank, operands
         self._up, self._down = Site(kernels.one_row_up), Site(kernels.one_row_down)
 
-    def gate_up(self, shape: RowShape, early: bool) -> None:
-        """Launch the inner values of the chosen experts."""
+    def gate_up(self, shape: RowShape, early: bool, norm: Normed | None = None) -> None:
+        """Launch the inner values of the chosen experts. `norm`: in place of x."""
         op, (x, ids, factors, _, inner, _) = self._op, self._operands
         weight, bias = self._bank.gate_up, self._bank.gate_up_bias
-        outputs = _inner(op)
+        outputs, (x, norm_weight, eps) = _inner(op), norm or (x, weight, 0.0)
         self._up(
             (triton.cdiv(outputs, shape.outputs), op.ids.width),
-            x, weight, weight if bias is None else bias, ids, factors, inner, op.limit, op.up_offset, N=outputs,
-            K=op.x.width, BN=shape.outputs, BK=shape.columns, ACT=op.act, LIMIT=op.limit > 0, BIAS=bias is not None,
-            SCALED=op.scale_inputs, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            x, weight, weight if bias is None else bias, norm_weight, ids, factors, inner, op.limit, op.up_offset, eps,
+            N=outputs, K=op.x.width, BN=shape.outputs, BK=shape.columns, ACT=op.act, LIMIT=op.limit > 0,
+            BIAS=bias is not None, SCALED=op.scale_inputs, NORM=norm is not None, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
-    def down(self, shape: RowShape, early: bool) -> None:
-        """Launch the sum of the chosen experts' outputs, right behind `gate_up`."""
+    def down(self, shape: RowShape, early: bool, residual: tuple[Tensor, Tensor] | None = None) -> None:
+        """Launch the sum of the chosen experts' outputs, behind `gate_up`. `residual`: (addend, in place of out)."""
         op, (_, ids, factors, out, inner, _) = self._op, self._operands
         weight, bias = self._bank.down, self._bank.down_bias
+        added, out = residual or (weight, out)
         self._down(
             (triton.cdiv(op.out.width, shape.outputs),),
-            inner, weight, weight if bias is None else bias, ids, factors, out, N=op.out.width, K=_inner(op),
+            inner, weight, weight if bias is None else bias, ids, factors, added, out, N=op.out.width, K=_inner(op),
             TOP_K=op.ids.width, BN=shape.outputs, BK=shape.columns, BIAS=bias is not None, SCALED=op.scale_inputs,
-            PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            RESIDUAL=residual is not None, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
 

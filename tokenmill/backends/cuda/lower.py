@@ -55,7 +55,7 @@ class Lowering:
         options = options or AttentionOptions()
         self._memory, self._weights, self._slots, self._invariant = memory, weights, slots, options.batch_invariant
         self._attention = AttentionLowering(memory, weights.tensors, slots, options)
-        self._experts = ExpertLowering(memory, weights, options.batch_invariant)
+        self.mixtures = ExpertLowering(memory, weights, options.batch_invariant)
         self._states = StateLowering(memory, weights.tensors, states)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)
@@ -72,7 +72,7 @@ class Lowering:
     def nbytes(self) -> int:
         """Bytes of scratch."""
         split = 0 if self._scratch is None else self._scratch.part.nbytes
-        return self._attention.nbytes + self._experts.nbytes + self._states.nbytes + split
+        return self._attention.nbytes + self.mixtures.nbytes + self._states.nbytes + split
 
     def launches(self) -> list[Launch]:
         """Return the launches in the order of the program."""
@@ -92,8 +92,8 @@ class Lowering:
             ops.Scale: self._scale,
             ops.SoftCap: self._soft_cap,
             ops.TakeRows: self._take,
-            ops.Route: self._experts.route,
-            ops.Experts: self._experts.experts,
+            ops.Route: self.mixtures.route,
+            ops.Experts: self.mixtures.experts,
             **RowLowering(self._memory, self._weights.tensors).by_kind(),
             **self._states.by_kind(),
         }

@@ -38,7 +38,8 @@ class Memory:
         lasting = {v.buffer for op in program.ops[first:] for v in op.reads().values()}
         lasting &= {v.buffer for op in program.ops[:first] for v in op.results().values()}
         # A product may write the output of the next operation, and read the input of the norm before.
-        self._plan = plan_buffers(program, self._bytes, lambda op: isinstance(op, ops.Linear | ops.Norm), lasting)
+        late = ops.Linear | ops.Norm | ops.Experts
+        self._plan = plan_buffers(program, self._bytes, lambda op: isinstance(op, late), lasting)
         self._arena = torch.empty(self._plan.size, dtype=torch.uint8, device=device.torch)
         self._buffers: dict[int, Tensor] = {}
         layout = cache_layout(program)

@@ -23,12 +23,13 @@ def gated(gate, up, limit, offset, ACT: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def one_row_up(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, limit, offset, N: tl.constexpr,
-               K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
-               BIAS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def one_row_up(x_ptr, weight_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr, out_ptr, limit, offset, eps,
+               N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
+               LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
     """Set out[j] (N,) to the inner values of the j-th expert of one row x (K,). Grid (N / BN, top_k).
 
-    Matrices have 2 · N rows: gate, then up. SCALED: the factors multiply x.
+    Matrices have 2 · N rows: gate, then up. SCALED: the factors multiply x. NORM: x is its RMS norm.
     """
     j = tl.program_id(1)
     n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -38,14 +39,21 @@ def one_row_up(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, limit
     at = weight_ptr + (e * (2 * N) + tl.where(n < N, n, 0))[:, None] * K + k[None, :]
     gates = tl.zeros([BN, BK], tl.float32)
     ups = tl.zeros([BN, BK], tl.float32)
+    squares = tl.zeros([BK], tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         ok = start + k < K
-        x = tl.load(x_ptr + start + k, mask=ok, other=0.0).to(tl.float32)[None, :]
-        gates += tl.load(at + start, mask=ok[None, :], other=0.0).to(tl.float32) * x
-        ups += tl.load(at + N * K + start, mask=ok[None, :], other=0.0).to(tl.float32) * x
+        x = tl.load(x_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
+        if NORM:
+            squares += x * x
+            x = x * tl.load(norm_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
+        gates += tl.load(at + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
+        ups += tl.load(at + N * K + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
     if PDL:
         gdc_launch_dependents()
     gate, up = tl.sum(gates, 1), tl.sum(ups, 1)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        gate, up = gate * scale, up * scale
     if SCALED:
         factor = tl.load(factors_ptr + j).to(tl.float32)
         gate, up = gate * factor, up * factor
@@ -57,11 +65,11 @@ def one_row_up(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, limit
 
 
 @triton.jit
-def one_row_down(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr,
-                 TOP_K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
-                 PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def one_row_down(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, residual_ptr, out_ptr, N: tl.constexpr,
+                 K: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+                 SCALED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Set out (N,) to the sum of the products of x[j] (K,) with the j-th expert's matrix, times its factor unless
-    SCALED. Grid (N / BN,).
+    SCALED, and with RESIDUAL of another term. Grid (N / BN,).
 
     The ids are read before the wait: the kernel before has itself waited for the one that writes them.
     """
@@ -97,6 +105,8 @@ def one_row_down(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, N: 
             if SCALED:
                 factor = 1.0
             y += tl.load(bias_ptr + tl.load(ids_ptr + j) * N + n, mask=n < N, other=0.0).to(tl.float32) * factor
+    if RESIDUAL:
+        y += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 

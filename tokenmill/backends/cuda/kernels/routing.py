@@ -12,20 +12,30 @@ _LOWEST = tl.constexpr(-3.0e38)  # in place of what is no number
 
 
 @triton.jit
-def one_rows_logits(x_ptr, weight_ptr, e, E: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                    PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Return the products (BN,) of one row x (K,) with rows `e` of the matrix."""
+def one_rows_logits(x_ptr, weight_ptr, norm_ptr, eps, e, E: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+                    BK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Return the products (BN,) of one row x (K,), or with NORM of its RMS norm, with rows `e` of the matrix."""
     k = tl.arange(0, BK)
     at = weight_ptr + tl.where(e < E, e, 0)[:, None] * K + k[None, :]
     first = tl.load(at, mask=k[None, :] < K, other=0.0)  # Under way before the wait.
     if PDL:
         gdc_wait()
-    sums = first.to(tl.float32) * tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    squares = x * x
+    if NORM:
+        x = x * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    sums = first.to(tl.float32) * x[None, :]
     for start in tl.range(BK, K, BK, num_stages=STAGES):
         ok = start + k < K
         x = tl.load(x_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
+        if NORM:
+            squares += x * x
+            x = x * tl.load(norm_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
         sums += tl.load(at + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
-    return tl.sum(sums, 1)
+    y = tl.sum(sums, 1)
+    if NORM:
+        y = y * tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    return y
 
 
 @triton.jit
@@ -101,20 +111,21 @@ def choose(logits, scores, choice, e, least_sum, scale, margin, E: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["M"])
-def route(x_ptr, weight_ptr, bias_ptr, correction_ptr, logits_ptr, count_ptr, ids_ptr, factors_ptr, x_stride, M,
-          least_sum, scale, margin, E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def route(x_ptr, weight_ptr, bias_ptr, correction_ptr, norm_ptr, logits_ptr, count_ptr, ids_ptr, factors_ptr, x_stride,
+          M, least_sum, scale, margin, eps, E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
           BK: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, SCORE: tl.constexpr,
           GROUPS: tl.constexpr, GP: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
-          RENORMALIZE: tl.constexpr, BIAS: tl.constexpr, CORRECTION: tl.constexpr, PDL: tl.constexpr,
-          STAGES: tl.constexpr):  # fmt: skip
+          RENORMALIZE: tl.constexpr, BIAS: tl.constexpr, CORRECTION: tl.constexpr, NORM: tl.constexpr,
+          PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Set ids and factors (M, TOP_K) of rows x (M, K), as `ops.Route` defines them. Grid (E / BN, M / BM).
 
-    The last program of a block of rows to finish chooses. logits (M, EP) float32: scratch. BM 1: a single row.
+    The last program of a block of rows to finish chooses. logits (M, EP) float32: scratch. BM 1: a single row, normed
+    first with NORM.
     """
     tile, block = tl.program_id(0), tl.program_id(1)
     own, m, e = tile * BN + tl.arange(0, BN), block * BM + tl.arange(0, BM), tl.arange(0, EP)
     if BM == 1:
-        sums = one_rows_logits(x_ptr, weight_ptr, own, E, K, BN, BK, PDL, STAGES)[None, :]
+        sums = one_rows_logits(x_ptr, weight_ptr, norm_ptr, eps, own, E, K, BN, BK, NORM, PDL, STAGES)[None, :]
     else:
         if PDL:
             gdc_wait()
