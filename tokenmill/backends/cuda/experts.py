@@ -250,7 +250,8 @@ class OneRow:
             (triton.cdiv(outputs, shape.outputs), op.ids.width),
             x, weight, weight if bias is None else bias, norm_weight, ids, factors, inner, op.limit, op.up_offset, eps,
             N=outputs, K=op.x.width, BN=shape.outputs, BK=shape.columns, ACT=op.act, LIMIT=op.limit > 0,
-            BIAS=bias is not None, SCALED=op.scale_inputs, NORM=norm is not None, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            BIAS=bias is not None, SCALED=op.scale_inputs, NORM=norm is not None, PDL=early, STAGES=shape.stages,
+            num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
     def down(self, shape: RowShape, early: bool, residual: tuple[Tensor, Tensor] | None = None) -> None:
