@@ -53,7 +53,7 @@ def correct_rows(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, ring_pt
 
 
 @triton.jit
-def unit_inverse(lower, L: tl.constexpr):
+def unit_inverse(lower, L: tl.constexpr, PRECISION: tl.constexpr):
     """Return the inverse of 1 + `lower`, an (L, L) tile of zeros on and above the diagonal. L: 16, 32 or 64.
 
     Blocks of 16 are inverted by substitution, all at once. With D their inverses and M = D · the other blocks, whose
@@ -72,10 +72,10 @@ def unit_inverse(lower, L: tl.constexpr):
     inverse = tl.reshape(tl.where(own, made[:, :, None, :], 0.0), (L, L))
     if COUNT > 1:
         others = tl.where((i // 16)[:, None] == (i // 16)[None, :], 0.0, lower)
-        m = tl.dot(inverse, others, input_precision="tf32x3")
+        m = tl.dot(inverse, others, input_precision=PRECISION)
         if COUNT > 2:
-            inverse = tl.dot(tl.dot(m, m, input_precision="tf32x3"), inverse, inverse, input_precision="tf32x3")
-        inverse -= tl.dot(m, inverse, input_precision="tf32x3")
+            inverse = tl.dot(tl.dot(m, m, input_precision=PRECISION), inverse, inverse, input_precision=PRECISION)
+        inverse -= tl.dot(m, inverse, input_precision=PRECISION)
     return inverse
 
 
@@ -124,10 +124,10 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
     speed = -tl.exp(tl.load(a_log_ptr + h).to(tl.float32))
     share = rate * sigmoid(tl.load(b_ptr + t * b_stride + h, mask=there, other=0.0).to(tl.float32))
     share = tl.where(there, share, 0.0)[:, None]
-    q = tl.load(q_ptr + t[:, None] * q_stride + key, mask=ok, other=0.0).to(tl.float32)
     k = tl.load(k_ptr + t[:, None] * k_stride + key, mask=ok, other=0.0).to(tl.float32)
-    q = q * (tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * scale)[:, None]
     k = k * tl.rsqrt(tl.sum(k * k, 1) + 1e-6)[:, None]
+    q = tl.load(q_ptr + t[:, None] * q_stride + key, mask=ok, other=0.0).to(tl.float32)
+    q = q * (tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * scale)[:, None]
     if EACH:
         a = tl.load(a_ptr + t[:, None] * a_stride + (h * N + n)[None, :], mask=ok, other=0.0).to(tl.float32)
         a += tl.load(bias_ptr + h * N + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
@@ -135,8 +135,7 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
         last = tl.sum(tl.where((i == L - 1)[:, None], total, 0.0), 0)
         tl.store(last_ptr + (chunk * HEADS + h) * N + n, tl.exp(last), mask=n_ok)
         system, scores = decayed(q, k, total, L, tl.float32 if kind == tl.float32 else tl.bfloat16)
-        diagonal = tl.sum(q * k, 1)[:, None]
-        scores = tl.where(i[:, None] == i[None, :], diagonal, scores)
+        scores = tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], scores)
         grown, left = tl.exp(total), tl.exp(last[None, :] - total)
     else:
         a = tl.load(a_ptr + t * a_stride + h, mask=there, other=0.0).to(tl.float32)
@@ -154,9 +153,10 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
     tl.store(keys_ptr + row * N + n[None, :], (k * left).to(kind), mask=ok)
     scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
     tl.store(scores_ptr + row * L + i[None, :], scores.to(kind), mask=there[:, None])
+    inputs = (k * grown * share).to(kind)
     system = tl.where(i[:, None] > i[None, :], share * system, 0.0)
-    inverse = unit_inverse(system, L).to(kind)
-    w = tl.dot(inverse, (k * grown * share).to(kind), input_precision="tf32x3")
+    inverse = unit_inverse(system, L, "tf32x3" if kind == tl.float32 else "tf32").to(kind)
+    w = tl.dot(inverse, inputs, input_precision="tf32x3")
     tl.store(w_ptr + row * N + n[None, :], w.to(kind), mask=ok)
     here = there[:, None] & p_ok[None, :]
     v = tl.load(v_ptr + t[:, None] * v_stride + (h * P + p)[None, :], mask=here, other=0.0).to(tl.float32)
