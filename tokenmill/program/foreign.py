@@ -23,6 +23,7 @@ class TransformersAttention(Op):
     value_dim: int
     scale: float
     window: int = 0  # as in `ops.Attention`
+    chunk: int = 0  # as in `ops.Attention`
     softcap: float = 0.0  # as in `ops.Attention`
 
     @property

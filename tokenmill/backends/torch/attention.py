@@ -198,6 +198,10 @@ class Heads(Protocol):
         """Size of the sliding window; 0: none."""
 
     @property
+    def chunk(self) -> int:
+        """Size of the chunks that tokens attend within; 0: none."""
+
+    @property
     def softcap(self) -> float:
         """Soft cap of the scores; 0: none."""
 
