@@ -124,7 +124,7 @@ def test_runs_single_tokens_and_rewound_positions_equal_the_torch_backends(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not ON_GPU:
-        monkeypatch.setattr(states, "SHAPES_OF_FLOAT32", states.StateShapes(chunk=16, lru_chunk=16))
+        monkeypatch.setattr(states, "SHAPES_OF_FLOAT32", states.StateShapes(chunk=16, lru_chunk=16, channel_chunk=8))
     kind, sizes = CASES[name]
     found, expected = both(kind, **sizes)
     for ring in found._states._rings.values():

@@ -19,6 +19,7 @@ from tokenmill.backends.base import Backend, Step, StepInputs, StepLimits
 from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Job
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
+from tokenmill.program.cost import state_layout
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, scheduler_of
@@ -111,7 +112,7 @@ class Built:
         self.backend: Any = _backend(setup, program, weights, limits)
         loaded = time.perf_counter()
         wanted = max(setup.max_batch_size * 4096, 2 * setup.max_total_tokens) // size
-        blocks = min(wanted, self._room() // self.backend.block_bytes())
+        blocks = min(wanted, self._room() // max(1, self.backend.block_bytes()))
         self.backend.allocate(blocks)
         self.backend.warm_up()
         ready = time.perf_counter()
@@ -119,6 +120,7 @@ class Built:
         info = EngineInfo(
             "bench", "bfloat16", "cuda", "cuda", blocks, size, config["vocab_size"], setup.max_total_tokens - 1,
             setup.max_total_tokens, setup.max_batch_tokens, setup.max_batch_size,
+            shares_prefixes=not state_layout(program),
         )  # fmt: skip
         self.scheduler = scheduler_of(info, GPU_DEFAULTS, program, self.backend.windows)  # as in the server
         if setup.beside is not None:

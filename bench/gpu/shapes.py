@@ -28,12 +28,32 @@ GPT_OSS_20B: dict[str, Any] = {
     "sliding_window": 128, "rope_theta": 150000.0, "tie_word_embeddings": False, "bos_token_id": 199998,
     "eos_token_id": 200002, "torch_dtype": "bfloat16", "transformers_version": "5.0.0",
 }  # fmt: skip
+QWEN3_NEXT: dict[str, Any] = {
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 2048,
+    "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "num_experts": 512,
+    "num_experts_per_tok": 10, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    "intermediate_size": 5120, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.25, "norm_topk_prob": True,
+    "vocab_size": 151936, "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "rope_theta": 10000000.0,
+    "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 151643, "eos_token_id": 151645,
+    "torch_dtype": "bfloat16", "transformers_version": "5.0.0",
+}  # fmt: skip
+BAMBA_9B: dict[str, Any] = {
+    "architectures": ["BambaForCausalLM"], "model_type": "bamba", "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "attn_layer_indices": [9, 18, 27],
+    "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_d_conv": 4,
+    "mamba_expand": 2, "vocab_size": 128256, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 128000, "eos_token_id": 128001,
+    "torch_dtype": "bfloat16", "transformers_version": "5.0.0",
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": LLAMA_8B,
     "1b": LLAMA_8B | {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "intermediate_size": 8192,
                       "tie_word_embeddings": True},
     "30b-a3b": QWEN3_30B_A3B,
     "gpt-oss-20b": GPT_OSS_20B,
+    "qwen3-next-small": QWEN3_NEXT | {"num_hidden_layers": 8},
+    "bamba-9b": BAMBA_9B,
     "tiny": LLAMA_8B | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                         "head_dim": 16, "intermediate_size": 128, "vocab_size": 2048, "max_position_embeddings": 4096,
                         "bos_token_id": 1792, "eos_token_id": 1793},

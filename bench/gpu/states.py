@@ -223,8 +223,10 @@ PREFILLS: dict[str, list[StateShapes]] = {
     "kda": [StateShapes(), StateShapes(delta_columns=16), StateShapes(delta_stages=3)],
     "mamba2_n256": [StateShapes(), StateShapes(scan_warps=8), StateShapes(scan_columns=32, scan_warps=8)],
     "mamba": [
-        StateShapes(channels=channels, channel_stages=stages)
-        for channels, stages in ((8, 4), (16, 4), (32, 4), (8, 1), (8, 8), (4, 4))
+        StateShapes(channels=channels, channel_chunk=chunk, channel_stages=stages)
+        for channels, chunk, stages in (
+            (8, 16, 2), (8, 32, 2), (4, 16, 2), (4, 32, 2), (8, 16, 3), (16, 8, 2), (16, 16, 2), (8, 1, 4)
+        )
     ],
     "lru": [StateShapes(), StateShapes(lru_columns=16), StateShapes(lru_chunk=128), StateShapes(lru_chunk=32)],
 }  # fmt: skip

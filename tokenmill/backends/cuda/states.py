@@ -51,7 +51,8 @@ class StateShapes(NamedTuple):
     delta_warps: int = 4
     delta_stages: int = 2
     channels: int = 8
-    channel_stages: int = 4
+    channel_chunk: int = 16  # 1: token by token
+    channel_stages: int = 2
     lru_chunk: int = 64
     lru_columns: int = 32
 
@@ -207,7 +208,8 @@ class StateLowering:
     ) -> Run:
         block, shapes = power(columns), self._shapes
         sizes = {"WIDTH": width, "N": columns}
-        of_singles, of_runs = Site(scan.scan_columns), Site(scan.scan_columns)
+        together = shapes.channel_chunk > 1
+        of_singles, of_runs = Site(scan.scan_columns), Site(scan.scan_column_chunks if together else scan.scan_columns)
 
         def run(n: Sizes) -> None:
             if singles := singles_of(n):
@@ -216,7 +218,14 @@ class StateLowering:
                     *tensors, *rows_of(n), *numbers, **sizes, BC=64, BN=block, **options,
                     SOME=n.singles is not None, RUNS=False, STAGES=1, num_warps=2,
                 )  # fmt: skip
-            if runs := runs_of(n):
+            runs = runs_of(n)
+            if runs and together:
+                of_runs(
+                    (runs, triton.cdiv(width, shapes.channels)),
+                    *tensors, n.tiles[RUN], *numbers, **sizes, L=shapes.channel_chunk, BC=shapes.channels, BN=block,
+                    **options, STAGES=shapes.channel_stages, num_warps=1,
+                )  # fmt: skip
+            elif runs:
                 of_runs(
                     (runs, triton.cdiv(width, shapes.channels)),
                     *tensors, n.pairs, n.pairs, n.tiles[RUN], *numbers, **sizes, BC=shapes.channels, BN=block,

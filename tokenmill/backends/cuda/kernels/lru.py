@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tokenmill.backends.cuda.kernels.states import row_of, sigmoid, softplus
+from tokenmill.backends.cuda.kernels.states import chained, row_of, sigmoid, softplus
 
 
 @triton.jit
@@ -57,12 +57,6 @@ def lru_single(x_ptr, matrices_ptr, biases_ptr, a_ptr, ring_ptr, out_ptr, pairs_
     tl.store(ring + ((start + 1) % 2)[:, None] * (HEADS * D), state, mask=ok)
     to = out_ptr + t[:, None] * (HEADS * D) + (h * D + c)[None, :]
     tl.store(to, state.to(out_ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def chained(decay, added, next_decay, next_added):
-    """Return two steps of x -> decay · x + added as one."""
-    return decay * next_decay, next_decay * added + next_added
 
 
 @triton.jit

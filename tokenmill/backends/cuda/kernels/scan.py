@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tokenmill.backends.cuda.kernels.states import row_of, softplus
+from tokenmill.backends.cuda.kernels.states import chained, row_of, softplus
 
 
 @triton.jit
@@ -45,6 +45,43 @@ def scan_columns(x_ptr, dt_ptr, b_ptr, c_ptr, a_log_ptr, d_ptr, bias_ptr, ring_p
         state = state * tl.exp(step[:, None] * decay) + (x * step)[:, None] * b[None, :]
         y = tl.sum(state * read[None, :], 1) + d * x
         tl.store(out_ptr + t * WIDTH + c, y.to(out_ptr.dtype.element_ty), mask=col_ok)
+    tl.store(ring_ptr + (slot * 2 + (start + count) % 2) * (WIDTH * N) + at, state, mask=ok)
+
+
+@triton.jit
+def scan_column_chunks(x_ptr, dt_ptr, b_ptr, c_ptr, a_log_ptr, d_ptr, bias_ptr, ring_ptr, out_ptr, runs_ptr, x_stride,
+                       dt_stride, b_stride, c_stride, low, high, WIDTH: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+                       BC: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr,
+                       STAGES: tl.constexpr):  # fmt: skip
+    """Scan runs of tokens as `scan_columns`, L tokens at once. Grid (runs, WIDTH / BC)."""
+    first, start, count, slot = row_of(tl.program_id(0), runs_ptr, runs_ptr, runs_ptr, False, True)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    n = tl.arange(0, BN)
+    i = tl.arange(0, L)
+    col_ok, n_ok = c < WIDTH, n < N
+    ok = col_ok[:, None] & n_ok[None, :]
+    at = c[:, None] * N + n[None, :]
+    decay = -tl.exp(tl.load(a_log_ptr + at, mask=ok, other=0.0).to(tl.float32))
+    d = tl.load(d_ptr + c, mask=col_ok, other=0.0).to(tl.float32)
+    bias = tl.zeros([BC], tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + c, mask=col_ok, other=0.0).to(tl.float32)
+    state = tl.load(ring_ptr + (slot * 2 + start % 2) * (WIDTH * N) + at, mask=ok & (start > 0), other=0.0)
+    for done in tl.range(0, count, L, num_stages=STAGES):
+        there = done + i < count
+        t = (first + done + i)[:, None]
+        here, inside = there[:, None] & col_ok[None, :], there[:, None] & n_ok[None, :]
+        x = tl.load(x_ptr + t * x_stride + c[None, :], mask=here, other=0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + t * dt_stride + c[None, :], mask=here, other=0.0)
+        step = tl.where(here, step_of(dt, bias[None, :], low, high, LIMITED), 0.0)
+        b = tl.load(b_ptr + t * b_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        read = tl.load(c_ptr + t * c_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        kept, added = tl.exp(step[:, :, None] * decay[None, :, :]), (x * step)[:, :, None] * b[:, None, :]
+        kept, added = tl.associative_scan((kept, added), 0, chained)
+        states = kept * state[None, :, :] + added
+        y = tl.sum(states * read[:, None, :], 2) + d[None, :] * x
+        state = tl.sum(tl.where((i == L - 1)[:, None, None], states, 0.0), 0)
+        tl.store(out_ptr + t * WIDTH + c[None, :], y.to(out_ptr.dtype.element_ty), mask=here)
     tl.store(ring_ptr + (slot * 2 + (start + count) % 2) * (WIDTH * N) + at, state, mask=ok)
 
 

@@ -45,6 +45,12 @@ def sigmoid(x):
 
 
 @triton.jit
+def chained(decay, added, next_decay, next_added):
+    """Return two steps of x -> decay · x + added as one."""
+    return decay * next_decay, next_decay * added + next_added
+
+
+@triton.jit
 def same_row(pairs_ptr, t, n, slot, position):
     """Return True where token t of the n tokens of a step is the one of `slot` at `position`."""
     ok = (t >= 0) & (t < n)
