@@ -273,7 +273,7 @@ class CudaBackend:
             states=self._states.nbytes,
             # float32 logits of prompt positions, and two copies
             passing=max(self._sampler.step_bytes, 3 * PROMPT_ROWS * self.vocab_size * 4),
-            graphs=graph_bytes(len(self._graphs), len(self.program.ops)),
+            graphs=graph_bytes(len(self._graphs), self._lowering.num_launches),
             libraries=library_bytes(self._device.real),
         )
 

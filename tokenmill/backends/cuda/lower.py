@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
-from tokenmill.backends.cuda.experts import ExpertLowering
+from tokenmill.backends.cuda.experts import LAUNCHES, ExpertLowering
 from tokenmill.backends.cuda.kernels import rows as kernels
 from tokenmill.backends.cuda.launch import Launch, Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
@@ -73,6 +73,11 @@ class Lowering:
         """Bytes of scratch."""
         split = 0 if self._scratch is None else self._scratch.part.nbytes
         return self._attention.nbytes + self.mixtures.nbytes + self._states.nbytes + split
+
+    @property
+    def num_launches(self) -> int:
+        """Number of kernels that a captured step launches at most, the sampler's not included."""
+        return sum(LAUNCHES if isinstance(op, ops.Experts) else 1 for op in self._memory.program.ops)
 
     def launches(self) -> list[Launch]:
         """Return the launches in the order of the program."""
