@@ -12,7 +12,8 @@ from support_programs import HEAD, HEADS, INNER, KV_HEADS, VOCABULARY, WIDTH, Ar
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
-from tokenmill.backends.cuda.shapes import DecodeShape
+from tokenmill.backends.cuda.shapes import DecodeShape, LatentShape
+from tokenmill.backends.cuda.sizes import expansions_of
 from tokenmill.program import ops, special
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Program, Value
@@ -36,10 +37,14 @@ class Drawn(CudaDriver):
 
 
 def assert_equals_torch(
-    draw: Draw, steps: list[list[tuple[int, int]]] = STEPS, off: float = 2e-4, **options: Any
+    draw: Draw,
+    steps: list[list[tuple[int, int]]] = STEPS,
+    off: float = 2e-4,
+    limits: StepLimits = StepLimits(256, 4, 256, 16),  # noqa: B008  a constant
+    **options: Any,
 ) -> Drawn:
     """Assert that the logits of every step are those of torch, and return the backend."""
-    program, rng, limits = draw.program(), np.random.default_rng(5), StepLimits(256, 4, 256, 16)
+    program, rng = draw.program(), np.random.default_rng(5)
     backend = Drawn(program, draw.source(), limits, **options)
     expected = Driver(program, draw.source(), limits=limits)  # type: ignore[arg-type]
     for step in steps:
@@ -52,7 +57,9 @@ def split_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split short contexts, too: long ones take the interpreter minutes."""
     monkeypatch.setattr("tokenmill.backends.cuda.attention.LEAST_KEYS", 32)
     monkeypatch.setattr("tokenmill.backends.cuda.shapes.LEAST_KEYS", 32)
+    monkeypatch.setattr("tokenmill.backends.cuda.latent.LEAST_KEYS", 32)
     monkeypatch.setattr("tokenmill.backends.cuda.shapes._SHORT", (DecodeShape(16, 4, 16, 1, 4),) * 5)
+    monkeypatch.setattr("tokenmill.backends.cuda.latent.latent_shape", lambda *_: LatentShape(16, 16, 4, 16, 1, 4))
 
 
 class OneLayer(Draw):
@@ -140,3 +147,66 @@ def test_sinks_and_alibi_in_split_attention(
 @pytest.mark.slow
 def test_sinks_beside_a_cache_of_8_bit_floats() -> None:
     assert_equals_torch(Biased(True, True), off=0.1, kv_cache_dtype="fp8_e4m3fn")
+
+
+class Latent(OneLayer):
+    """Attention to compressed rows, with sizes of which most are no powers of two."""
+
+    def __init__(self, heads: int = 3, rotated: bool = True, interleaved: bool = True) -> None:
+        super().__init__(3)
+        self.heads, self.rotated, self.interleaved = heads, rotated, interleaved
+
+    def attend(self, x: Value) -> Value:
+        turned, plain, values, rank = 6, 10, 12, 24
+        (q,) = self.linear(x, self.heads * (plain + turned))
+        latent, key = self.linear(x, rank, turned)
+        y = q.record(
+            ops.LatentAttention, self.heads * values, q=q, latent=latent, key=key, layer=0, value_dim=values,
+            expand=self.weight(self.heads * (plain + values), rank), head_dim=plain + turned, scale=0.3,
+            rope=RopeTable.of(turned, 100.0, 256, None) if self.rotated else None, interleaved=self.interleaved,
+        )  # fmt: skip
+        return self.linear(y, WIDTH)[0]
+
+
+@pytest.mark.parametrize("heads, rotated, interleaved, deterministic", [
+    (3, True, True, False), pytest.param(18, True, False, False, marks=pytest.mark.slow),
+    pytest.param(4, False, True, True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_compressed_rows_are_attended_to_and_expanded(
+    heads: int, rotated: bool, interleaved: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_early(monkeypatch)
+    steps = [[(0, 66), (1, 3)], [(0, 1)], [(0, 2), (1, 1)]]
+    backend = assert_equals_torch(Latent(heads, rotated, interleaved), steps, deterministic=deterministic)
+    found = backend._lowering._latent
+    assert found._parts.any(), "some tokens were split"
+    assert bool(found._tile_sums.any()) != deterministic, "some runs were split"
+    assert backend.block_bytes() == 16 * (24 + 6) * 4
+
+
+@pytest.mark.parametrize("rows_of_class", [pytest.param(1, marks=pytest.mark.slow)])
+def test_splits_of_compressed_rows_are_listed(rows_of_class: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_early(monkeypatch)
+    monkeypatch.setattr("tokenmill.backends.cuda.latent.CLASSES", (rows_of_class, 16, 1 << 30))
+    assert_equals_torch(Latent(), [[(0, 40), (1, 7)], [(1, 1), (0, 1)], [(0, 1), (2, 5), (1, 1)]])
+
+
+def test_few_expanded_rows_are_expanded_for_some_heads_and_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.backends.cuda.latent._EXPANDED", 1)
+    monkeypatch.setattr("tokenmill.backends.cuda.latent._LEAST_HELD", 1)
+    draw = Latent(heads=3)
+    assert_equals_torch(draw, [[(0, 17), (1, 9)], [(1, 3), (2, 9), (0, 6)]], limits=StepLimits(64, 4, 32, 16))
+
+
+@pytest.mark.slow
+def test_compressed_rows_of_8_bit_floats() -> None:
+    assert_equals_torch(Latent(), off=0.1, kv_cache_dtype="fp8_e4m3fn")
+
+
+def test_runs_are_divided_among_expansions() -> None:
+    firsts, starts, counts = np.array([0, 5, 12]), np.array([10, 0, 3], np.int32), np.array([5, 7, 2], np.int32)
+    made = expansions_of(firsts, starts, counts, np.array([4, 2, 9], np.int32), 4, 20)
+    assert made.rows.tolist() == [[4, 15, 0], [2, 7, 0], [9, 5, 7]]
+    tiles = [[0, 10, 4, 4, 0], [4, 14, 1, 4, 0], [5, 0, 4, 2, 0], [9, 4, 3, 2, 0], [12, 3, 2, 9, 7]]
+    assert made.tiles.tolist() == tiles
+    assert [e[2:] for e in made.sent(torch.tensor(0), torch.tensor(0))] == [(0, 1, 0, 2, 15, 15), (1, 2, 2, 3, 12, 7)]

@@ -34,7 +34,7 @@ from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
 from tokenmill.program.ops import Weight
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 
 
 Scales = dict[int, tuple[float, float]]
@@ -75,7 +75,7 @@ class AttentionLowering:
     ) -> None:
         self._memory, self._weights, self._slots = memory, weights, slots
         self._cache_scales, self._invariant, self._flash = options.scales, options.batch_invariant, options.flash
-        self._rank = options.rank
+        self._rank, self._most = options.rank, most_single_rows(memory)
         found = [op for op in memory.program.ops if isinstance(op, ops.Attention)]
         most, device = _most_of([self._scratch_of(op) for op in found]), memory.device.torch
         self._part = torch.empty(most.parts, device=device)
@@ -131,14 +131,9 @@ class AttentionLowering:
 
         return run
 
-    def _most_rows(self) -> int:
-        """Return the most single tokens of a step."""
-        most = max(self._memory.rows["tokens"], self._memory.rows["samples"])
-        return min(most, max(self._memory.limits.max_batch_size, 1))
-
     def _scratch_of(self, op: ops.Attention) -> ScratchSizes:
         kv_heads, shared = op.k.width // op.head_dim, op.q.width // op.k.width
-        most = self._most_rows()
+        most = self._most
         splits = max(
             min(rows, most) * decode_shape(min(rows, most), op.head_dim, shared, True, self._item).splits
             for rows in CLASSES
@@ -170,8 +165,8 @@ class AttentionLowering:
         """Return the factors of products of queries and cached keys, of a capped product, and of cached values."""
         key, value = self._cache_scales.get(op.layer, (1.0, 1.0))
         if op.softcap:
-            return op.scale * key / op.softcap, op.softcap * _LOG2E, value
-        return op.scale * key * _LOG2E, 1.0, value
+            return op.scale * key / op.softcap, op.softcap * LOG2E, value
+        return op.scale * key * LOG2E, 1.0, value
 
     def _fits(self, op: ops.Attention) -> tuple[float, float]:
         """Return the factors of keys and values before they are cached."""
@@ -193,7 +188,7 @@ class AttentionLowering:
     def _biases(self, op: ops.Attention) -> tuple[Tensor, Tensor]:
         """Return the sinks and the slopes of ALiBi of the layer's heads; any tensor where it has none."""
         heads = op.q.width // op.head_dim
-        own = [slope * _LOG2E for slope in op.alibi[self._rank * heads :][:heads]]
+        own = [slope * LOG2E for slope in op.alibi[self._rank * heads :][:heads]]
         slopes = torch.tensor(own, device=self._memory.device.torch) if own else self._sums
         return self._sums if op.sinks is None else self._weights[op.sinks], slopes
 
@@ -203,7 +198,7 @@ class AttentionLowering:
         if key in self._lists:
             return self._lists[key], None
         items = self._lists[key] = torch.zeros(self._listed, dtype=torch.int32, device=self._memory.device.torch)
-        most, launch = power(max(self._most_rows(), 16)), Site(list_splits)
+        most, launch = power(max(self._most, 16)), Site(list_splits)
 
         def make(n: Sizes, rows: int, shape: DecodeShape) -> None:
             launch(
@@ -279,6 +274,11 @@ class AttentionLowering:
             )  # fmt: skip
 
         return run
+
+
+def most_single_rows(memory: Memory) -> int:
+    """Return the most single tokens of a step."""
+    return min(max(memory.rows["tokens"], memory.rows["samples"]), max(memory.limits.max_batch_size, 1))
 
 
 def _most_of(scratches: list[ScratchSizes]) -> ScratchSizes:

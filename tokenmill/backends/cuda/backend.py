@@ -85,7 +85,8 @@ class CudaBackend:
             self._sampler = Sampler(self.logits, self._slots, self._device, options.deterministic)
             self._attention = self._attention_options(job)
             self._lowering = Lowering(self._memory, self._weights, self._slots, self._states, self._attention)
-            self._arrays = StepArrays(limits, self._device, self._slots.padding, self._lowering.tile_tokens)
+            kinds = self._lowering.tile_tokens, self._lowering.expands
+            self._arrays = StepArrays(limits, self._device, self._slots.padding, *kinds)
         except torch.OutOfMemoryError as e:
             self._kernels.close()
             raise NotEnoughMemory(

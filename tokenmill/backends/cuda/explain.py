@@ -54,6 +54,8 @@ def kernels_of(program: Program, options: KernelOptions) -> dict[str, Counter[st
             kernel = _linear(op, _is_gated(op, behind), options)
         elif isinstance(op, ops.Attention):
             kernel = _attention(op, runs, options)
+        elif isinstance(op, ops.LatentAttention):
+            kernel = _latent(op, options)
         elif isinstance(op, ops.GatedAct) and isinstance(before, ops.Linear) and _is_gated(before, op):
             kernel = _behind(_linear(before, True, options))
         else:
@@ -138,6 +140,13 @@ def _attention(op: ops.Attention, runs: str, options: KernelOptions) -> str:
         return f"attend_tiles, {of}"
     tiles = "flashinfer's prefill" if runs == "flashinfer" else "attend_tiles"
     return f"single tokens decode {_splits(op, options)}, runs {tiles}; {of}"
+
+
+def _latent(op: ops.LatentAttention, options: KernelOptions) -> str:
+    of = f"{op.q.width // op.head_dim} heads, compressed rows of {op.latent.width} + {op.key.width}"
+    if options.deterministic:
+        return f"attend_rows, {of}"
+    return f"single tokens attend_rows, runs attend_expanded; {of}"
 
 
 def _splits(op: ops.Attention, options: KernelOptions) -> str:

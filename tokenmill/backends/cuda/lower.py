@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
 from tokenmill.backends.cuda.experts import LAUNCHES, ExpertLowering
 from tokenmill.backends.cuda.kernels import rows as kernels
+from tokenmill.backends.cuda.latent import LatentLowering
 from tokenmill.backends.cuda.launch import Launch, Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import DeviceWeights
@@ -55,6 +56,7 @@ class Lowering:
         options = options or AttentionOptions()
         self._memory, self._weights, self._slots, self._invariant = memory, weights, slots, options.batch_invariant
         self._attention = AttentionLowering(memory, weights.tensors, slots, options)
+        self._latent = LatentLowering(memory, weights.tensors, slots, options)
         self.mixtures = ExpertLowering(memory, weights, options.batch_invariant)
         self._states = StateLowering(memory, weights.tensors, states)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
@@ -69,10 +71,16 @@ class Lowering:
         return self._attention.tile_tokens | self._states.tile_tokens
 
     @property
+    def expands(self) -> tuple[int, int] | None:
+        """See `LatentLowering`."""
+        return self._latent.expands
+
+    @property
     def nbytes(self) -> int:
         """Bytes of scratch."""
         split = 0 if self._scratch is None else self._scratch.part.nbytes
-        return self._attention.nbytes + self.mixtures.nbytes + self._states.nbytes + split
+        others = self._latent.nbytes + self.mixtures.nbytes + self._states.nbytes
+        return self._attention.nbytes + others + split
 
     @property
     def num_launches(self) -> int:
@@ -97,6 +105,7 @@ class Lowering:
             ops.Scale: self._scale,
             ops.SoftCap: self._soft_cap,
             ops.TakeRows: self._take,
+            ops.LatentAttention: self._latent.lower,
             ops.Route: self.mixtures.route,
             ops.Experts: self.mixtures.experts,
             **RowLowering(self._memory, self._weights.tensors).by_kind(),

@@ -87,8 +87,9 @@ class Memory:
 
     def rotations(self) -> list[Tensor]:
         """Return the cosines and sines of all operations that rotate, each tensor once."""
-        rotating = [op for op in self.program.ops if isinstance(op, ops.Attention | ops.Rope)]
-        tables = {(op.rope, op.head_dim) for op in rotating if op.rope is not None}
+        rotating = [op for op in self.program.ops if isinstance(op, ops.Attention | ops.LatentAttention | ops.Rope)]
+        columns = [op.key.width if isinstance(op, ops.LatentAttention) else op.head_dim for op in rotating]
+        tables = {(op.rope, n) for op, n in zip(rotating, columns, strict=True) if op.rope is not None}
         return [part for table in tables for part in self.cos_sin(*table)]
 
     def block_bytes(self) -> int:
@@ -99,7 +100,8 @@ class Memory:
         """Make the cache, with a padding block behind the last one."""
         parts = []
         for spec in self.cache_plan.parts:
-            shape = 2, (num_blocks + 1) * self.limits.block_size, spec.width // 2
+            halves = 2 if [part.name for part in spec.parts] == ["key", "value"] else 1
+            shape = halves, (num_blocks + 1) * self.limits.block_size, spec.width // halves
             parts.append(torch.zeros(shape, dtype=self.cache_dtype, device=self.device.torch))
         self._cache = {layer: parts[part] for layer, (_, part) in self.cache_plan.places.items()}
 
@@ -107,6 +109,11 @@ class Memory:
         """Return keys and values (places, heads · head size)."""
         keys, values = self._cache[layer].unbind(0)
         return keys, values
+
+    def rows_of(self, layer: int) -> Tensor:
+        """Return the compressed rows (places, width) of a layer that has these instead of keys and values."""
+        (rows,) = self._cache[layer].unbind(0)
+        return rows
 
     def clear(self, num_blocks: int) -> None:
         """Clear the first blocks and the padding block."""

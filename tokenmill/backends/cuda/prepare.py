@@ -11,8 +11,8 @@ from tokenmill.program.value import Program
 
 KINDS = (
     ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.Scale,
-    ops.SoftCap, ops.TakeRows, ops.Rope, special.ScaleByPosition, special.XIelu, ops.Route, ops.Experts,
-    *state_limits.KINDS,
+    ops.SoftCap, ops.TakeRows, ops.Rope, ops.LatentAttention, special.ScaleByPosition, special.XIelu, ops.Route,
+    ops.Experts, *state_limits.KINDS,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
@@ -28,6 +28,7 @@ _ACTS = (
 )  # fmt: skip
 _HEAD_SIZES = range(16, 257)
 _WIDEST_NORM = 1 << 16
+_WIDEST_ROW, _WIDEST_TURNED = 512, 128
 _INVARIANT_COLUMNS = 16
 _FLASHINFER_HEADS = (64, 128, 256)
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
@@ -64,6 +65,8 @@ def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool 
     if dtype not in _FLASHINFER_DTYPES:
         return "triton", f"flashinfer has no {dtype} (give `--dtype bfloat16`)"
     for op in program.ops:
+        if isinstance(op, ops.LatentAttention):
+            return "triton", "flashinfer is not used for compressed rows"
         if isinstance(op, ops.Attention) and (op.alibi or op.sinks is not None):
             return "triton", "flashinfer is not used with ALiBi or sinks"
     sizes = {op.head_dim for op in program.ops if isinstance(op, ops.Attention)} - set(_FLASHINFER_HEADS)
@@ -85,6 +88,8 @@ def _why_not(op: Op) -> str:
         return f"it rotates no heads of {op.head_dim}"
     if isinstance(op, ops.Attention):
         return _attention_refusal(op)
+    if isinstance(op, ops.LatentAttention):
+        return _latent_refusal(op)
     return expert_shapes.refusal(op) or state_limits.refusal(op)
 
 
@@ -97,6 +102,17 @@ def _attention_refusal(op: ops.Attention) -> str:
         return "it has no attention within chunks"
     if bool(op.q_norm) != bool(op.k_norm):
         return "it normalizes queries and keys or neither"
+    return ""
+
+
+def _latent_refusal(op: ops.LatentAttention) -> str:
+    turned = op.key.width
+    if op.latent.width > _WIDEST_ROW or turned > _WIDEST_TURNED or turned % 2:
+        return f"its attention has no compressed rows of {op.latent.width} + {turned} columns"
+    if max(op.head_dim - turned, op.value_dim) > _HEAD_SIZES[-1]:
+        return f"its attention to compressed rows has no heads of {max(op.head_dim - turned, op.value_dim)}"
+    if op.rope is not None and (op.rope.interleaved or op.rope.rotary_dim != turned):
+        return "its attention to compressed rows rotates all columns of the key, in halves or by `interleaved`"
     return ""
 
 

@@ -91,6 +91,42 @@ def tile_splits(tiles: int, kv_heads: int, keys: int) -> int:
     return max(1, min(BUSY // max(1, tiles * kv_heads), keys // LEAST_KEYS, 16))
 
 
+class LatentShape(NamedTuple):
+    """Sizes for single tokens that attend to compressed rows: heads and rows of a program, splits, least rows of a
+    split, rounds in flight, warps.
+    """
+
+    heads: int
+    keys: int
+    splits: int
+    least: int
+    stages: int
+    warps: int
+
+
+_LATENT_SPLITS = (64, 16, 4, 2, 1)  # by class of rows
+_LATENT_SPLITS_OF_LONG = (64, 16, 8, 4, 2)
+
+
+def latent_shape(rows: int, heads: int, rank: int, long: bool, item_bytes: int = 2) -> LatentShape:
+    """Return the sizes for `rows` sequences. `heads`: of a query; `rank`: columns of a compressed row."""
+    of_class = class_of(rows)
+    splits = (_LATENT_SPLITS_OF_LONG if long else _LATENT_SPLITS)[of_class]
+    least = 64 if of_class == 0 else 128
+    if item_bytes > 2:
+        return LatentShape(16, 16, splits, least, 1, 4)
+    if heads <= 16:
+        return LatentShape(16, 64, splits, least, 2, 4)
+    return LatentShape(min(power(heads), 64), 64 if rank <= 256 else 32, splits, least, 2, 8)
+
+
+def expanded_shape(columns: int, item_bytes: int = 2) -> TileShape:
+    """Return the sizes for runs that attend to expanded keys of so many columns."""
+    if item_bytes > 2 or columns > 256:
+        return TileShape(64, 32, 2, 4)
+    return TileShape(128, 64, 2, 8)
+
+
 class ChooseShape(NamedTuple):
     """Sizes for choosing tokens: programs a row, logits of a round, rounds, warps."""
 
