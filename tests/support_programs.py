@@ -167,7 +167,7 @@ class Draw:
         if self.chance(0.8):
             q, k = self._rotated(q, k)
         if self.chance(0.05):
-            q = q.record(special.ScaleByPosition, x=q, beta=0.4, length=3)
+            q = q.record(special.ScaleByPosition, x=q, beta=0.4, length=3, offset=self.one_of(0, 1))
         reads = "nothing" if self.plain else self.one_of("nothing", "nothing", "nothing", "before", "after", "raw")
         if reads == "before":  # another operation reads the value that a fusion would remove
             (extra,) = self.linear(self.one_of(q, k), WIDTH)

@@ -90,7 +90,7 @@ class Rows(OneLayer):
         q, k, v = self.linear(x, HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD)
         q, k = (y.record(ops.Rope, x=y, rope=self.table, head_dim=HEAD) for y in (q, k))
         q, k = self.norm(q, HEAD, center=True, bias=True, each=self.each), self.norm(k, HEAD, plain=True, center=True)
-        q = q.record(special.ScaleByPosition, x=q, beta=0.4, length=3)
+        q = q.record(special.ScaleByPosition, x=q, beta=0.4, length=3, offset=1)
         return q.record(ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=0, head_dim=HEAD, scale=0.3)
 
     def act(self, x: Value) -> Value:

@@ -54,7 +54,8 @@ class RowLowering:
         def run(n: Sizes) -> None:
             launch(
                 (n.tokens, triton.cdiv(width, _BLOCK)),
-                x, out, n.pairs, x.stride(0), op.beta, LENGTH=op.length, WIDTH=width, BLOCK=_BLOCK, num_warps=4,
+                x, out, n.pairs, x.stride(0), op.beta, LENGTH=op.length, OFFSET=op.offset, WIDTH=width, BLOCK=_BLOCK,
+                num_warps=4,
             )  # fmt: skip
 
         return run

@@ -102,12 +102,12 @@ def rotate_heads(x_ptr, out_ptr, pairs_ptr, cos_ptr, sin_ptr, x_stride, HEADS: t
 
 
 @triton.jit
-def scale_rows(x_ptr, out_ptr, pairs_ptr, x_stride, beta, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
-    """Set out[t] = x[t] · (1 + beta · ln(1 + position of token t // LENGTH)). Grid (T, WIDTH / BLOCK)."""
+def scale_rows(x_ptr, out_ptr, pairs_ptr, x_stride, beta, LENGTH: tl.constexpr, OFFSET: tl.constexpr,
+               WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Set out[t] = x[t] · (1 + beta · ln(1 + (position of token t + OFFSET) // LENGTH)). Grid (T, WIDTH / BLOCK)."""
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    times = tl.load(pairs_ptr + 2 * t + 1) // LENGTH
+    times = (tl.load(pairs_ptr + 2 * t + 1) + OFFSET) // LENGTH
     factor = 1.0 + beta * tl.log(1.0 + times.to(tl.float32))
     x = tl.load(x_ptr + t * x_stride + c, mask=c < WIDTH, other=0.0).to(tl.float32)
     tl.store(out_ptr + t * WIDTH + c, (x * factor).to(out_ptr.dtype.element_ty), mask=c < WIDTH)
