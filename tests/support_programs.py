@@ -246,10 +246,10 @@ class Draw:
         )  # fmt: skip
 
         def halves(columns: int) -> Weight:
-            parts = [self.weight(inner, columns).parts[0] for _ in "gu"]
+            parts = [self.weight(inner, columns).parts[0] for _ in ("gu" if gated else "u")]
             return Weight(tuple(parts), columns, "column")
 
-        biased = self.chance(0.3)
+        biased, gated = self.chance(0.3), self.chance(0.9)
         return x.record(
             ops.Experts, x=x, ids=ids, factors=factors, act=self.one_of("silu", "relu", "gelu"),
             gate_up=tuple(halves(WIDTH) for _ in range(count)),
@@ -257,6 +257,7 @@ class Draw:
             gate_up_bias=tuple(halves(0) for _ in range(count)) if biased else (),
             down_bias=tuple(self.weight(WIDTH, shard="row") for _ in range(count)) if biased else (),
             limit=self.one_of(0.0, 0.0, 0.5), up_offset=self.one_of(0.0, 0.0, 1.0), scale_inputs=self.chance(0.2),
+            gated=gated,
         )  # fmt: skip
 
     def _mlp(self, x: Value) -> Value:

@@ -66,6 +66,16 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
         },
     ),
+    "nemotron_h_experts": (
+        "nemotron_h",
+        {
+            "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128,
+            "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 16,
+            "time_step_min": 0.2, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "n_routed_experts": 4, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40,
+            "moe_latent_size": 16, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5,
+        },
+    ),
     "qwen3_5_moe": ("qwen3_5_moe_text", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 24}),
     "lfm2_moe": (
         "lfm2_moe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenmill.backends.base import StepLimits
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory, Unsupported
 from tokenmill.models.base import program_of
+from tokenmill.program import ops
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.shard import shard
 from tokenmill.weights.checkpoint import open_checkpoint
@@ -125,6 +127,22 @@ def test_the_bytes_of_a_block_and_of_a_step_are_known_before_they_are_needed(tmp
     assert backend.block_bytes() * 8 == sum(cache.nbytes for cache in backend._cache.values())
     assert backend.block_bytes() == 3 * 2 * 2 * 32 * 4 * 16  # layers, key and value, heads, head size, bytes, tokens
     assert backend.step_bytes() > 4 * 128 * 50_000 * 4  # four copies of the logits of 128 rows
+
+
+@pytest.mark.parametrize("family", ["bloom", "gemma2"])
+def test_scores_of_all_heads_count_among_the_bytes_of_a_step(tmp_path: Path, family: str) -> None:
+    make_checkpoint(tmp_path, family)
+    source = open_checkpoint(local_source(tmp_path))
+    program = program_of(source.config)
+    plain = replace(
+        program,
+        ops=tuple(
+            replace(op, alibi=(), softcap=0.0) if isinstance(op, ops.Attention) else op
+            for op in program.ops
+        ),
+    )
+    with_scores, without = (Driver(p, source).step_bytes() for p in (program, plain))
+    assert with_scores - without == 4 * (256 * 256) * 16  # heads, pairs of tokens, bytes of two copies and a softmax
 
 
 def test_a_cache_that_cannot_be_had_is_said_with_its_size(tmp_path: Path) -> None:

@@ -205,6 +205,21 @@ def test_a_prompt_costs_logits_of_one_row_and_little_of_the_last_layer() -> None
     assert early == 2 * 2048 * (32 * LAYER - saved) + 2 * saved + 2 * HEAD
 
 
+@pytest.mark.parametrize("tokens, context", [(1, 3), (1, 9), (4, 4), (7, 12), (9, 9), (2, 20)])
+def test_a_layer_with_a_window_costs_what_its_queries_read(tokens: int, context: int) -> None:
+    window, rows = 5, 3
+    first = context - tokens
+    seen = [range(max(0, p + 1 - window), p + 1) for p in range(first, context)]
+    every = [range(p + 1) for p in range(first, context)]
+    load = Load(rows * tokens, rows, rows * context, rows * sum(map(len, every)))
+    assert load.within(0) == (rows * context, rows * sum(map(len, every)))
+    assert load.within(window) == (rows * len(set().union(*seen)), rows * sum(map(len, seen)))
+    mistral = LLAMA_8B | {"model_type": "mistral", "sliding_window": window}
+    found = of_kind(program_of(mistral), ops.Attention, load)
+    assert found.flops == 32 * 4 * 4096 * load.within(window)[1]
+    assert found.cache == (load.within(window)[0] + load.tokens) * KV
+
+
 def test_two_ranks_halve_all_but_the_norms() -> None:
     one, two, load = program_of(LLAMA_8B), shard(program_of(LLAMA_8B), 2), Load.decode(1, 512)
     assert of_kind(two, ops.Linear, load).weights * 2 == of_kind(one, ops.Linear, load).weights

@@ -80,6 +80,15 @@ def stacked(
     )
 
 
+def ungated(scopes: list[Scope], width: int, inner: int, names: tuple[str, str] = ("up_proj", "down_proj")) -> Bank:
+    """Return the bank of experts without gates that are stored one by one. `names`: up and down."""
+    up, down = ([scope / name / "weight" for scope in scopes] for name in names)
+    return Bank(
+        tuple(Weight((Part(name, inner),), width, "column") for name in up),
+        tuple(Weight((Part(name, width),), inner, "row") for name in down),
+    )
+
+
 class MoeMlp:
     """Mixture of experts. `shared`: a feed-forward layer that every row passes as well; `more`: fields of `Experts`."""
 

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenmill.layers.attention import Rope
+from tokenmill.layers.linear import Linear
 from tokenmill.layers.mamba2 import Mamba2, Sizes
 from tokenmill.layers.mlp import Mlp
+from tokenmill.layers.moe import Router, ungated
 from tokenmill.layers.scope import Scope
-from tokenmill.models import _mamba2, llama, mamba
+from tokenmill.models import _mamba2, _moe, llama, mamba
+from tokenmill.models._moe import Count
 from tokenmill.models.base import Length
 from tokenmill.models.llama import Apply, Biases, HeadDim, Size
 from tokenmill.models.mamba import Kernel
+from tokenmill.program import ops
+from tokenmill.program.value import Value
 
 _KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 """Letter of `hybrid_override_pattern` -> kind of a layer"""
@@ -40,14 +45,23 @@ class Config(llama.Config, kw_only=True):
     layers_block_type: list[str] | None = None
     layer_types: list[str] | None = None
     hybrid_override_pattern: str | None = None
+    n_routed_experts: Count = 8
+    moe_intermediate_size: Size = 7688
+    moe_shared_expert_intermediate_size: Size = 7688
+    moe_latent_size: Size | None = None  # columns of the experts' inputs and outputs; None: hidden_size
+    num_experts_per_tok: Count = 2
+    routed_scaling_factor: float = 1.0
+    n_group: Count = 1
+    topk_group: Count = 1
+    norm_topk_prob: bool = True
 
     def __post_init__(self) -> None:
-        """Raise ValueError for inconsistent numbers, or for layers of a kind that is not served."""
+        """Raise ValueError for inconsistent numbers, or for layers of an unknown kind."""
         super().__post_init__()
-        served = [kind for kind in _KINDS.values() if kind != "moe"]
-        if not set(self.kinds) <= set(served):
-            others = ", ".join(sorted(set(self.kinds) - set(served)))
-            raise ValueError(f"its layers are of {others}, too; this model type is served with {', '.join(served)}")
+        if not set(self.kinds) <= set(_KINDS.values()):
+            others = ", ".join(sorted(set(self.kinds) - set(_KINDS.values())))
+            raise ValueError(f"its layers are of {others}, too; known are {', '.join(_KINDS.values())}")
+        _moe.check_top_k(self.num_experts_per_tok, self.n_routed_experts)
         if self.mamba_num_heads % self.n_groups:
             raise ValueError(f"{self.n_groups} groups do not divide {self.mamba_num_heads} heads")
         self.num_hidden_layers = len(self.kinds)
@@ -78,6 +92,34 @@ class Config(llama.Config, kw_only=True):
         return None
 
 
+class Experts:
+    """Experts without gates, which may read compressed rows, and one that all rows share."""
+
+    def __init__(self, c: Config, scope: Scope) -> None:
+        width, act = c.moe_latent_size or c.hidden_size, llama.act_of(c.mlp_hidden_act)
+        self.router = Router(
+            scope, c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, correction="gate.e_score_correction_bias",
+            score="sigmoid", groups=c.n_group, top_groups=c.topk_group, group_best=2, renormalize=c.norm_topk_prob,
+            least_sum=1e-20, scale=c.routed_scaling_factor,
+        )  # fmt: skip
+        self.bank = ungated(_moe.numbered(scope, c.n_routed_experts), width, c.moe_intermediate_size)
+        self.compress, self.expand = (
+            Linear(scope, a, f"{name}_latent_proj", b, bias=c.mlp_bias) if c.moe_latent_size else None
+            for name, a, b in (("fc1", c.hidden_size, width), ("fc2", width, c.hidden_size))
+        )
+        names, inner = ("up_proj", "down_proj"), c.moe_shared_expert_intermediate_size
+        self.shared = Mlp(scope / "shared_experts", c.hidden_size, inner, act, names, bias=c.mlp_bias)
+        self.act = act
+
+    def __call__(self, x: Value) -> Value:
+        """Apply the layer to x, (rows, width); the result has the same shape."""
+        ids, factors = self.router(x)
+        inner = x if self.compress is None else self.compress(x)
+        fields: dict[str, Any] = {"ids": ids, "factors": factors, "act": self.act, **self.bank._asdict()}
+        y = inner.record(ops.Experts, x=inner, gated=False, **fields)
+        return (y if self.expand is None else self.expand(y)) + self.shared(x)
+
+
 class Layer(mamba.Layer):
     """Norm, one mixer and residual connection."""
 
@@ -87,6 +129,8 @@ class Layer(mamba.Layer):
             return Mamba2(c.sizes, scope, layer)
         if c.kinds[layer] == "full_attention":
             return llama.Attention(c, scope, layer)
+        if c.kinds[layer] == "moe":
+            return Experts(c, scope)
         act = llama.act_of(c.mlp_hidden_act)
         return Mlp(scope, c.hidden_size, c.intermediate_size, act, ("up_proj", "down_proj"), bias=c.mlp_bias)
 

@@ -21,6 +21,20 @@ class Load:
     context: int  # cache entries read, summed over sequences, including those that this step writes
     pairs: int  # (query, key) pairs
 
+    def within(self, window: int) -> tuple[float, float]:
+        """Return `context` and `pairs` of a layer with a window, as if all sequences had the mean sizes.
+
+        `window`: in tokens; 0: none.
+        """
+        if not window or not self.tokens:
+            return self.context, self.pairs
+        rows = max(self.samples, 1)
+        count, context = self.tokens / rows, self.context / rows
+        first = context - count
+        unfilled = min(max(window - first, 0), count)  # queries that attend to all tokens before them
+        pairs = unfilled * first + unfilled * (unfilled + 1) / 2 + (count - unfilled) * window
+        return rows * min(context, window + count - 1), rows * pairs
+
     @staticmethod
     def decode(rows: int, context: int) -> Load:
         """Return the load of one token for each of `rows` sequences of `context` tokens, the new one included."""
@@ -59,7 +73,7 @@ Bits = Callable[[Weight], float]
 def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes: int = 2) -> Cost:
     """Return the cost of one operation.
 
-    A sliding window is counted as if it were full, and a state as read and written once for each row that samples.
+    A state is counted as read and written once for each row that samples.
     """
     rows = {"tokens": load.tokens, "samples": load.samples}
     values = (*op.reads().values(), *op.results().values())
@@ -74,8 +88,9 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
     if isinstance(op, ops.Linear):
         return Cost(size(op.weight) + (size(op.bias) if op.bias else 0), 0, moved, 2 * n * op.weight.size)
     if isinstance(op, ops.Attention):
-        entries = load.context + load.tokens
-        return Cost(0, op.keeps().width * cache_bytes * entries, moved, 4 * op.q.width * load.pairs)
+        cache = op.keeps()
+        context, pairs = load.within(cache.window)
+        return Cost(0, cache.width * cache_bytes * (context + load.tokens), moved, 4 * op.q.width * pairs)
     if isinstance(op, foreign.TransformersAttention):
         entries = load.context + load.tokens
         return Cost(0, op.keeps().width * cache_bytes * entries, 0, 4 * op.heads * op.head_dim * load.pairs)

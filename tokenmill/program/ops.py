@@ -354,8 +354,9 @@ class Route(Op):
 class Experts(Op):
     """Sum factor · down(act(gate(x)) · up(x)) over the experts of each row. `ids` and `factors`: results of a Route.
 
-    There is a weight for each expert, with the outputs gate | up. If `limit`, gate is at most and up at most and at
-    least of this magnitude. `up_offset` is added to up. If `scale_inputs`, the factor multiplies x and not the output.
+    There is a weight for each expert, with the outputs gate | up. If not `gated`, there is only up, and act(up(x))
+    takes the place of the product. If `limit`, gate is at most and up at most and at least of this magnitude.
+    `up_offset` is added to up. If `scale_inputs`, the factor multiplies x and not the output.
     """
 
     sharded_by = "down"
@@ -370,6 +371,7 @@ class Experts(Op):
     limit: float = 0.0
     up_offset: float = 0.0
     scale_inputs: bool = False
+    gated: bool = True
 
 
 class Quantize(Op):

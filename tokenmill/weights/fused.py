@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-_GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
+_GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
 
 
 class Part(NamedTuple):
@@ -26,15 +26,16 @@ def parts_of(name: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[Part]:
 
     `shapes`: of all tensors. Tensors that hold transposed matrices are not divided: models read them as they are.
     """
-    prefix = name.removesuffix(_GATE_UP).removesuffix(_DOWN)
-    if prefix == name:
-        return
-    gate_up, down = (shapes.get(prefix + suffix, ()) for suffix in (_GATE_UP, _DOWN))
-    if len(gate_up) != 3 or len(down) != 3 or gate_up != (down[0], 2 * down[2], down[1]):
+    suffix = next((suffix for suffix in (_GATE_UP, _UP, _DOWN) if name.endswith(suffix)), "")
+    prefix = name.removesuffix(suffix)
+    gate_up, up, down = (shapes.get(prefix + suffix, ()) for suffix in (_GATE_UP, _UP, _DOWN))
+    if not suffix or len(down) != 3:
         return
     experts, width, inner = down
-    matrices = ("gate_proj", "up_proj") if name.endswith(_GATE_UP) else ("down_proj",)
-    shape = (inner, width) if len(matrices) == 2 else (width, inner)
+    if gate_up != (experts, 2 * inner, width) and up != (experts, inner, width):
+        return
+    matrices = {_GATE_UP: ("gate_proj", "up_proj"), _UP: ("up_proj",), _DOWN: ("down_proj",)}[suffix]
+    shape = (width, inner) if suffix == _DOWN else (inner, width)
     for i in range(experts):
         for j, matrix in enumerate(matrices):
             yield Part(f"{prefix}experts.{i}.{matrix}.weight", shape, (i * len(matrices) + j) * prod(shape))

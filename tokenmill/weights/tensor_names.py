@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_BLOCK = (r"\.mlp\.(?=(experts|gate)\.)", ".block_sparse_moe.")
+_BLOCK = (r"\.mlp\.", ".block_sparse_moe.")
 _LETTERS = (
     (r"\.experts\.(\d+)\.gate_proj\.", r".experts.\1.w1."),
     (r"\.experts\.(\d+)\.up_proj\.", r".experts.\1.w3."),
@@ -19,9 +19,9 @@ _PATTERNS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
     ),
     "mixtral": (_BLOCK, *_LETTERS),
-    "minimax_m2": (
-        (r"\.mlp\.gate\.e_score_correction_bias$", ".block_sparse_moe.e_score_correction_bias"), _BLOCK, *_LETTERS,
-    ),
+    "minimax_m2": (_BLOCK, *_LETTERS),
+    "ernie4_5_moe": ((r"\.gate\.moe_statics\.", ".moe_statics."),),
+    "nemotron_h": ((r"^model\.", "backbone."),),
     "phimoe": ((r"\.mlp\.router\.", ".mlp.gate."), _BLOCK, *_LETTERS),
     "lfm2_moe": _LETTERS,
     "olmo_hybrid": (

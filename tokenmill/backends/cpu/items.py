@@ -88,6 +88,8 @@ def refused(op: Op) -> str:
         return ""
     if op.limit or op.up_offset or op.scale_inputs:
         return "it has no kernel for experts with limits, offsets or factors of their inputs"
+    if not op.gated:
+        return "it has no kernel for experts without gates"
     if op.act not in ACTS:
         return f"it has no kernel for the activation {op.act}"
     if op.x.width % BLOCK or op.down[0].columns % BLOCK:

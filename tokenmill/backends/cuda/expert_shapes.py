@@ -58,6 +58,8 @@ def refusal(op: Op) -> str:
             return f"it has kernels for {MOST_EXPERTS} experts at most, not {op.weight.rows}"
         if op.top_k > MOST_CHOSEN:
             return f"it has kernels for {MOST_CHOSEN} experts of a row at most, not {op.top_k}"
+    if isinstance(op, ops.Experts) and not op.gated:
+        return "it has no kernel for experts without gates"
     return ""
 
 

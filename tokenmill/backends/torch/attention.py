@@ -290,9 +290,20 @@ def _scaled(
     return scores.float().softmax(-1).to(q.dtype) @ v.repeat_interleave(group, 1)
 
 
-def scratch_bytes(max_total_tokens: int, max_batch_tokens: int, widest_kv: int, item_bytes: int) -> int:
-    """Return the bytes that the buckets of a step need at most: gathered keys and values, and masks."""
+def scratch_bytes(
+    max_total_tokens: int, max_batch_tokens: int, widest_kv: int, item_bytes: int, score_heads: int = 0
+) -> int:
+    """Return the bytes that the buckets of a step need at most: gathered keys and values, masks, and scores.
+
+    `score_heads`: most heads of a layer whose scores of all heads are held, as `holds_scores` returns; 0: no layer.
+    """
     keys = max(KEYS, max_total_tokens) * widest_kv * 2
-    mask = max(MASK, max_total_tokens)
-    kept = min(KEPT, max_batch_tokens * max_total_tokens)
-    return (keys + mask + kept) * item_bytes
+    pairs = max_batch_tokens * max_total_tokens
+    mask, kept = min(max(MASK, max_total_tokens), pairs), min(KEPT, pairs)
+    scores = score_heads * mask * (2 * item_bytes + 2 * 4)  # two copies, then the softmax in float32
+    return (keys + mask + kept) * item_bytes + scores
+
+
+def holds_scores(op: ops.Attention) -> bool:
+    """Return True if a layer's scores, or biases, of all heads are in memory at the same time."""
+    return bool(op.alibi or op.softcap or op.sinks is not None)

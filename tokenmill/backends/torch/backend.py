@@ -126,8 +126,10 @@ class TorchBackend:
             return rows[buffer.rows] * buffer.width * self.dtype.itemsize
 
         widest = max((-(-spec.width // 2) for spec in self._cache_plan.parts), default=0)
+        layers = [op for op in self.program.ops if isinstance(op, ops.Attention) and attention.holds_scores(op)]
+        heads = max((op.q.width // op.head_dim for op in layers), default=0)
         gathered = attention.scratch_bytes(
-            self.limits.max_total_tokens, self.limits.max_batch_tokens, widest, self.dtype.itemsize
+            self.limits.max_total_tokens, self.limits.max_batch_tokens, widest, self.dtype.itemsize, heads
         )
         sampled = 4 * rows["samples"] * self.vocab_size * 4  # float32 copies of logits in a full tail
         states = state_bytes(state_layout(self.program), self.dtype.itemsize) * self.limits.max_batch_size

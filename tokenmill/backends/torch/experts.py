@@ -62,9 +62,14 @@ def mixed(
         factor = factors[row, place, None].to(x.dtype)
         rows = x[row] * factor if op.scale_inputs else x[row]
         bias, down_bias = (weights[some[e]] if some else None for some in (op.gate_up_bias, op.down_bias))
-        gate, up = F.linear(rows, weights[op.gate_up[e]], bias).chunk(2, -1)
-        if op.limit:
-            gate, up = gate.clamp(max=op.limit), up.clamp(-op.limit, op.limit)
-        y = F.linear(act(gate) * (up + op.up_offset), weights[op.down[e]], down_bias)
+        inner = F.linear(rows, weights[op.gate_up[e]], bias)
+        if op.gated:
+            gate, up = inner.chunk(2, -1)
+            if op.limit:
+                gate, up = gate.clamp(max=op.limit), up.clamp(-op.limit, op.limit)
+            inner = act(gate) * (up + op.up_offset)
+        else:
+            inner = act(inner)
+        y = F.linear(inner, weights[op.down[e]], down_bias)
         out.index_add_(0, row, y if op.scale_inputs else y * factor)
     return out
