@@ -1,10 +1,16 @@
-"""Tiny random checkpoints of the families that keep a state per sequence."""
+"""Tiny random checkpoints of the families that keep a state per sequence, and programs of single such layers."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from support_models import SIZES
+from support_programs import VOCABULARY, Draw
+
+from tokenmill.program import ops, recurrence
+from tokenmill.program.ops import Weight
+from tokenmill.program.value import Inputs, Value
 
 _MAMBA: dict[str, Any] = {
     "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 128, "time_step_rank": 3,
@@ -69,7 +75,7 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h_experts": (
         "nemotron_h",
         {
-            "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128,
+            "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128,
             "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 16,
             "time_step_min": 0.2, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
             "n_routed_experts": 4, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40,
@@ -139,3 +145,58 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Name -> (model_type, configuration)."""
+
+
+class Layers(Draw):
+    """Programs of one layer with a state of each kind. `sizes`: of the kind."""
+
+    def __init__(self, kind: str, **sizes: Any) -> None:
+        super().__init__(0)
+        self.kind, self.sizes = kind, sizes
+
+    def _model(self, inputs: Inputs) -> Value:
+        table = self.weight(VOCABULARY, 32, table=True)
+        x = inputs.ids.record(ops.Embed, 32, ids=inputs.ids, table=table)
+        y = getattr(self, self.kind)(x, **self.sizes)
+        y = x + self.linear(y, 32)[0]
+        return self.linear(y.record(ops.TakeRows, rows="samples", x=y), VOCABULARY)[0]
+
+    def conv(self, x: Value, taps: int = 4, act: str = "silu", bias: bool = True) -> Value:
+        _, y, _ = self.linear(x, 8, 40, 8)  # a view
+        y = y.record(
+            recurrence.CausalConv, x=y, weight=self.weight(40, taps), bias=self.weight(40) if bias else None, layer=0
+        )
+        return y.record(ops.Act, x=y, act=act) if act else y
+
+    def space(
+        self, x: Value, heads: int = 3, width: int = 8, columns: int = 8, groups: int = 1, each: bool = False,
+        limits: tuple[float, float] = (0.0, math.inf), bias: bool = True,
+    ) -> Value:  # fmt: skip
+        a, dt, b, c = self.linear(x, heads * width, heads, groups * columns, groups * columns)
+        return a.record(
+            recurrence.StateSpace, x=a, dt=dt, b=b, c=c, a_log=self.weight(heads, columns if each else 0),
+            d=self.weight(heads), dt_bias=self.weight(heads) if bias else None, groups=groups, limits=limits, layer=0,
+        )  # fmt: skip
+
+    def delta(
+        self, x: Value, heads: int = 4, shared: int = 2, columns: int = 8, width: int = 12, each: bool = False,
+        rate: float = 1.0,
+    ) -> Value:  # fmt: skip
+        keys = heads // shared * columns
+        decays = heads * columns if each else heads
+        q, k, v, a, b = self.linear(x, keys, keys, heads * width, decays, heads)
+        return v.record(
+            recurrence.DeltaRule, q=q, k=k, v=v, a=a, b=b, a_log=self.weight(heads), dt_bias=self.weight(decays),
+            head_dim=columns, rate=rate, layer=0,
+        )  # fmt: skip
+
+    def lru(self, x: Value, heads: int = 2, columns: int = 20) -> Value:
+        (y,) = self.linear(x, heads * columns)
+
+        def gate() -> tuple[Weight, ...]:
+            return tuple(self.weight(columns, columns) for _ in range(heads))
+
+        return y.record(
+            recurrence.RgLru, x=y, input_gate=gate(), input_bias=self.weight(heads, columns), recurrence_gate=gate(),
+            recurrence_bias=self.weight(heads, columns), a=self.weight(heads * columns), layer=0,
+        )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from support_cpu import CpuDriver
 from support_programs import Arrays, Draw, logits_of, same, steps
 from support_ranks import of_ranks
+from support_states import Layers
 
 from tokenmill.backends.cpu import prepare
 from tokenmill.errors import Unsupported
@@ -122,6 +123,14 @@ def test_the_cpu_backend_computes_a_drawn_program_or_refuses_it(drawn: Any) -> N
         message = f"seed {seed}\n{program}\n--- lowered\n{backend.program}"
         assert same(got, want, 3e-3), message  # its activations are approximations
     assert refused.total() < len(drawn[::2]) * 0.9, refused
+
+
+def test_an_activation_behind_a_convolution_is_part_of_it() -> None:
+    drawn = Layers("conv")
+    program = drawn.program()
+    fused = passes.fuse(program, passes.act_into_conv)
+    assert len(fused.ops) == len(program.ops) - 1
+    assert same(logits_of(fused, drawn.source()), logits_of(program, drawn.source()))
 
 
 def test_rows_that_something_later_needs_are_not_left_out() -> None:
