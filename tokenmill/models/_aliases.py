@@ -60,7 +60,7 @@ ALIASES: dict[str, Alias] = {
     "kimi_k2": Alias("deepseek_v3"),
     "qwen2_5_omni_text": Alias("qwen2", _QWEN_VL | {
         "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "max_window_layers": 28,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "max_window_layers": 28, "tie_word_embeddings": True,
     }),
     "qwen2_5_vl": Alias("qwen2", _QWEN_VL),  # config.json of transformers 4, in which the language part lies flat
     "qwen2_5_vl_text": Alias("qwen2", _QWEN_VL),

@@ -13,12 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_
 import msgspec
 
 from tokenmill import plugins
-from tokenmill.errors import ModelError, StartError
+from tokenmill.errors import ModelError, StartError, Unsupported
 from tokenmill.layers.scope import Scope
 from tokenmill.misfit import misfit
 from tokenmill.models._aliases import ALIASES
 from tokenmill.program.value import Inputs, Program, Value, record
-from tokenmill.weights.checkpoint import language_config
+from tokenmill.weights.checkpoint import language_path
 
 _ROPE_PLACES = ("rope_scaling", "rope_parameters")
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
@@ -111,16 +111,32 @@ def facts_of(config: dict[str, Any]) -> Config:
         raise ModelError(f"config.json: max_position_embeddings is {length!r}; {expected}.") from None
 
 
+def find(model_type: str) -> Any:
+    """Import the file that builds a model type. Raises Unsupported with the model types that a file builds."""
+    alias = ALIASES.get(model_type)
+    if alias is not None:
+        return plugins.find("models", alias.of)
+    try:
+        return plugins.find("models", model_type)
+    except Unsupported:
+        raise Unsupported("model type", model_type, names()) from None
+
+
+def names() -> list[str]:
+    """Return every model type that a file of this package builds, or a plug-in."""
+    return sorted({*plugins.names("models"), *ALIASES})
+
+
 def language_part(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config.json of a multimodal model's language part; `config` itself if the model is not multimodal.
 
     The dtype is that of the whole model. What the part does not state of `_INHERITED` is inherited.
     """
-    nested = language_config(config)
-    if nested is config:
+    path = language_path(config)
+    if len(path) == 1:
         return config
-    inherited = {name: config[name] for name in _INHERITED if name in config}
-    return {**inherited, **nested, "dtype": dtype_of(config) or dtype_of(nested)}
+    inherited = {name: part[name] for part in path for name in _INHERITED if name in part}
+    return {**inherited, **path[-1], "dtype": next((dtype for part in path if (dtype := dtype_of(part))), None)}
 
 
 def make(config: dict[str, Any]) -> Callable[[Inputs], Value]:
@@ -201,8 +217,7 @@ def _module(config: dict[str, Any]) -> Any:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError("config.json names no model_type: it does not belong to a language model of transformers.")
-    alias = ALIASES.get(model_type)
-    return plugins.find("models", model_type if alias is None else alias.of)
+    return find(model_type)
 
 
 def _fields(config: dict[str, Any], kind: type[Config]) -> dict[str, Any]:

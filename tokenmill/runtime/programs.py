@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from tokenmill import plugins
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.errors import Unsupported
 from tokenmill.extras import TRANSFORMERS_MAY, has_transformers
+from tokenmill.models import base
 from tokenmill.models.base import Config, Programs, dtype_of, language_part, programs_of
 from tokenmill.weights.checkpoint import Checkpoint
 
@@ -30,14 +30,14 @@ def programs_for(checkpoint: Checkpoint, options: BackendOptions) -> Programs:
     if not isinstance(name, str) or (options.backend != "transformers" and _is_here(name)):
         return programs_of(config)
     if not has_transformers():
-        raise Unsupported("model type", name, plugins.names("models"), TRANSFORMERS_MAY)
+        raise Unsupported("model type", name, base.names(), TRANSFORMERS_MAY)
     return _recorded(part, str(getattr(checkpoint, "folder", "")), options.trust_remote_code)
 
 
 def _is_here(name: str) -> bool:
     """Return True if this package, or a plug-in, has a file for a model type."""
     try:
-        plugins.find("models", name)
+        base.find(name)
     except Unsupported:
         return False
     return True
@@ -51,9 +51,9 @@ def _recorded(config: dict[str, Any], folder: str, trusts_code: bool) -> Program
     name, code = config["model_type"], ""
     if not library.is_known(name):
         if not library.has_code(config, folder):
-            raise Unsupported("model type", name, plugins.names("models"), _UNKNOWN)
+            raise Unsupported("model type", name, base.names(), _UNKNOWN)
         if not trusts_code:
-            raise Unsupported("model type", name, plugins.names("models"), _UNTRUSTED)
+            raise Unsupported("model type", name, base.names(), _UNTRUSTED)
         code = folder
         _log.warning("Python code in %s defines the %s model and is run, as --trust-remote-code allows.", code, name)
     elif trusts_code and "auto_map" in config:

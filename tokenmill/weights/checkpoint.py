@@ -129,11 +129,16 @@ def model_config(source: ModelSource) -> dict[str, Any]:
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the object of config.json that describes a model's language part; `config` if it has no other part."""
+    return language_path(config)[-1]
+
+
+def language_path(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the objects of config.json from the whole model's to that of its language part."""
     for name in _LANGUAGE_PARTS:
         nested = config.get(name)
         if isinstance(nested, dict) and isinstance(nested.get("model_type"), str):
-            return language_config(nested)
-    return config
+            return [config, *language_path(nested)]
+    return [config]
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
