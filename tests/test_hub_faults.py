@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -281,6 +282,31 @@ def test_a_file_that_comes_with_another_size_is_fetched_anew_and_then_named(clie
     client.hub.add("owner/other", FILES | {"model.safetensors": EMPTY + b" "})
     answers = iter([b"short"] * 20)
     assert "sent 5 bytes of a file that has 11" in client.fault("owner/other")
+
+
+@pytest.mark.parametrize("git", [False, True])
+def test_a_file_of_another_content_is_fetched_anew_and_then_named_and_not_kept(client: Client, git: bool) -> None:
+    right, wrong = FILES["model.safetensors"], EMPTY[:-1] + b"]"
+    name = hashlib.sha1(b"blob 10\0" + right).hexdigest() if git else hashlib.sha256(right).hexdigest()
+    bodies: list[bytes] = [wrong]
+
+    def damaged(request: str) -> Answer | None:
+        if not request.endswith("model.safetensors"):
+            return None
+        body = bodies.pop(0) if bodies and request.startswith("GET") else right
+        sha = request.split("/resolve/")[1].partition("/")[0]
+        return Answer(200, body, {"ETag": f'"{name}"', "X-Repo-Commit": sha})
+
+    client.hub.override = damaged
+    assert (Path(client.get().path) / "model.safetensors").read_bytes() == right
+    client.hub.add("owner/other", FILES)
+    bodies += [wrong] * 20
+    said = client.fault("owner/other")
+    assert f"sent model.safetensors with a wrong content: its {'sha1' if git else 'sha256'} is" in said
+    assert f"should be {name}. The file was removed" in said
+    assert not [path for path in client.cache.rglob(name) if "other" in str(path)]
+    bodies.clear()
+    assert (Path(client.get("owner/other").path) / "model.safetensors").read_bytes() == right
 
 
 @pytest.mark.parametrize("answer, message", [

@@ -279,3 +279,27 @@ def test_experts_that_cannot_be_had_are_refused(config: dict[str, Any], words: s
     with pytest.raises(ModelError) as found:
         program_of(EXPERTS | config)
     assert words in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "model_type, field, value",
+    [
+        ("llama", "rms_norm_eps", float("nan")),
+        ("llama", "rope_theta", float("inf")),
+        ("granite", "logits_scaling", float("-inf")),
+        ("mamba2", "num_hidden_layers", 1 << 20),
+        ("mamba", "expand", 1e308),
+        ("jamba", "hidden_size", 0),
+        ("jamba", "hidden_size", 1 << 40),
+        ("jamba", "mamba_expand", float("nan")),
+        ("jamba", "mamba_dt_rank", -1),
+        ("falcon_h1", "mamba_expand", float("inf")),
+        ("granitemoehybrid", "mamba_expand", -2.0),
+        ("gpt_oss", "swiglu_limit", float("nan")),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_by_the_name_of_their_field(
+    model_type: str, field: str, value: float
+) -> None:
+    with pytest.raises(ModelError, match=rf"config.json of the {model_type} model cannot be used: .*`{field}`"):
+        config_of({"model_type": model_type, field: value})

@@ -133,7 +133,7 @@ def set_up(level: str = "info", *, json: bool = False, process: str = "", flat: 
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "huggingface_hub"):
+    for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "filelock", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for name, wanted in parse_levels(level)[0].items():
         logging.getLogger(name).setLevel(wanted)

@@ -9,7 +9,7 @@ from tokenmill.layers.mamba2 import Mamba2, Sizes
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama, mamba2
 from tokenmill.models.llama import Apply, Size
-from tokenmill.models.mamba import Kernel
+from tokenmill.models.mamba import Factor, Kernel
 
 KINDS = {"attention": "full_attention", "mamba": "linear_attention", "mamba2": "linear_attention"}
 """Kind of a layer in older versions of transformers -> its name now"""
@@ -24,7 +24,7 @@ class Hybrid(llama.Config, kw_only=True):
     mamba_n_groups: Size = 1
     mamba_d_state: Size = 256
     mamba_d_conv: Kernel = 4
-    mamba_expand: float = 2
+    mamba_expand: Factor = 2
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
     time_step_limit: tuple[Any, Any] | None = (0.0, float("inf"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import msgspec
@@ -86,12 +87,22 @@ def config_of(config: dict[str, Any]) -> Any:
     module = _module(config)
     try:
         given = _without_nulls(_fields(config, module.Config), module.Config)
-        return msgspec.convert(given, module.Config, strict=False)
+        made = msgspec.convert(given, module.Config, strict=False)
+        _refuse_infinite(made)
+        return made
     except msgspec.ValidationError:
         why = misfit(given, module.Config, strict=False).sentence("its content")
         raise ModelError(f"config.json of the {config['model_type']} model cannot be used: {why}.") from None
-    except ValueError as e:
+    except (ValueError, ArithmeticError) as e:
         raise ModelError(f"config.json of the {config['model_type']} model cannot be used: {e}.") from e
+
+
+def _refuse_infinite(config: Config) -> None:
+    """Raise ValueError for a field that is no finite number, which JSON can state and no model can have."""
+    for field in msgspec.structs.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"`{field.encode_name}` is {value}, which is no finite number")
 
 
 def facts_of(config: dict[str, Any]) -> Config:

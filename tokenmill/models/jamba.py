@@ -14,7 +14,7 @@ from tokenmill.models import _moe, llama, mamba
 from tokenmill.models._moe import Count, Natural
 from tokenmill.models.base import Length
 from tokenmill.models.llama import Apply, Size
-from tokenmill.models.mamba import Kernel
+from tokenmill.models.mamba import Factor, Kernel
 from tokenmill.program.value import Value
 
 
@@ -33,7 +33,7 @@ class Config(mamba.Widths, llama.Config, kw_only=True):
     attn_layer_offset: Natural = 4
     state_size: Size = msgspec.field(default=16, name="mamba_d_state")
     conv_kernel: Kernel = msgspec.field(default=4, name="mamba_d_conv")
-    expand: float = msgspec.field(default=2, name="mamba_expand")
+    expand: Factor = msgspec.field(default=2, name="mamba_expand")
     time_step_rank: Size | Literal["auto"] = msgspec.field(default="auto", name="mamba_dt_rank")
     use_conv_bias: bool = msgspec.field(default=True, name="mamba_conv_bias")
     use_bias: bool = msgspec.field(default=False, name="mamba_proj_bias")

@@ -24,14 +24,15 @@ from tokenmill.program.value import Inputs, Value
 LENGTH = 1 << 15
 """Maximum length of a sequence by default, of models that have none of their own."""
 Kernel = Annotated[int, msgspec.Meta(ge=2, le=1 << 8)]
+Factor = Annotated[float, msgspec.Meta(gt=0, le=64)]
 
 
 class Widths:
     """Methods of the configurations of Mamba and its hybrids: the widths of a layer."""
 
-    hidden_size: int
-    expand: float
-    time_step_rank: int | Literal["auto"]
+    hidden_size: Size  # the types of derived classes' fields, which these would replace
+    expand: Factor
+    time_step_rank: Size | Literal["auto"]
 
     @property
     def inner(self) -> int:
@@ -53,7 +54,7 @@ class Config(Widths, base.Config, kw_only=True):
     vocab_size: Size = 50280
     max_position_embeddings: Length | None = LENGTH
     layer_norm_epsilon: float = 1e-5
-    expand: Annotated[float, msgspec.Meta(gt=0, le=64)] = 2
+    expand: Factor = 2
     conv_kernel: Kernel = 4
     use_bias: bool = False
     use_conv_bias: bool = True

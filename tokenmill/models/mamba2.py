@@ -7,7 +7,7 @@ from typing import Any
 from tokenmill.layers.mamba2 import Mamba2, Sizes
 from tokenmill.layers.scope import Scope
 from tokenmill.models import mamba
-from tokenmill.models.llama import Apply, Size
+from tokenmill.models.llama import Apply, Layers, Size
 
 
 def number(written: Any) -> float:
@@ -25,7 +25,7 @@ class Config(mamba.Config, kw_only=True):
     num_heads: Size = 128
     head_dim: Size = 64
     state_size: Size = 128
-    num_hidden_layers: Size = 64
+    num_hidden_layers: Layers = 64
     vocab_size: Size = 32768
     n_groups: Size = 8
     time_step_limit: tuple[Any, Any] = (0.0, float("inf"))

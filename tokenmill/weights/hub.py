@@ -26,7 +26,7 @@ from tokenmill.errors import DownloadError, MissingFiles, ModelError
 from tokenmill.extras import need_torch
 from tokenmill.weights.adapter_config import base_of
 from tokenmill.weights.choice import Weights, choose, indexed_files
-from tokenmill.weights.hub_cache import CachedRepository
+from tokenmill.weights.hub_cache import CachedRepository, incomplete, verified
 from tokenmill.weights.hub_faults import HubFault, Target, fault_of, unusable
 from tokenmill.weights.hub_names import HubName, clean, named
 from tokenmill.weights.source import (
@@ -278,7 +278,7 @@ class _Model:
             try:
                 return call(afresh)
             except Exception as error:  # the errors of the two HTTP libraries have no common base class
-                fault = fault_of(error, self.target)
+                fault = error if isinstance(error, HubFault) else fault_of(error, self.target)
                 if fault is None:
                     raise
                 if not fault.again or attempt == _TRIES:
@@ -311,10 +311,9 @@ class _Download:
         if there.is_file():
             return there
         access = self.model.access
-        path = self.model.insistently(lambda afresh: hf_hub_download(
+        return self.model.insistently(lambda afresh: verified(hf_hub_download(
             self.model.name.repo, name, revision=self.sha, cache_dir=access.cache, token=access.token or False,
-            endpoint=access.endpoint, force_download=afresh))  # fmt: skip
-        return Path(path)
+            endpoint=access.endpoint, force_download=afresh), name, access.endpoint))  # fmt: skip
 
     def all(self, sizes: Mapping[str, int], report: Report) -> None:
         """Download files, several at a time, and report the sum of their bytes."""
@@ -327,7 +326,7 @@ class _Download:
                     running
                 ):
                     done = sum(sizes[name] for task, name in running.items() if _succeeded(task))
-                    report(Progress("download", min(done + _incomplete(blobs), total), total, detail=model_id))
+                    report(Progress("download", min(done + incomplete(blobs), total), total, detail=model_id))
                     if any(task.done() and task.exception() for task in running):
                         break
             finally:
@@ -341,16 +340,6 @@ class _Download:
 
 def _succeeded(task: concurrent.futures.Future[Path]) -> bool:
     return task.done() and not task.cancelled() and task.exception() is None
-
-
-def _incomplete(blobs: Path) -> int:
-    total = 0
-    for path in blobs.glob("*.incomplete"):
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue  # the file was completed meanwhile
-    return total
 
 
 def _opened(
