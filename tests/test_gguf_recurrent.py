@@ -22,10 +22,11 @@ from tokenmill.weights.source import local_source
 
 torch.set_num_threads(1)
 EPS = {"attention__layer_norm_rms_epsilon": 1e-5, "attention__layer_norm_epsilon": None}
-SMALL = {"embedding_length": 32, "feed_forward_length": 64}
+SMALL = {"embedding_length": 64, "feed_forward_length": 64}
 NO_HEADS = {"attention__head_count": 0, "attention__head_count_kv": None, "feed_forward_length": 0, "block_count": 2,
             "embedding_length": 32, "context_length": 1 << 20, **EPS}  # fmt: skip
 SCAN = {"ssm__conv_kernel": 4, "ssm__inner_size": 64, "ssm__state_size": 8, "ssm__time_step_rank": 8}
+WIDE_SCAN = SCAN | {"ssm__inner_size": 128}
 FIRST_SCAN = SCAN | {"ssm__time_step_rank": 3}
 FOLDED = dict.fromkeys(("embedding_scale", "attention__scale", "residual_scale", "logit_scale"))
 EXPERTS = {"expert_feed_forward_length": 16, "expert_count": 4, "expert_used_count": 2}
@@ -42,27 +43,27 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "falcon_mamba": ("mamba", "falcon_mamba", {"mixer_rms_eps": 1e-5}, NO_HEADS | FIRST_SCAN | {
         "ssm__dt_b_c_rms": True}),
     "mamba2": ("mamba2", "mamba2", {}, NO_HEADS | SCAN | {"ssm__group_count": 2}),
-    "jamba": ("jamba", "jamba", {}, SMALL | SCAN | {
-        "ssm__time_step_rank": 2, "attention__head_count_kv": [0, 2, 0]}),
-    "jamba_dense": ("jamba", "jamba", {"num_experts": 1}, SMALL | SCAN | {
-        "ssm__time_step_rank": 2, "attention__head_count_kv": [0, 2, 0], "expert_count": 1}),
-    "granitehybrid": ("granitehybrid", "granitemoehybrid", {"position_embedding_type": None}, SMALL | SCAN | {
+    "jamba": ("jamba", "jamba", {}, SMALL | WIDE_SCAN | {
+        "ssm__time_step_rank": 4, "attention__head_count_kv": [0, 2, 0]}),
+    "jamba_dense": ("jamba", "jamba", {"num_experts": 1}, SMALL | WIDE_SCAN | {
+        "ssm__time_step_rank": 4, "attention__head_count_kv": [0, 2, 0], "expert_count": 1}),
+    "granitehybrid": ("granitehybrid", "granitemoehybrid", {"position_embedding_type": None}, SMALL | WIDE_SCAN | {
         "ssm__group_count": 1, "attention__head_count_kv": [0, 2, 0], "expert_shared_feed_forward_length": 24,
         "rope__scaling__finetuned": False}),
-    "granitehybrid_dense": ("granitehybrid", "granitemoehybrid_dense", {}, SMALL | SCAN | {
+    "granitehybrid_dense": ("granitehybrid", "granitemoehybrid_dense", {}, SMALL | WIDE_SCAN | {
         "ssm__group_count": 1, "attention__head_count_kv": [0, 2, 0], "expert_shared_feed_forward_length": 48,
         "expert_count": 0, "expert_used_count": 0}),
     "nemotron_h": ("nemotron_h", "nemotron_h", {"time_step_min": 1e-9}, SCAN | {
         "expert_count": None, "expert_used_count": None, "expert_feed_forward_length": None,
-        "embedding_length": 32, "block_count": 4, "ssm__group_count": 2, "attention__key_length": 8,
-        "attention__value_length": 8, "attention__head_count_kv": [0, 0, 2, 0], "feed_forward_length": [0, 48, 0, 0],
+        "embedding_length": 32, "block_count": 4, "ssm__group_count": 2, "attention__key_length": 16,
+        "attention__value_length": 16, "attention__head_count_kv": [0, 0, 2, 0], "feed_forward_length": [0, 48, 0, 0],
         "attention__layer_norm_rms_epsilon": 1e-5}),
     "falcon-h1": ("falcon-h1", "falcon_h1", {}, SMALL | SCAN | FOLDED | {
-        "ssm__inner_size": 48, "ssm__group_count": 1, "attention__key_length": 8, "attention__value_length": 8}),
+        "ssm__inner_size": 48, "ssm__group_count": 1, "attention__key_length": 16, "attention__value_length": 16}),
     "falcon-h1_normalized": ("falcon-h1", "falcon_h1_normalized_last", {"projectors_bias": False}, SMALL | SCAN | {
-        **FOLDED, "ssm__group_count": 1, "attention__key_length": 8, "attention__value_length": 8}),
+        **FOLDED, "ssm__group_count": 1, "attention__key_length": 16, "attention__value_length": 16}),
     "lfm2": ("lfm2", "lfm2", {}, {
-        "embedding_length": 32, "feed_forward_length": 48, "shortconv__l_cache": 3, **EPS,
+        "embedding_length": 64, "feed_forward_length": 48, "shortconv__l_cache": 3, **EPS,
         "attention__head_count_kv": [0, 2, 0]}),
     "lfm2moe": ("lfm2moe", "lfm2_moe", {"tie_word_embeddings": True}, SMALL | EXPERTS | EPS | {
         "shortconv__l_cache": 3, "attention__head_count_kv": [0, 2, 0], "leading_dense_block_count": 1,
