@@ -1,14 +1,17 @@
 """Time layers with a state: decode of 1, 64 and 256 rows, prefill of 8,192 tokens, variants of tile sizes side by side.
 
-    python -m bench.gpu.states [--only mamba2,delta] [--quick]
+    python -m bench.gpu.states [--only mamba2,delta]
 
-Each layer is compared with torch in float32 first. Beside each figure is its floor: bytes at 4 TB/s.
+Each variant is compared with torch in float32. Beside each figure is its floor, bytes at 4 TB/s, and the time of each
+kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.launch import Site
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.sizes import Sizes, StepArrays
 from tokenmill.backends.cuda.states import SHAPES, CudaStates, StateLowering, StateShapes
@@ -202,34 +206,52 @@ def median_us(run: Callable[[], None], rounds: int = 5) -> float:
     return float(np.median(found[1:]))
 
 
+def parts_us(run: Callable[[], None], rounds: int = 5) -> str:
+    """Return the median time of each kernel of a call."""
+    events: dict[str, list[tuple[Any, Any]]] = {}
+    own = Site.__call__
+
+    def timed(site: Site, *arguments: Any, **constants: Any) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        own(site, *arguments, **constants)
+        end.record()
+        events.setdefault(site._kernel.__name__, []).append((start, end))
+
+    Site.__call__ = timed  # type: ignore[method-assign]
+    try:
+        for _ in range(rounds):
+            run()
+    finally:
+        Site.__call__ = own  # type: ignore[method-assign]
+    torch.cuda.synchronize()
+    medians = {name: np.median([s.elapsed_time(e) * 1e3 for s, e in pairs]) for name, pairs in events.items()}
+    return ", ".join(f"{name} {median:.0f}" for name, median in medians.items())
+
+
 DECODES: dict[str, list[StateShapes]] = {
-    name: [StateShapes(tile=tile, tile_warps=warps) for tile, warps in ((4096, 4), (2048, 4), (8192, 4), (2048, 2))]
-    for name in ("mamba2", "delta", "kda", "mamba2_n256")
+    "mamba2": [SHAPES, StateShapes(tile=4096)],
+    "mamba2_n256": [SHAPES, StateShapes(tile=4096)],
+    "delta": [SHAPES, StateShapes(tile=16384), StateShapes(tile=16384, tile_warps=8)],
+    "mamba": [SHAPES],
 }
 PREFILLS: dict[str, list[StateShapes]] = {
     "mamba2": [
-        StateShapes(chunk=chunk, scan_columns=columns, scan_warps=warps, scan_stages=stages)
-        for chunk, columns, warps, stages in (
-            (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2),
-            (128, 32, 8, 2),
-        )
+        StateShapes(scan_columns=columns, scan_warps=warps, scan_stages=stages)
+        for columns, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2))
     ],
     "delta": [
         StateShapes(delta_columns=columns, delta_warps=warps, delta_stages=stages, ready_warps=ready)
-        for columns, warps, stages, ready in (
-            (32, 4, 2, 8), (16, 4, 2, 8), (32, 4, 3, 4), (16, 4, 3, 4), (64, 4, 2, 8), (32, 8, 2, 8)
-        )
+        for columns, warps, stages, ready in ((32, 4, 3, 4), (32, 4, 2, 4), (16, 4, 2, 8), (64, 8, 3, 4), (64, 4, 3, 4))
     ],
-    "kda": [StateShapes(), StateShapes(delta_columns=16), StateShapes(delta_stages=3)],
-    "mamba2_n256": [StateShapes(), StateShapes(scan_warps=8), StateShapes(scan_columns=32, scan_warps=8)],
+    "kda": [SHAPES, StateShapes(ready_warps=8)],
+    "mamba2_n256": [SHAPES, StateShapes(scan_warps=8), StateShapes(scan_warps=8, scan_columns=128)],
     "mamba": [
         StateShapes(channels=channels, channel_chunk=chunk, channel_stages=stages)
-        for channels, chunk, stages in (
-            (8, 16, 2), (8, 32, 2), (4, 16, 2), (4, 32, 2), (8, 16, 3), (16, 8, 2), (16, 16, 2), (8, 1, 4)
-        )
+        for channels, chunk, stages in ((8, 16, 2), (8, 32, 2), (4, 16, 2), (8, 16, 3), (16, 8, 2), (8, 1, 4))
     ],
-    "lru": [StateShapes(), StateShapes(lru_columns=16), StateShapes(lru_chunk=128), StateShapes(lru_chunk=32)],
-}  # fmt: skip
+    "lru": [SHAPES, StateShapes(lru_columns=16), StateShapes(lru_chunk=128), StateShapes(lru_chunk=32)],
+}
 
 
 def differs(shapes: StateShapes) -> str:
@@ -238,45 +260,69 @@ def differs(shapes: StateShapes) -> str:
     return ", ".join(changed) or "default"
 
 
-def measure(name: str, quick: bool) -> Iterator[str]:
-    """Yield lines of a layer: its errors, its figures by variant."""
-    layer = Layer(name, 1024, 4)
-    errors = list(layer.errors())
-    verdict = "" if max(errors) < 2e-2 else "  WRONG"
-    yield f"{name}: errors {' '.join(f'{error:.1e}' for error in errors)}{verdict}"
-    del layer
-    for shapes in (DECODES.get(name) or [SHAPES])[: 1 if quick else None]:
-        layer, cells = Layer(name, 1024, max(BATCHES), shapes), []
+def check(name: str, shapes: StateShapes) -> str:
+    """Return the largest relative error."""
+    worst = max(Layer(name, 1024, 4, shapes).errors())
+    return f"{worst:.1e}" + ("" if worst < 2e-2 else " WRONG")
+
+
+def compile_all(name: str) -> None:
+    """Run every variant once."""
+    for shapes in (*DECODES.get(name, ()), *PREFILLS.get(name, ()), SHAPES):
+        check(name, shapes)
+        layer = Layer(name, PROMPT, 8, shapes)
+        layer.run(layer.prompts(PROMPT)[0])
+        torch.cuda.synchronize()
+
+
+def measure(name: str) -> Iterator[str]:
+    """Yield lines of a layer: errors and figures by variant."""
+    for shapes in DECODES.get(name) or [SHAPES]:
+        cells = []
+        layer = Layer(name, 1024, max(BATCHES), shapes)
         for rows in BATCHES:
             sizes = layer.decode(rows, 5)
             took = graph_us(lambda sizes=sizes, layer=layer: layer.run(sizes))  # type: ignore[misc]
-            cells.append(f"{took:8.1f} ({layer.row_bytes(rows, rows) / BYTES_US:.1f})")
-        yield f"  decode {BATCHES} µs (floor) {' '.join(cells)}  {differs(shapes)}"
+            cells.append(f"{took:7.1f} ({layer.row_bytes(rows, rows) / BYTES_US:.1f})")
         del layer
-    for shapes in (PREFILLS.get(name) or [SHAPES])[: 1 if quick else None]:
-        layer, cells = Layer(name, PROMPT, 8, shapes), []
+        yield f"{name} decode {' '.join(cells)}  {differs(shapes)}, error {check(name, shapes)}"
+    for shapes in PREFILLS.get(name) or [SHAPES]:
+        wrong, cells = check(name, shapes), []
+        layer = Layer(name, PROMPT, 8, shapes)
         for counts in ((PROMPT,), (PROMPT // 8,) * 8):
             sizes, _ = layer.prompts(*counts)
             layer.run(sizes)
             took = median_us(lambda sizes=sizes, layer=layer: layer.run(sizes))  # type: ignore[misc]
-            cells.append(f"{took:8.1f} ({layer.row_bytes(PROMPT, len(counts)) / BYTES_US:.1f})")
-        yield f"  prefill of 1 × 8192, 8 × 1024 µs (floor) {' '.join(cells)}  {differs(shapes)}"
+            parts = parts_us(lambda sizes=sizes, layer=layer: layer.run(sizes))  # type: ignore[misc]
+            cells.append(f"{took:7.1f} ({layer.row_bytes(PROMPT, len(counts)) / BYTES_US:.1f}; {parts})")
+        yield f"{name} prefill {' '.join(cells)}  {differs(shapes)}, error {wrong}"
         del layer
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(LAYERS))
-    parser.add_argument("--quick", action="store_true", help="one variant each")
+    parser.add_argument("--here", choices=("compile", "measure"), help="what to do in this process")
     args = parser.parse_args(words)
+    names = args.only.split(",")
+    if args.here is None:  # A process for each layer, because an illegal access ends a process.
+        command = [sys.executable, "-m", "bench.gpu.states", "--only"]
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        compiling = [subprocess.Popen([*command, name, "--here", "compile"], **quiet) for name in names]
+        for process in compiling:
+            process.wait()
+        print("µs (floor): decode of 1, 64, 256 rows; prefill of 1 × 8192 and 8 × 1024 tokens", flush=True)
+        for name in names:
+            subprocess.run([*command, name, "--here", "measure"], check=False)
+        return
     torch.manual_seed(0)
-    for name in args.only.split(","):
-        try:
-            with torch.inference_mode():
-                for line in measure(name, args.quick):
-                    print(line, flush=True)
-        except Exception as error:  # noqa: BLE001  The other layers are measured, whatever is wrong with this one.
-            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    with torch.inference_mode():
+        for name in names:
+            if args.here == "compile":
+                compile_all(name)
+                continue
+            for line in measure(name):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

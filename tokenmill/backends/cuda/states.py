@@ -40,16 +40,16 @@ class StateShapes(NamedTuple):
     once. `…_columns`: columns of a head in a program, of Mamba without heads: channels.
     """
 
-    tile: int = 4096
+    tile: int = 8192
     tile_warps: int = 4
     chunk: int = 64
     scan_columns: int = 64
     scan_warps: int = 4
     scan_stages: int = 2
-    ready_warps: int = 8
+    ready_warps: int = 4
     delta_columns: int = 32
     delta_warps: int = 4
-    delta_stages: int = 2
+    delta_stages: int = 3
     channels: int = 8
     channel_chunk: int = 16  # 1: token by token
     channel_stages: int = 2
@@ -124,15 +124,18 @@ class StateLowering:
         found = [op for op in memory.program.ops if op.state() is not None]
         self.tile_tokens = {RUN} if found else set[int]()
         rules = [op for op in found if isinstance(op, DeltaRule)]
+        scans = [op for op in found if isinstance(op, StateSpace) and not op.a_log.columns]
         self._scratch = self._chunks(rules) if rules else None
-        if rules:
+        self._scan_scratch = self._parts_of_scans(scans) if scans else None
+        if rules or scans:
             self.tile_tokens.add(self._shapes.chunk)
         self._gates = {op.layer: self._gates_of(op) for op in found if isinstance(op, RgLru)}
 
     @property
     def nbytes(self) -> int:
         """Bytes of scratch and of copies of weights."""
-        held = [*(self._scratch or ()), *(part for pair in self._gates.values() for part in pair)]
+        gates = (part for pair in self._gates.values() for part in pair)
+        held = [*(self._scratch or ()), *(self._scan_scratch or ()), *gates]
         return sum(tensor.nbytes for tensor in held)
 
     def by_kind(self) -> dict[type[Op], Callable[[Any], Run]]:
@@ -176,25 +179,46 @@ class StateLowering:
         options = {"BIAS": op.dt_bias is not None, "LIMITED": op.limits != (0.0, math.inf)}
         if op.a_log.columns:
             return self._scan_columns(tensors, numbers, heads, columns, options)
-        sizes = {"HEADS": heads, "GROUPS": op.groups, "P": width, "N": columns}
         block, shapes = max(16, power(columns)), self._shapes
-        some = max(1, min(power(width), shapes.tile // block))
-        of_singles, of_runs = Site(scan.scan_heads), Site(scan.scan_chunks)
-        together = max(16, min(shapes.scan_columns * 128 // max(block, 128), power(width)))
+        some, of_singles = max(1, min(power(width), shapes.tile // block)), Site(scan.scan_heads)
+        of_runs = self._scan_runs(op, tensors, options)
 
         def run(n: Sizes) -> None:
             if singles := singles_of(n):
                 of_singles(
                     (singles, heads, triton.cdiv(width, some)),
-                    *tensors, *rows_of(n), *numbers, **sizes, BP=some, BN=power(columns), **options,
-                    SOME=n.singles is not None, RUNS=False, STAGES=1, num_warps=shapes.tile_warps,
+                    *tensors, *rows_of(n), *numbers, HEADS=heads, GROUPS=op.groups, P=width, N=columns, BP=some,
+                    BN=power(columns), **options, SOME=n.singles is not None, RUNS=False, STAGES=1,
+                    num_warps=shapes.tile_warps,
                 )  # fmt: skip
-            if runs := runs_of(n):
-                of_runs(
-                    (runs, heads, triton.cdiv(width, together)),
-                    *tensors, n.tiles[RUN], *numbers, **sizes, L=shapes.chunk, BP=together, BN=block, **options,
-                    STAGES=shapes.scan_stages, num_warps=shapes.scan_warps,
-                )  # fmt: skip
+            if runs_of(n):
+                of_runs(n)
+
+        return run
+
+    def _scan_runs(self, op: StateSpace, tensors: tuple[Tensor, ...], options: dict[str, bool]) -> Run:
+        assert self._scan_scratch is not None
+        x, dt, b, c, a_log, d, bias, ring, out = tensors
+        heads, width, columns = op.state().shape
+        shapes, scratch = self._shapes, self._scan_scratch
+        unit, strides = in_units(x, dt, b, c)
+        chunk, block = shapes.chunk, max(16, power(columns))
+        sizes = {"TOKENS": self._memory.limits.max_batch_tokens, "HEADS": heads, "GROUPS": op.groups}
+        together = max(16, min(shapes.scan_columns * 128 // max(block, 128), power(width)))
+        some = min(32, power(heads))
+        before, behind = Site(scan.ready_scan), Site(scan.scan_chunks)
+
+        def run(n: Sizes) -> None:
+            before(
+                (len(n.tiles[chunk]), op.groups + triton.cdiv(heads, some)),
+                dt, b, c, a_log, bias, n.tiles[chunk], *scratch, *strides[1:], *map(float, op.limits), **sizes,
+                N=columns, L=chunk, BH=some, BN=block, UNIT=unit, **options, num_warps=4,
+            )  # fmt: skip
+            behind(
+                (runs_of(n), heads, triton.cdiv(width, together)),
+                x, b, c, d, *scratch, ring, out, n.tiles[RUN], strides[0], *strides[2:], **sizes, P=width, N=columns,
+                L=chunk, BP=together, BN=block, UNIT=unit, STAGES=shapes.scan_stages, num_warps=shapes.scan_warps,
+            )  # fmt: skip
 
         return run
 
@@ -234,6 +258,14 @@ class StateLowering:
 
         return run
 
+    def _parts_of_scans(self, scans: list[StateSpace]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scratch of scans in chunks, shared by all layers: see `ready_scan`."""
+        tokens, device = self._memory.limits.max_batch_tokens, self._memory.device.torch
+        heads, groups = max(op.dt.width for op in scans), max(op.groups for op in scans)
+        steps, totals = torch.empty(2, heads * tokens, device=device).unbind(0)
+        scores = torch.empty(tokens * groups * self._shapes.chunk, dtype=self._memory.dtype, device=device)
+        return steps, totals, scores
+
     # ---- the delta rule
 
     def _chunks(self, rules: list[DeltaRule]) -> _Chunks:
@@ -265,6 +297,7 @@ class StateLowering:
         block, shapes = max(16, power(columns)), self._shapes
         some = max(1, min(power(width), shapes.tile // block))
         of_singles, before, of_runs = Site(delta.correct_rows), Site(delta.ready_chunks), Site(delta.correct_chunks)
+        unit, strides = in_units(*values)
         together, chunk, scratch = max(16, min(shapes.delta_columns, power(width))), shapes.chunk, self._scratch
 
         def run(n: Sizes) -> None:
@@ -277,8 +310,8 @@ class StateLowering:
             if runs := runs_of(n):
                 before(
                     (len(n.tiles[chunk]), heads),
-                    *inputs, n.tiles[chunk], *scratch, *numbers, **sizes, L=chunk, BN=block, BP=max(16, power(width)),
-                    EACH=each, num_warps=shapes.ready_warps,
+                    *inputs, n.tiles[chunk], *scratch, *strides, *numbers[-2:], **sizes, L=chunk, BN=block,
+                    BP=max(16, power(width)), UNIT=unit, EACH=each, num_warps=shapes.ready_warps,
                 )  # fmt: skip
                 of_runs(
                     (runs, heads, triton.cdiv(width, together)),
@@ -321,6 +354,12 @@ class StateLowering:
                 )  # fmt: skip
 
         return run
+
+
+def in_units(*values: Tensor) -> tuple[int, list[int]]:
+    """Return a unit, 8 or 1, and the strides of rows in it: kernels load vectors if strides are known multiples."""
+    unit = 1 if any(v.stride(0) % 8 for v in values) else 8
+    return unit, [v.stride(0) // unit for v in values]
 
 
 def singles_of(n: Sizes) -> int:

@@ -105,12 +105,12 @@ def decayed(q, k, total, L: tl.constexpr, KIND: tl.constexpr):
 def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, w_ptr, u_ptr, queries_ptr,
                  keys_ptr, scores_ptr, last_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate, scale,
                  HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
-                 BN: tl.constexpr, BP: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+                 BN: tl.constexpr, BP: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
     """Compute the parts of chunks of at most L tokens that need no state. Grid (chunks, HEADS).
 
     With S the state before a chunk, and (1 + R) the system that its errors solve: errors = u - w · S, out = queries · S
     + scores · errors, new S = last · S + keysᵀ · errors. `w`, `queries`, `keys` (T, HEADS, N), `u` (T, HEADS, P),
-    `scores` (T, HEADS, L), `last` (chunks, HEADS, N or 1).
+    `scores` (T, HEADS, L), `last` (chunks, HEADS, N or 1). UNIT divides the strides.
     """
     chunk = tl.program_id(0)
     first, _, count, _ = row_of(chunk, chunks_ptr, chunks_ptr, chunks_ptr, False, True)
@@ -122,14 +122,14 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
     key = (h // SHARED * N + n)[None, :]
     kind = k_ptr.dtype.element_ty
     speed = -tl.exp(tl.load(a_log_ptr + h).to(tl.float32))
-    share = rate * sigmoid(tl.load(b_ptr + t * b_stride + h, mask=there, other=0.0).to(tl.float32))
+    share = rate * sigmoid(tl.load(b_ptr + t * (b_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32))
     share = tl.where(there, share, 0.0)[:, None]
-    k = tl.load(k_ptr + t[:, None] * k_stride + key, mask=ok, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + t[:, None] * (k_stride * UNIT) + key, mask=ok, other=0.0).to(tl.float32)
     k = k * tl.rsqrt(tl.sum(k * k, 1) + 1e-6)[:, None]
-    q = tl.load(q_ptr + t[:, None] * q_stride + key, mask=ok, other=0.0).to(tl.float32)
+    q = tl.load(q_ptr + t[:, None] * (q_stride * UNIT) + key, mask=ok, other=0.0).to(tl.float32)
     q = q * (tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * scale)[:, None]
     if EACH:
-        a = tl.load(a_ptr + t[:, None] * a_stride + (h * N + n)[None, :], mask=ok, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + t[:, None] * (a_stride * UNIT) + (h * N + n)[None, :], mask=ok, other=0.0).to(tl.float32)
         a += tl.load(bias_ptr + h * N + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
         total = tl.cumsum(tl.where(ok, softplus(a) * speed, 0.0), 0)  # (L, BN)
         last = tl.sum(tl.where((i == L - 1)[:, None], total, 0.0), 0)
@@ -138,7 +138,7 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
         scores = tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], scores)
         grown, left = tl.exp(total), tl.exp(last[None, :] - total)
     else:
-        a = tl.load(a_ptr + t * a_stride + h, mask=there, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + t * (a_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32)
         a = softplus(a + tl.load(bias_ptr + h).to(tl.float32)) * speed
         total = tl.cumsum(tl.where(there, a, 0.0), 0)  # (L,)
         last = tl.sum(tl.where(i == L - 1, total, 0.0), 0)
@@ -159,7 +159,7 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
     w = tl.dot(inverse, inputs, input_precision="tf32x3")
     tl.store(w_ptr + row * N + n[None, :], w.to(kind), mask=ok)
     here = there[:, None] & p_ok[None, :]
-    v = tl.load(v_ptr + t[:, None] * v_stride + (h * P + p)[None, :], mask=here, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + t[:, None] * (v_stride * UNIT) + (h * P + p)[None, :], mask=here, other=0.0).to(tl.float32)
     u = tl.dot(inverse, (v * share).to(kind), input_precision="tf32x3")
     tl.store(u_ptr + row * P + p[None, :], u.to(kind), mask=here)
 

@@ -121,13 +121,51 @@ def scan_heads(x_ptr, dt_ptr, b_ptr, c_ptr, a_log_ptr, d_ptr, bias_ptr, ring_ptr
 
 
 @triton.jit
-def scan_chunks(x_ptr, dt_ptr, b_ptr, c_ptr, a_log_ptr, d_ptr, bias_ptr, ring_ptr, out_ptr, runs_ptr, x_stride,
-                dt_stride, b_stride, c_stride, low, high, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
-                N: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
-                LIMITED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Scan runs of tokens as `scan_heads`, L tokens at once: as attention with a decaying mask, by products of tiles.
+def ready_scan(dt_ptr, b_ptr, c_ptr, a_log_ptr, bias_ptr, chunks_ptr, steps_ptr, totals_ptr, scores_ptr, dt_stride,
+               b_stride, c_stride, low, high, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+               N: tl.constexpr, L: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+               BIAS: tl.constexpr, LIMITED: tl.constexpr):  # fmt: skip
+    """Compute the parts of chunks of at most L tokens that need no state. Grid (chunks, HEADS / BH + GROUPS).
 
-    Grid (runs, HEADS, P / BP).
+    `steps` and `totals` (HEADS, TOKENS) float32: the steps, and the logarithms of the decay from the chunk's first
+    token on. `scores` (TOKENS, GROUPS, L): c · b of the tokens of a chunk. UNIT divides the strides.
+    """
+    first, _, count, _ = row_of(tl.program_id(0), chunks_ptr, chunks_ptr, chunks_ptr, False, True)
+    i = tl.arange(0, L)
+    there = i < count
+    t = first + i
+    part = tl.program_id(1)
+    if part < GROUPS:
+        n = tl.arange(0, BN)
+        inside = there[:, None] & (n < N)[None, :]
+        b = tl.load(b_ptr + t[:, None] * (b_stride * UNIT) + (part * N + n)[None, :], mask=inside, other=0.0)
+        c = tl.load(c_ptr + t[:, None] * (c_stride * UNIT) + (part * N + n)[None, :], mask=inside, other=0.0)
+        scores = tl.dot(c, tl.trans(b), input_precision="tf32x3")
+        to = scores_ptr + (t * GROUPS + part)[:, None] * L + i[None, :]
+        tl.store(to, scores.to(scores_ptr.dtype.element_ty), mask=there[:, None])
+    else:
+        h = (part - GROUPS) * BH + tl.arange(0, BH)
+        h_ok = h < HEADS
+        here = there[:, None] & h_ok[None, :]
+        dt = tl.load(dt_ptr + t[:, None] * (dt_stride * UNIT) + h[None, :], mask=here, other=0.0)
+        bias = tl.zeros([BH], tl.float32)
+        if BIAS:
+            bias = tl.load(bias_ptr + h, mask=h_ok, other=0.0).to(tl.float32)
+        speed = -tl.exp(tl.load(a_log_ptr + h, mask=h_ok, other=0.0).to(tl.float32))
+        step = tl.where(here, step_of(dt, bias[None, :], low, high, LIMITED), 0.0)
+        at = h[None, :] * TOKENS + t[:, None]
+        tl.store(steps_ptr + at, step, mask=here)
+        tl.store(totals_ptr + at, tl.cumsum(step * speed[None, :], 0), mask=here)
+
+
+@triton.jit
+def scan_chunks(x_ptr, b_ptr, c_ptr, d_ptr, steps_ptr, totals_ptr, scores_ptr, ring_ptr, out_ptr, runs_ptr, x_stride,
+                b_stride, c_stride, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
+                N: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+                STAGES: tl.constexpr):  # fmt: skip
+    """Scan runs of tokens as `scan_heads`, L tokens at once, behind `ready_scan`. Grid (runs, HEADS, P / BP).
+
+    A chunk is attention with a decaying mask, by products of tiles.
     """
     first, start, count, slot = row_of(tl.program_id(0), runs_ptr, runs_ptr, runs_ptr, False, True)
     h = tl.program_id(1)
@@ -136,34 +174,32 @@ def scan_chunks(x_ptr, dt_ptr, b_ptr, c_ptr, a_log_ptr, d_ptr, bias_ptr, ring_pt
     i = tl.arange(0, L)
     p_ok, n_ok = p < P, n < N
     ok = n_ok[:, None] & p_ok[None, :]
-    group = h // (HEADS // GROUPS) * N
-    speed = -tl.exp(tl.load(a_log_ptr + h).to(tl.float32))
+    group = h // (HEADS // GROUPS)
     d = tl.load(d_ptr + h).to(tl.float32)
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + h).to(tl.float32)
     at = (h * P + p)[None, :] * N + n[:, None]
     state = tl.load(ring_ptr + (slot * 2 + start % 2) * (HEADS * P * N) + at, mask=ok & (start > 0), other=0.0)
     kind = x_ptr.dtype.element_ty
+    steps_ptr += h * TOKENS
+    totals_ptr += h * TOKENS
     for done in tl.range(0, count, L, num_stages=STAGES):
         there = done + i < count
         t = first + done + i
-        dt = tl.load(dt_ptr + t * dt_stride + h, mask=there, other=0.0)
-        step = tl.where(there, step_of(dt, bias, low, high, LIMITED), 0.0)
-        total = tl.cumsum(step * speed, 0)
-        last = tl.sum(tl.where(i == L - 1, total, 0.0), 0)
-        here = there[:, None] & p_ok[None, :]
-        x = tl.load(x_ptr + t[:, None] * x_stride + (h * P + p)[None, :], mask=here, other=0.0)
-        inside = there[:, None] & n_ok[None, :]
-        b = tl.load(b_ptr + t[:, None] * b_stride + (group + n)[None, :], mask=inside, other=0.0)
-        c = tl.load(c_ptr + t[:, None] * c_stride + (group + n)[None, :], mask=inside, other=0.0)
+        step = tl.load(steps_ptr + t, mask=there, other=0.0)
+        last = tl.load(totals_ptr + first + tl.minimum(done + L, count) - 1)
+        total = tl.where(there, tl.load(totals_ptr + t, mask=there, other=0.0), last)
+        here, inside = there[:, None] & p_ok[None, :], there[:, None] & n_ok[None, :]
+        x = tl.load(x_ptr + t[:, None] * (x_stride * UNIT) + (h * P + p)[None, :], mask=here, other=0.0)
+        b = tl.load(b_ptr + t[:, None] * (b_stride * UNIT) + (group * N + n)[None, :], mask=inside, other=0.0)
+        c = tl.load(c_ptr + t[:, None] * (c_stride * UNIT) + (group * N + n)[None, :], mask=inside, other=0.0)
+        scores = tl.load(scores_ptr + (t * GROUPS + group)[:, None] * L + i[None, :], mask=there[:, None], other=0.0)
         between = tl.exp(tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf")))
-        scores = tl.dot(c, tl.trans(b), input_precision="tf32x3") * between * step[None, :]
+        scores = (scores.to(tl.float32) * between).to(kind)
+        wide = x.to(tl.float32)
+        added = wide * step[:, None]
         y = tl.dot(c, state.to(kind), input_precision="tf32x3") * tl.exp(total)[:, None]
-        y = tl.dot(scores.to(kind), x, y, input_precision="tf32x3")
-        left = (b.to(tl.float32) * (tl.exp(last - total) * step)[:, None]).to(kind)
-        state = tl.dot(tl.trans(left), x, state * tl.exp(last), input_precision="tf32x3")
-        y += d * x.to(tl.float32)
+        y = tl.dot(scores, added.to(kind), y, input_precision="tf32x3") + d * wide
+        left = (added * tl.exp(last - total)[:, None]).to(kind)
+        state = tl.dot(tl.trans(b), left, state * tl.exp(last), input_precision="tf32x3")
         to = out_ptr + (t * HEADS + h)[:, None] * P + p[None, :]
         tl.store(to, y.to(out_ptr.dtype.element_ty), mask=here)
     tl.store(ring_ptr + (slot * 2 + (start + count) % 2) * (HEADS * P * N) + at, state, mask=ok)
