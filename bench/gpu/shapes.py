@@ -46,6 +46,27 @@ BAMBA_9B: dict[str, Any] = {
     "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 128000, "eos_token_id": 128001,
     "torch_dtype": "bfloat16", "transformers_version": "5.0.0",
 }  # fmt: skip
+DEEPSEEK_V2_LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_size": 2048,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512,
+    "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "intermediate_size": 10944,
+    "first_k_dense_replace": 1, "topk_method": "greedy", "routed_scaling_factor": 1.0, "norm_topk_prob": False,
+    "vocab_size": 102400, "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "rope_scaling": {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32,
+                     "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
+    "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 100000, "eos_token_id": 100001,
+    "torch_dtype": "bfloat16", "transformers_version": "5.0.0",
+}  # fmt: skip
+GEMMA3_27B: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 5376, "num_hidden_layers": 62,
+    "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "intermediate_size": 21504,
+    "query_pre_attn_scalar": 168, "sliding_window": 1024, "sliding_window_pattern": 6, "vocab_size": 262208,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1, "torch_dtype": "bfloat16",
+    "transformers_version": "5.0.0",
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": LLAMA_8B,
     "1b": LLAMA_8B | {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "intermediate_size": 8192,
@@ -54,6 +75,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": GPT_OSS_20B,
     "qwen3-next-small": QWEN3_NEXT | {"num_hidden_layers": 8},
     "bamba-9b": BAMBA_9B,
+    "v2-lite": DEEPSEEK_V2_LITE,
+    "gemma3-27b": GEMMA3_27B,
     "tiny": LLAMA_8B | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                         "head_dim": 16, "intermediate_size": 128, "vocab_size": 2048, "max_position_embeddings": 4096,
                         "bos_token_id": 1792, "eos_token_id": 1793},

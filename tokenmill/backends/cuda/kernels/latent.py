@@ -27,6 +27,16 @@ def tokens_of(rows_ptr, b, ok, first, SOME: tl.constexpr):
 
 
 @triton.jit
+def row_at(block, positions, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Return the offset in the cache of the rows at `positions`, of WIDTH numbers each.
+
+    Block and row of the block are multiplied before they are added: of their sum Triton would assume that every number
+    is a multiple of the block's size, and load more numbers at once than the alignment of rows allows.
+    """
+    return block.to(tl.int64) * (BLOCK_SIZE * WIDTH) + (positions % BLOCK_SIZE) * WIDTH
+
+
+@triton.jit
 def turned(x_ptr, ok, cos_ptr, sin_ptr, positions, K: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr):
     """Return the halves (N, HALF) of the K columns at `x_ptr` (N, 1), rotated by `positions`. ROPE: as of `rotated`."""
     j = tl.arange(0, HALF)[None, :]
@@ -44,8 +54,8 @@ def write_rows(latent_ptr, key_ptr, cache_ptr, tables_ptr, cos_ptr, sin_ptr, t, 
                key_stride, table_stride, fit, R: tl.constexpr, R2: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
                BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
     """Write the compressed rows of tokens t to their places in the cache, times `fit` if it holds 8-bit floats."""
-    block = tl.load(tables_ptr + slots * table_stride + positions // BLOCK_SIZE, mask=ok, other=0).to(tl.int64)
-    to = cache_ptr + (block * BLOCK_SIZE + positions % BLOCK_SIZE)[:, None] * (R + K)
+    block = tl.load(tables_ptr + slots * table_stride + positions // BLOCK_SIZE, mask=ok, other=0)
+    to = cache_ptr + row_at(block, positions, R + K, BLOCK_SIZE)[:, None]
     kind: tl.constexpr = latent_ptr.dtype.element_ty
     stored: tl.constexpr = cache_ptr.dtype.element_ty
     r = tl.arange(0, R2)[None, :]
@@ -146,7 +156,7 @@ def attend_rows(q_ptr, cache_ptr, out_ptr, part_ptr, sum_ptr, pairs_ptr, rows_pt
     for start in tl.range(begin, stop, BN, num_stages=STAGES):
         places = start + n
         ok = places < stop
-        at = (block.to(tl.int64) * BLOCK_SIZE + places % BLOCK_SIZE)[:, None] * (R + K)
+        at = row_at(block, places, R + K, BLOCK_SIZE)[:, None]
         there, turned_there = ok[:, None], ok[:, None]
         if R != R2:
             there = there & (r < R)[None, :]
@@ -239,10 +249,10 @@ def gather_rows(cache_ptr, out_ptr, runs_ptr, tables_ptr, table_stride, scale, f
     begin = tl.load(runs_ptr + 3 * run + 2).to(tl.int64)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = t < count
-    block = tl.load(tables_ptr + slot * table_stride + t // BLOCK_SIZE, mask=ok, other=0).to(tl.int64)
+    block = tl.load(tables_ptr + slot * table_stride + t // BLOCK_SIZE, mask=ok, other=0)
     c = tl.arange(0, WIDTH)[None, :]
     there = ok[:, None] & (c < R + K)
-    x = tl.load(cache_ptr + (block * BLOCK_SIZE + t % BLOCK_SIZE)[:, None] * (R + K) + c, mask=there, other=0.0)
+    x = tl.load(cache_ptr + row_at(block, t, R + K, BLOCK_SIZE)[:, None] + c, mask=there, other=0.0)
     to = out_ptr + (begin + t)[:, None] * (R + K) + c
     tl.store(to, (x.to(tl.float32) * scale).to(out_ptr.dtype.element_ty), mask=there)
 

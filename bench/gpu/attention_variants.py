@@ -1,0 +1,416 @@
+"""Measure variants of attention on a GPU: microseconds of a layer with random numbers, beside their floors.
+
+    python3 -m bench.gpu.attention_variants                      all cases
+    python3 -m bench.gpu.attention_variants --only latent,gemma
+
+sinks: heads of GPT-OSS, plain and with sinks, ALiBi or both. latent: compressed rows of DeepSeek V2 Lite, with variants
+of sizes. gemma: heads of Gemma 3 27B with and without its window. Results are compared with torch first. The floor is
+the larger of the bytes that must be read at 4 TB/s, and the products at 990 TFLOP/s. The best variants are copied by
+hand into `shapes.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from tokenmill.backends.base import StepInputs, StepLimits
+from tokenmill.backends.cuda import attention, latent
+from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
+from tokenmill.backends.cuda.compile import Kernels
+from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.latent import LatentLowering
+from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.products.base import FEW
+from tokenmill.backends.cuda.shapes import DecodeShape, LatentShape, TileShape
+from tokenmill.backends.cuda.sizes import Sizes, StepArrays
+from tokenmill.backends.cuda.slots import CudaSlots
+from tokenmill.backends.torch import kinds
+from tokenmill.backends.torch.attention import Scratch, plan
+from tokenmill.parallel.group import Group
+from tokenmill.program import ops
+from tokenmill.program.ops import Part, Weight
+from tokenmill.program.rope import RopeTable
+from tokenmill.program.value import Inputs, Program, Value, record
+
+_BYTES_S, _FLOPS_S = 4e12, 990e12
+_COLD = 150 << 20  # bytes of all layers, so that a layer's are not in the L2 cache
+_BLOCK = 16
+_REAL = torch.cuda.is_available()  # else the cases are tried with few tokens, under Triton's interpreter
+_DTYPE = torch.bfloat16 if _REAL else torch.float32
+
+
+class Heads(NamedTuple):
+    """Heads of attention; `fields`: of its operation."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    fields: dict[str, Any] = {}  # noqa: RUF012
+
+    def op(self, inputs: Inputs, layer: int) -> Value:
+        """Record the operation."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        x = _embedded(inputs, q + 2 * kv)
+        q_, k, v = x.split(q, kv, kv)
+        table = RopeTable.of(self.head_dim, 1e6, 1 << 17, None)
+        sinks = {"sinks": Weight((Part("sinks", self.heads),))} if self.fields.get("sinks") else {}
+        return x.record(
+            ops.Attention, q, q=q_, k=k, v=v, layer=layer, head_dim=self.head_dim, scale=self.head_dim**-0.5,
+            rope=table, **self.fields | sinks,
+        )  # fmt: skip
+
+    def floor(self, rows: int, context: int) -> float:
+        """Return the seconds that single tokens need."""
+        keys = min(context, self.fields.get("window") or context)
+        return rows * keys * 2 * self.kv_heads * self.head_dim * 2 / _BYTES_S
+
+    def floor_of_prompt(self, length: int) -> float:
+        """Return the seconds that a prompt needs."""
+        return self.heads * self.head_dim * 4 * length * length / 2 / _FLOPS_S
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token in the cache."""
+        return 2 * self.kv_heads * self.head_dim * 2
+
+
+class Rows(NamedTuple):
+    """Compressed rows."""
+
+    heads: int
+    plain: int = 128
+    turned: int = 64
+    value: int = 128
+    rank: int = 512
+
+    def op(self, inputs: Inputs, layer: int) -> Value:
+        """Record the operation."""
+        q = self.heads * (self.plain + self.turned)
+        x = _embedded(inputs, q + self.rank + self.turned)
+        q_, row, key = x.split(q, self.rank, self.turned)
+        expand = Weight((Part("expand", self.heads * (self.plain + self.value)),), self.rank)
+        return x.record(
+            ops.LatentAttention, self.heads * self.value, q=q_, latent=row, key=key, layer=layer, expand=expand,
+            head_dim=self.plain + self.turned, value_dim=self.value, scale=(self.plain + self.turned) ** -0.5,
+            rope=RopeTable.of(self.turned, 1e4, 1 << 17, None), interleaved=True,
+        )  # fmt: skip
+
+    def floor(self, rows: int, context: int) -> float:
+        """Return the seconds that single tokens need: the cached rows and the expansion."""
+        return (rows * context * self.row_bytes + self._expansion * 2) / _BYTES_S
+
+    def floor_of_prompt(self, length: int) -> float:
+        """Return the seconds that a prompt needs: expansion, scores and sums of values."""
+        pairs = length * length / 2
+        scores = 2 * self.heads * (self.plain + self.turned + self.value) * pairs
+        return (2 * length * self._expansion + scores) / _FLOPS_S
+
+    @property
+    def _expansion(self) -> int:
+        return self.heads * (self.plain + self.value) * self.rank
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token in the cache."""
+        return (self.rank + self.turned) * 2
+
+
+def _embedded(inputs: Inputs, width: int) -> Value:
+    table = Weight((Part("t", 8),), width)
+    return inputs.ids.record(ops.Embed, width, ids=inputs.ids, table=table)
+
+
+class Layers:
+    """Some layers of one kind on the device, and a step: `rows` single tokens, or one run, behind a context."""
+
+    def __init__(self, shape: Heads | Rows, rows: int, context: int, tokens: int, device: Device) -> None:
+        self.shape, self.rows, self.context, self.tokens = shape, rows, context, tokens
+        read = shape.floor(rows, context) * _BYTES_S
+        count = min(8, int(_COLD // read) + 1) if tokens == 1 and _REAL else 1
+
+        def model(inputs: Inputs) -> Value:
+            made = [shape.op(inputs, i) for i in range(count)]
+            return made[-1].record(ops.TakeRows, rows="samples", x=made[-1])
+
+        self.program: Program = record(model)
+        kinds_ = ops.Attention | ops.LatentAttention
+        self.ops: list[Any] = [op for op in self.program.ops if isinstance(op, kinds_)]
+        blocks = -(-context // _BLOCK)
+        self.limits = StepLimits(max(rows * tokens, 64), rows, context + _BLOCK, _BLOCK)
+        self.memory = Memory(self.program, self.limits, _DTYPE, device, windows=False)
+        self.slots = CudaSlots(self.limits, device)
+        self.memory.allocate(rows * blocks + 1)
+        draw = torch.Generator(device.torch).manual_seed(0)
+        self.memory._arena.view(_DTYPE).normal_(0, 1, generator=draw)
+        for cache in self.memory._cache.values():
+            cache.normal_(0, 1, generator=draw)
+        order = np.random.default_rng(0).permutation(rows * blocks).astype(np.int32)
+        for slot in range(rows):
+            self.slots.set_blocks(slot, order[slot * blocks : (slot + 1) * blocks])
+        weights = {w for op in self.ops for ws in op.weights().values() for w in ws}
+        self.weights = {
+            w: torch.empty((w.rows, w.columns) if w.columns else (w.rows,), dtype=_DTYPE, device=device.torch)
+            .normal_(0, w.columns**-0.5 if w.columns else 1.0, generator=draw)
+            for w in weights
+        }  # fmt: skip
+        self.inputs = StepInputs(
+            np.arange(rows, dtype=np.int32), np.full(rows, context - tokens, np.int32),
+            np.full(rows, tokens, np.int32), np.arange(rows, dtype=np.int32),
+        )  # fmt: skip
+
+    def lowered(self) -> tuple[list[Callable[[Sizes], None]], Sizes, Any]:
+        """Return the launches of each layer with the sizes that are patched in, the step, and the lowering."""
+        rows = isinstance(self.shape, Rows)
+        lowering: Any = (LatentLowering if rows else AttentionLowering)(
+            self.memory, self.weights, self.slots, AttentionOptions()
+        )
+        kinds_ = (set(), lowering.expands) if rows else (lowering.tile_tokens, None)
+        arrays = StepArrays(self.limits, self.memory.device, self.slots.padding, *kinds_)
+        if self.tokens > 1:
+            sizes = arrays.mixed(self.inputs)
+        else:
+            sizes = arrays.decode(self.inputs.slots, self.inputs.starts, self.rows)
+            sizes = replace(sizes, early=self.memory.device.launches_ahead and self.rows <= FEW)
+        return [lowering.lower(op) for op in self.ops], sizes, lowering
+
+    def check(self) -> float:
+        """Return the relative error of the first layer's result, of which torch computes some rows in float32."""
+        (run, *_), sizes, _ = self.lowered()
+        op, out = self.ops[0], self.memory.value(self.ops[0].out)
+        out.fill_(float("nan"))
+        run(sizes)
+        some = np.unique(np.linspace(0, self.rows - 1, 4).astype(np.int32)) if self.tokens == 1 else np.arange(1)
+        inputs = StepInputs(some.astype(np.int32), self.inputs.starts[some], self.inputs.counts[some], some)
+        at = torch.from_numpy(some).to(out.device) if self.tokens == 1 else torch.arange(self.tokens, device=out.device)
+        positions = torch.from_numpy(self.inputs.starts[some].astype(np.int64)).to(out.device)
+        positions = positions if self.tokens == 1 else positions + torch.arange(self.tokens, device=out.device)
+        tables = self.slots.table(0)[torch.from_numpy(some.astype(np.int64)).to(out.device)]
+        of = torch.arange(len(some), device=out.device).repeat_interleave(self.tokens)
+        made = plan(inputs, tables, _BLOCK, positions, of, getattr(op, "window", 0))
+        cache = {op.layer: self.memory._cache[op.layer].float()}
+        weights = {w: tensor.float() for w, tensor in self.weights.items()}
+        step = kinds.StepState(
+            weights, cache, Group(), positions, {op.layer: made}, at, Scratch(), None,  # type: ignore[arg-type]
+        )  # fmt: skip
+        kernel: Any = kinds.kernels()[type(op)]
+        wanted = kernel(op, step, *(self.memory.value(v)[at].float() for v in op.reads().values()))
+        return float((out[at].float() - wanted).norm() / wanted.norm())
+
+
+class Case(NamedTuple):
+    """Case to time: variants of the sizes that `patched` names return; a name ("…") is a variant of a part alone."""
+
+    name: str
+    layers: Callable[[Device], Layers]
+    patched: str
+    variants: list[Any]
+    floor: float
+
+
+_LATENT_ONE = [
+    LatentShape(16, *sizes)
+    for sizes in ((64, 64, 64, 2, 4), (64, 64, 64, 2, 8), (64, 64, 64, 3, 8), (32, 128, 32, 2, 4), (32, 128, 32, 3, 4),
+                  (32, 128, 32, 3, 8), (32, 64, 64, 3, 4), (128, 32, 128, 2, 8))
+]  # fmt: skip
+_TILES_OF_LATENT = ((64, 2, 4), (64, 2, 8), (64, 3, 8), (32, 2, 4), (32, 3, 4), (32, 4, 4), (32, 3, 8), (128, 2, 8))
+_EXPANDED = [
+    TileShape(*sizes)
+    for sizes in ((128, 64, 2, 8), (128, 64, 3, 8), (128, 32, 3, 8), (64, 64, 2, 4), (64, 64, 3, 4), (128, 128, 2, 8),
+                  (128, 32, 3, 4))
+]  # fmt: skip
+_WINDOW = [
+    DecodeShape(64, *sizes)
+    for sizes in ((32, 128, 3, 4), (8, 128, 3, 4), (8, 256, 3, 4), (8, 512, 3, 4), (1, 64, 3, 4))
+]
+_SLOPES = tuple(2 ** (-8 * (i + 1) / 64) for i in range(64))
+
+
+def _latent_variants(*splits: int) -> list[LatentShape]:
+    """Return all tiles with the middle number of splits, and the first and fifth with the others."""
+    middle = splits[len(splits) // 2]
+    made = [(middle, tile) for tile in _TILES_OF_LATENT]
+    made += [(n, _TILES_OF_LATENT[i]) for n in splits if n != middle for i in (0, 4)]
+    return [LatentShape(16, keys, n, 128, stages, warps) for n, (keys, stages, warps) in made]
+
+
+_FEW = not _REAL
+_CONTEXT, _LONG, _PROMPT = (40, 60, 40) if _FEW else (4096, 32768, 8192)
+_BATCHES = (1, 3, 3) if _FEW else (1, 64, 256)
+
+
+def _single(shape: Heads | Rows, rows: int, keys: int = _CONTEXT) -> Callable[[Device], Layers]:
+    return lambda device: Layers(shape, rows, keys, 1, device)
+
+
+def _run(shape: Heads | Rows, tokens: int) -> Callable[[Device], Layers]:
+    return lambda device: Layers(shape, 1, _PROMPT, tokens, device)
+
+
+def sink_cases() -> Iterator[Case]:
+    """Yield attention of GPT-OSS, plain and with biases."""
+    fields: dict[str, dict[str, Any]] = {
+        "plain": {}, "sinks": {"sinks": True}, "alibi": {"alibi": _SLOPES}, "both": {"sinks": True, "alibi": _SLOPES},
+    }  # fmt: skip
+    for rows in _BATCHES[:2]:
+        for name, own in fields.items():
+            heads = Heads(64, 8, 64, own)
+            yield Case(f"{name}, batch {rows}", _single(heads, rows), "", [None], heads.floor(rows, _CONTEXT))
+    for name, own in fields.items():
+        heads = Heads(64, 8, 64, own)
+        yield Case(f"{name}, prompt", _run(heads, _PROMPT), "", [None], heads.floor_of_prompt(_PROMPT))
+
+
+def latent_cases() -> Iterator[Case]:
+    """Yield attention to compressed rows: single tokens, a prompt, and the end of one."""
+    shape, parts = Rows(16), ["absorb", "expand"]
+    for rows, some in zip(_BATCHES, (_LATENT_ONE, _latent_variants(2, 4, 8), _latent_variants(1, 2, 4)), strict=True):
+        name, floor = f"latent, batch {rows}", shape.floor(rows, _CONTEXT)
+        yield Case(name, _single(shape, rows), "latent.latent_shape", [None, *some, *parts], floor)
+    if not _FEW:
+        wide = [LatentShape(g, keys, 4, 128, 2, warps) for g in (32, 64) for keys in (32, 64) for warps in (4, 8)]
+        floor = Rows(128).floor(64, _CONTEXT)
+        yield Case("latent, 128 heads, batch 64", _single(Rows(128), 64), "latent.latent_shape", [None, *wide], floor)
+    floor = shape.floor_of_prompt(_PROMPT)
+    yield Case("latent, prompt", _run(shape, _PROMPT), "latent.expanded_shape", [None, *_EXPANDED], floor)
+    yield Case("latent, its end", _run(shape, _PROMPT // 20), "latent.expanded_shape", [None, _EXPANDED[3]], 0.0)
+
+
+def gemma_cases() -> Iterator[Case]:
+    """Yield attention of Gemma 3 27B at a long context."""
+    for window in (20 if _FEW else 1024, 0):
+        heads = Heads(32, 16, 128, {"window": window})
+        for rows in (1, 3) if _FEW else (1, 16, 64) if window else (1, 16):
+            name, floor = f"gemma, window {window}, batch {rows}", heads.floor(rows, _LONG)
+            some = [None, *_WINDOW] if window else [None]
+            yield Case(name, _single(heads, rows, _LONG), "attention.decode_shape", some, floor)
+
+
+CASES = {"sinks": sink_cases, "latent": latent_cases, "gemma": gemma_cases}
+
+
+def cases(only: list[str]) -> Iterator[Case]:
+    """Yield the cases of some parts. Without a GPU they are small."""
+    for name in only:
+        yield from CASES[name]()
+
+
+def timed(runs: list[Callable[[Sizes], None]], sizes: Sizes, rounds: int = 7) -> float:
+    """Return the median microseconds of a layer in a CUDA graph."""
+    repeats = max(1, 16 // len(runs))
+    for run in runs:
+        run(sizes)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for run in runs:
+                run(sizes)
+    found = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) * 1e3 / repeats / len(runs))
+    return float(np.median(found))
+
+
+def launches(case: Case, layers: Layers, variant: Any) -> tuple[list[Callable[[Sizes], None]], Sizes]:
+    """Return the launches of a variant: with sizes of its own, the backend's, or only a part of the kernels."""
+    if isinstance(variant, tuple):
+        module, name = case.patched.split(".")
+        with patch.object({"latent": latent, "attention": attention}[module], name, lambda *_: variant):
+            runs, sizes, _ = layers.lowered()
+            patched = _patched(module, name, variant)
+        return [_within(run, *patched) for run in runs], sizes
+    runs, sizes, lowering = layers.lowered()
+    if variant is None:
+        return runs, sizes
+    tile = 16 if layers.rows <= 16 else 64
+    if variant == "absorb":
+        made = [lowering._absorb(op, attend=True) for op in layers.ops]
+    else:
+        made = [lowering._expand_values(op) for op in layers.ops]
+    return [lambda n, each=each: each(n, 0, layers.rows, tile) for each in made], sizes
+
+
+def _patched(module: str, name: str, variant: Any) -> tuple[Any, str, Any]:
+    return {"latent": latent, "attention": attention}[module], name, lambda *_: variant
+
+
+def _within(run: Callable[[Sizes], None], module: Any, name: str, shape: Any) -> Callable[[Sizes], None]:
+    """Return the launch with a function of sizes replaced, which it calls for each step."""
+
+    def patched(n: Sizes) -> None:
+        with patch.object(module, name, shape):
+            run(n)
+
+    return patched
+
+
+def measure(case: Case, layers: Layers) -> list[tuple[float, Any]]:
+    """Return microseconds and variants, the fastest first; variants that cannot run are left out."""
+    found: list[tuple[float, Any]] = []
+    for variant in case.variants:
+        try:
+            runs, sizes = launches(case, layers, variant)
+            found.append((timed(runs, sizes), variant))
+        except Exception as error:  # noqa: BLE001  Too much shared memory, or the compiler's own faults.
+            print(f"  {case.name} {variant}: {type(error).__name__} {str(error)[:80]}", flush=True)
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="sinks,latent,gemma")
+    parser.add_argument("--show", type=int, default=4, help="variants of each case")
+    args = parser.parse_args(words)
+    start, only, device = time.perf_counter(), args.only.split(","), Device("cuda" if _REAL else "cpu")
+    kernels = Kernels("", 16, ("bench", args.only))
+
+    def everything() -> None:
+        for case in cases(only):
+            layers = case.layers(device)
+            for variant in case.variants:
+                try:
+                    runs, sizes = launches(case, layers, variant)
+                    runs[0](sizes)
+                except Exception as error:  # noqa: BLE001  Reported when it is measured.
+                    print(f"  {case.name} {variant}: {type(error).__name__}", flush=True)
+
+    lines = []
+    with torch.inference_mode():
+        kernels.prepare(everything)
+        print(f"  compiled after {time.perf_counter() - start:.0f} s", flush=True)
+        for case in cases(only):
+            gc.collect()
+            if _REAL:
+                torch.cuda.empty_cache()
+            layers = case.layers(device)
+            off = layers.check()
+            assert off < 2e-2, (case.name, off)
+            best = measure(case, layers) if _REAL else [(1.0, None)]
+            own = next((us for us, v in best if v is None), 0.0)
+            floor, share = case.floor * 1e6, f"{own / case.floor / 1e6:5.2f} ×" if case.floor else " " * 7
+            some = [pair for pair in best if isinstance(pair[1], tuple)][: args.show]
+            told = "; ".join(f"{us:.1f} {tuple(v)}" for us, v in some)
+            told += "".join(f"; {v} alone {us:.1f}" for us, v in best if isinstance(v, str))
+            lines.append(f"{case.name:30} off {off:.4f} floor {floor:7.1f} {share} us {own:8.1f}  {told}")
+            print(lines[-1], flush=True)
+            del layers
+    kernels.close()
+    print(f"after {time.perf_counter() - start:.0f} s:", *lines, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
