@@ -56,6 +56,7 @@ from safetensors.torch import save_file  # noqa: E402
 from support_jobs import job_of  # noqa: E402
 from support_models import FAMILIES, SIZES, Driver  # noqa: E402
 
+from bench.gpu.tensors import shapes_of  # noqa: E402
 from tokenmill.backends.base import StepLimits  # noqa: E402
 from tokenmill.backends.cuda.backend import CudaBackend  # noqa: E402
 from tokenmill.backends.kind import Job  # noqa: E402
@@ -75,16 +76,12 @@ def write_random(folder: Path, family: str, *, dtype: Any = torch.float32, sprea
     config = SIZES | {"model_type": model_type} | own | changes
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    draw, made = torch.Generator().manual_seed(0), {}
-    weights = weights_of(program_of(config))
-    rows = {part.name: 0 for weight in weights for part in weight.parts}
-    for part in (part for weight in weights for part in weight.parts):
-        rows[part.name] = max(rows[part.name], part.end)  # several parts may be of one tensor
-    for weight in weights:
-        for name in {part.name for part in weight.parts} - made.keys():
-            shape = (rows[name], weight.columns) if weight.columns else (rows[name],)
-            drawn = torch.randn(shape, generator=draw) * spread + (0.0 if weight.columns else 0.5)
-            made[name] = (drawn.T.contiguous() if weight.transposed else drawn).to(dtype)
+    draw, program = torch.Generator().manual_seed(0), program_of(config)
+    vectors = {part.name for weight in weights_of(program) for part in weight.parts if not weight.columns}
+    made = {
+        name: (torch.randn(shape, generator=draw) * spread + (0.5 if name in vectors else 0.0)).to(dtype)
+        for name, shape in shapes_of(program).items()
+    }
     save_file(made, folder / "model.safetensors")
 
 

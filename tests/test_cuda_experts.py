@@ -40,6 +40,7 @@ MORE: dict[str, dict[str, Any]] = {
     "biased": {"biased": True, "act": "relu"},
     "bounded": {"biased": True, "limit": 0.3, "up_offset": 1.0, "act": "quick_gelu"},
     "scaled inputs": {"biased": True, "scale_inputs": True, "act": "gelu"},
+    "without gates": {"biased": True, "gated": False, "act": "relu2"},
 }
 
 
@@ -49,10 +50,10 @@ def tiny(
 ) -> tuple[Program, Arrays]:  # fmt: skip
     """Return a program of one mixture of experts, cheap to interpret. `more`: of Experts; `choice`: of Route."""
     draw, fields = Draw(seed), {"act": "silu", **(more or {})}
-    biased = fields.pop("biased", False)
+    biased, gated = fields.pop("biased", False), fields.get("gated", True)
 
     def gate_up(columns: int) -> Weight:
-        return Weight(tuple(draw.weight(inner, columns).parts[0] for _ in range(2)), columns)
+        return Weight(tuple(draw.weight(inner, columns).parts[0] for _ in range(2 if gated else 1)), columns)
 
     def model(inputs: Inputs) -> Value:
         x = inputs.ids.record(ops.Embed, width, ids=inputs.ids, table=draw.weight(VOCABULARY, width, table=True))
@@ -121,7 +122,7 @@ def close(got: Any, want: Any, off: float = 1e-4) -> bool:
 
 
 ROUTES = {name: choice for name, choice in CHOICES.items() if "samples" not in choice} | {
-    "sparsemixer": {"score": "sparsemixer", "margin": 0.3, "top_k": 2}
+    "sparsemixer": {"score": "sparsemixer", "margin": 0.3, "top_k": 2, "correction": True}
 }
 
 
@@ -183,7 +184,7 @@ def test_rows_that_all_choose_the_same_experts_or_one_expert_twice_are_computed(
         assert close(made.summed(40), made.summed_by_torch(x, ids.long(), factors.clone()))
 
 
-SHAPES = [TileShape(32, 64, 16, 2, 4, spread=True), TileShape(16, 16, 64, 1, 4)]
+SHAPES = [TileShape(32, 64, 16, 2, 4, halves=True, group=2), TileShape(16, 16, 64, 1, 4)]
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], pytest.param(SHAPES[1], marks=pytest.mark.slow)])

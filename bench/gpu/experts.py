@@ -171,43 +171,43 @@ def timed(run: Callable[[int], None], repeats: int, rounds: int = 7) -> float:
 
 _ROUTE_ONE = [
     RouteShape(1, *sizes)
-    for sizes in ((4, 1024, 2, 4), (2, 1024, 2, 2), (1, 2048, 1, 2), (2, 2048, 1, 4), (8, 512, 3, 4), (4, 2048, 1, 8))
+    for sizes in ((2, 1024, 2, 2), (1, 2048, 1, 2), (2, 2048, 1, 4), (1, 2048, 1, 4), (4, 1024, 2, 4))
 ]
-_ROUTE_FEW = [
-    RouteShape(16, *sizes)
-    for sizes in ((16, 128, 4, 4), (16, 128, 4, 2), (16, 256, 3, 4), (32, 128, 4, 4), (16, 64, 6, 2), (64, 128, 3, 4))
-]
+_ROUTE_FEW = [RouteShape(16, *sizes) for sizes in ((16, 128, 4, 4), (16, 128, 3, 4), (16, 256, 3, 4), (16, 256, 2, 8))]
 _ROUTE_MANY = [
     RouteShape(*sizes)
-    for sizes in ((64, 128, 64, 4, 4), (64, 128, 64, 4, 8), (32, 128, 64, 4, 4), (16, 128, 64, 4, 4),
-                  (64, 64, 64, 4, 4), (128, 128, 64, 4, 8))
+    for sizes in ((16, 128, 64, 4, 4), (64, 128, 64, 4, 8), (32, 128, 64, 4, 4), (32, 128, 64, 4, 8),
+                  (16, 128, 128, 3, 4), (64, 128, 128, 3, 8))
 ]  # fmt: skip
 _UP_ONE = [
     RowShape(*sizes)
-    for sizes in ((4, 1024, 2, 4), (4, 1024, 1, 4), (4, 512, 3, 2), (4, 512, 4, 4), (8, 512, 3, 4), (2, 1024, 3, 2),
-                  (2, 2048, 1, 4), (4, 1024, 3, 4), (4, 2048, 1, 4), (8, 256, 4, 4), (2, 512, 4, 2))
+    for sizes in ((2, 2048, 1, 4), (1, 2048, 1, 2), (1, 2048, 1, 4), (2, 2048, 1, 8), (4, 2048, 1, 8), (2, 1024, 3, 4),
+                  (4, 1024, 4, 4))
 ]  # fmt: skip
 _DOWN_ONE = [
     RowShape(*sizes)
-    for sizes in ((4, 256, 4, 4), (4, 256, 6, 2), (4, 256, 5, 4), (8, 256, 4, 4), (2, 256, 6, 2), (4, 1024, 4, 4),
-                  (2, 1024, 4, 4), (8, 256, 4, 2), (4, 512, 4, 4), (2, 1024, 3, 2), (2, 256, 4, 1))
+    for sizes in ((2, 1024, 4, 4), (1, 1024, 4, 2), (1, 1024, 8, 4), (1, 1024, 6, 2), (2, 1024, 6, 4), (2, 1024, 8, 4),
+                  (1, 1024, 8, 2), (2, 1024, 5, 2), (4, 1024, 5, 8))
 ]  # fmt: skip
-_FEW = (
-    (64, 128, 4, 4), (64, 64, 6, 4), (64, 64, 4, 4), (32, 128, 4, 4), (32, 128, 6, 4), (128, 64, 4, 4), (128, 64, 4, 8),
-    (64, 256, 2, 4), (64, 128, 3, 4), (128, 128, 3, 8), (32, 256, 3, 4),
-)  # fmt: skip
+_FEW = ((64, 128, 4, 4), (64, 128, 3, 4), (128, 128, 3, 8), (32, 256, 3, 4))
 """Variants of tiles of few items: outputs, columns of a round, rounds in flight, warps."""
+_SOME = (
+    (128, 64, 4, 8), (128, 64, 3, 8), (256, 64, 3, 8), (64, 64, 4, 4), (64, 128, 3, 4), (64, 64, 5, 4),
+    (128, 64, 3, 8, True), (64, 64, 5, 4, True),
+)  # fmt: skip
+"""Variants of more items: halves, too, and tiles of items side by side."""
 _MANY = (
-    (128, 64, 4, 8), (128, 64, 4, 4), (128, 64, 3, 8), (64, 64, 4, 4), (64, 64, 5, 4), (256, 64, 3, 8), (256, 64, 4, 8),
-    (128, 128, 2, 8), (64, 128, 3, 4),
+    (128, 64, 3, 8), (128, 64, 4, 8), (128, 64, 3, 8, True), (128, 64, 4, 8, True), (128, 64, 3, 8, True, 8),
+    (128, 64, 3, 8, True, 4), (128, 64, 3, 8, True, 32), (128, 64, 2, 8, True), (128, 128, 2, 8, True),
+    (256, 64, 4, 8), (256, 64, 3, 8), (256, 64, 4, 8, True), (256, 64, 3, 8, True), (256, 64, 3, 8, True, 8),
+    (256, 64, 3, 8, True, 32), (128, 64, 4, 4, True), (128, 64, 3, 4, True),
 )  # fmt: skip
 
 
-def tiles(items: tuple[int, ...], sizes: tuple[tuple[int, ...], ...], spread: tuple[bool, ...]) -> list[TileShape]:
-    """Return all combinations. Programs with more sums than registers are left out."""
-    return [
-        TileShape(m, *size, copied) for m in items for size in sizes for copied in spread if m * size[0] <= 32768
-    ]
+def tiles(items: int, sizes: tuple[tuple[int, ...], ...], gated: bool) -> list[TileShape]:
+    """Return the variants whose sums fit the registers."""
+    found = [TileShape(items, *size) for size in sizes]
+    return [v for v in found if v.items * v.outputs * (2 if gated else 1) <= 128 * v.warps * 32]
 
 
 def cases(layer: Layer, shape: Shape, rows_list: list[int], only: str) -> Iterator[Case]:
@@ -230,17 +230,14 @@ def cases(layer: Layer, shape: Shape, rows_list: list[int], only: str) -> Iterat
             yield Case("down", rows, _DOWN_ONE, lambda at, v: at.one_row.down(v, at.early(1)), down_bytes)
             continue
         mean = pairs / experts
-        sizes = (16, 32) if mean <= 16 else (64, 128) if mean < 1000 else (128, 256)
-        some = _FEW if mean <= 16 else _MANY
+        sizes = (16, 32) if mean <= 8 else (32, 64) if mean <= 32 else (64, 128)
         yield Case("sort", rows, [sizes[0]], lambda at, v, n=rows: at.products.sort(n, v, at.early(n)))
         for size in sizes:
-            ups = tiles((size,), some, (False,) if mean <= 16 else (False, True))
-            downs = tiles((size,), some, (False,))
-            name = f"of {size}"
-            yield Case(f"up {name}", rows, [v for v in ups if v.items * v.outputs <= 16384],
+            some = _FEW if size <= 32 else _SOME if size == 64 else _MANY
+            yield Case(f"up of {size}", rows, tiles(size, some, True),
                        lambda at, v, n=rows: at.products.gate_up(n, v, at.early(n)), up_bytes, up_flops)  # fmt: skip
-            yield Case(f"down {name}", rows, downs, lambda at, v, n=rows: at.products.down(n, v, at.early(n)),
-                       down_bytes, down_flops)  # fmt: skip
+            yield Case(f"down of {size}", rows, tiles(size, some, False),
+                       lambda at, v, n=rows: at.products.down(n, v, at.early(n)), down_bytes, down_flops)  # fmt: skip
         sums = moved * (top_k + 1)
         yield Case("combine", rows, [None], lambda at, _, n=rows: at.products.combine(n, at.early(n)), sums)
 
@@ -260,7 +257,8 @@ def measure(case: Case, layers: list[Layer]) -> list[tuple[float, Any]]:
     for variant in case.variants:
         try:
             prepare(case, layers, variant)
-            case.run(layers[0], variant)
+            for layer in layers:
+                case.run(layer, variant)
             torch.cuda.synchronize()
             us = timed(lambda i, variant=variant: case.run(layers[i % len(layers)], variant), several)
         except Exception as error:  # noqa: BLE001  Too much shared memory, or the compiler's own faults.
@@ -287,7 +285,7 @@ def check(layers: list[Layer], rows_list: list[int]) -> None:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="30b-a3b")
-    parser.add_argument("--rows", default="1,8,64,256,2048,8192")
+    parser.add_argument("--rows", default="1,64,256,512,1024,2048,8192")
     parser.add_argument("--only", choices=("layer", ""), default="")
     parser.add_argument("--show", type=int, default=3, help="variants of each case")
     args = parser.parse_args(words)
@@ -308,7 +306,7 @@ def main(words: list[str] | None = None) -> None:
 
         kernels.prepare(everything)
         print(f"{args.shape}: {shape}\n  compiled after {time.perf_counter() - start:.0f} s", flush=True)
-        check(layers, [n for n in (1, 2, 19, 64, 300, *rows_list[-1:]) if n <= most])
+        check(layers, [n for n in (1, 2, 64, 300, *rows_list[-1:]) if n <= most])
         for layer in layers:
             layer.run(most)
         lines = []

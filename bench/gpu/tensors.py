@@ -16,6 +16,9 @@ def shapes_of(program: Program) -> dict[str, tuple[int, ...]]:
             stacked[part.name] = max(stacked.get(part.name, 0), part.index + 1)
     for part, weight in parts:
         matrix = (rows[part.name], weight.columns) if weight.columns else (rows[part.name],)
-        stack = (stacked[part.name],) if part.name in stacked else ()
-        found[part.name] = (*stack, *(matrix[::-1] if weight.transposed else matrix))
+        matrix = matrix[::-1] if weight.transposed else matrix
+        if part.below:
+            found[part.name] = part.below * matrix[0], *matrix[1:]
+        else:
+            found[part.name] = (*([stacked[part.name]] if part.name in stacked else []), *matrix)
     return found

@@ -16,6 +16,7 @@ SEGMENT = 4096  # pairs of a row and an expert that one program sorts
 LEAST_ITEMS = 16  # of a tile
 _SORTED_AT_ONCE = (64, 512, SEGMENT)
 _FEW = 256  # rows up to which routing is shared by many programs for each block of rows
+_MANY = 4096  # rows up to which blocks of rows are small, so that enough programs route
 
 
 class RouteShape(NamedTuple):
@@ -40,7 +41,8 @@ class RowShape(NamedTuple):
 class TileShape(NamedTuple):
     """Sizes for several rows: items and outputs of a tile, columns of a round, rounds in flight, warps.
 
-    `spread`: rows are copied to the places of their items first, so that the copy engine reads them.
+    `halves`: a tile with at most half of its items costs half; the copy engine does not read the rows then. `group`:
+    tiles of items whose programs run side by side, so that they share tiles of the matrix.
     """
 
     items: int
@@ -48,7 +50,8 @@ class TileShape(NamedTuple):
     columns: int
     stages: int
     warps: int
-    spread: bool = False
+    halves: bool = False
+    group: int = 16
 
 
 def refusal(op: Op) -> str:
@@ -58,18 +61,18 @@ def refusal(op: Op) -> str:
             return f"it has kernels for {MOST_EXPERTS} experts at most, not {op.weight.rows}"
         if op.top_k > MOST_CHOSEN:
             return f"it has kernels for {MOST_CHOSEN} experts of a row at most, not {op.top_k}"
-    if isinstance(op, ops.Experts) and not op.gated:
-        return "it has no kernel for experts without gates"
     return ""
 
 
 def route_shape(rows: int, experts: int, columns: int, batch_invariant: bool = False) -> RouteShape:
     """Return the sizes for so many rows. `columns`: of a row."""
     if rows == 1 and not batch_invariant:
-        return RouteShape(1, 4, min(power(columns), 1024), 2, 4)
+        return RouteShape(1, 2, min(power(columns), 1024), 2, 2)
     if rows <= _FEW or batch_invariant:
         return RouteShape(16, 16, 128, 4, 4)
-    return RouteShape(max(16, min(64, 8192 // padded(experts))), min(padded(experts), 128), 64, 4, 4)
+    if rows <= _MANY or experts > 128:
+        return RouteShape(16, min(padded(experts), 128), 64, 4, 4)
+    return RouteShape(64, padded(experts), 64, 4, 8)
 
 
 def padded(experts: int) -> int:
@@ -82,18 +85,16 @@ def sort_size(pairs: int) -> int:
     return next((size for size in _SORTED_AT_ONCE if pairs <= size), SEGMENT)
 
 
-def row_shape(outputs: int, columns: int, gated: bool) -> RowShape:
+def row_shape(columns: int, gated: bool) -> RowShape:
     """Return the sizes for a single row. `gated`: the matrices of gate and up together."""
     if gated:
-        return RowShape(4, min(power(columns), 1024), 2, 4)
-    return RowShape(4, min(power(columns), 512 if columns % 512 == 0 or columns > 2048 else 256), 4, 4)
+        return RowShape(2, power(columns), 1, 4) if columns <= 2048 else RowShape(4, 1024, 4, 4)
+    return RowShape(2, min(power(columns), 1024), 4, 4)
 
 
-def tile_shape(
-    items: float, outputs: int, columns: int, gated: bool, item_bytes: int = 2, batch_invariant: bool = False
-) -> TileShape:
+def tile_shape(items: float, gated: bool, item_bytes: int = 2, batch_invariant: bool = False) -> TileShape:
     """Return the sizes for `items` items of an expert on average. Batch-invariant sums have rounds of one size."""
-    size = next((size for size, most in ((16, 8), (32, 20), (64, 160)) if items <= most), 128)
+    size = next((size for size, most in ((16, 8), (32, 20), (64, 80)) if items <= most), 128)
     if item_bytes > 2:
         return TileShape(min(size, 32), 32, 32, 2, 4)
     if batch_invariant:
@@ -101,5 +102,5 @@ def tile_shape(
     if size < 64:
         return TileShape(size, 64, 128, 4, 4)
     if size == 64:
-        return TileShape(size, 128, 64, 4, 8 if gated else 4)
-    return TileShape(size, 128, 64, 4, 8, spread=gated)
+        return TileShape(size, 128, 64, 4, 8)
+    return TileShape(size, 128, 64, 3, 8) if gated else TileShape(size, 256, 64, 4, 8)

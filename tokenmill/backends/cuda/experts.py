@@ -35,7 +35,6 @@ from tokenmill.program import ops
 
 _BLOCK = 1024
 _ROWS = 16  # segments that are added up at a time
-_GROUP = 16  # tiles of items whose programs run side by side, so that they share tiles of the matrix
 LAUNCHES = 4  # of `ops.Experts`, at most in a captured step
 
 
@@ -69,7 +68,7 @@ class _Scratch:
         inner = most(*(pairs[op.out.buffer] * _inner(op) for op in found))
         self.inner = torch.empty(inner, dtype=memory.dtype, device=device)
         results = most(*(pairs[op.out.buffer] * op.out.width for op in found))
-        self.results = torch.empty(results, dtype=memory.dtype, device=device)  # Before that, the rows of items.
+        self.results = torch.empty(results, dtype=memory.dtype, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +78,7 @@ class _Scratch:
 
 def _inner(op: ops.Experts) -> int:
     """Return the number of an expert's inner values."""
-    return op.gate_up[0].rows // 2
+    return op.gate_up[0].rows // 2 if op.gated else op.gate_up[0].rows
 
 
 class Bank(NamedTuple):
@@ -99,7 +98,7 @@ class Operands(NamedTuple):
     factors: Tensor  # (rows, top_k)
     out: Tensor  # (rows, width)
     inner: Tensor  # (items, inner values)
-    results: Tensor  # (pairs, width): results, and before that the rows of items
+    results: Tensor  # (pairs, width)
 
 
 class ExpertLowering:
@@ -153,7 +152,7 @@ class ExpertLowering:
         `residual`: (addend, in place of out).
         """
         one = self.one_row(op)
-        up, down = row_shape(_inner(op), op.x.width, True), row_shape(op.out.width, _inner(op), False)
+        up, down = row_shape(op.x.width, True), row_shape(_inner(op), False)
 
         def run(n: Sizes) -> None:
             one.gate_up(up, n.early, norm)
@@ -180,11 +179,10 @@ class ExpertLowering:
 
     def shapes(self, op: ops.Experts, rows: int) -> tuple[TileShape, TileShape]:
         """Return the sizes of tiles for so many rows: of gate and up, and of down, with the same number of items."""
-        mean, inner, width = rows * op.ids.width / len(op.down), _inner(op), op.out.width
-        item = self._memory.dtype.itemsize
-        up = tile_shape(mean, inner, width, True, item, self._invariant)
-        down = tile_shape(mean, width, inner, False, item, self._invariant)
-        return up, down._replace(items=up.items)
+        mean, item = rows * op.ids.width / len(op.down), self._memory.dtype.itemsize
+        up, down = (tile_shape(mean, gated, item, self._invariant) for gated in (True, False))
+        assert up.items == down.items
+        return up, down
 
     def _bank(self, op: ops.Experts) -> Bank:
         stacks = self._weights.stacks
@@ -219,6 +217,8 @@ class Routing:
             "GROUPS": op.groups, "GP": power(op.groups), "TOP_GROUPS": op.top_groups, "GROUP_BEST": op.group_best,
             "RENORMALIZE": op.renormalize, "BIAS": op.bias is not None, "CORRECTION": op.correction is not None,
         }  # fmt: skip
+        if op.score == "sparsemixer":  # It chooses by the logits alone.
+            self._constants |= {"GROUPS": 1, "CORRECTION": False}
 
     def run(self, rows: int, shape: RouteShape, early: bool, norm: Normed | None = None) -> None:
         """Launch the first rows. `norm`: in place of x, of a single row."""
@@ -249,7 +249,7 @@ class OneRow:
         self._up(
             (triton.cdiv(outputs, shape.outputs), op.ids.width),
             x, weight, weight if bias is None else bias, norm_weight, ids, factors, inner, op.limit, op.up_offset, eps,
-            N=outputs, K=op.x.width, BN=shape.outputs, BK=shape.columns, ACT=op.act, LIMIT=op.limit > 0,
+            N=outputs, K=op.x.width, BN=shape.outputs, BK=shape.columns, ACT=op.act, GATED=op.gated, LIMIT=op.limit > 0,
             BIAS=bias is not None, SCALED=op.scale_inputs, NORM=norm is not None, PDL=early, STAGES=shape.stages,
             num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
@@ -293,7 +293,7 @@ class Sort:
             (self._experts, segments),
             self._ids, scratch.firsts, self.items, self.tiles, pairs, segments, E=self._experts,
             EP=padded(self._experts), BM=items, BLOCK=size, ONE=segments == 1, PDL=early,
-            num_warps=1 if size <= 64 else 4, **ahead(early),
+            num_warps={64: 1, 512: 4}.get(size, 8), **ahead(early),
         )  # fmt: skip
 
 
@@ -304,7 +304,7 @@ class GroupedProducts:
         self._op, self._bank, self._operands, self._sort = op, bank, operands, sort
         self._copies = copies and operands.x.element_size() == 2
         self._up, self._down = Site(kernels.grouped), Site(kernels.grouped)
-        self._spread, self._combine = Site(kernels.spread), Site(kernels.combine)
+        self._combine = Site(kernels.combine)
         self._descriptors: dict[tuple[int, int, int], TensorDescriptor] = {}
 
     def run(self, rows: int, up: TileShape, down: TileShape, early: bool) -> None:
@@ -320,21 +320,13 @@ class GroupedProducts:
 
     def gate_up(self, rows: int, shape: TileShape, early: bool) -> None:
         """Launch the inner values of all items."""
-        x, results, top_k = self._operands.x, self._operands.results, self._op.ids.width
-        pairs, width = rows * top_k, x.shape[1]
-        if shape.spread:
-            self._spread(
-                (pairs,), x, self._sort.items, results, x.stride(0), TOP_K=top_k, WIDTH=width,
-                BLOCK=min(power(width), 4096), num_warps=4,
-            )  # fmt: skip
-            x = results
-        inner, act = self._operands.inner, self._op.act
-        self._multiply(self._up, x, inner, pairs, shape, early, act=act, is_sorted=shape.spread)
+        x, inner = self._operands.x, self._operands.inner
+        self._multiply(self._up, x, inner, rows * self._op.ids.width, shape, early, self._op.act)
 
     def down(self, rows: int, shape: TileShape, early: bool) -> None:
         """Launch the results of all pairs."""
         inner, results = self._operands.inner, self._operands.results
-        self._multiply(self._down, inner, results, rows * self._op.ids.width, shape, early, is_sorted=True)
+        self._multiply(self._down, inner, results, rows * self._op.ids.width, shape, early)
 
     def combine(self, rows: int, early: bool) -> None:
         """Launch the sums of the pairs of each row."""
@@ -348,23 +340,23 @@ class GroupedProducts:
         )  # fmt: skip
 
     def _multiply(
-        self, launch: Site, x: Tensor, out: Tensor, pairs: int, shape: TileShape, early: bool, *, is_sorted: bool,
-        act: str = "",
-    ) -> None:  # fmt: skip
+        self, launch: Site, x: Tensor, out: Tensor, pairs: int, shape: TileShape, early: bool, act: str = ""
+    ) -> None:
         op, bank = self._op, self._bank
         weight, bias = (bank.gate_up, bank.gate_up_bias) if act else (bank.down, bank.down_bias)
-        outputs, columns = weight.shape[1] // (2 if act else 1), weight.shape[2]
+        gated, columns = bool(act) and op.gated, weight.shape[2]
+        outputs = weight.shape[1] // (2 if gated else 1)
         copies = self._copies and columns % 8 == 0
-        copies_x = copies and is_sorted
+        copies_x = copies and not act and not shape.halves
         launch(
             (triton.cdiv(outputs, shape.outputs), self._sort.num_tiles(pairs, shape.items)),
             self._described(x, shape.items, shape.columns) if copies_x else x,
             self._described(weight.view(-1, columns), shape.outputs, shape.columns) if copies else weight,
             weight if bias is None else bias, self._operands.factors, out, self._sort.items, self._sort.tiles,
             x.stride(0), op.limit, op.up_offset, N=outputs, K=columns, TOP_K=op.ids.width, BM=shape.items,
-            BN=shape.outputs, BK=shape.columns, ACT=act, LIMIT=bool(act) and op.limit > 0, BIAS=bias is not None,
-            SCALED=bool(act) and op.scale_inputs, SORTED=is_sorted, TMA=copies, TMA_X=copies_x, GROUP=_GROUP,
-            PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            BN=shape.outputs, BK=shape.columns, ACT=act, GATED=gated, LIMIT=bool(act) and op.limit > 0, BIAS=bias is not None,
+            SCALED=bool(act) and op.scale_inputs, TMA=copies, TMA_X=copies_x, HALVES=shape.halves,
+            GROUP=shape.group, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
     def _described(self, matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -14,8 +14,10 @@ from tokenmill.backends.cuda.kernels.rows import activated
 
 
 @triton.jit
-def gated(gate, up, limit, offset, ACT: tl.constexpr, LIMIT: tl.constexpr):
-    """Return act(gate) · (up + offset), with LIMIT of bounded values."""
+def gated(gate, up, limit, offset, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr):
+    """Return act(gate) · (up + offset), with LIMIT of bounded values; act(gate) unless GATED."""
+    if not GATED:
+        return activated(gate, ACT)
     if LIMIT:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -25,18 +27,19 @@ def gated(gate, up, limit, offset, ACT: tl.constexpr, LIMIT: tl.constexpr):
 @triton.jit
 def one_row_up(x_ptr, weight_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr, out_ptr, limit, offset, eps,
                N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
-               LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
+               GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr,
+               PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Set out[j] (N,) to the inner values of the j-th expert of one row x (K,). Grid (N / BN, top_k).
 
-    Matrices have 2 · N rows: gate, then up. SCALED: the factors multiply x. NORM: x is its RMS norm.
+    GATED: matrices have 2 · N rows, gate, then up; else N. SCALED: the factors multiply x. NORM: x is its RMS norm.
     """
+    height: tl.constexpr = 2 * N if GATED else N
     j = tl.program_id(1)
     n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     if PDL:
         gdc_wait()
     e = tl.load(ids_ptr + j).to(tl.int64)
-    at = weight_ptr + (e * (2 * N) + tl.where(n < N, n, 0))[:, None] * K + k[None, :]
+    at = weight_ptr + (e * height + tl.where(n < N, n, 0))[:, None] * K + k[None, :]
     gates = tl.zeros([BN, BK], tl.float32)
     ups = tl.zeros([BN, BK], tl.float32)
     squares = tl.zeros([BK], tl.float32)
@@ -47,7 +50,8 @@ def one_row_up(x_ptr, weight_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr, out_
             squares += x * x
             x = x * tl.load(norm_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
         gates += tl.load(at + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
-        ups += tl.load(at + N * K + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
+        if GATED:
+            ups += tl.load(at + N * K + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
     if PDL:
         gdc_launch_dependents()
     gate, up = tl.sum(gates, 1), tl.sum(ups, 1)
@@ -58,9 +62,10 @@ def one_row_up(x_ptr, weight_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr, out_
         factor = tl.load(factors_ptr + j).to(tl.float32)
         gate, up = gate * factor, up * factor
     if BIAS:
-        gate += tl.load(bias_ptr + e * (2 * N) + n, mask=n < N, other=0.0).to(tl.float32)
-        up += tl.load(bias_ptr + e * (2 * N) + N + n, mask=n < N, other=0.0).to(tl.float32)
-    y = gated(gate, up, limit, offset, ACT, LIMIT)
+        gate += tl.load(bias_ptr + e * height + n, mask=n < N, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(bias_ptr + e * height + N + n, mask=n < N, other=0.0).to(tl.float32)
+    y = gated(gate, up, limit, offset, ACT, GATED, LIMIT)
     tl.store(out_ptr + j * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -151,16 +156,50 @@ def tile_sums(x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N: 
 
 
 @triton.jit
+def multiply_tile(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride, limit, offset, e, first, count,
+                  tile, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
+                  SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Multiply at most BM items from `first` on, all of expert e, with outputs [tile · BN, tile · BN + BN)."""
+    m = tl.arange(0, BM)
+    n = tile * BN + tl.arange(0, BN)
+    m_ok, n_ok = m < count, n < N
+    pair = tl.load(items_ptr + first + m, mask=m_ok, other=0)
+    base, rows = e * N, first + m
+    if GATED:
+        base = e * (2 * N)
+    if ACT != "":
+        rows = pair // TOP_K
+    y, up = tile_sums(
+        x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N, K, BM, BN, BK, GATED, TMA, TMA_X, STAGES
+    )
+    if SCALED:
+        factor = tl.load(factors_ptr + pair, mask=m_ok, other=0.0).to(tl.float32)[None, :]
+        y, up = y * factor, up * factor
+    if BIAS:
+        y += tl.load(bias_ptr + base + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            up += tl.load(bias_ptr + base + N + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+    to = pair
+    if ACT != "":
+        y = gated(y, up, limit, offset, ACT, GATED, LIMIT)
+        to = first + m
+    at = out_ptr + to.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=n_ok[:, None] & m_ok[None, :])
+
+
+@triton.jit
 def grouped(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, tiles_ptr, x_stride, limit, offset,
             N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-            BK: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
-            SORTED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+            BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
+            SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
             STAGES: tl.constexpr):  # fmt: skip
     """Multiply each tile of items with its expert's matrix. Grid (N / BN, tiles).
 
-    With ACT, the matrices have 2 · N rows, gate and up, and out[item] (N,) are inner values. Without, out[pair] (N,)
-    are results. SORTED: x has a row for each item, else one for each row of the step. SCALED: the factor of a pair
-    multiplies its x. TMA: `weight_ptr`, TMA_X: `x_ptr` is a tensor descriptor of tiles (BN, BK), (BM, BK).
+    With ACT, x has a row for each row of the step, the matrices have 2 · N rows, gate and up, or N unless GATED, and
+    out[item] (N,) are inner values. Without, x has a row for each item, and out[pair] (N,) are results. SCALED: the factor of a pair
+    multiplies its x. TMA: `weight_ptr`, TMA_X: `x_ptr` is a tensor descriptor of tiles (BN, BK), (BM, BK). HALVES: a
+    tile with at most half of its items is multiplied at half the cost.
     """
     slot, tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
     if PDL:
@@ -168,45 +207,20 @@ def grouped(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, tiles_
     count = tl.load(tiles_ptr + slot * 4 + 2)
     if count > 0:
         e, first = tl.load(tiles_ptr + slot * 4), tl.load(tiles_ptr + slot * 4 + 1)
-        m = tl.arange(0, BM)
-        n = tile * BN + tl.arange(0, BN)
-        m_ok, n_ok = m < count, n < N
-        pair = tl.load(items_ptr + first + m, mask=m_ok, other=0)
-        rows = pair // TOP_K
-        if SORTED:
-            rows = first + m
-        base = e * N
-        if ACT != "":
-            base = e * (2 * N)
-        y, up = tile_sums(
-            x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N, K, BM, BN, BK, ACT != "", TMA, TMA_X,
-            STAGES,
-        )  # fmt: skip
-        if SCALED:
-            factor = tl.load(factors_ptr + pair, mask=m_ok, other=0.0).to(tl.float32)[None, :]
-            y, up = y * factor, up * factor
-        if BIAS:
-            y += tl.load(bias_ptr + base + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-            if ACT != "":
-                up += tl.load(bias_ptr + base + N + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-        to = pair
-        if ACT != "":
-            y = gated(y, up, limit, offset, ACT, LIMIT)
-            to = first + m
-        at = out_ptr + to.to(tl.int64)[None, :] * N + n[:, None]
-        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=n_ok[:, None] & m_ok[None, :])
+        if HALVES and count <= BM // 2:
+            multiply_tile(
+                x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride, limit, offset, e, first, count,
+                tile, N, K, TOP_K, BM // 2, BN, BK, ACT, GATED, LIMIT, BIAS, SCALED, TMA,
+                TMA_X, STAGES,
+            )  # fmt: skip
+        else:
+            multiply_tile(
+                x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride, limit, offset, e, first, count,
+                tile, N, K, TOP_K, BM, BN, BK, ACT, GATED, LIMIT, BIAS, SCALED, TMA,
+                TMA_X, STAGES,
+            )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-
-
-@triton.jit
-def spread(x_ptr, items_ptr, out_ptr, x_stride, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Set out[item] to the row of x of each item. Grid (items,)."""
-    item = tl.program_id(0).to(tl.int64)
-    row = (tl.load(items_ptr + item) // TOP_K).to(tl.int64)
-    for start in tl.static_range(0, WIDTH, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        tl.store(out_ptr + item * WIDTH + c, tl.load(x_ptr + row * x_stride + c, mask=c < WIDTH), mask=c < WIDTH)
 
 
 @triton.jit
