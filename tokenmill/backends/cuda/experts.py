@@ -354,9 +354,10 @@ class GroupedProducts:
             self._described(weight.view(-1, columns), shape.outputs, shape.columns) if copies else weight,
             weight if bias is None else bias, self._operands.factors, out, self._sort.items, self._sort.tiles,
             x.stride(0), op.limit, op.up_offset, N=outputs, K=columns, TOP_K=op.ids.width, BM=shape.items,
-            BN=shape.outputs, BK=shape.columns, ACT=act, GATED=gated, LIMIT=bool(act) and op.limit > 0, BIAS=bias is not None,
-            SCALED=bool(act) and op.scale_inputs, TMA=copies, TMA_X=copies_x, HALVES=shape.halves,
-            GROUP=shape.group, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            BN=shape.outputs, BK=shape.columns, ACT=act, GATED=gated, LIMIT=bool(act) and op.limit > 0,
+            BIAS=bias is not None, SCALED=bool(act) and op.scale_inputs, TMA=copies, TMA_X=copies_x,
+            HALVES=shape.halves, GROUP=shape.group, PDL=early, STAGES=shape.stages, num_warps=shape.warps,
+            **ahead(early),
         )  # fmt: skip
 
     def _described(self, matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -156,10 +156,11 @@ def tile_sums(x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N: 
 
 
 @triton.jit
-def multiply_tile(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride, limit, offset, e, first, count,
-                  tile, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
-                  SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def multiply_tile(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride, limit, offset, e, first,
+                  count, tile, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
+                  BIAS: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr,
+                  STAGES: tl.constexpr):  # fmt: skip
     """Multiply at most BM items from `first` on, all of expert e, with outputs [tile · BN, tile · BN + BN)."""
     m = tl.arange(0, BM)
     n = tile * BN + tl.arange(0, BN)
@@ -192,14 +193,14 @@ def multiply_tile(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, 
 def grouped(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, tiles_ptr, x_stride, limit, offset,
             N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
             BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
-            SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
-            STAGES: tl.constexpr):  # fmt: skip
+            SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
+            PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Multiply each tile of items with its expert's matrix. Grid (N / BN, tiles).
 
     With ACT, x has a row for each row of the step, the matrices have 2 · N rows, gate and up, or N unless GATED, and
-    out[item] (N,) are inner values. Without, x has a row for each item, and out[pair] (N,) are results. SCALED: the factor of a pair
-    multiplies its x. TMA: `weight_ptr`, TMA_X: `x_ptr` is a tensor descriptor of tiles (BN, BK), (BM, BK). HALVES: a
-    tile with at most half of its items is multiplied at half the cost.
+    out[item] (N,) are inner values. Without, x has a row for each item, and out[pair] (N,) are results. SCALED: the
+    factor of a pair multiplies its x. TMA: `weight_ptr`, TMA_X: `x_ptr` is a tensor descriptor of tiles (BN, BK),
+    (BM, BK). HALVES: a tile with at most half of its items is multiplied at half the cost.
     """
     slot, tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
     if PDL:
