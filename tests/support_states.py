@@ -162,9 +162,9 @@ class Layers(Draw):
         return self.linear(y.record(ops.TakeRows, rows="samples", x=y), VOCABULARY)[0]
 
     def conv(self, x: Value, taps: int = 4, act: str = "silu", bias: bool = True) -> Value:
-        _, y, _ = self.linear(x, 8, 40, 8)  # a view
+        _, y, _ = self.linear(x, 8, 48, 8)  # a view
         y = y.record(
-            recurrence.CausalConv, x=y, weight=self.weight(40, taps), bias=self.weight(40) if bias else None, layer=0
+            recurrence.CausalConv, x=y, weight=self.weight(48, taps), bias=self.weight(48) if bias else None, layer=0
         )
         return y.record(ops.Act, x=y, act=act) if act else y
 

@@ -13,7 +13,7 @@ from support_programs import VOCABULARY, Arrays
 from support_states import Layers
 
 from tokenmill.backends.base import StepInputs, StepLimits
-from tokenmill.backends.cuda import states
+from tokenmill.backends.cuda import recurrence, states
 from tokenmill.backends.cuda.backend import CudaBackend
 from tokenmill.backends.cuda.prepare import refusal
 from tokenmill.program.value import Program
@@ -24,8 +24,8 @@ torch.set_num_threads(1)
 class Drawn(CudaDriver):
     """The backend of a program without a checkpoint on disk."""
 
-    def __init__(self, program: Program, source: Arrays, limits: StepLimits, dtype: str = "float32") -> None:
-        CudaBackend.__init__(self, cuda_job(program, source, limits, dtype, cuda_graphs=()))
+    def __init__(self, program: Program, source: Arrays, limits: StepLimits, **options: Any) -> None:
+        CudaBackend.__init__(self, cuda_job(program, source, limits, cuda_graphs=(), **options))
         self.allocate(64)
         self.free = np.random.default_rng(3).permutation(64).tolist()
         self.known, self.tables = {}, {}
@@ -67,7 +67,8 @@ def test_runs_single_tokens_and_rewound_positions_equal_the_torch_backends(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not ON_GPU:
-        monkeypatch.setattr(states, "SHAPES_OF_FLOAT32", states.StateShapes(chunk=16, lru_chunk=16, channel_chunk=8))
+        small = states.StateShapes(chunk=16, lru_chunk=16, channel_chunk=8)
+        monkeypatch.setattr(recurrence, "SHAPES_OF_FLOAT32", small)
     kind, sizes = CASES[name]
     found, expected = both(kind, **sizes)
     for ring in found._states._rings.values():
@@ -104,12 +105,31 @@ def test_layers_without_a_kernel_are_refused(kind: str, sizes: dict[str, Any], w
     assert why in refusal(Layers(kind, **sizes).program(), "float32", 1)
 
 
-def test_such_layers_are_refused_where_a_row_must_not_depend_on_its_step() -> None:
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("conv", {}),
+        ("space", {"heads": 16, "width": 1, "columns": 6, "each": True}),
+        ("space", {"heads": 2}),
+        ("delta", {"heads": 2, "width": 8}),
+    ],
+)
+def test_deterministic_sums_do_not_depend_on_how_a_prompt_is_divided(kind: str, sizes: dict[str, Any]) -> None:
+    drawn = Layers(kind, **sizes)
+    program, limits = drawn.program(), StepLimits(64, 4, 64, 16)
+    whole, parts = (Drawn(program, drawn.source(), limits, deterministic=True) for _ in range(2))
+    want = whole.feed([(0, IDS[:7]), (1, IDS[10:12])])
+    parts.feed([(0, IDS[:3]), (1, IDS[10:11])])
+    parts.feed([(0, IDS[3:4])])
+    np.testing.assert_array_equal(parts.feed([(0, IDS[4:7]), (1, IDS[11:12])]), want)
+
+
+def test_griffins_unit_is_refused_where_sums_must_not_depend_on_how_a_prompt_is_divided() -> None:
     assert "how a prompt is divided" in refusal(Layers("lru").program(), "float32", 1, deterministic=True)
 
 
 def test_the_bytes_of_states_are_counted_apart_from_those_of_a_step() -> None:
     backend, _ = both("conv")
-    assert backend._account.states == 5 * 2 * 3 * 40 * 4  # slots and one for padding, ring, inputs, columns, bytes
+    assert backend._account.states == 5 * 2 * 3 * 48 * 4  # slots and one for padding, ring, inputs, columns, bytes
     claimed = backend._account.step + backend._account.sampler
     assert backend.claimed_bytes() == claimed + backend._account.states

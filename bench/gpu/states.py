@@ -23,8 +23,9 @@ from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.launch import Site
 from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.recurrence import StateLowering
 from tokenmill.backends.cuda.sizes import Sizes, StepArrays
-from tokenmill.backends.cuda.states import SHAPES, CudaStates, StateLowering, StateShapes
+from tokenmill.backends.cuda.states import SHAPES, CudaStates, StateShapes
 from tokenmill.backends.torch import recurrence as reference
 from tokenmill.backends.torch.states import States
 from tokenmill.program import ops

@@ -21,11 +21,12 @@ from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import DeviceWeights
 from tokenmill.backends.cuda.products.base import Operands, Product, Scratch
 from tokenmill.backends.cuda.products.dense import largest
+from tokenmill.backends.cuda.recurrence import StateLowering
 from tokenmill.backends.cuda.row_ops import RowLowering
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
-from tokenmill.backends.cuda.states import CudaStates, StateLowering
+from tokenmill.backends.cuda.states import CudaStates
 from tokenmill.program import ops
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.passes import readers_of
@@ -58,7 +59,7 @@ class Lowering:
         self._attention = AttentionLowering(memory, weights.tensors, slots, options)
         self._latent = LatentLowering(memory, weights.tensors, slots, options)
         self.mixtures = ExpertLowering(memory, weights, options.batch_invariant)
-        self._states = StateLowering(memory, weights.tensors, states)
+        self._states = StateLowering(memory, weights.tensors, states, batch_invariant=options.batch_invariant)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit

@@ -7,6 +7,7 @@ from tokenmill.backends.cuda.detect import flashinfer_missing
 from tokenmill.backends.cuda.shapes import MOST_SHARED
 from tokenmill.program import ops, passes, special
 from tokenmill.program.ops import Op
+from tokenmill.program.recurrence import RgLru
 from tokenmill.program.value import Program
 
 KINDS = (
@@ -117,8 +118,8 @@ def _latent_refusal(op: ops.LatentAttention) -> str:
 
 
 def _not_invariant(op: Op) -> str:
-    if op.state() is not None:
-        return "sums of its layers with a state depend on how a prompt is divided into steps"
+    if isinstance(op, RgLru):
+        return "sums of its recurrent units depend on how a prompt is divided into steps"
     if isinstance(op, ops.Linear) and op.x.width % _INVARIANT_COLUMNS:
         columns = _INVARIANT_COLUMNS
         return f"its products that do not depend on the batch are of whole {columns} columns, not {op.x.width}"
