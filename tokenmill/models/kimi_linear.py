@@ -68,6 +68,8 @@ class Config(deepseek_v3.Latent, kw_only=True):
         self.linear_conv_kernel_dim = given.short_conv_kernel_size or self.linear_conv_kernel_dim
         if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= set(_KINDS):
             raise ValueError(f"`layer_types` is {self.kinds}; expected {self.num_hidden_layers} of {', '.join(_KINDS)}")
+        if self.mlp_layer_types is not None and len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(f"{len(self.mlp_layer_types)} `mlp_layer_types` for {self.num_hidden_layers} layers")
 
     @property
     def kinds(self) -> Sequence[str]:

@@ -107,9 +107,7 @@ class Gguf:
         A missing bias counts as a bias of zeros if other layers or products have theirs.
         """
         if (found := self._parts(name)) is not None:
-            made, _, parts = found
-            shape = made.shape(self.config, [part.shape for part in parts])
-            return shape if made.rows is None else (len(made.rows(self.config)), *shape[1:])
+            return self._made_shape(name, *found)
         entry, index = self._find(name)
         if entry is None:
             return self._left_out(name)
@@ -154,6 +152,20 @@ class Gguf:
         parts = [self._entries.get(f"blk.{layer}.{source}") for source in made.sources]
         found = [part for part in parts if part is not None]
         return (made, layer, found) if len(found) == len(parts) else None
+
+    def _made_shape(self, name: str, made: Made, layer: int, entries: list[Entry]) -> tuple[int, ...]:
+        """Return the shape of a tensor that is made of others. ModelError if they do not fit."""
+        shapes = [entry.shape for entry in entries]
+        try:
+            shape = made.shape(self.config, shapes)
+        except ValueError as error:
+            names = ", ".join(f"'blk.{layer}.{source}'" for source in made.sources)
+            raise ModelError(f"{self.path}: {names} have shapes {shapes}; {error}.") from None
+        if made.rows is None:
+            return shape
+        shared = sum(other.sources == made.sources for other in self._kind.made.values())  # by so many in equal parts
+        rows = len(made.rows(self.config))
+        return (rows if rows * shared == shape[0] else -(-shape[0] // shared), *shape[1:])
 
     def _make(self, name: str, made: Made, layer: int, entries: list[Entry]) -> Stored:
         parts = []

@@ -101,7 +101,7 @@ def _rotated(read: Reader, kind: Architecture, head_dim: int) -> dict[str, Any]:
 
 def _window(read: Reader, kind: Architecture) -> dict[str, Any]:
     """Return the sliding window. Raises Unsupported if there is one that the architecture has no use for."""
-    window = read("attention.sliding_window", 0)
+    window = read.count("attention.sliding_window")
     if kind.windows:
         return {"sliding_window": window or None}
     if window and window < read.number("context_length"):

@@ -45,8 +45,10 @@ DECAY = Made(("ssm_a",), _same, numbers=_logarithm)
 
 
 def _expanded_shape(fields: Fields, shapes: Sequence[Shape]) -> Shape:
-    (heads, rank, key), (_, value, _) = shapes
-    return heads * (key + value), rank
+    keys, values = shapes
+    if len(keys) != 3 or len(values) != 3 or (keys[0], keys[1]) != (values[0], values[2]):
+        raise ValueError("expected (heads, rank, width of a key) and (heads, width of a value, rank)")
+    return keys[0] * (keys[2] + values[1]), keys[1]
 
 
 def _expanded(fields: Fields, arrays: Sequence[Floats], layer: int) -> Floats:

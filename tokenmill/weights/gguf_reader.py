@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from tokenmill.errors import ModelError, Unsupported
@@ -66,6 +67,13 @@ class Reader:
         found = self(key, 0)
         if type(found) is not int or found < 0:
             raise self._wrong(key, f"{found!r}, not a whole number of at least 0")
+        return found
+
+    def real(self, key: str, default: float) -> float:
+        """Return a finite number."""
+        found = self(key, default)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not isfinite(found):
+            raise self._wrong(key, f"{found!r}, not a finite number")
         return found
 
     def numbers_of_layers(self, key: str) -> list[float]:

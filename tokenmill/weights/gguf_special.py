@@ -44,12 +44,14 @@ def _gpt_oss(read: Reader) -> dict[str, Any]:
 def _olmo3(read: Reader) -> dict[str, Any]:
     """Return the kinds of layers."""
     pattern = read("attention.sliding_window_pattern", [])
+    if not isinstance(pattern, list):
+        raise ModelError(f"{read.path}: 'olmo2.attention.sliding_window_pattern' is {pattern!r}, not a list by layer.")
     kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
     return {"layer_types": kinds or None}
 
 
 def _mpt(read: Reader) -> dict[str, Any]:
-    slope, clip = read("attention.max_alibi_bias", 0.0), read("attention.clamp_kqv", 0.0)
+    slope, clip = read.real("attention.max_alibi_bias", 0.0), read.real("attention.clamp_kqv", 0.0)
     return {"attn_config": {"alibi": slope > 0, "alibi_bias_max": slope or 8.0, "clip_qkv": clip or None}}
 
 
@@ -67,7 +69,7 @@ def _apertus(read: Reader) -> dict[str, Any]:
 
 def _ministral3(read: Reader) -> dict[str, Any]:
     """Return the growth of queries by position, which begins at the length before YaRN's scaling."""
-    mscale = read("rope.scaling.yarn_log_multiplier", 0.0)
+    mscale = read.real("rope.scaling.yarn_log_multiplier", 0.0)
     beta = {"llama_4_scaling_beta": read("attention.temperature_scale"), **({"mscale": 1.0, "mscale_all_dim": mscale}
                                                                          if mscale else {})}  # fmt: skip
     return {"rope_scaling": {**(rope_scaling(read, {}) or {}), **beta}, "sliding_window": None}
@@ -78,7 +80,7 @@ def _latent(read: Reader) -> dict[str, Any]:
     heads, rotated = read.number("attention.head_count"), read.number("rope.dimension_count")
     absorbed = "_mla" if read.has("attention.key_length_mla") else ""
     read.ignore("attention.head_count_kv", "attention.key_length", "attention.value_length")
-    groups, mscale = read("expert_group_count", 1), read("rope.scaling.yarn_log_multiplier", 0.0) * 10
+    groups, mscale = read("expert_group_count", 1), read.real("rope.scaling.yarn_log_multiplier", 0.0) * 10
     scaling = rope_scaling(read, {})
     if scaling and mscale:
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
