@@ -33,7 +33,7 @@ FACTORS = {
     "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 3.0,
 }  # fmt: skip
 LATENT = {
-    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 32,
     "num_key_value_heads": 4,
 }  # fmt: skip
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -223,12 +223,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> (model_type, what differs from SIZES)."""
 
-BEYOND_CPU = {"phimoe": "it has no kernel for the choice of experts by sparsemixer"}
-BEYOND_CPU["gpt_oss"] = "it has no attention with sinks"
-BEYOND_CPU |= dict.fromkeys((name for name in FAMILIES if "deepseek" in name), "it has no kernel for LatentAttention")
+BEYOND_CPU = dict.fromkeys(("dbrx", "olmo_clipped", "olmoe_clipped", "mpt_clipped"), "it has no kernel for Clip")
+BEYOND_CPU |= dict.fromkeys(("llama4_text", "llama4_unnormed"), "it has no attention within chunks")
 BEYOND_CPU |= {
-    "olmo": "its norms have a weight for each column", "ministral3": "it has no kernel for ScaleByPosition",
-    "apertus": "it has no kernel for XIelu",
+    "gemma3n_text": "it has no kernel for WithMagnitude", "gemma4_text": "it has no kernel for ScaleByWeight",
+    "gemma4_experts": "it has no kernel for ScaleByExpert",
 }  # fmt: skip
 """Families that the CPU backend refuses, with its reason."""
 

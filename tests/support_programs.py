@@ -8,7 +8,7 @@ import numpy as np
 from support_models import Driver
 
 from tokenmill.backends.torch.interpreter import Interpreter
-from tokenmill.program import ops, special
+from tokenmill.program import ops, recurrence, special
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Inputs, Program, Value, record
@@ -142,8 +142,8 @@ class Draw:
         return total
 
     def _latent(self, x: Value, layer: int) -> Value:
-        """Attend to compressed rows: keys of 8 columns of their own and 4 or 8 rotated ones, values of 12."""
-        turned, rank, values = self.one_of(4, 8), 16, 12
+        """Attend to compressed rows: keys of 8 columns of their own and some rotated ones."""
+        turned, rank, values = self.one_of(8, 16, 16, 16), 16, self.one_of(12, 16, 32, 32)
         (q,) = self.linear(x, HEADS * (8 + turned), shard="column", unit=8 + turned)
         latent, key = self.linear(x, rank, turned)
         y = q.record(
@@ -154,9 +154,52 @@ class Draw:
         )  # fmt: skip
         return self.linear(y, WIDTH, shard="row")[0]
 
+    def _recurrent(self, x: Value, layer: int) -> Value:
+        """Keep a state for each sequence: a convolution, a scan, the delta rule or a recurrent unit."""
+        kind = self.one_of(self._convolution, self._scan, self._scan, self._delta, self._unit)
+        return self.linear(kind(x, layer), WIDTH)[0]
+
+    def _convolution(self, x: Value, layer: int) -> Value:
+        width, taps = self.one_of(48, 42), self.one_of(2, 4)
+        (y,) = self.linear(x, width)
+        bias = self.weight(width) if self.chance(0.5) else None
+        y = y.record(recurrence.CausalConv, x=y, weight=self.weight(width, taps), bias=bias, layer=layer)
+        return y.record(ops.Act, x=y, act=self.one_of("silu", "gelu")) if self.chance(0.5) else y
+
+    def _scan(self, x: Value, layer: int) -> Value:
+        heads, width = self.one_of((4, 16), (8, 8), (40, 1))
+        groups, columns = self.one_of(1, 2), self.one_of(4, 8)
+        u, dt, b, c = self.linear(x, heads * width, heads, groups * columns, groups * columns)
+        return u.record(
+            recurrence.StateSpace, x=u, dt=dt, b=b, c=c, d=self.weight(heads), layer=layer, groups=groups,
+            a_log=self.weight(heads, columns if self.chance(0.5) else 0),
+            dt_bias=self.weight(heads) if self.chance(0.5) else None, limits=self.one_of((0.0, np.inf), (0.3, 0.9)),
+        )  # fmt: skip
+
+    def _delta(self, x: Value, layer: int) -> Value:
+        shared, heads, values = self.one_of((2, 4, 16), (2, 2, 32), (4, 4, 12))
+        by_column = HEAD if self.chance(0.5) else 1
+        v, q, k, a, b = self.linear(x, heads * values, shared * HEAD, shared * HEAD, heads * by_column, heads)
+        return v.record(
+            recurrence.DeltaRule, v=v, q=q, k=k, a=a, b=b, a_log=self.weight(heads),
+            dt_bias=self.weight(heads * by_column), head_dim=HEAD, rate=self.one_of(1.0, 2.0), layer=layer,
+        )  # fmt: skip
+
+    def _unit(self, x: Value, layer: int) -> Value:
+        heads, columns = self.one_of((2, 32), (3, 16))
+        width = heads * columns
+        (y,) = self.linear(x, width)
+        gates = [tuple(self.weight(columns, columns) for _ in range(heads)) for _ in range(2)]
+        return y.record(
+            recurrence.RgLru, x=y, input_gate=gates[0], input_bias=self.weight(heads, columns), a=self.weight(width),
+            recurrence_gate=gates[1], recurrence_bias=self.weight(heads, columns), layer=layer,
+        )  # fmt: skip
+
     def _attention(self, x: Value, layer: int) -> Value:
         if self.chance(0.08):
             return self._latent(x, layer)
+        if self.chance(0.12):
+            return self._recurrent(x, layer)
         if self.chance(0.2):
             q, k, v = self.interleaved(x)
         else:

@@ -18,24 +18,27 @@ _MAMBA: dict[str, Any] = {
 _MAMBA2 = _MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16}
 _SMALL = SIZES | {"intermediate_size": 64}
 _DELTA = _SMALL | {
-    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 4, "linear_num_key_heads": 2,
+    "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MIXED = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 
 STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", _MAMBA),
     "mamba_with_biases": ("mamba", _MAMBA | {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False}),
-    "falcon_mamba": ("falcon_mamba", _MAMBA),
+    "falcon_mamba": ("falcon_mamba", _MAMBA | {"state_size": 16, "time_step_rank": 16}),
     "mamba2": ("mamba2", _MAMBA2),
-    "mamba2_limited": ("mamba2", _MAMBA2 | {"n_groups": 1, "time_step_limit": (0.2, 0.9), "use_bias": True}),
+    "mamba2_limited": (
+        "mamba2",
+        _MAMBA2 | {"n_groups": 1, "num_heads": 4, "head_dim": 16, "time_step_limit": (0.2, 0.9), "use_bias": True},
+    ),
     "lfm2": ("lfm2", _SMALL | {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
     "lfm2_with_biases": (
         "lfm2",
         _SMALL | {"full_attn_idxs": [0], "conv_bias": True, "block_auto_adjust_ff_dim": False},
     ),
-    "qwen3_next": ("qwen3_next", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "qwen3_next": ("qwen3_next", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 32}),
     "qwen3_5": ("qwen3_5_text", _DELTA | {"linear_num_value_heads": 2}),
     "bamba": ("bamba", _SMALL | _MIXED | {"attn_layer_indices": [1], "mamba_n_groups": 2}),
     "bamba_with_biases": (
@@ -46,7 +49,9 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "jamba": (
         "jamba",
-        _SMALL | {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8},
+        _SMALL | {
+            "num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 16,
+        },
     ),
     "granitemoehybrid": (
         "granitemoehybrid",
@@ -82,7 +87,7 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_latent_size": 16, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5,
         },
     ),
-    "qwen3_5_moe": ("qwen3_5_moe_text", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 32}),
     "lfm2_moe": (
         "lfm2_moe",
         _SMALL | _EXPERTS | {
@@ -114,7 +119,7 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "recurrent_gemma",
         {
             "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_key_value_heads": 1, "vocab_size": 128, "lru_width": 40, "attention_window_size": 8,
+            "num_key_value_heads": 1, "vocab_size": 128, "lru_width": 128, "attention_window_size": 8,
             "block_types": ["recurrent", "attention"],
         },
     ),
@@ -122,23 +127,23 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "olmo_hybrid",
         _SMALL | {
             "layer_types": ["linear_attention", "full_attention", "linear_attention"], "pad_token_id": 0,
-            "linear_key_head_dim": 8, "linear_value_head_dim": 8,  # equal: transformers saves thirds of a convolution
+            "linear_key_head_dim": 16, "linear_value_head_dim": 16,  # equal: transformers saves thirds of a convolution
         },
     ),
     "olmo_hybrid_without_positions": (
         "olmo_hybrid",
         _SMALL | {
             "pad_token_id": 0, "rope_parameters": {"rope_theta": None, "rope_type": "default"},
-            "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_allow_neg_eigval": False,
+            "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_allow_neg_eigval": False,
         },
     ),
     "kimi_linear": (
         "kimi_linear",
         {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_key_value_heads": 4, "vocab_size": 128, "model_max_length": 256, "moe_intermediate_size": 16,
-            "num_experts": 4, "num_experts_per_token": 2, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 8, "v_head_dim": 8, "linear_head_dim": 8, "linear_num_heads": 4, "pad_token_id": 0,
+            "num_key_value_heads": 4, "vocab_size": 128, "model_max_length": 256, "moe_intermediate_size": 32,
+            "num_experts": 4, "num_experts_per_token": 2, "kv_lora_rank": 16, "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 8, "v_head_dim": 16, "linear_head_dim": 16, "linear_num_heads": 4, "pad_token_id": 0,
             "mlp_layer_types": ["sparse"] * 3,  # transformers saves dense layers under a name of experts
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },

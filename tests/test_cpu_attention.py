@@ -10,7 +10,7 @@ from tokenmill.backends.cpu.rope import cos_sin_stride, frequencies
 from tokenmill.program.rope import RopeTable
 
 KV_HEADS, BLOCKS, CONTEXT = 2, 40, 160
-SHAPES = [Heads("f16", 64, 3), Heads("int8", 64, 3), Heads("f16", 80, 7, True), Heads("int8", 16, 1)]
+SHAPES = [Heads("f16", 64, 3), Heads("int8", 64, 3), Heads("f16", 80, 7, True), Heads("int8", 16, 1, sinks=True)]
 CASES = [(name, heads) for name in ISAS for heads in SHAPES if heads is SHAPES[0] or name in (ISAS[0], "avx2", "neon")]
 CAP, EPS = 5.0, 1e-5
 
@@ -39,6 +39,7 @@ class Bench:
         self.tables = np.random.default_rng(9).permutation(BLOCKS).astype(np.int32).reshape(4, -1)
         rng = np.random.default_rng(3)
         self.norms = [rng.uniform(0.5, 1.5, self.heads.dim).astype(np.float32) if norms else None for _ in "qk"]
+        self.sinks = rng.normal(size=self.heads.group * KV_HEADS).astype(np.float32)
         self.rope = rope_of(self.heads.dim)
         self.frequencies = frequencies(self.rope, CONTEXT)
         self.kept = self.heads.group * self.heads.dim * KV_HEADS
@@ -102,7 +103,7 @@ class Bench:
             t.ATTENTION_CAP: t.float_bits(CAP),
             t.WINDOW: self.window,
             t.HEAD_EPS: t.float_bits(EPS),
-            t.ITEM_ROWS: heads.item_rows,
+            t.SINKS: address(self.sinks),
             **{c: 0 if w is None else address(w) for c, w in zip((t.Q_NORM, t.K_NORM), self.norms, strict=True)},
         }
         assert walk(self.write, row, context, threads) == context[t.SINGLE_TOKEN]
@@ -121,8 +122,9 @@ class Bench:
         for h in range(q.shape[1]):
             s = q[:, h] @ k[:, h // heads.group].T * np.float32(0.3)
             s = np.where(hidden, -np.inf, CAP * np.tanh(s / CAP) if heads.capped else s)
-            p = np.exp(s - s.max(-1, keepdims=True))
-            out[:, h] = p / p.sum(-1, keepdims=True) @ v[:, h // heads.group]
+            top = s.max(-1, keepdims=True)
+            p, sink = np.exp(s - top), np.exp(self.sinks[h] - top) if heads.sinks else 0
+            out[:, h] = p / (p.sum(-1, keepdims=True) + sink) @ v[:, h // heads.group]
         return out.reshape(n, -1)
 
     def _turned(self, heads, weight):

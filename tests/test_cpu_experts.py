@@ -78,6 +78,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "groups": {"groups": 4, "top_groups": 2, "group_best": 1},
     "groups of two best": {"groups": 3, "top_groups": 1, "group_best": 2, "score": "sigmoid", "correction": True},
     "rows that sample": {"samples": True},
+    "sparsemixer": {"score": "sparsemixer", "margin": 0.3, "top_k": 2},
+    "sparsemixer with a bias": {"score": "sparsemixer", "margin": 0.05, "bias": True},
 }
 
 
@@ -89,7 +91,13 @@ def test_each_choice_of_experts_equals_torch(name: str) -> None:
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("more", [{"act": "gelu"}, {"act": "relu", "biased": True}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"act": "gelu"}, {"act": "relu", "biased": True}, {"act": "quick_gelu", "limit": 0.3, "up_offset": 1.0},
+        {"limit": 0.2, "biased": True}, {"up_offset": -0.5}, {"scale_inputs": True, "biased": True},
+    ],
+)  # fmt: skip
 def test_activations_and_biases_of_experts_equal_torch(more: dict[str, Any]) -> None:
     program, source = layer(5, more)
     for got, want in zip(logits(program, source), wanted(program, source), strict=True):
@@ -140,11 +148,7 @@ def test_logits_that_are_no_numbers_choose_experts_once_each() -> None:
 @pytest.mark.parametrize(
     "more, choice, why",
     [
-        ({"limit": 7.0}, {}, "limits, offsets or factors"),
-        ({"up_offset": 1.0}, {}, "limits, offsets or factors"),
-        ({"scale_inputs": True}, {}, "limits, offsets or factors"),
-        ({"act": "quick_gelu"}, {}, "activation quick_gelu"),
-        ({}, {"score": "sparsemixer", "margin": 0.1}, "sparsemixer"),
+        ({"act": "softsign"}, {}, "activation softsign"),
         ({}, {"groups": 2, "group_best": 3}, "count as 3 scores"),
     ],
 )

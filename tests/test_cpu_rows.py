@@ -9,6 +9,7 @@ from support_kernels import ISAS, address, load, matrix, quantized, walk
 from tokenmill.backends.cpu import layout as t
 
 NAMES = ["norm", "add_norm", "add", "act", "gated_act", "soft_cap", "scale", "take_rows", "quantize_rows", "rope"]
+NAMES += ["xielu", "scale_by_position"]
 ROWS, WIDTH, EPS = 7, 576, 1e-5
 
 
@@ -114,6 +115,9 @@ ACTS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": gelu,
     "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "linear": lambda x: x,
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
@@ -142,8 +146,28 @@ def test_a_row_times_a_constant(code, rng):
 def test_soft_cap(code, rng):
     x = matrix(rng.standard_normal((3, 5000)) * 40)
     out = np.zeros_like(x)
-    walk(code.function("soft_cap"), from_to(x, out) | {t.CAP: t.float_bits(30.0)}, {t.TOKENS: 3}, 2)
+    walk(code.function("soft_cap"), from_to(x, out) | {t.FACTOR: t.float_bits(30.0)}, {t.TOKENS: 3}, 2)
     np.testing.assert_allclose(out, 30 * np.tanh(x.astype(np.float64) / 30), atol=1e-5)
+
+
+def test_xielu_has_a_slope_on_each_side_of_zero(code, rng):
+    x, above, below = matrix(rng.standard_normal((3, 1100)) * 3), 0.8, 1.3
+    x[1, :3] = 0, -1e-3, -80
+    out = np.zeros_like(x)
+    words = {t.FACTOR: t.float_bits(above) | t.float_bits(below) << 32}
+    walk(code.function("xielu"), from_to(x, out) | words, {t.TOKENS: 3}, 2)
+    wide = x.astype(np.float64)
+    expected = np.where(x > 0, above * wide**2, below * (np.expm1(np.minimum(wide, -1e-6)) - wide)) + 0.5 * wide
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_grows_with_its_position(code, rng):
+    x, positions = matrix(rng.standard_normal((ROWS, 40))), np.arange(ROWS) * 5
+    out, factors = np.zeros_like(x), (1 + np.arange(8)).astype(np.float32)
+    words = {t.POSITION_FACTORS: address(factors), t.LENGTH: 6, t.POSITION_OFFSET: 4}
+    context = {t.TOKENS: ROWS, t.POSITIONS: address(positions)}
+    walk(code.function("scale_by_position"), from_to(x, out) | words, context, 2)
+    np.testing.assert_array_equal(out, x * factors[(positions + 4) // 6][:, None])
 
 
 def test_rows_that_sample_are_taken(code, rng):

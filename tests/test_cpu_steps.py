@@ -129,7 +129,7 @@ def test_pages_on_the_host_are_those_of_the_kernels() -> None:
     for kv_dtype in ("f16", "int8"):
         for dim, group in ((64, 3), (128, 4), (16, 1), (80, 7)):
             mine, theirs = AttentionShape(kv_dtype, dim, 2, group, False), attention_tiles.Heads(kv_dtype, dim, group)
-            assert page_bytes(dim, kv_dtype) == theirs.pages.size
+            assert page_bytes(dim, dim, kv_dtype) == theirs.pages.size
             assert (mine.name, mine.item_rows) == (theirs.name, theirs.item_rows)
 
 

@@ -265,4 +265,4 @@ def test_the_cache_of_latent_attention_is_one_compressed_row_a_token(tmp_path: P
     make_checkpoint(tmp_path, "deepseek_v3")
     backend = Driver.of(tmp_path, num_blocks=8)
     assert backend.block_bytes() * 8 == sum(cache.nbytes for cache in backend._cache.values())
-    assert backend.block_bytes() == 3 * (32 + 8) * 4 * 16  # layers, latent and rotated key, bytes, tokens
+    assert backend.block_bytes() == 3 * (32 + 16) * 4 * 16  # layers, latent and rotated key, bytes, tokens

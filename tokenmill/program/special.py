@@ -1,4 +1,4 @@
-"""Operations of single architectures. Only `backends/torch` has kernels for them."""
+"""Operations of single architectures."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Attention kernels: write keys and values to the paged KV cache, then attend. Both apply norms and rotation first.
 
-A work item is one key-value head and up to ITEM_ROWS consecutive rows of one sequence. Its (row, query head) pairs are
-computed in tiles (`attention_tiles.py`). Invariant: results are bitwise independent of the division into items and of
-the assignment of items to threads.
+A work item is one key-value head and up to `Heads.item_rows` consecutive rows of one sequence. Its (row, query head)
+pairs are computed in tiles (`attention_tiles.py`). Invariant: results are bitwise independent of the division into
+items and of the assignment of items to threads.
 """
 
 from __future__ import annotations
@@ -11,8 +11,19 @@ import re
 from collections.abc import Callable
 
 from tokenmill.backends.cpu import layout
-from tokenmill.backends.cpu.attention_tiles import BEGIN, END, OUTPUT, PAIR_BYTES, QUERY, SCORES, SLOPE, Heads, Tile
-from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32, poke
+from tokenmill.backends.cpu.attention_tiles import (
+    BEGIN,
+    END,
+    OUTPUT,
+    PAIR_BYTES,
+    QUERY,
+    SCORES,
+    SINK,
+    SLOPE,
+    Heads,
+    Tile,
+)
+from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32, poke, poke32
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.pages import KvForm
 from tokenmill.backends.cpu.rope import rotate
@@ -44,7 +55,7 @@ Body = Callable[..., int]
     )
 )
 _KEY_STRIDE, _VALUE_STRIDE, _TABLE_AT = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE, 8 * layout.TABLE_AT
-_SLOPES, _ROPE_INTERLEAVED = 8 * layout.SLOPES, 8 * layout.ROPE_INTERLEAVED
+_SLOPES, _SINKS, _ROPE_INTERLEAVED = 8 * layout.SLOPES, 8 * layout.SINKS, 8 * layout.ROPE_INTERLEAVED
 (_THREADS, _TOKENS, _ITEMS, _SINGLE_TOKEN, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
     8 * c
     for c in (
@@ -93,15 +104,15 @@ def blocks_of(row: int, context: int, r: int) -> int:
 
 def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
     """Make a function (row, context, r, h, position) that writes key and value of head h of row r to the cache."""
-    pages, vectors, dim, size = heads.pages, heads.dim // 16, heads.dim, heads.pages.size
+    pages, vectors, dim, value_dim, step = heads.pages, heads.dim // 16, heads.dim, heads.value_dim, heads.step
     store = emit(4, pages.store)
 
     def write(row: int, context: int, r: int, h: int, position: int) -> None:
         key = peek(row + _KEYS) + r * peek(row + _KEY_STRIDE) + h * dim * 4
-        value = peek(row + _VALUES) + r * peek(row + _VALUE_STRIDE) + h * dim * 4
+        value = peek(row + _VALUES) + r * peek(row + _VALUE_STRIDE) + h * value_dim * 4
         prepare_head(row, r, key, vectors, peek(row + _K_NORM))
         block = peek32(blocks_of(row, context, r) + (position >> 4) * 4)
-        page = peek(row + _CACHE) + block * peek(row + _PAGE_STRIDE) + h * size
+        page = peek(row + _CACHE) + block * peek(row + _PAGE_STRIDE) + h * step
         store(key, value, page, position & 15)
 
     return compiled(f"write_token_{heads.name}_{isa.name}", write)
@@ -110,15 +121,16 @@ def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
 def write_cache(isa: Isa, heads: Heads) -> Body:
     """Make the kernel that writes keys and values of all rows to the cache before attention.
 
-    It does nothing if every sequence has one row: then `attend` writes them. Adjacent rows share a page, so an item is
-    up to 16 consecutive rows.
+    It does nothing if every sequence has one row: then `attend` writes them, unless all heads share a page. Adjacent
+    rows share a page, so an item is up to 16 consecutive rows.
     """
     write, dim, group, vectors = _token_writer(isa, heads), heads.dim, heads.group, heads.dim // 16
+    shared = heads.latent > 0
 
     def body(tid: int, row: int, context: int, counter: int) -> int:
-        if peek(context + _SINGLE_TOKEN):
+        if peek(context + _SINGLE_TOKEN) and not shared:
             return 1
-        rows, kv_heads = peek(context + _TOKENS), peek(row + _HEADS)
+        rows, kv_heads = peek(context + _TOKENS), 1 if shared else peek(row + _HEADS)
         many = min(16, max(1, rows // (2 * peek(context + _THREADS))))
         while True:
             first = atomic_add(counter, 1) * many
@@ -127,7 +139,7 @@ def write_cache(isa: Isa, heads: Heads) -> Body:
             for r in range(first, min(first + many, rows)):
                 position = peek(peek(context + _POSITIONS) + r * 8)
                 query = peek(row + _X) + r * peek(row + _X_STRIDE)
-                for h in range(kv_heads * group):
+                for h in range(0 if shared else kv_heads * group):
                     prepare_head(row, r, query + h * dim * 4, vectors, peek(row + _Q_NORM))
                 for h in range(kv_heads):
                     write(row, context, r, h, position)
@@ -159,29 +171,32 @@ def _tile(isa: Isa, heads: Heads, pairs: int) -> Callable[..., None]:
 
 def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
     """Make a function (row, context, r0, n, h, pairs, tile) that writes the words of an item's pairs."""
-    group, dim, vectors, alibi = heads.group, heads.dim, heads.dim // 16, heads.alibi
+    group, dim, vectors, alibi, sinks = heads.group, heads.dim, heads.dim // 16, heads.alibi, heads.sinks
+    value_dim, shared = heads.value_dim, heads.latent > 0
 
     def write(row: int, context: int, r0: int, n: int, h: int, pairs: int, tile: int) -> None:
         position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
         for j in range(n * group):
             r, head, pair = r0 + j // group, h * group + j % group, pairs + j * PAIR_BYTES
             query, p = peek(row + _X) + r * peek(row + _X_STRIDE) + head * dim * 4, position + j // group
-            if peek(context + _SINGLE_TOKEN):
+            if peek(context + _SINGLE_TOKEN) and not shared:
                 prepare_head(row, r, query, vectors, peek(row + _Q_NORM))
-            out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE) + head * dim * 4
+            out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE) + head * value_dim * 4
             poke(pair + QUERY, query)
-            poke(pair + OUTPUT, tile + j * dim * 4 if peek(row + _OUT_SCALES) else out)
+            poke(pair + OUTPUT, tile + j * value_dim * 4 if peek(row + _OUT_SCALES) else out)
             poke(pair + END, p + 1)
             poke(pair + BEGIN, max(0, p - window + 1) if window else 0)
             if alibi:
-                poke(pair + SLOPE, peek32(peek(row + _SLOPES) + head * 4))
+                poke32(pair + SLOPE, peek32(peek(row + _SLOPES) + head * 4))
+            if sinks:
+                poke32(pair + SINK, peek32(peek(row + _SINKS) + head * 4))
 
     return compiled(f"write_pairs_{heads.name}_{isa.name}", write)
 
 
 def _item(isa: Isa, heads: Heads) -> Callable[..., None]:
     """Make a function (row, context, tid, r0, n, h) that computes attention of head h for rows [r0, r0 + n)."""
-    group, dim, page = heads.group, heads.dim, heads.pages.size
+    group, dim, page = heads.group, heads.value_dim, heads.step
     big, small = heads.tiles(isa)
     many, few, write_pairs = _tile(isa, heads, big), _tile(isa, heads, small), _pair_writer(isa, heads)
 
@@ -219,7 +234,7 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
 
     It skips items of several rows: these belong to a prompt, whose pages are in the processor's cache already.
     """
-    begin, page = emit(5, Tile(isa, heads, 1).begin), heads.pages.size
+    begin, page = emit(5, Tile(isa, heads, 1).begin), heads.step
 
     def prefetch(row: int, context: int, r0: int, n: int, h: int) -> None:
         if n > 1:
@@ -233,11 +248,12 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
 
 
 def attend(isa: Isa, heads: Heads) -> Body:
-    """Make the kernel that computes attention of all items. If every sequence has one row, it also writes the cache.
+    """Make the kernel that computes attention of all items. If `write_cache` does nothing, it also writes the cache.
 
     While many items are left, a thread takes its next item early and prefetches its first pages.
     """
     item, write, prefetch = _item(isa, heads), _token_writer(isa, heads), _beginning(isa, heads)
+    shared = heads.latent > 0
 
     def body(tid: int, row: int, context: int, counter: int) -> int:
         kv_heads, first, count = peek(row + _HEADS), peek(context + _FIRST), peek(context + _COUNT)
@@ -254,7 +270,7 @@ def attend(isa: Isa, heads: Heads) -> Body:
                 at = following // kv_heads * 8
                 if following < items:
                     prefetch(row, context, peek(first + at), peek(count + at), following % kv_heads)
-            if peek(context + _SINGLE_TOKEN):
+            if peek(context + _SINGLE_TOKEN) and not shared:
                 write(row, context, r0, h, peek(peek(context + _POSITIONS) + r0 * 8))
             item(row, context, tid, r0, n, h)
             i = following if prefetched else atomic_add(counter, 1)
@@ -264,7 +280,7 @@ def attend(isa: Isa, heads: Heads) -> Body:
     return kernel(name, compiled(f"{name}_{isa.name}", body))
 
 
-_KERNEL_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?(_alibi)?")
+_KERNEL_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?(_alibi)?(_sinks)?(?:_latent(\d+))?")
 
 
 def named(name: str, isa: Isa) -> Body:
@@ -273,5 +289,6 @@ def named(name: str, isa: Isa) -> Body:
     if match is None:
         raise KeyError(name)
     form: KvForm = "f16" if match[2] == "f16" else "int8"
-    heads = Heads(form, int(match[3]), int(match[4]), bool(match[5]), bool(match[6]))
+    capped, alibi, sinks = map(bool, match.group(5, 6, 7))
+    heads = Heads(form, int(match[3]), int(match[4]), capped, alibi, sinks, int(match[8] or 0))
     return write_cache(isa, heads) if match[1] == "write" else attend(isa, heads)

@@ -21,7 +21,9 @@ from tokenmill.backends.cpu.rows import capped
 PAGES_AHEAD = 4  # prefetch distance in pages, chosen for a core's share of the memory bandwidth
 PAIR_BYTES = 64
 QUERY, OUTPUT, SCORES, END, BEGIN, TOP, INVERSE, SLOPE = range(0, 64, 8)
-"""A pair's words: addresses of query, output, scores; visible keys [BEGIN, END); largest score, 1 / sum, slope."""
+SINK = SLOPE + 4
+"""A pair's words: addresses of query, output, scores; visible keys [BEGIN, END); largest score, 1 / sum, slope, sink.
+Slope and sink are float32 and share a word."""
 _HIDDEN = -1e30  # score of a masked key
 _MIN_EXPONENT = -80.0  # e^x counts as 0 below this x
 
@@ -32,14 +34,17 @@ class Heads:
 
     form: KvForm
     dim: int  # a multiple of 16
-    group: int  # query heads of a key-value head
+    group: int  # query heads of a key-value head, or that share a work item
     capped: bool = False
     alibi: bool = False
+    sinks: bool = False
+    latent: int = 0  # columns of a value, the first ones of the key; all heads share a page. 0: as wide as the key
 
     @property
     def name(self) -> str:
         """The shape as a part of the kernels' names."""
-        extras = f"{'_capped' if self.capped else ''}{'_alibi' if self.alibi else ''}"
+        extras = "".join(f"_{name}" for name in ("capped", "alibi", "sinks") if getattr(self, name))
+        extras += f"_latent{self.latent}" if self.latent else ""
         return f"{self.form}_{self.dim}x{self.group}{extras}"
 
     @property
@@ -50,7 +55,17 @@ class Heads:
     @property
     def pages(self) -> Pages:
         """The layout of cache pages."""
-        return Pages(self.form, self.dim)
+        return Pages(self.form, self.dim, self.value_dim)
+
+    @property
+    def value_dim(self) -> int:
+        """Columns of a value."""
+        return self.latent or self.dim
+
+    @property
+    def step(self) -> int:
+        """Bytes from the page of a head to that of the next one."""
+        return 0 if self.latent else self.pages.size
 
     @property
     def item_rows(self) -> int:
@@ -95,7 +110,7 @@ class Tile:
         widest = max(1, (registers - 1) // (pairs + 1))
         self.two_pages = 4 * pairs + 3 <= registers  # a loaded query element then serves two pages
         # output vectors computed in one pass over the values
-        self.wide = min(1 << (widest.bit_length() - 1), heads.dim // isa.lanes)
+        self.wide = min(1 << (widest.bit_length() - 1), heads.value_dim // isa.lanes)
 
     def _page(self, g: Emitter, p0: Val, table: Val, kv: Val, stride: Val) -> Callable[[Val], Val]:
         """Return a function that emits the address of page p0 + i."""
@@ -231,10 +246,16 @@ class Tile:
         return [totals[k * self.pairs : (k + 1) * self.pairs] for k in range(count)]
 
     def softmax(self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
-        """Emit e^(score − largest), times the scales of int8 values, and the inverse of the sum."""
+        """Emit e^(score − largest), times the scales of int8 values, and the inverse of the sum.
+
+        A sink counts as a score, but has no value.
+        """
         page = self._page(g, p0, table, kv, stride)
         scores = self._words(g, pair, SCORES)
-        tops = [g.splat(top) for top in self._words(g, pair, TOP, f32)]
+        best = self._words(g, pair, TOP, f32)
+        sinks = self._words(g, pair, SINK, f32) if self.heads.sinks else []
+        best = [_larger(g, sink, top) for sink, top in zip(sinks, best, strict=True)] if sinks else best
+        tops = [g.splat(top) for top in best]
 
         def one(i: Val, totals: list[Val]) -> list[Val]:
             b, out = g.b, []
@@ -247,12 +268,15 @@ class Tile:
             return out
 
         for r, total in enumerate(g.loop(n, [g.k(f32x16, 0.0)] * self.pairs, one)):
-            g.st(g.b.fdiv(g.f(1.0), g.rsum(total)), pair, PAIR_BYTES * r + INVERSE)
+            whole = g.rsum(total)
+            if sinks:
+                whole = g.b.fadd(whole, g.first(g.exp(g.splat(g.b.fsub(sinks[r], best[r])))))
+            g.st(g.b.fdiv(g.f(1.0), whole), pair, PAIR_BYTES * r + INVERSE)
 
     def values(self, g: Emitter, p0: Val, n: Val, table: Val, kv: Val, stride: Val, pair: Val) -> None:
         """Emit probabilities times values and store the outputs."""
         page = self._page(g, p0, table, kv, stride)
-        vectors = self.heads.dim // self.lanes
+        vectors = self.heads.value_dim // self.lanes
 
         def chunk(i: Val, _: list[Val]) -> None:
             self._columns(g, n, page, pair, g.b.mul(i, g.c(self.wide * self.lanes)), self.wide)
@@ -271,7 +295,7 @@ class Tile:
             following = self._ahead(g, i, n, page)
 
             def token(k: Val, sums: list[Val]) -> list[Val]:
-                sums, at = list(sums), g.at(b.mul(k, g.c(self.heads.dim * item)), offset)
+                sums, at = list(sums), g.at(b.mul(k, g.c(self.heads.value_dim * item)), offset)
                 for line in range(-(-wide * lanes * item // 64)):
                     g.prefetch(g.at(following, at), 64 * line)
                 loaded = [self.pages.load(g, g.at(here, at), u * lanes * item, lanes) for u in range(wide)]

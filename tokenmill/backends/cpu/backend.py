@@ -20,6 +20,7 @@ from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.cache import KernelCache, cache_folder
 from tokenmill.backends.cpu.isa import detect
 from tokenmill.backends.cpu.lower import Line, Lowering
+from tokenmill.backends.cpu.lower_states import row_bytes
 from tokenmill.backends.cpu.memory import AttentionShape, Memory, Sizes
 from tokenmill.backends.cpu.prepare import prepare, refusal
 from tokenmill.backends.cpu.sampler import Sampler
@@ -28,6 +29,7 @@ from tokenmill.backends.cpu.slots import Slots
 from tokenmill.backends.cpu.threads import WorkerThreads, default_threads
 from tokenmill.backends.deferred import AwaitedMasks
 from tokenmill.backends.kind import Job
+from tokenmill.backends.rings import RingProgress
 from tokenmill.backends.steps import (
     PromptPositions,
     StepTokens,
@@ -39,6 +41,7 @@ from tokenmill.backends.steps import (
 )
 from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.program import ops
+from tokenmill.program.cost import state_layout
 from tokenmill.quant.base import load
 from tokenmill.wire.messages import Progress, TokenDetails
 
@@ -86,11 +89,14 @@ class CpuBackend:
         self.program = prepared.program
         self.vocab_size = self.program.logits.width
         rows, kv_dtype = most_rows(limits), KV_DTYPES[options.kv_cache_dtype]
-        sizes = Sizes(rows["tokens"], rows["samples"], limits.max_total_tokens, threads, kv_dtype)
+        sizes = Sizes(
+            rows["tokens"], rows["samples"], limits.max_total_tokens, threads, kv_dtype, limits.max_batch_size
+        )
         self._memory = Memory(
             self.program, sizes, prepared.panels, lambda w: load(w, job.source, job.read).floats(), prepared.private
         )
         self._slots = Slots(limits, len(self.windows))
+        self._progress = RingProgress(limits.max_batch_size) if state_layout(self.program) else None
         self._sampler = Sampler(self._slots.tokens, self._slots.parameters, self.vocab_size, threads)
         self._lines = [*Lowering(self.program, self._memory).lines(), self._sample_line()]
         self._memory.close_source()
@@ -123,8 +129,10 @@ class CpuBackend:
         return self._memory.block_bytes(self.limits.block_size)
 
     def step_bytes(self) -> int:
-        """Return the bytes that the largest step needs besides weights and KV cache."""
-        return self._memory.plan.size + self._memory.items.nbytes + self._scratch.nbytes
+        """Return the bytes that the largest step needs besides weights and KV cache, with the states of all slots."""
+        memory = self._memory
+        scratch = memory.plan.size + memory.items.nbytes + memory.rooms.nbytes + self._scratch.nbytes
+        return scratch + memory.states.nbytes
 
     def claimed_bytes(self) -> int:
         """Return 0: the system commits memory when it is first written to, not when it is allocated."""
@@ -143,9 +151,8 @@ class CpuBackend:
         rows = [line.row for line in self._lines]
         for line in self._lines:
             line.row[layout.KERNEL] = self._code[line.kernel]
-            if isinstance(line.op, ops.Attention):
-                columns = self._memory.cache(line.op.layer)
-                columns[layout.TABLE_AT] = self._memory.cache_plan.table(line.op.layer) * self._slots.table_bytes
+            if line.op is not None:
+                columns = self._memory.kept(line.op, line.kernel, self._slots.table_bytes)
                 line.row[list(columns)] = list(columns.values())
         self._table = zeros((len(rows), layout.COLUMNS), np.int64)
         self._table[:] = rows
@@ -177,11 +184,17 @@ class CpuBackend:
     # ---- a step, on the backend's thread ----
 
     def _step(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks) -> StepResult:
-        self._slots.apply(inputs)
+        self._apply(inputs)
         token_ids = self._compute(inputs, plan, masks if inputs.deferred else None)
         details = self._sampler.details() if token_ids else None
         prompt = prompt_payloads(inputs, self._slots.parameters.rows, self._score)
         return StepResult(token_ids, details, prompt)
+
+    def _apply(self, inputs: StepInputs) -> None:
+        """Apply the changes since the previous step. Raises RuntimeError if a row continues from a lost state."""
+        if self._progress is not None:
+            self._progress.advance(inputs)
+        self._slots.apply(inputs)
 
     def _compute(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks | None = None) -> list[int]:
         """Execute the table and return the sampled ids, one for each sampling row.
@@ -216,11 +229,14 @@ class CpuBackend:
 
     def _warm_up(self) -> None:
         for inputs in warm_up_steps(self.limits, self.num_blocks, len(self.windows)):
-            self._slots.apply(inputs)
+            self._apply(inputs)
             self._compute(inputs, self._scratch.plan(step_tokens(inputs)))
         size = warm_up_tokens(self.limits, self.num_blocks)
         self._slots.tables[0], self._slots.tokens[0, : size + 1] = 0, 0
         self._memory.clear_pages(slice(0, -(-size // layout.BLOCK)))
+        self._memory.states.clear(0)
+        if self._progress is not None:
+            self._progress.clear(0)
 
 
 class StepPlan(NamedTuple):
@@ -240,11 +256,12 @@ class Scratch:
 
     def __init__(self, memory: Memory, slots: Slots, sampler: Sampler, lines: list[Line]) -> None:
         sizes, n = memory.sizes, memory.sizes.threads
-        heads = [AttentionShape.of(op, sizes.kv_dtype) for op in memory.program.ops if isinstance(op, ops.Attention)]
+        program, attention = memory.program, ops.Attention | ops.LatentAttention
+        heads = [AttentionShape.of(op, sizes.kv_dtype) for op in program.ops if isinstance(op, attention)]
         self._item_rows = min((h.item_rows for h in heads), default=1)
-        widest = max(v.width for op in memory.program.ops for v in op.results().values() if v.spec.rows == "tokens")
+        widest = max(v.width for op in program.ops for v in op.results().values() if v.spec.rows == "tokens")
         tile = max([max(sizes.tokens, sizes.samples) * 256, *(h.pairs * h.dim * 4 for h in heads)])
-        row = max([widest * 4, *((h.pairs + 2) * 128 for h in heads)])
+        row = max([widest * 4, *((h.pairs + 2) * 128 for h in heads), *map(row_bytes, program.ops)])
         scores = (sizes.context + 32) // layout.BLOCK * 64
         self.counters = zeros((len(lines), 8), np.int64)
         self.context = zeros((layout.CONTEXT,), np.int64)
@@ -283,11 +300,12 @@ class Scratch:
             chosen,
             step_tokens.sampled_slots,
             step_tokens.sampled_positions,
+            np.append(step_tokens.firsts, len(step_tokens.positions)),
         )
         numbers = len(step_tokens.positions), len(step_tokens.samples), len(first), int(step_tokens.single_token)
-        return StepPlan(
-            np.array([*numbers, *(array.ctypes.data for array in referenced)], np.int64), referenced, chosen
-        )
+        *addresses, runs = (array.ctypes.data for array in referenced)
+        words = np.array([*numbers, *addresses, len(step_tokens.firsts), runs], np.int64)
+        return StepPlan(words, referenced, chosen)
 
     def begin(self, plan: StepPlan) -> None:
         """Write the words of the next step into the context."""

@@ -33,8 +33,10 @@ _log = logging.getLogger(__name__)
 _LIBRARIES = ("numba", "llvmlite")
 _EMITTERS = {
     "walk": "step", "serve": "step", "linear": "products", "embed": "products", "narrow": "products", "cos": "rope",
-    "rope": "rope", "sample": "sampling", "write": "attention", "attend": "attention",
+    "rope": "rope", "latent": "rope", "heads": "products", "sample": "sampling", "write": "attention",
+    "attend": "attention",
     **dict.fromkeys(("route", "sort", "spread", "experts", "combine"), "experts"),
+    **dict.fromkeys(("conv", "scan", "delta", "lru"), "recurrence"),
 }  # fmt: skip
 """Kernels whose names begin with this word, and the module that emits them; `rows` emits all others."""
 

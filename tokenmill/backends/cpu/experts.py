@@ -21,42 +21,62 @@ from tokenmill.backends.cpu.ir import (
     Emitter,
     Val,
     atomic_add,
+    clear,
     compiled,
     copy,
     each,
     emit,
     f32,
     f32x16,
+    field,
     i32,
+    i32x16,
+    i64,
     inline,
     kernel,
     peek,
     peek32,
     poke,
+    poke32,
 )  # fmt: skip
 from tokenmill.backends.cpu.isa import Isa
-from tokenmill.backends.cpu.products import count_rows, field, gate_rows, product
-from tokenmill.backends.cpu.rows import add, quantize
+from tokenmill.backends.cpu.products import count_rows, gate_rows, product
+from tokenmill.backends.cpu.rows import add, quantize, scale
 
 Function = Callable[..., Any]
 
 _MINUS_INFINITY = -(1 << 23)  # its bits as an int32: the mark of an expert or group that cannot be chosen any more
 _THREADS, _ZEROS = 8 * layout.THREADS, 8 * layout.ZEROS
+_SPARSEMIXER = layout.SCORES_OF_EXPERTS.index("sparsemixer")
 _PANELS = 4  # that a thread takes at a time; of a gated product two of gate and two of up
 
 load_float = emit(1, lambda g, address: g.ld(f32, address), types.float32)
 store_float = emit((types.int64, types.float32), lambda g, address, v: g.st(v, address))
-poke32 = emit(2, lambda g, address, v: g.st(g.b.trunc(v, i32), address))
 add_scaled = each(3, lambda g, i, x, s, out: g.put(g.fma(g.vec(x, i), g.splat(g.bits(s)), g.vec(out, i)), out, i))
 """(vectors, x, bits of a float, out): out += x · float"""
-clear = each(1, lambda g, i, out: g.put(g.k(f32x16, 0.0), out, i))
+
+
+def _bounded(g: Emitter, i: Val, x: Val, limit: Val, offset: Val) -> None:
+    """Bound vector i of gate and of up, and add `offset` to up. Numbers that are none stay as they are."""
+    b, none = g.b, g.b.icmp_signed("==", limit, g.c(0))
+    most = g.splat(b.select(none, g.f(float("inf")), g.bits(limit)))
+    at = g.at(x, b.add(b.mul(b.lshr(i, g.c(1)), g.c(256)), b.mul(b.and_(i, g.c(1)), g.c(64))))
+    gate, up = g.ld(f32x16, at), g.ld(f32x16, at, 128)
+    up = b.select(b.fcmp_ordered("<", up, b.fneg(most)), b.fneg(most), up)
+    gate, up = (b.select(b.fcmp_ordered(">", v, most), most, v) for v in (gate, up))
+    g.st(gate, at)
+    g.st(b.fadd(up, g.splat(g.bits(offset))), at, 128)
+
+
+bounded = each(3, _bounded)
+"""(vectors of gate, x, bits of the limit, bits of the offset): bound rows of 32 gates and 32 ups in place"""
 
 
 # ---- routing ----
 
 
-def _scores(g: Emitter, count: Val, x: Val, sigmoid: Val) -> None:
-    """Replace `count` logits, padded to whole vectors, by their sigmoids or their softmax."""
+def _scores(g: Emitter, count: Val, x: Val, kind: Val) -> None:
+    """Replace `count` logits, padded to whole vectors, by their sigmoids or their softmax. `kind`: SCORE."""
     b = g.b
     vectors = b.lshr(b.add(count, g.c(15)), g.c(4))
 
@@ -66,7 +86,7 @@ def _scores(g: Emitter, count: Val, x: Val, sigmoid: Val) -> None:
     def greater(i: Val, found: list[Val]) -> list[Val]:
         return [b.select(b.fcmp_ordered(">", number(i), found[0]), number(i), found[0])]
 
-    single = b.icmp_signed("!=", sigmoid, g.c(0))
+    single = b.icmp_signed("!=", kind, g.c(0))
     top = g.splat(g.loop(count, [number(g.c(0))], greater)[0])
     one = g.k(f32x16, 1.0)
 
@@ -98,7 +118,31 @@ def _finished(g: Emitter, count: Val, x: Val, renormalize: Val, least: Val, scal
     g.loop(count, (), finish)
 
 
+def _share(g: Emitter, count: Val, x: Val, left: Val, best: Val, margin: Val) -> Val:
+    """Return the bits of an expert's share in a softmax over those left whose logits are near its own.
+
+    `x`: the logits; `left`: the same, with marks; `best`: the address of its logit.
+    """
+    b, ints = g.b, i32x16
+    top = g.splat(g.ld(f32, best))
+
+    def term(i: Val, sums: list[Val]) -> list[Val]:
+        v, w = g.vec(x, i), g.vec(left, i)
+        size = g.each_lane("fabs", v)
+        divisor = b.select(b.fcmp_ordered("<", size, top), top, size)
+        far = b.fcmp_ordered(">", b.fdiv(b.fsub(top, v), divisor), g.splat(g.bits(margin)))
+        marked = b.icmp_signed("==", b.bitcast(w, ints), g.k(ints, _MINUS_INFINITY))
+        index = b.add(g.splat(b.trunc(b.shl(i, g.c(4)), i32)), g.lanes())
+        beyond = b.icmp_signed(">=", index, g.splat(b.trunc(count, i32)))
+        none = b.or_(b.or_(far, marked), beyond)
+        return [b.fadd(sums[0], b.select(none, g.k(f32x16, 0.0), g.exp(b.fsub(v, top))))]
+
+    total = g.rsum(g.loop(b.lshr(b.add(count, g.c(15)), g.c(4)), [g.k(f32x16, 0.0)], term)[0])
+    return b.zext(b.bitcast(b.fdiv(g.f(1.0), total), i32), i64)
+
+
 scores = emit(3, _scores)
+share = emit(5, _share, types.int64)
 finished = emit(5, _finished)
 
 
@@ -161,7 +205,9 @@ def _route(tid: int, row: int, context: int, counter: int) -> int:
         ids = field(row, layout.OUT) + r * field(row, layout.OUT_STRIDE)
         factors = field(row, layout.FACTORS) + r * field(row, layout.FACTORS_STRIDE)
         choice = x + 64 * width
-        scores(count, x, field(row, layout.SIGMOID))
+        kind = field(row, layout.SCORE)
+        if kind != _SPARSEMIXER:
+            scores(count, x, kind)
         if field(row, layout.CORRECTION):
             add(width, x, field(row, layout.CORRECTION), choice)
         else:
@@ -173,9 +219,12 @@ def _route(tid: int, row: int, context: int, counter: int) -> int:
             e = _best(count, choice)
             if e < 0:
                 e = _unused(ids, j)
+            factor = peek32(x + 4 * e)
+            if kind == _SPARSEMIXER:
+                factor = share(count, x, choice, x + 4 * e, field(row, layout.MARGIN))
             poke32(choice + 4 * e, _MINUS_INFINITY)
             poke32(ids + 4 * j, e)
-            poke32(factors + 4 * j, peek32(x + 4 * e))
+            poke32(factors + 4 * j, factor)
         renormalize, least = field(row, layout.RENORMALIZE), field(row, layout.LEAST_SUM)
         finished(top_k, factors, renormalize, least, field(row, layout.FACTOR_SCALE))
     return 0
@@ -189,7 +238,7 @@ def _sort(tid: int, row: int, context: int, counter: int) -> int:
     """Sort the items by expert, on one thread. X: ids of the experts.
 
     ACTIVE: the number of experts that have rows, then for each of them its id, its first item and its number of items.
-    SOURCE: the row of each item. PLACE: the item of each pair. COUNTS: scratch.
+    SOURCE: the pair of each item. PLACE: the item of each pair. COUNTS: scratch.
     """
     if tid:
         return 0
@@ -218,7 +267,7 @@ def _sort(tid: int, row: int, context: int, counter: int) -> int:
             at = counts + 8 * peek32(field(row, layout.X) + r * field(row, layout.X_STRIDE) + 4 * j)
             item = peek(at)
             poke(at, item + 1)
-            poke(source + 8 * item, r)
+            poke(source + 8 * item, r * top_k + j)
             poke(place + 8 * (r * top_k + j), item)
     return 0
 
@@ -227,7 +276,21 @@ def _sort(tid: int, row: int, context: int, counter: int) -> int:
 def _row_of(row: int, item: int) -> int:
     """Return the address of the input row of an item. SOURCE 0: rows are items already."""
     source = field(row, layout.SOURCE)
-    return int(field(row, layout.X) + (peek(source + 8 * item) if source else item) * field(row, layout.X_STRIDE))
+    r = peek(source + 8 * item) // field(row, layout.TOP_K) if source else item
+    return int(field(row, layout.X) + r * field(row, layout.X_STRIDE))
+
+
+@inline
+def _scaled_row(tid: int, row: int, context: int, item: int) -> int:
+    """Return the address of the input row of an item, which is in scratch if FACTORS multiply the inputs."""
+    x, factors = _row_of(row, item), field(row, layout.FACTORS)
+    if not factors:
+        return int(x)
+    pair, top_k = peek(field(row, layout.SOURCE) + 8 * item), field(row, layout.TOP_K)
+    scratch = field(context, layout.ROW) + tid * field(context, layout.ROW_SIZE)
+    factor = factors + pair // top_k * field(row, layout.FACTORS_STRIDE) + pair % top_k * 4
+    scale(field(row, layout.WIDTH) // 16, x, peek32(factor), scratch)
+    return int(scratch)
 
 
 @inline
@@ -236,7 +299,7 @@ def _spread(tid: int, row: int, context: int, counter: int) -> int:
     width, stride, scales = field(row, layout.WIDTH), field(row, layout.OUT_STRIDE), field(row, layout.OUT_SCALES)
     items = count_rows(row, context) * field(row, layout.TOP_K)
     for item in range(tid, items, peek(context + _THREADS)):
-        x, out = _row_of(row, item), field(row, layout.OUT) + item * stride
+        x, out = _scaled_row(tid, row, context, item), field(row, layout.OUT) + item * stride
         if scales:
             quantize(width // 32, x, out, scales + item * (width // 4))
         else:
@@ -250,7 +313,7 @@ def _spread_narrow(isa: Isa) -> Function:
     def rows_to_bf16(tid, row, context, counter):  # type: ignore[no-untyped-def]
         width, stride = field(row, layout.WIDTH), field(row, layout.OUT_STRIDE)
         for item in range(tid, count_rows(row, context) * field(row, layout.TOP_K), peek(context + _THREADS)):
-            to_bf16(width, _row_of(row, item), field(row, layout.OUT) + item * stride)
+            to_bf16(width, _scaled_row(tid, row, context, item), field(row, layout.OUT) + item * stride)
         return 0
 
     return kernel(f"spread_narrow_{isa.name}", compiled(f"spread_narrow_{isa.name}_body", rows_to_bf16))
@@ -282,6 +345,9 @@ def _experts(name: str, isa: Isa) -> Function:
             o, s = (scratch, 64 * _PANELS) if gated else (out + p * 64, os)
             multiply(rows, columns, weight, size, n, x, xs, scales, base, 0, step, o, s)
             if gated:
+                limit, offset = field(row, layout.LIMIT), field(row, layout.UP_OFFSET)
+                if limit or offset:
+                    bounded(2 * rows, o, limit, offset)
                 gate_rows(rows, p, o, field(row, layout.ACT), out, os, 0)
 
     return kernel(f"experts_{name}_{isa.name}", compiled(f"experts_{name}_{isa.name}_body", experts))
@@ -289,16 +355,20 @@ def _experts(name: str, isa: Isa) -> Function:
 
 @inline
 def _combine(tid: int, row: int, context: int, counter: int) -> int:
-    """Sum the results of each row's items, times their factors, in the order in which the experts were chosen."""
+    """Sum the results of each row's items, times FACTORS if set, in the order in which the experts were chosen."""
     top_k, vectors = field(row, layout.TOP_K), field(row, layout.WIDTH) // 16
     for r in range(tid, count_rows(row, context), peek(context + _THREADS)):
         out = field(row, layout.OUT) + r * field(row, layout.OUT_STRIDE)
-        factors = field(row, layout.FACTORS) + r * field(row, layout.FACTORS_STRIDE)
+        factors = field(row, layout.FACTORS)
+        factors += r * field(row, layout.FACTORS_STRIDE) if factors else 0
         clear(vectors, out)
         for j in range(top_k):
             item = peek(field(row, layout.PLACE) + 8 * (r * top_k + j))
             y = field(row, layout.X) + item * field(row, layout.X_STRIDE)
-            add_scaled(vectors, y, peek32(factors + 4 * j), out)
+            if factors:
+                add_scaled(vectors, y, peek32(factors + 4 * j), out)
+            else:
+                add(vectors, y, out, out)
     return 0
 
 

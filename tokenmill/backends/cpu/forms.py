@@ -109,6 +109,7 @@ BLOCK_FORMS = {
 PAIRS = DenseForm("bf16pairs", 2, together=2)  # its products take bfloat16 activations as well
 DENSE_FORMS = {form.name: form for form in (DenseForm("f32", 4), DenseForm("f16", 2), DenseForm("bf16", 2), PAIRS)}
 NAMES = (*BLOCK_FORMS, *DENSE_FORMS)
+FLOATS = tuple(name for name in DENSE_FORMS if name != PAIRS.name)
 
 
 def form_named(name: str) -> Form | DenseForm:

@@ -313,5 +313,15 @@ peek32 = emit(1, _peek32, types.int64)
 """(address) -> its int32"""
 poke = emit(2, lambda g, address, v: g.st(v, address))
 """(address, int64): store it"""
+poke32 = emit(2, lambda g, address, v: g.st(g.b.trunc(v, i32), address))
+"""(address, int64): store its low half"""
+clear = each(1, lambda g, i, out: g.put(g.k(f32x16, 0.0), out, i))
+"""(vectors, out): write zeros"""
 copy = each(2, lambda g, i, x, out: g.put(g.vec(x, i), out, i))
 """(vectors, source, destination): copy a row"""
+
+
+@inline
+def field(address: int, word: int) -> int:
+    """Read a word of a table row or of the context."""
+    return int(peek(address + 8 * word))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.forms import BLOCK, BLOCK_FORMS, PAIRS, PANEL
-from tokenmill.backends.cpu.layout import ACTS, float_bits
+from tokenmill.backends.cpu.layout import ACTS, Fields, Lowered, float_bits
 from tokenmill.backends.cpu.scratch import zeros
 from tokenmill.program import ops
 from tokenmill.program.ops import Op, Weight
@@ -21,7 +21,7 @@ from tokenmill.program.value import Buffer, Program
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tokenmill.backends.cpu.lower import Fields, Lowered, Lowering
+    from tokenmill.backends.cpu.lower import Lowering
 
 NONE = {layout.OUT_SCALES: 0, layout.PRIVATE_X: 0, layout.PRIVATE_OUT: 0}
 """Columns of a row that neither quantizes nor has private copies"""
@@ -81,13 +81,9 @@ def logits_stride(op: ops.Route) -> int:
 def refused(op: Op) -> str:
     """Return why the kernels cannot run a Route or Experts; "" if they can, or for another operation."""
     if isinstance(op, ops.Route):
-        if op.score == "sparsemixer":
-            return "it has no kernel for the choice of experts by sparsemixer"
         return "" if op.group_best in (1, 2) else f"it has no groups of experts that count as {op.group_best} scores"
     if not isinstance(op, ops.Experts):
         return ""
-    if op.limit or op.up_offset or op.scale_inputs:
-        return "it has no kernel for experts with limits, offsets or factors of their inputs"
     if not op.gated:
         return "it has no kernel for experts without gates"
     if op.act not in ACTS:
@@ -113,7 +109,8 @@ def route(lower: Lowering, op: ops.Route) -> Lowered:
         layout.X_STRIDE: logits_stride(op),
         layout.EXPERTS: op.weight.rows,
         layout.TOP_K: op.top_k,
-        layout.SIGMOID: int(op.score == "sigmoid"),
+        layout.SCORE: layout.SCORES_OF_EXPERTS.index(op.score),
+        layout.MARGIN: float_bits(2 * op.margin),
         layout.CORRECTION: memory.vector(op.correction),
         layout.GROUPS: op.groups,
         layout.TOP_GROUPS: op.top_groups,
@@ -141,8 +138,12 @@ def experts(lower: Lowering, op: ops.Experts) -> Lowered:
         layout.SOURCE: items.at("source"),
     }
     width, inner = op.x.width, op.down[0].columns
+    given = {layout.FACTORS: factors.address, layout.FACTORS_STRIDE: factors.stride}
     taken = {layout.X: x.address, layout.X_STRIDE: x.stride, layout.SOURCE: items.at("source"), **order}
+    taken |= given if op.scale_inputs else {}
+    bounds = {layout.LIMIT: float_bits(op.limit), layout.UP_OFFSET: float_bits(op.up_offset)}
     gated = {layout.OUT: items.at("inner"), layout.OUT_STRIDE: 4 * inner, layout.ACT: ACTS[op.act], layout.GATED: 1}
+    gated |= bounds
     made = {layout.X: items.at("inner"), layout.X_STRIDE: 4 * inner, layout.SOURCE: 0, **order}
     results = {layout.OUT: items.at("input"), layout.OUT_STRIDE: 4 * width}
     up = _product(lower, op.gate_up, op.gate_up_bias, taken | {layout.WIDTH: width}, "input", gated)
@@ -150,8 +151,7 @@ def experts(lower: Lowering, op: ops.Experts) -> Lowered:
     combine = order | {
         layout.X: items.at("input"),
         layout.X_STRIDE: 4 * width,
-        layout.FACTORS: factors.address,
-        layout.FACTORS_STRIDE: factors.stride,
+        **({} if op.scale_inputs else given),
     }
     return [("sort_items", sort), *up, *down, ("combine", combine)]
 

@@ -59,7 +59,7 @@ TOTAL_STRIDE = 21
 NORM_STEP = 22  # bytes from a head's weight and bias to those of the next one; 0: all heads share them
 # Attention (X: queries; WIDTH: kv heads)
 HEAD_DIM = 11
-GROUP = 12  # query heads of a kv head
+SINKS = 12  # float32 for each query head; 0: none
 CACHE = 13  # the layer's part of block 0
 KEYS = 14
 VALUES = 15
@@ -72,7 +72,6 @@ WINDOW = 21  # 0: none
 HEAD_EPS = 22
 Q_NORM = 23  # 0: none
 K_NORM = 24
-ITEM_ROWS = 25  # maximum query rows of an item
 PAGE_STRIDE = 26  # bytes from a page to the same head's page of the next block
 KEY_STRIDE = 27  # bytes from row to row of KEYS
 VALUE_STRIDE = 28
@@ -86,13 +85,15 @@ MAGNITUDE = 13  # bits of a float
 # ROPE_HALF: as for attention
 # Rope (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, ROPE_INTERLEAVED, HEAD_DIM: as for attention; HEADS
 # Act, GatedAct (X gate, Y up): ACT
-CAP = 11  # SoftCap
-FACTOR = 11  # Scale: bits of a float
+FACTOR = 11  # Scale, SoftCap: bits of a float. XIelu: two floats, that for numbers above 0 in the low half
+POSITION_FACTORS = 11  # ScaleByPosition: float32 for each LENGTH positions
+LENGTH = 12
+POSITION_OFFSET = 13  # added to positions
 # Experts. WEIGHT and BIAS: addresses of arrays with an address for each expert; PANEL_BYTES, PANELS, ACT, GATED: as for
 # products. An item is a (row, expert) pair; items are sorted by expert.
 EXPERTS = 11  # number of experts
 TOP_K = 12  # experts of a row
-SIGMOID = 13  # 1: scores are sigmoids, not a softmax
+SCORE = 13  # 0: scores are a softmax; 1: sigmoids; 2: those of sparsemixer
 CORRECTION = 14  # 0: none; added to the scores for the choice
 GROUPS = 15
 TOP_GROUPS = 16
@@ -104,8 +105,67 @@ FACTORS = 21  # float32 for each expert of a row
 FACTORS_STRIDE = 22  # bytes from row to row
 COUNTS = 23  # int64 for each expert, scratch
 ACTIVE = 24  # experts with items (`experts._sort`)
-SOURCE = 25  # int64 for each item: its row; 0: the input has a row for each item
+SOURCE = 25  # int64 for each item: row · TOP_K + index of the expert; 0: the input has a row for each item
 PLACE = 26  # int64 for each (row, expert): its item
+MARGIN = 27  # bits of a float: of sparsemixer, twice
+LIMIT = 27  # bits of a float, the largest magnitude of gate and up; 0: none
+UP_OFFSET = 28  # bits of a float, added to up
+# Product of each head with a matrix of its own: WEIGHT, PANEL_BYTES, PANELS, BIAS, ACT as for products. WIDTH: columns
+# of a head's x
+HEAD_PANELS = 19  # of a head's matrix
+X_STEP = 20  # bytes from a head's x to that of the next one
+OUT_STEP = 21
+# Latent (X: queries; OUT: those that attend; KEYS, VALUES: key and latent of a row; WIDTH: heads); ROPE, ROPE_HALF,
+# ROPE_STRIDE, KEY_STRIDE, VALUE_STRIDE, ROPE_INTERLEAVED: as for attention
+HEAD_BYTES = 11  # of a query
+ROTATED_BYTES = 12  # of its columns that are rotated, which come last
+OUT_HEAD_BYTES = 13
+LATENT = 20  # rows of the cache: the latent, then the rotated key
+LATENT_STRIDE = 21
+# Operations with a state for each slot
+STATE = 11  # address of the first slot's ring
+STATE_SLOT = 12  # bytes from slot to slot
+STATE_BYTES = 13  # of one of a slot's states
+# CausalConv; WIDTH: columns. A state: the last inputs, (TAPS − 1, columns padded to 16)
+TAPS = 14
+TAP_WEIGHTS = 15  # float32 (TAPS, columns padded to 16)
+# BIAS = 16: 0: none; ACT = 17
+# StateSpace; WIDTH: columns. A state: (columns / 16, STATE_COLUMNS, 16)
+DT = 14
+DT_STRIDE = 15
+DT_BIAS = 16  # 0: none
+B = 17
+B_STRIDE = 18
+C = 19
+C_STRIDE = 20
+DECAY = 21  # −e^a_log: float32 for each head, or (heads / 16, STATE_COLUMNS, 16)
+SKIP = 22  # float32 for each column, times x, added to the result
+DECAY_BY_COLUMN = 23  # 1: DECAY has a number for each column of the state
+HEAD_COLUMNS = 24  # columns of x that share a step
+GROUP_COLUMNS = 25  # columns of x that share b and c
+STATE_COLUMNS = 26  # numbers of a column's state
+LOW = 27  # bits of a float: limits of a step
+HIGH = 28
+# DeltaRule (X: queries). A state: (heads, columns of a value / 16, columns of a key, 16)
+# DT, DT_STRIDE, DT_BIAS: those of the decay; DECAY as above
+K = 17
+K_STRIDE = 18
+V = 19
+V_STRIDE = 20
+KEY_HEADS = 22  # heads of X and K
+VALUE_HEADS = 23
+VALUE_COLUMNS = 24  # columns of a value's head
+DT_COLUMNS = 25  # columns of DT for each head of values: 1, or STATE_COLUMNS
+# STATE_COLUMNS = 26: columns of a key's head
+RATE = 27  # bits of a float
+RATES = 28
+RATES_STRIDE = 29
+QUERY_FACTOR = 30  # bits of a float, times queries of length 1
+# RgLru. A state: the last results
+INPUT_GATES = 17
+GATES_STRIDE = 18
+RECURRENCE_GATES = 19
+# DECAY: −8 · softplus(a)
 # Sample (X: logits, which it overwrites; WIDTH: vocabulary size, without padding; ROWS: 1): no other columns
 COLUMNS = 32
 ROW_BYTES = COLUMNS * 8
@@ -148,13 +208,18 @@ COUNT = 48  # int64 for each attention item: its number of rows
 RESULT = 49  # int64 for each sampling row: the sampled token id
 SAMPLED_SLOTS = 50  # int64 for each sampling row: its slot
 SAMPLED_POSITIONS = 51  # int64 for each sampling row: position of the sampled token
-STEP_WORDS = slice(TOKENS, SAMPLED_POSITIONS + 1)
+RUNS = 52  # number of sequences
+RUN_FIRST = 53  # int64 for each sequence: its first row; then the number of rows
+STEP_WORDS = slice(TOKENS, RUN_FIRST + 1)
 CONTEXT = 64
 
 FEW = 4  # up to this many rows, each thread computes norms into a private copy: cheaper than a barrier
 SCORE_ROWS = 8  # maximum (query row, head) pairs of an attention tile
+STATE_RING = 2  # states of a slot (`backends.steps.STATE_RING`)
 BLOCK = 16  # tokens of a cache page: the elements of one vector
-NO_ACT, SILU, GELU_TANH, GELU_ERF, RELU, RELU2 = range(6)  # activations
+NO_ACT, SILU, GELU_TANH, GELU_ERF, RELU, RELU2, QUICK_GELU, SIGMOID, LINEAR = range(9)  # activations
+SCORES_OF_EXPERTS = ("softmax", "sigmoid", "sparsemixer")
+"""`ops.Route.score` by SCORE"""
 ACTS: dict[str | None, int] = {
     None: NO_ACT,
     "silu": SILU,
@@ -163,8 +228,17 @@ ACTS: dict[str | None, int] = {
     "gelu_pytorch_tanh": GELU_TANH,
     "relu": RELU,
     "relu2": RELU2,
+    "quick_gelu": QUICK_GELU,
+    "sigmoid": SIGMOID,
+    "linear": LINEAR,
 }
 """Activation numbers by transformers' names"""
+
+
+Fields = dict[int, int]
+"""A word by column of the table"""
+Lowered = list[tuple[str, Fields]]
+"""Kernels in the order of execution, each with the columns of its kind"""
 
 
 def narrow_stride(columns: int) -> int:

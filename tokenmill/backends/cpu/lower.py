@@ -12,18 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu import items, layout
+from tokenmill.backends.cpu import items, layout, lower_latent, lower_states
 from tokenmill.backends.cpu.forms import PAIRS
-from tokenmill.backends.cpu.layout import ACTS, float_bits
+from tokenmill.backends.cpu.layout import ACTS, Fields, Lowered, float_bits
 from tokenmill.backends.cpu.memory import AttentionShape, CosSinTable, Memory
 from tokenmill.errors import Unsupported
-from tokenmill.program import ops
+from tokenmill.program import ops, recurrence, special
 from tokenmill.program.ops import Op
 from tokenmill.program.value import Program, Value
 
 Row = NDArray[np.int64]
-Fields = dict[int, int]
-"""A word by column of the table"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +90,6 @@ def _row(fields: Fields) -> Row:
     return row
 
 
-Lowered = list[tuple[str, Fields]]
-"""Kernels in the order of execution, each with the columns of its kind"""
-
-
 def _embed(lower: Lowering, op: ops.Embed) -> Lowered:
     (table,) = lower.memory.panels(op.table)
     fields = {
@@ -139,12 +133,13 @@ def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
 
 
 def _norm(lower: Lowering, op: ops.Norm) -> Lowered:
-    assert op.weight is not None, "prepare.py refuses it"
+    memory = lower.memory
+    width = op.weight.rows if op.weight else op.head_dim or op.x.width
     without = op.center and op.bias is None  # the LayerNorm kernel always adds a bias
     fields = {
-        layout.NORM_WEIGHT: lower.memory.vector(op.weight),
-        layout.NORM_BIAS: lower.memory.no_bias(op.weight.rows) if without else lower.memory.vector(op.bias),
-        layout.NORM_STEP: 4 * op.head_dim if op.weight.rows > op.head_dim > 0 else 0,
+        layout.NORM_WEIGHT: memory.vector(op.weight) if op.weight else memory.constant(width, 1.0),
+        layout.NORM_BIAS: memory.constant(width, 0.0) if without else memory.vector(op.bias),
+        layout.NORM_STEP: 4 * op.head_dim if width > op.head_dim > 0 else 0,
         layout.NORM_EPS: float_bits(op.eps),
         layout.CENTER: int(op.center),
     }
@@ -174,8 +169,6 @@ def _attention(lower: Lowering, op: ops.Attention) -> Lowered:
     keys, values = lower.memory.place(op.k), lower.memory.place(op.v)
     fields = {
         layout.WIDTH: heads.count,
-        layout.HEAD_DIM: op.head_dim,
-        layout.GROUP: heads.group,
         layout.KEYS: keys.address,
         layout.KEY_STRIDE: keys.stride,
         layout.VALUES: values.address,
@@ -186,10 +179,9 @@ def _attention(lower: Lowering, op: ops.Attention) -> Lowered:
         layout.HEAD_EPS: float_bits(op.eps),
         layout.Q_NORM: lower.memory.vector(op.q_norm),
         layout.K_NORM: lower.memory.vector(op.k_norm),
-        layout.ITEM_ROWS: heads.item_rows,
         layout.SLOPES: lower.memory.slopes(op.alibi),
+        layout.SINKS: lower.memory.vector(op.sinks),
     }
-    fields |= lower.memory.cache(op.layer)
     if op.rope:
         fields |= lower.memory.cos_sin(op.rope).columns
     return [(f"write_{heads.name}", fields), (f"attend_{heads.name}", fields)]
@@ -210,11 +202,25 @@ def _add(lower: Lowering, op: ops.Add) -> Lowered:
 
 
 def _soft_cap(lower: Lowering, op: ops.SoftCap) -> Lowered:
-    return [("soft_cap", {layout.CAP: float_bits(op.cap)})]
+    return [("soft_cap", {layout.FACTOR: float_bits(op.cap)})]
 
 
 def _scale(lower: Lowering, op: ops.Scale) -> Lowered:
     return [("scale", {layout.FACTOR: float_bits(op.factor)})]
+
+
+def _scale_by_position(lower: Lowering, op: special.ScaleByPosition) -> Lowered:
+    fields = {
+        layout.POSITION_FACTORS: lower.memory.growth(op),
+        layout.LENGTH: op.length,
+        layout.POSITION_OFFSET: op.offset,
+    }
+    return [("scale_by_position", fields)]
+
+
+def _xielu(lower: Lowering, op: special.XIelu) -> Lowered:
+    above, below = (float(np.logaddexp(0, lower.memory.numbers(alpha)[0])) for alpha in (op.alpha_p, op.alpha_n))
+    return [("xielu", {layout.FACTOR: float_bits(above) | float_bits(0.5 + below) << 32})]
 
 
 def _take_rows(lower: Lowering, op: ops.TakeRows) -> Lowered:
@@ -223,6 +229,11 @@ def _take_rows(lower: Lowering, op: ops.TakeRows) -> Lowered:
 
 def _quantize(lower: Lowering, op: ops.Quantize) -> Lowered:
     return [("quantize_rows", {})]
+
+
+def _in_memory(function: Callable[..., Lowered]) -> Callable[..., Lowered]:
+    """Return a function of the lowering for one that needs its memory only."""
+    return lambda lower, op: function(lower.memory, op)
 
 
 KINDS: dict[type[Op], Callable[..., Lowered]] = {
@@ -237,9 +248,16 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     ops.Add: _add,
     ops.Scale: _scale,
     ops.SoftCap: _soft_cap,
+    special.ScaleByPosition: _scale_by_position,
+    special.XIelu: _xielu,
     ops.TakeRows: _take_rows,
     ops.Quantize: _quantize,
     ops.Route: items.route,
     ops.Experts: items.experts,
+    ops.LatentAttention: _in_memory(lower_latent.latent_attention),
+    recurrence.CausalConv: _in_memory(lower_states.causal_conv),
+    recurrence.StateSpace: _in_memory(lower_states.state_space),
+    recurrence.DeltaRule: _in_memory(lower_states.delta_rule),
+    recurrence.RgLru: _in_memory(lower_states.rg_lru),
 }
 """The kinds of operations that this backend runs"""

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.items import Items
 from tokenmill.backends.cpu.pack import Packed, pack_vector
-from tokenmill.backends.cpu.scratch import zeros
+from tokenmill.backends.cpu.rooms import Rooms
+from tokenmill.backends.cpu.scratch import padded, zeros
+from tokenmill.backends.cpu.states import STATE_KERNELS, States
 from tokenmill.backends.steps import cache_plan
-from tokenmill.program import ops
+from tokenmill.program import ops, special
 from tokenmill.program.buffers import Plan, plan_buffers
 from tokenmill.program.cost import cache_layout
-from tokenmill.program.ops import Weight
+from tokenmill.program.keeps import CacheSpec
+from tokenmill.program.ops import Op, Weight
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Buffer, Program, Value
 
@@ -45,6 +48,7 @@ class Sizes:
     context: int  # tokens of the longest sequence
     threads: int
     kv_dtype: str  # "f16" or "int8"
+    slots: int = 0  # sequences at once, of which each has a state; 0: the program is not run
 
     def rows(self, buffer: Buffer) -> int:
         """Return the rows of a buffer. There are at least FEW for each thread, for its private copy of few rows."""
@@ -97,22 +101,34 @@ class AttentionShape:
 
     kv_dtype: str
     dim: int
-    count: int  # key-value heads
+    count: int  # key-value heads, or groups of heads that share a page
     group: int  # query heads of each
     capped: bool
     alibi: bool = False
+    sinks: bool = False
+    latent: int = 0
 
     @staticmethod
-    def of(op: ops.Attention, kv_dtype: str) -> AttentionShape:
-        """Return the shape of one operation."""
+    def of(op: ops.Attention | ops.LatentAttention, kv_dtype: str) -> AttentionShape:
+        """Return the shape of one operation. Heads that share a page are cut into groups that fill a tile."""
+        if isinstance(op, ops.LatentAttention):
+            heads, dim = op.q.width // op.head_dim, op.latent.width + op.key.width
+            group = max(n for n in range(1, layout.SCORE_ROWS + 1) if heads % n == 0)
+            return AttentionShape(kv_dtype, dim, heads // group, group, False, latent=op.latent.width)
         count, group = op.k.width // op.head_dim, op.q.width // op.k.width
-        return AttentionShape(kv_dtype, op.head_dim, count, group, bool(op.softcap), bool(op.alibi))
+        return AttentionShape(kv_dtype, op.head_dim, count, group, bool(op.softcap), bool(op.alibi), bool(op.sinks))
 
     @property
     def name(self) -> str:
         """The shape as a part of the kernels' names."""
-        extras = f"{'_capped' if self.capped else ''}{'_alibi' if self.alibi else ''}"
+        extras = "".join(f"_{name}" for name in ("capped", "alibi", "sinks") if getattr(self, name))
+        extras += f"_latent{self.latent}" if self.latent else ""
         return f"{self.kv_dtype}_{self.dim}x{self.group}{extras}"
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads."""
+        return self.count * self.group
 
     @property
     def item_rows(self) -> int:
@@ -125,9 +141,17 @@ class AttentionShape:
         return self.item_rows * self.group
 
 
-def page_bytes(head_dim: int, kv_dtype: str) -> int:
-    """Return the bytes of a page: 16 tokens of one key-value head (`pages.py`)."""
-    return 2 * layout.BLOCK * head_dim * 2 if kv_dtype == "f16" else 2 * layout.BLOCK * (head_dim + 4)
+def page_bytes(key: int, value: int, kv_dtype: str) -> int:
+    """Return the bytes of a page: 16 tokens of one key-value head of so many columns (`pages.py`)."""
+    return layout.BLOCK * (2 * (key + value) if kv_dtype == "f16" else key + value + 8)
+
+
+def cache_bytes(spec: CacheSpec, kv_dtype: str) -> int:
+    """Return the bytes of 16 tokens of a layer's cache. Of compressed rows, the latent is stored as value as well."""
+    first, second = spec.parts
+    if first.name == "latent":
+        return page_bytes(first.width + second.width, first.width, kv_dtype)
+    return first.heads * page_bytes(first.width, second.width, kv_dtype)
 
 
 def plan_of(program: Program, sizes: Sizes, private: frozenset[int]) -> Plan:
@@ -159,10 +183,11 @@ class Memory:
         self.cache_plan = cache_plan(cache_layout(program), sizes.context)
         self.arena = zeros((self.plan.size,))
         self.items = Items(program, sizes.rows)
+        self.rooms = Rooms(program, sizes.rows)
+        self.states = States(program, sizes.slots)
         self._panels, self._read = panels, vector
         self._vectors: dict[tuple[Weight, bool], Floats] = {}
-        self._no_bias: dict[int, Floats] = {}  # by width
-        self._slopes: dict[tuple[float, ...], Floats] = {}
+        self._arrays: dict[object, Floats] = {}  # constants, by what determines them
         self._cos_sin: dict[RopeTable, CosSinTable] = {}
         self._cache: Array = zeros((0,))
         self.num_pages = 0
@@ -203,19 +228,28 @@ class Memory:
             self._vectors[weight, gated] = pack_vector(self._read(weight), gated=gated)
         return self._vectors[weight, gated].ctypes.data
 
-    def no_bias(self, width: int) -> int:
-        """Return the address of a vector of zeros, for a kernel that always adds a bias."""
-        if width not in self._no_bias:
-            self._no_bias[width] = zeros((-(-width // 16) * 16,), np.float32)
-        return self._no_bias[width].ctypes.data
+    def numbers(self, weight: Weight) -> Floats:
+        """Return the numbers of a weight, (rows, columns) or (rows,), of which the caller makes constants."""
+        return self._read(weight)
+
+    def array(self, key: object, make: Callable[[], Any]) -> int:
+        """Return the address of an array of constants, which operations of an equal `key` share, padded to vectors."""
+        if key not in self._arrays:
+            self._arrays[key] = padded(np.asarray(make(), np.float32))
+        return self._arrays[key].ctypes.data
+
+    def constant(self, width: int, number: float) -> int:
+        """Return the address of a vector of equal numbers, for a norm without a weight or a bias."""
+        return self.array((width, number), lambda: np.full(width, number))
 
     def slopes(self, alibi: tuple[float, ...]) -> int:
         """Return the address of the slopes of ALiBi; 0 if there are none."""
-        if not alibi:
-            return 0
-        if alibi not in self._slopes:
-            self._slopes[alibi] = np.array(alibi, np.float32)
-        return self._slopes[alibi].ctypes.data
+        return self.array(alibi, lambda: alibi) if alibi else 0
+
+    def growth(self, op: special.ScaleByPosition) -> int:
+        """Return the address of the factors by which queries grow, one for each `length` positions."""
+        steps = np.arange((self.sizes.context + op.offset) // op.length + 1)
+        return self.array((op.beta, op.length, len(steps)), lambda: 1 + op.beta * np.log1p(steps))
 
     def cos_sin(self, table: RopeTable) -> CosSinTable:
         """Return the cosines and sines of a rotary embedding; layers share them."""
@@ -235,24 +269,34 @@ class Memory:
 
     def _part_bytes(self) -> list[int]:
         """Return the bytes of 16 tokens, by part of a block."""
-        form = self.sizes.kv_dtype
-        keys = [spec.parts[0] for spec in self.cache_plan.parts]  # values have the same size
-        return [key.heads * page_bytes(key.width, form) for key in keys]
+        return [cache_bytes(spec, self.sizes.kv_dtype) for spec in self.cache_plan.parts]
 
     def allocate(self, num_pages: int) -> None:
-        """Allocate the KV cache, with all parts of a block side by side.
+        """Allocate states, and the KV cache, with all parts of a block side by side.
 
-        The system commits memory when a block is first written to. Raises MemoryError if the cache does not fit.
+        The system commits memory when it is first written to. Raises MemoryError if the cache does not fit.
         """
+        self.states.allocate()
         self._cache = zeros((num_pages, sum(self._part_bytes())))
         self.num_pages = num_pages
 
-    def cache(self, layer: int) -> dict[int, int]:
-        """Return the columns of a table row that accesses a layer's cache; zeros before `allocate`."""
-        if not len(self._cache):
-            return {layout.CACHE: 0, layout.PAGE_STRIDE: 0}
-        before = sum(self._part_bytes()[: self.cache_plan.places[layer][1]])
-        return {layout.CACHE: self._cache.ctypes.data + before, layout.PAGE_STRIDE: self._cache.strides[0]}
+    def kept(self, op: Op, kernel: str, table_bytes: int) -> dict[int, int]:
+        """Return the columns of a row of `op` that access what it keeps between steps. Call after `allocate`.
+
+        `kernel`: that of the row. `table_bytes`: of one block table of a slot.
+        """
+        if op.state() is not None:
+            return self.states.columns(op) if kernel in STATE_KERNELS else {}
+        spec = op.keeps()
+        if spec is None or not kernel.startswith(("write_", "attend_")):
+            return {}
+        table, part = self.cache_plan.places[spec.layer]
+        before = sum(self._part_bytes()[:part])
+        return {
+            layout.CACHE: self._cache.ctypes.data + before,
+            layout.PAGE_STRIDE: self._cache.strides[0],
+            layout.TABLE_AT: table * table_bytes,
+        }
 
     def clear_pages(self, pages: slice) -> None:
         """Reset pages to zeros."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tokenmill.backends.cpu import items
+from tokenmill.backends.cpu import items, lower_latent, lower_states
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
@@ -18,6 +18,7 @@ from tokenmill.backends.kind import Report
 from tokenmill.errors import Unsupported
 from tokenmill.program import ops, passes
 from tokenmill.program.ops import Op, Weight
+from tokenmill.program.recurrence import RgLru
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader, check, dense, for_each, load
 from tokenmill.weights.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ def fused(program: Program) -> Program:
         passes.take_rows_early(program),
         passes.residual_into_linear,
         _act_into_linear,
+        passes.act_into_conv,
         _heads_into_attention,
     )
 
@@ -87,7 +89,7 @@ def refusal(program: Program, block_size: int) -> str:
             return f"it has no kernel for {type(op).__name__}"
         if isinstance(op, ops.Attention) and (op.rope or op.q_norm) and _read_later(op, graph, op):
             return "an operation reads queries or keys that its attention rotates in place"
-        if why := _refused(op) or items.refused(op):
+        if why := _refused(op) or items.refused(op) or lower_latent.refused(op) or lower_states.refused(op):
             return why
     return ""
 
@@ -96,8 +98,6 @@ def _refused(op: Op) -> str:
     if isinstance(op, ops.Attention):
         if op.head_dim % _VECTOR:
             return f"its attention is for heads of a multiple of {_VECTOR} columns, not {op.head_dim}"
-        if op.sinks is not None:
-            return "it has no attention with sinks"
         if op.chunk:
             return "it has no attention within chunks"
         if op.q.width % op.k.width:
@@ -106,7 +106,7 @@ def _refused(op: Op) -> str:
         return f"it has no kernel for the activation {op.act}"
     if isinstance(op, ops.Norm) and (op.head_dim or op.x.width) % _VECTOR:
         return f"its norms are for multiples of {_VECTOR} columns, not {op.head_dim or op.x.width}"
-    if isinstance(op, ops.Norm) and (op.weight is None or op.weight.rows not in (op.head_dim, op.x.width)):
+    if isinstance(op, ops.Norm) and op.weight and op.weight.rows not in (op.head_dim, op.x.width):
         return "its norms have a weight for each column"
     if isinstance(op, ops.Norm) and op.bias is not None and not op.center:
         return "it has no kernel for an RMS norm with a bias"
@@ -120,7 +120,7 @@ def prepare(
 
     Raises ModelError if a tensor is missing or has an unexpected shape.
     """
-    program = fused(program)
+    program = lower_states.stacked_gates(fused(program))
     check(_weights(program), source)
     panels = pack_all(program, source, read, isa, threads, report)
     program = passes.quantize_inputs(program, lambda op: panels[op.weight][0].quantized, _writes_int8)
@@ -137,13 +137,18 @@ def pack_all(
     """Pack all matrices on several threads. `report` is called on the calling thread, with bytes of the checkpoint."""
     gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
     gated |= {weight for op in program.ops if isinstance(op, ops.Experts) for weight in op.gate_up}
-    routers = {op.weight for op in program.ops if isinstance(op, ops.Route)}
-    wanted = [w for w in _weights(program) if w.columns]
+    floats = {op.weight for op in program.ops if isinstance(op, ops.Route)}  # because near scores decide
+    floats |= {w for op in program.ops if isinstance(op, RgLru) for w in (*op.input_gate, *op.recurrence_gate)}
+    expansions = {op.expand: op for op in program.ops if isinstance(op, ops.LatentAttention)}
+    constants = {weight for op in program.ops for weight in lower_states.constants(op)}
+    wanted = [w for w in _weights(program) if w.columns and w not in constants]
     arena = Arena()
 
     def one(weight: Weight) -> tuple[Packed, ...]:
-        if weight in routers:  # in float32, because near scores decide
+        if weight in floats:
             return (pack(dense(load(weight, source, read).floats()), allocate=arena.zeros),)
+        if weight in expansions:
+            return lower_latent.packed(expansions[weight], load(weight, source, read), arena.zeros)
         return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs, allocate=arena.zeros)
 
     packed = for_each(wanted, source, one, max(1, threads), report)

@@ -1,4 +1,4 @@
-"""Matrix kernels for every form of weights: plain and gated products, and embedding lookup.
+"""Matrix kernels for every form of weights: plain and gated products, products by head, and embedding lookup.
 
 Threads take a few panels at a time from the counter of the table row. A form has tiles of 1, 2, 4 and (with long
 registers) 8 rows. Invariant: the result of a row does not depend on the tile that computes it. Products with bfloat16
@@ -13,8 +13,8 @@ from typing import Any
 
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.dense_tiles import narrow
-from tokenmill.backends.cpu.forms import NAMES, PAIRS, DenseForm, Form, form_named
-from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32
+from tokenmill.backends.cpu.forms import FLOATS, NAMES, PAIRS, DenseForm, Form, form_named
+from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, field, inline, kernel, peek, peek32
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.rows import activate, add, gate, quantize, scale
 from tokenmill.backends.cpu.tiles import look_up, max_rows, tile
@@ -22,14 +22,8 @@ from tokenmill.backends.cpu.tiles import look_up, max_rows, tile
 Function = Callable[..., Any]
 
 _FAR = 1 << 18  # bytes of x that stay in a near cache while several panels are multiplied with it
-_FEW, _ROW = layout.FEW, 8
+_FEW, _ROW, _PIECE = layout.FEW, 8, 4
 _TOKENS, _SAMPLES, _THREADS, _ZEROS = (8 * w for w in (layout.TOKENS, layout.SAMPLES, layout.THREADS, layout.ZEROS))
-
-
-@inline
-def field(address: int, word: int) -> int:
-    """Read a word of a table row or of the context."""
-    return int(peek(address + 8 * word))
 
 
 @inline
@@ -193,6 +187,32 @@ def _embed(isa: Isa, form: Form | DenseForm) -> Function:
     return compiled(f"embed_{form.name}_{isa.name}_body", embed)
 
 
+def _heads(isa: Isa, form: Form | DenseForm) -> Function:
+    multiply: Function = product(isa, form)
+
+    def heads(tid, row, context, counter):  # type: ignore[no-untyped-def]
+        """Multiply the columns of each head with a matrix of its own. An item is some panels of a head."""
+        rows, columns, panels = count_rows(row, context), field(row, layout.WIDTH), field(row, layout.HEAD_PANELS)
+        x, xs, size = field(row, layout.X), field(row, layout.X_STRIDE), field(row, layout.PANEL_BYTES)
+        os, act, pieces = field(row, layout.OUT_STRIDE), field(row, layout.ACT), (panels + _PIECE - 1) // _PIECE
+        while True:
+            i = atomic_add(counter, 1)
+            head, p = i // pieces, i % pieces * _PIECE
+            if head * panels >= field(row, layout.PANELS):
+                return 0
+            n, w = min(_PIECE, panels - p), field(row, layout.WEIGHT) + (head * panels + p) * size
+            out = field(row, layout.OUT) + head * field(row, layout.OUT_STEP) + p * 64
+            base, step = peek(context + _ZEROS), 0
+            if field(row, layout.BIAS):
+                base, step = field(row, layout.BIAS) + (head * panels + p) * 64, 64
+            start = x + head * field(row, layout.X_STEP)
+            multiply(rows, columns, w, size, n, start, xs, 0, base, 0, step, out, os)
+            for r in range(rows if act else 0):
+                activate(act, n, out + r * os, out + r * os)
+
+    return compiled(f"heads_{form.name}_{isa.name}_body", heads)
+
+
 def _narrow(isa: Isa) -> Function:
     to_bf16 = emit(3, narrow)
 
@@ -217,7 +237,7 @@ def _narrow(isa: Isa) -> Function:
     return kernel(f"narrow_{isa.name}", compiled(f"narrow_{isa.name}_body", rows_to_bf16))
 
 
-_KINDS = {"linear": _linear, "embed": _embed}
+_KINDS = {"linear": _linear, "embed": _embed, "heads": _heads}
 
 
 def _make(kind: str, name: str, isa: Isa) -> Function:
@@ -225,9 +245,11 @@ def _make(kind: str, name: str, isa: Isa) -> Function:
 
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Function]]:
-    """Return makers of linear_<form> (plain and gated), embed_<form> and, for bfloat16 pairs, narrow."""
+    """Return makers of linear_<form> (plain and gated), embed_<form>, heads_<form> and, for bfloat16 pairs, narrow."""
     names = [name for name in NAMES if isa.pairs or name != PAIRS.name]
     made: dict[str, Callable[[], Function]] = {
-        f"{kind}_{name}": partial(_make, kind, name, isa) for kind in _KINDS for name in names
+        f"{kind}_{name}": partial(_make, kind, name, isa)
+        for kind in _KINDS
+        for name in (FLOATS if kind == "heads" else names)
     }
     return made | ({"narrow": partial(_narrow, isa)} if isa.pairs else {})

@@ -176,6 +176,13 @@ def rotate(head: int, cos_sin: int, half: int, interleaved: int) -> None:
 )
 (_ROPE, _STRIDE, _INTERLEAVED) = (8 * c for c in (layout.ROPE, layout.ROPE_STRIDE, layout.ROPE_INTERLEAVED))
 _HEAD_DIM, _HEADS = 8 * layout.HEAD_DIM, 8 * layout.HEADS
+(_HEAD_BYTES, _ROTATED_BYTES, _OUT_HEAD_BYTES, _LATENT, _LATENT_STRIDE, _KEYS, _KEY_STRIDE, _VALUES, _VALUE_STRIDE) = (
+    8 * c
+    for c in (
+        *(layout.HEAD_BYTES, layout.ROTATED_BYTES, layout.OUT_HEAD_BYTES, layout.LATENT, layout.LATENT_STRIDE),
+        *(layout.KEYS, layout.KEY_STRIDE, layout.VALUES, layout.VALUE_STRIDE),
+    )
+)
 _THREADS, _TOKENS, _POSITIONS = 8 * layout.THREADS, 8 * layout.TOKENS, 8 * layout.POSITIONS
 
 
@@ -209,9 +216,34 @@ def _rope_rows(tid: int, row: int, context: int, counter: int) -> int:
     return 0
 
 
+def _latent_rows(tid: int, row: int, context: int, counter: int) -> int:
+    """Write the rotated columns of queries, and the rows of the cache: each latent, then the rotated key.
+
+    The next row of the table reads other columns of the queries, so its barrier serves this row too.
+    """
+    heads, head, rotated = peek(row + _WIDTH), peek(row + _HEAD_BYTES), peek(row + _ROTATED_BYTES)
+    latent, size = peek(row + _OUT_HEAD_BYTES) - rotated, rotated // 64
+    for r in range(tid, peek(context + _TOKENS), peek(context + _THREADS)):
+        x = peek(row + _X) + r * peek(row + _X_STRIDE) + head - rotated
+        out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE) + latent
+        kept = peek(row + _LATENT) + r * peek(row + _LATENT_STRIDE)
+        copy(latent // 64, peek(row + _VALUES) + r * peek(row + _VALUE_STRIDE), kept)
+        copy(size, peek(row + _KEYS) + r * peek(row + _KEY_STRIDE), kept + latent)
+        for h in range(heads):
+            copy(size, x + h * head, out + h * (latent + rotated))
+        if peek(row + _ROPE):
+            cos_sin = peek(row + _ROPE) + r * peek(row + _STRIDE)
+            half, interleaved = peek(row + _HALF), peek(row + _INTERLEAVED)
+            rotate(kept + latent, cos_sin, half, interleaved)
+            for h in range(heads):
+                rotate(out + h * (latent + rotated), cos_sin, half, interleaved)
+    return 1
+
+
 def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
-    """Return makers of cos_sin and rope, whose source is the same for every instruction set."""
+    """Return makers of cos_sin, rope and latent, whose source is the same for every instruction set."""
     return {
         "cos_sin": lambda: kernel("cos_sin", compiled("rope_cos_sin_rows", _cos_sin_rows)),
         "rope": lambda: kernel("rope", compiled("rope_rope_rows", _rope_rows)),
+        "latent": lambda: kernel("latent", compiled("rope_latent_rows", _latent_rows)),
     }

@@ -22,9 +22,10 @@ from tokenmill.backends.cpu.ir import (
     inline,
     kernel,
     peek,
+    peek32,
 )
 from tokenmill.backends.cpu.isa import Isa
-from tokenmill.backends.cpu.vectors import ACTS, quantize_block
+from tokenmill.backends.cpu.vectors import ACTS, logistic, quantize_block, xielu
 
 # ---- activations ----
 
@@ -37,16 +38,25 @@ def _gating(act: int) -> Callable[[Emitter, Val, Val, Val, Val], None]:
     return lambda g, i, x, y, out: g.put(g.b.fmul(ACTS[act](g, g.vec(x, i)), g.vec(y, i)), out, i)
 
 
-_silu, _gelu_tanh, _gelu_erf, _relu, _relu2 = (each(2, _activating(act)) for act in ACTS)
-_silu_gate, _gelu_tanh_gate, _gelu_erf_gate, _relu_gate, _relu2_gate = (each(3, _gating(act)) for act in ACTS)
-SILU, GELU_TANH, GELU_ERF, RELU, RELU2 = ACTS  # numba reads globals of this module
+_gelu_tanh, _gelu_erf, _relu, _relu2 = (each(2, _activating(act)) for act in ACTS)
+_gelu_tanh_gate, _gelu_erf_gate, _relu_gate, _relu2_gate = (each(3, _gating(act)) for act in ACTS)
+_logistic = each(3, lambda g, i, x, act, out: g.put(logistic(g, g.vec(x, i), act), out, i))
+_logistic_gate = each(
+    4, lambda g, i, x, y, act, out: g.put(g.b.fmul(logistic(g, g.vec(x, i), act), g.vec(y, i)), out, i)
+)
+multiply = each(3, lambda g, i, x, y, out: g.put(g.b.fmul(g.vec(x, i), g.vec(y, i)), out, i))
+"""(vectors, x, y, out): x · y"""
+GELU_TANH, GELU_ERF, RELU, RELU2 = ACTS  # numba reads globals of this module
+NO_ACT, LINEAR = layout.NO_ACT, layout.LINEAR
 
 
 @inline
 def activate(act: int, n: int, x: int, out: int) -> None:
     """Apply an activation to n vectors. `out` may be `x`. NO_ACT does nothing."""
-    if act == SILU:
-        _silu(n, x, out)
+    if act == NO_ACT:
+        return
+    if act == LINEAR:
+        copy(n, x, out)
     elif act == GELU_TANH:
         _gelu_tanh(n, x, out)
     elif act == GELU_ERF:
@@ -55,13 +65,15 @@ def activate(act: int, n: int, x: int, out: int) -> None:
         _relu(n, x, out)
     elif act == RELU2:
         _relu2(n, x, out)
+    else:
+        _logistic(n, x, act, out)
 
 
 @inline
 def gate(act: int, n: int, x: int, y: int, out: int) -> None:
     """Compute act(x) · y of n vectors. `out` may be `x` or `y`."""
-    if act == SILU:
-        _silu_gate(n, x, y, out)
+    if act == LINEAR:
+        multiply(n, x, y, out)
     elif act == GELU_TANH:
         _gelu_tanh_gate(n, x, y, out)
     elif act == GELU_ERF:
@@ -70,6 +82,8 @@ def gate(act: int, n: int, x: int, y: int, out: int) -> None:
         _relu_gate(n, x, y, out)
     elif act == RELU2:
         _relu2_gate(n, x, y, out)
+    else:
+        _logistic_gate(n, x, y, act, out)
 
 
 # ---- quantization ----
@@ -147,8 +161,6 @@ _layer_codes = emit(7, lambda g, n, x, w, bias, c, s, eps: _to_codes(g, n, x, w,
 
 add = each(3, lambda g, i, x, y, out: g.put(g.b.fadd(g.vec(x, i), g.vec(y, i)), out, i))
 """(vectors, x, y, out): x + y"""
-multiply = each(3, lambda g, i, x, y, out: g.put(g.b.fmul(g.vec(x, i), g.vec(y, i)), out, i))
-"""(vectors, x, y, out): x · y"""
 scale = each(3, lambda g, i, x, s, out: g.put(g.b.fmul(g.vec(x, i), g.splat(g.bits(s))), out, i))
 """(vectors, x, bits of a float, out): multiply by a scalar"""
 
@@ -158,6 +170,7 @@ def capped(g: Emitter, x: Val, cap: Val) -> Val:
     return g.b.fmul(g.tanh(g.b.fdiv(x, cap)), cap)
 
 
+_xielu = each(3, lambda g, i, x, slopes, out: g.put(xielu(g, g.vec(x, i), slopes), out, i))
 _cap = each(3, lambda g, i, x, cap, out: g.put(capped(g, g.vec(x, i), g.splat(g.bits(cap))), out, i))
 
 # ---- kernels ----
@@ -176,15 +189,18 @@ _cap = each(3, lambda g, i, x, cap, out: g.put(capped(g, g.vec(x, i), g.splat(g.
         layout.PRIVATE_OUT,
     )
 )
-(_WEIGHT, _BIAS, _EPS, _CENTER, _HEADS, _Y, _Y_STRIDE, _TOTAL, _TOTAL_STRIDE, _ACT, _CAP, _FACTOR) = (
+(_WEIGHT, _BIAS, _EPS, _CENTER, _HEADS, _Y, _Y_STRIDE, _TOTAL, _TOTAL_STRIDE, _ACT, _FACTOR) = (
     8 * c
     for c in (
         *(layout.NORM_WEIGHT, layout.NORM_BIAS, layout.NORM_EPS, layout.CENTER, layout.HEADS),
-        *(layout.Y, layout.Y_STRIDE, layout.TOTAL, layout.TOTAL_STRIDE, layout.ACT, layout.CAP, layout.FACTOR),
+        *(layout.Y, layout.Y_STRIDE, layout.TOTAL, layout.TOTAL_STRIDE, layout.ACT, layout.FACTOR),
     )
 )
-_NORM_STEP = 8 * layout.NORM_STEP
-_THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = (
+_NORM_STEP, _FACTORS, _LENGTH, _OFFSET = (
+    8 * c for c in (layout.NORM_STEP, layout.POSITION_FACTORS, layout.LENGTH, layout.POSITION_OFFSET)
+)
+_POSITIONS, _THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = (
+    8 * layout.POSITIONS,
     8 * layout.THREADS,
     8 * layout.TOKENS,
     8 * layout.SAMPLES,
@@ -269,30 +285,34 @@ def _gated_act(tid: int, row: int, context: int, counter: int) -> int:
     return 0
 
 
-def _soft_cap(tid: int, row: int, context: int, counter: int) -> int:
-    """Apply the soft cap. Rows are long (logits), so a work item is 64 vectors of a row."""
-    rows, n = rows_of(row, context), (peek(row + _WIDTH) + 15) // 16
-    pieces = (n + 63) // 64
-    while True:
-        i = atomic_add(counter, 1)
-        if i >= rows * pieces:
-            return 0
-        r, p = i // pieces, i % pieces * 64
-        x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
-        _cap(min(64, n - p), x + p * 64, peek(row + _CAP), out + p * 64)
+def _in_pieces(operation: Callable[..., None]) -> Callable[..., int]:
+    """Return a kernel that applies an operation (vectors, x, FACTOR, out).
+
+    Rows may be long (logits), so a work item is 64 vectors of a row.
+    """
+
+    def body(tid: int, row: int, context: int, counter: int) -> int:
+        rows, n = rows_of(row, context), (peek(row + _WIDTH) + 15) // 16
+        pieces = (n + 63) // 64
+        while True:
+            i = atomic_add(counter, 1)
+            if i >= rows * pieces:
+                return 0
+            r, p = i // pieces, i % pieces * 64
+            x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
+            operation(min(64, n - p), x + p * 64, peek(row + _FACTOR), out + p * 64)
+
+    return body
 
 
-def _scale(tid: int, row: int, context: int, counter: int) -> int:
-    """Multiply by a constant. The work is divided as that of the soft cap."""
-    rows, n = rows_of(row, context), (peek(row + _WIDTH) + 15) // 16
-    pieces = (n + 63) // 64
-    while True:
-        i = atomic_add(counter, 1)
-        if i >= rows * pieces:
-            return 0
-        r, p = i // pieces, i % pieces * 64
+def _scale_by_position(tid: int, row: int, context: int, counter: int) -> int:
+    """Multiply by the factor of the row's position: that at its index (position + offset) // LENGTH."""
+    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+        position = peek(peek(context + _POSITIONS) + r * 8) + peek(row + _OFFSET)
+        factor = peek(row + _FACTORS) + position // peek(row + _LENGTH) * 4
         x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
-        scale(min(64, n - p), x + p * 64, peek(row + _FACTOR), out + p * 64)
+        scale((peek(row + _WIDTH) + 15) // 16, x, peek32(factor), out)
+    return 0
 
 
 def _take_rows(tid: int, row: int, context: int, counter: int) -> int:
@@ -318,8 +338,10 @@ _BODIES: dict[str, Callable[..., int]] = {
     "add": _add,
     "act": _act,
     "gated_act": _gated_act,
-    "scale": _scale,
-    "soft_cap": _soft_cap,
+    "scale": _in_pieces(scale),
+    "scale_by_position": _scale_by_position,
+    "soft_cap": _in_pieces(_cap),
+    "xielu": _in_pieces(_xielu),
     "take_rows": _take_rows,
     "quantize_rows": _quantize_rows,
 }

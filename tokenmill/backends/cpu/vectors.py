@@ -7,10 +7,35 @@ from functools import partial
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.ir import Emitter, Val, Vector, f32, i8, i32, i32x16
 
+_QUICK = 1.702  # factor within the sigmoid of the quick GELU
 
-def silu(g: Emitter, x: Val) -> Val:
-    """Emit SiLU: x / (1 + e^−x)."""
-    return g.b.fdiv(x, g.b.fadd(g.k(x.type, 1.0), g.exp(g.b.fneg(x))))
+
+def logistic(g: Emitter, x: Val, act: Val) -> Val:
+    """Emit SiLU x / (1 + e^−x), the quick GELU x / (1 + e^−1.702x) or the sigmoid, by the number `act`."""
+    b, one = g.b, g.k(x.type, 1.0)
+    plain, quick = (b.icmp_signed("==", act, g.c(number)) for number in (layout.SIGMOID, layout.QUICK_GELU))
+    power = g.exp(b.fneg(b.fmul(x, b.select(quick, g.k(x.type, _QUICK), one))))
+    return b.fdiv(b.select(plain, one, x), b.fadd(one, power))
+
+
+def softplus(g: Emitter, x: Val) -> Val:
+    """Emit ln(1 + e^x) as max(x, 0) + 2 · artanh(u / (2 + u)), u = e^−|x|. Relative error below 1e-6."""
+    b, k = g.b, partial(g.k, x.type)
+    power = g.exp(b.fneg(g.each_lane("fabs", x)))
+    z = b.fdiv(power, b.fadd(power, k(2.0)))
+    z2, p = b.fmul(z, z), k(1 / 15)
+    for term in (13, 11, 9, 7, 5, 3, 1):
+        p = g.fma(p, z2, k(1 / term))
+    return g.fma(b.fmul(z, k(2.0)), p, relu(g, x))
+
+
+def xielu(g: Emitter, x: Val, slopes: Val) -> Val:
+    """Emit xIELU. `slopes`: a float32 for numbers above 0 in the low half, one for the others in the high half."""
+    b, k = g.b, partial(g.k, x.type)
+    above, below = (g.splat(g.bits(word)) for word in (slopes, b.lshr(slopes, g.c(32))))
+    power = b.fsub(g.exp(g.vmin(x, k(-1e-6))), k(1.0))
+    curved = b.select(b.fcmp_ordered(">", x, k(0.0)), b.fmul(b.fmul(above, x), x), b.fmul(b.fsub(power, x), below))
+    return g.fma(x, k(0.5), curved)
 
 
 def gelu_tanh(g: Emitter, x: Val) -> Val:
@@ -51,9 +76,9 @@ def relu2(g: Emitter, x: Val) -> Val:
 
 
 ACTS = {
-    layout.SILU: silu, layout.GELU_TANH: gelu_tanh, layout.GELU_ERF: gelu_erf, layout.RELU: relu, layout.RELU2: relu2,
+    layout.GELU_TANH: gelu_tanh, layout.GELU_ERF: gelu_erf, layout.RELU: relu, layout.RELU2: relu2,
 }  # fmt: skip
-"""Emitters of activations for one vector, by the numbers of `layout.ACTS`"""
+"""Emitters of activations for one vector, by the numbers of `layout.ACTS`, besides those of `logistic`"""
 
 
 _MIN_MAGNITUDE = 1e-30  # a block whose largest magnitude is not above this quantizes to zeros

@@ -260,5 +260,5 @@ class TorchBackend:
 
 def _shape(spec: CacheSpec, places: int) -> tuple[int, int, int]:
     """Return the shape of a layer's cache: keys apart from values, where both have the same width."""
-    halves = 2 if len({part.heads * part.width for part in spec.parts}) == 1 else 1
+    halves = 1 if spec.parts[0].name == "latent" else 2
     return halves, places, spec.width // halves
