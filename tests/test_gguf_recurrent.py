@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "granitehybrid_dense": ("granitehybrid", "granitemoehybrid_dense", {}, SMALL | WIDE_SCAN | {
         "ssm__group_count": 1, "attention__head_count_kv": [0, 2, 0], "expert_shared_feed_forward_length": 48,
         "expert_count": 0, "expert_used_count": 0}),
-    "nemotron_h": ("nemotron_h", "nemotron_h", {"time_step_min": 1e-9, "head_dim": 8}, SCAN | {
+    "nemotron_h": ("nemotron_h", "nemotron_h", {"time_step_min": 1e-9}, SCAN | {
         "expert_count": None, "expert_used_count": None, "expert_feed_forward_length": None,
         "embedding_length": 32, "block_count": 4, "ssm__group_count": 2, "attention__key_length": 16,
         "attention__value_length": 16, "attention__head_count_kv": [0, 0, 2, 0], "feed_forward_length": [0, 48, 0, 0],
@@ -82,7 +82,7 @@ def made(folder: Path, case: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Write a checkpoint. Return transformers' model, the file's tensors, and its keys."""
     architecture, family, changes, keys = CASES[case]
     model_type, fields = STATES[family]
-    model = write_model(folder, model_type, fields | {"hidden_size": SMALL["embedding_length"]} | changes)
+    model = write_model(folder, model_type, fields | changes)
     return model, converted(folder, architecture), told(model.config) | keys
 
 
