@@ -242,10 +242,11 @@ PREFILLS: dict[str, list[StateShapes]] = {
         for columns, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2))
     ],
     "delta": [
-        StateShapes(delta_columns=columns, delta_warps=warps, delta_stages=stages, ready_warps=ready)
-        for columns, warps, stages, ready in ((32, 4, 3, 4), (32, 4, 2, 4), (16, 4, 2, 8), (64, 8, 3, 4), (64, 4, 3, 4))
+        SHAPES, StateShapes(ready_registers=168), StateShapes(ready_warps=8, ready_registers=128),
+        StateShapes(delta_stages=2, delta_columns=16), StateShapes(delta_columns=64, delta_warps=8),
+        StateShapes(delta_columns=64, delta_stages=2),
     ],
-    "kda": [SHAPES, StateShapes(ready_warps=8)],
+    "kda": [SHAPES, StateShapes(ready_warps=8), StateShapes(ready_warps=8, ready_registers=128)],
     "mamba2_n256": [SHAPES, StateShapes(scan_warps=8), StateShapes(scan_warps=8, scan_columns=128)],
     "mamba": [
         StateShapes(channels=channels, channel_chunk=chunk, channel_stages=stages)

@@ -33,10 +33,12 @@ class _Chunks(NamedTuple):
 
     w: Tensor
     u: Tensor
-    queries: Tensor
-    keys: Tensor
     scores: Tensor
     last: Tensor
+    queries: Tensor | None  # of rules with a decay for each column
+    keys: Tensor | None
+    of_q: Tensor  # of the others
+    of_k: Tensor
 
 
 class StateLowering:
@@ -71,7 +73,8 @@ class StateLowering:
         """Bytes of scratch and of copies of weights."""
         gates = (part for pair in self._gates.values() for part in pair)
         tiles = [] if self._tiles is None else [self._tiles]
-        held = [*(self._scratch or ()), *(self._scan_scratch or ()), *gates, *tiles]
+        chunks = [tensor for tensor in self._scratch or () if tensor is not None]
+        held = [*chunks, *(self._scan_scratch or ()), *gates, *tiles]
         return sum(tensor.nbytes for tensor in held)
 
     def by_kind(self) -> dict[type[Op], Callable[[Any], Run]]:
@@ -239,9 +242,12 @@ class StateLowering:
         def made(rows: int, width: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(rows * width, dtype=kind, device=device)
 
+        by_column = [op for op in rules if op.a.width != op.b.width]
+        queries, the_keys = (made(tokens, keys) if by_column else None for _ in range(2))
+        of_q, of_k = (made(tokens, max(h for h, _, _ in shapes), torch.float32) for _ in range(2))
         return _Chunks(
-            made(tokens, keys), made(tokens, values), made(tokens, keys), made(tokens, keys), made(tokens, scores),
-            made(chunks, last, torch.float32),
+            made(tokens, keys), made(tokens, values), made(tokens, scores), made(chunks, last, torch.float32),
+            queries, the_keys, of_q, of_k,
         )  # fmt: skip
 
     def _delta(self, op: DeltaRule) -> Run:
@@ -273,22 +279,30 @@ class StateLowering:
     ) -> Run:
         assert self._scratch is not None
         unit, strides = in_units(*inputs[:5])
-        shapes, scratch, width = self._shapes, self._scratch, sizes["P"]
-        own = {name: sizes[name] for name in ("HEADS", "N", "P")}
-        chunk, block = shapes.chunk, max(16, power(sizes["N"]))
+        shapes, width, columns = self._shapes, sizes["P"], sizes["N"]
+        tokens, chunk, block = self._memory.limits.max_batch_tokens, shapes.chunk, max(16, power(columns))
         together = max(16, min(shapes.delta_columns, power(width)))
+        w, u, scores, last, queries, keys, of_q, of_k = self._scratch
+        if queries is not None and keys is not None and each:
+            made, reads = (queries, keys), (queries, keys)
+            own = [sizes["HEADS"] * columns // unit] * 2, sizes | {"SHARED": 1}
+        else:
+            made, reads = (of_q, of_k), (inputs[0], inputs[1])
+            own = strides[:2], sizes
+        most = {"maxnreg": shapes.ready_registers} if shapes.ready_registers else {}
         before, behind = Site(delta.ready_chunks), Site(delta.correct_chunks)
 
         def run(n: Sizes) -> None:
             before(
                 (len(n.tiles[chunk]), sizes["HEADS"]),
-                *inputs, n.tiles[chunk], *scratch, *strides, *numbers, **sizes, L=chunk, BN=block,
-                BP=max(16, power(width)), UNIT=unit, EACH=each, num_warps=shapes.ready_warps,
+                *inputs, n.tiles[chunk], w, u, scores, last, *made, *strides, *numbers, TOKENS=tokens, **sizes,
+                L=chunk, BN=block, BP=max(16, power(width)), UNIT=unit, EACH=each, num_warps=shapes.ready_warps,
+                **most,
             )  # fmt: skip
             behind(
                 (runs_of(n), sizes["HEADS"], triton.cdiv(width, together)),
-                *scratch, *ends, n.tiles[RUN], **own, L=chunk, BN=block, BP=together, EACH=each,
-                STAGES=shapes.delta_stages, num_warps=shapes.delta_warps,
+                *reads, w, u, scores, last, of_q, of_k, *ends, n.tiles[RUN], *own[0], TOKENS=tokens, **own[1], L=chunk,
+                BN=block, BP=together, UNIT=unit, EACH=each, STAGES=shapes.delta_stages, num_warps=shapes.delta_warps,
             )  # fmt: skip
 
         return run

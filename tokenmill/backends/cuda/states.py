@@ -33,6 +33,7 @@ class StateShapes(NamedTuple):
     scan_warps: int = 4
     scan_stages: int = 2
     ready_warps: int = 4
+    ready_registers: int = 0  # at most so many of a thread; 0: as the compiler chooses
     delta_columns: int = 32
     delta_warps: int = 4
     delta_stages: int = 3

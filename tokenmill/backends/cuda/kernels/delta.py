@@ -102,15 +102,17 @@ def decayed(q, k, total, L: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, w_ptr, u_ptr, queries_ptr,
-                 keys_ptr, scores_ptr, last_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate, scale,
-                 HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
-                 BN: tl.constexpr, BP: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, w_ptr, u_ptr, scores_ptr, last_ptr,
+                 queries_ptr, keys_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate, scale,
+                 TOKENS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+                 L: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UNIT: tl.constexpr,
+                 EACH: tl.constexpr):  # fmt: skip
     """Compute the parts of chunks of at most L tokens that need no state. Grid (chunks, HEADS).
 
     With S the state before a chunk, and (1 + R) the system that its errors solve: errors = u - w · S, out = queries · S
-    + scores · errors, new S = last · S + keysᵀ · errors. `w`, `queries`, `keys` (T, HEADS, N), `u` (T, HEADS, P),
-    `scores` (T, HEADS, L), `last` (chunks, HEADS, N or 1). UNIT divides the strides.
+    + scores · errors, new S = last · S + keysᵀ · errors. `w` (T, HEADS, N), `u` (T, HEADS, P), `scores` (T, HEADS, L),
+    `last` (chunks, HEADS, N or 1). `queries` and `keys`: with EACH (T, HEADS, N), else (HEADS, TOKENS) float32: the
+    factors of q and k. UNIT divides the strides.
     """
     chunk = tl.program_id(0)
     first, _, count, _ = row_of(chunk, chunks_ptr, chunks_ptr, chunks_ptr, False, True)
@@ -120,14 +122,17 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
     ok = there[:, None] & n_ok[None, :]
     t = first + i
     key = (h // SHARED * N + n)[None, :]
+    row = (t * HEADS + h)[:, None]
     kind = k_ptr.dtype.element_ty
     speed = -tl.exp(tl.load(a_log_ptr + h).to(tl.float32))
     share = rate * sigmoid(tl.load(b_ptr + t * (b_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32))
     share = tl.where(there, share, 0.0)[:, None]
     k = tl.load(k_ptr + t[:, None] * (k_stride * UNIT) + key, mask=ok, other=0.0).to(tl.float32)
-    k = k * tl.rsqrt(tl.sum(k * k, 1) + 1e-6)[:, None]
+    of_k = tl.rsqrt(tl.sum(k * k, 1) + 1e-6)
+    k *= of_k[:, None]
     q = tl.load(q_ptr + t[:, None] * (q_stride * UNIT) + key, mask=ok, other=0.0).to(tl.float32)
-    q = q * (tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * scale)[:, None]
+    of_q = tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * scale
+    q *= of_q[:, None]
     if EACH:
         a = tl.load(a_ptr + t[:, None] * (a_stride * UNIT) + (h * N + n)[None, :], mask=ok, other=0.0).to(tl.float32)
         a += tl.load(bias_ptr + h * N + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
@@ -136,21 +141,22 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
         tl.store(last_ptr + (chunk * HEADS + h) * N + n, tl.exp(last), mask=n_ok)
         system, scores = decayed(q, k, total, L, tl.float32 if kind == tl.float32 else tl.bfloat16)
         scores = tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], scores)
-        grown, left = tl.exp(total), tl.exp(last[None, :] - total)
+        grown = tl.exp(total)
+        tl.store(queries_ptr + row * N + n[None, :], (q * grown).to(kind), mask=ok)
+        tl.store(keys_ptr + row * N + n[None, :], (k * tl.exp(last[None, :] - total)).to(kind), mask=ok)
     else:
         a = tl.load(a_ptr + t * (a_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32)
         a = softplus(a + tl.load(bias_ptr + h).to(tl.float32)) * speed
         total = tl.cumsum(tl.where(there, a, 0.0), 0)  # (L,)
-        last = tl.sum(tl.where(i == L - 1, total, 0.0), 0)
+        last = tl.sum(tl.where(there, a, 0.0), 0)
         tl.store(last_ptr + chunk * HEADS + h, tl.exp(last))
+        tl.store(queries_ptr + h * TOKENS + t, of_q * tl.exp(total), mask=there)
+        tl.store(keys_ptr + h * TOKENS + t, of_k * tl.exp(last - total), mask=there)
         between = tl.exp(tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf")))
         other = tl.trans(k.to(kind))
-        system = tl.dot(k.to(kind), other, input_precision="tf32x3") * between
         scores = tl.dot(q.to(kind), other, input_precision="tf32x3") * between
-        grown, left = tl.exp(total)[:, None], tl.exp(last - total)[:, None]
-    row = (t * HEADS + h)[:, None]
-    tl.store(queries_ptr + row * N + n[None, :], (q * grown).to(kind), mask=ok)
-    tl.store(keys_ptr + row * N + n[None, :], (k * left).to(kind), mask=ok)
+        system = tl.dot(k.to(kind), other, input_precision="tf32x3") * between
+        grown = tl.exp(total)[:, None]
     scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
     tl.store(scores_ptr + row * L + i[None, :], scores.to(kind), mask=there[:, None])
     inputs = (k * grown * share).to(kind)
@@ -165,10 +171,14 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
 
 
 @triton.jit
-def correct_chunks(w_ptr, u_ptr, queries_ptr, keys_ptr, scores_ptr, last_ptr, ring_ptr, out_ptr, runs_ptr,
-                   HEADS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, L: tl.constexpr, BN: tl.constexpr,
-                   BP: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Apply the rule to runs of tokens, L tokens at once, behind `ready_chunks`. Grid (runs, HEADS, P / BP)."""
+def correct_chunks(q_ptr, k_ptr, w_ptr, u_ptr, scores_ptr, last_ptr, of_q_ptr, of_k_ptr, ring_ptr, out_ptr, runs_ptr,
+                   q_stride, k_stride, TOKENS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr,
+                   P: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UNIT: tl.constexpr,
+                   EACH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Apply the rule to runs of tokens, L tokens at once, behind `ready_chunks`. Grid (runs, HEADS, P / BP).
+
+    With EACH, q and k are the queries and keys of `ready_chunks`, else `of_q` and `of_k` are their factors.
+    """
     r = tl.program_id(0)
     first, start, count, slot = row_of(r, runs_ptr, runs_ptr, runs_ptr, False, True)
     h = tl.program_id(1)
@@ -183,23 +193,28 @@ def correct_chunks(w_ptr, u_ptr, queries_ptr, keys_ptr, scores_ptr, last_ptr, ri
     at = (h * N + n)[:, None] * P + p[None, :]
     state = tl.load(ring_ptr + (slot * 2 + start % 2) * (HEADS * N * P) + at, mask=ok & (start > 0), other=0.0)
     kind = w_ptr.dtype.element_ty
+    key = (h // SHARED * N + n)[None, :]
     for done in tl.range(0, count, L, num_stages=STAGES):
         there = done + i < count
-        row = ((first + done + i) * HEADS + h)[:, None]
+        t = first + done + i
+        row = (t * HEADS + h)[:, None]
         inside, here = there[:, None] & n_ok[None, :], there[:, None] & p_ok[None, :]
         w = tl.load(w_ptr + row * N + n[None, :], mask=inside, other=0.0)
         u = tl.load(u_ptr + row * P + p[None, :], mask=here, other=0.0)
-        queries = tl.load(queries_ptr + row * N + n[None, :], mask=inside, other=0.0)
-        keys = tl.load(keys_ptr + row * N + n[None, :], mask=inside, other=0.0)
+        q = tl.load(q_ptr + t[:, None] * (q_stride * UNIT) + key, mask=inside, other=0.0)
+        k = tl.load(k_ptr + t[:, None] * (k_stride * UNIT) + key, mask=inside, other=0.0)
         scores = tl.load(scores_ptr + row * L + i[None, :], mask=there[:, None], other=0.0)
         held = state.to(kind)
-        errors = (u.to(tl.float32) - tl.dot(w, held, input_precision="tf32x3")).to(kind)
-        y = tl.dot(queries, held, input_precision="tf32x3")
-        y = tl.dot(scores, errors, y, input_precision="tf32x3")
+        errors = u.to(tl.float32) - tl.dot(w, held, input_precision="tf32x3")
+        y = tl.dot(q, held, input_precision="tf32x3")
         if EACH:
             last = tl.load(last_ptr + ((chunk + done // L) * HEADS + h) * N + n, mask=n_ok, other=0.0)[:, None]
+            left = errors.to(kind)
         else:
             last = tl.load(last_ptr + (chunk + done // L) * HEADS + h)
-        state = tl.dot(tl.trans(keys), errors, state * last, input_precision="tf32x3")
+            y *= tl.load(of_q_ptr + h * TOKENS + t, mask=there, other=0.0)[:, None]
+            left = (errors * tl.load(of_k_ptr + h * TOKENS + t, mask=there, other=0.0)[:, None]).to(kind)
+        state = tl.dot(tl.trans(k), left, state * last, input_precision="tf32x3")
+        y = tl.dot(scores, errors.to(kind), y, input_precision="tf32x3")
         tl.store(out_ptr + row * P + p[None, :], y.to(out_ptr.dtype.element_ty), mask=here)
     tl.store(ring_ptr + (slot * 2 + (start + count) % 2) * (HEADS * N * P) + at, state, mask=ok)
