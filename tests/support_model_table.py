@@ -8,6 +8,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+import support_encoded
 from support_models import FAMILIES, SIZES
 from support_states import STATES
 
@@ -63,6 +64,7 @@ def programs() -> dict[str, list[Program]]:
     from transformers import AutoConfig
 
     cases = [(kind, SIZES | own) for kind, own in FAMILIES.values()] + list(STATES.values())
+    cases += [(kind, support_encoded.SIZES | own) for kind, own in support_encoded.FAMILIES.values()]
     found: dict[str, list[Program]] = {}
     for kind, fields in (case for case in cases if case[0] not in ALIASES):
         config: dict[str, Any] = AutoConfig.for_model(kind, **deepcopy(fields)).to_dict()

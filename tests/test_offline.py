@@ -56,11 +56,13 @@ def torch_backend(source: Checkpoint, limits: StepLimits) -> TorchBackend:
     return TorchBackend(job_of(program_of(source.config), source, limits))
 
 
-def crowded_engine(folder: Path, num_blocks: int, limits: StepLimits, make=torch_backend) -> OfflineEngine:
+def crowded_engine(
+    folder: Path, num_blocks: int, limits: StepLimits, make=torch_backend, shares_prefixes: bool = True
+) -> OfflineEngine:
     """Return an engine whose cache is far too small for its slots. `num_blocks`: more for a model with windows."""
     backend = make(open_checkpoint(local_source(folder)), limits)
     sizes = limits.max_batch_tokens, limits.max_batch_size, limits.max_total_tokens, limits.block_size
-    scheduler_limits = SchedulerLimits(*sizes, windows=backend.windows)
+    scheduler_limits = SchedulerLimits(*sizes, windows=backend.windows, shares_prefixes=shares_prefixes)
     num_blocks += scheduler_limits.tables.blocks_of(limits.max_total_tokens) - SchedulerLimits(*sizes).tables.blocks_of(
         limits.max_total_tokens
     )

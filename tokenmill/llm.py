@@ -249,7 +249,7 @@ class _Answer:
     def __init__(self, engine: OfflineEngine, tokenizer: Tokenizer, prepared: Prepared, reader: AnswerReader) -> None:
         self._engine, self._prepared = engine, prepared
         self._detokenizer, self._router = reader.begin(tokenizer, prepared)
-        self._whole = WholeText(tokenizer, prepared.prompt_ids, prepared.stop)  # used if there is a router
+        self._whole = WholeText(tokenizer, prepared.ids_before, prepared.stop)  # used if there is a router
         self._deltas: list[Delta] = []
         self._id = engine.submit(prepared.prompt_ids, prepared.sampling, prepared.stopping, grammar=prepared.grammar)
         self._token_ids: list[int] = []

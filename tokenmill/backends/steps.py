@@ -87,8 +87,9 @@ def cache_plan(layout: Mapping[int, CacheSpec], max_total_tokens: int) -> CacheP
 
 
 def most_rows(limits: StepLimits) -> dict[str, int]:
-    """Return the rows of the largest step by `BufferSpec.rows`: its tokens, and the rows whose logits are made."""
-    return {"tokens": limits.max_batch_tokens, "samples": max(limits.max_batch_size, PROMPT_ROWS)}
+    """Return the rows of the largest step by `BufferSpec.rows`: tokens, rows whose logits are made, an encoder's."""
+    samples = max(limits.max_batch_size, PROMPT_ROWS)
+    return {"tokens": limits.max_batch_tokens, "samples": samples, "inputs": limits.max_total_tokens}
 
 
 def one_table(layout: Mapping[int, CacheSpec]) -> CachePlan:

@@ -75,7 +75,7 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
 
     A state is counted as read and written once for each row that samples.
     """
-    rows = {"tokens": load.tokens, "samples": load.samples}
+    rows = {"tokens": load.tokens, "samples": load.samples, "inputs": load.tokens}
     values = (*op.reads().values(), *op.results().values())
     moved = sum(v.width * rows[v.spec.rows] for v in values) * activation_bytes
     n = rows[op.out.spec.rows]

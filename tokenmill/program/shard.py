@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.program import ops, special
+from tokenmill.program.encoded import encodes
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Inputs, Program, Tape, Value
 
@@ -18,8 +19,10 @@ def shard(program: Program, size: int) -> Program:
 
     Values after a column-parallel product are narrower, up to the row-parallel product whose results are summed over
     the ranks. A vocabulary that is not divisible by `size` is replicated on every rank. ArgumentError if heads or inner
-    sizes are not divisible.
+    sizes are not divisible, Unsupported if ranks cannot share an operation.
     """
+    if size > 1 and encodes(program):
+        raise Unsupported("model that is an encoder and a decoder", f"of {size} ranks", (), _ONE_RANK)
     return program if size == 1 else _Sharder(program, size).run()
 
 

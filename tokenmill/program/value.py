@@ -1,7 +1,8 @@
 """Symbolic values, and the program that is recorded by calling a model on them.
 
-Invariant: every value is a matrix with one row per token of the step ("tokens") or per sequence that samples
-("samples"), and a fixed width. A range of columns is a view, so splitting a fused product copies nothing.
+Invariant: every value is a matrix with one row per token of the step ("tokens"), per sequence that samples ("samples")
+or per token of an encoder's input ("inputs"), and a fixed width. A range of columns is a view, so splitting a fused
+product copies nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from tokenmill.program.ops import Op
 
-Rows = Literal["tokens", "samples"]
+Rows = Literal["tokens", "samples", "inputs"]
 DType = Literal["float", "int8", "ids"]
 """float: the backend's compute type; int8: codes with one scale per 32 columns; ids: integers"""
 

@@ -16,11 +16,11 @@ from tokenmill.weights.checkpoint import Checkpoint, language_config
 _LAYER = re.compile(r".*?\.\d+\.")
 _HEAD = "lm_head.weight"
 _NO_WEIGHT = re.compile(
-    r".*(\.rotary_emb\.\w+|\.((kv?|v|q|output|prob_output)_scale)|\.(attn|attention)\.(bias|masked_bias|causal_mask)"
+    r".*(\.EncDecAttention\.relative_attention_bias\.weight|\.rotary_emb\.\w+|\.((kv?|v|q|output|prob_output)_scale)|\.(attn|attention)\.(bias|masked_bias|causal_mask)"
     r"|\.mlp\.act_fn\.(beta|eps))"
 )
-"""Tensors that are not weights: frequencies and causal masks that old versions of transformers stored, scales of a
-quantized cache, constants of xIELU.
+"""Tensors that are not weights: a bias of T5 that was never used, frequencies and causal masks that old versions of
+transformers stored, scales of a quantized cache, constants of xIELU.
 """
 
 

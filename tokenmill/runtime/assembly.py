@@ -23,6 +23,7 @@ from tokenmill.engine.tables import Tables
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import Load, cost, state_layout, weights_of
+from tokenmill.program.encoded import encodes
 from tokenmill.program.ops import Weight
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
@@ -134,7 +135,7 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
             revision=source.revision,
             quantize=backend_options.quantize,
             isa=choice.kind.instruction_set(backend_options),
-            shares_prefixes=not state_layout(program),
+            shares_prefixes=not (state_layout(program) or encodes(program)),
             long_capacity=num_blocks * total // tables.blocks_of(total) if tables.windowed else 0,
         )
         lengths.log_prompt_limit(options.max_input_tokens, total, length)
@@ -253,7 +254,10 @@ def scheduler_of(
     `defaults`: of its device. `program`: of its model, None for a mock engine. `windows`: of its backend's tables.
     """
     if not info.shares_prefixes:
-        _log.info("The prefix cache is off: the model keeps a state for each sequence, which blocks do not hold.")
+        _log.info(
+            "The prefix cache is off: blocks do not hold all that the model keeps for a sequence (a state), or their "
+            "content depends on later tokens of the prompt (an encoder)."
+        )
     limits = SchedulerLimits(
         info.max_batch_tokens,
         info.max_batch_size,

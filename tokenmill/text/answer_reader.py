@@ -67,8 +67,9 @@ class AnswerReader(msgspec.Struct, frozen=True):
             prepared.stop if router is None else (),
             include_stop=include_stop,
             min_tokens=least,
-            prompt_ids=prepared.prompt_ids,
+            prompt_ids=prepared.ids_before,
             shown_ids=self.shown_ids,
+            begins=prepared.num_started > 0,
         )
         return detokenizer, router
 

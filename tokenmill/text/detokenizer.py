@@ -40,10 +40,13 @@ class Detokenizer:
     `stop`: strings that end the answer, wherever they are in the text. The text before one is emitted, and the string
     itself if `include_stop`. Of several, the one that is complete first ends it. Text of special tokens is compared,
     too, though it is not emitted. Nothing is emitted after a stop. `min_tokens`: a string that is complete with one of
-    this many first tokens does not end the answer. `shown_ids`: special tokens that are emitted all the same.
+    this many first tokens does not end the answer. `shown_ids`: special tokens that are emitted all the same. `begins`:
+    the text begins with the first token, so that the space which a tokenizer writes before a first word is left out.
     """
 
-    __slots__ = ("_decoder", "_early", "_hidden", "_include", "_matcher", "_parts", "_special", "_text_of")
+    __slots__ = (
+        "_begins", "_decode", "_decoder", "_early", "_hidden", "_include", "_matcher", "_parts", "_special", "_text_of",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -55,8 +58,10 @@ class Detokenizer:
         min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
         shown_ids: frozenset[int] = frozenset(),
+        begins: bool = False,
     ) -> None:
         pieces = tokenizer.pieces
+        self._begins, self._decode = begins, tokenizer.decode
         self._decoder: _Decoder = (
             _WindowDecoder(tokenizer, prompt_ids) if pieces is None else _PieceDecoder(pieces, prompt_ids)
         )
@@ -79,6 +84,10 @@ class Detokenizer:
         shown = token_id not in self._hidden
         token_text = self._decoder.push(token_id) if shown else self._text_of(token_id)
         special = token_id in self._special
+        if self._begins and shown:
+            self._begins = False
+            if token_text.startswith(" ") and not self._decode([token_id], False).startswith(" "):
+                token_text = token_text[1:]
         if self._matcher is None:
             text, stopped = token_text if shown else "", None
         else:

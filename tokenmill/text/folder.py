@@ -56,6 +56,25 @@ def load(folder: Path, config_path: str = "") -> Tokenizer:
         eos_ids=_eos_ids(folder, inner, eos),
         max_length=int(longest) if isinstance(longest, int | float) and 0 < longest < _NO_LIMIT else None,
         chat_template=ChatTemplate(templates, bos, eos, _variables(config, special)) if templates else None,
+        answer_start=_answer_start(folder),
+    )
+
+
+def _answer_start(folder: Path) -> tuple[int, ...]:
+    """Return the token that begins an answer of an encoder and decoder; () for another model.
+
+    Raises ModelError if nothing names it.
+    """
+    own = language_config(read_json(folder / "config.json"))
+    if own.get("is_encoder_decoder") is not True:
+        return ()
+    for config in (read_json(folder / "generation_config.json"), own):
+        found = config.get("decoder_start_token_id")
+        if isinstance(found, int) and found >= 0:
+            return (found,)
+    raise ModelError(
+        f"{folder}: config.json is of an encoder and a decoder, but neither it nor generation_config.json names the "
+        'first token of an answer. Add "decoder_start_token_id" to it (T5: 0).'
     )
 
 

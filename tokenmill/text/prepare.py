@@ -39,11 +39,22 @@ class Prepared(msgspec.Struct, frozen=True):
     num_truncated: int = 0
     grammar: GrammarSpec | None = None
     grammar_field: str = ""  # the request's field that errors name
+    num_started: int = 0  # last tokens of `prompt_ids` that begin an answer of its own, by an encoder and decoder
 
     @property
     def num_prompt(self) -> int:
         """Number of tokens of the prompt, after truncation."""
-        return len(self.prompt_ids)
+        return len(self.prompt_ids) - self.num_started
+
+    @property
+    def ids_before(self) -> tuple[int, ...]:
+        """Tokens that the answer's text continues."""
+        return () if self.num_started else self.prompt_ids
+
+    @property
+    def prefill_ids(self) -> tuple[int, ...]:
+        """Tokens that a decoder reads before its first new one."""
+        return self.prompt_ids[-self.num_started :]
 
 
 def check_before_queue(options: Options, limits: RequestLimits, *, stream: bool, dialect: Dialect = "native") -> None:
@@ -82,6 +93,13 @@ def prepare(
     rules.check_options(options, limits, dialect)
     whole_ids = _prompt_ids(prompt, options, limits, tokenizer, add_special_tokens, dialect)
     prompt_ids = whole_ids if options.truncate is None else whole_ids[-options.truncate :]
+    num_truncated, start = len(whole_ids) - len(prompt_ids), tokenizer.answer_start
+    if start and options.prompt_logprobs is not None and dialect == "openai":
+        raise ValidationError(
+            "a prompt of this model has no log-probabilities: an encoder reads it. Leave out `echo` or `logprobs`",
+            "echo",
+        )
+    prompt_ids += start
     max_new_tokens = _max_new_tokens(len(prompt_ids), options, limits, dialect)
     min_new_tokens = options.min_new_tokens or 0
     if min_new_tokens > max_new_tokens:
@@ -95,8 +113,10 @@ def prepare(
     thought = options.thought
     ending = (thought.force_after, thought.forced_ids, thought.unless) if thought else ()
     stopping = StoppingParams(max_new_tokens, min_new_tokens, stop_ids, *ending)
-    return Prepared(prompt_ids, sampling, stopping, options.stop, seed, len(whole_ids) - len(prompt_ids), grammar,
-                    options.grammar_field)  # fmt: skip
+    if start:
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
+    return Prepared(prompt_ids, sampling, stopping, options.stop, seed, num_truncated, grammar, options.grammar_field,
+                    len(start))  # fmt: skip
 
 
 def _prompt_ids(

@@ -34,7 +34,7 @@ class Tokenizer:
 
     `bos_token`, `eos_token`: their texts, or None. `eos_ids`: all ids that end an answer. `max_length`: tokens that the
     tokenizer's own configuration allows, or None. `chat_template`: None if the model has none. `vocab_size`: the
-    highest id plus one.
+    highest id plus one. `answer_start`: ids behind a prompt that begin the answer of an encoder and decoder; else ().
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Tokenizer:
         eos_ids: Sequence[int] = (),
         max_length: int | None = None,
         chat_template: ChatTemplate | None = None,
+        answer_start: Sequence[int] = (),
     ) -> None:
         inner.no_truncation()  # some tokenizer.json files have those of their training
         inner.no_padding()
@@ -53,6 +54,7 @@ class Tokenizer:
         self.bos_token, self.eos_token = bos_token, eos_token
         self.eos_ids: tuple[int, ...] = tuple(eos_ids)
         self.max_length, self.chat_template = max_length, chat_template
+        self.answer_start: tuple[int, ...] = tuple(answer_start)
         added = inner.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocab_size: int = max([inner.get_vocab_size(True), *(token_id + 1 for token_id in added)])

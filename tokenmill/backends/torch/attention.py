@@ -103,7 +103,7 @@ def plan(
     made = AttentionPlan(blocks * block_size + positions % block_size)
     groups = bucketed(runs_of(inputs, window))
     elements = sum(len(g) * max(r.count for r in g) * max(r.context for r in g) for g in groups)
-    made.buckets = [_bucket(group, tables, block_size, elements <= KEPT) for group in groups]
+    made.buckets = [bucket_of(group, tables, block_size, elements <= KEPT) for group in groups]
     return made
 
 
@@ -140,7 +140,11 @@ def _size_class(count: int) -> int:
     return (count - 1).bit_length()  # 1 | 2 | 3, 4 | 5 … 8 | …
 
 
-def _bucket(runs: list[Run], tables: Tensor, block_size: int, keep: bool) -> Bucket:
+def bucket_of(runs: list[Run], tables: Tensor, block_size: int, keep: bool, whole: bool = False) -> Bucket:
+    """Return the bucket of some runs. `keep`: all layers share its masks. `whole`: all queries see all keys of a run.
+
+    `tables` (S, blocks): block tables of the step's rows.
+    """
     device = tables.device
     first, start, count, row, begin = (
         np.array([getattr(r, name) for r in runs], np.int64)[:, None]
@@ -157,7 +161,7 @@ def _bucket(runs: list[Run], tables: Tensor, block_size: int, keep: bool) -> Buc
     real = torch.from_numpy(np.flatnonzero(~padded)).to(device) if padded.any() else None
     return Bucket(
         queries=torch.from_numpy(first + within).to(device),
-        positions=torch.from_numpy(start + within).to(device),
+        positions=torch.from_numpy(contexts - 1 + 0 * within if whole else start + within).to(device),
         keys=places.reshape(-1),
         real=real,
         tokens=torch.from_numpy((first + within)[~padded]).to(device),

@@ -198,13 +198,20 @@ class TorchBackend:
 
     @torch.inference_mode()
     def _step(self, inputs: StepInputs) -> StepResult:
-        self._slots.apply(inputs)
+        inputs = self.begin(inputs)
+        if not len(inputs.slots):
+            return StepResult([])
         state, ids = self._state(inputs)
         env = self._interpreter.body(state, ids)
         token_ids, sampled = self._sample(inputs, state, env)
         prompt = prompt_payloads(inputs, self._slots.parameters.rows, lambda part: self._score(part, state, env))
         details = sampled.logprobs.details() if sampled and sampled.logprobs else None
         return StepResult(token_ids, details, prompt)
+
+    def begin(self, inputs: StepInputs) -> StepInputs:
+        """Apply a step's changes to the slots, and return the step to compute."""
+        self._slots.apply(inputs)
+        return inputs
 
     def _state(self, inputs: StepInputs) -> tuple[StepState, Tensor]:
         """Return the step on the device, and its token ids (T,)."""
@@ -246,8 +253,7 @@ class TorchBackend:
     @torch.inference_mode()
     def _warm_up(self) -> None:
         for inputs in warm_up_steps(self.limits, self.num_blocks, len(self.windows)):
-            self._slots.apply(inputs)
-            state, ids = self._state(inputs)
+            state, ids = self._state(self.begin(inputs))
             self._interpreter.tail(state, self._interpreter.body(state, ids))
         self._slots.tables.zero_()
         self._states.clear()

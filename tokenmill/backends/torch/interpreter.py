@@ -33,7 +33,7 @@ class _Line:
 
 
 class Interpreter:
-    """Runs one program in two parts, split at TakeRows.
+    """Runs one program in two parts, split at TakeRows; those of an encoder apart.
 
     The second part may run several times, over other rows of the same step. The constructor raises Unsupported for an
     operation without a kernel. `more`: kernels besides those of `kinds`.
@@ -45,13 +45,21 @@ class Interpreter:
         last = last_uses(program)
         kernels = kinds.kernels() | dict(more or {})
         lines: list[_Line] = []
+        self._encoder: list[_Line] = []
         for i, op in enumerate(program.ops):
             if type(op) not in kernels:
                 raise Unsupported("operation", type(op).__name__, [kind.__name__ for kind in kernels])
             reads, writes = tuple(op.reads().values()), tuple(op.results().values())
             gone = tuple({v.buffer for v in (*reads, *writes) if last[v.buffer] == i})
-            lines.append(_Line(op, kernels[type(op)], reads, writes, gone))
+            line = _Line(op, kernels[type(op)], reads, writes, gone)
+            (self._encoder if op.out.spec.rows == "inputs" else lines).append(line)
+        first -= len(self._encoder)  # whose operations are the first ones
         self._body, self._tail = lines[:first], lines[first:]
+
+    @torch.inference_mode()
+    def encode(self, step: StepState) -> None:
+        """Run the encoder for one input."""
+        _run(self._encoder, step, {})
 
     @torch.inference_mode()
     def body(self, step: StepState, ids: Tensor) -> Env:

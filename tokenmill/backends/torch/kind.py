@@ -17,6 +17,7 @@ from tokenmill.backends.kind import (
 )
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.extras import need_torch
+from tokenmill.program.encoded import encodes
 from tokenmill.program.foreign import body_of
 from tokenmill.program.value import Program
 from tokenmill.weights.checkpoint import Checkpoint
@@ -84,10 +85,11 @@ class TorchKind:
         import torch
 
         from tokenmill.backends.torch.backend import TorchBackend
+        from tokenmill.backends.torch.encoded import EncoderDecoderBackend
 
         if job.options.cpu_threads is not None:
             torch.set_num_threads(job.options.cpu_threads)  # of threads that begin to compute from now on
-        return TorchBackend(job)
+        return EncoderDecoderBackend(job) if encodes(job.program) else TorchBackend(job)
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """See `Kind`."""

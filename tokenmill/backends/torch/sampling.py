@@ -202,7 +202,9 @@ def _penalize(scores: Tensor, some: _Some, rows: _Rows, mask: NDArray[np.bool_])
     slots = torch.from_numpy(rows.slots[mask].astype(np.int64)).to(device)
     tokens = rows.state.tokens[slots, : int(rows.positions[mask].max())].long()  # (S, L)
     positions = torch.arange(tokens.shape[1], device=device)
-    seen = torch.where(positions < lengths, tokens, tokens[:, :1])  # an id of the prompt twice changes nothing
+    first = some.column("num_prompt").long() - 1 if rows.state.skips_inputs else torch.zeros_like(lengths)
+    counted = (positions < lengths) & (positions >= first)
+    seen = torch.where(counted, tokens, tokens.gather(1, first))  # an id of the prompt twice changes nothing
     before, r = scores.gather(1, seen), some.column("repetition")
     scores = scores.scatter(1, seen, torch.where(before < 0, before * r, before / r))
     if some.p["frequency"].any() or some.p["presence"].any():

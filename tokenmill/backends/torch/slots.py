@@ -23,7 +23,7 @@ class Slots:
 
     `tokens` (slots, max_total_tokens + 1) int32: token ids so far, including sampled ones not yet read by the host.
     `tables` (slots, tables · blocks of the longest sequence) int32: cache blocks; entries that are not set are 0.
-    `parameters`: on the host.
+    `parameters`: on the host. `skips_inputs`: of a prompt only the last token counts in penalties.
     """
 
     def __init__(self, limits: StepLimits, device: torch.device = _CPU, num_tables: int = 1) -> None:
@@ -32,6 +32,7 @@ class Slots:
         self.tokens = torch.zeros(shape.slots, shape.tokens, dtype=torch.int32, device=device)
         self.tables = torch.zeros(shape.slots, num_tables * shape.blocks, dtype=torch.int32, device=device)
         self.parameters = Parameters(shape.slots)
+        self.skips_inputs = False
 
     def apply(self, inputs: StepInputs) -> None:
         """Apply the changes since the previous step: admitted sequences first, then blocks, then token ids."""

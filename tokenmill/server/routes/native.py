@@ -180,7 +180,7 @@ class NativeAnswer:
         )
 
     def _prefill_tokens(self, generation: Generation) -> list[PrefillToken]:
-        ids = generation.prepared.prompt_ids
+        ids = generation.prepared.prefill_ids
         logprobs = [None, *(details.logprob for details in generation.prompt_details)]
         logprobs += [None] * (len(ids) - len(logprobs))
         text_of = self._tokenizer.token_text

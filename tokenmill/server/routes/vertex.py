@@ -99,7 +99,7 @@ def _prediction(tokenizer: Tokenizer, has_tools: bool, generation: Generation, t
         with suppress(ValueError):  # of a call that was cut off
             arguments = json.loads(found.arguments)
             return json.dumps({"function": {"_name": found.name, **arguments}}, ensure_ascii=False)
-    return whole_text(tokenizer, generation.prepared.prompt_ids, [token.id for token in tokens], router.stopped)
+    return whole_text(tokenizer, generation.prepared.ids_before, [token.id for token in tokens], router.stopped)
 
 
 def _converted(instance: dict[str, Any], kind: type[T], where: str) -> T:

@@ -1,0 +1,23 @@
+"""UMT5: mT5 with a bias by distance in each layer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from tokenmill.models import t5
+from tokenmill.models.llama import Layers, Size
+from tokenmill.models.t5 import FeedForward, Model
+
+__all__ = ["Config", "Model"]
+
+
+class Config(t5.Config, kw_only=True):
+    """The fields of config.json that this file reads, with the defaults of transformers' UMT5Config."""
+
+    bias_in_each_layer: ClassVar[bool] = True
+
+    vocab_size: Size = 250112
+    d_ff: Size = 1024
+    num_layers: Layers = 8
+    num_heads: Size = 6
+    feed_forward_proj: FeedForward = "gated-gelu"
