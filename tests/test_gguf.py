@@ -27,7 +27,7 @@ from tokenmill.weights.source import local_source
 torch.set_num_threads(1)
 TYPES = [
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-    "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0",
+    "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
 ]  # fmt: skip
 
 
@@ -37,9 +37,12 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> n
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (rows, columns // elements, size), dtype=np.uint8)
     halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
-              "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": ()}  # fmt: skip
+              "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "IQ1_M": ()}  # fmt: skip
     if kind.name == "MXFP4":
         raw[..., 0] = rng.integers(0, 252, raw.shape[:2])  # exponents of numbers that float32 holds
+    if kind.name == "IQ1_M":  # whose factor is in the top nibbles of four words: 1.0 and more
+        raw[..., 49::2] = raw[..., 49::2] & 15 | (rng.integers(0, 16, raw[..., 49::2].shape) << 4).astype(np.uint8)
+        raw[..., 55] = raw[..., 55] & 15 | 0x30
     for at in halves.get(kind.name, (0,)):
         scale = rng.normal(size=raw.shape[:2]).astype(np.float16)
         raw[..., at : at + 2] = scale[..., None].view(np.uint8)
@@ -189,7 +192,7 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
         model_config(local_source(tmp_path / "d.gguf"))
     raw = np.zeros((7, 292), np.uint8)
     write(tmp_path / "c.gguf", "llama", {"token_embd.weight": (raw, gguf.GGMLQuantizationType.Q8_K)})
-    with pytest.raises(ModelError, match=r"stored as Q8_K\. Readable: F32.*, Q3_K,.*, TQ2_0\."):
+    with pytest.raises(ModelError, match=r"stored as Q8_K\. Readable: F32.*, Q3_K,.*, TQ2_0, IQ1_S,"):
         Gguf(tmp_path / "c.gguf")["model.embed_tokens.weight"]
     with pytest.raises(ModelError, match=r"no tensor .output_norm.weight."):
         Gguf(tmp_path / "c.gguf")["model.norm.weight"]

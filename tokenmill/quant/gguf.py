@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.quant import none
+from tokenmill.quant import _iq, none
 from tokenmill.quant.base import Coded, Levels, Piece
 from tokenmill.quant.formats import nibbles
 from tokenmill.weights.checkpoint import Checkpoint, Stored
@@ -222,5 +222,6 @@ UNPACK: dict[str, Callable[[Bytes], Coded]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    **_iq.UNPACK,
 }
 """GGUF type -> function from (rows, blocks or superblocks, bytes of one) to Coded"""

@@ -5,6 +5,7 @@ A split model consists of several such files, the first of which holds the model
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from tokenmill.weights.checkpoint import Stored
 from tokenmill.weights.choice import parts_of
 from tokenmill.weights.gguf_architecture import Architecture, Made
 from tokenmill.weights.gguf_architectures import ARCHITECTURES, architecture_of
-from tokenmill.weights.gguf_header import BLOCKS, Entry, read_part
+from tokenmill.weights.gguf_header import BLOCKS, INDEXED, Entry, read_part
 from tokenmill.weights.gguf_rows import by_head, halves, joined
 
+_log = logging.getLogger(__name__)
 _HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
 _ONE_ROW = "shared_expert_gate.weight"  # a vector in the file, a matrix of one row in transformers
 _KEPT = 4  # reordered tensors: those of a layer
@@ -55,6 +57,9 @@ class Gguf:
                 raise ModelError(f"{part}: the tensor {twice!r} is in a part before it, too. Download the parts again.")
             self._entries |= entries
             self.metadata = self.metadata or metadata
+        indexed = sorted({entry.kind for entry in self._entries.values()} & INDEXED)
+        if indexed:
+            _log.info("%s has tensors of %s, whose numbers are kept as codes of 8 bits.", self.path, ", ".join(indexed))
         total = self.metadata.get("split.tensors.count", len(self._entries))
         if len(parts) > 1 and total != len(self._entries):
             raise ModelError(f"{self.path}: {total} tensors in all are announced, its {len(parts)} parts have "
