@@ -112,7 +112,7 @@ def test_operations_on_rows_and_heads(rotary_dim: int, interleaved: bool, each: 
 
 
 class Biased(OneLayer):
-    """Attention whose softmax has sinks, ALiBi or both."""
+    """Attention whose softmax has sinks, ALiBi or both. A negative window: within chunks of that size."""
 
     def __init__(self, sinks: bool, alibi: bool, window: int = 0, softcap: float = 0.0) -> None:
         super().__init__(2)
@@ -121,8 +121,8 @@ class Biased(OneLayer):
     def attend(self, x: Value) -> Value:
         q, k, v = self.linear(x, HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD)
         return q.record(
-            ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=0, head_dim=HEAD, scale=0.3, window=self.window,
-            softcap=self.softcap, sinks=self.weight(HEADS) if self.sinks else None,
+            ops.Attention, HEADS * HEAD, q=q, k=k, v=v, layer=0, head_dim=HEAD, scale=0.3, window=max(self.window, 0),
+            chunk=max(-self.window, 0), softcap=self.softcap, sinks=self.weight(HEADS) if self.sinks else None,
             alibi=(0.5, 0.03, 1.0, 0.2) if self.alibi else (),
         )  # fmt: skip
 
@@ -133,8 +133,10 @@ LONG = [[(0, 70), (1, 7)], [(0, 1)], [(0, 3), (1, 1)]]
 @pytest.mark.parametrize("sinks, alibi, window, softcap, deterministic", [
     (True, True, 0, 0.0, False), pytest.param(True, False, 40, 2.0, False, marks=pytest.mark.slow),
     pytest.param(True, True, 20, 0.0, True, marks=pytest.mark.slow),
+    pytest.param(False, True, -24, 0.0, False, marks=pytest.mark.slow),
+    pytest.param(True, False, -7, 0.0, True, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_sinks_and_alibi_in_split_attention(
+def test_sinks_alibi_windows_and_chunks_in_split_attention(
     sinks: bool, alibi: bool, window: int, softcap: float, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split_early(monkeypatch)
@@ -210,3 +212,29 @@ def test_runs_are_divided_among_expansions() -> None:
     tiles = [[0, 10, 4, 4, 0], [4, 14, 1, 4, 0], [5, 0, 4, 2, 0], [9, 4, 3, 2, 0], [12, 3, 2, 9, 7]]
     assert made.tiles.tolist() == tiles
     assert [e[2:] for e in made.sent(torch.tensor(0), torch.tensor(0))] == [(0, 1, 0, 2, 15, 15), (1, 2, 2, 3, 12, 7)]
+
+
+class Streams(OneLayer):
+    """Operations on streams beside each other, and on numbers that torch scales, bounds and thresholds."""
+
+    def attend(self, x: Value) -> Value:
+        x = x.record(special.Clip, x=x, limit=0.7)
+        y = x.record(special.WithMagnitude, x=self.linear(x, WIDTH)[0], like=x, least=0.01)
+        streams = x.record(special.Beside, 2 * WIDTH, x=x, y=y)
+        (mix,), (correct,) = self.linear(x, 4), self.linear(x, 2)
+        streams = streams.record(special.MixStreams, x=streams, factors=mix)
+        streams = streams.record(special.CorrectStreams, x=streams, y=y, factors=correct)
+        streams = streams.record(special.AddToOthers, x=streams, y=x)
+        x = x.record(special.Sparsify, x=streams.split(WIDTH, WIDTH)[1], deviations=0.3)
+        ids = x.tape.new("tokens", 1, "ids")
+        x.tape.ops.append(special.Within(out=ids, ids=self.ids, rows=9))
+        x = x + ids.record(ops.Embed, WIDTH, ids=ids, table=self.weight(9, WIDTH))
+        return x.record(special.ScaleByWeight, x=x, weight=self.weight(WIDTH))
+
+    def _model(self, inputs: Any) -> Value:
+        self.ids = inputs.ids
+        return super()._model(inputs)
+
+
+def test_operations_of_single_architectures_are_computed_by_torch() -> None:
+    assert_equals_torch(Streams(4), STEPS[:2])

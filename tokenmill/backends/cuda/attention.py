@@ -194,7 +194,7 @@ class AttentionLowering:
 
     def _lister(self, op: ops.Attention) -> tuple[Tensor, Callable[[Sizes, int, DecodeShape], None] | None]:
         """Return the list of splits that a layer reads, and its launch; None if an earlier layer launches it."""
-        key = op.window, op.head_dim, op.q.width // op.k.width
+        key = window_of(op), op.head_dim, op.q.width // op.k.width
         if key in self._lists:
             return self._lists[key], None
         items = self._lists[key] = torch.zeros(self._listed, dtype=torch.int32, device=self._memory.device.torch)
@@ -204,7 +204,7 @@ class AttentionLowering:
             launch(
                 (1,),
                 items, n.pairs, n.pairs if n.singles is None else n.singles, rows, BN=shape.keys, SPLITS=shape.splits,
-                LEAST=shape.least, WINDOW=op.window, SOME=n.singles is not None, BLOCK=most, num_warps=4,
+                LEAST=shape.least, WINDOW=window_of(op), SOME=n.singles is not None, BLOCK=most, num_warps=4,
             )  # fmt: skip
 
         return items, make
@@ -228,7 +228,7 @@ class AttentionLowering:
                 q, k, v, keys, values, out, n.pairs, n.pairs if n.singles is None else n.singles, tables, cos, sin,
                 q_norm, k_norm, *biases, self._part, self._sums, self._counts, items, q.stride(0), k.stride(0),
                 v.stride(0), tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common, G=shared,
-                GP=max(16, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=op.window,
+                GP=max(16, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=window_of(op),
                 CAPPED=op.softcap > 0, SINKS=op.sinks is not None, ALIBI=bool(op.alibi), NORM=op.q_norm is not None,
                 ROPE=rotation(op.rope), SOME=n.singles is not None, LISTED=listed, PDL=n.early, STAGES=shape.stages,
                 num_warps=shape.warps, **ahead(n.early),
@@ -268,12 +268,17 @@ class AttentionLowering:
                 (len(tiles), kv_heads, splits),
                 rotated, keys, values, out, tiles, tables, *biases, self._tile_part, self._tile_sums, self._tile_counts,
                 tables.stride(0), splits, scale, cap, v_scale, **common, G=shared, BM=shape.rows, BN=shape.keys,
-                LEAST=LEAST_KEYS, WINDOW=op.window, CAPPED=op.softcap > 0, SINKS=op.sinks is not None,
+                LEAST=LEAST_KEYS, WINDOW=window_of(op), CAPPED=op.softcap > 0, SINKS=op.sinks is not None,
                 ALIBI=bool(op.alibi), INVARIANT=self._invariant, SPLIT=splits > 1, STAGES=shape.stages,
                 num_warps=shape.warps,
             )  # fmt: skip
 
         return run
+
+
+def window_of(op: ops.Attention) -> int:
+    """Return WINDOW of the kernels: the size of the window, or that of chunks negated; 0: all tokens."""
+    return op.window or -op.chunk
 
 
 def most_single_rows(memory: Memory) -> int:

@@ -133,7 +133,8 @@ def _behind(product: str) -> str:
 
 def _attention(op: ops.Attention, runs: str, options: KernelOptions) -> str:
     parts = ["norm"] * bool(op.q_norm) + ["rope"] * bool(op.rope)
-    parts += [f"window of {op.window}"] * bool(op.window) + ["cap"] * bool(op.softcap)
+    parts += [f"window of {op.window}"] * bool(op.window) + [f"chunks of {op.chunk}"] * bool(op.chunk)
+    parts += ["cap"] * bool(op.softcap)
     parts += ["ALiBi"] * bool(op.alibi) + ["sinks"] * bool(op.sinks)
     of = f"heads of {op.head_dim}" + (f" with {', '.join(parts)}" if parts else "")
     if options.deterministic:

@@ -27,7 +27,7 @@ from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.cuda.states import CudaStates
-from tokenmill.program import ops
+from tokenmill.program import ops, special
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.passes import readers_of
 
@@ -124,13 +124,14 @@ class Lowering:
     def _embed(self, op: ops.Embed) -> Run:
         table, out, tokens = self.weight(op.table), self._memory.value(op.out), self._slots.tokens
         width, by_position = op.out.width, op.ids.buffer == self._memory.program.inputs.positions.buffer
-        launch = Site(kernels.embed_rows)
+        within, launch = self._made.get(op.ids.buffer), Site(kernels.embed_rows)
+        most = within.rows if isinstance(within, special.Within) else 0
 
         def run(n: Sizes) -> None:
             launch(
                 (n.tokens,),
-                n.pairs, tokens, table, out, tokens.stride(0), op.scale, WIDTH=width, BLOCK=min(power(width), 4096),
-                BY_POSITION=by_position, num_warps=4,
+                n.pairs, tokens, table, out, tokens.stride(0), op.scale, most, WIDTH=width,
+                BLOCK=min(power(width), 4096), BY_POSITION=by_position, BOUND=most > 0, num_warps=4,
             )  # fmt: skip
 
         return run

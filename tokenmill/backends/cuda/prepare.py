@@ -10,10 +10,15 @@ from tokenmill.program.ops import Op
 from tokenmill.program.recurrence import RgLru
 from tokenmill.program.value import Program
 
+BY_TORCH: tuple[type[Op], ...] = (
+    special.Clip, special.ScaleByWeight, special.ScaleByExpert, special.Sparsify, special.WithMagnitude, special.Beside,
+    special.MixStreams, special.CorrectStreams, special.AddToOthers,
+)  # fmt: skip
+"""Operations of single architectures that torch computes, without waiting for the device."""
 KINDS = (
     ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.Scale,
     ops.SoftCap, ops.TakeRows, ops.Rope, ops.LatentAttention, special.ScaleByPosition, special.XIelu, ops.Route,
-    ops.Experts, *state_limits.KINDS,
+    ops.Experts, special.Within, *BY_TORCH, *state_limits.KINDS,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
@@ -68,8 +73,8 @@ def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool 
     for op in program.ops:
         if isinstance(op, ops.LatentAttention):
             return "triton", "flashinfer is not used for compressed rows"
-        if isinstance(op, ops.Attention) and (op.alibi or op.sinks is not None):
-            return "triton", "flashinfer is not used with ALiBi or sinks"
+        if isinstance(op, ops.Attention) and (op.alibi or op.sinks is not None or op.chunk):
+            return "triton", "flashinfer is not used with ALiBi, sinks or chunks"
     sizes = {op.head_dim for op in program.ops if isinstance(op, ops.Attention)} - set(_FLASHINFER_HEADS)
     if sizes:
         allowed = ", ".join(map(str, _FLASHINFER_HEADS))
@@ -99,8 +104,8 @@ def _attention_refusal(op: ops.Attention) -> str:
         return f"its attention has no heads of {op.head_dim}"
     if op.q.width // op.k.width > MOST_SHARED:
         return f"{op.q.width // op.k.width} query heads share a key-value head"
-    if op.chunk:
-        return "it has no attention within chunks"
+    if op.chunk and op.window:
+        return "it has no attention within chunks and a window"
     if bool(op.q_norm) != bool(op.k_norm):
         return "it normalizes queries and keys or neither"
     return ""

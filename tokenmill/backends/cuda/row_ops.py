@@ -1,12 +1,12 @@
 """Launches of operations that few architectures have: rotation on its own, a scale by position, a trained activation.
 
-All of them change each row by itself.
+All of them change each row by itself. Those of single architectures without a kernel here are computed by torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 from tokenmill.backends.cuda.kernels.rows import rotate_heads, scale_rows, xielu_rows
 from tokenmill.backends.cuda.launch import Run, Site
 from tokenmill.backends.cuda.memory import Memory
+from tokenmill.backends.cuda.prepare import BY_TORCH
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.sizes import Sizes
+from tokenmill.backends.torch.special import KERNELS
 from tokenmill.program import ops, special
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.rope import RopeTable
@@ -31,7 +33,10 @@ class RowLowering:
 
     def by_kind(self) -> dict[type[Op], Callable[[Any], Run]]:
         """Return the function that lowers each kind."""
-        return {ops.Rope: self._rope, special.ScaleByPosition: self._scale, special.XIelu: self._xielu}
+        made: dict[type[Op], Callable[[Any], Run]] = dict.fromkeys(BY_TORCH, self._by_torch)
+        made[special.Within], made[ops.Rope] = self._within, self._rope
+        made[special.ScaleByPosition], made[special.XIelu] = self._scale, self._xielu
+        return made
 
     def _rope(self, op: ops.Rope) -> Run:
         x, out, (cos, sin) = (
@@ -71,6 +76,29 @@ class RowLowering:
             )  # fmt: skip
 
         return run
+
+
+    def _by_torch(self, op: Op) -> Run:
+        out, kernel, step = self._memory.value(op.out), KERNELS[type(op)], _Step(self._weights)
+        inputs = [self._memory.value(v) for v in op.reads().values()]
+
+        def run(n: Sizes) -> None:
+            rows = n.of(op.out)
+            out[:rows].copy_(kernel(op, step, *(x[:rows] for x in inputs)))
+
+        return run
+
+    def _within(self, op: special.Within) -> Run:
+        """Launch nothing: embeddings bound their ids themselves."""
+        if op.ids.buffer != self._memory.program.inputs.ids.buffer:
+            raise NotImplementedError("ids other than those of the step's tokens")
+        return lambda n: None
+
+
+class _Step(NamedTuple):
+    """The part of torch's state of a step that these operations read."""
+
+    weights: dict[Weight, Tensor]
 
 
 def rotation(table: RopeTable | None) -> int:

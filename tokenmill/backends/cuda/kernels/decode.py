@@ -22,11 +22,22 @@ def scaled_scores(s, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def first_seen(position, WINDOW: tl.constexpr):
+    """Return the first position that a token attends to. WINDOW: size of its window; if negative, that of the chunks
+    within which tokens attend.
+    """
+    if WINDOW < 0:
+        return position // -WINDOW * -WINDOW
+    else:
+        return tl.maximum(position + 1 - WINDOW, 0)
+
+
+@triton.jit
 def split_spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
     """Return the first key in the window, the keys of a split, and the number of splits, for `position` older keys."""
     first = position * 0
     if WINDOW:
-        first = tl.maximum(position + 1 - WINDOW, 0) // BN * BN
+        first = first_seen(position, WINDOW) // BN * BN
     chunk = tl.maximum(tl.cdiv(position - first, SPLITS * BN) * BN, LEAST)
     return first, chunk, tl.maximum(tl.cdiv(position - first, chunk), 1)
 
@@ -120,7 +131,7 @@ def decode_rounds(m, total, q, keys_ptr, values_ptr, table_ptr, head, first, sto
         t = start + n
         ok = t < stop
         if WINDOW:  # blocks before it may be others'
-            ok = ok & (t > position - WINDOW)
+            ok = ok & (t >= first_seen(position, WINDOW))
         there = ok[:, None]
         if D != 2 * HALF:
             there = there & in_head(j, D, HALF)[None, :]
@@ -201,7 +212,8 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
 
     SOME: only the step's tokens in `rows`. LISTED: `items` assigns splits to programs. GP: at least 16 and G. The cache
     holds keys times `k_fit` and values times `v_fit`, which `scale` and `v_scale` undo. SINKS: a score by head that
-    takes a share of the softmax. ALIBI: slopes by head, in units of log2(e). Grid (KV_HEADS, rows · SPLITS).
+    takes a share of the softmax. ALIBI: slopes by head, in units of log2(e). WINDOW: 0 for all keys, else as of
+    `first_seen`. Grid (KV_HEADS, rows · SPLITS).
     """
     head = tl.program_id(0)
     if PDL:

@@ -6,7 +6,7 @@ A tile is a few tokens of one sequence times the query heads that share a key-va
 import triton
 import triton.language as tl
 
-from tokenmill.backends.cuda.kernels.decode import before_keys, scaled_scores
+from tokenmill.backends.cuda.kernels.decode import before_keys, first_seen, scaled_scores
 from tokenmill.backends.cuda.kernels.heads import columns, in_head
 
 
@@ -27,7 +27,7 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
         at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
         there = (t < stop)[:, None]
         if WINDOW:  # blocks before it may be others'
-            there = there & (t > tl.min(positions, 0) - WINDOW)[:, None]
+            there = there & (t >= first_seen(tl.min(positions, 0), WINDOW))[:, None]
         if D != 2 * HALF:
             there = there & in_head(j, D, HALF)[None, :]
         if MASKED or D != 2 * HALF:
@@ -40,7 +40,7 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
         if MASKED:
             seen = t[None, :] <= positions[:, None]
             if WINDOW:
-                seen = seen & (t[None, :] > positions[:, None] - WINDOW)
+                seen = seen & (t[None, :] >= first_seen(positions, WINDOW)[:, None])
             s = tl.where(seen, s, -1e30)
         higher = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
@@ -61,7 +61,7 @@ def part_of(start, count, splits, WINDOW: tl.constexpr, BN: tl.constexpr, LEAST:
     """Return the first and the end of this program's part of a tile's keys, and the number of parts."""
     low = start * 0
     if WINDOW:
-        low = tl.maximum(start + 1 - WINDOW, 0) // BN * BN
+        low = first_seen(start, WINDOW) // BN * BN
     stop = start + count
     if SPLIT:
         chunk = tl.maximum(tl.cdiv(stop - low, splits * BN) * BN, LEAST)

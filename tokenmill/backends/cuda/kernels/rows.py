@@ -10,14 +10,18 @@ ACTS = (
 
 
 @triton.jit
-def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale,
-               WIDTH: tl.constexpr, BLOCK: tl.constexpr, BY_POSITION: tl.constexpr):  # fmt: skip
-    """Set out[t] = table[id of token t] · scale, or with BY_POSITION table[position of token t] · scale. Grid (T,)."""
+def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale, most,
+               WIDTH: tl.constexpr, BLOCK: tl.constexpr, BY_POSITION: tl.constexpr, BOUND: tl.constexpr):  # fmt: skip
+    """Set out[t] = table[id of token t] · scale, or with BY_POSITION table[position of token t] · scale. With BOUND ids
+    that are not less than `most` count as 0. Grid (T,).
+    """
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
     row = tl.load(pairs_ptr + 2 * t + 1).to(tl.int64)
     if not BY_POSITION:
         row = tl.load(tokens_ptr + slot * tokens_stride + row).to(tl.int64)
+    if BOUND:
+        row = tl.where(row < most, row, 0)
     for start in tl.static_range(0, WIDTH, BLOCK):
         c = start + tl.arange(0, BLOCK)
         x = tl.load(table_ptr + row * WIDTH + c, mask=c < WIDTH, other=0.0).to(tl.float32) * scale
