@@ -67,7 +67,7 @@ def test_runs_single_tokens_and_rewound_positions_equal_the_torch_backends(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not ON_GPU:
-        small = states.StateShapes(chunk=16, lru_chunk=16, channel_chunk=8)
+        small = states.StateShapes(chunk=16, lru_chunk=16, channel_chunk=4, channels=8)
         monkeypatch.setattr(recurrence, "SHAPES_OF_FLOAT32", small)
     kind, sizes = CASES[name]
     found, expected = both(kind, **sizes)

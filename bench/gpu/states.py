@@ -239,7 +239,7 @@ DECODES: dict[str, list[StateShapes]] = {
 PREFILLS: dict[str, list[StateShapes]] = {
     "mamba2": [
         StateShapes(scan_columns=columns, scan_warps=warps, scan_stages=stages)
-        for columns, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2))
+        for columns, warps, stages in ((64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3))
     ],
     "delta": [
         SHAPES, StateShapes(ready_registers=168), StateShapes(ready_warps=8, ready_registers=128),
@@ -250,7 +250,7 @@ PREFILLS: dict[str, list[StateShapes]] = {
     "mamba2_n256": [SHAPES, StateShapes(scan_warps=8), StateShapes(scan_warps=8, scan_columns=128)],
     "mamba": [
         StateShapes(channels=channels, channel_chunk=chunk, channel_stages=stages)
-        for channels, chunk, stages in ((8, 16, 2), (8, 32, 2), (4, 16, 2), (8, 16, 3), (16, 8, 2), (8, 1, 4))
+        for channels, chunk, stages in ((16, 8, 3), (32, 4, 4), (16, 4, 4), (8, 8, 3), (32, 8, 3), (16, 16, 2))
     ],
     "lru": [SHAPES, StateShapes(lru_columns=16), StateShapes(lru_chunk=128), StateShapes(lru_chunk=32)],
 }

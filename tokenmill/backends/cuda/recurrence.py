@@ -31,6 +31,7 @@ RUN = 1 << 30
 class _Chunks(NamedTuple):
     """Scratch of the delta rule in chunks, shared by all layers: see `ready_chunks`."""
 
+    inverses: Tensor
     w: Tensor
     u: Tensor
     scores: Tensor
@@ -182,6 +183,7 @@ class StateLowering:
         block, shapes = power(columns), self._shapes
         sizes = {"WIDTH": width, "N": columns}
         kernel, of_chunks = Site(scan.scan_columns), Site(scan.scan_column_chunks)
+        unit, strides = in_units(*tensors[:4])
 
         def one_by_one(count: int, rows: tuple[Tensor, ...], n: Sizes | None = None) -> None:
             kernel(
@@ -192,8 +194,8 @@ class StateLowering:
         def in_chunks(n: Sizes) -> None:
             of_chunks(
                 (runs_of(n), triton.cdiv(width, shapes.channels)),
-                *tensors, n.tiles[RUN], *numbers, **sizes, L=shapes.channel_chunk, BC=shapes.channels, BN=block,
-                **options, STAGES=shapes.channel_stages, num_warps=1,
+                *tensors, n.tiles[RUN], *strides, *numbers[4:], **sizes, L=shapes.channel_chunk, BC=shapes.channels,
+                BN=block, UNIT=unit, **options, STAGES=shapes.channel_stages, num_warps=1,
             )  # fmt: skip
 
         return self._either(one_by_one, lambda: in_chunks)
@@ -237,17 +239,18 @@ class StateLowering:
         chunks = tokens // chunk + limits.max_batch_size + tokens // min(limits.block_size, tokens)
         shapes = [op.state().shape for op in rules]
         keys, values = max(h * n for h, n, _ in shapes), max(h * p for h, _, p in shapes)
-        scores, last = max(h for h, _, _ in shapes) * chunk, max(op.a.width for op in rules)
+        most_heads, last = max(h for h, _, _ in shapes), max(op.a.width for op in rules)
+        scores = most_heads * chunk
 
         def made(rows: int, width: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(rows * width, dtype=kind, device=device)
 
         by_column = [op for op in rules if op.a.width != op.b.width]
         queries, the_keys = (made(tokens, keys) if by_column else None for _ in range(2))
-        of_q, of_k = (made(tokens, max(h for h, _, _ in shapes), torch.float32) for _ in range(2))
+        of_q, of_k = (made(tokens, most_heads, torch.float32) for _ in range(2))
         return _Chunks(
-            made(tokens, keys), made(tokens, values), made(tokens, scores), made(chunks, last, torch.float32),
-            queries, the_keys, of_q, of_k,
+            made(tokens, 16 * most_heads, torch.float32), made(tokens, keys), made(tokens, values),
+            made(tokens, scores), made(chunks, last, torch.float32), queries, the_keys, of_q, of_k,
         )  # fmt: skip
 
     def _delta(self, op: DeltaRule) -> Run:
@@ -282,7 +285,7 @@ class StateLowering:
         shapes, width, columns = self._shapes, sizes["P"], sizes["N"]
         tokens, chunk, block = self._memory.limits.max_batch_tokens, shapes.chunk, max(16, power(columns))
         together = max(16, min(shapes.delta_columns, power(width)))
-        w, u, scores, last, queries, keys, of_q, of_k = self._scratch
+        inverses, w, u, scores, last, queries, keys, of_q, of_k = self._scratch
         if queries is not None and keys is not None and each:
             made, reads = (queries, keys), (queries, keys)
             own = [sizes["HEADS"] * columns // unit] * 2, sizes | {"SHARED": 1}
@@ -290,14 +293,21 @@ class StateLowering:
             made, reads = (of_q, of_k), (inputs[0], inputs[1])
             own = strides[:2], sizes
         most = {"maxnreg": shapes.ready_registers} if shapes.ready_registers else {}
-        before, behind = Site(delta.ready_chunks), Site(delta.correct_chunks)
+        first, before, behind = Site(delta.invert_blocks), Site(delta.ready_chunks), Site(delta.correct_chunks)
+        _, k, _, *others = inputs
+        heads_of_keys = {name: sizes[name] for name in ("HEADS", "SHARED", "N")}
 
         def run(n: Sizes) -> None:
+            first(
+                (len(n.tiles[chunk]) * (chunk // 16), sizes["HEADS"]),
+                k, *others, n.tiles[chunk], inverses, strides[1], *strides[3:], numbers[0], **heads_of_keys,
+                BLOCKS=chunk // 16, BN=block, UNIT=unit, EACH=each, num_warps=1,
+            )  # fmt: skip
             before(
                 (len(n.tiles[chunk]), sizes["HEADS"]),
-                *inputs, n.tiles[chunk], w, u, scores, last, *made, *strides, *numbers, TOKENS=tokens, **sizes,
-                L=chunk, BN=block, BP=max(16, power(width)), UNIT=unit, EACH=each, num_warps=shapes.ready_warps,
-                **most,
+                *inputs, n.tiles[chunk], inverses, w, u, scores, last, *made, *strides, *numbers, TOKENS=tokens,
+                **sizes, L=chunk, BN=block, BP=max(16, power(width)), UNIT=unit, EACH=each,
+                num_warps=shapes.ready_warps, **most,
             )  # fmt: skip
             behind(
                 (runs_of(n), sizes["HEADS"], triton.cdiv(width, together)),

@@ -37,9 +37,9 @@ class StateShapes(NamedTuple):
     delta_columns: int = 32
     delta_warps: int = 4
     delta_stages: int = 3
-    channels: int = 8
-    channel_chunk: int = 16  # 1: token by token
-    channel_stages: int = 2
+    channels: int = 16
+    channel_chunk: int = 8
+    channel_stages: int = 3
     lru_chunk: int = 64
     lru_columns: int = 32
 

@@ -53,66 +53,110 @@ def correct_rows(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, ring_pt
 
 
 @triton.jit
-def unit_inverse(lower, L: tl.constexpr, PRECISION: tl.constexpr):
+def merged_inverse(inverse, lower, L: tl.constexpr, PRECISION: tl.constexpr):
     """Return the inverse of 1 + `lower`, an (L, L) tile of zeros on and above the diagonal. L: 16, 32 or 64.
 
-    Blocks of 16 are inverted by substitution, all at once. With D their inverses and M = D · the other blocks, whose
-    fourth power is zero, the inverse is (1 - M)(1 + M²) D.
+    `inverse`: D, the inverses of the blocks of 16 on the diagonal. With M = D · the other blocks, whose fourth power is
+    zero, the result is (1 - M)(1 + M²) D.
     """
-    COUNT: tl.constexpr = L // 16
-    i, j = tl.arange(0, L), tl.arange(0, 16)
-    block = tl.arange(0, COUNT)
-    own = (block[:, None] == block[None, :])[:, None, :, None]
-    blocks = tl.sum(tl.where(own, tl.reshape(lower, (COUNT, 16, COUNT, 16)), 0.0), 2)
-    made = tl.zeros([COUNT, 16, 16], tl.float32) + tl.where(j[:, None] == j[None, :], 1.0, 0.0)[None, :, :]
-    for row in range(1, 16):
-        here = (j == row)[None, :, None]
-        factors = tl.sum(tl.where(here, blocks, 0.0), 1)
-        made = tl.where(here, made - tl.sum(factors[:, :, None] * made, 1)[:, None, :], made)
-    inverse = tl.reshape(tl.where(own, made[:, :, None, :], 0.0), (L, L))
-    if COUNT > 1:
-        others = tl.where((i // 16)[:, None] == (i // 16)[None, :], 0.0, lower)
+    if L > 16:
+        i = tl.arange(0, L) // 16
+        others = tl.where(i[:, None] == i[None, :], 0.0, lower)
         m = tl.dot(inverse, others, input_precision=PRECISION)
-        if COUNT > 2:
+        if L > 32:
             inverse = tl.dot(tl.dot(m, m, input_precision=PRECISION), inverse, inverse, input_precision=PRECISION)
         inverse -= tl.dot(m, inverse, input_precision=PRECISION)
     return inverse
 
 
 @triton.jit
-def decayed(q, k, total, L: tl.constexpr, KIND: tl.constexpr):
-    """Return k · kᵀ and q · kᵀ (L, L), below the diagonal, with a decay for each column: `total`, logarithms (L, N).
+def spread(rows, COUNT: tl.constexpr, BN: tl.constexpr):
+    """Repeat each of the COUNT rows 16 times."""
+    return tl.reshape(tl.broadcast_to(rows[:, None, :], (COUNT, 16, BN)), (COUNT * 16, BN))
 
-    The decays between two tokens are products of two factors, with a token in the middle of each 16 as reference: both
-    stay in range for decays to e⁻¹⁰ per token. Clamping changes only products smaller than that. KIND: of the factors,
-    not float16, whose range is too small.
+
+@triton.jit
+def decayed(q, k, total, L: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr):
+    """Return k · kᵀ and q · kᵀ (L, L), below the diagonal, with a decay for each column: `total`, logarithms (L, BN).
+
+    The decays between two tokens are products of factors, with a token in the middle of each 16 as reference: all stay
+    in range for decays to e⁻¹⁰ per token. Clamping changes only products smaller than that. KIND: of the factors, not
+    float16, whose range is too small.
     """
-    i = tl.arange(0, L)
+    COUNT: tl.constexpr = L // 16
+    block, middle = tl.arange(0, COUNT), (tl.arange(0, 16) == 8)[None, :, None]
+    references = tl.sum(tl.where(middle, tl.reshape(total, (COUNT, 16, BN)), 0.0), 1)  # (COUNT, BN)
+    since = total - spread(references, COUNT, BN)
+    late = tl.exp(tl.minimum(since, 80.0))
+    of_k, of_q = (k * late).to(KIND), (q * late).to(KIND)
+    early = k * tl.exp(tl.minimum(-since, 80.0))
+    rows = tl.arange(0, L)[:, None] // 16
     keys = tl.zeros([L, L], tl.float32)
     queries = tl.zeros([L, L], tl.float32)
-    for first in tl.static_range(0, L, 16):
-        reference = tl.sum(tl.where((i == first + 8)[:, None], total, 0.0), 0)[None, :]
-        own = ((i >= first) & (i < first + 16))[:, None]
-        late = tl.where(own, tl.exp(tl.minimum(total - reference, 80.0)), 0.0)
-        early = tl.where((i < first + 16)[:, None], tl.exp(tl.minimum(reference - total, 80.0)), 0.0)
-        other = tl.trans((k * early).to(KIND))
-        keys = tl.dot((k * late).to(KIND), other, keys, input_precision="tf32x3")
-        queries = tl.dot((q * late).to(KIND), other, queries, input_precision="tf32x3")
+    for b in tl.static_range(0, COUNT):
+        reference = tl.sum(tl.where((block == b)[:, None], references, 0.0), 0)[None, :]
+        between = tl.exp(tl.minimum(reference - references, 0.0))
+        other = tl.trans(tl.where(rows <= b, early * spread(between, COUNT, BN), 0.0).to(KIND))
+        keys = tl.where(rows == b, tl.dot(of_k, other, input_precision="tf32x3"), keys)
+        queries = tl.where(rows == b, tl.dot(of_q, other, input_precision="tf32x3"), queries)
     return keys, queries
 
 
 @triton.jit
-def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, w_ptr, u_ptr, scores_ptr, last_ptr,
-                 queries_ptr, keys_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate, scale,
-                 TOKENS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+def invert_blocks(k_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, inverses_ptr, k_stride, a_stride, b_stride,
+                  rate, HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
+                  BN: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+    """Invert the blocks of 16 on the diagonal of the systems of chunks (see `ready_chunks`), by substitution.
+
+    Grid (chunks · BLOCKS, HEADS), a warp each: nothing waits for other warps. `inverses` (T, HEADS, 16) float32.
+    """
+    first, _, count, _ = row_of(tl.program_id(0) // BLOCKS, chunks_ptr, chunks_ptr, chunks_ptr, False, True)
+    h = tl.program_id(1)
+    n, j = tl.arange(0, BN), tl.arange(0, 16)
+    i = tl.program_id(0) % BLOCKS * 16 + j
+    there, n_ok = i < count, n < N
+    if tl.program_id(0) % BLOCKS * 16 >= count:
+        return
+    ok = there[:, None] & n_ok[None, :]
+    t = first + i
+    kind = k_ptr.dtype.element_ty
+    speed = -tl.exp(tl.load(a_log_ptr + h).to(tl.float32))
+    share = rate * sigmoid(tl.load(b_ptr + t * (b_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32))
+    k = tl.load(k_ptr + t[:, None] * (k_stride * UNIT) + (h // SHARED * N + n)[None, :], mask=ok, other=0.0)
+    k = k.to(tl.float32)
+    k *= tl.rsqrt(tl.sum(k * k, 1) + 1e-6)[:, None]
+    if EACH:
+        a = tl.load(a_ptr + t[:, None] * (a_stride * UNIT) + (h * N + n)[None, :], mask=ok, other=0.0).to(tl.float32)
+        a += tl.load(bias_ptr + h * N + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+        total = tl.cumsum(tl.where(ok, softplus(a) * speed, 0.0), 0)
+        system, _ = decayed(k, k, total, 16, BN, tl.float32 if kind == tl.float32 else tl.bfloat16)
+    else:
+        a = tl.load(a_ptr + t * (a_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32)
+        a = softplus(a + tl.load(bias_ptr + h).to(tl.float32)) * speed
+        total = tl.cumsum(tl.where(there, a, 0.0), 0)
+        between = tl.exp(tl.where(j[:, None] >= j[None, :], total[:, None] - total[None, :], float("-inf")))
+        system = tl.dot(k.to(kind), tl.trans(k.to(kind)), input_precision="tf32x3") * between
+    system = tl.where((j[:, None] > j[None, :]) & there[:, None], share[:, None] * system, 0.0)
+    inverse = tl.where(j[:, None] == j[None, :], 1.0, 0.0)
+    for row in range(1, 16):
+        here = (j == row)[:, None]
+        factors = tl.sum(tl.where(here, system, 0.0), 0)
+        inverse = tl.where(here, inverse - tl.sum(factors[:, None] * inverse, 0)[None, :], inverse)
+    tl.store(inverses_ptr + (t * HEADS + h)[:, None] * 16 + j[None, :], inverse, mask=there[:, None])
+
+
+@triton.jit
+def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, inverses_ptr, w_ptr, u_ptr,
+                 scores_ptr, last_ptr, queries_ptr, keys_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate,
+                 scale, TOKENS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
                  L: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UNIT: tl.constexpr,
                  EACH: tl.constexpr):  # fmt: skip
-    """Compute the parts of chunks of at most L tokens that need no state. Grid (chunks, HEADS).
+    """Compute the parts of chunks that need no state, behind `invert_blocks`. Grid (chunks, HEADS).
 
-    With S the state before a chunk, and (1 + R) the system that its errors solve: errors = u - w · S, out = queries · S
-    + scores · errors, new S = last · S + keysᵀ · errors. `w` (T, HEADS, N), `u` (T, HEADS, P), `scores` (T, HEADS, L),
-    `last` (chunks, HEADS, N or 1). `queries` and `keys`: with EACH (T, HEADS, N), else (HEADS, TOKENS) float32: the
-    factors of q and k. UNIT divides the strides.
+    A chunk has at most L tokens. With S the state before it, and (1 + R) the system that its errors solve: errors =
+    u - w · S, out = queries · S + scores · errors, new S = last · S + keysᵀ · errors. `w` (T, HEADS, N), `u` (T, HEADS,
+    P), `scores` (T, HEADS, L), `last` (chunks, HEADS, N or 1). `queries` and `keys`: with EACH (T, HEADS, N), else
+    (HEADS, TOKENS) float32: the factors of q and k. UNIT divides the strides.
     """
     chunk = tl.program_id(0)
     first, _, count, _ = row_of(chunk, chunks_ptr, chunks_ptr, chunks_ptr, False, True)
@@ -139,7 +183,7 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
         total = tl.cumsum(tl.where(ok, softplus(a) * speed, 0.0), 0)  # (L, BN)
         last = tl.sum(tl.where((i == L - 1)[:, None], total, 0.0), 0)
         tl.store(last_ptr + (chunk * HEADS + h) * N + n, tl.exp(last), mask=n_ok)
-        system, scores = decayed(q, k, total, L, tl.float32 if kind == tl.float32 else tl.bfloat16)
+        system, scores = decayed(q, k, total, L, BN, tl.float32 if kind == tl.float32 else tl.bfloat16)
         scores = tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], scores)
         grown = tl.exp(total)
         tl.store(queries_ptr + row * N + n[None, :], (q * grown).to(kind), mask=ok)
@@ -161,7 +205,9 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
     tl.store(scores_ptr + row * L + i[None, :], scores.to(kind), mask=there[:, None])
     inputs = (k * grown * share).to(kind)
     system = tl.where(i[:, None] > i[None, :], share * system, 0.0)
-    inverse = unit_inverse(system, L, "tf32x3" if kind == tl.float32 else "tf32").to(kind)
+    own = (i // 16)[:, None] == (i // 16)[None, :]
+    inverse = tl.load(inverses_ptr + row * 16 + (i % 16)[None, :], mask=own & there[:, None], other=0.0)
+    inverse = merged_inverse(inverse, system, L, "tf32x3" if kind == tl.float32 else "tf32").to(kind)
     w = tl.dot(inverse, inputs, input_precision="tf32x3")
     tl.store(w_ptr + row * N + n[None, :], w.to(kind), mask=ok)
     here = there[:, None] & p_ok[None, :]

@@ -51,16 +51,19 @@ def scan_columns(x_ptr, dt_ptr, b_ptr, c_ptr, a_log_ptr, d_ptr, bias_ptr, ring_p
 @triton.jit
 def scan_column_chunks(x_ptr, dt_ptr, b_ptr, c_ptr, a_log_ptr, d_ptr, bias_ptr, ring_ptr, out_ptr, runs_ptr, x_stride,
                        dt_stride, b_stride, c_stride, low, high, WIDTH: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-                       BC: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr,
-                       STAGES: tl.constexpr):  # fmt: skip
-    """Scan runs of tokens as `scan_columns`, L tokens at once. Grid (runs, WIDTH / BC)."""
+                       BC: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr,
+                       LIMITED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Scan runs of tokens as `scan_columns`, L tokens at once. Grid (runs, WIDTH / BC). UNIT divides the strides.
+
+    Tiles are (L, BN, BC): a thread then has all tokens, and many columns of the state, of a channel.
+    """
     first, start, count, slot = row_of(tl.program_id(0), runs_ptr, runs_ptr, runs_ptr, False, True)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     n = tl.arange(0, BN)
     i = tl.arange(0, L)
     col_ok, n_ok = c < WIDTH, n < N
-    ok = col_ok[:, None] & n_ok[None, :]
-    at = c[:, None] * N + n[None, :]
+    ok = n_ok[:, None] & col_ok[None, :]
+    at = c[None, :] * N + n[:, None]
     decay = -tl.exp(tl.load(a_log_ptr + at, mask=ok, other=0.0).to(tl.float32))
     d = tl.load(d_ptr + c, mask=col_ok, other=0.0).to(tl.float32)
     bias = tl.zeros([BC], tl.float32)
@@ -71,15 +74,15 @@ def scan_column_chunks(x_ptr, dt_ptr, b_ptr, c_ptr, a_log_ptr, d_ptr, bias_ptr, 
         there = done + i < count
         t = (first + done + i)[:, None]
         here, inside = there[:, None] & col_ok[None, :], there[:, None] & n_ok[None, :]
-        x = tl.load(x_ptr + t * x_stride + c[None, :], mask=here, other=0.0).to(tl.float32)
-        dt = tl.load(dt_ptr + t * dt_stride + c[None, :], mask=here, other=0.0)
+        x = tl.load(x_ptr + t * (x_stride * UNIT) + c[None, :], mask=here, other=0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + t * (dt_stride * UNIT) + c[None, :], mask=here, other=0.0)
         step = tl.where(here, step_of(dt, bias[None, :], low, high, LIMITED), 0.0)
-        b = tl.load(b_ptr + t * b_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        read = tl.load(c_ptr + t * c_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        kept, added = tl.exp(step[:, :, None] * decay[None, :, :]), (x * step)[:, :, None] * b[:, None, :]
+        b = tl.load(b_ptr + t * (b_stride * UNIT) + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        read = tl.load(c_ptr + t * (c_stride * UNIT) + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        kept, added = tl.exp(step[:, None, :] * decay[None, :, :]), (x * step)[:, None, :] * b[:, :, None]
         kept, added = tl.associative_scan((kept, added), 0, chained)
         states = kept * state[None, :, :] + added
-        y = tl.sum(states * read[:, None, :], 2) + d[None, :] * x
+        y = tl.sum(states * read[:, :, None], 1) + d[None, :] * x
         state = tl.sum(tl.where((i == L - 1)[:, None, None], states, 0.0), 0)
         tl.store(out_ptr + t * WIDTH + c[None, :], y.to(out_ptr.dtype.element_ty), mask=here)
     tl.store(ring_ptr + (slot * 2 + (start + count) % 2) * (WIDTH * N) + at, state, mask=ok)
@@ -193,12 +196,10 @@ def scan_chunks(x_ptr, b_ptr, c_ptr, d_ptr, steps_ptr, totals_ptr, scores_ptr, r
         c = tl.load(c_ptr + t[:, None] * (c_stride * UNIT) + (group * N + n)[None, :], mask=inside, other=0.0)
         scores = tl.load(scores_ptr + (t * GROUPS + group)[:, None] * L + i[None, :], mask=there[:, None], other=0.0)
         between = tl.exp(tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf")))
-        scores = (scores.to(tl.float32) * between).to(kind)
-        wide = x.to(tl.float32)
-        added = wide * step[:, None]
+        scores = scores.to(tl.float32) * between * step[None, :] + tl.where(i[:, None] == i[None, :], d, 0.0)
         y = tl.dot(c, state.to(kind), input_precision="tf32x3") * tl.exp(total)[:, None]
-        y = tl.dot(scores, added.to(kind), y, input_precision="tf32x3") + d * wide
-        left = (added * tl.exp(last - total)[:, None]).to(kind)
+        y = tl.dot(scores.to(kind), x, y, input_precision="tf32x3")
+        left = (x.to(tl.float32) * (step * tl.exp(last - total))[:, None]).to(kind)
         state = tl.dot(tl.trans(b), left, state * tl.exp(last), input_precision="tf32x3")
         to = out_ptr + (t * HEADS + h)[:, None] * P + p[None, :]
         tl.store(to, y.to(out_ptr.dtype.element_ty), mask=here)
