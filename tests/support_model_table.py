@@ -10,6 +10,7 @@ from typing import Any
 
 import support_encoded
 from support_models import FAMILIES, SIZES
+from support_multimodal import MULTIMODAL
 from support_states import STATES
 
 from tokenmill.backends.cpu import prepare as cpu
@@ -65,6 +66,8 @@ def programs() -> dict[str, list[Program]]:
 
     cases = [(kind, SIZES | own) for kind, own in FAMILIES.values()] + list(STATES.values())
     cases += [(kind, support_encoded.SIZES | own) for kind, own in support_encoded.FAMILIES.values()]
+    texts = [dict(text) for text, _ in MULTIMODAL.values() if "model_type" in text]
+    cases += [(text.pop("model_type"), text) for text in texts]
     found: dict[str, list[Program]] = {}
     for kind, fields in (case for case in cases if case[0] not in ALIASES):
         config: dict[str, Any] = AutoConfig.for_model(kind, **deepcopy(fields)).to_dict()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from support_families import EXPERTS, FACTORS, KINDS, LATENT, LLAMA3, MORE
 from support_jobs import job_of
 
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
@@ -23,20 +24,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256, "tie_word_embeddings": False,
 }  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
-FACTORS = {
-    "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 3.0,
-}  # fmt: skip
-LATENT = {
-    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 32,
-    "num_key_value_heads": 4,
-}  # fmt: skip
-KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 ROTARY = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 PADS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -221,6 +209,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "mixtral_window": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 8}),
 }
+FAMILIES |= MORE
 """Name -> (model_type, what differs from SIZES)."""
 
 BEYOND_CPU = dict.fromkeys(("dbrx", "olmo_clipped", "olmoe_clipped", "mpt_clipped"), "it has no kernel for Clip")

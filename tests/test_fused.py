@@ -19,6 +19,7 @@ CASES = {name: (kind, SIZES | own) for name, (kind, own) in FAMILIES.items()} | 
 FUSED = (
     "mixtral", "qwen2_moe_mixed", "qwen3_moe", "phimoe", "glm4_moe", "hunyuan_v1_moe", "deepseek_v3", "minimax_m2",
     "ernie4_5_moe", "olmoe", "gemma4_experts", "qwen3_5_moe", "lfm2_moe", "nemotron_h_experts", "jamba",
+    "granitemoe", "granitemoeshared", "granitemoehybrid", "exaone_moe", "afmoe",
 )  # fmt: skip
 
 

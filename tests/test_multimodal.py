@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support_models import SIZES, Driver, reference, steps
+from support_models import SIZES, Driver, prompts, reference, steps
+from support_multimodal import MULTIMODAL
 
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.errors import ModelError, Unsupported
@@ -59,6 +60,51 @@ def assert_equal_logits(folder: Path, model: Any) -> None:
 )
 def test_the_language_part_has_the_logits_of_the_whole_model(tmp_path: Path, text: dict[str, Any]) -> None:
     assert_equal_logits(tmp_path, make_llava(tmp_path, text))
+
+
+def made(folder: Path, name: str) -> Any:
+    """Write a tiny random multimodal model. Return the part of it that reads texts."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    text, vision = (dict(part) for part in MULTIMODAL[name])
+    tied = text.get("tie_word_embeddings", False)
+    config = AutoConfig.for_model(name, text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0.0)
+    model.save_pretrained(folder)
+    return model.language_model if name == "llama4" else model  # its class fails without an image
+
+
+def assert_equal_text(folder: Path, model: Any) -> None:
+    """Compare a prompt and a token more with the whole model, which is called with texts as a user calls it."""
+    backend, ids = Driver.of(folder), prompts()[1]
+    for rows, known in (([(0, ids[:-1])], ids[:-1]), ([(0, ids[-1:])], ids)):
+        with torch.no_grad():
+            want = model(input_ids=torch.tensor([known])).logits[0, -1].float().numpy()
+        np.testing.assert_allclose(backend.feed(rows)[0], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+    backend.close()
+
+
+QUICK = ("qwen2_5_vl", "qwen3_vl_moe", "llama4")
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in MULTIMODAL if n not in QUICK)]
+)
+def test_texts_of_a_model_of_images_equal_transformers(tmp_path: Path, name: str) -> None:
+    assert_equal_text(tmp_path, made(tmp_path, name))
+
+
+def test_experts_in_transposed_tensors_of_qwen_3_vl_are_read(tmp_path: Path) -> None:
+    model = made(tmp_path, "qwen3_vl_moe")
+    tensors = load_file(tmp_path / "model.safetensors")
+    fused = [name for name in tensors if "experts." in name]
+    assert len(fused) == 6
+    turned = {name: tensors[name].transpose(1, 2).contiguous() for name in fused}
+    save_file(tensors | turned, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_equal_text(tmp_path, model)
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "model.text_model.", "text_model."])

@@ -40,6 +40,14 @@ ALIASES: dict[str, Alias] = {
         {"num_layers": "num_hidden_layers", "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act"},
     ),
     "exaone4_5_text": Alias("exaone4"),
+    "gemma4_unified_text": Alias("gemma4_text", {
+        "max_position_embeddings": 262144, "sliding_window": 1024, "use_bidirectional_attention": "vision",
+        "hidden_size_per_layer_input": 0,
+    }),
+    "glm4v_moe_text": Alias(
+        "glm4_moe", {"vocab_size": 151424, "max_position_embeddings": 65536, "attention_bias": True}
+    ),
+    "glm4v_text": Alias("glm4", {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "head_dim": None}),
     "gpt-sw3": Alias("gpt2"),
     "internlm3": Alias(
         "llama",
@@ -69,6 +77,11 @@ ALIASES: dict[str, Alias] = {
     "qwen3_omni_moe_text": Alias("qwen3_moe", {
         "vocab_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "norm_topk_prob": True, "rope_theta": 1e6,
+    }),
+    "qwen3_vl_moe_text": Alias("qwen3_moe", {
+        "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "max_position_embeddings": 128000, "moe_intermediate_size": 1408, "num_experts_per_tok": 4,
+        "norm_topk_prob": True, "tie_word_embeddings": True, "rope_theta": 5e5,
     }),
     "qwen3_vl_text": Alias("qwen3", {"max_position_embeddings": 128000, "rope_theta": 5e5}),
     "sarvam_mla": Alias(

@@ -94,9 +94,13 @@ class Attention:
         self.layer, self.scale, self.interleaved = layer, c.scale, c.interleaved
         self.table: RopeTable | None = c.rope.table
 
+    def queries(self, x: Value) -> Value:
+        """Return the queries of x, (tokens, hidden)."""
+        return self.q(x if self.compress is None else self.q_norm(self.compress(x)))
+
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""
-        q = self.q(x if self.compress is None else self.q_norm(self.compress(x)))
+        q = self.queries(x)
         latent, key = self.kv(x).split(self.rank, self.turned)
         heads = q.record(
             ops.LatentAttention,

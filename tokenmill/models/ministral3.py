@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenmill.layers.scope import Scope
 from tokenmill.models import llama, mistral
 from tokenmill.models.base import Length
@@ -9,11 +11,21 @@ from tokenmill.models.llama import HeadDim, Size
 from tokenmill.program import special
 from tokenmill.program.value import Value
 
-_SCALING = {
+SCALING = {
     "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0,
     "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 _GROWTH = ("llama_4_scaling_beta", "original_max_position_embeddings")
+
+
+def growth(scaling: dict[str, Any] | None) -> tuple[float, int]:
+    """Return the factor and the length of the queries' growth. ValueError if the rope parameters lack them."""
+    found = [(scaling or {}).get(name) for name in _GROWTH]
+    for name, number in zip(_GROWTH, found, strict=True):
+        if not isinstance(number, int | float):
+            raise ValueError(f"the rope parameters have no number `{name}`, by which queries grow; add it")
+    beta, length = found
+    return float(beta), int(length)  # type: ignore[arg-type]
 
 
 class Config(mistral.Config, kw_only=True):
@@ -30,10 +42,8 @@ class Config(mistral.Config, kw_only=True):
     def __post_init__(self) -> None:
         """Raise ValueError for inconsistent numbers, or if the growth of queries is not stated."""
         if self.rope_scaling is None:
-            self.rope_scaling = dict(_SCALING)
-        missing = [name for name in _GROWTH if not isinstance(self.rope_scaling.get(name), int | float)]
-        if missing:
-            raise ValueError(f"the rope parameters have no number `{missing[0]}`, by which queries grow; add it")
+            self.rope_scaling = dict(SCALING)
+        growth(self.rope_scaling)
         super().__post_init__()
 
 
@@ -42,9 +52,7 @@ class Attention(llama.Attention):
 
     def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
         super().__init__(c, scope, layer)
-        assert c.rope_scaling is not None
-        beta, length = (c.rope_scaling[name] for name in _GROWTH)
-        self.beta, self.length = float(beta), int(length)
+        self.beta, self.length = growth(c.rope_scaling)
 
     def heads(self, q: Value, k: Value) -> tuple[Value, Value]:
         """Rotate queries and keys, then scale the queries."""

@@ -179,11 +179,29 @@ class _Entry:
     mapped: NDArray[np.uint8]
     start: int
     stop: int
+    turned: tuple[int, int, int] | None = None  # as in `fused.Part`
 
-    def part(self, shape: tuple[int, ...], at: int) -> _Entry:
-        """Return a tensor within this one that begins at byte `at` of it."""
-        start = self.start + at
-        return _Entry(self.kind, shape, self.mapped, start, start + prod(shape) * ITEM_BYTES[self.kind])
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the tensor."""
+        return prod(self.shape) * ITEM_BYTES[self.kind]
+
+    def part(self, part: fused.Part) -> _Entry:
+        """Return a tensor within this one."""
+        item = ITEM_BYTES[self.kind]
+        size = prod(part.turned[:2]) if part.turned else prod(part.shape)
+        start = self.start + part.start * item
+        return _Entry(self.kind, part.shape, self.mapped, start, start + size * item, part.turned)
+
+    def rows(self) -> NDArray[np.uint8]:
+        """Return the tensor as rows of bytes: a view of the file, or a copy if it is stored transposed."""
+        found = self.mapped[self.start : self.stop]
+        if self.turned is not None:
+            rows, columns, first = self.turned
+            matrix = found.reshape(rows, columns, -1)[:, first : first + self.shape[0]]
+            return np.ascontiguousarray(matrix.transpose(1, 0, 2)).reshape(self.shape[0], -1)
+        count = self.shape[0] if self.shape else 1
+        return found.reshape(count, -1) if count else found[:0].reshape(0, 0)
 
 
 class Safetensors:
@@ -230,11 +248,11 @@ class Safetensors:
 
     def _divide(self, model_type: str) -> None:
         """Divide tensors of all experts of a layer into those of each, and rename all as the models read them."""
+        self._rename(partial(read_name, model_type=model_type))
         shapes, whole = {name: entry.shape for name, entry in self._entries.items()}, self._entries
         self._entries = {}
         for name, entry in whole.items():
-            item = ITEM_BYTES[entry.kind]
-            parts = {part.name: entry.part(part.shape, part.start * item) for part in fused.parts_of(name, shapes)}
+            parts = {part.name: entry.part(part) for part in fused.parts_of(name, shapes, model_type)}
             self._entries |= parts or {name: entry}
         self._rename(partial(read_name, model_type=model_type))
 
@@ -258,17 +276,14 @@ class Safetensors:
 
     def nbytes(self, name: str) -> int:
         """Return the size of a tensor in the file, in bytes."""
-        entry = self._entries[name]
-        return entry.stop - entry.start
+        return self._entries[name].nbytes
 
     def __getitem__(self, name: str) -> Stored:
         """Return the tensor. ModelError if there is no tensor of this name."""
         entry = self._entries.get(name)
         if entry is None:
             raise self._missing(name)
-        rows = entry.shape[0] if entry.shape else 1
-        data = entry.mapped[entry.start : entry.stop].reshape(rows, -1) if rows else entry.mapped[:0].reshape(0, 0)
-        return Stored(name, entry.kind, entry.shape, data)
+        return Stored(name, entry.kind, entry.shape, entry.rows())
 
     def _missing(self, name: str) -> ModelError:
         file = self._lost.get(name)

@@ -11,31 +11,47 @@ from math import prod
 from typing import NamedTuple
 
 _GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
+_MATRICES = {_GATE_UP: ("gate_proj", "up_proj"), _UP: ("up_proj",), _DOWN: ("down_proj",)}
+_TURNED = ("qwen3_vl_moe_text",)
+"""Model types whose matrices are transposed in some files. Others that have such files read them as they are."""
 
 
 class Part(NamedTuple):
-    """Tensor within a fused one: elements [start, start + size) of it."""
+    """Tensor within a fused one: the elements from `start` on.
+
+    `turned`: (rows, columns, first) of the matrix from `start` on whose columns from `first` on are the tensor's rows;
+    None: the tensor lies there as it is.
+    """
 
     name: str
     shape: tuple[int, int]
     start: int
+    turned: tuple[int, int, int] | None = None
 
 
-def parts_of(name: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[Part]:
+def parts_of(name: str, shapes: dict[str, tuple[int, ...]], model_type: str = "") -> Iterator[Part]:
     """Return the matrices of the experts that the tensor `name` holds; none if it holds no experts.
 
-    `shapes`: of all tensors. Tensors that hold transposed matrices are not divided: models read them as they are.
+    `shapes`: of all tensors.
     """
-    suffix = next((suffix for suffix in (_GATE_UP, _UP, _DOWN) if name.endswith(suffix)), "")
+    suffix = next((suffix for suffix in _MATRICES if name.endswith(suffix)), "")
     prefix = name.removesuffix(suffix)
-    gate_up, up, down = (shapes.get(prefix + suffix, ()) for suffix in (_GATE_UP, _UP, _DOWN))
+    gate_up, up, down = (shapes.get(prefix + suffix, ()) for suffix in _MATRICES)
     if not suffix or len(down) != 3:
         return
     experts, width, inner = down
+    turned = False
     if gate_up != (experts, 2 * inner, width) and up != (experts, inner, width):
-        return
-    matrices = {_GATE_UP: ("gate_proj", "up_proj"), _UP: ("up_proj",), _DOWN: ("down_proj",)}[suffix]
+        inner, width, turned = width, inner, True
+        if gate_up != (experts, width, 2 * inner) or model_type not in _TURNED:
+            return
+    matrices = _MATRICES[suffix]
     shape = (width, inner) if suffix == _DOWN else (inner, width)
     for i in range(experts):
         for j, matrix in enumerate(matrices):
-            yield Part(f"{prefix}experts.{i}.{matrix}.weight", shape, (i * len(matrices) + j) * prod(shape))
+            found = f"{prefix}experts.{i}.{matrix}.weight"
+            if turned:
+                whole = len(matrices) * prod(shape)
+                yield Part(found, shape, i * whole, (shape[1], len(matrices) * shape[0], j * shape[0]))
+            else:
+                yield Part(found, shape, (i * len(matrices) + j) * prod(shape))

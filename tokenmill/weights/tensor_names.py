@@ -10,6 +10,10 @@ _LETTERS = (
     (r"\.experts\.(\d+)\.up_proj\.", r".experts.\1.w3."),
     (r"\.experts\.(\d+)\.down_proj\.", r".experts.\1.w2."),
 )
+_STACKED = (
+    (r"\.experts\.gate_up_proj$", ".input_linear.weight"), (r"\.experts\.down_proj$", ".output_linear.weight"),
+    (r"\.router\.weight$", ".router.layer.weight"),
+)  # fmt: skip
 _PATTERNS: dict[str, tuple[tuple[str, str], ...]] = {
     "exaone": (
         (r"^transformer\.wte\.", "model.embed_tokens."), (r"^transformer\.ln_f\.", "model.norm."),
@@ -18,6 +22,11 @@ _PATTERNS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.ln_2\.", ".post_attention_layernorm."), (r"\.c_fc_0\.", ".gate_proj."), (r"\.c_fc_1\.", ".up_proj."),
         (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
     ),
+    "exaone_moe": ((r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),),
+    "granitemoe": _STACKED,
+    "granitemoe_swa": _STACKED,
+    "granitemoehybrid": _STACKED,
+    "granitemoeshared": _STACKED,
     "mixtral": (_BLOCK, *_LETTERS),
     "minimax_m2": (_BLOCK, *_LETTERS),
     "ernie4_5_moe": ((r"\.gate\.moe_statics\.", ".moe_statics."),),
