@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from support_families import LATENT
-from support_models import GEMMA4, SIZES
+from support_families import GEMMA4, LATENT
+from support_models import SIZES
 
 _VIT = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -60,6 +60,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "glm4v_moe": (_HALF | _EXPERTS | {"pad_token_id": 0}, _QWEN | {"image_size": 28, "patch_size": 14}),
     "mistral3": (
         SIZES | LATENT | _EXPERTS | {
+            "moe_intermediate_size": 32,
             "model_type": "mistral4", "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
             "rope_parameters": {
                 "type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.0,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from support_cpu import CpuDriver
-from support_models import BEYOND_CPU, FAMILIES, make_checkpoint, reference, steps
+from support_models import BEYOND_CPU, FAMILIES, OFTEN, make_checkpoint, reference, steps
+from support_slow import mostly_slow
 
 from tokenmill.backends.cpu.prepare import refusal
 from tokenmill.models.base import program_of
@@ -19,7 +20,7 @@ from tokenmill.weights.source import local_source
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, OFTEN))
 def test_logits_of_every_family_equal_transformers(tmp_path: Path, family: str) -> None:
     model = make_checkpoint(tmp_path, family)
     why = refusal(program_of(open_checkpoint(local_source(tmp_path)).config), 16)

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 from support_jobs import job_of
-from support_models import FAMILIES, LLAMA3, SIZES, UNSHARDED, YARN, Driver, make_checkpoint, prompts, reference, steps
+from support_models import (
+    FAMILIES,
+    LLAMA3,
+    OFTEN,
+    SIZES,
+    UNSHARDED,
+    YARN,
+    Driver,
+    make_checkpoint,
+    prompts,
+    reference,
+    steps,
+)
 from support_ranks import of_ranks
 from support_slow import mostly_slow
 
@@ -33,7 +45,7 @@ SHARED = ("llama", "gpt_bigcode", "falcon", "gemma3_text", "qwen3_moe", "deepsee
 """A family of each way to share weights."""
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=mostly_slow(FAMILIES, OFTEN))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("family") / request.param
     return folder, make_checkpoint(folder, request.param)
