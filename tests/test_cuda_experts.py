@@ -247,12 +247,14 @@ def test_a_single_row_is_normed_and_summed_in_the_launches_of_its_experts(tmp_pa
         tmp_path, "qwen3_moe", num_hidden_layers=2, head_dim=16, num_attention_heads=4, num_key_value_heads=2,
         hidden_size=64, moe_intermediate_size=16, num_experts=4, vocab_size=64, spread=0.2,
     )  # fmt: skip
-    backend = CudaDriver(tmp_path, limits=StepLimits(16, 2, 64, 16), num_blocks=4)
+    dtype, off = ("bfloat16", 5e-2) if ON_GPU else ("float32", 1e-3)  # Products of float32 are cuBLAS's on a GPU.
+    backend = CudaDriver(tmp_path, dtype=dtype, limits=StepLimits(16, 2, 64, 16), num_blocks=4)
     fused = [type(launch.op).__name__ for launch in backend._batch_one]
     assert fused[:8] == ["Embed", "Linear", "Attention", "Linear", "Route", "Experts", "Linear", "Attention"]
     assert fused[-3:] == ["Route", "Experts", "Linear"]
     expected = Driver.of(tmp_path)
-    np.testing.assert_allclose(backend.feed([(0, [3])]), expected.feed([(0, [3])]), atol=2e-4, rtol=1e-3)
+    got, want = backend.feed([(0, [3])]), expected.feed([(0, [3])])
+    assert np.linalg.norm(got - want) < off * np.linalg.norm(want)
 
 
 def with_experts(count: int) -> list[Draw]:

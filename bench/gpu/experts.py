@@ -24,7 +24,8 @@ from tokenmill.backends.cuda.expert_shapes import RouteShape, RowShape, TileShap
 from tokenmill.backends.cuda.experts import ExpertLowering
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import DeviceWeights
-from tokenmill.backends.cuda.products.base import FEW
+from tokenmill.backends.cuda.products import dense
+from tokenmill.backends.cuda.products.base import FEW, Operands
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.torch.experts import mixed, routed
 from tokenmill.backends.torch.kinds import activation
@@ -171,36 +172,37 @@ def timed(run: Callable[[int], None], repeats: int, rounds: int = 7) -> float:
 
 _ROUTE_ONE = [
     RouteShape(1, *sizes)
-    for sizes in ((2, 1024, 2, 2), (1, 2048, 1, 2), (2, 2048, 1, 4), (1, 2048, 1, 4), (4, 1024, 2, 4))
+    for sizes in ((2, 1024, 2, 2), (1, 2048, 1, 1), (1, 1024, 2, 1), (2, 1024, 2, 1), (4, 512, 2, 1), (2, 2048, 1, 2))
 ]
-_ROUTE_FEW = [RouteShape(16, *sizes) for sizes in ((16, 128, 4, 4), (16, 128, 3, 4), (16, 256, 3, 4), (16, 256, 2, 8))]
+_ROUTE_FEW = [RouteShape(16, *sizes) for sizes in ((16, 128, 4, 4), (16, 128, 4, 8), (16, 128, 5, 2))]
 _ROUTE_MANY = [
     RouteShape(*sizes)
-    for sizes in ((16, 128, 64, 4, 4), (64, 128, 64, 4, 8), (32, 128, 64, 4, 4), (32, 128, 64, 4, 8),
-                  (16, 128, 128, 3, 4), (64, 128, 128, 3, 8))
+    for sizes in ((16, 128, 128, 3, 4), (64, 128, 128, 3, 8), (32, 128, 128, 3, 4), (32, 128, 128, 3, 8),
+                  (16, 64, 128, 4, 4))
 ]  # fmt: skip
-_UP_ONE = [
-    RowShape(*sizes)
-    for sizes in ((2, 2048, 1, 4), (1, 2048, 1, 2), (1, 2048, 1, 4), (2, 2048, 1, 8), (4, 2048, 1, 8), (2, 1024, 3, 4),
-                  (4, 1024, 4, 4))
-]  # fmt: skip
+_UP_ONE = [RowShape(*sizes) for sizes in ((2, 2048, 1, 4), (1, 2048, 1, 4), (1, 2048, 1, 2), (2, 1024, 2, 4))]
 _DOWN_ONE = [
     RowShape(*sizes)
-    for sizes in ((2, 1024, 4, 4), (1, 1024, 4, 2), (1, 1024, 8, 4), (1, 1024, 6, 2), (2, 1024, 6, 4), (2, 1024, 8, 4),
-                  (1, 1024, 8, 2), (2, 1024, 5, 2), (4, 1024, 5, 8))
+    for sizes in ((2, 1024, 4, 4), (1, 1024, 4, 4), (1, 1024, 4, 2), (2, 1024, 4, 8), (4, 1024, 4, 8), (2, 256, 4, 1),
+                  (2, 256, 4, 2), (4, 256, 4, 4), (2, 512, 4, 2))
+]  # fmt: skip
+_DENSE_ONE = [
+    dense.RowShape(*sizes)
+    for sizes in ((8, 512, 3, 2), (4, 1024, 4, 4), (4, 1024, 1, 4), (4, 512, 4, 4), (2, 2048, 1, 4), (4, 2048, 1, 4),
+                  (2, 1024, 3, 4), (8, 512, 4, 4))
 ]  # fmt: skip
 _FEW = ((64, 128, 4, 4), (64, 128, 3, 4), (128, 128, 3, 8), (32, 256, 3, 4))
 """Variants of tiles of few items: outputs, columns of a round, rounds in flight, warps."""
 _SOME = (
-    (128, 64, 4, 8), (128, 64, 3, 8), (256, 64, 3, 8), (64, 64, 4, 4), (64, 128, 3, 4), (64, 64, 5, 4),
-    (128, 64, 3, 8, True), (64, 64, 5, 4, True),
+    (128, 64, 4, 8), (64, 64, 4, 4), (128, 64, 2, 4), (128, 64, 2, 8), (64, 64, 3, 4), (128, 64, 3, 8, True),
+    (128, 64, 2, 8, True),
 )  # fmt: skip
 """Variants of more items: halves, too, and tiles of items side by side."""
 _MANY = (
-    (128, 64, 3, 8), (128, 64, 4, 8), (128, 64, 3, 8, True), (128, 64, 4, 8, True), (128, 64, 3, 8, True, 8),
-    (128, 64, 3, 8, True, 4), (128, 64, 3, 8, True, 32), (128, 64, 2, 8, True), (128, 128, 2, 8, True),
-    (256, 64, 4, 8), (256, 64, 3, 8), (256, 64, 4, 8, True), (256, 64, 3, 8, True), (256, 64, 3, 8, True, 8),
-    (256, 64, 3, 8, True, 32), (128, 64, 4, 4, True), (128, 64, 3, 4, True),
+    (128, 64, 3, 8, True), (128, 64, 4, 8, True), (64, 64, 3, 4, True), (64, 64, 3, 8, True), (64, 64, 3, 4),
+    (64, 32, 6, 4, True), (64, 32, 4, 4, True), (64, 128, 2, 4, True), (128, 32, 4, 8, True), (64, 64, 2, 4, True),
+    (64, 64, 3, 4, True, 8), (64, 64, 3, 4, True, 32), (256, 64, 4, 8), (256, 64, 4, 8, True), (128, 64, 3, 4),
+    (128, 64, 3, 4, True), (128, 64, 2, 4, True), (128, 64, 2, 8), (128, 64, 3, 8), (256, 64, 2, 8),
 )  # fmt: skip
 
 
@@ -228,6 +230,7 @@ def cases(layer: Layer, shape: Shape, rows_list: list[int], only: str) -> Iterat
         if rows == 1:
             yield Case("up", rows, _UP_ONE, lambda at, v: at.one_row.gate_up(v, at.early(1)), up_bytes)
             yield Case("down", rows, _DOWN_ONE, lambda at, v: at.one_row.down(v, at.early(1)), down_bytes)
+            yield from dense_cases()
             continue
         mean = pairs / experts
         sizes = (16, 32) if mean <= 8 else (32, 64) if mean <= 32 else (64, 128)
@@ -240,6 +243,20 @@ def cases(layer: Layer, shape: Shape, rows_list: list[int], only: str) -> Iterat
                        lambda at, v, n=rows: at.products.down(n, v, at.early(n)), down_bytes, down_flops)  # fmt: skip
         sums = moved * (top_k + 1)
         yield Case("combine", rows, [None], lambda at, _, n=rows: at.products.combine(n, at.early(n)), sums)
+
+
+def dense_cases() -> Iterator[Case]:
+    """Yield the products of a single row with the matrices of attention: queries, keys and values; output."""
+    for name, outputs, columns in (("qkv", 5120, 2048), ("o", 2048, 4096)):
+        weights = [torch.randn(outputs, columns, device="cuda").bfloat16() for _ in range(8)]
+        x, out = (torch.randn(1, n, device="cuda").bfloat16() for n in (columns, outputs))
+        made = [dense.DenseProduct(weight, Operands(x, out), None) for weight in weights]
+
+        def run(at: Layer, shape: dense.RowShape, made: list[dense.DenseProduct] = made) -> None:
+            made.append(made.pop(0))  # Another matrix each time.
+            made[0].one(early=at.early(1), shape=shape)
+
+        yield Case(name, 1, _DENSE_ONE, run, 2 * outputs * columns)
 
 
 def prepare(case: Case, layers: list[Layer], variant: Any) -> None:

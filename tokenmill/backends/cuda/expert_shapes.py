@@ -12,7 +12,7 @@ from tokenmill.program import ops
 from tokenmill.program.ops import Op
 
 MOST_EXPERTS, MOST_CHOSEN = 512, 16
-SEGMENT = 4096  # pairs of a row and an expert that one program sorts
+SEGMENT = 2048  # pairs of a row and an expert that one program sorts
 LEAST_ITEMS = 16  # of a tile
 _SORTED_AT_ONCE = (64, 512, SEGMENT)
 _FEW = 256  # rows up to which routing is shared by many programs for each block of rows
@@ -71,8 +71,8 @@ def route_shape(rows: int, experts: int, columns: int, batch_invariant: bool = F
     if rows <= _FEW or batch_invariant:
         return RouteShape(16, 16, 128, 4, 4)
     if rows <= _MANY or experts > 128:
-        return RouteShape(16, min(padded(experts), 128), 64, 4, 4)
-    return RouteShape(64, padded(experts), 64, 4, 8)
+        return RouteShape(16, min(padded(experts), 128), 128, 3, 4)
+    return RouteShape(64, padded(experts), 128, 3, 8)
 
 
 def padded(experts: int) -> int:
@@ -85,11 +85,11 @@ def sort_size(pairs: int) -> int:
     return next((size for size in _SORTED_AT_ONCE if pairs <= size), SEGMENT)
 
 
-def row_shape(columns: int, gated: bool) -> RowShape:
-    """Return the sizes for a single row. `gated`: the matrices of gate and up together."""
-    if gated:
-        return RowShape(2, power(columns), 1, 4) if columns <= 2048 else RowShape(4, 1024, 4, 4)
-    return RowShape(2, min(power(columns), 1024), 4, 4)
+def row_shape(columns: int, top_k: int = 1) -> RowShape:
+    """Return the sizes for a single row. `top_k`: experts that a program adds up; 1: gate and up of one."""
+    if top_k > 1:
+        return RowShape(max(1, min(4, 16 // power(top_k))), min(power(columns), 1024), 4, 4)
+    return RowShape(2, power(columns), 1, 4) if columns <= 2048 else RowShape(4, 1024, 4, 4)
 
 
 def tile_shape(items: float, gated: bool, item_bytes: int = 2, batch_invariant: bool = False) -> TileShape:
@@ -103,4 +103,4 @@ def tile_shape(items: float, gated: bool, item_bytes: int = 2, batch_invariant: 
         return TileShape(size, 64, 128, 4, 4)
     if size == 64:
         return TileShape(size, 128, 64, 4, 8)
-    return TileShape(size, 128, 64, 3, 8) if gated else TileShape(size, 256, 64, 4, 8)
+    return TileShape(size, 128, 64, 3, 8, True) if gated else TileShape(size, 256, 64, 4, 8, True)

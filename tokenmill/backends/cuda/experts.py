@@ -152,7 +152,7 @@ class ExpertLowering:
         `residual`: (addend, in place of out).
         """
         one = self.one_row(op)
-        up, down = row_shape(op.x.width, True), row_shape(_inner(op), False)
+        up, down = row_shape(op.x.width), row_shape(_inner(op), op.ids.width)
 
         def run(n: Sizes) -> None:
             one.gate_up(up, n.early, norm)
@@ -262,8 +262,9 @@ class OneRow:
         self._down(
             (triton.cdiv(op.out.width, shape.outputs),),
             inner, weight, weight if bias is None else bias, ids, factors, added, out, N=op.out.width, K=_inner(op),
-            TOP_K=op.ids.width, BN=shape.outputs, BK=shape.columns, BIAS=bias is not None, SCALED=op.scale_inputs,
-            RESIDUAL=residual is not None, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            TOP_K=op.ids.width, KP=power(op.ids.width), BN=shape.outputs, BK=shape.columns, BIAS=bias is not None,
+            SCALED=op.scale_inputs, RESIDUAL=residual is not None, PDL=early, STAGES=shape.stages,
+            num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
 

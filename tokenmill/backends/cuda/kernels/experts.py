@@ -71,48 +71,41 @@ def one_row_up(x_ptr, weight_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr, out_
 
 @triton.jit
 def one_row_down(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, residual_ptr, out_ptr, N: tl.constexpr,
-                 K: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
-                 SCALED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 K: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 BIAS: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
     """Set out (N,) to the sum of the products of x[j] (K,) with the j-th expert's matrix, times its factor unless
-    SCALED, and with RESIDUAL of another term. Grid (N / BN,).
+    SCALED, and with RESIDUAL of another term. KP: TOP_K, padded. Grid (N / BN,).
 
     The ids are read before the wait: the kernel before has itself waited for the one that writes them.
     """
-    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    rounds: tl.constexpr = (K + BK - 1) // BK
-    row = tl.where(n < N, n, 0)[:, None] * K + k[None, :]
-    e = tl.load(ids_ptr).to(tl.int64)
-    first = tl.load(weight_ptr + e * (N * K) + row, mask=k[None, :] < K, other=0.0)  # Under way before the wait.
+    j, n, k = tl.arange(0, KP), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    j_ok, n_ok = j < TOP_K, n < N
+    e = tl.load(ids_ptr + j, mask=j_ok, other=0).to(tl.int64)
+    at = weight_ptr + (e * (N * K))[:, None, None] + (tl.where(n_ok, n, 0) * K)[None, :, None] + k[None, None, :]
+    first = tl.load(at, mask=j_ok[:, None, None] & (k < K)[None, None, :], other=0.0)  # Under way before the wait.
     if PDL:
         gdc_wait()
-    factor = tl.load(factors_ptr).to(tl.float32)
+    factor = tl.load(factors_ptr + j, mask=j_ok, other=0.0).to(tl.float32)
     if SCALED:
-        factor = 1.0
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32) * factor
-    sums = first.to(tl.float32) * x[None, :]
-    ahead = tl.load(ids_ptr + (1 // rounds) % TOP_K).to(tl.int64)  # Read a round ahead, so that loads are in flight.
-    for step in tl.range(1, TOP_K * rounds, num_stages=STAGES):
-        e = ahead
-        ahead = tl.load(ids_ptr + ((step + 1) // rounds) % TOP_K).to(tl.int64)
-        j, start = step // rounds, step % rounds * BK
+        factor = tl.where(j_ok, 1.0, 0.0)
+    x_at = x_ptr + (j * K)[:, None] + k[None, :]
+    x = tl.load(x_at, mask=j_ok[:, None] & (k < K)[None, :], other=0.0).to(tl.float32) * factor[:, None]
+    sums = tl.sum(first.to(tl.float32) * x[:, None, :], 0)
+    for start in tl.range(BK, K, BK, num_stages=STAGES):
         ok = start + k < K
-        factor = tl.load(factors_ptr + j).to(tl.float32)
-        if SCALED:
-            factor = 1.0
-        x = tl.load(x_ptr + j * K + start + k, mask=ok, other=0.0).to(tl.float32) * factor
-        sums += tl.load(weight_ptr + e * (N * K) + row + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
+        x = tl.load(x_at + start, mask=j_ok[:, None] & ok[None, :], other=0.0).to(tl.float32) * factor[:, None]
+        w = tl.load(at + start, mask=j_ok[:, None, None] & ok[None, None, :], other=0.0).to(tl.float32)
+        sums += tl.sum(w * x[:, None, :], 0)
     if PDL:
         gdc_launch_dependents()
     y = tl.sum(sums, 1)
     if BIAS:
-        for j in tl.static_range(TOP_K):
-            factor = tl.load(factors_ptr + j).to(tl.float32)
-            if SCALED:
-                factor = 1.0
-            y += tl.load(bias_ptr + tl.load(ids_ptr + j) * N + n, mask=n < N, other=0.0).to(tl.float32) * factor
+        bias = tl.load(bias_ptr + e[:, None] * N + n[None, :], mask=j_ok[:, None] & n_ok[None, :], other=0.0)
+        y += tl.sum(bias.to(tl.float32) * factor[:, None], 0)
     if RESIDUAL:
-        y += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
+        y += tl.load(residual_ptr + n, mask=n_ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n_ok)
 
 
 @triton.jit

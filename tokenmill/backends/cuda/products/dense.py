@@ -51,7 +51,7 @@ def row_shape(outputs: int, columns: int, gated: bool) -> RowShape | None:
         shape = RowShape(4, 1024, 4, 4)
     elif outputs >= 1 << 16:
         shape = RowShape(8, 1024, 4, 8)
-    elif columns > 2 * outputs and columns < 12288:
+    elif columns >= 2 * outputs and columns < 12288:
         shape = RowShape(4, 1024, 4, 4)
     else:
         shape = RowShape(8, 512, 4, 4) if columns == outputs else RowShape(8, 512, 3, 2)
@@ -211,9 +211,10 @@ class DenseProduct:
         norm: tuple[Tensor, Tensor, float] | None = None,
         residual: tuple[Tensor, Tensor] | None = None,
         early: bool = False,
+        shape: RowShape | None = None,
     ) -> None:
-        """See `Product`."""
-        shape = self._row
+        """See `Product`. `shape`: None for the sizes chosen by the matrix."""
+        shape = shape or self._row
         assert shape is not None
         x, norm_weight, eps = norm or (self._x, self._weight, 0.0)
         added, out = residual or (self._weight, self._out)
