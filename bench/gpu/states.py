@@ -252,7 +252,7 @@ PREFILLS: dict[str, list[StateShapes]] = {
         StateShapes(channels=channels, channel_chunk=chunk, channel_stages=stages)
         for channels, chunk, stages in ((16, 8, 3), (32, 4, 4), (16, 4, 4), (8, 8, 3), (32, 8, 3), (16, 16, 2))
     ],
-    "lru": [SHAPES, StateShapes(lru_columns=16), StateShapes(lru_chunk=128), StateShapes(lru_chunk=32)],
+    "lru": [SHAPES, StateShapes(lru_columns=16), StateShapes(lru_chunk=64), StateShapes(lru_chunk=16, lru_stages=4)],
 }
 
 

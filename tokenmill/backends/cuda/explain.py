@@ -20,8 +20,7 @@ from tokenmill.weights.checkpoint import Checkpoint
 _NAMES: dict[type[Op], str] = {
     ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "take_rows", ops.Rope: "rotate_heads",
     special.ScaleByPosition: "scale_rows", special.XIelu: "xielu_rows", ops.Route: "route",
-    recurrence.CausalConv: "convolve", recurrence.RgLru: "single tokens lru_single, runs lru_runs",
-    recurrence.DeltaRule: "single tokens correct_rows, runs ready_chunks and correct_chunks",
+    recurrence.CausalConv: "convolve", recurrence.RgLru: "single tokens lru_single, runs lru_gates and lru_runs",
 }  # fmt: skip
 
 
@@ -169,6 +168,16 @@ def _other(op: Op, options: KernelOptions) -> str:
         return "norm_heads" if op.head_dim else "norm_rows"
     if isinstance(op, ops.Experts):
         return "grouped at any number of rows" if options.deterministic else "one_row_up, one_row_down, grouped above"
-    if isinstance(op, recurrence.StateSpace):
-        return "scan_columns" if op.a_log.columns else "single tokens scan_heads, runs scan_chunks"
+    if isinstance(op, recurrence.StateSpace | recurrence.DeltaRule):
+        return _scan(op, options)
     return _NAMES.get(type(op), "torch")
+
+
+def _scan(op: recurrence.StateSpace | recurrence.DeltaRule, options: KernelOptions) -> str:
+    if isinstance(op, recurrence.DeltaRule):
+        singles, runs = "correct_rows", "invert_blocks, ready_chunks, correct_chunks"
+    elif op.a_log.columns:
+        singles, runs = "scan_columns", "scan_column_chunks"
+    else:
+        singles, runs = "scan_heads", "ready_scan, scan_chunks"
+    return f"{singles} for every token" if options.deterministic else f"single tokens {singles}, runs {runs}"

@@ -65,9 +65,11 @@ class StateLowering:
         scans = [op for op in in_chunks if isinstance(op, StateSpace) and not op.a_log.columns]
         self._scratch = self._chunks(rules) if rules else None
         self._scan_scratch = self._parts_of_scans(scans) if scans else None
-        if rules or scans:
+        units = [op for op in found if isinstance(op, RgLru)]
+        self._gates = {op.layer: self._gates_of(op) for op in units}
+        self._lru_scratch = self._parts_of_units(units) if units else None
+        if rules or scans or units:
             self.tile_tokens.add(self._shapes.chunk)
-        self._gates = {op.layer: self._gates_of(op) for op in found if isinstance(op, RgLru)}
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +77,7 @@ class StateLowering:
         gates = (part for pair in self._gates.values() for part in pair)
         tiles = [] if self._tiles is None else [self._tiles]
         chunks = [tensor for tensor in self._scratch or () if tensor is not None]
-        held = [*chunks, *(self._scan_scratch or ()), *gates, *tiles]
+        held = [*chunks, *(self._scan_scratch or ()), *(self._lru_scratch or ()), *gates, *tiles]
         return sum(tensor.nbytes for tensor in held)
 
     def by_kind(self) -> dict[type[Op], Callable[[Any], Run]]:
@@ -324,29 +326,39 @@ class StateLowering:
         matrices = [torch.stack([self._weights[w] for w in ws]) for ws in (op.input_gate, op.recurrence_gate)]
         return torch.stack(matrices), torch.stack([self._weights[w] for w in (op.input_bias, op.recurrence_bias)])
 
+    def _parts_of_units(self, units: list[RgLru]) -> tuple[Tensor, ...]:
+        """Return scratch of decays and of what is added, shared by all layers: see `lru_gates`."""
+        rows, widest = self._memory.limits.max_batch_tokens, max(op.x.width for op in units)
+        return torch.empty(2, rows * widest, device=self._memory.device.torch).unbind(0)
+
     def _lru(self, op: RgLru) -> Run:
-        x = self._memory.value(op.x)
-        tensors = (
-            x, *self._gates[op.layer], self._weights[op.a], self._states.ring(op.state()), self._memory.value(op.out)
-        )  # fmt: skip
+        assert self._lru_scratch is not None
+        x, out, ring = self._memory.value(op.x), self._memory.value(op.out), self._states.ring(op.state())
+        gates = x, *self._gates[op.layer], self._weights[op.a]
+        decays, added = self._lru_scratch
         heads, width = len(op.input_gate), op.x.width // len(op.input_gate)
         shapes, padded = self._shapes, max(16, power(width))
-        sizes = {"HEADS": heads, "D": width, "BK": min(64, padded), "BC": min(shapes.lru_columns, padded)}
+        sizes = {"HEADS": heads, "D": width, "BK": min(64, padded), "BC": min(32, padded)}
         columns = triton.cdiv(width, sizes["BC"])
-        of_singles, of_runs = Site(lru.lru_single), Site(lru.lru_runs)
+        of_singles, before, behind = Site(lru.lru_single), Site(lru.lru_gates), Site(lru.lru_runs)
 
         def run(n: Sizes) -> None:
             if singles := singles_of(n):
                 pairs, rows, _ = rows_of(n)
                 of_singles(
                     (triton.cdiv(singles, 16), heads, columns),
-                    *tensors, pairs, rows, x.stride(0), singles, **sizes, BM=16, SOME=n.singles is not None,
+                    *gates, ring, out, pairs, rows, x.stride(0), singles, **sizes, BM=16, SOME=n.singles is not None,
                     num_warps=4,
                 )  # fmt: skip
             if runs := runs_of(n):
-                of_runs(
-                    (runs, heads, columns),
-                    *tensors, n.tiles[RUN], x.stride(0), **sizes, L=shapes.lru_chunk, STAGES=2, num_warps=4,
+                before(
+                    (len(n.tiles[shapes.chunk]), heads, columns),
+                    *gates, n.tiles[shapes.chunk], decays, added, x.stride(0), **sizes, L=shapes.chunk, num_warps=4,
+                )  # fmt: skip
+                behind(
+                    (runs, triton.cdiv(heads * width, shapes.lru_columns)),
+                    decays, added, ring, out, n.tiles[RUN], WIDTH=heads * width, BC=shapes.lru_columns,
+                    L=shapes.lru_chunk, STAGES=shapes.lru_stages, num_warps=1,
                 )  # fmt: skip
 
         return run

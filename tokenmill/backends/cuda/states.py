@@ -40,12 +40,13 @@ class StateShapes(NamedTuple):
     channels: int = 16
     channel_chunk: int = 8
     channel_stages: int = 3
-    lru_chunk: int = 64
+    lru_chunk: int = 32
+    lru_stages: int = 3
     lru_columns: int = 32
 
 
 SHAPES = StateShapes()
-SHAPES_OF_FLOAT32 = StateShapes(chunk=32, scan_columns=32, lru_chunk=32)
+SHAPES_OF_FLOAT32 = StateShapes(chunk=32, scan_columns=32)
 
 
 class CudaStates:

@@ -148,8 +148,8 @@ def invert_blocks(k_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, inverses
 @triton.jit
 def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, inverses_ptr, w_ptr, u_ptr,
                  scores_ptr, last_ptr, queries_ptr, keys_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate,
-                 scale, TOKENS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-                 L: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UNIT: tl.constexpr,
+                 scale, TOKENS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr,
+                 P: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UNIT: tl.constexpr,
                  EACH: tl.constexpr):  # fmt: skip
     """Compute the parts of chunks that need no state, behind `invert_blocks`. Grid (chunks, HEADS).
 

@@ -60,25 +60,40 @@ def lru_single(x_ptr, matrices_ptr, biases_ptr, a_ptr, ring_ptr, out_ptr, pairs_
 
 
 @triton.jit
-def lru_runs(x_ptr, matrices_ptr, biases_ptr, a_ptr, ring_ptr, out_ptr, runs_ptr, x_stride, HEADS: tl.constexpr,
-             D: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Apply the unit to runs of tokens, L at once. Grid (runs, HEADS, D / BC)."""
-    first, start, count, slot = row_of(tl.program_id(0), runs_ptr, runs_ptr, runs_ptr, False, True)
+def lru_gates(x_ptr, matrices_ptr, biases_ptr, a_ptr, chunks_ptr, decays_ptr, added_ptr, x_stride, HEADS: tl.constexpr,
+              D: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, L: tl.constexpr):  # fmt: skip
+    """Compute decays and what is added to the states, (T, WIDTH) float32, for runs. Grid (chunks, HEADS, D / BC)."""
+    first, start, count, _ = row_of(tl.program_id(0), chunks_ptr, chunks_ptr, chunks_ptr, False, True)
     h = tl.program_id(1)
     c = tl.program_id(2) * BC + tl.arange(0, BC)
-    c_ok = c < D
     i = tl.arange(0, L)
-    at = ring_ptr + slot * (2 * HEADS * D) + h * D + c
-    state = tl.load(at + (start % 2) * (HEADS * D), mask=c_ok & (start > 0), other=0.0)
+    there = i < count
+    t = first + i
+    added, log = gates(x_ptr, matrices_ptr, biases_ptr, a_ptr, t, there, x_stride, h, c, HEADS, D, BK, L, BC)
+    root = tl.where((start + i == 0)[:, None], 1.0, tl.sqrt(1.0 - tl.exp(2.0 * log)))
+    at = t[:, None] * (HEADS * D) + (h * D + c)[None, :]
+    ok = there[:, None] & (c < D)[None, :]
+    tl.store(decays_ptr + at, tl.exp(log), mask=ok)
+    tl.store(added_ptr + at, root * added, mask=ok)
+
+
+@triton.jit
+def lru_runs(decays_ptr, added_ptr, ring_ptr, out_ptr, runs_ptr, WIDTH: tl.constexpr, BC: tl.constexpr,
+             L: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Apply the unit to runs of tokens, L at once, behind `lru_gates`. Grid (runs, WIDTH / BC)."""
+    first, start, count, slot = row_of(tl.program_id(0), runs_ptr, runs_ptr, runs_ptr, False, True)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c_ok = c < WIDTH
+    i = tl.arange(0, L)
+    ring = ring_ptr + slot * (2 * WIDTH) + c
+    state = tl.load(ring + (start % 2) * WIDTH, mask=c_ok & (start > 0), other=0.0)
     for done in tl.range(0, count, L, num_stages=STAGES):
         there = done + i < count
-        t = first + done + i
-        added, log = gates(x_ptr, matrices_ptr, biases_ptr, a_ptr, t, there, x_stride, h, c, HEADS, D, BK, L, BC)
-        root = tl.where((start + done + i == 0)[:, None], 1.0, tl.sqrt(1.0 - tl.exp(2.0 * log)))
-        decay = tl.where(there[:, None], tl.exp(log), 1.0)
-        decay, added = tl.associative_scan((decay, tl.where(there[:, None], root * added, 0.0)), 0, chained)
+        at = (first + done + i)[:, None] * WIDTH + c[None, :]
+        ok = there[:, None] & c_ok[None, :]
+        decay = tl.load(decays_ptr + at, mask=ok, other=1.0)
+        decay, added = tl.associative_scan((decay, tl.load(added_ptr + at, mask=ok, other=0.0)), 0, chained)
         y = decay * state[None, :] + added
         state = tl.sum(tl.where((i == L - 1)[:, None], y, 0.0), 0)
-        to = out_ptr + t[:, None] * (HEADS * D) + (h * D + c)[None, :]
-        tl.store(to, y.to(out_ptr.dtype.element_ty), mask=there[:, None] & c_ok[None, :])
-    tl.store(at + ((start + count) % 2) * (HEADS * D), state, mask=c_ok)
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(ring + ((start + count) % 2) * WIDTH, state, mask=c_ok)
