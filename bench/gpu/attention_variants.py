@@ -30,7 +30,7 @@ from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.latent import LatentLowering
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products.base import FEW
-from tokenmill.backends.cuda.shapes import DecodeShape, LatentShape, TileShape
+from tokenmill.backends.cuda.shapes import CLASSES, DecodeShape, LatentShape, TileShape
 from tokenmill.backends.cuda.sizes import Sizes, StepArrays
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.torch import kinds
@@ -218,18 +218,17 @@ class Case(NamedTuple):
 
 _LATENT_ONE = [
     LatentShape(16, *sizes)
-    for sizes in ((64, 64, 64, 2, 4), (64, 64, 64, 2, 8), (64, 64, 64, 3, 8), (32, 128, 32, 2, 4), (32, 128, 32, 3, 4),
-                  (32, 128, 32, 3, 8), (32, 64, 64, 3, 4), (128, 32, 128, 2, 8))
+    for sizes in ((32, 128, 32, 2, 4), (32, 128, 32, 3, 4), (32, 128, 32, 3, 8), (32, 64, 64, 3, 4),
+                  (16, 128, 32, 4, 4), (16, 128, 32, 3, 2))
 ]  # fmt: skip
-_TILES_OF_LATENT = ((64, 2, 4), (64, 2, 8), (64, 3, 8), (32, 2, 4), (32, 3, 4), (32, 4, 4), (32, 3, 8), (128, 2, 8))
+_TILES_OF_LATENT = ((64, 2, 4), (64, 2, 8), (64, 3, 8), (32, 2, 4), (32, 3, 4), (32, 4, 4), (32, 5, 4), (16, 4, 4))
 _EXPANDED = [
     TileShape(*sizes)
-    for sizes in ((128, 64, 2, 8), (128, 64, 3, 8), (128, 32, 3, 8), (64, 64, 2, 4), (64, 64, 3, 4), (128, 128, 2, 8),
-                  (128, 32, 3, 4))
+    for sizes in ((128, 64, 3, 8), (64, 64, 2, 4), (128, 128, 2, 8), (128, 128, 1, 8), (64, 128, 2, 4))
 ]  # fmt: skip
 _WINDOW = [
     DecodeShape(64, *sizes)
-    for sizes in ((32, 128, 3, 4), (8, 128, 3, 4), (8, 256, 3, 4), (8, 512, 3, 4), (1, 64, 3, 4))
+    for sizes in ((32, 128, 3, 4), (8, 256, 3, 4), (2, 512, 3, 4), (1, 64, 3, 4), (1, 64, 4, 4))
 ]
 _SLOPES = tuple(2 ** (-8 * (i + 1) / 64) for i in range(64))
 
@@ -272,7 +271,8 @@ def sink_cases() -> Iterator[Case]:
 def latent_cases() -> Iterator[Case]:
     """Yield attention to compressed rows: single tokens, a prompt, and the end of one."""
     shape, parts = Rows(16), ["absorb", "expand"]
-    for rows, some in zip(_BATCHES, (_LATENT_ONE, _latent_variants(2, 4, 8), _latent_variants(1, 2, 4)), strict=True):
+    some_of = _LATENT_ONE, _latent_variants(2, 4, 8), _latent_variants(1, 2, 4), _latent_variants(1, 2, 4)
+    for rows, some in zip((*_BATCHES, _BATCHES[2] // 2), some_of, strict=True):
         name, floor = f"latent, batch {rows}", shape.floor(rows, _CONTEXT)
         yield Case(name, _single(shape, rows), "latent.latent_shape", [None, *some, *parts], floor)
     if not _FEW:
@@ -329,14 +329,14 @@ def launches(case: Case, layers: Layers, variant: Any) -> tuple[list[Callable[[S
     """Return the launches of a variant: with sizes of its own, the backend's, or only a part of the kernels."""
     if isinstance(variant, tuple):
         module, name = case.patched.split(".")
-        with patch.object({"latent": latent, "attention": attention}[module], name, lambda *_: variant):
+        with patch.object(*_patched(module, name, variant)):
             runs, sizes, _ = layers.lowered()
-            patched = _patched(module, name, variant)
+        patched = _patched(module, name, variant)
         return [_within(run, *patched) for run in runs], sizes
     runs, sizes, lowering = layers.lowered()
     if variant is None:
         return runs, sizes
-    tile = 16 if layers.rows <= 16 else 64
+    tile = 16 if layers.rows <= CLASSES[-2] else 64
     if variant == "absorb":
         made = [lowering._absorb(op, attend=True) for op in layers.ops]
     else:
@@ -345,7 +345,7 @@ def launches(case: Case, layers: Layers, variant: Any) -> tuple[list[Callable[[S
 
 
 def _patched(module: str, name: str, variant: Any) -> tuple[Any, str, Any]:
-    return {"latent": latent, "attention": attention}[module], name, lambda *_: variant
+    return {"latent": latent, "attention": attention}[module], name, lambda *_, **__: variant
 
 
 def _within(run: Callable[[Sizes], None], module: Any, name: str, shape: Any) -> Callable[[Sizes], None]:

@@ -134,14 +134,16 @@ class AttentionLowering:
     def _scratch_of(self, op: ops.Attention) -> ScratchSizes:
         kv_heads, shared = op.k.width // op.head_dim, op.q.width // op.k.width
         most = self._most
-        splits = max(
-            min(rows, most) * decode_shape(min(rows, most), op.head_dim, shared, True, self._item).splits
-            for rows in CLASSES
-        )
+        splits = max(min(rows, most) * self._shape(op, min(rows, most), True).splits for rows in CLASSES)
         groups = splits * kv_heads * shared
         rows = tile_shape(op.head_dim, shared, self._item, self._invariant).rows
         columns = 2 * self._common(op)["HALF"]
         return ScratchSizes(groups * op.head_dim, groups, most * kv_heads, splits, rows, rows * columns)
+
+    def _shape(self, op: ops.Attention, rows: int, long: bool) -> DecodeShape:
+        kv_heads, window = op.k.width // op.head_dim, op.window or op.chunk
+        shared = op.q.width // op.k.width
+        return decode_shape(rows, op.head_dim, shared, long, self._item, window=window, kv_heads=kv_heads)
 
     @property
     def _item(self) -> int:
@@ -194,7 +196,7 @@ class AttentionLowering:
 
     def _lister(self, op: ops.Attention) -> tuple[Tensor, Callable[[Sizes, int, DecodeShape], None] | None]:
         """Return the list of splits that a layer reads, and its launch; None if an earlier layer launches it."""
-        key = window_of(op), op.head_dim, op.q.width // op.k.width
+        key = window_of(op), op.head_dim, op.q.width, op.k.width
         if key in self._lists:
             return self._lists[key], None
         items = self._lists[key] = torch.zeros(self._listed, dtype=torch.int32, device=self._memory.device.torch)
@@ -219,7 +221,7 @@ class AttentionLowering:
 
         def run(n: Sizes) -> None:
             rows = n.tokens if n.singles is None else len(n.singles)
-            shape = decode_shape(rows, op.head_dim, shared, n.long, self._item)
+            shape = self._shape(op, rows, n.long)
             listed = shape.splits > 1 and rows > CLASSES[0]
             if listed and make_list is not None:
                 make_list(n, rows, shape)

@@ -151,8 +151,11 @@ def _latent(op: ops.LatentAttention, options: KernelOptions) -> str:
 
 def _splits(op: ops.Attention, options: KernelOptions) -> str:
     """Return the number of programs that share a sequence of a short context, by rows."""
-    shared = op.q.width // op.k.width
-    by_rows = [decode_shape(rows, op.head_dim, shared, False, options.item_bytes).splits for rows in CLASSES]
+    shared, window, kv_heads = op.q.width // op.k.width, op.window or op.chunk, op.k.width // op.head_dim
+    by_rows = [
+        decode_shape(rows, op.head_dim, shared, False, options.item_bytes, window=window, kv_heads=kv_heads).splits
+        for rows in CLASSES
+    ]
     return f"(split {_steps(by_rows, CLASSES)})"
 
 

@@ -119,7 +119,7 @@ class LatentLowering:
                     alone(replace(n, singles=None), first, min(self._most, n.tokens - first))
                 return
             if n.expansions:
-                write(n, 0, n.tokens, 1)
+                write(n, 0, n.tokens, 16)
                 for expansion in n.expansions:
                     expanded(n, expansion)
             rows = n.tokens if n.singles is None else len(n.singles)
@@ -143,7 +143,7 @@ class LatentLowering:
     def _shape(self, size: LatentSizes, rows: int, long: bool) -> LatentShape:
         if self._invariant:
             rows, long = _INVARIANT_ROWS, True
-        return latent_shape(rows, size.heads, size.rank, long, self._item)
+        return latent_shape(rows, size.heads, long, self._item)
 
     def _tile(self, size: LatentSizes) -> TileShape:
         return expanded_shape(size.plain + size.turned, self._item)
@@ -177,13 +177,12 @@ class LatentLowering:
             grid = triton.cdiv(rows, tile), size.heads + 1, triton.cdiv(size.rank, columns)
             some = attend and n.singles is not None
             launch(
-                grid if attend else grid[:1],
+                grid if attend else (grid[0], 1, grid[2]),
                 q, latent, key, expand, cache, self._queries, n.pairs, n.singles if some else n.pairs, tables, cos, sin,
                 q.stride(0), latent.stride(0), key.stride(0), tables.stride(0), 1.0 / self._scale(op), first, rows,
                 **self._common(op), HEADS=size.heads, PLAIN=size.plain, P2=_padded(size.plain), V=size.value,
-                R2=_padded(size.rank), BM=tile, BR=columns, BLOCK_SIZE=self._memory.limits.block_size, ROPE=rope,
-                ATTEND=attend, SOME=some, PDL=n.early, num_warps=4 if tile == 16 else 8,
-                **ahead(n.early),
+                BM=tile, BR=columns, BLOCK_SIZE=self._memory.limits.block_size, ROPE=rope, ATTEND=attend, SOME=some,
+                PDL=n.early, num_warps=4 if tile == 16 else 8, **ahead(n.early),
             )  # fmt: skip
 
         return run
@@ -197,7 +196,7 @@ class LatentLowering:
 
         def run(n: Sizes, first: int, rows: int) -> None:
             shape, some = self._shape(size, rows, n.long), n.singles is not None
-            tile = 16 if rows <= CLASSES[1] or self._invariant else 64
+            tile = 16 if rows <= CLASSES[-2] or self._invariant else 64
             which = n.pairs if n.singles is None else n.singles
             listed = shape.splits > 1 and rows > CLASSES[0] and not self._invariant
             items = make_list(n, rows, shape) if listed else n.pairs

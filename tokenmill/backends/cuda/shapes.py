@@ -48,14 +48,22 @@ _SPLITS_OF_LONG = 8
 LONG = 2048  # tokens from which a sequence is split even among many
 
 
-def decode_shape(rows: int, head_dim: int, shared: int, long: bool, item_bytes: int = 2) -> DecodeShape:
+def decode_shape(
+    rows: int, head_dim: int, shared: int, long: bool, item_bytes: int = 2, *, window: int = 0, kv_heads: int = 1
+) -> DecodeShape:
     """Return the sizes for `rows` sequences.
 
-    `shared`: query heads of a key-value head. `long`: the longest sequence has LONG tokens or more.
+    `shared`: query heads of a key-value head. `long`: the longest sequence has LONG tokens or more. `window`: the most
+    keys of a token; 0: all.
 
-    Among many sequences up to LONG tokens, however uneven, whole ones keep an H100's memory as busy as any split.
+    Among many sequences up to LONG tokens, however uneven, whole ones keep an H100's memory as busy as any split. So do
+    a few with a window, if they have many key-value heads.
     """
     shape = _SHORT[class_of(rows)]
+    if 0 < window <= LONG:
+        long = False
+        if shape.splits == 8 and kv_heads >= 16:
+            shape = shape._replace(splits=1, least=64)
     if long and shape.splits == 1:
         shape = shape._replace(splits=_SPLITS_OF_LONG, least=LONG // 4)
     if head_dim > 128 or item_bytes > 2:
@@ -104,27 +112,27 @@ class LatentShape(NamedTuple):
     warps: int
 
 
-_LATENT_SPLITS = (64, 16, 4, 2, 1)  # by class of rows
-_LATENT_SPLITS_OF_LONG = (64, 16, 8, 4, 2)
+_LATENT_SPLITS = (128, 16, 4, 2, 1)  # by class of rows
+_LATENT_SPLITS_OF_LONG = (128, 16, 8, 4, 1)
 
 
-def latent_shape(rows: int, heads: int, rank: int, long: bool, item_bytes: int = 2) -> LatentShape:
-    """Return the sizes for `rows` sequences. `heads`: of a query; `rank`: columns of a compressed row."""
+def latent_shape(rows: int, heads: int, long: bool, item_bytes: int = 2) -> LatentShape:
+    """Return the sizes for `rows` sequences. `heads`: of a query."""
     of_class = class_of(rows)
     splits = (_LATENT_SPLITS_OF_LONG if long else _LATENT_SPLITS)[of_class]
-    least = 64 if of_class == 0 else 128
+    least = 32 if of_class == 0 else 128
     if item_bytes > 2:
         return LatentShape(16, 16, splits, least, 1, 4)
     if heads <= 16:
-        return LatentShape(16, 64, splits, least, 2, 4)
-    return LatentShape(min(power(heads), 64), 64 if rank <= 256 else 32, splits, least, 2, 8)
+        return LatentShape(16, 32, splits, least, 3, 4) if splits > 1 else LatentShape(16, 64, 1, least, 2, 4)
+    return LatentShape(min(power(heads), 64), 64, splits, least, 2, 8)
 
 
 def expanded_shape(columns: int, item_bytes: int = 2) -> TileShape:
     """Return the sizes for runs that attend to expanded keys of so many columns."""
     if item_bytes > 2 or columns > 256:
         return TileShape(64, 32, 2, 4)
-    return TileShape(128, 64, 2, 8)
+    return TileShape(128, 64, 3, 8)
 
 
 class ChooseShape(NamedTuple):

@@ -50,35 +50,38 @@ def turned(x_ptr, ok, cos_ptr, sin_ptr, positions, K: tl.constexpr, HALF: tl.con
 
 
 @triton.jit
-def write_rows(latent_ptr, key_ptr, cache_ptr, tables_ptr, cos_ptr, sin_ptr, t, ok, slots, positions, latent_stride,
-               key_stride, table_stride, fit, R: tl.constexpr, R2: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-               BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
-    """Write the compressed rows of tokens t to their places in the cache, times `fit` if it holds 8-bit floats."""
+def write_rows(latent_ptr, key_ptr, cache_ptr, tables_ptr, cos_ptr, sin_ptr, t, ok, slots, positions, part,
+               latent_stride, key_stride, table_stride, fit, R: tl.constexpr, BR: tl.constexpr, K: tl.constexpr,
+               HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
+    """Write a part of the compressed rows of tokens t to their places in the cache: BR columns, of the first part the
+    rotated key, too. An 8-bit cache holds numbers times `fit`.
+    """
     block = tl.load(tables_ptr + slots * table_stride + positions // BLOCK_SIZE, mask=ok, other=0)
     to = cache_ptr + row_at(block, positions, R + K, BLOCK_SIZE)[:, None]
     kind: tl.constexpr = latent_ptr.dtype.element_ty
     stored: tl.constexpr = cache_ptr.dtype.element_ty
-    r = tl.arange(0, R2)[None, :]
+    r = part * BR + tl.arange(0, BR)[None, :]
     there = ok[:, None] & (r < R)
     x = tl.load(latent_ptr + t[:, None] * latent_stride + r, mask=there, other=0.0)
     tl.store(to + r, to_stored(x, fit, stored), mask=there)
-    a, b = turned(key_ptr + t[:, None] * key_stride, ok[:, None], cos_ptr, sin_ptr, positions, K, HALF, ROPE)
-    j = tl.arange(0, HALF)[None, :]
-    there = ok[:, None] & (j < K // 2)
-    tl.store(to + R + j, to_stored(a.to(kind), fit, stored), mask=there)
-    tl.store(to + R + K // 2 + j, to_stored(b.to(kind), fit, stored), mask=there)
+    if part == 0:
+        a, b = turned(key_ptr + t[:, None] * key_stride, ok[:, None], cos_ptr, sin_ptr, positions, K, HALF, ROPE)
+        j = tl.arange(0, HALF)[None, :]
+        of_half = ok[:, None] & (j < K // 2)
+        tl.store(to + R + j, to_stored(a.to(kind), fit, stored), mask=of_half)
+        tl.store(to + R + K // 2 + j, to_stored(b.to(kind), fit, stored), mask=of_half)
 
 
 @triton.jit(do_not_specialize=["first", "n"])
 def absorb(q_ptr, latent_ptr, key_ptr, expand_ptr, cache_ptr, out_ptr, pairs_ptr, rows_ptr, tables_ptr, cos_ptr,
            sin_ptr, q_stride, latent_stride, key_stride, table_stride, fit, first, n, HEADS: tl.constexpr,
-           PLAIN: tl.constexpr, P2: tl.constexpr, V: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, K: tl.constexpr,
-           HALF: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr,
+           PLAIN: tl.constexpr, P2: tl.constexpr, V: tl.constexpr, R: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+           BM: tl.constexpr, BR: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr,
            ATTEND: tl.constexpr, SOME: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Write n tokens' compressed rows to the cache. With ATTEND also set out (n, HEADS, R + K) to their queries: of
     each head the expansion of keys, transposed, applied to its plain columns, and its rotated columns.
 
-    Grid (n / BM, HEADS + 1, R / BR); without ATTEND (n / BM,).
+    Grid (n / BM, HEADS + 1, R / BR); without ATTEND (n / BM, 1, R / BR).
     """
     if PDL:
         gdc_wait()
@@ -91,11 +94,10 @@ def absorb(q_ptr, latent_ptr, key_ptr, expand_ptr, cache_ptr, out_ptr, pairs_ptr
     head = tl.program_id(1)
     part = tl.program_id(2)
     if not ATTEND or head == HEADS:
-        if part == 0:
-            write_rows(
-                latent_ptr, key_ptr, cache_ptr, tables_ptr, cos_ptr, sin_ptr, t, ok, slots, positions, latent_stride,
-                key_stride, table_stride, fit, R, R2, K, HALF, BLOCK_SIZE, ROPE,
-            )  # fmt: skip
+        write_rows(
+            latent_ptr, key_ptr, cache_ptr, tables_ptr, cos_ptr, sin_ptr, t, ok, slots, positions, part, latent_stride,
+            key_stride, table_stride, fit, R, BR, K, HALF, BLOCK_SIZE, ROPE,
+        )  # fmt: skip
     else:
         kind: tl.constexpr = out_ptr.dtype.element_ty
         p = tl.arange(0, P2)
