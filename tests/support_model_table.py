@@ -36,6 +36,9 @@ same hardware, more slowly, for the reason in the cell; the log and `tokenmill d
 too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
 have a sliding window. *State*: layers that keep a state of fixed size for each sequence instead of keys and values.
 
+T5, mT5 and UMT5 are an encoder and a decoder: the prompt is the encoder's input, and `decoder_start_token_id` begins an
+answer. Their prefix cache is off, prompts have no log-probabilities, and a chat needs a template.
+
 ## Other models
 
 A model type that is not in the table is served by the library transformers, if it defines a causal language model of

@@ -53,7 +53,7 @@ def _recorded(config: dict[str, Any], folder: str, trusts_code: bool) -> Program
         if not library.has_code(config, folder):
             raise Unsupported("model type", name, base.names(), _UNKNOWN)
         if not trusts_code:
-            raise Unsupported("model type", name, base.names(), _UNTRUSTED)
+            raise Unsupported("model type", name, (), _UNTRUSTED)
         code = folder
         _log.warning("Python code in %s defines the %s model and is run, as --trust-remote-code allows.", code, name)
     elif trusts_code and "auto_map" in config:

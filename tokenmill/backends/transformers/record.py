@@ -68,9 +68,9 @@ class Recorder:
         self.calls.append(Call(query.shape, key.shape, value.shape, mask, causal, given))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
-    def mask(self, *, mask_function: Callable[..., Any], q_length: int, kv_length: int, **_: Any) -> Tensor:
+    def mask(self, *, mask_function: Callable[..., Any], **_: Any) -> Tensor:
         """Return a tensor that stands for a mask."""
-        made = torch.zeros(1, 1, q_length, kv_length, device="meta")
+        made = torch.zeros(1, 1, TOKENS, TOKENS, device="meta")
         self._held.append(made)
         self.masks[id(made)] = mask_function
         return made
