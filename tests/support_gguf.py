@@ -27,6 +27,21 @@ COUNTS = {
     "moe_num_experts": "expert_count", "moe_k": "expert_used_count",
     "num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length",
 }  # fmt: skip
+_SIZES = {
+    "embedding_length": ("hidden_size",), "feed_forward_length": ("intermediate_size",),
+    "attention__key_length": ("head_dim",), "attention__value_length": ("head_dim",),
+    "ssm__state_size": ("state_size", "mamba_d_state", "ssm_state_size", "linear_key_head_dim"),
+    "ssm__conv_kernel": ("conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim"),
+    "ssm__time_step_rank": (
+        "num_heads", "time_step_rank", "mamba_dt_rank", "mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"),
+    "ssm__group_count": ("n_groups", "mamba_n_groups", "linear_num_key_heads"),
+    "shortconv__l_cache": ("conv_L_cache",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": (
+        "shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size"),
+    "moe_latent_size": ("moe_latent_size",),
+}  # fmt: skip
+"""Key -> fields of config.json, of which a model has one."""
 PAIRS = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "internlm2", "mistral3", "olmo")
 SECOND_MAMBA = ("mamba2", "granitehybrid", "nemotron_h", "falcon-h1")
 SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35", "qwen35moe")
@@ -47,6 +62,21 @@ def told(config: Any) -> dict[str, Any]:
     experts = {key: fields[name] for name, key in COUNTS.items() if name in fields}
     rms = {"attention__layer_norm_rms_epsilon": None}
     return {"rope__freq_base": rope.get("rope_theta"), **rms, **eps, **experts}
+
+
+def sizes(config: Any) -> dict[str, Any]:
+    """Return the keys of a model with states that are sizes."""
+    fields = config.to_dict()
+    found = {key: next((fields[n] for n in names if fields.get(n)), None) for key, names in _SIZES.items()}
+    hidden, rank = fields["hidden_size"], found["ssm__time_step_rank"]
+    head = next((fields[n] for n in ("mamba_head_dim", "linear_value_head_dim") if n in fields), None)
+    if fields.get("mamba_d_ssm"):
+        inner = fields["mamba_d_ssm"]
+    elif head and rank:
+        inner = head * rank
+    else:
+        inner = int(hidden * fields.get("mamba_expand", fields.get("expand", 0)))
+    return {**found, "ssm__inner_size": inner or None}
 
 
 def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: int, kv: int) -> np.ndarray:
@@ -73,7 +103,10 @@ def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: 
 
 def in_parts(name: str, array: np.ndarray, architecture: str, config: dict[str, Any]) -> Named:
     """Return the tensors into which the converter divides one, by names of transformers or of similar models."""
-    if match := re.fullmatch(r"(.*)(gate_up_proj|gate_up_proj_bias)", name):
+    if architecture == "llama4" and name.endswith("experts.gate_up_proj"):
+        parts = zip(("gate_proj", "up_proj"), np.split(array.swapaxes(1, 2), 2, 1), strict=True)
+        yield from ((name.replace("gate_up_proj", f"{part}.weight"), a) for part, a in parts)
+    elif match := re.fullmatch(r"(.*)(gate_up_proj|gate_up_proj_bias)", name):
         end = ".bias" if name.endswith("bias") else ".weight"
         turned = array if end == ".bias" else array.swapaxes(1, 2)
         yield f"{match[1]}gate_proj{end}", turned[:, 0::2]
@@ -157,7 +190,7 @@ def converted(folder: Path, architecture: str, heads: int = 4, kv: int = 2) -> d
             groups = config.get("mamba_n_groups", config.get("n_groups", 1))
             if architecture in SECOND_MAMBA and re.search(r"\.(mixer|mamba)\.norm\.weight", name):
                 array = array.reshape(groups, -1)
-            expert = re.fullmatch(r"(.*\.)(?:feed_forward|mlp|block_sparse_moe)\.experts\.(\d+)\.(.*)", name)
+            expert = re.fullmatch(r"(.*\.)(?:feed_forward|mlp|mixer|block_sparse_moe)\.experts\.(\d+)\.(.*)", name)
             if expert:
                 module = "block_sparse_moe" if "block_sparse_moe" in name else "mlp"
                 module = "feed_forward" if expert[3][0] == "w" and module == "mlp" else module
@@ -183,6 +216,7 @@ def stored_name(name: str, names: Any, architecture: str) -> str:
     own = re.sub(r"\.dt_bias$", ".dt_proj.bias", own)
     own = re.sub(r"\.expert_bias$", ".expert_bias.bias", own)
     own = own.removeprefix("model.") if ".feed_forward.experts.w" in own else own
+    own = own.replace("backbone.", "model.") if ".mlp.experts." in own else own
     theirs = names.get_name(own, (".weight", ".bias"))
     if name.endswith("e_score_correction_bias"):
         theirs = f"{names.get_name(name.removesuffix('_bias'))}.bias"

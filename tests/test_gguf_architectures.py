@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support_gguf import activation, converted, told
-from support_models import LONGROPE, YARN, Driver, make_checkpoint, steps
+from support_models import LATENT, LONGROPE, YARN, Driver, make_checkpoint, steps
 from support_slow import mostly_slow
 from test_gguf_config import assert_equal_to, write
 
@@ -24,9 +24,11 @@ ROUTED = {
     "expert_weights_norm": True, "leading_dense_block_count": 1,
 }  # fmt: skip
 HEADS_OF_32 = {"attention__key_length": 32, "attention__value_length": 32}
+RANK, ROTATED = LATENT["kv_lora_rank"], LATENT["qk_rope_head_dim"]
 LATENT_KEYS = {
-    "attention__kv_lora_rank": 32, "attention__key_length": 40, "attention__value_length": 32,
-    "attention__key_length_mla": 24, "attention__value_length_mla": 24, "rope__dimension_count": 8,
+    "attention__kv_lora_rank": RANK, "attention__key_length": RANK + ROTATED, "attention__value_length": RANK,
+    "attention__key_length_mla": LATENT["qk_nope_head_dim"] + ROTATED,
+    "attention__value_length_mla": LATENT["v_head_dim"], "rope__dimension_count": ROTATED,
     "attention__head_count_kv": 1, "expert_shared_count": 1, "leading_dense_block_count": 1,
 }  # fmt: skip
 YARN_KEYS = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 64}
@@ -105,9 +107,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "mpt": ("mpt", "mpt", {}, {"feed_forward_length": 256, "attention__head_count_kv": 4,
                                "attention__max_alibi_bias": 8.0}),
     "apertus": ("apertus", "apertus", {"rope_scaling": {"rope_type": "default"}}, {}),
-    "deepseek2": ("deepseek2", "deepseek_v2", {}, {**LATENT_KEYS, "expert_group_count": 4, "expert_group_used_count": 2,
-                                                   "expert_weights_scale": 3.0, "attention__q_lora_rank": 32,
-                                                   "expert_shared_count": 2}),
+    "deepseek2": ("deepseek2", "deepseek_v2", {}, {
+        **LATENT_KEYS, "expert_group_count": 4, "expert_group_used_count": 2, "expert_weights_scale": 3.0,
+        "attention__q_lora_rank": LATENT["q_lora_rank"], "expert_shared_count": 2}),
     "deepseek2-lite": ("deepseek2", "deepseek_v2_greedy", {
         "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}, {
         **LATENT_KEYS, **YARN_KEYS, "expert_shared_count": 2, "rope__scaling__yarn_log_multiplier": 0.0707,
@@ -115,8 +117,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "deepseek3": ("deepseek2", "deepseek_v3", {
         "attention_bias": False, "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, {
         **LATENT_KEYS, **YARN_KEYS, "expert_group_count": 4, "expert_group_used_count": 2, "expert_gating_func": 2,
-        "attention__q_lora_rank": 32, "expert_weights_scale": 2.5, "expert_weights_norm": True,
+        "attention__q_lora_rank": LATENT["q_lora_rank"], "expert_weights_scale": 2.5, "expert_weights_norm": True,
         "rope__scaling__yarn_log_multiplier": 0.1}),
+    "llama4": ("llama4", "llama4_text", {
+        "attention_chunk_size": 8192, "no_rope_layers": None, "no_rope_layer_interval": 4, "floor_scale": 8192,
+        "num_hidden_layers": 4}, {
+        "block_count": 4, "expert_feed_forward_length": 128, "feed_forward_length": 96,
+        "interleave_moe_layer_step": 2}),
     "gptneox": ("gptneox", "gpt_neox", {}, {
         "rope__dimension_count": 8, "use_parallel_residual": True, "attention__head_count_kv": 4}),
 }  # fmt: skip
@@ -171,7 +178,8 @@ def test_compressed_attention_of_older_files_is_read_too(tmp_path: Path) -> None
             tensors[f"{block}.attn_kv_b.weight"] = array, None
             del tensors[f"{block}.attn_k_b.weight"], tensors[f"{block}.attn_v_b.weight"]
     keys = {**told(model.config), **keys, "attention__key_length_mla": None, "attention__value_length_mla": None,
-            "attention__key_length": 24, "attention__value_length": 24, "attention__head_count_kv": 4}  # fmt: skip
+            "attention__key_length": keys["attention__key_length_mla"], "attention__head_count_kv": 4,
+            "attention__value_length": keys["attention__value_length_mla"]}  # fmt: skip
     assert_equal_to(model, write(tmp_path / "m.gguf", architecture, tensors, **keys))
 
 

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from support_gguf import converted, told
+from support_gguf import converted, sizes, told
 from support_models import Driver, steps, write_model
 from support_slow import mostly_slow
 from support_states import STATES
@@ -22,59 +22,44 @@ from tokenmill.weights.source import local_source
 
 torch.set_num_threads(1)
 EPS = {"attention__layer_norm_rms_epsilon": 1e-5, "attention__layer_norm_epsilon": None}
-SMALL = {"embedding_length": 64, "feed_forward_length": 64}
-NO_HEADS = {"attention__head_count": 0, "attention__head_count_kv": None, "feed_forward_length": 0, "block_count": 2,
-            "embedding_length": 32, "context_length": 1 << 20, **EPS}  # fmt: skip
-SCAN = {"ssm__conv_kernel": 4, "ssm__inner_size": 64, "ssm__state_size": 8, "ssm__time_step_rank": 8}
-WIDE_SCAN = SCAN | {"ssm__inner_size": 128}
-FIRST_SCAN = SCAN | {"ssm__time_step_rank": 3}
+NO_HEADS = {
+    "attention__head_count": 0, "attention__head_count_kv": None, "feed_forward_length": 0, "block_count": 2,
+    "context_length": 1 << 20, "attention__key_length": None, "attention__value_length": None, **EPS,
+}  # fmt: skip
+MIDDLE = {"attention__head_count_kv": [0, 2, 0]}
 FOLDED = dict.fromkeys(("embedding_scale", "attention__scale", "residual_scale", "logit_scale"))
-EXPERTS = {"expert_feed_forward_length": 16, "expert_count": 4, "expert_used_count": 2}
-DELTA = {
-    "ssm__conv_kernel": 4, "ssm__state_size": 8, "ssm__group_count": 2, "ssm__time_step_rank": 4, "ssm__inner_size": 16,
-    "full_attention_interval": 2, "attention__key_length": 16, "attention__value_length": 16,
-    "rope__dimension_count": 4,
-}  # fmt: skip
-DELTA_LAYERS = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+DELTA = {"full_attention_interval": 2, "rope__dimension_count": 4}
 SECTIONS = {"rope__dimension_sections": [1, 1, 0, 0]}
+NO_EXPERTS = dict.fromkeys(("expert_count", "expert_used_count", "expert_feed_forward_length",
+                            "expert_shared_feed_forward_length"))  # fmt: skip
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "mamba": ("mamba", "mamba", {}, NO_HEADS | FIRST_SCAN | {"ssm__dt_b_c_rms": False}),
-    "mamba_with_biases": ("mamba", "mamba_with_biases", {}, NO_HEADS | FIRST_SCAN),
-    "falcon_mamba": ("mamba", "falcon_mamba", {"mixer_rms_eps": 1e-5}, NO_HEADS | FIRST_SCAN | {
-        "ssm__dt_b_c_rms": True}),
-    "mamba2": ("mamba2", "mamba2", {}, NO_HEADS | SCAN | {"ssm__group_count": 2}),
-    "jamba": ("jamba", "jamba", {}, SMALL | WIDE_SCAN | {
-        "ssm__time_step_rank": 4, "attention__head_count_kv": [0, 2, 0]}),
-    "jamba_dense": ("jamba", "jamba", {"num_experts": 1}, SMALL | WIDE_SCAN | {
-        "ssm__time_step_rank": 4, "attention__head_count_kv": [0, 2, 0], "expert_count": 1}),
-    "granitehybrid": ("granitehybrid", "granitemoehybrid", {"position_embedding_type": None}, SMALL | WIDE_SCAN | {
-        "ssm__group_count": 1, "attention__head_count_kv": [0, 2, 0], "expert_shared_feed_forward_length": 24,
+    "mamba": ("mamba", "mamba", {}, NO_HEADS | {"ssm__dt_b_c_rms": False}),
+    "mamba_with_biases": ("mamba", "mamba_with_biases", {}, NO_HEADS),
+    "falcon_mamba": ("mamba", "falcon_mamba", {"mixer_rms_eps": 1e-5}, NO_HEADS | {"ssm__dt_b_c_rms": True}),
+    "mamba2": ("mamba2", "mamba2", {}, NO_HEADS),
+    "jamba": ("jamba", "jamba", {}, MIDDLE),
+    "jamba_dense": ("jamba", "jamba", {"num_experts": 1}, MIDDLE | {"expert_count": 1}),
+    "granitehybrid": ("granitehybrid", "granitemoehybrid", {"position_embedding_type": None}, MIDDLE | {
         "rope__scaling__finetuned": False}),
-    "granitehybrid_dense": ("granitehybrid", "granitemoehybrid_dense", {}, SMALL | WIDE_SCAN | {
-        "ssm__group_count": 1, "attention__head_count_kv": [0, 2, 0], "expert_shared_feed_forward_length": 48,
+    "granitehybrid_dense": ("granitehybrid", "granitemoehybrid_dense", {}, MIDDLE | {
         "expert_count": 0, "expert_used_count": 0}),
-    "nemotron_h": ("nemotron_h", "nemotron_h", {"time_step_min": 1e-9}, SCAN | {
-        "expert_count": None, "expert_used_count": None, "expert_feed_forward_length": None,
-        "embedding_length": 32, "block_count": 4, "ssm__group_count": 2, "attention__key_length": 16,
-        "attention__value_length": 16, "attention__head_count_kv": [0, 0, 2, 0], "feed_forward_length": [0, 48, 0, 0],
+    "nemotron_h": ("nemotron_h", "nemotron_h", {"time_step_min": 1e-9}, NO_EXPERTS | {
+        "block_count": 4, "attention__head_count_kv": [0, 0, 2, 0], "feed_forward_length": [0, 48, 0, 0],
         "attention__layer_norm_rms_epsilon": 1e-5}),
-    "falcon-h1": ("falcon-h1", "falcon_h1", {}, SMALL | SCAN | FOLDED | {
-        "ssm__inner_size": 48, "ssm__group_count": 1, "attention__key_length": 16, "attention__value_length": 16}),
-    "falcon-h1_normalized": ("falcon-h1", "falcon_h1_normalized_last", {"projectors_bias": False}, SMALL | SCAN | {
-        **FOLDED, "ssm__group_count": 1, "attention__key_length": 16, "attention__value_length": 16}),
-    "lfm2": ("lfm2", "lfm2", {}, {
-        "embedding_length": 64, "feed_forward_length": 48, "shortconv__l_cache": 3, **EPS,
-        "attention__head_count_kv": [0, 2, 0]}),
-    "lfm2moe": ("lfm2moe", "lfm2_moe", {"tie_word_embeddings": True}, SMALL | EXPERTS | EPS | {
-        "shortconv__l_cache": 3, "attention__head_count_kv": [0, 2, 0], "leading_dense_block_count": 1,
-        "expert_gating_func": 2, "expert_weights_scale": 2.0}),
-    "qwen3next": ("qwen3next", "qwen3_next", {"norm_topk_prob": True}, SMALL | EXPERTS | DELTA | {
-        "expert_shared_feed_forward_length": 24}),
-    "qwen35": ("qwen35", "qwen3_5", {"linear_num_value_heads": 4}, SMALL | DELTA | SECTIONS),
-    "qwen35moe": ("qwen35moe", "qwen3_5_moe", {}, SMALL | EXPERTS | DELTA | SECTIONS | {
-        "expert_shared_feed_forward_length": 24}),
+    "nemotron_h_moe": ("nemotron_h_moe", "nemotron_h_experts", {"time_step_min": 1e-9}, {
+        "block_count": 4, "attention__head_count_kv": [0, 0, 2, 0], "feed_forward_length": [0, 24, 0, 24],
+        "attention__layer_norm_rms_epsilon": 1e-5, "expert_group_count": 2, "expert_group_used_count": 1,
+        "expert_weights_norm": True, "expert_weights_scale": 1.5, "expert_shared_count": 1}),
+    "falcon-h1": ("falcon-h1", "falcon_h1", {}, FOLDED),
+    "falcon-h1_normalized": ("falcon-h1", "falcon_h1_normalized_last", {"projectors_bias": False}, FOLDED),
+    "lfm2": ("lfm2", "lfm2", {"block_auto_adjust_ff_dim": False}, MIDDLE | EPS),
+    "lfm2moe": ("lfm2moe", "lfm2_moe", {"tie_word_embeddings": True}, MIDDLE | EPS | {
+        "leading_dense_block_count": 1, "expert_gating_func": 2, "expert_weights_scale": 2.0}),
+    "qwen3next": ("qwen3next", "qwen3_next", {"norm_topk_prob": True}, DELTA),
+    "qwen35": ("qwen35", "qwen3_5", {"linear_num_value_heads": 4}, DELTA | SECTIONS),
+    "qwen35moe": ("qwen35moe", "qwen3_5_moe", {}, DELTA | SECTIONS),
 }  # fmt: skip
-QUICK = ("mamba2", "jamba", "granitehybrid", "nemotron_h", "lfm2moe", "qwen35moe")
+QUICK = ("mamba2", "jamba", "granitehybrid", "nemotron_h_moe", "lfm2moe", "qwen35moe")
 """Cases that run without --slow."""
 
 
@@ -83,7 +68,7 @@ def made(folder: Path, case: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     architecture, family, changes, keys = CASES[case]
     model_type, fields = STATES[family]
     model = write_model(folder, model_type, fields | changes)
-    return model, converted(folder, architecture), told(model.config) | keys
+    return model, converted(folder, architecture), told(model.config) | sizes(model.config) | keys
 
 
 @pytest.mark.parametrize("case", mostly_slow(CASES, QUICK))
@@ -125,7 +110,9 @@ def test_sizes_that_do_not_fit_are_refused_by_name(
     tmp_path: Path, case: str, keys: dict[str, Any], words: str | None
 ) -> None:
     embed = {"token_embd.weight": (np.zeros((7, 32), np.float32), None)}
-    path = write(tmp_path / "m.gguf", CASES[case][0], embed, **(EPS | CASES[case][3] | keys))
+    given = EPS | {"embedding_length": 32, "ssm__inner_size": 64, "ssm__state_size": 8, "ssm__conv_kernel": 4,
+                   "ssm__time_step_rank": 4, "ssm__group_count": 2, "shortconv__l_cache": 3}  # fmt: skip
+    path = write(tmp_path / "m.gguf", CASES[case][0], embed, **(given | CASES[case][3] | keys))
     if words is None:
         assert open_checkpoint(local_source(path)).config["attn_layer_period"] == 2
         return

@@ -77,6 +77,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         fields={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
     ),
     "internlm2": Architecture("llama", LLAMA, pairs=True),
+    "llama4": Architecture(
+        "llama4_text",
+        BODY | ATTENTION | NORMS | within(
+            "model.layers", ffn_gate="feed_forward.gate_proj", ffn_up="feed_forward.up_proj",
+            ffn_down="feed_forward.down_proj", ffn_gate_inp="feed_forward.router",
+            ffn_gate_shexp="feed_forward.shared_expert.gate_proj", ffn_up_shexp="feed_forward.shared_expert.up_proj",
+            ffn_down_shexp="feed_forward.shared_expert.down_proj") | {
+            "ffn_gate_exps.weight": "model.layers.{}.feed_forward.experts.gate_up_proj",
+            "ffn_up_exps.weight": "model.layers.{}.feed_forward.experts.gate_up_proj",
+            "ffn_down_exps.weight": "model.layers.{}.feed_forward.experts.down_proj"},
+        fields={"num_experts_per_tok": "expert_used_count", "intermediate_size": "expert_feed_forward_length",
+                "intermediate_size_mlp": "feed_forward_length",
+                "interleave_moe_layer_step": "interleave_moe_layer_step"},
+        joined=("experts.gate_up_proj",), factors=LLAMA3, sigmoid=True,
+    ),
     "qwen2": Architecture("qwen2", LLAMA),
     "qwen2vl": Architecture("qwen2", LLAMA, ignored=_MROPE),
     "qwen3": Architecture("qwen3", LLAMA | HEAD_NORMS),

@@ -10,6 +10,7 @@ from tokenmill.weights.gguf_architecture import (
     EXPERTS,
     HEAD_NORMS,
     MULTIPLIERS,
+    ROUTED,
     SPARSE,
     WEIGHED_SHARED,
     Architecture,
@@ -140,6 +141,20 @@ ARCHITECTURES: dict[str, Architecture] = {
             attn_output="mixer.o_proj", ffn_up="mixer.up_proj", ffn_down="mixer.down_proj"),
         constants={"time_step_min": 0.0}, ignored=("attention.layer_norm_epsilon",),
         made=_made("backbone.layers.{}.mixer", norm=True), heads="some", eps="layer_norm_epsilon",
+    ),
+    "nemotron_h_moe": Architecture(
+        "nemotron_h",
+        _BACKBONE | _second("backbone.layers", "mixer") | within(
+            "backbone.layers", attn_norm="norm", attn_q="mixer.q_proj", attn_k="mixer.k_proj", attn_v="mixer.v_proj",
+            attn_output="mixer.o_proj", ffn_gate_inp="mixer.gate", ffn_up_exps="mixer.experts.{}.up_proj",
+            ffn_down_exps="mixer.experts.{}.down_proj", ffn_up_shexp="mixer.shared_experts.up_proj",
+            ffn_down_shexp="mixer.shared_experts.down_proj", ffn_latent_down="mixer.fc1_latent_proj",
+            ffn_latent_up="mixer.fc2_latent_proj",
+        ) | {"exp_probs_b.bias": "backbone.layers.{}.mixer.gate.e_score_correction_bias"},
+        fields={**ROUTED, "moe_shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+                "moe_latent_size": "moe_latent_size"},
+        constants={"time_step_min": 0.0, "n_group": 1, "topk_group": 1}, ignored=("attention.layer_norm_epsilon",),
+        made=_made("backbone.layers.{}.mixer", norm=True), heads="some", eps="layer_norm_epsilon", sigmoid=True,
     ),
     "lfm2": Architecture(
         "lfm2", _LFM2, constants={"block_auto_adjust_ff_dim": False}, heads="some", eps="norm_eps",

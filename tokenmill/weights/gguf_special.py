@@ -13,6 +13,7 @@ _ARBITRARY = 1 << 20
 """Length that llama.cpp's converter writes for a model whose length nothing limits"""
 
 _LENGTH = 1 << 17  # of such a model here
+_MAVERICK = 128  # experts of the Llama 4 that has no norms of queries and keys
 _XIELU = {"beta": 0.5, "eps": -1e-6}  # constants of xIELU
 
 
@@ -65,6 +66,19 @@ def _apertus(read: Reader) -> dict[str, Any]:
             raise Unsupported("GGUF key", f"xielu.{name}", (), f"It has {wrong[0]!r}; only {_XIELU[name]} is computed.")
         found[f"xielu_{name}"] = numbers
     return found
+
+
+def _llama4(read: Reader) -> dict[str, Any]:
+    """Return what llama.cpp has in its code: which layers rotate, the chunks of attention, the growth of queries."""
+    return {
+        "use_qk_norm": read.number("expert_count") != _MAVERICK,
+        "num_local_experts": read.number("expert_count"),
+        "no_rope_layer_interval": 4,
+        "attention_chunk_size": 8192,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": True,
+    }
 
 
 def _ministral3(read: Reader) -> dict[str, Any]:
@@ -182,7 +196,8 @@ def _granite(read: Reader) -> dict[str, Any]:
 def _nemotron_h(read: Reader) -> dict[str, Any]:
     """Return the kind of each layer: attention if it has key-value heads, else feed-forward if that has a width."""
     counts, widths = read.by_layer("attention.head_count_kv"), read.by_layer("feed_forward_length")
-    kinds = ["attention" if n else "mlp" if w else "mamba" for n, w in zip(counts, widths, strict=True)]
+    inner = "moe" if read.has("expert_count") else "mlp"
+    kinds = ["attention" if n else inner if w else "mamba" for n, w in zip(counts, widths, strict=True)]
     names = {"mamba_num_heads": "steps", "mamba_head_dim": "head", "n_groups": "groups", "ssm_state_size": "state",
              "conv_kernel": "kernel", "use_conv_bias": "conv_bias", "use_bias": "bias"}  # fmt: skip
     return {"layers_block_type": kinds, "max_position_embeddings": _length(read), **_scan(read, names)}
@@ -214,10 +229,12 @@ def _delta(read: Reader) -> dict[str, Any]:
 SPECIAL: Mapping[str, Callable[[Reader], dict[str, Any]]] = {
     "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query, "falcon": _falcon, "gpt-oss": _gpt_oss,
     "falcon with two norms": lambda read: {**_falcon(read), "num_ln_in_parallel_attn": 2},
-    "olmo2 with windows": _olmo3, "mpt": _mpt, "apertus": _apertus, "mistral3 with temperature": _ministral3,
+    "olmo2 with windows": _olmo3, "llama4": _llama4, "mpt": _mpt, "apertus": _apertus,
+    "mistral3 with temperature": _ministral3,
     "deepseek2": _latent, "deepseek2 with sigmoid": _latent,
     "mamba": _mamba, "mamba with norms": _mamba, "mamba2": _mamba, "jamba": _jamba, "granitehybrid": _granite,
-    "granitehybrid with experts": _granite, "nemotron_h": _nemotron_h, "falcon-h1": _falcon_h1, "lfm2": _lfm2,
-    "lfm2moe": _lfm2, "qwen3next": _delta, "qwen35": _delta, "qwen35moe": _delta,
+    "granitehybrid with experts": _granite, "nemotron_h": _nemotron_h, "nemotron_h_moe": _nemotron_h,
+    "falcon-h1": _falcon_h1, "lfm2": _lfm2, "lfm2moe": _lfm2, "qwen3next": _delta, "qwen35": _delta,
+    "qwen35moe": _delta,
 }  # fmt: skip
 """Architecture -> function that computes more fields of config.json"""
