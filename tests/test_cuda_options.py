@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support_backends import choice_of, make
 from support_cpu import kernel_folder
-from support_cuda import ON_GPU, program, torch
+from support_cuda import ON_GPU, altered, program, torch
 
 from tokenmill.backends.cuda import detect, explain, prepare
 from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, product_of, rules_of
@@ -22,6 +22,7 @@ from tokenmill.backends.cuda.products.base import Operands, Scratch
 from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.errors import ArgumentError, Unsupported
+from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Program
 from tokenmill.runtime.choice import Choice, choose
 from tokenmill.weights.checkpoint import open_checkpoint
@@ -122,6 +123,9 @@ def test_flashinfer_serves_what_it_can_and_what_it_cannot_is_said(installed: Non
         name, why = prepare.attention_of(made, "flashinfer", **how)
         assert name == "triton"
         assert words in why
+    for attributes in ({"alibi": (0.5, 0.2)}, {"chunk": 4}, {"sinks": Weight((Part("sinks", 2),))}):
+        name, why = prepare.attention_of(altered(made, **attributes), "flashinfer", "bfloat16")
+        assert (name, why) == ("triton", "flashinfer is not used with ALiBi, sinks or chunks")
     name, why = prepare.attention_of(program(tmp_path), "flashinfer", "bfloat16")
     assert (name, why) == ("triton", "flashinfer has heads of 64, 128, 256, this model of 16")
 

@@ -36,7 +36,7 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
             keys = tl.load(keys_ptr + at).to(q.dtype)
         s = scaled_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
         if ALIBI:
-            s += slopes[:, None] * (t[None, :] - positions[:, None]).to(tl.float32)
+            s += slopes[:, None] * (t.to(tl.float32)[None, :] - positions.to(tl.float32)[:, None])
         if MASKED:
             seen = t[None, :] <= positions[:, None]
             if WINDOW:
