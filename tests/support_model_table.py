@@ -23,6 +23,22 @@ from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 from tokenmill.weights.gguf_architectures import ARCHITECTURES
 
+NOT_HERE = """
+    apertus1p5_text aria_text axk1 axk2 bailing_hybrid bart beam bert bert-generation big_bird bigbird_pegasus
+    biogpt bitnet blenderbot blenderbot-small blt camembert cohere2_moe cohere_compass_text cpmant ctrl
+    data2vec-text deepseek_v32 deepseek_v4 diffllama doge dory dots3_note dots3_note_text electra emu3 ernie flint
+    fuyu gemma4_assistant gemma4_unified_assistant git glm_moe_dsa gpt_neox_japanese hrm_text hy_v3 hy_v4
+    inkling2_loop_text inkling2_text inkling_text jetmoe kolibri1 laguna lara_mini lfm3 longcat_flash marian mbart
+    megatron-bert mellum mimo_v2_flash minimax minimax_m3_vl_text mllama modernbert-decoder moshi
+    moss_transcribe_diarize musicgen musicgen_melody mvp openai-gpt pegasus phi4_multimodal plbart prophetnet
+    qwen4_exp qwen4_exp_text reformer rembert roberta roberta-prelayernorm roc_bert roformer rwkv trocr whisper
+    xglm xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod zamba zamba2 zaya
+""".split()
+"""Causal language models of transformers 5.24 that no file builds."""
+
+WHOLE = ("gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "llama4", "qwen3_5", "qwen3_5_moe")
+"""Causal language models of transformers whose language parts have model types of their own, which files build."""
+
 HEAD = """# Models
 
 This page is made from the list of families that the tests compare with transformers: see
@@ -30,10 +46,9 @@ This page is made from the list of families that the tests compare with transfor
 
 The *model type* is `model_type` in config.json, or that of `text_config`: of a multimodal model the language part is
 served. *Also*: model types that compute the same. *GGUF*: `general.architecture` of GGUF files that are read as this
-type. "yes" in the columns *CPU* and *NVIDIA*
-means that the fast backend for that hardware has kernels for the architecture. Else `backends/torch` serves it on the
-same hardware, more slowly, for the reason in the cell; the log and `tokenmill doctor` report this for a given model,
-too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
+type. "yes" in the columns *CPU* and *NVIDIA* means that the fast backend for that hardware has kernels for the
+architecture. Else `backends/torch` serves it on the same hardware, more slowly, for the reason in the cell; the log and
+`tokenmill doctor` report this for a given model, too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
 have a sliding window. *State*: layers that keep a state of fixed size for each sequence instead of keys and values.
 
 T5, mT5 and UMT5 are an encoder and a decoder: the prompt is the encoder's input, and `decoder_start_token_id` begins an
@@ -55,6 +70,8 @@ logits with tokenmill's attention are compared with those of transformers alone;
 If transformers does not define the type either, the model's repository may bring Python code that does (`auto_map` in
 config.json). That code is run with `--trust-remote-code` only, under the same conditions: its attention must be called
 through transformers' interface for attention functions.
+
+Causal language models of transformers 5.24 that are not in the table: OTHERS.
 
 ## Model types
 
@@ -115,7 +132,8 @@ def ggufs_of(kind: str) -> str:
 
 def page() -> str:
     """Return the page."""
-    return HEAD + "\n".join(row(kind, variants) for kind, variants in sorted(programs().items())) + "\n"
+    head = HEAD.replace("OTHERS", ", ".join(f"`{name}`" for name in NOT_HERE))
+    return head + "\n".join(row(kind, variants) for kind, variants in sorted(programs().items())) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support_model_table import page
+from support_model_table import NOT_HERE, WHOLE, page
 
 from tokenmill import plugins
+from tokenmill.models import base
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 
@@ -25,3 +26,14 @@ def test_the_page_of_models_is_current(made: str) -> None:
 
 def test_every_model_type_has_a_family_that_is_compared_with_transformers(made: str) -> None:
     assert re.findall(r"^\| `(\w+)` ", made, re.M) == plugins.names("models")
+
+
+def test_the_page_names_the_models_of_transformers_that_no_file_builds() -> None:
+    from transformers import __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as THEIRS
+
+    assert not {*NOT_HERE} & {*base.names()}
+    assert sorted(NOT_HERE) == NOT_HERE
+    if __version__.startswith("5.24."):
+        assert {*NOT_HERE, *WHOLE, *base.names()} >= {*THEIRS}
+        assert {*NOT_HERE, *WHOLE} <= {*THEIRS}

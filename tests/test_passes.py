@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from support_cpu import CpuDriver
-from support_programs import Arrays, Draw, logits_of, same, steps
+from support_programs import VOCABULARY, WIDTH, Arrays, Draw, logits_of, same, steps
 from support_ranks import of_ranks
 from support_states import Layers
 
 from tokenmill.backends.cpu import prepare
 from tokenmill.errors import Unsupported
 from tokenmill.program import ops, passes
+from tokenmill.program.rope import RopeTable
 from tokenmill.program.shard import shard
-from tokenmill.program.value import Program
+from tokenmill.program.value import Inputs, Program, Value, record
 
 torch.set_num_threads(1)
 SEEDS = 48
@@ -162,3 +163,29 @@ def test_a_layer_norm_across_what_ranks_share_is_refused_by_name() -> None:
     draw.chance = lambda share: share >= 0.5  # type: ignore[method-assign]
     with pytest.raises(Unsupported, match="operation on the whole row"):
         shard(draw.program(), 2)
+
+
+def heads_of_sizes(draw: Draw, *sizes: tuple[int, int, int]) -> Program:
+    """Return a program of a layer for each (columns of a head, key-value heads, window)."""
+
+    def model(inputs: Inputs) -> Value:
+        table = draw.weight(VOCABULARY, WIDTH, table=True)
+        x = inputs.ids.record(ops.Embed, WIDTH, ids=inputs.ids, table=table)
+        for layer, (size, shared, window) in enumerate(sizes):
+            q, k, v = draw.linear(draw.norm(x), 4 * size, shared * size, shared * size)
+            q, k = (y.record(ops.Rope, x=y, rope=RopeTable.of(size, 1e4, 256, None), head_dim=size) for y in (q, k))
+            fields: dict[str, Any] = {"q": q, "k": k, "v": v, "layer": layer, "scale": size**-0.5, "window": window}
+            x = x + draw.linear(q.record(ops.Attention, 4 * size, head_dim=size, **fields), WIDTH)[0]
+        return draw.linear(x.record(ops.TakeRows, rows="samples", x=x), VOCABULARY)[0]
+
+    return record(model)
+
+
+@pytest.mark.parametrize("sizes", [[(16, 2, 5), (32, 2, 0), (16, 2, 5)], [(32, 4, 0), (16, 1, 9)]])
+def test_layers_may_have_caches_of_different_sizes(sizes: list[tuple[int, int, int]]) -> None:
+    draw = Draw(5)
+    program = heads_of_sizes(draw, *sizes)
+    backend = CpuDriver(draw.source(), program=program)  # type: ignore[arg-type]
+    got = [backend.feed(rows) for rows in steps()]
+    backend.close()
+    assert same(got, logits_of(program, draw.source()), 3e-3)
