@@ -176,12 +176,7 @@ OFTEN = [*FAMILIES, *QUICK]
 FAMILIES |= MORE
 """Name -> (model_type, what differs from SIZES)."""
 
-BEYOND_CPU = dict.fromkeys(("dbrx", "olmo_clipped", "olmoe_clipped", "mpt_clipped"), "it has no kernel for Clip")
-BEYOND_CPU |= dict.fromkeys(("llama4_text", "llama4_unnormed"), "it has no attention within chunks")
-BEYOND_CPU |= {
-    "gemma3n_text": "it has no kernel for WithMagnitude", "gemma4_text": "it has no kernel for ScaleByWeight",
-    "gemma4_experts": "it has no kernel for ScaleByExpert",
-}  # fmt: skip
+BEYOND_CPU: dict[str, str] = {}
 """Families that the CPU backend refuses, with its reason."""
 
 UNSHARDED = {"stablelm_parallel": "norm by head"}

@@ -110,6 +110,10 @@ class Draw:
     def _model(self, inputs: Inputs) -> Value:
         table = self.weight(VOCABULARY, WIDTH, table=True, shard="vocab" if self.plain else "none")
         x = inputs.ids.record(ops.Embed, WIDTH, ids=inputs.ids, table=table, scale=self.one_of(1.0, 2.0))
+        if not self.plain and self.chance(0.06):  # a smaller table, whose first row stands for the ids beyond it
+            ids = inputs.ids.tape.new("tokens", 1, "ids")
+            inputs.ids.tape.ops.append(special.Within(out=ids, ids=inputs.ids, rows=40))
+            x = x + ids.record(ops.Embed, WIDTH, ids=ids, table=self.weight(40, WIDTH, table=True))
         for layer in range(self.one_of(1, 2)):
             x = self._add(x, self._attention(self.any_norm(x), layer))
             x = self._add(x, self._mlp(self.any_norm(x)))
@@ -123,6 +127,8 @@ class Draw:
             y = y.record(ops.Scale, x=y, factor=-0.7)
         if self.plain:
             return x + y
+        if self.chance(0.06):
+            y = self._special(y)
         kind = self.one_of("sum", "sum", "swapped", "twice", "double", "view", "later", "sooner", "half")
         if kind == "twice":
             return (x + y) + y
@@ -140,6 +146,25 @@ class Draw:
         if kind == "half":  # norms of parts of a sum
             return self.linear(self.any_norm(total.split(32, WIDTH - 32)[0]), WIDTH)[0]
         return total
+
+    def _special(self, x: Value) -> Value:
+        """Apply operations of single architectures to a row of WIDTH columns."""
+        kind = self.one_of("clip", "weight", "sparse", "magnitude", "streams")
+        if kind == "clip":
+            return x.record(special.Clip, x=x, limit=0.7)
+        if kind == "weight":
+            return x.record(special.ScaleByWeight, x=x, weight=self.weight(self.one_of(1, WIDTH)))
+        if kind == "sparse":
+            return x.record(special.Sparsify, x=x, deviations=0.5)
+        y, mixed, corrected = self.linear(x, self.one_of(WIDTH, 32), 4, 2)
+        z = x.record(special.WithMagnitude, x=x, like=y, least=self.one_of(1e-3, 2.0))
+        if kind == "magnitude":
+            return z
+        both = x.record(special.Beside, 2 * WIDTH, x=z, y=x)
+        both = both.record(special.MixStreams, x=both, factors=mixed)
+        both = both.record(special.CorrectStreams, x=both, y=x, factors=corrected)
+        first, second = both.record(special.AddToOthers, x=both, y=z).split(WIDTH, WIDTH)
+        return first + second
 
     def _latent(self, x: Value, layer: int) -> Value:
         """Attend to compressed rows: keys of 8 columns of their own and some rotated ones."""
@@ -287,6 +312,11 @@ class Draw:
                 least_sum=self.one_of(0.0, 0.0, 2.0), scale=self.one_of(1.0, 2.5),
             )
         )  # fmt: skip
+
+        if self.chance(0.15):
+            factors = factors.record(
+                special.ScaleByExpert, top_k, factors=factors, ids=ids, weight=self.weight(count)
+            )
 
         def halves(columns: int) -> Weight:
             parts = [self.weight(inner, columns).parts[0] for _ in ("gu" if gated else "u")]

@@ -4,11 +4,13 @@ import asyncio
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from bench import first, settle
+from bench.peers import __main__ as peers
 from bench.peers import plot, tables
 from bench.peers.servers import split_command
 from tokenmill.bench.client import Answer, Ask, complete
@@ -49,6 +51,18 @@ def with_server(pieces, use, forever=False):
 
 def one(pieces):
     return with_server(pieces, lambda base: complete(base, Ask("a", 4)))
+
+
+def test_a_model_that_is_given_is_the_one_that_servers_are_started_with(tmp_path, monkeypatch):
+    model = tmp_path / "a model.gguf"
+    model.touch()
+    monkeypatch.setattr("sys.argv", ["peers", "--model", str(model), "--peers", "--server", "a=X=1 tokenmill serve"])
+    options = peers._options()
+    (server,) = peers._servers(options, Path(peers._source(options).path))
+    assert split_command(server.command)[1][-2:] == ["--model-id", str(model)]
+    monkeypatch.setattr("sys.argv", ["peers", "--model", str(tmp_path / "none.gguf")])
+    with pytest.raises(SystemExit, match=r"none\.gguf is no file"):
+        peers._source(peers._options())
 
 
 def test_events_have_the_time_at_which_their_last_byte_came():

@@ -17,10 +17,15 @@ from support_slow import mostly_slow
 from test_states import around, greedy, made
 
 from tokenmill.backends.base import StepInputs, StepLimits
+from tokenmill.backends.cpu.explain import kernels_of
 from tokenmill.backends.cpu.isa import available
 from tokenmill.backends.cpu.prepare import refusal
+from tokenmill.models.base import program_of
 from tokenmill.program import ops
 from tokenmill.program.value import Inputs, Program, Value, record
+from tokenmill.quant.base import reader_of
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import StoppingParams
 
 torch.set_num_threads(1)
@@ -102,6 +107,16 @@ def test_chunked_and_preempted_sequences_get_transformers_greedy_text(family: st
     assert found == [greedy(model, p, tokens) for p, tokens in zip(asked, found, strict=True)]
 
 
+@pytest.mark.parametrize("family", ["jamba", "qwen3_5", "recurrent_gemma", "kimi_linear"])
+def test_the_kernels_of_a_model_are_known_without_its_weights(family: str, tmp_path: Path) -> None:
+    made(tmp_path, family)
+    source = open_checkpoint(local_source(tmp_path))
+    backend = CpuDriver(source)
+    kinds = kernels_of(program_of(source.config), source, reader_of(source, ""), backend.isa, "f16")
+    assert {name for kernels in kinds.values() for name in kernels} == {line.kernel for line in backend._lines}
+    backend.close()
+
+
 # ---- every attribute of the operations ----
 
 
@@ -112,7 +127,7 @@ def layer(kind: str, seed: int) -> tuple[Program, Arrays]:
     def model(inputs: Inputs) -> Value:
         table = draw.weight(VOCABULARY, WIDTH, table=True)
         x = inputs.ids.record(ops.Embed, WIDTH, ids=inputs.ids, table=table)
-        y = getattr(draw, kind)(x, 0)
+        y = getattr(draw, kind)(x, *([] if kind in ("_special", "_experts") else [0]))
         return draw.linear(y.record(ops.TakeRows, rows="samples", x=y), VOCABULARY)[0]
 
     return record(model), draw.source()
@@ -123,17 +138,17 @@ ISAS = [isa.name for isa in available()[:: max(1, len(available()) - 1)]]
 
 
 @pytest.mark.parametrize("isa", mostly_slow(ISAS, ISAS[:1]))
-@pytest.mark.parametrize("kind", ["_convolution", "_scan", "_delta", "_unit", "_latent"])
+@pytest.mark.parametrize("kind", ["_convolution", "_scan", "_delta", "_unit", "_latent", "_special", "_experts"])
 def test_each_attribute_of_an_operation_equals_torch_or_is_refused(kind: str, isa: str) -> None:
     compared = 0
-    for seed in range(12):
+    for seed in range(10):
         program, source = layer(kind, seed)
         if refusal(program, 16):
             continue
         want, backend = logits_of(program, source), CpuDriver(source, program=program, cpu_isa=isa)  # type: ignore[arg-type]
         got, compared = [backend.feed(rows) for rows in steps()], compared + 1
         backend.close()
-        assert same(got, want, 3e-3 if kind == "_latent" else 1e-5), f"seed {seed}\n{program}"
+        assert same(got, want, 3e-3 if kind == "_latent" else 2e-5), f"seed {seed}\n{program}"
     assert compared >= 4
 
 

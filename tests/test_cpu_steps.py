@@ -95,7 +95,7 @@ def test_a_seed_gives_the_tokens_that_it_gives_with_torch(folder: Path, cpu: Cpu
         cpu.forget(1)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral_window", "bloom", "cohere"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral_window", "bloom", "cohere", "deepseek_v3"])
 def test_an_int8_cache_is_near_float16(tmp_path: Path, family: str) -> None:
     make_checkpoint(tmp_path, family)
     exact, rounded = CpuDriver.of(tmp_path), CpuDriver.of(tmp_path, kv_cache_dtype="int8")

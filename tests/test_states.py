@@ -24,7 +24,6 @@ from test_out_of_memory import Faults
 
 from tokenmill.backends import steps as sizes
 from tokenmill.backends.base import StepInputs, StepLimits
-from tokenmill.backends.cpu.prepare import refusal
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.limits import SchedulerLimits
@@ -62,15 +61,11 @@ def made(folder: Path, name: str, **changes: Any) -> Any:
 
 def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case: tuple[Path, Any]) -> None:
     folder, model = case
-    program = program_of(open_checkpoint(local_source(folder)).config)
-    backend, cpu = Driver.of(folder), None if refusal(program, 16) else CpuDriver.of(folder)
+    backend, cpu = Driver.of(folder), CpuDriver.of(folder)
     for rows, want in zip(steps(), reference(model, steps()), strict=True):
         np.testing.assert_allclose(backend.feed(rows), want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
-        if cpu is not None:
-            assert np.abs(cpu.feed(rows) - want).max() < 1e-3 * np.abs(want).max()  # keys and values are float16
-    backend.close()
-    if cpu is not None:
-        cpu.close()
+        assert np.abs(cpu.feed(rows) - want).max() < 1e-3 * np.abs(want).max()  # keys and values are float16
+    backend.close(), cpu.close()
 
 
 @pytest.mark.parametrize("case", mostly_slow(STATES, KINDS), indirect=True)

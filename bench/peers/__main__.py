@@ -21,16 +21,17 @@ from bench.peers import environments, rows, tables
 from bench.peers.servers import LlamaCpp, OpenVino, Server, Tokenmill
 from tokenmill.config import default_cache_dir, usable_cpus
 from tokenmill.weights import embedded
-from tokenmill.weights.source import ModelSource
+from tokenmill.weights.source import ModelSource, local_source
 
 ROWS = ("first", "streams", "standard", "mixed", "long", "sampling", "http")
 _IDLE_PERCENT = 15.0
+_OURS = "tokenmill=tokenmill serve"
 
 
 def main() -> None:
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running server is stopped too
-    source = embedded.resolve(options.cache_dir, False, lambda _: None)
+    source = _source(options)
     servers, wanted = _servers(options, Path(source.path)), _rows(options)
     record: dict[str, Any] = {**_conditions(options, source), "rows": []}
     for done in range(options.passes):
@@ -40,6 +41,15 @@ def main() -> None:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(record, indent=1) + "\n")
     print(tables.document(record))
+
+
+def _source(options: argparse.Namespace) -> ModelSource:
+    """Return the model that is measured: the given GGUF file, or the embedded one."""
+    if options.model is None:
+        return embedded.resolve(options.cache_dir, False, lambda _: None)
+    if not options.model.is_file():
+        raise SystemExit(f"--model {options.model} is no file. Give a GGUF file, which llama.cpp reads too.")
+    return local_source(options.model.resolve())
 
 
 def _one_pass(
@@ -81,9 +91,9 @@ def _entry(row: str, server: str, done: int, figures: rows.Figures) -> dict[str,
 
 def _servers(options: argparse.Namespace, gguf: Path) -> list[Server]:
     servers: list[Server] = []
-    for given in options.server or ["tokenmill=tokenmill serve"]:
+    for given in options.server or [_OURS]:
         name, _, command = given.partition("=")
-        servers.append(Tokenmill(name, command))
+        servers.append(Tokenmill(name, f"{command} --model-id {shlex.quote(str(gguf))}" if options.model else command))
     if "llamacpp" in options.peers:
         environments.interpreter("llamacpp")
         servers += [LlamaCpp(gguf, flash == "on", options.threads) for flash in options.flash]
@@ -122,7 +132,7 @@ def _conditions(options: argparse.Namespace, source: ModelSource) -> dict[str, A
         "model": Path(source.path).name,
         "tokenmill": version("tokenmill"),
         "peers": {name: environments.REQUIREMENTS[name][0] for name in options.peers},
-        "servers": options.server or ["tokenmill=tokenmill serve"],
+        "servers": options.server or [_OURS],
     }
 
 
@@ -143,6 +153,7 @@ def _options() -> argparse.Namespace:
         "--server", action="append", metavar="NAME=COMMAND",
         help="one of ours, several may be given: 'avx2=TOKENMILL_ISA=avx2 tokenmill serve --backend cpu'",
     )  # fmt: skip
+    parser.add_argument("--model", type=Path, metavar="FILE.gguf", help="measure it instead of the embedded model")
     parser.add_argument("--peers", nargs="*", default=["llamacpp", "openvino"], choices=["llamacpp", "openvino"])
     parser.add_argument("--flash", nargs="+", default=["off", "on"], choices=["off", "on"], help="llama.cpp's setting")
     parser.add_argument("--rows", nargs="+", default=["first", "streams", "standard"], choices=ROWS)

@@ -56,6 +56,7 @@ Body = Callable[..., int]
 )
 _KEY_STRIDE, _VALUE_STRIDE, _TABLE_AT = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE, 8 * layout.TABLE_AT
 _SLOPES, _SINKS, _ROPE_INTERLEAVED = 8 * layout.SLOPES, 8 * layout.SINKS, 8 * layout.ROPE_INTERLEAVED
+_CHUNK = 8 * layout.CHUNK
 (_THREADS, _TOKENS, _ITEMS, _SINGLE_TOKEN, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
     8 * c
     for c in (
@@ -100,6 +101,14 @@ def blocks_of(row: int, context: int, r: int) -> int:
     """Return the address of the layer's block table of row r's sequence."""
     tables = peek(context + _TABLES) + peek(peek(context + _SEQUENCES) + r * 8) * peek(context + _TABLE_STRIDE)
     return int(tables + peek(row + _TABLE_AT))
+
+
+@inline
+def first_key(row: int, position: int) -> int:
+    """Return the position of the first key that a row attends to."""
+    window, chunk = peek(row + _WINDOW), peek(row + _CHUNK)
+    first = position - position % chunk if chunk else 0
+    return max(first, position - window + 1) if window else int(first)
 
 
 def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
@@ -175,7 +184,7 @@ def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
     value_dim, shared = heads.value_dim, heads.latent > 0
 
     def write(row: int, context: int, r0: int, n: int, h: int, pairs: int, tile: int) -> None:
-        position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
+        position = peek(peek(context + _POSITIONS) + r0 * 8)
         for j in range(n * group):
             r, head, pair = r0 + j // group, h * group + j % group, pairs + j * PAIR_BYTES
             query, p = peek(row + _X) + r * peek(row + _X_STRIDE) + head * dim * 4, position + j // group
@@ -185,7 +194,7 @@ def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
             poke(pair + QUERY, query)
             poke(pair + OUTPUT, tile + j * value_dim * 4 if peek(row + _OUT_SCALES) else out)
             poke(pair + END, p + 1)
-            poke(pair + BEGIN, max(0, p - window + 1) if window else 0)
+            poke(pair + BEGIN, first_key(row, p))
             if alibi:
                 poke32(pair + SLOPE, peek32(peek(row + _SLOPES) + head * 4))
             if sinks:
@@ -239,8 +248,8 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
     def prefetch(row: int, context: int, r0: int, n: int, h: int) -> None:
         if n > 1:
             return
-        position, window = peek(peek(context + _POSITIONS) + r0 * 8), peek(row + _WINDOW)
-        p0 = max(0, position - window + 1) >> 4 if window else 0
+        position = peek(peek(context + _POSITIONS) + r0 * 8)
+        p0 = first_key(row, position) >> 4
         stride = peek(row + _PAGE_STRIDE)
         begin(p0, ((position + n + 15) >> 4) - p0, blocks_of(row, context, r0), peek(row + _CACHE) + h * page, stride)
 

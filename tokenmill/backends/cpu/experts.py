@@ -41,7 +41,7 @@ from tokenmill.backends.cpu.ir import (
 )  # fmt: skip
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.products import count_rows, gate_rows, product
-from tokenmill.backends.cpu.rows import add, quantize, scale
+from tokenmill.backends.cpu.rows import activate, add, add_scaled, quantize, scale
 
 Function = Callable[..., Any]
 
@@ -52,8 +52,6 @@ _PANELS = 4  # that a thread takes at a time; of a gated product two of gate and
 
 load_float = emit(1, lambda g, address: g.ld(f32, address), types.float32)
 store_float = emit((types.int64, types.float32), lambda g, address, v: g.st(v, address))
-add_scaled = each(3, lambda g, i, x, s, out: g.put(g.fma(g.vec(x, i), g.splat(g.bits(s)), g.vec(out, i)), out, i))
-"""(vectors, x, bits of a float, out): out += x · float"""
 
 
 def _bounded(g: Emitter, i: Val, x: Val, limit: Val, offset: Val) -> None:
@@ -349,6 +347,9 @@ def _experts(name: str, isa: Isa) -> Function:
                 if limit or offset:
                     bounded(2 * rows, o, limit, offset)
                 gate_rows(rows, p, o, field(row, layout.ACT), out, os, 0)
+            elif field(row, layout.ACT):
+                for r in range(rows):
+                    activate(field(row, layout.ACT), n, o + r * s, o + r * s)
 
     return kernel(f"experts_{name}_{isa.name}", compiled(f"experts_{name}_{isa.name}_body", experts))
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.lower import Lowering
 from tokenmill.backends.cpu.memory import Memory, Sizes
 from tokenmill.backends.cpu.prepare import prepare
+from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Coded, Piece, Reader, load
+from tokenmill.quant.base import Coded, Piece, Reader
 from tokenmill.weights.checkpoint import Checkpoint
 
-_ROWS = 64  # rows read of each tensor: enough to determine its packing, and whole blocks of gate and of up
+_ROWS = 64  # rows read of each tensor, or a few more for whole heads: enough to determine its packing
 
 
 def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_dtype: str) -> dict[str, Counter[str]]:
@@ -23,14 +27,14 @@ def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_
     """
 
     def read_some(source: Checkpoint, piece: Piece) -> Coded:
-        first, stop = piece.rows.start, piece.rows.stop
-        return read(source, replace(piece, rows=slice(first, min(stop, first + _ROWS))))
+        first, stop, unit = piece.rows.start, piece.rows.stop, piece.weight.unit
+        return read(source, replace(piece, rows=slice(first, min(stop, first + -(-_ROWS // unit) * unit))))
+
+    def zeros(weight: Weight) -> NDArray[np.float32]:
+        return np.zeros((weight.rows, weight.columns) if weight.columns else weight.rows, np.float32)
 
     prepared = prepare(program, source, read_some, isa, 1, None)
-    memory = Memory(
-        prepared.program, Sizes(1, 1, 1, 1, kv_dtype), prepared.panels, lambda w: load(w, source, read_some).floats(),
-        prepared.private,
-    )  # fmt: skip
+    memory = Memory(prepared.program, Sizes(1, 1, 1, 1, kv_dtype), prepared.panels, zeros, prepared.private)
     kernels: dict[str, Counter[str]] = {}
     for line in Lowering(prepared.program, memory).lines():
         kind = type(line.op).__name__ if line.op is not None else "Rope"  # the cosines and sines of a step

@@ -84,8 +84,6 @@ def refused(op: Op) -> str:
         return "" if op.group_best in (1, 2) else f"it has no groups of experts that count as {op.group_best} scores"
     if not isinstance(op, ops.Experts):
         return ""
-    if not op.gated:
-        return "it has no kernel for experts without gates"
     if op.act not in ACTS:
         return f"it has no kernel for the activation {op.act}"
     if op.x.width % BLOCK or op.down[0].columns % BLOCK:
@@ -142,8 +140,8 @@ def experts(lower: Lowering, op: ops.Experts) -> Lowered:
     taken = {layout.X: x.address, layout.X_STRIDE: x.stride, layout.SOURCE: items.at("source"), **order}
     taken |= given if op.scale_inputs else {}
     bounds = {layout.LIMIT: float_bits(op.limit), layout.UP_OFFSET: float_bits(op.up_offset)}
-    gated = {layout.OUT: items.at("inner"), layout.OUT_STRIDE: 4 * inner, layout.ACT: ACTS[op.act], layout.GATED: 1}
-    gated |= bounds
+    gated = {layout.OUT: items.at("inner"), layout.OUT_STRIDE: 4 * inner, layout.ACT: ACTS[op.act]}
+    gated |= {layout.GATED: int(op.gated)} | bounds
     made = {layout.X: items.at("inner"), layout.X_STRIDE: 4 * inner, layout.SOURCE: 0, **order}
     results = {layout.OUT: items.at("input"), layout.OUT_STRIDE: 4 * width}
     up = _product(lower, op.gate_up, op.gate_up_bias, taken | {layout.WIDTH: width}, "input", gated)

@@ -46,6 +46,7 @@ TABLE = 11  # address of the panels
 TABLE_PANEL_BYTES = 12
 TABLE_SCALE = 13  # bits of a float; 0: none
 BY_POSITION = 14  # 1: rows are looked up by position instead of token id
+ROWS_WITHIN = 15  # ids that are not less count as 0; 0: there are none
 # Norm (WIDTH: columns of a row, or of a head if HEADS is not 0)
 NORM_WEIGHT = 11
 NORM_BIAS = 12  # 0: none
@@ -72,6 +73,7 @@ WINDOW = 21  # 0: none
 HEAD_EPS = 22
 Q_NORM = 23  # 0: none
 K_NORM = 24
+CHUNK = 25  # positions of a chunk, within which rows attend; 0: none
 PAGE_STRIDE = 26  # bytes from a page to the same head's page of the next block
 KEY_STRIDE = 27  # bytes from row to row of KEYS
 VALUE_STRIDE = 28
@@ -85,10 +87,11 @@ MAGNITUDE = 13  # bits of a float
 # ROPE_HALF: as for attention
 # Rope (X may be OUT): ROPE, ROPE_HALF, ROPE_STRIDE, ROPE_INTERLEAVED, HEAD_DIM: as for attention; HEADS
 # Act, GatedAct (X gate, Y up): ACT
-FACTOR = 11  # Scale, SoftCap: bits of a float. XIelu: two floats, that for numbers above 0 in the low half
+FACTOR = 11  # Scale, SoftCap, Clip, Sparsify, WithMagnitude: bits of a float. XIelu: two, that above 0 in the low half
 POSITION_FACTORS = 11  # ScaleByPosition: float32 for each LENGTH positions
 LENGTH = 12
 POSITION_OFFSET = 13  # added to positions
+STREAMS = 12  # parts of a row, of WIDTH columns. FACTORS, FACTORS_STRIDE, Y, Y_STRIDE: as for others
 # Experts. WEIGHT and BIAS: addresses of arrays with an address for each expert; PANEL_BYTES, PANELS, ACT, GATED: as for
 # products. An item is a (row, expert) pair; items are sorted by expert.
 EXPERTS = 11  # number of experts

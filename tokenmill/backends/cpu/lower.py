@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu import items, layout, lower_latent, lower_states
+from tokenmill.backends.cpu import items, layout, lower_latent, lower_special, lower_states
 from tokenmill.backends.cpu.forms import PAIRS
 from tokenmill.backends.cpu.layout import ACTS, Fields, Lowered, float_bits
 from tokenmill.backends.cpu.memory import AttentionShape, CosSinTable, Memory
 from tokenmill.errors import Unsupported
-from tokenmill.program import ops, recurrence, special
+from tokenmill.program import ops, recurrence
 from tokenmill.program.ops import Op
 from tokenmill.program.value import Program, Value
 
@@ -98,6 +98,7 @@ def _embed(lower: Lowering, op: ops.Embed) -> Lowered:
         layout.TABLE_PANEL_BYTES: table.panel_bytes,
         layout.TABLE_SCALE: 0 if op.scale == 1 else float_bits(op.scale),
         layout.BY_POSITION: int(op.ids.buffer == lower.program.inputs.positions.buffer),
+        layout.ROWS_WITHIN: lower_special.rows_within(lower.program, op.ids),
     }
     return [(f"embed_{table.form}", fields)]
 
@@ -176,6 +177,7 @@ def _attention(lower: Lowering, op: ops.Attention) -> Lowered:
         layout.ATTENTION_SCALE: float_bits(op.scale),
         layout.ATTENTION_CAP: float_bits(op.softcap) if op.softcap else 0,
         layout.WINDOW: op.window,
+        layout.CHUNK: op.chunk,
         layout.HEAD_EPS: float_bits(op.eps),
         layout.Q_NORM: lower.memory.vector(op.q_norm),
         layout.K_NORM: lower.memory.vector(op.k_norm),
@@ -209,20 +211,6 @@ def _scale(lower: Lowering, op: ops.Scale) -> Lowered:
     return [("scale", {layout.FACTOR: float_bits(op.factor)})]
 
 
-def _scale_by_position(lower: Lowering, op: special.ScaleByPosition) -> Lowered:
-    fields = {
-        layout.POSITION_FACTORS: lower.memory.growth(op),
-        layout.LENGTH: op.length,
-        layout.POSITION_OFFSET: op.offset,
-    }
-    return [("scale_by_position", fields)]
-
-
-def _xielu(lower: Lowering, op: special.XIelu) -> Lowered:
-    above, below = (float(np.logaddexp(0, lower.memory.numbers(alpha)[0])) for alpha in (op.alpha_p, op.alpha_n))
-    return [("xielu", {layout.FACTOR: float_bits(above) | float_bits(0.5 + below) << 32})]
-
-
 def _take_rows(lower: Lowering, op: ops.TakeRows) -> Lowered:
     return [("take_rows", {})]
 
@@ -248,8 +236,6 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     ops.Add: _add,
     ops.Scale: _scale,
     ops.SoftCap: _soft_cap,
-    special.ScaleByPosition: _scale_by_position,
-    special.XIelu: _xielu,
     ops.TakeRows: _take_rows,
     ops.Quantize: _quantize,
     ops.Route: items.route,
@@ -259,5 +245,6 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     recurrence.StateSpace: _in_memory(lower_states.state_space),
     recurrence.DeltaRule: _in_memory(lower_states.delta_rule),
     recurrence.RgLru: _in_memory(lower_states.rg_lru),
+    **{kind: _in_memory(function) for kind, function in lower_special.KINDS.items()},
 }
 """The kinds of operations that this backend runs"""

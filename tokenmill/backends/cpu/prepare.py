@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tokenmill.backends.cpu import items, lower_latent, lower_states
+from tokenmill.backends.cpu import items, lower_latent, lower_special, lower_states
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
@@ -89,17 +89,15 @@ def refusal(program: Program, block_size: int) -> str:
             return f"it has no kernel for {type(op).__name__}"
         if isinstance(op, ops.Attention) and (op.rope or op.q_norm) and _read_later(op, graph, op):
             return "an operation reads queries or keys that its attention rotates in place"
-        if why := _refused(op) or items.refused(op) or lower_latent.refused(op) or lower_states.refused(op):
+        if why := next(filter(None, (refuse(op) for refuse in _REFUSALS)), ""):
             return why
-    return ""
+    return lower_special.refused_ids(lowered)
 
 
 def _refused(op: Op) -> str:
     if isinstance(op, ops.Attention):
         if op.head_dim % _VECTOR:
             return f"its attention is for heads of a multiple of {_VECTOR} columns, not {op.head_dim}"
-        if op.chunk:
-            return "it has no attention within chunks"
         if op.q.width % op.k.width:
             return "query heads must be a multiple of key-value heads"
     if isinstance(op, ops.Linear | ops.Act | ops.GatedAct) and op.act not in ACTS:
@@ -111,6 +109,9 @@ def _refused(op: Op) -> str:
     if isinstance(op, ops.Norm) and op.bias is not None and not op.center:
         return "it has no kernel for an RMS norm with a bias"
     return ""
+
+
+_REFUSALS = (_refused, items.refused, lower_latent.refused, lower_states.refused, lower_special.refused)
 
 
 def prepare(
@@ -136,7 +137,7 @@ def pack_all(
 ) -> dict[Weight, tuple[Packed, ...]]:
     """Pack all matrices on several threads. `report` is called on the calling thread, with bytes of the checkpoint."""
     gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
-    gated |= {weight for op in program.ops if isinstance(op, ops.Experts) for weight in op.gate_up}
+    gated |= {weight for op in program.ops if isinstance(op, ops.Experts) and op.gated for weight in op.gate_up}
     floats = {op.weight for op in program.ops if isinstance(op, ops.Route)}  # because near scores decide
     floats |= {w for op in program.ops if isinstance(op, RgLru) for w in (*op.input_gate, *op.recurrence_gate)}
     expansions = {op.expand: op for op in program.ops if isinstance(op, ops.LatentAttention)}

@@ -174,11 +174,13 @@ def _embed(isa: Isa, form: Form | DenseForm) -> Function:
             field(row, layout.TABLE_SCALE),
         )
         positions, slots = field(context, layout.POSITIONS), field(context, layout.SEQUENCES)
+        within = field(row, layout.ROWS_WITHIN)
         known, stride = field(context, layout.TOKEN_IDS), field(context, layout.TOKEN_IDS_STRIDE)
         for r in range(tid, rows, peek(context + _THREADS)):
             out, index = field(row, layout.OUT) + r * field(row, layout.OUT_STRIDE), peek(positions + 8 * r)
             if not field(row, layout.BY_POSITION):
                 index = peek32(known + peek(slots + 8 * r) * stride + index * 4)
+                index = 0 if within and index >= within else index
             take(index, columns, size, table, out)
             if factor:
                 scale((columns + 15) // 16, out, factor, out)

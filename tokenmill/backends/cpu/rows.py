@@ -164,6 +164,9 @@ add = each(3, lambda g, i, x, y, out: g.put(g.b.fadd(g.vec(x, i), g.vec(y, i)), 
 scale = each(3, lambda g, i, x, s, out: g.put(g.b.fmul(g.vec(x, i), g.splat(g.bits(s))), out, i))
 """(vectors, x, bits of a float, out): multiply by a scalar"""
 
+add_scaled = each(3, lambda g, i, x, s, out: g.put(g.fma(g.vec(x, i), g.splat(g.bits(s)), g.vec(out, i)), out, i))
+"""(vectors, x, bits of a float, out): out += x · float"""
+
 
 def capped(g: Emitter, x: Val, cap: Val) -> Val:
     """Emit the soft cap: cap · tanh(x / cap)."""
@@ -285,7 +288,7 @@ def _gated_act(tid: int, row: int, context: int, counter: int) -> int:
     return 0
 
 
-def _in_pieces(operation: Callable[..., None]) -> Callable[..., int]:
+def in_pieces(operation: Callable[..., None]) -> Callable[..., int]:
     """Return a kernel that applies an operation (vectors, x, FACTOR, out).
 
     Rows may be long (logits), so a work item is 64 vectors of a row.
@@ -338,10 +341,10 @@ _BODIES: dict[str, Callable[..., int]] = {
     "add": _add,
     "act": _act,
     "gated_act": _gated_act,
-    "scale": _in_pieces(scale),
+    "scale": in_pieces(scale),
     "scale_by_position": _scale_by_position,
-    "soft_cap": _in_pieces(_cap),
-    "xielu": _in_pieces(_xielu),
+    "soft_cap": in_pieces(_cap),
+    "xielu": in_pieces(_xielu),
     "take_rows": _take_rows,
     "quantize_rows": _quantize_rows,
 }
