@@ -179,3 +179,20 @@ def test_a_gpus_dtype_is_the_configs_in_either_spelling_else_that_of_the_weights
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
     source = open_checkpoint(local_source(tmp_path))
     assert CUDA.dtype(stored_dtype(config_of(source.config).dtype, source), "") == dtype
+
+
+def test_keys_of_layers_that_share_those_of_others_are_left_out_and_no_other_ones(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "gemma3n_text")
+    kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if ".layers.1.self_attn.k" in name}
+    assert len(kept) == 2
+
+    def of_layer(layer: int) -> dict[str, torch.Tensor]:
+        return {name.replace(".layers.1.", f".layers.{layer}."): t for name, t in kept.items()}
+
+    changed(tmp_path, lambda tensors: tensors | of_layer(2) | of_layer(3))
+    want = reference(model, [[(0, prompts()[1])]])[0]
+    got = Driver.of(tmp_path).feed([(0, prompts()[1])])
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+    changed(tmp_path, lambda tensors: tensors | {"model.layers.2.self_attn.k_bias": torch.ones(4)})
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.self_attn\.k_bias"):
+        Driver.of(tmp_path)
