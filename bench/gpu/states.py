@@ -246,13 +246,13 @@ PREFILLS: dict[str, list[StateShapes]] = {
         StateShapes(delta_stages=2, delta_columns=16), StateShapes(delta_columns=64, delta_warps=8),
         StateShapes(delta_columns=64, delta_stages=2),
     ],
-    "kda": [SHAPES, StateShapes(ready_warps=8), StateShapes(ready_warps=8, ready_registers=128)],
+    "kda": [SHAPES, StateShapes(ready_warps=2)],
     "mamba2_n256": [SHAPES, StateShapes(scan_warps=8), StateShapes(scan_warps=8, scan_columns=128)],
     "mamba": [
         StateShapes(channels=channels, channel_chunk=chunk, channel_stages=stages)
         for channels, chunk, stages in ((16, 8, 3), (32, 4, 4), (16, 4, 4), (8, 8, 3), (32, 8, 3), (16, 16, 2))
     ],
-    "lru": [SHAPES, StateShapes(lru_columns=16), StateShapes(lru_chunk=64), StateShapes(lru_chunk=16, lru_stages=4)],
+    "lru": [SHAPES, StateShapes(lru_columns=32), StateShapes(lru_chunk=32), StateShapes(lru_chunk=128)],
 }
 
 

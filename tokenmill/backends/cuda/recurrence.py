@@ -309,7 +309,7 @@ class StateLowering:
                 (len(n.tiles[chunk]), sizes["HEADS"]),
                 *inputs, n.tiles[chunk], inverses, w, u, scores, last, *made, *strides, *numbers, TOKENS=tokens,
                 **sizes, L=chunk, BN=block, BP=max(16, power(width)), UNIT=unit, EACH=each,
-                num_warps=shapes.ready_warps, **most,
+                num_warps=shapes.ready_warps * (1 + each), **most,
             )  # fmt: skip
             behind(
                 (runs_of(n), sizes["HEADS"], triton.cdiv(width, together)),

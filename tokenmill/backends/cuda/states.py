@@ -32,7 +32,7 @@ class StateShapes(NamedTuple):
     scan_columns: int = 64
     scan_warps: int = 4
     scan_stages: int = 2
-    ready_warps: int = 4
+    ready_warps: int = 4  # twice as many with a decay for each column of a key
     ready_registers: int = 0  # at most so many of a thread; 0: as the compiler chooses
     delta_columns: int = 32
     delta_warps: int = 4
@@ -40,9 +40,9 @@ class StateShapes(NamedTuple):
     channels: int = 16
     channel_chunk: int = 8
     channel_stages: int = 3
-    lru_chunk: int = 32
+    lru_chunk: int = 64
     lru_stages: int = 3
-    lru_columns: int = 32
+    lru_columns: int = 16
 
 
 SHAPES = StateShapes()

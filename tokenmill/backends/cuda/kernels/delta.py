@@ -70,35 +70,24 @@ def merged_inverse(inverse, lower, L: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def spread(rows, COUNT: tl.constexpr, BN: tl.constexpr):
-    """Repeat each of the COUNT rows 16 times."""
-    return tl.reshape(tl.broadcast_to(rows[:, None, :], (COUNT, 16, BN)), (COUNT * 16, BN))
+def decayed(q, k, total, L: tl.constexpr, KIND: tl.constexpr):
+    """Return k · kᵀ and q · kᵀ (L, L), below the diagonal, with a decay for each column: `total`, logarithms (L, N).
 
-
-@triton.jit
-def decayed(q, k, total, L: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr):
-    """Return k · kᵀ and q · kᵀ (L, L), below the diagonal, with a decay for each column: `total`, logarithms (L, BN).
-
-    The decays between two tokens are products of factors, with a token in the middle of each 16 as reference: all stay
-    in range for decays to e⁻¹⁰ per token. Clamping changes only products smaller than that. KIND: of the factors, not
-    float16, whose range is too small.
+    The decays between two tokens are products of two factors, with a token in the middle of each 16 as reference: both
+    stay in range for decays to e⁻¹⁰ per token. Clamping changes only products smaller than that. KIND: of the factors,
+    not float16, whose range is too small.
     """
-    COUNT: tl.constexpr = L // 16
-    block, middle = tl.arange(0, COUNT), (tl.arange(0, 16) == 8)[None, :, None]
-    references = tl.sum(tl.where(middle, tl.reshape(total, (COUNT, 16, BN)), 0.0), 1)  # (COUNT, BN)
-    since = total - spread(references, COUNT, BN)
-    late = tl.exp(tl.minimum(since, 80.0))
-    of_k, of_q = (k * late).to(KIND), (q * late).to(KIND)
-    early = k * tl.exp(tl.minimum(-since, 80.0))
-    rows = tl.arange(0, L)[:, None] // 16
+    i = tl.arange(0, L)
     keys = tl.zeros([L, L], tl.float32)
     queries = tl.zeros([L, L], tl.float32)
-    for b in tl.static_range(0, COUNT):
-        reference = tl.sum(tl.where((block == b)[:, None], references, 0.0), 0)[None, :]
-        between = tl.exp(tl.minimum(reference - references, 0.0))
-        other = tl.trans(tl.where(rows <= b, early * spread(between, COUNT, BN), 0.0).to(KIND))
-        keys = tl.where(rows == b, tl.dot(of_k, other, input_precision="tf32x3"), keys)
-        queries = tl.where(rows == b, tl.dot(of_q, other, input_precision="tf32x3"), queries)
+    for first in tl.static_range(0, L, 16):
+        reference = tl.sum(tl.where((i == first + 8)[:, None], total, 0.0), 0)[None, :]
+        own = ((i >= first) & (i < first + 16))[:, None]
+        late = tl.where(own, tl.exp(tl.minimum(total - reference, 80.0)), 0.0)
+        early = tl.where((i < first + 16)[:, None], tl.exp(tl.minimum(reference - total, 80.0)), 0.0)
+        other = tl.trans((k * early).to(KIND))
+        keys = tl.dot((k * late).to(KIND), other, keys, input_precision="tf32x3")
+        queries = tl.dot((q * late).to(KIND), other, queries, input_precision="tf32x3")
     return keys, queries
 
 
@@ -129,7 +118,7 @@ def invert_blocks(k_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, inverses
         a = tl.load(a_ptr + t[:, None] * (a_stride * UNIT) + (h * N + n)[None, :], mask=ok, other=0.0).to(tl.float32)
         a += tl.load(bias_ptr + h * N + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
         total = tl.cumsum(tl.where(ok, softplus(a) * speed, 0.0), 0)
-        system, _ = decayed(k, k, total, 16, BN, tl.float32 if kind == tl.float32 else tl.bfloat16)
+        system, _ = decayed(k, k, total, 16, tl.float32 if kind == tl.float32 else tl.bfloat16)
     else:
         a = tl.load(a_ptr + t * (a_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32)
         a = softplus(a + tl.load(bias_ptr + h).to(tl.float32)) * speed
@@ -183,7 +172,7 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
         total = tl.cumsum(tl.where(ok, softplus(a) * speed, 0.0), 0)  # (L, BN)
         last = tl.sum(tl.where((i == L - 1)[:, None], total, 0.0), 0)
         tl.store(last_ptr + (chunk * HEADS + h) * N + n, tl.exp(last), mask=n_ok)
-        system, scores = decayed(q, k, total, L, BN, tl.float32 if kind == tl.float32 else tl.bfloat16)
+        system, scores = decayed(q, k, total, L, tl.float32 if kind == tl.float32 else tl.bfloat16)
         scores = tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], scores)
         grown = tl.exp(total)
         tl.store(queries_ptr + row * N + n[None, :], (q * grown).to(kind), mask=ok)

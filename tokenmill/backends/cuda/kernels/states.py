@@ -78,9 +78,7 @@ def convolve(x_ptr, weight_ptr, bias_ptr, ring_ptr, pairs_ptr, out_ptr, x_stride
     alone = alone & (same_row(pairs_ptr, t + 1, n, slot, position + 1) == 0)
     written = ring_ptr + (slot * 2 + (position + 1) % 2) * ((TAPS - 1) * WIDTH)
     x = tl.load(x_ptr + t[:, None] * x_stride + c[None, :], mask=ok, other=0.0)
-    some_alone = tl.max(alone.to(tl.int32), 0) > 0
-    if some_alone:
-        tl.store(written[:, None] + (TAPS - 2) * WIDTH + c[None, :], x, mask=ok & alone[:, None])
+    tl.store(written[:, None] + (TAPS - 2) * WIDTH + c[None, :], x, mask=ok & alone[:, None])
     acc = x.to(tl.float32) * tl.load(weight_ptr + c * TAPS + TAPS - 1, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     within = row_ok  # token t - j is in the row of token t
     before = tl.zeros([BT], tl.int32)  # tokens of the row before token t, as far as they matter
@@ -91,9 +89,8 @@ def convolve(x_ptr, weight_ptr, bias_ptr, ring_ptr, pairs_ptr, out_ptr, x_stride
         v = tl.load(x_ptr + (t - j)[:, None] * x_stride + c[None, :], mask=ok & within[:, None], other=0.0)
         read = ring_ptr + ((slot * 2 + start % 2) * (TAPS - 1) + TAPS - 1 - j + before) * WIDTH
         kept = row_ok & (within == 0) & (start > 0)
-        if tl.max(kept.to(tl.int32), 0) > 0:
-            v += tl.load(read[:, None] + c[None, :], mask=ok & kept[:, None], other=0.0)
-        if some_alone and j < TAPS - 1:
+        v += tl.load(read[:, None] + c[None, :], mask=ok & kept[:, None], other=0.0)
+        if j < TAPS - 1:
             tl.store(written[:, None] + (TAPS - 2 - j) * WIDTH + c[None, :], v, mask=ok & alone[:, None])
         w = tl.load(weight_ptr + c * TAPS + TAPS - 1 - j, mask=col_ok, other=0.0).to(tl.float32)
         acc += v.to(tl.float32) * w[None, :]
