@@ -18,7 +18,9 @@ from tokenmill.program import ops
 torch.set_num_threads(1)
 TYPES = (
     "apertus", "arcee", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "helium",
-    "hunyuan_v1_dense", "ministral", "ministral3", "olmo", "olmo2", "olmo3", "seed_oss", "smollm3",
+    "hunyuan_v1_dense", "ministral", "ministral3", "olmo", "olmo2", "olmo3", "seed_oss", "smollm3", "afmoe", "cwm",
+    "exaone_moe", "flex_olmo", "granite_swa", "granitemoe_swa", "hyperclovax", "jais2", "llama4_text", "nanochat",
+    "sarvam_moe", "vaultgemma",
 )  # fmt: skip
 OF_ROPE = {"rope_theta", "rope_scaling", "rope_local_base_freq", "rope_local_scaling", "partial_rotary_factor"}
 
