@@ -191,7 +191,10 @@ def converted(folder: Path, architecture: str, heads: int = 4, kv: int = 2) -> d
             if architecture in SECOND_MAMBA and re.search(r"\.(mixer|mamba)\.norm\.weight", name):
                 array = array.reshape(groups, -1)
             expert = re.fullmatch(r"(.*\.)(?:feed_forward|mlp|mixer|block_sparse_moe)\.experts\.(\d+)\.(.*)", name)
-            if expert:
+            stream = re.fullmatch(r"(model\.altup_\w+)\.(\d+)\.weight", name)
+            if stream:
+                layers[f"{stream[1]}.weight"][int(stream[2])] = array
+            elif expert:
                 module = "block_sparse_moe" if "block_sparse_moe" in name else "mlp"
                 module = "feed_forward" if expert[3][0] == "w" and module == "mlp" else module
                 layers[f"{expert[1]}{module}.experts.{expert[3]}"][int(expert[2])] = array
@@ -213,6 +216,7 @@ def activation(folder: Path) -> dict[str, list[float]]:
 def stored_name(name: str, names: Any, architecture: str) -> str:
     """Return the file's name of a tensor."""
     own = name.removeprefix("transformer.") if architecture == "bloom" else name
+    own = f"{own}.weight" if own.endswith("_output_scale") else own
     own = re.sub(r"\.dt_bias$", ".dt_proj.bias", own)
     own = re.sub(r"\.expert_bias$", ".expert_bias.bias", own)
     own = own.removeprefix("model.") if ".feed_forward.experts.w" in own else own

@@ -124,6 +124,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "num_hidden_layers": 4}, {
         "block_count": 4, "expert_feed_forward_length": 128, "feed_forward_length": 96,
         "interleave_moe_layer_step": 2}),
+    "gemma3n": ("gemma3n", "gemma3n_text", {"vocab_size_per_layer_input": 128, "altup_num_inputs": 4}, {
+        "block_count": 4, "attention__sliding_window": 8, "feed_forward_length": [64, 96, 64, 128],
+        "embedding_length": 32, "altup__num_inputs": 4, "altup__active_idx": 0, "embedding_length_per_layer_input": 16,
+        "attention__sliding_window_pattern": [True, False, True, False], "attention__shared_kv_layers": 2,
+        "activation_sparsity_scale": [-np.inf, 0.8416212, -np.inf, 0.2533471], "final_logit_softcapping": 30.0,
+        "attention__key_length": 16, "attention__value_length": 16}),
     "gptneox": ("gptneox", "gpt_neox", {}, {
         "rope__dimension_count": 8, "use_parallel_residual": True, "attention__head_count_kv": 4}),
 }  # fmt: skip

@@ -101,8 +101,8 @@ class Gguf:
     def _made_names(self) -> Iterator[tuple[str, list[str]]]:
         """Return the tensors that are made of others, with the file's names of these."""
         for name, made in self._kind.made.items():
-            for layer in range(self.config["num_hidden_layers"] if self._kind.made else 0):
-                parts = [f"blk.{layer}.{source}" for source in made.sources]
+            for layer in range(made.copies(self.config) if made.copies else self.config["num_hidden_layers"]):
+                parts = made.names(layer)
                 if all(part in self._entries for part in parts):
                     yield name.replace("{}", str(layer)), parts
 
@@ -154,7 +154,7 @@ class Gguf:
         made, layer = self._kind.made_of(name) or (None, 0)
         if made is None:
             return None
-        parts = [self._entries.get(f"blk.{layer}.{source}") for source in made.sources]
+        parts = [self._entries.get(part) for part in made.names(layer)]
         found = [part for part in parts if part is not None]
         return (made, layer, found) if len(found) == len(parts) else None
 
@@ -164,7 +164,7 @@ class Gguf:
         try:
             shape = made.shape(self.config, shapes)
         except ValueError as error:
-            names = ", ".join(f"'blk.{layer}.{source}'" for source in made.sources)
+            names = ", ".join(map(repr, made.names(layer)))
             raise ModelError(f"{self.path}: {names} have shapes {shapes}; {error}.") from None
         if made.rows is None:
             return shape

@@ -30,14 +30,21 @@ class Found:
 class Made(NamedTuple):
     """Tensor of transformers that is made of tensors of the file, all of one layer.
 
-    `sources`: their names, without "blk.N."; none if it is made of the configuration. `shape`: from theirs. `rows`:
-    the rows of the only source that it consists of, in order. Without `rows` it is `numbers(fields, arrays, layer)`.
+    `sources`: the file's names, without "blk.N."; none if it is made of the configuration. `shape`: from theirs.
+    `rows`: the rows of the only source that it consists of, in order. Without `rows` it is `numbers(fields, arrays,
+    layer)`. `copies`: the number of such tensors, if they are made of tensors outside of the layers; `layer` is then
+    the number in its name.
     """
 
     sources: tuple[str, ...]
     shape: Callable[[Fields, Sequence[Shape]], Shape]
     rows: Callable[[Fields], NDArray[np.intp]] | None = None
     numbers: Callable[[Fields, Sequence[Floats], int], Floats] | None = None
+    copies: Callable[[Fields], int] | None = None
+
+    def names(self, layer: int) -> list[str]:
+        """Return the file's names of the tensors that it is made of."""
+        return [source if self.copies else f"blk.{layer}.{source}" for source in self.sources]
 
 
 class Architecture(NamedTuple):
@@ -64,6 +71,7 @@ class Architecture(NamedTuple):
     partial: bool = False  # a part of a head may be rotated
     windows: bool = False  # `attention.sliding_window` is used
     heads: Literal["all", "some", "none"] = "all"  # layers whose attention heads are read by `gguf_config`
+    widths: bool = False  # feed-forward layers may differ in width, which a function of `gguf_special` reads
     joined: tuple[str, ...] = ()  # ends of names of tensors that are gate and up in one
     alternate: bool = False  # in which their rows alternate
     sigmoid: bool = False  # experts are weighed by the sigmoid of their scores, not by the softmax

@@ -33,7 +33,7 @@ from tokenmill.weights.gguf_architecture import (
     Architecture,
     within,
 )
-from tokenmill.weights.gguf_made import EXPANDED, of_field
+from tokenmill.weights.gguf_made import EXPANDED, STREAMS, of_field
 
 _GPT2 = {
     "token_embd": "transformer.wte",
@@ -231,6 +231,24 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "sliding_window_pattern": "attention.sliding_window_pattern"},
         constants={"hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 6,
                    "rope_local_base_freq": 10000.0, "final_logit_softcapping": None, "attn_logit_softcapping": None},
+    ),
+    "gemma3n": Architecture(
+        "gemma3n_text",
+        BODY | ATTENTION | GATED | FOUR_NORMS | HEAD_NORMS | within(
+            "model.layers", inp_gate="per_layer_input_gate", proj="per_layer_projection",
+            post_norm="post_per_layer_input_norm", altup_correct_coef="altup.correction_coefs",
+            altup_predict_coef="altup.prediction_coefs", altup_router="altup.modality_router",
+            altup_router_norm="altup.router_norm", laurel_l="laurel.linear_left", laurel_r="laurel.linear_right",
+            laurel_post_norm="laurel.post_laurel_norm") | {
+            "altup_correct_scale.weight": "model.layers.{}.altup.correct_output_scale",
+            "per_layer_token_embd": "model.embed_tokens_per_layer",
+            "per_layer_model_proj": "model.per_layer_model_projection",
+            "per_layer_proj_norm": "model.per_layer_projection_norm"},
+        fields={"final_logit_softcapping": "final_logit_softcapping", "altup_active_idx": "altup.active_idx",
+                "rope_local_base_freq": "rope.freq_base_swa", "num_kv_shared_layers": "attention.shared_kv_layers"},
+        constants={"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0,
+                   "final_logit_softcapping": None, "num_kv_shared_layers": 0},
+        made=STREAMS, windows=True, widths=True,
     ),
     "command-r": Architecture(
         "cohere", BODY | ATTENTION | GATED | within("model.layers", attn_norm="input_layernorm"),

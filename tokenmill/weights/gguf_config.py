@@ -69,7 +69,7 @@ def _heads(read: Reader, kind: Architecture, factors: Mapping[str, list[float]])
     heads = read.number("attention.head_count")
     head_dim = read.number("attention.key_length", read.number("embedding_length") // heads)
     return {
-        "intermediate_size": _inner(read),
+        "intermediate_size": _inner(read, kind),
         "num_attention_heads": heads,
         "num_key_value_heads": read.number("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -79,8 +79,13 @@ def _heads(read: Reader, kind: Architecture, factors: Mapping[str, list[float]])
     }
 
 
-def _inner(read: Reader) -> int:
-    """Return the width of the feed-forward layers, or of the experts in a model that has no other."""
+def _inner(read: Reader, kind: Architecture) -> int | None:
+    """Return the width of the feed-forward layers, or of the experts in a model that has no other.
+
+    None if layers may differ in it.
+    """
+    if kind.widths:
+        return None
     key = "expert_feed_forward_length"
     return read.number("feed_forward_length", read.number(key) if read.has(key) else None)
 

@@ -93,6 +93,20 @@ def _rows(source: str, rows: object) -> Made:
     return Made((source,), _same, rows=rows)  # type: ignore[arg-type]
 
 
+def _matrix(fields: Fields, shapes: Sequence[Shape]) -> Shape:
+    if len(shapes[0]) != 3 or shapes[0][0] != fields["altup_num_inputs"] - 1:
+        raise ValueError(f"expected {fields['altup_num_inputs'] - 1} matrices")
+    return shapes[0][1:]
+
+
+STREAMS = {
+    f"model.altup_{theirs}.{{}}.weight": Made(
+        (f"altup_{ours}.weight",), _matrix, numbers=lambda fields, arrays, index: arrays[0][index],
+        copies=lambda fields: int(fields["altup_num_inputs"]) - 1)
+    for theirs, ours in (("projections", "proj"), ("unembed_projections", "unembd_proj"))
+}  # fmt: skip
+"""Gemma 3n: the projections to and from the streams beside the first one, stacked"""
+
 _DELTA = "model.layers.{}.linear_attn."
 GROUPED = {
     f"{_DELTA}A_log": Made(("ssm_a",), _same, numbers=_logarithm),

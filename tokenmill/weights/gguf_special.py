@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
+from statistics import NormalDist
 from typing import Any
 
 from tokenmill.errors import ModelError, Unsupported
@@ -66,6 +68,31 @@ def _apertus(read: Reader) -> dict[str, Any]:
             raise Unsupported("GGUF key", f"xielu.{name}", (), f"It has {wrong[0]!r}; only {_XIELU[name]} is computed.")
         found[f"xielu_{name}"] = numbers
     return found
+
+
+def _gemma3n(read: Reader) -> dict[str, Any]:
+    """Return the streams, the layers with a window, and the shares of gates that are zero.
+
+    The file has these shares as the deviations from the mean that they are of.
+    """
+    layers, pattern = read.number("block_count"), read("attention.sliding_window_pattern")
+    deviations = read("activation_sparsity_scale", [-inf] * layers)
+    for key, given, kind in (
+        ("attention.sliding_window_pattern", pattern, bool), ("activation_sparsity_scale", deviations, float),
+    ):  # fmt: skip
+        if not isinstance(given, list) or len(given) != layers or not all(isinstance(each, kind) for each in given):
+            raise ModelError(f"{read.path}: 'gemma3n.{key}' is {given!r}, not {layers} values, one for each layer.")
+    low_rank, table = (read.shapes.get(f"{name}.weight", (0,)) for name in ("blk.0.laurel_l", "per_layer_token_embd"))
+    return {
+        "altup_num_inputs": read.number("altup.num_inputs"),
+        "hidden_size_per_layer_input": read.number("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": table[0],
+        "laurel_rank": low_rank[0],
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+        "activation_sparsity_pattern": [NormalDist().cdf(n) for n in deviations],
+        "intermediate_size": read.by_layer("feed_forward_length"),
+        "altup_correct_scale": read.has_tensor(r"blk\.\d+\.altup_correct_scale\.weight"),
+    }
 
 
 def _llama4(read: Reader) -> dict[str, Any]:
@@ -229,7 +256,7 @@ def _delta(read: Reader) -> dict[str, Any]:
 SPECIAL: Mapping[str, Callable[[Reader], dict[str, Any]]] = {
     "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query, "falcon": _falcon, "gpt-oss": _gpt_oss,
     "falcon with two norms": lambda read: {**_falcon(read), "num_ln_in_parallel_attn": 2},
-    "olmo2 with windows": _olmo3, "llama4": _llama4, "mpt": _mpt, "apertus": _apertus,
+    "olmo2 with windows": _olmo3, "llama4": _llama4, "gemma3n": _gemma3n, "mpt": _mpt, "apertus": _apertus,
     "mistral3 with temperature": _ministral3,
     "deepseek2": _latent, "deepseek2 with sigmoid": _latent,
     "mamba": _mamba, "mamba with norms": _mamba, "mamba2": _mamba, "jamba": _jamba, "granitehybrid": _granite,
