@@ -67,7 +67,7 @@ def refusal(op: Op) -> str:
 def route_shape(rows: int, experts: int, columns: int, batch_invariant: bool = False) -> RouteShape:
     """Return the sizes for so many rows. `columns`: of a row."""
     if rows == 1 and not batch_invariant:
-        return RouteShape(1, 2, min(power(columns), 1024), 2, 2)
+        return RouteShape(1, 1, power(columns), 1, 1) if columns <= 2048 else RouteShape(1, 2, 1024, 2, 2)
     if rows <= _FEW or batch_invariant:
         return RouteShape(16, 16, 128, 4, 4)
     if rows <= _MANY or experts > 128:
@@ -94,7 +94,7 @@ def row_shape(columns: int, top_k: int = 1) -> RowShape:
 
 def tile_shape(items: float, gated: bool, item_bytes: int = 2, batch_invariant: bool = False) -> TileShape:
     """Return the sizes for `items` items of an expert on average. Batch-invariant sums have rounds of one size."""
-    size = next((size for size, most in ((16, 8), (32, 20), (64, 80)) if items <= most), 128)
+    size = next((size for size, most in ((16, 8), (32, 20), (64, 48)) if items <= most), 128)
     if item_bytes > 2:
         return TileShape(min(size, 32), 32, 32, 2, 4)
     if batch_invariant:
@@ -102,5 +102,7 @@ def tile_shape(items: float, gated: bool, item_bytes: int = 2, batch_invariant: 
     if size < 64:
         return TileShape(size, 64, 128, 4, 4)
     if size == 64:
-        return TileShape(size, 128, 64, 4, 8)
-    return TileShape(size, 128, 64, 3, 8, True) if gated else TileShape(size, 256, 64, 4, 8, True)
+        return TileShape(size, 64, 64, 3, 4) if gated else TileShape(size, 128, 64, 4, 8)
+    if gated and items <= 256:
+        return TileShape(size, 64, 64, 3, 4, True, 8)
+    return TileShape(size, 128, 64, 3, 8, True)

@@ -49,9 +49,11 @@ def row_shape(outputs: int, columns: int, gated: bool) -> RowShape | None:
         shape = RowShape(4, 512, 1, 2) if outputs >= 1 << 16 else RowShape(4, 1024, 1, 4)
     elif gated:
         shape = RowShape(4, 1024, 4, 4)
+    elif columns == 4096 and outputs < columns:
+        shape = RowShape(4, 2048, 1, 4)
     elif outputs >= 1 << 16:
         shape = RowShape(8, 1024, 4, 8)
-    elif columns >= 2 * outputs and columns < 12288:
+    elif columns > 2 * outputs and columns < 12288:
         shape = RowShape(4, 1024, 4, 4)
     else:
         shape = RowShape(8, 512, 4, 4) if columns == outputs else RowShape(8, 512, 3, 2)
