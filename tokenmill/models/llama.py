@@ -84,6 +84,11 @@ class Config(base.Config, kw_only=True):
                 f"`partial_rotary_factor` is {self.partial_rotary_factor}, but this model type rotates whole heads; "
                 "leave it out"
             )
+        if self.rotary_dim > self.head_size:
+            raise ValueError(
+                f"`partial_rotary_factor` is {self.partial_rotary_factor}, more than the {self.head_size} columns of a "
+                "head; give a share of them, at most 1"
+            )
         scaling = (self.rope_scaling or {}).get("rope_type", "default")
         if self.max_position_embeddings is None and scaling not in ("default", "linear"):
             raise ValueError(f"`max_position_embeddings` is null, but {scaling} rope scaling needs it; give a number")
