@@ -289,6 +289,7 @@ def test_experts_that_cannot_be_had_are_refused(config: dict[str, Any], words: s
         ("granite", "logits_scaling", float("-inf")),
         ("mamba2", "num_hidden_layers", 1 << 20),
         ("qwen3_next", "partial_rotary_factor", 1e7),
+        ("gemma4_text", "attention_k_eq_v", True),
         ("mamba", "expand", 1e308),
         ("jamba", "hidden_size", 0),
         ("jamba", "hidden_size", 1 << 40),

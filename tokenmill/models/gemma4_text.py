@@ -47,6 +47,8 @@ class Config(_gemma.Config, kw_only=True):
         if self.rope_scaling is None:
             self.rope_scaling = {"rope_type": "proportional"}
         super().__post_init__()
+        if self.attention_k_eq_v and self.per_layer_config is None and self.num_global_key_value_heads is None:
+            raise ValueError("`attention_k_eq_v` is set, but `num_global_key_value_heads` is null; give a number")
         if self.enable_moe_block:
             if not (self.num_experts and self.top_k_experts and self.moe_intermediate_size):
                 raise ValueError(

@@ -66,7 +66,7 @@ class Config(llama.Config, kw_only=True):
 
     def chunk(self, layer: int) -> int:
         """Return the positions of a chunk within which a layer attends; 0: all tokens."""
-        chunked = self.rotates(layer) if self.layer_types is None else self.layer_types[layer] == "chunked_attention"
+        chunked = self.rotates(layer) if not self.layer_types else self.layer_types[layer] == "chunked_attention"
         return (self.attention_chunk_size or 0) if chunked else 0
 
     def sparse(self, layer: int) -> bool:
