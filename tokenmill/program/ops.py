@@ -326,9 +326,8 @@ class Route(Op):
     """Choose `top_k` experts for each row: out = their ids, factors = the factors of their outputs.
 
     The scores are score(x · weightᵀ + bias). Those plus `correction` decide; the factors are without it. With several
-    `groups` of adjacent experts, only those in the `top_groups` best groups can be chosen; a group counts as the sum of
-    its `group_best` best. The factors are divided by their sum, no less than `least_sum`, if `renormalize`, and then
-    multiplied by `scale`.
+    `groups` of adjacent experts, only those in the `top_groups` best can be chosen; a group counts as the sum of its
+    `group_best` best. `renormalize` divides factors by their sum, at least `least_sum`; `scale` then multiplies them.
 
     "sparsemixer" (Phi-3.5-MoE) chooses one expert after another. A factor is the expert's share in the softmax over the
     experts that are left and whose logits are near the best one's, in the sense of `margin`.

@@ -215,11 +215,9 @@ def set_post_processor(inner: tokenizers.Tokenizer, begin: str | None, end: str 
 def _eos_ids(folder: Path, inner: tokenizers.Tokenizer, eos: str | None) -> tuple[int, ...]:
     """Return all ids that end an answer: generation_config.json's, else config.json's; and the tokenizer's."""
     config = read_json(folder / "config.json")
-    candidates = (
-        read_json(folder / "generation_config.json").get("eos_token_id"),
-        config.get("eos_token_id"),
-        language_config(config).get("eos_token_id"),
-    )
+    text = config.get("text_config")  # may lack the model type that makes it the language part
+    parts = (read_json(folder / "generation_config.json"), config, text, language_config(config))
+    candidates = [part.get("eos_token_id") for part in parts if isinstance(part, dict)]
     first: Any = next((ids for ids in candidates if ids is not None), [])
     ids = list(first) if isinstance(first, list) else [first]
     own = inner.token_to_id(eos) if eos is not None else None

@@ -32,11 +32,11 @@ from tokenmill.backends.steps import (
 )
 from tokenmill.backends.torch import attention
 from tokenmill.backends.torch.interpreter import Env, Interpreter
-from tokenmill.backends.torch.kinds import StepState
 from tokenmill.backends.torch.pack import pack
 from tokenmill.backends.torch.sampling import Sampled, sample, score
 from tokenmill.backends.torch.slots import Slots
 from tokenmill.backends.torch.states import States, zeros
+from tokenmill.backends.torch.step_state import StepState
 from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
 from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers

@@ -21,8 +21,8 @@ from tokenmill.backends.base import StepInputs
 from tokenmill.backends.kind import Job
 from tokenmill.backends.torch.attention import RUN, Bucket, Run, bucket_of, bucketed
 from tokenmill.backends.torch.backend import TorchBackend
-from tokenmill.backends.torch.kinds import StepState
 from tokenmill.backends.torch.states import StatePlan
+from tokenmill.backends.torch.step_state import StepState
 from tokenmill.program.encoded import CrossAttention, DecoderAttention, EncoderAttention, InputIds, StoreInput
 from tokenmill.program.ops import Op, Weight
 

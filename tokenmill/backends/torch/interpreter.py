@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.backends.torch import kinds
-from tokenmill.backends.torch.kinds import StepState
+from tokenmill.backends.torch.step_state import StepState
 from tokenmill.errors import Unsupported
 from tokenmill.program import ops
 from tokenmill.program.buffers import last_uses

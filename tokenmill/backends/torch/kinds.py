@@ -7,7 +7,6 @@ fused kind runs its parts in order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,46 +15,13 @@ from torch import Tensor
 
 from tokenmill.backends.torch import recurrence as recurrent
 from tokenmill.backends.torch import special
-from tokenmill.backends.torch.attention import AttentionPlan, Scratch, attend, attend_latent
+from tokenmill.backends.torch.attention import attend, attend_latent
 from tokenmill.backends.torch.experts import mixed, routed
-from tokenmill.backends.torch.states import StatePlan
-from tokenmill.parallel.group import Group
+from tokenmill.backends.torch.step_state import StepState
 from tokenmill.program import ops, recurrence
-from tokenmill.program.ops import Weight
 from tokenmill.program.rope import RopeTable
 
 Act = Callable[[Tensor], Tensor]
-
-
-@dataclass(slots=True)
-class StepState:
-    """State that the operations of one step share, besides values."""
-
-    weights: dict[Weight, Tensor]
-    cache: dict[int, Tensor]  # by layer: (2, places, key-value heads · head size)
-    group: Group
-    positions: Tensor  # (T,)
-    attention: dict[int, AttentionPlan]  # by layer
-    samples: Tensor  # (R,) indices among the T tokens
-    scratch: Scratch
-    recurrent: StatePlan
-    tables: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of cos_sin
-
-    def optional(self, weight: Weight | None) -> Tensor | None:
-        """Return the weight, or None for None."""
-        return None if weight is None else self.weights[weight]
-
-    def cos_sin(self, table: RopeTable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, each (T, 1, rotary_dim / 2). Computed once a step."""
-        if table not in self.tables:
-            if table.moves:
-                inverse = torch.from_numpy(table.frequencies_at(self.positions.cpu().numpy()))
-            else:
-                inverse = torch.from_numpy(table.inverse_frequencies())[None]
-            angle = self.positions[:, None].float() * inverse.to(self.positions.device)
-            cos, sin = (t[:, None] * table.magnitude() for t in (angle.cos(), angle.sin()))
-            self.tables[table] = cos.to(dtype), sin.to(dtype)
-        return self.tables[table]
 
 
 def activation(name: str) -> Act:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from tokenmill.backends.torch.step_state import StepState
 from tokenmill.program import ops, special
-
-if TYPE_CHECKING:
-    from tokenmill.backends.torch.kinds import StepState
 
 
 def scale_by_position(op: special.ScaleByPosition, step: StepState, x: Tensor) -> Tensor:

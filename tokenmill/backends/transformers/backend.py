@@ -24,7 +24,7 @@ from tokenmill.backends.base import Admitted, StepInputs
 from tokenmill.backends.kind import Job
 from tokenmill.backends.torch.attention import attend
 from tokenmill.backends.torch.backend import TorchBackend
-from tokenmill.backends.torch.kinds import StepState
+from tokenmill.backends.torch.step_state import StepState
 from tokenmill.backends.transformers.library import class_of, config_of, parts_of
 from tokenmill.errors import ModelError, Unsupported
 from tokenmill.program.foreign import TransformersAttention, TransformersBody, TransformersHead, body_of

@@ -177,6 +177,26 @@ def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr,
     return higher, total * fade + p, acc * fade[:, None] + p[:, None] * value.to(tl.float32)[None, :]
 
 
+@triton.jit
+def token_of(pairs_ptr, rows_ptr, b, SOME: tl.constexpr):
+    """Return the step's token of row b, its slot, and its position. SOME: the token is that of `rows`."""
+    t = b
+    if SOME:
+        t = tl.load(rows_ptr + b)
+    return t.to(tl.int64), tl.load(pairs_ptr + 2 * t).to(tl.int64), tl.load(pairs_ptr + 2 * t + 1)
+
+
+@triton.jit
+def turn_of(cos_ptr, sin_ptr, position, half, half_ok, D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr):
+    """Return the cosines and sines (1, HALF) of a position; zeros without a rotation."""
+    cos = tl.zeros([1, HALF], tl.float32)
+    sin = cos
+    if ROPE != 0:
+        cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
+        sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
+    return cos, sin
+
+
 @triton.jit(do_not_specialize=["n"])
 def list_splits(items_ptr, pairs_ptr, rows_ptr, n, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
                 WINDOW: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -219,23 +239,14 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     if PDL:
         gdc_wait()
     b, split = assigned_split(items_ptr, SPLITS, LISTED)
-    t = b
-    if SOME:
-        t = tl.load(rows_ptr + b)
-    slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
-    position = tl.load(pairs_ptr + 2 * t + 1)
-    t = t.to(tl.int64)
+    t, slot, position = token_of(pairs_ptr, rows_ptr, b, SOME)
     first, chunk, active = split_spans(position, WINDOW, BN, SPLITS, LEAST)
     if split >= active:
         return
     kind: tl.constexpr = out_ptr.dtype.element_ty
     half = tl.arange(0, HALF)[None, :]
     half_ok = half < D // 2
-    cos = tl.zeros([1, HALF], tl.float32)
-    sin = cos
-    if ROPE != 0:
-        cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
-        sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
+    cos, sin = turn_of(cos_ptr, sin_ptr, position, half, half_ok, D, HALF, ROPE)
     g = tl.arange(0, GP)
     q_at = q_ptr + t * q_stride + (head * G + g)[:, None] * D
     a1, a2 = rotated(q_at, (g < G)[:, None], q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)

@@ -135,6 +135,23 @@ def invert_blocks(k_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, inverses
 
 
 @triton.jit
+def unit_rows(at, ok, scale):
+    """Return rows of unit length times `scale` (L, BN) float32, and the factors (L,) that made them so."""
+    x = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 1) + 1e-6) * scale
+    return x * factor[:, None], factor
+
+
+@triton.jit
+def decayed_alike(q, k, total, i):
+    """Return k · kᵀ and q · kᵀ (L, L), where all columns decay alike. `total` (L,): sums of the decays' logarithms."""
+    between = tl.exp(tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf")))
+    other = tl.trans(k)
+    scores = tl.dot(q, other, input_precision="tf32x3") * between
+    return tl.dot(k, other, input_precision="tf32x3") * between, scores
+
+
+@triton.jit
 def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_ptr, inverses_ptr, w_ptr, u_ptr,
                  scores_ptr, last_ptr, queries_ptr, keys_ptr, q_stride, k_stride, v_stride, a_stride, b_stride, rate,
                  scale, TOKENS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr,
@@ -154,18 +171,13 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
     there, n_ok, p_ok = i < count, n < N, p < P
     ok = there[:, None] & n_ok[None, :]
     t = first + i
-    key = (h // SHARED * N + n)[None, :]
-    row = (t * HEADS + h)[:, None]
+    key, row = (h // SHARED * N + n)[None, :], (t * HEADS + h)[:, None]
     kind = k_ptr.dtype.element_ty
     speed = -tl.exp(tl.load(a_log_ptr + h).to(tl.float32))
-    share = rate * sigmoid(tl.load(b_ptr + t * (b_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32))
-    share = tl.where(there, share, 0.0)[:, None]
-    k = tl.load(k_ptr + t[:, None] * (k_stride * UNIT) + key, mask=ok, other=0.0).to(tl.float32)
-    of_k = tl.rsqrt(tl.sum(k * k, 1) + 1e-6)
-    k *= of_k[:, None]
-    q = tl.load(q_ptr + t[:, None] * (q_stride * UNIT) + key, mask=ok, other=0.0).to(tl.float32)
-    of_q = tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * scale
-    q *= of_q[:, None]
+    share = sigmoid(tl.load(b_ptr + t * (b_stride * UNIT) + h, mask=there, other=0.0).to(tl.float32))
+    share = tl.where(there, rate * share, 0.0)[:, None]
+    k, of_k = unit_rows(k_ptr + t[:, None] * (k_stride * UNIT) + key, ok, 1.0)
+    q, of_q = unit_rows(q_ptr + t[:, None] * (q_stride * UNIT) + key, ok, scale)
     if EACH:
         a = tl.load(a_ptr + t[:, None] * (a_stride * UNIT) + (h * N + n)[None, :], mask=ok, other=0.0).to(tl.float32)
         a += tl.load(bias_ptr + h * N + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
@@ -185,10 +197,7 @@ def ready_chunks(q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, bias_ptr, chunks_
         tl.store(last_ptr + chunk * HEADS + h, tl.exp(last))
         tl.store(queries_ptr + h * TOKENS + t, of_q * tl.exp(total), mask=there)
         tl.store(keys_ptr + h * TOKENS + t, of_k * tl.exp(last - total), mask=there)
-        between = tl.exp(tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf")))
-        other = tl.trans(k.to(kind))
-        scores = tl.dot(q.to(kind), other, input_precision="tf32x3") * between
-        system = tl.dot(k.to(kind), other, input_precision="tf32x3") * between
+        system, scores = decayed_alike(q.to(kind), k.to(kind), total, i)
         grown = tl.exp(total)[:, None]
     scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
     tl.store(scores_ptr + row * L + i[None, :], scores.to(kind), mask=there[:, None])

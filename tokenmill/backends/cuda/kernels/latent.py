@@ -117,6 +117,42 @@ def absorb(q_ptr, latent_ptr, key_ptr, expand_ptr, cache_ptr, out_ptr, pairs_ptr
             tl.store(to + R + K // 2 + j, second_half.to(kind), mask=there)
 
 
+@triton.jit
+def row_rounds(query, query_turned, cache_ptr, table, begin, stop, turned_at, scale, GP: tl.constexpr, R: tl.constexpr,
+               R2: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
+    """Attend to the rows [begin, stop) of a table. Return largest score, sum and weighted rows of each query."""
+    r = tl.arange(0, R2)
+    j = tl.arange(0, 2 * HALF)
+    n = tl.arange(0, BN)
+    m = tl.full([GP], -1e30, tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, R2], tl.float32)
+    block = tl.load(table + (begin + n) // BLOCK_SIZE, mask=begin + n < stop, other=0)
+    for start in tl.range(begin, stop, BN, num_stages=STAGES):
+        places = start + n
+        ok = places < stop
+        at = row_at(block, places, R + K, BLOCK_SIZE)[:, None]
+        there, turned_there = ok[:, None], ok[:, None]
+        if R != R2:
+            there = there & (r < R)[None, :]
+        if K != 2 * HALF:
+            turned_there = turned_there & in_head(j, K, HALF)[None, :]
+        latent = tl.load(cache_ptr + at + r[None, :], mask=there, other=0.0).to(query.dtype)
+        key = tl.load(cache_ptr + at + turned_at, mask=turned_there, other=0.0).to(query.dtype)
+        s = tl.dot(query_turned, key.T, input_precision="ieee")
+        s = tl.dot(query, latent.T, s, input_precision="ieee") * scale
+        s = tl.where(ok[None, :], s, -1e30)
+        higher = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        fade = tl.exp2(m - higher)
+        block = tl.load(table + (places + BN) // BLOCK_SIZE, mask=places + BN < stop, other=0)
+        total = total * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(query.dtype), latent, acc * fade[:, None], input_precision="ieee")
+        m = higher
+    return m, total, acc
+
+
 @triton.jit(do_not_specialize=["first"])
 def attend_rows(q_ptr, cache_ptr, out_ptr, part_ptr, sum_ptr, pairs_ptr, rows_ptr, tables_ptr, items_ptr, table_stride,
                 scale, value_scale, first, HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, R: tl.constexpr,
@@ -149,33 +185,10 @@ def attend_rows(q_ptr, cache_ptr, out_ptr, part_ptr, sum_ptr, pairs_ptr, rows_pt
     query = tl.load(q_at + r[None, :], mask=within[:, None] & (r < R)[None, :], other=0.0)
     turned_at = R + columns(j, K, HALF)[None, :]
     query_turned = tl.load(q_at + turned_at, mask=within[:, None] & in_head(j, K, HALF)[None, :], other=0.0)
-    table = tables_ptr + slot * table_stride
-    n = tl.arange(0, BN)
-    m = tl.full([GP], -1e30, tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, R2], tl.float32)
-    block = tl.load(table + (begin + n) // BLOCK_SIZE, mask=begin + n < stop, other=0)
-    for start in tl.range(begin, stop, BN, num_stages=STAGES):
-        places = start + n
-        ok = places < stop
-        at = row_at(block, places, R + K, BLOCK_SIZE)[:, None]
-        there, turned_there = ok[:, None], ok[:, None]
-        if R != R2:
-            there = there & (r < R)[None, :]
-        if K != 2 * HALF:
-            turned_there = turned_there & in_head(j, K, HALF)[None, :]
-        latent = tl.load(cache_ptr + at + r[None, :], mask=there, other=0.0).to(query.dtype)
-        key = tl.load(cache_ptr + at + turned_at, mask=turned_there, other=0.0).to(query.dtype)
-        s = tl.dot(query_turned, key.T, input_precision="ieee")
-        s = tl.dot(query, latent.T, s, input_precision="ieee") * scale
-        s = tl.where(ok[None, :], s, -1e30)
-        higher = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
-        fade = tl.exp2(m - higher)
-        block = tl.load(table + (places + BN) // BLOCK_SIZE, mask=places + BN < stop, other=0)
-        total = total * fade + tl.sum(p, 1)
-        acc = tl.dot(p.to(query.dtype), latent, acc * fade[:, None], input_precision="ieee")
-        m = higher
+    m, total, acc = row_rounds(
+        query, query_turned, cache_ptr, tables_ptr + slot * table_stride, begin, stop, turned_at, scale, GP, R, R2, K,
+        HALF, BLOCK_SIZE, BN, STAGES,
+    )  # fmt: skip
     acc = acc * (value_scale / total)[:, None]
     there = within[:, None] & (r < R)[None, :]
     if active == 1:
