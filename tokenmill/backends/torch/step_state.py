@@ -1,4 +1,4 @@
-"""What the operations of one step share."""
+"""State that the operations of one step share."""
 
 from __future__ import annotations
 
