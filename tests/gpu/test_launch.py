@@ -42,7 +42,8 @@ def test_a_launch_is_captured_in_a_graph() -> None:
     out = torch.zeros(2, 128, device="cuda")
 
     def run() -> None:
-        site((2,), pairs, tokens, table, out, 2, 1.0, WIDTH=128, BLOCK=128, BY_POSITION=False, num_warps=4)
+        constants = {"WIDTH": 128, "BLOCK": 128, "BY_POSITION": False, "BOUND": False}
+        site((2,), pairs, tokens, table, out, 2, 1.0, 32, **constants, num_warps=4)
 
     run()
     graph = torch.cuda.CUDAGraph()
