@@ -168,12 +168,22 @@ def test_forced_text_is_cut_as_the_models_tokenizer_cuts_it() -> None:
     assert [vocabulary.tokens[i] for i in wrong(b"hello world")] == [b"hello", b" world"]
 
 
+@pytest.mark.parametrize("source, forced", [("abc{5}", True), ("äbc{5}", False), (r"\x61bc{5}", False)])
+def test_text_is_forced_where_only_bytes_that_it_cannot_have_are_not_spelled(source: str, forced: bool) -> None:
+    whole = small_vocabulary()
+    tokens = [b"" if text == b"\xf4" else text for text in whole.tokens]
+    vocabulary = Vocabulary.of(tokens.__getitem__, len(tokens), whole.size, whole.end_ids, whole.special_ids)
+    assert vocabulary.unspelled() == {0xF4}
+    chosen = LLGuidance(vocabulary, lambda text: list(text))
+    assert bool(made(chosen, "regex", source).matcher().forced(9)) == forced
+
+
 def test_text_that_no_token_spells_is_not_forced_and_masks_remain_exact() -> None:
     whole = small_vocabulary()
     quote, tokens = ord('"'), whole.tokens
     vocabulary = Vocabulary.of(tokens.__getitem__, len(tokens), whole.size, (quote, END), whole.special_ids)
-    assert whole.complete
-    assert not vocabulary.complete
+    assert not whole.unspelled()
+    assert vocabulary.unspelled() == {quote}
     chosen, ids = LLGuidance(vocabulary, lambda text: list(text)), whole.tokens.index
     matcher = made(chosen, *SPECS["person"]).matcher()
     for token_id in map(ids, (b'{"', b"name", b'":', b" ", b'":', b'",')):

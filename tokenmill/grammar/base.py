@@ -24,7 +24,8 @@ CLIENTS = "grammar"
 _WORD = 32
 _LONG_TEXT = re.compile(r'"(?:[^"\\]|\\.){2000}')
 _LONG_PATTERN = 2000
-_UTF8_BYTES = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}
+_PRINTABLE = frozenset(range(0x20, 0x7F))
+_UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}
 _MANY = re.compile(r"\{(\d+,)?\d{3,}|\)\{(\d+,)?\d{2,}")
 
 
@@ -48,12 +49,12 @@ class Vocabulary(msgspec.Struct, frozen=True, array_like=True):
         special = {i for i in (*special_ids, *end_ids) if i < size}
         return cls(tokens, tuple(i for i in dict.fromkeys(end_ids) if i < size), tuple(sorted(special)), size)
 
-    @property
-    def complete(self) -> bool:
-        """True if each byte that UTF-8 uses is a token of its own, so that every text can be spelled."""
+    def unspelled(self) -> frozenset[int]:
+        """Return the bytes that UTF-8 uses and no token consists of. A text that has one may have no spelling."""
         special = set(self.special_ids)
-        single = {text[0] for i, text in enumerate(self.tokens) if len(text) == 1 and i not in special}
-        return single >= _UTF8_BYTES
+        return _UTF8_BYTES.difference(
+            text[0] for i, text in enumerate(self.tokens) if len(text) == 1 and i not in special
+        )
 
     @property
     def mask_words(self) -> int:
@@ -63,6 +64,11 @@ class Vocabulary(msgspec.Struct, frozen=True, array_like=True):
     def new_mask(self, rows: int) -> Mask:
         """Return a mask `(rows, mask_words)` that forbids everything."""
         return np.zeros((rows, self.mask_words), np.uint32)
+
+
+def may_demand(source: str) -> frozenset[int]:
+    """Return the bytes of all texts that a grammar of this source can demand: of plain ASCII, only printable ones."""
+    return _PRINTABLE if source.isascii() and "\\" not in source else _UTF8_BYTES
 
 
 class Matcher(Protocol):

@@ -26,6 +26,7 @@ from tokenmill.grammar.base import (
     Matcher,
     Vocabulary,
     exact,
+    may_demand,
     may_force,
     needs_many_states,
     only_ends,
@@ -64,7 +65,7 @@ class LLGuidance:
     """The grammar backend. Building one takes about 3 µs per token of the vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, encode: Encode | None = None) -> None:
-        self.vocabulary, self._forces = vocabulary, vocabulary.complete  # else forced text is lost where no token fits
+        self.vocabulary, self._unspelled = vocabulary, vocabulary.unspelled()
         wrapped = lib.TokenizerWrapper(_Tokens(vocabulary, encode))
         self._tokenizer = lib.LLTokenizer(wrapped, eos_token=list(vocabulary.end_ids), slices=list(_SLICES))
         self._limits = lib.LLParserLimits(step_lexer_fuel=_STEP_FUEL, verbose_errors=False)
@@ -74,7 +75,7 @@ class LLGuidance:
         """Compile, and compute at least one mask. Returns the grammar in the library's syntax."""
         if kind == CLIENTS and ebnf.is_ebnf(source):
             source = lexemes.lark(ebnf.parse(source), self._matches)
-        text = grammar_text(kind, source, self._forces)
+        text = self._grammar_text(kind, source)
         matcher = self._compile(kind, source, text)
         mask = self.vocabulary.new_mask(1)
         first = LLMatcher(matcher, self._ends)
@@ -120,8 +121,12 @@ class LLGuidance:
         return matcher
 
     def _fault(self, source: str) -> str:
-        found = self._matcher(grammar_text("json_schema", source, self._forces))
+        found = self._matcher(self._grammar_text("json_schema", source))
         return _first_line(found.get_error()) if found.is_error() else ""
+
+    def _grammar_text(self, kind: str, source: str) -> str:
+        """As `grammar_text`. Where no token spells a byte of forced text, the library's masks lose what follows it."""
+        return grammar_text(kind, source, self._unspelled.isdisjoint(may_demand(source)))
 
     def _matches(self, text: str) -> bool:
         """Return whether any text matches a Lark grammar. True if deciding that needs too many states."""
