@@ -292,8 +292,8 @@ class Sort:
             )  # fmt: skip
         self._sort(
             (self._experts, segments),
-            self._ids, scratch.firsts, self.items, self.tiles, pairs, segments, E=self._experts,
-            EP=padded(self._experts), BM=items, BLOCK=size, ONE=segments == 1, PDL=early,
+            self._ids, scratch.firsts, self.items, self.tiles, pairs, segments, items, E=self._experts,
+            EP=padded(self._experts), BLOCK=size, ONE=segments == 1, PDL=early,
             num_warps={64: 1, 512: 4}.get(size, 8), **ahead(early),
         )  # fmt: skip
 

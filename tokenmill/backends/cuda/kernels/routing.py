@@ -191,13 +191,14 @@ def count_pairs(ids_ptr, counts_ptr, firsts_ptr, count_ptr, pairs, E: tl.constex
         tl.store(firsts_ptr + segments * EP + e, done)
 
 
-@triton.jit(do_not_specialize=["pairs", "segments"])
-def sort_pairs(ids_ptr, firsts_ptr, items_ptr, tiles_ptr, pairs, segments, E: tl.constexpr, EP: tl.constexpr,
-               BM: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Set items to the pairs sorted by expert, and tiles (pairs / BM + E, 4) to: expert, first item, number of items.
+@triton.jit(do_not_specialize=["pairs", "segments", "most"])
+def sort_pairs(ids_ptr, firsts_ptr, items_ptr, tiles_ptr, pairs, segments, most, E: tl.constexpr, EP: tl.constexpr,
+               BLOCK: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Set items to the pairs sorted by expert, and tiles (pairs / most + E, 4) to: expert, first item, number of items.
 
-    A tile has at most BM items, of one expert; unused tiles have none. Grid (E, segments of BLOCK pairs). ONE: there is
-    one segment, and `firsts` is not read; else `count_pairs` has written it.
+    A tile has at most `most` items, of one expert; unused tiles have none. Grid (E, segments of BLOCK pairs). ONE:
+    there is one segment, and `firsts` is not read; else `count_pairs` has written it. `most` is no constant: else a
+    step could need a combination of constants that no step of the warm-up has.
     """
     e, s = tl.program_id(0), tl.program_id(1)
     if PDL:
@@ -214,10 +215,10 @@ def sort_pairs(ids_ptr, firsts_ptr, items_ptr, tiles_ptr, pairs, segments, E: tl
         place, end = tl.load(firsts_ptr + s * EP + e), tl.load(firsts_ptr + segments * EP + e)
     tl.store(items_ptr + place + tl.cumsum(own, 0) - own, i, mask=own == 1)
     if s == 0:  # A tile's place is known without the tiles of other experts, so some places stay unused.
-        slot, slots = first // BM + e, end // BM - first // BM + 1
+        slot, slots = first // most + e, end // most - first // most + 1
         for start in tl.range(0, slots, 16):
             t = start + tl.arange(0, 16)
             to = tiles_ptr + (slot + t) * 4
             tl.store(to, t * 0 + e, mask=t < slots)
-            tl.store(to + 1, first + t * BM, mask=t < slots)
-            tl.store(to + 2, tl.minimum(tl.maximum(end - first - t * BM, 0), BM), mask=t < slots)
+            tl.store(to + 1, first + t * most, mask=t < slots)
+            tl.store(to + 2, tl.minimum(tl.maximum(end - first - t * most, 0), most), mask=t < slots)
