@@ -111,6 +111,7 @@ def driver(tmp_path: Path, request: pytest.FixtureRequest) -> CudaDriver:
     return made
 
 
+@pytest.mark.slow
 def test_a_capture_between_steps_changes_no_state_and_no_result(driver: CudaDriver, tmp_path: Path) -> None:
     expected = Driver.of(tmp_path, limits=driver.limits, num_blocks=64)
     rng = np.random.default_rng(0)

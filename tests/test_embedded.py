@@ -62,6 +62,7 @@ def reference(path: Path) -> Any:
     return reference_model(path)
 
 
+@pytest.mark.slow
 def test_three_greedy_answers_of_the_torch_backend_equal_transformers(reference: Any, path: Path) -> None:
     with LLM(str(path), backend="torch") as llm:
         for question in QUESTIONS:

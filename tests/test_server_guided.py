@@ -14,6 +14,7 @@ import httpx
 import pytest
 from support_ports import unused_port
 from support_server import Server, scripted
+from support_slow import mostly_slow
 
 from tokenmill import LLM
 from tokenmill.config import default_cache_dir
@@ -102,11 +103,14 @@ def test_native_answers_match_a_regular_expression(server: Server) -> None:
         assert re.fullmatch(CODE, text)
 
 
-@pytest.mark.parametrize("fields", [
+FORMS = [
     {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": CITY}}},
     {"response_format": {"type": "json", "value": CITY}},
     {"guided_json": CITY}, {"structured_outputs": {"json": CITY}},
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", mostly_slow(FORMS, FORMS[:1]))
 def test_chats_follow_a_schema_however_it_is_asked_for(server: Server, fields: dict[str, Any]) -> None:
     body = chat(server, **fields, n=3, temperature=1.2, seed=1)
     for choice in body["choices"]:
