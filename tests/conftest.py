@@ -52,9 +52,11 @@ def needs_torch(path: Path) -> bool:
     return any(needs_torch(FOLDER / f"{name}.py") for name in imported if (FOLDER / f"{name}.py").is_file())
 
 
-collect_ignore = (
-    [] if importlib.util.find_spec("torch") else [path.name for path in FOLDER.glob("test_*.py") if needs_torch(path)]
-)
+collect_ignore = [
+    str(path.relative_to(FOLDER))
+    for path in (*FOLDER.glob("test_*.py"), *FOLDER.glob("gpu/test_*.py"))
+    if not importlib.util.find_spec("torch") and needs_torch(path)
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
