@@ -6,6 +6,7 @@ import re
 
 import msgspec
 import pytest
+from support_slow import mostly_slow
 
 from tokenmill import options
 from tokenmill.backends.cpu.backend import KV_DTYPES as CPU_KV_DTYPES
@@ -375,8 +376,10 @@ def test_what_openmp_would_not_read_is_ignored_with_a_warning(text: str) -> None
         Settings.from_env({"TOKENMILL_CPU_THREADS": "two"})
 
 
-@pytest.mark.parametrize("field", [field for field in FIELDS.values() if field.variables and not field.option.later],
-                         ids=lambda f: f.name)  # fmt: skip
+FROM_VARIABLES = [field for field in FIELDS.values() if field.variables and not field.option.later]
+
+
+@pytest.mark.parametrize("field", mostly_slow(FROM_VARIABLES, FROM_VARIABLES[::6]), ids=lambda f: f.name)
 def test_quotes_and_line_ends_around_a_variable_are_no_part_of_it(field: options.Field) -> None:
     values = {int: "1", float: "0.5", bool: "true"} | dict.fromkeys(("max_total_tokens", "max_input_tokens"), "20")
     values |= {"memory_limit": "1GB", "hostname": "127.0.0.1", "sharded": "false", "num_shard": "2"}

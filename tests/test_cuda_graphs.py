@@ -136,6 +136,7 @@ def test_a_capture_between_steps_changes_no_state_and_no_result(driver: CudaDriv
     assert [driver._graphs.padded(rows) for rows in (3, 6, 9)] == [3, 6, 9]
 
 
+@pytest.mark.slow
 def test_graphs_that_find_no_memory_are_given_up(
     driver: CudaDriver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,8 +217,12 @@ def test_ids_beyond_the_vocabulary_change_nothing() -> None:
 
 @pytest.mark.parametrize("asking", [range(21), (3, 14)] if ON_GPU else [(3, 14)])
 @pytest.mark.parametrize(
-    "params", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.95}, {"presence_penalty": 0.5, "min_p": 0.1}]
-)
+    "params",
+    [
+        {}, {"temperature": 0.7}, pytest.param({"temperature": 0.7, "top_p": 0.95}, marks=pytest.mark.slow),
+        {"presence_penalty": 0.5, "min_p": 0.1},
+    ],
+)  # fmt: skip
 def test_log_probabilities_are_the_torch_backends_ties_with_the_last_one_too(params: Any, asking: Any) -> None:
     """All rows request them, or few, whose scores are copied."""
     rng, rows = np.random.default_rng(10), 21

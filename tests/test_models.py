@@ -43,6 +43,8 @@ torch.set_num_threads(1)
 
 SHARED = ("llama", "gpt_bigcode", "falcon", "gemma3_text", "qwen3_moe", "deepseek_v3")
 """A family of each way to share weights."""
+PLAIN = [name for name, (model_type, _) in FAMILIES.items() if name == model_type]
+"""The form of each model type that its class has by default."""
 
 
 @pytest.fixture(scope="module", params=mostly_slow(FAMILIES, OFTEN))
@@ -51,6 +53,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder, make_checkpoint(folder, request.param)
 
 
+@pytest.mark.parametrize("case", mostly_slow(FAMILIES, PLAIN), indirect=True)
 def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case: tuple[Path, Any]) -> None:
     folder, model = case
     backend = Driver.of(folder)

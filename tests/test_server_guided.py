@@ -192,7 +192,10 @@ ws    ::= [ \t\n]{0,1}
 """
 
 
-@pytest.mark.parametrize("fields", [{"guided_grammar": ARITHMETIC}, {"structured_outputs": {"grammar": ARITHMETIC}}])
+IN_EBNF = [{"guided_grammar": ARITHMETIC}, {"structured_outputs": {"grammar": ARITHMETIC}}]
+
+
+@pytest.mark.parametrize("fields", mostly_slow(IN_EBNF, IN_EBNF[:1]))
 def test_chats_follow_a_grammar_in_ebnf(server: Server, fields: dict[str, Any]) -> None:
     term = r"(\d{1,2}\s?|\(\s?\d{1,2}\s?[-+]\d{1,2}\s?\)\s?)"
     for seed in range(4):
