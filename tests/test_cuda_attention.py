@@ -44,6 +44,7 @@ def split_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenmill.backends.cuda.shapes.LEAST_KEYS", 32)
 
 
+@pytest.mark.slow
 def test_many_rows_of_uneven_length_are_split_and_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         split_early(monkeypatch)

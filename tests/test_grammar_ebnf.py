@@ -130,7 +130,7 @@ def language(rules: dict[str, ebnf.Node], most: int) -> set[str]:
         found = now
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", mostly_slow(range(4), [0]))
 def test_random_grammars_have_the_language_that_was_written(part: int) -> None:
     words = ["".join(letters) for size in range(6) for letters in itertools.product("abc", repeat=size)]
     recursive = 0
@@ -210,6 +210,7 @@ def test_hostile_grammars_are_ended_by_the_pool_and_others_go_on() -> None:
 
 ENDLESS = """
 from support_grammar import backend, made
+from support_slow import mostly_slow
 for text in {texts!r}:
     matcher = made(backend(), "grammar", text).matcher()
     assert matcher.accept(ord("x"))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support_cuda import ON_GPU, cuda_job, torch, write_random
 from support_jobs import job_of
+from support_slow import mostly_slow
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.backend import CudaBackend
@@ -103,7 +104,10 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("kind, place", [(kind, place) for kind in PLACES for place in PLACES[kind]])
+CASES = [(kind, place) for kind in PLACES for place in PLACES[kind]]
+
+
+@pytest.mark.parametrize("kind, place", mostly_slow(CASES, [(kind, PLACES[kind][0]) for kind in PLACES]))
 def test_a_step_without_memory_changes_no_token(kind: str, place: str, tmp_path: Path) -> None:
     write_random(tmp_path, "llama", num_hidden_layers=1)
     fast = kind == "torch" or ON_GPU

@@ -53,10 +53,13 @@ def chat(server: Server, **fields: Any) -> Any:
     return response.json()
 
 
-@pytest.mark.parametrize("grammar", [
+NATIVE = [
     {"type": "json", "value": CITY}, {"type": "json_object", "value": json.dumps(CITY)},
     {"type": "json_schema", "value": {"name": "city", "schema": CITY}},
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grammar", mostly_slow(NATIVE, NATIVE[1:2]))
 def test_native_answers_follow_a_schema(server: Server, grammar: dict[str, Any]) -> None:
     parameters = {"grammar": grammar, "max_new_tokens": 100, "details": True, "do_sample": True, "seed": 3}
     body = {"inputs": "A city:", "parameters": parameters}
@@ -87,6 +90,7 @@ MENAGERIE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sets_records_and_unions_of_pydantic_are_exact(server: Server) -> None:
     oracle = pytest.importorskip("jsonschema").Draft202012Validator(MENAGERIE)
     for seed in range(2):
@@ -167,6 +171,7 @@ def test_a_schema_without_types_gives_what_its_keywords_mean_however_it_is_sent(
     assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {}
 
 
+@pytest.mark.slow
 def test_any_object_is_an_object(server: Server) -> None:
     (choice,) = chat(server, response_format={"type": "json_object"}, temperature=0)["choices"]
     if choice["finish_reason"] == "stop":

@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 from support_ports import unused_port
 from support_server import Server, byte_model
+from support_slow import mostly_slow
 from support_text import recorded, sentencepiece_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -78,7 +79,7 @@ def events(server: Server, path: str, body: Any) -> list[Any]:
 NAMES = ["tiktoken", "word pieces", "bpe_identity", "unigram_nmt_nfkc"]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=mostly_slow(NAMES, NAMES[:2]))
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Server, Tokenizer]]:
