@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support_grammar import accepts, backend, made
+from support_slow import mostly_slow
 
 from tokenmill.errors import GrammarError
 from tokenmill.grammar import ebnf
@@ -210,7 +211,6 @@ def test_hostile_grammars_are_ended_by_the_pool_and_others_go_on() -> None:
 
 ENDLESS = """
 from support_grammar import backend, made
-from support_slow import mostly_slow
 for text in {texts!r}:
     matcher = made(backend(), "grammar", text).matcher()
     assert matcher.accept(ord("x"))
