@@ -29,6 +29,15 @@ def numbered(scope: Scope, experts: int) -> list[Scope]:
     return [scope / f"experts.{i}" for i in range(experts)]
 
 
+def beside_shared(c: llama.Config, mlp: Scope, router: Router, experts: int, inner: int, shared: int) -> MoeMlp:
+    """Return `experts` that are stored one by one, and beside them `shared` ones that all rows take, as one layer.
+
+    `inner`: inner columns of an expert. `shared`: 0 for none.
+    """
+    always = GatedMlp(mlp / "shared_experts", c.hidden_size, inner * shared, c.act) if shared else None
+    return MoeMlp(router, separate(numbered(mlp, experts), c.hidden_size, inner), c.act, shared=always)
+
+
 class Config(llama.Config, kw_only=True):
     """Fields of the architectures that route as DeepSeek does: groups, a correction of the choice, shared experts."""
 
@@ -74,7 +83,4 @@ class Layer(llama.Layer):
             return super().feed_forward(c, scope, layer)
         mlp = scope / "mlp"
         router = Router(mlp, c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, **c.choice)
-        bank = separate(numbered(mlp, c.n_routed_experts), c.hidden_size, c.moe_intermediate_size)
-        inner = c.moe_intermediate_size * c.n_shared_experts
-        shared = GatedMlp(mlp / "shared_experts", c.hidden_size, inner, c.act) if inner else None
-        return MoeMlp(router, bank, c.act, shared=shared)
+        return beside_shared(c, mlp, router, c.n_routed_experts, c.moe_intermediate_size, c.n_shared_experts)

@@ -6,8 +6,7 @@ from typing import Any
 
 from tokenmill.layers.attention import Rope, attend
 from tokenmill.layers.linear import Linears
-from tokenmill.layers.mlp import GatedMlp
-from tokenmill.layers.moe import MoeMlp, Router, separate
+from tokenmill.layers.moe import Router
 from tokenmill.layers.scope import Scope
 from tokenmill.models import _moe, _windows, gemma2, llama, qwen3
 from tokenmill.models._moe import Count, Natural
@@ -84,14 +83,12 @@ class Layer(gemma2.Layer):
         """Return the experts, and the one that all rows share beside them; or a dense layer."""
         if layer < c.num_dense_layers:
             return super().feed_forward(c, scope, layer)
-        mlp, width, inner = scope / "mlp", c.hidden_size, c.moe_intermediate_size
+        mlp = scope / "mlp"
         router = Router(
-            mlp, width, c.num_experts, c.num_experts_per_tok, weight="router.gate.weight", correction="expert_bias",
-            score="sigmoid", renormalize=True, least_sum=1e-20, scale=c.route_scale,
+            mlp, c.hidden_size, c.num_experts, c.num_experts_per_tok, weight="router.gate.weight",
+            correction="expert_bias", score="sigmoid", renormalize=True, least_sum=1e-20, scale=c.route_scale,
         )  # fmt: skip
-        shared = GatedMlp(mlp / "shared_experts", width, inner * c.num_shared_experts, c.act)
-        bank = separate(_moe.numbered(mlp, c.num_experts), width, inner)
-        return MoeMlp(router, bank, c.act, shared=shared if c.num_shared_experts else None)
+        return _moe.beside_shared(c, mlp, router, c.num_experts, c.moe_intermediate_size, c.num_shared_experts)
 
 
 class Model(llama.Model):

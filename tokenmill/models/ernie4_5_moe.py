@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenmill.layers.mlp import GatedMlp
-from tokenmill.layers.moe import MoeMlp, Router, separate
+from tokenmill.layers.moe import Router
 from tokenmill.layers.scope import Scope
 from tokenmill.models import _moe, ernie4_5, llama
 from tokenmill.models._moe import Count, Natural
@@ -53,10 +52,7 @@ class Layer(llama.Layer):
         mlp, count = scope / "mlp", c.moe_num_experts
         correction, least = "moe_statics.e_score_correction_bias", c.moe_norm_min
         router = Router(mlp, c.hidden_size, count, c.moe_k, correction=correction, renormalize=True, least_sum=least)
-        inner = c.moe_intermediate_size * c.moe_num_shared_experts
-        shared = GatedMlp(mlp / "shared_experts", c.hidden_size, inner, c.act) if inner else None
-        bank = separate(_moe.numbered(mlp, count), c.hidden_size, c.moe_intermediate_size)
-        return MoeMlp(router, bank, c.act, shared=shared)
+        return _moe.beside_shared(c, mlp, router, count, c.moe_intermediate_size, c.moe_num_shared_experts)
 
 
 class Model(llama.Model):

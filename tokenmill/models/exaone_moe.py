@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tokenmill.layers.mlp import GatedMlp
-from tokenmill.layers.moe import MoeMlp, Router, separate
+from tokenmill.layers.moe import Router
 from tokenmill.layers.scope import Scope
 from tokenmill.models import _moe, exaone4, llama, qwen3
 from tokenmill.models._moe import Count, Natural
@@ -51,15 +50,13 @@ class Layer(llama.Layer):
         """Return the experts, and the one that all rows share beside them; or a dense layer."""
         if not c.sparse(layer):
             return super().feed_forward(c, scope, layer)
-        mlp, width, inner = scope / "mlp", c.hidden_size, c.moe_intermediate_size
+        mlp = scope / "mlp"
         router = Router(
-            mlp, width, c.num_experts, c.num_experts_per_tok, correction="gate.e_score_correction_bias",
+            mlp, c.hidden_size, c.num_experts, c.num_experts_per_tok, correction="gate.e_score_correction_bias",
             score="sigmoid", groups=c.n_group, top_groups=c.topk_group, group_best=2, renormalize=c.norm_topk_prob,
             least_sum=1e-20, scale=c.routed_scaling_factor,
         )  # fmt: skip
-        shared = GatedMlp(mlp / "shared_experts", width, inner * c.num_shared_experts, c.act)
-        bank = separate(_moe.numbered(mlp, c.num_experts), width, inner)
-        return MoeMlp(router, bank, c.act, shared=shared if c.num_shared_experts else None)
+        return _moe.beside_shared(c, mlp, router, c.num_experts, c.moe_intermediate_size, c.num_shared_experts)
 
 
 class Model(llama.Model):

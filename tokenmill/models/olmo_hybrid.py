@@ -15,8 +15,6 @@ from tokenmill.models.llama import Size
 from tokenmill.models.mamba import Kernel
 from tokenmill.program.ops import Part, Weight
 
-_KINDS = ("full_attention", "linear_attention")
-
 
 class Config(llama.Config, kw_only=True):
     """The fields of config.json that this file reads, with the defaults of transformers' OlmoHybridConfig."""
@@ -44,16 +42,14 @@ class Config(llama.Config, kw_only=True):
         default = int(0.75 * self.hidden_size / self.linear_num_key_heads)
         self.linear_key_head_dim = self.linear_key_head_dim or default
         self.linear_value_head_dim = self.linear_value_head_dim or 2 * self.linear_key_head_dim
-        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= set(_KINDS):
-            raise ValueError(f"`layer_types` is {self.kinds}; expected {self.num_hidden_layers} of {', '.join(_KINDS)}")
-        if self.linear_num_value_heads % self.linear_num_key_heads:
-            raise ValueError(f"{self.linear_num_key_heads} key heads for {self.linear_num_value_heads} value heads")
+        qwen3_next.check_layers(self.kinds, self.num_hidden_layers)
+        qwen3_next.check_heads(self.linear_num_key_heads, self.linear_num_value_heads)
 
     @property
     def kinds(self) -> Sequence[str]:
         """Kind of each layer. By default every fourth is attention, and at least the last one."""
         last = self.num_hidden_layers - 1
-        return self.layer_types or [_KINDS[i % 4 != 3 and (last > 2 or i < last)] for i in range(last + 1)]
+        return self.layer_types or [qwen3_next.KINDS[i % 4 != 3 and (last > 2 or i < last)] for i in range(last + 1)]
 
     @property
     def rope(self) -> Rope:

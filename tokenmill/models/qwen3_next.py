@@ -21,7 +21,19 @@ from tokenmill.program.ops import Part, Weight
 from tokenmill.program.recurrence import DeltaRule
 from tokenmill.program.value import Value
 
-_KINDS = ("full_attention", "linear_attention")
+KINDS = ("full_attention", "linear_attention")
+
+
+def check_layers(kinds: Sequence[str], layers: int) -> None:
+    """Raise ValueError if there is not one of KINDS for each layer."""
+    if len(kinds) != layers or not set(kinds) <= set(KINDS):
+        raise ValueError(f"`layer_types` is {kinds}; expected {layers} of {', '.join(KINDS)}")
+
+
+def check_heads(keys: int, values: int) -> None:
+    """Raise ValueError if a key head is not shared by a whole number of value heads."""
+    if values % keys:
+        raise ValueError(f"{keys} key heads for {values} value heads")
 
 
 class Hybrid(qwen2_moe.Sparse, kw_only=True):
@@ -45,16 +57,14 @@ class Hybrid(qwen2_moe.Sparse, kw_only=True):
     def __post_init__(self) -> None:
         """Raise ValueError for inconsistent numbers, or for layers of an unknown kind."""
         super().__post_init__()
-        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= set(_KINDS):
-            raise ValueError(f"`layer_types` is {self.kinds}; expected {self.num_hidden_layers} of {', '.join(_KINDS)}")
-        if self.linear_num_value_heads % self.linear_num_key_heads:
-            raise ValueError(f"{self.linear_num_key_heads} key heads for {self.linear_num_value_heads} value heads")
+        check_layers(self.kinds, self.num_hidden_layers)
+        check_heads(self.linear_num_key_heads, self.linear_num_value_heads)
 
     @property
     def kinds(self) -> Sequence[str]:
         """Kind of each layer."""
         interval = self.full_attention_interval
-        return self.layer_types or [_KINDS[(i + 1) % interval > 0] for i in range(self.num_hidden_layers)]
+        return self.layer_types or [KINDS[(i + 1) % interval > 0] for i in range(self.num_hidden_layers)]
 
     def norm(self, scope: Scope, width: int, *, per_head: bool = False) -> RmsNorm:
         """Return a norm, whose weight is stored minus one."""
