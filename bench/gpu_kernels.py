@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench.gpu.timing import graph_us
 from tokenmill.backends.cuda.kernels.decode import decode, list_splits
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles
 from tokenmill.backends.cuda.kernels.products import few_rows
@@ -58,25 +59,6 @@ class Case(NamedTuple):
     variants: list[Any]
     run: Callable[[Any], None]
     off: Callable[[], float]
-
-
-def timed(run: Callable[[], None], repeats: int = 20, rounds: int = 5) -> float:
-    """Return the median time of one call in microseconds, measured over `repeats` calls in a CUDA graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            run()
-    found = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e3 / repeats)
-    return float(np.median(found))
 
 
 def contexts(kind: str, rows: int) -> np.ndarray:
@@ -335,7 +317,7 @@ def main() -> None:
             case, found = make(), []
             for variant in case.variants:
                 try:
-                    us = timed(lambda case=case, variant=variant: case.run(variant))
+                    us = graph_us(lambda _, case=case, variant=variant: case.run(variant))
                     found.append((us, str(variant), case.off()))
                 except Exception as e:  # noqa: BLE001  # a size that does not fit
                     out.write(json.dumps({"case": case.name, "variant": str(variant), "failed": str(e)[:200]}) + "\n")

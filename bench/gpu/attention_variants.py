@@ -22,6 +22,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from bench.gpu.floor import BYTES_S, FLOPS_S
+from bench.gpu.timing import graph_us
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda import attention, latent
 from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
@@ -41,7 +43,6 @@ from tokenmill.program.ops import Part, Weight
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Inputs, Program, Value, record
 
-_BYTES_S, _FLOPS_S = 4e12, 990e12
 _COLD = 150 << 20  # bytes of all layers, so that a layer's are not in the L2 cache
 _BLOCK = 16
 _REAL = torch.cuda.is_available()  # else the cases are tried with few tokens, under Triton's interpreter
@@ -71,11 +72,11 @@ class Heads(NamedTuple):
     def floor(self, rows: int, context: int) -> float:
         """Return the seconds that single tokens need."""
         keys = min(context, self.fields.get("window") or context)
-        return rows * keys * 2 * self.kv_heads * self.head_dim * 2 / _BYTES_S
+        return rows * keys * 2 * self.kv_heads * self.head_dim * 2 / BYTES_S
 
     def floor_of_prompt(self, length: int) -> float:
         """Return the seconds that a prompt needs."""
-        return self.heads * self.head_dim * 4 * length * length / 2 / _FLOPS_S
+        return self.heads * self.head_dim * 4 * length * length / 2 / FLOPS_S
 
     @property
     def row_bytes(self) -> int:
@@ -106,13 +107,13 @@ class Rows(NamedTuple):
 
     def floor(self, rows: int, context: int) -> float:
         """Return the seconds that single tokens need: the cached rows and the expansion."""
-        return (rows * context * self.row_bytes + self._expansion * 2) / _BYTES_S
+        return (rows * context * self.row_bytes + self._expansion * 2) / BYTES_S
 
     def floor_of_prompt(self, length: int) -> float:
         """Return the seconds that a prompt needs: expansion, scores and sums of values."""
         pairs = length * length / 2
         scores = 2 * self.heads * (self.plain + self.turned + self.value) * pairs
-        return (2 * length * self._expansion + scores) / _FLOPS_S
+        return (2 * length * self._expansion + scores) / FLOPS_S
 
     @property
     def _expansion(self) -> int:
@@ -134,7 +135,7 @@ class Layers:
 
     def __init__(self, shape: Heads | Rows, rows: int, context: int, tokens: int, device: Device) -> None:
         self.shape, self.rows, self.context, self.tokens = shape, rows, context, tokens
-        read = shape.floor(rows, context) * _BYTES_S
+        read = shape.floor(rows, context) * BYTES_S
         count = min(8, int(_COLD // read) + 1) if tokens == 1 and _REAL else 1
 
         def model(inputs: Inputs) -> Value:
@@ -303,28 +304,6 @@ def cases(only: list[str]) -> Iterator[Case]:
         yield from CASES[name]()
 
 
-def timed(runs: list[Callable[[Sizes], None]], sizes: Sizes, rounds: int = 7) -> float:
-    """Return the median microseconds of a layer in a CUDA graph."""
-    repeats = max(1, 16 // len(runs))
-    for run in runs:
-        run(sizes)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for run in runs:
-                run(sizes)
-    found = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e3 / repeats / len(runs))
-    return float(np.median(found))
-
-
 def launches(case: Case, layers: Layers, variant: Any) -> tuple[list[Callable[[Sizes], None]], Sizes]:
     """Return the launches of a variant: with sizes of its own, the backend's, or only a part of the kernels."""
     if isinstance(variant, tuple):
@@ -364,7 +343,11 @@ def measure(case: Case, layers: Layers) -> list[tuple[float, Any]]:
     for variant in case.variants:
         try:
             runs, sizes = launches(case, layers, variant)
-            found.append((timed(runs, sizes), variant))
+            for run in runs:
+                run(sizes)
+            repeats = max(1, 16 // len(runs)) * len(runs)
+            us = graph_us(lambda i, runs=runs, sizes=sizes: runs[i % len(runs)](sizes), repeats, 7)  # type: ignore[misc]
+            found.append((us, variant))
         except Exception as error:  # noqa: BLE001  Too much shared memory, or the compiler's own faults.
             print(f"  {case.name} {variant}: {type(error).__name__} {str(error)[:80]}", flush=True)
     return sorted(found, key=lambda pair: pair[0])

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
+from bench.gpu.floor import BYTES_S, FLOPS_S
+from bench.gpu.timing import graph_us, off
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.device import Device
@@ -35,7 +36,6 @@ from tokenmill.program import ops
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Inputs, Value, record
 
-_BYTES_S, _FLOPS_S = 4e12, 990e12
 _LAYERS = 4  # with weights of their own, so that a second launch does not find them in the L2 cache
 
 
@@ -145,29 +145,7 @@ class Case(NamedTuple):
     @property
     def floor(self) -> float:
         """Microseconds."""
-        return max(self.bytes / _BYTES_S, self.flops / _FLOPS_S) * 1e6
-
-
-def off(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Return the relative error."""
-    return float((got.float() - want.float()).norm() / want.float().norm())
-
-
-def timed(run: Callable[[int], None], repeats: int, rounds: int = 7) -> float:
-    """Return the median microseconds of a call in a CUDA graph of `repeats` calls with the numbers 0, 1, …"""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(repeats):
-            run(i)
-    found = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e3 / repeats)
-    return float(np.median(found))
+        return max(self.bytes / BYTES_S, self.flops / FLOPS_S) * 1e6
 
 
 _ROUTE_ONE = [
@@ -277,7 +255,7 @@ def measure(case: Case, layers: list[Layer]) -> list[tuple[float, Any]]:
             for layer in layers:
                 case.run(layer, variant)
             torch.cuda.synchronize()
-            us = timed(lambda i, variant=variant: case.run(layers[i % len(layers)], variant), several)
+            us = graph_us(lambda i, variant=variant: case.run(layers[i % len(layers)], variant), several, 7)
         except Exception as error:  # noqa: BLE001  Too much shared memory, or the compiler's own faults.
             print(f"  {case.name} {case.rows} {variant}: {type(error).__name__} {str(error)[:80]}", flush=True)
             continue

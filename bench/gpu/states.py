@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.gpu.floor import BYTES_S
+from bench.gpu.timing import graph_us, median_us, off
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.launch import Site
@@ -34,7 +36,7 @@ from tokenmill.program.ops import Op, Part, Weight
 from tokenmill.program.recurrence import CausalConv, DeltaRule, RgLru, StateSpace
 from tokenmill.program.value import Inputs, Value, record
 
-BYTES_US = 4e6  # bytes of memory in a microsecond
+BYTES_US = BYTES_S / 1e6
 BATCHES = (1, 64, 256)
 PROMPT = 8192
 
@@ -178,35 +180,6 @@ class Layer:
         return tokens * width * 2.0 + 2.0 * rows * math.prod(spec.shape) * item
 
 
-def off(found: Tensor, want: Tensor) -> float:
-    """Return the relative error."""
-    return float((found.float() - want).norm() / want.norm())
-
-
-def graph_us(run: Callable[[], None], repeats: int = 20) -> float:
-    """Return the median time of a call in a captured graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            run()
-    return median_us(graph.replay) / repeats
-
-
-def median_us(run: Callable[[], None], rounds: int = 5) -> float:
-    """Return the median time of a call."""
-    found = []
-    for _ in range(rounds + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e3)
-    return float(np.median(found[1:]))
-
-
 def parts_us(run: Callable[[], None], rounds: int = 5) -> str:
     """Return the median time of each kernel of a call."""
     events: dict[str, list[tuple[Any, Any]]] = {}
@@ -284,7 +257,7 @@ def measure(name: str) -> Iterator[str]:
         layer = Layer(name, 1024, max(BATCHES), shapes)
         for rows in BATCHES:
             sizes = layer.decode(rows, 5)
-            took = graph_us(lambda sizes=sizes, layer=layer: layer.run(sizes))  # type: ignore[misc]
+            took = graph_us(lambda _, sizes=sizes, layer=layer: layer.run(sizes))  # type: ignore[misc]
             cells.append(f"{took:7.1f} ({layer.row_bytes(rows, rows) / BYTES_US:.1f})")
         del layer
         yield f"{name} decode {' '.join(cells)}  {differs(shapes)}, error {check(name, shapes)}"
