@@ -16,7 +16,7 @@ from typing import Any
 from tokenmill.errors import Unsupported
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
-_NO_PLUGINS = {"base", "formats"}
+_NO_PLUGINS = {"base", "coded", "formats"}
 _SPOKEN = {"models": "model type", "quant": "quantization", "backends": "backend"}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from tokenmill.program.cost import weights_of
 from tokenmill.program.value import Program
-from tokenmill.quant.base import check
+from tokenmill.quant.base import check, stored_names
 from tokenmill.weights.checkpoint import Checkpoint
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,7 +27,7 @@ def stored_bytes(program: Program, source: Checkpoint) -> int:
     """Return the bytes of a program's weights as the checkpoint stores them; ModelError as `quant.base.check`."""
     weights = weights_of(program)
     check(weights, source)
-    return sum(source.nbytes(name) for name in dict.fromkeys(p.name for w in weights for p in w.parts))
+    return sum(map(source.nbytes, stored_names(weights, source)))
 
 
 def dense_bytes(program: Program, source: Checkpoint, dtype: str) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Set
 
 from tokenmill.errors import ModelError
 from tokenmill.program.ops import Weight
+from tokenmill.quant._method import stored_names
 from tokenmill.weights.checkpoint import Checkpoint, language_config
 
 _LAYER = re.compile(r".*?\.\d+\.")
@@ -30,28 +31,29 @@ _log = logging.getLogger(__name__)
 def warn_of_unread(weights: Iterable[Weight], source: Checkpoint) -> None:
     """Log the tensors that the model does not read. Raises ModelError as `unread` does."""
     weights = list(weights)
-    names = {part.name for weight in weights for part in weight.parts}
     table = next((weight.name for weight in weights if weight.table), "")
-    left = [name for name in unread(names, source) if name != _HEAD]
+    left = [name for name in unread(weights, source) if name != _HEAD]
     if left:
         shown = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
         _log.warning("The model does not read %d of the tensors in its files: %s.", len(left), shown)
-    if table and another_head(names, table, source):
+    if table and another_head({part.name for weight in weights for part in weight.parts}, table, source):
         _log.warning(
             "lm_head.weight differs from the embedding and is not read, for config.json says tie_word_embeddings. Set "
             "that to false to use it."
         )
 
 
-def unread(wanted: Set[str], source: Checkpoint) -> list[str]:
-    """Return the tensors that are not in `wanted` and do not change the results, such as those of another head.
+def unread(weights: Iterable[Weight], source: Checkpoint) -> list[str]:
+    """Return the tensors that do not belong to `weights` nor change the results, such as those of another head.
 
     Raises ModelError with a tensor that belongs to something that the program computes: to a layer, or to one of its
-    products, norms or tables. For a GGUF file, as in llama.cpp, every tensor does. A bias of zeros is ignored. Tensors
-    of a quantization method are checked by the method. If `wanted` is empty, a library computes the model and checks.
+    products, norms or tables. For a GGUF file, as in llama.cpp, every tensor does. A bias of zeros is ignored. If there
+    are no weights, a library computes the model and checks.
     """
-    if not wanted or source.config.get("quantization_config") is not None:
+    weights = list(weights)
+    if not weights:
         return []
+    wanted = set(stored_names(weights, source))
     layers = {match[0] for name in wanted if (match := _LAYER.match(name))}
     modules = {name.rpartition(".")[0] for name in wanted} | {_HEAD.rpartition(".")[0]}
     left, shared = [], _shared_layers(source)
@@ -81,7 +83,7 @@ def _shared_layers(source: Checkpoint) -> re.Pattern[str]:
 
 def another_head(wanted: Set[str], table: str, source: Checkpoint) -> bool:
     """Return True if a tied model's checkpoint has an output matrix that differs from the embedding `table`."""
-    if _HEAD in wanted or source.shape(_HEAD) is None:
+    if _HEAD in wanted or source.shape(_HEAD) is None or source.shape(table) is None:
         return False
     own, tied = source[_HEAD], source[table]
     return (own.kind, own.shape) != (tied.kind, tied.shape) or own.data.tobytes() != tied.data.tobytes()
@@ -98,4 +100,12 @@ def cure_of_missing(name: str, source: Checkpoint) -> str:
     if wrapped is not None:
         prefix = wrapped.removesuffix(name)
         return f" There is {wrapped!r}: save the model without its wrapper, so that names do not begin with {prefix!r}."
+    module = name.removesuffix("weight")
+    others = [other for other in source.names() if other.startswith(module)] if module != name else []
+    if others:
+        shown = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")
+        return (
+            f" There are {shown}, in which the method that the configuration names stores no matrix: copy config.json "
+            "and quantize_config.json from where the weights are from."
+        )
     return ""

@@ -1,215 +1,40 @@
-"""Stored matrices, and loading a `Weight` into one.
+"""Loading of a `Weight` as a stored matrix.
 
-A quantization method is a file of this package with the function `read(source, piece) -> Coded`.
+A quantization method is a file of this package, named as in `quant_method`, with these functions:
+
+* `read(source, piece) -> Coded` reads a part of a matrix or vector.
+* `matrix(source, name) -> Matrix | None`, if tensors have other names than weights: the shape of the weight `name` and
+  the tensors that hold it, from headers alone; None if it is stored plain. It checks the method's configuration and the
+  types and shapes of the tensors, and raises ModelError.
+* `names(source) -> tuple[str, ...]`, if `--quantize` may name the stored method otherwise than the file.
+
+`WHILE_LOADING = True` marks a file that quantizes plain weights if `--quantize` names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from math import lcm, prod
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tokenmill import plugins
-from tokenmill.errors import ModelError, Unsupported
+from tokenmill.errors import ModelError
 from tokenmill.program.ops import Part, Weight
-from tokenmill.quant import formats
+from tokenmill.quant._method import Find, Matrix, chosen, finder, stored_names
 from tokenmill.quant._unread import cure_of_missing, unread
+from tokenmill.quant.coded import Coded, Levels, dense, stack
 from tokenmill.weights.checkpoint import Checkpoint, Stored, read_ahead
 from tokenmill.wire.messages import Progress
 
+__all__ = [
+    "Coded", "Levels", "Matrix", "Piece", "Reader", "check", "dense", "for_each", "load", "load_parts", "pieces_of",
+    "reader_of", "stack", "stored_names",
+]  # fmt: skip
+
 T = TypeVar("T")
-
-_CHUNK = 1 << 17  # elements converted at a time, so that they fit a core's cache
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """Quantized scales and minima of GGUF's K types: int8 codes, times a float16 factor per 256 columns."""
-
-    scale: NDArray[np.int8]  # (rows, blocks)
-    scale_factor: NDArray[np.float16]  # (rows, columns // 256)
-    low: NDArray[np.int8] | None = None
-    low_factor: NDArray[np.float16] | None = None
-
-    @property
-    def per(self) -> int:
-        """Number of blocks that share a factor."""
-        return int(self.scale.shape[1] // self.scale_factor.shape[1])
-
-    def take(self, rows: slice, blocks: slice) -> Levels | None:
-        """Return a part of it; None if `blocks` separates blocks that share a factor."""
-        start, stop, _ = blocks.indices(self.scale.shape[1])
-        if start % self.per or stop % self.per:
-            return None
-        at, of = (rows, blocks), (rows, slice(start // self.per, stop // self.per))
-        low = None if self.low is None else self.low[at]
-        low_factor = None if self.low_factor is None else self.low_factor[of]
-        return Levels(self.scale[at], self.scale_factor[of], low, low_factor)
-
-
-@dataclass(frozen=True, slots=True)
-class Coded:
-    """Matrix or vector in its stored form: number = scale · (number of the code − zero) + low.
-
-    `codes`: (rows, columns), or (elements,) for a vector, with a code per element; or (rows, groups, n) where the codes
-    of a row are not adjacent in memory or are packed nibbles (`formats.packed`). A vector has no scale.
-
-    `scale`, `zero` and `low` have a number for each block of `block` = (rows, columns), where 0 means all: (1, 32) in
-    GGUF, (1, 128) in GPTQ and AWQ, (128, 128) or (0, 0), one for the tensor, in FP8, (1, 0) for a scale per row.
-    Their shape is (blocks of rows, blocks of columns); the last ones may be incomplete.
-    """
-
-    codes: NDArray[Any]
-    format: str  # a name of `formats.FORMATS`
-    scale: NDArray[Any] | None = None  # float16 as stored, or float32; None: 1
-    block: tuple[int, int] = (0, 0)
-    zero: NDArray[Any] | None = None  # subtracted from the codes; (1, 1) if all blocks have the same
-    low: NDArray[Any] | None = None  # added at the end
-    levels: Levels | None = None  # terms of `scale` and `low`, where the file stores products
-    order: NDArray[np.intp] | None = None  # (columns,): the matrix's column at each place of a row of codes (act-order)
-    input_scale: float | None = None  # scale of the activations, if they are quantized with a constant one
-
-    def __post_init__(self) -> None:
-        """Assert that there is a scale for each block."""
-        assert self.scale is None or self.scale.shape == self._blocks(), (self.scale.shape, self._blocks())
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape: (rows, columns), or (elements,) for a vector."""
-        if self.codes.ndim < 3:
-            return self.codes.shape
-        return self.codes.shape[0], self.codes.shape[1] * self.group
-
-    @property
-    def group(self) -> int:
-        """Number of columns whose codes cannot be separated."""
-        if self.codes.ndim < 3:
-            return 1
-        return formats.PACKED if formats.packed(self.codes, self.format) else int(self.codes.shape[2])
-
-    @property
-    def dense(self) -> bool:
-        """True if the matrix is not quantized: `codes` are its numbers, uint16 holding bfloat16."""
-        return self.scale is None and self.format in formats.FLOATS
-
-    def fill(self, out: NDArray[np.float32]) -> None:
-        """Write the numbers as float32 into `out`, of the same shape."""
-        columns = self.shape[1] if len(self.shape) == 2 else 1
-        step = max(1, _CHUNK // max(1, columns))
-        stored = out if self.order is None else np.empty_like(out)
-        for start in range(0, len(out), step):
-            some = slice(start, min(start + step, len(out)))
-            self._fill(stored[some], some)
-        if self.order is not None:
-            out[:, self.order] = stored
-
-    def floats(self) -> NDArray[np.float32]:
-        """Return the numbers as a new float32 array."""
-        out = np.empty(self.shape, np.float32)
-        self.fill(out)
-        return out
-
-    def _fill(self, out: NDArray[np.float32], rows: slice) -> None:
-        codes = self.codes[rows]
-        formats.decode(codes, self.format, out.reshape(*codes.shape[:2], -1) if codes.ndim == 3 else out)
-        if self.scale is None:
-            return
-        blocks = out.reshape(len(out), -1, 1 if self._ragged else self.block[1] or self.shape[1])
-        if self.zero is not None:
-            blocks -= self._spread(self.zero, rows)
-        blocks *= self._spread(self.scale, rows)
-        if self.low is not None:
-            blocks += self._spread(self.low, rows)
-
-    @property
-    def _ragged(self) -> bool:
-        """True if the last block of columns is incomplete."""
-        return self.block[1] > 0 and self.shape[1] % self.block[1] > 0
-
-    @property
-    def _one_zero(self) -> bool:
-        return self.zero is not None and self.zero.shape == (1, 1)
-
-    def _spread(self, numbers: NDArray[Any], rows: slice) -> NDArray[np.float32]:
-        """Return numbers of blocks so that they can be broadcast to (rows, blocks or columns, columns of a block)."""
-        found = numbers
-        if self.block[0] == 1 and len(numbers) > 1:
-            found = numbers[rows]
-        elif self.block[0] > 1 and len(numbers) > 1:
-            found = numbers[np.arange(rows.start, rows.stop) // self.block[0]]
-        if self._ragged and found.shape[1] > 1:
-            found = np.repeat(found, self.block[1], 1)[:, : self.shape[1]]
-        return found.astype(np.float32, copy=False)[..., None]
-
-    def _blocks(self) -> tuple[int, ...]:
-        """Number of blocks of rows and of columns."""
-        return tuple(-(-size // each) if each else 1 for size, each in zip(self.shape, self.block, strict=True))
-
-    def take(self, rows: slice, columns: slice) -> Coded:
-        """Return a part of the matrix, without a copy. `columns` is ignored for a vector.
-
-        Where `columns` separates what shares a scale or a byte, the part is dense.
-        """
-        if self.codes.ndim == 1:
-            return replace(self, codes=self.codes[rows])
-        if rows.step not in (None, 1) and not self.dense:
-            return dense(self.floats()[rows, columns])
-        width = self.shape[1]
-        start, stop, _ = columns.indices(width)
-        each = lcm(self.group, self.block[1] or 1)
-        inside = start % each > 0 or (stop % each > 0 and stop < width)
-        if (start, stop) != (0, width) and (inside or self.order is not None):
-            return dense(self.take(rows, slice(None)).floats()[:, columns])
-        return self._part(rows, start, stop)
-
-    def _part(self, rows: slice, start: int, stop: int) -> Coded:
-        first, last, _ = rows.indices(self.shape[0])
-        height, width = self.block
-        if height > 1 and (first % height or (last % height and last < self.shape[0])):
-            return self.by_rows()._part(rows, start, stop)
-        high = slice(first // height, -(-last // height)) if height else slice(None)
-        wide = slice(start // width, -(-stop // width)) if width else slice(None)
-
-        def of_blocks(numbers: NDArray[Any] | None) -> NDArray[Any] | None:
-            return None if numbers is None else numbers[high, wide]
-
-        return replace(
-            self,
-            codes=self.codes[rows, start // self.group : -(-stop // self.group)],
-            scale=of_blocks(self.scale),
-            zero=self.zero if self._one_zero else of_blocks(self.zero),
-            low=of_blocks(self.low),
-            levels=None if self.levels is None else self.levels.take(rows, wide),
-        )
-
-    def layout(self) -> tuple[Any, ...]:
-        """Return what matrices have in common whose codes and scales can be stacked."""
-        numbers = (None if a is None else a.dtype for a in (self.scale, self.low))
-        order = None if self.order is None else self.order.tobytes()
-        given = self.zero is None, self.input_scale is None
-        return self.format, self.codes.shape[1:], *numbers, *given, self.block, order
-
-    def by_rows(self) -> Coded:
-        """Return the same with scales of single rows."""
-        rows, (height, width) = self.shape[0], self.block
-        if self.scale is None or height == 1:
-            return self
-
-        def repeated(numbers: NDArray[Any] | None) -> NDArray[Any] | None:
-            return None if numbers is None else np.repeat(numbers, height or rows, 0)[:rows]
-
-        zero = self.zero if self._one_zero else repeated(self.zero)
-        return replace(self, scale=repeated(self.scale), zero=zero, low=repeated(self.low), block=(1, width))
-
-
-def dense(array: NDArray[Any]) -> Coded:
-    """Return an unquantized matrix or vector: float32, float16, float64, or uint16 holding bfloat16."""
-    return Coded(array, formats.float_format(array.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,18 +59,11 @@ Reader = Callable[[Checkpoint, Piece], Coded]
 def reader_of(source: Checkpoint, quantize: str = "") -> Reader:
     """Return the `read` function of the method that a checkpoint is stored in.
 
-    `quantize`: a method to apply while loading, as the user names it; "" to keep the stored form. Raises Unsupported if
-    the method has no file here, or if the checkpoint is already quantized in another way.
+    `quantize`: a method to apply while loading, or the name of the stored one, as the user gives it; "" to keep the
+    stored form. Raises Unsupported if the method has no file here, and ArgumentError if `quantize` contradicts what
+    the checkpoint is.
     """
-    stored = source.config.get("quantization_config")
-    method = "gguf" if source.format == "gguf" else "none"
-    if stored is not None:
-        method = str(stored.get("quant_method") if isinstance(stored, dict) else stored)
-    if quantize and method in ("none", quantize):
-        method = quantize
-    elif quantize:
-        raise Unsupported("quantization", quantize, (method,), f"The checkpoint is already stored as {method!r}.")
-    read: Reader = plugins.find("quant", method).read
+    read: Reader = chosen(source, quantize).read
     return read
 
 
@@ -279,50 +97,6 @@ def pieces_of(weight: Weight, part: Part, rank: int) -> list[Piece]:
     return [Piece(part.name, rows, columns, weight, part.index, part.below) for rows in part.slices(first, n)]
 
 
-def stack(parts: Sequence[Coded]) -> Coded:
-    """Stack matrices along the rows. The result keeps the stored form if all have the same one, else it is float32."""
-    if len(parts) == 1:
-        return parts[0]
-    if any(p.scale is not None and (p.block[0] == 0 or p.shape[0] % p.block[0]) for p in parts):
-        parts = [p.by_rows() for p in parts]  # else a block of rows would belong to two parts
-    first = parts[0]
-    if any(p.layout() != first.layout() for p in parts):
-        return dense(np.concatenate([p.floats() for p in parts]))
-    found = [p.levels for p in parts if p.levels is not None]
-    scales = [p.input_scale for p in parts if p.input_scale is not None]
-    return replace(
-        first,
-        codes=np.concatenate([p.codes for p in parts]),
-        scale=_joined([p.scale for p in parts]),
-        zero=_joined_zeros(parts),
-        low=_joined([p.low for p in parts]),
-        levels=_stack_levels(found) if len(found) == len(parts) else None,
-        input_scale=max(scales, default=None),
-    )
-
-
-def _joined(parts: list[NDArray[Any] | None]) -> NDArray[Any] | None:
-    found = [p for p in parts if p is not None]
-    return np.concatenate(found) if len(found) == len(parts) else None
-
-
-def _joined_zeros(parts: Sequence[Coded]) -> NDArray[Any] | None:
-    zeros = [p.zero for p in parts if p.zero is not None]
-    if not zeros or (all(zero.shape == (1, 1) for zero in zeros) and len({float(zero[0, 0]) for zero in zeros}) == 1):
-        return zeros[0] if zeros else None
-    shapes = [p.scale.shape for p in parts if p.scale is not None]
-    return np.concatenate([np.broadcast_to(zero, shape) for zero, shape in zip(zeros, shapes, strict=True)])
-
-
-def _stack_levels(parts: list[Levels]) -> Levels:
-    return Levels(
-        np.concatenate([p.scale for p in parts]),
-        np.concatenate([p.scale_factor for p in parts]),
-        _joined([p.low for p in parts]),
-        _joined([p.low_factor for p in parts]),
-    )
-
-
 def for_each(
     wanted: Sequence[Weight],
     source: Checkpoint,
@@ -334,7 +108,8 @@ def for_each(
 
     `report`: called from this thread with the bytes of the checkpoint read so far; None for no reports.
     """
-    sizes = [sum(_bytes(part, weight, source) // weight.ranks for part in weight.parts) for weight in wanted]
+    find = finder(source)
+    sizes = [sum(_bytes(part, weight, source, find) // weight.ranks for part in weight.parts) for weight in wanted]
     done, made = 0, {}
     with ThreadPoolExecutor(threads) as pool:
         for weight, size, result in zip(wanted, sizes, pool.map(one, wanted), strict=True):
@@ -344,10 +119,11 @@ def for_each(
     return made
 
 
-def _bytes(part: Part, weight: Weight, source: Checkpoint) -> int:
+def _bytes(part: Part, weight: Weight, source: Checkpoint, find: Find) -> int:
     """Return the bytes of a part in the checkpoint."""
-    elements = prod(source.shape(part.name) or ())
-    return source.nbytes(part.name) * part.rows * max(1, weight.columns) // max(1, elements)
+    matrix = find(part.name) if weight.columns else None
+    names, shape = ((part.name,), source.shape(part.name) or ()) if matrix is None else (matrix.tensors, matrix.shape)
+    return sum(map(source.nbytes, names)) * part.rows * max(1, weight.columns) // max(1, prod(shape))
 
 
 def check(weights: Iterable[Weight], source: Checkpoint) -> None:
@@ -357,6 +133,7 @@ def check(weights: Iterable[Weight], source: Checkpoint) -> None:
     is not read by it.
     """
     weights, wanted, stacked = list(weights), dict[str, int](), dict[str, int]()
+    find = finder(source)
     below = {part.name: part.below for weight in weights for part in weight.parts if part.below}
     for part in (part for weight in weights for part in weight.parts):
         wanted[part.name] = max(wanted.get(part.name, 0), part.end)
@@ -364,29 +141,36 @@ def check(weights: Iterable[Weight], source: Checkpoint) -> None:
             stacked[part.name] = max(stacked.get(part.name, 0), part.index + 1)
     for weight in weights:
         for part in weight.parts:
-            _check(weight, part.name, wanted[part.name], stacked.get(part.name), below.get(part.name, 0), source)
-    unread(wanted.keys(), source)
+            matrix = find(part.name) if weight.columns else None
+            outputs_first = matrix is not None or source.format == "gguf" or not weight.transposed
+            shape = (wanted[part.name], weight.columns) if weight.columns else (wanted[part.name],)
+            expected = _stacked(
+                shape if outputs_first else shape[::-1], stacked.get(part.name), below.get(part.name, 0)
+            )
+            _check(weight, part.name, expected, source, matrix)
+    unread(weights, source)
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _check(weight: Weight, name: str, rows: int, stacked: int | None, below: int, source: Checkpoint) -> None:
-    found = source.shape(name)
-    expected: tuple[int, ...] = (rows, weight.columns) if weight.columns else (rows,)
-    if weight.transposed and source.format != "gguf":  # whose rows are always outputs
-        expected = expected[::-1]
+def _stacked(each: tuple[int, ...], stacked: int | None, below: int) -> tuple[int, ...]:
+    """Return the shape of a tensor that stacks matrices or vectors of the shape `each`, or holds one."""
     if below:
-        expected = below * expected[0], *expected[1:]
-    elif stacked is not None:
-        expected = stacked, *expected
+        return below * each[0], *each[1:]
+    return each if stacked is None else (stacked, *each)
+
+
+def _check(weight: Weight, name: str, expected: tuple[int, ...], source: Checkpoint, matrix: Matrix | None) -> None:
+    found = source.shape(name) if matrix is None else matrix.shape
     if found is None:
         cure = cure_of_missing(name, source)
         raise ModelError(
             f"The weights have no tensor {name!r}, which config.json's model needs with shape {expected}.{cure}"
         )
-    by_head = (rows // weight.unit, weight.unit)  # of a vector
+    by_head = (expected[-1] // weight.unit, weight.unit)  # of a vector
     # A convolution's weight is (columns, 1, kernel).
     if _without_ones(found) != _without_ones(expected) and (weight.columns or tuple(found) != by_head):
-        raise ModelError(f"The tensor {name!r} has shape {tuple(found)}; config.json says {expected}.")
+        stored = f", stored in {matrix.tensors[0]!r}," if matrix is not None else ""
+        raise ModelError(f"The tensor {name!r}{stored} has shape {tuple(found)}; config.json says {expected}.")

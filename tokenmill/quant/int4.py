@@ -16,6 +16,8 @@ from tokenmill.quant.base import Coded, Piece
 from tokenmill.quant.formats import nibbles
 from tokenmill.weights.checkpoint import Checkpoint
 
+WHILE_LOADING = True
+
 
 def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece, and quantize it if it is a matrix whose columns are whole blocks."""

@@ -13,6 +13,8 @@ from tokenmill.quant._made import Floats
 from tokenmill.quant.base import Coded, Piece
 from tokenmill.weights.checkpoint import Checkpoint
 
+WHILE_LOADING = True
+
 
 def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece, and quantize it if it is a matrix whose columns are whole blocks."""

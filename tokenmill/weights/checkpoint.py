@@ -47,6 +47,12 @@ _BODIES = {
 }  # fmt: skip
 """Embedding of a model that was saved without its output layer -> prefix of its tensors in the whole model."""
 
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""File in which programs describe a quantization that config.json does not -> its method, if the file names none.
+
+The content becomes a field of the configuration, under the file's name.
+"""
+
 _HEADS = ("lm_head.", "embed_out.")
 """Prefixes of output layers, which lie beside the rest of a model."""
 
@@ -215,6 +221,9 @@ class Safetensors:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
+        for name in QUANTIZATION_FILES:
+            if (self.folder / name).is_file():
+                self.config[name] = read_json(self.folder / name)
         self._entries: dict[str, _Entry] = {}
         weights = weights_in(self.folder)
         if weights.format != "safetensors":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenmill.backends.cpu.forms import BLOCK, BLOCK_FORMS, PAIRS, PANEL, Form, form_named, panel_bytes
 from tokenmill.backends.cpu.scratch import padded, zeros
 from tokenmill.errors import Unsupported
-from tokenmill.program.ops import Part, Weight
+from tokenmill.program.ops import Weight
 from tokenmill.quant.base import Coded, Reader, dense, load_parts, stack
 from tokenmill.quant.formats import FORMATS, nibbles, packed
 from tokenmill.weights.checkpoint import Checkpoint
@@ -75,13 +75,14 @@ def pack_weight(
     weight is `gated` and its halves are not whole blocks. `pairs`: pack bfloat16 in pairs (`Isa.pairs`). `allocate`:
     allocator of the arrays.
     """
-    groups = [weight] if gated or len(weight.parts) == 1 else _runs_of_one_kind(weight, source)
+    parts = load_parts(weight, source, read)
+    runs = [parts] if gated or len(parts) == 1 else _runs_of_one_layout(parts)
     out, start = [], 0
-    for group in groups:
-        out.append(_pack_parts(load_parts(group, source, read), gated, start, pairs, allocate))
+    for run in runs:
+        out.append(_pack_parts(run, gated, start, pairs, allocate))
         start += out[-1].rows
     if any(p.start % BLOCK for p in out) or len({p.quantized for p in out}) > 1:
-        return (_pack_parts(load_parts(weight, source, read), gated, 0, pairs, allocate),)
+        return (_pack_parts(parts, gated, 0, pairs, allocate),)
     return tuple(out)
 
 
@@ -103,15 +104,15 @@ def _as_they_are(parts: Sequence[Coded], gated: bool) -> bool:
     return all(n % PANEL == 0 for n in rows[:-1]) and (not gated or gates(rows[0]))
 
 
-def _runs_of_one_kind(weight: Weight, source: Checkpoint) -> list[Weight]:
-    """Split a weight into runs of parts with the same storage format."""
-    runs: list[list[Part]] = []
-    for part in weight.parts:
-        if runs and source[runs[-1][0].name].kind == source[part.name].kind:
+def _runs_of_one_layout(parts: Sequence[Coded]) -> list[list[Coded]]:
+    """Divide the parts of a weight into runs that are stored in the same way."""
+    runs: list[list[Coded]] = []
+    for part in parts:
+        if runs and runs[-1][0].layout() == part.layout():
             runs[-1].append(part)
         else:
             runs.append([part])
-    return [replace(weight, parts=tuple(run)) for run in runs]
+    return runs
 
 
 def pack(

@@ -11,6 +11,7 @@ from tokenmill.backends.torch.kind import TorchKind
 from tokenmill.errors import ArgumentError, ModelError
 from tokenmill.program.foreign import body_of
 from tokenmill.program.value import Program
+from tokenmill.quant._settings import described
 from tokenmill.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ class TransformersKind(TorchKind):
 
     def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
         """See `Kind`. All tensors of the checkpoint are counted."""
-        method = source.config.get("quantization_config")
-        if isinstance(method, dict):
+        stored = described(source)
+        if stored is not None:
             raise ModelError(
-                f"The model's weights are quantized ({method.get('quant_method', 'by a method without a name')}), and "
-                "transformers computes it here with plain weights only. Serve the model that it was made from."
+                f"The model's weights are quantized ({stored.method}: {stored.place}), and transformers computes it "
+                "here with plain weights only. Serve the model that it was made from."
             )
         if source.format == "gguf":
             raise ModelError("transformers computes no GGUF files here. Serve the model's .safetensors files.")

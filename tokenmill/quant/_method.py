@@ -1,0 +1,84 @@
+"""Find the method of a checkpoint's matrices, and the stored tensors of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from tokenmill import plugins
+from tokenmill.errors import ArgumentError, Unsupported
+from tokenmill.program.ops import Weight
+from tokenmill.quant._settings import described
+from tokenmill.weights.checkpoint import Checkpoint
+
+
+class Matrix(NamedTuple):
+    """Matrix that a method stores, as found from headers: no number of it has been read."""
+
+    shape: tuple[int, ...]  # (outputs, inputs), or (matrices, outputs, inputs), whatever `Weight.transposed` is
+    tensors: tuple[str, ...]  # names of the stored tensors that belong to it
+
+
+Find = Callable[[str], Matrix | None]
+"""Name of a weight (`….down_proj.weight`) -> how it is stored; None if under its own name, as plain numbers"""
+
+
+def method_of(source: Checkpoint) -> str:
+    """Return the method that a checkpoint is stored in, a name of a file of this package."""
+    found = described(source)
+    if found is not None:
+        return found.method
+    return "gguf" if source.format == "gguf" else "none"
+
+
+def module_of(source: Checkpoint) -> Any:
+    """Import the file of the method that a checkpoint is stored in. Raises Unsupported if there is none."""
+    method = method_of(source)
+    found = described(source)
+    try:
+        return plugins.find("quant", method)
+    except Unsupported as error:
+        place = f"It is the quant_method of {found.place}." if found is not None else ""
+        cure = "Serve a checkpoint of the model that is stored in one of these ways, or not quantized."
+        raise Unsupported("quantization", method, error.known, f"{place} {cure}".strip()) from None
+
+
+def finder(source: Checkpoint) -> Find:
+    """Return the function that finds how the weights of a checkpoint are stored. Raises as `module_of`."""
+    matrix = getattr(module_of(source), "matrix", None)
+    if matrix is None:
+        return lambda name: None
+    return lambda name: matrix(source, name)
+
+
+def stored_names(weights: Iterable[Weight], source: Checkpoint) -> list[str]:
+    """Return the names of the tensors that hold these weights, each once."""
+    find = finder(source)
+    parts = dict.fromkeys((part.name, weight.columns > 0) for weight in weights for part in weight.parts)
+    found = {name: find(name) if is_matrix else None for name, is_matrix in parts}
+    return list(dict.fromkeys(stored for name, m in found.items() for stored in (m.tensors if m else (name,))))
+
+
+def chosen(source: Checkpoint, quantize: str) -> Any:
+    """Return the file of the method that reads a checkpoint, with `quantize` as the user gave it, or "".
+
+    Raises Unsupported for a method without a file, and ArgumentError if `quantize` contradicts what is stored.
+    """
+    stored, method = module_of(source), method_of(source)
+    if not quantize:
+        return stored
+    if method != "none":
+        names = stored.names(source) if hasattr(stored, "names") else (method,)
+        if quantize in names:
+            return stored
+        raise ArgumentError(
+            f"`quantize` is {quantize}, but the checkpoint is stored as {method!r}. Leave the option out"
+            + (f", or give {' or '.join(names)}." if method != "gguf" else ".")
+        )
+    wanted = plugins.find("quant", quantize)
+    if not getattr(wanted, "WHILE_LOADING", False):
+        raise ArgumentError(
+            f"`quantize` is {quantize}, but the checkpoint is not quantized, and {quantize} weights are not made while "
+            f"loading. Leave the option out, give one that is (int8, int4), or serve a checkpoint stored as {quantize}."
+        )
+    return wanted
