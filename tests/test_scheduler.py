@@ -214,7 +214,7 @@ def test_the_tail_of_a_sequence_is_evicted_before_its_head() -> None:
     blocks = pool.allocate(4)
     assert blocks is not None
     for i, block in enumerate(blocks):
-        pool.publish(block, bytes([i]))
+        pool.publish([block], [bytes([i])])
     pool.release(blocks)
     pool.allocate(1)
     assert pool.match([bytes([i]) for i in range(4)]) == blocks[:3]
@@ -225,7 +225,7 @@ def test_a_block_without_content_is_reused_before_a_cached_one() -> None:
     first, second = pool.allocate(1), pool.allocate(1)
     assert first is not None
     assert second is not None
-    pool.publish(first[0], b"x")
+    pool.publish(first, [b"x"])
     pool.release(first)
     pool.release(second)
     assert pool.allocate(2) == [*second, 2]

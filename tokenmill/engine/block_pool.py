@@ -91,10 +91,13 @@ class BlockPool:
         """
         if count > len(self._free):
             return None
-        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
-        for block in blocks:
-            self._evict(block)
+        blocks: list[int] = []
+        for _ in range(count):
+            block = self._free.popitem(last=False)[0]
+            if self._hash_of[block] is not None:
+                self._evict(block)
             self.refs[block] = 1
+            blocks.append(block)
         return blocks
 
     def release(self, blocks: Items[int]) -> None:
@@ -106,14 +109,15 @@ class BlockPool:
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)  # not cached: reuse it first
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Cache a full block under its hash, so that later sequences can share it.
+    def publish(self, blocks: list[int], keys: list[bytes]) -> None:
+        """Cache full blocks under their hashes, so that later sequences can share them.
 
-        If another block is cached under this hash, that one stays.
+        If another block is cached under a hash, that one stays.
         """
-        if key not in self._block_of and self._hash_of[block] is None:
-            self._block_of[key] = block
-            self._hash_of[block] = key
+        for block, key in zip(blocks, keys, strict=True):
+            if key not in self._block_of and self._hash_of[block] is None:
+                self._block_of[key] = block
+                self._hash_of[block] = key
 
     def unpublish(self, blocks: Iterable[int]) -> None:
         """Remove blocks with invalid content from the prefix cache. Reference counts do not change."""

@@ -43,11 +43,11 @@ class PrefixCache:
 
         All its blocks are cached in tables without a window. In those with one, the blocks of the last window are.
         """
-        count, found = self._num_sharable(seq), []
+        count = self._num_sharable(seq)
+        found: list[list[int]] = []
         for table, behind in enumerate(self._tables.behind):
-            blocks = self._pool.match(self._keys(seq, table, 0, count)) if behind == UNBOUNDED else []
-            count = len(blocks) if behind == UNBOUNDED else count
-            found.append(blocks)
+            found.append(self._pool.match(self._keys(seq, table, 0, count)) if behind == UNBOUNDED else [])
+            count = len(found[table]) if behind == UNBOUNDED else count
         if self._tables.windowed:
             count = self._num_in_windows(seq, count)
             for table, first in enumerate(self._tables.firsts(count * self._pool.block_size)):
@@ -57,10 +57,9 @@ class PrefixCache:
 
     def has_more(self, seq: Sequence) -> bool:
         """Return True if more blocks of `seq` are cached than at the last `match`."""
-        num_cached = seq.num_matched
-        last = min(num_cached + 1, self._num_sharable(seq))
-        return all(
-            self._pool.match(self._keys(seq, table, num_cached, last)) for table in range(len(self._tables.behind))
+        index = seq.num_matched
+        return index < self._num_sharable(seq) and all(
+            self._is_cached(seq, table, index) for table in range(len(self._tables.behind))
         )
 
     def is_being_computed(self, seq: Sequence, num_cached: int) -> bool:
@@ -87,16 +86,19 @@ class PrefixCache:
             seq.publish_at = NEVER
             return
         full = min(len(seq.token_ids), computed) // size
+        begin = seq.num_published
+        if full <= begin:
+            return
         seq.hash_blocks(full, size)
-        for table, (first, blocks) in enumerate(zip(seq.firsts, seq.blocks, strict=True)):
-            begin = max(seq.num_published, first)
-            new = blocks[begin - first : max(full - first, 0)]
-            for block, key in zip(new, seq.hashes[begin:full], strict=True):
-                self._pool.publish(block, key + bytes((table,)) if table else key)
+        for table, blocks in enumerate(seq.blocks):
+            first = seq.firsts[table]
+            start = begin if begin >= first else min(first, full)  # earlier blocks were released
+            new, keys = blocks[start - first : full - first], seq.hashes[start:full]
+            self._pool.publish(new, [key + bytes((table,)) for key in keys] if table else keys)
             if self._published:
                 self._published[-1] += new
-        seq.num_published = max(full, seq.num_published)
-        seq.publish_at = (seq.num_published + 1) * size
+        seq.num_published = full
+        seq.publish_at = (full + 1) * size
 
     def unpublish(self, seq: Sequence) -> None:
         """Remove the blocks that `seq` holds, and those that it held and released, from the prefix cache."""

@@ -29,7 +29,7 @@ class Running:
         self.rows: list[Sequence] = []
         self.slots: Int32 = np.zeros(0, np.int32)
         self.changed = False  # True if a sequence joined or left since `refresh`
-        self._entries: list[tuple[int, int, int, int]] = []  # table, slot, index, block: added since `refresh`
+        self._entries: list[int] = []  # table, slot, index and block of each entry that was added since `refresh`
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -63,7 +63,6 @@ class Running:
 
     def start(self, seq: Sequence, hit: Hit) -> None:
         """Start `seq` behind its cached prefix: assign a slot and share the prefix's blocks. `grow` must follow."""
-        self._pool.share(hit.all)
         slot = self._free_slots.pop()
         self._by_id[seq.id] = seq
         self.changed = True
@@ -76,8 +75,9 @@ class Running:
         self.computed[slot] = num_cached
         self.max_computed[slot] = seq.max_tokens - 1
         self._expires_at[slot] = self._tables.expires_at(seq.firsts)
-        for table, (first, blocks) in enumerate(zip(seq.firsts, seq.blocks, strict=True)):
-            self._entries += [(table, slot, index, block) for index, block in enumerate(blocks, first)]
+        for table, blocks in enumerate(seq.blocks):
+            self._pool.share(blocks)
+            self._add_entries(table, slot, seq.firsts[table], blocks)
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Allocate the blocks that `seq` lacks in the next step of `num_tokens` tokens in all.
@@ -85,23 +85,33 @@ class Running:
         Return False, without a change, if too few are free.
         """
         slot, ends = seq.slot, self._tables.ends(self.computed_of(seq), num_tokens)
-        lacking: list[tuple[int, int, int]] = []  # table, its first block that is lacking, number
-        covered, total = UNBOUNDED, 0
-        for table, end in enumerate(ends):
-            begin = seq.firsts[table] + len(seq.blocks[table])
-            if end > begin:
-                lacking.append((table, begin, end - begin))
-                total += end - begin
-            covered = min(covered, max(begin, end))
-        fresh = self._pool.allocate(total)
-        if fresh is None:
+        if len(ends) > 1 and self._num_lacking(seq, ends) > self._pool.num_free:
             return False
-        for table, begin, count in lacking:
-            new, fresh = fresh[:count], fresh[count:]
-            self._entries += [(table, slot, index, block) for index, block in enumerate(new, begin)]
-            seq.blocks[table] += new
+        covered = UNBOUNDED
+        for table, end in enumerate(ends):
+            blocks = seq.blocks[table]
+            begin = seq.firsts[table] + len(blocks)
+            if end > begin:
+                fresh = self._pool.allocate(end - begin)
+                if fresh is None:
+                    return False
+                self._add_entries(table, slot, begin, fresh)
+                blocks += fresh
+            else:
+                end = begin
+            if end < covered:
+                covered = end
         self.covered[slot] = covered * self._pool.block_size
         return True
+
+    def _num_lacking(self, seq: Sequence, ends: list[int]) -> int:
+        """Return the number of blocks that `seq` lacks for tables which end at `ends`."""
+        held = zip(ends, seq.firsts, seq.blocks, strict=True)
+        return sum(max(end - first - len(blocks), 0) for end, first, blocks in held)
+
+    def _add_entries(self, table: int, slot: int, first: int, blocks: list[int]) -> None:
+        for index, block in enumerate(blocks, first):
+            self._entries.extend((table, slot, index, block))
 
     def _trim(self, seq: Sequence) -> None:
         """Release the blocks of `seq` that no token reads any more.
@@ -136,4 +146,4 @@ class Running:
 
     def computed_of(self, seq: Sequence) -> int:
         """Return the number of tokens of `seq` that are computed once all planned steps have run."""
-        return int(self.computed[seq.slot])
+        return self.computed.item(seq.slot)

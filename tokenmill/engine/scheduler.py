@@ -117,7 +117,9 @@ class Scheduler:
             self._prefill.divide(step, prompts)
             admitted = sorted(step.admitted, key=lambda seq: seq.arrival)
         if preempted or not counts.all():
-            keep = np.array([row for row, n in enumerate(counts.tolist()) if n and rows[row].slot >= 0], np.intp)
+            keep = np.flatnonzero(counts)
+            if preempted:
+                keep = np.array([row for row in keep.tolist() if rows[row].slot >= 0], np.intp)
             rows, slots, starts, counts = [rows[row] for row in keep.tolist()], slots[keep], starts[keep], counts[keep]
         if admitted:
             new = np.array([seq.slot for seq in admitted], np.int32)
@@ -149,12 +151,13 @@ class Scheduler:
                 continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
-            if len(token_ids) >= seq.publish_at:
+            length = len(token_ids)
+            if length >= seq.publish_at:
                 self._publish(seq)
             reason = ""
             if token_id in seq.stop_ids:
                 reason = "stop"
-            elif len(token_ids) == seq.max_tokens:
+            elif length == seq.max_tokens:
                 reason = "length"
             if reason:
                 self._finish(seq, reason)

@@ -24,9 +24,9 @@ def entries_array(entries: list[tuple[int, int, int]]) -> Int32:
     return np.array(entries, np.int32) if entries else _NO_ENTRIES
 
 
-def blocks_array(entries: list[tuple[int, int, int, int]]) -> Int32:
-    """Return the entries as an array (n, 4), under the same condition."""
-    return np.array(entries, np.int32) if entries else _NO_BLOCKS
+def blocks_array(entries: list[int]) -> Int32:
+    """Return the entries, four numbers each, as an array (n, 4), under the same condition."""
+    return np.array(entries, np.int32).reshape(-1, 4) if entries else _NO_BLOCKS
 
 
 @dataclass(eq=False, slots=True)
