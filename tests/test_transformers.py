@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import torch
 from support_jobs import job_of
 from support_models import FAMILIES, LATENT, SIZES, make_checkpoint, write_model
 from test_offline import crowded_engine
+from transformers.models.auto import modeling_auto
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.kind import BackendOptions, Placement
-from tokenmill.backends.transformers import KIND
+from tokenmill.backends.transformers import KIND, defined
 from tokenmill.backends.transformers.backend import TransformersBackend
 from tokenmill.backends.transformers.record import _window
 from tokenmill.config import Settings
@@ -207,6 +210,38 @@ def test_a_model_that_looks_at_other_tokens_otherwise_is_refused_when_it_starts(
 def test_a_model_that_cannot_be_served_so_is_refused_with_the_reason(config: dict[str, Any], words: str) -> None:
     with pytest.raises(StartError, match=words):
         recorded(config, BackendOptions())
+
+
+def test_an_unheard_model_type_is_refused_without_importing_transformers(tmp_path: Path) -> None:
+    (tmp_path / "modeling_own.py").touch()
+    configs = [
+        {"model_type": "lama"},
+        {"model_type": "bart-base"},
+        {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}},
+    ]
+    source = f"""
+import sys
+from types import SimpleNamespace
+from tokenmill.backends.kind import BackendOptions
+from tokenmill.errors import Unsupported
+from tokenmill.runtime.programs import programs_for
+for config in {configs!r}:
+    try:
+        programs_for(SimpleNamespace(config=config, folder={str(tmp_path)!r}), BackendOptions())
+    except Unsupported as error:
+        print(error.name, sorted({{"torch", "transformers"}} & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.split("\n") == ["lama []", "bart-base []", "own []", ""]
+
+
+def test_the_types_that_are_read_from_transformers_source_are_those_of_its_table() -> None:
+    assert defined.listed() == set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize("table", ["", "dict(a=1)", "OrderedDict(**o)", "OrderedDict([*o])", "OrderedDict(3)"])
+def test_a_table_of_another_form_leaves_the_choice_to_transformers(table: str) -> None:
+    assert defined.types_in(f"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = {table or None}".encode()) is None
 
 
 @pytest.mark.usefixtures("nothing_here")

@@ -45,12 +45,11 @@ def _is_here(name: str) -> bool:
 
 def _recorded(config: dict[str, Any], folder: str, trusts_code: bool) -> Programs:
     """Record a model that transformers defines, or code in its folder if that is trusted. Log who computes it."""
-    from tokenmill.backends.transformers import library
-    from tokenmill.backends.transformers.record import record
+    from tokenmill.backends.transformers.defined import has_code, is_known
 
     name, code = config["model_type"], ""
-    if not library.is_known(name):
-        if not library.has_code(config, folder):
+    if not is_known(name):
+        if not has_code(config, folder):
             raise Unsupported("model type", name, base.names(), _UNKNOWN)
         if not trusts_code:
             raise Unsupported("model type", name, (), _UNTRUSTED)
@@ -58,6 +57,8 @@ def _recorded(config: dict[str, Any], folder: str, trusts_code: bool) -> Program
         _log.warning("Python code in %s defines the %s model and is run, as --trust-remote-code allows.", code, name)
     elif trusts_code and "auto_map" in config:
         _log.info("--trust-remote-code has no effect: transformers itself defines the %s model.", name)
+    from tokenmill.backends.transformers.record import record
+
     program, length = record(config, code)
     _log.warning(
         "transformers computes this %s model, with tokenmill's cache and attention. That is slower than a model type "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from tokenmill.backends.transformers.defined import CODE
 from tokenmill.errors import ModelError
-
-_CODE = "AutoModelForCausalLM"
 
 
 class Parts(NamedTuple):
@@ -43,28 +41,7 @@ def class_of(config: dict[str, Any], theirs: Any, code: str) -> Any:
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)]
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    return get_class_from_dynamic_module(config["auto_map"][_CODE], code)
-
-
-def is_known(model_type: str) -> bool:
-    """Return True if transformers defines a causal language model of this type."""
-    mapping = transformers.CONFIG_MAPPING
-    return model_type in mapping and mapping[model_type] in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def has_code(config: dict[str, Any], folder: str) -> bool:
-    """Return True if a model's folder has the Python file that its config.json names for this kind of model.
-
-    ModelError if config.json names a file in another repository.
-    """
-    named = config.get("auto_map")
-    name = named.get(_CODE) if isinstance(named, dict) else None
-    if not isinstance(name, str):
-        return False
-    if "--" in name:
-        where = name.partition("--")[0]
-        raise ModelError(f"config.json names code in another repository ({where}). Copy its files to {folder}.")
-    return bool(folder) and (Path(folder) / f"{name.partition('.')[0]}.py").is_file()
+    return get_class_from_dynamic_module(config["auto_map"][CODE], code)
 
 
 def parts_of(model: Any) -> Parts:
