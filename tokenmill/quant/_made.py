@@ -17,21 +17,32 @@ _CHUNK = 1 << 18  # numbers quantized at a time, so that they fit a core's cache
 Floats = NDArray[np.float32]
 
 
-def read(source: Checkpoint, piece: Piece, make: Callable[[Floats], Coded]) -> Coded:
-    """Read a piece and quantize it with `make`, a function of (rows, blocks, 32).
+def read(source: Checkpoint, piece: Piece, make: Callable[[Floats], Coded], block: int = BLOCK) -> Coded:
+    """Read a piece and quantize it with `make`, a function of (rows, blocks, columns of a block).
 
-    A vector, an `exact` matrix, or one whose columns are not whole blocks, stays as stored.
+    `block`: columns of a block; 0: `make` takes (rows, columns). A vector, an `exact` matrix, or one whose columns are
+    not whole blocks, of 32 if `block` is 0, stays as stored.
     """
     stored = none.read(source, piece)
-    if len(stored.shape) != 2 or stored.shape[1] % BLOCK or piece.weight.exact:
+    if len(stored.shape) != 2 or piece.weight.exact or stored.shape[1] % (block or BLOCK):
         return stored
     rows, columns = stored.shape
     step = max(1, _CHUNK // columns)
     parts = []
     for start in range(0, rows, step):
         some = stored.take(slice(start, start + step), slice(None)).floats()
-        parts.append(make(some.reshape(len(some), -1, BLOCK)))
+        parts.append(make(some.reshape(len(some), -1, block) if block else some))
     return stack(parts)
+
+
+def read_products(source: Checkpoint, piece: Piece, make: Callable[[Floats], Coded], block: int = 0) -> Coded:
+    """Read a piece as `read` does, but leave embedding tables and output layers as stored.
+
+    They lose most accuracy, and the libraries whose names these methods have leave them, too.
+    """
+    if piece.weight.table or piece.weight.shard == "vocab":
+        return none.read(source, piece)
+    return read(source, piece, make, block)
 
 
 def rounded(scale: Floats) -> tuple[NDArray[np.float16], Floats]:

@@ -52,6 +52,9 @@ def _e2m1() -> Floats:
     return np.array([*sizes, *(-n for n in sizes)], np.float32)
 
 
+_FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+"""Sizes of bitsandbytes' FP4, by its code without the sign: the largest is 1"""
+
 _IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 """Levels of GGUF's IQ4 types, from ggml-common.h"""
 
@@ -83,6 +86,7 @@ FORMATS: dict[str, Format] = {
     "e2m1": Format(4, np.uint8, _e2m1()),
     "e2m1x2": Format(4, np.uint8, 2 * _e2m1()),  # as in GGUF's MXFP4, whose scales are halved for it
     "nf4": Format(4, np.uint8, _NF4),
+    "fp4": Format(4, np.uint8, np.concatenate([_FP4, -_FP4])),  # bitsandbytes'
     "iq4": Format(4, np.uint8, _IQ4_NL),
 }
 """Name -> format. Integers are named by sign and bits, floats by the bits of exponent and mantissa."""

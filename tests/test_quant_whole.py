@@ -1,0 +1,112 @@
+"""Whole models with quantized weights, against transformers with the numbers that the weights stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+from support_models import Driver, make_checkpoint, reference, steps  # noqa: E402
+from support_quantized import Writer, fp8, int8, mx, packed, pairs, quantize_folder  # noqa: E402
+from test_quant_stored import CASES, compressed  # noqa: E402
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def mixed(module: str) -> Writer | None:
+    """Attention in int4, feed-forward in FP8 but for one layer's, and the head in int8."""
+    if module == "lm_head":
+        return int8()
+    if not module.endswith(LINEAR) or "layers.1.mlp" in module:
+        return None
+    return packed(4, 32, zeros="packed") if "self_attn" in module else fp8((1, 0), "weight_scale")
+
+
+MIXED = compressed("mixed-precision") | {
+    "config_groups": {
+        "a": {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}},
+        "b": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}},
+        "c": {"targets": ["re:lm_head"], "weights": {"num_bits": 8, "strategy": "channel"}},
+    },
+    "ignore": ["re:.*layers.1.mlp.*"],
+}
+OFTEN = ("fp8 in blocks", "int4, act-order", "nf4, double", "mixed")
+MODELS: dict[str, tuple[dict[str, Any], Any]] = {
+    name: (about, lambda module, write=write: write if module.endswith(LINEAR) else None)
+    for name, (about, write) in CASES.items()
+} | {"mixed": (MIXED, mixed)}
+
+
+def compared(folder: Path, model: Any, numbers: dict[str, Any]) -> None:
+    """Check the logits of every step against transformers' with these numbers."""
+    missing = model.load_state_dict({name: n.float() for name, n in numbers.items()}, strict=False)
+    assert not missing.unexpected_keys
+    driver = Driver.of(folder)
+    for rows, want in zip(steps(), reference(model, steps()), strict=True):
+        np.testing.assert_allclose(driver.feed(rows), want, atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in MODELS]
+)
+def test_a_quantized_models_logits_are_those_of_its_numbers(name: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "llama")
+    compared(tmp_path, model, quantize_folder(tmp_path, *MODELS[name]))
+
+
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("qwen3_moe", "fp8 in blocks"),
+        pytest.param("mixtral", "int4, groups of 16, zeros", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "fp8 in blocks", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "w8a8 fp8", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "nvfp4", marks=pytest.mark.slow),
+    ],
+)
+def test_quantized_experts_of_modules_of_their_own_are_those_of_their_numbers(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    """As every checkpoint of these formats has them, under the names of transformers' older modules."""
+    model = make_checkpoint(tmp_path, family)
+    about, write = CASES[name]
+    modules = (*LINEAR, "w1", "w2", "w3", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    numbers = quantize_folder(tmp_path, about, lambda module: write if module.endswith(modules) else None)
+    reloaded = type(model).from_pretrained(_plain(tmp_path, numbers), dtype=torch.float32, attn_implementation="eager")
+    compared(tmp_path, reloaded.eval(), {})
+
+
+def _plain(folder: Path, numbers: dict[str, Any]) -> Path:
+    """Write a checkpoint of the numbers beside a quantized one."""
+    plain = folder / "plain"
+    plain.mkdir()
+    save_file(numbers, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    return plain
+
+
+def test_gpt_oss_in_mxfp4_has_the_logits_of_its_numbers(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "gpt_oss", hidden_size=64, intermediate_size=96)
+    path = tmp_path / "model.safetensors"
+    made, numbers = dict[str, Any](), dict[str, Any]()
+    for name, w in load_file(path).items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            made[name] = numbers[name] = w
+            continue
+        parts = [mx(each.T.contiguous().float()) for each in w]  # stored (inputs, outputs)
+        made[f"{name}_blocks"] = torch.stack([pairs(codes).reshape(len(codes), -1, 16) for codes, _, _ in parts])
+        made[f"{name}_scales"] = torch.stack([exponent for _, exponent, _ in parts])
+        numbers[name] = torch.stack([floats.T for _, _, floats in parts])
+    save_file(made, path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    about = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    compared(tmp_path, model, numbers)
