@@ -64,6 +64,7 @@ from tokenmill.models.base import program_of  # noqa: E402
 from tokenmill.program import ops  # noqa: E402
 from tokenmill.program.cost import weights_of  # noqa: E402
 from tokenmill.program.value import Program  # noqa: E402
+from tokenmill.quant.base import reader_of  # noqa: E402
 from tokenmill.weights.checkpoint import open_checkpoint  # noqa: E402
 from tokenmill.weights.source import local_source  # noqa: E402
 
@@ -110,7 +111,7 @@ class CudaDriver(CudaBackend):
     def __init__(
         self, folder: str | Path, *, dtype: str = "float32", num_blocks: int = 64, limits: StepLimits | None = None,
         warm: bool = False, graphs: tuple[int, ...] | None = (), kv_cache_dtype: str = "", scale: float = 1.0,
-        deterministic: bool = False, **attention: Any,
+        deterministic: bool = False, quantize: str = "", **attention: Any,
     ) -> None:  # fmt: skip
         source = open_checkpoint(local_source(folder))
         limits = limits or StepLimits(256, 4, 256, 16)
@@ -118,7 +119,7 @@ class CudaDriver(CudaBackend):
         super().__init__(
             cuda_job(
                 program, source, limits, dtype, cuda_graphs=graphs, kv_cache_dtype=kv_cache_dtype,
-                deterministic=deterministic,
+                deterministic=deterministic, quantize=quantize, read=reader_of(source, quantize),
             )
         )  # fmt: skip
         if kv_cache_dtype:

@@ -9,7 +9,7 @@ import numpy as np
 from support_cuda import CudaDriver, torch, write_random
 
 from tokenmill.backends.cuda.pack import DeviceWeights
-from tokenmill.backends.cuda.products.base import Operands
+from tokenmill.backends.cuda.products.base import Needs, Operands
 from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.program.ops import Part, Weight
 from tokenmill.quant import int8
@@ -26,6 +26,9 @@ class EightBit:
     @property
     def nbytes(self) -> int:
         return int(self.codes.nbytes + self.scale.nbytes)
+
+    def needs(self, rows: int) -> Needs:
+        return Needs()
 
     def product(self, operands: Operands, scratch: Any, batch_invariant: bool) -> Any:
         self.products += 1

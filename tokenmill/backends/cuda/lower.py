@@ -19,7 +19,7 @@ from tokenmill.backends.cuda.latent import LatentLowering
 from tokenmill.backends.cuda.launch import Launch, Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import DeviceWeights
-from tokenmill.backends.cuda.products.base import Operands, Product, Scratch
+from tokenmill.backends.cuda.products.base import Needs, Operands, Product, Scratch
 from tokenmill.backends.cuda.products.dense import largest
 from tokenmill.backends.cuda.recurrence import StateLowering
 from tokenmill.backends.cuda.row_ops import RowLowering
@@ -64,7 +64,13 @@ class Lowering:
         self._readers = readers_of(memory.program.ops)
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit
         outputs = largest(*(op.out.width for op in memory.program.ops if isinstance(op, ops.Linear)))
-        self._scratch = Scratch(outputs, memory.device.torch) if fast else None
+        self._scratch = Scratch(outputs, memory.device.torch, self._needs(), memory.dtype) if fast else None
+
+    def _needs(self) -> Needs:
+        """Return the scratch memory that serves each product in turn."""
+        products = [op for op in self._memory.program.ops if isinstance(op, ops.Linear)]
+        found = [self._weights.matrices[op.weight].needs(self._memory.rows[op.x.spec.rows]) for op in products]
+        return Needs(*(max(sizes) for sizes in zip(*found, strict=True))) if found else Needs()
 
     @property
     def tile_tokens(self) -> set[int]:
@@ -79,7 +85,7 @@ class Lowering:
     @property
     def nbytes(self) -> int:
         """Bytes of scratch."""
-        split = 0 if self._scratch is None else self._scratch.part.nbytes
+        split = 0 if self._scratch is None else self._scratch.nbytes
         others = self._latent.nbytes + self.mixtures.nbytes + self._states.nbytes
         return self._attention.nbytes + others + split
 

@@ -1,13 +1,19 @@
 """Copy weights from a checkpoint to the device: raw bytes of mapped files, through several pinned buffers at a time.
 
-Numbers stored in the computation's dtype are copied as they are. The host converts all others.
+Numbers stored in the computation's dtype are copied as they are. Quantized matrices of products are copied as they are,
+too, and packed on the device for its kernels (`products/pack.py`), if it computes in 16 bits. The host converts all
+others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +23,8 @@ from torch import Tensor
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.products.base import Packed
 from tokenmill.backends.cuda.products.dense import Dense
+from tokenmill.backends.cuda.products.forms import Unpackable
+from tokenmill.backends.cuda.products.pack import packed as pack_matrix
 from tokenmill.backends.kind import Report
 from tokenmill.backends.torch.pack import to_tensor
 from tokenmill.parallel.group import Group
@@ -24,12 +32,14 @@ from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Coded, Piece, Reader, check, for_each, load, pieces_of
+from tokenmill.quant.base import Coded, Piece, Reader, check, for_each, load, load_parts, pieces_of
 from tokenmill.weights.checkpoint import Checkpoint, read_ahead
 
 _LANES = 8  # copies at a time: one core fills a pinned buffer slower than the bus empties it
 _CHUNK = 32 << 20  # bytes of a pinned buffer
 _STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,7 @@ class _Lane:
     """A pinned buffer and its stream."""
 
     def __init__(self, device: Device) -> None:
-        self._device = device
+        self._device, self.device = device, device.torch
         self._stream = torch.cuda.Stream(device.torch) if device.real else None  # type: ignore[no-untyped-call]
         self._staged = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) if device.real else None
 
@@ -78,6 +88,21 @@ class _Lane:
                 self._stream.synchronize()
                 done += some.nbytes
 
+    def upload(self, array: NDArray[Any]) -> Tensor:
+        """Return an array on the device. Blocks until the copy is done."""
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        made = torch.empty(array.shape, dtype=dtype, device=self._device.torch)
+        if array.size:
+            self.copy(array, made)
+        return made
+
+    @contextlib.contextmanager
+    def queued(self) -> Iterator[None]:
+        """Launch what is computed within on the lane's stream, and wait for it at the end."""
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            yield
+            if self._stream is not None:
+                self._stream.synchronize()
 
     def copy_transposed(self, columns: NDArray[np.generic], cuts: list[tuple[slice, Tensor]]) -> None:
         """Copy contiguous columns of a matrix, and transpose them on the device. Blocks until the copy is done.
@@ -90,11 +115,9 @@ class _Lane:
             some = columns[first : first + at_once]
             staged = torch.empty(some.shape, dtype=dtype, device=device)
             self.copy(some, staged)
-            with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            with self.queued():
                 for rows, to in cuts:
                     to[:, first : first + len(some)].copy_(staged[:, rows].t())
-                if self._stream is not None:
-                    self._stream.synchronize()
 
 
 def pack(
@@ -118,7 +141,8 @@ def pack(
     for ws, stack in stacks.items():
         packed.update(zip(ws, stack, strict=True))
     exact = {op.correction for op in program.ops if isinstance(op, ops.Route)}
-    for w in (w for w in wanted if w not in packed):
+    products = Products(packable(program) if dtype.itemsize == 2 else set(), dtype)
+    for w in (w for w in wanted if w not in packed and w not in products.packable):
         packed[w] = torch.empty(_shape(w), dtype=torch.float32 if w in exact else dtype, device=device.torch)
     lanes: SimpleQueue[_Lane] = SimpleQueue()
     for _ in range(_LANES):
@@ -127,20 +151,59 @@ def pack(
     def one(weight: Weight) -> None:
         lane = lanes.get()
         try:
-            _pack(weight, packed[weight], source, read, group.rank, lane)
+            if weight in products.packable:
+                products.add(weight, source, read, group.rank, lane)
+            else:
+                _pack(weight, packed[weight], source, read, group.rank, lane)
         finally:
             lanes.put(lane)
 
     for_each(wanted, source, one, _LANES, report)
     device.finish()
+    products.log()
     multiplied = {op.weight for op in program.ops if isinstance(op, ops.Linear)}
     looked_up = {op.table for op in program.ops if isinstance(op, ops.Embed)}
     stacked = {w for ws in stacks for w in ws}
     return DeviceWeights(
         {w: tensor for w, tensor in packed.items() if (w not in multiplied or w in looked_up) and w not in stacked},
-        {w: Dense(packed[w]) for w in multiplied},
+        products.matrices | {w: Dense(packed[w]) for w in multiplied if w in packed},
         {ws[0]: stack for ws, stack in stacks.items()},
     )
+
+
+def packable(program: Program) -> set[Weight]:
+    """Return the weights that stay quantized if they are: those of products alone, not of tables that are looked up."""
+    products = {op.weight for op in program.ops if isinstance(op, ops.Linear)}
+    others = (w for op in program.ops if not isinstance(op, ops.Linear) for ws in op.weights().values() for w in ws)
+    return {w for w in products.difference(others) if w.columns and not w.exact}
+
+
+class Products:
+    """Matrices of products as they are loaded, each packed if it is quantized and a form holds it."""
+
+    def __init__(self, packable: set[Weight], dtype: torch.dtype) -> None:
+        self.packable, self.matrices = packable, dict[Weight, Packed]()
+        self._dtype, self._converted = dtype, Counter[str]()
+
+    def add(self, weight: Weight, source: Checkpoint, read: Reader, rank: int, lane: _Lane) -> None:
+        """Read a matrix to the device. Thread-safe for different weights."""
+        parts = load_parts(weight, source, read, rank)
+        if not all(part.dense for part in parts):
+            try:
+                with lane.queued():
+                    self.matrices[weight] = pack_matrix(parts, lane.upload, self._dtype)
+                return
+            except Unpackable as reason:
+                self._converted[str(reason)] += 1
+        to = torch.empty(_shape(weight), dtype=self._dtype, device=lane.device)
+        _pack(weight, to, source, read, rank, lane, None if weight.transposed else parts)
+        self.matrices[weight] = Dense(to)
+
+    def log(self) -> None:
+        """Log why quantized matrices were converted, a line a reason."""
+        for reason, count in self._converted.items():
+            name = str(self._dtype).removeprefix("torch.")
+            _log.warning("%d quantized matrices are converted to %s: of each, %s.", count, name, reason)
 
 
 def _stacks(program: Program, dtype: torch.dtype, device: Device) -> dict[tuple[Weight, ...], Tensor]:
@@ -155,17 +218,20 @@ def _shape(weight: Weight) -> tuple[int, ...]:
     return weight.rows, weight.columns // weight.ranks if weight.shard == "row" else weight.columns
 
 
-def _pack(weight: Weight, to: Tensor, source: Checkpoint, read: Reader, rank: int, lane: _Lane) -> None:
+def _pack(
+    weight: Weight, to: Tensor, source: Checkpoint, read: Reader, rank: int, lane: _Lane,
+    parts: list[Coded] | None = None,
+) -> None:  # fmt: skip
+    """Write a weight in 16 or 32 bits. `parts`: its matrices in order, if they are read already."""
     if not weight.columns:
         to.copy_(to_tensor(load(weight, source, read, rank), to.dtype))
         return
-    first, pieces = 0, [piece for part in weight.parts for piece in pieces_of(weight, part, rank)]
+    first, pieces = 0, [] if parts else [piece for part in weight.parts for piece in pieces_of(weight, part, rank)]
     if weight.transposed and (columns := _columns(pieces, source, read, to.dtype)) is not None:
         ends = np.cumsum([0, *(len(range(*piece.rows.indices(columns.shape[1]))) for piece in pieces)]).tolist()
         lane.copy_transposed(columns, [(p.rows, to[ends[i] : ends[i + 1]]) for i, p in enumerate(pieces)])
         return
-    for piece in pieces:
-        matrix = read(source, piece)
+    for matrix in parts or (read(source, piece) for piece in pieces):
         rows = to[first : first + matrix.shape[0]]
         raw = _as_stored(matrix, to.dtype)
         if raw is not None:

@@ -25,14 +25,49 @@ class Operands(NamedTuple):
     gated: Tensor | None = None  # (rows, half as many): the result of the activation
 
 
-class Scratch:
-    """Partial sums and counters of split products; and whether the device has a copy engine for tiles."""
+class Needs(NamedTuple):
+    """Elements of scratch memory in the computation's dtype.
 
-    def __init__(self, outputs: int, device: torch.device) -> None:
+    `unpacked`: of a matrix that is unpacked for a product. `ordered`: of rows of x with their columns in another order.
+    """
+
+    unpacked: int = 0
+    ordered: int = 0
+
+
+class Scratch:
+    """Partial sums and counters of split products; memory for `Needs`, in `dtype`; and whether the device has a copy
+    engine for tiles.
+    """
+
+    def __init__(
+        self, outputs: int, device: torch.device, needs: Needs | None = None, dtype: torch.dtype = torch.float16
+    ) -> None:
+        needs = needs or Needs()
         tiles = triton.cdiv(outputs, 64)
         self.part = torch.empty(4 * tiles * 64 * FEW, device=device)
         self.counts = torch.zeros(tiles, dtype=torch.int32, device=device)
         self.tma = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+        self._unpacked = torch.empty(needs.unpacked, dtype=dtype, device=device)
+        self._ordered = torch.empty(needs.ordered, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.part.nbytes + self.counts.nbytes + self._unpacked.nbytes + self._ordered.nbytes
+
+    def holds(self, tiles: int, splits: int, each: int, gated: bool) -> bool:
+        """Return True if there is room for the sums of so many tiles of `each` numbers, and for as many squares."""
+        room = splits * tiles * (each * (2 if gated else 1) + each // 16) <= len(self.part)
+        return room and tiles <= len(self.counts)
+
+    def unpacked(self, shape: tuple[int, int]) -> Tensor:
+        """Return the memory for an unpacked matrix, valid until the next one is."""
+        return self._unpacked[: shape[0] * shape[1]].view(shape)
+
+    def ordered(self, rows: int, columns: int) -> Tensor:
+        """Return the memory for rows of x in another order, valid until the next ones are."""
+        return self._ordered[: rows * columns].view(rows, columns)
 
 
 class Product(Protocol):
@@ -63,6 +98,9 @@ class Packed(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
+
+    def needs(self, rows: int) -> Needs:
+        """Return what products of up to so many rows need of scratch memory."""
 
     def product(self, operands: Operands, scratch: Scratch | None, batch_invariant: bool) -> Product:
         """Return the product of these operands. `scratch`: None if products cannot be split.

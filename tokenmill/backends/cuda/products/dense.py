@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenmill.backends.cuda.kernels.products import few_rows, one_row
 from tokenmill.backends.cuda.launch import Site, ahead
-from tokenmill.backends.cuda.products.base import FEW, Operands, Scratch
+from tokenmill.backends.cuda.products.base import FEW, Needs, Operands, Scratch
 from tokenmill.backends.cuda.shapes import power
 
 MOST = 128  # rows of a tile at most, and up to which products other than gated ones have a kernel of our own
@@ -118,6 +118,10 @@ class Dense:
     def nbytes(self) -> int:
         """See `Packed`."""
         return self._matrix.nbytes
+
+    def needs(self, rows: int) -> Needs:
+        """See `Packed`."""
+        return Needs()
 
     def product(self, operands: Operands, scratch: Scratch | None, batch_invariant: bool) -> DenseProduct:
         """See `Packed`."""

@@ -1,0 +1,117 @@
+"""Products with packed codes against float64 products with the dequantized matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support_cuda import DEVICE, ON_GPU, CudaDriver, torch, write_random
+
+from tokenmill.backends.cuda.products.base import Operands, Scratch
+from tokenmill.backends.cuda.products.coded import CodedMatrix
+from tokenmill.backends.cuda.products.pack import packed
+from tokenmill.quant import formats
+from tokenmill.quant.base import Coded
+from tokenmill.quant.formats import FORMATS
+
+DTYPES = [torch.float16, *([torch.bfloat16] if ON_GPU else [])]  # Triton's interpreter multiplies bfloat16 wrongly.
+
+
+def upload(array: np.ndarray) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+
+
+def drawn(
+    name: str, rows: int, columns: int, group: int, zero: str = "", *, height: int = 1, packs: bool = False
+) -> Coded:
+    """Return a random matrix. `zero`: none, one of all, integers of groups, others of groups, or a low of groups."""
+    draw, form = np.random.default_rng(0), FORMATS[name]
+    least = 0 if form.table is not None or not name.startswith("i") else -(1 << form.bits - 1)
+    codes = draw.integers(least, least + (1 << form.bits), (rows, columns)).astype(form.dtype)
+    if name in ("e4m3", "e5m2"):
+        codes &= 0xB7 if name == "e4m3" else 0xC3 | 0x38  # neither NaN nor far from 1
+    shape = (-(-rows // height) if height else 1, -(-columns // group) if group else 1)
+    scale = (draw.random(shape) + 0.5).astype(np.float32) * 2 / ((FORMATS[name].bits == 8 and 127) or 8)
+    if zero in ("low", "") and group:
+        scale = scale.astype(np.float16)
+    zeros = {
+        "": None, "low": None, "one": np.full((1, 1), least + (1 << form.bits - 1), np.uint8),
+        "integers": draw.integers(least, least + (1 << form.bits), shape).astype(np.int16),
+        "others": (draw.random(shape) * 6).astype(np.float32),
+    }  # fmt: skip
+    low = -(draw.random(shape) * 3).astype(np.float16) if zero == "low" else None
+    if packs:
+        codes = formats.nibbles(codes.reshape(rows, -1, 32))
+    return Coded(codes, name, scale, (height, group), zero=zeros[zero], low=low)
+
+
+def product(matrix: CodedMatrix, x: Any, act: str = "", bias: Any = None, batch_invariant: bool = False) -> Any:
+    rows, outputs = len(x), matrix.shape[0]
+    out = torch.empty(rows, outputs, dtype=x.dtype, device=DEVICE)
+    gated = torch.empty(rows, outputs // 2, dtype=x.dtype, device=DEVICE) if act else None
+    scratch = Scratch(outputs, torch.device(DEVICE), matrix.needs(rows), x.dtype)
+    made = matrix.product(Operands(x, out, bias, act, gated), scratch, batch_invariant)
+    made.run(rows)
+    return out if gated is None or not made.applies_act(rows) else gated
+
+
+def off(found: Any, want: Any) -> float:
+    return float(np.linalg.norm(found.double().cpu().numpy() - want) / np.linalg.norm(want))
+
+
+def x_of(rows: int, columns: int, dtype: Any) -> Any:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+
+
+FORMS = {
+    "int4, groups of 128": ("u4", 128, "one", {}),
+    "int4, groups of 32, as GGUF packs them": ("u4", 32, "one", {"packs": True}),
+    "int4, groups of 64 with zero points": ("u4", 64, "integers", {}),
+    "int4, groups of 32 with zero points that are no integers": ("u4", 32, "others", {}),
+    "int4, groups of 32 with minima": ("u4", 32, "low", {"packs": True}),
+    "int4, groups of 512": ("u4", 512, "one", {}),
+    "int4, a scale a row": ("u4", 0, "one", {}),
+    "int4, a scale and a zero point a row": ("u4", 0, "integers", {}),
+    "2 bits, groups of 16 with minima": ("u2", 16, "low", {}),
+    "3 bits, groups of 16": ("i3", 16, "", {}),
+    "5 bits, groups of 32 with minima": ("u5", 32, "low", {}),
+    "6 bits, groups of 16": ("i6", 16, "", {}),
+    "int8, groups of 32": ("i8", 32, "", {}),
+    "int8, a scale a row": ("i8", 0, "", {}),
+    "int8, groups of 128": ("i8", 128, "", {}),
+    "e4m3, a scale": ("e4m3", 0, "", {"height": 0}),
+    "e4m3, blocks of 128 × 128": ("e4m3", 128, "", {"height": 128}),
+    "e5m2, a scale a row": ("e5m2", 0, "", {}),
+    "nf4, groups of 64": ("nf4", 64, "", {}),
+    "iq4, groups of 32": ("iq4", 32, "", {"packs": True}),
+    "e2m1, groups of 32": ("e2m1", 32, "", {}),
+    "e2m1 doubled, groups of 16": ("e2m1x2", 16, "", {}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_every_form_are_those_of_the_dequantized_matrix(name: str, dtype: Any) -> None:
+    kind, group, zero, more = FORMS[name]
+    coded = drawn(kind, 32, 512, group, zero, **more)
+    matrix, x = packed([coded], upload, dtype), x_of(3, 512, dtype)
+    want = x.double().cpu().numpy() @ coded.floats().astype(np.float64).T
+    assert off(product(matrix, x), want) < (1.5e-3 if dtype == torch.float16 else 5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int4", "int8"])
+def test_a_quantized_model_has_the_logits_of_its_dequantized_matrices(method: str, tmp_path: Path) -> None:
+    write_random(tmp_path, "llama_tied_with_biases", num_hidden_layers=1, tie_word_embeddings=False)
+    coded, dense = CudaDriver(tmp_path, dtype="float16", quantize=method), CudaDriver(tmp_path, dtype="float16")
+    for weight, matrix in coded._weights.matrices.items():
+        assert isinstance(matrix, CodedMatrix)
+        matrix.unpack(dense._weights.matrices[weight]._matrix)
+    (table,) = (weight for weight in coded._weights.tensors if weight.name.endswith("embed_tokens.weight"))
+    dense._weights.tensors[table].copy_(coded._weights.tensors[table])
+    assert coded._weights.nbytes < 0.7 * dense._weights.nbytes
+    for rows in ([(0, [1, 2, 3]), (1, [7])], [(0, [6])]):
+        want = dense.feed(rows)
+        np.testing.assert_allclose(coded.feed(rows), want, rtol=1e-2, atol=1e-2 * np.abs(want).max())
