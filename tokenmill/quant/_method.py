@@ -17,6 +17,7 @@ class Matrix(NamedTuple):
 
     shape: tuple[int, ...]  # (outputs, inputs), or (matrices, outputs, inputs), whatever `Weight.transposed` is
     tensors: tuple[str, ...]  # names of the stored tensors that belong to it
+    form: str = ""  # what of the configuration the shape follows from, for messages
 
 
 Find = Callable[[str], Matrix | None]

@@ -172,5 +172,6 @@ def _check(weight: Weight, name: str, expected: tuple[int, ...], source: Checkpo
     by_head = (expected[-1] // weight.unit, weight.unit)  # of a vector
     # A convolution's weight is (columns, 1, kernel).
     if _without_ones(found) != _without_ones(expected) and (weight.columns or tuple(found) != by_head):
+        form = f" by {matrix.form}" if matrix is not None and matrix.form else ""
         stored = f", stored in {matrix.tensors[0]!r}," if matrix is not None else ""
-        raise ModelError(f"The tensor {name!r}{stored} has shape {tuple(found)}; config.json says {expected}.")
+        raise ModelError(f"The tensor {name!r}{stored} has shape {tuple(found)}{form}; config.json says {expected}.")

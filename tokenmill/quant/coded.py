@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from math import gcd, lcm
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokenmill.quant import formats
 
 _CHUNK = 1 << 17  # elements converted at a time, so that they fit a core's cache
+_LEAST = 16  # columns that a block may have after its division
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class Coded:
     def take(self, rows: slice, columns: slice) -> Coded:
         """Return a part of the matrix, without a copy. `columns` is ignored for a vector.
 
-        Where `columns` separates what shares a scale or a byte, the part is dense.
+        Where `columns` separates what shares a byte or a superblock, or there is an `order`, the part is dense.
         """
         if self.codes.ndim == 1:
             return replace(self, codes=self.codes[rows])
@@ -149,11 +150,33 @@ class Coded:
             return dense(self.floats()[rows, columns])
         width = self.shape[1]
         start, stop, _ = columns.indices(width)
-        each = lcm(self.group, self.block[1] or 1)
-        inside = start % each > 0 or (stop % each > 0 and stop < width)
-        if (start, stop) != (0, width) and (inside or self.order is not None):
+        shared = gcd(self.block[1], start, stop if stop < width else start)
+        if (start, stop) == (0, width) or not self._separates(self.block[1] or 1, start, stop):
+            whole = self
+        elif self.block[0] == 1 and shared >= _LEAST and self.levels is None and not self._separates(1, start, stop):
+            whole = self._divided(shared)
+        else:
             return dense(self.take(rows, slice(None)).floats()[:, columns])
-        return self._part(rows, start, stop)
+        return whole._part(rows, start, stop)
+
+    def _separates(self, block: int, start: int, stop: int) -> bool:
+        """Return True if columns from `start` to `stop` cannot be taken, because they separate what belongs together.
+
+        `block`: columns that share a scale.
+        """
+        each = lcm(self.group, block)
+        return self.order is not None or start % each > 0 or (stop % each > 0 and stop < self.shape[1])
+
+    def _divided(self, width: int) -> Coded:
+        """Return the same with scales of blocks of `width` columns, a divisor of the present ones."""
+        times, blocks = self.block[1] // width, -(-self.shape[1] // width)
+
+        def repeated(numbers: NDArray[Any] | None) -> NDArray[Any] | None:
+            return None if numbers is None else np.repeat(numbers, times, 1)[:, :blocks]
+
+        zero = self.zero if self._one_zero else repeated(self.zero)
+        block = self.block[0], width
+        return replace(self, scale=repeated(self.scale), zero=zero, low=repeated(self.low), block=block)
 
     def _part(self, rows: slice, start: int, stop: int) -> Coded:
         first, last, _ = rows.indices(self.shape[0])

@@ -7,8 +7,8 @@ bits at a time, because asynchronous copies move no less.
 
 KIND, META, G (columns of a group) and SL (columns of a slice): `products.forms.Form`; D <= SL: columns of a slice that
 are multiplied at a time. Scales multiply the float32 sums of a group, or with OPERAND the weights: one rounding more,
-and fewer instructions from some 64 rows on. If numbers are added too (META "low"), they always multiply the weights. All
-results are multiplied by `factor` at the end.
+and fewer instructions from some 64 rows on. If numbers are added too (META "low"), they always multiply the weights.
+All results are multiplied by `factor` at the end.
 """
 
 import triton
