@@ -1,8 +1,9 @@
-"""Tune the tile sizes of the GPU kernels: `python -m bench.gpu_kernels --parts attention,products`.
+"""Tune the tile sizes of the GPU kernels: `python -m bench.gpu_kernels --parts prefill,products`.
 
 Variants are compiled in several processes first. Each is then compared with torch in float32 and timed in a CUDA graph.
 All results are written to a file; a table of the best variant of each case is printed last. The best variants are
-copied by hand into `shapes.py` and `products/dense.py` of `backends/cuda`.
+copied by hand into `shapes.py` and `products/dense.py` of `backends/cuda`. For attention of single tokens see
+`bench/gpu/decode_attention.py`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.gpu.timing import graph_us
-from tokenmill.backends.cuda.kernels.decode import decode, list_splits
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles
 from tokenmill.backends.cuda.kernels.products import few_rows
 from tokenmill.backends.cuda.kernels.rows import gate_rows
-from tokenmill.backends.cuda.shapes import DecodeShape, TileShape, power
+from tokenmill.backends.cuda.shapes import TileShape, power
 
 HEADS, KV_HEADS, BLOCK = 32, 8, 16
 MATRICES = {  # outputs, columns
@@ -61,16 +61,6 @@ class Case(NamedTuple):
     off: Callable[[], float]
 
 
-def contexts(kind: str, rows: int) -> np.ndarray:
-    """Return context lengths. even: all 576. crowd: random points of requests of 100–1024 tokens. long: up to 8,000."""
-    draw = np.random.default_rng(0)
-    if kind == "even":
-        return np.full(rows, 576)
-    if kind == "long":
-        return draw.integers(500, 8000, rows)
-    return draw.integers(100, 1025, rows) + (draw.random(rows) * draw.integers(100, 1025, rows)).astype(int)
-
-
 class Pages:
     """KV cache of one layer with shuffled blocks, and its block tables."""
 
@@ -91,51 +81,6 @@ class Pages:
         blocks = self.table[row, : -(-length // BLOCK)].long()
         places = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device="cuda")).reshape(-1)[:length]
         return self.cache[:, places].float()
-
-
-def decode_case(kind: str, rows: int, head_dim: int, dtype: torch.dtype, variants: list[Any]) -> Case:
-    lengths = contexts(kind, rows)
-    pages = Pages(lengths, head_dim, dtype)
-    qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * head_dim, device="cuda", dtype=torch.bfloat16)
-    q, k, v = qkv.split([HEADS * head_dim, KV_HEADS * head_dim, KV_HEADS * head_dim], 1)
-    pairs = torch.tensor([(i, int(n)) for i, n in enumerate(lengths)], dtype=torch.int32, device="cuda")
-    out = torch.empty(rows, HEADS * head_dim, device="cuda", dtype=torch.bfloat16)
-    sin = torch.zeros(8192, head_dim // 2, device="cuda")
-    cos = sin + 1
-    part = torch.empty(rows * 64 * HEADS * head_dim, device="cuda")
-    sums = torch.empty(rows * 64 * HEADS, device="cuda")
-    counts = torch.zeros(rows * KV_HEADS, dtype=torch.int32, device="cuda")
-    items = torch.zeros(1 + rows * 64, dtype=torch.int32, device="cuda")
-    shared = HEADS // KV_HEADS
-
-    def run(variant: tuple[DecodeShape, bool]) -> None:
-        shape, listed = variant
-        if listed:
-            list_splits[(1,)](
-                items, pairs, pairs, rows, BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=0, SOME=False,
-                BLOCK=power(rows), num_warps=4,
-            )  # fmt: skip
-        decode[(KV_HEADS, rows * shape.splits)](
-            q, k, v, pages.cache[0], pages.cache[1], out, pairs, pairs, pages.table, cos, sin, sin, sin, sin, sin, part,
-            sums, counts, items, q.stride(0), k.stride(0), v.stride(0), pages.table.stride(0), 1e-5,
-            head_dim**-0.5 * 1.4427, 1.0, 1.0, 1.0, 1.0, KV_HEADS=KV_HEADS, D=head_dim, HALF=head_dim // 2,
-            BLOCK_SIZE=BLOCK, G=shared, GP=16, BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=0,
-            CAPPED=False, SINKS=False, ALIBI=False, NORM=False, ROPE=True, SOME=False, LISTED=listed, PDL=False,
-            STAGES=shape.stages, num_warps=shape.warps,
-        )  # fmt: skip
-
-    def off() -> float:
-        worst = 0.0
-        for row in range(0, rows, max(1, rows // 5)):
-            keys, values = pages.dense(row, int(lengths[row]) + 1)
-            heads = q[row].float().view(KV_HEADS, shared, head_dim)
-            keys, values = (x.view(-1, KV_HEADS, head_dim).transpose(0, 1) for x in (keys, values))
-            made = (heads @ keys.transpose(1, 2) * head_dim**-0.5).softmax(-1) @ values
-            worst = max(worst, float((out[row].float() - made.reshape(-1)).norm() / made.norm()))
-        return worst
-
-    nbytes = int(lengths.sum()) * 2 * KV_HEADS * head_dim * pages.cache.element_size()
-    return Case(f"decode {head_dim} {kind} x{rows} {str(dtype)[6:]}", nbytes, 0, variants, run, off)
 
 
 def prefill_case(length: int, prefix: int, rows: int, head_dim: int, variants: list[Any]) -> Case:
@@ -219,15 +164,6 @@ def product_case(shape: str, matrix: str, rows: int, variants: list[Any]) -> Cas
     return Case(f"{shape} {matrix} x{rows}", outputs * columns * 2, 2 * rows * outputs * columns, variants, run, off)
 
 
-def decode_variants(rows: int, listed: bool = True) -> list[Any]:
-    sizes = [(16, 3, 1), (32, 3, 1), (32, 3, 2), (64, 3, 4)] if rows > 48 else [(32, 3, 2), (64, 3, 4), (64, 4, 4)]
-    cuts = (1, 16), (2, 512), (4, 256), (8, 256), (8, 128), (16, 128)
-    found: list[Any] = []
-    for (keys, stages, warps), (splits, least) in itertools.product(sizes, cuts):
-        found.append((DecodeShape(keys, splits, max(least, keys), stages, warps), listed and splits > 1))
-    return [*found, (DecodeShape(16, 2, 512, 3, 1), False)]
-
-
 def product_variants(rows: int, matrix: str, columns: int) -> list[Any]:
     if rows > 256:
         return ["cuBLAS", *((*sizes, True) for sizes in _GATED)] if matrix == "gate_up" else ["cuBLAS"]
@@ -261,11 +197,6 @@ def many_variants(matrix: str, columns: int) -> list[Any]:
 def cases(parts: list[str], shapes: list[str], rows_of_products: list[int]) -> Iterator[Callable[[], Case]]:
     for shape in shapes:
         dim = {"8b": 128, "1b": 64}[shape]
-        if "attention" in parts:
-            kinds = [("crowd", rows) for rows in (256, 128, 64, 32, 8)] + [("even", 256), ("even", 64), ("long", 32)]
-            for kind, rows in kinds:
-                yield lambda d=dim, k=kind, r=rows: decode_case(k, r, d, torch.bfloat16, decode_variants(r))
-            yield lambda d=dim: decode_case("crowd", 256, d, torch.float8_e4m3fn, decode_variants(256))
         if "prefill" in parts:
             for length, prefix, rows in ((2048, 0, 4), (512, 0, 14), (512, 16384, 1)):
                 yield lambda d=dim, n=length, p=prefix, r=rows: prefill_case(n, p, r, d, TILES)
@@ -290,7 +221,7 @@ def compile_some(parts: list[str], shapes: list[str], rows: list[int], which: in
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="attention,prefill,products")
+    parser.add_argument("--parts", default="prefill,products")
     parser.add_argument("--shapes", default="8b,1b")
     parser.add_argument("--rows", default="64,128,256", help="of products")
     parser.add_argument("--workers", type=int, default=12)

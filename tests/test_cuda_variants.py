@@ -58,7 +58,8 @@ def split_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenmill.backends.cuda.attention.LEAST_KEYS", 32)
     monkeypatch.setattr("tokenmill.backends.cuda.shapes.LEAST_KEYS", 32)
     monkeypatch.setattr("tokenmill.backends.cuda.latent.LEAST_KEYS", 32)
-    monkeypatch.setattr("tokenmill.backends.cuda.shapes._SHORT", (DecodeShape(16, 4, 16, 1, 4),) * 5)
+    for name in ("_SHAPES", "_SHAPES_OF_CODES"):
+        monkeypatch.setattr(f"tokenmill.backends.cuda.shapes.{name}", (DecodeShape(16, 4, 16, 1, 4),) * 5)
     monkeypatch.setattr("tokenmill.backends.cuda.latent.latent_shape", lambda *_: LatentShape(16, 16, 4, 16, 1, 4))
 
 

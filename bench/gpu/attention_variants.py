@@ -15,196 +15,18 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
-from bench.gpu.floor import BYTES_S, FLOPS_S
+from bench.gpu.layers import REAL, Heads, Layers, Rows
 from bench.gpu.timing import graph_us
-from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda import attention, latent
-from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
 from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.device import Device
-from tokenmill.backends.cuda.latent import LatentLowering
-from tokenmill.backends.cuda.memory import Memory
-from tokenmill.backends.cuda.products.base import FEW
 from tokenmill.backends.cuda.shapes import CLASSES, DecodeShape, LatentShape, TileShape
-from tokenmill.backends.cuda.sizes import Sizes, StepArrays
-from tokenmill.backends.cuda.slots import CudaSlots
-from tokenmill.backends.torch import kinds
-from tokenmill.backends.torch.attention import Scratch, plan
-from tokenmill.parallel.group import Group
-from tokenmill.program import ops
-from tokenmill.program.ops import Part, Weight
-from tokenmill.program.rope import RopeTable
-from tokenmill.program.value import Inputs, Program, Value, record
-
-_COLD = 150 << 20  # bytes of all layers, so that a layer's are not in the L2 cache
-_BLOCK = 16
-_REAL = torch.cuda.is_available()  # else the cases are tried with few tokens, under Triton's interpreter
-_DTYPE = torch.bfloat16 if _REAL else torch.float32
-
-
-class Heads(NamedTuple):
-    """Heads of attention; `fields`: of its operation."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    fields: dict[str, Any] = {}  # noqa: RUF012
-
-    def op(self, inputs: Inputs, layer: int) -> Value:
-        """Record the operation."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        x = _embedded(inputs, q + 2 * kv)
-        q_, k, v = x.split(q, kv, kv)
-        table = RopeTable.of(self.head_dim, 1e6, 1 << 17, None)
-        sinks = {"sinks": Weight((Part("sinks", self.heads),))} if self.fields.get("sinks") else {}
-        return x.record(
-            ops.Attention, q, q=q_, k=k, v=v, layer=layer, head_dim=self.head_dim, scale=self.head_dim**-0.5,
-            rope=table, **self.fields | sinks,
-        )  # fmt: skip
-
-    def floor(self, rows: int, context: int) -> float:
-        """Return the seconds that single tokens need."""
-        keys = min(context, self.fields.get("window") or context)
-        return rows * keys * 2 * self.kv_heads * self.head_dim * 2 / BYTES_S
-
-    def floor_of_prompt(self, length: int) -> float:
-        """Return the seconds that a prompt needs."""
-        return self.heads * self.head_dim * 4 * length * length / 2 / FLOPS_S
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a token in the cache."""
-        return 2 * self.kv_heads * self.head_dim * 2
-
-
-class Rows(NamedTuple):
-    """Compressed rows."""
-
-    heads: int
-    plain: int = 128
-    turned: int = 64
-    value: int = 128
-    rank: int = 512
-
-    def op(self, inputs: Inputs, layer: int) -> Value:
-        """Record the operation."""
-        q = self.heads * (self.plain + self.turned)
-        x = _embedded(inputs, q + self.rank + self.turned)
-        q_, row, key = x.split(q, self.rank, self.turned)
-        expand = Weight((Part("expand", self.heads * (self.plain + self.value)),), self.rank)
-        return x.record(
-            ops.LatentAttention, self.heads * self.value, q=q_, latent=row, key=key, layer=layer, expand=expand,
-            head_dim=self.plain + self.turned, value_dim=self.value, scale=(self.plain + self.turned) ** -0.5,
-            rope=RopeTable.of(self.turned, 1e4, 1 << 17, None), interleaved=True,
-        )  # fmt: skip
-
-    def floor(self, rows: int, context: int) -> float:
-        """Return the seconds that single tokens need: the cached rows and the expansion."""
-        return (rows * context * self.row_bytes + self._expansion * 2) / BYTES_S
-
-    def floor_of_prompt(self, length: int) -> float:
-        """Return the seconds that a prompt needs: expansion, scores and sums of values."""
-        pairs = length * length / 2
-        scores = 2 * self.heads * (self.plain + self.turned + self.value) * pairs
-        return (2 * length * self._expansion + scores) / FLOPS_S
-
-    @property
-    def _expansion(self) -> int:
-        return self.heads * (self.plain + self.value) * self.rank
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a token in the cache."""
-        return (self.rank + self.turned) * 2
-
-
-def _embedded(inputs: Inputs, width: int) -> Value:
-    table = Weight((Part("t", 8),), width)
-    return inputs.ids.record(ops.Embed, width, ids=inputs.ids, table=table)
-
-
-class Layers:
-    """Some layers of one kind on the device, and a step: `rows` single tokens, or one run, behind a context."""
-
-    def __init__(self, shape: Heads | Rows, rows: int, context: int, tokens: int, device: Device) -> None:
-        self.shape, self.rows, self.context, self.tokens = shape, rows, context, tokens
-        read = shape.floor(rows, context) * BYTES_S
-        count = min(8, int(_COLD // read) + 1) if tokens == 1 and _REAL else 1
-
-        def model(inputs: Inputs) -> Value:
-            made = [shape.op(inputs, i) for i in range(count)]
-            return made[-1].record(ops.TakeRows, rows="samples", x=made[-1])
-
-        self.program: Program = record(model)
-        kinds_ = ops.Attention | ops.LatentAttention
-        self.ops: list[Any] = [op for op in self.program.ops if isinstance(op, kinds_)]
-        blocks = -(-context // _BLOCK)
-        self.limits = StepLimits(max(rows * tokens, 64), rows, context + _BLOCK, _BLOCK)
-        self.memory = Memory(self.program, self.limits, _DTYPE, device, windows=False)
-        self.slots = CudaSlots(self.limits, device)
-        self.memory.allocate(rows * blocks + 1)
-        draw = torch.Generator(device.torch).manual_seed(0)
-        self.memory._arena.view(_DTYPE).normal_(0, 1, generator=draw)
-        for cache in self.memory._cache.values():
-            cache.normal_(0, 1, generator=draw)
-        order = np.random.default_rng(0).permutation(rows * blocks).astype(np.int32)
-        for slot in range(rows):
-            self.slots.set_blocks(slot, order[slot * blocks : (slot + 1) * blocks])
-        weights = {w for op in self.ops for ws in op.weights().values() for w in ws}
-        self.weights = {
-            w: torch.empty((w.rows, w.columns) if w.columns else (w.rows,), dtype=_DTYPE, device=device.torch)
-            .normal_(0, w.columns**-0.5 if w.columns else 1.0, generator=draw)
-            for w in weights
-        }  # fmt: skip
-        self.inputs = StepInputs(
-            np.arange(rows, dtype=np.int32), np.full(rows, context - tokens, np.int32),
-            np.full(rows, tokens, np.int32), np.arange(rows, dtype=np.int32),
-        )  # fmt: skip
-
-    def lowered(self) -> tuple[list[Callable[[Sizes], None]], Sizes, Any]:
-        """Return the launches of each layer with the sizes that are patched in, the step, and the lowering."""
-        rows = isinstance(self.shape, Rows)
-        lowering: Any = (LatentLowering if rows else AttentionLowering)(
-            self.memory, self.weights, self.slots, AttentionOptions()
-        )
-        kinds_ = (set(), lowering.expands) if rows else (lowering.tile_tokens, None)
-        arrays = StepArrays(self.limits, self.memory.device, self.slots.padding, *kinds_)
-        if self.tokens > 1:
-            sizes = arrays.mixed(self.inputs)
-        else:
-            sizes = arrays.decode(self.inputs.slots, self.inputs.starts, self.rows)
-            sizes = replace(sizes, early=self.memory.device.launches_ahead and self.rows <= FEW)
-        return [lowering.lower(op) for op in self.ops], sizes, lowering
-
-    def check(self) -> float:
-        """Return the relative error of the first layer's result, of which torch computes some rows in float32."""
-        (run, *_), sizes, _ = self.lowered()
-        op, out = self.ops[0], self.memory.value(self.ops[0].out)
-        out.fill_(float("nan"))
-        run(sizes)
-        some = np.unique(np.linspace(0, self.rows - 1, 4).astype(np.int32)) if self.tokens == 1 else np.arange(1)
-        inputs = StepInputs(some.astype(np.int32), self.inputs.starts[some], self.inputs.counts[some], some)
-        at = torch.from_numpy(some).to(out.device) if self.tokens == 1 else torch.arange(self.tokens, device=out.device)
-        positions = torch.from_numpy(self.inputs.starts[some].astype(np.int64)).to(out.device)
-        positions = positions if self.tokens == 1 else positions + torch.arange(self.tokens, device=out.device)
-        tables = self.slots.table(0)[torch.from_numpy(some.astype(np.int64)).to(out.device)]
-        of = torch.arange(len(some), device=out.device).repeat_interleave(self.tokens)
-        made = plan(inputs, tables, _BLOCK, positions, of, getattr(op, "window", 0))
-        cache = {op.layer: self.memory._cache[op.layer].float()}
-        weights = {w: tensor.float() for w, tensor in self.weights.items()}
-        step = kinds.StepState(
-            weights, cache, Group(), positions, {op.layer: made}, at, Scratch(), None,  # type: ignore[arg-type]
-        )  # fmt: skip
-        kernel: Any = kinds.kernels()[type(op)]
-        wanted = kernel(op, step, *(self.memory.value(v)[at].float() for v in op.reads().values()))
-        return float((out[at].float() - wanted).norm() / wanted.norm())
+from tokenmill.backends.cuda.sizes import Sizes
 
 
 class Case(NamedTuple):
@@ -228,8 +50,7 @@ _EXPANDED = [
     for sizes in ((128, 64, 3, 8), (64, 64, 2, 4), (128, 128, 2, 8), (128, 128, 1, 8), (64, 128, 2, 4))
 ]  # fmt: skip
 _WINDOW = [
-    DecodeShape(64, *sizes)
-    for sizes in ((32, 128, 3, 4), (8, 256, 3, 4), (2, 512, 3, 4), (1, 64, 3, 4), (1, 64, 4, 4))
+    DecodeShape(64, *sizes) for sizes in ((32, 128, 3, 4), (8, 256, 3, 4), (2, 512, 3, 4), (1, 64, 3, 4), (1, 64, 4, 4))
 ]
 _SLOPES = tuple(2 ** (-8 * (i + 1) / 64) for i in range(64))
 
@@ -242,7 +63,7 @@ def _latent_variants(*splits: int) -> list[LatentShape]:
     return [LatentShape(16, keys, n, 128, stages, warps) for n, (keys, stages, warps) in made]
 
 
-_FEW = not _REAL
+_FEW = not REAL
 _CONTEXT, _LONG, _PROMPT = (40, 60, 40) if _FEW else (4096, 32768, 8192)
 _BATCHES = (1, 3, 3) if _FEW else (1, 64, 256)
 
@@ -358,7 +179,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--only", default="sinks,latent,gemma")
     parser.add_argument("--show", type=int, default=4, help="variants of each case")
     args = parser.parse_args(words)
-    start, only, device = time.perf_counter(), args.only.split(","), Device("cuda" if _REAL else "cpu")
+    start, only, device = time.perf_counter(), args.only.split(","), Device("cuda" if REAL else "cpu")
     kernels = Kernels("", 16, ("bench", args.only))
 
     def everything() -> None:
@@ -377,12 +198,12 @@ def main(words: list[str] | None = None) -> None:
         print(f"  compiled after {time.perf_counter() - start:.0f} s", flush=True)
         for case in cases(only):
             gc.collect()
-            if _REAL:
+            if REAL:
                 torch.cuda.empty_cache()
             layers = case.layers(device)
             off = layers.check()
             assert off < 2e-2, (case.name, off)
-            best = measure(case, layers) if _REAL else [(1.0, None)]
+            best = measure(case, layers) if REAL else [(1.0, None)]
             own = next((us for us, v in best if v is None), 0.0)
             floor, share = case.floor * 1e6, f"{own / case.floor / 1e6:5.2f} ×" if case.floor else " " * 7
             some = [pair for pair in best if isinstance(pair[1], tuple)][: args.show]

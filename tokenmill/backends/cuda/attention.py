@@ -33,8 +33,10 @@ from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.program import ops
 from tokenmill.program.ops import Weight
+from tokenmill.program.value import Program
 
 LOG2E = 1.4426950408889634
+_CODES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
 Scales = dict[int, tuple[float, float]]
@@ -143,7 +145,10 @@ class AttentionLowering:
     def _shape(self, op: ops.Attention, rows: int, long: bool) -> DecodeShape:
         kv_heads, window = op.k.width // op.head_dim, op.window or op.chunk
         shared = op.q.width // op.k.width
-        return decode_shape(rows, op.head_dim, shared, long, self._item, window=window, kv_heads=kv_heads)
+        return decode_shape(
+            rows, op.head_dim, shared, long, self._item, window=window, kv_heads=kv_heads,
+            coded=self._memory.cache_dtype in _CODES,
+        )  # fmt: skip
 
     @property
     def _item(self) -> int:
@@ -217,7 +222,9 @@ class AttentionLowering:
         tables, common, shared = self._table(op), self._common(op), op.q.width // op.k.width
         (cos, sin), (q_norm, k_norm), (scale, cap, v_scale) = self._cos_sin(op), self._norms(op), self._scales(op)
         (k_fit, v_fit), (items, make_list), biases = self._fits(op), self._lister(op), self._biases(op)
-        kv_heads, launch = op.k.width // op.head_dim, Site(decode)
+        kv_heads, launch, codes = op.k.width // op.head_dim, Site(decode), _CODES.get(keys.dtype, "")
+        pairs_of_codes = [cache.view(torch.int16) if codes else cache for cache in (keys, values)]
+        common |= {"CODES": codes, "ASM": self._memory.device.real}
 
         def run(n: Sizes) -> None:
             rows = n.tokens if n.singles is None else len(n.singles)
@@ -227,13 +234,13 @@ class AttentionLowering:
                 make_list(n, rows, shape)
             launch(
                 (kv_heads, rows * shape.splits),
-                q, k, v, keys, values, out, n.pairs, n.pairs if n.singles is None else n.singles, tables, cos, sin,
-                q_norm, k_norm, *biases, self._part, self._sums, self._counts, items, q.stride(0), k.stride(0),
-                v.stride(0), tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common, G=shared,
-                GP=max(16, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least, WINDOW=window_of(op),
-                CAPPED=op.softcap > 0, SINKS=op.sinks is not None, ALIBI=bool(op.alibi), NORM=op.q_norm is not None,
-                ROPE=rotation(op.rope), SOME=n.singles is not None, LISTED=listed, PDL=n.early, STAGES=shape.stages,
-                num_warps=shape.warps, **ahead(n.early),
+                q, k, v, keys, values, *pairs_of_codes, out, n.pairs, n.pairs if n.singles is None else n.singles,
+                tables, cos, sin, q_norm, k_norm, *biases, self._part, self._sums, self._counts, items, q.stride(0),
+                k.stride(0), v.stride(0), tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common,
+                G=shared, GP=max(8, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least,
+                WINDOW=window_of(op), CAPPED=op.softcap > 0, SINKS=op.sinks is not None, ALIBI=bool(op.alibi),
+                NORM=op.q_norm is not None, ROPE=rotation(op.rope), SOME=n.singles is not None, LISTED=listed,
+                PDL=n.early, STAGES=shape.stages, num_warps=shape.warps, **ahead(n.early),
             )  # fmt: skip
 
         return run
@@ -276,6 +283,12 @@ class AttentionLowering:
             )  # fmt: skip
 
         return run
+
+
+def fewest_kv_heads(program: Program) -> int:
+    """Return the fewest programs that attend from a single token without splits, over all layers."""
+    heads = [op.k.width // op.head_dim for op in program.ops if isinstance(op, ops.Attention)]
+    return min(heads + [1 for op in program.ops if isinstance(op, ops.LatentAttention)], default=1)
 
 
 def window_of(op: ops.Attention) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenmill.backends.base import Masks, Step, StepInputs
 from tokenmill.backends.cuda import flashinfer
 from tokenmill.backends.cuda.account import Account, graph_bytes, library_bytes
-from tokenmill.backends.cuda.attention import AttentionOptions, Scales
+from tokenmill.backends.cuda.attention import AttentionOptions, Scales, fewest_kv_heads
 from tokenmill.backends.cuda.batch_one import BatchOneFusion
 from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.device import Device
@@ -85,7 +85,7 @@ class CudaBackend:
             self._sampler = Sampler(self.logits, self._slots, self._device, options.deterministic)
             self._attention = self._attention_options(job)
             self._lowering = Lowering(self._memory, self._weights, self._slots, self._states, self._attention)
-            kinds = self._lowering.tile_tokens, self._lowering.expands
+            kinds = self._lowering.tile_tokens, self._lowering.expands, fewest_kv_heads(self.program)
             self._arrays = StepArrays(limits, self._device, self._slots.padding, *kinds)
         except torch.OutOfMemoryError as e:
             self._kernels.close()

@@ -1,4 +1,5 @@
-"""Sizes of tiles by shape and number of rows: the fastest ones on an H100 and an H200 (`bench/gpu_kernels.py`).
+"""Sizes of tiles by shape and number of rows: the fastest ones on an H100 and an H200 (`bench/gpu_kernels.py`,
+`bench/gpu/decode_attention.py`).
 
 Each class of rows has one set of sizes, so a fixed set of kernels is compiled at the start and none later.
 """
@@ -6,6 +7,9 @@ Each class of rows has one set of sizes, so a fixed set of kernels is compiled a
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 MOST_SHARED = 64  # query heads of a key-value head
 CLASSES = (4, 16, 48, 96, 1 << 30)  # upper bounds of the classes of rows
@@ -40,37 +44,63 @@ def class_of(rows: int) -> int:
     return next(i for i, most in enumerate(CLASSES) if rows <= most)
 
 
-_SHORT = (
-    DecodeShape(64, 32, 128, 3, 4), DecodeShape(64, 8, 128, 3, 4), DecodeShape(64, 1, 64, 3, 4),
-    DecodeShape(64, 1, 64, 3, 4), DecodeShape(64, 1, 64, 3, 4),
+_SHAPES = (  # by class of rows, each with the splits of short contexts
+    DecodeShape(64, 32, 128, 3, 4), DecodeShape(16, 16, 128, 3, 1), DecodeShape(32, 1, 32, 3, 2),
+    DecodeShape(32, 1, 32, 3, 2), DecodeShape(64, 1, 64, 3, 4),
+)  # fmt: skip
+_SHAPES_OF_CODES = (
+    DecodeShape(64, 32, 128, 3, 4), DecodeShape(32, 16, 128, 3, 1), DecodeShape(64, 1, 64, 3, 4),
+    DecodeShape(64, 1, 64, 3, 4), DecodeShape(64, 1, 64, 4, 4),
 )  # fmt: skip
 _SPLITS_OF_LONG = 8
-LONG = 2048  # tokens from which a sequence is split even among many
+LONG = 2048  # tokens from which a sequence may be split even among many
+_MANY_PROGRAMS = 384  # without splits: about three on each multiprocessor of an H100
+_PER_WARP = 1024  # numbers of a result that a warp holds in registers
 
 
 def decode_shape(
-    rows: int, head_dim: int, shared: int, long: bool, item_bytes: int = 2, *, window: int = 0, kv_heads: int = 1
+    rows: int,
+    head_dim: int,
+    shared: int,
+    long: bool,
+    item_bytes: int = 2,
+    *,
+    window: int = 0,
+    kv_heads: int = 1,
+    coded: bool = False,
 ) -> DecodeShape:
     """Return the sizes for `rows` sequences.
 
-    `shared`: query heads of a key-value head. `long`: the longest sequence has LONG tokens or more. `window`: the most
-    keys of a token; 0: all.
+    `shared`: query heads of a key-value head. `long`: of `some_are_long`. `item_bytes`: of a number of the computation.
+    `window`: the most keys of a token; 0: all. `coded`: the cache holds 8-bit codes.
 
-    Among many sequences up to LONG tokens, however uneven, whole ones keep an H100's memory as busy as any split. So do
-    a few with a window, if they have many key-value heads.
+    Few warps and keys are fastest with sequences of about one length, many with uneven ones; these sizes are within 5 %
+    of the fastest of both. A few sequences with a window are not split if they have many key-value heads.
     """
-    shape = _SHORT[class_of(rows)]
+    shape = (_SHAPES_OF_CODES if coded else _SHAPES)[class_of(rows)]
     if 0 < window <= LONG:
         long = False
-        if shape.splits == 8 and kv_heads >= 16:
-            shape = shape._replace(splits=1, least=64)
+        if class_of(rows) == 1 and kv_heads >= 16:
+            shape = DecodeShape(64, 1, 64, 3, 4)
     if long and shape.splits == 1:
         shape = shape._replace(splits=_SPLITS_OF_LONG, least=LONG // 4)
-    if head_dim > 128 or item_bytes > 2:
+    if item_bytes > 2:
+        return shape._replace(keys=32, stages=2, warps=4)
+    if head_dim > 128:
         shape = shape._replace(keys=max(16, shape.keys // 2), stages=2)
-    if shared > 16:
-        shape = shape._replace(warps=4)
-    return shape
+    results = power(head_dim) * max(8, power(shared))
+    return shape._replace(warps=max(shape.warps, min(4, results // _PER_WARP)))
+
+
+def some_are_long(starts: NDArray[np.int32], kv_heads: int) -> bool:
+    """Return True if single tokens with so many tokens before them need splits: one has LONG or more, and there are few
+    programs without splits, or it would run long after the others. `kv_heads`: programs of a token.
+    """
+    longest = int(starts.max(initial=0))
+    if longest < LONG:
+        return False
+    alike = longest <= 2 * float(starts.mean()) and longest < 4 * LONG
+    return len(starts) * kv_heads <= _MANY_PROGRAMS or not alike
 
 
 def differs_if_long(rows: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.device import ALIGNED, Device
-from tokenmill.backends.cuda.shapes import LONG
+from tokenmill.backends.cuda.shapes import some_are_long
 from tokenmill.backends.steps import step_tokens
 from tokenmill.program.value import Value
 
@@ -41,8 +41,8 @@ class Sizes:
 
     `pairs` (T, 2): slot and position of each token. `samples` (R,): tokens whose rows sample; None: all tokens.
     `singles`: tokens that are the only one of their row; None: all tokens. `tiles`: most tokens of a tile -> tiles
-    (n, 4) of the other tokens. `context`: the most keys that one of these attends to. `long`: a single token has LONG
-    or more tokens before it. `early`: kernels that support it are launched before the one before has ended.
+    (n, 4) of the other tokens. `context`: the most keys that one of these attends to. `long`: as `some_are_long`,
+    of single tokens. `early`: kernels that support it are launched before the one before has ended.
     `expansions`: of the runs, for attention to compressed rows.
     """
 
@@ -67,6 +67,7 @@ class StepArrays:
 
     `padding`: the slot of rows that only pad. `tile_tokens`: the most tokens of a tile, for each kind of attention.
     `expands`: the most tokens of a tile, and compressed rows that are expanded together; None: none are.
+    `kv_heads`: the fewest of a layer.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class StepArrays:
         padding: int,
         tile_tokens: Iterable[int],
         expands: tuple[int, int] | None = None,
+        kv_heads: int = 1,
     ) -> None:
         self._device, self._padding, self._tile_tokens = device, padding, sorted(tile_tokens)
-        self._expands = expands
+        self._expands, self._kv_heads = expands, kv_heads
         most = limits.max_batch_tokens + limits.max_batch_size + 4 * ALIGNED  # and the gaps between aligned sections
         pairs, samples_and_singles, tiles = 2 * most, most, 4 * most * max(1, len(self._tile_tokens))
         expansions = 8 * most if expands else 0
@@ -91,7 +93,7 @@ class StepArrays:
         pairs[:, 0] = self._padding
         pairs[: len(slots), 0], pairs[: len(slots), 1] = slots, starts
         (sent,) = self._device.send_into(self.buffer, [pairs.reshape(-1)])
-        return Sizes(padded, padded, sent, long=len(starts) > 0 and int(starts.max()) >= LONG)
+        return Sizes(padded, padded, sent, long=some_are_long(starts, self._kv_heads))
 
     def mixed(self, inputs: StepInputs) -> Sizes:
         """Send a step of any rows: single tokens and runs of several, sampling or not."""
@@ -112,7 +114,7 @@ class StepArrays:
         sent = self._device.send_into(self.buffer, sections)
         held = {most: made.view(-1, 4) for most, made in zip(kinds, sent[3:], strict=False)}
         expansions = () if planned is None else planned.sent(sent[-2].view(-1, 3), sent[-1].view(-1, 5))
-        long = int(starts[single].max(initial=0)) >= LONG
+        long = some_are_long(starts[single], self._kv_heads)
         context = int((starts + counts)[runs].max(initial=0))
         return Sizes(len(pairs), len(tokens.samples), sent[0], sent[1], sent[2], held, context, long,
                      expansions=expansions)  # fmt: skip

@@ -1,15 +1,17 @@
 """Attention of one new token per sequence over paged keys, with its rotation and cache write, in one launch.
 
-The query heads that share a key-value head are one tile. A sequence's keys may be split over several programs; the last
-one to finish merges the partial results, always in the same order. Page numbers are read one round ahead, so that the
-loads of keys and values are pipelined.
+Keys and values are the first operand of tensor cores, whose tiles have 16 rows; the query heads that share a key-value
+head are the second, whose tiles have 8 columns. 8-bit codes of a cache become numbers in registers: see `codes8.py`. A
+sequence's keys may be split over several programs; the last one to finish merges the partial results, always in the
+same order. Page numbers are read one round ahead, so that the loads of keys and values are pipelined.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.backends.cuda.kernels.heads import columns, in_head, place_of, rotated, to_stored
+from tokenmill.backends.cuda.kernels.codes8 import numbers
+from tokenmill.backends.cuda.kernels.heads import place_of, rotated_at, to_stored
 
 
 @triton.jit
@@ -43,18 +45,6 @@ def split_spans(position, WINDOW: tl.constexpr, BN: tl.constexpr, SPLITS: tl.con
 
 
 @triton.jit
-def head_offsets(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """Return the offsets of the columns of G padded heads, (GP, 2 · HALF), in a row of heads."""
-    return tl.arange(0, GP)[:, None] * D + columns(tl.arange(0, 2 * HALF), D, HALF)[None, :]
-
-
-@triton.jit
-def head_mask(G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """Return which of these columns are not padding."""
-    return (tl.arange(0, GP) < G)[:, None] & in_head(tl.arange(0, 2 * HALF), D, HALF)[None, :]
-
-
-@triton.jit
 def assigned_split(items_ptr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
     """Return row and split of this program; beyond the list, a split that no row has."""
     item = tl.program_id(1)
@@ -68,21 +58,28 @@ def assigned_split(items_ptr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
 
 @triton.jit
 def finish_split(part_ptr, sum_ptr, count_ptr, out_ptr, acc, sums, group, split, active, G: tl.constexpr,
-                 GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Store a split's result. The last split of a group to finish merges all of them."""
-    g = tl.arange(0, GP)
-    at = group * SPLITS + split
-    tl.store(part_ptr + at * (G * D) + head_offsets(G, GP, D, HALF), acc, mask=head_mask(G, GP, D, HALF))
-    tl.store(sum_ptr + at * G + g, sums, mask=g < G)
-    tl.debug_barrier()
-    if tl.atomic_add(count_ptr + group, 1, sem="acq_rel") == active - 1:
-        tl.store(count_ptr + group, 0)
-        merge_splits(part_ptr, sum_ptr, out_ptr, group * SPLITS, active, G, GP, D, HALF, SPLITS)
+                 GP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Store the result (P, GP) of the only split of a group, or of one of several, of which the last one to finish
+    merges all.
+    """
+    g, place = tl.arange(0, GP), tl.arange(0, P)
+    offsets = g[None, :] * D + place[:, None]
+    there = (g < G)[None, :] & (place < D)[:, None]
+    if active == 1:
+        tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=there)
+    else:
+        at = group * SPLITS + split
+        tl.store(part_ptr + at * (G * D) + offsets, acc, mask=there)
+        tl.store(sum_ptr + at * G + g, sums, mask=g < G)
+        tl.debug_barrier()
+        if tl.atomic_add(count_ptr + group, 1, sem="acq_rel") == active - 1:
+            tl.store(count_ptr + group, 0)
+            merge_splits(part_ptr, sum_ptr, out_ptr, offsets, there, group * SPLITS, active, G, GP, D, P)
 
 
 @triton.jit
-def merge_splits(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-                 HALF: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+def merge_splits(part_ptr, sum_ptr, out_ptr, offsets, there, base, active, G: tl.constexpr, GP: tl.constexpr,
+                 D: tl.constexpr, P: tl.constexpr):  # fmt: skip
     """Merge `active` partial results (SPLITS, G, D), weighted by their sums (SPLITS, G), in order."""
     g = tl.arange(0, GP)
     ok = g < G
@@ -90,16 +87,14 @@ def merge_splits(part_ptr, sum_ptr, out_ptr, base, active, G: tl.constexpr, GP: 
     for s in range(active):
         most = tl.maximum(most, tl.load(sum_ptr + (base + s) * G + g, mask=ok, other=-1e30, cache_modifier=".cg"))
     total = tl.zeros([GP], tl.float32)
-    made = tl.zeros([GP, 2 * HALF], tl.float32)
-    at = part_ptr + head_offsets(G, GP, D, HALF)
-    both = head_mask(G, GP, D, HALF)
+    made = tl.zeros([P, GP], tl.float32)
     for s in range(active):
         found = tl.load(sum_ptr + (base + s) * G + g, mask=ok, other=-1e30, cache_modifier=".cg")
         weight = tl.exp2(found - most)
         total += weight
-        made += tl.load(at + (base + s) * (G * D), mask=both, other=0.0, cache_modifier=".cg") * weight[:, None]
-    to = out_ptr + head_offsets(G, GP, D, HALF)
-    tl.store(to, (made / total[:, None]).to(out_ptr.dtype.element_ty), mask=both)
+        part = part_ptr + (base + s) * (G * D) + offsets
+        made += tl.load(part, mask=there, other=0.0, cache_modifier=".cg") * weight[None, :]
+    tl.store(out_ptr + offsets, (made / total[None, :]).to(out_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -117,64 +112,109 @@ def before_keys(sinks_ptr, heads, ok, first, N: tl.constexpr, SINKS: tl.constexp
 
 
 @triton.jit
-def decode_rounds(m, total, q, keys_ptr, values_ptr, table_ptr, head, first, stop, position, slopes, scale, cap,
-                  KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, GP: tl.constexpr,
+def own_token(q, k_ptr, v_ptr, key_ptr, value_ptr, mine, place, norm_ptr, cos, sin, eps, k_fit, v_fit, D: tl.constexpr,
+              NORM: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
+    """Write the new token's key and value to the cache, if this program is its writer (`mine`). Return the products of
+    the queries (GP, P) with that key, and that value, both as they are stored.
+    """
+    there = place < D
+    stored: tl.constexpr = key_ptr.dtype.element_ty
+    key = rotated_at(k_ptr, place, there, norm_ptr, cos, sin, eps, D, NORM, ROPE)
+    key = to_stored(key.to(q.dtype), k_fit, stored)
+    value = to_stored(tl.load(v_ptr + place, mask=there, other=0.0), v_fit, stored)
+    tl.store(key_ptr + place, key, mask=there & mine)
+    tl.store(value_ptr + place, value, mask=there & mine)
+    return tl.sum(q.to(tl.float32) * key.to(tl.float32), 1), value.to(tl.float32)
+
+
+@triton.jit
+def sums_with(s, mine, sinks_ptr, heads, ok, first, N: tl.constexpr, SINKS: tl.constexpr):
+    """Return largest scores and sums of N queries that have attended to one token with scores s, if it is `mine`, and
+    to no other; and that token's weights. The rest as for `before_keys`.
+
+    The new token is where sums begin: its loads then have their latency in common with those of the queries.
+    """
+    m, total = before_keys(sinks_ptr, heads, ok, first, N, SINKS)
+    s = tl.where(mine, s, -1e30)
+    higher = tl.maximum(m, s)
+    p = tl.where(mine, tl.exp2(s - higher), 0.0)
+    return higher, total * tl.exp2(m - higher) + p, p
+
+
+@triton.jit
+def slopes_of(slopes_ptr, heads, ok, N: tl.constexpr, ALIBI: tl.constexpr):
+    """Return the slopes of N heads; zeros without ALiBi."""
+    if ALIBI:
+        return tl.load(slopes_ptr + heads, mask=ok, other=0.0)
+    else:
+        return tl.zeros([N], tl.float32)
+
+
+@triton.jit
+def slices(x, CODES: tl.constexpr):
+    """Return the even and the odd columns of x (N, P); without CODES all of them twice."""
+    if CODES == "":
+        return x, x
+    else:
+        return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def products(elements, q0, q1, CODES: tl.constexpr, ASM: tl.constexpr):
+    """Return the products (BN, GP) of cached keys (BN, C) and queries: slices (GP, C)."""
+    kind: tl.constexpr = q0.dtype
+    s = tl.dot(numbers(elements, 0, CODES, kind, ASM), tl.trans(q0), input_precision="ieee")
+    if CODES != "":
+        s = tl.dot(numbers(elements, 1, CODES, kind, ASM), tl.trans(q1), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def decode_rounds(m, total, acc0, acc1, q0, q1, block, keys_ptr, values_ptr, table_ptr, head, first, stop, position,
+                  slopes, scale, cap, KV_HEADS: tl.constexpr, E: tl.constexpr, GP: tl.constexpr,
                   BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-                  ALIBI: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Attend to the keys [first, stop) of a table. Return largest score, sum and weighted values of each query."""
-    j = tl.arange(0, 2 * HALF)
-    col = columns(j, D, HALF)
-    n = tl.arange(0, BN)
-    acc = tl.zeros([GP, 2 * HALF], tl.float32)
-    block = tl.load(table_ptr + (first + n) // BLOCK_SIZE, mask=first + n < stop, other=0)
+                  ALIBI: tl.constexpr, CODES: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Attend to the keys [first, stop) of a table. Return largest score, sum and weighted values of each query: for
+    each slice (C, GP).
+
+    `block`: pages of the first round. A cached head has E elements.
+    """
+    C: tl.constexpr = q0.shape[1]
+    c, n = tl.arange(0, C), tl.arange(0, BN)
+    kind: tl.constexpr = q0.dtype
+    weights = tl.zeros([BN, GP], tl.float32)
     for start in tl.range(first, stop, BN, num_stages=STAGES):
         t = start + n
         ok = t < stop
         if WINDOW:  # blocks before it may be others'
             ok = ok & (t >= first_seen(position, WINDOW))
-        there = ok[:, None]
-        if D != 2 * HALF:
-            there = there & in_head(j, D, HALF)[None, :]
-        place = block.to(tl.int64) * BLOCK_SIZE + t % BLOCK_SIZE
-        at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
-        keys = tl.load(keys_ptr + at, mask=there, other=0.0).to(q.dtype)
-        s = scaled_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
+        if BN % BLOCK_SIZE == 0:
+            inside = n % BLOCK_SIZE
+        else:
+            inside = t % BLOCK_SIZE
+        row = ((block.to(tl.int64) * BLOCK_SIZE + inside) * KV_HEADS + head) * E
+        key_ok, value_ok = ok[:, None], ok[None, :]
+        if C != E:
+            key_ok, value_ok = key_ok & (c < E)[None, :], value_ok & (c < E)[:, None]
+        keys = tl.load(keys_ptr + row[:, None] + c[None, :], mask=key_ok, other=0)
+        s = scaled_scores(products(keys, q0, q1, CODES, ASM), scale, cap, CAPPED)
         if ALIBI:
-            s += slopes[:, None] * (t - position).to(tl.float32)[None, :]
-        s = tl.where(ok[None, :], s, -1e30)
-        higher = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
+            s += slopes[None, :] * (t - position).to(tl.float32)[:, None]
+        s = tl.where(ok[:, None], s, -1e30)
+        higher = tl.maximum(m, tl.max(s, 0))
+        p = tl.exp2(s - higher[None, :])
         fade = tl.exp2(m - higher)
-        values = tl.load(values_ptr + at, mask=there, other=0.0).to(q.dtype)
+        # Loaded as (C, BN), not transposed behind the load: that would not be pipelined.
+        values = tl.load(values_ptr + row[None, :] + c[:, None], mask=value_ok, other=0)
         block = tl.load(table_ptr + (t + BN) // BLOCK_SIZE, mask=t + BN < stop, other=0)
-        total = total * fade + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), values, acc * fade[:, None], input_precision="ieee")
+        total = total * fade
+        weights = weights * fade[None, :] + p
+        p = p.to(kind)
+        acc0 = tl.dot(numbers(values, 0, CODES, kind, ASM), p, acc0 * fade[None, :], input_precision="ieee")
+        if CODES != "":
+            acc1 = tl.dot(numbers(values, 1, CODES, kind, ASM), p, acc1 * fade[None, :], input_precision="ieee")
         m = higher
-    return m, total, acc
-
-
-@triton.jit
-def own_token(m, total, acc, a1, a2, k_ptr, v_ptr, key_ptr, value_ptr, norm_ptr, cos, sin, eps, scale, cap, k_fit,
-              v_fit, D: tl.constexpr, HALF: tl.constexpr, CAPPED: tl.constexpr, NORM: tl.constexpr,
-              ROPE: tl.constexpr):  # fmt: skip
-    """Write the new token's key and value to the cache, and attend to them as they are stored."""
-    half = tl.arange(0, HALF)[None, :]
-    half_ok = half < D // 2
-    b1, b2 = rotated(k_ptr + half * 0, half_ok, norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
-    stored: tl.constexpr = key_ptr.dtype.element_ty
-    b1, b2 = to_stored(b1.to(a1.dtype), k_fit, stored), to_stored(b2.to(a1.dtype), k_fit, stored)
-    tl.store(key_ptr + half, b1, mask=half_ok)
-    tl.store(key_ptr + D // 2 + half, b2, mask=half_ok)
-    j = tl.arange(0, 2 * HALF)
-    col = columns(j, D, HALF)
-    value = to_stored(tl.load(v_ptr + col, mask=in_head(j, D, HALF), other=0.0), v_fit, stored)
-    tl.store(value_ptr + col, value, mask=in_head(j, D, HALF))
-    s = tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1) + tl.sum(a2.to(tl.float32) * b2.to(tl.float32), 1)
-    s = scaled_scores(s, scale, cap, CAPPED)
-    higher = tl.maximum(m, s)
-    p = tl.exp2(s - higher)
-    fade = tl.exp2(m - higher)
-    return higher, total * fade + p, acc * fade[:, None] + p[:, None] * value.to(tl.float32)[None, :]
+    return m, total + tl.sum(weights, 0), acc0, acc1
 
 
 @triton.jit
@@ -187,14 +227,35 @@ def token_of(pairs_ptr, rows_ptr, b, SOME: tl.constexpr):
 
 
 @triton.jit
-def turn_of(cos_ptr, sin_ptr, position, half, half_ok, D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr):
-    """Return the cosines and sines (1, HALF) of a position; zeros without a rotation."""
-    cos = tl.zeros([1, HALF], tl.float32)
+def turn_of(cos_ptr, sin_ptr, position, place, D: tl.constexpr, ROPE: tl.constexpr):
+    """Return the cosines and sines of a position for each place (1, P) of a head; zeros without a rotation."""
+    cos = tl.zeros_like(place).to(tl.float32)
     sin = cos
     if ROPE != 0:
-        cos = tl.load(cos_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
-        sin = tl.load(sin_ptr + position.to(tl.int64) * (D // 2) + half, mask=half_ok, other=0.0)
+        at = position.to(tl.int64) * (D // 2) + place % (D // 2)
+        cos = tl.load(cos_ptr + at, mask=place < D, other=0.0)
+        sin = tl.load(sin_ptr + at, mask=place < D, other=0.0)
     return cos, sin
+
+
+@triton.jit
+def operand_of(q, CODES: tl.constexpr):
+    """Return queries as operands: beside codes of 8 bits, 16-bit ones as float16, which is exact in its range."""
+    if CODES == "":
+        return q
+    elif q.dtype == tl.bfloat16:
+        return tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    else:
+        return q
+
+
+@triton.jit
+def result_of(acc0, acc1, CODES: tl.constexpr):
+    """Return weighted values (P, GP), by place, of those of the slices."""
+    if CODES == "":
+        return acc0
+    else:
+        return tl.reshape(tl.permute(tl.join(acc0, acc1), (0, 2, 1)), (2 * acc0.shape[0], acc0.shape[1]))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -221,19 +282,21 @@ def list_splits(items_ptr, pairs_ptr, rows_ptr, n, BN: tl.constexpr, SPLITS: tl.
 
 
 @triton.jit
-def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_ptr, tables_ptr, cos_ptr, sin_ptr,
-           q_norm_ptr, k_norm_ptr, sinks_ptr, slopes_ptr, part_ptr, sum_ptr, count_ptr, items_ptr, q_stride, k_stride,
-           v_stride, table_stride, eps, scale, cap, k_fit, v_fit, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr,
-           GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
-           SPLITS: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-           ALIBI: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, SOME: tl.constexpr, LISTED: tl.constexpr,
-           PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, key_codes_ptr, value_codes_ptr, out_ptr, pairs_ptr, rows_ptr,
+           tables_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr, slopes_ptr, part_ptr, sum_ptr, count_ptr,
+           items_ptr, q_stride, k_stride, v_stride, table_stride, eps, scale, cap, k_fit, v_fit, v_scale,
+           KV_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+           BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
+           CAPPED: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+           SOME: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr, CODES: tl.constexpr, ASM: tl.constexpr,
+           STAGES: tl.constexpr):  # fmt: skip
     """Attend from single tokens: normalize, rotate and cache their keys and values on the way.
 
-    SOME: only the step's tokens in `rows`. LISTED: `items` assigns splits to programs. GP: at least 16 and G. The cache
-    holds keys times `k_fit` and values times `v_fit`, which `scale` and `v_scale` undo. SINKS: a score by head that
-    takes a share of the softmax. ALIBI: slopes by head, in units of log2(e). WINDOW: 0 for all keys, else as of
-    `first_seen`. Grid (KV_HEADS, rows · SPLITS).
+    SOME: only the step's tokens in `rows`. LISTED: `items` assigns splits to programs. GP: at least 8 and G. The cache
+    holds keys times `k_fit` and values times `v_fit`, which `scale` and `v_scale` undo. CODES, ASM: see `numbers`; with
+    CODES `key_codes`, `value_codes` are the same cache as int16. SINKS: a score by head that takes a share of the
+    softmax. ALIBI: slopes by head, in units of log2(e). WINDOW: 0 for all keys, else as of `first_seen`. BN divides
+    LEAST. Grid (KV_HEADS, rows · SPLITS).
     """
     head = tl.program_id(0)
     if PDL:
@@ -243,39 +306,39 @@ def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, pairs_ptr, rows_p
     first, chunk, active = split_spans(position, WINDOW, BN, SPLITS, LEAST)
     if split >= active:
         return
-    kind: tl.constexpr = out_ptr.dtype.element_ty
-    half = tl.arange(0, HALF)[None, :]
-    half_ok = half < D // 2
-    cos, sin = turn_of(cos_ptr, sin_ptr, position, half, half_ok, D, HALF, ROPE)
-    g = tl.arange(0, GP)
-    q_at = q_ptr + t * q_stride + (head * G + g)[:, None] * D
-    a1, a2 = rotated(q_at, (g < G)[:, None], q_norm_ptr, cos, sin, eps, D, HALF, NORM, ROPE)
-    a1, a2 = a1.to(kind), a2.to(kind)
-    q = tl.reshape(tl.permute(tl.join(a1, a2), (0, 2, 1)), (GP, 2 * HALF))
+    table_ptr = tables_ptr + slot * table_stride
     begin = first + split * chunk
-    m, total = before_keys(sinks_ptr, head * G + g, g < G, split == 0, GP, SINKS)
-    slopes = m
-    if ALIBI:
-        slopes = tl.load(slopes_ptr + head * G + g, mask=g < G, other=0.0)
-    m, total, acc = decode_rounds(
-        m, total, q, keys_ptr, values_ptr, tables_ptr + slot * table_stride, head, begin,
-        tl.minimum(begin + chunk, position), position, slopes, scale, cap, KV_HEADS, D, HALF, GP, BLOCK_SIZE, BN,
-        WINDOW, CAPPED, ALIBI, STAGES,
+    stop = tl.minimum(begin + chunk, position)
+    n = begin + tl.arange(0, BN)
+    block = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < stop, other=0)
+    new = (place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE) * KV_HEADS + head) * D
+    place = tl.arange(0, 2 * HALF)[None, :]
+    cos, sin = turn_of(cos_ptr, sin_ptr, position, place, D, ROPE)
+    g = tl.arange(0, GP)
+    q_ptr += t * q_stride + (head * G + g)[:, None] * D
+    q_ok = (g < G)[:, None] & (place < D)
+    q = rotated_at(q_ptr, place, q_ok, q_norm_ptr, cos, sin, eps, D, NORM, ROPE).to(out_ptr.dtype.element_ty)
+    mine = split == active - 1
+    s, value = own_token(
+        q, k_ptr + t * k_stride + head * D, v_ptr + t * v_stride + head * D, keys_ptr + new, values_ptr + new, mine,
+        place, k_norm_ptr, cos, sin, eps, k_fit, v_fit, D, NORM, ROPE,
+    )  # fmt: skip
+    s = scaled_scores(s, scale, cap, CAPPED)
+    m, total, p = sums_with(s, mine, sinks_ptr, head * G + g, g < G, split == 0, GP, SINKS)
+    slopes = slopes_of(slopes_ptr, head * G + g, g < G, GP, ALIBI)
+    less: tl.constexpr = 256.0 if CODES == "e4m3" else 1.0
+    q0, q1 = slices(operand_of(q, CODES), CODES)
+    value0, value1 = slices(value, CODES)
+    p = (p / less)[None, :]
+    m, total, acc0, acc1 = decode_rounds(
+        m, total, tl.trans(value0) * p, tl.trans(value1) * p, q0, q1, block, key_codes_ptr, value_codes_ptr, table_ptr,
+        head, begin, stop, position, slopes, scale * less, cap, KV_HEADS, D if CODES == "" else D // 2, GP, BLOCK_SIZE,
+        BN, WINDOW, CAPPED, ALIBI, CODES, ASM, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-    if split == active - 1:
-        place = (place_of(tables_ptr, table_stride, slot, position, BLOCK_SIZE) * KV_HEADS + head) * D
-        m, total, acc = own_token(
-            m, total, acc, a1, a2, k_ptr + t * k_stride + head * D, v_ptr + t * v_stride + head * D, keys_ptr + place,
-            values_ptr + place, k_norm_ptr, cos, sin, eps, scale, cap, k_fit, v_fit, D, HALF, CAPPED, NORM, ROPE,
-        )  # fmt: skip
-    acc = acc * (v_scale / total)[:, None]
-    out_at = out_ptr + (t * KV_HEADS + head) * (G * D)
-    if active == 1:
-        tl.store(out_at + head_offsets(G, GP, D, HALF), acc.to(kind), mask=head_mask(G, GP, D, HALF))
-    else:
-        finish_split(
-            part_ptr, sum_ptr, count_ptr, out_at, acc, m + tl.log2(total), b * KV_HEADS + head, split, active, G, GP, D,
-            HALF, SPLITS,
-        )  # fmt: skip
+    acc = result_of(acc0, acc1, CODES) * (v_scale * less / total)[None, :]
+    finish_split(
+        part_ptr, sum_ptr, count_ptr, out_ptr + (t * KV_HEADS + head) * (G * D), acc, m + tl.log2(total),
+        b * KV_HEADS + head, split, active, G, GP, D, 2 * HALF, SPLITS,
+    )  # fmt: skip

@@ -52,6 +52,42 @@ def rotated(x_ptr, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, HALF: tl.conste
 
 
 @triton.jit
+def column_of(place, D: tl.constexpr, ROPE: tl.constexpr):
+    """Return the column of a head whose number `rotated` keeps at `place`, a number of the cached head."""
+    if ROPE == 0 or ROPE == D:
+        return place
+    else:
+        pairs: tl.constexpr = (-ROPE if ROPE < 0 else ROPE) // 2
+        j = place % (D // 2)
+        if ROPE < 0:
+            first, second = 2 * j, 2 * j + 1
+        else:
+            first, second = j, pairs + j
+        turned = j < pairs
+        return tl.where(place < D // 2, tl.where(turned, first, pairs + j), tl.where(turned, second, D // 2 + j))
+
+
+@triton.jit
+def rotated_at(x_ptr, place, ok, norm_ptr, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):
+    """Return the numbers at `place` (1, P) of the heads at `x_ptr` (N, 1), float32: those of `rotated`, in one tile.
+
+    All places of a head must be there, for the norm. `cos`, `sin`: of each place.
+    """
+    column = column_of(place, D, ROPE)
+    x = tl.load(x_ptr + column, mask=ok, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = x * scale * tl.load(norm_ptr + column, mask=place < D, other=0.0).to(tl.float32)
+    if ROPE != 0:
+        column = column_of((place + D // 2) % D, D, ROPE)
+        y = tl.load(x_ptr + column, mask=ok, other=0.0).to(tl.float32)
+        if NORM:
+            y = y * scale * tl.load(norm_ptr + column, mask=place < D, other=0.0).to(tl.float32)
+        x = x * cos + tl.where(place < D // 2, -y, y) * sin
+    return x
+
+
+@triton.jit
 def to_stored(x, fit, KIND: tl.constexpr):
     """Convert to the cache's dtype KIND: 8-bit floats are scaled by `fit` and clamped to their range."""
     if KIND == tl.float8e4nv:  # noqa: SIM300  # In the other order Triton does not unwrap KIND.

@@ -1,0 +1,82 @@
+"""The kernel of single tokens' attention beside torch: 8-bit codes, sizes of heads and groups, splits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support_cuda import DEVICE, ON_GPU, torch
+from support_slow import mostly_slow
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from bench.gpu.layers import Heads, Layers  # noqa: E402
+from tokenmill.backends.cuda.device import Device  # noqa: E402
+from tokenmill.backends.cuda.kernels.codes8 import numbers  # noqa: E402
+from tokenmill.backends.cuda.shapes import LONG, DecodeShape, decode_shape, some_are_long  # noqa: E402
+
+KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@triton.jit
+def convert(elements_ptr, out_ptr, SLICE: tl.constexpr, CODES: tl.constexpr, ASM: tl.constexpr):
+    i = tl.arange(0, 128)
+    tl.store(out_ptr + i, numbers(tl.load(elements_ptr + i), SLICE, CODES, out_ptr.dtype.element_ty, ASM))
+
+
+@pytest.mark.parametrize("codes, scale", [("e4m3", 256), ("e5m2", 1)])
+def test_every_code_of_8_bits_becomes_its_number(codes: str, scale: int) -> None:
+    kind = KINDS[codes]
+    every = torch.arange(256, dtype=torch.uint8).view(kind)
+    finite = every.float().isfinite()
+    for order in (torch.arange(256), torch.randperm(256, generator=torch.Generator().manual_seed(0))):
+        elements = every.view(torch.uint8)[order].view(torch.int16).to(DEVICE)
+        made = torch.empty(2, 128, dtype=torch.float16, device=DEVICE)
+        for part in (0, 1):
+            convert[(1,)](elements, made[part], SLICE=part, CODES=codes, ASM=ON_GPU)
+        found = (made.t().reshape(-1).float().cpu() * scale)[finite[order]]
+        assert torch.equal(found, every.float()[order][finite[order]])
+
+
+CASES = {
+    "7 heads a group": (Heads(7, 1, 16), ""),
+    "heads of 24": (Heads(4, 2, 24), "e4m3"),
+    "17 heads a group, e5m2": (Heads(17, 1, 16), "e5m2"),
+    "a part is rotated in pairs, a window": (Heads(4, 2, 40, {"window": 9}), "e4m3"),
+    "heads of 18": (Heads(2, 2, 18, {"softcap": 2.0}), "e4m3"),
+    "sinks": (Heads(3, 1, 32, {"sinks": True, "alibi": (0.5, 0.1, 0.02)}), "e5m2"),
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(list(CASES), ["heads of 24", "17 heads a group, e5m2"]))
+@pytest.mark.parametrize("splits", [1, 3])
+def test_single_tokens_of_uneven_contexts_equal_torch(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, codes = CASES[name]
+    shape = DecodeShape(16, splits, 16, 2, 1)
+    monkeypatch.setattr("tokenmill.backends.cuda.attention.decode_shape", lambda *_, **__: shape)
+    with torch.inference_mode():
+        layers = Layers(heads, 5, [34, 1, 16, 17, 70], 1, Device(DEVICE), KINDS.get(codes))
+        assert layers.check() < (5e-3 if ON_GPU else 1e-5)
+
+
+def test_sizes_fit_the_registers_of_a_warp_and_the_pages() -> None:
+    for rows in (1, 8, 32, 64, 256):
+        for head_dim in (16, 64, 96, 128, 256):
+            for shared in (1, 4, 8, 16, 64):
+                for coded in (False, True):
+                    for long in (False, True):
+                        shape = decode_shape(rows, head_dim, shared, long, coded=coded)
+                        numbers_of_result = max(head_dim, 16) * max(8, shared)
+                        assert numbers_of_result <= shape.warps * 1024 or shape.warps == 4
+                        assert shape.keys % 16 == 0 == shape.least % shape.keys
+
+
+@pytest.mark.parametrize("starts, kv_heads, long", [
+    ([], 8, False), ([LONG - 1] * 64, 8, False), ([LONG], 8, True), ([LONG] * 48, 8, True), ([LONG] * 64, 8, False),
+    ([LONG] * 64, 1, True), ([LONG] * 63 + [8 * LONG], 8, True), ([100] * 63 + [LONG], 8, True),
+    ([8 * LONG] * 64, 8, True),
+])  # fmt: skip
+def test_long_sequences_are_split_if_there_are_few_or_one_is_far_longer_than_the_others(
+    starts: list[int], kv_heads: int, long: bool
+) -> None:
+    assert some_are_long(np.array(starts, np.int32), kv_heads) == long
