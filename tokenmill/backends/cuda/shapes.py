@@ -89,7 +89,7 @@ def decode_shape(
     if head_dim > 128:
         shape = shape._replace(keys=max(16, shape.keys // 2), stages=2)
     results = power(head_dim) * max(8, power(shared))
-    return shape._replace(warps=max(shape.warps, min(4, results // _PER_WARP)))
+    return shape._replace(warps=max(shape.warps, min(8, results // _PER_WARP)))
 
 
 def some_are_long(starts: NDArray[np.int32], kv_heads: int) -> bool:
