@@ -72,9 +72,9 @@ def test_an_error_is_one_line_with_its_kind(tmp_path: Path) -> None:
 
 
 def test_an_option_that_a_later_release_brings_is_refused_with_exit_code_1() -> None:
-    done = run("serve", "--quantize", "awq")
+    done = run("serve", "--speculate", "2")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("Error: ArgumentValidation: `--quantize` cannot be used yet:")
+    assert done.stderr.startswith("Error: ArgumentValidation: `--speculate` cannot be used yet:")
 
 
 def test_a_wrong_variable_and_a_wrong_option_are_usage_errors() -> None:

@@ -146,7 +146,7 @@ def test_values_that_contradict_each_other_are_explained(argv: list[str], enviro
 
 @pytest.mark.parametrize("field", [field for field in FIELDS.values() if field.option.later], ids=lambda f: f.name)
 def test_an_option_whose_machinery_comes_later_is_refused_by_name(field: options.Field) -> None:
-    choices = field.option.later_choices or field.option.choices
+    choices = field.option.choices
     text = choices[0] if choices else "2" if field.kind in (int, float) else "true"
     variable = field.variables[0]
     with pytest.raises(ArgumentError, match=f"`{variable}` cannot be used yet: {re.escape(field.option.later)}"):
@@ -212,12 +212,13 @@ def test_more_threads_than_cpus_for_every_program_are_cut_with_a_warning(monkeyp
     assert Settings.from_args(["--cpu-threads", "1"], {"OMP_NUM_THREADS": "64"}).warnings == ()
 
 
-def test_of_an_option_with_some_values_for_later_the_others_are_taken() -> None:
+def test_methods_of_quantization_and_caches_are_taken_by_name() -> None:
     settings = Settings.from_args(["--quantize", "int4", "--kv-cache-dtype", "int8", "--backend", "cpu"], {})
     assert (settings.quantize, settings.kv_cache_dtype, settings.backend) == ("int4", "int8", "cpu")
     assert Settings.from_args([], {"TOKENMILL_ISA": "avx2"}).cpu_isa == "avx2"
-    with pytest.raises(ArgumentError, match=r"`--quantize` cannot be used yet: this release quantizes to int8"):
-        Settings.from_args(["--quantize", "gptq"], {})
+    for name in ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
+                 "bitsandbytes-fp4", "fp8"):  # fmt: skip
+        assert Settings.from_args(["--quantize", name], {}).quantize == name
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3fn", "fp8_e5m2", "int8"])

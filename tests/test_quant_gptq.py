@@ -234,7 +234,9 @@ def test_quantize_names_what_is_stored_or_is_refused(tmp_path: Path) -> None:
     marlin_source = checkpoint(tmp_path, {}, **GPTQ | {"checkpoint_format": "marlin"})
     assert reader_of(marlin_source, "marlin") is reader_of(marlin_source)
     plain = checkpoint(tmp_path, {})
-    for stored in ("gptq", "awq", "marlin", "exl2"):
+    with pytest.raises(Unsupported, match=r"'exl2' is not supported.*GPTQ or AWQ"):
+        reader_of(plain, "exl2")
+    for stored in ("gptq", "awq", "marlin"):
         with pytest.raises(StartError, match=f"`quantize` is {stored}, but the checkpoint is not quantized"):
             reader_of(plain, stored)
 

@@ -47,8 +47,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                                     env="REVISION,HF_MODEL_REVISION")] = ""
     dtype: Annotated[str, Option("Number format of the computation.", choices=("float32", "bfloat16", "float16"))] = ""
     quantize: Annotated[str, Option(
-        "Quantize weights while loading.", choices=("int8", "int4", *_QUANTIZATIONS), later_choices=_QUANTIZATIONS,
-        later="this release quantizes to int8 and int4 only. Use one of these, or serve a quantized GGUF file.")] = ""
+        "Quantize weights while loading (int8, int4, eetq, fp8, bitsandbytes and its kinds), or name the method that "
+        "the model is stored in. Default: as it is stored.", choices=("int8", "int4", *_QUANTIZATIONS))] = ""
     kv_cache_dtype: Annotated[str, Option("Number format of the KV cache: int8 on a CPU, FP8 on a GPU. Default: "
                                           "float16 on a CPU, the computation's on a GPU.", choices=_KV_DTYPES)] = ""
     trust_remote_code: Annotated[bool, Option(

@@ -36,7 +36,6 @@ class Option:
     short: str = ""
     secret: bool = False
     later: str = ""  # not implemented yet: a given value is refused with this sentence
-    later_choices: tuple[str, ...] = ()  # the choices that `later` applies to; (): all
     no_effect: str = ""  # reason why the option has no effect, logged if it is given
     env_only: bool = False
     shared_env: str = ""  # the variable that other programs read too, so an unreadable value is not an error
@@ -167,14 +166,9 @@ def _help(field: Field) -> str:
     notes = [f"one of {', '.join(option.choices)}"] if option.choices else []
     notes += [f"default {_text(field.default)}"] if field.default not in (None, "", (), False) else []
     notes += [f"env {field.variables[0]}"] if field.variables else []
-    some = f": {', '.join(option.later_choices)}" if option.later_choices else ""
-    notes += [f"not in this release{some}"] if option.later else []
+    notes += ["not in this release"] if option.later else []
     text = option.help + (f" [{'; '.join(notes)}]" if notes else "")
     return text.replace("%", "%%")
-
-
-def _is_later(option: Option, value: Any) -> bool:
-    return bool(option.later) and (not option.later_choices or value in option.later_choices)
 
 
 def _text(value: Any) -> str:
@@ -202,7 +196,7 @@ def collect(
         values[field.name] = value
         if value in (field.default, False):
             continue
-        if _is_later(field.option, value):
+        if field.option.later:
             raise ArgumentError(f"`{source}` cannot be used yet: {field.option.later}")
         if field.option.no_effect:
             warnings.append(f"`{source}` has no effect: {field.option.no_effect}")

@@ -162,14 +162,12 @@ def _option(field: options.Field) -> tuple[str, ...]:
     names = [] if option.env_only else [field.flag, *([option.short] if option.short else [])]
     shown = "" if field.default in (None, "", ()) else f"`{_json(field.default)}`"
     notes = [option.help]
-    taken = [choice for choice in option.choices if choice not in option.later_choices]
-    if taken and not (option.later and not option.later_choices):
-        notes.append(f"One of {_code(taken)}.")
+    if option.choices and not option.later:
+        notes.append(f"One of {_code(option.choices)}.")
     if option.at_least is not None or option.at_most is not None:
         notes.append(_range(option.at_least, option.at_most) + ".")
     if option.later:
-        which = f" ({_code(option.later_choices)})" if option.later_choices else ""
-        notes.append(f"**Refused{which}:** {option.later}")
+        notes.append(f"**Refused:** {option.later}")
     if option.no_effect:
         notes.append(f"**No effect:** {option.no_effect}")
     return _code(names), _code(field.variables), shown, " ".join(notes)

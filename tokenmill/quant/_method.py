@@ -77,9 +77,17 @@ def chosen(source: Checkpoint, quantize: str) -> Any:
             + (f", or give {' or '.join(names)}." if method != "gguf" else ".")
         )
     wanted = plugins.find("quant", quantize)
-    if not getattr(wanted, "WHILE_LOADING", False):
+    if hasattr(wanted, "refuse"):
+        wanted.refuse()
+    if not _while_loading(wanted):
+        made = [name for name in plugins.names("quant") if _while_loading(plugins.find("quant", name))]
         raise ArgumentError(
             f"`quantize` is {quantize}, but the checkpoint is not quantized, and {quantize} weights are not made while "
-            f"loading. Leave the option out, give one that is (int8, int4), or serve a checkpoint stored as {quantize}."
+            f"loading. Leave the option out, give one that is ({', '.join(made).replace('_', '-')}), or serve a checkpoint of the model "
+            f"that is stored as {quantize}."
         )
     return wanted
+
+
+def _while_loading(method: Any) -> bool:
+    return bool(getattr(method, "WHILE_LOADING", False))

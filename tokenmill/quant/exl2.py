@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from tokenmill.errors import Unsupported
-from tokenmill.quant.base import Coded, Matrix, Piece
+from tokenmill.quant.base import Piece
 from tokenmill.weights.checkpoint import Checkpoint
 
 _KNOWN = ("awq", "compressed-tensors", "fp8", "gguf", "gptq")
 
 
-def matrix(source: Checkpoint, name: str) -> Matrix | None:
+def refuse() -> NoReturn:
     """Raise Unsupported with the nearest alternatives."""
     raise Unsupported(
         "quantization", "exl2", _KNOWN,
@@ -18,7 +20,11 @@ def matrix(source: Checkpoint, name: str) -> Matrix | None:
     )  # fmt: skip
 
 
-def read(source: Checkpoint, piece: Piece) -> Coded:
-    """Raise as `matrix`."""
-    matrix(source, piece.name)
-    raise AssertionError
+def matrix(source: Checkpoint, name: str) -> NoReturn:
+    """Raise Unsupported."""
+    refuse()
+
+
+def read(source: Checkpoint, piece: Piece) -> NoReturn:
+    """Raise Unsupported."""
+    refuse()
