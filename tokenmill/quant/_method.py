@@ -81,10 +81,11 @@ def chosen(source: Checkpoint, quantize: str) -> Any:
         wanted.refuse()
     if not _while_loading(wanted):
         made = [name for name in plugins.names("quant") if _while_loading(plugins.find("quant", name))]
+        shown = ", ".join(made).replace("_", "-")
         raise ArgumentError(
             f"`quantize` is {quantize}, but the checkpoint is not quantized, and {quantize} weights are not made while "
-            f"loading. Leave the option out, give one that is ({', '.join(made).replace('_', '-')}), or serve a checkpoint of the model "
-            f"that is stored as {quantize}."
+            f"loading. Leave the option out, give one that is ({shown}), or serve a checkpoint of the model that is "
+            f"stored as {quantize}."
         )
     return wanted
 
