@@ -12,6 +12,8 @@ TEST_EXTRAS := test,torch$(if $(wildcard /dev/nvidiactl),,$(COMMA)interpreter)
 # ARGS names runs in one process. MORE: pytest's options beside these.
 ALL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(MORE)
 export VENV
+# Modules are compiled at their first import (scripts/install.sh). Kept from that, every process would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-loading bench-gpu wheel clean
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 import pytest
 from support_models import SIZES
@@ -26,15 +24,13 @@ REQUIRED = {"num_experts_per_tok": 1, "head_dim": 128}
 """Fields without a default in some class, or that only other ones make consistent"""
 
 
-def classes() -> dict[str, Any]:
-    from transformers import CONFIG_MAPPING
-
-    return {name: CONFIG_MAPPING[name] for name in ALIASES if name in CONFIG_MAPPING}
-
-
-@pytest.mark.parametrize("name", sorted(classes()))
+@pytest.mark.parametrize("name", sorted(ALIASES))
 def test_the_defaults_are_those_of_the_types_own_class(name: str) -> None:
-    theirs = classes()[name]()
+    from transformers import CONFIG_MAPPING  # takes seconds
+
+    if name not in CONFIG_MAPPING:
+        pytest.skip("transformers has no class of its own for it")
+    theirs = CONFIG_MAPPING[name]()
     theirs = getattr(theirs, "text_config", theirs)
     theirs.allow_global_per_layer_attribute_access = True  # of Gemma 4, whose heads have two sizes
     given = {name: getattr(theirs, name, None) or default for name, default in REQUIRED.items()}
