@@ -27,7 +27,10 @@ if not ON_GPU:
     interpreter._patch_lang_tensor = patched
 
     def rounded(x: Any, kind: Any, to: Any, mode: Any, convert: Any = interpreter._convert_float) -> Any:
-        """Work around Triton 3.6's lost carry when rounding to 8 bits reaches the next power of two."""
+        """Work around Triton 3.6's lost carry when rounding to 8 bits, and its lack of e4m3's NaN when widening."""
+        if str(kind) == "fp8e4nv" and str(to) == "fp16":
+            wide = torch.from_numpy(x.copy()).view(torch.float8_e4m3fn).half()
+            return wide.numpy().view(np.uint16).reshape(x.shape)
         made = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}.get(str(to))
         if made is None or str(kind) != "fp32":
             return convert(x, kind, to, mode)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmill.program.ops import Weight
 from tokenmill.quant import none
 from tokenmill.quant.base import Coded, Piece, stack
 from tokenmill.weights.checkpoint import Checkpoint
@@ -40,9 +41,12 @@ def read_products(source: Checkpoint, piece: Piece, make: Callable[[Floats], Cod
 
     They lose most accuracy, and the libraries whose names these methods have leave them, too.
     """
-    if piece.weight.table or piece.weight.shard == "vocab":
-        return none.read(source, piece)
-    return read(source, piece, make, block)
+    return read(source, piece, make, block) if quantizes(piece.weight) else none.read(source, piece)
+
+
+def quantizes(weight: Weight) -> bool:
+    """Return True if `read_products` quantizes a weight, whole blocks of columns provided."""
+    return weight.columns > 0 and not (weight.exact or weight.table or weight.shard == "vocab")
 
 
 def rounded(scale: Floats) -> tuple[NDArray[np.float16], Floats]:

@@ -42,9 +42,14 @@ def matrix(source: Checkpoint, name: str) -> Matrix | None:
     return _eight.matrix(source, name, _block(source))
 
 
+def is_made(source: Checkpoint) -> bool:
+    """Return True if FP8 weights are made while loading, False if they are stored."""
+    return described(source) is None
+
+
 def read(source: Checkpoint, piece: Piece) -> Coded:
     """Read a piece in FP8 with its scales, or make it if the checkpoint is not quantized."""
-    if described(source) is None:
+    if is_made(source):
         return _made.read_products(source, piece, by_rows)
     return _eight.read(source, piece, _block(source))
 

@@ -74,7 +74,9 @@ class CudaBackend:
         )  # fmt: skip
         self._kernels = Kernels(options.kernel_cache, options.cpus, about)  # its helpers start while weights are read
         try:
-            self._weights = pack(self.program, job.source, job.read, job.group, dtype, self._device, job.report)
+            self._weights = pack(
+                self.program, job.source, job.read, job.group, dtype, self._device, job.report, options.quantize
+            )
             self._memory = Memory(
                 self.program, limits, dtype, self._device, CACHE_DTYPES.get(options.kv_cache_dtype),
                 windows=options.attention != "flashinfer",

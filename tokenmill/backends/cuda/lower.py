@@ -21,6 +21,7 @@ from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import DeviceWeights
 from tokenmill.backends.cuda.products.base import Needs, Operands, Product, Scratch
 from tokenmill.backends.cuda.products.dense import largest
+from tokenmill.backends.cuda.quantized import ActivationCodes
 from tokenmill.backends.cuda.recurrence import StateLowering
 from tokenmill.backends.cuda.row_ops import RowLowering
 from tokenmill.backends.cuda.shapes import power
@@ -65,6 +66,7 @@ class Lowering:
         fast = memory.dtype.itemsize == 2 or not memory.device.real  # tiles of float32 do not fit
         outputs = largest(*(op.out.width for op in memory.program.ops if isinstance(op, ops.Linear)))
         self._scratch = Scratch(outputs, memory.device.torch, self._needs(), memory.dtype) if fast else None
+        self._codes = ActivationCodes(memory, weights.matrices, self.gate_of, options.batch_invariant)
 
     def _needs(self) -> Needs:
         """Return the scratch memory that serves each product in turn."""
@@ -86,7 +88,7 @@ class Lowering:
     def nbytes(self) -> int:
         """Bytes of scratch."""
         split = 0 if self._scratch is None else self._scratch.nbytes
-        others = self._latent.nbytes + self.mixtures.nbytes + self._states.nbytes
+        others = self._latent.nbytes + self.mixtures.nbytes + self._states.nbytes + self._codes.nbytes
         return self._attention.nbytes + others + split
 
     @property
@@ -148,7 +150,9 @@ class Lowering:
         operands = Operands(self._memory.value(op.x), self._memory.value(op.out), self._optional(op.bias))
         if gate is not None:
             operands = operands._replace(act=gate.act, gated=self._memory.value(gate.out))
-        return self._weights.matrices[op.weight].product(operands, self._scratch, self._invariant)
+        product = self._weights.matrices[op.weight].product(operands, self._scratch, self._invariant)
+        self._codes.attach(op, product)
+        return product
 
     def gate_of(self, op: ops.Linear) -> ops.GatedAct | None:
         """Return the activation right behind a product that alone reads its halves, or None."""
@@ -187,7 +191,7 @@ class Lowering:
                 **ahead(n.early),
             )  # fmt: skip
 
-        return run
+        return self._codes.norm(op, run, weight, bias)
 
     def _norm_heads(self, op: ops.Norm) -> Run:
         x, out, weight, bias = (
@@ -221,7 +225,7 @@ class Lowering:
                 ACT=op.act, num_warps=4,
             )  # fmt: skip
 
-        return run
+        return self._codes.gated(op, run)
 
     def _act(self, op: ops.Act) -> Run:
         x, out, act = self._memory.value(op.x), self._memory.value(op.out), _ACTS.get(op.act, _gelu_tanh)

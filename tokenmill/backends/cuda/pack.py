@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.products import fp8
 from tokenmill.backends.cuda.products.base import Packed
 from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.cuda.products.forms import Unpackable
@@ -32,7 +33,9 @@ from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
+from tokenmill.quant import _made, none
 from tokenmill.quant.base import Coded, Piece, Reader, check, for_each, load, load_parts, pieces_of
+from tokenmill.quant.fp8 import is_made
 from tokenmill.weights.checkpoint import Checkpoint, read_ahead
 
 _LANES = 8  # copies at a time: one core fills a pinned buffer slower than the bus empties it
@@ -128,12 +131,14 @@ def pack(
     dtype: torch.dtype,
     device: Device,
     report: Report | None = None,
+    quantize: str = "",
 ) -> DeviceWeights:
     """Read the weights of a program into the device's memory.
 
     Raises ModelError if one is missing or of another shape than expected.
 
-    `report` is called from this thread, with bytes of the checkpoint.
+    `report` is called from this thread, with bytes of the checkpoint. `quantize`: the user's option, "fp8" of which the
+    device carries out itself where it can.
     """
     wanted = weights_of(program)
     check(wanted, source)
@@ -141,7 +146,8 @@ def pack(
     for ws, stack in stacks.items():
         packed.update(zip(ws, stack, strict=True))
     exact = {op.correction for op in program.ops if isinstance(op, ops.Route)}
-    products = Products(packable(program) if dtype.itemsize == 2 else set(), dtype)
+    makes_fp8 = quantize == "fp8" and is_made(source) and fp8.supports(dtype, device.torch)
+    products = Products(packable(program) if dtype.itemsize == 2 else set(), dtype, makes_fp8)
     for w in (w for w in wanted if w not in packed and w not in products.packable):
         packed[w] = torch.empty(_shape(w), dtype=torch.float32 if w in exact else dtype, device=device.torch)
     lanes: SimpleQueue[_Lane] = SimpleQueue()
@@ -179,25 +185,35 @@ def packable(program: Program) -> set[Weight]:
 
 
 class Products:
-    """Matrices of products as they are loaded, each packed if it is quantized and a form holds it."""
+    """Matrices of products as they are loaded, each packed if it is quantized and a form holds it.
 
-    def __init__(self, packable: set[Weight], dtype: torch.dtype) -> None:
+    `makes_fp8`: read them as stored, and quantize them to FP8.
+    """
+
+    def __init__(self, packable: set[Weight], dtype: torch.dtype, makes_fp8: bool = False) -> None:
         self.packable, self.matrices = packable, dict[Weight, Packed]()
-        self._dtype, self._converted = dtype, Counter[str]()
+        self._dtype, self._converted, self._makes_fp8 = dtype, Counter[str](), makes_fp8
 
     def add(self, weight: Weight, source: Checkpoint, read: Reader, rank: int, lane: _Lane) -> None:
         """Read a matrix to the device. Thread-safe for different weights."""
+        makes = self._makes_fp8 and _made.quantizes(weight)
+        read = none.read if makes else read
         parts = load_parts(weight, source, read, rank)
         if not all(part.dense for part in parts):
             try:
                 with lane.queued():
-                    self.matrices[weight] = pack_matrix(parts, lane.upload, self._dtype)
+                    found = fp8.packed(parts, lane.upload, self._dtype, lane.device)
+                    self.matrices[weight] = found or pack_matrix(parts, lane.upload, self._dtype)
                 return
             except Unpackable as reason:
                 self._converted[str(reason)] += 1
         to = torch.empty(_shape(weight), dtype=self._dtype, device=lane.device)
         _pack(weight, to, source, read, rank, lane, None if weight.transposed else parts)
-        self.matrices[weight] = Dense(to)
+        if makes:
+            with lane.queued():
+                self.matrices[weight] = fp8.made(to)
+        else:
+            self.matrices[weight] = Dense(to)
 
     def log(self) -> None:
         """Log why quantized matrices were converted, a line a reason."""

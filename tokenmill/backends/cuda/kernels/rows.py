@@ -29,6 +29,20 @@ def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale, 
 
 
 @triton.jit
+def normed(x, c, ok, weight_ptr, bias_ptr, eps, WIDTH: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr,
+           BIAS: tl.constexpr):  # fmt: skip
+    """Return the norm of a row x, whose columns c are those below WIDTH where `ok` is true, and 0 elsewhere."""
+    if CENTER:
+        x = tl.where(ok, x - tl.sum(x, 0) / WIDTH, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+    if WEIGHT:
+        y *= tl.load(weight_ptr + c, mask=ok, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + c, mask=ok, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def norm_rows(x_ptr, y_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, x_stride, y_stride, eps,
               WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr,
               WEIGHT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -45,13 +59,7 @@ def norm_rows(x_ptr, y_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, x_stride, 
         total = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + r * WIDTH + c, total, mask=ok)
         x = total.to(tl.float32)
-    if CENTER:
-        x = tl.where(ok, x - tl.sum(x, 0) / WIDTH, 0.0)
-    y = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
-    if WEIGHT:
-        y *= tl.load(weight_ptr + c, mask=ok, other=0.0).to(tl.float32)
-    if BIAS:
-        y += tl.load(bias_ptr + c, mask=ok, other=0.0).to(tl.float32)
+    y = normed(x, c, ok, weight_ptr, bias_ptr, eps, WIDTH, CENTER, WEIGHT, BIAS)
     tl.store(out_ptr + r * WIDTH + c, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 

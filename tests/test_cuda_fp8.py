@@ -1,0 +1,293 @@
+"""Products with matrices of e4m3 codes, against float64 on the dequantized matrix, and on x's codes if it has some."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support_cuda import DEVICE, CudaDriver, torch, write_random
+
+from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cuda import backend
+from tokenmill.backends.cuda.kernels.fp8_rows import gate_codes, norm_codes
+from tokenmill.backends.cuda.pack import pack
+from tokenmill.backends.cuda.products import fp8
+from tokenmill.backends.cuda.products.base import Operands, Scratch
+from tokenmill.backends.cuda.products.dense import Dense
+from tokenmill.backends.cuda.products.fp8 import Fp8, interleaved, quantized
+from tokenmill.backends.cuda.quantized import ActivationCodes
+from tokenmill.quant.base import Coded
+
+SCALES = {"tensor": (0, 0), "row": (1, 0), "block": (128, 128)}
+
+
+def coded(rows: int, columns: int, kind: str, seed: int = 0, input_scale: float | None = None) -> Coded:
+    """Return random codes, none of them NaN, with scales of a kind."""
+    draw = np.random.default_rng(seed)
+    codes = draw.integers(0, 256, (rows, columns), dtype=np.uint8)
+    codes[codes & 127 == 127] = 3
+    block = SCALES[kind]
+    shape = tuple(-(-size // each) if each else 1 for size, each in zip((rows, columns), block, strict=True))
+    return Coded(codes, "e4m3", draw.uniform(0.5, 1.5, shape).astype(np.float32) / 400, block, input_scale=input_scale)
+
+
+def packed(matrix: Coded) -> Fp8:
+    codes, scale = (torch.from_numpy(a.copy()).to(DEVICE) for a in (matrix.codes, matrix.scale))
+    return Fp8(codes, scale, matrix.block, torch.float16, matrix.input_scale)
+
+
+def made(matrix: Coded, x: Any, *, bias: Any = None, act: str = "", invariant: bool = False) -> tuple[Any, Any]:
+    """Return the product of a matrix, and its output."""
+    out = torch.full((len(x), matrix.shape[0]), 7.0, dtype=x.dtype, device=DEVICE)
+    gated = torch.full((len(x), matrix.shape[0] // 2), 7.0, dtype=x.dtype, device=DEVICE) if act else None
+    operands = Operands(x, out, bias, act, gated)
+    product = packed(matrix).product(operands, Scratch(matrix.shape[0], torch.device(DEVICE)), invariant)
+    return product, out if gated is None else gated
+
+
+def rows_of(count: int, columns: int, seed: int = 1) -> Any:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(count, columns, generator=draw).half().to(DEVICE)
+
+
+def decoded(x: Any, kind: str, input_scale: float | None = None) -> np.ndarray:
+    """Return x as its codes and scales stand for it, by the definition of each kind."""
+    wide = x.float().cpu().numpy()
+    groups = wide.reshape(len(wide), -1, 128) if kind == "block" else wide[:, None]
+    if input_scale is None:
+        scale = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-12)) / np.float32(448)
+    else:
+        scale = np.full((1, 1, 1), input_scale, np.float32)
+    codes = torch.from_numpy(np.clip(groups / scale, -448, 448)).to(torch.float8_e4m3fn)
+    return (codes.double().numpy() * scale).reshape(wide.shape)
+
+
+def wanted(matrix: Coded, x: np.ndarray, bias: Any = None, act: bool = False) -> np.ndarray:
+    y = x @ matrix.floats().astype(np.float64).T + (0 if bias is None else bias.double().cpu().numpy())
+    gate, up = np.split(y, 2, -1) if act else (y, y)
+    return gate / (1 + np.exp(-gate)) * up if act else y
+
+
+def assert_near(found: Any, want: np.ndarray, tolerance: float = 1.5e-3) -> None:
+    off = np.linalg.norm(found.double().cpu().numpy() - want) / np.linalg.norm(want)
+    assert off < tolerance, off
+
+
+@pytest.mark.parametrize("kind, columns", [("tensor", 128), ("row", 200), ("block", 256)])
+def test_few_rows_are_multiplied_in_16_bits(kind: str, columns: int) -> None:
+    x, bias = rows_of(9, columns), rows_of(1, 130)[0]
+    matrix = coded(130, columns, kind)
+    for rows, given in ((9, bias), (1, None)):
+        product, out = made(matrix, x, bias=given)
+        product._words = None  # so that one row takes the same kernel
+        product.run(rows)
+        assert_near(out[:rows], wanted(matrix, x[:rows].double().cpu().numpy(), given))
+        assert bool((out[rows:] == 7).all())
+
+
+@pytest.mark.parametrize("kind", ["row", "block"])
+def test_a_gated_product_of_few_rows_applies_its_activation(kind: str) -> None:
+    x, matrix = rows_of(3, 128), coded(256, 128, kind)
+    product, out = made(matrix, x, act="silu")
+    assert product.applies_act(3)
+    product.run(3)
+    assert_near(out, wanted(matrix, x.double().cpu().numpy(), act=True))
+
+
+@pytest.mark.parametrize("kind", ["row", "block"])
+def test_one_row_is_normed_multiplied_and_added_in_one_launch(kind: str) -> None:
+    x, norm, residual = rows_of(1, 256), rows_of(1, 256, 2)[0], rows_of(1, 140, 3)
+    matrix, total = coded(140, 256, kind), torch.empty(1, 140, dtype=torch.float16, device=DEVICE)
+    product, _ = made(matrix, rows_of(1, 256, 4))
+    assert product.fuses_one
+    product.one((x, norm, 1e-5), (residual, total))
+    wide = x.double().cpu().numpy()
+    normed = wide / np.sqrt(np.square(wide).mean() + 1e-5) * norm.double().cpu().numpy()
+    assert_near(total, wanted(matrix, normed) + residual.double().cpu().numpy())
+
+
+def test_one_row_of_a_gated_product_applies_its_activation_to_the_scaled_halves() -> None:
+    x, bias, matrix = rows_of(1, 256), rows_of(1, 256, 2)[0], coded(256, 256, "block")
+    product, out = made(matrix, x, bias=bias, act="silu")
+    product.run(1)
+    assert_near(out, wanted(matrix, x.double().cpu().numpy(), bias, act=True))
+
+
+@pytest.mark.parametrize(
+    "kind, input_scale, columns", [("row", None, 200), ("tensor", 0.004, 128), ("block", None, 256)]
+)
+def test_more_rows_are_quantized(kind: str, input_scale: float | None, columns: int) -> None:
+    x, bias = rows_of(33, columns), rows_of(1, 130)[0]
+    matrix = coded(130, columns, kind, input_scale=input_scale)
+    product, out = made(matrix, x, bias=bias)
+    product.run(33)
+    assert_near(out, wanted(matrix, decoded(x, kind, input_scale), bias))
+
+
+def test_the_products_of_many_rows_are_the_librarys_with_scales_behind_them() -> None:
+    x, matrix = rows_of(34, 128), coded(144, 128, "row")
+    product, out = made(matrix, x)
+    product.leaves = True
+    assert product.raw(34)
+    assert not product.raw(32), "few rows are not quantized"
+    product.run(34)
+    by_rows, by_columns = product.raw_scales
+    assert_near(out.float() * by_rows[:34, None] * by_columns, wanted(matrix, decoded(x, "row")))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("kind", ["row", "block"])
+def test_a_row_with_a_nan_or_an_infinity_leaves_the_others_alone(kind: str) -> None:
+    x, matrix = rows_of(34, 128), coded(64, 128, kind)
+    product, out = made(matrix, x)
+    product.run(34)
+    clean = out.clone()
+    x[3, 5], x[7, 100] = float("nan"), float("inf")
+    product.run(34)
+    assert not bool(torch.isfinite(out[[3, 7]]).any())
+    others = [i for i in range(34) if i not in (3, 7)]
+    assert torch.equal(out[others], clean[others])
+
+
+def test_batch_invariant_products_of_a_row_do_not_depend_on_the_number_of_rows() -> None:
+    x, matrix = rows_of(40, 256), coded(64, 256, "row")
+    product, out = made(matrix, x, invariant=True)
+    product.run(40)
+    many = out.clone()
+    for rows in (1, 20):
+        product.run(rows)
+        assert torch.equal(out[:rows], many[:rows])
+    assert not product.fuses_one
+
+
+def test_a_matrix_is_quantized_by_rows_on_the_device() -> None:
+    matrix = rows_of(5, 256)
+    matrix[2] = 0
+    codes, scale = quantized(matrix)
+    found = Coded(codes.cpu().numpy(), "e4m3", scale.cpu().numpy(), (1, 0)).floats()
+    wide = matrix.float().cpu().numpy()
+    assert np.abs(found - wide).max(1).tolist() <= (np.abs(wide).max(1) / 28).tolist()
+    assert (np.abs(codes.view(torch.float8_e4m3fn).float().cpu().numpy()).max(1) == [448, 448, 0, 448, 448]).all()
+
+
+def test_columns_of_a_block_are_interleaved_and_padded() -> None:
+    codes = torch.arange(130, dtype=torch.uint8)[None].repeat(2, 1)
+    found = interleaved(codes)
+    assert found.shape == (2, 256)
+    assert found[1, :6].tolist() == [0, 64, 1, 65, 2, 66]
+    assert found[1, 128:134].tolist() == [128, 0, 129, 0, 0, 0]
+
+
+def test_stacked_matrices_are_packed_if_all_are_fp8_with_scales_that_can_be_stacked() -> None:
+    device = torch.device(DEVICE)
+
+    def made_of(*parts: Coded, dtype: Any = torch.float16) -> Fp8 | None:
+        return fp8.packed(parts, lambda array: torch.from_numpy(array.copy()).to(DEVICE), dtype, device)
+
+    x = rows_of(2, 256)
+    parts = coded(128, 256, "block"), coded(40, 256, "block", 1)
+    for some in (parts, (coded(8, 256, "tensor", input_scale=0.1), coded(24, 256, "row", 1, input_scale=0.2))):
+        matrix = made_of(*some)
+        assert matrix is not None
+        assert matrix.input_scale == (None if some is parts else 0.2)
+        out = torch.empty(2, matrix.rows, dtype=torch.float16, device=DEVICE)
+        matrix.product(Operands(x, out), Scratch(matrix.rows, device), False).run(2)
+        assert_near(out, np.concatenate([wanted(part, x.double().cpu().numpy()) for part in some], 1))
+    assert made_of(*parts[::-1]) is None, "a block would belong to two matrices"
+    assert made_of(parts[0], coded(8, 256, "row")) is None
+    assert made_of(replace(parts[0], format="e5m2")) is None
+    assert made_of(parts[0].by_rows()) is None, "scales of 1 × 128"
+    assert made_of(parts[0], dtype=torch.float32) is None
+
+
+class Whole:
+    """A tiny model with all its matrices in FP8; and with the dequantized ones."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        write_random(folder, "llama", num_hidden_layers=1, hidden_size=128, intermediate_size=144, spread=0.1)
+        self.folder, self.options = folder, options
+        self._monkeypatch = monkeypatch
+
+    def driver(self, make: Any) -> CudaDriver:
+        """Return a driver whose matrices `make` makes of (codes, scales of rows)."""
+
+        def stored(*given: Any) -> Any:
+            weights = pack(*given)
+            for weight, dense in weights.matrices.items():
+                weights.matrices[weight] = make(*quantized(dense._matrix))
+            return weights
+
+        self._monkeypatch.setattr(backend, "pack", stored)
+        limits = StepLimits(64, 4, 64, 16)
+        return CudaDriver(self.folder, dtype="float16", limits=limits, num_blocks=16, **self.options)
+
+    def fp8(self) -> CudaDriver:
+        return self.driver(lambda codes, scale: Fp8(codes, scale, (1, 0), torch.float16))
+
+    def dense(self) -> CudaDriver:
+        return self.driver(lambda codes, scale: Dense((codes.view(torch.float8_e4m3fn).float() * scale).half()))
+
+
+@pytest.mark.slow
+def test_a_models_activations_are_quantized_within_the_kernels_that_compute_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Whole(tmp_path, monkeypatch)
+    fused, dense = whole.fp8(), whole.dense()
+    codes = fused._lowering._codes
+    assert len(codes._stored) == 4, "two norms and an activation, and the norm before the head"
+    assert len(codes._raw) == 3, "all products of the layer but the first leave their scales to the next kernel"
+    monkeypatch.setattr(ActivationCodes, "attach", lambda *_: None)
+    monkeypatch.setattr(ActivationCodes, "norm", lambda self, op, plain, *_: plain)
+    monkeypatch.setattr(ActivationCodes, "gated", lambda self, op, plain: plain)
+    apart = whole.fp8()
+    for rows in ([(0, list(range(1, 36)))], [(0, [7])]):
+        made, alone, want = fused.feed(rows), apart.feed(rows), dense.feed(rows)
+        assert np.abs(made - alone).max() < 2e-2 * np.abs(alone).max(), "codes differ where sums are rounded otherwise"
+        assert np.linalg.norm(made - want) < 5e-2 * np.linalg.norm(want)
+
+
+def quantized_apart(x: Any) -> tuple[Any, Any]:
+    """Return codes and scales as the launch that only quantizes makes them."""
+    product, _ = made(coded(16, x.shape[1], "row"), x)
+    found = product._read_codes()
+    product.quantize(found, len(x), False)
+    return found.codes[: len(x)].view(torch.uint8), found.scale[: len(x)]
+
+
+def test_a_norm_stores_the_codes_of_its_result_and_multiplies_by_the_scales_of_the_product_before() -> None:
+    x, y, weight = rows_of(5, 200), rows_of(5, 200, 2), rows_of(1, 200, 3)[0]
+    by_rows, by_columns = (torch.rand(n, device=DEVICE) for n in (5, 200))
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    codes = torch.empty(5, 256, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scale = torch.empty(5, device=DEVICE)
+    norm_codes[(5,)](
+        x, y, by_rows, by_columns, weight, x, total, out, codes, scale, 200, 200, 1e-5, 8, WIDTH=200, BLOCK=256, KP=256,
+        ADD=True, RAW=True, CENTER=False, WEIGHT=True, BIAS=False, KEEP=True, SCALES="row", PDL=False,
+    )  # fmt: skip
+    summed = (x.float() + y.float() * by_rows[:, None] * by_columns).half()
+    wide = summed.float()
+    normed = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-5) * weight.float()
+    assert torch.equal(total, summed)
+    assert_near(out, normed.double().cpu().numpy(), 1e-3)
+    want_codes, want_scale = quantized_apart(out)
+    assert torch.equal(codes.view(torch.uint8), want_codes)
+    assert torch.equal(scale, want_scale)
+
+
+def test_a_gated_activation_stores_the_codes_of_its_result() -> None:
+    both, codes = rows_of(5, 400), torch.empty(5, 256, dtype=torch.float8_e4m3fn, device=DEVICE)
+    by_rows, by_columns = (torch.rand(n, device=DEVICE) for n in (5, 400))
+    scale = torch.empty(5, device=DEVICE)
+    gate, up = both[:, :200], both[:, 200:]
+    gate_codes[(5,)](
+        gate, up, by_rows, by_columns, codes, scale, 400, 400, 8, WIDTH=200, KP=256, BLOCK=256, RAW=True, ACT="silu",
+        HALF=True, SCALES="row", PDL=False,
+    )  # fmt: skip
+    gate, up = (both.float() * by_rows[:, None] * by_columns).chunk(2, 1)
+    want_codes, want_scale = quantized_apart((gate / (1 + torch.exp(-gate)) * up).half())
+    assert torch.allclose(scale, want_scale, rtol=1e-3)
+    assert (codes.view(torch.uint8) == want_codes).float().mean() > 0.98, "but where exp is rounded otherwise"

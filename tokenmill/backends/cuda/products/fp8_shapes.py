@@ -1,0 +1,72 @@
+"""Sizes of tiles of products with matrices of e4m3 codes: the fastest on an H200 for the matrices of an 8B model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+
+BLOCK = 128  # numbers of a block's side that share a scale; columns whose bytes are interleaved
+WEIGHT_ONLY = 32  # rows up to which x stays in 16 bits
+OURS = 128  # rows up to which codes are multiplied by a kernel of ours, unless scales are left to the next kernel
+
+
+class OneShape(NamedTuple):
+    """Sizes for one row: outputs of a program, words of a round, rounds in flight, warps."""
+
+    outputs: int
+    words: int
+    stages: int
+    warps: int
+
+
+class FewShape(NamedTuple):
+    """Sizes for more rows: outputs a tile, columns a round, splits, rounds in flight, warps; copy engine or not."""
+
+    outputs: int
+    columns: int
+    splits: int
+    stages: int
+    warps: int
+    tma: bool = False
+
+
+def one_shape(outputs: int, columns: int, gated: bool) -> OneShape | None:
+    """Return the sizes for one row on CUDA cores; None if rounds of whole blocks do not divide the columns."""
+    if columns % BLOCK:
+        return None
+    shape = OneShape(4 if gated else 8, 256, 3, 4 if gated else 2)
+    while columns // 4 % shape.words:
+        shape = shape._replace(words=shape.words // 2)
+    return shape
+
+
+def weight_only_shape(rows: int, outputs: int, columns: int, gated: bool) -> FewShape:
+    """Return the sizes for few rows in 16 bits."""
+    if gated or outputs >= 1 << 16:
+        return FewShape(32, BLOCK, 1, 4, 2) if rows <= 8 else FewShape(64, BLOCK, 1, 3, 4)
+    return FewShape(64, BLOCK, _splits(outputs, columns), 4, 4)
+
+
+def codes_shape(rows: int, outputs: int, columns: int, gated: bool, blocked: bool) -> FewShape:
+    """Return the sizes for rows of codes."""
+    if rows > 64:
+        return FewShape(64 if gated else 128, BLOCK, 1, 4, 4 if gated else 8)
+    if gated or outputs >= 1 << 14:
+        return FewShape(64 if gated else 128, BLOCK, 1, 4, 4)
+    splits = _splits(outputs, columns)
+    wide = not blocked and splits < 8 and columns % (2 * BLOCK * splits) == 0 and columns < 2 * outputs
+    return FewShape(64, 2 * BLOCK, max(1, splits // 2), 3, 4) if wide else FewShape(64, BLOCK, splits, 4, 4)
+
+
+def _splits(outputs: int, columns: int) -> int:
+    """Return the parts of the columns that make about two programs for each multiprocessor."""
+    tiles, blocks, splits = triton.cdiv(outputs, 64), triton.cdiv(columns, BLOCK), 1
+    while splits < 4 and tiles * splits < 250 and blocks % (2 * splits) == 0:
+        splits *= 2
+    return splits
+
+
+def invariant_shape(rows: int) -> FewShape:
+    """Return batch-invariant sizes: never split, always summed in the same order."""
+    return FewShape(64, BLOCK, 1, 4, 4) if rows <= 64 else FewShape(128, BLOCK, 1, 3, 8)
