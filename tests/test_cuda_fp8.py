@@ -12,6 +12,7 @@ from support_cuda import DEVICE, CudaDriver, torch, write_random
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda import backend
+from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.fp8_rows import gate_codes, norm_codes
 from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.products import fp8
@@ -19,7 +20,11 @@ from tokenmill.backends.cuda.products.base import Operands, Scratch
 from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.cuda.products.fp8 import Fp8, interleaved, quantized
 from tokenmill.backends.cuda.quantized import ActivationCodes
-from tokenmill.quant.base import Coded
+from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
+from tokenmill.quant.base import Coded, reader_of
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import local_source
 
 SCALES = {"tensor": (0, 0), "row": (1, 0), "block": (128, 128)}
 
@@ -201,6 +206,20 @@ def test_stacked_matrices_are_packed_if_all_are_fp8_with_scales_that_can_be_stac
     assert made_of(replace(parts[0], format="e5m2")) is None
     assert made_of(parts[0].by_rows()) is None, "scales of 1 × 128"
     assert made_of(parts[0], dtype=torch.float32) is None
+
+
+def test_the_device_makes_the_codes_that_the_host_would_make_of_a_plain_checkpoint(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1, dtype=torch.float16)
+    source = open_checkpoint(local_source(tmp_path))
+    given = program_of(source.config), source, reader_of(source, "fp8"), Group(), torch.float16, Device(DEVICE), None
+    device, host = pack(*given, "fp8").matrices, pack(*given, "").matrices
+    for weight, matrix in device.items():
+        if weight.shard == "vocab":
+            assert isinstance(matrix, Dense)
+            continue
+        assert isinstance(matrix, Fp8)
+        assert torch.equal(matrix.codes, host[weight].codes)
+        assert torch.equal(matrix.scale, host[weight].scale)
 
 
 class Whole:

@@ -196,7 +196,7 @@ class Products:
 
     def add(self, weight: Weight, source: Checkpoint, read: Reader, rank: int, lane: _Lane) -> None:
         """Read a matrix to the device. Thread-safe for different weights."""
-        makes = self._makes_fp8 and _made.quantizes(weight)
+        makes = self._makes_fp8 and _made.quantizes(weight) and _shape(weight)[1] % _made.BLOCK == 0
         read = none.read if makes else read
         parts = load_parts(weight, source, read, rank)
         if not all(part.dense for part in parts):
