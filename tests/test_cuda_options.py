@@ -209,6 +209,23 @@ def test_how_many_layers_have_scales_is_told(tmp_path: Path) -> None:
     assert rules["KV cache"] == "fp8_e4m3fn, scales of the checkpoint for 1 of 3 layers"
 
 
+def test_an_fp8_cache_is_advised_where_the_checkpoint_has_scales_and_no_format_is_chosen(tmp_path: Path) -> None:
+    made, file = program(tmp_path, num_hidden_layers=3), tmp_path / "model.safetensors"
+
+    def told(kv_cache_dtype: str) -> str:
+        options = KernelOptions(dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
+        return rules_of(made, open_checkpoint(local_source(tmp_path)), options)["KV cache"]
+
+    assert told("") == "bfloat16"
+    tensors = load_file(file)
+    for layer in (0, 2):
+        tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.tensor(0.5)
+    save_file(tensors, file)
+    assert told("").startswith("bfloat16; the checkpoint is calibrated for an FP8 cache, with scales for 2 of 3 layers")
+    assert "--kv-cache-dtype fp8_e4m3fn" in told("")
+    assert told("fp8_e5m2") == "fp8_e5m2"
+
+
 @pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65, 129, 300, 1535, 1536, 9000])
 @pytest.mark.parametrize(

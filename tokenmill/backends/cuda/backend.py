@@ -28,7 +28,7 @@ from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
 from tokenmill.backends.cuda.products.base import FEW
 from tokenmill.backends.cuda.sampler import Sampler
-from tokenmill.backends.cuda.scales import kv_scales
+from tokenmill.backends.cuda.scales import advice, kv_scales
 from tokenmill.backends.cuda.shapes import library_sizes
 from tokenmill.backends.cuda.sizes import Sizes, StepArrays
 from tokenmill.backends.cuda.slots import CudaSlots
@@ -326,4 +326,9 @@ class CudaBackend:
 
 
 def _cache_scales(source: Checkpoint, program: Program, kv_cache_dtype: str) -> Scales:
-    return kv_scales(source, list(cache_layout(program)), kv_cache_dtype) if kv_cache_dtype else {}
+    layers = list(cache_layout(program))
+    if kv_cache_dtype:
+        return kv_scales(source, layers, kv_cache_dtype)
+    if about := advice(source, layers):
+        _log.info("KV cache: %s.", about)
+    return {}

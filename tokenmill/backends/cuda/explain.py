@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_version
 from tokenmill.backends.cuda.prepare import attention_of, fused
 from tokenmill.backends.cuda.products.dense import MANY, MOST, few_shape, row_shape
-from tokenmill.backends.cuda.scales import SCALED, kv_scales
+from tokenmill.backends.cuda.scales import SCALED, advice, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
 from tokenmill.program import ops, recurrence, special
 from tokenmill.program.cost import cache_layout
@@ -88,9 +88,11 @@ def _attention_rule(program: Program, options: KernelOptions) -> str:
 
 
 def _cache(program: Program, checkpoint: Checkpoint, options: KernelOptions) -> str:
-    if options.kv_cache_dtype != SCALED:
-        return options.kv_cache_dtype or options.dtype
     layers = list(cache_layout(program))
+    if not options.kv_cache_dtype:
+        return "; ".join(filter(None, (options.dtype, advice(checkpoint, layers))))
+    if options.kv_cache_dtype != SCALED:
+        return options.kv_cache_dtype
     scaled = sum(pair != (1.0, 1.0) for pair in kv_scales(checkpoint, layers).values())
     return f"{SCALED}, scales of the checkpoint for {scaled} of {len(layers)} layers"
 

@@ -48,6 +48,19 @@ def kv_scales(
     return {layer: (of(layer, "k"), of(layer, "v")) for layer in sorted(wanted)}
 
 
+def advice(checkpoint: Checkpoint, layers: Iterable[int]) -> str:
+    """Return the advice to use an FP8 cache, for a checkpoint with scales whose user chose no format; "" without any."""
+    scales = kv_scales(checkpoint, layers)
+    found = sum(pair != (1.0, 1.0) for pair in scales.values())
+    if not found:
+        return ""
+    return (
+        f"the checkpoint is calibrated for an FP8 cache, with scales for {found} of {len(scales)} layers: with "
+        f"--kv-cache-dtype {SCALED} it holds twice the tokens, and decode attention takes about 0.6 of the time "
+        "(compute capability 8.9 or later)"
+    )
+
+
 def _scale(checkpoint: Checkpoint, name: str) -> float:
     stored = Weight((Part(name, prod(checkpoint.shape(name) or ())),))
     largest = float(load(stored, checkpoint, read).floats().max(initial=0.0))
