@@ -49,7 +49,7 @@ def kv_scales(
 
 
 def advice(checkpoint: Checkpoint, layers: Iterable[int]) -> str:
-    """Return the advice to use an FP8 cache, for a checkpoint with scales whose user chose no format; "" without any."""
+    """Return the advice to use an FP8 cache, for a checkpoint with scales whose user chose no format; "" without."""
     scales = kv_scales(checkpoint, layers)
     found = sum(pair != (1.0, 1.0) for pair in scales.values())
     if not found:
