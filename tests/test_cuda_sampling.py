@@ -42,7 +42,7 @@ def test_a_batch_of_unlike_rows_chooses_what_the_rules_choose_row_by_row(vocab: 
         assert_the_rules(logits, requests, outputs, found)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "float16"], ["float16"]))
 def test_logits_of_half_precision_tie_and_ties_are_kept(dtype: str) -> None:
     """With three digits, many of a thousand logits are equal."""
     rng, vocab = np.random.default_rng(3), 997
@@ -133,7 +133,7 @@ def test_filters_of_flat_and_steep_rows_keep_what_a_sort_says(
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "typical_p": 0.5},
                                     {"temperature": 1.0, "top_k": 3, "repetition_penalty": 1.5, "logprobs": -1},
                                     {"frequency_penalty": 0.5, "logit_bias": ((17, 3.0), (17, -9.0))}])  # fmt: skip
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_a_row_that_is_not_finite_gives_minus_one_and_harms_no_other(params: Any, poison: float) -> None:
     logits = np.random.default_rng(4).normal(size=(3, 61)).astype(np.float32)
     requests = [a_request(seed=i, **({"logprobs": 2} | params)) for i in range(3)]

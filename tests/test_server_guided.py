@@ -335,6 +335,7 @@ def test_grammars_can_be_turned_off(tmp_path: Path) -> None:
         assert auto.status_code == 200
 
 
+@pytest.mark.slow
 def test_the_offline_api_follows_grammars_too() -> None:
     with LLM() as llm:
         (answer,) = llm.generate("A code:", grammar={"type": "regex", "value": CODE}, max_new_tokens=20)
