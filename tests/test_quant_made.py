@@ -1,16 +1,18 @@
-"""int8 and int4 quantization while loading: error bounds, and the weights that stay as they are."""
+"""Quantization while loading: error bounds, and the weights that stay as they are."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from tokenmill.program.ops import Part, Weight
-from tokenmill.quant import int4, int8
+from tokenmill.quant import bitsandbytes, fp8, int4, int8
 from tokenmill.quant.base import Coded, load, reader_of
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
@@ -79,3 +81,69 @@ def test_a_rank_quantizes_its_own_rows_and_columns(tmp_path: Path) -> None:
         np.testing.assert_array_equal(row, whole[:, 64 * rank : 64 * rank + 64])
         column = load(Weight((Part("a", 8),), 128, "column", ranks=2), source, read, rank).floats()
         np.testing.assert_array_equal(column, whole[4 * rank : 4 * rank + 4])
+
+
+def products(folder: Path) -> tuple[np.ndarray, dict[str, Weight], Any]:
+    """Return a matrix, its weights by how a program uses it, and the checkpoint."""
+    a = np.random.default_rng(6).standard_normal((24, 128)).astype(np.float32) * 0.02
+    part = (Part("a", 24),)
+    weights = {
+        "product": Weight(part, 128, "column"), "table": Weight(part, 128, "vocab", table=True),
+        "head": Weight(part, 128, "vocab"), "router": Weight(part, 128, exact=True),
+    }  # fmt: skip
+    return a, weights, folder_of(folder, {"a": a})
+
+
+MADE = {
+    "fp8": ("e4m3", (1, 0), 0.028),
+    "eetq": ("i8", (1, 0), 0.008),
+    "bitsandbytes": ("i8", (1, 0), 0.008),
+    "bitsandbytes-nf4": ("nf4", (1, 64), 0.1),
+    "bitsandbytes-fp4": ("fp4", (1, 64), 0.13),
+}
+"""Name that --quantize has -> format, block and the most relative error on normally distributed weights"""
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_products_are_quantized_and_tables_heads_and_routers_stay(name: str, tmp_path: Path) -> None:
+    a, weights, source = products(tmp_path)
+    format_, block, error = MADE[name]
+    read = reader_of(source, name)
+    for use, weight in weights.items():
+        made = load(weight, source, read)
+        if use == "product":
+            assert (made.format, made.block) == (format_, block)
+            assert error / 2 < relative_error(made, a) < error
+        else:
+            np.testing.assert_array_equal(made.floats(), a)
+    for rank in range(2):
+        halves = load(replace(weights["product"], ranks=2), source, read, rank).floats()
+        np.testing.assert_array_equal(halves, load(weights["product"], source, read).floats()[12 * rank :][:12])
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e-9, 6e4])
+def test_a_matrix_of_one_number_keeps_it(name: str, value: float, tmp_path: Path) -> None:
+    source = folder_of(tmp_path, {"a": np.full((3, 64), value, np.float32)})
+    made = load(Weight((Part("a", 3),), 64), source, reader_of(source, name)).floats()
+    np.testing.assert_allclose(made, value, rtol=1e-6, atol=1e-30)
+
+
+def test_numbers_round_to_the_nearest_of_e4m3_as_by_torch() -> None:
+    torch = pytest.importorskip("torch")
+    every = np.arange(0, 1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    every = every[np.abs(every) <= 464]  # those beyond are NaN to torch
+    want = torch.from_numpy(every).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(fp8.to_e4m3(every), want)
+    assert fp8.to_e4m3(np.array([1e9, -1e9], np.float32)).tolist() == [0x7E, 0xFE]
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_four_bits_are_those_of_bitsandbytes(name: str) -> None:
+    """Which computes them on a CPU."""
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("bitsandbytes.functional")
+    x = torch.randn(6, 256)
+    packed, state = functional.quantize_4bit(x, blocksize=64, quant_type=name)
+    made = bitsandbytes.four_bit_blocks(x.numpy().reshape(6, 4, 64), name)
+    np.testing.assert_allclose(made.floats(), functional.dequantize_4bit(packed, state).numpy(), rtol=1e-5, atol=1e-6)

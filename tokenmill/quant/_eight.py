@@ -12,8 +12,9 @@ from tokenmill.quant.base import Piece
 from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint, Stored
 
-SCALES = ("weight_scale_inv", "weight_scale")
-INPUT_SCALES = ("activation_scale", "input_scale")
+SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+"""Suffixes of scales: of transformers and DeepSeek, of other programs, of DeepSeek V4, of Mistral"""
+INPUT_SCALES = ("activation_scale", "input_scale", "qscale_act")
 _SCALE_KINDS = (*FLOATS, "F8_E8M0", "U8")
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tokenmill import plugins
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.program.ops import Weight
+from tokenmill.quant._refused import reason
 from tokenmill.quant._settings import described
 from tokenmill.weights.checkpoint import Checkpoint
 
@@ -37,11 +38,16 @@ def module_of(source: Checkpoint) -> Any:
     method = method_of(source)
     found = described(source)
     try:
-        return plugins.find("quant", method)
-    except Unsupported as error:
-        place = f"It is the quant_method of {found.place}." if found is not None else ""
-        cure = "Serve a checkpoint of the model that is stored in one of these ways, or not quantized."
-        raise Unsupported("quantization", method, error.known, f"{place} {cure}".strip()) from None
+        module = plugins.find("quant", method)
+    except Unsupported:
+        module = None
+    if module is not None and (found is None or hasattr(module, "matrix")):
+        return module
+    every = {name: plugins.find("quant", name) for name in plugins.names("quant")}
+    place = f"It is the quant_method of {found.place}." if found is not None else ""
+    cure = reason(method) or "Serve a checkpoint of the model that is stored in one of these ways, or not quantized."
+    stored = [name for name, module in every.items() if hasattr(module, "matrix")]
+    raise Unsupported("quantization", method, stored, f"{place} {cure}".strip())
 
 
 def finder(source: Checkpoint) -> Find:

@@ -18,7 +18,9 @@ from tokenmill.weights.checkpoint import QUANTIZATION_FILES, Checkpoint, languag
 T = TypeVar("T")
 
 _KEYS = ("quantization_config", "compression_config")
-_NAMES = {"auto-round": "auto_round", "fbgemm-fp8": "fbgemm_fp8", "compressed_tensors": "compressed-tensors"}
+_NAMES = {
+    "auto-round": "auto_round", "fbgemm-fp8": "fbgemm_fp8", "compressed_tensors": "compressed-tensors", "mxfp8": "fp8",
+}  # fmt: skip
 
 
 class Description(NamedTuple):
