@@ -95,8 +95,8 @@ def test_a_method_without_a_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="quantization 'quip' is not supported"):
         reader_of(source)
     plain = folder_of(tmp_path, {"a": np.ones(2, np.float32)})
-    with pytest.raises(Unsupported, match="quantization 'hqq' is not supported"):
-        reader_of(plain, "hqq")
+    with pytest.raises(Unsupported, match="quantization 'quick' is not supported"):
+        reader_of(plain, "quick")
 
 
 def test_weights_of_integers_are_refused_by_name(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_experts_of_mxfp4_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", sorted(set(_refused.METHODS) - {"gguf"}))
 def test_a_known_method_that_is_not_read_is_refused_with_an_alternative(method: str, tmp_path: Path) -> None:
     source = folder_of(tmp_path, {"quant_method": method.replace("_", "-")}, {"a": torch.ones(2)})
-    with pytest.raises(Unsupported, match=r"not supported.*Supported:.*compressed_tensors.*Serve ") as error:
+    with pytest.raises(Unsupported, match=r"not supported.*Supported:.*compressed-tensors.*Serve ") as error:
         reader_of(source)
     assert error.value.name == method.replace("_", "-")
     assert "int4" not in error.value.known

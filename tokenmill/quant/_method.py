@@ -37,17 +37,30 @@ def module_of(source: Checkpoint) -> Any:
     """Import the file of the method that a checkpoint is stored in. Raises Unsupported if there is none."""
     method = method_of(source)
     found = described(source)
-    try:
-        module = plugins.find("quant", method)
-    except Unsupported:
-        module = None
+    module = _file(method)
     if module is not None and (found is None or hasattr(module, "matrix")):
         return module
-    every = {name: plugins.find("quant", name) for name in plugins.names("quant")}
     place = f"It is the quant_method of {found.place}." if found is not None else ""
     cure = reason(method) or "Serve a checkpoint of the model that is stored in one of these ways, or not quantized."
-    stored = [name for name, module in every.items() if hasattr(module, "matrix")]
-    raise Unsupported("quantization", method, stored, f"{place} {cure}".strip())
+    raise Unsupported("quantization", method, stored_methods(), f"{place} {cure}".strip())
+
+
+def _file(method: str) -> Any:
+    """Import the file of a method; None if there is none."""
+    try:
+        return plugins.find("quant", method)
+    except Unsupported:
+        return None
+
+
+def stored_methods() -> list[str]:
+    """Return the methods that config.json may name, sorted."""
+    return [name.replace("_", "-") for name in plugins.names("quant") if hasattr(_file(name), "matrix")]
+
+
+def while_loading() -> list[str]:
+    """Return the methods that --quantize may name for a checkpoint that is not quantized, sorted."""
+    return [name.replace("_", "-") for name in plugins.names("quant") if hasattr(_file(name), "WHILE_LOADING")]
 
 
 def finder(source: Checkpoint) -> Find:
@@ -82,19 +95,14 @@ def chosen(source: Checkpoint, quantize: str) -> Any:
             f"`quantize` is {quantize}, but the checkpoint is stored as {method!r}. Leave the option out"
             + (f", or give {' or '.join(names)}." if method != "gguf" else ".")
         )
-    wanted = plugins.find("quant", quantize)
-    if hasattr(wanted, "refuse"):
-        wanted.refuse()
-    if not _while_loading(wanted):
-        made = [name for name in plugins.names("quant") if _while_loading(plugins.find("quant", name))]
-        shown = ", ".join(made).replace("_", "-")
+    wanted = _file(quantize)
+    if wanted is None:
+        raise Unsupported("quantization", quantize, while_loading(), reason(quantize))
+    if not hasattr(wanted, "WHILE_LOADING"):
         raise ArgumentError(
             f"`quantize` is {quantize}, but the checkpoint is not quantized, and {quantize} weights are not made while "
-            f"loading. Leave the option out, give one that is ({shown}), or serve a checkpoint of the model that is "
-            f"stored as {quantize}."
+            f"loading. Leave the option out, give one that is ({', '.join(while_loading())}), or serve a checkpoint of "
+            f"the model that is stored as {quantize}."
         )
     return wanted
 
-
-def _while_loading(method: Any) -> bool:
-    return bool(getattr(method, "WHILE_LOADING", False))

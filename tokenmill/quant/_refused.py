@@ -8,6 +8,12 @@ _PICKLED = "its weights are objects of a Python library"
 _KERNELS = "only its own CUDA kernels multiply its codes"
 
 METHODS: dict[str, tuple[str, str]] = {
+    "exl2": (
+        "ExLlamaV2 alone reads its matrices of several widths",
+        "a GPTQ or AWQ checkpoint of the model of 4 bits, or a GGUF file of about as many bits a weight (2.5: Q2_K, "
+        "3.5: Q3_K_M, 4.5: Q4_K_M, 6: Q6_K)",
+    ),
+    "exl3": ("ExLlamaV3 alone reads its codes", _FOUR),
     "torchao": (f"{_PICKLED}, whose layout changes with its versions", f"{_FOUR}; or {_EIGHT}"),
     "hqq": ("its layout is that of the library's own kernels", f"{_FOUR}; or the plain one with --quantize int4"),
     "quanto": (f"{_PICKLED}", f"{_EIGHT}; or the plain one with --quantize int4"),
