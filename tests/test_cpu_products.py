@@ -298,6 +298,14 @@ def test_parts_are_packed_as_if_they_were_stacked_before(gated, rows, pairs):
         assert np.array_equal(got.panels, want.panels)
 
 
+@pytest.mark.parametrize("form", BLOCK_FORMS)
+def test_a_large_matrix_is_packed_some_panels_at_a_time_as_if_at_once(form, monkeypatch):
+    matrix = random_matrix(form, 75, 512, np.random.default_rng(4))
+    want = pack(matrix)
+    monkeypatch.setattr("tokenmill.backends.cpu.pack._AT_ONCE", 33 * 512)
+    assert np.array_equal(pack(matrix).panels, want.panels)
+
+
 @pytest.mark.parametrize("columns", [99, 96, 17, 1])
 def test_pairs_of_an_odd_number_of_columns_end_with_zeros(columns):
     matrix = random_matrix("bf16", 33, columns, np.random.default_rng(7))

@@ -214,16 +214,14 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     usable = (Kind.NORMAL, Kind.USER_DEFINED)
     rows = zip(vocabulary.pieces, vocabulary.scores, vocabulary.kinds, strict=True)
     score_of = {piece: score for piece, score, kind in rows if kind in usable}
-    found: list[tuple[float, str, str]] = []
-    for piece, score in score_of.items():
-        if len(piece) > _LONGEST_PIECE:
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in score_of and right in score_of:
-                found.append((score, left, right))
-    found.sort(key=lambda merge: -merge[0])
-    return [(left, right) for _, left, right in found]
+    own = {piece: piece for piece in score_of}  # pairs of the vocabulary's own strings: large ones have half a million
+    found: list[tuple[str, str]] = []
+    for piece in sorted(score_of, key=lambda piece: -score_of[piece]):
+        for cut in range(1, len(piece) if len(piece) <= _LONGEST_PIECE else 0):
+            left = own.get(piece[:cut])
+            if left is not None and (right := own.get(piece[cut:])) is not None:
+                found.append((left, right))
+    return found
 
 
 def _normalizer(vocabulary: Vocabulary, legacy: bool) -> normalizers.Normalizer:

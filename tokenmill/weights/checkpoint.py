@@ -166,16 +166,24 @@ def read_ahead(rows: NDArray[np.generic]) -> tuple[int, int] | None:
     Returns at once; None if the rows are not of a mapped file. Without the advice, each missing page is read when a
     thread touches it, and the thread waits.
     """
+    found = within_file(rows)
+    if found is None:
+        return None
+    mapped, first = found
+    start = first // mmap.PAGESIZE * mmap.PAGESIZE
+    with contextlib.suppress(OSError):  # it is advice
+        mapped.madvise(mmap.MADV_WILLNEED, start, first + rows.nbytes - start)
+    return first, first + rows.nbytes
+
+
+def within_file(rows: NDArray[np.generic]) -> tuple[mmap.mmap, int] | None:
+    """Return the mapped file that rows are a view of, and their first byte in it; None if they are no such view."""
     base: object = rows
     while isinstance(base, np.ndarray):
         base = base.base
     if not isinstance(base, mmap.mmap) or not rows.nbytes:
         return None
-    first = rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    start = first // mmap.PAGESIZE * mmap.PAGESIZE
-    with contextlib.suppress(OSError):  # it is advice
-        base.madvise(mmap.MADV_WILLNEED, start, first + rows.nbytes - start)
-    return first, first + rows.nbytes
+    return base, rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
 
 
 @dataclass(frozen=True, slots=True)

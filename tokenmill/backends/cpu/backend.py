@@ -42,7 +42,9 @@ from tokenmill.backends.steps import (
 from tokenmill.errors import NotEnoughMemory, Unsupported
 from tokenmill.program import ops
 from tokenmill.program.cost import state_layout
+from tokenmill.program.ops import Weight
 from tokenmill.quant.base import load
+from tokenmill.weights.mapped import Reading
 from tokenmill.wire.messages import Progress, TokenDetails
 
 KV_DTYPES = {"": "f16", "float16": "f16", "int8": "int8"}
@@ -93,7 +95,7 @@ class CpuBackend:
             rows["tokens"], rows["samples"], limits.max_total_tokens, threads, kv_dtype, limits.max_batch_size
         )
         self._memory = Memory(
-            self.program, sizes, prepared.panels, lambda w: load(w, job.source, job.read).floats(), prepared.private
+            self.program, sizes, prepared.panels, lambda w: _vector(w, job), prepared.private
         )
         self._slots = Slots(limits, len(self.windows))
         self._progress = RingProgress(limits.max_batch_size) if state_layout(self.program) else None
@@ -326,6 +328,12 @@ class Scratch:
         item = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         first = np.repeat(step_tokens.firsts, pieces) + item * n
         return first, np.minimum(n, np.repeat(stops, pieces) - first)
+
+
+def _vector(weight: Weight, job: Job) -> NDArray[np.float32]:
+    """Read a vector. All its pages in the file are given up again."""
+    with Reading(job.source) as reading:
+        return load(weight, reading, job.read).floats()
 
 
 def _body(lines: list[Line]) -> int:

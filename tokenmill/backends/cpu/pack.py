@@ -16,12 +16,14 @@ from tokenmill.program.ops import Weight
 from tokenmill.quant.base import Coded, Reader, dense, load_parts, stack
 from tokenmill.quant.formats import FORMATS, nibbles, packed
 from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.weights.mapped import release
 
 Array = NDArray[Any]
 Allocate = Callable[..., Array]
 """(shape, dtype) -> a long-lived array of zeros"""
 
 GATE = 32  # outputs of gate that alternate with as many of up
+_AT_ONCE = 4 << 20  # numbers of which copies are made while they are packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,18 @@ def pack(
         floats = matrix if matrix.dense else dense(matrix.floats())
         return _pack_dense([floats.codes], gated, start, pairs, allocate)
     form = _form_of(blocks)
-    shift = _shift(form, blocks)
     out = allocate((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
+    step = rows if gated else max(1, _AT_ONCE // columns // PANEL) * PANEL
+    for first in range(0, rows, step):
+        some = blocks.take(slice(first, first + step), slice(None)) if step < rows else blocks
+        _put_blocks(form, some, out[first // PANEL : -(-(first + step) // PANEL)], gated)
+        release(some.codes)
+    return Packed(form.name, out.reshape(-1), rows, columns, start)
+
+
+def _put_blocks(form: Form, blocks: Coded, out: Array, gated: bool) -> None:
+    """Write rows to their panels (panels, groups of blocks, bytes)."""
+    shift = _shift(form, blocks)
     body = out[..., form.factors :].reshape(*out.shape[:2], form.group, form.size)
     _write_codes(form, _panels(_codes(blocks, shift), gated), body[..., : form.codes])
     scale, low, *factors = _numbers(form, blocks, shift)
@@ -140,7 +152,6 @@ def pack(
     _put(body[..., form.codes + form.scales :], low, gated)
     for n, factor in enumerate(factors):
         _put(out[:, :, None, 2 * PANEL * n :], factor, gated)
-    return Packed(form.name, out.reshape(-1), rows, columns, start)
 
 
 def pack_vector(vector: NDArray[np.float32], *, gated: bool = False) -> NDArray[np.float32]:

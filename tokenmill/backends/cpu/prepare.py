@@ -22,6 +22,7 @@ from tokenmill.program.recurrence import RgLru
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader, check, dense, for_each, load
 from tokenmill.weights.checkpoint import Checkpoint
+from tokenmill.weights.mapped import Reading
 
 _VECTOR = 16
 
@@ -145,12 +146,16 @@ def pack_all(
     wanted = [w for w in _weights(program) if w.columns and w not in constants]
     arena = Arena()
 
-    def one(weight: Weight) -> tuple[Packed, ...]:
+    def packed_from(source: Checkpoint, weight: Weight) -> tuple[Packed, ...]:
         if weight in floats:
             return (pack(dense(load(weight, source, read).floats()), allocate=arena.zeros),)
         if weight in expansions:
             return lower_latent.packed(expansions[weight], load(weight, source, read), arena.zeros)
         return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs, allocate=arena.zeros)
+
+    def one(weight: Weight) -> tuple[Packed, ...]:
+        with Reading(source) as reading:  # so that weights are in memory once, not twice
+            return packed_from(reading, weight)
 
     packed = for_each(wanted, source, one, max(1, threads), report)
     _one_form(program, packed)
