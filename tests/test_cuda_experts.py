@@ -14,8 +14,7 @@ from support_programs import VOCABULARY, Arrays, Draw, logits_of, same, steps
 from test_cpu_experts import CHOICES, layer
 
 from tokenmill.backends.base import StepLimits
-from tokenmill.backends.cuda import expert_shapes
-from tokenmill.backends.cuda import experts as cuda_experts
+from tokenmill.backends.cuda import expert_products, expert_shapes
 from tokenmill.backends.cuda.backend import CudaBackend
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.expert_shapes import TileShape
@@ -32,7 +31,7 @@ from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Inputs, Program, Value, record
-from tokenmill.quant.base import reader_of
+from tokenmill.quant.base import Reader, reader_of
 
 torch.set_num_threads(1)
 MORE: dict[str, dict[str, Any]] = {
@@ -74,9 +73,10 @@ class Layer:
     """One mixture of experts, lowered, beside its reference."""
 
     def __init__(
-        self, program: Program, source: Arrays, dtype: Any = torch.float32, *, deterministic: bool = False
-    ) -> None:
-        device, read = Device(DEVICE), reader_of(source)  # type: ignore[arg-type]
+        self, program: Program, source: Arrays, dtype: Any = torch.float32, *, deterministic: bool = False,
+        read: Reader | None = None,
+    ) -> None:  # fmt: skip
+        device, read = Device(DEVICE), read or reader_of(source)  # type: ignore[arg-type]
         self.memory = Memory(program, StepLimits(64, 4, 64, 16), dtype, device)
         given = program, source, read, Group(), dtype
         self.weights = pack(*given, device)  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def test_pairs_are_sorted_in_segments_as_at_once(monkeypatch: pytest.MonkeyPatch
         torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in (20 * 16, 21 * 16)
     )
     for size in (128, 6):  # one segment; more than are added up at a time
-        monkeypatch.setattr(cuda_experts, "sort_size", lambda pairs, size=size: power(size))
+        monkeypatch.setattr(expert_products, "sort_size", lambda pairs, size=size: power(size))
         for tensor in (sort.items, sort.tiles):
             tensor.fill_(-1)
         sort.run(120, 16, False)

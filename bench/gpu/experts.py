@@ -16,17 +16,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.gpu import coded_stacks
 from bench.gpu.floor import BYTES_S, FLOPS_S
 from bench.gpu.timing import graph_us, off
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.expert_banks import Stack
 from tokenmill.backends.cuda.expert_shapes import RouteShape, RowShape, TileShape
 from tokenmill.backends.cuda.experts import ExpertLowering
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import DeviceWeights
 from tokenmill.backends.cuda.products import dense
 from tokenmill.backends.cuda.products.base import FEW, Operands
+from tokenmill.backends.cuda.products.forms import Form
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.backends.torch.experts import mixed, routed
 from tokenmill.backends.torch.kinds import activation
@@ -61,9 +64,9 @@ SHAPES = {
 
 
 class Layer:
-    """Layer `index` of a shape on the device."""
+    """Layer `index` of a shape on the device. `form`: of its experts' matrices; None: 16 bits."""
 
-    def __init__(self, shape: Shape, index: int, most: int, device: Device) -> None:
+    def __init__(self, shape: Shape, index: int, most: int, device: Device, form: Form | None = None) -> None:
         scope = Scope("m")
 
         def bias(name: str, count: int, rows: int) -> tuple[Weight, ...]:
@@ -88,10 +91,13 @@ class Layer:
             out = torch.empty(sizes, dtype=torch.bfloat16, device=device.torch)
             return out.normal_(0, spread, generator=draw)
 
-        self.stacks = {
+        self.stacks: dict[Weight, Stack] = {
             ws[0]: drawn(len(ws), ws[0].rows, *([ws[0].columns] if ws[0].columns else []), spread=0.03)
             for ws in self.op.weights().values()
         }
+        if form is not None:
+            for ws in (self.op.gate_up, self.op.down):
+                self.stacks[ws[0]] = coded_stacks.drawn(form, len(ws), ws[0].rows, ws[0].columns, draw)
         self.router = drawn(shape.experts, shape.width, spread=shape.width**-0.5)
         self.memory = Memory(program, StepLimits(most, 256, most, 16), torch.bfloat16, device)
         weights = DeviceWeights({self.route.weight: self.router}, {}, self.stacks)
@@ -106,9 +112,12 @@ class Layer:
 
     def run(self, rows: int) -> None:
         """Launch routing and products as the backend does."""
-        sizes = Sizes(rows, rows, self.ids, early=self.early(rows))
-        for run in self._runs:
-            run(sizes)
+        self._runs[0](Sizes(rows, rows, self.ids, early=self.early(rows)))
+        self.multiply(rows)
+
+    def multiply(self, rows: int) -> None:
+        """Launch the products alone."""
+        self._runs[1](Sizes(rows, rows, self.ids, early=self.early(rows)))
 
     def early(self, rows: int) -> bool:
         """Return whether kernels are launched ahead."""
@@ -123,7 +132,7 @@ class Layer:
         tensors = {
             w: tensor.float()
             for ws in self.op.weights().values()
-            for w, tensor in zip(ws, self.stacks[ws[0]], strict=True)
+            for w, tensor in zip(ws, coded_stacks.numbers(self.stacks[ws[0]], ws[0]), strict=True)
         }
         return mixed(self.op, x, ids, factors, tensors, activation(self.op.act))
 

@@ -14,6 +14,7 @@ from tokenmill.program.ops import Op
 MOST_EXPERTS, MOST_CHOSEN = 512, 16
 SEGMENT = 2048  # pairs of a row and an expert that one program sorts
 LEAST_ITEMS = 16  # of a tile
+FEWEST = 8  # rows of x that tensor cores multiply with coded weights
 _SORTED_AT_ONCE = (64, 512, SEGMENT)
 _FEW = 256  # rows up to which routing is shared by many programs for each block of rows
 _MANY = 4096  # rows up to which blocks of rows are small, so that enough programs route
@@ -30,19 +31,24 @@ class RouteShape(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """Sizes for a single row: outputs of a program, columns of a round, rounds in flight, warps."""
+    """Sizes for a single row: outputs of a program, columns of a round, rounds in flight, warps.
+
+    A round of coded weights is a block. `on_weights`: as in `TileShape`.
+    """
 
     outputs: int
     columns: int
     stages: int
     warps: int
+    on_weights: bool = False
 
 
 class TileShape(NamedTuple):
     """Sizes for several rows: items and outputs of a tile, columns of a round, rounds in flight, warps.
 
     `halves`: a tile with at most half of its items costs half; the copy engine does not read the rows then. `group`:
-    tiles of items whose programs run side by side, so that they share tiles of the matrix.
+    tiles of items whose programs run side by side, so that they share tiles of the matrix. `on_weights`: scales
+    of codes multiply weights, not sums.
     """
 
     items: int
@@ -52,6 +58,7 @@ class TileShape(NamedTuple):
     warps: int
     halves: bool = False
     group: int = 16
+    on_weights: bool = False
 
 
 def refusal(op: Op) -> str:
@@ -92,17 +99,43 @@ def row_shape(columns: int, top_k: int = 1) -> RowShape:
     return RowShape(2, power(columns), 1, 4) if columns <= 2048 else RowShape(4, 1024, 4, 4)
 
 
-def tile_shape(items: float, gated: bool, item_bytes: int = 2, batch_invariant: bool = False) -> TileShape:
-    """Return the sizes for `items` items of an expert on average. Batch-invariant sums have rounds of one size."""
-    size = next((size for size, most in ((16, 8), (32, 20), (64, 48)) if items <= most), 128)
+def tile_items(mean: float, coded: bool) -> int:
+    """Return the items of a tile, for a mean number of items of an expert. `coded`: some weights are."""
+    sizes = ((16, 12), (32, 24), (64, 256)) if coded else ((16, 8), (32, 20), (64, 48))
+    return next((size for size, most in sizes if mean <= most), 128)
+
+
+def tile_shape(items: int, mean: float, gated: bool, item_bytes: int = 2, batch_invariant: bool = False) -> TileShape:
+    """Return the sizes for tiles of `items`. Batch-invariant sums have rounds of one size.
+
+    `mean`: number of items of an expert.
+    """
     if item_bytes > 2:
-        return TileShape(min(size, 32), 32, 32, 2, 4)
+        return TileShape(min(items, 32), 32, 32, 2, 4)
     if batch_invariant:
-        return TileShape(size, 64, 64, 4, 4) if size < 128 else TileShape(size, 128, 64, 3, 8)
-    if size < 64:
-        return TileShape(size, 64, 128, 4, 4)
-    if size == 64:
-        return TileShape(size, 64, 64, 3, 4) if gated else TileShape(size, 128, 64, 4, 8)
-    if gated and items <= 256:
-        return TileShape(size, 64, 64, 3, 4, True, 8)
-    return TileShape(size, 128, 64, 3, 8, True)
+        return TileShape(items, 64, 64, 4, 4) if items < 128 else TileShape(items, 128, 64, 3, 8)
+    if items < 64:
+        return TileShape(items, 64, 128, 4, 4)
+    if items == 64:
+        return TileShape(items, 64, 64, 3, 4) if gated else TileShape(items, 128, 64, 4, 8)
+    if gated and mean <= 256:
+        return TileShape(items, 64, 64, 3, 4, True, 8)
+    return TileShape(items, 128, 64, 3, 8, True)
+
+
+def coded_row_shape(top_k: int = 1) -> RowShape:
+    """Return the sizes for a single row and coded weights. `top_k`: as in `row_shape`."""
+    if top_k > 1:
+        return RowShape(max(8, 64 // power(top_k)), 0, 4, 4)
+    return RowShape(16, 0, 5, 2)
+
+
+def coded_tile_shape(items: int, gated: bool, width: int, batch_invariant: bool = False) -> TileShape:
+    """Return the sizes for tiles of `items` and coded weights. `width`: of a slice of codes."""
+    if batch_invariant:
+        return TileShape(items, 64, 32, 3, 4, on_weights=True)
+    if items == 16:
+        return TileShape(items, 64, width, 3 if width > 32 else 5, 2)
+    if items == 32:
+        return TileShape(items, 64 if gated else 128, 32, 3, 4, on_weights=True)
+    return TileShape(items, 128, 32, 3, 8 if gated else 4, group=8, on_weights=True)

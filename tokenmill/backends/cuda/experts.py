@@ -7,25 +7,32 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tokenmill.backends.cuda.expert_banks import CodedStack
+from tokenmill.backends.cuda.expert_products import (
+    Bank,
+    GroupedProducts,
+    Normed,
+    OneRow,
+    Operands,
+    Scratch,
+    Sort,
+    inner_width,
+)
 from tokenmill.backends.cuda.expert_shapes import (
-    LEAST_ITEMS,
-    SEGMENT,
     RouteShape,
-    RowShape,
     TileShape,
+    coded_row_shape,
+    coded_tile_shape,
     padded,
     route_shape,
     row_shape,
-    sort_size,
+    tile_items,
     tile_shape,
 )
-from tokenmill.backends.cuda.kernels import experts as kernels
-from tokenmill.backends.cuda.kernels.routing import count_pairs, route, sort_pairs
+from tokenmill.backends.cuda.kernels.routing import route
 from tokenmill.backends.cuda.launch import Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import DeviceWeights
@@ -33,72 +40,7 @@ from tokenmill.backends.cuda.shapes import power
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.program import ops
 
-_BLOCK = 1024
-_ROWS = 16  # segments that are added up at a time
 LAUNCHES = 4  # of `ops.Experts`, at most in a captured step
-
-
-Normed = tuple[Tensor, Tensor, float]
-"""A row before its RMS norm, the norm's weight and its epsilon."""
-
-
-class _Scratch:
-    """Scratch of the largest step, which all layers share."""
-
-    def __init__(self, memory: Memory) -> None:
-        found = [op for op in memory.program.ops if isinstance(op, ops.Experts)]
-        routes = [op for op in memory.program.ops if isinstance(op, ops.Route)]
-        rows = {op.out.buffer: memory.rows[op.out.spec.rows] for op in (*found, *routes)}
-
-        def most(*sizes: int) -> int:
-            return max(sizes, default=0)
-
-        pairs = {op.out.buffer: rows[op.out.buffer] * op.ids.width for op in found}
-        self.pairs = most(*pairs.values())
-        experts, device = most(*(padded(len(op.down)) for op in found)), memory.device.torch
-        numbers: dict[str, Any] = {"dtype": torch.int32, "device": device}
-        self.items = torch.empty(self.pairs, **numbers)
-        self.tiles = torch.empty((self.pairs // LEAST_ITEMS + experts) * 4, **numbers)
-        segments = triton.cdiv(self.pairs, SEGMENT)
-        self.counts = torch.empty(segments * experts, **numbers)
-        self.firsts = torch.empty((segments + 1) * experts, **numbers)
-        self.finished = torch.zeros(1 + most(*(triton.cdiv(n, LEAST_ITEMS) for n in rows.values())), **numbers)
-        logits = most(*(rows[op.out.buffer] * padded(op.weight.rows) for op in routes))
-        self.logits = torch.empty(logits, device=device)
-        inner = most(*(pairs[op.out.buffer] * _inner(op) for op in found))
-        self.inner = torch.empty(inner, dtype=memory.dtype, device=device)
-        results = most(*(pairs[op.out.buffer] * op.out.width for op in found))
-        self.results = torch.empty(results, dtype=memory.dtype, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
-
-
-def _inner(op: ops.Experts) -> int:
-    """Return the number of an expert's inner values."""
-    return op.gate_up[0].rows // 2 if op.gated else op.gate_up[0].rows
-
-
-class Bank(NamedTuple):
-    """Weights of a layer's experts, each stacked: (experts, outputs, columns), or (experts, outputs)."""
-
-    gate_up: Tensor
-    down: Tensor
-    gate_up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-
-class Operands(NamedTuple):
-    """Tensors of a layer at the largest step; a smaller step uses the first rows."""
-
-    x: Tensor  # (rows, width)
-    ids: Tensor  # (rows, top_k) int32
-    factors: Tensor  # (rows, top_k)
-    out: Tensor  # (rows, width)
-    inner: Tensor  # (items, inner values)
-    results: Tensor  # (pairs, width)
 
 
 class ExpertLowering:
@@ -106,7 +48,7 @@ class ExpertLowering:
 
     def __init__(self, memory: Memory, weights: DeviceWeights, batch_invariant: bool) -> None:
         self._memory, self._weights, self._invariant = memory, weights, batch_invariant
-        self._scratch = _Scratch(memory)
+        self._scratch = Scratch(memory)
 
     @property
     def nbytes(self) -> int:
@@ -151,8 +93,12 @@ class ExpertLowering:
 
         `residual`: (addend, in place of out).
         """
-        one = self.one_row(op)
-        up, down = row_shape(op.x.width), row_shape(_inner(op), op.ids.width)
+        one, bank = self.one_row(op), self._bank(op)
+        up, down = row_shape(op.x.width), row_shape(inner_width(op), op.ids.width)
+        if isinstance(bank.gate_up, CodedStack):
+            up = coded_row_shape()
+        if isinstance(bank.down, CodedStack):
+            down = coded_row_shape(op.ids.width)
 
         def run(n: Sizes) -> None:
             one.gate_up(up, n.early, norm)
@@ -179,19 +125,28 @@ class ExpertLowering:
 
     def shapes(self, op: ops.Experts, rows: int) -> tuple[TileShape, TileShape]:
         """Return the sizes of tiles for so many rows: of gate and up, and of down, with the same number of items."""
-        mean, item = rows * op.ids.width / len(op.down), self._memory.dtype.itemsize
-        up, down = (tile_shape(mean, gated, item, self._invariant) for gated in (True, False))
+        mean, bank = rows * op.ids.width / len(op.down), self._bank(op)
+        stacks = bank.gate_up, bank.down
+        coded = [stack if isinstance(stack, CodedStack) else None for stack in stacks]
+        items = tile_items(mean, any(coded))
+        up, down = (
+            coded_tile_shape(items, gated, stack.form.depth, self._invariant)
+            if stack is not None
+            else tile_shape(items, mean, gated, self._memory.dtype.itemsize, self._invariant)
+            for gated, stack in zip((op.gated, False), coded, strict=True)
+        )
         assert up.items == down.items
         return up, down
 
     def _bank(self, op: ops.Experts) -> Bank:
         stacks = self._weights.stacks
-        gate_up_bias, down_bias = (stacks[ws[0]] if ws else None for ws in (op.gate_up_bias, op.down_bias))
+        biases = [stacks[ws[0]] if ws else None for ws in (op.gate_up_bias, op.down_bias)]
+        gate_up_bias, down_bias = (bias if isinstance(bias, Tensor) else None for bias in biases)
         return Bank(stacks[op.gate_up[0]], stacks[op.down[0]], gate_up_bias, down_bias)
 
     def _operands(self, op: ops.Experts) -> Operands:
         value, scratch, pairs = self._memory.value, self._scratch, self._memory.rows[op.out.spec.rows] * op.ids.width
-        inner = scratch.inner[: pairs * _inner(op)].view(pairs, -1)
+        inner = scratch.inner[: pairs * inner_width(op)].view(pairs, -1)
         results = scratch.results[: pairs * op.out.width].view(pairs, -1)
         return Operands(value(op.x), value(op.ids), value(op.factors), value(op.out), inner, results)
 
@@ -210,7 +165,7 @@ class RouteOperands(NamedTuple):
 class Routing:
     """The launch of a routing."""
 
-    def __init__(self, op: ops.Route, operands: RouteOperands, scratch: _Scratch) -> None:
+    def __init__(self, op: ops.Route, operands: RouteOperands, scratch: Scratch) -> None:
         self._op, self._operands, self._scratch, self._launch = op, operands, scratch, Site(route)
         self._constants: dict[str, Any] = {
             "EP": padded(op.weight.rows), "TOP_K": op.top_k, "KP": power(op.top_k), "SCORE": op.score,
@@ -232,138 +187,3 @@ class Routing:
             E=experts, K=columns, BM=shape.rows, BN=shape.experts, BK=shape.columns, **self._constants,
             NORM=norm is not None, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
-
-
-class OneRow:
-    """The launches of a layer's products for a single row."""
-
-    def __init__(self, op: ops.Experts, bank: Bank, operands: Operands) -> None:
-        self._op, self._bank, self._operands = op, bank, operands
-        self._up, self._down = Site(kernels.one_row_up), Site(kernels.one_row_down)
-
-    def gate_up(self, shape: RowShape, early: bool, norm: Normed | None = None) -> None:
-        """Launch the inner values of the chosen experts. `norm`: in place of x."""
-        op, (x, ids, factors, _, inner, _) = self._op, self._operands
-        weight, bias = self._bank.gate_up, self._bank.gate_up_bias
-        outputs, (x, norm_weight, eps) = _inner(op), norm or (x, weight, 0.0)
-        self._up(
-            (triton.cdiv(outputs, shape.outputs), op.ids.width),
-            x, weight, weight if bias is None else bias, norm_weight, ids, factors, inner, op.limit, op.up_offset, eps,
-            N=outputs, K=op.x.width, BN=shape.outputs, BK=shape.columns, ACT=op.act, GATED=op.gated, LIMIT=op.limit > 0,
-            BIAS=bias is not None, SCALED=op.scale_inputs, NORM=norm is not None, PDL=early, STAGES=shape.stages,
-            num_warps=shape.warps, **ahead(early),
-        )  # fmt: skip
-
-    def down(self, shape: RowShape, early: bool, residual: tuple[Tensor, Tensor] | None = None) -> None:
-        """Launch the sum of the chosen experts' outputs, behind `gate_up`. `residual`: (addend, in place of out)."""
-        op, (_, ids, factors, out, inner, _) = self._op, self._operands
-        weight, bias = self._bank.down, self._bank.down_bias
-        added, out = residual or (weight, out)
-        self._down(
-            (triton.cdiv(op.out.width, shape.outputs),),
-            inner, weight, weight if bias is None else bias, ids, factors, added, out, N=op.out.width, K=_inner(op),
-            TOP_K=op.ids.width, KP=power(op.ids.width), BN=shape.outputs, BK=shape.columns, BIAS=bias is not None,
-            SCALED=op.scale_inputs, RESIDUAL=residual is not None, PDL=early, STAGES=shape.stages,
-            num_warps=shape.warps, **ahead(early),
-        )  # fmt: skip
-
-
-class Sort:
-    """Sorting of the pairs of a layer by expert. `items`, `tiles`: the result, as `sort_pairs` defines it."""
-
-    def __init__(self, scratch: _Scratch, ids: Tensor, experts: int) -> None:
-        self._scratch, self._ids, self._experts = scratch, ids, experts
-        self.items, self.tiles = scratch.items, scratch.tiles
-        self._count, self._sort = Site(count_pairs), Site(sort_pairs)
-
-    def num_tiles(self, pairs: int, items: int) -> int:
-        """Return the number of places for tiles of so many items."""
-        return pairs // items + self._experts
-
-    def run(self, pairs: int, items: int, early: bool) -> None:
-        """Launch for the first pairs. `items`: of a tile."""
-        scratch, size = self._scratch, sort_size(pairs)
-        segments = triton.cdiv(pairs, size)
-        if segments > 1:
-            self._count(
-                (segments,),
-                self._ids, scratch.counts, scratch.firsts, scratch.finished, pairs, E=self._experts,
-                EP=padded(self._experts), BLOCK=size, ROWS=_ROWS, num_warps=8,
-            )  # fmt: skip
-        self._sort(
-            (self._experts, segments),
-            self._ids, scratch.firsts, self.items, self.tiles, pairs, segments, items, E=self._experts,
-            EP=padded(self._experts), BLOCK=size, ONE=segments == 1, PDL=early,
-            num_warps={64: 1, 512: 4}.get(size, 8), **ahead(early),
-        )  # fmt: skip
-
-
-class GroupedProducts:
-    """The launches of a layer's products for several rows."""
-
-    def __init__(self, op: ops.Experts, bank: Bank, operands: Operands, sort: Sort, copies: bool) -> None:
-        self._op, self._bank, self._operands, self._sort = op, bank, operands, sort
-        self._copies = copies and operands.x.element_size() == 2
-        self._up, self._down = Site(kernels.grouped), Site(kernels.grouped)
-        self._combine = Site(kernels.combine)
-        self._descriptors: dict[tuple[int, int, int], TensorDescriptor] = {}
-
-    def run(self, rows: int, up: TileShape, down: TileShape, early: bool) -> None:
-        """Launch the first rows. `up`, `down`: sizes, with the same number of items of a tile."""
-        self.sort(rows, up.items, early)
-        self.gate_up(rows, up, early)
-        self.down(rows, down, early)
-        self.combine(rows, early)
-
-    def sort(self, rows: int, items: int, early: bool) -> None:
-        """Launch the sorting. `items`: of a tile."""
-        self._sort.run(rows * self._op.ids.width, items, early)
-
-    def gate_up(self, rows: int, shape: TileShape, early: bool) -> None:
-        """Launch the inner values of all items."""
-        x, inner = self._operands.x, self._operands.inner
-        self._multiply(self._up, x, inner, rows * self._op.ids.width, shape, early, self._op.act)
-
-    def down(self, rows: int, shape: TileShape, early: bool) -> None:
-        """Launch the results of all pairs."""
-        inner, results = self._operands.inner, self._operands.results
-        self._multiply(self._down, inner, results, rows * self._op.ids.width, shape, early)
-
-    def combine(self, rows: int, early: bool) -> None:
-        """Launch the sums of the pairs of each row."""
-        _, _, factors, out, _, results = self._operands
-        width = out.shape[1]
-        block = min(power(width), _BLOCK)
-        self._combine(
-            (rows, triton.cdiv(width, block)),
-            results, factors, out, TOP_K=self._op.ids.width, WIDTH=width, BLOCK=block, SCALED=self._op.scale_inputs,
-            PDL=early, num_warps=4, **ahead(early),
-        )  # fmt: skip
-
-    def _multiply(
-        self, launch: Site, x: Tensor, out: Tensor, pairs: int, shape: TileShape, early: bool, act: str = ""
-    ) -> None:
-        op, bank = self._op, self._bank
-        weight, bias = (bank.gate_up, bank.gate_up_bias) if act else (bank.down, bank.down_bias)
-        gated, columns = bool(act) and op.gated, weight.shape[2]
-        outputs = weight.shape[1] // (2 if gated else 1)
-        copies = self._copies and columns % 8 == 0
-        copies_x = copies and not act and not shape.halves
-        launch(
-            (triton.cdiv(outputs, shape.outputs), self._sort.num_tiles(pairs, shape.items)),
-            self._described(x, shape.items, shape.columns) if copies_x else x,
-            self._described(weight.view(-1, columns), shape.outputs, shape.columns) if copies else weight,
-            weight if bias is None else bias, self._operands.factors, out, self._sort.items, self._sort.tiles,
-            x.stride(0), op.limit, op.up_offset, N=outputs, K=columns, TOP_K=op.ids.width, BM=shape.items,
-            BN=shape.outputs, BK=shape.columns, ACT=act, GATED=gated, LIMIT=bool(act) and op.limit > 0,
-            BIAS=bias is not None, SCALED=bool(act) and op.scale_inputs, TMA=copies, TMA_X=copies_x,
-            HALVES=shape.halves, GROUP=shape.group, PDL=early, STAGES=shape.stages, num_warps=shape.warps,
-            **ahead(early),
-        )  # fmt: skip
-
-    def _described(self, matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-        """Return the copy engine's descriptor of tiles, made once because addresses stay."""
-        key = matrix.data_ptr(), rows, columns
-        if key not in self._descriptors:
-            self._descriptors[key] = TensorDescriptor.from_tensor(matrix, [rows, columns])
-        return self._descriptors[key]

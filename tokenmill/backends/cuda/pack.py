@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.expert_banks import Banks, Stack
 from tokenmill.backends.cuda.products import fp8
 from tokenmill.backends.cuda.products.base import Packed
 from tokenmill.backends.cuda.products.dense import Dense
@@ -51,18 +52,18 @@ class DeviceWeights:
 
     `tensors`: vectors, embedding tables and routers, in the computation's dtype, or float32 where near results decide.
     `matrices`: the weights of products. A table that is the output matrix too is in both, and in memory once. `stacks`:
-    weights of a layer's experts as one tensor (experts, …), by the first expert's.
+    weights of a layer's experts, (experts, …) or coded, by the first expert's.
     """
 
     tensors: dict[Weight, Tensor]
     matrices: dict[Weight, Packed]
-    stacks: dict[Weight, Tensor] = field(default_factory=dict)
+    stacks: dict[Weight, Stack] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         own = [packed.nbytes for weight, packed in self.matrices.items() if weight not in self.tensors]
-        return sum(own) + sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.stacks.values()))
+        return sum(own) + sum(held.nbytes for held in (*self.tensors.values(), *self.stacks.values()))
 
 
 class _Lane:
@@ -147,8 +148,9 @@ def pack(
         packed.update(zip(ws, stack, strict=True))
     exact = {op.correction for op in program.ops if isinstance(op, ops.Route)}
     makes_fp8 = quantize == "fp8" and is_made(source) and fp8.supports(dtype, device.torch)
+    banks = Banks(program, dtype, device.torch)
     products = Products(packable(program) if dtype.itemsize == 2 else set(), dtype, makes_fp8)
-    for w in (w for w in wanted if w not in packed and w not in products.packable):
+    for w in (w for w in wanted if w not in packed and w not in products.packable and w not in banks):
         packed[w] = torch.empty(_shape(w), dtype=torch.float32 if w in exact else dtype, device=device.torch)
     lanes: SimpleQueue[_Lane] = SimpleQueue()
     for _ in range(_LANES):
@@ -159,6 +161,8 @@ def pack(
         try:
             if weight in products.packable:
                 products.add(weight, source, read, group.rank, lane)
+            elif weight in banks:
+                _add(banks, weight, source, read, group.rank, lane)
             else:
                 _pack(weight, packed[weight], source, read, group.rank, lane)
         finally:
@@ -173,7 +177,7 @@ def pack(
     return DeviceWeights(
         {w: tensor for w, tensor in packed.items() if (w not in multiplied or w in looked_up) and w not in stacked},
         products.matrices | {w: Dense(packed[w]) for w in multiplied if w in packed},
-        {ws[0]: stack for ws, stack in stacks.items()},
+        banks.finish() | {ws[0]: stack for ws, stack in stacks.items()},
     )
 
 
@@ -222,9 +226,18 @@ class Products:
             _log.warning("%d quantized matrices are converted to %s: of each, %s.", count, name, reason)
 
 
+def _add(banks: Banks, weight: Weight, source: Checkpoint, read: Reader, rank: int, lane: _Lane) -> None:
+    """Read a matrix of an expert to the device."""
+    parts = load_parts(weight, source, read, rank)
+    with lane.queued():
+        to = banks.add(weight, parts, lane.upload)
+    if to is not None:
+        _pack(weight, to, source, read, rank, lane, None if weight.transposed else parts)
+
+
 def _stacks(program: Program, dtype: torch.dtype, device: Device) -> dict[tuple[Weight, ...], Tensor]:
-    """Return the memory of the weights of experts, by the weights that share a tensor."""
-    found = {ws for op in program.ops if isinstance(op, ops.Experts) for ws in op.weights().values()}
+    """Return the memory of the biases of experts, by the weights that share a tensor."""
+    found = {ws for op in program.ops if isinstance(op, ops.Experts) for ws in (op.gate_up_bias, op.down_bias) if ws}
     return {ws: torch.empty(len(ws), *_shape(ws[0]), dtype=dtype, device=device.torch) for ws in found}
 
 
@@ -257,9 +270,7 @@ def _pack(
         first += matrix.shape[0]
 
 
-def _columns(
-    pieces: list[Piece], source: Checkpoint, read: Reader, dtype: torch.dtype
-) -> NDArray[np.generic] | None:
+def _columns(pieces: list[Piece], source: Checkpoint, read: Reader, dtype: torch.dtype) -> NDArray[np.generic] | None:
     """Return the columns of the matrix that all pieces are rows of, contiguous; None if it is not stored like that.
 
     A host transposes some 100 MB a second with one core, a GPU as fast as it receives them.

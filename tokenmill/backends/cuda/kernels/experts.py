@@ -10,18 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.backends.cuda.kernels.rows import activated
-
-
-@triton.jit
-def gated(gate, up, limit, offset, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr):
-    """Return act(gate) · (up + offset), with LIMIT of bounded values; act(gate) unless GATED."""
-    if not GATED:
-        return activated(gate, ACT)
-    if LIMIT:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    return activated(gate, ACT) * (up + offset)
+from tokenmill.backends.cuda.kernels.coded_experts import coded_sums, halves, side_by_side
+from tokenmill.backends.cuda.kernels.rows import gated
 
 
 @triton.jit
@@ -149,10 +139,12 @@ def tile_sums(x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N: 
 
 
 @triton.jit
-def multiply_tile(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride, limit, offset, e, first,
-                  count, tile, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
-                  BIAS: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr,
+def multiply_tile(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr,
+                  x_stride, limit, offset, e, first, count, tile, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+                  LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr,
+                  KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, HEIGHT: tl.constexpr,
+                  TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
                   STAGES: tl.constexpr):  # fmt: skip
     """Multiply at most BM items from `first` on, all of expert e, with outputs [tile · BN, tile · BN + BN)."""
     m = tl.arange(0, BM)
@@ -164,9 +156,21 @@ def multiply_tile(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, 
         base = e * (2 * N)
     if ACT != "":
         rows = pair // TOP_K
-    y, up = tile_sums(
-        x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N, K, BM, BN, BK, GATED, TMA, TMA_X, STAGES
-    )
+    if KIND == "":
+        y, up = tile_sums(
+            x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N, K, BM, BN, BK, GATED, TMA, TMA_X, STAGES
+        )
+    else:
+        size: tl.constexpr = 2 * BN if GATED else BN
+        y = coded_sums(
+            x_ptr, rows.to(tl.int64) * x_stride, weight_ptr, words_ptr, table_ptr, x_ptr, m_ok, e,
+            side_by_side(tile, N, BN, GATED), 1.0, HEIGHT, K, BM, size, BK, KIND, META, G, SL, TEXT, ASM, ON_WEIGHTS,
+            False, STAGES,
+        )  # fmt: skip
+        y *= tl.load(whole_ptr + e)
+        up = y
+        if GATED:
+            y, up = halves(y, size)
     if SCALED:
         factor = tl.load(factors_ptr + pair, mask=m_ok, other=0.0).to(tl.float32)[None, :]
         y, up = y * factor, up * factor
@@ -183,17 +187,20 @@ def multiply_tile(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, 
 
 
 @triton.jit
-def grouped(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, tiles_ptr, x_stride, limit, offset,
-            N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-            BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
-            SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
-            PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def grouped(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, tiles_ptr,
+            x_stride, limit, offset, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr,
+            BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
+            BIAS: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, HALVES: tl.constexpr,
+            GROUP: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr,
+            HEIGHT: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+            STAGES: tl.constexpr):  # fmt: skip
     """Multiply each tile of items with its expert's matrix. Grid (N / BN, tiles).
 
     With ACT, x has a row for each row of the step, the matrices have 2 · N rows, gate and up, or N unless GATED, and
     out[item] (N,) are inner values. Without, x has a row for each item, and out[pair] (N,) are results. SCALED: the
     factor of a pair multiplies its x. TMA: `weight_ptr`, TMA_X: `x_ptr` is a tensor descriptor of tiles (BN, BK),
-    (BM, BK). HALVES: a tile with at most half of its items is multiplied at half the cost.
+    (BM, BK). HALVES: a tile with at most half of its items is multiplied at half the cost. KIND: of coded weights, as
+    `coded_sums` has them with D = BK; "": numbers.
     """
     slot, tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
     if PDL:
@@ -203,15 +210,15 @@ def grouped(x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, tiles_
         e, first = tl.load(tiles_ptr + slot * 4), tl.load(tiles_ptr + slot * 4 + 1)
         if HALVES and count <= BM // 2:
             multiply_tile(
-                x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride, limit, offset, e, first, count,
-                tile, N, K, TOP_K, BM // 2, BN, BK, ACT, GATED, LIMIT, BIAS, SCALED, TMA,
-                TMA_X, STAGES,
+                x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride,
+                limit, offset, e, first, count, tile, N, K, TOP_K, BM // 2, BN, BK, ACT, GATED, LIMIT, BIAS, SCALED,
+                TMA, TMA_X, KIND, META, G, SL, HEIGHT, TEXT, ASM, ON_WEIGHTS, STAGES,
             )  # fmt: skip
         else:
             multiply_tile(
-                x_ptr, weight_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride, limit, offset, e, first, count,
-                tile, N, K, TOP_K, BM, BN, BK, ACT, GATED, LIMIT, BIAS, SCALED, TMA,
-                TMA_X, STAGES,
+                x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride,
+                limit, offset, e, first, count, tile, N, K, TOP_K, BM, BN, BK, ACT, GATED, LIMIT, BIAS, SCALED, TMA,
+                TMA_X, KIND, META, G, SL, HEIGHT, TEXT, ASM, ON_WEIGHTS, STAGES,
             )  # fmt: skip
     if PDL:
         gdc_launch_dependents()

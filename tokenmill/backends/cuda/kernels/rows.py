@@ -148,6 +148,17 @@ def activated(x, ACT: tl.constexpr):
 
 
 @triton.jit
+def gated(gate, up, limit, offset, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr):
+    """Return act(gate) · (up + offset), with LIMIT of bounded values; act(gate) unless GATED."""
+    if not GATED:
+        return activated(gate, ACT)
+    if LIMIT:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    return activated(gate, ACT) * (up + offset)
+
+
+@triton.jit
 def gate_rows(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
               ACT: tl.constexpr):  # fmt: skip
     """Set out = act(gate) · up. Grid (rows, WIDTH / BLOCK)."""

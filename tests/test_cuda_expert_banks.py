@@ -1,0 +1,130 @@
+"""Experts whose matrices stay quantized on a GPU, against float64 products with the dequantized matrices."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from support_cuda import torch
+from test_cuda_coded import FORMS, drawn
+from test_cuda_experts import MORE, Layer, tiny
+
+from tokenmill.backends.cuda import expert_shapes
+from tokenmill.backends.cuda.expert_banks import CodedStack
+from tokenmill.backends.cuda.expert_shapes import TileShape
+from tokenmill.backends.torch.experts import mixed
+from tokenmill.backends.torch.kinds import activation
+from tokenmill.quant import none
+from tokenmill.quant.base import Coded, Piece, load
+from tokenmill.weights.checkpoint import Checkpoint
+
+WIDTH, INNER = 64, 32
+SOME = {"int4, groups of 64 with zero points": "bounded"}
+MANY = {
+    "int4, groups of 32, as GGUF packs them": "bare", "int4, groups of 32 with minima": "scaled inputs",
+    "int4, a scale a row": "biased", "6 bits, groups of 16": "bare", "int8, groups of 32": "biased",
+    "int8, a scale a row": "bounded", "e4m3, a scale": "bare", "e4m3, blocks of 128 × 128": "without gates",
+    "nf4, groups of 64": "biased", "e2m1, groups of 32": "bounded", "e5m2, a scale a row": "without gates",
+}  # fmt: skip
+
+
+def reader(name: str, unlike: str = "", *, ordered: bool = False) -> Any:
+    """Return a reader of random matrices in a form. `unlike`: form of every second one; `ordered`: with act-order."""
+
+    def read(source: Checkpoint, piece: Piece) -> Coded:
+        stored = none.read(source, piece)
+        if len(stored.shape) < 2 or piece.weight.exact or stored.shape[0] < 24:
+            return stored
+        number = zlib.crc32(piece.name.encode())
+        kind, group, zero, more = FORMS[unlike if unlike and number % 2 else name]
+        made = drawn(kind, *stored.shape, group, zero, **more)
+        order = np.arange(stored.shape[1])[::-1] if ordered else None
+        made = replace(made, codes=np.roll(made.codes, number % 97, 0), order=order)
+        assert made.scale is not None
+        factor = 0.15 / made.floats().std()
+        low = None if made.low is None else (made.low * factor).astype(made.low.dtype)
+        return replace(made, scale=(made.scale * factor).astype(made.scale.dtype), low=low)
+
+    return read
+
+
+def coded(read: Any, more: str, *, dtype: Any = torch.float16, deterministic: bool = False) -> Layer:
+    """Return a layer of five experts that are read so, with its reference in float64."""
+    program, source = tiny(2, MORE[more], width=WIDTH, inner=INNER)
+    made = Layer(program, source, dtype, deterministic=deterministic, read=read)
+    made.plain = {w: torch.from_numpy(load(w, source, read).floats()).double() for w in made.plain}  # type: ignore[arg-type]
+    return made
+
+
+def wanted(made: Layer, x: Any, ids: Any, factors: Any) -> Any:
+    return mixed(made.experts, x.double(), ids.long(), factors.double(), made.plain, activation(made.experts.act))
+
+
+def off(got: Any, want: Any) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in MANY)])
+def test_coded_experts_are_multiplied_as_their_numbers(name: str) -> None:
+    made = coded(reader(name), (SOME | MANY)[name])
+    for ws in (made.experts.gate_up, made.experts.down):
+        assert isinstance(made.weights.stacks[ws[0]], CodedStack)
+    for count in (1, 19):
+        x = made.rows(count)
+        ids, factors = made.chosen(count)
+        assert off(made.summed(count), wanted(made, x, ids, factors)) < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4, groups of 64 with zero points", "int8, groups of 128"])
+def test_tiles_of_any_size_that_scale_weights_or_sums_give_the_same_result(name: str) -> None:
+    made = coded(reader(name), "bounded")
+    x = made.rows(19)
+    ids, factors = made.chosen(19)
+    products, want = made.lowering.products(made.experts), wanted(made, x, ids, factors)
+    for depth, on_weights in ((64, True), (32, True), (16, False)):
+        shape = TileShape(16, 64, depth, 3, 2, on_weights=on_weights)
+        assert off(made.summed(19, lambda shape=shape: products.run(19, shape, shape, False)), want) < 2e-3
+
+
+@pytest.mark.slow
+def test_with_deterministic_a_row_of_coded_experts_is_the_same_to_the_bit_alone_and_in_a_batch() -> None:
+    made, together = coded(reader("e2m1, groups of 32"), "biased", deterministic=True), []
+    for count in (40, 1):
+        made.rows(40)
+        ids, factors = made.chosen(count)
+        together.append((ids[:1], factors[:1], made.summed(count)[:1]))
+    assert all(torch.equal(a, b) for a, b in zip(*together, strict=True))
+
+
+@pytest.mark.parametrize(
+    "read, why",
+    [
+        (reader("int4, groups of 32, as GGUF packs them", "int8, groups of 32"), "forms"),
+        (reader("int4, a scale a row", ordered=True), "act-order"),
+    ],
+)
+def test_experts_that_are_in_several_forms_or_orders_are_converted_and_logged(
+    read: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = coded(read, "bare")
+    (line,) = (record.message for record in caplog.records if "experts" in record.message)
+    assert why in line
+    for ws in (made.experts.gate_up, made.experts.down):
+        stack = made.weights.stacks[ws[0]]
+        assert isinstance(stack, torch.Tensor)
+        for w, numbers in zip(ws, stack, strict=True):
+            np.testing.assert_allclose(numbers.double().cpu(), made.plain[w].cpu(), atol=1e-3)
+
+
+def test_quantized_experts_are_converted_for_a_computation_in_float32() -> None:
+    made = coded(reader("int8, a scale a row"), "bare", dtype=torch.float32)
+    assert all(isinstance(stack, torch.Tensor) for stack in made.weights.stacks.values())
+
+
+def test_many_items_of_an_expert_take_larger_tiles() -> None:
+    sizes = [expert_shapes.tile_items(mean, True) for mean in (0.1, 12, 13, 25, 256, 257)]
+    assert sizes == [16, 16, 32, 64, 64, 128]

@@ -1,0 +1,163 @@
+"""Products of rows with chosen experts' matrices whose weights stay quantized, on tensor cores.
+
+`coded.py` has the layout of codes and words; the matrices of a layer's experts lie one behind the other. Codes are the
+tensor cores' first operand, so a tile can hold any outputs: those of a gate beside those of what it gates, or those of
+several experts, each multiplied with a row of its own.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tokenmill.backends.cuda.kernels.coded import row_offsets, with_slice, words_of
+from tokenmill.backends.cuda.kernels.codes import table_slices
+from tokenmill.backends.cuda.kernels.rows import gated
+
+FEWEST = tl.constexpr(8)  # rows of the tensor cores' second operand
+
+
+@triton.jit
+def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, norm_ptr, m_ok, e, n, scale, HEIGHT: tl.constexpr,
+               K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
+               META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr,
+               ON_WEIGHTS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Return sums (BN, BM) of the outputs `n` (BN,) of experts `e`, one or (BN,), for BM rows of x.
+
+    `starts`: of the rows in x (BM,). D: columns of a slice that are multiplied at a time. HEIGHT: rows of a matrix, as
+    stored. ON_WEIGHTS: scales of groups multiply weights, not sums. NORM: `scale` and the norm's weight multiply x.
+    """
+    HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+    SLICES: tl.constexpr = 4 if (KIND == "int4" or KIND == "e2m1" or KIND == "table") else 2
+    BLOCK: tl.constexpr = SLICES * SL
+    NB: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    GROUPS: tl.constexpr = 0 if META == "row" else BLOCK // G
+    WORDS: tl.constexpr = (GROUPS + 1) // 2 if META == "scale" else GROUPS
+    PARTS: tl.constexpr = SL // D  # of a slice
+    c = tl.arange(0, D)
+    x_at = x_ptr + starts[:, None] + c[None, :]
+    at = weight_ptr + e.to(tl.int64) * (HEIGHT * NB * SL) + row_offsets(n, NB, 16, SL)
+    words_at = words_ptr + e.to(tl.int64) * (HEIGHT * NB * WORDS) + n
+    sums = tl.zeros([BN, BM], tl.float32)
+    for t in tl.range(0, NB * PARTS, num_stages=STAGES):
+        b = t // PARTS
+        h = (t % PARTS) * D
+        w = tl.load(at[:, None] + (b * (16 * SL) + h) + c[None, :])
+        w0, w1, w2, w3 = t, t, t, t
+        if META != "row":
+            w0, w1, w2, w3 = words_of(words_at, b * (WORDS * HEIGHT), HEIGHT, META, GROUPS)
+        every = (w, w, w, w)
+        if KIND == "table":
+            every = table_slices(w, table_ptr, TEXT, HALF, ASM)
+        part = tl.zeros([BN, BM], tl.float32)
+        for j in tl.static_range(SLICES):
+            k = b * BLOCK + j * SL + h
+            if K % BLOCK == 0:
+                x = tl.load(x_at + k, mask=m_ok[:, None], other=0.0)
+            else:
+                x = tl.load(x_at + k, mask=m_ok[:, None] & (c[None, :] < K - k), other=0.0)
+            if NORM:
+                norm = tl.load(norm_ptr + k + c, mask=c < K - k, other=0.0).to(tl.float32)
+                x = (x.to(tl.float32) * scale * norm[None, :]).to(x.dtype)
+            sums, part = with_slice(
+                sums, part, x, w, every, w0, w1, w2, w3, j, KIND, META, SL, G, GROUPS, ON_WEIGHTS, HALF, ASM
+            )
+    if META == "row":
+        sums *= tl.load(words_ptr + e.to(tl.int64) * HEIGHT + n)[:, None]
+    return sums
+
+
+@triton.jit
+def side_by_side(tile, N: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr):
+    """Return the outputs of a tile: BN, or with GATED BN of the gate, then the same of what it gates."""
+    if GATED:
+        i = tl.arange(0, 2 * BN)
+        n = tile * BN + i % BN
+        return tl.where(n < N, n, 0) + (i // BN) * N
+    else:
+        n = tile * BN + tl.arange(0, BN)
+        return tl.where(n < N, n, 0)
+
+
+@triton.jit
+def halves(sums, BN: tl.constexpr):
+    """Return both halves of BN sums, along their first dimension."""
+    if len(sums.shape) == 2:
+        return tl.split(tl.permute(tl.reshape(sums, [2, BN // 2, sums.shape[1]]), (1, 2, 0)))
+    else:
+        return tl.split(tl.permute(tl.reshape(sums, [2, BN // 2]), (1, 0)))
+
+
+@triton.jit
+def coded_row_up(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr,
+                 out_ptr, limit, offset, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, HEIGHT: tl.constexpr,
+                 TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, ACT: tl.constexpr,
+                 GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+                 NORM: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """As `one_row_up`. BK: a power of two from K on."""
+    size: tl.constexpr = 2 * BN if GATED else BN
+    height: tl.constexpr = 2 * N if GATED else N
+    tile, j = tl.program_id(0), tl.program_id(1)
+    n = side_by_side(tile, N, BN, GATED)
+    m = tl.arange(0, FEWEST)
+    if PDL:
+        gdc_wait()
+    e = tl.load(ids_ptr + j)
+    scale = 1.0
+    if NORM:
+        k = tl.arange(0, BK)
+        row = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(row * row, 0) / K + eps)
+    sums = coded_sums(
+        x_ptr, m * 0, weight_ptr, words_ptr, table_ptr, norm_ptr, m == 0, e, n, scale, HEIGHT, K,
+        FEWEST, size, SL, KIND, META, G, SL, TEXT, ASM, ON_WEIGHTS, NORM, STAGES,
+    )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    y = tl.sum(sums, 1) * tl.load(whole_ptr + e)  # The other columns are 0.
+    if SCALED:
+        y *= tl.load(factors_ptr + j).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + e.to(tl.int64) * height + n).to(tl.float32)
+    up = y
+    if GATED:
+        y, up = halves(y, size)
+    y = gated(y, up, limit, offset, ACT, GATED, LIMIT)
+    n = tile * BN + tl.arange(0, BN)
+    tl.store(out_ptr + j * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def coded_row_down(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, ids_ptr, factors_ptr, residual_ptr,
+                   out_ptr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
+                   BK: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr,
+                   HEIGHT: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
+                   BIAS: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
+                   PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """As `one_row_down`. A tile has BN outputs of each of the experts, and BK rows of x: KP, and FEWEST at least.
+
+    Of a tile's sums, those of an output of an expert with that expert's row are used.
+    """
+    i, m = tl.arange(0, KP * BN), tl.arange(0, BK)
+    j = i // BN  # of an output
+    n = tl.program_id(0) * BN + i % BN
+    n = tl.where(n < N, n, 0)
+    e = tl.load(ids_ptr + j, mask=j < TOP_K, other=0)
+    if PDL:
+        gdc_wait()
+    sums = coded_sums(
+        x_ptr, m * K, weight_ptr, words_ptr, table_ptr, x_ptr, m < TOP_K, e, n, 1.0, HEIGHT, K,
+        BK, KP * BN, SL, KIND, META, G, SL, TEXT, ASM, ON_WEIGHTS, False, STAGES,
+    )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    y = tl.sum(tl.where(j[:, None] == m[None, :], sums, 0.0), 1) * tl.load(whole_ptr + e)
+    if BIAS:
+        y += tl.load(bias_ptr + e.to(tl.int64) * N + n, mask=j < TOP_K, other=0.0).to(tl.float32)
+    if not SCALED:
+        y *= tl.load(factors_ptr + j, mask=j < TOP_K, other=0.0).to(tl.float32)
+    y = tl.sum(tl.reshape(tl.where(j < TOP_K, y, 0.0), [KP, BN]), 0)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
