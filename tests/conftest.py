@@ -69,7 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def histories(pytestconfig: pytest.Config) -> Callable[[int], range]:
-    """Return the seeds of so many random histories with `--slow`: half as many without, more and others if asked for."""
+    """Return the seeds of so many random histories; half as many without `--slow`, more and others if asked for."""
     times, first = pytestconfig.getoption("histories"), pytestconfig.getoption("first_seed")
     half = 1 if times > 1 or pytestconfig.getoption("slow") else 2
     return lambda count: range(first, first + count * times // half)

@@ -109,7 +109,7 @@ def test_rules_are_followed_and_the_others_get_what_they_get_without_them(histor
         met["void"] += sum(not m.token_ids and not m.finish_reason for m in told)
         for i in rules - case.hopeless - case.aborted:
             met[house.reason(i)] += 1
-    assert min(met.values()) >= 8, f"the histories miss what they are for: {met}"
+    assert min(met.values()) >= 4, f"the histories miss what they are for: {met}"
 
 
 def check_follower(case: Case, house: House) -> None:
