@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from support_cuda import DEVICE, ON_GPU, CudaDriver, torch, write_random
 
+from tokenmill.backends.cuda.products import coded as cuda_coded
 from tokenmill.backends.cuda.products.base import Operands, Scratch
 from tokenmill.backends.cuda.products.coded import CodedMatrix
+from tokenmill.backends.cuda.products.forms import Unpackable, form_of
 from tokenmill.backends.cuda.products.pack import packed
 from tokenmill.quant import formats
-from tokenmill.quant.base import Coded
+from tokenmill.quant.base import Coded, dense
 from tokenmill.quant.formats import FORMATS
 
 DTYPES = [torch.float16, *([torch.bfloat16] if ON_GPU else [])]  # Triton's interpreter multiplies bfloat16 wrongly.
@@ -115,3 +118,100 @@ def test_a_quantized_model_has_the_logits_of_its_dequantized_matrices(method: st
     for rows in ([(0, [1, 2, 3]), (1, [7])], [(0, [6])]):
         want = dense.feed(rows)
         np.testing.assert_allclose(coded.feed(rows), want, rtol=1e-2, atol=1e-2 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("rows", [1, 9, 70])
+@pytest.mark.parametrize("name", ["int4, groups of 128", "int8, a scale a row"])
+def test_a_gated_product_adds_its_bias_and_applies_its_activation(rows: int, name: str) -> None:
+    kind, group, zero, more = FORMS[name]
+    coded = drawn(kind, 56, 320, group, zero, **more)  # neither rows nor columns are whole tiles
+    matrix, x, bias = (
+        packed([coded], upload, torch.float16),
+        x_of(rows, 320, torch.float16),
+        x_of(1, 56, torch.float16)[0],
+    )
+    y = x.double().cpu().numpy() @ coded.floats().astype(np.float64).T + bias.double().cpu().numpy()
+    found = product(matrix, x, "silu", bias)
+    assert off(found, y[:, :28] / (1 + np.exp(-y[:, :28])) * y[:, 28:]) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["int4, groups of 128", "int4, groups of 32 with minima", "e4m3, a scale"])
+def test_one_row_is_normed_before_and_added_to_another_behind(name: str) -> None:
+    kind, group, zero, more = FORMS[name]
+    coded = drawn(kind, 48, 4096, group, zero, **more)
+    matrix, x, weight = (
+        packed([coded], upload, torch.float16),
+        x_of(1, 4096, torch.float16) * 30,
+        x_of(1, 4096, torch.float16)[0],
+    )
+    other, out = x_of(2, 48, torch.float16)[1:], torch.empty(1, 48, dtype=torch.float16, device=DEVICE)
+    made = matrix.product(Operands(x, torch.empty_like(out)), Scratch(256, torch.device(DEVICE)), False)
+    assert made.fuses_one
+    made.one((x, weight, 1e-5), (other, out))
+    wide = x.double().cpu().numpy()
+    normed = wide / np.sqrt((wide**2).mean() + 1e-5) * weight.double().cpu().numpy()
+    want = normed @ coded.floats().astype(np.float64).T + other.double().cpu().numpy()
+    assert off(out, want) < 2e-3
+
+
+def test_columns_in_another_order_meet_their_columns_of_x() -> None:
+    plain, order = drawn("u4", 32, 512, 128, "integers"), np.random.default_rng(5).permutation(512)
+    coded = replace(plain, order=order)
+    matrix, x = packed([coded], upload, torch.float16), x_of(3, 512, torch.float16)
+    want = x.double().cpu().numpy() @ coded.floats().astype(np.float64).T
+    assert off(product(matrix, x), want) < 1.5e-3
+    assert off(product(matrix, x), x.double().cpu().numpy() @ plain.floats().astype(np.float64).T) > 0.5
+
+
+def test_a_matrix_is_unpacked_for_more_rows_than_its_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_coded, "crossover", lambda form, outputs: 2)
+    for name in ("u4", "i8"):
+        coded = drawn(name, 40, 320, 64, "integers" if name == "u4" else "")
+        matrix, x = packed([coded], upload, torch.float16), x_of(3, 320, torch.float16)
+        assert matrix.needs(3).unpacked == 40 * 320
+        want = x.double().cpu().numpy() @ coded.floats().astype(np.float64).T
+        assert off(product(matrix, x), want) < 1.5e-3
+
+
+def test_batch_invariant_products_do_not_depend_on_the_number_of_rows() -> None:
+    matrix, x = packed([drawn("u4", 32, 512, 64, "integers")], upload, torch.float16), x_of(70, 512, torch.float16)
+    few, many = (product(matrix, rows, batch_invariant=True) for rows in (x[:3], x))
+    assert torch.equal(few, many[:3])
+
+
+STACKS = {
+    "one format": [("u4", 32, "low"), ("u4", 32, "low")],
+    "GGUF's Q4_K and Q6_K": [("u4", 32, "low"), ("i6", 16, "")],
+    "other groups and zero points": [("u4", 128, "one"), ("u4", 64, "integers")],
+    "a table of integers beside integers": [("iq4", 32, ""), ("i6", 16, "")],
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_parts_of_unlike_integers_are_stacked_exactly(name: str) -> None:
+    parts = [
+        drawn(kind, rows, 512, group, zero) for rows, (kind, group, zero) in zip((24, 8), STACKS[name], strict=True)
+    ]
+    matrix, x = packed(parts, upload, torch.float16), x_of(2, 512, torch.float16)
+    want = x.double().cpu().numpy() @ np.concatenate([part.floats() for part in parts]).astype(np.float64).T
+    assert off(product(matrix, x), want) < 1.5e-3
+
+
+@pytest.mark.parametrize(
+    "parts, reason",
+    [
+        ([drawn("i8", 16, 96, 24)], "groups of 24 columns"),
+        ([drawn("nf4", 16, 64, 64), drawn("e4m3", 16, 64, 64)], "unlike formats, e4m3, nf4"),
+        ([drawn("nf4", 16, 64, 64), dense(np.zeros((16, 64), np.float32))], "a part of it is not quantized"),
+        ([replace(drawn("u4", 16, 64, 64), order=np.arange(64)), drawn("u4", 16, 64, 64)], "unlike orders"),
+    ],
+)
+def test_a_matrix_without_a_form_has_a_reason(parts: list[Coded], reason: str) -> None:
+    with pytest.raises(Unpackable, match=reason):
+        form_of(parts)
+
+
+def test_the_form_of_a_matrix_has_the_bytes_that_it_takes() -> None:
+    for kind, group, zero, more in FORMS.values():
+        matrix = packed([drawn(kind, 40, 544, group, zero, **more)], upload, torch.float16)
+        assert matrix.nbytes == matrix.form.nbytes(40, 544)

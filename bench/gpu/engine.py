@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.gpu.quantized import KINDS, reader
 from bench.gpu.shapes import SHAPES
 from bench.gpu.tell import tell
 from bench.gpu.tensors import shapes_of
@@ -34,7 +35,10 @@ _LEFT_FREE = 6 << 30  # bytes of device memory that the cache leaves free
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Configuration of an engine. `options`: fields of `BackendOptions` that differ from its defaults."""
+    """Configuration of an engine. `options`: fields of `BackendOptions` that differ from its defaults.
+
+    `quantize`: a kind of `quantized.KINDS` for random codes, or a method of the server, which quantizes while loading.
+    """
 
     shape: str = "1b"
     layers: int = 0  # 0: those of the shape
@@ -44,6 +48,7 @@ class Setup:
     max_total_tokens: int = 4096
     block_size: int = 16
     beside: int | None = None  # prompt tokens of a step with decoding rows; None: as in the server
+    quantize: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
@@ -130,7 +135,7 @@ class Built:
         rested = time.perf_counter()
         tell(bench="start", shape=setup.shape, drawn_s=round(drawn - start, 2), weights_s=round(loaded - drawn, 2),
              warm_up_s=round(ready - loaded, 2), put_off_s=round(rested - ready, 2), blocks=blocks,
-             beside=self.beside, options=setup.options)  # fmt: skip
+             beside=self.beside, quantize=setup.quantize, options=setup.options)  # fmt: skip
 
     @property
     def beside(self) -> int:
@@ -156,6 +161,6 @@ def _backend(setup: Setup, program: Program, weights: RandomWeights, limits: Ste
     cores = os.cpu_count() or 1
     options = BackendOptions(backend=name, device=setup.device, dtype="bfloat16", cpus=cores, **setup.options)
     choice = choose(program, options, setup.block_size, 1)
-    read = reader_of(weights, options.quantize)
+    read = reader(setup.quantize) if setup.quantize in KINDS else reader_of(weights, setup.quantize)  # type: ignore[arg-type]
     job = Job(program, weights, read, limits, Group(), options, choice.placement, options.dtype, lambda progress: None)
     return make_backend(choice, job)

@@ -10,14 +10,17 @@ BYTES_S, FLOPS_S = 4e12, 990e12
 """Of an H200: what kernels reach when they only read, and the datasheet's products in bfloat16."""
 
 
-def decode_ms(program: Program, rows: int, context: int, chosen: float | None = None) -> float:
-    """Return the milliseconds of reading weights and cache once, in 16 bits.
+def decode_ms(
+    program: Program, rows: int, context: int, chosen: float | None = None, bits: float = 16.0
+) -> float:
+    """Return the milliseconds of reading weights and cache once.
 
     `context`: tokens of a sequence. `chosen`: experts that a layer's rows choose on average; None: as if at random.
+    `bits`: of a weight of a product; all others and the cache have 16.
     """
     load, found = Load.decode(rows, context), 0.0
     for op in program.ops:
-        one = cost(op, load, lambda w: 16.0)
+        one = cost(op, load, lambda w, op=op: bits if isinstance(op, ops.Linear) and not w.table else 16.0)  # type: ignore[misc]
         share = chosen / expected(op, rows) if chosen is not None and isinstance(op, ops.Experts) else 1.0
         found += one.weights * share + one.cache
     return found / BYTES_S * 1e3
