@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support_cuda import DEVICE, CudaDriver, torch, write_random
+from support_fp8 import assert_near, coded, decoded, made, rows_of, wanted
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda import backend
@@ -25,60 +26,6 @@ from tokenmill.parallel.group import Group
 from tokenmill.quant.base import Coded, reader_of
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
-
-SCALES = {"tensor": (0, 0), "row": (1, 0), "block": (128, 128)}
-
-
-def coded(rows: int, columns: int, kind: str, seed: int = 0, input_scale: float | None = None) -> Coded:
-    """Return random codes, none of them NaN, with scales of a kind."""
-    draw = np.random.default_rng(seed)
-    codes = draw.integers(0, 256, (rows, columns), dtype=np.uint8)
-    codes[codes & 127 == 127] = 3
-    block = SCALES[kind]
-    shape = tuple(-(-size // each) if each else 1 for size, each in zip((rows, columns), block, strict=True))
-    return Coded(codes, "e4m3", draw.uniform(0.5, 1.5, shape).astype(np.float32) / 400, block, input_scale=input_scale)
-
-
-def packed(matrix: Coded) -> Fp8:
-    codes, scale = (torch.from_numpy(a.copy()).to(DEVICE) for a in (matrix.codes, matrix.scale))
-    return Fp8(codes, scale, matrix.block, torch.float16, matrix.input_scale)
-
-
-def made(matrix: Coded, x: Any, *, bias: Any = None, act: str = "", invariant: bool = False) -> tuple[Any, Any]:
-    """Return the product of a matrix, and its output."""
-    out = torch.full((len(x), matrix.shape[0]), 7.0, dtype=x.dtype, device=DEVICE)
-    gated = torch.full((len(x), matrix.shape[0] // 2), 7.0, dtype=x.dtype, device=DEVICE) if act else None
-    operands = Operands(x, out, bias, act, gated)
-    product = packed(matrix).product(operands, Scratch(matrix.shape[0], torch.device(DEVICE)), invariant)
-    return product, out if gated is None else gated
-
-
-def rows_of(count: int, columns: int, seed: int = 1) -> Any:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(count, columns, generator=draw).half().to(DEVICE)
-
-
-def decoded(x: Any, kind: str, input_scale: float | None = None) -> np.ndarray:
-    """Return x as its codes and scales stand for it, by the definition of each kind."""
-    wide = x.float().cpu().numpy()
-    groups = wide.reshape(len(wide), -1, 128) if kind == "block" else wide[:, None]
-    if input_scale is None:
-        scale = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-12)) / np.float32(448)
-    else:
-        scale = np.full((1, 1, 1), input_scale, np.float32)
-    codes = torch.from_numpy(np.clip(groups / scale, -448, 448)).to(torch.float8_e4m3fn)
-    return (codes.double().numpy() * scale).reshape(wide.shape)
-
-
-def wanted(matrix: Coded, x: np.ndarray, bias: Any = None, act: bool = False) -> np.ndarray:
-    y = x @ matrix.floats().astype(np.float64).T + (0 if bias is None else bias.double().cpu().numpy())
-    gate, up = np.split(y, 2, -1) if act else (y, y)
-    return gate / (1 + np.exp(-gate)) * up if act else y
-
-
-def assert_near(found: Any, want: np.ndarray, tolerance: float = 1.5e-3) -> None:
-    off = np.linalg.norm(found.double().cpu().numpy() - want) / np.linalg.norm(want)
-    assert off < tolerance, off
 
 
 @pytest.mark.parametrize("kind, columns", [("tensor", 128), ("row", 200), ("block", 256)])
@@ -273,7 +220,7 @@ def quantized_apart(x: Any) -> tuple[Any, Any]:
     """Return codes and scales as the launch that only quantizes makes them."""
     product, _ = made(coded(16, x.shape[1], "row"), x)
     found = product._read_codes()
-    product.quantize(found, len(x), False)
+    product.quantize(len(x), False)
     return found.codes[: len(x)].view(torch.uint8), found.scale[: len(x)]
 
 

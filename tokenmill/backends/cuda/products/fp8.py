@@ -239,22 +239,21 @@ class Fp8Product:
             if rows == 1 and self.fuses_one:
                 self.one(early=early)
             else:
-                self._run_weight_only(rows, early)
+                self.run_weight_only(rows, early)
             return
-        codes = self._read_codes()
         if not self.given:
-            self.quantize(codes, rows, early)
+            self.quantize(rows, early)
         if self.raw(rows):
-            self._multiply(codes, rows, self._matrix.raw_factor, self._matrix.raw_factor)
-        elif self._library and rows > OURS and self._multiplies_scaled(codes, rows):
+            self.run_raw(rows)
+        elif self._library and rows > OURS and self.run_scaled(rows):
             if self._bias is not None:
                 self._whole[:rows].add_(self._bias)
         else:
-            self._run_codes(codes, rows, early)
+            self.run_codes(rows, early)
 
-    def quantize(self, codes: Codes, rows: int, early: bool) -> None:
+    def quantize(self, rows: int, early: bool) -> None:
         """Launch the quantization of x."""
-        columns = self._x.shape[1]
+        columns, codes = self._x.shape[1], self._read_codes()
         self._quantize(
             (rows,),
             self._x, codes.codes, codes.scale, self._x.stride(0), scale_stride(rows), WIDTH=columns,
@@ -267,31 +266,37 @@ class Fp8Product:
             self.codes = self._matrix.codes_for(len(self._x))
         return self.codes
 
-    def _multiply(self, codes: Codes, rows: int, x_scale: Tensor, scale: Tensor) -> None:
+    def run_raw(self, rows: int) -> None:
+        """Launch the library's product without scales."""
+        self._multiply(rows, self._matrix.raw_factor, self._matrix.raw_factor)
+
+    def _multiply(self, rows: int, x_scale: Tensor, scale: Tensor) -> None:
         torch._scaled_mm(
-            codes.codes[:rows], self._transposed, x_scale, scale, out_dtype=self._whole.dtype, use_fast_accum=True,
-            out=self._whole[:rows],
+            self._read_codes().codes[:rows], self._transposed, x_scale, scale, out_dtype=self._whole.dtype,
+            use_fast_accum=True, out=self._whole[:rows],
         )  # fmt: skip
 
-    def _multiplies_scaled(self, codes: Codes, rows: int) -> bool:
+    def run_scaled(self, rows: int) -> bool:
         """Launch the library's product with scales; return False if it has none for so many rows."""
         if self._whole.dtype != torch.bfloat16:
             return False
+        codes = self._read_codes()
         if not self._matrix.blocked:
-            self._multiply(codes, rows, codes.scale[:rows, None], self._matrix.scale[None])
+            self._multiply(rows, codes.scale[:rows, None], self._matrix.scale[None])
             return True
         rows = scale_stride(rows)  # The rows that are too many hold what earlier steps left.
         if rows > len(self._whole):
             return False
         groups = self._matrix.scale.shape[1]
         scale = codes.scale[: groups * rows].view(groups, rows).t()
-        self._multiply(codes, rows, scale, self._matrix.scale.t())
+        self._multiply(rows, scale, self._matrix.scale.t())
         return True
 
-    def _run_weight_only(self, rows: int, early: bool) -> None:
+    def run_weight_only(self, rows: int, early: bool, shape: FewShape | None = None) -> None:
+        """Launch few rows in 16 bits. `shape`: None for the sizes chosen by the matrix."""
         matrix, gated = self._matrix, bool(self._act) and self.applies_act(rows)
         outputs = self._outputs if gated else matrix.rows
-        shape = weight_only_shape(rows, outputs, matrix.columns, gated)
+        shape = shape or weight_only_shape(rows, outputs, matrix.columns, gated)
         part, counts = self._split_room()
         self._few(
             (triton.cdiv(outputs, shape.outputs), shape.splits),
@@ -302,10 +307,11 @@ class Fp8Product:
             PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
-    def _run_codes(self, codes: Codes, rows: int, early: bool) -> None:
-        matrix, gated = self._matrix, self.applies_act(rows)
+    def run_codes(self, rows: int, early: bool, shape: FewShape | None = None) -> None:
+        """Launch rows whose codes are there. `shape`: None for the sizes chosen by the matrix."""
+        matrix, gated, codes = self._matrix, self.applies_act(rows), self._read_codes()
         outputs = self._outputs if gated else matrix.rows
-        shape = self._codes_shape(rows, outputs, gated)
+        shape = shape or self._codes_shape(rows, outputs, gated)
         tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
         x, weight = codes.codes, self._e4m3
         if shape.tma:
