@@ -159,8 +159,12 @@ def _backend(setup: Setup, program: Program, weights: RandomWeights, limits: Ste
     """Create the backend as the server does. Raises StartError for unsupported features."""
     name = "cuda" if setup.device == "cuda" else "torch"
     cores = os.cpu_count() or 1
-    options = BackendOptions(backend=name, device=setup.device, dtype="bfloat16", cpus=cores, **setup.options)
+    drawn = setup.quantize in KINDS
+    options = BackendOptions(
+        backend=name, device=setup.device, dtype="bfloat16", cpus=cores, quantize="" if drawn else setup.quantize,
+        **setup.options,
+    )  # fmt: skip
     choice = choose(program, options, setup.block_size, 1)
-    read = reader(setup.quantize) if setup.quantize in KINDS else reader_of(weights, setup.quantize)  # type: ignore[arg-type]
+    read = reader(setup.quantize) if drawn else reader_of(weights, options.quantize)  # type: ignore[arg-type]
     job = Job(program, weights, read, limits, Group(), options, choice.placement, options.dtype, lambda progress: None)
     return make_backend(choice, job)

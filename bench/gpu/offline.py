@@ -244,7 +244,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--long-prompt", type=int, default=32768, help="tokens of (d)'s prompt")
     parser.add_argument("--long-streams", type=int, default=32)
     parser.add_argument("--kv-cache-dtype", default="")
-    parser.add_argument("--quantize", default="", help="quantize the weights while loading")
     parser.add_argument("--attention", default="")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--quantize", default="", help=f"random codes, {', '.join(KINDS)}; or a method of the server")
@@ -256,7 +255,7 @@ def options() -> argparse.ArgumentParser:
 
 def setup_of(args: argparse.Namespace) -> Setup:
     """Return the setup that the options define."""
-    given = {name: getattr(args, name) for name in ("kv_cache_dtype", "quantize", "attention", "deterministic")}
+    given = {name: getattr(args, name) for name in ("kv_cache_dtype", "attention", "deterministic")}
     total = args.max_total or (_LONG_TOTAL if "d" in args.only else 4096)
     size = max(int(n) for n in [*args.batches.split(","), *args.streams.split(","), args.long_streams + 1])
     return Setup(
