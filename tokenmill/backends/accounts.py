@@ -1,17 +1,24 @@
-"""Sums and listings that kinds of backends share: bytes and dtype of weights, kernels line by line."""
+"""Sums and listings that kinds of backends share: bytes, dtype and forms of weights, kernels line by line."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
+from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
+from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import check, stored_names
+from tokenmill.quant._settings import described
+from tokenmill.quant.base import Piece, Reader, check, load_parts, stored_names
+from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number, by dtype of a computation."""
+_ROWS = 128  # read of a matrix to find its form: whole blocks of rows that share a scale
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
@@ -46,3 +53,64 @@ def listed(kernels: Mapping[str, Counter[str]], more: Mapping[str, str] | None =
 
 def _times(kernels: Counter[str]) -> str:
     return ", ".join(f"{name} × {count}" if count > 1 else name for name, count in kernels.items())
+
+
+Use = Literal["product", "table", "expert"]
+"""Use of a matrix: by products alone, as an embedding table too, or as one of a layer's experts"""
+Form = Callable[[Sequence[Coded], Use, str], str]
+"""(parts of a matrix, its use, dtype of the computation) -> the form in which a backend multiplies with it"""
+_PLAIN = {"f32": "float32", "f64": "float64", "f16": "float16", "bf16": "bfloat16"}
+
+
+def forms_of_weights(program: Program, source: Checkpoint, read: Reader, form: Form, dtype: str) -> tuple[str, ...]:
+    """Return a line for each form that matrices of products and experts are stored or made in, and run in.
+
+    Reads a few rows of each, but of one expert of a layer only, and of one matrix of each shape if the checkpoint is
+    not quantized.
+    """
+    found, known = Counter[tuple[str, str]](), dict[object, tuple[str, str]]()
+    plain = not _differ(source)
+    for weight, use, count in _multiplied(program):
+        key = (replace(weight, parts=(), add=0.0) if plain else weight, use)
+        if key not in known:
+            parts = load_parts(weight, source, lambda s, piece: read(s, _few_rows(piece)))
+            known[key] = ", ".join(dict.fromkeys(map(stored_form, parts))), form(parts, use, dtype)
+        found[known[key]] += count
+    return tuple(f"{count} × {stored}: {runs}" for (stored, runs), count in found.most_common())
+
+
+def _differ(source: Checkpoint) -> bool:
+    """Return True if matrices of a checkpoint may be stored in unlike forms."""
+    return source.format == "gguf" or described(source) is not None
+
+
+def _multiplied(program: Program) -> list[tuple[Weight, Use, int]]:
+    """Return the matrices of products, and the first expert's of each layer with the number of experts."""
+    tables = {op.table for op in program.ops if isinstance(op, ops.Embed)}
+    products = dict.fromkeys(op.weight for op in program.ops if isinstance(op, ops.Linear))
+    found: list[tuple[Weight, Use, int]] = [(w, "table" if w in tables else "product", 1) for w in products]
+    for op in program.ops:
+        if isinstance(op, ops.Experts):
+            found += [(ws[0], "expert", len(ws)) for ws in op.weights().values() if ws[0].columns]
+    return found
+
+
+def _few_rows(piece: Piece) -> Piece:
+    first, stop, step = piece.rows.indices(1 << 62)
+    return replace(piece, rows=slice(first, min(stop, first + _ROWS * step), step))
+
+
+def stored_form(matrix: Coded) -> str:
+    """Return the format of a matrix's codes and what shares a scale, for users."""
+    if matrix.dense:
+        return _PLAIN[matrix.format]
+    height, width = matrix.block
+    shared = {(0, 0): "one scale", (1, 0): "a scale a row"}.get(matrix.block, f"blocks of {height} × {width}")
+    parts = [matrix.format, f"groups of {width}" if height == 1 and width else shared]
+    if matrix.low is not None:
+        parts.append("minima")
+    if matrix.zero is not None and matrix.zero.size > 1:
+        parts.append("zero points")
+    if matrix.order is not None:
+        parts.append("act-order")
+    return " ".join((parts[0], "with", ", ".join(parts[1:])))

@@ -5,14 +5,16 @@ A folder's `__init__.py` has a `KIND`. Importing it is cheap: libraries are impo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from tokenmill.backends.accounts import Use
 from tokenmill.backends.base import Backend, StepLimits
 from tokenmill.parallel.group import Group
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader
+from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress
 
@@ -146,6 +148,12 @@ class Kind(Protocol):
 
     def make(self, job: Job) -> Backend:
         """Read the weights and return the backend. Raise NotEnoughMemory or MemoryError if there is no room."""
+
+    def form(self, parts: Sequence[Coded], use: Use, dtype: str) -> str:
+        """Return the form in which products of this kind read a matrix, of these parts one below the other, for users.
+
+        `parts`: all their columns, and some of their rows. `dtype`: of the computation.
+        """
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """Return how a model would be served, kernel by kernel."""

@@ -19,13 +19,14 @@ import psutil
 
 import tokenmill
 from tokenmill import fetch
-from tokenmill.backends.accounts import stored_dtype
+from tokenmill.backends.accounts import forms_of_weights, stored_dtype
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.config import Settings, memory_bytes
 from tokenmill.errors import DownloadError, StartError
 from tokenmill.extras import has_torch
 from tokenmill.models.base import Programs
 from tokenmill.operate.env import cpu_name
+from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import measure_weights
 from tokenmill.runtime.choice import choose
 from tokenmill.runtime.memory import available_bytes, size
@@ -136,7 +137,13 @@ def _backend(settings: Settings) -> Finding:
     why = f"because the {choice.device.upper()} backend cannot serve this: {choice.reason}" if choice.reason else ""
     parts = [f"{choice.name}, {found.text}, weights {size(needed)}", found.state, found.flaw, why]
     verdict: Verdict = "note" if found.flaw or why else "ok"
-    return Finding("backend", verdict, "; ".join(filter(None, parts)), found.details)
+    read = reader_of(checkpoint, options.quantize)
+    forms = forms_of_weights(programs.decoder, checkpoint, read, choice.kind.form, dtype)
+    return Finding("backend", verdict, "; ".join(filter(None, parts)), (*_weights(forms), *found.details))
+
+
+def _weights(forms: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"weights: {form}" for form in forms)
 
 
 def _elsewhere(programs: Programs, checkpoint: Checkpoint, options: BackendOptions) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tokenmill.backends.accounts import stored_dtype
+from tokenmill.backends.accounts import forms_of_weights, stored_dtype
 from tokenmill.backends.base import Backend, StepLimits
 from tokenmill.backends.kind import CPU_DEFAULTS, BackendOptions, Defaults, Job, Report
 from tokenmill.backends.steps import state_bytes
@@ -104,6 +104,10 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
     free = free_bytes(choice, backend_options) if options.memory_limit is None else options.memory_limit
     limits = _limits(defaults, options, longest, slot_bytes(program, dtype, group.size), free - needed)
     read = reader_of(checkpoint, backend_options.quantize)
+    forms = forms_of_weights(program, checkpoint, read, choice.kind.form, dtype)
+    if group.rank == 0:
+        for line in forms:
+            _log.info("Weights: %s.", line)
     job = Job(program, checkpoint, read, limits, group, backend_options, choice.placement, dtype, report)
     with ExitStack() as resources:
         try:
@@ -136,6 +140,7 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
             quantize=backend_options.quantize,
             isa=choice.kind.instruction_set(backend_options),
             shares_prefixes=not (state_layout(program) or encodes(program)),
+            weights=forms,
             long_capacity=num_blocks * total // tables.blocks_of(total) if tables.windowed else 0,
         )
         lengths.log_prompt_limit(options.max_input_tokens, total, length)

@@ -221,6 +221,7 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag="info"):
     isa: str = ""  # instruction set that the kernels are compiled for
     shares_prefixes: bool = True  # requests whose prompts begin alike share the work of it
     long_capacity: int = 0  # tokens that the cache holds of the longest sequences; 0: as many as of any others
+    weights: tuple[str, ...] = ()  # forms in which matrices are stored and run, a line each with their number
 
     @property
     def capacity(self) -> int:

@@ -6,13 +6,16 @@ import importlib.util
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tokenmill.backends.accounts import listed, stored_bytes
+from tokenmill.backends.accounts import Use, listed, stored_bytes
+from tokenmill.backends.cpu.forms import FLOATS
 from tokenmill.backends.kind import CPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
 from tokenmill.errors import Unsupported
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
+from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.wire.messages import Progress
 
@@ -84,6 +87,15 @@ class CpuKind:
         if (dtype := job.options.dtype) in ("bfloat16", "float16"):
             _log.info("The CPU backend keeps weights as they are stored and computes in float32, not %s.", dtype)
         return CpuBackend(job)
+
+    def form(self, parts: Sequence[Coded], use: Use, dtype: str) -> str:
+        """See `Kind`. A name of `forms.py`."""
+        from tokenmill.backends.cpu.pack import pack
+        from tokenmill.quant.coded import stack
+
+        found = pack(stack(parts)).form
+        kept = found not in FLOATS or all(part.dense for part in parts)
+        return found if kept else f"converted to {found} at load: no kernel multiplies its codes"
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """See `Kind`."""

@@ -6,15 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokenmill.backends.accounts import Use
 from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_version
 from tokenmill.backends.cuda.prepare import attention_of, fused
 from tokenmill.backends.cuda.products.dense import MANY, MOST, few_shape, row_shape
+from tokenmill.backends.cuda.products.forms import Unpackable, form_of
+from tokenmill.backends.cuda.products.fp8 import is_fp8
+from tokenmill.backends.cuda.products.fp8_shapes import WEIGHT_ONLY
 from tokenmill.backends.cuda.scales import SCALED, advice, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
 from tokenmill.program import ops, recurrence, special
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.ops import Op
 from tokenmill.program.value import Program
+from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
 
 _NAMES: dict[type[Op], str] = {
@@ -61,6 +66,24 @@ def kernels_of(program: Program, options: KernelOptions) -> dict[str, Counter[st
             kernel = _other(op, options)
         found.setdefault(type(op).__name__, Counter())[kernel] += 1
     return found
+
+
+def form_of_matrix(parts: Sequence[Coded], use: Use, dtype: str, *, fp8: bool) -> str:
+    """Return the form in which a matrix of these parts lies on the device, or why it is converted.
+
+    `fp8`: the device has tensor cores for it.
+    """
+    if all(part.dense for part in parts):
+        return dtype
+    if use != "product" or dtype == "float32":
+        why = {"table": "rows of it are looked up", "expert": "experts are"}.get(use, "products in float32 are")
+        return f"converted to {dtype} at load: {why}"
+    if fp8 and all(is_fp8(part) for part in parts):
+        return f"FP8; up to {WEIGHT_ONLY} rows activations stay in {dtype}"
+    try:
+        return f"packed as {form_of(parts)}"
+    except Unpackable as reason:
+        return f"converted to {dtype} at load: {reason}"
 
 
 def rules_of(program: Program, checkpoint: Checkpoint, options: KernelOptions) -> dict[str, str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from tokenmill.backends.accounts import dense_bytes, listed
+from tokenmill.backends.accounts import Use, dense_bytes, listed
 from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
 from tokenmill.backends.torch.kind import KIND as TORCH
 from tokenmill.errors import Unsupported
 from tokenmill.extras import has_torch
 from tokenmill.program.value import Program
+from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -88,6 +90,14 @@ class CudaKind:
 
         chosen = attention(job.program, job.options, job.dtype)
         return CudaBackend(job._replace(options=replace(job.options, attention=chosen)))
+
+    def form(self, parts: Sequence[Coded], use: Use, dtype: str) -> str:
+        """See `Kind`. Imports torch and triton."""
+        from tokenmill.backends.cuda.detect import capability, missing
+        from tokenmill.backends.cuda.explain import form_of_matrix
+        from tokenmill.backends.cuda.products.fp8 import CAPABILITY
+
+        return form_of_matrix(parts, use, dtype, fp8=bool(missing()) or capability() >= CAPABILITY)
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """See `Kind`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tokenmill.backends.accounts import dense_bytes
+from tokenmill.backends.accounts import Use, dense_bytes
 from tokenmill.backends.kind import (
     CPU_DEFAULTS,
     GPU_DEFAULTS,
@@ -20,6 +21,7 @@ from tokenmill.extras import need_torch
 from tokenmill.program.encoded import encodes
 from tokenmill.program.foreign import body_of
 from tokenmill.program.value import Program
+from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -90,6 +92,10 @@ class TorchKind:
         if job.options.cpu_threads is not None:
             torch.set_num_threads(job.options.cpu_threads)  # of threads that begin to compute from now on
         return EncoderDecoderBackend(job) if encodes(job.program) else TorchBackend(job)
+
+    def form(self, parts: Sequence[Coded], use: Use, dtype: str) -> str:
+        """See `Kind`. Every matrix is converted to the computation's dtype."""
+        return dtype if all(part.dense for part in parts) else f"converted to {dtype} at load"
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """See `Kind`."""

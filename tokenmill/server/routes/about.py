@@ -49,6 +49,7 @@ async def info(call: Call) -> None:
         max_input_length=limits.max_input_tokens,
         prefix_caching=engine.info.shares_prefixes,
         backend=engine.info.backend,
+        weights=list(engine.info.weights),
     )
     await call.answer(_encode(body))
 

@@ -185,3 +185,4 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     max_input_length: int
     prefix_caching: bool
     backend: str
+    weights: Annotated[list[str], _("Forms of matrices: their number, how they are stored, how products read them.")]

@@ -37,7 +37,8 @@ from tokenmill.quant.base import Coded
 
 Upload = Callable[[NDArray[Any]], Tensor]
 LARGEST = 448.0  # of e4m3
-_CAPABILITY = (8, 9)
+CAPABILITY = (8, 9)
+"""Least compute capability of tensor cores for FP8"""
 
 Scales = Literal["row", "group", "given"]
 """Scales of x's codes: computed for each row, or for each 128 columns of a row, or one that the checkpoint states."""
@@ -52,7 +53,7 @@ class Codes(NamedTuple):
 
 def supports(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if the device multiplies codes, and products have results of `dtype`."""
-    able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= _CAPABILITY
+    able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY
     return able and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -61,7 +62,7 @@ def packed(parts: Sequence[Coded], upload: Upload, dtype: torch.dtype, device: t
 
     `upload`: copies an array to the device.
     """
-    if not supports(dtype, device) or not all(_is_fp8(part) for part in parts):
+    if not supports(dtype, device) or not all(is_fp8(part) for part in parts):
         return None
     blocked = [part.block == (BLOCK, BLOCK) for part in parts]
     if any(blocked) and not (all(blocked) and all(part.shape[0] % BLOCK == 0 for part in parts[:-1])):
@@ -77,7 +78,8 @@ def packed(parts: Sequence[Coded], upload: Upload, dtype: torch.dtype, device: t
     )
 
 
-def _is_fp8(coded: Coded) -> bool:
+def is_fp8(coded: Coded) -> bool:
+    """Return True if a matrix has codes and scales as `Fp8` holds them."""
     others = coded.zero, coded.low, coded.order
     known = coded.block in ((0, 0), (1, 0), (BLOCK, BLOCK)) and coded.codes.ndim == 2
     return known and coded.format == "e4m3" and coded.scale is not None and all(other is None for other in others)
