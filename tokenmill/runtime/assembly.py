@@ -104,10 +104,6 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
     free = free_bytes(choice, backend_options) if options.memory_limit is None else options.memory_limit
     limits = _limits(defaults, options, longest, slot_bytes(program, dtype, group.size), free - needed)
     read = reader_of(checkpoint, backend_options.quantize)
-    forms = forms_of_weights(program, checkpoint, read, choice.kind.form, dtype)
-    if group.rank == 0:
-        for line in forms:
-            _log.info("Weights: %s.", line)
     job = Job(program, checkpoint, read, limits, group, backend_options, choice.placement, dtype, report)
     with ExitStack() as resources:
         try:
@@ -140,7 +136,7 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
             quantize=backend_options.quantize,
             isa=choice.kind.instruction_set(backend_options),
             shares_prefixes=not (state_layout(program) or encodes(program)),
-            weights=forms,
+            weights=_forms(choice, job) if group.rank == 0 else (),
             long_capacity=num_blocks * total // tables.blocks_of(total) if tables.windowed else 0,
         )
         lengths.log_prompt_limit(options.max_input_tokens, total, length)
@@ -148,6 +144,14 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
         constraints = _constraints(source, info, options, resources) if group.rank == 0 else None
         executor = Executor(backend, limits.max_batch_size, constraints)
         return Assembled(scheduler, executor, info, constraints, resources.pop_all())
+
+
+def _forms(choice: Choice, job: Job) -> tuple[str, ...]:
+    """Return the forms of the weights, and log them."""
+    forms = forms_of_weights(job.program, job.source, job.read, choice.kind.form, job.dtype)
+    for line in forms:
+        _log.info("Weights: %s.", line)
+    return forms
 
 
 def _constraints(source: ModelSource, info: EngineInfo, options: EngineOptions, resources: ExitStack) -> Constraints:
