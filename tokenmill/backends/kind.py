@@ -134,8 +134,10 @@ class Kind(Protocol):
     def dtype(self, stored: str, wanted: str) -> str:
         """Return the dtype to compute in. `stored`: the checkpoint's, or ""; `wanted`: the user's, or ""."""
 
-    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
+    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str, quantize: str = "") -> int:
         """Return the bytes of all weights over all ranks, in this kind's storage format.
+
+        `quantize`: the user's option. May read a few rows of some matrices.
 
         Raise ModelError if the checkpoint lacks a weight or has one of another shape.
         """

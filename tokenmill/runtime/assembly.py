@@ -213,7 +213,7 @@ def measure_weights(
     Log tensors that the model does not read. Raise ModelError as `Kind.weight_bytes`, and NotEnoughMemory.
     """
     dtype = choice.kind.dtype(stored_dtype(programs.config.dtype, checkpoint), options.dtype)
-    needed = choice.kind.weight_bytes(programs.decoder, checkpoint, dtype)
+    needed = choice.kind.weight_bytes(programs.decoder, checkpoint, dtype, options.quantize)
     warn_of_unread(weights_of(programs.decoder), checkpoint)
     check_weights(needed, free_bytes(choice, options), memory_limit)
     return dtype, needed

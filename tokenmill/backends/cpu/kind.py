@@ -66,7 +66,7 @@ class CpuKind:
         """See `Kind`. Products with 16-bit weights accumulate in float32 as well."""
         return wanted or "float32"
 
-    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
+    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str, quantize: str = "") -> int:
         """See `Kind`. Packed weights take as many bytes as stored ones."""
         return stored_bytes(program, source)
 

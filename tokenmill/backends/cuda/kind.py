@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from tokenmill.backends.accounts import Use, dense_bytes, listed
+from tokenmill.backends.accounts import Use, listed
 from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
 from tokenmill.backends.torch.kind import KIND as TORCH
 from tokenmill.errors import Unsupported
@@ -70,9 +70,11 @@ class CudaKind:
         """See `Kind`. The stored dtype, in 16 bits."""
         return wanted or ("float16" if stored == "float16" else "bfloat16")
 
-    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
-        """See `Kind`."""
-        return dense_bytes(program, source, dtype)
+    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str, quantize: str = "") -> int:
+        """See `Kind`. Imports torch and triton."""
+        from tokenmill.backends.cuda.held import weight_bytes
+
+        return weight_bytes(program, source, dtype, quantize)
 
     def room(self, options: BackendOptions, device: str) -> int | None:
         """See `Kind`. Imports torch."""

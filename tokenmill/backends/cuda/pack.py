@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.expert_banks import Banks, Stack
+from tokenmill.backends.cuda.held import packable
 from tokenmill.backends.cuda.products import fp8
 from tokenmill.backends.cuda.products.base import Packed
 from tokenmill.backends.cuda.products.dense import Dense
@@ -179,13 +180,6 @@ def pack(
         products.matrices | {w: Dense(packed[w]) for w in multiplied if w in packed},
         banks.finish() | {ws[0]: stack for ws, stack in stacks.items()},
     )
-
-
-def packable(program: Program) -> set[Weight]:
-    """Return the weights that stay quantized if they are: those of products alone, not of tables that are looked up."""
-    products = {op.weight for op in program.ops if isinstance(op, ops.Linear)}
-    others = (w for op in program.ops if not isinstance(op, ops.Linear) for ws in op.weights().values() for w in ws)
-    return {w for w in products.difference(others) if w.columns and not w.exact}
 
 
 class Products:

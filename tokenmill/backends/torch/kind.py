@@ -64,7 +64,7 @@ class TorchKind:
         """See `Kind`."""
         return wanted or "float32"
 
-    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
+    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str, quantize: str = "") -> int:
         """See `Kind`."""
         return dense_bytes(program, source, dtype)
 

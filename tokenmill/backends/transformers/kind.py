@@ -41,7 +41,7 @@ class TransformersKind(TorchKind):
                 "are. Leave the option out."
             )
 
-    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str) -> int:
+    def weight_bytes(self, program: Program, source: Checkpoint, dtype: str, quantize: str = "") -> int:
         """See `Kind`. All tensors of the checkpoint are counted."""
         stored = described(source)
         if stored is not None:

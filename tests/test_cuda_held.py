@@ -1,0 +1,39 @@
+"""Bytes of weights on a GPU before any is loaded, against those that are taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support_cuda import DEVICE, torch, write_random
+
+from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.held import held, weight_bytes
+from tokenmill.backends.cuda.pack import pack
+from tokenmill.backends.cuda.prepare import fused
+from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
+from tokenmill.quant.base import reader_of
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import local_source
+
+
+@pytest.mark.parametrize("quantize", ["", "int4", "int8", "fp8", "bitsandbytes-nf4", "eetq"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_weights_take_the_bytes_that_were_counted(family: str, quantize: str, tmp_path: Path) -> None:
+    write_random(tmp_path, family, num_hidden_layers=1)
+    source = open_checkpoint(local_source(tmp_path))
+    program = program_of(source.config)
+    read = reader_of(source, quantize)
+    taken = pack(fused(program), source, read, Group(), torch.float16, Device(DEVICE), quantize=quantize)
+    assert weight_bytes(program, source, "float16", quantize) == taken.nbytes
+    dense = weight_bytes(program, source, "float16")
+    assert dense == 2 * weight_bytes(program, source, "float32") // 4
+    assert (taken.nbytes < dense) is (quantize != "")
+
+
+def test_nothing_stays_quantized_in_float32(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1)
+    source = open_checkpoint(local_source(tmp_path))
+    assert not held(fused(program_of(source.config)), source, "float32", "int8")
+    assert held(fused(program_of(source.config)), source, "bfloat16", "int8")
