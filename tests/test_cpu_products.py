@@ -46,6 +46,11 @@ def random_matrix(form: str, rows: int, columns: int, rng: np.random.Generator):
         kinds = {"f32": array, "f16": array.astype(np.float16)}
         return dense(kinds[form] if form in kinds else bf16(array))
     kind = BLOCK_FORMS[form]
+    if form == "int4group":
+        codes = rng.integers(0, 256, (rows, columns // 32, 16), dtype=np.uint8)
+        scale = np.ldexp(rng.integers(16, 32, (rows, columns // 128)), -12).astype(np.float16)
+        zero = rng.integers(0, 17, scale.shape)  # products with these scales are numbers of float16
+        return Coded(codes, "u4", scale, (1, 128), zero=zero)
     if kind.group > 1:
         return random_k_matrix(K_TYPES[form], rows, columns, rng)
     blocks = columns // 32
@@ -371,7 +376,9 @@ def coded(name: str, rows: int, columns: int, kind: type, block: tuple[int, int]
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
 @pytest.mark.parametrize("zero", [None, 3, 8, "each"])
 @pytest.mark.parametrize("with_low", [False, True])
-def test_blocks_of_any_scale_zero_and_low_are_packed_without_loss(name, kind, zero, with_low):
+def test_blocks_of_any_scale_zero_and_low_are_packed_with_no_loss_but_that_of_a_zero_in_float16(
+    name, kind, zero, with_low
+):
     rng = np.random.default_rng(6)
     matrix = coded(name, 33, 64, kind, (1, 32), rng)
     low = rng.uniform(0.01, 0.02, (33, 2)).astype(kind) if with_low else None
@@ -379,7 +386,21 @@ def test_blocks_of_any_scale_zero_and_low_are_packed_without_loss(name, kind, ze
     matrix = replace(matrix, zero=zeros, low=low)
     packed = pack(matrix)
     assert packed.quantized
-    np.testing.assert_allclose(look_up(packed, np.arange(33)), matrix.floats(), rtol=1e-5, atol=1e-6)
+    rounding = 16 * 0.02 * 2**-11 if packed.form == "int4" and zero == "each" else 0  # of scale · zero
+    np.testing.assert_allclose(look_up(packed, np.arange(33)), matrix.floats(), rtol=1e-5, atol=1e-6 + rounding)
+
+
+def test_groups_of_128_with_zeros_share_scales_and_lows_of_float16() -> None:
+    rng = np.random.default_rng(6)
+    group, alone = "int4group", "int4"
+    for width, columns, form in ((128, 256, group), (256, 512, group), (64, 256, alone), (128, 192, alone)):
+        matrix = coded("u4", 33, columns, np.float16, (1, width), rng)
+        matrix = replace(matrix, zero=rng.integers(0, 17, matrix.scale.shape))
+        packed = pack(matrix)
+        assert packed.form == form
+        np.testing.assert_allclose(look_up(packed, np.arange(33)), matrix.floats(), atol=17 * 0.02 * 2**-11)
+        assert pack(replace(matrix, zero=np.full((1, 1), 8))).form == "int4even"
+        assert pack(replace(matrix, scale=matrix.scale.astype(np.float32))).form == "int4wide"
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -400,8 +421,11 @@ def test_what_no_panel_stores_as_codes_is_packed_as_floats():
     table = Coded(rng.integers(0, 127, (33, 64), dtype=np.uint8), "e4m3", eights.scale, (1, 16))
     for matrix in (eights, ordered, table):
         packed = pack(matrix)
-        assert packed.form == "f32"
-        np.testing.assert_array_equal(look_up(packed, np.arange(33)), matrix.floats())
+        assert packed.form == "f16"
+        np.testing.assert_array_equal(look_up(packed, np.arange(33)), matrix.floats().astype(np.float16))
+    large = replace(table, scale=table.scale * np.float32(1e5))
+    assert pack(large).form == "f32"
+    np.testing.assert_array_equal(look_up(pack(large), np.arange(33)), large.floats())
 
 
 def test_halves_of_a_gated_product_are_whole_blocks():

@@ -269,3 +269,18 @@ def test_a_whole_models_logits_are_those_of_its_dequantized_weights(tmp_path: Pa
     want = reference(model, [[(0, prompts()[1])]])[0]
     got = Driver.of(tmp_path).feed([(0, prompts()[1])])
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("method", ["gptq", "act-order", "awq"])
+def test_the_cpu_backend_multiplies_in_the_stored_codes(tmp_path: Path, method: str) -> None:
+    pytest.importorskip("numba")
+    from support_cpu import CpuDriver
+
+    model = model_of(tmp_path, method)
+    want = reference(model, [[(0, prompts()[1])]])[0]
+    backend = CpuDriver.of(tmp_path)
+    kernels = {line.kernel for line in backend._lines}
+    assert {kernel for kernel in kernels if kernel.startswith("linear")} == {"linear_int4"}
+    assert ("quantize_ordered" in kernels) == (method == "act-order")
+    got = backend.feed([(0, prompts()[1])])
+    np.testing.assert_allclose(got, want, atol=0.04 * np.abs(want).max())

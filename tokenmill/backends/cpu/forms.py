@@ -13,6 +13,7 @@ A quantized form stores, for each 32 columns of a panel, in this order:
 
 Dequantized weight: scale · (code − offset) + low. Two-level forms (GGUF's K types) have int8 scales and lows. There,
 every group of eight blocks begins with float16 factors for each output: those of the scales, then those of the lows.
+Where four blocks share a scale and a low (GPTQ, AWQ), the group begins with these, and the blocks are codes only.
 
 Dense forms store, for each column, one number for each of the 16 outputs. Instruction sets with bfloat16 dot products
 use pairs: for each two columns, two numbers for each of the 16 outputs. An odd last column is paired with zeros.
@@ -32,7 +33,7 @@ class Form:
 
     name: str
     bits: int  # bits of a code: 4, 5, 6 or 8
-    scale: int  # bytes of a scale: 1, 2 or 4 (int8, float16, float32)
+    scale: int  # bytes of a scale: 1, 2 or 4 (int8, float16, float32); 0: a group of blocks shares scale and low
     low: int = 0  # bytes of an addend: 0 (no addends), 1, 2 or 4
     offset: int = 0
     halves: int = 1  # scales and addends for each 32 columns: 1, or 2 of 16 columns each
@@ -55,12 +56,22 @@ class Form:
     @property
     def group(self) -> int:
         """The number of blocks that share factors."""
-        return 8 if self.scale == 1 else 1
+        return {0: 4, 1: 8}.get(self.scale, 1)
+
+    @property
+    def adds(self) -> bool:
+        """True if there are addends."""
+        return self.low > 0 or self.scale == 0
+
+    @property
+    def lows(self) -> int:
+        """Offset of the addends of a block; behind that of the scales, also where the block has neither."""
+        return self.codes + (self.scales or 1)
 
     @property
     def factors(self) -> int:
-        """Bytes of the factors at the beginning of each group."""
-        return 2 * PANEL * (1 + (self.low > 0)) if self.group > 1 else 0
+        """Bytes of the factors at the beginning of each group, or of the scales and lows that its blocks share."""
+        return 2 * PANEL * (1 + self.adds) if self.group > 1 else 0
 
     @property
     def group_size(self) -> int:
@@ -92,8 +103,9 @@ BLOCK_FORMS = {
     for form in (
         Form("int2k", 4, scale=1, low=1, halves=2),  # Q2_K
         Form("int3k", 4, scale=1, offset=4, halves=2),  # Q3_K
-        Form("int4", 4, scale=2, low=2),  # Q4_1
-        Form("int4even", 4, scale=2, offset=8),  # Q4_0, TQ1_0, TQ2_0; int4 quantized at load
+        Form("int4", 4, scale=2, low=2),  # Q4_1; zero points of groups of less than 128
+        Form("int4group", 4, scale=0),  # zero points of groups of 128 or a multiple (AWQ, GPTQ)
+        Form("int4even", 4, scale=2, offset=8),  # Q4_0, TQ1_0, TQ2_0; GPTQ without zero points
         Form("int4wide", 4, scale=4, low=4),  # scales or zeros beyond float16
         Form("int4k", 4, scale=1, low=1),  # Q4_K
         Form("int5", 5, scale=2, low=2),  # Q5_1

@@ -47,6 +47,8 @@ TABLE_PANEL_BYTES = 12
 TABLE_SCALE = 13  # bits of a float; 0: none
 BY_POSITION = 14  # 1: rows are looked up by position instead of token id
 ROWS_WITHIN = 15  # ids that are not less count as 0; 0: there are none
+# QuantizeOrdered
+ORDER = 11  # int64 for each column: the column of x that it quantizes
 # Norm (WIDTH: columns of a row, or of a head if HEADS is not 0)
 NORM_WEIGHT = 11
 NORM_BIAS = 12  # 0: none

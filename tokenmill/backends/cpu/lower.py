@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu import items, layout, lower_latent, lower_special, lower_states
+from tokenmill.backends.cpu import items, layout, lower_latent, lower_special, lower_states, ordered
 from tokenmill.backends.cpu.forms import PAIRS
 from tokenmill.backends.cpu.layout import ACTS, Fields, Lowered, float_bits
 from tokenmill.backends.cpu.memory import AttentionShape, CosSinTable, Memory
@@ -238,6 +238,7 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     ops.SoftCap: _soft_cap,
     ops.TakeRows: _take_rows,
     ops.Quantize: _quantize,
+    ordered.QuantizeOrdered: _in_memory(ordered.quantize_ordered),
     ops.Route: items.route,
     ops.Experts: items.experts,
     ops.LatentAttention: _in_memory(lower_latent.latent_attention),

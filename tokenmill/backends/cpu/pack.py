@@ -1,4 +1,8 @@
-"""Packing of weight matrices into the panels of `forms.py`. Invariant: packing is lossless."""
+"""Packing of weight matrices into the panels of `forms.py`.
+
+Packing is lossless but for two roundings to float16: of scale · zero, where blocks of 4 bits have zeros of their own
+(GPTQ, AWQ), and of the numbers of quantized matrices that no quantized form can store.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from tokenmill.backends.cpu.forms import BLOCK, BLOCK_FORMS, PAIRS, PANEL, Form,
 from tokenmill.backends.cpu.scratch import padded, zeros
 from tokenmill.errors import Unsupported
 from tokenmill.program.ops import Weight
-from tokenmill.quant.base import Coded, Reader, dense, load_parts, stack
+from tokenmill.quant.base import Coded, Reader, load_parts, stack
 from tokenmill.quant.formats import FORMATS, nibbles, packed
 from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.weights.mapped import release
@@ -24,6 +28,8 @@ Allocate = Callable[..., Array]
 
 GATE = 32  # outputs of gate that alternate with as many of up
 _AT_ONCE = 4 << 20  # numbers of which copies are made while they are packed
+_LARGEST = 65504  # number of float16
+_SHARED = 4 * BLOCK  # columns of blocks that share a scale and a low
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,9 @@ class Packed:
     rows: int
     columns: int
     start: int = 0  # index of the first row's output; a multiple of 32
+    order: NDArray[np.intp] | None = (
+        None  # (columns,): the activation that each column is multiplied with; None: its own
+    )
 
     @property
     def address(self) -> int:
@@ -69,17 +78,37 @@ def pack_weight(
     *,
     gated: bool = False,
     pairs: bool = False,
+    product: bool = False,
     allocate: Allocate = zeros,
 ) -> tuple[Packed, ...]:
     """Pack this rank's part of a weight. Returns several matrices, one below the other, if its parts differ in storage.
 
     All of them require the same kind of activations and begin at a multiple of 32 outputs. Raises Unsupported if the
-    weight is `gated` and its halves are not whole blocks. `pairs`: pack bfloat16 in pairs (`Isa.pairs`). `allocate`:
-    allocator of the arrays.
+    weight is `gated` and its halves are not whole blocks. `pairs`: pack bfloat16 in pairs (`Isa.pairs`). `product`:
+    only products read the weight, so its form may depend on its numbers, and activations are reordered if all parts
+    have one `Coded.order`. `allocate`: allocator of the arrays.
     """
     parts = load_parts(weight, source, read)
+    if product:
+        parts = [_narrowed(part) for part in parts]
+    if product and (order := _common_order(parts)) is not None:
+        found = _pack_runs([replace(part, order=None) for part in parts], gated, pairs, allocate)
+        if all(packed.quantized for packed in found):
+            return tuple(replace(packed, order=order) for packed in found)
+    return _pack_runs(parts, gated, pairs, allocate)
+
+
+def _common_order(parts: Sequence[Coded]) -> NDArray[np.intp] | None:
+    """Return the order that all parts have; None if they have none, or different ones."""
+    first = parts[0].order
+    same = first is not None and all(p.order is not None and np.array_equal(p.order, first) for p in parts)
+    return first if same else None
+
+
+def _pack_runs(parts: Sequence[Coded], gated: bool, pairs: bool, allocate: Allocate) -> tuple[Packed, ...]:
+    """Pack the parts of a weight: each run of those that are stored in the same way, or all together."""
     runs = [parts] if gated or len(parts) == 1 else _runs_of_one_layout(parts)
-    out, start = [], 0
+    out, start = list[Packed](), 0
     for run in runs:
         out.append(_pack_parts(run, gated, start, pairs, allocate))
         start += out[-1].rows
@@ -130,8 +159,7 @@ def pack(
         raise Unsupported("size of a gated product", str(rows // 2), (), f"It must be a multiple of {GATE}.")
     blocks = _as_blocks(matrix)
     if blocks is None:
-        floats = matrix if matrix.dense else dense(matrix.floats())
-        return _pack_dense([floats.codes], gated, start, pairs, allocate)
+        return _pack_dense([matrix.codes if matrix.dense else _half(matrix)], gated, start, pairs, allocate)
     form = _form_of(blocks)
     out = allocate((-(-rows // PANEL), columns // (BLOCK * form.group), form.group_size))
     step = rows if gated else max(1, _AT_ONCE // columns // PANEL) * PANEL
@@ -152,6 +180,12 @@ def _put_blocks(form: Form, blocks: Coded, out: Array, gated: bool) -> None:
     _put(body[..., form.codes + form.scales :], low, gated)
     for n, factor in enumerate(factors):
         _put(out[:, :, None, 2 * PANEL * n :], factor, gated)
+
+
+def _half(matrix: Coded) -> Array:
+    """Return the numbers of a quantized matrix in float16, or float32 if they are beyond its range."""
+    numbers = matrix.floats()
+    return numbers if np.abs(numbers).max(initial=0) > _LARGEST else numbers.astype(np.float16)
 
 
 def pack_vector(vector: NDArray[np.float32], *, gated: bool = False) -> NDArray[np.float32]:
@@ -211,7 +245,7 @@ def _put_panels(parts: Sequence[Array], panels: Array) -> None:
 
 
 def _as_blocks(matrix: Coded) -> Coded | None:
-    """Return the matrix with a scale for each 32 columns, or 16 as in Q6_K; None if no quantized form can store it."""
+    """Return the matrix with a scale for each 32 columns, 16 as in Q6_K, or 128; None if no form can store it."""
     columns = matrix.shape[1]
     matrix = _as_integers(matrix)
     if matrix.scale is None or matrix.order is not None or columns % BLOCK or not FORMATS[matrix.format].integer:
@@ -221,17 +255,34 @@ def _as_blocks(matrix: Coded) -> Coded | None:
     width = matrix.block[1] or columns
     if width % BLOCK:
         return None
-    by_rows = matrix.by_rows()
+    by_rows, each = matrix.by_rows(), _SHARED if _shares(matrix, width) else BLOCK
+    if width == each:
+        return by_rows
 
     def repeated(numbers: Array | None) -> Array | None:
         if numbers is None or (numbers is by_rows.zero and numbers.shape == (1, 1)):
             return numbers
-        return np.repeat(numbers, width // BLOCK, 1)[:, : columns // BLOCK]
+        return np.repeat(numbers, width // each, 1)[:, : columns // each]
 
     return replace(
         by_rows, scale=repeated(by_rows.scale), zero=repeated(by_rows.zero), low=repeated(by_rows.low),
-        block=(1, BLOCK), levels=None,
+        block=(1, each), levels=None,
     )  # fmt: skip
+
+
+def _shares(m: Coded, width: int) -> bool:
+    """Return True if four blocks can share a scale and a low."""
+    half = m.scale is not None and m.scale.dtype == np.float16 and m.low is None and FORMATS[m.format].bits <= 4
+    return half and _zero(m) is None and width % _SHARED == 0 and m.shape[1] % _SHARED == 0 and _products_fit(m)
+
+
+def _narrowed(m: Coded) -> Coded:
+    """Return the same with scales in float16, if that changes none: bfloat16, as which some are stored, is narrower."""
+    if m.scale is None or m.scale.dtype != np.float32 or m.levels is not None:
+        return m
+    with np.errstate(over="ignore"):
+        half = m.scale.astype(np.float16)
+    return replace(m, scale=half) if np.array_equal(half, m.scale) else m
 
 
 def _as_integers(m: Coded) -> Coded:
@@ -261,11 +312,21 @@ def _form_of(m: Coded) -> Form:
         return BLOCK_FORMS[f"int{bits}k"]
     name = f"int{8 if bits == 6 else max(4, bits)}"
     half = m.scale is not None and m.scale.dtype == np.float16
+    if m.block[1] == _SHARED:
+        return BLOCK_FORMS["int4group"]
+    if half and zero is None and m.low is None and bits <= 4 and _products_fit(m):
+        return BLOCK_FORMS["int4"]
     if m.low is not None:
         narrow = half and m.low.dtype == np.float16 and m.format in ("u4", "u5")
         return BLOCK_FORMS[name if narrow and zero == 0 else f"{name}wide"]
     even = name if bits in (6, 8) else f"{name}even"
     return BLOCK_FORMS[even if half and zero == _EVEN[m.format] else f"{name}wide"]
+
+
+def _products_fit(m: Coded) -> bool:
+    """Return True if scale · zero is within the range of float16."""
+    assert m.scale is not None
+    return float(np.abs(m.scale).max(initial=0)) * 16 <= _LARGEST
 
 
 def _shift(form: Form, m: Coded) -> int:
@@ -289,15 +350,16 @@ def _numbers(form: Form, m: Coded, shift: int) -> tuple[Array | None, ...]:
         return m.levels.scale, m.levels.low, m.levels.scale_factor, m.levels.low_factor
     assert m.scale is not None
     kinds = {2: np.float16, 4: np.float32}
-    scale = m.scale.astype(kinds[form.scale], copy=False)
-    if not form.low:
+    scale = m.scale.astype(kinds[form.scale or 2], copy=False)
+    if not form.adds:
         return scale, None
     # scale · (code − zero) + low = scale · (stored − form.offset) + (low − scale · above)
-    above = (0 if m.zero is None else m.zero.astype(scale.dtype)) + scale.dtype.type(shift - form.offset)
-    low = np.zeros_like(scale) if m.low is None else m.low.astype(kinds[form.low], copy=False)
+    above = (0 if m.zero is None else m.zero.astype(np.float32)) + np.float32(shift - form.offset)
+    low = np.zeros_like(scale) if m.low is None else m.low
     if np.any(above):
-        low = low - scale * above
-    return scale, low
+        low = low - scale.astype(np.float32) * above
+    low = low.astype(kinds[form.low or 2], copy=False)
+    return (scale, low) if form.scale else (None, None, scale, low)
 
 
 def _write_codes(form: Form, codes: Array, out: Array) -> None:

@@ -12,6 +12,7 @@ from tokenmill.backends.cpu import items, lower_latent, lower_special, lower_sta
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
+from tokenmill.backends.cpu.ordered import order_inputs
 from tokenmill.backends.cpu.pack import Packed, gates, pack, pack_weight
 from tokenmill.backends.cpu.scratch import Arena
 from tokenmill.backends.kind import Report
@@ -125,7 +126,11 @@ def prepare(
     program = lower_states.stacked_gates(fused(program))
     check(_weights(program), source)
     panels = pack_all(program, source, read, isa, threads, report)
-    program = passes.quantize_inputs(program, lambda op: panels[op.weight][0].quantized, _writes_int8)
+    ordered = {weight for weight, packed in panels.items() if packed[0].order is not None}
+    program = passes.quantize_inputs(
+        program, lambda op: panels[op.weight][0].quantized and op.weight not in ordered, _writes_int8
+    )
+    program = order_inputs(program, panels)
     return Prepared(program, panels, private_outputs(program))
 
 
@@ -142,6 +147,8 @@ def pack_all(
     floats = {op.weight for op in program.ops if isinstance(op, ops.Route)}  # because near scores decide
     floats |= {w for op in program.ops if isinstance(op, RgLru) for w in (*op.input_gate, *op.recurrence_gate)}
     expansions = {op.expand: op for op in program.ops if isinstance(op, ops.LatentAttention)}
+    products = {op.weight for op in program.ops if isinstance(op, ops.Linear)}
+    products -= {w for op in program.ops if not isinstance(op, ops.Linear) for ws in op.weights().values() for w in ws}
     constants = {weight for op in program.ops for weight in lower_states.constants(op)}
     wanted = [w for w in _weights(program) if w.columns and w not in constants]
     arena = Arena()
@@ -151,7 +158,8 @@ def pack_all(
             return (pack(dense(load(weight, source, read).floats()), allocate=arena.zeros),)
         if weight in expansions:
             return lower_latent.packed(expansions[weight], load(weight, source, read), arena.zeros)
-        return pack_weight(weight, source, read, gated=weight in gated, pairs=isa.pairs, allocate=arena.zeros)
+        how = {"gated": weight in gated, "pairs": isa.pairs, "product": weight in products}
+        return pack_weight(weight, source, read, **how, allocate=arena.zeros)
 
     def one(weight: Weight) -> tuple[Packed, ...]:
         with Reading(source) as reading:  # so that weights are in memory once, not twice

@@ -163,7 +163,7 @@ class BlockTile:
             if self.form.group == 1:
                 sums = g.loop(self.blocks, zero, partial(self._block, parts, o.weight, g.c(0), {}))
             else:
-                sums = g.loop(g.b.lshr(self.blocks, g.c(3)), zero, partial(self._group, parts))
+                sums = g.loop(g.b.udiv(self.blocks, g.c(self.form.group)), zero, partial(self._group, parts))
             for n, part in enumerate(parts):
                 store(g, o, self._sums_of(sums, n), 4 * lanes * part)
 
@@ -183,20 +183,20 @@ class BlockTile:
         return [self.g.ld(self.floats, self.spilled, 4 * self.isa.lanes * (first + r)) for r in range(self.rows)]
 
     def _group(self, parts: Sequence[int], i: Val, acc: list[Val]) -> list[Val]:
-        """Emit eight blocks that share factors."""
+        """Emit blocks that share factors, or scales and lows."""
         g, form = self.g, self.form
         start = g.at(self.o.weight, g.b.mul(i, g.c(form.group_size)))
         factors = {}
         for part in parts:
             offset = 2 * self.isa.lanes * part
             scale = g.half(start, offset, self.isa.lanes)
-            low = g.half(start, 2 * PANEL + offset, self.isa.lanes) if form.low else None
+            low = g.half(start, 2 * PANEL + offset, self.isa.lanes) if form.adds else None
             for n in range(form.halves):
                 factors[form.codes + PANEL * n, part] = scale
                 if low is not None:
-                    factors[form.codes + form.scales + PANEL * n, part] = low
-        first = g.b.shl(i, g.c(3))
-        return g.loop(g.c(8), acc, partial(self._block, parts, g.at(start, form.factors), first, factors))
+                    factors[form.lows + PANEL * n, part] = low
+        first = g.b.mul(i, g.c(form.group))
+        return g.loop(g.c(form.group), acc, partial(self._block, parts, g.at(start, form.factors), first, factors))
 
     def _block(
         self, parts: Sequence[int], start: Val, first: Val, factors: Factors, i: Val, acc: list[Val]
@@ -241,6 +241,8 @@ class BlockTile:
     def _numbers(self, weight: Val, offset: int, item: int, part: int) -> Val:
         """Load one scale or low for each output, from byte `offset` of the block on, as float32."""
         g, lanes = self.g, self.isa.lanes
+        if item == 0:
+            return self.factors[offset, part]
         at = offset + item * lanes * part
         if item == 1:
             codes = g.b.sext(g.ld(Vector(i8, lanes), weight, at), Vector(i32, lanes))
@@ -253,7 +255,7 @@ class BlockTile:
         """Emit the scaled sums of a block with one scale for each output."""
         g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
         d = self._numbers(weight, form.codes, form.scale, part)
-        low = self._numbers(weight, form.codes + form.scales, form.low, part) if form.low else None
+        low = self._numbers(weight, form.lows, form.low, part) if form.adds else None
         offset = 0 if self.dots.signed else form.offset
         out = []
         for total, (s, s_sum), old in zip(sums, scales, acc, strict=True):
@@ -283,8 +285,7 @@ class BlockTile:
         g, b, form, lanes = self.g, self.g.b, self.form, self.isa.lanes
         d0, d1 = (self._numbers(weight, form.codes + PANEL * form.scale * n, form.scale, part) for n in range(2))
         if form.low:
-            at = form.codes + form.scales
-            lows = [self._numbers(weight, at + PANEL * form.low * n, form.low, part) for n in range(2)]
+            lows = [self._numbers(weight, form.lows + PANEL * form.low * n, form.low, part) for n in range(2)]
         out = []
         for r, (s, s_sum) in enumerate(scales):
             if form.low:
@@ -374,15 +375,15 @@ def _look_up_block(g: Emitter, form: Form, base: Val, lane: Val, i: Val, out: Va
 
     def number(offset: int, item: int, factor: int) -> Val:
         at = b.mul(lane, g.c(item))
-        if item == 1:
-            code = b.sitofp(g.ld(i8, g.at(block, at), offset), f32)
-            return b.fmul(code, b.fpext(g.ld(f16, g.at(group, b.mul(lane, g.c(2))), factor), f32))
+        if item < 2:
+            shared = b.fpext(g.ld(f16, g.at(group, b.mul(lane, g.c(2))), factor), f32)
+            return b.fmul(b.sitofp(g.ld(i8, g.at(block, at), offset), f32), shared) if item else shared
         value = g.ld(f16 if item == 2 else f32, g.at(block, at), offset)
         return b.fpext(value, f32) if item == 2 else value
 
     scales = [number(form.codes + PANEL * form.scale * n, form.scale, 0) for n in range(form.halves)]
-    at = form.codes + form.scales
-    lows = [number(at + PANEL * form.low * n, form.low, 2 * PANEL) for n in range(form.halves if form.low else 0)]
+    halves = range(form.halves if form.adds else 0)
+    lows = [number(form.lows + PANEL * form.low * n, form.low, 2 * PANEL) for n in halves]
     codes = codes_at(g, form, g.at(block, b.mul(lane, g.c(4))), 0, 4)
     for j in range(8):
         exact = b.sitofp(b.sub(b.zext(codes(j), Vector(i32, 4)), g.k(Vector(i32, 4), form.offset)), four)
