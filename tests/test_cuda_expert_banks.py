@@ -79,13 +79,13 @@ def test_coded_experts_are_multiplied_as_their_numbers(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int4, groups of 64 with zero points", "int8, groups of 128"])
+@pytest.mark.parametrize("name", ["int4, groups of 64 with zero points", "int8, groups of 128", "e2m1, groups of 32"])
 def test_tiles_of_any_size_that_scale_weights_or_sums_give_the_same_result(name: str) -> None:
     made = coded(reader(name), "bounded")
     x = made.rows(19)
     ids, factors = made.chosen(19)
     products, want = made.lowering.products(made.experts), wanted(made, x, ids, factors)
-    for depth, on_weights in ((64, True), (32, True), (16, False)):
+    for depth, on_weights in ((64, True), (32, True), (16, False)) if "e2m1" not in name else ((32, True), (16, True)):
         shape = TileShape(16, 64, depth, 3, 2, on_weights=on_weights)
         assert off(made.summed(19, lambda shape=shape: products.run(19, shape, shape, False)), want) < 2e-3
 

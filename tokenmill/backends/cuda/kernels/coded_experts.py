@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.backends.cuda.kernels.coded import row_offsets, with_slice, words_of
-from tokenmill.backends.cuda.kernels.codes import table_slices
+from tokenmill.backends.cuda.kernels.coded import row_offsets, scale_of, with_slice, words_of
+from tokenmill.backends.cuda.kernels.codes import e2m1_slice, table_slices, times
 from tokenmill.backends.cuda.kernels.rows import gated
 
 FEWEST = tl.constexpr(8)  # rows of the tensor cores' second operand
@@ -33,6 +33,8 @@ def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, norm_ptr, m_ok, 
     GROUPS: tl.constexpr = 0 if META == "row" else BLOCK // G
     WORDS: tl.constexpr = (GROUPS + 1) // 2 if META == "scale" else GROUPS
     PARTS: tl.constexpr = SL // D  # of a slice
+    # Scales of at most 64 are multiplied by what `e2m1_slice` lacks, less 64, so that one multiplication does for both.
+    ONCE: tl.constexpr = KIND == "e2m1" and META == "scale" and ON_WEIGHTS and GROUPS > 1
     c = tl.arange(0, D)
     x_at = x_ptr + starts[:, None] + c[None, :]
     at = weight_ptr + e.to(tl.int64) * (HEIGHT * NB * SL) + row_offsets(n, NB, 16, SL)
@@ -58,10 +60,18 @@ def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, norm_ptr, m_ok, 
             if NORM:
                 norm = tl.load(norm_ptr + k + c, mask=c < K - k, other=0.0).to(tl.float32)
                 x = (x.to(tl.float32) * scale * norm[None, :]).to(x.dtype)
-            sums, part = with_slice(
-                sums, part, x, w, every, w0, w1, w2, w3, j, KIND, META, SL, G, GROUPS, ON_WEIGHTS, HALF, ASM
-            )
-    if META == "row":
+            if ONCE:
+                a = e2m1_slice(w, j, HALF, ASM)
+                s = scale_of(w0, w1, w2, w3, j, META, SL, G, GROUPS) * (256.0 if HALF else 2.0**120)
+                a = times(a, tl.broadcast_to(s.to(a.dtype)[:, None], a.shape), HALF, ASM)
+                sums = tl.dot(a, x.T, sums, input_precision="ieee")
+            else:
+                sums, part = with_slice(
+                    sums, part, x, w, every, w0, w1, w2, w3, j, KIND, META, SL, G, GROUPS, ON_WEIGHTS, HALF, ASM
+                )
+    if ONCE:
+        sums *= 64.0
+    elif META == "row":
         sums *= tl.load(words_ptr + e.to(tl.int64) * HEIGHT + n)[:, None]
     return sums
 
