@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support_cuda import torch
+from support_cuda import DEVICE, torch
 from test_cuda_coded import FORMS, drawn
 from test_cuda_experts import MORE, Layer, tiny
 
@@ -55,7 +55,7 @@ def coded(read: Any, more: str, *, dtype: Any = torch.float16, deterministic: bo
     """Return a layer of five experts that are read so, with its reference in float64."""
     program, source = tiny(2, MORE[more], width=WIDTH, inner=INNER)
     made = Layer(program, source, dtype, deterministic=deterministic, read=read)
-    made.plain = {w: torch.from_numpy(load(w, source, read).floats()).double() for w in made.plain}  # type: ignore[arg-type]
+    made.plain = {w: torch.from_numpy(load(w, source, read).floats()).double().to(DEVICE) for w in made.plain}  # type: ignore[arg-type]
     return made
 
 

@@ -41,8 +41,7 @@ class BatchOneFusion:
             elif isinstance(op, ops.Route) and (norm := self._norm_before(op)) is not None:
                 made.append(Launch(op, self._lowering.mixtures.route_one(op, norm)))
             elif isinstance(op, ops.Experts):
-                run = self._lowering.mixtures.experts_one(op, self._norm_before(op), self._sum_behind(op))
-                made.append(Launch(op, run))
+                made.append(Launch(op, self._lowering.mixtures.experts_one(op, self._sum_behind(op))))
             elif id(op) not in gates and not (isinstance(op, ops.Norm) and op.out.buffer in self._normed):
                 made.append(launch)
         return made
@@ -54,6 +53,9 @@ class BatchOneFusion:
         readers = self._readers.get(op.out.buffer, [])
         if not readers or not all(self._norms(r) for r in readers) or not self._outlives(op, readers[-1]):
             return
+        kinds = [type(reader) for reader in readers]
+        if ops.Experts in kinds and ops.Route not in kinds:  # A routing writes the norm for the experts.
+            return
         if isinstance(op, ops.AddNorm):
             if before is None or not self._sums(before):
                 return
@@ -63,7 +65,7 @@ class BatchOneFusion:
         self._normed[op.out.buffer] = op
 
     def _norms(self, op: Op) -> bool:
-        """Return True if an operation can norm its input itself."""
+        """Return True if an operation can norm its input itself, or if another one does it for both."""
         if isinstance(op, ops.Route | ops.Experts):
             return op.x.whole
         return isinstance(op, ops.Linear) and op.x.whole and self._fits(op)
@@ -82,7 +84,7 @@ class BatchOneFusion:
     def _source(norm: ops.Norm) -> Value:
         return norm.total if isinstance(norm, ops.AddNorm) else norm.x
 
-    def _norm_before(self, op: ops.Linear | ops.Route | ops.Experts) -> tuple[Tensor, Tensor, float] | None:
+    def _norm_before(self, op: ops.Linear | ops.Route) -> tuple[Tensor, Tensor, float] | None:
         """Return the row before the norm that an operation does itself, the norm's weight and epsilon; None: none."""
         found = self._normed.get(op.x.buffer)
         if found is None:

@@ -30,9 +30,6 @@ from tokenmill.program import ops
 _BLOCK = 1024
 _ROWS = 16  # segments that are added up at a time
 
-Normed = tuple[Tensor, Tensor, float]
-"""A row before its RMS norm, the norm's weight and its epsilon."""
-
 
 class Scratch:
     """Scratch of the largest step, which all layers share."""
@@ -101,17 +98,16 @@ class OneRow:
         self._up = Site(coded_row_up if isinstance(bank.gate_up, CodedStack) else kernels.one_row_up)
         self._down = Site(coded_row_down if isinstance(bank.down, CodedStack) else kernels.one_row_down)
 
-    def gate_up(self, shape: RowShape, early: bool, norm: Normed | None = None) -> None:
-        """Launch the inner values of the chosen experts. `norm`: in place of x."""
+    def gate_up(self, shape: RowShape, early: bool) -> None:
+        """Launch the inner values of the chosen experts."""
         op, (x, ids, factors, _, inner, _) = self._op, self._operands
         weight, bias, outputs = _tensors(self._bank.gate_up), self._bank.gate_up_bias, inner.shape[1]
-        x, norm_weight, eps = norm or (x, factors, 0.0)
         self._up(
             (triton.cdiv(outputs, shape.outputs), op.ids.width),
-            x, *weight, factors if bias is None else bias, norm_weight, ids, factors, inner, op.limit, op.up_offset,
-            eps, N=outputs, K=op.x.width, BN=shape.outputs, **_round(self._bank.gate_up, shape, power(op.x.width)),
-            ACT=op.act, GATED=op.gated, LIMIT=op.limit > 0, BIAS=bias is not None, SCALED=op.scale_inputs,
-            NORM=norm is not None, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            x, *weight, factors if bias is None else bias, ids, factors, inner, op.limit, op.up_offset, N=outputs,
+            K=op.x.width, BN=shape.outputs, **_round(self._bank.gate_up, shape, FEWEST), ACT=op.act, GATED=op.gated,
+            LIMIT=op.limit > 0, BIAS=bias is not None, SCALED=op.scale_inputs, PDL=early, STAGES=shape.stages,
+            num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
     def down(self, shape: RowShape, early: bool, residual: tuple[Tensor, Tensor] | None = None) -> None:

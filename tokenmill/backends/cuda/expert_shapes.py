@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tokenmill.backends.cuda.products.forms import Form
 from tokenmill.backends.cuda.shapes import power
 from tokenmill.program import ops
 from tokenmill.program.ops import Op
@@ -127,15 +128,16 @@ def coded_row_shape(top_k: int = 1) -> RowShape:
     """Return the sizes for a single row and coded weights. `top_k`: as in `row_shape`."""
     if top_k > 1:
         return RowShape(max(8, 64 // power(top_k)), 0, 4, 4)
-    return RowShape(16, 0, 5, 2)
+    return RowShape(16, 0, 3, 2)
 
 
-def coded_tile_shape(items: int, gated: bool, width: int, batch_invariant: bool = False) -> TileShape:
-    """Return the sizes for tiles of `items` and coded weights. `width`: of a slice of codes."""
+def coded_tile_shape(items: int, gated: bool, form: Form, batch_invariant: bool = False) -> TileShape:
+    """Return the sizes for tiles of `items` and coded weights."""
+    depth = min(form.depth, 32)
     if batch_invariant:
-        return TileShape(items, 64, 32, 3, 4, on_weights=True)
-    if items == 16:
-        return TileShape(items, 64, width, 3 if width > 32 else 5, 2)
-    if items == 32:
-        return TileShape(items, 64 if gated else 128, 32, 3, 4, on_weights=True)
-    return TileShape(items, 128, 32, 3, 8 if gated else 4, group=8, on_weights=True)
+        return TileShape(items, 64, depth, 3, 4, on_weights=True)
+    if items > 16:
+        return TileShape(items, 64 if gated else 128, depth, 3, 4, group=16 if items == 32 else 8, on_weights=True)
+    if gated:
+        return TileShape(items, 64, form.depth, 3, 4, on_weights=form.kind == "e2m1")
+    return TileShape(items, 64, form.depth, 3 if form.depth > 32 else 5, 2)

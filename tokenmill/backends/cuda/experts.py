@@ -14,7 +14,6 @@ from tokenmill.backends.cuda.expert_banks import CodedStack
 from tokenmill.backends.cuda.expert_products import (
     Bank,
     GroupedProducts,
-    Normed,
     OneRow,
     Operands,
     Scratch,
@@ -42,6 +41,9 @@ from tokenmill.program import ops
 
 LAUNCHES = 4  # of `ops.Experts`, at most in a captured step
 
+Normed = tuple[Tensor, Tensor, float]
+"""A row before its RMS norm, the norm's weight and its epsilon."""
+
 
 class ExpertLowering:
     """Lowers the mixtures of experts of a program. All layers share scratch."""
@@ -67,7 +69,7 @@ class ExpertLowering:
 
     def experts(self, op: ops.Experts) -> Run:
         """Return the launches of a layer's products."""
-        one, several = self.experts_one(op, None, None), self.products(op)
+        one, several = self.experts_one(op), self.products(op)
 
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
@@ -79,7 +81,7 @@ class ExpertLowering:
         return run
 
     def route_one(self, op: ops.Route, norm: Normed) -> Run:
-        """Return the launch of a single row, which includes the norm of its input."""
+        """Return the launch of a single row, which includes the norm of its input and writes it for the experts."""
         routing = self.routing(op)
         shape = route_shape(1, op.weight.rows, op.x.width)
 
@@ -88,8 +90,8 @@ class ExpertLowering:
 
         return run
 
-    def experts_one(self, op: ops.Experts, norm: Normed | None, residual: tuple[Tensor, Tensor] | None) -> Run:
-        """Return the launches of a single row, which include the norm of its input, and the sum behind them.
+    def experts_one(self, op: ops.Experts, residual: tuple[Tensor, Tensor] | None = None) -> Run:
+        """Return the launches of a single row, which include the sum behind them.
 
         `residual`: (addend, in place of out).
         """
@@ -101,7 +103,7 @@ class ExpertLowering:
             down = coded_row_shape(op.ids.width)
 
         def run(n: Sizes) -> None:
-            one.gate_up(up, n.early, norm)
+            one.gate_up(up, n.early)
             one.down(down, n.early, residual)
 
         return run
@@ -130,7 +132,7 @@ class ExpertLowering:
         coded = [stack if isinstance(stack, CodedStack) else None for stack in stacks]
         items = tile_items(mean, any(coded))
         up, down = (
-            coded_tile_shape(items, gated, stack.form.depth, self._invariant)
+            coded_tile_shape(items, gated, stack.form, self._invariant)
             if stack is not None
             else tile_shape(items, mean, gated, self._memory.dtype.itemsize, self._invariant)
             for gated, stack in zip((op.gated, False), coded, strict=True)
@@ -176,14 +178,14 @@ class Routing:
             self._constants |= {"GROUPS": 1, "CORRECTION": False}
 
     def run(self, rows: int, shape: RouteShape, early: bool, norm: Normed | None = None) -> None:
-        """Launch the first rows. `norm`: in place of x, of a single row."""
-        x, ids, factors, weight, bias, correction = self._operands
+        """Launch the first rows. `norm`: of a single row, written to x."""
+        normed, ids, factors, weight, bias, correction = self._operands
         op, scratch, (experts, columns) = self._op, self._scratch, weight.shape
-        x, norm_weight, eps = norm or (x, weight, 0.0)
+        x, norm_weight, eps = norm or (normed, weight, 0.0)
         self._launch(
-            (triton.cdiv(experts, shape.experts), triton.cdiv(rows, shape.rows)),
+            (triton.cdiv(experts, shape.experts) + (norm is not None), triton.cdiv(rows, shape.rows)),
             x, weight, weight if bias is None else bias, weight if correction is None else correction, norm_weight,
-            scratch.logits, scratch.finished, ids, factors, x.stride(0), rows, op.least_sum, op.scale, op.margin, eps,
-            E=experts, K=columns, BM=shape.rows, BN=shape.experts, BK=shape.columns, **self._constants,
+            normed, scratch.logits, scratch.finished, ids, factors, x.stride(0), rows, op.least_sum, op.scale,
+            op.margin, eps, E=experts, K=columns, BM=shape.rows, BN=shape.experts, BK=shape.columns, **self._constants,
             NORM=norm is not None, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip

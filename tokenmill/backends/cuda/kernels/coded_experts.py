@@ -13,18 +13,16 @@ from tokenmill.backends.cuda.kernels.coded import row_offsets, scale_of, with_sl
 from tokenmill.backends.cuda.kernels.codes import e2m1_slice, table_slices, times
 from tokenmill.backends.cuda.kernels.rows import gated
 
-FEWEST = tl.constexpr(8)  # rows of the tensor cores' second operand
-
 
 @triton.jit
-def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, norm_ptr, m_ok, e, n, scale, HEIGHT: tl.constexpr,
-               K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
-               META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr,
-               ON_WEIGHTS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, m_ok, e, n, HEIGHT: tl.constexpr, K: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr,
+               G: tl.constexpr, SL: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
     """Return sums (BN, BM) of the outputs `n` (BN,) of experts `e`, one or (BN,), for BM rows of x.
 
     `starts`: of the rows in x (BM,). D: columns of a slice that are multiplied at a time. HEIGHT: rows of a matrix, as
-    stored. ON_WEIGHTS: scales of groups multiply weights, not sums. NORM: `scale` and the norm's weight multiply x.
+    stored. ON_WEIGHTS: scales of groups multiply weights, not sums.
     """
     HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     SLICES: tl.constexpr = 4 if (KIND == "int4" or KIND == "e2m1" or KIND == "table") else 2
@@ -57,9 +55,6 @@ def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, norm_ptr, m_ok, 
                 x = tl.load(x_at + k, mask=m_ok[:, None], other=0.0)
             else:
                 x = tl.load(x_at + k, mask=m_ok[:, None] & (c[None, :] < K - k), other=0.0)
-            if NORM:
-                norm = tl.load(norm_ptr + k + c, mask=c < K - k, other=0.0).to(tl.float32)
-                x = (x.to(tl.float32) * scale * norm[None, :]).to(x.dtype)
             if ONCE:
                 a = e2m1_slice(w, j, HALF, ASM)
                 s = scale_of(w0, w1, w2, w3, j, META, SL, G, GROUPS) * (256.0 if HALF else 2.0**120)
@@ -98,29 +93,24 @@ def halves(sums, BN: tl.constexpr):
 
 
 @triton.jit
-def coded_row_up(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr,
-                 out_ptr, limit, offset, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def coded_row_up(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, limit,
+                 offset, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                  KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, HEIGHT: tl.constexpr,
                  TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, ACT: tl.constexpr,
                  GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
-                 NORM: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """As `one_row_up`. BK: a power of two from K on."""
+                 PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """As `one_row_up`. BK: rows of x, of which one is there."""
     size: tl.constexpr = 2 * BN if GATED else BN
     height: tl.constexpr = 2 * N if GATED else N
     tile, j = tl.program_id(0), tl.program_id(1)
     n = side_by_side(tile, N, BN, GATED)
-    m = tl.arange(0, FEWEST)
+    m = tl.arange(0, BK)
     if PDL:
         gdc_wait()
     e = tl.load(ids_ptr + j)
-    scale = 1.0
-    if NORM:
-        k = tl.arange(0, BK)
-        row = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(row * row, 0) / K + eps)
     sums = coded_sums(
-        x_ptr, m * 0, weight_ptr, words_ptr, table_ptr, norm_ptr, m == 0, e, n, scale, HEIGHT, K,
-        FEWEST, size, SL, KIND, META, G, SL, TEXT, ASM, ON_WEIGHTS, NORM, STAGES,
+        x_ptr, m * 0, weight_ptr, words_ptr, table_ptr, m == 0, e, n, HEIGHT, K, BK, size, SL, KIND, META, G, SL, TEXT,
+        ASM, ON_WEIGHTS, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -144,7 +134,7 @@ def coded_row_down(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr,
                    HEIGHT: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
                    BIAS: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
                    PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """As `one_row_down`. A tile has BN outputs of each of the experts, and BK rows of x: KP, and FEWEST at least.
+    """As `one_row_down`. A tile has BN outputs of each of the experts, and BK rows of x, KP at least.
 
     Of a tile's sums, those of an output of an expert with that expert's row are used.
     """
@@ -156,8 +146,8 @@ def coded_row_down(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr,
     if PDL:
         gdc_wait()
     sums = coded_sums(
-        x_ptr, m * K, weight_ptr, words_ptr, table_ptr, x_ptr, m < TOP_K, e, n, 1.0, HEIGHT, K,
-        BK, KP * BN, SL, KIND, META, G, SL, TEXT, ASM, ON_WEIGHTS, False, STAGES,
+        x_ptr, m * K, weight_ptr, words_ptr, table_ptr, m < TOP_K, e, n, HEIGHT, K, BK, KP * BN, SL, KIND, META, G,
+        SL, TEXT, ASM, ON_WEIGHTS, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()

@@ -15,13 +15,13 @@ from tokenmill.backends.cuda.kernels.rows import gated
 
 
 @triton.jit
-def one_row_up(x_ptr, weight_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr, out_ptr, limit, offset, eps,
-               N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
-               GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr,
-               PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def one_row_up(x_ptr, weight_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, limit, offset, N: tl.constexpr,
+               K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+               LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
     """Set out[j] (N,) to the inner values of the j-th expert of one row x (K,). Grid (N / BN, top_k).
 
-    GATED: matrices have 2 · N rows, gate, then up; else N. SCALED: the factors multiply x. NORM: x is its RMS norm.
+    GATED: matrices have 2 · N rows, gate, then up; else N. SCALED: the factors multiply x.
     """
     height: tl.constexpr = 2 * N if GATED else N
     j = tl.program_id(1)
@@ -32,22 +32,15 @@ def one_row_up(x_ptr, weight_ptr, bias_ptr, norm_ptr, ids_ptr, factors_ptr, out_
     at = weight_ptr + (e * height + tl.where(n < N, n, 0))[:, None] * K + k[None, :]
     gates = tl.zeros([BN, BK], tl.float32)
     ups = tl.zeros([BN, BK], tl.float32)
-    squares = tl.zeros([BK], tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         ok = start + k < K
         x = tl.load(x_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
-        if NORM:
-            squares += x * x
-            x = x * tl.load(norm_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
         gates += tl.load(at + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
         if GATED:
             ups += tl.load(at + N * K + start, mask=ok[None, :], other=0.0).to(tl.float32) * x[None, :]
     if PDL:
         gdc_launch_dependents()
     gate, up = tl.sum(gates, 1), tl.sum(ups, 1)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        gate, up = gate * scale, up * scale
     if SCALED:
         factor = tl.load(factors_ptr + j).to(tl.float32)
         gate, up = gate * factor, up * factor
@@ -163,9 +156,8 @@ def multiply_tile(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, 
     else:
         size: tl.constexpr = 2 * BN if GATED else BN
         y = coded_sums(
-            x_ptr, rows.to(tl.int64) * x_stride, weight_ptr, words_ptr, table_ptr, x_ptr, m_ok, e,
-            side_by_side(tile, N, BN, GATED), 1.0, HEIGHT, K, BM, size, BK, KIND, META, G, SL, TEXT, ASM, ON_WEIGHTS,
-            False, STAGES,
+            x_ptr, rows.to(tl.int64) * x_stride, weight_ptr, words_ptr, table_ptr, m_ok, e,
+            side_by_side(tile, N, BN, GATED), HEIGHT, K, BM, size, BK, KIND, META, G, SL, TEXT, ASM, ON_WEIGHTS, STAGES,
         )  # fmt: skip
         y *= tl.load(whole_ptr + e)
         up = y

@@ -39,6 +39,22 @@ def one_rows_logits(x_ptr, weight_ptr, norm_ptr, eps, e, E: tl.constexpr, K: tl.
 
 
 @triton.jit
+def write_normed(x_ptr, norm_ptr, out_ptr, eps, K: tl.constexpr, BK: tl.constexpr):
+    """Set out (K,) to the RMS norm of x (K,)."""
+    k = tl.arange(0, BK)
+    squares = tl.zeros([BK], tl.float32)
+    for start in tl.static_range(0, K, BK):
+        x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+        squares += x * x
+    scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    for start in tl.static_range(0, K, BK):
+        ok = start + k < K
+        x = tl.load(x_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
+        y = x * scale * tl.load(norm_ptr + start + k, mask=ok, other=0.0).to(tl.float32)
+        tl.store(out_ptr + start + k, y.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def rows_logits(x_ptr, weight_ptr, x_stride, m, M, e, E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
                 BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Return the products (BM, BN) of rows `m` of x (M, K) with rows `e` of the matrix (E, K)."""
@@ -110,18 +126,31 @@ def choose(logits, scores, choice, e, least_sum, scale, margin, E: tl.constexpr,
     return ids, factors * scale
 
 
+@triton.jit
+def finishes_last(count_ptr, tile, TILES: tl.constexpr):
+    """Return whether a program is the last one of TILES to come here. `tile`: its number; larger ones do not count."""
+    last = tile < TILES
+    if TILES > 1:
+        if last:
+            last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == TILES - 1
+        if last:
+            tl.store(count_ptr, 0)
+    return last
+
+
 @triton.jit(do_not_specialize=["M"])
-def route(x_ptr, weight_ptr, bias_ptr, correction_ptr, norm_ptr, logits_ptr, count_ptr, ids_ptr, factors_ptr, x_stride,
-          M, least_sum, scale, margin, eps, E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-          BK: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, SCORE: tl.constexpr,
-          GROUPS: tl.constexpr, GP: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
-          RENORMALIZE: tl.constexpr, BIAS: tl.constexpr, CORRECTION: tl.constexpr, NORM: tl.constexpr,
-          PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def route(x_ptr, weight_ptr, bias_ptr, correction_ptr, norm_ptr, normed_ptr, logits_ptr, count_ptr, ids_ptr,
+          factors_ptr, x_stride, M, least_sum, scale, margin, eps, E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+          BN: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+          SCORE: tl.constexpr, GROUPS: tl.constexpr, GP: tl.constexpr, TOP_GROUPS: tl.constexpr,
+          GROUP_BEST: tl.constexpr, RENORMALIZE: tl.constexpr, BIAS: tl.constexpr, CORRECTION: tl.constexpr,
+          NORM: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Set ids and factors (M, TOP_K) of rows x (M, K), as `ops.Route` defines them. Grid (E / BN, M / BM).
 
     The last program of a block of rows to finish chooses. logits (M, EP) float32: scratch. BM 1: a single row, normed
-    first with NORM.
+    first with NORM; one more program then writes its norm, for the experts.
     """
+    TILES: tl.constexpr = (E + BN - 1) // BN
     tile, block = tl.program_id(0), tl.program_id(1)
     own, m, e = tile * BN + tl.arange(0, BN), block * BM + tl.arange(0, BM), tl.arange(0, EP)
     if BM == 1:
@@ -132,14 +161,11 @@ def route(x_ptr, weight_ptr, bias_ptr, correction_ptr, norm_ptr, logits_ptr, cou
         sums = rows_logits(x_ptr, weight_ptr, x_stride, m, M, own, E, K, BM, BN, BK, STAGES)
     if PDL:
         gdc_launch_dependents()
+    if NORM and tile == TILES:
+        write_normed(x_ptr, norm_ptr, normed_ptr, eps, K, BK)
     tl.store(logits_ptr + m.to(tl.int64)[:, None] * EP + own[None, :], sums, mask=(m < M)[:, None] & (own < E)[None, :])
     tl.debug_barrier()
-    last = True
-    if BN < E:
-        last = tl.atomic_add(count_ptr + block, 1, sem="acq_rel") == tl.num_programs(0) - 1
-    if last:
-        if BN < E:
-            tl.store(count_ptr + block, 0)
+    if finishes_last(count_ptr + block, tile, TILES):
         ok = (m < M)[:, None] & (e < E)[None, :]
         at = logits_ptr + m.to(tl.int64)[:, None] * EP + e[None, :]
         logits = tl.load(at, mask=ok, other=float("-inf"), cache_modifier=".cg")
