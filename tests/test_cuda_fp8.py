@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from support_cuda import DEVICE, CudaDriver, torch, write_random
 from support_fp8 import assert_near, coded, decoded, made, rows_of, wanted
+from support_models import FAMILIES, SIZES
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda import backend
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.fp8_rows import gate_codes, norm_codes
 from tokenmill.backends.cuda.pack import pack
+from tokenmill.backends.cuda.prepare import fused
 from tokenmill.backends.cuda.products import fp8
 from tokenmill.backends.cuda.products.base import Operands, Scratch
 from tokenmill.backends.cuda.products.dense import Dense
@@ -23,6 +26,7 @@ from tokenmill.backends.cuda.products.fp8 import Fp8, interleaved, quantized
 from tokenmill.backends.cuda.quantized import ActivationCodes
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
+from tokenmill.program import ops
 from tokenmill.quant.base import Coded, reader_of
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
@@ -167,6 +171,58 @@ def test_the_device_makes_the_codes_that_the_host_would_make_of_a_plain_checkpoi
         assert isinstance(matrix, Fp8)
         assert torch.equal(matrix.codes, host[weight].codes)
         assert torch.equal(matrix.scale, host[weight].scale)
+
+
+def planned(family: str, outputs: Any = lambda program: {}, dense: str = "lm_head", **changes: Any) -> Any:
+    """Return the plan of a tiny model's activations. `outputs`: more of its program; `dense`: in 16 bits."""
+    model_type, own = FAMILIES[family]
+    program = fused(program_of(SIZES | {"model_type": model_type, "num_hidden_layers": 2} | own | changes))
+    program = replace(program, outputs=program.outputs | outputs(program))
+    linears = [op for op in program.ops if isinstance(op, ops.Linear)]
+    zeros = {shape: torch.zeros(shape, dtype=torch.uint8) for op in linears for shape in [(op.out.width, op.x.width)]}
+    matrices = {
+        op.weight: Fp8(zeros[op.out.width, op.x.width], torch.ones(1, 1), (0, 0), torch.float16)
+        for op in linears
+        if dense not in op.weight.name
+    }
+    memory = SimpleNamespace(program=program, rows={"tokens": 64, "samples": 4})
+    gates = {op.gate.buffer: op for op in program.ops if isinstance(op, ops.GatedAct)}
+    return ActivationCodes(memory, matrices, lambda op: gates.get(op.out.buffer)), program
+
+
+def test_norms_and_activations_store_codes_where_fp8_products_alone_read_them() -> None:
+    plan, program = planned("llama")
+    kinds = [type(op).__name__ for op in program.ops if id(op) in plan._stored]
+    assert kinds == ["Norm", "AddNorm", "GatedAct", "AddNorm", "AddNorm", "GatedAct"], "but not before the head"
+    rescaling = [type(op).__name__ for op in program.ops if id(op) in plan._raw]
+    assert rescaling == ["AddNorm", "GatedAct", "AddNorm"] * 2
+    plan, program = planned("llama", dense="down_proj")
+    assert "GatedAct" not in [type(op).__name__ for op in program.ops if id(op) in plan._stored]
+    norms = lambda program: {"hidden": next(op.out for op in program.ops if isinstance(op, ops.AddNorm))}  # noqa: E731
+    assert len(planned("llama", norms)[0]._stored) == 5, "a result of the program is stored itself"
+
+
+def test_a_product_with_a_bias_multiplies_by_its_scales_itself() -> None:
+    plan, _ = planned("llama_tied_with_biases")
+    assert plan._stored
+    assert not plan._raw
+
+
+@pytest.mark.parametrize("family", ["llama", "stablelm_parallel", "gpt_neox", "phi", "gemma2"])
+def test_codes_that_are_in_use_at_the_same_time_have_memory_of_their_own(family: str) -> None:
+    plan, program = planned(family)
+    lives = list({id(life): life for life in plan._lives.values()}.values())
+    assert len(lives) >= 6
+    for i, one in enumerate(lives):
+        for other in lives[:i]:
+            if one.first <= other.last and other.first <= one.last:
+                assert one.codes.codes.data_ptr() != other.codes.codes.data_ptr()
+    assert plan.nbytes <= 4 * 64 * 4 * 128 * 2
+    for op in program.ops:
+        if isinstance(op, ops.Linear) and id(op) in plan._matrices:
+            at = program.ops.index(op)
+            life = plan._lives[id(op)]
+            assert life.first <= at <= life.last
 
 
 class Whole:

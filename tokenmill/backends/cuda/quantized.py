@@ -55,6 +55,7 @@ class ActivationCodes:
             for op in self._ops
             if isinstance(op, ops.Linear) and isinstance(packed := matrices.get(op.weight), Fp8)
         }
+        self._results = {value.buffer for value in memory.program.outputs.values()}
         self._lives: dict[int, _Life] = {}  # by the id of the product
         self._stored: dict[int, _Life] = {}  # by the id of the operation that stores the codes
         self._raw: dict[int, ops.Linear] = {}  # by the id of the operation that multiplies by the scales
@@ -83,7 +84,7 @@ class ActivationCodes:
             return
         readers = self._readers.get(op.out.buffer, [])
         found = [self._matrices.get(id(reader)) for reader in readers]
-        first = found[0] if found else None
+        first = found[0] if found and op.out.buffer not in self._results else None
         if first is None or not all(isinstance(r, ops.Linear) and r.x.whole for r in readers):
             return
         if any(m is None or (m.scales, m.input_scale) != (first.scales, first.input_scale) for m in found):
@@ -97,7 +98,7 @@ class ActivationCodes:
     ) -> ops.AddNorm | ops.GatedAct | None:
         """Return the operation that can multiply by the scales of a product, or None."""
         readers = self._readers.get(op.out.buffer, [])
-        if op.bias is not None or self._matrices[id(op)].blocked or not readers:
+        if op.bias is not None or self._matrices[id(op)].blocked or not readers or op.out.buffer in self._results:
             return None
         reader = readers[0]
         if isinstance(reader, ops.GatedAct):
