@@ -41,9 +41,9 @@ MATRICES = {
     "qkv": Matrix(6144, 4096), "o": Matrix(4096, 4096), "gate_up": Matrix(28672, 4096, "silu"),
     "down": Matrix(4096, 14336),
 }  # fmt: skip
-_ONE = [OneShape(*s) for s in ((8, 256, 3, 2), (4, 256, 3, 4), (4, 256, 4, 2), (8, 128, 4, 1), (4, 512, 3, 4),
-                               (8, 512, 3, 4), (4, 1024, 1, 4), (8, 512, 1, 4))]  # fmt: skip
-_WEIGHT_ONLY = [FewShape(n, 128, *s) for n, *s in ((64, 1, 3, 4), (32, 1, 4, 2), (64, 4, 4, 4), (64, 4, 3, 2))]
+_ONE = [OneShape(*s) for s in ((8, 256, 3, 2), (4, 256, 3, 2), (4, 128, 4, 1), (8, 128, 4, 1), (4, 512, 3, 4),
+                               (8, 128, 4, 2), (4, 1024, 1, 4), (16, 128, 4, 2), (2, 1024, 2, 4))]  # fmt: skip
+_WEIGHT_ONLY = [FewShape(n, 128, *s) for n, *s in ((64, 1, 3, 4), (32, 1, 4, 2), (64, 4, 4, 4), (64, 8, 3, 2))]
 _CODES = [FewShape(*s) for s in ((64, 128, 1, 4, 4), (128, 128, 1, 4, 4), (64, 256, 1, 3, 4), (64, 256, 2, 3, 4),
                                  (64, 128, 4, 4, 4), (128, 128, 1, 3, 8), (64, 128, 1, 4, 4, True),
                                  (64, 256, 1, 3, 4, True), (128, 128, 1, 4, 8, True))]  # fmt: skip
@@ -142,31 +142,25 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(MATRICES))
     parser.add_argument("--show", type=int, default=4, help="ways of each case")
     args = parser.parse_args(words)
-    rows_list, start = [int(n) for n in args.rows.split(",")], time.perf_counter()
-    kernels, table, first = Kernels("", 16, ("bench",)), list[str](), True
-    for name in args.only.split(","):
-        matrix = MATRICES[name]
-        found = copies(matrix, max(rows_list)) if not first else None
-        if first:
+    rows_list, names, start = [int(n) for n in args.rows.split(",")], args.only.split(","), time.perf_counter()
+    kernels = Kernels("", 16, ("bench",))
 
-            def everything() -> None:
-                for each in args.only.split(","):
-                    many = copies(MATRICES[each], max(rows_list))
-                    for rows in rows_list:
-                        for _, launch in ways(MATRICES[each], many, rows):
-                            try_once(launch)
-
-            with torch.inference_mode():
-                kernels.prepare(everything)
-            print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
-            first, found = False, copies(matrix, max(rows_list))
-        assert found is not None
-        with torch.inference_mode():
+    def everything() -> None:
+        for name in names:
+            found = copies(MATRICES[name], max(rows_list))
             for rows in rows_list:
-                table.append(measure(name, found, rows, args.show))
-                print(table[-1], flush=True)
-        del found
-        torch.cuda.empty_cache()
+                for _, launch in ways(MATRICES[name], found, rows):
+                    try_once(launch)
+
+    with torch.inference_mode():
+        kernels.prepare(everything)
+        print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
+        for name in names:
+            found = copies(MATRICES[name], max(rows_list))
+            for rows in rows_list:
+                print(measure(name, found, rows, args.show), flush=True)
+            del found
+            torch.cuda.empty_cache()
     kernels.close()
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
 

@@ -275,7 +275,7 @@ class Fp8Product:
     def _multiply(self, rows: int, x_scale: Tensor, scale: Tensor) -> None:
         torch._scaled_mm(
             self._read_codes().codes[:rows], self._transposed, x_scale, scale, out_dtype=self._whole.dtype,
-            use_fast_accum=True, out=self._whole[:rows],
+            use_fast_accum=not self._matrix.blocked, out=self._whole[:rows],
         )  # fmt: skip
 
     def run_scaled(self, rows: int) -> bool:

@@ -49,14 +49,14 @@ def weight_only_shape(rows: int, outputs: int, columns: int, gated: bool) -> Few
 
 
 def codes_shape(rows: int, outputs: int, columns: int, gated: bool, blocked: bool) -> FewShape:
-    """Return the sizes for rows of codes."""
-    if rows > 64:
-        return FewShape(64 if gated else 128, BLOCK, 1, 4, 4 if gated else 8)
-    if gated or outputs >= 1 << 14:
-        return FewShape(64 if gated else 128, BLOCK, 1, 4, 4)
-    splits = _splits(outputs, columns)
-    wide = not blocked and splits < 8 and columns % (2 * BLOCK * splits) == 0 and columns < 2 * outputs
-    return FewShape(64, 2 * BLOCK, max(1, splits // 2), 3, 4) if wide else FewShape(64, BLOCK, splits, 4, 4)
+    """Return the sizes for rows of codes. `columns`: as stored."""
+    splits = 1 if gated or rows > 64 else _splits(outputs, columns)
+    if gated or blocked or columns > 2 * outputs or columns % (2 * BLOCK):
+        return FewShape(64, BLOCK, splits, 4, 4)
+    if rows > 2 * OURS:
+        return FewShape(128, BLOCK, 1, 4, 8)
+    splits = 2 if splits > 1 and (rows <= 32 or outputs <= columns) and columns % (4 * BLOCK) == 0 else 1
+    return FewShape(64, 2 * BLOCK, splits, 3, 4)
 
 
 def _splits(outputs: int, columns: int) -> int:
