@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.gpu.quantized import KINDS, reader
+from bench.gpu.quantized import kind_of, reader
 from bench.gpu.shapes import SHAPES
 from bench.gpu.tell import tell
 from bench.gpu.tensors import shapes_of
@@ -37,7 +37,7 @@ _LEFT_FREE = 6 << 30  # bytes of device memory that the cache leaves free
 class Setup:
     """Configuration of an engine. `options`: fields of `BackendOptions` that differ from its defaults.
 
-    `quantize`: a kind of `quantized.KINDS` for random codes, or a method of the server, which quantizes while loading.
+    `quantize`: a kind of `quantized.kind_of`, for random codes, or a method of the server, which quantizes as it loads.
     """
 
     shape: str = "1b"
@@ -159,7 +159,7 @@ def _backend(setup: Setup, program: Program, weights: RandomWeights, limits: Ste
     """Create the backend as the server does. Raises StartError for unsupported features."""
     name = "cuda" if setup.device == "cuda" else "torch"
     cores = os.cpu_count() or 1
-    drawn = setup.quantize in KINDS
+    drawn = kind_of(setup.quantize) is not None
     options = BackendOptions(
         backend=name, device=setup.device, dtype="bfloat16", cpus=cores, quantize="" if drawn else setup.quantize,
         **setup.options,

@@ -11,16 +11,18 @@ BYTES_S, FLOPS_S = 4e12, 990e12
 
 
 def decode_ms(
-    program: Program, rows: int, context: int, chosen: float | None = None, bits: float = 16.0
-) -> float:
+    program: Program, rows: int, context: int, chosen: float | None = None, bits: float = 16.0,
+    expert_bits: float = 16.0,
+) -> float:  # fmt: skip
     """Return the milliseconds of reading weights and cache once.
 
     `context`: tokens of a sequence. `chosen`: experts that a layer's rows choose on average; None: as if at random.
-    `bits`: of a weight of a product; all others and the cache have 16.
+    `bits`, `expert_bits`: of a weight of a product, and of an expert; all others and the cache have 16.
     """
-    load, found = Load.decode(rows, context), 0.0
+    load, found, by_kind = Load.decode(rows, context), 0.0, {ops.Linear: bits, ops.Experts: expert_bits}
     for op in program.ops:
-        one = cost(op, load, lambda w, op=op: bits if isinstance(op, ops.Linear) and not w.table else 16.0)  # type: ignore[misc]
+        size = by_kind.get(type(op), 16.0)
+        one = cost(op, load, lambda w, size=size: 16.0 if w.table else size)  # type: ignore[misc]
         share = chosen / expected(op, rows) if chosen is not None and isinstance(op, ops.Experts) else 1.0
         found += one.weights * share + one.cache
     return found / BYTES_S * 1e3

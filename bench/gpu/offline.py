@@ -21,7 +21,7 @@ import torch
 from bench.gpu.engine import Built, Setup
 from bench.gpu.floor import decode_ms, share_of_peak
 from bench.gpu.longprompt import LongPrompt, measure
-from bench.gpu.quantized import KINDS
+from bench.gpu.quantized import KINDS, bits_of
 from bench.gpu.shapes import H200_GOALS, H200_REFERENCES, SHAPES, crowd, unshared
 from bench.gpu.tell import Turn, figure, tell
 from tokenmill.backends.cuda.sizes import Sizes
@@ -78,8 +78,7 @@ class Bench:
                 host.append(self.timed.seconds / self.timed.steps * 1e3)
             found[rows] = statistics.median(ms)
             device_ms, chosen = self.device(rows), self.chosen(rows)
-            kind = KINDS.get(self.built.setup.quantize)
-            floor = decode_ms(self.program, rows, size + 114, chosen, 16.0 if kind is None else kind.bits)
+            floor = decode_ms(self.program, rows, size + 114, chosen, *bits_of(self.built.setup.quantize))
             figure(self.shape, f"decode, batch {rows}", round(found[rows], 3), "ms", runs=[round(m, 3) for m in ms],
                    by_difference=round(statistics.median(peer), 3), launch_ms=round(statistics.median(host), 3),
                    device_ms=device_ms, floor_ms=round(floor, 3), of_floor=round(found[rows] / floor, 2),
@@ -246,7 +245,11 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--kv-cache-dtype", default="")
     parser.add_argument("--attention", default="")
     parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--quantize", default="", help=f"random codes, {', '.join(KINDS)}; or a method of the server")
+    parser.add_argument(
+        "--quantize",
+        default="",
+        help=f"random codes, {', '.join(KINDS)}, with -experts of experts alone; or a method of the server",
+    )
     parser.add_argument("--device", default="cuda", help="cpu: to try the measurement")
     parser.add_argument("--profile", default="")
     parser.add_argument("--wait", action="store_true", help="ask for each timed part on standard output")

@@ -15,6 +15,7 @@ from tokenmill.quant.formats import FORMATS
 from tokenmill.weights.checkpoint import Checkpoint
 
 _DRAWN = 1 << 24  # random bytes, of which every matrix is a slice
+_EXPERTS = "-experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +77,28 @@ def coded(kind: Kind, rows: int, columns: int, name: str = "") -> Coded:
     return Coded(codes, kind.format, scale, (kind.height, kind.group), zero=zero, low=low)
 
 
+def kind_of(name: str) -> Kind | None:
+    """Return a kind by its name, which may end in "-experts": of their matrices alone."""
+    return KINDS.get(name.removesuffix(_EXPERTS))
+
+
+def bits_of(name: str) -> tuple[float, float]:
+    """Return the bits of a weight of products, and of experts."""
+    kind = kind_of(name)
+    bits = 16.0 if kind is None else kind.bits
+    return 16.0 if name.endswith(_EXPERTS) else bits, bits
+
+
 def reader(name: str) -> Reader:
     """Return the `read` of a kind: matrices are random codes, but for the head, tables and exact ones."""
-    kind = KINDS[name]
+    kind, experts = kind_of(name), name.endswith(_EXPERTS)
+    assert kind is not None
 
     def read(source: Checkpoint, piece: Piece) -> Coded:
         stored = none.read(source, piece)
         plain = piece.weight.exact or piece.weight.table or piece.name.startswith(("lm_head.", "model.embed_tokens."))
-        if len(stored.shape) != 2 or plain:
+        if len(stored.shape) != 2 or plain or (experts and "experts." not in piece.name):
             return stored
-        return coded(kind, *stored.shape, piece.name)
+        return coded(kind, *stored.shape, f"{piece.name} {piece.index}")
 
     return read
