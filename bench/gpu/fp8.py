@@ -106,6 +106,9 @@ def ways(matrix: Matrix, found: Copies, rows: int) -> Iterator[tuple[str, Launch
 
 def variants(matrix: Matrix, fp8: list[Fp8Product], rows: int, early: bool) -> Iterator[tuple[str, Launch]]:
     """Yield the variants of sizes of our kernels."""
+    if rows == 1:
+        x, norm = fp8[0]._x, torch.ones(matrix.columns, dtype=torch.bfloat16, device="cuda")
+        yield "one, normed", each(fp8, lambda p: p.one((x, norm, 1e-5), early=early))
     for one in _ONE if rows == 1 else ():
         yield f"one {tuple(one)}", each(fp8, lambda p, one=one: p.one(early=early, shape=one))
     for few in _WEIGHT_ONLY if rows <= 32 else ():

@@ -24,6 +24,7 @@ from tokenmill.backends.cuda.products.base import Needs, Operands, Scratch
 from tokenmill.backends.cuda.products.fp8_shapes import (
     BLOCK,
     OURS,
+    RAW,
     WEIGHT_ONLY,
     FewShape,
     OneShape,
@@ -204,7 +205,7 @@ class Fp8Product:
 
     def raw(self, rows: int) -> bool:
         """Return True if `run` leaves the multiplication by the scales of rows and columns to the kernel behind."""
-        return self.leaves and self.reads_codes(rows) and self._library and not self._matrix.blocked
+        return self.leaves and self.reads_codes(rows) and rows > RAW and self._library and not self._matrix.blocked
 
     @property
     def raw_scales(self) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import triton
 
 BLOCK = 128  # numbers of a block's side that share a scale; columns whose bytes are interleaved
 WEIGHT_ONLY = 32  # rows up to which x stays in 16 bits
+RAW = 0  # rows up to which products multiply by their scales themselves
 OURS = 128  # rows up to which codes are multiplied by a kernel of ours, unless scales are left to the next kernel
 
 
