@@ -330,7 +330,7 @@ class Fp8Product:
 
     def _codes_shape(self, rows: int, outputs: int, gated: bool) -> FewShape:
         if self._invariant:
-            return invariant_shape(rows)
+            return invariant_shape(rows, self._matrix.blocked)
         shape = codes_shape(rows, outputs, self._matrix.codes.shape[1], gated, self._matrix.blocked)
         return shape._replace(splits=1) if self._scratch is None else shape
 

@@ -53,7 +53,7 @@ def codes_shape(rows: int, outputs: int, columns: int, gated: bool, blocked: boo
     """Return the sizes for rows of codes. `columns`: as stored."""
     splits = 1 if gated or rows > 64 else _splits(outputs, columns)
     if gated or blocked or columns > 2 * outputs or columns % (2 * BLOCK):
-        return FewShape(64, BLOCK, splits, 4, 4)
+        return FewShape(64, BLOCK, splits, 4, 8 if blocked and rows > 64 else 4)
     if rows > 2 * OURS:
         return FewShape(128, BLOCK, 1, 4, 8)
     splits = 2 if splits > 1 and (rows <= 32 or outputs <= columns) and columns % (4 * BLOCK) == 0 else 1
@@ -68,6 +68,8 @@ def _splits(outputs: int, columns: int) -> int:
     return splits
 
 
-def invariant_shape(rows: int) -> FewShape:
+def invariant_shape(rows: int, blocked: bool) -> FewShape:
     """Return batch-invariant sizes: never split, always summed in the same order."""
-    return FewShape(64, BLOCK, 1, 4, 4) if rows <= 64 else FewShape(128, BLOCK, 1, 3, 8)
+    if rows <= 64:
+        return FewShape(64, BLOCK, 1, 4, 4)
+    return FewShape(64 if blocked else 128, BLOCK, 1, 3, 8)
