@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-SIZES: dict[str, Any] = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+SIZES: dict[str, Any] = {"vocab_size": 128, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 3}
 GATED = {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 3}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 20}),

@@ -1,4 +1,4 @@
-"""Operations of an encoder and a decoder in one program. Only `backends/torch` has kernels for them.
+"""Operations of an encoder and a decoder in one program.
 
 A prompt is the encoder's input, and one token that begins the answer. The encoder's operations have values with rows
 "inputs": the tokens of one sequence's input, all at once. They run once, when the last token of the input is computed.
@@ -9,6 +9,9 @@ cross-attention, at later positions those of the decoder's own tokens.
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tokenmill.program.keeps import CachePart, CacheSpec
 from tokenmill.program.ops import Op, Weight
@@ -80,6 +83,21 @@ class CrossAttention(Op):
     layer: int
     head_dim: int
     scale: float
+
+
+def buckets_of(distance: NDArray[np.integer], count: int, longest: int, *, both_sides: bool) -> NDArray[np.int64]:
+    """Return the bucket of each distance, the position of a key minus that of a query (arXiv:1910.10683).
+
+    A side has a bucket for each of its first distances, then buckets whose width grows by a constant factor up to
+    `longest`. `both_sides`: half of the `count` buckets are for keys behind the query; else those count as distance 0.
+    """
+    side = count // 2 if both_sides else count
+    far = np.abs(distance) if both_sides else np.maximum(-distance, 0)
+    single = side // 2
+    ratio = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(single)) / np.float32(np.log(longest / single))
+    growth = single + (ratio * np.float32(side - single)).astype(np.int64)
+    bucket = np.where(far < single, far, np.minimum(growth, side - 1))
+    return np.asarray(bucket + side * (distance > 0) if both_sides else bucket, np.int64)
 
 
 def input_ids(tape: Tape) -> Value:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import cast
 
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.attention_tiles import (
     BEGIN,
+    BIAS,
     END,
     OUTPUT,
     PAIR_BYTES,
@@ -21,6 +23,7 @@ from tokenmill.backends.cpu.attention_tiles import (
     SINK,
     SLOPE,
     Heads,
+    Span,
     Tile,
 )
 from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, inline, kernel, peek, peek32, poke, poke32
@@ -56,7 +59,8 @@ Body = Callable[..., int]
 )
 _KEY_STRIDE, _VALUE_STRIDE, _TABLE_AT = 8 * layout.KEY_STRIDE, 8 * layout.VALUE_STRIDE, 8 * layout.TABLE_AT
 _SLOPES, _SINKS, _ROPE_INTERLEAVED = 8 * layout.SLOPES, 8 * layout.SINKS, 8 * layout.ROPE_INTERLEAVED
-_CHUNK = 8 * layout.CHUNK
+_CHUNK, _BIASES, _BIAS_STRIDE = 8 * layout.CHUNK, 8 * layout.BIASES, 8 * layout.BIAS_STRIDE
+_NUM_PROMPT, _NUM_PROMPT_STRIDE = 8 * layout.NUM_PROMPT, 8 * layout.NUM_PROMPT_STRIDE
 (_THREADS, _TOKENS, _ITEMS, _SINGLE_TOKEN, _TABLES, _TABLE_STRIDE, _TILE, _TILE_SIZE) = (
     8 * c
     for c in (
@@ -111,6 +115,29 @@ def first_key(row: int, position: int) -> int:
     return max(first, position - window + 1) if window else int(first)
 
 
+@inline
+def input_length(context: int, r: int) -> int:
+    """Return the number of tokens of the encoder's input of row r's sequence."""
+    slot = peek(peek(context + _SEQUENCES) + r * 8)
+    return int(max(peek32(peek(context + _NUM_PROMPT) + slot * peek(context + _NUM_PROMPT_STRIDE)) - 1, 1))
+
+
+def _bounds(isa: Isa, heads: Heads) -> tuple[Callable[..., int], Callable[..., int]]:
+    """Make functions (row, context, r, position) that return the first key that a row attends to, and the end."""
+    whole, answer = heads.span in ("input", "cross"), heads.span == "answer"
+
+    def begin(row: int, context: int, r: int, position: int) -> int:
+        if whole:
+            return 0
+        return input_length(context, r) if answer else first_key(row, position)
+
+    def end(row: int, context: int, r: int, position: int) -> int:
+        return input_length(context, r) if whole else position + 1
+
+    name = f"{heads.name}_{isa.name}"
+    return compiled(f"first_key_{name}", begin), compiled(f"end_of_keys_{name}", end)
+
+
 def _token_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
     """Make a function (row, context, r, h, position) that writes key and value of head h of row r to the cache."""
     pages, vectors, dim, value_dim, step = heads.pages, heads.dim // 16, heads.dim, heads.value_dim, heads.step
@@ -134,10 +161,10 @@ def write_cache(isa: Isa, heads: Heads) -> Body:
     rows share a page, so an item is up to 16 consecutive rows.
     """
     write, dim, group, vectors = _token_writer(isa, heads), heads.dim, heads.group, heads.dim // 16
-    shared = heads.latent > 0
+    shared, always = heads.latent > 0, heads.writes_first
 
     def body(tid: int, row: int, context: int, counter: int) -> int:
-        if peek(context + _SINGLE_TOKEN) and not shared:
+        if peek(context + _SINGLE_TOKEN) and not always:
             return 1
         rows, kv_heads = peek(context + _TOKENS), 1 if shared else peek(row + _HEADS)
         many = min(16, max(1, rows // (2 * peek(context + _THREADS))))
@@ -148,7 +175,7 @@ def write_cache(isa: Isa, heads: Heads) -> Body:
             for r in range(first, min(first + many, rows)):
                 position = peek(peek(context + _POSITIONS) + r * 8)
                 query = peek(row + _X) + r * peek(row + _X_STRIDE)
-                for h in range(0 if shared else kv_heads * group):
+                for h in range(0 if always else kv_heads * group):
                     prepare_head(row, r, query + h * dim * 4, vectors, peek(row + _Q_NORM))
                 for h in range(kv_heads):
                     write(row, context, r, h, position)
@@ -181,7 +208,8 @@ def _tile(isa: Isa, heads: Heads, pairs: int) -> Callable[..., None]:
 def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
     """Make a function (row, context, r0, n, h, pairs, tile) that writes the words of an item's pairs."""
     group, dim, vectors, alibi, sinks = heads.group, heads.dim, heads.dim // 16, heads.alibi, heads.sinks
-    value_dim, shared = heads.value_dim, heads.latent > 0
+    value_dim, shared, biased = heads.value_dim, heads.writes_first, heads.biased
+    begin, end = _bounds(isa, heads)
 
     def write(row: int, context: int, r0: int, n: int, h: int, pairs: int, tile: int) -> None:
         position = peek(peek(context + _POSITIONS) + r0 * 8)
@@ -193,8 +221,10 @@ def _pair_writer(isa: Isa, heads: Heads) -> Callable[..., None]:
             out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE) + head * value_dim * 4
             poke(pair + QUERY, query)
             poke(pair + OUTPUT, tile + j * value_dim * 4 if peek(row + _OUT_SCALES) else out)
-            poke(pair + END, p + 1)
-            poke(pair + BEGIN, first_key(row, p))
+            poke(pair + END, end(row, context, r, p))
+            poke(pair + BEGIN, begin(row, context, r, p))
+            if biased:
+                poke(pair + BIAS, peek(row + _BIASES) + head * peek(row + _BIAS_STRIDE) - p * 4)
             if alibi:
                 poke32(pair + SLOPE, peek32(peek(row + _SLOPES) + head * 4))
             if sinks:
@@ -243,15 +273,16 @@ def _beginning(isa: Isa, heads: Heads) -> Callable[..., None]:
 
     It skips items of several rows: these belong to a prompt, whose pages are in the processor's cache already.
     """
-    begin, page = emit(5, Tile(isa, heads, 1).begin), heads.step
+    early, page = emit(5, Tile(isa, heads, 1).begin), heads.step
+    begin, end = _bounds(isa, heads)
 
     def prefetch(row: int, context: int, r0: int, n: int, h: int) -> None:
         if n > 1:
             return
         position = peek(peek(context + _POSITIONS) + r0 * 8)
-        p0 = first_key(row, position) >> 4
+        p0, last = begin(row, context, r0, position) >> 4, end(row, context, r0, position)
         stride = peek(row + _PAGE_STRIDE)
-        begin(p0, ((position + n + 15) >> 4) - p0, blocks_of(row, context, r0), peek(row + _CACHE) + h * page, stride)
+        early(p0, ((last + 15) >> 4) - p0, blocks_of(row, context, r0), peek(row + _CACHE) + h * page, stride)
 
     return compiled(f"attend_begin_{heads.name}_{isa.name}", prefetch)
 
@@ -262,7 +293,7 @@ def attend(isa: Isa, heads: Heads) -> Body:
     While many items are left, a thread takes its next item early and prefetches its first pages.
     """
     item, write, prefetch = _item(isa, heads), _token_writer(isa, heads), _beginning(isa, heads)
-    shared = heads.latent > 0
+    shared = heads.writes_first
 
     def body(tid: int, row: int, context: int, counter: int) -> int:
         kv_heads, first, count = peek(row + _HEADS), peek(context + _FIRST), peek(context + _COUNT)
@@ -289,7 +320,10 @@ def attend(isa: Isa, heads: Heads) -> Body:
     return kernel(name, compiled(f"{name}_{isa.name}", body))
 
 
-_KERNEL_NAME = re.compile(r"(write|attend)_(f16|int8)_(\d+)x(\d+)(_capped)?(_alibi)?(_sinks)?(?:_latent(\d+))?")
+_KERNEL_NAME = re.compile(
+    r"(write|attend)_(f16|int8)_(\d+)x(\d+)"
+    r"(_capped)?(_alibi)?(_sinks)?(?:_latent(\d+))?(?:_(input|answer|cross))?"
+)
 
 
 def named(name: str, isa: Isa) -> Body:
@@ -299,5 +333,6 @@ def named(name: str, isa: Isa) -> Body:
         raise KeyError(name)
     form: KvForm = "f16" if match[2] == "f16" else "int8"
     capped, alibi, sinks = map(bool, match.group(5, 6, 7))
-    heads = Heads(form, int(match[3]), int(match[4]), capped, alibi, sinks, int(match[8] or 0))
+    span = cast("Span", match[9] or "")
+    heads = Heads(form, int(match[3]), int(match[4]), capped, alibi, sinks, int(match[8] or 0), span)
     return write_cache(isa, heads) if match[1] == "write" else attend(isa, heads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from llvmlite import ir
 
@@ -24,6 +25,11 @@ QUERY, OUTPUT, SCORES, END, BEGIN, TOP, INVERSE, SLOPE = range(0, 64, 8)
 SINK = SLOPE + 4
 """A pair's words: addresses of query, output, scores; visible keys [BEGIN, END); largest score, 1 / sum, slope, sink.
 Slope and sink are float32 and share a word."""
+BIAS = SLOPE
+"""Instead of slope and sink: the address that is as far before a key's bias as the key is from the cache's beginning"""
+Span = Literal["", "input", "answer", "cross"]
+"""What a row attends to: "" its sequence so far; "input" the whole of an encoder's input, with a bias by distance;
+"answer" the tokens of the decoder so far, with a bias; "cross" the input, as the decoder does."""
 _HIDDEN = -1e30  # score of a masked key
 _MIN_EXPONENT = -80.0  # e^x counts as 0 below this x
 
@@ -39,12 +45,14 @@ class Heads:
     alibi: bool = False
     sinks: bool = False
     latent: int = 0  # columns of a value, the first ones of the key; all heads share a page. 0: as wide as the key
+    span: Span = ""
 
     @property
     def name(self) -> str:
         """The shape as a part of the kernels' names."""
         extras = "".join(f"_{name}" for name in ("capped", "alibi", "sinks") if getattr(self, name))
         extras += f"_latent{self.latent}" if self.latent else ""
+        extras += f"_{self.span}" if self.span else ""
         return f"{self.form}_{self.dim}x{self.group}{extras}"
 
     @property
@@ -61,6 +69,16 @@ class Heads:
     def value_dim(self) -> int:
         """Columns of a value."""
         return self.latent or self.dim
+
+    @property
+    def biased(self) -> bool:
+        """True if scores have a bias by the distance of key and query."""
+        return self.span in ("input", "answer")
+
+    @property
+    def writes_first(self) -> bool:
+        """True if keys and values are never written by the kernel that attends."""
+        return self.latent > 0 or self.span == "cross"
 
     @property
     def step(self) -> int:
@@ -194,6 +212,7 @@ class Tile:
         scores, scale = self._words(g, pair, SCORES), g.splat(g.bits(factor), self.lanes)
         floats, ints = Vector(f32, self.lanes), Vector(i32, self.lanes)
         slopes = self._words(g, pair, SLOPE, f32) if self.heads.alibi else []
+        biases = self._words(g, pair, BIAS) if self.heads.biased else []
 
         def finish(i: Val, here: Val, part: int, sums: list[Val]) -> list[Val]:
             b, out = g.b, []
@@ -210,6 +229,9 @@ class Tile:
                 if self.heads.alibi:  # slope · (position of the key − that of the query)
                     behind = b.sitofp(b.add(b.sub(positions, end), g.k(ints, 1)), floats)
                     s = g.fma(behind, g.splat(slopes[r], self.lanes), s)
+                if self.heads.biased:
+                    page = g.at(biases[r], b.shl(g.at(p0, i), g.c(6)))
+                    s = b.fadd(s, g.ld(floats, page, 4 * part * self.lanes))
                 out.append(b.select(seen, s, g.k(floats, _HIDDEN)))
                 g.st(out[-1], g.at(scores[r], b.shl(i, g.c(6))), 4 * part * self.lanes)
             return out

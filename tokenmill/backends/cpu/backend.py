@@ -21,7 +21,7 @@ from tokenmill.backends.cpu.cache import KernelCache, cache_folder
 from tokenmill.backends.cpu.isa import detect
 from tokenmill.backends.cpu.lower import Line, Lowering
 from tokenmill.backends.cpu.lower_states import row_bytes
-from tokenmill.backends.cpu.memory import AttentionShape, Memory, Sizes
+from tokenmill.backends.cpu.memory import AttentionOp, AttentionShape, Memory, Sizes
 from tokenmill.backends.cpu.prepare import prepare, refusal
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.scratch import zeros
@@ -108,7 +108,7 @@ class CpuBackend:
         )
         self._scratch = Scratch(self._memory, self._slots, self._sampler, self._lines)
         self._table = np.zeros((0, layout.COLUMNS), np.int64)
-        self._body = _body(self._lines)
+        self._first, self._body = 0, _body(self._lines)  # rows of the table where a step begins, and before TakeRows
         self._workers = WorkerThreads(self._code, self._scratch.context, threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cpu-backend")
         self._last: CpuStep | None = None
@@ -186,17 +186,21 @@ class CpuBackend:
     # ---- a step, on the backend's thread ----
 
     def _step(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks) -> StepResult:
-        self._apply(inputs)
+        inputs, plan = self._begin(inputs, plan)
         token_ids = self._compute(inputs, plan, masks if inputs.deferred else None)
         details = self._sampler.details() if token_ids else None
         prompt = prompt_payloads(inputs, self._slots.parameters.rows, self._score)
         return StepResult(token_ids, details, prompt)
 
-    def _apply(self, inputs: StepInputs) -> None:
-        """Apply the changes since the previous step. Raises RuntimeError if a row continues from a lost state."""
+    def _begin(self, inputs: StepInputs, plan: StepPlan) -> tuple[StepInputs, StepPlan]:
+        """Apply the changes since the previous step. Return the step to compute, and its plan.
+
+        Raises RuntimeError if a row continues from a lost state.
+        """
         if self._progress is not None:
             self._progress.advance(inputs)
         self._slots.apply(inputs)
+        return inputs, plan
 
     def _compute(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks | None = None) -> list[int]:
         """Execute the table and return the sampled ids, one for each sampling row.
@@ -204,13 +208,15 @@ class CpuBackend:
         A step without sampling rows stops before TakeRows. The last row samples: it waits for deferred masks, and the
         rows before it run meanwhile.
         """
+        if not len(inputs.slots):
+            return []
         self._scratch.begin(plan)
         if not len(plan.chosen):
-            self._walk(0, self._body)
+            self._walk(self._first, self._body)
             return []
-        first, end = 0, len(self._table)
+        first, end = self._first, len(self._table)
         if masks is not None:
-            self._walk(0, end - 1)
+            self._walk(first, end - 1)
             first = end - 1
         self._sampler.begin(inputs, masks.wait() if masks else None)
         self._walk(first, end)
@@ -231,8 +237,7 @@ class CpuBackend:
 
     def _warm_up(self) -> None:
         for inputs in warm_up_steps(self.limits, self.num_blocks, len(self.windows)):
-            self._apply(inputs)
-            self._compute(inputs, self._scratch.plan(step_tokens(inputs)))
+            self._compute(*self._begin(inputs, self._scratch.plan(step_tokens(inputs))))
         size = warm_up_tokens(self.limits, self.num_blocks)
         self._slots.tables[0], self._slots.tokens[0, : size + 1] = 0, 0
         self._memory.clear_pages(slice(0, -(-size // layout.BLOCK)))
@@ -258,11 +263,12 @@ class Scratch:
 
     def __init__(self, memory: Memory, slots: Slots, sampler: Sampler, lines: list[Line]) -> None:
         sizes, n = memory.sizes, memory.sizes.threads
-        program, attention = memory.program, ops.Attention | ops.LatentAttention
-        heads = [AttentionShape.of(op, sizes.kv_dtype) for op in program.ops if isinstance(op, attention)]
+        program = memory.program
+        heads = [AttentionShape.of(op, sizes.kv_dtype) for op in program.ops if isinstance(op, AttentionOp)]
+        most = max(sizes.rows(v.spec) for op in program.ops for v in op.results().values())
         self._item_rows = min((h.item_rows for h in heads), default=1)
-        widest = max(v.width for op in program.ops for v in op.results().values() if v.spec.rows == "tokens")
-        tile = max([max(sizes.tokens, sizes.samples) * 256, *(h.pairs * h.dim * 4 for h in heads)])
+        widest = max(v.width for op in program.ops for v in op.results().values() if v.spec.rows != "samples")
+        tile = max([most * 256, *(h.pairs * h.dim * 4 for h in heads)])
         row = max([widest * 4, *((h.pairs + 2) * 128 for h in heads), *map(row_bytes, program.ops)])
         scores = (sizes.context + 32) // layout.BLOCK * 64
         self.counters = zeros((len(lines), 8), np.int64)
@@ -277,7 +283,7 @@ class Scratch:
             layout.TOKEN_IDS: slots.tokens,
         }
         if narrow := max((line.row[layout.OUT_STRIDE] for line in lines if line.kernel == "narrow"), default=0):
-            self._arrays[layout.NARROW] = zeros((max(sizes.tokens, sizes.samples, layout.FEW * n), narrow))
+            self._arrays[layout.NARROW] = zeros((most, narrow))
             self.context[layout.NARROW_SIZE] = layout.FEW * narrow
         for word, array in self._arrays.items():
             self.context[word] = array.ctypes.data

@@ -13,6 +13,7 @@ from tokenmill.backends.accounts import Use, listed, stored_bytes
 from tokenmill.backends.cpu.forms import FLOATS
 from tokenmill.backends.kind import CPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
 from tokenmill.errors import Unsupported
+from tokenmill.program.encoded import encodes
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
 from tokenmill.quant.coded import Coded
@@ -83,10 +84,11 @@ class CpuKind:
     def make(self, job: Job) -> Backend:
         """See `Kind`."""
         from tokenmill.backends.cpu.backend import CpuBackend
+        from tokenmill.backends.cpu.encoded import EncoderDecoderBackend
 
         if (dtype := job.options.dtype) in ("bfloat16", "float16"):
             _log.info("The CPU backend keeps weights as they are stored and computes in float32, not %s.", dtype)
-        return CpuBackend(job)
+        return EncoderDecoderBackend(job) if encodes(job.program) else CpuBackend(job)
 
     def form(self, parts: Sequence[Coded], use: Use, dtype: str) -> str:
         """See `Kind`. A name of `forms.py`."""

@@ -82,6 +82,9 @@ VALUE_STRIDE = 28
 SLOPES = 29  # of ALiBi: float32 for each query head; 0: none
 ROPE_INTERLEAVED = 30  # 1: pairs are adjacent columns
 TABLE_AT = 31  # bytes from the beginning of a slot's tables to the layer's
+# Attention of an encoder or decoder: as above, but for:
+BIAS_STRIDE = 11  # bytes from the biases of a head to those of the next one
+BIASES = 29  # float32 for each distance of a key from a query, for each head: the address of that for distance 0
 # CosSin: one row of the table before Embed for each RopeTable (OUT, OUT_STRIDE: the cosines and sines)
 FREQUENCIES = 11  # float32, padded to a multiple of 16 (`rope.frequencies`)
 FREQUENCY_STRIDE = 12  # bytes from position to position; 0: independent of it (all scalings but dynamic)
@@ -192,6 +195,8 @@ ROW_SIZE = 14
 ZEROS = 15  # 4,096 bytes of zeros
 NARROW = 16  # activations of a product in bfloat16: rows of `narrow_stride` bytes; 0: not used
 NARROW_SIZE = 17  # with at most FEW rows, each thread has a private copy at NARROW + tid * NARROW_SIZE
+NUM_PROMPT = 18  # address of the tokens of each slot's prompt: int32, the encoder's input and a first token behind it
+NUM_PROMPT_STRIDE = 19  # bytes
 SAMPLING = 25  # address of the sampler's words (`sampler.Sampler.address`); set once
 FIRST_ROW = 26  # address of the first row of the table to walk
 LAST_ROW = 27  # address behind the last row to walk

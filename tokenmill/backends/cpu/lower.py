@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu import items, layout, lower_latent, lower_special, lower_states, ordered
+from tokenmill.backends.cpu import items, layout, lower_encoded, lower_latent, lower_special, lower_states, ordered
 from tokenmill.backends.cpu.forms import PAIRS
 from tokenmill.backends.cpu.layout import ACTS, Fields, Lowered, float_bits
 from tokenmill.backends.cpu.memory import AttentionShape, CosSinTable, Memory
@@ -246,6 +246,6 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     recurrence.StateSpace: _in_memory(lower_states.state_space),
     recurrence.DeltaRule: _in_memory(lower_states.delta_rule),
     recurrence.RgLru: _in_memory(lower_states.rg_lru),
-    **{kind: _in_memory(function) for kind, function in lower_special.KINDS.items()},
+    **{kind: _in_memory(function) for kind, function in (lower_special.KINDS | lower_encoded.KINDS).items()},
 }
 """The kinds of operations that this backend runs"""

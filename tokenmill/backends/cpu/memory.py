@@ -22,10 +22,16 @@ from tokenmill.backends.steps import cache_plan
 from tokenmill.program import ops, special
 from tokenmill.program.buffers import Plan, plan_buffers
 from tokenmill.program.cost import cache_layout
+from tokenmill.program.encoded import CrossAttention, DecoderAttention, EncoderAttention, StoreInput
 from tokenmill.program.keeps import CacheSpec
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Buffer, Program, Value
+
+AttentionOp = ops.Attention | ops.LatentAttention | EncoderAttention | DecoderAttention | CrossAttention
+"""Operations that attend to pages of the cache"""
+
+_SPANS: dict[type[Op], str] = {EncoderAttention: "input", DecoderAttention: "answer", CrossAttention: "cross"}
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -52,7 +58,7 @@ class Sizes:
 
     def rows(self, buffer: Buffer) -> int:
         """Return the rows of a buffer. There are at least FEW for each thread, for its private copy of few rows."""
-        rows = self.tokens if buffer.rows == "tokens" else self.samples
+        rows = {"tokens": self.tokens, "samples": self.samples, "inputs": self.context}[buffer.rows]
         return max(rows, layout.FEW * self.threads)
 
     def bytes_of(self, buffer: Buffer) -> int:
@@ -107,10 +113,13 @@ class AttentionShape:
     alibi: bool = False
     sinks: bool = False
     latent: int = 0
+    span: str = ""  # as in `attention_tiles.Heads`
 
     @staticmethod
-    def of(op: ops.Attention | ops.LatentAttention, kv_dtype: str) -> AttentionShape:
+    def of(op: AttentionOp, kv_dtype: str) -> AttentionShape:
         """Return the shape of one operation. Heads that share a page are cut into groups that fill a tile."""
+        if isinstance(op, EncoderAttention | DecoderAttention | CrossAttention):
+            return AttentionShape(kv_dtype, op.head_dim, op.q.width // op.head_dim, 1, False, span=_SPANS[type(op)])
         if isinstance(op, ops.LatentAttention):
             heads, dim = op.q.width // op.head_dim, op.latent.width + op.key.width
             group = max(n for n in range(1, layout.SCORE_ROWS + 1) if heads % n == 0)
@@ -123,6 +132,7 @@ class AttentionShape:
         """The shape as a part of the kernels' names."""
         extras = "".join(f"_{name}" for name in ("capped", "alibi", "sinks") if getattr(self, name))
         extras += f"_latent{self.latent}" if self.latent else ""
+        extras += f"_{self.span}" if self.span else ""
         return f"{self.kv_dtype}_{self.dim}x{self.group}{extras}"
 
     @property
@@ -288,9 +298,10 @@ class Memory:
         if op.state() is not None:
             return self.states.columns(op) if kernel in STATE_KERNELS else {}
         spec = op.keeps()
-        if spec is None or not kernel.startswith(("write_", "attend_")):
+        layer = spec.layer if spec is not None else layer_of(op)
+        if layer is None or not kernel.startswith(("write_", "attend_")):
             return {}
-        table, part = self.cache_plan.places[spec.layer]
+        table, part = self.cache_plan.places[layer]
         before = sum(self._part_bytes()[:part])
         return {
             layout.CACHE: self._cache.ctypes.data + before,
@@ -301,6 +312,16 @@ class Memory:
     def clear_pages(self, pages: slice) -> None:
         """Reset pages to zeros."""
         self._cache[pages] = 0
+
+
+def layer_of(op: Op) -> int | None:
+    """Return the layer whose cache an operation accesses that declares none itself; None: it accesses none.
+
+    While the encoder runs, pages of the first layer hold its keys and values.
+    """
+    if isinstance(op, EncoderAttention):
+        return 0
+    return op.layer if isinstance(op, StoreInput | CrossAttention) else None
 
 
 def _closed(weight: Weight) -> Floats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tokenmill.backends.cpu import items, lower_latent, lower_special, lower_states
+from tokenmill.backends.cpu import items, lower_encoded, lower_latent, lower_special, lower_states
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
@@ -113,7 +113,9 @@ def _refused(op: Op) -> str:
     return ""
 
 
-_REFUSALS = (_refused, items.refused, lower_latent.refused, lower_states.refused, lower_special.refused)
+_REFUSALS = (
+    _refused, items.refused, lower_latent.refused, lower_states.refused, lower_special.refused, lower_encoded.refused,
+)  # fmt: skip
 
 
 def prepare(
@@ -149,7 +151,7 @@ def pack_all(
     expansions = {op.expand: op for op in program.ops if isinstance(op, ops.LatentAttention)}
     products = {op.weight for op in program.ops if isinstance(op, ops.Linear)}
     products -= {w for op in program.ops if not isinstance(op, ops.Linear) for ws in op.weights().values() for w in ws}
-    constants = {weight for op in program.ops for weight in lower_states.constants(op)}
+    constants = {w for op in program.ops for w in (*lower_states.constants(op), *lower_encoded.constants(op))}
     wanted = [w for w in _weights(program) if w.columns and w not in constants]
     arena = Arena()
 

@@ -41,6 +41,10 @@ class Sampler:
             }
         )
 
+    def skip_inputs(self) -> None:
+        """Let only the last token of a prompt count in penalties. Call before the first step."""
+        self._write({sampling_layout.SKIPS_INPUTS: 1})
+
     @property
     def address(self) -> int:
         """The address of the kernel's words, which never changes."""

@@ -32,6 +32,7 @@ from tokenmill.backends.cpu.sampling_layout import (
     SCRATCH_SIZE,
     SEED_HIGH,
     SEED_LOW,
+    SKIPS_INPUTS,
     TARGETS,
     TEMPERATURE,
     TOKENS,
@@ -181,7 +182,9 @@ def _process(words: int, s: int, y: int, vocab: int, p: int, slot: int, position
         until = peek(words + BIAS_UNTIL) + offset
         add_biases(y, vocab, peek32(p + NUM_BIASES), ids, values, until, position)
     if peek_float(p + REPETITION) != 1 or peek_float(p + FREQUENCY) != 0 or peek_float(p + PRESENCE) != 0:
-        penalize(s, y, vocab, tokens, position, peek32(p + NUM_PROMPT), p + REPETITION)
+        num_prompt = peek32(p + NUM_PROMPT)
+        penalize(s, y, vocab, tokens, max(num_prompt - 1, 0) * peek(words + SKIPS_INPUTS), position, num_prompt,
+                 p + REPETITION)  # fmt: skip
 
 
 @inline

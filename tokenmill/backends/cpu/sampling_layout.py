@@ -23,6 +23,7 @@ TOP_LOGPROBS = 112  # float32, MAX_LISTED for each row
 TARGETS = 120  # SCORE: int64 for each row, the token whose log-probability is computed
 WANTED = 128  # SCORE: int64 for each row, number of ids to list; -1: no log-probabilities
 MASKS = 136  # int64 for each row: address of its logits mask, one bit for each id, or 0. MASKS 0: no row has a mask
+SKIPS_INPUTS = 144  # 1: of a prompt only the last token counts in penalties, because an encoder reads the others
 WORDS = 24  # words of 8 bytes
 
 SAMPLE, SCORE = range(2)

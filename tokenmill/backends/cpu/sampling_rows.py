@@ -82,14 +82,14 @@ def logarithm(x: float) -> float:
 
 
 @inline
-def penalize(s: int, x: int, vocab: int, tokens: int, end: int, num_prompt: int, p: int) -> None:
-    """Apply the three penalties in place to all ids among the first `end` tokens, once for each id.
+def penalize(s: int, x: int, vocab: int, tokens: int, first: int, end: int, num_prompt: int, p: int) -> None:
+    """Apply the three penalties in place to all ids among the tokens from `first` to `end` - 1, once for each id.
 
     `p`: address of repetition, frequency and presence penalty.
     """
     repetition, frequency, presence = peek_float(p), peek_float(p + 4), peek_float(p + 8)
     counts, touched, n = peek(s + COUNTS), peek(s + TOUCHED), 0
-    for i in range(end):
+    for i in range(first, end):
         token = peek32(tokens + 4 * i)
         if 0 <= token < vocab:
             count = peek32(counts + 4 * token)

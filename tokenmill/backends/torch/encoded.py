@@ -1,14 +1,9 @@
-"""The torch backend for a program with an encoder.
-
-The last token of a prompt begins the answer; those before are the encoder's input. A step that computes the last token
-of an input runs the encoder over the whole input, which the slot holds, and stores keys and values at its positions.
-All other tokens of inputs cost nothing: the decoder gets a step without them.
-"""
+"""The torch backend for a program with an encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.backends.base import StepInputs
+from tokenmill.backends.encoded import completed_inputs, input_lengths, of_decoder
 from tokenmill.backends.kind import Job
 from tokenmill.backends.torch.attention import RUN, Bucket, Run, bucket_of, bucketed
 from tokenmill.backends.torch.backend import TorchBackend
@@ -63,17 +59,10 @@ class EncoderDecoderBackend(TorchBackend):
     def begin(self, inputs: StepInputs) -> StepInputs:
         """Apply the changes of slots, run the encoder where an input is complete, and return the decoder's step."""
         super().begin(inputs)
-        lengths = self._lengths(inputs.slots)
-        last = lengths - 1
-        complete = (inputs.starts <= last) & (last < inputs.starts + inputs.counts)
-        for slot, length in zip(inputs.slots[complete].tolist(), lengths[complete].tolist(), strict=True):
+        lengths = input_lengths(inputs.slots, self._slots.parameters.rows)
+        for slot, length in completed_inputs(inputs, lengths):
             self._encode(slot, length)
         return of_decoder(inputs, lengths)
-
-    def _lengths(self, slots: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Return the number of tokens of each row's input. A slot without a request, in a warm-up, has one."""
-        found: NDArray[np.int32] = np.maximum(self._slots.parameters.rows["num_prompt"][slots] - 1, 1)
-        return found
 
     def _encode(self, slot: int, length: int) -> None:
         positions = torch.arange(length, device=self.device)
@@ -87,25 +76,13 @@ class EncoderDecoderBackend(TorchBackend):
 
     def _state(self, inputs: StepInputs) -> tuple[StepState, Tensor]:
         state, ids = super()._state(inputs)
-        lengths = self._lengths(inputs.slots)
+        lengths = input_lengths(inputs.slots, self._slots.parameters.rows)
         tables, block = self._slots.tables[self._to_device(inputs.slots)], self.limits.block_size
         runs = _runs(inputs, lengths)
         own = [bucket_of(group, tables, block, keep=True) for group in bucketed(runs[0])]
         cross = [bucket_of(group, tables, block, keep=True, whole=True) for group in bucketed(runs[1])]
         given = {name.name: getattr(state, name.name) for name in fields(StepState)}
         return EncodedState(**given, own=own, cross=cross), ids
-
-
-def of_decoder(inputs: StepInputs, lengths: NDArray[np.int32]) -> StepInputs:
-    """Return a step without the tokens of inputs, and without rows that have no others.
-
-    `lengths`: of each row's input, in tokens.
-    """
-    starts = np.maximum(inputs.starts, lengths)
-    counts = inputs.starts + inputs.counts - starts
-    kept = np.flatnonzero(counts > 0)
-    samples = np.searchsorted(kept, inputs.samples).astype(np.int32)
-    return replace(inputs, slots=inputs.slots[kept], starts=starts[kept], counts=counts[kept], samples=samples)
 
 
 def _runs(inputs: StepInputs, lengths: NDArray[np.int32]) -> tuple[list[Run], list[Run]]:
