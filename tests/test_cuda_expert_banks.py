@@ -12,7 +12,7 @@ from support_cuda import DEVICE, torch
 from test_cuda_coded import FORMS, drawn
 from test_cuda_experts import MORE, Layer, tiny
 
-from tokenmill.backends.cuda import expert_shapes
+from tokenmill.backends.cuda import expert_banks, expert_shapes
 from tokenmill.backends.cuda.expert_banks import CodedStack
 from tokenmill.backends.cuda.expert_shapes import TileShape
 from tokenmill.backends.torch.experts import mixed
@@ -32,16 +32,18 @@ MANY = {
 
 
 def reader(name: str, unlike: str = "", *, ordered: bool = False) -> Any:
-    """Return a reader of random matrices in a form. `unlike`: form of every second one; `ordered`: with act-order."""
+    """Return a reader of random matrices in a form. `unlike`: that of others, or "none"; `ordered`: with act-order."""
 
     def read(source: Checkpoint, piece: Piece) -> Coded:
         stored = none.read(source, piece)
         if len(stored.shape) < 2 or piece.weight.exact or stored.shape[0] < 24:
             return stored
-        number = zlib.crc32(piece.name.encode())
-        kind, group, zero, more = FORMS[unlike if unlike and number % 2 else name]
+        number, whole = (zlib.crc32(part.name.encode()) for part in (piece, piece.weight.parts[0]))
+        if unlike == "none" and whole % 2:
+            return Coded(stored.floats() * np.float32(0.15), "f32")
+        kind, group, zero, more = FORMS[unlike if unlike and whole % 2 else name]
         made = drawn(kind, *stored.shape, group, zero, **more)
-        order = np.arange(stored.shape[1])[::-1] if ordered else None
+        order = np.random.default_rng(whole).permutation(stored.shape[1]) if ordered else None
         made = replace(made, codes=np.roll(made.codes, number % 97, 0), order=order)
         assert made.scale is not None
         factor = 0.15 / made.floats().std()
@@ -91,6 +93,19 @@ def test_tiles_of_any_size_that_scale_weights_or_sums_give_the_same_result(name:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4, groups of 64 with zero points", "int4, a scale a row"])
+def test_experts_whose_columns_are_in_orders_of_their_own_take_those_of_x(name: str) -> None:
+    made = coded(reader(name, ordered=True), "bounded")
+    stack = made.weights.stacks[made.experts.gate_up[0]]
+    assert isinstance(stack, CodedStack)
+    assert stack.order is not None
+    for count in (1, 19):
+        x = made.rows(count)
+        ids, factors = made.chosen(count)
+        assert off(made.summed(count), wanted(made, x, ids, factors)) < 2e-3
+
+
+@pytest.mark.slow
 def test_with_deterministic_a_row_of_coded_experts_is_the_same_to_the_bit_alone_and_in_a_batch() -> None:
     made, together = coded(reader("e2m1, groups of 32"), "biased", deterministic=True), []
     for count in (40, 1):
@@ -101,15 +116,18 @@ def test_with_deterministic_a_row_of_coded_experts_is_the_same_to_the_bit_alone_
 
 
 @pytest.mark.parametrize(
-    "read, why",
+    "read, why, at_once",
     [
-        (reader("int4, groups of 32, as GGUF packs them", "int8, groups of 32"), "forms"),
-        (reader("int4, a scale a row", ordered=True), "act-order"),
+        pytest.param(reader("int4, a scale a row", "none", ordered=True), "not quantized", 1, marks=pytest.mark.slow),
+        (reader("int8, groups of 32", "e2m1, groups of 32"), "unlike formats", 1 << 25),
+        (reader("int8, groups of 32", "e2m1, groups of 32"), "several forms", 1),
+        (reader("int4, a scale a row", "none"), "not quantized", 1 << 25),
     ],
 )
-def test_experts_that_are_in_several_forms_or_orders_are_converted_and_logged(
-    read: Any, why: str, caplog: pytest.LogCaptureFixture
+def test_experts_that_are_not_all_in_one_form_are_converted_and_logged(
+    read: Any, why: str, at_once: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(expert_banks, "_AT_ONCE", at_once)
     made = coded(read, "bare")
     (line,) = (record.message for record in caplog.records if "experts" in record.message)
     assert why in line

@@ -215,7 +215,7 @@ class GroupedProducts:
         op, bank = self._op, self._bank
         stack, bias = (bank.gate_up, bank.gate_up_bias) if act else (bank.down, bank.down_bias)
         gated, outputs, columns = bool(act) and op.gated, out.shape[1], x.shape[1]
-        tensors = stack.tensors if isinstance(stack, CodedStack) else (stack,) * 4
+        tensors = stack.tensors if isinstance(stack, CodedStack) else (stack,) * 5
         copies = self._copies and columns % 8 == 0 and isinstance(stack, Tensor)
         copies_x = copies and not act and not shape.halves
         launch(

@@ -80,8 +80,6 @@ def form_of_matrix(parts: Sequence[Coded], use: Use, dtype: str, *, fp8: bool) -
         return f"converted to {dtype} at load: {why}"
     if use == "product" and fp8 and all(is_fp8(part) for part in parts):
         return f"FP8; up to {WEIGHT_ONLY} rows activations stay in {dtype}"
-    if use == "expert" and any(part.order is not None for part in parts):
-        return f"converted to {dtype} at load: its columns are in an order of their own (act-order)"
     try:
         return f"packed as {form_of(parts)}"
     except Unpackable as reason:

@@ -170,6 +170,9 @@ def pack(
             lanes.put(lane)
 
     for_each(wanted, source, one, _LANES, report)
+    lane = lanes.get()
+    for weight, parts, to in banks.rest():
+        _pack(weight, to, source, read, group.rank, lane, parts)
     device.finish()
     products.log()
     multiplied = {op.weight for op in program.ops if isinstance(op, ops.Linear)}
@@ -224,9 +227,9 @@ def _add(banks: Banks, weight: Weight, source: Checkpoint, read: Reader, rank: i
     """Read a matrix of an expert to the device."""
     parts = load_parts(weight, source, read, rank)
     with lane.queued():
-        to = banks.add(weight, parts, lane.upload)
-    if to is not None:
-        _pack(weight, to, source, read, rank, lane, None if weight.transposed else parts)
+        unpacked = banks.add(weight, parts, lane.upload)
+    for one, its, to in unpacked:
+        _pack(one, to, source, read, rank, lane, None if one.transposed else its)
 
 
 def _stacks(program: Program, dtype: torch.dtype, device: Device) -> dict[tuple[Weight, ...], Tensor]:

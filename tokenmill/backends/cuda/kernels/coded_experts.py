@@ -15,14 +15,15 @@ from tokenmill.backends.cuda.kernels.rows import gated
 
 
 @triton.jit
-def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, m_ok, e, n, HEIGHT: tl.constexpr, K: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr,
-               G: tl.constexpr, SL: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
+def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, order_ptr, m_ok, owners, e, n, HEIGHT: tl.constexpr,
+               K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
+               META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, TEXT: tl.constexpr, ORDER: tl.constexpr,
+               ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Return sums (BN, BM) of the outputs `n` (BN,) of experts `e`, one or (BN,), for BM rows of x.
 
-    `starts`: of the rows in x (BM,). D: columns of a slice that are multiplied at a time. HEIGHT: rows of a matrix, as
-    stored. ON_WEIGHTS: scales of groups multiply weights, not sums.
+    `starts`, `owners`: the rows' places in x, and their experts (BM,), whose order of columns they take with ORDER. D:
+    columns of a slice that are multiplied at a time. HEIGHT: rows of a matrix, as stored. ON_WEIGHTS: scales of groups
+    multiply weights, not sums.
     """
     HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     SLICES: tl.constexpr = 4 if (KIND == "int4" or KIND == "e2m1" or KIND == "table") else 2
@@ -51,7 +52,11 @@ def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, m_ok, e, n, HEIG
         part = tl.zeros([BN, BM], tl.float32)
         for j in tl.static_range(SLICES):
             k = b * BLOCK + j * SL + h
-            if K % BLOCK == 0:
+            if ORDER:
+                ok = m_ok[:, None] & (c[None, :] < K - k)
+                order = tl.load(order_ptr + owners[:, None] * K + k + c[None, :], mask=ok, other=0)
+                x = tl.load(x_ptr + starts[:, None] + order, mask=ok, other=0.0)
+            elif K % BLOCK == 0:
                 x = tl.load(x_at + k, mask=m_ok[:, None], other=0.0)
             else:
                 x = tl.load(x_at + k, mask=m_ok[:, None] & (c[None, :] < K - k), other=0.0)
@@ -93,10 +98,11 @@ def halves(sums, BN: tl.constexpr):
 
 
 @triton.jit
-def coded_row_up(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr, limit,
-                 offset, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def coded_row_up(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr, bias_ptr, ids_ptr, factors_ptr, out_ptr,
+                 limit, offset, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                  KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, HEIGHT: tl.constexpr,
-                 TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, ACT: tl.constexpr,
+                 TEXT: tl.constexpr, ORDER: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
+                 ACT: tl.constexpr,
                  GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
                  PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """As `one_row_up`. BK: rows of x, of which one is there."""
@@ -109,8 +115,8 @@ def coded_row_up(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, i
         gdc_wait()
     e = tl.load(ids_ptr + j)
     sums = coded_sums(
-        x_ptr, m * 0, weight_ptr, words_ptr, table_ptr, m == 0, e, n, HEIGHT, K, BK, size, SL, KIND, META, G, SL, TEXT,
-        ASM, ON_WEIGHTS, STAGES,
+        x_ptr, m * 0, weight_ptr, words_ptr, table_ptr, order_ptr, m == 0, m * 0 + e, e, n, HEIGHT, K, BK, size, SL,
+        KIND, META, G, SL, TEXT, ORDER, ASM, ON_WEIGHTS, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -128,12 +134,12 @@ def coded_row_up(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, i
 
 
 @triton.jit
-def coded_row_down(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, ids_ptr, factors_ptr, residual_ptr,
-                   out_ptr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
-                   BK: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr,
-                   HEIGHT: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
-                   BIAS: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
-                   PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def coded_row_down(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr, bias_ptr, ids_ptr,
+                   factors_ptr, residual_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
+                   KP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr,
+                   G: tl.constexpr, SL: tl.constexpr, HEIGHT: tl.constexpr, TEXT: tl.constexpr, ORDER: tl.constexpr,
+                   ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+                   RESIDUAL: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """As `one_row_down`. A tile has BN outputs of each of the experts, and BK rows of x, KP at least.
 
     Of a tile's sums, those of an output of an expert with that expert's row are used.
@@ -143,11 +149,12 @@ def coded_row_down(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr,
     n = tl.program_id(0) * BN + i % BN
     n = tl.where(n < N, n, 0)
     e = tl.load(ids_ptr + j, mask=j < TOP_K, other=0)
+    owners = tl.load(ids_ptr + m, mask=m < TOP_K, other=0)
     if PDL:
         gdc_wait()
     sums = coded_sums(
-        x_ptr, m * K, weight_ptr, words_ptr, table_ptr, m < TOP_K, e, n, HEIGHT, K, BK, KP * BN, SL, KIND, META, G,
-        SL, TEXT, ASM, ON_WEIGHTS, STAGES,
+        x_ptr, m * K, weight_ptr, words_ptr, table_ptr, order_ptr, m < TOP_K, owners, e, n, HEIGHT, K, BK, KP * BN, SL,
+        KIND, META, G, SL, TEXT, ORDER, ASM, ON_WEIGHTS, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()

@@ -132,13 +132,13 @@ def tile_sums(x_ptr, weight_ptr, x_stride, rows, m_ok, first, base, n, tile, N: 
 
 
 @triton.jit
-def multiply_tile(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr,
-                  x_stride, limit, offset, e, first, count, tile, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
-                  LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr,
-                  KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, HEIGHT: tl.constexpr,
-                  TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
-                  STAGES: tl.constexpr):  # fmt: skip
+def multiply_tile(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr, bias_ptr, factors_ptr, out_ptr,
+                  items_ptr, x_stride, limit, offset, e, first, count, tile, N: tl.constexpr, K: tl.constexpr,
+                  TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
+                  GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+                  TMA: tl.constexpr, TMA_X: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr,
+                  SL: tl.constexpr, HEIGHT: tl.constexpr, TEXT: tl.constexpr, ORDER: tl.constexpr, ASM: tl.constexpr,
+                  ON_WEIGHTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Multiply at most BM items from `first` on, all of expert e, with outputs [tile · BN, tile · BN + BN)."""
     m = tl.arange(0, BM)
     n = tile * BN + tl.arange(0, BN)
@@ -156,8 +156,9 @@ def multiply_tile(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, 
     else:
         size: tl.constexpr = 2 * BN if GATED else BN
         y = coded_sums(
-            x_ptr, rows.to(tl.int64) * x_stride, weight_ptr, words_ptr, table_ptr, m_ok, e,
-            side_by_side(tile, N, BN, GATED), HEIGHT, K, BM, size, BK, KIND, META, G, SL, TEXT, ASM, ON_WEIGHTS, STAGES,
+            x_ptr, rows.to(tl.int64) * x_stride, weight_ptr, words_ptr, table_ptr, order_ptr, m_ok, m * 0 + e, e,
+            side_by_side(tile, N, BN, GATED), HEIGHT, K, BM, size, BK, KIND, META, G, SL, TEXT, ORDER, ASM, ON_WEIGHTS,
+            STAGES,
         )  # fmt: skip
         y *= tl.load(whole_ptr + e)
         up = y
@@ -179,13 +180,13 @@ def multiply_tile(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, 
 
 
 @triton.jit
-def grouped(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, tiles_ptr,
-            x_stride, limit, offset, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr,
-            BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
-            BIAS: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, HALVES: tl.constexpr,
-            GROUP: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr,
-            HEIGHT: tl.constexpr, TEXT: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-            STAGES: tl.constexpr):  # fmt: skip
+def grouped(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr,
+            tiles_ptr, x_stride, limit, offset, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
+            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+            LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr,
+            HALVES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr,
+            SL: tl.constexpr, HEIGHT: tl.constexpr, TEXT: tl.constexpr, ORDER: tl.constexpr, ASM: tl.constexpr,
+            ON_WEIGHTS: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Multiply each tile of items with its expert's matrix. Grid (N / BN, tiles).
 
     With ACT, x has a row for each row of the step, the matrices have 2 · N rows, gate and up, or N unless GATED, and
@@ -202,15 +203,15 @@ def grouped(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factor
         e, first = tl.load(tiles_ptr + slot * 4), tl.load(tiles_ptr + slot * 4 + 1)
         if HALVES and count <= BM // 2:
             multiply_tile(
-                x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride,
-                limit, offset, e, first, count, tile, N, K, TOP_K, BM // 2, BN, BK, ACT, GATED, LIMIT, BIAS, SCALED,
-                TMA, TMA_X, KIND, META, G, SL, HEIGHT, TEXT, ASM, ON_WEIGHTS, STAGES,
+                x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr, bias_ptr, factors_ptr, out_ptr,
+                items_ptr, x_stride, limit, offset, e, first, count, tile, N, K, TOP_K, BM // 2, BN, BK, ACT, GATED,
+                LIMIT, BIAS, SCALED, TMA, TMA_X, KIND, META, G, SL, HEIGHT, TEXT, ORDER, ASM, ON_WEIGHTS, STAGES,
             )  # fmt: skip
         else:
             multiply_tile(
-                x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, bias_ptr, factors_ptr, out_ptr, items_ptr, x_stride,
-                limit, offset, e, first, count, tile, N, K, TOP_K, BM, BN, BK, ACT, GATED, LIMIT, BIAS, SCALED, TMA,
-                TMA_X, KIND, META, G, SL, HEIGHT, TEXT, ASM, ON_WEIGHTS, STAGES,
+                x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr, bias_ptr, factors_ptr, out_ptr,
+                items_ptr, x_stride, limit, offset, e, first, count, tile, N, K, TOP_K, BM, BN, BK, ACT, GATED, LIMIT,
+                BIAS, SCALED, TMA, TMA_X, KIND, META, G, SL, HEIGHT, TEXT, ORDER, ASM, ON_WEIGHTS, STAGES,
             )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
