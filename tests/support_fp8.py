@@ -51,11 +51,12 @@ def decoded(x: Any, kind: str, input_scale: float | None = None) -> np.ndarray:
     wide = x.float().cpu().numpy()
     padded = np.pad(wide, ((0, 0), (0, -wide.shape[1] % 128)))
     groups = padded.reshape(len(wide), -1, 128) if kind == "block" else padded[:, None]
-    if input_scale is None:
-        scale = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-12)) / np.float32(448)
-    else:
+    most = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-12))
+    scale, inverse = most / np.float32(448), np.float32(448) / most
+    if input_scale is not None:
         scale = np.full((1, 1, 1), input_scale, np.float32)
-    codes = torch.from_numpy(np.clip(groups / scale, -448, 448)).to(torch.float8_e4m3fn)
+        inverse = 1 / scale
+    codes = torch.from_numpy(np.clip(groups * inverse, -448, 448)).to(torch.float8_e4m3fn)
     return (codes.double().numpy() * scale).reshape(padded.shape)[:, : wide.shape[1]]
 
 

@@ -21,16 +21,16 @@ def store_codes(y, r, codes_ptr, scale_ptr, scale_stride, KP: tl.constexpr, BLOC
     """Store codes and scales of row r. y (BLOCK,): its numbers, and zeros behind. KP: columns of a stored row."""
     if SCALES == "group":
         groups = tl.reshape(y, [BLOCK // 128, 128])
-        scale = tl.maximum(tl.max(tl.abs(groups), 1), 1e-12) / 448.0
+        most = tl.maximum(tl.max(tl.abs(groups), 1), 1e-12)
         g = tl.arange(0, BLOCK // 128)
-        tl.store(scale_ptr + g.to(tl.int64) * scale_stride + r, scale, mask=g < KP // 128)
-        y = tl.reshape(groups / scale[:, None], [BLOCK])
+        tl.store(scale_ptr + g.to(tl.int64) * scale_stride + r, tl.div_rn(most, 448.0), mask=g < KP // 128)
+        y = tl.reshape(groups * tl.div_rn(448.0, most)[:, None], [BLOCK])
     elif SCALES == "row":
-        scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / 448.0
-        tl.store(scale_ptr + r, scale)
-        y = y / scale
+        most = tl.maximum(tl.max(tl.abs(y), 0), 1e-12)
+        tl.store(scale_ptr + r, tl.div_rn(most, 448.0))
+        y = y * tl.div_rn(448.0, most)
     else:
-        y = y / tl.load(scale_ptr + r)  # The conversion saturates.
+        y = y * tl.div_rn(1.0, tl.load(scale_ptr + r))  # The conversion saturates.
     y = tl.reshape(tl.permute(tl.reshape(y, [BLOCK // 128, 2, 64]), (0, 2, 1)), [BLOCK])
     c = tl.arange(0, BLOCK)
     tl.store(codes_ptr + r * KP + c, y.to(tl.float8e4nv), mask=c < KP)
