@@ -13,6 +13,7 @@ import triton.language as tl  # noqa: E402
 from bench.gpu.layers import Heads, Layers  # noqa: E402
 from tokenmill.backends.cuda.device import Device  # noqa: E402
 from tokenmill.backends.cuda.kernels.codes8 import numbers  # noqa: E402
+from tokenmill.backends.cuda.kernels.decode import list_rows  # noqa: E402
 from tokenmill.backends.cuda.shapes import LONG, DecodeShape, decode_shape, some_are_long  # noqa: E402
 
 KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -38,6 +39,23 @@ def test_every_code_of_8_bits_becomes_its_number(codes: str, scale: int) -> None
         assert torch.equal(found, every.float()[order][finite[order]])
 
 
+@pytest.mark.parametrize("some", [False, True])
+def test_rows_are_listed_once_and_the_longest_first(some: bool) -> None:
+    rng = np.random.default_rng(0)
+    for rows in (1, 16, 37):
+        tokens = rng.permutation(40)[:rows] if some else np.arange(rows)
+        positions = np.zeros(40, int)
+        positions[tokens] = rng.integers(0, 12, rows)
+        pairs = torch.tensor([(0, p) for p in positions], dtype=torch.int32, device=DEVICE)
+        which = torch.tensor(tokens, dtype=torch.int32, device=DEVICE)
+        items = torch.full((60,), -7, dtype=torch.int32, device=DEVICE)
+        list_rows[(-(-rows // 16),)](items, pairs, which, rows, SOME=some, BM=16, BLOCK=64)
+        count, *listed = items.tolist()
+        assert count == rows
+        assert listed[:rows] == sorted((r * 256 for r in range(rows)), key=lambda i: (-positions[tokens[i // 256]], i))
+        assert set(listed[rows:]) == {-7}
+
+
 CASES = {
     "7 heads a group": (Heads(7, 1, 16), ""),
     "heads of 24": (Heads(4, 2, 24), "e4m3"),
@@ -54,6 +72,7 @@ def test_single_tokens_of_uneven_contexts_equal_torch(name: str, splits: int, mo
     heads, codes = CASES[name]
     shape = DecodeShape(16, splits, 16, 2, 1)
     monkeypatch.setattr("tokenmill.backends.cuda.attention.decode_shape", lambda *_, **__: shape)
+    monkeypatch.setattr("tokenmill.backends.cuda.attention.CLASSES", (2, 3, 1 << 30))  # rows or splits are listed
     with torch.inference_mode():
         layers = Layers(heads, 5, [34, 1, 16, 17, 70], 1, Device(DEVICE), KINDS.get(codes))
         assert layers.check() < ((2e-2 if codes else 5e-3) if ON_GPU else 1e-5)

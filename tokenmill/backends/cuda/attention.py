@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from tokenmill.backends.cuda.flashinfer import FlashInfer
-from tokenmill.backends.cuda.kernels.decode import decode, list_splits
+from tokenmill.backends.cuda.kernels.decode import decode, list_rows, list_splits
 from tokenmill.backends.cuda.kernels.heads import write_heads
 from tokenmill.backends.cuda.kernels.prefill import attend_tiles, tile_each
 from tokenmill.backends.cuda.launch import Run, Site, ahead
@@ -36,6 +37,7 @@ from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
 
 LOG2E = 1.4426950408889634
+_RANKED = 16  # rows that a program finds the places of in a list
 _CODES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
@@ -200,18 +202,25 @@ class AttentionLowering:
         return self._sums if op.sinks is None else self._weights[op.sinks], slopes
 
     def _lister(self, op: ops.Attention) -> tuple[Tensor, Callable[[Sizes, int, DecodeShape], None] | None]:
-        """Return the list of splits that a layer reads, and its launch; None if an earlier layer launches it."""
+        """Return the list of a layer's rows or splits, and its launch; None if an earlier layer launches it."""
         key = window_of(op), op.head_dim, op.q.width, op.k.width
         if key in self._lists:
             return self._lists[key], None
         items = self._lists[key] = torch.zeros(self._listed, dtype=torch.int32, device=self._memory.device.torch)
-        most, launch = power(max(self._most, 16)), Site(list_splits)
+        most, of_splits, of_rows = power(max(self._most, 16)), Site(list_splits), Site(list_rows)
 
         def make(n: Sizes, rows: int, shape: DecodeShape) -> None:
-            launch(
+            which = n.pairs if n.singles is None else n.singles
+            if shape.splits == 1:
+                of_rows(
+                    (triton.cdiv(rows, _RANKED),),
+                    items, n.pairs, which, rows, SOME=n.singles is not None, BM=_RANKED, BLOCK=most, num_warps=4,
+                )  # fmt: skip
+                return
+            of_splits(
                 (1,),
-                items, n.pairs, n.pairs if n.singles is None else n.singles, rows, BN=shape.keys, SPLITS=shape.splits,
-                LEAST=shape.least, WINDOW=window_of(op), SOME=n.singles is not None, BLOCK=most, num_warps=4,
+                items, n.pairs, which, rows, BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least,
+                WINDOW=window_of(op), SOME=n.singles is not None, BLOCK=most, num_warps=4,
             )  # fmt: skip
 
         return items, make
@@ -229,7 +238,7 @@ class AttentionLowering:
         def run(n: Sizes) -> None:
             rows = n.tokens if n.singles is None else len(n.singles)
             shape = self._shape(op, rows, n.long)
-            listed = shape.splits > 1 and rows > CLASSES[0]
+            listed = rows > CLASSES[0 if shape.splits > 1 else 1]
             if listed and make_list is not None:
                 make_list(n, rows, shape)
             launch(

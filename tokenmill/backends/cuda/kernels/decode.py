@@ -281,6 +281,24 @@ def list_splits(items_ptr, pairs_ptr, rows_ptr, n, BN: tl.constexpr, SPLITS: tl.
     tl.store(items_ptr + 1 + total + row, row * 256 + active - 1, mask=ok)
 
 
+@triton.jit(do_not_specialize=["n"])
+def list_rows(items_ptr, pairs_ptr, rows_ptr, n, SOME: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """List the work of `decode` for n rows that are not split, as `list_splits` does: the longest first, so that the
+    programs that start last are short, and each multiprocessor gets long ones and short ones. Grid (rows / BM,);
+    BLOCK >= n.
+    """
+    own, row = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BLOCK)
+    t, u = own, row
+    if SOME:
+        t = tl.load(rows_ptr + own, mask=own < n, other=0)
+        u = tl.load(rows_ptr + row, mask=row < n, other=0)
+    position = tl.load(pairs_ptr + 2 * t + 1, mask=own < n, other=0)[:, None]
+    others = tl.load(pairs_ptr + 2 * u + 1, mask=row < n, other=-1)[None, :]
+    before = (others > position) | ((others == position) & (row[None, :] < own[:, None]))
+    tl.store(items_ptr + 1 + tl.sum(before.to(tl.int32), 1), own * 256, mask=own < n)
+    tl.store(items_ptr, n, mask=tl.program_id(0) == 0)
+
+
 @triton.jit
 def decode(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, key_codes_ptr, value_codes_ptr, out_ptr, pairs_ptr, rows_ptr,
            tables_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr, slopes_ptr, part_ptr, sum_ptr, count_ptr,
