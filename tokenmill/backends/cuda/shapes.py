@@ -85,7 +85,7 @@ def decode_shape(
     if long and shape.splits == 1:
         shape = shape._replace(splits=_SPLITS_OF_LONG, least=LONG // 4)
     if item_bytes > 2:
-        return shape._replace(keys=32, stages=2, warps=4)
+        return shape._replace(keys=32 if head_dim <= 64 else 16, stages=2, warps=4)
     if head_dim > 128:
         shape = shape._replace(keys=max(16, shape.keys // 2), stages=2)
     results = power(head_dim) * max(8, power(shared))
