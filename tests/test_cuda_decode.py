@@ -75,7 +75,7 @@ def test_single_tokens_of_uneven_contexts_equal_torch(name: str, splits: int, mo
     monkeypatch.setattr("tokenmill.backends.cuda.attention.CLASSES", (2, 3, 1 << 30))  # rows or splits are listed
     with torch.inference_mode():
         layers = Layers(heads, 5, [34, 1, 16, 17, 70], 1, Device(DEVICE), KINDS.get(codes))
-        assert layers.check() < ((2e-2 if codes else 5e-3) if ON_GPU else 1e-5)
+        assert layers.check() < ((4e-2 if codes else 5e-3) if ON_GPU else 1e-5)  # a rounded key may get another code
 
 
 def test_sizes_fit_the_registers_of_a_warp_and_the_pages() -> None:

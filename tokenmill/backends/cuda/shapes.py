@@ -45,13 +45,14 @@ def class_of(rows: int) -> int:
 
 
 _SHAPES = (  # by class of rows, each with the splits of short contexts
-    DecodeShape(64, 32, 128, 3, 4), DecodeShape(16, 16, 128, 3, 1), DecodeShape(32, 1, 32, 3, 2),
-    DecodeShape(32, 1, 32, 3, 2), DecodeShape(64, 1, 64, 3, 4),
+    DecodeShape(64, 32, 128, 3, 4), DecodeShape(32, 16, 128, 3, 2), DecodeShape(32, 1, 32, 3, 2),
+    DecodeShape(32, 1, 32, 3, 2), DecodeShape(16, 1, 16, 4, 1),
 )  # fmt: skip
 _SHAPES_OF_CODES = (
-    DecodeShape(64, 32, 128, 3, 4), DecodeShape(32, 16, 128, 3, 1), DecodeShape(64, 1, 64, 3, 4),
-    DecodeShape(64, 1, 64, 3, 4), DecodeShape(64, 1, 64, 4, 4),
+    DecodeShape(64, 32, 128, 3, 4), DecodeShape(32, 16, 128, 3, 2), DecodeShape(64, 1, 64, 3, 4),
+    DecodeShape(64, 1, 64, 3, 4), DecodeShape(32, 1, 32, 3, 2),
 )  # fmt: skip
+_FEW_LONG = DecodeShape(16, 16, 128, 3, 1)  # of the second class
 _SPLITS_OF_LONG = 8
 LONG = 2048  # tokens from which a sequence may be split even among many
 _MANY_PROGRAMS = 384  # without splits: about three on each multiprocessor of an H100
@@ -74,14 +75,17 @@ def decode_shape(
     `shared`: query heads of a key-value head. `long`: of `some_are_long`. `item_bytes`: of a number of the computation.
     `window`: the most keys of a token; 0: all. `coded`: the cache holds 8-bit codes.
 
-    Few warps and keys are fastest with sequences of about one length, many with uneven ones; these sizes are within 5 %
-    of the fastest of both. A few sequences with a window are not split if they have many key-value heads.
+    Many rows start in the order of their lengths, so that small tiles, of which many fit a multiprocessor, are fastest.
+    With fewer rows all start at once, and a long one ends sooner with larger tiles and more warps. A few sequences with a
+    window are not split if they have many key-value heads.
     """
     shape = (_SHAPES_OF_CODES if coded else _SHAPES)[class_of(rows)]
     if 0 < window <= LONG:
         long = False
         if class_of(rows) == 1 and kv_heads >= 16:
             shape = DecodeShape(64, 1, 64, 3, 4)
+    if long and class_of(rows) == 1 and not coded:
+        shape = _FEW_LONG
     if long and shape.splits == 1:
         shape = shape._replace(splits=_SPLITS_OF_LONG, least=LONG // 4)
     if item_bytes > 2:
