@@ -76,8 +76,8 @@ def decode_shape(
     `window`: the most keys of a token; 0: all. `coded`: the cache holds 8-bit codes.
 
     Many rows start in the order of their lengths, so that small tiles, of which many fit a multiprocessor, are fastest.
-    With fewer rows all start at once, and a long one ends sooner with larger tiles and more warps. A few sequences with a
-    window are not split if they have many key-value heads.
+    With fewer rows all start at once, and a long one ends sooner with larger tiles and more warps. A few sequences with
+    a window are not split if they have many key-value heads.
     """
     shape = (_SHAPES_OF_CODES if coded else _SHAPES)[class_of(rows)]
     if 0 < window <= LONG:
