@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from tokenmill.layers.attention import Rope, attend
+from tokenmill.layers.attention import attend
 from tokenmill.layers.embedding import Embedding
 from tokenmill.layers.linear import Linear, Linears
 from tokenmill.layers.mlp import act, scaled, times
@@ -22,7 +22,7 @@ Natural = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 Cap = Annotated[float, msgspec.Meta(gt=0)]
 
 
-class Config(_windows.Config, kw_only=True):
+class Config(_windows.TwoRopes, kw_only=True):
     """Fields that both have, with the defaults that are theirs."""
 
     tie_word_embeddings: bool = True
@@ -76,17 +76,6 @@ class Config(_windows.Config, kw_only=True):
     def logit_cap(self) -> float:
         """Soft cap of the logits; 0: none."""
         return self.final_logit_softcapping or 0.0
-
-    def rope_of(self, layer: int) -> Rope | None:
-        """Return the rotary embedding of a layer."""
-        if self.kind(layer) == "full_attention":
-            return self.rope
-        return _windows.local_rope(self, self.rope_local_base_freq, self.rope_local_scaling)
-
-    @property
-    def max_positions(self) -> int:
-        """Maximum length of a sequence in tokens, which config.json states with the scaling applied."""
-        return self.rope.table.max_position
 
 
 class Attention:

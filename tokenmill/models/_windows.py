@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenmill.layers.attention import Rope
 from tokenmill.models import llama
@@ -41,6 +41,28 @@ class Config(llama.Config, kw_only=True):
                 "some layers are of sliding_attention, but `sliding_window` is null; give a number, or name each layer "
                 "full_attention in `layer_types`"
             )
+
+
+class TwoRopes(Config, kw_only=True):
+    """Base of architectures in which the layers with a window have a rotary embedding of their own.
+
+    Derived classes have its fields, because a struct can have only one base with more fields than its other ones.
+    """
+
+    if TYPE_CHECKING:
+        rope_local_base_freq: float
+        rope_local_scaling: dict[str, Any] | None
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """Return the rotary embedding of a layer."""
+        if self.kind(layer) == "full_attention":
+            return self.rope
+        return local_rope(self, self.rope_local_base_freq, self.rope_local_scaling)
+
+    @property
+    def max_positions(self) -> int:
+        """Maximum length of a sequence in tokens, which config.json states with the scaling applied."""
+        return self.rope.table.max_position
 
 
 def local_rope(config: Config, theta: float, scaling: dict[str, Any] | None) -> Rope:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import types as python
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from llvmlite import ir
@@ -277,6 +277,18 @@ def kernel(name: str, body: Callable[..., int]) -> Callable[..., int]:
     function = python.FunctionType(_template.__code__, {"body": body, "int": int, "__name__": __name__}, name)
     function.__qualname__, function.__module__ = name, __name__
     return function
+
+
+def kernels_of(prefix: str, bodies: Mapping[str, Callable[..., int]]) -> dict[str, Callable[[], Callable[..., int]]]:
+    """Return makers of kernels by name, from bodies that are the same for every instruction set.
+
+    `prefix`: distinguishes the names of the bodies from those of other modules.
+    """
+
+    def maker(name: str, body: Callable[..., int]) -> Callable[[], Callable[..., int]]:
+        return lambda: kernel(name, compiled(f"{prefix}_{name}", body))
+
+    return {name: maker(name, body) for name, body in bodies.items()}
 
 
 # ---- memory, atomics ----

@@ -17,7 +17,6 @@ from tokenmill.backends.cpu.ir import (
     Val,
     atomic_add,
     clear,
-    compiled,
     copy,
     each,
     emit,
@@ -25,7 +24,7 @@ from tokenmill.backends.cpu.ir import (
     f32x16,
     field,
     inline,
-    kernel,
+    kernels_of,
     peek,
     peek32,
     poke32,
@@ -370,8 +369,4 @@ _BODIES: dict[str, Callable[..., int]] = {"conv": _conv, "scan": _scan_rows, "de
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
     """Return makers by name. Their source is the same for every instruction set."""
-
-    def maker(name: str, body: Callable[..., int]) -> Callable[[], Callable[..., int]]:
-        return lambda: kernel(name, compiled(f"recurrence_{name}", body))
-
-    return {name: maker(name, body) for name, body in _BODIES.items()}
+    return kernels_of("recurrence", _BODIES)

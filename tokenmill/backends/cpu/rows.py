@@ -13,14 +13,13 @@ from tokenmill.backends.cpu.ir import (
     Emitter,
     Val,
     atomic_add,
-    compiled,
     copy,
     each,
     emit,
     f32,
     f32x16,
     inline,
-    kernel,
+    kernels_of,
     peek,
     peek32,
 )
@@ -352,8 +351,4 @@ _BODIES: dict[str, Callable[..., int]] = {
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
     """Return makers by name. Their source is the same for every instruction set."""
-
-    def maker(name: str, body: Callable[..., int]) -> Callable[[], Callable[..., int]]:
-        return lambda: kernel(name, compiled(f"rows_{name}", body))
-
-    return {name: maker(name, body) for name, body in _BODIES.items()}
+    return kernels_of("rows", _BODIES)

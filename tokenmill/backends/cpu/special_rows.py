@@ -11,14 +11,13 @@ from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.ir import (
     Emitter,
     Val,
-    compiled,
     copy,
     each,
     emit,
     f32,
     f32x16,
     field,
-    kernel,
+    kernels_of,
     peek,
     peek32,
 )
@@ -153,8 +152,4 @@ _BODIES: dict[str, Callable[..., int]] = {
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
     """Return makers by name. Their source is the same for every instruction set."""
-
-    def maker(name: str, body: Callable[..., int]) -> Callable[[], Callable[..., int]]:
-        return lambda: kernel(name, compiled(f"special_{name}", body))
-
-    return {name: maker(name, body) for name, body in _BODIES.items()}
+    return kernels_of("special", _BODIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tokenmill.backends.torch.attention import RUN, Bucket, Run, bucket_of, buck
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.backends.torch.states import StatePlan
 from tokenmill.backends.torch.step_state import StepState
+from tokenmill.program import encoded
 from tokenmill.program.encoded import CrossAttention, DecoderAttention, EncoderAttention, InputIds, StoreInput
 from tokenmill.program.ops import Op, Weight
 
@@ -166,14 +168,13 @@ def _attended(
 
 
 def buckets_of(distance: Tensor, count: int, longest: int, *, both_sides: bool) -> Tensor:
-    """Return the bucket of each distance, the position of a key minus that of a query (arXiv:1910.10683).
+    """Return the bucket of each distance: see `program.encoded.buckets_of`."""
+    table = _buckets(count, longest, both_sides, distance.device)
+    return table[distance.clamp(-longest, longest) + longest]  # longer distances share a side's last bucket
 
-    A side has a bucket for each of its first distances, then buckets whose width grows by a constant factor up to
-    `longest`. `both_sides`: half of the `count` buckets are for keys behind the query; else those count as distance 0.
-    """
-    side = count // 2 if both_sides else count
-    far = distance.abs() if both_sides else (-distance).clamp(min=0)
-    single = side // 2
-    growth = torch.log(far.clamp(min=1).float() / single) / np.log(longest / single) * (side - single)
-    bucket = torch.where(far < single, far, (single + growth.long()).clamp(max=side - 1))
-    return bucket + side * (distance > 0) if both_sides else bucket
+
+@cache
+def _buckets(count: int, longest: int, both_sides: bool, device: torch.device) -> Tensor:
+    """Return the buckets of the distances from -`longest` to `longest`."""
+    distances = np.arange(-longest, longest + 1)
+    return torch.from_numpy(encoded.buckets_of(distances, count, longest, both_sides=both_sides)).to(device)
