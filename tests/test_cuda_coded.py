@@ -115,6 +115,8 @@ def test_a_quantized_model_has_the_logits_of_its_dequantized_matrices(method: st
     (table,) = (weight for weight in coded._weights.tensors if weight.name.endswith("embed_tokens.weight"))
     dense._weights.tensors[table].copy_(coded._weights.tensors[table])
     assert coded._weights.nbytes < 0.7 * dense._weights.nbytes
+    # One row: norms and sums belong to the products, but for the first norm, behind which there is no product.
+    assert len(coded._batch_one) == len(dense._batch_one) + 1
     for rows in ([(0, [1, 2, 3]), (1, [7])], [(0, [6])]):
         want = dense.feed(rows)
         np.testing.assert_allclose(coded.feed(rows), want, rtol=1e-2, atol=1e-2 * np.abs(want).max())
@@ -136,22 +138,25 @@ def test_a_gated_product_adds_its_bias_and_applies_its_activation(rows: int, nam
 
 
 @pytest.mark.parametrize("name", ["int4, groups of 128", "int4, groups of 32 with minima", "e4m3, a scale"])
-def test_one_row_is_normed_before_and_added_to_another_behind(name: str) -> None:
+def test_a_row_is_added_and_stored_for_the_products_behind_a_norm(name: str) -> None:
     kind, group, zero, more = FORMS[name]
-    coded = drawn(kind, 48, 4096, group, zero, **more)
-    matrix, x, weight = (
-        packed([coded], upload, torch.float16),
-        x_of(1, 4096, torch.float16) * 30,
-        x_of(1, 4096, torch.float16)[0],
-    )
-    other, out = x_of(2, 48, torch.float16)[1:], torch.empty(1, 48, dtype=torch.float16, device=DEVICE)
-    made = matrix.product(Operands(x, torch.empty_like(out)), Scratch(256, torch.device(DEVICE)), False)
-    assert made.fuses_one
-    made.one((x, weight, 1e-5), (other, out))
-    wide = x.double().cpu().numpy()
-    normed = wide / np.sqrt((wide**2).mean() + 1e-5) * weight.double().cpu().numpy()
-    want = normed @ coded.floats().astype(np.float64).T + other.double().cpu().numpy()
-    assert off(out, want) < 2e-3
+    parts = [drawn(kind, 160, size, group, zero, **more) for size in (1024, 160)]
+    first, second = (packed([part], upload, torch.float16) for part in parts)
+    x, other, weight = x_of(1, 1024, torch.float16) * 8, x_of(2, 160, torch.float16)[1:], x_of(1, 160, torch.float16)[0]
+    total, row, out = (torch.empty(1, 160, dtype=torch.float16, device=DEVICE) for _ in range(3))
+    scratch = Scratch(256, torch.device(DEVICE))
+    before = first.product(Operands(x, torch.empty_like(total)), scratch, False)
+    behind = second.product(Operands(row, out), scratch, False)
+    assert before.fuses_one
+    assert not before.norms_one
+    given = before.normed(row, weight, 1e-5)
+    before.one(residual=(other, total), makes=given)
+    behind.one(given=given)
+    wide = [part.floats().astype(np.float64).T for part in parts]
+    want = x.double().cpu().numpy() @ wide[0] + other.double().cpu().numpy()
+    assert off(total, want) < 2e-3
+    normed = want / np.sqrt((want**2).mean() + 1e-5) * weight.double().cpu().numpy()
+    assert off(out, normed @ wide[1]) < 4e-3
 
 
 def test_columns_in_another_order_meet_their_columns_of_x() -> None:

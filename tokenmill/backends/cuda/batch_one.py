@@ -1,5 +1,7 @@
 """Decode at batch size one in fewer launches: products include the norm before them and the sum behind them.
 
+Products with packed codes do not norm their input: the product before stores the sum times the norm's weight, too.
+
 A layer is then five kernels, six with a mixture of experts, each launched while the one before ends.
 """
 
@@ -10,7 +12,8 @@ from torch import Tensor
 from tokenmill.backends.cuda.launch import Launch, Run
 from tokenmill.backends.cuda.lower import Lowering
 from tokenmill.backends.cuda.memory import Memory
-from tokenmill.backends.cuda.products.base import Product
+from tokenmill.backends.cuda.products.base import NormedRow, Product
+from tokenmill.backends.cuda.products.coded import CodedProduct
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.program import ops
 from tokenmill.program.ops import Op
@@ -27,6 +30,7 @@ class BatchOneFusion:
         self._readers = readers_of(self._ops)
         self._summed: dict[int, ops.AddNorm] = {}  # product's buffer -> the sum that it goes into
         self._normed: dict[int, ops.Norm] = {}  # norm's buffer -> the norm
+        self._given: dict[int, NormedRow] = {}  # norm's buffer -> the row that the product before stores instead
         for before, op in zip((None, *self._ops), self._ops, strict=False):
             self._look(before, op)
 
@@ -56,13 +60,30 @@ class BatchOneFusion:
         kinds = [type(reader) for reader in readers]
         if ops.Experts in kinds and ops.Route not in kinds:  # A routing writes the norm for the experts.
             return
+        given = any(isinstance(r, ops.Linear) and not self._lowering.product(r).norms_one for r in readers)
         if isinstance(op, ops.AddNorm):
-            if before is None or not self._sums(before):
-                return
-            if before.out.buffer not in (op.x.buffer, op.y.buffer) or len(self._readers[before.out.buffer]) != 1:
+            if before is None or not self._sums_into(before, op) or (given and not self._gives(before, op, readers)):
                 return
             self._summed[before.out.buffer] = op
+        elif given:
+            return
         self._normed[op.out.buffer] = op
+
+    def _sums_into(self, before: Op, norm: ops.AddNorm) -> bool:
+        """Return True if the operation before a norm of a sum can add the other term, and no other one reads it."""
+        reads = before.out.buffer in (norm.x.buffer, norm.y.buffer)
+        return reads and self._sums(before) and len(self._readers[before.out.buffer]) == 1
+
+    def _gives(self, before: Op, norm: ops.AddNorm, readers: list[Op]) -> bool:
+        """Note that a product stores its result for the readers of the norm behind; False if one cannot."""
+        product = self._lowering.product(before) if isinstance(before, ops.Linear) else None
+        alike = all(isinstance(r, ops.Linear) and not self._lowering.product(r).norms_one for r in readers)
+        if not isinstance(product, CodedProduct) or not alike or before.x.buffer in self._given:  # type: ignore[attr-defined]
+            return False
+        assert norm.weight is not None, "_look leaves it out"
+        place, weight = self._memory.value(norm.out), self._lowering.weight(norm.weight)
+        self._given[norm.out.buffer] = product.normed(place, weight, norm.eps)
+        return True
 
     def _norms(self, op: Op) -> bool:
         """Return True if an operation can norm its input itself, or if another one does it for both."""
@@ -109,6 +130,10 @@ class BatchOneFusion:
     def _product(self, op: ops.Linear) -> Run:
         product: Product = self._lowering.product(op)
         norm, residual = self._norm_before(op), self._sum_behind(op)
+        if isinstance(product, CodedProduct):
+            given, total = self._given.get(op.x.buffer), self._summed.get(op.out.buffer)
+            makes = None if total is None else self._given.get(total.out.buffer)
+            return lambda n: product.one(None, residual, n.early, given, makes)
 
         def run(n: Sizes) -> None:
             product.one(norm, residual, n.early)

@@ -153,35 +153,18 @@ def with_slice(sums, part, x, w, every, w0, w1, w2, w3, J: tl.constexpr, KIND: t
 def row_offsets(rows, NB: tl.constexpr, R: tl.constexpr, SL: tl.constexpr):
     """Return where rows of packed codes begin."""
     if R == 1:
-        return rows.to(tl.int64) * (NB * SL)
+        return rows * (NB * SL)
     else:
-        return (rows // R).to(tl.int64) * (NB * R * SL) + (rows % R) * SL
+        return (rows // R) * (NB * R * SL) + (rows % R) * SL
 
 
 @triton.jit
-def x_slice(x_at, norm_ptr, squares, k, c, m_ok, K: tl.constexpr, WHOLE: tl.constexpr, NORM: tl.constexpr):
-    """Return columns k + c of x; with NORM times the norm's weights, and squares with theirs added."""
-    if WHOLE:
-        x = tl.load(x_at + k, mask=m_ok, other=0.0)
-    else:
-        x = tl.load(x_at + k, mask=m_ok & (c[None, :] < K - k), other=0.0)
-    if NORM:
-        wide = x.to(tl.float32)
-        squares += wide * wide
-        norm = tl.load(norm_ptr + k + c, mask=c < K - k, other=0.0).to(tl.float32)
-        if x.dtype == tl.float16:
-            norm = norm * NORM_SHRINK
-        x = (wide * norm[None, :]).to(x.dtype)
-    return x, squares
-
-
-@triton.jit
-def summed_codes(x_ptr, w_ptr, meta_ptr, table_ptr, norm_ptr, rows, m, M, x_stride, split, N: tl.constexpr,
+def summed_codes(x_ptr, w_ptr, meta_ptr, table_ptr, tile, block, M, x_stride, split, N: tl.constexpr,
                  K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SL: tl.constexpr, D: tl.constexpr,
                  R: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr, TEXT: tl.constexpr,
-                 OPERAND: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+                 OPERAND: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr,
                  STAGES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """Return a split's sums (BN, BM); with GATED those of the other half of the matrix; with NORM the squares of x."""
+    """Return a split's sums (BN, BM), and with GATED those of the other half of the matrix."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     SLICES: tl.constexpr = 4 if (KIND == "int4" or KIND == "e2m1" or KIND == "table") else 2
     BLOCK: tl.constexpr = SLICES * SL
@@ -191,29 +174,38 @@ def summed_codes(x_ptr, w_ptr, meta_ptr, table_ptr, norm_ptr, rows, m, M, x_stri
     ROWS: tl.constexpr = ((2 * N if GATED else N) + 15) // 16 * 16  # as stored
     PARTS: tl.constexpr = SL // D  # of a slice
     EACH: tl.constexpr = (NB * PARTS + SPLITS - 1) // SPLITS
-    safe = rows if N % BN == 0 else tl.where(rows < N, rows, 0)
+    first_row = tile * BN
+    row = tl.arange(0, BN)  # of the tile: offsets within it have 32 bits, and are the same for all tiles
+    row = row if N % BN == 0 else tl.where(row < N - first_row, row, 0)
     c = tl.arange(0, D)
-    m_ok = m[:, None] < M
-    at = w_ptr + row_offsets(safe, NB, R, SL)[:, None] + c[None, :]
-    up_at = w_ptr + row_offsets(safe + N, NB, R, SL)[:, None] + c[None, :]
-    x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + c[None, :]
+    at = w_ptr + (first_row // R).to(tl.int64) * (NB * R * SL)
+    place = row_offsets(row, NB, R, SL)[:, None] + c[None, :]
+    up_at = w_ptr + ((first_row + N) // R).to(tl.int64) * (NB * R * SL)
+    up_place = row_offsets(row + N % R, NB, R, SL)[:, None] + c[None, :]
+    m = tl.arange(0, BM)
+    m_ok = (m < M - block * BM)[:, None]
+    x_at = x_ptr + (block * BM).to(tl.int64) * x_stride
+    x_place = m[:, None] * x_stride + c[None, :]
+    word_at = meta_ptr + first_row
     sums = tl.zeros([BN, BM], tl.float32)
     ups = tl.zeros([BN, BM], tl.float32)
-    squares = tl.zeros([BM, D], tl.float32)
     first = split * EACH
-    for t in tl.range(first, tl.minimum(first + EACH, NB * PARTS), num_stages=STAGES):
+    end = first + EACH
+    if NB * PARTS % SPLITS != 0:  # A loop that may not run at all makes the tensor cores wait for each product.
+        end = tl.minimum(end, NB * PARTS)
+    for t in tl.range(first, end, num_stages=STAGES):
         b = t // PARTS
         h = (t % PARTS) * D
-        w = tl.load(at + b * (R * SL) + h)
+        w = tl.load(at + (b * (R * SL) + h) + place)
         v = w
         if GATED:
-            v = tl.load(up_at + b * (R * SL) + h)
+            v = tl.load(up_at + (b * (R * SL) + h) + up_place)
         w0, w1, w2, w3 = t, t, t, t
         v0, v1, v2, v3 = t, t, t, t
         if META != "row":
-            w0, w1, w2, w3 = words_of(meta_ptr, b * (WORDS * ROWS) + safe, ROWS, META, GROUPS)
+            w0, w1, w2, w3 = words_of(word_at + b * (WORDS * ROWS), row, ROWS, META, GROUPS)
             if GATED:
-                v0, v1, v2, v3 = words_of(meta_ptr, b * (WORDS * ROWS) + N + safe, ROWS, META, GROUPS)
+                v0, v1, v2, v3 = words_of(word_at + (b * (WORDS * ROWS) + N), row, ROWS, META, GROUPS)
         every_w = (w, w, w, w)
         every_v = (v, v, v, v)
         if KIND == "table":
@@ -223,81 +215,84 @@ def summed_codes(x_ptr, w_ptr, meta_ptr, table_ptr, norm_ptr, rows, m, M, x_stri
         part = tl.zeros([BN, BM], tl.float32)
         part2 = tl.zeros([BN, BM], tl.float32)
         for j in tl.static_range(SLICES):
-            x, squares = x_slice(x_at, norm_ptr, squares, b * BLOCK + j * SL + h, c, m_ok, K, K % BLOCK == 0, NORM)
+            k = b * BLOCK + j * SL + h
+            if K % BLOCK == 0:
+                x = tl.load(x_at + k + x_place, mask=m_ok, other=0.0)
+            else:
+                x = tl.load(x_at + k + x_place, mask=m_ok & (c[None, :] < K - k), other=0.0)
             sums, part = with_slice(sums, part, x, w, every_w, w0, w1, w2, w3, j, KIND, META, SL, G, GROUPS, OPERAND,
                                     HALF, ASM)  # fmt: skip
             if GATED:
                 ups, part2 = with_slice(ups, part2, x, v, every_v, v0, v1, v2, v3, j, KIND, META, SL, G, GROUPS,
                                         OPERAND, HALF, ASM)  # fmt: skip
-    return sums, ups, squares
-
-
-@triton.jit
-def sum_of_splits(squares, at, tiles, tile, split, BM: tl.constexpr, SPLITS: tl.constexpr, STORE: tl.constexpr):
-    """Store the squares (BM,) of a split with STORE, else return those of all. `at`: memory for them."""
-    place = at + tile * BM + tl.arange(0, BM)
-    if STORE:
-        tl.store(place + split * tiles * BM, squares)
-        return squares
-    else:
-        whole = tl.zeros([BM], tl.float32)
-        for s in tl.static_range(SPLITS):
-            whole += tl.load(place + s * tiles * BM, cache_modifier=".cg")
-        return whole
+    return sums, ups
 
 
 @triton.jit(do_not_specialize=["M"])
-def few_coded(x_ptr, w_ptr, meta_ptr, table_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, part_ptr, count_ptr, factor,
-              eps, x_stride, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-              SL: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr,
-              META: tl.constexpr, TEXT: tl.constexpr, OPERAND: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr,
-              BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
-              ASM: tl.constexpr):  # fmt: skip
+def few_coded(x_ptr, w_ptr, meta_ptr, table_ptr, bias_ptr, residual_ptr, norm_ptr, normed_ptr, squares_ptr, out_ptr,
+              part_ptr, count_ptr, factor, eps, x_stride, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+              BN: tl.constexpr, SL: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
+              KIND: tl.constexpr, META: tl.constexpr, TEXT: tl.constexpr, OPERAND: tl.constexpr, SPLITS: tl.constexpr,
+              SQUARES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+              ACT: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """Compute out (M, N) of x (M, K) and packed weights. Grid (N / BN, SPLITS, M / BM).
 
-    With ACT the matrix has 2 · N rows: out = act(gate) · up. NORM and RESIDUAL: of a single row; x is normed, a row is
-    added. With splits, which require M <= BM, the last program of a tile to finish adds them in order.
+    With ACT the matrix has 2 · N rows: out = act(gate) · up. With splits, which require M <= BM, the last program of a
+    tile to finish adds them in order. Of a single row: RESIDUAL: a row is added. NORM: the result times `norm` is
+    stored at `normed`, and the sum of the squares of each tile's results at `squares`. SQUARES: x was stored so, with
+    so many sums of squares, and results are divided by the size of the row that it was made of.
     """
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if SPLITS == 1:  # Neighbours share tiles of both operands.
         block, tile = tl.swizzle2d(block, tile, tl.num_programs(2), tl.num_programs(0), 16)
-    rows = tile * BN + tl.arange(0, BN)
-    m = block * BM + tl.arange(0, BM)
     if PDL:
         gdc_wait()
-    sums, ups, squares = summed_codes(
-        x_ptr, w_ptr, meta_ptr, table_ptr, norm_ptr, rows, m, M, x_stride, split, N, K, BM, BN, SL, D, R, G, KIND, META,
-        TEXT, OPERAND, SPLITS, NORM, ACT != "", STAGES, ASM,
+    sums, ups = summed_codes(
+        x_ptr, w_ptr, meta_ptr, table_ptr, tile, block, M, x_stride, split, N, K, BM, BN, SL, D, R, G, KIND, META, TEXT,
+        OPERAND, SPLITS, ACT != "", STAGES, ASM,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-    tiles = tl.num_programs(0)
-    squared_at = part_ptr + (2 if ACT != "" else 1) * SPLITS * tiles * (BN * BM)  # behind the sums
-    size = tl.sum(squares, 1)
     last = True
     if SPLITS > 1:
-        if NORM:
-            size = sum_of_splits(size, squared_at, tiles, tile, split, BM, SPLITS, True)
         last, sums, ups = gathered(sums, ups, part_ptr, count_ptr, tile, split, BM, BN, SPLITS, ACT != "")
     if last:
-        column = rows[:, None]
+        HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+        column = (tile * BN + tl.arange(0, BN))[:, None]
+        m = (block * BM + tl.arange(0, BM))[None, :]
         n_ok = column < N
-        if NORM:
-            if SPLITS > 1:
-                size = sum_of_splits(size, squared_at, tiles, tile, split, BM, SPLITS, False)
-            scale = tl.rsqrt(size / K + eps)[None, :] * factor
-            if x_ptr.dtype.element_ty == tl.float16:
-                scale = scale / NORM_SHRINK
-            sums, ups = sums * scale, ups * scale
-        else:
-            sums, ups = sums * factor, ups * factor
+        scale = factor
+        if SQUARES > 0:
+            scale = factor * inverse_size(squares_ptr, eps, K, SQUARES, HALF)
+        sums, ups = sums * scale, ups * scale
         if META == "row":
             sums *= tl.load(meta_ptr + column, mask=n_ok, other=0.0)
             if ACT != "":
                 ups *= tl.load(meta_ptr + N + column, mask=n_ok, other=0.0)
         y = finished(sums, ups, column, n_ok, bias_ptr, residual_ptr, N, BIAS, RESIDUAL, ACT)
-        to = out_ptr + m.to(tl.int64)[None, :] * N + column
-        tl.store(to, y.to(out_ptr.dtype.element_ty), mask=n_ok & (m[None, :] < M))
+        y = y.to(out_ptr.dtype.element_ty)
+        ok = n_ok & (m < M)
+        place = m.to(tl.int64) * N + column
+        tl.store(out_ptr + place, y, mask=ok)
+        if NORM:
+            wide = tl.where(ok, y.to(tl.float32), 0.0)
+            tl.store(squares_ptr + tile, tl.sum(tl.sum(wide * wide, 1), 0))
+            weight = tl.load(norm_ptr + column, mask=n_ok, other=0.0).to(tl.float32)
+            if HALF:
+                weight *= NORM_SHRINK
+            tl.store(normed_ptr + place, (wide * weight).to(y.dtype), mask=ok)
+
+
+@triton.jit
+def inverse_size(squares_ptr, eps, K: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr):
+    """Return one over the size of a row (K,) of which there are COUNT sums of squares."""
+    POWER: tl.constexpr = triton.next_power_of_2(COUNT)
+    i = tl.arange(0, POWER)
+    total = tl.sum(tl.load(squares_ptr + i, mask=i < COUNT, other=0.0), 0)
+    scale = tl.rsqrt(total / K + eps)
+    if HALF:
+        scale = scale / NORM_SHRINK
+    return scale
 
 
 @triton.jit
@@ -330,7 +325,9 @@ def unpack(w_ptr, meta_ptr, table_ptr, out_ptr, factor, N: tl.constexpr, K: tl.c
     b = tl.program_id(1)
     safe = rows if N % BN == 0 else tl.where(rows < N, rows, 0)
     c = tl.arange(0, SL)
-    w = tl.load(w_ptr + row_offsets(safe, NB, R, SL)[:, None] + b * (R * SL) + c[None, :])
+    at = w_ptr + (tl.program_id(0) * BN // R).to(tl.int64) * (NB * R * SL) + b * (R * SL)
+    within = safe - tl.program_id(0) * BN if N % BN == 0 else tl.where(rows < N, tl.arange(0, BN), 0)
+    w = tl.load(at + row_offsets(within, NB, R, SL)[:, None] + c[None, :])
     w0, w1, w2, w3 = b, b, b, b
     if META != "row":
         w0, w1, w2, w3 = words_of(meta_ptr, b * (WORDS * ROWS) + safe, ROWS, META, GROUPS)

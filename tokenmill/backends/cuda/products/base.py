@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+_LEAST_PART = 1 << 21  # partial sums: 4 splits of 128 rows of a matrix with 4096 outputs
 FEW = 64  # rows up to which kernels are launched ahead
 
 
@@ -35,9 +36,21 @@ class Needs(NamedTuple):
     ordered: int = 0
 
 
+class NormedRow(NamedTuple):
+    """Row that a product stores for those behind a norm: times the norm's weight, but not divided by its size yet.
+
+    `squares`: sums of the squares of its parts.
+    """
+
+    row: Tensor  # (1, columns)
+    weight: Tensor
+    eps: float
+    squares: Tensor
+
+
 class Scratch:
-    """Partial sums and counters of split products; memory for `Needs`, in `dtype`; and whether the device has a copy
-    engine for tiles.
+    """Partial sums and counters of split products; `squares` of a `NormedRow`; memory for `Needs`, in `dtype`; and
+    whether the device has a copy engine for tiles.
     """
 
     def __init__(
@@ -45,21 +58,22 @@ class Scratch:
     ) -> None:
         needs = needs or Needs()
         tiles = triton.cdiv(outputs, 64)
-        self.part = torch.empty(4 * tiles * 64 * FEW, device=device)
-        self.counts = torch.zeros(tiles, dtype=torch.int32, device=device)
+        self.part = torch.empty(max(4 * tiles * 64 * FEW, _LEAST_PART), device=device)
+        self.counts = torch.zeros(4 * tiles, dtype=torch.int32, device=device)
         self.tma = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+        self.squares = torch.empty(len(self.counts), device=device)
         self._unpacked = torch.empty(needs.unpacked, dtype=dtype, device=device)
         self._ordered = torch.empty(needs.ordered, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self.part.nbytes + self.counts.nbytes + self._unpacked.nbytes + self._ordered.nbytes
+        own = self.part.nbytes + self.counts.nbytes + self.squares.nbytes
+        return own + self._unpacked.nbytes + self._ordered.nbytes
 
     def holds(self, tiles: int, splits: int, each: int, gated: bool) -> bool:
-        """Return True if there is room for the sums of so many tiles of `each` numbers, and for as many squares."""
-        room = splits * tiles * (each * (2 if gated else 1) + each // 16) <= len(self.part)
-        return room and tiles <= len(self.counts)
+        """Return True if there is room for the sums of so many tiles of `each` numbers."""
+        return splits * tiles * each * (2 if gated else 1) <= len(self.part) and tiles <= len(self.counts)
 
     def unpacked(self, shape: tuple[int, int]) -> Tensor:
         """Return the memory for an unpacked matrix, valid until the next one is."""
@@ -76,6 +90,10 @@ class Product(Protocol):
     @property
     def fuses_one(self) -> bool:
         """True if `one` may be called."""
+
+    @property
+    def norms_one(self) -> bool:
+        """True if `one` norms its input itself, False if it reads a `NormedRow`."""
 
     def applies_act(self, rows: int) -> bool:
         """Return True if `run` applies the activation and writes `gated`; False if it writes `out`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenmill.backends.cuda.kernels.coded import few_coded, take_columns, unpack
 from tokenmill.backends.cuda.launch import Site, ahead
-from tokenmill.backends.cuda.products.base import Needs, Operands, Product, Scratch
+from tokenmill.backends.cuda.products.base import Needs, NormedRow, Operands, Product, Scratch
 from tokenmill.backends.cuda.products.coded_shapes import CodedShape, coded_shape, crossover, invariant_shape
 from tokenmill.backends.cuda.products.dense import DenseProduct
 from tokenmill.backends.cuda.products.forms import ROWS, Form
@@ -90,6 +90,8 @@ def _numbers(matrix: CodedMatrix) -> Tensor:
 class CodedProduct:
     """Implements `base.Product` for packed codes."""
 
+    norms_one = False
+
     def __init__(self, matrix: CodedMatrix, operands: Operands, scratch: Scratch, batch_invariant: bool) -> None:
         self._matrix, self._scratch, self._invariant = matrix, scratch, batch_invariant
         self._source, whole, self._bias, self._act, gated = operands
@@ -121,7 +123,7 @@ class CodedProduct:
             )  # fmt: skip
             early = False
         if self._is_few(rows) or self._dense is None:
-            self._launch(rows, self._shape(rows), self._out, early)
+            self._launch(rows, self._shape(rows), early)
         else:
             self._unpack(self._buffer)
             self._dense.run(rows)
@@ -131,9 +133,17 @@ class CodedProduct:
         norm: tuple[Tensor, Tensor, float] | None = None,
         residual: tuple[Tensor, Tensor] | None = None,
         early: bool = False,
+        given: NormedRow | None = None,
+        makes: NormedRow | None = None,
     ) -> None:
-        """See `Product`."""
-        self._launch(1, self._shape(1), self._out, early, norm, residual)
+        """See `Product`. `given`: in place of x; `makes`: stored beside the result."""
+        assert norm is None, "its input is normed before, or given"
+        self._launch(1, self._shape(1), early, residual, given, makes)
+
+    def normed(self, row: Tensor, weight: Tensor, eps: float) -> NormedRow:
+        """Return what `one` makes of its result for the products behind a norm. `row`: where it is stored."""
+        tiles = triton.cdiv(self._outputs, self._shape(1).outputs)
+        return NormedRow(row, weight, eps, self._scratch.squares[:tiles])
 
     def _is_few(self, rows: int) -> bool:
         return self._invariant or rows <= crossover(self._matrix.form, self._matrix.shape[0])
@@ -149,19 +159,21 @@ class CodedProduct:
         return shape
 
     def _launch(
-        self, rows: int, shape: CodedShape, out: Tensor, early: bool,
-        norm: tuple[Tensor, Tensor, float] | None = None, residual: tuple[Tensor, Tensor] | None = None,
+        self, rows: int, shape: CodedShape, early: bool, residual: tuple[Tensor, Tensor] | None = None,
+        given: NormedRow | None = None, makes: NormedRow | None = None,
     ) -> None:  # fmt: skip
-        matrix, form, bias = self._matrix, self._matrix.form, self._bias
-        x, norm_weight, eps = norm or (self._x, self._x, 0.0)
-        added, out = residual or (self._x, out)
+        assert given is None or makes is None, "both would be in the same memory"
+        matrix, form, bias, none = self._matrix, self._matrix.form, self._bias, self._x
+        x, normed = (none if given is None else given.row), given or makes or NormedRow(none, none, 0.0, none)
+        added, out = residual or (none, self._out)
         self._few(
             (triton.cdiv(self._outputs, shape.outputs), shape.splits, triton.cdiv(rows, shape.rows)),
-            x, matrix.codes, matrix.meta, _numbers(matrix), norm_weight, self._x if bias is None else bias, added, out,
-            self._scratch.part, self._scratch.counts, matrix.factor, eps, x.stride(0), rows, N=self._outputs,
-            K=matrix.shape[1], BM=shape.rows, BN=shape.outputs, SL=form.depth, D=shape.depth, R=matrix.together,
-            G=form.group, KIND=form.kind, META=form.meta, TEXT="" if matrix.lookup is None else matrix.lookup.text,
-            OPERAND=shape.operand, SPLITS=shape.splits, NORM=norm is not None, BIAS=bias is not None,
-            RESIDUAL=residual is not None, ACT=self._act, PDL=early, STAGES=shape.stages, ASM=out.is_cuda,
+            x, matrix.codes, matrix.meta, _numbers(matrix), none if bias is None else bias, added, normed.weight,
+            normed.row, normed.squares, out, self._scratch.part, self._scratch.counts, matrix.factor, normed.eps,
+            x.stride(0), rows, N=self._outputs, K=matrix.shape[1], BM=shape.rows, BN=shape.outputs, SL=form.depth,
+            D=shape.depth, R=matrix.together, G=form.group, KIND=form.kind, META=form.meta,
+            TEXT="" if matrix.lookup is None else matrix.lookup.text, OPERAND=shape.operand, SPLITS=shape.splits,
+            SQUARES=0 if given is None else len(given.squares), BIAS=bias is not None, RESIDUAL=residual is not None,
+            NORM=makes is not None, ACT=self._act, PDL=early, STAGES=shape.stages, ASM=out.is_cuda,
             num_warps=shape.warps, **ahead(early),
         )  # fmt: skip

@@ -131,6 +131,8 @@ class Dense:
 class DenseProduct:
     """Implements `base.Product`: kernels for few rows, cuBLAS for more."""
 
+    norms_one = True
+
     def __init__(
         self, weight: Tensor, operands: Operands, scratch: Scratch | None, batch_invariant: bool = False
     ) -> None:

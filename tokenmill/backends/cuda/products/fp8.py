@@ -167,6 +167,7 @@ class Fp8Product:
     true. `leaves`: the kernel behind multiplies by the scales, where `raw` is true.
     """
 
+    norms_one = True
     codes: Codes | None = None
     given = False
     leaves = False
