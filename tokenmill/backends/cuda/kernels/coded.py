@@ -159,11 +159,25 @@ def row_offsets(rows, NB: tl.constexpr, R: tl.constexpr, SL: tl.constexpr):
 
 
 @triton.jit
+def tile_of(at, place, word_at, row, table_ptr, ROWS: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr,
+            META: tl.constexpr, TEXT: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Return a tile of elements, all slices of it if a table is looked up, and the words of its rows."""
+    w = tl.load(at + place)
+    w0, w1, w2, w3 = row, row, row, row
+    if META != "row":
+        w0, w1, w2, w3 = words_of(word_at, row, ROWS, META, GROUPS)
+    every = (w, w, w, w)
+    if KIND == "table":
+        every = table_slices(w, table_ptr, TEXT, HALF, ASM)
+    return w, every, w0, w1, w2, w3
+
+
+@triton.jit
 def summed_codes(x_ptr, w_ptr, meta_ptr, table_ptr, tile, block, M, x_stride, split, N: tl.constexpr,
                  K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SL: tl.constexpr, D: tl.constexpr,
                  R: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr, TEXT: tl.constexpr,
-                 OPERAND: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr,
-                 STAGES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+                 OPERAND: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
+                 ASM: tl.constexpr):  # fmt: skip
     """Return a split's sums (BN, BM), and with GATED those of the other half of the matrix."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     SLICES: tl.constexpr = 4 if (KIND == "int4" or KIND == "e2m1" or KIND == "table") else 2
@@ -194,24 +208,17 @@ def summed_codes(x_ptr, w_ptr, meta_ptr, table_ptr, tile, block, M, x_stride, sp
     if NB * PARTS % SPLITS != 0:  # A loop that may not run at all makes the tensor cores wait for each product.
         end = tl.minimum(end, NB * PARTS)
     for t in tl.range(first, end, num_stages=STAGES):
-        b = t // PARTS
-        h = (t % PARTS) * D
-        w = tl.load(at + (b * (R * SL) + h) + place)
-        v = w
+        b, h = t // PARTS, (t % PARTS) * D
+        w, every_w, w0, w1, w2, w3 = tile_of(
+            at + (b * (R * SL) + h), place, word_at + b * (WORDS * ROWS), row, table_ptr, ROWS, GROUPS, KIND, META,
+            TEXT, HALF, ASM,
+        )  # fmt: skip
+        v, every_v, v0, v1, v2, v3 = w, every_w, w0, w1, w2, w3
         if GATED:
-            v = tl.load(up_at + (b * (R * SL) + h) + up_place)
-        w0, w1, w2, w3 = t, t, t, t
-        v0, v1, v2, v3 = t, t, t, t
-        if META != "row":
-            w0, w1, w2, w3 = words_of(word_at + b * (WORDS * ROWS), row, ROWS, META, GROUPS)
-            if GATED:
-                v0, v1, v2, v3 = words_of(word_at + (b * (WORDS * ROWS) + N), row, ROWS, META, GROUPS)
-        every_w = (w, w, w, w)
-        every_v = (v, v, v, v)
-        if KIND == "table":
-            every_w = table_slices(w, table_ptr, TEXT, HALF, ASM)
-            if GATED:
-                every_v = table_slices(v, table_ptr, TEXT, HALF, ASM)
+            v, every_v, v0, v1, v2, v3 = tile_of(
+                up_at + (b * (R * SL) + h), up_place, word_at + (b * (WORDS * ROWS) + N), row, table_ptr, ROWS, GROUPS,
+                KIND, META, TEXT, HALF, ASM,
+            )  # fmt: skip
         part = tl.zeros([BN, BM], tl.float32)
         part2 = tl.zeros([BN, BM], tl.float32)
         for j in tl.static_range(SLICES):

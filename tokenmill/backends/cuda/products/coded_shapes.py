@@ -68,6 +68,8 @@ def _large(tile: int, gated: bool, form: Form) -> CodedShape:
     if tile == 32:
         return CodedShape(32, 64, depth, 1, stages, 4, False)
     if tile == 64:
+        if gated and form.kind == "table":  # which needs most registers
+            return CodedShape(64, 64, min(depth, 32), 1, 4, 4, True)
         if gated:
             return CodedShape(64, 64, depth, 1, (2 if four else 3) if depth == 64 else 4, 4, four)
         return CodedShape(64, 64, depth, 1, stages if four else stages + 1, 4, four)
