@@ -187,6 +187,25 @@ def four_bits(kind: str, block: int = 64, *, nested: bool = False) -> Writer:
     return write
 
 
+def quantize_gpt_oss(folder: Path) -> dict[str, Tensor]:
+    """Store the experts of a gpt-oss checkpoint in MXFP4, in place. Returns all numbers."""
+    path = folder / "model.safetensors"
+    made, numbers = dict[str, Tensor](), dict[str, Tensor]()
+    for name, w in load_file(path).items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            made[name] = numbers[name] = w
+            continue
+        parts = [mx(each.T.contiguous().float()) for each in w]  # stored (inputs, outputs)
+        made[f"{name}_blocks"] = torch.stack([pairs(codes).reshape(len(codes), -1, 16) for codes, _, _ in parts])
+        made[f"{name}_scales"] = torch.stack([exponent for _, exponent, _ in parts])
+        numbers[name] = torch.stack([floats.T for _, _, floats in parts])
+    save_file(made, path)
+    config = json.loads((folder / "config.json").read_text())
+    about = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    return numbers
+
+
 def quantize_folder(
     folder: Path, about: dict[str, Any], writer_of: Callable[[str], Writer | None]
 ) -> dict[str, Tensor]:
@@ -209,3 +228,14 @@ def quantize_folder(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
     return numbers
+
+
+def plain_folder(folder: Path, numbers: dict[str, Any]) -> Path:
+    """Write a checkpoint of the numbers beside a quantized one."""
+    plain = folder / "plain"
+    plain.mkdir()
+    save_file(numbers, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    return plain

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support_cuda import DEVICE, torch
+from support_cuda import DEVICE, CudaDriver, torch, write_random
+from support_models import Driver, steps
+from support_quantized import plain_folder, quantize_gpt_oss
 from test_cuda_coded import FORMS, drawn
 from test_cuda_experts import MORE, Layer, tiny
 
@@ -146,3 +149,15 @@ def test_quantized_experts_are_converted_for_a_computation_in_float32() -> None:
 def test_many_items_of_an_expert_take_larger_tiles() -> None:
     sizes = [expert_shapes.tile_items(mean, True) for mean in (0.1, 12, 13, 25, 256, 257)]
     assert sizes == [16, 16, 32, 64, 64, 128]
+
+
+@pytest.mark.slow
+def test_gpt_oss_in_mxfp4_has_the_logits_of_its_numbers(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    write_random(tmp_path, "gpt_oss", dtype=torch.float16, **sizes)
+    plain = plain_folder(tmp_path, quantize_gpt_oss(tmp_path))
+    made, want = CudaDriver(tmp_path, dtype="float16"), Driver.of(plain)
+    assert sum(isinstance(stack, CodedStack) for stack in made._weights.stacks.values()) == 2
+    for rows in steps():
+        wanted = want.feed(rows)
+        assert np.linalg.norm(made.feed(rows) - wanted) < 2e-2 * np.linalg.norm(wanted)

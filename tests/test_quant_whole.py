@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
 from support_models import Driver, make_checkpoint, reference, steps  # noqa: E402
-from support_quantized import Writer, fp8, int8, mx, packed, pairs, quantize_folder  # noqa: E402
+from support_quantized import Writer, fp8, int8, packed, plain_folder, quantize_folder, quantize_gpt_oss  # noqa: E402
 from test_quant_stored import CASES, compressed  # noqa: E402
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -78,35 +76,11 @@ def test_quantized_experts_of_modules_of_their_own_are_those_of_their_numbers(
     about, write = CASES[name]
     modules = (*LINEAR, "w1", "w2", "w3", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
     numbers = quantize_folder(tmp_path, about, lambda module: write if module.endswith(modules) else None)
-    reloaded = type(model).from_pretrained(_plain(tmp_path, numbers), dtype=torch.float32, attn_implementation="eager")
+    plain = plain_folder(tmp_path, numbers)
+    reloaded = type(model).from_pretrained(plain, dtype=torch.float32, attn_implementation="eager")
     compared(tmp_path, reloaded.eval(), {})
-
-
-def _plain(folder: Path, numbers: dict[str, Any]) -> Path:
-    """Write a checkpoint of the numbers beside a quantized one."""
-    plain = folder / "plain"
-    plain.mkdir()
-    save_file(numbers, plain / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (plain / "config.json").write_text(json.dumps(config))
-    return plain
 
 
 def test_gpt_oss_in_mxfp4_has_the_logits_of_its_numbers(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, "gpt_oss", hidden_size=64, intermediate_size=96)
-    path = tmp_path / "model.safetensors"
-    made, numbers = dict[str, Any](), dict[str, Any]()
-    for name, w in load_file(path).items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            made[name] = numbers[name] = w
-            continue
-        parts = [mx(each.T.contiguous().float()) for each in w]  # stored (inputs, outputs)
-        made[f"{name}_blocks"] = torch.stack([pairs(codes).reshape(len(codes), -1, 16) for codes, _, _ in parts])
-        made[f"{name}_scales"] = torch.stack([exponent for _, exponent, _ in parts])
-        numbers[name] = torch.stack([floats.T for _, _, floats in parts])
-    save_file(made, path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    about = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
-    compared(tmp_path, model, numbers)
+    compared(tmp_path, model, quantize_gpt_oss(tmp_path))
