@@ -38,6 +38,7 @@ from tokenmill.quant.base import Coded
 
 Upload = Callable[[NDArray[Any]], Tensor]
 LARGEST = 448.0  # of e4m3
+_AT_ONCE = 1 << 23  # numbers quantized at a time: 32 bits each, in two copies
 CAPABILITY = (8, 9)
 """Least compute capability of tensor cores for FP8"""
 
@@ -99,12 +100,14 @@ def interleaved(codes: Tensor) -> Tensor:
 
 def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize a matrix to bytes of e4m3 with a scale for each row, (rows, 1) float32, so that its largest is 448."""
-    scale = matrix.abs().amax(1, keepdim=True).float().clamp_min_(1e-30) / LARGEST
     codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
-    at_once = max(1, (1 << 26) // matrix.shape[1])
+    scale = torch.empty(len(matrix), 1, device=matrix.device)
+    at_once = max(1, _AT_ONCE // matrix.shape[1])
     for first in range(0, len(matrix), at_once):
         some = slice(first, first + at_once)
-        wide = (matrix[some].float() / scale[some]).clamp_(-LARGEST, LARGEST)
+        wide = matrix[some].float()
+        scale[some] = wide.abs().amax(1, keepdim=True).clamp_min_(1e-30) / LARGEST
+        wide = wide.div_(scale[some]).clamp_(-LARGEST, LARGEST)
         codes[some] = wide.to(torch.float8_e4m3fn).view(torch.uint8)
     return codes, scale
 
