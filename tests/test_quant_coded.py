@@ -11,6 +11,7 @@ import pytest
 from tokenmill.quant.base import Coded, Levels, dense, stack
 from tokenmill.quant.formats import FORMATS, nibbles
 from tokenmill.quant.gguf import UNPACK
+from tokenmill.weights.gguf_header import BLOCKS as BLOCKS_OF
 
 BLOCKS = [(1, 32), (1, 128), (128, 128), (3, 64), (1, 0), (0, 0), (0, 32), (1, 48)]
 
@@ -117,8 +118,21 @@ def test_a_part_of_whole_blocks_keeps_its_codes_without_a_copy() -> None:
     part = m.take(slice(128, 256), slice(0, 128))
     assert (part.format, part.block, part.input_scale) == ("i8", (128, 128), 0.5)
     assert np.shares_memory(part.codes, m.codes)
-    assert m.take(slice(0, 256), slice(0, 64)).dense
+    assert m.take(slice(0, 256), slice(0, 64)).block == (128, 64)
+    assert m.take(slice(0, 256), slice(0, 72)).dense
     assert m.take(slice(3, 256), slice(0, 128)).block == (1, 128)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "MXFP4"])
+@pytest.mark.parametrize("columns", [slice(0, 336), slice(336, 1024), slice(16, 48)])
+def test_a_part_of_packed_blocks_keeps_its_codes(kind: str, columns: slice) -> None:
+    """As with ranks whose border is within 32 columns."""
+    elements, size = BLOCKS_OF[kind]
+    raw = np.random.default_rng(9).integers(0, 60, (4, 1024 // elements, size), dtype=np.uint8)
+    m = UNPACK[kind](raw)
+    part = m.take(slice(1, 4), columns)
+    assert part.format == m.format
+    np.testing.assert_array_equal(part.floats(), m.floats()[1:4, columns])
 
 
 @pytest.mark.parametrize("block", BLOCKS)

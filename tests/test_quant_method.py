@@ -54,6 +54,10 @@ def test_the_method_is_found_in_config_json(tmp_path: Path, config: dict[str, An
 def test_a_second_file_describes_what_config_json_does_not(tmp_path: Path) -> None:
     source = checkpoint(tmp_path, {"bits": 4}, "quantize_config.json")
     assert described(source) == ("quantize_config.json", "gptq", {"quant_method": "gptq", "bits": 4})
+    (tmp_path / "quantize_config.json").unlink()
+    nvidias = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    assert method_of(checkpoint(tmp_path, nvidias, "hf_quant_config.json")) == "modelopt"
+    (tmp_path / "hf_quant_config.json").unlink()
     source = checkpoint(tmp_path, {"w_bit": 4}, "quant_config.json", quantization_config={"quant_method": "fp8"})
     assert method_of(source) == "fp8"
 

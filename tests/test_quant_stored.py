@@ -165,6 +165,17 @@ def test_a_module_that_stayed_plain_is_read_as_stored(tmp_path: Path) -> None:
         np.testing.assert_array_equal(load(bias, source, reader_of(source)).floats(), plain[0].float().numpy())
 
 
+def test_modelopts_own_file_describes_its_weights(tmp_path: Path) -> None:
+    for algorithm, name in (("FP8", "modelopt fp8"), ("NVFP4", "modelopt nvfp4")):
+        about = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm}}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(about))
+        source, numbers = written(tmp_path, {}, CASES[name][1])
+        weight = Weight((Part("l.0.a.weight", ROWS),), COLUMNS)
+        check([weight], source)
+        got = load(weight, source, reader_of(source)).floats()
+        np.testing.assert_allclose(got, numbers["l.0.a"], rtol=2e-6, atol=1e-7)
+
+
 def test_formats_may_differ_by_module(tmp_path: Path) -> None:
     """Of groups by regular expression, by name and by class."""
     about = compressed("mixed-precision")

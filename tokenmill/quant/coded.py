@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import gcd, lcm
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -140,32 +140,36 @@ class Coded:
         return tuple(-(-size // each) if each else 1 for size, each in zip(self.shape, self.block, strict=True))
 
     def take(self, rows: slice, columns: slice) -> Coded:
-        """Return a part of the matrix, without a copy. `columns` is ignored for a vector.
+        """Return a part of the matrix, without a copy where that is possible. `columns` is ignored for a vector.
 
-        Where `columns` separates what shares a byte or a superblock, or there is an `order`, the part is dense.
+        Where `columns` separates what shares a scale, blocks are divided; where it separates packed codes, they are
+        unpacked. With an `order`, or if a block would have less than 16 columns, the part is dense.
         """
         if self.codes.ndim == 1:
             return replace(self, codes=self.codes[rows])
         if rows.step not in (None, 1) and not self.dense:
             return dense(self.floats()[rows, columns])
-        width = self.shape[1]
-        start, stop, _ = columns.indices(width)
-        shared = gcd(self.block[1], start, stop if stop < width else start)
-        if (start, stop) == (0, width) or not self._separates(self.block[1] or 1, start, stop):
-            whole = self
-        elif self.block[0] == 1 and shared >= _LEAST and self.levels is None and not self._separates(1, start, stop):
-            whole = self._divided(shared)
-        else:
+        start, stop, _ = columns.indices(self.shape[1])
+        if (start, stop) == (0, self.shape[1]):
+            return self._part(rows, start, stop)
+        shared = gcd(self.block[1], start, stop if stop < self.shape[1] else start)
+        if self.order is not None or (0 < shared < min(_LEAST, self.block[1])):
             return dense(self.take(rows, slice(None)).floats()[:, columns])
+        whole = self._divided(shared) if self._separates(self.block[1], start, stop) else self
+        if whole._separates(whole.group, start, stop):
+            whole = whole._unpacked()
         return whole._part(rows, start, stop)
 
-    def _separates(self, block: int, start: int, stop: int) -> bool:
-        """Return True if columns from `start` to `stop` cannot be taken, because they separate what belongs together.
+    def _separates(self, width: int, start: int, stop: int) -> bool:
+        """Return True if columns from `start` to `stop` contain a part of some `width` columns; 0: all of a row."""
+        return width > 0 and (start % width > 0 or (stop % width > 0 and stop < self.shape[1]))
 
-        `block`: columns that share a scale.
-        """
-        each = lcm(self.group, block)
-        return self.order is not None or start % each > 0 or (stop % each > 0 and stop < self.shape[1])
+    def _unpacked(self) -> Coded:
+        """Return the same with a code an element."""
+        codes = self.codes
+        if formats.packed(codes, self.format):
+            codes = np.concatenate([codes & 15, codes >> np.uint8(4)], -1)
+        return replace(self, codes=codes.reshape(len(codes), -1), levels=None)
 
     def _divided(self, width: int) -> Coded:
         """Return the same with scales of blocks of `width` columns, a divisor of the present ones."""
@@ -176,7 +180,7 @@ class Coded:
 
         zero = self.zero if self._one_zero else repeated(self.zero)
         block = self.block[0], width
-        return replace(self, scale=repeated(self.scale), zero=zero, low=repeated(self.low), block=block)
+        return replace(self, scale=repeated(self.scale), zero=zero, low=repeated(self.low), block=block, levels=None)
 
     def _part(self, rows: slice, start: int, stop: int) -> Coded:
         first, last, _ = rows.indices(self.shape[0])

@@ -47,7 +47,9 @@ _BODIES = {
 }  # fmt: skip
 """Embedding of a model that was saved without its output layer -> prefix of its tensors in the whole model."""
 
-QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+QUANTIZATION_FILES = {
+    "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt",
+}  # fmt: skip
 """File in which programs describe a quantization that config.json does not -> its method, if the file names none.
 
 The content becomes a field of the configuration, under the file's name.
