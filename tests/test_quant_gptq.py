@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +279,9 @@ def test_the_cpu_backend_multiplies_in_the_stored_codes(tmp_path: Path, method: 
 
     model = model_of(tmp_path, method)
     want = reference(model, [[(0, prompts()[1])]])[0]
-    backend = CpuDriver.of(tmp_path)
-    kernels = {line.kernel for line in backend._lines}
-    assert {kernel for kernel in kernels if kernel.startswith("linear")} == {"linear_int4"}
-    assert ("quantize_ordered" in kernels) == (method == "act-order")
-    got = backend.feed([(0, prompts()[1])])
+    with closing(CpuDriver.of(tmp_path)) as backend:
+        kernels = {line.kernel for line in backend._lines}
+        assert {kernel for kernel in kernels if kernel.startswith("linear")} == {"linear_int4"}
+        assert ("quantize_ordered" in kernels) == (method == "act-order")
+        got = backend.feed([(0, prompts()[1])])
     np.testing.assert_allclose(got, want, atol=0.04 * np.abs(want).max())

@@ -126,7 +126,8 @@ def test_products_are_quantized_and_tables_heads_and_routers_stay(name: str, tmp
 def test_a_matrix_of_one_number_keeps_it(name: str, value: float, tmp_path: Path) -> None:
     source = folder_of(tmp_path, {"a": np.full((3, 64), value, np.float32)})
     made = load(Weight((Part("a", 3),), 64), source, reader_of(source, name)).floats()
-    np.testing.assert_allclose(made, value, rtol=1e-6, atol=1e-30)
+    narrow = {"rtol": 4e-3, "atol": 1e-7} if name == "eetq" else {"rtol": 1e-6, "atol": 1e-30}  # scales in float16
+    np.testing.assert_allclose(made, value, **narrow)
 
 
 def test_numbers_round_to_the_nearest_of_e4m3_as_by_torch() -> None:

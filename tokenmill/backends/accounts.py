@@ -106,7 +106,7 @@ def stored_form(matrix: Coded) -> str:
         return _PLAIN[matrix.format]
     height, width = matrix.block
     shared = {(0, 0): "one scale", (1, 0): "a scale a row"}.get(matrix.block, f"blocks of {height} × {width}")
-    parts = [matrix.format, f"groups of {width}" if height == 1 and width else shared]
+    parts = [matrix.format.removesuffix("x2"), f"groups of {width}" if height == 1 and width else shared]
     if matrix.low is not None:
         parts.append("minima")
     if matrix.zero is not None and matrix.zero.size > 1:

@@ -92,12 +92,12 @@ class CpuKind:
 
     def form(self, parts: Sequence[Coded], use: Use, dtype: str) -> str:
         """See `Kind`. A name of `forms.py`."""
-        from tokenmill.backends.cpu.pack import pack
-        from tokenmill.quant.coded import stack
+        from tokenmill.backends.cpu.pack import pack_loaded
 
-        found = pack(stack(parts)).form
-        kept = found not in FLOATS or all(part.dense for part in parts)
-        return found if kept else f"converted to {found} at load: no kernel multiplies its codes"
+        found = dict.fromkeys(packed.form for packed in pack_loaded(parts, product=use != "table"))
+        forms = ", ".join(found)
+        kept = not set(FLOATS) & set(found) or all(part.dense for part in parts)
+        return forms if kept else f"converted to {forms} at load: no kernel multiplies its codes"
 
     def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
         """See `Kind`."""

@@ -88,7 +88,13 @@ def pack_weight(
     only products read the weight, so its form may depend on its numbers, and activations are reordered if all parts
     have one `Coded.order`. `allocate`: allocator of the arrays.
     """
-    parts = load_parts(weight, source, read)
+    return pack_loaded(load_parts(weight, source, read), gated, pairs, product, allocate)
+
+
+def pack_loaded(
+    parts: Sequence[Coded], gated: bool = False, pairs: bool = False, product: bool = False, allocate: Allocate = zeros
+) -> tuple[Packed, ...]:
+    """Pack the parts of a weight; arguments and result as of `pack_weight`."""
     if product:
         parts = [_narrowed(part) for part in parts]
     if product and (order := _common_order(parts)) is not None:
