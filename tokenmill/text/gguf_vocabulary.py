@@ -1,7 +1,8 @@
 """The tokenizer in the metadata of a GGUF file, as a tokenizer of the `tokenizers` library.
 
 "gpt2": byte-level BPE with merges; `tokenizer.ggml.pre` names the way in which text is cut into words before. "llama":
-SentencePiece with scores. Where files are silent, the defaults are llama.cpp's, whose format this is.
+SentencePiece with scores. "t5": SentencePiece's unigrams, with its normalization of texts. Where files are silent, the
+defaults are llama.cpp's, whose format this is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _WHOLE_WORDS_FIRST = frozenset("llama-bpe llama3 llama-v3 tekken falcon3 falcon-
 """Pre-tokenizers with which a word that is a token stays one, whatever its merges. BOS is added unless the file forbids
 it."""
 
+_ENCODED = ("t5",)
+"""Architectures of an encoder and decoder"""
+
 _ENDS = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -40,15 +44,16 @@ _ENDS = (
 
 def load(path: Path, config_path: str = "") -> Tokenizer:
     """Read the vocabulary of a GGUF file. `config_path`: a tokenizer_config.json whose template is preferred, or ""."""
-    data = _Metadata(Gguf(path).metadata, path)
+    metadata = Gguf(path).metadata
+    data = _Metadata(metadata, path)
     kind = data.take("model", str)
-    if kind not in ("gpt2", "llama"):
-        raise Unsupported("GGUF tokenizer", kind, ("gpt2", "llama"))
+    if kind not in ("gpt2", "llama", "t5"):
+        raise Unsupported("GGUF tokenizer", kind, ("gpt2", "llama", "t5"))
     with reading(path):
-        inner = _byte_level(data) if kind == "gpt2" else sentencepiece.build(_sentencepiece(data))
+        inner = _byte_level(data) if kind == "gpt2" else sentencepiece.build(_sentencepiece(data, unigram=kind == "t5"))
     bos, eos = data.token("bos_token_id"), data.token("eos_token_id")
     begins = data.take("add_bos_token", bool, kind == "llama" or data.pre in _WHOLE_WORDS_FIRST)
-    ends = data.take("add_eos_token", bool, False)
+    ends = data.take("add_eos_token", bool, kind == "t5")
     if (begins and bos) or (ends and eos):
         folder.set_post_processor(inner, bos if begins else None, eos if ends else None)
     named = {name: data.token(f"{name}_id") for name in ("bos_token", "eos_token")}
@@ -62,7 +67,19 @@ def load(path: Path, config_path: str = "") -> Tokenizer:
         eos_token=eos,
         eos_ids=_eos_ids(data),
         chat_template=ChatTemplate(templates, bos, eos, special) if templates else None,
+        answer_start=_answer_start(metadata, path),
     )
+
+
+def _answer_start(metadata: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    """Return the token that begins an answer of an encoder and decoder; () for another model."""
+    architecture = metadata.get("general.architecture")
+    if architecture not in _ENCODED:
+        return ()
+    found = metadata.get(f"{architecture}.decoder_start_token_id")
+    if not isinstance(found, int) or found < 0:
+        raise ModelError(f"{path} lacks the key '{architecture}.decoder_start_token_id', the first token of an answer.")
+    return (found,)
 
 
 class _Metadata:
@@ -94,6 +111,10 @@ class _Metadata:
         if count is not None and len(value) != count:
             raise ModelError(f"{self._path}: 'tokenizer.ggml.{key}' has {len(value)} entries for {count} tokens.")
         return value
+
+    def raw(self, key: str) -> bytes:
+        """Return a list of bytes, signed or not; none if the file has none."""
+        return bytes(number & 255 for number in self._list(key, int))
 
     def scores(self) -> list[float]:
         """Return a score for each token; zeros if the file has none."""
@@ -139,13 +160,16 @@ def _byte_level(data: _Metadata) -> tokenizers.Tokenizer:
     return inner
 
 
-def _sentencepiece(data: _Metadata) -> sentencepiece.Vocabulary:
+def _sentencepiece(data: _Metadata, unigram: bool) -> sentencepiece.Vocabulary:
     return sentencepiece.Vocabulary(
         data.tokens,
         data.scores(),
         data.kinds,
         byte_fallback=any(kind == Kind.BYTE for kind in data.kinds),
         add_dummy_prefix=data.take("add_space_prefix", bool, True),
+        unigram=unigram,
+        remove_extra_whitespaces=data.take("remove_extra_whitespaces", bool, False),
+        charsmap=data.raw("precompiled_charsmap"),
     )
 
 

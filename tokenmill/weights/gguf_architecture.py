@@ -82,34 +82,40 @@ class Architecture(NamedTuple):
 
     def theirs(self, name: str) -> str | None:
         """Return transformers' name of a tensor of the file, {} being the expert; None if there is no such tensor."""
-        layer = re.match(r"blk\.(\d+)\.", name)
+        layer = re.match(r"(?:(enc|dec)\.)?blk\.(\d+)\.", name)
         own = name[layer.end() :] if layer else name
+        own = f"{layer[1]}.{own}" if layer and layer[1] else own
         stem, dot, suffix = own.rpartition(".")
         found = self.names.get(own) or (f"{self.names[stem]}{dot}{suffix}" if stem in self.names else None)
         if found is None or ("{}" in found) != (layer is not None):
             return None
-        return found if layer is None else found.replace("{}", layer[1], 1)
+        return found if layer is None else found.replace("{}", layer[2], 1)
 
     def ours(self, name: str) -> Found | None:
         """Return the file's tensor that has transformers' name `name`; None if there is no such tensor."""
-        numbers, suffix = _NUMBER.findall(name), ""
-        template = _NUMBER.sub(".{}", name)
         stems = {there: here for here, there in self.names.items()}
-        if template not in stems:
-            suffix = next((end for end in _SUFFIXES if template.endswith(end)), "")
-            template = template.removesuffix(suffix)
-        if template not in stems or not (suffix or "." in stems[template] or template.endswith(_SUFFIXES)):
-            return None
-        own = stems[template] + suffix
-        index = int(numbers[1]) if len(numbers) > 1 else None
-        return Found(f"blk.{numbers[0]}.{own}" if numbers else own, index)
-
+        for count in (0, 1):  # numbers that are layer and expert; then one that is the layer, before others of a name
+            numbers, suffix, template = _NUMBER.findall(name)[: count or None], "", _NUMBER.sub(".{}", name, count)
+            if template not in stems:
+                suffix = next((end for end in _SUFFIXES if template.endswith(end)), "")
+                template = template.removesuffix(suffix)
+            if template in stems and (suffix or "." in stems[template] or template.endswith(_SUFFIXES)):
+                own = stems[template] + suffix
+                index = int(numbers[1]) if len(numbers) > 1 else None
+                return Found(_in_layer(numbers[0], own) if numbers else own, index)
+        return None
 
     def made_of(self, name: str) -> tuple[Made, int] | None:
         """Return what a tensor of transformers is made of, and its layer; None if it is not made of others."""
         numbers = _NUMBER.findall(name)
         found = self.made.get(_NUMBER.sub(".{}", name)) if len(numbers) == 1 else None
         return None if found is None else (found, int(numbers[0]))
+
+
+def _in_layer(layer: str, own: str) -> str:
+    """Return the file's name of a tensor of a layer. `own`: without the layer, but with "enc." or "dec."."""
+    part = own[:4] if own.startswith(("enc.", "dec.")) else ""
+    return f"{part}blk.{layer}.{own.removeprefix(part)}"
 
 
 def within(layer: str, **names: str) -> dict[str, str]:

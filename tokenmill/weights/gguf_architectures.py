@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from tokenmill.weights import gguf_recurrent
+from tokenmill.weights import gguf_encoded, gguf_recurrent
 from tokenmill.weights.gguf_architecture import (
     AFTER,
     ATTENTION,
@@ -336,6 +336,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="layer_norm_epsilon", eps="layer_norm_eps", by_head=True, partial=True,
     ),
     **gguf_recurrent.ARCHITECTURES,
+    **gguf_encoded.ARCHITECTURES,
 }  # fmt: skip
 """general.architecture, in some cases with what distinguishes two kinds of files -> counterpart"""
 
@@ -358,6 +359,8 @@ _KINDS: Mapping[tuple[str, str], Callable[[Callable[[str], Any], Container[str]]
     ("granitehybrid", "with rotation"): lambda value, _: bool(value("rope.scaling.finetuned")),
     ("olmo2", "with windows"): lambda value, _: bool(value("attention.sliding_window")),
     ("mistral3", "with temperature"): lambda value, _: bool(value("attention.temperature_scale")),
+    ("t5", "with biases"): lambda _, tensors: "enc.blk.1.attn_rel_b.weight" in tensors,
+    ("t5", "with gates"): lambda _, tensors: "enc.blk.0.ffn_gate.weight" in tensors,
     ("mamba", "with norms"): lambda value, _: bool(value("ssm.dt_b_c_rms")),
 }
 """Architecture and what distinguishes a kind of its files -> True for a file of that kind"""
