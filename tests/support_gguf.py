@@ -106,6 +106,9 @@ def in_parts(name: str, array: np.ndarray, architecture: str, config: dict[str, 
     if architecture == "llama4" and name.endswith("experts.gate_up_proj"):
         parts = zip(("gate_proj", "up_proj"), np.split(array.swapaxes(1, 2), 2, 1), strict=True)
         yield from ((name.replace("gate_up_proj", f"{part}.weight"), a) for part, a in parts)
+    elif match := re.fullmatch(r".*experts\.mlp\.(w1|v1|w2)", name):
+        stack = array.reshape(config["ffn_config"]["moe_num_experts"], -1, array.shape[-1])
+        yield f"{name}.weight", stack.swapaxes(1, 2) if match[1] == "w2" else stack
     elif match := re.fullmatch(r"(.*)(gate_up_proj|gate_up_proj_bias)", name):
         end = ".bias" if name.endswith("bias") else ".weight"
         turned = array if end == ".bias" else array.swapaxes(1, 2)

@@ -130,6 +130,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "attention__sliding_window_pattern": [True, False, True, False], "attention__shared_kv_layers": 2,
         "activation_sparsity_scale": [-np.inf, 0.8416212, -np.inf, 0.2533471], "final_logit_softcapping": 30.0,
         "attention__key_length": 16, "attention__value_length": 16}),
+    "dbrx": ("dbrx", "dbrx", {}, {
+        "feed_forward_length": 32, "expert_count": 4, "expert_used_count": 2, "attention__clamp_kqv": 1.0,
+        "attention__layer_norm_epsilon": 1e-5, "attention__layer_norm_rms_epsilon": None}),
     "gptneox": ("gptneox", "gpt_neox", {}, {
         "rope__dimension_count": 8, "use_parallel_residual": True, "attention__head_count_kv": 4}),
 }  # fmt: skip

@@ -120,6 +120,8 @@ class Gguf:
         if name.endswith(self._kind.joined or "\0"):
             rows = len(shape) - (1 if self._stored_name(name).endswith(".bias") else 2)
             return *shape[:rows], 2 * shape[rows], *shape[rows + 1 :]
+        if name.endswith(self._kind.below or "\0"):
+            return _below(shape)
         return (1, *shape) if name.endswith(_ONE_ROW) and len(shape) == 1 else shape
 
     def nbytes(self, name: str) -> int:
@@ -217,6 +219,9 @@ class Gguf:
             data = self._once(name, lambda: by_head(data, heads, kv, name))
         if self._kind.above_one and name.endswith("norm.weight") and not name.endswith(self._kind.as_stored or "\0"):
             return Stored(name, "F32", stored.shape, _NO_DATA, (stored,), lambda arrays: arrays[0] - np.float32(1))
+        if name.endswith(self._kind.below or "\0"):
+            shape = _below(stored.shape)
+            return Stored(name, kind, shape, data.reshape(shape[0], -1))
         if name.endswith(_ONE_ROW) and len(stored.shape) == 1:
             return Stored(name, kind, (1, *stored.shape), data.reshape(1, -1))
         return Stored(name, kind, stored.shape, data)
@@ -260,3 +265,8 @@ class Gguf:
     def _bytes(self, entry: Entry) -> NDArray[np.uint8]:
         raw = entry.mapped[entry.start : entry.start + entry.nbytes]
         return raw.reshape(entry.shape[0] if entry.shape else 1, -1) if entry.nbytes else raw.reshape(0, 0)
+
+
+def _below(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a stack of matrices that lie below each other."""
+    return (shape[0] * shape[1], *shape[2:]) if len(shape) > 2 else shape

@@ -74,6 +74,7 @@ class Architecture(NamedTuple):
     widths: bool = False  # feed-forward layers may differ in width, which a function of `gguf_special` reads
     joined: tuple[str, ...] = ()  # ends of names of tensors that are gate and up in one
     alternate: bool = False  # in which their rows alternate
+    below: tuple[str, ...] = ()  # ends of names of stacks whose matrices lie below each other in transformers
     sigmoid: bool = False  # experts are weighed by the sigmoid of their scores, not by the softmax
     scores_bias: str = ""  # field that is True if the products of queries, keys and values have a bias
     factors: tuple[str, ...] = ()  # tensors that `gguf_config` reads

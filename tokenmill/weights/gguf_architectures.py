@@ -328,6 +328,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "mistral3": Architecture("llama", LLAMA, pairs=True, factors=LLAMA3),
     "mistral3 with temperature": Architecture("ministral3", LLAMA, pairs=True),
+    "dbrx": Architecture(
+        "dbrx", {
+            "token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head",
+            **within("transformer.blocks", attn_norm="norm_attn_norm.norm_1", attn_output_norm="norm_attn_norm.norm_2",
+                     attn_qkv="norm_attn_norm.attn.Wqkv", attn_output="norm_attn_norm.attn.out_proj",
+                     ffn_gate_inp="ffn.router.layer"),
+            **{f"ffn_{name}_exps.weight": f"transformer.blocks.{{}}.ffn.experts.mlp.{theirs}"
+               for name, theirs in {"gate": "w1", "up": "v1", "down": "w2"}.items()},
+        },
+        renamed={"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+                 "max_position_embeddings": "max_seq_len"},
+        norm="layer_norm_epsilon", eps="layer_norm_epsilon", below=("mlp.w1", "mlp.v1", "mlp.w2"),
+    ),
     "gptneox": Architecture(
         "gpt_neox",
         {"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out",

@@ -58,6 +58,17 @@ def _mpt(read: Reader) -> dict[str, Any]:
     return {"attn_config": {"alibi": slope > 0, "alibi_bias_max": slope or 8.0, "clip_qkv": clip or None}}
 
 
+def _dbrx(read: Reader) -> dict[str, Any]:
+    """Return the objects that attention and experts have of their own."""
+    heads = read.number("attention.head_count")
+    return {
+        "attn_config": {"clip_qkv": read.real("attention.clamp_kqv", 0.0) or None,
+                        "kv_n_heads": read.number("attention.head_count_kv", heads)},
+        "ffn_config": {"ffn_hidden_size": read.number("feed_forward_length"),
+                       "moe_num_experts": read.number("expert_count"), "moe_top_k": read.number("expert_used_count")},
+    }  # fmt: skip
+
+
 def _apertus(read: Reader) -> dict[str, Any]:
     """Return the trained numbers of the activation, of each layer."""
     found: dict[str, Any] = {}
@@ -256,8 +267,8 @@ def _delta(read: Reader) -> dict[str, Any]:
 SPECIAL: Mapping[str, Callable[[Reader], dict[str, Any]]] = {
     "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query, "falcon": _falcon, "gpt-oss": _gpt_oss,
     "falcon with two norms": lambda read: {**_falcon(read), "num_ln_in_parallel_attn": 2},
-    "olmo2 with windows": _olmo3, "llama4": _llama4, "gemma3n": _gemma3n, "mpt": _mpt, "apertus": _apertus,
-    "mistral3 with temperature": _ministral3,
+    "olmo2 with windows": _olmo3, "llama4": _llama4, "gemma3n": _gemma3n, "mpt": _mpt, "dbrx": _dbrx,
+    "apertus": _apertus, "mistral3 with temperature": _ministral3,
     "deepseek2": _latent, "deepseek2 with sigmoid": _latent,
     "mamba": _mamba, "mamba with norms": _mamba, "mamba2": _mamba, "jamba": _jamba, "granitehybrid": _granite,
     "granitehybrid with experts": _granite, "nemotron_h": _nemotron_h, "nemotron_h_moe": _nemotron_h,
