@@ -11,13 +11,15 @@ import pytest
 from support_cuda import DEVICE, ON_GPU, CudaDriver, torch, write_random
 
 from tokenmill.backends.cuda.products import coded as cuda_coded
+from tokenmill.backends.cuda.products import pack as cuda_pack
 from tokenmill.backends.cuda.products.base import Operands, Scratch
 from tokenmill.backends.cuda.products.coded import CodedMatrix
 from tokenmill.backends.cuda.products.forms import Unpackable, form_of
 from tokenmill.backends.cuda.products.pack import packed
-from tokenmill.quant import formats
+from tokenmill.quant import formats, gguf
 from tokenmill.quant.base import Coded, dense
 from tokenmill.quant.formats import FORMATS
+from tokenmill.weights.gguf_header import BLOCKS
 
 DTYPES = [torch.float16, *([torch.bfloat16] if ON_GPU else [])]  # Triton's interpreter multiplies bfloat16 wrongly.
 
@@ -184,6 +186,17 @@ def test_batch_invariant_products_do_not_depend_on_the_number_of_rows() -> None:
     assert torch.equal(few, many[:3])
 
 
+def test_matrices_are_packed_in_parts_that_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [drawn("u4", rows, 64, 64, "integers") for rows in (24, 5, 43)]
+    whole = packed(parts, upload, torch.float16)
+    monkeypatch.setattr(cuda_pack, "_AT_ONCE", 64)
+    again = packed(parts, upload, torch.float16)
+    assert torch.equal(whole.codes, again.codes)
+    found = torch.empty(72, 64, dtype=torch.float16, device=DEVICE)
+    again.unpack(found)
+    assert off(found, np.concatenate([part.floats() for part in parts]).astype(np.float64)) < 4e-4
+
+
 STACKS = {
     "one format": [("u4", 32, "low"), ("u4", 32, "low")],
     "GGUF's Q4_K and Q6_K": [("u4", 32, "low"), ("i6", 16, "")],
@@ -220,3 +233,25 @@ def test_the_form_of_a_matrix_has_the_bytes_that_it_takes() -> None:
     for kind, group, zero, more in FORMS.values():
         matrix = packed([drawn(kind, 40, 544, group, zero, **more)], upload, torch.float16)
         assert matrix.nbytes == matrix.form.nbytes(40, 544)
+
+
+def stored(kind: str, rows: int) -> Coded:
+    """Return a matrix (rows, 512) of a GGUF type: random codes in the file's own places, with random scales."""
+    columns, each = BLOCKS[kind]
+    draw = np.random.default_rng(7)
+    with np.errstate(invalid="ignore"):  # Random bytes are no scales; they are replaced.
+        coded = gguf.UNPACK[kind](draw.integers(0, 256, (rows, 512 // columns, each), np.uint8))
+    assert coded.scale is not None
+    scale = ((draw.random(coded.scale.shape) + 0.5) / 16).astype(coded.scale.dtype)
+    low = None if coded.low is None else (-draw.random(coded.low.shape) / 2).astype(coded.low.dtype)
+    return replace(coded, scale=scale, low=low, levels=None)
+
+
+@pytest.mark.parametrize("kind", gguf.UNPACK)
+def test_every_type_of_gguf_stays_quantized(kind: str) -> None:
+    coded = stored(kind, 16)
+    matrix = packed([coded], upload, torch.float16)
+    assert (matrix.form.slices == 4) is (FORMATS[coded.format].bits <= 4)
+    found = torch.empty(16, 512, dtype=torch.float16, device=DEVICE)
+    matrix.unpack(found)
+    assert off(found, coded.floats().astype(np.float64)) < 4e-4

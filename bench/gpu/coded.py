@@ -116,11 +116,11 @@ class Case:
         return lambda i: self.products[i % len(self.products)].one(None, residual, False, given, makes)
 
 
-def variants(kind: str, name: str, rows: int) -> list[CodedShape]:
-    """Return other sizes than the chosen ones."""
-    n, k, act = MATRICES[name]
-    matrix = packed([coded(KINDS[kind], 16, 1024)], upload, torch.bfloat16)
-    form, chosen = matrix.form, coded_shape(rows, n // (2 if act else 1), k, bool(act), matrix.form)
+def variants(case: Case, rows: int) -> list[CodedShape]:
+    """Return other sizes than the chosen ones, that scratch memory has room for."""
+    n, k, act = MATRICES[case.name]
+    outputs, form = n // (2 if act else 1), case.matrices[0].form
+    chosen = coded_shape(rows, outputs, k, bool(act), form)
     found = [chosen._replace(stages=chosen.stages + d) for d in (-1, 1)]
     found += [chosen._replace(outputs=size) for size in (32, 64, 128) if size != chosen.outputs]
     found += [chosen._replace(warps=warps) for warps in (2, 4, 8) if warps != chosen.warps]
@@ -131,7 +131,10 @@ def variants(kind: str, name: str, rows: int) -> list[CodedShape]:
         found += [chosen._replace(outputs=128, warps=8), chosen._replace(rows=64)] if rows > 128 else []
     if not act and rows <= 128:
         found += [chosen._replace(splits=s) for s in (1, 2, 4, 8) if s != chosen.splits]
-    return found
+    return [
+        s for s in dict.fromkeys(found)
+        if s.splits == 1 or case.scratch.holds(-(-outputs // s.outputs), s.splits, s.outputs * s.rows, bool(act))
+    ]  # fmt: skip
 
 
 def compile_one(job: tuple[str, str, list[int], bool]) -> None:
@@ -141,7 +144,7 @@ def compile_one(job: tuple[str, str, list[int], bool]) -> None:
     for rows in sizes:
         case.products[0].run(rows)
         if others and kind != "bf16" and rows <= 256:
-            for shape in variants(kind, name, rows):
+            for shape in variants(case, rows):
                 _tried(lambda rows=rows, shape=shape: case.variant(rows, shape)(0))  # type: ignore[misc]
     if 1 in sizes:
         case.single()(0)
@@ -170,7 +173,7 @@ def measure(kind: str, name: str, sizes: list[int], others: bool) -> dict[int, f
         told = f"{found[rows]:.2f} us, floor {floor:.1f}, error {error:.1e}{wrong}{way}"
         print(f"{kind} {name} {rows}: {told}", flush=True)
         if others and kind != "bf16" and rows <= 256:
-            timed = [(_tried(lambda s=s: case.us(rows, case.variant(rows, s))), s) for s in variants(kind, name, rows)]  # type: ignore[misc]  # noqa: B023
+            timed = [(_tried(lambda s=s: case.us(rows, case.variant(rows, s))), s) for s in variants(case, rows)]  # type: ignore[misc]  # noqa: B023
             best = sorted((us, tuple(s)) for us, s in timed if us is not None)[:3]
             print("    " + " | ".join(f"{us:.2f} {s}" for us, s in best), flush=True)
     if 1 in sizes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from tokenmill.quant import formats
 from tokenmill.quant.base import Coded
 from tokenmill.quant.formats import FORMATS
 
-_AT_ONCE = 1 << 23  # codes arranged at a time: 16 bits each, in several copies
+_AT_ONCE = 1 << 24  # codes arranged at a time, in several copies of 16 bits each
 
 Upload = Callable[[NDArray[Any]], Tensor]
 """Copy an array to the device: its numbers, or for types that torch does not have, their bytes."""
@@ -42,18 +42,32 @@ def packed(parts: Sequence[Coded], upload: Upload, dtype: torch.dtype) -> CodedM
 
 def _codes(parts: Sequence[Coded], form: Form, upload: Upload) -> Tensor:
     """Return the packed codes of stacked matrices."""
-    columns = parts[0].shape[1]
-    whole = torch.cat([_centred(upload(part.codes), part, form).view(-1, columns) for part in parts])
-    out = torch.empty(
-        -(-len(whole) // ROWS), -(-columns // form.block), ROWS, form.depth, dtype=torch.int16, device=whole.device
-    )
-    step = max(ROWS, _AT_ONCE // columns // ROWS * ROWS)
-    for first in range(0, len(whole), step):
-        some = whole[first : first + step]
+    rows, out, done = sum(part.shape[0] for part in parts), None, 0
+    for some in _chunks(parts, form, upload):
         paired = form.kind == "table"
         made = layout.pack4(some, form.depth, paired=paired) if form.slices == 4 else layout.pack8(some, form.depth)
-        out[first // ROWS : first // ROWS + len(made)] = made
+        if out is None:
+            out = torch.empty(-(-rows // ROWS), *made.shape[1:], dtype=made.dtype, device=made.device)
+        out[done : done + len(made)] = made
+        done += len(made)
+    assert out is not None, "a matrix has rows"
     return out
+
+
+def _chunks(parts: Sequence[Coded], form: Form, upload: Upload) -> Iterator[Tensor]:
+    """Yield codes (rows, columns), so few that arranging them takes little memory: whole groups, but for the last."""
+    columns = parts[0].shape[1]
+    step, left = max(ROWS, _AT_ONCE // columns // ROWS * ROWS), None
+    for part in parts:
+        for first in range(0, part.shape[0], step):
+            codes = _centred(upload(part.codes[first : first + step]), part, form).view(-1, columns)
+            codes = codes if left is None else torch.cat((left, codes))
+            whole = len(codes) // ROWS * ROWS
+            left = codes[whole:] if whole < len(codes) else None
+            if whole:
+                yield codes[:whole]
+    if left is not None:
+        yield left
 
 
 def _centred(stored: Tensor, coded: Coded, form: Form) -> Tensor:
