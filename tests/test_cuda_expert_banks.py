@@ -18,6 +18,7 @@ from test_cuda_experts import MORE, Layer, tiny
 from tokenmill.backends.cuda import expert_banks, expert_shapes
 from tokenmill.backends.cuda.expert_banks import CodedStack
 from tokenmill.backends.cuda.expert_shapes import TileShape
+from tokenmill.backends.cuda.products.forms import Form
 from tokenmill.backends.torch.experts import mixed
 from tokenmill.backends.torch.kinds import activation
 from tokenmill.quant import none
@@ -77,7 +78,7 @@ def test_coded_experts_are_multiplied_as_their_numbers(name: str) -> None:
     made = coded(reader(name), (SOME | MANY)[name])
     for ws in (made.experts.gate_up, made.experts.down):
         assert isinstance(made.weights.stacks[ws[0]], CodedStack)
-    for count in (1, 19):
+    for count in (1, 19) if name in SOME else (1, 19, 45):
         x = made.rows(count)
         ids, factors = made.chosen(count)
         assert off(made.summed(count), wanted(made, x, ids, factors)) < 2e-3
@@ -147,8 +148,10 @@ def test_quantized_experts_are_converted_for_a_computation_in_float32() -> None:
 
 
 def test_many_items_of_an_expert_take_larger_tiles() -> None:
-    sizes = [expert_shapes.tile_items(mean, True) for mean in (0.1, 12, 13, 25, 256, 257)]
-    assert sizes == [16, 16, 32, 64, 64, 128]
+    for kind, first in (("int4", 12), ("e2m1", 4)):
+        form = Form(kind, "scale", 32, 32)
+        sizes = [expert_shapes.tile_items(mean, form) for mean in (0.1, first, first + 1, 24, 25, 128, 129)]
+        assert sizes == [16, 16, 32, 32, 64, 64, 128]
 
 
 @pytest.mark.slow

@@ -59,11 +59,12 @@ def row_variants() -> tuple[list[RowShape], list[RowShape]]:
 def tile_variants(items: int, width: int) -> list[TileShape]:
     """Return sizes of tiles of coded weights. `width`: of a slice."""
     few = [(64, 3, 2), (64, 3, 4), (32, 3, 2), (32, 4, 2), (64, 5, 2), (32, 5, 4)]
-    many = [(64, 3, 4), (128, 3, 8), (128, 3, 4), (64, 4, 4), (128, 2, 8)]
+    many = [(64, 3, 4), (128, 3, 8), (128, 3, 4), (128, 2, 8)]
     found = []
     for outputs, stages, warps in few if items <= 16 else few[:3] + many if items == 32 else many:
         for depth, on in {(width, False), (width, True), (32, True)} if items <= 32 else {(32, True), (width, True)}:
-            found.append(TileShape(items, outputs, depth, stages, warps, group=8 if items > 32 else 16, on_weights=on))
+            shape = TileShape(items, outputs, depth, stages, warps, group=8 if items > 32 else 16, on_weights=on)
+            found += [shape, shape._replace(halves=True)] if items > 16 and stages == 3 else [shape]
     return found
 
 
@@ -80,6 +81,8 @@ def variants(case: Case, rows: int, items: int) -> Iterator[tuple[str, Any, Call
         return
     for layer in case.layers:
         layer.products.sort(rows, items, False)
+    yield "sort", (items,), lambda at: at.products.sort(rows, items, early)
+    yield "combine", (), lambda at: at.products.combine(rows, early)
     for tile in tile_variants(items, case.form.depth):
         yield f"up of {items}", tile, lambda at, v=tile: at.products.gate_up(rows, v, early)
         yield f"down of {items}", tile, lambda at, v=tile: at.products.down(rows, v, early)

@@ -100,9 +100,12 @@ def row_shape(columns: int, top_k: int = 1) -> RowShape:
     return RowShape(2, power(columns), 1, 4) if columns <= 2048 else RowShape(4, 1024, 4, 4)
 
 
-def tile_items(mean: float, coded: bool) -> int:
-    """Return the items of a tile, for a mean number of items of an expert. `coded`: some weights are."""
-    sizes = ((16, 12), (32, 24), (64, 256)) if coded else ((16, 8), (32, 20), (64, 48))
+def tile_items(mean: float, coded: Form | None = None) -> int:
+    """Return the items of a tile, for a mean number of items of an expert. `coded`: the form of coded weights."""
+    if coded is None:
+        sizes = (16, 8), (32, 20), (64, 48)
+    else:  # Halves cost e2m1 nothing, so that its tiles have room for experts that more rows choose than others.
+        sizes = (16, 4 if coded.kind == "e2m1" else 12), (32, 24), (64, 128)
     return next((size for size, most in sizes if mean <= most), 128)
 
 
@@ -131,13 +134,14 @@ def coded_row_shape(top_k: int = 1) -> RowShape:
     return RowShape(16, 0, 3, 2)
 
 
-def coded_tile_shape(items: int, gated: bool, form: Form, batch_invariant: bool = False) -> TileShape:
-    """Return the sizes for tiles of `items` and coded weights."""
-    depth = min(form.depth, 32)
+def coded_tile_shape(items: int, gated: bool, columns: int, form: Form, batch_invariant: bool = False) -> TileShape:
+    """Return the sizes for tiles of `items` and coded weights (…, columns)."""
+    depth, easy = min(form.depth, 32), form.kind == "e2m1"
     if batch_invariant:
         return TileShape(items, 64, depth, 3, 4, on_weights=True)
-    if items > 16:
-        return TileShape(items, 64 if gated else 128, depth, 3, 4, group=16 if items == 32 else 8, on_weights=True)
-    if gated:
-        return TileShape(items, 64, form.depth, 3, 4, on_weights=form.kind == "e2m1")
-    return TileShape(items, 64, form.depth, 3 if form.depth > 32 else 5, 2)
+    if items == 16:
+        shape = TileShape(items, 64, form.depth, 3, 4, on_weights=easy)
+        return shape if gated or easy else shape._replace(warps=2)
+    if items == 128 and (columns > 2048 if gated else easy):
+        return TileShape(items, 128, depth, 3 if gated else 2, 8, True, 8, True)
+    return TileShape(items, 64 if gated else 128, depth, 3, 4, True, 16 if items == 32 else 8, True)

@@ -129,13 +129,13 @@ class ExpertLowering:
         """Return the sizes of tiles for so many rows: of gate and up, and of down, with the same number of items."""
         mean, bank = rows * op.ids.width / len(op.down), self._bank(op)
         stacks = bank.gate_up, bank.down
-        coded = [stack if isinstance(stack, CodedStack) else None for stack in stacks]
-        items = tile_items(mean, any(coded))
+        forms = [stack.form if isinstance(stack, CodedStack) else None for stack in stacks]
+        items = tile_items(mean, forms[0] or forms[1])
         up, down = (
-            coded_tile_shape(items, gated, stack.form, self._invariant)
-            if stack is not None
-            else tile_shape(items, mean, gated, self._memory.dtype.itemsize, self._invariant)
-            for gated, stack in zip((op.gated, False), coded, strict=True)
+            tile_shape(items, mean, gated, self._memory.dtype.itemsize, self._invariant)
+            if form is None
+            else coded_tile_shape(items, gated, columns, form, self._invariant)
+            for gated, columns, form in zip((op.gated, False), (op.x.width, inner_width(op)), forms, strict=True)
         )
         assert up.items == down.items
         return up, down
