@@ -112,9 +112,9 @@ def test_an_adapter_is_downloaded_with_its_base_model(tmp_path: Path, capsys: py
     assert cli.text_generation_server(words) == 1
 
 
-def test_text_generation_server_refuses_to_quantize(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.text_generation_server(["quantize", "model", "folder"]) == 1
-    assert "not in this release" in capsys.readouterr().err
+def test_text_generation_server_knows_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.text_generation_server(["quantize", "model", "folder", "--groupsize", "5"]) == 1
+    assert "`groupsize` is 5; it must be -1 or a multiple of 8" in capsys.readouterr().err
     assert cli.text_generation_server(["quantise"]) == 2
 
 

@@ -61,7 +61,7 @@ def text_generation_launcher(argv: Sequence[str] | None = None) -> int:
 def text_generation_server(argv: Sequence[str] | None = None) -> int:
     """Run `text-generation-server serve|download-weights|quantize MODEL_ID …`, TGI's Python command."""
     words = _words(argv)
-    commands = {"serve": _serve_positional, "download-weights": download_weights, "quantize": _quantize}
+    commands = {"serve": _serve_positional, "download-weights": download_weights, "quantize": quantize}
     if not words or words[0] in ("-h", "--help"):
         print("usage: text-generation-server {serve,download-weights,quantize} MODEL_ID [OPTIONS]")
         return 0
@@ -83,6 +83,7 @@ def _commands() -> dict[str, Command]:
         "chat": Command(lambda rest: _load("tokenmill.chat:main")(rest), "talk to a running server, or to one's own"),
         "generate": Command(lambda rest: _load("tokenmill.generate:main")(rest), "answer a prompt without a server"),
         "download-weights": Command(download_weights, "get a model onto this machine"),
+        "quantize": Command(quantize, "write a model's weights in 4 bits (GPTQ)"),
         "warmup": Command(warmup, "compile now what a first start would compile"),
         "env": Command(env, "say what is installed and found here"),
         "doctor": Command(doctor, "say what would be served here, by which kernels, and what is in the way"),
@@ -155,9 +156,9 @@ def _serve_positional(words: list[str]) -> int:
     return _serve(Settings.from_namespace(given))
 
 
-def _quantize(words: list[str]) -> int:
-    del words
-    raise StartError("Quantizing a model is not in this release. Serve a quantized GGUF file instead.")
+def quantize(words: list[str]) -> int:
+    """Write a quantized checkpoint of a model."""
+    return int(_load("tokenmill.operate.quantize:main")(words))
 
 
 def download_weights(words: list[str]) -> int:

@@ -130,7 +130,7 @@ def cli(commands: Mapping[str, str]) -> str:
         ("`text-generation-launcher`", "`tokenmill serve`"),
         ("`text-generation-server serve MODEL`", "`tokenmill serve --model-id MODEL`"),
         ("`text-generation-server download-weights`", "`tokenmill download-weights`"),
-        ("`text-generation-server quantize`", "refused by name"),
+        ("`text-generation-server quantize`", "`tokenmill quantize`, with the same arguments"),
         ("`text-generation-benchmark`", "the engine's own speed by batch size; `--help` lists its options"),
     ]))  # fmt: skip
     rows: list[tuple[str, ...]] = []

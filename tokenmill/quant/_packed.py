@@ -129,3 +129,11 @@ def _uniform(ordered: NDArray[np.integer[Any]], size: int) -> bool:
     """Return True if no block of `size` columns, of which the last may be shorter, has columns of two groups."""
     starts = np.repeat(ordered[::size], size)[: len(ordered)]
     return bool((starts == ordered).all())
+
+
+def packed(codes: Codes, bits: int) -> Words:
+    """Pack codes of 4 or 8 bits along the last axis, as `unpack` reads them: (…, codes) -> (…, words)."""
+    each = 32 // bits
+    shifts = np.arange(each, dtype=np.uint32) * np.uint32(bits)
+    words: Words = (codes.reshape(*codes.shape[:-1], -1, each).astype(np.uint32) << shifts).sum(-1, dtype=np.uint32)
+    return words

@@ -42,10 +42,10 @@ from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout, state_layout
 from tokenmill.program.keeps import CacheSpec
-from tokenmill.program.ops import Op
+from tokenmill.program.ops import Op, Weight
 from tokenmill.program.passes import take_rows_early
 from tokenmill.program.shard import shard
-from tokenmill.program.value import Buffer
+from tokenmill.program.value import Buffer, Program
 from tokenmill.wire.messages import TokenDetails
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,12 +95,12 @@ class TorchBackend:
         limits, group = job.limits, job.group
         self.limits, self.group = limits, group
         self.dtype, self.device = DTYPES[job.dtype], torch.device(job.placement.device)
-        self.program = take_rows_early(shard(job.program, group.size))
+        self.program = self.rewritten(shard(job.program, group.size))
         self.vocab_size = job.program.logits.width
         self.num_blocks = 0
         self._interpreter = Interpreter(self.program, self.more_kernels())
         self._cache_plan = cache_plan(cache_layout(self.program), limits.max_total_tokens)
-        self._weights = pack(self.program, job.source, job.read, group, self.dtype, self.device, job.report)
+        self._weights = self.read_weights(job)
         self._cache: dict[int, Tensor] = {}
         self._scratch = attention.Scratch()
         self._slots = Slots(limits, self.device, len(self.windows))
@@ -108,6 +108,14 @@ class TorchBackend:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
         self._last: TorchStep | None = None
         self._masks = AwaitedMasks(deferred=False)  # of the step that runs
+
+    def rewritten(self, program: Program) -> Program:
+        """Return the program to execute."""
+        return take_rows_early(program)
+
+    def read_weights(self, job: Job) -> dict[Weight, Tensor]:
+        """Return the weights of the program."""
+        return pack(self.program, job.source, job.read, self.group, self.dtype, self.device, job.report)
 
     @property
     def windows(self) -> tuple[int, ...]:
