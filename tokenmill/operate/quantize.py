@@ -228,14 +228,13 @@ def _backend(
     program: Program, checkpoint: Checkpoint, texts: Sequence[Sequence[int]], rounds: set[Weight]
 ) -> Calibration:
     """Return a backend for these texts and as many for the perplexity, on a GPU if there is one."""
-    import torch
-
+    from tokenmill.backends.cuda.kind import KIND
     from tokenmill.backends.torch.calibration import Calibration
 
     check([w for op in program.ops for ws in op.weights().values() for w in ws], checkpoint)
     count, length = max(len(texts), _EVALUATED), len(texts[0])
     limits = StepLimits(count * length, count, length + 1)
-    placement = Placement("cuda" if torch.cuda.is_available() else "cpu", limits.block_size, 1)
+    placement = Placement("cpu" if KIND.missing() else KIND.devices[0], limits.block_size, 1)
     reader = reader_of(checkpoint)
     job = Job(
         program, checkpoint, reader, limits, Group(), BackendOptions(), placement, "float32", lambda progress: None
