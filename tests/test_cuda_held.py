@@ -8,6 +8,7 @@ import pytest
 from support_cuda import DEVICE, torch, write_random
 
 from tokenmill.backends.cuda.device import Device
+from tokenmill.backends.cuda.explain import KernelOptions, kernels_of
 from tokenmill.backends.cuda.held import held, weight_bytes
 from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.prepare import fused
@@ -30,6 +31,20 @@ def test_weights_take_the_bytes_that_were_counted(family: str, quantize: str, tm
     dense = weight_bytes(program, source, "float16")
     assert dense == 2 * weight_bytes(program, source, "float32") // 4
     assert (taken.nbytes < dense) is (quantize != "")
+
+
+def test_reports_name_the_kernels_and_the_form_of_quantized_matrices(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1)
+    source = open_checkpoint(local_source(tmp_path))
+    program = program_of(source.config)
+    for quantize, deterministic, named in (
+        ("int8", False, "few_coded up to 192 rows, unpack and cuBLAS above (int8, groups of 32)"),
+        ("int8", True, "few_coded at any number of rows (int8, groups of 32)"),
+        ("fp8", True, "FP8: codes_by_codes at any number of rows"),
+    ):
+        matrices = held(fused(program), source, "float16", quantize)
+        kernels = kernels_of(program, KernelOptions(dtype="float16", deterministic=deterministic, held=matrices))
+        assert named in kernels["Linear"]
 
 
 def test_nothing_stays_quantized_in_float32(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tokenmill.backends.accounts import Use
 from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_version
+from tokenmill.backends.cuda.held import Held
 from tokenmill.backends.cuda.prepare import attention_of, fused
+from tokenmill.backends.cuda.products.coded_shapes import crossover
 from tokenmill.backends.cuda.products.dense import MANY, MOST, few_shape, row_shape
 from tokenmill.backends.cuda.products.forms import Unpackable, form_of
 from tokenmill.backends.cuda.products.fp8 import is_fp8
@@ -17,7 +19,7 @@ from tokenmill.backends.cuda.scales import SCALED, advice, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
 from tokenmill.program import ops, recurrence, special
 from tokenmill.program.cost import cache_layout
-from tokenmill.program.ops import Op
+from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Program
 from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
@@ -31,12 +33,16 @@ _NAMES: dict[type[Op], str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelOptions:
-    """Options that decide which kernels run: `dtype` of the computation, the others as the user gave them."""
+    """Options that decide which kernels run: `dtype` of the computation, the others as the user gave them.
+
+    `held`: the matrices of the fused program that stay quantized.
+    """
 
     dtype: str
     kv_cache_dtype: str = ""
     deterministic: bool = False
     attention: str = ""
+    held: Mapping[Weight, Held] = field(default_factory=dict)
     copies: bool = True  # The GPU has a copy engine for tiles: Hopper and later.
 
     @property
@@ -126,7 +132,21 @@ def _is_gated(op: ops.Linear, behind: Op | None) -> bool:
 
 
 def _linear(op: ops.Linear, gated: bool, options: KernelOptions) -> str:
+    if (one := options.held.get(op.weight)) is not None:
+        return _quantized(one, op.out.width, options)
     return product_of(op.out.width // (2 if gated else 1), op.x.width, gated, options)
+
+
+def _quantized(one: Held, outputs: int, options: KernelOptions) -> str:
+    """Return the kernels of a product with a matrix that stays quantized."""
+    if one.form is None:
+        if options.deterministic:
+            return "FP8: codes_by_codes at any number of rows"
+        return f"FP8: one_weight_only, few_weight_only up to {WEIGHT_ONLY} rows, codes_by_codes and the library's above"
+    most = crossover(one.form, outputs)
+    if options.deterministic or most >= 1 << 30:
+        return f"few_coded at any number of rows ({one})"
+    return f"few_coded up to {most} rows, unpack and cuBLAS above ({one})"
 
 
 def product_of(outputs: int, columns: int, gated: bool, options: KernelOptions) -> str:
@@ -152,6 +172,8 @@ def _behind(product: str) -> str:
     """Return the kernel of an activation behind a product: all products' kernels but cuBLAS's do it themselves."""
     if product == "cuBLAS":
         return "gate_rows"
+    if product.startswith("FP8"):
+        return "in the product" + (", gate_codes behind the library's" if "library" in product else "")
     return "in the product" + (", gate_rows behind cuBLAS" if "cuBLAS" in product else "")
 
 

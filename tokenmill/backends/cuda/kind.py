@@ -144,12 +144,15 @@ def _kernels(
 ) -> tuple[str, ...]:
     """Return lines of kernels and rules. `copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
     from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, rules_of
+    from tokenmill.backends.cuda.held import held
+    from tokenmill.backends.cuda.prepare import fused
 
     chosen = KernelOptions(
         dtype=dtype,
         kv_cache_dtype=options.kv_cache_dtype,
         deterministic=options.deterministic,
         attention=options.attention,
+        held=held(fused(program), source, dtype, options.quantize),
         copies=copies,
     )
     return listed(kernels_of(program, chosen), rules_of(program, source, chosen))
