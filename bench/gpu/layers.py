@@ -30,7 +30,7 @@ from tokenmill.program.value import Inputs, Program, Value, record
 
 REAL = torch.cuda.is_available()  # else cases are tried with few tokens, under Triton's interpreter
 DTYPE = torch.bfloat16 if REAL else torch.float32
-_COLD = 150 << 20  # bytes of all layers, so that a layer's are not in the L2 cache
+_MOST = 24 << 30  # bytes of all layers; eight of all but the smallest are more than the L2 cache holds
 _BLOCK = 16
 
 
@@ -128,8 +128,8 @@ class Layers:
         self.shape, self.rows, self.tokens = shape, rows, tokens
         contexts = np.broadcast_to(np.asarray(context, np.int32), (rows,))
         item = (cache_dtype or DTYPE).itemsize
-        count = min(8, int(_COLD // (int(contexts.sum()) * shape.row_bytes * item // 2)) + 1)
-        count = count if tokens == 1 and REAL else 1
+        own = int(contexts.sum()) * shape.row_bytes * item // 2
+        count = min(8, max(1, _MOST // own)) if tokens == 1 and REAL else 1
 
         def model(inputs: Inputs) -> Value:
             made = [shape.op(inputs, i) for i in range(count)]
