@@ -84,6 +84,22 @@ def test_matrices_made_while_loading_are_counted_as_made(name: str, tmp_path: Pa
         assert {line.split(": ")[0] for line in lines} == {f"12 × {stored}", "1 × float32"}
 
 
+def test_a_cpus_bytes_are_those_of_the_packed_forms(tmp_path: Path) -> None:
+    """FP8 takes 16 bits a weight there; int4 made while loading takes five."""
+    make_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
+    source = Safetensors(tmp_path)
+    program = program_of(source.config)
+    plain = CPU.weight_bytes(program, source, "float32")
+    assert plain == sum(map(source.nbytes, source.names()))
+    head, tables = 2 * 128 * 64, 2 * 2 * 128 * 64
+    vectors = 2 * 64 * 7
+    matrices = plain - tables - vectors
+    assert CPU.weight_bytes(program, source, "float32", "int4") == (matrices + head) * 5 // 16 + head + vectors
+    about, write = CASES["fp8 in blocks"]
+    quantize_folder(tmp_path, about, lambda module: write if "proj" in module else None)
+    assert CPU.weight_bytes(program, Safetensors(tmp_path), "float32") == plain
+
+
 def test_experts_are_counted_by_one_of_each_layer(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "qwen3_moe")
     about, write = CASES["fp8 in blocks"]

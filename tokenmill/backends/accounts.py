@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
-from tokenmill.program.ops import Weight
+from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Program
-from tokenmill.quant._settings import described
+from tokenmill.quant._method import Find, finder
 from tokenmill.quant.base import Piece, Reader, check, load_parts, stored_names
 from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
@@ -63,29 +63,50 @@ _PLAIN = {"f32": "float32", "f64": "float64", "f16": "float16", "bf16": "bfloat1
 
 
 def forms_of_weights(program: Program, source: Checkpoint, read: Reader, form: Form, dtype: str) -> tuple[str, ...]:
-    """Return a line for each form that matrices of products and experts are stored or made in, and run in.
-
-    Reads a few rows of each, but of one expert of a layer only, and of one matrix of each shape if the checkpoint is
-    not quantized.
-    """
-    found, known = Counter[tuple[str, str]](), dict[object, tuple[str, str]]()
-    plain = not _differ(source)
-    for weight, use, count in _multiplied(program):
-        key = (replace(weight, parts=(), add=0.0) if plain else weight, use)
-        if key not in known:
-            parts = load_parts(weight, source, lambda s, piece: read(s, _few_rows(piece)))
-            known[key] = ", ".join(dict.fromkeys(map(stored_form, parts))), form(parts, use, dtype)
-        found[known[key]] += count
+    """Return a line for each form that matrices of products and experts are stored or made in, and run in."""
+    found = Counter[tuple[str, str]]()
+    for sample in samples(program, source, read):
+        stored = ", ".join(dict.fromkeys(map(stored_form, sample.parts)))
+        found[stored, form(sample.parts, sample.use, dtype)] += sample.alike
     return tuple(f"{count} × {stored}: {runs}" for (stored, runs), count in found.most_common())
 
 
-def _differ(source: Checkpoint) -> bool:
-    """Return True if matrices of a checkpoint may be stored in unlike forms."""
-    return source.format == "gguf" or described(source) is not None
+class Sample(NamedTuple):
+    """A few rows of one of several matrices that are alike."""
+
+    parts: list[Coded]
+    use: Use
+    rows: int  # of the whole matrix
+    alike: int  # number of such matrices
 
 
-def _multiplied(program: Program) -> list[tuple[Weight, Use, int]]:
-    """Return the matrices of products, and the first expert's of each layer with the number of experts."""
+def samples(program: Program, source: Checkpoint, read: Reader) -> list[Sample]:
+    """Return samples of the matrices of products and experts, one of each shape, use and storage."""
+    known, find = dict[object, Sample](), finder(source)
+    for weight, use, count in multiplied(program):
+        storage = tuple(_storage(part, source, find) for part in weight.parts)
+        key = replace(weight, parts=(), add=0.0), weight.rows, use, storage
+        if key not in known:
+            parts = load_parts(weight, source, lambda s, piece: read(s, _few_rows(piece)))
+            known[key] = Sample(parts, use, weight.rows, 0)
+        known[key] = known[key]._replace(alike=known[key].alike + count)
+    return list(known.values())
+
+
+def _storage(part: Part, source: Checkpoint, find: Find) -> tuple[object, ...]:
+    """Return what parts have in common whose forms are the same: types and shapes of the tensors that hold them.
+
+    With a tensor of the columns' groups, its numbers decide, too, so such parts have nothing in common.
+    """
+    matrix = find(part.name)
+    names = (part.name,) if matrix is None else matrix.tensors
+    if any(name.endswith("g_idx") for name in names):
+        return names
+    return tuple((source[name].kind, source.shape(name)) for name in names)
+
+
+def multiplied(program: Program) -> list[tuple[Weight, Use, int]]:
+    """Return the matrices of products, and the first expert's of each layer, with the number of experts."""
     tables = {op.table for op in program.ops if isinstance(op, ops.Embed)}
     products = dict.fromkeys(op.weight for op in program.ops if isinstance(op, ops.Linear))
     found: list[tuple[Weight, Use, int]] = [(w, "table" if w in tables else "product", 1) for w in products]

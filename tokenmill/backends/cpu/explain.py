@@ -1,4 +1,4 @@
-"""The list of kernels that a model needs, found without reading its weights: for `tokenmill doctor`."""
+"""The kernels that a model needs and the bytes of its weights, found from a few rows of them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,40 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmill.backends.accounts import samples
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.lower import Lowering
 from tokenmill.backends.cpu.memory import Memory, Sizes
+from tokenmill.backends.cpu.pack import pack_loaded
 from tokenmill.backends.cpu.prepare import prepare
+from tokenmill.program import ops
+from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
-from tokenmill.quant.base import Coded, Piece, Reader
+from tokenmill.quant.base import Coded, Piece, Reader, check, stored_names
 from tokenmill.weights.checkpoint import Checkpoint
 
 _ROWS = 64  # rows read of each tensor, or a few more for whole heads: enough to determine its packing
+
+
+def packed_bytes(program: Program, source: Checkpoint, read: Reader) -> int:
+    """Return the bytes of a program's weights in panels; ModelError as `quant.base.check`.
+
+    Matrices of products and experts are packed in part for it, one of each kind. Others take as many bytes as stored.
+    """
+    weights = weights_of(program)
+    check(weights, source)
+    panels = {w for op in program.ops if isinstance(op, ops.Linear | ops.Experts) for w in _matrices(op)}
+    total = sum(map(source.nbytes, stored_names([w for w in weights if w not in panels], source)))
+    for sample in samples(program, source, read):
+        packed = pack_loaded(sample.parts, product=sample.use == "product")
+        each = sum(p.panels.nbytes for p in packed) / sum(part.shape[0] for part in sample.parts)
+        total += round(each * sample.rows) * sample.alike
+    return total
+
+
+def _matrices(op: ops.Op) -> list[Weight]:
+    return [w for ws in op.weights().values() for w in ws if w.columns]
 
 
 def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_dtype: str) -> dict[str, Counter[str]]:

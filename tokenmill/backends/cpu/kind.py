@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tokenmill.backends.accounts import Use, listed, stored_bytes
+from tokenmill.backends.accounts import Use, listed
 from tokenmill.backends.cpu.forms import FLOATS
 from tokenmill.backends.kind import CPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
 from tokenmill.errors import Unsupported
@@ -68,8 +68,10 @@ class CpuKind:
         return wanted or "float32"
 
     def weight_bytes(self, program: Program, source: Checkpoint, dtype: str, quantize: str = "") -> int:
-        """See `Kind`. Packed weights take as many bytes as stored ones."""
-        return stored_bytes(program, source)
+        """See `Kind`."""
+        from tokenmill.backends.cpu.explain import packed_bytes
+
+        return packed_bytes(program, source, reader_of(source, quantize))
 
     def room(self, options: BackendOptions, device: str) -> int | None:
         """See `Kind`."""
@@ -94,7 +96,7 @@ class CpuKind:
         """See `Kind`. A name of `forms.py`."""
         from tokenmill.backends.cpu.pack import pack_loaded
 
-        found = dict.fromkeys(packed.form for packed in pack_loaded(parts, product=use != "table"))
+        found = dict.fromkeys(packed.form for packed in pack_loaded(parts, product=use == "product"))
         forms = ", ".join(found)
         kept = not set(FLOATS) & set(found) or all(part.dense for part in parts)
         return forms if kept else f"converted to {forms} at load: no kernel multiplies its codes"
