@@ -219,7 +219,7 @@ def activation(folder: Path) -> dict[str, list[float]]:
 def stored_name(name: str, names: Any, architecture: str) -> str:
     """Return the file's name of a tensor."""
     own = name.removeprefix("transformer.") if architecture == "bloom" else name
-    own = f"{own}.weight" if own.endswith("_output_scale") else own
+    own = f"{own}.weight" if own.endswith(("_output_scale", "layer_scalar")) else own
     own = re.sub(r"\.dt_bias$", ".dt_proj.bias", own)
     own = re.sub(r"\.expert_bias$", ".expert_bias.bias", own)
     own = own.removeprefix("model.") if ".feed_forward.experts.w" in own else own

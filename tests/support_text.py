@@ -57,10 +57,15 @@ def write_gguf(
     return _write(writer, path)
 
 
-def write_sentencepiece_gguf(path: Path, pieces: list[str], scores: list[float], kinds: list[int]) -> Path:
-    """Write a GGUF file with a vocabulary of the "llama" kind."""
+def write_sentencepiece_gguf(
+    path: Path, pieces: list[str], scores: list[float], kinds: list[int], merges: list[str] | None = None
+) -> Path:
+    """Write a GGUF file with a vocabulary of the "llama" kind, or of "gemma4"'s if there are merges."""
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model("gemma4" if merges else "llama")
+    if merges:
+        writer.add_token_merges(merges)
+        writer.add_add_space_prefix(False)
     writer.add_token_list(pieces)
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)

@@ -31,6 +31,12 @@ LATENT_KEYS = {
     "attention__value_length_mla": LATENT["v_head_dim"], "rope__dimension_count": ROTATED,
     "attention__head_count_kv": 1, "expert_shared_count": 1, "leading_dense_block_count": 1,
 }  # fmt: skip
+GEMMA4 = {
+    "block_count": 4, "attention__sliding_window": 8, "attention__sliding_window_pattern": [True, False, True, False],
+    "attention__key_length": 32, "attention__value_length": 32, "rope__dimension_count": 32,
+    "attention__key_length_swa": 16, "attention__value_length_swa": 16, "rope__dimension_count_swa": 16,
+    "rope__freq_base_swa": 10000.0,
+}  # fmt: skip
 YARN_KEYS = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 64}
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "mixtral": ("llama", "mixtral", {}, {}),
@@ -133,6 +139,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "dbrx": ("dbrx", "dbrx", {}, {
         "feed_forward_length": 32, "expert_count": 4, "expert_used_count": 2, "attention__clamp_kqv": 1.0,
         "attention__layer_norm_epsilon": 1e-5, "attention__layer_norm_rms_epsilon": None}),
+    "gemma4": ("gemma4", "gemma4_text", {}, GEMMA4 | {
+        "embedding_length_per_layer_input": 16, "attention__shared_kv_layers": 2,
+        "feed_forward_length": [128, 128, 256, 256]}),
+    "gemma4-one": ("gemma4", "gemma4_text", {
+        "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True, "final_logit_softcapping": 3.0}, GEMMA4 | {
+        "embedding_length_per_layer_input": 0, "attention__shared_kv_layers": 0, "final_logit_softcapping": 3.0,
+        "attention__head_count_kv": [2, 1, 2, 1]}),
     "gptneox": ("gptneox", "gpt_neox", {}, {
         "rope__dimension_count": 8, "use_parallel_residual": True, "attention__head_count_kv": 4}),
 }  # fmt: skip
@@ -149,10 +163,13 @@ def test_a_model_of_each_architecture_equals_transformers(tmp_path: Path, case: 
     architecture, family, changes, keys = CASES[case]
     model = make_checkpoint(tmp_path / "hf", family, **changes)
     kv = keys.get("attention__head_count_kv", 2)
+    kv = kv if isinstance(kv, int) else 2
     tensors = converted(tmp_path / "hf", architecture, kv=kv)
     if "longrope" in case:
         tensors |= {f"rope_factors_{name}.weight": (np.array(LONGROPE[f"{name}_factor"], np.float32), None)
                     for name in ("long", "short")}  # fmt: skip
+    if architecture == "gemma4":
+        tensors |= {"rope_freqs.weight": (np.array([1.0] * 4 + [1e30] * 12, np.float32), None)}
     keys = {**told(model.config), **keys, **activation(tmp_path / "hf")}
     assert_equal_to(model, write(tmp_path / "m.gguf", architecture, tensors, **keys))
 

@@ -73,6 +73,24 @@ def test_a_sentencepiece_model_cuts_texts_as_its_library_does(name: str, tmp_pat
         assert tokenizer.decode(ids) == decoded
 
 
+def test_a_gguf_file_with_merges_cuts_texts_as_they_say_whatever_the_scores(tmp_path: Path) -> None:
+    pieces = ["<unk>", "<bos>", "<eos>", *(f"<0x{n:02X}>" for n in range(256)), *"▁abc", "bc", "ab", "▁a", "▁abc"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * 8]
+    merges = ["b c", "a b", "▁ a", "▁a bc"]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {piece: i for i, piece in enumerate(pieces)}, [tuple(merge.split(" ")) for merge in merges],
+            unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    inner.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    path = write_sentencepiece_gguf(tmp_path / "m.gguf", pieces, [-1000.0] * len(pieces), kinds, merges)
+    own = load_tokenizer(local_source(path))
+    for text in ("abc", "a abc  b", "é abc"):
+        assert own.encode(text) == [1, *inner.encode(text).ids]
+        assert own.decode(own.encode(text)[1:]) == text
+
+
 def test_a_gguf_file_with_scores_is_the_same_vocabulary_with_bos_in_front(tmp_path: Path) -> None:
     found = sentencepiece.parse(sentencepiece_model("bpe_identity"))
     path = write_sentencepiece_gguf(tmp_path / "v.gguf", found.pieces, found.scores, found.kinds)

@@ -1,8 +1,8 @@
 """The tokenizer in the metadata of a GGUF file, as a tokenizer of the `tokenizers` library.
 
 "gpt2": byte-level BPE with merges; `tokenizer.ggml.pre` names the way in which text is cut into words before. "llama":
-SentencePiece with scores. "t5": SentencePiece's unigrams, with its normalization of texts. Where files are silent, the
-defaults are llama.cpp's, whose format this is.
+SentencePiece with scores; "gemma4": the same with merges. "t5": SentencePiece's unigrams, with its normalization of
+texts. Where files are silent, the defaults are llama.cpp's, whose format this is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _WHOLE_WORDS_FIRST = frozenset("llama-bpe llama3 llama-v3 tekken falcon3 falcon-
 """Pre-tokenizers with which a word that is a token stays one, whatever its merges. BOS is added unless the file forbids
 it."""
 
+_MODELS = ("gpt2", "llama", "gemma4", "t5")
+
 _ENCODED = ("t5",)
 """Architectures of an encoder and decoder"""
 
@@ -47,12 +49,12 @@ def load(path: Path, config_path: str = "") -> Tokenizer:
     metadata = Gguf(path).metadata
     data = _Metadata(metadata, path)
     kind = data.take("model", str)
-    if kind not in ("gpt2", "llama", "t5"):
-        raise Unsupported("GGUF tokenizer", kind, ("gpt2", "llama", "t5"))
+    if kind not in _MODELS:
+        raise Unsupported("GGUF tokenizer", kind, _MODELS)
     with reading(path):
-        inner = _byte_level(data) if kind == "gpt2" else sentencepiece.build(_sentencepiece(data, unigram=kind == "t5"))
+        inner = _byte_level(data) if kind == "gpt2" else sentencepiece.build(_sentencepiece(data, kind))
     bos, eos = data.token("bos_token_id"), data.token("eos_token_id")
-    begins = data.take("add_bos_token", bool, kind == "llama" or data.pre in _WHOLE_WORDS_FIRST)
+    begins = data.take("add_bos_token", bool, kind in ("llama", "gemma4") or data.pre in _WHOLE_WORDS_FIRST)
     ends = data.take("add_eos_token", bool, kind == "t5")
     if (begins and bos) or (ends and eos):
         folder.set_post_processor(inner, bos if begins else None, eos if ends else None)
@@ -160,14 +162,15 @@ def _byte_level(data: _Metadata) -> tokenizers.Tokenizer:
     return inner
 
 
-def _sentencepiece(data: _Metadata, unigram: bool) -> sentencepiece.Vocabulary:
+def _sentencepiece(data: _Metadata, kind: str) -> sentencepiece.Vocabulary:
     return sentencepiece.Vocabulary(
         data.tokens,
         data.scores(),
         data.kinds,
         byte_fallback=any(kind == Kind.BYTE for kind in data.kinds),
-        add_dummy_prefix=data.take("add_space_prefix", bool, True),
-        unigram=unigram,
+        add_dummy_prefix=data.take("add_space_prefix", bool, kind != "gemma4"),
+        unigram=kind == "t5",
+        merges=data.merges() if kind == "gemma4" else [],
         remove_extra_whitespaces=data.take("remove_extra_whitespaces", bool, False),
         charsmap=data.raw("precompiled_charsmap"),
     )

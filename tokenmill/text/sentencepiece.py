@@ -45,6 +45,7 @@ class Vocabulary(msgspec.Struct):
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
     charsmap: bytes = b""  # a compiled Unicode normalization
+    merges: list[tuple[str, str]] = []  # pairs in the order in which they are merged; none: those that scores imply
 
 
 def load(path: Path, *, legacy: bool = True) -> tokenizers.Tokenizer:
@@ -77,7 +78,7 @@ def build(vocabulary: Vocabulary, *, legacy: bool = True) -> tokenizers.Tokenize
         ids = {piece: i for i, piece in enumerate(vocabulary.pieces)}
         model = models.BPE(
             ids,
-            _merges(vocabulary),
+            vocabulary.merges or _merges(vocabulary),
             unk_token=None if unknown is None else vocabulary.pieces[unknown],
             fuse_unk=True,
             byte_fallback=vocabulary.byte_fallback,

@@ -136,6 +136,13 @@ FOUR_NORMS = within(
     "model.layers", attn_norm="input_layernorm", post_attention_norm="post_attention_layernorm",
     ffn_norm="pre_feedforward_layernorm", post_ffw_norm="post_feedforward_layernorm",
 )  # fmt: skip
+LAYER_INPUTS = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+    **within("model.layers", inp_gate="per_layer_input_gate", proj="per_layer_projection",
+             post_norm="post_per_layer_input_norm"),
+}  # fmt: skip
 AFTER = within(
     "model.layers", post_attention_norm="post_attention_layernorm", post_ffw_norm="post_feedforward_layernorm"
 )

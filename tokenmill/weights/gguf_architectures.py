@@ -20,6 +20,7 @@ from tokenmill.weights.gguf_architecture import (
     FOUR_NORMS,
     GATED,
     HEAD_NORMS,
+    LAYER_INPUTS,
     LLAMA,
     LLAMA3,
     LONGROPE,
@@ -234,21 +235,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma3n": Architecture(
         "gemma3n_text",
-        BODY | ATTENTION | GATED | FOUR_NORMS | HEAD_NORMS | within(
-            "model.layers", inp_gate="per_layer_input_gate", proj="per_layer_projection",
-            post_norm="post_per_layer_input_norm", altup_correct_coef="altup.correction_coefs",
+        BODY | ATTENTION | GATED | FOUR_NORMS | HEAD_NORMS | LAYER_INPUTS | within(
+            "model.layers", altup_correct_coef="altup.correction_coefs",
             altup_predict_coef="altup.prediction_coefs", altup_router="altup.modality_router",
             altup_router_norm="altup.router_norm", laurel_l="laurel.linear_left", laurel_r="laurel.linear_right",
             laurel_post_norm="laurel.post_laurel_norm") | {
-            "altup_correct_scale.weight": "model.layers.{}.altup.correct_output_scale",
-            "per_layer_token_embd": "model.embed_tokens_per_layer",
-            "per_layer_model_proj": "model.per_layer_model_projection",
-            "per_layer_proj_norm": "model.per_layer_projection_norm"},
+            "altup_correct_scale.weight": "model.layers.{}.altup.correct_output_scale"},
         fields={"final_logit_softcapping": "final_logit_softcapping", "altup_active_idx": "altup.active_idx",
                 "rope_local_base_freq": "rope.freq_base_swa", "num_kv_shared_layers": "attention.shared_kv_layers"},
         constants={"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0,
                    "final_logit_softcapping": None, "num_kv_shared_layers": 0},
         made=STREAMS, windows=True, widths=True,
+    ),
+    "gemma4": Architecture(
+        "gemma4_text",
+        BODY | ATTENTION | GATED | FOUR_NORMS | HEAD_NORMS | LAYER_INPUTS | {
+            "layer_output_scale.weight": "model.layers.{}.layer_scalar"},
+        fields={"final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa",
+                "num_kv_shared_layers": "attention.shared_kv_layers"},
+        constants={"hidden_activation": "gelu_pytorch_tanh"}, heads="none", windows=True, factors=LLAMA3,
     ),
     "command-r": Architecture(
         "cohere", BODY | ATTENTION | GATED | within("model.layers", attn_norm="input_layernorm"),

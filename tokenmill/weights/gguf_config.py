@@ -27,7 +27,7 @@ def config_of(
     if key not in ARCHITECTURES:
         raise Unsupported("GGUF architecture", key, ARCHITECTURES)
     kind = ARCHITECTURES[key]
-    read = Reader(metadata, shapes, path, zeros=kind.heads == "some")
+    read = Reader(metadata, shapes, path, zeros=kind.heads == "some", factors=factors)
     read.ignore(*kind.ignored)
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{path} has no tensor 'token_embd.weight': it is no language model.")

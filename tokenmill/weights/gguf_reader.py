@@ -24,12 +24,20 @@ class Reader:
     """Accessor of one architecture's keys that records which of them were read.
 
     `shapes`: shapes of all tensors, by the file's names. `zeros`: in lists by layer, 0 is for layers without the thing.
+    `factors`: as in `gguf_config.config_of`.
     """
 
     def __init__(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, Shape], path: str, *, zeros: bool = False
+        self,
+        metadata: Mapping[str, Any],
+        shapes: Mapping[str, Shape],
+        path: str,
+        *,
+        zeros: bool = False,
+        factors: Mapping[str, list[float]] | None = None,
     ) -> None:
         self.metadata, self.shapes, self.path, self._zeros = metadata, shapes, path, zeros
+        self.factors = factors or {}
         self.architecture = str(metadata["general.architecture"])
         self._seen = set(_NOT_NUMBERS)
 

@@ -15,6 +15,7 @@ _ARBITRARY = 1 << 20
 """Length that llama.cpp's converter writes for a model whose length nothing limits"""
 
 _LENGTH = 1 << 17  # of such a model here
+_STILL = 1e20  # a frequency divided by more does not rotate
 _MAVERICK = 128  # experts of the Llama 4 that has no norms of queries and keys
 _XIELU = {"beta": 0.5, "eps": -1e-6}  # constants of xIELU
 
@@ -104,6 +105,51 @@ def _gemma3n(read: Reader) -> dict[str, Any]:
         "intermediate_size": read.by_layer("feed_forward_length"),
         "altup_correct_scale": read.has_tensor(r"blk\.\d+\.altup_correct_scale\.weight"),
     }
+
+
+def _gemma4(read: Reader) -> dict[str, Any]:
+    """Return the kinds of layers, and the sizes that those with a window and the others have of their own."""
+    layers, shared = read.number("block_count"), read.count("attention.shared_kv_layers")
+    pattern = read("attention.sliding_window_pattern")
+    if not isinstance(pattern, list) or len(pattern) != layers or not all(isinstance(each, bool) for each in pattern):
+        raise ModelError(f"{read.path}: 'gemma4.attention.sliding_window_pattern' is {pattern!r}, not a list by layer.")
+    if read.count("expert_count"):
+        raise Unsupported("GGUF model", "gemma4 with experts", (), "Serve its original (safetensors).")
+    kv, widths = read.by_layer("attention.head_count_kv"), read.by_layer("feed_forward_length")
+    width, wide = widths[0], widths[-1] == 2 * widths[0]
+    if widths != [width] * (layers - shared) + [width * (1 + wide)] * shared:
+        raise ModelError(f"{read.path}: 'gemma4.feed_forward_length' is {widths}; expected one width, or twice as much "
+                         f"in the last {shared} layers.")  # fmt: skip
+    full, near = [i for i in range(layers) if not pattern[i]], [i for i in range(layers) if pattern[i]]
+    one = any(f"blk.{i}.attn_k.weight" in read.shapes and f"blk.{i}.attn_v.weight" not in read.shapes for i in full)
+    return {
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+        "num_attention_heads": read.number("attention.head_count"),
+        "num_key_value_heads": kv[near[0]] if near else kv[0],
+        "num_global_key_value_heads": kv[full[0]] if full else None,
+        "attention_k_eq_v": one,
+        "intermediate_size": width,
+        "use_double_wide_mlp": wide,
+        "hidden_size_per_layer_input": read.count("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": read.shapes.get("per_layer_token_embd.weight", (1,))[0],
+        "num_kv_shared_layers": shared,
+        "rope_theta": read("rope.freq_base", 1e6),
+        "rope_local_base_freq": read("rope.freq_base_swa", 1e4),
+        **_two_heads(read),
+    }
+
+
+def _two_heads(read: Reader) -> dict[str, Any]:
+    """Return Gemma 4's sizes of heads, and the share of the larger ones that is rotated. ModelError if they differ."""
+    found = {}
+    for end, field in (("", "global_head_dim"), ("_swa", "head_dim")):
+        size = found[field] = read.number(f"attention.key_length{end}")
+        for key in (f"attention.value_length{end}", f"rope.dimension_count{end}"):
+            if read.number(key, size) != size:
+                raise ModelError(f"{read.path}: 'gemma4.{key}' is {read(key)}, but these heads have {size} numbers.")
+    factors = read.factors.get("rope_freqs.weight")
+    share = 0.25 if factors is None else sum(factor < _STILL for factor in factors) / len(factors)
+    return {**found, "partial_rotary_factor": share}
 
 
 def _llama4(read: Reader) -> dict[str, Any]:
@@ -267,7 +313,7 @@ def _delta(read: Reader) -> dict[str, Any]:
 SPECIAL: Mapping[str, Callable[[Reader], dict[str, Any]]] = {
     "gemma2": _gemma2, "gemma3": _gemma2, "starcoder": _multi_query, "falcon": _falcon, "gpt-oss": _gpt_oss,
     "falcon with two norms": lambda read: {**_falcon(read), "num_ln_in_parallel_attn": 2},
-    "olmo2 with windows": _olmo3, "llama4": _llama4, "gemma3n": _gemma3n, "mpt": _mpt, "dbrx": _dbrx,
+    "olmo2 with windows": _olmo3, "llama4": _llama4, "gemma3n": _gemma3n, "gemma4": _gemma4, "mpt": _mpt, "dbrx": _dbrx,
     "apertus": _apertus, "mistral3 with temperature": _ministral3,
     "deepseek2": _latent, "deepseek2 with sigmoid": _latent,
     "mamba": _mamba, "mamba with norms": _mamba, "mamba2": _mamba, "jamba": _jamba, "granitehybrid": _granite,
