@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,10 @@ def test_every_type_of_gguf_stays_quantized(kind: str) -> None:
     found = torch.empty(16, 512, dtype=torch.float16, device=DEVICE)
     matrix.unpack(found)
     assert off(found, coded.floats().astype(np.float64)) < 4e-4
+
+
+def test_no_kernel_has_an_instruction_that_older_gpus_lack() -> None:
+    """Sums and products of two bfloat16 need compute capability 9.0, fma 8.0 alone."""
+    folder = Path(cuda_coded.__file__).parents[1] / "kernels"
+    found = [path.name for path in folder.glob("*.py") if re.search(r"(add|sub|mul)(\.\w+)*\.bf16", path.read_text())]
+    assert not found

@@ -5,6 +5,7 @@ the mantissa of 128 in bfloat16 (1024 in float16) is a number: 128 + code. Codes
 of sign, exponent and mantissa; the difference of the exponents' biases is a power of two, multiplied afterwards.
 
 ASM: in PTX, of which Triton would make more instructions; without, the same in Triton's language, for its interpreter.
+Sums and products of bfloat16 are `fma` with ±1 and -0, the only such instruction before compute capability 9.0.
 HALF: float16, else bfloat16. Triton compiles what stands behind a `return` in a constant branch, hence if and else.
 """
 
@@ -32,8 +33,9 @@ def minus(a, b, HALF: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         return tl.inline_asm_elementwise(
-            "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
+            "{.reg .b32 c; mov.b32 c, 0xbf80bf80; fma.rn.bf16x2 $0, $2, c, $1;}", "=r,r,r", [a, b], dtype=tl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -47,8 +49,9 @@ def times(a, b, HALF: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         return tl.inline_asm_elementwise(
-            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
+            "{.reg .b32 c; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, $1, $2, c;}", "=r,r,r", [a, b], dtype=tl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -125,13 +128,13 @@ def int8_slice(w, J: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
                           " mov.b32 c, 0x64806480; sub.rn.f16x2 $0, a, c;}", True)  # fmt: skip
     else:
         if J == 0:
-            return two(w, "{.reg .b32 a, b; lop3.b32 a, $1, 0x007f007f, 0x43004300, 0xEA;"
-                          " lop3.b32 b, $1, 0x00800080, 0x43004300, 0xEA; sub.rn.bf16x2 $0, a, b;}",
+            return two(w, "{.reg .b32 a, b, c; lop3.b32 a, $1, 0x007f007f, 0x43004300, 0xEA; mov.b32 c, 0xbf80bf80;"
+                          " lop3.b32 b, $1, 0x00800080, 0x43004300, 0xEA; fma.rn.bf16x2 $0, b, c, a;}",
                        False)  # fmt: skip
         else:
-            return two(w, "{.reg .b32 a, b, t; shr.u32 t, $1, 8; lop3.b32 a, t, 0x007f007f, 0x43004300, 0xEA;"
-                          " lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA; sub.rn.bf16x2 $0, a, b;}",
-                       False)  # fmt: skip
+            return two(w, "{.reg .b32 a, b, c, t; shr.u32 t, $1, 8; lop3.b32 a, t, 0x007f007f, 0x43004300, 0xEA;"
+                          " mov.b32 c, 0xbf80bf80; lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA;"
+                          " fma.rn.bf16x2 $0, b, c, a;}", False)  # fmt: skip
 
 
 @triton.jit

@@ -39,12 +39,14 @@ def halves(w, J: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
         if J == 0:
             return tl.inline_asm_elementwise(
                 "{.reg .b32 s, t, m; shl.b32 s, $1, 8; shl.b32 t, $1, 4; and.b32 t, t, 0x07f007f0;"
-                " and.b32 s, s, 0x80008000; or.b32 s, s, t; mov.b32 m, 0x7b807b80; mul.rn.bf16x2 $0, s, m;}",
+                " and.b32 s, s, 0x80008000; or.b32 s, s, t; mov.b32 m, 0x7b807b80; mov.b32 t, 0x80008000;"
+                " fma.rn.bf16x2 $0, s, m, t;}",
                 "=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=2)  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
                 "{.reg .b32 s, t, m; shr.u32 t, $1, 4; and.b32 t, t, 0x07f007f0; and.b32 s, $1, 0x80008000;"
-                " or.b32 s, s, t; mov.b32 m, 0x7b807b80; mul.rn.bf16x2 $0, s, m;}",
+                " or.b32 s, s, t; mov.b32 m, 0x7b807b80; mov.b32 t, 0x80008000;"
+                " fma.rn.bf16x2 $0, s, m, t;}",
                 "=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=2)  # fmt: skip
 
 
