@@ -94,6 +94,9 @@ def as_llama_cpp_stores(name: str, array: np.ndarray, architecture: str, heads: 
         array = array + 1
     if name.endswith(".A_log"):
         array = -np.exp(array)
+    if architecture == "kimi-linear":
+        array = array.reshape(1, len(array), 1, -1) if re.search(r"_conv1d\.weight", name) else array
+        array = array.reshape(1, 1, -1, 1) if name.endswith(".A_log") else array
     if re.search(r"\.(conv1d|conv\.conv)\.weight", name):
         array = array[:, 0]
     if architecture in SECOND_MAMBA and name.endswith((".A_log", ".D")):

@@ -55,6 +55,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "lfm2": ("lfm2", "lfm2", {"block_auto_adjust_ff_dim": False}, MIDDLE | EPS),
     "lfm2moe": ("lfm2moe", "lfm2_moe", {"tie_word_embeddings": True}, MIDDLE | EPS | {
         "leading_dense_block_count": 1, "expert_gating_func": 2, "expert_weights_scale": 2.0}),
+    "kimi-linear": ("kimi-linear", "kimi_linear", {"first_k_dense_replace": 0}, EPS | {
+        "attention__head_count_kv": [0, 1, 0], "attention__kv_lora_rank": 16, "attention__key_length": 32,
+        "attention__value_length": 16, "attention__key_length_mla": 24, "attention__value_length_mla": 16,
+        "rope__dimension_count": 16, "kda__head_dim": 16, "ssm__conv_kernel": 4, "expert_count": 4,
+        "expert_used_count": 2, "expert_shared_count": 1, "leading_dense_block_count": 0, "expert_gating_func": 2,
+        "expert_weights_scale": 2.446}),
     "qwen3next": ("qwen3next", "qwen3_next", {"norm_topk_prob": True}, DELTA),
     "qwen35": ("qwen35", "qwen3_5", {"linear_num_value_heads": 4}, DELTA | SECTIONS),
     "qwen35moe": ("qwen35moe", "qwen3_5_moe", {}, DELTA | SECTIONS),

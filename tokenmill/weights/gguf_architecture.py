@@ -136,6 +136,11 @@ FOUR_NORMS = within(
     "model.layers", attn_norm="input_layernorm", post_attention_norm="post_attention_layernorm",
     ffn_norm="pre_feedforward_layernorm", post_ffw_norm="post_feedforward_layernorm",
 )  # fmt: skip
+LATENT = within(
+    "model.layers", attn_q_a="self_attn.q_a_proj", attn_q_a_norm="self_attn.q_a_layernorm",
+    attn_q_b="self_attn.q_b_proj", attn_kv_a_mqa="self_attn.kv_a_proj_with_mqa",
+    attn_kv_a_norm="self_attn.kv_a_layernorm", attn_kv_b="self_attn.kv_b_proj",
+)  # fmt: skip
 LAYER_INPUTS = {
     "per_layer_token_embd": "model.embed_tokens_per_layer",
     "per_layer_model_proj": "model.per_layer_model_projection",

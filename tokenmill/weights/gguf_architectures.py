@@ -20,6 +20,7 @@ from tokenmill.weights.gguf_architecture import (
     FOUR_NORMS,
     GATED,
     HEAD_NORMS,
+    LATENT,
     LAYER_INPUTS,
     LLAMA,
     LLAMA3,
@@ -63,11 +64,6 @@ _FALCON = {
     "token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head",
     **_fused("transformer.h", "self_attention"),
 }  # fmt: skip
-_LATENT = within(
-    "model.layers", attn_q_a="self_attn.q_a_proj", attn_q_a_norm="self_attn.q_a_layernorm",
-    attn_q_b="self_attn.q_b_proj", attn_kv_a_mqa="self_attn.kv_a_proj_with_mqa",
-    attn_kv_a_norm="self_attn.kv_a_layernorm", attn_kv_b="self_attn.kv_b_proj",
-)  # fmt: skip
 _MROPE = ("rope.dimension_sections", "n_deepstack_layers")
 _OF_FALCON = {"num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size", "use_bias": "bias"}
 
@@ -113,10 +109,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         fields={**SPARSE, "num_experts": "expert_count"}, constants={"norm_topk_prob": True},
     ),
     "deepseek2": Architecture(
-        "deepseek_v2", LLAMA | _LATENT | EXPERTS | SHARED, fields=ROUTED, made=EXPANDED, heads="none",
+        "deepseek_v2", LLAMA | LATENT | EXPERTS | SHARED, fields=ROUTED, made=EXPANDED, heads="none",
     ),
     "deepseek2 with sigmoid": Architecture(
-        "deepseek_v3", LLAMA | _LATENT | EXPERTS | SHARED | CORRECTION, fields=ROUTED, made=EXPANDED, heads="none",
+        "deepseek_v3", LLAMA | LATENT | EXPERTS | SHARED | CORRECTION, fields=ROUTED, made=EXPANDED, heads="none",
         sigmoid=True,
     ),
     "olmoe": Architecture(

@@ -40,6 +40,21 @@ def of_field(name: str) -> Made:
     )  # fmt: skip
 
 
+def of_shape(source: str, dimensions: int) -> Made:
+    """Return a vector or matrix that the file has with more dimensions, of one number each."""
+    return Made(
+        (source,), lambda fields, shapes: _without_ones(shapes[0], dimensions),
+        numbers=lambda fields, arrays, layer: arrays[0].reshape(_without_ones(arrays[0].shape, dimensions)),
+    )  # fmt: skip
+
+
+def _without_ones(shape: Shape, dimensions: int) -> Shape:
+    found = tuple(size for size in shape if size != 1) if len(shape) > dimensions else shape
+    if len(found) != dimensions:
+        raise ValueError(f"expected {dimensions} dimensions besides those of one number")
+    return found
+
+
 DECAY = Made(("ssm_a",), _same, numbers=_logarithm)
 """The logarithm of decays, of which the file has the negative numbers themselves"""
 
@@ -61,6 +76,15 @@ EXPANDED = {
         ("attn_k_b.weight", "attn_v_b.weight"), _expanded_shape, numbers=_expanded)
 }  # fmt: skip
 """The matrix that expands compressed rows: of each head, its keys, which the file has transposed, and its values"""
+
+
+COLUMN_DECAYS = {
+    "model.layers.{}.self_attn.A_log": Made(
+        ("ssm_a",), _flat, numbers=lambda fields, arrays, layer: np.log(-arrays[0].reshape(-1))),
+    **{f"model.layers.{{}}.self_attn.{name}_conv1d.weight": of_shape(f"ssm_conv1d_{name}.weight", 2)
+       for name in "qkv"},
+}  # fmt: skip
+"""Kimi Linear: decays and convolutions, which the file has with more dimensions"""
 
 
 def _rates(fields: Fields, second: bool) -> Rows:

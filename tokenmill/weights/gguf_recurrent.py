@@ -9,6 +9,9 @@ from tokenmill.weights.gguf_architecture import (
     BODY,
     EXPERTS,
     HEAD_NORMS,
+    LATENT,
+    LLAMA,
+    MIXTRAL,
     MULTIPLIERS,
     ROUTED,
     SPARSE,
@@ -17,7 +20,7 @@ from tokenmill.weights.gguf_architecture import (
     Made,
     within,
 )
-from tokenmill.weights.gguf_made import DECAY, GROUPED, TILED, flat
+from tokenmill.weights.gguf_made import COLUMN_DECAYS, DECAY, EXPANDED, GROUPED, TILED, flat
 
 _BACKBONE = {"token_embd": "backbone.embeddings", "output_norm": "backbone.norm_f", "output": "lm_head"}
 _FINAL = BODY | {"output_norm": "model.final_layernorm"}
@@ -167,6 +170,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         fields={**SPARSE, "num_experts": "expert_count", "num_dense_layers": "leading_dense_block_count",
                 "routed_scaling_factor": "expert_weights_scale"},
         heads="some", eps="norm_eps", sigmoid=True,
+    ),
+    "kimi-linear": Architecture(
+        "kimi_linear",
+        LLAMA | LATENT | MIXTRAL | within(
+            "model.layers", ffn_gate_shexp="block_sparse_moe.shared_experts.gate_proj",
+            ffn_up_shexp="block_sparse_moe.shared_experts.up_proj",
+            ffn_down_shexp="block_sparse_moe.shared_experts.down_proj", ssm_f_a="self_attn.f_a_proj",
+            ssm_f_b="self_attn.f_b_proj", ssm_g_a="self_attn.g_a_proj", ssm_g_b="self_attn.g_b_proj",
+            ssm_beta="self_attn.b_proj", ssm_norm="self_attn.o_norm") | {
+            "ssm_dt.bias": "model.layers.{}.self_attn.dt_bias",
+            "exp_probs_b.bias": "model.layers.{}.block_sparse_moe.gate.e_score_correction_bias"},
+        fields={"num_experts": "expert_count", "num_experts_per_token": "expert_used_count",
+                "num_shared_experts": "expert_shared_count", "moe_intermediate_size": "expert_feed_forward_length",
+                "first_k_dense_replace": "leading_dense_block_count", "moe_renormalize": "expert_weights_norm"},
+        constants={"moe_renormalize": True}, renamed={"max_position_embeddings": "model_max_length"},
+        made=EXPANDED | COLUMN_DECAYS, heads="none", sigmoid=True,
     ),
     "qwen3next": Architecture(
         "qwen3_5_moe_text", _QWEN | _QWEN_DELTA | EXPERTS | WEIGHED_SHARED, fields=_QWEN_EXPERTS, made=GROUPED,

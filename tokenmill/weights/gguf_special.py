@@ -201,6 +201,19 @@ def _latent(read: Reader) -> dict[str, Any]:
     }
 
 
+def _kimi_linear(read: Reader) -> dict[str, Any]:
+    """Return the sizes of attention to compressed rows, in layers with key-value heads, and of the delta rule."""
+    counts = read.by_layer("attention.head_count_kv")
+    delta = next((i for i, count in enumerate(counts) if not count), 0)
+    rows = read.shapes.get(f"blk.{delta}.ssm_beta.weight", (read.number("attention.head_count"),))
+    return _latent(read) | {"linear_attn_config": {
+        "full_attn_layers": [i + 1 for i, count in enumerate(counts) if count],
+        "head_dim": read.number("kda.head_dim"),
+        "num_heads": rows[0],
+        "short_conv_kernel_size": read.number("ssm.conv_kernel"),
+    }}  # fmt: skip
+
+
 def _scan(read: Reader, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the sizes of a mixer of Mamba. `names`: field of config.json -> size."""
     inner, steps = read.number("ssm.inner_size"), read.number("ssm.time_step_rank")
@@ -319,6 +332,6 @@ SPECIAL: Mapping[str, Callable[[Reader], dict[str, Any]]] = {
     "mamba": _mamba, "mamba with norms": _mamba, "mamba2": _mamba, "jamba": _jamba, "granitehybrid": _granite,
     "granitehybrid with experts": _granite, "nemotron_h": _nemotron_h, "nemotron_h_moe": _nemotron_h,
     "falcon-h1": _falcon_h1, "lfm2": _lfm2, "lfm2moe": _lfm2, "qwen3next": _delta, "qwen35": _delta,
-    "qwen35moe": _delta,
+    "qwen35moe": _delta, "kimi-linear": _kimi_linear,
 }  # fmt: skip
 """Architecture -> function that computes more fields of config.json"""
