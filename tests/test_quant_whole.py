@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,34 @@ def compared(folder: Path, model: Any, numbers: dict[str, Any]) -> None:
 def test_a_quantized_models_logits_are_those_of_its_numbers(name: str, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, "llama")
     compared(tmp_path, model, quantize_folder(tmp_path, *MODELS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "llama_tied_with_biases"])
+@pytest.mark.parametrize("name", ["fp8, a scale of AutoFP8", "int4, groups of 16, zeros", "w8a8", "nf4", "mxfp4"])
+def test_a_quantized_embedding_and_head_are_those_of_their_numbers(name: str, family: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, family)
+    about, write = CASES[name]
+    whole = about | {"ignore": [], "modules_to_not_convert": []}
+    compared(tmp_path, model, quantize_folder(tmp_path, whole, lambda module: write))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["fp8 in blocks", "int4, plain zeros", "w8a8", "mxfp4", "mixed"]
+)
+def test_the_cpu_backends_logits_are_near_those_of_the_numbers(name: str, tmp_path: Path) -> None:
+    """Its activations have 8 bits where weights are integers."""
+    pytest.importorskip("numba")
+    from support_cpu import CpuDriver
+
+    model = make_checkpoint(tmp_path, "llama")
+    numbers = quantize_folder(tmp_path, *MODELS[name])
+    model.load_state_dict({name: n.float() for name, n in numbers.items()}, strict=False)
+    with closing(CpuDriver.of(tmp_path)) as driver:
+        for rows, want in zip(steps(), reference(model, steps()), strict=True):
+            got = np.asarray(driver.feed(rows))[:, : want.shape[1]]
+            assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize(

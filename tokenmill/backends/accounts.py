@@ -12,7 +12,7 @@ from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Program
 from tokenmill.quant._method import Find, finder
-from tokenmill.quant.base import Piece, Reader, check, load_parts, stored_names
+from tokenmill.quant.base import Piece, Reader, check, load_parts
 from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
 
@@ -28,13 +28,6 @@ def stored_dtype(named: str | None, source: Checkpoint) -> str:
         return named
     kinds = (source[name].kind for name in source.names())
     return next((_FLOATS[kind] for kind in kinds if kind in _FLOATS), "bfloat16")
-
-
-def stored_bytes(program: Program, source: Checkpoint) -> int:
-    """Return the bytes of a program's weights as the checkpoint stores them; ModelError as `quant.base.check`."""
-    weights = weights_of(program)
-    check(weights, source)
-    return sum(map(source.nbytes, stored_names(weights, source)))
 
 
 def dense_bytes(program: Program, source: Checkpoint, dtype: str) -> int:
