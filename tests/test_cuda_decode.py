@@ -14,7 +14,15 @@ from bench.gpu.layers import Heads, Layers  # noqa: E402
 from tokenmill.backends.cuda.device import Device  # noqa: E402
 from tokenmill.backends.cuda.kernels.codes8 import numbers  # noqa: E402
 from tokenmill.backends.cuda.kernels.decode import list_rows  # noqa: E402
-from tokenmill.backends.cuda.shapes import LONG, DecodeShape, decode_shape, some_are_long  # noqa: E402
+from tokenmill.backends.cuda.shapes import (  # noqa: E402
+    LONG,
+    Contexts,
+    DecodeShape,
+    contexts_of,
+    decode_shape,
+    variant_of,
+    variants,
+)  # fmt: skip
 
 KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -83,19 +91,32 @@ def test_sizes_fit_the_registers_of_a_warp_and_the_pages() -> None:
         for head_dim in (16, 64, 96, 128, 256):
             for shared in (1, 4, 8, 16, 64):
                 for coded in (False, True):
-                    for long in (False, True):
-                        shape = decode_shape(rows, head_dim, shared, long, coded=coded)
+                    for contexts in Contexts:
+                        shape = decode_shape(rows, head_dim, shared, contexts, coded=coded)
                         numbers_of_result = max(head_dim, 16) * max(8, shared)
                         assert numbers_of_result <= shape.warps * 1024 or shape.warps == 8
                         assert shape.keys % 16 == 0 == shape.least % shape.keys
 
 
-@pytest.mark.parametrize("starts, kv_heads, long", [
-    ([], 8, False), ([LONG - 1] * 64, 8, False), ([LONG], 8, True), ([LONG] * 48, 8, True), ([LONG] * 64, 8, False),
-    ([LONG] * 64, 1, True), ([LONG] * 63 + [8 * LONG], 8, True), ([100] * 63 + [LONG], 8, True),
-    ([8 * LONG] * 64, 8, True),
+@pytest.mark.parametrize("starts, kv_heads, kind", [
+    ([], 8, "ALIKE"), ([LONG - 1] * 64, 8, "ALIKE"), ([LONG], 8, "LONG"), ([LONG] * 48, 8, "LONG"),
+    ([LONG] * 64, 8, "ALIKE"), ([LONG] * 64, 1, "LONG"), ([LONG] * 63 + [8 * LONG], 8, "LONG"),
+    ([100] * 63 + [LONG], 8, "LONG"), ([8 * LONG] * 64, 8, "LONG"), ([100] * 63 + [200], 8, "UNEVEN"),
+    ([0], 8, "ALIKE"),
+    ([LONG] * 32 + [LONG // 2] * 32, 8, "UNEVEN"),
 ])  # fmt: skip
-def test_long_sequences_are_split_if_there_are_few_or_one_is_far_longer_than_the_others(
-    starts: list[int], kv_heads: int, long: bool
+def test_contexts_are_long_if_there_are_few_programs_or_one_is_far_longer_than_the_others(
+    starts: list[int], kv_heads: int, kind: str
 ) -> None:
-    assert some_are_long(np.array(starts, np.int32), kv_heads) == long
+    assert contexts_of(np.array(starts, np.int32), kv_heads).name == kind
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_steps_are_captured_once_for_all_contexts_with_the_same_sizes(coded: bool) -> None:
+    for rows in (1, 8, 32, 64, 256):
+        found = variants(rows, coded)
+        shapes = [decode_shape(rows, 128, 4, kind, coded=coded) for kind in found]
+        assert len(set(shapes)) == len(shapes)
+        for kind in Contexts:
+            assert variant_of(rows, kind, coded) in found
+            assert decode_shape(rows, 128, 4, kind, coded=coded) in shapes

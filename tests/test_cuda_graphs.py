@@ -17,7 +17,8 @@ from support_cuda import ON_GPU, CudaDriver, torch, write_random
 from support_models import Driver
 
 from tokenmill.backends.base import StepLimits
-from tokenmill.backends.cuda.graphs import Graphs, variants
+from tokenmill.backends.cuda.graphs import Graphs
+from tokenmill.backends.cuda.shapes import Contexts, variants
 
 torch.set_num_threads(1)
 
@@ -47,9 +48,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Graphs]:
         made = Graphs(SimpleNamespace(real=True), most, wanted)  # type: ignore[arg-type]
         capture = made.capture
 
-        def capture_and_keep(size: int, long: bool, run: Callable[[], None]) -> None:
-            capture(size, long, run)
-            made._captured[size, long].run = run  # type: ignore[attr-defined]
+        def capture_and_keep(size: int, contexts: Contexts, run: Callable[[], None]) -> None:
+            capture(size, contexts, run)
+            made._captured[size, contexts].run = run  # type: ignore[attr-defined]
 
         made.capture = capture_and_keep  # type: ignore[method-assign]
         return made
@@ -61,8 +62,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Graphs]:
 
 
 def capture_all(made: Graphs, sizes: list[int]) -> None:
-    for size, long in made.missing(sizes):
-        made.capture(size, long, lambda: None)
+    for size, contexts in made.missing(sizes):
+        made.capture(size, contexts, lambda: None)
 
 
 def test_the_largest_and_powers_of_two_come_first_and_nothing_is_padded_to_much_more(graphs: Any) -> None:
@@ -74,10 +75,10 @@ def test_the_largest_and_powers_of_two_come_first_and_nothing_is_padded_to_much_
     later = list(made.later)
     assert later == sorted(later, reverse=True)
     assert 24 in later
-    for size, long in made.missing(made.later):
+    for size, contexts in made.missing(made.later):
         before = made.padded(size)
-        made.capture(size, long, lambda: None)
-        complete = long == variants(size)[-1]
+        made.capture(size, contexts, lambda: None)
+        complete = contexts == variants(size, False)[-1]
         assert made.padded(size) == (size if complete else before), "a size is used when all its variants are there"
     assert not made.missing(made.later)
     assert len(made) == len(made._captured)
@@ -106,8 +107,8 @@ def driver(tmp_path: Path, request: pytest.FixtureRequest) -> CudaDriver:
         return CudaDriver(tmp_path, limits=limits, num_blocks=64, graphs=None, warm=True)
     made = CudaDriver(tmp_path, limits=limits, num_blocks=64)
     made._graphs = request.getfixturevalue("graphs")(13)
-    for rows, long in made._graphs.missing(made._graphs.first):
-        made._capture(rows, long)
+    for rows, contexts in made._graphs.missing(made._graphs.first):
+        made._capture(rows, contexts)
     return made
 
 

@@ -24,6 +24,7 @@ from tokenmill.backends.cuda.shapes import (
     BUSY,
     CLASSES,
     LEAST_KEYS,
+    Contexts,
     DecodeShape,
     decode_shape,
     power,
@@ -138,18 +139,18 @@ class AttentionLowering:
     def _scratch_of(self, op: ops.Attention) -> ScratchSizes:
         kv_heads, shared = op.k.width // op.head_dim, op.q.width // op.k.width
         most = self._most
-        splits = max(min(rows, most) * self._shape(op, min(rows, most), True).splits for rows in CLASSES)
+        splits = max(min(rows, most) * self._shape(op, min(rows, most), Contexts.LONG).splits for rows in CLASSES)
         groups = splits * kv_heads * shared
         rows = tile_shape(op.head_dim, shared, self._item, self._invariant).rows
         columns = 2 * self._common(op)["HALF"]
         return ScratchSizes(groups * op.head_dim, groups, most * kv_heads, splits, rows, rows * columns)
 
-    def _shape(self, op: ops.Attention, rows: int, long: bool) -> DecodeShape:
+    def _shape(self, op: ops.Attention, rows: int, contexts: Contexts) -> DecodeShape:
         kv_heads, window = op.k.width // op.head_dim, op.window or op.chunk
         shared = op.q.width // op.k.width
         return decode_shape(
-            rows, op.head_dim, shared, long, self._item, window=window, kv_heads=kv_heads,
-            coded=self._memory.cache_dtype in _CODES,
+            rows, op.head_dim, shared, contexts, self._item, window=window, kv_heads=kv_heads,
+            coded=self._memory.coded,
         )  # fmt: skip
 
     @property
@@ -237,7 +238,7 @@ class AttentionLowering:
 
         def run(n: Sizes) -> None:
             rows = n.tokens if n.singles is None else len(n.singles)
-            shape = self._shape(op, rows, n.long)
+            shape = self._shape(op, rows, n.contexts)
             listed = rows > CLASSES[0 if shape.splits > 1 else 1]
             if listed and make_list is not None:
                 make_list(n, rows, shape)

@@ -20,7 +20,7 @@ from tokenmill.backends.cuda.attention import AttentionOptions, Scales, fewest_k
 from tokenmill.backends.cuda.batch_one import BatchOneFusion
 from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.device import Device
-from tokenmill.backends.cuda.graphs import Graphs, variants
+from tokenmill.backends.cuda.graphs import Graphs
 from tokenmill.backends.cuda.launch import Launch
 from tokenmill.backends.cuda.lower import Lowering
 from tokenmill.backends.cuda.memory import Memory
@@ -29,7 +29,7 @@ from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
 from tokenmill.backends.cuda.products.base import FEW
 from tokenmill.backends.cuda.sampler import Sampler
 from tokenmill.backends.cuda.scales import advice, kv_scales
-from tokenmill.backends.cuda.shapes import library_sizes
+from tokenmill.backends.cuda.shapes import Contexts, library_sizes, variants
 from tokenmill.backends.cuda.sizes import Sizes, StepArrays
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.cuda.states import CudaStates
@@ -98,7 +98,8 @@ class CudaBackend:
         self._body: list[Launch] = []
         self._tail: list[Launch] = []
         self._batch_one: list[Launch] = []
-        self._graphs, self._free = Graphs(self._device, limits.max_batch_size, options.cuda_graphs), 0
+        self._graphs = Graphs(self._device, limits.max_batch_size, options.cuda_graphs, self._memory.coded)
+        self._free = 0
         self._account = self._count()
         torch.cuda.empty_cache()  # The free memory is then the memory that a cache can have.
 
@@ -159,8 +160,8 @@ class CudaBackend:
                 self._launch_all, lambda done, total: report(Progress("compile", done, total, "kernels"))
             )
             used = self._launch_all()
-            for rows, long in self._graphs.missing(self._graphs.first):
-                self._capture(rows, long)
+            for rows, contexts in self._graphs.missing(self._graphs.first):
+                self._capture(rows, contexts)
         except torch.OutOfMemoryError as e:
             raise NotEnoughMemory(
                 f"Beside weights and cache, the device has no room for a step ({e}). Give a smaller "
@@ -181,17 +182,19 @@ class CudaBackend:
     def _launch_all(self) -> int:
         """Launch every kernel that a step may need, and return the number of cache places that were written to."""
         nothing = np.zeros(0, np.int32)
-        work = warm_up_of(self.limits, self.num_blocks, self._slots.padding, self._graphs.first, len(self.windows))
+        work = warm_up_of(
+            self.limits, self.num_blocks, self._slots.padding, self._graphs.first, len(self.windows), self._memory.coded
+        )
         self._slots.apply(StepInputs(nothing, nothing, nothing, nothing, blocks=work.blocks))
         self._sampler.warm_up_some(self._arrays.buffer)  # First, because its kernels take longest to compile.
         for inputs in work.runs:
             self._forward(self._mixed(inputs))
-        for inputs, long in work.mixed:
-            self._forward(replace(self._mixed(inputs), long=long))
+        for inputs, contexts in work.mixed:
+            self._forward(replace(self._mixed(inputs), contexts=contexts))
         for rows in work.decodes:
-            for long in variants(rows):
-                self._decode(self._padding_step(rows, long))
-            self._sampler.warm_up(self._padding_step(rows, False))
+            for contexts in variants(rows, self._memory.coded):
+                self._decode(self._padding_step(rows, contexts))
+            self._sampler.warm_up(self._padding_step(rows, Contexts.ALIKE))
         if self._device.real:
             self._load_library()
         return work.tokens
@@ -239,7 +242,7 @@ class CudaBackend:
             padded = self._graphs.padded(rows)
             sizes = self._arrays.decode(inputs.slots, inputs.starts, padded or rows)
             if padded:
-                self._graphs.replay(padded, sizes.long)
+                self._graphs.replay(padded, sizes.contexts)
                 sizes = replace(sizes, tokens=rows, sampling=rows)
             else:
                 self._decode(sizes)
@@ -282,14 +285,14 @@ class CudaBackend:
 
     # ---- a step ----
 
-    def _padding_step(self, rows: int, long: bool) -> Sizes:
+    def _padding_step(self, rows: int, contexts: Contexts) -> Sizes:
         """Return a decode step of padding rows only."""
         slots = np.full(rows, self._slots.padding, np.int32)
-        return replace(self._arrays.decode(slots, slots * 0, rows), long=long)
+        return replace(self._arrays.decode(slots, slots * 0, rows), contexts=contexts)
 
-    def _capture(self, rows: int, long: bool) -> None:
-        sizes = self._padding_step(rows, long)
-        self._graphs.capture(rows, long, lambda: self._decode(sizes))
+    def _capture(self, rows: int, contexts: Contexts) -> None:
+        sizes = self._padding_step(rows, contexts)
+        self._graphs.capture(rows, contexts, lambda: self._decode(sizes))
 
     def _decode(self, sizes: Sizes) -> None:
         """Launch one token a row, sampled by logits and temperature alone. `Sampler.sample` may replace the tokens."""

@@ -16,7 +16,7 @@ from tokenmill.backends.cuda.products.forms import Unpackable, form_of
 from tokenmill.backends.cuda.products.fp8 import is_fp8
 from tokenmill.backends.cuda.products.fp8_shapes import WEIGHT_ONLY
 from tokenmill.backends.cuda.scales import SCALED, advice, kv_scales
-from tokenmill.backends.cuda.shapes import CLASSES, decode_shape
+from tokenmill.backends.cuda.shapes import CLASSES, Contexts, decode_shape
 from tokenmill.program import ops, recurrence, special
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.ops import Op, Weight
@@ -200,7 +200,9 @@ def _splits(op: ops.Attention, options: KernelOptions) -> str:
     """Return the number of programs that share a sequence of a short context, by rows."""
     shared, window, kv_heads = op.q.width // op.k.width, op.window or op.chunk, op.k.width // op.head_dim
     by_rows = [
-        decode_shape(rows, op.head_dim, shared, False, options.item_bytes, window=window, kv_heads=kv_heads).splits
+        decode_shape(
+            rows, op.head_dim, shared, Contexts.ALIKE, options.item_bytes, window=window, kv_heads=kv_heads
+        ).splits
         for rows in CLASSES
     ]
     return f"(split {_steps(by_rows, CLASSES)})"

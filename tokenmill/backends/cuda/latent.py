@@ -23,6 +23,7 @@ from tokenmill.backends.cuda.shapes import (
     BUSY,
     CLASSES,
     LEAST_KEYS,
+    Contexts,
     LatentShape,
     TileShape,
     expanded_shape,
@@ -195,7 +196,7 @@ class LatentLowering:
         scale = op.scale * self._scale(op) * LOG2E
 
         def run(n: Sizes, first: int, rows: int) -> None:
-            shape, some = self._shape(size, rows, n.long), n.singles is not None
+            shape, some = self._shape(size, rows, n.contexts is Contexts.LONG), n.singles is not None
             tile = 16 if rows <= CLASSES[-2] or self._invariant else 64
             which = n.pairs if n.singles is None else n.singles
             listed = shape.splits > 1 and rows > CLASSES[0] and not self._invariant

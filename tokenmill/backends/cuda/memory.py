@@ -56,6 +56,11 @@ class Memory:
         return torch.int32 if buffer.dtype == "ids" else self.dtype
 
     @property
+    def coded(self) -> bool:
+        """True if the cache holds 8-bit codes."""
+        return self.cache_dtype.itemsize == 1
+
+    @property
     def step_bytes(self) -> int:
         """Bytes of values and of rotated queries."""
         return self._plan.size + self.queries.nbytes

@@ -6,6 +6,7 @@ Each class of rows has one set of sizes, so a fixed set of kernels is compiled a
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,16 @@ def class_of(rows: int) -> int:
     return next(i for i, most in enumerate(CLASSES) if rows <= most)
 
 
+class Contexts(IntEnum):
+    """Kinds of contexts that single tokens of a step have, which decide the sizes of their attention: of about one
+    length, uneven, or so long that splits pay.
+    """
+
+    ALIKE = 0
+    UNEVEN = 1
+    LONG = 2
+
+
 _SHAPES = (  # by class of rows, each with the splits of short contexts
     DecodeShape(64, 32, 128, 3, 4), DecodeShape(32, 16, 128, 3, 2), DecodeShape(32, 1, 32, 3, 2),
     DecodeShape(32, 1, 32, 3, 2), DecodeShape(16, 1, 16, 4, 1),
@@ -52,8 +63,14 @@ _SHAPES_OF_CODES = (
     DecodeShape(64, 32, 128, 3, 4), DecodeShape(32, 16, 128, 3, 2), DecodeShape(64, 1, 64, 3, 4),
     DecodeShape(64, 1, 64, 3, 4), DecodeShape(32, 1, 32, 3, 2),
 )  # fmt: skip
-_FEW_LONG = DecodeShape(16, 16, 128, 3, 1)  # of the second class
+_OTHERS = {  # of 16 bits or coded, class of rows, and contexts
+    (False, 1, Contexts.LONG): DecodeShape(16, 16, 128, 3, 1),
+    (False, 2, Contexts.UNEVEN): DecodeShape(64, 1, 64, 4, 4),
+    (False, 3, Contexts.UNEVEN): DecodeShape(64, 1, 64, 4, 4),
+    (True, 4, Contexts.ALIKE): DecodeShape(16, 1, 16, 3, 1),
+}
 _SPLITS_OF_LONG = 8
+_ALIKE = 1.3  # most of the longest context over the mean
 LONG = 2048  # tokens from which a sequence may be split even among many
 _MANY_PROGRAMS = 384  # without splits: about three on each multiprocessor of an H100
 _PER_WARP = 1024  # numbers of a result that a warp holds in registers
@@ -63,7 +80,7 @@ def decode_shape(
     rows: int,
     head_dim: int,
     shared: int,
-    long: bool,
+    contexts: Contexts,
     item_bytes: int = 2,
     *,
     window: int = 0,
@@ -72,21 +89,20 @@ def decode_shape(
 ) -> DecodeShape:
     """Return the sizes for `rows` sequences.
 
-    `shared`: query heads of a key-value head. `long`: of `some_are_long`. `item_bytes`: of a number of the computation.
-    `window`: the most keys of a token; 0: all. `coded`: the cache holds 8-bit codes.
+    `shared`: query heads of a key-value head. `item_bytes`: of a number of the computation. `window`: the most keys
+    of a token; 0: all. `coded`: the cache holds 8-bit codes.
 
     Many rows start in the order of their lengths, so that small tiles, of which many fit a multiprocessor, are fastest.
     With fewer rows all start at once, and a long one ends sooner with larger tiles and more warps. A few sequences with
     a window are not split if they have many key-value heads.
     """
-    shape = (_SHAPES_OF_CODES if coded else _SHAPES)[class_of(rows)]
-    if 0 < window <= LONG:
-        long = False
-        if class_of(rows) == 1 and kv_heads >= 16:
-            shape = DecodeShape(64, 1, 64, 3, 4)
-    if long and class_of(rows) == 1 and not coded:
-        shape = _FEW_LONG
-    if long and shape.splits == 1:
+    own = class_of(rows)
+    if 0 < window <= LONG and contexts is Contexts.LONG:
+        contexts = Contexts.UNEVEN
+    shape = _OTHERS.get((coded, own, contexts), (_SHAPES_OF_CODES if coded else _SHAPES)[own])
+    if 0 < window <= LONG and own == 1 and kv_heads >= 16:
+        shape = DecodeShape(64, 1, 64, 3, 4)
+    if contexts is Contexts.LONG and shape.splits == 1:
         shape = shape._replace(splits=_SPLITS_OF_LONG, least=LONG // 4)
     if item_bytes > 2:
         return shape._replace(keys=32 if head_dim <= 64 else 16, stages=2, warps=4)
@@ -96,20 +112,30 @@ def decode_shape(
     return shape._replace(warps=max(shape.warps, min(8, results // _PER_WARP)))
 
 
-def some_are_long(starts: NDArray[np.int32], kv_heads: int) -> bool:
-    """Return True if single tokens with so many tokens before them need splits: one has LONG or more, and there are few
-    programs without splits, or it would run long after the others. `kv_heads`: programs of a token.
+def contexts_of(starts: NDArray[np.int32], kv_heads: int) -> Contexts:
+    """Return the kind of contexts of single tokens with so many tokens before them. `kv_heads`: programs of a token.
+
+    They are long if one has LONG tokens or more, and there are few programs without splits or it would run long after
+    the others.
     """
-    longest = int(starts.max(initial=0))
-    if longest < LONG:
-        return False
-    alike = longest <= 2 * float(starts.mean()) and longest < 4 * LONG
-    return len(starts) * kv_heads <= _MANY_PROGRAMS or not alike
+    if not len(starts):
+        return Contexts.ALIKE
+    longest, mean = int(starts.max()), float(starts.mean())
+    few = len(starts) * kv_heads <= _MANY_PROGRAMS
+    if longest >= LONG and (few or longest > 2 * mean or longest >= 4 * LONG):
+        return Contexts.LONG
+    return Contexts.ALIKE if longest <= _ALIKE * mean else Contexts.UNEVEN
 
 
-def differs_if_long(rows: int) -> bool:
-    """Return True if `decode_shape` depends on `long` for so many rows."""
-    return decode_shape(rows, 128, 1, False) != decode_shape(rows, 128, 1, True)
+def variant_of(rows: int, contexts: Contexts, coded: bool) -> Contexts:
+    """Return the first kind of contexts for which so many rows have the sizes that they have for `contexts`."""
+    wanted = decode_shape(rows, 128, 1, contexts, coded=coded)
+    return next(kind for kind in Contexts if decode_shape(rows, 128, 1, kind, coded=coded) == wanted)
+
+
+def variants(rows: int, coded: bool) -> tuple[Contexts, ...]:
+    """Return the kinds of contexts for which the sizes of so many rows differ."""
+    return tuple(kind for kind in Contexts if variant_of(rows, kind, coded) is kind)
 
 
 def tile_shape(head_dim: int, shared: int, item_bytes: int = 2, batch_invariant: bool = False) -> TileShape:

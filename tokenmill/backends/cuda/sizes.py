@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenmill.backends.base import StepInputs, StepLimits
 from tokenmill.backends.cuda.device import ALIGNED, Device
-from tokenmill.backends.cuda.shapes import some_are_long
+from tokenmill.backends.cuda.shapes import Contexts, contexts_of
 from tokenmill.backends.steps import step_tokens
 from tokenmill.program.value import Value
 
@@ -41,8 +41,8 @@ class Sizes:
 
     `pairs` (T, 2): slot and position of each token. `samples` (R,): tokens whose rows sample; None: all tokens.
     `singles`: tokens that are the only one of their row; None: all tokens. `tiles`: most tokens of a tile -> tiles
-    (n, 4) of the other tokens. `context`: the most keys that one of these attends to. `long`: as `some_are_long`,
-    of single tokens. `early`: kernels that support it are launched before the one before has ended.
+    (n, 4) of the other tokens. `context`: the most keys that one of these attends to. `contexts`: the kind
+    of those of single tokens. `early`: kernels that support it are launched before the one before has ended.
     `expansions`: of the runs, for attention to compressed rows.
     """
 
@@ -53,7 +53,7 @@ class Sizes:
     singles: Tensor | None = None
     tiles: dict[int, Tensor] = field(default_factory=dict)
     context: int = 0
-    long: bool = False
+    contexts: Contexts = Contexts.ALIKE
     early: bool = False
     expansions: tuple[Expansion, ...] = ()
 
@@ -93,7 +93,7 @@ class StepArrays:
         pairs[:, 0] = self._padding
         pairs[: len(slots), 0], pairs[: len(slots), 1] = slots, starts
         (sent,) = self._device.send_into(self.buffer, [pairs.reshape(-1)])
-        return Sizes(padded, padded, sent, long=some_are_long(starts, self._kv_heads))
+        return Sizes(padded, padded, sent, contexts=contexts_of(starts, self._kv_heads))
 
     def mixed(self, inputs: StepInputs) -> Sizes:
         """Send a step of any rows: single tokens and runs of several, sampling or not."""
@@ -114,9 +114,9 @@ class StepArrays:
         sent = self._device.send_into(self.buffer, sections)
         held = {most: made.view(-1, 4) for most, made in zip(kinds, sent[3:], strict=False)}
         expansions = () if planned is None else planned.sent(sent[-2].view(-1, 3), sent[-1].view(-1, 5))
-        long = some_are_long(starts[single], self._kv_heads)
+        contexts = contexts_of(starts[single], self._kv_heads)
         context = int((starts + counts)[runs].max(initial=0))
-        return Sizes(len(pairs), len(tokens.samples), sent[0], sent[1], sent[2], held, context, long,
+        return Sizes(len(pairs), len(tokens.samples), sent[0], sent[1], sent[2], held, context, contexts,
                      expansions=expansions)  # fmt: skip
 
 

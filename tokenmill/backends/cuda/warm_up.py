@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.base import StepInputs, StepLimits
-from tokenmill.backends.cuda.graphs import variants
-from tokenmill.backends.cuda.shapes import CLASSES
+from tokenmill.backends.cuda.shapes import CLASSES, Contexts, variants
 from tokenmill.backends.steps import first_blocks
 
 _RUNS = tuple(4 << i for i in range(16))  # tokens of steps that are one prompt or several
@@ -22,14 +21,17 @@ class WarmUp(NamedTuple):
     tokens: int  # positions of slot 0, which hold the first places of the cache
     blocks: NDArray[np.int32]  # as `StepInputs.blocks`
     runs: tuple[StepInputs, ...]  # prompts, from short to long
-    mixed: tuple[tuple[StepInputs, bool], ...]  # single tokens beside the end of a prompt; whether some are long
+    mixed: tuple[tuple[StepInputs, Contexts], ...]  # single tokens beside the end of a prompt; their contexts
     decodes: tuple[int, ...]  # rows of decode steps, the largest first; each in all its variants
 
 
 def warm_up_of(
-    limits: StepLimits, num_blocks: int, padding: int, graph_sizes: Iterable[int], num_tables: int = 1
+    limits: StepLimits, num_blocks: int, padding: int, graph_sizes: Iterable[int], num_tables: int = 1,
+    coded: bool = False,
 ) -> WarmUp:
-    """Return the warm-up of a backend. `padding`: its padding slot; `graph_sizes`: decode sizes captured at start."""
+    """Return the warm-up of a backend. `padding`: its padding slot; `graph_sizes`: decode sizes captured at start;
+    `coded`: the cache holds 8-bit codes.
+    """
     tokens = min(num_blocks * limits.block_size, limits.max_total_tokens, limits.max_batch_tokens)
     blocks = first_blocks(-(-tokens // limits.block_size), num_tables)
     slots = max(limits.max_batch_size, 1)
@@ -37,9 +39,9 @@ def warm_up_of(
     runs = tuple(_runs(size, tokens) for size in sorted({min(size, most) for size in _RUNS}))
     sizes = sorted({min(rows, slots, limits.max_batch_tokens - 2) for rows in CLASSES}) if tokens > 2 else []
     mixed = tuple(
-        (_beside_a_prompt(rows, padding, limits.max_total_tokens), long)
+        (_beside_a_prompt(rows, padding, limits.max_total_tokens), contexts)
         for rows in sizes if rows > 0
-        for long in variants(rows)
+        for contexts in variants(rows, coded)
     )  # fmt: skip
     decodes = {min(rows, slots) for rows in CLASSES}.union(graph_sizes)
     return WarmUp(tokens, blocks, runs, mixed, tuple(sorted(decodes, reverse=True)))
