@@ -37,7 +37,7 @@ def warm_up_of(
     slots = max(limits.max_batch_size, 1)
     most = limits.max_batch_tokens // tokens * tokens
     runs = tuple(_runs(size, tokens) for size in sorted({min(size, most) for size in _RUNS}))
-    sizes = sorted({min(rows, slots, limits.max_batch_tokens - 2) for rows in CLASSES}) if tokens > 2 else []
+    sizes = sorted({min(rows, slots - 1, limits.max_batch_tokens - 2) for rows in CLASSES}) if tokens > 2 else []
     mixed = tuple(
         (_beside_a_prompt(rows, padding, limits.max_total_tokens), contexts)
         for rows in sizes if rows > 0

@@ -24,7 +24,8 @@ from tokenmill.backends.cuda.products.base import Needs, Operands, Scratch
 from tokenmill.backends.cuda.products.fp8_shapes import (
     BLOCK,
     OURS,
-    RAW,
+    OURS_BLOCKED,
+    RAW_GATED,
     WEIGHT_ONLY,
     FewShape,
     OneShape,
@@ -200,7 +201,9 @@ class Fp8Product:
     @property
     def fuses_one(self) -> bool:
         """See `Product`."""
-        fits = one_shape(self._outputs, self._matrix.columns, bool(self._act)) is not None and self._whole_halves
+        if self._act and self._matrix.blocked:
+            return False  # Scales of two blocks cost more than a launch of the norm.
+        fits = one_shape(self._outputs, self._matrix.columns, bool(self._act)) is not None
         return not self._invariant and self._words is not None and fits
 
     def reads_codes(self, rows: int) -> bool:
@@ -209,7 +212,8 @@ class Fp8Product:
 
     def raw(self, rows: int) -> bool:
         """Return True if `run` leaves the multiplication by the scales of rows and columns to the kernel behind."""
-        return self.leaves and self.reads_codes(rows) and rows > RAW and self._library and not self._matrix.blocked
+        fits = self.leaves and self.reads_codes(rows) and self._library and not self._matrix.blocked
+        return fits and not (self._act and rows > RAW_GATED and self._scales_in_library)
 
     @property
     def raw_scales(self) -> tuple[Tensor, Tensor]:
@@ -220,7 +224,17 @@ class Fp8Product:
         """See `Product`."""
         if not self._act or not self._whole_halves:
             return False
-        return not self.leaves and rows <= OURS if self.reads_codes(rows) else self._scratch is not None
+        return not self.leaves and rows <= self._ours if self.reads_codes(rows) else self._scratch is not None
+
+    @property
+    def _ours(self) -> int:
+        """Number of rows up to which a kernel of ours multiplies codes."""
+        return OURS_BLOCKED if self._matrix.blocked else OURS
+
+    @property
+    def _scales_in_library(self) -> bool:
+        """True if the library's products of this dtype can have scales of rows."""
+        return self._whole.dtype == torch.bfloat16
 
     @property
     def _whole_halves(self) -> bool:
@@ -252,7 +266,7 @@ class Fp8Product:
             self.quantize(rows, early)
         if self.raw(rows):
             self.run_raw(rows)
-        elif self._library and rows > OURS and self.run_scaled(rows):
+        elif self._library and rows > self._ours and self.run_scaled(rows):
             if self._bias is not None:
                 self._whole[:rows].add_(self._bias)
         else:
@@ -285,7 +299,7 @@ class Fp8Product:
 
     def run_scaled(self, rows: int) -> bool:
         """Launch the library's product with scales; return False if it has none for so many rows."""
-        if self._whole.dtype != torch.bfloat16:
+        if not self._scales_in_library:
             return False
         codes = self._read_codes()
         if not self._matrix.blocked:
@@ -321,7 +335,8 @@ class Fp8Product:
         shape = shape or self._codes_shape(rows, outputs, gated)
         tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
         x, weight = codes.codes, self._e4m3
-        if shape.tma:
+        tma = shape.tma and self._scratch is not None and self._scratch.tma
+        if tma:
             x, weight = self._described(codes, tile, shape)
         part, counts = self._split_room()
         self._codes(
@@ -329,7 +344,7 @@ class Fp8Product:
             x, weight, codes.scale, matrix.scale, self._bias_or_scale, self._out_of(gated), part, counts, rows,
             scale_stride(rows), N=outputs, KP=matrix.codes.shape[1], BM=tile, BN=shape.outputs, BK=shape.columns,
             SPLITS=shape.splits, BLOCKED=matrix.blocked, BIAS=self._bias is not None, ACT=self._act if gated else "",
-            TMA=shape.tma, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
+            TMA=tma, PDL=early, STAGES=shape.stages, num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
 
     def _codes_shape(self, rows: int, outputs: int, gated: bool) -> FewShape:

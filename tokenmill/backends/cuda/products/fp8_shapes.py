@@ -7,9 +7,9 @@ from typing import NamedTuple
 import triton
 
 BLOCK = 128  # numbers of a block's side that share a scale; columns whose bytes are interleaved
-WEIGHT_ONLY = 32  # rows up to which x stays in 16 bits
-RAW = 0  # rows up to which products multiply by their scales themselves
-OURS = 128  # rows up to which codes are multiplied by a kernel of ours, unless scales are left to the next kernel
+WEIGHT_ONLY = 16  # rows up to which x stays in 16 bits
+OURS, OURS_BLOCKED = 128, 64  # rows up to which a kernel of ours multiplies codes, unless it needs no scales
+RAW_GATED = 512  # rows above which a gated product multiplies by its scales itself
 
 
 class OneShape(NamedTuple):
@@ -36,7 +36,7 @@ def one_shape(outputs: int, columns: int, gated: bool) -> OneShape | None:
     """Return the sizes for one row on CUDA cores; None if rounds of whole blocks do not divide the columns."""
     if columns % BLOCK:
         return None
-    shape = OneShape(4 if gated else 8, 256, 3, 4 if gated else 2)
+    shape = OneShape(4, 256, 3, 2) if gated else OneShape(4, 128, 4, 1)
     while columns // 4 % shape.words:
         shape = shape._replace(words=shape.words // 2)
     return shape
@@ -52,12 +52,14 @@ def weight_only_shape(rows: int, outputs: int, columns: int, gated: bool) -> Few
 def codes_shape(rows: int, outputs: int, columns: int, gated: bool, blocked: bool) -> FewShape:
     """Return the sizes for rows of codes. `columns`: as stored."""
     splits = 1 if gated or rows > 64 else _splits(outputs, columns)
-    if gated or blocked or columns > 2 * outputs or columns % (2 * BLOCK):
+    if gated or blocked or columns % (2 * BLOCK):
         return FewShape(64, BLOCK, splits, 4, 8 if blocked and rows > 64 else 4)
     if rows > 2 * OURS:
         return FewShape(128, BLOCK, 1, 4, 8)
+    if splits > 1 and columns > 2 * outputs:
+        return FewShape(64, BLOCK, splits, 4, 4)
     splits = 2 if splits > 1 and (rows <= 32 or outputs <= columns) and columns % (4 * BLOCK) == 0 else 1
-    return FewShape(64, 2 * BLOCK, splits, 3, 4)
+    return FewShape(64, 2 * BLOCK, splits, 3, 4, tma=rows > 64)
 
 
 def _splits(outputs: int, columns: int) -> int:
