@@ -22,7 +22,8 @@ from tokenmill.backends.cuda.prepare import fused
 from tokenmill.backends.cuda.products import fp8
 from tokenmill.backends.cuda.products.base import Operands, Scratch
 from tokenmill.backends.cuda.products.dense import Dense
-from tokenmill.backends.cuda.products.fp8 import Fp8, interleaved, quantized
+from tokenmill.backends.cuda.products.fp8 import Fp8
+from tokenmill.backends.cuda.products.fp8_codes import interleaved, quantized
 from tokenmill.backends.cuda.quantized import ActivationCodes
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group

@@ -14,7 +14,8 @@ from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda import backend
 from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.products.dense import Dense
-from tokenmill.backends.cuda.products.fp8 import Fp8, quantized
+from tokenmill.backends.cuda.products.fp8 import Fp8
+from tokenmill.backends.cuda.products.fp8_codes import quantized
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
@@ -109,7 +110,7 @@ def test_a_model_in_fp8_through_graphs(
     for rows in history:
         want, found = dense.feed(rows), fp8.feed(rows)
         off = np.linalg.norm(found - want, axis=-1) / np.linalg.norm(want, axis=-1)
-        told = f"{len(rows)} rows, {sum(len(ids) for _, ids in rows)} tokens: {off.max():.3f}, median {np.median(off):.3f}"
+        told = f"{len(rows)} rows, {sum(len(each) for _, each in rows)} tokens: {off.max():.3f}, {np.median(off):.3f}"
         assert off.max() < 0.25, told
         assert np.median(off) < 0.12, told
     assert DEVICE == "cuda"

@@ -21,6 +21,7 @@ from tokenmill.backends.cuda.kernels.fp8_one import one_weight_only
 from tokenmill.backends.cuda.kernels.fp8_rows import quantize_rows
 from tokenmill.backends.cuda.launch import Site, ahead
 from tokenmill.backends.cuda.products.base import Needs, Operands, Scratch
+from tokenmill.backends.cuda.products.fp8_codes import interleaved, quantized
 from tokenmill.backends.cuda.products.fp8_shapes import (
     BLOCK,
     OURS,
@@ -38,8 +39,6 @@ from tokenmill.backends.cuda.shapes import power
 from tokenmill.quant.base import Coded
 
 Upload = Callable[[NDArray[Any]], Tensor]
-LARGEST = 448.0  # of e4m3
-_AT_ONCE = 1 << 23  # numbers quantized at a time: 32 bits each, in two copies
 CAPABILITY = (8, 9)
 """Least compute capability of tensor cores for FP8"""
 
@@ -91,26 +90,6 @@ def is_fp8(coded: Coded) -> bool:
 def made(matrix: Tensor) -> Fp8:
     """Return a matrix of 16 bits quantized to FP8 with a scale for each row."""
     return Fp8(*quantized(matrix), (1, 0), matrix.dtype)
-
-
-def interleaved(codes: Tensor) -> Tensor:
-    """Return bytes (rows, columns) with the halves of each 128 columns interleaved, padded with zeros to whole 128."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % BLOCK))
-    return padded.view(len(codes), -1, 2, BLOCK // 2).transpose(2, 3).reshape(padded.shape).contiguous()
-
-
-def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a matrix to bytes of e4m3 with a scale for each row, (rows, 1) float32, so that its largest is 448."""
-    codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
-    scale = torch.empty(len(matrix), 1, device=matrix.device)
-    at_once = max(1, _AT_ONCE // matrix.shape[1])
-    for first in range(0, len(matrix), at_once):
-        some = slice(first, first + at_once)
-        wide = matrix[some].float()
-        scale[some] = wide.abs().amax(1, keepdim=True).clamp_min_(1e-30) / LARGEST
-        wide = wide.div_(scale[some]).clamp_(-LARGEST, LARGEST)
-        codes[some] = wide.to(torch.float8_e4m3fn).view(torch.uint8)
-    return codes, scale
 
 
 class Fp8:
