@@ -112,6 +112,8 @@ def in_parts(name: str, array: np.ndarray, architecture: str, config: dict[str, 
     elif match := re.fullmatch(r".*experts\.mlp\.(w1|v1|w2)", name):
         stack = array.reshape(config["ffn_config"]["moe_num_experts"], -1, array.shape[-1])
         yield f"{name}.weight", stack.swapaxes(1, 2) if match[1] == "w2" else stack
+    elif architecture == "gemma4" and ".experts." in name:
+        yield f"{name}.weight", array
     elif match := re.fullmatch(r"(.*)(gate_up_proj|gate_up_proj_bias)", name):
         end = ".bias" if name.endswith("bias") else ".weight"
         turned = array if end == ".bias" else array.swapaxes(1, 2)
@@ -227,6 +229,8 @@ def stored_name(name: str, names: Any, architecture: str) -> str:
     own = re.sub(r"\.expert_bias$", ".expert_bias.bias", own)
     own = own.removeprefix("model.") if ".feed_forward.experts.w" in own else own
     own = own.replace("backbone.", "model.") if ".mlp.experts." in own else own
+    if architecture == "gemma4" and name.endswith(("router.scale", "per_expert_scale")):
+        return f"blk.{name.split('.')[2]}.ffn_{'gate_inp' if name.endswith('router.scale') else 'down_exps'}.scale"
     theirs = names.get_name(own, (".weight", ".bias"))
     if name.endswith("e_score_correction_bias"):
         theirs = f"{names.get_name(name.removesuffix('_bias'))}.bias"

@@ -142,6 +142,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "gemma4": ("gemma4", "gemma4_text", {}, GEMMA4 | {
         "embedding_length_per_layer_input": 16, "attention__shared_kv_layers": 2,
         "feed_forward_length": [128, 128, 256, 256]}),
+    "gemma4-moe": ("gemma4", "gemma4_experts", {}, GEMMA4 | {
+        "embedding_length_per_layer_input": 0, "attention__shared_kv_layers": 0, "final_logit_softcapping": 3.0,
+        "attention__head_count_kv": [2, 1, 2, 1], "expert_count": 4, "expert_used_count": 2,
+        "expert_feed_forward_length": 32}),
     "gemma4-one": ("gemma4", "gemma4_text", {
         "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "num_global_key_value_heads": 1,
         "attention_k_eq_v": True, "final_logit_softcapping": 3.0}, GEMMA4 | {
@@ -174,7 +178,9 @@ def test_a_model_of_each_architecture_equals_transformers(tmp_path: Path, case: 
     assert_equal_to(model, write(tmp_path / "m.gguf", architecture, tensors, **keys))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gpt2", "gptneox", "deepseek3", "granitemoeshared"])
+@pytest.mark.parametrize(
+    "case", ["mixtral", "qwen2moe", "gpt2", "gptneox", "deepseek3", "granitemoeshared", "gemma4-moe"]
+)
 def test_quantized_tensors_are_their_numbers_in_stacks_and_in_other_orders_of_rows_too(
     tmp_path: Path, case: str
 ) -> None:

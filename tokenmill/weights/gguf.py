@@ -9,6 +9,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tokenmill.weights.gguf_rows import by_head, halves, joined
 
 _log = logging.getLogger(__name__)
 _HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
+_BOTH = ".ffn_gate_up_exps.weight"  # gate and up of each expert, one below the other
 _ONE_ROW = "shared_expert_gate.weight"  # a vector in the file, a matrix of one row in transformers
 _KEPT = 4  # reordered tensors: those of a layer
 _NO_DATA = np.zeros((0, 0), np.uint8)
@@ -57,6 +59,7 @@ class Gguf:
                 raise ModelError(f"{part}: the tensor {twice!r} is in a part before it, too. Download the parts again.")
             self._entries |= entries
             self.metadata = self.metadata or metadata
+        self._entries |= {name: _halved(entry) for name, entry in self._entries.items() if name.endswith(_BOTH)}
         indexed = sorted({entry.kind for entry in self._entries.values()} & INDEXED)
         if indexed:
             _log.info("%s has tensors of %s, whose numbers are kept as codes of 8 bits.", self.path, ", ".join(indexed))
@@ -91,6 +94,9 @@ class Gguf:
         yield from made
         parts = {part for found in made.values() for part in found}
         for stored, entry in self._entries.items():
+            if pair := self._kind.theirs_of_both(stored):
+                yield from (pair[i % 2].replace("{}", str(i // 2)) for i in range(entry.shape[0]))
+                continue
             name = self._kind.theirs(stored) or stored
             if "ffn_gate" in stored and name.endswith(self._kind.joined or "\0"):
                 continue  # a part of the tensor of "ffn_up"
@@ -265,6 +271,14 @@ class Gguf:
     def _bytes(self, entry: Entry) -> NDArray[np.uint8]:
         raw = entry.mapped[entry.start : entry.start + entry.nbytes]
         return raw.reshape(entry.shape[0] if entry.shape else 1, -1) if entry.nbytes else raw.reshape(0, 0)
+
+
+def _halved(entry: Entry) -> Entry:
+    """Return a stack of two matrices for each expert as a stack of matrices."""
+    if len(entry.shape) != 3 or entry.shape[1] % 2:
+        return entry
+    experts, rows, columns = entry.shape
+    return replace(entry, shape=(2 * experts, rows // 2, columns))
 
 
 def _below(shape: tuple[int, ...]) -> tuple[int, ...]:

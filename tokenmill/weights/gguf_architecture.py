@@ -74,6 +74,7 @@ class Architecture(NamedTuple):
     widths: bool = False  # feed-forward layers may differ in width, which a function of `gguf_special` reads
     joined: tuple[str, ...] = ()  # ends of names of tensors that are gate and up in one
     alternate: bool = False  # in which their rows alternate
+    both: Mapping[str, tuple[str, str]] = {}  # stack of gate and up of each expert -> the names of either
     below: tuple[str, ...] = ()  # ends of names of stacks whose matrices lie below each other in transformers
     sigmoid: bool = False  # experts are weighed by the sigmoid of their scores, not by the softmax
     scores_bias: str = ""  # field that is True if the products of queries, keys and values have a bias
@@ -94,6 +95,8 @@ class Architecture(NamedTuple):
 
     def ours(self, name: str) -> Found | None:
         """Return the file's tensor that has transformers' name `name`; None if there is no such tensor."""
+        if (found := self._of_both(name)) is not None:
+            return found
         stems = {there: here for here, there in self.names.items()}
         for count in (0, 1):  # numbers that are layer and expert; then one that is the layer, before others of a name
             numbers, suffix, template = _NUMBER.findall(name)[: count or None], "", _NUMBER.sub(".{}", name, count)
@@ -104,6 +107,19 @@ class Architecture(NamedTuple):
                 own = stems[template] + suffix
                 index = int(numbers[1]) if len(numbers) > 1 else None
                 return Found(_in_layer(numbers[0], own) if numbers else own, index)
+        return None
+
+    def theirs_of_both(self, name: str) -> tuple[str, ...]:
+        """Return transformers' names of gate and up in a stack of both, {} being the expert; () for another tensor."""
+        parts = name.split(".", 2)
+        return tuple(own.replace("{}", parts[1], 1) for own in self.both.get(parts[-1], ()))
+
+    def _of_both(self, name: str) -> Found | None:
+        """Return the file's stack that has a gate or up beside the other one of each expert; None for another name."""
+        template, numbers = _NUMBER.sub(".{}", name), _NUMBER.findall(name)
+        for own, pair in self.both.items():
+            if template in pair:
+                return Found(_in_layer(numbers[0], own), 2 * int(numbers[1]) + pair.index(template))
         return None
 
     def made_of(self, name: str) -> tuple[Made, int] | None:

@@ -246,7 +246,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma4": Architecture(
         "gemma4_text",
         BODY | ATTENTION | GATED | FOUR_NORMS | HEAD_NORMS | LAYER_INPUTS | {
-            "layer_output_scale.weight": "model.layers.{}.layer_scalar"},
+            "layer_output_scale.weight": "model.layers.{}.layer_scalar",
+            "ffn_gate_inp.scale": "model.layers.{}.router.scale",
+            "ffn_down_exps.scale": "model.layers.{}.router.per_expert_scale",
+            **within("model.layers", ffn_gate_inp="router.proj", ffn_down_exps="experts.{}.down_proj",
+                     pre_ffw_norm_2="pre_feedforward_layernorm_2", post_ffw_norm_1="post_feedforward_layernorm_1",
+                     post_ffw_norm_2="post_feedforward_layernorm_2")},
+        both={"ffn_gate_up_exps.weight": (
+            "model.layers.{}.experts.{}.gate_proj.weight", "model.layers.{}.experts.{}.up_proj.weight")},
         fields={"final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa",
                 "num_kv_shared_layers": "attention.shared_kv_layers"},
         constants={"hidden_activation": "gelu_pytorch_tanh"}, heads="none", windows=True, factors=LLAMA3,

@@ -113,8 +113,6 @@ def _gemma4(read: Reader) -> dict[str, Any]:
     pattern = read("attention.sliding_window_pattern")
     if not isinstance(pattern, list) or len(pattern) != layers or not all(isinstance(each, bool) for each in pattern):
         raise ModelError(f"{read.path}: 'gemma4.attention.sliding_window_pattern' is {pattern!r}, not a list by layer.")
-    if read.count("expert_count"):
-        raise Unsupported("GGUF model", "gemma4 with experts", (), "Serve its original (safetensors).")
     kv, widths = read.by_layer("attention.head_count_kv"), read.by_layer("feed_forward_length")
     width, wide = widths[0], widths[-1] == 2 * widths[0]
     if widths != [width] * (layers - shared) + [width * (1 + wide)] * shared:
@@ -136,6 +134,19 @@ def _gemma4(read: Reader) -> dict[str, Any]:
         "rope_theta": read("rope.freq_base", 1e6),
         "rope_local_base_freq": read("rope.freq_base_swa", 1e4),
         **_two_heads(read),
+        **_gemma4_experts(read),
+    }
+
+
+def _gemma4_experts(read: Reader) -> dict[str, Any]:
+    """Return the fields of experts beside the feed-forward layers, if there are any."""
+    if not read.count("expert_count"):
+        return {}
+    return {
+        "enable_moe_block": True,
+        "num_experts": read.number("expert_count"),
+        "top_k_experts": read.number("expert_used_count"),
+        "moe_intermediate_size": read.number("expert_feed_forward_length"),
     }
 
 
