@@ -17,7 +17,7 @@ from test_cuda_experts import MORE, Layer, tiny
 
 from tokenmill.backends.cuda import expert_banks, expert_shapes
 from tokenmill.backends.cuda.expert_banks import CodedStack
-from tokenmill.backends.cuda.expert_shapes import TileShape
+from tokenmill.backends.cuda.expert_shapes import RowShape, TileShape
 from tokenmill.backends.cuda.products.forms import Form
 from tokenmill.backends.torch.experts import mixed
 from tokenmill.backends.torch.kinds import activation
@@ -57,9 +57,12 @@ def reader(name: str, unlike: str = "", *, ordered: bool = False) -> Any:
     return read
 
 
-def coded(read: Any, more: str, *, dtype: Any = torch.float16, deterministic: bool = False) -> Layer:
+def coded(
+    read: Any, more: str, *, dtype: Any = torch.float16, deterministic: bool = False, width: int = WIDTH,
+    inner: int = INNER,
+) -> Layer:  # fmt: skip
     """Return a layer of five experts that are read so, with its reference in float64."""
-    program, source = tiny(2, MORE[more], width=WIDTH, inner=INNER)
+    program, source = tiny(2, MORE[more], width=width, inner=inner)
     made = Layer(program, source, dtype, deterministic=deterministic, read=read)
     made.plain = {w: torch.from_numpy(load(w, source, read).floats()).double().to(DEVICE) for w in made.plain}  # type: ignore[arg-type]
     return made
@@ -94,6 +97,22 @@ def test_tiles_of_any_size_that_scale_weights_or_sums_give_the_same_result(name:
     for depth, on_weights in ((64, True), (32, True), (16, False)) if "e2m1" not in name else ((32, True), (16, True)):
         shape = TileShape(16, 64, depth, 3, 2, on_weights=on_weights)
         assert off(made.summed(19, lambda shape=shape: products.run(19, shape, shape, False)), want) < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more, splits", [("bounded", 2), ("without gates", 4)])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_row_whose_columns_are_split_in_a_tile_has_the_same_result(more: str, splits: int, ordered: bool) -> None:
+    made = coded(reader("int8, groups of 32", ordered=ordered), more, width=320, inner=192)  # 5 and 3 blocks
+    x = made.rows(1)
+    ids, factors = made.chosen(1)
+    one, shape = made.lowering.one_row(made.experts), RowShape(16, 0, 3, 2, splits=splits)
+
+    def run() -> None:
+        one.gate_up(shape, False)
+        one.down(shape, False)
+
+    assert off(made.summed(1, run), wanted(made, x, ids, factors)) < 2e-3
 
 
 @pytest.mark.slow

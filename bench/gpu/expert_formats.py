@@ -23,6 +23,7 @@ from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.expert_shapes import RowShape, TileShape
 from tokenmill.backends.cuda.products.forms import Form
+from tokenmill.backends.cuda.shapes import power
 
 BYTES_S, FLOPS_S = 4.41e12, 780e12
 _ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
@@ -49,11 +50,18 @@ def floor_us(layer: Layer, shape: Shape, form: Form | None, rows: int) -> float:
     return max(size / BYTES_S, flops / FLOPS_S) * 1e6
 
 
-def row_variants() -> tuple[list[RowShape], list[RowShape]]:
+def row_variants(top_k: int) -> tuple[list[RowShape], list[RowShape]]:
     """Return sizes for a single row: of gate and up, and of down."""
-    ups = [(16, 5, 2), (16, 4, 4), (32, 4, 4), (32, 5, 2), (64, 4, 4), (16, 3, 2), (16, 4, 1)]
-    downs = [(8, 4, 4), (16, 4, 4), (16, 3, 8), (16, 6, 4), (32, 3, 8), (8, 6, 2), (16, 3, 4)]
-    return tuple([RowShape(n, 0, *more, on) for n, *more in found for on in (False, True)] for found in (ups, downs))
+    ups = [(16, 3, 2, 1), (16, 3, 4, 2), (16, 3, 8, 4), (8, 3, 2, 2), (8, 3, 4, 4), (8, 2, 8, 8), (16, 4, 4, 4),
+           (32, 3, 8, 2), (32, 3, 4, 2), (16, 2, 8, 8)]  # fmt: skip
+    own = power(top_k)
+    downs = [(64 // own, 4, 4, 1), (128 // own, 4, 4, 1), (64 // own, 3, 8, 2), (32 // own, 3, 4, 2),
+             (64 // own, 3, 4, 2), (32 // own, 3, 8, 4), (64 // own, 2, 8, 4), (16 // own, 3, 4, 4)]  # fmt: skip
+
+    def shapes(found: list[tuple[int, ...]]) -> list[RowShape]:
+        return [RowShape(n, 0, stages, warps, on, splits) for n, stages, warps, splits in found for on in (False, True)]
+
+    return shapes(ups), shapes(downs)
 
 
 def tile_variants(items: int, width: int) -> list[TileShape]:
@@ -73,7 +81,7 @@ def variants(case: Case, rows: int, items: int) -> Iterator[tuple[str, Any, Call
     assert case.form is not None
     early = case.layers[0].early(rows)
     if rows == 1:
-        ups, downs = row_variants()
+        ups, downs = row_variants(case.layers[0].op.ids.width)
         for row in ups:
             yield "up", row, lambda at, v=row: at.one_row.gate_up(v, early)
         for row in downs:

@@ -119,7 +119,7 @@ class OneRow:
             (triton.cdiv(op.out.width, shape.outputs),),
             inner, *weight, factors if bias is None else bias, ids, factors, added, out, N=op.out.width,
             K=inner.shape[1], TOP_K=op.ids.width, KP=power(op.ids.width), BN=shape.outputs,
-            **_round(self._bank.down, shape, max(FEWEST, power(op.ids.width))), BIAS=bias is not None,
+            **_round(self._bank.down, shape, max(FEWEST, shape.splits * power(op.ids.width))), BIAS=bias is not None,
             SCALED=op.scale_inputs, RESIDUAL=residual is not None, PDL=early, STAGES=shape.stages,
             num_warps=shape.warps, **ahead(early),
         )  # fmt: skip
@@ -131,10 +131,10 @@ def _tensors(stack: Stack) -> tuple[Tensor, ...]:
 
 
 def _round(stack: Stack, shape: RowShape, size: int) -> dict[str, Any]:
-    """Return the constants of the rounds of a single row. `size`: BK of coded weights."""
+    """Return the constants of the rounds of a single row. `size`: BK of coded weights, at least."""
     if isinstance(stack, Tensor):
         return {"BK": shape.columns}
-    return {"BK": size, "ON_WEIGHTS": shape.on_weights, **stack.constants}
+    return {"BK": size, "ON_WEIGHTS": shape.on_weights, "SPLITS": shape.splits, **stack.constants}
 
 
 class Sort:

@@ -34,7 +34,7 @@ class RouteShape(NamedTuple):
 class RowShape(NamedTuple):
     """Sizes for a single row: outputs of a program, columns of a round, rounds in flight, warps.
 
-    A round of coded weights is a block. `on_weights`: as in `TileShape`.
+    A round of coded weights is a block. `on_weights`: as in `TileShape`; `splits`: parts of the columns in a tile.
     """
 
     outputs: int
@@ -42,6 +42,7 @@ class RowShape(NamedTuple):
     stages: int
     warps: int
     on_weights: bool = False
+    splits: int = 1
 
 
 class TileShape(NamedTuple):

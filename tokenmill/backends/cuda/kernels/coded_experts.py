@@ -15,15 +15,34 @@ from tokenmill.backends.cuda.kernels.rows import gated
 
 
 @triton.jit
-def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, order_ptr, m_ok, owners, e, n, HEIGHT: tl.constexpr,
-               K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
-               META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, TEXT: tl.constexpr, ORDER: tl.constexpr,
-               ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def scaled_e2m1(w, scale, J: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
+    """Return slice J times scales of at most 64, less 2^6: a scale makes up for what `e2m1_slice` lacks, too."""
+    a = e2m1_slice(w, J, HALF, ASM)
+    scale = (scale * (256.0 if HALF else 2.0**120)).to(a.dtype)
+    return times(a, tl.broadcast_to(scale[:, None], a.shape), HALF, ASM)
+
+
+@triton.jit
+def ordered(order_at, k, ok, ORDER: tl.constexpr):
+    """Return the columns of x that columns `k` of codes belong to."""
+    if ORDER:
+        return tl.load(order_at + k[None, :], mask=ok, other=0)
+    else:
+        return k[None, :]
+
+
+@triton.jit
+def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, order_ptr, m_ok, owners, e, n, split, x_split,
+               HEIGHT: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+               KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, TEXT: tl.constexpr,
+               ORDER: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, SPLITS: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
     """Return sums (BN, BM) of the outputs `n` (BN,) of experts `e`, one or (BN,), for BM rows of x.
 
     `starts`, `owners`: the rows' places in x, and their experts (BM,), whose order of columns they take with ORDER. D:
     columns of a slice that are multiplied at a time. HEIGHT: rows of a matrix, as stored. ON_WEIGHTS: scales of groups
-    multiply weights, not sums.
+    multiply weights, not sums. `split` (BN,), `x_split` (BM,): the part of the columns, of SPLITS, that an output and a
+    row of x are for.
     """
     HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     SLICES: tl.constexpr = 4 if (KIND == "int4" or KIND == "e2m1" or KIND == "table") else 2
@@ -32,17 +51,22 @@ def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, order_ptr, m_ok,
     GROUPS: tl.constexpr = 0 if META == "row" else BLOCK // G
     WORDS: tl.constexpr = (GROUPS + 1) // 2 if META == "scale" else GROUPS
     PARTS: tl.constexpr = SL // D  # of a slice
-    # Scales of at most 64 are multiplied by what `e2m1_slice` lacks, less 64, so that one multiplication does for both.
+    EACH: tl.constexpr = (NB + SPLITS - 1) // SPLITS  # blocks of a split
+    EVEN: tl.constexpr = NB * BLOCK == K and EACH * SPLITS == NB
     ONCE: tl.constexpr = KIND == "e2m1" and META == "scale" and ON_WEIGHTS and GROUPS > 1
     c = tl.arange(0, D)
-    x_at = x_ptr + starts[:, None] + c[None, :]
-    at = weight_ptr + e.to(tl.int64) * (HEIGHT * NB * SL) + row_offsets(n, NB, 16, SL)
-    words_at = words_ptr + e.to(tl.int64) * (HEIGHT * NB * WORDS) + n
+    first, left = split * EACH, K - x_split * (EACH * BLOCK)  # block, columns
+    x_at = x_ptr + (starts if ORDER else starts + K - left)[:, None]
+    order_at = (owners * K + K - left)[:, None]
+    at = weight_ptr + e.to(tl.int64) * (HEIGHT * NB * SL) + row_offsets(n, NB, 16, SL) + first * (16 * SL)
+    words_at = words_ptr + e.to(tl.int64) * (HEIGHT * NB * WORDS) + n + first * (WORDS * HEIGHT)
     sums = tl.zeros([BN, BM], tl.float32)
-    for t in tl.range(0, NB * PARTS, num_stages=STAGES):
+    for t in tl.range(0, EACH * PARTS, num_stages=STAGES):
         b = t // PARTS
         h = (t % PARTS) * D
-        w = tl.load(at[:, None] + (b * (16 * SL) + h) + c[None, :])
+        if EACH * SPLITS != NB:
+            b = tl.minimum(b, NB - 1 - first)  # What is behind the last block meets zeros of x.
+        w = tl.load((at + b * (16 * SL))[:, None] + h + c[None, :])
         w0, w1, w2, w3 = t, t, t, t
         if META != "row":
             w0, w1, w2, w3 = words_of(words_at, b * (WORDS * HEIGHT), HEIGHT, META, GROUPS)
@@ -51,19 +75,13 @@ def coded_sums(x_ptr, starts, weight_ptr, words_ptr, table_ptr, order_ptr, m_ok,
             every = table_slices(w, table_ptr, TEXT, HALF, ASM)
         part = tl.zeros([BN, BM], tl.float32)
         for j in tl.static_range(SLICES):
-            k = b * BLOCK + j * SL + h
-            if ORDER:
-                ok = m_ok[:, None] & (c[None, :] < K - k)
-                order = tl.load(order_ptr + owners[:, None] * K + k + c[None, :], mask=ok, other=0)
-                x = tl.load(x_ptr + starts[:, None] + order, mask=ok, other=0.0)
-            elif K % BLOCK == 0:
-                x = tl.load(x_at + k, mask=m_ok[:, None], other=0.0)
-            else:
-                x = tl.load(x_at + k, mask=m_ok[:, None] & (c[None, :] < K - k), other=0.0)
+            k = t // PARTS * BLOCK + j * SL + h + c
+            ok = m_ok[:, None]
+            if not EVEN:
+                ok = ok & (k[None, :] < left[:, None])
+            x = tl.load(x_at + ordered(order_ptr + order_at, k, ok, ORDER), mask=ok, other=0.0)
             if ONCE:
-                a = e2m1_slice(w, j, HALF, ASM)
-                s = scale_of(w0, w1, w2, w3, j, META, SL, G, GROUPS) * (256.0 if HALF else 2.0**120)
-                a = times(a, tl.broadcast_to(s.to(a.dtype)[:, None], a.shape), HALF, ASM)
+                a = scaled_e2m1(w, scale_of(w0, w1, w2, w3, j, META, SL, G, GROUPS), j, HALF, ASM)
                 sums = tl.dot(a, x.T, sums, input_precision="ieee")
             else:
                 sums, part = with_slice(
@@ -102,25 +120,29 @@ def coded_row_up(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr, 
                  limit, offset, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                  KIND: tl.constexpr, META: tl.constexpr, G: tl.constexpr, SL: tl.constexpr, HEIGHT: tl.constexpr,
                  TEXT: tl.constexpr, ORDER: tl.constexpr, ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr,
-                 ACT: tl.constexpr,
-                 GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
-                 PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """As `one_row_up`. BK: rows of x, of which one is there."""
+                 SPLITS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
+                 SCALED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """As `one_row_up`. A tile has the outputs once for each of SPLITS parts of the columns, and BK rows of x, of which
+    the first SPLITS are for these parts: more warps share the columns, and none waits for another one.
+    """
     size: tl.constexpr = 2 * BN if GATED else BN
     height: tl.constexpr = 2 * N if GATED else N
     tile, j = tl.program_id(0), tl.program_id(1)
     n = side_by_side(tile, N, BN, GATED)
-    m = tl.arange(0, BK)
+    i, m = tl.arange(0, SPLITS * size), tl.arange(0, BK)
+    split = i // size
+    every = tl.reshape(tl.broadcast_to(n[None, :], [SPLITS, size]), [SPLITS * size])
     if PDL:
         gdc_wait()
     e = tl.load(ids_ptr + j)
     sums = coded_sums(
-        x_ptr, m * 0, weight_ptr, words_ptr, table_ptr, order_ptr, m == 0, m * 0 + e, e, n, HEIGHT, K, BK, size, SL,
-        KIND, META, G, SL, TEXT, ORDER, ASM, ON_WEIGHTS, STAGES,
+        x_ptr, m * 0, weight_ptr, words_ptr, table_ptr, order_ptr, m < SPLITS, m * 0 + e, e, every, split, m, HEIGHT, K,
+        BK, SPLITS * size, SL, KIND, META, G, SL, TEXT, ORDER, ASM, ON_WEIGHTS, SPLITS, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-    y = tl.sum(sums, 1) * tl.load(whole_ptr + e)  # The other columns are 0.
+    y = tl.sum(tl.where(split[:, None] == m[None, :], sums, 0.0), 1)
+    y = tl.sum(tl.reshape(y, [SPLITS, size]), 0) * tl.load(whole_ptr + e)
     if SCALED:
         y *= tl.load(factors_ptr + j).to(tl.float32)
     if BIAS:
@@ -138,27 +160,35 @@ def coded_row_down(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr
                    factors_ptr, residual_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
                    KP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, META: tl.constexpr,
                    G: tl.constexpr, SL: tl.constexpr, HEIGHT: tl.constexpr, TEXT: tl.constexpr, ORDER: tl.constexpr,
-                   ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
-                   RESIDUAL: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """As `one_row_down`. A tile has BN outputs of each of the experts, and BK rows of x, KP at least.
-
-    Of a tile's sums, those of an output of an expert with that expert's row are used.
+                   ASM: tl.constexpr, ON_WEIGHTS: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
+                   SCALED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
+    """As `one_row_down`. A tile has BN outputs of each expert for each of SPLITS parts of the columns, and of BK rows
+    of x one for each part and expert. Of its sums, those of an output with the row of its part and expert are used.
     """
-    i, m = tl.arange(0, KP * BN), tl.arange(0, BK)
-    j = i // BN  # of an output
+    i, m = tl.arange(0, SPLITS * KP * BN), tl.arange(0, BK)
+    own = m % KP  # the place of a row's expert
+    m_ok = (own < TOP_K) & (m < SPLITS * KP)
     n = tl.program_id(0) * BN + i % BN
-    n = tl.where(n < N, n, 0)
-    e = tl.load(ids_ptr + j, mask=j < TOP_K, other=0)
-    owners = tl.load(ids_ptr + m, mask=m < TOP_K, other=0)
+    chosen = tl.load(ids_ptr + i // BN % KP, mask=i // BN % KP < TOP_K, other=0)
+    owners = tl.load(ids_ptr + own, mask=m_ok, other=0)
     if PDL:
         gdc_wait()
     sums = coded_sums(
-        x_ptr, m * K, weight_ptr, words_ptr, table_ptr, order_ptr, m < TOP_K, owners, e, n, HEIGHT, K, BK, KP * BN, SL,
-        KIND, META, G, SL, TEXT, ORDER, ASM, ON_WEIGHTS, STAGES,
+        x_ptr, own * K, weight_ptr, words_ptr, table_ptr, order_ptr, m_ok, owners, chosen, tl.where(n < N, n, 0),
+        i // (KP * BN), m // KP, HEIGHT, K, BK, SPLITS * KP * BN, SL, KIND, META, G, SL, TEXT, ORDER, ASM, ON_WEIGHTS,
+        SPLITS, STAGES,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-    y = tl.sum(tl.where(j[:, None] == m[None, :], sums, 0.0), 1) * tl.load(whole_ptr + e)
+    y = tl.sum(tl.where((i // BN)[:, None] == m[None, :], sums, 0.0), 1)
+    y = tl.sum(tl.reshape(y, [SPLITS, KP * BN]), 0)
+    i = tl.arange(0, KP * BN)
+    j = i // BN
+    n = tl.program_id(0) * BN + i % BN
+    n = tl.where(n < N, n, 0)
+    e = tl.load(ids_ptr + j, mask=j < TOP_K, other=0)
+    y *= tl.load(whole_ptr + e)
     if BIAS:
         y += tl.load(bias_ptr + e.to(tl.int64) * N + n, mask=j < TOP_K, other=0.0).to(tl.float32)
     if not SCALED:

@@ -157,8 +157,8 @@ def multiply_tile(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr,
         size: tl.constexpr = 2 * BN if GATED else BN
         y = coded_sums(
             x_ptr, rows.to(tl.int64) * x_stride, weight_ptr, words_ptr, table_ptr, order_ptr, m_ok, m * 0 + e, e,
-            side_by_side(tile, N, BN, GATED), HEIGHT, K, BM, size, BK, KIND, META, G, SL, TEXT, ORDER, ASM, ON_WEIGHTS,
-            STAGES,
+            side_by_side(tile, N, BN, GATED), 0, m * 0, HEIGHT, K, BM, size, BK, KIND, META, G, SL, TEXT, ORDER, ASM,
+            ON_WEIGHTS, 1, STAGES,
         )  # fmt: skip
         y *= tl.load(whole_ptr + e)
         up = y
