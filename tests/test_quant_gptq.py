@@ -284,4 +284,5 @@ def test_the_cpu_backend_multiplies_in_the_stored_codes(tmp_path: Path, method: 
         assert {kernel for kernel in kernels if kernel.startswith("linear")} == {"linear_int4"}
         assert ("quantize_ordered" in kernels) == (method == "act-order")
         got = backend.feed([(0, prompts()[1])])
+    backend.close()
     np.testing.assert_allclose(got, want, atol=0.04 * np.abs(want).max())
