@@ -64,7 +64,7 @@ def test_matrices_on_a_gpu_are_counted_by_how_they_are_stored_and_run(tmp_path: 
     quantize_folder(tmp_path, MIXED, mixed)
     assert forms(tmp_path, CUDA, "bfloat16") == {
         "6 × u4 with groups of 32, zero points: packed as int4, groups of 32 with zero points",
-        "4 × e4m3 with a scale a row: FP8; up to 32 rows activations stay in bfloat16",
+        "4 × e4m3 with a scale a row: FP8; up to 16 rows activations stay in bfloat16",
         "3 × bfloat16: bfloat16",
     }
     lines = forms(tmp_path, CUDA, "float32")
