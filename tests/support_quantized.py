@@ -59,6 +59,18 @@ def fp8(
     return write
 
 
+def mxfp8(name: str) -> Writer:
+    """FP8 with powers of two as scales of 32 columns."""
+
+    def write(w: Tensor) -> Written:
+        exponent = (largest(w, 1, 32) / 448).log2().ceil()
+        scale = spread(exponent.exp2(), 1, 32, w.shape)
+        codes = (w / scale).to(torch.float8_e4m3fn)
+        return {"weight": codes, name: (exponent + 127).byte()}, codes.float() * scale
+
+    return write
+
+
 def int8(
     name: str = "weight_scale", factor: float = 1.0, width: int = 0, *, zeros: bool = False, **more: Any
 ) -> Writer:

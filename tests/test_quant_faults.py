@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[dict[str, Any], Writer, str]] = {
         packed(4, 32),
         r"'\(', which is no regular expression",
     ),
-    "2:4": (compressed("sparse-24-bitmask"), packed(4, 32), "`format` is sparse-24-bitmask; supported: dense, pack"),
+    "2:4": (compressed("sparse-24-bitmask"), packed(4, 32), "`format` is sparse-24-bitmask; supported: dense, fake"),
     "marlin 2:4": (compressed("marlin-24"), packed(4, 32), "`format` is marlin-24"),
     "a compressed sparsity": (
         INT8 | {"sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}},

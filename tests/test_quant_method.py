@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from tokenmill.errors import ArgumentError, ModelError, Unsupported
+from tokenmill.quant import _memo
+from tokenmill.quant._memo import once
 from tokenmill.quant._method import chosen, method_of
 from tokenmill.quant._modules import listed, override
 from tokenmill.quant._settings import described, settings
@@ -128,3 +131,18 @@ def test_the_first_rule_that_matches_a_module_decides() -> None:
     assert override("model.layers.2.mlp.up_proj", rules) is None
     with pytest.raises(ModelError, match=r"'\(x', which is no regular expression"):
         override("lm_head", {"(x": {}})
+
+
+def test_what_is_found_of_a_checkpoint_is_found_once_and_forgotten_with_it(tmp_path: Path) -> None:
+    """A model of many experts asks for each matrix several times."""
+    source = checkpoint(tmp_path, quantization_config={"quant_method": "fp8"})
+    calls = list[int]()
+    for _ in range(2):
+        assert once(source, "key", lambda: calls.append(0) or 7) == 7
+    other = checkpoint(tmp_path, quantization_config={"quant_method": "fp8"})
+    assert once(other, "key", lambda: 8) == 8
+    assert len(calls) == 1
+    before = len(_memo._VALUES)
+    del source
+    gc.collect()
+    assert len(_memo._VALUES) < before

@@ -20,6 +20,7 @@ from support_quantized import (  # noqa: E402
     int8,
     mx,
     mxfp4,
+    mxfp8,
     nvfp4,
     packed,
     pairs,
@@ -58,6 +59,7 @@ INT8 = compressed("int-quantized", num_bits=8, type="int", strategy="channel")
 CASES: dict[str, tuple[dict[str, Any], Writer]] = {
     "fp8 in blocks": (BLOCKS, fp8((128, 128))),
     "fp8 in other blocks": (BLOCKS | {"weight_block_size": [64, 32]}, fp8((64, 32))),
+    "mxfp8": (BLOCKS | {"quant_method": "mxfp8", "weight_block_size": [1, 32]}, mxfp8("weight_scale_inv")),
     "fp8, a scale": (FP8, fp8((0, 0), shape=(), activation_scale=ONE)),
     "fp8, a scale of AutoFP8": (FP8, fp8((0, 0), "weight_scale", shape=(1,), input_scale=ONE)),
     "fp8, e5m2": (FP8 | {"fmt": "e5m2"}, fp8((0, 0), "weight_scale", torch.float8_e5m2, shape=())),
@@ -90,6 +92,9 @@ CASES: dict[str, tuple[dict[str, Any], Writer]] = {
         nvfp4("weight_packed", "weight_global_scale", divides=True, input_global_scale=ONE.reshape(1)),
     ),
     "mxfp4": (compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32), mxfp4),
+    "mxfp8 of compressed-tensors": (
+        compressed("mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32), mxfp8("weight_scale"),
+    ),
     "a preset": (compressed("pack-quantized") | {"config_groups": {"W4A16": ["Linear"]}}, packed(4, 128)),
     "bitsandbytes int8": (BNB8, int8("SCB", 127.0, weight_format=torch.tensor(0, dtype=torch.uint8))),
     "nf4": (BNB4, four_bits("nf4")),

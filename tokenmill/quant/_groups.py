@@ -9,13 +9,14 @@ import msgspec
 
 from tokenmill.errors import ModelError
 from tokenmill.quant._beside import Block
+from tokenmill.quant._memo import once
 from tokenmill.quant._modules import listed, names_of
 from tokenmill.quant._settings import misfits, settings
 from tokenmill.weights.checkpoint import Checkpoint
 
 FORMATS = (
-    "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
+    "dense", "fakequant", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
 )  # fmt: skip
 _CURE = "Serve a checkpoint of the model in one of these formats, or without sparsity."
 _CLASS = "Linear"
@@ -70,6 +71,10 @@ class Settings(msgspec.Struct, frozen=True):
 
 def groups_of(source: Checkpoint) -> dict[str, Group]:
     """Return the groups whose weights are quantized, by name. Raises ModelError for a format that is not supported."""
+    return once(source, "groups", lambda: _groups_of(source))
+
+
+def _groups_of(source: Checkpoint) -> dict[str, Group]:
     given = settings(source, Settings)
     stored = [given.format, *(g.format for g in given.config_groups.values() if isinstance(g, Group) and g.format)]
     for name in stored:

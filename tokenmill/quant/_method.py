@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tokenmill import plugins
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.program.ops import Weight
+from tokenmill.quant._memo import once
 from tokenmill.quant._refused import reason
 from tokenmill.quant._settings import described
 from tokenmill.weights.checkpoint import Checkpoint
@@ -68,7 +69,7 @@ def finder(source: Checkpoint) -> Find:
     matrix = getattr(module_of(source), "matrix", None)
     if matrix is None:
         return lambda name: None
-    return lambda name: matrix(source, name)
+    return lambda name: once(source, ("matrix", name), lambda: matrix(source, name))
 
 
 def stored_names(weights: Iterable[Weight], source: Checkpoint) -> list[str]:

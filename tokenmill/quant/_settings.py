@@ -13,6 +13,7 @@ import msgspec
 
 from tokenmill.errors import ModelError
 from tokenmill.misfit import misfit, shown
+from tokenmill.quant._memo import once
 from tokenmill.weights.checkpoint import QUANTIZATION_FILES, Checkpoint, language_path
 
 T = TypeVar("T")
@@ -36,6 +37,10 @@ def described(source: Checkpoint) -> Description | None:
 
     Raises ModelError if it is no object or names no method.
     """
+    return once(source, "description", lambda: _described(source))
+
+
+def _described(source: Checkpoint) -> Description | None:
     for part in reversed(language_path(source.config)):
         for key in _KEYS:
             if part.get(key):
@@ -66,6 +71,10 @@ def settings(source: Checkpoint, kind: type[T]) -> T:
 
     Requires a description. A field that is null has its default.
     """
+    return once(source, (kind.__module__, kind.__qualname__), lambda: _settings(source, kind))
+
+
+def _settings(source: Checkpoint, kind: type[T]) -> T:
     found = described(source)
     assert found is not None
     given = {name: value for name, value in found.content.items() if value is not None}
