@@ -120,6 +120,8 @@ how many, how they are stored, and how products read them here.
   *packed*). `--dtype float32` dequantizes at load. *Time*: with SOME rows, of a layer's four products of the
   8B shape, as a share of bf16's in the same run, on an H200 (docs/measurements/gpu-products.json); empty where none was
   measured. Whole steps: [performance](performance.md).
+  Experts are read *packed* for any number of rows, FP8 ones, too, with activations of 16 bits. Those of a layer whose
+  experts are not all in one form are dequantized at load.
 * **`backends/torch`** dequantizes every matrix at load, to the computation's dtype.
 
 Methods that quantize activations, too (W8A8, static `input_scale`): FP8 does so on a GPU as above, with the static
