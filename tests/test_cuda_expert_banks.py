@@ -100,6 +100,23 @@ def test_tiles_of_any_size_that_scale_weights_or_sums_give_the_same_result(name:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8, a scale a row", "nf4, groups of 64"])
+def test_experts_whose_rows_fill_no_whole_groups_are_packed_one_by_one(name: str) -> None:
+    made = coded(reader(name), "biased", width=72, inner=36)
+    for ws in (made.experts.gate_up, made.experts.down):
+        stack = made.weights.stacks[ws[0]]
+        assert isinstance(stack, CodedStack)
+        for i, w in enumerate(ws):
+            out = torch.empty(w.rows, w.columns, dtype=torch.float16, device=DEVICE)
+            stack.matrix(i, (w.rows, w.columns)).unpack(out)
+            assert off(out, made.plain[w]) < 2e-3
+    for count in (1, 19):
+        x = made.rows(count)
+        ids, factors = made.chosen(count)
+        assert off(made.summed(count), wanted(made, x, ids, factors)) < 2e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more, splits", [("bounded", 2), ("without gates", 4)])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_row_whose_columns_are_split_in_a_tile_has_the_same_result(more: str, splits: int, ordered: bool) -> None:
