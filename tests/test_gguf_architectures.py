@@ -179,8 +179,10 @@ def test_a_model_of_each_architecture_equals_transformers(tmp_path: Path, case: 
 
 
 @pytest.mark.parametrize(
-    "case", ["mixtral", "qwen2moe", "gpt2", "gptneox", "deepseek3", "granitemoeshared", "gemma4-moe"]
-)
+    "case",
+    ["mixtral", "qwen2moe", "gpt2", "gptneox", "deepseek3", "granitemoeshared",
+     pytest.param("gemma4-moe", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_quantized_tensors_are_their_numbers_in_stacks_and_in_other_orders_of_rows_too(
     tmp_path: Path, case: str
 ) -> None:

@@ -8,6 +8,7 @@ cross-attention there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,7 +69,7 @@ def biased_attention(memory: Memory, op: EncoderAttention | DecoderAttention) ->
         layout.BIASES: memory.array((op.bias, both, longest), by_distance) + 4 * context,
         layout.BIAS_STRIDE: 4 * len(distances),
     }
-    return [(f"write_{shape.name}", fields), (f"attend_{shape.name}", fields)]
+    return [(f"write_{replace(shape, span='').name}", fields), (f"attend_{shape.name}", fields)]
 
 
 def store_input(memory: Memory, op: StoreInput) -> Lowered:
