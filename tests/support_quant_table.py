@@ -179,7 +179,8 @@ def cells(matrix: Coded) -> tuple[str, str, str, str]:
     """Return how a matrix is read, its forms on a CPU and on a GPU, and the measured time there."""
     cpu, gpu = CPU.form([matrix], "product", "float32"), form_of_matrix([matrix], "product", "bfloat16", fp8=True)
     known = SPEEDS["shares"] if matrix.order is None else {}  # measured without a reordering of activations
-    shares = known.get(_short(gpu).removeprefix("packed as "), ())
+    name = _short(gpu).removeprefix("packed as ")
+    shares = known.get(f"{name}, blocks" if name == "FP8" and matrix.block[1] else name, ())
     return stored_form(matrix), _short(cpu), _short(gpu), " / ".join(f"{share:.2f}" for share in shares)
 
 
