@@ -17,7 +17,9 @@ from support_quant import Arrays, Quantized, awq, awq_gemv, gptq, marlin, quanti
 
 from tokenmill.errors import ArgumentError, ModelError, StartError, Unsupported
 from tokenmill.program.ops import Part, Weight
+from tokenmill.quant._packed import nibbles_of, nibbles_of_rows, packed, rows_of, unpack
 from tokenmill.quant.base import check, load, reader_of
+from tokenmill.quant.formats import nibbles
 from tokenmill.weights.checkpoint import Safetensors
 
 torch.set_num_threads(1)
@@ -69,6 +71,10 @@ def test_any_assignment_of_inputs_to_groups_is_read(tmp_path: Path, kind: str, b
     source = checkpoint(tmp_path, gptq(M, q), quant_method="gptq", bits=bits, group_size=group, desc_act=True)
     check([whole(q)], source)
     got = load(whole(q), source, reader_of(source))
+    if kind == "act-order":  # as some programs store it
+        wide = gptq(M, q) | {f"{M}.g_idx": q.index.astype(np.int64)}
+        other = checkpoint(tmp_path, wide, quant_method="gptq", bits=bits, group_size=group, desc_act=True)
+        np.testing.assert_array_equal(load(whole(q), other, reader_of(other)).floats(), got.floats())
     assert (got.order is not None) == (kind not in ("one group", "ragged"))
     np.testing.assert_array_equal(got.floats(), q.numbers())
 
@@ -167,6 +173,9 @@ FAULTS: dict[str, tuple[Callable[[Arrays], None], dict[str, Any], str]] = {
     ),
     "scales of integers": (
         lambda t: t.update({f"{M}.scales": t[f"{M}.scales"].astype(np.int8)}), GPTQ, r"'I8' is not supported.*BF16, F16"
+    ),
+    "an order of floats": (
+        lambda t: t.update({f"{M}.g_idx": t[f"{M}.g_idx"].astype(np.float32)}), GPTQ, r"'F32' is not supported.*I32, I64"
     ),
     "another group": (lambda t: None, GPTQ | {"group_size": 64}, r"scales' has shape \(4, 64\);.*`group_size` 64"),
     "other bits": (lambda t: None, GPTQ | {"bits": 8}, r"qweight' has shape \(16, 64\): 64 inputs by `bits` 8.*Set"),
@@ -286,3 +295,13 @@ def test_the_cpu_backend_multiplies_in_the_stored_codes(tmp_path: Path, method: 
         got = backend.feed([(0, prompts()[1])])
     backend.close()
     np.testing.assert_allclose(got, want, atol=0.04 * np.abs(want).max())
+
+
+def test_packed_nibbles_are_those_of_the_codes_however_they_are_made() -> None:
+    codes = np.random.default_rng(1).integers(0, 16, (200, 64), dtype=np.uint8)
+    want = nibbles(codes.reshape(200, 2, 32))
+    stored = packed(codes, 4)
+    np.testing.assert_array_equal(unpack(stored, 4), codes)
+    np.testing.assert_array_equal(nibbles_of(stored.T), want)
+    np.testing.assert_array_equal(nibbles_of_rows(codes.T), want)
+    np.testing.assert_array_equal(rows_of(stored.T), codes.T)

@@ -67,23 +67,63 @@ def unpack(packed: Words, bits: int) -> Codes:
     if bits == 3:
         bit = np.unpackbits(raw.view(np.uint8), axis=-1, bitorder="little").reshape(*raw.shape[:-1], -1, 3)
         return np.asarray(bit[..., 0] | bit[..., 1] << np.uint8(1) | bit[..., 2] << np.uint8(2))
-    each = 8 // bits
-    shifts = np.arange(each, dtype=np.uint8) * np.uint8(bits)
-    codes = raw.view(np.uint8)[..., None] >> shifts & np.uint8((1 << bits) - 1)
-    return np.asarray(codes.reshape(*raw.shape[:-1], -1))
+    each, last = 8 // bits, np.uint8((1 << bits) - 1)
+    codes = np.empty((*raw.shape[:-1], raw.shape[-1] * 4 * each), np.uint8)
+    for place in range(each):
+        codes[..., place::each] = raw.view(np.uint8) >> np.uint8(bits * place) & last
+    return codes
 
 
 def nibbles_of(packed: Words) -> Codes:
-    """Return codes of 4 bits as `formats.nibbles` packs them: (rows, words) -> (rows, words // 4, 16).
+    """Return codes of 4 bits as `formats.nibbles` packs them: (words of inputs, outputs) -> (outputs, blocks, 16).
 
-    Equals `nibbles` of the unpacked codes. Byte b of four words has the codes of columns 2 · b and 2 · b + 1.
+    Equals `nibbles` of the unpacked codes, transposed. Of a block of four words, byte 2 · b of the result has the codes
+    2 · b and 2 · b + 16, which are in byte b of a word of the first two and of the last two.
     """
-    raw = np.ascontiguousarray(packed).view(np.uint8).reshape(len(packed), -1, PACKED // 2)
-    first, second = raw[..., : PACKED // 4], raw[..., PACKED // 4 :]
-    out = np.empty_like(raw)
-    out[..., 0::2] = first & 15 | second << np.uint8(4)
-    out[..., 1::2] = first >> np.uint8(4) | second & 240
-    return out
+    blocks, outputs = packed.shape[0] // 4, packed.shape[1]
+    out = np.empty((outputs, blocks, 2, 2), np.uint32)
+    for start in range(0, outputs, _AT_ONCE):
+        some = np.ascontiguousarray(packed[:, start : start + _AT_ONCE]).reshape(blocks, 4, -1)
+        first, second = some[:, :2], some[:, 2:]
+        even = (first & _LOW) | (second & _LOW) << _FOUR
+        odd = (first >> _FOUR & _LOW) | (second & _HIGH)
+        to = out[start : start + _AT_ONCE].transpose(1, 2, 3, 0)
+        to[:, :, 0] = _apart(even & _HALF) | _apart(odd & _HALF) << _EIGHT
+        to[:, :, 1] = _apart(even >> _SIXTEEN) | _apart(odd >> _SIXTEEN) << _EIGHT
+    return out.view(np.uint8).reshape(outputs, blocks, PACKED // 2)
+
+
+_AT_ONCE = 128  # outputs that are unpacked at a time, so that they fit a core's cache
+_LOW, _HIGH, _HALF, _BYTES = (np.uint32(n) for n in (0x0F0F0F0F, 0xF0F0F0F0, 0xFFFF, 0x00FF00FF))
+_FOUR, _EIGHT, _SIXTEEN = (np.uint32(n) for n in (4, 8, 16))
+
+
+def _apart(pairs: Words) -> Words:
+    """Move the two low bytes of words to the bytes 0 and 2."""
+    return np.asarray((pairs | pairs << _EIGHT) & _BYTES)
+
+
+def nibbles_of_rows(codes: Codes) -> Codes:
+    """Return codes of 4 bits as `formats.nibbles` packs them: (inputs, outputs) -> (outputs, blocks, 16)."""
+    blocks, outputs = codes.shape[0] // PACKED, codes.shape[1]
+    out = np.empty((outputs, blocks, 4), np.uint32)
+    for start in range(0, outputs, _AT_ONCE):
+        some = codes[:, start : start + _AT_ONCE].reshape(blocks, 2, 4, 4, -1)
+        pairs = (some[:, 0] | some[:, 1] << np.uint8(4)).astype(np.uint32)  # (blocks, words, bytes, outputs)
+        word = pairs[:, :, 0] | pairs[:, :, 1] << _EIGHT | pairs[:, :, 2] << _SIXTEEN | pairs[:, :, 3] << np.uint32(24)
+        out[start : start + _AT_ONCE] = word.transpose(2, 0, 1)
+    return out.view(np.uint8).reshape(outputs, blocks, PACKED // 2)
+
+
+def rows_of(packed: Words, order: Sequence[int] = range(8)) -> Codes:
+    """Unpack words of eight codes of 4 bits along the rows: (words, columns) -> (8 · words, columns).
+
+    `order`: the row of each code of a word among the eight.
+    """
+    codes = np.empty((len(packed), 8, packed.shape[1]), np.uint8)
+    for place, row in enumerate(order):
+        codes[:, row] = packed >> np.uint32(4 * place) & np.uint32(15)
+    return codes.reshape(-1, packed.shape[1])
 
 
 def coded(

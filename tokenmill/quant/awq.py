@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tokenmill.errors import ModelError
 from tokenmill.quant import marlin, none
-from tokenmill.quant._packed import FLOATS, INTEGERS, Codes, coded, floats, nibbles_of, require, unpack, words
+from tokenmill.quant._packed import FLOATS, INTEGERS, Codes, coded, floats, nibbles_of, require, rows_of, unpack, words
 from tokenmill.quant._settings import described, misfits, settings
 from tokenmill.quant.base import Coded, Matrix, Piece
 from tokenmill.quant.formats import PACKED
@@ -92,7 +92,7 @@ def read(source: Checkpoint, piece: Piece) -> Coded:
     scales = floats(source, f"{module}.scales")
     if form.version == "gemv":
         rows = packed[piece.rows]
-        codes = nibbles_of(rows) if rows.shape[1] * _EACH % PACKED == 0 else unpack(rows, 4)
+        codes = nibbles_of(rows.T) if rows.shape[1] * _EACH % PACKED == 0 else unpack(rows, 4)
         groups = _groups(packed.shape[1] * _EACH, form)
         zero: NDArray[Any] = unpack(zeros[piece.rows], 4)[:, :groups]
         scale = scales[piece.rows, :groups]
@@ -106,11 +106,8 @@ def _rows(packed: NDArray[np.uint32], rows: slice) -> Codes:
     """Unpack some outputs of words of outputs, (n, words) -> (outputs, n)."""
     first, stop, step = rows.indices(packed.shape[1] * _EACH)
     start = first // _EACH
-    raw = np.ascontiguousarray(packed[:, start : -(-stop // _EACH)].T)
-    codes = np.empty((len(raw), _EACH, raw.shape[1]), np.uint8)
-    for place, output in enumerate(_ORDER):
-        codes[:, output] = raw >> np.uint32(4 * place) & np.uint32(15)
-    return codes.reshape(-1, raw.shape[1])[first - start * _EACH : stop - start * _EACH : step]
+    codes = rows_of(np.ascontiguousarray(packed[:, start : -(-stop // _EACH)].T), _ORDER)
+    return codes[first - start * _EACH : stop - start * _EACH : step]
 
 
 def _groups(inputs: int, form: Form) -> int:

@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 from tokenmill.errors import ModelError
 from tokenmill.quant import none
 from tokenmill.quant._modules import override
-from tokenmill.quant._packed import FLOATS, INTEGERS, coded, floats, groups_of, nibbles_of, require, unpack, words
+from tokenmill.quant._packed import (
+    FLOATS,
+    INTEGERS,
+    coded,
+    floats,
+    groups_of,
+    nibbles_of,
+    nibbles_of_rows,
+    require,
+    rows_of,
+    unpack,
+    words,
+)
 from tokenmill.quant._settings import described, misfits, settings
 from tokenmill.quant.base import Coded, Matrix, Piece
 from tokenmill.quant.formats import PACKED
@@ -81,8 +93,9 @@ def matrix(source: Checkpoint, name: str) -> Matrix | None:
     groups = -(-inputs // form.group) if form.group else 1
     require(source, f"{module}.scales", FLOATS, (groups, outputs), str(form))
     require(source, f"{module}.qzeros", INTEGERS, (groups, -(-outputs * form.bits // 32)), str(form))
-    if form.act_order and index is None:
-        require(source, f"{module}.g_idx", INTEGERS, (inputs,), f"`desc_act` of {form.place}")
+    if form.act_order or index is not None:
+        why = f"`desc_act` of {form.place}" if form.act_order else str(form)
+        require(source, f"{module}.g_idx", ("I32", "I64"), (inputs,), why)
     tensors = [f"{module}.qweight", f"{module}.scales", f"{module}.qzeros", *([f"{module}.g_idx"] if index else [])]
     return Matrix((outputs, inputs), tuple(tensors), str(form))
 
@@ -97,17 +110,17 @@ def read(source: Checkpoint, piece: Piece) -> Coded:
     if not piece.weight.columns or module == piece.name or source.shape(f"{module}.qweight") is None:
         return none.read(source, piece)
     form = form_of(source, module)
-    packed = np.ascontiguousarray(words(source, f"{module}.qweight")[:, piece.rows].T)  # (outputs, words)
+    packed = words(source, f"{module}.qweight")[:, piece.rows]
     scales = floats(source, f"{module}.scales")[:, piece.rows].T
     zeros = _zeros(source, module, form)[piece.rows]
-    inputs = packed.shape[1] * 32 // form.bits
+    inputs = packed.shape[0] * 32 // form.bits
     order, of_block, size = _order(source, module, form, inputs, scales.shape[1])
     if not np.array_equal(of_block, np.arange(scales.shape[1])):
         scales, zeros = scales[:, of_block], zeros[:, of_block]
-    if form.bits == 4 and order is None and inputs % PACKED == 0:
-        codes = nibbles_of(packed)
+    if form.bits == 4 and inputs % PACKED == 0:
+        codes = nibbles_of(packed) if order is None else nibbles_of_rows(rows_of(packed)[order])
     else:
-        codes = unpack(packed, form.bits)
+        codes = unpack(packed.T, form.bits)
         codes = codes if order is None else np.take(codes, order, 1)
     return coded(codes, form.bits, scales, zeros, size, order).take(slice(None), piece.columns)
 
@@ -134,7 +147,8 @@ def _order(
     name = f"{module}.g_idx"
     if source.shape(name) is None:
         return None, np.arange(groups), form.group
-    index = words(source, name).view(np.int32)
+    stored = source[name]
+    index = np.ascontiguousarray(stored.data).view(np.int64 if stored.kind == "I64" else np.int32).reshape(-1)
     if index.min() < 0 or index.max() >= groups:
         wrong = int(index.min() if index.min() < 0 else index.max())
         raise ModelError(
