@@ -15,6 +15,7 @@ from support_models import FAMILIES, SIZES
 
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda import backend
+from tokenmill.backends.cuda import quantized as quantized_in
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.fp8_rows import gate_codes, norm_codes
 from tokenmill.backends.cuda.pack import pack
@@ -175,15 +176,17 @@ def test_the_device_makes_the_codes_that_the_host_would_make_of_a_plain_checkpoi
         assert torch.equal(matrix.scale, host[weight].scale)
 
 
-def planned(family: str, outputs: Any = lambda program: {}, dense: str = "lm_head", **changes: Any) -> Any:
+def planned(
+    family: str, outputs: Any = lambda program: {}, dense: str = "lm_head", dtype: Any = torch.float16
+) -> Any:
     """Return the plan of a tiny model's activations. `outputs`: more of its program; `dense`: in 16 bits."""
     model_type, own = FAMILIES[family]
-    program = fused(program_of(SIZES | {"model_type": model_type, "num_hidden_layers": 2} | own | changes))
+    program = fused(program_of(SIZES | {"model_type": model_type, "num_hidden_layers": 2} | own))
     program = replace(program, outputs=program.outputs | outputs(program))
     linears = [op for op in program.ops if isinstance(op, ops.Linear)]
     zeros = {shape: torch.zeros(shape, dtype=torch.uint8) for op in linears for shape in [(op.out.width, op.x.width)]}
     matrices = {
-        op.weight: Fp8(zeros[op.out.width, op.x.width], torch.ones(1, 1), (0, 0), torch.float16)
+        op.weight: Fp8(zeros[op.out.width, op.x.width], torch.ones(1, 1), (0, 0), dtype)
         for op in linears
         if dense not in op.weight.name
     }
@@ -229,6 +232,41 @@ def test_codes_that_are_in_use_at_the_same_time_have_memory_of_their_own(family:
             at = program.ops.index(op)
             life = plan._lives[id(op)]
             assert life.first <= at <= life.last
+
+
+@pytest.mark.parametrize("rows", [8, 17, 40, 600])
+def test_kernels_beside_a_product_agree_with_it_on_scales_and_codes(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[dict[str, Any]] = []
+    monkeypatch.setattr(quantized_in, "Site", lambda kernel: lambda grid, *given, **sizes: launched.append(sizes))
+    plan, program = planned("llama", dtype=torch.bfloat16)
+    plan._memory.value, plan._memory.dtype = lambda v: torch.empty(8, v.width, dtype=torch.bfloat16), torch.bfloat16
+    gates = {op.gate.buffer: op for op in program.ops if isinstance(op, ops.GatedAct)}
+    sizes: Any = SimpleNamespace(of=lambda v: rows, early=False)
+    raws = list[bool]()
+    for op in program.ops:
+        if id(op) not in plan._stored and id(op) not in plan._raw:
+            continue
+        launched.clear()
+        plain = [op.gate.buffer] if isinstance(op, ops.GatedAct) else []
+        run = plan.gated(op, plain.append) if isinstance(op, ops.GatedAct) else plan.norm(op, plain.append, None, None)
+        run(sizes)
+        before = plan._raw.get(id(op))
+        raw = False
+        if before is not None:  # as the lowering makes it
+            x, out = torch.empty(8, before.x.width), torch.empty(8, before.out.width, dtype=torch.bfloat16)
+            act = gates[before.out.buffer].act if before.out.buffer in gates else ""
+            product = plan._matrices[id(before)].product(Operands(x.bfloat16(), out, None, act, out), None, False)
+            plan.attach(before, product)
+            raw = product.raw(rows)
+        assert bool(launched) == (rows > 16)
+        if launched:
+            assert launched[0]["RAW"] == raw
+            assert launched[0]["SCALES"] == ("row" if id(op) in plan._stored else "")
+            assert launched[0].get("KEEP", False) == (id(op) not in plan._stored)
+        raws.append(raw)
+    assert raws.count(True) == {8: 0, 17: 6, 40: 6, 600: 4}[rows], "many rows of a gated product are scaled in it"
 
 
 class Whole:

@@ -102,7 +102,8 @@ class ActivationCodes:
             return None
         reader = readers[0]
         if isinstance(reader, ops.GatedAct):
-            return reader if id(reader) in self._stored and gate_of(op) is reader else None
+            stored = self._stored.get(id(reader))
+            return reader if stored and not stored.matrix.blocked and gate_of(op) is reader else None
         if len(readers) > 1 or not isinstance(reader, ops.AddNorm) or reader.head_dim or id(reader) in self._raw:
             return None
         return reader if op.out.whole else None
@@ -139,11 +140,13 @@ class ActivationCodes:
         product, width, launch = self._product(raw), op.out.width, Site(norm_codes)
         codes, scales = self._target(life, out)
         by_rows, by_columns = (codes[1], codes[1]) if product is None else product.raw_scales
-        reads = product or self._product(self._reader(op))
+        reader = self._product(self._reader(op))
 
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
-            if reads is None or not reads.reads_codes(rows):
+            unscaled = product is not None and product.raw(rows)
+            stores = reader is not None and reader.reads_codes(rows)
+            if not (unscaled or stores):
                 plain(n)
                 return
             launch(
@@ -151,9 +154,8 @@ class ActivationCodes:
                 x, y, by_rows, by_columns, x if weight is None else weight, x if bias is None else bias, total, out,
                 *codes, x.stride(0), y.stride(0), op.eps, scale_stride(rows), WIDTH=width,
                 BLOCK=max(BLOCK, power(width)), KP=-(-width // BLOCK) * BLOCK, ADD=both,
-                RAW=product is not None and product.raw(rows), CENTER=op.center, WEIGHT=weight is not None,
-                BIAS=bias is not None, KEEP=life is None, SCALES=scales, PDL=n.early, num_warps=row_warps(width),
-                **ahead(n.early),
+                RAW=unscaled, CENTER=op.center, WEIGHT=weight is not None, BIAS=bias is not None, KEEP=not stores,
+                SCALES=scales if stores else "", PDL=n.early, num_warps=row_warps(width), **ahead(n.early),
             )  # fmt: skip
 
         return run
@@ -161,7 +163,7 @@ class ActivationCodes:
     def gated(self, op: ops.GatedAct, plain: Run) -> Run:
         """Return the launch of a gated activation; see `norm`."""
         life, raw = self._stored.get(id(op)), self._raw.get(id(op))
-        reads, product = self._product(self._reader(op)), self._product(raw)
+        reads, product = self._product(self._reader(op)), self._product(raw, op.act)
         if life is None or reads is None:
             return plain
         gate, up = self._memory.value(op.gate), self._memory.value(op.up)
@@ -189,13 +191,13 @@ class ActivationCodes:
         reader = next(iter(self._readers.get(op.out.buffer, [])), None)
         return reader if isinstance(reader, ops.Linear) and id(op) in self._stored else None
 
-    def _product(self, op: ops.Linear | None) -> Fp8Product | None:
-        """Return a product, for its decisions and scales."""
+    def _product(self, op: ops.Linear | None, act: str = "") -> Fp8Product | None:
+        """Return a product, for its decisions and scales. `act`: as of `Operands`."""
         if op is None:
             return None
         memory = self._memory
-        operands = memory.value(op.x), memory.value(op.out)
-        product = self._matrices[id(op)].product(Operands(*operands), None, self._invariant)
+        operands = Operands(memory.value(op.x), memory.value(op.out), act=act)
+        product = self._matrices[id(op)].product(operands, None, self._invariant)
         self.attach(op, product)
         return product
 
