@@ -175,7 +175,7 @@ FAULTS: dict[str, tuple[Callable[[Arrays], None], dict[str, Any], str]] = {
         lambda t: t.update({f"{M}.scales": t[f"{M}.scales"].astype(np.int8)}), GPTQ, r"'I8' is not supported.*BF16, F16"
     ),
     "an order of floats": (
-        lambda t: t.update({f"{M}.g_idx": t[f"{M}.g_idx"].astype(np.float32)}), GPTQ, r"'F32' is not supported.*I32, I64"
+        lambda t: t.update({f"{M}.g_idx": t[f"{M}.g_idx"].astype(np.float32)}), GPTQ, r"'F32' is not supported.*I32"
     ),
     "another group": (lambda t: None, GPTQ | {"group_size": 64}, r"scales' has shape \(4, 64\);.*`group_size` 64"),
     "other bits": (lambda t: None, GPTQ | {"bits": 8}, r"qweight' has shape \(16, 64\): 64 inputs by `bits` 8.*Set"),

@@ -148,7 +148,8 @@ def _order(
     if source.shape(name) is None:
         return None, np.arange(groups), form.group
     stored = source[name]
-    index = np.ascontiguousarray(stored.data).view(np.int64 if stored.kind == "I64" else np.int32).reshape(-1)
+    raw = np.ascontiguousarray(stored.data)
+    index = (raw.view(np.int64) if stored.kind == "I64" else raw.view(np.int32)).reshape(-1)
     if index.min() < 0 or index.max() >= groups:
         wrong = int(index.min() if index.min() < 0 else index.max())
         raise ModelError(
