@@ -100,6 +100,30 @@ def test_a_cpus_bytes_are_those_of_the_packed_forms(tmp_path: Path) -> None:
     assert CPU.weight_bytes(program, Safetensors(tmp_path), "float32") == plain
 
 
+@pytest.mark.parametrize(
+    "name, note",
+    [
+        ("w8a8", "the checkpoint's quantization of activations, int8, is not applied"),
+        ("w8a8 fp8", ""),
+        ("int4, rows", ""),
+        ("modelopt nvfp4", "the checkpoint's quantization of activations, float4, is not applied"),
+        ("bitsandbytes int8", "bitsandbytes' quantization of activations, int8 but for outliers, is not applied"),
+        ("nf4", ""),
+    ],
+)
+def test_activations_that_are_not_quantized_here_are_told(name: str, note: str, tmp_path: Path) -> None:
+    about, write = CASES[name]
+    if "config_groups" in about and name != "int4, rows":
+        kind = "float" if "fp8" in name else "int"
+        activations = {"input_activations": {"num_bits": 8, "type": kind, "dynamic": True}}
+        about = about | {"config_groups": {"group_0": about["config_groups"]["group_0"] | activations}}
+    make_checkpoint(tmp_path, "llama")
+    quantize_folder(tmp_path, about, lambda module: write if "proj" in module else None)
+    lines = [line for line in forms(tmp_path, TORCH, "float32") if "×" not in line]
+    assert len(lines) == bool(note)
+    assert note in "".join(lines)
+
+
 def test_experts_are_counted_by_one_of_each_layer(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "qwen3_moe")
     about, write = CASES["fp8 in blocks"]

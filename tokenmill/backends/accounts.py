@@ -11,7 +11,7 @@ from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Program
-from tokenmill.quant._method import Find, finder
+from tokenmill.quant._method import Find, finder, notes
 from tokenmill.quant.base import Piece, Reader, check, load_parts
 from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
@@ -56,12 +56,16 @@ _PLAIN = {"f32": "float32", "f64": "float64", "f16": "float16", "bf16": "bfloat1
 
 
 def forms_of_weights(program: Program, source: Checkpoint, read: Reader, form: Form, dtype: str) -> tuple[str, ...]:
-    """Return a line for each form that matrices of products and experts are stored or made in, and run in."""
+    """Return a line for each form that matrices of products and experts are stored or made in, and run in.
+
+    Last come notes of the method, on what is not quantized here.
+    """
     found = Counter[tuple[str, str]]()
     for sample in samples(program, source, read):
         stored = ", ".join(dict.fromkeys(map(stored_form, sample.parts)))
         found[stored, form(sample.parts, sample.use, dtype)] += sample.alike
-    return tuple(f"{count} × {stored}: {runs}" for (stored, runs), count in found.most_common())
+    lines = (f"{count} × {stored}: {runs}" for (stored, runs), count in found.most_common())
+    return *lines, *notes(source)
 
 
 class Sample(NamedTuple):

@@ -35,6 +35,11 @@ class Arguments(msgspec.Struct, frozen=True):
     dynamic: bool | str = False
 
     @property
+    def is_fp8(self) -> bool:
+        """True for FP8."""
+        return self.type == "float" and self.num_bits == 8
+
+    @property
     def block(self) -> Block | None:
         """Block of weights that share a scale; None: one of rows or of the tensor."""
         if self.strategy == "block" and self.block_structure:

@@ -64,6 +64,12 @@ def while_loading() -> list[str]:
     return [name.replace("_", "-") for name in plugins.names("quant") if hasattr(_file(name), "WHILE_LOADING")]
 
 
+def notes(source: Checkpoint) -> tuple[str, ...]:
+    """Return what the checkpoint's method does in the programs that made it and is not done here, for users."""
+    found = getattr(module_of(source), "notes", None)
+    return () if found is None else tuple(found(source))
+
+
 def finder(source: Checkpoint) -> Find:
     """Return the function that finds how the weights of a checkpoint are stored. Raises as `module_of`."""
     matrix = getattr(module_of(source), "matrix", None)

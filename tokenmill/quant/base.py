@@ -7,6 +7,7 @@ A quantization method is a file of this package, named as in `quant_method`, wit
   the tensors that hold it, from headers alone; None if it is stored plain. It checks the method's configuration and the
   types and shapes of the tensors, and raises ModelError.
 * `refuse()`, if no checkpoint of the method can be read: raises Unsupported.
+* `notes(source) -> Iterable[str]`, if the programs that made the checkpoint quantize more than its weights.
 * `names(source) -> tuple[str, ...]`, if `--quantize` may name the stored method otherwise than the file.
 
 `WHILE_LOADING = True` marks a file that quantizes plain weights if `--quantize` names it.

@@ -56,6 +56,12 @@ def names(source: Checkpoint) -> tuple[str, ...]:
     return (f"bitsandbytes-{given.bnb_4bit_quant_type}",) if given.load_in_4bit else ("bitsandbytes",)
 
 
+def notes(source: Checkpoint) -> list[str]:
+    """Return a note for int8, whose activations are not quantized."""
+    told = "bitsandbytes' quantization of activations, int8 but for outliers, is not applied"
+    return [] if settings(source, Settings).load_in_4bit else [told]
+
+
 def matrix(source: Checkpoint, name: str) -> Matrix | None:
     """Return how a weight is stored; see `base`."""
     tensors = Beside(source, name)

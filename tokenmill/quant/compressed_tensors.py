@@ -96,6 +96,16 @@ def read(source: Checkpoint, piece: Piece) -> Coded:
     return replace(whole, input_scale=None if static is None else number(static)).take(piece.rows, piece.columns)
 
 
+def notes(source: Checkpoint) -> list[str]:
+    """Return the kinds of activations that the checkpoint's programs quantize, other than FP8 beside FP8 weights."""
+    found = dict.fromkeys(
+        f"{group.input_activations.type}{group.input_activations.num_bits}"
+        for group in groups_of(source).values()
+        if group.input_activations is not None and (group.weights is None or not group.weights.is_fp8)
+    )
+    return [f"the checkpoint's quantization of activations, {kind}, is not applied" for kind in found]
+
+
 def _arguments(source: Checkpoint, name: str, kind: str) -> Arguments:
     """Return how the weights of the group are quantized. Raises ModelError if config.json says it otherwise."""
     weights = group_of(source, name).weights

@@ -37,10 +37,20 @@ class Settings(msgspec.Struct):
     producer: Any = None
 
 
+def _algorithm(source: Checkpoint) -> str | None:
+    given = settings(source, Settings)
+    return given.quant_algo or (given.quantization.quant_algo if given.quantization else None)
+
+
+def notes(source: Checkpoint) -> list[str]:
+    """Return a note for NVFP4, whose activations are not quantized."""
+    told = "the checkpoint's quantization of activations, float4, is not applied"
+    return [told] if _algorithm(source) == "NVFP4" else []
+
+
 def matrix(source: Checkpoint, name: str) -> Matrix | None:
     """Return how a weight is stored; see `base`."""
-    given = settings(source, Settings)
-    algorithm = given.quant_algo or (given.quantization.quant_algo if given.quantization else None)
+    algorithm = _algorithm(source)
     if algorithm not in _ALGORITHMS:
         cure = "Serve a checkpoint of the model that is stored in one of these ways."
         raise misfits(source, "quant_algo", algorithm, _ALGORITHMS, cure)
