@@ -242,11 +242,12 @@ def _line(texts: tuple[str, ...]) -> str:
 
 def page() -> str:
     """Return the page."""
-    from tokenmill.backends.cuda.products.fp8_shapes import WEIGHT_ONLY
+    from tokenmill.backends.cuda.products.fp8_shapes import WEIGHT_ONLY, WEIGHT_ONLY_BLOCKED
 
+    up_to = f"{WEIGHT_ONLY} rows ({WEIGHT_ONLY_BLOCKED} with scales of blocks)"
     tokens, at = f"{LOSSES['tokens']:,}", " / ".join(map(str, SPEEDS["rows"]))
     parts: list[tuple[str, Callable[[], list[str]]]] = [
-        (HEAD.replace("UP_TO", str(WEIGHT_ONLY)).replace("SOME", at), stored),
+        (HEAD.replace("UP_TO rows", up_to).replace("SOME", at), stored),
         (MADE.replace("TEXTS", tokens), made), (GGUF, ggufs), (REFUSED, refused),
     ]  # fmt: skip
     return "".join(head + "\n".join(lines()) + "\n" for head, lines in parts)

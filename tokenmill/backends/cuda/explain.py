@@ -14,7 +14,7 @@ from tokenmill.backends.cuda.products.coded_shapes import crossover
 from tokenmill.backends.cuda.products.dense import MANY, MOST, few_shape, row_shape
 from tokenmill.backends.cuda.products.forms import Unpackable, form_of
 from tokenmill.backends.cuda.products.fp8 import is_fp8
-from tokenmill.backends.cuda.products.fp8_shapes import WEIGHT_ONLY
+from tokenmill.backends.cuda.products.fp8_shapes import WEIGHT_ONLY, WEIGHT_ONLY_BLOCKED
 from tokenmill.backends.cuda.scales import SCALED, advice, kv_scales
 from tokenmill.backends.cuda.shapes import CLASSES, Contexts, decode_shape
 from tokenmill.program import ops, recurrence, special
@@ -85,7 +85,8 @@ def form_of_matrix(parts: Sequence[Coded], use: Use, dtype: str, *, fp8: bool) -
         why = "rows of it are looked up" if use == "table" else "products in float32 are"
         return f"converted to {dtype} at load: {why}"
     if use == "product" and fp8 and all(is_fp8(part) for part in parts):
-        return f"FP8; up to {WEIGHT_ONLY} rows activations stay in {dtype}"
+        rows = WEIGHT_ONLY_BLOCKED if parts[0].block[1] else WEIGHT_ONLY
+        return f"FP8; up to {rows} rows activations stay in {dtype}"
     try:
         return f"packed as {form_of(parts)}"
     except Unpackable as reason:
@@ -142,7 +143,8 @@ def _quantized(one: Held, outputs: int, options: KernelOptions) -> str:
     if one.form is None:
         if options.deterministic:
             return "FP8: codes_by_codes at any number of rows"
-        return f"FP8: one_weight_only, few_weight_only up to {WEIGHT_ONLY} rows, codes_by_codes and the library's above"
+        up_to = f"{WEIGHT_ONLY} rows ({WEIGHT_ONLY_BLOCKED} with scales of blocks)"
+        return f"FP8: one_weight_only, few_weight_only up to {up_to}, codes_by_codes and the library's above"
     most = crossover(one.form, outputs)
     if options.deterministic or most >= 1 << 30:
         return f"few_coded at any number of rows ({one})"

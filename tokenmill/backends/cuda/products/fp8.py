@@ -28,6 +28,7 @@ from tokenmill.backends.cuda.products.fp8_shapes import (
     OURS_BLOCKED,
     RAW_GATED,
     WEIGHT_ONLY,
+    WEIGHT_ONLY_BLOCKED,
     FewShape,
     OneShape,
     codes_shape,
@@ -187,7 +188,7 @@ class Fp8Product:
 
     def reads_codes(self, rows: int) -> bool:
         """Return True if x is quantized for a product of so many rows."""
-        return self._invariant or rows > WEIGHT_ONLY
+        return self._invariant or rows > (WEIGHT_ONLY_BLOCKED if self._matrix.blocked else WEIGHT_ONLY)
 
     def raw(self, rows: int) -> bool:
         """Return True if `run` leaves the multiplication by the scales of rows and columns to the kernel behind."""

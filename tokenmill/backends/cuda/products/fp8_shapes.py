@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 
 BLOCK = 128  # numbers of a block's side that share a scale; columns whose bytes are interleaved
-WEIGHT_ONLY = 16  # rows up to which x stays in 16 bits
+WEIGHT_ONLY, WEIGHT_ONLY_BLOCKED = 16, 32  # rows up to which x stays in 16 bits; with scales of blocks
 OURS, OURS_BLOCKED = 128, 64  # rows up to which a kernel of ours multiplies codes, unless it needs no scales
 RAW_GATED = 512  # rows above which a gated product multiplies by its scales itself
 
