@@ -233,6 +233,18 @@ def test_a_group_that_is_not_there_is_refused(tmp_path: Path, wrong: int) -> Non
         load(whole(q), source, reader_of(source))
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("method", ["gptq", "awq", "marlin"])
+def test_scales_that_are_no_numbers_are_refused(tmp_path: Path, method: str, number: float) -> None:
+    q = quantized(matrix(128, 256), group=128, sym=True)
+    tensors = {"gptq": gptq, "awq": awq, "marlin": marlin}[method](M, q)
+    name = f"{M}.s" if method == "marlin" else f"{M}.scales"
+    tensors[name][1, 3] = number
+    source = checkpoint(tmp_path, tensors, quant_method=method, bits=4, group_size=128)
+    with pytest.raises(ModelError, match=f"'{name}' has scales that are no finite numbers. Download"):
+        load(whole(q), source, reader_of(source))
+
+
 def test_quantize_names_what_is_stored_or_is_refused(tmp_path: Path) -> None:
     source = checkpoint(tmp_path, gptq(M, quantized(matrix())), **GPTQ)
     assert reader_of(source, "gptq") is reader_of(source)

@@ -49,11 +49,17 @@ def words(source: Checkpoint, name: str) -> Words:
 
 
 def floats(source: Checkpoint, name: str) -> NDArray[Any]:
-    """Return a matrix of floats: float16 as stored, others as float32."""
+    """Return a matrix of scales: float16 as stored, others as float32. ModelError if one is no finite number."""
     stored = source[name]
     if stored.kind == "F16":
-        return np.ascontiguousarray(stored.data).view(np.float16).reshape(stored.shape)
-    return none.floats(stored).reshape(stored.shape)
+        found: NDArray[Any] = np.ascontiguousarray(stored.data).view(np.float16).reshape(stored.shape)
+    else:
+        found = none.floats(stored).reshape(stored.shape)
+    if not np.isfinite(found).all():
+        raise ModelError(
+            f"The tensor {name!r} has scales that are no finite numbers. Download or quantize the model again."
+        )
+    return found
 
 
 def unpack(packed: Words, bits: int) -> Codes:
