@@ -229,6 +229,18 @@ def test_norms_are_stored_in_any_type(tmp_path: Path) -> None:
     assert_equal_to(model, write(tmp_path / "m.gguf", architecture, half, **(told(model.config) | keys)))
 
 
+@pytest.mark.parametrize("keys, words", [
+    ({"attention__sliding_window_pattern": [True, False]}, r"window_pattern' is \[True, False\], not a list by"),
+    ({"attention__shared_kv_layers": 4}, r"shared_kv_layers' is 4, of 4 layers"),
+    ({"feed_forward_length": [128, 128, 256, 128]}, r"feed_forward_length' is \[128, .*twice as much in the last 2"),
+    ({"attention__value_length_swa": 32}, r"value_length_swa' is 32, but these heads have 16"),
+])  # fmt: skip
+def test_a_gemma_4_whose_layers_do_not_fit_is_refused(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
+    tensors = {"token_embd.weight": (np.zeros((7, 64), np.float32), None)}
+    with pytest.raises(ModelError, match=words):
+        Driver.of(write(tmp_path / "m.gguf", "gemma4", tensors, **(CASES["gemma4"][3] | keys)))
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [

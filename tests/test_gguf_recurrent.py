@@ -110,6 +110,8 @@ def test_quantized_tensors_are_their_numbers_in_other_orders_of_rows_and_columns
         ("mamba2", {"ssm__inner_size": None}, r"lacks the key 'mamba2.ssm.inner_size'"),
         ("granitehybrid", {"rope__scaling__finetuned": True}, r"architecture 'granitehybrid with rotation'"),
         ("qwen3next", {"ssm__group_count": 3}, r"3 key heads for 4 value heads"),
+        ("kimi-linear", {"attention__head_count_kv": [0, 1]}, r"head_count_kv' is \[0, 1\]"),
+        ("kimi-linear", {"expert_group_count": 3, "expert_feed_forward_length": 32}, r"3 groups|n_group"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(

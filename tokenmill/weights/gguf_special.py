@@ -113,6 +113,8 @@ def _gemma4(read: Reader) -> dict[str, Any]:
     pattern = read("attention.sliding_window_pattern")
     if not isinstance(pattern, list) or len(pattern) != layers or not all(isinstance(each, bool) for each in pattern):
         raise ModelError(f"{read.path}: 'gemma4.attention.sliding_window_pattern' is {pattern!r}, not a list by layer.")
+    if shared >= layers:
+        raise ModelError(f"{read.path}: 'gemma4.attention.shared_kv_layers' is {shared}, of {layers} layers.")
     kv, widths = read.by_layer("attention.head_count_kv"), read.by_layer("feed_forward_length")
     width, wide = widths[0], widths[-1] == 2 * widths[0]
     if widths != [width] * (layers - shared) + [width * (1 + wide)] * shared:
@@ -217,7 +219,7 @@ def _kimi_linear(read: Reader) -> dict[str, Any]:
     counts = read.by_layer("attention.head_count_kv")
     delta = next((i for i, count in enumerate(counts) if not count), 0)
     rows = read.shapes.get(f"blk.{delta}.ssm_beta.weight", (read.number("attention.head_count"),))
-    return _latent(read) | {"linear_attn_config": {
+    return _latent(read) | {"num_expert_group": read("expert_group_count", 1), "linear_attn_config": {
         "full_attn_layers": [i + 1 for i, count in enumerate(counts) if count],
         "head_dim": read.number("kda.head_dim"),
         "num_heads": rows[0],
