@@ -15,6 +15,7 @@ from tokenmill.program.ops import Op
 MOST_EXPERTS, MOST_CHOSEN = 512, 16
 SEGMENT = 2048  # pairs of a row and an expert that one program sorts
 LEAST_ITEMS = 16  # of a tile
+_BUSY = 1024  # programs that keep an H200's cores busy
 FEWEST = 8  # rows of x that tensor cores multiply with coded weights
 _SORTED_AT_ONCE = (64, 512, SEGMENT)
 _FEW = 256  # rows up to which routing is shared by many programs for each block of rows
@@ -128,11 +129,22 @@ def tile_shape(items: int, mean: float, gated: bool, item_bytes: int = 2, batch_
     return TileShape(items, 128, 64, 3, 8, True)
 
 
-def coded_row_shape(top_k: int = 1) -> RowShape:
-    """Return the sizes for a single row and coded weights. `top_k`: as in `row_shape`."""
-    if top_k > 1:
-        return RowShape(max(8, 64 // power(top_k)), 0, 4, 4)
-    return RowShape(16, 0, 3, 2)
+def coded_row_shape(columns: int, outputs: int, top_k: int, form: Form, *, down: bool) -> RowShape:
+    """Return the sizes for a single row and coded weights: for gate and up of `top_k` experts, or for their `down`.
+
+    `outputs`: of an expert. Warps wait for what they read; enough of them share the columns to hide that.
+    """
+    blocks = -(-columns // form.block)
+    most = form.depth * FEWEST // 64  # Copies of less than 4 bytes a thread are not asynchronous.
+    if not down:
+        splits = 2 if blocks >= 8 and outputs * top_k <= 16 * _BUSY else 1
+        return RowShape(16, 0, 3, min(2 * splits, most), splits=splits)
+    splits = max(1, FEWEST // power(top_k))
+    while blocks < 4 * splits and splits > 1:
+        splits //= 2
+    if splits > 1:
+        return RowShape(max(8, 16 * most // (splits * power(top_k))), 0, 3, most, splits=splits)
+    return RowShape(max(8, 64 // power(top_k)), 0, 4, min(4, most))
 
 
 def coded_tile_shape(items: int, gated: bool, columns: int, form: Form, batch_invariant: bool = False) -> TileShape:
@@ -141,8 +153,10 @@ def coded_tile_shape(items: int, gated: bool, columns: int, form: Form, batch_in
     if batch_invariant:
         return TileShape(items, 64, depth, 3, 4, on_weights=True)
     if items == 16:
-        shape = TileShape(items, 64, form.depth, 3, 4, on_weights=easy)
-        return shape if gated or easy else shape._replace(warps=2)
+        return TileShape(items, 64, form.depth, 3, 4 if columns >= 2048 else 2, on_weights=easy)
     if items == 128 and (columns > 2048 if gated else easy):
         return TileShape(items, 128, depth, 3 if gated else 2, 8, True, 8, True)
-    return TileShape(items, 64 if gated else 128, depth, 3, 4, True, 16 if items == 32 else 8, True)
+    outputs = 64 if gated else 128
+    if items == 32 and columns >= 2048 and not easy:
+        return TileShape(items, outputs, form.depth, 3, 4, True)
+    return TileShape(items, outputs, depth, 3, 4, True, 16 if items == 32 else 8, True)

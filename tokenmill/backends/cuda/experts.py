@@ -98,9 +98,9 @@ class ExpertLowering:
         one, bank = self.one_row(op), self._bank(op)
         up, down = row_shape(op.x.width), row_shape(inner_width(op), op.ids.width)
         if isinstance(bank.gate_up, CodedStack):
-            up = coded_row_shape()
+            up = coded_row_shape(op.x.width, inner_width(op), op.ids.width, bank.gate_up.form, down=False)
         if isinstance(bank.down, CodedStack):
-            down = coded_row_shape(op.ids.width)
+            down = coded_row_shape(inner_width(op), op.out.width, op.ids.width, bank.down.form, down=True)
 
         def run(n: Sizes) -> None:
             one.gate_up(up, n.early)
