@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support_cuda import DEVICE, ON_GPU, CudaDriver, torch, write_random
+from support_slow import mostly_slow
 
 from tokenmill.backends.cuda.products import coded as cuda_coded
 from tokenmill.backends.cuda.products import pack as cuda_pack
@@ -140,7 +141,10 @@ def test_a_gated_product_adds_its_bias_and_applies_its_activation(rows: int, nam
     assert off(found, y[:, :28] / (1 + np.exp(-y[:, :28])) * y[:, 28:]) < 3e-3
 
 
-@pytest.mark.parametrize("name", ["int4, groups of 128", "int4, groups of 32 with minima", "e4m3, a scale"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(["int4, groups of 128", "int4, groups of 32 with minima", "e4m3, a scale"], ["int4, groups of 128"]),
+)
 def test_a_row_is_added_and_stored_for_the_products_behind_a_norm(name: str) -> None:
     kind, group, zero, more = FORMS[name]
     parts = [drawn(kind, 160, size, group, zero, **more) for size in (1024, 160)]
@@ -248,7 +252,7 @@ def stored(kind: str, rows: int) -> Coded:
     return replace(coded, scale=scale, low=low, levels=None)
 
 
-@pytest.mark.parametrize("kind", gguf.UNPACK)
+@pytest.mark.parametrize("kind", mostly_slow(gguf.UNPACK, ("Q4_1", "Q4_K", "Q6_K", "IQ4_XS", "TQ2_0")))
 def test_every_type_of_gguf_stays_quantized(kind: str) -> None:
     coded = stored(kind, 16)
     matrix = packed([coded], upload, torch.float16)

@@ -235,6 +235,17 @@ def summed_codes(x_ptr, w_ptr, meta_ptr, table_ptr, tile, block, M, x_stride, sp
     return sums, ups
 
 
+@triton.jit
+def norm_weights(norm_ptr, column, n_ok, NORM: tl.constexpr, HALF: tl.constexpr):
+    """Return a norm's weights (BN, 1), or zeros."""
+    weight = column * 0.0
+    if NORM:
+        weight = tl.load(norm_ptr + column, mask=n_ok, other=0.0).to(tl.float32)
+    if HALF:
+        weight *= NORM_SHRINK
+    return weight
+
+
 @triton.jit(do_not_specialize=["M"])
 def few_coded(x_ptr, w_ptr, meta_ptr, table_ptr, bias_ptr, residual_ptr, norm_ptr, normed_ptr, squares_ptr, out_ptr,
               part_ptr, count_ptr, factor, eps, x_stride, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
@@ -254,6 +265,8 @@ def few_coded(x_ptr, w_ptr, meta_ptr, table_ptr, bias_ptr, residual_ptr, norm_pt
         block, tile = tl.swizzle2d(block, tile, tl.num_programs(2), tl.num_programs(0), 16)
     if PDL:
         gdc_wait()
+    i = tl.arange(0, triton.next_power_of_2(max(SQUARES, 16)))
+    squares = tl.load(squares_ptr + i, mask=i < SQUARES, other=0.0)  # Under way while the codes are read.
     sums, ups = summed_codes(
         x_ptr, w_ptr, meta_ptr, table_ptr, tile, block, M, x_stride, split, N, K, BM, BN, SL, D, R, G, KIND, META, TEXT,
         OPERAND, SPLITS, ACT != "", STAGES, ASM,
@@ -270,12 +283,15 @@ def few_coded(x_ptr, w_ptr, meta_ptr, table_ptr, bias_ptr, residual_ptr, norm_pt
         n_ok = column < N
         scale = factor
         if SQUARES > 0:
-            scale = factor * inverse_size(squares_ptr, eps, K, SQUARES, HALF)
+            scale = factor * tl.rsqrt(tl.sum(squares, 0) / K + eps)
+            if HALF:
+                scale = scale / NORM_SHRINK
         sums, ups = sums * scale, ups * scale
         if META == "row":
             sums *= tl.load(meta_ptr + column, mask=n_ok, other=0.0)
             if ACT != "":
                 ups *= tl.load(meta_ptr + N + column, mask=n_ok, other=0.0)
+        weight = norm_weights(norm_ptr, column, n_ok, NORM, HALF)  # Under way beside what `finished` loads.
         y = finished(sums, ups, column, n_ok, bias_ptr, residual_ptr, N, BIAS, RESIDUAL, ACT)
         y = y.to(out_ptr.dtype.element_ty)
         ok = n_ok & (m < M)
@@ -284,22 +300,7 @@ def few_coded(x_ptr, w_ptr, meta_ptr, table_ptr, bias_ptr, residual_ptr, norm_pt
         if NORM:
             wide = tl.where(ok, y.to(tl.float32), 0.0)
             tl.store(squares_ptr + tile, tl.sum(tl.sum(wide * wide, 1), 0))
-            weight = tl.load(norm_ptr + column, mask=n_ok, other=0.0).to(tl.float32)
-            if HALF:
-                weight *= NORM_SHRINK
             tl.store(normed_ptr + place, (wide * weight).to(y.dtype), mask=ok)
-
-
-@triton.jit
-def inverse_size(squares_ptr, eps, K: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr):
-    """Return one over the size of a row (K,) of which there are COUNT sums of squares."""
-    POWER: tl.constexpr = triton.next_power_of_2(COUNT)
-    i = tl.arange(0, POWER)
-    total = tl.sum(tl.load(squares_ptr + i, mask=i < COUNT, other=0.0), 0)
-    scale = tl.rsqrt(total / K + eps)
-    if HALF:
-        scale = scale / NORM_SHRINK
-    return scale
 
 
 @triton.jit

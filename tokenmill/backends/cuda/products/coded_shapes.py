@@ -35,7 +35,9 @@ def crossover(form: Form, outputs: int) -> int:
     """
     if outputs >= 1 << 16:
         return 1 << 30
-    return 384 if form.slices == 4 else 192
+    if form.slices == 2:
+        return 192
+    return 128 if form.kind == "table" else 256
 
 
 def coded_shape(rows: int, outputs: int, columns: int, gated: bool, form: Form) -> CodedShape:
