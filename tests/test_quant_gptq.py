@@ -317,3 +317,33 @@ def test_packed_nibbles_are_those_of_the_codes_however_they_are_made() -> None:
     np.testing.assert_array_equal(nibbles_of(stored.T), want)
     np.testing.assert_array_equal(nibbles_of_rows(codes.T), want)
     np.testing.assert_array_equal(rows_of(stored.T), codes.T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "act-order", "awq"])
+def test_experts_in_codes_of_their_own_have_the_logits_of_their_numbers(tmp_path: Path, method: str) -> None:
+    pytest.importorskip("numba")
+    from safetensors.numpy import load_file
+    from support_cpu import CpuDriver
+
+    def write(module: str, w: np.ndarray) -> tuple[Arrays, np.ndarray] | None:
+        if module.endswith("gate"):
+            return None
+        q = quantized(w, 4, 32, index=scattered(w.shape[1], 32) if method == "act-order" else None)
+        return (awq if method == "awq" else gptq)(module, q), q.numbers()
+
+    coded, plain = tmp_path / "coded", tmp_path / "plain"
+    for folder in (coded, plain):
+        make_checkpoint(folder, "mixtral")
+    config = {"quant_method": "awq" if method == "awq" else "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+    numbers = rewrite(coded, write, config)
+    save_file(load_file(plain / "model.safetensors") | numbers, plain / "model.safetensors", {"format": "pt"})
+    steps = [(0, prompts()[1])]
+    want = Driver.of(plain).feed(steps)
+    np.testing.assert_allclose(Driver.of(coded).feed(steps), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    backend = CpuDriver.of(coded)
+    kernels = {line.kernel for line in backend._lines}
+    assert ("experts_f16" if method == "act-order" else "experts_int4") in kernels
+    got = backend.feed(steps)
+    backend.close()
+    np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
