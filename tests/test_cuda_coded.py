@@ -191,6 +191,18 @@ def test_batch_invariant_products_do_not_depend_on_the_number_of_rows() -> None:
     assert torch.equal(few, many[:3])
 
 
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_a_scale_that_is_not_finite_is_packed_as_it_is(wrong: float) -> None:
+    coded = drawn("u4", 16, 64, 32, "one")
+    assert coded.scale is not None
+    coded.scale[3, 1] = wrong
+    found = torch.empty(16, 64, dtype=torch.float16, device=DEVICE)
+    packed([coded], upload, torch.float16).unpack(found)
+    finite = found.isfinite().all(1).cpu().numpy()
+    assert not finite[3]
+    assert finite.sum() == 15
+
+
 def test_matrices_are_packed_in_parts_that_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [drawn("u4", rows, 64, 64, "integers") for rows in (24, 5, 43)]
     whole = packed(parts, upload, torch.float16)

@@ -11,6 +11,8 @@ Columns are padded to whole blocks with codes 0, which meet zeros of x; rows to 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -66,11 +68,12 @@ def scale_factor(scale: Tensor, low: Tensor | None = None) -> float:
     """Return a power of two that brings scales up to 64, and numbers added to products up to 8192.
 
     Scales divided by it are float16 without loss, or with that of rounding to 11 bits; products with any code are, too.
+    1 for scales that are not finite, whose products are not finite either.
     """
     most = float(scale.abs().max()) / 64
     if low is not None:
         most = max(most, float(low.abs().max()) / 8192)
-    return 2.0 ** int(torch.tensor(most).log2().ceil()) if most > 0 else 1.0
+    return 2.0 ** math.ceil(math.log2(most)) if 0 < most < math.inf else 1.0
 
 
 def pack_words(form: Form, scale: Tensor, zero: Tensor | None = None, low: Tensor | None = None,
