@@ -52,3 +52,15 @@ def test_nothing_stays_quantized_in_float32(tmp_path: Path) -> None:
     source = open_checkpoint(local_source(tmp_path))
     assert not held(fused(program_of(source.config)), source, "float32", "int8")
     assert held(fused(program_of(source.config)), source, "bfloat16", "int8")
+
+
+def test_the_kernels_of_experts_are_named_with_their_form(tmp_path: Path) -> None:
+    write_random(tmp_path, "mixtral", num_hidden_layers=1)
+    source = open_checkpoint(local_source(tmp_path))
+    program = program_of(source.config)
+    for quantize, want in (
+        ("", "one_row_up, one_row_down, grouped above"),
+        ("int8", "coded_row_up, coded_row_down, grouped above (int8, groups of 32)"),
+    ):
+        matrices = held(fused(program), source, "float16", quantize)
+        assert list(kernels_of(program, KernelOptions(dtype="float16", held=matrices))["Experts"]) == [want]

@@ -221,10 +221,20 @@ def _other(op: Op, options: KernelOptions) -> str:
     if isinstance(op, ops.Norm):
         return "norm_heads" if op.head_dim else "norm_rows"
     if isinstance(op, ops.Experts):
-        return "grouped at any number of rows" if options.deterministic else "one_row_up, one_row_down, grouped above"
+        return _experts(op, options)
     if isinstance(op, recurrence.StateSpace | recurrence.DeltaRule):
         return _scan(op, options)
     return _NAMES.get(type(op), "torch")
+
+
+def _experts(op: ops.Experts, options: KernelOptions) -> str:
+    held = [options.held.get(ws[0]) for ws in (op.gate_up, op.down)]
+    forms = [options.dtype if one is None else str(one) for one in held]
+    form = f" ({'; '.join(dict.fromkeys(forms))})" if any(held) else ""
+    if options.deterministic:
+        return f"grouped at any number of rows{form}"
+    up, down = ("coded_row" if one else "one_row" for one in held)
+    return f"{up}_up, {down}_down, grouped above{form}"
 
 
 def _scan(op: recurrence.StateSpace | recurrence.DeltaRule, options: KernelOptions) -> str:
