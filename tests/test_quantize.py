@@ -109,6 +109,7 @@ def test_a_written_checkpoint_is_gptq_and_computes_nearly_the_same(
         act_order,
     )
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not list(out.glob(".*"))
     tensors, plain = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
     modules = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     assert modules == {name.removesuffix(".weight") for name in plain if "_proj" in name and plain[name].ndim == 2}

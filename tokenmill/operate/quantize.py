@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ from tokenmill.quant.base import Piece, check, reader_of
 from tokenmill.runtime.programs import programs_for
 from tokenmill.text.load import load_tokenizer
 from tokenmill.weights.checkpoint import QUANTIZATION_FILES, Checkpoint, open_checkpoint
-from tokenmill.weights.source import ModelSource, local_source
+from tokenmill.weights.source import ModelSource, local_source, unreadable
 from tokenmill.weights.written import Written, write
 
 if TYPE_CHECKING:
@@ -130,11 +131,11 @@ def _quantize(source: ModelSource, given: argparse.Namespace, screen: Any) -> No
     screen.line(f"{len(texts)} texts of {given.length} tokens; perplexity of {len(held_out)} others:")
     before = backend.perplexity(held_out)
     screen.line(f"{before:.4f} before")
-    made = _round(backend, checkpoint, texts, rounds, given, screen)
-    backend.close()
-    folder = Path(given.output_dir)
-    from_folder = Path(source.path) if Path(source.path).is_dir() else None
-    files = write(folder, config_of(checkpoint, given), list(_tensors(checkpoint, made)), from_folder)
+    folder, from_folder = Path(given.output_dir), Path(source.path) if Path(source.path).is_dir() else None
+    with _spilling(folder) as spilled:
+        made = _round(backend, checkpoint, texts, rounds, given, screen, Path(spilled))
+        backend.close()
+        files = write(folder, config_of(checkpoint, given), _tensors(checkpoint, made), from_folder)
     written = open_checkpoint(local_source(folder))
     again = _backend(program, written, held_out, set())
     after = again.perplexity(held_out)
@@ -244,22 +245,43 @@ def _backend(
 
 def _round(
     backend: Calibration, checkpoint: Checkpoint, texts: list[list[int]], rounds: set[Weight],
-    given: argparse.Namespace, screen: Any,
-) -> dict[str, Matrix]:  # fmt: skip
-    """Quantize the matrices and return them by module. One of which only some rows were quantized is left out."""
+    given: argparse.Namespace, screen: Any, spilled: Path,
+) -> dict[str, list[Written]]:  # fmt: skip
+    """Quantize the matrices and return their tensors by module. One of which only some rows were made is left out.
+
+    `spilled`: folder that holds them meanwhile.
+    """
     from tokenmill.backends.torch.gptq import Recipe
 
-    made: dict[str, Matrix] = {}
+    begun, made = dict[str, Matrix](), dict[str, list[Written]]()
     count = 0
 
     def take(weight: Weight, rounded: Rounded) -> None:
         nonlocal count
         count += 1
-        _take(weight, rounded, checkpoint, made)
+        _take(weight, rounded, checkpoint, begun)
+        for module in [module for module, matrix in begun.items() if matrix.done.all()]:
+            made[module] = [_spill(tensor, spilled) for tensor in _packed(module, begun.pop(module))]
         screen.line(f"{count} of {len(rounds)}: {weight.name}")
 
     backend.round(texts, Recipe(max(given.groupsize, 0), given.act_order, given.percdamp), take)
-    return {module: matrix for module, matrix in made.items() if matrix.done.all()}
+    return made
+
+
+def _spilling(folder: Path) -> TemporaryDirectory[str]:
+    """Return a folder for tensors until all are there, which holds no more than the checkpoint itself."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(prefix=".quantizing-", dir=folder)
+    except OSError as error:
+        raise unreadable(folder, error) from None
+
+
+def _spill(tensor: Written, folder: Path) -> Written:
+    """Write a tensor to a file of its own, from which it is read when it is written to its place."""
+    path = folder / f"{tensor.name}.npy"
+    np.save(path, tensor.rows())
+    return tensor._replace(rows=partial(np.load, path, mmap_mode="r"))
 
 
 def _take(weight: Weight, rounded: Rounded, checkpoint: Checkpoint, made: dict[str, Matrix]) -> None:
@@ -295,13 +317,13 @@ def config_of(checkpoint: Checkpoint, given: argparse.Namespace) -> dict[str, An
     }  # fmt: skip
 
 
-def _tensors(checkpoint: Checkpoint, made: dict[str, Matrix]) -> list[Written]:
+def _tensors(checkpoint: Checkpoint, made: dict[str, list[Written]]) -> list[Written]:
     """Return the tensors to write: those of quantized matrices, and all others as they are, or in float16."""
     found = []
     for name in checkpoint.names():
         module = name.removesuffix(".weight")
         if module in made:
-            found += _packed(module, made[module])
+            found += made[module]
             continue
         shape = checkpoint.shape(name) or ()
         if checkpoint.format == "gguf":
