@@ -170,8 +170,8 @@ def nvfp4(codes_name: str, whole_name: str, *, divides: bool, **more: Tensor) ->
     return write
 
 
-def four_bits(kind: str, block: int = 64, *, nested: bool = False) -> Writer:
-    """bitsandbytes' NF4 and FP4."""
+def four_bits(kind: str, block: int = 64, *, nested: bool = False, storage: torch.dtype = torch.uint8) -> Writer:
+    """bitsandbytes' NF4 and FP4. `storage`: type of the tensor that holds the bytes of the codes."""
 
     def write(w: Tensor) -> Written:
         table, flat = {"nf4": NF4, "fp4": BNB_FP4}[kind], w.reshape(-1)
@@ -191,7 +191,7 @@ def four_bits(kind: str, block: int = 64, *, nested: bool = False) -> Writer:
             state |= {"nested_blocksize": outer, "nested_dtype": "float32", "nested_offset": float(offset)}
         codes = nearest(blocks / absmax[:, None], table)
         numbers = (table[codes] * absmax[:, None]).reshape(-1)[: flat.numel()].reshape(w.shape)
-        tensors["weight"] = pairs(codes.reshape(1, -1)[:, : flat.numel()], high_first=True).reshape(-1, 1)
+        tensors["weight"] = pairs(codes.reshape(1, -1)[:, : flat.numel()], high_first=True).view(storage).reshape(-1, 1)
         text = json.dumps(state).encode()
         tensors[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(text), dtype=torch.uint8)
         return tensors, numbers

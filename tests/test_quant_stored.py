@@ -64,7 +64,10 @@ CASES: dict[str, tuple[dict[str, Any], Writer]] = {
     "fp8, a scale of AutoFP8": (FP8, fp8((0, 0), "weight_scale", shape=(1,), input_scale=ONE)),
     "fp8, e5m2": (FP8 | {"fmt": "e5m2"}, fp8((0, 0), "weight_scale", torch.float8_e5m2, shape=())),
     "fp8, scales of rows": (FP8, fp8((1, 0), "weight_scale")),
-    "fbgemm": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, fp8((1, 0), "weight_scale")),
+    "fbgemm": (
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
+        fp8((1, 0), "weight_scale", input_scale_ub=torch.tensor([1200.0])),
+    ),
     "modelopt fp8": (MODELOPT, fp8((0, 0), "weight_scale", shape=(), input_scale=ONE)),
     "modelopt nvfp4": (MODELOPT | {"quant_algo": "NVFP4"}, nvfp4("weight", "weight_scale_2", divides=False)),
     "int4, groups of 32": (grouped(4, 32), packed(4, 32)),
@@ -99,6 +102,7 @@ CASES: dict[str, tuple[dict[str, Any], Writer]] = {
     "bitsandbytes int8": (BNB8, int8("SCB", 127.0, weight_format=torch.tensor(0, dtype=torch.uint8))),
     "nf4": (BNB4, four_bits("nf4")),
     "nf4, double": (BNB4, four_bits("nf4", nested=True)),
+    "nf4 stored as bfloat16": (BNB4, four_bits("nf4", storage=torch.bfloat16)),
     "fp4": (BNB4 | {"bnb_4bit_quant_type": "fp4"}, four_bits("fp4")),
     "nf4 across rows": (BNB4, four_bits("nf4", 4096)),
 }

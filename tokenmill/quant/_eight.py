@@ -15,6 +15,7 @@ from tokenmill.weights.checkpoint import Checkpoint, Stored
 SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """Suffixes of scales: of transformers and DeepSeek, of other programs, of DeepSeek V4, of Mistral"""
 INPUT_SCALES = ("activation_scale", "input_scale", "qscale_act")
+_BOUND = "input_scale_ub"  # of activations, in some files of fbgemm: the same as in config.json
 _SCALE_KINDS = (*FLOATS, "F8_E8M0", "U8")
 
 
@@ -31,7 +32,7 @@ def matrix(source: Checkpoint, name: str, block: Block | None, *, turned: bool =
     tensors = Beside(source, name, 0 if len(shape) == 3 else None)
     outer = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
     grid_of(_scale(tensors, turned), outer[-2:], block)
-    return Matrix(outer, (name, *tensors.names(*SCALES, *INPUT_SCALES)))
+    return Matrix(outer, (name, *tensors.names(*SCALES, *INPUT_SCALES, _BOUND)))
 
 
 def read(source: Checkpoint, piece: Piece, block: Block | None, *, turned: bool = False) -> Coded:

@@ -36,6 +36,10 @@ def floats(stored: Stored) -> NDArray[np.float32]:
 def _rows(stored: Stored) -> NDArray[Any]:
     """Return the elements, without the dimensions of size 1 that `base.check` accepts."""
     if stored.kind not in _TYPES:
-        raise Unsupported("type of weights", stored.kind, _TYPES, f"It is what {stored.name!r} is stored in.")
+        raise Unsupported(
+            "type of weights", stored.kind, _TYPES,
+            f"It is what {stored.name!r} is stored in. If the weights are quantized, config.json lacks their "
+            "quantization_config, or has that of another checkpoint: copy it from where they are from.",
+        )  # fmt: skip
     rows = np.ascontiguousarray(stored.data).view(_TYPES[stored.kind])
     return rows.reshape(len(rows), -1)
