@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from support_models import Driver, make_checkpoint, reference, steps  # noqa: E402
 from support_quantized import Writer, fp8, int8, packed, plain_folder, quantize_folder, quantize_gpt_oss  # noqa: E402
 from test_quant_stored import CASES, compressed  # noqa: E402
@@ -113,3 +114,23 @@ def test_quantized_experts_of_modules_of_their_own_are_those_of_their_numbers(
 def test_gpt_oss_in_mxfp4_has_the_logits_of_its_numbers(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, "gpt_oss", hidden_size=64, intermediate_size=96)
     compared(tmp_path, model, quantize_gpt_oss(tmp_path))
+
+
+def test_fused_experts_in_fp8_are_those_of_modules_of_their_own(tmp_path: Path) -> None:
+    """Two tensors of a layer, each with one of the scales of blocks, as transformers holds them."""
+    make_checkpoint(tmp_path, "qwen3_moe", num_hidden_layers=1)
+    about = CASES["fp8 in other blocks"][0] | {"weight_block_size": [16, 32]}
+    quantize_folder(tmp_path, about, lambda module: fp8((16, 32)) if ".experts." in module else None)
+    separate, path = Driver.of(tmp_path), tmp_path / "model.safetensors"
+    expected = [separate.feed(rows) for rows in steps()]
+    tensors, prefix = load_file(path), "model.layers.0.mlp.experts"
+    for kind, suffix in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+        parts = [[tensors.pop(f"{prefix}.{i}.{name}_proj.{kind}") for i in range(8)] for name in ("gate", "up", "down")]
+        dtype, (gate, up, down) = parts[0][0].dtype, ([part.view(torch.uint8) for part in each] for each in parts)
+        gate_up = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+        tensors[f"{prefix}.gate_up_proj{suffix}"] = torch.stack(gate_up).view(dtype)
+        tensors[f"{prefix}.down_proj{suffix}"] = torch.stack(down).view(dtype)
+    save_file(tensors, path, {"format": "pt"})
+    fused = Driver.of(tmp_path)
+    for rows, logits in zip(steps(), expected, strict=True):
+        np.testing.assert_array_equal(fused.feed(rows), logits)
