@@ -76,7 +76,7 @@ def test_a_sentencepiece_model_cuts_texts_as_its_library_does(name: str, tmp_pat
 def test_a_gguf_file_with_merges_cuts_texts_as_they_say_whatever_the_scores(tmp_path: Path) -> None:
     pieces = ["<unk>", "<bos>", "<eos>", *(f"<0x{n:02X}>" for n in range(256)), *"▁abc", "bc", "ab", "▁a", "▁abc"]
     kinds = [2, 3, 3, *[6] * 256, *[1] * 8]
-    merges = ["b c", "a b", "▁ a", "▁a bc"]
+    merges = ["a b", "b c", "▁ a", "▁a bc"]  # not the order of the pieces
     inner = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             {piece: i for i, piece in enumerate(pieces)}, [tuple(merge.split(" ")) for merge in merges],
