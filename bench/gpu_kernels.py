@@ -102,7 +102,7 @@ def prefill_case(length: int, prefix: int, rows: int, head_dim: int, variants: l
             q, pages.cache[0], pages.cache[1], out, some, pages.table, q, q, q, q, q, pages.table.stride(0), 1,
             head_dim**-0.5 * 1.4427, 1.0, 1.0, KV_HEADS=KV_HEADS, D=head_dim, HALF=head_dim // 2, BLOCK_SIZE=BLOCK,
             G=shared, BM=shape.rows, BN=shape.keys, LEAST=512, WINDOW=0, CAPPED=False, SINKS=False, ALIBI=False,
-            INVARIANT=False, SPLIT=False, STAGES=shape.stages, num_warps=shape.warps,
+            INVARIANT=False, SPLIT=False, CODES="", ASM=True, STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip
 
     def off() -> float:

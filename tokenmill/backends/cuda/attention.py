@@ -171,6 +171,12 @@ class AttentionLowering:
             "BLOCK_SIZE": self._memory.limits.block_size,
         }
 
+    def _elements(self, op: ops.Attention) -> tuple[list[Tensor], dict[str, Any]]:
+        """Return keys and values of the cache as kernels read them, 8-bit codes in pairs, and how."""
+        cache, codes = self._memory.cache(op.layer), _CODES.get(self._memory.cache_dtype, "")
+        elements = [part.view(torch.int16) if codes else part for part in cache]
+        return elements, {"CODES": codes, "ASM": self._memory.device.real}
+
     def _scales(self, op: ops.Attention) -> tuple[float, float, float]:
         """Return the factors of products of queries and cached keys, of a capped product, and of cached values."""
         key, value = self._cache_scales.get(op.layer, (1.0, 1.0))
@@ -232,9 +238,8 @@ class AttentionLowering:
         tables, common, shared = self._table(op), self._common(op), op.q.width // op.k.width
         (cos, sin), (q_norm, k_norm), (scale, cap, v_scale) = self._cos_sin(op), self._norms(op), self._scales(op)
         (k_fit, v_fit), (items, make_list), biases = self._fits(op), self._lister(op), self._biases(op)
-        kv_heads, launch, codes = op.k.width // op.head_dim, Site(decode), _CODES.get(keys.dtype, "")
-        pairs_of_codes = [cache.view(torch.int16) if codes else cache for cache in (keys, values)]
-        common |= {"CODES": codes, "ASM": self._memory.device.real}
+        kv_heads, launch, (elements, codes) = op.k.width // op.head_dim, Site(decode), self._elements(op)
+        common |= codes
 
         def run(n: Sizes) -> None:
             rows = n.tokens if n.singles is None else len(n.singles)
@@ -244,7 +249,7 @@ class AttentionLowering:
                 make_list(n, rows, shape)
             launch(
                 (kv_heads, rows * shape.splits),
-                q, k, v, keys, values, *pairs_of_codes, out, n.pairs, n.pairs if n.singles is None else n.singles,
+                q, k, v, keys, values, *elements, out, n.pairs, n.pairs if n.singles is None else n.singles,
                 tables, cos, sin, q_norm, k_norm, *biases, self._part, self._sums, self._counts, items, q.stride(0),
                 k.stride(0), v.stride(0), tables.stride(0), op.eps, scale, cap, k_fit, v_fit, v_scale, **common,
                 G=shared, GP=max(8, power(shared)), BN=shape.keys, SPLITS=shape.splits, LEAST=shape.least,
@@ -276,8 +281,8 @@ class AttentionLowering:
     def _runs(self, op: ops.Attention) -> Callable[[Tensor, int], None]:
         """Attend from tiles, whose queries and keys are written; the longest tile attends to so many keys."""
         out, rotated = self._memory.value(op.out), self._memory.queries.view(-1)
-        keys, values = self._memory.cache(op.layer)
-        tables, common, shared = self._table(op), self._common(op), op.q.width // op.k.width
+        (keys, values), codes = self._elements(op)
+        tables, common, shared = self._table(op), self._common(op) | codes, op.q.width // op.k.width
         kv_heads, (scale, cap, v_scale), biases = op.k.width // op.head_dim, self._scales(op), self._biases(op)
         shape, launch = tile_shape(op.head_dim, shared, self._item, self._invariant), Site(attend_tiles)
 

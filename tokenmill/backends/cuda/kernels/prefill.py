@@ -6,35 +6,39 @@ A tile is a few tokens of one sequence times the query heads that share a key-va
 import triton
 import triton.language as tl
 
-from tokenmill.backends.cuda.kernels.decode import before_keys, first_seen, scaled_scores
-from tokenmill.backends.cuda.kernels.heads import columns, in_head
+from tokenmill.backends.cuda.kernels.codes8 import numbers
+from tokenmill.backends.cuda.kernels.decode import before_keys, first_seen, operand_of, scaled_scores, slices
 
 
 @triton.jit
-def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, first, stop, slopes, scale, cap,
-           KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
-           MASKED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, ALIBI: tl.constexpr,
-           STAGES: tl.constexpr):  # fmt: skip
+def rounds(acc0, acc1, m, total, q0, q1, positions, keys_ptr, values_ptr, table_ptr, head, first, stop, slopes, scale,
+           cap, KV_HEADS: tl.constexpr, E: tl.constexpr, BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
+           MASKED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, ALIBI: tl.constexpr, CODES: tl.constexpr,
+           ASM: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Attend to the keys [first, stop) and update the results. MASKED: not every query attends to all of them; without
-    it BN divides their number."""
-    j = tl.arange(0, 2 * HALF)
-    col = columns(j, D, HALF)
+    it BN divides their number. A cached head has E elements."""
+    C: tl.constexpr = q0.shape[1]
+    kind: tl.constexpr = q0.dtype
+    c = tl.arange(0, C)
     n = tl.arange(0, BN)
     block = tl.load(table_ptr + (first + n) // BLOCK_SIZE, mask=first + n < stop, other=0)
     for start in tl.range(first, stop, BN, num_stages=STAGES):
         t = start + n
         place = block.to(tl.int64) * BLOCK_SIZE + t % BLOCK_SIZE
-        at = (place * KV_HEADS + head)[:, None] * D + col[None, :]
+        at = (place * KV_HEADS + head)[:, None] * E + c[None, :]
         there = (t < stop)[:, None]
         if WINDOW:  # blocks before it may be others'
             there = there & (t >= first_seen(tl.min(positions, 0), WINDOW))[:, None]
-        if D != 2 * HALF:
-            there = there & in_head(j, D, HALF)[None, :]
-        if MASKED or D != 2 * HALF:
-            keys = tl.load(keys_ptr + at, mask=there, other=0.0).to(q.dtype)
+        if C != E:
+            there = there & (c < E)[None, :]
+        if MASKED or C != E:
+            keys = tl.load(keys_ptr + at, mask=there, other=0)
         else:
-            keys = tl.load(keys_ptr + at).to(q.dtype)
-        s = scaled_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, cap, CAPPED)
+            keys = tl.load(keys_ptr + at)
+        s = tl.dot(q0, numbers(keys, 0, CODES, kind, ASM).T, input_precision="ieee")
+        if CODES != "":
+            s = tl.dot(q1, numbers(keys, 1, CODES, kind, ASM).T, s, input_precision="ieee")
+        s = scaled_scores(s, scale, cap, CAPPED)
         if ALIBI:
             s += slopes[:, None] * (t.to(tl.float32)[None, :] - positions.to(tl.float32)[:, None])
         if MASKED:
@@ -45,15 +49,18 @@ def rounds(acc, m, total, q, positions, keys_ptr, values_ptr, table_ptr, head, f
         higher = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         fade = tl.exp2(m - higher)
-        if MASKED or D != 2 * HALF:
-            values = tl.load(values_ptr + at, mask=there, other=0.0).to(q.dtype)
+        if MASKED or C != E:
+            values = tl.load(values_ptr + at, mask=there, other=0)
         else:
-            values = tl.load(values_ptr + at).to(q.dtype)
+            values = tl.load(values_ptr + at)
         block = tl.load(table_ptr + (t + BN) // BLOCK_SIZE, mask=t + BN < stop, other=0)
         total = total * fade + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), values, acc * fade[:, None], input_precision="ieee")
+        p = p.to(kind)
+        acc0 = tl.dot(p, numbers(values, 0, CODES, kind, ASM), acc0 * fade[:, None], input_precision="ieee")
+        if CODES != "":
+            acc1 = tl.dot(p, numbers(values, 1, CODES, kind, ASM), acc1 * fade[:, None], input_precision="ieee")
         m = higher
-    return acc, m, total
+    return acc0, acc1, m, total
 
 
 @triton.jit
@@ -103,12 +110,14 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, si
                  count_ptr, table_stride, splits, scale, cap, v_scale, KV_HEADS: tl.constexpr, G: tl.constexpr,
                  D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  LEAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-                 ALIBI: tl.constexpr, INVARIANT: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 ALIBI: tl.constexpr, INVARIANT: tl.constexpr, SPLIT: tl.constexpr, CODES: tl.constexpr,
+                 ASM: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Attend from tiles (first token of the step, its position, tokens, slot), of at most BM // G tokens each. Grid
     (tiles, KV_HEADS), with SPLIT (tiles, KV_HEADS, splits): several programs then share the keys of a tile.
 
-    `scale`, `v_scale`, `sinks`, `slopes`: as for `decode`. INVARIANT: a token's result does not depend on its tile.
-    Keys that all queries attend to then have no loop of their own, in which the compiler would round differently.
+    `scale`, `v_scale`, `sinks`, `slopes`, CODES, ASM: as for `decode`; with CODES the cache is given as int16.
+    INVARIANT: a token's result does not depend on its tile. Keys that all queries attend to then have no loop of their
+    own, in which the compiler would round differently.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
@@ -121,30 +130,37 @@ def attend_tiles(q_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, tables_ptr, si
     row = tl.arange(0, BM)
     within, g = row // G, row % G
     j = tl.arange(0, 2 * HALF)
-    at = ((token + within) * KV_HEADS + head)[:, None] * (G * D) + g[:, None] * D + columns(j, D, HALF)[None, :]
+    at = ((token + within) * KV_HEADS + head)[:, None] * (G * D) + g[:, None] * D + j[None, :]
     ok = (within < count)[:, None] & (within < BM // G)[:, None]
     if D != 2 * HALF:
-        ok = ok & in_head(j, D, HALF)[None, :]
-    q = tl.load(q_ptr + at, mask=ok, other=0.0)
+        ok = ok & (j < D)[None, :]
+    q0, q1 = slices(operand_of(tl.load(q_ptr + at, mask=ok, other=0.0), CODES), CODES)
     positions = start + within
     m, total = before_keys(sinks_ptr, head * G + g, g < G, tl.program_id(2) == 0, BM, SINKS)
     slopes = m
     if ALIBI:
         slopes = tl.load(slopes_ptr + head * G + g)
-    acc = tl.zeros([BM, 2 * HALF], tl.float32)
+    less: tl.constexpr = 256.0 if CODES == "e4m3" else 1.0
+    E: tl.constexpr = D if CODES == "" else D // 2
+    scale = scale * less
+    acc0 = tl.zeros([BM, q0.shape[1]], tl.float32)
+    acc1 = acc0
     table = tables_ptr + slot * table_stride
     if not WINDOW and not INVARIANT:
         seen = tl.maximum(tl.minimum(start // BN * BN, stop), begin)  # All queries attend to all keys before it.
-        acc, m, total = rounds(
-            acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, seen, slopes, scale, cap, KV_HEADS,
-            D, HALF, BLOCK_SIZE, BN, False, WINDOW, CAPPED, ALIBI, STAGES,
+        acc0, acc1, m, total = rounds(
+            acc0, acc1, m, total, q0, q1, positions, keys_ptr, values_ptr, table, head, begin, seen, slopes, scale, cap,
+            KV_HEADS, E, BLOCK_SIZE, BN, False, WINDOW, CAPPED, ALIBI, CODES, ASM, STAGES,
         )  # fmt: skip
         begin = seen
-    acc, m, total = rounds(
-        acc, m, total, q, positions, keys_ptr, values_ptr, table, head, begin, stop, slopes, scale, cap, KV_HEADS, D,
-        HALF, BLOCK_SIZE, BN, True, WINDOW, CAPPED, ALIBI, STAGES,
+    acc0, acc1, m, total = rounds(
+        acc0, acc1, m, total, q0, q1, positions, keys_ptr, values_ptr, table, head, begin, stop, slopes, scale, cap,
+        KV_HEADS, E, BLOCK_SIZE, BN, True, WINDOW, CAPPED, ALIBI, CODES, ASM, STAGES,
     )  # fmt: skip
-    acc = acc * (v_scale / total)[:, None]
+    acc = acc0
+    if CODES != "":
+        acc = tl.reshape(tl.join(acc0, acc1), (BM, 2 * HALF))
+    acc = acc * (v_scale * less / total)[:, None]
     last = True
     if SPLIT:
         last, acc = merge_splits(acc, m + tl.log2(total), part_ptr, sum_ptr, count_ptr, active, splits, BM, 2 * HALF)
