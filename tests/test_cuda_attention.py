@@ -11,7 +11,9 @@ from support_cuda import ON_GPU, CudaDriver, torch, write_random
 from support_models import Driver, steps
 from support_slow import mostly_slow
 
+from bench.gpu.layers import Heads, Layers
 from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.cuda.kernels.decode import list_splits
 from tokenmill.backends.cuda.products.base import Operands
 from tokenmill.backends.cuda.products.dense import Dense
@@ -163,3 +165,10 @@ def test_a_row_of_a_product_is_the_same_whatever_rows_are_beside_it(act: str) ->
         expected = torch.nn.functional.silu(gate) * up
     rough = 100 if ON_GPU else 1
     np.testing.assert_allclose(made[-1].float().cpu(), expected.cpu(), rtol=2e-4 * rough, atol=1e-3 * rough)
+
+
+@pytest.mark.parametrize("kind, head_dim", mostly_slow([("fp8_e4m3fn", 24), ("fp8_e5m2", 18)], [("fp8_e4m3fn", 24)]))
+def test_a_run_behind_a_context_reads_the_codes_of_a_cache(kind: str, head_dim: int) -> None:
+    with torch.inference_mode():
+        layers = Layers(Heads(4, 2, head_dim), 1, 41, 9, Device(DEVICE), KINDS[kind])
+        assert layers.check() < (4e-2 if ON_GPU else 1e-5)
