@@ -116,7 +116,8 @@ def driver(tmp_path: Path, request: pytest.FixtureRequest) -> CudaDriver:
 def test_a_capture_between_steps_changes_no_state_and_no_result(driver: CudaDriver, tmp_path: Path) -> None:
     expected = Driver.of(tmp_path, limits=driver.limits, num_blocks=64)
     rng = np.random.default_rng(0)
-    driver._graphs.later = [12, 11, 10, 9, 7, 6, 5, 3] if ON_GPU else [9, 6, 3]
+    driver._graphs.later = [12, 11, 10, 9, 7, 6, 5, 3] if ON_GPU else [9, 3]
+    missing = len(driver._graphs.missing(driver._graphs.later))
     driver.feed(prompts := [(slot, rng.integers(0, 128, 3 + slot).tolist()) for slot in range(9)])
     expected.feed(prompts)
     more, steps = True, 0
@@ -131,10 +132,10 @@ def test_a_capture_between_steps_changes_no_state_and_no_result(driver: CudaDriv
         rows = [(slot, [int(rng.integers(128))]) for slot in rng.permutation(9)[: rng.integers(1, 10)].tolist()]
         np.testing.assert_allclose(driver.feed(rows), expected.feed(rows), atol=2e-4, rtol=1e-3)
         steps += 1
-    assert steps == len(driver._graphs.later)
+    assert steps == missing
     assert not driver.idle_work()
     assert ON_GPU or sum(graph.replays for graph in driver._graphs._captured.values()) == steps  # type: ignore[attr-defined]
-    assert [driver._graphs.padded(rows) for rows in (3, 6, 9)] == [3, 6, 9]
+    assert [driver._graphs.padded(rows) for rows in (3, 9)] == [3, 9]
 
 
 @pytest.mark.slow
@@ -145,9 +146,11 @@ def test_graphs_that_find_no_memory_are_given_up(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     driver._graphs.later = [12, 9]
-    assert driver.idle_work()
+    while driver._graphs.padded(9) != 12:
+        assert driver.idle_work()
+    left = len(driver._graphs.missing(driver._graphs.later))
     monkeypatch.setattr(driver._graphs, "capture", full)
     assert not driver.idle_work()
-    assert "1 more graphs" in caplog.text
+    assert f"{left} more graphs" in caplog.text
     assert not driver.idle_work()
     assert driver._graphs.padded(9) == 12

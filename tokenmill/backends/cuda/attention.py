@@ -171,9 +171,9 @@ class AttentionLowering:
             "BLOCK_SIZE": self._memory.limits.block_size,
         }
 
-    def _elements(self, op: ops.Attention) -> tuple[list[Tensor], dict[str, Any]]:
-        """Return keys and values of the cache as kernels read them, 8-bit codes in pairs, and how."""
-        cache, codes = self._memory.cache(op.layer), _CODES.get(self._memory.cache_dtype, "")
+    def _elements(self, op: ops.Attention, in_pairs: bool = True) -> tuple[list[Tensor], dict[str, Any]]:
+        """Return keys and values of the cache as kernels read them, 8-bit codes `in_pairs` or one by one, and how."""
+        cache, codes = self._memory.cache(op.layer), _CODES.get(self._memory.cache_dtype, "") if in_pairs else ""
         elements = [part.view(torch.int16) if codes else part for part in cache]
         return elements, {"CODES": codes, "ASM": self._memory.device.real}
 
@@ -281,7 +281,8 @@ class AttentionLowering:
     def _runs(self, op: ops.Attention) -> Callable[[Tensor, int], None]:
         """Attend from tiles, whose queries and keys are written; the longest tile attends to so many keys."""
         out, rotated = self._memory.value(op.out), self._memory.queries.view(-1)
-        (keys, values), codes = self._elements(op)
+        # Up to 64 columns, converting codes one at a time is faster than products of half the depth.
+        (keys, values), codes = self._elements(op, in_pairs=op.head_dim > 64)
         tables, common, shared = self._table(op), self._common(op) | codes, op.q.width // op.k.width
         kv_heads, (scale, cap, v_scale), biases = op.k.width // op.head_dim, self._scales(op), self._biases(op)
         shape, launch = tile_shape(op.head_dim, shared, self._item, self._invariant), Site(attend_tiles)

@@ -67,6 +67,7 @@ _OTHERS = {  # of 16 bits or coded, class of rows, and contexts
     (False, 1, Contexts.LONG): DecodeShape(16, 16, 128, 3, 1),
     (False, 2, Contexts.UNEVEN): DecodeShape(64, 1, 64, 4, 4),
     (False, 3, Contexts.UNEVEN): DecodeShape(64, 1, 64, 4, 4),
+    (False, 4, Contexts.UNEVEN): DecodeShape(32, 1, 32, 4, 2),
     (True, 4, Contexts.ALIKE): DecodeShape(16, 1, 16, 3, 1),
 }
 _SPLITS_OF_LONG = 8

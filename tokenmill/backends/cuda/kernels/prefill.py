@@ -19,6 +19,7 @@ def rounds(acc0, acc1, m, total, q0, q1, positions, keys_ptr, values_ptr, table_
     it BN divides their number. A cached head has E elements."""
     C: tl.constexpr = q0.shape[1]
     kind: tl.constexpr = q0.dtype
+    none: tl.constexpr = 0.0 if CODES == "" else 0
     c = tl.arange(0, C)
     n = tl.arange(0, BN)
     block = tl.load(table_ptr + (first + n) // BLOCK_SIZE, mask=first + n < stop, other=0)
@@ -32,7 +33,7 @@ def rounds(acc0, acc1, m, total, q0, q1, positions, keys_ptr, values_ptr, table_
         if C != E:
             there = there & (c < E)[None, :]
         if MASKED or C != E:
-            keys = tl.load(keys_ptr + at, mask=there, other=0)
+            keys = tl.load(keys_ptr + at, mask=there, other=none)
         else:
             keys = tl.load(keys_ptr + at)
         s = tl.dot(q0, numbers(keys, 0, CODES, kind, ASM).T, input_precision="ieee")
@@ -50,7 +51,7 @@ def rounds(acc0, acc1, m, total, q0, q1, positions, keys_ptr, values_ptr, table_
         p = tl.exp2(s - higher[:, None])
         fade = tl.exp2(m - higher)
         if MASKED or C != E:
-            values = tl.load(values_ptr + at, mask=there, other=0)
+            values = tl.load(values_ptr + at, mask=there, other=none)
         else:
             values = tl.load(values_ptr + at)
         block = tl.load(table_ptr + (t + BN) // BLOCK_SIZE, mask=t + BN < stop, other=0)
