@@ -46,6 +46,8 @@ def weight_only_shape(rows: int, outputs: int, columns: int, gated: bool) -> Few
     """Return the sizes for few rows in 16 bits."""
     if gated or outputs >= 1 << 16:
         return FewShape(32, BLOCK, 1, 4, 2) if rows <= 8 else FewShape(64, BLOCK, 1, 3, 4)
+    if rows > 8 and columns > 2 * outputs and triton.cdiv(columns, BLOCK) % 8 == 0:
+        return FewShape(64, BLOCK, 8, 3, 2)
     return FewShape(64, BLOCK, _splits(outputs, columns), 4, 4)
 
 
