@@ -7,6 +7,7 @@ Each class of rows has one set of sizes, so a fixed set of kernels is compiled a
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -128,6 +129,7 @@ def contexts_of(starts: NDArray[np.int32], kv_heads: int) -> Contexts:
     return Contexts.ALIKE if longest <= _ALIKE * mean else Contexts.UNEVEN
 
 
+@cache  # asked at every step
 def variant_of(rows: int, contexts: Contexts, coded: bool) -> Contexts:
     """Return the first kind of contexts for which so many rows have the sizes that they have for `contexts`."""
     wanted = decode_shape(rows, 128, 1, contexts, coded=coded)

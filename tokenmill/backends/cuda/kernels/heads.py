@@ -1,7 +1,8 @@
 """Heads of queries and keys: norm, rotation, and the write of keys and values to the paged cache.
 
 Kernels hold a head of D numbers as two halves of HALF columns, a power of two of at least D / 2. Columns of a half
-beyond D / 2 are padding. Column j of a padded head is number `columns(j)` of the head.
+beyond D / 2 are padding. Column j of a padded head is number `columns(j)` of the head. Attention of single tokens holds
+it as 2 · HALF places in the order of the cache instead, of which those beyond D are padding.
 """
 
 import triton
