@@ -303,7 +303,7 @@ def test_the_cpu_backend_multiplies_in_the_stored_codes(tmp_path: Path, method: 
     with closing(CpuDriver.of(tmp_path)) as backend:
         kernels = {line.kernel for line in backend._lines}
         assert {kernel for kernel in kernels if kernel.startswith("linear")} == {"linear_int4"}
-        assert ("quantize_ordered" in kernels) == (method == "act-order")
+        assert ("ordered_quantize" in kernels) == (method == "act-order")
         got = backend.feed([(0, prompts()[1])])
     backend.close()
     np.testing.assert_allclose(got, want, atol=0.04 * np.abs(want).max())

@@ -145,7 +145,7 @@ def test_a_stored_matrix_has_the_numbers_of_its_definition(name: str, tmp_path: 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("shard", ["column", "row"])
 def test_ranks_read_their_shares_of_a_stored_matrix(name: str, shard: Any, tmp_path: Path) -> None:
-    """Of three ranks, whose borders of rows are within blocks; columns of eight, within groups of 128 and of rows."""
+    """Three ranks have borders of rows within blocks; eight have those of columns within groups of 128."""
     source, numbers = written(tmp_path, *CASES[name], modules=("l.0.a", "l.0.b"))
     ranks = 3 if shard == "column" else 8
     weight = Weight((Part("l.0.a.weight", ROWS), Part("l.0.b.weight", ROWS)), COLUMNS, shard, ranks=ranks)
@@ -186,7 +186,7 @@ def test_modelopts_own_file_describes_its_weights(tmp_path: Path) -> None:
 
 
 def test_formats_may_differ_by_module(tmp_path: Path) -> None:
-    """Of groups by regular expression, by name and by class."""
+    """Groups are chosen by regular expression, by name and by class."""
     about = compressed("mixed-precision")
     about["config_groups"] = {
         "group_0": {"targets": ["re:.*down_proj$"], "weights": {"num_bits": 8, "strategy": "group", "group_size": 32}},

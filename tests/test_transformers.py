@@ -268,6 +268,7 @@ def test_quantized_weights_are_refused_by_their_method(tmp_path: Path) -> None:
     program = programs_for(source, ALWAYS).decoder
     stored = sum(source.nbytes(name) for name in source.names())
     assert KIND.weight_bytes(program, source, "float32") == stored
+    source = open_checkpoint(local_source(tmp_path))  # what describes a checkpoint is looked up once
     source.config["quantization_config"] = {"quant_method": "gptq"}
     with pytest.raises(ModelError, match="quantized \\(gptq: quantization_config"):
         KIND.weight_bytes(program, source, "float32")

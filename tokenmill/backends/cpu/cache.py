@@ -34,7 +34,7 @@ _LIBRARIES = ("numba", "llvmlite")
 _EMITTERS = {
     "walk": "step", "serve": "step", "linear": "products", "embed": "products", "narrow": "products", "cos": "rope",
     "rope": "rope", "latent": "rope", "heads": "products", "sample": "sampling", "write": "attention",
-    "attend": "attention",
+    "attend": "attention", "ordered": "ordered_rows",
     **dict.fromkeys(("route", "sort", "spread", "experts", "combine"), "experts"),
     **dict.fromkeys(("conv", "scan", "delta", "lru"), "recurrence"),
     **dict.fromkeys(("clip", "magnitude", "sparsify", "mix", "correct", "factors"), "special_rows"),

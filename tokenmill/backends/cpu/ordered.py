@@ -46,4 +46,4 @@ def quantize_ordered(memory: Memory, op: QuantizeOrdered) -> Lowered:
     """Return the row that quantizes. The order is kept beside the panels."""
     order = memory.panels(op.weight)[0].order
     assert order is not None
-    return [("quantize_ordered", {layout.ORDER: order.ctypes.data})]
+    return [("ordered_quantize", {layout.ORDER: order.ctypes.data})]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from tokenmill.backends.cpu import layout
-from tokenmill.backends.cpu.ir import Emitter, Val, compiled, emit, f32, f32x16, i32, i64, kernel, peek
+from tokenmill.backends.cpu.ir import Emitter, Val, emit, f32, f32x16, i32, i64, kernels_of, peek
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.rows import rows_of
 from tokenmill.backends.cpu.vectors import quantize_block
@@ -52,6 +52,4 @@ def _quantize_ordered(tid: int, row: int, context: int, counter: int) -> int:
 
 def kernels(isa: Isa) -> dict[str, Callable[[], Callable[..., int]]]:
     """Return makers by name. Their source is the same for every instruction set."""
-    return {
-        "quantize_ordered": lambda: kernel("quantize_ordered", compiled("rows_quantize_ordered", _quantize_ordered))
-    }
+    return kernels_of("rows", {"ordered_quantize": _quantize_ordered})
