@@ -20,9 +20,9 @@ import torch
 from bench.gpu.timing import graph_us, off
 from tokenmill.backends.cuda.compile import Kernels
 from tokenmill.backends.cuda.products.base import FEW, Operands, Scratch
-from tokenmill.backends.cuda.products.dense import DenseProduct
+from tokenmill.backends.cuda.products.dense import DenseProduct, FewShape
 from tokenmill.backends.cuda.products.fp8 import Fp8, Fp8Product, made
-from tokenmill.backends.cuda.products.fp8_shapes import FewShape, OneShape
+from tokenmill.backends.cuda.products.fp8_shapes import OneShape
 
 _BYTES_S, _FLOPS_S = 4.4e12, 1979e12
 _COLD = 400e6  # bytes of copies of a matrix

@@ -21,6 +21,7 @@ from tokenmill.backends.cuda.kernels.fp8_one import one_weight_only
 from tokenmill.backends.cuda.kernels.fp8_rows import quantize_rows
 from tokenmill.backends.cuda.launch import Site, ahead
 from tokenmill.backends.cuda.products.base import Needs, Operands, Scratch
+from tokenmill.backends.cuda.products.dense import FewShape
 from tokenmill.backends.cuda.products.fp8_codes import interleaved, quantized
 from tokenmill.backends.cuda.products.fp8_shapes import (
     BLOCK,
@@ -29,7 +30,6 @@ from tokenmill.backends.cuda.products.fp8_shapes import (
     RAW_GATED,
     WEIGHT_ONLY,
     WEIGHT_ONLY_BLOCKED,
-    FewShape,
     OneShape,
     codes_shape,
     invariant_shape,

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import triton
 
+from tokenmill.backends.cuda.products.dense import FewShape
+
 BLOCK = 128  # numbers of a block's side that share a scale; columns whose bytes are interleaved
 WEIGHT_ONLY, WEIGHT_ONLY_BLOCKED = 16, 32  # rows up to which x stays in 16 bits; with scales of blocks
 OURS, OURS_BLOCKED = 128, 64  # rows up to which a kernel of ours multiplies codes, unless it needs no scales
@@ -19,17 +21,6 @@ class OneShape(NamedTuple):
     words: int
     stages: int
     warps: int
-
-
-class FewShape(NamedTuple):
-    """Sizes for more rows: outputs a tile, columns a round, splits, rounds in flight, warps; copy engine or not."""
-
-    outputs: int
-    columns: int
-    splits: int
-    stages: int
-    warps: int
-    tma: bool = False
 
 
 def one_shape(outputs: int, columns: int, gated: bool) -> OneShape | None:
