@@ -10,13 +10,14 @@ import pytest
 from support_cuda import ON_GPU, CudaDriver, torch, write_random
 from support_models import Driver, steps
 from support_quantized import plain_folder, quantize_folder, quantize_gpt_oss
+from test_experts import check_layer
 from test_quant_stored import CASES
 
 from tokenmill.backends.cuda.expert_banks import CodedStack
 
 if ON_GPU:
     from bench.gpu.coded_stacks import FORMS
-    from bench.gpu.experts import Layer, Shape, off
+    from bench.gpu.experts import Layer, Shape
     from tokenmill.backends.cuda.device import Device
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -33,14 +34,7 @@ GPT_OSS = (2880, 2880, 32, 4, "quick_gelu", True, {"limit": 7.0, "up_offset": 1.
 )  # fmt: skip
 def test_layers_of_real_sizes_equal_torch_and_repeat_to_the_bit(sizes: tuple[Any, ...], form: str) -> None:
     layer = Layer(Shape(*sizes), 0, 1500, Device("cuda"), FORMS[form])
-    for rows in (1, 2, 17, 64, 256, 1500):
-        layer.out.fill_(float("nan"))
-        layer.run(rows)
-        first = layer.out[:rows].clone()
-        assert off(first, layer.wanted(rows)) < 2e-2, rows
-        assert layer.out[rows:].isnan().all()
-        layer.run(rows)
-        assert torch.equal(first, layer.out[:rows]), rows
+    check_layer(layer)
 
 
 def compared(folder: Path, numbers: dict[str, Any], most: float, **options: Any) -> None:
