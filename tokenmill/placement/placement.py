@@ -1,0 +1,192 @@
+"""Placement: chooses the replica of each request.
+
+The rule: **the replica with the least work before the request's first token**, in tokens. That is its outstanding
+tokens plus those of the prompt that it does not hold. Compared are two replicas drawn at random (power of two choices),
+two that hold the longest prefix, and two that hold the longest prefix of which there are more holders. So
+
+* a cached prefix decides as long as it saves more tokens than the replica has outstanding beyond the others;
+* no replica is piled on: the chosen one has at most as many tokens more outstanding than the better of two random ones
+  as it saves, and with a prefix held by all it is plain power of two choices;
+* several routers that do not know each other do not all choose the same replica, because each draws its own.
+
+A token of a prompt and one of a running answer count the same: a step takes about as much longer for either, on the
+CPU (0.27 and 0.36 ms for the embedded model) as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+from random import Random
+from typing import Generic, TypeVar
+
+from tokenmill.placement.prefixes import PrefixIndex
+from tokenmill.placement.prompt import Prompt
+
+MAX_KEYS = 1 << 20
+"""Keys of a prefix index unless the caller gives a number: about 200 MB, the prefixes of 60 million tokens of prompts
+of 2,000 tokens."""
+
+_FIRST_MEAN = 128.0  # tokens of an answer, until some have ended
+_SHARE = 1 / 64  # of the newest value in a moving mean
+
+NameT = TypeVar("NameT", bound=Hashable)
+
+
+@dataclass(slots=True)
+class _Replica(Generic[NameT]):
+    """A replica. `reported`: requests that it said to have, of all routers."""
+
+    name: NameT
+    number: int
+    outstanding: float = 0.0  # tokens of this router's requests
+    num_requests: int = 0  # of this router
+    reported: int = 0
+    draining: bool = False
+
+
+@dataclass(slots=True)
+class Ticket(Generic[NameT]):
+    """A placed request. `num_cached`: tokens of its prompt that the replica probably holds."""
+
+    replica: NameT
+    num_cached: int
+    number: int
+    prompt_tokens: float  # uncached ones that are not computed yet
+    new_tokens: float  # expected
+
+
+class Placement(Generic[NameT]):
+    """The replicas, their outstanding tokens, and the prefixes that each probably caches.
+
+    Names of replicas are the caller's. A decision takes time in the number of the prompt's keys, not in that of the
+    replicas. Invariant: decisions are a function of `seed` and the calls so far.
+    """
+
+    def __init__(self, *, seed: int = 0, max_keys: int = MAX_KEYS) -> None:
+        self._random = Random(seed)
+        self._index = PrefixIndex(max_keys)
+        self._by_name: dict[NameT, _Replica[NameT]] = {}
+        self._by_number: dict[int, _Replica[NameT]] = {}
+        self._open: list[_Replica[NameT]] = []  # those that take requests
+        self._num_joined = 0
+        self._mean_answer, self._mean_request = _FIRST_MEAN, _FIRST_MEAN
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @property
+    def num_keys(self) -> int:
+        """Number of prefixes in the index."""
+        return len(self._index)
+
+    def add(self, name: NameT, capacity: int) -> None:
+        """Add a replica whose cache holds `capacity` tokens and is empty. One of the same name has restarted: it is
+        removed first."""
+        self.remove(name)
+        self._num_joined += 1
+        replica = _Replica(name, self._num_joined)
+        self._index.join(replica.number, capacity)
+        self._by_name[name] = self._by_number[replica.number] = replica
+        self._open.append(replica)
+
+    def remove(self, name: NameT) -> None:
+        """Remove a replica and all that is recorded of it. Its tickets may still be passed to `started` and `ended`.
+        Unknown names are ignored."""
+        replica = self._by_name.pop(name, None)
+        if replica is not None:
+            del self._by_number[replica.number]
+            self._index.leave(replica.number)
+            if not replica.draining:
+                self._open.remove(replica)
+
+    def drain(self, name: NameT, draining: bool = True) -> None:
+        """Place nothing more on a replica, or, if not `draining`, place on it again. Unknown names are ignored."""
+        replica = self._by_name.get(name)
+        if replica is not None and replica.draining != draining:
+            replica.draining = draining
+            if draining:
+                self._open.remove(replica)
+            else:
+                self._open.append(replica)
+
+    def report(self, name: NameT, num_requests: int) -> None:
+        """Record the number of requests that a replica has, running and waiting, of all routers.
+
+        Those beyond this router's own count as requests of mean size. Unknown names are ignored.
+        """
+        replica = self._by_name.get(name)
+        if replica is not None:
+            replica.reported = num_requests
+
+    def outstanding(self, name: NameT) -> float:
+        """Return the outstanding tokens of a replica: of prompts not computed yet, and expected of answers."""
+        return self._load(self._by_name[name])
+
+    def place(self, prompt: Prompt, max_new_tokens: int, exclude: Collection[NameT] = ()) -> Ticket[NameT] | None:
+        """Choose a replica, and count the request as sent to it. None: no replica takes requests.
+
+        `max_new_tokens`: most tokens of the answer. `exclude`: replicas that must not be chosen, such as those that
+        have refused this request.
+        """
+        match = self._index.match(prompt)
+        best: _Replica[NameT] | None = None
+        least, cached = (0.0, 0), 0
+        for replica in self._candidates(match.candidates(self._random), exclude):
+            hit = min(match.num_cached(replica.number), prompt.num_tokens)
+            work = (self._load(replica) + prompt.num_tokens - hit, -hit)
+            if best is None or work < least:
+                best, least, cached = replica, work, hit
+        if best is None:
+            return None
+        self._index.record(best.number, prompt, cached)
+        ticket = Ticket(
+            best.name, cached, best.number, float(prompt.num_tokens - cached), min(max_new_tokens, self._mean_answer)
+        )
+        best.num_requests += 1
+        best.outstanding += ticket.prompt_tokens + ticket.new_tokens
+        self._mean_request += _SHARE * (ticket.prompt_tokens + ticket.new_tokens - self._mean_request)
+        return ticket
+
+    def started(self, ticket: Ticket[NameT]) -> None:
+        """Record that the first token of an answer came: its prompt is computed. Idempotent."""
+        replica = self._by_number.get(ticket.number)
+        if replica is not None:
+            replica.outstanding -= ticket.prompt_tokens
+        ticket.prompt_tokens = 0.0
+
+    def ended(self, ticket: Ticket[NameT], num_new: int, *, complete: bool = True) -> None:
+        """Record the end of a request after `num_new` tokens. Call it once for each ticket.
+
+        Until then an answer counts as one of mean length, as of what is known of running ones. `complete`: the answer
+        was not cut off, so its length counts for that mean.
+        """
+        self.started(ticket)
+        if complete:
+            self._mean_answer += _SHARE * (num_new - self._mean_answer)
+        replica = self._by_number.get(ticket.number)
+        if replica is not None:
+            replica.num_requests -= 1
+            replica.outstanding = replica.outstanding - ticket.new_tokens if replica.num_requests else 0.0
+            self._index.advance(ticket.number, num_new)
+
+    def _load(self, replica: _Replica[NameT]) -> float:
+        others = max(0, replica.reported - replica.num_requests)
+        return replica.outstanding + others * self._mean_request
+
+    def _candidates(self, numbers: list[int], exclude: Collection[NameT]) -> list[_Replica[NameT]]:
+        """Return the replicas with these numbers that take requests, and two drawn at random."""
+        found = [self._by_number[number] for number in numbers]
+        found = [replica for replica in found if not replica.draining and replica.name not in exclude]
+        drawn = self._open if not exclude else [one for one in self._open if one.name not in exclude]
+        count = len(drawn)
+        if count:
+            first = self._random.randrange(count)
+            found.append(drawn[first])
+            if count > 1:
+                second = self._random.randrange(count - 1)
+                found.append(drawn[second + (second >= first)])
+        return found
