@@ -53,6 +53,8 @@ class SchedulerLimits:
         prompt, wanted = len(request.prompt_ids), request.stopping.max_new_tokens
         if prompt < 1 or wanted < 1:
             return f"a request needs at least one prompt token and one new token; it has {prompt} and wants {wanted}"
+        if len(request.output_ids) >= wanted:
+            return f"the request has all of its {wanted} new tokens already"
         if prompt + wanted > self.max_total_tokens:
             return (
                 f"the request needs {prompt + wanted} tokens ({prompt} of the prompt, {wanted} new ones); "

@@ -59,9 +59,10 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.id = self.request.id
-        self.token_ids = list(self.request.prompt_ids)
+        request = self.request
+        self.token_ids = [*request.prompt_ids, *request.output_ids]  # as after a preemption
         self.num_tokens = len(self.token_ids)
-        self.max_tokens = self.num_tokens + self.request.stopping.max_new_tokens
+        self.max_tokens = len(request.prompt_ids) + request.stopping.max_new_tokens
         self.stop_ids = frozenset(self.request.stopping.stop_ids)
 
     @property

@@ -50,6 +50,8 @@ class Constraint:
         if self._grammar_active:
             forced = self._forced_tokens()
             self._pending.extend(forced[:1] if self._may_append else forced)
+        for token_id in request.output_ids:
+            self._replay(token_id)
 
     @property
     def deferred(self) -> bool:
@@ -108,6 +110,14 @@ class Constraint:
         bits[:] = 0xFFFFFFFF
         self.ended = True
         return Extend(self.id, self.num_tokens, (), "stop" if may_end else "error", "" if may_end else why)
+
+    def _replay(self, token_id: int) -> None:
+        """Advance by a token that another engine has generated. What must follow it is sampled under masks."""
+        if self._pending:
+            self._pending.popleft()
+        self._advance(token_id)
+        if not (self.ended or self._refused or self._pending):
+            self._pending.extend(self._forced_tokens())
 
     def _advance(self, token_id: int) -> None:
         """Advance by one token."""

@@ -83,6 +83,9 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     wants_timings: bool = False  # True: every output with tokens carries `RequestTimings`
     sent_at: float = 0.0  # start of the queue time, time.monotonic() seconds (shared by all processes); 0: on arrival
     grammar: GrammarSpec | None = None  # None: any text
+    # Tokens of the answer that an engine which has stopped has generated: this one goes on behind them. They count as
+    # generated in `stopping` and in penalties, and are not sent again.
+    output_ids: tuple[int, ...] = ()
 
     @property
     def computes_whole_prompt(self) -> bool:
