@@ -80,6 +80,7 @@ def text_generation_benchmark(argv: Sequence[str] | None = None) -> int:
 def _commands() -> dict[str, Command]:
     return {
         "serve": Command(serve, "serve a model over HTTP"),
+        "deploy": Command(lambda rest: int(_load("tokenmill.deploy.command:main")(rest)), "serve on a Ray cluster"),
         "chat": Command(lambda rest: _load("tokenmill.chat:main")(rest), "talk to a running server, or to one's own"),
         "generate": Command(lambda rest: _load("tokenmill.generate:main")(rest), "answer a prompt without a server"),
         "download-weights": Command(download_weights, "get a model onto this machine"),

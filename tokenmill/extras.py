@@ -39,3 +39,13 @@ def need_opentelemetry() -> None:
                 "`--otlp-endpoint` needs OpenTelemetry's packages, which are not installed. Install them with "
                 "`pip install 'tokenmill[otel]'`, or leave the option out."
             )
+
+
+def need_ray() -> None:
+    """Raise MissingPackage with the remedy unless Ray Serve is installed, without importing it."""
+    for name in ("ray", "aiohttp", "fastapi"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackage(
+                "`tokenmill deploy` needs Ray Serve, which is not installed. Install it with "
+                "`pip install 'tokenmill[ray]'`."
+            )

@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from tokenmill.errors import RequestError
-from tokenmill.server import access, failures, receipt, sse
+from tokenmill.server import access, failures, receipt, resume, sse
 from tokenmill.server.call import Call, ClientGone
 from tokenmill.server.generation import GeneratedToken, Generation, MeasuredGeneration, Timings
 from tokenmill.text.answer_reader import PLAIN, AnswerReader
@@ -145,15 +145,22 @@ class _StreamedAnswer(_Answer):
         super().__init__(call, answer_format)
         self.events = sse.EventStream(call.raw_send, headers)
         self._receipt = receipt
+        self._marks = resume.Marks() if resume.wants_token_ids(call) else None
         self._end = sse.DONE if call.dialect == "openai" else b""
 
     def token(self, generation: Generation, token: GeneratedToken) -> None:
         """See `generation.Answer`."""
         chunk = self.answer_format.chunk(generation, token)
+        if self._marks is not None:
+            self._marks.add(token.id)
         if token.finish and self.finished(generation):
-            self.events.end(self._last(chunk))
+            self.events.end(self._mark() + self._last(chunk))
         elif chunk:
-            self.events.write(sse.event(chunk))
+            self.events.write(self._mark() + sse.event(chunk))
+
+    def _mark(self) -> bytes:
+        """Return the line before the next event that has the ids of its tokens, if they were asked for."""
+        return self._marks.line() if self._marks is not None else b""
 
     def _last(self, chunk: bytes) -> bytes:
         """Return the end of the stream, from the last token's chunk on."""
