@@ -121,6 +121,10 @@ class PagedOracle:
         self.look: Callable[[], Left] = lambda: Left(0, {})
         self.poison_rate, self.rng, self.num_poisoned = poison_rate, random.Random(seed), 0
         self.full_rate, self.most, self.num_full = 0.0, limits.max_batch_tokens, [0, 0]
+        self.stride, self.most_in_flight = limits.stride, 0
+        self.sampled: dict[int, tuple[int, int]] = {}  # by slot: the batch that samples its last token, its position
+        self.needs: dict[int, int] = {}  # by batch: the newest batch of which it computes a sampled token
+        self.collected = 0  # number of the last batch that was collected
         self.rests: list[int] = []  # number of launches before each unit of idle work
         self.num_rests = self.rng.randint(0, 9)  # units of idle work left
 
@@ -130,6 +134,7 @@ class PagedOracle:
         self.plans.append(digest(batch))
         self.batches.append(batch)
         self.left.append(self.look())
+        self.check_needs(batch)
         if batch.num_tokens > self.most or self.rng.random() < self.full_rate:
             self.num_full[0] += 1
             if self.rng.random() < 0.5:  # fails halfway: a part runs, and its results are not read
@@ -137,15 +142,32 @@ class PagedOracle:
                 self.queue.append(step)
             raise OutOfMemory("no room for a launch")
         self.queue.append(step)
+        self.most_in_flight = max(self.most_in_flight, sum(not step.failed for step in self.queue))
         return step
+
+    def check_needs(self, batch: Batch) -> None:
+        """Assert that a batch computes no token that one of the last `stride` - 1 batches still samples."""
+        for slot in [seq.slot for seq in batch.admitted] + batch.host_tokens[:, 0].tolist():
+            self.sampled.pop(slot, None)
+        self.needs[batch.number] = 0
+        rows = zip(batch.slots.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True)
+        for slot, start, count in rows:
+            number, position = self.sampled.get(slot, (0, 0))
+            if start <= position < start + count and number > self.collected:
+                assert number <= batch.number - self.stride, "it would wait for the token"
+                self.needs[batch.number] = max(number, self.needs[batch.number])
+        for row in batch.samples.tolist():
+            self.sampled[int(batch.slots[row])] = batch.number, int(batch.starts[row] + batch.counts[row])
 
     def complete(self, step: OracleStep) -> None:
         assert step is self.queue[-1], "nothing is launched between a step and its completion"
+        assert self.needs[step.batch.number] <= self.collected, "the tokens of its rows are on the host"
 
     def collect(self, step: OracleStep) -> StepResult:
         while self.queue[0].failed and self.queue[0] is not step:
             self.run(self.queue.pop(0))
         assert self.queue.pop(0) is step, "steps are collected in the order of their launches"
+        self.collected = step.batch.number
         if step.failed:
             raise OutOfMemory("behind one that failed")
         if self.rng.random() < self.full_rate:
@@ -324,6 +346,11 @@ def windowed_case(seed: int, aborts: bool = True) -> Case:
     return replace(case, limits=limits, num_blocks=blocks)
 
 
+def with_stride(case: Case, stride: int) -> Case:
+    """Return the case for so many steps on the device. Its script can be used again."""
+    return replace(case, script=[list(turn) for turn in case.script], limits=replace(case.limits, stride=stride))
+
+
 def build(
     script: list[list[ToEngine]], num_blocks: int, limits: SchedulerLimits, *, poison_rate: float = 0.0,
     full_rate: float = 0.0,
@@ -340,7 +367,7 @@ def run(engine: Engine[OracleStep], link: ListLink, max_steps: int = 20_000) -> 
     """Step until every request has ended, and check the books after every step."""
     for _ in range(max_steps):
         engine.step()
-        check_books(engine.scheduler)
+        check_books(engine.scheduler, engine.scheduler.limits.stride)
         if not link.script and engine.idle:
             return
     raise AssertionError("the engine does not come to rest")
@@ -499,6 +526,8 @@ def check_history(case: Case, met: Counter[str]) -> PagedOracle:
     met["preempted"] += link.stats.preemptions
     met["hits"] += link.stats.cached_tokens
     met["chunked"] += sum(len(batch.slots) - len(batch.samples) for batch in oracle.batches)
+    met["overlapped"] += oracle.most_in_flight > case.limits.stride
+    assert oracle.most_in_flight <= case.limits.stride + 1
     return oracle
 
 

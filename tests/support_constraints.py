@@ -313,7 +313,7 @@ class House:
         """Step until every request has ended, and check the books after every step."""
         for _ in range(20_000):
             self.engine.step()
-            check_books(self.scheduler)
+            check_books(self.scheduler, self.scheduler.limits.stride)
             check()
             if not self.link.script and self.engine.idle and not self.gated.holds:
                 self.engine.step()  # sends the last refusals

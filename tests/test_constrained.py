@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from oracle import EOS, VOCAB, Case, ListLink, check_details, check_request, random_case, request
+from oracle import EOS, VOCAB, Case, ListLink, check_details, check_request, random_case, request, with_stride
 from support_constraints import ENDS, Automaton, Follower, House, guided_reference
 
 from tokenmill.engine.block_pool import BlockPool
@@ -87,6 +87,7 @@ def test_rules_are_followed_and_the_others_get_what_they_get_without_them(histor
     met = dict.fromkeys(("masks", "forced", "preempted", "chunks", "hits", "void", "error", "stop", "length"), 0)
     for seed in histories(50):
         case, rules = guided_case(seed)
+        case = with_stride(case, (1, 2, 1, 3)[seed % 4])
         house = House(case.script, case.num_blocks, case.limits, seed=seed)
         house.run()
         for r in case.requests:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from oracle import (
@@ -18,6 +19,8 @@ from oracle import (
     reference,
     request,
     run,
+    windowed_case,
+    with_stride,
 )
 
 from tokenmill.backends.base import StepResult
@@ -26,7 +29,7 @@ from tokenmill.engine.block_pool import BlockPool, chain_hashes, chain_root
 from tokenmill.engine.engine import digest
 from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
-from tokenmill.wire.messages import Abort, Output, PromptDetails, Request, SamplingParams, TokenDetails
+from tokenmill.wire.messages import Abort, Extend, Output, PromptDetails, Request, SamplingParams, TokenDetails
 
 LIMITS = SchedulerLimits(max_batch_tokens=100, max_batch_size=8, max_total_tokens=200, block_size=4)
 
@@ -44,13 +47,25 @@ def test_every_schedule_gives_the_reference_tokens(histories: Histories) -> None
     assert all(met[what] > count for what, count in least.items()), f"the histories miss what they are for: {met}"
 
 
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_every_schedule_gives_the_reference_tokens_with_several_steps_on_the_device(
+    stride: int, histories: Histories
+) -> None:
+    met: Counter[str] = Counter()
+    for seed in histories(20):
+        case = windowed_case(seed) if seed % 4 == 0 else random_case(seed)
+        check_history(with_stride(case, stride), met)
+    least = {"preempted": 12, "hits": 15, "chunked": 30, "overlapped": 3}
+    assert all(met[what] > count for what, count in least.items()), f"the histories miss what they are for: {met}"
+
+
 def short(case: Case) -> list[Request]:
     return [r for r in case.requests if r.id not in case.hopeless]
 
 
 def test_a_broken_row_ends_alone_and_what_it_computed_is_never_found(histories: Histories) -> None:
     for seed in histories(40):
-        case = random_case(seed, aborts=False)
+        case = with_stride(random_case(seed, aborts=False), 1 + seed // 10 % 4)
         engine, oracle, link = build(case.script, case.num_blocks, case.limits, poison_rate=0.01)
         run(engine, link)
         failed = {i for i, outputs in link.outputs.items() if outputs[-1].finish_reason == "error"} - case.hopeless
@@ -83,12 +98,12 @@ def test_blocks_of_a_broken_prompt_are_not_found() -> None:
     assert link.tokens(1) == reference(again)
 
 
-@pytest.mark.parametrize("depth", [1, 3, 4])
+@pytest.mark.parametrize("depth, stride", [(1, 1), (3, 1), (4, 1), (1, 3), (2, 3), (4, 2)])
 def test_the_tokens_do_not_depend_on_how_many_steps_are_on_the_device(
-    depth: int, histories: Histories
+    depth: int, stride: int, histories: Histories
 ) -> None:
-    for seed in histories(20):
-        case = random_case(seed)
+    for seed in histories(20 if stride == 1 else 8):
+        case = with_stride(random_case(seed), stride)
         engine, oracle, link = build(case.script, case.num_blocks, case.limits)
         scheduler, flying = engine.scheduler, deque()
         while link.script or scheduler.has_work or flying:
@@ -363,6 +378,53 @@ def test_a_device_that_is_never_idle_rests_now_and_then(monkeypatch: pytest.Monk
     run(engine, link)
     assert oracle.rests == [19, 38, 57], "one turn in twenty plans nothing"
     assert [link.tokens(i) for i in range(3)] == [reference(r) for r in requests]
+
+
+# ---- several steps on the device
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_decoding_sequences_are_shared_evenly_among_the_steps_on_the_device(stride: int) -> None:
+    requests = [request(i, range(10 * i + 1, 10 * i + 9), 60) for i in range(7)]
+    engine, oracle, link = build([requests], 128, replace(LIMITS, stride=stride))
+    run(engine, link)
+    steady = oracle.batches[stride + 1 : 7 * 60 // -(-7 // stride) // 2]
+    assert max(len(batch.slots) for batch in steady) == -(-7 // stride)
+    for group in zip(*(steady[i:] for i in range(stride)), strict=False):
+        assert sorted(seq.id for batch in group for seq in batch.sequences) == list(range(7)), "each once in turn"
+    assert oracle.most_in_flight == stride + 1
+    assert all(link.tokens(r.id) == reference(r) for r in requests)
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_a_sequence_alone_is_decoded_as_soon_as_its_token_has_arrived(stride: int) -> None:
+    r = request(0, range(1, 9), 20)
+    engine, oracle, link = build([[r]], 128, replace(LIMITS, stride=stride))
+    run(engine, link)
+    assert link.tokens(0) == reference(r)
+    assert (len(oracle.batches), oracle.most_in_flight) == (20, 1)
+
+
+def test_chunks_of_a_prompt_follow_each_other_at_once() -> None:
+    limits = SchedulerLimits(16, 8, 400, block_size=4, stride=3)
+    r = request(0, range(1, 101), 2)
+    engine, oracle, link = build([[r]], 128, limits)
+    run(engine, link)
+    assert link.tokens(0) == reference(r)
+    assert [batch.num_tokens for batch in oracle.batches] == [16] * 6 + [4, 1]
+    assert oracle.most_in_flight == 4
+
+
+@pytest.mark.parametrize("token_ids", [(), (7,), (7, 8)])
+def test_an_extended_sequence_does_not_wait_for_the_token_that_was_voided(token_ids: tuple[int, ...]) -> None:
+    scheduler = Scheduler(BlockPool(64, 4), replace(LIMITS, stride=3))
+    scheduler.add(request(0, range(1, 9), 20))
+    assert scheduler.schedule() is not None
+    assert scheduler.schedule() is None, "its token is being computed"
+    scheduler.extend(Extend(0, 8, token_ids))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert int(batch.starts[0] + batch.counts[0]) == 8 + len(token_ids)
 
 
 # ---- batches as a backend sees them

@@ -6,11 +6,12 @@ This file is shared by all models and features, and names none. The code of a fe
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from time import perf_counter
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.sequence import Batch, StepResult
@@ -35,10 +36,10 @@ class Executor(Protocol[StepT]):
         """
 
     def complete(self, step: StepT) -> None:
-        """Start the deferred part of a step, which needs the tokens of the previous step. Does not block.
+        """Start the deferred part of a step, which needs the tokens of earlier steps. Does not wait for the device.
 
-        Called once for each step, after the previous step was collected and before the next launch; not called if the
-        previous step ran out of memory. Raise OutOfMemory if the step will not run.
+        Called once for each step, after all steps that sampled a token it computes were collected, and before the next
+        launch; not called if the previous step ran out of memory. Raise OutOfMemory if the step will not run.
         """
 
     def collect(self, step: StepT) -> StepResult:
@@ -70,17 +71,26 @@ class Link(Protocol):
         """Send the outputs of a step, without blocking. Called in every `Engine.step`, also without outputs."""
 
 
+class _Launched(NamedTuple, Generic[StepT]):
+    """A step on the device."""
+
+    batch: Batch
+    step: StepT
+    launch_time: float  # in seconds, by `perf_counter`
+
+
 class Engine(Generic[StepT]):
     """The engine of one rank. Its owner calls `step` in a loop.
 
-    Invariant: between two calls of `step`, at most one step is on the device.
+    Invariant: between two calls of `step`, at most `SchedulerLimits.stride` steps are on the device.
     """
 
     def __init__(
         self, scheduler: Scheduler, executor: Executor[StepT], link: Link, *, compare_plans: bool = False
     ) -> None:
         self.scheduler, self.executor, self.link = scheduler, executor, link
-        self._in_flight: tuple[Batch, StepT, float] | None = None
+        self._depth = scheduler.limits.stride
+        self._in_flight: deque[_Launched[StepT]] = deque()  # steps on the device, in the order of their launches
         self._compare_plans = compare_plans
         self._plan_digest = b""
         self._last_collected = 0.0
@@ -89,12 +99,13 @@ class Engine(Generic[StepT]):
     @property
     def idle(self) -> bool:
         """True if no sequence waits or runs and no step is on the device."""
-        return self._in_flight is None and not self.scheduler.has_work
+        return not self._in_flight and not self.scheduler.has_work
 
     def step(self) -> None:
-        """Launch step N + 1, then process the tokens of step N while the device computes.
+        """Launch a step, then process the tokens of the oldest one on the device while the device computes.
 
-        Blocks until step N ends; if there is no work, until a message arrives, at most about a second.
+        Blocks until that one ends, unless there is room for more steps on the device; if there is no work, until a
+        message arrives, at most about a second.
         """
         scheduler = self.scheduler
         for message in self.link.receive(self.idle and not self._has_idle_work, self._plan_digest):
@@ -109,53 +120,55 @@ class Engine(Generic[StepT]):
         batch = None if overdue else scheduler.schedule()
         if self._compare_plans:
             self._plan_digest = digest(batch)
-        in_flight, self._in_flight = self._in_flight, self._launch(batch) if batch else None
-        if in_flight:
-            outputs, done, step_s = self._collect(*in_flight)
+        launched = self._launch(batch) if batch else None
+        if self._in_flight and (launched is None or len(self._in_flight) >= self._depth):
+            outputs, done, step_s = self._collect(launched)
         else:
-            self._complete()
+            self._complete(launched)
             outputs, done, step_s = [], None, 0.0
         self.link.send(scheduler.notices() + outputs, scheduler.stats(done, step_s))
-        if self._has_idle_work and self._in_flight is None and (overdue or not scheduler.has_work):
+        if self._has_idle_work and not self._in_flight and (overdue or not scheduler.has_work):
             self._has_idle_work, self._steps_since_idle_work = self.executor.idle_work(), 0
 
-    def _launch(self, batch: Batch) -> tuple[Batch, StepT, float] | None:
-        """Launch `batch`. Return it with its step and launch time in seconds; None if the device was out of memory."""
+    def _launch(self, batch: Batch) -> _Launched[StepT] | None:
+        """Launch `batch`. Return the step; None if the device was out of memory."""
         try:
-            return batch, self.executor.launch(batch), perf_counter()
+            return _Launched(batch, self.executor.launch(batch), perf_counter())
         except OutOfMemory as error:
             self._retract([batch], error)
             return None
 
-    def _complete(self) -> None:
-        """Complete the step that was just launched: the tokens of the previous step are on the host now."""
-        if self._in_flight:
-            batch, step, _ = self._in_flight
-            try:
-                self.executor.complete(step)
-            except OutOfMemory as error:
-                self._in_flight = None
-                self._retract([batch], error)
+    def _complete(self, launched: _Launched[StepT] | None) -> None:
+        """Complete a step that was just launched, and count it as on the device: the tokens it needs are on the host.
 
-    def _collect(self, batch: Batch, step: StepT, launch_time: float) -> tuple[list[Output], Batch | None, float]:
-        """Wait for a step. Return its outputs, its batch and its duration in seconds.
+        None: no step was launched.
+        """
+        if launched is not None:
+            try:
+                self.executor.complete(launched.step)
+            except OutOfMemory as error:
+                self._retract([launched.batch], error)
+            else:
+                self._in_flight.append(launched)
+
+    def _collect(self, launched: _Launched[StepT] | None) -> tuple[list[Output], Batch | None, float]:
+        """Wait for the oldest step, and complete `launched`. Return its outputs, its batch and its duration in seconds.
 
         Return no outputs, None and 0 if the device was out of memory.
         """
+        batch, step, launch_time = self._in_flight.popleft()
         try:
             result = self.executor.collect(step)
         except OutOfMemory as error:
-            batches = [batch]
-            if self._in_flight:
-                next_batch, step, _ = self._in_flight
-                self._in_flight = None
+            later = [*self._in_flight, *([launched] if launched else [])]
+            self._in_flight.clear()
+            for other in later:
                 with suppress(OutOfMemory):
-                    self.executor.collect(step)
-                batches.append(next_batch)
-            self._retract(batches, error)
+                    self.executor.collect(other.step)
+            self._retract([batch, *(other.batch for other in later)], error)
             return [], None, 0.0
         now = perf_counter()
-        self._complete()
+        self._complete(launched)
         step_s = now - max(launch_time, self._last_collected)  # a step starts when the previous one has ended
         self._last_collected = now
         return self.scheduler.update(batch, result), batch, step_s

@@ -30,6 +30,9 @@ class SchedulerLimits:
     shares_prefixes: bool = True
     # By block table of a sequence: tokens that a token attends to there, its own included. 0: all tokens.
     windows: tuple[int, ...] = (0,)
+    # Steps on the device at the same time. A sequence is decoded in every `stride`-th step, or once its last token has
+    # arrived, so no step waits for the tokens of one that is still being computed.
+    stride: int = 1
 
     @property
     def tables(self) -> Tables:

@@ -24,6 +24,8 @@ class Running:
         self.computed = np.zeros(size, np.int32)  # by slot: tokens whose KV entries a planned step writes
         self.max_computed = np.zeros(size, np.int32)  # by slot: tokens to compute until its end, all but the last one
         self.covered = np.zeros(size, np.int32)  # by slot: tokens that have a block in every table
+        # By slot: number of the first batch that may compute its last token, which was sampled; 0: none was sampled yet
+        self.ready_at = np.zeros(size, np.int32)
         self._expires_at = np.zeros(size, np.int32)  # by slot: computed tokens at which a block is not read any more
         # Sequences and slots as of `refresh`. Replaced, never modified: batches keep references to them.
         self.rows: list[Sequence] = []
@@ -74,6 +76,7 @@ class Running:
         self.tokens[slot] = seq.num_tokens
         self.computed[slot] = num_cached
         self.max_computed[slot] = seq.max_tokens - 1
+        self.ready_at[slot] = 0
         self._expires_at[slot] = self._tables.expires_at(seq.firsts)
         for table, blocks in enumerate(seq.blocks):
             self._pool.share(blocks)

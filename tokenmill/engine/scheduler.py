@@ -33,7 +33,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
         self.pool = pool
-        self.limits = limits
+        self.limits, self._stride = limits, limits.stride
         self.waiting = Waiting()
         tables = limits.tables
         self.running = Running(pool, tables, limits.max_batch_size)
@@ -86,6 +86,7 @@ class Scheduler:
             computed = self.running.computed_of(seq)
             # the last token must run: sampling needs its logits
             self.running.computed[seq.slot] = min(computed, num_tokens - 1)
+            self.running.ready_at[seq.slot] = 0
             self._extended.append((seq, message.position))
         if reason := reason or message.finish_reason:
             self._finish(seq, reason)
@@ -107,6 +108,8 @@ class Scheduler:
         rows, slots = running.rows, running.slots
         starts = running.computed[slots]
         wanted = np.minimum(running.tokens[slots], running.max_computed[slots]) - starts
+        if self._stride > 1:
+            self._stagger(wanted)
         counts, prompts, budget = self._plan_decode(starts, wanted)
         preempted = running.changed
         may_admit = not preempted and running.num_free > 0 and len(self.waiting) > 0
@@ -141,6 +144,8 @@ class Scheduler:
         self._prefixes.end_step()
         self._budget.record_success()
         self.counts.record(batch)
+        if self._stride > 1:
+            self._record_arrival(batch)
         details, payloads, number = result.details, dict(result.payloads or ()), batch.number
         for index, (row, token_id) in enumerate(zip(batch.samples.tolist(), result.token_ids, strict=True)):
             seq = sequences[row]
@@ -199,6 +204,23 @@ class Scheduler:
         return self.counts.stats(now, batch, step_s)
 
     # ---- planning
+
+    def _stagger(self, wanted: Int32) -> None:
+        """Set to 0 the wanted tokens of decoding rows that this step leaves to later ones.
+
+        Those are the rows whose last token is still being computed, and all beyond an equal share: `stride` steps in
+        turn decode all rows.
+        """
+        ready_at = self.running.ready_at[self.running.slots]
+        decoding = (wanted == 1) & (ready_at > 0)
+        share = -(-int(np.count_nonzero(decoding)) // self._stride)
+        ready = decoding & (ready_at <= self._num_planned + 1)
+        wanted[decoding & ~(ready & (ready.cumsum() <= share))] = 0
+
+    def _record_arrival(self, batch: Batch) -> None:
+        """Let any step decode the sequences of a step that has run, unless later tokens were sampled for them since."""
+        ready_at, slots = self.running.ready_at, batch.slots[batch.samples]
+        ready_at[slots[ready_at[slots] == batch.number + self._stride]] = batch.number
 
     def _plan_decode(self, starts: Int32, wanted: Int32) -> tuple[Int32, list[int], PrefillBudget]:
         """Plan one token for each decoding row, and allocate the blocks that running rows need.
@@ -263,6 +285,8 @@ class Scheduler:
         entries = self.running.entries()
         samples = np.flatnonzero(sampling).astype(np.int32)
         self._num_planned += 1
+        if self._stride > 1:
+            self.running.ready_at[slots[samples]] = self._num_planned + self._stride
         return Batch(
             slots, starts, counts, samples, rows, admitted, entries, num_tokens, num_prefill_rows, self._num_planned,
             self._host_tokens(),
