@@ -74,6 +74,10 @@ Made from the code by `tokenmill schema http-api`. The same as an OpenAPI docume
 Bodies are JSON (`application/json`, `application/*+json`). Unknown fields are ignored, null means the default. A
 `traceparent` header is the parent of the request's trace. `"receipt": true` in the body, or the header `x-receipt: 1`,
 adds a receipt to the answer or the last event of its stream.
+
+Programs between clients and servers may ask for the means to go on with a broken stream at another server of the same
+model: with the header `x-tokenmill-token-ids: 1`, each event begins with the ids of its tokens, as `id: 12,345`; with
+`x-tokenmill-resume`, base64 of token ids of three bytes each (little-endian), the answer begins with these tokens.
 """
 
 _HEADERS = {

@@ -70,8 +70,9 @@ class _Answer(ABC):
         self.error: RequestError | None = None
 
     def submit(self, prompts: Prompts) -> None:
-        """Send every sequence to the engine. Raises NotReady."""
+        """Send every sequence to the engine. Raises NotReady, ValidationError."""
         service = self.call.service
+        resumed = resume.resumed_ids(self.call, len(prompts.prepared) * prompts.copies)
         model = service.ready().model
         kind = MeasuredGeneration if prompts.receipt else Generation
         for prompt_index, prepared in enumerate(prompts.prepared):
@@ -92,8 +93,10 @@ class _Answer(ABC):
             request = Request(
                 generation.id, p.prompt_ids, p.sampling, p.stopping,
                 wants_timings=prompts.receipt, sent_at=generation.timings.submitted, grammar=p.grammar,
+                output_ids=resumed,
             )  # fmt: skip
-            service.client.submit(request, generation)
+            if not (resumed and generation.replay(resumed)):
+                service.client.submit(request, generation)
 
     @abstractmethod
     def token(self, generation: Generation, token: GeneratedToken) -> None:

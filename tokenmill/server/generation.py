@@ -129,6 +129,20 @@ class Generation:
             return True
         return False
 
+    def replay(self, token_ids: tuple[int, ...]) -> bool:
+        """Take the first tokens of the answer, from an engine that has stopped, before any output; True if the sequence
+        is over with them. They have no details."""
+        stopping, times = self.prepared.stopping, self.timings
+        over = len(token_ids) >= stopping.max_new_tokens
+        reason = "stop" if token_ids[-1] in stopping.stop_ids else "length" if over else ""
+        output = Output(self.id, token_ids, finish_reason=reason)
+        for position, token_id in enumerate(token_ids):
+            if position + 1 == len(token_ids) and reason:
+                times.admitted = times.first = times.last = times.submitted
+            if self._take(token_id, output, position):
+                return True
+        return False
+
     def _error(self, output: Output) -> RequestError:
         """Return the error of an output. A request waits for its grammar before it is admitted, so an error before that
         is the grammar's."""

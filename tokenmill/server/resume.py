@@ -49,11 +49,16 @@ def wants_token_ids(call: Call) -> bool:
     return bool(call.header(TOKEN_IDS_HEADER))
 
 
-def resumed_ids(call: Call) -> tuple[int, ...]:
-    """Return the token ids that the answer begins with. Raises ValidationError."""
+def resumed_ids(call: Call, num_sequences: int) -> tuple[int, ...]:
+    """Return the token ids that the answer begins with. Raises ValidationError.
+
+    `num_sequences`: of the answer; ids of several are not told apart.
+    """
     value = call.header(RESUME_HEADER)
     if not value:
         return ()
+    if num_sequences > 1:
+        raise ValidationError(f"An answer of {num_sequences} sequences cannot be resumed; send the request again")
     try:
         data = base64.b64decode(value, validate=True)
     except binascii.Error:
