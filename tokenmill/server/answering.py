@@ -257,8 +257,8 @@ def compute_type(call: Call) -> bytes:
     configured = call.service.options.compute_type
     if configured:
         return configured.encode("latin-1", "replace")
-    info = call.service.client.info
-    return f"{info.num_shard}-{info.device}".encode() if info else b"unknown"
+    client, info = call.service.client, call.service.client.info
+    return f"{client.num_engines * info.num_shard}-{info.device}".encode() if info else b"unknown"
 
 
 def plain_headers(call: Call, prompts: Prompts, generations: Sequence[Generation]) -> sse.Headers:

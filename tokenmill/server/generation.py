@@ -64,9 +64,9 @@ class Generation:
     `router`: splits the text, and finds stop strings instead of the detokenizer."""
 
     __slots__ = (
-        "_answer", "_observe_gap", "detokenizer", "engine_timings", "finish", "id", "index", "num_cached",
-        "num_generated", "num_reasoning", "prepared", "prompt_details", "prompt_index", "router", "sum_logprobs",
-        "timings",
+        "_answer", "_observe_gap", "detokenizer", "engine", "engine_timings", "finish", "id", "index", "num_cached",
+        "num_moves", "num_reasoning", "prepared", "prompt_details", "prompt_index", "router", "sum_logprobs",
+        "timings", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -87,8 +87,10 @@ class Generation:
         self.index, self.prompt_index = index, prompt_index
         self.finish: Finish = ""
         self.router = router
-        self.num_generated = 0
+        self.token_ids: list[int] = []
         self.num_reasoning = 0  # tokens of thoughts
+        self.engine = 0  # number of the engine that generates
+        self.num_moves = 0  # engines that stopped before
         self.num_cached = 0
         self.sum_logprobs = 0.0
         self.prompt_details: list[TokenDetails] = []
@@ -98,6 +100,11 @@ class Generation:
     def text(self) -> str:
         """The answer so far."""
         return self.detokenizer.text
+
+    @property
+    def num_generated(self) -> int:
+        """Number of tokens so far."""
+        return len(self.token_ids)
 
     @property
     def mean_logprob(self) -> float:
@@ -154,13 +161,17 @@ class Generation:
         """End the sequence without a result."""
         self._answer.failed(self, error)
 
+    def resume(self) -> None:
+        """Record that the engine has stopped, and that another one goes on behind the tokens so far."""
+        self.num_moves += 1
+
     def _take(self, token_id: int, output: Output, position: int) -> bool:
         """Pass on the `position`-th token of `output`; True if it is the last."""
         piece = self.detokenizer.push(token_id)
         details = output.details[position] if output.details else None
         if details is not None:
             self.sum_logprobs += details.logprob
-        self.num_generated += 1
+        self.token_ids.append(token_id)
         finish: Finish = ""
         text = piece.text
         read = self._read(piece) if self.router is not None else None
@@ -192,12 +203,31 @@ class Generation:
 
 
 class MeasuredGeneration(Generation):
-    """Generation whose request asked for timings; it keeps the newest. A separate class, so that others do not pay for
-    it."""
+    """Generation whose request asked for timings; it keeps the newest, with those of engines that stopped added. A
+    separate class, so that others do not pay for it."""
 
-    __slots__ = ()
+    __slots__ = ("_earlier",)
 
     def push(self, output: Output, now: float) -> bool:
         """See `Generation.push`."""
-        self.engine_timings = output.timings or self.engine_timings
+        if output.timings is not None:
+            self.engine_timings = _added(self._earlier, output.timings) if self.num_moves else output.timings
         return super().push(output, now)
+
+    def resume(self) -> None:
+        """See `Generation.resume`."""
+        super().resume()
+        self._earlier = self.engine_timings or RequestTimings()
+
+
+def _added(earlier: RequestTimings, newest: RequestTimings) -> RequestTimings:
+    """Return the timings of a request that two engines have worked on, one after the other."""
+    return RequestTimings(
+        earlier.queue_s + newest.queue_s,
+        earlier.prefill_s + newest.prefill_s,
+        earlier.decode_s + newest.decode_s,
+        newest.num_cached,
+        earlier.num_preemptions + newest.num_preemptions,
+        max(earlier.largest_batch, newest.largest_batch),
+        earlier.num_forced + newest.num_forced,
+    )

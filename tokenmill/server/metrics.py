@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import operator
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, product
 from pathlib import Path
 from typing import Literal
@@ -43,7 +43,8 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
     `labels`: name and all possible values, because cells are laid out beforehand. `buckets`: bounds, or
     "input"/"total": a hundred equal steps up to the server's limit. `scope` "workers": the values of the workers are
     added. "engine": every worker sees the same engine. For a gauge the value of the worker that heard from it last is
-    used; for counts the largest, which never decreases when a worker is restarted.
+    used; for counts the largest, which never decreases when a worker is restarted. Values of several engines are added
+    under TGI's names; metrics of our own have a line for each engine then, with its number as the label `engine`.
     """
 
     name: str
@@ -52,6 +53,11 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
     buckets: tuple[float, ...] | Literal["input", "total"] = ()
     scope: Scope = "workers"
+
+    @property
+    def by_engine(self) -> bool:
+        """True if the values of several engines are shown apart."""
+        return self.scope == "engine" and self.name.startswith("tokenmill_")
 
     @property
     def num_bounds(self) -> int:
@@ -125,28 +131,33 @@ CATALOG: tuple[Metric, ...] = (
     _metric("tokenmill_kv_blocks", "gauge", "Cache blocks", scope="engine"),
     _metric("tokenmill_kv_usage_ratio", "gauge", "Part of the cache held by running requests", scope="engine"),
     _metric("tokenmill_engine_up", "gauge", "1 while the engine answers", scope="engine"),
+    _metric("tokenmill_running_requests", "gauge", "Requests of an engine's running batch", scope="engine"),
+    _metric("tokenmill_waiting_requests", "gauge", "Requests that wait for an engine's batch", scope="engine"),
+    _metric("tokenmill_resumed_requests_total", "counter", "Sequences that went on elsewhere after an engine stopped"),
 )  # fmt: skip
 
-_HEADER_CELLS = 4  # [0] layout size, [1] when the engine was last heard, [2] max_input_tokens, [3] max_total_tokens
+_HEADER_CELLS = 3  # [0] layout size, [1] max_input_tokens, [2] max_total_tokens; then when each engine was last heard
 
 
 class Metrics:
     """Metrics of one HTTP worker, and the text of all workers in the same folder.
 
     Values are float64 cells of a mapped file. One thread writes. A reader may see a histogram between two of its
-    additions, which the next scrape corrects.
+    additions, which the next scrape corrects. The parameter `engine` of methods is the number of the engine that a
+    value of scope "engine" is of; other metrics have no such parameter.
     """
 
-    def __init__(self, folder: str, index: int) -> None:
+    def __init__(self, folder: str, index: int, num_engines: int = 1) -> None:
         """Open the file of worker `index` in `folder`; an existing one is continued."""
         self._folder = Path(folder)
-        self._metrics = {metric.name: metric for metric in CATALOG}
-        self._offsets: dict[tuple[str, tuple[str, ...]], int] = {}
-        size = _HEADER_CELLS
+        self._num_engines = num_engines
+        self._widths = {metric.name: metric.width for metric in CATALOG}
+        self._offsets: dict[tuple[str, tuple[str, ...]], int] = {}  # of the first engine's cells; the others' follow
+        size = _HEADER_CELLS + num_engines
         for metric in CATALOG:
             for values in metric.combinations():
                 self._offsets[metric.name, values] = size
-                size += metric.width
+                size += metric.width * (num_engines if metric.scope == "engine" else 1)
         self._size = size
         path = self._folder / f"metrics-{index}.bin"
         path.touch(mode=0o600, exist_ok=True)
@@ -158,11 +169,11 @@ class Metrics:
         self._info: Mapping[str, str] = {}
         self._bounds = {m.name: list(m.buckets) for m in CATALOG if not isinstance(m.buckets, str)}
         self.set("tokenmill_requests_in_flight", 0.0)
-        self.set_limits(int(self._cells[2]) or 100, int(self._cells[3]) or 100)
+        self.set_limits(int(self._cells[1]) or 100, int(self._cells[2]) or 100)
 
     def set_limits(self, max_input_tokens: int, max_total_tokens: int) -> None:
-        """Set the engine's limits, of which some buckets are steps."""
-        self._cells[2], self._cells[3] = float(max_input_tokens), float(max_total_tokens)
+        """Set the limits of requests, of which some buckets are steps."""
+        self._cells[1], self._cells[2] = float(max_input_tokens), float(max_total_tokens)
         for metric in CATALOG:
             if isinstance(metric.buckets, str):
                 top = max_input_tokens if metric.buckets == "input" else max_total_tokens
@@ -177,18 +188,18 @@ class Metrics:
         known, text = route if route in ROUTE_LABELS else _family(route), str(status)
         self.add("tokenmill_http_responses_total", known, text if text in STATUSES else "other")
 
-    def add(self, name: str, *values: str, amount: float = 1.0) -> None:
+    def add(self, name: str, *values: str, amount: float = 1.0, engine: int = 0) -> None:
         """Add to a counter or gauge."""
-        self._cells[self._offsets[name, values]] += amount
+        self._cells[self._cell(name, values, engine)] += amount
 
-    def set(self, name: str, value: float) -> None:
+    def set(self, name: str, value: float, *, engine: int = 0) -> None:
         """Set a gauge without labels."""
-        self._cells[self._offsets[name, ()]] = value
+        self._cells[self._cell(name, (), engine)] = value
 
-    def observe(self, name: str, value: float, *values: str) -> None:
+    def observe(self, name: str, value: float, *values: str, engine: int = 0) -> None:
         """Add one value to a histogram."""
         bounds = self._bounds[name]
-        offset = self._offsets[name, values]
+        offset = self._cell(name, values, engine)
         cells = self._cells
         cells[offset + bisect_left(bounds, value)] += 1.0
         cells[offset + len(bounds) + 1] += value
@@ -199,33 +210,52 @@ class Metrics:
         self._cells[offset] += count
         self._cells[offset + 1] += total
 
-    def heard(self, now: float) -> None:
-        """Record that the engine was heard at `now` (monotonic seconds, the same clock in every worker)."""
-        self._cells[1] = now
+    def heard(self, now: float, engine: int = 0) -> None:
+        """Record that an engine was heard at `now` (monotonic seconds, the same clock in every worker)."""
+        self._cells[_HEADER_CELLS + engine] = now
 
     def text(self) -> str:
         """Return the metrics of all workers in Prometheus' text format."""
         files = list(self._read_files())
-        latest = max(files, key=lambda cells: cells[1])
         lines: list[str] = []
         for metric in CATALOG:
             lines.append(f"# HELP {metric.name} {metric.help}")
             lines.append(f"# TYPE {metric.name} {metric.kind}")
             for values in metric.combinations():
-                start = self._offsets[metric.name, values]
-                stop = start + metric.width
-                columns = zip(*(file[start:stop] for file in files), strict=True)
                 if metric.scope == "workers":
-                    cells = [float(sum(column)) for column in columns]
-                elif metric.kind == "gauge":
-                    cells = list(latest[start:stop])
+                    lines.extend(self._lines(metric, values, _sums(self._columns(files, metric.name, values, 0))))
+                    continue
+                each = [self._of_engine(files, metric, values, engine) for engine in range(self._num_engines)]
+                if metric.by_engine and len(each) > 1:
+                    for engine, cells in enumerate(each):
+                        lines.extend(self._lines(metric, values, cells, f'engine="{engine}"'))
                 else:
-                    cells = [max(column) for column in columns]
-                lines.extend(self._lines(metric, values, cells))
+                    lines.extend(self._lines(metric, values, _sums(each)))
         if self._info:
             lines += ["# HELP tokenmill_model_info What is served", "# TYPE tokenmill_model_info gauge"]
             lines.append(f"tokenmill_model_info{{{_pairs(self._info)}}} 1")
         return "\n".join(lines) + "\n"
+
+    def _cell(self, name: str, values: tuple[str, ...], engine: int) -> int:
+        offset = self._offsets[name, values]
+        return offset + engine * self._widths[name] if engine else offset
+
+    def _columns(
+        self, files: list[memoryview[float]], name: str, values: tuple[str, ...], engine: int
+    ) -> list[memoryview[float]]:
+        """Return the cells of one combination of labels, by worker."""
+        start = self._cell(name, values, engine)
+        return [file[start : start + self._widths[name]] for file in files]
+
+    def _of_engine(
+        self, files: list[memoryview[float]], metric: Metric, values: tuple[str, ...], engine: int
+    ) -> list[float]:
+        """Return the cells of an engine, as the workers have seen it."""
+        columns = self._columns(files, metric.name, values, engine)
+        if metric.kind == "gauge":
+            latest = max(range(len(files)), key=lambda worker: files[worker][_HEADER_CELLS + engine])
+            return list(columns[latest])
+        return [max(column) for column in zip(*columns, strict=True)]
 
     def _read_files(self) -> Iterator[memoryview[float]]:
         for path in sorted(self._folder.glob("metrics-*.bin")):
@@ -234,8 +264,9 @@ class Metrics:
                 cells: memoryview[float] = memoryview(data).cast("d")
                 yield cells
 
-    def _lines(self, metric: Metric, values: tuple[str, ...], cells: list[float]) -> Iterator[str]:
+    def _lines(self, metric: Metric, values: tuple[str, ...], cells: list[float], more: str = "") -> Iterator[str]:
         pairs = [f'{name}="{value}"' for (name, _), value in zip(metric.labels, values, strict=True)]
+        pairs += [more] if more else []
         labels = "{" + ",".join(pairs) + "}" if pairs else ""
         if metric.kind in ("counter", "gauge"):
             if len(metric.labels) < 2 or cells[0]:  # a grid of labels is mostly empty
@@ -259,6 +290,11 @@ class Metrics:
         """Unmap the file. No call may follow."""
         self._cells.release()
         self._map.close()
+
+
+def _sums(columns: Iterable[Sequence[float]]) -> list[float]:
+    """Return the sums over several files or engines, cell by cell."""
+    return [float(sum(cells)) for cells in zip(*columns, strict=True)]
 
 
 def _family(route: str) -> str:

@@ -35,9 +35,9 @@ def attach(answer: bytes, call: Call, generations: Sequence[Generation]) -> byte
 
 def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
     """Return the receipt of a call whose sequences, at least one, have ended."""
-    service, model, engine = call.service, call.service.model, call.service.status.engine
+    service, model = call.service, call.service.model
     assert model is not None  # because it has generated
-    assert engine is not None
+    engine = service.status.engine_of(generations[0].engine)
     prompts = {g.prompt_index: g for g in reversed(generations)}.values()  # the first of each has computed it
     sequences = [_sequence(g) for g in generations]
     times = [g.timings for g in generations]
@@ -48,6 +48,8 @@ def receipt_of(call: Call, generations: Sequence[Generation]) -> Receipt:
         model_digest=model.digest,
         engine=engine.name,
         engine_digest=engine.digest,
+        engines=sorted({g.engine for g in generations}),
+        resumed=sum(g.num_moves for g in generations),
         version=service.options.version,
         queue_ms=max(s.queue_ms for s in sequences),
         prefill_ms=max(s.prefill_ms for s in sequences),
@@ -70,6 +72,8 @@ def _sequence(generation: Generation) -> SequenceReceipt:
     return SequenceReceipt(
         index=generation.index,
         prompt=generation.prompt_index,
+        engine=generation.engine,
+        resumed=generation.num_moves,
         seed=generation.prepared.seed,
         finish_reason=generation.finish,
         prompt_tokens=generation.prepared.num_prompt,

@@ -7,7 +7,7 @@ refused until then, with the phase of the start.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -49,18 +49,18 @@ class Ready(NamedTuple):
 
 
 class Service:
-    """The parts of one worker. `run_dir`: holds the metrics of all workers; `address`: of the engine's socket.
+    """The parts of one worker. `run_dir`: holds the metrics of all workers; `addresses`: of the engines' sockets.
 
     `model`: None until it is loaded. `draining`: the server shuts down and takes no more requests.
     """
 
-    def __init__(self, options: ServiceOptions, *, address: str, run_dir: str, index: int = 0) -> None:
+    def __init__(self, options: ServiceOptions, *, addresses: Sequence[str], run_dir: str, index: int = 0) -> None:
         self.options = options
-        self.metrics = Metrics(run_dir, index)
+        self.metrics = Metrics(run_dir, index, len(addresses))
         self.requests = RequestMetrics(self.metrics)
         self.permits = Permits(options.max_concurrent_requests, self.metrics)
         self.status = EngineStatus(options, self.metrics)
-        self.client = EngineClient(address, self.status)
+        self.client = EngineClient(addresses, self.status)
         self.model: Model | None = None
         self.draining = False
         self._threads = ThreadPoolExecutor(options.validation_workers, thread_name_prefix="encode")

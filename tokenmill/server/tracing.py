@@ -126,6 +126,8 @@ def _counts(generation: Generation) -> dict[str, Any]:
         "gen_ai.usage.output_tokens": generation.num_generated,
         "cached_tokens": generation.num_cached,
         "finish_reason": generation.finish,
+        "engine": generation.engine,
+        "resumed": generation.num_moves,
     }
 
 

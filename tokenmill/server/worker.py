@@ -85,7 +85,10 @@ class Worker:
         """Serve until a message of the supervisor ends it."""
         configure, settings = self._control.configure, self._settings
         self._service = Service(
-            options_of(settings), address=configure.engine_address, run_dir=configure.run_dir, index=configure.index
+            options_of(settings),
+            addresses=(configure.engine_address,),
+            run_dir=configure.run_dir,
+            index=configure.index,
         )
         tracer = None
         if settings.otlp_endpoint:

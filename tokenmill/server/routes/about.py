@@ -45,7 +45,7 @@ async def info(call: Call) -> None:
         docker_label=options.docker_label or None,
         model_dtype=engine.info.dtype,
         model_device_type=engine.info.device,
-        max_batch_total_tokens=engine.info.capacity,
+        max_batch_total_tokens=engine.capacity,
         max_input_length=limits.max_input_tokens,
         prefix_caching=engine.info.shares_prefixes,
         backend=engine.info.backend,
