@@ -6,9 +6,9 @@ import threading
 from typing import Any
 
 import numpy as np
-import torch
 from support_models import Driver
 
+from tokenmill.parallel.group import Group
 from tokenmill.program.value import Program
 
 Steps = list[list[tuple[int, list[int]]]]
@@ -30,20 +30,15 @@ class Meeting:
         return found
 
 
-class Rank:
-    """Implementation of `parallel.group.Group` with threads."""
+class Rank(Group):
+    """Group of threads. The transports that a backend makes from it are the real ones."""
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.rank, self.size, self.meeting = rank, meeting.size, meeting
+        super().__init__(rank, meeting.size)
+        self.meeting = meeting
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.meeting.exchange(self.rank, x)).sum(0)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.meeting.exchange(self.rank, x), -1)
-
-    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        return self.meeting.exchange(self.rank, x)[0].clone()
+    def exchange(self, data: bytes = b"") -> list[bytes]:
+        return self.meeting.exchange(self.rank, data)
 
 
 def logits_of_rank(program: Program, source: Any, group: Rank, steps: Steps, found: list[Any]) -> None:

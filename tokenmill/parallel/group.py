@@ -1,88 +1,143 @@
-"""Collective operations of the ranks that share a model.
+"""Group of the ranks of an engine: which rank this is, and small messages that all ranks exchange.
 
-With one rank, every operation is the identity and torch is not needed. Invariant: all ranks make the same calls in the
-same order, each from one thread at a time.
+It is the control plane: it carries addresses, handles and agreements while an engine starts, and needs no torch.
+Tensors travel by transports that the backends make from it, as `gloo.py`. Invariant: all ranks make the same calls in
+the same order, each from one thread at a time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING
+import time
 
-from tokenmill.extras import need_torch
+import msgspec
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from tokenmill.wire.channel import Channel, Listener
 
-_TIMEOUT = timedelta(minutes=30)  # ends a collective whose peer died; idle ranks are not in a collective
+JOIN_S = 600.0
+"""Time for all ranks to join, in seconds."""
 
 
-@dataclass(frozen=True, slots=True)
+class _Hello(msgspec.Struct, frozen=True, array_like=True):
+    rank: int
+
+
 class Group:
-    """Process group, seen from rank `rank` of `size`. `connect` creates a group of more than one rank."""
+    """Ranks 0 … `size` − 1 of an engine, or a part of them, seen from rank `rank`.
 
-    rank: int = 0
-    size: int = 1
+    `connect` makes a group of more than one rank. A group of one rank needs no connection.
+    """
 
-    @classmethod
-    def connect(cls, rank: int, size: int, init_method: str) -> Group:
-        """Join the other ranks; blocks until all have joined. `init_method`: as torch.distributed's, e.g. "file:///…".
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
 
-        Raises MissingPackage if `size` is more than one and torch is not installed.
+    @staticmethod
+    def connect(rank: int, size: int, address: str, timeout_s: float = JOIN_S) -> Group:
+        """Join the other ranks and return the group. Blocks until all have joined.
+
+        `address`: path of the Unix socket on which rank 0 listens until then. Raise TimeoutError, with the missing
+        ranks, after `timeout_s` seconds.
         """
-        if size > 1:
-            need_torch(f"Sharing a model between {size} ranks (--num-shard)")
-            import torch.distributed as dist
+        if size == 1:
+            return Group()
+        return _Center(size, address, timeout_s) if rank == 0 else _Spoke(rank, size, address, timeout_s)
 
-            dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=_TIMEOUT)
-        return cls(rank, size)
+    def exchange(self, data: bytes = b"") -> list[bytes]:
+        """Return each rank's `data`, by rank, on every rank. It is a barrier, too.
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the ranks, on every rank. `x` is not modified."""
-        if self.size == 1:
-            return x
-        import torch.distributed as dist
-
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Concatenate the ranks' columns, on every rank: (rows, width) -> (rows, width * size)."""
-        if self.size == 1:
-            return x
-        import torch
-        import torch.distributed as dist
-
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x)
-        return torch.cat(parts, dim=-1)
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        """Return rank 0's `x` on every rank. On other ranks, `x` has the same shape and type and is overwritten."""
+        Raise ConnectionError, which names the rank, if one has ended.
+        """
         if self.size > 1:
-            import torch.distributed as dist
-
-            dist.broadcast(x, 0)
-        return x
+            raise RuntimeError("a group of several ranks is made by `connect`")
+        return [data]
 
     def minimum(self, n: int) -> int:
         """Return the minimum of `n` over the ranks."""
-        if self.size == 1:
-            return n
-        import torch
-        import torch.distributed as dist
+        return min(map(int, self.exchange(str(n).encode())))
 
-        least = torch.tensor([n], dtype=torch.int64)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        return int(least.item())
+    def part(self, first: int, size: int) -> Group:
+        """Return the group of the ranks `first` … `first` + `size` − 1, to which this one belongs.
+
+        It exchanges through the whole group: ranks outside of it make the same calls, on their own parts.
+        """
+        return self if size == self.size else _Part(self, first, size)
 
     def close(self) -> None:
-        """Leave the group. With gloo, a rank that exits without it can abort another rank. Idempotent."""
-        if self.size > 1:
-            import torch.distributed as dist
+        """Leave the group. Idempotent."""
 
-            if dist.is_initialized():
-                dist.destroy_process_group()
+
+class _Center(Group):
+    """Rank 0, to which all others are connected."""
+
+    def __init__(self, size: int, address: str, timeout_s: float) -> None:
+        super().__init__(0, size)
+        self._others: dict[int, Channel[bytes]] = {}
+        listener = Listener(address)
+        try:
+            deadline = time.monotonic() + timeout_s
+            while missing := sorted(set(range(1, size)) - set(self._others)):
+                listener.set_timeout(max(0.001, deadline - time.monotonic()))
+                try:
+                    self._accept(listener, deadline)
+                except TimeoutError:
+                    self.close()
+                    raise TimeoutError(f"ranks {missing} did not join rank 0 within {timeout_s:g} s") from None
+        finally:
+            listener.close()
+
+    def _accept(self, listener: Listener, deadline: float) -> None:
+        channel: Channel[bytes] = Channel(listener.accept(), bytes)
+        channel.set_timeout(max(0.001, deadline - time.monotonic()))
+        data = channel.receive()
+        channel.set_timeout(None)
+        if data is not None:
+            self._others[msgspec.msgpack.decode(data, type=_Hello).rank] = channel
+
+    def exchange(self, data: bytes = b"") -> list[bytes]:
+        """See `Group`."""
+        found = [data]
+        for rank in range(1, self.size):
+            received = self._others[rank].receive()
+            if received is None:
+                raise ConnectionError(f"rank {rank} has ended")
+            found.append(received)
+        for rank in range(1, self.size):
+            self._others[rank].send(found)
+        return found
+
+    def close(self) -> None:
+        """See `Group`."""
+        for channel in self._others.values():
+            channel.close()
+
+
+class _Spoke(Group):
+    """Any other rank, connected to rank 0."""
+
+    def __init__(self, rank: int, size: int, address: str, timeout_s: float) -> None:
+        super().__init__(rank, size)
+        self._channel: Channel[list[bytes]] = Channel.connect(address, list[bytes], timeout_s=timeout_s)
+        self._channel.send(msgspec.msgpack.encode(_Hello(rank)))
+
+    def exchange(self, data: bytes = b"") -> list[bytes]:
+        """See `Group`."""
+        self._channel.send(data)
+        found = self._channel.receive()
+        if found is None:
+            raise ConnectionError("rank 0 has ended, or left because another rank has")
+        return found
+
+    def close(self) -> None:
+        """See `Group`."""
+        self._channel.close()
+
+
+class _Part(Group):
+    """Some consecutive ranks of a group. The owner of the whole closes it."""
+
+    def __init__(self, whole: Group, first: int, size: int) -> None:
+        super().__init__(whole.rank - first, size)
+        self._whole, self._first = whole, first
+
+    def exchange(self, data: bytes = b"") -> list[bytes]:
+        """See `Group`."""
+        return self._whole.exchange(data)[self._first : self._first + self.size]

@@ -81,7 +81,7 @@ def _connect(
         resources.callback(ranks.close)
     group = Group()
     if not settings.mock:
-        group = Group.connect(rank, size, (folder / f"rendezvous-{configure.generation}").as_uri())
+        group = Group.connect(rank, size, str(folder / f"group-{configure.generation}.sock"))
         resources.callback(group.close)
     if rank > 0:
         follower = Follower(address, rank)

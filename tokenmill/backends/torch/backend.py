@@ -38,6 +38,7 @@ from tokenmill.backends.torch.slots import Slots
 from tokenmill.backends.torch.states import States, zeros
 from tokenmill.backends.torch.step_state import StepState
 from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
+from tokenmill.parallel.gloo import Collectives, OneRank, join
 from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout, state_layout
@@ -92,15 +93,16 @@ class TorchBackend:
     def __init__(self, job: Job) -> None:
         if job.dtype not in DTYPES:
             raise ArgumentError(f"dtype {job.dtype!r} is not known. Allowed: {', '.join(DTYPES)}.")
-        limits, group = job.limits, job.group
-        self.limits, self.group = limits, group
+        self.limits = limits = job.limits
         self.dtype, self.device = DTYPES[job.dtype], torch.device(job.placement.device)
-        self.program = self.rewritten(shard(job.program, group.size))
+        self.program = self.rewritten(shard(job.program, job.group.size))
         self.vocab_size = job.program.logits.width
         self.num_blocks = 0
         self._interpreter = Interpreter(self.program, self.more_kernels())
         self._cache_plan = cache_plan(cache_layout(self.program), limits.max_total_tokens)
         self._weights = self.read_weights(job)
+        self._group = job.group
+        self.group: Collectives = OneRank()  # of more ranks from `allocate` on
         self._cache: dict[int, Tensor] = {}
         self._scratch = attention.Scratch()
         self._slots = Slots(limits, self.device, len(self.windows))
@@ -115,7 +117,7 @@ class TorchBackend:
 
     def read_weights(self, job: Job) -> dict[Weight, Tensor]:
         """Return the weights of the program."""
-        return pack(self.program, job.source, job.read, self.group, self.dtype, self.device, job.report)
+        return pack(self.program, job.source, job.read, job.group, self.dtype, self.device, job.report)
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -158,7 +160,11 @@ class TorchBackend:
         return 0
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the cache, once, before the first step. Raise NotEnoughMemory if it does not fit."""
+        """Make the cache, once, before the first step, and meet the other ranks.
+
+        Raise NotEnoughMemory if it does not fit.
+        """
+        self.group = join(self._group)
         places = num_blocks * self.limits.block_size
         try:
             parts = [zeros(_shape(spec, places), self.dtype, self.device) for spec in self._cache_plan.parts]
@@ -192,6 +198,7 @@ class TorchBackend:
         if self._last is not None:
             self._last.masks.give_up()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self.group.close()
 
     def _step_or_out_of_memory(self, inputs: StepInputs, masks: AwaitedMasks) -> StepResult:
         self._masks = masks

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenmill.backends.torch.attention import AttentionPlan, Scratch
 from tokenmill.backends.torch.states import StatePlan
-from tokenmill.parallel.group import Group
+from tokenmill.parallel.gloo import Collectives
 from tokenmill.program.ops import Weight
 from tokenmill.program.rope import RopeTable
 
@@ -20,7 +20,7 @@ class StepState:
 
     weights: dict[Weight, Tensor]
     cache: dict[int, Tensor]  # by layer: (2, places, key-value heads · head size)
-    group: Group
+    group: Collectives
     positions: Tensor  # (T,)
     attention: dict[int, AttentionPlan]  # by layer
     samples: Tensor  # (R,) indices among the T tokens
