@@ -179,9 +179,6 @@ FAMILIES |= MORE
 BEYOND_CPU: dict[str, str] = {}
 """Families that the CPU backend refuses, with its reason."""
 
-UNSHARDED = {"stablelm_parallel": "norm by head"}
-"""Families that ranks cannot share, with a part of the reason."""
-
 
 def make_checkpoint(
     folder: str | Path,

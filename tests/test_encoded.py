@@ -21,12 +21,11 @@ from tokenmill.backends.cpu.encoded import EncoderDecoderBackend as CpuEncoderDe
 from tokenmill.backends.encoded import of_decoder
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.backends.torch.encoded import EncoderDecoderBackend, buckets_of
-from tokenmill.errors import ModelError, StartError, Unsupported, ValidationError
+from tokenmill.errors import ModelError, StartError, ValidationError
 from tokenmill.models.base import config_of, program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program import encoded
 from tokenmill.program.cost import cache_layout
-from tokenmill.program.shard import shard
 from tokenmill.quant._unread import unread
 from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.runtime.choice import choose
@@ -146,15 +145,13 @@ def test_buckets_of_distances_are_those_of_transformers(both_sides: bool) -> Non
         assert found.tolist() == expected.tolist()
 
 
-def test_other_backends_and_ranks_refuse_it_by_name() -> None:
+def test_other_backends_refuse_it_by_name() -> None:
     program = program_of({"model_type": "t5", **SIZES})
     assert choose(program, BackendOptions(device="cpu"), 16, 1).name == "cpu"
     narrow = program_of({"model_type": "t5", **SIZES, "d_kv": 8})
     choice = choose(narrow, BackendOptions(device="cpu"), 16, 1)
     assert choice.name == "torch"
     assert "for heads of a multiple of 16 columns, not 8" in choice.reason
-    with pytest.raises(Unsupported, match="an encoder and a decoder"):
-        shard(program, 2)
     assert sorted(cache_layout(program)) == [0, 1]
     with pytest.raises(ModelError, match="relative_attention_num_buckets is 6"):
         config_of({"model_type": "t5", "relative_attention_num_buckets": 6})

@@ -16,7 +16,6 @@ from support_models import (
     LLAMA3,
     OFTEN,
     SIZES,
-    UNSHARDED,
     YARN,
     Driver,
     make_checkpoint,
@@ -33,7 +32,6 @@ from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory, Unsuppo
 from tokenmill.models.base import program_of
 from tokenmill.program import ops
 from tokenmill.program.cost import cache_layout
-from tokenmill.program.shard import shard
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import Progress
@@ -62,16 +60,14 @@ def test_logits_equal_transformers_in_prefill_chunks_decode_and_all_at_once(case
     backend.close()
 
 
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("case", mostly_slow(FAMILIES, SHARED), indirect=True)
-def test_two_ranks_share_every_family_or_refuse_it_by_name(case: tuple[Path, Any]) -> None:
+def test_ranks_share_every_family_whether_they_divide_its_sizes_or_not(case: tuple[Path, Any], size: int) -> None:
     folder, model = case
     source = open_checkpoint(local_source(folder))
-    if why := UNSHARDED.get(folder.name):
-        with pytest.raises(Unsupported, match=why):
-            shard(program_of(source.config), 2)
-        return
-    for got in of_ranks(program_of(source.config), source, 2, steps()):
-        for found, want in zip(got, reference(model, steps()), strict=True):
+    program, wanted = program_of(source.config), reference(model, steps())
+    for got in of_ranks(program, source, size, steps()):
+        for found, want in zip(got, wanted, strict=True):
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max() / 10)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from tokenmill.layers.scope import Scope
 from tokenmill.program import ops
 from tokenmill.program.ops import Part, Shard, Weight
+from tokenmill.program.share import Heads
 from tokenmill.program.value import Value
 
 
@@ -15,7 +16,8 @@ class Linears:
     """Linear layer of several matrices: x (rows, width) -> one value for each matrix.
 
     `outputs`: name -> its size, or several sizes for a matrix that is stored fused, or its parts (`interleaved`).
-    `unit`: number of adjacent outputs that sharding must not separate. `transposed`: stored (width, outputs).
+    `unit`: number of adjacent outputs that sharding must not separate, such as those of a head. `heads`: numbers of
+    query and key-value heads, if there are not outputs of both. `transposed`: stored (width, outputs).
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class Linears:
         *,
         shard: Shard = "none",
         unit: int = 1,
+        heads: Heads = (0, 0),
         bias: bool = False,
         transposed: bool = False,
         outputs: Mapping[str, int | tuple[int, ...] | tuple[Part, ...]],
@@ -36,8 +39,8 @@ class Linears:
         def parts(suffix: str) -> tuple[Part, ...]:
             return tuple(replace(part, name=scope / name / suffix) for name, part in stored)
 
-        self.weight = Weight(parts("weight"), width, shard, unit, transposed)
-        self.bias = Weight(parts("bias"), 0, shard, unit) if bias else None
+        self.weight = Weight(parts("weight"), width, shard, unit, transposed, heads=heads)
+        self.bias = Weight(parts("bias"), 0, shard, unit, heads=heads) if bias else None
 
     def product(self, x: Value) -> Value:
         """Return the outputs of all matrices, concatenated."""

@@ -89,8 +89,10 @@ class Attention:
         self.owns, self.one = c.writer(layer) == layer, c.values_are_keys(layer)
         names = ("k_proj",) if self.one else ("k_proj", "v_proj")
         outputs = {"q_proj": q, **dict.fromkeys(names if self.owns else (), kv)}
-        bias = c.attention_bias
-        self.qkv = Linears(scope, c.hidden_size, shard="column", unit=self.head_dim, bias=bias, outputs=outputs)
+        bias, heads = c.attention_bias, (c.num_attention_heads, kv_heads)
+        self.qkv = Linears(
+            scope, c.hidden_size, shard="column", unit=self.head_dim, heads=heads, bias=bias, outputs=outputs
+        )
         self.out = Linear(scope, q, "o_proj", c.hidden_size, shard="row", bias=bias)
         self.eps, self.rope = c.rms_norm_eps, c.rope_of(layer)
         self.layer, self.window = c.writer(layer), c.window(layer)

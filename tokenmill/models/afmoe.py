@@ -63,7 +63,8 @@ class Attention(qwen3.Attention):
     def __init__(self, c: llama.Config, scope: Scope, layer: int) -> None:
         super().__init__(c, scope, layer)
         d, width = c.head_size, c.num_attention_heads * c.head_size
-        self.gate = Linears(scope, c.hidden_size, shard="column", unit=d, outputs={"gate_proj": width})
+        heads = c.num_attention_heads, c.kv_heads
+        self.gate = Linears(scope, c.hidden_size, shard="column", unit=d, heads=heads, outputs={"gate_proj": width})
 
     def __call__(self, x: Value) -> Value:
         """Apply the layer to x, (tokens, hidden); the result has the same shape."""

@@ -96,11 +96,12 @@ class _Stack:
 
     def products(self, scope: Scope, *names: str) -> Linears:
         """Return the products of queries, keys or values."""
-        return Linears(scope, self.config.d_model, outputs=dict.fromkeys(names, self.inner))
+        outputs = dict.fromkeys(names, self.inner)
+        return Linears(scope, self.config.d_model, shard="column", unit=self.config.d_kv, outputs=outputs)
 
     def output(self, scope: Scope) -> Linear:
         """Return the output product of an attention."""
-        return Linear(scope, self.inner, "o", self.config.d_model)
+        return Linear(scope, self.inner, "o", self.config.d_model, shard="row")
 
     def feed_forward(self, scope: Scope) -> Apply:
         """Return a feed-forward layer."""

@@ -15,86 +15,9 @@ from typing import Any, ClassVar, Literal, dataclass_transform
 from tokenmill.program.keeps import CachePart, CacheSpec, StateSpec
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Value
-
-Shard = Literal["none", "column", "row", "vocab"]
-"""Axis that ranks share. column: outputs; row: inputs; vocab: outputs, then gathered (head) or summed (embedding)"""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Rows [start, start + rows) of the checkpoint's tensor `name`.
-
-    `index`: the matrix or vector of a tensor that stacks several, such as the experts of a layer; None: not stacked.
-    `below`: number of matrices that lie below each other in a tensor of two axes; 0: it has an axis for them.
-
-    If `run` is set, the part is stored in runs of so many rows, of which one begins every `step` rows. That is how a
-    matrix is stored that holds query, key and value of the first head, then those of the second, and so on.
-    """
-
-    name: str
-    rows: int
-    start: int = 0
-    index: int | None = None
-    run: int = 0
-    step: int = 0
-    below: int = 0
-
-    @property
-    def end(self) -> int:
-        """Number of rows that the tensor has at least; of a part in runs, those of all other parts of its steps too."""
-        return self.start + self.rows if not self.run else self.rows // self.run * self.step
-
-    def slices(self, first: int, count: int) -> list[slice]:
-        """Return the places in the tensor of the part's rows [first, first + count), in order."""
-        if not self.run:
-            return [slice(self.start + first, self.start + first + count)]
-        if self.run == 1:
-            at = self.start + first * self.step
-            return [slice(at, at + (count - 1) * self.step + 1, self.step)]
-        found = []
-        while count:
-            index, within = divmod(first, self.run)
-            n, at = min(self.run - within, count), self.start + index * self.step + within
-            found.append(slice(at, at + n))
-            first, count = first + n, count - n
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """Reference to a matrix (rows, columns) or vector of the checkpoint, as parts stacked along the output dimension.
-
-    It holds names and sizes only. `quant.base.load` reads the numbers.
-    """
-
-    parts: tuple[Part, ...]
-    columns: int = 0  # 0: a vector
-    shard: Shard = "none"
-    unit: int = 1  # outputs that sharding must not separate, such as those of a head
-    transposed: bool = False  # stored (columns, rows)
-    add: float = 0.0  # added when loading, because some models store a norm's weight minus one
-    table: bool = False  # also used as an embedding table, so quantization spends more bits on it
-    exact: bool = False  # not quantized while loading, because near results decide, such as a router's
-    ranks: int = 1  # number of ranks that share it, set by the pass `shard`
-
-    @property
-    def rows(self) -> int:
-        """Number of rows that one rank holds."""
-        return sum(self.local(part) for part in self.parts)
-
-    @property
-    def size(self) -> int:
-        """Number of elements that one rank holds."""
-        return self.rows * max(1, self.columns // self.ranks if self.shard == "row" else self.columns)
-
-    def local(self, part: Part) -> int:
-        """Return the rows of a part that one rank holds. If there are fewer heads than ranks, ranks share a head."""
-        return max(part.rows // self.ranks, self.unit) if self.shard in ("column", "vocab") else part.rows
-
-    @property
-    def name(self) -> str:
-        """Name of the first part."""
-        return self.parts[0].name
+from tokenmill.program.weight import Part as Part
+from tokenmill.program.weight import Shard as Shard
+from tokenmill.program.weight import Weight as Weight
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -238,7 +161,7 @@ class Attention(Op):
     window: int = 0  # size of the sliding window in tokens, the token's own included; 0: all tokens
     chunk: int = 0  # attend within chunks of so many positions only, which do not overlap; 0: no chunks
     softcap: float = 0.0  # 0: none
-    alibi: tuple[float, ...] = ()  # slope of each query head of all ranks, times key − query position; (): none
+    alibi: tuple[float, ...] = ()  # slopes of the places for query heads, all ranks', times key − query position
     sinks: Weight | None = None  # score of each query head that takes a share of the softmax and has no value
     q_norm: Weight | None = None
     k_norm: Weight | None = None
@@ -389,7 +312,7 @@ class AllReduce(Op):
 
 
 class Gather(Op):
-    """Concatenate the ranks' columns."""
+    """Concatenate the ranks' columns, and leave out those beyond the width of `out`, which are padding."""
 
     x: Value
 

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenmill.errors import ArgumentError, Unsupported
-from tokenmill.program import ops, special
-from tokenmill.program.encoded import encodes
-from tokenmill.program.ops import Op, Weight
+from tokenmill.errors import Unsupported
+from tokenmill.program import encoded, ops, special
+from tokenmill.program.ops import Op
+from tokenmill.program.share import Axis, Heads
 from tokenmill.program.value import Inputs, Program, Tape, Value
+from tokenmill.program.weight import Weight
 
 _ONE_RANK = "Serve this model on one device: leave `--num-shard` out."
 
 
-def shard(program: Program, size: int) -> Program:
+def shard(program: Program, size: int, *, whole_experts: bool = False) -> Program:
     """Return the program that each of `size` ranks runs. It is the same for all; only the weights they read differ.
 
     Values after a column-parallel product are narrower, up to the row-parallel product whose results are summed over
-    the ranks. A vocabulary that is not divisible by `size` is replicated on every rank. ArgumentError if heads or inner
-    sizes are not divisible, Unsupported if ranks cannot share an operation.
+    the ranks. What cannot be divided evenly is padded with zeros, and logits of no token are left out. `whole_experts`:
+    a rank has some of a layer's experts (expert parallelism), instead of a part of each. Raises Unsupported if ranks
+    cannot share an operation.
     """
-    if size > 1 and encodes(program):
-        raise Unsupported("model that is an encoder and a decoder", f"of {size} ranks", (), _ONE_RANK)
-    return program if size == 1 else _Sharder(program, size).run()
+    return program if size == 1 else _Sharder(program, size, whole_experts).run()
+
+
+class _Layout(NamedTuple):
+    """Division of the columns of a value that ranks share, as in `Axis`."""
+
+    unit: int = 1
+    heads: Heads = (0, 0)
+
+    def axis(self, size: int) -> Axis:
+        """Return the axis of so many columns."""
+        return Axis(size, *self)
 
 
 class _Sharder:
-    def __init__(self, program: Program, size: int) -> None:
-        self.program, self.size, self.tape = program, size, Tape()
+    def __init__(self, program: Program, size: int, whole_experts: bool) -> None:
+        self.program, self.size, self.tape, self.whole_experts = program, size, Tape(), whole_experts
         # Old buffer -> {(old start, old width): new value}. The keys are the whole buffer and the parts of a product.
         self.made: dict[int, dict[tuple[int, int], Value]] = {}
-        self.units: dict[int, int] = {}  # by old buffer: columns that ranks must not separate
+        self.shared: dict[int, _Layout] = {}  # by old buffer, of those that ranks share
 
     def run(self) -> Program:
         inputs = self.program.inputs
@@ -47,86 +58,143 @@ class _Sharder:
         parts = self.made[v.buffer]
         if (v.start, v.width) in parts:
             return parts[v.start, v.width]
-        whole = parts[0, v.spec.width]
-        assert whole.width == v.spec.width, "a view across the parts of a sharded product"
-        return replace(whole, start=v.start, width=v.width)
+        assert v.buffer not in self.shared, "a view across the parts of a sharded product"
+        return replace(parts[0, v.spec.width], start=v.start, width=v.width)
 
-    def cut(self, w: Weight) -> Weight:
-        if w.shard == "none":
-            return w
-        if w.shard == "vocab" and any(part.rows % self.size for part in w.parts):
-            return replace(w, shard="none")
-        check_divisible(w, self.size)
-        return replace(w, ranks=self.size)
+    def layout(self, op: Op) -> _Layout | None:
+        """Return the layout of the first value that an operation reads; None if ranks do not share it."""
+        first = next(iter(op.reads().values()), None)
+        return None if first is None else self.shared.get(first.buffer)
 
     def rewrite(self, op: Op) -> None:
-        reads = {name: self.at(v) for name, v in op.reads().items()}
-        weights: dict[str, Any] = {name: tuple(map(self.cut, ws)) for name, ws in op.weights().items()}
-        for name in weights:
-            if isinstance(getattr(op, name), Weight):
-                (weights[name],) = weights[name]
-        first, old = next(iter(op.reads().items()))
+        layout = self.layout(op)
         whole = op.whole_rows or (isinstance(op, ops.Norm) and not op.head_dim)
-        if whole and any(reads[name].width != v.width for name, v in op.reads().items()):
-            self.made[op.out.buffer] = {(0, op.out.width): self.of_shared_row(op, reads[first], old)}
-            return
-        shared = (op.head_dim or old.width, reads[first].width) if isinstance(op, ops.Norm) else ()
-        if isinstance(op, ops.Norm) and op.weight is not None and weights["weight"].rows not in shared:
-            raise Unsupported("norm by head of a product that ranks share", op.weight.name, (), _ONE_RANK)
-        is_linear = isinstance(op, ops.Linear)
-        width = weights["weight"].rows if is_linear else op.out.width * reads[first].width // old.width
-        out = self.tape.new(op.out.spec.rows, width, op.out.spec.dtype)
-        others = {name: v for name, v in op.results().items() if name != "out"}
-        results = {name: self.tape.new(v.spec.rows, v.width, v.spec.dtype) for name, v in others.items()}
-        new = replace(op, out=out, **results, **reads, **weights)
+        if whole and any(v.buffer in self.shared for v in op.reads().values()):
+            self.made[op.out.buffer] = {(0, op.out.width): self.of_shared_row(op, layout)}
+        elif isinstance(op, ops.Linear):
+            self.rewrite_product(op, layout)
+        elif layout is None or isinstance(op, ops.Experts):
+            self.record(op, self.of_whole_values(op), op.out.width)
+        else:
+            first = next(iter(op.reads().values()))
+            made = _Layout(layout.unit * op.out.width // first.width, layout.heads)
+            self.record(op, self.of_shared_values(op, layout), made.axis(op.out.width).share(self.size))
+            self.shared[op.out.buffer] = made
+
+    def record(self, op: Op, fields: dict[str, Any], width: int) -> Op:
+        """Append an operation with these fields, and the collective that it needs. `width`: of its first result."""
+        reads = {name: self.at(v) for name, v in op.reads().items()}
+        results = {name: self.tape.new(v.spec.rows, v.width, v.spec.dtype) for name, v in op.results().items()}
+        results["out"] = out = self.tape.new(op.out.spec.rows, width, op.out.spec.dtype)
+        new = replace(op, **results, **reads, **fields)
         self.tape.ops.append(new)
-        kind = new.shard
-        if kind == "row" or (kind == "vocab" and isinstance(op, ops.Embed)):
+        if new.shard in ("row", "part") or (new.shard == "vocab" and isinstance(op, ops.Embed)):
             out = out.record(ops.AllReduce, x=out)
-        if kind == "vocab" and is_linear:
+        if new.shard == "vocab" and isinstance(op, ops.Linear):
             out = out.record(ops.Gather, op.out.width, x=out)
+        self.made |= {v.buffer: {(0, v.width): results[name]} for name, v in op.results().items()}
         self.made[op.out.buffer] = {(0, op.out.width): out}
-        self.made |= {v.buffer: {(0, v.width): results[name]} for name, v in others.items()}
-        if kind == "column" and isinstance(op, ops.Linear):
-            self.units[op.out.buffer] = op.weight.unit
-            self.remember_parts(op, weights["weight"], out)
+        return new
 
-    def of_shared_row(self, op: Op, x: Value, old: Value) -> Value:
-        """Return the result of an operation that needs the sums of a row that ranks share."""
-        share = old.width / (x.width * self.size)  # below 1 if ranks share heads, which then count several times
-        is_norm = type(op) is ops.Norm and not op.center and op.bias is None
-        if not is_norm and not isinstance(op, special.Sparsify):
-            what = "operation on the whole row of a product that ranks share"
-            raise Unsupported(what, type(op).__name__, (), _ONE_RANK)
-        moments = x.record(special.Moments, 2, x=x, share=share)
-        moments = moments.record(ops.AllReduce, x=moments)
-        if isinstance(op, special.Sparsify):
-            return x.record(type(op), x=x, deviations=op.deviations, moments=moments, columns=old.width)
-        assert isinstance(op, ops.Norm)
-        weight = op.weight and self.cut(replace(op.weight, shard="column", unit=self.units.get(old.buffer, 1)))
-        return x.record(special.NormOfShare, x=x, moments=moments, weight=weight, eps=op.eps, columns=old.width)
+    def rewrite_product(self, op: ops.Linear, layout: _Layout | None) -> None:
+        """Append a product. If ranks share its input, it is row-parallel."""
+        if (layout is None) == (op.weight.shard == "row"):
+            what = "product of a value that ranks share" if layout else "row-parallel product of a whole value"
+            raise Unsupported(what, op.weight.name, (), _ONE_RANK)
+        weights = {name: self.cut(w, layout) for name in ("weight", "bias") if (w := getattr(op, name)) is not None}
+        weight = weights["weight"]
+        self.record(op, weights, weight.rows)
+        if weight.shard == "column":
+            self.shared[op.out.buffer] = _Layout(weight.unit, weight.heads)
+            self.remember_parts(op, weight)
 
-    def remember_parts(self, op: ops.Linear, weight: Weight, out: Value) -> None:
-        old = new = 0
+    def remember_parts(self, op: ops.Linear, weight: Weight) -> None:
+        out, old, new = self.made[op.out.buffer][0, op.out.width], 0, 0
         for part in op.weight.parts:
             n = weight.local(part)
             self.made[op.out.buffer][old, part.rows] = replace(out, start=new, width=n)
             old, new = old + part.rows, new + n
 
+    def cut(self, w: Weight, layout: _Layout | None = None) -> Weight:
+        """Return a rank's part of a weight. `layout`: of the values that it is applied to, if ranks share them."""
+        if w.shard == "none":
+            return w
+        if layout is not None:
+            return replace(w, unit=layout.unit, heads=layout.heads, ranks=self.size)
+        heads = w.heads
+        if w.unit > 1 and not heads[1]:
+            counts = [part.rows // w.unit for part in w.parts]
+            heads = max(counts), min(counts)
+        if any(part.rows // w.unit not in heads for part in w.parts) and heads[1]:
+            raise Unsupported("product of unequal numbers of heads that ranks share", w.name, (), _ONE_RANK)
+        return replace(w, heads=heads, ranks=self.size)
 
-def check_divisible(w: Weight, size: int) -> None:
-    """Raise ArgumentError if `size` ranks cannot share `w`. Fewer heads than ranks must divide the ranks evenly."""
-    if w.shard == "row":
-        if w.columns and w.columns % size:
-            raise _indivisible(w, w.columns, 1, size)
-        return
-    for part in w.parts:
-        groups = part.rows // w.unit
-        if groups % size and (w.unit == 1 or size % groups):
-            raise _indivisible(w, groups, w.unit, size)
+    def of_whole_values(self, op: Op) -> dict[str, Any]:
+        """Return the weights of an operation on values that ranks do not share."""
+        if self.whole_experts and isinstance(op, ops.Experts):
+            return {name: experts_of_ranks(ws, self.size) for name, ws in op.weights().items()}
+        return _by_field(op, {name: tuple(map(self.cut, ws)) for name, ws in op.weights().items()})
+
+    def of_shared_values(self, op: Op, layout: _Layout) -> dict[str, Any]:
+        """Return the weights, and the slopes of ALiBi, of an operation on values that ranks share."""
+        one = _Layout(1, layout.heads)
+        if isinstance(op, ops.Attention):
+            sinks = None if op.sinks is None else self.cut(replace(op.sinks, shard="column"), one)
+            return {"sinks": sinks, "alibi": of_places(op.alibi, one.axis(len(op.alibi)), self.size)}
+        if isinstance(op, encoded.EncoderAttention | encoded.DecoderAttention):
+            return {"bias": self.cut(replace(op.bias, shard="row"), one)}
+        if isinstance(op, ops.LatentAttention):
+            return {"expand": self.cut(op.expand)}
+        if isinstance(op, ops.Norm):
+            return {name: self.of_heads(weight, op, layout) for name, (weight,) in op.weights().items()}
+        return _by_field(op, {name: tuple(self.cut(w, layout) for w in ws) for name, ws in op.weights().items()})
+
+    def of_heads(self, w: Weight, op: ops.Norm, layout: _Layout) -> Weight:
+        """Return a rank's part of the weight or bias of a norm of each head."""
+        if w.rows == op.head_dim:
+            return w  # one for all heads
+        if layout.unit != op.head_dim:
+            raise Unsupported("norm of parts of a row that ranks share", w.name, (), _ONE_RANK)
+        if len(w.parts) > 1:
+            return replace(w, shard="part", heads=layout.heads, ranks=self.size)
+        return self.cut(replace(w, shard="column"), layout)
+
+    def of_shared_row(self, op: Op, layout: _Layout | None) -> Value:
+        """Return the result of an operation that needs the sums of a row that ranks share."""
+        old = next(iter(op.reads().values()))
+        is_norm = type(op) is ops.Norm and not op.center and op.bias is None
+        if layout is None or not (is_norm or isinstance(op, special.Sparsify)):
+            what = "operation on the whole row of a product that ranks share"
+            raise Unsupported(what, type(op).__name__, (), _ONE_RANK)
+        x, axis = self.at(old), layout.axis(old.width)
+        self.shared[op.out.buffer] = layout
+        share = 1 / axis.repeated(self.size)  # because a head with several places counts several times
+        moments = x.record(special.Moments, 2, x=x, share=share)
+        moments = moments.record(ops.AllReduce, x=moments)
+        if isinstance(op, special.Sparsify):
+            return x.record(type(op), x=x, deviations=op.deviations, moments=moments, columns=old.width)
+        assert isinstance(op, ops.Norm)
+        weight = op.weight and self.cut(replace(op.weight, shard="column"), layout)
+        return x.record(special.NormOfShare, x=x, moments=moments, weight=weight, eps=op.eps, columns=old.width)
 
 
-def _indivisible(w: Weight, n: int, unit: int, size: int) -> ArgumentError:
-    what = f"{n} heads" if unit > 1 else f"{n} columns"
-    fits = ", ".join(str(k) for k in range(1, 17) if n % k == 0)
-    return ArgumentError(f"num-shard {size} does not divide the {what} of {w.name}. Counts that do: {fits}.")
+def of_places(numbers: tuple[float, ...], axis: Axis, ranks: int) -> tuple[float, ...]:
+    """Return a number for each place of all ranks, 0 where there is no head."""
+    spans = (span for rank in range(ranks) for span in axis.spans(ranks, rank)) if numbers else ()
+    return tuple(n for s in spans for n in ((0.0,) * s.size if s.empty else numbers[s.first : s.first + s.size]))
+
+
+def experts_of_ranks(weights: tuple[Weight, ...], ranks: int) -> tuple[Weight, ...]:
+    """Return the weights of a rank's experts: adjacent ones, as many on each rank, of which the last may be zeros."""
+    count = -(-len(weights) // ranks)
+
+    def of_place(place: int) -> Weight:
+        parts = tuple(part for weight in weights[place::count] for part in weight.parts)
+        return replace(weights[place], parts=parts, shard="part", unit=len(weights[place].parts), ranks=ranks)
+
+    return tuple(map(of_place, range(count)))
+
+
+def _by_field(op: Op, weights: dict[str, tuple[Weight, ...]]) -> dict[str, Any]:
+    """Return weights as the fields of an operation have them: one, or a tuple."""
+    return {name: ws[0] if isinstance(getattr(op, name), Weight) else ws for name, ws in weights.items()}

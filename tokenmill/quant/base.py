@@ -24,24 +24,30 @@ from typing import TypeVar
 import numpy as np
 
 from tokenmill.errors import ModelError
-from tokenmill.program.ops import Part, Weight
+from tokenmill.program.share import Span
+from tokenmill.program.weight import Part, Weight
 from tokenmill.quant._method import Find, Matrix, chosen, finder, stored_names
 from tokenmill.quant._unread import cure_of_missing, unread
 from tokenmill.quant.coded import Coded, Levels, dense, stack
+from tokenmill.quant.cut import Cut, cut, zeros_like
 from tokenmill.weights.checkpoint import Checkpoint, Stored, read_ahead
 from tokenmill.wire.messages import Progress
 
 __all__ = [
-    "Coded", "Levels", "Matrix", "Piece", "Reader", "check", "dense", "for_each", "load", "load_parts", "pieces_of",
-    "reader_of", "stack", "stored_names",
+    "Coded", "Levels", "Matrix", "Piece", "Reader", "check", "dense", "for_each", "load", "load_parts", "loaded",
+    "pieces_of", "reader_of", "stack", "stored_names",
 ]  # fmt: skip
 
 T = TypeVar("T")
+_ALIGNED = 256  # columns: of GGUF's superblocks, and a multiple of most methods' blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of one checkpoint tensor that one rank loads."""
+    """Part of one checkpoint tensor that one rank loads.
+
+    A method reads `rows` and `columns`. `loaded` makes of them what the rank holds, which may have zeros.
+    """
 
     name: str
     rows: slice
@@ -49,6 +55,8 @@ class Piece:
     weight: Weight
     index: int | None = None  # as in `Part`
     below: int = 0  # as in `Part`
+    zero: bool = False  # all numbers are replaced by zeros
+    cut: Cut | None = None  # columns that the rank holds of those that are read; None: all
 
     def stored(self, source: Checkpoint) -> Stored:
         """Return the tensor, or the matrix or vector of a stack, that the piece is a part of."""
@@ -82,23 +90,56 @@ def load(weight: Weight, source: Checkpoint, read: Reader, rank: int = 0) -> Cod
 
 def load_parts(weight: Weight, source: Checkpoint, read: Reader, rank: int = 0) -> list[Coded]:
     """Load the pieces of `weight` that `rank` holds, in order, and let the system read them from the disk meanwhile."""
-    loaded = [read(source, piece) for part in weight.parts for piece in pieces_of(weight, part, rank)]
-    for each in loaded:
+    parts = [loaded(source, piece, read) for piece in pieces_of(weight, rank)]
+    for each in parts:
         read_ahead(each.codes)
-    return loaded
+    return parts
 
 
-def pieces_of(weight: Weight, part: Part, rank: int) -> list[Piece]:
-    """Return the pieces of `part` that `rank` holds, in order: several if they are not adjacent in the tensor."""
-    n, first, columns = weight.local(part), 0, slice(None)
-    if weight.shard in ("column", "vocab"):
-        first = rank * part.rows // weight.ranks // n * n  # with fewer heads than ranks, ranks share a head
-    if weight.shard == "row" and weight.columns:
-        width = weight.columns // weight.ranks
-        columns = slice(rank * width, (rank + 1) * width)
-    return [Piece(part.name, rows, columns, weight, part.index, part.below) for rows in part.slices(first, n)]
+def loaded(source: Checkpoint, piece: Piece, read: Reader) -> Coded:
+    """Return what a rank holds of a piece: as `read` returns it, but cut, and with zeros in empty places."""
+    found = read(source, piece)
+    if piece.zero:
+        found = zeros_like(found)
+    return found if piece.cut is None else cut(found, piece.cut)
 
 
+def pieces_of(weight: Weight, rank: int = 0) -> list[Piece]:
+    """Return the pieces of `weight` that `rank` holds, in order.
+
+    For places that hold zeros there are pieces, too, so that all ranks hold a weight in the same form.
+    """
+    columns, of_rank = _columns(weight, rank)
+    return [
+        Piece(part.name, rows, columns, weight, part.index, part.below, span.empty, of_rank)
+        for part, span in _held(weight, rank)
+        for rows in part.slices(max(span.first, 0), span.size)
+    ]
+
+
+def _held(weight: Weight, rank: int) -> list[tuple[Part, Span]]:
+    """Return the rows of parts that a rank holds, in order."""
+    if weight.shard == "part" and weight.ranks > 1:
+        spans, parts = weight.axis(len(weight.parts)).spans(weight.ranks, rank), weight.parts
+        found = [(i, span.empty) for span in spans for i in range(max(span.first, 0), max(span.first, 0) + span.size)]
+        return [(parts[i], Span(-1 if empty else 0, parts[i].rows)) for i, empty in found]
+    if weight.shard in ("column", "vocab") and weight.ranks > 1:
+        axes = [(part, weight.axis(part.rows)) for part in weight.parts]
+        return [(part, span) for part, axis in axes for span in axis.spans(weight.ranks, rank)]
+    return [(part, Span(0, part.rows)) for part in weight.parts]
+
+
+def _columns(weight: Weight, rank: int) -> tuple[slice, Cut | None]:
+    """Return the columns that a rank reads, in whole blocks of scales, and which of them it holds."""
+    if weight.shard != "row" or not weight.columns or weight.ranks == 1:
+        return slice(None), None
+    axis = weight.axis(weight.columns)
+    spans = axis.spans(weight.ranks, rank)
+    read = [span for span in spans if not span.empty] or [Span(0, min(_ALIGNED, weight.columns))]
+    start = min(span.first for span in read) // _ALIGNED * _ALIGNED
+    stop = min(-(-max(span.first + span.size for span in read) // _ALIGNED) * _ALIGNED, weight.columns)
+    moved = tuple(span if span.empty else span._replace(first=span.first - start) for span in spans)
+    return slice(start, stop), Cut(moved, axis.step(weight.ranks), axis.padded(weight.ranks))
 def for_each(
     wanted: Sequence[Weight],
     source: Checkpoint,

@@ -155,25 +155,26 @@ class Coded:
         shared = gcd(self.block[1], start, stop if stop < self.shape[1] else start)
         if self.order is not None or (0 < shared < min(_LEAST, self.block[1])):
             return dense(self.take(rows, slice(None)).floats()[:, columns])
-        whole = self._divided(shared) if self._separates(self.block[1], start, stop) else self
+        whole = self.divided(shared) if self._separates(self.block[1], start, stop) else self
         if whole._separates(whole.group, start, stop):
-            whole = whole._unpacked()
+            whole = whole.unpacked()
         return whole._part(rows, start, stop)
 
     def _separates(self, width: int, start: int, stop: int) -> bool:
         """Return True if columns from `start` to `stop` contain a part of some `width` columns; 0: all of a row."""
         return width > 0 and (start % width > 0 or (stop % width > 0 and stop < self.shape[1]))
 
-    def _unpacked(self) -> Coded:
+    def unpacked(self) -> Coded:
         """Return the same with a code an element."""
         codes = self.codes
         if formats.packed(codes, self.format):
             codes = np.concatenate([codes & 15, codes >> np.uint8(4)], -1)
         return replace(self, codes=codes.reshape(len(codes), -1), levels=None)
 
-    def _divided(self, width: int) -> Coded:
-        """Return the same with scales of blocks of `width` columns, a divisor of the present ones."""
-        times, blocks = self.block[1] // width, -(-self.shape[1] // width)
+    def divided(self, width: int) -> Coded:
+        """Return the same with scales of blocks of `width` columns, by which the present ones can be divided."""
+        blocks = -(-self.shape[1] // width)
+        times = self.block[1] // width or blocks
 
         def repeated(numbers: NDArray[Any] | None) -> NDArray[Any] | None:
             return None if numbers is None else np.repeat(numbers, times, 1)[:, :blocks]

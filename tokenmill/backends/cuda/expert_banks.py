@@ -173,7 +173,7 @@ class _Bank:
         self.reasons: list[str] = []
         self._weights, self._dtype, self._device = weights, dtype, device
         first = weights[0]
-        self._shape = first.rows, first.columns // first.ranks if first.shard == "row" else first.columns
+        self._shape = first.rows, first.width
         whole = first.rows % ROWS == 0  # else rows of several matrices would share a group
         self._at_once = max(1, _AT_ONCE // (self._shape[0] * self._shape[1])) if whole else 1
         self._coded: CodedStack | None = None

@@ -84,7 +84,7 @@ class _Look:
 
     def at(self, weight: Weight, expert: bool = False) -> Held | None:
         """Return how a matrix is held; None if it is not quantized then. `expert`: it is one of a layer's experts."""
-        rows, columns = weight.rows, weight.columns // weight.ranks if weight.shard == "row" else weight.columns
+        rows, columns = weight.rows, weight.width
         key = (columns, weight.table, weight.exact, expert, *(self._key(part) for part in weight.parts))
         if key not in self._seen:
             self._seen[key] = self._form(weight, expert)

@@ -36,7 +36,7 @@ from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
 from tokenmill.quant import _made, none
-from tokenmill.quant.base import Coded, Piece, Reader, check, for_each, load, load_parts, pieces_of
+from tokenmill.quant.base import Coded, Piece, Reader, check, for_each, load, load_parts, loaded, pieces_of
 from tokenmill.quant.fp8 import is_made
 from tokenmill.weights.checkpoint import Checkpoint, read_ahead
 
@@ -241,7 +241,7 @@ def _stacks(program: Program, dtype: torch.dtype, device: Device) -> dict[tuple[
 def _shape(weight: Weight) -> tuple[int, ...]:
     if not weight.columns:
         return (weight.rows,)
-    return weight.rows, weight.columns // weight.ranks if weight.shard == "row" else weight.columns
+    return weight.rows, weight.width
 
 
 def _pack(
@@ -252,12 +252,12 @@ def _pack(
     if not weight.columns:
         to.copy_(to_tensor(load(weight, source, read, rank), to.dtype))
         return
-    first, pieces = 0, [] if parts else [piece for part in weight.parts for piece in pieces_of(weight, part, rank)]
+    first, pieces = 0, [] if parts else pieces_of(weight, rank)
     if weight.transposed and (columns := _columns(pieces, source, read, to.dtype)) is not None:
         ends = np.cumsum([0, *(len(range(*piece.rows.indices(columns.shape[1]))) for piece in pieces)]).tolist()
         lane.copy_transposed(columns, [(p.rows, to[ends[i] : ends[i + 1]]) for i, p in enumerate(pieces)])
         return
-    for matrix in parts or (read(source, piece) for piece in pieces):
+    for matrix in parts or (loaded(source, piece, read) for piece in pieces):
         rows = to[first : first + matrix.shape[0]]
         raw = _as_stored(matrix, to.dtype)
         if raw is not None:
@@ -272,7 +272,7 @@ def _columns(pieces: list[Piece], source: Checkpoint, read: Reader, dtype: torch
 
     A host transposes some 100 MB a second with one core, a GPU as fast as it receives them.
     """
-    if len({(piece.name, piece.index) for piece in pieces}) > 1:
+    if len({(piece.name, piece.index) for piece in pieces}) > 1 or any(p.zero or p.cut for p in pieces):
         return None
     raw = _as_stored(read(source, replace(pieces[0], rows=slice(None))), dtype)
     return raw.T if raw is not None and raw.T.flags.c_contiguous else None

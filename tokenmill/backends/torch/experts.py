@@ -54,11 +54,15 @@ def mixed(
     factors: Tensor,
     weights: dict[Weight, Tensor],
     act: Callable[[Tensor], Tensor],
+    first: int = 0,
 ) -> Tensor:
-    """Return the sum of the chosen experts' outputs. Experts that no row chose are not run."""
+    """Return the sum of the chosen experts' outputs. Experts that no row chose are not run.
+
+    `first`: id of the first expert that the rank has; it leaves out those that it has not.
+    """
     out = torch.zeros_like(x)
-    for e in sorted(set(ids.flatten().tolist())):
-        row, place = (ids == e).nonzero(as_tuple=True)
+    for e in sorted({e - first for e in ids.flatten().tolist()} & set(range(len(op.down)))):
+        row, place = (ids == e + first).nonzero(as_tuple=True)
         factor = factors[row, place, None].to(x.dtype)
         rows = x[row] * factor if op.scale_inputs else x[row]
         bias, down_bias = (weights[some[e]] if some else None for some in (op.gate_up_bias, op.down_bias))

@@ -149,7 +149,8 @@ def route(op: ops.Route, step: StepState, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def experts(op: ops.Experts, step: StepState, x: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
     """Return the sum of the chosen experts' outputs."""
-    return mixed(op, x, ids, factors, step.weights, activation(op.act))
+    first = step.group.rank * len(op.down) if op.shard == "part" else 0
+    return mixed(op, x, ids, factors, step.weights, activation(op.act), first)
 
 
 def causal_conv(op: recurrence.CausalConv, step: StepState, x: Tensor) -> Tensor:
@@ -186,8 +187,8 @@ def all_reduce(op: ops.AllReduce, step: StepState, x: Tensor) -> Tensor:
 
 
 def gather(op: ops.Gather, step: StepState, x: Tensor) -> Tensor:
-    """Return the columns of all ranks side by side."""
-    return step.group.gather(x)
+    """Return the columns of all ranks side by side, without those that are padding."""
+    return step.group.gather(x)[:, : op.out.width]
 
 
 def arg_max(op: ops.ArgMax, step: StepState, x: Tensor) -> Tensor:
