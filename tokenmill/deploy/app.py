@@ -94,6 +94,14 @@ class Ingress:
         replicas = map(HandleReplicas, handles)
         self._front = Front(dict(zip(served, replicas, strict=True)), max(one.payload_limit for one in settings))
 
+    def routing_times(self) -> list[tuple[float, float]]:
+        """Return the seconds that the last choices of a replica took, of wall time and of CPU time."""
+        return list(self._front.routing_times)
+
+    def num_continued(self) -> int:
+        """Return the number of streams that have gone on at another replica."""
+        return self._front.num_continued
+
     def __serve_build_asgi_app__(self) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
         return self._front
 
@@ -183,6 +191,7 @@ def _deployment(model: Model, cluster_has_gpus: bool) -> Any:
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
         "request_router_config": {
             "request_router_class": "tokenmill.deploy.routing:PrefixRouter",
+            "request_router_kwargs": {"at_random": model.routing == "random"},
             "request_routing_stats_period_s": _STATS_PERIOD_S,
         },
         "ray_actor_options": {"num_cpus": resources.cpus / model.nodes, "num_gpus": resources.gpus / model.nodes},

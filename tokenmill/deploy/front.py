@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -30,6 +32,7 @@ DIRECT_HEADER = b"x-tokenmill-route"
 """Request header: with the value `direct`, the answer is a redirection to the server of the chosen replica."""
 _ATTEMPTS = 4
 _PROBE_S = 5.0
+_TIMES = 4096
 _PROBES = ("/", "/health", "/ping", "/v2/health/live", "/v2/health/ready")
 _MODELS = "/v1/models/"
 _ELSEWHERE = (429, 503)  # refusals that another replica may not share
@@ -40,11 +43,14 @@ log = logging.getLogger(__name__)
 
 class Front:
     """The application. `models`: the first one is for requests that name none; `payload_limit`: bytes of a body that
-    are read, one more than the servers allow."""
+    servers accept; `routing_times`: what the last choices of a replica took, in seconds of wall time and of CPU time;
+    `num_continued`: streams that have gone on at another replica."""
 
     def __init__(self, models: Mapping[Served, Replicas], payload_limit: int) -> None:
         self._models, self._served = models, tuple(models)
         self._payload_limit = payload_limit
+        self.routing_times: deque[tuple[float, float]] = deque(maxlen=_TIMES)
+        self.num_continued = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. See ASGI."""
@@ -53,11 +59,15 @@ class Front:
         elif scope["type"] == "http":
             body = await _body(receive, self._payload_limit)
             if body is not None:
-                await _Exchange(self._models, self._served, scope, body, send).run()
+                exchange = _Exchange(self._models, self._served, scope, body, send)
+                await exchange.run()
+                self.num_continued += exchange.continued
+                if exchange.routing_s is not None:
+                    self.routing_times.append(exchange.routing_s)
 
 
 class _Exchange:
-    """One request and its answer."""
+    """One request and its answer. `continued`: it is a stream that has gone on at another replica."""
 
     def __init__(
         self, models: Mapping[Served, Replicas], served: tuple[Served, ...], scope: Scope, body: bytes, send: Send
@@ -70,6 +80,8 @@ class _Exchange:
         self._body = body
         self._dialect = failures.dialect_of(self.path)
         self._started = False
+        self.continued = False
+        self.routing_s: tuple[float, float] | None = None
 
     async def run(self) -> None:
         """Send the answer."""
@@ -99,7 +111,9 @@ class _Exchange:
 
     def _ask(self, path: str) -> Ask:
         query = f"?{self._query.decode('latin-1')}" if self._query else ""
+        begun, cpu = time.perf_counter(), time.thread_time()
         prompt, limit = prompt_and_limit(self._body) if self.method == "POST" else ("", 0)
+        self._reading_s = time.perf_counter() - begun, time.thread_time() - cpu
         return Ask(
             method=self.method, target=path + query, headers=self._headers, body=self._body,
             prompt=prompt, max_new_tokens=limit,
@@ -122,6 +136,9 @@ class _Exchange:
             try:
                 async with aclosing(replicas.send(msgspec.structs.replace(ask, exclude=tuple(tried)))) as answer:
                     head = await _head(answer)
+                    if self.method == "POST":
+                        wall, cpu = ask.progress.routing_s
+                        self.routing_s = wall + self._reading_s[0], cpu + self._reading_s[1]
                     if head.status in _ELSEWHERE and not last and head.replica not in tried:
                         tried.append(head.replica)
                         continue
@@ -168,7 +185,8 @@ class _Exchange:
                     head = await _head(answer)
                     if head.status not in (200, *_ELSEWHERE):  # this request cannot be resumed
                         break
-                    if _is_stream(head) and not await self._pass_on(answer, stream, ask.progress):
+                    self.continued = _is_stream(head)
+                    if self.continued and not await self._pass_on(answer, stream, ask.progress):
                         return
             except ReplicaLost:
                 continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,7 +32,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     `target_queue`: waiting requests of a replica. `target_ttft_s`: predicted seconds to the first token of a request
     that arrives now. `target_running`: part of the running batch's places that are taken. `up_after_s`, `down_after_s`:
     seconds for which more or fewer replicas must be wanted. `look_back_s`: seconds over which the state of replicas
-    is averaged.
+    is averaged; more than the 10 between two reports.
     """
 
     target_queue: float = 4.0
@@ -40,7 +40,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     target_running: float = 0.8
     up_after_s: float = 10.0
     down_after_s: float = 300.0
-    look_back_s: float = 10.0
+    look_back_s: float = 15.0
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,8 +49,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     `name`: as in the `model` field of requests and as the first part of their paths; "": the last part of the model's
     id. `options`: of `tokenmill serve`. `environment`: variables of the server's process, for secrets. `cpus`, `gpus`:
     of one replica; None: as its options need. `nodes`: hosts that the ranks of one replica are divided among.
-    `direct`: replicas listen on the address of their host, for clients that do not go through the proxy.
-    `recovery_s`: seconds for which a server may be unhealthy before its replica is replaced.
+    `routing`: by cached prefix and outstanding tokens, or at random, to compare with. `direct`: replicas listen on the
+    address of their host, for clients that do not go through the proxy. `recovery_s`: seconds for which a server may be
+    unhealthy before its replica is replaced.
     """
 
     name: str = ""
@@ -62,6 +63,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cpus: float | None = None
     gpus: float | None = None
     nodes: int = 1
+    routing: Literal["prefix", "random"] = "prefix"
     direct: bool = False
     recovery_s: float = 60.0
 

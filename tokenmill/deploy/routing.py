@@ -7,8 +7,8 @@ choice. Serve itself keeps draining and dead replicas away from it.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
+from random import Random
 from typing import Any, NamedTuple
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -19,10 +19,6 @@ from tokenmill.placement.prompt import prompt_of_text
 
 _CAPACITY = 1 << 17
 """Tokens of a cache whose replica has not reported any."""
-_SLOW_S = 0.002
-"""Time of a choice above which it is logged."""
-
-log = logging.getLogger(__name__)
 
 
 class _Placed(NamedTuple):
@@ -38,38 +34,39 @@ class PrefixRouter(RequestRouter):
     See `tokenmill.placement.placement`. Calls without an `Ask` go to any replica.
     """
 
-    def initialize_state(self, seed: int | None = None, random: bool = False, **_: Any) -> None:
+    def initialize_state(self, seed: int | None = None, at_random: bool = False, **_: Any) -> None:
         """Begin without replicas. Called by Serve with the router's arguments.
 
-        `seed`: of ties and draws; None: another one in each process. `random`: choose at random, to compare with.
+        `seed`: of draws; None: another one in each process. `at_random`: ignore prompts and load, to compare with.
         """
-        self._placement: Placement[str] = Placement(seed=time.time_ns() if seed is None else seed)
+        seed = time.time_ns() if seed is None else seed
+        self._placement: Placement[str] = Placement(seed=seed)
+        self._random = Random(seed)
+        self._at_random = at_random
+        self._by_name: dict[str, RunningReplica] = {}
         self._placed: dict[tuple[str, str], _Placed] = {}
         self._choices: dict[str, str] = {}  # request -> replica, until it is known that the replica took it
-        self._ignore_prompts = random
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take the replicas that run now, and the load that each has reported. Called by Serve."""
-        names = set()
-        for replica in replicas:
-            name = replica.replica_id.unique_id
-            names.add(name)
-            if name not in self._known():
-                self._placement.add(name, int(replica.replica_metadata.get("capacity") or _CAPACITY))
-                self._names.add(name)
+        placement = self._placement
+        before, self._by_name = self._by_name, {replica.replica_id.unique_id: replica for replica in replicas}
+        for gone in before.keys() - self._by_name.keys():
+            placement.remove(gone)
+        for name, replica in self._by_name.items():
+            if name not in placement:
+                placement.add(name, int(replica.replica_metadata.get("capacity") or _CAPACITY))
             stats = replica.routing_stats
             if stats:
-                self._placement.report(name, round(stats["running"] + stats["waiting"]))
-                self._placement.drain(name, not stats["up"])
-        for name in self._known() - names:
-            self._placement.remove(name)
-            self._names.discard(name)
+                placement.report(name, round(stats["running"] + stats["waiting"]))
+                placement.drain(name, not stats["up"])
         super().update_replicas(replicas)
 
-    def _known(self) -> set[str]:
-        if not hasattr(self, "_names"):
-            self._names: set[str] = set()
-        return self._names
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Forget a replica that has been found dead. Called by Serve, before its controller knows it."""
+        self._by_name.pop(replica_id.unique_id, None)
+        self._placement.remove(replica_id.unique_id)
+        super().on_replica_actor_died(replica_id)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -77,17 +74,18 @@ class PrefixRouter(RequestRouter):
         """Return the chosen replica alone, as Serve's router expects it. Called by Serve, perhaps again for the same
         request if the replica cannot take it."""
         ask = _ask_of(pending_request)
-        if pending_request is None or ask is None or self._ignore_prompts:
+        if self._at_random:
+            return [[self._random.choice(candidate_replicas)]]
+        if pending_request is None or ask is None:
             return [list(candidate_replicas)]
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.thread_time()
         request_id = pending_request.metadata.internal_request_id
         self._withdraw(request_id)
-        replica = self._place(ask, request_id, candidate_replicas)
-        if (took_s := time.perf_counter() - begun) > _SLOW_S:
-            log.info("The choice of a replica took %.1f ms", 1e3 * took_s)
+        replica = self._place(ask, request_id)
+        ask.progress.routing_s = time.perf_counter() - begun, time.thread_time() - cpu
         return [[replica]] if replica is not None else [list(candidate_replicas)]
 
-    def _place(self, ask: Ask, request_id: str, candidates: list[RunningReplica]) -> RunningReplica | None:
+    def _place(self, ask: Ask, request_id: str) -> RunningReplica | None:
         prompt = prompt_of_text(ask.prompt)
         ticket = self._placement.place(prompt, ask.max_new_tokens, ask.exclude)
         if ticket is None:
@@ -96,7 +94,7 @@ class PrefixRouter(RequestRouter):
         self._placed[ticket.replica, request_id] = _Placed(ticket, ask.progress)
         loop = asyncio.get_running_loop()
         ask.progress.on_start = lambda: _call(loop, self._placement.started, ticket)
-        return next((one for one in candidates if one.replica_id.unique_id == ticket.replica), None)
+        return self._by_name[ticket.replica]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a replica has taken a request."""
