@@ -29,7 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.peers import environments
 from bench.peers.servers import LlamaCpp, Needs, OpenVino
 from tokenmill.bench.client import Ask
-from tokenmill.config import default_cache_dir, usable_cpus
+from tokenmill.config import default_cache_dir
+from tokenmill.host import usable_cpus
 from tokenmill.llm import LLM
 from tokenmill.weights import embedded
 

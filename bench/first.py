@@ -21,7 +21,7 @@ import uvloop
 from bench.peers.servers import Http, Needs, Tokenmill
 from tokenmill.bench.client import Ask, complete
 from tokenmill.bench.load import make_prompt, percentile
-from tokenmill.config import usable_cpus
+from tokenmill.host import usable_cpus
 
 Figures = dict[str, float]
 

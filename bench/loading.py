@@ -86,7 +86,7 @@ def readers(folder: Path, files: list[Path], dtype: str) -> dict[str, Callable[[
     from tokenmill.backends.cpu.prepare import prepare
     from tokenmill.backends.cpu.threads import default_threads
     from tokenmill.backends.torch.pack import pack
-    from tokenmill.config import usable_cpus
+    from tokenmill.host import usable_cpus
     from tokenmill.models.base import program_of
     from tokenmill.parallel.group import Group
     from tokenmill.quant.base import reader_of

@@ -9,9 +9,10 @@ import pytest
 from support_slow import mostly_slow
 
 from tokenmill import options
+from tokenmill.amounts import memory_bytes
 from tokenmill.backends.cpu.backend import KV_DTYPES as CPU_KV_DTYPES
 from tokenmill.backends.cuda.prepare import ATTENTIONS, KV_DTYPES
-from tokenmill.config import Settings, memory_bytes
+from tokenmill.config import Settings
 from tokenmill.errors import ArgumentError, UsageError
 
 # TGI 3.3's launcher: option, environment variable, default (its documentation); "" and None: none.
@@ -441,3 +442,22 @@ def test_vertex_ais_port_must_be_one(port: str) -> None:
     settings = Settings.from_env({"AIP_HTTP_PORT": port})
     assert settings.port == 3000
     assert f"`AIP_HTTP_PORT={port}` has no effect" in settings.warnings[0]
+
+
+@pytest.mark.parametrize("words, most", [
+    (["--num-shard", "2"], 4), (["--data-parallel-size", "2", "--pipeline-parallel-size", "2"], 2),
+    (["--num-shard", "16"], 1), (["--num-shard", "2", "--share-devices"], 8),
+])  # fmt: skip
+def test_the_cpus_are_divided_among_all_ranks(words: list[str], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.config.usable_cpus", lambda: 8)
+    assert Settings.from_args([*words, "--cpu-threads", f"{most}"], {}).cpu_threads == most
+    with pytest.raises(ArgumentError, match=f"`cpu_threads` is {most + 1}.* Give at most {most}"):
+        Settings.from_args([*words, "--cpu-threads", f"{most + 1}"], {})
+    assert Settings.from_args(words, {"OMP_NUM_THREADS": "64"}).cpu_threads == most
+
+
+@pytest.mark.parametrize("flag", ["--pipeline-parallel-size", "--data-parallel-size", "--num-shard", "--rank-timeout"])
+def test_a_number_of_ranks_or_seconds_is_at_least_one(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        Settings.from_args([flag, "0"], {})
+    assert f"argument {flag}: 0 is too small: at least 1" in capsys.readouterr().err

@@ -26,8 +26,9 @@ import tokenmill
 from tokenmill import rundir
 from tokenmill.config import Settings
 from tokenmill.errors import AddressInUse, StartError
-from tokenmill.launcher import Restarts, readiness
 from tokenmill.listening import listen, place
+from tokenmill.ranks import Restarts
+from tokenmill.readiness import readiness
 from tokenmill.wire.control import ChildControl, ParentControl, ParentGoneError
 from tokenmill.wire.messages import Configure, Drain, EngineInfo, Failed, ModelReady, Phase, Progress
 
@@ -337,7 +338,7 @@ def test_restarts_wait_longer_and_longer_and_are_forgotten_after_ten_minutes() -
 def test_the_readiness_line_counts_requests_of_full_length() -> None:
     info = EngineInfo("m", "float32", "cpu", "torch", num_blocks=100, block_size=16, vocab_size=9, max_input_tokens=499,
                       max_total_tokens=500, max_batch_tokens=512, max_batch_size=128, num_shard=2)  # fmt: skip
-    line, curl = readiness(info, Settings.from_args(["--api-key", "secret"], {}), 1.25)
+    line, curl = readiness([info], Settings.from_args(["--api-key", "secret", "--num-shard", "2"], {}), 1.25)
     assert "m (float32, torch on cpu, 2 ranks) at http://127.0.0.1:3000" in line
     assert "holds 1,600 tokens, 3 requests of the full 500 tokens" in line
     assert "secret" not in curl
@@ -351,7 +352,7 @@ def test_the_readiness_line_counts_requests_of_full_length() -> None:
 def test_the_url_to_paste_is_one(hostname: str, url: str) -> None:
     info = EngineInfo("m", "float32", "cpu", "torch", num_blocks=100, block_size=16, vocab_size=9, max_input_tokens=499,
                       max_total_tokens=500, max_batch_tokens=512, max_batch_size=128)  # fmt: skip
-    line, curl = readiness(info, Settings.from_args(["--hostname", hostname], {}), 1.25)
+    line, curl = readiness([info], Settings.from_args(["--hostname", hostname], {}), 1.25)
     assert f" at {url};" in line
     assert f"curl {url}/v1/chat/completions " in curl
 
@@ -449,7 +450,7 @@ def pipes() -> tuple[ParentControl, Callable[[], ChildControl]]:
     return ParentControl(we_read, we_write), lambda: ChildControl(child_reads, child_writes)
 
 
-CONFIGURE = Configure(settings={"port": 1}, index=0, engine_address="a", run_dir="b")
+CONFIGURE = Configure(settings={"port": 1}, index=0, engine_addresses=("a",), run_dir="b")
 
 
 def test_a_child_waits_for_the_model_and_keeps_what_came_before() -> None:

@@ -9,13 +9,13 @@ from tokenmill import LLM
 from tokenmill.backends.kind import CPU_DEFAULTS, GPU_DEFAULTS
 from tokenmill.engine.tables import Tables
 from tokenmill.errors import NotEnoughMemory
+from tokenmill.host import available_bytes
 from tokenmill.models.base import program_of
 from tokenmill.runtime.assembly import context_weight, scheduler_of
 from tokenmill.runtime.memory import (
     CACHE_BYTES,
     DEVICE_RESERVE,
     Demand,
-    available_bytes,
     check_weights,
     count_blocks,
     count_device_blocks,
@@ -195,7 +195,7 @@ def test_limits_that_memory_cannot_hold_are_refused_with_the_cure(embedded_model
 @pytest.mark.parametrize("letter, name", [("v", "VmSize"), ("d", "VmData")])
 def test_limits_of_this_process_leave_what_it_has_not_taken(letter, name):
     code = (
-        "from tokenmill.runtime.memory import available_bytes\nfree = available_bytes()\n"
+        "from tokenmill.host import available_bytes\nfree = available_bytes()\n"
         f"taken = next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('{name}'))\n"
         "print((2_000_000 - taken) * 1024 - free)"
     )

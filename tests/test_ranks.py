@@ -56,7 +56,7 @@ class Engine:
         self.model = ModelReady(msgspec.to_builtins(local_source(folder)))
         self.children = []
         for rank in range(settings.num_shard or 1):
-            configure = Configure(settings.to_dict(), rank, self.address, str(run_dir))
+            configure = Configure(settings.to_dict(), rank, (self.address,), str(run_dir))
             child = Child(f"rank {rank}", "tokenmill.runtime.worker:main", configure, config.environment(1))
             child.control.send(self.model)
             self.children.append(child)

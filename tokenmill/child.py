@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 
 from tokenmill import logs, streams
 from tokenmill.errors import NotEnoughMemory, StartError
@@ -45,14 +46,15 @@ def main(argv: list[str]) -> int:
         return 1
     except StartError as error:
         short = isinstance(error, NotEnoughMemory) or os.strerror(errno.ENOMEM) in str(error)
-        control.send(Failed(error.variant, f"{error}{memory_limits() if short else ''}", fatal=True))
+        message = f"{error}{memory_limits() if short else ''}"
+        control.send(Failed(error.variant, message, fatal=True, at=time.monotonic()))
         return 1
     except Exception as error:
         if why := shortage(error):
-            control.send(Failed(NotEnoughMemory.variant, f"{name}: {why}", fatal=True))
+            control.send(Failed(NotEnoughMemory.variant, f"{name}: {why}", fatal=True, at=time.monotonic()))
             return 1
         logging.getLogger(__name__).exception("%s ends after an error that nobody expected", name)
-        control.send(Failed("ShardFailed", f"{type(error).__name__}: {error}", fatal=False))
+        control.send(Failed("ShardFailed", f"{type(error).__name__}: {error}", fatal=False, at=time.monotonic()))
         return 1
     return 0
 

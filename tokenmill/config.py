@@ -6,6 +6,7 @@ An option that is not implemented yet is parsed and refused with a message, neve
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Annotated, Any
 import msgspec
 
 from tokenmill import options, surroundings
+from tokenmill.amounts import graph_sizes, memory_bytes
 from tokenmill.errors import ArgumentError
+from tokenmill.host import usable_cpus
 from tokenmill.options import Option
 
 _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
@@ -33,6 +36,7 @@ WITHOUT_EFFECT = {
          "ROCM_USE_CUSTOM_PAGED_ATTN", "ROCM_USE_SKINNY_GEMM"), "there are no such kernels."),
 }  # fmt: skip
 """Variables of TGI that are not options of its launcher -> the reason why they have no effect here"""
+_MOST_RANKS = 1024
 _LOCAL = "ranks meet in a private folder of this machine, not at an address."
 
 
@@ -69,7 +73,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Devices
     sharded: Annotated[bool | None, Option("Split the model over the devices.")] = None
-    num_shard: Annotated[int | None, Option("Ranks that share the model.", at_least=1)] = None
+    num_shard: Annotated[int | None, Option("Ranks that share each layer of the model (tensor parallel).", at_least=1,
+                                            at_most=_MOST_RANKS)] = None
     cuda_graphs: Annotated[str, Option(
         "Batch sizes to capture as CUDA graphs, as 1,2,4; 0: none. Default: up to the largest batch.")] = ""
     cuda_memory_fraction: Annotated[float, Option(
@@ -153,6 +158,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     offline: Annotated[bool, Option("Use the cache only, never the network.", env="HF_HUB_OFFLINE")] = False
 
     # Additional options
+    pipeline_parallel_size: Annotated[int, Option(
+        "Stages that the layers are divided into; each has --num-shard ranks.", at_least=1, at_most=_MOST_RANKS,
+        env="TOKENMILL_PIPELINE_PARALLEL_SIZE")] = 1
+    data_parallel_size: Annotated[int, Option(
+        "Engines behind this server, each with the whole model and ranks of its own.", at_least=1, at_most=_MOST_RANKS,
+        env="TOKENMILL_DATA_PARALLEL_SIZE")] = 1
+    rank_timeout: Annotated[float, Option("Seconds in which every rank of an engine must have joined it.", at_least=1,
+                                          env="TOKENMILL_RANK_TIMEOUT")] = 600.0
+    share_devices: Annotated[bool, Option("Let several ranks compute on one GPU or CPU: for tests.",
+                                          env="TOKENMILL_SHARE_DEVICES")] = False
     device: Annotated[str, Option("Where to compute.", choices=("auto", "cpu", "cuda"),
                                   env="TOKENMILL_DEVICE")] = "auto"
     backend: Annotated[str, Option("Who computes.", choices=("auto", "cpu", "cuda", "torch", "transformers"),
@@ -203,6 +218,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
     @property
+    def ranks_per_engine(self) -> int:
+        """Ranks of one engine: those of all its stages."""
+        return (self.num_shard or 1) * self.pipeline_parallel_size
+
+    @property
     def max_batch_tokens(self) -> int | None:
         """Token budget of a step, TGI's --max-batch-prefill-tokens; None if not given."""
         return self.max_batch_prefill_tokens
@@ -248,7 +268,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if "cpu_threads" in values:
             variable = surroundings.stripped(environ.get("TOKENMILL_CPU_THREADS", ""))
             said = hasattr(namespace, "cpu_threads") or bool(variable)
-            values["cpu_threads"] = _cpu_threads(values["cpu_threads"], said, warnings)
+            ranks = 1 if values.get("share_devices") else _ranks(values)
+            values["cpu_threads"] = _cpu_threads(values["cpu_threads"], ranks, said, warnings)
         return _checked(cls(**{**values, "warnings": tuple(warnings)}))
 
     @classmethod
@@ -330,17 +351,28 @@ def _mended() -> list[str]:
         raise ArgumentError(f"{error.strerror}. Set TMPDIR to a folder that this user may write to.") from None
 
 
-def _cpu_threads(wanted: int, said: bool, warnings: list[str]) -> int:
-    """Limit `wanted` threads to the usable CPUs. `said`: True if set for this program, False if by OMP_NUM_THREADS."""
-    most = usable_cpus()
+def _ranks(values: Mapping[str, Any]) -> int:
+    """Return the number of ranks of all engines."""
+    sizes = [values.get(name) or 1 for name in ("num_shard", "pipeline_parallel_size", "data_parallel_size")]
+    return math.prod(sizes)
+
+
+def _cpu_threads(wanted: int, ranks: int, said: bool, warnings: list[str]) -> int:
+    """Limit `wanted` threads of each rank to its part of the usable CPUs.
+
+    `said`: True if set for this program, False if by OMP_NUM_THREADS.
+    """
+    cpus = usable_cpus()
+    most = max(1, cpus // ranks)
     if wanted <= most:
         return wanted
+    each = f" for each of {ranks} ranks" if ranks > 1 else ""
     if said:
         raise ArgumentError(
-            f"`cpu_threads` is {wanted}, but this process may use {most} CPUs (its affinity and its control group's "
-            f"quota): more threads would wait for each other. Give at most {most}, or leave the option out."
+            f"`cpu_threads` is {wanted}{each}, but this process may use {cpus} CPUs (its affinity and its control "
+            f"group's quota): more threads would wait for each other. Give at most {most}, or leave the option out."
         )
-    warnings.append(f"OMP_NUM_THREADS is {wanted}, but this process may use {most} CPUs: {most} threads compute.")
+    warnings.append(f"OMP_NUM_THREADS is {wanted}{each}, but this process may use {cpus} CPUs: {most} threads compute.")
     return most
 
 
@@ -352,30 +384,6 @@ def _num_shard(settings: Settings) -> int:
     return given or 1
 
 
-def memory_bytes(text: str) -> int | None:
-    """Parse a number of bytes: "8GiB", "500MB" or "1073741824"; None for "". Raises ArgumentError."""
-    if not text:
-        return None
-    number = text.rstrip("BbIiKkMmGgTt ")
-    unit = text[len(number) :].strip().lower().removesuffix("b")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-    try:
-        value = int(float(number) * scale[unit])
-    except (KeyError, ValueError):
-        value = 0
-    if value <= 0:
-        raise ArgumentError(f"`memory_limit` {text!r} is not an amount of memory; write for example 8GiB or 500MB.")
-    return value
-
-
-def graph_sizes(text: str) -> tuple[int, ...] | None:
-    """Parse batch sizes such as "1,2,4"; empty for "0", None for "". Raises ArgumentError."""
-    if not text:
-        return None
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() and len(word) < 6 for word in words):
-        raise ArgumentError(f"`cuda_graphs` {text!r} is no list of batch sizes; write for example 1,2,4,8, or 0.")
-    return tuple(sorted({int(word) for word in words} - {0}))
 
 
 def default_cache_dir() -> str:
@@ -386,15 +394,3 @@ def default_cache_dir() -> str:
 def environment(threads: int) -> dict[str, str]:
     """Return the environment for a child with `threads` compute threads, which libraries read on import."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def usable_cpus() -> int:
-    """Return the number of CPUs that this process may use: its affinity, limited by the cgroup's quota. At least 1."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup, or a quota of "max"
-    return max(1, count)

@@ -10,6 +10,7 @@ TokenmillError
 │   ├── Unsupported            unknown name of a model type, a quantization or an operation
 │   ├── MissingPackage         a requested feature needs a package that is not installed
 │   ├── NotEnoughMemory        the model or its cache does not fit
+│   ├── NotEnoughDevices       there are fewer devices than ranks
 │   └── AddressInUse           the port is taken
 ├── OutOfMemory                a step ran out of device memory; the engine retries with a smaller one
 └── RequestError               one request cannot be served; others are not affected
@@ -105,6 +106,12 @@ class NotEnoughMemory(StartError):
     """The model, or one request of the maximum length, does not fit. The message has both numbers."""
 
     variant = "ShardCannotStart"
+
+
+class NotEnoughDevices(StartError):
+    """There are fewer devices than ranks. The message has both numbers."""
+
+    variant = "NotEnoughCUDADevices"  # TGI's name
 
 
 class AddressInUse(StartError):

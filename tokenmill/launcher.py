@@ -2,7 +2,8 @@
 
     supervisor ─┬─ HTTP worker 0 … W-1   server/worker.py    the port answers at once; /health reports the phase
                 ├─ fetching child        fetch.py            only if the model is not on disk
-                └─ engine rank 0 … N-1   runtime/worker.py   waits for the model, loads it
+                └─ engine 0 … E-1        ranks.py            several with --data-parallel-size
+                   └─ rank 0 … N-1       runtime/worker.py   waits for the model, loads it
 
 Invariant: it imports neither torch nor an HTTP server, and holds no requests. Its loop waits for one of four events: a
 message of a child, the end of a child, a signal, or the time of a planned start.
@@ -19,8 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 
@@ -28,16 +27,16 @@ from tokenmill import config, fetch, logs, streams
 from tokenmill.config import Settings
 from tokenmill.errors import StartError
 from tokenmill.extras import need_opentelemetry
-from tokenmill.listening import listen, place
+from tokenmill.listening import listen
 from tokenmill.process import Child
 from tokenmill.progress import Display, display
+from tokenmill.ranks import MOST_DELAY_S, Ranks, Restarts, engine_address, group_info, memory_share
+from tokenmill.readiness import announce, readiness
 from tokenmill.rundir import run_dir
 from tokenmill.surroundings import raise_open_files, shortage
-from tokenmill.wire.messages import Configure, Drain, Drained, EngineInfo, ModelReady, Phase, Progress, Ready, ToChild
+from tokenmill.wire.messages import Configure, Drain, Drained, ModelReady, Phase, Progress, Ready, ToChild
 
-SERVER, ENGINE, FETCH = "tokenmill.server.worker:main", "tokenmill.runtime.worker:main", "tokenmill.fetch:main"
-RESTART_WINDOW_S = 600.0
-"""Period over which restarts are counted. Earlier ones do not count."""
+SERVER, FETCH = "tokenmill.server.worker:main", "tokenmill.fetch:main"
 STOP_S = 5.0
 """Time for a child to end after `Stop`, or after its time to drain is over."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -53,19 +52,6 @@ class ServerFailed(StartError):
         self.variant = variant
 
 
-@dataclass
-class Restarts:
-    """Recent deaths of a process, and the delay before its restart: 1, 2, 4 … 60 seconds."""
-
-    allowed: int
-    times: list[float] = field(default_factory=list)
-
-    def delay(self, now: float) -> float | None:
-        """Record a death at `now` and return the delay in seconds; None if there were too many deaths."""
-        self.times = [time for time in self.times if now - time < RESTART_WINDOW_S] + [now]
-        return None if len(self.times) > self.allowed else min(60.0, 2.0 ** (len(self.times) - 1))
-
-
 class Supervisor:
     """One server, from its start to its end. Call `run` once, from the main thread; it blocks."""
 
@@ -74,14 +60,14 @@ class Supervisor:
         self.settings = msgspec.structs.replace(settings, port=port)
         self.listener, self.run_dir, self.screen = listener, run_dir, screen
         self.workers: dict[int, Child] = {}
-        self.ranks: dict[int, Child] = {}
+        memory = memory_share(self.settings)
+        self.engines = [Ranks(engine, self.settings, run_dir, memory) for engine in range(settings.data_parallel_size)]
         self.fetcher: Child | None = None
         self.model: ModelReady | None = None
-        self.info: EngineInfo | None = None
         self.phase = Phase("starting")
-        self.generation = 0  # number of restarts of the engine
-        self.planned: list[tuple[float, str, int]] = []  # starts: monotonic time, "worker" or "engine", index
-        self.restarts: dict[str, Restarts] = {}
+        self.has_been_ready = False  # with all engines
+        self.planned: list[tuple[float, int | Ranks]] = []  # starts: monotonic time; HTTP worker or engine
+        self.restarts: dict[int, Restarts] = {}  # of HTTP workers
         self.began = time.monotonic()
         self.signals = 0
         self.stop_by = float("inf")  # deadline of draining, after which processes are killed; inf: not draining
@@ -104,7 +90,8 @@ class Supervisor:
     def _start(self) -> None:
         for index in range(self.settings.http_workers):
             self._start_worker(index)
-        self._start_engine()
+        for ranks in self.engines:
+            ranks.start(self.model)
         source = fetch.on_disk(self.settings)
         if source is not None:
             self._model_is_here(ModelReady(msgspec.to_builtins(source)))
@@ -113,10 +100,9 @@ class Supervisor:
             self.fetcher = Child("fetch", FETCH, self._configure(0), config.environment(1))
 
     def _configure(self, index: int) -> Configure:
-        return Configure(
-            settings=self.settings.to_dict(), index=index, engine_address=str(Path(self.run_dir) / "engine.sock"),
-            run_dir=self.run_dir, generation=self.generation, listen_fd=self.listener.fileno(),
-        )  # fmt: skip
+        addresses = tuple(engine_address(self.run_dir, ranks.engine) for ranks in self.engines)
+        return Configure(settings=self.settings.to_dict(), index=index, engine_addresses=addresses,
+                         run_dir=self.run_dir, listen_fd=self.listener.fileno())  # fmt: skip
 
     def _start_worker(self, index: int) -> None:
         fd = self.listener.fileno()
@@ -126,31 +112,29 @@ class Supervisor:
             if message is not None:
                 child.control.send(message)
 
-    def _start_engine(self) -> None:
-        size = self.settings.num_shard or 1
-        environment = config.environment(self.settings.cpu_threads or max(1, config.usable_cpus() // size))
-        for rank in range(size):
-            self.ranks[rank] = Child(f"engine rank {rank}", ENGINE, self._configure(rank), environment)
-            if self.model is not None:
-                self.ranks[rank].control.send(self.model)
-
     def _model_is_here(self, message: ModelReady) -> None:
         self.model = message
         source = message.source
         revision = f" at {source['revision'][:12]}" if source.get("revision") else ""
         self.screen.line(f"Model {source['model_id']}{revision}: {source['path']} ({source['format']})")
-        self._tell([*self.workers.values(), *self.ranks.values()], message)
+        self._tell([*self.workers.values(), *self._ranks()], message)
         self._set_phase(Phase("load"))
 
     # Watching
 
     def _children(self) -> list[Child]:
-        return [*self.workers.values(), *self.ranks.values(), *([self.fetcher] if self.fetcher else [])]
+        return [*self.workers.values(), *self._ranks(), *([self.fetcher] if self.fetcher else [])]
+
+    def _ranks(self) -> list[Child]:
+        return [child for ranks in self.engines for child in ranks.children.values()]
+
+    def _engine_of(self, child: Child) -> Ranks | None:
+        return next((ranks for ranks in self.engines if child in ranks.children.values()), None)
 
     def _wait(self, wakeup: socket.socket) -> None:
         """Block until a message, the end of a child, a signal or a planned start, for a second at most."""
         now = time.monotonic()
-        until = min([now + 1.0, self.stop_by, *(moment for moment, _, _ in self.planned)])
+        until = min([now + 1.0, self.stop_by, *(moment for moment, _ in self.planned)])
         with selectors.DefaultSelector() as selector:
             selector.register(wakeup, selectors.EVENT_READ)
             for child in self._children():
@@ -184,9 +168,12 @@ class Supervisor:
             self._drain()
 
     def _hear(self, child: Child, message: object) -> None:
+        ranks = self._engine_of(child)
         if isinstance(message, Progress):
-            if child is self.fetcher or child is self.ranks.get(0):
+            if ranks is None:
                 self._show(message)
+            elif child is ranks.children[min(ranks.children)]:
+                self._progress(ranks, message)
         elif isinstance(message, ModelReady):
             _log.info("Successfully downloaded weights for %s", message.source["model_id"])  # TGI's log line
             self._model_is_here(message)
@@ -194,26 +181,37 @@ class Supervisor:
             child.drained = True
         elif isinstance(message, Ready):
             child.ready = True
-            self.info = message.info or self.info
-            if child.name.startswith("engine") and all(rank.ready for rank in self.ranks.values()):
-                self._engine_is_ready()
+            if ranks is not None:
+                ranks.info = message.info or ranks.info
+                if ranks.ready:
+                    self._engine_is_ready(ranks)
+
+    def _progress(self, ranks: Ranks, progress: Progress) -> None:
+        """Show the progress of the first engine that is not ready, unless others serve after its restart."""
+        starting = [other for other in self.engines if not other.ready]
+        if ranks is starting[0] and not (self.has_been_ready and len(starting) < len(self.engines)):
+            self._show(progress)
 
     def _show(self, progress: Progress) -> None:
-        if self.generation == 0:
+        if not self.has_been_ready:
             name = self.model.source["model_id"] if self.model else ""
             self.screen.progress(msgspec.structs.replace(progress, detail=progress.detail or name))
         percent = 100 * progress.done // progress.total if progress.total else -1
         if (progress.phase, percent) != (self.phase.name, self.phase.percent):
             self._set_phase(Phase(progress.phase, percent))
 
-    def _engine_is_ready(self) -> None:
-        self._set_phase(Phase("ready"))
-        self.screen.close()
-        if self.generation:
-            self.screen.line(f"The engine is ready again after {self.generation} restart(s).")
-        elif self.info is not None:
-            announce(self.info, self.settings)
-            for line in readiness(self.info, self.settings, time.monotonic() - self.began):
+    def _engine_is_ready(self, ranks: Ranks) -> None:
+        if ranks.generation:
+            self.screen.line(f"The {ranks.name} is ready again after {ranks.generation} restart(s).")
+        if self.has_been_ready:
+            self._set_phase(Phase("ready"))
+        elif all(other.ready for other in self.engines):
+            self.has_been_ready = True
+            self._set_phase(Phase("ready"))
+            self.screen.close()
+            infos = group_info(self.engines)
+            announce(infos, self.settings)
+            for line in readiness(infos, self.settings, time.monotonic() - self.began):
                 self.screen.line(line)
 
     def _set_phase(self, phase: Phase) -> None:
@@ -237,42 +235,58 @@ class Supervisor:
             self.fetcher = None
             if self.model is None and not self.draining:
                 raise _failure(child, "DownloadError")
-        elif child in self.workers.values():
+        elif (ranks := self._engine_of(child)) is not None:
+            self._restart_engine(ranks, ranks.end(child))
+        else:
             index = next(index for index, worker in self.workers.items() if worker is child)
             del self.workers[index]
-            self._succeed(child, "worker", index, "WebserverFailed")
-        elif child in self.ranks.values():
-            for rank in self.ranks.values():
-                rank.kill()  # the other ranks wait in a collective for the dead one
-            self.ranks.clear()
-            self._succeed(child, "engine", 0, "ShardFailed")
+            self._restart_worker(index, child)
 
-    def _succeed(self, child: Child, what: str, index: int, variant: str) -> None:
-        if self.draining:
+    def _restart_worker(self, index: int, child: Child) -> None:
+        starting = not self.has_been_ready or (not child.ready and index not in self.restarts)
+        restarts = self.restarts.setdefault(index, Restarts(self.settings.max_engine_restarts))
+        if (delay := self._delay(child, restarts, starting, "WebserverFailed")) is not None:
+            _log.error("The %s has died (%s); it is started again in %g s", child.name, child.how_it_ended(), delay)
+            self.planned.append((time.monotonic() + delay, index))
+
+    def _restart_engine(self, ranks: Ranks, child: Child) -> None:
+        """Plan the restart of an engine, of which `child` was the first to die. Others go on."""
+        others = any(other.ready for other in self.engines)
+        delay = self._delay(child, ranks.restarts, ranks.info is None, "ShardFailed", forever=others)
+        if delay is None:
             return
-        key = f"{what} {index}"
-        starting = self.info is None or (what == "worker" and not child.ready and key not in self.restarts)
+        again = "it is started again" if ranks.alone else f"the {ranks.name} is started again"
+        _log.error("The %s has died (%s); %s in %g s", child.name, child.how_it_ended(), again, delay)
+        self.planned.append((time.monotonic() + delay, ranks))
+        if not others:
+            self._set_phase(Phase("restarting"))
+
+    def _delay(
+        self, child: Child, restarts: Restarts, starting: bool, variant: str, *, forever: bool = False
+    ) -> float | None:
+        """Record the death of a child and return the delay before its restart in seconds; None while draining.
+
+        `starting`: True if it has never been ready. `forever`: True if too many deaths do not end the server. Raise
+        ServerFailed if a restart would not help.
+        """
+        if self.draining:
+            return None
         if child.failure is not None and child.failure.fatal and starting:
             raise _failure(child, variant)
-        now = time.monotonic()
-        delay = self.restarts.setdefault(key, Restarts(self.settings.max_engine_restarts)).delay(now)
-        if delay is None:
+        delay = restarts.delay(time.monotonic())
+        if delay is None and not forever:
             raise _failure(child, variant)
-        _log.error("The %s has died (%s); it is started again in %g s", child.name, child.how_it_ended(), delay)
-        self.planned.append((now + delay, what, index))
-        if what == "engine":
-            self._set_phase(Phase("restarting"))
+        return MOST_DELAY_S if delay is None else delay
 
     def _start_planned(self) -> None:
         now = time.monotonic()
-        due = [(what, index) for moment, what, index in self.planned if moment <= now]
+        due = [what for moment, what in self.planned if moment <= now]
         self.planned = [plan for plan in self.planned if plan[0] > now]
-        for what, index in due:
-            if what == "worker":
-                self._start_worker(index)
+        for what in due:
+            if isinstance(what, Ranks):
+                what.restart(self.model)
             else:
-                self.generation += 1
-                self._start_engine()
+                self._start_worker(what)
 
     # Stopping
 
@@ -285,13 +299,17 @@ class Supervisor:
         """Let running requests finish; stop at once if the engine is not ready, because there are none."""
         self.planned.clear()
         self.screen.close()
-        timeout = float(self.settings.graceful_termination_timeout) if self.info is not None and self.ranks else 0.0
+        timeout = float(self.settings.graceful_termination_timeout) if self._serves() else 0.0
         self.stop_by = time.monotonic() + timeout + (STOP_S if timeout else 0.0)
         if timeout:
             self.screen.line(f"Stopping: running requests have {timeout:g} s to finish; a second signal ends them.")
             self._tell(list(self.workers.values()), Drain(timeout))
         else:
             self.screen.line("Stopping.")
+
+    def _serves(self) -> bool:
+        """Return True if there may be requests."""
+        return any(ranks.info is not None and ranks.children for ranks in self.engines)
 
     def _stopped(self) -> bool:
         finished = all(worker.drained for worker in self.workers.values())
@@ -336,34 +354,6 @@ def _wakeup() -> Iterator[socket.socket]:
         signal.set_wakeup_fd(old_fd)
         ours.close()
         signals.close()
-
-
-def readiness(info: EngineInfo, settings: Settings, took_s: float) -> list[str]:
-    """Return the lines that name the model, its address, and a command to try it."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.hostname, settings.hostname)
-    url = f"http://{place(host, settings.port)}"
-    ranks = f", {info.num_shard} ranks" if info.num_shard > 1 else ""
-    full = info.capacity // max(info.max_total_tokens, 1)
-    key = ' -H "Authorization: Bearer $API_KEY"' if settings.api_key else ""
-    return [
-        f"Ready in {took_s:.1f} s: {info.model_id} ({info.dtype}, {info.backend} on {info.device}{ranks}) at {url}; "
-        f"the KV cache holds {info.capacity:,} tokens, {full} request{'s' if full != 1 else ''} of the full "
-        f"{info.max_total_tokens:,} tokens.",
-        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
-        """    -d '{"temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]}'""",
-    ]
-
-
-def announce(info: EngineInfo, settings: Settings) -> None:
-    """Log the lines that scripts wait for in TGI's log."""
-    if info.revision:
-        _log.info("Serving revision %s of model %s", info.revision, info.model_id)
-    _log.info("Setting max batch total tokens to %d", info.capacity)
-    if settings.max_total_tokens is None:
-        _log.info("Maximum total tokens defaulted to %d", info.max_total_tokens)
-    if settings.max_input_tokens is None:
-        _log.info("Maximum input tokens defaulted to %d", info.max_input_tokens)
-    _log.info("Connected")
 
 
 def serve(settings: Settings, environment: str = "") -> int:

@@ -15,7 +15,7 @@ from tokenmill.errors import StartError
 
 _PREFIX, _LOCK = "tokenmill-", "lock"
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
-_PROBE = "probe.socket"  # longer than the names of the sockets in the folder
+_PROBE = "probe-of-a-socket"  # longer than the names of the sockets in the folder
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ import psutil
 
 from bench.peers import environments, rows, tables
 from bench.peers.servers import LlamaCpp, OpenVino, Server, Tokenmill
-from tokenmill.config import default_cache_dir, usable_cpus
+from tokenmill.config import default_cache_dir
+from tokenmill.host import usable_cpus
 from tokenmill.weights import embedded
 from tokenmill.weights.source import ModelSource, local_source
 

@@ -34,11 +34,15 @@ class BackendOptions:
     attention: str = ""  # the user's name, or TGI's
     cpu_isa: str = ""
     cpu_threads: int | None = None
-    cpus: int = 1  # that this process may use
+    cpus: int = 1  # that this rank may use
     kernel_cache: str = ""  # folder; "": in the user's cache
     cuda_graphs: tuple[int, ...] | None = None  # batch sizes
     cuda_memory_fraction: float = 1.0  # of the device's memory
     trust_remote_code: bool = False  # Python code of a model's folder may be run
+    device_index: int = 0  # of this rank's device, among those that this process sees
+    local_ranks: int = 1  # ranks of all engines on this machine
+    device_sharers: int = 1  # ranks that compute on this rank's device, at most
+    share_devices: bool = False  # ranks may share devices and CPUs, for tests
 
 
 class Placement(NamedTuple):
@@ -141,6 +145,9 @@ class Kind(Protocol):
 
         Raise ModelError if the checkpoint lacks a weight or has one of another shape.
         """
+
+    def num_devices(self, device: str) -> int | None:
+        """Return the number of devices that this process sees, of which each rank takes one; None for the host."""
 
     def room(self, options: BackendOptions, device: str) -> int | None:
         """Return the bytes of the device's memory that may still be taken; None where that is the host's memory."""

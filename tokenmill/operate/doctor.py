@@ -19,21 +19,24 @@ import psutil
 
 import tokenmill
 from tokenmill import fetch
+from tokenmill.amounts import memory_bytes
 from tokenmill.backends.accounts import forms_of_weights, stored_dtype
 from tokenmill.backends.kind import BackendOptions
-from tokenmill.config import Settings, memory_bytes
+from tokenmill.config import Settings
 from tokenmill.errors import DownloadError, StartError
 from tokenmill.extras import has_torch
+from tokenmill.host import available_bytes
 from tokenmill.models.base import Programs
 from tokenmill.operate.env import cpu_name
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import measure_weights
 from tokenmill.runtime.choice import choose
-from tokenmill.runtime.memory import available_bytes, size
+from tokenmill.runtime.memory import size
 from tokenmill.runtime.programs import programs_for
 from tokenmill.runtime.worker import backend_options
 from tokenmill.weights.checkpoint import Checkpoint, model_config, open_checkpoint
 from tokenmill.weights.source import ModelSource
+from tokenmill.wire.messages import Place
 
 Verdict = Literal["ok", "note", "bad"]
 
@@ -125,7 +128,7 @@ def _backend(settings: Settings) -> Finding:
     if source is None:
         return Finding("backend", "note", "is chosen when the model is here")
     checkpoint = open_checkpoint(source)
-    options = backend_options(settings)
+    options = backend_options(settings, Place(ranks=settings.ranks_per_engine * settings.data_parallel_size))
     programs = programs_for(checkpoint, options)
     try:
         choice = choose(programs.decoder, options, settings.block_size, settings.num_shard or 1)

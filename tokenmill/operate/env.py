@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 import tokenmill
-from tokenmill.config import usable_cpus
+from tokenmill.host import usable_cpus
 
 _PACKAGES = ("numba", "llvmlite", "numpy", "torch", "msgspec", "tokenizers", "safetensors", "huggingface_hub",
              "starlette", "uvicorn", "transformers")  # fmt: skip

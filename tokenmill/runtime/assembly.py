@@ -7,6 +7,7 @@ reported in `EngineInfo`.
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.tables import Tables
 from tokenmill.errors import NotEnoughMemory
+from tokenmill.host import available_bytes
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import Load, cost, state_layout, weights_of
 from tokenmill.program.encoded import encodes
@@ -35,7 +37,6 @@ from tokenmill.runtime.constraints import Constraints
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.memory import (
     Demand,
-    available_bytes,
     check_weights,
     count_blocks,
     count_device_blocks,
@@ -68,6 +69,7 @@ class EngineOptions:
     max_total_tokens: int | None = None
     grammars: bool = False  # False: requests with a grammar are refused
     memory_limit: int | None = None  # bytes of weights, step and cache together, over all ranks of this machine
+    host_memory: int | None = None  # bytes of the host's memory for this engine, before it loads; None: what is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +98,12 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
     programs = programs_for(checkpoint, backend_options)
     program = programs.decoder
     choice = choose(program, backend_options, options.block_size, group.size)
-    defaults = choice.kind.defaults(choice.device)
-    length = lengths.of_model(programs.config)
+    defaults, length = choice.kind.defaults(choice.device), lengths.of_model(programs.config)
     longest = lengths.longest(source, length, options.max_total_tokens)
     lengths.max_input_tokens(options.max_input_tokens, longest, length)  # fail before minutes of loading
-    dtype, needed = measure_weights(choice, programs, checkpoint, backend_options, options.memory_limit)
-    free = free_bytes(choice, backend_options) if options.memory_limit is None else options.memory_limit
+    share, limit = options.host_memory, options.memory_limit
+    dtype, needed = measure_weights(choice, programs, checkpoint, backend_options, limit, share)
+    free = free_bytes(choice, backend_options, share) if limit is None else limit
     limits = _limits(defaults, options, longest, slot_bytes(program, dtype, group.size), free - needed)
     read = reader_of(checkpoint, backend_options.quantize)
     job = Job(program, checkpoint, read, limits, group, backend_options, choice.placement, dtype, report)
@@ -206,23 +208,29 @@ def slot_bytes(program: Program, dtype: str, ranks: int) -> int:
 
 
 def measure_weights(
-    choice: Choice, programs: Programs, checkpoint: Checkpoint, options: BackendOptions, memory_limit: int | None
-) -> tuple[str, int]:
+    choice: Choice, programs: Programs, checkpoint: Checkpoint, options: BackendOptions, memory_limit: int | None,
+    share: int | None = None,
+) -> tuple[str, int]:  # fmt: skip
     """Return the dtype to compute in, and the bytes of all weights in the backend's format. Reads no weight.
+
+    `share`: see `free_bytes`.
 
     Log tensors that the model does not read. Raise ModelError as `Kind.weight_bytes`, and NotEnoughMemory.
     """
     dtype = choice.kind.dtype(stored_dtype(programs.config.dtype, checkpoint), options.dtype)
     needed = choice.kind.weight_bytes(programs.decoder, checkpoint, dtype, options.quantize)
     warn_of_unread(weights_of(programs.decoder), checkpoint)
-    check_weights(needed, free_bytes(choice, options), memory_limit)
+    check_weights(needed, free_bytes(choice, options, share), memory_limit)
     return dtype, needed
 
 
-def free_bytes(choice: Choice, options: BackendOptions) -> int:
-    """Return the free bytes of the memory in which weights and cache will be."""
+def free_bytes(choice: Choice, options: BackendOptions, share: int | None = None) -> int:
+    """Return the free bytes of the memory in which weights and cache will be.
+
+    `share`: bytes of the host's memory that the engine may take; None: all that are free.
+    """
     free = choice.kind.room(options, choice.device)
-    return available_bytes() if free is None else free
+    return free if free is not None else min(available_bytes(), share or sys.maxsize)
 
 
 def _allocate(
@@ -244,6 +252,8 @@ def _allocate(
     if choice.kind.defaults(choice.device).owns_memory:
         num_blocks = count_device_blocks(demand, free, weight_bytes, limit)
     else:
+        if options.host_memory is not None:  # other engines take theirs
+            free = min(free, options.host_memory - weight_bytes * group.size)
         num_blocks = count_blocks(demand, free // group.size, weight_bytes, limit, group.size)
     num_blocks = group.minimum(num_blocks)
     backend.allocate(num_blocks)

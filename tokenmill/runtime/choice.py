@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from tokenmill import plugins
 from tokenmill.backends.base import Backend
 from tokenmill.backends.kind import BackendOptions, Job, Kind, Placement
-from tokenmill.errors import ArgumentError, Unsupported
+from tokenmill.errors import ArgumentError, NotEnoughDevices, Unsupported
+from tokenmill.host import usable_cpus
 from tokenmill.program.foreign import body_of
 from tokenmill.program.value import Program
 
@@ -62,6 +63,7 @@ def choose(program: Program, options: BackendOptions, block_size: int, ranks: in
             continue
         why = kind.refusal(program, options, placement)
         if not why:
+            check_ranks(options, kind.num_devices(placement.device))
             kind.check(options, placement, reason)
             return Choice(kind, placement, "" if body_of(program) else reason)  # only one kind is for such a program
         if options.backend == kind.name:
@@ -70,6 +72,32 @@ def choose(program: Program, options: BackendOptions, block_size: int, ranks: in
             raise Unsupported("backend", kind.name, able, f"It cannot serve this: {why}.")
         reason = reason or why
     raise Unsupported("backend", options.backend, [kind.name for kind in kinds()])
+
+
+def num_devices() -> int:
+    """Return the number of devices that this process sees, besides the host; 0 if there are none."""
+    return max((kind.num_devices(device) or 0 for kind in kinds() for device in kind.devices), default=0)
+
+
+def check_ranks(options: BackendOptions, num_devices: int | None) -> None:
+    """Raise a StartError if this machine has too few devices, or CPUs, for the ranks of all engines.
+
+    `num_devices`: that this process sees; None: ranks compute on CPUs.
+    """
+    ranks = options.local_ranks
+    if options.share_devices or ranks == 1:
+        return
+    fewer = "lower --num-shard, --pipeline-parallel-size or --data-parallel-size"
+    if num_devices is not None and ranks > num_devices:
+        raise NotEnoughDevices(
+            f"{ranks} ranks need as many devices, but {num_devices} of them are visible here (CUDA_VISIBLE_DEVICES "
+            f"and the container decide which are). Make more visible, or {fewer}; --device cpu computes on CPUs."
+        )
+    if num_devices is None and ranks > (cpus := usable_cpus()):
+        raise ArgumentError(
+            f"{ranks} ranks on CPUs need one each, but this process may use {cpus} (its affinity and its control "
+            f"group's quota): ranks would wait for each other. Allow more, or {fewer}."
+        )
 
 
 def make_backend(choice: Choice, job: Job) -> Backend:

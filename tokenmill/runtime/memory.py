@@ -1,13 +1,8 @@
-"""Number of KV cache blocks that fit: a pure function of a few numbers, and the measurement of free memory."""
+"""Number of KV cache blocks that fit: a pure function of a few numbers."""
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from tokenmill.engine.tables import Tables
 from tokenmill.errors import NotEnoughMemory
@@ -20,7 +15,6 @@ _DEVICE_CURE = (
     "Lower --max-total-tokens, --max-batch-size or --max-batch-prefill-tokens, raise --cuda-memory-fraction or "
     "--memory-limit, or serve a smaller model."
 )
-_NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,60 +130,3 @@ def size(num_bytes: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} GiB"
-
-
-def available_bytes(root: str = "/") -> int:
-    """Return the bytes that this process may still allocate, by the machine's free memory, its cgroups and its ulimits.
-
-    `root`: parent of /proc and /sys, for tests.
-    """
-    return min([int(psutil.virtual_memory().available), *_free_in_cgroups(Path(root)), *_free_in_ulimits(Path(root))])
-
-
-def _free_in_ulimits(root: Path) -> Iterator[int]:
-    """Yield the bytes left by the limits of address space (`ulimit -v`) and data (`ulimit -d`), if they are set."""
-    try:
-        lines = (root / "proc/self/status").read_text().splitlines()
-    except OSError:
-        return
-    used = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB")}
-    for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        limit, _ = resource.getrlimit(kind)
-        if limit != resource.RLIM_INFINITY and name in used:
-            yield max(limit - used[name], 0)
-
-
-def _free_in_cgroups(root: Path) -> Iterator[int]:
-    """Yield the bytes left by each enclosing cgroup, v2 or v1. Reclaimable file pages do not count as used."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    mount = root / "sys/fs/cgroup"
-    for line in lines:
-        _, controllers, own = line.split(":", 2)
-        if controllers == "":
-            base, names = mount, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = mount / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = base / own.lstrip("/")
-        for group in (folder, *folder.parents):
-            if (free := _free_in_cgroup(group, *names)) is not None:
-                yield free
-            if group == base:
-                break
-
-
-def _free_in_cgroup(group: Path, limit_name: str, usage_name: str, droppable: str) -> int | None:
-    """Return the bytes left in one cgroup; None if it has no limit, or is not visible in a container."""
-    try:
-        limit = int((group / limit_name).read_text())
-        usage = int((group / usage_name).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = usage - int(stat.get(droppable, 0))
-    except (OSError, ValueError):  # no such file, or "max": no limit
-        return None
-    return limit - used if limit < _NO_LIMIT else None

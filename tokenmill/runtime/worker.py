@@ -9,22 +9,27 @@ from typing import Any
 
 import msgspec
 
+from tokenmill.amounts import graph_sizes, memory_bytes
 from tokenmill.backends.kind import BackendOptions
-from tokenmill.config import Settings, graph_sizes, memory_bytes, usable_cpus
+from tokenmill.config import Settings
 from tokenmill.engine.border import Border
 from tokenmill.engine.engine import Engine, Link
 from tokenmill.engine.idle import IdleLink
 from tokenmill.engine.ranks import Follower, RankServer
 from tokenmill.freeze_gc import freeze_gc
+from tokenmill.host import usable_cpus
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble, assemble_mock
+from tokenmill.runtime.choice import num_devices
 from tokenmill.runtime.links import links_of
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
-from tokenmill.wire.messages import Configure, Ready, Stop
+from tokenmill.wire.messages import Configure, Place, Ready, Stop
 
 _log = logging.getLogger(__name__)
 _STOP = Stop()
+ALONE = Place()
+"""Place of the rank of an engine in this process."""
 
 
 def main(control: ChildControl) -> None:
@@ -35,18 +40,19 @@ def main(control: ChildControl) -> None:
     configure = control.configure
     settings = Settings.from_dict(configure.settings)
     source = msgspec.convert(control.wait_model(), ModelSource)
+    options = engine_options(settings, configure.place)
     with ExitStack() as resources:
         group, ranks, follower = _connect(configure, settings, resources)
         if settings.mock:
-            parts = _assemble_mock(source, settings)
+            parts = _assemble_mock(source, settings, options)
         else:
-            parts = assemble(source, engine_options(settings), group, control.send)
+            parts = assemble(source, options, group, control.send)
         resources.callback(parts.close)
         link: Link | None = follower
         if link is None:
             if ranks is not None:
                 ranks.wait()
-            border = Border(configure.engine_address, parts.info, watch=control.fileno())
+            border = Border(configure.engine_addresses[0], parts.info, watch=control.fileno())
             resources.callback(border.close)
             link, gated = links_of(border, parts, ranks)
             resources.callback(gated.close)
@@ -71,17 +77,18 @@ def _connect(
     configure: Configure, settings: Settings, resources: ExitStack
 ) -> tuple[Group, RankServer | None, Follower | None]:
     """Connect to the other ranks: the group for tensors, and the links for messages. None without other ranks."""
-    rank, folder, size = configure.index, Path(configure.run_dir), settings.num_shard or 1
+    rank, folder, size = configure.index, Path(configure.run_dir), settings.ranks_per_engine
     if size == 1:
         return Group(), None, None
-    address = str(folder / "ranks.sock")
+    number = f"{configure.engine}-{configure.generation}"
+    address = str(folder / f"ranks-{number}.sock")
     ranks = follower = None
     if rank == 0:
         ranks = RankServer(address, size)
         resources.callback(ranks.close)
     group = Group()
     if not settings.mock:
-        group = Group.connect(rank, size, str(folder / f"group-{configure.generation}.sock"))
+        group = Group.connect(rank, size, str(folder / f"group-{number}.sock"), settings.rank_timeout)
         resources.callback(group.close)
     if rank > 0:
         follower = Follower(address, rank)
@@ -89,7 +96,7 @@ def _connect(
     return group, ranks, follower
 
 
-def _assemble_mock(source: ModelSource, settings: Settings) -> Assembled:
+def _assemble_mock(source: ModelSource, settings: Settings, options: EngineOptions) -> Assembled:
     """Assemble an engine with scripted answers. Does not import torch."""
     from tokenmill.runtime.mock import MockExecutor, parse_faults
     from tokenmill.text.load import load_tokenizer
@@ -101,11 +108,12 @@ def _assemble_mock(source: ModelSource, settings: Settings) -> Assembled:
         vocab_size=tokenizer.vocab_size,
         faults=parse_faults(settings.mock_fault),
     )
-    return assemble_mock(source, engine_options(settings), executor, tokenizer.vocab_size)
+    return assemble_mock(source, options, executor, tokenizer.vocab_size)
 
 
-def backend_options(settings: Settings) -> BackendOptions:
-    """Return the options that select and configure the backend."""
+def backend_options(settings: Settings, place: Place = ALONE) -> BackendOptions:
+    """Return the options that select and configure the backend of the rank at `place`."""
+    devices = num_devices() if settings.share_devices else 0
     return BackendOptions(
         backend=settings.backend,
         dtype=settings.dtype,
@@ -115,24 +123,30 @@ def backend_options(settings: Settings) -> BackendOptions:
         attention=settings.attention,
         cpu_isa=settings.cpu_isa,
         cpu_threads=settings.cpu_threads,
-        cpus=usable_cpus(),
+        cpus=max(1, usable_cpus() // place.ranks),
         kernel_cache=settings.kernel_cache,
         device=settings.device,
         cuda_graphs=graph_sizes(settings.cuda_graphs),
         cuda_memory_fraction=settings.cuda_memory_fraction,
         trust_remote_code=settings.trust_remote_code,
+        device_index=place.device % devices if devices else place.device,
+        device_sharers=-(-place.ranks // devices) if devices else 1,
+        local_ranks=place.ranks,
+        share_devices=settings.share_devices,
     )
 
 
-def engine_options(settings: Settings) -> EngineOptions:
-    """Return the user's options of an engine."""
+def engine_options(settings: Settings, place: Place = ALONE) -> EngineOptions:
+    """Return the user's options of an engine, and its share of this machine."""
+    limit = memory_bytes(settings.memory_limit)
     return EngineOptions(
-        backend=backend_options(settings),
+        backend=backend_options(settings, place),
         block_size=settings.block_size,
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_size=settings.max_batch_size,
         max_input_tokens=settings.max_input_tokens,
         max_total_tokens=settings.max_total_tokens,
         grammars=not settings.disable_grammar_support,
-        memory_limit=memory_bytes(settings.memory_limit),
+        memory_limit=None if limit is None else limit // settings.data_parallel_size,
+        host_memory=place.host_memory,
     )

@@ -86,7 +86,7 @@ class Worker:
         configure, settings = self._control.configure, self._settings
         self._service = Service(
             options_of(settings),
-            addresses=(configure.engine_address,),
+            addresses=configure.engine_addresses,
             run_dir=configure.run_dir,
             index=configure.index,
         )

@@ -257,17 +257,28 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     variant: str  # StartError.variant
     message: str
     fatal: bool = True
+    at: float = 0.0  # time.monotonic() seconds, to tell a cause from its consequences in other ranks
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Share of a rank in its machine."""
+
+    device: int = 0  # index of its device, if each rank has its own
+    ranks: int = 1  # of all engines on this machine
+    host_memory: int | None = None  # bytes of the machine's memory for all ranks of its engine; None: what is free
 
 
 class Configure(msgspec.Struct, frozen=True, tag="configure"):
-    """First frame that a child reads: all settings (as plain data), its index, and the engine's address."""
+    """First frame that a child reads: all settings (as plain data), its index, and the engines' addresses."""
 
     settings: dict[str, Any]
-    index: int  # number of the HTTP worker, or rank of the engine process
-    engine_address: str  # path of the Unix socket that rank 0 listens on
+    index: int  # number of the HTTP worker, or rank in its engine
+    engine_addresses: tuple[str, ...]  # Unix sockets of all engines for an HTTP worker; of its own one for a rank
     run_dir: str  # private folder (mode 0700) of this server
     generation: int = 0  # number of earlier starts of the engine
     listen_fd: int = -1  # the inherited listening socket (HTTP workers); -1: none
+    engine: int = 0  # number of the rank's engine
+    place: Place = Place()  # of the rank
 
 
 class ModelReady(msgspec.Struct, frozen=True, tag="model"):

@@ -73,6 +73,10 @@ class CpuKind:
 
         return packed_bytes(program, source, reader_of(source, quantize))
 
+    def num_devices(self, device: str) -> int | None:
+        """See `Kind`."""
+        return None
+
     def room(self, options: BackendOptions, device: str) -> int | None:
         """See `Kind`."""
         return None

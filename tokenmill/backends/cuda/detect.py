@@ -24,13 +24,23 @@ def missing() -> str:
         return "this machine has no NVIDIA driver"
     if driver.cuInit(0) != 0:
         return "the NVIDIA driver cannot be used"
-    count = ctypes.c_int(0)
-    if driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
+    if num_devices() < 1:
         return "no CUDA device is visible"
     for name in ("torch", "triton"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed (`pip install 'tokenmill[cuda]'`)"
     return ""
+
+
+def num_devices() -> int:
+    """Return the number of devices that this process sees; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    usable = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if usable else 0
 
 
 def device_name(index: int = 0) -> str:

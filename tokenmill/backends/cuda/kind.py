@@ -76,6 +76,12 @@ class CudaKind:
 
         return weight_bytes(program, source, dtype, quantize)
 
+    def num_devices(self, device: str) -> int | None:
+        """See `Kind`."""
+        from tokenmill.backends.cuda.detect import num_devices
+
+        return num_devices()
+
     def room(self, options: BackendOptions, device: str) -> int | None:
         """See `Kind`. Imports torch."""
         from tokenmill.backends.cuda.room import room

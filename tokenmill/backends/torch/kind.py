@@ -68,6 +68,14 @@ class TorchKind:
         """See `Kind`."""
         return dense_bytes(program, source, dtype)
 
+    def num_devices(self, device: str) -> int | None:
+        """See `Kind`."""
+        if device != "cuda":
+            return None
+        from tokenmill.backends.cuda.detect import num_devices
+
+        return num_devices()
+
     def room(self, options: BackendOptions, device: str) -> int | None:
         """See `Kind`. Imports torch for a GPU."""
         if device != "cuda":
