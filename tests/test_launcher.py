@@ -180,6 +180,33 @@ def test_an_engine_that_dies_too_often_ends_the_server(serve: Callable[..., Serv
     assert "Error: ShardFailed: The engine rank 0 has died" in server.output
 
 
+def ranks_of(server: Server) -> list[psutil.Process]:
+    """Return the processes of all ranks, in the order of their start."""
+    ranks = [child for child in server.children() if "runtime.worker" in " ".join(child.cmdline())]
+    return sorted(ranks, key=lambda rank: rank.pid)
+
+
+def test_a_dead_rank_ends_its_engine_alone_and_is_named(serve: Callable[..., Server]) -> None:
+    server = serve("--data-parallel-size", "2", "--num-shard", "2", "--max-engine-restarts", "1")
+    server.wait_ready()
+    until(lambda: "Ready in" in server.output)
+    assert "2 engines of 2 ranks) at" in server.output
+    zero, one = ranks_of(server)[:2], ranks_of(server)[2:]
+    assert len(one) == 2
+    one[1].kill()
+    assert not psutil.wait_procs(one, 5)[1]  # both ranks of the group
+    until(lambda: "The rank 1 of engine 1 has died (killed by SIGKILL" in server.output)
+    assert server.get("/health")[0] == 200  # engine 0 serves
+    assert b"generated_text" in server.stream(2).read()
+    until(lambda: "Engine 1 is ready again after 1 restart" in server.output)
+    assert ranks_of(server)[:2] == zero
+    assert len(ranks_of(server)) == 4
+    children = server.children()
+    server.process.terminate()
+    assert server.wait() == 0
+    assert not psutil.wait_procs(children, 3)[1]
+
+
 GENERATE = ("POST", "/generate", b'{"inputs": "hello"}')
 CHAT = ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "hello"}], "stream": true}')
 

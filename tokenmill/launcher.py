@@ -202,7 +202,7 @@ class Supervisor:
 
     def _engine_is_ready(self, ranks: Ranks) -> None:
         if ranks.generation:
-            self.screen.line(f"The {ranks.name} is ready again after {ranks.generation} restart(s).")
+            self.screen.line(f"{ranks.name.capitalize()} is ready again after {ranks.generation} restart(s).")
         if self.has_been_ready:
             self._set_phase(Phase("ready"))
         elif all(other.ready for other in self.engines):
@@ -255,7 +255,7 @@ class Supervisor:
         delay = self._delay(child, ranks.restarts, ranks.info is None, "ShardFailed", forever=others)
         if delay is None:
             return
-        again = "it is started again" if ranks.alone else f"the {ranks.name} is started again"
+        again = f"{'it' if ranks.alone else ranks.name} is started again"
         _log.error("The %s has died (%s); %s in %g s", child.name, child.how_it_ended(), again, delay)
         self.planned.append((time.monotonic() + delay, ranks))
         if not others:

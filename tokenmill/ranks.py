@@ -60,7 +60,7 @@ class Ranks:
 
     def __init__(self, engine: int, settings: Settings, run_dir: str, host_memory: int | None = None) -> None:
         self.engine, self.settings, self.run_dir = engine, settings, run_dir
-        self.name = "engine" if settings.data_parallel_size == 1 else f"engine {engine}"
+        self.name = "the engine" if settings.data_parallel_size == 1 else f"engine {engine}"
         self.children: dict[int, Child] = {}
         self.info: EngineInfo | None = None
         self.generation = 0  # number of restarts
@@ -88,7 +88,7 @@ class Ranks:
                 run_dir=self.run_dir, generation=self.generation, engine=self.engine,
                 place=Place(self.engine * len(local) + number, in_all, self._host_memory),
             )  # fmt: skip
-            self.children[rank] = Child(f"{self.name} rank {rank}", ENGINE, configure, environment)
+            self.children[rank] = Child(self._name_of(rank), ENGINE, configure, environment)
         if model is not None:
             self.tell(model)
 
@@ -96,6 +96,9 @@ class Ranks:
         """Start the ranks again, as the next generation."""
         self.generation += 1
         self.start(model)
+
+    def _name_of(self, rank: int) -> str:
+        return f"engine rank {rank}" if self.settings.data_parallel_size == 1 else f"rank {rank} of {self.name}"
 
     def _local_ranks(self) -> range:
         """Return the ranks of the engine that run on this machine."""
