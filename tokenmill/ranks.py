@@ -85,8 +85,8 @@ class Ranks:
         for number, rank in enumerate(local):
             configure = Configure(
                 settings=settings.to_dict(), index=rank, engine_addresses=(engine_address(self.run_dir, self.engine),),
-                run_dir=self.run_dir, generation=self.generation, engine=self.engine,
-                place=Place(self.engine * len(local) + number, in_all, self._host_memory),
+                run_dir=self.run_dir, generation=self.generation,
+                place=Place(self.engine * len(local) + number, in_all, self.engine, self._host_memory),
             )  # fmt: skip
             self.children[rank] = Child(self._name_of(rank), ENGINE, configure, environment)
         if model is not None:

@@ -34,7 +34,7 @@ class BackendOptions:
     attention: str = ""  # the user's name, or TGI's
     cpu_isa: str = ""
     cpu_threads: int | None = None
-    cpus: int = 1  # that this rank may use
+    cpus: int = 1  # that the ranks of this engine may use
     kernel_cache: str = ""  # folder; "": in the user's cache
     cuda_graphs: tuple[int, ...] | None = None  # batch sizes
     cuda_memory_fraction: float = 1.0  # of the device's memory
@@ -43,6 +43,9 @@ class BackendOptions:
     local_ranks: int = 1  # ranks of all engines on this machine
     device_sharers: int = 1  # ranks that compute on this rank's device, at most
     share_devices: bool = False  # ranks may share devices and CPUs, for tests
+    engine: int = 0  # number of this engine
+    engines: int = 1  # on this machine
+    rank_timeout_s: float = 600.0  # time for the ranks of an engine to meet
 
 
 class Placement(NamedTuple):

@@ -80,7 +80,7 @@ def _connect(
     rank, folder, size = configure.index, Path(configure.run_dir), settings.ranks_per_engine
     if size == 1:
         return Group(), None, None
-    number = f"{configure.engine}-{configure.generation}"
+    number = f"{configure.place.engine}-{configure.generation}"
     address = str(folder / f"ranks-{number}.sock")
     ranks = follower = None
     if rank == 0:
@@ -123,7 +123,7 @@ def backend_options(settings: Settings, place: Place = ALONE) -> BackendOptions:
         attention=settings.attention,
         cpu_isa=settings.cpu_isa,
         cpu_threads=settings.cpu_threads,
-        cpus=max(1, usable_cpus() // place.ranks),
+        cpus=max(1, usable_cpus() // settings.data_parallel_size),
         kernel_cache=settings.kernel_cache,
         device=settings.device,
         cuda_graphs=graph_sizes(settings.cuda_graphs),
@@ -133,6 +133,9 @@ def backend_options(settings: Settings, place: Place = ALONE) -> BackendOptions:
         device_sharers=-(-place.ranks // devices) if devices else 1,
         local_ranks=place.ranks,
         share_devices=settings.share_devices,
+        engine=place.engine,
+        engines=settings.data_parallel_size,
+        rank_timeout_s=settings.rank_timeout,
     )
 
 

@@ -265,6 +265,7 @@ class Place(msgspec.Struct, frozen=True):
 
     device: int = 0  # index of its device, if each rank has its own
     ranks: int = 1  # of all engines on this machine
+    engine: int = 0  # number of its engine
     host_memory: int | None = None  # bytes of the machine's memory for all ranks of its engine; None: what is free
 
 
@@ -277,7 +278,6 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
     run_dir: str  # private folder (mode 0700) of this server
     generation: int = 0  # number of earlier starts of the engine
     listen_fd: int = -1  # the inherited listening socket (HTTP workers); -1: none
-    engine: int = 0  # number of the rank's engine
     place: Place = Place()  # of the rank
 
 
