@@ -46,7 +46,8 @@ def test_ranks_that_share_devices_take_them_in_turn(
 
 def test_an_engine_gets_its_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "usable_cpus", lambda: 8)
-    options = worker.engine_options(Settings(data_parallel_size=2, memory_limit="8GiB"), Place(1, 4, host_memory=5 << 30))
+    settings = Settings(data_parallel_size=2, memory_limit="8GiB")
+    options = worker.engine_options(settings, Place(1, 4, host_memory=5 << 30))
     assert (options.memory_limit, options.host_memory, options.backend.cpus) == (4 << 30, 5 << 30, 4)
 
 
