@@ -114,15 +114,16 @@ class CudaDriver(CudaBackend):
     def __init__(
         self, folder: str | Path, *, dtype: str = "float32", num_blocks: int = 64, limits: StepLimits | None = None,
         warm: bool = False, graphs: tuple[int, ...] | None = (), kv_cache_dtype: str = "", scale: float = 1.0,
-        deterministic: bool = False, quantize: str = "", **attention: Any,
+        deterministic: bool = False, quantize: str = "", group: Any = None,
+        source: Any = None, **attention: Any,
     ) -> None:  # fmt: skip
-        source = open_checkpoint(local_source(folder))
+        source = source or open_checkpoint(local_source(folder))
         limits = limits or StepLimits(256, 4, 256, 16)
         program = altered(program_of(source.config), **attention)
         super().__init__(
             cuda_job(
                 program, source, limits, dtype, cuda_graphs=graphs, kv_cache_dtype=kv_cache_dtype,
-                deterministic=deterministic, quantize=quantize, read=reader_of(source, quantize),
+                deterministic=deterministic, quantize=quantize, read=reader_of(source, quantize), group=group,
             )
         )  # fmt: skip
         if kv_cache_dtype:
@@ -138,9 +139,10 @@ class CudaDriver(CudaBackend):
     def feed(self, rows: list[tuple[int, list[int]]]) -> np.ndarray:
         """Run a step and return the logits of each row's last token, (rows, vocabulary).
 
-        Assert that its sampled tokens are the likeliest ones.
+        Assert that its sampled tokens are the likeliest ones. Ranks other than 0 may have no logits.
         """
         token_ids = self.run(self.inputs(rows)).result().token_ids  # type: ignore[arg-type]
         logits = self.logits[: len(rows)].float().cpu().numpy().copy()
-        assert token_ids == logits.argmax(-1).tolist()
+        self.token_ids = token_ids
+        assert self.group.rank or token_ids == logits.argmax(-1).tolist()
         return logits

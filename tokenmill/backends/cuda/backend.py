@@ -27,13 +27,14 @@ from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.pack import pack
 from tokenmill.backends.cuda.prepare import DTYPES, fused, refusal
 from tokenmill.backends.cuda.products.base import FEW
+from tokenmill.backends.cuda.ranks import Ranks
 from tokenmill.backends.cuda.sampler import Sampler
 from tokenmill.backends.cuda.scales import advice, kv_scales
 from tokenmill.backends.cuda.shapes import Contexts, library_sizes, variants
 from tokenmill.backends.cuda.sizes import Sizes, StepArrays
 from tokenmill.backends.cuda.slots import CudaSlots
 from tokenmill.backends.cuda.states import CudaStates
-from tokenmill.backends.cuda.step import CudaStep, Sampling, or_out_of_memory
+from tokenmill.backends.cuda.step import CudaStep, Sampling
 from tokenmill.backends.cuda.warm_up import warm_up_of
 from tokenmill.backends.kind import Job
 from tokenmill.backends.steps import PROMPT_ROWS, PromptPositions, prompt_payloads
@@ -65,14 +66,15 @@ class CudaBackend:
         if why := refusal(job.program, job.dtype, job.group.size, options.deterministic):
             raise Unsupported("CUDA backend", "cuda", (), f"Of this model, {why}. Use --backend torch.")
         self.limits, self.group, self.num_blocks = limits, job.group, 0
-        self.program = fused(job.program)
+        self.program = fused(job.program, job.group.size)
         self.vocab_size = self.program.logits.width
         self._device, dtype, self._report = Device(job.placement.device), _DTYPES[job.dtype], job.report
         about = (
             self.program, limits, job.dtype, options.cuda_graphs, options.kv_cache_dtype, options.deterministic,
-            options.attention,
+            options.attention, self.group.size,
         )  # fmt: skip
-        self._kernels = Kernels(options.kernel_cache, options.cpus, about)  # its helpers start while weights are read
+        jobs = options.cpus if self.group.rank == 0 else 1  # the other ranks find what rank 0 compiled
+        self._kernels = Kernels(options.kernel_cache, jobs, about)  # its helpers start while weights are read
         try:
             self._weights = pack(
                 self.program, job.source, job.read, job.group, dtype, self._device, job.report, options.quantize
@@ -81,12 +83,16 @@ class CudaBackend:
                 self.program, limits, dtype, self._device, CACHE_DTYPES.get(options.kv_cache_dtype),
                 windows=options.attention != "flashinfer",
             )  # fmt: skip
+            self._ranks = Ranks(job.group, self._memory, options.deterministic)
             self._slots = CudaSlots(limits, self._device, len(self.windows))
             self._states = CudaStates(state_layout(self.program), self._slots.padding + 1, dtype, self._device)
             self.logits = self._memory.value(self.program.logits)
-            self._sampler = Sampler(self.logits, self._slots, self._device, options.deterministic)
+            own = Sampler(self.logits, self._slots, self._device, options.deterministic)
+            self._sampler = self._ranks.sampler(own, self._slots, self._device)
             self._attention = self._attention_options(job)
-            self._lowering = Lowering(self._memory, self._weights, self._slots, self._states, self._attention)
+            self._lowering = Lowering(
+                self._memory, self._weights, self._slots, self._states, self._attention, self._ranks.collectives
+            )
             kinds = self._lowering.tile_tokens, self._lowering.expands, fewest_kv_heads(self.program)
             self._arrays = StepArrays(limits, self._device, self._slots.padding, *kinds)
         except torch.OutOfMemoryError as e:
@@ -156,9 +162,11 @@ class CudaBackend:
         """
         report = self._report
         try:
-            self._kernels.prepare(
-                self._launch_all, lambda done, total: report(Progress("compile", done, total, "kernels"))
-            )
+            with self._ranks.unlaunched():
+                self._kernels.prepare(
+                    self._launch_all, lambda done, total: report(Progress("compile", done, total, "kernels"))
+                )
+            self._ranks.agree(True)  # The other ranks load what rank 0 compiled.
             used = self._launch_all()
             for rows, contexts in self._graphs.missing(self._graphs.first):
                 self._capture(rows, contexts)
@@ -172,6 +180,7 @@ class CudaBackend:
         self._states.clear()
         self._memory.clear(-(-used // self.limits.block_size))
         self._device.finish()
+        self._ranks.started()
         self._kernels.watch()
         if self._device.real:
             free, cache = self._device.free_bytes(), self.num_blocks * self.block_bytes()
@@ -220,17 +229,21 @@ class CudaBackend:
         if not missing:
             return False
         self._device.finish()
+        why: RuntimeError | None = None
         try:
             self._decode(self._padding_step(*missing[0]))
             self._capture(*missing[0])
         except RuntimeError as error:  # out of memory, or the error that a capture turns it into
-            _log.warning("%d more graphs of decode steps cannot be captured: %s", len(missing), error)
-            self._graphs.later.clear()
-        return len(missing) > 1 and bool(self._graphs.later)
+            why = error
+        if not self._ranks.agree(why is None):
+            told = why or "it failed on another rank"
+            _log.warning("%d more graphs of decode steps cannot be captured: %s", len(missing), told)
+            self._graphs.give_up(missing[0][0])
+        return bool(self._graphs.missing(self._graphs.later))
 
     def run(self, inputs: StepInputs) -> Step:
         """Launch a step behind those before it and return at once. Raise OutOfMemory: nothing of it counts."""
-        return or_out_of_memory(lambda: self._run(inputs))
+        return self._ranks.launch(lambda: self._run(inputs))
 
     @torch.inference_mode()
     def _run(self, inputs: StepInputs) -> Step:
@@ -249,7 +262,7 @@ class CudaBackend:
         else:
             sizes = self._mixed(inputs)
             self._forward(sizes)
-        step = CudaStep(lambda masks: or_out_of_memory(lambda: self._sample(inputs, sizes, decodes, masks)))
+        step = CudaStep(lambda masks: self._ranks.launch(lambda: self._sample(inputs, sizes, decodes, masks)))
         if not inputs.deferred:
             step.sample(None)
         return step
@@ -260,21 +273,23 @@ class CudaBackend:
         if len(inputs.samples):
             sampled = self._sampler.sample(inputs, sizes, decodes, masks)
         prompt = prompt_payloads(inputs, self._slots.parameters.rows, lambda part: self._score(part, sizes))
-        return Sampling(*sampled, prompt, self._device.mark())
+        return Sampling(*sampled, prompt, self._ranks.checked(self._device.mark()))
 
     def close(self) -> None:
         """Drop the graphs and end the compiling processes. Idempotent."""
         self._device.finish()
         self._graphs.clear()
         self._kernels.close()
+        self._ranks.close()
 
     def _count(self) -> Account:
         """Return the memory taken besides the cache."""
         held = [tensor for tensor in vars(self._slots).values() if isinstance(tensor, Tensor)]
         held += [self._arrays.buffer, *self._memory.rotations()]
+        lowered = self._lowering.nbytes + self._ranks.nbytes
         return Account(
             weights=self._weights.nbytes,
-            step=self._memory.step_bytes + self._lowering.nbytes + sum(tensor.nbytes for tensor in held),
+            step=self._memory.step_bytes + lowered + sum(tensor.nbytes for tensor in held),
             sampler=self._sampler.nbytes,
             states=self._states.nbytes,
             # float32 logits of prompt positions, and two copies
@@ -324,6 +339,8 @@ class CudaBackend:
         again = replace(sizes, sampling=len(rows), samples=rows)
         for launch in self._tail:
             launch.run(again)
+        if self.group.rank:
+            return [None] * len(part.rows)
         targets = self._slots.tokens[send(part.slots.astype(np.int64)), send(part.targets.astype(np.int64))].long()
         return score(self.logits[: len(rows)], targets, part.top)
 

@@ -54,6 +54,8 @@ class BatchOneFusion:
         """Note a norm that its readers can do. Its sum, if it has one, must be fusable into the product before."""
         if not isinstance(op, ops.Norm) or op.head_dim or op.center or op.bias or op.weight is None:
             return
+        if isinstance(before, ops.AllReduce):  # The kernel of the sum may do the norm.
+            return
         readers = self._readers.get(op.out.buffer, [])
         if not readers or not all(self._norms(r) for r in readers) or not self._outlives(op, readers[-1]):
             return

@@ -53,12 +53,20 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool):
             run()
         self._captured[size, contexts] = graph
+        self._update()
+
+    def _update(self) -> None:
         ready = [s for s in (*self.first, *self.later) if not self.missing([s])]
         self._next = [min((s for s in ready if s >= rows > 0), default=0) for rows in range(len(self._next))]
 
     def replay(self, size: int, contexts: Contexts) -> None:
         """Launch a captured step."""
         self._captured[size, variant_of(size, contexts, self._coded)].replay()
+
+    def give_up(self, size: int) -> None:
+        """Capture no more sizes. `size`: not used, because a capture of it failed, on this rank or another."""
+        self.later = [s for s in self.later if s != size and not self.missing([s])]
+        self._update()
 
     def clear(self) -> None:
         """Drop the graphs. Idempotent."""

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
+from tokenmill.backends.cuda.collectives.base import Collectives
 from tokenmill.backends.cuda.experts import LAUNCHES, ExpertLowering
 from tokenmill.backends.cuda.kernels import rows as kernels
 from tokenmill.backends.cuda.latent import LatentLowering
@@ -22,6 +23,7 @@ from tokenmill.backends.cuda.pack import DeviceWeights
 from tokenmill.backends.cuda.products.base import Needs, Operands, Product, Scratch
 from tokenmill.backends.cuda.products.dense import largest
 from tokenmill.backends.cuda.quantized import ActivationCodes
+from tokenmill.backends.cuda.rank_ops import RankLowering
 from tokenmill.backends.cuda.recurrence import StateLowering
 from tokenmill.backends.cuda.row_ops import RowLowering
 from tokenmill.backends.cuda.shapes import power
@@ -45,7 +47,7 @@ _ACTS: dict[str, Callable[..., Tensor]] = {
 
 
 class Lowering:
-    """Lowers a prepared program. The cache must be allocated before `launches`."""
+    """Lowers a prepared program. The cache must be allocated before `launches`. `collectives`: None for one rank."""
 
     def __init__(
         self,
@@ -54,9 +56,11 @@ class Lowering:
         slots: CudaSlots,
         states: CudaStates,
         options: AttentionOptions | None = None,
+        collectives: Collectives | None = None,
     ) -> None:
         options = options or AttentionOptions()
         self._memory, self._weights, self._slots, self._invariant = memory, weights, slots, options.batch_invariant
+        self._rank = options.rank
         self._attention = AttentionLowering(memory, weights.tensors, slots, options)
         self._latent = LatentLowering(memory, weights.tensors, slots, options)
         self.mixtures = ExpertLowering(memory, weights, options.batch_invariant)
@@ -67,6 +71,9 @@ class Lowering:
         outputs = largest(*(op.out.width for op in memory.program.ops if isinstance(op, ops.Linear)))
         self._scratch = Scratch(outputs, memory.device.torch, self._needs(), memory.dtype) if fast else None
         self._codes = ActivationCodes(memory, weights.matrices, self.gate_of, options.batch_invariant)
+        self._ranks = None
+        if collectives is not None:
+            self._ranks = RankLowering(memory, weights.tensors, collectives, self._codes.stores)
 
     def _needs(self) -> Needs:
         """Return the scratch memory that serves each product in turn."""
@@ -119,6 +126,7 @@ class Lowering:
             ops.Experts: self.mixtures.experts,
             **RowLowering(self._memory, self._weights.tensors).by_kind(),
             **self._states.by_kind(),
+            **({} if self._ranks is None else self._ranks.by_kind()),
         }
         return lowered[type(op)](op)
 
@@ -134,12 +142,13 @@ class Lowering:
         width, by_position = op.out.width, op.ids.buffer == self._memory.program.inputs.positions.buffer
         within, launch = self._made.get(op.ids.buffer), Site(kernels.embed_rows)
         most = within.rows if isinstance(within, special.Within) else 0
+        part = op.table.rows if op.table.ranks > 1 and op.table.shard == "vocab" else 0  # rows that this rank has
 
         def run(n: Sizes) -> None:
             launch(
                 (n.tokens,),
-                n.pairs, tokens, table, out, tokens.stride(0), op.scale, most, WIDTH=width,
-                BLOCK=min(power(width), 4096), BY_POSITION=by_position, BOUND=most > 0, num_warps=4,
+                n.pairs, tokens, table, out, tokens.stride(0), op.scale, most, self._rank * part, WIDTH=width,
+                BLOCK=min(power(width), 4096), BY_POSITION=by_position, BOUND=most > 0, PART=part, num_warps=4,
             )  # fmt: skip
 
         return run
@@ -191,7 +200,8 @@ class Lowering:
                 **ahead(n.early),
             )  # fmt: skip
 
-        return self._codes.norm(op, run, weight, bias)
+        alone = self._codes.norm(op, run, weight, bias)
+        return alone if self._ranks is None else self._ranks.norm(op, alone)
 
     def _norm_heads(self, op: ops.Norm) -> Run:
         x, out, weight, bias = (

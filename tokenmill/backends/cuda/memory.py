@@ -8,7 +8,7 @@ from torch import Tensor
 from tokenmill.backends.base import StepLimits
 from tokenmill.backends.cuda.device import Device
 from tokenmill.backends.steps import block_bytes, cache_plan, most_rows, one_table
-from tokenmill.program import ops
+from tokenmill.program import ops, special
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.rope import RopeTable
@@ -33,12 +33,14 @@ class Memory:
     ) -> None:
         self.program, self.limits, self.dtype, self.device = program, limits, dtype, device
         self.cache_dtype = cache_dtype or dtype
+        self._exact = moments_of(program)
         self.rows = most_rows(limits)
         first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
         lasting = {v.buffer for op in program.ops[first:] for v in op.reads().values()}
         lasting &= {v.buffer for op in program.ops[:first] for v in op.results().values()}
         # A product may write the output of the next operation, and read the input of the norm before.
-        late = ops.Linear | ops.Norm | ops.Experts
+        # A norm may sum the ranks' results itself, and read the input of that sum.
+        late = ops.Linear | ops.Norm | ops.Experts | ops.AllReduce
         self._plan = plan_buffers(program, self._bytes, lambda op: isinstance(op, late), lasting)
         self._arena = torch.empty(self._plan.size, dtype=torch.uint8, device=device.torch)
         self._buffers: dict[int, Tensor] = {}
@@ -53,6 +55,8 @@ class Memory:
         return self.rows[buffer.rows] * buffer.width * self._dtype(buffer).itemsize
 
     def _dtype(self, buffer: Buffer) -> torch.dtype:
+        if buffer.id in self._exact:
+            return torch.float32
         return torch.int32 if buffer.dtype == "ids" else self.dtype
 
     @property
@@ -126,6 +130,13 @@ class Memory:
         for cache in self._cache.values():
             cache[:, : num_blocks * size].zero_()
             cache[:, -size:].zero_()
+
+
+def moments_of(program: Program) -> set[int]:
+    """Return the buffers that are float32 whatever the computation's dtype: moments, and their sums over ranks."""
+    own = {op.out.buffer for op in program.ops if isinstance(op, special.Moments)}
+    summed = (op for op in program.ops if isinstance(op, ops.AllReduce) and op.x.buffer in own)
+    return own | {op.out.buffer for op in summed}
 
 
 def free_bytes(device: str) -> tuple[int, int]:

@@ -8,17 +8,18 @@ from tokenmill.backends.cuda.shapes import MOST_SHARED
 from tokenmill.program import ops, passes, special
 from tokenmill.program.ops import Op
 from tokenmill.program.recurrence import RgLru
+from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 
 BY_TORCH: tuple[type[Op], ...] = (
     special.Clip, special.ScaleByWeight, special.ScaleByExpert, special.Sparsify, special.WithMagnitude, special.Beside,
-    special.MixStreams, special.CorrectStreams, special.AddToOthers,
+    special.MixStreams, special.CorrectStreams, special.AddToOthers, special.Moments, special.NormOfShare,
 )  # fmt: skip
 """Operations of single architectures that torch computes, without waiting for the device."""
 KINDS = (
     ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.Scale,
     ops.SoftCap, ops.TakeRows, ops.Rope, ops.LatentAttention, special.ScaleByPosition, special.XIelu, ops.Route,
-    ops.Experts, special.Within, *BY_TORCH, *state_limits.KINDS,
+    ops.Experts, special.Within, ops.AllReduce, ops.Gather, *BY_TORCH, *state_limits.KINDS,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
@@ -40,19 +41,21 @@ _FLASHINFER_HEADS = (64, 128, 256)
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 
 
-def fused(program: Program) -> Program:
-    """Return the program with the fusions that this backend's kernels implement. Needs no weights."""
+def fused(program: Program, ranks: int = 1) -> Program:
+    """Return the program of one of `ranks` with the fusions that this backend's kernels implement. Needs no weights.
+
+    Raise a StartError if the ranks cannot share it.
+    """
+    program = shard(program, ranks)
     fusions = passes.add_into_norm, passes.heads_into_attention, passes.act_into_conv
     return passes.fuse(passes.take_rows_early(program), *fusions)
 
 
 def refusal(program: Program, dtype: str, ranks: int, deterministic: bool = False) -> str:
-    """Return why this backend cannot run a program; "" if it can."""
-    if ranks > 1:
-        return "it does not share a model over several devices"
+    """Return why this backend cannot run a program; "" if it can. Raise a StartError if `ranks` cannot share it."""
     if dtype and dtype not in DTYPES:
         return f"it has no {dtype}"
-    whys = (_why_not(op) or (deterministic and _not_invariant(op)) or "" for op in fused(program).ops)
+    whys = (_why_not(op) or (deterministic and _not_invariant(op)) or "" for op in fused(program, ranks).ops)
     return next((why for why in whys if why), "")
 
 

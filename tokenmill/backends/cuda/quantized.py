@@ -160,6 +160,11 @@ class ActivationCodes:
 
         return run
 
+    def stores(self, op: ops.Norm) -> Callable[[int], bool]:
+        """Return the function that is true for numbers of rows for which a norm stores codes."""
+        reader = self._product(self._reader(op))
+        return lambda rows: reader is not None and reader.reads_codes(rows)
+
     def gated(self, op: ops.GatedAct, plain: Run) -> Run:
         """Return the launch of a gated activation; see `norm`."""
         life, raw = self._stored.get(id(op)), self._raw.get(id(op))

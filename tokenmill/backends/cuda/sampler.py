@@ -48,7 +48,7 @@ _MOST_LISTED = 64  # most likeliest ids of a row; TGI and OpenAI allow fewer
 
 
 @dataclass(frozen=True, slots=True)
-class _Needs:
+class Needs:
     """Rules that apply to the R rows of a step, on the host."""
 
     p: NDArray[np.void]  # (R,) parameters
@@ -57,8 +57,13 @@ class _Needs:
     penalized: bool = False
     filtered: bool = False
 
+    @property
+    def changes(self) -> bool:
+        """True if a rule may change a token that logits and temperature alone would choose."""
+        return self.biased or self.penalized or self.filtered or len(self.watermarked) > 0
+
     @classmethod
-    def of(cls, p: NDArray[np.void], full: bool) -> _Needs:
+    def of(cls, p: NDArray[np.void], full: bool) -> Needs:
         """Return the needs of rows with parameters `p` (R,). `full`: the tail of the step is."""
         if not full:
             return cls(p, np.zeros(0, np.int64))
@@ -98,6 +103,11 @@ class Sampler:
         self._all = torch.arange(rows, dtype=torch.int32, device=device.torch)
 
     @property
+    def chosen(self) -> Tensor:
+        """Ids that were chosen last, (rows,) int32."""
+        return self._chosen
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the sampler's lasting memory."""
         return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor)) - self._logits.nbytes
@@ -123,7 +133,7 @@ class Sampler:
         its tokens are overwritten where they are not the right ones.
         """
         rows = len(inputs.samples)
-        needs = _Needs.of(self._slots.parameters.rows[inputs.slots[inputs.samples]], inputs.tail == "full")
+        needs = Needs.of(self._slots.parameters.rows[inputs.slots[inputs.samples]], inputs.tail == "full")
         source = self._processed(inputs, sizes, needs, masks)
         if needs.filtered:
             self._choose_filtered(source, sizes, rows)
@@ -155,7 +165,7 @@ class Sampler:
 
     # ---- scores ----
 
-    def _processed(self, inputs: StepInputs, sizes: Sizes, needs: _Needs, masks: Masks | None) -> Tensor:
+    def _processed(self, inputs: StepInputs, sizes: Sizes, needs: Needs, masks: Masks | None) -> Tensor:
         """Return the logits, or float32 scores if a row has a mask, a watermark, a bias or a penalty."""
         rows, watermarked = len(needs.p), len(needs.watermarked) > 0
         biased, penalized = needs.biased, needs.penalized
@@ -179,7 +189,7 @@ class Sampler:
             self._scores, rows, bits, VOCAB=self._vocab, WORDS=self._words, BLOCK=MASKED
         )
 
-    def _watermark(self, slots: NDArray[np.int32], lasts: NDArray[np.int32], needs: _Needs) -> None:
+    def _watermark(self, slots: NDArray[np.int32], lasts: NDArray[np.int32], needs: Needs) -> None:
         """Add to the scores of green ids. Wait for the rows' last tokens, which are at `lasts` of `slots`."""
         rows, p = needs.watermarked, needs.p[needs.watermarked]
         previous = self._slots.tokens[self._device.send(slots[rows]), self._device.send(lasts[rows])].tolist()
@@ -235,7 +245,7 @@ class Sampler:
 
     # ---- log-probabilities ----
 
-    def _logprobs(self, source: Tensor, sizes: Sizes, needs: _Needs, most: int) -> Logprobs:
+    def _logprobs(self, source: Tensor, sizes: Sizes, needs: Needs, most: int) -> Logprobs:
         """Return log-probabilities in pinned memory. May overwrite `source`. `most`: the most ids that a row lists."""
         rows, wanted = len(needs.p), np.minimum(needs.p["logprobs"], most).astype(np.int32)
         ties = needs.p["raw_logprobs"] == 0

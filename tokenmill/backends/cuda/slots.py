@@ -31,7 +31,7 @@ class CudaSlots:
     `padding`: the last slot, for rows that only pad a step. `tokens` and `tables`: as `backends.torch.slots.Slots`.
     `parameters`: on the host. `sampling` (slots, `sampling.COLUMNS`) int32: the same on the device. `biases` (slots,
     room, 3) int32: id, value by its bits, position where it ends; as many as the row of `sampling` has. Room grows when
-    a sequence brings more than any before: another tensor.
+    a sequence brings more than any before: another tensor. `masked` (slots,), on the host: rank 0 may mask the logits.
     """
 
     def __init__(self, limits: StepLimits, device: Device, num_tables: int = 1) -> None:
@@ -45,11 +45,13 @@ class CudaSlots:
         row = torch.from_numpy(device_rows(self.parameters.rows[self.padding :]))
         self.sampling = row.to(device.torch).repeat(slots, 1)
         self.biases = torch.zeros(slots, _FEW_BIASES, 3, dtype=torch.int32, device=device.torch)
+        self.masked = np.zeros(slots, bool)
 
     def apply(self, inputs: StepInputs) -> None:
         """Apply the changes since the previous step: admitted sequences first, then blocks, then token ids."""
         for admitted in inputs.admitted:
             self.parameters.admit(admitted.slot, admitted.request)
+            self.masked[admitted.slot] = _may_be_masked(admitted.request)
             self.tokens[admitted.slot, : len(admitted.token_ids)] = self._device.send(
                 np.asarray(admitted.token_ids, np.int32)
             )
@@ -93,3 +95,7 @@ class CudaSlots:
             self.biases = wider
         self.biases[slot, : len(places)] = self._device.send(np.stack(columns, 1).astype(np.int32))
         return len(places)
+
+
+def _may_be_masked(request: Request) -> bool:
+    return request.grammar is not None or request.stopping.force_after > 0

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokenmill.backends.base import Masks, StepResult
-from tokenmill.backends.cuda.device import Mark
 from tokenmill.backends.torch.sampling import Logprobs
 from tokenmill.errors import OutOfMemory
 from tokenmill.wire.messages import Payload
 
 T = TypeVar("T")
+
+
+class Marked(Protocol):
+    """A point in the device's queue."""
+
+    def wait(self) -> None:
+        """Wait until the device has passed this point."""
 
 
 class Sampling(NamedTuple):
@@ -25,7 +31,7 @@ class Sampling(NamedTuple):
     token_ids: Tensor | None
     logprobs: Logprobs | None
     prompt: dict[int, Payload] | None
-    mark: Mark
+    mark: Marked
 
 
 class CudaStep:

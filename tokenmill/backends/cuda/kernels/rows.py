@@ -9,11 +9,13 @@ ACTS = (
 )  # fmt: skip
 
 
-@triton.jit
-def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale, most,
-               WIDTH: tl.constexpr, BLOCK: tl.constexpr, BY_POSITION: tl.constexpr, BOUND: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["first"])
+def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale, most, first,
+               WIDTH: tl.constexpr, BLOCK: tl.constexpr, BY_POSITION: tl.constexpr, BOUND: tl.constexpr,
+               PART: tl.constexpr):  # fmt: skip
     """Set out[t] = table[id of token t] · scale, or with BY_POSITION table[position of token t] · scale. With BOUND ids
-    that are not less than `most` count as 0. Grid (T,).
+    that are not less than `most` count as 0. If PART, the table has so many rows from `first` on; others are zeros.
+    Grid (T,).
     """
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(pairs_ptr + 2 * t).to(tl.int64)
@@ -22,6 +24,10 @@ def embed_rows(pairs_ptr, tokens_ptr, table_ptr, out_ptr, tokens_stride, scale, 
         row = tl.load(tokens_ptr + slot * tokens_stride + row).to(tl.int64)
     if BOUND:
         row = tl.where(row < most, row, 0)
+    if PART:
+        row -= first
+        scale = tl.where((row >= 0) & (row < PART), scale, 0.0)
+        row = tl.where((row >= 0) & (row < PART), row, 0)
     for start in tl.static_range(0, WIDTH, BLOCK):
         c = start + tl.arange(0, BLOCK)
         x = tl.load(table_ptr + row * WIDTH + c, mask=c < WIDTH, other=0.0).to(tl.float32) * scale

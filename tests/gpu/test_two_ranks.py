@@ -1,0 +1,120 @@
+"""Two ranks of the CUDA backend that share one GPU, as processes: collective operations, and models against one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support_cuda import ON_GPU, CudaDriver, torch, write_random
+from support_quantized import quantize_folder
+from test_quant_stored import CASES
+
+if ON_GPU:
+    from bench.gpu.engine import RandomWeights
+    from bench.gpu.shapes import SHAPES
+    from support_rank_processes import Processes, answers, relative
+    from tokenmill.backends.base import StepLimits
+    from tokenmill.parallel.group import Group
+
+pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+RNG = np.random.default_rng(0)
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Any]:
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_sums_of_any_size_equal_torchs(dtype: str, two: Any) -> None:
+    shapes = [(n, width) for n in (1, 2, 7, 64) for width in (2, 96, 576, 4096)] + [(300, 4096), (2049, 72)]
+    assert two.run("sums", shapes, dtype, 1 << 30) == [[], []]
+    assert two.run("sums", shapes, dtype, 0) == [[], []]
+
+
+def test_a_graph_of_collective_operations_is_replayed_a_thousand_times(two: Any) -> None:
+    assert two.run("replays", 5, 1024, 1000) == [[], []]
+
+
+@pytest.mark.parametrize("columns, width, rows", [(16, 31, 3), (64128, 128256, 9), (75968, 151936, 300)])
+def test_columns_are_gathered_on_rank_0(columns: int, width: int, rows: int, two: Any) -> None:
+    assert two.run("gathers", columns, width, rows) == [True, True]
+
+
+def test_a_rank_that_does_not_come_ends_the_wait(two: Any) -> None:
+    assert "rank 1 did not take part" in two.run("absent")[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo2", "mistral_window"])
+def test_text_and_log_probabilities_in_float32_equal_one_ranks(family: str, two: Any, tmp_path: Path) -> None:
+    write_random(tmp_path, family, num_hidden_layers=2)
+    prompts = [RNG.integers(0, 128, n).tolist() for n in (3, 40, 9, 70, 1, 20, 33)]
+    (tokens, details), (others, _) = two.run("answers", str(tmp_path), prompts, 24)
+    wanted, expected = answers(Group(), str(tmp_path), prompts, 24)
+    assert tokens == others == wanted
+    for made, want in zip(details, expected, strict=True):
+        np.testing.assert_allclose(np.concatenate([[0], *made]), np.concatenate([[0], *want]), atol=2e-3)
+
+
+def history(vocab: int) -> list[list[tuple[int, list[int]]]]:
+    def ids(n: int) -> list[int]:
+        return RNG.integers(0, vocab, n).tolist()
+
+    return [
+        [(0, ids(300)), (1, ids(70))], [(0, ids(1))], [(1, ids(1)), (0, ids(1))], [(2, ids(1000))],
+        [(i, ids(1)) for i in range(3)], [(i, ids(1)) for i in range(3, 40)], [(i, ids(1)) for i in range(40)],
+        [(0, ids(1)), (1, ids(50)), (3, ids(1))],
+    ]  # fmt: skip
+
+
+SMOLLM2 = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "vocab_size": 49152, "tie_word_embeddings": True, "num_hidden_layers": 4, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8_e4m3fn"}, {"quantize": "fp8"}, {"deterministic": True}])
+@pytest.mark.parametrize("shape", ["8b", "smollm2"])
+def test_logits_of_real_shapes_are_those_of_one_rank(shape: str, options: dict[str, Any], two: Any) -> None:
+    config = SHAPES["8b"] | ({"num_hidden_layers": 2, "vocab_size": 32001} if shape == "8b" else SMOLLM2)
+    options = {"dtype": "bfloat16", "num_blocks": 600, "warm": True, "graphs": (1, 4, 48)} | options
+    limits, rows_of_steps = (2048, 48, 2048, 16), history(config["vocab_size"])
+    (found, others) = two.run("logits", "", rows_of_steps, config, limits=limits, **options)
+    driver = CudaDriver("", source=RandomWeights(config), limits=StepLimits(*limits), **options)
+    for rows, (token_ids, made), (theirs, _) in zip(rows_of_steps, found, others, strict=True):
+        assert token_ids == theirs
+        assert relative(made, driver.feed(rows)) < (0.08 if options.get("quantize") else 0.03)
+    driver.close()
+
+
+@pytest.mark.parametrize("name", ["int4, groups of 16, zeros", "fp8 in blocks", "nf4", "mxfp4"])
+def test_quantized_checkpoints_are_read_in_parts(name: str, two: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    write_random(tmp_path, "llama", dtype=torch.bfloat16, spread=0.06, **sizes)
+    about, write = CASES[name]
+    quantize_folder(tmp_path, about, lambda module: write if module.endswith(LINEAR) else None)
+    compared(tmp_path, two)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_shared(family: str, two: Any, tmp_path: Path) -> None:
+    write_random(tmp_path, family, dtype=torch.bfloat16, spread=0.06)
+    compared(tmp_path, two)
+
+
+def compared(folder: Path, two: Any) -> None:
+    rows_of_steps = [[(0, [1, 2, 3] * 9), (1, [5])], [(0, [7]), (1, [8])], [(2, [9] * 20), (0, [1])], [(2, [3])]]
+    found, others = two.run("logits", str(folder), rows_of_steps, dtype="bfloat16")
+    driver = CudaDriver(folder, dtype="bfloat16")
+    off = []
+    for rows, (token_ids, made), (theirs, _) in zip(rows_of_steps, found, others, strict=True):
+        assert token_ids == theirs
+        off.append(relative(made, driver.feed(rows)))
+    assert np.median(off) < 0.04, off
