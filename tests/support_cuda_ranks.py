@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import support_cuda
 import torch
-from support_ranks import Meeting
+from support_ranks import Meeting, Rank
 
 from tokenmill.backends.cuda.collectives.base import Needs
 from tokenmill.backends.cuda.collectives.choice import Limits
@@ -30,26 +30,14 @@ if not support_cuda.ON_GPU:
     executor.__call__ = alone
 
 
-class ThreadGroup:
-    """Implementation of the control plane of `parallel.group.Group` with threads."""
-
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.rank, self.size, self._meeting = rank, meeting.size, meeting
-
-    def exchange(self, data: bytes) -> list[bytes]:
-        return self._meeting.exchange(self.rank, data)
-
-    def minimum(self, n: int) -> int:
-        return min(self._meeting.exchange(self.rank, n))
-
-
-def on_ranks(size: int, run: Callable[[ThreadGroup], T]) -> list[T]:
+def on_ranks(size: int, run: Callable[[Rank], T]) -> list[T]:
     """Call `run` as each rank, in threads, and return the results."""
     meeting, found, failed = Meeting(size), dict[int, T](), list[BaseException]()
+    meeting.barrier = threading.Barrier(size, timeout=120)  # others use this machine
 
     def one(rank: int) -> None:
         try:
-            found[rank] = run(ThreadGroup(rank, meeting))
+            found[rank] = run(Rank(rank, meeting))
         except BaseException as error:  # noqa: BLE001  raised below
             failed.append(error)
             meeting.barrier.abort()

@@ -33,21 +33,28 @@ Steps = list[list[tuple[int, list[int]]]]
 
 
 class Processes:
-    """Processes of `size` ranks. `run` calls a function of this file in all, and returns their results."""
+    """Processes of `size` ranks. `run` calls a function of this file in all, and returns their results.
+
+    After a failure, new processes are started.
+    """
 
     def __init__(self, size: int) -> None:
+        self._size, self._pipes, self._processes = size, list[Any](), list[Any]()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         address = str(Path(self._folder.name) / "group.sock")
-        self._pipes, self._processes = [], []
-        for rank in range(size):
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, address, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._size, address, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, task: str, *arguments: Any, timeout_s: float = 120.0, **options: Any) -> list[Any]:
+        if not self._pipes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((task, arguments, options))
         found = []
@@ -66,7 +73,9 @@ class Processes:
         for process in self._processes:
             process.kill()
             process.join()
-        self._folder.cleanup()
+        if self._pipes:
+            self._folder.cleanup()
+        self._pipes, self._processes = [], []
 
 
 def _serve(rank: int, size: int, address: str, pipe: Any) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support_cuda import DEVICE, CudaDriver, torch, write_random
-from support_cuda_ranks import ThreadGroup, at_once, on_ranks, peers_of
+from support_cuda_ranks import at_once, on_ranks, peers_of
 from support_models import Driver, steps
+from support_ranks import Rank
 
 from tokenmill.backends.cuda.collectives import choice
 from tokenmill.backends.cuda.collectives.base import Needs, Normed, RankAbsent
@@ -129,7 +130,7 @@ def test_the_kernel_of_a_sum_is_the_fastest_of_its_size() -> None:
     assert found == Limits(32, NEVER, measured=True)
 
 
-def rank_of(folder: Path, group: ThreadGroup, rows_of_steps: list[list[tuple[int, list[int]]]]) -> list[np.ndarray]:
+def rank_of(folder: Path, group: Rank, rows_of_steps: list[list[tuple[int, list[int]]]]) -> list[np.ndarray]:
     driver = CudaDriver(folder, group=group)
     try:
         return [driver.feed(rows) for rows in rows_of_steps]
