@@ -196,7 +196,9 @@ def absent(group: Group) -> str:
     return error
 
 
-def logits(group: Group, folder: str, rows_of_steps: Steps, config: dict[str, Any] | None = None, **options: Any) -> Any:
+def logits(
+    group: Group, folder: str, rows_of_steps: Steps, config: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """Return the logits of steps on rank 0, and their tokens on every rank. `config`: of random weights."""
     if config is not None:
         from bench.gpu.engine import RandomWeights

@@ -1,4 +1,4 @@
-"""Two ranks of the CUDA backend that share one GPU, as processes: collective operations, and models against one rank."""
+"""Two ranks of the CUDA backend that share one GPU, as processes: collective operations; models against one rank."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from support_quantized import quantize_folder
 from test_quant_stored import CASES
 
 if ON_GPU:
+    from support_rank_processes import Processes, answers, relative
+
     from bench.gpu.engine import RandomWeights
     from bench.gpu.shapes import SHAPES
-    from support_rank_processes import Processes, answers, relative
     from tokenmill.backends.base import StepLimits
     from tokenmill.parallel.group import Group
 
@@ -79,7 +80,9 @@ SMOLLM2 = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8_e4m3fn"}, {"quantize": "fp8"}, {"deterministic": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_cache_dtype": "fp8_e4m3fn"}, {"quantize": "fp8"}, {"deterministic": True}]
+)
 @pytest.mark.parametrize("shape", ["8b", "smollm2"])
 def test_logits_of_real_shapes_are_those_of_one_rank(shape: str, options: dict[str, Any], two: Any) -> None:
     config = SHAPES["8b"] | ({"num_hidden_layers": 2, "vocab_size": 32001} if shape == "8b" else SMOLLM2)

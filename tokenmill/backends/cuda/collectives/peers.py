@@ -203,11 +203,12 @@ class PeerReduction:
         at_once = channel.room * peers.size * tile
         group = _VECTOR if n % _VECTOR == 0 else 1
         for first in range(0, n, at_once):
-            some = min(at_once, n - first)
+            some, ahead_of = min(at_once, n - first), early and not first
             self._two(
                 (triton.cdiv(some, peers.size * tile),),
                 *peers.operands(channel, x.dtype), x[first:], out[first:], some // group, peers.rank,
-                **peers.sizes, TILES=channel.room, TILE=tile, GROUP=group, PDL=early and not first, num_warps=8, **ahead(early and not first),
+                **peers.sizes, TILES=channel.room, TILE=tile, GROUP=group, PDL=ahead_of, num_warps=8,
+                **ahead(ahead_of),
             )  # fmt: skip
 
 
