@@ -21,7 +21,7 @@ from tokenmill.backends.cuda.kind import attention
 from tokenmill.backends.cuda.products.base import Operands, Scratch
 from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.kind import BackendOptions
-from tokenmill.errors import ArgumentError, Unsupported
+from tokenmill.errors import ArgumentError, MissingPackage, Unsupported
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Program
 from tokenmill.runtime.choice import Choice, choose
@@ -39,8 +39,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Return a machine with a GPU as seen by `detect`. Its properties can be changed."""
     found = SimpleNamespace(capability=(9, 0))
     monkeypatch.setattr(detect, "missing", lambda: "")
-    monkeypatch.setattr(detect, "device_name", lambda: "Some GPU")
-    monkeypatch.setattr(detect, "capability", lambda: found.capability)
+    monkeypatch.setattr(detect, "device_name", lambda index=0: "Some GPU")
+    monkeypatch.setattr(detect, "capability", lambda index=0: found.capability)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     return found
 
 
@@ -57,6 +58,16 @@ def test_an_fp8_cache_is_a_gpus_from_compute_capability_8_9_on(gpu: SimpleNamesp
         with pytest.raises(Unsupported, match=r"FP8 needs compute capability 8\.9; Some GPU has 8\.6\. Leave the opt"):
             chosen(made, kv_cache_dtype=name)
     assert chosen(made) == choice_of("cuda", device="cuda")
+
+
+def test_ranks_with_a_gpu_each_need_nccl(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(MissingPackage, match=r"2 ranks on GPUs .* need NCCL"):
+        chosen(program(tmp_path), ranks=2)
+    assert chosen(program(tmp_path), ranks=2, share_devices=True).name == "cuda"
+    assert chosen(program(tmp_path)).name == "cuda"
 
 
 @pytest.mark.parametrize("wants, words", [

@@ -68,7 +68,8 @@ class CudaBackend:
         self.limits, self.group, self.num_blocks = limits, job.group, 0
         self.program = fused(job.program, job.group.size)
         self.vocab_size = self.program.logits.width
-        self._device, dtype, self._report = Device(job.placement.device), _DTYPES[job.dtype], job.report
+        self._device = Device(job.placement.device, options.device_index)
+        dtype, self._report = _DTYPES[job.dtype], job.report
         about = (
             self.program, limits, job.dtype, options.cuda_graphs, options.kv_cache_dtype, options.deterministic,
             options.attention, self.group.size,

@@ -16,10 +16,10 @@ ALIGNED = 16  # int32 numbers. Sections of a buffer are aligned, so that every k
 
 
 class Device:
-    """A torch device by name, made this thread's current one."""
+    """A torch device by name, made this thread's current one. `index`: of "cuda", among those that are visible."""
 
-    def __init__(self, name: str) -> None:
-        self.torch = torch.device("cuda:0" if name == "cuda" else name)
+    def __init__(self, name: str, index: int = 0) -> None:
+        self.torch = torch.device(f"cuda:{index}" if name == "cuda" else name)
         self.real = self.torch.type == "cuda"
         if self.real:
             torch.cuda.set_device(self.torch)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokenmill.backends.accounts import Use, listed
 from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
 from tokenmill.backends.torch.kind import KIND as TORCH
-from tokenmill.errors import Unsupported
+from tokenmill.errors import MissingPackage, Unsupported
 from tokenmill.extras import has_torch
 from tokenmill.program.value import Program
 from tokenmill.quant.coded import Coded
@@ -39,7 +39,8 @@ class CudaKind:
         from tokenmill.backends.cuda.detect import capability
         from tokenmill.backends.cuda.prepare import LEAST_CAPABILITY, refusal
 
-        reason, found = refusal(program, options.dtype, placement.ranks, options.deterministic), capability()
+        found = capability(options.device_index)
+        reason = refusal(program, options.dtype, placement.ranks, options.deterministic)
         if not reason and found < LEAST_CAPABILITY:
             reason = f"it needs compute capability {_dotted(LEAST_CAPABILITY)}, this device has {_dotted(found)}"
         return reason
@@ -49,15 +50,21 @@ class CudaKind:
         from tokenmill.backends.cuda.detect import capability, device_name
         from tokenmill.backends.cuda.prepare import FP8_CAPABILITY, KV_DTYPES
 
+        if placement.ranks > 1 and not options.share_devices and not _has_nccl():
+            raise MissingPackage(
+                f"{placement.ranks} ranks on GPUs (--num-shard) need NCCL, which this build of torch does not have: "
+                "pip install 'tokenmill[cuda]', or give --device cpu."
+            )
         wanted = options.kv_cache_dtype
         if not wanted:
             return
         if wanted not in KV_DTYPES:
             cure = "On a GPU the cache has the computation's dtype, or FP8."
             raise Unsupported("KV cache dtype", wanted, KV_DTYPES, cure)
-        if capability() < FP8_CAPABILITY:
+        if (found := capability(options.device_index)) < FP8_CAPABILITY:
+            name = device_name(options.device_index)
             cure = (
-                f"FP8 needs compute capability {_dotted(FP8_CAPABILITY)}; {device_name()} has {_dotted(capability())}. "
+                f"FP8 needs compute capability {_dotted(FP8_CAPABILITY)}; {name} has {_dotted(found)}. "
                 "Leave the option out: the cache then has the computation's dtype."
             )
             raise Unsupported("KV cache dtype", wanted, (), cure)
@@ -162,6 +169,12 @@ def _kernels(
         copies=copies,
     )
     return listed(kernels_of(program, chosen), rules_of(program, source, chosen))
+
+
+def _has_nccl() -> bool:
+    import torch.distributed
+
+    return torch.distributed.is_available() and torch.distributed.is_nccl_available()
 
 
 def _dotted(capability: tuple[int, int]) -> str:
