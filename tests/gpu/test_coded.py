@@ -69,7 +69,7 @@ def test_a_quantized_model_through_graphs_has_the_logits_of_its_dequantized_matr
         tmp_path, "qwen2", dtype=torch.bfloat16, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
         max_position_embeddings=2048, spread=0.04, **sizes,
     )  # fmt: skip
-    limits = StepLimits(2048, 70, 2048, 16)
+    limits = StepLimits(4096, 70, 2048, 16)
     given: dict[str, Any] = {"dtype": "bfloat16", "limits": limits, "num_blocks": 1024}
     coded, dense = CudaDriver(tmp_path, **given, quantize=quantize, graphs=None), CudaDriver(tmp_path, **given)
     for weight, matrix in coded._weights.matrices.items():

@@ -226,8 +226,11 @@ class Lowering:
         made = self._made.get(op.gate.buffer)
         product = self.product(made) if isinstance(made, ops.Linear) and self.gate_of(made) is op else None
 
+        def applied(rows: int) -> bool:
+            return product is not None and product.applies_act(rows)
+
         def run(n: Sizes) -> None:
-            if product is not None and product.applies_act(n.of(op.out)):
+            if applied(n.of(op.out)):
                 return  # done with the product
             launch(
                 (n.of(op.out), columns),
@@ -235,7 +238,7 @@ class Lowering:
                 ACT=op.act, num_warps=4,
             )  # fmt: skip
 
-        return self._codes.gated(op, run)
+        return self._codes.gated(op, run, applied)
 
     def _act(self, op: ops.Act) -> Run:
         x, out, act = self._memory.value(op.x), self._memory.value(op.out), _ACTS.get(op.act, _gelu_tanh)

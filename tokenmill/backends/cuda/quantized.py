@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmill.backends.cuda.kernels.fp8_rows import gate_codes, norm_codes
+from tokenmill.backends.cuda.kernels.fp8_rows import gate_codes, norm_codes, quantize_rows
 from tokenmill.backends.cuda.launch import Run, Site, ahead
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.products.base import Operands, Packed
@@ -165,14 +165,19 @@ class ActivationCodes:
         reader = self._product(self._reader(op))
         return lambda rows: reader is not None and reader.reads_codes(rows)
 
-    def gated(self, op: ops.GatedAct, plain: Run) -> Run:
-        """Return the launch of a gated activation; see `norm`."""
+    def gated(self, op: ops.GatedAct, plain: Run, applied: Callable[[int], bool]) -> Run:
+        """Return the launch of a gated activation; see `norm`.
+
+        `applied`: returns True if the product before applies it to so many rows. Only codes of its result are to be
+        stored then.
+        """
         life, raw = self._stored.get(id(op)), self._raw.get(id(op))
         reads, product = self._product(self._reader(op)), self._product(raw, op.act)
         if life is None or reads is None:
             return plain
-        gate, up = self._memory.value(op.gate), self._memory.value(op.up)
+        gate, up, out = self._memory.value(op.gate), self._memory.value(op.up), self._memory.value(op.out)
         width, launch, half = op.out.width, Site(gate_codes), self._memory.dtype == torch.float16
+        quantize = Site(quantize_rows)
         codes, scales = self._target(life, gate)
         by_rows, by_columns = (codes[1], codes[1]) if product is None else product.raw_scales
 
@@ -180,6 +185,14 @@ class ActivationCodes:
             rows = n.of(op.out)
             if not reads.reads_codes(rows):
                 plain(n)
+                return
+            if applied(rows):
+                quantize(
+                    (rows,),
+                    out, *codes, out.stride(0), scale_stride(rows), WIDTH=width, KP=-(-width // BLOCK) * BLOCK,
+                    BLOCK=max(BLOCK, power(width)), SCALES=scales, PDL=n.early, num_warps=row_warps(width),
+                    **ahead(n.early),
+                )  # fmt: skip
                 return
             launch(
                 (rows,),
