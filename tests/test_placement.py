@@ -91,8 +91,8 @@ def test_a_conversation_returns_to_the_replica_that_holds_it() -> None:
         assert ticket.num_cached >= 7 / 8 * (len(talk) - 60) - 16
 
 
-def test_a_cached_prefix_wins_while_it_saves_more_than_the_replica_has_to_do() -> None:
-    for outstanding, stays in ((900, True), (1100, False)):
+def test_a_cached_prefix_wins_while_the_replica_has_less_than_twice_its_tokens_to_do() -> None:
+    for outstanding, stays in ((2000, True), (2100, False)):
         placement = of(2)
         talk = tokens(1, 1024)
         home = served(placement, talk).replica
@@ -127,7 +127,7 @@ def test_a_shared_document_spreads_over_the_replicas_as_its_readers_become_many(
     for seed in range(500):
         placed(placement, document + tokens(seed, 30), new=200)
     loads = [placement.outstanding(name) for name in range(20)]
-    assert max(loads) - min(loads) <= 3000 + 200
+    assert max(loads) - min(loads) <= 2 * 3000 + 200
     assert min(loads) > 0
 
 
