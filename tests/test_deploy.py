@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from tokenmill.deploy import merged
+from tokenmill.deploy import command, merged
 from tokenmill.deploy.load import _NAMES as READ_METRICS
 from tokenmill.deploy.load import Load, LoadMeter, values_of
 from tokenmill.deploy.plan import Model, Scaling, plan_of, resources_of, words_and_environment
 from tokenmill.deploy.prompts import prompt_and_limit
 from tokenmill.deploy.scaling import Policy, replicas_wanted
 from tokenmill.deploy.selection import Served, select
+from tokenmill.deploy.server_process import HAS_ENDED
 from tokenmill.errors import ArgumentError
 from tokenmill.placement.prompt import prompt_of_text
 from tokenmill.server.failures import NotFound
@@ -89,6 +90,48 @@ def test_given_resources_are_divided_among_ranks_and_nodes() -> None:
     found = resources_of(Model(options={"num_shard": 4, "device": "cuda"}, cpus=16, nodes=2), True)
     assert found.threads == 4
     assert found.bundles == ({"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2})
+
+
+def test_the_command_prints_the_config_that_it_would_deploy_without_secrets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    words = ["--print-config", "--num-shard", "2", "--port", "81", "--hostname", "::1", "--max-replicas", "3"]
+    words += ["--model-id", "org/m", "--target-queue", "9", "--cors-allow-origin", "x", "--api-key", "key_secret"]
+    assert command.main(words) == 0
+    printed = capsys.readouterr()
+    config = json.loads(printed.out)
+    assert config["http_options"] == {"host": "::1", "port": 81}
+    (application,) = config["applications"]
+    (model,) = application["args"]["models"]
+    assert model["options"] == {"num_shard": 2, "model_id": "org/m", "cors_allow_origin": ["x"]}
+    assert plan_of(application["args"]).models[0].scaling.target_queue == 9
+    assert "secret" not in printed.out + printed.err
+    assert "API_KEY, HF_TOKEN" in printed.err
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--min-replicas", "3", "--max-replicas", "2"], "min_replicas is 3"),
+        (["--max-input-tokens", "9", "--max-total-tokens", "9"], "must be <"),
+        (["--name", "health"], "another `name`"),
+    ],
+)
+def test_the_command_checks_its_options_before_it_looks_for_a_cluster(words: list[str], message: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        command.main(words)
+    assert message in str(error.value)
+
+
+def test_a_failed_deployment_is_explained_by_the_server_itself() -> None:
+    trace = (
+        "Traceback:\n  raise StartError(HAS_ENDED + x)\ntokenmill.errors.StartError: "
+        + HAS_ENDED
+        + "Error: Model: no.\n"
+    )
+    assert command.reason(["", trace, "Deploying failed."]) == HAS_ENDED + "Error: Model: no."
+    assert command.reason(["other", "Deploying failed."]) == "Deploying failed."
 
 
 # The model of a request

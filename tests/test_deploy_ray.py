@@ -152,14 +152,31 @@ def test_an_update_under_load_fails_no_request(on: ray_cluster.Deployed) -> None
     assert row.good, row.figures
 
 
-def test_two_models_and_a_prefix(on: ray_cluster.Deployed) -> None:
-    models = [{"name": name, "options": {**ray_cluster.MOCK, "mock_text": f"{name} "}} for name in ("one", "two")]
+def test_two_models_a_prefix_a_key_and_a_direct_way(on: ray_cluster.Deployed) -> None:
+    keyed = {"api_key": "secret"}
+    models = [
+        {"name": name, "options": {**ray_cluster.MOCK, **more, "mock_text": f"{name} "}, "direct": name == "two"}
+        for name, more in (("one", keyed), ("two", {}))
+    ]
     on.run(*models)
+    headers = {"authorization": "Bearer secret"}
     for body, path in (({"model": "two"}, ""), ({}, "/two")):
         asked = {"prompt": "a", "max_tokens": 4, **body}
         answer = httpx.post(on.url + path + "/v1/completions", json=asked, timeout=30)
         assert answer.json()["choices"][0]["text"].startswith("two")
-    assert [one["id"] for one in httpx.get(on.url + "/v1/models", timeout=30).json()["data"]] == ["one", "two"]
+    listed = httpx.get(on.url + "/v1/models", headers=headers, timeout=30).json()["data"]
+    assert [one["id"] for one in listed] == ["one", "two"]
     missing = httpx.post(on.url + "/v1/completions", json={"prompt": "a", "model": "three"}, timeout=30)
     assert missing.status_code == 404
     assert json.loads(missing.content)["error"]["code"] == "model_not_found"
+    for path in ("/v1/models", "/replicas"):
+        refused = httpx.get(on.url + path, timeout=30)
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+    assert httpx.get(on.url + "/health", timeout=30).status_code == 200
+    replicas = httpx.get(on.url + "/replicas", headers=headers, timeout=30).json()
+    assert [(one["model"], bool(one["address"])) for one in replicas] == [("one", False), ("two", True)]
+    direct = {"x-tokenmill-route": "direct"}
+    asked = {"inputs": "a", "parameters": {"max_new_tokens": 4}}
+    answer = httpx.post(on.url + "/two/generate", json=asked, headers=direct, timeout=30, follow_redirects=True)
+    assert str(answer.url) == replicas[1]["address"] + "/generate"
+    assert answer.json()["generated_text"].startswith("two")

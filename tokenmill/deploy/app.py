@@ -30,6 +30,8 @@ _UNLIMITED = 1_000_000
 """Requests that Serve lets a replica have. The server itself refuses those beyond its limit, with 429."""
 _STOP_S = 15.0
 """Time to end a server after its requests have ended."""
+_STARTS = 2
+"""Starts of a replica that may fail before a deployment fails: most causes are those of every replica."""
 _STATS_PERIOD_S = 1.0
 _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 2.0, 10.0
 _DEFAULT_BATCH = 128
@@ -185,6 +187,7 @@ def _deployment(model: Model, cluster_has_gpus: bool) -> Any:
     options: dict[str, Any] = {
         "name": model.name,
         "max_ongoing_requests": _UNLIMITED,
+        "max_constructor_retry_count": _STARTS,
         "graceful_shutdown_timeout_s": settings.graceful_termination_timeout + _STOP_S,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": _HEALTH_PERIOD_S,

@@ -15,6 +15,7 @@ import msgspec
 from tokenmill import options
 from tokenmill.config import Settings
 from tokenmill.deploy.plan import Model, Scaling, plan_of
+from tokenmill.deploy.server_process import HAS_ENDED
 from tokenmill.errors import ArgumentError, StartError
 from tokenmill.extras import need_ray
 from tokenmill.listening import place
@@ -70,7 +71,10 @@ def main(words: Sequence[str]) -> int:
     http, args = http_options(given), args_of(wanted, given)
     plan_of(args)
     if wanted.print_config:
+        hidden = sorted(args["models"][0].pop("environment", ()))
         print(json.dumps(config_of(wanted, http, args), indent=2))
+        if hidden:
+            print(f"Left out: {', '.join(hidden)}, which belong below `environment` of the model.", file=sys.stderr)
         return 0
     need_ray()
     return _deploy(wanted, http, args)
@@ -140,8 +144,10 @@ def _deploy(wanted: Wanted, http: dict[str, Any], args: dict[str, Any]) -> int:
     try:
         serve.run(build(args), name=wanted.app, route_prefix=wanted.route_prefix)
     except RuntimeError as error:
+        status = serve.status().applications.get(wanted.app)
+        messages = [one.message for one in status.deployments.values()] if status else []
         serve.delete(wanted.app)
-        raise StartError(f"The application could not be deployed: {_reason(wanted.app, error)}") from None
+        raise StartError(f"The application could not be deployed. {reason([*messages, str(error)])}") from None
     host = "127.0.0.1" if http["host"] in ("0.0.0.0", "::") else http["host"]
     url = f"http://{place(host, http['port'])}{wanted.route_prefix.rstrip('/')}"
     print(f"Ready: {args['models'][0].get('name') or 'the model'} at {url}, on every node of the cluster.", flush=True)
@@ -174,15 +180,14 @@ def _connect(wanted: Wanted) -> None:
         ray.init(address="local")
 
 
-def _reason(app: str, error: RuntimeError) -> str:
-    """Return what a deployment reports of its failure: the server's own message if there is one."""
-    from ray import serve
-
-    status = serve.status().applications.get(app)
-    messages = [status.message, *(one.message for one in status.deployments.values())] if status else []
-    lines = [line.strip() for text in (*messages, str(error)) for line in text.splitlines()]
-    own = [line.rpartition("Error: ")[2] for line in lines if "The server of this replica has ended" in line]
-    return own[0] if own else str(error).strip()
+def reason(messages: Sequence[str]) -> str:
+    """Return the cause of a failed deployment from what Serve reports: the server's own error if there is one."""
+    for text in messages:
+        for line in text.splitlines():
+            _, found, error = line.partition(f"{StartError.__name__}: {HAS_ENDED}")
+            if found:
+                return f"{HAS_ENDED}{error}"
+    return messages[-1].strip()
 
 
 def _wait_for_signal() -> None:

@@ -29,9 +29,12 @@ class Relay:
         """Make a relay that has no connection yet. `replica`: name in its answers."""
         self._address, self._replica = address, replica
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     async def send(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
         """Send a request and yield its answer. Raises ReplicaLost if the connection breaks. See `Replicas.send`."""
+        if self._closed:
+            raise ReplicaLost("the replica has ended")
         try:
             async with self._client().request(
                 ask.method,
@@ -55,7 +58,8 @@ class Relay:
         return head, b"".join(part for part in body if isinstance(part, bytes))
 
     async def close(self) -> None:
-        """Close all connections. Idempotent."""
+        """Close all connections; further requests raise ReplicaLost. Idempotent."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from tokenmill.errors import StartError
 from tokenmill.listening import listen
 
+HAS_ENDED = "The server of this replica has ended: "
 _LAST_LINES = 20
 _POLL_S = 0.1
 
@@ -52,7 +53,7 @@ class ServerProcess:
     def check(self) -> None:
         """Raise StartError if the process has ended."""
         if not self.running:
-            raise StartError(f"The server of this replica has ended: {self.how_it_ended()}")
+            raise StartError(HAS_ENDED + self.how_it_ended())
 
     async def stop(self, timeout_s: float) -> None:
         """Let running requests finish, for `timeout_s` seconds at most, and end the process. Idempotent."""
