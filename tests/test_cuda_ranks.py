@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support_cuda import DEVICE, CudaDriver, torch, write_random
+from support_cuda import DEVICE, CudaDriver, program, torch, write_random
 from support_cuda_ranks import at_once, on_ranks, peers_of
 from support_models import Driver, steps
 from support_ranks import Rank
@@ -14,7 +14,10 @@ from support_ranks import Rank
 from tokenmill.backends.cuda.collectives import choice
 from tokenmill.backends.cuda.collectives.base import Needs, Normed, RankAbsent
 from tokenmill.backends.cuda.collectives.choice import NEVER, Limits
+from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, rules_of
 from tokenmill.backends.cuda.sizes import Sizes
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.source import local_source
 
 LIMITS = Limits(NEVER, NEVER)
 RNG = torch.Generator().manual_seed(1)
@@ -128,6 +131,18 @@ def test_the_kernel_of_a_sum_is_the_fastest_of_its_size() -> None:
     del times["NCCL"]
     found = choice.measured({name: each.get for name, each in times.items()}, list, [8, 32, 128, 512])
     assert found == Limits(32, NEVER, measured=True)
+
+
+def test_doctor_tells_the_sums_over_ranks_and_the_launches(tmp_path: Path) -> None:
+    made = program(tmp_path, "llama", num_hidden_layers=3, hidden_size=64)
+    source = open_checkpoint(local_source(tmp_path))
+    rules = rules_of(made, source, KernelOptions(dtype="bfloat16", ranks=2))
+    assert rules["ranks"] == "2; a step has 7 sums over them, 1 KiB a row; 6 include the norm behind"
+    assert rules["sums over the ranks"].startswith("one shot up to 1 MiB, two shots up to 8 MiB, NCCL above")
+    assert rules["launches"] == "about 30 in a decode step of several rows"
+    assert "ranks" not in rules_of(made, source, KernelOptions(dtype="bfloat16"))
+    kinds = kernels_of(made, KernelOptions(dtype="bfloat16", ranks=2))
+    assert (sum(kinds["AllReduce"].values()), list(kinds["Gather"])) == (7, ["gather_rows"])
 
 
 def rank_of(folder: Path, group: Rank, rows_of_steps: list[list[tuple[int, list[int]]]]) -> list[np.ndarray]:

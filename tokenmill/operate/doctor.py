@@ -133,7 +133,7 @@ def _backend(settings: Settings) -> Finding:
     try:
         choice = choose(programs.decoder, options, settings.block_size, settings.num_shard or 1)
     except StartError as error:
-        return Finding("backend", "bad", str(error), _elsewhere(programs, checkpoint, options))
+        return Finding("backend", "bad", str(error), _elsewhere(programs, checkpoint, options, settings.num_shard or 1))
     limit = memory_bytes(settings.memory_limit)
     dtype, needed = measure_weights(choice, programs, checkpoint, options, limit)
     found = choice.kind.describe(programs.decoder, checkpoint, options, dtype)
@@ -149,14 +149,14 @@ def _weights(forms: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"weights: {form}" for form in forms)
 
 
-def _elsewhere(programs: Programs, checkpoint: Checkpoint, options: BackendOptions) -> tuple[str, ...]:
+def _elsewhere(programs: Programs, checkpoint: Checkpoint, options: BackendOptions, ranks: int) -> tuple[str, ...]:
     """Return the refusals of the GPU backend, if one is requested and this machine has no GPU."""
     from tokenmill.backends.cuda.kind import KIND
 
     if "cuda" not in (options.device, options.backend) or not KIND.missing():
         return ()
     dtype = KIND.dtype(stored_dtype(programs.config.dtype, checkpoint), options.dtype)
-    details = KIND.describe_elsewhere(programs.decoder, checkpoint, options, dtype)
+    details = KIND.describe_elsewhere(programs.decoder, checkpoint, options, dtype, ranks)
     return ("Where there is one, it would be:", *details) if details else ()
 
 

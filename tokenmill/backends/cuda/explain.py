@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tokenmill.backends.accounts import Use
 from tokenmill.backends.cuda.detect import flashinfer_missing, flashinfer_version
+from tokenmill.backends.cuda.explain_ranks import rank_rules
 from tokenmill.backends.cuda.held import Held
 from tokenmill.backends.cuda.prepare import attention_of, fused
 from tokenmill.backends.cuda.products.coded_shapes import crossover
@@ -27,6 +28,7 @@ from tokenmill.weights.checkpoint import Checkpoint
 _NAMES: dict[type[Op], str] = {
     ops.Embed: "embed_rows", ops.GatedAct: "gate_rows", ops.TakeRows: "take_rows", ops.Rope: "rotate_heads",
     special.ScaleByPosition: "scale_rows", special.XIelu: "xielu_rows", ops.Route: "route",
+    ops.AllReduce: "reduce_rows, reduce_tiles or NCCL", ops.Gather: "gather_rows",
     recurrence.CausalConv: "convolve", recurrence.RgLru: "single tokens lru_single, runs lru_gates and lru_runs",
 }  # fmt: skip
 
@@ -44,6 +46,7 @@ class KernelOptions:
     attention: str = ""
     held: Mapping[Weight, Held] = field(default_factory=dict)
     copies: bool = True  # The GPU has a copy engine for tiles: Hopper and later.
+    ranks: int = 1
 
     @property
     def item_bytes(self) -> int:
@@ -57,7 +60,7 @@ def kernels_of(program: Program, options: KernelOptions) -> dict[str, Counter[st
     `program`: as recorded, one that the backend does not refuse.
     """
     found: dict[str, Counter[str]] = {}
-    prepared = fused(program).ops
+    prepared = fused(program, options.ranks).ops
     runs, _ = attention_of(program, options.attention, options.dtype, options.deterministic)
     for before, op, behind in zip((None, *prepared), prepared, (*prepared[1:], None), strict=False):
         if isinstance(op, ops.Linear):
@@ -103,6 +106,7 @@ def rules_of(program: Program, checkpoint: Checkpoint, options: KernelOptions) -
         "KV cache": _cache(program, checkpoint, options),
         "deterministic": "yes: the same tokens whatever shares a step" if options.deterministic
         else "no: sums may differ in the last bit with the size of a step (--deterministic)",
+        **(rank_rules(fused(program, options.ranks), options.item_bytes, options.ranks) if options.ranks > 1 else {}),
     }  # fmt: skip
 
 

@@ -114,24 +114,26 @@ class CudaKind:
 
         return form_of_matrix(parts, use, dtype, fp8=bool(missing()) or capability() >= CAPABILITY)
 
-    def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
+    def describe(
+        self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str, ranks: int = 1
+    ) -> Description:
         """See `Kind`."""
         from tokenmill.backends.cuda.detect import capability, device_name, not_compilable
 
-        found = capability()
+        found = capability(options.device_index)
         text = f"{device_name()} (compute capability {_dotted(found)}), {dtype}"
-        kernels = _kernels(program, source, options, dtype, copies=found >= (9, 0))
+        kernels = _kernels(program, source, options, dtype, copies=found >= (9, 0), ranks=ranks)
         return Description(text, kernels, flaw=not_compilable())
 
     def describe_elsewhere(
-        self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str
+        self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str, ranks: int = 1
     ) -> tuple[str, ...]:
         """Return the details of `describe` on a newer GPU, for a machine without one; () without torch and triton."""
         from tokenmill.backends.cuda.prepare import refusal
 
-        if refusal(program, options.dtype, 1, options.deterministic) or not (has_torch() and find_spec("triton")):
+        if refusal(program, options.dtype, ranks, options.deterministic) or not (has_torch() and find_spec("triton")):
             return ()
-        return _kernels(program, source, options, dtype, copies=True)
+        return _kernels(program, source, options, dtype, copies=True, ranks=ranks)
 
     def compile(self, program: Program, source: Checkpoint, options: BackendOptions, report: Report) -> str | None:
         """See `Kind`."""
@@ -153,7 +155,7 @@ def attention(program: Program, options: BackendOptions, dtype: str) -> str:
 
 
 def _kernels(
-    program: Program, source: Checkpoint, options: BackendOptions, dtype: str, *, copies: bool
+    program: Program, source: Checkpoint, options: BackendOptions, dtype: str, *, copies: bool, ranks: int
 ) -> tuple[str, ...]:
     """Return lines of kernels and rules. `copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
     from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, rules_of
@@ -165,8 +167,9 @@ def _kernels(
         kv_cache_dtype=options.kv_cache_dtype,
         deterministic=options.deterministic,
         attention=options.attention,
-        held=held(fused(program), source, dtype, options.quantize),
+        held=held(fused(program, ranks), source, dtype, options.quantize),
         copies=copies,
+        ranks=ranks,
     )
     return listed(kernels_of(program, chosen), rules_of(program, source, chosen))
 
