@@ -17,13 +17,14 @@ from support_cuda import ON_GPU, altered, program, torch
 
 from tokenmill.backends.cuda import detect, explain, prepare
 from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, product_of, rules_of
-from tokenmill.backends.cuda.kind import attention
+from tokenmill.backends.cuda.kind import KIND, attention
 from tokenmill.backends.cuda.products.base import Operands, Scratch
 from tokenmill.backends.cuda.products.dense import Dense
 from tokenmill.backends.kind import BackendOptions
-from tokenmill.errors import ArgumentError, MissingPackage, Unsupported
+from tokenmill.errors import ArgumentError, MissingPackage, NotEnoughMemory, Unsupported
 from tokenmill.program.ops import Part, Weight
 from tokenmill.program.value import Program
+from tokenmill.runtime import assembly
 from tokenmill.runtime.choice import Choice, choose
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
@@ -68,6 +69,19 @@ def test_ranks_with_a_gpu_each_need_nccl(
         chosen(program(tmp_path), ranks=2)
     assert chosen(program(tmp_path), ranks=2, share_devices=True).name == "cuda"
     assert chosen(program(tmp_path)).name == "cuda"
+
+
+def test_a_model_that_fits_two_gpus_is_served_by_two_ranks(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    programs = SimpleNamespace(decoder=program(tmp_path), config=SimpleNamespace(dtype="bfloat16"))
+    source = open_checkpoint(local_source(tmp_path))
+    needed = KIND.weight_bytes(programs.decoder, source, "bfloat16")
+    monkeypatch.setattr(assembly, "free_bytes", lambda choice, options, share=None: needed * 2 // 3)
+    with pytest.raises(NotEnoughMemory):
+        assembly.measure_weights(chosen(programs.decoder), programs, source, BackendOptions(), None)
+    of_two = chosen(programs.decoder, ranks=2)
+    assert assembly.measure_weights(of_two, programs, source, BackendOptions(), None) == ("bfloat16", needed)
 
 
 @pytest.mark.parametrize("wants, words", [

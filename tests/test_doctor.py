@@ -126,10 +126,10 @@ def tiny(tmp_path: Path) -> str:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Return a machine with a GPU, as far as it is examined."""
     monkeypatch.setattr(detect, "missing", lambda: "")
-    monkeypatch.setattr(detect, "device_name", lambda: "Some GPU")
-    monkeypatch.setattr(detect, "capability", lambda: (9, 0))
+    monkeypatch.setattr(detect, "device_name", lambda index=0: "Some GPU")
+    monkeypatch.setattr(detect, "capability", lambda index=0: (9, 0))
     monkeypatch.setattr(detect, "not_compilable", lambda: "")
-    monkeypatch.setattr(assembly, "free_bytes", lambda choice, options: 80 << 30)
+    monkeypatch.setattr(assembly, "free_bytes", lambda choice, options, share=None: 80 << 30)
 
 
 def test_on_a_gpu_each_operation_has_its_kernels_and_each_rule_its_reason(tiny: str, gpu: None) -> None:

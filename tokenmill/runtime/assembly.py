@@ -103,7 +103,7 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
     lengths.max_input_tokens(options.max_input_tokens, longest, length)  # fail before minutes of loading
     share, limit = options.host_memory, options.memory_limit
     dtype, needed = measure_weights(choice, programs, checkpoint, backend_options, limit, share)
-    free = free_bytes(choice, backend_options, share) if limit is None else limit
+    free = free_of_ranks(choice, backend_options, share) if limit is None else limit
     limits = _limits(defaults, options, longest, slot_bytes(program, dtype, group.size), free - needed)
     read = reader_of(checkpoint, backend_options.quantize)
     job = Job(program, checkpoint, read, limits, group, backend_options, choice.placement, dtype, report)
@@ -220,7 +220,7 @@ def measure_weights(
     dtype = choice.kind.dtype(stored_dtype(programs.config.dtype, checkpoint), options.dtype)
     needed = choice.kind.weight_bytes(programs.decoder, checkpoint, dtype, options.quantize)
     warn_of_unread(weights_of(programs.decoder), checkpoint)
-    check_weights(needed, free_bytes(choice, options, share), memory_limit)
+    check_weights(needed, free_of_ranks(choice, options, share), memory_limit)
     return dtype, needed
 
 
@@ -231,6 +231,15 @@ def free_bytes(choice: Choice, options: BackendOptions, share: int | None = None
     """
     free = choice.kind.room(options, choice.device)
     return free if free is not None else min(available_bytes(), share or sys.maxsize)
+
+
+def free_of_ranks(choice: Choice, options: BackendOptions, share: int | None = None) -> int:
+    """Return the free bytes for the weights and the cache of all ranks: each has a device, or all have the host.
+
+    `share`: see `free_bytes`.
+    """
+    each = choice.kind.defaults(choice.device).owns_memory
+    return free_bytes(choice, options, share) * (choice.placement.ranks if each else 1)
 
 
 def _allocate(
