@@ -207,6 +207,33 @@ def test_a_dead_rank_ends_its_engine_alone_and_is_named(serve: Callable[..., Ser
     assert not psutil.wait_procs(children, 3)[1]
 
 
+def test_a_rank_that_hangs_ends_its_engine_with_a_line_that_says_where_it_stood(serve: Callable[..., Server]) -> None:
+    server = serve("--num-shard", "2", "--mock-fault", "hang@6:1", "--mock-step-ms", "50", "--mock-text", "hello " * 99)
+    server.wait_ready()
+    ranks = ranks_of(server)
+    stream = server.stream(500)
+    began = time.monotonic()
+    assert b'"error_type"' in stream.read()
+    assert time.monotonic() - began < 10  # 3 s, and what a busy machine takes
+    assert not psutil.wait_procs(ranks, 3)[1]
+    until(lambda: "the engine is started again in 1 s" in server.output)
+    [line] = [line for line in server.lines if "has died" in line]
+    assert "The engine rank 1 has died (hung: no progress for " in line
+    assert " s; it stood at step 6 (1 rows, 1 tokens), collect (runtime/mock.py:" in line
+    assert "Stack of engine rank 0:" in server.output
+    until(lambda: server.get("/health")[0] == 200)
+
+
+def test_a_stopped_rank_ends_its_engine_and_is_named(serve: Callable[..., Server]) -> None:
+    server = serve("--num-shard", "2")
+    server.wait_ready()
+    ranks_of(server)[0].suspend()
+    until(lambda: "has died" in server.output)
+    assert "The engine rank 0 has died (hung: no progress for " in server.output
+    assert "stopped by a signal (SIGSTOP or SIGTSTP)" in server.output
+    until(lambda: "is ready again" in server.output)
+
+
 GENERATE = ("POST", "/generate", b'{"inputs": "hello"}')
 CHAT = ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "hello"}], "stream": true}')
 

@@ -208,7 +208,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "The quick brown fox jumps over the lazy dog. ")
     mock_step_ms: Annotated[float, Option("Milliseconds of a step of the mock engine.", at_least=0,
                                           env="TOKENMILL_MOCK_STEP_MS")] = 10.0
-    mock_fault: Annotated[str, Option("Faults of the mock engine at its N-th step: nan@N, raise@N, hang@N, exit@N.",
+    mock_fault: Annotated[str, Option("Faults of the mock engine at its N-th step: nan@N, raise@N, hang@N, exit@N; "
+                                      "hang@N:R on rank R only.",
                                       env="TOKENMILL_MOCK_FAULT")] = ""
     warnings: Annotated[tuple[str, ...], Option("What to tell the user.", env="", env_only=True)] = ()
     # fmt: on
@@ -393,4 +394,5 @@ def default_cache_dir() -> str:
 
 def environment(threads: int) -> dict[str, str]:
     """Return the environment for a child with `threads` compute threads, which libraries read on import."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    libraries = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return {"NCCL_NVLS_ENABLE": "0", **os.environ, **libraries}  # NVLink multicast fails on some machines

@@ -34,6 +34,7 @@ from tokenmill.ranks import MOST_DELAY_S, Ranks, Restarts, engine_address, group
 from tokenmill.readiness import announce, readiness
 from tokenmill.rundir import run_dir
 from tokenmill.surroundings import raise_open_files, shortage
+from tokenmill.watch import TICK_S
 from tokenmill.wire.messages import Configure, Drain, Drained, ModelReady, Phase, Progress, Ready, ToChild
 
 SERVER, FETCH = "tokenmill.server.worker:main", "tokenmill.fetch:main"
@@ -132,9 +133,9 @@ class Supervisor:
         return next((ranks for ranks in self.engines if child in ranks.children.values()), None)
 
     def _wait(self, wakeup: socket.socket) -> None:
-        """Block until a message, the end of a child, a signal or a planned start, for a second at most."""
+        """Block until a message, the end of a child, a signal or a planned start, for half a second at most."""
         now = time.monotonic()
-        until = min([now + 1.0, self.stop_by, *(moment for moment, _ in self.planned)])
+        until = min([now + TICK_S, self.stop_by, *(moment for moment, _ in self.planned)])
         with selectors.DefaultSelector() as selector:
             selector.register(wakeup, selectors.EVENT_READ)
             for child in self._children():
@@ -163,6 +164,9 @@ class Supervisor:
                 self._hear(child, message)
             if dead or child.control.closed:
                 self._bury(child)
+        for ranks in self.engines:
+            if (hung := ranks.hung()) is not None:
+                self._bury(hung)
         self._start_planned()
         if self.signals and not self.draining:
             self._drain()

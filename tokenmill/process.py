@@ -24,6 +24,7 @@ class Child:
                  pass_fds: Sequence[int] = ()) -> None:  # fmt: skip
         self.name, self.target = name, target
         self.ready = self.drained = False
+        self.place = ""  # where a rank stood at its end, if that is known
         self.failure: Failed | None = None
         self._killed = False
         child_reads, we_write = os.pipe()
@@ -55,8 +56,10 @@ class Child:
 
     def how_it_ended(self) -> str:
         """Describe the end of the process: by its own message, else by its exit code or the signal that killed it."""
-        if self.failure is not None:
-            return self.failure.message
+        place = f"; it stood at {self.place}" if self.place else ""
+        return (self.failure.message if self.failure is not None else self._status()) + place
+
+    def _status(self) -> str:
         code = self.process.poll()
         if code is None:
             return "it closed its control pipe"

@@ -6,6 +6,7 @@ and the whole group is started again.
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Sequence
@@ -14,15 +15,18 @@ from pathlib import Path
 
 from tokenmill import config
 from tokenmill.config import Settings
+from tokenmill.heartbeat import SLACK_S, STARTING, Heartbeat, heartbeat_path, stack_path
 from tokenmill.host import available_bytes, usable_cpus
 from tokenmill.process import Child
-from tokenmill.wire.messages import Configure, EngineInfo, ModelReady, Place, ToChild
+from tokenmill.watch import Watch
+from tokenmill.wire.messages import Configure, EngineInfo, Failed, ModelReady, Place, ToChild
 
 ENGINE = "tokenmill.runtime.worker:main"
 RESTART_WINDOW_S = 600.0
 """Period over which restarts are counted. Earlier ones do not count."""
 MOST_DELAY_S = 60.0
 """Longest delay before a restart."""
+_log = logging.getLogger(__name__)
 _CAUSE_S = 0.3  # in which a rank that died first is found to be dead, after others that died because of it
 
 
@@ -65,6 +69,7 @@ class Ranks:
         self.info: EngineInfo | None = None
         self.generation = 0  # number of restarts
         self.restarts = Restarts(settings.max_engine_restarts)
+        self.watch = Watch()
         self._host_memory = host_memory
 
     @property
@@ -88,7 +93,10 @@ class Ranks:
                 run_dir=self.run_dir, generation=self.generation,
                 place=Place(self.engine * len(local) + number, in_all, self.engine, self._host_memory),
             )  # fmt: skip
-            self.children[rank] = Child(self._name_of(rank), ENGINE, configure, environment)
+            heartbeat = self._heartbeat(rank)
+            Path(stack_path(self.run_dir, self.engine, rank)).write_bytes(b"")
+            child = self.children[rank] = Child(self._name_of(rank), ENGINE, configure, environment)
+            self.watch.add(rank, child.process.pid, heartbeat, stack_path(self.run_dir, self.engine, rank))
         if model is not None:
             self.tell(model)
 
@@ -96,6 +104,22 @@ class Ranks:
         """Start the ranks again, as the next generation."""
         self.generation += 1
         self.start(model)
+
+    def _heartbeat(self, rank: int) -> Heartbeat:
+        heartbeat = Heartbeat(heartbeat_path(self.run_dir, self.engine, rank))
+        heartbeat.note(STARTING, self.settings.rank_timeout + SLACK_S)
+        return heartbeat
+
+    def hung(self) -> Child | None:
+        """Return the rank that hangs, if one does, with its failure. Log the stacks of all ranks."""
+        hang = self.watch.look(time.monotonic())
+        if hang is None:
+            return None
+        child = self.children[hang.rank]
+        child.failure = Failed("ShardFailed", f"hung: {hang}", fatal=False)
+        for rank, stack in hang.stacks.items():
+            _log.error("Stack of %s:\n%s", self.children[rank].name, stack.rstrip())
+        return child
 
     def _name_of(self, rank: int) -> str:
         return f"engine rank {rank}" if self.settings.data_parallel_size == 1 else f"rank {rank} of {self.name}"
@@ -118,9 +142,12 @@ class Ranks:
         for child in dead:
             child.poll()  # its last words
         culprit = min(dead, key=_cause)
+        if culprit.failure is None or culprit.failure.at:  # that of a hang has it
+            culprit.place = self.watch.place(next(rank for rank, child in self.children.items() if child is culprit))
         for child in self.children.values():
             child.kill()
         self.children.clear()
+        self.watch.clear()
         return culprit
 
 

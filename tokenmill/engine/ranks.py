@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import msgspec
 
 from tokenmill.engine.engine import Link
+from tokenmill.parallel.group import JOIN_S, RanksMissing
 from tokenmill.wire.channel import Channel, Listener, frame
 from tokenmill.wire.messages import Output, Stats, ToScheduler
-
-_JOIN_S = 600.0
 
 
 class RanksDiverged(RuntimeError):
@@ -63,8 +62,8 @@ class RankServer:
         self._followers: dict[int, Channel[Hello]] = {}
         self._encoder = msgspec.msgpack.Encoder()
 
-    def wait(self, timeout_s: float = _JOIN_S) -> None:
-        """Wait until every other rank has connected. Raise TimeoutError with the missing ranks after `timeout_s`."""
+    def wait(self, timeout_s: float = JOIN_S) -> None:
+        """Wait until every other rank has connected. Raise RanksMissing after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         while missing := sorted(set(range(1, self._size)) - set(self._followers)):
             left = max(0.001, deadline - time.monotonic())
@@ -74,7 +73,7 @@ class RankServer:
                 channel.set_timeout(left)
                 hello = channel.receive()
             except TimeoutError:
-                raise TimeoutError(f"ranks {missing} did not connect to rank 0 within {timeout_s:.0f} s") from None
+                raise RanksMissing(missing, timeout_s) from None
             channel.set_timeout(None)
             if hello is not None:
                 self._followers[hello.rank] = channel
@@ -95,7 +94,7 @@ class RankServer:
 class Follower:
     """Link of a rank other than 0: receives one frame per step and sends no outputs."""
 
-    def __init__(self, address: str, rank: int, timeout_s: float = _JOIN_S) -> None:
+    def __init__(self, address: str, rank: int, timeout_s: float = JOIN_S) -> None:
         self._rank = rank
         self._channel: Channel[FollowerFrame] = Channel.connect(address, FollowerFrame, timeout_s=timeout_s)
         self._channel.send(Hello(rank))

@@ -8,13 +8,28 @@ the same order, each from one thread at a time.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 
+from tokenmill.errors import StartError
 from tokenmill.wire.channel import Channel, Listener
 
 JOIN_S = 600.0
 """Time for all ranks to join, in seconds."""
+
+
+class RanksMissing(StartError):
+    """Some ranks of an engine did not join it in time."""
+
+    variant = "ShardCannotStart"
+
+    def __init__(self, missing: Sequence[int], timeout_s: float) -> None:
+        which = f"Rank {missing[0]}" if len(missing) == 1 else f"Ranks {', '.join(map(str, missing))}"
+        super().__init__(
+            f"{which} did not join the engine within {timeout_s:g} s. If they start slowly, raise --rank-timeout; "
+            "else their log says what they wait for."
+        )
 
 
 class _Hello(msgspec.Struct, frozen=True, array_like=True):
@@ -34,7 +49,7 @@ class Group:
     def connect(rank: int, size: int, address: str, timeout_s: float = JOIN_S) -> Group:
         """Join the other ranks and return the group. Blocks until all have joined.
 
-        `address`: path of the Unix socket on which rank 0 listens until then. Raise TimeoutError, with the missing
+        `address`: path of the Unix socket on which rank 0 listens until then. Raise RanksMissing, with the missing
         ranks, after `timeout_s` seconds.
         """
         if size == 1:
@@ -80,7 +95,7 @@ class _Center(Group):
                     self._accept(listener, deadline)
                 except TimeoutError:
                     self.close()
-                    raise TimeoutError(f"ranks {missing} did not join rank 0 within {timeout_s:g} s") from None
+                    raise RanksMissing(missing, timeout_s) from None
         finally:
             listener.close()
 
@@ -115,7 +130,10 @@ class _Spoke(Group):
 
     def __init__(self, rank: int, size: int, address: str, timeout_s: float) -> None:
         super().__init__(rank, size)
-        self._channel: Channel[list[bytes]] = Channel.connect(address, list[bytes], timeout_s=timeout_s)
+        try:
+            self._channel: Channel[list[bytes]] = Channel.connect(address, list[bytes], timeout_s=timeout_s)
+        except OSError:
+            raise RanksMissing([0], timeout_s) from None
         self._channel.send(msgspec.msgpack.encode(_Hello(rank)))
 
     def exchange(self, data: bytes = b"") -> list[bytes]:

@@ -33,27 +33,29 @@ class MockStep:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault to inject. `kind`: one of `FAULTS`. `step`: number of the step, from 1."""
+    """A fault to inject. `kind`: one of `FAULTS`. `step`: number of the step, from 1. `rank`: None for every rank."""
 
     kind: str
     step: int
+    rank: int | None = None
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
-    """Parse faults such as `"nan@5,raise@100"`.
+    """Parse faults such as `"nan@5,raise@100,hang@7:1"`, the last one on rank 1 only.
 
     nan: the logits of a row are not finite; raise: an exception; hang: block for ever; exit: kill the process. Raise
     ArgumentError if the text is invalid.
     """
     faults = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        kind, _, step = part.partition("@")
-        if kind not in FAULTS or not step.isdecimal() or int(step) < 1:
+        kind, _, when = part.partition("@")
+        step, colon, rank = when.partition(":")
+        if kind not in FAULTS or not step.isdecimal() or int(step) < 1 or rank.isdecimal() != bool(colon):
             raise ArgumentError(
                 f"The mock fault {part!r} is not understood. Allowed: one of {', '.join(FAULTS)}, then @ and the "
-                "number of a step from 1, as in nan@5; several with commas between."
+                "number of a step from 1, as in nan@5, or hang@5:1 for rank 1 only; several with commas between."
             )
-        faults.append(Fault(kind, int(step)))
+        faults.append(Fault(kind, int(step), int(rank) if rank else None))
     return tuple(faults)
 
 
@@ -73,13 +75,14 @@ class MockExecutor:
         token_s: float = 0.0,
         vocab_size: int = 32000,
         faults: tuple[Fault, ...] = (),
+        rank: int = 0,
     ) -> None:
         if not script_ids:
             raise ArgumentError("The mock engine's text is empty: give at least one token.")
         self._script = script_ids
         self._step_s, self._token_s = step_s, token_s
         self._vocab_size = vocab_size
-        self._fault_at = {fault.step: fault.kind for fault in faults}
+        self._fault_at = {fault.step: fault.kind for fault in faults if fault.rank in (None, rank)}
         self._num_steps = 0
         self._free_at = 0.0
 

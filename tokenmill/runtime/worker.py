@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import math
+import os
+import signal
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -16,87 +19,117 @@ from tokenmill.engine.border import Border
 from tokenmill.engine.engine import Engine, Link
 from tokenmill.engine.idle import IdleLink
 from tokenmill.engine.ranks import Follower, RankServer
+from tokenmill.engine.watched import Watched
 from tokenmill.freeze_gc import freeze_gc
+from tokenmill.heartbeat import SLACK_S, Heartbeat, heartbeat_path, stack_path
 from tokenmill.host import usable_cpus
+from tokenmill.parallel.agreement import agree
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble, assemble_mock
 from tokenmill.runtime.choice import num_devices
+from tokenmill.runtime.identity import facts_of
 from tokenmill.runtime.links import links_of
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.control import ChildControl
-from tokenmill.wire.messages import Configure, Place, Ready, Stop
+from tokenmill.wire.messages import Configure, Place, Progress, Ready, Stop
 
 _log = logging.getLogger(__name__)
 _STOP = Stop()
 ALONE = Place()
 """Place of the rank of an engine in this process."""
+LOAD_S = 1800.0
+"""Seconds without a sign of life in which a model may be loaded, compiled or warmed up."""
 
 
 def main(control: ChildControl) -> None:
-    """Run the rank `control.configure.index` until the supervisor stops it or is gone.
+    """Run the rank `control.configure.index` until the supervisor stops it, or it or another rank is gone.
 
     Raise a StartError if a restart could not help, and any other exception if this rank failed.
     """
     configure = control.configure
     settings = Settings.from_dict(configure.settings)
+    heartbeat = _heartbeat(configure)
+    heartbeat.note("the wait for the model", math.inf)
     source = msgspec.convert(control.wait_model(), ModelSource)
-    options = engine_options(settings, configure.place)
     with ExitStack() as resources:
-        group, ranks, follower = _connect(configure, settings, resources)
-        if settings.mock:
-            parts = _assemble_mock(source, settings, options)
-        else:
-            parts = assemble(source, options, group, control.send)
-        resources.callback(parts.close)
-        link: Link | None = follower
-        if link is None:
-            if ranks is not None:
-                ranks.wait()
-            border = Border(configure.engine_addresses[0], parts.info, watch=control.fileno())
-            resources.callback(border.close)
-            link, gated = links_of(border, parts, ranks)
-            resources.callback(gated.close)
-            if parts.constraints is not None:
-                link = IdleLink(link, parts.constraints.prepare)
-        freeze_gc()  # before `Ready`, because the first request may follow at once
-        control.send(Ready(parts.info if configure.index == 0 else None))
-        engine = Engine(parts.scheduler, parts.executor, link, compare_plans=settings.debug_plans)
-        _run(engine, control)
+        try:
+            _run(source, settings, control, heartbeat, resources)
+        except ConnectionError as error:
+            if settings.ranks_per_engine == 1:
+                raise
+            _log.info("This rank ends: %s.", error)  # INFO: the rank that was first, or the supervisor, reports why
 
 
-def _run(engine: Engine[Any], control: ChildControl) -> None:
-    """Run steps until the supervisor sends `Stop` or is gone. Return also if rank 0 of a follower is gone."""
-    try:
-        while (messages := control.poll()) is not None and _STOP not in messages:
-            engine.step()
-    except ConnectionError as error:
-        _log.info("This rank ends: %s.", error)  # INFO: rank 0 or the supervisor has reported the cause
+def _heartbeat(configure: Configure) -> Heartbeat:
+    """Return this rank's heartbeat. From now on, SIGUSR1 writes its stack to a file, however it is stuck."""
+    place = (configure.run_dir, configure.place.engine, configure.index)
+    stack = os.open(stack_path(*place), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    faulthandler.register(signal.SIGUSR1, file=stack)
+    return Heartbeat(heartbeat_path(*place))
+
+
+def _run(
+    source: ModelSource, settings: Settings, control: ChildControl, heartbeat: Heartbeat, resources: ExitStack
+) -> None:
+    """Start, and run steps until the supervisor sends `Stop` or is gone. Raise ConnectionError if a rank is gone."""
+
+    def report(progress: Progress) -> None:
+        heartbeat.note(f"the phase {progress.phase!r}", LOAD_S)
+        control.send(progress)
+
+    configure = control.configure
+    heartbeat.note("the join of the ranks", settings.rank_timeout + SLACK_S)
+    group, ranks, follower = _connect(configure, settings, resources)
+    agree(group, facts_of(settings, source))
+    heartbeat.note("the start of its engine", LOAD_S)
+    options = engine_options(settings, configure.place)
+    if settings.mock:
+        parts = _assemble_mock(source, settings, options, configure.index)
+    else:
+        parts = assemble(source, options, group, report)
+    resources.callback(parts.close)
+    link: Link | None = follower
+    if link is None:
+        if ranks is not None:
+            ranks.wait(settings.rank_timeout)
+        border = Border(configure.engine_addresses[0], parts.info, watch=control.fileno())
+        resources.callback(border.close)
+        link, gated = links_of(border, parts, ranks)
+        resources.callback(gated.close)
+        if parts.constraints is not None:
+            link = IdleLink(link, parts.constraints.prepare)
+    freeze_gc()  # before `Ready`, because the first request may follow at once
+    watched = Watched(parts.executor, heartbeat, parts.scheduler.limits.context_weight)
+    engine = Engine(parts.scheduler, watched, link, compare_plans=settings.debug_plans)
+    watched.note()
+    control.send(Ready(parts.info if configure.index == 0 else None))
+    while (messages := control.poll()) is not None and _STOP not in messages:
+        watched.note()
+        engine.step()
 
 
 def _connect(
     configure: Configure, settings: Settings, resources: ExitStack
 ) -> tuple[Group, RankServer | None, Follower | None]:
-    """Connect to the other ranks: the group for tensors, and the links for messages. None without other ranks."""
+    """Connect to the other ranks: the group that starts together, and the links for messages of steps."""
     rank, folder, size = configure.index, Path(configure.run_dir), settings.ranks_per_engine
     if size == 1:
         return Group(), None, None
-    number = f"{configure.place.engine}-{configure.generation}"
+    number, timeout_s = f"{configure.place.engine}-{configure.generation}", settings.rank_timeout
     address = str(folder / f"ranks-{number}.sock")
     ranks = follower = None
     if rank == 0:
         ranks = RankServer(address, size)
         resources.callback(ranks.close)
-    group = Group()
-    if not settings.mock:
-        group = Group.connect(rank, size, str(folder / f"group-{number}.sock"), settings.rank_timeout)
-        resources.callback(group.close)
+    group = Group.connect(rank, size, str(folder / f"group-{number}.sock"), timeout_s)
+    resources.callback(group.close)
     if rank > 0:
-        follower = Follower(address, rank)
+        follower = Follower(address, rank, timeout_s)
         resources.callback(follower.close)
     return group, ranks, follower
 
 
-def _assemble_mock(source: ModelSource, settings: Settings, options: EngineOptions) -> Assembled:
+def _assemble_mock(source: ModelSource, settings: Settings, options: EngineOptions, rank: int) -> Assembled:
     """Assemble an engine with scripted answers. Does not import torch."""
     from tokenmill.runtime.mock import MockExecutor, parse_faults
     from tokenmill.text.load import load_tokenizer
@@ -107,6 +140,7 @@ def _assemble_mock(source: ModelSource, settings: Settings, options: EngineOptio
         step_s=settings.mock_step_ms / 1000,
         vocab_size=tokenizer.vocab_size,
         faults=parse_faults(settings.mock_fault),
+        rank=rank,
     )
     return assemble_mock(source, options, executor, tokenizer.vocab_size)
 
