@@ -236,9 +236,10 @@ class Driver(TorchBackend):
         num_blocks: int = 64,
         limits: StepLimits | None = None,
         group: Group | None = None,
+        **options: Any,
     ) -> None:
         limits = limits or StepLimits(256, 4, 256, 16)
-        super().__init__(job_of(program, source, limits, group=group, dtype=dtype))
+        super().__init__(job_of(program, source, limits, group=group, dtype=dtype, **options))
         self.allocate(num_blocks)
         self.free = np.random.default_rng(3).permutation(num_blocks).tolist()
         self.known: dict[int, list[int]] = {}  # by slot: ids that are computed

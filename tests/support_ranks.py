@@ -41,8 +41,15 @@ class Rank(Group):
         return self.meeting.exchange(self.rank, data)
 
 
-def logits_of_rank(program: Program, source: Any, group: Rank, steps: Steps, found: list[Any]) -> None:
-    backend = Driver(program, source, group=group)
+def logits_of_rank(
+    program: Program, source: Any, group: Rank, steps: Steps, found: list[Any], options: dict[str, Any]
+) -> None:
+    try:
+        backend = Driver(program, source, group=group, **options)
+    except BaseException as error:  # noqa: BLE001  the main thread tells it
+        found[group.rank] = error
+        group.meeting.barrier.abort()
+        return
     try:
         found[group.rank] = [backend.feed(rows) for rows in steps]
     except BaseException as error:  # noqa: BLE001  the main thread tells it
@@ -52,13 +59,11 @@ def logits_of_rank(program: Program, source: Any, group: Rank, steps: Steps, fou
         backend.close()
 
 
-def of_ranks(program: Program, source: Any, size: int, steps: Steps) -> list[list[np.ndarray]]:
-    """Return the logits of each step, on each rank."""
+def of_ranks(program: Program, source: Any, size: int, steps: Steps, **options: Any) -> list[list[np.ndarray]]:
+    """Return the logits of each step, on each rank. `options`: of the backend."""
     meeting, found = Meeting(size), [None] * size
-    work = [
-        threading.Thread(target=logits_of_rank, args=(program, source, Rank(rank, meeting), steps, found), daemon=True)
-        for rank in range(size)
-    ]
+    given = [(program, source, Rank(rank, meeting), steps, found, options) for rank in range(size)]
+    work = [threading.Thread(target=logits_of_rank, args=each, daemon=True) for each in given]
     for thread in work:
         thread.start()
     for thread in work:

@@ -32,6 +32,7 @@ from tokenmill.errors import ArgumentError, ModelError, NotEnoughMemory, Unsuppo
 from tokenmill.models.base import program_of
 from tokenmill.program import ops
 from tokenmill.program.cost import cache_layout
+from tokenmill.program.shard import shard
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import Progress
@@ -41,6 +42,7 @@ torch.set_num_threads(1)
 
 SHARED = ("llama", "gpt_bigcode", "falcon", "gemma3_text", "qwen3_moe", "deepseek_v3")
 """A family of each way to share weights."""
+MIXTURES = [name for name, (_, fields) in FAMILIES.items() if any("expert" in field for field in fields)]
 PLAIN = [name for name, (model_type, _) in FAMILIES.items() if name == model_type]
 """The form of each model type that its class has by default."""
 
@@ -69,6 +71,28 @@ def test_ranks_share_every_family_whether_they_divide_its_sizes_or_not(case: tup
     for got in of_ranks(program, source, size, steps()):
         for found, want in zip(got, wanted, strict=True):
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max() / 10)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", mostly_slow(MIXTURES, ("qwen3_moe", "gpt_oss")), indirect=True)
+def test_ranks_may_have_whole_experts(case: tuple[Path, Any], size: int) -> None:
+    folder, model = case
+    source = open_checkpoint(local_source(folder))
+    program, wanted = program_of(source.config), reference(model, steps())
+    experts = [op for op in shard(program, size, whole_experts=True).ops if isinstance(op, ops.Experts)]
+    whole = [op for op in program.ops if isinstance(op, ops.Experts)]
+    assert [len(op.down) for op in experts] == [-(-len(op.down) // size) for op in whole]
+    assert [op.down[0].width for op in experts] == [op.down[0].columns for op in whole]
+    for got in of_ranks(program, source, size, steps(), expert_parallel=True):
+        for found, want in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max() / 10)
+
+
+def test_whole_experts_need_experts_and_ranks() -> None:
+    with pytest.raises(ArgumentError, match="no layer of this model has experts"):
+        shard(program_of({"model_type": "llama", **SIZES}), 2, whole_experts=True)
+    with pytest.raises(ArgumentError, match="one rank, which has all experts"):
+        shard(program_of({"model_type": "mixtral", **SIZES, "num_local_experts": 2}), 1, whole_experts=True)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 32])

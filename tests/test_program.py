@@ -23,6 +23,7 @@ from tokenmill.layers.mlp import act, soft_cap
 from tokenmill.layers.norm import LayerNorm
 from tokenmill.layers.scope import Scope
 from tokenmill.models.base import program_of
+from tokenmill.parallel.gloo import join
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops, passes
 from tokenmill.program.buffers import Plan, plan_buffers
@@ -119,11 +120,12 @@ def test_an_operation_without_a_kernel_is_refused_by_name() -> None:
 
 def rank_main(rank: int, size: int, folders: list[Path], run_dir: Path) -> None:
     torch.set_num_threads(1)
-    group = Group.connect(rank, size, f"file://{run_dir}/rendezvous{size}")
+    group = Group.connect(rank, size, str(run_dir / "group.sock"), 60)
     try:
         assert group.minimum(5 + rank) == 5
-        ids = torch.tensor([rank, rank + 7])
-        assert group.broadcast(ids).tolist() == [0, 7]
+        together, ids = join(group), torch.tensor([rank, rank + 7])
+        assert together.broadcast(ids).tolist() == [0, 7]
+        together.close()
         for folder in folders:
             same(logits_of(folder, PASSES["rows, cpu"], group), list(np.load(folder / "want.npz").values()))
             same(logits_of(folder, PASSES["none"], group), list(np.load(folder / "want.npz").values()))
@@ -163,12 +165,14 @@ def test_ranks_that_do_not_divide_the_heads_have_places_for_more() -> None:
     assert (attention.q.width, attention.k.width) == (2 * 16, 16)
 
 
-def test_one_rank_alone_changes_nothing_and_needs_no_torch() -> None:
+def test_one_rank_alone_changes_nothing() -> None:
     group, x = Group(), torch.ones(2)
-    assert group.all_reduce(x) is x
-    assert group.gather(x) is x
-    assert group.broadcast(x) is x
+    alone = join(group)
+    assert alone.all_reduce(x) is x
+    assert alone.gather(x) is x
+    assert alone.broadcast(x) is x
     assert group.minimum(3) == 3
+    alone.close()
     group.close()
 
 

@@ -25,8 +25,10 @@ from support_quantized import (  # noqa: E402
     packed,
     pairs,
 )
+from support_shares import held  # noqa: E402
 
 from tokenmill.program.ops import Part, Weight  # noqa: E402
+from tokenmill.program.share import Axis  # noqa: E402
 from tokenmill.quant.base import check, load, load_parts, reader_of, stored_names  # noqa: E402
 from tokenmill.weights.checkpoint import Safetensors  # noqa: E402
 
@@ -143,18 +145,21 @@ def test_a_stored_matrix_has_the_numbers_of_its_definition(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("shard", ["column", "row"])
-def test_ranks_read_their_shares_of_a_stored_matrix(name: str, shard: Any, tmp_path: Path) -> None:
+def test_ranks_read_their_shares_of_a_stored_matrix_and_zeros_beyond_it(name: str, tmp_path: Path) -> None:
     """Three ranks have borders of rows within blocks; eight have those of columns within groups of 128."""
     source, numbers = written(tmp_path, *CASES[name], modules=("l.0.a", "l.0.b"))
-    ranks = 3 if shard == "column" else 8
-    weight = Weight((Part("l.0.a.weight", ROWS), Part("l.0.b.weight", ROWS)), COLUMNS, shard, ranks=ranks)
-    for rank in (0, ranks - 1):
-        got = load(weight, source, reader_of(source), rank).floats()
-        each = ROWS // ranks if shard == "column" else COLUMNS // ranks
-        some = slice(rank * each, (rank + 1) * each)
-        want = [part[some] if shard == "column" else part[:, some] for part in numbers.values()]
-        np.testing.assert_allclose(got, np.concatenate(want), rtol=2e-6, atol=1e-7)
+    ways: list[tuple[Any, int, int]] = [("column", 1, 3), ("column", 32, 4), ("row", 1, 8), ("row", 16, 3)]
+    for shard, unit, ranks in ways:
+        size, dim = (ROWS, 0) if shard == "column" else (COLUMNS, 1)
+        heads = (size // unit, size // unit) if unit > 1 else (0, 0)
+        parts = Part("l.0.a.weight", ROWS), Part("l.0.b.weight", ROWS)
+        weight, layouts = Weight(parts, COLUMNS, shard, unit, heads=heads, ranks=ranks), set()
+        for rank in (0, ranks - 1):
+            got = load(weight, source, reader_of(source), rank)
+            want = np.concatenate([held(part, weight.axis(size), ranks, rank, dim) for part in numbers.values()])
+            np.testing.assert_allclose(got.floats(), want, rtol=2e-6, atol=1e-7)
+            layouts.add((got.format, got.block, got.group))
+        assert len(layouts) == 1, "all ranks have the same form"
 
 
 def test_static_scales_of_activations_are_read(tmp_path: Path) -> None:
@@ -227,8 +232,8 @@ def test_mxfp4_experts_have_the_numbers_of_their_definition(ranks: int, tmp_path
             rows = [want[start::2][rank * n : rank * n + n] for start in (0, 1)]
             np.testing.assert_array_equal(got.floats(), torch.cat(rows).numpy())
             got = load(down, source, reader_of(source), rank)
-            width = 96 // ranks
-            np.testing.assert_array_equal(got.floats(), want[:, rank * width : rank * width + width].numpy())
+            assert not got.dense
+            np.testing.assert_array_equal(got.floats(), held(want.numpy(), Axis(96), ranks, rank, 1))
 
 
 def test_fp8_experts_stacked_by_transformers_have_the_numbers_of_their_definition(tmp_path: Path) -> None:

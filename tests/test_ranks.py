@@ -128,7 +128,7 @@ def memory_limit(folder: Path, ranks: int) -> str:
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
     backend = TorchBackend(job_of(program, source, LIMITS, group=Group(0, ranks)))
-    weights = sum(weight.size for weight in weights_of(program)) * 4 // ranks
+    weights = sum(weight.size for weight in weights_of(backend.program)) * 4
     need = weights + backend.step_bytes() + NUM_BLOCKS * backend.block_bytes() + 10
     backend.close()
     return f"{need * ranks}"

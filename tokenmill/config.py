@@ -75,6 +75,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     sharded: Annotated[bool | None, Option("Split the model over the devices.")] = None
     num_shard: Annotated[int | None, Option("Ranks that share each layer of the model (tensor parallel).", at_least=1,
                                             at_most=_MOST_RANKS)] = None
+    enable_expert_parallel: Annotated[bool, Option(
+        "Each rank has some of a layer's experts, whole, instead of a part of each; with --num-shard.")] = False
     cuda_graphs: Annotated[str, Option(
         "Batch sizes to capture as CUDA graphs, as 1,2,4; 0: none. Default: up to the largest batch.")] = ""
     cuda_memory_fraction: Annotated[float, Option(

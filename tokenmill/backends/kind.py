@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from tokenmill.backends.accounts import Use
 from tokenmill.backends.base import Backend, StepLimits
 from tokenmill.parallel.group import Group
+from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader
 from tokenmill.quant.coded import Coded
@@ -31,6 +32,7 @@ class BackendOptions:
     quantize: str = ""
     kv_cache_dtype: str = ""
     deterministic: bool = False
+    expert_parallel: bool = False  # a rank has some of a layer's experts, instead of a part of each
     attention: str = ""  # the user's name, or TGI's
     cpu_isa: str = ""
     cpu_threads: int | None = None
@@ -97,6 +99,10 @@ class Job(NamedTuple):
     placement: Placement
     dtype: str  # from `Kind.dtype`
     report: Report
+
+    def of_rank(self) -> Program:
+        """Return the program that a rank runs. Raises Unsupported if ranks cannot share the model."""
+        return shard(self.program, self.group.size, whole_experts=self.options.expert_parallel)
 
 
 class Description(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tokenmill.errors import Unsupported
+from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.program import encoded, ops, special
 from tokenmill.program.ops import Op
 from tokenmill.program.share import Axis, Heads
@@ -21,8 +21,10 @@ def shard(program: Program, size: int, *, whole_experts: bool = False) -> Progra
     Values after a column-parallel product are narrower, up to the row-parallel product whose results are summed over
     the ranks. What cannot be divided evenly is padded with zeros, and logits of no token are left out. `whole_experts`:
     a rank has some of a layer's experts (expert parallelism), instead of a part of each. Raises Unsupported if ranks
-    cannot share an operation.
+    cannot share an operation, and ArgumentError if there are no experts, or no ranks, to be divided.
     """
+    if whole_experts:
+        _check_experts(program, size)
     return program if size == 1 else _Sharder(program, size, whole_experts).run()
 
 
@@ -193,6 +195,14 @@ def experts_of_ranks(weights: tuple[Weight, ...], ranks: int) -> tuple[Weight, .
         return replace(weights[place], parts=parts, shard="part", unit=len(weights[place].parts), ranks=ranks)
 
     return tuple(map(of_place, range(count)))
+
+
+def _check_experts(program: Program, size: int) -> None:
+    why = "there is one rank, which has all experts" if size == 1 else ""
+    if not any(isinstance(op, ops.Experts) for op in program.ops):
+        why = "no layer of this model has experts"
+    if why:
+        raise ArgumentError(f"`enable_expert_parallel` is true, but {why}. Leave the option out.")
 
 
 def _by_field(op: Op, weights: dict[str, tuple[Weight, ...]]) -> dict[str, Any]:

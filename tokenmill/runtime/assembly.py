@@ -211,14 +211,16 @@ def measure_weights(
     choice: Choice, programs: Programs, checkpoint: Checkpoint, options: BackendOptions, memory_limit: int | None,
     share: int | None = None,
 ) -> tuple[str, int]:  # fmt: skip
-    """Return the dtype to compute in, and the bytes of all weights in the backend's format. Reads no weight.
+    """Return the dtype to compute in, and the bytes of all ranks' weights in the backend's format. Reads no weight.
 
     `share`: see `free_bytes`.
 
     Log tensors that the model does not read. Raise ModelError as `Kind.weight_bytes`, and NotEnoughMemory.
     """
     dtype = choice.kind.dtype(stored_dtype(programs.config.dtype, checkpoint), options.dtype)
-    needed = choice.kind.weight_bytes(programs.decoder, checkpoint, dtype, options.quantize)
+    ranks = choice.placement.ranks
+    of_rank = shard(programs.decoder, ranks, whole_experts=options.expert_parallel)
+    needed = ranks * choice.kind.weight_bytes(of_rank, checkpoint, dtype, options.quantize)
     warn_of_unread(weights_of(programs.decoder), checkpoint)
     check_weights(needed, free_of_ranks(choice, options, share), memory_limit)
     return dtype, needed

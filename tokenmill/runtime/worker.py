@@ -154,6 +154,7 @@ def backend_options(settings: Settings, place: Place = ALONE) -> BackendOptions:
         quantize=settings.quantize,
         kv_cache_dtype=settings.kv_cache_dtype,
         deterministic=settings.deterministic,
+        expert_parallel=settings.enable_expert_parallel,
         attention=settings.attention,
         cpu_isa=settings.cpu_isa,
         cpu_threads=settings.cpu_threads,

@@ -45,7 +45,6 @@ from tokenmill.program.cost import cache_layout, state_layout
 from tokenmill.program.keeps import CacheSpec
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.passes import take_rows_early
-from tokenmill.program.shard import shard
 from tokenmill.program.value import Buffer, Program
 from tokenmill.wire.messages import TokenDetails
 
@@ -95,7 +94,7 @@ class TorchBackend:
             raise ArgumentError(f"dtype {job.dtype!r} is not known. Allowed: {', '.join(DTYPES)}.")
         self.limits = limits = job.limits
         self.dtype, self.device = DTYPES[job.dtype], torch.device(job.placement.device)
-        self.program = self.rewritten(shard(job.program, job.group.size))
+        self.program = self.rewritten(job.of_rank())
         self.vocab_size = job.program.logits.width
         self.num_blocks = 0
         self._interpreter = Interpreter(self.program, self.more_kernels())
