@@ -18,8 +18,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 START = 0
 
 
-def save(folder: Path, family: str = "t5", **changes: Any) -> Any:
-    """Write a tiny random model. Return transformers' model of the same weights."""
+def save(folder: Path, family: str = "t5", bias: float = 0.3, **changes: Any) -> Any:
+    """Write a tiny random model. Return transformers' model of the same weights. `bias`: spread of those by distance;
+    with 5 they weigh as much as products of queries and keys.
+    """
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
     torch.manual_seed(0)
@@ -27,8 +29,9 @@ def save(folder: Path, family: str = "t5", **changes: Any) -> Any:
     fields = SIZES | own | changes
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, decoder_start_token_id=START, **fields))
     model = model.float().eval()
-    for p in model.parameters():
-        p.data = torch.randn_like(p) * 0.3 + (0.7 if p.dim() == 1 else 0)
+    for name, p in model.named_parameters():
+        spread = bias if "relative_attention_bias" in name else 0.3
+        p.data = torch.randn_like(p) * spread + (0.7 if p.dim() == 1 else 0)
     if family != "t5":  # those have an output matrix of their own, which transformers 5 ties when it makes a new model
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(torch.randn(fields["vocab_size"], 32) * 0.3)

@@ -25,7 +25,7 @@ from tokenmill.errors import ModelError, StartError, ValidationError
 from tokenmill.models.base import config_of, program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program import encoded
-from tokenmill.program.cost import cache_layout
+from tokenmill.program.cost import Load, cache_layout, total, weights_of
 from tokenmill.quant._unread import unread
 from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.runtime.choice import choose
@@ -157,6 +157,15 @@ def test_other_backends_refuse_it_by_name() -> None:
         config_of({"model_type": "t5", "relative_attention_num_buckets": 6})
     with pytest.raises(ModelError, match="feed_forward_proj"):
         config_of({"model_type": "t5", "feed_forward_proj": "gated-mystery"})
+
+
+def test_a_decode_step_reads_the_cache_and_no_weight_of_the_encoder() -> None:
+    program = program_of({"model_type": "t5", **SIZES})
+    found, prompt = total(program, Load.decode(2, 30)), total(program, Load.prefill(60))
+    encoder = sum(w.size for w in weights_of(program) if w.name.startswith("encoder.") and w.columns > 3)  # no bias
+    stored = sum(op.k.width * SIZES["d_model"] * 2 for op in program.ops if isinstance(op, encoded.StoreInput))
+    assert prompt.weights - found.weights >= 2 * (encoder + stored)
+    assert found.cache == 2 * 2 * 48 * 2 * (2 * 30 + 2)  # layers, keys and values, columns, bytes, entries
 
 
 def test_an_old_bias_that_is_not_used_is_no_other_model(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Job
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.program.cost import state_layout
+from tokenmill.program.encoded import encodes
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import Assembled, scheduler_of
@@ -125,7 +126,7 @@ class Built:
         info = EngineInfo(
             "bench", "bfloat16", "cuda", "cuda", blocks, size, config["vocab_size"], setup.max_total_tokens - 1,
             setup.max_total_tokens, setup.max_batch_tokens, setup.max_batch_size,
-            shares_prefixes=not state_layout(program),
+            shares_prefixes=not (state_layout(program) or encodes(program)),
         )  # fmt: skip
         self.scheduler = scheduler_of(info, GPU_DEFAULTS, program, self.backend.windows)  # as in the server
         if setup.beside is not None:

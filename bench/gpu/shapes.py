@@ -67,6 +67,13 @@ GEMMA3_27B: dict[str, Any] = {
     "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1, "torch_dtype": "bfloat16",
     "transformers_version": "5.0.0",
 }  # fmt: skip
+FLAN_T5_LARGE: dict[str, Any] = {
+    "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 1024, "d_kv": 64, "d_ff": 2816,
+    "num_layers": 24, "num_decoder_layers": 24, "num_heads": 16, "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu",
+    "vocab_size": 32128, "tie_word_embeddings": False, "decoder_start_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 0, "torch_dtype": "bfloat16", "transformers_version": "5.0.0",
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": LLAMA_8B,
     "1b": LLAMA_8B | {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "intermediate_size": 8192,
@@ -77,6 +84,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bamba-9b": BAMBA_9B,
     "v2-lite": DEEPSEEK_V2_LITE,
     "gemma3-27b": GEMMA3_27B,
+    "flan-t5-large": FLAN_T5_LARGE,
     "tiny": LLAMA_8B | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                         "head_dim": 16, "intermediate_size": 128, "vocab_size": 2048, "max_position_embeddings": 4096,
                         "bos_token_id": 1792, "eos_token_id": 1793},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support_encoded
@@ -20,12 +21,11 @@ pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 PROMPTS = [[5, 6, 7], list(range(1, 60)), [9] * 11]
 
 
-def text_of(folder: Path, backend: str, prompts: list[list[int]]) -> list[list[int]]:
-    options = EngineOptions(
-        backend=BackendOptions(backend=backend, device="cuda"), memory_limit=1 << 30, max_batch_tokens=16
-    )
+def text_of(folder: Path, backend: str, prompts: list[list[int]], **more: Any) -> list[list[int]]:
+    chosen = BackendOptions(backend=backend, device="cuda", **more)
+    options = EngineOptions(backend=chosen, memory_limit=1 << 30, max_batch_tokens=16)
     with OfflineEngine(assemble(local_source(folder), options, Group(), lambda progress: None)) as engine:
-        assert engine.info.device == "cuda"
+        assert (engine.info.device, engine.info.backend) == ("cuda", "cuda" if backend == "auto" else backend)
         return engine.generate(prompts, None, StoppingParams(12))
 
 

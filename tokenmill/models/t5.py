@@ -47,7 +47,9 @@ class Config(base.Config, kw_only=True):
     scale_decoder_outputs: bool | None = None  # transformers 5 writes it; None: tie_word_embeddings
 
     def __post_init__(self) -> None:
-        """Raise ValueError for buckets that do not divide into two sides of two halves."""
+        """Raise ValueError for buckets that do not divide into two sides of two halves. Replace float16 by bfloat16."""
+        if self.dtype != "float32":
+            self.dtype = "bfloat16"  # Activations of T5 exceed the range of float16, in which it may still be stored.
         if self.relative_attention_num_buckets % 4:
             raise ValueError(f"relative_attention_num_buckets is {self.relative_attention_num_buckets}, not 4 · n")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tokenmill.program import foreign, ops
+from tokenmill.program import encoded, foreign, ops
 from tokenmill.program.keeps import CacheSpec, StateSpec
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Program
@@ -20,6 +20,7 @@ class Load:
     samples: int
     context: int  # cache entries read, summed over sequences, including those that this step writes
     pairs: int  # (query, key) pairs
+    inputs: int | None = None  # tokens that an encoder computes; None: all
 
     def within(self, window: int) -> tuple[float, float]:
         """Return `context` and `pairs` of a layer with a window, as if all sequences had the mean sizes.
@@ -38,7 +39,7 @@ class Load:
     @staticmethod
     def decode(rows: int, context: int) -> Load:
         """Return the load of one token for each of `rows` sequences of `context` tokens, the new one included."""
-        return Load(rows, rows, rows * context, rows * context)
+        return Load(rows, rows, rows * context, rows * context, inputs=0)
 
     @staticmethod
     def prefill(tokens: int) -> Load:
@@ -75,10 +76,13 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
 
     A state is counted as read and written once for each row that samples.
     """
-    rows = {"tokens": load.tokens, "samples": load.samples, "inputs": load.tokens}
+    inputs = load.tokens if load.inputs is None else load.inputs
+    rows = {"tokens": load.tokens, "samples": load.samples, "inputs": inputs}
     values = (*op.reads().values(), *op.results().values())
     moved = sum(v.width * rows[v.spec.rows] for v in values) * activation_bytes
     n = rows[op.out.spec.rows]
+    if load.inputs == 0 and op.out.spec.rows == "inputs":
+        return Cost()
 
     def size(w: Weight) -> float:
         return w.size * bits(w) / 8
@@ -87,13 +91,8 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
         return Cost(n * op.table.columns * bits(op.table) / 8, 0, moved)
     if isinstance(op, ops.Linear):
         return Cost(size(op.weight) + (size(op.bias) if op.bias else 0), 0, moved, 2 * n * op.weight.size)
-    if isinstance(op, ops.Attention):
-        cache = op.keeps()
-        context, pairs = load.within(cache.window)
-        return Cost(0, cache.width * cache_bytes * (context + load.tokens), moved, 4 * op.q.width * pairs)
-    if isinstance(op, foreign.TransformersAttention):
-        entries = load.context + load.tokens
-        return Cost(0, op.keeps().width * cache_bytes * entries, 0, 4 * op.heads * op.head_dim * load.pairs)
+    if isinstance(op, ops.Attention | encoded.DecoderAttention | foreign.TransformersAttention):
+        return _attention(op, load, cache_bytes, moved)
     if isinstance(op, foreign.TransformersBody | foreign.TransformersHead):
         return Cost(op.parameters * activation_bytes, 0, moved, 2 * n * op.parameters)
     if isinstance(op, ops.LatentAttention):
@@ -112,6 +111,22 @@ def cost(op: Op, load: Load, bits: Bits, cache_bytes: int = 2, activation_bytes:
         elements = math.prod(spec.shape)
         return Cost(weights, 2 * elements * load.samples * _STATE_BYTES, moved, 6 * elements * n)
     return Cost(weights, 0, moved, n * op.out.width)
+
+
+def _attention(
+    op: ops.Attention | encoded.DecoderAttention | foreign.TransformersAttention,
+    load: Load,
+    cache_bytes: int,
+    moved: int,
+) -> Cost:
+    cache = op.keeps()
+    if isinstance(op, ops.Attention):
+        context, pairs = load.within(cache.window)
+        return Cost(0, cache.width * cache_bytes * (context + load.tokens), moved, 4 * op.q.width * pairs)
+    nbytes = cache.width * cache_bytes * (load.context + load.tokens)
+    if isinstance(op, encoded.DecoderAttention):  # with the attention to the input in the same cache
+        return Cost(0, nbytes, moved)
+    return Cost(0, nbytes, 0, 4 * op.heads * op.head_dim * load.pairs)
 
 
 def total(

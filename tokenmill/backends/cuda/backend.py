@@ -95,7 +95,7 @@ class CudaBackend:
                 self._memory, self._weights, self._slots, self._states, self._attention, self._ranks.collectives
             )
             kinds = self._lowering.tile_tokens, self._lowering.expands, fewest_kv_heads(self.program)
-            self._arrays = StepArrays(limits, self._device, self._slots.padding, *kinds)
+            self._arrays = StepArrays(limits, self._device, self._slots.padding, *kinds, self._memory.rows["inputs"])
         except torch.OutOfMemoryError as e:
             self._kernels.close()
             raise NotEnoughMemory(
@@ -206,15 +206,15 @@ class CudaBackend:
                 self._decode(self._padding_step(rows, contexts))
             self._sampler.warm_up(self._padding_step(rows, Contexts.ALIKE))
         if self._device.real:
-            self._load_library()
+            self._load_library([*self._body, *self._tail])
         return work.tokens
 
-    def _load_library(self) -> None:
+    def _load_library(self, launches: list[Launch]) -> None:
         """Load the kernels of cuBLAS by using each once: a first use takes some 10 ms."""
         seen = set()
-        for launch in (*self._body, *self._tail):
+        for launch in launches:
             if isinstance(launch.op, ops.Linear):
-                rows = self.limits.max_batch_tokens if launch.op.out.spec.rows == "tokens" else len(self.logits)
+                rows = self._memory.rows[launch.op.out.spec.rows]
                 matrix = launch.op.out.width, launch.op.x.width, launch.op.bias is None, rows
                 for size in library_sizes(rows) if matrix not in seen else ():
                     launch.run(Sizes(size, size, self._arrays.buffer))
@@ -248,10 +248,9 @@ class CudaBackend:
 
     @torch.inference_mode()
     def _run(self, inputs: StepInputs) -> Step:
-        self._slots.apply(inputs)
-        self._states.advance(inputs)
+        inputs = self._begin(inputs)
         rows = len(inputs.slots)
-        decodes = len(inputs.samples) == rows and int(inputs.counts.max()) == 1
+        decodes = 0 < rows == len(inputs.samples) and int(inputs.counts.max()) == 1
         if decodes:
             padded = self._graphs.padded(rows)
             sizes = self._arrays.decode(inputs.slots, inputs.starts, padded or rows)
@@ -262,11 +261,18 @@ class CudaBackend:
                 self._decode(sizes)
         else:
             sizes = self._mixed(inputs)
-            self._forward(sizes)
+            if rows:
+                self._forward(sizes)
         step = CudaStep(lambda masks: self._ranks.launch(lambda: self._sample(inputs, sizes, decodes, masks)))
         if not inputs.deferred:
             step.sample(None)
         return step
+
+    def _begin(self, inputs: StepInputs) -> StepInputs:
+        """Apply the changes of slots, and return what is left to compute."""
+        self._slots.apply(inputs)
+        self._states.advance(inputs)
+        return inputs
 
     @torch.inference_mode()
     def _sample(self, inputs: StepInputs, sizes: Sizes, decodes: bool, masks: Masks | None) -> Sampling:

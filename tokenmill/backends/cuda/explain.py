@@ -17,8 +17,8 @@ from tokenmill.backends.cuda.products.forms import Unpackable, form_of
 from tokenmill.backends.cuda.products.fp8 import is_fp8
 from tokenmill.backends.cuda.products.fp8_shapes import WEIGHT_ONLY, WEIGHT_ONLY_BLOCKED
 from tokenmill.backends.cuda.scales import SCALED, advice, kv_scales
-from tokenmill.backends.cuda.shapes import CLASSES, Contexts, decode_shape
-from tokenmill.program import ops, recurrence, special
+from tokenmill.backends.cuda.shapes import CLASSES, Contexts, decode_shape, span_shape
+from tokenmill.program import encoded, ops, recurrence, special
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.value import Program
@@ -30,6 +30,7 @@ _NAMES: dict[type[Op], str] = {
     special.ScaleByPosition: "scale_rows", special.XIelu: "xielu_rows", ops.Route: "route",
     ops.AllReduce: "reduce_rows, reduce_tiles or NCCL", ops.Gather: "gather_rows",
     recurrence.CausalConv: "convolve", recurrence.RgLru: "single tokens lru_single, runs lru_gates and lru_runs",
+    encoded.InputIds: "in embed_rows", encoded.StoreInput: "write_rows",
 }  # fmt: skip
 
 
@@ -228,6 +229,8 @@ def _other(op: Op, options: KernelOptions) -> str:
         return _experts(op, options)
     if isinstance(op, recurrence.StateSpace | recurrence.DeltaRule):
         return _scan(op, options)
+    if isinstance(op, encoded.EncoderAttention | encoded.DecoderAttention | encoded.CrossAttention):
+        return _spans(op, options)
     return _NAMES.get(type(op), "torch")
 
 
@@ -239,6 +242,17 @@ def _experts(op: ops.Experts, options: KernelOptions) -> str:
         return f"grouped at any number of rows{form}"
     up, down = ("coded_row" if one else "one_row" for one in held)
     return f"{up}_up, {down}_down, grouped above{form}"
+
+
+def _spans(
+    op: encoded.EncoderAttention | encoded.DecoderAttention | encoded.CrossAttention, options: KernelOptions
+) -> str:
+    bias = "" if isinstance(op, encoded.CrossAttention) else " with a bias by distance"
+    of = f"heads of {op.head_dim}{bias}"
+    if options.deterministic or isinstance(op, encoded.EncoderAttention):
+        return f"attend_spans, {of}"
+    splits = _steps([span_shape(rows).splits for rows in CLASSES], CLASSES)
+    return f"single tokens attend_single (split {splits}), runs attend_spans; {of}"
 
 
 def _scan(op: recurrence.StateSpace | recurrence.DeltaRule, options: KernelOptions) -> str:

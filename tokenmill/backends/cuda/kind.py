@@ -13,6 +13,7 @@ from tokenmill.backends.kind import GPU_DEFAULTS, BackendOptions, Defaults, Desc
 from tokenmill.backends.torch.kind import KIND as TORCH
 from tokenmill.errors import MissingPackage, Unsupported
 from tokenmill.extras import has_torch
+from tokenmill.program.encoded import encodes
 from tokenmill.program.value import Program
 from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
@@ -102,9 +103,11 @@ class CudaKind:
     def make(self, job: Job) -> Backend:
         """See `Kind`. Imports torch and triton."""
         from tokenmill.backends.cuda.backend import CudaBackend
+        from tokenmill.backends.cuda.encoded import EncoderDecoderBackend
 
         chosen = attention(job.program, job.options, job.dtype)
-        return CudaBackend(job._replace(options=replace(job.options, attention=chosen)))
+        made = EncoderDecoderBackend if encodes(job.program) else CudaBackend
+        return made(job._replace(options=replace(job.options, attention=chosen)))
 
     def form(self, parts: Sequence[Coded], use: Use, dtype: str) -> str:
         """See `Kind`. Imports torch and triton."""

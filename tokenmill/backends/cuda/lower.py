@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenmill.backends.cuda.attention import AttentionLowering, AttentionOptions
 from tokenmill.backends.cuda.collectives.base import Collectives
+from tokenmill.backends.cuda.encoded_attention import EncodedLowering
 from tokenmill.backends.cuda.experts import LAUNCHES, ExpertLowering
 from tokenmill.backends.cuda.kernels import rows as kernels
 from tokenmill.backends.cuda.latent import LatentLowering
@@ -62,6 +63,7 @@ class Lowering:
         self._memory, self._weights, self._slots, self._invariant = memory, weights, slots, options.batch_invariant
         self._rank = options.rank
         self._attention = AttentionLowering(memory, weights.tensors, slots, options)
+        self._encoded = EncodedLowering(memory, weights.tensors, slots, options)
         self._latent = LatentLowering(memory, weights.tensors, slots, options)
         self.mixtures = ExpertLowering(memory, weights, options.batch_invariant)
         self._states = StateLowering(memory, weights.tensors, states, batch_invariant=options.batch_invariant)
@@ -84,7 +86,7 @@ class Lowering:
     @property
     def tile_tokens(self) -> set[int]:
         """The most tokens of a tile, for every kind of attention and of state in the program."""
-        return self._attention.tile_tokens | self._states.tile_tokens
+        return self._attention.tile_tokens | self._states.tile_tokens | self._encoded.tile_tokens
 
     @property
     def expands(self) -> tuple[int, int] | None:
@@ -96,12 +98,13 @@ class Lowering:
         """Bytes of scratch."""
         split = 0 if self._scratch is None else self._scratch.nbytes
         others = self._latent.nbytes + self.mixtures.nbytes + self._states.nbytes + self._codes.nbytes
-        return self._attention.nbytes + others + split
+        return self._attention.nbytes + self._encoded.nbytes + others + split
 
     @property
     def num_launches(self) -> int:
         """Number of kernels that a captured step launches at most, the sampler's not included."""
-        return sum(LAUNCHES if isinstance(op, ops.Experts) else 1 for op in self._memory.program.ops)
+        captured = [op for op in self._memory.program.ops if op.out.spec.rows != "inputs"]
+        return sum(LAUNCHES if isinstance(op, ops.Experts) else 1 for op in captured)
 
     def launches(self) -> list[Launch]:
         """Return the launches in the order of the program."""
@@ -127,6 +130,7 @@ class Lowering:
             **RowLowering(self._memory, self._weights.tensors).by_kind(),
             **self._states.by_kind(),
             **({} if self._ranks is None else self._ranks.by_kind()),
+            **self._encoded.by_kind(),
         }
         return lowered[type(op)](op)
 

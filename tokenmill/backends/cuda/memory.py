@@ -11,6 +11,7 @@ from tokenmill.backends.steps import block_bytes, cache_plan, most_rows, one_tab
 from tokenmill.program import ops, special
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout
+from tokenmill.program.encoded import encodes
 from tokenmill.program.rope import RopeTable
 from tokenmill.program.value import Buffer, Program, Value
 
@@ -35,6 +36,8 @@ class Memory:
         self.cache_dtype = cache_dtype or dtype
         self._exact = moments_of(program)
         self.rows = most_rows(limits)
+        # Of an encoder several inputs run at once, as many tokens as a step may have.
+        self.rows["inputs"] = max(self.rows["inputs"], self.rows["tokens"]) if encodes(program) else 0
         first = next((i for i, op in enumerate(program.ops) if isinstance(op, ops.TakeRows)), len(program.ops))
         lasting = {v.buffer for op in program.ops[first:] for v in op.reads().values()}
         lasting &= {v.buffer for op in program.ops[:first] for v in op.results().values()}

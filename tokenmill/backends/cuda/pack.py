@@ -33,6 +33,7 @@ from tokenmill.backends.torch.pack import to_tensor
 from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
+from tokenmill.program.encoded import DecoderAttention, EncoderAttention
 from tokenmill.program.ops import Weight
 from tokenmill.program.value import Program
 from tokenmill.quant import _made, none
@@ -148,6 +149,7 @@ def pack(
     for ws, stack in stacks.items():
         packed.update(zip(ws, stack, strict=True))
     exact = {op.correction for op in program.ops if isinstance(op, ops.Route)}
+    exact |= {op.bias for op in program.ops if isinstance(op, EncoderAttention | DecoderAttention)}
     makes_fp8 = quantize == "fp8" and is_made(source) and fp8.supports(dtype, device.torch)
     banks = Banks(program, dtype, device.torch)
     products = Products(packable(program) if dtype.itemsize == 2 else set(), dtype, makes_fp8)

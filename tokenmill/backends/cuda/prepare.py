@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenmill.backends.cuda import expert_shapes, state_limits
 from tokenmill.backends.cuda.detect import flashinfer_missing
 from tokenmill.backends.cuda.shapes import MOST_SHARED
-from tokenmill.program import ops, passes, special
+from tokenmill.program import encoded, ops, passes, special
 from tokenmill.program.ops import Op
 from tokenmill.program.recurrence import RgLru
 from tokenmill.program.shard import shard
@@ -19,7 +19,9 @@ BY_TORCH: tuple[type[Op], ...] = (
 KINDS = (
     ops.Embed, ops.Linear, ops.Norm, ops.AddNorm, ops.Attention, ops.GatedAct, ops.Act, ops.Add, ops.Scale,
     ops.SoftCap, ops.TakeRows, ops.Rope, ops.LatentAttention, special.ScaleByPosition, special.XIelu, ops.Route,
-    ops.Experts, special.Within, ops.AllReduce, ops.Gather, *BY_TORCH, *state_limits.KINDS,
+    ops.Experts, special.Within, encoded.InputIds, encoded.EncoderAttention, encoded.StoreInput,
+    encoded.DecoderAttention, encoded.CrossAttention, ops.AllReduce, ops.Gather, *BY_TORCH,
+    *state_limits.KINDS,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = ("fp8_e4m3fn", "fp8_e5m2")
@@ -34,6 +36,7 @@ _ACTS = (
     "silu", "quick_gelu", "linear", "relu", "sigmoid", "relu2", "gelu", "gelu_new", "gelu_pytorch_tanh",
 )  # fmt: skip
 _HEAD_SIZES = range(16, 257)
+_SPANS = encoded.EncoderAttention | encoded.DecoderAttention | encoded.CrossAttention
 _WIDEST_NORM = 1 << 16
 _WIDEST_ROW, _WIDEST_TURNED = 512, 128
 _INVARIANT_COLUMNS = 16
@@ -76,6 +79,8 @@ def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool 
     for op in program.ops:
         if isinstance(op, ops.LatentAttention):
             return "triton", "flashinfer is not used for compressed rows"
+        if isinstance(op, encoded.InputIds):
+            return "triton", "flashinfer is not used for an encoder and a decoder"
         if isinstance(op, ops.Attention) and (op.alibi or op.sinks is not None or op.chunk):
             return "triton", "flashinfer is not used with ALiBi, sinks or chunks"
     sizes = {op.head_dim for op in program.ops if isinstance(op, ops.Attention)} - set(_FLASHINFER_HEADS)
@@ -101,6 +106,8 @@ def _why_not(op: Op) -> str:
         return _attention_refusal(op)
     if isinstance(op, ops.LatentAttention):
         return _latent_refusal(op)
+    if isinstance(op, _SPANS) and op.head_dim > _HEAD_SIZES[-1]:
+        return f"its attention has no heads of {op.head_dim}"
     return expert_shapes.refusal(op) or state_limits.refusal(op)
 
 

@@ -205,12 +205,12 @@ class Sampler:
         grid = rows, max(1, min(triton.cdiv(longest, TOKENS), MOST_COUNTING // rows))
         count_tokens[grid](
             *places, slots.biases, slots.tokens, self._counts, self._scores, slots.sampling.stride(0),
-            slots.biases.stride(0), slots.tokens.stride(0), VOCAB=self._vocab, BLOCK=TOKENS,
+            slots.biases.stride(0), slots.tokens.stride(0), VOCAB=self._vocab, BLOCK=TOKENS, SKIPS=slots.skips_inputs,
         )  # fmt: skip
         if penalized:
             penalize[grid](
                 *places, slots.tokens, self._counts, self._scores, slots.sampling.stride(0), slots.tokens.stride(0),
-                VOCAB=self._vocab, BLOCK=TOKENS, enable_fp_fusion=False,
+                VOCAB=self._vocab, BLOCK=TOKENS, SKIPS=slots.skips_inputs, enable_fp_fusion=False,
             )  # fmt: skip
 
     # ---- tokens ----

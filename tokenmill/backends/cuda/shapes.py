@@ -162,6 +162,17 @@ def tile_splits(tiles: int, kv_heads: int, keys: int) -> int:
     return max(1, min(BUSY // max(1, tiles * kv_heads), keys // LEAST_KEYS, 16))
 
 
+_SPAN_SPLITS = (16, 8, 4, 2, 1)  # by class of rows
+
+
+def span_shape(rows: int, head_dim: int = 64, own: bool = False) -> DecodeShape:
+    """Return the sizes for single tokens of `rows` sequences of an encoder and decoder, whose heads share no keys.
+
+    `own`: they attend to the decoder's tokens, of which there are few as a rule.
+    """
+    return DecodeShape(64 if head_dim <= 64 else 32, _SPAN_SPLITS[class_of(rows)], 128 if own else 64, 2, 4)
+
+
 class LatentShape(NamedTuple):
     """Sizes for single tokens that attend to compressed rows: heads and rows of a program, splits, least rows of a
     split, rounds in flight, warps.

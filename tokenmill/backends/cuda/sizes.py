@@ -37,7 +37,7 @@ class Expansion(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes and arrays of a step; all arrays are on the device.
+    """Sizes and arrays of a step, or of a run of the encoder; all arrays are on the device.
 
     `pairs` (T, 2): slot and position of each token. `samples` (R,): tokens whose rows sample; None: all tokens.
     `singles`: tokens that are the only one of their row; None: all tokens. `tiles`: most tokens of a tile -> tiles
@@ -59,7 +59,7 @@ class Sizes:
 
     def of(self, v: Value) -> int:
         """Return the rows of a value."""
-        return self.tokens if v.spec.rows == "tokens" else self.sampling
+        return self.sampling if v.spec.rows == "samples" else self.tokens
 
 
 class StepArrays:
@@ -67,7 +67,7 @@ class StepArrays:
 
     `padding`: the slot of rows that only pad. `tile_tokens`: the most tokens of a tile, for each kind of attention.
     `expands`: the most tokens of a tile, and compressed rows that are expanded together; None: none are.
-    `kv_heads`: the fewest of a layer.
+    `kv_heads`: the fewest of a layer. `inputs`: tokens of the largest run of an encoder.
     """
 
     def __init__(
@@ -78,10 +78,12 @@ class StepArrays:
         tile_tokens: Iterable[int],
         expands: tuple[int, int] | None = None,
         kv_heads: int = 1,
+        inputs: int = 0,
     ) -> None:
         self._device, self._padding, self._tile_tokens = device, padding, sorted(tile_tokens)
         self._expands, self._kv_heads = expands, kv_heads
-        most = limits.max_batch_tokens + limits.max_batch_size + 4 * ALIGNED  # and the gaps between aligned sections
+        tokens = max(limits.max_batch_tokens, inputs)
+        most = tokens + limits.max_batch_size + 4 * ALIGNED  # and the gaps between aligned sections
         pairs, samples_and_singles, tiles = 2 * most, most, 4 * most * max(1, len(self._tile_tokens))
         expansions = 8 * most if expands else 0
         total = pairs + samples_and_singles + tiles + expansions
@@ -95,12 +97,16 @@ class StepArrays:
         (sent,) = self._device.send_into(self.buffer, [pairs.reshape(-1)])
         return Sizes(padded, padded, sent, contexts=contexts_of(starts, self._kv_heads))
 
-    def mixed(self, inputs: StepInputs) -> Sizes:
-        """Send a step of any rows: single tokens and runs of several, sampling or not."""
+    def mixed(self, inputs: StepInputs, *, as_runs: bool = False) -> Sizes:
+        """Send a step of any rows: single tokens and runs of several, sampling or not.
+
+        `as_runs`: single tokens are runs, too.
+        """
         slots, starts, counts = inputs.slots, inputs.starts, inputs.counts
         tokens = step_tokens(inputs)
         pairs = np.stack((tokens.slots, tokens.positions), 1).astype(np.int32)
-        single, runs = counts == 1, np.flatnonzero(counts > 1)
+        single = (counts == 1) & (not as_runs)
+        runs = np.flatnonzero(~single)
         kinds = self._tile_tokens if len(runs) else []
         tiles = [tiles_of(tokens.firsts[runs], starts[runs], counts[runs], slots[runs], most) for most in kinds]
         sections = [

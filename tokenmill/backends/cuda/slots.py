@@ -32,6 +32,7 @@ class CudaSlots:
     `parameters`: on the host. `sampling` (slots, `sampling.COLUMNS`) int32: the same on the device. `biases` (slots,
     room, 3) int32: id, value by its bits, position where it ends; as many as the row of `sampling` has. Room grows when
     a sequence brings more than any before: another tensor. `masked` (slots,), on the host: rank 0 may mask the logits.
+    `skips_inputs`: of a prompt only the last token counts in penalties.
     """
 
     def __init__(self, limits: StepLimits, device: Device, num_tables: int = 1) -> None:
@@ -40,7 +41,7 @@ class CudaSlots:
         self._device, self.padding, slots = device, shape.slots, shape.slots + 1
         self.tokens = torch.zeros(slots, shape.tokens, dtype=torch.int32, device=device.torch)
         self.tables = torch.zeros(slots, num_tables * self._width, dtype=torch.int32, device=device.torch)
-        self.parameters = Parameters(slots)
+        self.parameters, self.skips_inputs = Parameters(slots), False
         self.parameters.admit(self.padding, Request(0, (0,), SamplingParams(), StoppingParams(1)))
         row = torch.from_numpy(device_rows(self.parameters.rows[self.padding :]))
         self.sampling = row.to(device.torch).repeat(slots, 1)

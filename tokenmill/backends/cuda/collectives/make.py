@@ -77,7 +77,7 @@ def needs_of(program: Program, rows: dict[str, int], dtype: torch.dtype) -> Need
     sums = [op for op in program.ops if isinstance(op, ops.AllReduce)]
     gathered = [op for op in program.ops if isinstance(op, ops.Gather)]
     return Needs(
-        rows=rows["tokens"],
+        rows=max(rows["tokens"], rows["inputs"]),
         row_bytes=max((op.x.width for op in sums), default=0) * dtype.itemsize,
         samples=rows["samples"],
         columns=max((op.x.width for op in gathered), default=0),

@@ -30,14 +30,24 @@ def penalties_of(at):
     return repetition, frequency, presence, (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0)
 
 
+@triton.jit
+def first_counted(at, SKIPS: tl.constexpr):
+    """Return the first token that penalties count, of a row of parameters."""
+    if SKIPS:
+        return tl.maximum(tl.load(at + NUM_PROMPT) - 1, 0)
+    else:
+        return 0
+
+
 @triton.jit(do_not_specialize=["biases_stride"])  # It changes when room for biases grows.
 def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, counts_ptr, scores_ptr, parameters_stride,
-                 biases_stride, tokens_stride, VOCAB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                 biases_stride, tokens_stride, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+                 SKIPS: tl.constexpr):  # fmt: skip
     """Add biases to scores[r, id]. For rows with a penalty, set counts[r, id] to the number of times the id is in the
     output, with the bit IN_PROMPT if it is in the prompt.
 
     counts (R, VOCAB) are zero before. Biases of a slot: (id, value, position where it ends). Only infinite ones have an
-    id twice, so the order does not matter. Grid (R, any).
+    id twice, so the order does not matter. SKIPS: of the prompt only the last token counts. Grid (R, any).
     """
     r, c = tl.program_id(0), tl.program_id(1)
     slot, position = place_of(pairs_ptr, rows_ptr, r)
@@ -54,7 +64,7 @@ def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, co
     _, _, _, penalized = penalties_of(at)
     end = tl.where(penalized, position, 0)
     num_prompt = tl.load(at + NUM_PROMPT)
-    for start in range(c * BLOCK, end, tl.num_programs(1) * BLOCK):
+    for start in range(first_counted(at, SKIPS) + c * BLOCK, end, tl.num_programs(1) * BLOCK):
         i = start + tl.arange(0, BLOCK)
         ids = tl.load(tokens_ptr + slot * tokens_stride + i, mask=i < end, other=-1)
         valid = (ids >= 0) & (ids < VOCAB)
@@ -65,16 +75,17 @@ def count_tokens(pairs_ptr, rows_ptr, parameters_ptr, biases_ptr, tokens_ptr, co
 
 @triton.jit
 def penalize(pairs_ptr, rows_ptr, parameters_ptr, tokens_ptr, counts_ptr, scores_ptr, parameters_stride, tokens_stride,
-             VOCAB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+             VOCAB: tl.constexpr, BLOCK: tl.constexpr, SKIPS: tl.constexpr):  # fmt: skip
     """Apply the three penalties to scores (R, VOCAB) of ids that `count_tokens` counted, and set the counts to zero.
 
     Grid (R, any). Launch without contraction of products and sums: ties between ids stay ties.
     """
     r, c = tl.program_id(0), tl.program_id(1)
     slot, position = place_of(pairs_ptr, rows_ptr, r)
-    repetition, frequency, presence, penalized = penalties_of(parameters_ptr + slot * parameters_stride)
+    at = parameters_ptr + slot * parameters_stride
+    repetition, frequency, presence, penalized = penalties_of(at)
     end = tl.where(penalized, position, 0)
-    for start in range(c * BLOCK, end, tl.num_programs(1) * BLOCK):
+    for start in range(first_counted(at, SKIPS) + c * BLOCK, end, tl.num_programs(1) * BLOCK):
         i = start + tl.arange(0, BLOCK)
         ids = tl.load(tokens_ptr + slot * tokens_stride + i, mask=i < end, other=-1)
         valid = (ids >= 0) & (ids < VOCAB)
