@@ -208,7 +208,7 @@ def test_a_broken_stream_goes_on_elsewhere_with_the_tokens_so_far(cut: int) -> N
 def test_a_stream_that_cannot_go_on_ends_with_an_error_in_the_form_of_the_api(path: str, end: bytes) -> None:
     lost = ReplicaLost("gone")
     for replicas in (
-        FakeReplicas(stream(event(None, "{}"), lost)),  # without marks
+        FakeReplicas(stream(event(None, "{}"), lost), stream(*EVENTS)),  # without marks
         FakeReplicas(stream(EVENTS[0], lost), [Head("b", 422, JSON), b"{}"]),  # refused: several choices
         FakeReplicas(stream(EVENTS[0], lost)),  # every further one is lost, too
     ):
