@@ -37,37 +37,73 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_yarn": ("llama", {"rope_scaling": YARN}),
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 8, "layer_types": KINDS}),
     "seed_oss": ("seed_oss", {"head_dim": 32, "attention_out_bias": True, "mlp_bias": True}),
-    "smollm3": ("smollm3", {
-        "pad_token_id": 0, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8,
-    }),
-    "hunyuan_v1_dense": ("hunyuan_v1_dense", {
-        "head_dim": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 9.0},
-    }),
+    "smollm3": (
+        "smollm3",
+        {
+            "pad_token_id": 0,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+        },
+    ),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 16,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 9.0},
+        },
+    ),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 8, "layer_types": KINDS, "rope_scaling": YARN}),
-    "granite": ("granite", {
-        "embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.22, "logits_scaling": 8.0,
-    }),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
     "arcee": ("arcee", {"mlp_bias": True}),
     "ernie4_5": ("ernie4_5", {"head_dim": 32, "use_bias": True}),
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
     "glm": ("glm", {"head_dim": 32, "pad_token_id": 0}),
     "glm4": ("glm4", {"head_dim": 32, "pad_token_id": 0, "partial_rotary_factor": 0.25}),
     "olmo": ("olmo", {}),
-    "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": {
-        **YARN, "rope_theta": 1e4, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.3,
-    }}),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
+    ),
     "apertus": ("apertus", {"rope_scaling": LLAMA3}),
     "exaone4": ("exaone4", {"sliding_window": 8, "layer_types": KINDS}),
     "gemma": ("gemma", {"head_dim": 32}),
-    "gemma2": ("gemma2", {
-        "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 2.0,
-    }),
-    "gemma3_text": ("gemma3_text", {
-        "head_dim": 16, "sliding_window": 8, "layer_types": KINDS,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    }),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": KINDS,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral_window": ("mistral", {"sliding_window": 8}),
     "qwen2": ("qwen2", {}),
@@ -93,7 +129,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
     "mpt": ("mpt", {}),
     "mpt_six_heads": (
-        "mpt", {"num_attention_heads": 6, "hidden_size": 96, "attn_config": {"softmax_scale": 0.3}},
+        "mpt",
+        {"num_attention_heads": 6, "hidden_size": 96, "attn_config": {"softmax_scale": 0.3}},
     ),
     "opt": ("opt", {"ffn_dim": 96}),
     "opt_norms_behind": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "enable_bias": False}),
@@ -117,58 +154,157 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_yarn_tied": ("qwen3", {"head_dim": 16, "rope_scaling": YARN, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 6}),
     "qwen2_moe": ("qwen2_moe", {"num_experts": 5, **EXPERTS, "shared_expert_intermediate_size": 32}),
-    "qwen2_moe_mixed": ("qwen2_moe", {
-        "num_experts": 4, **EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1], "qkv_bias": False,
-        "shared_expert_intermediate_size": 32, "use_sliding_window": True, "sliding_window": 8,
-    }),
+    "qwen2_moe_mixed": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            **EXPERTS,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "qkv_bias": False,
+            "shared_expert_intermediate_size": 32,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+        },
+    ),
     "qwen3_moe": ("qwen3_moe", {"num_experts": 8, **EXPERTS, "norm_topk_prob": True, "head_dim": 32}),
-    "qwen3_moe_window": ("qwen3_moe", {
-        "num_experts": 4, **EXPERTS, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 8,
-        "attention_bias": True,
-    }),
+    "qwen3_moe_window": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            **EXPERTS,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "attention_bias": True,
+        },
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
-    "phimoe": ("phimoe", {
-        "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.1,
-    }),
+    "phimoe": (
+        "phimoe",
+        {
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.1,
+        },
+    ),
     "glm4_moe": ("glm4_moe", {"n_routed_experts": 8, **EXPERTS, "attention_bias": True}),
-    "glm4_moe_groups": ("glm4_moe", {
-        "n_routed_experts": 8, **EXPERTS, "n_group": 4, "topk_group": 2, "use_qk_norm": True, "head_dim": 32,
-        "routed_scaling_factor": 2.5, "norm_topk_prob": False,
-    }),
-    "dots1": ("dots1", {
-        "n_routed_experts": 4, **EXPERTS, "n_shared_experts": 2, "first_k_dense_replace": 1, "sliding_window": 8,
-        "max_window_layers": 2, "norm_topk_prob": True,
-    }),
-    "hunyuan_v1_moe": ("hunyuan_v1_moe", {
-        "num_experts": 4, "moe_topk": [1, 3, 2], "head_dim": 16,
-        "rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
-    }),
-    "deepseek_v3": ("deepseek_v3", {
-        "n_routed_experts": 8, **EXPERTS, **LATENT, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
-        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "attention_bias": True,
-    }),
-    "deepseek_v3_halves": ("deepseek_v3", {
-        "n_routed_experts": 8, **EXPERTS, **LATENT, "q_lora_rank": None, "rope_interleave": False, "n_group": 1,
-        "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0, "n_shared_experts": 2,
-    }),
-    "deepseek_v2": ("deepseek_v2", {
-        "n_routed_experts": 8, **EXPERTS, **LATENT, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy",
-        "n_group": 4, "topk_group": 2, "routed_scaling_factor": 3.0,
-    }),
-    "deepseek_v2_greedy": ("deepseek_v2", {
-        "n_routed_experts": 4, **EXPERTS, **LATENT, "q_lora_rank": None, "rope_scaling": YARN | {"mscale": 0.7},
-    }),
-    "minimax_m2": ("minimax_m2", {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16,
-    }),
+    "glm4_moe_groups": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 8,
+            **EXPERTS,
+            "n_group": 4,
+            "topk_group": 2,
+            "use_qk_norm": True,
+            "head_dim": 32,
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": False,
+        },
+    ),
+    "dots1": (
+        "dots1",
+        {
+            "n_routed_experts": 4,
+            **EXPERTS,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "sliding_window": 8,
+            "max_window_layers": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        {
+            "num_experts": 4,
+            "moe_topk": [1, 3, 2],
+            "head_dim": 16,
+            "rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "n_routed_experts": 8,
+            **EXPERTS,
+            **LATENT,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
+            "attention_bias": True,
+        },
+    ),
+    "deepseek_v3_halves": (
+        "deepseek_v3",
+        {
+            "n_routed_experts": 8,
+            **EXPERTS,
+            **LATENT,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 2,
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            "n_routed_experts": 8,
+            **EXPERTS,
+            **LATENT,
+            "first_k_dense_replace": 1,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 3.0,
+        },
+    ),
+    "deepseek_v2_greedy": (
+        "deepseek_v2",
+        {
+            "n_routed_experts": 4,
+            **EXPERTS,
+            **LATENT,
+            "q_lora_rank": None,
+            "rope_scaling": YARN | {"mscale": 0.7},
+        },
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "rotary_dim": 16,
+        },
+    ),
     "granitemoe": ("granitemoe", {"num_local_experts": 4, **FACTORS}),
     "granitemoeshared": ("granitemoeshared", {"num_local_experts": 5, "shared_intermediate_size": 32, **FACTORS}),
-    "gpt_oss": ("gpt_oss", {
-        "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8, "swiglu_limit": 1.5,
-    }),
-    "ernie4_5_moe": ("ernie4_5_moe", {
-        "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
-    }),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "swiglu_limit": 1.5,
+        },
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_intermediate_size": 32,
+            "moe_layer_start_index": 1,
+        },
+    ),
     "mixtral_window": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 8}),
 }
 OFTEN = [*FAMILIES, *QUICK]
@@ -287,7 +423,8 @@ class Driver(TorchBackend):
         return self.logits
 
     def _sample(self, inputs: StepInputs, state: Any, env: Any) -> Any:
-        self.logits = self._interpreter.tail(state, env).float().numpy().copy()
+        if self.program.samples:
+            self.logits = self._interpreter.tail(state, env).float().numpy().copy()
         return super()._sample(inputs, state, env)
 
 

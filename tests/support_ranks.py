@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 from support_models import Driver
 
 from tokenmill.parallel.group import Group
+from tokenmill.parallel.mesh import Mesh
+from tokenmill.program.stage import stage
 from tokenmill.program.value import Program
 
 Steps = list[list[tuple[int, list[int]]]]
@@ -57,6 +61,41 @@ def logits_of_rank(
         group.meeting.barrier.abort()
     finally:
         backend.close()
+
+
+def logits_of_stages(
+    program: Program, source: Any, num_stages: int, steps: Steps, tensor: int = 1
+) -> list[list[np.ndarray]]:
+    """Return the logits of each step of a model cut into stages of so many ranks, from each rank of the last stage."""
+    meeting = Meeting(num_stages * tensor)
+    found: list[Any] = [None] * meeting.size
+
+    def work(rank: int) -> None:
+        mesh = Mesh.of(Rank(rank, meeting), num_stages)
+        own = stage(program, mesh.stage, num_stages)
+        try:
+            with closing(Driver(own, source, group=mesh.tensor, mesh=mesh)) as backend:
+                backend.warm_up()
+                found[rank] = [backend.feed(rows) for rows in steps]
+                meeting.exchange(rank, None)  # all values have arrived
+        except BaseException as error:  # noqa: BLE001  the main thread tells it
+            found[rank] = error
+            meeting.barrier.abort()
+
+    run_threads(work, meeting.size)
+    for made in found:
+        if isinstance(made, BaseException):
+            raise made
+    return found[-tensor:]
+
+
+def run_threads(work: Callable[[int], None], count: int) -> None:
+    """Call `work` with 0 to `count` - 1, each on a thread."""
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
 
 
 def of_ranks(program: Program, source: Any, size: int, steps: Steps, **options: Any) -> list[list[np.ndarray]]:

@@ -55,7 +55,7 @@ class Engine:
         self.address = str(run_dir / "engine.sock")
         self.model = ModelReady(msgspec.to_builtins(local_source(folder)))
         self.children = []
-        for rank in range(settings.num_shard or 1):
+        for rank in range(settings.ranks_per_engine):
             configure = Configure(settings.to_dict(), rank, (self.address,), str(run_dir))
             child = Child(f"rank {rank}", "tokenmill.runtime.worker:main", configure, config.environment(1))
             child.control.send(self.model)

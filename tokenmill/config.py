@@ -387,8 +387,6 @@ def _num_shard(settings: Settings) -> int:
     return given or 1
 
 
-
-
 def default_cache_dir() -> str:
     """Return the folder of the embedded default model: XDG_CACHE_HOME/tokenmill or ~/.cache/tokenmill if usable."""
     return str(surroundings.cache_home(os.environ) / "tokenmill")

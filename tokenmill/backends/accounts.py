@@ -32,9 +32,8 @@ def stored_dtype(named: str | None, source: Checkpoint) -> str:
 
 def dense_bytes(program: Program, source: Checkpoint, dtype: str) -> int:
     """Return the bytes of a program's weights in a computation's dtype; ModelError as `quant.base.check`."""
-    weights = weights_of(program)
-    check(weights, source)
-    return sum(weight.size for weight in weights) * ITEM_BYTES[dtype]
+    check(weights_of(program.model), source)
+    return sum(weight.size for weight in weights_of(program)) * ITEM_BYTES[dtype]
 
 
 def listed(kernels: Mapping[str, Counter[str]], more: Mapping[str, str] | None = None) -> tuple[str, ...]:

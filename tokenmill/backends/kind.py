@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from tokenmill.backends.accounts import Use
 from tokenmill.backends.base import Backend, StepLimits
 from tokenmill.parallel.group import Group
+from tokenmill.parallel.mesh import Mesh
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 from tokenmill.quant.base import Reader
@@ -55,7 +56,8 @@ class Placement(NamedTuple):
 
     device: str  # "cpu", "cuda"
     block_size: int  # tokens of a cache block
-    ranks: int
+    ranks: int  # that share each operation
+    stages: int = 1  # into which the model is cut
 
 
 class Defaults(NamedTuple):
@@ -90,15 +92,16 @@ GPU_DEFAULTS = Defaults(
 class Job(NamedTuple):
     """All that a backend is made of."""
 
-    program: Program  # at full size
+    program: Program  # of this rank's stage, at full size
     source: Checkpoint
     read: Reader
     limits: StepLimits
-    group: Group
+    group: Group  # the ranks of this stage
     options: BackendOptions
     placement: Placement
     dtype: str  # from `Kind.dtype`
     report: Report
+    mesh: Mesh = Mesh()
 
     def of_rank(self) -> Program:
         """Return the program that a rank runs. Raises Unsupported if ranks cannot share the model."""

@@ -62,25 +62,32 @@ class CachePlan(NamedTuple):
         return self.places[layer][0]
 
 
-def cache_plan(layout: Mapping[int, CacheSpec], max_total_tokens: int) -> CachePlan:
+def cache_plan(
+    layout: Mapping[int, CacheSpec], max_total_tokens: int, model: Mapping[int, CacheSpec] | None = None
+) -> CachePlan:
     """Divide the layers among block tables, each for layers of one window, so that a short window holds few blocks.
 
     There is one table for all layers if none has a window that is shorter than the longest sequence, or if their caches
     differ in more than the window. Otherwise a block holds as many layers as the smallest kind has, so that few parts
     of blocks stay unused. More than _MOST_TABLES tables are avoided by larger blocks: each costs time in every step.
+
+    `model`: the caches of the whole model, of which `layout` is a stage's; None: it is the whole model's. All stages
+    have the same tables, each for layers of all stages.
     """
-    windows = {layer: 0 if spec.window >= max_total_tokens else spec.window for layer, spec in layout.items()}
+    whole = layout if model is None else model
+    windows = {layer: 0 if spec.window >= max_total_tokens else spec.window for layer, spec in whole.items()}
     kinds: dict[int, list[int]] = {}
     for layer, window in windows.items():
         kinds.setdefault(window, []).append(layer)
-    if not any(kinds) or len({spec.parts for spec in layout.values()}) > 1:
+    if not any(kinds) or len({spec.parts for spec in whole.values()}) > 1:
         return one_table(layout)
-    size = max(min(map(len, kinds.values())), -(-len(layout) // _MOST_TABLES))
-    tables = [
-        (window, layers[first : first + size])
-        for window, layers in sorted(kinds.items())
-        for first in range(0, len(layers), size)
-    ]
+    size = max(min(map(len, kinds.values())), -(-len(whole) // _MOST_TABLES))
+    tables: list[tuple[int, list[int]]] = []
+    for window, layers in sorted(kinds.items()):
+        # A table of a stage's model takes layers at even distances, so that no table holds one stage's layers only.
+        count = -(-len(layers) // size)
+        parts = [layers[n * size :][:size] if len(layout) == len(whole) else layers[n::count] for n in range(count)]
+        tables += [(window, [layer for layer in held if layer in layout]) for held in parts]
     places = {layer: (table, part) for table, (_, held) in enumerate(tables) for part, layer in enumerate(held)}
     widest = max((held for _, held in tables), key=len)
     return CachePlan(tuple(window for window, _ in tables), places, tuple(layout[layer] for layer in widest))

@@ -54,7 +54,7 @@ class _Sharder:
             self.rewrite(op)
         sharded = Inputs(self.at(inputs.ids), self.at(inputs.positions))
         outputs = {name: self.at(value) for name, value in self.program.outputs.items()}
-        return Program(tuple(self.tape.ops), sharded, outputs)
+        return replace(self.program, ops=tuple(self.tape.ops), inputs=sharded, outputs=outputs)
 
     def at(self, v: Value) -> Value:
         parts = self.made[v.buffer]

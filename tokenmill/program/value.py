@@ -99,11 +99,22 @@ class Program:
     ops: tuple[Op, ...]
     inputs: Inputs
     outputs: dict[str, Value]  # by name; "logits": those of the rows that sample
+    whole: Program | None = None  # the program of which this is a stage, not sharded; None: it is no stage
 
     @property
     def logits(self) -> Value:
         """Logits of the rows that sample, (samples, vocabulary)."""
         return self.outputs["logits"]
+
+    @property
+    def model(self) -> Program:
+        """Program of the whole model: this one, unless it is a stage."""
+        return self.whole or self
+
+    @property
+    def samples(self) -> bool:
+        """True if it ends in logits; False for a stage before the last one."""
+        return "logits" in self.outputs
 
     def tape(self) -> Tape:
         """Return an empty tape whose new buffer ids do not clash with this program's."""

@@ -112,4 +112,3 @@ def chosen(source: Checkpoint, quantize: str) -> Any:
             f"the model that is stored as {quantize}."
         )
     return wanted
-

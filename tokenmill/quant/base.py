@@ -140,6 +140,8 @@ def _columns(weight: Weight, rank: int) -> tuple[slice, Cut | None]:
     stop = min(-(-max(span.first + span.size for span in read) // _ALIGNED) * _ALIGNED, weight.columns)
     moved = tuple(span if span.empty else span._replace(first=span.first - start) for span in spans)
     return slice(start, stop), Cut(moved, axis.step(weight.ranks), axis.padded(weight.ranks))
+
+
 def for_each(
     wanted: Sequence[Weight],
     source: Checkpoint,

@@ -24,10 +24,12 @@ from tokenmill.engine.tables import Tables
 from tokenmill.errors import NotEnoughMemory
 from tokenmill.host import available_bytes
 from tokenmill.parallel.group import Group
+from tokenmill.parallel.mesh import Mesh
 from tokenmill.program.cost import Load, cost, state_layout, weights_of
 from tokenmill.program.encoded import encodes
 from tokenmill.program.ops import Weight
 from tokenmill.program.shard import shard
+from tokenmill.program.stage import stage
 from tokenmill.program.value import Program
 from tokenmill.quant._unread import warn_of_unread
 from tokenmill.quant.base import reader_of
@@ -44,6 +46,7 @@ from tokenmill.runtime.memory import (
     size,
 )
 from tokenmill.runtime.programs import programs_for
+from tokenmill.runtime.staged import StagedExecutor
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 from tokenmill.weights.source import ModelSource
 from tokenmill.wire.messages import EngineInfo, Progress
@@ -68,6 +71,7 @@ class EngineOptions:
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
     grammars: bool = False  # False: requests with a grammar are refused
+    num_stages: int = 1  # of layers, each for an equal number of ranks
     memory_limit: int | None = None  # bytes of weights, step and cache together, over all ranks of this machine
     host_memory: int | None = None  # bytes of the host's memory for this engine, before it loads; None: what is free
 
@@ -96,27 +100,22 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
     backend_options = options.backend
     checkpoint = open_checkpoint(source)
     programs = programs_for(checkpoint, backend_options)
-    program = programs.decoder
-    choice = choose(program, backend_options, options.block_size, group.size)
+    whole, mesh = programs.decoder, Mesh.of(group, options.num_stages)
+    choice = choose(whole, backend_options, options.block_size, mesh.tensor.size, mesh.num_stages)
+    program = stage(whole, mesh.stage, mesh.num_stages)
     defaults, length = choice.kind.defaults(choice.device), lengths.of_model(programs.config)
     longest = lengths.longest(source, length, options.max_total_tokens)
     lengths.max_input_tokens(options.max_input_tokens, longest, length)  # fail before minutes of loading
     share, limit = options.host_memory, options.memory_limit
     dtype, needed = measure_weights(choice, programs, checkpoint, backend_options, limit, share)
     free = free_of_ranks(choice, backend_options, share) if limit is None else limit
-    limits = _limits(defaults, options, longest, slot_bytes(program, dtype, group.size), free - needed)
+    limits = _limits(defaults, options, longest, slot_bytes(whole, dtype, mesh.tensor.size), free - needed, group)
     read = reader_of(checkpoint, backend_options.quantize)
-    job = Job(program, checkpoint, read, limits, group, backend_options, choice.placement, dtype, report)
+    job = Job(program, checkpoint, read, limits, mesh.tensor, backend_options, choice.placement, dtype, report, mesh)
     with ExitStack() as resources:
-        try:
-            backend = make_backend(choice, job)
-        except MemoryError as error:  # beside the weights there is no memory for the state of so many sequences
-            raise NotEnoughMemory(
-                f"There is no memory for {limits.max_batch_size} requests of {longest} tokens ({error}). "
-                "Give a smaller --max-total-tokens or --max-batch-size."
-            ) from None
+        backend = _backend(choice, job)
         resources.callback(backend.close)
-        num_blocks = _allocate(choice, backend, limits, options, group, needed // group.size)
+        num_blocks = _allocate(choice, backend, limits, options, group, (_own_bytes(choice, job, needed), needed))
         report(Progress("warmup", unit="items"))
         backend.warm_up()
         tables = _tables(backend, limits)
@@ -128,29 +127,49 @@ def assemble(source: ModelSource, options: EngineOptions, group: Group, report: 
             backend=choice.name,
             num_blocks=num_blocks,
             block_size=options.block_size,
-            vocab_size=program.logits.width,
+            vocab_size=whole.logits.width,
             max_input_tokens=lengths.max_input_tokens(options.max_input_tokens, total, length),
             max_total_tokens=total,
             max_batch_tokens=limits.max_batch_tokens,
             max_batch_size=limits.max_batch_size,
-            num_shard=group.size,
+            num_shard=mesh.tensor.size,
             revision=source.revision,
             quantize=backend_options.quantize,
             isa=choice.kind.instruction_set(backend_options),
-            shares_prefixes=not (state_layout(program) or encodes(program)),
+            shares_prefixes=not (state_layout(whole) or encodes(whole)),
             weights=_forms(choice, job) if group.rank == 0 else (),
             long_capacity=num_blocks * total // tables.blocks_of(total) if tables.windowed else 0,
         )
         lengths.log_prompt_limit(options.max_input_tokens, total, length)
-        scheduler = scheduler_of(info, defaults, program, backend.windows)
+        scheduler = scheduler_of(info, defaults, whole, backend.windows, mesh.num_stages)
         constraints = _constraints(source, info, options, resources) if group.rank == 0 else None
-        executor = Executor(backend, limits.max_batch_size, constraints)
+        executor: AnyExecutor[Any] = Executor(backend, limits.max_batch_size, constraints)
+        if mesh.num_stages > 1:
+            executor = StagedExecutor(backend, limits.max_batch_size, mesh, Constraints.constrains, constraints)
         return Assembled(scheduler, executor, info, constraints, resources.pop_all())
 
 
+def _backend(choice: Choice, job: Job) -> Backend:
+    """Load the weights and return the backend. Raise NotEnoughMemory if its state of all slots does not fit."""
+    try:
+        return make_backend(choice, job)
+    except MemoryError as error:  # beside the weights there is no memory for the state of so many sequences
+        raise NotEnoughMemory(
+            f"There is no memory for {job.limits.max_batch_size} requests of {job.limits.max_total_tokens} tokens "
+            f"({error}). Give a smaller --max-total-tokens or --max-batch-size."
+        ) from None
+
+
+def _own_bytes(choice: Choice, job: Job, needed: int) -> int:
+    """Return the bytes of the weights of this rank. `needed`: of all ranks."""
+    if job.mesh.num_stages == 1:
+        return needed // job.group.size
+    return choice.kind.weight_bytes(job.of_rank(), job.source, job.dtype, job.options.quantize)
+
+
 def _forms(choice: Choice, job: Job) -> tuple[str, ...]:
-    """Return the forms of the weights, and log them."""
-    forms = forms_of_weights(job.program, job.source, job.read, choice.kind.form, job.dtype)
+    """Return the forms of the weights of all stages, and log them."""
+    forms = forms_of_weights(job.program.model, job.source, job.read, choice.kind.form, job.dtype)
     for line in forms:
         _log.info("Weights: %s.", line)
     return forms
@@ -191,14 +210,14 @@ def assemble_mock(
 
 
 def _limits(
-    defaults: Defaults, options: EngineOptions, longest: int, state_bytes: int = 0, free: int = 0
+    defaults: Defaults, options: EngineOptions, longest: int, state_bytes: int, free: int, group: Group
 ) -> StepLimits:
-    """Return the limits of a step. `state_bytes`: of a sequence; `free`: bytes for states and cache."""
+    """Return the limits of a step on every rank. `state_bytes`: of a sequence; `free`: bytes for states and cache."""
     tokens, rows = options.max_batch_tokens or defaults.batch_tokens, options.max_batch_size or defaults.batch_size
     if options.max_batch_size is None and (fit := fitting_states(state_bytes, free, rows)) < rows:
         _log.info("The state of a sequence has %s: %d sequences run at once.", size(state_bytes), fit)
         rows = fit
-    return StepLimits(tokens, rows, longest, options.block_size)
+    return StepLimits(tokens, group.minimum(rows), longest, options.block_size)
 
 
 def slot_bytes(program: Program, dtype: str, ranks: int) -> int:
@@ -241,13 +260,22 @@ def free_of_ranks(choice: Choice, options: BackendOptions, share: int | None = N
     `share`: see `free_bytes`.
     """
     each = choice.kind.defaults(choice.device).owns_memory
-    return free_bytes(choice, options, share) * (choice.placement.ranks if each else 1)
+    return free_bytes(choice, options, share) * (choice.placement.ranks * choice.placement.stages if each else 1)
 
 
 def _allocate(
-    choice: Choice, backend: Backend, limits: StepLimits, options: EngineOptions, group: Group, weight_bytes: int
+    choice: Choice,
+    backend: Backend,
+    limits: StepLimits,
+    options: EngineOptions,
+    group: Group,
+    weight_bytes: tuple[int, int],
 ) -> int:
-    """Allocate the cache with as many blocks as fit on every rank. Return their number."""
+    """Allocate the cache with as many blocks as fit on every rank. Return their number.
+
+    `weight_bytes`: of this rank, and of all ranks.
+    """
+    own_bytes, all_bytes = weight_bytes
     demand = Demand(
         backend.block_bytes(),
         backend.step_bytes(),
@@ -258,14 +286,16 @@ def _allocate(
         options.max_total_tokens or 2,
     )
     group.minimum(0)  # a barrier: free memory is measured once all ranks have loaded their weights
-    limit = None if options.memory_limit is None else options.memory_limit // group.size
+    limit = options.memory_limit
+    if limit is not None:  # ranks have equal shares of what the weights leave
+        limit = own_bytes + (limit - all_bytes) // group.size
     free = free_bytes(choice, options.backend)
     if choice.kind.defaults(choice.device).owns_memory:
-        num_blocks = count_device_blocks(demand, free, weight_bytes, limit)
+        num_blocks = count_device_blocks(demand, free, own_bytes, limit)
     else:
         if options.host_memory is not None:  # other engines take theirs
-            free = min(free, options.host_memory - weight_bytes * group.size)
-        num_blocks = count_blocks(demand, free // group.size, weight_bytes, limit, group.size)
+            free = min(free, options.host_memory - all_bytes)
+        num_blocks = count_blocks(demand, free // group.size, own_bytes, limit, group.size)
     num_blocks = group.minimum(num_blocks)
     backend.allocate(num_blocks)
     return num_blocks
@@ -277,11 +307,16 @@ def _tables(backend: Backend, limits: StepLimits) -> Tables:
 
 
 def scheduler_of(
-    info: EngineInfo, defaults: Defaults, program: Program | None = None, windows: tuple[int, ...] = (0,)
+    info: EngineInfo,
+    defaults: Defaults,
+    program: Program | None = None,
+    windows: tuple[int, ...] = (0,),
+    num_stages: int = 1,
 ) -> Scheduler:
     """Return a scheduler for the engine `info`.
 
     `defaults`: of its device. `program`: of its model, None for a mock engine. `windows`: of its backend's tables.
+    `num_stages`: steps on the device at the same time, one for each stage.
     """
     if not info.shares_prefixes:
         _log.info(
@@ -298,6 +333,7 @@ def scheduler_of(
         context_weight=context_weight(program) if program is not None else 0,
         shares_prefixes=info.shares_prefixes,
         windows=windows,
+        stride=num_stages,
     )
     return Scheduler(BlockPool(info.num_blocks, info.block_size), limits)
 

@@ -51,12 +51,12 @@ def kinds() -> list[Kind]:
     return sorted(found, key=lambda kind: kind.preference)
 
 
-def choose(program: Program, options: BackendOptions, block_size: int, ranks: int) -> Choice:
+def choose(program: Program, options: BackendOptions, block_size: int, ranks: int, stages: int = 1) -> Choice:
     """Return the backend kind and device for a program, without reading weights.
 
     Raise a StartError if the options cannot be met.
     """
-    placement = Placement(_device(options), block_size, ranks)
+    placement = Placement(_device(options), block_size, ranks, stages)
     reason = ""
     for kind in kinds():
         if placement.device not in kind.devices or options.backend not in ("auto", kind.name):
@@ -115,9 +115,7 @@ def _device(options: BackendOptions) -> str:
     own = next((kind.devices for kind in kinds() if kind.name == options.backend), _DEVICES)
     asked = options.device if options.device != "auto" else own[0] if len(own) == 1 else ""
     if asked and asked not in own:
-        raise ArgumentError(
-            f"`backend` is {options.backend}, but `device` is {options.device}. Leave one of them out."
-        )
+        raise ArgumentError(f"`backend` is {options.backend}, but `device` is {options.device}. Leave one of them out.")
     if not asked and options.backend != "auto":
         return own[0]
     missing = {device: _missing(device) for device in _DEVICES}

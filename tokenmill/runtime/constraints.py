@@ -76,6 +76,11 @@ class Constraints:
             raise GrammarError("this engine has no grammars")
         return self._grammars.compile(spec)
 
+    @staticmethod
+    def constrains(request: Request) -> bool:
+        """Return True if steps may need masks for this request. Every rank can tell from the request."""
+        return request.grammar is not None or request.stopping.force_after > 0
+
     # ---- at the gate
 
     def begin(self, request: Request) -> Pending | None:

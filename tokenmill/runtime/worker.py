@@ -185,6 +185,7 @@ def engine_options(settings: Settings, place: Place = ALONE) -> EngineOptions:
         max_input_tokens=settings.max_input_tokens,
         max_total_tokens=settings.max_total_tokens,
         grammars=not settings.disable_grammar_support,
+        num_stages=settings.pipeline_parallel_size,
         memory_limit=None if limit is None else limit // settings.data_parallel_size,
         host_memory=place.host_memory,
     )

@@ -94,9 +94,7 @@ class CpuBackend:
         sizes = Sizes(
             rows["tokens"], rows["samples"], limits.max_total_tokens, threads, kv_dtype, limits.max_batch_size
         )
-        self._memory = Memory(
-            self.program, sizes, prepared.panels, lambda w: _vector(w, job), prepared.private
-        )
+        self._memory = Memory(self.program, sizes, prepared.panels, lambda w: _vector(w, job), prepared.private)
         self._slots = Slots(limits, len(self.windows))
         self._progress = RingProgress(limits.max_batch_size) if state_layout(self.program) else None
         self._sampler = Sampler(self._slots.tokens, self._slots.parameters, self.vocab_size, threads)

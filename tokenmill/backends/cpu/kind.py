@@ -40,6 +40,8 @@ class CpuKind:
 
     def refusal(self, program: Program, options: BackendOptions, placement: Placement) -> str:
         """See `Kind`."""
+        if placement.stages > 1:
+            return "it has no kernels for the stages of a model"
         if placement.ranks > 1:
             return "it does not share a model over several processes"
         if importlib.util.find_spec("llvmlite") is None or importlib.util.find_spec("numba") is None:

@@ -168,10 +168,7 @@ class _Helpers:
 
 def _start(words: list[str], jobs: socket.socket) -> subprocess.Popen[bytes]:
     """Start a helper with the module search path of this process."""
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; "
-        f"from tokenmill.backends.cuda.compiler import main; main({words!r})"
-    )
+    code = f"import sys; sys.path[:] = {sys.path!r}; from tokenmill.backends.cuda.compiler import main; main({words!r})"
     null = subprocess.DEVNULL
     return subprocess.Popen([sys.executable, "-c", code], stdin=jobs.fileno(), stdout=null, stderr=null)
 

@@ -37,6 +37,8 @@ class CudaKind:
 
     def refusal(self, program: Program, options: BackendOptions, placement: Placement) -> str:
         """See `Kind`."""
+        if placement.stages > 1:
+            return "it has no kernels for the stages of a model"
         from tokenmill.backends.cuda.detect import capability
         from tokenmill.backends.cuda.prepare import LEAST_CAPABILITY, refusal
 

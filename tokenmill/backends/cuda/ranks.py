@@ -78,9 +78,7 @@ class Ranks:
 class RankSampler:
     """Does what a `Sampler` does, on every rank. `sampler`: this rank's; its memory serves the tokens of rank 0."""
 
-    def __init__(
-        self, sampler: Sampler, slots: CudaSlots, device: Device, collectives: Collectives, rank: int
-    ) -> None:
+    def __init__(self, sampler: Sampler, slots: CudaSlots, device: Device, collectives: Collectives, rank: int) -> None:
         self._sampler, self._slots, self._device, self._rank = sampler, slots, device, rank
         self._spreading = collectives.spreading(sampler.chosen, slots.tokens)
         self.nbytes, self.step_bytes = sampler.nbytes, sampler.step_bytes

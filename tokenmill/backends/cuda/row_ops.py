@@ -77,7 +77,6 @@ class RowLowering:
 
         return run
 
-
     def _by_torch(self, op: Op) -> Run:
         out, kernel, step = self._memory.value(op.out), KERNELS[type(op)], _Step(self._weights)
         inputs = [self._memory.value(v) for v in op.reads().values()]

@@ -26,7 +26,11 @@ class WarmUp(NamedTuple):
 
 
 def warm_up_of(
-    limits: StepLimits, num_blocks: int, padding: int, graph_sizes: Iterable[int], num_tables: int = 1,
+    limits: StepLimits,
+    num_blocks: int,
+    padding: int,
+    graph_sizes: Iterable[int],
+    num_tables: int = 1,
     coded: bool = False,
 ) -> WarmUp:
     """Return the warm-up of a backend. `padding`: its padding slot; `graph_sizes`: decode sizes captured at start;

@@ -276,9 +276,7 @@ def attend_latent(
     return torch.einsum("thr,hvr->thv", made, of_values).flatten(1)
 
 
-def _scaled(
-    op: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None
-) -> Tensor:
+def _scaled(op: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
     if not op.softcap and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=op.scale, enable_gqa=True)
     group = q.shape[1] // k.shape[1]

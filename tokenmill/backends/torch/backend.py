@@ -38,7 +38,7 @@ from tokenmill.backends.torch.slots import Slots
 from tokenmill.backends.torch.states import States, zeros
 from tokenmill.backends.torch.step_state import StepState
 from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
-from tokenmill.parallel.gloo import Collectives, OneRank, join
+from tokenmill.parallel.gloo import Collectives, OneRank, Stages, join, join_stages
 from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout, state_layout
@@ -95,13 +95,15 @@ class TorchBackend:
         self.limits = limits = job.limits
         self.dtype, self.device = DTYPES[job.dtype], torch.device(job.placement.device)
         self.program = self.rewritten(job.of_rank())
-        self.vocab_size = job.program.logits.width
+        self.vocab_size = job.program.model.logits.width
         self.num_blocks = 0
         self._interpreter = Interpreter(self.program, self.more_kernels())
-        self._cache_plan = cache_plan(cache_layout(self.program), limits.max_total_tokens)
+        layout, model = cache_layout(self.program), cache_layout(job.program.model)
+        self._cache_plan = cache_plan(layout, limits.max_total_tokens, model)
         self._weights = self.read_weights(job)
-        self._group = job.group
+        self._group, self._mesh, self._has_peers = job.group, job.mesh, job.group.size * job.mesh.num_stages > 1
         self.group: Collectives = OneRank()  # of more ranks from `allocate` on
+        self._stages: Stages | None = None  # likewise
         self._cache: dict[int, Tensor] = {}
         self._scratch = attention.Scratch()
         self._slots = Slots(limits, self.device, len(self.windows))
@@ -163,7 +165,7 @@ class TorchBackend:
 
         Raise NotEnoughMemory if it does not fit.
         """
-        self.group = join(self._group)
+        self.group, self._stages = join(self._group), join_stages(self._mesh)
         places = num_blocks * self.limits.block_size
         try:
             parts = [zeros(_shape(spec, places), self.dtype, self.device) for spec in self._cache_plan.parts]
@@ -198,13 +200,15 @@ class TorchBackend:
             self._last.masks.give_up()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self.group.close()
+        if self._stages is not None:
+            self._stages.close()
 
     def _step_or_out_of_memory(self, inputs: StepInputs, masks: AwaitedMasks) -> StepResult:
         self._masks = masks
         try:
             return self._step(inputs)
         except torch.OutOfMemoryError as error:
-            if self.group.size > 1:  # The other ranks may have had memory: their plans would differ.
+            if self._has_peers:  # The other ranks may have had memory: their plans would differ.
                 raise
             why = str(error)
         torch.cuda.empty_cache()  # Here no frame of the error holds a tensor any more.
@@ -218,7 +222,9 @@ class TorchBackend:
         state, ids = self._state(inputs)
         env = self._interpreter.body(state, ids)
         token_ids, sampled = self._sample(inputs, state, env)
-        prompt = prompt_payloads(inputs, self._slots.parameters.rows, lambda part: self._score(part, state, env))
+        prompt = None
+        if self.program.samples:
+            prompt = prompt_payloads(inputs, self._slots.parameters.rows, lambda part: self._score(part, state, env))
         details = sampled.logprobs.details() if sampled and sampled.logprobs else None
         return StepResult(token_ids, details, prompt)
 
@@ -239,12 +245,13 @@ class TorchBackend:
         by_layer = {layer: plans[table] for layer, (table, _) in self._cache_plan.places.items()}
         samples = self._to_device(tokens.samples)
         states = self._states.plan(inputs)
-        state = StepState(self._weights, self._cache, self.group, positions, by_layer, samples, self._scratch, states)
+        state = StepState(self._weights, self._cache, self.group, positions, by_layer, samples, self._scratch, states,
+                          self.dtype, self._stages)  # fmt: skip
         return state, self._slots.tokens[self._to_device(tokens.slots), positions].long()
 
     def _sample(self, inputs: StepInputs, state: StepState, env: Env) -> tuple[list[int], Sampled | None]:
         """Return the sampled tokens, after writing them to their slots. Rank 0 chooses; all ranks get the ids."""
-        if not len(inputs.samples):
+        if not len(inputs.samples) or not self.program.samples:
             return [], None
         logits = self._interpreter.tail(state, env)
         if self.group.rank == 0:
@@ -268,7 +275,9 @@ class TorchBackend:
     def _warm_up(self) -> None:
         for inputs in warm_up_steps(self.limits, self.num_blocks, len(self.windows)):
             state, ids = self._state(self.begin(inputs))
-            self._interpreter.tail(state, self._interpreter.body(state, ids))
+            env = self._interpreter.body(state, ids)
+            if self.program.samples:
+                self._interpreter.tail(state, env)
         self._slots.tables.zero_()
         self._states.clear()
         for cache in self._cache.values():

@@ -20,6 +20,7 @@ from tokenmill.backends.torch.experts import mixed, routed
 from tokenmill.backends.torch.step_state import StepState
 from tokenmill.program import ops, recurrence
 from tokenmill.program.rope import RopeTable
+from tokenmill.program.stage import Receive, Send
 
 Act = Callable[[Tensor], Tensor]
 
@@ -191,6 +192,20 @@ def gather(op: ops.Gather, step: StepState, x: Tensor) -> Tensor:
     return step.group.gather(x)[:, : op.out.width]
 
 
+def send(op: Send, step: StepState, x: Tensor) -> Tensor:
+    """Send a value to the next stage. The result is not used."""
+    assert step.stages is not None
+    step.stages.send(x)
+    return x[:, :1]
+
+
+def receive(op: Receive, step: StepState) -> Tensor:
+    """Return a value of the stage before."""
+    assert step.stages is not None
+    x = step.stages.receive((len(step.positions), op.out.width), step.dtype)
+    return x.to(step.positions.device)
+
+
 def arg_max(op: ops.ArgMax, step: StepState, x: Tensor) -> Tensor:
     """Return the index of the largest value of each row."""
     return x.argmax(-1, keepdim=True)
@@ -254,6 +269,8 @@ def kernels() -> dict[type[ops.Op], Callable[..., Any]]:
         ops.AllReduce: all_reduce,
         ops.Gather: gather,
         ops.ArgMax: arg_max,
+        Send: send,
+        Receive: receive,
         recurrence.CausalConv: causal_conv,
         recurrence.StateSpace: state_space,
         recurrence.DeltaRule: delta_rule,

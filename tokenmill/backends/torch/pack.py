@@ -35,7 +35,7 @@ def pack(
     `report` is called from this thread, with bytes of the checkpoint.
     """
     wanted = weights_of(program)
-    check(wanted, source)
+    check(weights_of(program.model), source)
 
     def one(weight: Weight) -> Tensor:
         if not weight.columns:

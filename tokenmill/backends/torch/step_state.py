@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenmill.backends.torch.attention import AttentionPlan, Scratch
 from tokenmill.backends.torch.states import StatePlan
-from tokenmill.parallel.gloo import Collectives
+from tokenmill.parallel.gloo import Collectives, Stages
 from tokenmill.program.ops import Weight
 from tokenmill.program.rope import RopeTable
 
@@ -26,6 +26,8 @@ class StepState:
     samples: Tensor  # (R,) indices among the T tokens
     scratch: Scratch
     recurrent: StatePlan
+    dtype: torch.dtype = torch.float32  # of the values
+    stages: Stages | None = None  # the stages before and after this one
     tables: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of cos_sin
 
     def optional(self, weight: Weight | None) -> Tensor | None:

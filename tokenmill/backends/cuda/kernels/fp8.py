@@ -189,8 +189,22 @@ def codes_by_codes(x_ptr, weight_ptr, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
         gdc_wait()
     if BLOCKED:
         sums, ups = summed_blocks(
-            x_ptr, weight_ptr, x_scale_ptr, scale_ptr, x_scale_stride, M, tile, split, block, N, KP, BM, BN, SPLITS,
-            ACT != "", STAGES
+            x_ptr,
+            weight_ptr,
+            x_scale_ptr,
+            scale_ptr,
+            x_scale_stride,
+            M,
+            tile,
+            split,
+            block,
+            N,
+            KP,
+            BM,
+            BN,
+            SPLITS,
+            ACT != "",
+            STAGES,
         )
     else:
         sums, ups = summed(
