@@ -21,7 +21,7 @@ def test_more_ranks_than_devices_are_refused_with_both_numbers_and_the_cure() ->
 
 
 def test_more_ranks_than_cpus_are_refused_unless_they_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmill.runtime.choice.usable_cpus", lambda: 2)
+    monkeypatch.setattr("tokenmill.host.usable_cpus", lambda: 2)
     with pytest.raises(ArgumentError, match="3 ranks on CPUs need one each, but this process may use 2"):
         check_ranks(BackendOptions(local_ranks=3), None)
     check_ranks(BackendOptions(local_ranks=2), None)
@@ -29,7 +29,7 @@ def test_more_ranks_than_cpus_are_refused_unless_they_share_them(monkeypatch: py
 
 
 def test_one_rank_is_never_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmill.runtime.choice.usable_cpus", lambda: 0)
+    monkeypatch.setattr("tokenmill.host.usable_cpus", lambda: 0)
     check_ranks(BackendOptions(), None)
 
 

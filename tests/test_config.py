@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from tokenmill.backends.cpu.backend import KV_DTYPES as CPU_KV_DTYPES
 from tokenmill.backends.cuda.prepare import ATTENTIONS, KV_DTYPES
 from tokenmill.config import Settings
 from tokenmill.errors import ArgumentError, UsageError
+from tokenmill.surroundings import visible_devices
 
 # TGI 3.3's launcher: option, environment variable, default (its documentation); "" and None: none.
 TGI = """
@@ -461,3 +463,12 @@ def test_a_number_of_ranks_or_seconds_is_at_least_one(flag: str, capsys: pytest.
     with pytest.raises(SystemExit, match="2"):
         Settings.from_args([flag, "0"], {})
     assert f"argument {flag}: 0 is too small: at least 1" in capsys.readouterr().err
+
+
+def test_all_devices_of_a_container_are_counted(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia11", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert visible_devices({"NVIDIA_VISIBLE_DEVICES": "all"}, str(tmp_path)) == 3
+    assert visible_devices({"NVIDIA_VISIBLE_DEVICES": "all", "CUDA_VISIBLE_DEVICES": "0,1"}, str(tmp_path)) == 2
+    assert visible_devices({"NVIDIA_VISIBLE_DEVICES": "void"}, str(tmp_path)) is None
+    assert visible_devices({"NVIDIA_VISIBLE_DEVICES": "all"}, str(tmp_path / "none")) is None

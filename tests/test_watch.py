@@ -90,7 +90,8 @@ def test_a_debugger_or_pages_from_disk_are_not_silence(tmp_path: Path, monkeypat
 def test_a_stopped_process_is_the_one_that_hangs(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-    watching, _ = watched(tmp_path, GONE, process.pid)
+    watching, [_, heartbeat] = watched(tmp_path, GONE, process.pid)
+    heartbeat.note("step 1", 1800.0)  # it is loading: nothing else is a hang so early
     hang = next(hang for i in range(20) if (hang := watching.look(1000.0 + i / 2)) is not None)
     assert (hang.rank, hang.where) == (1, "step 1, stopped by a signal (SIGSTOP or SIGTSTP)")
 

@@ -382,7 +382,7 @@ def _cpu_threads(wanted: int, ranks: int, said: bool, warnings: list[str]) -> in
 def _num_shard(settings: Settings) -> int:
     given = settings.num_shard
     if settings.sharded and (given is None or given < 2):
-        found = "no number was given" if given is None else f"`num_shard` is {given}"
+        found = "no number was given, and no devices are listed" if given is None else f"`num_shard` is {given}"
         raise ArgumentError(f"`sharded` is true, but {found}. Give `--num-shard` of at least 2, or no `--sharded`.")
     return given or 1
 

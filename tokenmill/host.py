@@ -7,6 +7,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from tokenmill.errors import ArgumentError
+
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 
 
@@ -20,6 +22,21 @@ def usable_cpus() -> int:
     except (OSError, ValueError):
         pass  # no cgroup, or a quota of "max"
     return max(1, count)
+
+
+def check_cpus(ranks: int) -> None:
+    """Raise ArgumentError if this process may use fewer CPUs than there are ranks that compute on them."""
+    if ranks > (cpus := usable_cpus()):
+        raise ArgumentError(
+            f"{ranks} ranks on CPUs need one each, but this process may use {cpus} (its affinity and its control "
+            "group's quota): ranks would wait for each other. Allow more, or lower --num-shard, "
+            "--pipeline-parallel-size or --data-parallel-size."
+        )
+
+
+def has_gpu(devices: str = "/dev") -> bool:
+    """Return False if it is certain, at no cost, that this machine has no GPU. `devices`: folder, for tests."""
+    return any(next(Path(devices).glob(pattern), None) is not None for pattern in ("nvidia*", "dxg", "kfd"))
 
 
 def available_bytes(root: str = "/") -> int:

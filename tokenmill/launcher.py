@@ -30,7 +30,7 @@ from tokenmill.extras import need_opentelemetry
 from tokenmill.listening import listen
 from tokenmill.process import Child
 from tokenmill.progress import Display, display
-from tokenmill.ranks import MOST_DELAY_S, Ranks, Restarts, engine_address, group_info, memory_share
+from tokenmill.ranks import MOST_DELAY_S, Ranks, Restarts, check_machine, engine_address, group_info, memory_share
 from tokenmill.readiness import announce, readiness
 from tokenmill.rundir import run_dir
 from tokenmill.surroundings import raise_open_files, shortage
@@ -336,7 +336,8 @@ class Supervisor:
 
 def _failure(child: Child, variant: str) -> ServerFailed:
     if child.failure is not None:
-        return ServerFailed(child.failure.variant or variant, child.failure.message)
+        which = f"{child.name.capitalize()}: " if " of engine " in child.name else ""
+        return ServerFailed(child.failure.variant or variant, f"{which}{child.failure.message}")
     return ServerFailed(variant, f"The {child.name} has died: {child.how_it_ended()}. Its log is above.")
 
 
@@ -375,6 +376,7 @@ def serve(settings: Settings, environment: str = "") -> int:
         _log.warning("%s", warning)
     _log.info("Options: %s", settings.shown())
     try:
+        check_machine(settings)
         if settings.otlp_endpoint:
             need_opentelemetry()
         with run_dir() as folder, listen(settings.hostname, settings.port) as listener:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenmill import config
 from tokenmill.config import Settings
 from tokenmill.heartbeat import SLACK_S, STARTING, Heartbeat, heartbeat_path, stack_path
-from tokenmill.host import available_bytes, usable_cpus
+from tokenmill.host import available_bytes, check_cpus, has_gpu, usable_cpus
 from tokenmill.process import Child
 from tokenmill.watch import Watch
 from tokenmill.wire.messages import Configure, EngineInfo, Failed, ModelReady, Place, ToChild
@@ -54,6 +54,13 @@ def memory_share(settings: Settings) -> int | None:
     An engine that starts again gets its share again, although the others have theirs by then.
     """
     return available_bytes() // settings.data_parallel_size if settings.data_parallel_size > 1 else None
+
+
+def check_machine(settings: Settings) -> None:
+    """Raise ArgumentError if the ranks certainly compute on CPUs, and there are too few. Ranks check devices."""
+    on_cpus = settings.device == "cpu" or settings.backend == "cpu" or (settings.device == "auto" and not has_gpu())
+    if on_cpus and not settings.mock and not settings.share_devices:
+        check_cpus(settings.ranks_per_engine * settings.data_parallel_size)
 
 
 class Ranks:

@@ -71,14 +71,17 @@ def hostname(given: str, said: bool, warnings: list[str]) -> str:
     return "0.0.0.0"
 
 
-def visible_devices(environ: Mapping[str, str]) -> int | None:
+def visible_devices(environ: Mapping[str, str], devices: str = "/dev") -> int | None:
     """Return the number of devices in the first of TGI's variables that lists any; None if none does.
 
-    As in CUDA, an invalid entry ends the list: `-1`, or a batch system's `NoDevFiles`.
+    As in CUDA, an invalid entry ends the list: `-1`, or a batch system's `NoDevFiles`. NVIDIA_VISIBLE_DEVICES may be
+    `all`, which means all that a container has.
     """
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
-        count = 0
-        for device in stripped(environ.get(name, "")).split(","):
+        count, listed = 0, stripped(environ.get(name, ""))
+        if name == "NVIDIA_VISIBLE_DEVICES" and listed.lower() == "all":
+            count = len(list(Path(devices).glob("nvidia[0-9]*")))
+        for device in listed.split(","):
             if device.strip().lower() in ("", "all", "void", "none", "nodevfiles") or device.strip().startswith("-"):
                 break
             count += 1

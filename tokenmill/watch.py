@@ -20,6 +20,9 @@ from tokenmill.heartbeat import Heartbeat, Pulse
 TICK_S = 0.5
 """Seconds between two looks, at most."""
 
+STOPPED_S = 3.0
+"""Seconds after which a process that a signal has stopped hangs."""
+
 _DUMP_S = 0.5  # in which a rank writes its stack
 _DUMP_BYTES = 20_000  # of a stack that are read
 _FRAME = re.compile(r'File "(.*?)", line (\d+) in (\S+)')
@@ -73,7 +76,7 @@ class Watch:
     def look(self, now: float) -> Hang | None:
         """Read the heartbeats and return the hang of the engine, if it hangs. `now`: time.monotonic() seconds.
 
-        A rank may wait for another as long as that one may take.
+        A rank may wait for another as long as that one may take. A stopped process hangs wherever it stands.
         """
         awake_s = min(now - self._looked, 2 * TICK_S) if self._looked is not None else 0.0
         self._looked = now
@@ -83,7 +86,7 @@ class Watch:
             watched.silent_s = 0.0 if moved else watched.silent_s + awake_s
             watched.pulse, watched.faults = pulse, faults
         limit_s = max((watched.pulse.limit_s for watched in self.ranks), default=0.0)
-        silent = [watched for watched in self.ranks if watched.silent_s > limit_s]
+        silent = [watched for watched in self.ranks if watched.silent_s > limit_s or _stopped(watched)]
         return self._hang(silent) if silent else None
 
     def place(self, rank: int) -> str:
@@ -92,7 +95,7 @@ class Watch:
 
     def _hang(self, silent: Sequence[Watched]) -> Hang:
         """Find which of the silent ranks the others wait for: a stopped one, or one that is in no collective."""
-        stopped = [watched for watched in silent if process_state(watched.pid) == "T"]
+        stopped = [watched for watched in silent if _stopped(watched)]
         stacks = dump([watched for watched in self.ranks if watched not in stopped])
         behind = min(silent, key=lambda watched: (in_collective(stacks.get(watched.rank, "")), watched.pulse.notes))
         culprit = stopped[0] if stopped else behind
@@ -102,6 +105,10 @@ class Watch:
         elif frame := innermost(stacks.get(culprit.rank, "")):
             where += f", {frame}"
         return Hang(culprit.rank, culprit.silent_s, where, stacks)
+
+
+def _stopped(watched: Watched) -> bool:
+    return watched.silent_s > STOPPED_S and process_state(watched.pid) == "T"
 
 
 def dump(ranks: Sequence[Watched]) -> dict[int, str]:

@@ -13,7 +13,7 @@ from tokenmill import plugins
 from tokenmill.backends.base import Backend
 from tokenmill.backends.kind import BackendOptions, Job, Kind, Placement
 from tokenmill.errors import ArgumentError, NotEnoughDevices, Unsupported
-from tokenmill.host import usable_cpus
+from tokenmill.host import check_cpus
 from tokenmill.program.foreign import body_of
 from tokenmill.program.value import Program
 
@@ -79,6 +79,11 @@ def num_devices() -> int:
     return max((kind.num_devices(device) or 0 for kind in kinds() for device in kind.devices), default=0)
 
 
+def check_machine(options: BackendOptions) -> None:
+    """Raise a StartError if this machine lacks the device, or devices for all ranks. Needs no model."""
+    check_ranks(options, None if _device(options) == "cpu" else num_devices())
+
+
 def check_ranks(options: BackendOptions, num_devices: int | None) -> None:
     """Raise a StartError if this machine has too few devices, or CPUs, for the ranks of all engines.
 
@@ -87,17 +92,14 @@ def check_ranks(options: BackendOptions, num_devices: int | None) -> None:
     ranks = options.local_ranks
     if options.share_devices or ranks == 1:
         return
-    fewer = "lower --num-shard, --pipeline-parallel-size or --data-parallel-size"
     if num_devices is not None and ranks > num_devices:
         raise NotEnoughDevices(
             f"{ranks} ranks need as many devices, but {num_devices} of them are visible here (CUDA_VISIBLE_DEVICES "
-            f"and the container decide which are). Make more visible, or {fewer}; --device cpu computes on CPUs."
+            "and the container decide which are). Make more visible, or lower --num-shard, --pipeline-parallel-size "
+            "or --data-parallel-size; --device cpu computes on CPUs."
         )
-    if num_devices is None and ranks > (cpus := usable_cpus()):
-        raise ArgumentError(
-            f"{ranks} ranks on CPUs need one each, but this process may use {cpus} (its affinity and its control "
-            f"group's quota): ranks would wait for each other. Allow more, or {fewer}."
-        )
+    if num_devices is None:
+        check_cpus(ranks)
 
 
 def make_backend(choice: Choice, job: Job) -> Backend:

@@ -26,7 +26,7 @@ from tokenmill.host import usable_cpus
 from tokenmill.parallel.agreement import agree
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled, EngineOptions, assemble, assemble_mock
-from tokenmill.runtime.choice import num_devices
+from tokenmill.runtime.choice import check_machine, num_devices
 from tokenmill.runtime.identity import facts_of
 from tokenmill.runtime.links import links_of
 from tokenmill.weights.source import ModelSource
@@ -50,6 +50,8 @@ def main(control: ChildControl) -> None:
     settings = Settings.from_dict(configure.settings)
     heartbeat = _heartbeat(configure)
     heartbeat.note("the wait for the model", math.inf)
+    if not settings.mock:
+        check_machine(backend_options(settings, configure.place))
     source = msgspec.convert(control.wait_model(), ModelSource)
     with ExitStack() as resources:
         try:
