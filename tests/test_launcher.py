@@ -234,6 +234,15 @@ def test_a_stopped_rank_ends_its_engine_and_is_named(serve: Callable[..., Server
     until(lambda: "is ready again" in server.output)
 
 
+def test_ranks_that_plan_other_steps_end_their_engine(serve: Callable[..., Server]) -> None:
+    server = serve("--num-shard", "2", "--debug-plans", "--mock-fault", "nan@6:1", "--mock-text", "hello " * 99)
+    server.wait_ready()
+    assert b'"error_type"' in server.stream(500).read()
+    until(lambda: "has died" in server.output)
+    [line] = [line for line in server.lines if "has died" in line]
+    assert "The engine rank 1 has died (RanksDiverged: rank 1 planned another step than rank 0; it stood at " in line
+
+
 GENERATE = ("POST", "/generate", b'{"inputs": "hello"}')
 CHAT = ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "hello"}], "stream": true}')
 
