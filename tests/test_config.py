@@ -458,11 +458,13 @@ def test_the_cpus_are_divided_among_all_ranks(words: list[str], most: int, monke
     assert Settings.from_args(words, {"OMP_NUM_THREADS": "64"}).cpu_threads == most
 
 
-@pytest.mark.parametrize("flag", ["--pipeline-parallel-size", "--data-parallel-size", "--num-shard", "--rank-timeout"])
-def test_a_number_of_ranks_or_seconds_is_at_least_one(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag, least", [
+    ("--pipeline-parallel-size", "1"), ("--data-parallel-size", "1"), ("--num-shard", "1"), ("--rank-timeout", "0.1"),
+])  # fmt: skip
+def test_no_ranks_and_no_time_are_refused(flag: str, least: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         Settings.from_args([flag, "0"], {})
-    assert f"argument {flag}: 0 is too small: at least 1" in capsys.readouterr().err
+    assert f"argument {flag}: 0 is too small: at least {least}" in capsys.readouterr().err
 
 
 def test_all_devices_of_a_container_are_counted(tmp_path: Path) -> None:

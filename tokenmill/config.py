@@ -166,7 +166,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     data_parallel_size: Annotated[int, Option(
         "Engines behind this server, each with the whole model and ranks of its own.", at_least=1, at_most=_MOST_RANKS,
         env="TOKENMILL_DATA_PARALLEL_SIZE")] = 1
-    rank_timeout: Annotated[float, Option("Seconds in which every rank of an engine must have joined it.", at_least=1,
+    rank_timeout: Annotated[float, Option("Seconds in which every rank of an engine must have joined it.", at_least=0.1,
                                           env="TOKENMILL_RANK_TIMEOUT")] = 600.0
     share_devices: Annotated[bool, Option("Let several ranks compute on one GPU or CPU: for tests.",
                                           env="TOKENMILL_SHARE_DEVICES")] = False
