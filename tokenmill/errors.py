@@ -120,6 +120,12 @@ class AddressInUse(StartError):
     variant = "WebserverCannotStart"
 
 
+class WrongSecret(StartError):
+    """The other end of a connection between machines does not hold this cluster's secret."""
+
+    variant = "ClusterSecret"
+
+
 class OutOfMemory(TokenmillError):
     """A step ran out of device memory. The step has no effect, and the device remains usable."""
 

@@ -1,4 +1,4 @@
-"""Send and receive messages over a Unix stream socket, as frames of a four-byte little-endian length and msgpack.
+"""Send and receive messages over a stream socket, as frames of a four-byte little-endian length and msgpack.
 
 `FrameReader` and `frame` implement the format for any byte stream. `Channel` is the blocking end of a connection,
 `Listener` accepts connections, and `AsyncChannel` is the asyncio end. `AsyncChannel` calls back for every message in
@@ -9,6 +9,7 @@ expected type raises `ChannelError`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections import deque
@@ -18,12 +19,18 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
+from tokenmill.errors import WrongSecret
+from tokenmill.wire import tcp
+from tokenmill.wire.secret import prove_as_caller, prove_as_listener
+
 MAX_FRAME_BYTES = 64 << 20
 """Limit of a frame that is read; a prompt of a million tokens takes 5 MB."""
 
 _HEADER_BYTES = 4
 _READ_BYTES = 256 << 10
 _RETRY_S = 0.02
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -96,9 +103,9 @@ class Channel(Generic[T]):
         self._error: ChannelError | None = None  # raised after the messages before it were received
 
     @classmethod
-    def connect(cls, address: str, kind: Any, *, timeout_s: float = 0.0) -> Channel[T]:
-        """Connect to the Unix socket at `address`, retrying for `timeout_s` seconds. Raises OSError."""
-        return cls(connect(address, timeout_s=timeout_s), kind)
+    def connect(cls, address: str, kind: Any, *, timeout_s: float = 0.0, secret: bytes = b"") -> Channel[T]:
+        """Connect to `address`, retrying for `timeout_s` seconds. Raises the errors of `connect`."""
+        return cls(connect(address, timeout_s=timeout_s, secret=secret), kind)
 
     def send(self, message: object) -> None:
         """Write one frame; blocks while the peer's buffer is full."""
@@ -139,23 +146,41 @@ class Channel(Generic[T]):
 
 
 class Listener:
-    """Listening Unix socket that only this user may connect to. Replaces the stale socket of a dead process."""
+    """Listening socket. `address`: a path, or "tcp://host:port".
 
-    def __init__(self, address: str, backlog: int = 128) -> None:
-        self.address = address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    Only this user may connect to a path; the stale socket of a dead process is replaced. Over TCP, only peers that hold
+    `secret` are accepted. Raise AddressInUse if a port is taken.
+    """
+
+    def __init__(self, address: str, backlog: int = 128, *, secret: bytes = b"") -> None:
+        self.address, self._secret, self._is_tcp = address, secret, tcp.is_tcp(address)
+        self._socket = tcp.listening(address) if self._is_tcp else socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            Path(address).unlink(missing_ok=True)
-            self._socket.bind(address)
-            Path(address).chmod(0o600)
+            if not self._is_tcp:
+                Path(address).unlink(missing_ok=True)
+                self._socket.bind(address)
+                Path(address).chmod(0o600)
             self._socket.listen(backlog)
         except BaseException:
             self._socket.close()
             raise
 
     def accept(self) -> socket.socket:
-        """Return the next connection; blocks. After `set_blocking(False)`, raises BlockingIOError if there is none."""
-        return self._socket.accept()[0]
+        """Return the next connection; blocks. After `set_blocking(False)`, raises BlockingIOError if there is none.
+
+        Over TCP it blocks some seconds longer while a peer proves the secret; a stranger is logged and dropped.
+        """
+        if not self._is_tcp:
+            return self._socket.accept()[0]
+        while True:
+            sock, (host, *_) = self._socket.accept()
+            try:
+                prove_as_listener(sock, self._secret)
+            except (OSError, WrongSecret) as reason:
+                sock.close()
+                _log.warning("A connection from %s to %s was refused: %s.", host, self.address, reason)
+            else:
+                return tcp.tuned(sock)
 
     def set_blocking(self, blocking: bool) -> None:
         """Set whether `accept` blocks."""
@@ -173,11 +198,23 @@ class Listener:
         """Stop listening and remove the path. Idempotent."""
         if self._socket.fileno() >= 0:
             self._socket.close()
-            Path(self.address).unlink(missing_ok=True)
+            if not self._is_tcp:
+                Path(self.address).unlink(missing_ok=True)
 
 
-def connect(address: str, *, timeout_s: float = 0.0) -> socket.socket:
-    """Connect a blocking socket to the Unix socket at `address`, retrying for `timeout_s` seconds. Raises OSError."""
+def connect(address: str, *, timeout_s: float = 0.0, secret: bytes = b"") -> socket.socket:
+    """Connect a blocking socket to `address`, as of `Listener`, retrying for `timeout_s` seconds.
+
+    Raises OSError, and WrongSecret at once.
+    """
+    if tcp.is_tcp(address):
+        sock = tcp.connected(address, timeout_s)
+        try:
+            prove_as_caller(sock, secret, address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
     deadline = time.monotonic() + timeout_s
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
