@@ -21,7 +21,7 @@ from tokenmill.backends.cuda.expert_shapes import (
 )
 from tokenmill.backends.cuda.kernels import experts as kernels
 from tokenmill.backends.cuda.kernels.coded_experts import coded_row_down, coded_row_up
-from tokenmill.backends.cuda.kernels.routing import count_pairs, sort_pairs
+from tokenmill.backends.cuda.kernels.routing import count_pairs, own_pairs, sort_pairs
 from tokenmill.backends.cuda.launch import Site, ahead
 from tokenmill.backends.cuda.memory import Memory
 from tokenmill.backends.cuda.shapes import power
@@ -56,6 +56,9 @@ class Scratch:
         self.logits = torch.empty(logits, device=device)
         inner = most(*(pairs[op.out.buffer] * inner_width(op) for op in found))
         self.inner = torch.empty(inner, dtype=memory.dtype, device=device)
+        divided = self.pairs if any(op.shard == "part" for op in found) else 0
+        self.own_ids = torch.empty(divided, **numbers)
+        self.own_factors = torch.empty(divided, dtype=memory.dtype, device=device)
         results = most(*(pairs[op.out.buffer] * op.out.width for op in found))
         self.results = torch.empty(results, dtype=memory.dtype, device=device)
 
@@ -83,11 +86,31 @@ class Operands(NamedTuple):
     """Tensors of a layer at the largest step; a smaller step uses the first rows."""
 
     x: Tensor  # (rows, width)
-    ids: Tensor  # (rows, top_k) int32
-    factors: Tensor  # (rows, top_k)
+    ids: Tensor  # (rows, top_k) int32; of `OwnPairs`, if ranks divide the experts
+    factors: Tensor  # (rows, top_k), likewise
     out: Tensor  # (rows, width)
     inner: Tensor  # (items, inner values)
     results: Tensor  # (pairs, width)
+
+
+class OwnPairs:
+    """The launch that finds the pairs of this rank's experts, where ranks divide a layer's experts among them.
+
+    `ids`, `factors`: of all experts.
+    """
+
+    def __init__(self, op: ops.Experts, ids: Tensor, factors: Tensor, scratch: Scratch, rank: int) -> None:
+        self._ids, self._factors, self._scratch = ids, factors, scratch
+        self._experts, self._first, self._launch = len(op.down), rank * len(op.down), Site(own_pairs)
+
+    def run(self, rows: int, sorted_by_expert: bool) -> None:
+        """Launch the first rows. Pairs of other ranks are left out by the sorting; a single row takes expert 0."""
+        pairs = rows * self._ids.shape[1]
+        self._launch(
+            (triton.cdiv(pairs, _BLOCK),),
+            self._ids, self._factors, self._scratch.own_ids, self._scratch.own_factors, pairs, self._first,
+            self._experts if sorted_by_expert else 0, E=self._experts, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 class OneRow:
@@ -138,10 +161,13 @@ def _round(stack: Stack, shape: RowShape, size: int) -> dict[str, Any]:
 
 
 class Sort:
-    """Sorting of the pairs of a layer by expert. `items`, `tiles`: the result, as `sort_pairs` defines it."""
+    """Sorting of the pairs of a layer by expert. `items`, `tiles`: the result, as `sort_pairs` defines it.
 
-    def __init__(self, scratch: Scratch, ids: Tensor, experts: int) -> None:
-        self._scratch, self._ids, self._experts = scratch, ids, experts
+    `part`: the ids may be `experts`, of no expert here.
+    """
+
+    def __init__(self, scratch: Scratch, ids: Tensor, experts: int, part: bool = False) -> None:
+        self._scratch, self._ids, self._experts, self._part = scratch, ids, experts, part
         self.items, self.tiles = scratch.items, scratch.tiles
         self._count, self._sort = Site(count_pairs), Site(sort_pairs)
 
@@ -157,7 +183,7 @@ class Sort:
             self._count(
                 (segments,),
                 self._ids, scratch.counts, scratch.firsts, scratch.finished, pairs, E=self._experts,
-                EP=padded(self._experts), BLOCK=size, ROWS=_ROWS, num_warps=8,
+                EP=padded(self._experts), BLOCK=size, ROWS=_ROWS, PART=self._part, num_warps=8,
             )  # fmt: skip
         self._sort(
             (self._experts, segments),
@@ -206,7 +232,7 @@ class GroupedProducts:
         self._combine(
             (rows, triton.cdiv(width, block)),
             results, factors, out, TOP_K=self._op.ids.width, WIDTH=width, BLOCK=block, SCALED=self._op.scale_inputs,
-            PDL=early, num_warps=4, **ahead(early),
+            PART=self._op.shard == "part", PDL=early, num_warps=4, **ahead(early),
         )  # fmt: skip
 
     def _multiply(

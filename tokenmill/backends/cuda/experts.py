@@ -16,6 +16,7 @@ from tokenmill.backends.cuda.expert_products import (
     GroupedProducts,
     OneRow,
     Operands,
+    OwnPairs,
     Scratch,
     Sort,
     inner_width,
@@ -48,8 +49,8 @@ Normed = tuple[Tensor, Tensor, float]
 class ExpertLowering:
     """Lowers the mixtures of experts of a program. All layers share scratch."""
 
-    def __init__(self, memory: Memory, weights: DeviceWeights, batch_invariant: bool) -> None:
-        self._memory, self._weights, self._invariant = memory, weights, batch_invariant
+    def __init__(self, memory: Memory, weights: DeviceWeights, batch_invariant: bool, rank: int = 0) -> None:
+        self._memory, self._weights, self._invariant, self._rank = memory, weights, batch_invariant, rank
         self._scratch = Scratch(memory)
 
     @property
@@ -69,13 +70,15 @@ class ExpertLowering:
 
     def experts(self, op: ops.Experts) -> Run:
         """Return the launches of a layer's products."""
-        one, several = self.experts_one(op), self.products(op)
+        one, several, own = self.experts_one(op), self.products(op), self._own_pairs(op)
 
         def run(n: Sizes) -> None:
             rows = n.of(op.out)
             if rows == 1 and not self._invariant:
                 one(n)
             else:
+                if own is not None:
+                    own.run(rows, sorted_by_expert=True)
                 several.run(rows, *self.shapes(op, rows), n.early)
 
         return run
@@ -102,7 +105,11 @@ class ExpertLowering:
         if isinstance(bank.down, CodedStack):
             down = coded_row_shape(inner_width(op), op.out.width, op.ids.width, bank.down.form, down=True)
 
+        own = self._own_pairs(op)
+
         def run(n: Sizes) -> None:
+            if own is not None:
+                own.run(1, sorted_by_expert=False)
             one.gate_up(up, n.early)
             one.down(down, n.early, residual)
 
@@ -122,12 +129,13 @@ class ExpertLowering:
     def products(self, op: ops.Experts) -> GroupedProducts:
         """Return the launches of several rows, for tiles of any size."""
         operands = self._operands(op)
-        sort = Sort(self._scratch, operands.ids, len(op.down))
+        sort = Sort(self._scratch, operands.ids, len(op.down), op.shard == "part")
         return GroupedProducts(op, self._bank(op), operands, sort, self._memory.device.copies_tiles)
 
     def shapes(self, op: ops.Experts, rows: int) -> tuple[TileShape, TileShape]:
         """Return the sizes of tiles for so many rows: of gate and up, and of down, with the same number of items."""
-        mean, bank = rows * op.ids.width / len(op.down), self._bank(op)
+        experts = len(op.down) * (op.down[0].ranks if op.shard == "part" else 1)
+        mean, bank = rows * op.ids.width / experts, self._bank(op)
         stacks = bank.gate_up, bank.down
         forms = [stack.form if isinstance(stack, CodedStack) else None for stack in stacks]
         items = tile_items(mean, forms[0] or forms[1])
@@ -150,7 +158,15 @@ class ExpertLowering:
         value, scratch, pairs = self._memory.value, self._scratch, self._memory.rows[op.out.spec.rows] * op.ids.width
         inner = scratch.inner[: pairs * inner_width(op)].view(pairs, -1)
         results = scratch.results[: pairs * op.out.width].view(pairs, -1)
-        return Operands(value(op.x), value(op.ids), value(op.factors), value(op.out), inner, results)
+        ids, factors = value(op.ids), value(op.factors)
+        if op.shard == "part":
+            ids, factors = (own[:pairs].view(ids.shape) for own in (scratch.own_ids, scratch.own_factors))
+        return Operands(value(op.x), ids, factors, value(op.out), inner, results)
+
+    def _own_pairs(self, op: ops.Experts) -> OwnPairs | None:
+        if op.shard != "part":
+            return None
+        return OwnPairs(op, self._memory.value(op.ids), self._memory.value(op.factors), self._scratch, self._rank)
 
 
 class RouteOperands(NamedTuple):

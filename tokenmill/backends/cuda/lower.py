@@ -65,7 +65,7 @@ class Lowering:
         self._attention = AttentionLowering(memory, weights.tensors, slots, options)
         self._encoded = EncodedLowering(memory, weights.tensors, slots, options)
         self._latent = LatentLowering(memory, weights.tensors, slots, options)
-        self.mixtures = ExpertLowering(memory, weights, options.batch_invariant)
+        self.mixtures = ExpertLowering(memory, weights, options.batch_invariant, options.rank)
         self._states = StateLowering(memory, weights.tensors, states, batch_invariant=options.batch_invariant)
         self._made = {v.buffer: op for op in memory.program.ops for v in op.results().values()}
         self._readers = readers_of(memory.program.ops)

@@ -91,8 +91,6 @@ def attention_of(program: Program, wanted: str, dtype: str, deterministic: bool 
 
 
 def _why_not(op: Op) -> str:
-    if isinstance(op, ops.Experts) and op.shard == "part":
-        return "it divides each expert among the ranks, not the experts"
     if not isinstance(op, KINDS):
         return f"it has no kernel for {type(op).__name__}"
     act = getattr(op, "act", None)

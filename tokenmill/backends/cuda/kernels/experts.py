@@ -219,10 +219,10 @@ def grouped(x_ptr, weight_ptr, words_ptr, table_ptr, whole_ptr, order_ptr, bias_
 
 @triton.jit
 def combine(y_ptr, factors_ptr, out_ptr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-            SCALED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            SCALED: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Set out[r] to the sum of y[pair] (WIDTH,) over the pairs of row r, times their factors unless SCALED.
 
-    Grid (rows, WIDTH / BLOCK).
+    PART: a pair whose factor is 0 may have no y. Grid (rows, WIDTH / BLOCK).
     """
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -232,7 +232,10 @@ def combine(y_ptr, factors_ptr, out_ptr, TOP_K: tl.constexpr, WIDTH: tl.constexp
         gdc_launch_dependents()
     total = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(TOP_K):
-        y = tl.load(y_ptr + (r * TOP_K + j) * WIDTH + c, mask=ok, other=0.0).to(tl.float32)
+        here = ok
+        if PART:
+            here = tl.where(tl.load(factors_ptr + r * TOP_K + j) != 0.0, c, WIDTH) < WIDTH
+        y = tl.load(y_ptr + (r * TOP_K + j) * WIDTH + c, mask=here, other=0.0).to(tl.float32)
         if SCALED:
             total += y
         else:

@@ -187,17 +187,36 @@ def route(x_ptr, weight_ptr, bias_ptr, correction_ptr, norm_ptr, normed_ptr, log
         tl.store(factors_ptr + to, factors.to(factors_ptr.dtype.element_ty), mask=chosen)
 
 
+@triton.jit(do_not_specialize=["pairs", "first", "absent"])
+def own_pairs(ids_ptr, factors_ptr, own_ids_ptr, own_factors_ptr, pairs, first, absent, E: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """Set ids and factors of pairs to those of the E experts from `first` on, counted from there.
+
+    A pair with another expert gets the id `absent` and the factor 0. Grid (pairs / BLOCK,).
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.load(ids_ptr + i, mask=i < pairs, other=0) - first
+    own = (e >= 0) & (e < E)
+    factor = tl.load(factors_ptr + i, mask=(i < pairs) & own, other=0.0)
+    tl.store(own_ids_ptr + i, tl.where(own, e, absent), mask=i < pairs)
+    tl.store(own_factors_ptr + i, factor, mask=i < pairs)
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def count_pairs(ids_ptr, counts_ptr, firsts_ptr, count_ptr, pairs, E: tl.constexpr, EP: tl.constexpr,
-                BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):  # fmt: skip
     """Set firsts[s, e] to the first item of expert e in segment s of BLOCK pairs, and its end in a last row.
 
-    Grid (segments,). counts (segments, EP): scratch. The last program to finish adds them up, ROWS at a time.
+    Grid (segments,). counts (segments, EP): scratch. The last program to finish adds them up, ROWS at a time. PART:
+    ids may be E, of no expert here.
     """
     s, segments, e = tl.program_id(0), tl.num_programs(0), tl.arange(0, EP)
     i = s * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + i, mask=i < pairs, other=0)
-    tl.store(counts_ptr + s * EP + e, tl.histogram(ids, EP, mask=i < pairs))
+    counted = i < pairs
+    if PART:
+        counted = counted & (ids < E)
+    tl.store(counts_ptr + s * EP + e, tl.histogram(ids, EP, mask=counted))
     tl.debug_barrier()
     if tl.atomic_add(count_ptr, 1, sem="acq_rel") == segments - 1:
         tl.store(count_ptr, 0)
