@@ -115,7 +115,7 @@ class CudaDriver(CudaBackend):
         self, folder: str | Path, *, dtype: str = "float32", num_blocks: int = 64, limits: StepLimits | None = None,
         warm: bool = False, graphs: tuple[int, ...] | None = (), kv_cache_dtype: str = "", scale: float = 1.0,
         deterministic: bool = False, quantize: str = "", group: Any = None,
-        source: Any = None, **attention: Any,
+        source: Any = None, expert_parallel: bool = False, **attention: Any,
     ) -> None:  # fmt: skip
         source = source or open_checkpoint(local_source(folder))
         limits = limits or StepLimits(256, 4, 256, 16)
@@ -124,6 +124,7 @@ class CudaDriver(CudaBackend):
             cuda_job(
                 program, source, limits, dtype, cuda_graphs=graphs, kv_cache_dtype=kv_cache_dtype,
                 deterministic=deterministic, quantize=quantize, read=reader_of(source, quantize), group=group,
+                expert_parallel=expert_parallel,
             )
         )  # fmt: skip
         if kv_cache_dtype:

@@ -262,7 +262,7 @@ def with_experts(count: int) -> list[Draw]:
     found = []
     for seed in range(1000):
         program = Draw(seed).program()
-        if any(isinstance(op, ops.Experts) for op in program.ops) and not refusal(program, "float32", 1):
+        if any(isinstance(op, ops.Experts) for op in program.ops) and not refusal(program, "float32"):
             found.append(Draw(seed))
         if len(found) == count:
             break
@@ -289,5 +289,5 @@ def test_a_drawn_program_with_experts_is_computed_as_by_torch(part: int) -> None
     ],
 )
 def test_what_the_kernels_lack_is_refused_by_name(more: dict[str, Any], choice: dict[str, Any], why: str) -> None:
-    assert why in refusal(layer(0, more, **choice)[0], "float32", 1)
-    assert refusal(layer(0, {"act": "quick_gelu"})[0], "bfloat16", 1) == ""
+    assert why in refusal(layer(0, more, **choice)[0], "float32")
+    assert refusal(layer(0, {"act": "quick_gelu"})[0], "bfloat16") == ""

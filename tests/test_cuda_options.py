@@ -81,7 +81,8 @@ def test_a_model_that_fits_two_gpus_is_served_by_two_ranks(
     with pytest.raises(NotEnoughMemory):
         assembly.measure_weights(chosen(programs.decoder), programs, source, BackendOptions(), None)
     of_two = chosen(programs.decoder, ranks=2)
-    assert assembly.measure_weights(of_two, programs, source, BackendOptions(), None) == ("bfloat16", needed)
+    _, of_both = assembly.measure_weights(of_two, programs, source, BackendOptions(), None)
+    assert needed <= of_both < 1.1 * needed, "norms twice"
 
 
 @pytest.mark.parametrize("wants, words", [

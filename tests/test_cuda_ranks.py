@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tokenmill.backends.cuda.collectives.base import Needs, Normed, RankAbsent
 from tokenmill.backends.cuda.collectives.choice import NEVER, Limits
 from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, rules_of
 from tokenmill.backends.cuda.sizes import Sizes
+from tokenmill.program.shard import shard
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 
@@ -134,7 +136,7 @@ def test_the_kernel_of_a_sum_is_the_fastest_of_its_size() -> None:
 
 
 def test_doctor_tells_the_sums_over_ranks_and_the_launches(tmp_path: Path) -> None:
-    made = program(tmp_path, "llama", num_hidden_layers=3, hidden_size=64)
+    made = shard(program(tmp_path, "llama", num_hidden_layers=3, hidden_size=64), 2)
     source = open_checkpoint(local_source(tmp_path))
     rules = rules_of(made, source, KernelOptions(dtype="bfloat16", ranks=2))
     assert rules["ranks"] == "2; a step has 7 sums over them, 1 KiB a row; 6 include the norm behind"
@@ -145,19 +147,27 @@ def test_doctor_tells_the_sums_over_ranks_and_the_launches(tmp_path: Path) -> No
     assert (sum(kinds["AllReduce"].values()), list(kinds["Gather"])) == (7, ["gather_rows"])
 
 
-def rank_of(folder: Path, group: Rank, rows_of_steps: list[list[tuple[int, list[int]]]]) -> list[np.ndarray]:
-    driver = CudaDriver(folder, group=group)
+def rank_of(
+    folder: Path, group: Rank, rows_of_steps: list[list[tuple[int, list[int]]]], **options: Any
+) -> list[np.ndarray]:
+    driver = CudaDriver(folder, group=group, **options)
     try:
         return [driver.feed(rows) for rows in rows_of_steps]
     finally:
         driver.close()
 
 
-@pytest.mark.parametrize("family", ["llama"])
-def test_logits_of_two_ranks_equal_the_torch_backends_of_one(family: str, tmp_path: Path) -> None:
+FAMILIES = ["llama", "olmo2", "gpt2", "gemma2", "qwen3_moe", "gpt_oss", "deepseek_v2", "mamba2"]
+
+
+@pytest.mark.parametrize("family, experts", [
+    *[pytest.param(name, False, marks=[pytest.mark.slow] if name != "llama" else []) for name in FAMILIES],
+    pytest.param("gpt_oss", True, marks=pytest.mark.slow), pytest.param("qwen3_moe", True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_logits_of_two_ranks_equal_the_torch_backends_of_one(family: str, experts: bool, tmp_path: Path) -> None:
     write_random(tmp_path, family, num_hidden_layers=1)
-    history = steps()[:3]
-    found = on_ranks(2, lambda group: rank_of(tmp_path, group, history))
+    history = [*steps()[:2], [(2, [9])]]
+    found = on_ranks(2, lambda group: rank_of(tmp_path, group, history, expert_parallel=experts))
     expected = Driver.of(tmp_path)
     for step, rows in enumerate(history):
         wanted = expected.feed(rows)

@@ -35,7 +35,7 @@ def both(kind: str, **sizes: Any) -> tuple[Drawn, Driver]:
     """Return a layer on both backends."""
     drawn = Layers(kind, **sizes)
     program, limits = drawn.program(), StepLimits(256, 4, 256, 16)
-    assert refusal(program, "float32", 1) == ""
+    assert refusal(program, "float32") == ""
     return Drawn(program, drawn.source(), limits), Driver(program, drawn.source(), limits=limits)
 
 
@@ -101,7 +101,7 @@ def test_a_row_whose_state_is_lost_is_an_error() -> None:
     ],
 )
 def test_layers_without_a_kernel_are_refused(kind: str, sizes: dict[str, Any], why: str) -> None:
-    assert why in refusal(Layers(kind, **sizes).program(), "float32", 1)
+    assert why in refusal(Layers(kind, **sizes).program(), "float32")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_deterministic_sums_do_not_depend_on_how_a_prompt_is_divided(kind: str, 
 
 
 def test_griffins_unit_is_refused_where_sums_must_not_depend_on_how_a_prompt_is_divided() -> None:
-    assert "how a prompt is divided" in refusal(Layers("lru").program(), "float32", 1, deterministic=True)
+    assert "how a prompt is divided" in refusal(Layers("lru").program(), "float32", deterministic=True)
 
 
 def test_the_bytes_of_states_are_counted_apart_from_those_of_a_step() -> None:

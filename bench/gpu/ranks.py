@@ -23,6 +23,7 @@ from tokenmill.backends.cuda.explain_ranks import num_launches
 from tokenmill.backends.cuda.prepare import fused
 from tokenmill.models.base import program_of
 from tokenmill.program import ops
+from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 
 EXCHANGE_US = 4.0
@@ -59,7 +60,7 @@ def predict(shape: str, shards: dict[tuple[int, int], float]) -> list[str]:
         "|---" * (3 + len(ROWS)) + "|",
     ]
     for ranks in RANKS:
-        program = fused(whole, ranks)
+        program = fused(shard(whole, ranks))
         count = sum(isinstance(op, ops.AllReduce) for op in program.ops)
         cells = []
         for rows in ROWS:

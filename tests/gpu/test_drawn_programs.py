@@ -34,7 +34,7 @@ def test_a_drawn_program_is_computed_or_refused(part: int) -> None:
     for seed in range(part * 20, part * 20 + 20):
         draw = Draw(seed)
         program = draw.program()
-        if why := refusal(program, "float32", 1):
+        if why := refusal(program, "float32"):
             refused[why] += 1
             continue
         want = logits_of(program, draw.source())

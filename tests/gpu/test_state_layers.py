@@ -27,7 +27,7 @@ def test_a_family_gives_torchs_logits_through_graphs(family: str, tmp_path: Path
         write_model(tmp_path, model_type, fields)
     except (KeyError, ValueError) as error:
         pytest.skip(f"this version of transformers has no {model_type}: {error}")
-    if why := refusal(program_of(open_checkpoint(local_source(tmp_path)).config), "float32", 1):
+    if why := refusal(program_of(open_checkpoint(local_source(tmp_path)).config), "float32"):
         pytest.skip(why)
     limits = StepLimits(64, 4, 256, 16)
     found = CudaDriver(tmp_path, limits=limits, warm=True, graphs=(1, 2, 4))

@@ -63,10 +63,11 @@ class CudaBackend:
 
     def __init__(self, job: Job) -> None:
         options, limits = job.options, job.limits
-        if why := refusal(job.program, job.dtype, job.group.size, options.deterministic):
+        of_rank = job.of_rank()
+        if why := refusal(of_rank, job.dtype, options.deterministic):
             raise Unsupported("CUDA backend", "cuda", (), f"Of this model, {why}. Use --backend torch.")
         self.limits, self.group, self.num_blocks = limits, job.group, 0
-        self.program = fused(job.program, job.group.size)
+        self.program = fused(of_rank)
         self.vocab_size = self.program.logits.width
         self._device = Device(job.placement.device, options.device_index)
         dtype, self._report = _DTYPES[job.dtype], job.report

@@ -58,10 +58,10 @@ class KernelOptions:
 def kernels_of(program: Program, options: KernelOptions) -> dict[str, Counter[str]]:
     """Return the kernels by kind of operation, with the number of operations of each. Needs no weights, no device.
 
-    `program`: as recorded, one that the backend does not refuse.
+    `program`: as recorded, or of one rank; one that the backend does not refuse.
     """
     found: dict[str, Counter[str]] = {}
-    prepared = fused(program, options.ranks).ops
+    prepared = fused(program).ops
     runs, _ = attention_of(program, options.attention, options.dtype, options.deterministic)
     for before, op, behind in zip((None, *prepared), prepared, (*prepared[1:], None), strict=False):
         if isinstance(op, ops.Linear):
@@ -107,7 +107,7 @@ def rules_of(program: Program, checkpoint: Checkpoint, options: KernelOptions) -
         "KV cache": _cache(program, checkpoint, options),
         "deterministic": "yes: the same tokens whatever shares a step" if options.deterministic
         else "no: sums may differ in the last bit with the size of a step (--deterministic)",
-        **(rank_rules(fused(program, options.ranks), options.item_bytes, options.ranks) if options.ranks > 1 else {}),
+        **(rank_rules(fused(program), options.item_bytes, options.ranks) if options.ranks > 1 else {}),
     }  # fmt: skip
 
 

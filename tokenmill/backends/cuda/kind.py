@@ -14,6 +14,7 @@ from tokenmill.backends.torch.kind import KIND as TORCH
 from tokenmill.errors import MissingPackage, Unsupported
 from tokenmill.extras import has_torch
 from tokenmill.program.encoded import encodes
+from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 from tokenmill.quant.coded import Coded
 from tokenmill.weights.checkpoint import Checkpoint
@@ -43,7 +44,8 @@ class CudaKind:
         from tokenmill.backends.cuda.prepare import LEAST_CAPABILITY, refusal
 
         found = capability(options.device_index)
-        reason = refusal(program, options.dtype, placement.ranks, options.deterministic)
+        of_rank = shard(program, placement.ranks, whole_experts=options.expert_parallel)
+        reason = refusal(of_rank, options.dtype, options.deterministic)
         if not reason and found < LEAST_CAPABILITY:
             reason = f"it needs compute capability {_dotted(LEAST_CAPABILITY)}, this device has {_dotted(found)}"
         return reason
@@ -127,7 +129,8 @@ class CudaKind:
 
         found = capability(options.device_index)
         text = f"{device_name()} (compute capability {_dotted(found)}), {dtype}"
-        kernels = _kernels(program, source, options, dtype, copies=found >= (9, 0), ranks=ranks)
+        of_rank = shard(program, ranks, whole_experts=options.expert_parallel)
+        kernels = _kernels(of_rank, source, options, dtype, copies=found >= (9, 0), ranks=ranks)
         return Description(text, kernels, flaw=not_compilable())
 
     def describe_elsewhere(
@@ -136,7 +139,8 @@ class CudaKind:
         """Return the details of `describe` on a newer GPU, for a machine without one; () without torch and triton."""
         from tokenmill.backends.cuda.prepare import refusal
 
-        if refusal(program, options.dtype, ranks, options.deterministic) or not (has_torch() and find_spec("triton")):
+        program = shard(program, ranks, whole_experts=options.expert_parallel)
+        if refusal(program, options.dtype, options.deterministic) or not (has_torch() and find_spec("triton")):
             return ()
         return _kernels(program, source, options, dtype, copies=True, ranks=ranks)
 
@@ -162,7 +166,10 @@ def attention(program: Program, options: BackendOptions, dtype: str) -> str:
 def _kernels(
     program: Program, source: Checkpoint, options: BackendOptions, dtype: str, *, copies: bool, ranks: int
 ) -> tuple[str, ...]:
-    """Return lines of kernels and rules. `copies`: the GPU has a copy engine for tiles. Imports torch and triton."""
+    """Return lines of kernels and rules of the program of one rank. Imports torch and triton.
+
+    `copies`: the GPU has a copy engine for tiles.
+    """
     from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, rules_of
     from tokenmill.backends.cuda.held import held
     from tokenmill.backends.cuda.prepare import fused
@@ -172,7 +179,7 @@ def _kernels(
         kv_cache_dtype=options.kv_cache_dtype,
         deterministic=options.deterministic,
         attention=options.attention,
-        held=held(fused(program, ranks), source, dtype, options.quantize),
+        held=held(fused(program), source, dtype, options.quantize),
         copies=copies,
         ranks=ranks,
     )

@@ -8,7 +8,6 @@ from tokenmill.backends.cuda.shapes import MOST_SHARED
 from tokenmill.program import encoded, ops, passes, special
 from tokenmill.program.ops import Op
 from tokenmill.program.recurrence import RgLru
-from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 
 BY_TORCH: tuple[type[Op], ...] = (
@@ -44,21 +43,17 @@ _FLASHINFER_HEADS = (64, 128, 256)
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 
 
-def fused(program: Program, ranks: int = 1) -> Program:
-    """Return the program of one of `ranks` with the fusions that this backend's kernels implement. Needs no weights.
-
-    Raise a StartError if the ranks cannot share it.
-    """
-    program = shard(program, ranks)
+def fused(program: Program) -> Program:
+    """Return the program with the fusions that this backend's kernels implement. Needs no weights."""
     fusions = passes.add_into_norm, passes.heads_into_attention, passes.act_into_conv
     return passes.fuse(passes.take_rows_early(program), *fusions)
 
 
-def refusal(program: Program, dtype: str, ranks: int, deterministic: bool = False) -> str:
-    """Return why this backend cannot run a program; "" if it can. Raise a StartError if `ranks` cannot share it."""
+def refusal(program: Program, dtype: str, deterministic: bool = False) -> str:
+    """Return why this backend cannot run a program, of one rank; "" if it can."""
     if dtype and dtype not in DTYPES:
         return f"it has no {dtype}"
-    whys = (_why_not(op) or (deterministic and _not_invariant(op)) or "" for op in fused(program, ranks).ops)
+    whys = (_why_not(op) or (deterministic and _not_invariant(op)) or "" for op in fused(program).ops)
     return next((why for why in whys if why), "")
 
 
