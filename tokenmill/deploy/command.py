@@ -51,6 +51,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     direct: Annotated[bool, Option("Replicas also listen on their host's address; /replicas lists them.", env="")] = (
         False)
     detach: Annotated[bool, Option("Return when the application runs, and leave it running.", env="")] = False
+    delete: Annotated[bool, Option("End the application --app, after its requests, and do nothing else.", env="")] = (
+        False)
     print_config: Annotated[bool, Option("Print the config for `serve deploy` and KubeRay, and do nothing.",
                                          env="")] = False
     # fmt: on
@@ -68,6 +70,9 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_args(list(words))
     values, _ = options.collect(Wanted, given, Settings.environ())
     wanted = Wanted(**values)
+    if wanted.delete:
+        need_ray()
+        return _delete(wanted)
     http, args = http_options(given), args_of(wanted, given)
     plan_of(args)
     if wanted.print_config:
@@ -152,13 +157,29 @@ def _deploy(wanted: Wanted, http: dict[str, Any], args: dict[str, Any]) -> int:
     url = f"http://{place(host, http['port'])}{wanted.route_prefix.rstrip('/')}"
     print(f"Ready: {args['models'][0].get('name') or 'the model'} at {url}, on every node of the cluster.", flush=True)
     if wanted.detach:
-        print(f"`serve status` shows the replicas; `serve delete {wanted.app}` ends the application.")
+        print(
+            f"`serve status` shows the replicas; `tokenmill deploy --delete --app {wanted.app}` ends the application."
+        )
         ray.shutdown()
         return 0
     _wait_for_signal()
     print("Stopping: running requests are finished.", file=sys.stderr, flush=True)
     serve.delete(wanted.app)
     serve.shutdown()
+    ray.shutdown()
+    return 0
+
+
+def _delete(wanted: Wanted) -> int:
+    import ray
+    from ray import serve
+
+    _connect(wanted)
+    running = serve.status().applications
+    if wanted.app not in running:
+        names = ", ".join(map(repr, running)) or "none"
+        raise ArgumentError(f"There is no application {wanted.app!r} on this cluster. Give one with --app: {names}.")
+    serve.delete(wanted.app)
     ray.shutdown()
     return 0
 
@@ -171,11 +192,14 @@ def _connect(wanted: Wanted) -> None:
         ray.init(address=wanted.address or "auto", log_to_driver=not wanted.detach)
     except ConnectionError as error:
         if wanted.address:
-            raise StartError(f"There is no Ray cluster at {wanted.address!r}: {error}") from None
-        if wanted.detach:
+            raise StartError(
+                f"There is no Ray cluster at {wanted.address!r}, or it does not accept this command: {error}. If it "
+                "asks for a token, ~/.ray/auth_token must be the same on all hosts, and RAY_AUTH_MODE=token be set."
+            ) from None
+        if wanted.detach or wanted.delete:
             raise ArgumentError(
-                "--detach needs a running Ray cluster, because one that this command starts ends with it. Start one "
-                "with `ray start --head`, or give its --address."
+                "There is no running Ray cluster on this host, and one that this command starts would end with it. "
+                "Start one with `ray start --head`, or give its --address."
             ) from None
         ray.init(address="local")
 
