@@ -1,8 +1,8 @@
-"""A simulated replica: batching by the engine's own prefill budget, a step-time model, and a prefix cache.
+"""A simulated replica: the engine's prefill budget and order of prompts, a step-time model, and a prefix cache.
 
-Simplified against the engine: prompts are computed in the order of arrival, a sequence reserves cache for its whole
-answer when it joins (so nothing is preempted), and the prefix cache holds whole conversations and system prompts.
-Steps in which nothing changes but the length of the contexts are one event.
+Simplified against the engine: a sequence reserves cache for its whole answer when it joins, so nothing is preempted.
+The prefix cache holds whole conversations and system prompts, and gives up the one that was not used for longest. Steps
+in which nothing changes but the length of the contexts are one event.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Machine:
 
 
 class Stream:
-    """One request. `shared`: tokens of its system prompt; `moved_at`: when its replica was lost, 0.0: never."""
+    """One request. `shared`: tokens of its system prompt; `moved_at`: when its replica was lost, 0.0: never; `done`:
+    computed or cached tokens of the prompt; `need`: reserved tokens of the cache, 0: it waits."""
 
     __slots__ = (
         "arrived", "conversation", "done", "eligible", "first", "last_step", "moved_at", "need", "new_tokens",
@@ -101,6 +102,7 @@ class Replica:
     def submit(self, stream: Stream, now: float) -> float | None:
         """Queue a request. Return the new end of the segment, if it changes."""
         stream.replica = self.index
+        stream.order = next(self._order)
         self.queue.append(stream)
         if self.until is None:
             stream.eligible = self.num_steps
@@ -146,16 +148,16 @@ class Replica:
 
     def _plan(self, now: float) -> float | None:
         """Begin a segment at `now`."""
-        self._admit()
         time, rows = self.machine.time, len(self.rows)
-        if self.prompts:
-            self._steps, self._chunks = 0, self._divide()
-            num = sum(num for _, num in self._chunks)
-            length = time.step(num, rows, self.context)
+        self._chunks = self._divide() if self.prompts or self.queue else []
+        if self._chunks:
+            self._steps = 0
+            length = time.step(sum(num for _, num in self._chunks), rows, self.context)
         elif rows:
             self._steps = max(1, self.rows[0][0] - self.num_steps)
-            if self.queue and rows < self.machine.limits.max_batch_size:
-                self._steps = max(1, min(self._steps, self.queue[0].eligible - self.num_steps))
+            if self.queue and self.queue[-1].eligible > self.num_steps:
+                eligible = next(one.eligible for one in self.queue if one.eligible > self.num_steps)
+                self._steps = min(self._steps, eligible - self.num_steps)
             length = time.run(self._steps, rows, self.context)
         else:
             return None
@@ -179,54 +181,71 @@ class Replica:
         self.version += 1
         return self.until
 
-    def _admit(self) -> None:
-        limits = self.machine.limits
-        while self.queue and len(self.rows) + len(self.prompts) < limits.max_batch_size:
-            stream = self.queue[0]
-            idle = not self.rows and not self.prompts
-            need = stream.prompt_tokens + stream.new_tokens
-            if not idle and (stream.eligible > self.num_steps or self.reserved + need > self.machine.capacity):
-                return
-            self.queue.popleft()
-            stream.done = self._hit(stream)
-            self.num_hits += stream.done
-            self.num_prompt += stream.prompt_tokens
-            self.reserved += need
-            self._evict()
-            self.prompts.append(stream)
-
     def _divide(self) -> list[tuple[Stream, int]]:
-        """Divide a step among the prompts, by the engine's budget."""
+        """Divide a step among prompts as the engine does: the shortest first, but the oldest gets half at least."""
         limits, rows = self.machine.limits, len(self.rows)
         budget = PrefillBudget.of(limits, limits.max_batch_tokens, rows, len(self.queue) + len(self.prompts))
         budget.tokens -= rows
-        chunks = []
-        for stream in self.prompts:
-            left = stream.prompt_tokens - stream.done
-            num = budget.fit(stream.done, left, stream.done > 0)
-            if num < min(left, limits.min_chunk):
+        idle = not self.rows and not self.prompts  # then no further step is planned
+        waiting = [stream for stream in self.queue if idle or stream.eligible <= self.num_steps]
+        everyone = self.prompts + waiting
+        chunks: list[tuple[Stream, int]] = []
+        if not everyone:
+            return chunks
+        for stream in waiting:
+            stream.done = self._hit(stream)
+        oldest = reserved = min(everyone, key=lambda stream: stream.order)
+        budget.reserve(oldest.done, oldest.prompt_tokens - oldest.done, oldest.need > 0)
+        everyone.sort(key=lambda one: (limits.size_class(one.done, one.prompt_tokens - one.done), one.order))
+        for stream in everyone:
+            if stream is reserved:
+                budget.release()
+                reserved = None
+            if not self._plan_chunk(stream, budget, chunks):
                 break
-            budget.take(stream.done, num)
-            chunks.append((stream, num))
-            if num < left:
-                break
+        if reserved is not None:
+            budget.release()
+            self._plan_chunk(reserved, budget, chunks)
         return chunks
+
+    def _plan_chunk(self, stream: Stream, budget: PrefillBudget, chunks: list[tuple[Stream, int]]) -> bool:
+        """Plan a chunk of a prompt, which joins if it waits. Return False if no later prompt may be computed."""
+        machine, left = self.machine, stream.prompt_tokens - stream.done
+        num = budget.fit(stream.done, left, stream.need > 0)
+        if num < min(left, machine.limits.min_chunk):
+            return False
+        if not stream.need:
+            need, others = stream.prompt_tokens + stream.new_tokens, len(self.rows) + len(self.prompts)
+            if others and (others >= machine.limits.max_batch_size or self.reserved + need > machine.capacity):
+                return True
+            self._join(stream, need)
+        budget.take(stream.done, num)
+        chunks.append((stream, num))
+        return num == left
+
+    def _join(self, stream: Stream, need: int) -> None:
+        self.queue.remove(stream)
+        self.prompts.append(stream)
+        stream.need = need
+        self.num_hits += stream.done
+        self.num_prompt += stream.prompt_tokens
+        self.reserved += need
+        for key in (-1 - stream.system, stream.conversation):
+            if key in self._cache:
+                self._cache.move_to_end(key)
+        self._evict()
 
     # The prefix cache
 
     def _hit(self, stream: Stream) -> int:
         """Return the cached prefix of a prompt in whole blocks. One token at least is computed."""
-        known = self._cache.get(stream.conversation, 0)
-        for key in (-1 - stream.system, stream.conversation):
-            if key in self._cache:
-                self._cache.move_to_end(key)
-        known = max(known, self._cache.get(-1 - stream.system, 0))
+        known = max(self._cache.get(stream.conversation, 0), self._cache.get(-1 - stream.system, 0))
         return min(known, stream.prompt_tokens - 1) // _BLOCK * _BLOCK
 
     def _leave(self, stream: Stream) -> None:
         """Give back the reserved tokens of a stream; its blocks stay cached."""
         length = stream.prompt_tokens + stream.new_tokens
-        self.reserved -= length
+        self.reserved -= stream.need
         for key, size in ((-1 - stream.system, stream.shared), (stream.conversation, length)):
             self._cached += size - self._cache.pop(key, 0)
             self._cache[key] = size

@@ -138,7 +138,7 @@ def test_the_index_forgets_as_a_least_recently_used_cache_does() -> None:
     exact: OrderedDict[tuple[int, ...], None] = OrderedDict()
     talks: list[list[int]] = []
     agree = hits = 0
-    for step in range(1500):
+    for step in range(800):
         if talks and rng.random() < 0.7:
             talk = talks[-1 - min(int(rng.expovariate(0.15)), len(talks) - 1)]
             talk += tokens(10_000 + step, rng.randrange(16, 120))
@@ -157,8 +157,8 @@ def test_the_index_forgets_as_a_least_recently_used_cache_does() -> None:
         found = served(placement, talk, new=0).num_cached
         hits += held > 4
         agree += abs(found - 16 * held) <= 2 * held + 16
-    assert hits > 500  # the history meets what it is for
-    assert agree >= 0.95 * 1500
+    assert hits > 250  # the history meets what it is for
+    assert agree >= 0.95 * 800
 
 
 def test_a_replica_that_restarts_or_leaves_is_forgotten() -> None:
@@ -262,7 +262,7 @@ def test_equal_histories_with_equal_seeds_give_equal_decisions() -> None:
 
 
 def test_a_decision_looks_at_six_replicas_at_most_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for count in (2, 120):
+    for count in (2, 60):
         placement = of(count)
         for name in range(count):
             fill(placement, name, 50)

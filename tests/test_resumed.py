@@ -27,7 +27,7 @@ def unfinished(requests: list[Request], outputs: dict[int, list[Output]]) -> lis
 
 def test_a_request_goes_on_behind_the_tokens_that_it_has(histories: Callable[[int], range]) -> None:
     moved = 0
-    for seed in histories(20):
+    for seed in histories(12):
         case, rng = random_case(seed, aborts=False), random.Random(seed)
         engine, _, link = build(case.script, case.num_blocks, case.limits)
         for _ in range(rng.randint(1, 60)):
@@ -40,12 +40,12 @@ def test_a_request_goes_on_behind_the_tokens_that_it_has(histories: Callable[[in
             whole = [*link.outputs.get(r.id, []), *second.outputs[r.id][bool(link.outputs.get(r.id)) :]]
             second.outputs[r.id] = whole
             check_request(r, case, second)
-    assert moved >= 4
+    assert moved >= 2
 
 
 def test_rules_go_on_where_they_stood(histories: Callable[[int], range]) -> None:
     moved = 0
-    for seed in histories(40):
+    for seed in histories(24):
         case, _ = guided_case(seed, aborts=False, share=1.0)
         rng = random.Random(seed)
         first = House(case.script, case.num_blocks, case.limits, seed=seed)
@@ -60,7 +60,7 @@ def test_rules_go_on_where_they_stood(histories: Callable[[int], range]) -> None
             assert [*r.output_ids, *second.link.tokens(r.id)] == want
             assert second.reason(r.id) == reason
         assert not second.constraints.active
-    assert moved >= 8
+    assert moved >= 4
 
 
 def test_a_request_that_has_all_its_tokens_is_refused() -> None:
