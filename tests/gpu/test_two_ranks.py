@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support_cuda import ON_GPU, CudaDriver, torch, write_random
+from support_ports import unused_port
 from support_quantized import quantize_folder
+from support_server import Server, byte_model
 from test_quant_stored import CASES
 
 if ON_GPU:
@@ -121,3 +124,29 @@ def compared(folder: Path, two: Any) -> None:
         assert token_ids == theirs
         off.append(relative(made, driver.feed(rows)))
     assert np.median(off) < 0.04, off
+
+
+def served(folder: Path, *options: str) -> list[Any]:
+    """Return a server's answers to requests of many kinds, greedy, seeded, constrained and with details."""
+    server = Server(folder, unused_port(), "--dtype", "float32", "--max-total-tokens", "512", *options, mock=False)
+    try:
+        asked = [
+            {"inputs": "Hello", "parameters": {"max_new_tokens": 40}},
+            {"inputs": "A text", "parameters": {"max_new_tokens": 30, "do_sample": True, "seed": 3, "top_p": 0.9}},
+            {"inputs": "Yes or no?", "parameters": {
+                "max_new_tokens": 20, "grammar": {"type": "regex", "value": "(yes|no), [0-9]{3}"}}},
+            {"inputs": "Log", "parameters": {"max_new_tokens": 8, "details": True, "repetition_penalty": 1.2}},
+        ]  # fmt: skip
+        with ThreadPoolExecutor(4) as pool:
+            return [answer.json() for answer in pool.map(lambda body: server.post("/generate", body), asked)]
+    finally:
+        print(server.stop())
+
+
+def test_a_server_of_two_ranks_answers_as_one_of_one(tmp_path: Path) -> None:
+    byte_model(tmp_path)
+    write_random(tmp_path, "llama", vocab_size=258, num_hidden_layers=2, max_position_embeddings=512)
+    alone, both = served(tmp_path), served(tmp_path, "--num-shard", "2", "--share-devices")
+    assert [answer["generated_text"] for answer in both] == [answer["generated_text"] for answer in alone]
+    logprobs = [[token["logprob"] for token in answers[3]["details"]["tokens"]] for answers in (alone, both)]
+    np.testing.assert_allclose(logprobs[1], logprobs[0], atol=2e-3)
