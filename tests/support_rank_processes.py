@@ -17,11 +17,13 @@ from tokenmill.backends.cuda.collectives.base import Needs, Normed
 from tokenmill.backends.cuda.collectives.choice import NEVER, Limits
 from tokenmill.backends.cuda.collectives.ipc import IpcMemory
 from tokenmill.backends.cuda.collectives.peers import Layout, Peers
+from tokenmill.backends.cuda.encoded import EncoderDecoderBackend
 from tokenmill.backends.cuda.sizes import Sizes
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.scheduler import Scheduler, SchedulerLimits
 from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
+from tokenmill.program.encoded import encodes
 from tokenmill.runtime.assembly import Assembled
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
@@ -223,10 +225,13 @@ def answers(group: Group, folder: str, prompts: list[list[int]], count: int, **o
 
     source = open_checkpoint(local_source(folder))
     program, limits = program_of(source.config), StepLimits(64, 8, 128, 16)
-    backend = CudaBackend(cuda_job(program, source, limits, group=group, cuda_graphs=(1, 4), **options))
+    made = EncoderDecoderBackend if encodes(program) else CudaBackend
+    backend = made(cuda_job(program, source, limits, group=group, cuda_graphs=(1, 4), **options))
     backend.allocate(48)
     backend.warm_up()
-    scheduler = Scheduler(BlockPool(48, 16), SchedulerLimits(64, 8, 128, 16))
+    scheduler = Scheduler(
+        BlockPool(48, 16), SchedulerLimits(64, 8, 128, 16, shares_prefixes=not encodes(program))
+    )  # fmt: skip
     info = EngineInfo("tiny", "float32", "cuda", "cuda", 48, 16, 128, 127, 128, 1, 1)
     parts = Assembled(scheduler, Executor(backend, 8), info)
     parts._resources.callback(backend.close)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support_cuda import cuda_job, torch
+from support_cuda_ranks import on_ranks
 from support_encoded import SIZES, START, save
 from test_cuda_graphs import graphs  # noqa: F401  # a fixture
 from test_cuda_memory import held
@@ -115,6 +116,18 @@ def test_steps_that_only_decode_are_captured_whatever_inputs_they_complete(tmp_p
         for prompt in ([5, 6, 7], [8]):
             assert engine.generate([[*prompt, START]], None, StoppingParams(2)) == [greedy(model, prompt, 2)]
         assert sum(graph.replays for graph in backend._graphs._captured.values()) == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_two_ranks_get_transformers_greedy_text(tmp_path: Path) -> None:
+    model = save(tmp_path, "flan-t5", **SMALL | {"num_heads": 3})  # which two ranks do not divide
+    prompts = [[5, 6, 7], [8]]
+
+    def answers(group: Any) -> list[list[int]]:
+        with engine_of(tmp_path, 4, StepLimits(8, 2, 32, 16), group=group) as engine:
+            return engine.generate([[*prompt, START] for prompt in prompts], None, StoppingParams(3))
+
+    assert on_ranks(2, answers) == [[greedy(model, prompt, 3) for prompt in prompts]] * 2
 
 
 @pytest.mark.slow

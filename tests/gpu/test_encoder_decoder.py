@@ -13,12 +13,16 @@ from safetensors.torch import save_file
 from support_cuda import ON_GPU, cuda_job, torch
 from test_other_models import PROMPTS, text_of
 
+if ON_GPU:
+    from support_rank_processes import Processes, answers
+
 from bench.gpu.shapes import FLAN_T5_LARGE
 from bench.gpu.tensors import shapes_of
 from tokenmill.backends.base import Admitted, StepInputs, StepLimits
 from tokenmill.backends.cuda.encoded import EncoderDecoderBackend
 from tokenmill.backends.torch import encoded as by_torch
 from tokenmill.models.base import program_of
+from tokenmill.parallel.group import Group
 from tokenmill.quant.base import reader_of
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
@@ -133,6 +137,18 @@ def test_a_deterministic_sequence_has_the_same_logits_alone_and_resumed(tmp_path
         alone = last([(4, 0, n(4) + 1)] if i == 0 else [(4, n(4) + i, 1)])
     resumed = last([(4, 0, n(4) + 4), *((i, 0, n(i) + 1) for i in range(5, 12))])
     assert torch.equal(alone, resumed)
+
+
+@pytest.mark.parametrize("family", ["t5", "flan-t5"])
+def test_two_ranks_answer_as_one(family: str, tmp_path: Path) -> None:
+    support_encoded.save(tmp_path, family)  # of three heads
+    prompts = [[*prompt, support_encoded.START] for prompt in PROMPTS]
+    two = Processes(2)
+    try:
+        (tokens, _), (others, _) = two.run("answers", str(tmp_path), prompts, 12)
+    finally:
+        two.close()
+    assert tokens == others == answers(Group(), str(tmp_path), prompts, 12)[0]
 
 
 @pytest.mark.parametrize("family", ["t5", "flan-t5", "mt5", "umt5"])
