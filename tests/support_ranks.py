@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from support_models import Driver
@@ -14,7 +14,11 @@ from tokenmill.parallel.group import Group
 from tokenmill.parallel.mesh import Mesh
 from tokenmill.program.stage import stage
 from tokenmill.program.value import Program
+from tokenmill.runtime.assembly import EngineOptions, assemble
+from tokenmill.runtime.offline import OfflineEngine
+from tokenmill.weights.source import ModelSource
 
+T = TypeVar("T")
 Steps = list[list[tuple[int, list[int]]]]
 
 
@@ -107,7 +111,35 @@ def of_ranks(program: Program, source: Any, size: int, steps: Steps, **options: 
         thread.start()
     for thread in work:
         thread.join(60)
-    for made in found:
-        if isinstance(made, BaseException):
-            raise made
+    raise_first(found)
     return found  # type: ignore[return-value]
+
+
+def raise_first(found: list[Any]) -> None:
+    """Raise the error of a rank; if there are several, not one of a rank that only waited for another."""
+    errors = [made for made in found if isinstance(made, BaseException)]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
+
+
+def engines_of_ranks(source: ModelSource, size: int, options: EngineOptions, ask: Callable[[OfflineEngine], T]) -> T:
+    """Return what `ask` gets from an engine of several ranks, each of which runs all of it on the same requests."""
+    meeting, found = Meeting(size), list[Any]([None] * size)
+
+    def run(rank: int) -> None:
+        try:
+            with OfflineEngine(assemble(source, options, Rank(rank, meeting), lambda _: None)) as engine:
+                found[rank] = ask(engine)
+        except BaseException as error:  # noqa: BLE001  the main thread tells it
+            found[rank] = error
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    raise_first(found)
+    assert all(made == found[0] for made in found), "the ranks have different tokens"
+    result: T = found[0]
+    return result

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 from support_quant_table import STORED, read_back
+from support_slow import mostly_slow
 from test_gguf import TYPES, stored
 from test_quant_stored import CASES
 
@@ -16,7 +17,7 @@ from tokenmill.quant.cut import Cut, cut
 from tokenmill.quant.gguf import UNPACK
 
 MADE = {"int4": int4.blocks, "int8": int8.blocks, "fp8": fp8.by_rows, "eetq": eetq.by_rows}
-FORMS = [f"stored {i}" for i in range(len(STORED))] + [*CASES, *TYPES, *MADE]
+FORMS = [*CASES, *TYPES, *MADE, *mostly_slow([f"stored {i}" for i in range(len(STORED))], ("stored 6",))]
 
 
 def matrix(name: str) -> Coded:

@@ -14,9 +14,14 @@ import torch
 from oracle import prompt_details_of
 from support_jobs import job_of
 from support_models import make_checkpoint
+from support_quantized import packed, quantize_folder
+from support_text import byte_level
+from test_quant_stored import grouped
+from test_quant_whole import LINEAR
 
 from tokenmill import config
 from tokenmill.backends.base import StepLimits
+from tokenmill.backends.kind import BackendOptions
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.config import Settings
 from tokenmill.models.base import program_of
@@ -34,6 +39,7 @@ from tokenmill.wire.messages import (
     EngineInfo,
     Failed,
     FromEngine,
+    GrammarSpec,
     ModelReady,
     Output,
     Ready,
@@ -95,8 +101,16 @@ def running(settings: Settings, folder: Path, run_dir: Path) -> Iterator[Engine]
             child.kill()
 
 
+def save(folder: Path) -> None:
+    """Write a quantized model with experts, whose heads, experts and vocabulary two ranks do not divide."""
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_experts": 5, "vocab_size": 605, "eos_token_id": 2}
+    make_checkpoint(folder, "qwen3_moe", **sizes)
+    quantize_folder(folder, grouped(4, 32), lambda module: packed(4, 32) if module.endswith(LINEAR) else None)
+    byte_level().save(str(folder / "tokenizer.json"))
+
+
 def requests() -> list[Request]:
-    """Return greedy and sampled requests, with shared prefixes, all kinds of filters, and log-probabilities."""
+    """Return greedy and sampled requests, with shared prefixes, filters, log-probabilities, and grammars."""
     rng = np.random.default_rng(5)
     head = rng.integers(0, 128, 14).tolist()
     made = []
@@ -110,24 +124,31 @@ def requests() -> list[Request]:
             logprobs=(-1, 2)[i % 4 == 0],
             prompt_logprobs=(-1, 0)[i % 5 == 0],
         )
-        forced = {"force_after": 4, "forced_ids": (3, 4, 5, 6)} if i % 3 == 1 else {}
+        grammar = GrammarSpec("regex", "(ab|ba){3,9}") if i % 4 == 2 else None
+        forced = {"force_after": 4, "forced_ids": (3, 4, 5, 6)} if i % 3 == 1 and grammar is None else {}
         stopping = StoppingParams(int(rng.integers(8, 30)), 0, (int(rng.integers(128)),), **forced)
-        made.append(Request(i + 1, tuple(prompt), params, stopping))
+        made.append(Request(i + 1, tuple(prompt), params, stopping, grammar=grammar))
     return made
 
 
 def alone(folder: Path) -> dict[int, list[int]]:
     """Return the tokens of each request from one rank in this process, one request after another."""
-    wants = EngineOptions(block_size=4, max_batch_size=1, max_total_tokens=64)
+    backend = BackendOptions(backend="torch", device="cpu")
+    wants = EngineOptions(backend=backend, block_size=4, max_batch_size=1, max_total_tokens=64, grammars=True)
     with OfflineEngine(assemble(local_source(folder), wants, Group(), lambda _: None)) as engine:
-        return {r.id: engine.generate([r.prompt_ids], r.sampling, r.stopping)[0] for r in requests()}
+
+        def tokens(r: Request) -> list[int]:
+            own = engine.submit(r.prompt_ids, r.sampling, r.stopping, grammar=r.grammar)
+            return [token for output in engine.outputs(own) for token in output.token_ids]
+
+        return {r.id: tokens(r) for r in requests()}
 
 
 def memory_limit(folder: Path, ranks: int) -> str:
     """Return the limit that leaves each rank `NUM_BLOCKS` blocks."""
     source = open_checkpoint(local_source(folder))
     program = program_of(source.config)
-    backend = TorchBackend(job_of(program, source, LIMITS, group=Group(0, ranks)))
+    backend = TorchBackend(job_of(program, source, LIMITS, group=Group(0, ranks), expert_parallel=True))
     weights = sum(weight.size for weight in weights_of(backend.program)) * 4
     need = weights + backend.step_bytes() + NUM_BLOCKS * backend.block_bytes() + 10
     backend.close()
@@ -159,11 +180,11 @@ def serve(channel: Channel[FromEngine], wanted: list[Request]) -> tuple[dict[int
 
 
 def test_two_ranks_say_token_for_token_what_one_says_alone(tmp_path, run_dir):
-    make_checkpoint(tmp_path, "llama")
+    save(tmp_path)
     expected = alone(tmp_path)
     settings = Settings(
-        num_shard=2, block_size=4, max_batch_size=6, max_batch_prefill_tokens=13, max_total_tokens=64,
-        memory_limit=memory_limit(tmp_path, 2), debug_plans=True,
+        backend="torch", device="cpu", num_shard=2, enable_expert_parallel=True, block_size=4, max_batch_size=6,
+        max_batch_prefill_tokens=13, max_total_tokens=64, memory_limit=memory_limit(tmp_path, 2), debug_plans=True,
     )  # fmt: skip
     with running(settings, tmp_path, run_dir) as engine:
         infos = engine.wait_for(Ready)

@@ -93,7 +93,7 @@ class TorchBackend:
         if job.dtype not in DTYPES:
             raise ArgumentError(f"dtype {job.dtype!r} is not known. Allowed: {', '.join(DTYPES)}.")
         self.limits = limits = job.limits
-        self.dtype, self.device = DTYPES[job.dtype], torch.device(job.placement.device)
+        self.dtype, self.device = DTYPES[job.dtype], _device(job)
         self.program = self.rewritten(job.of_rank())
         self.vocab_size = job.program.model.logits.width
         self.num_blocks = 0
@@ -285,6 +285,12 @@ class TorchBackend:
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+
+def _device(job: Job) -> torch.device:
+    """Return the device of a job's rank."""
+    kind = job.placement.device
+    return torch.device(kind, job.options.device_index) if kind == "cuda" else torch.device(kind)
 
 
 def _shape(spec: CacheSpec, places: int) -> tuple[int, int, int]:
