@@ -87,9 +87,7 @@ def logits_of_stages(
             meeting.barrier.abort()
 
     run_threads(work, meeting.size)
-    for made in found:
-        if isinstance(made, BaseException):
-            raise made
+    raise_first(found)
     return found[-tensor:]
 
 
@@ -105,12 +103,8 @@ def run_threads(work: Callable[[int], None], count: int) -> None:
 def of_ranks(program: Program, source: Any, size: int, steps: Steps, **options: Any) -> list[list[np.ndarray]]:
     """Return the logits of each step, on each rank. `options`: of the backend."""
     meeting, found = Meeting(size), [None] * size
-    given = [(program, source, Rank(rank, meeting), steps, found, options) for rank in range(size)]
-    work = [threading.Thread(target=logits_of_rank, args=each, daemon=True) for each in given]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join(60)
+    groups = [Rank(rank, meeting) for rank in range(size)]
+    run_threads(lambda rank: logits_of_rank(program, source, groups[rank], steps, found, options), size)
     raise_first(found)
     return found  # type: ignore[return-value]
 
@@ -134,11 +128,7 @@ def engines_of_ranks(source: ModelSource, size: int, options: EngineOptions, ask
             found[rank] = error
             meeting.barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    run_threads(run, size)
     raise_first(found)
     assert all(made == found[0] for made in found), "the ranks have different tokens"
     result: T = found[0]

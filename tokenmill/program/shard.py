@@ -199,7 +199,7 @@ def experts_of_ranks(weights: tuple[Weight, ...], ranks: int) -> tuple[Weight, .
 
 def _check_experts(program: Program, size: int) -> None:
     why = "there is one rank, which has all experts" if size == 1 else ""
-    if not any(isinstance(op, ops.Experts) for op in program.ops):
+    if not any(isinstance(op, ops.Experts) for op in (program.whole or program).ops):  # a stage may have none
         why = "no layer of this model has experts"
     if why:
         raise ArgumentError(f"`enable_expert_parallel` is true, but {why}. Leave the option out.")
