@@ -158,8 +158,8 @@ def test_inputs_are_encoded_together_as_far_as_there_is_room() -> None:
 
 def test_it_is_served_and_described_and_what_is_not_is_refused_by_name() -> None:
     made = program_of({"model_type": "t5", **SIZES})
-    assert refusal(made, "bfloat16", 1) == refusal(made, "float16", 1, True) == ""
-    assert "heads of 300" in refusal(program_of({"model_type": "t5", **SIZES, "d_kv": 300}), "bfloat16", 1)
+    assert refusal(made, "bfloat16") == refusal(made, "float16", True) == ""
+    assert "heads of 300" in refusal(program_of({"model_type": "t5", **SIZES, "d_kv": 300}), "bfloat16")
     found = kernels_of(made, KernelOptions(dtype="bfloat16"))
     assert list(found["EncoderAttention"]) == ["attend_spans, heads of 16 with a bias by distance"]
     assert next(iter(found["CrossAttention"])).startswith("single tokens attend_single (split 16 up to 4 rows")
