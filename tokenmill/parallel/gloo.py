@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import deque
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenmill.parallel.group import Group
-from tokenmill.parallel.mesh import Mesh
 
 _gloo: Any = dist.ProcessGroupGloo  # not by init_process_group, which makes one group a process
-_MOST_SENDING = 64
-"""Values that are sent ahead of the next stage, which holds up a stage that is faster."""
-
 _TIMEOUT = timedelta(minutes=30)  # ends a collective whose peer died; idle ranks are not in a collective
 
 
@@ -92,58 +87,9 @@ class Gloo:
         self._group.broadcast([x], dist.BroadcastOptions()).wait()
         return x
 
-    def send(self, x: Tensor, rank: int) -> Any:
-        """Begin to send `x`, which must not change until `wait` of the result returns. Does not block."""
-        return self._group.send([x], rank, 0)
-
-    def receive(self, x: Tensor, rank: int) -> None:
-        """Overwrite `x` with what `rank` sends next. Blocks until it has arrived."""
-        self._group.recv([x], rank, 0).wait()
-
     def close(self) -> None:
         """See `Collectives`."""
         self._group = None
-
-
-class Stages:
-    """Values on their way from one stage of a model to the next, for one tensor rank. `join_stages` makes it.
-
-    Invariant: a stage receives its values in the order in which the one before sends them.
-    """
-
-    def __init__(self, mesh: Mesh, ranks: Gloo) -> None:
-        self._mesh, self._ranks = mesh, ranks
-        self._sending: deque[tuple[Any, Tensor]] = deque()
-
-    def send(self, x: Tensor) -> None:
-        """Send `x` to the next stage. Blocks only while that one lags far behind."""
-        x = x.to("cpu").contiguous()
-        while len(self._sending) >= _MOST_SENDING:
-            self._sending.popleft()[0].wait()
-        self._sending.append((self._ranks.send(x, self._mesh.neighbour(1)), x))
-
-    def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return the next value of the stage before, in a CPU's memory. Blocks until it has arrived."""
-        x = torch.empty(shape, dtype=dtype)
-        self._ranks.receive(x, self._mesh.neighbour(-1))
-        return x
-
-    def close(self) -> None:
-        """Leave. Idempotent."""
-        self._sending.clear()
-        self._ranks.close()
-
-
-def join_stages(mesh: Mesh) -> Stages | None:
-    """Return the connection of a rank to its neighbours; None if there is one stage.
-
-    Blocks until all ranks have called it.
-    """
-    if mesh.num_stages == 1:
-        return None
-    ranks = join(mesh.world)
-    assert isinstance(ranks, Gloo)
-    return Stages(mesh, ranks)
 
 
 def join(group: Group) -> Collectives:

@@ -38,7 +38,8 @@ from tokenmill.backends.torch.slots import Slots
 from tokenmill.backends.torch.states import States, zeros
 from tokenmill.backends.torch.step_state import StepState
 from tokenmill.errors import ArgumentError, NotEnoughMemory, OutOfMemory
-from tokenmill.parallel.gloo import Collectives, OneRank, Stages, join, join_stages
+from tokenmill.parallel.gloo import Collectives, OneRank, join
+from tokenmill.parallel.pipes import Pipes
 from tokenmill.program import ops
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.cost import cache_layout, state_layout
@@ -103,7 +104,7 @@ class TorchBackend:
         self._weights = self.read_weights(job)
         self._group, self._mesh, self._has_peers = job.group, job.mesh, job.group.size * job.mesh.num_stages > 1
         self.group: Collectives = OneRank()  # of more ranks from `allocate` on
-        self._stages: Stages | None = None  # likewise
+        self._stages: Pipes | None = None  # likewise
         self._cache: dict[int, Tensor] = {}
         self._scratch = attention.Scratch()
         self._slots = Slots(limits, self.device, len(self.windows))
@@ -165,7 +166,7 @@ class TorchBackend:
 
         Raise NotEnoughMemory if it does not fit.
         """
-        self.group, self._stages = join(self._group), join_stages(self._mesh)
+        self.group, self._stages = join(self._group), Pipes(self._mesh) if self._mesh.num_stages > 1 else None
         places = num_blocks * self.limits.block_size
         try:
             parts = [zeros(_shape(spec, places), self.dtype, self.device) for spec in self._cache_plan.parts]

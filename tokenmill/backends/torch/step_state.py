@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tokenmill.backends.torch.attention import AttentionPlan, Scratch
 from tokenmill.backends.torch.states import StatePlan
-from tokenmill.parallel.gloo import Collectives, Stages
+from tokenmill.parallel.gloo import Collectives
+from tokenmill.parallel.pipes import Pipes
 from tokenmill.program.ops import Weight
 from tokenmill.program.rope import RopeTable
 
@@ -27,7 +28,7 @@ class StepState:
     scratch: Scratch
     recurrent: StatePlan
     dtype: torch.dtype = torch.float32  # of the values
-    stages: Stages | None = None  # the stages before and after this one
+    stages: Pipes | None = None  # the stages before and after this one
     tables: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of cos_sin
 
     def optional(self, weight: Weight | None) -> Tensor | None:
