@@ -474,3 +474,9 @@ def test_all_devices_of_a_container_are_counted(tmp_path: Path) -> None:
     assert visible_devices({"NVIDIA_VISIBLE_DEVICES": "all", "CUDA_VISIBLE_DEVICES": "0,1"}, str(tmp_path)) == 2
     assert visible_devices({"NVIDIA_VISIBLE_DEVICES": "void"}, str(tmp_path)) is None
     assert visible_devices({"NVIDIA_VISIBLE_DEVICES": "all"}, str(tmp_path / "none")) is None
+
+
+def test_each_engine_may_have_the_default_number_of_requests() -> None:
+    for given, most in (([], 128), (["--data-parallel-size", "3"], 384)):
+        assert Settings.from_args(given, {}).max_concurrent_requests == most
+        assert Settings.from_args([*given, "--max-concurrent-requests", "5"], {}).max_concurrent_requests == 5

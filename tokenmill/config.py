@@ -90,7 +90,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     master_port: Annotated[int, Option("TGI: where ranks meet.", no_effect=_LOCAL)] = 29500
 
     # Limits
-    max_concurrent_requests: Annotated[int, Option("Requests at once; more are refused with 429.", at_least=1)] = 128
+    max_concurrent_requests: Annotated[int, Option("Requests at once, 128 an engine; more get 429.", at_least=1)] = 128
     max_best_of: Annotated[int, Option("The most a request may ask for with best_of.", at_least=1)] = 2
     max_stop_sequences: Annotated[int, Option("The most stop strings of a request.", at_least=0)] = 4
     max_top_n_tokens: Annotated[int, Option("The most alternatives of a token.", at_least=0)] = 5
@@ -273,6 +273,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             said = hasattr(namespace, "cpu_threads") or bool(variable)
             ranks = 1 if values.get("share_devices") else _ranks(values)
             values["cpu_threads"] = _cpu_threads(values["cpu_threads"], ranks, said, warnings)
+        values.setdefault("max_concurrent_requests", 128 * values.get("data_parallel_size", 1))
         return _checked(cls(**{**values, "warnings": tuple(warnings)}))
 
     @classmethod
