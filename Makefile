@@ -15,7 +15,7 @@ export VENV
 # Modules are compiled at their first import (scripts/install.sh). Kept from that, every process would compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-loading bench-gpu wheel clean
+.PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-cpu-ranks bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-loading bench-gpu wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ check: lint types imports test  ## everything that a change must pass
 
 bench-cpu: $(VENV)/.installed-test  ## tokens/s and latencies of the default model over HTTP
 	$(BIN)/python bench/serving.py $(ARGS)
+
+bench-cpu-ranks: $(VENV)/.installed-test  ## ranks of one thread beside one rank of as many threads (ARGS="--model …")
+	$(BIN)/python -m bench.cpu_ranks $(ARGS)
 
 bench-cpu-peers: $(VENV)/.installed-test  ## the same beside llama.cpp and OpenVINO, interleaved (ARGS="--help")
 	$(BIN)/python -m bench.peers $(ARGS)

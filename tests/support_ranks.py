@@ -8,9 +8,9 @@ from contextlib import closing
 from typing import Any, TypeVar
 
 import numpy as np
+from support_meeting import Meeting, Rank
 from support_models import Driver
 
-from tokenmill.parallel.group import Group
 from tokenmill.parallel.mesh import Mesh
 from tokenmill.program.stage import stage
 from tokenmill.program.value import Program
@@ -20,33 +20,6 @@ from tokenmill.weights.source import ModelSource
 
 T = TypeVar("T")
 Steps = list[list[tuple[int, list[int]]]]
-
-
-class Meeting:
-    """Ranks as threads of this process: each gives a value, and all get all values once every rank has given one."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=20)
-        self.given: list[Any] = [None] * size
-
-    def exchange(self, rank: int, x: Any) -> list[Any]:
-        self.given[rank] = x
-        self.barrier.wait()
-        found = list(self.given)
-        self.barrier.wait()
-        return found
-
-
-class Rank(Group):
-    """Group of threads. The transports that a backend makes from it are the real ones."""
-
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        super().__init__(rank, meeting.size)
-        self.meeting = meeting
-
-    def exchange(self, data: bytes = b"") -> list[bytes]:
-        return self.meeting.exchange(self.rank, data)
 
 
 def logits_of_rank(

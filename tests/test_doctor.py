@@ -99,7 +99,7 @@ def test_what_the_cpu_backend_lacks_is_named_with_the_backend_that_is_taken(
 
 def test_what_needs_torch_is_bad_where_torch_is_absent(embedded_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "has_torch", lambda: False)
-    found = findings("--num-shard", "2")["backend"]
+    found = findings("--block-size", "7")["backend"]
     assert found.verdict == "bad"
     assert "needs torch, which is not installed" in found.text
 

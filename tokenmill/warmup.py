@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
         checkpoint = open_checkpoint(source)
         program = programs_for(checkpoint, options).decoder
         choice = choose(program, options, settings.block_size, settings.num_shard or 1)
-        done = choice.kind.compile(program, checkpoint, options, screen.progress)
+        done = choice.kind.compile(program, checkpoint, options, screen.progress, settings.num_shard or 1)
         if done is None:
             began = time.monotonic()
             assemble(source, engine_options(settings), Group(), screen.progress).close()

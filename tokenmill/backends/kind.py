@@ -176,8 +176,12 @@ class Kind(Protocol):
         `parts`: all their columns, and some of their rows. `dtype`: of the computation.
         """
 
-    def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
-        """Return how a model would be served, kernel by kernel."""
+    def describe(
+        self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str, ranks: int = 1
+    ) -> Description:
+        """Return how a model would be served, kernel by kernel. `program`: at full size; `ranks`: that share it."""
 
-    def compile(self, program: Program, source: Checkpoint, options: BackendOptions, report: Report) -> str | None:
+    def compile(
+        self, program: Program, source: Checkpoint, options: BackendOptions, report: Report, ranks: int = 1
+    ) -> str | None:
         """Compile what a first start would, and return what was done; None if only a whole start does that."""

@@ -136,7 +136,7 @@ def _backend(settings: Settings) -> Finding:
         return Finding("backend", "bad", str(error), _elsewhere(programs, checkpoint, options, settings.num_shard or 1))
     limit = memory_bytes(settings.memory_limit)
     dtype, needed = measure_weights(choice, programs, checkpoint, options, limit)
-    found = choice.kind.describe(programs.decoder, checkpoint, options, dtype)
+    found = choice.kind.describe(programs.decoder, checkpoint, options, dtype, settings.num_shard or 1)
     why = f"because the {choice.device.upper()} backend cannot serve this: {choice.reason}" if choice.reason else ""
     parts = [f"{choice.name}, {found.text}, weights {size(needed)}", found.state, found.flaw, why]
     verdict: Verdict = "note" if found.flaw or why else "ok"

@@ -26,20 +26,25 @@ def plan_buffers(
     bytes_of: Callable[[Buffer], int],
     late: Callable[[Op], bool] = lambda op: False,
     lasting: Collection[int] = (),
+    among: Callable[[int], bool] = lambda buffer: True,
+    free_after: Callable[[int], int] = lambda last: last,
 ) -> Plan:
     """Assign arena offsets, first fit over lifetimes. A sum overwrites a term that has no later reader.
 
     `late`: true for operations without a barrier after them, so their inputs must also outlive the next operation.
     `lasting`: buffers that live to the end, because the operations that read them may run more than once.
+    `among`: true for the buffers to assign; others have no offset. `free_after`: index of the operation after which a
+    buffer's memory may be used again, by the index of its last reader.
     """
-    last = last_uses(program, late) | dict.fromkeys(lasting, len(program.ops) + 1)
+    used = last_uses(program, late) | dict.fromkeys(lasting, len(program.ops) + 1)
+    last = {buffer: free_after(index) for buffer, index in used.items()}
     live: dict[int, tuple[int, int]] = {}  # buffer -> (start, end)
     offsets: dict[int, int] = {}
     naive = high = 0
     for i, op in enumerate(program.ops):
         before = program.ops[i - 1] if i else None
         stale = {v.buffer for v in before.reads().values()} if before and late(before) else set()
-        for v in op.results().values():
+        for v in (v for v in op.results().values() if among(v.buffer)):
             size = -(-bytes_of(v.spec) // ALIGN) * ALIGN
             naive += size
             over = _written_over(op, v)

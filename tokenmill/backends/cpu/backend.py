@@ -9,6 +9,7 @@ the same tokens alone, in a batch, in prompt chunks, behind a cached prefix and 
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 
 from tokenmill.backends.base import Masks, Step, StepInputs, StepResult
 from tokenmill.backends.cpu import layout
-from tokenmill.backends.cpu.cache import KernelCache, cache_folder
+from tokenmill.backends.cpu.cache import Code, KernelCache, cache_folder
 from tokenmill.backends.cpu.isa import detect
-from tokenmill.backends.cpu.lower import Line, Lowering
+from tokenmill.backends.cpu.lower import Line, Lowering, meeting
 from tokenmill.backends.cpu.lower_states import row_bytes
 from tokenmill.backends.cpu.memory import AttentionOp, AttentionShape, Memory, Sizes
+from tokenmill.backends.cpu.peers import Peers
+from tokenmill.backends.cpu.pinning import tie
 from tokenmill.backends.cpu.prepare import prepare, refusal
 from tokenmill.backends.cpu.sampler import Sampler
 from tokenmill.backends.cpu.scratch import zeros
@@ -67,7 +70,7 @@ class CpuStep:
 
 
 class CpuBackend:
-    """Implements `backends.base.Backend` for one rank.
+    """Implements `backends.base.Backend`, for one rank or as one of several.
 
     The constructor reads and packs the weights, compiles the kernels that the cache lacks, and calls the job's `report`
     meanwhile. It raises Unsupported, with the reason, for a program that this backend cannot run. Of the job's options
@@ -77,39 +80,65 @@ class CpuBackend:
     """
 
     def __init__(self, job: Job) -> None:
-        options, limits = job.options, job.limits
-        if job.group.size > 1:
-            why = "it does not share a model over ranks"
-        else:
-            why = refusal(job.program, limits.block_size)
-        if why:
+        options, limits, group = job.options, job.limits, job.group
+        program = job.of_rank()
+        if why := refusal(program, limits.block_size):
             raise Unsupported("CPU backend", "cpu", (), f"Of this model, {why}. Use --backend torch.")
-        threads = options.cpu_threads or default_threads(options.cpus)
+        tie(options.engine * group.size + group.rank, options.engines * group.size)
+        threads = options.cpu_threads or default_threads(options.cpus, group.size)
         self.limits, self.isa, self.threads = limits, detect(options.cpu_isa), threads
         self.num_blocks = 0
-        prepared = prepare(job.program, job.source, job.read, self.isa, threads, job.report)
+        prepared = prepare(program, job.source, job.read, self.isa, threads, job.report, group)
         self.program = prepared.program
         self.vocab_size = self.program.logits.width
         rows, kv_dtype = most_rows(limits), KV_DTYPES[options.kv_cache_dtype]
         sizes = Sizes(
             rows["tokens"], rows["samples"], limits.max_total_tokens, threads, kv_dtype, limits.max_batch_size
         )
-        self._memory = Memory(self.program, sizes, prepared.panels, lambda w: _vector(w, job), prepared.private)
+        self._memory = Memory(
+            self.program,
+            sizes,
+            prepared.panels,
+            lambda w: _vector(w, job),
+            prepared.private,
+            prepared.division,
+            None if group.size == 1 else lambda nbytes: Peers(group, nbytes, sizes.samples),
+        )
+        self._peers = self._memory.peers
         self._slots = Slots(limits, len(self.windows))
         self._progress = RingProgress(limits.max_batch_size) if state_layout(self.program) else None
         self._sampler = Sampler(self._slots.tokens, self._slots.parameters, self.vocab_size, threads)
-        self._lines = [*Lowering(self.program, self._memory).lines(), self._sample_line()]
+        self._ending = self._ending_lines()
+        self._lines = [*Lowering(self.program, self._memory).lines(), *self._ending]
         self._memory.close_source()
-        self._code = KernelCache(cache_folder(options.kernel_cache), self.isa, jobs=threads).load(
-            ["walk", "serve", *(line.kernel for line in self._lines)],
-            lambda done, total: job.report(Progress("compile", done, total, "kernels")),
-        )
+        self._code = self._load_kernels(job)
         self._scratch = Scratch(self._memory, self._slots, self._sampler, self._lines)
         self._table = np.zeros((0, layout.COLUMNS), np.int64)
-        self._first, self._body = 0, _body(self._lines)  # rows of the table where a step begins, and before TakeRows
+        self._samples = self._peers is None or self._peers.rank == 0
+        self._sampling = len(self._lines) - len(self._ending)  # row of the table where sampling begins
+        self._first, self._body = 0, _body(self._lines, self._sampling)  # where a step begins, and before TakeRows
+        if self._peers is not None:
+            self._peers.join(self._scratch.context, threads, options.rank_timeout_s)
         self._workers = WorkerThreads(self._code, self._scratch.context, threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cpu-backend")
         self._last: CpuStep | None = None
+
+    def _load_kernels(self, job: Job) -> Code:
+        """Load the kernels, after compiling those that are missing. Rank 0 compiles them for the others."""
+        cache = KernelCache(cache_folder(job.options.kernel_cache), self.isa, jobs=self.threads)
+        names = ["walk", "serve", *(line.kernel for line in self._lines)]
+        if job.group.rank:
+            job.group.exchange(b"")
+        code = cache.load(names, lambda done, total: job.report(Progress("compile", done, total, "kernels")))
+        if job.group.size > 1 and not job.group.rank:
+            job.group.exchange(b"")
+        return code
+
+    def _ending_lines(self) -> list[Line]:
+        """Return the rows that end a step: rank 0 samples, and the others wait for its ids."""
+        if self._peers is None:
+            return [self._sample_line()]
+        return [meeting(None)] if self._peers.rank else [self._sample_line(), meeting(None)]
 
     def _sample_line(self) -> Line:
         at = self._memory.place(self.program.logits)
@@ -132,7 +161,8 @@ class CpuBackend:
         """Return the bytes that the largest step needs besides weights and KV cache, with the states of all slots."""
         memory = self._memory
         scratch = memory.plan.size + memory.items.nbytes + memory.rooms.nbytes + self._scratch.nbytes
-        return scratch + memory.states.nbytes
+        shared = 0 if self._peers is None else -(-self._peers.nbytes // self._peers.size)
+        return scratch + shared + memory.states.nbytes
 
     def claimed_bytes(self) -> int:
         """Return 0: the system commits memory when it is first written to, not when it is allocated."""
@@ -178,16 +208,22 @@ class CpuBackend:
         """Stop the threads once the current step ends. Idempotent."""
         if self._last is not None:
             self._last.masks.give_up()
+        if self._peers is not None:
+            self._peers.close()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._workers.close()
 
     # ---- a step, on the backend's thread ----
 
     def _step(self, inputs: StepInputs, plan: StepPlan, masks: AwaitedMasks) -> StepResult:
-        inputs, plan = self._begin(inputs, plan)
-        token_ids = self._compute(inputs, plan, masks if inputs.deferred else None)
-        details = self._sampler.details() if token_ids else None
-        prompt = prompt_payloads(inputs, self._slots.parameters.rows, self._score)
+        with contextlib.ExitStack() as on_failure:
+            if self._peers is not None:
+                on_failure.callback(self._peers.close)
+            inputs, plan = self._begin(inputs, plan)
+            token_ids = self._compute(inputs, plan, masks if inputs.deferred else None)
+            details = self._sampler.details() if token_ids and self._samples else None
+            prompt = prompt_payloads(inputs, self._slots.parameters.rows, self._score)
+            on_failure.pop_all()
         return StepResult(token_ids, details, prompt)
 
     def _begin(self, inputs: StepInputs, plan: StepPlan) -> tuple[StepInputs, StepPlan]:
@@ -214,24 +250,32 @@ class CpuBackend:
             return []
         first, end = self._first, len(self._table)
         if masks is not None:
-            self._walk(first, end - 1)
-            first = end - 1
-        self._sampler.begin(inputs, masks.wait() if masks else None)
+            self._walk(first, self._sampling)
+            first = self._sampling
+        if self._samples:
+            self._sampler.begin(inputs, masks.wait() if masks else None)
         self._walk(first, end)
         ids: list[int] = plan.chosen.tolist()
+        if not self._samples:
+            self._slots.record(inputs, ids)
         return ids
 
     def _score(self, part: PromptPositions) -> list[TokenDetails | None]:
         """Return the details of some positions' targets: run the rows of the table from TakeRows on again."""
         self._scratch.sample(part.tokens)
+        if not self._samples:
+            self._walk(self._body, self._sampling)
+            return [None] * len(part.rows)
         self._sampler.begin_prompt(self._slots.tokens[part.slots, part.targets].astype(np.int64), part.top)
-        self._walk(self._body, len(self._table))
+        self._walk(self._body, self._sampling + 1)
         return self._sampler.details() or []
 
     def _walk(self, first: int, last: int) -> None:
         base = self._table.ctypes.data
         self._scratch.counters[:] = 0
         self._workers.run(base + first * layout.ROW_BYTES, base + last * layout.ROW_BYTES)
+        if self._peers is not None:
+            self._peers.check()
 
     def _warm_up(self) -> None:
         for inputs in warm_up_steps(self.limits, self.num_blocks, len(self.windows)):
@@ -261,7 +305,7 @@ class Scratch:
 
     def __init__(self, memory: Memory, slots: Slots, sampler: Sampler, lines: list[Line]) -> None:
         sizes, n = memory.sizes, memory.sizes.threads
-        program = memory.program
+        program, self._peers = memory.program, memory.peers
         heads = [AttentionShape.of(op, sizes.kv_dtype) for op in program.ops if isinstance(op, AttentionOp)]
         most = max(sizes.rows(v.spec) for op in program.ops for v in op.results().values())
         self._item_rows = min((h.item_rows for h in heads), default=1)
@@ -296,7 +340,8 @@ class Scratch:
     def plan(self, step_tokens: StepTokens) -> StepPlan:
         """Build the words of a step. Reads no state that a step writes, so any thread may call it at any time."""
         first, count = self._items(step_tokens)
-        chosen = np.zeros(len(step_tokens.samples), np.int64)
+        count_samples = len(step_tokens.samples)
+        chosen = np.zeros(count_samples, np.int64) if self._peers is None else self._peers.ids(count_samples)
         referenced = (
             step_tokens.positions,
             step_tokens.slots,
@@ -337,10 +382,13 @@ class Scratch:
 def _vector(weight: Weight, job: Job) -> NDArray[np.float32]:
     """Read a vector. All its pages in the file are given up again."""
     with Reading(job.source) as reading:
-        return load(weight, reading, job.read).floats()
+        return load(weight, reading, job.read, job.group.rank).floats()
 
 
-def _body(lines: list[Line]) -> int:
-    """Return the number of table rows before TakeRows: a step without sampling rows runs only these."""
+def _body(lines: list[Line], sampling: int) -> int:
+    """Return the number of table rows before TakeRows, or before its meeting of ranks, or at most `sampling`.
+
+    A step without sampling rows runs only these.
+    """
     takes = (i for i, line in enumerate(lines) if isinstance(line.op, ops.TakeRows))
-    return next(takes, len(lines) - 1)
+    return next(takes, sampling)

@@ -37,6 +37,7 @@ _EMITTERS = {
     "attend": "attention", "ordered": "ordered_rows",
     **dict.fromkeys(("route", "sort", "spread", "experts", "combine"), "experts"),
     **dict.fromkeys(("conv", "scan", "delta", "lru"), "recurrence"),
+    **dict.fromkeys(("meet", "sum", "gather", "moments", "share"), "collective_rows"),
     **dict.fromkeys(("clip", "magnitude", "sparsify", "mix", "correct", "factors"), "special_rows"),
 }  # fmt: skip
 """Kernels whose names begin with this word, and the module that emits them; `rows` emits all others."""

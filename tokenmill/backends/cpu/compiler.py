@@ -24,7 +24,10 @@ from tokenmill.backends.cpu.isa import Isa, target_features
 
 Kernel = Callable[..., int]
 Makers = dict[str, Callable[[], Kernel]]
-MODULES = ("step", "products", "experts", "rows", "rope", "recurrence", "special_rows", "ordered_rows", "sampling")
+MODULES = (
+    "step", "products", "experts", "rows", "rope", "recurrence", "special_rows", "ordered_rows", "collective_rows",
+    "sampling",
+)  # fmt: skip
 PREFIX = "tokenmill_kernel_"
 
 SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)

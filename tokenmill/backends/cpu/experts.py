@@ -241,14 +241,15 @@ def _sort(tid: int, row: int, context: int, counter: int) -> int:
     if tid:
         return 0
     count, top_k, rows = field(row, layout.EXPERTS), field(row, layout.TOP_K), count_rows(row, context)
-    counts, active = field(row, layout.COUNTS), field(row, layout.ACTIVE)
+    counts, active, least = field(row, layout.COUNTS), field(row, layout.ACTIVE), field(row, layout.FIRST_EXPERT)
     source, place = field(row, layout.SOURCE), field(row, layout.PLACE)
     for e in range(count):
         poke(counts + 8 * e, 0)
     for r in range(rows):
         for j in range(top_k):
-            at = counts + 8 * peek32(field(row, layout.X) + r * field(row, layout.X_STRIDE) + 4 * j)
-            poke(at, peek(at) + 1)
+            e = peek32(field(row, layout.X) + r * field(row, layout.X_STRIDE) + 4 * j) - least
+            if 0 <= e < count:
+                poke(counts + 8 * e, peek(counts + 8 * e) + 1)
     first, used = 0, 0
     for e in range(count):
         own = peek(counts + 8 * e)
@@ -260,14 +261,22 @@ def _sort(tid: int, row: int, context: int, counter: int) -> int:
         poke(counts + 8 * e, first)
         first += own
     poke(active, used)
+    poke(counts + 8 * count, first)
     for r in range(rows):
         for j in range(top_k):
-            at = counts + 8 * peek32(field(row, layout.X) + r * field(row, layout.X_STRIDE) + 4 * j)
-            item = peek(at)
-            poke(at, item + 1)
-            poke(source + 8 * item, r * top_k + j)
+            e, item = peek32(field(row, layout.X) + r * field(row, layout.X_STRIDE) + 4 * j) - least, -1
+            if 0 <= e < count:
+                item = peek(counts + 8 * e)
+                poke(counts + 8 * e, item + 1)
+                poke(source + 8 * item, r * top_k + j)
             poke(place + 8 * (r * top_k + j), item)
     return 0
+
+
+@inline
+def _num_items(row: int) -> int:
+    """Return the number of items of the step."""
+    return int(peek(field(row, layout.COUNTS) + 8 * field(row, layout.EXPERTS)))
 
 
 @inline
@@ -295,8 +304,7 @@ def _scaled_row(tid: int, row: int, context: int, item: int) -> int:
 def _spread(tid: int, row: int, context: int, counter: int) -> int:
     """Write the input of each item, as float32 or int8."""
     width, stride, scales = field(row, layout.WIDTH), field(row, layout.OUT_STRIDE), field(row, layout.OUT_SCALES)
-    items = count_rows(row, context) * field(row, layout.TOP_K)
-    for item in range(tid, items, peek(context + _THREADS)):
+    for item in range(tid, _num_items(row), peek(context + _THREADS)):
         x, out = _scaled_row(tid, row, context, item), field(row, layout.OUT) + item * stride
         if scales:
             quantize(width // 32, x, out, scales + item * (width // 4))
@@ -310,7 +318,7 @@ def _spread_narrow(isa: Isa) -> Function:
 
     def rows_to_bf16(tid, row, context, counter):  # type: ignore[no-untyped-def]
         width, stride = field(row, layout.WIDTH), field(row, layout.OUT_STRIDE)
-        for item in range(tid, count_rows(row, context) * field(row, layout.TOP_K), peek(context + _THREADS)):
+        for item in range(tid, _num_items(row), peek(context + _THREADS)):
             to_bf16(width, _scaled_row(tid, row, context, item), field(row, layout.OUT) + item * stride)
         return 0
 
@@ -365,6 +373,8 @@ def _combine(tid: int, row: int, context: int, counter: int) -> int:
         clear(vectors, out)
         for j in range(top_k):
             item = peek(field(row, layout.PLACE) + 8 * (r * top_k + j))
+            if item < 0:
+                continue
             y = field(row, layout.X) + item * field(row, layout.X_STRIDE)
             if factors:
                 add_scaled(vectors, y, peek32(factors + 4 * j), out)

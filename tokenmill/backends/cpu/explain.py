@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.accounts import samples
+from tokenmill.backends.cpu.collectives import ranks_of
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.lower import Lowering
 from tokenmill.backends.cpu.memory import Memory, Sizes
 from tokenmill.backends.cpu.pack import pack_loaded
 from tokenmill.backends.cpu.prepare import prepare
+from tokenmill.parallel.group import Group
 from tokenmill.program import ops
 from tokenmill.program.cost import weights_of
 from tokenmill.program.ops import Weight
@@ -32,7 +34,10 @@ def packed_bytes(program: Program, source: Checkpoint, read: Reader) -> int:
     weights = weights_of(program)
     check(weights, source)
     panels = {w for op in program.ops if isinstance(op, ops.Linear | ops.Experts) for w in _matrices(op)}
-    total = sum(map(source.nbytes, stored_names([w for w in weights if w not in panels], source)))
+    total = 0
+    for ranks in {w.ranks for w in weights}:  # each rank holds its part
+        stored = stored_names([w for w in weights if w not in panels and w.ranks == ranks], source)
+        total += sum(map(source.nbytes, stored)) // ranks
     for sample in samples(program, source, read):
         packed = pack_loaded(sample.parts, product=sample.use == "product")
         each = sum(p.panels.nbytes for p in packed) / sum(part.shape[0] for part in sample.parts)
@@ -47,7 +52,7 @@ def _matrices(op: ops.Op) -> list[Weight]:
 def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_dtype: str) -> dict[str, Counter[str]]:
     """Count the rows of the step table by kind of operation and kernel, in the order of the program. Compiles nothing.
 
-    `program`: as recorded; the backend must not refuse it. `kv_dtype`: "f16" or "int8".
+    `program`: of a rank, as recorded; the backend must not refuse it. `kv_dtype`: "f16" or "int8".
     """
 
     def read_some(source: Checkpoint, piece: Piece) -> Coded:
@@ -55,10 +60,12 @@ def kernels_of(program: Program, source: Checkpoint, read: Reader, isa: Isa, kv_
         return read(source, replace(piece, rows=slice(first, min(stop, first + -(-_ROWS // unit) * unit))))
 
     def zeros(weight: Weight) -> NDArray[np.float32]:
-        return np.zeros((weight.rows, weight.columns) if weight.columns else weight.rows, np.float32)
+        return np.zeros((weight.rows, weight.width) if weight.columns else weight.rows, np.float32)
 
-    prepared = prepare(program, source, read_some, isa, 1, None)
-    memory = Memory(prepared.program, Sizes(1, 1, 1, 1, kv_dtype), prepared.panels, zeros, prepared.private)
+    prepared = prepare(program, source, read_some, isa, 1, None, Group(0, ranks_of(program)))
+    memory = Memory(
+        prepared.program, Sizes(1, 1, 1, 1, kv_dtype), prepared.panels, zeros, prepared.private, prepared.division
+    )
     kernels: dict[str, Counter[str]] = {}
     for line in Lowering(prepared.program, memory).lines():
         kind = type(line.op).__name__ if line.op is not None else "Rope"  # the cosines and sines of a step

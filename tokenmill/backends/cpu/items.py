@@ -38,11 +38,11 @@ class Items:
             if isinstance(op, ops.Experts):
                 self.count = max(self.count, rows(op.out.spec) * op.ids.width)
                 self.experts = max(self.experts, len(op.down))
-                width, inner = max(width, op.x.width), max(inner, op.down[0].columns)
+                width, inner = max(width, op.x.width), max(inner, op.down[0].width)
         used = self.count > 0
         self._arrays: dict[str, NDArray[Any]] = {
             "logits": zeros((logits,)),
-            "counts": zeros((self.experts,), np.int64),
+            "counts": zeros((self.experts + 1,), np.int64),
             "active": zeros((1 + 3 * self.experts,), np.int64),
             "source": zeros((self.count,), np.int64),
             "place": zeros((self.count,), np.int64),
@@ -86,8 +86,8 @@ def refused(op: Op) -> str:
         return ""
     if op.act not in ACTS:
         return f"it has no kernel for the activation {op.act}"
-    if op.x.width % BLOCK or op.down[0].columns % BLOCK:
-        return f"its experts are of multiples of {BLOCK} columns, not {op.x.width} and {op.down[0].columns}"
+    if op.x.width % BLOCK or op.down[0].width % BLOCK:
+        return f"its experts are of multiples of {BLOCK} columns, not {op.x.width} and {op.down[0].width}"
     return ""
 
 
@@ -126,16 +126,21 @@ def experts(lower: Lowering, op: ops.Experts) -> Lowered:
     """Return rows that sort, gather the inputs, compute both products, and sum the results."""
     memory, items = lower.memory, lower.memory.items
     ids, factors, x = (memory.place(value) for value in (op.ids, op.factors, op.x))
-    order = {layout.TOP_K: op.ids.width, layout.PLACE: items.at("place"), **NONE}
+    order = {
+        layout.TOP_K: op.ids.width,
+        layout.PLACE: items.at("place"),
+        layout.EXPERTS: len(op.down),
+        layout.COUNTS: items.at("counts"),
+        **NONE,
+    }
     sort = order | {
         layout.X: ids.address,
         layout.X_STRIDE: ids.stride,
-        layout.EXPERTS: len(op.down),
-        layout.COUNTS: items.at("counts"),
+        layout.FIRST_EXPERT: memory.rank * len(op.down) if op.shard == "part" else 0,
         layout.ACTIVE: items.at("active"),
         layout.SOURCE: items.at("source"),
     }
-    width, inner = op.x.width, op.down[0].columns
+    width, inner = op.x.width, op.down[0].width
     given = {layout.FACTORS: factors.address, layout.FACTORS_STRIDE: factors.stride}
     taken = {layout.X: x.address, layout.X_STRIDE: x.stride, layout.SOURCE: items.at("source"), **order}
     taken |= given if op.scale_inputs else {}

@@ -14,6 +14,7 @@ from tokenmill.backends.cpu.forms import FLOATS
 from tokenmill.backends.kind import CPU_DEFAULTS, BackendOptions, Defaults, Description, Job, Placement, Report
 from tokenmill.errors import Unsupported
 from tokenmill.program.encoded import encodes
+from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
 from tokenmill.quant.coded import Coded
@@ -42,8 +43,6 @@ class CpuKind:
         """See `Kind`."""
         if placement.stages > 1:
             return "it has no kernels for the stages of a model"
-        if placement.ranks > 1:
-            return "it does not share a model over several processes"
         if importlib.util.find_spec("llvmlite") is None or importlib.util.find_spec("numba") is None:
             return "numba is not installed"
         from tokenmill.backends.cpu.isa import detect
@@ -53,7 +52,8 @@ class CpuKind:
             detect(options.cpu_isa)
         except Unsupported as e:
             return f"its kernels are not written for this processor ({e.name})"
-        return refusal(program, placement.block_size)
+        of_rank = shard(program, placement.ranks, whole_experts=options.expert_parallel)
+        return refusal(of_rank, placement.block_size)
 
     def check(self, options: BackendOptions, placement: Placement, reason: str) -> None:
         """See `Kind`."""
@@ -107,22 +107,28 @@ class CpuKind:
         kept = not set(FLOATS) & set(found) or all(part.dense for part in parts)
         return forms if kept else f"converted to {forms} at load: no kernel multiplies its codes"
 
-    def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
+    def describe(
+        self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str, ranks: int = 1
+    ) -> Description:
         """See `Kind`."""
         from tokenmill.backends.cpu.threads import default_threads
 
-        kinds, names, cache = _kernels(program, source, options)
+        kinds, names, cache = _kernels(program, source, options, ranks)
         missing = cache.missing(names)
         cached = "kernels are compiled"
         if missing:
             cached = f"{len(missing)} of {len(names)} kernels are still to be compiled"
-        threads = options.cpu_threads or default_threads(options.cpus)
+        threads = options.cpu_threads or default_threads(options.cpus, ranks)
         on = f"{threads} thread{'s' if threads > 1 else ''} of {options.cpus} usable CPUs"
+        if ranks > 1:
+            on = f"{ranks} ranks of {on}, which share the model through memory"
         return Description(on, listed(kinds), cached)
 
-    def compile(self, program: Program, source: Checkpoint, options: BackendOptions, report: Report) -> str | None:
+    def compile(
+        self, program: Program, source: Checkpoint, options: BackendOptions, report: Report, ranks: int = 1
+    ) -> str | None:
         """See `Kind`."""
-        _, names, cache = _kernels(program, source, options)
+        _, names, cache = _kernels(program, source, options, ranks)
         began = time.monotonic()
         compiled = cache.fill(names, lambda done, total: report(Progress("compile", done, total, "kernels")))
         took = f"{compiled} compiled in {time.monotonic() - began:.1f} s" if compiled else "all were there"
@@ -130,7 +136,7 @@ class CpuKind:
 
 
 def _kernels(
-    program: Program, source: Checkpoint, options: BackendOptions
+    program: Program, source: Checkpoint, options: BackendOptions, ranks: int
 ) -> tuple[dict[str, Counter[str]], list[str], KernelCache]:
     """Return the kernels by kind of operation, the names of all kernels, and the kernel cache."""
     from tokenmill.backends.cpu.backend import KV_DTYPES
@@ -139,7 +145,8 @@ def _kernels(
     from tokenmill.backends.cpu.isa import detect
 
     read, isa = reader_of(source, options.quantize), detect(options.cpu_isa)
-    kinds = kernels_of(program, source, read, isa, KV_DTYPES[options.kv_cache_dtype])
+    of_rank = shard(program, ranks, whole_experts=options.expert_parallel)
+    kinds = kernels_of(of_rank, source, read, isa, KV_DTYPES[options.kv_cache_dtype])
     names = ["walk", "serve", *(name for kernels in kinds.values() for name in kernels)]
     return kinds, names, KernelCache(cache_folder(options.kernel_cache), isa, jobs=options.cpus)
 

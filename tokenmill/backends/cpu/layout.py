@@ -29,8 +29,9 @@ OUT = 5  # output
 OUT_STRIDE = 6
 OUT_SCALES = 7  # 0: out is float32
 WIDTH = 8  # columns of x, unless the kernel says otherwise
-PRIVATE_X = 9  # 1: with at most FEW rows, each thread has a private copy of x (`products.private_copy`)
-PRIVATE_OUT = 10  # 1: with at most FEW rows, each thread writes all rows of a private copy
+PRIVATE_X = 9  # not 0: with at most FEW rows, each thread has a private copy of x (`products.private_copy`)
+PRIVATE_OUT = 10  # not 0: with at most FEW rows, each thread writes all rows of a private copy: thread 0 the copy of
+# this number, from 1 on
 # The columns from here on depend on the kind.
 # Linear, plain and gated (gated: out is half as wide; 2 panels of gate alternate with 2 of up)
 WEIGHT = 11  # address of the panels
@@ -47,6 +48,8 @@ TABLE_PANEL_BYTES = 12
 TABLE_SCALE = 13  # bits of a float; 0: none
 BY_POSITION = 14  # 1: rows are looked up by position instead of token id
 ROWS_WITHIN = 15  # ids that are not less count as 0; 0: there are none
+FIRST_ID = 16  # id of the table's first row
+TABLE_ROWS = 17  # rows of the table, ids of no row give zeros; 0: every id has one
 # QuantizeOrdered
 ORDER = 11  # int64 for each column: the column of x that it quantizes
 # Norm (WIDTH: columns of a row, or of a head if HEADS is not 0)
@@ -111,10 +114,11 @@ LEAST_SUM = 19  # bits of a float
 FACTOR_SCALE = 20  # bits of a float
 FACTORS = 21  # float32 for each expert of a row
 FACTORS_STRIDE = 22  # bytes from row to row
-COUNTS = 23  # int64 for each expert, scratch
+COUNTS = 23  # int64 for each expert, scratch; then the number of items
 ACTIVE = 24  # experts with items (`experts._sort`)
 SOURCE = 25  # int64 for each item: row · TOP_K + index of the expert; 0: the input has a row for each item
-PLACE = 26  # int64 for each (row, expert): its item
+PLACE = 26  # int64 for each (row, expert): its item; -1: another rank has the expert
+FIRST_EXPERT = 19  # id of the first expert that this rank has
 MARGIN = 27  # bits of a float: of sparsemixer, twice
 LIMIT = 27  # bits of a float, the largest magnitude of gate and up; 0: none
 UP_OFFSET = 28  # bits of a float, added to up
@@ -174,6 +178,18 @@ INPUT_GATES = 17
 GATES_STRIDE = 18
 RECURRENCE_GATES = 19
 # DECAY: −8 · softplus(a)
+# SumRanks. X: of rank 0. Y, Y_STRIDE: the residual; 0: none
+SLOT_BYTES = 11  # from a rank's x to that of the next one
+# Gather. X: of rank 0; SLOT_BYTES; WIDTH: columns of a rank
+GATHERED = 12  # columns of out
+# Moments: FACTOR
+# NormOfShare, Sparsify with moments: NORM_WEIGHT, NORM_EPS or FACTOR; Y, Y_STRIDE: the moments
+SHARED_COLUMNS = 20  # columns of the row over all ranks
+# Rows of a rank, in kernels that compute row by row
+OWN_FIRST = 30  # added to the number of a thread: the first row that it computes
+OWN_STEP = 31  # from a row of a thread to its next one; 0, or at most FEW rows: THREADS, and all rows are computed
+# Meet. ROWS
+ALWAYS = 11  # 0: ranks meet only if there are more than FEW rows
 # Sample (X: logits, which it overwrites; WIDTH: vocabulary size, without padding; ROWS: 1): no other columns
 COLUMNS = 32
 ROW_BYTES = COLUMNS * 8
@@ -197,6 +213,11 @@ NARROW = 16  # activations of a product in bfloat16: rows of `narrow_stride` byt
 NARROW_SIZE = 17  # with at most FEW rows, each thread has a private copy at NARROW + tid * NARROW_SIZE
 NUM_PROMPT = 18  # address of the tokens of each slot's prompt: int32, the encoder's input and a first token behind it
 NUM_PROMPT_STRIDE = 19  # bytes
+RANK = 20
+RANKS = 21  # 0 for one rank
+RANK_LINES = 22  # address of the ranks' lines in shared memory (LINE bytes each): meetings reached, process id
+MEETINGS = 23  # address of the meetings that each thread has reached, 64 bytes each
+PATIENCE = 24  # naps after which a rank is given up; 0: never
 SAMPLING = 25  # address of the sampler's words (`sampler.Sampler.address`); set once
 FIRST_ROW = 26  # address of the first row of the table to walk
 LAST_ROW = 27  # address behind the last row to walk
@@ -205,6 +226,9 @@ GENERATION = 29  # steps begun so far; workers poll it
 STOP = 30  # 1: workers exit
 WAIT = 31  # address of a function (semaphore, unused) that waits for the semaphore
 YIELD = 32  # address of a function () that yields the core
+NAP = 33  # address of a function (microseconds) that sleeps
+PROBE = 34  # address of a function (process id, 0) that returns 0 if there is such a process
+LOST = 35  # 0, or 1 + the rank that another waited for in vain; negative: it exists, but did not arrive in time
 # The words from here on change every step and are written together (`backend.StepPlan`).
 TOKENS = 40  # number of tokens
 SAMPLES = 41  # number of sampling rows
@@ -225,6 +249,7 @@ CONTEXT = 64
 
 FEW = 4  # up to this many rows, each thread computes norms into a private copy: cheaper than a barrier
 SCORE_ROWS = 8  # maximum (query row, head) pairs of an attention tile
+LINE = 128  # bytes from a rank's line to the next one: two cache lines, because processors fetch pairs
 STATE_RING = 2  # states of a slot (`backends.steps.STATE_RING`)
 BLOCK = 16  # tokens of a cache page: the elements of one vector
 NO_ACT, SILU, GELU_TANH, GELU_ERF, RELU, RELU2, QUICK_GELU, SIGMOID, LINEAR = range(9)  # activations

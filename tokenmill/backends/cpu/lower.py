@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.backends.cpu import items, layout, lower_encoded, lower_latent, lower_special, lower_states, ordered
+from tokenmill.backends.cpu import (
+    collectives,
+    items,
+    layout,
+    lower_encoded,
+    lower_latent,
+    lower_special,
+    lower_states,
+    ordered,
+)
+from tokenmill.backends.cpu.division import Needed
 from tokenmill.backends.cpu.forms import PAIRS
 from tokenmill.backends.cpu.layout import ACTS, Fields, Lowered, float_bits
 from tokenmill.backends.cpu.memory import AttentionShape, CosSinTable, Memory
@@ -41,7 +51,12 @@ class Lowering:
 
     def lines(self) -> list[Line]:
         """Return all rows of the table. The addresses of kernels are not set yet."""
-        lines = [line for op in self.program.ops for line in self.lower(op)]
+        meetings = self.memory.division.meetings
+        lines = list[Line]()
+        for i, op in enumerate(self.program.ops):
+            lines += [meeting(op, meetings[i])] if i in meetings else []
+            lines += self.lower(op)
+        lines += [meeting(None)] if len(self.program.ops) in meetings else []
         return [*map(self._cos_sin, self.memory.all_cos_sin()), *lines]
 
     def lower(self, op: Op) -> list[Line]:
@@ -54,19 +69,22 @@ class Lowering:
 
     def _common(self, op: Op) -> Fields:
         """Return the columns that all kinds share."""
-        out = self.memory.place(op.out)
+        out = self.memory.result(op.out)
         fields = {
             layout.ROWS: int(op.out.spec.rows == "samples"),
             layout.OUT: out.address,
             layout.OUT_STRIDE: out.stride,
             layout.OUT_SCALES: out.scales,
-            layout.PRIVATE_OUT: int(op.out.buffer in self.memory.private),
+            layout.PRIVATE_OUT: self.memory.copy_of_first_thread(op.out),
         }
+        if op.out.buffer in self.memory.division.own:
+            threads, ranks = self.memory.sizes.threads, self.memory.division.ranks
+            fields |= {layout.OWN_FIRST: self.memory.rank * threads, layout.OWN_STEP: ranks * threads}
         x: Value | None = getattr(op, "x", None) or getattr(op, "q", None) or getattr(op, "gate", None)
         if x is None:
             return fields
         at = self.memory.place(x)
-        private = int(x.buffer in self.memory.private)
+        private = self.memory.copy_of_first_thread(x)
         more = {layout.X: at.address, layout.X_STRIDE: at.stride, layout.X_SCALES: at.scales}
         return fields | more | {layout.WIDTH: x.width, layout.PRIVATE_X: private}
 
@@ -81,6 +99,11 @@ class Lowering:
             layout.MAGNITUDE: float_bits(cos_sin.table.magnitude()),
         }
         return Line(None, "cos_sin", _row(fields))
+
+
+def meeting(op: Op | None, needed: Needed = "always") -> Line:
+    """Return the row in which ranks wait for each other before the rows of `op`."""
+    return Line(op, "meet", _row({layout.ALWAYS: int(needed == "always"), layout.ROWS: int(needed == "samples")}))
 
 
 def _row(fields: Fields) -> Row:
@@ -100,6 +123,8 @@ def _embed(lower: Lowering, op: ops.Embed) -> Lowered:
         layout.BY_POSITION: int(op.ids.buffer == lower.program.inputs.positions.buffer),
         layout.ROWS_WITHIN: lower_special.rows_within(lower.program, op.ids),
     }
+    if op.table.ranks > 1:
+        fields |= {layout.FIRST_ID: lower.memory.rank * op.table.rows, layout.TABLE_ROWS: op.table.rows}
     return [(f"embed_{table.form}", fields)]
 
 
@@ -108,7 +133,7 @@ def _linear(lower: Lowering, op: ops.Linear) -> Lowered:
 
     A row that converts x to bfloat16 comes first if a part multiplies in bfloat16.
     """
-    out = lower.memory.place(op.out)
+    out = lower.memory.result(op.out)
     residual = lower.memory.place(op.residual) if op.residual else None
     bias = lower.memory.vector(op.bias, gated=op.gated)
     parts, stride = lower.memory.panels(op.weight), layout.narrow_stride(op.x.width)
@@ -181,7 +206,7 @@ def _attention(lower: Lowering, op: ops.Attention) -> Lowered:
         layout.HEAD_EPS: float_bits(op.eps),
         layout.Q_NORM: lower.memory.vector(op.q_norm),
         layout.K_NORM: lower.memory.vector(op.k_norm),
-        layout.SLOPES: lower.memory.slopes(op.alibi),
+        layout.SLOPES: lower.memory.slopes(op.alibi, op.q.width // op.head_dim),
         layout.SINKS: lower.memory.vector(op.sinks),
     }
     if op.rope:
@@ -246,6 +271,9 @@ KINDS: dict[type[Op], Callable[..., Lowered]] = {
     recurrence.StateSpace: _in_memory(lower_states.state_space),
     recurrence.DeltaRule: _in_memory(lower_states.delta_rule),
     recurrence.RgLru: _in_memory(lower_states.rg_lru),
-    **{kind: _in_memory(function) for kind, function in (lower_special.KINDS | lower_encoded.KINDS).items()},
+    **{
+        kind: _in_memory(function)
+        for kind, function in (lower_special.KINDS | lower_encoded.KINDS | collectives.KINDS).items()
+    },
 }
 """The kinds of operations that this backend runs"""

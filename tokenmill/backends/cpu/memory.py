@@ -6,21 +6,23 @@ Invariant: everything is allocated once and addresses never change, so the table
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.backends.cpu import layout
+from tokenmill.backends.cpu.division import Division
 from tokenmill.backends.cpu.items import Items
 from tokenmill.backends.cpu.pack import Packed, pack_vector
+from tokenmill.backends.cpu.peers import Peers
 from tokenmill.backends.cpu.rooms import Rooms
 from tokenmill.backends.cpu.scratch import padded, zeros
 from tokenmill.backends.cpu.states import STATE_KERNELS, States
 from tokenmill.backends.steps import cache_plan
 from tokenmill.program import ops, special
-from tokenmill.program.buffers import Plan, plan_buffers
+from tokenmill.program.buffers import ALIGN, Plan, plan_buffers
 from tokenmill.program.cost import cache_layout
 from tokenmill.program.encoded import CrossAttention, DecoderAttention, EncoderAttention, StoreInput
 from tokenmill.program.keeps import CacheSpec
@@ -32,6 +34,8 @@ AttentionOp = ops.Attention | ops.LatentAttention | EncoderAttention | DecoderAt
 """Operations that attend to pages of the cache"""
 
 _SPANS: dict[type[Op], str] = {EncoderAttention: "input", DecoderAttention: "answer", CrossAttention: "cross"}
+
+_ALONE = Division()
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -164,20 +168,41 @@ def cache_bytes(spec: CacheSpec, kv_dtype: str) -> int:
     return first.heads * page_bytes(first.width, second.width, kv_dtype)
 
 
-def plan_of(program: Program, sizes: Sizes, private: frozenset[int]) -> Plan:
-    """Assign offsets within the arena to all values.
+class Plans(NamedTuple):
+    """Offsets of all values: within the arena of this rank, or within the memory that the ranks share."""
+
+    own: Plan
+    shared: Plan
+    sizes: Sizes  # of buffers in shared memory
+
+
+def plans_of(program: Program, sizes: Sizes, private: frozenset[int], division: Division) -> Plans:
+    """Assign offsets to all values.
 
     The inputs of TakeRows stay alive to the end of the step, because prompt log-probabilities take rows again.
     """
     taken = frozenset(op.x.buffer for op in program.ops if isinstance(op, ops.TakeRows))
-    return plan_buffers(program, sizes.bytes_of, lambda op: op.out.buffer in private, taken)
+    alike = replace(sizes, threads=sizes.threads * division.ranks)  # private copies are of the threads of all ranks
+
+    def shared_bytes(buffer: Buffer) -> int:
+        copies = division.ranks if buffer.id in division.slots else 1
+        return copies * -(-alike.bytes_of(buffer) // ALIGN) * ALIGN
+
+    def is_private(op: Op) -> bool:
+        return op.out.buffer in private
+
+    own = plan_buffers(program, sizes.bytes_of, is_private, taken, lambda buffer: not division.shares(buffer))
+    shared = plan_buffers(program, shared_bytes, is_private, taken, division.shares, division.free_after)
+    return Plans(own, shared, alike)
 
 
 class Memory:
     """The memory of one program.
 
     `panels`: packed weights. `vector`: reads a weight that is a vector. `private`: buffers of which each thread holds a
-    private copy while rows are few. The KV cache is allocated later (`allocate`), and its columns are written then.
+    private copy while rows are few. `division`, `peers`: of the ranks that share the model; without `peers`, what they
+    would share is memory of this process. The KV cache is allocated later (`allocate`), and its columns are written
+    then.
     """
 
     def __init__(
@@ -187,9 +212,15 @@ class Memory:
         panels: dict[Weight, tuple[Packed, ...]],
         vector: Callable[[Weight], Floats],
         private: frozenset[int],
+        division: Division = _ALONE,
+        peers: Callable[[int], Peers] | None = None,
     ) -> None:
-        self.program, self.sizes, self.private = program, sizes, private
-        self.plan = plan_of(program, sizes, private)
+        self.program, self.sizes, self.private, self.division = program, sizes, private, division
+        self._plans = plans_of(program, sizes, private, division)
+        self.plan = self._plans.own
+        self.peers = peers(self._plans.shared.size) if peers is not None else None
+        self._shared = zeros((self._plans.shared.size,)) if self.peers is None else self.peers.values
+        self.rank = 0 if self.peers is None else self.peers.rank
         self.cache_plan = cache_plan(cache_layout(program), sizes.context)
         self.arena = zeros((self.plan.size,))
         self.items = Items(program, sizes.rows)
@@ -210,15 +241,43 @@ class Memory:
 
     def place(self, v: Value) -> Place:
         """Return the location of a value."""
-        base = self.arena.ctypes.data + self.plan.offsets[v.buffer]
+        array, at, sizes = self._home(v)
+        base = array.ctypes.data + at
         if v.spec.dtype == "int8":
-            return Place(base, v.spec.width, base + self.sizes.rows(v.spec) * v.spec.width)
+            return Place(base, v.spec.width, base + sizes.rows(v.spec) * v.spec.width)
         return Place(base + v.start * 4, _stride(v.spec), 0)
+
+    def copy_of_first_thread(self, v: Value) -> int:
+        """Return the number of the private copy of this rank's first thread, from 1 on; 0: threads have none."""
+        if v.buffer not in self.private:
+            return 0
+        return 1 + (self.rank * self.sizes.threads if self.division.shares(v.buffer) else 0)
+
+    def result(self, v: Value) -> Place:
+        """Return where an operation writes its result: of a value that ranks write together, this rank's columns."""
+        at = self.place(v)
+        return at if v.whole else at._replace(address=at.address + 4 * self.rank * v.width)
+
+    def _home(self, v: Value) -> tuple[Array, int, Sizes]:
+        """Return the array that holds a value, its offset, and the sizes of buffers there."""
+        if not self.division.shares(v.buffer):
+            return self.arena, self.plan.offsets[v.buffer], self.sizes
+        at = self._plans.shared.offsets[v.buffer]
+        if v.buffer in self.division.slots:
+            at += self.rank * self._slot_bytes(v)
+        return self._shared, at, self._plans.sizes
+
+    def slots(self, v: Value) -> tuple[int, int]:
+        """Return the address of rank 0's part of a value that each rank has one of, and the bytes from rank to rank."""
+        return self._shared.ctypes.data + self._plans.shared.offsets[v.buffer], self._slot_bytes(v)
+
+    def _slot_bytes(self, v: Value) -> int:
+        return -(-self._plans.sizes.bytes_of(v.spec) // ALIGN) * ALIGN
 
     def view(self, v: Value, rows: int) -> Floats:
         """Return the first rows of a float32 value, (rows, width)."""
-        at, stride = self.plan.offsets[v.buffer], _stride(v.spec)
-        whole = self.arena[at : at + rows * stride].view(np.float32).reshape(rows, -1)
+        (array, at, _), stride = self._home(v), _stride(v.spec)
+        whole = array[at : at + rows * stride].view(np.float32).reshape(rows, -1)
         return whole[:, v.start : v.start + v.width]
 
     # ---- weights ----
@@ -252,9 +311,10 @@ class Memory:
         """Return the address of a vector of equal numbers, for a norm without a weight or a bias."""
         return self.array((width, number), lambda: np.full(width, number))
 
-    def slopes(self, alibi: tuple[float, ...]) -> int:
-        """Return the address of the slopes of ALiBi; 0 if there are none."""
-        return self.array(alibi, lambda: alibi) if alibi else 0
+    def slopes(self, alibi: tuple[float, ...], heads: int) -> int:
+        """Return the address of the slopes of ALiBi for this rank's heads; 0 if there are none."""
+        own = alibi[self.rank * heads :][:heads]
+        return self.array(own, lambda: own) if own else 0
 
     def growth(self, op: special.ScaleByPosition) -> int:
         """Return the address of the factors by which queries grow, one for each `length` positions."""

@@ -75,20 +75,22 @@ def pack_weight(
     weight: Weight,
     source: Checkpoint,
     read: Reader,
+    rank: int = 0,
     *,
     gated: bool = False,
     pairs: bool = False,
     product: bool = False,
     allocate: Allocate = zeros,
 ) -> tuple[Packed, ...]:
-    """Pack this rank's part of a weight. Returns several matrices, one below the other, if its parts differ in storage.
+    """Pack the part of a weight that `rank` holds.
 
-    All of them require the same kind of activations and begin at a multiple of 32 outputs. Raises Unsupported if the
-    weight is `gated` and its halves are not whole blocks. `pairs`: pack bfloat16 in pairs (`Isa.pairs`). `product`:
-    only products read the weight, so its form may depend on its numbers, and activations are reordered if all parts
-    have one `Coded.order`. `allocate`: allocator of the arrays.
+    Returns several matrices, one below the other, if its parts differ in storage. All of them require the same kind of
+    activations and begin at a multiple of 32 outputs. Raises Unsupported if the weight is `gated` and its halves are
+    not whole blocks. `pairs`: pack bfloat16 in pairs (`Isa.pairs`). `product`: only products read the weight, so its
+    form may depend on its numbers, and activations are reordered if all parts have one `Coded.order`. `allocate`:
+    allocator of the arrays.
     """
-    return pack_loaded(load_parts(weight, source, read), gated, pairs, product, allocate)
+    return pack_loaded(load_parts(weight, source, read, rank), gated, pairs, product, allocate)
 
 
 def pack_loaded(

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tokenmill.backends.cpu import items, lower_encoded, lower_latent, lower_special, lower_states
+from tokenmill.backends.cpu import collectives, items, lower_encoded, lower_latent, lower_special, lower_states
+from tokenmill.backends.cpu.division import Division
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.layout import ACTS, BLOCK
 from tokenmill.backends.cpu.lower import KINDS
@@ -17,6 +18,7 @@ from tokenmill.backends.cpu.pack import Packed, gates, pack, pack_weight
 from tokenmill.backends.cpu.scratch import Arena
 from tokenmill.backends.kind import Report
 from tokenmill.errors import Unsupported
+from tokenmill.parallel.group import Group
 from tokenmill.program import ops, passes
 from tokenmill.program.ops import Op, Weight
 from tokenmill.program.recurrence import RgLru
@@ -26,6 +28,7 @@ from tokenmill.weights.checkpoint import Checkpoint
 from tokenmill.weights.mapped import Reading
 
 _VECTOR = 16
+_ALONE = Group()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +36,25 @@ class Prepared:
     """A program ready for lowering.
 
     `panels`: packed matrices. `private`: buffers of which each thread holds a private copy while rows are few.
+    `division`: of the work among ranks.
     """
 
     program: Program
     panels: dict[Weight, tuple[Packed, ...]]
     private: frozenset[int]
+    division: Division
 
 
 def fused(program: Program) -> Program:
     """Fuse the operations that one kernel of this backend computes together. Needs no weights."""
-    return passes.fuse(
+    program = passes.fuse(
         passes.take_rows_early(program),
         passes.residual_into_linear,
         _act_into_linear,
         passes.act_into_conv,
         _heads_into_attention,
     )
+    return collectives.fused(program)
 
 
 def _act_into_linear(op: Op, graph: passes.Graph) -> tuple[Op, list[Op]] | None:
@@ -115,25 +121,32 @@ def _refused(op: Op) -> str:
 
 _REFUSALS = (
     _refused, items.refused, lower_latent.refused, lower_states.refused, lower_special.refused, lower_encoded.refused,
+    collectives.refused,
 )  # fmt: skip
 
 
 def prepare(
-    program: Program, source: Checkpoint, read: Reader, isa: Isa, threads: int, report: Report | None
+    program: Program,
+    source: Checkpoint,
+    read: Reader,
+    isa: Isa,
+    threads: int,
+    report: Report | None,
+    group: Group = _ALONE,
 ) -> Prepared:
-    """Fuse a program, then read all its matrices and pack them for an instruction set.
+    """Fuse a program, then read all its matrices and pack them for an instruction set. `program`: of a rank of `group`.
 
     Raises ModelError if a tensor is missing or has an unexpected shape.
     """
     program = lower_states.stacked_gates(fused(program))
     check(_weights(program), source)
-    panels = pack_all(program, source, read, isa, threads, report)
+    panels = pack_all(program, source, read, isa, threads, report, group.rank)
     ordered = {weight for weight, packed in panels.items() if packed[0].order is not None}
     program = passes.quantize_inputs(
         program, lambda op: panels[op.weight][0].quantized and op.weight not in ordered, _writes_int8
     )
     program = order_inputs(program, panels)
-    return Prepared(program, panels, private_outputs(program))
+    return Prepared(program, panels, private_outputs(program), Division.of(program, group.size))
 
 
 def _weights(program: Program) -> list[Weight]:
@@ -141,7 +154,13 @@ def _weights(program: Program) -> list[Weight]:
 
 
 def pack_all(
-    program: Program, source: Checkpoint, read: Reader, isa: Isa, threads: int, report: Report | None
+    program: Program,
+    source: Checkpoint,
+    read: Reader,
+    isa: Isa,
+    threads: int,
+    report: Report | None,
+    rank: int = 0,
 ) -> dict[Weight, tuple[Packed, ...]]:
     """Pack all matrices on several threads. `report` is called on the calling thread, with bytes of the checkpoint."""
     gated = {op.weight for op in program.ops if isinstance(op, ops.Linear) and op.gated}
@@ -157,11 +176,11 @@ def pack_all(
 
     def packed_from(source: Checkpoint, weight: Weight) -> tuple[Packed, ...]:
         if weight in floats:
-            return (pack(dense(load(weight, source, read).floats()), allocate=arena.zeros),)
+            return (pack(dense(load(weight, source, read, rank).floats()), allocate=arena.zeros),)
         if weight in expansions:
-            return lower_latent.packed(expansions[weight], load(weight, source, read), arena.zeros)
+            return lower_latent.packed(expansions[weight], load(weight, source, read, rank), arena.zeros)
         how = {"gated": weight in gated, "pairs": isa.pairs, "product": weight in products}
-        return pack_weight(weight, source, read, **how, allocate=arena.zeros)
+        return pack_weight(weight, source, read, rank, **how, allocate=arena.zeros)
 
     def one(weight: Weight) -> tuple[Packed, ...]:
         with Reading(source) as reading:  # so that weights are in memory once, not twice

@@ -14,7 +14,7 @@ from typing import Any
 from tokenmill.backends.cpu import layout
 from tokenmill.backends.cpu.dense_tiles import narrow
 from tokenmill.backends.cpu.forms import FLOATS, NAMES, PAIRS, DenseForm, Form, form_named
-from tokenmill.backends.cpu.ir import atomic_add, compiled, emit, field, inline, kernel, peek, peek32
+from tokenmill.backends.cpu.ir import atomic_add, clear, compiled, emit, field, inline, kernel, peek, peek32
 from tokenmill.backends.cpu.isa import Isa
 from tokenmill.backends.cpu.rows import activate, add, gate, quantize, scale
 from tokenmill.backends.cpu.tiles import look_up, max_rows, tile
@@ -35,7 +35,8 @@ def count_rows(row: int, context: int) -> int:
 @inline
 def private_copy(row: int, tid: int, rows: int, column: int, base: int, size: int) -> int:
     """Return the address of a thread's private copy if there is one, else `base`. `size`: bytes of a row."""
-    return base + tid * _FEW * size if field(row, column) and rows <= _FEW else base
+    copy_of_first = field(row, column) - 1
+    return base + (copy_of_first + tid) * _FEW * size if copy_of_first >= 0 and rows <= _FEW else base
 
 
 @inline
@@ -174,14 +175,19 @@ def _embed(isa: Isa, form: Form | DenseForm) -> Function:
             field(row, layout.TABLE_SCALE),
         )
         positions, slots = field(context, layout.POSITIONS), field(context, layout.SEQUENCES)
-        within = field(row, layout.ROWS_WITHIN)
+        within, first, held = (
+            field(row, layout.ROWS_WITHIN), field(row, layout.FIRST_ID), field(row, layout.TABLE_ROWS),
+        )  # fmt: skip
         known, stride = field(context, layout.TOKEN_IDS), field(context, layout.TOKEN_IDS_STRIDE)
         for r in range(tid, rows, peek(context + _THREADS)):
             out, index = field(row, layout.OUT) + r * field(row, layout.OUT_STRIDE), peek(positions + 8 * r)
             if not field(row, layout.BY_POSITION):
                 index = peek32(known + peek(slots + 8 * r) * stride + index * 4)
                 index = 0 if within and index >= within else index
-            take(index, columns, size, table, out)
+            if held and not first <= index < first + held:  # a row of another rank's table
+                clear((columns + 15) // 16, out)
+                continue
+            take(index - first, columns, size, table, out)
             if factor:
                 scale((columns + 15) // 16, out, factor, out)
         return 0

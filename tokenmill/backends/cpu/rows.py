@@ -201,6 +201,7 @@ _cap = each(3, lambda g, i, x, cap, out: g.put(capped(g, g.vec(x, i), g.splat(g.
 _NORM_STEP, _FACTORS, _LENGTH, _OFFSET = (
     8 * c for c in (layout.NORM_STEP, layout.POSITION_FACTORS, layout.LENGTH, layout.POSITION_OFFSET)
 )
+_OWN_FIRST, _OWN_STEP = 8 * layout.OWN_FIRST, 8 * layout.OWN_STEP
 _POSITIONS, _THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = (
     8 * layout.POSITIONS,
     8 * layout.THREADS,
@@ -215,6 +216,19 @@ _POSITIONS, _THREADS, _TOKENS, _SAMPLES, _SAMPLED, _FEW = (
 def rows_of(row: int, context: int) -> int:
     """Return the number of rows that a table row processes in this step."""
     return int(peek(context + _SAMPLES) if peek(row + _ROWS) else peek(context + _TOKENS))
+
+
+@inline
+def first_row(tid: int, row: int, rows: int) -> int:
+    """Return the first row that a thread computes: of all, or of those of its rank."""
+    return int(tid + peek(row + _OWN_FIRST) if rows > _FEW else tid)
+
+
+@inline
+def row_step(row: int, context: int, rows: int) -> int:
+    """Return the number of rows from one that a thread computes to its next one."""
+    step = peek(row + _OWN_STEP)
+    return int(step if step and rows > _FEW else peek(context + _THREADS))
 
 
 @inline
@@ -239,11 +253,13 @@ def _norm_row(row: int, x: int, out: int, scales: int) -> None:
 def _norm(tid: int, row: int, context: int, counter: int) -> int:
     """Normalize rows to float32 or int8; by heads only to float32."""
     rows, stride, width = rows_of(row, context), peek(row + _OUT_STRIDE), peek(row + _WIDTH)
-    alone = peek(row + _PRIVATE_OUT) != 0 and rows <= _FEW
+    copy_of_first = peek(row + _PRIVATE_OUT) - 1
+    alone = copy_of_first >= 0 and rows <= _FEW
     out, scales = peek(row + _OUT), peek(row + _OUT_SCALES)
-    first, by = tid, peek(context + _THREADS)
+    first, by = first_row(tid, row, rows), row_step(row, context, rows)
     if alone:
-        out, scales = out + tid * _FEW * stride, scales + tid * _FEW * (width // 4)
+        rows_before = (copy_of_first + tid) * _FEW
+        out, scales = out + rows_before * stride, scales + rows_before * (width // 4)
         first, by = 0, 1
     for r in range(first, rows, by):
         x = peek(row + _X) + r * peek(row + _X_STRIDE)
@@ -254,7 +270,8 @@ def _norm(tid: int, row: int, context: int, counter: int) -> int:
 def _add_norm(tid: int, row: int, context: int, counter: int) -> int:
     """Compute total = x + y and its norm. `total` may be x or y. The norm never has private copies."""
     stride, width = peek(row + _OUT_STRIDE), peek(row + _WIDTH)
-    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+    rows = rows_of(row, context)
+    for r in range(first_row(tid, row, rows), rows, row_step(row, context, rows)):
         x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
         total = peek(row + _TOTAL) + r * peek(row + _TOTAL_STRIDE)
         add(width // 16, x, y, total)
@@ -264,7 +281,8 @@ def _add_norm(tid: int, row: int, context: int, counter: int) -> int:
 
 def _add(tid: int, row: int, context: int, counter: int) -> int:
     """Add x and y."""
-    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+    rows = rows_of(row, context)
+    for r in range(first_row(tid, row, rows), rows, row_step(row, context, rows)):
         x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
         add((peek(row + _WIDTH) + 15) // 16, x, y, peek(row + _OUT) + r * peek(row + _OUT_STRIDE))
     return 0
@@ -272,7 +290,8 @@ def _add(tid: int, row: int, context: int, counter: int) -> int:
 
 def _act(tid: int, row: int, context: int, counter: int) -> int:
     """Apply an activation."""
-    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+    rows = rows_of(row, context)
+    for r in range(first_row(tid, row, rows), rows, row_step(row, context, rows)):
         x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
         activate(peek(row + _ACT), (peek(row + _WIDTH) + 15) // 16, x, out)
     return 0
@@ -280,7 +299,8 @@ def _act(tid: int, row: int, context: int, counter: int) -> int:
 
 def _gated_act(tid: int, row: int, context: int, counter: int) -> int:
     """Compute act(x) · y."""
-    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+    rows = rows_of(row, context)
+    for r in range(first_row(tid, row, rows), rows, row_step(row, context, rows)):
         x, y = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _Y) + r * peek(row + _Y_STRIDE)
         out = peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
         gate(peek(row + _ACT), (peek(row + _WIDTH) + 15) // 16, x, y, out)
@@ -295,12 +315,15 @@ def in_pieces(operation: Callable[..., None]) -> Callable[..., int]:
 
     def body(tid: int, row: int, context: int, counter: int) -> int:
         rows, n = rows_of(row, context), (peek(row + _WIDTH) + 15) // 16
+        first, every, threads = peek(row + _OWN_FIRST), peek(row + _OWN_STEP), peek(context + _THREADS)
         pieces = (n + 63) // 64
         while True:
             i = atomic_add(counter, 1)
             if i >= rows * pieces:
                 return 0
             r, p = i // pieces, i % pieces * 64
+            if every and rows > _FEW and not first <= r % every < first + threads:
+                continue  # a row of another rank
             x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
             operation(min(64, n - p), x + p * 64, peek(row + _FACTOR), out + p * 64)
 
@@ -309,7 +332,8 @@ def in_pieces(operation: Callable[..., None]) -> Callable[..., int]:
 
 def _scale_by_position(tid: int, row: int, context: int, counter: int) -> int:
     """Multiply by the factor of the row's position: that at its index (position + offset) // LENGTH."""
-    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+    rows = rows_of(row, context)
+    for r in range(first_row(tid, row, rows), rows, row_step(row, context, rows)):
         position = peek(peek(context + _POSITIONS) + r * 8) + peek(row + _OFFSET)
         factor = peek(row + _FACTORS) + position // peek(row + _LENGTH) * 4
         x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
@@ -319,7 +343,8 @@ def _scale_by_position(tid: int, row: int, context: int, counter: int) -> int:
 
 def _take_rows(tid: int, row: int, context: int, counter: int) -> int:
     """Copy the sampling rows."""
-    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+    rows = rows_of(row, context)
+    for r in range(first_row(tid, row, rows), rows, row_step(row, context, rows)):
         x = peek(row + _X) + peek(peek(context + _SAMPLED) + r * 8) * peek(row + _X_STRIDE)
         copy((peek(row + _WIDTH) + 15) // 16, x, peek(row + _OUT) + r * peek(row + _OUT_STRIDE))
     return 0
@@ -328,7 +353,8 @@ def _take_rows(tid: int, row: int, context: int, counter: int) -> int:
 def _quantize_rows(tid: int, row: int, context: int, counter: int) -> int:
     """Quantize rows from float32 to int8."""
     width = peek(row + _WIDTH)
-    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+    rows = rows_of(row, context)
+    for r in range(first_row(tid, row, rows), rows, row_step(row, context, rows)):
         x, out = peek(row + _X) + r * peek(row + _X_STRIDE), peek(row + _OUT) + r * peek(row + _OUT_STRIDE)
         quantize(width // 32, x, out, peek(row + _OUT_SCALES) + r * (width // 4))
     return 0

@@ -37,6 +37,11 @@ class Slots:
         """Bytes of one table of a slot."""
         return self._blocks * self._pages * self.tables.itemsize
 
+    def record(self, inputs: StepInputs, token_ids: list[int]) -> None:
+        """Append the ids that rank 0 has sampled, -1 as 0, as its kernel does there."""
+        rows = inputs.samples
+        self.tokens[inputs.slots[rows], inputs.starts[rows] + inputs.counts[rows]] = np.maximum(token_ids, 0)
+
     def apply(self, inputs: StepInputs) -> None:
         """Apply the changes since the previous step: admitted sequences first, then blocks, then token ids."""
         for admitted in inputs.admitted:

@@ -21,9 +21,9 @@ _SEMAPHORE_BYTES = 64  # an upper bound of every system's sizeof(sem_t)
 _MANY_CPUS = 4  # with more CPUs than this, one is reserved for HTTP and the rest of the engine
 
 
-def default_threads(cpus: int) -> int:
-    """Return the default number of compute threads. `cpus`: CPUs that this process may use."""
-    return cpus - 1 if cpus > _MANY_CPUS else cpus
+def default_threads(cpus: int, ranks: int = 1) -> int:
+    """Return the default number of compute threads of each rank. `cpus`: CPUs that all ranks together may use."""
+    return max(1, (cpus - 1 if cpus > _MANY_CPUS else cpus) // ranks)
 
 
 class Semaphores:

@@ -144,7 +144,9 @@ class CudaKind:
             return ()
         return _kernels(program, source, options, dtype, copies=True, ranks=ranks)
 
-    def compile(self, program: Program, source: Checkpoint, options: BackendOptions, report: Report) -> str | None:
+    def compile(
+        self, program: Program, source: Checkpoint, options: BackendOptions, report: Report, ranks: int = 1
+    ) -> str | None:
         """See `Kind`."""
         return None
 

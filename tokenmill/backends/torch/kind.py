@@ -105,11 +105,15 @@ class TorchKind:
         """See `Kind`. Every matrix is converted to the computation's dtype."""
         return dtype if all(part.dense for part in parts) else f"converted to {dtype} at load"
 
-    def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
+    def describe(
+        self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str, ranks: int = 1
+    ) -> Description:
         """See `Kind`."""
         return Description(dtype)
 
-    def compile(self, program: Program, source: Checkpoint, options: BackendOptions, report: Report) -> str | None:
+    def compile(
+        self, program: Program, source: Checkpoint, options: BackendOptions, report: Report, ranks: int = 1
+    ) -> str | None:
         """See `Kind`."""
         return ""
 

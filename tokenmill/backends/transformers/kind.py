@@ -63,7 +63,9 @@ class TransformersKind(TorchKind):
             torch.set_num_threads(job.options.cpu_threads)  # of threads that begin to compute from now on
         return TransformersBackend(job)
 
-    def describe(self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str) -> Description:
+    def describe(
+        self, program: Program, source: Checkpoint, options: BackendOptions, dtype: str, ranks: int = 1
+    ) -> Description:
         """See `Kind`."""
         return Description(dtype, flaw="transformers computes it, which is slower than a model type of docs/models.md")
 
