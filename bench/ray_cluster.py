@@ -279,24 +279,26 @@ def node(on: Deployed) -> list[Row]:
     return [row]
 
 
-def update(on: Deployed) -> list[Row]:
-    """A rolling update under load."""
+def update(on: Deployed, longest: int = 1500) -> list[Row]:
+    """A rolling update under load. `longest`: tokens of a stream that outlasts the update."""
     model = {"name": "m", "options": {**MOCK, "mock_text": "old "}, "min_replicas": 2}
     on.run(model)
-    with Crowd(on.url, 6, max_tokens=30) as crowd:
+    with Crowd(on.url, 6, max_tokens=30) as crowd, Crowd(on.url, 1, max_tokens=longest) as long:
         time.sleep(2)
         begun = time.monotonic()
         on.run({**model, "options": {**MOCK, "mock_text": "new "}})
         took_s = time.monotonic() - begun
         until(lambda: all("new" in outcome.text for outcome in crowd.outcomes[-6:]), 60)
+    whole = long.outcomes[0]
     new = sum("new" in outcome.text for outcome in crowd.outcomes)
     mixed = sum("new" in outcome.text and "old" in outcome.text for outcome in crowd.outcomes)
     slowest = max(outcome.first_s for outcome in crowd.outcomes)
     figures = (
         f"{len(crowd.outcomes)} streams during {took_s:.1f} s, {new} by the new version, {len(crowd.failures)} failed, "
-        f"{mixed} of both; slowest first event {slowest:.2f} s{''.join('; ' + one for one in crowd.failures[:1])}"
+        f"{mixed} of both; one of {whole.took_s:.0f} s {whole.error or 'was complete'}; slowest first event "
+        f"{slowest:.2f} s{''.join('; ' + one for one in crowd.failures[:1])}"
     )
-    return [Row("rolling update", figures, new > 0 and not crowd.failures and not mixed)]
+    return [Row("rolling update", figures, new > 0 and not crowd.failures and not mixed and not long.failures)]
 
 
 async def conversations(url: str, num_sessions: int, num_turns: int) -> tuple[int, int]:

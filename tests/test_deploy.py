@@ -44,7 +44,9 @@ BOTH = (Served("small", "org/small-it"), Served("large", "org/large"))
         ({"models": [{"name": "a"}, {"name": "a"}]}, "Two models have the name 'a'"),
         ({"models": [{"min_replicas": 3, "max_replicas": 2}]}, "min_replicas is 3 and max_replicas 2"),
         ({"models": [{"options": {"num_shard": 3}, "nodes": 2}]}, "3 rank(s) cannot be divided among 2 nodes"),
+        ({"models": [{"options": {"num_shard": 4}, "nodes": 2}]}, "share one host"),
         ({"models": [{}], "ingress_replicas": 0}, "`ingress_replicas` is 0"),
+        ({"models": [{"options": {"num_nodes": 2}}]}, "`nodes` of the model"),
     ],
 )
 def test_a_wrong_description_is_refused_with_the_field_and_a_remedy(args: dict[str, Any], words: str) -> None:

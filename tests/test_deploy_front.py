@@ -51,7 +51,7 @@ class FakeReplicas:
 
 def ask(
     models: dict[str, FakeReplicas], path: str, body: bytes = b"", method: str = "", root: str = "",
-    headers: Any = (), limit: int = 1000,
+    headers: Any = (), limit: int = 1000, may_sleep: bool = False,
 ) -> tuple[int, list[tuple[bytes, bytes]], list[bytes]]:  # fmt: skip
     """Return status, headers and parts of the body."""
     sent: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ def ask(
         "type": "http", "method": method or ("POST" if body else "GET"), "path": path, "raw_path": path.encode(),
         "root_path": root, "query_string": query.encode(), "headers": list(headers),
     }  # fmt: skip
-    front = Front({Served(name, f"org/{name}"): one for name, one in models.items()}, limit)  # type: ignore[misc]
+    front = Front({Served(name, f"org/{name}", may_sleep): one for name, one in models.items()}, limit)  # type: ignore[misc]
     asyncio.run(front(scope, receive, send))
     assert [m["type"] for m in sent] == ["http.response.start"] + ["http.response.body"] * (len(sent) - 1)
     assert [m.get("more_body", False) for m in sent[1:]] == [True] * (len(sent) - 2) + [False]
@@ -135,6 +135,12 @@ def test_head_has_no_body_and_probes_need_every_model() -> None:
     assert ask({"m": good, "n": bad}, "/health")[::2] == (503, [b"starting"])
     assert ask({"m": good, "n": good}, "/")[0] == 200
     assert ask({"m": good, "n": FakeReplicas([ReplicaLost("gone")])}, "/ping")[0] == 503
+
+
+def test_a_probe_starts_no_replica_of_a_model_that_may_have_none() -> None:
+    asleep = FakeReplicas([ReplicaLost("there are none")])
+    assert ask({"m": asleep}, "/health", may_sleep=True)[0] == 200
+    assert asleep.asked == []
 
 
 def test_the_fronts_own_lists() -> None:

@@ -148,12 +148,12 @@ def server_pids() -> list[int]:
 
 
 def test_an_update_under_load_fails_no_request(on: ray_cluster.Deployed) -> None:
-    (row,) = ray_cluster.update(on)
+    (row,) = ray_cluster.update(on, longest=300)
     assert row.good, row.figures
 
 
 def test_two_models_a_prefix_a_key_and_a_direct_way(on: ray_cluster.Deployed) -> None:
-    keyed = {"api_key": "secret"}
+    keyed = {"api_key": "secret", "max_concurrent_requests": 1}
     models = [
         {"name": name, "options": {**ray_cluster.MOCK, **more, "mock_text": f"{name} "}, "direct": name == "two"}
         for name, more in (("one", keyed), ("two", {}))
@@ -175,6 +175,18 @@ def test_two_models_a_prefix_a_key_and_a_direct_way(on: ray_cluster.Deployed) ->
     assert httpx.get(on.url + "/health", timeout=30).status_code == 200
     replicas = httpx.get(on.url + "/replicas", headers=headers, timeout=30).json()
     assert [(one["model"], bool(one["address"])) for one in replicas] == [("one", False), ("two", True)]
+    busy = threading.Thread(target=lambda: ask_one(400))
+
+    def ask_one(tokens: int) -> httpx.Response:
+        body = {"prompt": "a", "max_tokens": tokens, "ignore_eos": True}
+        return httpx.post(on.url + "/one/v1/completions", json=body, headers=headers, timeout=60)
+
+    busy.start()
+    time.sleep(1)
+    refused = ask_one(1)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert int(refused.headers["retry-after"]) > 0
+    busy.join()
     direct = {"x-tokenmill-route": "direct"}
     asked = {"inputs": "a", "parameters": {"max_new_tokens": 4}}
     answer = httpx.post(on.url + "/two/generate", json=asked, headers=direct, timeout=30, follow_redirects=True)

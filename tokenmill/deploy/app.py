@@ -92,7 +92,10 @@ class Ingress:
         """Make the front of all models. `handles`: of their deployments, in the plan's order."""
         models = msgspec.convert(plan, Plan).models
         settings = [settings_of(model) for model in models]
-        served = [Served(model.name, one.model_id) for model, one in zip(models, settings, strict=True)]
+        served = [
+            Served(model.name, one.model_id, may_sleep=model.min_replicas == 0)
+            for model, one in zip(models, settings, strict=True)
+        ]
         replicas = map(HandleReplicas, handles)
         self._front = Front(dict(zip(served, replicas, strict=True)), max(one.payload_limit for one in settings))
 
@@ -173,12 +176,18 @@ def build(args: Mapping[str, Any]) -> Any:
         num_replicas=plan.ingress_replicas,
         max_ongoing_requests=_UNLIMITED,
         ray_actor_options={"num_cpus": 0},  # it waits for replicas and clients most of the time
+        graceful_shutdown_timeout_s=max(map(_drain_s, plan.models)),
         health_check_period_s=_HEALTH_PERIOD_S,
     )
     public = msgspec.structs.replace(
         plan, models=tuple(msgspec.structs.replace(model, environment={}) for model in plan.models)
     )
     return ingress.bind(msgspec.to_builtins(public), *models)
+
+
+def _drain_s(model: Model) -> float:
+    """Return the seconds that a process gets to end, with its requests. An update replaces the ingress, too."""
+    return settings_of(model).graceful_termination_timeout + _STOP_S
 
 
 def _deployment(model: Model, cluster_has_gpus: bool) -> Any:
@@ -188,7 +197,7 @@ def _deployment(model: Model, cluster_has_gpus: bool) -> Any:
         "name": model.name,
         "max_ongoing_requests": _UNLIMITED,
         "max_constructor_retry_count": _STARTS,
-        "graceful_shutdown_timeout_s": settings.graceful_termination_timeout + _STOP_S,
+        "graceful_shutdown_timeout_s": _drain_s(model),
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,

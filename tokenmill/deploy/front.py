@@ -197,9 +197,14 @@ class _Exchange:
     # Answers of the front
 
     async def _probe(self) -> None:
-        """Answer as the first model that is not healthy does; if all are, as the first model."""
-        answers = [await self._fetch(replicas, self.path) for replicas in self._models.values()]
-        head, body = next((answer for answer in answers if answer[0].status != 200), answers[0])
+        """Answer as the first model that is not healthy does; if all are, as the first model.
+
+        Models that may have no replicas are not asked, because the question would start one.
+        """
+        asked = [replicas for served, replicas in self._models.items() if not served.may_sleep]
+        answers = [await self._fetch(replicas, self.path) for replicas in asked]
+        healthy = Head("", 200, []), b""
+        head, body = next((one for one in answers if one[0].status != 200), answers[0] if answers else healthy)
         await self._reply(head.status, body, _own(head.headers))
 
     async def _list_models(self) -> None:

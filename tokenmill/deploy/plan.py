@@ -19,7 +19,9 @@ from tokenmill.server.routes.table import ROUTES
 
 _OWN = {"port": "Ray Serve's proxy has the port: `http_options`, or --port of `tokenmill deploy`",
         "hostname": "Ray Serve's proxy has the address: `http_options`, or --hostname of `tokenmill deploy`",
-        "env": "start `tokenmill env` on a node", "warnings": "it is none"}  # fmt: skip
+        "env": "start `tokenmill env` on a node", "warnings": "it is none",
+        **dict.fromkeys(("num_nodes", "node_rank", "master_addr", "master_port", "cluster_secret_file"),
+                        "`nodes` of the model is the number of hosts that its ranks are divided among")}  # fmt: skip
 """Fields of `Settings` that a replica sets itself -> where the user finds them."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = frozenset(route.path.split("/")[1] for route in ROUTES) | {"replicas", "-"}
@@ -111,6 +113,11 @@ def _checked(model: Model) -> Model:
         raise ArgumentError(
             f"Model {name!r}: {num_ranks(settings)} rank(s) cannot be divided among {model.nodes} nodes. Give a number "
             "of nodes that divides the number of ranks."
+        )
+    if model.nodes > 1:
+        raise ArgumentError(
+            f"Model {name!r}: `nodes` is {model.nodes}, but in this release the ranks of a replica share one host. Leave "
+            "it out."
         )
     return msgspec.structs.replace(model, name=name, max_replicas=most)
 

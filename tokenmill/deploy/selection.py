@@ -14,10 +14,11 @@ _KSERVE = "/v2/models/"
 
 
 class Served(NamedTuple):
-    """A model's name, and the id under which its own server knows it."""
+    """A model: its name, and the id under which its own server knows it. `may_sleep`: it may have no replicas."""
 
     name: str
     model_id: str
+    may_sleep: bool = False
 
 
 class _Named(msgspec.Struct):
@@ -51,7 +52,7 @@ def select(models: Sequence[Served], path: str, body: bytes) -> tuple[Served, st
 
 def _find(models: Sequence[Served], name: str) -> Served:
     for model in models:
-        if name in model:
+        if name in (model.name, model.model_id):
             return model
     served = ", ".join(repr(model.name) for model in models)
     raise NotFound(f"The model {name[:200]!r} does not exist; served are {served}", "model")
