@@ -116,8 +116,8 @@ def _checked(model: Model) -> Model:
         )
     if model.nodes > 1:
         raise ArgumentError(
-            f"Model {name!r}: `nodes` is {model.nodes}, but in this release the ranks of a replica share one host. Leave "
-            "it out."
+            f"Model {name!r}: `nodes` is {model.nodes}, but in this release the ranks of a replica share one host. "
+            "Leave it out."
         )
     return msgspec.structs.replace(model, name=name, max_replicas=most)
 
