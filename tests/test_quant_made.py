@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support_shares import held
 
 from tokenmill.program.ops import Part, Weight
 from tokenmill.quant import bitsandbytes, fp8, int4, int8
@@ -69,6 +70,18 @@ def test_vectors_and_odd_sizes_stay_and_tables_get_8_bits(tmp_path: Path) -> Non
         kept = load(Weight((Part(name, 6),), columns), source, read)
         assert kept.dense
         np.testing.assert_array_equal(kept.floats(), tensors[name])
+
+
+@pytest.mark.parametrize("method", ["int4", "int8", "fp8", "eetq", "bitsandbytes", "bitsandbytes-nf4"])
+def test_ranks_hold_the_numbers_that_one_rank_makes(method: str, tmp_path: Path) -> None:
+    """A scale is that of a whole row or block, whatever columns a rank holds; the last of three has zeros."""
+    source = folder_of(tmp_path, {"w": np.random.default_rng(6).standard_normal((4, 1088)).astype(np.float32)})
+    whole = Weight((Part("w", 4),), 1088, "row", 64, heads=(17, 17))
+    want = load(whole, source, reader_of(source, method))
+    for rank in range(3):
+        got = load(replace(whole, ranks=3), source, reader_of(source, method), rank)
+        assert (got.format, got.dense) == (want.format, False)
+        np.testing.assert_array_equal(got.floats(), held(want.floats(), whole.axis(1088), 3, rank, 1))
 
 
 def test_a_rank_quantizes_its_own_rows_and_columns(tmp_path: Path) -> None:

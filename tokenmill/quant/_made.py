@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,14 @@ def read(source: Checkpoint, piece: Piece, make: Callable[[Floats], Coded], bloc
     `block`: columns of a block; 0: `make` takes (rows, columns). A vector, an `exact` matrix, or one whose columns are
     not whole blocks, of 32 if `block` is 0, stays as stored.
     """
-    stored = none.read(source, piece)
-    if len(stored.shape) != 2 or piece.weight.exact or stored.shape[1] % (block or BLOCK):
-        return stored
+    if not piece.weight.columns or piece.weight.exact or piece.weight.columns % (block or BLOCK):
+        return none.read(source, piece)
+    if not block:  # a scale is that of a whole row, whatever columns of it a rank holds
+        return _made(none.read(source, replace(piece, columns=slice(None))), make, 0).take(slice(None), piece.columns)
+    return _made(none.read(source, piece), make, block)
+
+
+def _made(stored: Coded, make: Callable[[Floats], Coded], block: int) -> Coded:
     rows, columns = stored.shape
     step = max(1, _CHUNK // columns)
     parts = []
