@@ -60,7 +60,9 @@ def test_a_step_is_noted_before_it_may_take_long_and_when_it_has_ended(tmp_path:
     executor: Watched[Any] = Watched(Device(clock), heartbeat)
     seen = Heartbeat(str(tmp_path / "beat"))
     assert seen.read() == (0, 0.0, STARTING)
+    assert not executor.busy
     step = executor.launch(batch(7, 40))
+    assert executor.busy
     assert seen.read() == (1, 600.0, "step 7 (1 rows, 40 tokens)")
     assert executor.collect(step) == "result"
     assert seen.read() == (3, LEAST_S, "the end of step 7 (1 rows, 40 tokens)")

@@ -45,13 +45,16 @@ class Heartbeat:
         finally:
             os.close(fd)
         self._notes = self.read().notes
+        self._place, self._length = "", 0  # as they are in memory
 
     def note(self, place: str, limit_s: float) -> None:
         """Note that the rank lives and stands at `place`, and will note something else within `limit_s` seconds."""
         self._notes += 1
-        text = place.encode()[:_MOST]
-        self._memory[_HEAD.size : _HEAD.size + len(text)] = text
-        _HEAD.pack_into(self._memory, 0, self._notes, limit_s, len(text))
+        if place is not self._place:
+            text = place.encode()[:_MOST]
+            self._memory[_HEAD.size : _HEAD.size + len(text)] = text
+            self._place, self._length = place, len(text)
+        _HEAD.pack_into(self._memory, 0, self._notes, limit_s, self._length)
 
     def read(self) -> Pulse:
         """Return the last note. One that is being written may be read in part."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from time import monotonic
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from tokenmill.engine.engine import Executor
 from tokenmill.engine.sequence import Batch, StepResult
 from tokenmill.errors import OutOfMemory
@@ -68,20 +70,27 @@ class Watched(Generic[StepT]):
         self._usual = Usual()
         self._launched: list[_Launched] = []
         self._place = "the wait for a first step"
+        self._limit_s = LEAST_S  # of the steps on the device
         self._last_collected = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """True if a step is on the device."""
+        return bool(self._launched)
 
     def note(self) -> None:
         """Note that the rank lives. Steps on the device may take their time, too."""
-        self._heartbeat.note(self._place, max([LEAST_S, *(launched.limit_s for launched in self._launched)]))
+        self._heartbeat.note(self._place, self._limit_s)
 
     def launch(self, batch: Batch) -> StepT:
         """See `Executor`."""
         size = self._work(batch).bit_length()
         limit_s = self._usual.limit_s(size)
-        self._place = f"step {batch.number} ({len(batch.sequences)} rows, {batch.num_tokens} tokens)"
-        self._heartbeat.note(self._place, max([limit_s, *(launched.limit_s for launched in self._launched)]))
+        place = self._place = f"step {batch.number} ({len(batch.sequences)} rows, {batch.num_tokens} tokens)"
+        self._heartbeat.note(place, max(limit_s, self._limit_s))
         step = self._inner.launch(batch)
-        self._launched.append(_Launched(step, self._place, size, limit_s, monotonic()))
+        self._launched.append(_Launched(step, place, size, limit_s, monotonic()))
+        self._limit_s = max(limit_s, self._limit_s)
         return step
 
     def complete(self, step: StepT) -> None:
@@ -89,7 +98,7 @@ class Watched(Generic[StepT]):
         try:
             self._inner.complete(step)
         except OutOfMemory:  # the step is not collected
-            self._launched.remove(self._find(step))
+            self._forget(self._find(step))
             raise
 
     def collect(self, step: StepT) -> StepResult:
@@ -100,7 +109,7 @@ class Watched(Generic[StepT]):
         try:
             result = self._inner.collect(step)
         finally:
-            self._launched.remove(launched)
+            self._forget(launched)
         now = monotonic()
         self._usual.record(launched.size, now - max(launched.launch_time, self._last_collected))
         self._last_collected = now
@@ -117,9 +126,13 @@ class Watched(Generic[StepT]):
         [found] = [launched for launched in self._launched if launched.step is step]
         return found
 
+    def _forget(self, launched: _Launched) -> None:
+        self._launched.remove(launched)
+        self._limit_s = max([LEAST_S, *(other.limit_s for other in self._launched)])
+
     def _work(self, batch: Batch) -> int:
         """Return the work of a step, in tokens without a context."""
         if not self._context_weight:
             return batch.num_tokens
-        pairs = int((batch.starts + batch.counts).astype("int64") @ batch.counts)
+        pairs = int(np.add(batch.starts, batch.counts, dtype=np.int64).dot(batch.counts))
         return batch.num_tokens + pairs // self._context_weight

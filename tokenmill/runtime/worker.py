@@ -106,7 +106,8 @@ def _run(
     watched.note()
     control.send(Ready(parts.info if configure.index == 0 else None))
     while (messages := control.poll()) is not None and _STOP not in messages:
-        watched.note()
+        if not watched.busy:  # a step on the device is noted when it is collected
+            watched.note()
         engine.step()
 
 
