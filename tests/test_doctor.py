@@ -207,3 +207,29 @@ def test_a_model_that_is_not_here_is_noted() -> None:
     found = findings("--model-id", "nobody/nothing")
     assert found["model"].verdict == "note"
     assert found["backend"].verdict == "note"
+
+
+@pytest.mark.parametrize("words, text", [
+    ([], "1 engine of 1 rank on 8 of 8 usable CPUs each"),
+    (["--num-shard", "2", "--data-parallel-size", "2"], "2 engines of 2 ranks on 2 of 8 usable CPUs each"),
+    (["--pipeline-parallel-size", "4", "--cpu-threads", "1"], "1 engine of 4 ranks on 1 of 8 usable CPUs each"),
+])  # fmt: skip
+def test_the_ranks_are_told_with_their_part_of_the_cpus(
+    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("config", "host", "operate.doctor", "runtime.worker"):
+        monkeypatch.setattr(f"tokenmill.{module}.usable_cpus", lambda: 8)
+    found = findings("--device", "cpu", *words)["ranks"]
+    assert (found.verdict, found.text) == ("ok", text)
+
+
+def test_the_ranks_are_told_with_their_devices_and_too_few_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "missing", lambda: "")
+    monkeypatch.setattr(detect, "num_devices", lambda: 2)
+    monkeypatch.setattr(doctor, "_LOOKS", {"ranks": doctor._ranks})
+    assert findings("--num-shard", "2")["ranks"].text == "1 engine of 2 ranks on 2 of 2 visible devices"
+    shared = findings("--num-shard", "3", "--share-devices")["ranks"]
+    assert shared.text == "1 engine of 3 ranks on 2 of 2 visible devices; up to 2 ranks share one"
+    found = findings("--num-shard", "3")["ranks"]
+    assert found.verdict == "bad"
+    assert "3 ranks need as many devices, but 2 of them are visible" in found.text

@@ -25,12 +25,12 @@ from tokenmill.backends.kind import BackendOptions
 from tokenmill.config import Settings
 from tokenmill.errors import DownloadError, StartError
 from tokenmill.extras import has_torch
-from tokenmill.host import available_bytes
+from tokenmill.host import available_bytes, usable_cpus
 from tokenmill.models.base import Programs
 from tokenmill.operate.env import cpu_name
 from tokenmill.quant.base import reader_of
 from tokenmill.runtime.assembly import measure_weights
-from tokenmill.runtime.choice import choose
+from tokenmill.runtime.choice import check_machine, choose
 from tokenmill.runtime.memory import size
 from tokenmill.runtime.programs import programs_for
 from tokenmill.runtime.worker import backend_options
@@ -82,6 +82,18 @@ def _processor(settings: Settings) -> Finding:
     others = ", ".join(other.name for other in available() if other != isa)
     forced = ", forced by TOKENMILL_ISA" if settings.cpu_isa else ""
     return Finding("processor", "ok", f"{cpu_name()}: {isa.name}{forced}{f'; also {others}' if others else ''}")
+
+
+def _ranks(settings: Settings) -> Finding:
+    engines, each = settings.data_parallel_size, settings.ranks_per_engine
+    ranks = engines * each
+    devices = check_machine(backend_options(settings, Place(ranks=ranks)))
+    what = f"{engines} engine{'s' if engines > 1 else ''} of {each} rank{'s' if each > 1 else ''}"
+    if devices is not None:
+        shared = f"; up to {-(-ranks // devices)} ranks share one" if ranks > devices > 0 else ""
+        return Finding("ranks", "ok", f"{what} on {min(ranks, devices)} of {devices} visible devices{shared}")
+    threads = settings.cpu_threads or max(1, usable_cpus() // ranks)
+    return Finding("ranks", "ok", f"{what} on {threads} of {usable_cpus()} usable CPUs each")
 
 
 def _memory(settings: Settings) -> Finding:
@@ -178,6 +190,7 @@ def _port(settings: Settings) -> Finding:
 
 _LOOKS: dict[str, Callable[[Settings], Finding]] = {
     "processor": _processor,
+    "ranks": _ranks,
     "memory": _memory,
     "kernel cache": _kernel_cache,
     "model": _model,

@@ -79,9 +79,14 @@ def num_devices() -> int:
     return max((kind.num_devices(device) or 0 for kind in kinds() for device in kind.devices), default=0)
 
 
-def check_machine(options: BackendOptions) -> None:
-    """Raise a StartError if this machine lacks the device, or devices for all ranks. Needs no model."""
-    check_ranks(options, None if _device(options) == "cpu" else num_devices())
+def check_machine(options: BackendOptions) -> int | None:
+    """Return the number of devices that ranks may take, None if they compute on CPUs. Needs no model.
+
+    Raise a StartError if this machine lacks the device, or devices for all ranks.
+    """
+    devices = None if _device(options) == "cpu" else num_devices()
+    check_ranks(options, devices)
+    return devices
 
 
 def check_ranks(options: BackendOptions, num_devices: int | None) -> None:
