@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support_cpu import kernel_folder
 from support_jobs import job_of
 from support_models import make_checkpoint
 from support_ranks import Meeting, Rank, run_threads
@@ -18,6 +19,7 @@ from test_ranks import alone, running, serve
 from test_ranks import requests as requests_of_ranks
 
 from tokenmill.backends.base import StepLimits
+from tokenmill.backends.cpu import isa
 from tokenmill.backends.kind import BackendOptions
 from tokenmill.backends.torch.backend import TorchBackend
 from tokenmill.config import Settings
@@ -57,10 +59,11 @@ def history() -> list[list[ToEngine]]:
     return script
 
 
-def engines(folder: Path, num_stages: int, tensor: int, **options: Any) -> list[Assembled]:
+def engines(folder: Path, num_stages: int, tensor: int, backend: str = "torch", **options: Any) -> list[Assembled]:
     """Return the parts of all ranks of an engine, made at the same time on threads."""
+    own = BackendOptions(backend=backend, kernel_cache=str(kernel_folder()), cpu_threads=1)
     wants = EngineOptions(
-        backend=BackendOptions(backend="torch"), block_size=4, max_batch_tokens=13, max_batch_size=6,
+        backend=own, block_size=4 if backend == "torch" else 16, max_batch_tokens=13, max_batch_size=6,
         max_total_tokens=48, grammars=True, num_stages=num_stages, **options,
     )  # fmt: skip
     meeting = Meeting(num_stages * tensor)
@@ -137,6 +140,17 @@ def test_two_stages_give_each_request_what_one_rank_gives_it(folder: Path, wante
     check_equal(found, wanted)
     stats = engine.link.stats
     assert min(stats.preemptions, stats.cached_tokens, stats.forced_tokens) > 0
+
+
+@pytest.mark.skipif(not isa.available(), reason="no kernels")
+@pytest.mark.parametrize("num_stages, tensor", [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_stages_of_the_cpu_engine_give_what_one_rank_gives(folder: Path, num_stages: int, tensor: int) -> None:
+    wanted, _ = served(engines(folder, 1, 1, "cpu"))
+    found, _ = served(engines(folder, num_stages, tensor, "cpu"))
+    if tensor == 1:
+        assert found == wanted, "to the last bit"
+    else:
+        check_equal(found, wanted)
 
 
 @pytest.mark.slow

@@ -43,9 +43,7 @@ def prove_as_caller(sock: socket.socket, secret: bytes, address: str) -> None:
     sock.sendall(_HELLO + ours)
     theirs = _read(sock, _NONCE_BYTES)
     if not hmac.compare_digest(_read(sock, _MAC_BYTES), _mac(secret, b"listener", ours, theirs)):
-        raise WrongSecret(
-            f"{address} has another secret. Give every node the same --cluster-secret-file."
-        )
+        raise WrongSecret(f"{address} has another secret. Give every node the same --cluster-secret-file.")
     sock.sendall(_mac(secret, b"caller", theirs, ours))
     _read(sock, len(_WELCOME))
     sock.settimeout(before)

@@ -90,7 +90,7 @@ class CpuBackend:
         self.num_blocks = 0
         prepared = prepare(program, job.source, job.read, self.isa, threads, job.report, group)
         self.program = prepared.program
-        self.vocab_size = self.program.logits.width
+        self.vocab_size = self.program.model.logits.width
         rows, kv_dtype = most_rows(limits), KV_DTYPES[options.kv_cache_dtype]
         sizes = Sizes(
             rows["tokens"], rows["samples"], limits.max_total_tokens, threads, kv_dtype, limits.max_batch_size
@@ -114,7 +114,7 @@ class CpuBackend:
         self._code = self._load_kernels(job)
         self._scratch = Scratch(self._memory, self._slots, self._sampler, self._lines)
         self._table = np.zeros((0, layout.COLUMNS), np.int64)
-        self._samples = self._peers is None or self._peers.rank == 0
+        self._samples = self.program.samples and (self._peers is None or self._peers.rank == 0)
         self._sampling = len(self._lines) - len(self._ending)  # row of the table where sampling begins
         self._first, self._body = 0, _body(self._lines, self._sampling)  # where a step begins, and before TakeRows
         if self._peers is not None:
@@ -135,7 +135,9 @@ class CpuBackend:
         return code
 
     def _ending_lines(self) -> list[Line]:
-        """Return the rows that end a step: rank 0 samples, and the others wait for its ids."""
+        """Return the rows that end a step with logits: rank 0 samples, and the others wait for its ids."""
+        if not self.program.samples:
+            return []
         if self._peers is None:
             return [self._sample_line()]
         return [meeting(None)] if self._peers.rank else [self._sample_line(), meeting(None)]

@@ -32,7 +32,7 @@ def packed_bytes(program: Program, source: Checkpoint, read: Reader) -> int:
     Matrices of products and experts are packed in part for it, one of each kind. Others take as many bytes as stored.
     """
     weights = weights_of(program)
-    check(weights, source)
+    check(weights_of(program.model), source)
     panels = {w for op in program.ops if isinstance(op, ops.Linear | ops.Experts) for w in _matrices(op)}
     total = 0
     for ranks in {w.ranks for w in weights}:  # each rank holds its part

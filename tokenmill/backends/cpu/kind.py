@@ -41,8 +41,6 @@ class CpuKind:
 
     def refusal(self, program: Program, options: BackendOptions, placement: Placement) -> str:
         """See `Kind`."""
-        if placement.stages > 1:
-            return "it has no kernels for the stages of a model"
         if importlib.util.find_spec("llvmlite") is None or importlib.util.find_spec("numba") is None:
             return "numba is not installed"
         from tokenmill.backends.cpu.isa import detect
@@ -93,9 +91,12 @@ class CpuKind:
         """See `Kind`."""
         from tokenmill.backends.cpu.backend import CpuBackend
         from tokenmill.backends.cpu.encoded import EncoderDecoderBackend
+        from tokenmill.backends.cpu.staged import StageBackend
 
         if (dtype := job.options.dtype) in ("bfloat16", "float16"):
             _log.info("The CPU backend keeps weights as they are stored and computes in float32, not %s.", dtype)
+        if job.mesh.num_stages > 1:
+            return StageBackend(job)
         return EncoderDecoderBackend(job) if encodes(job.program) else CpuBackend(job)
 
     def form(self, parts: Sequence[Coded], use: Use, dtype: str) -> str:

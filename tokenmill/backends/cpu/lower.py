@@ -29,6 +29,7 @@ from tokenmill.backends.cpu.memory import AttentionShape, CosSinTable, Memory
 from tokenmill.errors import Unsupported
 from tokenmill.program import ops, recurrence
 from tokenmill.program.ops import Op
+from tokenmill.program.stage import Receive, Send
 from tokenmill.program.value import Program, Value
 
 Row = NDArray[np.int64]
@@ -250,6 +251,8 @@ def _in_memory(function: Callable[..., Lowered]) -> Callable[..., Lowered]:
 
 
 KINDS: dict[type[Op], Callable[..., Lowered]] = {
+    Receive: lambda _, __: [],  # the backend writes its values before a step, and sends them after it
+    Send: lambda _, __: [],
     ops.Embed: _embed,
     ops.Linear: _linear,
     ops.Norm: _norm,

@@ -221,7 +221,7 @@ class Memory:
         self.peers = peers(self._plans.shared.size) if peers is not None else None
         self._shared = zeros((self._plans.shared.size,)) if self.peers is None else self.peers.values
         self.rank = 0 if self.peers is None else self.peers.rank
-        self.cache_plan = cache_plan(cache_layout(program), sizes.context)
+        self.cache_plan = cache_plan(cache_layout(program), sizes.context, cache_layout(program.model))
         self.arena = zeros((self.plan.size,))
         self.items = Items(program, sizes.rows)
         self.rooms = Rooms(program, sizes.rows)

@@ -139,7 +139,7 @@ def prepare(
     Raises ModelError if a tensor is missing or has an unexpected shape.
     """
     program = lower_states.stacked_gates(fused(program))
-    check(_weights(program), source)
+    check(_weights(program.model), source)
     panels = pack_all(program, source, read, isa, threads, report, group.rank)
     ordered = {weight for weight, packed in panels.items() if packed[0].order is not None}
     program = passes.quantize_inputs(
