@@ -15,7 +15,7 @@ export VENV
 # Modules are compiled at their first import (scripts/install.sh). Kept from that, every process would compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest lock lint types imports check bench-cpu bench-cpu-peers bench-cpu-ranks bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-loading bench-gpu wheel clean
+.PHONY: help serve chat torch test test-without-torch test-histories test-clients test-newest test-ray lock lint types imports check bench-cpu bench-cpu-peers bench-cpu-ranks bench-first bench-scheduler bench-mixed bench-frontend bench-hostile bench-grammar bench-loading bench-gpu wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ test-histories: $(VENV)/.installed-test  ## the random histories of scheduling, 
 # TOKENMILL_PYTHON: who runs the server. --confcutdir: the other tests' conftest needs their environment.
 test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed tests/clients/node/node_modules  ## the clients that people use, Python's in .venv-clients and Node's
 	@TOKENMILL_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest --confcutdir=tests/clients tests/clients --disable-warnings $(ARGS)
+
+test-ray:  ## deployments on a real Ray cluster of this machine, in .venv-ray
+	@LOCKED=no VENV=.venv-ray scripts/install.sh -e '.[test,ray]'
+	@.venv-ray/bin/python -m pytest tests/test_deploy*.py --slow $(ARGS)
 
 # From nothing, so that pip keeps no version that is there already. A Makefile's variables reach it by the environment.
 test-newest:  ## all tests, and the clients', with the newest of everything that pyproject.toml allows, in .venv-newest
