@@ -229,9 +229,8 @@ def answers(group: Group, folder: str, prompts: list[list[int]], count: int, **o
     backend = made(cuda_job(program, source, limits, group=group, cuda_graphs=(1, 4), **options))
     backend.allocate(48)
     backend.warm_up()
-    scheduler = Scheduler(
-        BlockPool(48, 16), SchedulerLimits(64, 8, 128, 16, shares_prefixes=not encodes(program))
-    )  # fmt: skip
+    limits_of = SchedulerLimits(64, 8, 128, 16, shares_prefixes=not encodes(program), windows=backend.windows)
+    scheduler = Scheduler(BlockPool(48, 16), limits_of)
     info = EngineInfo("tiny", "float32", "cuda", "cuda", 48, 16, 128, 127, 128, 1, 1)
     parts = Assembled(scheduler, Executor(backend, 8), info)
     parts._resources.callback(backend.close)

@@ -58,8 +58,8 @@ def _collectives(
     return GpuCollectives(group, own, None, None)
 
 
-def step_ms(config: dict[str, Any], ranks: int, rows: Sequence[int]) -> Iterator[tuple[int, float, int]]:
-    """Yield rows, milliseconds of a decode step of one rank, and its launches. Contexts are empty."""
+def step_ms(config: dict[str, Any], ranks: int, rows: Sequence[int]) -> Iterator[tuple[int, float]]:
+    """Yield rows, and milliseconds of a decode step of one rank. Contexts are empty."""
     program, source, limits = program_of(config), RandomWeights(config), StepLimits(1024, max(rows), 1024, 16)
     options = BackendOptions(cuda_graphs=tuple(rows), cpus=os.cpu_count() or 1)
     group, placement = Alone(0, ranks), Placement("cuda", 16, ranks)
@@ -70,7 +70,6 @@ def step_ms(config: dict[str, Any], ranks: int, rows: Sequence[int]) -> Iterator
     backend.allocate(max(rows) + 64)
     backend.warm_up()
     for count in rows:
-        launches = len(backend._batch_one if count == 1 else (*backend._body, *backend._tail))
         us = median_us(lambda count=count: backend._graphs.replay(count, Contexts.ALIKE), 20)  # type: ignore[misc]
-        yield count, us / 1e3, launches
+        yield count, us / 1e3
     backend.close()

@@ -131,9 +131,9 @@ def measure_shards(shape: str, ranks: Sequence[int], rows: Sequence[int]) -> dic
 
     found = {}
     for size in ranks:
-        for count, ms, launches in step_ms(SHAPES[shape], size, rows):
+        for count, ms in step_ms(SHAPES[shape], size, rows):
             found[size, count] = ms
-            tell(bench="shard", shape=shape, ranks=size, rows=count, ms=round(ms, 3), launches=launches)
+            tell(bench="shard", shape=shape, ranks=size, rows=count, ms=round(ms, 3))
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenmill.backends.cuda.collectives.base import Normed
 from tokenmill.backends.cuda.collectives.nccl import append
 from tokenmill.backends.cuda.sizes import Sizes
+from tokenmill.backends.torch.kinds import normed as norm
 from tokenmill.parallel.group import Group
 
 
@@ -29,7 +30,7 @@ class Host:
 
     def reduction(self, x: Tensor, out: Tensor, normed: Normed | None = None) -> HostReduction:
         """See `Collectives`."""
-        return HostReduction(self, x, out)
+        return HostReduction(self, x, out, normed)
 
     def gathering(self, x: Tensor, out: Tensor, first_only: bool) -> HostGathering:
         """See `Collectives`."""
@@ -60,21 +61,30 @@ class Host:
 class HostReduction:
     """Implements `base.Reduction`."""
 
-    def __init__(self, host: Host, x: Tensor, out: Tensor) -> None:
-        self._host, self._x, self._out = host, x, out
+    def __init__(self, host: Host, x: Tensor, out: Tensor, normed: Normed | None) -> None:
+        self._host, self._x, self._out, self._normed = host, x, out, normed
 
     def norms(self, rows: int) -> bool:
         """See `Reduction`."""
-        return False
+        return self._normed is not None
 
     def run(self, rows: int, early: bool = False) -> None:
         """See `Reduction`."""
+        self._sum(rows, self._out)
+
+    def _sum(self, rows: int, out: Tensor) -> None:
         parts = [part.float() for part in self._host.parts(self._x[:rows])]
-        self._out[:rows].copy_(sum(parts[1:], parts[0]))
+        out[:rows].copy_(sum(parts[1:], parts[0]))
 
     def run_normed(self, rows: int, early: bool = False) -> None:
-        """Raise: `norms` is never true."""
-        raise NotImplementedError
+        """See `Reduction`."""
+        assert self._normed is not None
+        y, weight, bias, total, out, eps, center = self._normed
+        added = None if y is None else y[:rows].clone()
+        self._sum(rows, total)
+        if added is not None:
+            total[:rows].add_(added)
+        out[:rows].copy_(norm(total[:rows], weight, bias, eps, center, 0))
 
 
 class HostGathering:
