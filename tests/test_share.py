@@ -38,7 +38,7 @@ def test_each_query_head_has_one_place_beside_its_key_value_head(heads: Heads, r
                 assert k[place // each] == head // (heads[0] // heads[1])
         seen.update(q), repeats.update(k)
     del seen[-1], repeats[-1]
-    assert seen == {head: 1 for head in range(heads[0])}
+    assert seen == dict.fromkeys(range(heads[0]), 1)
     assert repeats == {head: keys.repeated(ranks) for head in range(heads[1])}
 
 
