@@ -79,6 +79,7 @@ def test_options_become_words_and_secrets_become_variables() -> None:
         ({"num_shard": 4, "mock": True}, True, 4, 0, 1),
         ({"num_shard": 2, "device": "cuda"}, False, 2, 2, 1),
         ({"num_shard": 2, "device": "cpu"}, True, 2, 0, 1),
+        ({"num_shard": 2, "pipeline_parallel_size": 2, "data_parallel_size": 3}, True, 12, 12, 1),
     ],
 )
 def test_a_replica_reserves_what_its_ranks_need(

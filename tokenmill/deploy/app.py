@@ -207,7 +207,7 @@ def _deployment(model: Model, cluster_has_gpus: bool) -> Any:
             "request_routing_stats_period_s": _STATS_PERIOD_S,
         },
         "ray_actor_options": {"num_cpus": resources.cpus / model.nodes, "num_gpus": resources.gpus / model.nodes},
-        **_replicas(model, settings.max_batch_size or _DEFAULT_BATCH),
+        **_replicas(model, (settings.max_batch_size or _DEFAULT_BATCH) * settings.data_parallel_size),
     }
     if model.nodes > 1:
         options |= {

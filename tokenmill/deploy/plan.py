@@ -144,10 +144,7 @@ def settings_of(model: Model) -> Settings:
 
 def num_ranks(settings: Settings) -> int:
     """Return the number of engine ranks of one server, of all its engines."""
-    ranks = settings.num_shard or 1
-    for name in ("pipeline_parallel_size", "data_parallel_size"):
-        ranks *= getattr(settings, name, None) or 1
-    return ranks
+    return settings.ranks_per_engine * settings.data_parallel_size
 
 
 def words_and_environment(model: Model) -> tuple[list[str], dict[str, str]]:
