@@ -53,7 +53,7 @@ class Stream:
 
     __slots__ = (
         "arrived", "conversation", "done", "eligible", "first", "last_step", "moved_at", "need", "new_tokens",
-        "num_generated", "order", "prompt_tokens", "replica", "shared", "system", "ticket",
+        "num_generated", "order", "prompt_tokens", "replica", "router", "shared", "system", "ticket",
     )  # fmt: skip
 
     def __init__(
@@ -63,7 +63,7 @@ class Stream:
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
         self.num_generated = self.done = self.need = self.eligible = self.last_step = self.order = 0
         self.first = self.moved_at = 0.0
-        self.replica = -1
+        self.replica, self.router = -1, 0
         self.ticket: Any = None
 
 
@@ -111,6 +111,11 @@ class Replica:
         if self._steps:
             return self._cut(now)
         return None
+
+    @property
+    def num_requests(self) -> int:
+        """Number of unfinished streams."""
+        return len(self.rows) + len(self.prompts) + len(self.queue)
 
     def generated(self, stream: Stream) -> int:
         """Return the number of tokens of a stream that decodes, as of the last segment."""

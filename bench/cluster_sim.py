@@ -125,13 +125,14 @@ class Cluster:
     """A simulation. Use it once: `run`."""
 
     def __init__(self, machine: Machine, load: Load, replicas: int, *, policy: str = "placed", seed: int = 0,
-                 max_keys: int = MAX_KEYS, lose_zone_at: float = 0.0, back_after_s: float = 30.0) -> None:  # fmt: skip
+                 max_keys: int = MAX_KEYS, routers: int = 1, told: bool = True,
+                 lose_zone_at: float = 0.0, back_after_s: float = 30.0) -> None:  # fmt: skip
         self.machine, self.load, self.policy, self.lose_zone_at = machine, load, policy, lose_zone_at
-        self.back_after_s = back_after_s
+        self.back_after_s, self.told = back_after_s, told
         self.replicas = [Replica(index, machine) for index in range(replicas)]
-        self.placement: Placement[int] = Placement(seed=seed, max_keys=max_keys)
+        self.placements: list[Placement[int]] = [Placement(seed=seed + n, max_keys=max_keys) for n in range(routers)]
         for index in range(replicas):
-            self.placement.add(index, machine.capacity)
+            self._join(index)
         self.rng, self._random = np.random.default_rng(seed), Random(seed)
         self._events: list[tuple[float, int, str, object]] = []
         self._order = count()
@@ -174,7 +175,7 @@ class Cluster:
                 self._lose(now)
             else:
                 for index in sorted(self.down):
-                    self.placement.add(index, self.machine.capacity)
+                    self._join(index)
                 self.down.clear()
         gc.enable()
         return self._result(time.process_time() - began)
@@ -219,18 +220,27 @@ class Cluster:
 
     def _send(self, stream: Stream, prompt: Prompt, now: float) -> None:
         begin = time.thread_time()
-        stream.ticket = self._place(prompt, stream.new_tokens)
+        stream.router = self._random.randrange(len(self.placements)) if len(self.placements) > 1 else 0
+        stream.ticket = self._place(self.placements[stream.router], prompt, stream.new_tokens)
         self.decisions.append(time.thread_time() - begin)
+        if stream.ticket and self.told and self.policy == "placed":
+            for placement in self.placements:
+                if placement is not self.placements[stream.router]:
+                    placement.record(stream.ticket.replica, prompt, stream.ticket.num_cached)
         replica = self.replicas[stream.ticket.replica if stream.ticket else self._any()]
         if replica.submit(stream, now) is not None:
             self._put(replica.until or now, "end", (replica, replica.version))
 
-    def _place(self, prompt: Prompt, new_tokens: int) -> Ticket[int] | None:
+    def _join(self, index: int) -> None:
+        for placement in self.placements:
+            placement.add(index, self.machine.capacity)
+
+    def _place(self, placement: Placement[int], prompt: Prompt, new_tokens: int) -> Ticket[int] | None:
         if self.policy == "random":
             return None
         if self.policy == "two-choices":
             prompt = Prompt([], prompt.num_tokens)
-        return self.placement.place(prompt, new_tokens)
+        return placement.place(prompt, new_tokens)
 
     def _any(self) -> int:
         while (index := self._random.randrange(len(self.replicas))) in self.down:
@@ -241,19 +251,22 @@ class Cluster:
         ended = replica.advance()
         for stream in ended.started:
             if stream.ticket:
-                self.placement.started(stream.ticket)
+                self.placements[stream.router].started(stream.ticket)
             if stream.moved_at:
                 self.gaps.append(now - stream.moved_at)
             else:
                 self.ttft.append(now - stream.arrived + self.machine.overhead_s)
         for stream in ended.finished:
             self._finish(stream, now)
+        if len(self.placements) > 1:  # a frame of the engine tells its load to the routers that it has outputs for
+            for router in {stream.router for stream in ended.started + ended.finished}:
+                self.placements[router].report(replica.index, replica.num_requests)
         if replica.until is not None:
             self._put(replica.until, "end", (replica, replica.version))
 
     def _finish(self, stream: Stream, now: float) -> None:
         if stream.ticket:
-            self.placement.ended(stream.ticket, stream.new_tokens)
+            self.placements[stream.router].ended(stream.ticket, stream.new_tokens)
         if not self.stopped:
             self.tokens += stream.new_tokens + stream.num_generated
         talk = self._conversations.pop(stream.conversation)
@@ -266,7 +279,8 @@ class Cluster:
         lost = self.replicas[::_ZONES]
         streams = []
         for old in lost:
-            self.placement.remove(old.index)
+            for placement in self.placements:
+                placement.remove(old.index)
             self.down.add(old.index)
             streams += [(stream, old.generated(stream) if stream.last_step else 0) for stream in old.streams]
             self.replicas[old.index] = Replica(old.index, self.machine)
@@ -288,11 +302,12 @@ class Cluster:
 
     def _result(self, run_s: float) -> Result:
         hits = sum(one.num_hits for one in self.replicas)
+        keys = sum(placement.num_keys for placement in self.placements)
         return Result(
             self.policy, len(self.replicas), self.arrived, self.stopped, self.tokens / self.stopped,
             hits / max(1, sum(one.num_prompt for one in self.replicas)),
             *_percentiles(self.ttft), float(self._busy.mean()), float(self._busy.max()),
-            *(1e6 * value for value in _percentiles(self.decisions)), self.placement.num_keys, self.moved,
+            *(1e6 * value for value in _percentiles(self.decisions)), keys, self.moved,
             _percentiles(self.gaps)[1], run_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         )  # fmt: skip
 
@@ -357,6 +372,8 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=10.0, help="seconds between the turns of a conversation")
     parser.add_argument("--policy", nargs="+", choices=POLICIES, default=["placed"])
     parser.add_argument("--max-keys", type=int, default=MAX_KEYS)
+    parser.add_argument("--routers", type=int, default=1, help="that each place a part of the requests")
+    parser.add_argument("--apart", action="store_true", help="routers do not tell each other where they place")
     parser.add_argument("--lose-zone", type=float, default=0.0, metavar="S", help="second at which a quarter is lost")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", action="store_true")
@@ -372,7 +389,7 @@ def main() -> None:
         for policy in given.policy:
             load = Load(given.streams or min(200_000, 1000 * replicas), given.rate, pause_s=given.pause)
             cluster = Cluster(h200(), load, replicas, policy=policy, seed=given.seed, max_keys=given.max_keys,
-                              lose_zone_at=given.lose_zone)  # fmt: skip
+                              routers=given.routers, told=not given.apart, lose_zone_at=given.lose_zone)  # fmt: skip
             result = cluster.run()
             print(json.dumps(asdict(result)) if given.json else row(result), flush=True)
 

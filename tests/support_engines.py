@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from tokenmill.server.engine_status import EngineStatus
 from tokenmill.server.generation import GeneratedToken, Generation, MeasuredGeneration, Timings
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.options import ServiceOptions
+from tokenmill.server.peers import Peers
 from tokenmill.text.detokenizer import Detokenizer
 from tokenmill.text.prepare import Prepared
 from tokenmill.text.tokenizer import Tokenizer
@@ -128,7 +130,7 @@ class Cluster:
         self.metrics = Metrics(str(folder), 0, count)
         options = ServiceOptions(version="1", max_concurrent_requests=100)
         self.status = EngineStatus(options, self.metrics)
-        self.client = EngineClient(addresses, self.status, seed=1)
+        self.client = EngineClient(addresses, self.status, peers=partial(Peers, str(folder), 0, 2), seed=1)
         self.answers, self.gaps = Answers(), list[float]()
         self._tokenizer = tokenizer
 

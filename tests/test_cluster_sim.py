@@ -95,8 +95,8 @@ def test_no_stream_is_lost_with_a_zone(policy: str) -> None:
     assert 0 < result.moved_gap_p99_s < 5
     assert len(cluster.ttft) == 700
     if policy == "placed":
-        assert all(cluster.placement.outstanding(index) == 0 for index in range(8))
-        assert len(cluster.placement) == 8
+        assert all(cluster.placements[0].outstanding(index) == 0 for index in range(8))
+        assert len(cluster.placements[0]) == 8
 
 
 def test_placement_finds_more_prefixes_and_sooner_first_tokens_than_chance() -> None:
@@ -104,3 +104,13 @@ def test_placement_finds_more_prefixes_and_sooner_first_tokens_than_chance() -> 
     placed, random = (Cluster(h200(), load, 6, policy=policy).run() for policy in ("placed", "random"))
     assert placed.hit_share > 2 * random.hit_share
     assert placed.ttft_p99_s < random.ttft_p99_s
+
+
+def test_routers_that_tell_each_other_find_what_one_finds() -> None:
+    load = Load(1200, 25.0, system_tokens=1, pause_s=4.0)
+    one, told, apart = (
+        Cluster(h200(), load, 6, routers=routers, told=told).run().hit_share
+        for routers, told in ((1, True), (4, True), (4, False))
+    )
+    assert told > 0.9 * one
+    assert apart < 0.8 * one

@@ -14,7 +14,9 @@ from support_server import byte_model
 from test_server_metrics import samples
 
 from tokenmill.errors import GenerationError, NotReady
+from tokenmill.placement.prompt import prompt_of_tokens
 from tokenmill.server import client as client_module
+from tokenmill.server.peers import Peers
 from tokenmill.text.load import load_tokenizer
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.weights.source import local_source
@@ -71,6 +73,25 @@ def test_a_conversation_goes_to_the_engine_that_holds_it(cluster: Run) -> None:
                 homes.append(one.engine)
         assert homes[:8] == homes[8:16] == homes[16:]
         assert set(homes) == {0, 1}
+
+    cluster(scenario)
+
+
+def test_other_workers_are_told_where_a_prompt_went_and_are_believed(cluster: Run, tmp_path: Path) -> None:
+    async def scenario(c: Cluster) -> None:
+        told: list[tuple[int, int]] = []
+        other = Peers(str(tmp_path), 1, 2, lambda engine, prompt, cached: told.append((engine, prompt.num_tokens)))
+        other.listen()
+        one = c.ask(tuple(range(100)))
+        c.ask((5, 6))  # too short to have a prefix
+        await until(lambda: bool(told))
+        assert told == [(one.engine, 100)]
+        for engine in (0, 1):
+            talk = tuple(range(150 + engine, 250))
+            other.tell(engine, prompt_of_tokens(talk), 0)
+            await until(lambda known=c.client._placement.num_keys: c.client._placement.num_keys > known)  # type: ignore[misc]
+            assert c.ask(talk).engine == engine
+        other.close()
 
     cluster(scenario)
 

@@ -40,13 +40,13 @@ NameT = TypeVar("NameT", bound=Hashable)
 
 @dataclass(slots=True)
 class _Replica(Generic[NameT]):
-    """A replica. `reported`: requests that it said to have, of all routers."""
+    """A replica. `others`: requests of other routers, as of its last report."""
 
     name: NameT
     number: int
     outstanding: float = 0.0  # tokens of this router's requests
     num_requests: int = 0  # of this router
-    reported: int = 0
+    others: int = 0
     draining: bool = False
 
 
@@ -75,7 +75,8 @@ class Placement(Generic[NameT]):
         self._by_number: dict[int, _Replica[NameT]] = {}
         self._open: list[_Replica[NameT]] = []  # those that take requests
         self._num_joined = 0
-        self._mean_answer, self._mean_request = _FIRST_MEAN, _FIRST_MEAN
+        self._mean_answer = _FIRST_MEAN
+        self._outstanding, self._num_requests = 0.0, 0  # of all replicas
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -103,6 +104,8 @@ class Placement(Generic[NameT]):
         Unknown names are ignored."""
         replica = self._by_name.pop(name, None)
         if replica is not None:
+            self._add(replica, -replica.outstanding)
+            self._num_requests -= replica.num_requests
             del self._by_number[replica.number]
             self._index.leave(replica.number)
             if not replica.draining:
@@ -121,11 +124,20 @@ class Placement(Generic[NameT]):
     def report(self, name: NameT, num_requests: int) -> None:
         """Record the number of requests that a replica has, running and waiting, of all routers.
 
-        Those beyond this router's own count as requests of mean size. Unknown names are ignored.
+        Those beyond this router's own count as much as its own do on average. Unknown names are ignored.
         """
         replica = self._by_name.get(name)
         if replica is not None:
-            replica.reported = num_requests
+            replica.others = max(0, num_requests - replica.num_requests)
+
+    def record(self, name: NameT, prompt: Prompt, num_cached: int) -> None:
+        """Record that another router has placed `prompt` on a replica, and what it expected to be cached there.
+
+        Its load is that of `report`. Unknown names are ignored.
+        """
+        replica = self._by_name.get(name)
+        if replica is not None:
+            self._index.record(replica.number, prompt, min(num_cached, prompt.num_tokens))
 
     def outstanding(self, name: NameT) -> float:
         """Return the outstanding tokens of a replica: of prompts not computed yet, and expected of answers."""
@@ -152,15 +164,15 @@ class Placement(Generic[NameT]):
             best.name, cached, best.number, float(prompt.num_tokens - cached), min(max_new_tokens, self._mean_answer)
         )
         best.num_requests += 1
-        best.outstanding += ticket.prompt_tokens + ticket.new_tokens
-        self._mean_request += _SHARE * (ticket.prompt_tokens + ticket.new_tokens - self._mean_request)
+        self._num_requests += 1
+        self._add(best, ticket.prompt_tokens + ticket.new_tokens)
         return ticket
 
     def started(self, ticket: Ticket[NameT]) -> None:
         """Record that the first token of an answer came: its prompt is computed. Idempotent."""
         replica = self._by_number.get(ticket.number)
         if replica is not None:
-            replica.outstanding -= ticket.prompt_tokens
+            self._add(replica, -ticket.prompt_tokens)
         ticket.prompt_tokens = 0.0
 
     def ended(self, ticket: Ticket[NameT], num_new: int, *, complete: bool = True) -> None:
@@ -175,12 +187,19 @@ class Placement(Generic[NameT]):
         replica = self._by_number.get(ticket.number)
         if replica is not None:
             replica.num_requests -= 1
-            replica.outstanding = replica.outstanding - ticket.new_tokens if replica.num_requests else 0.0
+            self._num_requests -= 1
+            self._add(replica, -ticket.new_tokens if replica.num_requests else -replica.outstanding)
             self._index.advance(ticket.number, num_new)
 
+    def _add(self, replica: _Replica[NameT], tokens: float) -> None:
+        replica.outstanding += tokens
+        self._outstanding += tokens
+
     def _load(self, replica: _Replica[NameT]) -> float:
-        others = max(0, replica.reported - replica.num_requests)
-        return replica.outstanding + others * self._mean_request
+        if not replica.others:
+            return replica.outstanding
+        mean = self._outstanding / self._num_requests if self._num_requests else self._mean_answer
+        return replica.outstanding + replica.others * mean
 
     def _candidates(self, numbers: list[int], exclude: Collection[NameT]) -> list[_Replica[NameT]]:
         """Return the replicas with these numbers that take requests, and two drawn at random."""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 _BLOCK = 16  # tokens
 _CHARACTERS = 4  # of a text that count as one token, where there is no tokenizer
-_KEY_BYTES = 8  # keys only guide placement: a collision costs a cache miss at worst
+KEY_BYTES = 8
+"""Length of a key. Keys only guide placement: a collision costs a cache miss at worst."""
 
 
 def _edges(block: int, length: int) -> Iterator[int]:
@@ -50,12 +51,12 @@ def prompt_of_text(text: str, salt: bytes = b"") -> Prompt:
 
 def _keys(data: bytes, width: int, salt: bytes) -> list[bytes]:
     """Return the hash chain of `data` at the edges. `width`: bytes of a token."""
-    key, begin, keys = blake2b(salt, digest_size=_KEY_BYTES).digest(), 0, []
+    key, begin, keys = blake2b(salt, digest_size=KEY_BYTES).digest(), 0, []
     for edge in EDGES:
         end = edge * width
         if end > len(data):
             break
-        key = blake2b(key + data[begin:end], digest_size=_KEY_BYTES).digest()
+        key = blake2b(key + data[begin:end], digest_size=KEY_BYTES).digest()
         keys.append(key)
         begin = end
     return keys

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -23,7 +23,10 @@ from tokenmill.placement.prompt import Prompt, prompt_of_tokens
 from tokenmill.server.connection import EngineConnection
 from tokenmill.server.engine_status import EngineStatus
 from tokenmill.server.generation import Generation
+from tokenmill.server.peers import Peers
 from tokenmill.wire.messages import Abort, EngineInfo, Output, Request, StepOutputs
+
+Recorder = Callable[[int, Prompt, int], None]
 
 _SILENCE_S = 60.0  # a heartbeat comes every second; a step that takes longer than this is a hung engine
 _QUIET_S = 5.0  # an engine that is silent so long gets no new requests if there is another
@@ -46,10 +49,18 @@ class _Running:
 class EngineClient:
     """Sends requests, passes outputs to their generations. For one event loop; `run` must be running."""
 
-    def __init__(self, addresses: Sequence[str], status: EngineStatus, *, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        status: EngineStatus,
+        *,
+        peers: Callable[[Recorder], Peers] | None = None,
+        seed: int | None = None,
+    ) -> None:
         """Make a client that is not connected.
 
-        `addresses`: paths of the Unix sockets on which the engines' ranks 0 listen. `seed`: of placement; None: drawn.
+        `addresses`: paths of the Unix sockets on which the engines' ranks 0 listen. `peers`: makes the connection to
+        other workers that place on them; None: there are none. `seed`: of placement; None: drawn.
         """
         self._status = status
         self._connections = [EngineConnection(index, address, self) for index, address in enumerate(addresses)]
@@ -57,6 +68,7 @@ class EngineClient:
         self._running: dict[int, _Running] = {}
         self._next_id = secrets.randbits(32) << 31
         self._closing = False
+        self._peers = None if peers is None else peers(self._placement.record)
 
     @property
     def info(self) -> EngineInfo | None:
@@ -100,6 +112,8 @@ class EngineClient:
 
     async def run(self) -> None:
         """Connect to all engines, and reconnect whenever a connection is lost. Ends only by cancellation."""
+        if self._peers is not None:
+            self._peers.listen()
         async with asyncio.TaskGroup() as group:
             for connection in self._connections:
                 group.create_task(connection.run())
@@ -109,6 +123,8 @@ class EngineClient:
         self._closing = True
         for connection in self._connections:
             connection.close()
+        if self._peers is not None:
+            self._peers.close()
 
     # Events of connections
 
@@ -167,7 +183,10 @@ class EngineClient:
             prompt = Prompt([], num_tokens + len(request.output_ids))
         else:
             prompt = prompt_of_tokens((*request.prompt_ids, *request.output_ids), request.salt)
-        return self._placement.place(prompt, left, quiet) or (self._placement.place(prompt, left) if quiet else None)
+        ticket = self._placement.place(prompt, left, quiet) or (self._placement.place(prompt, left) if quiet else None)
+        if ticket is not None and self._peers is not None and prompt.keys:
+            self._peers.tell(ticket.replica, prompt, ticket.num_cached)
+        return ticket
 
     def _go_on(self, running: _Running) -> bool:
         """Continue the request of a lost engine on another one. False: it cannot be, or it must not be.

@@ -10,6 +10,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     version: str
     max_concurrent_requests: int  # of this worker
+    num_workers: int = 1  # HTTP workers of the server
     max_best_of: int = 2
     max_stop_sequences: int = 4
     max_top_n_tokens: int = 5

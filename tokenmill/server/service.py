@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -18,6 +19,7 @@ from tokenmill.server.client import EngineClient
 from tokenmill.server.engine_status import Engine, EngineStatus
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.options import ServiceOptions
+from tokenmill.server.peers import Peers
 from tokenmill.server.permits import Permits
 from tokenmill.server.request_metrics import RequestMetrics
 from tokenmill.text.options import Dialect, Options, RequestLimits
@@ -60,7 +62,9 @@ class Service:
         self.requests = RequestMetrics(self.metrics)
         self.permits = Permits(options.max_concurrent_requests, self.metrics)
         self.status = EngineStatus(options, self.metrics)
-        self.client = EngineClient(addresses, self.status)
+        several = options.num_workers > 1 and len(addresses) > 1
+        peers = partial(Peers, run_dir, index, options.num_workers) if several else None
+        self.client = EngineClient(addresses, self.status, peers=peers)
         self.model: Model | None = None
         self.draining = False
         self._threads = ThreadPoolExecutor(options.validation_workers, thread_name_prefix="encode")

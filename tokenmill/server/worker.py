@@ -214,6 +214,7 @@ def options_of(settings: Settings) -> ServiceOptions:
     return ServiceOptions(
         version=__version__,
         max_concurrent_requests=-(-settings.max_concurrent_requests // settings.http_workers),
+        num_workers=settings.http_workers,
         configured_concurrent_requests=settings.max_concurrent_requests,
         max_best_of=settings.max_best_of,
         max_stop_sequences=settings.max_stop_sequences,
