@@ -21,6 +21,8 @@ if ON_GPU:
     from bench.gpu.engine import RandomWeights
     from bench.gpu.shapes import SHAPES
     from tokenmill.backends.base import StepLimits
+    from tokenmill.backends.cuda.collectives.nccl import Nccl
+    from tokenmill.backends.cuda.sizes import Sizes
     from tokenmill.parallel.group import Group
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -124,6 +126,36 @@ def compared(folder: Path, two: Any) -> None:
         assert token_ids == theirs
         off.append(relative(made, driver.feed(rows)))
     assert np.median(off) < 0.04, off
+
+
+def test_nccls_library_is_called_and_captured() -> None:
+    nccl = Nccl(Group())
+    x, out = torch.randn(5, 64, device="cuda").bfloat16(), torch.zeros(5, 64, device="cuda").bfloat16()
+    wide = torch.zeros(5, 60, device="cuda").bfloat16()
+    chosen, tokens = torch.tensor([7, -1], dtype=torch.int32, device="cuda"), torch.zeros(3, 4, device="cuda").int()
+    pairs = torch.tensor([0, 1, 2, 2], dtype=torch.int32, device="cuda")
+    reduction, gathering = nccl.reduction(x, out), nccl.gathering(x, wide, True)
+    spreading = nccl.spreading(chosen, tokens)
+
+    def step() -> None:
+        reduction.run(3)
+        gathering.run(4)
+        spreading.run(Sizes(2, 2, pairs), 2)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    x.add_(1)
+    tokens.fill_(9)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out[:3], x[:3])
+    assert not out[3:].any()
+    assert torch.equal(wide[:4], x[:4, :60])
+    assert tokens.tolist() == [[9, 9, 7, 9], [9] * 4, [9, 9, 9, 0]]
+    nccl.close()
 
 
 def served(folder: Path, *options: str) -> list[Any]:
