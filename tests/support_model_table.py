@@ -48,8 +48,9 @@ The *model type* is `model_type` in config.json, or that of `text_config`: of a 
 served. *Also*: model types that compute the same. *GGUF*: `general.architecture` of GGUF files that are read as this
 type. "yes" in the columns *CPU* and *NVIDIA* means that the fast backend for that hardware has kernels for the
 architecture. Else `backends/torch` serves it on the same hardware, more slowly, for the reason in the cell; the log and
-`tokenmill doctor` report this for a given model, too. *Ranks*: `--num-shard` above 1. *Window*: some or all layers can
-have a sliding window. *State*: layers that keep a state of fixed size for each sequence instead of keys and values.
+`tokenmill doctor` report this for a given model, too. *Ranks*: `--num-shard` above 1, of any number ("in part": every
+rank computes all of the layers that keep a state, and holds their weights). *Window*: some or all layers can have a
+sliding window. *State*: layers that keep a state of fixed size for each sequence instead of keys and values.
 
 T5, mT5 and UMT5 are an encoder and a decoder: the prompt is the encoder's input, and `decoder_start_token_id` begins an
 answer. Their prefix cache is off, prompts have no log-probabilities, and a chat needs a template.
@@ -106,10 +107,10 @@ def _best(reasons: list[str]) -> str:
 
 def _ranks(program: Program) -> str:
     try:
-        shard(program, 2)
+        of_rank = shard(program, 2)
     except StartError:
         return "no"
-    return ""
+    return "in part" if state_layout(of_rank) and state_layout(of_rank) == state_layout(program) else ""
 
 
 def row(kind: str, variants: list[Program]) -> str:
@@ -118,7 +119,7 @@ def row(kind: str, variants: list[Program]) -> str:
     state = any(state_layout(p) for p in variants)
     cells = (
         aliases_of(kind), ggufs_of(kind),
-        _best([cpu.refusal(p, 16) for p in variants]), _best([cuda.refusal(p, "bfloat16", 1) for p in variants]),
+        _best([cpu.refusal(p, 16) for p in variants]), _best([cuda.refusal(p, "bfloat16") for p in variants]),
         _best([_ranks(p) for p in variants]), "yes" if window else "", "yes" if state else "",
     )  # fmt: skip
     return f"| `{kind}` | {' | '.join(cells)} |"
