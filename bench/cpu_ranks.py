@@ -27,7 +27,7 @@ from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
-_DECODED = 48  # tokens of each stream in a turn
+_DECODED = 24  # tokens of each stream in a turn
 _PROMPT = 8  # tokens of a stream's prompt
 
 

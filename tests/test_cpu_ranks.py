@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support_cpu import CpuDriver, Rows
+from support_cpu import CpuDriver, Rows, kernel_folder
 from support_meeting import Rank, on_ranks
 from support_models import make_checkpoint
 from support_programs import Draw, same, steps
@@ -21,14 +21,18 @@ from tokenmill.backends.cpu.division import Division
 from tokenmill.backends.cpu.memory import Sizes, plans_of
 from tokenmill.backends.cpu.peers import Peers, RankLost
 from tokenmill.backends.cpu.pinning import cpus_of, memory_nodes, parse
+from tokenmill.backends.kind import BackendOptions
 from tokenmill.models.base import program_of
 from tokenmill.program import ops
 from tokenmill.program.shard import shard
 from tokenmill.program.value import Program
 from tokenmill.quant.base import reader_of
+from tokenmill.runtime import assembly
+from tokenmill.runtime.assembly import EngineOptions
+from tokenmill.runtime.offline import OfflineEngine
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
-from tokenmill.wire.messages import SamplingParams
+from tokenmill.wire.messages import SamplingParams, StoppingParams
 
 FEW: Rows = [(0, [6]), (1, [3])]
 STEPS: list[Rows] = [[(0, [1, 2, 3, 4, 5]), (1, [7, 8, 9])], FEW, [(0, [6] * 33), (2, [3])], [(0, [1]), (2, [2])]]
@@ -103,6 +107,29 @@ def test_rank_zero_samples_and_has_the_log_probabilities_also_those_of_prompts(t
         for own, expected in ((result.details, wanted.details), prompts):
             assert [d.top_ids for d in own] == [d.top_ids for d in expected]
             assert np.allclose([d.logprob for d in own], [d.logprob for d in expected], atol=1e-4)
+
+
+def test_engines_of_ranks_preempt_alike_and_say_what_one_rank_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of eight blocks is far too small for five sequences of up to 44 tokens."""
+    make(tmp_path, num_hidden_layers=1)
+    monkeypatch.setattr(assembly, "count_blocks", lambda *_: 8)
+    own = BackendOptions(backend="cpu", cpu_threads=1, cpus=4, kernel_cache=str(kernel_folder()))
+    wanted = EngineOptions(backend=own, max_total_tokens=64, max_batch_tokens=24, max_batch_size=5)
+
+    def work(group: Rank) -> tuple[list[list[int]], int]:
+        parts = assembly.assemble(local_source(tmp_path), wanted, group, lambda progress: None)
+        with OfflineEngine(parts) as engine:
+            sampling = SamplingParams(temperature=0.8, top_k=20, seed=5)
+            found = engine.generate([[i + 1] * (3 + 5 * i) for i in range(5)], sampling, StoppingParams(20))
+            group.exchange()
+            return found, engine.stats.preemptions
+
+    ((alone, _),) = on_ranks(1, work)
+    for found, preemptions in on_ranks(2, work):
+        assert found == alone
+        assert preemptions > 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,20 @@ def test_generate_answers_though_torch_cannot_be_imported(poisoned: str, embedde
     done = run("generate", "--raw", "--max-new-tokens", "8", "The capital of France is", python_path=poisoned)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Paris" in done.stdout
+
+
+@pytest.mark.slow
+def test_ranks_share_the_model_though_torch_cannot_be_imported(embedded_model: Path, poisoned: str) -> None:
+    words = "--num-shard", "2", "--share-devices", "--max-total-tokens", "512"
+    server = Server(embedded_model, unused_port(), *words, mock=False, python_path=poisoned)
+    try:
+        assert "Paris" in ask(server)
+        grammar = {"type": "regex", "value": "[0-9]{3}-[a-z]{2}"}
+        body = {"inputs": "A number:", "parameters": {"max_new_tokens": 16, "grammar": grammar}}
+        assert re.fullmatch("[0-9]{3}-[a-z]{2}", server.post("/generate", body).json()["generated_text"])
+        assert not [name for name in os.listdir("/dev/shm") if name.startswith("tokenmill-ranks")]
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("words, environ, said", [
