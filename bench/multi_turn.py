@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import time
 import urllib.request
 from random import Random
 
@@ -65,7 +66,8 @@ def main() -> None:
             options = [*common, *(["--data-parallel-size", str(engines)] if engines > 1 else [])]
             bases = [stack.enter_context(served(*options)) for _ in range(servers)]
             while counted(bases, "tokenmill_engine_up") < given.engines:
-                pass
+                time.sleep(0.1)
+            time.sleep(3)  # until the processes have settled
             times = asyncio.run(talk(bases, given.users, given.turns, 0))
             tokens = counted(bases, "tokenmill_prompt_tokens_total")
             found.append(counted(bases, "tokenmill_cached_prompt_tokens_total") / tokens)

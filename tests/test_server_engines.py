@@ -112,8 +112,9 @@ def test_answers_of_the_embedded_model_are_the_same_if_an_engine_is_killed_under
         threads, results = side_by_side(works)
         eventually(lambda: running(server, 0) + running(server, 1) == 8, timeout_s=20)
         victim = 0 if running(server, 0) > running(server, 1) else 1
-        generated = server.metric("tokenmill_generated_tokens_total")
-        eventually(lambda: server.metric("tokenmill_generated_tokens_total") > generated + 40, timeout_s=30)
+        decoded = f'tokenmill_decode_tokens_total{{engine="{victim}"}}'
+        before = server.metric(decoded)
+        eventually(lambda: server.metric(decoded) > before + 40, timeout_s=30)
         engines_of(server)[victim].kill()
         for thread in threads:
             thread.join(60)
