@@ -224,6 +224,7 @@ def test_a_rank_that_hangs_ends_its_engine_with_a_line_that_says_where_it_stood(
     until(lambda: server.get("/health")[0] == 200)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_its_engine_and_is_named(serve: Callable[..., Server]) -> None:
     server = serve("--num-shard", "2")
     server.wait_ready()
@@ -234,6 +235,7 @@ def test_a_stopped_rank_ends_its_engine_and_is_named(serve: Callable[..., Server
     until(lambda: "is ready again" in server.output)
 
 
+@pytest.mark.slow
 def test_ranks_that_plan_other_steps_end_their_engine(serve: Callable[..., Server]) -> None:
     server = serve("--num-shard", "2", "--debug-plans", "--mock-fault", "nan@6:1", "--mock-text", "hello " * 99)
     server.wait_ready()
