@@ -208,7 +208,7 @@ def test_a_dead_rank_ends_its_engine_alone_and_is_named(serve: Callable[..., Ser
 
 
 def test_a_rank_that_hangs_ends_its_engine_with_a_line_that_says_where_it_stood(serve: Callable[..., Server]) -> None:
-    server = serve("--num-shard", "2", "--mock-fault", "hang@6:1", "--mock-step-ms", "50", "--mock-text", "hello " * 99)
+    server = serve("--num-shard", "2", "--mock-fault", "hang@25:1", "--mock-step-ms", "50", "--mock-text", "hi " * 99)
     server.wait_ready()
     ranks = ranks_of(server)
     stream = server.stream(500)
@@ -219,7 +219,7 @@ def test_a_rank_that_hangs_ends_its_engine_with_a_line_that_says_where_it_stood(
     until(lambda: "the engine is started again in 1 s" in server.output)
     [line] = [line for line in server.lines if "has died" in line]
     assert "The engine rank 1 has died (hung: no progress for " in line
-    assert " s; it stood at step 6 (1 rows, 1 tokens), collect (runtime/mock.py:" in line
+    assert " s; it stood at step 25 (1 rows, 1 tokens), collect (runtime/mock.py:" in line
     assert "Stack of engine rank 0:" in server.output
     until(lambda: server.get("/health")[0] == 200)
 

@@ -87,6 +87,17 @@ def test_a_debugger_or_pages_from_disk_are_not_silence(tmp_path: Path, monkeypat
     assert look(watching, 4.0, 1020.0)
 
 
+def test_a_wait_for_a_cpu_is_not_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watching, _ = watched(tmp_path, GONE)
+    waited = iter(range(1000))
+    with monkeypatch.context() as busy:
+        busy.setattr(watch, "queued", lambda pid: {7: 0.4 * next(waited), 8: 100.0})
+        assert not look(watching, 14.0)  # of each half second, 0.1 s were its own
+    assert look(watching, 4.0, 1014.5)
+    assert not watch.queued(GONE)
+    assert set(watch.queued(os.getpid())) >= {os.getpid()}
+
+
 def test_a_stopped_process_is_the_one_that_hangs(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)

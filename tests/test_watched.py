@@ -102,6 +102,9 @@ def test_a_step_that_finds_no_memory_is_forgotten(where: str, tmp_path: Path, cl
 def test_a_step_may_take_five_times_as_long_as_those_of_its_size() -> None:
     usual = Usual()
     assert usual.limit_s(3) == 600.0  # nothing is known
+    for _ in range(7):
+        usual.record(3, 0.01)
+        assert usual.limit_s(3) == 60.0  # too few to know
     usual.record(3, 0.01)
     assert usual.limit_s(3) == LEAST_S
     usual.record(3, 2.0)
@@ -118,6 +121,16 @@ def test_the_first_step_of_a_size_may_take_as_long_as_its_work_and_a_minute_at_l
     assert usual.limit_s(1) == 60.0
     usual.record(0, 0.1)
     assert usual.limit_s(1) == 60.0
+
+
+def test_a_rank_that_no_other_waits_for_has_more_time(tmp_path: Path, clock: list[float]) -> None:
+    usual = Usual(10.0)
+    for _ in range(8):
+        usual.record(1, 0.5)
+    assert usual.limit_s(1) == 10.0
+    heartbeat = Heartbeat(str(tmp_path / "beat"))
+    Watched(Device(clock), heartbeat, least_s=10.0).note()
+    assert heartbeat.read().limit_s == 10.0
 
 
 def test_attention_to_a_long_context_is_work(tmp_path: Path, clock: list[float]) -> None:

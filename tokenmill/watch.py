@@ -1,7 +1,7 @@
 """Detection of ranks that hang: the supervisor's view of the heartbeats of one engine.
 
 Only time in which the supervisor itself was awake counts, so a machine that was suspended, or a frozen container, kills
-nothing. A rank under a debugger is not hung, nor is one that waits for pages from disk.
+nothing. A rank under a debugger is not hung, nor is one that waits for pages from disk, nor for a CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenmill.heartbeat import Heartbeat, Pulse
@@ -40,6 +40,7 @@ class Watched:
     stack: str  # path; see `heartbeat.stack_path`
     pulse: Pulse
     faults: int = 0  # pages that it has read from disk
+    queued_s: dict[int, float] = field(default_factory=dict)  # by thread: see `queued`
     silent_s: float = 0.0
 
 
@@ -83,8 +84,10 @@ class Watch:
         for watched in self.ranks:
             pulse, faults = watched.heartbeat.read(), page_faults(watched.pid)
             moved = pulse.notes != watched.pulse.notes or faults != watched.faults or is_traced(watched.pid)
-            watched.silent_s = 0.0 if moved else watched.silent_s + awake_s
-            watched.pulse, watched.faults = pulse, faults
+            queued_s = queued(watched.pid)
+            starved_s = max((queued_s[tid] - watched.queued_s.get(tid, queued_s[tid]) for tid in queued_s), default=0.0)
+            watched.silent_s = 0.0 if moved else watched.silent_s + max(0.0, awake_s - starved_s)
+            watched.pulse, watched.faults, watched.queued_s = pulse, faults, queued_s
         limit_s = max((watched.pulse.limit_s for watched in self.ranks), default=0.0)
         silent = [watched for watched in self.ranks if watched.silent_s > limit_s or _stopped(watched)]
         return self._hang(silent) if silent else None
@@ -155,6 +158,15 @@ def page_faults(pid: int) -> int:
     """Return how often a process has waited for a page from disk; 0 if it is not known here."""
     fields = _stat(pid)
     return int(fields[9]) if len(fields) > 9 else 0
+
+
+def queued(pid: int) -> dict[int, float]:
+    """Return the seconds that each thread of a process has waited for a CPU while it could run; {} without /proc."""
+    seconds: dict[int, float] = {}
+    for thread in Path(f"/proc/{pid}/task").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended
+            seconds[int(thread.name)] = int((thread / "schedstat").read_text().split()[1]) / 1e9
+    return seconds
 
 
 def _stat(pid: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from time import monotonic
 from typing import Generic, NamedTuple, TypeVar
 
@@ -16,10 +17,13 @@ StepT = TypeVar("StepT")
 
 LEAST_S = 3.0
 """Least time without a finished step after which a rank is hung; also the limit between steps."""
+ALONE_S = 10.0
+"""The same of a rank that no other waits for."""
 
 _TIMES = 5.0  # of the usual time of such a step
 _UNSEEN_S = 60.0  # least limit of the first step of a size
 _FIRST_S = 600.0  # least limit of the first step of all, whose time nothing is known about
+_KNOWN = 8  # steps of a size after which their usual time is known
 _FORGET = 0.995  # per step of a size, so that one slow step does not count for ever
 
 
@@ -34,27 +38,30 @@ class _Launched(NamedTuple):
 
 
 class Usual:
-    """Usual duration of steps, by the class of their work: powers of two."""
+    """Usual duration of steps, by the class of their work: powers of two. `least_s`: least limit of a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_s: float = LEAST_S) -> None:
+        self._least_s = least_s
         self._usual: dict[int, float] = {}
+        self._steps: Counter[int] = Counter()
 
     def limit_s(self, size: int) -> float:
         """Return the seconds after which a step of this size is hung.
 
-        A size that was not seen takes as long as the next smaller one per work, or as the smallest one.
+        A size that is not known takes as long as the next smaller one per work, or as the smallest one.
         """
         usual = self._usual
         if not usual:
             return _FIRST_S
-        if size in usual:
-            return max(LEAST_S, _TIMES * usual[size])
-        smaller = [other for other in usual if other < size]
+        if self._steps[size] >= _KNOWN:
+            return max(self._least_s, _TIMES * usual[size])
+        smaller = [other for other in usual if other <= size]
         nearest = max(smaller) if smaller else min(usual)
         return max(_UNSEEN_S, _TIMES * usual[nearest] * 2.0 ** max(0, size - nearest))
 
     def record(self, size: int, seconds: float) -> None:
         """Record the duration of a step."""
+        self._steps[size] += 1
         self._usual[size] = max(seconds, self._usual.get(size, 0.0) * _FORGET)
 
 
@@ -62,15 +69,17 @@ class Watched(Generic[StepT]):
     """Executor around `inner` whose every launch and result is noted in `heartbeat`.
 
     `context_weight`: position at which the attention of a token costs as much as its products; 0: attention is not
-    counted as work.
+    counted as work. `least_s`: least limit of a step.
     """
 
-    def __init__(self, inner: Executor[StepT], heartbeat: Heartbeat, context_weight: int = 0) -> None:
+    def __init__(
+        self, inner: Executor[StepT], heartbeat: Heartbeat, context_weight: int = 0, least_s: float = LEAST_S
+    ) -> None:
         self._inner, self._heartbeat, self._context_weight = inner, heartbeat, context_weight
-        self._usual = Usual()
+        self._usual, self._least_s = Usual(least_s), least_s
         self._launched: list[_Launched] = []
         self._place = "the wait for a first step"
-        self._limit_s = LEAST_S  # of the steps on the device
+        self._limit_s = least_s  # of the steps on the device
         self._last_collected = 0.0
 
     @property
@@ -128,7 +137,7 @@ class Watched(Generic[StepT]):
 
     def _forget(self, launched: _Launched) -> None:
         self._launched.remove(launched)
-        self._limit_s = max([LEAST_S, *(other.limit_s for other in self._launched)])
+        self._limit_s = max([self._least_s, *(other.limit_s for other in self._launched)])
 
     def _work(self, batch: Batch) -> int:
         """Return the work of a step, in tokens without a context."""

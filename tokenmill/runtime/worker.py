@@ -19,7 +19,7 @@ from tokenmill.engine.border import Border
 from tokenmill.engine.engine import Engine, Link
 from tokenmill.engine.idle import IdleLink
 from tokenmill.engine.ranks import Follower, RankServer
-from tokenmill.engine.watched import Watched
+from tokenmill.engine.watched import ALONE_S, LEAST_S, Watched
 from tokenmill.freeze_gc import freeze_gc
 from tokenmill.heartbeat import SLACK_S, Heartbeat, heartbeat_path, stack_path
 from tokenmill.host import usable_cpus
@@ -101,7 +101,8 @@ def _run(
         if parts.constraints is not None:
             link = IdleLink(link, parts.constraints.prepare)
     freeze_gc()  # before `Ready`, because the first request may follow at once
-    watched = Watched(parts.executor, heartbeat, parts.scheduler.limits.context_weight)
+    least_s = LEAST_S if group.size > 1 else ALONE_S
+    watched = Watched(parts.executor, heartbeat, parts.scheduler.limits.context_weight, least_s)
     engine = Engine(parts.scheduler, watched, link, compare_plans=settings.debug_plans)
     watched.note()
     control.send(Ready(parts.info if configure.index == 0 else None))
