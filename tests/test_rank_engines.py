@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import support_encoded
 import torch
-from support_models import make_checkpoint
+from support_models import Driver, make_checkpoint
 from support_quantized import quantize_folder
-from support_ranks import engines_of_ranks
+from support_ranks import engines_of_ranks, of_ranks
 from support_slow import mostly_slow
 from test_quant_stored import CASES
 from test_quant_whole import LINEAR, MIXED, mixed
 
 from tokenmill.backends.kind import BackendOptions
+from tokenmill.models.base import program_of
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.runtime.offline import OfflineEngine
+from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
 from tokenmill.wire.messages import SamplingParams, StoppingParams
 
@@ -81,3 +83,16 @@ def test_an_encoder_and_a_decoder_that_ranks_share_give_the_tokens_of_one_rank(f
         return engine.generate(prompts, None, StoppingParams(8))
 
     assert engines_of_ranks(local_source(tmp_path), 2, options(), ask) == one_rank(tmp_path, ask)
+
+
+@pytest.mark.parametrize("size", mostly_slow([2, 3, 4], (2,)))
+def test_ranks_share_the_embedded_model_whose_heads_they_do_not_divide(size: int, embedded_model: Path) -> None:
+    """It has 9 query heads, 3 key-value heads, and matrices in blocks of 32 columns."""
+    source = open_checkpoint(local_source(embedded_model))
+    program, rows = program_of(source.config), [[(0, list(range(3, 20)))], [(0, [9])]]
+    driver = Driver(program, source)
+    wanted = [driver.feed([(slot, list(ids)) for slot, ids in some]) for some in rows]
+    driver.close()
+    for got in of_ranks(program, source, size, rows):
+        for found, want in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
