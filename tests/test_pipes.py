@@ -7,7 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from support_ranks import Meeting, Rank, run_threads
+from support_meeting import Meeting, Rank
+from support_ranks import run_threads
 
 from tokenmill.parallel.mesh import Mesh
 from tokenmill.parallel.pipes import Pipes

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support_encoded import SIZES as ENCODED
+from support_meeting import Meeting, Rank
 from support_models import FAMILIES, Driver, make_checkpoint, steps, write_model
-from support_ranks import logits_of_stages
+from support_ranks import logits_of_stages, run_threads
 from support_states import STATES
 from test_program import LLAMA_8B
 
 from tokenmill.backends.steps import cache_plan
 from tokenmill.errors import ArgumentError, Unsupported
 from tokenmill.models.base import program_of
+from tokenmill.parallel.mesh import Mesh
 from tokenmill.program import ops
 from tokenmill.program.cost import Load, cache_layout, cost, weights_of
 from tokenmill.program.stage import Receive, Send, stage
@@ -119,3 +122,24 @@ def test_stages_have_the_logits_of_the_whole_model(name: str, count: int, tmp_pa
     (found,) = logits_of_stages(program, source, count, steps())
     for got, want in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_a_stage_that_waits_for_another_can_be_closed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", num_hidden_layers=2)
+    source = open_checkpoint(local_source(tmp_path))
+    program = program_of(source.config)
+    meeting, made = Meeting(2), dict[int, Driver]()
+
+    def make(rank: int) -> None:
+        mesh = Mesh.of(Rank(rank, meeting), 2)
+        made[rank] = Driver(stage(program, rank, 2), source, group=mesh.tensor, mesh=mesh)
+
+    run_threads(make, 2)
+    step = made[1].run(made[1].inputs([(0, [1, 2])]))
+    closing = threading.Thread(target=made[1].close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    with pytest.raises((ConnectionError, OSError)):
+        step.result()
+    made[0].close()

@@ -199,10 +199,10 @@ class TorchBackend:
         """End the thread after its current step. Idempotent."""
         if self._last is not None:
             self._last.masks.give_up()
+        if self._stages is not None:
+            self._stages.close()  # a step that waits for another stage ends
         self._thread.shutdown(wait=True, cancel_futures=True)
         self.group.close()
-        if self._stages is not None:
-            self._stages.close()
 
     def _step_or_out_of_memory(self, inputs: StepInputs, masks: AwaitedMasks) -> StepResult:
         self._masks = masks
