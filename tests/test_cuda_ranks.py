@@ -157,7 +157,7 @@ def rank_of(
         driver.close()
 
 
-FAMILIES = ["llama", "olmo2", "gpt2", "gemma2", "qwen3_moe", "gpt_oss", "deepseek_v2", "mamba2"]
+FAMILIES = ["llama", "olmo2", "gpt2", "gemma2", "qwen3_moe", "gpt_oss", "deepseek_v2"]
 
 
 @pytest.mark.parametrize("family, experts", [
@@ -173,3 +173,15 @@ def test_logits_of_two_ranks_equal_the_torch_backends_of_one(family: str, expert
         wanted = expected.feed(rows)
         for rank in range(2):
             np.testing.assert_allclose(found[rank][step], wanted, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [3, 4])
+def test_sizes_that_ranks_do_not_divide_are_padded(size: int, tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "vocab_size": 131}
+    write_random(tmp_path, "llama", num_hidden_layers=1, intermediate_size=72, **sizes)
+    history = [[(0, [1, 2, 130]), (1, [5])], [(0, [128])]]
+    found = on_ranks(size, lambda group: rank_of(tmp_path, group, history))
+    expected = Driver.of(tmp_path)
+    for step, rows in enumerate(history):
+        np.testing.assert_allclose(found[0][step], expected.feed(rows), atol=2e-4, rtol=1e-3)
