@@ -57,7 +57,9 @@ def collectives_of(
     limits = choice.usual(group.size, nccl is not None and not batch_invariant)
     peers = Peers(memory.shared, layout, limits, _STARTING_S)
     made = GpuCollectives(group, peers, nccl, memory)
-    if not memory.one_card:
+    if memory.one_card:
+        _log.info("Ranks share a GPU, so sums over them are not measured: %s.", limits)
+    else:
         peers.limits = made.measure(dtype, nccl if not batch_invariant else None)
     return made
 
