@@ -30,6 +30,7 @@ class FakeReplicas:
 
     async def send(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
         self.asked.append(ask)
+        ask.progress.replica = f"replica {len(self.asked)}"
         try:
             for part in self.answers[min(len(self.asked), len(self.answers)) - 1]:
                 if isinstance(part, Exception):
@@ -111,6 +112,7 @@ def test_a_replica_that_is_lost_before_or_within_a_whole_answer_is_replaced() ->
     lost = ReplicaLost("gone")
     replicas = FakeReplicas([lost], [Head("a", 200, JSON), b'{"generated', lost], [Head("b", 200, JSON), b"{}"])
     assert ask({"m": replicas}, "/generate", b"{}")[2] == [b"{}"]
+    assert [one.exclude for one in replicas.asked] == [(), ("replica 1",), ("replica 1", "replica 2")]
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
@@ -135,6 +137,14 @@ def test_head_has_no_body_and_probes_need_every_model() -> None:
     assert ask({"m": good, "n": bad}, "/health")[::2] == (503, [b"starting"])
     assert ask({"m": good, "n": good}, "/")[0] == 200
     assert ask({"m": good, "n": FakeReplicas([ReplicaLost("gone")])}, "/ping")[0] == 503
+
+
+def test_a_probe_is_answered_by_a_healthy_replica_if_there_is_one() -> None:
+    restarting = [Head("a", 503, []), b"restarting"]
+    replicas = FakeReplicas(restarting, [ReplicaLost("gone")], [Head("c", 200, []), b""])
+    assert ask({"m": replicas}, "/health")[0] == 200
+    assert [len(one.exclude) for one in replicas.asked] == [0, 1, 2]
+    assert ask({"m": FakeReplicas(restarting)}, "/health")[::2] == (503, [b"restarting"])
 
 
 def test_a_probe_starts_no_replica_of_a_model_that_may_have_none() -> None:
@@ -206,6 +216,7 @@ def test_a_broken_stream_goes_on_elsewhere_with_the_tokens_so_far(cut: int) -> N
     sent = ask({"m": replicas}, "/generate_stream", b'{"inputs": "x"}')[2]
     assert b"".join(sent) == b"".join(PLAIN)
     given = [dict(one.headers).get(RESUME_HEADER) for one in replicas.asked]
+    assert [one.exclude for one in replicas.asked] == [(), ("a",), ("a", "a")]
     done = cut + cut % 2
     assert given == [None, encode_ids(range(5, 5 + cut)), encode_ids(range(5, 5 + done))]
 

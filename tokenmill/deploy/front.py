@@ -8,6 +8,7 @@ another, also in the middle of a stream. The front's own answers: `/replicas`, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -152,9 +153,10 @@ class _Exchange:
                     lost = await self._pass_on(answer, stream, ask.progress)
             except ReplicaLost as error:
                 log.warning("A replica was lost before its answer: %s", error)
+                tried.append(ask.progress.replica)
                 continue
             if lost:
-                await self._continue(replicas, ask, stream)
+                await self._continue(replicas, ask, stream, [head.replica])
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
             return
         raise NotReady(_LOST)
@@ -173,23 +175,28 @@ class _Exchange:
             return not stream.over
         return False
 
-    async def _continue(self, replicas: Replicas, ask: Ask, stream: ContinuedStream) -> None:
-        """Send the rest of a stream from another replica, or an event with the error that ends it."""
+    async def _continue(self, replicas: Replicas, ask: Ask, stream: ContinuedStream, tried: list[str]) -> None:
+        """Send the rest of a stream from another replica, or an event with the error that ends it.
+
+        `tried`: replicas that were lost. Serve may not know it yet, and they hold the prompt, so they would be chosen.
+        """
         for _ in range(_ATTEMPTS):
             if not stream.resumable:
                 break
             stream.restart()
             headers = [*ask.headers, (RESUME_HEADER, stream.resume_header())] if stream.ids else ask.headers
+            again = msgspec.structs.replace(ask, headers=headers, exclude=tuple(tried))
             try:
-                async with aclosing(replicas.send(msgspec.structs.replace(ask, headers=headers))) as answer:
+                async with aclosing(replicas.send(again)) as answer:
                     head = await _head(answer)
                     if head.status not in (200, *_ELSEWHERE):  # this request cannot be resumed
                         break
                     self.continued = _is_stream(head)
                     if self.continued and not await self._pass_on(answer, stream, ask.progress):
                         return
+                    tried.append(head.replica)
             except ReplicaLost:
-                continue
+                tried.append(ask.progress.replica)
         error = failures.body(GenerationError(f"Server error: {_LOST}"), self._dialect)
         end = sse.DONE if self._dialect == "openai" else b""
         await self._send({"type": "http.response.body", "body": sse.event(error) + end, "more_body": True})
@@ -244,14 +251,24 @@ class _Exchange:
         await self._reply(200, msgspec.json.encode(found), [(b"content-type", b"application/json")])
 
     async def _fetch(self, replicas: Replicas, path: str) -> tuple[Head, bytes]:
-        """Return the answer of one replica, soon. Raises NotReady."""
+        """Return the answer of one replica, soon; of another one if it refuses or is lost. Raises NotReady."""
         ask = msgspec.structs.replace(self._ask(path), method="GET")
-        try:
+        tried: list[str] = []
+        found: tuple[Head, bytes] | None = None
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_PROBE_S):
-                async with aclosing(replicas.send(ask)) as answer:
-                    return await _head(answer), await _rest(answer)
-        except (TimeoutError, ReplicaLost):
-            raise NotReady("no replica of the model is ready") from None
+                while len(tried) < _ATTEMPTS and (found is None or found[0].status in _ELSEWHERE):
+                    try:
+                        async with aclosing(
+                            replicas.send(msgspec.structs.replace(ask, exclude=tuple(tried)))
+                        ) as answer:
+                            found = await _head(answer), await _rest(answer)
+                    except ReplicaLost:
+                        pass
+                    tried.append(ask.progress.replica)
+        if found is None:
+            raise NotReady("no replica of the model is ready")
+        return found
 
     async def _fail(self, error: RequestError) -> None:
         body = failures.body(error, self._dialect)

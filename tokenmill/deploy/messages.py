@@ -15,11 +15,12 @@ Headers = list[tuple[bytes, bytes]]
 class Progress:
     """State of one answer, shared by the ingress and its router; a copy in another process is empty.
 
-    `num_new`: tokens of the answer so far. `on_start`: called once, when the first of them has come. `routing_s`: what
-    the choice of the replica took, in seconds of wall time and of CPU time.
+    `replica`: the chosen one. `num_new`: tokens of the answer so far. `on_start`: called once, when the first of them
+    has come. `routing_s`: what the choice of the replica took, in seconds of wall time and of CPU time.
     """
 
     def __init__(self) -> None:
+        self.replica = ""
         self.num_new = 0
         self.routing_s = (0.0, 0.0)
         self.on_start: Callable[[], None] | None = None

@@ -75,19 +75,23 @@ class PrefixRouter(RequestRouter):
         request if the replica cannot take it."""
         ask = _ask_of(pending_request)
         if self._at_random:
-            return [[self._random.choice(candidate_replicas)]]
+            replica = self._random.choice(candidate_replicas)
+            if ask is not None:
+                ask.progress.replica = replica.replica_id.unique_id
+            return [[replica]]
         if pending_request is None or ask is None:
             return [list(candidate_replicas)]
         begun, cpu = time.perf_counter(), time.thread_time()
         request_id = pending_request.metadata.internal_request_id
         self._withdraw(request_id)
-        replica = self._place(ask, request_id)
+        chosen = self._place(ask, request_id)
         ask.progress.routing_s = time.perf_counter() - begun, time.thread_time() - cpu
-        return [[replica]] if replica is not None else [list(candidate_replicas)]
+        return [[chosen]] if chosen is not None else [list(candidate_replicas)]
 
     def _place(self, ask: Ask, request_id: str) -> RunningReplica | None:
         prompt = prompt_of_text(ask.prompt)
         ticket = self._placement.place(prompt, ask.max_new_tokens, ask.exclude)
+        ask.progress.replica = ticket.replica if ticket is not None else ""
         if ticket is None:
             return None
         self._choices[request_id] = ticket.replica
