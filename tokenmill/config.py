@@ -16,8 +16,9 @@ import msgspec
 
 from tokenmill import options, surroundings
 from tokenmill.amounts import graph_sizes, memory_bytes
+from tokenmill.cluster import Nodes, check_nodes
 from tokenmill.errors import ArgumentError
-from tokenmill.host import usable_cpus
+from tokenmill.host import cpu_threads
 from tokenmill.options import Option
 
 _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
@@ -86,8 +87,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     disable_custom_kernels: Annotated[bool, Option("TGI: old kernels off.", no_effect="there are none.")] = False
     shard_uds_path: Annotated[str, Option("TGI: prefix of its sockets.", no_effect=_LOCAL)] = (
         "/tmp/text-generation-server")
-    master_addr: Annotated[str, Option("TGI: where ranks meet.", no_effect=_LOCAL)] = "localhost"
-    master_port: Annotated[int, Option("TGI: where ranks meet.", no_effect=_LOCAL)] = 29500
+    master_addr: Annotated[str, Option("Address of node 0, with --num-nodes.")] = "localhost"
+    master_port: Annotated[int, Option("First of the ports at which nodes meet, with --num-nodes.", at_least=1,
+                                       at_most=65535)] = 29500
 
     # Limits
     max_concurrent_requests: Annotated[int, Option("Requests at once, 128 an engine; more get 429.", at_least=1)] = 128
@@ -166,6 +168,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     data_parallel_size: Annotated[int, Option(
         "Engines behind this server, each with the whole model and ranks of its own.", at_least=1, at_most=_MOST_RANKS,
         env="TOKENMILL_DATA_PARALLEL_SIZE")] = 1
+    num_nodes: Annotated[int, Option("Machines that the ranks of the engine are divided among.", at_least=1,
+                                     at_most=_MOST_RANKS, env="TOKENMILL_NUM_NODES")] = 1
+    node_rank: Annotated[int, Option("Number of this machine; node 0 serves.", at_least=0, at_most=_MOST_RANKS,
+                                     env="TOKENMILL_NODE_RANK")] = 0
+    cluster_secret_file: Annotated[str, Option("File with a secret that all nodes share.",
+                                               env="TOKENMILL_CLUSTER_SECRET_FILE")] = ""
     rank_timeout: Annotated[float, Option("Seconds in which every rank of an engine must have joined it.", at_least=0.1,
                                           env="TOKENMILL_RANK_TIMEOUT")] = 600.0
     share_devices: Annotated[bool, Option("Let several ranks compute on one GPU or CPU: for tests.",
@@ -226,6 +234,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return (self.num_shard or 1) * self.pipeline_parallel_size
 
     @property
+    def nodes(self) -> Nodes:
+        """Machines of the engine."""
+        return Nodes(self.num_nodes, self.node_rank, self.master_addr, self.master_port, self.cluster_secret_file)
+
+    @property
     def max_batch_tokens(self) -> int | None:
         """Token budget of a step, TGI's --max-batch-prefill-tokens; None if not given."""
         return self.max_batch_prefill_tokens
@@ -272,7 +285,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             variable = surroundings.stripped(environ.get("TOKENMILL_CPU_THREADS", ""))
             said = hasattr(namespace, "cpu_threads") or bool(variable)
             ranks = 1 if values.get("share_devices") else _ranks(values)
-            values["cpu_threads"] = _cpu_threads(values["cpu_threads"], ranks, said, warnings)
+            values["cpu_threads"] = cpu_threads(values["cpu_threads"], ranks, said, warnings)
         values.setdefault("max_concurrent_requests", 128 * values.get("data_parallel_size", 1))
         return _checked(cls(**{**values, "warnings": tuple(warnings)}))
 
@@ -306,6 +319,7 @@ def _checked(settings: Settings) -> Settings:
     if max_input is not None and total is not None and max_input >= total:
         raise ArgumentError(f"`max_input_tokens` ({max_input}) must be < `max_total_tokens` ({total}).")
     _check_limits(settings)
+    check_nodes(settings.nodes, settings.ranks_per_engine, settings.data_parallel_size)
     warnings += _odd(settings)
     memory_bytes(settings.memory_limit)
     graph_sizes(settings.cuda_graphs)
@@ -359,25 +373,6 @@ def _ranks(values: Mapping[str, Any]) -> int:
     """Return the number of ranks of all engines."""
     sizes = [values.get(name) or 1 for name in ("num_shard", "pipeline_parallel_size", "data_parallel_size")]
     return math.prod(sizes)
-
-
-def _cpu_threads(wanted: int, ranks: int, said: bool, warnings: list[str]) -> int:
-    """Limit `wanted` threads of each rank to its part of the usable CPUs.
-
-    `said`: True if set for this program, False if by OMP_NUM_THREADS.
-    """
-    cpus = usable_cpus()
-    most = max(1, cpus // ranks)
-    if wanted <= most:
-        return wanted
-    each = f" for each of {ranks} ranks" if ranks > 1 else ""
-    if said:
-        raise ArgumentError(
-            f"`cpu_threads` is {wanted}{each}, but this process may use {cpus} CPUs (its affinity and its control "
-            f"group's quota): more threads would wait for each other. Give at most {most}, or leave the option out."
-        )
-    warnings.append(f"OMP_NUM_THREADS is {wanted}{each}, but this process may use {cpus} CPUs: {most} threads compute.")
-    return most
 
 
 def _num_shard(settings: Settings) -> int:

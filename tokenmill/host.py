@@ -96,3 +96,22 @@ def _free_in_cgroup(group: Path, limit_name: str, usage_name: str, droppable: st
     except (OSError, ValueError):  # no such file, or "max": no limit
         return None
     return limit - used if limit < _NO_LIMIT else None
+
+
+def cpu_threads(wanted: int, ranks: int, said: bool, warnings: list[str]) -> int:
+    """Limit `wanted` threads of each rank to its part of the usable CPUs.
+
+    `said`: True if set for this program, False if by OMP_NUM_THREADS.
+    """
+    cpus = usable_cpus()
+    most = max(1, cpus // ranks)
+    if wanted <= most:
+        return wanted
+    each = f" for each of {ranks} ranks" if ranks > 1 else ""
+    if said:
+        raise ArgumentError(
+            f"`cpu_threads` is {wanted}{each}, but this process may use {cpus} CPUs (its affinity and its control "
+            f"group's quota): more threads would wait for each other. Give at most {most}, or leave the option out."
+        )
+    warnings.append(f"OMP_NUM_THREADS is {wanted}{each}, but this process may use {cpus} CPUs: {most} threads compute.")
+    return most

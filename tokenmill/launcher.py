@@ -28,6 +28,7 @@ from tokenmill.config import Settings
 from tokenmill.errors import StartError
 from tokenmill.extras import need_opentelemetry
 from tokenmill.listening import listen
+from tokenmill.node import run_node
 from tokenmill.process import Child
 from tokenmill.progress import Display, display
 from tokenmill.ranks import MOST_DELAY_S, Ranks, Restarts, check_machine, engine_address, group_info, memory_share
@@ -379,6 +380,8 @@ def serve(settings: Settings, environment: str = "") -> int:
         check_machine(settings)
         if settings.otlp_endpoint:
             need_opentelemetry()
+        if settings.node_rank:
+            return run_node(settings)
         with run_dir() as folder, listen(settings.hostname, settings.port) as listener:
             return Supervisor(settings, listener, folder, display(json=settings.json_output)).run()
     except StartError as error:

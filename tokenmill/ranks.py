@@ -21,7 +21,7 @@ from tokenmill.process import Child
 from tokenmill.watch import Watch
 from tokenmill.wire.messages import Configure, EngineInfo, Failed, ModelReady, Place, ToChild
 
-ENGINE = "tokenmill.runtime.worker:main"
+ENGINE, LINK = "tokenmill.runtime.worker:main", "tokenmill.node_link:main"
 RESTART_WINDOW_S = 600.0
 """Period over which restarts are counted. Earlier ones do not count."""
 MOST_DELAY_S = 60.0
@@ -94,6 +94,8 @@ class Ranks:
         settings, local = self.settings, self._local_ranks()
         in_all = len(local) * settings.data_parallel_size
         environment = config.environment(settings.cpu_threads or max(1, usable_cpus() // in_all))
+        for node in range(1, settings.num_nodes if settings.node_rank == 0 else 1):
+            self._start_link(node)
         for number, rank in enumerate(local):
             configure = Configure(
                 settings=settings.to_dict(), index=rank, engine_addresses=(engine_address(self.run_dir, self.engine),),
@@ -133,7 +135,16 @@ class Ranks:
 
     def _local_ranks(self) -> range:
         """Return the ranks of the engine that run on this machine."""
-        return range(self.settings.ranks_per_engine)
+        return self.settings.nodes.local_ranks(self.settings.ranks_per_engine)
+
+    def _start_link(self, node: int) -> None:
+        """Start the process that holds the connection to another node, and lives as long as the ranks there."""
+        configure = Configure(
+            settings=self.settings.to_dict(), index=node, engine_addresses=(), run_dir=self.run_dir,
+            generation=self.generation,
+        )  # fmt: skip
+        name = f"part of {self.name} on node {node}"
+        self.children[self.settings.ranks_per_engine + node] = Child(name, LINK, configure, config.environment(1))
 
     def tell(self, message: ToChild) -> None:
         """Send a message to every rank."""
@@ -151,11 +162,15 @@ class Ranks:
         culprit = min(dead, key=_cause)
         if culprit.failure is None or culprit.failure.at:  # that of a hang has it
             culprit.place = self.watch.place(next(rank for rank, child in self.children.items() if child is culprit))
+        self.kill()
+        return culprit
+
+    def kill(self) -> None:
+        """Kill all ranks."""
         for child in self.children.values():
             child.kill()
         self.children.clear()
         self.watch.clear()
-        return culprit
 
 
 def _cause(child: Child) -> tuple[int, float]:

@@ -53,11 +53,11 @@ class Broadcast:
 class RankServer:
     """Rank 0's connections to the other ranks.
 
-    `address`: Unix socket to listen on. `size`: number of ranks, rank 0 included.
+    `address`, `secret`: as of `Listener`. `size`: number of ranks, rank 0 included.
     """
 
-    def __init__(self, address: str, size: int) -> None:
-        self._listener = Listener(address)
+    def __init__(self, address: str, size: int, secret: bytes = b"") -> None:
+        self._listener = Listener(address, secret=secret)
         self._size = size
         self._followers: dict[int, Channel[Hello]] = {}
         self._encoder = msgspec.msgpack.Encoder()
@@ -94,9 +94,11 @@ class RankServer:
 class Follower:
     """Link of a rank other than 0: receives one frame per step and sends no outputs."""
 
-    def __init__(self, address: str, rank: int, timeout_s: float = JOIN_S) -> None:
+    def __init__(self, address: str, rank: int, timeout_s: float = JOIN_S, secret: bytes = b"") -> None:
         self._rank = rank
-        self._channel: Channel[FollowerFrame] = Channel.connect(address, FollowerFrame, timeout_s=timeout_s)
+        self._channel: Channel[FollowerFrame] = Channel.connect(
+            address, FollowerFrame, timeout_s=timeout_s, secret=secret
+        )
         self._channel.send(Hello(rank))
 
     def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from tokenmill.parallel.group import Group
 
+_LOOPBACK = "127.0.0.1"
 _gloo: Any = dist.ProcessGroupGloo  # not by init_process_group, which makes one group a process
+_MEET = timedelta(minutes=5)
 _TIMEOUT = timedelta(minutes=30)  # ends a collective whose peer died; idle ranks are not in a collective
 
 
@@ -60,12 +63,12 @@ class OneRank:
 
 
 class Gloo:
-    """Implementation of `Collectives` by gloo, on the loopback interface of one machine. `join` makes it."""
+    """Implementation of `Collectives` by gloo, on loopback or the interface of `Group.host`. `join` makes it."""
 
     def __init__(self, group: Group, store: Any) -> None:
         self.rank, self.size = group.rank, group.size
         options = _gloo._Options()  # the only way to give an interface
-        options._devices = [_gloo.create_device(hostname="127.0.0.1")]
+        options._devices = [_gloo.create_device(hostname=group.host or _LOOPBACK)]
         options._timeout = _TIMEOUT
         self._group = _gloo(store, group.rank, group.size, options)
 
@@ -96,6 +99,8 @@ def join(group: Group) -> Collectives:
     """Return the collectives of a group's ranks. Blocks until all ranks have called it."""
     if group.size == 1:
         return OneRank()
+    if any(group.exchange(group.host.encode())):
+        return _join_over_network(group)
     meeting = Path(tempfile.mkdtemp(prefix="gloo-")) / "store" if group.rank == 0 else None
     path = group.exchange(str(meeting or "").encode())[0].decode()
     store: Any = dist  # its stubs export no store
@@ -104,4 +109,23 @@ def join(group: Group) -> Collectives:
     if meeting is not None:
         meeting.unlink(missing_ok=True)
         meeting.parent.rmdir()
+    return made
+
+
+def _join_over_network(group: Group) -> Collectives:
+    """Return the collectives of ranks on several machines. They meet at a port of rank 0's host."""
+    module: Any = dist  # its stubs export no store
+    store, place = None, b""
+    if group.rank == 0:
+        family = socket.AF_INET6 if ":" in group.host else socket.AF_INET
+        with socket.create_server((group.host, 0), family=family) as server:
+            port = server.getsockname()[1]
+            store = module.TCPStore(
+                group.host, port, group.size, True, _MEET, wait_for_workers=False, master_listen_fd=server.detach()
+            )
+        place = f"{group.host} {port}".encode()
+    host, port_text = group.exchange(place)[0].decode().split()
+    store = store or module.TCPStore(host, int(port_text), group.size, False, _MEET, wait_for_workers=False)
+    made = Gloo(group, store)
+    group.exchange()  # all have met
     return made

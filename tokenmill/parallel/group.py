@@ -39,22 +39,27 @@ class _Hello(msgspec.Struct, frozen=True, array_like=True):
 class Group:
     """Ranks 0 … `size` − 1 of an engine, or a part of them, seen from rank `rank`.
 
-    `connect` makes a group of more than one rank. A group of one rank needs no connection.
+    `connect` makes a group of more than one rank. A group of one rank needs no connection. `host`: address of this
+    machine at which other machines' ranks reach it; "" if all are on one machine.
     """
+
+    host = ""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     @staticmethod
-    def connect(rank: int, size: int, address: str, timeout_s: float = JOIN_S) -> Group:
+    def connect(rank: int, size: int, address: str, timeout_s: float = JOIN_S, secret: bytes = b"") -> Group:
         """Join the other ranks and return the group. Blocks until all have joined.
 
-        `address`: path of the Unix socket on which rank 0 listens until then. Raise RanksMissing, with the missing
+        `address`, `secret`: of rank 0, as of `Listener`; it listens until then. Raise RanksMissing, with the missing
         ranks, after `timeout_s` seconds.
         """
         if size == 1:
             return Group()
-        return _Center(size, address, timeout_s) if rank == 0 else _Spoke(rank, size, address, timeout_s)
+        if rank == 0:
+            return _Center(size, address, timeout_s, secret)
+        return _Spoke(rank, size, address, timeout_s, secret)
 
     def exchange(self, data: bytes = b"") -> list[bytes]:
         """Return each rank's `data`, by rank, on every rank. It is a barrier, too.
@@ -83,10 +88,10 @@ class Group:
 class _Center(Group):
     """Rank 0, to which all others are connected."""
 
-    def __init__(self, size: int, address: str, timeout_s: float) -> None:
+    def __init__(self, size: int, address: str, timeout_s: float, secret: bytes) -> None:
         super().__init__(0, size)
         self._others: dict[int, Channel[bytes]] = {}
-        listener = Listener(address)
+        listener = Listener(address, secret=secret)
         try:
             deadline = time.monotonic() + timeout_s
             while missing := sorted(set(range(1, size)) - set(self._others)):
@@ -106,6 +111,7 @@ class _Center(Group):
         channel.set_timeout(None)
         if data is not None:
             self._others[msgspec.msgpack.decode(data, type=_Hello).rank] = channel
+            self.host = channel.host
 
     def exchange(self, data: bytes = b"") -> list[bytes]:
         """See `Group`."""
@@ -128,12 +134,15 @@ class _Center(Group):
 class _Spoke(Group):
     """Any other rank, connected to rank 0."""
 
-    def __init__(self, rank: int, size: int, address: str, timeout_s: float) -> None:
+    def __init__(self, rank: int, size: int, address: str, timeout_s: float, secret: bytes) -> None:
         super().__init__(rank, size)
         try:
-            self._channel: Channel[list[bytes]] = Channel.connect(address, list[bytes], timeout_s=timeout_s)
+            self._channel: Channel[list[bytes]] = Channel.connect(
+                address, list[bytes], timeout_s=timeout_s, secret=secret
+            )
         except OSError:
             raise RanksMissing([0], timeout_s) from None
+        self.host = self._channel.host
         self._channel.send(msgspec.msgpack.encode(_Hello(rank)))
 
     def exchange(self, data: bytes = b"") -> list[bytes]:
@@ -154,7 +163,7 @@ class _Part(Group):
 
     def __init__(self, whole: Group, first: int, size: int) -> None:
         super().__init__(whole.rank - first, size)
-        self._whole, self._first = whole, first
+        self._whole, self._first, self.host = whole, first, whole.host
 
     def exchange(self, data: bytes = b"") -> list[bytes]:
         """See `Group`."""

@@ -92,8 +92,6 @@ def _run(
     resources.callback(parts.close)
     link: Link | None = follower
     if link is None:
-        if ranks is not None:
-            ranks.wait(settings.rank_timeout)
         border = Border(configure.engine_addresses[0], parts.info, watch=control.fileno())
         resources.callback(border.close)
         link, gated = links_of(border, parts, ranks)
@@ -120,15 +118,20 @@ def _connect(
     if size == 1:
         return Group(), None, None
     number, timeout_s = f"{configure.place.engine}-{configure.generation}", settings.rank_timeout
-    address = str(folder / f"ranks-{number}.sock")
+    address, meeting, secret = str(folder / f"ranks-{number}.sock"), str(folder / f"group-{number}.sock"), b""
+    if settings.num_nodes > 1:
+        nodes = settings.nodes
+        address, meeting, secret = nodes.steps_address(), nodes.group_address(), nodes.secret()
     ranks = follower = None
     if rank == 0:
-        ranks = RankServer(address, size)
+        ranks = RankServer(address, size, secret)
         resources.callback(ranks.close)
-    group = Group.connect(rank, size, str(folder / f"group-{number}.sock"), timeout_s)
+    group = Group.connect(rank, size, meeting, timeout_s, secret)
     resources.callback(group.close)
-    if rank > 0:
-        follower = Follower(address, rank, timeout_s)
+    if ranks is not None:
+        ranks.wait(timeout_s)
+    else:
+        follower = Follower(address, rank, timeout_s, secret)
         resources.callback(follower.close)
     return group, ranks, follower
 

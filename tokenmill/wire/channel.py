@@ -136,6 +136,12 @@ class Channel(Generic[T]):
         """Set the time after which `send` and `receive` raise TimeoutError; None: never."""
         self._socket.settimeout(seconds)
 
+    @property
+    def host(self) -> str:
+        """Address of this machine that the peer is connected to; "" for a Unix socket."""
+        name = self._socket.getsockname()
+        return "" if self._socket.family == socket.AF_UNIX else str(name[0])
+
     def fileno(self) -> int:
         """Return the descriptor, for `select`. Messages that were read ahead do not make it readable."""
         return self._socket.fileno()
