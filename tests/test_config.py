@@ -200,7 +200,7 @@ def test_every_option_has_help_and_a_variable_of_its_own() -> None:
 
 
 def test_more_threads_than_cpus_are_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmill.config.usable_cpus", lambda: 2)
+    monkeypatch.setattr("tokenmill.host.usable_cpus", lambda: 2)
     for words, environ in ((["--cpu-threads", "3"], {}), ([], {"TOKENMILL_CPU_THREADS": "3"})):
         with pytest.raises(ArgumentError, match=r"`cpu_threads` is 3, but .* may use 2 CPUs.* Give at most 2"):
             Settings.from_args(words, environ)
@@ -208,7 +208,7 @@ def test_more_threads_than_cpus_are_refused_with_both_numbers(monkeypatch: pytes
 
 
 def test_more_threads_than_cpus_for_every_program_are_cut_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmill.config.usable_cpus", lambda: 2)
+    monkeypatch.setattr("tokenmill.host.usable_cpus", lambda: 2)
     settings = Settings.from_args([], {"OMP_NUM_THREADS": "64"})
     assert settings.cpu_threads == 2
     assert any("OMP_NUM_THREADS is 64" in warning for warning in settings.warnings)
@@ -367,7 +367,7 @@ def test_no_value_of_a_variable_without_effect_ends_the_start(field: options.Fie
 def test_of_openmps_nested_threads_the_first_number_counts(
     text: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenmill.config.usable_cpus", lambda: 2)
+    monkeypatch.setattr("tokenmill.host.usable_cpus", lambda: 2)
     assert Settings.from_env({"OMP_NUM_THREADS": text}).cpu_threads == threads
 
 
@@ -451,7 +451,7 @@ def test_vertex_ais_port_must_be_one(port: str) -> None:
     (["--num-shard", "16"], 1), (["--num-shard", "2", "--share-devices"], 8),
 ])  # fmt: skip
 def test_the_cpus_are_divided_among_all_ranks(words: list[str], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmill.config.usable_cpus", lambda: 8)
+    monkeypatch.setattr("tokenmill.host.usable_cpus", lambda: 8)
     assert Settings.from_args([*words, "--cpu-threads", f"{most}"], {}).cpu_threads == most
     with pytest.raises(ArgumentError, match=f"`cpu_threads` is {most + 1}.* Give at most {most}"):
         Settings.from_args([*words, "--cpu-threads", f"{most + 1}"], {})

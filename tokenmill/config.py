@@ -370,9 +370,9 @@ def _mended() -> list[str]:
 
 
 def _ranks(values: Mapping[str, Any]) -> int:
-    """Return the number of ranks of all engines."""
+    """Return the number of ranks of all engines on this machine."""
     sizes = [values.get(name) or 1 for name in ("num_shard", "pipeline_parallel_size", "data_parallel_size")]
-    return math.prod(sizes)
+    return max(1, math.prod(sizes) // (values.get("num_nodes") or 1))
 
 
 def _num_shard(settings: Settings) -> int:

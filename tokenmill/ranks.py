@@ -60,7 +60,8 @@ def check_machine(settings: Settings) -> None:
     """Raise ArgumentError if the ranks certainly compute on CPUs, and there are too few. Ranks check devices."""
     on_cpus = settings.device == "cpu" or settings.backend == "cpu" or (settings.device == "auto" and not has_gpu())
     if on_cpus and not settings.mock and not settings.share_devices:
-        check_cpus(settings.ranks_per_engine * settings.data_parallel_size)
+        local = settings.nodes.local_ranks(settings.ranks_per_engine)
+        check_cpus(len(local) * settings.data_parallel_size)
 
 
 class Ranks:

@@ -48,6 +48,7 @@ class BackendOptions:
     share_devices: bool = False  # ranks may share devices and CPUs, for tests
     engine: int = 0  # number of this engine
     engines: int = 1  # on this machine
+    nodes: int = 1  # machines of the ranks of an engine
     rank_timeout_s: float = 600.0  # time for the ranks of an engine to meet
 
 

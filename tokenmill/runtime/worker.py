@@ -177,6 +177,7 @@ def backend_options(settings: Settings, place: Place = ALONE) -> BackendOptions:
         share_devices=settings.share_devices,
         engine=place.engine,
         engines=settings.data_parallel_size,
+        nodes=settings.num_nodes,
         rank_timeout_s=settings.rank_timeout,
     )
 

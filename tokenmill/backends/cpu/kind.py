@@ -50,6 +50,8 @@ class CpuKind:
             detect(options.cpu_isa)
         except Unsupported as e:
             return f"its kernels are not written for this processor ({e.name})"
+        if options.nodes > 1:
+            return f"its ranks share memory, and there are {options.nodes} nodes"
         of_rank = shard(program, placement.ranks, whole_experts=options.expert_parallel)
         return refusal(of_rank, placement.block_size)
 
