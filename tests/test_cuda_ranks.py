@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from support_cuda import DEVICE, CudaDriver, program, torch, write_random
@@ -12,14 +14,19 @@ from support_cuda_ranks import at_once, on_ranks, peers_of
 from support_models import Driver, steps
 from support_ranks import Rank
 
+from bench.gpu import ranks
+from bench.gpu.shapes import SHAPES
+from tokenmill.backends.base import Masks
 from tokenmill.backends.cuda.collectives import choice
 from tokenmill.backends.cuda.collectives.base import Needs, Normed, RankAbsent
 from tokenmill.backends.cuda.collectives.choice import NEVER, Limits
 from tokenmill.backends.cuda.explain import KernelOptions, kernels_of, rules_of
 from tokenmill.backends.cuda.sizes import Sizes
+from tokenmill.models.base import program_of
 from tokenmill.program.shard import shard
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.source import local_source
+from tokenmill.wire.messages import GrammarSpec
 
 LIMITS = Limits(NEVER, NEVER)
 RNG = torch.Generator().manual_seed(1)
@@ -185,3 +192,39 @@ def test_sizes_that_ranks_do_not_divide_are_padded(size: int, tmp_path: Path) ->
     expected = Driver.of(tmp_path)
     for step, rows in enumerate(history):
         np.testing.assert_allclose(found[0][step], expected.feed(rows), atol=2e-4, rtol=1e-3)
+
+
+def test_a_mask_of_rank_0_decides_the_token_of_all_ranks(tmp_path: Path) -> None:
+    write_random(tmp_path, "llama", num_hidden_layers=1)
+
+    def masked(group: Rank) -> list[list[int]]:
+        driver = CudaDriver(tmp_path, group=group)
+        found = []
+        for rows in ([(0, [1, 2, 3])], [(0, [4])]):  # a prompt, and a decode step, which has chosen before
+            inputs = driver.inputs(rows)
+            (admitted,) = inputs.admitted
+            request = msgspec.structs.replace(admitted.request, grammar=GrammarSpec("regex", "a*"))
+            admitted = replace(admitted, request=request)
+            step = driver.run(replace(inputs, admitted=(admitted,), deferred=group.rank == 0))
+            if group.rank == 0:
+                bits = np.zeros((1, 4), np.uint32)
+                bits[0, 2] = 1 << 5 if len(found) else 1 << 7
+                step.sample(Masks(np.zeros(1, np.int32), bits))
+            found.append(step.result().token_ids)
+        driver.close()
+        return found
+
+    assert on_ranks(2, masked) == [[[71], [69]]] * 2
+
+
+def test_predicted_steps_add_the_sums_to_the_bytes_of_a_rank() -> None:
+    lines = ranks.predict("8b", {(2, 1): 2.0})
+    cells = {int(line.split("|")[1]): line.split("|")[3:5] for line in lines[3:7]}
+    assert [int(cells[size][0]) for size in (1, 2, 8)] == [0, 65, 65]
+    whole, half, eighth = (float(cells[size][1].split()[0]) for size in (1, 2, 8))
+    assert whole / 2 < half < whole
+    assert whole / 8 < eighth < half
+    program_of_two = shard(program_of(SHAPES["8b"]), 2)
+    assert f"({2.0 + ranks.sums_ms(program_of_two, 2, 1):.2f})" in cells[2][1]
+    assert ranks.sum_us(1 << 20, 2) < ranks.sum_us(2 << 20, 2) < ranks.sum_us(2 << 20, 8)
+    assert ranks.sum_us(1 << 20, 1) == 0
