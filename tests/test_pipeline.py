@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support_cpu import kernel_folder
+from support_cuda import write_random
 from support_jobs import job_of
-from support_models import make_checkpoint
 from support_ranks import Meeting, Rank, run_threads
 from support_stages import Threads, told
 from support_text import byte_level
@@ -107,7 +107,7 @@ def check_equal(found: dict[int, Any], wanted: dict[int, Any]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model of four layers with a tokenizer."""
     made = tmp_path_factory.mktemp("model")
-    make_checkpoint(made, "llama", num_hidden_layers=4, vocab_size=VOCAB)
+    write_random(made, "llama", num_hidden_layers=4, vocab_size=VOCAB)
     byte_level().save(str(made / "tokenizer.json"))
     (made / "generation_config.json").write_text('{"eos_token_id": 2}')
     return made
@@ -164,7 +164,7 @@ def test_more_stages_and_stages_of_several_ranks_give_what_one_rank_gives(
 
 @pytest.mark.slow
 def test_stages_as_processes_say_token_for_token_what_one_says_alone(tmp_path: Path, run_dir: Path) -> None:
-    make_checkpoint(tmp_path, "llama")
+    write_random(tmp_path, "llama")
     expected = alone(tmp_path)
     settings = Settings(
         num_shard=2, pipeline_parallel_size=2, block_size=4, max_batch_size=6, max_batch_prefill_tokens=13,
