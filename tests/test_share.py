@@ -39,7 +39,7 @@ def test_each_query_head_has_one_place_beside_its_key_value_head(heads: Heads, r
         seen.update(q), repeats.update(k)
     del seen[-1], repeats[-1]
     assert seen == dict.fromkeys(range(heads[0]), 1)
-    assert repeats == {head: keys.repeated(ranks) for head in range(heads[1])}
+    assert repeats == dict.fromkeys(range(heads[1]), keys.repeated(ranks))
 
 
 @pytest.mark.parametrize("size, ranks, share, unit", [
