@@ -85,6 +85,7 @@ def test_ranks_choose_what_one_rank_chooses_and_have_equal_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize("size, family", [
     (2, "deepseek_v3"), (2, "gpt_oss"), (3, "olmo2"), (2, "bloom"), (2, "gemma3_text"), (2, "phimoe"), (4, "gpt2"),
+    (2, "gemma3n_text"),
 ])  # fmt: skip
 def test_ranks_of_other_architectures_choose_what_one_chooses(size: int, family: str, tmp_path: Path) -> None:
     make(tmp_path, family, moe_intermediate_size=64, intermediate_size=128)

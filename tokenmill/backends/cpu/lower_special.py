@@ -18,8 +18,6 @@ _LANES = 16
 
 def refused(op: Op) -> str:
     """Return why the kernels cannot run an operation of a single architecture; "" if they can, or for another one."""
-    if isinstance(op, special.Sparsify) and op.moments is not None:
-        return "it does not share a row over several processes"
     width = 0
     if isinstance(op, special.Sparsify | special.Beside):
         width = op.x.width
@@ -98,7 +96,10 @@ def within(memory: Memory, op: special.Within) -> Lowered:
 
 def sparsify(memory: Memory, op: special.Sparsify) -> Lowered:
     """Return the row that leaves the largest columns."""
-    return [("sparsify", {layout.FACTOR: float_bits(op.deviations)})]
+    fields = {layout.FACTOR: float_bits(op.deviations)}
+    if op.moments is None:
+        return [("sparsify", fields)]
+    return [("sparsify_share", fields | _other(memory, op.moments) | {layout.SHARED_COLUMNS: op.columns})]
 
 
 def _other(memory: Memory, value: Value) -> Fields:

@@ -59,7 +59,22 @@ def _sparse(g: Emitter, n: Val, x: Val, deviations: Val, out: Val) -> None:
     total = g.rsum(g.loop(n, [zero], lambda i, sums: [b.fadd(sums[0], g.vec(x, i))])[0])
     mean = b.fdiv(total, b.sitofp(b.mul(n, g.c(16)), f32))
     deviation = g.each_lane("sqrt", _mean_square(g, n, x, g.splat(mean)))
-    threshold = g.splat(g.fma(deviation, g.bits(deviations), mean))
+    _above(g, n, x, g.splat(g.fma(deviation, g.bits(deviations), mean)), out)
+
+
+def _sparse_share(g: Emitter, n: Val, x: Val, moments: Val, columns: Val, deviations: Val, out: Val) -> None:
+    """Emit as `_sparse`, of a part of a row of so many columns. `moments`: sums of the row and of its squares."""
+    b, count = g.b, g.b.sitofp(columns, f32)
+    mean, squares = (b.fdiv(g.ld(f32, moments, at), count) for at in (0, 4))
+    variance = b.fsub(squares, b.fmul(mean, mean))
+    variance = b.select(b.fcmp_ordered("<", variance, g.f(0.0)), g.f(0.0), variance)
+    deviation = g.each_lane("sqrt", variance)
+    _above(g, n, x, g.splat(g.fma(deviation, g.bits(deviations), mean)), out)
+
+
+def _above(g: Emitter, n: Val, x: Val, threshold: Val, out: Val) -> None:
+    """Emit what exceeds a threshold."""
+    b, zero = g.b, g.k(f32x16, 0.0)
 
     def one(i: Val, _: list[Val]) -> None:
         v = b.fsub(g.vec(x, i), threshold)
@@ -74,6 +89,7 @@ def _times_number(g: Emitter, x: Val, weight: Val, out: Val) -> None:
 
 bounded = each(3, _bounded)
 with_magnitude, sparse, times_number = emit(5, _with_magnitude), emit(4, _sparse), emit(3, _times_number)
+sparse_share = emit(6, _sparse_share)
 
 
 def _magnitude_rows(tid: int, row: int, context: int, counter: int) -> int:
@@ -96,6 +112,17 @@ def _sparsify_rows(tid: int, row: int, context: int, counter: int) -> int:
         x = field(row, layout.X) + r * field(row, layout.X_STRIDE)
         out = field(row, layout.OUT) + r * field(row, layout.OUT_STRIDE)
         sparse(field(row, layout.WIDTH) // 16, x, field(row, layout.FACTOR), out)
+    return 0
+
+
+def _sparsify_share(tid: int, row: int, context: int, counter: int) -> int:
+    """Leave what exceeds a threshold of the whole row in a rank's columns. Y: the moments of the row."""
+    for r in range(tid, rows_of(row, context), peek(context + _THREADS)):
+        x = field(row, layout.X) + r * field(row, layout.X_STRIDE)
+        out = field(row, layout.OUT) + r * field(row, layout.OUT_STRIDE)
+        moments = field(row, layout.Y) + r * field(row, layout.Y_STRIDE)
+        n, columns = field(row, layout.WIDTH) // 16, field(row, layout.SHARED_COLUMNS)
+        sparse_share(n, x, moments, columns, field(row, layout.FACTOR), out)
     return 0
 
 
@@ -144,6 +171,7 @@ _BODIES: dict[str, Callable[..., int]] = {
     "clip": in_pieces(bounded),
     "magnitude": _magnitude_rows,
     "sparsify": _sparsify_rows,
+    "sparsify_share": _sparsify_share,
     "mix_streams": _mix_streams,
     "correct_streams": _correct_streams,
     "factors_by_expert": _factors_by_expert,
