@@ -66,7 +66,8 @@ def _asked(sampling: SamplingParams | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size, family, changes, threads", [
-    (2, "llama", {"num_hidden_layers": 1}, 2), (3, "gemma2", {}, 1), (3, "falcon", {}, 1),
+    (2, "llama", {"num_hidden_layers": 1}, 2), (3, "gemma2", {}, 1),
+    (3, "falcon_alibi", {}, 1),
     (2, "mixtral", {"intermediate_size": 64}, 1),
 ])  # fmt: skip
 def test_ranks_choose_what_one_rank_chooses_and_have_equal_bits(
@@ -80,6 +81,24 @@ def test_ranks_choose_what_one_rank_chooses_and_have_equal_bits(
             assert result.token_ids == wanted.token_ids
             assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
             assert np.array_equal(logits, first)
+
+
+def test_ranks_may_have_whole_experts(tmp_path: Path) -> None:
+    """Three ranks have two places each, of which the last one is empty."""
+    make(tmp_path, "gpt_oss", num_hidden_layers=1)
+    (alone,) = of_ranks(1, tmp_path, STEPS)
+    for found in of_ranks(3, tmp_path, STEPS, expert_parallel=True):
+        for (result, logits), (wanted, expected) in zip(found, alone, strict=True):
+            assert result.token_ids == wanted.token_ids
+            assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_logits_have_room_for_the_columns_of_every_rank_also_those_of_no_token(tmp_path: Path) -> None:
+    program = program_of(open_checkpoint(local_source(make(tmp_path, num_hidden_layers=1))).config)
+    fused = prepare.fused(shard(program, 3))
+    columns = next(op.out.width for op in reversed(fused.ops))
+    assert fused.logits.width == 128
+    assert fused.logits.spec.width == 3 * columns > 128
 
 
 @pytest.mark.slow
