@@ -15,7 +15,7 @@ from support_jobs import job_of
 from support_ranks import Meeting, Rank, run_threads
 from support_stages import Threads, told
 from support_text import byte_level
-from test_ranks import alone, running, serve
+from test_ranks import alone, running, save, serve
 from test_ranks import requests as requests_of_ranks
 
 from tokenmill.backends.base import StepLimits
@@ -164,7 +164,7 @@ def test_more_stages_and_stages_of_several_ranks_give_what_one_rank_gives(
 
 @pytest.mark.slow
 def test_stages_as_processes_say_token_for_token_what_one_says_alone(tmp_path: Path, run_dir: Path) -> None:
-    write_random(tmp_path, "llama")
+    save(tmp_path)
     expected = alone(tmp_path)
     settings = Settings(
         num_shard=2, pipeline_parallel_size=2, block_size=4, max_batch_size=6, max_batch_prefill_tokens=13,
