@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -247,8 +247,3 @@ class PeerSpreading:
             sizes.pairs if sizes.samples is None else sizes.samples, tokens, tokens.stride(0), rows, peers.rank,
             **peers.sizes, ROWS=channel.room * _TOKENS, SOME=sizes.samples is not None, BLOCK=_TOKENS, num_warps=2,
         )  # fmt: skip
-
-
-def constants_of(peers: Peers) -> dict[str, Any]:
-    """Return what decides which kernels a start needs, besides the program."""
-    return {"size": peers.size, "layout": peers.layout, "limits": peers.limits}
