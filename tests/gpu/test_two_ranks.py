@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,7 +161,9 @@ def test_nccls_library_is_called_and_captured() -> None:
 
 def served(folder: Path, *options: str) -> list[Any]:
     """Return a server's answers to requests of many kinds, greedy, seeded, constrained and with details."""
-    server = Server(folder, unused_port(), "--dtype", "float32", "--max-total-tokens", "512", *options, mock=False)
+    path = os.environ.get("PYTHONPATH", "")
+    words = ["--dtype", "float32", "--max-total-tokens", "512", *options]
+    server = Server(folder, unused_port(), *words, mock=False, python_path=path)
     try:
         asked = [
             {"inputs": "Hello", "parameters": {"max_new_tokens": 40}},
