@@ -163,8 +163,9 @@ def served(folder: Path, *options: str) -> list[Any]:
     """Return a server's answers to requests of many kinds, greedy, seeded, constrained and with details."""
     path = os.environ.get("PYTHONPATH", "")
     words = ["--dtype", "float32", "--max-total-tokens", "512", *options]
-    server = Server(folder, unused_port(), *words, mock=False, python_path=path)
+    server = Server(folder, unused_port(), *words, mock=False, wait=False, python_path=path)
     try:
+        server.wait_until_ready(150)  # two ranks take turns on one card, and compile first
         asked = [
             {"inputs": "Hello", "parameters": {"max_new_tokens": 40}},
             {"inputs": "A text", "parameters": {"max_new_tokens": 30, "do_sample": True, "seed": 3, "top_p": 0.9}},
