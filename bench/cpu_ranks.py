@@ -21,7 +21,8 @@ from typing import Any
 
 from tokenmill import fetch
 from tokenmill.backends.kind import BackendOptions
-from tokenmill.config import Settings, usable_cpus
+from tokenmill.config import Settings
+from tokenmill.host import usable_cpus
 from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import EngineOptions, assemble
 from tokenmill.runtime.offline import OfflineEngine
