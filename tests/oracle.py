@@ -461,8 +461,10 @@ def check_prompts_beside(batch: Batch, left: Left, limits: SchedulerLimits) -> N
     """Assert that prompts beside decoding sequences cost little, except for the guaranteed part of the oldest."""
     first_new = len(batch.slots) - len(batch.admitted)
     rows = list(zip(batch.starts.tolist(), batch.counts.tolist(), batch.sequences, strict=True))
-    decoding = sum(count == 1 for _, count, _ in rows[:first_new])
-    prompts = [row for index, row in enumerate(rows) if index >= first_new or row[1] > 1]
+    decoding = sum(count == 1 and seq.id not in left.filling for _, count, seq in rows[:first_new])
+    prompts = [
+        row for index, row in enumerate(rows) if index >= first_new or row[1] > 1 or row[2].id in left.filling
+    ]
     if not decoding or not limits.prefill_beside or not prompts:
         return
     waiting = left.behind + len(prompts)
