@@ -281,8 +281,20 @@ def test_localhost_said_to_us_is_not_the_whole_world(argv: list[str], environ: d
 def test_sharded_without_a_number_means_the_visible_devices(environ: dict[str, str], num_shard: int) -> None:
     assert Settings.from_args(["--sharded", "true"], environ).num_shard == num_shard
     assert Settings.from_args(["--sharded", "false"], environ).num_shard == 1
-    assert Settings.from_args([], environ).num_shard == 1
     assert Settings.from_args(["--sharded", "true", "--num-shard", "4"], environ).num_shard == 4
+
+
+@pytest.mark.parametrize("has_gpu, words, num_shard", [
+    (True, [], 2), (False, [], 1), (True, ["--sharded", "false"], 1), (True, ["--num-shard", "1"], 1),
+    (True, ["--device", "cpu"], 1), (True, ["--backend", "torch"], 1), (True, ["--data-parallel-size", "2"], 1),
+    (True, ["--backend", "cuda"], 2), (True, ["--mock", "true"], 1),
+])  # fmt: skip
+def test_without_an_option_a_model_is_shared_by_the_visible_gpus(
+    has_gpu: bool, words: list[str], num_shard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenmill.config.has_gpu", lambda: has_gpu)
+    assert Settings.from_args(words, {"CUDA_VISIBLE_DEVICES": "0,1"}).num_shard == num_shard
+    assert Settings.from_args(words, {}).num_shard == 1
 
 
 @pytest.mark.parametrize("option", ["--max-total-tokens", "--max-batch-prefill-tokens"])

@@ -18,7 +18,7 @@ from tokenmill import options, surroundings
 from tokenmill.amounts import graph_sizes, memory_bytes
 from tokenmill.cluster import Nodes, check_nodes
 from tokenmill.errors import ArgumentError
-from tokenmill.host import cpu_threads
+from tokenmill.host import cpu_threads, has_gpu
 from tokenmill.options import Option
 
 _QUANTIZATIONS = ("awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
@@ -219,8 +219,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     mock_step_ms: Annotated[float, Option("Milliseconds of a step of the mock engine.", at_least=0,
                                           env="TOKENMILL_MOCK_STEP_MS")] = 10.0
     mock_fault: Annotated[str, Option("Faults of the mock engine at its N-th step: nan@N, raise@N, hang@N, exit@N; "
-                                      "hang@N:R on rank R only.",
-                                      env="TOKENMILL_MOCK_FAULT")] = ""
+                                      "hang@N:R on rank R only.", env="TOKENMILL_MOCK_FAULT")] = ""
     warnings: Annotated[tuple[str, ...], Option("What to tell the user.", env="", env_only=True)] = ()
     # fmt: on
 
@@ -279,7 +278,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if "hostname" in values:
             said = hasattr(namespace, "hostname")
             values["hostname"] = surroundings.hostname(values["hostname"], said, warnings)
-        if values.get("sharded") and "num_shard" not in values:
+        if "num_shard" not in values and (values.get("sharded") or _shards_by_itself(values)):
             values["num_shard"] = surroundings.visible_devices(environ)
         if "cpu_threads" in values:
             variable = surroundings.stripped(environ.get("TOKENMILL_CPU_THREADS", ""))
@@ -367,6 +366,13 @@ def _mended() -> list[str]:
         return surroundings.mend(os.environ)
     except OSError as error:
         raise ArgumentError(f"{error.strerror}. Set TMPDIR to a folder that this user may write to.") from None
+
+
+def _shards_by_itself(values: Mapping[str, Any]) -> bool:
+    """Return True if a model is shared by all devices that TGI's variables list, because no option says otherwise."""
+    elsewhere = values.get("device") == "cpu" or values.get("backend", "auto") not in ("auto", "cuda")
+    others = ("sharded", "mock", "pipeline_parallel_size", "data_parallel_size", "num_nodes")
+    return not elsewhere and not any(name in values for name in others) and has_gpu()
 
 
 def _ranks(values: Mapping[str, Any]) -> int:

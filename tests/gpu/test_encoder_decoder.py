@@ -158,5 +158,5 @@ def test_greedy_text_in_float32_is_that_of_transformers(family: str, tmp_path: P
     for prompt, ids in zip(PROMPTS, found, strict=True):
         given = torch.tensor([prompt])
         made = model.generate(given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=12,
-                              eos_token_id=None, use_cache=False)  # fmt: skip
+                              eos_token_id=None)  # fmt: skip
         assert ids == made[0, 1:].tolist()

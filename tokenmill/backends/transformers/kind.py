@@ -32,8 +32,8 @@ class TransformersKind(TorchKind):
         super().check(options, placement, "")
         if placement.ranks > 1:
             raise ArgumentError(
-                f"`num-shard` is {placement.ranks}, but transformers computes this model, on one device. Leave the "
-                "option out, or serve a model type that docs/models.md lists with ranks."
+                f"`num-shard` is {placement.ranks}, but transformers computes this model, on one device. Give "
+                "--num-shard 1, or serve a model type that docs/models.md lists with ranks."
             )
         if options.quantize:
             raise ArgumentError(
