@@ -1,4 +1,4 @@
-"""What a rank holds of an array, by the definition of an axis: the oracle of sharded loading."""
+"""The part of an array that a rank holds, by the definition of an axis: the oracle of sharded loading."""
 
 from __future__ import annotations
 
